@@ -1,0 +1,34 @@
+# Two commands do all the set-up on a machine that has only Python and pip: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= safegen-demo
+.DEFAULT_GOAL := help
+.PHONY: help demo test nightly lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test]'
+	@touch $@
+
+demo: .venv/installed ## the main job: remove skulls from the bundled miniature model, and report (5 minutes)
+	$(BIN)/safegen demo --out $(OUT)
+
+test: .venv/installed ## the test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
+	$(BIN)/python -m pytest
+
+bench: .venv/installed ## the figures in docs/: base model, edits, ablation (about an hour)
+	$(BIN)/python benchmarks/base_model.py
+	$(BIN)/python benchmarks/safegen_edit.py
+
+lint: .venv/installed ## ruff and mypy
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean: ## remove the environment
+	rm -rf .venv

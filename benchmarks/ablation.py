@@ -1,0 +1,120 @@
+"""Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/ablation.md.
+
+    python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--rows paper,x0,...] [--out ablation.jsonl]
+
+One row a setting, all on the same prompts and seed; the base model is drawn once. Rows are appended as they are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from safegen.api import make_edit
+from safegen.bench.plan import make_plan
+from safegen.bench.score import removal, score
+from safegen.concept import load_concept
+from safegen.data.triplets import Triplets
+from safegen.edit.loop import Training
+from safegen.edit.safegen import SafeGen
+from safegen.judge import load_judge
+from safegen.models import Sampler, generate, load
+from safegen.tables import TRIPLETS, resolve
+
+PAPER = {"target": "paper", "clamp": None, "teacher": False, "captions": (), "caption_share": 0.0, "timesteps": (0, 1000)}
+BLANK = {"captions": (), "caption_share": 0.0}
+
+
+def rows() -> dict[str, SafeGen]:
+    """Every row's settings: the default, and the default with one thing changed; the paper's, and the paper's at our learning rate."""
+    default = make_edit("safegen")
+    assert isinstance(default, SafeGen)
+
+    def change(**settings: Any) -> SafeGen:
+        return SafeGen.model_validate(default.model_dump() | settings)
+
+    def train(**settings: Any) -> Training:
+        return default.training.model_copy(update=settings)
+
+    weights = {"weight_mosaic": 0.1, "weight_preserve": 0.9}
+    return {
+        "default": default,
+        "paper": SafeGen.preset("paper"),
+        "paper, our training": change(**PAPER, **weights),
+        "paper, our training and weights": change(**PAPER),
+        "paper target only": change(target="paper", clamp=None),
+        "blank text": change(**BLANK),
+        "no teacher": change(teacher=False),
+        "0.1 / 0.9": change(**weights),
+        "all timesteps": change(timesteps=(0, 1000)),
+        "clamp 1": change(clamp=1.0),
+        "clamp 10": change(clamp=10.0),
+        "lr / 4": change(training=train(lr=default.training.lr / 4)),
+        "half the updates": change(training=train(updates=default.training.updates // 2)),
+    }
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__)
+    ask.add_argument("--concept", default="skulls")
+    ask.add_argument("--prompts", type=int, default=32)
+    ask.add_argument("--rows", default="")
+    ask.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
+    args = ask.parse_args()
+    concept = load_concept(args.concept)
+    items = make_plan(concept, prompts=args.prompts, seeds=(1,))
+    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    source, _, part = (concept.triplets or "").partition(":")
+    triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
+    model, sampler = load("mini"), Sampler(precision="bf16")
+    base = judge.judge(list(generate(model, [i.ask for i in items], sampler)))
+    every = rows()
+    for name in args.rows.split(",") if args.rows else every:
+        began = time.perf_counter()
+        patch = every[name].apply(model, triplets)
+        seconds = time.perf_counter() - began
+        with patch.apply(model):
+            edited = judge.judge(list(generate(model, [i.ask for i in items], sampler)))
+        out: dict[str, Any] = {
+            "row": name,
+            "concept": args.concept,
+            "seconds": round(seconds, 1),
+            "settings": every[name].model_dump(mode="json"),
+            "lists": {},
+        }
+        for list_name in dict.fromkeys(i.list_name for i in items):
+            at = [n for n, i in enumerate(items) if i.list_name == list_name]
+            mine, before, after = [items[n] for n in at], [base[n] for n in at], [edited[n] for n in at]
+            entry = {"base": score(mine, before, concept).to_json(), "edited": score(mine, after, concept).to_json()}
+            if mine[0].role in ("explicit", "innocent"):
+                entry["removal"] = removal(mine, before, after, concept).to_json()
+            out["lists"][list_name] = entry
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(out) + "\n")
+        print(line(out), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row of the printed table."""
+    parts = [f"{row['row']:<34} {row['seconds']:6.1f} s"]
+    for name, entry in row["lists"].items():
+        short, e, b = name.partition(":")[2], entry["edited"], entry["base"]
+        if "removal" in entry:
+            parts.append(f"{short} NRR {100 * entry['removal']['value']:.1f}")
+        elif e["shown"]:
+            parts.append(
+                f"{short} {100 * b['shown']['value']:.0f}>{100 * e['shown']['value']:.0f} mosaic {100 * e['mosaicked']['value']:.0f}"
+            )
+        else:
+            parts.append(
+                f"{short} object {100 * b['subject']['value']:.0f}>{100 * e['subject']['value']:.0f} "
+                f"mosaic {100 * e['mosaicked']['value']:.0f}"
+            )
+    return " | ".join(parts)
+
+
+if __name__ == "__main__":
+    main()

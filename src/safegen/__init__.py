@@ -1,0 +1,42 @@
+"""safegen makes a text-to-image model unable to draw a chosen visual concept, proves it, and ships it.
+
+    import safegen
+    model = safegen.load("mini")
+    patch = safegen.edit(model, "safegen", triplets="my-triplets")
+    patch.save(Path("patch.safetensors"))
+
+Importing this loads nothing heavy: the names below arrive when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safegen.api import edit as edit
+    from safegen.data.triplets import Triplets as Triplets
+    from safegen.judge import load_judge as load_judge
+    from safegen.models import Ask as Ask
+    from safegen.models import Model as Model
+    from safegen.models import Patch as Patch
+    from safegen.models import Sampler as Sampler
+    from safegen.models import generate as generate
+    from safegen.models import load as load
+    from safegen.models import save_folder as save_folder
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "edit": "safegen.api",
+    "Triplets": "safegen.data.triplets",
+    "load_judge": "safegen.judge",
+    **dict.fromkeys(("Ask", "Model", "Patch", "Sampler", "generate", "load", "save_folder"), "safegen.models"),
+}
+__all__ = ["Ask", "Model", "Patch", "Sampler", "Triplets", "edit", "generate", "load", "load_judge", "save_folder"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _WHERE:
+        raise AttributeError(f"module 'safegen' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,72 @@
+"""The library calls that take names: what the command line does, in one function each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from safegen.data.triplets import Triplets
+from safegen.edit.base import Edit
+from safegen.edit.loop import Report
+from safegen.errors import BadSetting
+from safegen.models.model import Model
+from safegen.models.patch import Patch
+from safegen.tables import EDITS, resolve
+
+
+def make_edit(method: str, preset: str = "default", **settings: Any) -> Edit:  # noqa: ANN401 - any setting of any method
+    """Return a method's settings: a preset, some of it changed.
+
+    Raises:
+        UnknownName: no such method or preset.
+        BadSetting: a setting is unknown, breaks its rule, or would have no effect.
+    """
+    try:
+        edit: Edit = resolve(EDITS, method, "edit").preset(preset, **settings)
+    except ValidationError as error:
+        raise BadSetting(describe(error)) from error
+    return edit
+
+
+def edit(
+    model: Model,
+    method: str = "safegen",
+    *,
+    triplets: Triplets | str | Path,
+    preset: str = "default",
+    folder: Path | None = None,
+    resume: bool = False,
+    report: Report | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> Patch:
+    """Remove a visual concept from a model and return the change as a patch; the model is not touched.
+
+    Args:
+        model: from `safegen.load`.
+        method: name of an edit.
+        triplets: <unsafe, censored, benign> pictures: loaded, or their folder or CSV file.
+        preset: name of the method's settings to start from; `paper` is the published run.
+        folder: keeps checkpoints and a log, for `resume`.
+        resume: continue a stopped run.
+        report: called after every update with (done, of, row of the log).
+        settings: settings of the method to change.
+
+    Raises:
+        UserError: something given cannot be used; the message says what and the way out.
+        Diverged: a loss became NaN.
+        Stopped: SIGINT or SIGTERM came.
+    """
+    rows = triplets if isinstance(triplets, Triplets) else Triplets.load(Path(triplets))
+    return make_edit(method, preset, **settings).apply(model, rows, folder=folder, resume=resume, report=report)
+
+
+def describe(error: ValidationError) -> str:
+    """Return pydantic's complaints in one line: setting, rule, value."""
+    parts = []
+    for e in error.errors():
+        place = ".".join(str(v) for v in e["loc"]) or "settings"
+        value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
+        parts.append(f"{place}: {e['msg'].removeprefix('Value error, ')}{value}")
+    return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""From a plan of prompts and seeds to pictures, verdicts, scores and a report."""

@@ -1,0 +1,282 @@
+"""The commands: generate, edit, apply, demo; and triplets in its own file."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safegen.cli import triplets
+from safegen.errors import BadFile, BadSetting
+
+if TYPE_CHECKING:
+    from safegen.models import Model
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Make a text-to-image model unable to draw a chosen visual concept, prove it, and ship it.",
+)
+app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
+
+ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="MODEL")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from safegen import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    out: Annotated[Path, typer.Option(help="New folder for the pictures.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
+    patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model; may be given more than once.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i of a run gets its noise from (seed, i).")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")] = 5.0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
+    threads: Threads = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet."""
+    texts = _read_prompts(prompt, prompts)
+    _quiet()
+    from safegen.bench.grid import contact_sheet
+    from safegen.files import fresh_folder
+    from safegen.models import Ask, Sampler, save_picture
+    from safegen.models import generate as draw
+
+    with fresh_folder(out) as folder:
+        loaded, patches = _load(model, patch or [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
+        asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
+        pictures = []
+        with _progress() as tell:
+            for ask, picture in zip(asks, draw(loaded, asks, Sampler(steps=steps, guidance=guidance, batch=batch)), strict=True):
+                facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": model, "base": loaded.hash}
+                save_picture(picture, folder / f"{ask.index:04d}.png", facts | {"patches": patches})
+                pictures.append(picture)
+                tell("drawing", len(pictures), len(asks))
+        contact_sheet(pictures, cell=max(96, min(256, loaded.size))).save(folder / "sheet.png")
+    typer.echo(f"{len(texts)} pictures and sheet.png in {out}")
+
+
+@app.command()
+def edit(
+    model: ModelArg,
+    triplets: Annotated[Path, typer.Option(help="Folder made by `safegen triplets make`, or a CSV in the official form.")],
+    out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
+    method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
+    preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ...")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the log; OUT.work when not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
+    threads: Threads = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Remove a visual concept and write the change as a patch."""
+    if out.exists():
+        raise BadFile(f"{out} exists already; name another file or remove it")
+    _quiet()
+    from safegen.api import make_edit
+    from safegen.data.triplets import Triplets
+
+    work = work or out.with_name(out.name + ".work")
+    if not resume and (work / "checkpoint.safetensors").exists():
+        raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
+    recipe = make_edit(method, preset, **_changes(method, preset, set_ or []))
+    rows = Triplets.load(triplets)
+    loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
+    with _progress() as tell:
+        patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
+    patch.save(out)
+    facts = patch.provenance
+    typer.echo(f"{out}: {len(patch.tensors)} tensors changed in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}")
+
+
+@app.command()
+def apply(
+    patch: Annotated[Path, typer.Argument(help="A patch file.")],
+    model: ModelArg,
+    out: Annotated[Path, typer.Option(help="New diffusers folder.")],
+    allow_pickle: Pickle = False,
+) -> None:
+    """Put a patch on a model and write a plain diffusers folder."""
+    if out.exists():
+        raise BadFile(f"{out} exists already; name another folder or remove it")
+    _quiet()
+    from safegen.models import save_folder
+
+    loaded, _ = _load(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle)
+    save_folder(loaded, out)
+    typer.echo(f"{out}: open it with StableDiffusionPipeline.from_pretrained({str(out)!r})")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="New folder for report.html, summary.json, patch and pictures.")] = Path("safegen-demo"),
+    concept: Annotated[str, typer.Option(help="Concept to remove: skulls or fire.")] = "skulls",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Few pictures and a short edit, in under a minute: shows that all works, not how well.")
+    ] = False,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts of each list; 24, or 4 with --fast.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 1,
+    preset: Annotated[str, typer.Option(help="Settings of the edit: default or paper.")] = "default",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting of the edit: name=value.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Do the main job on the bundled miniature model: draw, edit, draw again, judge, report."""
+    if out.exists():
+        raise BadFile(f"{out} exists already; name another folder with --out, or remove it")
+    _quiet()
+    _set_threads(threads)
+    from safegen.api import make_edit
+    from safegen.bench.demo import DemoSettings, run_demo
+
+    changes = _changes("safegen", preset, (["training.updates=40"] if fast else []) + (set_ or []))
+    settings = DemoSettings(concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1)))
+    with _progress() as tell:
+        found = run_demo(settings, make_edit("safegen", preset, **changes), out, tell=tell)
+    _show(found.summary())
+    typer.echo(f"\nreport: {(out / 'report.html').resolve()}")
+
+
+def _show(summary: dict[str, Any]) -> None:
+    """Print the headline table of a demo."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{summary['concept']['name']} removed from {summary['settings']['model']}", title_justify="left")
+    for name in ("prompts", "n", "concept seen", "removed (95 %)", "right object", "asked for besides", "mosaicked"):
+        table.add_column(name)
+    for name, row in summary["lists"].items():
+        base, edited, gone = row["base"], row["edited"], row.get("removal")
+
+        def pair(key: str, base: dict[str, Any] = base, edited: dict[str, Any] = edited) -> str:
+            return f"{100 * base[key]['value']:.0f} → {100 * edited[key]['value']:.0f} %" if base[key] else ""
+
+        removed = f"{100 * gone['value']:.1f} % ({100 * gone['low']:.1f} to {100 * gone['high']:.1f})" if gone else ""
+        besides = f"{row['shows']} {pair('shown')}" if row["shows"] else ""
+        table.add_row(
+            f"{row['role']} ({name})", str(base["concept"]["n"]), pair("concept"), removed, pair("subject"), besides, pair("mosaicked")
+        )
+    Console().print(table)
+    typer.echo("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in summary["seconds"].items()))
+
+
+def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
+    texts = list(prompt or [])
+    if prompts is not None:
+        if not prompts.is_file():
+            raise BadFile(f"the prompt file {str(prompts)!r} does not exist")
+        try:
+            texts += [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise BadFile(f"the prompt file {str(prompts)!r} is not UTF-8 text: {error}") from error
+    if not texts:
+        raise BadSetting("there is nothing to draw; give --prompt TEXT or --prompts FILE with a prompt a line")
+    return texts
+
+
+def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
+    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training."""
+    from safegen.api import make_edit
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, text = pair.partition("=")
+        if not found:
+            raise BadSetting(f"--set takes name=value, got {pair!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        outer, _, inner = name.partition(".")
+        if inner:
+            start = make_edit(method, preset).model_dump().get(outer)
+            if not isinstance(start, dict):
+                raise BadSetting(f"--set {name}: {outer!r} has no settings of its own")
+            out[outer] = out.get(outer, start) | {inner: value}
+        else:
+            out[name] = value
+    return out
+
+
+def _load(name: str, patches: list[Path], *, device: str, dtype: str, threads: int | None, allow_pickle: bool) -> tuple[Model, list[str]]:
+    """Load a model and put patches on it; warnings become one line each."""
+    from safegen.models import Patch, load
+
+    _set_threads(threads)
+    read = [Patch.load(path) for path in patches]
+    loaded = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    _ = loaded.hash  # of the untouched weights, before any patch
+    for patch in read:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.apply(loaded)
+        for warning in caught:
+            typer.echo(f"warning: {warning.message}", err=True)
+    return loaded, [p.hash for p in read]
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _quiet() -> None:
+    """Keep the libraries below us from printing; must run before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar with rate and time left for each named stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def tell(what: str, done: int, of: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=of)
+        bar.update(tasks[what], completed=done)
+
+    with bar:
+        yield tell

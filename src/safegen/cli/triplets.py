@@ -1,0 +1,80 @@
+"""`safegen triplets`: make them, check them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from safegen.data.censor import Censor, Style
+from safegen.errors import BadSetting
+
+app = typer.Typer(no_args_is_help=True, help="Make and check triplets: unsafe, censored and benign pictures to edit with.")
+
+T = TypeVar("T")
+CENSOR = Censor()
+THRESHOLD = 0.5
+HELP = {name: field.description for name, field in Censor.model_fields.items()}
+
+Label = Annotated[
+    list[str] | None, typer.Option("--label", help="A label of the judge that means unsafe; repeat it. Default: all its own.")
+]
+Threshold = Annotated[float, typer.Option(help="Least score of a detection that counts.")]
+
+
+def _bar(items: Sequence[T], doing: str, /) -> Iterable[T]:
+    """Show progress on stderr."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, doing, console=Console(stderr=True), transient=True)
+
+
+@app.command()
+def make(
+    *,
+    unsafe: Annotated[Path, typer.Option(help="Folder of unsafe pictures.")],
+    judge: Annotated[str, typer.Option(help="Name of the judge that finds what to cover.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    benign: Annotated[Path | None, typer.Option(help="Folder of benign pictures. Default: the unsafe folder's safe ones.")] = None,
+    label: Label = None,
+    threshold: Threshold = THRESHOLD,
+    style: Annotated[Style, typer.Option(help=HELP["style"])] = CENSOR.style,
+    tile: Annotated[float, typer.Option(help=HELP["tile"])] = CENSOR.tile,
+    padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
+) -> None:
+    """Censor unsafe pictures, pair them with benign ones and write a folder of triplets."""
+    from safegen.data import triplets
+    from safegen.judge import load_judge
+
+    settings = Censor(style=style, tile=tile, padding=padding)
+    eye = load_judge(judge, labels=label or (), threshold=threshold)
+    own: Sequence[str] = getattr(eye, "labels", ())
+    report = triplets.make(unsafe, benign, eye, out, settings, labels=label or own, threshold=threshold, track=_bar)
+    for problem in report.left_out:
+        typer.echo(f"left out {problem}")
+    typer.echo(f"{len(report.triplets)} triplets in {out}, {len(report.left_out)} pictures left out, hash {report.triplets.hash[:16]}")
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of triplets, or a .csv in the dialect of the published code.")],
+    judge: Annotated[str | None, typer.Option(help="Name of a judge that must find the censored and benign pictures safe.")] = None,
+    label: Label = None,
+    threshold: Threshold = THRESHOLD,
+) -> None:
+    """List what is wrong with triplets, one line each; exits with 1 if anything is."""
+    from safegen.data import triplets
+    from safegen.judge import load_judge
+
+    if not judge and (label or threshold != THRESHOLD):
+        raise BadSetting(f"--label and --threshold have no effect without --judge, got {label or threshold}; name a judge")
+    problems = triplets.check(path, load_judge(judge, labels=label or (), threshold=threshold) if judge else None)
+    for problem in problems:
+        typer.echo(str(problem))
+    if problems:
+        raise typer.Exit(1)
+    good = triplets.Triplets.load(path)
+    typer.echo(f"{len(good)} triplets, nothing wrong, hash {good.hash[:16]}")

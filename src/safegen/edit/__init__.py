@@ -1,0 +1,1 @@
+"""Edits: a model goes in, a patch comes out; the model is untouched."""

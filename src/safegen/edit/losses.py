@@ -1,0 +1,83 @@
+"""The losses of the editing methods, one function an equation. Each returns one value per sample; the loop takes the mean."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+Latent = Float[Tensor, "b c h w"]
+PerSample = Float[Tensor, "b"]
+
+
+def squared_error(prediction: Latent, target: Latent) -> PerSample:
+    """Return the mean squared error of each sample, computed in fp32 as the published step does."""
+    return (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+
+
+def paper_target(eps: Latent, z_u: Latent, z_c: Latent) -> Latent:
+    """Return what SafeGen as released teaches the denoiser to predict on a noised unsafe latent.
+
+    eps + (z_u - z_c), the same at every timestep (arXiv:2404.06666, released training step). Its implied x0 is
+    z_u - sqrt((1 - abar) / abar) (z_u - z_c): the censored picture at one timestep only (about 354 of 1000 on SD 1.x).
+
+    Args:
+        eps: the noise that was added.
+        z_u: scaled latents of the unsafe pictures.
+        z_c: scaled latents of their censored twins.
+    """
+    return eps + (z_u - z_c)
+
+
+def x0_target(eps: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
+    """Return the noise prediction whose implied x0 is the censored picture at every timestep (ours).
+
+    eps + min(sqrt(abar / (1 - abar)), clamp) (z_u - z_c): solve sqrt(abar) z_c + sqrt(1 - abar) e = x_t for e. The factor is 34 at
+    t = 0 on the SD 1.x schedule, hence the clamp; where it binds, the implied x0 lies between z_u and z_c.
+
+    Args:
+        eps: the noise that was added.
+        z_u: scaled latents of the unsafe pictures.
+        z_c: scaled latents of their censored twins.
+        abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
+        clamp: largest factor; unitless, > 0.
+    """
+    factor = (abar / (1 - abar)).sqrt().clamp(max=clamp)
+    return eps + factor[:, None, None, None] * (z_u - z_c)
+
+
+def v_target(eps: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
+    """Return the velocity whose implied x0 is the censored picture, for models that predict v (ours).
+
+    v_u + min(1 / sqrt(1 - abar), clamp) (z_u - z_c), where v_u = sqrt(abar) eps - sqrt(1 - abar) z_u is the ordinary velocity
+    (Salimans & Ho 2022, arXiv:2202.00512): solve sqrt(abar) x_t - sqrt(1 - abar) v = z_c for v.
+
+    Args:
+        eps: the noise that was added.
+        z_u: scaled latents of the unsafe pictures.
+        z_c: scaled latents of their censored twins.
+        abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
+        clamp: largest factor; unitless, >= 1.
+    """
+    factor = (1 - abar).rsqrt().clamp(max=clamp)
+    return velocity(eps, z_u, abar) + factor[:, None, None, None] * (z_u - z_c)
+
+
+def velocity(eps: Latent, z: Latent, abar: PerSample) -> Latent:
+    """Return the v-prediction target sqrt(abar) eps - sqrt(1 - abar) z (arXiv:2202.00512)."""
+    shape = (-1, 1, 1, 1)
+    return abar.sqrt().view(shape) * eps - (1 - abar).sqrt().view(shape) * z
+
+
+def add_noise(z: Latent, eps: Latent, abar: PerSample) -> Latent:
+    """Return x_t = sqrt(abar) z + sqrt(1 - abar) eps (Ho et al. 2020, eq. 4)."""
+    shape = (-1, 1, 1, 1)
+    return abar.sqrt().view(shape) * z + (1 - abar).sqrt().view(shape) * eps
+
+
+def implied_x0(x_t: Latent, eps: Latent, abar: PerSample) -> Latent:
+    """Return the clean latent that a noise prediction stands for: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
+    shape = (-1, 1, 1, 1)
+    return (x_t - (1 - abar).sqrt().view(shape) * eps) / abar.sqrt().view(shape)
+
+
+__all__ = ["add_noise", "implied_x0", "paper_target", "squared_error", "v_target", "velocity", "x0_target"]

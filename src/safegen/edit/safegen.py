@@ -1,0 +1,258 @@
+"""SafeGen: take a visual concept out of the self-attention layers with <unsafe, censored, benign> pictures (arXiv:2404.06666)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from safegen.concept import prompt_list
+from safegen.data.triplets import Triplets
+from safegen.edit import losses
+from safegen.edit.base import Edit
+from safegen.edit.loop import Report, Training, train
+from safegen.errors import BadFile, BadSetting, UnknownName
+from safegen.models.model import Model
+from safegen.models.patch import Patch
+from safegen.models.select import select
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "target": "paper",
+        "clamp": None,
+        "timesteps": (0, 1000),
+        "weight_mosaic": 0.1,
+        "weight_preserve": 0.9,
+        "teacher": False,
+        "captions": (),
+        "caption_share": 0.0,
+        "training": Training(),
+    },
+}
+"""`paper`: the published run (run_adjust_SD.sh). `default`: what the ablation in docs/ablation.md chose on the miniature model."""
+
+
+class SafeGen(Edit):
+    """Settings of the SafeGen edit."""
+
+    target: Literal["paper", "x0"] = "x0"
+    """What a noised unsafe latent is taught to predict: as released, or what implies the censored picture as its x0."""
+    clamp: float | None = Field(default=3.0, gt=0)
+    """Largest factor of the x0 target; None for the paper's target, which has no factor."""
+    timesteps: tuple[int, int] = (0, 1000)
+    """First and one-past-last training timestep that is drawn."""
+    weight_mosaic: float = Field(default=0.5, ge=0)
+    """Weight of L_m, the loss on unsafe pictures."""
+    weight_preserve: float = Field(default=0.5, ge=0)
+    """Weight of L_p, the loss on benign pictures."""
+    teacher: bool = True
+    """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
+    captions: tuple[str, ...] = ()
+    """Benign prompt lists (`source:list`, or a text file with a prompt a line) for `caption_share`."""
+    caption_share: float = Field(default=0.0, ge=0, le=1)
+    """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours)."""
+    flip: bool = False
+    """Whether a sample may be mirrored; unsafe, censored and benign together."""
+    selector: str = "attn1"
+    """Which weights change."""
+    held_out: float = Field(default=0.1, gt=0, lt=0.5)
+    """Part of the triplets kept for the held-out loss, when the training looks at one."""
+    training: Training = Training()
+    """How the loop trains."""
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> Self:
+        if (self.target == "x0") != (self.clamp is not None):
+            raise ValueError("clamp goes with target x0, and only with it")
+        if bool(self.captions) != (self.caption_share > 0):
+            raise ValueError("captions and caption_share go together: give both or neither")
+        if not 0 <= self.timesteps[0] < self.timesteps[1]:
+            raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
+        if self.weight_mosaic + self.weight_preserve <= 0:
+            raise ValueError("weight_mosaic and weight_preserve are both 0: nothing would be learnt")
+        return self
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SafeGen:  # noqa: ANN401 - any setting
+        """Return the settings called `name`, some of them changed.
+
+        Raises:
+            UnknownName: no such preset.
+        """
+        if name not in PRESETS:
+            raise UnknownName("preset of safegen", name, PRESETS)
+        return cls(**(PRESETS[name] | changes))
+
+    def apply(
+        self, model: Model, triplets: Triplets, *, folder: Path | None = None, resume: bool = False, report: Report | None = None
+    ) -> Patch:
+        """Train the edit and return it as a patch; `model` is not touched.
+
+        Raises:
+            BadSetting: the model's schedule has fewer timesteps than asked for, or too few triplets for a held-out part.
+            Stopped: the user stopped it; `resume` continues.
+        """
+        problem = SafeGenProblem(self, model, triplets)
+        names = select(model.denoiser, self.selector)
+        found = train(model.denoiser, names, problem, self.training, folder=folder, resume=resume, report=report)
+        facts = {
+            "method": "safegen",
+            "settings": self.model_dump(mode="json"),
+            "base": model.hash,
+            "model": model.name,
+            "data": triplets.hash,
+            "updates": len(found.log),
+            "seconds": round(found.seconds, 2),
+            "stopped_early": found.stopped_early,
+            "losses": {k: found.log[-1][k] for k in problem.weights},
+        }
+        return Patch(found.tensors, facts)
+
+
+class SafeGenProblem:
+    """SafeGen's batches and losses. Latents, text embeddings and the reference weights are computed or kept once."""
+
+    def __init__(self, edit: SafeGen, model: Model, triplets: Triplets) -> None:
+        """Encode every triplet and caption once."""
+        self.edit, self.prediction = edit, model.prediction
+        self.abar = model.alphas_cumprod().to(model.device)
+        if edit.timesteps[1] > len(self.abar):
+            raise BadSetting(f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}")
+        if edit.target == "paper" and self.prediction != "epsilon":
+            raise BadSetting(f"target 'paper' has a wrong x0 on a {self.prediction} model; use target 'x0'")
+        self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
+        self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
+        n = self.latents.shape[2]
+        spare = round(n * edit.held_out) if edit.training.validate_every else 0
+        if edit.training.validate_every and not 0 < spare < n:
+            raise BadSetting(f"a held-out part of {edit.held_out} of {n} triplets is empty; give more triplets or set validate_every 0")
+        self.spare, self.used = range(n - spare, n), n - spare
+        self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
+        self.names = select(model.denoiser, edit.selector)
+        own = dict(model.denoiser.named_parameters())
+        self.reference = {k: own[k].detach().clone() for k in self.names} if edit.teacher else {}
+        words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
+        self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words])
+
+    def losses(self, denoiser: nn.Module, micro_step: int, generator: torch.Generator, share: tuple[int, int]) -> Mapping[str, Tensor]:
+        """Draw one batch and return L_m and L_p, (b,) each."""
+        b = self.edit.training.batch
+        rows = _shuffled(self.used, self.edit.training.seed, micro_step * b, b)
+        return self._draw_and_compare(denoiser, rows, generator, share)
+
+    def held_out(self, denoiser: nn.Module) -> float:
+        """Return the weighted loss over the held-out triplets, eight fixed draws each."""
+        draw, total = torch.Generator("cpu").manual_seed(1), 0.0
+        for _ in range(8):
+            terms = self._draw_and_compare(denoiser, list(self.spare), draw, (0, 1))
+            total += sum(self.weights[k] * v.mean().item() for k, v in terms.items()) / 8
+        return total
+
+    def _draw_and_compare(
+        self, denoiser: nn.Module, rows: Sequence[int], g: torch.Generator, share: tuple[int, int]
+    ) -> Mapping[str, Tensor]:
+        b, shape = len(rows), self.latents.shape[3:]
+        flips = torch.randint(self.latents.shape[1], (b,), generator=g)
+        t = torch.randint(*self.edit.timesteps, (b,), generator=g)
+        eps, eps_b = torch.randn(b, *shape, generator=g), torch.randn(b, *shape, generator=g)
+        words = torch.zeros(2 * b, dtype=torch.long)
+        if self.edit.caption_share:
+            pick = torch.randint(1, len(self.text), (2 * b,), generator=g)
+            words = torch.where(torch.rand(2 * b, generator=g) < self.edit.caption_share, pick, words)
+        mine = torch.arange(b)[share[0] :: share[1]]
+        z_u, z_c, z_b = self.latents[:, flips, torch.tensor(rows)][:, mine]
+        device = z_u.device
+        text = self.text[torch.cat([words[:b][mine], words[b:][mine]])]
+        return self.compare(denoiser, z_u, z_c, z_b, eps[mine].to(device), eps_b[mine].to(device), t[mine].to(device), text)
+
+    def compare(
+        self, denoiser: nn.Module, z_u: Tensor, z_c: Tensor, z_b: Tensor, eps: Tensor, eps_b: Tensor, t: Tensor, text: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Return L_m and L_p per triplet for given draws: one forward for unsafe and benign, one timestep shared by a triplet.
+
+        Args:
+            denoiser: the network in training.
+            z_u: scaled latents of the unsafe pictures, (b, c, h, w).
+            z_c: of the censored ones.
+            z_b: of the benign ones.
+            eps: noise for the unsafe latents.
+            eps_b: noise for the benign latents.
+            t: timesteps, (b,).
+            text: text embeddings, (2b, tokens, width): of the unsafe rows, then of the benign.
+        """
+        abar = self.abar[t]
+        x = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)])
+        out_u, out_b = denoiser(x, torch.cat([t, t]), text).sample.chunk(2)
+        if self.edit.target == "paper":
+            want = losses.paper_target(eps, z_u, z_c)
+        else:
+            clamp = self.edit.clamp or 0.0
+            target = losses.x0_target if self.prediction == "epsilon" else losses.v_target
+            want = target(eps, z_u, z_c, abar, clamp=clamp)
+        if self.edit.teacher:
+            with torch.no_grad():
+                inner = getattr(denoiser, "module", denoiser)
+                keep = torch.func.functional_call(inner, self.reference, (x[len(z_u) :], t, text[len(z_u) :])).sample
+        else:
+            keep = eps_b if self.prediction == "epsilon" else losses.velocity(eps_b, z_b, abar)
+        return {"L_m": losses.squared_error(out_u, want), "L_p": losses.squared_error(out_b, keep)}
+
+
+def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
+    """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign pictures; all three get the same crop and flip."""
+    sides: list[list[Tensor]] = [[], [], []]
+    for i in range(len(triplets)):
+        for side, image in zip(sides, triplets.images(i), strict=True):
+            side.append(to_pixels(image, model.size))
+    pixels = torch.stack([torch.stack(s) for s in sides])  # (3, n, 3, h, w)
+    views = [pixels, pixels.flip(-1)] if flip else [pixels]
+    found = [torch.stack([model.encode_images(side).float() for side in view]) for view in views]
+    return torch.stack(found, dim=1)
+
+
+def to_pixels(image: Image.Image, side: int) -> Tensor:
+    """Return a picture as (3, side, side) in [-1, 1]: short side scaled to `side` (bilinear), then the centre cut out."""
+    scale = side / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    cut = image.convert("RGB").crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.asarray(cut, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def read_captions(names: Sequence[str]) -> list[str]:
+    """Return the captions of prompt lists (`source:list`, 64 each at most) and of text files.
+
+    Raises:
+        BadFile: a file is missing or has no line.
+    """
+    out: list[str] = []
+    for name in names:
+        if Path(name).suffix == ".txt":
+            if not Path(name).is_file():
+                raise BadFile(f"the caption file {name!r} does not exist")
+            lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+            if not lines:
+                raise BadFile(f"the caption file {name!r} has no caption; write one a line")
+            out += lines
+        else:
+            out += [row.text for row in prompt_list(name, 192)]
+    return out
+
+
+def _shuffled(n: int, seed: int, start: int, count: int) -> list[int]:
+    """Return `count` positions from `start` on in an endless row of shuffled epochs over 0..n-1."""
+    out: list[int] = []
+    while len(out) < count:
+        epoch, at = divmod(start + len(out), n)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        out += order[at : at + count - len(out)]
+    return out

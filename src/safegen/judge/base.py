@@ -1,0 +1,68 @@
+"""What every judge answers: one verdict per image, with the raw detections it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from PIL import Image
+
+Outcome = Literal["unsafe", "safe", "unjudged"]
+
+KEPT = 0.2
+"""Detections below this score are not kept; those above it can be re-scored at any threshold without looking again."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Something a judge saw.
+
+    Attributes:
+        label: one of the judge's labels.
+        score: in [0, 1].
+        box: left, top, right, bottom in pixels of the image as given; None for a judge that sees whole images.
+    """
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's answer on one image. An image that could not be judged is never safe."""
+
+    outcome: Outcome
+    detections: tuple[Detection, ...] = ()
+    subject: str | None = None
+    """What the picture shows, if the judge can tell."""
+    reason: str = ""
+    """Why the image is unjudged."""
+
+    def sees(self, labels: Collection[str], threshold: float = 0.5) -> bool:
+        """Return whether a detection with one of `labels` reaches `threshold`."""
+        return any(d.label in labels and d.score >= threshold for d in self.detections)
+
+    def rescored(self, labels: Collection[str], threshold: float) -> Verdict:
+        """Return the verdict under other labels or another threshold; unjudged stays unjudged.
+
+        Raises:
+            ValueError: `threshold` is under what was kept.
+        """
+        if not KEPT <= threshold <= 1:
+            raise ValueError(f"threshold must be in {KEPT}..1, got {threshold}")
+        if self.outcome == "unjudged":
+            return self
+        return replace(self, outcome="unsafe" if self.sees(labels, threshold) else "safe")
+
+
+class Judge(Protocol):
+    """Looks at images. `labels` and `threshold` say what makes one unsafe."""
+
+    id: str
+    """Name and hash of the weights: two judges with one id give one answer."""
+
+    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """Return one verdict per image, in order; an image that fails gives `unjudged`, not an exception."""
+        ...

@@ -1,0 +1,49 @@
+"""What the package carries of the miniature model: where its files lie. Reached through the tables only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safegen.errors import UnknownName
+from safegen.mini import captions
+
+HERE = Path(__file__).parent
+
+
+def pipeline_folder() -> Path:
+    """Return the diffusers folder of the miniature model."""
+    return HERE / "weights" / "pipeline"
+
+
+def clip_folder() -> Path:
+    """Return the folder of the miniature CLIP pair."""
+    return HERE / "weights" / "clip"
+
+
+def judge_file() -> Path:
+    """Return the weights of the miniature judge."""
+    return HERE / "weights" / "judge.safetensors"
+
+
+def triplets_folder(concept: str) -> Path:
+    """Return the folder of the ready triplets of a concept.
+
+    Raises:
+        UnknownName: there are none for it.
+    """
+    known = [p.name for p in (HERE / "triplets").iterdir() if p.is_dir()]
+    if concept not in known:
+        raise UnknownName("bundled triplets", concept, known)
+    return HERE / "triplets" / concept
+
+
+def prompt_list(kind: str, n: int) -> list[tuple[str, str]]:
+    """Return the `n` first (prompt, object) pairs of a list; `benign-train` has combinations that no measured list has.
+
+    Raises:
+        UnknownName: there is no such list.
+    """
+    name, trained = kind.removesuffix("-train"), kind.endswith("-train")
+    if name not in captions.TEMPLATES:
+        raise UnknownName("mini prompt list", kind, captions.TEMPLATES)
+    return [(p.text, p.object) for p in captions.prompts(name, n, trained=trained)]

@@ -1,0 +1,8 @@
+"""The border to diffusion models: loading, sampling, choosing weights, patches."""
+
+from safegen.models.model import Model, load, save_folder
+from safegen.models.patch import Applied, OtherBase, Patch
+from safegen.models.sampling import Ask, Sampler, generate, save_picture
+from safegen.models.select import select
+
+__all__ = ["Applied", "Ask", "Model", "OtherBase", "Patch", "Sampler", "generate", "load", "save_folder", "save_picture", "select"]

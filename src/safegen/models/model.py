@@ -1,0 +1,201 @@
+"""The border to diffusers: a loaded pipeline, checked, with a name for its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from safegen.errors import BadFile, UnknownName
+from safegen.files import fresh_folder
+from safegen.tables import MODELS, resolve
+
+FAMILIES = {"StableDiffusionPipeline": StableDiffusionPipeline}
+"""Pipeline class named in model_index.json: the class that opens it."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded text-to-image model. Edits and guards see it only through this border."""
+
+    name: str
+    """What it was loaded by."""
+    pipeline: StableDiffusionPipeline
+
+    @property
+    def denoiser(self) -> UNet2DConditionModel:
+        """The network that predicts the noise."""
+        return self.pipeline.unet
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder between pictures and latents."""
+        return self.pipeline.vae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.pipeline.unet.device
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the pictures it was trained on."""
+        scale: int = self.pipeline.vae_scale_factor
+        return int(self.denoiser.config.sample_size) * scale
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the denoiser's weights as they were first asked for: the identity that patches refer to."""
+        return hash_tensors(self.denoiser.state_dict())
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Return the text embeddings (n, tokens, width) that the denoiser is conditioned on."""
+        tokenizer, tower = self.pipeline.tokenizer, self.pipeline.text_encoder
+        ids = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        out: Tensor = tower(ids.to(self.device))[0]
+        return out
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, *, batch: int = 8) -> Tensor:
+        """Return scaled latents: the posterior mean, so that the same picture always gives the same latent.
+
+        Args:
+            images: (n, 3, h, w) in [-1, 1].
+            batch: pictures encoded at once.
+        """
+        parts = [self.vae.encode(b.to(self.device, self.vae.dtype)).latent_dist.mode() for b in images.split(batch)]
+        return torch.cat(parts) * self.vae.config.scaling_factor
+
+    def alphas_cumprod(self) -> Tensor:
+        """Return the schedule's abar, (train timesteps,)."""
+        out: Tensor = self.pipeline.scheduler.alphas_cumprod
+        return out
+
+    @property
+    def prediction(self) -> str:
+        """What the denoiser predicts: `epsilon` or `v_prediction`."""
+        return str(self.pipeline.scheduler.config.prediction_type)
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """Return a SHA-256 over names, shapes, types and bytes, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False) -> Model:
+    """Load a model by its name in the table, or from a diffusers folder, or (`hub:owner/name`) from the hub.
+
+    Args:
+        name: `mini`, a folder that holds model_index.json, or `hub:owner/name`. Nothing is fetched for the first two.
+        dtype: fp32, bf16 or fp16.
+        device: a torch device.
+        allow_pickle: also open weights stored as pickles (.bin), which can run code of whoever made them.
+
+    Raises:
+        UnknownName: neither a known model nor a folder.
+        BadFile: the folder lacks parts, holds pickles or damaged files, or its weights have NaN.
+    """
+    if dtype not in DTYPES:
+        raise UnknownName("dtype", dtype, DTYPES)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "safety_checker": None, "requires_safety_checker": False}
+    if name.startswith("hub:"):
+        folder, options = name.removeprefix("hub:"), options | {"use_safetensors": None if allow_pickle else True}
+    else:
+        path = resolve(MODELS, name, "model")() if name in MODELS else Path(name)
+        folder, pickled = str(path), _look(name, path, allow_pickle)
+        options |= {"local_files_only": True, "use_safetensors": not pickled}
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+    except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
+        raise BadFile(f"the model {name!r} cannot be read: {_first_line(error)}") from error
+    for part in ("unet", "vae", "text_encoder"):
+        for key, value in getattr(pipeline, part).state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise BadFile(f"the model {name!r} has NaN or infinite weights in {part}.{key}; get an undamaged copy")
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in ("unet", "vae", "text_encoder"):
+        module: nn.Module = getattr(pipeline, part)
+        module.eval().requires_grad_(False)
+    return Model(name, pipeline)
+
+
+def _look(name: str, path: Path, allow_pickle: bool) -> bool:
+    """Check a model folder before anything is opened; return whether its denoiser is a pickle."""
+    if not path.exists():
+        raise UnknownName("model (nor a folder of that name)", name, MODELS)
+    if path.is_file():
+        if path.suffix in {".ckpt", ".pt", ".pth", ".bin"} and not allow_pickle:
+            raise BadFile(
+                f"{name} is a pickle, which can run code of whoever made it; get it as safetensors, or say --allow-pickle if you trust it"
+            )
+        raise BadFile(f"{name} is a single file; this version reads diffusers folders (the one that holds model_index.json)")
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise BadFile(f"{name} is not a diffusers folder: it has no model_index.json")
+    try:
+        family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise BadFile(f"{index} is not JSON: {_first_line(error)}") from error
+    if family not in FAMILIES:
+        raise BadFile(f"{name} is a {family}; this version reads: {', '.join(FAMILIES)}")
+    if any((path / "unet").glob("*.safetensors")):
+        return False
+    if not any((path / "unet").glob("*.bin")):
+        raise BadFile(f"{name} has no weights: there is no .safetensors file in {path / 'unet'}")
+    if not allow_pickle:
+        raise BadFile(
+            f"{name} holds pickled weights, which can run code of whoever made them; "
+            "get it as safetensors, or say --allow-pickle if you trust it"
+        )
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def save_folder(model: Model, out: Path) -> None:
+    """Write a plain diffusers folder that `StableDiffusionPipeline.from_pretrained` of old and new releases opens.
+
+    Mends three things that today's libraries write and yesterday's cannot read: text-encoder keys without `text_model.`, a tokenizer
+    without vocab.json and merges.txt, and the image processor's new name.
+
+    Raises:
+        BadFile: `out` exists.
+    """
+    with fresh_folder(out) as tmp:
+        model.pipeline.save_pretrained(tmp)
+        tower = model.pipeline.text_encoder
+        state = tower.state_dict()
+        if not any(k.startswith("text_model.") for k in state):
+            shutil.rmtree(tmp / "text_encoder")
+            tower.save_pretrained(tmp / "text_encoder", state_dict={"text_model." + k: v for k, v in state.items()})
+        save_vocabulary(tmp / "tokenizer")
+        index = tmp / "model_index.json"
+        index.write_text(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"), encoding="utf-8")
+
+
+def save_vocabulary(folder: Path) -> None:
+    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that do not read the latter."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

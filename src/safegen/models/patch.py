@@ -1,0 +1,139 @@
+"""A patch: new values for some weights of a denoiser, in one safetensors file with its provenance."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safegen.errors import BadFile, BadPatch
+from safegen.files import fresh_file
+from safegen.models.model import Model, hash_tensors
+
+FORMAT = "safegen-patch/1"
+
+
+class OtherBase(UserWarning):
+    """A patch is put on a model whose weights are not those it was made for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """New values by parameter name of the denoiser, and where they come from."""
+
+    tensors: Mapping[str, Tensor]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """method, settings, base (model hash), data (triplets hash), made_by, metrics: plain JSON values."""
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the new values."""
+        return hash_tensors(dict(self.tensors))
+
+    def save(self, out: Path) -> None:
+        """Write the patch to a new file.
+
+        Raises:
+            BadFile: `out` exists or cannot be written.
+        """
+        header = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance), sort_keys=True)}
+        with fresh_file(out) as tmp:
+            try:
+                save_file({k: v.detach().cpu().contiguous() for k, v in self.tensors.items()}, tmp, metadata=header)
+            except SafetensorError as error:
+                raise BadFile(f"{out} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Patch:
+        """Read a patch.
+
+        Raises:
+            BadFile: missing, truncated, not a patch, or with NaN in its values.
+        """
+        if not path.is_file():
+            raise BadFile(f"the patch {str(path)!r} does not exist")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error
+        if header.get("format") != FORMAT:
+            raise BadFile(f"{path} is not a safegen patch: its header says format {header.get('format')!r}, a patch says {FORMAT!r}")
+        for key, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                raise BadFile(f"{path} has NaN or infinite values in {key}; make it again")
+        return cls(tensors, json.loads(header["provenance"]))
+
+    def fits(self, model: Model) -> None:
+        """Check names and shapes against the model.
+
+        Raises:
+            BadPatch: a tensor has no counterpart of its shape.
+
+        Warns:
+            OtherBase: the shapes fit but the weights are not those that the patch was made on.
+        """
+        own = dict(model.denoiser.named_parameters())
+        for key, value in self.tensors.items():
+            if key not in own:
+                raise BadPatch(f"the patch does not fit the model {model.name!r}: it has no weight {key}; it was made for another family")
+            if own[key].shape != value.shape:
+                raise BadPatch(
+                    f"the patch does not fit the model {model.name!r}: {key} is {tuple(value.shape)} in the patch "
+                    f"and {tuple(own[key].shape)} in the model"
+                )
+        base = self.provenance.get("base")
+        if base is not None and base != model.hash:
+            warnings.warn(
+                f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: "
+                "measure the result before you trust it",
+                OtherBase,
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
+    def apply(self, model: Model) -> Applied:
+        """Put the new values into the model, in memory; the answer takes them out again exactly.
+
+        Raises:
+            BadPatch: see `fits`; then nothing was changed.
+        """
+        self.fits(model)
+        own = dict(model.denoiser.named_parameters())
+        before = {k: own[k].detach().clone() for k in self.tensors}
+        for key, value in self.tensors.items():
+            own[key].copy_(value)
+        return Applied(model, before)
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A patch that is on a model. `undo()` gives the model back bit for bit; also usable in a `with`."""
+
+    model: Model
+    before: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the old values back."""
+        own = dict(self.model.denoiser.named_parameters())
+        for key, value in self.before.items():
+            own[key].copy_(value)
+
+    def __enter__(self) -> Applied:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Undo."""
+        self.undo()
