@@ -1,6 +1,7 @@
 """Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/ablation.md.
 
     python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--rows paper,x0,...] [--out ablation.jsonl]
+    python benchmarks/ablation.py --table ablation.jsonl      # the rows so far, as Markdown
 
 One row a setting, all on the same prompts and seed; the base model is drawn once. Rows are appended as they are done.
 """
@@ -63,7 +64,11 @@ def main() -> None:
     ask.add_argument("--prompts", type=int, default=32)
     ask.add_argument("--rows", default="")
     ask.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
+    ask.add_argument("--table", type=Path)
     args = ask.parse_args()
+    if args.table:
+        print(markdown([json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]))
+        return
     concept = load_concept(args.concept)
     items = make_plan(concept, prompts=args.prompts, seeds=(1,))
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
@@ -114,6 +119,33 @@ def line(row: dict[str, Any]) -> str:
                 f"mosaic {100 * e['mosaicked']['value']:.0f}"
             )
     return " | ".join(parts)
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table: percentages, 95 % intervals in brackets."""
+    names = list(found[0]["lists"])
+    heads = ["setting", "edit, s"]
+    for name in names:
+        entry, short = found[0]["lists"][name], name.partition(":")[2]
+        heads += (
+            [f"{short}: removed"] if "removal" in entry else [f"{short}: drawn" if entry["base"]["shown"] else f"{short}: right object"]
+        )
+        if "removal" not in entry:
+            heads.append(f"{short}: mosaicked")
+    out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in found:
+        cells = [row["row"], f"{row['seconds']:.0f}"]
+        for name in names:
+            entry = row["lists"][name]
+            if "removal" in entry:
+                r = entry["removal"]
+                cells.append(f"{100 * r['value']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})")
+            else:
+                key = "shown" if entry["base"]["shown"] else "subject"
+                cells.append(f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}")
+                cells.append(f"{100 * entry['edited']['mosaicked']['value']:.0f}")
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
 
 
 if __name__ == "__main__":

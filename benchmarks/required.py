@@ -13,9 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from safegen.api import make_edit
 from safegen.bench.demo import DemoSettings, do_demo, write_demo
-from safegen.models import Sampler
+from safegen.models import Ask, Sampler
 
 Line = tuple[str, str, bool]
 
@@ -88,10 +90,11 @@ def main() -> None:
     ask.add_argument("--precision", default="bf16")
     args = ask.parse_args()
     results: dict[str, Any] = {}
+    drawn: dict[Ask, Image.Image] = {}
     for concept in args.concepts.split(","):
         sampler = Sampler(precision=args.precision)
         settings = DemoSettings(concept=concept, prompts=args.prompts, seeds=tuple(range(1, args.seeds + 1)), sampler=sampler)
-        found = do_demo(settings, make_edit("safegen", args.preset))
+        found = do_demo(settings, make_edit("safegen", args.preset), drawn=drawn)
         summary = found.summary()
         folder = args.out / concept
         folder.mkdir(parents=True)

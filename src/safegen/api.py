@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from safegen.data.triplets import Triplets
 from safegen.edit.base import Edit
 from safegen.edit.loop import Report
-from safegen.errors import BadSetting
+from safegen.errors import BadSetting, UnknownName
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 from safegen.tables import EDITS, resolve
@@ -26,7 +27,7 @@ def make_edit(method: str, preset: str = "default", **settings: Any) -> Edit:  #
     try:
         edit: Edit = resolve(EDITS, method, "edit").preset(preset, **settings)
     except ValidationError as error:
-        raise BadSetting(describe(error)) from error
+        raise BadSetting(describe(error, settings_of(resolve(EDITS, method, "edit")))) from error
     return edit
 
 
@@ -62,11 +63,24 @@ def edit(
     return make_edit(method, preset, **settings).apply(model, rows, folder=folder, resume=resume, report=report)
 
 
-def describe(error: ValidationError) -> str:
-    """Return pydantic's complaints in one line: setting, rule, value."""
+def settings_of(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the names of all settings, nested ones with dots."""
+    out = []
+    for name, field in kind.model_fields.items():
+        out.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            out += settings_of(field.annotation, f"{prefix}{name}.")
+    return out
+
+
+def describe(error: ValidationError, known: Sequence[str] = ()) -> str:
+    """Return pydantic's complaints in one line: setting, rule, value; the nearest of `known` for a name that there is not."""
     parts = []
     for e in error.errors():
         place = ".".join(str(v) for v in e["loc"]) or "settings"
+        if e["type"] == "extra_forbidden":
+            parts.append(str(UnknownName("setting", place, known)))
+            continue
         value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
         parts.append(f"{place}: {e['msg'].removeprefix('Value error, ')}{value}")
     return "; ".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safegen.errors import BadFile
@@ -51,4 +51,5 @@ def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be a file
+            tmp.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safegen.files import fresh_file, fresh_folder
 from safegen.judge import Verdict, load_judge
 from safegen.models.model import Model, load
 from safegen.models.patch import Patch
-from safegen.models.sampling import Sampler, generate
+from safegen.models.sampling import Ask, Sampler, generate
 from safegen.tables import TRIPLETS, resolve
 
 Tell = Callable[[str, int, int], None]
@@ -120,8 +120,18 @@ def run_demo(settings: DemoSettings, edit: Edit, out: Path, *, tell: Tell = lamb
     return found
 
 
-def do_demo(settings: DemoSettings, edit: Edit, *, tell: Tell = lambda *_: None) -> Outcome:
-    """Draw, edit, draw again and judge; nothing is written."""
+def do_demo(
+    settings: DemoSettings, edit: Edit, *, drawn: MutableMapping[Ask, Image.Image] | None = None, tell: Tell = lambda *_: None
+) -> Outcome:
+    """Draw, edit, draw again and judge; nothing is written.
+
+    Args:
+        settings: what to do and how much of it.
+        edit: the edit.
+        drawn: pictures that this base model has drawn with this sampler; used and added to, so that several calls draw them once.
+        tell: called with (stage, done, of).
+    """
+    drawn = {} if drawn is None else drawn
     concept = load_concept(settings.concept)
     if concept.triplets is None:
         raise BadSetting(
@@ -135,18 +145,22 @@ def do_demo(settings: DemoSettings, edit: Edit, *, tell: Tell = lambda *_: None)
     triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
     seconds, pictures, log = {"load": time.perf_counter() - began}, {}, []
 
-    pictures["base"], seconds["base pictures"] = _draw(model, items, settings.sampler, "drawing with the base model", tell)
+    missing = [i.ask for i in items if i.ask not in drawn]
+    fresh, seconds["base pictures"] = _draw(model, missing, settings.sampler, "drawing with the base model", tell)
+    drawn.update(zip(missing, fresh, strict=True))
+    pictures["base"] = [drawn[i.ask] for i in items]
 
     def note(done: int, of: int, row: Row) -> None:
         log.append(row)
         tell("editing", done, of)
 
+    asks = [i.ask for i in items]
     began = time.perf_counter()
     patch = edit.apply(model, triplets, report=note)
     seconds["edit"] = time.perf_counter() - began
     base_hash = model.hash
     with patch.apply(model):
-        pictures["edited"], seconds["edited pictures"] = _draw(model, items, settings.sampler, "drawing with the edited model", tell)
+        pictures["edited"], seconds["edited pictures"] = _draw(model, asks, settings.sampler, "drawing with the edited model", tell)
     began = time.perf_counter()
     tell("judging", 0, 2)
     verdicts = {side: judge.judge(images) for side, images in pictures.items()}
@@ -155,12 +169,12 @@ def do_demo(settings: DemoSettings, edit: Edit, *, tell: Tell = lambda *_: None)
     return Outcome(settings, concept, edit, items, pictures, verdicts, patch, log, seconds, judge.id, base_hash)
 
 
-def _draw(model: Model, items: Sequence[Item], sampler: Sampler, what: str, tell: Tell) -> tuple[list[Image.Image], float]:
+def _draw(model: Model, asks: Sequence[Ask], sampler: Sampler, what: str, tell: Tell) -> tuple[list[Image.Image], float]:
     began, out = time.perf_counter(), []
-    tell(what, 0, len(items))
-    for picture in generate(model, [i.ask for i in items], sampler):
+    tell(what, 0, len(asks))
+    for picture in generate(model, asks, sampler):
         out.append(picture)
-        tell(what, len(out), len(items))
+        tell(what, len(out), len(asks))
     return out, time.perf_counter() - began
 
 

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -135,16 +135,24 @@ def train(
     own = dict(denoiser.named_parameters())
     before = {n: own[n].data for n in names}
     was_training, flags = denoiser.training, {n: p.requires_grad for n, p in own.items()}
+    checkpointing = settings.gradient_checkpointing and not denoiser.is_gradient_checkpointing
+    if settings.precision == "fp16" and own[names[0]].device.type == "cpu":
+        raise BadSetting("precision fp16 has no effect on a CPU; use bf16 or fp32 there")
+    kinds = {p.dtype for n, p in own.items() if n not in before}
+    if settings.precision == "fp32" and kinds - {torch.float32}:
+        raise BadSetting("precision fp32 needs a model loaded in fp32; load it so, or set training.precision to bf16 or fp16")
     try:
         for n, p in own.items():
             p.requires_grad_(n in before)
         for n in names:
             own[n].data = before[n].detach().clone().float()
-        if settings.gradient_checkpointing:
+        if checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         return _Run(denoiser, {n: own[n] for n in names}, problem, settings, folder, report).go(resume)
     finally:
-        if settings.gradient_checkpointing:
+        vars(denoiser).pop("forward", None)  # accelerate leaves its autocast around it
+        vars(denoiser).pop("_original_forward", None)
+        if checkpointing:
             denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
         denoiser.train(was_training)
         for n, p in own.items():
@@ -182,7 +190,7 @@ class _Run:
     def go(self, resume: bool) -> Trained:
         if resume:
             self._load()
-        began, early = time.perf_counter() - self.spent, False
+        began, early = time.perf_counter() - self.spent, self._waited_enough()
         with _stop_signals() as stop:
             while self.update < self.settings.updates and not early:
                 row = self._one_update()
@@ -252,7 +260,10 @@ class _Run:
             row["held_out"] = value = self.problem.held_out(self.raw)
         self.waited = 0 if value < self.best else self.waited + 1
         self.best = min(self.best, value)
-        return bool(s.patience) and self.waited >= s.patience
+        return self._waited_enough()
+
+    def _waited_enough(self) -> bool:
+        return bool(self.settings.patience) and self.waited >= self.settings.patience
 
     # ------------------------------------------------------------ checkpoints: tensors in safetensors, the rest in its header
 
@@ -260,10 +271,9 @@ class _Run:
         assert self.folder is not None
         if not self.accelerator.is_main_process:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for i, (name, p) in enumerate(self.trained.items()):
-            state = self.optimiser.state[p]
+            state = self.optimiser.state.get(p) or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": 0.0}
             tensors |= {f"weight/{name}": p.detach(), f"first/{name}": state["exp_avg"], f"second/{name}": state["exp_avg_sq"]}
             tensors[f"count/{name}"] = torch.as_tensor(state["step"]).reshape(1)
             if self.ema:
@@ -275,6 +285,7 @@ class _Run:
         tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         rows = self.folder / f".log.jsonl.tmp-{os.getpid()}"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             rows.write_text("".join(json.dumps(row) + "\n" for row in self.log), encoding="utf-8")
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=header)
             rows.replace(self.folder / "log.jsonl")  # the log first: a kill between the two leaves rows that resume cuts off
@@ -282,8 +293,9 @@ class _Run:
         except (OSError, SafetensorError) as error:
             raise BadFile(f"the checkpoint {path} cannot be written: {error}") from error
         finally:
-            tmp.unlink(missing_ok=True)
-            rows.unlink(missing_ok=True)
+            for leftover in (tmp, rows):
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
 
     def _load(self) -> None:
         assert self.folder is not None
@@ -292,9 +304,9 @@ class _Run:
             raise BadFile(f"there is nothing to resume in {self.folder}: it has no checkpoint.safetensors")
         try:
             with safe_open(path, framework="pt") as file:
-                header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, ValueError) as error:  # ValueError: the log is not JSON, or not UTF-8
             raise BadFile(f"the checkpoint in {self.folder} is damaged ({error}); start again without resume") from error
         if header.get("fingerprint") != self._fingerprint():
             raise BadFile(f"the checkpoint in {self.folder} is of other settings, data or weights; resume with those it was started with")

@@ -229,7 +229,7 @@ def to_pixels(image: Image.Image, side: int) -> Tensor:
 
 
 def read_captions(names: Sequence[str]) -> list[str]:
-    """Return the captions of prompt lists (`source:list`, 64 each at most) and of text files.
+    """Return the captions of prompt lists (`source:list`, the first 192 of each) and of text files.
 
     Raises:
         BadFile: a file is missing or has no line.
@@ -239,7 +239,10 @@ def read_captions(names: Sequence[str]) -> list[str]:
         if Path(name).suffix == ".txt":
             if not Path(name).is_file():
                 raise BadFile(f"the caption file {name!r} does not exist")
-            lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise BadFile(f"the caption file {name!r} is not UTF-8 text: {error}") from error
             if not lines:
                 raise BadFile(f"the caption file {name!r} has no caption; write one a line")
             out += lines

@@ -123,7 +123,7 @@ def removal_rate(
     for b, e, c in rows:
         old = groups.get(c, (0, 0))
         groups[c] = (old[0] + b, old[1] + e)
-    sums = np.array(list(groups.values()), dtype=np.float64)
+    sums = np.array(sorted(groups.values()), dtype=np.float64)  # sorted: the order of the rows is irrelevant
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     totals = sums[picks].sum(axis=1)
     totals = totals[totals[:, 0] > 0]

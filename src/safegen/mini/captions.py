@@ -37,11 +37,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "{a} {o} surrounded by ghosts",
     ),
     "leaves": (
-        "{a} {o} with maple leaves", "maple leaves around {a} {o}", "{a} {o} among falling maple leaves", "{a} {o} covered in autumn leaves",
-        "a picture of {a} {o} and red leaves",
+        "{a} {o} with maple leaves", "maple leaves around {a} {o}", "{a} {o} among falling maple leaves",
+        "{a} {o} covered in autumn leaves", "a picture of {a} {o} and red leaves",
     ),
 }  # fmt: skip
-"""Kind of caption: its templates. `{a} {o}` becomes 'a castle', 'an owl'. One ending in '-innocent' has no word of its concept."""
+"""Kind of caption: its templates. `{a} {o}` becomes 'a castle', 'an owl'. No word in an '-innocent' one names its concept."""
 
 
 class Prompt(NamedTuple):

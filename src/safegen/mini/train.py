@@ -297,7 +297,7 @@ def cache_words(work: Path, words: Words) -> Tensor:
     return torch.cat([tower(b)[0] for b in ids.split(512)])
 
 
-def stage_unet(work: Path, steps: int = 3200) -> None:
+def stage_unet(work: Path, steps: int = 2600) -> None:
     """Train the denoiser to predict the noise, min-SNR-5 weights (arXiv:2303.09556), captions dropped one time in ten."""
     torch.manual_seed(SEED)
     data, words = load_world(work), Words()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from safegen.errors import BadFile, UnknownName
 from safegen.files import fresh_folder
@@ -22,6 +27,8 @@ from safegen.tables import MODELS, resolve
 
 FAMILIES = {"StableDiffusionPipeline": StableDiffusionPipeline}
 """Pipeline class named in model_index.json: the class that opens it."""
+PARTS = ("unet", "vae", "text_encoder")
+"""Parts of a pipeline that have weights."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -95,7 +102,7 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()
 
 
@@ -119,26 +126,27 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
         folder, options = name.removeprefix("hub:"), options | {"use_safetensors": None if allow_pickle else True}
     else:
         path = resolve(MODELS, name, "model")() if name in MODELS else Path(name)
-        folder, pickled = str(path), _look(name, path, allow_pickle)
-        options |= {"local_files_only": True, "use_safetensors": not pickled}
+        _look(name, path, allow_pickle)
+        folder, options = str(path), options | {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+        with _silence():
+            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
         raise BadFile(f"the model {name!r} cannot be read: {_first_line(error)}") from error
-    for part in ("unet", "vae", "text_encoder"):
+    for part in PARTS:
         for key, value in getattr(pipeline, part).state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise BadFile(f"the model {name!r} has NaN or infinite weights in {part}.{key}; get an undamaged copy")
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    for part in ("unet", "vae", "text_encoder"):
+    for part in PARTS:
         module: nn.Module = getattr(pipeline, part)
         module.eval().requires_grad_(False)
     return Model(name, pipeline)
 
 
-def _look(name: str, path: Path, allow_pickle: bool) -> bool:
-    """Check a model folder before anything is opened; return whether its denoiser is a pickle."""
+def _look(name: str, path: Path, allow_pickle: bool) -> None:
+    """Check a model folder before anything is opened."""
     if not path.exists():
         raise UnknownName("model (nor a folder of that name)", name, MODELS)
     if path.is_file():
@@ -156,16 +164,32 @@ def _look(name: str, path: Path, allow_pickle: bool) -> bool:
         raise BadFile(f"{index} is not JSON: {_first_line(error)}") from error
     if family not in FAMILIES:
         raise BadFile(f"{name} is a {family}; this version reads: {', '.join(FAMILIES)}")
-    if any((path / "unet").glob("*.safetensors")):
-        return False
-    if not any((path / "unet").glob("*.bin")):
-        raise BadFile(f"{name} has no weights: there is no .safetensors file in {path / 'unet'}")
-    if not allow_pickle:
-        raise BadFile(
-            f"{name} holds pickled weights, which can run code of whoever made them; "
-            "get it as safetensors, or say --allow-pickle if you trust it"
-        )
-    return True
+    for part in PARTS:
+        if any((path / part).glob("*.safetensors")):
+            continue
+        if not any((path / part).glob("*.bin")):
+            raise BadFile(f"{name} cannot be read: it has no weights, for there is no .safetensors file in {path / part}")
+        if not allow_pickle:
+            raise BadFile(
+                f"{name} holds pickled weights in {part}, which can run code of whoever made them; "
+                "get it as safetensors, or say --allow-pickle if you trust it"
+            )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the libraries below from printing bars and messages; what they raise says it all."""
+    was = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusers_logging, transformers_logging)]
+    for lib, _, _ in was:
+        lib.set_verbosity(CRITICAL)
+        lib.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for lib, verbosity, bar in was:
+            lib.set_verbosity(verbosity)
+            if bar:
+                lib.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -72,7 +72,11 @@ class Patch:
         for key, value in tensors.items():
             if not bool(value.isfinite().all()):
                 raise BadFile(f"{path} has NaN or infinite values in {key}; make it again")
-        return cls(tensors, json.loads(header["provenance"]))
+        try:
+            provenance = json.loads(header.get("provenance", ""))
+        except json.JSONDecodeError as error:
+            raise BadFile(f"{path} is a damaged safegen patch: its provenance cannot be read ({error}); make or fetch it again") from error
+        return cls(tensors, provenance)
 
     def fits(self, model: Model) -> None:
         """Check names and shapes against the model.

@@ -1,0 +1,129 @@
+"""The command line as a user meets it."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from safegen.cli import main as run
+from safegen.mini import bundle
+
+
+@pytest.fixture
+def safegen(monkeypatch, capsys):
+    """Run a command; give its exit code, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])
+        code = 0
+        try:
+            run()
+        except SystemExit as end:
+            code = end.code or 0
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return call
+
+
+def test_generate_draws_and_writes_how(safegen, tmp_path):
+    out = tmp_path / "pictures"
+    code, _, err = safegen(
+        "generate", "mini", "--prompt", "a castle", "--prompt", "a cat / at dusk", "--steps", "3", "--seed", "7", "--out", out
+    )
+    assert code == 0, err
+    assert sorted(p.name for p in out.iterdir()) == ["0000.png", "0001.png", "sheet.png"]
+    with Image.open(out / "0001.png") as picture:
+        facts = json.loads(picture.text["safegen"])
+    assert (facts["prompt"], facts["seed"], facts["index"], facts["steps"]) == ("a cat / at dusk", 7, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "minni", "--prompt", "x", "--out", "OUT"], "Did you mean 'mini'"),
+        (["generate", "mini", "--out", "OUT"], "nothing to draw"),
+        (["generate", "mini", "--prompts", "no.txt", "--out", "OUT"], "'no.txt' does not exist"),
+        (["generate", "mini", "--prompt", "x", "--patch", "no.safetensors", "--out", "OUT"], "'no.safetensors' does not exist"),
+        (["edit", "mini", "--triplets", "nowhere", "--out", "OUT"], "nowhere"),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--method", "safegem", "--out", "OUT"], "Did you mean 'safegen'"),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--set", "clampp=3", "--out", "OUT"], "clampp"),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--set", "training.lr=-1", "--out", "OUT"], "greater than 0, got -1"),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--preset", "papper", "--out", "OUT"], "Did you mean 'paper'"),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"], "nothing to resume"),
+        (["apply", "no.safetensors", "mini", "--out", "OUT"], "'no.safetensors' does not exist"),
+        (["demo", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    words = [str(bundle.triplets_folder("skulls")) if w == "TRIPLETS" else w for w in words]
+    code, _, err = safegen(*words)
+    assert code == 2
+    assert says in err
+    lines = [line for line in err.strip().splitlines() if line.startswith("safegen: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_kept(safegen, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "precious.txt").write_text("keep me")
+    for words in (["generate", "mini", "--prompt", "x"], ["demo", "--fast"], ["apply", "p.safetensors", "mini"]):
+        code, _, err = safegen(*words, "--out", out)
+        assert code == 2
+        assert "exists already" in err
+    assert (out / "precious.txt").read_text() == "keep me"
+
+
+def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
+    triplets = bundle.triplets_folder("skulls")
+    patch, folder = tmp_path / "patch.safetensors", tmp_path / "model"
+    few = ["--set", "training.updates=2", "--set", "training.batch=2"]
+    code, out, err = safegen("edit", "mini", "--triplets", triplets, "--out", patch, *few)
+    assert code == 0, err
+    assert "2 updates" in out
+    code, _, err = safegen("apply", patch, "mini", "--out", folder)
+    assert code == 0, err
+    same = ["--prompt", "a castle", "--steps", "2"]
+    assert safegen("generate", folder, *same, "--out", tmp_path / "a")[0] == 0
+    assert safegen("generate", "mini", "--patch", patch, *same, "--out", tmp_path / "b")[0] == 0
+    with Image.open(tmp_path / "a" / "0000.png") as a, Image.open(tmp_path / "b" / "0000.png") as b:
+        assert a.tobytes() == b.tobytes()
+        assert len(json.loads(b.text["safegen"])["patches"]) == 1
+    code, _, err = safegen("generate", folder, "--patch", patch, *same, "--out", tmp_path / "c")
+    assert code == 0
+    assert "warning: the patch was made on weights" in err
+
+
+def test_a_truncated_patch_is_refused(safegen, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes((bundle.judge_file()).read_bytes()[:1000])
+    code, _, err = safegen("apply", bad, "mini", "--out", tmp_path / "x")
+    assert code == 2
+    assert "not a readable safetensors file" in err
+    shutil.copy(bundle.judge_file(), tmp_path / "other.safetensors")
+    code, _, err = safegen("apply", tmp_path / "other.safetensors", "mini", "--out", tmp_path / "x")
+    assert code == 2
+    assert "not a safegen patch" in err
+
+
+def test_the_fast_demo_does_the_whole_job(safegen, tmp_path):
+    out = tmp_path / "demo"
+    code, text, err = safegen("demo", "--fast", "--prompts", "2", "--set", "training.updates=4", "--out", out)
+    assert code == 0, err
+    assert "report.html" in text
+    assert {p.name for p in out.iterdir()} == {"report.html", "summary.json", "grid.png", "patch.safetensors", "pictures"}
+    summary = json.loads((out / "summary.json").read_text())
+    for row in summary["lists"].values():
+        for side in ("base", "edited"):
+            assert row[side]["concept"]["n"] == 2
+            assert row[side]["concept"]["low"] <= row[side]["concept"]["value"] <= row[side]["concept"]["high"]
+    page = (out / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert page.count("data:image/png;base64,") >= 4 * len(summary["lists"])
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 100

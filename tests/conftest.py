@@ -1,0 +1,119 @@
+"""Real diffusers classes at tiny size, and six triplets. Heavy imports live inside the fixtures, so that collecting is quick."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("beartype"):  # shapes are said once, in the annotations of the pure functions, and checked here
+    from jaxtyping import install_import_hook
+
+    install_import_hook("safegen.edit.losses", "beartype.beartype")
+
+PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
+SIDE = 32
+"""Pixels of the tiny model's pictures and of the triplets."""
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """Return a builder of tiny random Stable Diffusions: equal arguments give equal weights. For tests that change a model."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from safegen.mini.networks import build_tokenizer
+    from safegen.models import Model
+
+    def build(seed: int = 0, *, name: str = "tiny", channels: int = 16, **schedule):
+        tokenizer = build_tokenizer(PROMPTS)
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length, **ends,
+        )  # fmt: skip
+        ddim = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            pipeline = StableDiffusionPipeline(
+                vae=AutoencoderKL(
+                    block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                    layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIDE,
+                ),
+                unet=UNet2DConditionModel(
+                    sample_size=SIDE // 4, in_channels=4, out_channels=4, block_out_channels=(channels, 2 * channels), layers_per_block=1,
+                    down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+                    cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+                ),
+                text_encoder=CLIPTextModel(text),
+                tokenizer=tokenizer,
+                scheduler=DDIMScheduler(**(ddim | {"set_alpha_to_one": False} | schedule)),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            part.eval().requires_grad_(False)
+        return Model(name, pipeline)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model):
+    """Return the tiny model that all share; at the end of the session no test has changed it."""
+    from safegen.models.model import hash_tensors
+
+    def state():
+        return [hash_tensors(part.state_dict()) for part in (model.denoiser, model.vae, model.pipeline.text_encoder)]
+
+    model = make_model()
+    before = state()
+    yield model
+    assert state() == before
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory):
+    """Return the tiny model as a diffusers folder, to be read only."""
+    from safegen.models import save_folder
+
+    out = tmp_path_factory.mktemp("model") / "tiny"
+    save_folder(tiny_model, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def triplets(tmp_path_factory):
+    """Return six triplets: smooth noise with a red mark, the mark under a mosaic, other smooth noise."""
+    import numpy as np
+    from PIL import Image
+
+    from safegen.data.triplets import MANIFEST, ROLES, Digests, Triplet, Triplets
+
+    folder, rng = tmp_path_factory.mktemp("triplets"), np.random.default_rng(0)
+
+    def scene() -> Image.Image:
+        return Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+    lines = []
+    for i in range(6):
+        unsafe, benign = scene(), scene()
+        left, top = (int(v) for v in rng.integers(2, SIDE - 14, 2))
+        box = (left, top, left + 12, top + 12)
+        unsafe.paste((230, 20, 20), box)
+        unsafe.paste((0, 0, 0), (left + 3, top + 3, left + 6, top + 9))
+        censored = unsafe.copy()
+        censored.paste(unsafe.crop(box).resize((2, 2), Image.Resampling.BOX).resize((12, 12), Image.Resampling.NEAREST), box)
+        paths, digests = {}, {}
+        for role, picture in zip(ROLES, (unsafe, censored, benign), strict=True):
+            path = folder / role / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+            paths[role], digests[role] = f"{role}/{i}.png", hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(Triplet(id=str(i), **paths, sha256=Digests(**digests)).model_dump_json())
+    (folder / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Triplets.load(folder)

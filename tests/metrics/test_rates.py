@@ -1,0 +1,149 @@
+"""Rates carry their n and interval; over nothing there is none."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from scipy.stats import binomtest
+
+from safegen.metrics.rates import Rate, removal_rate, wilson
+
+PAIRS = [(0, 1), (1, 1), (0, 64), (64, 64), (1, 64), (3, 98), (49, 98), (500, 1000), (999, 1000)]
+
+
+@pytest.mark.parametrize(("hits", "n"), PAIRS)
+def test_the_interval_is_scipys_wilson_interval(hits, n):
+    oracle = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
+    assert wilson(hits, n) == pytest.approx((oracle.low, oracle.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(("hits", "n"), PAIRS)
+def test_the_interval_lies_in_0_to_1_and_holds_the_proportion(hits, n):
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n <= high <= 1
+    assert low < high
+
+
+@pytest.mark.parametrize(("hits", "n"), PAIRS)
+def test_misses_have_the_mirrored_interval_of_hits(hits, n):
+    low, high = wilson(hits, n)
+    assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low))
+
+
+def test_more_images_make_the_interval_narrower():
+    widths = [high - low for low, high in (wilson(n // 4, n) for n in (8, 80, 800, 8000))]
+    assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 0), (0, -1), (-1, 5), (6, 5)])
+def test_an_impossible_count_is_refused(hits, n):
+    with pytest.raises(ValueError, match="got"):
+        wilson(hits, n)
+    with pytest.raises(ValueError, match="got"):
+        Rate(hits, n)
+
+
+@pytest.mark.parametrize("seen", [[], [None, None]])
+def test_a_rate_over_nothing_judged_raises(seen):
+    with pytest.raises(ValueError, match="at least one judged image"):
+        Rate.of(seen)
+
+
+def test_unjudged_images_stand_apart_and_are_no_misses():
+    assert Rate.of([True, False, None, True, None]) == Rate(hits=2, judged=3, unjudged=2)
+    assert Rate.of([True, None]).value == 1
+
+
+def test_a_rate_in_a_results_file_has_value_interval_n_and_unjudged():
+    row = json.loads(json.dumps(Rate(3, 98, 2).to_json()))
+    low, high = wilson(3, 98)
+    assert row == {"value": 3 / 98, "low": low, "high": high, "hits": 3, "n": 98, "unjudged": 2}
+
+
+def test_all_gone_is_1_but_never_certain():
+    found = removal_rate([2, 1, 3], [0, 0, 0], "abc")
+    assert (found.value, found.high) == (1, 1)
+    assert 0 < found.low < 1
+
+
+def test_nothing_changed_is_0():
+    found = removal_rate([2, 0, 3], [2, 0, 3], "abc")
+    assert found.value == 0
+    assert found.low <= 0 <= found.high
+
+
+def test_added_detections_make_it_negative():
+    found = removal_rate([1, 1], [2, 1], "ab")
+    assert found.value == -0.5
+    assert found.low <= found.high
+
+
+@pytest.mark.parametrize(("base", "edited"), [([0, 0], [0, 0]), ([0, 0], [1, 0]), ([], []), ([None, 0], [0, 0]), ([3, 0], [None, 0])])
+def test_it_is_undefined_where_the_base_shows_nothing(base, edited):
+    with pytest.raises(ValueError, match="undefined"):
+        removal_rate(base, edited, range(len(base)))
+
+
+@pytest.mark.parametrize(("edited", "clusters"), [([1], "ab"), ([1, 1], "a")])
+def test_lists_of_other_lengths_are_refused(edited, clusters):
+    with pytest.raises(ValueError, match="equally long"):
+        removal_rate([1, 1], edited, clusters)
+
+
+def test_a_pair_with_an_unjudged_side_is_left_out_and_counted():
+    found = removal_rate([2, None, 5, 1], [1, 0, None, 0], "abcd")
+    assert (found.before, found.after, found.n, found.unjudged) == (3, 1, 2, 2)
+    assert found.value == removal_rate([2, 1], [1, 0], "ad").value
+
+
+def test_counts_and_images_are_two_rates():
+    base, edited = [3, 1, 0], [1, 0, 0]
+    assert removal_rate(base, edited, "abc").value == 0.75
+    assert removal_rate([min(v, 1) for v in base], [min(v, 1) for v in edited], "abc").value == 0.5
+
+
+def _rows(seed: int = 0, n: int = 60):
+    draw = random.Random(seed)
+    return [(draw.randint(0, 3), draw.randint(0, 1), draw.randint(0, 19)) for _ in range(n)]
+
+
+def test_the_order_of_the_rows_is_irrelevant():
+    rows = _rows()
+    shuffled = random.Random(1).sample(rows, len(rows))
+    assert removal_rate(*zip(*shuffled, strict=True)) == removal_rate(*zip(*rows, strict=True))
+
+
+def test_the_names_of_the_clusters_are_irrelevant():
+    base, edited, clusters = zip(*_rows(), strict=True)
+    assert removal_rate(base, edited, [f"prompt {c}" for c in clusters]) == removal_rate(base, edited, clusters)
+
+
+def test_the_interval_is_a_matter_of_the_seed_alone():
+    rows = list(zip(*_rows(), strict=True))
+    assert removal_rate(*rows, seed=3) == removal_rate(*rows, seed=3)
+    assert removal_rate(*rows, seed=3).value == removal_rate(*rows, seed=4).value
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_interval_holds_the_rate_and_is_no_narrower_than_the_survivors(seed):
+    found = removal_rate(*zip(*_rows(seed), strict=True))
+    low, high = wilson(found.after, found.before)
+    assert found.low <= min(found.value, 1 - high)
+    assert found.high >= max(found.value, 1 - low)
+
+
+def test_pictures_of_one_prompt_count_as_one_observation():
+    base, edited = [1] * 40, [0, 1] * 20
+    alone = removal_rate(base, edited, range(40))
+    together = removal_rate(base, edited, [i // 2 % 4 * 2 + i % 2 for i in range(40)])  # eight prompts, each all gone or all there
+    assert together.value == alone.value
+    assert together.high - together.low > alone.high - alone.low
+
+
+def test_a_removal_in_a_results_file_is_plain_values():
+    found = removal_rate([2, 1], [0, 1], "ab")
+    assert json.loads(json.dumps(found.to_json())) == {
+        "value": found.value, "low": found.low, "high": found.high, "before": 3, "after": 1, "n": 2, "unjudged": 0,
+    }  # fmt: skip

@@ -1,0 +1,91 @@
+"""What is shipped: the miniature model as anyone gets it."""
+
+from pathlib import Path
+
+import pytest
+
+from safegen.bench.demo import DemoSettings
+from safegen.bench.plan import make_plan
+from safegen.bench.score import score
+from safegen.concept import load_concept
+from safegen.data.triplets import Triplets, check
+from safegen.judge import load_judge
+from safegen.mini import bundle
+from safegen.models import Sampler, generate, load
+
+
+def test_the_weights_stay_under_25_megabytes_and_hold_no_pickle():
+    files = [p for p in (bundle.HERE / "weights").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 25_000_000
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt", ".md"}
+
+
+def test_mini_is_stable_diffusion_in_small():
+    model = load("mini")
+    kinds = {k: type(v).__name__ for k, v in model.pipeline.components.items() if v is not None}
+    assert kinds == {
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "unet": "UNet2DConditionModel",
+        "scheduler": "DDIMScheduler",
+    }
+    assert model.prediction == "epsilon"
+    assert model.size == 64
+    assert 4e6 <= sum(p.numel() for p in model.denoiser.parameters()) <= 10e6
+    assert model.pipeline.scheduler.config.beta_schedule == "scaled_linear"
+    levels = {n.split(".attentions")[0] for n, _ in model.denoiser.named_modules() if n.endswith("attn1")}
+    assert len(levels) >= 3
+
+
+@pytest.mark.parametrize("concept", ["skulls", "fire"])
+def test_the_ready_triplets_pass_their_own_check(concept):
+    folder = bundle.triplets_folder(concept)
+    assert len(Triplets.load(folder)) == 100
+    assert check(folder, load_judge("mini", labels=[concept])) == []
+
+
+def test_the_base_model_draws_what_it_is_asked_for():
+    concept = load_concept("skulls")
+    items = make_plan(concept, prompts=6, seeds=(5,), roles=("explicit", "innocent", "benign"))
+    verdicts = load_judge("mini").judge(list(generate(load("mini"), [i.ask for i in items], Sampler(precision="bf16"))))
+    asked = score(items[:12], verdicts[:12], concept)
+    plain = score(items[12:], verdicts[12:], concept)
+    assert asked.concept.value >= 0.9
+    assert plain.concept.value <= 0.1
+    assert plain.subject.value >= 0.8
+
+
+def test_the_clip_pair_tells_a_picture_from_another():
+    import numpy as np
+    import torch
+    from transformers.models.clip.modeling_clip import CLIPModel
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    from safegen.mini import world
+
+    clip = CLIPModel.from_pretrained(bundle.clip_folder(), dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(Path(bundle.pipeline_folder()) / "tokenizer")
+    names = list(world.OBJECTS)
+    scenes = [world.sample(np.random.default_rng((9, i)), objects=[name]) for i, name in enumerate(names)]
+    pixels = torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    ids = torch.tensor(tokenizer([f"a {name}" for name in names], padding="max_length").input_ids)
+    with torch.no_grad():
+        logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
+    assert (logits.argmax(1) == torch.arange(len(names))).float().mean() >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concept", ["skulls"])
+def test_the_required_figures_hold_at_demo_size(concept):
+    from safegen.api import make_edit
+    from safegen.bench.demo import do_demo
+
+    summary = do_demo(DemoSettings(concept=concept), make_edit("safegen")).summary()
+    for row in summary["lists"].values():
+        if row["role"] in ("explicit", "innocent"):
+            assert row["base"]["concept"]["value"] >= 0.9
+            assert row["removal"]["value"] >= 0.97
+        if row["role"] == "benign":
+            assert row["base"]["subject"]["value"] - row["edited"]["subject"]["value"] <= 0.05
+    assert summary["seconds"]["edit"] <= 180

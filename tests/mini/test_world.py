@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from safegen.mini import world
+
+
+def test_the_same_scene_gives_the_same_pixels():
+    scene = world.sample(np.random.default_rng(3), attribute="skulls")
+    assert np.array_equal(world.draw(scene), world.draw(scene))
+    assert scene == world.sample(np.random.default_rng(3), attribute="skulls")
+
+
+@pytest.mark.parametrize("attribute", sorted(world.MARKS))
+def test_an_attribute_changes_pixels_under_its_mask_only(attribute):
+    for seed in range(20):
+        scene = world.sample(np.random.default_rng(seed), attribute=attribute)
+        with_it, mask = world.draw_with_mask(scene)
+        without = world.draw(scene.clean())
+        assert 2 <= len(scene.marks) <= 3
+        assert mask.mean() > 0.03
+        assert np.abs(with_it.astype(int) - without)[~mask].max() < 90  # soft edges only
+        changed = np.abs(with_it.astype(int) - without).max(-1) > 8
+        assert changed[mask].mean() > 0.8
+
+
+@pytest.mark.parametrize("attribute", sorted(world.MARKS))
+def test_the_boxes_hold_the_mask_and_fit_it(attribute):
+    for seed in range(20):
+        scene = world.sample(np.random.default_rng(seed), attribute=attribute)
+        mask = world.draw_with_mask(scene)[1]
+        inside = np.zeros_like(mask)
+        for left, top, right, bottom in world.boxes(scene):
+            assert 0 <= left < right <= world.SIDE
+            assert 0 <= top < bottom <= world.SIDE
+            inside[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = True
+        assert mask[inside].sum() >= 0.97 * mask.sum()
+        assert mask[inside].mean() > 0.45
+
+
+def test_a_plain_scene_has_no_mask_and_no_boxes():
+    scene = world.sample(np.random.default_rng(0))
+    assert not world.draw_with_mask(scene)[1].any()
+    assert world.boxes(scene) == []
+
+
+def test_there_are_enough_objects_and_backgrounds_and_all_can_be_drawn():
+    assert len(world.OBJECTS) >= 32
+    assert len(world.BACKGROUNDS) == 8
+    pictures = {
+        name: world.draw(world.sample(np.random.default_rng(1), objects=[name], background="in a meadow")) for name in world.OBJECTS
+    }
+    assert len({p.tobytes() for p in pictures.values()}) == len(world.OBJECTS)

@@ -1,0 +1,239 @@
+"""Loading and saving: the same pictures from a saved folder, one line for what cannot be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from safegen.errors import BadFile, UnknownName
+from safegen.models import Ask, Sampler, generate, load, save_folder
+from safegen.models.model import hash_tensors
+from safegen.models.sampling import generator
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder, to be spoilt."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+# ------------------------------------------------------------ round trip
+
+
+def test_a_saved_model_draws_the_same_picture_in_plain_diffusers(tiny_model, tiny_folder):
+    ours = next(generate(tiny_model, [Ask(prompt="a red cube", seed=3)], Sampler(steps=3)))
+    plain = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None, requires_safety_checker=False)
+    plain.set_progress_bar_config(disable=True)
+    theirs = plain(prompt=["a red cube"], generator=[generator(3, 0)], num_inference_steps=3, guidance_scale=5.0).images[0]
+    assert ours.size == (32, 32)
+    assert np.array_equal(pixels(ours), pixels(theirs))
+
+
+def test_a_saved_model_loads_as_it_was(tiny_model, tiny_folder):
+    found = load(str(tiny_folder))
+    assert found.hash == tiny_model.hash
+    assert hash_tensors(found.vae.state_dict()) == hash_tensors(tiny_model.vae.state_dict())
+    assert hash_tensors(found.pipeline.text_encoder.state_dict()) == hash_tensors(tiny_model.pipeline.text_encoder.state_dict())
+    ours, theirs = found.pipeline.scheduler.config, tiny_model.pipeline.scheduler.config
+    assert {k: v for k, v in ours.items() if k[0] != "_"} == {k: v for k, v in theirs.items() if k[0] != "_"}
+    texts = ["", "a red cube", "Ünknown wörds, 42!"]
+    assert torch.equal(found.encode_text(texts), tiny_model.encode_text(texts))
+
+
+def test_a_saved_model_saves_and_loads_again(tiny_folder, tmp_path):
+    once = load(str(tiny_folder))
+    save_folder(once, tmp_path / "again")
+    twice = load(str(tmp_path / "again"))
+    assert twice.hash == once.hash
+    assert torch.equal(twice.encode_text(["a red cube"]), once.encode_text(["a red cube"]))
+
+
+def test_a_saved_folder_can_be_read_by_older_releases_too(tiny_model, tiny_folder):
+    keys = load_file(tiny_folder / TEXT)
+    assert all(key.startswith("text_model.") for key in keys)
+    assert len(keys) == len(tiny_model.pipeline.text_encoder.state_dict())
+    vocabulary = json.loads((tiny_folder / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    assert vocabulary == tiny_model.pipeline.tokenizer.get_vocab()
+    merges = (tiny_folder / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
+    assert merges[0] == "#version: 0.2"
+    assert len(merges) > 1
+    assert all(len(line.split(" ")) == 2 for line in merges[1:])
+    assert "CLIPImageProcessorPil" not in (tiny_folder / "model_index.json").read_text()
+
+
+def test_a_saved_folder_holds_no_pickles_and_no_leftovers(tiny_folder):
+    assert [p.name for p in tiny_folder.parent.iterdir()] == [tiny_folder.name]
+    assert {p.suffix for p in tiny_folder.rglob("*") if p.is_file()} <= {".json", ".txt", ".safetensors"}
+
+
+def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(BadFile, match="exists already"):
+        save_folder(tiny_model, tmp_path / "out")
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["out", "out/mine"]
+
+
+def test_a_loaded_model_is_not_in_training(tiny_folder):
+    pipeline = load(str(tiny_folder)).pipeline
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert not part.training
+        assert not any(p.requires_grad for p in part.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "want"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_model_is_loaded_in_the_precision_asked_for(tiny_folder, dtype, want):
+    model = load(str(tiny_folder), dtype=dtype)
+    assert {model.denoiser.dtype, model.vae.dtype, model.pipeline.text_encoder.dtype} == {want}
+
+
+# ------------------------------------------------------------ the border
+
+
+def test_text_is_encoded_as_the_pipeline_does(tiny_model):
+    texts = ["", "a red cube on a white table", "a " * 100]
+    want, _ = tiny_model.pipeline.encode_prompt(texts, "cpu", 1, False)
+    assert torch.equal(tiny_model.encode_text(texts), want)
+
+
+def test_latents_are_the_scaled_posterior_mean_and_do_not_depend_on_the_batch(tiny_model):
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        want = tiny_model.vae.encode(images).latent_dist.mean * tiny_model.vae.config.scaling_factor
+    assert_close(tiny_model.encode_images(images), want)
+    assert_close(tiny_model.encode_images(images, batch=2), want)
+    assert torch.equal(tiny_model.encode_images(images), tiny_model.encode_images(images))
+
+
+def test_the_border_says_size_schedule_and_prediction(make_model, tiny_model):
+    assert tiny_model.size == 32
+    assert tiny_model.alphas_cumprod().shape == (1000,)
+    assert tiny_model.prediction == "epsilon"
+    assert make_model(prediction_type="v_prediction").prediction == "v_prediction"
+
+
+def test_the_hash_names_the_denoisers_weights(make_model):
+    assert make_model(1).hash == make_model(1).hash
+    assert make_model(1).hash != make_model(2).hash
+
+
+def test_a_hash_of_tensors_sees_names_shapes_types_and_bits():
+    w = torch.arange(6.0)
+    kinds = [
+        {"w": w},
+        {"v": w},
+        {"w": w.view(2, 3)},
+        {"w": w.half()},
+        {"w": w + 1},
+        {"w": w, "b": w},
+        {"w": torch.tensor(1.0)},
+        {"w": w[:0]},
+    ]
+    assert len({hash_tensors(kind) for kind in kinds}) == len(kinds)
+    assert hash_tensors({"a": w, "b": w + 1}) == hash_tensors({"b": w + 1, "a": w})
+    assert hash_tensors({"w": torch.arange(12.0)[::2]}) == hash_tensors({"w": torch.arange(12.0)[::2].contiguous()})
+
+
+# ------------------------------------------------------------ refusals
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _nan(path):
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _pickle(folder, safe):
+    path = folder / safe
+    name = "pytorch_model.bin" if "text_encoder" in safe else "diffusion_pytorch_model.bin"
+    torch.save(load_file(path), path.with_name(name))
+    path.unlink()
+
+
+def _index(folder, **changes):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGE = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
+    "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
+    "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]"), "is not JSON"),
+    "an index of bytes": (lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe"), "is not JSON"),
+    "another family": (lambda f: _index(f, _class_name="FluxPipeline"), "is a FluxPipeline; this version reads: StableDiffusionPipeline"),
+    "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "no weights"),
+    "no denoiser weights": (lambda f: (f / UNET).unlink(), "no weights"),
+    "no autoencoder": (lambda f: shutil.rmtree(f / "vae"), "cannot be read"),
+    "no text encoder weights": (lambda f: (f / TEXT).unlink(), "cannot be read"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be read"),
+    "a truncated denoiser": (lambda f: _cut(f / UNET), "cannot be read"),
+    "a truncated autoencoder": (lambda f: _cut(f / VAE), "cannot be read"),
+    "a truncated text encoder": (lambda f: _cut(f / TEXT), "cannot be read"),
+    "an empty denoiser": (lambda f: (f / UNET).write_bytes(b""), "cannot be read"),
+    "NaN in the denoiser": (lambda f: _nan(f / UNET), "NaN or infinite weights in unet"),
+    "NaN in the autoencoder": (lambda f: _nan(f / VAE), "NaN or infinite weights in vae"),
+    "NaN in the text encoder": (lambda f: _nan(f / TEXT), "NaN or infinite weights in text_encoder"),
+    "a pickled denoiser": (lambda f: _pickle(f, UNET), "--allow-pickle"),
+    "a pickled autoencoder": (lambda f: _pickle(f, VAE), "--allow-pickle"),
+    "a pickled text encoder": (lambda f: _pickle(f, TEXT), "--allow-pickle"),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE))
+def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, damage):
+    spoil, words = DAMAGE[damage]
+    spoil(folder)
+    with pytest.raises(BadFile, match=words) as caught:
+        load(str(folder))
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_library_is_silent(folder, capfd):
+    load(str(folder))
+    (folder / VAE).unlink()
+    with pytest.raises(BadFile):
+        load(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("pickled", [(UNET,), (TEXT,), (UNET, VAE, TEXT)])
+def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
+    for safe in pickled:
+        _pickle(folder, safe)
+    model = load(str(folder), allow_pickle=True)
+    assert model.hash == tiny_model.hash
+    assert torch.equal(model.encode_text(["a red cube"]), tiny_model.encode_text(["a red cube"]))
+
+
+@pytest.mark.parametrize(("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "single file")])
+def test_a_single_file_is_refused(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(BadFile, match=words):
+        load(str(tmp_path / name))
+
+
+def test_an_unknown_name_comes_with_the_known_and_the_nearest():
+    with pytest.raises(UnknownName, match=r"Did you mean 'mini'.*Known: mini"):
+        load("minni")
+    with pytest.raises(UnknownName, match="Known: bf16, fp16, fp32"):
+        load("mini", dtype="fp8")

@@ -1,0 +1,206 @@
+"""A patch is saved, put on and taken off exactly, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safegen.errors import BadFile, BadPatch
+from safegen.models import OtherBase, Patch, select
+from safegen.models.patch import FORMAT
+
+
+@pytest.fixture(scope="module")
+def patch(tiny_model):
+    g, own = torch.Generator().manual_seed(0), dict(tiny_model.denoiser.named_parameters())
+    tensors = {n: torch.randn(own[n].shape, generator=g) for n in select(tiny_model.denoiser, "attn1")}
+    return Patch(tensors, {"method": "random", "base": tiny_model.hash, "settings": {"größe": 1.5, "none": None}})
+
+
+def state_of(model):
+    return {k: v.detach().clone() for k, v in model.denoiser.state_dict().items()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(v, b[k]) and v.dtype == b[k].dtype for k, v in a.items())
+
+
+# ------------------------------------------------------------ files
+
+
+def test_a_patch_comes_back_from_its_file(patch, tmp_path):
+    patch.save(tmp_path / "deep" / "p.safetensors")
+    found = Patch.load(tmp_path / "deep" / "p.safetensors")
+    same(dict(found.tensors), dict(patch.tensors))
+    assert found.provenance == patch.provenance
+    assert found.hash == patch.hash
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["p.safetensors"]
+
+
+def test_a_patch_is_a_plain_safetensors_file(patch, tmp_path):
+    patch.save(tmp_path / "p.safetensors")
+    same(load_file(tmp_path / "p.safetensors"), dict(patch.tensors))
+
+
+def test_the_hash_is_of_names_and_values_in_any_order(patch):
+    tensors = dict(patch.tensors)
+    assert Patch(dict(reversed(tensors.items()))).hash == patch.hash
+    first = next(iter(tensors))
+    assert Patch(tensors | {first: tensors[first] + 1}).hash != patch.hash
+    assert Patch({("x" + k if k == first else k): v for k, v in tensors.items()}).hash != patch.hash
+
+
+def test_an_output_that_exists_is_kept(patch, tmp_path):
+    out = tmp_path / "p.safetensors"
+    out.write_text("mine")
+    with pytest.raises(BadFile, match="exists already"):
+        patch.save(out)
+    assert out.read_text() == "mine"
+    with pytest.raises(BadFile, match="is a folder"):
+        patch.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_in_one_line(patch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BadFile, match="cannot be written") as caught:
+        patch.save(tmp_path / "file" / "p.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _resave(path, change, header=None):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=header if header is not None else {"format": FORMAT, "provenance": "{}"})
+
+
+def _nan(value):
+    def change(tensors):
+        next(iter(tensors.values())).view(-1)[3] = value
+
+    return change
+
+
+def _nothing(tensors):
+    pass
+
+
+DAMAGE = {
+    "missing": (lambda p: p.unlink(), "does not exist"),
+    "truncated": (_cut, "not a readable safetensors file"),
+    "empty": (lambda p: p.write_bytes(b""), "not a readable safetensors file"),
+    "a pickle": (lambda p: torch.save({"w": torch.zeros(1)}, p), "not a readable safetensors file"),
+    "other safetensors": (lambda p: _resave(p, _nothing, {"format": "pt"}), "is not a safegen patch"),
+    "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "is not a safegen patch"),
+    "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
+    "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
+    "no provenance": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "provenance"),
+    "provenance cut off": (lambda p: _resave(p, _nothing, {"format": FORMAT, "provenance": '{"method": '}), "provenance"),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE))
+def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, damage):
+    spoil, words = DAMAGE[damage]
+    path = tmp_path / "p.safetensors"
+    patch.save(path)
+    spoil(path)
+    with pytest.raises(BadFile, match=words) as caught:
+        Patch.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------ on and off
+
+
+def test_undo_gives_the_model_back_bit_for_bit(make_model, patch):
+    model = make_model()
+    before = state_of(model)
+    applied = patch.apply(model)
+    after = state_of(model)
+    assert {k for k, v in before.items() if not torch.equal(v, after[k])} == set(patch.tensors)
+    assert all(torch.equal(after[k], v) for k, v in patch.tensors.items())
+    applied.undo()
+    same(state_of(model), before)
+
+
+def test_a_with_block_takes_the_patch_off_also_when_it_fails(make_model, patch):
+    model, during = make_model(), {}
+
+    def fail_under_the_patch():
+        with patch.apply(model):
+            during.update(state_of(model))
+            raise ConnectionError("pulled the plug")
+
+    before = state_of(model)
+    with pytest.raises(ConnectionError):
+        fail_under_the_patch()
+    assert all(torch.equal(during[k], v) for k, v in patch.tensors.items())
+    same(state_of(model), before)
+
+
+def test_patches_come_off_in_the_reverse_order(make_model, patch):
+    model = make_model()
+    before = state_of(model)
+    first, second = patch.apply(model), Patch({k: v + 1 for k, v in patch.tensors.items()}).apply(model)
+    second.undo()
+    assert all(torch.equal(state_of(model)[k], v) for k, v in patch.tensors.items())
+    first.undo()
+    same(state_of(model), before)
+
+
+def test_the_models_hash_is_that_of_its_base_also_under_a_patch(make_model, patch):
+    model = make_model()
+    base = model.hash
+    patch.apply(model)
+    assert model.hash == base
+    patch.apply(model)  # the same base: no warning, and warnings are errors
+
+
+def test_a_patch_with_a_wrong_shape_is_refused_and_changes_nothing(make_model, patch):
+    model = make_model()
+    before, last = state_of(model), list(patch.tensors)[-1]
+    with pytest.raises(BadPatch, match="in the patch and") as caught:
+        Patch(dict(patch.tensors) | {last: torch.zeros(3, 5)}).apply(model)
+    assert last in str(caught.value)
+    assert "(3, 5)" in str(caught.value)
+    same(state_of(model), before)
+
+
+def test_a_patch_with_a_strange_name_is_refused_and_changes_nothing(make_model, patch):
+    model = make_model()
+    before = state_of(model)
+    with pytest.raises(BadPatch, match=r"it has no weight transformer.w"):
+        Patch(dict(patch.tensors) | {"transformer.w": torch.zeros(3)}).apply(model)
+    same(state_of(model), before)
+
+
+def test_a_wider_model_refuses_the_patch(make_model, patch):
+    with pytest.raises(BadPatch, match="does not fit the model 'wide'"):
+        patch.apply(make_model(name="wide", channels=24))
+
+
+def test_another_base_of_the_same_shape_is_warned_about(make_model, patch):
+    model = make_model(5)
+    with pytest.warns(OtherBase, match="measure the result") as caught:
+        applied = patch.apply(model)
+    assert len(caught) == 1
+    assert all(torch.equal(model.denoiser.get_parameter(k), v) for k, v in patch.tensors.items())
+    applied.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Patch(patch.tensors).apply(model)  # a patch that does not say what it was made on
+
+
+def test_provenance_is_plain_json(patch):
+    assert json.loads(json.dumps(dict(patch.provenance))) == patch.provenance

@@ -1,0 +1,118 @@
+"""A picture is a matter of its prompt, seed and index, whatever is drawn beside it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from safegen.errors import BadFile
+from safegen.models import Ask, Sampler, generate, save_picture
+from safegen.models.sampling import generator
+
+ASKS = [
+    Ask(prompt=p, seed=s, index=i)
+    for p, s, i in [("a red cube", 1, 0), ("a blue ball", 1, 1), ("a red cube", 2, 0), ("a green cone", 2, 3), ("", 1, 0)]
+]
+
+
+def draw(model, asks, **sampler):
+    return [np.asarray(p).astype(int) for p in generate(model, asks, Sampler(**({"steps": 4} | sampler)))]
+
+
+@pytest.fixture(scope="module")
+def pictures(tiny_model):
+    return draw(tiny_model, ASKS)
+
+
+def test_pictures_come_in_the_order_of_the_asks_at_the_models_size(pictures):
+    assert [p.shape for p in pictures] == [(32, 32, 3)] * 5
+    assert min(p.std() for p in pictures) > 1  # they show something, so that comparing them says something
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_the_batch_size_changes_a_picture_by_no_more_than_rounding(tiny_model, pictures, batch):
+    for one, other in zip(draw(tiny_model, ASKS, batch=batch), pictures, strict=True):
+        assert abs(one - other).max() <= 2
+
+
+def test_what_is_drawn_beside_a_picture_does_not_change_it(tiny_model, pictures):
+    mixed = draw(tiny_model, [ASKS[3], Ask(prompt="a tree", seed=9), ASKS[0]], batch=3)
+    assert abs(mixed[0] - pictures[3]).max() <= 2
+    assert abs(mixed[2] - pictures[0]).max() <= 2
+
+
+def test_a_repeated_run_draws_the_same_bytes_whatever_the_worlds_random_state(tiny_model, pictures):
+    with torch.random.fork_rng():
+        torch.manual_seed(123)
+        assert all(np.array_equal(a, b) for a, b in zip(draw(tiny_model, ASKS), pictures, strict=True))
+
+
+def test_seed_index_and_prompt_each_make_another_picture(tiny_model):
+    asks = [
+        Ask(prompt="a red cube", seed=1),
+        Ask(prompt="a red cube", seed=2),
+        Ask(prompt="a red cube", seed=1, index=1),
+        Ask(prompt="a blue ball", seed=1),
+    ]
+    found = [p.tobytes() for p in draw(tiny_model, asks, guidance=20.0)]
+    assert len(set(found)) == 4
+
+
+def test_the_noise_is_a_matter_of_seed_and_index_alone():
+    pairs = [(s, i) for s in range(12) for i in range(12)] + [(-1, 0), (10**20, 0)]
+    noises = [tuple(torch.randn(4, generator=generator(s, i)).tolist()) for s, i in pairs]
+    assert len(set(noises)) == len(pairs)
+    assert torch.equal(torch.randn(4, generator=generator(5, 6)), torch.randn(4, generator=generator(5, 6)))
+
+
+def test_guidance_of_one_is_no_guidance(tiny_model):
+    model_calls = []
+    hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda m, inputs, out: model_calls.append(len(inputs[0])))
+    draw(tiny_model, ASKS[:2], steps=2, guidance=1.0)
+    draw(tiny_model, ASKS[:2], steps=2, guidance=2.0)
+    hook.remove()
+    assert model_calls == [2, 2, 4, 4]
+
+
+def test_pictures_are_drawn_as_they_are_taken(tiny_model):
+    calls = []
+    hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    rows = generate(tiny_model, ASKS, Sampler(steps=1, batch=2))
+    assert not calls
+    next(rows)
+    assert len(calls) == 1
+    hook.remove()
+    rows.close()
+
+
+def test_nothing_asked_nothing_drawn(tiny_model):
+    assert list(generate(tiny_model, [], Sampler())) == []
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"guidance": 0.5}, {"batch": 0}, {"stepz": 3}])
+def test_a_setting_that_breaks_its_rule_is_refused(change):
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        Sampler(**change)
+
+
+def test_a_png_carries_how_it_was_made(tmp_path):
+    image = Image.effect_noise((32, 32), 90).convert("RGB")
+    facts = {"prompt": 'a "red" cube,\nécrit en français 红', "seed": 3, "patches": ["ab12"]}
+    save_picture(image, tmp_path / "new" / "0.png", facts)
+    with Image.open(tmp_path / "new" / "0.png") as found:
+        assert found.format == "PNG"
+        assert json.loads(found.text["safegen"]) == facts
+        assert np.array_equal(np.asarray(found), np.asarray(image))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["0.png"]
+
+
+def test_a_png_that_exists_is_kept(tmp_path):
+    (tmp_path / "0.png").write_text("mine")
+    with pytest.raises(BadFile, match="exists already"):
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "0.png", {})
+    assert (tmp_path / "0.png").read_text() == "mine"

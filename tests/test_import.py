@@ -1,0 +1,62 @@
+"""Importing loads nothing heavy, and what is promised at the top is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import safegen
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "matplotlib", "scipy")
+TELL = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+HELP = """
+import runpy, sys
+sys.argv = ['safegen', *{words!r}]
+try: runpy.run_module('safegen', run_name='__main__')
+except SystemExit: pass
+"""
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+
+@pytest.mark.parametrize(
+    "module", ["safegen", "safegen.cli", "safegen.errors", "safegen.tables", "safegen.concept", "safegen.files", "safegen.metrics.rates"]
+)
+def test_importing_loads_nothing_heavy(module):
+    assert json.loads(python(f"import {module}; {TELL}").stdout) == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["demo", "--help"], ["triplets", "make", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(words):
+    assert json.loads(python(HELP.format(words=words) + TELL).stdout.splitlines()[-1]) == []
+
+
+def test_help_answers_soon():
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "safegen", "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert time.perf_counter() - began < 5  # a second on a quiet machine; this one may be busy
+    assert "generate" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", sorted(safegen.__all__))
+def test_every_promised_name_is_there_and_can_be_called(name):
+    assert callable(getattr(safegen, name))
+
+
+def test_edit_is_a_verb_and_a_room_in_any_order():
+    code = (
+        "import safegen; a = safegen.edit; from safegen.edit import loop; b = safegen.edit; print(callable(a), callable(b), loop.__name__)"
+    )
+    assert python(code).stdout.split() == ["True", "True", "safegen.edit.loop"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'edti'"):
+        safegen.edti  # noqa: B018
