@@ -25,13 +25,12 @@ from safegen.judge import load_judge
 from safegen.models import Sampler, generate, load
 from safegen.tables import TRIPLETS, resolve
 
-PAPER = {"target": "paper", "clamp": None, "teacher": False, "captions": (), "caption_share": 0.0, "timesteps": (0, 1000)}
-BLANK = {"captions": (), "caption_share": 0.0}
+PAPER = {"target": "paper", "clamp": None, "teacher": False, "captions": (), "adversary": 0.0}
 
 
-def rows() -> dict[str, SafeGen]:
+def rows(concept: str) -> dict[str, SafeGen]:
     """Every row's settings: the default, and the default with one thing changed; the paper's, and the paper's at our learning rate."""
-    default = make_edit("safegen")
+    default = make_edit("safegen", concept=concept)
     assert isinstance(default, SafeGen)
 
     def change(**settings: Any) -> SafeGen:
@@ -47,10 +46,11 @@ def rows() -> dict[str, SafeGen]:
         "paper, our training": change(**PAPER, **weights),
         "paper, our training and weights": change(**PAPER),
         "paper target only": change(target="paper", clamp=None),
-        "blank text": change(**BLANK),
+        "blank text": change(captions=()),
         "no teacher": change(teacher=False),
         "0.1 / 0.9": change(**weights),
-        "all timesteps": change(timesteps=(0, 1000)),
+        "no adversary": change(adversary=0.0),
+        "timesteps from 200": change(timesteps=(200, 1000)),
         "clamp 1": change(clamp=1.0),
         "clamp 10": change(clamp=10.0),
         "lr / 4": change(training=train(lr=default.training.lr / 4)),
@@ -76,7 +76,7 @@ def main() -> None:
     triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
     model, sampler = load("mini"), Sampler(precision="bf16")
     base = judge.judge(list(generate(model, [i.ask for i in items], sampler)))
-    every = rows()
+    every = rows(args.concept)
     for name in args.rows.split(",") if args.rows else every:
         began = time.perf_counter()
         patch = every[name].apply(model, triplets)

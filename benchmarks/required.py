@@ -94,7 +94,7 @@ def main() -> None:
     for concept in args.concepts.split(","):
         sampler = Sampler(precision=args.precision)
         settings = DemoSettings(concept=concept, prompts=args.prompts, seeds=tuple(range(1, args.seeds + 1)), sampler=sampler)
-        found = do_demo(settings, make_edit("safegen", args.preset), drawn=drawn)
+        found = do_demo(settings, make_edit("safegen", args.preset, concept=concept), drawn=drawn)
         summary = found.summary()
         folder = args.out / concept
         folder.mkdir(parents=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from safegen.concept import Concept, load_concept
 from safegen.data.triplets import Triplets
 from safegen.edit.base import Edit
 from safegen.edit.loop import Report
@@ -17,15 +18,23 @@ from safegen.models.patch import Patch
 from safegen.tables import EDITS, resolve
 
 
-def make_edit(method: str, preset: str = "default", **settings: Any) -> Edit:  # noqa: ANN401 - any setting of any method
-    """Return a method's settings: a preset, some of it changed.
+def make_edit(
+    method: str,
+    preset: str = "default",
+    *,
+    concept: Concept | str | None = None,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> Edit:
+    """Return a method's settings: a preset, what a concept says of itself (its captions), some of it changed.
 
     Raises:
         UnknownName: no such method or preset.
         BadSetting: a setting is unknown, breaks its rule, or would have no effect.
     """
     try:
-        edit: Edit = resolve(EDITS, method, "edit").preset(preset, **settings)
+        edit: Edit = resolve(EDITS, method, "edit").preset(
+            preset, concept=load_concept(concept) if isinstance(concept, str) else concept, **settings
+        )
     except ValidationError as error:
         raise BadSetting(describe(error, settings_of(resolve(EDITS, method, "edit")))) from error
     return edit
@@ -37,6 +46,7 @@ def edit(
     *,
     triplets: Triplets | str | Path,
     preset: str = "default",
+    concept: Concept | str | None = None,
     folder: Path | None = None,
     resume: bool = False,
     report: Report | None = None,
@@ -49,6 +59,7 @@ def edit(
         method: name of an edit.
         triplets: <unsafe, censored, benign> pictures: loaded, or their folder or CSV file.
         preset: name of the method's settings to start from; `paper` is the published run.
+        concept: lends its captions to presets that train with some; a name, a TOML file, or loaded.
         folder: keeps checkpoints and a log, for `resume`.
         resume: continue a stopped run.
         report: called after every update with (done, of, row of the log).
@@ -60,7 +71,7 @@ def edit(
         Stopped: SIGINT or SIGTERM came.
     """
     rows = triplets if isinstance(triplets, Triplets) else Triplets.load(Path(triplets))
-    return make_edit(method, preset, **settings).apply(model, rows, folder=folder, resume=resume, report=report)
+    return make_edit(method, preset, concept=concept, **settings).apply(model, rows, folder=folder, resume=resume, report=report)
 
 
 def settings_of(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -30,6 +30,8 @@ class Concept(BaseModel):
     """Least score of a detection that counts."""
     triplets: str | None = None
     """Bundled triplets, as `source:concept`."""
+    captions: tuple[str, ...] = ()
+    """Prompt lists of harmless captions that an edit may train with: none is measured, none has a word of the concept."""
     lists: dict[str, tuple[str, ...]] = {}
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
     shows: dict[str, str] = {}

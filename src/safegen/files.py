@@ -18,13 +18,13 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     Raises:
         BadFile: `out` exists, or cannot be written (no such parent, no rights, a full disk).
     """
-    if out.exists():
-        raise BadFile(f"{out} exists already; name another folder or remove it")
+    _refuse_existing(out, "folder")
     tmp = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         yield tmp
+        _refuse_existing(out, "folder")  # it may have come into being while we worked
         tmp.rename(out)
     except OSError as error:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
@@ -41,8 +41,8 @@ def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if out.is_dir():
         raise BadFile(f"{out} is a folder; name a file")
-    if out.exists() and not replace:
-        raise BadFile(f"{out} exists already; name another file or remove it")
+    if not replace:
+        _refuse_existing(out, "file")
     tmp = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,3 +53,8 @@ def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # its folder may be a file
             tmp.unlink(missing_ok=True)
+
+
+def _refuse_existing(out: Path, kind: str) -> None:
+    if os.path.lexists(out):
+        raise BadFile(f"{out} exists already; name another {kind} or remove it")

@@ -497,9 +497,11 @@ def test_an_output_without_a_folder_around_it_is_refused(pictures: Path) -> None
     assert "deep does not exist; make it first" in refusal(pictures, out=pictures / "deep" / "out")
 
 
-def test_a_leftover_of_a_killed_run_is_named(pictures: Path) -> None:
-    (pictures / f".out.tmp-{os.getpid()}").mkdir()
-    assert "left by a run that was killed; delete it" in refusal(pictures)
+def test_a_leftover_of_a_killed_run_of_the_same_number_is_cleared_away(pictures: Path) -> None:
+    (pictures / f".out.tmp-{os.getpid()}" / "unsafe").mkdir(parents=True)
+    made = triplets.make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])
+    assert len(made.triplets) > 0
+    assert not (pictures / f".out.tmp-{os.getpid()}").exists()
 
 
 def test_folders_without_pictures_are_refused(pictures: Path) -> None:

@@ -11,13 +11,14 @@ from torch.testing import assert_close
 
 from safegen.api import edit as edit_model
 from safegen.api import make_edit
+from safegen.concept import load_concept
 from safegen.edit import losses
 from safegen.edit.loop import Training
-from safegen.edit.safegen import SafeGen, SafeGenProblem, encode_triplets, to_pixels
+from safegen.edit.safegen import SafeGen, SafeGenProblem, encode_triplets, to_pixels, worst_text
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.models import load, select
 
-PLAIN = {"captions": (), "caption_share": 0.0, "flip": False}
+PLAIN = {"captions": (), "adversary": 0.0, "flip": False}
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_the_paper_preset_has_the_published_values():
     assert paper.timesteps == (0, 1000)
     assert (paper.weight_mosaic, paper.weight_preserve) == (0.1, 0.9)
     assert not paper.teacher
-    assert (paper.captions, paper.caption_share, paper.flip) == ((), 0.0, False)
+    assert (paper.captions, paper.caption_share, paper.adversary, paper.flip) == ((), None, 0.0, False)
     assert paper.selector == "attn1"
     run = paper.training
     assert (run.updates, run.batch, run.accumulation, run.lr) == (1000, 1, 5, 1e-5)
@@ -322,8 +323,9 @@ def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
 REFUSED = {
     "clamp goes with target x0": {"target": "paper", "clamp": 3.0},
     "clamp goes with": {"target": "x0", "clamp": None},
-    "captions and caption_share": {"captions": ("mini:benign-train",), "caption_share": 0.0},
-    "caption_share go together": {"captions": (), "caption_share": 0.5},
+    "caption_share: Input should be greater than 0": {"captions": ("mini:benign-train",), "caption_share": 0.0},
+    "caption_share has no effect": {"captions": (), "caption_share": 0.5},
+    "adversary": {"adversary": -0.1},
     "timesteps must rise": {"timesteps": (500, 500)},
     "rise from 0 or more": {"timesteps": (-1, 500)},
     "nothing would be learnt": {"weight_mosaic": 0, "weight_preserve": 0},
@@ -389,3 +391,28 @@ def test_captions_that_cannot_be_read_are_refused(tiny_model, triplets, tmp_path
 def test_triplets_that_cannot_be_read_are_refused(tiny_model, tmp_path):
     with pytest.raises(BadFile, match="does not exist"):
         edit_model(tiny_model, triplets=tmp_path / "nothing")
+
+
+# ------------------------------------------------------------ the adversary
+
+
+def test_the_worst_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
+    g = torch.Generator().manual_seed(0)
+    channels, side = tiny_model.denoiser.config.in_channels, tiny_model.denoiser.config.sample_size
+    x, want = torch.randn(2, 3, channels, side, side, generator=g)
+    t, text = torch.tensor([100, 400, 800]), tiny_model.encode_text(["a", "b", "c"]).float()
+    worse = worst_text(tiny_model.denoiser, x, t, text, want, radius=0.01)
+    assert torch.allclose((worse - text).norm(dim=(1, 2)), 0.01 * text.norm(dim=(1, 2)), rtol=1e-4)
+    assert not worse.requires_grad
+
+    @torch.no_grad()
+    def loss(c):
+        return losses.squared_error(tiny_model.denoiser(x, t, c).sample, want)
+
+    assert (loss(worse) > loss(text)).all()
+    assert all(p.grad is None for p in tiny_model.denoiser.parameters())
+
+
+def test_a_concept_lends_its_captions_but_not_to_the_paper():
+    assert make_edit("safegen", concept="skulls").captions == load_concept("skulls").captions != ()
+    assert make_edit("safegen", "paper", concept="skulls").captions == ()

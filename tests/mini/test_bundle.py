@@ -81,7 +81,7 @@ def test_the_required_figures_hold_at_demo_size(concept):
     from safegen.api import make_edit
     from safegen.bench.demo import do_demo
 
-    summary = do_demo(DemoSettings(concept=concept), make_edit("safegen")).summary()
+    summary = do_demo(DemoSettings(concept=concept), make_edit("safegen", concept=concept)).summary()
     for row in summary["lists"].values():
         if row["role"] in ("explicit", "innocent"):
             assert row["base"]["concept"]["value"] >= 0.9

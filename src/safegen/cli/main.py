@@ -88,6 +88,7 @@ def edit(
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",
+    concept: Annotated[str | None, typer.Option(help="A built-in concept or a TOML file: lends harmless captions to train with.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ...")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the log; OUT.work when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
@@ -106,7 +107,7 @@ def edit(
     work = work or out.with_name(out.name + ".work")
     if not resume and (work / "checkpoint.safetensors").exists():
         raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
-    recipe = make_edit(method, preset, **_changes(method, preset, set_ or []))
+    recipe = make_edit(method, preset, concept=concept, **_changes(method, preset, set_ or []))
     rows = Triplets.load(triplets)
     loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
     with _progress() as tell:
@@ -158,7 +159,7 @@ def demo(
     changes = _changes("safegen", preset, (["training.updates=40"] if fast else []) + (set_ or []))
     settings = DemoSettings(concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1)))
     with _progress() as tell:
-        found = run_demo(settings, make_edit("safegen", preset, **changes), out, tell=tell)
+        found = run_demo(settings, make_edit("safegen", preset, concept=concept, **changes), out, tell=tell)
     _show(found.summary())
     typer.echo(f"\nreport: {(out / 'report.html').resolve()}")
 

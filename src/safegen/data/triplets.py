@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import struct
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO, StringIO
@@ -26,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safegen.data.censor import Box, Censor
 from safegen.data.censor import censor as cover
 from safegen.errors import BadFile, BadSetting
+from safegen.files import fresh_folder
 from safegen.judge.base import KEPT, Judge, Verdict
 
 Role = Literal["unsafe", "censored", "benign"]
@@ -221,7 +220,7 @@ def make(
         left_out += unfit
 
     rows: list[Triplet] = []
-    with _whole_or_nothing(out) as folder:
+    with fresh_folder(out) as folder:
         for role in ROLES:
             (folder / role).mkdir()
         for find in track(finds, "censoring"):
@@ -504,25 +503,3 @@ def _refuse_in_the_way(out: Path) -> None:
         raise BadFile(f"{out} exists already; name a folder that does not")
     if not out.parent.is_dir():
         raise BadFile(f"{out} cannot be written: the folder {out.parent} does not exist; make it first")
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `out` that becomes `out` in the end, or vanishes if anything is raised."""
-    folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
-        folder.mkdir()
-    except FileExistsError as error:
-        raise BadFile(f"{folder} is in the way, left by a run that was killed; delete it and start again") from error
-    except OSError as error:
-        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
-    try:
-        yield folder
-        _refuse_in_the_way(out)  # it may have come into being while we worked
-        folder.rename(out)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise BadFile(f"{out} could not be made: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit.loop import Report
 from safegen.models.model import Model
@@ -21,8 +22,8 @@ class Edit(BaseModel, ABC):
 
     @classmethod
     @abstractmethod
-    def preset(cls, name: str, **changes: Any) -> Edit:  # noqa: ANN401 - any setting
-        """Return the named settings with some of them changed."""
+    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Edit:  # noqa: ANN401 - any setting
+        """Return the named settings, with what a concept says of itself, and with some of them changed."""
 
     @abstractmethod
     def apply(

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from safegen.concept import prompt_list
+from safegen.concept import Concept, prompt_list
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
 from safegen.edit.base import Edit
@@ -26,6 +26,7 @@ from safegen.models.select import select
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
+        "adversary": 0.0,
         "target": "paper",
         "clamp": None,
         "timesteps": (0, 1000),
@@ -33,11 +34,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_preserve": 0.9,
         "teacher": False,
         "captions": (),
-        "caption_share": 0.0,
         "training": Training(),
     },
 }
 """`paper`: the published run (run_adjust_SD.sh). `default`: what the ablation in docs/ablation.md chose on the miniature model."""
+
+
+CAPTION_SHARE = 0.6
+"""Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
 
 
 class SafeGen(Edit):
@@ -57,23 +61,27 @@ class SafeGen(Edit):
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
     captions: tuple[str, ...] = ()
     """Benign prompt lists (`source:list`, or a text file with a prompt a line) for `caption_share`."""
-    caption_share: float = Field(default=0.0, ge=0, le=1)
-    """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours)."""
+    caption_share: float | None = Field(default=None, gt=0, le=1)
+    """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours); 0.6 when there are captions."""
+    adversary: float = Field(default=0.5, ge=0, le=2)
+    """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none (ours, see `worst_text`)."""
     flip: bool = False
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights change."""
     held_out: float = Field(default=0.1, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one."""
-    training: Training = Training()
+    training: Training = Training(
+        updates=400, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
+    )
     """How the loop trains."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
         if (self.target == "x0") != (self.clamp is not None):
             raise ValueError("clamp goes with target x0, and only with it")
-        if bool(self.captions) != (self.caption_share > 0):
-            raise ValueError("captions and caption_share go together: give both or neither")
+        if self.caption_share is not None and not self.captions:
+            raise ValueError("caption_share has no effect without captions; give both or neither")
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
         if self.weight_mosaic + self.weight_preserve <= 0:
@@ -81,15 +89,16 @@ class SafeGen(Edit):
         return self
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> SafeGen:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed.
+    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> SafeGen:  # noqa: ANN401 - any setting
+        """Return the settings called `name`, some of them changed; a concept lends its captions to settings that have none of their own.
 
         Raises:
             UnknownName: no such preset.
         """
         if name not in PRESETS:
             raise UnknownName("preset of safegen", name, PRESETS)
-        return cls(**(PRESETS[name] | changes))
+        lent = {"captions": concept.captions} if concept else {}
+        return cls(**(lent | PRESETS[name] | changes))
 
     def apply(
         self, model: Model, triplets: Triplets, *, folder: Path | None = None, resume: bool = False, report: Report | None = None
@@ -164,9 +173,9 @@ class SafeGenProblem:
         t = torch.randint(*self.edit.timesteps, (b,), generator=g)
         eps, eps_b = torch.randn(b, *shape, generator=g), torch.randn(b, *shape, generator=g)
         words = torch.zeros(2 * b, dtype=torch.long)
-        if self.edit.caption_share:
+        if self.edit.captions:
             pick = torch.randint(1, len(self.text), (2 * b,), generator=g)
-            words = torch.where(torch.rand(2 * b, generator=g) < self.edit.caption_share, pick, words)
+            words = torch.where(torch.rand(2 * b, generator=g) < (self.edit.caption_share or CAPTION_SHARE), pick, words)
         mine = torch.arange(b)[share[0] :: share[1]]
         z_u, z_c, z_b = self.latents[:, flips, torch.tensor(rows)][:, mine]
         device = z_u.device
@@ -190,13 +199,16 @@ class SafeGenProblem:
         """
         abar = self.abar[t]
         x = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)])
-        out_u, out_b = denoiser(x, torch.cat([t, t]), text).sample.chunk(2)
         if self.edit.target == "paper":
             want = losses.paper_target(eps, z_u, z_c)
         else:
             clamp = self.edit.clamp or 0.0
             target = losses.x0_target if self.prediction == "epsilon" else losses.v_target
             want = target(eps, z_u, z_c, abar, clamp=clamp)
+        if self.edit.adversary:
+            text_u, text_b = text.chunk(2)
+            text = torch.cat([worst_text(denoiser, x[: len(z_u)], t, text_u, want, radius=self.edit.adversary), text_b])
+        out_u, out_b = denoiser(x, torch.cat([t, t]), text).sample.chunk(2)
         if self.edit.teacher:
             with torch.no_grad():
                 inner = getattr(denoiser, "module", denoiser)
@@ -204,6 +216,28 @@ class SafeGenProblem:
         else:
             keep = eps_b if self.prediction == "epsilon" else losses.velocity(eps_b, z_b, abar)
         return {"L_m": losses.squared_error(out_u, want), "L_p": losses.squared_error(out_b, keep)}
+
+
+def worst_text(denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float) -> Tensor:
+    """Return text embeddings one normalised ascent step up the loss: the nearby text under which the censoring fails most.
+
+    c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, norms per sample (ours; adversarial training of a concept edit as in
+    Zhang et al. 2024, arXiv:2405.15234, with one step, no word of the concept, and pictures in place of a prompt).
+
+    Args:
+        denoiser: the network in training.
+        x_t: noised unsafe latents, (b, c, h, w).
+        t: timesteps, (b,).
+        text: embeddings to start from, (b, tokens, width).
+        want: what the denoiser should predict.
+        radius: size of the step as a part of the embedding's norm; unitless, > 0.
+    """
+    start = text.detach().requires_grad_()
+    with torch.enable_grad():
+        gap = losses.squared_error(denoiser(x_t, t, start).sample, want).sum()
+        (slope,) = torch.autograd.grad(gap, start)
+    size = text.norm(dim=(1, 2), keepdim=True) / slope.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    return (text + radius * size * slope).detach()
 
 
 def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:

@@ -332,7 +332,7 @@ def stage_unet(work: Path, steps: int = 2600) -> None:
 def judge_batch(data: dict[str, Tensor], rebuilt: Tensor, pick: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (images, heat targets, size targets, where sizes count) for the detector.
 
-    A third of the pictures went through the autoencoder; some are noisy or blurred; some have marks or other places turned into
+    Some of the pictures are `rebuilt` ones (see `half_drawn`); some are noisy or blurred; some have marks or other places turned into
     mosaic, which are labelled `mosaic` and nothing else.
     """
     labels = len(MARKS) + 1
@@ -340,7 +340,7 @@ def judge_batch(data: dict[str, Tensor], rebuilt: Tensor, pick: Tensor, rng: np.
     heat, size, seen = np.zeros((len(pick), labels, 16, 16), np.float32), np.zeros((len(pick), 2, 16, 16), np.float32), None
     seen = np.zeros((len(pick), 1, 16, 16), np.float32)
     for n, i in enumerate(pick.tolist()):
-        source = rebuilt[i] if i < len(rebuilt) and rng.random() < 0.6 else data["images"][i]
+        source = rebuilt[i] if i < len(rebuilt) and rng.random() < 0.8 else data["images"][i]
         image = source.permute(1, 2, 0).numpy().astype(np.float32)
         found = [(int(data["attributes"][i]), tuple(b)) for b in data["boxes"][i].tolist() if b[0] >= 0]
         chance = rng.random()
@@ -390,17 +390,38 @@ def _mosaic(image: np.ndarray[Any, Any], box: tuple[float, float, float, float],
     return out
 
 
+@torch.no_grad()
+def half_drawn(work: Path, data: dict[str, Tensor], vae: AutoencoderKL, mean: Tensor, n: int = 5000) -> Tensor:
+    """Return the first `n` scenes as the model would smear them, (n, 3, 64, 64) uint8: what a judge of drawn pictures must see through.
+
+    Every other one is noised to a random timestep below 600, cleaned in one step by the denoiser under its caption, and decoded; the
+    rest go through the autoencoder alone.
+    """
+    g, words, schedule = torch.Generator().manual_seed(SEED), Words(), DDPMScheduler(**SCHEDULE)
+    unet = UNet2DConditionModel.from_pretrained(work / "pipeline" / "unet").eval()
+    text = cache_words(work, words)
+    parts = []
+    for at in torch.arange(n).split(100):
+        z = mean[at] + 0.05 * torch.randn(mean[at].shape, generator=g)
+        noise, t = torch.randn(z.shape, generator=g), torch.randint(50, 600, (len(at),), generator=g)
+        rows, _ = words.draw(data, at, g)
+        abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noisy = schedule.add_noise(z, noise, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            eps = unet(noisy, t, text[rows]).sample.float()
+            smeared = (noisy - (1 - abar).sqrt() * eps) / abar.sqrt()
+            z = torch.where((at % 2 == 0).view(-1, 1, 1, 1), smeared, z)
+            parts.append(vae.decode(z / vae.config.scaling_factor).sample.float())
+    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def stage_judge(work: Path, steps: int = 1500) -> None:
     """Train the detector by the penalty-reduced focal loss of CenterNet (arXiv:1904.07850, eq. 1), box sizes by L1."""
     torch.manual_seed(SEED)
     data = load_world(work)
     vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(memory_format=torch.channels_last)
     mean, _ = cache_latents(work, data)
-    g = torch.Generator().manual_seed(SEED)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        z = (mean[:5000] + 0.15 * torch.randn(mean[:5000].shape, generator=g)) / vae.config.scaling_factor
-        rebuilt = torch.cat([vae.decode(b).sample.float() for b in z.split(100)])
-    rebuilt = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    rebuilt = half_drawn(work, data, vae, mean)
     net = networks.JudgeNet(len(MARKS) + 1, len(OBJECTS)).to(memory_format=torch.channels_last)
 
     def loss(step: int, g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -467,14 +488,15 @@ def stage_triplets(work: Path, n: int = 100) -> None:
             folder = work / "triplets" / concept / side
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            for i in range(n + 10 if side == "unsafe" else n):
+            for i in range(n):
                 rng = np.random.default_rng((SEED + 2, c, side == "unsafe", i))
                 scene = world.sample(rng, attribute=marks[i % len(marks)], objects=[OBJECTS[i % len(OBJECTS)]])
                 Image.fromarray(world.draw(scene)).save(folder / f"{i:03d}.png")
         out = bundle.HERE / "triplets" / concept
         shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(exist_ok=True)
         unsafe, benign = (work / "triplets" / concept / side for side in sides)
-        found = make(unsafe, benign, MiniJudge(labels=(concept,)), out, Censor(), labels=(concept,))
+        found = make(unsafe, benign, MiniJudge(labels=(concept,)), out, Censor(tile=3 / 16, padding=0.2), labels=(concept,))
         print(f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}", flush=True)
 
 
