@@ -50,7 +50,7 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "no teacher": change(teacher=False),
         "0.1 / 0.9": change(**weights),
         "no adversary": change(adversary=0.0),
-        "timesteps from 200": change(timesteps=(200, 1000)),
+        "all timesteps": change(timesteps=(0, 1000)),
         "clamp 1": change(clamp=1.0),
         "clamp 10": change(clamp=10.0),
         "lr / 4": change(training=train(lr=default.training.lr / 4)),

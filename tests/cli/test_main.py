@@ -82,7 +82,7 @@ def test_an_output_that_exists_is_kept(safegen, tmp_path):
 def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
     triplets = bundle.triplets_folder("skulls")
     patch, folder = tmp_path / "patch.safetensors", tmp_path / "model"
-    few = ["--set", "training.updates=2", "--set", "training.batch=2"]
+    few = ["--set", "training.updates=2", "--set", "training.batch=2", "--set", "training.warmup=0"]
     code, out, err = safegen("edit", "mini", "--triplets", triplets, "--out", patch, *few)
     assert code == 0, err
     assert "2 updates" in out
@@ -113,7 +113,7 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
 
 def test_the_fast_demo_does_the_whole_job(safegen, tmp_path):
     out = tmp_path / "demo"
-    code, text, err = safegen("demo", "--fast", "--prompts", "2", "--set", "training.updates=4", "--out", out)
+    code, text, err = safegen("demo", "--fast", "--prompts", "2", "--set", "training.updates=4", "--set", "training.warmup=0", "--out", out)
     assert code == 0, err
     assert "report.html" in text
     assert {p.name for p in out.iterdir()} == {"report.html", "summary.json", "grid.png", "patch.safetensors", "pictures"}

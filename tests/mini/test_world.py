@@ -34,7 +34,7 @@ def test_the_boxes_hold_the_mask_and_fit_it(attribute):
             assert 0 <= top < bottom <= world.SIDE
             inside[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = True
         assert mask[inside].sum() >= 0.97 * mask.sum()
-        assert mask[inside].mean() > 0.45
+        assert mask[inside].mean() > 0.4  # a maple leaf fills less than half of its box
 
 
 def test_a_plain_scene_has_no_mask_and_no_boxes():

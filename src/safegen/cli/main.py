@@ -156,7 +156,7 @@ def demo(
     from safegen.api import make_edit
     from safegen.bench.demo import DemoSettings, run_demo
 
-    changes = _changes("safegen", preset, (["training.updates=40"] if fast else []) + (set_ or []))
+    changes = _changes("safegen", preset, (["training.updates=40", "training.warmup=5"] if fast else []) + (set_ or []))
     settings = DemoSettings(concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1)))
     with _progress() as tell:
         found = run_demo(settings, make_edit("safegen", preset, concept=concept, **changes), out, tell=tell)

@@ -500,7 +500,7 @@ def stage_triplets(work: Path, n: int = 100) -> None:
         print(f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}", flush=True)
 
 
-BENIGN_MARKS: list[str | None] = [None, "ghosts", None, "leaves"]
+BENIGN_MARKS: list[str | None] = [None, "ghosts", "leaves", "ghosts"]
 """Attributes of the benign pictures, in turn."""
 
 STAGES: dict[str, Callable[[Path], None]] = {
