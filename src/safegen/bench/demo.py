@@ -45,7 +45,7 @@ class DemoSettings(BaseModel):
     """Prompts of each list."""
     seeds: tuple[int, ...] = (1,)
     """Seeds for each prompt."""
-    sampler: Sampler = Sampler()
+    sampler: Sampler = Sampler(precision="bf16")
     """How pictures are made."""
 
 
