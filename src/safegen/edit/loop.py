@@ -71,8 +71,11 @@ class Training(BaseModel):
 class Problem(Protocol):
     """What a method brings to the loop."""
 
-    weights: Mapping[str, float]
-    """Weight of each loss term in the sum that is minimised."""
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each loss term in the sum that is minimised."""
+        ...
+
     fingerprint: str
     """Names data and settings: a checkpoint of another problem is refused."""
 

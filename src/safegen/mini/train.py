@@ -76,7 +76,8 @@ def fit(
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
         average, start, spent = state["average"], state["step"], state["seconds"]
-    began, saved, sums = time.time() - spent, time.time(), {}
+    began, saved = time.time() - spent, time.time()
+    sums: dict[str, float] = {}
     model.train()
     for step in range(start, steps):
         rate = lr * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -91,8 +92,8 @@ def fit(
         with torch.no_grad():
             for k, v in model.named_parameters():
                 average[k].lerp_(v, 1 - decay)
-        for k, v in parts.items():
-            sums[k] = sums.get(k, 0.0) + v
+        for k, part in parts.items():
+            sums[k] = sums.get(k, 0.0) + part
         last = step + 1 == steps
         if (step + 1) % 50 == 0 or last:
             row = {"stage": name, "step": step + 1, "seconds": round(time.time() - began, 1), "lr": rate}
@@ -223,7 +224,7 @@ def stage_clip(work: Path, steps: int = 900) -> None:
     save_text_encoder(clip.text_model, work / "pipeline" / "text_encoder")
 
 
-def save_text_encoder(tower: nn.Module, folder: Path) -> None:
+def save_text_encoder(tower: CLIPTextModel, folder: Path) -> None:
     """Save the text tower in the key layout that every transformers release reads (`text_model.` before each name)."""
     tower.save_pretrained(folder, state_dict={"text_model." + k: v for k, v in tower.state_dict().items()})
 
@@ -341,7 +342,7 @@ def judge_batch(data: dict[str, Tensor], rebuilt: Tensor, pick: Tensor, rng: np.
     seen = np.zeros((len(pick), 1, 16, 16), np.float32)
     for n, i in enumerate(pick.tolist()):
         source = rebuilt[i] if i < len(rebuilt) and rng.random() < 0.8 else data["images"][i]
-        image = source.permute(1, 2, 0).numpy().astype(np.float32)
+        image: np.ndarray[Any, Any] = source.permute(1, 2, 0).numpy().astype(np.float32)
         found = [(int(data["attributes"][i]), tuple(b)) for b in data["boxes"][i].tolist() if b[0] >= 0]
         chance = rng.random()
         if chance < 0.3:  # censor the marks, or as many random places of a clean picture
@@ -422,7 +423,7 @@ def stage_judge(work: Path, steps: int = 1500) -> None:
     vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(memory_format=torch.channels_last)
     mean, _ = cache_latents(work, data)
     rebuilt = half_drawn(work, data, vae, mean)
-    net = networks.JudgeNet(len(MARKS) + 1, len(OBJECTS)).to(memory_format=torch.channels_last)
+    net = networks.JudgeNet(len(MARKS) + 1, len(OBJECTS)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int, g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         half = torch.randint(SCENES, (32,), generator=g)
@@ -483,7 +484,7 @@ def stage_triplets(work: Path, n: int = 100) -> None:
     from safegen.judge.mini import MiniJudge
 
     for c, concept in enumerate(("skulls", "fire")):
-        sides = {"unsafe": [concept], "benign": BENIGN_MARKS}
+        sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": BENIGN_MARKS}
         for side, marks in sides.items():
             folder = work / "triplets" / concept / side
             shutil.rmtree(folder, ignore_errors=True)
