@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,17 @@ def test_the_boxes_hold_the_mask_and_fit_it(attribute):
             assert 0 <= top < bottom <= world.SIDE
             inside[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = True
         assert mask[inside].sum() >= 0.97 * mask.sum()
-        assert mask[inside].mean() > 0.4  # a maple leaf fills less than half of its box
+
+
+@pytest.mark.parametrize("attribute", sorted(world.MARKS))
+def test_a_box_is_the_smallest_one_around_its_mark(attribute):
+    for seed in range(20):
+        scene = world.sample(np.random.default_rng(seed), attribute=attribute)
+        for mark in scene.marks:
+            alone = replace(scene, marks=(mark,))
+            rows, columns = world.draw_with_mask(alone)[1].nonzero()
+            tight = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert np.abs(np.subtract(world.boxes(alone)[0], tight)).max() <= 3
 
 
 def test_a_plain_scene_has_no_mask_and_no_boxes():
