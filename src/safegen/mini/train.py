@@ -46,6 +46,8 @@ SCHEDULE = {
     "steps_offset": 1,
     "clip_sample": False,
 }
+COMPILE = False
+"""Whether the denoiser is compiled for training (--compile): 1.4 times faster after two minutes, needs a C++ compiler."""
 OBJECTS, PLACES, MARKS = list(world.OBJECTS), list(world.BACKGROUNDS), list(world.MARKS)
 
 
@@ -293,19 +295,33 @@ def cache_latents(work: Path, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def cache_words(work: Path, words: Words) -> Tensor:
     """Return the embeddings of every caption, (n, 32, 128)."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "pipeline" / "tokenizer")
-    tower = CLIPTextModel.from_pretrained(work / "pipeline" / "text_encoder")
+    tower = CLIPTextModel.from_pretrained(work / "pipeline" / "text_encoder").float()
     ids = torch.tensor(tokenizer(words.texts, padding="max_length", truncation=True).input_ids)
     return torch.cat([tower(b)[0] for b in ids.split(512)])
 
 
 def stage_unet(work: Path, steps: int = 2600) -> None:
-    """Train the denoiser to predict the noise, min-SNR-5 weights (arXiv:2303.09556), captions dropped one time in ten."""
+    """Train the denoiser from random weights; leave it in `work`/unet-first."""
     torch.manual_seed(SEED)
+    unet = networks.build_unet()
+    fit_denoiser("unet", work, unet, steps, lr=1.2e-3, ema=0.998)
+    unet.save_pretrained(work / "unet-first")
+
+
+def stage_polish(work: Path, steps: int = 3400) -> None:
+    """Go on with the denoiser under a second, gentler cosine: colours and edges settle long after the objects are there."""
+    unet = UNet2DConditionModel.from_pretrained(work / "unet-first").float()
+    fit_denoiser("polish", work, unet, steps, lr=8e-4, ema=0.999)
+    unet.save_pretrained(work / "pipeline" / "unet")
+
+
+def fit_denoiser(name: str, work: Path, unet: UNet2DConditionModel, steps: int, *, lr: float, ema: float) -> None:
+    """Teach the denoiser to predict the noise: min-SNR-5 weights (arXiv:2303.09556), captions dropped one time in ten."""
     data, words = load_world(work), Words()
     mean, std = cache_latents(work, data)
     text = cache_words(work, words)
-    unet = networks.build_unet().to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())  # without AMX the fused kernel's backward is the slower one
+    unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward is the slower one on these processors
+    net = torch.compile(unet) if COMPILE else unet
     schedule = DDPMScheduler(**SCHEDULE)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
 
@@ -316,15 +332,14 @@ def stage_unet(work: Path, steps: int = 2600) -> None:
         z = mean[pick] + std[pick] * torch.randn(mean[pick].shape, generator=g)
         noise = torch.randn(z.shape, generator=g)
         t = torch.randint(0, 1000, (64,), generator=g)
-        noisy = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
+        noisy = schedule.add_noise(z, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
-            out = unet(noisy, t, text[rows]).sample
+            out = net(noisy, t, text[rows]).sample
         each = (out.float() - noise).pow(2).mean((1, 2, 3))
         return (each * snr[t].clamp(max=5) / snr[t]).mean(), {"eps": each.mean().item()}
 
-    fit("unet", work, unet, steps, loss, lr=1.2e-3, ema=0.998)
+    fit(name, work, unet, steps, loss, lr=lr, ema=ema)
     unet.set_default_attn_processor()
-    unet.save_pretrained(work / "pipeline" / "unet")
 
 
 # ---------------------------------------------------------------- judge
@@ -509,6 +524,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "clip": stage_clip,
     "vae": stage_vae,
     "unet": stage_unet,
+    "polish": stage_polish,
     "judge": stage_judge,
     "pack": stage_pack,
     "triplets": stage_triplets,
