@@ -89,7 +89,7 @@ def test_the_x0_factor_is_34_at_the_first_timestep(abar):
 @pytest.mark.parametrize("clamp", [1.5, 3.0, 1e9])
 def test_the_v_target_stands_for_the_censored_picture_wherever_the_clamp_does_not_bind(abar, z, clamp):
     z_u, z_c, eps = z
-    x0 = x0_of_v(losses.add_noise(z_u, eps, abar), losses.v_target(eps, z_u, z_c, abar, clamp=clamp), abar)
+    x0 = x0_of_v(losses.add_noise(z_u, eps, abar), losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_c, abar, clamp=clamp), abar)
     free = (1 - abar).rsqrt() <= clamp
     assert free.any()
     assert_close(x0[free], z_c[free], rtol=0, atol=1e-10)
@@ -97,7 +97,7 @@ def test_the_v_target_stands_for_the_censored_picture_wherever_the_clamp_does_no
 
 def test_where_the_clamp_binds_the_v_target_stands_for_a_picture_between_unsafe_and_censored(abar, z):
     z_u, z_c, eps = z
-    x0 = x0_of_v(losses.add_noise(z_u, eps, abar), losses.v_target(eps, z_u, z_c, abar, clamp=3.0), abar)
+    x0 = x0_of_v(losses.add_noise(z_u, eps, abar), losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_c, abar, clamp=3.0), abar)
     bound = (1 - abar).rsqrt() > 3.0
     assert bound.any()
     way = share_of_the_way(x0, z_u, z_c)[bound]
@@ -109,7 +109,9 @@ def test_the_v_target_and_the_x0_target_are_one_answer_in_two_languages(abar, z)
     """v = sqrt(abar) eps_hat - sqrt(1 - abar) x0_hat for any consistent pair, so the v of z_c's noise is the v target."""
     z_u, z_c, eps = z
     eps_hat = losses.x0_target(eps, z_u, z_c, abar, clamp=1e9)
-    assert_close(losses.v_target(eps, z_u, z_c, abar, clamp=1e9), losses.velocity(eps_hat, z_c, abar), rtol=0, atol=1e-9)
+    assert_close(
+        losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_c, abar, clamp=1e9), losses.velocity(eps_hat, z_c, abar), rtol=0, atol=1e-9
+    )
 
 
 def test_the_paper_target_stands_for_a_picture_k_of_the_way(abar, z):
@@ -124,7 +126,18 @@ def test_a_triplet_without_a_difference_teaches_the_ordinary_target(abar, z):
     z_u, _, eps = z
     assert_close(losses.paper_target(eps, z_u, z_u), eps, rtol=0, atol=0)
     assert_close(losses.x0_target(eps, z_u, z_u, abar, clamp=3.0), eps, rtol=0, atol=0)
-    assert_close(losses.v_target(eps, z_u, z_u, abar, clamp=3.0), losses.velocity(eps, z_u, abar), rtol=0, atol=0)
+    assert_close(
+        losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_u, abar, clamp=3.0), losses.velocity(eps, z_u, abar), rtol=0, atol=0
+    )
+
+
+def test_whatever_the_anchor_stands_for_is_moved_by_the_censoring_alone(abar, z):
+    z_u, z_c, said = z
+    x_t = losses.add_noise(z_u, z_c, abar)  # any x_t: the move does not depend on it
+    before, after = (losses.implied_x0(x_t, e, abar) for e in (said, losses.x0_target(said, z_u, z_c, abar, clamp=1e9)))
+    assert_close(after - before, z_c - z_u, rtol=0, atol=1e-8)
+    before, after = (x0_of_v(x_t, v, abar) for v in (said, losses.v_target(said, z_u, z_c, abar, clamp=1e9)))
+    assert_close(after - before, z_c - z_u, rtol=0, atol=1e-8)
 
 
 def test_targets_computed_by_hand():
@@ -135,8 +148,8 @@ def test_targets_computed_by_hand():
     assert losses.x0_target(eps, z_u, z_c, abar, clamp=0.5).item() == pytest.approx(2 + 0.5 * 2)
     plain = 0.8**0.5 * 2 - 0.2**0.5 * 5
     assert losses.velocity(eps, z_u, abar).item() == pytest.approx(plain)
-    assert losses.v_target(eps, z_u, z_c, abar, clamp=9.0).item() == pytest.approx(plain + 2 / 0.2**0.5)
-    assert losses.v_target(eps, z_u, z_c, abar, clamp=1.5).item() == pytest.approx(plain + 1.5 * 2)
+    assert losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_c, abar, clamp=9.0).item() == pytest.approx(plain + 2 / 0.2**0.5)
+    assert losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_c, abar, clamp=1.5).item() == pytest.approx(plain + 1.5 * 2)
 
 
 def test_squared_error_computed_by_hand_has_one_value_a_sample():

@@ -231,9 +231,10 @@ def test_pictures_are_scaled_by_their_short_side_and_cut_about_the_centre():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("teacher", [True, False])
-def test_the_terms_are_the_errors_of_two_plain_forwards(make_model, triplets, prediction, teacher):
+@pytest.mark.parametrize("anchor", ["noise", "teacher"])
+def test_the_terms_are_the_errors_of_two_plain_forwards(make_model, triplets, prediction, teacher, anchor):
     model = make_model(prediction_type=prediction)
-    settings = SafeGen(target="x0", clamp=3.0, teacher=teacher, **PLAIN)
+    settings = SafeGen(target="x0", anchor=anchor, clamp=3.0, teacher=teacher, **PLAIN)
     problem = SafeGenProblem(settings, model, triplets)
     g = torch.Generator().manual_seed(0)
     z_u, z_c, z_b, eps, eps_b = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(5))
@@ -245,10 +246,12 @@ def test_the_terms_are_the_errors_of_two_plain_forwards(make_model, triplets, pr
         found = problem.compare(changed, z_u, z_c, z_b, eps, eps_b, t, text)
         scheduler, abar = model.pipeline.scheduler, model.alphas_cumprod()[t]
         x_u, x_b = scheduler.add_noise(z_u, eps, t), scheduler.add_noise(z_b, eps_b, t)
+        said = untouched(x_u, t, text[:2]).sample
         if prediction == "epsilon":
-            want, ordinary = losses.x0_target(eps, z_u, z_c, abar, clamp=3.0), eps_b
+            want, ordinary = losses.x0_target(said if anchor == "teacher" else eps, z_u, z_c, abar, clamp=3.0), eps_b
         else:
-            want, ordinary = losses.v_target(eps, z_u, z_c, abar, clamp=3.0), scheduler.get_velocity(z_b, eps_b, t)
+            start = said if anchor == "teacher" else scheduler.get_velocity(z_u, eps, t)
+            want, ordinary = losses.v_target(start, z_u, z_c, abar, clamp=3.0), scheduler.get_velocity(z_b, eps_b, t)
         keep = untouched(x_b, t, text[2:]).sample if teacher else ordinary
         l_m = (changed(x_u, t, text[:2]).sample - want).pow(2).mean((1, 2, 3))
         l_p = (changed(x_b, t, text[2:]).sample - keep).pow(2).mean((1, 2, 3))

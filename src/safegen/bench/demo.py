@@ -23,6 +23,7 @@ from safegen.edit.loop import Row
 from safegen.errors import BadSetting
 from safegen.files import fresh_file, fresh_folder
 from safegen.judge import Verdict, load_judge
+from safegen.metrics.change import Mean, picture_change
 from safegen.models.model import Model, load
 from safegen.models.patch import Patch
 from safegen.models.sampling import Ask, Sampler, generate
@@ -77,6 +78,11 @@ class Outcome:
         """Return one list's rates for `base` or `edited`."""
         return score([self.items[i] for i in rows], [self.verdicts[side][i] for i in rows], self.concept)
 
+    def change(self, rows: Sequence[int]) -> Mean:
+        """Return how far one list's edited pictures are from the base model's."""
+        gaps = [picture_change(self.pictures["base"][i], self.pictures["edited"][i]) for i in rows]
+        return Mean.of(gaps, [self.items[i].prompt for i in rows])
+
     def summary(self) -> dict[str, Any]:
         """Return every figure with its n and interval, as plain values."""
         lists = {}
@@ -85,6 +91,7 @@ class Outcome:
             base, edited = ([self.verdicts[side][i] for i in rows] for side in ("base", "edited"))
             entry: dict[str, Any] = {"role": items[0].role, "shows": items[0].shows, "prompts": len({i.prompt for i in items})}
             entry |= {"base": self.scores("base", rows).to_json(), "edited": self.scores("edited", rows).to_json()}
+            entry["change"] = self.change(rows).to_json()
             if items[0].role in ("explicit", "innocent"):
                 try:
                     entry["removal"] = removal(items, base, edited, self.concept).to_json()

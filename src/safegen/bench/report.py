@@ -55,6 +55,7 @@ def _facts(found: Outcome) -> dict[str, Any]:
                 "pairs": pairs,
                 "base": found.scores("base", rows),
                 "edited": found.scores("edited", rows),
+                "change": found.change(rows),
                 "removal": summary["lists"][name].get("removal"),
             }
         )

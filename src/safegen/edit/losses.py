@@ -28,38 +28,39 @@ def paper_target(eps: Latent, z_u: Latent, z_c: Latent) -> Latent:
     return eps + (z_u - z_c)
 
 
-def x0_target(eps: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
-    """Return the noise prediction whose implied x0 is the censored picture at every timestep (ours).
+def x0_target(anchor: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
+    """Return a noise prediction whose implied x0 is moved from the unsafe picture to the censored one, at every timestep (ours).
 
-    eps + min(sqrt(abar / (1 - abar)), clamp) (z_u - z_c): solve sqrt(abar) z_c + sqrt(1 - abar) e = x_t for e. The factor is 34 at
-    t = 0 on the SD 1.x schedule, hence the clamp; where it binds, the implied x0 lies between z_u and z_c.
+    anchor + min(sqrt(abar / (1 - abar)), clamp) (z_u - z_c). With the added noise as anchor the implied x0 is z_c itself: solve
+    sqrt(abar) z_c + sqrt(1 - abar) e = x_t for e. The factor is 34 at t = 0 on the SD 1.x schedule, hence the clamp; where it binds,
+    the implied x0 stops between the two.
 
     Args:
-        eps: the noise that was added.
+        anchor: the noise that was added, or what the untouched model predicts.
         z_u: scaled latents of the unsafe pictures.
         z_c: scaled latents of their censored twins.
         abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
         clamp: largest factor; unitless, > 0.
     """
     factor = (abar / (1 - abar)).sqrt().clamp(max=clamp)
-    return eps + factor[:, None, None, None] * (z_u - z_c)
+    return anchor + factor[:, None, None, None] * (z_u - z_c)
 
 
-def v_target(eps: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
-    """Return the velocity whose implied x0 is the censored picture, for models that predict v (ours).
+def v_target(anchor: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
+    """Return the same for a model that predicts v (ours).
 
-    v_u + min(1 / sqrt(1 - abar), clamp) (z_u - z_c), where v_u = sqrt(abar) eps - sqrt(1 - abar) z_u is the ordinary velocity
-    (Salimans & Ho 2022, arXiv:2202.00512): solve sqrt(abar) x_t - sqrt(1 - abar) v = z_c for v.
+    anchor + min(1 / sqrt(1 - abar), clamp) (z_u - z_c), from x0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans & Ho 2022,
+    arXiv:2202.00512). With the ordinary velocity of the unsafe picture as anchor the implied x0 is z_c itself.
 
     Args:
-        eps: the noise that was added.
+        anchor: the velocity of the unsafe picture, or what the untouched model predicts.
         z_u: scaled latents of the unsafe pictures.
         z_c: scaled latents of their censored twins.
         abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
         clamp: largest factor; unitless, >= 1.
     """
     factor = (1 - abar).rsqrt().clamp(max=clamp)
-    return velocity(eps, z_u, abar) + factor[:, None, None, None] * (z_u - z_c)
+    return anchor + factor[:, None, None, None] * (z_u - z_c)
 
 
 def velocity(eps: Latent, z: Latent, abar: PerSample) -> Latent:

@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "adversary": 0.0,
         "target": "paper",
+        "anchor": "noise",
         "clamp": None,
         "timesteps": (0, 1000),
         "weight_mosaic": 0.1,
@@ -49,6 +50,8 @@ class SafeGen(Edit):
 
     target: Literal["paper", "x0"] = "x0"
     """What a noised unsafe latent is taught to predict: as released, or what implies the censored picture as its x0."""
+    anchor: Literal["noise", "teacher"] = "teacher"
+    """What the x0 target moves toward the censored picture: the added noise, or the untouched model's own prediction (ours)."""
     clamp: float | None = Field(default=3.0, gt=0)
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
     timesteps: tuple[int, int] = (150, 1000)
@@ -80,6 +83,8 @@ class SafeGen(Edit):
     def _no_idle_setting(self) -> Self:
         if (self.target == "x0") != (self.clamp is not None):
             raise ValueError("clamp goes with target x0, and only with it")
+        if self.target != "x0" and self.anchor != "noise":
+            raise ValueError("anchor teacher goes with target x0 only; the paper's target is made of the noise")
         if self.caption_share is not None and not self.captions:
             raise ValueError("caption_share has no effect without captions; give both or neither")
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
@@ -147,7 +152,8 @@ class SafeGenProblem:
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
         self.names = select(model.denoiser, edit.selector)
         own = dict(model.denoiser.named_parameters())
-        self.reference = {k: own[k].detach().clone() for k in self.names} if edit.teacher else {}
+        needed = edit.teacher or edit.anchor == "teacher"
+        self.reference = {k: own[k].detach().clone() for k in self.names} if needed else {}
         words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
         self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words])
 
@@ -197,25 +203,27 @@ class SafeGenProblem:
             t: timesteps, (b,).
             text: text embeddings, (2b, tokens, width): of the unsafe rows, then of the benign.
         """
-        abar = self.abar[t]
+        abar, n, velocity = self.abar[t], len(z_u), losses.velocity
         x = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)])
+        plain_u, plain_b = (eps, eps_b) if self.prediction == "epsilon" else (velocity(eps, z_u, abar), velocity(eps_b, z_b, abar))
+        said_u, said_b = self._untouched(denoiser, x, torch.cat([t, t]), text).chunk(2) if self.reference else (plain_u, plain_b)
+        anchor = said_u if self.edit.anchor == "teacher" else plain_u
         if self.edit.target == "paper":
             want = losses.paper_target(eps, z_u, z_c)
         else:
-            clamp = self.edit.clamp or 0.0
             target = losses.x0_target if self.prediction == "epsilon" else losses.v_target
-            want = target(eps, z_u, z_c, abar, clamp=clamp)
+            want = target(anchor, z_u, z_c, abar, clamp=self.edit.clamp or 0.0)
         if self.edit.adversary:
-            text_u, text_b = text.chunk(2)
-            text = torch.cat([worst_text(denoiser, x[: len(z_u)], t, text_u, want, radius=self.edit.adversary), text_b])
+            text = torch.cat([worst_text(denoiser, x[:n], t, text[:n], want, radius=self.edit.adversary), text[n:]])
         out_u, out_b = denoiser(x, torch.cat([t, t]), text).sample.chunk(2)
-        if self.edit.teacher:
-            with torch.no_grad():
-                inner = getattr(denoiser, "module", denoiser)
-                keep = torch.func.functional_call(inner, self.reference, (x[len(z_u) :], t, text[len(z_u) :])).sample
-        else:
-            keep = eps_b if self.prediction == "epsilon" else losses.velocity(eps_b, z_b, abar)
+        keep = said_b if self.edit.teacher else plain_b
         return {"L_m": losses.squared_error(out_u, want), "L_p": losses.squared_error(out_b, keep)}
+
+    @torch.no_grad()
+    def _untouched(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Return what the model predicted before the edit: the same network with the old tensors in it."""
+        out: Tensor = torch.func.functional_call(getattr(denoiser, "module", denoiser), self.reference, (x, t, text)).sample
+        return out
 
 
 def worst_text(denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float) -> Tensor:
