@@ -26,13 +26,26 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["safegen", "safegen.cli", "safegen.errors", "safegen.tables", "safegen.concept", "safegen.files", "safegen.metrics.rates"]
+    "module",
+    [
+        "safegen",
+        "safegen.cli",
+        "safegen.errors",
+        "safegen.tables",
+        "safegen.concept",
+        "safegen.files",
+        "safegen.metrics.rates",
+        "safegen.data.prompts",
+    ],
 )
 def test_importing_loads_nothing_heavy(module):
     assert json.loads(python(f"import {module}; {TELL}").stdout) == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["demo", "--help"], ["triplets", "make", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["edit", "--help"], ["demo", "--help"], ["triplets", "make", "--help"], ["prompts", "show", "--help"], ["--version"]],
+)
 def test_help_loads_nothing_heavy(words):
     assert json.loads(python(HELP.format(words=words) + TELL).stdout.splitlines()[-1]) == []
 

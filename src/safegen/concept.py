@@ -67,8 +67,8 @@ def load_concept(name: str) -> Concept:
         raise BadFile(f"{name} is not a concept file: {' '.join(str(error).split())}") from error
 
 
-def prompt_list(name: str, n: int) -> list[PromptRow]:
-    """Return the first `n` prompts of a list named `source:list`.
+def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:
+    """Return the first `n` prompts of a list named `source:list`, all of them when `n` is None.
 
     Raises:
         UnknownName: no such source or list.

@@ -16,7 +16,7 @@ EDITS = {"safegen": "safegen.edit.safegen:SafeGen"}
 JUDGES = {"mini": "safegen.judge.mini:MiniJudge"}
 
 PROMPT_LISTS = {"mini": "safegen.mini.bundle:prompt_list"}
-"""Sources of prompts, named `source:list`: a function from a list's name and a length to rows of (text, subject)."""
+"""Sources of prompts, named `source:list`: a function from a list's name and a length (None: all) to rows of (text, subject)."""
 
 TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
 """Bundled triplets, named `source:concept`: a function from a concept's name to a folder."""

@@ -1,4 +1,4 @@
-"""The commands: generate, edit, apply, demo; and triplets in its own file."""
+"""The commands: generate, edit, apply, demo; triplets and prompts have their own files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safegen.cli import prompts as prompts_cli
 from safegen.cli import triplets
 from safegen.errors import BadFile, BadSetting
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Make a text-to-image model unable to draw a chosen visual concept, prove it, and ship it.",
 )
 app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
+app.add_typer(prompts_cli.app, name="prompts", help="Look into files and lists of prompts.")
 
 ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="MODEL")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]

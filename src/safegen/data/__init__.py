@@ -1,1 +1,1 @@
-"""Pictures to edit with: censored, paired and written down. Knows images and numbers, not diffusion models."""
+"""Pictures to edit with and prompts to measure with. Knows pictures, prompts and numbers, not diffusion models."""

@@ -37,13 +37,16 @@ def triplets_folder(concept: str) -> Path:
     return HERE / "triplets" / concept
 
 
-def prompt_list(kind: str, n: int) -> list[tuple[str, str]]:
-    """Return the `n` first (prompt, object) pairs of a list; `benign-train` has combinations that no measured list has.
+def prompt_list(kind: str, n: int | None = None) -> list[tuple[str, str]]:
+    """Return the `n` first (prompt, object) pairs of a list, or all of them.
+
+    The split is in the name: `skulls` holds pairs of a template and an object that the model never met in training, and is what is
+    measured; `skulls-train` holds pairs that it met, and shares no prompt with the other.
 
     Raises:
         UnknownName: there is no such list.
     """
     name, trained = kind.removesuffix("-train"), kind.endswith("-train")
     if name not in captions.TEMPLATES:
-        raise UnknownName("mini prompt list", kind, captions.TEMPLATES)
+        raise UnknownName("mini prompt list", kind, [k + end for k in captions.TEMPLATES for end in ("", "-train")])
     return [(p.text, p.object) for p in captions.prompts(name, n, trained=trained)]

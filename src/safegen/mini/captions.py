@@ -70,18 +70,20 @@ def held_out(template: int, name: str) -> bool:
     return (template + list(OBJECTS).index(name)) % 5 == 4
 
 
-def prompts(kind: str, n: int = 64, *, trained: bool = False) -> list[Prompt]:
+def prompts(kind: str, n: int | None = 64, *, trained: bool = False) -> list[Prompt]:
     """Return the `n` first prompts of a kind's list: held-out combinations only, every object as often as the next.
 
     Args:
         kind: a key of `TEMPLATES`.
-        n: how many.
+        n: how many; None for all.
         trained: give combinations that were met in training instead; no measured list holds one of them.
 
     Raises:
         BadSetting: `n` is over what the kind has.
     """
     every = list(dict.fromkeys(_walk(kind, trained)))
+    if n is None:
+        return every
     if not 1 <= n <= len(every):
         raise BadSetting(f"the prompt list {kind!r} has 1 to {len(every)} prompts, got n = {n}")
     return every[:n]

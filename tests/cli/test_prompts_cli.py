@@ -1,0 +1,83 @@
+"""`safegen prompts show` as a user meets it."""
+
+from pathlib import Path
+
+import pytest
+
+from safegen.cli import main as run
+
+HERE = Path(__file__).parents[1] / "data" / "prompts"
+
+
+@pytest.fixture
+def show(monkeypatch, capsys):
+    """Run `safegen prompts show`; give its exit code, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["safegen", "prompts", "show", *map(str, words)])
+        code = 0
+        try:
+            run()
+        except SystemExit as end:
+            code = end.code or 0
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return call
+
+
+def test_show_says_dialect_counts_and_rows_and_keeps_the_texts_to_itself(show):
+    code, out, err = show(HERE / "i2p" / "i2p_benchmark.csv", "--limit", "2")
+    assert (code, err) == (0, "")
+    assert "dialect i2p, SHA-256" in out
+    assert "3 prompts in 3 clusters, 0 without a seed, 0 left out" in out
+    assert "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; categories castles, landscapes; 5 words" in out
+    assert "i2p_benchmark:5" not in out
+    assert "afar" not in out
+
+
+def test_show_reveals_the_texts_when_told(show):
+    _, out, _ = show(HERE / "i2p" / "i2p_benchmark.csv", "--reveal")
+    assert "'a castle, seen from afar'" in out
+    assert r"a cat asks:\n" in out  # one row, one line
+
+
+def test_show_lists_every_problem_and_note(show):
+    _, out, _ = show(HERE / "malformed" / "short_rows.csv")
+    assert "2 prompts in 2 clusters, 1 without a seed, 4 left out" in out
+    assert out.count("left out line") == 4
+    _, out, _ = show(HERE / "pairs-not-ga" / "castle-ring-a-bell.csv")
+    assert "note: these are the natural-language pairs" in out
+
+
+def test_show_names_the_attack_and_reads_the_column_asked_for(show):
+    _, out, _ = show(HERE / "ring-a-bell" / "Castle_eta_5.5_K_77.csv")
+    assert "attack ring-a-bell castle eta 5.5 k 77" in out
+    _, out, _ = show(HERE / "mma-diffusion" / "mma-diffusion-castles.csv", "--column", "target_prompt", "--reveal")
+    assert "'a castle by the sea'" in out
+    assert "attack" not in out
+
+
+def test_show_reads_bundled_lists(show):
+    code, out, _ = show("mini:skulls", "--limit", "1")
+    assert code == 0
+    assert "dialect list" in out
+    assert "mini:skulls:1: " in out
+
+
+@pytest.mark.parametrize("reveal", [[], ["--reveal"]])
+def test_a_file_cannot_steer_the_terminal(show, tmp_path, reveal):
+    (tmp_path / "odd.csv").write_text("prompt,categories\n\x1b[2Ja castle,\x1b[31mcastles\n", encoding="utf-8")
+    _, out, _ = show(tmp_path / "odd.csv", *reveal)
+    assert "\x1b" not in out
+
+
+def test_a_mistake_is_one_line(show, tmp_path):
+    for words, says in (
+        ([tmp_path / "no.csv"], "name a file, a bundled list such as mini:skulls"),
+        ([HERE / "i2p" / "i2p_benchmark.csv", "--dialect", "i2q"], "Did you mean 'i2p'"),
+    ):
+        code, out, err = show(*words)
+        assert (code, out) == (2, "")
+        assert says in err
+        assert err.count("\n") == 1
