@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
@@ -144,7 +145,10 @@ def train(
     kinds = {p.dtype for n, p in own.items() if n not in before}
     if settings.precision == "fp32" and kinds - {torch.float32}:
         raise BadSetting("precision fp32 needs a model loaded in fp32; load it so, or set training.precision to bf16 or fp16")
+    attention = dict(getattr(denoiser, "attn_processors", {})) if own[names[0]].device.type == "cpu" else {}
     try:
+        if attention:  # the fused kernel's backward is the slower one on a CPU
+            denoiser.set_attn_processor(AttnProcessor())  # type: ignore[operator]
         for n, p in own.items():
             p.requires_grad_(n in before)
         for n in names:
@@ -157,6 +161,8 @@ def train(
         vars(denoiser).pop("_original_forward", None)
         if checkpointing:
             denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+        if attention:
+            denoiser.set_attn_processor(attention)  # type: ignore[operator]
         denoiser.train(was_training)
         for n, p in own.items():
             p.requires_grad_(flags[n])
