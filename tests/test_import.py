@@ -26,7 +26,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["safegen", "safegen.cli", "safegen.errors", "safegen.tables", "safegen.concept", "safegen.files", "safegen.metrics.rates"]
+    "module",
+    [
+        *("safegen", "safegen.cli", "safegen.errors", "safegen.tables", "safegen.concept", "safegen.files"),
+        *(
+            f"safegen.metrics.{name}"
+            for name in ("rates", "removal", "asr", "inappropriate", "coherence", "paired", "distances", "features")
+        ),
+    ],
 )
 def test_importing_loads_nothing_heavy(module):
     assert json.loads(python(f"import {module}; {TELL}").stdout) == []
