@@ -24,7 +24,7 @@ from safegen.data.triplets import Triplets
 from safegen.edit.loop import Training
 from safegen.edit.safegen import SafeGen
 from safegen.judge import load_judge
-from safegen.metrics.change import Mean, picture_change
+from safegen.metrics.change import mean_change
 from safegen.models import Sampler, generate, load
 from safegen.tables import TRIPLETS, resolve
 
@@ -103,7 +103,7 @@ def main() -> None:
             at = [n for n, i in enumerate(items) if i.list_name == list_name]
             mine, before, after = [items[n] for n in at], [base[n] for n in at], [edited[n] for n in at]
             entry = {"base": score(mine, before, concept).to_json(), "edited": score(mine, after, concept).to_json()}
-            entry["change"] = Mean.of([picture_change(drawn[n], redrawn[n]) for n in at], [i.prompt for i in mine]).to_json()
+            entry["change"] = mean_change([drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]).to_json()
             if mine[0].role in ("explicit", "innocent"):
                 entry["removal"] = removal(mine, before, after, concept).to_json()
             out["lists"][list_name] = entry

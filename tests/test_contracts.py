@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ TABLES = {
     "model": tables.MODELS,
     "edit": tables.EDITS,
     "judge": tables.JUDGES,
+    "extractor": tables.EXTRACTORS,
     "prompt source": tables.PROMPT_LISTS,
     "triplets": tables.TRIPLETS,
 }
@@ -46,6 +48,47 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
     facts = json.loads(json.dumps(first.provenance))
     assert (facts["method"], facts["base"], facts["data"]) == (name, model.hash, triplets.hash)
     assert type(edit).model_validate(facts["settings"]) == edit
+
+
+@pytest.fixture(scope="module")
+def extractor_weights(tmp_path_factory):
+    """Return what each extractor needs: random weights under the right names."""
+    from safetensors.torch import save_file
+
+    from safegen.metrics.inception import Trunk
+    from safegen.mini import bundle
+
+    file = tmp_path_factory.mktemp("inception") / "w.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(Trunk().state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, file)
+    inception = dict.fromkeys((name for name in tables.EXTRACTORS if name.startswith("inception")), str(file))
+    return {"mini-clip": None, "clip": str(bundle.clip_folder())} | inception
+
+
+@pytest.mark.parametrize("name", sorted(tables.EXTRACTORS))
+def test_every_extractor_keeps_its_promises(name, extractor_weights):
+    import numpy as np
+    from PIL import Image
+
+    from safegen.metrics.features import Extractor, load_extractor
+
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((64, 64), (40, 70))]
+    extractor, again = (load_extractor(name, weights=extractor_weights[name]) for _ in range(2))
+    assert isinstance(extractor, Extractor)
+    found = extractor.features(images)
+
+    assert (found.shape, found.dtype) == ((2, extractor.width), np.float64)
+    assert np.isfinite(found).all()
+    assert extractor.id == again.id
+    assert np.array_equal(found, again.features(images))  # same weights, same numbers
+    assert len(set(re.findall("[0-9a-f]{64}", extractor.id))) == 1  # the SHA-256 of the weights is in the id
+    size = np.abs(found).max()
+    assert extractor.features(images[::-1])[::-1] == pytest.approx(found, abs=1e-5 * size)  # in order
+    assert extractor.features(images[1:2]) == pytest.approx(found[1:2], abs=1e-5 * size)  # a row is its own
+    assert extractor.features([image.convert("RGBA") for image in images]) == pytest.approx(found, abs=1e-5 * size)
+    assert extractor.features([]).shape == (0, extractor.width)
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))

@@ -28,14 +28,11 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "safegen",
-        "safegen.cli",
-        "safegen.errors",
-        "safegen.tables",
-        "safegen.concept",
-        "safegen.files",
-        "safegen.metrics.rates",
-        "safegen.data.prompts",
+        *("safegen", "safegen.cli", "safegen.errors", "safegen.tables", "safegen.concept", "safegen.files", "safegen.data.prompts"),
+        *(
+            f"safegen.metrics.{name}"
+            for name in ("rates", "removal", "asr", "inappropriate", "coherence", "paired", "distances", "features")
+        ),
     ],
 )
 def test_importing_loads_nothing_heavy(module):

@@ -15,6 +15,15 @@ EDITS = {"safegen": "safegen.edit.safegen:SafeGen"}
 
 JUDGES = {"mini": "safegen.judge.mini:MiniJudge"}
 
+EXTRACTORS = {
+    "mini-clip": "safegen.metrics.mini_clip:MiniClip",
+    "clip": "safegen.metrics.clip:Clip",
+    "inception": "safegen.metrics.inception:Inception",
+    "inception-torch": "safegen.metrics.inception:inception_torch",
+    "inception-clean": "safegen.metrics.inception:inception_clean",
+}
+"""Feature extractors for distances and the CLIP score. All but the first need weights that the user has."""
+
 PROMPT_LISTS = {"mini": "safegen.mini.bundle:prompt_list"}
 """Sources of prompts, named `source:list`: a function from a list's name and a length (None: all) to rows of (text, subject)."""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.metrics.change import Mean, picture_change
+from safegen.metrics.change import mean_change, picture_change
 
 
 def test_a_picture_is_no_distance_from_itself_and_black_is_one_from_white():
@@ -27,29 +26,14 @@ def test_pictures_of_two_sizes_are_refused():
         picture_change(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9)))
 
 
-def test_the_interval_of_a_mean_is_near_the_normal_one_and_does_not_know_the_order():
-    values = np.random.default_rng(0).normal(3, 2, 400).tolist()
-    found = Mean.of(values, range(400))
-    half = 1.96 * np.std(values) / 20
-    assert found.low == pytest.approx(found.value - half, abs=0.03)
-    assert found.high == pytest.approx(found.value + half, abs=0.03)
-    turned = Mean.of(values[::-1], range(400))
-    assert (turned.low, turned.high) == (found.low, found.high)
-
-
-def test_equal_values_have_an_interval_of_no_width():
-    assert Mean.of([0.5] * 6, list("aabbcc")) == Mean(0.5, 0.5, 0.5, 6)
-
-
-def test_values_of_one_cluster_count_as_one():
-    """Ten copies of each of eight values say no more than the eight."""
-    few = [0.0, 1.0, 0.2, 0.9, 0.4, 0.7, 0.1, 0.8]
-    one, ten = Mean.of(few, range(8)), Mean.of(few * 10, list(range(8)) * 10)
-    assert (ten.low, ten.high) == pytest.approx((one.low, one.high))
+def test_the_mean_knows_its_pairs_and_their_prompts():
+    black, white, red = (Image.new("RGB", (4, 4), c) for c in ("black", "white", "red"))
+    found = mean_change([black] * 4, [black, white, red, red], ["a", "a", "b", "c"])
+    assert found.value == pytest.approx((0 + 1 + 1 / 3 + 1 / 3) / 4)
+    assert (found.n, found.clusters) == (4, 3)
+    assert found.low < found.value < found.high
 
 
 def test_nothing_has_no_mean():
-    with pytest.raises(ValueError, match="needs values"):
-        Mean.of([], [])
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        Mean.of([1, 2], ["a"])
+    with pytest.raises(ValueError, match="value"):
+        mean_change([], [], [])

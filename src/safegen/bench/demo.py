@@ -23,7 +23,8 @@ from safegen.edit.loop import Row
 from safegen.errors import BadSetting
 from safegen.files import fresh_file, fresh_folder
 from safegen.judge import Verdict, load_judge
-from safegen.metrics.change import Mean, picture_change
+from safegen.metrics.bootstrap import Mean
+from safegen.metrics.change import mean_change
 from safegen.models.model import Model, load
 from safegen.models.patch import Patch
 from safegen.models.sampling import Ask, Sampler, generate
@@ -80,8 +81,8 @@ class Outcome:
 
     def change(self, rows: Sequence[int]) -> Mean:
         """Return how far one list's edited pictures are from the base model's."""
-        gaps = [picture_change(self.pictures["base"][i], self.pictures["edited"][i]) for i in rows]
-        return Mean.of(gaps, [self.items[i].prompt for i in rows])
+        base, edited = ([self.pictures[side][i] for i in rows] for side in ("base", "edited"))
+        return mean_change(base, edited, [self.items[i].prompt for i in rows])
 
     def summary(self) -> dict[str, Any]:
         """Return every figure with its n and interval, as plain values."""

@@ -1,1 +1,1 @@
-"""Pure functions from counts to numbers with their intervals."""
+"""Pure functions from counts, verdicts and features to numbers with their n and interval; and what makes the features."""

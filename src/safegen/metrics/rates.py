@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
 
 
-def wilson(hits: int, n: int, *, z: float = Z95) -> tuple[float, float]:
+def wilson(hits: float, n: int, *, z: float = Z95) -> tuple[float, float]:
     """Return the score interval of a proportion.
 
     Roots in p of |hits/n - p| = z sqrt(p (1 - p) / n) (Wilson 1927).
 
     Args:
-        hits: how many of `n`.
+        hits: how many of `n`; a fraction where n counts groups of pictures.
         n: trials, > 0.
         z: normal quantile; 1.96 for 95 %.
 
@@ -91,6 +92,22 @@ class Removal:
         return dict(self.__dict__)
 
 
+def resampled_sums(rows: Sequence[tuple[float, float]], clusters: Sequence[Hashable], *, seed: int, draws: int) -> NDArray[np.float64]:
+    """Return the column sums (draws, 2) of `draws` bootstrap samples, each as many whole clusters as there are, drawn with replacement.
+
+    The clusters' sums are exact and sorted before they are drawn, so the order of the rows and the clusters' names are irrelevant.
+    """
+    groups: dict[Hashable, list[tuple[float, float]]] = {}
+    for row, cluster in zip(rows, clusters, strict=True):
+        groups.setdefault(cluster, []).append(row)
+    sums = np.array(sorted((math.fsum(a for a, _ in g), math.fsum(b for _, b in g)) for g in groups.values()), dtype=np.float64)
+    rng, out = np.random.default_rng(seed), np.empty((draws, 2))
+    for start in range(0, draws, 256):  # in parts: a draw over 5,000 prompts is 5,000 indices
+        part = out[start : start + 256]
+        part[:] = sums[rng.integers(len(sums), size=(len(part), len(sums)))].sum(axis=1)
+    return out
+
+
 def removal_rate(
     base: Sequence[int | None], edited: Sequence[int | None], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = 2000
 ) -> Removal:
@@ -119,13 +136,7 @@ def removal_rate(
     before, after = sum(b for b, _, _ in rows), sum(e for _, e, _ in rows)
     if before == 0:
         raise ValueError("the removal rate is undefined: the base model shows the concept in none of the judged pictures")
-    groups: dict[Hashable, tuple[int, int]] = {}
-    for b, e, c in rows:
-        old = groups.get(c, (0, 0))
-        groups[c] = (old[0] + b, old[1] + e)
-    sums = np.array(sorted(groups.values()), dtype=np.float64)  # sorted: the order of the rows is irrelevant
-    picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
-    totals = sums[picks].sum(axis=1)
+    totals = resampled_sums([(b, e) for b, e, _ in rows], [c for _, _, c in rows], seed=seed, draws=draws)
     totals = totals[totals[:, 0] > 0]
     low, high = np.quantile(1 - totals[:, 1] / totals[:, 0], [0.025, 0.975])
     if after <= before:

@@ -1,0 +1,128 @@
+"""Paired tests agree with scipy and with the known table, and do not depend on which model is named first."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from scipy.stats import binomtest, false_discovery_control
+
+from safegen.metrics.bootstrap import mean
+from safegen.metrics.paired import holm, mcnemar, paired_difference
+
+
+def _hits(only_a: int, only_b: int, both: int = 7, neither: int = 11):
+    rows = [(True, False)] * only_a + [(False, True)] * only_b + [(True, True)] * both + [(False, False)] * neither
+    return [a for a, _ in rows], [b for _, b in rows]
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 1), (5, 0), (6, 0), (7, 1), (8, 1), (3, 3), (10, 2), (30, 55), (400, 460)])
+def test_mcnemar_is_scipys_exact_binomial_test(only_a, only_b):
+    found = mcnemar(*_hits(only_a, only_b))
+    assert found.p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue, rel=1e-9)
+    assert (found.only_a, found.only_b, found.n) == (only_a, only_b, only_a + only_b + 18)
+
+
+@pytest.mark.parametrize(("more", "less"), [(6, 0), (8, 1), (10, 2), (12, 3), (15, 5)])
+def test_the_known_table_of_significance_at_5_percent(more, less):
+    assert mcnemar(*_hits(more, less)).p < 0.05 <= mcnemar(*_hits(more - 1, less)).p
+
+
+def test_swapping_the_models_leaves_p_and_pairs_that_agree_say_nothing():
+    a, b = _hits(9, 3)
+    assert mcnemar(a, b).p == mcnemar(b, a).p == mcnemar(*_hits(9, 3, both=0, neither=500)).p
+    assert mcnemar(a, a).p == 1
+
+
+def test_a_pair_with_an_unjudged_side_is_left_out_and_counted():
+    found = mcnemar([True, None, True, False], [False, True, None, False])
+    assert (found.only_a, found.n, found.unjudged) == (1, 2, 2)
+    assert json.loads(json.dumps(found.to_json()))["p"] == 1
+    with pytest.raises(ValueError, match="at least one pair"):
+        mcnemar([None], [True])
+    with pytest.raises(ValueError, match="one length"):
+        mcnemar([True], [])
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert holm({}) == {}
+    assert holm({"alone": 0.04}) == {"alone": 0.04}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_lies_between_benjamini_hochberg_and_bonferroni_and_keeps_the_order(seed):
+    draw = random.Random(seed)
+    p = {f"method {i}": draw.random() ** 3 for i in range(8)}
+    found = holm(p)
+    assert list(found) == list(p)
+    floor = false_discovery_control(list(p.values()))
+    assert all(low - 1e-12 <= h <= min(1, 8 * v) + 1e-12 for low, h, v in zip(floor, found.values(), p.values(), strict=True))
+    order = sorted(p, key=p.__getitem__)
+    assert [found[k] for k in order] == sorted(found.values())
+    assert found[order[0]] == min(1, 8 * p[order[0]])
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_what_is_no_p_value_is_refused(value):
+    with pytest.raises(ValueError, match="for b"):
+        holm({"a": 0.5, "b": value})
+
+
+def _pairs(seed: int = 0, gap: float = 1.0, n: int = 60):
+    draw = random.Random(seed)
+    base = [draw.gauss(30, 5) for _ in range(n)]
+    return [v + draw.gauss(gap, 1) for v in base], base, [i // 3 for i in range(n)]
+
+
+def test_pairing_takes_out_what_the_prompts_have_in_common():
+    a, b, clusters = _pairs()
+    found = paired_difference(a, b, clusters)
+    alone = mean(a, clusters)
+    assert found.differs
+    assert found.high - found.low < (alone.high - alone.low) / 2
+
+
+def test_swapping_the_models_mirrors_the_difference():
+    a, b, clusters = _pairs()
+    one, other = paired_difference(a, b, clusters, seed=5), paired_difference(b, a, clusters, seed=5)
+    assert (one.value, one.low, one.high) == (-other.value, -other.high, -other.low)
+
+
+def test_it_is_the_mean_of_the_differences_with_the_same_draws():
+    a, b, clusters = _pairs()
+    found, oracle = paired_difference(a, b, clusters), mean([x - y for x, y in zip(a, b, strict=True)], clusters)
+    assert (found.value, found.low, found.high) == (oracle.value, oracle.low, oracle.high)
+
+
+def test_a_difference_of_nothing_does_not_differ():
+    a, _, clusters = _pairs()
+    found = paired_difference(a, a, clusters)
+    assert (found.value, found.low, found.high, found.differs) == (0, 0, 0, False)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    covered = 0
+    for seed in range(200):
+        a, b, clusters = _pairs(seed)
+        found = paired_difference(a, b, clusters, seed=seed, draws=400)
+        covered += found.low <= 1 <= found.high
+    assert 0.88 <= covered / 200 <= 0.99  # 20 clusters: the percentile interval is a little too narrow
+
+
+def test_one_prompt_gives_no_interval_and_no_finding():
+    found = paired_difference([2.0, 3.0], [1.0, 1.0], "aa")
+    assert (found.value, found.low, found.high, found.differs) == (1.5, None, None, False)
+
+
+def test_a_missing_side_is_left_out_and_counted_and_nothing_is_refused():
+    found = paired_difference([1.0, None, 2.0], [0.0, 1.0, 1.0], "abc", scale="100*cos")
+    assert (found.n, found.unjudged, found.value) == (2, 1, 1)
+    assert json.loads(json.dumps(found.to_json()))["scale"] == "100*cos"
+    with pytest.raises(ValueError, match="at least one pair"):
+        paired_difference([None], [1.0], "a")
+    with pytest.raises(ValueError, match="finite"):
+        paired_difference([float("inf")], [1.0], "a")
+    with pytest.raises(ValueError, match="equally long"):
+        paired_difference([1.0], [1.0], "ab")
