@@ -495,7 +495,7 @@ def stage_pack(work: Path) -> None:
 def stage_triplets(work: Path, n: int = 100) -> None:
     """Make the ready triplets of each unsafe concept from scenes that no other stage draws."""
     from safegen.data.censor import Censor
-    from safegen.data.triplets import make
+    from safegen.data.make import make
     from safegen.judge.mini import MiniJudge
 
     for c, concept in enumerate(("skulls", "fire")):
