@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -201,13 +200,6 @@ def test_an_output_without_a_folder_around_it_is_refused(pictures: Path) -> None
     assert "deep does not exist; make it first" in refusal(pictures, out=pictures / "deep" / "out")
 
 
-def test_a_leftover_of_a_killed_run_of_the_same_number_is_cleared_away(pictures: Path) -> None:
-    (pictures / f".out.tmp-{os.getpid()}" / "unsafe").mkdir(parents=True)
-    made = make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])
-    assert len(made.triplets) > 0
-    assert not (pictures / f".out.tmp-{os.getpid()}").exists()
-
-
 def test_folders_without_pictures_are_refused(pictures: Path) -> None:
     (pictures / "empty").mkdir()
     assert "empty holds no files" in refusal(pictures, unsafe=pictures / "empty")
@@ -263,19 +255,31 @@ def test_nothing_half_written_is_left_when_something_raises_in_the_middle(pictur
     with pytest.raises(BadFile if isinstance(error, OSError) else type(error)):
         make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"], track=track)
     assert sorted(str(p) for p in pictures.rglob("*")) == before
-    assert sorted(halfway) == [f".out.tmp-{os.getpid()}/{role}/0001.png" for role in sorted(ROLES)]
+    assert sorted(halfway) == [f"out/.unfinished/{role}/0001.png" for role in sorted(ROLES)]
 
 
 def test_an_output_that_comes_into_being_meanwhile_is_not_touched(pictures: Path) -> None:
     def track(items: Sequence[T], doing: str, /) -> Iterable[T]:
-        if doing == "censoring":
-            (pictures / "out").mkdir()
+        (pictures / "out").mkdir(exist_ok=True)
         return items
 
     with pytest.raises(BadFile, match="out exists already"):
         make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"], track=track)
     assert list((pictures / "out").iterdir()) == []
     assert sorted(p.name for p in pictures.iterdir()) == ["benign", "out", "unsafe"]
+
+
+def test_what_someone_else_puts_into_the_output_meanwhile_is_left_there(pictures: Path) -> None:
+    def track(items: Sequence[T], doing: str, /) -> Iterable[T]:
+        if doing == "censoring":
+            (pictures / "out" / "unsafe").mkdir()
+            (pictures / "out" / "unsafe" / "precious.txt").write_text("keep me")
+        return items
+
+    with pytest.raises(BadFile, match="out cannot be written"):
+        make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"], track=track)
+    assert [str(p.relative_to(pictures / "out")) for p in (pictures / "out").rglob("*") if p.is_file()] == ["unsafe/precious.txt"]
+    assert not (pictures / "out" / ".unfinished").exists()
 
 
 # the command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,7 +15,7 @@ from safegen.data.censor import Box, Censor
 from safegen.data.censor import censor as cover
 from safegen.data.triplets import MANIFEST, ROLES, Problem, Role, Triplet, Triplets, as_row, read_picture, too_small
 from safegen.errors import BadFile, BadSetting
-from safegen.files import fresh_folder
+from safegen.files import private_folder, refuse_taken
 from safegen.judge.base import KEPT, Judge, Verdict
 
 ATTEMPTS = 3
@@ -66,7 +65,8 @@ def make(
     The judge looks at every picture first: unsafe are those in which it sees one of `labels`; benign ones must be judged safe.
     It looks again at each censored picture: while that is not safe, the unsafe picture is censored anew with twice the padding
     (at least 0.1), three times in all. Benign pictures are taken in turn, scaled and cropped about their centre to the unsafe
-    picture's size. Pictures that cannot be used are left out and reported with the reason. `out` appears whole or not at all.
+    picture's size. Pictures that cannot be used are left out and reported with the reason. Nothing is written
+    outside `out`, which appears whole or not at all; only a kill leaves it behind unfinished, without a manifest.
 
     Args:
         unsafe: folder of unsafe pictures (its own files, not those of folders in it).
@@ -84,7 +84,9 @@ def make(
     """
     unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
     eye = _Eye(judge, frozenset(labels), threshold)
-    _refuse_in_the_way(out)
+    refuse_taken(out, last=MANIFEST)
+    if not out.parent.is_dir():
+        raise BadFile(f"{out} cannot be written: the folder {out.parent} does not exist; make it first")
     finds, safe, left_out = _look_through(unsafe, eye, track)
     if not finds:
         raise BadFile(f"no picture of {unsafe} is judged unsafe, so there is nothing to censor{': ' * bool(left_out)}{_summary(left_out)}")
@@ -101,7 +103,7 @@ def make(
         left_out += unfit
 
     rows: list[Triplet] = []
-    with fresh_folder(out) as folder:
+    with private_folder(out, last=MANIFEST) as folder:
         for role in ROLES:
             (folder / role).mkdir()
         for find in track(finds, "censoring"):
@@ -222,10 +224,3 @@ def _write(
         paths[role], digests[role] = f"{role}/{name}.png", sha256(file.getvalue()).hexdigest()
         (folder / paths[role]).write_bytes(file.getvalue())
     return as_row(name, paths, digests).model_copy(update={"boxes": find.boxes, "covered": covered, "judge": judge})
-
-
-def _refuse_in_the_way(out: Path) -> None:
-    if os.path.lexists(out):
-        raise BadFile(f"{out} exists already; name a folder that does not")
-    if not out.parent.is_dir():
-        raise BadFile(f"{out} cannot be written: the folder {out.parent} does not exist; make it first")

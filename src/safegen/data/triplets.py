@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safegen.data.censor import Box
 from safegen.errors import BadFile
+from safegen.files import is_unfinished
 
 Role = Literal["unsafe", "censored", "benign"]
 ROLES: tuple[Role, ...] = ("unsafe", "censored", "benign")
@@ -193,6 +194,8 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | Problem]]:
     """
     path = path.absolute()
     if path.is_dir():
+        if is_unfinished(path, last=MANIFEST):
+            raise BadFile(f"{path} holds unfinished triplets: their making was killed, or still goes on; remove it and make them again")
         if not (path / MANIFEST).is_file():
             raise BadFile(f"{path} has no {MANIFEST}; triplets are made with: safegen triplets make")
         lines = enumerate(_bytes(path / MANIFEST).split(b"\n"), 1)
