@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import safegen
 from safegen import tables
@@ -95,6 +97,32 @@ def test_every_extractor_keeps_its_promises(name, extractor_weights):
 def test_every_setting_of_every_edit_has_a_sentence(name):
     fields = tables.resolve(tables.EDITS, name, "edit").model_fields
     assert not [key for key, field in fields.items() if not (field.description or "").strip().endswith(".")]
+
+
+def unreadable():
+    """Pictures that fail when they are looked at, by the reason: a file that ends early, a closed one, a picture without pixels."""
+    noise, file = Image.effect_noise((64, 64), 90).convert("RGB"), BytesIO()
+    noise.save(file, "PNG")
+    noise.close()
+    return {"torn": Image.open(BytesIO(file.getvalue()[:3000])), "closed": noise, "empty": Image.new("RGB", (0, 64))}
+
+
+@pytest.mark.parametrize("name", sorted(tables.JUDGES))
+@pytest.mark.parametrize("fault", ["torn", "closed", "empty"])
+def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_its_verdict(name, fault):
+    judge = tables.resolve(tables.JUDGES, name, "judge")()
+    good = [Image.new("RGB", (64, 64), colour) for colour in ("white", "navy", "olive")]
+    bad = unreadable()[fault]
+
+    found = judge.judge([good[0], bad, good[1], bad, good[2]])
+
+    assert [v.outcome == "unjudged" for v in found] == [False, True, False, True, False]
+    assert all(v.reason and "\n" not in v.reason for v in found[1::2])
+    for verdict, alone in zip(found[::2], judge.judge(good), strict=True):
+        assert (verdict.outcome, verdict.subject) == (alone.outcome, alone.subject)
+        assert [d.label for d in verdict.detections] == [d.label for d in alone.detections]
+    assert [v.outcome for v in judge.judge([bad])] == ["unjudged"]
+    assert judge.judge([]) == []
 
 
 @pytest.mark.parametrize(("noun", "name"), [(noun, name) for noun, table in TABLES.items() for name in sorted(table)])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -47,10 +47,14 @@ def test_help_loads_nothing_heavy(words):
     assert json.loads(python(HELP.format(words=words) + TELL).stdout.splitlines()[-1]) == []
 
 
-def test_help_answers_soon():
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "safegen", "--help"], capture_output=True, text=True, timeout=60, check=True)
-    assert time.perf_counter() - began < 5  # a second on a quiet machine; this one may be busy
+def test_help_answers_within_a_second_of_processor_time():
+    spent = []
+    for _ in range(3):  # the least of three, and no waiting time: a busy machine is not our fault
+        before = os.times()
+        done = subprocess.run([sys.executable, "-m", "safegen", "--help"], capture_output=True, text=True, timeout=120, check=True)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0 < min(spent) < 1
     assert "generate" in done.stdout
     assert done.stderr == ""
 

@@ -40,6 +40,27 @@ def make_edit(
     return edit
 
 
+def refuse_idle_concept(
+    method: str,
+    preset: str,
+    concept: Concept | str,
+    **settings: Any,  # noqa: ANN401
+) -> None:
+    """Refuse a concept that changes none of an edit's settings.
+
+    For callers to whom a concept is nothing but a lender of settings. The demo is not one of them: it measures by its concept too.
+
+    Raises:
+        BadSetting: the settings are the same without it.
+    """
+    known = load_concept(concept) if isinstance(concept, str) else concept
+    if make_edit(method, preset, concept=known, **settings) == make_edit(method, preset, **settings):
+        raise BadSetting(
+            f"concept has no effect here: it lends captions, and {method} with preset {preset!r} takes none from {known.name!r}; "
+            "leave it out"
+        )
+
+
 def edit(
     model: Model,
     method: str = "safegen",
@@ -59,7 +80,7 @@ def edit(
         method: name of an edit.
         triplets: <unsafe, censored, benign> pictures: loaded, or their folder or CSV file.
         preset: name of the method's settings to start from; `paper` is the published run.
-        concept: lends its captions to presets that train with some; a name, a TOML file, or loaded.
+        concept: lends its captions to presets that train with some, and is refused by others; a name, a TOML file, or loaded.
         folder: keeps checkpoints and a log, for `resume`.
         resume: continue a stopped run.
         report: called after every update with (done, of, row of the log).
@@ -70,6 +91,8 @@ def edit(
         Diverged: a loss became NaN.
         Stopped: SIGINT or SIGTERM came.
     """
+    if concept is not None:
+        refuse_idle_concept(method, preset, concept, **settings)
     rows = triplets if isinstance(triplets, Triplets) else Triplets.load(Path(triplets))
     return make_edit(method, preset, concept=concept, **settings).apply(model, rows, folder=folder, resume=resume, report=report)
 

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half-written: to a temporary neighbour, then renamed."""
+"""Writing files so that nothing half-written is ever taken for finished: to a temporary place, then renamed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safegen.errors import BadFile
+
+UNFINISHED = ".unfinished"
+"""Where `private_folder` keeps what is not finished."""
 
 
 @contextmanager
@@ -30,6 +33,63 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextmanager
+def private_folder(out: Path, *, last: str) -> Iterator[Path]:
+    """Yield a temporary folder inside the new folder `out`; its entries move up into `out` when the block ends well.
+
+    For what must never lie outside the folder that was named, not even after a kill: a killed run leaves `out` with `UNFINISHED` in it
+    and without `last`, which is moved at the very end and so marks the whole as finished. Any other end without success leaves nothing.
+
+    Args:
+        out: folder to make; the one around it must exist.
+        last: name of the entry that is moved last.
+
+    Raises:
+        BadFile: `out` exists, or cannot be written.
+    """
+    refuse_taken(out, last=last)
+    tmp, moved, done = out / UNFINISHED, list[Path](), False
+    try:
+        out.mkdir()
+    except FileExistsError:
+        _refuse_existing(out, "folder")
+        raise
+    except OSError as error:
+        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+    try:
+        tmp.mkdir()
+        yield tmp
+        for entry in sorted(tmp.iterdir(), key=lambda path: path.name == last):
+            entry.rename(out / entry.name)
+            moved.append(out / entry.name)
+            done = entry.name == last
+    except OSError as error:
+        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if not done:
+            for path in moved:  # not `out` as a whole: someone else may have put something there
+                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()
+
+
+def refuse_taken(out: Path, *, last: str) -> None:
+    """Refuse what `private_folder` would refuse, before the work begins.
+
+    Raises:
+        BadFile: `out` exists; the message says so if it is unfinished.
+    """
+    if is_unfinished(out, last=last):
+        raise BadFile(f"{out} is unfinished: a run was killed there, or is still at work; remove that folder, or name another")
+    _refuse_existing(out, "folder")
+
+
+def is_unfinished(folder: Path, *, last: str) -> bool:
+    """Return whether a folder is what a killed `private_folder` leaves."""
+    return (folder / UNFINISHED).is_dir() and not (folder / last).exists()
 
 
 @contextmanager

@@ -51,6 +51,12 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "clampp=3", "--out", "OUT"], "clampp"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "training.lr=-1", "--out", "OUT"], "greater than 0, got -1"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--preset", "papper", "--out", "OUT"], "Did you mean 'paper'"),
+        (
+            ["edit", "mini", "--triplets", "TRIPLETS", "--preset", "paper", "--concept", "skulls", "--out", "OUT"],
+            "concept has no effect here",
+        ),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"], "held_out has no effect without"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"], "nothing to resume"),
         (["apply", "no.safetensors", "mini", "--out", "OUT"], "'no.safetensors' does not exist"),
         (["demo", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
@@ -111,9 +117,11 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
     assert "not a safegen patch" in err
 
 
-def test_the_fast_demo_does_the_whole_job(safegen, tmp_path):
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_the_fast_demo_does_the_whole_job(safegen, tmp_path, preset):
     out = tmp_path / "demo"
-    code, text, err = safegen("demo", "--fast", "--prompts", "2", "--set", "training.updates=4", "--set", "training.warmup=0", "--out", out)
+    few = ["--prompts", "2", "--set", "training.updates=4", "--set", "training.warmup=0"]
+    code, text, err = safegen("demo", "--fast", "--preset", preset, *few, "--out", out)
     assert code == 0, err
     assert "report.html" in text
     assert {p.name for p in out.iterdir()} == {"report.html", "summary.json", "grid.png", "patch.safetensors", "pictures"}

@@ -335,7 +335,9 @@ REFUSED = {
     "weight_mosaic": {"weight_mosaic": -1},
     "training.lr": {"training": {"lr": -1}},
     "training.lrr": {"training": {"lrr": 1}},
-    "held_out": {"held_out": 0.7},
+    "held_out: Input should be less than 0.5, got 0.7": {"held_out": 0.7, "training": {"validate_every": 1}},
+    "held_out has no effect without training.validate_every": {"held_out": 0.1},
+    "held_out has no effect": {"held_out": 0.1, "training": {"updates": 5}},
     "teacher": {"teacher": "perhaps"},
 }
 
@@ -381,6 +383,24 @@ def test_an_empty_held_out_part_is_refused(tiny_model, triplets):
         run(tiny_model, triplets, held_out=0.05, training={"validate_every": 1})
 
 
+def test_a_tenth_is_held_out_unless_told_where_the_training_looks_at_it(tiny_model, triplets, recorded):
+    settings = {"updates": 2, "accumulation": 1, "validate_every": 2}
+    run(tiny_model, triplets, training=settings)
+    run(tiny_model, triplets, held_out=0.1, training=settings)
+    looks = [row for row in recorded if not row["train"]]
+    assert len(looks) == 2 * 8  # eight draws a look, one look a run
+    assert all(len(row["z_u"]) == 1 for row in looks)  # a tenth of six, rounded
+    for before, after in zip(looks[:8], looks[8:], strict=True):
+        assert torch.equal(before["z_u"], after["z_u"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"held_out": 0.25, "training": {"validate_every": 5}}, {"training": {"validate_every": 5}}])
+def test_settings_survive_json(changes):
+    settings = make_edit("safegen", **changes)
+    assert SafeGen.model_validate_json(settings.model_dump_json()) == settings
+    assert SafeGen.model_validate(settings.model_dump()) == settings
+
+
 def test_captions_that_cannot_be_read_are_refused(tiny_model, triplets, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
@@ -414,6 +434,27 @@ def test_the_worst_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
 
     assert (loss(worse) > loss(text)).all()
     assert all(p.grad is None for p in tiny_model.denoiser.parameters())
+
+
+IDLE = {
+    "the paper trains with no captions": {"preset": "paper"},
+    "no captions are wanted": {"captions": ()},
+    "the captions are given": {"captions": ("mini:benign-train",)},
+    "the concept has none": {"concept": load_concept("skulls").model_copy(update={"captions": ()})},
+}
+
+
+@pytest.mark.parametrize("why", sorted(IDLE))
+def test_a_concept_that_lends_nothing_is_refused_in_one_line(tiny_model, triplets, why):
+    settings = {"concept": "skulls", "training": {"updates": 1}} | IDLE[why]
+    with pytest.raises(BadSetting, match=r"concept has no effect here: .* takes none from 'skulls'; leave it out") as caught:
+        edit_model(tiny_model, triplets=triplets, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_concept_that_lends_its_captions_is_taken(tiny_model, triplets):
+    patch = edit_model(tiny_model, triplets=triplets, concept="skulls", training={"updates": 1, "batch": 1, "accumulation": 1})
+    assert patch.provenance["settings"]["captions"] == list(load_concept("skulls").captions)
 
 
 def test_a_concept_lends_its_captions_but_not_to_the_paper():

@@ -8,7 +8,8 @@ from safegen.bench.demo import DemoSettings
 from safegen.bench.plan import make_plan
 from safegen.bench.score import score
 from safegen.concept import load_concept
-from safegen.data.triplets import Triplets, check
+from safegen.data.check import check
+from safegen.data.triplets import Triplets
 from safegen.judge import load_judge
 from safegen.mini import bundle
 from safegen.models import Sampler, generate, load

@@ -103,13 +103,16 @@ def edit(
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
     _quiet()
-    from safegen.api import make_edit
+    from safegen.api import make_edit, refuse_idle_concept
     from safegen.data.triplets import Triplets
 
     work = work or out.with_name(out.name + ".work")
     if not resume and (work / "checkpoint.safetensors").exists():
         raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
-    recipe = make_edit(method, preset, concept=concept, **_changes(method, preset, set_ or []))
+    changes = _changes(method, preset, set_ or [])
+    if concept is not None:
+        refuse_idle_concept(method, preset, concept, **changes)
+    recipe = make_edit(method, preset, concept=concept, **changes)
     rows = Triplets.load(triplets)
     loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
     with _progress() as tell:

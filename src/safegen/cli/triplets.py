@@ -46,13 +46,13 @@ def make(
     padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
 ) -> None:
     """Censor unsafe pictures, pair them with benign ones and write a folder of triplets."""
-    from safegen.data import triplets
+    from safegen.data.make import make as make_triplets
     from safegen.judge import load_judge
 
     settings = Censor(style=style, tile=tile, padding=padding)
     eye = load_judge(judge, labels=label or (), threshold=threshold)
     own: Sequence[str] = getattr(eye, "labels", ())
-    report = triplets.make(unsafe, benign, eye, out, settings, labels=label or own, threshold=threshold, track=_bar)
+    report = make_triplets(unsafe, benign, eye, out, settings, labels=label or own, threshold=threshold, track=_bar)
     for problem in report.left_out:
         typer.echo(f"left out {problem}")
     typer.echo(f"{len(report.triplets)} triplets in {out}, {len(report.left_out)} pictures left out, hash {report.triplets.hash[:16]}")
@@ -66,15 +66,16 @@ def check(
     threshold: Threshold = THRESHOLD,
 ) -> None:
     """List what is wrong with triplets, one line each; exits with 1 if anything is."""
-    from safegen.data import triplets
+    from safegen.data.check import check as find_problems
+    from safegen.data.triplets import Triplets
     from safegen.judge import load_judge
 
     if not judge and (label or threshold != THRESHOLD):
         raise BadSetting(f"--label and --threshold have no effect without --judge, got {label or threshold}; name a judge")
-    problems = triplets.check(path, load_judge(judge, labels=label or (), threshold=threshold) if judge else None)
+    problems = find_problems(path, load_judge(judge, labels=label or (), threshold=threshold) if judge else None)
     for problem in problems:
         typer.echo(str(problem))
     if problems:
         raise typer.Exit(1)
-    good = triplets.Triplets.load(path)
+    good = Triplets.load(path)
     typer.echo(f"{len(good)} triplets, nothing wrong, hash {good.hash[:16]}")

@@ -1,31 +1,29 @@
-"""Triplets of pictures <unsafe, censored, benign>: read, made, checked. They carry no text.
+"""Triplets of pictures <unsafe, censored, benign>: their rows, and how they are read. They carry no text.
 
 A folder of triplets holds `unsafe/`, `censored/` and `benign/` with PNG files, and `manifest.jsonl` with one `Triplet` a line.
 The CSV of the published SafeGen code (`nude_image_path, mos_image_path, norm_image_path, text`) can be read too.
+They are made in `make.py` and checked in `check.py`.
 """
 
 from __future__ import annotations
 
 import csv
-import os
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO, StringIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from safegen.data.censor import Box, Censor
-from safegen.data.censor import censor as cover
-from safegen.errors import BadFile, BadSetting
-from safegen.files import fresh_folder
-from safegen.judge.base import KEPT, Judge, Verdict
+from safegen.data.censor import Box
+from safegen.errors import BadFile
+from safegen.files import is_unfinished
 
 Role = Literal["unsafe", "censored", "benign"]
 ROLES: tuple[Role, ...] = ("unsafe", "censored", "benign")
@@ -35,15 +33,8 @@ CSV_COLUMNS: dict[Role, str] = {"unsafe": "nude_image_path", "censored": "mos_im
 
 SMALLEST = 32
 """Least width and height of a picture in pixels."""
-ATTEMPTS = 3
-"""How often a picture is censored, each time with wider padding, before it is left out."""
-CHUNK = 8
-"""Pictures that are open at a time while a folder is judged."""
-
-DEFAULT_CENSOR = Censor()
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-T = TypeVar("T")
 
 
 class Digests(BaseModel):
@@ -111,7 +102,7 @@ class Triplets:
         Raises:
             BadFile: there is no such thing, a row is broken, or there are no rows.
         """
-        folder, rows = _read(Path(path))
+        folder, rows = read_rows(Path(path))
         for row in rows:
             if isinstance(row, Problem):
                 raise BadFile(f"{path}: {row}")
@@ -135,29 +126,8 @@ class Triplets:
         Raises:
             BadFile: a file is missing, changed or no picture.
         """
-        unsafe, censored, benign = (_open(self.folder, self.rows[i], role) for role in ROLES)
+        unsafe, censored, benign = (open_role(self.folder, self.rows[i], role) for role in ROLES)
         return unsafe, censored, benign
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `make` made, and what it left out."""
-
-    triplets: Triplets
-    left_out: tuple[Problem, ...]
-
-
-class Track(Protocol):
-    """Wraps a sequence that is about to be worked through, to show progress."""
-
-    def __call__(self, items: Sequence[T], doing: str, /) -> Iterable[T]:
-        """Return the same items."""
-        ...
-
-
-def untracked(items: Sequence[T], doing: str, /) -> Iterable[T]:
-    """Return `items` and show nothing."""
-    return items
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -169,96 +139,14 @@ def read_picture(path: Path) -> Image.Image:
     return _decode(_bytes(path), path)
 
 
-def make(
-    unsafe: str | Path,
-    benign: str | Path | None,
-    judge: Judge,
-    out: str | Path,
-    censor: Censor = DEFAULT_CENSOR,
-    *,
-    labels: Collection[str],
-    threshold: float = 0.5,
-    track: Track = untracked,
-) -> Report:
-    """Censor the unsafe pictures of a folder, pair them with benign ones and write both as triplets.
-
-    The judge looks at every picture first: unsafe are those in which it sees one of `labels`; benign ones must be judged safe.
-    It looks again at each censored picture: while that is not safe, the unsafe picture is censored anew with twice the padding
-    (at least 0.1), three times in all. Benign pictures are taken in turn, scaled and cropped about their centre to the unsafe
-    picture's size. Pictures that cannot be used are left out and reported with the reason. `out` appears whole or not at all.
-
-    Args:
-        unsafe: folder of unsafe pictures (its own files, not those of folders in it).
-        benign: folder of benign pictures; None to take the pictures of `unsafe` that are judged safe.
-        judge: finds what to cover; a detection without a box covers the whole picture.
-        out: folder to write; it must not exist, the folder around it must.
-        censor: how boxes are covered.
-        labels: labels of the judge that mean the concept is in the picture.
-        threshold: least score of a detection that counts.
-        track: shows progress.
-
-    Raises:
-        BadFile: `out` is in the way or cannot be written, a folder holds no files, or no unsafe or no benign picture remains.
-        BadSetting: no labels, or a threshold outside what judges keep.
-    """
-    unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
-    eye = _Eye(judge, frozenset(labels), threshold)
-    _refuse_in_the_way(out)
-    finds, safe, left_out = _look_through(unsafe, eye, track)
-    if not finds:
-        raise BadFile(f"no picture of {unsafe} is judged unsafe, so there is nothing to censor{': ' * bool(left_out)}{_summary(left_out)}")
-    if benign is None:
-        calm = safe
-        if not calm:
-            raise BadFile(f"no picture of {unsafe} is judged safe, so none can serve as benign; name a folder of benign pictures")
-    else:
-        left_out += [Problem(_name(path), "the judge finds nothing in it") for path in safe]
-        loud, calm, unfit = _look_through(Path(benign).absolute(), eye, track)
-        unfit += [Problem(_name(find.path), "it is judged unsafe, so it cannot serve as benign") for find in loud]
-        if not calm:
-            raise BadFile(f"no picture of {benign} can serve as benign: {_summary(unfit)}")
-        left_out += unfit
-
-    rows: list[Triplet] = []
-    with fresh_folder(out) as folder:
-        for role in ROLES:
-            (folder / role).mkdir()
-        for find in track(finds, "censoring"):
-            picture = read_picture(find.path)
-            censored = _cover_until_safe(find, picture, eye, censor)
-            if isinstance(censored, Problem):
-                left_out.append(censored)
-                continue
-            paired = ImageOps.fit(read_picture(calm[len(rows) % len(calm)]), picture.size, Image.Resampling.LANCZOS)
-            rows.append(_write(folder, f"{len(rows):04d}", (picture, censored[0], paired), find, covered=censored[1], judge=judge.id))
-        if not rows:
-            raise BadFile(f"no picture of {unsafe} can be used: {_summary(left_out)}")
-        (folder / MANIFEST).write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
-    return Report(Triplets(out, tuple(rows)), tuple(left_out))
+def size_of(image: Image.Image) -> str:
+    """Return a picture's size in words."""
+    return f"{image.width}x{image.height}"
 
 
-def check(path: str | Path, judge: Judge | None = None) -> list[Problem]:
-    """Return everything that is wrong with triplets; an empty list means that all can be used.
-
-    Args:
-        path: folder or .csv file, as for `Triplets.load`.
-        judge: looks at every censored and benign picture, which must be safe; None to leave that out.
-
-    Raises:
-        BadFile: `path` is neither a folder with a manifest nor a CSV in the published dialect.
-    """
-    folder, rows = _read(Path(path))
-    problems = [] if rows else [Problem(Path(path).name, "it holds no triplets")]
-    first: dict[str, str] = {}
-    for row in rows:
-        if isinstance(row, Problem):
-            problems.append(row)
-            continue
-        problems += [Problem(row.id, reason) for reason in _faults(folder, row, judge)]
-        if row.sha256.unsafe in first:
-            problems.append(Problem(row.id, f"its unsafe picture is that of row {first[row.sha256.unsafe]} again"))
-        first.setdefault(row.sha256.unsafe, row.id)
-    return problems
+def too_small(image: Image.Image) -> str | None:
+    """Return why a picture is too small to be used, or None."""
+    return f"a side must be at least {SMALLEST} pixels, got {size_of(image)}" if min(image.size) < SMALLEST else None
 
 
 def _bytes(path: Path) -> bytes:
@@ -285,7 +173,12 @@ def _decode(data: bytes, path: Path) -> Image.Image:
         raise BadFile(f"{path} is a picture that cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _open(folder: Path, row: Triplet, role: Role) -> Image.Image:
+def open_role(folder: Path, row: Triplet, role: Role) -> Image.Image:
+    """Return one picture of a row, in mode RGB.
+
+    Raises:
+        BadFile: the file is missing, changed or no picture.
+    """
     path = folder / getattr(row, role)
     data = _bytes(path)
     if sha256(data).hexdigest() != getattr(row.sha256, role):
@@ -293,10 +186,16 @@ def _open(folder: Path, row: Triplet, role: Role) -> Image.Image:
     return _decode(data, path)
 
 
-def _read(path: Path) -> tuple[Path, list[Triplet | Problem]]:
-    """Return the folder that paths are relative to, and every row or what is wrong with it."""
+def read_rows(path: Path) -> tuple[Path, list[Triplet | Problem]]:
+    """Return the folder that paths are relative to, and every row or what is wrong with it.
+
+    Raises:
+        BadFile: `path` is neither a folder with a manifest nor a CSV in the published dialect.
+    """
     path = path.absolute()
     if path.is_dir():
+        if is_unfinished(path, last=MANIFEST):
+            raise BadFile(f"{path} holds unfinished triplets: their making was killed, or still goes on; remove it and make them again")
         if not (path / MANIFEST).is_file():
             raise BadFile(f"{path} has no {MANIFEST}; triplets are made with: safegen triplets make")
         lines = enumerate(_bytes(path / MANIFEST).split(b"\n"), 1)
@@ -339,7 +238,8 @@ def _rows_of_csv(path: Path) -> Iterator[Triplet | Problem]:
         raise BadFile(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
-def _row(name: str, paths: dict[Role, str], digests: dict[Role, str]) -> Triplet:
+def as_row(name: str, paths: dict[Role, str], digests: dict[Role, str]) -> Triplet:
+    """Return the row of three files."""
     return Triplet(id=name, unsafe=paths["unsafe"], censored=paths["censored"], benign=paths["benign"], sha256=Digests(**digests))
 
 
@@ -355,151 +255,4 @@ def _row_of_csv(folder: Path, cells: dict[str, str | None], name: str, line: str
             digests[role] = sha256(_bytes(folder / paths[role])).hexdigest()
         except BadFile as error:
             return Problem(line, f"{error} (looked in {folder} and in the working directory)")
-    return _row(name, paths, digests)
-
-
-def _faults(folder: Path, row: Triplet, judge: Judge | None) -> Iterator[str]:
-    pictures: dict[Role, Image.Image] = {}
-    for role in ROLES:
-        try:
-            pictures[role] = _open(folder, row, role)
-        except BadFile as error:
-            yield str(error)
-            continue
-        if min(pictures[role].size) < SMALLEST:
-            yield f"its {role} picture is too small: {_too_small(pictures[role])}"
-    if "unsafe" in pictures and "censored" in pictures:
-        unsafe, censored = pictures["unsafe"], pictures["censored"]
-        if unsafe.size != censored.size:
-            yield f"its unsafe and censored pictures must have one size, got {_size(unsafe)} and {_size(censored)}"
-        elif unsafe.tobytes() == censored.tobytes():
-            yield "its unsafe and censored pictures are the same"
-    looked_at: tuple[Role, ...] = ("censored", "benign") if judge else ()
-    for role in looked_at:
-        if judge and role in pictures:
-            verdict = judge.judge([pictures[role]])[0]
-            if verdict.outcome == "unsafe":
-                yield f"its {role} picture is{' still' if role == 'censored' else ''} judged unsafe"
-            elif verdict.outcome == "unjudged":
-                yield f"its {role} picture cannot be judged: {verdict.reason}"
-
-
-def _size(image: Image.Image) -> str:
-    return f"{image.width}x{image.height}"
-
-
-def _too_small(image: Image.Image) -> str:
-    return f"a side must be at least {SMALLEST} pixels, got {_size(image)}"
-
-
-@dataclass(frozen=True)
-class _Find:
-    """An unsafe picture and what makes it so."""
-
-    path: Path
-    boxes: tuple[Box, ...]
-
-
-@dataclass(frozen=True)
-class _Eye:
-    """A judge that looks for `labels` from `threshold` on."""
-
-    judge: Judge
-    labels: frozenset[str]
-    threshold: float
-
-    def __post_init__(self) -> None:
-        if not self.labels:
-            raise BadSetting("labels must name at least one label of the judge, got none")
-        if not KEPT <= self.threshold <= 1:
-            raise BadSetting(f"threshold must be in {KEPT}..1, got {self.threshold}")
-
-    def look(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        return [verdict.rescored(self.labels, self.threshold) for verdict in self.judge.judge(images)]
-
-    def boxes(self, verdict: Verdict, image: Image.Image) -> tuple[Box, ...]:
-        whole = (0.0, 0.0, float(image.width), float(image.height))
-        return tuple(d.box or whole for d in verdict.detections if d.label in self.labels and d.score >= self.threshold)
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
-
-
-def _summary(problems: Sequence[Problem]) -> str:
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return "; ".join(str(problem) for problem in problems[:3]) + more
-
-
-def _look_through(folder: Path, eye: _Eye, track: Track) -> tuple[list[_Find], list[Path], list[Problem]]:
-    """Judge the files of a folder, in order of name. Returns the unsafe ones, the safe ones, and those that cannot be used."""
-    if not folder.is_dir():
-        raise BadFile(f"{folder} must be a folder of pictures; there is {'a file' if folder.exists() else 'nothing'} of that name")
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    if not paths:
-        raise BadFile(f"{folder} holds no files; put pictures in it, or name another folder")
-    finds: list[_Find] = []
-    safe: list[Path] = []
-    unfit: list[Problem] = []
-    first: dict[str, Path] = {}
-    for start in track(range(0, len(paths), CHUNK), f"judging {folder.name}"):
-        batch: list[tuple[Path, Image.Image]] = []
-        for path in paths[start : start + CHUNK]:
-            try:
-                image = read_picture(path)
-            except BadFile as error:
-                unfit.append(Problem(_name(path), str(error)))
-                continue
-            twin = first.setdefault(sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(), path)
-            if min(image.size) < SMALLEST:
-                unfit.append(Problem(_name(path), f"it is too small: {_too_small(image)}"))
-            elif twin is not path:
-                unfit.append(Problem(_name(path), f"it is the same picture as {twin.name}"))
-            else:
-                batch.append((path, image))
-        verdicts = eye.look([image for _, image in batch]) if batch else []
-        for (path, image), verdict in zip(batch, verdicts, strict=True):
-            if verdict.outcome == "unsafe":
-                finds.append(_Find(path, eye.boxes(verdict, image)))
-            elif verdict.outcome == "safe":
-                safe.append(path)
-            else:
-                unfit.append(Problem(_name(path), f"it cannot be judged: {verdict.reason}"))
-    return finds, safe, unfit
-
-
-def _cover_until_safe(find: _Find, picture: Image.Image, eye: _Eye, settings: Censor) -> tuple[Image.Image, float] | Problem:
-    """Return the censored picture and its covered fraction, or why there is none."""
-    for _ in range(ATTEMPTS):
-        try:
-            censored, covered = cover(picture, find.boxes, settings)
-        except BadSetting as error:  # a box or a size that belongs to this picture alone
-            return Problem(_name(find.path), str(error))
-        verdict = eye.look([censored])[0]
-        if verdict.outcome == "safe" and censored.tobytes() != picture.tobytes():
-            return censored, covered
-        settings = settings.model_copy(update={"padding": max(2 * settings.padding, 0.1)})
-    if verdict.outcome == "unjudged":
-        return Problem(_name(find.path), f"it cannot be judged once censored: {verdict.reason}")
-    return Problem(_name(find.path), f"it is still judged unsafe after censoring it {ATTEMPTS} times with wider and wider padding")
-
-
-def _write(
-    folder: Path, name: str, pictures: tuple[Image.Image, Image.Image, Image.Image], find: _Find, *, covered: float, judge: str
-) -> Triplet:
-    """Write the three pictures of a row as PNG, and return the row."""
-    paths: dict[Role, str] = {}
-    digests: dict[Role, str] = {}
-    for role, picture in zip(ROLES, pictures, strict=True):
-        file = BytesIO()
-        picture.save(file, "PNG")
-        paths[role], digests[role] = f"{role}/{name}.png", sha256(file.getvalue()).hexdigest()
-        (folder / paths[role]).write_bytes(file.getvalue())
-    return _row(name, paths, digests).model_copy(update={"boxes": find.boxes, "covered": covered, "judge": judge})
-
-
-def _refuse_in_the_way(out: Path) -> None:
-    if os.path.lexists(out):
-        raise BadFile(f"{out} exists already; name a folder that does not")
-    if not out.parent.is_dir():
-        raise BadFile(f"{out} cannot be written: the folder {out.parent} does not exist; make it first")
+    return as_row(name, paths, digests)

@@ -305,6 +305,8 @@ class _Run:
             for leftover in (tmp, rows):
                 with suppress(OSError):
                     leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()  # goes only if nothing is in it: the first checkpoint failed
 
     def _load(self) -> None:
         assert self.folder is not None

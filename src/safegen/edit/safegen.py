@@ -43,6 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 CAPTION_SHARE = 0.6
 """Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
+HELD_OUT = 0.1
+"""Unless told: the part of the triplets that early stopping looks at."""
 
 
 class SafeGen(Edit):
@@ -72,8 +74,8 @@ class SafeGen(Edit):
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights change."""
-    held_out: float = Field(default=0.1, gt=0, lt=0.5)
-    """Part of the triplets kept for the held-out loss, when the training looks at one."""
+    held_out: float | None = Field(default=None, gt=0, lt=0.5)
+    """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
         updates=380, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
     )
@@ -87,6 +89,8 @@ class SafeGen(Edit):
             raise ValueError("anchor teacher goes with target x0 only; the paper's target is made of the noise")
         if self.caption_share is not None and not self.captions:
             raise ValueError("caption_share has no effect without captions; give both or neither")
+        if self.held_out is not None and not self.training.validate_every:
+            raise ValueError("held_out has no effect without training.validate_every; set that too, or leave held_out out")
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
         if self.weight_mosaic + self.weight_preserve <= 0:
@@ -145,9 +149,10 @@ class SafeGenProblem:
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
         n = self.latents.shape[2]
-        spare = round(n * edit.held_out) if edit.training.validate_every else 0
-        if edit.training.validate_every and not 0 < spare < n:
-            raise BadSetting(f"a held-out part of {edit.held_out} of {n} triplets is empty; give more triplets or set validate_every 0")
+        part = (edit.held_out or HELD_OUT) if edit.training.validate_every else 0.0
+        spare = round(n * part)
+        if part and not 0 < spare < n:
+            raise BadSetting(f"a held-out part of {part} of {n} triplets is empty; give more triplets or set validate_every 0")
         self.spare, self.used = range(n - spare, n), n - spare
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
         self.names = select(model.denoiser, edit.selector)

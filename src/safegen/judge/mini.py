@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +22,8 @@ from safegen.mini.world import MARKS, OBJECTS, SIDE
 
 LABELS = (*MARKS, "mosaic")
 UNSAFE = ("skulls", "fire")
+BATCH = 64
+"""Pictures that are looked at at once."""
 
 
 class MiniJudge:
@@ -45,19 +49,44 @@ class MiniJudge:
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image."""
         out: list[Verdict] = []
-        for start in range(0, len(images), 64):
-            part = images[start : start + 64]
-            planes = [np.asarray(i.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) for i in part]
-            x = torch.from_numpy(np.stack(planes)).permute(0, 3, 1, 2) / 127.5 - 1
-            heat, size, kind = self._net(x)
-            for n, image in enumerate(part):
-                if not all(bool(v[n].isfinite().all()) for v in (heat, size, kind)):
-                    out.append(Verdict("unjudged", reason="the judge's answer is not a finite number"))
-                    continue
-                found = tuple(_peaks(heat[n].sigmoid(), size[n], image.width / SIDE, image.height / SIDE))
-                verdict = Verdict("safe", found, subject=list(OBJECTS)[int(kind[n].argmax())])
-                out.append(verdict.rescored(self.labels, self.threshold))
+        for start in range(0, len(images), BATCH):
+            seen = [_see(image) for image in images[start : start + BATCH]]
+            planes = [plane for plane in seen if not isinstance(plane, str)]
+            answers = iter(self._answer(planes) if planes else ())
+            out += [Verdict("unjudged", reason=plane) if isinstance(plane, str) else next(answers) for plane in seen]
         return out
+
+    def _answer(self, planes: Sequence[_Plane]) -> list[Verdict]:
+        out: list[Verdict] = []
+        x = torch.from_numpy(np.stack([plane.pixels for plane in planes])).permute(0, 3, 1, 2) / 127.5 - 1
+        heat, size, kind = self._net(x)
+        for n, plane in enumerate(planes):
+            if not all(bool(v[n].isfinite().all()) for v in (heat, size, kind)):
+                out.append(Verdict("unjudged", reason="the judge's answer is not a finite number"))
+                continue
+            found = tuple(_peaks(heat[n].sigmoid(), size[n], *plane.scale))
+            verdict = Verdict("safe", found, subject=list(OBJECTS)[int(kind[n].argmax())])
+            out.append(verdict.rescored(self.labels, self.threshold))
+        return out
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """A picture as the network sees it: (64, 64, 3) in 0..255; and pixels of the picture as given to one of these, across and down."""
+
+    pixels: NDArray[np.float32]
+    scale: tuple[float, float]
+
+
+def _see(image: Image.Image) -> _Plane | str:
+    """Return a picture as the network sees it, or why it cannot be seen: it may be read from its file only here, or have no pixels."""
+    if not image.width * image.height:
+        return f"the picture has no pixels, its size is {image.width}x{image.height}"
+    try:
+        pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+        return _Plane(pixels, (image.width / SIDE, image.height / SIDE))
+    except Exception as error:  # one picture's fault, whatever it is, must not cost the others their verdicts
+        return f"the picture cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:

@@ -18,6 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -203,15 +204,20 @@ def save_folder(model: Model, out: Path) -> None:
     without vocab.json and merges.txt, and the image processor's new name.
 
     Raises:
-        BadFile: `out` exists.
+        BadFile: `out` exists or cannot be written.
     """
     with fresh_folder(out) as tmp:
-        model.pipeline.save_pretrained(tmp)
         tower = model.pipeline.text_encoder
         state = tower.state_dict()
-        if not any(k.startswith("text_model.") for k in state):
-            shutil.rmtree(tmp / "text_encoder")
-            tower.save_pretrained(tmp / "text_encoder", state_dict={"text_model." + k: v for k, v in state.items()})
+        try:
+            model.pipeline.save_pretrained(tmp)
+            if not any(k.startswith("text_model.") for k in state):
+                shutil.rmtree(tmp / "text_encoder")
+                tower.save_pretrained(tmp / "text_encoder", state_dict={"text_model." + k: v for k, v in state.items()})
+        except Exception as error:
+            if isinstance(error, SafetensorError) or type(error) is Exception:  # the latter is tokenizers' word for a full disk
+                raise BadFile(f"{out} cannot be written: {error}") from error
+            raise
         save_vocabulary(tmp / "tokenizer")
         index = tmp / "model_index.json"
         index.write_text(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""How the miniature model was trained, from nothing: a tool, run by `python -m safegen.mini.train`; the library never imports it."""

@@ -1,0 +1,87 @@
+"""What is shipped: the weights, and ready triplets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from safegen.mini import bundle, world
+from safegen.mini.train.denoiser import SCHEDULE
+from safegen.mini.train.fit import SEED
+from safegen.mini.train.scenes import OBJECTS
+
+BENIGN_MARKS: list[str | None] = [None, "ghosts", "leaves", "ghosts"]
+"""Attributes of the benign pictures, in turn."""
+
+
+def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
+    """Write the shipped files: the pipeline and the towers in fp16, the judge with its statistics in fp32.
+
+    They go to `home`/weights, which is written anew.
+    """
+    from safegen.models.model import Model, save_folder  # this is a tool: the only file in mini/ that looks up
+
+    def place(path: Path) -> Path:
+        return home / path.relative_to(bundle.HERE)
+
+    folder, out = work / "pipeline", home / "weights"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    save_folder(Model("mini", pipeline.to(torch.float16)), place(bundle.pipeline_folder()))
+    CLIPModel.from_pretrained(work / "clip").half().save_pretrained(place(bundle.clip_folder()))
+    judge = load_file(work / "judge.safetensors")
+    save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, place(bundle.judge_file()))
+    for path in out.rglob("*.json"):  # the writer's version and folder are no facts about the model
+        facts = json.loads(path.read_text())
+        if isinstance(facts, dict) and facts.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB", flush=True)
+
+
+def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> None:
+    """Make the ready triplets of each unsafe concept from scenes that no other stage draws.
+
+    The bundled judge finds what to cover. They go to `home`/triplets, where those of each concept are written anew.
+    """
+    from safegen.data.censor import Censor
+    from safegen.data.make import make
+    from safegen.judge.mini import MiniJudge
+
+    for c, concept in enumerate(("skulls", "fire")):
+        sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": BENIGN_MARKS}
+        for side, marks in sides.items():
+            folder = work / "triplets" / concept / side
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            for i in range(n):
+                rng = np.random.default_rng((SEED + 2, c, side == "unsafe", i))
+                scene = world.sample(rng, attribute=marks[i % len(marks)], objects=[OBJECTS[i % len(OBJECTS)]])
+                Image.fromarray(world.draw(scene)).save(folder / f"{i:03d}.png")
+        out = home / "triplets" / concept
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unsafe, benign = (work / "triplets" / concept / side for side in sides)
+        found = make(unsafe, benign, MiniJudge(labels=(concept,)), out, Censor(tile=3 / 16, padding=0.2), labels=(concept,))
+        print(f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}", flush=True)

@@ -1,0 +1,153 @@
+"""The training tool: every stage's code runs, at a size that teaches nothing; a stopped stage goes on as if never stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from safegen.data.check import check
+from safegen.data.triplets import Triplets
+from safegen.mini import bundle, captions, world
+from safegen.mini.train.__main__ import main
+from safegen.mini.train.fit import fit
+from safegen.mini.train.scenes import OBJECTS, SHARES, Words, load_world, make_scenes, stage_world
+from safegen.models import Ask, Sampler, generate, load
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Every stage, run at the tiny size."""
+    folder = tmp_path_factory.mktemp("train")
+    threads = torch.get_num_threads()
+    main(["--work", str(folder / "work"), "--home", str(folder / "home"), "--tiny", "--threads", "1"])
+    torch.set_num_threads(threads)
+    return folder
+
+
+def relative(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_stage_runs_and_what_is_packed_has_the_shipped_files(trained):
+    stages = [json.loads(line)["stage"] for line in (trained / "work" / "log.jsonl").read_text().splitlines()]
+    assert stages == ["clip", "vae", "unet", "polish", "judge"]
+    assert relative(trained / "home" / "weights") == relative(bundle.HERE / "weights")
+    for path in (trained / "home").rglob("*.json"):
+        assert "_name_or_path" not in path.read_text()
+
+
+def test_what_is_packed_loads_and_draws(trained):
+    model = load(str(trained / "home" / "weights" / "pipeline"))
+    (picture,) = generate(model, [Ask(prompt="a castle", seed=0)], Sampler(steps=2))
+    assert picture.size == (64, 64)
+    shipped = load("mini")
+    for part in ("unet", "vae", "text_encoder"):
+        mine, theirs = (getattr(m.pipeline, part).state_dict() for m in (model, shipped))
+        assert mine.keys() == theirs.keys()
+        if part != "text_encoder":  # its vocabulary grows with the captions
+            assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+    assert model.pipeline.scheduler.config == shipped.pipeline.scheduler.config
+
+
+@pytest.mark.parametrize("concept", ["skulls", "fire"])
+def test_ready_triplets_are_made_of_both_sides(trained, concept):
+    folder = trained / "home" / "triplets" / concept
+    assert len(Triplets.load(folder)) == 8
+    assert check(folder) == []
+
+
+def test_a_finished_stage_is_not_trained_again(trained):
+    log = (trained / "work" / "log.jsonl").read_text()
+    before = (trained / "work" / "clip" / "model.safetensors").read_bytes()
+    main(["--work", str(trained / "work"), "--stages", "clip", "--tiny"])
+    assert (trained / "work" / "log.jsonl").read_text() == log
+    assert (trained / "work" / "clip" / "model.safetensors").read_bytes() == before
+
+
+def regression(work, *, stop_at=None, steps=60):
+    """Fit a line to points; raise before step `stop_at`."""
+    torch.manual_seed(0)
+
+    def loss(step, g):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 3, generator=g)
+        value = (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
+        return value, {"square": value.item()}
+
+    model = nn.Linear(3, 1)
+    return fit("line", work, model, steps, loss, lr=0.1, warmup=5, keep_every=0).state_dict()
+
+
+def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = regression(tmp_path / "whole")
+    for stop in (7, 31):
+        with pytest.raises(KeyboardInterrupt):
+            regression(tmp_path / "broken", stop_at=stop)
+    broken = regression(tmp_path / "broken")
+    assert all(torch.equal(whole[k], broken[k]) for k in whole)
+
+
+def test_a_row_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path):
+    regression(tmp_path, steps=53)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [50, 53]
+    assert rows[0]["square"] > rows[1]["square"] > 0
+    again, only = tmp_path / "again", []
+    again.mkdir()
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def loss(step, g):
+        value = (model(torch.ones(1, 3)) - step).pow(2).mean()
+        only.append(value.item())
+        return value, {"square": value.item()}
+
+    fit("few", again, model, 3, loss, lr=0.1)
+    assert json.loads((again / "log.jsonl").read_text())["square"] == pytest.approx(sum(only) / 3, abs=1e-5)
+
+
+def test_scenes_come_in_their_shares_and_words_are_true_of_them(tmp_path):
+    scenes = make_scenes(2000, 1)
+    for kind, share in SHARES.items():
+        assert sum(s.attribute == kind for s in scenes) / 2000 == pytest.approx(share, abs=0.04)
+    assert scenes[:5] == make_scenes(5, 1)
+
+    stage_world(tmp_path, n=400)
+    data = load_world(tmp_path)
+    words = Words(data)
+    seen = data["objects"].unique().tolist()
+    assert len(words.texts) == len(seen) * sum(map(len, captions.TEMPLATES.values())) * (len(world.BACKGROUNDS) + 1) + 1
+    assert words.texts[words.blank] == ""
+    pick = torch.arange(400)
+    rows, places = words.draw(pick, torch.Generator().manual_seed(0))
+    for i, row, place in zip(pick.tolist(), rows.tolist(), places.tolist(), strict=True):
+        text = words.texts[row]
+        assert OBJECTS[data["objects"][i]] in text
+        assert place in (-1, int(data["places"][i]))
+        assert (list(world.BACKGROUNDS)[place] in text) == (place >= 0)
+        kind, template, o, _ = next(k for k, v in words.rows.items() if v == row)
+        attribute = int(data["attributes"][i])
+        assert captions.attribute(kind) == (list(world.MARKS)[attribute] if attribute >= 0 else None)
+        assert not captions.held_out(template, OBJECTS[o])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--stages", "wrold"], "no stage named 'wrold'; known: world, clip"),
+        (["--stages", "world,vae", "--compile"], "--compile has no effect without one of the stages unet, polish"),
+        (["--tiny"], "--tiny would replace the shipped files"),
+    ],
+)
+def test_a_call_that_cannot_be_meant_is_refused(tmp_path, capsys, words, says):
+    with pytest.raises(SystemExit) as end:
+        main(["--work", str(tmp_path / "work"), *words])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
