@@ -28,6 +28,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
@@ -480,6 +481,10 @@ def stage_pack(work: Path) -> None:
     )
     save_folder(Model("mini", pipeline.to(torch.float16)), bundle.pipeline_folder())
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(bundle.clip_folder())
+    CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(bundle.clip_folder())
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(bundle.clip_folder())
     judge = load_file(work / "judge.safetensors")
     save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, bundle.judge_file())
     for path in out.rglob("*.json"):  # the writer's version and folder are no facts about the model
