@@ -18,10 +18,11 @@ TABLES = {
     "model": tables.MODELS,
     "edit": tables.EDITS,
     "judge": tables.JUDGES,
+    "CLIP": tables.CLIPS,
     "prompt source": tables.PROMPT_LISTS,
     "triplets": tables.TRIPLETS,
 }
-NOT_METHODS = {"edit": {"__init__", "base", "loop", "losses"}, "judge": {"__init__", "base"}}
+NOT_METHODS = {"edit": {"__init__", "base", "loop", "losses"}, "judge": {"__init__", "base", "batch", "onnx", "vision"}}
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))

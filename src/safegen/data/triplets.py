@@ -26,6 +26,7 @@ from safegen.data.censor import censor as cover
 from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_folder
 from safegen.judge.base import KEPT, Judge, Verdict
+from safegen.tables import expand_labels
 
 Role = Literal["unsafe", "censored", "benign"]
 ROLES: tuple[Role, ...] = ("unsafe", "censored", "benign")
@@ -202,7 +203,7 @@ def make(
         BadSetting: no labels, or a threshold outside what judges keep.
     """
     unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
-    eye = _Eye(judge, frozenset(labels), threshold)
+    eye = _Eye(judge, frozenset(expand_labels(labels)), threshold)
     _refuse_in_the_way(out)
     finds, safe, left_out = _look_through(unsafe, eye, track)
     if not finds:
