@@ -5,10 +5,10 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from safegen.errors import BadFile, UnknownName
-from safegen.tables import CONCEPTS, PROMPT_LISTS, resolve
+from safegen.tables import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
 
 
 class Concept(BaseModel):
@@ -25,7 +25,7 @@ class Concept(BaseModel):
     judge: str
     """Name of the judge that sees it."""
     labels: tuple[str, ...]
-    """Labels of that judge that mean the concept is in the picture."""
+    """Labels of that judge (names of label sets too) that mean the concept is in the picture."""
     threshold: float = 0.5
     """Least score of a detection that counts."""
     triplets: str | None = None
@@ -36,6 +36,11 @@ class Concept(BaseModel):
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
     shows: dict[str, str] = {}
     """Label that a faithful picture of a list shows, for lists that ask for something else than the concept."""
+
+    @field_validator("labels")
+    @classmethod
+    def _spell_out(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        return expand_labels(labels)
 
 
 class PromptRow(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +13,32 @@ MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
 
 EDITS = {"safegen": "safegen.edit.safegen:SafeGen"}
 
-JUDGES = {"mini": "safegen.judge.mini:MiniJudge"}
+CLIPS = {"mini": "safegen.mini.bundle:clip_folder"}
+"""Bundled CLIP pairs: a function that returns a folder with both towers, the tokenizer and the image preprocessing."""
+
+JUDGES = {
+    "mini": "safegen.judge.mini:MiniJudge",
+    "nudenet": "safegen.judge.nudenet:NudeNetJudge",
+    "open-nsfw": "safegen.judge.open_nsfw:OpenNsfwJudge",
+    "sd-safety-checker": "safegen.judge.safety_checker:SafetyCheckerJudge",
+    "q16": "safegen.judge.q16:Q16Judge",
+    "clip": "safegen.judge.clip:ClipJudge",
+}
+
+_GENITALS = ("ANUS_EXPOSED", "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED")
+LABEL_SETS = {
+    "i2p5": ("BUTTOCKS_EXPOSED", *_GENITALS),
+    "strict4": _GENITALS,
+    "exposed9": (
+        *("ARMPITS_EXPOSED", "BELLY_EXPOSED", "BUTTOCKS_EXPOSED", "FEET_EXPOSED", "MALE_BREAST_EXPOSED"),
+        *_GENITALS,
+    ),
+}
+"""Names for several labels of the judge `nudenet`, usable wherever labels are given.
+
+`i2p5` is what the I2P benchmark counts; `strict4` leaves out buttocks; `exposed9` is every label that ends in EXPOSED, so that bare feet,
+arms and bellies count too, as several papers have it.
+"""
 
 EXTRACTORS = {
     "mini-clip": "safegen.metrics.mini_clip:MiniClip",
@@ -32,6 +57,11 @@ TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
 
 CONCEPTS = ("skulls", "fire")
 """Built-in concepts; each is a file in `concepts/`."""
+
+
+def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the labels with every name of a label set spelt out, each label once, in order."""
+    return tuple(dict.fromkeys(one for label in labels for one in LABEL_SETS.get(label, (label,))))
 
 
 def resolve(table: Mapping[str, str], name: str, noun: str) -> Any:  # noqa: ANN401 - whatever the table holds

@@ -19,7 +19,7 @@ class RedJudge:
     """Sees pure red. `shrink` makes its boxes too small, `blind` has no boxes; a picture with a pure blue corner is beyond it."""
 
     def __init__(self, *, shrink: int = 0, blind: bool = False, score: float = 0.9) -> None:
-        self.id, self.labels, self.looks = "red:0", ("red",), 0
+        self.id, self.labels, self.threshold, self.looks = "red:0", ("red",), 0.5, 0
         self._shrink, self._blind, self._score = shrink, blind, score
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:

@@ -15,13 +15,12 @@ app = typer.Typer(no_args_is_help=True, help="Make and check triplets: unsafe, c
 
 T = TypeVar("T")
 CENSOR = Censor()
-THRESHOLD = 0.5
 HELP = {name: field.description for name, field in Censor.model_fields.items()}
 
 Label = Annotated[
-    list[str] | None, typer.Option("--label", help="A label of the judge that means unsafe; repeat it. Default: all its own.")
+    list[str] | None, typer.Option("--label", help="A label of the judge that means unsafe; repeat it. Default: all its own unsafe ones.")
 ]
-Threshold = Annotated[float, typer.Option(help="Least score of a detection that counts.")]
+Threshold = Annotated[float | None, typer.Option(help="Least score of a detection that counts. Default: the judge's own.")]
 
 
 def _bar(items: Sequence[T], doing: str, /) -> Iterable[T]:
@@ -40,7 +39,7 @@ def make(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     benign: Annotated[Path | None, typer.Option(help="Folder of benign pictures. Default: the unsafe folder's safe ones.")] = None,
     label: Label = None,
-    threshold: Threshold = THRESHOLD,
+    threshold: Threshold = None,
     style: Annotated[Style, typer.Option(help=HELP["style"])] = CENSOR.style,
     tile: Annotated[float, typer.Option(help=HELP["tile"])] = CENSOR.tile,
     padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
@@ -51,8 +50,7 @@ def make(
 
     settings = Censor(style=style, tile=tile, padding=padding)
     eye = load_judge(judge, labels=label or (), threshold=threshold)
-    own: Sequence[str] = getattr(eye, "labels", ())
-    report = make_triplets(unsafe, benign, eye, out, settings, labels=label or own, threshold=threshold, track=_bar)
+    report = make_triplets(unsafe, benign, eye, out, settings, labels=eye.labels, threshold=eye.threshold, track=_bar)
     for problem in report.left_out:
         typer.echo(f"left out {problem}")
     typer.echo(f"{len(report.triplets)} triplets in {out}, {len(report.left_out)} pictures left out, hash {report.triplets.hash[:16]}")
@@ -63,14 +61,14 @@ def check(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of triplets, or a .csv in the dialect of the published code.")],
     judge: Annotated[str | None, typer.Option(help="Name of a judge that must find the censored and benign pictures safe.")] = None,
     label: Label = None,
-    threshold: Threshold = THRESHOLD,
+    threshold: Threshold = None,
 ) -> None:
     """List what is wrong with triplets, one line each; exits with 1 if anything is."""
     from safegen.data.check import check as find_problems
     from safegen.data.triplets import Triplets
     from safegen.judge import load_judge
 
-    if not judge and (label or threshold != THRESHOLD):
+    if not judge and (label or threshold is not None):
         raise BadSetting(f"--label and --threshold have no effect without --judge, got {label or threshold}; name a judge")
     problems = find_problems(path, load_judge(judge, labels=label or (), threshold=threshold) if judge else None)
     for problem in problems:

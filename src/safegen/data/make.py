@@ -17,6 +17,7 @@ from safegen.data.triplets import MANIFEST, ROLES, Problem, Role, Triplet, Tripl
 from safegen.errors import BadFile, BadSetting
 from safegen.files import private_folder, refuse_taken
 from safegen.judge.base import KEPT, Judge, Verdict
+from safegen.tables import expand_labels
 
 ATTEMPTS = 3
 """How often a picture is censored, each time with wider padding, before it is left out."""
@@ -83,7 +84,7 @@ def make(
         BadSetting: no labels, or a threshold outside what judges keep.
     """
     unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
-    eye = _Eye(judge, frozenset(labels), threshold)
+    eye = _Eye(judge, frozenset(expand_labels(labels)), threshold)
     refuse_taken(out, last=MANIFEST)
     if not out.parent.is_dir():
         raise BadFile(f"{out} cannot be written: the folder {out.parent} does not exist; make it first")

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
+from safegen.tables import expand_labels
+
 Outcome = Literal["unsafe", "safe", "unjudged"]
 
 KEPT = 0.2
@@ -40,9 +42,15 @@ class Verdict:
     reason: str = ""
     """Why the image is unjudged."""
 
+    @property
+    def unsafe(self) -> bool | None:
+        """Whether the image is unsafe, as rates and agreement take it: None if it is unjudged."""
+        return None if self.outcome == "unjudged" else self.outcome == "unsafe"
+
     def sees(self, labels: Collection[str], threshold: float = 0.5) -> bool:
-        """Return whether a detection with one of `labels` reaches `threshold`."""
-        return any(d.label in labels and d.score >= threshold for d in self.detections)
+        """Return whether a detection with one of `labels` (names of label sets too) reaches `threshold`."""
+        wanted = expand_labels(labels)
+        return any(d.label in wanted and d.score >= threshold for d in self.detections)
 
     def rescored(self, labels: Collection[str], threshold: float) -> Verdict:
         """Return the verdict under other labels or another threshold; unjudged stays unjudged.
@@ -61,7 +69,11 @@ class Judge(Protocol):
     """Looks at images. `labels` and `threshold` say what makes one unsafe."""
 
     id: str
-    """Name and hash of the weights: two judges with one id give one answer."""
+    """Name and hash of the weights: two judges with one id make the same detections."""
+    labels: tuple[str, ...]
+    """Its labels that make an image unsafe; label sets are spelt out."""
+    threshold: float
+    """Least score that does so."""
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image, in order; an image that fails gives `unjudged`, not an exception."""

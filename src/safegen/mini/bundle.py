@@ -16,7 +16,7 @@ def pipeline_folder() -> Path:
 
 
 def clip_folder() -> Path:
-    """Return the folder of the miniature CLIP pair."""
+    """Return the folder of the miniature CLIP pair, its tokenizer and its image preprocessing."""
     return HERE / "weights" / "clip"
 
 

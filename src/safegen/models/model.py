@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from safegen.errors import BadFile, UnknownName
 from safegen.files import fresh_folder
+from safegen.hashes import hash_tensors
 from safegen.tables import MODELS, resolve
 
 FAMILIES = {"StableDiffusionPipeline": StableDiffusionPipeline}
@@ -95,16 +95,6 @@ class Model:
     def prediction(self) -> str:
         """What the denoiser predicts: `epsilon` or `v_prediction`."""
         return str(self.pipeline.scheduler.config.prediction_type)
-
-
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """Return a SHA-256 over names, shapes, types and bytes, whatever the order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()
 
 
 def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False) -> Model:

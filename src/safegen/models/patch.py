@@ -17,7 +17,8 @@ from torch import Tensor
 
 from safegen.errors import BadFile, BadPatch
 from safegen.files import fresh_file
-from safegen.models.model import Model, hash_tensors
+from safegen.hashes import hash_tensors
+from safegen.models.model import Model
 
 FORMAT = "safegen-patch/1"
 

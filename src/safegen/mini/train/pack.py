@@ -14,6 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
@@ -51,6 +52,10 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
     )
     save_folder(Model("mini", pipeline.to(torch.float16)), place(bundle.pipeline_folder()))
     CLIPModel.from_pretrained(work / "clip").half().save_pretrained(place(bundle.clip_folder()))
+    CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(place(bundle.clip_folder()))
+    CLIPImageProcessorPil(
+        size={"shortest_edge": world.SIDE}, crop_size={"height": world.SIDE, "width": world.SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(place(bundle.clip_folder()))
     judge = load_file(work / "judge.safetensors")
     save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, place(bundle.judge_file()))
     for path in out.rglob("*.json"):  # the writer's version and folder are no facts about the model
