@@ -58,6 +58,13 @@ TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
 CONCEPTS = ("skulls", "fire")
 """Built-in concepts; each is a file in `concepts/`."""
 
+PROTOCOLS = (
+    "mini-smoke", "mini-smoke-fire", "mini-full", "mini-full-fire",
+    "safegen-four", "i2p-931", "esd-i2p-4703", "uda-static-142-exposed9",
+    "rab-nudity-k16-eta3", "rab-nudity-k38-eta3", "rab-nudity-k77-eta3", "coco-10k", "coco-30k",
+)  # fmt: skip
+"""Built-in protocols; each is a file in `protocols/`. All but the mini ones need a file of prompts that the user has."""
+
 
 def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the labels with every name of a label set spelt out, each label once, in order."""

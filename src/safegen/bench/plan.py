@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from safegen.concept import Concept, prompt_list
 from safegen.errors import BadSetting
-from safegen.models.sampling import Ask
+from safegen.sampler import Ask
 
 Role = Literal["explicit", "innocent", "neighbour", "other", "benign"]
 ROLES: tuple[Role, ...] = ("explicit", "innocent", "neighbour", "other", "benign")
@@ -25,7 +25,7 @@ MEANING = {
 class Item(BaseModel):
     """One picture of the plan."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     role: Role
     list_name: str
@@ -35,6 +35,15 @@ class Item(BaseModel):
     """Label that a faithful picture shows besides its subject."""
     seed: int
     index: int
+    id: str = ""
+    """Name of the prompt in its list."""
+    cluster: str = ""
+    """What is resampled together in a bootstrap; the prompt itself when empty."""
+
+    @property
+    def group(self) -> str:
+        """What this picture is resampled with."""
+        return self.cluster or self.prompt
 
     @property
     def ask(self) -> Ask:

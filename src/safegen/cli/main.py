@@ -1,4 +1,4 @@
-"""The commands: generate, edit, apply, demo; triplets and prompts have their own files."""
+"""The commands: generate, edit, apply, demo; evaluate, score, verify, triplets and prompts have their own files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safegen.cli import evaluate, triplets
 from safegen.cli import prompts as prompts_cli
-from safegen.cli import triplets
 from safegen.errors import BadFile, BadSetting
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
 app.add_typer(prompts_cli.app, name="prompts", help="Look into files and lists of prompts.")
+for command in (evaluate.evaluate, evaluate.score, evaluate.verify):
+    app.command()(command)
 
 ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="MODEL")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
@@ -266,12 +268,29 @@ def _quiet() -> None:
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar with rate and time left for each named stage."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:.2f}/s" if speed else "", style="progress.data.speed")
 
     bar = Progress(
         TextColumn("{task.description:<34}"),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -281,7 +300,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
     def tell(what: str, done: int, of: int) -> None:
         if what not in tasks:
-            tasks[what] = bar.add_task(what, total=of)
+            tasks[what] = bar.add_task(what, total=of, completed=done)  # what is done already says nothing of the speed
         bar.update(tasks[what], completed=done)
 
     with bar:

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, ConfigDict, Field
 
+from safegen.errors import BadSetting
 from safegen.files import fresh_file
 from safegen.models.model import Model
+from safegen.sampler import Ask, Sampler
 
-
-class Sampler(BaseModel):
-    """How pictures are made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    steps: int = Field(default=25, ge=1, le=1000)
-    """Denoising steps."""
-    guidance: float = Field(default=5.0, ge=1.0, le=50.0)
-    """Scale of classifier-free guidance; 1 is none."""
-    batch: int = Field(default=32, ge=1)
-    """Pictures made at once; changes a picture by no more than rounding."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the denoiser: bf16 is faster, rounds coarser, and so draws a slightly different picture."""
-
-
-class Ask(BaseModel):
-    """One picture to make."""
-
-    model_config = ConfigDict(frozen=True)
-
-    prompt: str
-    seed: int
-    index: int = 0
-    """Which picture of that seed; (seed, index) alone decide the noise."""
+__all__ = ["Ask", "Sampler", "encode_picture", "generate", "generator", "save_picture"]
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -49,13 +27,26 @@ def generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(word, "little") >> 1)
 
 
-def generate(model: Model, asks: Sequence[Ask], sampler: Sampler) -> Iterator[Image.Image]:
-    """Yield one picture per ask, in order."""
+def generate(model: Model, asks: Sequence[Ask], sampler: Sampler, *, negative: str | None = None) -> Iterator[Image.Image]:
+    """Yield one picture per ask, in order.
+
+    Args:
+        model: what draws.
+        asks: the pictures.
+        sampler: how they are made.
+        negative: a text that guidance pushes every picture away from, in place of the blank one.
+
+    Raises:
+        BadSetting: a negative text without guidance, which would have no effect.
+    """
+    if negative is not None and sampler.guidance <= 1:
+        raise BadSetting(f"a negative prompt has no effect without guidance; guidance must be > 1, got {sampler.guidance}")
     for start in range(0, len(asks), sampler.batch):
         part = asks[start : start + sampler.batch]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=sampler.precision == "bf16"):
             out = model.pipeline(
                 prompt=[a.prompt for a in part],
+                negative_prompt=None if negative is None else [negative] * len(part),
                 generator=[generator(a.seed, a.index) for a in part],
                 num_inference_steps=sampler.steps,
                 guidance_scale=sampler.guidance,
@@ -64,13 +55,19 @@ def generate(model: Model, asks: Sequence[Ask], sampler: Sampler) -> Iterator[Im
         yield from out.images
 
 
+def encode_picture(image: Image.Image, facts: dict[str, Any]) -> bytes:
+    """Return a PNG that carries how it was made under the text key `safegen`; equal inputs give equal bytes."""
+    info, out = PngInfo(), io.BytesIO()
+    info.add_text("safegen", json.dumps(facts, sort_keys=True))
+    image.save(out, format="PNG", pnginfo=info)
+    return out.getvalue()
+
+
 def save_picture(image: Image.Image, out: Path, facts: dict[str, Any]) -> None:
-    """Write a PNG that carries how it was made under the text key `safegen`.
+    """Write a PNG that carries how it was made.
 
     Raises:
         BadFile: `out` exists or cannot be written.
     """
-    info = PngInfo()
-    info.add_text("safegen", json.dumps(facts, sort_keys=True))
     with fresh_file(out) as tmp:
-        image.save(tmp, format="PNG", pnginfo=info)
+        tmp.write_bytes(encode_picture(image, facts))

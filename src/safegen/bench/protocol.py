@@ -1,0 +1,329 @@
+"""A protocol: frozen prompts, seeds, sampler, judge and threshold, with an id that two numbers must share to be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from safegen.bench.plan import Item, Role
+from safegen.concept import prompt_list
+from safegen.errors import BadFile, BadSetting, UnknownName
+from safegen.judge.base import KEPT
+from safegen.sampler import Sampler
+from safegen.tables import PROMPT_LISTS, PROTOCOLS
+
+FORMAT = "safegen-protocol/1"
+"""Enters every id: a change of how we draw or score that moves numbers gets a new one."""
+MetricName = Literal["concept", "subject", "shown", "mosaicked", "removal", "removal_images", "change"]
+FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Row(NamedTuple):
+    """One prompt as a plan needs it."""
+
+    text: str
+    subject: str | None = None
+    seed: int | None = None
+
+
+class PromptList(BaseModel):
+    """Prompts of one role."""
+
+    model_config = FROZEN
+
+    role: Role
+    """What the prompts are to the concept: explicit, innocent, neighbour, other or benign."""
+    name: str
+    """Heads the list's column of every table."""
+    source: str | None = None
+    """Where the prompts are: `source:list`, or a file."""
+    requires: str = ""
+    """Which file the user must give, for a list that is not in the package; nothing is downloaded."""
+    select: dict[str, str] = {}
+    """Column and what its value must hold, for a file of which only some rows are meant."""
+    prompts: int | None = Field(default=None, ge=1)
+    """How many of its first prompts; all when not given."""
+    sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """SHA-256 of the rows that are meant (`hash_rows`); empty until the user gives the file."""
+    shows: str | None = None
+    """Label that a faithful picture shows besides its subject."""
+    unsafe: bool = False
+    """A list of real unsafe prompts: their texts stay out of every run folder and report, which know them by id and hash."""
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Self:
+        if (self.source is None) == (not self.requires):
+            raise ValueError(f"the list {self.name!r} needs either a source or a sentence under requires")
+        if self.source is not None and not self.sha256:
+            raise ValueError(f"the list {self.name!r} has a source but no sha256")
+        return self
+
+
+class JudgeRule(BaseModel):
+    """Which judge looks, and what it must see for a picture to count."""
+
+    model_config = FROZEN
+
+    name: str
+    """Name of the judge."""
+    labels: tuple[str, ...] = Field(min_length=1)
+    """Labels that mean the concept is in the picture."""
+    threshold: float = Field(default=0.5, ge=KEPT, le=1)
+    """Least score of a detection that counts."""
+    options: dict[str, Any] = {}
+    """Settings of the judge's own."""
+
+
+class Protocol(BaseModel):
+    """How a number is made: everything that decides it."""
+
+    model_config = FROZEN
+
+    name: str
+    """The protocol in one word."""
+    about: str = ""
+    """What it measures, and the quirks of what it imitates."""
+    concept: str
+    """Concept that was to be removed; its words make the negative-prompt baseline."""
+    lists: tuple[PromptList, ...] = Field(min_length=1)
+    """Prompt lists, in the order in which they are drawn."""
+    seeds: tuple[int, ...] | Literal["rows"]
+    """Seeds that every prompt is drawn with; `rows` is each row's own."""
+    sampler: Sampler
+    """How pictures are made."""
+    judge: JudgeRule
+    """Who looks at them."""
+    metrics: tuple[MetricName, ...] = Field(min_length=1)
+    """What is computed."""
+
+    @model_validator(mode="after")
+    def _is_fit_to_draw(self) -> Self:
+        for noun, values in (("lists", [p.name for p in self.lists]), ("seeds", list(self.seeds)), ("metrics", list(self.metrics))):
+            if self.seeds == "rows" and noun == "seeds":
+                continue
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{noun} must be named once each and at least one, got {values}")
+        return self
+
+    def decides(self) -> dict[str, Any]:
+        """Return everything that a number depends on, as plain values; `id` is its hash.
+
+        The threshold and labels are in it: a rate at 0.3 is another number than a rate at 0.5, though the pictures are the same. Left
+        out is what changes no number: the names of the protocol and concept, `about`, `unsafe`, and where a list's rows lie (their hash
+        is in).
+        """
+        keep = ("role", "name", "prompts", "sha256", "shows")
+        return {
+            "format": FORMAT,
+            "lists": [{key: getattr(part, key) for key in keep} for part in self.lists],
+            "seeds": self.seeds if self.seeds == "rows" else list(self.seeds),
+            "sampler": self.sampler.model_dump(mode="json"),
+            "judge": self.judge.model_dump(mode="json") | {"labels": sorted(self.judge.labels)},
+            "metrics": sorted(self.metrics),
+        }
+
+    @property
+    def id(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 over `decides()` as canonical JSON."""
+        return hashlib.sha256(canonical(self.decides()).encode()).hexdigest()[:16]
+
+    def judged(self, *, name: str | None = None, labels: Sequence[str] = (), threshold: float | None = None) -> Protocol:
+        """Return the protocol with another judge, label set or threshold, and so with another id.
+
+        Raises:
+            BadSetting: the threshold is outside what detections are kept for.
+        """
+        new: dict[str, Any] = {"labels": tuple(labels)} if labels else {}
+        new |= {} if threshold is None else {"threshold": threshold}
+        if name is not None and name != self.judge.name:
+            new |= {"name": name, "options": {}}
+        try:
+            return self.model_copy(update={"judge": JudgeRule.model_validate(self.judge.model_dump() | new)})
+        except ValidationError as error:
+            raise BadSetting(f"judge.{_first(error)}") from error
+
+
+def load_protocol(name: str, *, prompts: Mapping[str, Path] | None = None) -> Protocol:
+    """Return a built-in protocol, or read one from a TOML file; every list's rows are read and checked against their hash.
+
+    Args:
+        name: a name of the table, or a path that ends in .toml; list files in it are relative to it.
+        prompts: file of each list that the protocol does not bring.
+
+    Raises:
+        UnknownName: neither a built-in protocol nor a file; or no list of that name lacks a file.
+        BadFile: the file is not a protocol, or a list's rows are not those that it names.
+        BadSetting: a list still needs its file.
+    """
+    protocol, given = read_protocol(name), dict(prompts or {})
+    missing = [part.name for part in protocol.lists if part.source is None]
+    for word in given:
+        if word not in missing:
+            raise UnknownName("prompt list that needs a file", word, missing)
+    folder = Path() if name in PROTOCOLS else Path(name).parent
+    return protocol.model_copy(update={"lists": tuple(_filled(protocol, part, given, folder) for part in protocol.lists)})
+
+
+def read_protocol(name: str) -> Protocol:
+    """Return a protocol as it is written, without looking at its prompts.
+
+    Raises:
+        UnknownName: neither a built-in protocol nor a file.
+        BadFile: the file is not a protocol.
+    """
+    path = Path(name)
+    if name in PROTOCOLS:
+        path = Path(__file__).parent.parent / "protocols" / f"{name}.toml"
+    elif path.suffix != ".toml":
+        raise UnknownName("protocol", name, PROTOCOLS)
+    if not path.is_file():
+        raise BadFile(f"the protocol file {name!r} does not exist; built-in protocols are: {', '.join(PROTOCOLS)}")
+    try:
+        return Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadFile(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise BadFile(f"{name} is not a protocol file: {_first(error)}") from error
+
+
+def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, Path], folder: Path) -> PromptList:
+    """Return a list whose rows can be read and are those that it names."""
+    source = part.source
+    if source is None:
+        if part.name not in given:
+            raise BadSetting(
+                f"the protocol {protocol.name!r} needs the prompts of {part.name!r}: {part.requires}; "
+                f"give the file with --prompts {part.name}=FILE"
+            )
+        source = str(given[part.name])
+    elif source.partition(":")[0] not in PROMPT_LISTS:
+        source = str(folder / source)
+    rows = read_rows(source, part.prompts, part.select)
+    found = hash_rows(rows)
+    if part.sha256 not in ("", found):
+        raise BadFile(
+            f"the prompts of {part.name!r} have changed: the protocol {protocol.name!r} names rows of SHA-256 {part.sha256}, "
+            f"{source} has {found}; get the file that is meant, or write a protocol of your own"
+        )
+    if part.prompts is not None and len(rows) != part.prompts:
+        raise BadFile(f"the prompts of {part.name!r} must be {part.prompts}, {source} has {len(rows)} of them; get the file that is meant")
+    return part.model_copy(update={"source": source, "sha256": found, "prompts": len(rows)})
+
+
+def read_rows(source: str, n: int | None, select: Mapping[str, str]) -> list[Row]:
+    """Return the first `n` prompts of `source:list`, or of a plain text file with a prompt a line.
+
+    Raises:
+        UnknownName: no such source or list.
+        BadFile: the file is missing, empty, or of a kind that is not read here.
+    """
+    if source.partition(":")[0] in PROMPT_LISTS:
+        if n is None:
+            raise BadFile(f"the list {source} needs a number of prompts")
+        return [Row(row.text, row.subject) for row in prompt_list(source, n)]
+    path = Path(source)
+    if not path.is_file():
+        raise BadFile(f"the prompt file {source!r} does not exist")
+    if path.suffix != ".txt" or select:
+        raise BadFile(f"{source} cannot be read as a protocol's prompts; this version reads plain text (.txt) with a prompt a line")
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise BadFile(f"the prompt file {source!r} is not UTF-8 text: {error}") from error
+    rows = [Row(text) for text in texts if text][:n]
+    if not rows:
+        raise BadFile(f"the prompt file {source!r} has no prompts")
+    return rows
+
+
+def plan(protocol: Protocol) -> list[Item]:
+    """Return every picture of a protocol in the order in which it is drawn: list by list, seed by seed, prompt by prompt.
+
+    Raises:
+        BadSetting: a row has no seed though `seeds` asks for it, or two lists ask for the same picture.
+        BadFile: a list's file is gone.
+    """
+    out, asked = [], {}
+    for part in protocol.lists:
+        if part.source is None:
+            raise BadSetting(f"the protocol {protocol.name!r} needs the prompts of {part.name!r}: {part.requires}")
+        rows = read_rows(part.source, part.prompts, part.select)
+        for seed in (None,) if protocol.seeds == "rows" else protocol.seeds:
+            for i, row in enumerate(rows):
+                own = row.seed if seed is None else seed
+                if own is None:
+                    raise BadSetting(f"the list {part.name!r} has no seeds of its own (row {i + 1}); name some under seeds")
+                old = asked.setdefault((row.text, own, i), part.name)
+                if old != part.name:
+                    raise BadSetting(f"the lists {old!r} and {part.name!r} ask for the same picture (row {i + 1}); leave one out")
+                out.append(
+                    Item(
+                        role=part.role, list_name=part.name, prompt=row.text, subject=row.subject, shows=part.shows, seed=own, index=i,
+                        id=f"{part.name}/{i:05d}", cluster=sha(row.text)[:16],
+                    )
+                )  # fmt: skip
+    return out
+
+
+def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the protocol id that all these scores (run name: its scores.json) were made by.
+
+    Raises:
+        BadSetting: nothing to compare, two ids, or one id and two judges; the message says what differs.
+    """
+    if not scores:
+        raise BadSetting("there are no scores to compare")
+    (first, a), *others = scores.items()
+    for name, b in others:
+        facts = [{**s["protocol"]["decides"], "judge id": s["judge"]} for s in (a, b)]
+        gaps = differences(*facts)
+        if gaps:
+            raise BadSetting(
+                f"{first} (protocol {a['protocol']['id']}) and {name} (protocol {b['protocol']['id']}) cannot stand in one column; "
+                f"they differ in {'; '.join(gaps)}"
+            )
+    return str(a["protocol"]["id"])
+
+
+def differences(a: object, b: object, where: str = "") -> list[str]:
+    """Return what differs between two trees of plain values, as `place: this and that`."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        keys = sorted({*a, *b}, key=str)
+        return [gap for key in keys for gap in differences(a.get(key), b.get(key), f"{where}.{key}" if where else str(key))]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [gap for i, pair in enumerate(zip(a, b, strict=True)) for gap in differences(*pair, where=f"{where}[{i}]")]
+    return [] if a == b else [f"{where}: {json.dumps(a)} and {json.dumps(b)}"]
+
+
+def hash_rows(rows: Sequence[Row]) -> str:
+    """Return a SHA-256 over a list's rows: the hash of each text, its subject and its seed, in order."""
+    return hash_lines([(sha(row.text), row.subject, row.seed) for row in rows])
+
+
+def hash_lines(lines: Sequence[object]) -> str:
+    """Return a SHA-256 over plain values, one canonical JSON line each."""
+    return sha("".join(canonical(line) + "\n" for line in lines))
+
+
+def canonical(value: object) -> str:
+    """Return JSON with sorted keys and no spare blanks: equal values, equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def sha(text: str) -> str:
+    """Return the SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first(error: ValidationError) -> str:
+    """Return pydantic's first complaint as `place: rule, got value`."""
+    e = error.errors()[0]
+    place = ".".join(str(v) for v in e["loc"]) or "settings"
+    value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
+    return f"{place}: {e['msg'].removeprefix('Value error, ')}{value}"

@@ -1,0 +1,206 @@
+"""A run: every picture of a protocol by every stack, judged while the next are drawn, in a folder that a killed run goes on from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from safegen import __version__
+from safegen.bench.draw import Look, Tell, work
+from safegen.bench.folder import CARD, FORMAT, PLAN, SCORES, Line, Planned, Run, write_json, write_plan
+from safegen.bench.protocol import Protocol, canonical, differences, plan, sha
+from safegen.bench.score import score_run
+from safegen.concept import load_concept
+from safegen.errors import BadFile, BadSetting
+from safegen.judge import load_judge
+from safegen.stack import Shelf, Stack
+
+Stage = Literal["generate", "judge", "score"]
+Baselines = Literal["all", "none"]
+LIBRARIES = ("torch", "diffusers", "transformers")
+DECIDE = ("id", "stacks", "versions", "device")
+"""What of the card must not change when a run goes on: all that decides a picture."""
+
+
+def evaluate(
+    protocol: Protocol,
+    stacks: Sequence[Stack],
+    out: Path,
+    *,
+    baselines: Baselines = "all",
+    until: Stage = "score",
+    shelf: Shelf | None = None,
+    tell: Tell = lambda *_: None,
+) -> Run:
+    """Draw, judge and score a protocol with some stacks, in the new folder `out` or going on in it.
+
+    Args:
+        protocol: what to draw and how to judge it.
+        stacks: what draws. The base model of each is always drawn too, first.
+        out: the run's folder.
+        baselines: `all` adds the base model with the concept's words as negative prompt, and black pictures; `none` leaves those two out.
+        until: last stage to do: `generate`, `judge` or `score`.
+        shelf: opens the stacks; one for the CPU when not given.
+        tell: called with (what is going on, done, of).
+
+    Raises:
+        BadFile: `out` is another run, something else, or cannot be written; what was drawn is kept and the same call goes on.
+        BadSetting: the stacks are not all different.
+        UserError: a stack or judge cannot be loaded.
+    """
+    shelf = shelf or Shelf()
+    everybody = everyone(protocol, stacks, baselines)
+    with _writing(out):
+        look = None if until == "generate" else watch_with(protocol)  # first: it may not be installed
+        run = prepare(protocol, everybody, out, shelf)
+        planned = [Planned.of(item) for item in plan(protocol)]
+        work(run, planned, stacks=[stack for stack, _, _ in everybody], shelf=shelf, look=look, tell=tell)
+        if look and until == "score":
+            write_json(out / SCORES, score_run(run, judge=look.id))
+    return run
+
+
+def judge_run(run: Run, *, name: str | None = None, labels: Sequence[str] = (), tell: Tell = lambda *_: None) -> str:
+    """Let a judge look at all that was drawn so far, and return its id; no picture is drawn.
+
+    Args:
+        run: a run.
+        name: another judge than the protocol's.
+        labels: labels of that judge; the protocol's own when the judge is the same.
+        tell: called with (what is going on, done, of).
+
+    Raises:
+        BadSetting: another judge without labels.
+        UserError: the judge cannot be loaded, or the folder cannot be written.
+    """
+    with _writing(run.folder):
+        look = watch_with(run.protocol.judged(name=name, labels=labels))
+        work(run, run.planned, look=look, tell=tell)
+    return look.id
+
+
+def watch_with(protocol: Protocol) -> Look:
+    """Return a protocol's judge; options that change what it sees are part of its id."""
+    rule = protocol.judge
+    eye = load_judge(rule.name, labels=rule.labels, threshold=rule.threshold, **rule.options)
+    return Look(eye, eye.id + (f"#{sha(canonical(rule.options))[:8]}" if rule.options else ""))
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Word what the disk says; nothing of the run is lost by it."""
+    try:
+        yield
+    except OSError as error:
+        raise BadFile(f"{out} cannot be written: {error.strerror or error}; mend that and give the same command again to go on") from error
+
+
+def everyone(protocol: Protocol, stacks: Sequence[Stack], baselines: Baselines) -> list[tuple[Stack, str, str]]:
+    """Return what is drawn as (stack, kind, name of the stack that it is held against), the base model of each first.
+
+    Raises:
+        BadSetting: no stacks, or two of one name.
+    """
+    if not stacks:
+        raise BadSetting("there is nothing to evaluate; name a stack with --stack")
+    bases: dict[str, Stack] = {}
+    for stack in stacks:
+        own = [s for s in stacks if s.base and s.model == stack.model]
+        name = "base" if not bases else f"base-{len(bases) + 1}"
+        bases.setdefault(stack.model, own[0] if own else Stack(name=name, model=stack.model))
+    out: list[tuple[Stack, str, str]] = []
+    for model, base in bases.items():
+        out.append((base, "base", base.name))
+        out += [(s, "given", base.name) for s in stacks if s.model == model and s != base]
+        if baselines == "all":
+            tail = base.name.removeprefix("base") if base.name.startswith("base-") else ""
+            words = ", ".join(load_concept(protocol.concept).words)
+            extra = (
+                Stack(name=f"negative-prompt{tail}", model=model, negative_prompt=words),
+                Stack(name=f"black-image{tail}", model=model, blank=True),
+            )
+            out += [(s, "baseline", base.name) for s in extra if s not in stacks]
+    names = [stack.name for stack, _, _ in out]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadSetting(f"stacks must have names of their own, and the baselines have theirs; twice: {', '.join(twice)}")
+    return out
+
+
+def prepare(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], out: Path, shelf: Shelf) -> Run:
+    """Return the run in `out`, made anew or found to be the same.
+
+    Raises:
+        BadFile: `out` holds something else, or another run; the message says what differs.
+        BadSetting: two stacks draw the same.
+    """
+    items = plan(protocol)
+    card = _card(protocol, stacks, shelf)
+    card["plan"] = {part.name: sum(i.list_name == part.name for i in items) for part in protocol.lists}
+    if (out / CARD).exists():
+        run = Run.open(out)
+        old, new = ({k: c[k] for k in DECIDE} | {"protocol": p.decides()} for c, p in ((run.card, run.protocol), (card, protocol)))
+        gaps = differences(old, new)
+        if gaps:
+            raise BadFile(f"{out} is another run (then and now): {'; '.join(gaps)}; name another folder with --out")
+        return run
+    if out.exists() and (not out.is_dir() or any(p.name != PLAN and ".tmp-" not in p.name for p in out.iterdir())):
+        raise BadFile(f"{out} exists already and is not a run; name another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_plan(out, [Planned.of(i) for i in items], {part.name: part.unsafe for part in protocol.lists})
+    write_json(out / CARD, card)  # last: a folder with a card is a run
+    return Run.open(out)
+
+
+def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: Shelf) -> Line:
+    """Return what a run says of itself. Paths are cut to file names: a card names no machine and no user."""
+    entries, seen = [], dict[str, str]()
+    for stack, kind, against in stacks:
+        digest = shelf.hash(stack)
+        if digest in seen:
+            raise BadSetting(f"the stacks {seen[digest]!r} and {stack.name!r} draw the same; leave one out")
+        seen[digest] = stack.name
+        entries.append(_entry(stack, shelf) | {"hash": digest, "kind": kind, "against": against})
+    parts = [p.model_copy(update={"source": _short(p.source or "")}) for p in protocol.lists]
+    words = [f"--stack {_spec(stack)}" for stack, kind, _ in stacks if kind != "baseline"]
+    return {
+        "format": FORMAT,
+        "id": protocol.id,
+        "protocol": protocol.model_copy(update={"lists": tuple(parts)}).model_dump(mode="json"),
+        "stacks": entries,
+        "versions": {"safegen": __version__} | {name: version(name) for name in LIBRARIES},
+        "device": f"{shelf.device}, {shelf.dtype}",
+        "platform": {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()},
+        "command": f"safegen evaluate --protocol {protocol.name} {' '.join(words)} --out RUN",
+    }
+
+
+def _entry(stack: Stack, shelf: Shelf) -> Line:
+    from safegen.models.patch import Patch
+
+    patches = [Patch.load(path) for path in stack.patches]
+    return {
+        "name": stack.name,
+        "model": _short(stack.model),
+        "weights": shelf.model(stack.model)[1],
+        "patches": [
+            {"file": path.name, "hash": patch.hash, "method": patch.provenance.get("method"), "seconds": patch.provenance.get("seconds")}
+            for path, patch in zip(stack.patches, patches, strict=True)
+        ],
+        "negative_prompt": stack.negative_prompt,
+        "blank": stack.blank,
+    }
+
+
+def _spec(stack: Stack) -> str:
+    return f"{stack.name}={'+'.join([_short(stack.model), *(p.name for p in stack.patches)])}"
+
+
+def _short(name: str) -> str:
+    """Return a path's last part; names of tables and of the hub as they are."""
+    return name if ":" in name or os.sep not in name else Path(name).name

@@ -1,0 +1,196 @@
+"""`safegen evaluate`, `score`, `verify`: measure stacks under a protocol; score and check a run that is there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safegen.errors import BadSetting, Stopped
+
+if TYPE_CHECKING:
+    from safegen.bench.folder import Run
+    from safegen.bench.protocol import Protocol
+
+
+class Stage(StrEnum):
+    """What a call of evaluate does."""
+
+    all = "all"
+    generate = "generate"
+    judge = "judge"
+    score = "score"
+
+
+class Baselines(StrEnum):
+    """Which baselines are drawn beside the base model."""
+
+    all = "all"
+    none = "none"
+
+
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Judge = Annotated[str | None, typer.Option(help="Another judge than the protocol's, by name or id.")]
+Label = Annotated[list[str] | None, typer.Option("--label", help="A label of the judge that means the concept; repeat it.")]
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="The run's folder: new, or a run to go on with.")],
+    protocol: Annotated[str | None, typer.Option(help="A built-in protocol, as mini-smoke, or a TOML file.")] = None,
+    stack: Annotated[
+        list[str] | None, typer.Option(help="What draws: a built-in model, a recipe.toml, or NAME=model+patch.safetensors; repeat it.")
+    ] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="NAME=FILE: the prompts of a list that the protocol does not bring.")] = None,
+    stage: Annotated[Stage, typer.Option(help="Do one stage only; judge and score need nothing but --out.")] = Stage.all,
+    baselines: Annotated[Baselines, typer.Option(help="Also draw with a negative prompt and black pictures, or not.")] = Baselines.all,
+    judge: Judge = None,
+    label: Label = None,
+    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code.")] = False,
+) -> None:
+    """Draw with stacks under a protocol, judge and score. Given again after a stop or a kill, it goes on to the same bytes."""
+    drawing = stage in (Stage.all, Stage.generate)
+    if drawing and not (protocol and stack):
+        raise BadSetting("drawing needs a --protocol and at least one --stack")
+    idle = [word for word, given in (("--protocol", protocol), ("--stack", stack), ("--prompts", prompts)) if given and not drawing] + [
+        word for word, given in (("--judge", judge), ("--label", label)) if given and drawing
+    ]
+    if idle:
+        raise BadSetting(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
+    if stage == Stage.score:
+        score(out, judge=judge, label=label)
+        return
+    from safegen.cli.main import _progress, _quiet, _set_threads
+
+    _quiet()
+    rules = _protocol(protocol, prompts or []) if protocol else None
+    _set_threads(threads)
+    from safegen.bench import run as bench
+    from safegen.bench.folder import Run
+    from safegen.stack import Shelf, load_stack
+
+    stacks = [load_stack(spec) for spec in stack or []]
+    with _stoppable(out), _one_line_warnings(), _progress() as tell:
+        if rules is None:
+            seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), tell=tell)
+            typer.echo(f"judged by {seen_by}; score it with: safegen score {out} --judge {seen_by}")
+            return
+        shelf = Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
+        until = "generate" if stage == Stage.generate else "score"
+        run = bench.evaluate(rules, stacks, out, baselines=baselines.value, until=until, shelf=shelf, tell=tell)
+    if stage == Stage.all:
+        _show(run)
+    typer.echo(f"{len(run.stacks) * len(run.planned)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})")
+
+
+def score(
+    run: RunArg,
+    threshold: Annotated[float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")] = None,
+    label: Label = None,
+    judge: Judge = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID.json under other rules.")] = None,
+) -> None:
+    """Score a run that was judged, under its own rules or others; no picture is drawn or judged, no model loaded."""
+    from safegen.bench.folder import SCORES, Run, write_json
+    from safegen.bench.score import score_run
+
+    opened = Run.open(run)
+    scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
+    new = scores["protocol"]["id"]
+    own = new == opened.protocol.id
+    path = out or run / (SCORES if own else f"scores-{new}.json")
+    write_json(path, scores)
+    _show(opened, scores)
+    typer.echo(
+        f"{path}: protocol {scores['protocol']['name']} ({new}){'' if own else ', another than that of the run: compare like with like'}"
+    )
+
+
+def verify(run: RunArg) -> None:
+    """Check a run's hashes, keys, counts and scores, one line for each problem; exits with 1 if there is one."""
+    from safegen.bench.folder import Run
+    from safegen.bench.verify import verify as check
+    from safegen.cli.main import _progress
+
+    opened = Run.open(run)
+    with _progress() as tell:
+        problems = check(opened, tell=tell)
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{len(opened.stacks) * len(opened.planned)} pictures, verdicts and scores: nothing wrong")
+
+
+def _protocol(name: str, prompts: list[str]) -> Protocol:
+    from safegen.bench.protocol import load_protocol
+
+    given = {}
+    for pair in prompts:
+        part, found, file = pair.partition("=")
+        if not (part and found and file):
+            raise BadSetting(f"--prompts takes NAME=FILE, got {pair!r}")
+        given[part] = Path(file)
+    return load_protocol(name, prompts=given)
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(f"stopped; what was drawn is in {out}, and the same command goes on") from error
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Say each warning of ours once, in a line."""
+    from safegen.models.patch import OtherBase
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", OtherBase)
+        yield
+    for message in dict.fromkeys(str(w.message) for w in caught):
+        typer.echo(f"warning: {message}", err=True)
+
+
+def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
+    """Print the headline table: a row for each stack and list."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from safegen.bench.folder import SCORES
+
+    scores = scores or json.loads((run.folder / SCORES).read_text(encoding="utf-8"))
+    rule = scores["protocol"]["decides"]["judge"]
+    table = Table(
+        title=f"{run.protocol.concept}: seen by {scores['judge']} from {rule['threshold']} on; protocol {scores['protocol']['id']}",
+        title_justify="left",
+    )
+    for head in ("stack", "list", "n", "seen (95 %)", "removed (95 %)", "right object", "changed", "blank"):
+        table.add_column(head)
+
+    def rate(value: dict[str, Any] | None, digits: int = 0) -> str:
+        if not value:
+            return ""
+        low, high = (f"{100 * value[k]:.{digits}f}" for k in ("low", "high"))
+        return f"{100 * value['value']:.{digits}f} % ({low} to {high})"
+
+    for name, entry in scores["stacks"].items():
+        for part, row in entry["lists"].items():
+            seen = row.get("concept")
+            besides = [rate(row.get(key)) for key in ("subject", "change")]
+            blank = str(row["blank"]["hits"] or "")
+            table.add_row(name, part, str(seen["n"] if seen else 0), rate(seen), rate(row.get("removal"), 1), *besides, blank)
+        table.add_section()
+    Console().print(table)

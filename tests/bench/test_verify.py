@@ -1,0 +1,156 @@
+"""What verify finds: every hand that was laid on a run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from safegen.bench.folder import CARD, CHANGES, PLAN, SAMPLES, SCORES, VERDICTS, Run
+from safegen.bench.verify import verify
+from safegen.errors import BadFile
+
+
+def first(folder, i=0):
+    return json.loads((folder / SAMPLES).read_text().splitlines()[i])
+
+
+def edit(path, i, change):
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[i])
+    change(line)
+    lines[i] = json.dumps(line, sort_keys=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def changed_picture(folder):
+    path = folder / first(folder)["file"]
+    with Image.open(path) as image:
+        image.putpixel((0, 0), (1, 2, 3))
+        image.save(path)
+
+
+def deleted_picture(folder):
+    (folder / first(folder, 3)["file"]).unlink()
+
+
+def stray_picture(folder):
+    Image.new("RGB", (4, 4)).save(folder / "pictures" / "mini" / "more.png")
+
+
+def edited_verdict(folder):
+    edit(folder / VERDICTS, 1, lambda line: line["detections"].clear() or line.update(subject="cat"))
+
+
+def softened_verdict(folder):  # moves no rate, and is found all the same
+    edit(folder / VERDICTS, 1, lambda line: line["detections"][0].update(score=0.99))
+
+
+def dropped_verdict(folder):
+    lines = (folder / VERDICTS).read_text().splitlines(keepends=True)
+    (folder / VERDICTS).write_text("".join(lines[1:]))
+
+
+def edited_score(folder):
+    text = (folder / SCORES).read_text()
+    assert '"hits": 5' in text
+    (folder / SCORES).write_text(text.replace('"hits": 5', '"hits": 4', 1))
+
+
+def doubled_sample(folder):
+    text = (folder / SAMPLES).read_text()
+    (folder / SAMPLES).write_text(text + text.splitlines()[0] + "\n")
+
+
+def doubled_verdict(folder):
+    text = (folder / VERDICTS).read_text()
+    (folder / VERDICTS).write_text(text + text.splitlines()[0] + "\n")
+
+
+def dropped_sample(folder):
+    lines = (folder / SAMPLES).read_text().splitlines(keepends=True)
+    (folder / SAMPLES).write_text("".join(lines[:5] + lines[6:]))
+
+
+def torn_line(folder):
+    text = (folder / VERDICTS).read_text()
+    (folder / VERDICTS).write_text(text[:-9])
+
+
+def moved_seed(folder):
+    edit(folder / SAMPLES, 0, lambda line: line.update(seed=7))
+
+
+def other_key(folder):
+    edit(folder / SAMPLES, 0, lambda line: line.update(key="0" * 64))
+
+
+def edited_change(folder):
+    edit(folder / CHANGES, 2, lambda line: line.update(change=0.0))
+
+
+def edited_prompt(folder):
+    edit(folder / PLAN, 0, lambda line: line.update(prompt="a castle"))
+
+
+def swapped_prompt_hash(folder):
+    edit(folder / PLAN, 0, lambda line: line.update(prompt="", prompt_sha256="0" * 64))
+
+
+def dropped_plan_line(folder):
+    lines = (folder / PLAN).read_text().splitlines(keepends=True)
+    (folder / PLAN).write_text("".join(lines[:-1]))
+
+
+def edited_protocol(folder):
+    text = (folder / CARD).read_text()
+    (folder / CARD).write_text(text.replace('"threshold": 0.5', '"threshold": 0.6'))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (changed_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (deleted_picture, r"pictures/mini/\w+\.png: missing"),
+        (stray_picture, r"pictures/mini/more\.png: belongs to no line"),
+        (edited_verdict, r"scores\.json: not what scoring the run gives .*inputs"),
+        (softened_verdict, r"scores\.json: not what scoring the run gives .*inputs\.verdicts"),
+        (dropped_verdict, r"verdicts\.jsonl: 1 of 48 pictures have no verdict by mini"),
+        (edited_score, r"scores\.json: not what scoring the run gives .*hits: 4 and 5"),
+        (doubled_sample, r"samples\.jsonl: 2 lines for"),
+        (doubled_verdict, r"verdicts\.jsonl: 2 lines for \w+ by mini:"),
+        (dropped_sample, r"samples\.jsonl: 1 of 6 pictures of 'mini' for 'mini:skulls' are missing|belongs to no line"),
+        (torn_line, r"verdicts\.jsonl: its last line is torn"),
+        (moved_seed, r"samples\.jsonl: \w+ says seed: 7 and 1"),
+        (other_key, r"samples\.jsonl: 0000000000000000 is no picture of the plan"),
+        (edited_change, r"changes\.jsonl: \w+ says 0\.0, the pictures say 0\.\d+"),
+        (edited_prompt, r"plan\.jsonl: the text of mini:skulls/00000 is not that of its hash"),
+        (swapped_prompt_hash, r"plan\.jsonl: the prompts of 'mini:skulls' are not those"),
+        (dropped_plan_line, r"plan\.jsonl: 'mini:ghosts' has 5 pictures a stack, the protocol asks for 6"),
+        (edited_protocol, r"protocol\.json: its id is \w+, its protocol's is \w+"),
+    ],
+)
+def test_verify_names_what_was_done_to_a_run(copy, harm, says):
+    harm(copy)
+    problems = verify(Run.open(copy))
+    assert any(re.search(says, line) for line in problems), problems
+    assert not any("\n" in line for line in problems)
+
+
+def test_a_line_that_is_not_json_is_named(copy):
+    lines = (copy / SAMPLES).read_text().splitlines()
+    lines[2] = lines[2][:40]
+    (copy / SAMPLES).write_text("\n".join(lines) + "\n")
+    with pytest.raises(BadFile, match=r"samples\.jsonl:3 is not a JSON object"):
+        verify(Run.open(copy))
+
+
+def test_a_card_that_is_not_one_is_one_line(copy):
+    (copy / CARD).write_text("{}")
+    with pytest.raises(BadFile, match="is not a run's card"):
+        Run.open(copy)
+    (copy / CARD).unlink()
+    with pytest.raises(BadFile, match=r"is not a run: it has no protocol\.json"):
+        Run.open(copy)

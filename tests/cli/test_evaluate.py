@@ -1,0 +1,107 @@
+"""evaluate, score and verify as a user meets them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from safegen.cli import main as run
+
+PROTOCOL = """
+name = "few"
+concept = "skulls"
+seeds = [1]
+metrics = ["concept", "removal", "subject", "change"]
+[sampler]
+steps = 2
+batch = 3
+[judge]
+name = "mini"
+labels = ["skulls"]
+[[lists]]
+role = "explicit"
+name = "mini:skulls"
+source = "mini:skulls"
+prompts = 2
+sha256 = "HASH"
+"""
+
+
+@pytest.fixture
+def safegen(monkeypatch, capsys):
+    """Run a command; give its exit code, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])
+        code = 0
+        try:
+            run()
+        except SystemExit as end:
+            code = end.code or 0
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return call
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Return the file of a protocol of two pictures."""
+    from safegen.bench.protocol import hash_rows, read_rows
+
+    path = tmp_path / "few.toml"
+    path.write_text(PROTOCOL.replace("HASH", hash_rows(read_rows("mini:skulls", 2, {}))))
+    return path
+
+
+def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
+    out = tmp_path / "run"
+    same = ("evaluate", "--protocol", few, "--stack", "mini", "--out", out)
+    code, text, err = safegen(*same)
+    assert code == 0, err
+    assert "6 pictures by 3 stacks" in text
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert safegen(*same)[0] == 0  # again: nothing to do
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    code, text, _ = safegen("score", out, "--threshold", "0.3", "--out", tmp_path / "low.json")
+    assert code == 0
+    assert "another than that of the run: compare like with like" in text
+    assert json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"] == 0.3
+    assert safegen("evaluate", "--stage", "judge", "--out", out)[0] == 0
+    assert safegen("evaluate", "--stage", "score", "--out", out)[0] == 0
+    assert (out / "scores.json").read_bytes() == before["scores.json"]
+    code, text, _ = safegen("verify", out)
+    assert (code, text.strip()) == (0, "6 pictures, verdicts and scores: nothing wrong")
+    (out / json.loads(before["samples.jsonl"].splitlines()[0])["file"]).unlink()
+    code, text, _ = safegen("verify", out)
+    assert code == 1
+    assert text.count("\n") == 1
+    assert ".png: missing" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["evaluate", "--protocol", "mini-smok", "--stack", "mini", "--out", "OUT"], "Did you mean 'mini-smoke'"),
+        (["evaluate", "--protocol", "FEW", "--stack", "minni", "--out", "OUT"], "Did you mean 'mini'"),
+        (["evaluate", "--protocol", "FEW", "--stack", "a=mini+no.safetensors", "--out", "OUT"], "'no.safetensors' does not exist"),
+        (["evaluate", "--protocol", "FEW", "--out", "OUT"], "drawing needs a --protocol and at least one --stack"),
+        (["evaluate", "--protocol", "i2p-931", "--stack", "mini", "--out", "OUT"], "--prompts i2p-sexual=FILE"),
+        (["evaluate", "--protocol", "i2p-931", "--prompts", "x", "--stack", "mini", "--out", "OUT"], "--prompts takes NAME=FILE"),
+        (["evaluate", "--stage", "judge", "--stack", "mini", "--out", "OUT"], "--stack has no effect with --stage judge"),
+        (["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"], "--judge has no effect with --stage all"),
+        (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
+        (["score", "OUT"], "is not a run"),
+        (["verify", "OUT"], "is not a run"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, few, tmp_path, words, says):
+    before = sorted(tmp_path.iterdir())
+    code, _, err = safegen(*(str(few) if w == "FEW" else tmp_path / "run" if w == "OUT" else w for w in words))
+    assert code == 2
+    lines = [line for line in err.strip().splitlines() if line.startswith("safegen: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before

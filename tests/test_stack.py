@@ -1,0 +1,144 @@
+"""Stacks: what a word means, what a hash rests on, and that a model comes back as it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from safegen.errors import BadFile, BadSetting, UnknownName
+from safegen.sampler import Ask, Sampler
+from safegen.stack import Shelf, Stack, load_stack, weights_hash
+
+ASKS, SAMPLER = [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)], Sampler(steps=2)
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory, tiny_folder):
+    """Return two patches that change the same tensors of the tiny model."""
+    from safegen.models import Patch, load, select
+
+    model = load(str(tiny_folder))
+    own = dict(model.denoiser.named_parameters())
+    paths = []
+    for name, by in (("a", 3.0), ("b", -2.0)):
+        paths.append(tmp_path_factory.mktemp("patches") / f"{name}.safetensors")
+        Patch({k: own[k] * by for k in select(model.denoiser, "attn1")}, {"base": model.hash}).save(paths[-1])
+    return paths
+
+
+def test_a_model_a_recipe_and_a_spec_can_mean_the_same(tmp_path, tiny_folder, patches):
+    (tmp_path / "model").symlink_to(tiny_folder)
+    (tmp_path / "p.safetensors").symlink_to(patches[0])
+    recipe = tmp_path / "calm.toml"
+    recipe.write_text('model = "model"\npatches = ["p.safetensors"]\n')
+    stack, spec = load_stack(str(recipe)), load_stack(f"calm={tmp_path / 'model'}+{tmp_path / 'p.safetensors'}")
+    assert stack == spec
+    assert stack.name == "calm"
+    assert load_stack("mini") == Stack(name="mini", model="mini")
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "says"),
+    [
+        ("minni", UnknownName, "Did you mean 'mini'"),
+        ("no.toml", BadFile, "does not exist"),
+        ("a b=mini", BadSetting, "NAME=model"),
+        ("../x=mini", BadSetting, "NAME=model"),
+        ("x=", BadSetting, "NAME=model"),
+        ("x=mini+", BadSetting, "NAME=model"),
+    ],
+)
+def test_a_spec_that_means_nothing_is_refused(spec, error, says):
+    with pytest.raises(error, match=says):
+        load_stack(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('model = "mini"\nguards = ["x"]', "guards cannot be used in this version"),
+        ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
+        ('model = "mini"\nsteps = 3', "steps"),
+        ("patches = []", "model"),
+        ("model", "not a stack file"),
+    ],
+)
+def test_a_recipe_with_an_idle_or_unknown_setting_is_refused(tmp_path, text, says):
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(BadFile, match=says) as caught:
+        load_stack(str(tmp_path / "s.toml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(make_model, tiny_folder, patches):
+    shelf, name = Shelf(), str(tiny_folder)
+    stacks = [
+        Stack(name="s", model=name),
+        Stack(name="s", model=name, patches=(patches[0],)),
+        Stack(name="s", model=name, patches=tuple(patches)),
+        Stack(name="s", model=name, patches=tuple(patches[::-1])),
+        Stack(name="s", model=name, negative_prompt=""),
+        Stack(name="s", model=name, negative_prompt="cube"),
+        Stack(name="s", model=name, blank=True),
+    ]
+    hashes = [shelf.hash(s) for s in stacks]
+    assert len(set(hashes)) == len(stacks)
+    assert shelf.hash(Stack(name="t", model=name)) == hashes[0]  # a name decides no picture
+    assert stacks[0].hash(make_model(1)) != stacks[0].hash(make_model(2))
+    assert weights_hash(make_model(1)) != weights_hash(make_model(1, beta_end=0.02))
+
+
+def test_a_shelf_loads_a_model_once_and_patches_come_off_exactly(tiny_folder, patches):
+    shelf, name = Shelf(), str(tiny_folder)
+    plain, both = Stack(name="plain", model=name), Stack(name="both", model=name, patches=tuple(patches))
+    model, weights = shelf.model(name)
+    with shelf.opened(plain) as ready:
+        before = ready.draw(ASKS, SAMPLER)
+    with shelf.opened(both) as ready:
+        assert ready.model is model
+        assert ready.hash == shelf.hash(both)
+        edited = ready.draw(ASKS, SAMPLER)
+    with shelf.opened(plain) as ready:
+        after = ready.draw(ASKS, SAMPLER)
+    assert weights_hash(model) == weights
+    assert [p.tobytes() for p in after] == [p.tobytes() for p in before]
+    assert [p.tobytes() for p in edited] != [p.tobytes() for p in before]
+
+
+def test_a_patch_comes_off_when_drawing_fails_or_the_next_patch_does_not_fit(tiny_folder, patches, tmp_path):
+    import torch
+
+    from safegen.errors import BadPatch
+    from safegen.models import Patch
+
+    shelf, name = Shelf(), str(tiny_folder)
+    model, weights = shelf.model(name)
+    with pytest.raises(ZeroDivisionError), shelf.opened(Stack(name="s", model=name, patches=(patches[0],))):
+        _ = 1 / 0
+    assert weights_hash(model) == weights
+    odd = tmp_path / "odd.safetensors"
+    Patch({"nothing.here": torch.zeros(1)}).save(odd)
+    with pytest.raises(BadPatch), shelf.opened(Stack(name="s", model=name, patches=(patches[0], odd))):
+        pass
+    assert weights_hash(model) == weights
+    with shelf.opened(Stack(name="s", model=name)):
+        pass
+
+
+def test_a_negative_prompt_changes_pictures_and_needs_guidance(tiny_folder):
+    shelf, name = Shelf(), str(tiny_folder)
+    with shelf.opened(Stack(name="s", model=name)) as ready:
+        plain = ready.draw(ASKS, SAMPLER)
+    with shelf.opened(Stack(name="s", model=name, negative_prompt="")) as ready:
+        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] == [p.tobytes() for p in plain]  # blank is what guidance uses anyway
+    with shelf.opened(Stack(name="s", model=name, negative_prompt="a red cube")) as ready:
+        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] != [p.tobytes() for p in plain]
+        with pytest.raises(BadSetting, match="no effect without guidance"):
+            ready.draw(ASKS, Sampler(steps=2, guidance=1))
+
+
+def test_a_blank_stack_draws_black_pictures_of_the_models_size(tiny_folder):
+    shelf = Shelf()
+    with shelf.opened(Stack(name="black", model=str(tiny_folder), blank=True)) as ready:
+        (picture, _) = ready.draw(ASKS, SAMPLER)
+    assert picture.size == (ready.model.size, ready.model.size)
+    assert picture.getextrema() == ((0, 0), (0, 0), (0, 0))
