@@ -13,7 +13,7 @@ METRICS = '["concept", "removal", "removal_images", "subject", "shown", "mosaick
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
     """Return the file of a protocol: two lists of three prompts, two seeds, two steps, batches that straddle the lists."""
-    from safegen.bench.protocol import hash_rows, read_rows
+    from safegen.bench.rows import hash_rows, read_rows
 
     text = f'name = "quick"\nconcept = "skulls"\nseeds = [1, 2]\nmetrics = {METRICS}\n'
     text += '[sampler]\nsteps = 2\nbatch = 4\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'

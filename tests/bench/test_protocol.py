@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import safegen
-from safegen.bench.protocol import Row, differences, hash_rows, load_protocol, plan, read_protocol, same_protocol
+from safegen.bench.protocol import differences, load_protocol, plan, read_protocol, same_protocol
+from safegen.bench.rows import Row, hash_rows, read_rows
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.tables import PROTOCOLS
 
@@ -88,8 +89,6 @@ def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
 def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
     path = changed(quick, tmp_path / "p.toml", "prompts = 3\n", "prompts = 4\n")
     named = load_protocol(str(quick)).lists[0].sha256
-    from safegen.bench.protocol import read_rows
-
     with pytest.raises(BadFile, match="have changed") as caught:
         load_protocol(path)
     assert named in str(caught.value)

@@ -48,7 +48,7 @@ def safegen(monkeypatch, capsys):
 @pytest.fixture
 def few(tmp_path):
     """Return the file of a protocol of two pictures."""
-    from safegen.bench.protocol import hash_rows, read_rows
+    from safegen.bench.rows import hash_rows, read_rows
 
     path = tmp_path / "few.toml"
     path.write_text(PROTOCOL.replace("HASH", hash_rows(read_rows("mini:skulls", 2, {}))))

@@ -247,8 +247,7 @@ class Watcher:
 
 def is_blank(image: Image.Image) -> bool:
     """Return whether a picture is of one colour: it was refused, not drawn."""
-    low_high = image.convert("RGB").getextrema()
-    return all(low == high for low, high in low_high)
+    return image.convert("RGB").getcolors(1) is not None
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from safegen.bench.plan import Item
 from safegen.bench.protocol import FORMAT as PROTOCOL_FORMAT
-from safegen.bench.protocol import Protocol, canonical, sha
+from safegen.bench.protocol import Protocol
+from safegen.bench.rows import canonical, sha
 from safegen.errors import BadFile
 from safegen.files import fresh_file
 from safegen.judge.base import Detection, Verdict

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from safegen.bench.plan import Item, Role
-from safegen.concept import prompt_list
+from safegen.bench.rows import canonical, hash_rows, read_rows, sha
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.judge.base import KEPT
 from safegen.sampler import Sampler
@@ -22,14 +21,6 @@ FORMAT = "safegen-protocol/1"
 """Enters every id: a change of how we draw or score that moves numbers gets a new one."""
 MetricName = Literal["concept", "subject", "shown", "mosaicked", "removal", "removal_images", "change"]
 FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Row(NamedTuple):
-    """One prompt as a plan needs it."""
-
-    text: str
-    subject: str | None = None
-    seed: int | None = None
 
 
 class PromptList(BaseModel):
@@ -131,7 +122,7 @@ class Protocol(BaseModel):
     @property
     def id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 over `decides()` as canonical JSON."""
-        return hashlib.sha256(canonical(self.decides()).encode()).hexdigest()[:16]
+        return sha(canonical(self.decides()))[:16]
 
     def judged(self, *, name: str | None = None, labels: Sequence[str] = (), threshold: float | None = None) -> Protocol:
         """Return the protocol with another judge, label set or threshold, and so with another id.
@@ -216,32 +207,6 @@ def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, Path], fol
     return part.model_copy(update={"source": source, "sha256": found, "prompts": len(rows)})
 
 
-def read_rows(source: str, n: int | None, select: Mapping[str, str]) -> list[Row]:
-    """Return the first `n` prompts of `source:list`, or of a plain text file with a prompt a line.
-
-    Raises:
-        UnknownName: no such source or list.
-        BadFile: the file is missing, empty, or of a kind that is not read here.
-    """
-    if source.partition(":")[0] in PROMPT_LISTS:
-        if n is None:
-            raise BadFile(f"the list {source} needs a number of prompts")
-        return [Row(row.text, row.subject) for row in prompt_list(source, n)]
-    path = Path(source)
-    if not path.is_file():
-        raise BadFile(f"the prompt file {source!r} does not exist")
-    if path.suffix != ".txt" or select:
-        raise BadFile(f"{source} cannot be read as a protocol's prompts; this version reads plain text (.txt) with a prompt a line")
-    try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise BadFile(f"the prompt file {source!r} is not UTF-8 text: {error}") from error
-    rows = [Row(text) for text in texts if text][:n]
-    if not rows:
-        raise BadFile(f"the prompt file {source!r} has no prompts")
-    return rows
-
-
 def plan(protocol: Protocol) -> list[Item]:
     """Return every picture of a protocol in the order in which it is drawn: list by list, seed by seed, prompt by prompt.
 
@@ -249,7 +214,8 @@ def plan(protocol: Protocol) -> list[Item]:
         BadSetting: a row has no seed though `seeds` asks for it, or two lists ask for the same picture.
         BadFile: a list's file is gone.
     """
-    out, asked = [], {}
+    out: list[Item] = []
+    asked: dict[tuple[str, int, int], str] = {}
     for part in protocol.lists:
         if part.source is None:
             raise BadSetting(f"the protocol {protocol.name!r} needs the prompts of {part.name!r}: {part.requires}")
@@ -281,8 +247,8 @@ def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
         raise BadSetting("there are no scores to compare")
     (first, a), *others = scores.items()
     for name, b in others:
-        facts = [{**s["protocol"]["decides"], "judge id": s["judge"]} for s in (a, b)]
-        gaps = differences(*facts)
+        one, two = ({**s["protocol"]["decides"], "judge id": s["judge"]} for s in (a, b))
+        gaps = differences(one, two)
         if gaps:
             raise BadSetting(
                 f"{first} (protocol {a['protocol']['id']}) and {name} (protocol {b['protocol']['id']}) cannot stand in one column; "
@@ -299,26 +265,6 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [gap for i, pair in enumerate(zip(a, b, strict=True)) for gap in differences(*pair, where=f"{where}[{i}]")]
     return [] if a == b else [f"{where}: {json.dumps(a)} and {json.dumps(b)}"]
-
-
-def hash_rows(rows: Sequence[Row]) -> str:
-    """Return a SHA-256 over a list's rows: the hash of each text, its subject and its seed, in order."""
-    return hash_lines([(sha(row.text), row.subject, row.seed) for row in rows])
-
-
-def hash_lines(lines: Sequence[object]) -> str:
-    """Return a SHA-256 over plain values, one canonical JSON line each."""
-    return sha("".join(canonical(line) + "\n" for line in lines))
-
-
-def canonical(value: object) -> str:
-    """Return JSON with sorted keys and no spare blanks: equal values, equal text."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def sha(text: str) -> str:
-    """Return the SHA-256 of a text's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _first(error: ValidationError) -> str:

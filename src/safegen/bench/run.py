@@ -13,7 +13,8 @@ from typing import Literal
 from safegen import __version__
 from safegen.bench.draw import Look, Tell, work
 from safegen.bench.folder import CARD, FORMAT, PLAN, SCORES, Line, Planned, Run, write_json, write_plan
-from safegen.bench.protocol import Protocol, canonical, differences, plan, sha
+from safegen.bench.protocol import Protocol, differences, plan
+from safegen.bench.rows import canonical, sha
 from safegen.bench.score import score_run
 from safegen.concept import load_concept
 from safegen.errors import BadFile, BadSetting
@@ -78,6 +79,8 @@ def judge_run(run: Run, *, name: str | None = None, labels: Sequence[str] = (), 
         BadSetting: another judge without labels.
         UserError: the judge cannot be loaded, or the folder cannot be written.
     """
+    if name is not None and name.partition(":")[0] != run.protocol.judge.name and not labels:
+        raise BadSetting(f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label")
     with _writing(run.folder):
         look = watch_with(run.protocol.judged(name=name, labels=labels))
         work(run, run.planned, look=look, tell=tell)

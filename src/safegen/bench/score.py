@@ -8,7 +8,8 @@ from typing import Any
 
 from safegen.bench.folder import CHANGES, SAMPLES, VERDICTS, Line, Run, from_line
 from safegen.bench.plan import Item
-from safegen.bench.protocol import Protocol, hash_lines
+from safegen.bench.protocol import Protocol
+from safegen.bench.rows import hash_lines
 from safegen.concept import Concept
 from safegen.errors import BadFile, BadSetting
 from safegen.judge.base import Verdict

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from safegen.bench.draw import Tell, is_blank, picture_file, read_picture
 from safegen.bench.folder import CHANGES, PICTURES, PLAN, SAMPLES, SCORES, VERDICTS, Line, Run, from_line, parse
-from safegen.bench.protocol import differences, hash_lines, sha
+from safegen.bench.protocol import differences
+from safegen.bench.rows import hash_lines, sha
 from safegen.bench.score import score_run
 from safegen.errors import UserError
 from safegen.metrics.change import picture_change
@@ -59,7 +60,8 @@ def _torn(run: Run) -> Iterator[str]:
 def _samples(run: Run, tell: Tell) -> Iterator[str]:
     lines = run.lines(SAMPLES)
     yield from _twice(SAMPLES, [line.get("key") for line in lines])
-    found, total = {line.get("key"): line for line in lines}, len(run.stacks) * len(run.planned)
+    found: dict[object, Line] = {line.get("key"): line for line in lines}
+    total = len(run.stacks) * len(run.planned)
     known: set[object] = set()
     for entry in run.stacks:
         missing = Counter[str]()
@@ -76,12 +78,12 @@ def _samples(run: Run, tell: Tell) -> Iterator[str]:
             }  # fmt: skip
             for gap in differences({k: line.get(k) for k in said}, said):
                 yield f"{SAMPLES}: {key[:16]} says {gap} (said, planned)"
-            yield from _picture(run, line, said["file"])
+            yield from _picture(run, line, picture_file(entry["name"], key))
         for name, n in missing.items():
             yield f"{SAMPLES}: {n} of {run.card['plan'].get(name)} pictures of {entry['name']!r} for {name!r} are missing"
-    for key in found:
-        if key not in known:
-            yield f"{SAMPLES}: {str(key)[:16]} is no picture of the plan"
+    for odd in found:
+        if odd not in known:
+            yield f"{SAMPLES}: {str(odd)[:16]} is no picture of the plan"
     files = {picture_file(entry["name"], key) for entry in run.stacks for key in run.keys(entry) if key in found}
     for path in sorted((run.folder / PICTURES).rglob("*")):
         name = path.relative_to(run.folder).as_posix()

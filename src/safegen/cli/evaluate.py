@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -83,7 +83,7 @@ def evaluate(
             typer.echo(f"judged by {seen_by}; score it with: safegen score {out} --judge {seen_by}")
             return
         shelf = Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
-        until = "generate" if stage == Stage.generate else "score"
+        until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
         run = bench.evaluate(rules, stacks, out, baselines=baselines.value, until=until, shelf=shelf, tell=tell)
     if stage == Stage.all:
         _show(run)
