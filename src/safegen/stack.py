@@ -117,7 +117,8 @@ def _read_recipe(path: Path) -> Stack:
 
 def weights_hash(model: Model) -> str:
     """Return a SHA-256 over all that a model draws with: the weights of every part, its schedule and its vocabulary."""
-    from safegen.models.model import PARTS, hash_tensors
+    from safegen.hashes import hash_tensors
+    from safegen.models.model import PARTS
 
     pipeline = model.pipeline
     schedule = {k: str(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}

@@ -13,7 +13,8 @@ from safegen.bench.rows import hash_lines
 from safegen.concept import Concept
 from safegen.errors import BadFile, BadSetting
 from safegen.judge.base import Verdict
-from safegen.metrics.change import Mean
+from safegen.metrics.bootstrap import mean
+from safegen.metrics.change import SCALE
 from safegen.metrics.rates import Rate, Removal, removal_rate
 
 FORMAT = "safegen-scores/1"
@@ -178,7 +179,7 @@ def _row(protocol: Protocol, items: Sequence[Item], name: str, side: Side, base:
         if rows[0].role in ("explicit", "innocent"):
             put(["removal"], lambda: {"removal": removal(rows, old, own, concept).to_json()})
             put(["removal_images"], lambda: {"removal_images": removal(rows, old, own, concept, images=True).to_json()})
-        put(["change"], lambda: {"change": Mean.of([side.changes[i] for i in at], [r.group for r in rows]).to_json()})
+        put(["change"], lambda: {"change": mean([side.changes[i] for i in at], [r.group for r in rows], scale=SCALE).to_json()})
         out["paired"] = paired(old, own, concept)
     return out | ({"undefined": undefined} if undefined else {})
 

@@ -56,11 +56,11 @@ class SafeGen(Edit):
     """What the x0 target moves toward the censored picture: the added noise, or the untouched model's own prediction (ours)."""
     clamp: float | None = Field(default=3.0, gt=0)
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
-    timesteps: tuple[int, int] = (150, 1000)
+    timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.35, ge=0)
+    weight_mosaic: float = Field(default=0.4, ge=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.65, ge=0)
+    weight_preserve: float = Field(default=0.6, ge=0)
     """Weight of L_p, the loss on benign pictures."""
     teacher: bool = True
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
@@ -68,7 +68,7 @@ class SafeGen(Edit):
     """Benign prompt lists (`source:list`, or a text file with a prompt a line) for `caption_share`."""
     caption_share: float | None = Field(default=None, gt=0, le=1)
     """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours); 0.6 when there are captions."""
-    adversary: float = Field(default=0.4, ge=0, le=2)
+    adversary: float = Field(default=0.25, ge=0, le=2)
     """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none (ours, see `worst_text`)."""
     flip: bool = False
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
@@ -77,7 +77,7 @@ class SafeGen(Edit):
     held_out: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
-        updates=380, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
+        updates=440, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
     )
     """How the loop trains."""
 

@@ -23,8 +23,8 @@ from safegen.mini.train.denoiser import SCHEDULE
 from safegen.mini.train.fit import SEED
 from safegen.mini.train.scenes import OBJECTS
 
-BENIGN_MARKS: list[str | None] = [None, "ghosts", "leaves", "ghosts"]
-"""Attributes of the benign pictures, in turn."""
+BENIGN_MARKS: dict[str, list[str | None]] = {"skulls": [None, "ghosts", "leaves", "ghosts"], "fire": [None, "leaves", "ghosts", "leaves"]}
+"""Concept: attributes of its benign pictures, in turn; its nearest neighbour comes twice."""
 
 
 def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
@@ -74,15 +74,16 @@ def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> Non
     from safegen.data.make import make
     from safegen.judge.mini import MiniJudge
 
-    for c, concept in enumerate(("skulls", "fire")):
-        sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": BENIGN_MARKS}
+    for c, (concept, calm) in enumerate(BENIGN_MARKS.items()):
+        sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": calm}
         for side, marks in sides.items():
             folder = work / "triplets" / concept / side
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             for i in range(n):
                 rng = np.random.default_rng((SEED + 2, c, side == "unsafe", i))
-                scene = world.sample(rng, attribute=marks[i % len(marks)], objects=[OBJECTS[i % len(OBJECTS)]])
+                mark = marks[(i + i // len(OBJECTS)) % len(marks)]  # another one each time round, so that no object has a mark of its own
+                scene = world.sample(rng, attribute=mark, objects=[OBJECTS[i % len(OBJECTS)]])
                 Image.fromarray(world.draw(scene)).save(folder / f"{i:03d}.png")
         out = home / "triplets" / concept
         shutil.rmtree(out, ignore_errors=True)
