@@ -35,7 +35,7 @@ def stage_unet(work: Path, *, steps: int = 2600, compiled: bool = False) -> None
     unet.save_pretrained(work / "unet-first")
 
 
-def stage_polish(work: Path, *, steps: int = 3400, compiled: bool = False) -> None:
+def stage_polish(work: Path, *, steps: int = 1700, compiled: bool = False) -> None:
     """Go on with the denoiser under a second, gentler cosine: colours and edges settle long after the objects are there."""
     unet = UNet2DConditionModel.from_pretrained(work / "unet-first").float()
     fit_denoiser("polish", work, unet, steps, lr=8e-4, ema=0.999, compiled=compiled)
