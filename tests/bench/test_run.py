@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -326,12 +327,13 @@ def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int
             time.sleep(jitter)
             met += process.poll() is None
             process.send_signal(signal.SIGKILL)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return met
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.timeout(1800)  # 20 s for two kills on a quiet machine
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(finished, quick, patch_file, tmp_path, kills):
     met = kill_and_go_on(tmp_path / "killed", quick, patch_file, kills, seed=kills)
     assert met == kills  # every kill met a process that was at work
@@ -348,7 +350,13 @@ def test_scoring_and_verifying_load_no_torch_and_scoring_is_quick(copy):
         "print('HEAVY', heavy)"
     )
     for words in (f"'score', {str(copy)!r}, '--threshold', '0.3'", f"'verify', {str(copy)!r}"):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code.format(words=words)], capture_output=True, text=True, timeout=60, check=False)
+        began = cpu_seconds()
+        done = subprocess.run([sys.executable, "-c", code.format(words=words)], capture_output=True, text=True, check=False)
         assert done.stdout.splitlines()[-1] == "HEAVY []", done.stderr
-        assert time.perf_counter() - began < 10  # half a second on a quiet machine; this one may be busy
+        assert cpu_seconds() - began < 2  # of the processor, not of the wall: the machine may be busy
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
