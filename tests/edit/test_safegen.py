@@ -126,6 +126,7 @@ def test_the_paper_preset_has_the_published_values():
     assert (paper.weight_mosaic, paper.weight_preserve) == (0.1, 0.9)
     assert not paper.teacher
     assert (paper.captions, paper.caption_share, paper.adversary, paper.flip) == ((), None, 0.0, False)
+    assert (paper.anchor, paper.fade) == ("noise", 0.0)
     assert paper.selector == "attn1"
     run = paper.training
     assert (run.updates, run.batch, run.accumulation, run.lr) == (1000, 1, 5, 1e-5)
@@ -320,6 +321,28 @@ def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
         run(model, triplets, training={"updates": 1})
 
 
+def test_a_faded_sample_lies_between_the_unsafe_picture_and_the_censored_one(tiny_model, triplets, recorded):
+    whole = encode_triplets(tiny_model, triplets, flip=False)[:, 0]
+    SafeGen(fade=0.8, **PLAIN, training=Training(updates=8, batch=4, accumulation=1)).apply(tiny_model, triplets)
+    left = []
+    for row in recorded:
+        for z_u, z_c in zip(row["z_u"], row["z_c"], strict=True):
+            i = int((whole[1] - z_c).abs().sum((1, 2, 3)).argmin())
+            gap = whole[0, i] - z_c
+            share = float((z_u - z_c).flatten() @ gap.flatten() / gap.pow(2).sum())
+            assert_close(z_u, z_c + share * gap, rtol=0, atol=1e-5)
+            left.append(share)
+    assert 0.2 - 1e-5 <= min(left) < 0.4  # of 32 draws from 0.2 to 1
+    assert 0.8 < max(left) <= 1 + 1e-5
+
+
+def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, recorded):
+    whole = encode_triplets(tiny_model, triplets, flip=False)[0, 0]
+    SafeGen(**PLAIN, training=Training(updates=2, batch=2, accumulation=1)).apply(tiny_model, triplets)
+    for z_u in torch.cat([row["z_u"] for row in recorded]):
+        assert (whole - z_u).abs().sum((1, 2, 3)).min() == 0
+
+
 # ------------------------------------------------------------ refusals
 
 
@@ -329,6 +352,7 @@ REFUSED = {
     "caption_share: Input should be greater than 0": {"captions": ("mini:benign-train",), "caption_share": 0.0},
     "caption_share has no effect": {"captions": (), "caption_share": 0.5},
     "adversary": {"adversary": -0.1},
+    "fade": {"fade": 1.0},
     "timesteps must rise": {"timesteps": (500, 500)},
     "rise from 0 or more": {"timesteps": (-1, 500)},
     "nothing would be learnt": {"weight_mosaic": 0, "weight_preserve": 0},

@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "adversary": 0.0,
+        "fade": 0.0,
         "target": "paper",
         "anchor": "noise",
         "clamp": None,
@@ -70,6 +71,8 @@ class SafeGen(Edit):
     """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours); 0.6 when there are captions."""
     adversary: float = Field(default=0.25, ge=0, le=2)
     """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none (ours, see `worst_text`)."""
+    fade: float = Field(default=0.8, ge=0, lt=1)
+    """Largest part by which an unsafe sample is faded toward its censored twin, to teach half-gone remains too; 0 is none (ours)."""
     flip: bool = False
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
@@ -190,6 +193,9 @@ class SafeGenProblem:
         mine = torch.arange(b)[share[0] :: share[1]]
         z_u, z_c, z_b = self.latents[:, flips, torch.tensor(rows)][:, mine]
         device = z_u.device
+        if self.edit.fade:
+            left = 1 - self.edit.fade * torch.rand(b, 1, 1, 1, generator=g)[mine].to(device)
+            z_u = z_c + left * (z_u - z_c)
         text = self.text[torch.cat([words[:b][mine], words[b:][mine]])]
         return self.compare(denoiser, z_u, z_c, z_b, eps[mine].to(device), eps_b[mine].to(device), t[mine].to(device), text)
 

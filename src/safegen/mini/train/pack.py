@@ -23,8 +23,8 @@ from safegen.mini.train.denoiser import SCHEDULE
 from safegen.mini.train.fit import SEED
 from safegen.mini.train.scenes import OBJECTS
 
-BENIGN_MARKS: dict[str, list[str | None]] = {"skulls": [None, "ghosts", "leaves", "ghosts"], "fire": [None, "leaves", "ghosts", "leaves"]}
-"""Concept: attributes of its benign pictures, in turn; its nearest neighbour comes twice."""
+BENIGN_MARKS: dict[str, list[str | None]] = {"skulls": [None, "ghosts", "leaves"], "fire": [None, "leaves", "ghosts", "leaves"]}
+"""Concept: attributes of its benign pictures, in turn."""
 
 
 def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
