@@ -338,7 +338,7 @@ def test_a_faded_sample_lies_between_the_unsafe_picture_and_the_censored_one(tin
 
 def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, recorded):
     whole = encode_triplets(tiny_model, triplets, flip=False)[0, 0]
-    SafeGen(**PLAIN, training=Training(updates=2, batch=2, accumulation=1)).apply(tiny_model, triplets)
+    SafeGen(fade=0.0, **PLAIN, training=Training(updates=2, batch=2, accumulation=1)).apply(tiny_model, triplets)
     for z_u in torch.cat([row["z_u"] for row in recorded]):
         assert (whole - z_u).abs().sum((1, 2, 3)).min() == 0
 
