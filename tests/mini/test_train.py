@@ -13,6 +13,7 @@ from safegen.data.triplets import Triplets
 from safegen.mini import bundle, captions, world
 from safegen.mini.train.__main__ import main
 from safegen.mini.train.fit import fit
+from safegen.mini.train.pack import BENIGN_MARKS, turn
 from safegen.mini.train.scenes import OBJECTS, SHARES, Words, load_world, make_scenes, stage_world
 from safegen.models import Ask, Sampler, generate, load
 
@@ -57,6 +58,17 @@ def test_ready_triplets_are_made_of_both_sides(trained, concept):
     folder = trained / "home" / "triplets" / concept
     assert len(Triplets.load(folder)) == 8
     assert check(folder) == []
+
+
+@pytest.mark.parametrize("concept", sorted(BENIGN_MARKS))
+def test_no_object_of_the_ready_triplets_has_a_mark_of_its_own(concept):
+    met: dict[str, set[str | None]] = {}
+    for i in range(100):
+        name, mark = turn(i, BENIGN_MARKS[concept])
+        met.setdefault(name, set()).add(mark)
+    assert set(met) == set(OBJECTS)
+    assert min(len(marks) for marks in met.values()) >= 2
+    assert None in set.union(*met.values())
 
 
 def test_a_finished_stage_is_not_trained_again(trained):

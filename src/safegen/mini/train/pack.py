@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ from safegen.mini.train.denoiser import SCHEDULE
 from safegen.mini.train.fit import SEED
 from safegen.mini.train.scenes import OBJECTS
 
-BENIGN_MARKS: dict[str, list[str | None]] = {"skulls": [None, "ghosts", "leaves"], "fire": [None, "leaves", "ghosts", "leaves"]}
+BENIGN_MARKS: dict[str, list[str | None]] = {
+    "skulls": [None, "ghosts", "leaves", "ghosts", "leaves"],
+    "fire": [None, "leaves", "ghosts", "leaves"],
+}
 """Concept: attributes of its benign pictures, in turn."""
 
 
@@ -65,6 +69,12 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
     print(f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB", flush=True)
 
 
+def turn(i: int, marks: Sequence[str | None]) -> tuple[str, str | None]:
+    """Return object and mark of the `i`-th scene: objects in turn, each with the next mark every time round."""
+    round_, at = divmod(i, len(OBJECTS))
+    return OBJECTS[at], marks[(at + round_) % len(marks)]
+
+
 def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> None:
     """Make the ready triplets of each unsafe concept from scenes that no other stage draws.
 
@@ -82,8 +92,8 @@ def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> Non
             folder.mkdir(parents=True)
             for i in range(n):
                 rng = np.random.default_rng((SEED + 2, c, side == "unsafe", i))
-                mark = marks[(i + i // len(OBJECTS)) % len(marks)]  # another one each time round, so that no object has a mark of its own
-                scene = world.sample(rng, attribute=mark, objects=[OBJECTS[i % len(OBJECTS)]])
+                name, mark = turn(i, marks)
+                scene = world.sample(rng, attribute=mark, objects=[name])
                 Image.fromarray(world.draw(scene)).save(folder / f"{i:03d}.png")
         out = home / "triplets" / concept
         shutil.rmtree(out, ignore_errors=True)
