@@ -9,6 +9,9 @@ from PIL import Image
 
 from safegen.metrics.bootstrap import Mean, mean
 
+SCALE = "part of the full range"
+"""Unit of a picture change."""
+
 
 def picture_change(base: Image.Image, edited: Image.Image) -> float:
     """Return the mean absolute difference of two pictures' RGB values as a part of the full range: 0 is equal, 1 black against white.
@@ -31,4 +34,4 @@ def mean_change(base: Sequence[Image.Image], edited: Sequence[Image.Image], prom
     Raises:
         ValueError: no pictures, or lengths differ.
     """
-    return mean([picture_change(a, b) for a, b in zip(base, edited, strict=True)], prompts, scale="part of the full range")
+    return mean([picture_change(a, b) for a, b in zip(base, edited, strict=True)], prompts, scale=SCALE)
