@@ -148,10 +148,10 @@ def _test(read: Sides, name: str, at: Sequence[int], what: str) -> Line | None:
 
 
 def _difference(read: Sides, name: str, at: Sequence[int]) -> Line | None:
-    pair = [hits(read, side, at, "concept") for side in (name, read.base(name).entry["name"])]
-    if not any(a is not None and b is not None for a, b in zip(*pair, strict=True)):
+    own, old = (hits(read, side, at, "concept") for side in (name, read.base(name).entry["name"]))
+    if not any(a is not None and b is not None for a, b in zip(own, old, strict=True)):
         return None
-    return hit_difference(*pair, [read.items[i].group for i in at]).to_json()
+    return hit_difference(own, old, [read.items[i].group for i in at]).to_json()
 
 
 def _sweep(read: Sides, name: str, at: Sequence[int]) -> list[Line]:
