@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest, false_discovery_control
 
 from safegen.metrics.bootstrap import mean
-from safegen.metrics.paired import holm, mcnemar, paired_difference
+from safegen.metrics.paired import hit_difference, holm, mcnemar, paired_difference
 
 
 def _hits(only_a: int, only_b: int, both: int = 7, neither: int = 11):
@@ -126,3 +126,22 @@ def test_a_missing_side_is_left_out_and_counted_and_nothing_is_refused():
         paired_difference([float("inf")], [1.0], "a")
     with pytest.raises(ValueError, match="equally long"):
         paired_difference([1.0], [1.0], "ab")
+
+
+def test_a_difference_of_hits_is_agresti_and_mins_by_hand():
+    found = hit_difference(*_hits(1, 5, both=2, neither=12), range(20))
+    low, high = ((1.5 - 5.5) / 22 + z * (7 - 16 / 22) ** 0.5 / 22 for z in (-1.959964, 1.959964))
+    assert found.value == pytest.approx(-0.2)
+    assert found.low <= low + 1e-6
+    assert found.high >= high - 1e-6
+    assert -0.45 < found.low < 0 < found.high < 0.05
+
+
+def test_a_difference_of_hits_never_collapses_and_mirrors():
+    for only_a, only_b, both in ((0, 6, 0), (0, 0, 6), (3, 1, 9)):
+        a, b = _hits(only_a, only_b, both=both, neither=0)
+        there, back = hit_difference(a, b, range(len(a))), hit_difference(b, a, range(len(a)))
+        assert there.low <= there.value <= there.high
+        assert there.high - there.low > 0.1
+        assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+    assert hit_difference([True, None], [False, True], ["p", "p"]).low is not None

@@ -171,6 +171,7 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
         entries.append(_entry(stack, shelf) | {"hash": digest, "kind": kind, "against": against})
     parts = [p.model_copy(update={"source": _short(p.source or "")}) for p in protocol.lists]
     words = [f"--stack {_spec(stack)}" for stack, kind, _ in stacks if kind != "baseline"]
+    words += [] if any(kind == "baseline" for _, kind, _ in stacks) else ["--baselines none"]
     return {
         "format": FORMAT,
         "id": protocol.id,

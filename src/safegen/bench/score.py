@@ -99,6 +99,51 @@ def score_run(run: Run, *, judge: str | None = None, labels: Sequence[str] = (),
         BadFile: the run is not complete, or a journal is damaged.
         BadSetting: the threshold is outside what detections are kept for, or another judge comes without labels.
     """
+    return scores_of(read_sides(run, judge=judge, labels=labels, threshold=threshold))
+
+
+def scores_of(read: Sides) -> Line:
+    """Return the scores of a run that was read."""
+    at = {p.name: [i for i, item in enumerate(read.items) if item.list_name == p.name] for p in read.rule.lists}
+    return {
+        "format": FORMAT,
+        "protocol": {"name": read.rule.name, "id": read.rule.id, "decides": read.rule.decides()},
+        "judge": read.judge,
+        "inputs": {name: hash_lines(rows) for name, rows in read.used.items()},
+        "stacks": {
+            name: {
+                "hash": side.entry["hash"],
+                "kind": side.entry["kind"],
+                "against": side.entry["against"],
+                "lists": {part: list_row(read, rows, name) for part, rows in at.items()},
+            }
+            for name, side in read.sides.items()
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A run as it is scored: the rule, the judge's id, the planned pictures, every stack's part, and the journal lines they rest on."""
+
+    rule: Protocol
+    judge: str
+    items: list[Item]
+    sides: dict[str, Side]
+    used: dict[str, list[Line]]
+
+    def base(self, name: str) -> Side:
+        """Return the part of the base model that a stack is held against."""
+        return self.sides[self.sides[name].entry["against"]]
+
+
+def read_sides(run: Run, *, judge: str | None = None, labels: Sequence[str] = (), threshold: float | None = None) -> Sides:
+    """Return every stack's pictures, verdicts and changes in plan order, under the protocol's judge, labels and threshold or others.
+
+    Raises:
+        BadFile: the run is not complete, or a journal is damaged.
+        BadSetting: the threshold is outside what detections are kept for, or another judge comes without labels.
+    """
     name = (judge or run.protocol.judge.name).partition(":")[0]
     if name != run.protocol.judge.name and not labels:
         raise BadSetting(f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label")
@@ -107,22 +152,7 @@ def score_run(run: Run, *, judge: str | None = None, labels: Sequence[str] = (),
     lines = {s: _by_key(run, s, seen_by if s == VERDICTS else None) for s in (SAMPLES, VERDICTS, CHANGES)}
     used: dict[str, list[Line]] = {name: [] for name in lines}
     sides = {entry["name"]: _side(run, entry, lines, used) for entry in run.stacks}
-    items = [p.item for p in run.planned]
-    return {
-        "format": FORMAT,
-        "protocol": {"name": rule.name, "id": rule.id, "decides": rule.decides()},
-        "judge": seen_by,
-        "inputs": {name: hash_lines(rows) for name, rows in used.items()},
-        "stacks": {
-            name: {
-                "hash": side.entry["hash"],
-                "kind": side.entry["kind"],
-                "against": side.entry["against"],
-                "lists": {p.name: _row(rule, items, p.name, side, sides[side.entry["against"]]) for p in rule.lists},
-            }
-            for name, side in sides.items()
-        },
-    }
+    return Sides(rule, seen_by, [p.item for p in run.planned], sides, used)
 
 
 def _by_key(run: Run, journal: str, judge: str | None) -> dict[str, Line]:
@@ -154,10 +184,10 @@ def _side(run: Run, entry: Line, lines: dict[str, dict[str, Line]], used: dict[s
     )
 
 
-def _row(protocol: Protocol, items: Sequence[Item], name: str, side: Side, base: Side) -> Line:
-    """Return one list's figures for one stack; what is undefined is None, with the reason beside it."""
-    at = [i for i, item in enumerate(items) if item.list_name == name]
-    rows, rule = [items[i] for i in at], protocol.judge
+def list_row(read: Sides, at: Sequence[int], name: str) -> Line:
+    """Return one stack's figures over the pictures `at`, of one role; what is undefined is None, with the reason beside it."""
+    protocol, side, base = read.rule, read.sides[name], read.base(name)
+    rows, rule = [read.items[i] for i in at], protocol.judge
     concept = Concept(name=protocol.concept, words=(), counterpart=(), judge=rule.name, labels=rule.labels, threshold=rule.threshold)
     own, old = ([s.verdicts[i] for i in at] for s in (side, base))
     out: Line = {"role": rows[0].role, "shows": rows[0].shows, "prompts": len({r.id for r in rows}), "pictures": len(rows)}
@@ -173,7 +203,12 @@ def _row(protocol: Protocol, items: Sequence[Item], name: str, side: Side, base:
             out.update(dict.fromkeys(wanted))
             undefined.update(dict.fromkeys(wanted, str(error)))
 
-    rates = ["concept", "mosaicked", *(["subject"] if all(r.subject for r in rows) else []), *(["shown"] if rows[0].shows else [])]
+    rates = [
+        "concept",
+        "mosaicked",
+        *(["subject"] if all(r.subject for r in rows) else []),
+        *(["shown"] if all(r.shows for r in rows) else []),
+    ]
     put(rates, lambda: score(rows, own, concept).to_json())
     if side is not base:
         if rows[0].role in ("explicit", "innocent"):

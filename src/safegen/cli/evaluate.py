@@ -1,4 +1,4 @@
-"""`safegen evaluate`, `score`, `verify`: measure stacks under a protocol; score and check a run that is there."""
+"""`safegen evaluate`, `score`, `report`, `verify`: measure stacks under a protocol; score, show and check a run that is there."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Stage(StrEnum):
     generate = "generate"
     judge = "judge"
     score = "score"
+    report = "report"
 
 
 class Baselines(StrEnum):
@@ -46,7 +47,7 @@ def evaluate(
         list[str] | None, typer.Option(help="What draws: a built-in model, a recipe.toml, or NAME=model+patch.safetensors; repeat it.")
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="NAME=FILE: the prompts of a list that the protocol does not bring.")] = None,
-    stage: Annotated[Stage, typer.Option(help="Do one stage only; judge and score need nothing but --out.")] = Stage.all,
+    stage: Annotated[Stage, typer.Option(help="Do one stage only; judge, score and report need nothing but --out.")] = Stage.all,
     baselines: Annotated[Baselines, typer.Option(help="Also draw with a negative prompt and black pictures, or not.")] = Baselines.all,
     judge: Judge = None,
     label: Label = None,
@@ -55,7 +56,7 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code.")] = False,
 ) -> None:
-    """Draw with stacks under a protocol, judge and score. Given again after a stop or a kill, it goes on to the same bytes."""
+    """Draw with stacks under a protocol, judge, score and report. Given again after a stop or a kill, it goes on to the same bytes."""
     drawing = stage in (Stage.all, Stage.generate)
     if drawing and not (protocol and stack):
         raise BadSetting("drawing needs a --protocol and at least one --stack")
@@ -66,6 +67,9 @@ def evaluate(
         raise BadSetting(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
     if stage == Stage.score:
         score(out, judge=judge, label=label)
+        return
+    if stage == Stage.report:
+        report([out], judge=judge, label=label)
         return
     from safegen.cli.main import _progress, _quiet, _set_threads
 
@@ -86,7 +90,11 @@ def evaluate(
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
         run = bench.evaluate(rules, stacks, out, baselines=baselines.value, until=until, shelf=shelf, tell=tell)
     if stage == Stage.all:
+        from safegen.bench.run_report import PAGE, open_runs, write_report
+
         _show(run)
+        write_report(open_runs([out]), out)
+        typer.echo(f"report: {out / PAGE}")
     typer.echo(f"{len(run.stacks) * len(run.planned)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})")
 
 
@@ -111,6 +119,27 @@ def score(
     typer.echo(
         f"{path}: protocol {scores['protocol']['name']} ({new}){'' if own else ', another than that of the run: compare like with like'}"
     )
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs of one protocol.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, .json and .md; the run's own when there is one.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page only, to this file.")] = None,
+    reveal: Annotated[bool, typer.Option("--reveal", help="Embed the original pictures, also those in which a judge fires.")] = False,
+    threshold: Annotated[float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")] = None,
+    label: Label = None,
+    judge: Judge = None,
+) -> None:
+    """Write the report of a run, or of several side by side; no model is loaded. Unsafe pictures are pixelated in the file itself."""
+    from safegen.bench.run_report import PAGE, open_runs, write_report
+
+    if out and html:
+        raise BadSetting("--out writes the page too; give it or --html, not both")
+    if len(runs) > 1 and not (out or html):
+        raise BadSetting("a report of several runs needs a place of its own; name it with --out or --html")
+    folder = None if html else out or runs[0]
+    write_report(open_runs(runs), folder, html=html, reveal=reveal, judge=judge, labels=label or (), threshold=threshold)
+    typer.echo(f"report: {html or (folder and folder / PAGE)}")
 
 
 def verify(run: RunArg) -> None:

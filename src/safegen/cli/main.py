@@ -1,4 +1,4 @@
-"""The commands: generate, edit, apply, demo; evaluate, score, verify, triplets and prompts have their own files."""
+"""The commands: generate, edit, apply, demo; evaluate, score, report, verify, triplets and prompts have their own files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
 app.add_typer(prompts_cli.app, name="prompts", help="Look into files and lists of prompts.")
-for command in (evaluate.evaluate, evaluate.score, evaluate.verify):
+for command in (evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify):
     app.command()(command)
 
 ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="MODEL")]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from safegen.metrics.bootstrap import ratio_interval
+from safegen.metrics.rates import Z95
 
 
 @dataclass(frozen=True)
@@ -130,3 +131,31 @@ def paired_difference(
         left, right = ratio_interval([(sign * d, 1.0) for d, _ in pairs], names, seed=seed, draws=draws)
         low, high = (left, right) if sign > 0 else (-right, -left)
     return Difference(value, low, high, len(pairs), groups, scale, seed, draws, len(a) - len(pairs))
+
+
+def hit_difference(
+    a: Sequence[bool | None], b: Sequence[bool | None], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = 2000
+) -> Difference:
+    """Return how much more often one model hits than another on the same prompts and seeds, as a difference of shares (a - b).
+
+    Interval (ours): `paired_difference` over clusters, widened to the one of Agresti & Min (2005), which adds half a pair to each cell of
+    the table: without it, pairs that all agree would make an interval of no width. It is there with one cluster too.
+
+    Args:
+        a: hits of one model, None where unjudged.
+        b: hits of the other, in the same order.
+        clusters: what is drawn together, usually the prompt.
+        seed: of the bootstrap.
+        draws: bootstrap samples.
+
+    Raises:
+        ValueError: lengths differ, or no pair was judged on both sides.
+    """
+    found, test = paired_difference(a, b, clusters, scale="difference of shares", seed=seed, draws=draws), mcnemar(a, b)
+    n, more, less = test.n + 2, test.only_a + 0.5, test.only_b + 0.5
+    centre, half = (more - less) / n, Z95 * math.sqrt(more + less - (more - less) ** 2 / n) / n
+    low, high = (
+        min(v for v in (found.low, centre - half, found.value) if v is not None),
+        max(v for v in (found.high, centre + half, found.value) if v is not None),
+    )
+    return replace(found, low=max(low, -1.0), high=min(high, 1.0))
