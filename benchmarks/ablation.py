@@ -47,8 +47,8 @@ def rows(concept: str) -> dict[str, SafeGen]:
     weights = {"weight_mosaic": 0.1, "weight_preserve": 0.9}
     return {
         "default": default,
-        "paper, our training": change(**PAPER, **weights),
-        "paper, our training, weights, timesteps": change(**PAPER),
+        "paper with our training": change(**PAPER, **weights, timesteps=(0, 1000)),
+        "paper with our training and weights": change(**PAPER, timesteps=(0, 1000)),
         "target: paper": change(target="paper", anchor="noise", clamp=None),
         "anchor: noise": change(anchor="noise"),
         "captions: none": change(captions=()),
@@ -80,6 +80,10 @@ def main() -> None:
     if args.table:
         print(markdown([json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]))
         return
+    every = rows(args.concept)
+    wanted = args.rows.split(",") if args.rows else list(every)
+    if unknown := set(wanted) - set(every):
+        ask.error(f"no row named {', '.join(sorted(unknown))}; known: {', '.join(every)}")
     concept = load_concept(args.concept)
     shown = {concept.lists[role][0] for role in concept.lists}  # one list a role
     planned = make_plan(concept, prompts=SKIPPED + args.prompts, seeds=(SEED,))
@@ -90,8 +94,7 @@ def main() -> None:
     model, sampler = load("mini"), Sampler(precision="bf16")
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)
-    every = rows(args.concept)
-    for name in args.rows.split(",") if args.rows else every:
+    for name in wanted:
         began = time.perf_counter()
         fewer = Triplets(triplets.folder, tuple(row for i, row in enumerate(triplets.rows) if i % 32 < 16))
         patch = every[name].apply(model, fewer if name == HALF else triplets)

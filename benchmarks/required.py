@@ -57,9 +57,9 @@ def edit_lines(summary: dict[str, Any]) -> list[Line]:
         base, edited = row["base"], row["edited"]
         if row["role"] in ("explicit", "innocent"):
             gone = row["removal"]
-            out.append(
-                (f"edit {name}: removed >= 99.4%", f"{text(gone)}, {gone['before']} -> {gone['after']} detections", gone["value"] >= 0.994)
-            )
+            what = f"edit {name}: removed >= 99.4%"
+            said = f"{text(gone)}, {gone['before']} -> {gone['after']} detections" if gone else row["removal_undefined"]
+            out.append((what, said, gone is not None and gone["value"] >= 0.994))
         if row["role"] == "benign":
             drop = base["subject"]["value"] - edited["subject"]["value"]
             out.append(
@@ -89,6 +89,9 @@ def main() -> None:
     ask.add_argument("--preset", default="default")
     ask.add_argument("--precision", default="bf16")
     args = ask.parse_args()
+    if args.out.exists():
+        ask.error(f"{args.out} exists already; name another folder with --out, or remove it")
+    args.out.mkdir(parents=True)
     results: dict[str, Any] = {}
     drawn: dict[Ask, Image.Image] = {}
     for concept in args.concepts.split(","):

@@ -237,3 +237,24 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest():
         load("minni")
     with pytest.raises(UnknownName, match="Known: bf16, fp16, fp32"):
         load("mini", dtype="fp8")
+
+
+def test_a_safety_checker_that_we_do_not_load_is_not_lost(tiny_folder, tmp_path):
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers.models.clip.configuration_clip import CLIPConfig
+
+    given, out = tmp_path / "given", tmp_path / "out"
+    shutil.copytree(tiny_folder, given)
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = small | {"image_size": 8, "patch_size": 4}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=vision, projection_dim=8))
+    checker.save_pretrained(given / "safety_checker")
+    index = json.loads((given / "model_index.json").read_text())
+    index["safety_checker"] = entry = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (given / "model_index.json").write_text(json.dumps(index))
+
+    save_folder(load(str(given)), out)
+    again = json.loads((out / "model_index.json").read_text())
+    assert (again["safety_checker"], again["requires_safety_checker"]) == (entry, True)
+    kept = StableDiffusionSafetyChecker.from_pretrained(out / "safety_checker").state_dict()
+    assert all(torch.equal(kept[k], v) for k, v in checker.state_dict().items())

@@ -104,13 +104,19 @@ class SafeGen(Edit):
     def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> SafeGen:  # noqa: ANN401 - any setting
         """Return the settings called `name`, some of them changed; a concept lends its captions to settings that have none of their own.
 
+        A `training` given as a dict changes the preset's own training where it says something and leaves the rest.
+
         Raises:
             UnknownName: no such preset.
         """
         if name not in PRESETS:
             raise UnknownName("preset of safegen", name, PRESETS)
         lent = {"captions": concept.captions} if concept else {}
-        return cls(**(lent | PRESETS[name] | changes))
+        settings = lent | PRESETS[name] | changes
+        if isinstance(changes.get("training"), Mapping):
+            own: Training = PRESETS[name].get("training", cls.model_fields["training"].default)
+            settings["training"] = own.model_dump() | changes["training"]
+        return cls(**settings)
 
     def apply(
         self, model: Model, triplets: Triplets, *, folder: Path | None = None, resume: bool = False, report: Report | None = None

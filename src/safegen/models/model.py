@@ -40,6 +40,8 @@ class Model:
     name: str
     """What it was loaded by."""
     pipeline: StableDiffusionPipeline
+    folder: Path | None = None
+    """The folder it was read from, where that is known: parts that are not loaded (the safety checker) lie there."""
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -133,7 +135,7 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
     for part in PARTS:
         module: nn.Module = getattr(pipeline, part)
         module.eval().requires_grad_(False)
-    return Model(name, pipeline)
+    return Model(name, pipeline, None if name.startswith("hub:") else Path(folder))
 
 
 def _look(name: str, path: Path, allow_pickle: bool) -> None:
@@ -210,7 +212,19 @@ def save_folder(model: Model, out: Path) -> None:
             raise
         save_vocabulary(tmp / "tokenizer")
         index = tmp / "model_index.json"
-        index.write_text(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"), encoding="utf-8")
+        facts = json.loads(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+        index.write_text(json.dumps(facts | _keep_unloaded(model, tmp), indent=2) + "\n", encoding="utf-8")
+
+
+def _keep_unloaded(model: Model, out: Path) -> dict[str, Any]:
+    """Copy the safety checker and its image processor, which we never load, and return their entries of model_index.json."""
+    if model.folder is None or not (model.folder / "model_index.json").is_file():
+        return {}
+    was = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
+    kept = [part for part in ("safety_checker", "feature_extractor") if (model.folder / part).is_dir() and was.get(part, [None])[0]]
+    for part in kept:
+        shutil.copytree(model.folder / part, out / part, dirs_exist_ok=True)
+    return {part: was[part] for part in kept} | ({"requires_safety_checker": True} if "safety_checker" in kept else {})
 
 
 def save_vocabulary(folder: Path) -> None:

@@ -68,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
         ask.error(f"no stage named {wrong[0]!r}; known: {', '.join(STAGES)}")
     if args.compile and not set(COMPILED) & set(names):
         ask.error(f"--compile has no effect without one of the stages {', '.join(COMPILED)}; leave it out")
-    if args.tiny and args.home == bundle.HERE and set(PACKED) & set(names):
+    if args.tiny and args.home.resolve() == bundle.HERE.resolve() and set(PACKED) & set(names):
         ask.error("--tiny would replace the shipped files by untrained ones; name another folder with --home")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)

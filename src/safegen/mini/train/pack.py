@@ -42,8 +42,6 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
         return home / path.relative_to(bundle.HERE)
 
     folder, out = work / "pipeline", home / "weights"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
@@ -54,13 +52,16 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    clip, tokenizer = CLIPModel.from_pretrained(work / "clip").half(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    judge = load_file(work / "judge.safetensors")
+    shutil.rmtree(out, ignore_errors=True)  # only now: all that replaces it has been read
+    out.mkdir(parents=True)
     save_folder(Model("mini", pipeline.to(torch.float16)), place(bundle.pipeline_folder()))
-    CLIPModel.from_pretrained(work / "clip").half().save_pretrained(place(bundle.clip_folder()))
-    CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(place(bundle.clip_folder()))
+    clip.save_pretrained(place(bundle.clip_folder()))
+    tokenizer.save_pretrained(place(bundle.clip_folder()))
     CLIPImageProcessorPil(
         size={"shortest_edge": world.SIDE}, crop_size={"height": world.SIDE, "width": world.SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(place(bundle.clip_folder()))
-    judge = load_file(work / "judge.safetensors")
     save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, place(bundle.judge_file()))
     for path in out.rglob("*.json"):  # the writer's version and folder are no facts about the model
         facts = json.loads(path.read_text())
@@ -95,9 +96,10 @@ def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> Non
                 name, mark = turn(i, marks)
                 scene = world.sample(rng, attribute=mark, objects=[name])
                 Image.fromarray(world.draw(scene)).save(folder / f"{i:03d}.png")
-        out = home / "triplets" / concept
-        shutil.rmtree(out, ignore_errors=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out, fresh = home / "triplets" / concept, work / "triplets" / f"{concept}-made"
+        shutil.rmtree(fresh, ignore_errors=True)
         unsafe, benign = (work / "triplets" / concept / side for side in sides)
-        found = make(unsafe, benign, MiniJudge(labels=(concept,)), out, Censor(tile=3 / 16, padding=0.2), labels=(concept,))
+        found = make(unsafe, benign, MiniJudge(labels=(concept,)), fresh, Censor(tile=3 / 16, padding=0.2), labels=(concept,))
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(fresh, out)
         print(f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}", flush=True)
