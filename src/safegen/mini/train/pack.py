@@ -25,7 +25,7 @@ from safegen.mini.train.fit import SEED
 from safegen.mini.train.scenes import OBJECTS
 
 BENIGN_MARKS: dict[str, list[str | None]] = {
-    "skulls": [None, "ghosts", "leaves", "ghosts"],
+    "skulls": [None, "ghosts", "leaves"],
     "fire": [None, "leaves", "ghosts", "leaves"],
 }
 """Concept: attributes of its benign pictures, in turn."""
