@@ -51,7 +51,7 @@ def test_its_view_of_a_picture_is_transformers_own():
 
 def test_its_features_are_transformers_own(clip, folder):
     images = _pictures(*SIZES)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
     net = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     with torch.no_grad():
         oracle = net.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output.numpy()
@@ -73,7 +73,7 @@ def test_its_text_embeddings_do_not_depend_on_the_padding(clip, folder):
 def test_the_normalisation_of_the_folder_is_taken(clip, folder, tmp_path):
     other = tmp_path / "clip"
     shutil.copytree(folder, other)
-    facts = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    facts = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.5, 0.5]}
     (other / "preprocessor_config.json").write_text(json.dumps(facts))
     images = _pictures((64, 64))
     assert Clip(weights=str(other)).features(images) != pytest.approx(clip.features(images), abs=1e-3)
