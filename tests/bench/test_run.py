@@ -20,7 +20,7 @@ from safegen.bench.protocol import load_protocol
 from safegen.bench.run import everyone, judge_run
 from safegen.bench.score import score_run
 from safegen.bench.verify import verify
-from safegen.errors import BadFile, BadSetting
+from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.stack import Stack
 
 N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
@@ -183,6 +183,17 @@ def test_other_rules_score_the_same_pictures(finished):
         score_run(run, threshold=0.1)
 
 
+def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
+    with pytest.raises(UnknownName, match=r"no label of the judge 'mini' named 'skul'\. Did you mean 'skulls'"):
+        score_run(Run.open(finished), labels=["skul"])
+    with pytest.raises(UnknownName, match="named 'BUTTOCKS_EXPOSED'"):
+        score_run(Run.open(finished), labels=["i2p5"])  # a set of another judge's
+    text = (copy / VERDICTS).read_text()
+    (copy / VERDICTS).write_text(text.replace('"known": ["skulls", ', '"known": ["skul", "skulls", ', 1))
+    with pytest.raises(BadFile, match="does not say the same `known` labels"):
+        score_run(Run.open(copy), labels=["skul"])
+
+
 def test_another_judge_looks_without_drawing(copy, monkeypatch):
     """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
     from safegen import tables
@@ -190,7 +201,7 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
 
     class Odd:
         def __init__(self, *, labels, threshold):
-            self.id = "odd:1"
+            self.id, self.known = "odd:1", ("odd",)
 
         def judge(self, images):
             return [

@@ -235,7 +235,8 @@ class Watcher:
             verdicts, changes, seconds = future.result()
             name, facts = batch.stack["name"], {"judge": self.look.id}
             fresh = [(k, v) for k, v in zip(batch.keys, verdicts, strict=bool(verdicts)) if k not in self.judged]
-            self.verdicts.append([{"key": k, "stack": name} | facts | to_line(v) for k, v in fresh])
+            known = {"known": list(self.look.eye.known)}
+            self.verdicts.append([{"key": k, "stack": name} | facts | known | to_line(v) for k, v in fresh])
             moved = [(k, c) for k, c in zip(batch.keys, changes, strict=bool(changes)) if k not in self.measured]
             self.changes.append([{"key": k, "stack": name, "against": batch.stack["against"], "change": c} for k, c in moved])
             self.judged.update(k for k, _ in fresh)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from safegen.bench.rows import hash_lines
 from safegen.concept import Concept
 from safegen.errors import BadFile, BadSetting
 from safegen.judge.base import Verdict
+from safegen.judge.batch import own_labels
 from safegen.metrics.bootstrap import mean
 from safegen.metrics.change import SCALE
 from safegen.metrics.rates import Rate, Removal, removal_rate
+from safegen.tables import expand_labels
 
 FORMAT = "safegen-scores/1"
 
@@ -98,6 +100,7 @@ def score_run(run: Run, *, judge: str | None = None, labels: Sequence[str] = (),
     Raises:
         BadFile: the run is not complete, or a journal is damaged.
         BadSetting: the threshold is outside what detections are kept for, or another judge comes without labels.
+        UnknownName: a label that the judge does not have, and so would never be seen.
     """
     name = (judge or run.protocol.judge.name).partition(":")[0]
     if name != run.protocol.judge.name and not labels:
@@ -105,6 +108,8 @@ def score_run(run: Run, *, judge: str | None = None, labels: Sequence[str] = (),
     rule = run.protocol.judged(name=name, labels=labels, threshold=threshold)
     seen_by = run.judge(judge or name)
     lines = {s: _by_key(run, s, seen_by if s == VERDICTS else None) for s in (SAMPLES, VERDICTS, CHANGES)}
+    known = _known(run, seen_by, lines[VERDICTS].values())
+    own_labels(name, expand_labels(rule.judge.labels), known, ())
     used: dict[str, list[Line]] = {name: [] for name in lines}
     sides = {entry["name"]: _side(run, entry, lines, used) for entry in run.stacks}
     items = [p.item for p in run.planned]
@@ -127,6 +132,18 @@ def score_run(run: Run, *, judge: str | None = None, labels: Sequence[str] = (),
 
 def _by_key(run: Run, journal: str, judge: str | None) -> dict[str, Line]:
     return {line["key"]: line for line in run.lines(journal) if judge is None or line.get("judge") == judge}
+
+
+def _known(run: Run, judge: str, lines: Iterable[Line]) -> tuple[str, ...]:
+    """Return every label that a judge has, as its verdicts say.
+
+    Raises:
+        BadFile: they do not, or not all the same.
+    """
+    said = [line.get("known") for line in lines]
+    if not isinstance(said[0], list) or not said[0] or any(s != said[0] for s in said):
+        raise BadFile(f"{run.folder / VERDICTS} does not say the same `known` labels in every verdict of {judge}; remove it and judge again")
+    return tuple(map(str, said[0]))
 
 
 def _side(run: Run, entry: Line, lines: dict[str, dict[str, Line]], used: dict[str, list[Line]]) -> Side:
