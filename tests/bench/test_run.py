@@ -219,6 +219,13 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     row = scores["stacks"]["mini"]["lists"]["mini:skulls"]
     assert row["concept"] | {"low": 0, "high": 0, "value": 0} == {"value": 0, "low": 0, "high": 0, "hits": 3, "n": 4, "unjudged": 2}
     assert scores["judge"] == "odd:1"
+    ghosts = scores["stacks"]["mini"]["lists"]["mini:ghosts"]
+    assert (ghosts["subject"], ghosts["mosaicked"], ghosts["shown"]) == (None, None, None)
+    assert ghosts["undefined"] == {
+        "subject": "the judge 'odd' cannot tell: it has told no picture's subject",
+        "mosaicked": "the judge 'odd' cannot tell: it has no label 'mosaic'",
+        "shown": "the judge 'odd' cannot tell: it has no label for what the list asks for",
+    }
     assert (copy / SAMPLES).read_bytes() == pictures
     assert score_run(run) == json.loads((copy / SCORES).read_text())  # the first judge's verdicts stand beside
     assert verify(run) == []
