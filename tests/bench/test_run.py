@@ -18,7 +18,7 @@ from safegen.bench import draw
 from safegen.bench.folder import CARD, CHANGES, SAMPLES, SCORES, TIMINGS, VERDICTS, Journal, Run, parse, write_json
 from safegen.bench.protocol import load_protocol
 from safegen.bench.run import everyone, judge_run
-from safegen.bench.score import score_run
+from safegen.bench.score import score_run, scores_file
 from safegen.bench.verify import verify
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.stack import Stack
@@ -181,6 +181,19 @@ def test_other_rules_score_the_same_pictures(finished):
     assert low["inputs"] == mid["inputs"]
     with pytest.raises(BadSetting, match=r"judge\.threshold: .*got 0\.1"):
         score_run(run, threshold=0.1)
+
+
+def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
+    text = (copy / VERDICTS).read_text()
+    (judge,) = {json.loads(line)["judge"] for line in text.splitlines()}
+    (copy / VERDICTS).write_text(text + text.replace(judge, "mini:second") + text.replace(judge, "mini:third"))
+    run = Run.open(copy)
+    with pytest.raises(BadFile, match="several judges called 'mini'"):
+        score_run(run)
+    paths = [scores_file(run, score_run(run, judge=name)) for name in (judge, "mini:second", "mini:third")]
+    assert paths[0].name == SCORES
+    assert len(set(paths)) == 3
+    assert all(path.match(f"scores-{run.protocol.id}-*.json") for path in paths[1:])
 
 
 def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):

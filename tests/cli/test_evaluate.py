@@ -68,6 +68,11 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert code == 0
     assert "another than that of the run: compare like with like" in text
     assert json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"] == 0.3
+    for taken in (out / "verdicts.jsonl", tmp_path / "low.json"):
+        held = taken.read_bytes()
+        code, _, err = safegen("score", out, "--out", taken)
+        assert (code, taken.read_bytes()) == (2, held)
+        assert "exists already; name another file with --out" in err
     assert safegen("evaluate", "--stage", "judge", "--out", out)[0] == 0
     assert safegen("evaluate", "--stage", "score", "--out", out)[0] == 0
     assert (out / "scores.json").read_bytes() == before["scores.json"]

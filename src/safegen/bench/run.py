@@ -12,10 +12,10 @@ from typing import Literal
 
 from safegen import __version__
 from safegen.bench.draw import Look, Tell, work
-from safegen.bench.folder import CARD, FORMAT, PLAN, SCORES, Line, Planned, Run, write_json, write_plan
+from safegen.bench.folder import CARD, FORMAT, PLAN, Line, Planned, Run, write_json, write_plan
 from safegen.bench.protocol import Protocol, differences, plan
 from safegen.bench.rows import canonical, sha
-from safegen.bench.score import score_run
+from safegen.bench.score import score_run, scores_file
 from safegen.concept import load_concept
 from safegen.errors import BadFile, BadSetting
 from safegen.judge import load_judge
@@ -62,7 +62,8 @@ def evaluate(
         planned = [Planned.of(item) for item in plan(protocol)]
         work(run, planned, stacks=[stack for stack, _, _ in everybody], shelf=shelf, look=look, tell=tell)
         if look and until == "score":
-            write_json(out / SCORES, score_run(run, judge=look.id))
+            scores = score_run(run, judge=look.id)
+            write_json(scores_file(run, scores), scores)
     return run
 
 

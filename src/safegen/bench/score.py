@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from safegen.bench.folder import CHANGES, SAMPLES, VERDICTS, Line, Run, from_line
+from safegen.bench.folder import CHANGES, SAMPLES, SCORES, VERDICTS, Line, Run, from_line
 from safegen.bench.plan import Item
 from safegen.bench.protocol import Protocol
-from safegen.bench.rows import hash_lines
+from safegen.bench.rows import hash_lines, sha
 from safegen.concept import Concept
 from safegen.errors import BadFile, BadSetting
 from safegen.judge.base import Verdict
@@ -142,6 +144,22 @@ def score_run(run: Run, *, judge: str | None = None, labels: Sequence[str] = (),
             for name, side in sides.items()
         },
     }
+
+
+def scores_file(run: Run, scores: Line) -> Path:
+    """Return where scores belong in their run's folder.
+
+    `scores.json` is for the run's own rules, and for the judge whose scores lie there already; scores by other rules or another judge id
+    get a name of both, so that none replaces another's.
+    """
+    path = run.folder / SCORES
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))["judge"] if path.exists() else scores["judge"]
+    except (KeyError, TypeError, ValueError):
+        held = scores["judge"]  # damaged: made again
+    if scores["protocol"]["id"] == run.protocol.id and scores["judge"] == held:
+        return path
+    return run.folder / f"scores-{scores['protocol']['id']}-{sha(scores['judge'])[:8]}.json"
 
 
 def _by_key(run: Run, journal: str, judge: str | None) -> dict[str, Line]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.errors import BadSetting, Stopped
+from safegen.errors import BadFile, BadSetting, Stopped
 
 if TYPE_CHECKING:
     from safegen.bench.folder import Run
@@ -95,17 +95,19 @@ def score(
     threshold: Annotated[float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")] = None,
     label: Label = None,
     judge: Judge = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID.json under other rules.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID-JUDGE.json under other rules or by another judge.")] = None,
 ) -> None:
     """Score a run that was judged, under its own rules or others; no picture is drawn or judged, no model loaded."""
-    from safegen.bench.folder import SCORES, Run, write_json
-    from safegen.bench.score import score_run
+    from safegen.bench.folder import Run, write_json
+    from safegen.bench.score import score_run, scores_file
 
+    if out and out.exists():
+        raise BadFile(f"{out} exists already; name another file with --out")
     opened = Run.open(run)
     scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
     new = scores["protocol"]["id"]
     own = new == opened.protocol.id
-    path = out or run / (SCORES if own else f"scores-{new}.json")
+    path = out or scores_file(opened, scores)
     write_json(path, scores)
     _show(opened, scores)
     typer.echo(
