@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -30,6 +31,27 @@ def changed_picture(folder):
     with Image.open(path) as image:
         image.putpixel((0, 0), (1, 2, 3))
         image.save(path)
+
+
+def resized_picture(folder):
+    Image.new("RGB", (4, 4), "red").save(folder / first(folder)["file"])
+
+
+def truncated_picture(folder):
+    path = folder / first(folder)["file"]
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def truncated_picture_and_its_hash(folder):
+    truncated_picture(folder)
+    name = hashlib.sha256((folder / first(folder)["file"]).read_bytes()).hexdigest()
+    edit(folder / SAMPLES, 0, lambda line: line.update(sha256=name))
+
+
+def resized_picture_and_its_hash(folder):
+    resized_picture(folder)
+    name = hashlib.sha256((folder / first(folder)["file"]).read_bytes()).hexdigest()
+    edit(folder / SAMPLES, 0, lambda line: line.update(sha256=name, blank=True))
 
 
 def deleted_picture(folder):
@@ -113,6 +135,10 @@ def edited_protocol(folder):
     ("harm", "says"),
     [
         (changed_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (resized_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (truncated_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (truncated_picture_and_its_hash, r"pictures/mini/\w+\.png: .* cannot be read: .*; remove it and go on"),
+        (resized_picture_and_its_hash, r"changes\.jsonl: \w+ cannot be measured again: "),
         (deleted_picture, r"pictures/mini/\w+\.png: missing"),
         (stray_picture, r"pictures/mini/more\.png: belongs to no line"),
         (edited_verdict, r"scores\.json: not what scoring the run gives .*inputs"),

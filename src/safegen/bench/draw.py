@@ -260,8 +260,8 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise BadFile(f"{path} cannot be read: {error}; go on with the run to have it drawn again") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read: {error}; remove it and go on with the run to have it drawn again") from error
 
 
 def _write(path: Path, data: bytes) -> None:

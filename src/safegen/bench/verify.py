@@ -25,7 +25,8 @@ def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
     Raises:
         BadFile: a journal has a line that is not JSON.
     """
-    return [*_card(run), *_torn(run), *_samples(run, tell), *_verdicts(run), *_changes(run), *_scores(run)]
+    refused = set[str]()  # pictures that are not what they were; filled by _samples
+    return [*_card(run), *_torn(run), *_samples(run, refused, tell), *_verdicts(run), *_changes(run, refused), *_scores(run)]
 
 
 def _card(run: Run) -> Iterator[str]:
@@ -57,7 +58,7 @@ def _torn(run: Run) -> Iterator[str]:
             yield f"{name}: its last line is torn; go on with the run to mend it"
 
 
-def _samples(run: Run, tell: Tell) -> Iterator[str]:
+def _samples(run: Run, refused: set[str], tell: Tell) -> Iterator[str]:
     lines = run.lines(SAMPLES)
     yield from _twice(SAMPLES, [line.get("key") for line in lines])
     found: dict[object, Line] = {line.get("key"): line for line in lines}
@@ -78,7 +79,9 @@ def _samples(run: Run, tell: Tell) -> Iterator[str]:
             }  # fmt: skip
             for gap in differences({k: line.get(k) for k in said}, said):
                 yield f"{SAMPLES}: {key[:16]} says {gap} (said, planned)"
-            yield from _picture(run, line, picture_file(entry["name"], key))
+            wrong = list(_picture(run, line, picture_file(entry["name"], key)))
+            refused.update([picture_file(entry["name"], key)] if wrong else [])
+            yield from wrong
         for name, n in missing.items():
             yield f"{SAMPLES}: {n} of {run.card['plan'].get(name)} pictures of {entry['name']!r} for {name!r} are missing"
     for odd in found:
@@ -97,8 +100,14 @@ def _picture(run: Run, line: Line, file: str) -> Iterator[str]:
         yield f"{file}: missing"
     elif hashlib.sha256(path.read_bytes()).hexdigest() != line.get("sha256"):
         yield f"{file}: its bytes are not those that {SAMPLES} names"
-    elif is_blank(read_picture(path)) != line.get("blank"):
-        yield f"{file}: {SAMPLES} says blank = {line.get('blank')}, it is not so"
+    else:
+        try:
+            blank = is_blank(read_picture(path))
+        except UserError as error:
+            yield f"{file}: {' '.join(str(error).split())}"
+        else:
+            if blank != line.get("blank"):
+                yield f"{file}: {SAMPLES} says blank = {line.get('blank')}, it is not so"
 
 
 def _verdicts(run: Run) -> Iterator[str]:
@@ -117,7 +126,7 @@ def _verdicts(run: Run) -> Iterator[str]:
             yield f"{VERDICTS}: {len(judged - keys)} verdicts by {judge} are on no picture of the plan"
 
 
-def _changes(run: Run) -> Iterator[str]:
+def _changes(run: Run, refused: set[str]) -> Iterator[str]:
     if "change" not in run.protocol.metrics:
         return
     lines = run.lines(CHANGES)
@@ -132,11 +141,16 @@ def _changes(run: Run) -> Iterator[str]:
         for key, old in zip(run.keys(entry), run.keys(base), strict=True):
             line = found.get(key)
             missing += line is None
-            paths = [run.folder / picture_file(base["name"], old), run.folder / picture_file(entry["name"], key)]
-            if line is not None and all(p.is_file() for p in paths):
-                change = picture_change(*map(read_picture, paths))
-                if line.get("change") != change:
-                    yield f"{CHANGES}: {key[:16]} says {line.get('change')}, the pictures say {change}"
+            files = [picture_file(base["name"], old), picture_file(entry["name"], key)]
+            if line is None or refused.intersection(files) or not all((run.folder / f).is_file() for f in files):
+                continue
+            try:
+                change = picture_change(*(read_picture(run.folder / f) for f in files))
+            except (UserError, ValueError) as error:
+                yield f"{CHANGES}: {key[:16]} cannot be measured again: {' '.join(str(error).split())}"
+                continue
+            if line.get("change") != change:
+                yield f"{CHANGES}: {key[:16]} says {line.get('change')}, the pictures say {change}"
         if missing:
             yield f"{CHANGES}: {missing} pictures of {entry['name']!r} are not measured"
 
