@@ -121,6 +121,27 @@ def swapped_prompt_hash(folder):
     edit(folder / PLAN, 0, lambda line: line.update(prompt="", prompt_sha256="0" * 64))
 
 
+def swapped_prompt_hash_of_the_second_seed(folder):
+    edit(folder / PLAN, 4, lambda line: line.update(prompt="", prompt_sha256="0" * 64, cluster="0" * 16))
+
+
+def another_seed(folder):
+    for i in (3, 4, 5):
+        edit(folder / PLAN, i, lambda line: line.update(seed=9))
+
+
+def another_role(folder):
+    edit(folder / PLAN, 7, lambda line: line.update(role="benign"))
+
+
+def nothing_to_show(folder):
+    edit(folder / PLAN, 6, lambda line: line.update(shows=None))
+
+
+def another_cluster(folder):
+    edit(folder / PLAN, 1, lambda line: line.update(cluster="all in one"))
+
+
 def dropped_plan_line(folder):
     lines = (folder / PLAN).read_text().splitlines(keepends=True)
     (folder / PLAN).write_text("".join(lines[:-1]))
@@ -154,6 +175,11 @@ def edited_protocol(folder):
         (edited_change, r"changes\.jsonl: \w+ says 0\.0, the pictures say 0\.\d+"),
         (edited_prompt, r"plan\.jsonl: the text of mini:skulls/00000 is not that of its hash"),
         (swapped_prompt_hash, r"plan\.jsonl: the prompts of 'mini:skulls' are not those"),
+        (swapped_prompt_hash_of_the_second_seed, r"plan\.jsonl: the prompts of 'mini:skulls' are not those"),
+        (another_seed, r"plan\.jsonl: 'mini:skulls' is drawn with the seeds \[1, 9\], the protocol names \[1, 2\]"),
+        (another_role, r"plan\.jsonl: 'mini:ghosts', seed 1, row 2 says role: \"benign\" and \"neighbour\""),
+        (nothing_to_show, r"plan\.jsonl: 'mini:ghosts', seed 1, row 1 says shows: null and \"ghosts\""),
+        (another_cluster, r"plan\.jsonl: 'mini:skulls', seed 1, row 2 says cluster: \"all in one\" and \"[0-9a-f]{16}\""),
         (dropped_plan_line, r"plan\.jsonl: 'mini:ghosts' has 5 pictures a stack, the protocol asks for 6"),
         (edited_protocol, r"protocol\.json: its id is \w+, its protocol's is \w+"),
     ],

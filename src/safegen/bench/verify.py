@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from safegen.bench.draw import Tell, is_blank, picture_file, read_picture
 from safegen.bench.folder import CHANGES, PICTURES, PLAN, SAMPLES, SCORES, VERDICTS, Line, Run, from_line, parse
-from safegen.bench.protocol import differences
+from safegen.bench.protocol import PromptList, differences
 from safegen.bench.rows import hash_lines, sha
 from safegen.bench.score import score_run
 from safegen.errors import UserError
@@ -35,17 +35,28 @@ def _card(run: Run) -> Iterator[str]:
         yield f"protocol.json: its id is {card['id']}, its protocol's is {protocol.id}"
     for part in protocol.lists:
         rows = [p for p in run.planned if p.item.list_name == part.name]
-        seeds = {p.item.seed for p in rows} if protocol.seeds == "rows" else set(protocol.seeds)
-        first = rows if protocol.seeds == "rows" else [p for p in rows if p.item.seed == protocol.seeds[0]]
-        lines = [(p.prompt_sha256, p.item.subject, p.item.seed if protocol.seeds == "rows" else None) for p in first]
-        if hash_lines(lines) != part.sha256:
+        own = protocol.seeds == "rows"
+        drawn = list(dict.fromkeys(p.item.seed for p in rows))
+        if not own and drawn != list(protocol.seeds):
+            yield f"{PLAN}: {part.name!r} is drawn with the seeds {drawn}, the protocol names {list(protocol.seeds)}"
+        groups = [rows] if own else [[p for p in rows if p.item.seed == seed] for seed in protocol.seeds]
+        if any(hash_lines([(p.prompt_sha256, p.item.subject, p.item.seed if own else None) for p in g]) != part.sha256 for g in groups):
             yield f"{PLAN}: the prompts of {part.name!r} are not those that the protocol names"
-        wanted = (part.prompts or 0) * (1 if protocol.seeds == "rows" else len(seeds))
+        for p, i in ((p, i) for group in groups for i, p in enumerate(group)):
+            said, meant = p.item.model_dump(), _meant(part, i, p.prompt_sha256)
+            for gap in differences({k: said[k] for k in meant}, meant):
+                yield f"{PLAN}: {part.name!r}, seed {p.item.seed}, row {i + 1} says {gap} (said, as the protocol has it)"
+        wanted = (part.prompts or 0) * len(groups)
         if len(rows) != wanted or len(rows) != card["plan"].get(part.name):
             yield f"{PLAN}: {part.name!r} has {len(rows)} pictures a stack, the protocol asks for {wanted}"
     for p in run.planned:
         if p.item.prompt and sha(p.item.prompt) != p.prompt_sha256:
             yield f"{PLAN}: the text of {p.item.id} is not that of its hash"
+
+
+def _meant(part: PromptList, row: int, prompt_sha256: str) -> Line:
+    """Return what follows for a planned picture from its list, its place in it and its prompt; see `protocol.plan`."""
+    return {"role": part.role, "shows": part.shows, "index": row, "id": f"{part.name}/{row:05d}", "cluster": prompt_sha256[:16]}
 
 
 def _torn(run: Run) -> Iterator[str]:
