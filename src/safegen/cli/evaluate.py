@@ -39,7 +39,18 @@ Judge = Annotated[str | None, typer.Option(help="Another judge than the protocol
 Label = Annotated[list[str] | None, typer.Option("--label", help="A label of the judge that means the concept; repeat it.")]
 
 
+DRAWING = ("protocol", "stack", "prompts", "baselines", "device", "dtype", "allow_pickle")
+IDLE = {
+    Stage.all: ("judge", "label"),
+    Stage.generate: ("judge", "label"),
+    Stage.judge: DRAWING,
+    Stage.score: (*DRAWING, "threads"),
+}
+"""Options of evaluate that a stage does not use."""
+
+
 def evaluate(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run's folder: new, or a run to go on with.")],
     protocol: Annotated[str | None, typer.Option(help="A built-in protocol, as mini-smoke, or a TOML file.")] = None,
     stack: Annotated[
@@ -59,9 +70,7 @@ def evaluate(
     drawing = stage in (Stage.all, Stage.generate)
     if drawing and not (protocol and stack):
         raise BadSetting("drawing needs a --protocol and at least one --stack")
-    idle = [word for word, given in (("--protocol", protocol), ("--stack", stack), ("--prompts", prompts)) if given and not drawing] + [
-        word for word, given in (("--judge", judge), ("--label", label)) if given and drawing
-    ]
+    idle = [f"--{name.replace('_', '-')}" for name in IDLE.get(stage, ()) if _given(context, name)]
     if idle:
         raise BadSetting(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
     if stage == Stage.score:
@@ -129,6 +138,12 @@ def verify(run: RunArg) -> None:
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{len(opened.stacks) * len(opened.planned)} pictures, verdicts and scores: nothing wrong")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Return whether an option was written, and is not merely its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _protocol(name: str, prompts: list[str]) -> Protocol:
