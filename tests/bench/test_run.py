@@ -17,7 +17,7 @@ import pytest
 from safegen.bench import draw
 from safegen.bench.folder import CARD, CHANGES, SAMPLES, SCORES, TIMINGS, VERDICTS, Journal, Run, parse, write_json
 from safegen.bench.protocol import load_protocol
-from safegen.bench.run import everyone, judge_run
+from safegen.bench.run import everyone, judge_run, prepare
 from safegen.bench.score import score_run, scores_file
 from safegen.bench.verify import verify
 from safegen.errors import BadFile, BadSetting, UnknownName
@@ -50,12 +50,21 @@ def test_no_file_names_the_machine_the_user_or_a_path(finished, patch_file, quic
 
 def test_the_card_says_how_to_make_the_run_again(finished, patch_file):
     card = json.loads((finished / CARD).read_text())
-    assert card["command"] == f"safegen evaluate --protocol quick --stack mini=mini --stack calm=mini+{patch_file.name} --out RUN"
+    assert card["command"] == f"safegen evaluate --protocol quick.toml --stack mini=mini --stack calm=mini+{patch_file.name} --out RUN"
     assert [(s["name"], s["kind"], s["against"]) for s in card["stacks"]] == [
         ("mini", "base", "mini"), ("calm", "given", "mini"), ("negative-prompt", "baseline", "mini"), ("black-image", "baseline", "mini"),
     ]  # fmt: skip
     assert set(card["versions"]) == {"safegen", "torch", "diffusers", "transformers"}
     assert card["stacks"][1]["patches"][0]["method"] == "test"
+
+
+def test_a_built_in_protocol_is_called_by_its_name_and_a_file_of_that_name_by_its_file(shelf, tmp_path):
+    own = load_protocol("mini-smoke")
+    other = own.model_copy(update={"seeds": (5,)})
+    stacks = everyone(own, [Stack(name="mini", model="mini")], "all")
+    found = [prepare(p, stacks, tmp_path / str(i), shelf).card["command"] for i, p in enumerate((own, other))]
+    assert found[0] == "safegen evaluate --protocol mini-smoke --stack mini=mini --out RUN"
+    assert found[1] == "safegen evaluate --protocol mini-smoke.toml --stack mini=mini --out RUN"
 
 
 def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
