@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from safegen.bench.folder import CARD, CHANGES, PLAN, SAMPLES, SCORES, VERDICTS, Run
+from safegen.bench.score import score_run
 from safegen.bench.verify import verify
 from safegen.errors import BadFile
 
@@ -197,6 +198,26 @@ def test_a_line_that_is_not_json_is_named(copy):
     (copy / SAMPLES).write_text("\n".join(lines) + "\n")
     with pytest.raises(BadFile, match=r"samples\.jsonl:3 is not a JSON object"):
         verify(Run.open(copy))
+
+
+@pytest.mark.parametrize(
+    ("journal", "key"),
+    [
+        (SAMPLES, "key"),
+        (SAMPLES, "blank"),
+        (VERDICTS, "key"),
+        (VERDICTS, "judge"),
+        (VERDICTS, "known"),
+        (CHANGES, "key"),
+        (CHANGES, "change"),
+    ],
+)
+@pytest.mark.parametrize("harm", [lambda line, key: line.pop(key), lambda line, key: line.update({key: None})])
+def test_a_line_without_what_it_is_read_by_is_named(copy, journal, key, harm):
+    edit(copy / journal, 2, lambda line: harm(line, key))
+    for read in (verify, score_run):
+        with pytest.raises(BadFile, match=rf"{journal}:3 has no '{key}'"):
+            read(Run.open(copy))
 
 
 def test_a_card_that_is_not_one_is_one_line(copy):

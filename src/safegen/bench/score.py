@@ -172,9 +172,11 @@ def _known(run: Run, judge: str, lines: Iterable[Line]) -> tuple[str, ...]:
     Raises:
         BadFile: they do not, or not all the same.
     """
-    said = [line.get("known") for line in lines]
-    if not isinstance(said[0], list) or not said[0] or any(s != said[0] for s in said):
-        raise BadFile(f"{run.folder / VERDICTS} does not say the same `known` labels in every verdict of {judge}; remove it and judge again")
+    said = [line["known"] for line in lines]
+    if not said[0] or any(s != said[0] for s in said):
+        raise BadFile(
+            f"{run.folder / VERDICTS} does not say the same `known` labels in every verdict of {judge}; remove it and judge again"
+        )
     return tuple(map(str, said[0]))
 
 

@@ -23,7 +23,7 @@ def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
     drawing or judging again would tell.
 
     Raises:
-        BadFile: a journal has a line that is not JSON.
+        BadFile: a journal has a line that is not JSON, or lacks what it is read by.
     """
     refused = set[str]()  # pictures that are not what they were; filled by _samples
     return [*_card(run), *_torn(run), *_samples(run, refused, tell), *_verdicts(run), *_changes(run, refused), *_scores(run)]

@@ -104,7 +104,9 @@ def score(
     threshold: Annotated[float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")] = None,
     label: Label = None,
     judge: Judge = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID-JUDGE.json under other rules or by another judge.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID-JUDGE.json under other rules or by another judge.")
+    ] = None,
 ) -> None:
     """Score a run that was judged, under its own rules or others; no picture is drawn or judged, no model loaded."""
     from safegen.bench.folder import Run, write_json
