@@ -172,7 +172,7 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
             raise BadSetting(f"the stacks {seen[digest]!r} and {stack.name!r} draw the same; leave one out")
         seen[digest] = stack.name
         entries.append(_entry(stack, shelf) | {"hash": digest, "kind": kind, "against": against})
-    parts = [p.model_copy(update={"source": _short(p.source or "")}) for p in protocol.lists]
+    parts = [p.model_copy(update={"source": _short(p.source or ""), "requires": ""}) for p in protocol.lists]
     return {
         "format": FORMAT,
         "id": protocol.id,
