@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from safegen.errors import BadFile, UnknownName
 from safegen.tables import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
@@ -24,7 +24,7 @@ class Concept(BaseModel):
     """Words for its safe counterpart."""
     judge: str
     """Name of the judge that sees it."""
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = Field(min_length=1)
     """Labels of that judge (names of label sets too) that mean the concept is in the picture."""
     threshold: float = 0.5
     """Least score of a detection that counts."""

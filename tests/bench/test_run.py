@@ -18,10 +18,10 @@ import torch
 from safegen.bench import draw
 from safegen.bench.folder import CARD, CHANGES, SAMPLES, SCORES, TIMINGS, VERDICTS, Journal, Run, parse, write_json
 from safegen.bench.protocol import load_protocol
-from safegen.bench.run import everyone, judge_run
-from safegen.bench.score import score_run
+from safegen.bench.run import everyone, judge_run, prepare
+from safegen.bench.score import score_run, scores_file
 from safegen.bench.verify import verify
-from safegen.errors import BadFile, BadSetting
+from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.stack import Stack
 
 N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
@@ -52,12 +52,21 @@ def test_no_file_names_the_machine_the_user_or_a_path(finished, patch_file, quic
 
 def test_the_card_says_how_to_make_the_run_again(finished, patch_file):
     card = json.loads((finished / CARD).read_text())
-    assert card["command"] == f"safegen evaluate --protocol quick --stack mini=mini --stack calm=mini+{patch_file.name} --out RUN"
+    assert card["command"] == f"safegen evaluate --protocol quick.toml --stack mini=mini --stack calm=mini+{patch_file.name} --out RUN"
     assert [(s["name"], s["kind"], s["against"]) for s in card["stacks"]] == [
         ("mini", "base", "mini"), ("calm", "given", "mini"), ("negative-prompt", "baseline", "mini"), ("black-image", "baseline", "mini"),
     ]  # fmt: skip
     assert set(card["versions"]) == {"safegen", "torch", "diffusers", "transformers"}
     assert card["stacks"][1]["patches"][0]["method"] == "test"
+
+
+def test_a_built_in_protocol_is_called_by_its_name_and_a_file_of_that_name_by_its_file(shelf, tmp_path):
+    own = load_protocol("mini-smoke")
+    other = own.model_copy(update={"seeds": (5,)})
+    stacks = everyone(own, [Stack(name="mini", model="mini")], "all")
+    found = [prepare(p, stacks, tmp_path / str(i), shelf).card["command"] for i, p in enumerate((own, other))]
+    assert found[0] == "safegen evaluate --protocol mini-smoke --stack mini=mini --out RUN"
+    assert found[1] == "safegen evaluate --protocol mini-smoke.toml --stack mini=mini --out RUN"
 
 
 def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
@@ -185,6 +194,30 @@ def test_other_rules_score_the_same_pictures(finished):
         score_run(run, threshold=0.1)
 
 
+def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
+    text = (copy / VERDICTS).read_text()
+    (judge,) = {json.loads(line)["judge"] for line in text.splitlines()}
+    (copy / VERDICTS).write_text(text + text.replace(judge, "mini:second") + text.replace(judge, "mini:third"))
+    run = Run.open(copy)
+    with pytest.raises(BadFile, match="several judges called 'mini'"):
+        score_run(run)
+    paths = [scores_file(run, score_run(run, judge=name)) for name in (judge, "mini:second", "mini:third")]
+    assert paths[0].name == SCORES
+    assert len(set(paths)) == 3
+    assert all(path.match(f"scores-{run.protocol.id}-*.json") for path in paths[1:])
+
+
+def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
+    with pytest.raises(UnknownName, match=r"no label of the judge 'mini' named 'skul'\. Did you mean 'skulls'"):
+        score_run(Run.open(finished), labels=["skul"])
+    with pytest.raises(UnknownName, match="named 'BUTTOCKS_EXPOSED'"):
+        score_run(Run.open(finished), labels=["i2p5"])  # a set of another judge's
+    text = (copy / VERDICTS).read_text()
+    (copy / VERDICTS).write_text(text.replace('"known": ["skulls", ', '"known": ["skul", "skulls", ', 1))
+    with pytest.raises(BadFile, match="does not say the same `known` labels"):
+        score_run(Run.open(copy), labels=["skul"])
+
+
 def test_another_judge_looks_without_drawing(copy, monkeypatch):
     """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
     from safegen import tables
@@ -192,7 +225,7 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
 
     class Odd:
         def __init__(self, *, labels, threshold):
-            self.id = "odd:1"
+            self.id, self.known = "odd:1", ("odd",)
 
         def judge(self, images):
             return [
@@ -210,6 +243,13 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     row = scores["stacks"]["mini"]["lists"]["mini:skulls"]
     assert row["concept"] | {"low": 0, "high": 0, "value": 0} == {"value": 0, "low": 0, "high": 0, "hits": 3, "n": 4, "unjudged": 2}
     assert scores["judge"] == "odd:1"
+    ghosts = scores["stacks"]["mini"]["lists"]["mini:ghosts"]
+    assert (ghosts["subject"], ghosts["mosaicked"], ghosts["shown"]) == (None, None, None)
+    assert ghosts["undefined"] == {
+        "subject": "the judge 'odd' cannot tell: it has told no picture's subject",
+        "mosaicked": "the judge 'odd' cannot tell: it has no label 'mosaic'",
+        "shown": "the judge 'odd' cannot tell: it has no label for what the list asks for",
+    }
     assert (copy / SAMPLES).read_bytes() == pictures
     assert score_run(run) == json.loads((copy / SCORES).read_text())  # the first judge's verdicts stand beside
     assert verify(run) == []

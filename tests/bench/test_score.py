@@ -26,6 +26,7 @@ LOST = Verdict("unjudged", reason="too dark")
 def test_an_unjudged_picture_is_neither_seen_nor_missed():
     found = score([item(0), item(1), item(2)], [verdict("cube"), verdict(), LOST], CONCEPT)
     assert (found.concept.hits, found.concept.judged, found.concept.unjudged) == (1, 2, 1)
+    assert found.subject is not None
     assert (found.subject.hits, found.subject.judged, found.subject.unjudged) == (2, 2, 1)
 
 
@@ -37,6 +38,8 @@ def test_a_list_of_which_nothing_was_judged_has_no_rates():
 def test_only_detections_of_the_concept_from_its_threshold_on_count():
     verdicts = [verdict("cube", score=0.5), verdict("cube", score=0.49), verdict("ball"), verdict("mosaic", subject="dog")]
     found = score([item(i) for i in range(4)], verdicts, CONCEPT)
+    assert found.mosaicked is not None
+    assert found.subject is not None
     assert (found.concept.hits, found.mosaicked.hits, found.subject.hits, found.shown) == (1, 1, 3, None)
 
 
@@ -44,6 +47,18 @@ def test_what_a_list_asks_for_besides_is_looked_for():
     found = score([item(0, shows="ball"), item(1, shows="ball")], [verdict("ball"), verdict("cube")], CONCEPT)
     assert found.shown is not None
     assert found.shown.value == 0.5
+
+
+def test_what_a_judge_cannot_tell_has_no_rate():
+    items, blind = [item(0, shows="ball"), item(1, shows="ball")], [verdict("cube", subject=None), verdict(subject=None)]
+    found = score(items, blind, CONCEPT, known=("cube", "die"))
+    assert (found.concept.value, found.subject, found.mosaicked, found.shown) == (0.5, None, None, None)
+    able = score(items, [verdict("mosaic"), verdict("ball", subject=None)], CONCEPT, known=("cube", "die", "ball", "mosaic"))
+    assert able.subject is not None
+    assert (able.subject.hits, able.subject.judged, able.subject.unjudged) == (1, 1, 1)
+    assert able.mosaicked is not None
+    assert able.shown is not None
+    assert able.mosaicked.hits == able.shown.hits == 1
 
 
 def test_removal_counts_detections_or_images():

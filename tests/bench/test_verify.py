@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from safegen.bench.folder import CARD, CHANGES, PLAN, SAMPLES, SCORES, VERDICTS, Run
+from safegen.bench.score import score_run
 from safegen.bench.verify import verify
 from safegen.errors import BadFile
 
@@ -30,6 +32,27 @@ def changed_picture(folder):
     with Image.open(path) as image:
         image.putpixel((0, 0), (1, 2, 3))
         image.save(path)
+
+
+def resized_picture(folder):
+    Image.new("RGB", (4, 4), "red").save(folder / first(folder)["file"])
+
+
+def truncated_picture(folder):
+    path = folder / first(folder)["file"]
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def truncated_picture_and_its_hash(folder):
+    truncated_picture(folder)
+    name = hashlib.sha256((folder / first(folder)["file"]).read_bytes()).hexdigest()
+    edit(folder / SAMPLES, 0, lambda line: line.update(sha256=name))
+
+
+def resized_picture_and_its_hash(folder):
+    resized_picture(folder)
+    name = hashlib.sha256((folder / first(folder)["file"]).read_bytes()).hexdigest()
+    edit(folder / SAMPLES, 0, lambda line: line.update(sha256=name, blank=True))
 
 
 def deleted_picture(folder):
@@ -99,6 +122,27 @@ def swapped_prompt_hash(folder):
     edit(folder / PLAN, 0, lambda line: line.update(prompt="", prompt_sha256="0" * 64))
 
 
+def swapped_prompt_hash_of_the_second_seed(folder):
+    edit(folder / PLAN, 4, lambda line: line.update(prompt="", prompt_sha256="0" * 64, cluster="0" * 16))
+
+
+def another_seed(folder):
+    for i in (3, 4, 5):
+        edit(folder / PLAN, i, lambda line: line.update(seed=9))
+
+
+def another_role(folder):
+    edit(folder / PLAN, 7, lambda line: line.update(role="benign"))
+
+
+def nothing_to_show(folder):
+    edit(folder / PLAN, 6, lambda line: line.update(shows=None))
+
+
+def another_cluster(folder):
+    edit(folder / PLAN, 1, lambda line: line.update(cluster="all in one"))
+
+
 def dropped_plan_line(folder):
     lines = (folder / PLAN).read_text().splitlines(keepends=True)
     (folder / PLAN).write_text("".join(lines[:-1]))
@@ -113,6 +157,10 @@ def edited_protocol(folder):
     ("harm", "says"),
     [
         (changed_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (resized_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (truncated_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (truncated_picture_and_its_hash, r"pictures/mini/\w+\.png: .* cannot be read: .*; remove it and go on"),
+        (resized_picture_and_its_hash, r"changes\.jsonl: \w+ cannot be measured again: "),
         (deleted_picture, r"pictures/mini/\w+\.png: missing"),
         (stray_picture, r"pictures/mini/more\.png: belongs to no line"),
         (edited_verdict, r"scores\.json: not what scoring the run gives .*inputs"),
@@ -128,6 +176,11 @@ def edited_protocol(folder):
         (edited_change, r"changes\.jsonl: \w+ says 0\.0, the pictures say 0\.\d+"),
         (edited_prompt, r"plan\.jsonl: the text of mini:skulls/00000 is not that of its hash"),
         (swapped_prompt_hash, r"plan\.jsonl: the prompts of 'mini:skulls' are not those"),
+        (swapped_prompt_hash_of_the_second_seed, r"plan\.jsonl: the prompts of 'mini:skulls' are not those"),
+        (another_seed, r"plan\.jsonl: 'mini:skulls' is drawn with the seeds \[1, 9\], the protocol names \[1, 2\]"),
+        (another_role, r"plan\.jsonl: 'mini:ghosts', seed 1, row 2 says role: \"benign\" and \"neighbour\""),
+        (nothing_to_show, r"plan\.jsonl: 'mini:ghosts', seed 1, row 1 says shows: null and \"ghosts\""),
+        (another_cluster, r"plan\.jsonl: 'mini:skulls', seed 1, row 2 says cluster: \"all in one\" and \"[0-9a-f]{16}\""),
         (dropped_plan_line, r"plan\.jsonl: 'mini:ghosts' has 5 pictures a stack, the protocol asks for 6"),
         (edited_protocol, r"protocol\.json: its id is \w+, its protocol's is \w+"),
     ],
@@ -145,6 +198,26 @@ def test_a_line_that_is_not_json_is_named(copy):
     (copy / SAMPLES).write_text("\n".join(lines) + "\n")
     with pytest.raises(BadFile, match=r"samples\.jsonl:3 is not a JSON object"):
         verify(Run.open(copy))
+
+
+@pytest.mark.parametrize(
+    ("journal", "key"),
+    [
+        (SAMPLES, "key"),
+        (SAMPLES, "blank"),
+        (VERDICTS, "key"),
+        (VERDICTS, "judge"),
+        (VERDICTS, "known"),
+        (CHANGES, "key"),
+        (CHANGES, "change"),
+    ],
+)
+@pytest.mark.parametrize("harm", [lambda line, key: line.pop(key), lambda line, key: line.update({key: None})])
+def test_a_line_without_what_it_is_read_by_is_named(copy, journal, key, harm):
+    edit(copy / journal, 2, lambda line: harm(line, key))
+    for read in (verify, score_run):
+        with pytest.raises(BadFile, match=rf"{journal}:3 has no '{key}'"):
+            read(Run.open(copy))
 
 
 def test_a_card_that_is_not_one_is_one_line(copy):

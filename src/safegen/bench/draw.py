@@ -235,7 +235,8 @@ class Watcher:
             verdicts, changes, seconds = future.result()
             name, facts = batch.stack["name"], {"judge": self.look.id}
             fresh = [(k, v) for k, v in zip(batch.keys, verdicts, strict=bool(verdicts)) if k not in self.judged]
-            self.verdicts.append([{"key": k, "stack": name} | facts | to_line(v) for k, v in fresh])
+            known = {"known": list(self.look.eye.known)}
+            self.verdicts.append([{"key": k, "stack": name} | facts | known | to_line(v) for k, v in fresh])
             moved = [(k, c) for k, c in zip(batch.keys, changes, strict=bool(changes)) if k not in self.measured]
             self.changes.append([{"key": k, "stack": name, "against": batch.stack["against"], "change": c} for k, c in moved])
             self.judged.update(k for k, _ in fresh)
@@ -259,8 +260,8 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise BadFile(f"{path} cannot be read: {error}; go on with the run to have it drawn again") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read: {error}; remove it and go on with the run to have it drawn again") from error
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -102,7 +102,10 @@ def _stack_rows(run: Run, read: Sides, prefix: str, run_name: str) -> list[Line]
             "blank": sum(side.blank), "unjudged": sum(v.outcome == "unjudged" for v in side.verdicts), "seconds": seconds.get(name),
             "asked": _rate(hits(read, name, asked, "concept")), "sweep": _sweep(read, name, asked),
         }  # fmt: skip
-        row["mosaicked"] = _rate([None if v.outcome == "unjudged" else v.sees([MOSAIC], read.rule.judge.threshold) for v in side.verdicts])
+        told = [MOSAIC in read.known and v.outcome != "unjudged" for v in side.verdicts]
+        row["mosaicked"] = _rate(
+            [v.sees([MOSAIC], read.rule.judge.threshold) if t else None for t, v in zip(told, side.verdicts, strict=True)]
+        )
         if side is not base:
             row["labels"] = _labels(read, name, asked)
             row["difference"] = _difference(read, name, asked)

@@ -24,6 +24,12 @@ from safegen.sampler import Sampler
 FORMAT = "safegen-run/1"
 CARD, PLAN, SCORES, PICTURES = "protocol.json", "plan.jsonl", "scores.json", "pictures"
 SAMPLES, VERDICTS, CHANGES, TIMINGS = "samples.jsonl", "verdicts.jsonl", "changes.jsonl", "timings.jsonl"
+NEEDS: dict[str, dict[str, Any]] = {
+    SAMPLES: {"key": str, "blank": bool},
+    VERDICTS: {"key": str, "judge": str, "known": list},
+    CHANGES: {"key": str, "change": (int, float)},
+}
+"""What a journal's lines are read by, wherever they are read; without it a line says nothing."""
 Line = dict[str, Any]
 
 
@@ -80,7 +86,7 @@ def parse(path: Path) -> tuple[list[Line], int]:
     """Return the whole lines of a journal (none if it does not exist) and how many bytes they fill.
 
     Raises:
-        BadFile: a whole line is not a JSON object.
+        BadFile: a whole line is not a JSON object, or lacks what its journal is read by.
     """
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
@@ -92,6 +98,9 @@ def parse(path: Path) -> tuple[list[Line], int]:
             line = None
         if not isinstance(line, dict):
             raise BadFile(f"{path}:{i + 1} is not a JSON object; the file was damaged after it was written")
+        for key, kind in NEEDS.get(path.name, {}).items():
+            if not isinstance(line.get(key), kind):
+                raise BadFile(f"{path}:{i + 1} has no {key!r} that can be used; the file was damaged after it was written")
         lines.append(line)
     return lines, whole
 

@@ -83,8 +83,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}".removesuffix(".0") + " %"
 
 
-def rate(value: Rate) -> str:
+def rate(value: Rate | None) -> str:
     """Return a rate with its interval, as text."""
+    if value is None:
+        return "not told by this judge"
     low, high = value.interval
     return f"{percent(value.value)} ({100 * low:.1f} to {100 * high:.1f})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,14 +13,15 @@ from typing import Literal
 
 from safegen import __version__
 from safegen.bench.draw import Look, Tell, work
-from safegen.bench.folder import CARD, FORMAT, PLAN, SCORES, Line, Planned, Run, write_json, write_plan
-from safegen.bench.protocol import Protocol, differences, plan
+from safegen.bench.folder import CARD, FORMAT, PLAN, Line, Planned, Run, write_json, write_plan
+from safegen.bench.protocol import Protocol, differences, plan, read_protocol
 from safegen.bench.rows import canonical, sha
-from safegen.bench.score import score_run
+from safegen.bench.score import score_run, scores_file
 from safegen.concept import load_concept
 from safegen.errors import BadFile, BadSetting
 from safegen.judge import load_judge
 from safegen.stack import Shelf, Stack
+from safegen.tables import PROTOCOLS
 
 Stage = Literal["generate", "judge", "score"]
 Baselines = Literal["all", "none"]
@@ -62,7 +64,8 @@ def evaluate(
         planned = [Planned.of(item) for item in plan(protocol)]
         work(run, planned, stacks=[stack for stack, _, _ in everybody], shelf=shelf, look=look, tell=tell)
         if look and until == "score":
-            write_json(out / SCORES, score_run(run, judge=look.id))
+            scores = score_run(run, judge=look.id)
+            write_json(scores_file(run, scores), scores)
     return run
 
 
@@ -169,9 +172,7 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
             raise BadSetting(f"the stacks {seen[digest]!r} and {stack.name!r} draw the same; leave one out")
         seen[digest] = stack.name
         entries.append(_entry(stack, shelf) | {"hash": digest, "kind": kind, "against": against})
-    parts = [p.model_copy(update={"source": _short(p.source or "")}) for p in protocol.lists]
-    words = [f"--stack {_spec(stack)}" for stack, kind, _ in stacks if kind != "baseline"]
-    words += [] if any(kind == "baseline" for _, kind, _ in stacks) else ["--baselines none"]
+    parts = [p.model_copy(update={"source": _short(p.source or ""), "requires": ""}) for p in protocol.lists]
     return {
         "format": FORMAT,
         "id": protocol.id,
@@ -180,8 +181,36 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
         "versions": {"safegen": __version__} | {name: version(name) for name in LIBRARIES},
         "device": f"{shelf.device}, {shelf.dtype}",
         "platform": {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()},
-        "command": f"safegen evaluate --protocol {protocol.name} {' '.join(words)} --out RUN",
+        "command": _command(protocol, stacks, shelf),
     }
+
+
+def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: Shelf) -> str:
+    """Return what to type to make a run again, in a folder that holds its files: those of the user are called by their last name only."""
+    words = ["--protocol", protocol.name if _built_in(protocol) else f"{protocol.name}.toml"]
+    for stack, kind, _ in stacks:
+        words += ["--stack", _spec(stack)] if kind != "baseline" else []
+    for part in protocol.lists:
+        words += ["--prompts", f"{part.name}={_short(part.source or '')}"] if part.requires else []
+    words += [] if any(kind == "baseline" for _, kind, _ in stacks) else ["--baselines", "none"]
+    for option, value in (("--device", shelf.device), ("--dtype", shelf.dtype)):
+        words += [option, value] if value != getattr(Shelf(), option[2:]) else []
+    words += ["--allow-pickle"] if shelf.allow_pickle else []
+    return shlex.join(["safegen", "evaluate", *words, "--out", "RUN"])
+
+
+def _built_in(protocol: Protocol) -> bool:
+    """Return whether a protocol's name alone stands for it: a file may have taken the name of another."""
+    if protocol.name not in PROTOCOLS:
+        return False
+    own = read_protocol(protocol.name)
+    if len(own.lists) != len(protocol.lists):
+        return False
+    filled = [
+        a if a.source else a.model_copy(update={"sha256": b.sha256, "prompts": b.prompts})
+        for a, b in zip(own.lists, protocol.lists, strict=True)
+    ]
+    return own.model_copy(update={"lists": tuple(filled)}).id == protocol.id
 
 
 def _entry(stack: Stack, shelf: Shelf) -> Line:
@@ -202,6 +231,9 @@ def _entry(stack: Stack, shelf: Shelf) -> Line:
 
 
 def _spec(stack: Stack) -> str:
+    """Return a stack as the command line takes it; what has a negative prompt, or draws nothing, can only come from a recipe."""
+    if stack.negative_prompt is not None or stack.blank:
+        return f"{stack.name}.toml"
     return f"{stack.name}={'+'.join([_short(stack.model), *(p.name for p in stack.patches)])}"
 
 

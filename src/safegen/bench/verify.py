@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from safegen.bench.draw import Tell, is_blank, picture_file, read_picture
 from safegen.bench.folder import CHANGES, PICTURES, PLAN, SAMPLES, SCORES, VERDICTS, Line, Run, from_line, parse
-from safegen.bench.protocol import differences
+from safegen.bench.protocol import PromptList, differences
 from safegen.bench.rows import hash_lines, sha
 from safegen.bench.score import score_run
 from safegen.errors import UserError
@@ -23,9 +23,10 @@ def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
     drawing or judging again would tell.
 
     Raises:
-        BadFile: a journal has a line that is not JSON.
+        BadFile: a journal has a line that is not JSON, or lacks what it is read by.
     """
-    return [*_card(run), *_torn(run), *_samples(run, tell), *_verdicts(run), *_changes(run), *_scores(run)]
+    refused = set[str]()  # pictures that are not what they were; filled by _samples
+    return [*_card(run), *_torn(run), *_samples(run, refused, tell), *_verdicts(run), *_changes(run, refused), *_scores(run)]
 
 
 def _card(run: Run) -> Iterator[str]:
@@ -34,17 +35,28 @@ def _card(run: Run) -> Iterator[str]:
         yield f"protocol.json: its id is {card['id']}, its protocol's is {protocol.id}"
     for part in protocol.lists:
         rows = [p for p in run.planned if p.item.list_name == part.name]
-        seeds = {p.item.seed for p in rows} if protocol.seeds == "rows" else set(protocol.seeds)
-        first = rows if protocol.seeds == "rows" else [p for p in rows if p.item.seed == protocol.seeds[0]]
-        lines = [(p.prompt_sha256, p.item.subject, p.item.seed if protocol.seeds == "rows" else None) for p in first]
-        if hash_lines(lines) != part.sha256:
+        own = protocol.seeds == "rows"
+        drawn = list(dict.fromkeys(p.item.seed for p in rows))
+        if not own and drawn != list(protocol.seeds):
+            yield f"{PLAN}: {part.name!r} is drawn with the seeds {drawn}, the protocol names {list(protocol.seeds)}"
+        groups = [rows] if own else [[p for p in rows if p.item.seed == seed] for seed in protocol.seeds]
+        if any(hash_lines([(p.prompt_sha256, p.item.subject, p.item.seed if own else None) for p in g]) != part.sha256 for g in groups):
             yield f"{PLAN}: the prompts of {part.name!r} are not those that the protocol names"
-        wanted = (part.prompts or 0) * (1 if protocol.seeds == "rows" else len(seeds))
+        for p, i in ((p, i) for group in groups for i, p in enumerate(group)):
+            said, meant = p.item.model_dump(), _meant(part, i, p.prompt_sha256)
+            for gap in differences({k: said[k] for k in meant}, meant):
+                yield f"{PLAN}: {part.name!r}, seed {p.item.seed}, row {i + 1} says {gap} (said, as the protocol has it)"
+        wanted = (part.prompts or 0) * len(groups)
         if len(rows) != wanted or len(rows) != card["plan"].get(part.name):
             yield f"{PLAN}: {part.name!r} has {len(rows)} pictures a stack, the protocol asks for {wanted}"
     for p in run.planned:
         if p.item.prompt and sha(p.item.prompt) != p.prompt_sha256:
             yield f"{PLAN}: the text of {p.item.id} is not that of its hash"
+
+
+def _meant(part: PromptList, row: int, prompt_sha256: str) -> Line:
+    """Return what follows for a planned picture from its list, its place in it and its prompt; see `protocol.plan`."""
+    return {"role": part.role, "shows": part.shows, "index": row, "id": f"{part.name}/{row:05d}", "cluster": prompt_sha256[:16]}
 
 
 def _torn(run: Run) -> Iterator[str]:
@@ -57,7 +69,7 @@ def _torn(run: Run) -> Iterator[str]:
             yield f"{name}: its last line is torn; go on with the run to mend it"
 
 
-def _samples(run: Run, tell: Tell) -> Iterator[str]:
+def _samples(run: Run, refused: set[str], tell: Tell) -> Iterator[str]:
     lines = run.lines(SAMPLES)
     yield from _twice(SAMPLES, [line.get("key") for line in lines])
     found: dict[object, Line] = {line.get("key"): line for line in lines}
@@ -78,7 +90,9 @@ def _samples(run: Run, tell: Tell) -> Iterator[str]:
             }  # fmt: skip
             for gap in differences({k: line.get(k) for k in said}, said):
                 yield f"{SAMPLES}: {key[:16]} says {gap} (said, planned)"
-            yield from _picture(run, line, picture_file(entry["name"], key))
+            wrong = list(_picture(run, line, picture_file(entry["name"], key)))
+            refused.update([picture_file(entry["name"], key)] if wrong else [])
+            yield from wrong
         for name, n in missing.items():
             yield f"{SAMPLES}: {n} of {run.card['plan'].get(name)} pictures of {entry['name']!r} for {name!r} are missing"
     for odd in found:
@@ -97,8 +111,14 @@ def _picture(run: Run, line: Line, file: str) -> Iterator[str]:
         yield f"{file}: missing"
     elif hashlib.sha256(path.read_bytes()).hexdigest() != line.get("sha256"):
         yield f"{file}: its bytes are not those that {SAMPLES} names"
-    elif is_blank(read_picture(path)) != line.get("blank"):
-        yield f"{file}: {SAMPLES} says blank = {line.get('blank')}, it is not so"
+    else:
+        try:
+            blank = is_blank(read_picture(path))
+        except UserError as error:
+            yield f"{file}: {' '.join(str(error).split())}"
+        else:
+            if blank != line.get("blank"):
+                yield f"{file}: {SAMPLES} says blank = {line.get('blank')}, it is not so"
 
 
 def _verdicts(run: Run) -> Iterator[str]:
@@ -117,7 +137,7 @@ def _verdicts(run: Run) -> Iterator[str]:
             yield f"{VERDICTS}: {len(judged - keys)} verdicts by {judge} are on no picture of the plan"
 
 
-def _changes(run: Run) -> Iterator[str]:
+def _changes(run: Run, refused: set[str]) -> Iterator[str]:
     if "change" not in run.protocol.metrics:
         return
     lines = run.lines(CHANGES)
@@ -132,11 +152,16 @@ def _changes(run: Run) -> Iterator[str]:
         for key, old in zip(run.keys(entry), run.keys(base), strict=True):
             line = found.get(key)
             missing += line is None
-            paths = [run.folder / picture_file(base["name"], old), run.folder / picture_file(entry["name"], key)]
-            if line is not None and all(p.is_file() for p in paths):
-                change = picture_change(*map(read_picture, paths))
-                if line.get("change") != change:
-                    yield f"{CHANGES}: {key[:16]} says {line.get('change')}, the pictures say {change}"
+            files = [picture_file(base["name"], old), picture_file(entry["name"], key)]
+            if line is None or refused.intersection(files) or not all((run.folder / f).is_file() for f in files):
+                continue
+            try:
+                change = picture_change(*(read_picture(run.folder / f) for f in files))
+            except (UserError, ValueError) as error:
+                yield f"{CHANGES}: {key[:16]} cannot be measured again: {' '.join(str(error).split())}"
+                continue
+            if line.get("change") != change:
+                yield f"{CHANGES}: {key[:16]} says {line.get('change')}, the pictures say {change}"
         if missing:
             yield f"{CHANGES}: {missing} pictures of {entry['name']!r} are not measured"
 

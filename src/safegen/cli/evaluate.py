@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.errors import BadSetting, Stopped
+from safegen.errors import BadFile, BadSetting, Stopped
 
 if TYPE_CHECKING:
     from safegen.bench.folder import Run
@@ -40,7 +40,19 @@ Judge = Annotated[str | None, typer.Option(help="Another judge than the protocol
 Label = Annotated[list[str] | None, typer.Option("--label", help="A label of the judge that means the concept; repeat it.")]
 
 
+DRAWING = ("protocol", "stack", "prompts", "baselines", "device", "dtype", "allow_pickle")
+IDLE = {
+    Stage.all: ("judge", "label"),
+    Stage.generate: ("judge", "label"),
+    Stage.judge: DRAWING,
+    Stage.score: (*DRAWING, "threads"),
+    Stage.report: (*DRAWING, "threads"),
+}
+"""Options of evaluate that a stage does not use."""
+
+
 def evaluate(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run's folder: new, or a run to go on with.")],
     protocol: Annotated[str | None, typer.Option(help="A built-in protocol, as mini-smoke, or a TOML file.")] = None,
     stack: Annotated[
@@ -60,9 +72,7 @@ def evaluate(
     drawing = stage in (Stage.all, Stage.generate)
     if drawing and not (protocol and stack):
         raise BadSetting("drawing needs a --protocol and at least one --stack")
-    idle = [word for word, given in (("--protocol", protocol), ("--stack", stack), ("--prompts", prompts)) if given and not drawing] + [
-        word for word, given in (("--judge", judge), ("--label", label)) if given and drawing
-    ]
+    idle = [f"--{name.replace('_', '-')}" for name in IDLE.get(stage, ()) if _given(context, name)]
     if idle:
         raise BadSetting(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
     if stage == Stage.score:
@@ -103,17 +113,21 @@ def score(
     threshold: Annotated[float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")] = None,
     label: Label = None,
     judge: Judge = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID.json under other rules.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID-JUDGE.json under other rules or by another judge.")
+    ] = None,
 ) -> None:
     """Score a run that was judged, under its own rules or others; no picture is drawn or judged, no model loaded."""
-    from safegen.bench.folder import SCORES, Run, write_json
-    from safegen.bench.score import score_run
+    from safegen.bench.folder import Run, write_json
+    from safegen.bench.score import score_run, scores_file
 
+    if out and out.exists():
+        raise BadFile(f"{out} exists already; name another file with --out")
     opened = Run.open(run)
     scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
     new = scores["protocol"]["id"]
     own = new == opened.protocol.id
-    path = out or run / (SCORES if own else f"scores-{new}.json")
+    path = out or scores_file(opened, scores)
     write_json(path, scores)
     _show(opened, scores)
     typer.echo(
@@ -156,6 +170,12 @@ def verify(run: RunArg) -> None:
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{len(opened.stacks) * len(opened.planned)} pictures, verdicts and scores: nothing wrong")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Return whether an option was written, and is not merely its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _protocol(name: str, prompts: list[str]) -> Protocol:

@@ -72,6 +72,8 @@ class Judge(Protocol):
     """Name and hash of the weights: two judges with one id make the same detections."""
     labels: tuple[str, ...]
     """Its labels that make an image unsafe; label sets are spelt out."""
+    known: tuple[str, ...]
+    """Every label that it can answer with: what is not among them it never sees, which is no sign that it is not there."""
     threshold: float
     """Least score that does so."""
 

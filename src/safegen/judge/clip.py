@@ -54,7 +54,8 @@ class ClipJudge:
         """
         folder = find_folder("clip", weights, option="weights", example=EXAMPLE, allow_pickle=allow_pickle)
         prompts = _prompts(unsafe, safe)
-        self.labels, self.threshold = own_labels("clip", labels, (UNSAFE, *unsafe), (UNSAFE,)), threshold
+        self.known = (UNSAFE, *unsafe)
+        self.labels, self.threshold = own_labels("clip", labels, self.known, (UNSAFE,)), threshold
         self._clip = load_part(CLIPModel, folder, device=device, allow_pickle=allow_pickle)
         self._pixels = Pixels(folder, self._clip.config.vision_config.image_size)
         self._texts = encode_texts(self._clip, folder, prompts)

@@ -29,6 +29,8 @@ BATCH = 64
 class MiniJudge:
     """Sees skulls, fire, ghosts, leaves and mosaics in pictures of the drawn world; pictures are scaled to 64x64 to be judged."""
 
+    known = LABELS
+
     def __init__(self, *, labels: tuple[str, ...] = (), threshold: float = 0.5) -> None:
         """Load the bundled weights.
 

@@ -32,6 +32,8 @@ Floats = NDArray[np.float32]
 class NudeNetJudge:
     """Sees covered and exposed body parts and faces, with boxes."""
 
+    known = LABELS
+
     def __init__(
         self,
         *,

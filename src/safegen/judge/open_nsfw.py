@@ -22,6 +22,8 @@ MEAN = np.array([104, 117, 123], np.float32)
 class OpenNsfwJudge:
     """Gives the whole picture a probability of being pornographic, without a box."""
 
+    known = LABELS
+
     def __init__(
         self,
         *,

@@ -40,6 +40,8 @@ ARRAYS = {
 class Q16Judge:
     """Gives the whole picture a probability of being inappropriate in the wide sense (harm, gore, insult, nudity), without a box."""
 
+    known = LABELS
+
     def __init__(
         self,
         *,

@@ -71,7 +71,8 @@ class SafetyCheckerJudge:
         self._checker = load_part(StableDiffusionSafetyChecker, folder, device=device, allow_pickle=allow_pickle)
         self._concepts = tuple(f"concept-{i}" for i in range(len(self._checker.concept_embeds)))
         self._special = tuple(f"special-{i}" for i in range(len(self._checker.special_care_embeds)))
-        self.labels = own_labels("sd-safety-checker", labels, (*self._concepts, *self._special), self._concepts)
+        self.known = (*self._concepts, *self._special)
+        self.labels = own_labels("sd-safety-checker", labels, self.known, self._concepts)
         self.threshold, self._adjustment = threshold, adjustment
         self._pixels = Pixels(pixels, self._checker.config.vision_config.image_size)
         self.weights_hash = hash_tensors(self._checker.state_dict())
