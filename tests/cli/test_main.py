@@ -6,25 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from safegen.cli import main as run
 from safegen.mini import bundle
-
-
-@pytest.fixture
-def safegen(monkeypatch, capsys):
-    """Run a command; give its exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])
-        code = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = end.code or 0
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return call
 
 
 def test_generate_draws_and_writes_how(safegen, tmp_path):
