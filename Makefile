@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= safegen-demo
+FIGURES ?= safegen-figures
 .DEFAULT_GOAL := help
 .PHONY: help demo test nightly lint bench clean
 
@@ -13,7 +14,7 @@ help: ## list the targets
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test]'
 	@touch $@
 
-demo: .venv/installed ## the main job: remove skulls from the bundled miniature model, and report (5 minutes)
+demo: .venv/installed ## the main job: remove skulls from the bundled miniature model, and report (about 4 minutes)
 	$(BIN)/safegen demo --out $(OUT)
 
 test: .venv/installed ## the test suite
@@ -22,9 +23,12 @@ test: .venv/installed ## the test suite
 nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
 	$(BIN)/python -m pytest
 
-bench: .venv/installed ## the figures in docs/: base model, edits, ablation (about an hour)
-	$(BIN)/python benchmarks/base_model.py
-	$(BIN)/python benchmarks/safegen_edit.py
+bench: .venv/installed ## the figures in docs/, made again in a folder of their own (more than an hour)
+	$(BIN)/python benchmarks/required.py --out $(FIGURES)
+	$(BIN)/python benchmarks/ablation.py --out $(FIGURES)/ablation.jsonl
+	$(BIN)/python benchmarks/ablation.py --table $(FIGURES)/ablation.jsonl
+	$(BIN)/python benchmarks/judges.py
+	$(BIN)/python benchmarks/sheet.py --out $(FIGURES)/mini-sheet.png
 
 lint: .venv/installed ## ruff and mypy
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -43,25 +44,30 @@ def private_folder(out: Path, *, last: str) -> Iterator[Path]:
     and without `last`, which is moved at the very end and so marks the whole as finished. Any other end without success leaves nothing.
 
     Args:
-        out: folder to make; the one around it must exist.
-        last: name of the entry that is moved last.
+        out: folder to make, with the ones around it.
+        last: name of the entry that is moved last; the block must make it.
 
     Raises:
         BadFile: `out` exists, or cannot be written.
     """
     refuse_taken(out, last=last)
     tmp, moved, done = out / UNFINISHED, list[Path](), False
+    around = [folder for folder in out.parents if not folder.exists()]  # the nearest first
     try:
-        out.mkdir()
+        out.mkdir(parents=True)
     except FileExistsError:
         _refuse_existing(out, "folder")
         raise
     except OSError as error:
+        _remove_empty(around)
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
     try:
         tmp.mkdir()
         yield tmp
+        assert (tmp / last).exists(), f"the block did not make {last}"
         for entry in sorted(tmp.iterdir(), key=lambda path: path.name == last):
+            if os.path.lexists(out / entry.name):  # a file would be replaced without a word
+                raise FileExistsError(errno.EEXIST, f"someone else put {entry.name} there meanwhile")
             entry.rename(out / entry.name)
             moved.append(out / entry.name)
             done = entry.name == last
@@ -71,9 +77,8 @@ def private_folder(out: Path, *, last: str) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)
         if not done:
             for path in moved:  # not `out` as a whole: someone else may have put something there
-                shutil.rmtree(path, ignore_errors=True)
-            with suppress(OSError):
-                out.rmdir()
+                _remove(path)
+            _remove_empty([out, *around])
 
 
 def refuse_taken(out: Path, *, last: str) -> None:
@@ -118,3 +123,19 @@ def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
 def _refuse_existing(out: Path, kind: str) -> None:
     if os.path.lexists(out):
         raise BadFile(f"{out} exists already; name another {kind} or remove it")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders in this order, up to the first that cannot be removed."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

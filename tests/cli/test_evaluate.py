@@ -7,8 +7,6 @@ import shlex
 
 import pytest
 
-from safegen.cli import main as run
-
 PROTOCOL = """
 name = "few"
 concept = "skulls"
@@ -27,23 +25,6 @@ source = "mini:skulls"
 prompts = 2
 sha256 = "HASH"
 """
-
-
-@pytest.fixture
-def safegen(monkeypatch, capsys):
-    """Run a command; give its exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])
-        code = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = end.code or 0
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return call
 
 
 @pytest.fixture

@@ -2,29 +2,12 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from PIL import Image
 
-from safegen.cli import main as run
 from safegen.mini import bundle
-
-
-@pytest.fixture
-def safegen(monkeypatch, capsys):
-    """Run a command; give its exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])
-        code = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = end.code or 0
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return call
 
 
 def test_generate_draws_and_writes_how(safegen, tmp_path):
@@ -117,8 +100,10 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
     assert "not a safegen patch" in err
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_the_fast_demo_does_the_whole_job(safegen, tmp_path, preset):
+@pytest.mark.parametrize(("preset", "charts"), [("default", True), ("paper", False)])
+def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safegen, tmp_path, monkeypatch, preset, charts):
+    if not charts:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     out = tmp_path / "demo"
     few = ["--prompts", "2", "--set", "training.updates=4", "--set", "training.warmup=0"]
     code, text, err = safegen("demo", "--fast", "--preset", preset, *few, "--out", out)
@@ -131,6 +116,7 @@ def test_the_fast_demo_does_the_whole_job(safegen, tmp_path, preset):
             assert row[side]["concept"]["n"] == 2
             assert row[side]["concept"]["low"] <= row[side]["concept"]["value"] <= row[side]["concept"]["high"]
     page = (out / "report.html").read_text()
+    assert ("<svg" in page, "the chart of the losses needs matplotlib" in page) == (charts, not charts)
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert page.count("data:image/png;base64,") >= 4 * len(summary["lists"])
     with Image.open(out / "grid.png") as grid:

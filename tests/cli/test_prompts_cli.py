@@ -1,29 +1,17 @@
 """`safegen prompts show` as a user meets it."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-
-from safegen.cli import main as run
 
 HERE = Path(__file__).parents[1] / "data" / "prompts"
 
 
 @pytest.fixture
-def show(monkeypatch, capsys):
+def show(safegen):
     """Run `safegen prompts show`; give its exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["safegen", "prompts", "show", *map(str, words)])
-        code = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = end.code or 0
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return call
+    return partial(safegen, "prompts", "show")
 
 
 def test_show_says_dialect_counts_and_rows_and_keeps_the_texts_to_itself(show):

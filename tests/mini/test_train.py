@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from safegen.data.check import check
 from safegen.data.triplets import Triplets
+from safegen.errors import BadFile
 from safegen.mini import bundle, captions, world
 from safegen.mini.train.__main__ import main
+from safegen.mini.train.denoiser import cache_latents
 from safegen.mini.train.fit import fit
 from safegen.mini.train.pack import BENIGN_MARKS, turn
 from safegen.mini.train.scenes import OBJECTS, SHARES, Words, load_world, make_scenes, stage_world
@@ -77,6 +84,68 @@ def test_a_finished_stage_is_not_trained_again(trained):
     main(["--work", str(trained / "work"), "--stages", "clip", "--tiny"])
     assert (trained / "work" / "log.jsonl").read_text() == log
     assert (trained / "work" / "clip" / "model.safetensors").read_bytes() == before
+
+
+def kept(work):
+    """Latents, and the header of the file that keeps them."""
+    with safe_open(work / "latents.safetensors", "pt") as file:
+        return file.get_tensor("mean"), file.metadata()
+
+
+def copied(trained, tmp_path):
+    """The parts of a work folder that the latents are made of, and the latents."""
+    work = tmp_path / "work"
+    shutil.copytree(trained / "work" / "pipeline" / "vae", work / "pipeline" / "vae")
+    for name in ("world.npz", "latents.safetensors"):
+        shutil.copy(trained / "work" / name, work)
+    return work
+
+
+def test_latents_are_kept_while_what_made_them_is_the_same(trained, tmp_path):
+    work = copied(trained, tmp_path)
+    mean, header = kept(work)
+    save_file({"mean": mean + 1, "std": mean}, work / "latents.safetensors", header)  # so that what is kept is told from what is made
+    found, _ = cache_latents(work, load_world(work))
+    assert torch.equal(found, mean + 1)
+
+
+@pytest.mark.parametrize("change", ["weights", "scaling factor", "pictures"])
+def test_latents_of_another_autoencoder_or_other_pictures_are_made_anew(trained, tmp_path, change):
+    work = copied(trained, tmp_path)
+    mean, header = kept(work)
+    folder, data = work / "pipeline" / "vae", load_world(work)
+    vae = AutoencoderKL.from_pretrained(folder)
+    if change == "weights":
+        with torch.no_grad():
+            vae.quant_conv.bias.add_(1)
+    elif change == "scaling factor":
+        vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
+    else:
+        data["images"] = 255 - data["images"]
+    vae.save_pretrained(folder)
+    found, _ = cache_latents(work, data)
+    new, new_header = kept(work)
+    assert not torch.equal(found, mean)
+    assert torch.equal(found, new)
+    assert new_header["made_of"] != header["made_of"]
+    assert {p.name for p in work.iterdir()} == {"pipeline", "world.npz", "latents.safetensors"}
+    if change == "scaling factor":
+        torch.testing.assert_close(found, 2 * mean)
+
+
+def test_scenes_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
+    stage_world(tmp_path, n=3)
+    before = (tmp_path / "world.npz").read_bytes()
+
+    def half(file, **arrays):
+        file.write(b"PK half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numpy.savez", half)
+    with pytest.raises(BadFile, match="cannot be written: No space left on device"):
+        stage_world(tmp_path, n=5)
+    assert [p.name for p in tmp_path.iterdir()] == ["world.npz"]
+    assert (tmp_path / "world.npz").read_bytes() == before
 
 
 def regression(work, *, stop_at=None, steps=60):

@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from safegen.bench import report
 from safegen.bench.grid import sheet
 from safegen.bench.plan import Item, make_plan
+from safegen.bench.run_report import PAGE
 from safegen.bench.score import Scores, removal, score
 from safegen.concept import Concept, load_concept
 from safegen.data.triplets import Triplets
 from safegen.edit.base import Edit
 from safegen.edit.loop import Row
 from safegen.errors import BadSetting
-from safegen.files import fresh_file, fresh_folder
+from safegen.files import fresh_file, private_folder
 from safegen.judge import Verdict, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.change import mean_change
@@ -118,11 +119,13 @@ class Outcome:
 def run_demo(settings: DemoSettings, edit: Edit, out: Path, *, tell: Tell = lambda *_: None) -> Outcome:
     """Do the main job and write it to the new folder `out`: report.html, summary.json, grid.png, patch.safetensors, pictures/.
 
+    Nothing is written outside `out`, which is finished once it holds the report; only a kill leaves it behind unfinished.
+
     Raises:
-        BadFile: `out` exists.
+        BadFile: `out` exists or cannot be written.
         BadSetting: the concept has no bundled triplets.
     """
-    with fresh_folder(out) as folder:
+    with private_folder(out, last=PAGE) as folder:
         found = do_demo(settings, edit, tell=tell)
         write_demo(found, folder)
     return found
@@ -198,7 +201,7 @@ def write_demo(found: Outcome, folder: Path) -> None:
                 images[i].save(sub / f"{found.items[i].index:03d}-seed{found.items[i].seed}.png")
     with fresh_file(folder / "summary.json") as tmp:
         tmp.write_text(json.dumps(found.summary(), indent=1), encoding="utf-8")
-    with fresh_file(folder / "report.html") as tmp:
+    with fresh_file(folder / PAGE) as tmp:
         tmp.write_text(report.render(found), encoding="utf-8")
 
 

@@ -60,6 +60,10 @@ def _facts(found: Outcome) -> dict[str, Any]:
             }
         )
     changed = sum(v.numel() for v in found.patch.tensors.values())
+    try:
+        curves, why = loss_curves(found.log), ""
+    except MissingExtra as error:  # the work of minutes is not lost for want of a drawing
+        curves, why = "", f"{error}."
     return {
         "lists": lists,
         "concept": found.concept.name,
@@ -68,7 +72,8 @@ def _facts(found: Outcome) -> dict[str, Any]:
         "summary": summary,
         "seconds": found.seconds,
         "total": sum(found.seconds.values()),
-        "curves": loss_curves(found.log),
+        "curves": curves,
+        "no_curves": why,
         "percent": percent,
         "rate": rate,
         "changed": changed,
@@ -117,7 +122,7 @@ def loss_curves(log: Sequence[dict[str, float]]) -> str:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise MissingExtra("the report", "matplotlib", "report") from error
+        raise MissingExtra("the chart of the losses", "matplotlib", "report") from error
     terms = [k for k in log[0] if k.startswith("L_")]
     names = {"L_m": "unsafe picture → censored picture (L_m)", "L_p": "benign picture stays (L_p)"}
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "safegen", "font.family": "sans-serif", "font.size": 10}):

@@ -36,6 +36,8 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled 
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")]
+SHEET = "sheet.png"
+"""Contact sheet of the pictures that `generate` drew, which comes last."""
 
 
 @app.callback(invoke_without_command=True)
@@ -67,11 +69,11 @@ def generate(
     texts = _read_prompts(prompt, prompts)
     _quiet()
     from safegen.bench.grid import contact_sheet
-    from safegen.files import fresh_folder
+    from safegen.files import private_folder
     from safegen.models import Ask, Sampler, save_picture
     from safegen.models import generate as draw
 
-    with fresh_folder(out) as folder:
+    with private_folder(out, last=SHEET) as folder:
         loaded, patches = _load(model, patch or [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
         asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
         pictures = []
@@ -81,8 +83,8 @@ def generate(
                 save_picture(picture, folder / f"{ask.index:04d}.png", facts | {"patches": patches})
                 pictures.append(picture)
                 tell("drawing", len(pictures), len(asks))
-        contact_sheet(pictures, cell=max(96, min(256, loaded.size))).save(folder / "sheet.png")
-    typer.echo(f"{len(texts)} pictures and sheet.png in {out}")
+        contact_sheet(pictures, cell=max(96, min(256, loaded.size))).save(folder / SHEET)
+    typer.echo(f"{len(texts)} pictures and {SHEET} in {out}")
 
 
 @app.command()
@@ -156,8 +158,10 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Do the main job on the bundled miniature model: draw, edit, draw again, judge, report."""
-    if out.exists():
-        raise BadFile(f"{out} exists already; name another folder with --out, or remove it")
+    from safegen.bench.run_report import PAGE
+    from safegen.files import refuse_taken
+
+    refuse_taken(out, last=PAGE)
     _quiet()
     _set_threads(threads)
     from safegen.api import make_edit
@@ -168,7 +172,7 @@ def demo(
     with _progress() as tell:
         found = run_demo(settings, make_edit("safegen", preset, concept=concept, **changes), out, tell=tell)
     _show(found.summary())
-    typer.echo(f"\nreport: {(out / 'report.html').resolve()}")
+    typer.echo(f"\nreport: {(out / PAGE).resolve()}")
 
 
 def _show(summary: dict[str, Any]) -> None:

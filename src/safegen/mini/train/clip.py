@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from safegen.files import fresh_folder
 from safegen.mini import networks
 from safegen.mini.train.fit import SEED, fit
 from safegen.mini.train.scenes import Words, load_world, to_unit
@@ -21,7 +22,8 @@ def stage_clip(work: Path, *, steps: int = 900) -> None:
     words = Words(data)
     folder = work / "pipeline" / "tokenizer"
     if not folder.exists():
-        networks.build_tokenizer(words.texts[:-1]).save_pretrained(folder)
+        with fresh_folder(folder) as tmp:
+            networks.build_tokenizer(words.texts[:-1]).save_pretrained(tmp)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(words.texts, padding="max_length", truncation=True).input_ids)
     clip = networks.build_clip(tokenizer)

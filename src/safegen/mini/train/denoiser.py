@@ -9,10 +9,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from safegen.files import fresh_file
+from safegen.hashes import hash_tensors
 from safegen.mini import networks
 from safegen.mini.train.fit import SEED, fit
 from safegen.mini.train.scenes import Words, load_world, to_unit
@@ -75,18 +79,27 @@ def fit_denoiser(name: str, work: Path, unet: UNet2DConditionModel, steps: int, 
 
 @torch.no_grad()
 def cache_latents(work: Path, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the posterior means and deviations of every training scene, scaled; kept in `work` as they do not change."""
-    path = work / "latents.pt"
-    if not path.exists():
-        vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(memory_format=torch.channels_last)
-        scale = vae.config.scaling_factor
+    """Return the posterior means and deviations of every training scene, scaled, each (n, 4, 16, 16).
+
+    They are kept in `work`/latents.safetensors, under the hash of the autoencoder and the pictures: those of others are made anew.
+    """
+    path = work / "latents.safetensors"
+    vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(memory_format=torch.channels_last)
+    scale = vae.config.scaling_factor
+    made_of = hash_tensors(vae.state_dict() | {"images": data["images"], "scaling factor": torch.tensor(scale, dtype=torch.float64)})
+    if not path.exists() or _made_of(path) != made_of:
         with torch.autocast("cpu", torch.bfloat16):
             found = [vae.encode(to_unit(b)).latent_dist for b in data["images"].split(100)]
-        torch.save(
-            {"mean": torch.cat([q.mean.float() for q in found]) * scale, "std": torch.cat([q.std.float() for q in found]) * scale}, path
-        )
-    both = torch.load(path, weights_only=True)
+        both = {"mean": torch.cat([q.mean.float() for q in found]) * scale, "std": torch.cat([q.std.float() for q in found]) * scale}
+        with fresh_file(path, replace=True) as tmp:
+            save_file({k: v.contiguous() for k, v in both.items()}, tmp, {"made_of": made_of})
+    both = {k: v.to(memory_format=torch.channels_last) for k, v in load_file(path).items()}  # as they came, and the denoiser with them
     return both["mean"], both["std"]
+
+
+def _made_of(path: Path) -> str | None:
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("made_of")
 
 
 @torch.no_grad()

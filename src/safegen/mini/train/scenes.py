@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safegen.files import fresh_file
 from safegen.mini import captions, world
 from safegen.mini.train.fit import SEED
 
@@ -34,14 +35,15 @@ def stage_world(work: Path, *, n: int = 24_000, objects: Sequence[str] = ()) -> 
     for i, s in enumerate(scenes):
         for j, box in enumerate(world.boxes(s)):
             boxes[i, j] = box
-    np.savez(
-        work / "world.npz",
-        images=np.stack([world.draw(s) for s in scenes]),
-        objects=np.array([OBJECTS.index(s.object) for s in scenes]),
-        places=np.array([PLACES.index(s.background) for s in scenes]),
-        attributes=np.array([MARKS.index(s.attribute) if s.attribute else -1 for s in scenes]),
-        boxes=boxes,
-    )
+    with fresh_file(work / "world.npz", replace=True) as tmp, tmp.open("wb") as file:  # given a path, numpy would add an ending
+        np.savez(
+            file,
+            images=np.stack([world.draw(s) for s in scenes]),
+            objects=np.array([OBJECTS.index(s.object) for s in scenes]),
+            places=np.array([PLACES.index(s.background) for s in scenes]),
+            attributes=np.array([MARKS.index(s.attribute) if s.attribute else -1 for s in scenes]),
+            boxes=boxes,
+        )
 
 
 def load_world(work: Path) -> dict[str, Tensor]:

@@ -1,0 +1,24 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import pytest
+
+from safegen.cli import main as run
+
+
+@pytest.fixture
+def safegen(monkeypatch, capsys):
+    """Run a command; give its exit code, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])
+        code = 0
+        try:
+            run()
+        except SystemExit as end:
+            code = end.code or 0
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return call

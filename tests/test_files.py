@@ -1,0 +1,87 @@
+"""Writing files so that nothing half-written is ever taken for finished."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from safegen.errors import BadFile
+from safegen.files import UNFINISHED, is_unfinished, private_folder
+
+
+def below(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def fill(folder: Path) -> None:
+    """Make two files, a folder, and the last file."""
+    (folder / "a.png").write_text("a")
+    (folder / "b").mkdir()
+    (folder / "b" / "c.png").write_text("c")
+    (folder / "d.png").write_text("d")
+    (folder / "end.html").write_text("end")
+
+
+def test_a_private_folder_and_those_around_it_come_into_being(tmp_path):
+    out = tmp_path / "new" / "newer" / "out"
+    with private_folder(out, last="end.html") as folder:
+        assert folder == out / UNFINISHED
+        fill(folder)
+        assert is_unfinished(out, last="end.html")
+    assert below(out) == ["a.png", "b", "b/c.png", "d.png", "end.html"]
+    assert not is_unfinished(out, last="end.html")
+
+
+def make(out: Path, then: Callable[[Path], object]) -> None:
+    """Fill a private folder, and do something more before its block ends."""
+    with private_folder(out, last="end.html") as folder:
+        fill(folder)
+        then(folder)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_raises_leaves_neither_the_folder_nor_those_around_it(tmp_path, error):
+    def fail(folder: Path) -> None:
+        raise error
+
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BadFile if isinstance(error, OSError) else type(error)):
+        make(tmp_path / "mine" / "new" / "out", fail)
+    assert below(tmp_path) == ["mine"]
+
+
+@pytest.mark.parametrize("theirs", ["b", "d.png", "end.html"])
+def test_what_has_moved_is_taken_back_and_what_is_someone_elses_is_kept(tmp_path, theirs):
+    out = tmp_path / "out"
+    with pytest.raises(BadFile, match=f"out cannot be written: someone else put {theirs} there meanwhile"):
+        make(out, lambda _: (out / theirs).write_text("keep me"))
+    assert below(out) == [theirs]
+    assert (out / theirs).read_text() == "keep me"
+
+
+def test_a_link_that_has_moved_is_taken_back_and_its_target_kept(tmp_path):
+    def link(folder: Path) -> None:
+        (folder / "c").symlink_to(tmp_path / "target")
+        (tmp_path / "out" / "end.html").mkdir()
+
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "precious.txt").write_text("keep me")
+    with pytest.raises(BadFile, match="out cannot be written"):
+        make(tmp_path / "out", link)
+    assert below(tmp_path) == ["out", "out/end.html", "target", "target/precious.txt"]
+
+
+def test_a_block_that_forgets_its_last_entry_is_our_bug_and_leaves_nothing(tmp_path):
+    with pytest.raises(AssertionError, match=r"did not make end\.html"):
+        make(tmp_path / "out", lambda folder: (folder / "end.html").unlink())
+    assert below(tmp_path) == []
+
+
+def test_a_folder_below_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises(BadFile, match="out cannot be written: Not a directory"):
+        make(tmp_path / "file" / "out", fill)
+    assert below(tmp_path) == ["file"]
