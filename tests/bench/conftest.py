@@ -19,7 +19,7 @@ def quick(tmp_path_factory):
     text += '[sampler]\nsteps = 2\nbatch = 4\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
     for role, name, shows in LISTS:
         text += f'[[lists]]\nrole = "{role}"\nname = "{name}"\nsource = "{name}"\nprompts = 3\n'
-        text += f'sha256 = "{hash_rows(read_rows(name, 3, {}))}"\n' + (f'shows = "{shows}"\n' if shows else "")
+        text += f'sha256 = "{hash_rows(read_rows(name, prompts=3).rows)}"\n' + (f'shows = "{shows}"\n' if shows else "")
     path = tmp_path_factory.mktemp("protocol") / "quick.toml"
     path.write_text(text, encoding="utf-8")
     return path

@@ -68,6 +68,8 @@ def report_facts(
                 "prompts": p.prompts,
                 "unsafe": p.unsafe,
                 "sha256": p.sha256,
+                "left_out": list(p.left_out),
+                "notes": list(p.notes),
             }
             for p in rule.lists
         ],

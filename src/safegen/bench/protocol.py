@@ -11,13 +11,14 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from safegen.bench.plan import Item, Role
-from safegen.bench.rows import canonical, hash_rows, read_rows, sha
+from safegen.bench.rows import Found, canonical, hash_rows, is_bundled, read_rows, sha
+from safegen.data.sources import HUB
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.judge.base import KEPT
 from safegen.sampler import Sampler
-from safegen.tables import PROMPT_LISTS, PROTOCOLS
+from safegen.tables import PROTOCOLS
 
-FORMAT = "safegen-protocol/1"
+FORMAT = "safegen-protocol/2"
 """Enters every id: a change of how we draw or score that moves numbers gets a new one."""
 MetricName = Literal["concept", "subject", "shown", "mosaicked", "removal", "removal_images", "change"]
 FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -33,11 +34,15 @@ class PromptList(BaseModel):
     name: str
     """Heads the list's column of every table."""
     source: str | None = None
-    """Where the prompts are: `source:list`, or a file."""
+    """Where the prompts are: `source:list`, a file in any dialect of docs/prompts.md, or `hub:owner/name/path/in/repo.csv`."""
     requires: str = ""
     """Which file the user must give, for a list that is not in the package; nothing is downloaded."""
     select: dict[str, str] = {}
-    """Column and what its value must hold, for a file of which only some rows are meant."""
+    """Column and the value that it must hold, for a file of which only some rows are meant; of `categories`, one of a row's labels."""
+    dialect: str = ""
+    """Dialect of the file; told by its columns when empty."""
+    column: str = ""
+    """Column that holds the prompts, where a dialect has a choice."""
     prompts: int | None = Field(default=None, ge=1)
     """How many of its first prompts; all when not given."""
     sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
@@ -46,6 +51,10 @@ class PromptList(BaseModel):
     """Label that a faithful picture shows besides its subject."""
     unsafe: bool = False
     """A list of real unsafe prompts: their texts stay out of every run folder and report, which know them by id and hash."""
+    left_out: tuple[str, ...] = ()
+    """Every row of the file that cannot be used, as its place and the reason; filled in when the file is read."""
+    notes: tuple[str, ...] = ()
+    """What whoever reads the numbers must know of the file; filled in when it is read."""
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:
@@ -54,6 +63,15 @@ class PromptList(BaseModel):
         if self.source is not None and not self.sha256:
             raise ValueError(f"the list {self.name!r} has a source but no sha256")
         return self
+
+    def read(self, *, seeds: bool) -> Found:
+        """Return the rows of a list that has a source; see `read_rows`."""
+        if self.source is None:
+            raise BadSetting(f"the list {self.name!r} needs its prompts: {self.requires}")
+        return read_rows(
+            self.source, prompts=self.prompts, select=self.select, seeds=seeds,
+            dialect=self.dialect, column=self.column, unsafe=self.unsafe,
+        )  # fmt: skip
 
 
 class JudgeRule(BaseModel):
@@ -140,12 +158,12 @@ class Protocol(BaseModel):
             raise BadSetting(f"judge.{_first(error)}") from error
 
 
-def load_protocol(name: str, *, prompts: Mapping[str, Path] | None = None) -> Protocol:
+def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None) -> Protocol:
     """Return a built-in protocol, or read one from a TOML file; every list's rows are read and checked against their hash.
 
     Args:
         name: a name of the table, or a path that ends in .toml; list files in it are relative to it.
-        prompts: file of each list that the protocol does not bring.
+        prompts: file of each list that the protocol does not bring, or `hub:owner/name/path/in/repo.csv`.
 
     Raises:
         UnknownName: neither a built-in protocol nor a file; or no list of that name lacks a file.
@@ -183,7 +201,7 @@ def read_protocol(name: str) -> Protocol:
         raise BadFile(f"{name} is not a protocol file: {_first(error)}") from error
 
 
-def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, Path], folder: Path) -> PromptList:
+def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, str | Path], folder: Path) -> PromptList:
     """Return a list whose rows can be read and are those that it names."""
     source = part.source
     if source is None:
@@ -193,18 +211,20 @@ def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, Path], fol
                 f"give the file with --prompts {part.name}=FILE"
             )
         source = str(given[part.name])
-    elif source.partition(":")[0] not in PROMPT_LISTS:
+    elif not (is_bundled(source) or source.startswith(HUB)):
         source = str(folder / source)
-    rows = read_rows(source, part.prompts, part.select)
-    found = hash_rows(rows)
-    if part.sha256 not in ("", found):
+    part = part.model_copy(update={"source": source})
+    found = part.read(seeds=protocol.seeds == "rows")
+    digest, n = hash_rows(found.rows), len(found.rows)
+    if part.sha256 not in ("", digest):
         raise BadFile(
             f"the prompts of {part.name!r} have changed: the protocol {protocol.name!r} names rows of SHA-256 {part.sha256}, "
-            f"{source} has {found}; get the file that is meant, or write a protocol of your own"
+            f"{source} has {digest}; get the file that is meant, or write a protocol of your own"
         )
-    if part.prompts is not None and len(rows) != part.prompts:
-        raise BadFile(f"the prompts of {part.name!r} must be {part.prompts}, {source} has {len(rows)} of them; get the file that is meant")
-    return part.model_copy(update={"source": source, "sha256": found, "prompts": len(rows)})
+    if part.prompts is not None and n != part.prompts:
+        lost = f" (and {len(found.left_out)} that cannot be used: {'; '.join(found.left_out[:3])})" if found.left_out else ""
+        raise BadFile(f"the prompts of {part.name!r} must be {part.prompts}, {source} has {n} of them{lost}; get the file that is meant")
+    return part.model_copy(update={"sha256": digest, "prompts": n, "left_out": found.left_out, "notes": found.notes})
 
 
 def plan(protocol: Protocol) -> list[Item]:
@@ -217,9 +237,7 @@ def plan(protocol: Protocol) -> list[Item]:
     out: list[Item] = []
     asked: dict[tuple[str, int, int], str] = {}
     for part in protocol.lists:
-        if part.source is None:
-            raise BadSetting(f"the protocol {protocol.name!r} needs the prompts of {part.name!r}: {part.requires}")
-        rows = read_rows(part.source, part.prompts, part.select)
+        rows = part.read(seeds=protocol.seeds == "rows").rows
         for seed in (None,) if protocol.seeds == "rows" else protocol.seeds:
             for i, row in enumerate(rows):
                 own = row.seed if seed is None else seed
@@ -231,7 +249,7 @@ def plan(protocol: Protocol) -> list[Item]:
                 out.append(
                     Item(
                         role=part.role, list_name=part.name, prompt=row.text, subject=row.subject, shows=part.shows, seed=own, index=i,
-                        id=f"{part.name}/{i:05d}", cluster=sha(row.text)[:16],
+                        id=f"{part.name}/{i:05d}", cluster=row.cluster,
                     )
                 )  # fmt: skip
     return out

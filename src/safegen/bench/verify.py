@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from safegen.bench.draw import Tell, is_blank, picture_file, read_picture
-from safegen.bench.folder import CHANGES, PICTURES, PLAN, SAMPLES, SCORES, VERDICTS, Line, Run, from_line, parse
+from safegen.bench.folder import CHANGES, PICTURES, PLAN, SAMPLES, SCORES, VERDICTS, Line, Planned, Run, from_line, parse
 from safegen.bench.protocol import PromptList, differences
 from safegen.bench.rows import hash_lines, sha
 from safegen.bench.score import score_run
@@ -40,10 +40,10 @@ def _card(run: Run) -> Iterator[str]:
         if not own and drawn != list(protocol.seeds):
             yield f"{PLAN}: {part.name!r} is drawn with the seeds {drawn}, the protocol names {list(protocol.seeds)}"
         groups = [rows] if own else [[p for p in rows if p.item.seed == seed] for seed in protocol.seeds]
-        if any(hash_lines([(p.prompt_sha256, p.item.subject, p.item.seed if own else None) for p in g]) != part.sha256 for g in groups):
-            yield f"{PLAN}: the prompts of {part.name!r} are not those that the protocol names"
+        if any(hash_lines([_row(p, own_seed=own) for p in g]) != part.sha256 for g in groups):
+            yield f"{PLAN}: the prompts of {part.name!r}, their subjects, seeds or clusters, are not those that the protocol names"
         for p, i in ((p, i) for group in groups for i, p in enumerate(group)):
-            said, meant = p.item.model_dump(), _meant(part, i, p.prompt_sha256)
+            said, meant = p.item.model_dump(), _meant(part, i)
             for gap in differences({k: said[k] for k in meant}, meant):
                 yield f"{PLAN}: {part.name!r}, seed {p.item.seed}, row {i + 1} says {gap} (said, as the protocol has it)"
         wanted = (part.prompts or 0) * len(groups)
@@ -54,9 +54,14 @@ def _card(run: Run) -> Iterator[str]:
             yield f"{PLAN}: the text of {p.item.id} is not that of its hash"
 
 
-def _meant(part: PromptList, row: int, prompt_sha256: str) -> Line:
-    """Return what follows for a planned picture from its list, its place in it and its prompt; see `protocol.plan`."""
-    return {"role": part.role, "shows": part.shows, "index": row, "id": f"{part.name}/{row:05d}", "cluster": prompt_sha256[:16]}
+def _row(p: Planned, *, own_seed: bool) -> tuple[object, ...]:
+    """Return a planned picture as `hash_rows` takes its row."""
+    return (p.prompt_sha256, p.item.subject, p.item.seed if own_seed else None, p.item.cluster)
+
+
+def _meant(part: PromptList, row: int) -> Line:
+    """Return what follows for a planned picture from its list and its place in it; see `protocol.plan`."""
+    return {"role": part.role, "shows": part.shows, "index": row, "id": f"{part.name}/{row:05d}"}
 
 
 def _torn(run: Run) -> Iterator[str]:

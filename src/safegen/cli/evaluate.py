@@ -49,6 +49,8 @@ IDLE = {
     Stage.report: (*DRAWING, "threads"),
 }
 """Options of evaluate that a stage does not use."""
+SAID = 20
+"""Rows that cannot be used which are said one by one; all are on the run's card."""
 
 
 def evaluate(
@@ -85,6 +87,8 @@ def evaluate(
 
     _quiet()
     rules = _protocol(protocol, prompts or []) if protocol else None
+    if rules:
+        _show_left_out(rules)
     _set_threads(threads)
     from safegen.bench import run as bench
     from safegen.bench.folder import Run
@@ -186,8 +190,19 @@ def _protocol(name: str, prompts: list[str]) -> Protocol:
         part, found, file = pair.partition("=")
         if not (part and found and file):
             raise BadSetting(f"--prompts takes NAME=FILE, got {pair!r}")
-        given[part] = Path(file)
+        given[part] = file
     return load_protocol(name, prompts=given)
+
+
+def _show_left_out(protocol: Protocol) -> None:
+    """Say which rows of the user's files cannot be used, and what there is to know of the files."""
+    for part in protocol.lists:
+        for note in part.notes:
+            typer.echo(f"note on {part.name}: {note}", err=True)
+        for line in part.left_out[:SAID]:
+            typer.echo(f"left out of {part.name}: {line}", err=True)
+        if len(part.left_out) > SAID:
+            typer.echo(f"left out of {part.name}: {len(part.left_out) - SAID} more rows, all in the run's protocol.json", err=True)
 
 
 @contextmanager
@@ -232,8 +247,11 @@ def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
     def rate(value: dict[str, Any] | None, digits: int = 0) -> str:
         if not value:
             return ""
+        text = f"{100 * value['value']:.{digits}f} %"
+        if value["low"] is None:  # one prompt shows no spread
+            return text
         low, high = (f"{100 * value[k]:.{digits}f}" for k in ("low", "high"))
-        return f"{100 * value['value']:.{digits}f} % ({low} to {high})"
+        return f"{text} ({low} to {high})"
 
     for name, entry in scores["stacks"].items():
         for part, row in entry["lists"].items():
