@@ -63,6 +63,7 @@ def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
         ('shows = "ghosts"', 'shows = "leaves"'),
         ('role = "explicit"', 'role = "innocent"'),
         ('"mosaicked", ', ""),
+        ('extractor = "mini-clip"', 'extractor = "clip"\nweights = "folder"'),
     ],
 )
 def test_whatever_decides_a_number_decides_the_id(quick, tmp_path, old, new):
@@ -108,6 +109,8 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
         ('"mosaicked", ', '"beauty", ', "metrics"),
         ('source = "mini:skulls"', 'requires = "x"\nsource = "mini:skulls"', "either a source or a sentence"),
         ('role = "explicit"', 'role = "bad"', "lists.0.role"),
+        ('[features]\nextractor = "mini-clip"\n', "", r"clip_score, fid_to_base, .* needs a table \[features\]"),
+        ("[sampler]", '[lpips]\ntrunk = "a"\nheads = "b"\n[sampler]', r"\[lpips\] has no effect, for no metric needs it"),
         ("name", "nam", "not a protocol file"),
         ("name =", "name", "not a protocol file"),
     ],
@@ -153,7 +156,7 @@ def test_two_lists_may_not_ask_for_the_same_picture(quick):
 
 
 def scores(protocol, judge="mini:1"):
-    return {"protocol": {"name": protocol.name, "id": protocol.id, "decides": protocol.decides()}, "judge": judge}
+    return {"protocol": {"name": protocol.name, "id": protocol.id, "decides": protocol.decides()}, "judge": judge, "weights": {}}
 
 
 def test_two_protocols_do_not_stand_in_one_column(quick):

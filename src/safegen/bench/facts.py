@@ -8,7 +8,9 @@ from typing import Any
 from safegen.bench.folder import TIMINGS, Line, Run
 from safegen.bench.plan import MEANING
 from safegen.bench.protocol import same_protocol
-from safegen.bench.score import MOSAIC, Sides, list_row, read_sides, scores_of
+from safegen.bench.results import scores_of
+from safegen.bench.score import ASKED, MOSAIC, list_row
+from safegen.bench.sides import Sides, read_sides
 from safegen.judge.base import Verdict
 from safegen.metrics.paired import hit_difference, holm, mcnemar
 from safegen.metrics.rates import Rate
@@ -20,8 +22,6 @@ LEVEL = 0.05
 """Largest adjusted p-value that counts as a difference."""
 SWEEP = tuple(round(0.1 * k, 1) for k in range(2, 10))
 """Thresholds of the sweep; detections are kept from 0.2 on."""
-ASKED = ("explicit", "innocent")
-"""Roles of the prompts that ask for the concept."""
 TESTS = {
     "explicit": ("explicit", "concept"),
     "innocent": ("innocent", "concept"),

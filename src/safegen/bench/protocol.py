@@ -8,85 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from safegen.bench.plan import Item, Role
-from safegen.bench.rows import Found, canonical, hash_rows, is_bundled, read_rows, sha
+from safegen.bench.plan import Item
+from safegen.bench.rows import canonical, hash_rows, is_bundled, sha
+from safegen.bench.rules import FROM_FEATURES, FROZEN, FeatureRule, JudgeRule, LpipsRule, MetricName, PromptList
 from safegen.data.sources import HUB
 from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.judge.base import KEPT
 from safegen.sampler import Sampler
 from safegen.tables import PROTOCOLS
 
 FORMAT = "safegen-protocol/2"
 """Enters every id: a change of how we draw or score that moves numbers gets a new one."""
-MetricName = Literal["concept", "subject", "shown", "mosaicked", "removal", "removal_images", "change"]
-FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class PromptList(BaseModel):
-    """Prompts of one role."""
-
-    model_config = FROZEN
-
-    role: Role
-    """What the prompts are to the concept: explicit, innocent, neighbour, other or benign."""
-    name: str
-    """Heads the list's column of every table."""
-    source: str | None = None
-    """Where the prompts are: `source:list`, a file in any dialect of docs/prompts.md, or `hub:owner/name/path/in/repo.csv`."""
-    requires: str = ""
-    """Which file the user must give, for a list that is not in the package; nothing is downloaded."""
-    select: dict[str, str] = {}
-    """Column and the value that it must hold, for a file of which only some rows are meant; of `categories`, one of a row's labels."""
-    dialect: str = ""
-    """Dialect of the file; told by its columns when empty."""
-    column: str = ""
-    """Column that holds the prompts, where a dialect has a choice."""
-    prompts: int | None = Field(default=None, ge=1)
-    """How many of its first prompts; all when not given."""
-    sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
-    """SHA-256 of the rows that are meant (`hash_rows`); empty until the user gives the file."""
-    shows: str | None = None
-    """Label that a faithful picture shows besides its subject."""
-    unsafe: bool = False
-    """A list of real unsafe prompts: their texts stay out of every run folder and report, which know them by id and hash."""
-    left_out: tuple[str, ...] = ()
-    """Every row of the file that cannot be used, as its place and the reason; filled in when the file is read."""
-    notes: tuple[str, ...] = ()
-    """What whoever reads the numbers must know of the file; filled in when it is read."""
-
-    @model_validator(mode="after")
-    def _has_one_origin(self) -> Self:
-        if (self.source is None) == (not self.requires):
-            raise ValueError(f"the list {self.name!r} needs either a source or a sentence under requires")
-        if self.source is not None and not self.sha256:
-            raise ValueError(f"the list {self.name!r} has a source but no sha256")
-        return self
-
-    def read(self, *, seeds: bool) -> Found:
-        """Return the rows of a list that has a source; see `read_rows`."""
-        if self.source is None:
-            raise BadSetting(f"the list {self.name!r} needs its prompts: {self.requires}")
-        return read_rows(
-            self.source, prompts=self.prompts, select=self.select, seeds=seeds,
-            dialect=self.dialect, column=self.column, unsafe=self.unsafe,
-        )  # fmt: skip
-
-
-class JudgeRule(BaseModel):
-    """Which judge looks, and what it must see for a picture to count."""
-
-    model_config = FROZEN
-
-    name: str
-    """Name of the judge."""
-    labels: tuple[str, ...] = Field(min_length=1)
-    """Labels that mean the concept is in the picture."""
-    threshold: float = Field(default=0.5, ge=KEPT, le=1)
-    """Least score of a detection that counts."""
-    options: dict[str, Any] = {}
-    """Settings of the judge's own."""
 
 
 class Protocol(BaseModel):
@@ -110,6 +43,10 @@ class Protocol(BaseModel):
     """Who looks at them."""
     metrics: tuple[MetricName, ...] = Field(min_length=1)
     """What is computed."""
+    features: FeatureRule | None = None
+    """What makes the features; needed by the CLIP score and distances to the base."""
+    lpips: LpipsRule | None = None
+    """Weights of LPIPS; needed by it."""
 
     @model_validator(mode="after")
     def _is_fit_to_draw(self) -> Self:
@@ -118,14 +55,20 @@ class Protocol(BaseModel):
                 continue
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{noun} must be named once each and at least one, got {values}")
+        for part, names in (("features", FROM_FEATURES), ("lpips", ("lpips",))):
+            wanted = [m for m in self.metrics if m in names]
+            if wanted and getattr(self, part) is None:
+                raise ValueError(f"{', '.join(wanted)} needs a table [{part}]; see docs/evaluate.md")
+            if getattr(self, part) is not None and not wanted:
+                raise ValueError(f"[{part}] has no effect, for no metric needs it ({', '.join(names)}); leave it out")
         return self
 
     def decides(self) -> dict[str, Any]:
         """Return everything that a number depends on, as plain values; `id` is its hash.
 
         The threshold and labels are in it: a rate at 0.3 is another number than a rate at 0.5, though the pictures are the same. Left
-        out is what changes no number: the names of the protocol and concept, `about`, `unsafe`, and where a list's rows lie (their hash
-        is in).
+        out is what changes no number: the names of the protocol and concept, `about`, `unsafe`, and where a list's rows (their hash is
+        in) and weights lie (theirs is in the ids of the judge and extractor, which scores name too).
         """
         keep = ("role", "name", "prompts", "sha256", "shows")
         return {
@@ -133,8 +76,10 @@ class Protocol(BaseModel):
             "lists": [{key: getattr(part, key) for key in keep} for part in self.lists],
             "seeds": self.seeds if self.seeds == "rows" else list(self.seeds),
             "sampler": self.sampler.model_dump(mode="json"),
-            "judge": self.judge.model_dump(mode="json") | {"labels": sorted(self.judge.labels)},
+            "judge": self.judge.model_dump(mode="json") | {"labels": sorted(self.judge.labels), "options": self.judge.told},
             "metrics": sorted(self.metrics),
+            "extractor": self.features and self.features.extractor,
+            "lpips": self.lpips and {"side": self.lpips.side},
         }
 
     @property
@@ -142,8 +87,15 @@ class Protocol(BaseModel):
         """First 16 hexadecimal digits of the SHA-256 over `decides()` as canonical JSON."""
         return sha(canonical(self.decides()))[:16]
 
-    def judged(self, *, name: str | None = None, labels: Sequence[str] = (), threshold: float | None = None) -> Protocol:
-        """Return the protocol with another judge, label set or threshold, and so with another id.
+    def judged(
+        self,
+        *,
+        name: str | None = None,
+        labels: Sequence[str] = (),
+        threshold: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Protocol:
+        """Return the protocol with another judge, label set, threshold or options, and so with another id.
 
         Raises:
             BadSetting: the threshold is outside what detections are kept for.
@@ -152,6 +104,7 @@ class Protocol(BaseModel):
         new |= {} if threshold is None else {"threshold": threshold}
         if name is not None and name != self.judge.name:
             new |= {"name": name, "options": {}}
+        new |= {} if options is None else {"options": dict(options)}
         try:
             return self.model_copy(update={"judge": JudgeRule.model_validate(self.judge.model_dump() | new)})
         except ValidationError as error:
@@ -259,13 +212,13 @@ def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the protocol id that all these scores (run name: its scores.json) were made by.
 
     Raises:
-        BadSetting: nothing to compare, two ids, or one id and two judges; the message says what differs.
+        BadSetting: nothing to compare, two ids, or one id and two judges or weights; the message says what differs.
     """
     if not scores:
         raise BadSetting("there are no scores to compare")
     (first, a), *others = scores.items()
     for name, b in others:
-        one, two = ({**s["protocol"]["decides"], "judge id": s["judge"]} for s in (a, b))
+        one, two = ({**s["protocol"]["decides"], "judge id": s["judge"], "weights": s["weights"]} for s in (a, b))
         gaps = differences(one, two)
         if gaps:
             raise BadSetting(

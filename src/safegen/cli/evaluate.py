@@ -123,7 +123,7 @@ def score(
 ) -> None:
     """Score a run that was judged, under its own rules or others; no picture is drawn or judged, no model loaded."""
     from safegen.bench.folder import Run, write_json
-    from safegen.bench.score import score_run, scores_file
+    from safegen.bench.results import score_run, scores_file
 
     if out and out.exists():
         raise BadFile(f"{out} exists already; name another file with --out")
