@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safegen.bench.folder import TIMINGS, Line, Run
+from safegen.bench.further import further
 from safegen.bench.plan import MEANING
 from safegen.bench.protocol import same_protocol
 from safegen.bench.results import scores_of
@@ -17,7 +18,7 @@ from safegen.metrics.rates import Rate
 from safegen.metrics.removal import removal_table
 from safegen.tables import expand_labels
 
-FORMAT = "safegen-report/1"
+FORMAT = "safegen-report/2"
 LEVEL = 0.05
 """Largest adjusted p-value that counts as a difference."""
 SWEEP = tuple(round(0.1 * k, 1) for k in range(2, 10))
@@ -54,7 +55,7 @@ def report_facts(
     rule, rows, many = first.rule, list[Line](), len(runs) > 1
     for name, run in runs.items():
         rows += _stack_rows(run, read[name], f"{name}: " if many else "", name)
-    return {
+    facts: Line = {
         "format": FORMAT,
         "protocol": {"name": rule.name, "id": id_, "about": rule.about, "concept": rule.concept, "decides": rule.decides()},
         "judge": first.judge,
@@ -77,8 +78,10 @@ def report_facts(
         "level": LEVEL,
         "stacks": rows,
         "notes": _notes(first, rows),
+        "weights": first.weights,
         "scores": scores,
-    }, read
+    }
+    return facts | {"further": further(facts)}, read
 
 
 def _card(run: Run) -> Line:

@@ -37,16 +37,19 @@ class Baselines(StrEnum):
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Judge = Annotated[str | None, typer.Option(help="Another judge than the protocol's, by name or id.")]
+JudgeOption = Annotated[
+    list[str] | None, typer.Option(help="key=value: an option of the judge (docs/judges.md), in place of the protocol's; repeat it.")
+]
 Label = Annotated[list[str] | None, typer.Option("--label", help="A label of the judge that means the concept; repeat it.")]
 
 
 DRAWING = ("protocol", "stack", "prompts", "baselines", "device", "dtype", "allow_pickle")
 IDLE = {
-    Stage.all: ("judge", "label"),
-    Stage.generate: ("judge", "label"),
+    Stage.all: ("judge", "label", "judge_option"),
+    Stage.generate: ("judge", "label", "judge_option"),
     Stage.judge: DRAWING,
-    Stage.score: (*DRAWING, "threads"),
-    Stage.report: (*DRAWING, "threads"),
+    Stage.score: (*DRAWING, "threads", "judge_option"),
+    Stage.report: (*DRAWING, "threads", "judge_option"),
 }
 """Options of evaluate that a stage does not use."""
 SAID = 20
@@ -65,6 +68,7 @@ def evaluate(
     baselines: Annotated[Baselines, typer.Option(help="Also draw with a negative prompt and black pictures, or not.")] = Baselines.all,
     judge: Judge = None,
     label: Label = None,
+    judge_option: JudgeOption = None,
     device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")] = None,
@@ -77,6 +81,7 @@ def evaluate(
     idle = [f"--{name.replace('_', '-')}" for name in IDLE.get(stage, ()) if _given(context, name)]
     if idle:
         raise BadSetting(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
+    options = _options(judge_option or [])
     if stage == Stage.score:
         score(out, judge=judge, label=label)
         return
@@ -97,8 +102,8 @@ def evaluate(
     stacks = [load_stack(spec) for spec in stack or []]
     with _stoppable(out), _one_line_warnings(), _progress() as tell:
         if rules is None:
-            seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), tell=tell)
-            typer.echo(f"judged by {seen_by}; score it with: safegen score {out} --judge {seen_by}")
+            seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), options=options or None, tell=tell)
+            typer.echo(f"judged by {seen_by}; score it with: safegen score {out} --judge '{seen_by}'")
             return
         shelf = Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
@@ -180,6 +185,24 @@ def _given(context: typer.Context, name: str) -> bool:
     """Return whether an option was written, and is not merely its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """Turn `key=value` into options of a judge; a value is JSON (a number, a list, true), or else the text as it stands."""
+    import json
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, found, text = pair.partition("=")
+        if not (key and found):
+            raise BadSetting(f"--judge-option takes key=value, got {pair!r}")
+        if key in ("labels", "threshold"):
+            raise BadSetting(f"{key} is no option of a judge; say it with {'--label' if key == 'labels' else 'safegen score --threshold'}")
+        try:
+            out[key] = json.loads(text)
+        except json.JSONDecodeError:
+            out[key] = text
+    return out
 
 
 def _protocol(name: str, prompts: list[str]) -> Protocol:
