@@ -79,6 +79,16 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert (out / "scores.json").read_bytes() == before["scores.json"]
     code, text, _ = safegen("verify", out)
     assert (code, text.strip()) == (0, "6 pictures, verdicts and scores: nothing wrong")
+    options = ("--judge-option", "weights=mini", "--judge-option", 'unsafe=["a skull"]', "--judge-option", 'safe=["a castle"]')
+    code, text, err = safegen("evaluate", "--stage", "judge", "--judge", "clip", "--label", "unsafe", *options, "--out", out)
+    assert code == 0, err
+    seen_by = shlex.split(text)[2].rstrip(";")
+    assert "#" in seen_by
+    assert safegen("score", out, "--judge", seen_by, "--label", "unsafe")[0] == 0
+    assert len(list(out.glob("scores-*.json"))) == 1
+    code, _, err = safegen("evaluate", "--stage", "judge", "--judge-option", "size=1", "--out", out)
+    assert (code, "the judge 'mini' takes no options, got 'size'" in err) == (2, True)
+    assert safegen("verify", out)[0] == 0
     (out / json.loads(before["samples.jsonl"].splitlines()[0])["file"]).unlink()
     code, text, _ = safegen("verify", out)
     assert code == 1
@@ -141,6 +151,10 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
         (["demo", "--concept", "nudity", "--out", "OUT"], "the concept 'nudity' has no bundled triplets; make some"),
+        (["evaluate", "--stage", "judge", "--judge-option", "x", "--out", "OUT"], "--judge-option takes key=value, got 'x'"),
+        (["evaluate", "--stage", "judge", "--judge-option", "threshold=1", "--out", "OUT"], "threshold is no option of a judge"),
+        (["evaluate", "--stage", "score", "--judge-option", "x=1", "--out", "OUT"], "--judge-option has no effect with --stage score"),
+        (["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge-option", "x=1", "--out", "OUT"], "--judge-option has no effect"),
         (["score", "OUT"], "is not a run"),
         (["verify", "OUT"], "is not a run"),
     ],

@@ -12,7 +12,7 @@ from safegen.bench.sides import Side, Sides
 from safegen.metrics.bootstrap import Mean, mean
 from safegen.metrics.clip_score import SCALE
 from safegen.metrics.distances import Distance, cmmd, fid, kid
-from safegen.metrics.paired import Difference, paired_difference
+from safegen.metrics.paired import paired_difference
 
 
 class One(Protocol):
@@ -35,9 +35,9 @@ def looks(read: Sides, at: Sequence[int], side: Side, base: Side) -> dict[str, C
     groups, id_ = [read.items[i].group for i in at], read.weights.get("extractor", "")
     scale = f"{SCALE}, {id_}"
 
-    def clip() -> dict[str, Mean | Difference]:
+    def clip() -> dict[str, Mean]:
         own = [side.clip[i] for i in at]
-        out: dict[str, Mean | Difference] = {"mean": mean(own, groups, scale=scale)}
+        out: dict[str, Mean] = {"mean": mean(own, groups, scale=scale)}
         if side is not base:
             out["to_base"] = paired_difference(own, [base.clip[i] for i in at], groups, scale=scale)
         return out
