@@ -115,7 +115,7 @@ def test_the_clip_score_of_hidden_prompts_needs_the_command_that_knows_them(go, 
     protocol = load_protocol(str(quick))
     hidden = protocol.model_copy(update={"lists": (protocol.lists[0].model_copy(update={"unsafe": True}), protocol.lists[1])})
     run = go(tmp_path / "hidden", protocol=hidden, until="generate")
-    with pytest.raises(BadSetting, match="prompts that are kept out of the run's folder; go on with the command that began it"):
+    with pytest.raises(BadSetting, match="the CLIP score needs the prompts, which this run keeps out of its folder; go on"):
         judge_run(run)
     go(tmp_path / "hidden", protocol=hidden)
     assert (tmp_path / "hidden" / SCORES).read_bytes() == (finished / SCORES).read_bytes()
@@ -146,6 +146,10 @@ def test_lpips_takes_weights_that_the_protocol_names_and_the_card_tells_no_path(
     card = (run.folder / "protocol.json").read_text()
     assert "alex.safetensors" in card
     assert str(tmp_path) not in card + (run.folder / CHANGES).read_text()
+    assert judge_run(Run.open(run.folder)).startswith("mini:")  # all is measured, so the weights need not be here
+    (run.folder / CHANGES).write_text("")
+    with pytest.raises(BadFile, match="alex"):
+        judge_run(Run.open(run.folder))
 
 
 def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from safegen import __version__
 from safegen.bench.batches import Tell
 from safegen.bench.draw import work
-from safegen.bench.folder import CARD, FORMAT, PLAN, Line, Planned, Run, write_json, write_plan
+from safegen.bench.folder import CARD, CHANGES, FEATURES, FORMAT, PLAN, SAMPLES, Line, Planned, Run, write_json, write_plan
 from safegen.bench.protocol import Protocol, differences, plan, read_protocol
 from safegen.bench.results import score_run, scores_file
 from safegen.bench.rows import canonical, sha, short
@@ -95,13 +95,25 @@ def judge_run(
     if name is not None and name.partition(":")[0] != run.protocol.judge.name and not labels:
         raise BadSetting(f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label")
     with _writing(run.folder):
-        look = watch_with(run.protocol.judged(name=name, labels=labels, options=options))
+        protocol = run.protocol.judged(name=name, labels=labels, options=options)
+        look = watch_with(protocol, features=not _have(run, FEATURES), lpips=not _have(run, CHANGES))
         work(run, run.planned, look=look, tell=tell)
     return look.id
 
 
-def watch_with(protocol: Protocol) -> Look:
+def _have(run: Run, journal: str) -> bool:
+    """Return whether all that was drawn is in a journal of measurements, so that what makes them need not be there."""
+    apart = {key for entry in run.stacks if journal == CHANGES and entry["kind"] == "base" for key in run.keys(entry)}
+    return {line["key"] for line in run.lines(SAMPLES)} - apart <= {line["key"] for line in run.lines(journal)}
+
+
+def watch_with(protocol: Protocol, *, features: bool = True, lpips: bool = True) -> Look:
     """Return a protocol's judge, and what else it needs to look at pictures; options that change what a judge sees are part of its id.
+
+    Args:
+        protocol: says which.
+        features: load the extractor, if it names one.
+        lpips: load LPIPS, if it names its weights.
 
     Raises:
         BadSetting: the CLIP score is asked of an extractor that reads no texts.
@@ -111,14 +123,14 @@ def watch_with(protocol: Protocol) -> Look:
     eye = load_judge(rule.name, labels=rule.labels, threshold=rule.threshold, **rule.options)
     id_ = eye.id + (f"#{sha(canonical(options))[:8]}" if options else "")
     look = Look(eye, {"judge": id_, "name": rule.name, "options": options, "known": list(eye.known)})
-    if protocol.features:
+    if protocol.features and features:
         from safegen.metrics.features import TextExtractor, load_extractor
 
         extractor = load_extractor(protocol.features.extractor, weights=protocol.features.weights)
         if "clip_score" in protocol.metrics and not isinstance(extractor, TextExtractor):
             raise BadSetting(f"the CLIP score needs an extractor that reads texts too, as clip does, got {protocol.features.extractor!r}")
         look = replace(look, extractor=extractor)
-    if protocol.lpips:
+    if protocol.lpips and lpips:
         from safegen.metrics.lpips import Lpips
 
         look = replace(look, lpips=Lpips(**protocol.lpips.model_dump()))

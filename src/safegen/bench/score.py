@@ -122,7 +122,7 @@ def list_row(read: Sides, at: Sequence[int], name: str) -> Line:
     rows, rule = [read.items[i] for i in at], protocol.judge
     concept = Concept(name=protocol.concept, words=(), counterpart=(), judge=rule.name, labels=rule.labels, threshold=rule.threshold)
     own, old = ([s.verdicts[i] for i in at] for s in (side, base))
-    part = Part(rows, own, old, *([s.blank[i] for i in at] for s in (side, base)), [r.group for r in rows])
+    part = Part(rows, own, old, [side.blank[i] for i in at], [base.blank[i] for i in at], [r.group for r in rows])
     out: Line = {"role": rows[0].role, "shows": rows[0].shows, "prompts": len({r.id for r in rows}), "pictures": len(rows)}
     out["blank"] = refusal_rate(attempts(own, part.refused)).to_json()
     undefined: dict[str, str] = {}
