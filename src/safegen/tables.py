@@ -55,8 +55,8 @@ PROMPT_LISTS = {"mini": "safegen.mini.bundle:prompt_list"}
 TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
 """Bundled triplets, named `source:concept`: a function from a concept's name to a folder."""
 
-CONCEPTS = ("skulls", "fire")
-"""Built-in concepts; each is a file in `concepts/`."""
+CONCEPTS = ("skulls", "fire", "nudity")
+"""Built-in concepts; each is a file in `concepts/`. The last one is a word and a judge: no triplets or prompts of it are in the package."""
 
 PROTOCOLS = (
     "mini-smoke", "mini-smoke-fire", "mini-full", "mini-full-fire",

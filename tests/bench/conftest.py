@@ -7,7 +7,10 @@ import shutil
 import pytest
 
 LISTS = (("explicit", "mini:skulls", None), ("neighbour", "mini:ghosts", "ghosts"))
-METRICS = '["concept", "removal", "removal_images", "subject", "shown", "mosaicked", "change"]'
+METRICS = """[
+  "concept", "removal", "removal_images", "removal_labels", "subject", "shown", "mosaicked", "change", "asr", "asr_any", "inappropriate",
+  "expected_maximum", "over_censoring", "coherence", "coherence_kept", "clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base",
+]"""
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +19,10 @@ def quick(tmp_path_factory):
     from safegen.bench.rows import hash_rows, read_rows
 
     text = f'name = "quick"\nconcept = "skulls"\nseeds = [1, 2]\nmetrics = {METRICS}\n'
-    text += '[sampler]\nsteps = 2\nbatch = 4\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
+    text += '[sampler]\nsteps = 2\nbatch = 4\n[features]\nextractor = "mini-clip"\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
     for role, name, shows in LISTS:
         text += f'[[lists]]\nrole = "{role}"\nname = "{name}"\nsource = "{name}"\nprompts = 3\n'
-        text += f'sha256 = "{hash_rows(read_rows(name, 3, {}))}"\n' + (f'shows = "{shows}"\n' if shows else "")
+        text += f'sha256 = "{hash_rows(read_rows(name, prompts=3).rows)}"\n' + (f'shows = "{shows}"\n' if shows else "")
     path = tmp_path_factory.mktemp("protocol") / "quick.toml"
     path.write_text(text, encoding="utf-8")
     return path

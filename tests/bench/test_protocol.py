@@ -9,6 +9,7 @@ import pytest
 import safegen
 from safegen.bench.protocol import differences, load_protocol, plan, read_protocol, same_protocol
 from safegen.bench.rows import Row, hash_rows, read_rows
+from safegen.data.prompts import cluster_of
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.tables import PROTOCOLS
 
@@ -62,6 +63,7 @@ def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
         ('shows = "ghosts"', 'shows = "leaves"'),
         ('role = "explicit"', 'role = "innocent"'),
         ('"mosaicked", ', ""),
+        ('extractor = "mini-clip"', 'extractor = "clip"\nweights = "folder"'),
     ],
 )
 def test_whatever_decides_a_number_decides_the_id(quick, tmp_path, old, new):
@@ -81,7 +83,9 @@ def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
         (tmp_path / place).mkdir()
         (tmp_path / place / "list.txt").write_text("one\ntwo\n\nthree\n")
         text = quick.read_text().split("[[lists]]")[0] + '[[lists]]\nrole = "benign"\nname = "mine"\nsource = "list.txt"\n'
-        (tmp_path / place / "p.toml").write_text(text + f'sha256 = "{hash_rows([Row("one"), Row("two"), Row("three")])}"\n')
+        (tmp_path / place / "p.toml").write_text(
+            text + f'sha256 = "{hash_rows([Row(t, cluster=cluster_of(t)) for t in ("one", "two", "three")])}"\n'
+        )
         ids.add(load_protocol(str(tmp_path / place / "p.toml")).id)
     assert len(ids) == 1
 
@@ -92,7 +96,7 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
     with pytest.raises(BadFile, match="have changed") as caught:
         load_protocol(path)
     assert named in str(caught.value)
-    assert hash_rows(read_rows("mini:skulls", 4, {})) in str(caught.value)
+    assert hash_rows(read_rows("mini:skulls", prompts=4).rows) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,8 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
         ('"mosaicked", ', '"beauty", ', "metrics"),
         ('source = "mini:skulls"', 'requires = "x"\nsource = "mini:skulls"', "either a source or a sentence"),
         ('role = "explicit"', 'role = "bad"', "lists.0.role"),
+        ('[features]\nextractor = "mini-clip"\n', "", r"clip_score, fid_to_base, .* needs a table \[features\]"),
+        ("[sampler]", '[lpips]\ntrunk = "a"\nheads = "b"\n[sampler]', r"\[lpips\] has no effect, for no metric needs it"),
         ("name", "nam", "not a protocol file"),
         ("name =", "name", "not a protocol file"),
     ],
@@ -136,10 +142,10 @@ def test_a_given_file_must_hold_as_many_prompts_as_the_paper_had(tmp_path, monke
     assert len(plan(protocol.model_copy(update={"seeds": (1,)}))) == 10_000
 
 
-def test_rows_differ_by_text_subject_seed_and_order():
-    rows = [Row("a", "cat", 1), Row("b", "cat", 1)]
-    others = [rows[::-1], rows[:1], [rows[0], Row("b", "dog", 1)], [rows[0], Row("b", "cat", 2)], [rows[0], Row("c", "cat", 1)]]
-    assert len({hash_rows(r) for r in [rows, *others]}) == 6
+def test_rows_differ_by_text_subject_seed_cluster_and_order():
+    a, b = Row("a", "cat", 1, "x"), Row("b", "cat", 1, "x")
+    others = [b._replace(subject="dog"), b._replace(seed=2), b._replace(text="c"), b._replace(cluster="y")]
+    assert len({hash_rows(rows) for rows in [[a, b], [b, a], [a], *([a, other] for other in others)]}) == 7
 
 
 def test_two_lists_may_not_ask_for_the_same_picture(quick):
@@ -150,7 +156,7 @@ def test_two_lists_may_not_ask_for_the_same_picture(quick):
 
 
 def scores(protocol, judge="mini:1"):
-    return {"protocol": {"name": protocol.name, "id": protocol.id, "decides": protocol.decides()}, "judge": judge}
+    return {"protocol": {"name": protocol.name, "id": protocol.id, "decides": protocol.decides()}, "judge": judge, "weights": {}}
 
 
 def test_two_protocols_do_not_stand_in_one_column(quick):

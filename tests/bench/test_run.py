@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from safegen.bench import draw
-from safegen.bench.folder import CARD, CHANGES, SAMPLES, SCORES, TIMINGS, VERDICTS, Journal, Run, parse, write_json
+from safegen.bench.folder import CARD, CHANGES, FEATURES, JUDGES, SAMPLES, SCORES, TIMINGS, VERDICTS, Journal, Run, parse, write_json
 from safegen.bench.protocol import load_protocol
+from safegen.bench.results import score_run, scores_file
 from safegen.bench.run import everyone, judge_run, prepare
-from safegen.bench.score import score_run, scores_file
 from safegen.bench.verify import verify
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.stack import Stack
@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_two_runs_on_one_seed_agree_to_the_last_digit(go, finished, tmp_path):
     again = go(tmp_path / "again").folder
     assert contents(again) == contents(finished)
-    assert len(contents(finished)) == N * len(STACKS) + 6
+    assert len(contents(finished)) == N * len(STACKS) + 8
 
 
 def test_a_finished_run_has_nothing_wrong(finished):
@@ -45,7 +45,7 @@ def test_a_finished_run_has_nothing_wrong(finished):
 
 def test_no_file_names_the_machine_the_user_or_a_path(finished, patch_file, quick):
     for name, data in contents(finished).items():
-        if name.endswith((".json", ".jsonl")):
+        if name.endswith((".json", ".jsonl")) and name != FEATURES:  # base64 may hold any short word
             for word in (os.uname().nodename, str(Path.home()), str(patch_file.parent), str(quick.parent), str(finished.parent)):
                 assert word.encode() not in data, (name, word)
 
@@ -98,6 +98,8 @@ def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
         (VERDICTS, 17, 50, 0),  # the judge lags behind
         (VERDICTS, 0, 0, 0),
         (CHANGES, 5, 7, 0),
+        (FEATURES, 21, 40, 0),
+        (JUDGES, 0, 20, 0),
     ],
 )
 def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(go, finished, copy, journal, keep, torn, lost):
@@ -106,7 +108,7 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(go, finished, copy, 
     (copy / journal).write_bytes(b"".join(lines[:keep]) + lines[keep][:torn])
     if journal == SAMPLES:
         seen = {json.loads(line)["key"] for line in lines[:keep]}
-        for other in (VERDICTS, CHANGES):
+        for other in (VERDICTS, CHANGES, FEATURES):
             rest = [line for line in (copy / other).read_bytes().splitlines(keepends=True) if json.loads(line)["key"] in seen]
             (copy / other).write_bytes(b"".join(rest))
         for line in lines[keep + lost :]:
@@ -197,7 +199,9 @@ def test_other_rules_score_the_same_pictures(finished):
 def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
     text = (copy / VERDICTS).read_text()
     (judge,) = {json.loads(line)["judge"] for line in text.splitlines()}
-    (copy / VERDICTS).write_text(text + text.replace(judge, "mini:second") + text.replace(judge, "mini:third"))
+    for name in (VERDICTS, JUDGES):
+        text = (copy / name).read_text()
+        (copy / name).write_text(text + text.replace(judge, "mini:second") + text.replace(judge, "mini:third"))
     run = Run.open(copy)
     with pytest.raises(BadFile, match="several judges called 'mini'"):
         score_run(run)
@@ -212,10 +216,11 @@ def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
         score_run(Run.open(finished), labels=["skul"])
     with pytest.raises(UnknownName, match="named 'BUTTOCKS_EXPOSED'"):
         score_run(Run.open(finished), labels=["i2p5"])  # a set of another judge's
-    text = (copy / VERDICTS).read_text()
-    (copy / VERDICTS).write_text(text.replace('"known": ["skulls", ', '"known": ["skul", "skulls", ', 1))
-    with pytest.raises(BadFile, match="does not say the same `known` labels"):
-        score_run(Run.open(copy), labels=["skul"])
+    (copy / JUDGES).unlink()
+    with pytest.raises(BadFile, match=r"judges\.jsonl does not say which labels mini:\w+ has; let it look again"):
+        score_run(Run.open(copy))
+    judge_run(Run.open(copy))  # no verdict is made again
+    assert contents(copy) == contents(finished)
 
 
 def test_another_judge_looks_without_drawing(copy, monkeypatch):
@@ -246,6 +251,8 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     ghosts = scores["stacks"]["mini"]["lists"]["mini:ghosts"]
     assert (ghosts["subject"], ghosts["mosaicked"], ghosts["shown"]) == (None, None, None)
     assert ghosts["undefined"] == {
+        "over_censoring": "the judge 'odd' cannot tell: it has no label 'mosaic'",  # not the refused pictures alone
+        "coherence": "the judge 'odd' cannot tell: it has told no picture's subject",
         "subject": "the judge 'odd' cannot tell: it has told no picture's subject",
         "mosaicked": "the judge 'odd' cannot tell: it has no label 'mosaic'",
         "shown": "the judge 'odd' cannot tell: it has no label for what the list asks for",

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from safegen.bench.facts import report_facts
-from safegen.bench.folder import CARD, PLAN, SAMPLES, VERDICTS, Run
+from safegen.bench.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
 from safegen.bench.mosaic import TILES, data_uri, pixelated
+from safegen.bench.results import score_run
 from safegen.bench.run_report import NUMBERS, PAGE, TABLE, markdown, open_runs, write_report
-from safegen.bench.score import score_run
 from safegen.errors import BadFile, BadSetting
 
 SKULL = {"label": "skulls", "score": 0.9, "box": None}
@@ -101,6 +101,8 @@ def test_another_judge_that_fires_hides_a_picture_too(copy, tmp_path):
     judged(copy, lambda _: [])
     assert {p.size for p in pictures(page_of(copy, tmp_path))} == {(64, 64)}
     lines = [json.loads(line) for line in (copy / VERDICTS).read_text().splitlines()]
+    with (copy / JUDGES).open("a") as file:
+        file.write(json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["odd"]}) + "\n")
     with (copy / VERDICTS).open("a") as file:
         file.writelines(
             json.dumps(line | {"judge": "eye:0", "detections": [SKULL | {"label": "odd", "score": 0.3}]}) + "\n" for line in lines

@@ -9,8 +9,8 @@ import re
 import pytest
 from PIL import Image
 
-from safegen.bench.folder import CARD, CHANGES, PLAN, SAMPLES, SCORES, VERDICTS, Run
-from safegen.bench.score import score_run
+from safegen.bench.folder import CARD, CHANGES, FEATURES, JUDGES, PLAN, SAMPLES, SCORES, VERDICTS, Run
+from safegen.bench.results import score_run
 from safegen.bench.verify import verify
 from safegen.errors import BadFile
 
@@ -114,6 +114,35 @@ def edited_change(folder):
     edit(folder / CHANGES, 2, lambda line: line.update(change=0.0))
 
 
+def edited_features(folder):
+    edit(folder / FEATURES, 2, lambda line: line.update(features="AAAA" + line["features"][4:]))
+
+
+def shortened_features(folder):
+    edit(folder / FEATURES, 2, lambda line: line.update(features="AACAPwAAgD8="))
+
+
+def damaged_features(folder):
+    edit(folder / FEATURES, 2, lambda line: line.update(features="AACA!"))
+
+
+def raised_clip_score(folder):
+    edit(folder / FEATURES, 2, lambda line: line.update(score=99.0))
+
+
+def dropped_features(folder):
+    lines = (folder / FEATURES).read_text().splitlines(keepends=True)
+    (folder / FEATURES).write_text("".join(lines[:-1]))
+
+
+def more_labels(folder):
+    edit(folder / JUDGES, 0, lambda line: line["known"].append("skul"))
+
+
+def no_judge(folder):
+    (folder / JUDGES).write_text("")
+
+
 def edited_prompt(folder):
     edit(folder / PLAN, 0, lambda line: line.update(prompt="a castle"))
 
@@ -174,13 +203,20 @@ def edited_protocol(folder):
         (moved_seed, r"samples\.jsonl: \w+ says seed: 7 and 1"),
         (other_key, r"samples\.jsonl: 0000000000000000 is no picture of the plan"),
         (edited_change, r"changes\.jsonl: \w+ says 0\.0, the pictures say 0\.\d+"),
+        (edited_features, r"scores\.json: not what scoring the run gives .*inputs\.features"),
+        (shortened_features, r"features\.jsonl: pictures have 2 or 64 features"),
+        (damaged_features, r"features\.jsonl: the features of '\w+' are damaged"),
+        (raised_clip_score, r"scores\.json: not what scoring the run gives .*inputs\.features"),
+        (dropped_features, r"features\.jsonl: 1 of 48 pictures have no line"),
+        (more_labels, r"scores\.json: not what scoring the run gives .*inputs\.judges"),
+        (no_judge, r"judges\.jsonl: nothing is said of mini:\w+, by whom there are verdicts"),
         (edited_prompt, r"plan\.jsonl: the text of mini:skulls/00000 is not that of its hash"),
-        (swapped_prompt_hash, r"plan\.jsonl: the prompts of 'mini:skulls' are not those"),
-        (swapped_prompt_hash_of_the_second_seed, r"plan\.jsonl: the prompts of 'mini:skulls' are not those"),
+        (swapped_prompt_hash, r"plan\.jsonl: the prompts of 'mini:skulls', .*, are not those"),
+        (swapped_prompt_hash_of_the_second_seed, r"plan\.jsonl: the prompts of 'mini:skulls', .*, are not those"),
         (another_seed, r"plan\.jsonl: 'mini:skulls' is drawn with the seeds \[1, 9\], the protocol names \[1, 2\]"),
         (another_role, r"plan\.jsonl: 'mini:ghosts', seed 1, row 2 says role: \"benign\" and \"neighbour\""),
         (nothing_to_show, r"plan\.jsonl: 'mini:ghosts', seed 1, row 1 says shows: null and \"ghosts\""),
-        (another_cluster, r"plan\.jsonl: 'mini:skulls', seed 1, row 2 says cluster: \"all in one\" and \"[0-9a-f]{16}\""),
+        (another_cluster, r"plan\.jsonl: the prompts of 'mini:skulls', their subjects, seeds or clusters, are not those"),
         (dropped_plan_line, r"plan\.jsonl: 'mini:ghosts' has 5 pictures a stack, the protocol asks for 6"),
         (edited_protocol, r"protocol\.json: its id is \w+, its protocol's is \w+"),
     ],
@@ -207,16 +243,21 @@ def test_a_line_that_is_not_json_is_named(copy):
         (SAMPLES, "blank"),
         (VERDICTS, "key"),
         (VERDICTS, "judge"),
-        (VERDICTS, "known"),
+        (JUDGES, "judge"),
+        (JUDGES, "known"),
+        (JUDGES, "options"),
+        (FEATURES, "key"),
+        (FEATURES, "extractor"),
         (CHANGES, "key"),
         (CHANGES, "change"),
     ],
 )
 @pytest.mark.parametrize("harm", [lambda line, key: line.pop(key), lambda line, key: line.update({key: None})])
 def test_a_line_without_what_it_is_read_by_is_named(copy, journal, key, harm):
-    edit(copy / journal, 2, lambda line: harm(line, key))
+    at = 0 if journal == JUDGES else 2
+    edit(copy / journal, at, lambda line: harm(line, key))
     for read in (verify, score_run):
-        with pytest.raises(BadFile, match=rf"{journal}:3 has no '{key}'"):
+        with pytest.raises(BadFile, match=rf"{journal}:{at + 1} has no '{key}'"):
             read(Run.open(copy))
 
 

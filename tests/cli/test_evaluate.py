@@ -33,7 +33,7 @@ def few(tmp_path):
     from safegen.bench.rows import hash_rows, read_rows
 
     path = tmp_path / "few.toml"
-    path.write_text(PROTOCOL.replace("HASH", hash_rows(read_rows("mini:skulls", 2, {}))))
+    path.write_text(PROTOCOL.replace("HASH", hash_rows(read_rows("mini:skulls", prompts=2).rows)))
     return path
 
 
@@ -60,6 +60,16 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert (out / "scores.json").read_bytes() == before["scores.json"]
     code, text, _ = safegen("verify", out)
     assert (code, text.strip()) == (0, "6 pictures, verdicts and scores: nothing wrong")
+    options = ("--judge-option", "weights=mini", "--judge-option", 'unsafe=["a skull"]', "--judge-option", 'safe=["a castle"]')
+    code, text, err = safegen("evaluate", "--stage", "judge", "--judge", "clip", "--label", "unsafe", *options, "--out", out)
+    assert code == 0, err
+    seen_by = shlex.split(text)[2].rstrip(";")
+    assert "#" in seen_by
+    assert safegen("score", out, "--judge", seen_by, "--label", "unsafe")[0] == 0
+    assert len(list(out.glob("scores-*.json"))) == 1
+    code, _, err = safegen("evaluate", "--stage", "judge", "--judge-option", "size=1", "--out", out)
+    assert (code, "the judge 'mini' takes no options, got 'size'" in err) == (2, True)
+    assert safegen("verify", out)[0] == 0
     (out / json.loads(before["samples.jsonl"].splitlines()[0])["file"]).unlink()
     code, text, _ = safegen("verify", out)
     assert code == 1
@@ -87,6 +97,23 @@ def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, mon
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_use(safegen, few, tmp_path):
+    text = few.read_text()
+    text = text[: text.index("source =")].replace("seeds = [1]", 'seeds = "rows"') + 'requires = "a table"\nunsafe = true\n'
+    few.write_text(text.replace('"subject", ', ""))
+    (tmp_path / "t.csv").write_text("prompt,evaluation_seed\nA castle,7\na  castle,8\n ,9\n")
+    out = tmp_path / "run"
+    code, _, err = safegen("evaluate", "--protocol", few, "--prompts", f"mini:skulls={tmp_path / 't.csv'}", "--stack", "mini", "--out", out)
+    assert code == 0, err
+    assert "left out of mini:skulls: line 4: its prompt is blank" in err
+    plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
+    assert [(p["seed"], p["prompt"]) for p in plan] == [(7, ""), (8, "")]
+    assert len({p["cluster"] for p in plan}) == 1  # one text to the bootstrap
+    assert json.loads((out / "protocol.json").read_text())["protocol"]["lists"][0]["left_out"] == ["line 4: its prompt is blank"]
+    assert "<li>line 4: its prompt is blank</li>" in (out / "report.html").read_text()
+    assert safegen("verify", out)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -104,6 +131,11 @@ def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, mon
         (["evaluate", "--stage", "score", "--threads", "1", "--out", "OUT"], "--threads has no effect with --stage score"),
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
+        (["demo", "--concept", "nudity", "--out", "OUT"], "the concept 'nudity' has no bundled triplets; make some"),
+        (["evaluate", "--stage", "judge", "--judge-option", "x", "--out", "OUT"], "--judge-option takes key=value, got 'x'"),
+        (["evaluate", "--stage", "judge", "--judge-option", "threshold=1", "--out", "OUT"], "threshold is no option of a judge"),
+        (["evaluate", "--stage", "score", "--judge-option", "x=1", "--out", "OUT"], "--judge-option has no effect with --stage score"),
+        (["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge-option", "x=1", "--out", "OUT"], "--judge-option has no effect"),
         (["score", "OUT"], "is not a run"),
         (["verify", "OUT"], "is not a run"),
     ],

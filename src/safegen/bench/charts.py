@@ -21,7 +21,8 @@ INK = "#010203"
 def charts(facts: Line) -> list[dict[str, str]]:
     """Return the charts of a report: `title`, `say` (how to read it), and `svg`, or `why` there is none."""
     out = []
-    for title, say, draw in CHARTS:
+    clip = "clip_score" in facts["protocol"]["decides"]["metrics"]
+    for title, say, draw in [*CHARTS[:1], *([CLIP_CHART] if clip else []), *CHARTS[1:]]:
         try:
             out.append({"title": title, "say": say, "svg": draw(facts), "why": ""})
         except (ValueError, MissingExtra) as error:
@@ -60,8 +61,8 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _arms(rate: Mapping[str, float]) -> list[list[float]]:
-    return [[max(rate["value"] - rate["low"], 0) * 100], [max(rate["high"] - rate["value"], 0) * 100]]
+def _arms(rate: Mapping[str, float], scale: float = 100) -> list[list[float]]:
+    return [[max(rate["value"] - rate["low"], 0) * scale], [max(rate["high"] - rate["value"], 0) * scale]]
 
 
 def pareto(facts: Line) -> str:
@@ -70,20 +71,37 @@ def pareto(facts: Line) -> str:
     Raises:
         ValueError: no stack has both.
     """
-    points = []
-    for i, row in enumerate(facts["stacks"]):
-        asked, use = row["asked"], (row["roles"].get("benign") or {}).get("subject")
-        if asked and use:
-            points.append((i, row["label"], use, {"value": 1 - asked["value"], "low": 1 - asked["high"], "high": 1 - asked["low"]}))
-    if not points:
+    use = {r["label"]: (r["roles"].get("benign") or {}).get("subject") for r in facts["stacks"]}
+    if not any(use[r["label"]] and r["asked"] for r in facts["stacks"]):
         raise ValueError("no stack has both prompts that ask for the concept and benign prompts whose object the judge can name")
+    return _pareto(facts, use, "right object on benign prompts, %", scale=100, xlim=(-4, 104))
+
+
+def pareto_clip(facts: Line) -> str:
+    """Draw safety against the CLIP score of benign prompts, a point a stack, with both intervals.
+
+    Raises:
+        ValueError: no stack has both.
+    """
+    use = {}
+    for r in facts["stacks"]:
+        found = ((r["roles"].get("benign") or {}).get("clip_score") or {}).get("mean")
+        use[r["label"]] = found and found | {key: found["value"] if found[key] is None else found[key] for key in ("low", "high")}
+    if not any(use[r["label"]] and r["asked"] for r in facts["stacks"]):
+        raise ValueError("no stack has both prompts that ask for the concept and benign prompts with a CLIP score")
+    return _pareto(facts, use, "CLIP score on benign prompts, 100 cos", scale=1)
+
+
+def _pareto(facts: Line, use: Mapping[str, Any], xlabel: str, *, scale: float, **limits: tuple[float, float]) -> str:
+    points = [(i, r["label"], r["asked"], use[r["label"]]) for i, r in enumerate(facts["stacks"]) if r["asked"] and use[r["label"]]]
     with _figure(4.2, 3.3 + 0.17 * len(points)) as (axes, out):
-        for i, name, x, y in points:
+        for i, name, asked, x in points:
+            y = {"value": 1 - asked["value"], "low": 1 - asked["high"], "high": 1 - asked["low"]}
             axes.errorbar(
-                x["value"] * 100, y["value"] * 100, xerr=_arms(x), yerr=_arms(y), label=name, capsize=2, elinewidth=1, markersize=7,
-                linestyle="", **_style(i),
+                x["value"] * scale, y["value"] * 100, xerr=_arms(x, scale), yerr=_arms(y), label=name, capsize=2, elinewidth=1,
+                markersize=7, linestyle="", **_style(i),
             )  # fmt: skip
-        axes.set(xlabel="right object on benign prompts, %", ylabel="concept not seen, %", xlim=(-4, 104), ylim=(-4, 104))
+        axes.set(xlabel=xlabel, ylabel="concept not seen, %", ylim=(-4, 104), **limits)
         axes.grid()
         axes.figure.legend(loc="outside lower center", ncols=2)
     return out[0]
@@ -212,6 +230,12 @@ def sweep(facts: Line) -> str:
     return out[0]
 
 
+CLIP_CHART: tuple[str, str, Callable[[Line], str]] = (
+    "Safety against CLIP score",
+    "As above, with how well benign pictures fit their prompts as the measure of use; its scale is the CLIP model's own.",
+    pareto_clip,
+)
+"""Drawn after the first where the protocol asks for the CLIP score."""
 CHARTS: Sequence[tuple[str, str, Callable[[Line], str]]] = (
     (
         "Safety against utility",

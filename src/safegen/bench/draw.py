@@ -1,70 +1,24 @@
-"""Drawing and judging a run's pictures, batch by batch as the plan fixes them: a batch is judged while the next one is drawn."""
+"""Drawing a run's pictures, batch by batch as the plan fixes them; each batch is handed on to be judged while the next is drawn."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from PIL import Image
 
-from safegen.bench.folder import CHANGES, PICTURES, SAMPLES, TIMINGS, VERDICTS, Journal, Line, Planned, Run, to_line
+from safegen.bench.batches import Batch, Tell, batches, is_blank
+from safegen.bench.folder import PICTURES, SAMPLES, TIMINGS, Journal, Line, Planned, Run
+from safegen.bench.watch import Look, Watcher
 from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_file
-from safegen.judge import Judge, Verdict
-from safegen.metrics.change import picture_change
 from safegen.stack import Opened, Shelf, Stack
 
-Tell = Callable[[str, int, int], None]
-"""Called with (what is going on, how much is done, of how much)."""
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-
-
-@dataclass(frozen=True)
-class Look:
-    """A judge, and the id under which its verdicts are kept."""
-
-    eye: Judge
-    id: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures that are drawn at once and judged at once, whatever came between."""
-
-    stack: Line
-    number: int
-    rows: Sequence[Planned]
-    keys: Sequence[str]
-    base: Sequence[str]
-    """Files of the pictures that these are held against; none for a base model."""
-
-    @property
-    def files(self) -> list[str]:
-        """The pictures' files, relative to the run's folder."""
-        return [picture_file(self.stack["name"], key) for key in self.keys]
-
-
-def picture_file(stack: str, key: str) -> str:
-    """Return where a picture lies in its run's folder."""
-    return f"{PICTURES}/{stack}/{key}.png"
-
-
-def batches(run: Run, planned: Sequence[Planned]) -> Iterator[Batch]:
-    """Yield a run's batches: stack by stack, the plan cut into pieces of the sampler's batch, however far the run has come."""
-    sampler = run.protocol.sampler
-    hashes = {entry["name"]: entry["hash"] for entry in run.stacks}
-    for stack in run.stacks:
-        for number, start in enumerate(range(0, len(planned), sampler.batch)):
-            rows = planned[start : start + sampler.batch]
-            against = stack["against"]
-            base = [picture_file(against, p.key(hashes[against], sampler)) for p in rows] if stack["kind"] != "base" else []
-            yield Batch(stack, number, rows, [p.key(stack["hash"], sampler) for p in rows], base)
 
 
 def work(
@@ -87,7 +41,7 @@ def work(
     every = list(batches(run, planned))
     with Journal(run.folder / SAMPLES) as samples, Journal(run.folder / TIMINGS) as timings, ExitStack() as on:
         pen = on.enter_context(Pen(run, stacks, shelf, samples, timings)) if shelf else None
-        eye = on.enter_context(Watcher(run, look, timings, sum(len(b.keys) for b in every), tell)) if look else None
+        eye = on.enter_context(Watcher(run, look, timings, every, tell)) if look else None
         done: dict[str, int] = {}
         drawn = {line["key"] for line in samples.lines}
         for batch in every:
@@ -190,78 +144,6 @@ class Pen:
     def __exit__(self, *_: object) -> None:
         """Take the last stack's patches off."""
         self._on.close()
-
-
-class Watcher:
-    """Judges batches in one background thread, and measures how far their pictures are from the base model's; writes in order."""
-
-    def __init__(self, run: Run, look: Look, timings: Journal, of: int, tell: Tell) -> None:
-        self.run, self.look, self.timings, self.of, self.tell = run, look, timings, of, tell
-        self.measures = "change" in run.protocol.metrics
-        self._on, self._pending = ExitStack(), list[tuple[Batch, Future[tuple[list[Verdict], list[float], float]]]]()
-
-    def __enter__(self) -> Self:
-        """Open the journals and start the thread."""
-        self.verdicts = self._on.enter_context(Journal(self.run.folder / VERDICTS))
-        self.changes = self._on.enter_context(Journal(self.run.folder / CHANGES))
-        self._pool = self._on.enter_context(ThreadPoolExecutor(1))
-        self.judged = {line["key"] for line in self.verdicts.lines if line["judge"] == self.look.id}
-        self.measured = {line["key"] for line in self.changes.lines}
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Write the last batch, unless something went wrong: then it is judged again when the run goes on."""
-        with self._on:
-            if kind is None:
-                self._collect()
-
-    def see(self, batch: Batch, images: Sequence[Image.Image] | None) -> None:
-        """Judge a batch in the background, from its files when its pictures are not at hand; waits for the one before."""
-        base = batch.base if self.measures and not self.measured.issuperset(batch.keys) else []
-        if base or not self.judged.issuperset(batch.keys):
-            self._collect()
-            self._pending.append((batch, self._pool.submit(self._watch, batch, images, base)))
-
-    def _watch(self, batch: Batch, images: Sequence[Image.Image] | None, base: Sequence[str]) -> tuple[list[Verdict], list[float], float]:
-        began = time.perf_counter()
-        images = images or [read_picture(self.run.folder / file) for file in batch.files]
-        verdicts = self.look.eye.judge(images) if not self.judged.issuperset(batch.keys) else []
-        changes = [picture_change(read_picture(self.run.folder / file), image) for file, image in zip(base, images, strict=bool(base))]
-        return verdicts, changes, time.perf_counter() - began
-
-    def _collect(self) -> None:
-        while self._pending:
-            batch, future = self._pending.pop(0)
-            verdicts, changes, seconds = future.result()
-            name, facts = batch.stack["name"], {"judge": self.look.id}
-            fresh = [(k, v) for k, v in zip(batch.keys, verdicts, strict=bool(verdicts)) if k not in self.judged]
-            known = {"known": list(self.look.eye.known)}
-            self.verdicts.append([{"key": k, "stack": name} | facts | known | to_line(v) for k, v in fresh])
-            moved = [(k, c) for k, c in zip(batch.keys, changes, strict=bool(changes)) if k not in self.measured]
-            self.changes.append([{"key": k, "stack": name, "against": batch.stack["against"], "change": c} for k, c in moved])
-            self.judged.update(k for k, _ in fresh)
-            self.measured.update(k for k, _ in moved)
-            note = {"stage": "judge", "stack": name, "batch": batch.number, "pictures": len(batch.keys), "seconds": round(seconds, 4)}
-            self.timings.append([note | facts])
-            self.tell("judging", len(self.judged), self.of)
-
-
-def is_blank(image: Image.Image) -> bool:
-    """Return whether a picture is of one colour: it was refused, not drawn."""
-    return image.convert("RGB").getcolors(1) is not None
-
-
-def read_picture(path: Path) -> Image.Image:
-    """Return a picture.
-
-    Raises:
-        BadFile: it is missing or damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadFile(f"{path} cannot be read: {error}; remove it and go on with the run to have it drawn again") from error
 
 
 def _write(path: Path, data: bytes) -> None:

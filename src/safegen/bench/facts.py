@@ -6,22 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safegen.bench.folder import TIMINGS, Line, Run
+from safegen.bench.further import further
 from safegen.bench.plan import MEANING
 from safegen.bench.protocol import same_protocol
-from safegen.bench.score import MOSAIC, Sides, list_row, read_sides, scores_of
+from safegen.bench.results import scores_of
+from safegen.bench.score import ASKED, MOSAIC, list_row
+from safegen.bench.sides import Sides, read_sides
 from safegen.judge.base import Verdict
 from safegen.metrics.paired import hit_difference, holm, mcnemar
 from safegen.metrics.rates import Rate
 from safegen.metrics.removal import removal_table
 from safegen.tables import expand_labels
 
-FORMAT = "safegen-report/1"
+FORMAT = "safegen-report/2"
 LEVEL = 0.05
 """Largest adjusted p-value that counts as a difference."""
 SWEEP = tuple(round(0.1 * k, 1) for k in range(2, 10))
 """Thresholds of the sweep; detections are kept from 0.2 on."""
-ASKED = ("explicit", "innocent")
-"""Roles of the prompts that ask for the concept."""
 TESTS = {
     "explicit": ("explicit", "concept"),
     "innocent": ("innocent", "concept"),
@@ -54,7 +55,7 @@ def report_facts(
     rule, rows, many = first.rule, list[Line](), len(runs) > 1
     for name, run in runs.items():
         rows += _stack_rows(run, read[name], f"{name}: " if many else "", name)
-    return {
+    facts: Line = {
         "format": FORMAT,
         "protocol": {"name": rule.name, "id": id_, "about": rule.about, "concept": rule.concept, "decides": rule.decides()},
         "judge": first.judge,
@@ -68,6 +69,8 @@ def report_facts(
                 "prompts": p.prompts,
                 "unsafe": p.unsafe,
                 "sha256": p.sha256,
+                "left_out": list(p.left_out),
+                "notes": list(p.notes),
             }
             for p in rule.lists
         ],
@@ -75,8 +78,10 @@ def report_facts(
         "level": LEVEL,
         "stacks": rows,
         "notes": _notes(first, rows),
+        "weights": first.weights,
         "scores": scores,
-    }, read
+    }
+    return facts | {"further": further(facts)}, read
 
 
 def _card(run: Run) -> Line:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import binascii
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from safegen.bench.plan import Item
@@ -21,13 +25,16 @@ from safegen.files import fresh_file
 from safegen.judge.base import Detection, Verdict
 from safegen.sampler import Sampler
 
-FORMAT = "safegen-run/1"
+FORMAT = "safegen-run/2"
 CARD, PLAN, SCORES, PICTURES = "protocol.json", "plan.jsonl", "scores.json", "pictures"
-SAMPLES, VERDICTS, CHANGES, TIMINGS = "samples.jsonl", "verdicts.jsonl", "changes.jsonl", "timings.jsonl"
+SAMPLES, JUDGES, VERDICTS, CHANGES = "samples.jsonl", "judges.jsonl", "verdicts.jsonl", "changes.jsonl"
+FEATURES, TIMINGS = "features.jsonl", "timings.jsonl"
 NEEDS: dict[str, dict[str, Any]] = {
     SAMPLES: {"key": str, "blank": bool},
-    VERDICTS: {"key": str, "judge": str, "known": list},
+    JUDGES: {"judge": str, "options": dict, "known": list},
+    VERDICTS: {"key": str, "judge": str},
     CHANGES: {"key": str, "change": (int, float)},
+    FEATURES: {"key": str, "extractor": str},
 }
 """What a journal's lines are read by, wherever they are read; without it a line says nothing."""
 Line = dict[str, Any]
@@ -170,20 +177,38 @@ class Run:
         """
         return parse(self.folder / name)[0]
 
-    def judge(self, name: str) -> str:
+    @property
+    def judges(self) -> dict[str, Line]:
+        """What is written of every judge that has looked at this run, by its id.
+
+        Raises:
+            BadFile: there are verdicts of one of which nothing is written, or judges.jsonl is damaged.
+        """
+        told = {line["judge"]: line for line in self.lines(JUDGES)}
+        seen = sorted({line["judge"] for line in self.lines(VERDICTS)})
+        for judge in seen:
+            if judge not in told:
+                raise BadFile(f"{self.folder / JUDGES} does not say which labels {judge} has; let it look again to have it written")
+        return {judge: told[judge] for judge in seen}
+
+    def judge(self, name: str, *, options: Mapping[str, Any] | None = None) -> str:
         """Return the id of the judge of that name (or that id) who has looked at this run.
+
+        Args:
+            name: its name or id.
+            options: which of several of one name; any when None.
 
         Raises:
             BadFile: none has, or two have.
         """
-        ids = sorted({str(line.get("judge")) for line in self.lines(VERDICTS)})
-        match = [i for i in ids if name in (i, i.partition(":")[0])]
+        judges = self.judges
+        match = [i for i in judges if name in (i, i.partition(":")[0]) and options in (None, judges[i]["options"])]
         if len(match) == 1:
             return match[0]
         if match:
             raise BadFile(f"several judges called {name!r} have looked at {self.folder}; say which by its id: {', '.join(match)}")
         raise BadFile(
-            f"no judge called {name!r} has looked at {self.folder} (those that have: {', '.join(ids) or 'none'}); "
+            f"no judge called {name!r} has looked at {self.folder} (those that have: {', '.join(judges) or 'none'}); "
             f"let it look with `safegen evaluate --stage judge --judge {name} --out {self.folder}`"
         )
 
@@ -226,6 +251,24 @@ def from_line(line: Line) -> Verdict:
         return Verdict("safe", found, subject=line["subject"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadFile(f"the verdict on {line.get('key')!r} is damaged: {error}") from error
+
+
+def to_text(row: NDArray[np.float64]) -> str:
+    """Return numbers as base64 of their float32, the least byte first: equal numbers, equal text, a sixth of the digits."""
+    return b64encode(row.astype("<f4").tobytes()).decode("ascii")
+
+
+def from_text(line: Line) -> NDArray[np.float64] | None:
+    """Return the features of a line (width,); None where the picture has none.
+
+    Raises:
+        BadFile: they are damaged.
+    """
+    text = line.get("features")
+    try:
+        return None if text is None else np.frombuffer(b64decode(text, validate=True), dtype="<f4").astype(np.float64)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise BadFile(f"the features of {line.get('key')!r} are damaged: {error}") from error
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

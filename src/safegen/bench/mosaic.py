@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from safegen.bench.draw import picture_file, read_picture
+from safegen.bench.batches import picture_file, read_picture
 from safegen.bench.folder import SAMPLES, VERDICTS, Line, Run, from_line
-from safegen.bench.score import MOSAIC, Sides
+from safegen.bench.score import MOSAIC
+from safegen.bench.sides import Sides
 from safegen.concept import load_concept
 from safegen.errors import BadFile
 from safegen.judge.base import KEPT

@@ -8,67 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from safegen.bench.plan import Item, Role
-from safegen.bench.rows import canonical, hash_rows, read_rows, sha
+from safegen.bench.plan import Item
+from safegen.bench.rows import canonical, hash_rows, is_bundled, sha
+from safegen.bench.rules import FROM_FEATURES, FROZEN, FeatureRule, JudgeRule, LpipsRule, MetricName, PromptList
+from safegen.data.sources import HUB
 from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.judge.base import KEPT
 from safegen.sampler import Sampler
-from safegen.tables import PROMPT_LISTS, PROTOCOLS
+from safegen.tables import PROTOCOLS
 
-FORMAT = "safegen-protocol/1"
+FORMAT = "safegen-protocol/2"
 """Enters every id: a change of how we draw or score that moves numbers gets a new one."""
-MetricName = Literal["concept", "subject", "shown", "mosaicked", "removal", "removal_images", "change"]
-FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class PromptList(BaseModel):
-    """Prompts of one role."""
-
-    model_config = FROZEN
-
-    role: Role
-    """What the prompts are to the concept: explicit, innocent, neighbour, other or benign."""
-    name: str
-    """Heads the list's column of every table."""
-    source: str | None = None
-    """Where the prompts are: `source:list`, or a file."""
-    requires: str = ""
-    """Which file the user must give, for a list that is not in the package; nothing is downloaded."""
-    select: dict[str, str] = {}
-    """Column and what its value must hold, for a file of which only some rows are meant."""
-    prompts: int | None = Field(default=None, ge=1)
-    """How many of its first prompts; all when not given."""
-    sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
-    """SHA-256 of the rows that are meant (`hash_rows`); empty until the user gives the file."""
-    shows: str | None = None
-    """Label that a faithful picture shows besides its subject."""
-    unsafe: bool = False
-    """A list of real unsafe prompts: their texts stay out of every run folder and report, which know them by id and hash."""
-
-    @model_validator(mode="after")
-    def _has_one_origin(self) -> Self:
-        if (self.source is None) == (not self.requires):
-            raise ValueError(f"the list {self.name!r} needs either a source or a sentence under requires")
-        if self.source is not None and not self.sha256:
-            raise ValueError(f"the list {self.name!r} has a source but no sha256")
-        return self
-
-
-class JudgeRule(BaseModel):
-    """Which judge looks, and what it must see for a picture to count."""
-
-    model_config = FROZEN
-
-    name: str
-    """Name of the judge."""
-    labels: tuple[str, ...] = Field(min_length=1)
-    """Labels that mean the concept is in the picture."""
-    threshold: float = Field(default=0.5, ge=KEPT, le=1)
-    """Least score of a detection that counts."""
-    options: dict[str, Any] = {}
-    """Settings of the judge's own."""
 
 
 class Protocol(BaseModel):
@@ -92,6 +43,10 @@ class Protocol(BaseModel):
     """Who looks at them."""
     metrics: tuple[MetricName, ...] = Field(min_length=1)
     """What is computed."""
+    features: FeatureRule | None = None
+    """What makes the features; needed by the CLIP score and distances to the base."""
+    lpips: LpipsRule | None = None
+    """Weights of LPIPS; needed by it."""
 
     @model_validator(mode="after")
     def _is_fit_to_draw(self) -> Self:
@@ -100,14 +55,20 @@ class Protocol(BaseModel):
                 continue
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{noun} must be named once each and at least one, got {values}")
+        for part, names in (("features", FROM_FEATURES), ("lpips", ("lpips",))):
+            wanted = [m for m in self.metrics if m in names]
+            if wanted and getattr(self, part) is None:
+                raise ValueError(f"{', '.join(wanted)} needs a table [{part}]; see docs/evaluate.md")
+            if getattr(self, part) is not None and not wanted:
+                raise ValueError(f"[{part}] has no effect, for no metric needs it ({', '.join(names)}); leave it out")
         return self
 
     def decides(self) -> dict[str, Any]:
         """Return everything that a number depends on, as plain values; `id` is its hash.
 
         The threshold and labels are in it: a rate at 0.3 is another number than a rate at 0.5, though the pictures are the same. Left
-        out is what changes no number: the names of the protocol and concept, `about`, `unsafe`, and where a list's rows lie (their hash
-        is in).
+        out is what changes no number: the names of the protocol and concept, `about`, `unsafe`, and where a list's rows (their hash is
+        in) and weights lie (theirs is in the ids of the judge and extractor, which scores name too).
         """
         keep = ("role", "name", "prompts", "sha256", "shows")
         return {
@@ -115,8 +76,10 @@ class Protocol(BaseModel):
             "lists": [{key: getattr(part, key) for key in keep} for part in self.lists],
             "seeds": self.seeds if self.seeds == "rows" else list(self.seeds),
             "sampler": self.sampler.model_dump(mode="json"),
-            "judge": self.judge.model_dump(mode="json") | {"labels": sorted(self.judge.labels)},
+            "judge": self.judge.model_dump(mode="json") | {"labels": sorted(self.judge.labels), "options": self.judge.told},
             "metrics": sorted(self.metrics),
+            "extractor": self.features and self.features.extractor,
+            "lpips": self.lpips and {"side": self.lpips.side},
         }
 
     @property
@@ -124,8 +87,15 @@ class Protocol(BaseModel):
         """First 16 hexadecimal digits of the SHA-256 over `decides()` as canonical JSON."""
         return sha(canonical(self.decides()))[:16]
 
-    def judged(self, *, name: str | None = None, labels: Sequence[str] = (), threshold: float | None = None) -> Protocol:
-        """Return the protocol with another judge, label set or threshold, and so with another id.
+    def judged(
+        self,
+        *,
+        name: str | None = None,
+        labels: Sequence[str] = (),
+        threshold: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Protocol:
+        """Return the protocol with another judge, label set, threshold or options, and so with another id.
 
         Raises:
             BadSetting: the threshold is outside what detections are kept for.
@@ -134,18 +104,19 @@ class Protocol(BaseModel):
         new |= {} if threshold is None else {"threshold": threshold}
         if name is not None and name != self.judge.name:
             new |= {"name": name, "options": {}}
+        new |= {} if options is None else {"options": dict(options)}
         try:
             return self.model_copy(update={"judge": JudgeRule.model_validate(self.judge.model_dump() | new)})
         except ValidationError as error:
             raise BadSetting(f"judge.{_first(error)}") from error
 
 
-def load_protocol(name: str, *, prompts: Mapping[str, Path] | None = None) -> Protocol:
+def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None) -> Protocol:
     """Return a built-in protocol, or read one from a TOML file; every list's rows are read and checked against their hash.
 
     Args:
         name: a name of the table, or a path that ends in .toml; list files in it are relative to it.
-        prompts: file of each list that the protocol does not bring.
+        prompts: file of each list that the protocol does not bring, or `hub:owner/name/path/in/repo.csv`.
 
     Raises:
         UnknownName: neither a built-in protocol nor a file; or no list of that name lacks a file.
@@ -183,7 +154,7 @@ def read_protocol(name: str) -> Protocol:
         raise BadFile(f"{name} is not a protocol file: {_first(error)}") from error
 
 
-def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, Path], folder: Path) -> PromptList:
+def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, str | Path], folder: Path) -> PromptList:
     """Return a list whose rows can be read and are those that it names."""
     source = part.source
     if source is None:
@@ -193,18 +164,20 @@ def _filled(protocol: Protocol, part: PromptList, given: Mapping[str, Path], fol
                 f"give the file with --prompts {part.name}=FILE"
             )
         source = str(given[part.name])
-    elif source.partition(":")[0] not in PROMPT_LISTS:
+    elif not (is_bundled(source) or source.startswith(HUB)):
         source = str(folder / source)
-    rows = read_rows(source, part.prompts, part.select)
-    found = hash_rows(rows)
-    if part.sha256 not in ("", found):
+    part = part.model_copy(update={"source": source})
+    found = part.read(seeds=protocol.seeds == "rows")
+    digest, n = hash_rows(found.rows), len(found.rows)
+    if part.sha256 not in ("", digest):
         raise BadFile(
             f"the prompts of {part.name!r} have changed: the protocol {protocol.name!r} names rows of SHA-256 {part.sha256}, "
-            f"{source} has {found}; get the file that is meant, or write a protocol of your own"
+            f"{source} has {digest}; get the file that is meant, or write a protocol of your own"
         )
-    if part.prompts is not None and len(rows) != part.prompts:
-        raise BadFile(f"the prompts of {part.name!r} must be {part.prompts}, {source} has {len(rows)} of them; get the file that is meant")
-    return part.model_copy(update={"source": source, "sha256": found, "prompts": len(rows)})
+    if part.prompts is not None and n != part.prompts:
+        lost = f" (and {len(found.left_out)} that cannot be used: {'; '.join(found.left_out[:3])})" if found.left_out else ""
+        raise BadFile(f"the prompts of {part.name!r} must be {part.prompts}, {source} has {n} of them{lost}; get the file that is meant")
+    return part.model_copy(update={"sha256": digest, "prompts": n, "left_out": found.left_out, "notes": found.notes})
 
 
 def plan(protocol: Protocol) -> list[Item]:
@@ -217,9 +190,7 @@ def plan(protocol: Protocol) -> list[Item]:
     out: list[Item] = []
     asked: dict[tuple[str, int, int], str] = {}
     for part in protocol.lists:
-        if part.source is None:
-            raise BadSetting(f"the protocol {protocol.name!r} needs the prompts of {part.name!r}: {part.requires}")
-        rows = read_rows(part.source, part.prompts, part.select)
+        rows = part.read(seeds=protocol.seeds == "rows").rows
         for seed in (None,) if protocol.seeds == "rows" else protocol.seeds:
             for i, row in enumerate(rows):
                 own = row.seed if seed is None else seed
@@ -231,7 +202,7 @@ def plan(protocol: Protocol) -> list[Item]:
                 out.append(
                     Item(
                         role=part.role, list_name=part.name, prompt=row.text, subject=row.subject, shows=part.shows, seed=own, index=i,
-                        id=f"{part.name}/{i:05d}", cluster=sha(row.text)[:16],
+                        id=f"{part.name}/{i:05d}", cluster=row.cluster,
                     )
                 )  # fmt: skip
     return out
@@ -241,13 +212,13 @@ def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the protocol id that all these scores (run name: its scores.json) were made by.
 
     Raises:
-        BadSetting: nothing to compare, two ids, or one id and two judges; the message says what differs.
+        BadSetting: nothing to compare, two ids, or one id and two judges or weights; the message says what differs.
     """
     if not scores:
         raise BadSetting("there are no scores to compare")
     (first, a), *others = scores.items()
     for name, b in others:
-        one, two = ({**s["protocol"]["decides"], "judge id": s["judge"]} for s in (a, b))
+        one, two = ({**s["protocol"]["decides"], "judge id": s["judge"], "weights": s["weights"]} for s in (a, b))
         gaps = differences(one, two)
         if gaps:
             raise BadSetting(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safegen import __version__
-from safegen.bench.draw import Look, Tell, work
-from safegen.bench.folder import CARD, FORMAT, PLAN, Line, Planned, Run, write_json, write_plan
+from safegen.bench.batches import Tell
+from safegen.bench.draw import work
+from safegen.bench.folder import CARD, CHANGES, FEATURES, FORMAT, PLAN, SAMPLES, Line, Planned, Run, write_json, write_plan
 from safegen.bench.protocol import Protocol, differences, plan, read_protocol
-from safegen.bench.rows import canonical, sha
-from safegen.bench.score import score_run, scores_file
+from safegen.bench.results import score_run, scores_file
+from safegen.bench.rows import canonical, sha, short
+from safegen.bench.watch import Look
 from safegen.concept import load_concept
 from safegen.errors import BadFile, BadSetting
 from safegen.judge import load_judge
@@ -69,13 +71,21 @@ def evaluate(
     return run
 
 
-def judge_run(run: Run, *, name: str | None = None, labels: Sequence[str] = (), tell: Tell = lambda *_: None) -> str:
+def judge_run(
+    run: Run,
+    *,
+    name: str | None = None,
+    labels: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    tell: Tell = lambda *_: None,
+) -> str:
     """Let a judge look at all that was drawn so far, and return its id; no picture is drawn.
 
     Args:
         run: a run.
         name: another judge than the protocol's.
         labels: labels of that judge; the protocol's own when the judge is the same.
+        options: its options, in place of the protocol's.
         tell: called with (what is going on, done, of).
 
     Raises:
@@ -85,16 +95,46 @@ def judge_run(run: Run, *, name: str | None = None, labels: Sequence[str] = (), 
     if name is not None and name.partition(":")[0] != run.protocol.judge.name and not labels:
         raise BadSetting(f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label")
     with _writing(run.folder):
-        look = watch_with(run.protocol.judged(name=name, labels=labels))
+        protocol = run.protocol.judged(name=name, labels=labels, options=options)
+        look = watch_with(protocol, features=not _have(run, FEATURES), lpips=not _have(run, CHANGES))
         work(run, run.planned, look=look, tell=tell)
     return look.id
 
 
-def watch_with(protocol: Protocol) -> Look:
-    """Return a protocol's judge; options that change what it sees are part of its id."""
-    rule = protocol.judge
+def _have(run: Run, journal: str) -> bool:
+    """Return whether all that was drawn is in a journal of measurements, so that what makes them need not be there."""
+    apart = {key for entry in run.stacks if journal == CHANGES and entry["kind"] == "base" for key in run.keys(entry)}
+    return {line["key"] for line in run.lines(SAMPLES)} - apart <= {line["key"] for line in run.lines(journal)}
+
+
+def watch_with(protocol: Protocol, *, features: bool = True, lpips: bool = True) -> Look:
+    """Return a protocol's judge, and what else it needs to look at pictures; options that change what a judge sees are part of its id.
+
+    Args:
+        protocol: says which.
+        features: load the extractor, if it names one.
+        lpips: load LPIPS, if it names its weights.
+
+    Raises:
+        BadSetting: the CLIP score is asked of an extractor that reads no texts.
+        UserError: the judge, extractor or weights cannot be loaded.
+    """
+    rule, options = protocol.judge, protocol.judge.told
     eye = load_judge(rule.name, labels=rule.labels, threshold=rule.threshold, **rule.options)
-    return Look(eye, eye.id + (f"#{sha(canonical(rule.options))[:8]}" if rule.options else ""))
+    id_ = eye.id + (f"#{sha(canonical(options))[:8]}" if options else "")
+    look = Look(eye, {"judge": id_, "name": rule.name, "options": options, "known": list(eye.known)})
+    if protocol.features and features:
+        from safegen.metrics.features import TextExtractor, load_extractor
+
+        extractor = load_extractor(protocol.features.extractor, weights=protocol.features.weights)
+        if "clip_score" in protocol.metrics and not isinstance(extractor, TextExtractor):
+            raise BadSetting(f"the CLIP score needs an extractor that reads texts too, as clip does, got {protocol.features.extractor!r}")
+        look = replace(look, extractor=extractor)
+    if protocol.lpips and lpips:
+        from safegen.metrics.lpips import Lpips
+
+        look = replace(look, lpips=Lpips(**protocol.lpips.model_dump()))
+    return look
 
 
 @contextmanager
@@ -172,11 +212,11 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
             raise BadSetting(f"the stacks {seen[digest]!r} and {stack.name!r} draw the same; leave one out")
         seen[digest] = stack.name
         entries.append(_entry(stack, shelf) | {"hash": digest, "kind": kind, "against": against})
-    parts = [p.model_copy(update={"source": _short(p.source or ""), "requires": ""}) for p in protocol.lists]
+    parts = [p.model_copy(update={"source": short(p.source or ""), "requires": ""}) for p in protocol.lists]
     return {
         "format": FORMAT,
         "id": protocol.id,
-        "protocol": protocol.model_copy(update={"lists": tuple(parts)}).model_dump(mode="json"),
+        "protocol": protocol.model_copy(update={"lists": tuple(parts)} | _weights_told(protocol)).model_dump(mode="json"),
         "stacks": entries,
         "versions": {"safegen": __version__} | {name: version(name) for name in LIBRARIES},
         "device": f"{shelf.device}, {shelf.dtype}",
@@ -185,13 +225,24 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
     }
 
 
+def _weights_told(protocol: Protocol) -> Line:
+    """Return the parts of a protocol that may name files of weights, with the files' last names only."""
+    out: Line = {"judge": protocol.judge.model_copy(update={"options": protocol.judge.told})}
+    if protocol.features and protocol.features.weights:
+        out["features"] = protocol.features.model_copy(update={"weights": short(protocol.features.weights)})
+    if protocol.lpips:
+        files = {key: short(getattr(protocol.lpips, key)) for key in ("trunk", "heads")}
+        out["lpips"] = protocol.lpips.model_copy(update=files)
+    return out
+
+
 def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: Shelf) -> str:
     """Return what to type to make a run again, in a folder that holds its files: those of the user are called by their last name only."""
     words = ["--protocol", protocol.name if _built_in(protocol) else f"{protocol.name}.toml"]
     for stack, kind, _ in stacks:
         words += ["--stack", _spec(stack)] if kind != "baseline" else []
     for part in protocol.lists:
-        words += ["--prompts", f"{part.name}={_short(part.source or '')}"] if part.requires else []
+        words += ["--prompts", f"{part.name}={short(part.source or '')}"] if part.requires else []
     words += [] if any(kind == "baseline" for _, kind, _ in stacks) else ["--baselines", "none"]
     for option, value in (("--device", shelf.device), ("--dtype", shelf.dtype)):
         words += [option, value] if value != getattr(Shelf(), option[2:]) else []
@@ -219,7 +270,7 @@ def _entry(stack: Stack, shelf: Shelf) -> Line:
     patches = [Patch.load(path) for path in stack.patches]
     return {
         "name": stack.name,
-        "model": _short(stack.model),
+        "model": short(stack.model),
         "weights": shelf.model(stack.model)[1],
         "patches": [
             {"file": path.name, "hash": patch.hash, "method": patch.provenance.get("method"), "seconds": patch.provenance.get("seconds")}
@@ -234,9 +285,4 @@ def _spec(stack: Stack) -> str:
     """Return a stack as the command line takes it; what has a negative prompt, or draws nothing, can only come from a recipe."""
     if stack.negative_prompt is not None or stack.blank:
         return f"{stack.name}.toml"
-    return f"{stack.name}={'+'.join([_short(stack.model), *(p.name for p in stack.patches)])}"
-
-
-def _short(name: str) -> str:
-    """Return a path's last part; names of tables and of the hub as they are."""
-    return name if ":" in name or os.sep not in name else Path(name).name
+    return f"{stack.name}={'+'.join([short(stack.model), *(p.name for p in stack.patches)])}"

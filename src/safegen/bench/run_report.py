@@ -12,6 +12,7 @@ from safegen import __version__
 from safegen.bench.charts import charts
 from safegen.bench.facts import SWEEP, TESTS, report_facts
 from safegen.bench.folder import Line, Run, write_json
+from safegen.bench.further import FIGURES
 from safegen.bench.mosaic import TILES, grids
 from safegen.errors import BadSetting
 from safegen.files import fresh_file
@@ -112,7 +113,9 @@ def markdown(facts: Line) -> str:
     roles = [role for role in ("explicit", "innocent", "benign", "other") if any(p["role"] == role for p in facts["lists"])]
     heads = {"explicit": "seen, explicit", "innocent": "seen, innocent", "benign": "right object, benign", "other": "other concept drawn"}
     what = dict(TESTS.values())
-    lines = [["stack", *(heads[r] for r in roles), "looks mosaicked", "one colour", "unjudged", "s a picture"]]
+    clip = "clip_score" in facts["protocol"]["decides"]["metrics"]
+    fits = ["CLIP score, benign"] if clip and "benign" in roles else []
+    lines = [["stack", *(heads[r] for r in roles), *fits, "looks mosaicked", "one colour", "unjudged", "s a picture"]]
     lines.append(["---"] * len(lines[0]))
     for row in facts["stacks"]:
         cells = [row["label"]]
@@ -121,6 +124,9 @@ def markdown(facts: Line) -> str:
             text = "–" if rate is None else percent(rate["value"])
             strong = role in ("explicit", "innocent") and fewer(row, role)
             cells.append((f"**{text}**" if strong else text) + (f" ({span(rate)}; n = {rate['n']})" if rate else ""))
+        if fits:
+            score = row["roles"]["benign"]["clip_score"]
+            cells.append(FIGURES["clip_score"][1](score) if score else "–")
         mosaicked = row["mosaicked"]
         cells.append(f"{percent(mosaicked['value'])} ({span(mosaicked)})" if mosaicked else "–")
         cells += [str(row["blank"]), str(row["unjudged"]), "–" if row["seconds"] is None else f"{row['seconds']:.2f}"]
@@ -130,9 +136,27 @@ def markdown(facts: Line) -> str:
     return (
         f"Protocol {p['name']} (`{p['id']}`), judge `{facts['judge']}`, threshold {p['decides']['judge']['threshold']}: "
         f"{p['concept']} seen, 95 % intervals.\n\n{table}\n\n"
+        f"{_further(facts)}"
         f"Bold: fewer pictures than the base on the same prompts and seeds (exact McNemar, Holm over stacks, p ≤ {facts['level']}). "
         "No hits is not “never”: read the interval's upper end.\n"
     )
+
+
+def _further(facts: Line) -> str:
+    """Return the table of the other metrics, and why some are undefined; nothing where the protocol asks for none."""
+    more = facts["further"]
+    if not more["heads"]:
+        return ""
+    lines = [["stack", "list", *more["heads"]], ["---"] * (len(more["heads"]) + 2)]
+    lines += [[row["stack"], row["list"], *row["cells"]] for row in more["rows"]]
+    table = "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+    undefined = "".join(f"- undefined: {_cell(line)}\n" for line in more["undefined"])
+    return f"{table}\n\n{undefined}{_looked(facts)}\n"
+
+
+def _looked(facts: Line) -> str:
+    """Return by what the features are."""
+    return "".join(f"{what}: `{_cell(id_)}`\n" for what, id_ in facts["weights"].items())
 
 
 def _cell(text: str) -> str:

@@ -7,11 +7,27 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
-from safegen.bench.draw import Tell, is_blank, picture_file, read_picture
-from safegen.bench.folder import CHANGES, PICTURES, PLAN, SAMPLES, SCORES, VERDICTS, Line, Run, from_line, parse
-from safegen.bench.protocol import PromptList, differences
+from safegen.bench.batches import Tell, is_blank, picture_file, read_picture
+from safegen.bench.folder import (
+    CHANGES,
+    FEATURES,
+    JUDGES,
+    PICTURES,
+    PLAN,
+    SAMPLES,
+    SCORES,
+    VERDICTS,
+    Line,
+    Planned,
+    Run,
+    from_line,
+    from_text,
+    parse,
+)  # fmt: skip
+from safegen.bench.protocol import differences
+from safegen.bench.results import score_run
 from safegen.bench.rows import hash_lines, sha
-from safegen.bench.score import score_run
+from safegen.bench.rules import FROM_FEATURES, PromptList
 from safegen.errors import UserError
 from safegen.metrics.change import picture_change
 
@@ -26,7 +42,15 @@ def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
         BadFile: a journal has a line that is not JSON, or lacks what it is read by.
     """
     refused = set[str]()  # pictures that are not what they were; filled by _samples
-    return [*_card(run), *_torn(run), *_samples(run, refused, tell), *_verdicts(run), *_changes(run, refused), *_scores(run)]
+    return [
+        *_card(run),
+        *_torn(run),
+        *_samples(run, refused, tell),
+        *_verdicts(run),
+        *_changes(run, refused),
+        *_features(run),
+        *_scores(run),
+    ]
 
 
 def _card(run: Run) -> Iterator[str]:
@@ -40,10 +64,10 @@ def _card(run: Run) -> Iterator[str]:
         if not own and drawn != list(protocol.seeds):
             yield f"{PLAN}: {part.name!r} is drawn with the seeds {drawn}, the protocol names {list(protocol.seeds)}"
         groups = [rows] if own else [[p for p in rows if p.item.seed == seed] for seed in protocol.seeds]
-        if any(hash_lines([(p.prompt_sha256, p.item.subject, p.item.seed if own else None) for p in g]) != part.sha256 for g in groups):
-            yield f"{PLAN}: the prompts of {part.name!r} are not those that the protocol names"
+        if any(hash_lines([_row(p, own_seed=own) for p in g]) != part.sha256 for g in groups):
+            yield f"{PLAN}: the prompts of {part.name!r}, their subjects, seeds or clusters, are not those that the protocol names"
         for p, i in ((p, i) for group in groups for i, p in enumerate(group)):
-            said, meant = p.item.model_dump(), _meant(part, i, p.prompt_sha256)
+            said, meant = p.item.model_dump(), _meant(part, i)
             for gap in differences({k: said[k] for k in meant}, meant):
                 yield f"{PLAN}: {part.name!r}, seed {p.item.seed}, row {i + 1} says {gap} (said, as the protocol has it)"
         wanted = (part.prompts or 0) * len(groups)
@@ -54,16 +78,23 @@ def _card(run: Run) -> Iterator[str]:
             yield f"{PLAN}: the text of {p.item.id} is not that of its hash"
 
 
-def _meant(part: PromptList, row: int, prompt_sha256: str) -> Line:
-    """Return what follows for a planned picture from its list, its place in it and its prompt; see `protocol.plan`."""
-    return {"role": part.role, "shows": part.shows, "index": row, "id": f"{part.name}/{row:05d}", "cluster": prompt_sha256[:16]}
+def _row(p: Planned, *, own_seed: bool) -> tuple[object, ...]:
+    """Return a planned picture as `hash_rows` takes its row."""
+    return (p.prompt_sha256, p.item.subject, p.item.seed if own_seed else None, p.item.cluster)
+
+
+def _meant(part: PromptList, row: int) -> Line:
+    """Return what follows for a planned picture from its list and its place in it; see `protocol.plan`."""
+    return {"role": part.role, "shows": part.shows, "index": row, "id": f"{part.name}/{row:05d}"}
 
 
 def _torn(run: Run) -> Iterator[str]:
-    for name in (PLAN, SAMPLES, VERDICTS, CHANGES):
+    metrics = set(run.protocol.metrics)
+    optional = {CHANGES: ("change", "lpips"), FEATURES: FROM_FEATURES}
+    for name in (PLAN, SAMPLES, JUDGES, VERDICTS, CHANGES, FEATURES):
         path = run.folder / name
         if not path.exists():
-            if name != CHANGES or "change" in run.protocol.metrics:
+            if name not in optional or not metrics.isdisjoint(optional[name]):
                 yield f"{name}: missing"
         elif parse(path)[1] != path.stat().st_size:
             yield f"{name}: its last line is torn; go on with the run to mend it"
@@ -123,6 +154,8 @@ def _picture(run: Run, line: Line, file: str) -> Iterator[str]:
 
 def _verdicts(run: Run) -> Iterator[str]:
     lines, keys = run.lines(VERDICTS), {key for entry in run.stacks for key in run.keys(entry)}
+    told = [line["judge"] for line in run.lines(JUDGES)]
+    yield from _twice(JUDGES, told)
     yield from _twice(VERDICTS, [(line.get("key"), line.get("judge")) for line in lines])
     for line in lines:
         try:
@@ -131,14 +164,37 @@ def _verdicts(run: Run) -> Iterator[str]:
             yield f"{VERDICTS}: {error}"
     for judge in sorted({str(line.get("judge")) for line in lines}) or [run.protocol.judge.name]:
         judged = {line.get("key") for line in lines if line.get("judge") == judge}
+        if judged and judge not in told:
+            yield f"{JUDGES}: nothing is said of {judge}, by whom there are verdicts"
         if keys - judged:
             yield f"{VERDICTS}: {len(keys - judged)} of {len(keys)} pictures have no verdict by {judge}"
         if judged - keys:
             yield f"{VERDICTS}: {len(judged - keys)} verdicts by {judge} are on no picture of the plan"
 
 
+def _features(run: Run) -> Iterator[str]:
+    if set(FROM_FEATURES).isdisjoint(run.protocol.metrics):
+        return
+    lines, keys = run.lines(FEATURES), {key for entry in run.stacks for key in run.keys(entry)}
+    yield from _twice(FEATURES, [line["key"] for line in lines])
+    widths = Counter[int]()
+    for line in lines:
+        try:
+            row = from_text(line)
+        except UserError as error:
+            yield f"{FEATURES}: {error}"
+        else:
+            widths.update([] if row is None else [len(row)])
+    if len(widths) > 1:
+        yield f"{FEATURES}: pictures have {' or '.join(map(str, sorted(widths)))} features, which must be as many for all"
+    seen = {line["key"] for line in lines}
+    for n, what in ((len(keys - seen), f"of {len(keys)} pictures have no line"), (len(seen - keys), "lines are on no picture of the plan")):
+        if n:
+            yield f"{FEATURES}: {n} {what}"
+
+
 def _changes(run: Run, refused: set[str]) -> Iterator[str]:
-    if "change" not in run.protocol.metrics:
+    if {"change", "lpips"}.isdisjoint(run.protocol.metrics):
         return
     lines = run.lines(CHANGES)
     yield from _twice(CHANGES, [line.get("key") for line in lines])

@@ -37,18 +37,23 @@ class Baselines(StrEnum):
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Judge = Annotated[str | None, typer.Option(help="Another judge than the protocol's, by name or id.")]
+JudgeOption = Annotated[
+    list[str] | None, typer.Option(help="key=value: an option of the judge (docs/judges.md), in place of the protocol's; repeat it.")
+]
 Label = Annotated[list[str] | None, typer.Option("--label", help="A label of the judge that means the concept; repeat it.")]
 
 
 DRAWING = ("protocol", "stack", "prompts", "baselines", "device", "dtype", "allow_pickle")
 IDLE = {
-    Stage.all: ("judge", "label"),
-    Stage.generate: ("judge", "label"),
+    Stage.all: ("judge", "label", "judge_option"),
+    Stage.generate: ("judge", "label", "judge_option"),
     Stage.judge: DRAWING,
-    Stage.score: (*DRAWING, "threads"),
-    Stage.report: (*DRAWING, "threads"),
+    Stage.score: (*DRAWING, "threads", "judge_option"),
+    Stage.report: (*DRAWING, "threads", "judge_option"),
 }
 """Options of evaluate that a stage does not use."""
+SAID = 20
+"""Rows that cannot be used which are said one by one; all are on the run's card."""
 
 
 def evaluate(
@@ -63,6 +68,7 @@ def evaluate(
     baselines: Annotated[Baselines, typer.Option(help="Also draw with a negative prompt and black pictures, or not.")] = Baselines.all,
     judge: Judge = None,
     label: Label = None,
+    judge_option: JudgeOption = None,
     device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")] = None,
@@ -75,6 +81,7 @@ def evaluate(
     idle = [f"--{name.replace('_', '-')}" for name in IDLE.get(stage, ()) if _given(context, name)]
     if idle:
         raise BadSetting(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
+    options = _options(judge_option or [])
     if stage == Stage.score:
         score(out, judge=judge, label=label)
         return
@@ -85,6 +92,8 @@ def evaluate(
 
     _quiet()
     rules = _protocol(protocol, prompts or []) if protocol else None
+    if rules:
+        _show_left_out(rules)
     _set_threads(threads)
     from safegen.bench import run as bench
     from safegen.bench.folder import Run
@@ -93,8 +102,8 @@ def evaluate(
     stacks = [load_stack(spec) for spec in stack or []]
     with _stoppable(out), _one_line_warnings(), _progress() as tell:
         if rules is None:
-            seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), tell=tell)
-            typer.echo(f"judged by {seen_by}; score it with: safegen score {out} --judge {seen_by}")
+            seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), options=options or None, tell=tell)
+            typer.echo(f"judged by {seen_by}; score it with: safegen score {out} --judge '{seen_by}'")
             return
         shelf = Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
@@ -119,7 +128,7 @@ def score(
 ) -> None:
     """Score a run that was judged, under its own rules or others; no picture is drawn or judged, no model loaded."""
     from safegen.bench.folder import Run, write_json
-    from safegen.bench.score import score_run, scores_file
+    from safegen.bench.results import score_run, scores_file
 
     if out and out.exists():
         raise BadFile(f"{out} exists already; name another file with --out")
@@ -178,6 +187,24 @@ def _given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """Turn `key=value` into options of a judge; a value is JSON (a number, a list, true), or else the text as it stands."""
+    import json
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, found, text = pair.partition("=")
+        if not (key and found):
+            raise BadSetting(f"--judge-option takes key=value, got {pair!r}")
+        if key in ("labels", "threshold"):
+            raise BadSetting(f"{key} is no option of a judge; say it with {'--label' if key == 'labels' else 'safegen score --threshold'}")
+        try:
+            out[key] = json.loads(text)
+        except json.JSONDecodeError:
+            out[key] = text
+    return out
+
+
 def _protocol(name: str, prompts: list[str]) -> Protocol:
     from safegen.bench.protocol import load_protocol
 
@@ -186,8 +213,19 @@ def _protocol(name: str, prompts: list[str]) -> Protocol:
         part, found, file = pair.partition("=")
         if not (part and found and file):
             raise BadSetting(f"--prompts takes NAME=FILE, got {pair!r}")
-        given[part] = Path(file)
+        given[part] = file
     return load_protocol(name, prompts=given)
+
+
+def _show_left_out(protocol: Protocol) -> None:
+    """Say which rows of the user's files cannot be used, and what there is to know of the files."""
+    for part in protocol.lists:
+        for note in part.notes:
+            typer.echo(f"note on {part.name}: {note}", err=True)
+        for line in part.left_out[:SAID]:
+            typer.echo(f"left out of {part.name}: {line}", err=True)
+        if len(part.left_out) > SAID:
+            typer.echo(f"left out of {part.name}: {len(part.left_out) - SAID} more rows, all in the run's protocol.json", err=True)
 
 
 @contextmanager
@@ -232,8 +270,11 @@ def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
     def rate(value: dict[str, Any] | None, digits: int = 0) -> str:
         if not value:
             return ""
+        text = f"{100 * value['value']:.{digits}f} %"
+        if value["low"] is None:  # one prompt shows no spread
+            return text
         low, high = (f"{100 * value[k]:.{digits}f}" for k in ("low", "high"))
-        return f"{100 * value['value']:.{digits}f} % ({low} to {high})"
+        return f"{text} ({low} to {high})"
 
     for name, entry in scores["stacks"].items():
         for part, row in entry["lists"].items():

@@ -30,6 +30,11 @@ class Mean:
     scale: str
     unjudged: int = 0
 
+    @property
+    def differs(self) -> bool:
+        """Of a mean of differences: whether there is an interval and it leaves out zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a results file."""
         return asdict(self)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from safegen.metrics.bootstrap import ratio_interval
+from safegen.metrics.bootstrap import Mean, mean
 from safegen.metrics.rates import Z95
 
 
@@ -24,30 +24,6 @@ class McNemar:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a results file."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of a - b over `n` pairs in `clusters` clusters, with its 95 % interval; None with one cluster, which shows no spread."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    clusters: int
-    scale: str
-    seed: int
-    draws: int
-    unjudged: int = 0
-
-    @property
-    def differs(self) -> bool:
-        """Whether there is an interval and it leaves out zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for a results file."""
-        return asdict(self) | {"differs": self.differs}
 
 
 def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> McNemar:
@@ -100,7 +76,7 @@ def paired_difference(
     scale: str = "",
     seed: int = 0,
     draws: int = 2000,
-) -> Difference:
+) -> Mean:
     """Return the mean of a - b over pairs (the same prompt and seed), with a percentile bootstrap interval over clusters.
 
     Args:
@@ -119,23 +95,22 @@ def paired_difference(
     """
     if not len(a) == len(b) == len(clusters):
         raise ValueError(f"a, b and clusters must be equally long, got {len(a)}, {len(b)}, {len(clusters)}")
-    pairs = [(float(x) - float(y), c) for x, y, c in zip(a, b, clusters, strict=True) if x is not None and y is not None]
-    if not pairs:
+    apart = [None if x is None or y is None else float(x) - float(y) for x, y in zip(a, b, strict=True)]
+    known = [d for d in apart if d is not None]
+    if not known:
         raise ValueError("a paired difference needs at least one pair, got none")
-    if not all(math.isfinite(d) for d, _ in pairs):
+    if not all(math.isfinite(d) for d in known):
         raise ValueError("a paired difference is over finite values, got NaN or infinity")
-    value, names = math.fsum(d for d, _ in pairs) / len(pairs), [c for _, c in pairs]
-    groups, low, high = len(set(names)), None, None
-    if groups > 1:
-        sign = -1.0 if value < 0 else 1.0  # the draws see |value|, so that a - b and b - a mirror each other
-        left, right = ratio_interval([(sign * d, 1.0) for d, _ in pairs], names, seed=seed, draws=draws)
-        low, high = (left, right) if sign > 0 else (-right, -left)
-    return Difference(value, low, high, len(pairs), groups, scale, seed, draws, len(a) - len(pairs))
+    sign = -1 if math.fsum(known) < 0 else 1  # the draws see |value|, so that a - b and b - a mirror each other
+    found = mean([None if d is None else sign * d for d in apart], clusters, scale=scale, seed=seed, draws=draws)
+    if sign > 0 or found.low is None or found.high is None:
+        return replace(found, value=sign * found.value)
+    return replace(found, value=-found.value, low=-found.high, high=-found.low)
 
 
 def hit_difference(
     a: Sequence[bool | None], b: Sequence[bool | None], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = 2000
-) -> Difference:
+) -> Mean:
     """Return how much more often one model hits than another on the same prompts and seeds, as a difference of shares (a - b).
 
     Interval (ours): `paired_difference` over clusters, widened to the one of Agresti & Min (2005), which adds half a pair to each cell of
