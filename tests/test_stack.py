@@ -55,7 +55,11 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('model = "mini"\nguards = ["x"]', "guards cannot be used in this version"),
+        ('model = "mini"\nguards = ["sdl"]', "no guard named 'sdl'. Did you mean 'sld'"),
+        ('model = "mini"\nguards = ["sld-maxx"]', "Did you mean 'max'"),
+        ('model = "mini"\n[[guards]]\nname = "sld"\nscal = 3', "Did you mean 'scale'"),
+        ('model = "mini"\nguards = ["judge-filter"]', "judge: Field required"),
+        ('model = "mini"\nblank = true\nguards = ["sld"]', "no effect on a blank stack"),
         ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
         ('model = "mini"\nsteps = 3', "steps"),
         ("patches = []", "model"),
