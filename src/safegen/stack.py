@@ -141,7 +141,8 @@ def _read_recipe(path: Path) -> Stack:
         raise BadFile(f"{path} is not a stack file: {'.'.join(map(str, e['loc'])) or 'stack'}: {e['msg']}") from error
     beside = path.parent / stack.model
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
-    return stack.model_copy(update={"model": model, "patches": tuple(path.parent / p for p in stack.patches)})
+    patches, guards = tuple(path.parent / p for p in stack.patches), tuple(guard.beside(path.parent) for guard in stack.guards)
+    return stack.model_copy(update={"model": model, "patches": patches, "guards": guards})
 
 
 def weights_hash(model: Model) -> str:

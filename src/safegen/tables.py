@@ -18,6 +18,8 @@ GUARDS = {
     "negative-prompt": "safegen.guard.negative_prompt:NegativePrompt",
     "safety-checker": "safegen.guard.safety_checker:SafetyChecker",
     "judge-filter": "safegen.guard.judge_filter:JudgeFilter",
+    "prompt-filter": "safegen.guard.prompt_filter:PromptFilter",
+    "safree": "safegen.guard.safree:Safree",
 }
 """Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""
 

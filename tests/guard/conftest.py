@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import PROMPTS
-
-TEXT = "a red cube"
-"""What the guards of these tests steer away from: short enough for the tiny text encoder."""
+PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
+"""What the tiny tokenizer was made of, as in the conftest above."""
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from safegen.guard import Finding, Guard, read_guard
 from safegen.guard.base import Ready, Turn
 from safegen.guard.engine import Guarded
 from safegen.models.seams import Text
-from tests.conftest import PROMPTS
-from tests.guard.conftest import TEXT
 
+PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
+TEXT = "a red cube"
 SLD = {"name": "sld", "preset": "max", "text": TEXT}
 ZERO = SLD | {"scale": 0.0}
 NEGATIVE = {"name": "negative-prompt", "text": "a cone"}

@@ -19,7 +19,8 @@ def test_it_draws_what_the_pipelines_own_negative_prompt_draws(family, tiny_mode
     pipe = tiny_model.pipeline if family == "sd" else tiny_xl
     assert np.array_equal(arrays(draw(pipe, [TEXT])), draw(pipe, negative_prompt=["a green cone"] * 2))
     assert np.array_equal(
-        arrays(draw(pipe, [TEXT], negative_prompt=["a tree", "grass"])), draw(pipe, negative_prompt=["a tree, a green cone", "grass, a green cone"])
+        arrays(draw(pipe, [TEXT], negative_prompt=["a tree", "grass"])),
+        draw(pipe, negative_prompt=["a tree, a green cone", "grass, a green cone"]),
     )
 
 

@@ -12,8 +12,9 @@ from safegen.errors import BadSetting
 from safegen.guard import make_guard
 from safegen.guard.engine import Guarded
 from safegen.guard.sld import Sld, safety_guidance
-from tests.guard.conftest import TEXT
 
+PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
+TEXT = "a red cube"
 PUBLISHED = {"weak-diffusers": "WEAK", "medium": "MEDIUM", "strong": "STRONG", "max": "MAX"}
 SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
 
@@ -39,7 +40,6 @@ def safe(tiny_model):
 @pytest.mark.parametrize(("preset", "negative"), [*((name, None) for name in PUBLISHED), ("max", "a green cone")])
 def test_it_draws_what_the_published_pipeline_draws(tiny_model, safe, draw, preset, negative):
     from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
-    from tests.conftest import PROMPTS
 
     steps, more = 5, {} if negative is None else {"negative_prompt": [negative] * 2}
     config = getattr(SafetyConfig, PUBLISHED[preset])
@@ -81,7 +81,6 @@ def test_the_default_text_is_the_published_one():
 
 def test_two_calls_give_what_an_explicit_loop_gives(tiny_wan, draw):
     from safegen.models.seams import Border
-    from tests.conftest import PROMPTS
 
     guard, s, n = make_guard("sld", "strong", text=TEXT, warmup=20.0), 5.0, 5
     ours = draw(tiny_wan, [guard], num_inference_steps=n, guidance_scale=s, output_type="latent", **SMALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
@@ -38,7 +39,7 @@ class Guard(BaseModel, ABC):
     """Whether a second one on the same pipeline would undo the first."""
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:  # noqa: ARG003
+    def lent(cls, concept: Concept) -> dict[str, Any]:
         """Return the settings that a concept gives this guard; none where it has no use for one."""
         return {}
 
@@ -49,6 +50,10 @@ class Guard(BaseModel, ABC):
             UserError: weights that must be hashed cannot be read.
         """
         return self.model_dump(mode="json")
+
+    def beside(self, folder: Path) -> Guard:
+        """Return the guard with its files looked for beside a recipe that lies in `folder`."""
+        return self
 
     @abstractmethod
     def ready(self, border: Border) -> Ready:
@@ -179,7 +184,9 @@ class Trail:
 
     def to_json(self, *, times: bool = True) -> dict[str, Any]:
         """Return plain values; without `times`, equal pictures have equal trails."""
-        notes = [{k: dict(v) if isinstance(v, Mapping) else v for k, v in note.__dict__.items() if times or k != "ms"} for note in self.guards]
+        notes = [
+            {k: dict(v) if isinstance(v, Mapping) else v for k, v in note.__dict__.items() if times or k != "ms"} for note in self.guards
+        ]
         return {"action": self.action, "reason": self.reason, "guards": notes}
 
 

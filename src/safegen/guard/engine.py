@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from safegen.errors import BadSetting, UserError
@@ -206,7 +205,7 @@ class Guarded:
                 images[i] = one.image if one.image is not None else image
 
 
-def _drawn_of(image: Any, works: Sequence[Work], at: int, fault: str) -> Drawn:
+def _drawn_of(image: Any, works: Sequence[Work], at: int, fault: str) -> Drawn:  # noqa: ANN401
     notes = tuple(work.note(at) for work in works)
     if fault:
         return Drawn(None, Trail("withhold", fault, notes))

@@ -1,7 +1,8 @@
 """The hooks of one call: they change what the denoiser is asked and what it answers, so that the pipeline's own guidance does the rest.
 
-u + s (c - u) is what a pipeline makes of the blank's prediction u and the prompt's c. To have it make u + s (c - u - Gamma), a denoiser that is
-asked both at once answers [u; c - Gamma]; one that is asked twice answers c, and then u + s / (s - 1) Gamma, since u' + s (c - u') is the same.
+u + s (c - u) is what a pipeline makes of the blank's prediction u and the prompt's c. To have it make u + s (c - u - Gamma), a denoiser
+that is asked both at once answers [u; c - Gamma]; one that is asked twice answers c, and then u' = u + s / (s - 1) Gamma, since then
+u' + s (c - u') is the same.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from safegen.concept import Concept
 from safegen.data.censor import Censor, censor
+from safegen.errors import BadFile
 from safegen.guard.base import Action, Finding, Guard, Ready
 from safegen.judge import Judge, Verdict, load_judge
 from safegen.models.seams import Border, Seam
@@ -30,7 +31,7 @@ class JudgeFilter(Guard):
     """Its labels that make a picture unsafe; all its unsafe ones when empty."""
     threshold: float | None = Field(default=None, ge=0.2, le=1)
     """From which score on; the judge's own when not given."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """What the judge takes besides: its weights, prompts ..."""
     action: Answer = "black"
     """What becomes of an unsafe picture. One that could not be judged is always withheld."""
@@ -46,13 +47,16 @@ class JudgeFilter(Guard):
         Raises:
             UserError: it cannot be loaded.
         """
-        return load_judge(self.judge, labels=self.labels, threshold=self.threshold, **self.options)
+        try:
+            return load_judge(self.judge, labels=self.labels, threshold=self.threshold, **self.options)
+        except OSError as error:
+            raise BadFile(f"the judge {self.judge!r} of a guard cannot be opened: {error}") from error
 
     def facts(self) -> dict[str, Any]:
         """Return the settings with the judge's id in the place of where its weights lie."""
         return hashed(self.model_dump(mode="json"), self.open())
 
-    def ready(self, border: Border) -> Ready:  # noqa: ARG002
+    def ready(self, border: Border) -> Ready:
         """Return the guard at work."""
         return Looker(self, self.open(), self.action)
 
@@ -70,7 +74,7 @@ class Looker(Ready):
         super().__init__(guard)
         self.judge, self.answer = judge, answer
 
-    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Finding]:  # noqa: ARG002
+    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Finding]:
         """Return what becomes of each picture."""
         verdicts = self.judge.judge(images)
         if len(verdicts) != len(images):
@@ -91,7 +95,7 @@ class Looker(Ready):
 
 
 def covered(image: Image.Image, answer: Answer, reason: str, scores: dict[str, float], limits: dict[str, float]) -> Finding:
-    """Return what is shown in the place of an unsafe picture: nothing, black, or the whole of it under a mosaic or blur (data/censor.py)."""
+    """Return what is shown in the place of an unsafe picture: nothing, black, or the whole of it under a mosaic or blur."""
     action: Action = answer
     if answer == "refuse":
         return Finding(action, reason, scores, limits)

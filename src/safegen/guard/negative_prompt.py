@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from safegen.concept import Concept
 from safegen.guard.base import Call, Finding, Guard, Ready, Turn
 from safegen.models.seams import Border, Seam, Text

@@ -19,8 +19,8 @@ class SafetyChecker(Guard):
     name: Literal["safety-checker"] = "safety-checker"
     seams: ClassVar[frozenset[Seam]] = frozenset({"image"})
 
-    weights: Path | str
-    """A folder of the checker, a diffusers folder that has one, or `hub:owner/name`; CompVis/stable-diffusion-safety-checker is the published one."""
+    weights: str | Path
+    """A folder of the checker, a diffusers folder that has one, or `hub:owner/name`; CompVis/stable-diffusion-safety-checker is theirs."""
     threshold: float = Field(default=0.501, ge=0.2, le=1)
     """0.5 plus the least margin over a concept's own threshold; 0.501 is the checker's own rule, less is stricter."""
     adjustment: float = Field(default=0.0, ge=-0.5, le=0.5)
@@ -29,6 +29,11 @@ class SafetyChecker(Guard):
     """What becomes of a flagged picture."""
     allow_pickle: bool = False
     """Whether weights stored as pickles may be opened."""
+
+    def beside(self, folder: Path) -> Guard:
+        """Return the guard with its weights looked for in `folder`, unless they are of the hub."""
+        name = str(self.weights)
+        return self if name.startswith("hub:") else self.model_copy(update={"weights": folder / name})
 
     def open(self) -> Judge:
         """Return the checker as a judge.
@@ -43,6 +48,6 @@ class SafetyChecker(Guard):
         """Return the settings with the checker's hash in the place of where it lies."""
         return hashed(self.model_dump(mode="json"), self.open())
 
-    def ready(self, border: Border) -> Ready:  # noqa: ARG002
+    def ready(self, border: Border) -> Ready:
         """Return the guard at work."""
         return Looker(self, self.open(), self.action)

@@ -30,7 +30,9 @@ class Text:
 
     def rows(self, n: int) -> Text:
         """Return the text for `n` pictures, a multiple of b: each row as often as the next, repeats side by side."""
-        return Text(self.hidden.repeat_interleave(n // len(self.hidden), 0), {k: v.repeat_interleave(n // len(v), 0) for k, v in self.extra.items()})
+        return Text(
+            self.hidden.repeat_interleave(n // len(self.hidden), 0), {k: v.repeat_interleave(n // len(v), 0) for k, v in self.extra.items()}
+        )
 
     def like(self, hidden: Tensor) -> Text:
         """Return the text in another tensor's type and place."""
@@ -138,8 +140,14 @@ class Border:
             if guided and scale is not None and scale <= 1:
                 raise BadSetting(f"{names} has no effect without guidance; {key.replace('_', ' ')} must be > 1, got {scale}")
         if guided and any(getattr(d.config, "time_cond_proj_dim", None) is not None for d in self.denoisers):
-            raise BadSetting(f"{names} has no effect on a guidance-distilled model, which makes no blank prediction; use a text or output guard")
+            raise BadSetting(
+                f"{names} has no effect on a guidance-distilled model, which makes no blank prediction; use a text or output guard"
+            )
         if guided and call.get("guidance_rescale", 0.0) > 0:
-            raise BadSetting(f"{names} would be undone in part by guidance_rescale, which must be 0, got {call['guidance_rescale']}; leave it out")
+            raise BadSetting(
+                f"{names} would be undone in part by guidance_rescale, which must be 0, got {call['guidance_rescale']}; leave it out"
+            )
         if inside and any(getattr(d, "is_cache_enabled", False) for d in self.denoisers):
-            raise BadSetting(f"{', '.join(inside)} would miss the denoiser calls that a cache skips; call disable_cache() on the denoiser first")
+            raise BadSetting(
+                f"{', '.join(inside)} would miss the denoiser calls that a cache skips; call disable_cache() on the denoiser first"
+            )
