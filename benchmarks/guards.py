@@ -4,7 +4,7 @@
 
 A row for each guard or stack and each list of the concept. Every stack draws the same prompts, seeds and noise as the base, in the same
 process, batch by batch in turn with it, so that the seconds are held against each other under the same load. With --patch, the rows come
-again on top of the patch. The judge that measures is the bundled one; a row whose guard asks that same judge is marked, for it says nothing.
+again on top of the patch. The judge that measures is the bundled one; a row whose guard asks that same judge is marked: it says nothing.
 """
 
 from __future__ import annotations
@@ -112,9 +112,8 @@ def _show(rows: Sequence[dict[str, Any]], per: dict[str, dict[str, float]], n: i
     def text(r: dict[str, Any] | None) -> str:
         return f"{100 * r['value']:.0f} ({100 * r['low']:.0f} to {100 * r['high']:.0f})" if r else ""
 
-    print(
-        "\n| stack | list | n | concept seen % | removed % | right object % | asked for besides % | withheld |\n|---|---|---|---|---|---|---|---|"
-    )
+    heads = ("stack", "list", "n", "concept seen %", "removed %", "right object %", "asked for besides %", "withheld")
+    print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for row in rows:
         name = row["stack"] + (" (judged by itself)" if row["stack"].removeprefix("patch ") in SAME_JUDGE else "")
         cells = [text(row["concept"]), text(row.get("removal")), text(row["subject"]), text(row["shown"])]
