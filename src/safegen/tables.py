@@ -20,6 +20,7 @@ GUARDS = {
     "judge-filter": "safegen.guard.judge_filter:JudgeFilter",
     "prompt-filter": "safegen.guard.prompt_filter:PromptFilter",
     "safree": "safegen.guard.safree:Safree",
+    "latent-guard": "safegen.guard.latent_guard:LatentGuard",
 }
 """Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""
 

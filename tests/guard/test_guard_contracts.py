@@ -24,8 +24,8 @@ SETTINGS = {
     "safree": {"phrases": [TEXT]},
 }
 """What each guard needs to run on the tiny model."""
-NEED_WEIGHTS = {"safety-checker"}
-"""Guards that do not open without files of the user's; test_output_guards.py holds them to the same."""
+NEED_WEIGHTS = {"safety-checker", "latent-guard"}
+"""Guards that do not open without files of the user's; test_output_guards.py and test_latent_guard.py make some."""
 ONLY_SD = {"safree"}
 """Guards that read the text encoder of Stable Diffusion 1.x and 2.x alone."""
 RUN = sorted(set(tables.GUARDS) - NEED_WEIGHTS)

@@ -41,7 +41,7 @@ class SafetyChecker(Guard):
         Raises:
             UserError: it cannot be loaded.
         """
-        options = {"weights": str(self.weights), "adjustment": self.adjustment, "allow_pickle": self.allow_pickle}
+        options: dict[str, Any] = {"weights": str(self.weights), "adjustment": self.adjustment, "allow_pickle": self.allow_pickle}
         return load_judge("sd-safety-checker", threshold=self.threshold, **options)
 
     def facts(self) -> dict[str, Any]:
