@@ -148,7 +148,7 @@ def test_a_blank_stack_draws_black_pictures_of_the_models_size(tiny_folder):
     assert picture.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
-GUARDS = ({"name": "sld", "preset": "max", "text": "a red cube"}, {"name": "prompt-filter", "words": ["blue ball"]})
+GUARDS = ({"name": "sld", "preset": "max", "text": "a green cone"}, {"name": "prompt-filter", "words": ["blue ball"]})
 
 
 def test_guards_decide_the_hash_by_their_settings_and_order(tiny_folder):
@@ -171,7 +171,7 @@ def test_a_recipe_of_guards_draws_with_them_and_its_pictures_carry_a_trail(tmp_p
     (tmp_path / "model").symlink_to(tiny_folder)
     recipe = tmp_path / "safe.toml"
     recipe.write_text(
-        'model = "model"\n[[guards]]\nname = "sld"\npreset = "max"\ntext = "a red cube"\n'
+        'model = "model"\n[[guards]]\nname = "sld"\npreset = "max"\ntext = "a green cone"\n'
         '[[guards]]\nname = "prompt-filter"\nwords = ["blue ball"]\n'
     )
     shelf, stack = Shelf(), load_stack(str(recipe))
