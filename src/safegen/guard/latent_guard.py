@@ -96,24 +96,21 @@ class Tower:
         Raises:
             BadSetting: the pipeline has none.
         """
-        self.net, self.tokenizer = getattr(border.pipe, "text_encoder", None), getattr(border.pipe, "tokenizer", None)
-        if not type(self.net).__name__.startswith("CLIPTextModel"):
+        net = getattr(border.pipe, "text_encoder", None)
+        if not type(net).__name__.startswith("CLIPTextModel"):
             raise BadSetting(f"the guard 'latent-guard' reads a CLIP text encoder, and a {border.kind} has none as its first; leave it out")
-        self.width = int(self.net.config.hidden_size)  # type: ignore[union-attr]
-        self.device = next(self.net.parameters()).device  # type: ignore[union-attr]
+        self.net: Any = net
+        self.tokenizer: Any = border.pipe.tokenizer
+        self.width = int(self.net.config.hidden_size)
+        self.device: torch.device = next(self.net.parameters()).device
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor:
         """Return a text's features, (n, 1 + tokens, width): the embedding at its end, then of all tokens, after the last norm, in fp32."""
-        ids = self.tokenizer(  # type: ignore[misc]
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",  # type: ignore[union-attr]
-        ).input_ids.to(self.device)
+        most = self.tokenizer.model_max_length
+        found = self.tokenizer(list(texts), padding="max_length", max_length=most, truncation=True, return_tensors="pt")
         with torch.autocast(self.device.type, enabled=False):
-            out = self.net(ids)  # type: ignore[misc]
+            out = self.net(found.input_ids.to(self.device))
         return torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1).float()
 
     def ends(self, texts: Sequence[str]) -> Tensor:
@@ -122,12 +119,12 @@ class Tower:
 
     def windows(self, text: str) -> list[str]:
         """Return a text that the tower would cut in overlapping parts that it reads whole; any other as it is (ours)."""
-        most = self.tokenizer.model_max_length - 2  # type: ignore[union-attr]
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[misc]
+        most = self.tokenizer.model_max_length - 2
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) <= most:
             return [text]
         starts = [*range(0, len(ids) - most, most // 2), len(ids) - most]
-        return [self.tokenizer.decode(ids[at : at + most]) for at in starts]  # type: ignore[union-attr]
+        return [self.tokenizer.decode(ids[at : at + most]) for at in starts]
 
 
 class Head(nn.Module):
