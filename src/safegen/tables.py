@@ -21,6 +21,8 @@ GUARDS = {
     "prompt-filter": "safegen.guard.prompt_filter:PromptFilter",
     "safree": "safegen.guard.safree:Safree",
     "latent-guard": "safegen.guard.latent_guard:LatentGuard",
+    "crops": "safegen.guard.crops:Crops",
+    "dual-latent": "safegen.guard.dual_latent:DualLatent",
 }
 """Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""
 

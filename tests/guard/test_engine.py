@@ -51,6 +51,21 @@ class RogueReady(Ready):
         return [Finding()] * (len(images) - (self.guard.at == "too few"))
 
 
+class Arithmetic(Rogue):
+    """A guard that notes in which arithmetic it is asked."""
+
+    name: str = "arithmetic"
+
+    def ready(self, border):
+        class Noting(RogueReady):
+            coarse = []  # noqa: RUF012
+
+            def trip(self, at):
+                self.coarse.append((at, torch.is_autocast_enabled("cpu")))
+
+        return Noting(self)
+
+
 class RogueTurn(Turn):
     def __init__(self, ready):
         self.ready, self.call = ready, ready.call
@@ -225,6 +240,16 @@ def test_a_guard_that_raises_withholds_every_picture_of_its_batch_and_the_next_i
     assert all("tripped" in d.trail.reason for d in found) != at.startswith("too")
 
 
+def test_guards_compute_in_full_precision_whatever_the_drawing_does(pipe, draw):
+    engine = Guarded(pipe, [Arithmetic()])
+    with torch.autocast("cpu", torch.bfloat16):
+        draw(pipe, engine=engine, output_type="pil")
+    coarse = dict(engine.ready[0].coarse)
+    assert coarse.pop("begin")  # texts are encoded as the pipeline encodes its own
+    assert len(coarse) == 8
+    assert not any(coarse.values())
+
+
 @pytest.mark.parametrize("when", [0, 2, 3])
 def test_a_hook_that_is_removed_behind_our_back_withholds_the_pictures(pipe, draw, when):
     def remove(pipeline, i, t, kwargs):
@@ -274,7 +299,8 @@ def test_latents_that_are_not_finite_cost_no_other_picture(pipe, draw):
         (SLD, {"guidance_scale": 1.0}, "sld has no effect without guidance; guidance scale must be > 1, got 1.0"),
         (NEGATIVE, {"guidance_scale": 1.0}, "negative-prompt has no effect without guidance"),
         (SLD, {"guidance_rescale": 0.5}, "guidance_rescale, which must be 0, got 0.5"),
-        (SLD, {"prompt_embeds": torch.zeros(2, 32, 32)}, "takes texts and `copies`, got prompt_embeds"),
+        (SLD, {"prompt_embeds": torch.zeros(2, 32, 32)}, "guards do not see prompt_embeds; leave it out"),
+        (SLD, {"prompt_2": ["another", "text"]}, "guards do not see prompt_2"),
         (JUDGE, {"output_type": "latent"}, "need output_type='pil', got 'latent'"),
     ],
 )

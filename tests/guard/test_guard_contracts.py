@@ -22,11 +22,13 @@ SETTINGS = {
     "judge-filter": {"judge": "mini"},
     "prompt-filter": {"words": ["skull"]},
     "safree": {"phrases": [TEXT]},
+    "dual-latent": {"phrases": [TEXT]},
+    "crops": {"judge": "mini", "probes": 1, "steps": 1},
 }
 """What each guard needs to run on the tiny model."""
 NEED_WEIGHTS = {"safety-checker", "latent-guard"}
 """Guards that do not open without files of the user's; test_output_guards.py and test_latent_guard.py make some."""
-ONLY_SD = {"safree"}
+ONLY_SD = {"safree", "dual-latent"}
 """Guards that read the text encoder of Stable Diffusion 1.x and 2.x alone."""
 RUN = sorted(set(tables.GUARDS) - NEED_WEIGHTS)
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from safegen.models.seams import Border, Seam, Text
 
+Probe = Callable[[Sequence[str], Mapping[str, Any]], Sequence[Any]]
 Action = Literal["none", "edit", "block", "black", "blur", "mosaic", "refuse", "withhold"]
 """What was done: nothing, the drawing steered, the prompt not drawn, the picture replaced or covered or not given, or a fault."""
 GONE: frozenset[Action] = frozenset({"block", "refuse", "withhold"})
@@ -87,6 +88,20 @@ class Ready:
         """Return a finding a prompt, before anything is drawn; those with the action `block` are not drawn."""
         raise NotImplementedError
 
+    def probe(self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]) -> Sequence[Finding]:
+        """Return a finding a prompt from pictures drawn beforehand; those with the action `block` are not drawn.
+
+        Args:
+            draw: from texts and options in the place of the call's to pictures, by the stack's guards but those of pictures.
+            prompts: what is asked for.
+            options: the other arguments of the call, lists for these prompts only.
+        """
+        raise NotImplementedError
+
+    def twice(self, prompts: Sequence[str]) -> Sequence[bool]:
+        """Return which prompts are drawn in two streams from one start, the second to be mixed into the first and thrown away."""
+        return [False] * len(prompts)
+
     def begin(self, call: Call) -> Turn:
         """Return the state of one call of the pipeline."""
         raise NotImplementedError
@@ -109,6 +124,8 @@ class Call:
     """The other arguments of the call."""
     step: int = 0
     """Steps of the scheduler done so far."""
+    twins: Mapping[int, int] = field(default_factory=dict)
+    """Row of a picture: row of its second stream, for pictures that have one."""
     steps: int = 0
     """Steps in all: turns of the pipeline's loop, so about twice as many as asked for with a scheduler of second order."""
 

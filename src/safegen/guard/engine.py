@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from safegen.errors import BadSetting, UserError
 from safegen.guard.base import GONE, Action, Call, Drawn, Finding, Guard, Note, Ready, Trail, Turn
 from safegen.guard.hooks import Hooks
-from safegen.models.seams import FAMILIES, Border
+from safegen.models.seams import FAMILIES, Border, Seam
 from safegen.tables import GUARDS, resolve
 
-T = TypeVar("T")
+PER_PROMPT = ("negative_prompt", "generator")
+"""Options that are lists with an entry a prompt."""
+UNSEEN = (
+    *("prompt_embeds", "negative_prompt_embeds", "prompt_2", "negative_prompt_2", "ip_adapter_image", "ip_adapter_image_embeds"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "return_dict"),
+)
+"""Options of pipelines by which something would go past the guards, or come back otherwise than they expect."""
+OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
+"""Seams at which a guard does nothing inside a call of the pipeline."""
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -33,6 +42,8 @@ class Work:
 
     ready: Ready
     n: int
+    device: str
+    """Kind of device that the pipeline computes on."""
     calls: int = 0
     rows: int = 0
     seconds: float = 0.0
@@ -52,15 +63,19 @@ class Work:
         return Note(self.guard.name, found.action, found.reason, scores, limits, self.calls, self.rows // self.n, ms)
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Count and time what the guard does; what it raises is its failure, but for what the caller can mend.
+    def asked(self, *, as_drawn: bool = False) -> Iterator[None]:
+        """Count and time what the guard does, in full precision; what it raises is its failure, but for what the caller can mend.
+
+        Args:
+            as_drawn: leave the pipeline's own arithmetic, for texts that must be encoded as it encodes its own.
 
         Raises:
             Failed: the guard raised something else than a `UserError` or a want of memory.
         """
         self.calls, began = self.calls + 1, time.perf_counter()
         try:
-            yield
+            with nullcontext() if as_drawn else torch.autocast(self.device, enabled=False):
+                yield
         except (UserError, MemoryError, Failed):
             raise
         except Exception as error:
@@ -117,25 +132,29 @@ class Guarded:
         Args:
             prompts: what to draw.
             copies: pictures a prompt.
-            options: whatever else the pipeline takes (not embeddings in the place of texts); lists as long as `prompts` go with them.
+            options: whatever else the pipeline takes (not embeddings or pictures in the place of texts); a list of negative prompts or of
+                generators goes with the prompts.
 
         Raises:
             BadSetting: a guard would have no effect with these options.
             UserError: a guard refuses what is asked.
         """
-        for key in ("prompt_embeds", "negative_prompt_embeds", "num_images_per_prompt", "num_videos_per_prompt", "return_dict"):
-            if key in options:
-                raise BadSetting(f"a guarded pipeline takes texts and `copies`, got {key}; leave it out")
-        inside = [g.name for g in self.guards if g.seams - {"prompt", "image"}]
+        for key in UNSEEN:
+            if options.get(key) is not None:
+                raise BadSetting(f"a guarded pipeline takes one text a prompt, and `copies`: guards do not see {key}; leave it out")
+        if copies > 1 and any(g.seams & {"start", "latents"} for g in self.guards):
+            names = ", ".join(g.name for g in self.guards if g.seams & {"start", "latents"})
+            raise BadSetting(f"{names} draws each prompt with a start of its own, so copies must be 1, got {copies}; repeat the prompt")
+        inside = [g.name for g in self.guards if g.seams - OUTSIDE]
         self.border.refuse(options, guided=[g.name for g in self.guards if g.seams & {"uncond", "branch"}], inside=inside)
         if any("image" in g.seams for g in self.guards) and options.get("output_type", "pil") != "pil":
             raise BadSetting(f"guards that look at pictures need output_type='pil', got {options['output_type']!r}")
         n = len(prompts) * copies
-        works = [Work(ready, n, findings=[Finding()] * n) for ready in self.ready]
+        works = [Work(ready, n, self._device, findings=[Finding()] * n) for ready in self.ready]
         images: list[Any] = [None] * n
         faults = [""] * n
         try:
-            at = self._checked(works, prompts, copies)
+            at = self._probed(works, prompts, self._checked(works, prompts, copies), options)
             if at:
                 rows = sorted({i // copies for i in at})
                 drawn, wrong = self._drawn(works, prompts, rows, copies, options)
@@ -146,6 +165,10 @@ class Guarded:
             faults = [f"error: {error}"] * n
         return [_drawn_of(images[i], works, i, faults[i]) for i in range(n)]
 
+    @property
+    def _device(self) -> str:
+        return str(self.pipe._execution_device.type)
+
     def _checked(self, works: Sequence[Work], prompts: Sequence[str], copies: int) -> list[int]:
         """Ask the prompt guards, and return the pictures that may be drawn."""
         for work in works:
@@ -155,40 +178,79 @@ class Guarded:
                     work.keep(found, range(len(prompts) * copies))
         return [i for i in range(len(prompts) * copies) if not any(w.findings[i].action in GONE for w in works)]
 
+    def _probed(self, works: Sequence[Work], prompts: Sequence[str], at: Sequence[int], options: Mapping[str, Any]) -> list[int]:
+        """Let guards draw probes by all guards but those of pictures, and return the pictures that may still be drawn."""
+
+        def probe(texts: Sequence[str], changed: Mapping[str, Any]) -> list[Any]:
+            inner = [
+                Work(w.ready, len(texts), w.device, findings=[Finding()] * len(texts))
+                for w in works
+                if not w.guard.seams & {"image", "start"}
+            ]
+            with torch.autocast(self._device, drawing[1], enabled=drawing[0]):
+                images, wrong = self._drawn(inner, texts, range(len(texts)), 1, {**options, **changed})
+            if any(wrong):
+                raise ValueError(f"a probe was not guarded: {next(filter(None, wrong))}")
+            return list(images)
+
+        left, drawing = list(at), (torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device))
+        for work in works:
+            if "start" in work.guard.seams and left:
+                asked = {k: [v[i] for i in left] if k in PER_PROMPT and isinstance(v, list) else v for k, v in options.items()}
+                with work.asked():
+                    work.keep(work.ready.probe(probe, [prompts[i] for i in left], asked), left)
+                left = [i for i in left if work.findings[i].action not in GONE]
+        return left
+
     def _drawn(
         self, works: Sequence[Work], prompts: Sequence[str], rows: Sequence[int], copies: int, options: Mapping[str, Any]
     ) -> tuple[Sequence[Any], Sequence[str]]:
         """Call the pipeline for some of the prompts, and return its pictures and what was wrong with each."""
-
-        def own(value: T) -> T | list[Any]:
-            return [value[i] for i in rows] if isinstance(value, list | tuple) and len(value) == len(prompts) else value
-
-        asked: dict[str, Any] = {k: own(v) for k, v in options.items()} | {"prompt": own(list(prompts))}
-        if isinstance(latents := options.get("latents"), Tensor) and len(latents) == len(prompts) * copies:
-            asked["latents"] = latents[[i * copies + k for i in rows for k in range(copies)]]
+        at = [i * copies + k for i in rows for k in range(copies)]
+        twins = self._twins(works, [prompts[i] for i in rows])
+        every = [*rows, *(rows[k] for k in twins)]  # the second streams stand behind all first ones
+        asked: dict[str, Any] = {**options, "prompt": [prompts[i] for i in every]}
+        if isinstance(against := options.get("negative_prompt"), list | tuple):
+            asked["negative_prompt"] = [against[i] for i in every]
+        if isinstance(own := options.get("generator"), list | tuple):
+            each = copies if len(own) == len(prompts) * copies else 1
+            picked = [own[i * each + k] for i in rows for k in range(each)]
+            asked["generator"] = [*picked, *(_copied(picked[k]) for k in twins)]
+        elif twins:
+            raise BadSetting("a guard that draws a second stream needs a list of generators, one a prompt, so that both start alike")
+        if isinstance(start := options.get("latents"), Tensor):
+            asked["latents"] = start[[i * copies + k for i in every for k in range(copies)]]
         if copies > 1:
             asked["num_images_per_prompt"] = copies
-        at = [i * copies + k for i in rows for k in range(copies)]
-        texts = tuple(prompts[i // copies] for i in at)
+        texts = tuple(prompts[i] for i in every for _ in range(copies))
         negative = asked.get("negative_prompt") or ""
-        against = [negative if isinstance(negative, str) else negative[k // copies] for k in range(len(at))]
-        call = Call(self.border, texts, against, options)
+        away = [negative if isinstance(negative, str) else negative[k // copies] for k in range(len(texts))]
+        call = Call(self.border, texts, away, options, twins={k: len(at) + j for j, k in enumerate(twins)})
         turns: list[tuple[Work, Turn]] = []
         for work in works:
-            if work.guard.seams - {"prompt", "image"}:
-                with work.asked():
+            if work.guard.seams - OUTSIDE:
+                with work.asked(as_drawn=True):
                     turns.append((work, work.ready.begin(call)))
         hooks = Hooks(self.border, call, turns, max_rows=self.max_rows)
         with hooks.attached():
             out = self.pipe(**asked)
         for work, turn in turns:
             with work.asked():
-                found = turn.findings()
-                work.keep(found or [Finding()] * len(at), at)
+                found = list(turn.findings()) or [Finding()] * len(texts)
+                work.keep(found[: len(at)] if len(found) == len(texts) else found, at)
         pictures: Sequence[Any] = out.images if hasattr(out, "images") else out.frames
-        if len(pictures) != len(at):
-            return [None] * len(at), [f"calls: {len(pictures)} pictures came for {len(at)} that were asked for"] * len(at)
-        return pictures, hooks.wrong(len(at))
+        if len(pictures) != len(texts):
+            return [None] * len(at), [f"calls: {len(pictures)} pictures came for {len(texts)} that were asked for"] * len(at)
+        return pictures[: len(at)], hooks.wrong(len(texts))[: len(at)]
+
+    def _twins(self, works: Sequence[Work], prompts: Sequence[str]) -> list[int]:
+        """Return which prompts a guard wants to draw a second time beside the first."""
+        wanted = [False] * len(prompts)
+        for work in works:
+            if "latents" in work.guard.seams:
+                with work.asked():
+                    wanted = [a or b for a, b in zip(wanted, work.ready.twice(prompts), strict=True)]
+        return [k for k, want in enumerate(wanted) if want]
 
     def _looked(self, works: Sequence[Work], images: list[Any], prompts: Sequence[str], at: Sequence[int]) -> None:
         """Show the pictures to the guards that look at them, each what the one before left of it."""
@@ -203,6 +265,13 @@ class Guarded:
                 work.keep(found, [i for i, _ in seen])
             for (i, image), one in zip(seen, found, strict=True):
                 images[i] = one.image if one.image is not None else image
+
+
+def _copied(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that gives what another one will give."""
+    out = torch.Generator(generator.device)
+    out.set_state(generator.get_state())
+    return out
 
 
 def _drawn_of(image: Any, works: Sequence[Work], at: int, fault: str) -> Drawn:  # noqa: ANN401

@@ -85,27 +85,21 @@ class _Ready(Ready):
 class _Turn(Turn):
     def __init__(self, guard: Safree, call: Call, concept: Tensor) -> None:
         self.guard, self.call = guard, call
-        self.ways = {
-            prompt: look(Reader(call.border.pipe), prompt, concept.to(call.border.pipe._execution_device), guard) for prompt in call.prompts
-        }
-        self.filtered = 0
+        reader = Reader(call.border.pipe)
+        with torch.autocast(reader.device.type, enabled=False):  # the call may be drawn in coarser arithmetic
+            self.ways = {prompt: look(reader, prompt, concept.to(reader.device), guard) for prompt in call.prompts}
         self.cached: tuple[Tensor, list[Tensor]] | None = None
 
     def cond(self, text: Text) -> Text:
         if self.guard.strength == 0 or not any(bool(self.ways[p].triggers) for p in self.call.prompts):
             return text
         if self.cached is None or self.cached[0].shape != text.hidden.shape or not torch.equal(self.cached[0], text.hidden):
-            self.cached = (text.hidden, [self._edited(row, self.ways[p]) for row, p in zip(text.hidden, self.call.prompts, strict=True)])
+            self.cached = (
+                text.hidden,
+                [projected(row, self.ways[p], self.guard.strength) for row, p in zip(text.hidden, self.call.prompts, strict=True)],
+            )
         rows = [new if self.call.step <= self._last(p) else old for old, new, p in zip(*self.cached, self.call.prompts, strict=True)]
-        self.filtered += 1
         return Text(torch.stack(rows), text.extra)
-
-    def _edited(self, row: Tensor, way: Way) -> Tensor:
-        out = row.clone()
-        at = [j + 1 for j in way.triggers]  # the first token marks the beginning
-        new = row[at].float() @ way.projector.T
-        out[at] = torch.lerp(row[at].float(), new, self.guard.strength).to(row)
-        return out
 
     def _last(self, prompt: str) -> float:
         """Return the last step with the projected text."""
@@ -174,6 +168,15 @@ def look(reader: Reader, prompt: str, concept: Tensor, guard: Safree) -> Way:
     projector = both(concept, span(pooled), order=guard.order)
     distance = shift(reader.hidden(ids)[0, : n + 2], projector) if guard.filter else 0.0
     return Way([j for j, hit in enumerate(triggers(pooled, concept, alpha=guard.alpha)) if hit], projector, distance)
+
+
+def projected(row: Tensor, way: Way, strength: float) -> Tensor:
+    """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way to their projection; all else stays."""
+    out, at = row.clone(), [j + 1 for j in way.triggers]  # the first token marks the beginning
+    if at:
+        old = row[at].float()
+        out[at] = torch.lerp(old, old @ way.projector.T, strength).to(row)
+    return out
 
 
 def span(vectors: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from safegen.errors import BadSetting
 
-Seam = Literal["prompt", "uncond", "text", "branch", "latents", "image"]
-"""Where a guard acts: before drawing, on the blank or on the prompt's embedding, on guidance, between steps, on the picture."""
+Seam = Literal["prompt", "start", "uncond", "text", "branch", "latents", "image"]
+"""Where a guard acts: before drawing, on pictures drawn as probes, on the blank or on the prompt's embedding, on guidance, between steps,
+on the picture."""
 ANYWHERE: frozenset[Seam] = frozenset({"prompt", "image"})
 """Seams that need nothing of a pipeline but that it draws."""
-EVERY: frozenset[Seam] = frozenset({"prompt", "uncond", "text", "branch", "latents", "image"})
+EVERY: frozenset[Seam] = frozenset({"prompt", "start", "uncond", "text", "branch", "latents", "image"})
 
 
 @dataclass(frozen=True, eq=False)
