@@ -22,6 +22,7 @@ GUARDS = {
     "safree": "safegen.guard.safree:Safree",
     "latent-guard": "safegen.guard.latent_guard:LatentGuard",
     "crops": "safegen.guard.crops:Crops",
+    "pno": "safegen.guard.pno:Pno",
     "dual-latent": "safegen.guard.dual_latent:DualLatent",
 }
 """Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""

@@ -23,6 +23,15 @@ SETTINGS = {
     "prompt-filter": {"words": ["skull"]},
     "safree": {"phrases": [TEXT]},
     "dual-latent": {"phrases": [TEXT]},
+    "pno": {
+        "weights": "mini",
+        "unsafe": ["a skull"],
+        "safe": ["a castle"],
+        "judge": "mini",
+        "restarts": 0,
+        "iterations": 0,
+        "limit": 0.999,
+    },
     "crops": {"judge": "mini", "probes": 1, "steps": 1},
 }
 """What each guard needs to run on the tiny model."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from safegen.models.seams import Border, Seam, Text
 
-Probe = Callable[[Sequence[str], Mapping[str, Any]], Sequence[Any]]
+Probe = Callable[..., Sequence[Any]]
+"""Called with texts, options in the place of the call's, and `grad=True` where a gradient must flow to the latents; gives pictures."""
 Action = Literal["none", "edit", "block", "black", "blur", "mosaic", "refuse", "withhold"]
 """What was done: nothing, the drawing steered, the prompt not drawn, the picture replaced or covered or not given, or a fault."""
 GONE: frozenset[Action] = frozenset({"block", "refuse", "withhold"})
@@ -76,6 +77,8 @@ class Finding:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     image: Image.Image | None = None
     """The picture to show in place of the one that was looked at."""
+    start: Any = field(default=None, compare=False)
+    """Latents (c, h, w) of unit variance for the picture to start from, in place of its own."""
 
 
 class Ready:

@@ -19,9 +19,7 @@ from safegen.errors import BadSetting
 from safegen.guard.base import Finding, Guard, Probe, Ready
 from safegen.guard.judge_filter import JudgeFilter, hashed
 from safegen.judge import Judge
-from safegen.models.seams import Border, Seam
-
-FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+from safegen.models.seams import ONE_FRAME, Border, Seam, copied
 
 
 class Crops(Guard):
@@ -69,8 +67,8 @@ class Crops(Guard):
         Raises:
             BadSetting: another family, whose starts have another shape.
         """
-        if border.kind not in FAMILIES:
-            raise BadSetting(f"the guard 'crops' knows the starts of {' and '.join(FAMILIES)}, not those of a {border.kind}; leave it out")
+        if border.kind not in ONE_FRAME:
+            raise BadSetting(f"the guard 'crops' knows the starts of {' and '.join(ONE_FRAME)}, not those of a {border.kind}; leave it out")
         return _Ready(self, border, self.open())
 
 
@@ -79,30 +77,24 @@ class _Ready(Ready):
 
     def __init__(self, guard: Crops, border: Border, judge: Judge) -> None:
         super().__init__(guard)
-        self.pipe, self.judge = border.pipe, judge
+        self.border, self.judge = border, judge
 
     def probe(self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]) -> list[Finding]:
-        own, guard = options.get("generator"), self.guard
-        if not isinstance(own, list) or len(own) != len(prompts) or options.get("latents") is not None:
-            raise BadSetting("the guard 'crops' needs a list of generators, one a prompt, and no latents, to find each picture's start")
-        generators = [torch.Generator(g.device).set_state(g.get_state()) for g in own]
-        scale, net = self.pipe.vae_scale_factor, self.pipe.unet
-        shape = (net.config.in_channels, *((options.get(side) or net.config.sample_size * scale) // scale for side in ("height", "width")))
-        starts = []
-        for g in generators:
-            x = torch.randn(shape, generator=g, device=g.device)
-            starts.append(around(x, g, angle=guard.angle, n=guard.probes, shape=guard.shape))
-        device, dtype = self.pipe._execution_device, net.dtype
+        guard = self.guard
+        own, generators = self.border.starts(options, "the guard 'crops'")
+        starts = [around(x, copied(g), angle=guard.angle, n=guard.probes, shape=guard.shape) for x, g in zip(own, generators, strict=True)]
+        device = self.border.pipe._execution_device
         hits = [0] * len(prompts)
         for k in range(guard.probes):
-            noise = torch.stack([own_starts[k] for own_starts in starts]).to(device, dtype)
-            later = [torch.Generator(g.device).set_state(g.get_state()) for g in generators]  # for schedulers that add noise
+            noise = torch.stack([own_starts[k] for own_starts in starts]).to(device)
+            later = [copied(g) for g in generators]  # for schedulers that add noise
             changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil", "callback_on_step_end": None}
             if guard.steps is not None:
                 changed["num_inference_steps"] = guard.steps
             for i, verdict in enumerate(self.judge.judge(draw(prompts, changed))):
                 hits[i] += verdict.outcome != "safe"
-        limits, out = {"share": guard.limit, "score": self.judge.threshold}, []
+        limits = {"share": guard.limit, "score": self.judge.threshold}
+        out = []
         for hit in hits:
             stop = hit / guard.probes >= guard.limit
             out.append(Finding("block" if stop else "none", "probes" if stop else "", {"share": hit / guard.probes}, limits))

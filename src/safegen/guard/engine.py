@@ -14,7 +14,7 @@ from torch import Tensor
 from safegen.errors import BadSetting, UserError
 from safegen.guard.base import GONE, Action, Call, Drawn, Finding, Guard, Note, Ready, Trail, Turn
 from safegen.guard.hooks import Hooks
-from safegen.models.seams import FAMILIES, Border, Seam
+from safegen.models.seams import FAMILIES, Border, Seam, copied
 from safegen.tables import GUARDS, resolve
 
 PER_PROMPT = ("negative_prompt", "generator")
@@ -86,7 +86,7 @@ class Work:
             self.seconds += time.perf_counter() - began
 
     def keep(self, findings: Sequence[Finding], at: Sequence[int]) -> None:
-        """Take in a finding for each of the pictures `at`; one that says nothing new leaves the old one.
+        """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
 
         Raises:
             Failed: there are more or fewer.
@@ -94,7 +94,10 @@ class Work:
         if len(findings) != len(at):
             raise Failed(self.guard.name, ValueError(f"{len(findings)} answers for {len(at)} pictures"))
         for i, found in zip(at, findings, strict=True):
-            self.findings[i] = found if found != Finding() else self.findings[i]
+            old = self.findings[i]
+            last = old if found.action == "none" else found
+            scores, limits = {**old.scores, **found.scores}, {**old.thresholds, **found.thresholds}
+            self.findings[i] = Finding(last.action, last.reason, scores, limits)
 
 
 class Guarded:
@@ -154,10 +157,15 @@ class Guarded:
         images: list[Any] = [None] * n
         faults = [""] * n
         try:
-            at = self._probed(works, prompts, self._checked(works, prompts, copies), options)
+            at, starts = self._probed(works, prompts, self._checked(works, prompts, copies), options)
             if at:
                 rows = sorted({i // copies for i in at})
-                drawn, wrong = self._drawn(works, prompts, rows, copies, options)
+                changed = options
+                if starts:
+                    own, after = self.border.starts(options, "a guard that moves starts")
+                    moved = torch.stack([starts.get(i, x).to(own) for i, x in enumerate(own)])
+                    changed = options | {"latents": moved, "generator": after}
+                drawn, wrong = self._drawn(works, prompts, rows, copies, changed)
                 for i, image, fault in zip(at, drawn, wrong, strict=True):
                     images[i], faults[i] = image, fault
                 self._looked(works, images, [p for p in prompts for _ in range(copies)], [i for i in at if not faults[i]])
@@ -178,32 +186,41 @@ class Guarded:
                     work.keep(found, range(len(prompts) * copies))
         return [i for i in range(len(prompts) * copies) if not any(w.findings[i].action in GONE for w in works)]
 
-    def _probed(self, works: Sequence[Work], prompts: Sequence[str], at: Sequence[int], options: Mapping[str, Any]) -> list[int]:
-        """Let guards draw probes by all guards but those of pictures, and return the pictures that may still be drawn."""
+    def _probed(
+        self, works: Sequence[Work], prompts: Sequence[str], at: Sequence[int], options: Mapping[str, Any]
+    ) -> tuple[list[int], dict[int, Tensor]]:
+        """Let guards draw probes by all guards but those of pictures; return what may still be drawn, and from which starts instead."""
+        coarse, dtype = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
+        left, starts = list(at), dict[int, Tensor]()
 
-        def probe(texts: Sequence[str], changed: Mapping[str, Any]) -> list[Any]:
-            inner = [
-                Work(w.ready, len(texts), w.device, findings=[Finding()] * len(texts))
-                for w in works
-                if not w.guard.seams & {"image", "start"}
-            ]
-            with torch.autocast(self._device, drawing[1], enabled=drawing[0]):
-                images, wrong = self._drawn(inner, texts, range(len(texts)), 1, {**options, **changed})
+        def probe(texts: Sequence[str], changed: Mapping[str, Any], *, grad: bool = False) -> list[Any]:
+            others = [w.ready for w in works if not w.guard.seams & {"image", "start"}]
+            inner = [Work(ready, len(texts), self._device, findings=[Finding()] * len(texts)) for ready in others]
+            with torch.autocast(self._device, dtype, enabled=coarse):
+                images, wrong = self._drawn(inner, texts, range(len(texts)), 1, {**options, **changed}, grad=grad)
             if any(wrong):
                 raise ValueError(f"a probe was not guarded: {next(filter(None, wrong))}")
             return list(images)
 
-        left, drawing = list(at), (torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device))
         for work in works:
             if "start" in work.guard.seams and left:
                 asked = {k: [v[i] for i in left] if k in PER_PROMPT and isinstance(v, list) else v for k, v in options.items()}
                 with work.asked():
-                    work.keep(work.ready.probe(probe, [prompts[i] for i in left], asked), left)
+                    found = work.ready.probe(probe, [prompts[i] for i in left], asked)
+                    work.keep(found, left)
+                starts |= {i: one.start for i, one in zip(left, found, strict=True) if one.start is not None}
                 left = [i for i in left if work.findings[i].action not in GONE]
-        return left
+        return left, starts
 
     def _drawn(
-        self, works: Sequence[Work], prompts: Sequence[str], rows: Sequence[int], copies: int, options: Mapping[str, Any]
+        self,
+        works: Sequence[Work],
+        prompts: Sequence[str],
+        rows: Sequence[int],
+        copies: int,
+        options: Mapping[str, Any],
+        *,
+        grad: bool = False,
     ) -> tuple[Sequence[Any], Sequence[str]]:
         """Call the pipeline for some of the prompts, and return its pictures and what was wrong with each."""
         at = [i * copies + k for i in rows for k in range(copies)]
@@ -215,7 +232,7 @@ class Guarded:
         if isinstance(own := options.get("generator"), list | tuple):
             each = copies if len(own) == len(prompts) * copies else 1
             picked = [own[i * each + k] for i in rows for k in range(each)]
-            asked["generator"] = [*picked, *(_copied(picked[k]) for k in twins)]
+            asked["generator"] = [*picked, *(copied(picked[k]) for k in twins)]
         elif twins:
             raise BadSetting("a guard that draws a second stream needs a list of generators, one a prompt, so that both start alike")
         if isinstance(start := options.get("latents"), Tensor):
@@ -233,7 +250,7 @@ class Guarded:
                     turns.append((work, work.ready.begin(call)))
         hooks = Hooks(self.border, call, turns, max_rows=self.max_rows)
         with hooks.attached():
-            out = self.pipe(**asked)
+            out = type(self.pipe).__call__.__wrapped__(self.pipe, **asked) if grad else self.pipe(**asked)  # without its no_grad
         for work, turn in turns:
             with work.asked():
                 found = list(turn.findings()) or [Finding()] * len(texts)
@@ -265,13 +282,6 @@ class Guarded:
                 work.keep(found, [i for i, _ in seen])
             for (i, image), one in zip(seen, found, strict=True):
                 images[i] = one.image if one.image is not None else image
-
-
-def _copied(generator: torch.Generator) -> torch.Generator:
-    """Return a generator that gives what another one will give."""
-    out = torch.Generator(generator.device)
-    out.set_state(generator.get_state())
-    return out
 
 
 def _drawn_of(image: Any, works: Sequence[Work], at: int, fault: str) -> Drawn:  # noqa: ANN401

@@ -80,6 +80,15 @@ FAMILIES = {
 """Class of a pipeline: its family. Of any other, guards reach the prompt and the picture only."""
 
 
+ONE_FRAME = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""Families whose latents are (b, c, h, w)."""
+
+
+def copied(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that gives what another one will give."""
+    return torch.Generator(generator.device).set_state(generator.get_state())
+
+
 class Border:
     """A pipeline as guards see it."""
 
@@ -115,6 +124,28 @@ class Border:
         n, most = self.tokens(text)
         if n > most:
             raise BadSetting(f"{what} has {n} tokens, this model's text encoder reads {most}: {text[:60]!r}; shorten it")
+
+    def starts(self, call: Mapping[str, Any], names: str) -> tuple[Tensor, list[torch.Generator]]:
+        """Return the noise (b, c, h, w), of unit variance, that a call's pictures start from, and generators as they are once it is drawn.
+
+        Those of the call are not used up.
+
+        Args:
+            call: the arguments of the call.
+            names: who asks, for the message.
+
+        Raises:
+            BadSetting: another family, or a call without a generator a prompt.
+        """
+        if self.kind not in ONE_FRAME:
+            raise BadSetting(f"{names} knows the starts of {' and '.join(ONE_FRAME)}, not those of a {self.kind}; leave it out")
+        own = call.get("generator")
+        if not isinstance(own, list) or call.get("latents") is not None:
+            raise BadSetting(f"{names} needs a list of generators, one a prompt, and no latents, to find each picture's start")
+        scale, net = self.pipe.vae_scale_factor, self.pipe.unet
+        sides = [(call.get(side) or net.config.sample_size * scale) // scale for side in ("height", "width")]
+        after, shape = [copied(g) for g in own], (net.config.in_channels, *sides)
+        return torch.stack([torch.randn(shape, generator=g, device=g.device, dtype=net.dtype) for g in after]), after
 
     def guidance(self, network: nn.Module) -> float:
         """Return the guidance scale of the running call, that of `network` where each has its own."""
