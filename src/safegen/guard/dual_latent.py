@@ -52,7 +52,11 @@ class DualLatent(Guard):
         Raises:
             BadSetting: another family than SAFREE knows, or a scheduler with a memory.
         """
-        _ = self.way.ready(border)
+        if border.kind != "StableDiffusionPipeline":
+            raise BadSetting(
+                f"the guard 'dual-latent' reads the text encoder of a StableDiffusionPipeline, not that of a {border.kind}; leave it out"
+            )
+        _ = self.way.ready(border)  # its phrases must fit
         scheduler = type(border.pipe.scheduler).__name__
         if scheduler not in ONE_STEP:
             raise BadSetting(

@@ -250,7 +250,8 @@ class Guarded:
                     turns.append((work, work.ready.begin(call)))
         hooks = Hooks(self.border, call, turns, max_rows=self.max_rows)
         with hooks.attached():
-            out = type(self.pipe).__call__.__wrapped__(self.pipe, **asked) if grad else self.pipe(**asked)  # without its no_grad
+            plain: Any = type(self.pipe).__call__
+            out = plain.__wrapped__(self.pipe, **asked) if grad else self.pipe(**asked)  # the former without its no_grad
         for work, turn in turns:
             with work.asked():
                 found = list(turn.findings()) or [Finding()] * len(texts)

@@ -96,10 +96,10 @@ class Tower:
         Raises:
             BadSetting: the pipeline has none.
         """
-        net = getattr(border.pipe, "text_encoder", None)
+        net: Any = getattr(border.pipe, "text_encoder", None)
         if not type(net).__name__.startswith("CLIPTextModel"):
             raise BadSetting(f"the guard 'latent-guard' reads a CLIP text encoder, and a {border.kind} has none as its first; leave it out")
-        self.net: Any = net
+        self.net = net
         self.tokenizer: Any = border.pipe.tokenizer
         self.width = int(self.net.config.hidden_size)
         self.device: torch.device = next(self.net.parameters()).device

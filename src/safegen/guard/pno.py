@@ -164,8 +164,8 @@ class _Ready(Looker):
                 loss.backward()
                 optimiser.step()
         with torch.no_grad():
-            p = float(chance(x.detach().to(start), grad=False)[0]) if guard.iterations else least
-        return (x[0].detach(), p, float(guard.iterations)) if p < least else (best, least, float(guard.iterations))
+            last = float(chance(x.detach().to(start), grad=False)[0]) if guard.iterations else least
+        return (x[0].detach(), last, float(guard.iterations)) if last < least else (best, least, float(guard.iterations))
 
 
 class Score:
