@@ -21,13 +21,18 @@ HOME = Path(safegen.__file__).parent
 TABLES = {
     "model": tables.MODELS,
     "edit": tables.EDITS,
+    "guard": tables.GUARDS,
     "judge": tables.JUDGES,
     "extractor": tables.EXTRACTORS,
     "CLIP": tables.CLIPS,
     "prompt source": tables.PROMPT_LISTS,
     "triplets": tables.TRIPLETS,
 }
-NOT_METHODS = {"edit": {"__init__", "base", "loop", "losses"}, "judge": {"__init__", "base", "batch", "onnx", "vision"}}
+NOT_METHODS = {
+    "guard": {"__init__", "base", "engine", "hooks"},
+    "edit": {"__init__", "base", "loop", "losses"},
+    "judge": {"__init__", "base", "batch", "onnx", "vision"},
+}
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
@@ -151,7 +156,7 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest(noun):
     assert all(known in words for known in TABLES[noun])
 
 
-@pytest.mark.parametrize(("room", "table"), [("edit", tables.EDITS), ("judge", tables.JUDGES)])
+@pytest.mark.parametrize(("room", "table"), [("edit", tables.EDITS), ("guard", tables.GUARDS), ("judge", tables.JUDGES)])
 def test_the_table_and_the_folder_name_the_same_methods(room, table):
     files = {path.stem for path in (HOME / room).glob("*.py")} - NOT_METHODS[room]
     assert {target.partition(":")[0] for target in table.values()} == {f"safegen.{room}.{file}" for file in files}

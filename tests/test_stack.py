@@ -6,7 +6,7 @@ import pytest
 
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.sampler import Ask, Sampler
-from safegen.stack import Shelf, Stack, load_stack, weights_hash
+from safegen.stack import Shelf, Stack, add_guards, load_stack, weights_hash
 
 ASKS, SAMPLER = [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)], Sampler(steps=2)
 
@@ -55,7 +55,11 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('model = "mini"\nguards = ["x"]', "guards cannot be used in this version"),
+        ('model = "mini"\nguards = ["sdl"]', "no guard named 'sdl'. Did you mean 'sld'"),
+        ('model = "mini"\nguards = ["sld-maxx"]', "Did you mean 'max'"),
+        ('model = "mini"\n[[guards]]\nname = "sld"\nscal = 3', "Did you mean 'scale'"),
+        ('model = "mini"\nguards = ["judge-filter"]', "judge: Field required"),
+        ('model = "mini"\nblank = true\nguards = ["sld"]', "no effect on a blank stack"),
         ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
         ('model = "mini"\nsteps = 3', "steps"),
         ("patches = []", "model"),
@@ -142,3 +146,71 @@ def test_a_blank_stack_draws_black_pictures_of_the_models_size(tiny_folder):
         (picture, _) = ready.draw(ASKS, SAMPLER)
     assert picture.size == (ready.model.size, ready.model.size)
     assert picture.getextrema() == ((0, 0), (0, 0), (0, 0))
+
+
+GUARDS = ({"name": "sld", "preset": "max", "text": "a green cone"}, {"name": "prompt-filter", "words": ["blue ball"]})
+
+
+def test_guards_decide_the_hash_by_their_settings_and_order(tiny_folder):
+    shelf, name = Shelf(), str(tiny_folder)
+    stacks = [
+        Stack(name="s", model=name),
+        Stack(name="s", model=name, guards=GUARDS),
+        Stack(name="s", model=name, guards=GUARDS[::-1]),
+        Stack(name="s", model=name, guards=GUARDS[:1]),
+        Stack(name="s", model=name, guards=({**GUARDS[0], "scale": 1.0},)),
+    ]
+    assert len({shelf.hash(s) for s in stacks}) == len(stacks)
+    assert [s.base for s in stacks] == [True, False, False, False, False]
+    again = Stack.model_validate_json(stacks[1].model_dump_json())
+    assert again == stacks[1]
+    assert shelf.hash(again) == shelf.hash(stacks[1])
+
+
+def test_a_recipe_of_guards_draws_with_them_and_its_pictures_carry_a_trail(tmp_path, tiny_folder):
+    (tmp_path / "model").symlink_to(tiny_folder)
+    recipe = tmp_path / "safe.toml"
+    recipe.write_text(
+        'model = "model"\n[[guards]]\nname = "sld"\npreset = "max"\ntext = "a green cone"\n'
+        '[[guards]]\nname = "prompt-filter"\nwords = ["blue ball"]\n'
+    )
+    shelf, stack = Shelf(), load_stack(str(recipe))
+    assert [g.name for g in stack.guards] == ["sld", "prompt-filter"]
+    with shelf.opened(Stack(name="plain", model=stack.model)) as ready:
+        plain = ready.draw(ASKS, SAMPLER)
+    with shelf.opened(stack) as ready:
+        shown, gone = ready.drawn(ASKS, SAMPLER)
+        pictures = ready.draw(ASKS, SAMPLER)
+    assert (shown.trail.action, shown.trail.reason) == ("edit", "sld: steered")
+    assert (gone.image, gone.trail.action, gone.trail.reason) == (None, "block", "prompt-filter: word")
+    assert pictures[0].tobytes() == shown.image.tobytes() != plain[0].tobytes()
+    assert pictures[1].getextrema() == ((0, 0),) * 3  # what was withheld is black where a picture must be
+    with shelf.opened(Stack(name="plain", model=stack.model)) as ready:
+        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] == [p.tobytes() for p in plain]
+
+
+def test_a_guard_on_a_patch_sees_the_patched_model(tiny_folder, patches):
+    shelf, name = Shelf(), str(tiny_folder)
+    found = []
+    for own in ((), (patches[0],)):
+        with shelf.opened(Stack(name="s", model=name, patches=own, guards=GUARDS[:1])) as ready:
+            found.append(ready.draw(ASKS, SAMPLER)[0].tobytes())
+    assert found[0] != found[1]
+
+
+def test_weights_of_a_guard_are_beside_its_recipe(tmp_path):
+    (tmp_path / "s.toml").write_text('model = "mini"\nguards = [{name = "safety-checker", weights = "checker"}]\n')
+    assert load_stack(str(tmp_path / "s.toml")).guards[0].weights == tmp_path / "checker"
+    (tmp_path / "s.toml").write_text('model = "mini"\nguards = [{name = "safety-checker", weights = "hub:a/b"}]\n')
+    assert load_stack(str(tmp_path / "s.toml")).guards[0].weights == "hub:a/b"
+
+
+def test_words_of_the_command_line_become_guards():
+    mini = Stack(name="s", model="mini")
+    stack = add_guards(mini, ["sld-max", "prompt-filter"], "skulls")
+    assert [(g.name, getattr(g, "text", None)) for g in stack.guards] == [("sld", "skulls, a skull"), ("prompt-filter", None)]
+    assert add_guards(mini, []) == mini
+    with pytest.raises(BadSetting, match="no guard takes anything from it"):
+        add_guards(mini, [], "skulls")
+    with pytest.raises(BadSetting, match="no effect on the blank stack"):
+        add_guards(Stack(name="s", model="mini", blank=True), ["sld"])

@@ -1,4 +1,4 @@
-"""A stack: a model with its patches and a negative prompt; the unit that is drawn with and measured."""
+"""A stack: a model with its patches, a negative prompt and guards; the unit that is drawn with and measured."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from safegen.errors import BadFile, BadSetting, UnknownName
+from safegen.concept import load_concept
+from safegen.errors import BadFile, BadSetting, UnknownName, UserError
+from safegen.guard import Drawn, Guard, Trail, read_guard
 from safegen.sampler import Ask, Sampler
 from safegen.tables import MODELS
 
 if TYPE_CHECKING:
+    from safegen.guard.engine import Guarded
     from safegen.models.model import Model
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -39,26 +42,34 @@ class Stack(BaseModel):
     """Patches to put on it, in order."""
     negative_prompt: str | None = None
     """Text that guidance pushes every picture away from."""
-    guards: tuple[str, ...] = ()
-    """Defences that act while drawing; none can be named in this version."""
+    guards: tuple[SerializeAsAny[Guard], ...] = ()
+    """Defences that act while drawing: `sld-max`, or a table with `name`, `preset`, `concept` and settings of the guard."""
     blank: bool = False
     """Draw nothing: every picture is black. The baseline that is perfectly safe and perfectly useless."""
 
+    @field_validator("guards", mode="before")
+    @classmethod
+    def _read_guards(cls, value: Any) -> Any:  # noqa: ANN401 - as pydantic hands it over
+        if not isinstance(value, list | tuple) or not all(isinstance(one, str | Mapping | Guard) for one in value):
+            return value
+        try:
+            return tuple(read_guard(one) for one in value)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Self:
-        if self.guards:
-            raise ValueError(f"guards cannot be used in this version, got {', '.join(self.guards)}; leave them out")
-        if self.blank and (self.patches or self.negative_prompt is not None):
-            raise ValueError("patches and a negative prompt have no effect on a blank stack; leave them out")
+        if self.blank and (self.patches or self.negative_prompt is not None or self.guards):
+            raise ValueError("patches, guards and a negative prompt have no effect on a blank stack; leave them out")
         return self
 
     @property
     def base(self) -> bool:
         """Whether this is a model as it comes."""
-        return not (self.patches or self.blank or self.negative_prompt is not None)
+        return not (self.patches or self.guards or self.blank or self.negative_prompt is not None)
 
     def hash(self, model: Model, *, weights: str | None = None) -> str:
-        """Return a SHA-256 over everything of the stack that decides a picture: weights, patches, negative prompt.
+        """Return a SHA-256 over everything of the stack that decides a picture: weights, patches, negative prompt, guards.
 
         Args:
             model: the stack's model, without patches on it.
@@ -66,13 +77,15 @@ class Stack(BaseModel):
 
         Raises:
             BadFile: a patch cannot be read.
+            UserError: a guard's file cannot be.
         """
         if self.blank:
             return _digest({"blank": model.size})
         from safegen.models.patch import Patch
 
         patches = [Patch.load(path).hash for path in self.patches]
-        return _digest({"weights": weights or weights_hash(model), "patches": patches, "negative": self.negative_prompt})
+        facts = {"weights": weights or weights_hash(model), "patches": patches, "negative": self.negative_prompt}
+        return _digest(facts | ({"guards": [guard.facts() for guard in self.guards]} if self.guards else {}))
 
 
 def load_stack(spec: str) -> Stack:
@@ -99,6 +112,22 @@ def load_stack(spec: str) -> Stack:
     return Stack(name=name, model=model, patches=tuple(Path(p) for p in patches))
 
 
+def add_guards(stack: Stack, guards: Sequence[str], concept: str | None = None) -> Stack:
+    """Return a stack with further guards, as words of the command line; a concept gives its words and its judge to all that can use them.
+
+    Raises:
+        UnknownName: no such guard, preset or concept.
+        BadSetting: a guard lacks a setting, has no effect, or none has a use for the concept.
+    """
+    known = load_concept(concept) if concept is not None else None
+    made = [read_guard(word, known) for word in guards]
+    if known and not any(type(guard).lent(known) for guard in made):
+        raise BadSetting(f"the concept {known.name!r} has no effect here: no guard takes anything from it; leave it out")
+    if made and stack.blank:
+        raise BadSetting(f"guards have no effect on the blank stack {stack.name!r}; leave them out")
+    return stack.model_copy(update={"guards": (*stack.guards, *made)})
+
+
 def _read_recipe(path: Path) -> Stack:
     if not path.is_file():
         raise BadFile(f"the stack file {str(path)!r} does not exist")
@@ -112,7 +141,8 @@ def _read_recipe(path: Path) -> Stack:
         raise BadFile(f"{path} is not a stack file: {'.'.join(map(str, e['loc'])) or 'stack'}: {e['msg']}") from error
     beside = path.parent / stack.model
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
-    return stack.model_copy(update={"model": model, "patches": tuple(path.parent / p for p in stack.patches)})
+    patches, guards = tuple(path.parent / p for p in stack.patches), tuple(guard.beside(path.parent) for guard in stack.guards)
+    return stack.model_copy(update={"model": model, "patches": patches, "guards": guards})
 
 
 def weights_hash(model: Model) -> str:
@@ -126,6 +156,15 @@ def weights_hash(model: Model) -> str:
     return _digest(facts | {"schedule": schedule, "vocabulary": _digest(pipeline.tokenizer.get_vocab())})
 
 
+def _guarded(stack: Stack, model: Model) -> Guarded | None:
+    """Return a model's pipeline with a stack's guards; None without any."""
+    if not stack.guards:
+        return None
+    from safegen.guard.engine import Guarded
+
+    return Guarded(model.pipeline, stack.guards)
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -137,18 +176,41 @@ class Opened:
     stack: Stack
     model: Model
     hash: str
+    guarded: Guarded | None = None
+    """The model's pipeline with the stack's guards on it."""
 
     def draw(self, asks: Sequence[Ask], sampler: Sampler) -> list[Image.Image]:
-        """Return one picture per ask, in order.
+        """Return one picture per ask, in order; a black one where a guard withheld it.
 
         Raises:
-            BadSetting: a negative prompt without guidance.
+            BadSetting: a negative prompt or a guard without guidance.
+        """
+        return [self.shown(drawn) for drawn in self.drawn(asks, sampler)]
+
+    def drawn(self, asks: Sequence[Ask], sampler: Sampler) -> list[Drawn]:
+        """Return one picture per ask, in order, each with the trail of the guards; None where it was withheld.
+
+        Raises:
+            BadSetting: a negative prompt or a guard without guidance.
         """
         if self.stack.blank:
-            return [Image.new("RGB", (self.model.size, self.model.size)) for _ in asks]
-        from safegen.models.sampling import generate
+            return [Drawn(self._black(), Trail("none", "")) for _ in asks]
+        from safegen.models.sampling import arithmetic, batches, generate
 
-        return list(generate(self.model, asks, sampler, negative=self.stack.negative_prompt))
+        if self.guarded is None:
+            return [Drawn(image, Trail("none", "")) for image in generate(self.model, asks, sampler, negative=self.stack.negative_prompt)]
+        out: list[Drawn] = []
+        for prompts, options in batches(asks, sampler, negative=self.stack.negative_prompt):
+            with arithmetic(self.model, sampler):
+                out += self.guarded.draw(prompts, **options)
+        return out
+
+    def shown(self, drawn: Drawn) -> Image.Image:
+        """Return what stands for a picture where one must be: black for one that was withheld."""
+        return drawn.image or self._black()
+
+    def _black(self) -> Image.Image:
+        return Image.new("RGB", (self.model.size, self.model.size))
 
     def free(self) -> None:
         """Give back the accelerator's memory that nothing holds any more."""
@@ -190,7 +252,7 @@ class Shelf:
         """Yield a stack ready to draw; afterwards its patches are taken off exactly. One is open at a time.
 
         Raises:
-            UserError: the model or a patch cannot be loaded, or does not fit.
+            UserError: the model, a patch or a guard cannot be loaded, or does not fit.
         """
         from safegen.models.patch import Patch
 
@@ -203,4 +265,4 @@ class Shelf:
             on.callback(setattr, self, "_open", False)
             for path in stack.patches:
                 on.enter_context(Patch.load(path).apply(model))
-            yield Opened(stack, model, digest)
+            yield Opened(stack, model, digest, _guarded(stack, model))

@@ -13,6 +13,20 @@ MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
 
 EDITS = {"safegen": "safegen.edit.safegen:SafeGen"}
 
+GUARDS = {
+    "sld": "safegen.guard.sld:Sld",
+    "negative-prompt": "safegen.guard.negative_prompt:NegativePrompt",
+    "safety-checker": "safegen.guard.safety_checker:SafetyChecker",
+    "judge-filter": "safegen.guard.judge_filter:JudgeFilter",
+    "prompt-filter": "safegen.guard.prompt_filter:PromptFilter",
+    "safree": "safegen.guard.safree:Safree",
+    "latent-guard": "safegen.guard.latent_guard:LatentGuard",
+    "crops": "safegen.guard.crops:Crops",
+    "pno": "safegen.guard.pno:Pno",
+    "dual-latent": "safegen.guard.dual_latent:DualLatent",
+}
+"""Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""
+
 CLIPS = {"mini": "safegen.mini.bundle:clip_folder"}
 """Bundled CLIP pairs: a function that returns a folder with both towers, the tokenizer and the image preprocessing."""
 

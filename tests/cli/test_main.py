@@ -88,6 +88,44 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
     assert "warning: the patch was made on weights" in err
 
 
+def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, tmp_path):
+    recipe, out = tmp_path / "safe.toml", tmp_path / "out"
+    recipe.write_text('model = "mini"\nguards = [{name = "prompt-filter", words = ["castle"]}]\n')
+    words = ["--guard", "sld-max", "--concept", "skulls", "--prompt", "a castle", "--prompt", "a cat", "--steps", "2"]
+    code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
+    assert code == 0, err
+    assert "1 pictures and sheet.png" in text
+    assert "1 withheld (trail.jsonl says why)" in text
+    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trail.jsonl"]
+    gone, shown = (json.loads(line) for line in (out / "trail.jsonl").read_text().splitlines())
+    assert (gone["index"], gone["action"], gone["reason"]) == (0, "block", "prompt-filter: word")
+    assert (shown["action"], shown["reason"]) == ("edit", "sld: steered")
+    with Image.open(out / "0001.png") as picture:
+        assert json.loads(picture.text["safegen"])["guards"] == {k: v for k, v in shown.items() if k not in ("index", "seed")}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["mini", "--guard", "sdl"], "no guard named 'sdl'. Did you mean 'sld'"),
+        (["mini", "--guard", "sld-mx"], "Did you mean 'max'"),
+        (["mini", "--guard", "sld"], "this model's text encoder reads 32"),
+        (["mini", "--guard", "negative-prompt"], "text: Field required"),
+        (["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"], "sld has no effect without guidance"),
+        (["mini", "--concept", "skulls"], "no guard takes anything from it"),
+        (["mini", "--stack", "x.toml"], "a MODEL or with a --stack"),
+        ([], "a MODEL or with a --stack"),
+        (["--stack", "no.toml"], "does not exist"),
+    ],
+)
+def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words, says):
+    code, _, err = safegen("generate", *words, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "out")
+    assert code == 2
+    assert says in err
+    assert "\n" not in err.strip()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_truncated_patch_is_refused(safegen, tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes((bundle.judge_file()).read_bytes()[:1000])

@@ -16,6 +16,7 @@ from safegen.bench.folder import PICTURES, SAMPLES, TIMINGS, Journal, Line, Plan
 from safegen.bench.watch import Look, Watcher
 from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_file
+from safegen.guard import Drawn
 from safegen.stack import Opened, Shelf, Stack
 
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -82,17 +83,19 @@ class Pen:
         from safegen.models.sampling import encode_picture
 
         ready, began = self._open(batch.stack), time.perf_counter()
-        images, size = self._fit(ready, batch)
+        drawn, size = self._fit(ready, batch)
+        images = [ready.shown(one) for one in drawn]
+        trails = [{"guards": one.trail.to_json(times=False)} if ready.stack.guards else {} for one in drawn]  # equal pictures, equal bytes
         new, sampler = [], self.run.protocol.sampler.model_dump(mode="json")
-        for row, key, file, image in zip(batch.rows, batch.keys, batch.files, images, strict=True):
+        for row, key, file, image, trail in zip(batch.rows, batch.keys, batch.files, images, trails, strict=True):
             item = row.item
             facts = {"key": key, "stack": batch.stack["hash"], "prompt_sha256": row.prompt_sha256, "seed": item.seed, "index": item.index}
-            data = encode_picture(image, facts | {"sampler": sampler})
+            data = encode_picture(image, facts | {"sampler": sampler} | trail)
             line = {
                 "key": key, "stack": batch.stack["name"], "list": item.list_name, "role": item.role, "id": item.id, "seed": item.seed,
                 "index": item.index, "prompt_sha256": row.prompt_sha256, "file": file, "sha256": hashlib.sha256(data).hexdigest(),
                 "blank": is_blank(image),
-            }  # fmt: skip
+            } | trail  # fmt: skip
             old = self.lines.get(key)
             if old is None:
                 new.append(line)
@@ -102,10 +105,11 @@ class Pen:
         self.samples.append(new)
         self.lines |= {line["key"]: line for line in new}
         seconds = round(time.perf_counter() - began, 4)
-        self._note("generate", batch, pictures=len(images), size=size, seconds=seconds)
+        guards = {"guards_ms": round(sum(n.ms for one in drawn for n in one.trail.guards), 3)} if ready.stack.guards else {}
+        self._note("generate", batch, pictures=len(images), size=size, seconds=seconds, **guards)
         return images
 
-    def _fit(self, ready: Opened, batch: Batch) -> tuple[list[Image.Image], int]:
+    def _fit(self, ready: Opened, batch: Batch) -> tuple[list[Drawn], int]:
         """Return the batch's pictures and how many were drawn at once: fewer than the protocol says where memory is short.
 
         A smaller size rounds otherwise, so it is written down before a picture is, and kept: for the batch if it is drawn again, and
@@ -115,7 +119,7 @@ class Pen:
         size = self.sizes.get((batch.stack["name"], batch.number), self.size)
         while True:
             try:
-                return [i for at in range(0, len(asks), size) for i in ready.draw(asks[at : at + size], sampler)], min(size, len(asks))
+                return [i for at in range(0, len(asks), size) for i in ready.drawn(asks[at : at + size], sampler)], min(size, len(asks))
             except (MemoryError, RuntimeError) as error:
                 if not (isinstance(error, MemoryError) or any(word in str(error).lower() for word in NO_MEMORY)):
                     raise

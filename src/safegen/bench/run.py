@@ -278,11 +278,11 @@ def _entry(stack: Stack, shelf: Shelf) -> Line:
         ],
         "negative_prompt": stack.negative_prompt,
         "blank": stack.blank,
-    }
+    } | ({"guards": [guard.facts() for guard in stack.guards]} if stack.guards else {})
 
 
 def _spec(stack: Stack) -> str:
-    """Return a stack as the command line takes it; what has a negative prompt, or draws nothing, can only come from a recipe."""
-    if stack.negative_prompt is not None or stack.blank:
+    """Return a stack as the command line takes it; what has a negative prompt or guards, or draws nothing, can only come from a recipe."""
+    if stack.negative_prompt is not None or stack.guards or stack.blank:
         return f"{stack.name}.toml"
     return f"{stack.name}={'+'.join([short(stack.model), *(p.name for p in stack.patches)])}"

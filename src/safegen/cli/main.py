@@ -51,11 +51,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def generate(
-    model: ModelArg,
     out: Annotated[Path, typer.Option(help="New folder for the pictures.")],
+    model: Annotated[str | None, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="[MODEL]")] = None,
+    stack: Annotated[Path | None, typer.Option(help="A recipe.toml (model, patches, guards) in the place of MODEL.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
     patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model; may be given more than once.")] = None,
+    guard: Annotated[list[str] | None, typer.Option(help="A guard, NAME or NAME-PRESET as sld-max; may be given more than once.")] = None,
+    concept: Annotated[str | None, typer.Option(help="Concept whose words and judge the guards take.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture i of a run gets its noise from (seed, i).")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")] = 5.0,
@@ -65,26 +68,41 @@ def generate(
     threads: Threads = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet."""
+    """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet; with guards, trail.jsonl says what they did."""
     texts = _read_prompts(prompt, prompts)
+    if (model is None) == (stack is None):
+        raise BadSetting("generate draws with a MODEL or with a --stack recipe.toml; give one of them")
     _quiet()
     from safegen.bench.grid import contact_sheet
+    from safegen.cli.evaluate import _one_line_warnings
     from safegen.files import private_folder
-    from safegen.models import Ask, Sampler, save_picture
-    from safegen.models import generate as draw
+    from safegen.models import Ask, Patch, Sampler, save_picture
+    from safegen.stack import Shelf, Stack, add_guards, load_stack
 
-    with private_folder(out, last=SHEET) as folder:
-        loaded, patches = _load(model, patch or [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
-        asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
-        pictures = []
-        with _progress() as tell:
-            for ask, picture in zip(asks, draw(loaded, asks, Sampler(steps=steps, guidance=guidance, batch=batch)), strict=True):
-                facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": model, "base": loaded.hash}
-                save_picture(picture, folder / f"{ask.index:04d}.png", facts | {"patches": patches})
-                pictures.append(picture)
+    _set_threads(threads)
+    recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
+    recipe = recipe.model_copy(update={"patches": (*recipe.patches, *(patch or []))})
+    recipe = add_guards(recipe, guard or [], concept)
+    patches = [Patch.load(path).hash for path in recipe.patches]
+    sampler, shelf = Sampler(steps=steps, guidance=guidance, batch=batch), Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
+    asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
+    with private_folder(out, last=SHEET) as folder, _one_line_warnings(), shelf.opened(recipe) as ready, _progress() as tell:
+        pictures, lines = [], []
+        for start in range(0, len(asks), batch):
+            for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
+                facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": model or recipe.model}
+                facts |= {"base": ready.model.hash, "patches": patches} | ({"guards": drawn.trail.to_json()} if recipe.guards else {})
+                pictures.append(ready.shown(drawn))
+                if not drawn.trail.withheld:
+                    save_picture(pictures[-1], folder / f"{ask.index:04d}.png", facts)
+                lines.append(json.dumps({"index": ask.index, "seed": seed} | drawn.trail.to_json(), sort_keys=True) + "\n")
                 tell("drawing", len(pictures), len(asks))
-        contact_sheet(pictures, cell=max(96, min(256, loaded.size))).save(folder / SHEET)
-    typer.echo(f"{len(texts)} pictures and {SHEET} in {out}")
+        contact_sheet(pictures, cell=max(96, min(256, ready.model.size))).save(folder / SHEET)
+        if recipe.guards:
+            (folder / "trail.jsonl").write_text("".join(lines), encoding="utf-8")
+    withheld = sum(not (out / f"{ask.index:04d}.png").exists() for ask in asks)
+    gone = f", {withheld} withheld (trail.jsonl says why)" if withheld else ""
+    typer.echo(f"{len(texts) - withheld} pictures and {SHEET} in {out}{gone}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safegen.files import fresh_file
 from safegen.models.model import Model
 from safegen.sampler import Ask, Sampler
 
-__all__ = ["Ask", "Sampler", "encode_picture", "generate", "generator", "save_picture"]
+__all__ = ["Ask", "Sampler", "arithmetic", "batches", "encode_picture", "generate", "generator", "save_picture"]
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -39,20 +40,34 @@ def generate(model: Model, asks: Sequence[Ask], sampler: Sampler, *, negative: s
     Raises:
         BadSetting: a negative text without guidance, which would have no effect.
     """
+    for prompts, options in batches(asks, sampler, negative=negative):
+        with arithmetic(model, sampler):
+            out = model.pipeline(prompt=prompts, **options)
+        yield from out.images
+
+
+def batches(asks: Sequence[Ask], sampler: Sampler, *, negative: str | None = None) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Yield the prompts of each batch, and the other arguments for a pipeline.
+
+    Raises:
+        BadSetting: a negative text without guidance, which would have no effect.
+    """
     if negative is not None and sampler.guidance <= 1:
         raise BadSetting(f"a negative prompt has no effect without guidance; guidance must be > 1, got {sampler.guidance}")
     for start in range(0, len(asks), sampler.batch):
         part = asks[start : start + sampler.batch]
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=sampler.precision == "bf16"):
-            out = model.pipeline(
-                prompt=[a.prompt for a in part],
-                negative_prompt=None if negative is None else [negative] * len(part),
-                generator=[generator(a.seed, a.index) for a in part],
-                num_inference_steps=sampler.steps,
-                guidance_scale=sampler.guidance,
-                output_type="pil",
-            )
-        yield from out.images
+        options: dict[str, Any] = {
+            "generator": [generator(a.seed, a.index) for a in part],
+            "num_inference_steps": sampler.steps,
+            "guidance_scale": sampler.guidance,
+            "output_type": "pil",
+        }
+        yield [a.prompt for a in part], options | ({} if negative is None else {"negative_prompt": [negative] * len(part)})
+
+
+def arithmetic(model: Model, sampler: Sampler) -> AbstractContextManager[object]:
+    """Return the context in which a pipeline computes as the sampler says."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=sampler.precision == "bf16")
 
 
 def encode_picture(image: Image.Image, facts: dict[str, Any]) -> bytes:

@@ -1,0 +1,131 @@
+"""Dual latent: a second stream under a safer text is drawn from the same start and mixed into the first (after arXiv:2411.13982).
+
+A reconstruction: the paper's abstract says that two streams are mixed by a weight, after a threshold of global context, for prompts that a
+detector flags. How weight, threshold, safe text and detector are made is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from safegen.concept import Concept
+from safegen.errors import BadSetting
+from safegen.guard.base import Call, Finding, Guard, Ready, Turn
+from safegen.guard.safree import Reader, Safree, Way, look, projected, span
+from safegen.models.seams import Border, Seam, Text
+
+ONE_STEP = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+"""Schedulers that remember nothing of earlier steps: what others remember would not be mixed."""
+
+
+class DualLatent(Guard):
+    """Settings of the dual latent guard."""
+
+    name: Literal["dual-latent"] = "dual-latent"
+    seams: ClassVar[frozenset[Seam]] = frozenset({"text", "latents"})
+    once: ClassVar[bool] = True
+
+    phrases: tuple[str, ...] = Field(min_length=1)
+    """Phrases for the concept; the second stream's text is the prompt without their span, as SAFREE makes it."""
+    strength: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the second stream: 0 is no guard, 1 draws it alone from `start` on."""
+    start: float = Field(default=0.2, ge=0, le=1)
+    """tau_gc: part of the steps in which the first stream leads and gives the picture its layout."""
+    gate: float = Field(default=0.0, ge=0, le=2)
+    """Least distance (1 - cosine) that the projection moves a prompt for it to be drawn in two streams; 0 is every prompt."""
+    alpha: float = Field(default=0.01, ge=0)
+    """As SAFREE's: which tokens are projected."""
+
+    @classmethod
+    def lent(cls, concept: Concept) -> dict[str, Any]:
+        """Return the concept's words as phrases."""
+        return {"phrases": concept.words}
+
+    def ready(self, border: Border) -> Ready:
+        """Return the guard at work.
+
+        Raises:
+            BadSetting: another family than SAFREE knows, or a scheduler with a memory.
+        """
+        if border.kind != "StableDiffusionPipeline":
+            raise BadSetting(
+                f"the guard 'dual-latent' reads the text encoder of a StableDiffusionPipeline, not that of a {border.kind}; leave it out"
+            )
+        _ = self.way.ready(border)  # its phrases must fit
+        scheduler = type(border.pipe.scheduler).__name__
+        if scheduler not in ONE_STEP:
+            raise BadSetting(
+                f"the guard 'dual-latent' would leave stale what a {scheduler} remembers of earlier steps; use {', '.join(ONE_STEP)}"
+            )
+        return _Ready(self, border)
+
+    @property
+    def way(self) -> Safree:
+        """The settings by which the safer text is made."""
+        return Safree(phrases=self.phrases, alpha=self.alpha, filter=True, middle=0.0, slope=1.0)
+
+
+class _Ready(Ready):
+    guard: DualLatent
+
+    def __init__(self, guard: DualLatent, border: Border) -> None:
+        super().__init__(guard)
+        self.reader = Reader(border.pipe)
+        self.concept = span(self.reader.pooled_texts(guard.phrases))
+        self.ways: dict[str, Way] = {}
+
+    def twice(self, prompts: Sequence[str]) -> list[bool]:
+        self.ways = {prompt: look(self.reader, prompt, self.concept, self.guard.way) for prompt in prompts}
+        return [bool(self.guard.strength and (way := self.ways[p]).triggers and way.distance >= self.guard.gate) for p in prompts]
+
+    def begin(self, call: Call) -> Turn:
+        return _Turn(self.guard, call, self.ways)
+
+
+class _Turn(Turn):
+    def __init__(self, guard: DualLatent, call: Call, ways: dict[str, Way]) -> None:
+        self.guard, self.call, self.ways = guard, call, ways
+
+    def cond(self, text: Text) -> Text:
+        if not self.call.twins:
+            return text
+        hidden = text.hidden.clone()
+        for second in self.call.twins.values():
+            hidden[second] = projected(hidden[second], self.ways[self.call.prompts[second]], 1.0)
+        return Text(hidden, text.extra)
+
+    def latents(self, latents: Tensor) -> Tensor:
+        if not self.call.twins:
+            return latents
+        out = latents.clone()
+        leads = self.call.step < self.guard.start * self.call.steps
+        for first, second in self.call.twins.items():
+            out[first], out[second] = mixed(latents[first], latents[second], strength=0.0 if leads else self.guard.strength, follow=leads)
+        return out
+
+    def findings(self) -> list[Finding]:
+        out = []
+        for i, prompt in enumerate(self.call.prompts):
+            scores, limits = {"distance": self.ways[prompt].distance}, {"gate": self.guard.gate}
+            twin = i in self.call.twins
+            out.append(Finding("edit" if twin else "none", "mixed" if twin else "", scores, limits))
+        return out
+
+
+def mixed(first: Tensor, second: Tensor, *, strength: float, follow: bool) -> tuple[Tensor, Tensor]:
+    """Return both streams' latents after a step: the first moved toward the second, or the second set to the first (reconstruction).
+
+    z_u <- (1 - lambda) z_u + lambda z_s from tau_gc on, z_s <- z_u before it.
+
+    Args:
+        first: z_u, what will be shown.
+        second: z_s.
+        strength: lambda.
+        follow: whether the second stream is set to the first.
+    """
+    return (first, first) if follow else (torch.lerp(first, second, strength), second)

@@ -1,0 +1,298 @@
+"""The guarded pipeline: the pipeline's own call with hooks on its denoiser, counted; what was not guarded is withheld."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safegen.errors import BadSetting, UserError
+from safegen.guard.base import GONE, Action, Call, Drawn, Finding, Guard, Note, Ready, Trail, Turn
+from safegen.guard.hooks import Hooks
+from safegen.models.seams import FAMILIES, Border, Seam, copied
+from safegen.tables import GUARDS, resolve
+
+PER_PROMPT = ("negative_prompt", "generator")
+"""Options that are lists with an entry a prompt."""
+UNSEEN = (
+    *("prompt_embeds", "negative_prompt_embeds", "prompt_2", "negative_prompt_2", "ip_adapter_image", "ip_adapter_image_embeds"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "return_dict"),
+)
+"""Options of pipelines by which something would go past the guards, or come back otherwise than they expect."""
+OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
+"""Seams at which a guard does nothing inside a call of the pipeline."""
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+class Failed(Exception):
+    """A guard raised, or answered with nonsense."""
+
+    def __init__(self, guard: str, error: Exception) -> None:
+        super().__init__(f"{guard}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+@dataclass
+class Work:
+    """A guard of the pipeline, and what is known of it in this batch: one entry a picture."""
+
+    ready: Ready
+    n: int
+    device: str
+    """Kind of device that the pipeline computes on."""
+    calls: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def guard(self) -> Guard:
+        """Its settings."""
+        return self.ready.guard
+
+    def note(self, at: int) -> Note:
+        """Return what it did for picture `at`."""
+        found = self.findings[at]
+        scores = {k: round(float(v), 6) for k, v in found.scores.items()}
+        limits = {k: float(v) for k, v in found.thresholds.items()}
+        ms = round(1000 * self.seconds / self.n, 3)
+        return Note(self.guard.name, found.action, found.reason, scores, limits, self.calls, self.rows // self.n, ms)
+
+    @contextmanager
+    def asked(self, *, as_drawn: bool = False) -> Iterator[None]:
+        """Count and time what the guard does, in full precision; what it raises is its failure, but for what the caller can mend.
+
+        Args:
+            as_drawn: leave the pipeline's own arithmetic, for texts that must be encoded as it encodes its own.
+
+        Raises:
+            Failed: the guard raised something else than a `UserError` or a want of memory.
+        """
+        self.calls, began = self.calls + 1, time.perf_counter()
+        try:
+            with nullcontext() if as_drawn else torch.autocast(self.device, enabled=False):
+                yield
+        except (UserError, MemoryError, Failed):
+            raise
+        except Exception as error:
+            if any(word in str(error).lower() for word in NO_MEMORY):
+                raise
+            raise Failed(self.guard.name, error) from error
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def keep(self, findings: Sequence[Finding], at: Sequence[int]) -> None:
+        """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
+
+        Raises:
+            Failed: there are more or fewer.
+        """
+        if len(findings) != len(at):
+            raise Failed(self.guard.name, ValueError(f"{len(findings)} answers for {len(at)} pictures"))
+        for i, found in zip(at, findings, strict=True):
+            old = self.findings[i]
+            last = old if found.action == "none" else found
+            scores, limits = {**old.scores, **found.scores}, {**old.thresholds, **found.thresholds}
+            self.findings[i] = Finding(last.action, last.reason, scores, limits)
+
+
+class Guarded:
+    """A diffusers pipeline with guards. It draws as the pipeline does, and is the pipeline bit for bit where no guard acts."""
+
+    def __init__(self, pipe: Any, guards: Sequence[Guard], *, max_rows: int | None = None) -> None:  # noqa: ANN401
+        """Load the guards' files and see that the pipeline gives every guard what it needs.
+
+        Args:
+            pipe: any diffusers pipeline; guards that act on its denoiser know the families in `models.seams.FAMILIES`.
+            guards: in the order in which they act where they meet.
+            max_rows: most rows of one denoiser call; the guards' own are asked apart, in parts, where they would not fit. None: no limit.
+
+        Raises:
+            BadSetting: a guard cannot run on this pipeline, or one is there twice that may not be.
+            UserError: a guard's file cannot be used.
+        """
+        if max_rows is not None and max_rows < 1:
+            raise BadSetting(f"max_rows must be >= 1, got {max_rows}")
+        self.pipe, self.guards, self.max_rows, self.border = pipe, tuple(guards), max_rows, Border(pipe)
+        for guard in guards:
+            if guard.seams - self.border.seams:
+                able = [name for name in sorted(GUARDS) if resolve(GUARDS, name, "guard").seams <= self.border.seams]
+                raise BadSetting(
+                    f"the guard {guard.name!r} acts inside the denoiser, which is known of {', '.join(sorted(FAMILIES))} and not of a "
+                    f"{self.border.kind}; guards that can run on it: {', '.join(able)}"
+                )
+            if guard.once and sum(g.name == guard.name for g in guards) > 1:
+                raise BadSetting(f"the guard {guard.name!r} is there twice, and the second would undo the first; leave one out")
+        self.ready = [guard.ready(self.border) for guard in guards]
+
+    def draw(self, prompts: Sequence[str], *, copies: int = 1, **options: Any) -> list[Drawn]:  # noqa: ANN401
+        """Return `copies` pictures a prompt, side by side, each with its trail.
+
+        Args:
+            prompts: what to draw.
+            copies: pictures a prompt.
+            options: whatever else the pipeline takes (not embeddings or pictures in the place of texts); a list of negative prompts or of
+                generators goes with the prompts.
+
+        Raises:
+            BadSetting: a guard would have no effect with these options.
+            UserError: a guard refuses what is asked.
+        """
+        for key in UNSEEN:
+            if options.get(key) is not None:
+                raise BadSetting(f"a guarded pipeline takes one text a prompt, and `copies`: guards do not see {key}; leave it out")
+        if copies > 1 and any(g.seams & {"start", "latents"} for g in self.guards):
+            names = ", ".join(g.name for g in self.guards if g.seams & {"start", "latents"})
+            raise BadSetting(f"{names} draws each prompt with a start of its own, so copies must be 1, got {copies}; repeat the prompt")
+        inside = [g.name for g in self.guards if g.seams - OUTSIDE]
+        self.border.refuse(options, guided=[g.name for g in self.guards if g.seams & {"uncond", "branch"}], inside=inside)
+        if any("image" in g.seams for g in self.guards) and options.get("output_type", "pil") != "pil":
+            raise BadSetting(f"guards that look at pictures need output_type='pil', got {options['output_type']!r}")
+        n = len(prompts) * copies
+        works = [Work(ready, n, self._device, findings=[Finding()] * n) for ready in self.ready]
+        images: list[Any] = [None] * n
+        faults = [""] * n
+        try:
+            at, starts = self._probed(works, prompts, self._checked(works, prompts, copies), options)
+            if at:
+                rows = sorted({i // copies for i in at})
+                changed = options
+                if starts:
+                    own, after = self.border.starts(options, "a guard that moves starts")
+                    moved = torch.stack([starts.get(i, x).to(own) for i, x in enumerate(own)])
+                    changed = options | {"latents": moved, "generator": after}
+                drawn, wrong = self._drawn(works, prompts, rows, copies, changed)
+                for i, image, fault in zip(at, drawn, wrong, strict=True):
+                    images[i], faults[i] = image, fault
+                self._looked(works, images, [p for p in prompts for _ in range(copies)], [i for i in at if not faults[i]])
+        except Failed as error:
+            faults = [f"error: {error}"] * n
+        return [_drawn_of(images[i], works, i, faults[i]) for i in range(n)]
+
+    @property
+    def _device(self) -> str:
+        return str(self.pipe._execution_device.type)
+
+    def _checked(self, works: Sequence[Work], prompts: Sequence[str], copies: int) -> list[int]:
+        """Ask the prompt guards, and return the pictures that may be drawn."""
+        for work in works:
+            if "prompt" in work.guard.seams:
+                with work.asked():
+                    found = [f for f in work.ready.check(prompts) for _ in range(copies)]
+                    work.keep(found, range(len(prompts) * copies))
+        return [i for i in range(len(prompts) * copies) if not any(w.findings[i].action in GONE for w in works)]
+
+    def _probed(
+        self, works: Sequence[Work], prompts: Sequence[str], at: Sequence[int], options: Mapping[str, Any]
+    ) -> tuple[list[int], dict[int, Tensor]]:
+        """Let guards draw probes by all guards but those of pictures; return what may still be drawn, and from which starts instead."""
+        coarse, dtype = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
+        left, starts = list(at), dict[int, Tensor]()
+
+        def probe(texts: Sequence[str], changed: Mapping[str, Any], *, grad: bool = False) -> list[Any]:
+            others = [w.ready for w in works if not w.guard.seams & {"image", "start"}]
+            inner = [Work(ready, len(texts), self._device, findings=[Finding()] * len(texts)) for ready in others]
+            with torch.autocast(self._device, dtype, enabled=coarse):
+                images, wrong = self._drawn(inner, texts, range(len(texts)), 1, {**options, **changed}, grad=grad)
+            if any(wrong):
+                raise ValueError(f"a probe was not guarded: {next(filter(None, wrong))}")
+            return list(images)
+
+        for work in works:
+            if "start" in work.guard.seams and left:
+                asked = {k: [v[i] for i in left] if k in PER_PROMPT and isinstance(v, list) else v for k, v in options.items()}
+                with work.asked():
+                    found = work.ready.probe(probe, [prompts[i] for i in left], asked)
+                    work.keep(found, left)
+                starts |= {i: one.start for i, one in zip(left, found, strict=True) if one.start is not None}
+                left = [i for i in left if work.findings[i].action not in GONE]
+        return left, starts
+
+    def _drawn(
+        self,
+        works: Sequence[Work],
+        prompts: Sequence[str],
+        rows: Sequence[int],
+        copies: int,
+        options: Mapping[str, Any],
+        *,
+        grad: bool = False,
+    ) -> tuple[Sequence[Any], Sequence[str]]:
+        """Call the pipeline for some of the prompts, and return its pictures and what was wrong with each."""
+        at = [i * copies + k for i in rows for k in range(copies)]
+        twins = self._twins(works, [prompts[i] for i in rows])
+        every = [*rows, *(rows[k] for k in twins)]  # the second streams stand behind all first ones
+        asked: dict[str, Any] = {**options, "prompt": [prompts[i] for i in every]}
+        if isinstance(against := options.get("negative_prompt"), list | tuple):
+            asked["negative_prompt"] = [against[i] for i in every]
+        if isinstance(own := options.get("generator"), list | tuple):
+            each = copies if len(own) == len(prompts) * copies else 1
+            picked = [own[i * each + k] for i in rows for k in range(each)]
+            asked["generator"] = [*picked, *(copied(picked[k]) for k in twins)]
+        elif twins:
+            raise BadSetting("a guard that draws a second stream needs a list of generators, one a prompt, so that both start alike")
+        if isinstance(start := options.get("latents"), Tensor):
+            asked["latents"] = start[[i * copies + k for i in every for k in range(copies)]]
+        if copies > 1:
+            asked["num_images_per_prompt"] = copies
+        texts = tuple(prompts[i] for i in every for _ in range(copies))
+        negative = asked.get("negative_prompt") or ""
+        away = [negative if isinstance(negative, str) else negative[k // copies] for k in range(len(texts))]
+        call = Call(self.border, texts, away, options, twins={k: len(at) + j for j, k in enumerate(twins)})
+        turns: list[tuple[Work, Turn]] = []
+        for work in works:
+            if work.guard.seams - OUTSIDE:
+                with work.asked(as_drawn=True):
+                    turns.append((work, work.ready.begin(call)))
+        hooks = Hooks(self.border, call, turns, max_rows=self.max_rows)
+        with hooks.attached():
+            plain: Any = type(self.pipe).__call__
+            out = plain.__wrapped__(self.pipe, **asked) if grad else self.pipe(**asked)  # the former without its no_grad
+        for work, turn in turns:
+            with work.asked():
+                found = list(turn.findings()) or [Finding()] * len(texts)
+                work.keep(found[: len(at)] if len(found) == len(texts) else found, at)
+        pictures: Sequence[Any] = out.images if hasattr(out, "images") else out.frames
+        if len(pictures) != len(texts):
+            return [None] * len(at), [f"calls: {len(pictures)} pictures came for {len(texts)} that were asked for"] * len(at)
+        return pictures[: len(at)], hooks.wrong(len(texts))[: len(at)]
+
+    def _twins(self, works: Sequence[Work], prompts: Sequence[str]) -> list[int]:
+        """Return which prompts a guard wants to draw a second time beside the first."""
+        wanted = [False] * len(prompts)
+        for work in works:
+            if "latents" in work.guard.seams:
+                with work.asked():
+                    wanted = [a or b for a, b in zip(wanted, work.ready.twice(prompts), strict=True)]
+        return [k for k, want in enumerate(wanted) if want]
+
+    def _looked(self, works: Sequence[Work], images: list[Any], prompts: Sequence[str], at: Sequence[int]) -> None:
+        """Show the pictures to the guards that look at them, each what the one before left of it."""
+        for work in works:
+            if "image" not in work.guard.seams:
+                continue
+            seen = [(i, images[i]) for i in at if not any(w.findings[i].action in GONE for w in works)]
+            if not seen:
+                continue
+            with work.asked():
+                found = work.ready.look([image for _, image in seen], [prompts[i] for i, _ in seen])
+                work.keep(found, [i for i, _ in seen])
+            for (i, image), one in zip(seen, found, strict=True):
+                images[i] = one.image if one.image is not None else image
+
+
+def _drawn_of(image: Any, works: Sequence[Work], at: int, fault: str) -> Drawn:  # noqa: ANN401
+    notes = tuple(work.note(at) for work in works)
+    if fault:
+        return Drawn(None, Trail("withhold", fault, notes))
+    acted = [n for n in notes if n.action not in ("none", "edit")] or [n for n in notes if n.action == "edit"]
+    gone = [n for n in acted if n.action in GONE]
+    action: Action = (gone or acted)[-1].action if acted else "none"
+    reason = f"{(gone or acted)[-1].guard}: {(gone or acted)[-1].reason}" if acted else ""
+    if image is None and not gone:  # no picture, and nobody who took it: ours to explain, and not to show
+        return Drawn(None, Trail("withhold", "error: no picture came", notes))
+    return Drawn(None if gone else image, Trail(action, reason, notes))

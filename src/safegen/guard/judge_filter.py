@@ -1,0 +1,107 @@
+"""Any judge as an output guard: what it calls unsafe, or cannot judge, is not shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from PIL import Image
+from pydantic import Field
+
+from safegen.concept import Concept
+from safegen.data.censor import Censor, censor
+from safegen.errors import BadFile
+from safegen.guard.base import Action, Finding, Guard, Ready
+from safegen.judge import Judge, Verdict, load_judge
+from safegen.models.seams import Border, Seam
+
+Answer = Literal["black", "blur", "mosaic", "refuse"]
+"""What to do with an unsafe picture: a black one in its place, the whole of it covered, or no picture at all."""
+
+
+class JudgeFilter(Guard):
+    """Settings of a judge as a guard."""
+
+    name: Literal["judge-filter"] = "judge-filter"
+    seams: ClassVar[frozenset[Seam]] = frozenset({"image"})
+
+    judge: str
+    """Name of the judge."""
+    labels: tuple[str, ...] = ()
+    """Its labels that make a picture unsafe; all its unsafe ones when empty."""
+    threshold: float | None = Field(default=None, ge=0.2, le=1)
+    """From which score on; the judge's own when not given."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the judge takes besides: its weights, prompts ..."""
+    action: Answer = "black"
+    """What becomes of an unsafe picture. One that could not be judged is always withheld."""
+
+    @classmethod
+    def lent(cls, concept: Concept) -> dict[str, Any]:
+        """Return the concept's judge, labels and threshold."""
+        return {"judge": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
+
+    def open(self) -> Judge:
+        """Return the judge.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        try:
+            return load_judge(self.judge, labels=self.labels, threshold=self.threshold, **self.options)
+        except OSError as error:
+            raise BadFile(f"the judge {self.judge!r} of a guard cannot be opened: {error}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """Return the settings with the judge's id in the place of where its weights lie."""
+        return hashed(self.model_dump(mode="json"), self.open())
+
+    def ready(self, border: Border) -> Ready:
+        """Return the guard at work."""
+        return Looker(self, self.open(), self.action)
+
+
+def hashed(settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
+    """Return settings without `options` and `weights`, and with the judge's id, its labels and its threshold."""
+    kept = {k: v for k, v in settings.items() if k not in ("options", "weights")}
+    return kept | {"judge_id": judge.id, "labels": list(judge.labels), "threshold": judge.threshold}
+
+
+class Looker(Ready):
+    """A judge that decides what is shown."""
+
+    def __init__(self, guard: Guard, judge: Judge, answer: Answer) -> None:
+        super().__init__(guard)
+        self.judge, self.answer = judge, answer
+
+    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Finding]:
+        """Return what becomes of each picture."""
+        verdicts = self.judge.judge(images)
+        if len(verdicts) != len(images):
+            raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(images)} pictures")
+        return [self._one(image, verdict) for image, verdict in zip(images, verdicts, strict=True)]
+
+    def _one(self, image: Image.Image, verdict: Verdict) -> Finding:
+        scores: dict[str, float] = {}
+        for seen in verdict.detections:
+            if seen.label in self.judge.labels:
+                scores[seen.label] = max(seen.score, scores.get(seen.label, 0.0))
+        limits = {"score": self.judge.threshold}
+        if verdict.outcome == "safe":
+            return Finding("none", "", scores, limits)
+        if verdict.outcome == "unsafe":
+            return covered(image, self.answer, "unsafe", scores, limits)
+        return Finding("withhold", f"unjudged: {verdict.reason}", scores, limits)
+
+
+def covered(image: Image.Image, answer: Answer, reason: str, scores: dict[str, float], limits: dict[str, float]) -> Finding:
+    """Return what is shown in the place of an unsafe picture: nothing, black, or the whole of it under a mosaic or blur."""
+    action: Action = answer
+    if answer == "refuse":
+        return Finding(action, reason, scores, limits)
+    if answer == "black":
+        return Finding(action, reason, scores, limits, Image.new("RGB", image.size))
+    whole = (0.0, 0.0, float(image.width), float(image.height))
+    tile = max(1 / 8, 2 / min(image.size))
+    shown, _ = censor(image.convert("RGB"), [whole], Censor(style=answer, tile=tile))
+    return Finding(action, reason, scores, limits, shown)
