@@ -30,7 +30,8 @@ from safegen.tables import TRIPLETS, resolve
 
 SKIPPED, SEED = 128, 11
 """First prompts of each list, left to the required figures; the seed, which those do not use."""
-PAPER = {"target": "paper", "anchor": "noise", "clamp": None, "teacher": False, "captions": (), "near_captions": (), "adversary": 0.0, "fade": 0.0}
+WORDLESS: dict[str, Any] = {"captions": (), "near_captions": ()}
+PAPER = {"target": "paper", "anchor": "noise", "clamp": None, "teacher": False, **WORDLESS, "adversary": 0.0, "fade": 0.0}
 
 
 def rows(concept: str) -> dict[str, SafeGen]:
@@ -51,7 +52,7 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "paper with our training and weights": change(**PAPER, timesteps=(0, 1000)),
         "target: paper": change(target="paper", anchor="noise", clamp=None),
         "anchor: noise": change(anchor="noise"),
-        "captions: none": change(captions=(), near_captions=()),
+        "captions: none": change(**WORDLESS),
         "near captions: none": change(near_captions=()),
         "near captions: for all samples": change(captions=(*default.captions, *default.near_captions), near_captions=()),
         "fade: none": change(fade=0.0),

@@ -80,13 +80,13 @@ class SafeGen(Edit):
     In the noise of a late timestep the concept and its near-neighbours are alike, and only the words tell what is to be kept.
     """
     near_share: float | None = Field(default=None, gt=0, le=1)
-    """Part of the benign samples that is conditioned on a random near caption; 0.6 when there are any. The rest is as `caption_share` has it."""
+    """Part of the benign samples that is conditioned on a random near caption; 0.6 when there are any."""
     adversary: float = Field(default=0.25, ge=0, le=2)
     """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none (ours, see `worst_text`)."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin, to teach half-gone remains too; 0 is none (ours)."""
     fade_parts: int | None = Field(default=None, ge=1)
-    """Parts a side that fade by amounts of their own, so that one remnant without the others is met too; 1 fades the whole, 2 unless told."""
+    """Parts a side that fade by amounts of their own, so that one remnant without the others is met too; 2 unless told."""
     flip: bool = False
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
