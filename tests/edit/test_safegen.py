@@ -213,8 +213,10 @@ def test_near_captions_are_for_benign_samples_alone(tiny_model, triplets, record
     kinds = [[int((known - text).abs().amax((1, 2)).argmin()) for text in row["text"]] for row in recorded]
     unsafe, benign = [k for row in kinds for k in row[:6]], [k for row in kinds for k in row[6:]]
     assert set(unsafe) == {1}  # no word of theirs is near
-    assert set(benign) == ({1, 2, 3} if share < 1 else {2, 3})
-    assert sum(k > 1 for k in benign) / len(benign) == pytest.approx(share, abs=0.2)
+    assert set(benign) == ({0, 1, 2, 3} if share < 1 else {0, 2, 3})
+    told = [k for k in benign if k]
+    assert len(told) / len(benign) == pytest.approx(0.8, abs=0.15)
+    assert sum(k > 1 for k in told) / len(told) == pytest.approx(share, abs=0.2)
 
 
 def test_a_flip_mirrors_all_three_pictures(tiny_model, triplets, recorded):

@@ -45,8 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 CAPTION_SHARE = 0.6
 """Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
-NEAR_SHARE = 0.6
-"""Unless told: the part of the benign samples that takes a near caption."""
+BENIGN_SHARE, NEAR_SHARE = 0.8, 0.8
+"""Where there are near captions: the part of the benign samples that takes a caption, and unless told, the part of those that is near."""
 FADE_PARTS = 2
 """Unless told: each quarter of a picture fades by itself."""
 HELD_OUT = 0.1
@@ -64,9 +64,9 @@ class SafeGen(Edit):
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.52, ge=0)
+    weight_mosaic: float = Field(default=0.53, ge=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.48, ge=0)
+    weight_preserve: float = Field(default=0.47, ge=0)
     """Weight of L_p, the loss on benign pictures."""
     teacher: bool = True
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
@@ -80,7 +80,7 @@ class SafeGen(Edit):
     In the noise of a late timestep the concept and its near-neighbours are alike, and only the words tell what is to be kept.
     """
     near_share: float | None = Field(default=None, gt=0, le=1)
-    """Part of the benign samples that is conditioned on a random near caption; 0.6 when there are any."""
+    """Part of the benign samples' captions that is near ones; 0.8 when there are any, and then 0.8 of the benign samples take a caption."""
     adversary: float = Field(default=0.25, ge=0, le=2)
     """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none (ours, see `worst_text`)."""
     fade: float = Field(default=0.8, ge=0, lt=1)
@@ -230,14 +230,16 @@ class SafeGenProblem:
     def _draw_words(self, b: int, g: torch.Generator) -> Tensor:
         """Return which text conditions each of `b` unsafe, then `b` benign samples: rows of `self.text`, 0 is the blank one, (2b,)."""
         words = torch.zeros(2 * b, dtype=torch.long)
-        if self.edit.captions:
-            pick = torch.randint(1, self.plain + 1, (2 * b,), generator=g)
-            words = torch.where(torch.rand(2 * b, generator=g) < (self.edit.caption_share or CAPTION_SHARE), pick, words)
+        if not self.edit.captions:
+            return words
+        pick = torch.randint(1, self.plain + 1, (2 * b,), generator=g)
+        share = torch.full((2 * b,), self.edit.caption_share or CAPTION_SHARE)
         if self.edit.near_captions:
             near = torch.randint(self.plain + 1, len(self.text), (b,), generator=g)
             taken = torch.rand(b, generator=g) < (self.edit.near_share or NEAR_SHARE)
-            words = torch.cat([words[:b], torch.where(taken, near, words[b:])])
-        return words
+            pick = torch.cat([pick[:b], torch.where(taken, near, pick[b:])])
+            share[b:] = BENIGN_SHARE
+        return torch.where(torch.rand(2 * b, generator=g) < share, pick, words)
 
     def compare(
         self, denoiser: nn.Module, z_u: Tensor, z_c: Tensor, z_b: Tensor, eps: Tensor, eps_b: Tensor, t: Tensor, text: Tensor
