@@ -140,7 +140,7 @@ def hits(read: Sides, name: str, at: Sequence[int], what: str, *, threshold: flo
             return None if verdict.subject is None else verdict.subject == item.subject
         if what == "concept":
             return verdict.sees(labels, level)
-        return verdict.sees([item.shows], level) if item.shows in read.known else None
+        return verdict.sees([item.shows], level) if item.shows and item.shows in read.known else None
 
     return [hit(i) for i in at]
 

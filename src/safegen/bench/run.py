@@ -163,11 +163,11 @@ def everyone(protocol: Protocol, stacks: Sequence[Stack], baselines: Baselines) 
         name = "base" if not bases else f"base-{len(bases) + 1}"
         bases.setdefault(stack.model, own[0] if own else Stack(name=name, model=stack.model))
     out: list[tuple[Stack, str, str]] = []
-    for model, base in bases.items():
+    for number, (model, base) in enumerate(bases.items(), 1):
         out.append((base, "base", base.name))
         out += [(s, "given", base.name) for s in stacks if s.model == model and s != base]
         if baselines == "all":
-            tail = base.name.removeprefix("base") if base.name.startswith("base-") else ""
+            tail = f"-{number}" if number > 1 else ""
             words = ", ".join(load_concept(protocol.concept).words)
             extra = (
                 Stack(name=f"negative-prompt{tail}", model=model, negative_prompt=words),
