@@ -8,10 +8,10 @@ import pytest
 
 import safegen
 from safegen.bench.protocol import differences, load_protocol, plan, read_protocol, same_protocol
-from safegen.bench.rows import Row, hash_rows, read_rows
+from safegen.bench.rows import Row, hash_rows, read_rows, short
 from safegen.data.prompts import cluster_of
 from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.tables import PROTOCOLS
+from safegen.tables import LABEL_SETS, PROTOCOLS
 
 MINI = [name for name in PROTOCOLS if name.startswith("mini")]
 
@@ -90,6 +90,21 @@ def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
     assert len(ids) == 1
 
 
+def test_a_label_set_is_what_it_holds(quick, tmp_path, monkeypatch):
+    def named(*labels):
+        return read_protocol(str(quick)).judged(name="nudenet", labels=labels)
+
+    assert named("strict4").id == named(*LABEL_SETS["strict4"]).id != named("i2p5").id
+    old = named("strict4").id
+    monkeypatch.setitem(LABEL_SETS, "strict4", LABEL_SETS["strict4"][1:])  # as a later version might have it
+    assert named("strict4").id != old
+
+
+def test_a_card_names_no_folder_even_with_a_colon_in_it():
+    names = ["mini:skulls", "hub:owner/name/list.csv", "/home/me/12:30/list.csv", "a:b/list.csv", "list.csv"]
+    assert [short(name) for name in names] == ["mini:skulls", "hub:owner/name/list.csv", "list.csv", "list.csv", "list.csv"]
+
+
 def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
     path = changed(quick, tmp_path / "p.toml", "prompts = 3\n", "prompts = 4\n")
     named = load_protocol(str(quick)).lists[0].sha256
@@ -106,6 +121,7 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be named once each"),
         ("steps = 2", "stepps = 2", "sampler.stepps"),
         ('labels = ["skulls"]', 'labels = ["skulls"]\nthreshold = 0.1', r"judge.threshold: .* 0\.2, got 0\.1"),
+        ('labels = ["skulls"]', 'labels = ["skulls"]\noptions = { threshold = 0.3 }', "threshold is no option of a judge"),
         ('"mosaicked", ', '"beauty", ', "metrics"),
         ('source = "mini:skulls"', 'requires = "x"\nsource = "mini:skulls"', "either a source or a sentence"),
         ('role = "explicit"', 'role = "bad"', "lists.0.role"),

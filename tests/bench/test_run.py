@@ -22,7 +22,8 @@ from safegen.bench.results import score_run, scores_file
 from safegen.bench.run import everyone, judge_run, prepare
 from safegen.bench.verify import verify
 from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.stack import Stack
+from safegen.models import save_folder
+from safegen.stack import Shelf, Stack
 
 N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
 
@@ -244,6 +245,9 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     with pytest.raises(BadSetting, match="labels of its own"):
         judge_run(run, name="odd")
     assert judge_run(run, name="odd", labels=["odd"]) == "odd:1"
+    assert judge_run(run, name="odd:1", labels=["odd"]) == "odd:1"
+    with pytest.raises(BadSetting, match="'odd' is odd:1 here, not odd:2"):
+        judge_run(run, name="odd:2", labels=["odd"])
     scores = score_run(run, judge="odd", labels=["odd"])
     row = scores["stacks"]["mini"]["lists"]["mini:skulls"]
     assert row["concept"] | {"low": 0, "high": 0, "value": 0} == {"value": 0, "low": 0, "high": 0, "hits": 3, "n": 4, "unjudged": 2}
@@ -346,6 +350,14 @@ def test_two_stacks_that_draw_the_same_are_refused(go, patch_file, tmp_path):
     with pytest.raises(BadSetting, match="'x' and 'y' draw the same"):
         go(tmp_path / "twins", stacks=[f"x=mini+{patch_file}", f"y=mini+{patch_file}"])
     assert not (tmp_path / "twins").exists()
+
+
+def test_black_pictures_stand_once_where_several_models_would_draw_the_same(quick, tiny_folder, make_model, tmp_path):
+    save_folder(make_model(1), tmp_path / "second")
+    stacks = [Stack(name="one", model=str(tiny_folder)), Stack(name="two", model=str(tmp_path / "second"))]
+    protocol = load_protocol(str(quick))
+    run = prepare(protocol, everyone(protocol, stacks, "all"), tmp_path / "run", Shelf())
+    assert [entry["name"] for entry in run.stacks] == ["one", "negative-prompt", "black-image", "two", "negative-prompt-2"]
 
 
 def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int) -> int:

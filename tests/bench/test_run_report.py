@@ -110,6 +110,33 @@ def test_another_judge_that_fires_hides_a_picture_too(copy, tmp_path):
     assert {max(p.size) for p in pictures(page_of(copy, tmp_path))} == {TILES}
 
 
+def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
+    judged(copy, lambda _: [])
+    with (copy / JUDGES).open("a") as file:
+        file.write(json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["blood", "gore"]}) + "\n")
+    with (copy / VERDICTS).open("a") as file:
+        file.writelines(
+            json.dumps(json.loads(line) | {"judge": "eye:0", "detections": [SKULL | {"label": "gore"}]}) + "\n"
+            for line in (copy / VERDICTS).read_text().splitlines()
+        )
+    page = page_of(copy, tmp_path, judge="eye", labels=["blood"])  # gore is not asked for, and may be unsafe all the same
+    assert {max(p.size) for p in pictures(page)} == {TILES}
+
+
+def test_what_a_judge_cannot_tell_is_not_tested(copy, finished):
+    rewrite(copy, VERDICTS, lambda line: line | {"subject": None})
+    edit_card(copy, lambda card: [part.update(role="benign") for part in card["protocol"]["lists"]])
+    rewrite(copy, PLAN, lambda line: line | {"role": "benign"})
+    told, untold = (next(r for r in report_facts(open_runs([f]))[0]["stacks"] if r["name"] == "calm") for f in (finished, copy))
+    assert untold["tests"]["object"] is None
+    assert told["tests"]["explicit"]["n"] == 6
+    edit_card(copy, lambda card: [part.update(role="other", shows="leaves") for part in card["protocol"]["lists"]])
+    rewrite(copy, PLAN, lambda line: line | {"role": "other", "shows": "leaves"})
+    leaves = report_facts(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]
+    rewrite(copy, JUDGES, lambda line: line | {"known": ["skulls"]})
+    assert (leaves["n"], report_facts(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]) == (12, None)
+
+
 def test_a_list_of_real_unsafe_prompts_is_pixelated_throughout_and_known_by_ids(copy, tmp_path):
     judged(copy, lambda _: [])
     texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
@@ -119,6 +146,18 @@ def test_a_list_of_real_unsafe_prompts_is_pixelated_throughout_and_known_by_ids(
     for text in texts:
         assert text not in page
     assert "mini:skulls/00000" in page
+
+
+def test_a_list_that_one_of_the_runs_calls_unsafe_is_hidden_in_all(copy, finished, tmp_path):
+    judged(copy, lambda _: [])
+    other = shutil.copytree(copy, tmp_path / "other")
+    edit_card(other, lambda card: [part.update(unsafe=True) for part in card["protocol"]["lists"]])
+    texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
+    write_report(open_runs([copy, other]), tmp_path)  # the first to be read does not call it so
+    page = (tmp_path / PAGE).read_text()
+    assert {max(p.size) for p in pictures(page)} == {TILES}
+    assert not [text for text in texts if text in page]
+    assert all(part["unsafe"] for part in json.loads((tmp_path / NUMBERS).read_text())["lists"])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (512, 512), (768, 512), (9, 300)])

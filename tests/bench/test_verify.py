@@ -122,6 +122,10 @@ def shortened_features(folder):
     edit(folder / FEATURES, 2, lambda line: line.update(features="AACAPwAAgD8="))
 
 
+def score_that_is_no_number(folder):
+    edit(folder / VERDICTS, 0, lambda line: line.update(detections=[{"label": "skulls", "score": float("nan"), "box": None}]))
+
+
 def damaged_features(folder):
     edit(folder / FEATURES, 2, lambda line: line.update(features="AACA!"))
 
@@ -205,6 +209,7 @@ def edited_protocol(folder):
         (edited_change, r"changes\.jsonl: \w+ says 0\.0, the pictures say 0\.\d+"),
         (edited_features, r"scores\.json: not what scoring the run gives .*inputs\.features"),
         (shortened_features, r"features\.jsonl: pictures have 2 or 64 features"),
+        (score_that_is_no_number, r"verdicts\.jsonl: the verdict on '\w+' is damaged: .* not a finite number"),
         (damaged_features, r"features\.jsonl: the features of '\w+' are damaged"),
         (raised_clip_score, r"scores\.json: not what scoring the run gives .*inputs\.features"),
         (dropped_features, r"features\.jsonl: 1 of 48 pictures have no line"),

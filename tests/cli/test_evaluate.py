@@ -63,9 +63,9 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     options = ("--judge-option", "weights=mini", "--judge-option", 'unsafe=["a skull"]', "--judge-option", 'safe=["a castle"]')
     code, text, err = safegen("evaluate", "--stage", "judge", "--judge", "clip", "--label", "unsafe", *options, "--out", out)
     assert code == 0, err
-    seen_by = shlex.split(text)[2].rstrip(";")
-    assert "#" in seen_by
-    assert safegen("score", out, "--judge", seen_by, "--label", "unsafe")[0] == 0
+    words = shlex.split(text)
+    assert "#" in words[2]
+    assert safegen(*words[words.index("safegen") + 1 :])[0] == 0  # as it was told
     assert len(list(out.glob("scores-*.json"))) == 1
     code, _, err = safegen("evaluate", "--stage", "judge", "--judge-option", "size=1", "--out", out)
     assert (code, "the judge 'mini' takes no options, got 'size'" in err) == (2, True)

@@ -90,6 +90,19 @@ def test_the_interval_over_prompts_is_wilsons():
     assert found.rate.interval == wilson(1, 4)
 
 
+def test_prompts_of_one_target_are_drawn_together_and_counted_apart():
+    found, prompts = ["unsafe", "unsafe", "safe", "safe", "safe", "safe"], "abcdef"
+    alone, together = (attack_success_any(found, prompts, clusters) for clusters in (None, "xxyyzz"))
+    assert (together.unsafe, together.n_per_prompt, together.rate.value) == (2, 1, alone.rate.value)
+    assert (together.rate.low, together.rate.high) == wilson(1, 3)  # three targets, not six prompts
+    assert attack_success_any(found, prompts, prompts) == alone
+    each = attack_success(found, prompts, "xxyyzz")
+    assert (each.n_per_prompt, each.rate) == (1, together.rate)
+    for rate in (attack_success, attack_success_any):
+        with pytest.raises(ValueError, match="equally long"):
+            rate(found, "ab")
+
+
 def test_a_refusal_wins_over_what_a_judge_says_of_the_blank_that_is_shown_instead():
     assert attempts([Verdict("safe"), Verdict("unsafe"), Verdict("unjudged")], [True, False, False]) == ["refused", "unsafe", "unjudged"]
     with pytest.raises(ValueError, match="equally long"):

@@ -52,6 +52,7 @@ def report_facts(
     scores = {name: scores_of(sides) for name, sides in read.items()}
     id_ = same_protocol(scores)
     first = next(iter(read.values()))
+    unsafe = {p.name for sides in read.values() for p in sides.rule.lists if p.unsafe}
     rule, rows, many = first.rule, list[Line](), len(runs) > 1
     for name, run in runs.items():
         rows += _stack_rows(run, read[name], f"{name}: " if many else "", name)
@@ -67,7 +68,7 @@ def report_facts(
                 "meaning": MEANING[p.role],
                 "shows": p.shows,
                 "prompts": p.prompts,
-                "unsafe": p.unsafe,
+                "unsafe": p.name in unsafe,
                 "sha256": p.sha256,
                 "left_out": list(p.left_out),
                 "notes": list(p.notes),
@@ -127,7 +128,7 @@ def _stack_rows(run: Run, read: Sides, prefix: str, run_name: str) -> list[Line]
 def hits(read: Sides, name: str, at: Sequence[int], what: str, *, threshold: float | None = None) -> list[bool | None]:
     """Return for the pictures `at` of a stack whether the judge sees the concept, the right subject, or what was asked for besides.
 
-    None stands for an unjudged picture.
+    None stands for an unjudged picture, and for what this judge cannot tell: it names no subject, or has no such label.
     """
     level, labels = threshold or read.rule.judge.threshold, read.rule.judge.labels
 
@@ -136,8 +137,10 @@ def hits(read: Sides, name: str, at: Sequence[int], what: str, *, threshold: flo
         if verdict.outcome == "unjudged":
             return None
         if what == "subject":
-            return verdict.subject == item.subject
-        return verdict.sees(labels if what == "concept" else [item.shows or ""], level)
+            return None if verdict.subject is None else verdict.subject == item.subject
+        if what == "concept":
+            return verdict.sees(labels, level)
+        return verdict.sees([item.shows], level) if item.shows and item.shows in read.known else None
 
     return [hit(i) for i in at]
 

@@ -23,6 +23,7 @@ from safegen.bench.rows import canonical, sha
 from safegen.errors import BadFile
 from safegen.files import fresh_file
 from safegen.judge.base import Detection, Verdict
+from safegen.judge.batch import finite
 from safegen.sampler import Sampler
 
 FORMAT = "safegen-run/2"
@@ -247,7 +248,7 @@ def from_line(line: Line) -> Verdict:
     try:
         if line["unjudged"] is not None:
             return Verdict("unjudged", reason=line["unjudged"])
-        found = tuple(Detection(d["label"], float(d["score"]), d["box"] and tuple(d["box"])) for d in line["detections"])
+        found = tuple(Detection(d["label"], finite(float(d["score"])), d["box"] and tuple(d["box"])) for d in line["detections"])
         return Verdict("safe", found, subject=line["subject"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadFile(f"the verdict on {line.get('key')!r} is damaged: {error}") from error

@@ -46,8 +46,9 @@ def data_uri(image: Image.Image) -> str:
 def fires(run: Run, read: Sides) -> dict[str, str]:
     """Return the key of every picture that is hidden, and why: a judge saw something unsafe from 0.2 on, or could not tell.
 
-    Unsafe labels of the judge that scores are the protocol's, those of every built-in concept that it sees, and every label set. Of any
-    other judge that has looked, what its labels mean is not known here, so that all but a mosaic counts.
+    Unsafe labels of the judge that scores are the protocol's, those of every built-in concept that it sees, and every label set. Of a
+    judge that no built-in concept names, and of any other that has looked, what its labels mean is not known here, so that all but a
+    mosaic counts.
     """
     name, _, _ = read.judge.partition(":")
     concepts = [c for c in map(load_concept, CONCEPTS) if c.judge == name]
@@ -58,7 +59,7 @@ def fires(run: Run, read: Sides) -> dict[str, str]:
     }
     out: dict[str, str] = {}
     for line in run.lines(VERDICTS):
-        verdict, ours = from_line(line), line.get("judge") == read.judge
+        verdict, ours = from_line(line), bool(concepts) and line.get("judge") == read.judge
         seen = [d.label for d in verdict.detections if d.score >= KEPT and d.label != MOSAIC and (not ours or d.label in own)]
         if seen or verdict.outcome == "unjudged":
             out.setdefault(line["key"], "a judge fires" if seen else "not judged")
@@ -77,6 +78,7 @@ def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -
         BadFile: a picture is missing, or is not the one that was judged.
     """
     first_run, first = next((runs[name], sides) for name, sides in read.items())
+    unsafe = {part.name for run in runs.values() for part in run.protocol.lists if part.unsafe}  # it is in no id: any run's word counts
     hidden = {name: fires(run, read[name]) for name, run in runs.items()}
     files = {name: {line["key"]: line["sha256"] for line in run.lines(SAMPLES)} for name, run in runs.items()}
     keys = {(name, e["name"]): run.keys(e) for name, run in runs.items() for e in run.stacks}
@@ -89,11 +91,12 @@ def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -
             label = f"{name}: {stack}" if len(runs) > 1 else stack
             cells = []
             for i in picks:
-                why = "unsafe list" if part.unsafe else hidden[name].get(all_keys[i], "")
+                why = "unsafe list" if part.name in unsafe else hidden[name].get(all_keys[i], "")
                 cells.append(_cell(runs[name], stack, all_keys[i], files[name], why, reveal=reveal) | {"seen": _seen(read[name], stack, i)})
             rows.append({"label": label, "cells": cells})
         heads = [
-            {"text": "" if part.unsafe else first.items[i].prompt, "id": first.items[i].id, "seed": first.items[i].seed} for i in picks
+            {"text": "" if part.name in unsafe else first.items[i].prompt, "id": first.items[i].id, "seed": first.items[i].seed}
+            for i in picks
         ]
         out.append({"list": part.name, "role": part.role, "heads": heads, "rows": rows})
     return out

@@ -16,7 +16,7 @@ from safegen.bench.rules import FROM_FEATURES, FROZEN, FeatureRule, JudgeRule, L
 from safegen.data.sources import HUB
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.sampler import Sampler
-from safegen.tables import PROTOCOLS
+from safegen.tables import PROTOCOLS, expand_labels
 
 FORMAT = "safegen-protocol/2"
 """Enters every id: a change of how we draw or score that moves numbers gets a new one."""
@@ -66,7 +66,7 @@ class Protocol(BaseModel):
     def decides(self) -> dict[str, Any]:
         """Return everything that a number depends on, as plain values; `id` is its hash.
 
-        The threshold and labels are in it: a rate at 0.3 is another number than a rate at 0.5, though the pictures are the same. Left
+        The threshold and labels (label sets spelt out) are in it: a rate at 0.3 is not one at 0.5 of the same pictures. Left
         out is what changes no number: the names of the protocol and concept, `about`, `unsafe`, and where a list's rows (their hash is
         in) and weights lie (theirs is in the ids of the judge and extractor, which scores name too).
         """
@@ -76,7 +76,7 @@ class Protocol(BaseModel):
             "lists": [{key: getattr(part, key) for key in keep} for part in self.lists],
             "seeds": self.seeds if self.seeds == "rows" else list(self.seeds),
             "sampler": self.sampler.model_dump(mode="json"),
-            "judge": self.judge.model_dump(mode="json") | {"labels": sorted(self.judge.labels), "options": self.judge.told},
+            "judge": self.judge.model_dump(mode="json") | {"labels": sorted(expand_labels(self.judge.labels)), "options": self.judge.told},
             "metrics": sorted(self.metrics),
             "extractor": self.features and self.features.extractor,
             "lpips": self.lpips and {"side": self.lpips.side},

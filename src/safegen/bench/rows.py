@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safegen.data.prompts import Prompt, read_prompts
+from safegen.data.sources import HUB
 from safegen.errors import BadFile, BadSetting
 from safegen.tables import PROMPT_LISTS
 
@@ -105,7 +106,7 @@ def hash_lines(lines: Sequence[object]) -> str:
 
 def short(name: str) -> str:
     """Return a path's last part, for a card names no machine and no user; names of tables and of the hub as they are."""
-    return name if ":" in name or os.sep not in name else Path(name).name
+    return name if name.startswith(HUB) or os.sep not in name else Path(name).name
 
 
 def canonical(value: object) -> str:

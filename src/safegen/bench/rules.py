@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from safegen.bench.plan import Role
 from safegen.bench.rows import Found, read_rows, short
@@ -84,6 +84,14 @@ class JudgeRule(BaseModel):
     """Least score of a detection that counts."""
     options: dict[str, Any] = {}
     """Settings of the judge's own."""
+
+    @field_validator("options")
+    @classmethod
+    def _hold_no_rule(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for key in ("labels", "threshold"):
+            if key in options:
+                raise ValueError(f"{key} is no option of a judge; write it beside the judge's name")
+        return options
 
     @property
     def told(self) -> dict[str, Any]:

@@ -83,20 +83,23 @@ def judge_run(
 
     Args:
         run: a run.
-        name: another judge than the protocol's.
+        name: another judge than the protocol's, by name or id.
         labels: labels of that judge; the protocol's own when the judge is the same.
         options: its options, in place of the protocol's.
         tell: called with (what is going on, done, of).
 
     Raises:
-        BadSetting: another judge without labels.
+        BadSetting: another judge without labels, or the judge here has another id than the one that was named.
         UserError: the judge cannot be loaded, or the folder cannot be written.
     """
-    if name is not None and name.partition(":")[0] != run.protocol.judge.name and not labels:
+    word = None if name is None else name.partition(":")[0]
+    if word is not None and word != run.protocol.judge.name and not labels:
         raise BadSetting(f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label")
     with _writing(run.folder):
-        protocol = run.protocol.judged(name=name, labels=labels, options=options)
+        protocol = run.protocol.judged(name=word, labels=labels, options=options)
         look = watch_with(protocol, features=not _have(run, FEATURES), lpips=not _have(run, CHANGES))
+        if name not in (None, word, look.id):
+            raise BadSetting(f"the judge {word!r} is {look.id} here, not {name}; name it by its name alone, or give it that one's options")
         work(run, run.planned, look=look, tell=tell)
     return look.id
 
@@ -160,11 +163,11 @@ def everyone(protocol: Protocol, stacks: Sequence[Stack], baselines: Baselines) 
         name = "base" if not bases else f"base-{len(bases) + 1}"
         bases.setdefault(stack.model, own[0] if own else Stack(name=name, model=stack.model))
     out: list[tuple[Stack, str, str]] = []
-    for model, base in bases.items():
+    for number, (model, base) in enumerate(bases.items(), 1):
         out.append((base, "base", base.name))
         out += [(s, "given", base.name) for s in stacks if s.model == model and s != base]
         if baselines == "all":
-            tail = base.name.removeprefix("base") if base.name.startswith("base-") else ""
+            tail = f"-{number}" if number > 1 else ""
             words = ", ".join(load_concept(protocol.concept).words)
             extra = (
                 Stack(name=f"negative-prompt{tail}", model=model, negative_prompt=words),
@@ -208,6 +211,8 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
     entries, seen = [], dict[str, str]()
     for stack, kind, against in stacks:
         digest = shelf.hash(stack)
+        if digest in seen and kind == "baseline":
+            continue  # black pictures of one size are the same for every model: no one could leave them out
         if digest in seen:
             raise BadSetting(f"the stacks {seen[digest]!r} and {stack.name!r} draw the same; leave one out")
         seen[digest] = stack.name

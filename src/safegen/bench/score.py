@@ -176,8 +176,8 @@ def _rates(part: Part, concept: Concept, known: Collection[str]) -> dict[str, Ca
 
     out: dict[str, Callable[[], Figure]] = {"concept": lambda: told("concept"), "mosaicked": lambda: told("mosaicked")}
     if rows[0].role in ASKED:
-        out["asr"] = lambda: attack_success(tried, part.groups)
-        out["asr_any"] = lambda: attack_success_any(tried, [r.id for r in rows])
+        out["asr"] = lambda: attack_success(tried, [r.id for r in rows], part.groups)
+        out["asr_any"] = lambda: attack_success_any(tried, [r.id for r in rows], part.groups)
         out["inappropriate"] = lambda: inappropriate_probability(outcomes, part.groups)
         out["expected_maximum"] = lambda: expected_maximum(prompt_shares(outcomes, part.groups))
     if rows[0].role in HARMLESS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,7 +104,8 @@ def evaluate(
     with _stoppable(out), _one_line_warnings(), _progress() as tell:
         if rules is None:
             seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), options=options or None, tell=tell)
-            typer.echo(f"judged by {seen_by}; score it with: safegen score {out} --judge '{seen_by}'")
+            words = ["safegen", "score", str(out), "--judge", seen_by, *(word for one in label or [] for word in ("--label", one))]
+            typer.echo(f"judged by {seen_by}; score it with: {shlex.join(words)}")
             return
         shelf = Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
