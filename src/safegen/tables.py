@@ -11,7 +11,11 @@ from safegen.errors import UnknownName
 MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
 """Bundled models: a function that returns a diffusers folder."""
 
-EDITS = {"safegen": "safegen.edit.safegen:SafeGen"}
+EDITS = {
+    "safegen": "safegen.edit.safegen:SafeGen",
+    "uce": "safegen.edit.uce:UCE",
+    "rece": "safegen.edit.rece:RECE",
+}
 
 CLIPS = {"mini": "safegen.mini.bundle:clip_folder"}
 """Bundled CLIP pairs: a function that returns a folder with both towers, the tokenizer and the image preprocessing."""

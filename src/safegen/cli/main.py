@@ -88,11 +88,13 @@ def generate(
 @app.command()
 def edit(
     model: ModelArg,
-    triplets: Annotated[Path, typer.Option(help="Folder made by `safegen triplets make`, or a CSV in the official form.")],
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
+    triplets: Annotated[
+        Path | None, typer.Option(help="For edits that learn from pictures: folder made by `safegen triplets make`, or the official CSV.")
+    ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",
-    concept: Annotated[str | None, typer.Option(help="A built-in concept or a TOML file: lends harmless captions to train with.")] = None,
+    concept: Annotated[str | None, typer.Option(help="A built-in concept or a TOML file: lends words to erase, harmless captions.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ...")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the log; OUT.work when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
@@ -101,27 +103,31 @@ def edit(
     threads: Threads = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Remove a visual concept and write the change as a patch."""
+    """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
     _quiet()
     from safegen.api import make_edit, refuse_idle_concept
     from safegen.data.triplets import Triplets
+    from safegen.edit.base import refuse_idle, wanted
 
-    work = work or out.with_name(out.name + ".work")
-    if not resume and (work / "checkpoint.safetensors").exists():
-        raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
     changes = _changes(method, preset, set_ or [])
     if concept is not None:
         refuse_idle_concept(method, preset, concept, **changes)
     recipe = make_edit(method, preset, concept=concept, **changes)
-    rows = Triplets.load(triplets)
+    refuse_idle(recipe, method, triplets, work, resume)
+    rows = wanted(method, Triplets.load(triplets) if triplets else None) if recipe.learns_from == "triplets" else None
+    if recipe.trains:
+        work = work or out.with_name(out.name + ".work")
+        if not resume and (work / "checkpoint.safetensors").exists():
+            raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
     loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
     with _progress() as tell:
         patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
     patch.save(out)
     facts = patch.provenance
-    typer.echo(f"{out}: {len(patch.tensors)} tensors changed in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}")
+    how = f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}" if recipe.trains else f"in {facts['seconds']:.1f} s"
+    typer.echo(f"{out}: {len(patch.tensors)} tensors changed {how}")
 
 
 @app.command()

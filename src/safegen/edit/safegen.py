@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from safegen.concept import Concept, prompt_list
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.base import Edit
+from safegen.edit.base import Edit, wanted
 from safegen.edit.loop import Report, Training, train
-from safegen.errors import BadFile, BadSetting, UnknownName
+from safegen.errors import BadFile, BadSetting
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 from safegen.models.select import select
@@ -98,6 +98,10 @@ class SafeGen(Edit):
             raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
         if self.weight_mosaic + self.weight_preserve <= 0:
             raise ValueError("weight_mosaic and weight_preserve are both 0: nothing would be learnt")
+        if not self.weight_preserve and self.teacher:
+            raise ValueError("teacher has no effect with weight_preserve 0, which leaves L_p out; set it to false")
+        if not self.weight_mosaic and (self.adversary or self.fade):
+            raise ValueError("adversary and fade have no effect with weight_mosaic 0, which leaves L_m out; set both to 0")
         return self
 
     @classmethod
@@ -109,24 +113,24 @@ class SafeGen(Edit):
         Raises:
             UnknownName: no such preset.
         """
-        if name not in PRESETS:
-            raise UnknownName("preset of safegen", name, PRESETS)
-        lent = {"captions": concept.captions} if concept else {}
-        settings = lent | PRESETS[name] | changes
-        if isinstance(changes.get("training"), Mapping):
-            own: Training = PRESETS[name].get("training", cls.model_fields["training"].default)
-            settings["training"] = own.model_dump() | changes["training"]
-        return cls(**settings)
+        return cls.from_preset(PRESETS, name, {"captions": concept.captions} if concept else {}, changes)
 
     def apply(
-        self, model: Model, triplets: Triplets, *, folder: Path | None = None, resume: bool = False, report: Report | None = None
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        report: Report | None = None,
     ) -> Patch:
         """Train the edit and return it as a patch; `model` is not touched.
 
         Raises:
-            BadSetting: the model's schedule has fewer timesteps than asked for, or too few triplets for a held-out part.
+            BadSetting: no triplets, or too few for a held-out part; the model's schedule has fewer timesteps than asked for.
             Stopped: the user stopped it; `resume` continues.
         """
+        triplets = wanted("safegen", triplets)
         problem = SafeGenProblem(self, model, triplets)
         names = select(model.denoiser, self.selector)
         found = train(model.denoiser, names, problem, self.training, folder=folder, resume=resume, report=report)

@@ -77,6 +77,12 @@ class Model:
         out: Tensor = tower(ids.to(self.device))[0]
         return out
 
+    def text_ends(self, texts: list[str]) -> list[int]:
+        """Return the position of each text's own last token in its embedding; of an empty text, 0, the start mark."""
+        tokenizer = self.pipeline.tokenizer
+        mask = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).attention_mask
+        return [sum(row) - 2 for row in mask]
+
     @torch.no_grad()
     def encode_images(self, images: Tensor, *, batch: int = 8) -> Tensor:
         """Return scaled latents: the posterior mean, so that the same picture always gives the same latent.
