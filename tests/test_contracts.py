@@ -27,15 +27,18 @@ TABLES = {
     "prompt source": tables.PROMPT_LISTS,
     "triplets": tables.TRIPLETS,
 }
-NOT_METHODS = {"edit": {"__init__", "base", "closed_form", "loop", "losses"}, "judge": {"__init__", "base", "batch", "onnx", "vision"}}
+NOT_METHODS = {
+    "edit": {"__init__", "base", "closed_form", "loop", "losses", "rollout"},
+    "judge": {"__init__", "base", "batch", "onnx", "vision"},
+}
 
 
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
 """A training that is over at once."""
-BRIEF_TOO: dict[str, dict[str, object]] = {}
+BRIEF_TOO: dict[str, dict[str, object]] = {"esd": {"steps": 4, "trajectories": 2}, "sdd": {"steps": 4, "trajectories": 2}}
 """What else makes a method brief."""
-WORDS = Concept(name="cubes", words=("red cube", "a cube"), counterpart=(), judge="mini", labels=("skulls",))
-"""A concept whose words the tiny model's tokenizer knows."""
+WORDS = Concept(name="cubes", words=("red cube", "a cube"), counterpart=(), judge="mini", labels=("skulls",), captions=("mini:ghosts",))
+"""A concept of the tiny model."""
 
 
 def brief(name, **changes):

@@ -13,6 +13,8 @@ MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
 
 EDITS = {
     "safegen": "safegen.edit.safegen:SafeGen",
+    "esd": "safegen.edit.esd:ESD",
+    "sdd": "safegen.edit.sdd:SDD",
     "uce": "safegen.edit.uce:UCE",
     "rece": "safegen.edit.rece:RECE",
 }
