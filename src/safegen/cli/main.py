@@ -1,4 +1,4 @@
-"""The commands: generate, edit, apply, demo; evaluate, score, report, verify, triplets and prompts have their own files."""
+"""The commands: generate, edit, apply, demo; patch, export, evaluate, score, report, verify, triplets and prompts have their own files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegen.cli import evaluate, triplets
+from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
 from safegen.errors import BadFile, BadSetting
 
@@ -28,13 +29,15 @@ app = typer.Typer(
 )
 app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
 app.add_typer(prompts_cli.app, name="prompts", help="Look into files and lists of prompts.")
-for command in (evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify):
+app.add_typer(patch_cli.app, name="patch", help="Look into patches, compare and merge them, turn them into LoRAs.")
+for command in (patch_cli.export, evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify):
     app.command()(command)
 
-ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="MODEL")]
+ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="MODEL")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Config = Annotated[Path | None, typer.Option(help="For a one-file checkpoint: a diffusers folder of its family, for small files it lacks.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")]
 
 
@@ -62,6 +65,7 @@ def generate(
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
+    config: Config = None,
 ) -> None:
     """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet."""
     texts = _read_prompts(prompt, prompts)
@@ -72,7 +76,7 @@ def generate(
     from safegen.models import generate as draw
 
     with fresh_folder(out) as folder:
-        loaded, patches = _load(model, patch or [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
+        loaded, patches = _load(model, patch or [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
         asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
         pictures = []
         with _progress() as tell:
@@ -102,6 +106,7 @@ def edit(
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
+    config: Config = None,
 ) -> None:
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
@@ -121,7 +126,7 @@ def edit(
         work = work or out.with_name(out.name + ".work")
         if not resume and (work / "checkpoint.safetensors").exists():
             raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
-    loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
+    loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
     with _progress() as tell:
         patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
     patch.save(out)
@@ -136,6 +141,7 @@ def apply(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New diffusers folder.")],
     allow_pickle: Pickle = False,
+    config: Config = None,
 ) -> None:
     """Put a patch on a model and write a plain diffusers folder."""
     if out.exists():
@@ -143,7 +149,7 @@ def apply(
     _quiet()
     from safegen.models import save_folder
 
-    loaded, _ = _load(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle)
+    loaded, _ = _load(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
     save_folder(loaded, out)
     typer.echo(f"{out}: open it with StableDiffusionPipeline.from_pretrained({str(out)!r})")
 
@@ -238,13 +244,15 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
     return out
 
 
-def _load(name: str, patches: list[Path], *, device: str, dtype: str, threads: int | None, allow_pickle: bool) -> tuple[Model, list[str]]:
+def _load(
+    name: str, patches: list[Path], *, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
+) -> tuple[Model, list[str]]:
     """Load a model and put patches on it; warnings become one line each."""
     from safegen.models import Patch, load
 
     _set_threads(threads)
     read = [Patch.load(path) for path in patches]
-    loaded = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    loaded = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
     _ = loaded.hash  # of the untouched weights, before any patch
     for patch in read:
         with warnings.catch_warnings(record=True) as caught:

@@ -98,7 +98,9 @@ def load_single_file(
     with tempfile.TemporaryDirectory() as folder:
         if config is None:
             if CONFIGS not in header:
-                raise BadFile(f"{path} has weights only; name a diffusers folder of the same family, whose small files go with it: config")
+                raise BadFile(
+                    f"{path} has weights only; name a diffusers folder of the same family, whose small files go with it (--config)"
+                )
             config = Path(folder)
             _unpack(header[CONFIGS], config, path)
         if not (config / "model_index.json").is_file():
@@ -132,7 +134,7 @@ def _unpack(text: str, folder: Path, path: Path) -> None:
     try:
         files = {name: str(value) for name, value in json.loads(text).items()}
     except (json.JSONDecodeError, AttributeError) as error:
-        raise BadFile(f"{path} is damaged: its header's {CONFIGS} is not JSON; name a folder instead: config") from error
+        raise BadFile(f"{path} is damaged: its header's {CONFIGS} is not JSON; name a folder instead (--config)") from error
     for name, value in files.items():
         place = folder / name
         if not place.resolve().is_relative_to(folder.resolve()):
