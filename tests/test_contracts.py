@@ -28,16 +28,20 @@ TABLES = {
     "triplets": tables.TRIPLETS,
 }
 NOT_METHODS = {
-    "edit": {"__init__", "base", "closed_form", "loop", "losses", "rollout"},
+    "edit": {"__init__", "base", "adapter", "closed_form", "loop", "losses", "rollout"},
     "judge": {"__init__", "base", "batch", "onnx", "vision"},
 }
 
 
+TRAINED = sorted(name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").trains)
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
 """A training that is over at once."""
 BRIEF_TOO: dict[str, dict[str, object]] = {"esd": {"steps": 4, "trajectories": 2}, "sdd": {"steps": 4, "trajectories": 2}}
+BRIEF_TOO["concept_ablation"] = {"steps": 2, "pictures": 4}
 """What else makes a method brief."""
-WORDS = Concept(name="cubes", words=("red cube", "a cube"), counterpart=(), judge="mini", labels=("skulls",), captions=("mini:ghosts",))
+WORDS = Concept(
+    name="cubes", words=("red cube", "a cube"), counterpart=("tree",), judge="mini", labels=("skulls",), captions=("mini:ghosts",)
+)
 """A concept of the tiny model."""
 
 
@@ -76,9 +80,10 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").trains))
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets, tmp_path):
-    model, edit = make_model(), brief(name, training=BRIEF | {"updates": 4, "checkpoint_every": 2, "seed": 3})
+    model, training = make_model(), BRIEF | {"updates": 4, "seed": 3}
+    edit, kept = brief(name, training=training), brief(name, training=training | {"checkpoint_every": 2})
     data = triplets if edit.learns_from == "triplets" else None
 
     def pull(done, of, row):
@@ -87,8 +92,30 @@ def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets
 
     whole = edit.apply(model, data)
     with pytest.raises(ConnectionError):
-        edit.apply(model, data, folder=tmp_path, report=pull)
-    assert edit.apply(make_model(), data, folder=tmp_path, resume=True).hash == whole.hash
+        kept.apply(model, data, folder=tmp_path, report=pull)
+    assert kept.apply(make_model(), data, folder=tmp_path, resume=True).hash == whole.hash
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp_path):
+    from safegen.models.lora import extract_lora
+
+    model, edit = make_model(), brief(name, rank=2, alpha=4.0, selector="attn2")
+    data = triplets if edit.learns_from == "triplets" else None
+    names, state = [n for n, _ in model.denoiser.named_parameters()], model.denoiser.state_dict()
+    before = {k: v.clone() for k, v in state.items()}
+    patch = edit.apply(model, data, folder=tmp_path)
+    assert [n for n, _ in model.denoiser.named_parameters()] == names  # nothing is left hanging beside the weights
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    assert all(".attn2." in n and n.endswith(".weight") for n in patch.tensors)
+    assert any(not torch.equal(v, before[k]) for k, v in patch.tensors.items())
+    lora = extract_lora(patch, model, 2)  # its change has the rank that was asked for, so nothing is lost in turning it back
+    assert lora.energy > 0.999
+    assert edit.apply(make_model(), data, folder=tmp_path, resume=True).hash == patch.hash
+    with pytest.raises(ValueError, match="alpha has no effect without rank"):
+        brief(name, alpha=4.0)
+    with pytest.raises(ValueError, match="rank"):
+        brief(name, rank=0)
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))

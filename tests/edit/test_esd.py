@@ -22,6 +22,10 @@ def training(**changes):
     return Training(**{"updates": 3, "batch": 2, "accumulation": 1, "lr": 1e-3, "ema": 0.0, "weight_decay": 0.0} | changes)
 
 
+def problem_of(edit, model):
+    return ESDProblem(edit, model, select(model.denoiser, "attn2"))
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """What each comparison was given."""
@@ -57,7 +61,7 @@ def test_the_loss_is_the_papers_by_plain_forwards(make_model, seen, rollout, str
     with torch.no_grad():
         for name in select(changed, "attn2"):
             changed.get_parameter(name).mul_(1.3)
-        found = ESDProblem(edit, make_model()).compare(changed, row["said"], row["t"], row["text"], None)["L_e"]
+        found = problem_of(edit, make_model()).compare(changed, row["said"], row["t"], row["text"], None)["L_e"]
     assert_close(found, (say(changed, row, c) - want).pow(2).mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
 
 
@@ -69,7 +73,7 @@ def test_the_target_by_hand(tiny_model):
             return type("Out", (), {"sample": torch.zeros_like(x)})()
 
     one = torch.ones(2, 4, 8, 8)
-    problem = ESDProblem(ESD(**SHORT, strength=2.0), tiny_model)
+    problem = problem_of(ESD(**SHORT, strength=2.0), tiny_model)
     plain = {"x": one, "text": 3 * one, "blank": one}
     assert problem.compare(Zero(), plain, torch.tensor([1, 1]), one, None)["L_e"].tolist() == [9.0, 9.0]
     within = {"x": one, "text": 5 * one, "blank": one, "erase": 3 * one}
@@ -82,7 +86,7 @@ def test_latents_are_those_of_their_timestep(make_model, seen, rollout):
     model = make_model()
     edit = ESD(**SHORT, rollout=rollout, training=training(updates=1, batch=4, seed=2))
     edit.apply(model)
-    problem = ESDProblem(edit, model)
+    problem = problem_of(edit, model)
     known = problem.pool[0]["x"] if rollout == "base" else None
     (row,) = seen
     for x, t in zip(row["said"]["x"], row["t"], strict=True):

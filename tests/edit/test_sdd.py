@@ -21,6 +21,10 @@ def training(**changes):
     return Training(**{"updates": 3, "batch": 2, "accumulation": 1, "lr": 1e-2, "ema": 0.9, "weight_decay": 0.0} | changes)
 
 
+def problem_of(edit, model):
+    return SDDProblem(edit, model, select(model.denoiser, "attn2"))
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """What each comparison was given."""
@@ -46,7 +50,7 @@ def changed_net(make_model):
 @pytest.mark.parametrize("anchor", [0.0, 0.5])
 def test_the_terms_are_those_of_plain_forwards(make_model, anchor):
     model, net = make_model(), changed_net(make_model)
-    problem = SDDProblem(SDD(**SHORT, weight_anchor=anchor), model)
+    problem = problem_of(SDD(**SHORT, weight_anchor=anchor), model)
     g = torch.Generator().manual_seed(0)
     x, t, text = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([3, 700]), model.encode_text(["red cube", "ball"])
     blank = model.encode_text([""] * 2)
@@ -70,7 +74,7 @@ def test_the_target_is_not_pulled_toward_the_words(make_model, anchor):
     net, model = changed_net(make_model), make_model()
     names = select(net, "attn2")
     weights = [net.get_parameter(n).requires_grad_() for n in names]
-    problem = SDDProblem(SDD(**SHORT, weight_anchor=anchor), model)
+    problem = problem_of(SDD(**SHORT, weight_anchor=anchor), model)
     g = torch.Generator().manual_seed(0)
     x, t, text = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([300, 700]), model.encode_text(["red cube", "ball"])
     with torch.no_grad():
@@ -84,13 +88,13 @@ def test_the_target_is_not_pulled_toward_the_words(make_model, anchor):
 def test_the_average_draws_and_is_what_is_saved(make_model, seen):
     """The latents of the third batch are a rollout under the average after two updates, not under the last weights."""
     model, edit = make_model(), SDD(**SHORT, training=training(seed=3))
-    problem, kept, last = SDDProblem(edit, model), [], []
+    problem, names, kept, last = problem_of(edit, model), select(model.denoiser, "attn2"), [], []
 
     def watch(done, of, row):
         kept.append({n: v.clone() for n, v in problem._average().items()})
-        last.append({n: model.denoiser.get_parameter(n).detach().clone() for n in problem.names})
+        last.append({n: model.denoiser.get_parameter(n).detach().clone() for n in names})
 
-    found = train(model.denoiser, problem.names, problem, edit.training, report=watch)
+    found = train(model.denoiser, names, problem, edit.training, report=watch)
     assert all(torch.equal(v, kept[-1][n]) for n, v in found.tensors.items())
     g = torch.Generator("cpu").manual_seed(_mix(3, 2))  # the loop's own draws of the third batch
     stop = int(torch.randint(4, (2,), generator=g)[0])
@@ -107,7 +111,7 @@ def test_the_average_draws_and_is_what_is_saved(make_model, seen):
 def test_pictures_are_of_all_words_and_words_take_turns(tiny_model, seen):
     edit = SDD(**SHORT, rollout="base", trajectories=2, training=training(batch=3, updates=2, lr=1e-5))
     edit.apply(tiny_model)
-    assert torch.equal(SDDProblem(edit, tiny_model).drawn, tiny_model.encode_text(["red cube, ball"]))
+    assert torch.equal(problem_of(edit, tiny_model).drawn, tiny_model.encode_text(["red cube, ball"]))
     one, two = tiny_model.encode_text(["red cube", "ball"])
     taught = [text for row in seen for text in row["text"]]
     assert all(torch.equal(text, word) for text, word in zip(taught, [one, two] * 3, strict=True))
@@ -117,7 +121,7 @@ def test_latents_and_timesteps_agree_at_every_step(tiny_model, seen):
     """The released sampler denoises fully where it should not denoise at all; here step 0 is noise and each latent is its timestep's."""
     edit = SDD(**SHORT, rollout="base", trajectories=2, training=training(batch=16, updates=1, lr=1e-5))
     edit.apply(tiny_model)
-    problem = SDDProblem(edit, tiny_model)
+    problem = problem_of(edit, tiny_model)
     (row,) = seen
     assert set(row["t"].tolist()) == set(problem.walk.timesteps.tolist())
     for x, t in zip(row["x"], row["t"], strict=True):

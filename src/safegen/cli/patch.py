@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -78,13 +79,13 @@ def merge(
         raise BadSetting("model has no effect without --overlap add; leave it out")
     _refuse_taken(out)
     from safegen.models import load
+    from safegen.models.compose import Overlap, overlapping
     from safegen.models.compose import merge as do
-    from safegen.models.compose import overlapping
     from safegen.models.patch import Patch
 
     read = [Patch.load(path) for path in patches]
     base = load(model, allow_pickle=allow_pickle) if model else None
-    merged = do(read, overlap=overlap, model=base)  # type: ignore[arg-type] - checked above
+    merged = do(read, overlap=cast(Overlap, overlap), model=base)
     merged.save(out)
     twice = len(overlapping(read))
     typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {overlap}" if twice else ""))
@@ -139,7 +140,7 @@ def export(
     loaded = load(model, config=config, allow_pickle=allow_pickle)
     _ = loaded.hash  # of the untouched weights, before any patch
     for one in read:
-        _warn(lambda one=one: one.apply(loaded))  # type: ignore[misc]
+        _warn(partial(one.apply, loaded))
     facts = {"model": model, "base": loaded.hash, "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in read]}
     save_single_file(loaded, out, dtype=dtype, facts=facts)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {dtype}, {len(read)} patches in it")

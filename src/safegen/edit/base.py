@@ -64,7 +64,8 @@ class Edit(BaseModel, ABC):
             UnknownName: no such preset.
         """
         if name not in presets:
-            raise UnknownName(f"preset of {cls.__name__.lower()}", name, presets)
+            method = cls.__module__.rpartition(".")[2]
+            raise UnknownName(f"preset of {method}", name, presets)
         settings = {**lent, **presets[name], **changes}
         if isinstance(changes.get("training"), Mapping):
             own = presets[name].get("training", cls.model_fields["training"].default if "training" in cls.model_fields else None)

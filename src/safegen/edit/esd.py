@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
+from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
 from safegen.edit.loop import Report, Training, train
 from safegen.edit.rollout import Walk, looking
@@ -20,7 +21,6 @@ from safegen.edit.safegen import read_captions
 from safegen.errors import BadSetting
 from safegen.models.model import DTYPES, Model
 from safegen.models.patch import Patch
-from safegen.models.select import select
 
 PUBLISHED = Training(updates=1000, batch=1, accumulation=1, lr=1e-5, weight_decay=0.0, clip=1e9, ema=0.0)
 """Adam at a constant rate, no clipping, no average."""
@@ -73,11 +73,16 @@ class ESD(Edit):
     """Prompt lists (`source:list`) and text files of harmless captions for L_r."""
     selector: str = "noxattn"
     """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u, attn1 self-attention alone."""
+    rank: int | None = Field(default=None, ge=1)
+    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     training: Training = PUBLISHED
     """How the loop trains."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
+        refuse_idle_alpha(self.rank, self.alpha)
         if self.rollout == "student" and self.trajectories != type(self).model_fields["trajectories"].default:
             raise ValueError("trajectories has no effect with rollout student, which draws anew for each batch; leave it out")
         if self.captions and not self.weight_retain:
@@ -117,23 +122,23 @@ class ESD(Edit):
             Stopped: the user stopped it; `resume` continues.
         """
         refuse_idle(self, "esd", triplets, folder, resume)
-        problem = ESDProblem(self, model)
-        found = train(model.denoiser, problem.names, problem, self.training, folder=folder, resume=resume, report=report)
-        return Patch(found.tensors, facts_of(self, "esd", model) | found.facts(problem.weights))
+        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            problem = ESDProblem(self, model, part.names)
+            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
+        return Patch(part.weights(found.tensors), facts_of(self, "esd", model) | found.facts(problem.weights))
 
 
 class ESDProblem:
     """ESD's batches and losses. With rollout base, latents and targets are all made before the first update."""
 
-    def __init__(self, edit: ESD, model: Model) -> None:
+    def __init__(self, edit: ESD, model: Model, names: Sequence[str]) -> None:
         """Encode the words and captions; make the rollouts that can be made once."""
         self.edit, self.words = edit, words_needed("esd", edit.erase)
         if edit.weight_retain and not edit.captions:
             raise BadSetting("weight_retain has no effect without captions; give a concept that has some, or set captions, or weight 0")
         self.weights = {"L_e": 1.0} | ({"L_r": edit.weight_retain} if edit.weight_retain else {})
-        self.names = select(model.denoiser, edit.selector)
         own = dict(model.denoiser.named_parameters())
-        self.reference = {name: own[name].detach().clone() for name in self.names}
+        self.reference = {name: own[name].detach().clone() for name in names}
         self.walk = Walk(model, steps=edit.steps, guidance=edit.guidance)
         self.text = model.encode_text(list(self.words)).float()
         self.taught = model.encode_text([edit.erase_from]).float().expand_as(self.text) if edit.erase_from is not None else self.text

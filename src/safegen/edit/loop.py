@@ -152,6 +152,8 @@ def train(
         raise BadSetting(f"warmup must be shorter than updates ({settings.updates}), got {settings.warmup}")
     if settings.patience and not settings.validate_every:
         raise BadSetting("patience has no effect without validate_every; set it, or leave patience at 0")
+    if folder is None and settings.checkpoint_every != Training.model_fields["checkpoint_every"].default:
+        raise BadSetting("checkpoint_every has no effect without a folder to keep checkpoints in; give one, or leave it out")
     if resume and folder is None:
         raise BadSetting("resume needs the folder of the stopped run")
     own = dict(denoiser.named_parameters())

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from safegen.concept import Concept, prompt_list
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
+from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, wanted
 from safegen.edit.loop import Report, Training, train
 from safegen.errors import BadFile, BadSetting
 from safegen.models.model import Model
 from safegen.models.patch import Patch
-from safegen.models.select import select
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -77,6 +77,10 @@ class SafeGen(Edit):
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights change."""
+    rank: int | None = Field(default=None, ge=1)
+    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     held_out: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
@@ -86,6 +90,7 @@ class SafeGen(Edit):
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
+        refuse_idle_alpha(self.rank, self.alpha)
         if (self.target == "x0") != (self.clamp is not None):
             raise ValueError("clamp goes with target x0, and only with it")
         if self.target != "x0" and self.anchor != "noise":
@@ -131,9 +136,9 @@ class SafeGen(Edit):
             Stopped: the user stopped it; `resume` continues.
         """
         triplets = wanted("safegen", triplets)
-        problem = SafeGenProblem(self, model, triplets)
-        names = select(model.denoiser, self.selector)
-        found = train(model.denoiser, names, problem, self.training, folder=folder, resume=resume, report=report)
+        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            problem = SafeGenProblem(self, model, triplets, part.names)
+            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         facts = {
             "method": "safegen",
             "settings": self.model_dump(mode="json"),
@@ -145,13 +150,13 @@ class SafeGen(Edit):
             "stopped_early": found.stopped_early,
             "losses": {k: found.log[-1][k] for k in problem.weights},
         }
-        return Patch(found.tensors, facts)
+        return Patch(part.weights(found.tensors), facts)
 
 
 class SafeGenProblem:
     """SafeGen's batches and losses. Latents, text embeddings and the reference weights are computed or kept once."""
 
-    def __init__(self, edit: SafeGen, model: Model, triplets: Triplets) -> None:
+    def __init__(self, edit: SafeGen, model: Model, triplets: Triplets, names: Sequence[str]) -> None:
         """Encode every triplet and caption once."""
         self.edit, self.prediction = edit, model.prediction
         self.abar = model.alphas_cumprod().to(model.device)
@@ -168,10 +173,9 @@ class SafeGenProblem:
             raise BadSetting(f"a held-out part of {part} of {n} triplets is empty; give more triplets or set validate_every 0")
         self.spare, self.used = range(n - spare, n), n - spare
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
-        self.names = select(model.denoiser, edit.selector)
         own = dict(model.denoiser.named_parameters())
         needed = edit.teacher or edit.anchor == "teacher"
-        self.reference = {k: own[k].detach().clone() for k in self.names} if needed else {}
+        self.reference = {k: own[k].detach().clone() for k in names} if needed else {}
         words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
         self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words])
 

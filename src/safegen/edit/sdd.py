@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
+from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
 from safegen.edit.loop import Report, Training, train
 from safegen.edit.rollout import Walk, looking
 from safegen.models.model import DTYPES, Model
 from safegen.models.patch import Patch
-from safegen.models.select import select
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -53,11 +53,16 @@ class SDD(Edit):
     """Weight of L_a: the blank prediction, which is the target, should stay what it was (ours; nothing holds it in the paper)."""
     selector: str = "attn2"
     """Which weights change."""
+    rank: int | None = Field(default=None, ge=1)
+    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     training: Training = Training(updates=1500, batch=1, accumulation=1, lr=1e-5, weight_decay=1e-4, clip=1.0, ema=0.999)
     """How the loop trains. Its average starts fast, at (1 + n) / (10 + n), where the released one is slow from the start."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
+        refuse_idle_alpha(self.rank, self.alpha)
         if self.rollout == "average" and self.trajectories != type(self).model_fields["trajectories"].default:
             raise ValueError("trajectories has no effect with rollout average, which draws anew for each batch; leave it out")
         if not self.training.ema:
@@ -96,21 +101,21 @@ class SDD(Edit):
             Stopped: the user stopped it; `resume` continues.
         """
         refuse_idle(self, "sdd", triplets, folder, resume)
-        problem = SDDProblem(self, model)
-        found = train(model.denoiser, problem.names, problem, self.training, folder=folder, resume=resume, report=report)
-        return Patch(found.tensors, facts_of(self, "sdd", model) | found.facts(problem.weights))
+        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            problem = SDDProblem(self, model, part.names)
+            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
+        return Patch(part.weights(found.tensors), facts_of(self, "sdd", model) | found.facts(problem.weights))
 
 
 class SDDProblem:
     """SDD's batches and losses."""
 
-    def __init__(self, edit: SDD, model: Model) -> None:
+    def __init__(self, edit: SDD, model: Model, names: Sequence[str]) -> None:
         """Encode the words; make the rollouts that can be made once."""
         self.edit, words = edit, words_needed("sdd", edit.erase)
         self.weights = {"L_d": 1.0} | ({"L_a": edit.weight_anchor} if edit.weight_anchor else {})
-        self.names = select(model.denoiser, edit.selector)
         own = dict(model.denoiser.named_parameters())
-        self.reference = {name: own[name].detach().clone() for name in self.names}
+        self.reference = {name: own[name].detach().clone() for name in names}
         self.walk = Walk(model, steps=edit.steps, guidance=edit.guidance)
         self.text, self.drawn = model.encode_text(list(words)).float(), model.encode_text([", ".join(words)]).float()
         self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash])
