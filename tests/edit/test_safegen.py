@@ -238,7 +238,7 @@ def test_pictures_are_scaled_by_their_short_side_and_cut_about_the_centre():
 def test_the_terms_are_the_errors_of_two_plain_forwards(make_model, triplets, prediction, teacher, anchor):
     model = make_model(prediction_type=prediction)
     settings = SafeGen(target="x0", anchor=anchor, clamp=3.0, teacher=teacher, **PLAIN)
-    problem = SafeGenProblem(settings, model, triplets, select(model.denoiser, "attn1"))
+    problem = SafeGenProblem(settings, model, triplets)
     g = torch.Generator().manual_seed(0)
     z_u, z_c, z_b, eps, eps_b = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(5))
     t, text = torch.tensor([5, 700]), model.encode_text(["", "", "", "a red cube"])

@@ -35,9 +35,9 @@ for command in (patch_cli.export, evaluate.evaluate, evaluate.score, evaluate.re
 
 ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="MODEL")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
+Config = Annotated[Path | None, typer.Option(help="For a one-file checkpoint: a diffusers folder of its family, for small files it lacks.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Config = Annotated[Path | None, typer.Option(help="For a one-file checkpoint: a diffusers folder of its family, for small files it lacks.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")]
 
 

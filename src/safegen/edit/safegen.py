@@ -19,9 +19,10 @@ from safegen.edit import losses
 from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, wanted
 from safegen.edit.loop import Report, Training, train
-from safegen.errors import BadFile, BadSetting
+from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.models.model import Model
 from safegen.models.patch import Patch
+from safegen.models.select import select
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -118,7 +119,14 @@ class SafeGen(Edit):
         Raises:
             UnknownName: no such preset.
         """
-        return cls.from_preset(PRESETS, name, {"captions": concept.captions} if concept else {}, changes)
+        if name not in PRESETS:
+            raise UnknownName("preset of safegen", name, PRESETS)
+        lent = {"captions": concept.captions} if concept else {}
+        settings = lent | PRESETS[name] | changes
+        if isinstance(changes.get("training"), Mapping):
+            own: Training = PRESETS[name].get("training", cls.model_fields["training"].default)
+            settings["training"] = own.model_dump() | changes["training"]
+        return cls(**settings)
 
     def apply(
         self,
@@ -137,7 +145,7 @@ class SafeGen(Edit):
         """
         triplets = wanted("safegen", triplets)
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
-            problem = SafeGenProblem(self, model, triplets, part.names)
+            problem = SafeGenProblem(self, model, triplets)
             found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         facts = {
             "method": "safegen",
@@ -156,7 +164,7 @@ class SafeGen(Edit):
 class SafeGenProblem:
     """SafeGen's batches and losses. Latents, text embeddings and the reference weights are computed or kept once."""
 
-    def __init__(self, edit: SafeGen, model: Model, triplets: Triplets, names: Sequence[str]) -> None:
+    def __init__(self, edit: SafeGen, model: Model, triplets: Triplets) -> None:
         """Encode every triplet and caption once."""
         self.edit, self.prediction = edit, model.prediction
         self.abar = model.alphas_cumprod().to(model.device)
@@ -173,9 +181,10 @@ class SafeGenProblem:
             raise BadSetting(f"a held-out part of {part} of {n} triplets is empty; give more triplets or set validate_every 0")
         self.spare, self.used = range(n - spare, n), n - spare
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
+        self.names = select(model.denoiser, edit.selector)
         own = dict(model.denoiser.named_parameters())
         needed = edit.teacher or edit.anchor == "teacher"
-        self.reference = {k: own[k].detach().clone() for k in names} if needed else {}
+        self.reference = {k: own[k].detach().clone() for k in self.names} if needed else {}
         words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
         self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words])
 
