@@ -89,9 +89,24 @@ def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
     assert all(key.startswith("unet.") for key in load_file(tmp_path / "d.safetensors"))
 
 
+def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_path):
+    """Modular: each is trained against the base, and the merged patch is W + safe + user (arXiv:2412.00357)."""
+    for name in ("text", "look"):
+        lora = tmp_path / f"{name}-lora.safetensors"
+        assert safegen("patch", "extract-lora", files / f"{name}.safetensors", "mini", "--rank", "8", "--out", lora)[0] == 0
+        code, _, err = safegen("patch", "from-lora", lora, "mini", "--out", tmp_path / f"{name}.safetensors")
+        assert code == 0, err
+    parts, both = [tmp_path / "text.safetensors", tmp_path / "look.safetensors"], tmp_path / "both.safetensors"
+    code, _, err = safegen("patch", "merge", *parts, "--overlap", "add", "--model", "mini", "--out", both)
+    assert code == 0, err
+    merged, text, look = (Patch.load(path) for path in (both, *parts))
+    assert merged.tensors.keys() == text.tensors.keys() | look.tensors.keys()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["patch", "from-lora", "TEXT", "mini", "--out", "OUT.safetensors"], "is not a LoRA of a denoiser"),
         (["patch", "info", "no.safetensors"], "'no.safetensors' does not exist"),
         (["patch", "merge", "TEXT", "--out", "OUT.safetensors"], "at least two patches, got 1"),
         (["patch", "merge", "TEXT", "TEXT", "--out", "OUT.safetensors"], "changed by more than one patch"),

@@ -139,6 +139,20 @@ def test_retaining_asks_for_what_the_untouched_model_says_of_captions(make_model
     assert all(torch.equal(row["captions"], make_model().encode_text(["a blue ball"] * 2)) for row in seen)
 
 
+def test_the_adversary_moves_the_taught_words_and_raises_the_loss(make_model):
+    model, terms = make_model(), {}
+    g = torch.Generator().manual_seed(0)
+    said = {name: torch.randn(2, 4, 8, 8, generator=g) for name in ("x", "text", "blank")}
+    t, text = torch.tensor([100, 700]), model.encode_text(["red cube", "ball"])
+    given = []
+    model.denoiser.register_forward_pre_hook(lambda module, args: given.append(args[2].detach().clone()))
+    for radius in (0.0, 0.1):
+        problem = problem_of(ESD(**SHORT, rollout="base", trajectories=2, adversary=radius), model)
+        terms[radius] = problem.compare(model.denoiser, said, t, text, None)["L_e"].detach()
+    assert (terms[0.1] > terms[0.0]).all()
+    assert_close((given[-1] - text).norm(dim=(1, 2)), 0.1 * text.norm(dim=(1, 2)), rtol=1e-3, atol=1e-4)
+
+
 def test_it_learns_what_it_is_taught(make_model):
     edit = ESD(**SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4))
     log = []
@@ -178,6 +192,7 @@ REFUSED = {
     "validate_every has no effect on esd": {"training": {"validate_every": 2}},
     "erase has a blank word": {"erase": ("",)},
     "strength": {"strength": -1},
+    "adversary": {"adversary": -1},
     "guidance": {"guidance": 0.5},
 }
 

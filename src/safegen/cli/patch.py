@@ -1,4 +1,4 @@
-"""`safegen patch`: info, diff, merge, extract-lora; and `safegen export`."""
+"""`safegen patch`: info, diff, merge, extract-lora, from-lora; and `safegen export`."""
 
 from __future__ import annotations
 
@@ -118,6 +118,25 @@ def extract_lora(
     typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
     if found.left_out:
         typer.echo(f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first")
+
+
+@app.command("from-lora")
+def from_lora(
+    lora: Annotated[Path, typer.Argument(help="A LoRA file, kohya's keys or diffusers'.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
+    scale: Annotated[float, typer.Option(help="Its strength; 1 is as trained.")] = 1.0,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Turn the denoiser's part of a LoRA into a patch, to be merged with others: `patch merge --overlap add`."""
+    _refuse_taken(out)
+    from safegen.models import load
+    from safegen.models.lora import load_lora
+
+    loaded = load(model, allow_pickle=allow_pickle)
+    patch = load_lora(lora, loaded, scale=scale)
+    patch.save(out)
+    typer.echo(f"{out}: {len(patch.tensors)} tensors")
 
 
 def export(

@@ -17,7 +17,7 @@ from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
 from safegen.edit.loop import Report, Training, train
 from safegen.edit.rollout import Walk, looking
-from safegen.edit.safegen import read_captions
+from safegen.edit.safegen import read_captions, worst_text
 from safegen.errors import BadSetting
 from safegen.models.model import DTYPES, Model
 from safegen.models.patch import Patch
@@ -71,6 +71,8 @@ class ESD(Edit):
     """Weight of L_r: on the same latents, harmless captions should be answered as before (as Zhang et al. 2024, arXiv:2405.15234)."""
     captions: tuple[str, ...] = ()
     """Prompt lists (`source:list`) and text files of harmless captions for L_r."""
+    adversary: float = Field(default=0.0, ge=0, le=2)
+    """Size of the worst-case change of the taught words' embedding, as a part of its norm; 0 is none (ours, see `safegen.worst_text`)."""
     selector: str = "noxattn"
     """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u, attn1 self-attention alone."""
     rank: int | None = Field(default=None, ge=1)
@@ -209,6 +211,8 @@ class ESDProblem:
         else:
             want = losses.push_away(said["blank"], said["text"], said["blank"], strength=self.edit.strength)
         x = said["x"]
+        if self.edit.adversary:
+            text = worst_text(denoiser, x, t, text, want, radius=self.edit.adversary)
         if captions is None:
             return {"L_e": losses.squared_error(denoiser(x, t, text).sample, want)}
         keep = looking(denoiser, self.reference)(x, t, captions)
