@@ -37,7 +37,7 @@ TRAINED = sorted(name for name in tables.EDITS if tables.resolve(tables.EDITS, n
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
 """A training that is over at once."""
 BRIEF_TOO: dict[str, dict[str, object]] = {"esd": {"steps": 4, "trajectories": 2}, "sdd": {"steps": 4, "trajectories": 2}}
-BRIEF_TOO["concept_ablation"] = {"steps": 2, "pictures": 4}
+BRIEF_TOO |= {"concept_ablation": {"steps": 2, "pictures": 4}, "duo": {"steps": 2}}
 """What else makes a method brief."""
 WORDS = Concept(
     name="cubes", words=("red cube", "a cube"), counterpart=("tree",), judge="mini", labels=("skulls",), captions=("mini:ghosts",)
@@ -49,7 +49,7 @@ def brief(name, **changes):
     """Return an edit at tiny size."""
     kind = tables.resolve(tables.EDITS, name, "edit")
     settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.trains else {})
-    return kind.preset("default", concept=WORDS if kind.learns_from == "words" else None, **settings | changes)
+    return kind.preset("default", concept=None if name == "safegen" else WORDS, **settings | changes)
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
@@ -113,7 +113,7 @@ def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp
     assert lora.energy > 0.999
     assert edit.apply(make_model(), data, folder=tmp_path, resume=True).hash == patch.hash
     with pytest.raises(ValueError, match="alpha has no effect without rank"):
-        brief(name, alpha=4.0)
+        brief(name, alpha=4.0, rank=None)
     with pytest.raises(ValueError, match="rank"):
         brief(name, rank=0)
 

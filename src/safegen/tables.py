@@ -14,6 +14,7 @@ MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
 EDITS = {
     "safegen": "safegen.edit.safegen:SafeGen",
     "concept_ablation": "safegen.edit.concept_ablation:ConceptAblation",
+    "duo": "safegen.edit.duo:DUO",
     "esd": "safegen.edit.esd:ESD",
     "sdd": "safegen.edit.sdd:SDD",
     "uce": "safegen.edit.uce:UCE",

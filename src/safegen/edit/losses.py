@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 Latent = Float[Tensor, "b c h w"]
 PerSample = Float[Tensor, "b"]
@@ -91,4 +91,20 @@ def push_away(base: Latent, push: Latent, origin: Latent, *, strength: float) ->
     return base - strength * (push - origin)
 
 
-__all__ = ["add_noise", "paper_target", "push_away", "squared_error", "v_target", "velocity", "x0_target"]
+def preference(safe: PerSample, safe_before: PerSample, unsafe: PerSample, unsafe_before: PerSample, *, beta: float) -> PerSample:
+    """Return -log sigmoid(-beta ((safe - safe_before) - (unsafe - unsafe_before))), Diffusion-DPO with a pair of pictures.
+
+    Wallace et al. 2023 (arXiv:2311.12908), as DUO has it (arXiv:2407.21035, eq. 8): log 2 where nothing has moved, smaller where the safe
+    picture's error fell or the unsafe one's rose.
+
+    Args:
+        safe: denoising error on the safe picture.
+        safe_before: of the untouched model.
+        unsafe: on the unsafe picture.
+        unsafe_before: of the untouched model.
+        beta: sharpness; unitless, > 0.
+    """
+    return nn.functional.softplus(beta * ((safe - safe_before) - (unsafe - unsafe_before)))
+
+
+__all__ = ["add_noise", "paper_target", "preference", "push_away", "squared_error", "v_target", "velocity", "x0_target"]
