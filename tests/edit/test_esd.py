@@ -180,7 +180,7 @@ def test_the_presets_have_the_published_values():
 
 def test_a_concept_lends_captions_only_where_they_are_used():
     skulls = load_concept("skulls")
-    assert make_edit("esd", concept="skulls").captions == skulls.captions
+    assert set(skulls.captions) <= set(make_edit("esd", concept="skulls").captions)
     assert make_edit("esd", "paper", concept="skulls").captions == ()
     assert make_edit("esd", concept="skulls", weight_retain=0.0).captions == ()
     assert make_edit("esd", "paper-x", concept="skulls").erase == skulls.words

@@ -98,7 +98,7 @@ def refuse_idle(edit: Edit, method: str, triplets: object = None, folder: object
 
 
 def words_of(method: str, concept: Concept | None, erase: object = None) -> dict[str, tuple[str, ...]]:
-    """Return what a concept lends to an edit that learns from words: those that ask for it, and its harmless captions.
+    """Return what a concept lends to an edit that learns from words: those that ask for it, and its harmless captions of every kind.
 
     Raises:
         BadSetting: the concept has no words, and `erase` names none either.
@@ -107,7 +107,7 @@ def words_of(method: str, concept: Concept | None, erase: object = None) -> dict
         return {}
     if not concept.words and not erase:
         raise BadSetting(f"the concept {concept.name!r} has no words, and {method} erases words; give it words, or set erase")
-    return {"erase": concept.words, "captions": concept.captions}
+    return {"erase": concept.words, "captions": (*concept.captions, *getattr(concept, "near_captions", ()))}
 
 
 def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,8 +17,10 @@ from safegen.edit.uce import finish, refuse_idle_words, rows_of
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 
-PRESETS: dict[str, dict[str, Any]] = {"default": {"preserve_scale": 10.0}, "paper": {"captions": ()}}
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": {"captions": (), "preserve_scale": 0.1}}
 """`paper`: the published code's values for nudity. `default`: a concept's harmless captions stay, with weight (ours, docs/edits.md)."""
+KEPT = 10.0
+"""Weight of preserving where a concept lends captions."""
 
 
 class RECE(Edit):
@@ -64,7 +66,8 @@ class RECE(Edit):
             UnknownName: no such preset.
             BadSetting: the concept has no words.
         """
-        return cls.from_preset(PRESETS, name, words_of("rece", concept, changes.get("erase")), changes)
+        lent: dict[str, Any] = dict(words_of("rece", concept, changes.get("erase")))
+        return cls.from_preset(PRESETS, name, lent | ({"preserve_scale": KEPT} if lent.get("captions") else {}), changes)
 
     def apply(
         self,
