@@ -55,7 +55,7 @@ def refuse_idle_concept(
     """
     known = load_concept(concept) if isinstance(concept, str) else concept
     if make_edit(method, preset, concept=known, **settings) == make_edit(method, preset, **settings):
-        lends = "words and captions" if resolve(EDITS, method, "edit").learns_from == "words" else "captions"
+        lends = "words and captions" if "erase" in resolve(EDITS, method, "edit").model_fields else "captions"
         raise BadSetting(
             f"concept has no effect here: it lends {lends}, and {method} with preset {preset!r} takes none from {known.name!r}; "
             "leave it out"
