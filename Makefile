@@ -23,10 +23,12 @@ test: .venv/installed ## the test suite
 nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
 	$(BIN)/python -m pytest
 
-bench: .venv/installed ## the figures in docs/, made again in a folder of their own (more than an hour)
+bench: .venv/installed ## the figures in docs/, made again in a folder of their own (some hours)
 	$(BIN)/python benchmarks/required.py --out $(FIGURES)
 	$(BIN)/python benchmarks/ablation.py --out $(FIGURES)/ablation.jsonl
 	$(BIN)/python benchmarks/ablation.py --table $(FIGURES)/ablation.jsonl
+	$(BIN)/python benchmarks/edits.py --out $(FIGURES)/edits.jsonl
+	$(BIN)/python benchmarks/guards.py
 	$(BIN)/python benchmarks/judges.py
 	$(BIN)/python benchmarks/sheet.py --out $(FIGURES)/mini-sheet.png
 

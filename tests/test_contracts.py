@@ -13,8 +13,8 @@ from PIL import Image
 
 import safegen
 from safegen import tables
-from safegen.concept import load_concept, prompt_list
-from safegen.errors import UnknownName
+from safegen.concept import Concept, load_concept, prompt_list
+from safegen.errors import BadSetting, UnknownName
 from safegen.judge import load_judge
 
 HOME = Path(safegen.__file__).parent
@@ -30,35 +30,117 @@ TABLES = {
 }
 NOT_METHODS = {
     "guard": {"__init__", "base", "engine", "hooks"},
-    "edit": {"__init__", "base", "loop", "losses"},
+    "edit": {"__init__", "base", "adapter", "closed_form", "loop", "losses", "rollout"},
     "judge": {"__init__", "base", "batch", "onnx", "vision"},
 }
+
+
+TRAINED = sorted(name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").trains)
+BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
+"""A training that is over at once."""
+BRIEF_TOO: dict[str, dict[str, object]] = {"esd": {"steps": 4, "trajectories": 2}, "sdd": {"steps": 4, "trajectories": 2}}
+BRIEF_TOO |= {"concept_ablation": {"steps": 2, "pictures": 4}, "duo": {"steps": 2}}
+"""What else makes a method brief."""
+WORDS = Concept(
+    name="cubes", words=("red cube", "a cube"), counterpart=("tree",), judge="mini", labels=("skulls",), captions=("mini:ghosts",)
+)
+"""A concept of the tiny model."""
+
+
+def brief(name, **changes):
+    """Return an edit at tiny size."""
+    kind = tables.resolve(tables.EDITS, name, "edit")
+    settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.trains else {})
+    return kind.preset("default", concept=None if name == "safegen" else WORDS, **settings | changes)
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
 def test_every_edit_keeps_its_promises(name, make_model, triplets):
     from safegen.edit.base import Edit
 
-    model = make_model()
-    edit = tables.resolve(tables.EDITS, name, "edit").preset(
-        "default", training={"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
-    )
+    model, edit = make_model(), brief(name)
     assert isinstance(edit, Edit)
+    data = triplets if edit.learns_from == "triplets" else None
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    seen = []
 
-    first, second = edit.apply(model, triplets), edit.apply(model, triplets)
+    first, second = edit.apply(model, data, report=lambda done, of, row: seen.append((done, of))), edit.apply(model, data)
 
     assert first.hash == second.hash  # same settings, same weights
     for key, value in model.denoiser.state_dict().items():
         assert torch.equal(value, before[key]), key  # the model is untouched
+    assert not [k for k, p in model.denoiser.named_parameters() if p.requires_grad or p.grad is not None]
     assert type(edit).model_validate_json(edit.model_dump_json()) == edit
     first.fits(model)
     own = dict(model.denoiser.named_parameters())
     assert all(bool(v.isfinite().all()) for v in first.tensors.values())
     assert any(not torch.equal(v, own[k]) for k, v in first.tensors.items())
     facts = json.loads(json.dumps(first.provenance))
-    assert (facts["method"], facts["base"], facts["data"]) == (name, model.hash, triplets.hash)
+    assert (facts["method"], facts["base"], facts["model"]) == (name, model.hash, "tiny")
+    assert facts.get("data") == (triplets.hash if data else None)
     assert type(edit).model_validate(facts["settings"]) == edit
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets, tmp_path):
+    model, training = make_model(), BRIEF | {"updates": 4, "seed": 3}
+    edit, kept = brief(name, training=training), brief(name, training=training | {"checkpoint_every": 2})
+    data = triplets if edit.learns_from == "triplets" else None
+
+    def pull(done, of, row):
+        if done == 3:
+            raise ConnectionError("pulled the plug")
+
+    whole = edit.apply(model, data)
+    with pytest.raises(ConnectionError):
+        kept.apply(model, data, folder=tmp_path, report=pull)
+    assert kept.apply(make_model(), data, folder=tmp_path, resume=True).hash == whole.hash
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp_path):
+    from safegen.models.lora import extract_lora
+
+    model, edit = make_model(), brief(name, rank=2, alpha=4.0, selector="attn2")
+    data = triplets if edit.learns_from == "triplets" else None
+    names, state = [n for n, _ in model.denoiser.named_parameters()], model.denoiser.state_dict()
+    before = {k: v.clone() for k, v in state.items()}
+    patch = edit.apply(model, data, folder=tmp_path)
+    assert [n for n, _ in model.denoiser.named_parameters()] == names  # nothing is left hanging beside the weights
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    assert all(".attn2." in n and n.endswith(".weight") for n in patch.tensors)
+    assert any(not torch.equal(v, before[k]) for k, v in patch.tensors.items())
+    lora = extract_lora(patch, model, 2)  # its change has the rank that was asked for, so nothing is lost in turning it back
+    assert lora.energy > 0.999
+    assert edit.apply(make_model(), data, folder=tmp_path, resume=True).hash == patch.hash
+    with pytest.raises(ValueError, match="alpha has no effect without rank"):
+        brief(name, alpha=4.0, rank=None)
+    with pytest.raises(ValueError, match="rank"):
+        brief(name, rank=0)
+
+
+@pytest.mark.parametrize("name", sorted(tables.EDITS))
+def test_every_edit_refuses_what_it_lacks_or_has_no_use_for(name, tiny_model, triplets, tmp_path):
+    edit = brief(name)
+    if edit.learns_from == "words":
+        with pytest.raises(BadSetting, match=f"triplets have no effect on {name}"):
+            edit.apply(tiny_model, triplets)
+        with pytest.raises(BadSetting, match=f"the concept 'cubes' has no words, and {name} erases words"):
+            type(edit).preset("default", concept=WORDS.model_copy(update={"words": ()}))
+        with pytest.raises(BadSetting, match=f"{name} has no words to erase"):
+            type(edit).preset("default").apply(tiny_model)
+        assert type(edit).preset("default", concept=WORDS, erase=("a ball",)).erase == ("a ball",)  # what is said outright counts
+    else:
+        with pytest.raises(BadSetting, match=f"{name} learns from pictures; give triplets"):
+            edit.apply(tiny_model)
+    if not edit.trains:
+        for words in ({"folder": tmp_path}, {"resume": True}):
+            with pytest.raises(BadSetting, match=f"has no effect on {name}, which is solved in one go"):
+                edit.apply(tiny_model, **words)
+    with pytest.raises(UnknownName, match=f"no preset of {name} named 'papr'. Did you mean 'paper'"):
+        type(edit).preset("papr")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

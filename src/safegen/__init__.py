@@ -10,7 +10,9 @@ Importing this loads nothing heavy: the names below arrive when they are first u
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,3 +42,24 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
     if name not in _WHERE:
         raise AttributeError(f"module 'safegen' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
+
+
+class _Room(ModuleType):
+    """The package `safegen.edit` is a verb too: called, it is `safegen.api.edit`."""
+
+    def __call__(self, *args: Any, **settings: Any) -> Patch:  # noqa: ANN401
+        from safegen.api import edit
+
+        return edit(*args, **settings)
+
+
+class _House(ModuleType):
+    """Importing any file of `safegen.edit` puts that package where the verb is looked up; then the package becomes the verb."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "edit" and isinstance(value, ModuleType):
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _House

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from safegen.concept import Concept, load_concept
 from safegen.data.triplets import Triplets
-from safegen.edit.base import Edit
+from safegen.edit.base import Edit, refuse_idle
 from safegen.edit.loop import Report
 from safegen.errors import BadSetting, UnknownName
 from safegen.models.model import Model
@@ -25,7 +25,7 @@ def make_edit(
     concept: Concept | str | None = None,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> Edit:
-    """Return a method's settings: a preset, what a concept says of itself (its captions), some of it changed.
+    """Return a method's settings: a preset, what a concept says of itself (its words, or its captions), some of it changed.
 
     Raises:
         UnknownName: no such method or preset.
@@ -55,8 +55,9 @@ def refuse_idle_concept(
     """
     known = load_concept(concept) if isinstance(concept, str) else concept
     if make_edit(method, preset, concept=known, **settings) == make_edit(method, preset, **settings):
+        lends = "words and captions" if "erase" in resolve(EDITS, method, "edit").model_fields else "captions"
         raise BadSetting(
-            f"concept has no effect here: it lends captions, and {method} with preset {preset!r} takes none from {known.name!r}; "
+            f"concept has no effect here: it lends {lends}, and {method} with preset {preset!r} takes none from {known.name!r}; "
             "leave it out"
         )
 
@@ -65,7 +66,7 @@ def edit(
     model: Model,
     method: str = "safegen",
     *,
-    triplets: Triplets | str | Path,
+    triplets: Triplets | str | Path | None = None,
     preset: str = "default",
     concept: Concept | str | None = None,
     folder: Path | None = None,
@@ -78,10 +79,11 @@ def edit(
     Args:
         model: from `safegen.load`.
         method: name of an edit.
-        triplets: <unsafe, censored, benign> pictures: loaded, or their folder or CSV file.
+        triplets: <unsafe, censored, benign> pictures for a method that learns from them: loaded, or their folder or CSV file.
         preset: name of the method's settings to start from; `paper` is the published run.
-        concept: lends its captions to presets that train with some, and is refused by others; a name, a TOML file, or loaded.
-        folder: keeps checkpoints and a log, for `resume`.
+        concept: lends its words to methods that erase words and its captions to presets that train with some, and is refused by
+            others; a name, a TOML file, or loaded.
+        folder: keeps checkpoints and a log, for `resume`; for methods that train.
         resume: continue a stopped run.
         report: called after every update with (done, of, row of the log).
         settings: settings of the method to change.
@@ -93,8 +95,10 @@ def edit(
     """
     if concept is not None:
         refuse_idle_concept(method, preset, concept, **settings)
-    rows = triplets if isinstance(triplets, Triplets) else Triplets.load(Path(triplets))
-    return make_edit(method, preset, concept=concept, **settings).apply(model, rows, folder=folder, resume=resume, report=report)
+    recipe = make_edit(method, preset, concept=concept, **settings)
+    refuse_idle(recipe, method, triplets, folder, resume)
+    rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
+    return recipe.apply(model, rows, folder=folder, resume=resume, report=report)
 
 
 def settings_of(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -223,8 +223,8 @@ class Opened:
 class Shelf:
     """Opens stacks. It keeps the model that it loaded last, so that stacks on one model in a row share it."""
 
-    def __init__(self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False) -> None:
-        self.device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+    def __init__(self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False, config: Path | None = None) -> None:
+        self.device, self.dtype, self.allow_pickle, self.config = device, dtype, allow_pickle, config
         self._kept: tuple[str, Model, str] | None = None
         self._open = False
 
@@ -238,7 +238,7 @@ class Shelf:
             from safegen.models.model import load
 
             self._kept = None  # two models need not fit in memory
-            model = load(name, dtype=self.dtype, device=self.device, allow_pickle=self.allow_pickle)
+            model = load(name, dtype=self.dtype, device=self.device, allow_pickle=self.allow_pickle, config=self.config)
             self._kept = (name, model, weights_hash(model))
         return self._kept[1:]
 

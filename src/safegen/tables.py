@@ -11,7 +11,15 @@ from safegen.errors import UnknownName
 MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
 """Bundled models: a function that returns a diffusers folder."""
 
-EDITS = {"safegen": "safegen.edit.safegen:SafeGen"}
+EDITS = {
+    "safegen": "safegen.edit.safegen:SafeGen",
+    "concept_ablation": "safegen.edit.concept_ablation:ConceptAblation",
+    "duo": "safegen.edit.duo:DUO",
+    "esd": "safegen.edit.esd:ESD",
+    "sdd": "safegen.edit.sdd:SDD",
+    "uce": "safegen.edit.uce:UCE",
+    "rece": "safegen.edit.rece:RECE",
+}
 
 GUARDS = {
     "sld": "safegen.guard.sld:Sld",

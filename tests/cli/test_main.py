@@ -41,6 +41,14 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         (["edit", "mini", "--triplets", "TRIPLETS", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"], "held_out has no effect without"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"], "nothing to resume"),
+        (["edit", "mini", "--out", "OUT"], "safegen learns from pictures; give triplets"),
+        (["edit", "mini", "--method", "uce", "--out", "OUT"], "uce has no words to erase; give a concept"),
+        (
+            ["edit", "mini", "--method", "uce", "--concept", "skulls", "--triplets", "TRIPLETS", "--out", "OUT"],
+            "triplets have no effect on",
+        ),
+        (["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"], "resume has no effect on rece"),
+        (["edit", "mini", "--method", "uce", "--concept", "skulls", "--work", "W", "--out", "OUT"], "checkpoints has no effect on uce"),
         (["apply", "no.safetensors", "mini", "--out", "OUT"], "'no.safetensors' does not exist"),
         (["demo", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
     ],
@@ -124,6 +132,16 @@ def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words
     assert says in err
     assert "\n" not in err.strip()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["uce", "rece"])
+def test_a_closed_form_edits_by_a_concepts_name_in_seconds(safegen, tmp_path, method):
+    patch = tmp_path / "patch.safetensors"
+    code, out, err = safegen("edit", "mini", "--method", method, "--concept", "skulls", "--out", patch)
+    assert code == 0, err
+    assert "tensors changed in" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["patch.safetensors"]
+    assert safegen("generate", "mini", "--patch", patch, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "a")[0] == 0
 
 
 def test_a_truncated_patch_is_refused(safegen, tmp_path):

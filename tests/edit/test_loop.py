@@ -20,10 +20,10 @@ from safegen.errors import BadFile, BadSetting, Diverged, SafegenError, Stopped,
 from safegen.models import select
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
-QUICK = Training(
-    updates=6, batch=2, accumulation=2, lr=1e-3, warmup=2, decay="cosine", ema=0.9, checkpoint_every=3, validate_every=2, seed=7
-)
+QUICK = Training(updates=6, batch=2, accumulation=2, lr=1e-3, warmup=2, decay="cosine", ema=0.9, validate_every=2, seed=7)
 """Everything that has a state is on."""
+KEPT = QUICK.model_copy(update={"checkpoint_every": 3})
+"""The same, kept now and then: it needs a folder."""
 
 
 class Denoise:
@@ -124,8 +124,8 @@ def break_at(update):
 @pytest.mark.parametrize("update", [1, 4])
 def test_a_run_stopped_by_a_signal_continues_bit_for_bit(denoiser, names, whole, tmp_path, number, update):
     with pytest.raises(Stopped, match=f"after update {update} of 6; resume continues from"):
-        train(denoiser, names, Denoise(), QUICK, folder=tmp_path / "run", report=stop_at(update, number))
-    found = train(denoiser, names, Denoise(), QUICK, folder=tmp_path / "run", resume=True)
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "run", report=stop_at(update, number))
+    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "run", resume=True)
     same(found.tensors, whole.tensors)
     assert without_time(found.log) == without_time(whole.log)
 
@@ -133,8 +133,8 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(denoiser, names, whole,
 @pytest.mark.parametrize("update", [4, 6])
 def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(denoiser, names, whole, tmp_path, update):
     with pytest.raises(ConnectionError):
-        train(denoiser, names, Denoise(), QUICK, folder=tmp_path, report=break_at(update))
-    found = train(denoiser, names, Denoise(), QUICK, folder=tmp_path, resume=True)
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=break_at(update))
+    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
     same(found.tensors, whole.tensors)
     assert without_time(found.log) == without_time(whole.log)
 
@@ -142,13 +142,13 @@ def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(denoiser, nam
 def test_a_run_may_be_stopped_again_and_again(denoiser, names, whole, tmp_path):
     for update in (1, 2, 3, 4, 5):
         with pytest.raises(Stopped):
-            train(denoiser, names, Denoise(), QUICK, folder=tmp_path, resume=update > 1, report=stop_at(update))
-    same(train(denoiser, names, Denoise(), QUICK, folder=tmp_path, resume=True).tensors, whole.tensors)
+            train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=update > 1, report=stop_at(update))
+    same(train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True).tensors, whole.tensors)
 
 
 def test_a_finished_run_resumes_to_its_own_result(denoiser, names, whole, tmp_path):
-    train(denoiser, names, Denoise(), QUICK, folder=tmp_path)
-    again = train(denoiser, names, Denoise(), QUICK, folder=tmp_path, resume=True)
+    train(denoiser, names, Denoise(), KEPT, folder=tmp_path)
+    again = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
     same(again.tensors, whole.tensors)
     assert without_time(again.log) == without_time(whole.log)
 
@@ -178,7 +178,7 @@ def test_the_loop_runs_outside_the_main_thread(line):
 
 
 def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(denoiser, names, tmp_path):
-    found = train(denoiser, names, Denoise(), QUICK, folder=tmp_path / "deep" / "run")
+    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "deep" / "run")
     assert {p.name for p in (tmp_path / "deep" / "run").iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
     rows = [json.loads(text) for text in (tmp_path / "deep" / "run" / "log.jsonl").read_text().splitlines()]
     assert rows == found.log
@@ -190,7 +190,7 @@ def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(denois
 @pytest.mark.parametrize("change", [{"lr": 2e-3}, {"seed": 8}, {"ema": 0.5}, {"updates": 7}, {"accumulation": 1}])
 def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, change):
     with pytest.raises(Stopped):
-        train(denoiser, names, Denoise(), QUICK, folder=tmp_path, report=stop_at(1))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(1))
     with pytest.raises(BadFile, match="other settings"):
         train(denoiser, names, Denoise(), QUICK.model_copy(update=change), folder=tmp_path, resume=True)
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_problem_is_refused(line, tmp_path):
 
 def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tmp_path):
     with pytest.raises(Stopped):
-        train(denoiser, names, Denoise(), QUICK, folder=tmp_path, report=stop_at(2))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(2))
     found = train(denoiser, names, Denoise(), QUICK.model_copy(update={"checkpoint_every": 1}), folder=tmp_path, resume=True)
     same(found.tensors, whole.tensors)
 
@@ -503,6 +503,7 @@ def test_patience_counts_on_over_a_stop(line, tmp_path):
     ("change", "words"),
     [
         ({"patience": 2}, "patience has no effect without validate_every"),
+        ({"checkpoint_every": 7}, "checkpoint_every has no effect without a folder"),
         ({"updates": 5, "warmup": 5}, r"warmup must be shorter than updates \(5\), got 5"),
     ],
 )

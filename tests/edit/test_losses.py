@@ -40,6 +40,11 @@ def x0_of_v(x_t, v, abar):
     return wide(abar.sqrt()) * x_t - wide((1 - abar).sqrt()) * v
 
 
+def implied_x0(x_t, eps, abar):
+    """The clean latent that a noise prediction stands for."""
+    return (x_t - wide((1 - abar).sqrt()) * eps) / wide(abar.sqrt())
+
+
 def share_of_the_way(x0, z_u, z_c):
     """How far from z_u (0) to z_c (1) a latent lies, per element."""
     return (z_u - x0) / (z_u - z_c)
@@ -59,13 +64,13 @@ def test_velocity_is_the_schedulers(scheduler, abar, z):
 
 def test_implied_x0_takes_the_noise_out_again(abar, z):
     z_u, _, eps = z
-    assert_close(losses.implied_x0(losses.add_noise(z_u, eps, abar), eps, abar), z_u, rtol=0, atol=1e-10)
+    assert_close(implied_x0(losses.add_noise(z_u, eps, abar), eps, abar), z_u, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("clamp", [0.5, 3.0, 1e9])
 def test_the_x0_target_stands_for_the_censored_picture_wherever_the_clamp_does_not_bind(abar, z, clamp):
     z_u, z_c, eps = z
-    x0 = losses.implied_x0(losses.add_noise(z_u, eps, abar), losses.x0_target(eps, z_u, z_c, abar, clamp=clamp), abar)
+    x0 = implied_x0(losses.add_noise(z_u, eps, abar), losses.x0_target(eps, z_u, z_c, abar, clamp=clamp), abar)
     free = (abar / (1 - abar)).sqrt() <= clamp
     assert free.any()
     assert_close(x0[free], z_c[free], rtol=0, atol=1e-10)
@@ -73,7 +78,7 @@ def test_the_x0_target_stands_for_the_censored_picture_wherever_the_clamp_does_n
 
 def test_where_the_clamp_binds_the_x0_target_stands_for_a_picture_between_unsafe_and_censored(abar, z):
     z_u, z_c, eps = z
-    x0 = losses.implied_x0(losses.add_noise(z_u, eps, abar), losses.x0_target(eps, z_u, z_c, abar, clamp=3.0), abar)
+    x0 = implied_x0(losses.add_noise(z_u, eps, abar), losses.x0_target(eps, z_u, z_c, abar, clamp=3.0), abar)
     bound = (abar / (1 - abar)).sqrt() > 3.0
     assert bound.any()
     way = share_of_the_way(x0, z_u, z_c)[bound]
@@ -116,7 +121,7 @@ def test_the_v_target_and_the_x0_target_are_one_answer_in_two_languages(abar, z)
 
 def test_the_paper_target_stands_for_a_picture_k_of_the_way(abar, z):
     z_u, z_c, eps = z
-    x0 = losses.implied_x0(losses.add_noise(z_u, eps, abar), losses.paper_target(eps, z_u, z_c), abar)
+    x0 = implied_x0(losses.add_noise(z_u, eps, abar), losses.paper_target(eps, z_u, z_c), abar)
     k = ((1 - abar) / abar).sqrt()
     assert_close(x0, z_u - wide(k) * (z_u - z_c), rtol=0, atol=1e-9)
     assert int((k - 1).abs().argmin()) == pytest.approx(354, abs=1)
@@ -134,7 +139,7 @@ def test_a_triplet_without_a_difference_teaches_the_ordinary_target(abar, z):
 def test_whatever_the_anchor_stands_for_is_moved_by_the_censoring_alone(abar, z):
     z_u, z_c, said = z
     x_t = losses.add_noise(z_u, z_c, abar)  # any x_t: the move does not depend on it
-    before, after = (losses.implied_x0(x_t, e, abar) for e in (said, losses.x0_target(said, z_u, z_c, abar, clamp=1e9)))
+    before, after = (implied_x0(x_t, e, abar) for e in (said, losses.x0_target(said, z_u, z_c, abar, clamp=1e9)))
     assert_close(after - before, z_c - z_u, rtol=0, atol=1e-8)
     before, after = (x0_of_v(x_t, v, abar) for v in (said, losses.v_target(said, z_u, z_c, abar, clamp=1e9)))
     assert_close(after - before, z_c - z_u, rtol=0, atol=1e-8)
@@ -150,6 +155,19 @@ def test_targets_computed_by_hand():
     assert losses.velocity(eps, z_u, abar).item() == pytest.approx(plain)
     assert losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_c, abar, clamp=9.0).item() == pytest.approx(plain + 2 / 0.2**0.5)
     assert losses.v_target(losses.velocity(eps, z_u, abar), z_u, z_c, abar, clamp=1.5).item() == pytest.approx(plain + 1.5 * 2)
+
+
+def test_pushing_away_computed_by_hand():
+    base, push, origin = (torch.full((1, 1, 1, 1), x) for x in (5.0, 4.0, 1.0))
+    assert losses.push_away(base, push, origin, strength=2.0).item() == 5 - 2 * 3
+    assert losses.push_away(base, push, origin, strength=0.0).item() == 5
+
+
+def test_the_rewritten_esd_is_the_papers_with_one_more_of_strength(z):
+    """e0(c) - (1 + n) (e0(c) - e0(blank)) = e0(blank) - n (e0(c) - e0(blank))."""
+    said, blank, _ = z
+    theirs = losses.push_away(said, said, blank, strength=2.0)
+    assert_close(theirs, losses.push_away(blank, said, blank, strength=1.0), rtol=0, atol=1e-12)
 
 
 def test_squared_error_computed_by_hand_has_one_value_a_sample():

@@ -225,8 +225,8 @@ def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
     assert torch.equal(model.encode_text(["a red cube"]), tiny_model.encode_text(["a red cube"]))
 
 
-@pytest.mark.parametrize(("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "single file")])
-def test_a_single_file_is_refused(tmp_path, name, words):
+@pytest.mark.parametrize(("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "one-file checkpoint")])
+def test_a_single_file_that_is_none_is_refused(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(BadFile, match=words):
         load(str(tmp_path / name))

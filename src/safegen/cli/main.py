@@ -1,4 +1,4 @@
-"""The commands: generate, edit, apply, demo; evaluate, score, report, verify, triplets and prompts have their own files."""
+"""The commands: generate, edit, apply, demo; patch, export, evaluate, score, report, verify, triplets and prompts have their own files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegen.cli import evaluate, triplets
+from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
 from safegen.errors import BadFile, BadSetting
 
@@ -28,11 +29,13 @@ app = typer.Typer(
 )
 app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
 app.add_typer(prompts_cli.app, name="prompts", help="Look into files and lists of prompts.")
-for command in (evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify):
+app.add_typer(patch_cli.app, name="patch", help="Look into patches, compare and merge them, turn them into LoRAs.")
+for command in (patch_cli.export, evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify):
     app.command()(command)
 
-ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="MODEL")]
+ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="MODEL")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
+Config = Annotated[Path | None, typer.Option(help="For a one-file checkpoint: a diffusers folder of its family, for small files it lacks.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")]
@@ -67,6 +70,7 @@ def generate(
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
+    config: Config = None,
 ) -> None:
     """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet; with guards, trail.jsonl says what they did."""
     texts = _read_prompts(prompt, prompts)
@@ -84,7 +88,10 @@ def generate(
     recipe = recipe.model_copy(update={"patches": (*recipe.patches, *(patch or []))})
     recipe = add_guards(recipe, guard or [], concept)
     patches = [Patch.load(path).hash for path in recipe.patches]
-    sampler, shelf = Sampler(steps=steps, guidance=guidance, batch=batch), Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
+    sampler, shelf = (
+        Sampler(steps=steps, guidance=guidance, batch=batch),
+        Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle, config=config),
+    )
     asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     with private_folder(out, last=SHEET) as folder, _one_line_warnings(), shelf.opened(recipe) as ready, _progress() as tell:
         pictures, lines = [], []
@@ -108,11 +115,13 @@ def generate(
 @app.command()
 def edit(
     model: ModelArg,
-    triplets: Annotated[Path, typer.Option(help="Folder made by `safegen triplets make`, or a CSV in the official form.")],
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
+    triplets: Annotated[
+        Path | None, typer.Option(help="For edits that learn from pictures: folder made by `safegen triplets make`, or the official CSV.")
+    ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",
-    concept: Annotated[str | None, typer.Option(help="A built-in concept or a TOML file: lends harmless captions to train with.")] = None,
+    concept: Annotated[str | None, typer.Option(help="A built-in concept or a TOML file: lends words to erase, harmless captions.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ...")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the log; OUT.work when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
@@ -120,28 +129,33 @@ def edit(
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
+    config: Config = None,
 ) -> None:
-    """Remove a visual concept and write the change as a patch."""
+    """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
     _quiet()
     from safegen.api import make_edit, refuse_idle_concept
     from safegen.data.triplets import Triplets
+    from safegen.edit.base import refuse_idle, wanted
 
-    work = work or out.with_name(out.name + ".work")
-    if not resume and (work / "checkpoint.safetensors").exists():
-        raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
     changes = _changes(method, preset, set_ or [])
     if concept is not None:
         refuse_idle_concept(method, preset, concept, **changes)
     recipe = make_edit(method, preset, concept=concept, **changes)
-    rows = Triplets.load(triplets)
-    loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle)
+    refuse_idle(recipe, method, triplets, work, resume)
+    rows = wanted(method, Triplets.load(triplets) if triplets else None) if recipe.learns_from == "triplets" else None
+    if recipe.trains:
+        work = work or out.with_name(out.name + ".work")
+        if not resume and (work / "checkpoint.safetensors").exists():
+            raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
+    loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
     with _progress() as tell:
         patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
     patch.save(out)
     facts = patch.provenance
-    typer.echo(f"{out}: {len(patch.tensors)} tensors changed in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}")
+    how = f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}" if recipe.trains else f"in {facts['seconds']:.1f} s"
+    typer.echo(f"{out}: {len(patch.tensors)} tensors changed {how}")
 
 
 @app.command()
@@ -150,6 +164,7 @@ def apply(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New diffusers folder.")],
     allow_pickle: Pickle = False,
+    config: Config = None,
 ) -> None:
     """Put a patch on a model and write a plain diffusers folder."""
     if out.exists():
@@ -157,7 +172,7 @@ def apply(
     _quiet()
     from safegen.models import save_folder
 
-    loaded, _ = _load(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle)
+    loaded, _ = _load(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
     save_folder(loaded, out)
     typer.echo(f"{out}: open it with StableDiffusionPipeline.from_pretrained({str(out)!r})")
 
@@ -254,13 +269,15 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
     return out
 
 
-def _load(name: str, patches: list[Path], *, device: str, dtype: str, threads: int | None, allow_pickle: bool) -> tuple[Model, list[str]]:
+def _load(
+    name: str, patches: list[Path], *, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
+) -> tuple[Model, list[str]]:
     """Load a model and put patches on it; warnings become one line each."""
     from safegen.models import Patch, load
 
     _set_threads(threads)
     read = [Patch.load(path) for path in patches]
-    loaded = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    loaded = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
     _ = loaded.hash  # of the untouched weights, before any patch
     for patch in read:
         with warnings.catch_warnings(record=True) as caught:

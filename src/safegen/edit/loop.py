@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -89,6 +89,15 @@ class Problem(Protocol):
         ...
 
 
+@runtime_checkable
+class Follower(Protocol):
+    """A problem that looks at the weight average while it trains."""
+
+    def follow(self, average: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Keep the question for the averaged weights as they stand, by name; it is to be asked within `losses`."""
+        ...
+
+
 class Trained(BaseModel):
     """What the loop found."""
 
@@ -101,6 +110,15 @@ class Trained(BaseModel):
     seconds: float
     """Time spent training, over all resumed parts."""
     stopped_early: bool = False
+
+    def facts(self, terms: Iterable[str]) -> dict[str, Any]:
+        """Return what a patch says of its training: updates, seconds, the last losses."""
+        return {
+            "updates": len(self.log),
+            "seconds": round(self.seconds, 2),
+            "stopped_early": self.stopped_early,
+            "losses": {k: self.log[-1][k] for k in terms},
+        }
 
 
 def train(
@@ -134,6 +152,8 @@ def train(
         raise BadSetting(f"warmup must be shorter than updates ({settings.updates}), got {settings.warmup}")
     if settings.patience and not settings.validate_every:
         raise BadSetting("patience has no effect without validate_every; set it, or leave patience at 0")
+    if folder is None and settings.checkpoint_every != Training.model_fields["checkpoint_every"].default:
+        raise BadSetting("checkpoint_every has no effect without a folder to keep checkpoints in; give one, or leave it out")
     if resume and folder is None:
         raise BadSetting("resume needs the folder of the stopped run")
     own = dict(denoiser.named_parameters())
@@ -195,6 +215,12 @@ class _Run:
         self.ema = EMAModel(list(trained.values()), decay=settings.ema) if settings.ema else None
         self.update, self.spent, self.best, self.waited = 0, 0.0, math.inf, 0
         self.log: list[Row] = []
+        if isinstance(problem, Follower):
+            problem.follow(self._average)
+
+    def _average(self) -> dict[str, Tensor]:
+        values = self.ema.shadow_params if self.ema else list(self.trained.values())
+        return {name: value.detach() for name, value in zip(self.trained, values, strict=True)}
 
     def go(self, resume: bool) -> Trained:
         if resume:
@@ -216,8 +242,7 @@ class _Run:
                 if stop() and not last:
                     kept = f"resume continues from {self.folder}" if self.folder else "nothing was kept: no folder was given"
                     raise Stopped(f"stopped after update {self.update} of {self.settings.updates}; {kept}")
-        averaged = self.ema.shadow_params if self.ema else list(self.trained.values())
-        tensors = {n: v.detach().clone() for n, v in zip(self.trained, averaged, strict=True)}
+        tensors = {n: v.clone() for n, v in self._average().items()}
         return Trained(tensors=tensors, log=self.log, seconds=self.spent, stopped_early=early)
 
     def _one_update(self) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 Latent = Float[Tensor, "b c h w"]
 PerSample = Float[Tensor, "b"]
@@ -75,10 +75,36 @@ def add_noise(z: Latent, eps: Latent, abar: PerSample) -> Latent:
     return abar.sqrt().view(shape) * z + (1 - abar).sqrt().view(shape) * eps
 
 
-def implied_x0(x_t: Latent, eps: Latent, abar: PerSample) -> Latent:
-    """Return the clean latent that a noise prediction stands for: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
-    shape = (-1, 1, 1, 1)
-    return (x_t - (1 - abar).sqrt().view(shape) * eps) / abar.sqrt().view(shape)
+def push_away(base: Latent, push: Latent, origin: Latent, *, strength: float) -> Latent:
+    """Return base - strength (push - origin): a prediction moved away from what some words ask for.
+
+    With base = origin = the untouched model's blank prediction it is the target of ESD (Gandikota et al. 2023, arXiv:2303.07345, eq. 7),
+    with the prediction for a harmless anchor in both places a redirection to the anchor. Affine in what the model predicts, so it
+    means the same for noise and for velocity.
+
+    Args:
+        base: where to go from.
+        push: prediction for what is erased.
+        origin: prediction that `push` is told apart from.
+        strength: how far; unitless, 0 is `base` itself.
+    """
+    return base - strength * (push - origin)
 
 
-__all__ = ["add_noise", "implied_x0", "paper_target", "squared_error", "v_target", "velocity", "x0_target"]
+def preference(safe: PerSample, safe_before: PerSample, unsafe: PerSample, unsafe_before: PerSample, *, beta: float) -> PerSample:
+    """Return -log sigmoid(-beta ((safe - safe_before) - (unsafe - unsafe_before))), Diffusion-DPO with a pair of pictures.
+
+    Wallace et al. 2023 (arXiv:2311.12908), as DUO has it (arXiv:2407.21035, eq. 8): log 2 where nothing has moved, smaller where the safe
+    picture's error fell or the unsafe one's rose.
+
+    Args:
+        safe: denoising error on the safe picture.
+        safe_before: of the untouched model.
+        unsafe: on the unsafe picture.
+        unsafe_before: of the untouched model.
+        beta: sharpness; unitless, > 0.
+    """
+    return nn.functional.softplus(beta * ((safe - safe_before) - (unsafe - unsafe_before)))
+
+
+__all__ = ["add_noise", "paper_target", "preference", "push_away", "squared_error", "v_target", "velocity", "x0_target"]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from safegen.concept import Concept, prompt_list
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.base import Edit
+from safegen.edit.adapter import refuse_idle_alpha, trainable
+from safegen.edit.base import Edit, wanted
 from safegen.edit.loop import Report, Training, train
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.models.model import Model
@@ -91,6 +92,10 @@ class SafeGen(Edit):
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights change."""
+    rank: int | None = Field(default=None, ge=1)
+    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     held_out: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
@@ -100,6 +105,7 @@ class SafeGen(Edit):
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
+        refuse_idle_alpha(self.rank, self.alpha)
         if (self.target == "x0") != (self.clamp is not None):
             raise ValueError("clamp goes with target x0, and only with it")
         if self.target != "x0" and self.anchor != "noise":
@@ -118,6 +124,10 @@ class SafeGen(Edit):
             raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
         if self.weight_mosaic + self.weight_preserve <= 0:
             raise ValueError("weight_mosaic and weight_preserve are both 0: nothing would be learnt")
+        if not self.weight_preserve and self.teacher:
+            raise ValueError("teacher has no effect with weight_preserve 0, which leaves L_p out; set it to false")
+        if not self.weight_mosaic and (self.adversary or self.fade):
+            raise ValueError("adversary and fade have no effect with weight_mosaic 0, which leaves L_m out; set both to 0")
         return self
 
     @classmethod
@@ -140,17 +150,24 @@ class SafeGen(Edit):
         return cls(**settings)
 
     def apply(
-        self, model: Model, triplets: Triplets, *, folder: Path | None = None, resume: bool = False, report: Report | None = None
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        report: Report | None = None,
     ) -> Patch:
         """Train the edit and return it as a patch; `model` is not touched.
 
         Raises:
-            BadSetting: the model's schedule has fewer timesteps than asked for, or too few triplets for a held-out part.
+            BadSetting: no triplets, or too few for a held-out part; the model's schedule has fewer timesteps than asked for.
             Stopped: the user stopped it; `resume` continues.
         """
-        problem = SafeGenProblem(self, model, triplets)
-        names = select(model.denoiser, self.selector)
-        found = train(model.denoiser, names, problem, self.training, folder=folder, resume=resume, report=report)
+        triplets = wanted("safegen", triplets)
+        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            problem = SafeGenProblem(self, model, triplets)
+            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         facts = {
             "method": "safegen",
             "settings": self.model_dump(mode="json"),
@@ -162,7 +179,7 @@ class SafeGen(Edit):
             "stopped_early": found.stopped_early,
             "losses": {k: found.log[-1][k] for k in problem.weights},
         }
-        return Patch(found.tensors, facts)
+        return Patch(part.weights(found.tensors), facts)
 
 
 class SafeGenProblem:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from safegen.errors import BadFile, UnknownName
+from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.files import fresh_folder
 from safegen.hashes import hash_tensors
 from safegen.tables import MODELS, resolve
@@ -77,6 +77,12 @@ class Model:
         out: Tensor = tower(ids.to(self.device))[0]
         return out
 
+    def text_ends(self, texts: list[str]) -> list[int]:
+        """Return the position of each text's own last token in its embedding; of an empty text, 0, the start mark."""
+        tokenizer = self.pipeline.tokenizer
+        mask = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).attention_mask
+        return [sum(row) - 2 for row in mask]
+
     @torch.no_grad()
     def encode_images(self, images: Tensor, *, batch: int = 8) -> Tensor:
         """Return scaled latents: the posterior mean, so that the same picture always gives the same latent.
@@ -99,21 +105,29 @@ class Model:
         return str(self.pipeline.scheduler.config.prediction_type)
 
 
-def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False) -> Model:
-    """Load a model by its name in the table, or from a diffusers folder, or (`hub:owner/name`) from the hub.
+def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False, config: Path | None = None) -> Model:
+    """Load a model by its name in the table, from a diffusers folder, a one-file checkpoint, or (`hub:owner/name`) from the hub.
 
     Args:
-        name: `mini`, a folder that holds model_index.json, or `hub:owner/name`. Nothing is fetched for the first two.
+        name: `mini`, a folder that holds model_index.json, a .safetensors (or .ckpt) file, or `hub:owner/name`. Only the last is fetched.
         dtype: fp32, bf16 or fp16.
         device: a torch device.
-        allow_pickle: also open weights stored as pickles (.bin), which can run code of whoever made them.
+        allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code of whoever made them.
+        config: for a one-file checkpoint, a diffusers folder of the same family, for the small files that it lacks.
 
     Raises:
+        BadSetting: config is given with something else than a one-file checkpoint.
         UnknownName: neither a known model nor a folder.
         BadFile: the folder lacks parts, holds pickles or damaged files, or its weights have NaN.
     """
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
+    if name not in MODELS and Path(name).is_file():
+        from safegen.models.single_file import load_single_file
+
+        return load_single_file(Path(name), config=config, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    if config is not None:
+        raise BadSetting(f"config has no effect on {name!r}, which is no one-file checkpoint; leave it out")
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "safety_checker": None, "requires_safety_checker": False}
     if name.startswith("hub:"):
         folder, options = name.removeprefix("hub:"), options | {"use_safetensors": None if allow_pickle else True}
@@ -122,10 +136,19 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
         _look(name, path, allow_pickle)
         folder, options = str(path), options | {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
     try:
-        with _silence():
+        with silence():
             pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
-        raise BadFile(f"the model {name!r} cannot be read: {_first_line(error)}") from error
+        raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
+    return finish_loading(name, pipeline, device, None if name.startswith("hub:") else Path(folder))
+
+
+def finish_loading(name: str, pipeline: StableDiffusionPipeline, device: str, folder: Path | None = None) -> Model:
+    """Return an opened pipeline as a model: checked, on its device, silent and without gradients.
+
+    Raises:
+        BadFile: its weights have NaN.
+    """
     for part in PARTS:
         for key, value in getattr(pipeline, part).state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -135,26 +158,20 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
     for part in PARTS:
         module: nn.Module = getattr(pipeline, part)
         module.eval().requires_grad_(False)
-    return Model(name, pipeline, None if name.startswith("hub:") else Path(folder))
+    return Model(name, pipeline, folder)
 
 
 def _look(name: str, path: Path, allow_pickle: bool) -> None:
     """Check a model folder before anything is opened."""
     if not path.exists():
         raise UnknownName("model (nor a folder of that name)", name, MODELS)
-    if path.is_file():
-        if path.suffix in {".ckpt", ".pt", ".pth", ".bin"} and not allow_pickle:
-            raise BadFile(
-                f"{name} is a pickle, which can run code of whoever made it; get it as safetensors, or say --allow-pickle if you trust it"
-            )
-        raise BadFile(f"{name} is a single file; this version reads diffusers folders (the one that holds model_index.json)")
     index = path / "model_index.json"
     if not index.is_file():
         raise BadFile(f"{name} is not a diffusers folder: it has no model_index.json")
     try:
         family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise BadFile(f"{index} is not JSON: {_first_line(error)}") from error
+        raise BadFile(f"{index} is not JSON: {first_line(error)}") from error
     if family not in FAMILIES:
         raise BadFile(f"{name} is a {family}; this version reads: {', '.join(FAMILIES)}")
     for part in PARTS:
@@ -170,7 +187,7 @@ def _look(name: str, path: Path, allow_pickle: bool) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep the libraries below from printing bars and messages; what they raise says it all."""
     was = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusers_logging, transformers_logging)]
     for lib, _, _ in was:
@@ -185,7 +202,8 @@ def _silence() -> Iterator[None]:
                 lib.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, cut to 300 characters."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 

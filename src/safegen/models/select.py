@@ -8,8 +8,19 @@ from torch import nn
 
 from safegen.errors import BadSetting, UnknownName
 
-SELECTORS = {"attn1": r"\.attn1\."}
-"""Selector: regular expression over the denoiser's parameter names."""
+SELECTORS = {
+    "attn1": r"\.attn1\.",
+    "attn2": r"\.attn2\.",
+    "kv2": r"\.attn2\.to_[kv]\.",
+    "attention": r"\.attn[12]\.",
+    "noxattn": r"^(?!conv_norm_out\.|conv_out\.|time_embedding\.)(?!.*\.attn2\.)",
+    "all": r"",
+}
+"""Selector: regular expression over the denoiser's parameter names.
+
+`attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values, all that reads the text (ESD-x-strict, UCE);
+`noxattn` is everything else but the last layers and the time embedding, as ESD-u was published (arXiv:2303.07345, first code).
+"""
 
 
 def select(denoiser: nn.Module, selector: str) -> list[str]:

@@ -1,0 +1,197 @@
+"""Every edit side by side on the miniature model: the table in docs/edits.md.
+
+    python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3] [--rows safegen,uce,...] [--out edits.jsonl]
+    python benchmarks/edits.py --table edits.jsonl      # the rows so far, as Markdown
+
+One row an edit, all on the same prompts, seeds, sampler and judge; the base model is drawn once. Rows are appended as they are done. A
+row is `METHOD` or `METHOD:PRESET`; rows joined with `+` are put on one after the other. Prompts are the first of each list with seeds
+1 to 3, as the required figures (`required.py`) have them: choose settings elsewhere (`--skip 128 --seed 11`, as the ablation does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from safegen.api import make_edit
+from safegen.bench.plan import Item, make_plan
+from safegen.bench.score import removal, score
+from safegen.concept import Concept, load_concept
+from safegen.data.triplets import Triplets
+from safegen.judge import Verdict, load_judge
+from safegen.metrics.change import mean_change
+from safegen.metrics.clip_score import clip_score
+from safegen.metrics.coherence import coherence_kept
+from safegen.metrics.distances import kid
+from safegen.metrics.mini_clip import MiniClip
+from safegen.models import Model, Patch, Sampler, generate, load
+from safegen.tables import EDITS, TRIPLETS, resolve
+
+
+def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any]) -> tuple[Patch, dict[str, Any], float]:
+    """Return one edit's patch, its settings and its seconds."""
+    method, _, preset = row.partition(":")
+    kind = resolve(EDITS, method, "edit")
+    changes = {"training": training} if training and kind.trains else {}
+    edit = make_edit(method, preset or "default", concept=concept, **changes)
+    triplets = None
+    if edit.learns_from == "triplets":
+        source, _, part = (concept.triplets or "").partition(":")
+        triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
+    began = time.perf_counter()
+    patch = edit.apply(model, triplets)
+    return patch, edit.model_dump(mode="json"), time.perf_counter() - began
+
+
+def size_of(patch: Patch) -> int:
+    """Return the bytes of a patch's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        patch.save(Path(folder) / "p.safetensors")
+        return (Path(folder) / "p.safetensors").stat().st_size
+
+
+def measure(
+    eyes: MiniClip,
+    items: list[Item],
+    base: list[Verdict],
+    edited: list[Verdict],
+    drawn: list[Image.Image],
+    redrawn: list[Image.Image],
+    concept: Concept,
+) -> dict[str, Any]:
+    """Return every list's figures."""
+    out: dict[str, Any] = {}
+    for name in dict.fromkeys(i.list_name for i in items):
+        at = [n for n, i in enumerate(items) if i.list_name == name]
+        mine, before, after = [items[n] for n in at], [base[n] for n in at], [edited[n] for n in at]
+        entry = {"role": mine[0].role, "base": score(mine, before, concept).to_json(), "edited": score(mine, after, concept).to_json()}
+        pictures, before_pictures, texts = [redrawn[n] for n in at], [drawn[n] for n in at], [i.prompt for i in mine]
+        words = eyes.texts(texts)
+        for side, shown in (("base", before_pictures), ("edited", pictures)):
+            entry[f"clip_{side}"] = clip_score(eyes.features(shown), words, texts, model=eyes.id).to_json()
+        if len(mine) >= 8:  # of fewer it says nothing
+            entry["kid"] = kid(eyes.features(pictures), eyes.features(before_pictures), against="base", extractor=eyes.id).to_json()
+        try:
+            entry["coherence"] = coherence_kept(before, after, [i.subject or "" for i in mine]).to_json()
+        except ValueError as error:  # the base model showed the subject nowhere
+            entry["coherence"], entry["coherence_undefined"] = None, str(error)
+        entry["change"] = mean_change([drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]).to_json()
+        if mine[0].role in ("explicit", "innocent"):
+            try:
+                entry["removal"] = removal(mine, before, after, concept).to_json()
+            except ValueError as error:  # the base model drew the concept nowhere
+                entry["removal"], entry["removal_undefined"] = None, str(error)
+        out[name] = entry
+    return out
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--concept", default="skulls")
+    ask.add_argument("--prompts", type=int, default=64)
+    ask.add_argument("--skip", type=int, default=0, help="first prompts of each list to leave out")
+    ask.add_argument("--seeds", type=int, default=3)
+    ask.add_argument("--seed", type=int, default=1, help="the first seed")
+    ask.add_argument("--steps", type=int, default=25)
+    ask.add_argument("--updates", type=int, help="updates of every edit that trains, to see that all works")
+    ask.add_argument("--rows", default=",".join(EDITS))
+    ask.add_argument("--lists", default="", help="measure on these lists only")
+    ask.add_argument("--out", type=Path, default=Path("edits.jsonl"))
+    ask.add_argument("--table", type=Path)
+    ask.add_argument("--plot", type=Path, help="with --table, also draw removed (innocent) against changed (last list) to this file")
+    args = ask.parse_args()
+    if args.table:
+        found = [json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]
+        print(markdown(found))
+        if args.plot:
+            plot(found, args.plot)
+        return
+    concept = load_concept(args.concept)
+    seeds = tuple(range(args.seed, args.seed + args.seeds))
+    planned = make_plan(concept, prompts=args.skip + args.prompts, seeds=seeds)
+    shown = args.lists.split(",") if args.lists else list(dict.fromkeys(i.list_name for i in planned))
+    items = [i for i in planned if i.index % (args.skip + args.prompts) >= args.skip and i.list_name in shown]
+    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    eyes = MiniClip()
+    model, sampler = load("mini"), Sampler(precision="bf16", steps=args.steps)
+    drawn = list(generate(model, [i.ask for i in items], sampler))
+    base = judge.judge(drawn)
+    training = {"updates": args.updates, "warmup": 0} if args.updates else {}
+    for row in args.rows.split(","):
+        out: dict[str, Any] = {"row": row, "concept": args.concept, "edits": [], "seconds": 0.0, "bytes": 0}
+        with ExitStack() as on:
+            _ = model.hash
+            for part in row.split("+"):
+                patch, settings, seconds = make_patch(part, model, concept, training)
+                on.enter_context(patch.apply(model))
+                out["edits"].append({"method": part, "settings": settings, "provenance": dict(patch.provenance)})
+                out["seconds"] = round(out["seconds"] + seconds, 1)
+                out["bytes"] += size_of(patch)
+            redrawn = list(generate(model, [i.ask for i in items], sampler))
+        out["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # of the process so far
+        out["lists"] = measure(eyes, items, base, judge.judge(redrawn), drawn, redrawn, concept)
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(out) + "\n")
+        print(markdown([out]).splitlines()[-1], flush=True)
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table: percentages, 95 % intervals in brackets."""
+
+    def rate(r: dict[str, Any] | None) -> str:
+        return f"{100 * r['value']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})" if r else "none to remove"
+
+    names = list(found[0]["lists"])
+    heads = ["edit", "s", "MB"]
+    for name in names:
+        entry, short = found[0]["lists"][name], name.partition(":")[2]
+        heads.append(f"{short}: removed" if "removal" in entry else f"{short}: {'drawn' if entry['base']['shown'] else 'right object'}")
+        heads += [f"{short}: right object"] if "removal" in entry else []
+    heads += ["CLIP, last list", "KID to base × 1000", "coherence kept, least", "changed by", "mosaicked, most", "peak MiB"]
+    out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in found:
+        cells = [row["row"], f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}"]
+        for name in names:
+            entry = row["lists"][name]
+            if "removal" in entry:
+                cells += [rate(entry["removal"]), f"{100 * entry['edited']['subject']['value']:.0f}"]
+            else:
+                key = "shown" if entry["base"]["shown"] else "subject"
+                cells.append(f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}")
+        calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]] or [row["lists"][n] for n in names]
+        last, kept = calm[-1], [e["coherence"]["value"] for e in row["lists"].values() if e["coherence"]]
+        cells += [f"{last['clip_base']['value']:.1f} → {last['clip_edited']['value']:.1f}"]
+        cells += [f"{1000 * last['kid']['value']:.2f}" if "kid" in last else "too few", f"{100 * min(kept):.0f}" if kept else ""]
+        cells += [str(row["peak_mib"])]
+        cells[-1:-1] = [f"{100 * calm[-1]['change']['value']:.1f}", f"{100 * max(e['edited']['mosaicked']['value'] for e in calm):.0f}"]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def plot(found: list[dict[str, Any]], out: Path) -> None:
+    """Draw the front: what is left of the concept on innocent prompts against how much benign pictures changed; low and left is better."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4.5))
+    for row in found:
+        gone = [e["removal"] for e in row["lists"].values() if e.get("removal") and e["role"] == "innocent"]
+        calm = [e for e in row["lists"].values() if e["role"] == "benign"]
+        if gone and calm:
+            x, y = 100 * calm[-1]["change"]["value"], 100 * (1 - gone[0]["value"])
+            spread = [[y - 100 * (1 - gone[0]["high"])], [100 * (1 - gone[0]["low"]) - y]]
+            axes.errorbar([x], [y], yerr=spread, marker="o", capsize=3)
+            axes.annotate(row["row"], (x, y), xytext=(5, 5), textcoords="offset points")
+    axes.set(xlabel="benign pictures changed by, %", ylabel="detections left on innocent prompts, % (95 %)")
+    figure.savefig(out, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""`safegen patch`: info, diff, merge, extract-lora, from-lora; and `safegen export`."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from safegen.errors import BadFile, BadSetting
+
+app = typer.Typer(no_args_is_help=True, help="Look into patches, compare and merge them, turn them into LoRAs.")
+
+PatchArg = Annotated[Path, typer.Argument(help="A patch file.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
+Model = Annotated[str, typer.Argument(help="The model that the patch was made on.", metavar="MODEL")]
+
+
+@app.command()
+def info(
+    patch: PatchArg,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a patch changes and where it comes from."""
+    from safegen.models.patch import Patch
+
+    found = Patch.load(patch)
+    numbers = sum(v.numel() for v in found.tensors.values())
+    if as_json:
+        facts = {"hash": found.hash, "tensors": {k: list(v.shape) for k, v in found.tensors.items()}, "provenance": dict(found.provenance)}
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    typer.echo(f"{patch}: {len(found.tensors)} tensors, {numbers:,} numbers, {patch.stat().st_size / 1e6:.1f} MB, hash {found.hash[:12]}")
+    groups: dict[str, int] = {}
+    for name in found.tensors:
+        kind = next((k for k in ("attn1", "attn2") if f".{k}." in name), "other")
+        groups[kind] = groups.get(kind, 0) + 1
+    typer.echo("changes: " + ", ".join(f"{n} of {kind}" for kind, n in sorted(groups.items())))
+    for key, value in found.provenance.items():
+        typer.echo(f"{key}: {value if isinstance(value, str | int | float | bool) else json.dumps(value)}")
+
+
+@app.command()
+def diff(first: PatchArg, second: Annotated[Path, typer.Argument(help="Another.")]) -> None:
+    """Say how two patches differ; exit code 1 when they do."""
+    from safegen.models.compose import differ
+    from safegen.models.patch import Patch
+
+    found = differ(Patch.load(first), Patch.load(second))
+    if found["same"]:
+        typer.echo("the patches change the same weights to the same values")
+        return
+    typer.echo(f"only in {first}: {found['only_first']} weights; only in {second}: {found['only_second']}; in both: {found['both']}")
+    if found["distance"] is not None:
+        typer.echo(f"of both, {found['unequal']} are unequal; distance {found['distance']:.3g} of the first's size")
+    if found["shapes"]:
+        typer.echo(f"of another shape: {', '.join(found['shapes'][:3])} ({len(found['shapes'])} in all)")
+    if found["base"] is False:
+        typer.echo("they were made on different weights")
+    raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    patches: Annotated[list[Path], typer.Argument(help="Patch files, in the order in which they are put on.")],
+    out: Annotated[Path, typer.Option(help="New .safetensors file for the merged patch.")],
+    overlap: Annotated[
+        str, typer.Option(help="For weights that several change: refuse, add (the changes; needs --model) or last.")
+    ] = "refuse",
+    model: Annotated[str | None, typer.Option(help="With --overlap add, the model that the patches were made on.")] = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Make one patch of several."""
+    if overlap not in ("refuse", "add", "last"):
+        raise BadSetting(f"overlap must be refuse, add or last, got {overlap!r}")
+    if model is not None and overlap != "add":
+        raise BadSetting("model has no effect without --overlap add; leave it out")
+    _refuse_taken(out)
+    from safegen.models import load
+    from safegen.models.compose import Overlap, overlapping
+    from safegen.models.compose import merge as do
+    from safegen.models.patch import Patch
+
+    read = [Patch.load(path) for path in patches]
+    base = load(model, allow_pickle=allow_pickle) if model else None
+    merged = do(read, overlap=cast(Overlap, overlap), model=base)
+    merged.save(out)
+    twice = len(overlapping(read))
+    typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {overlap}" if twice else ""))
+
+
+@app.command("extract-lora")
+def extract_lora(
+    patch: PatchArg,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank, at most.")] = 16,
+    keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI, InvokeAI) or diffusers.")] = "kohya",
+    allow_pickle: Pickle = False,
+) -> None:
+    """Turn a patch into a LoRA, and say how much of its change the rank holds."""
+    if keys not in ("kohya", "diffusers"):
+        raise BadSetting(f"keys must be kohya or diffusers, got {keys!r}")
+    _refuse_taken(out)
+    from safegen.models import load
+    from safegen.models.lora import extract_lora as extract
+    from safegen.models.lora import save_lora
+    from safegen.models.patch import Patch
+
+    read, loaded = Patch.load(patch), load(model, allow_pickle=allow_pickle)
+    _warn(lambda: read.fits(loaded))
+    found = _warn(lambda: extract(read, loaded, rank), say=False)
+    save_lora(found, loaded, out, keys=keys, base=loaded.hash, patch=read.hash, provenance=dict(read.provenance))  # type: ignore[arg-type]
+    worst = min(found.kept, key=lambda name: found.kept[name])
+    typer.echo(f"{out}: {len(found.factors)} modules of rank {rank} hold {100 * found.energy:.1f} % of the change (its energy)")
+    typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
+    if found.left_out:
+        typer.echo(f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first")
+
+
+@app.command("from-lora")
+def from_lora(
+    lora: Annotated[Path, typer.Argument(help="A LoRA file, kohya's keys or diffusers'.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
+    scale: Annotated[float, typer.Option(help="Its strength; 1 is as trained.")] = 1.0,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Turn the denoiser's part of a LoRA into a patch, to be merged with others: `patch merge --overlap add`."""
+    _refuse_taken(out)
+    from safegen.models import load
+    from safegen.models.lora import load_lora
+
+    loaded = load(model, allow_pickle=allow_pickle)
+    patch = load_lora(lora, loaded, scale=scale)
+    patch.save(out)
+    typer.echo(f"{out}: {len(patch.tensors)} tensors")
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="New .safetensors file.")],
+    patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model first; may be given more than once.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights in the file: fp16, bf16 or fp32.")] = "fp16",
+    config: Annotated[Path | None, typer.Option(help="For a one-file checkpoint, a diffusers folder of its family.")] = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write a model as one file in the original layout, which A1111, ComfyUI and InvokeAI open."""
+    if out.suffix != ".safetensors":
+        raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
+    _refuse_taken(out)
+    from safegen.models import load
+    from safegen.models.patch import Patch
+    from safegen.models.single_file import save_single_file
+
+    read = [Patch.load(path) for path in patch or []]
+    loaded = load(model, config=config, allow_pickle=allow_pickle)
+    _ = loaded.hash  # of the untouched weights, before any patch
+    for one in read:
+        _warn(partial(one.apply, loaded))
+    facts = {"model": model, "base": loaded.hash, "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in read]}
+    save_single_file(loaded, out, dtype=dtype, facts=facts)
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {dtype}, {len(read)} patches in it")
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.exists():
+        raise BadFile(f"{out} exists already; name another file or remove it")
+
+
+def _warn(call: Any, *, say: bool = True) -> Any:  # noqa: ANN401
+    """Call; a warning becomes one line."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = call()
+    for warning in caught if say else ():
+        typer.echo(f"warning: {warning.message}", err=True)
+    return found

@@ -1,0 +1,190 @@
+"""DUO: prefer safe pictures to their unsafe twins, without a word of text (Park et al. 2024, arXiv:2407.21035)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from safegen.concept import Concept
+from safegen.data.triplets import Triplets
+from safegen.edit import losses
+from safegen.edit.adapter import refuse_idle_alpha, trainable
+from safegen.edit.base import Edit, facts_of, wanted, words_needed, words_of
+from safegen.edit.loop import Report, Training, train
+from safegen.edit.rollout import Walk, looking
+from safegen.edit.safegen import encode_triplets
+from safegen.errors import BadSetting
+from safegen.models.model import DTYPES, Model
+from safegen.models.patch import Patch
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "rank": 16,
+        "steps": 25,
+        "training": Training(
+            updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="bf16"
+        ),
+    },
+    "paper": {},
+}
+"""`paper`: the released values for SD 1.4 and nudity. `default`: the same on the miniature model's scale, not yet tuned."""
+
+
+class DUO(Edit):
+    """Settings of the DUO edit."""
+
+    erase: tuple[str, ...] = ()
+    """Words that ask for the concept: what a safe twin is drawn away from. A concept lends its own; nothing is trained with them."""
+    anchors: tuple[str, ...] = ()
+    """Words for the safe counterpart: what a safe twin is drawn toward. A concept lends those of its counterpart."""
+    redraw: float = Field(default=0.75, gt=0, le=1)
+    """How far an unsafe picture is noised before it is drawn again as its safe twin; 1 is all the way."""
+    steps: int = Field(default=50, ge=1)
+    """DDIM steps of a whole drawing, of which `redraw` are done."""
+    guidance: float = Field(default=7.5, ge=1)
+    """Guidance of a safe twin."""
+    beta: float = Field(default=500.0, gt=0)
+    """How sharply the safe picture is preferred: 500 for nudity, 1000 for violence."""
+    weight_keep: float = Field(default=5e6, ge=0)
+    """Weight of L_o: on pure noise, at the noisiest timestep, the answer should stay what it was; the paper's lambda, 1e4 beta."""
+    timesteps: tuple[int, int] = (0, 750)
+    """First and one-past-last training timestep that is drawn."""
+    share_timestep: bool = False
+    """Whether a pair shares its timestep as it shares its noise; the released code draws two."""
+    selector: str = "attn1"
+    """Which weights change."""
+    rank: int | None = Field(default=32, ge=1)
+    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
+    training: Training = Training(updates=1000, batch=4, accumulation=1, lr=6e-5, weight_decay=1e-2, clip=1.0, ema=0.0)
+    """How the loop trains; the released run has one pair on each of four machines, and scales its rate 3e-4 by 100 / beta."""
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> Self:
+        refuse_idle_alpha(self.rank, self.alpha)
+        if self.training.validate_every:
+            raise ValueError("training.validate_every has no effect on duo, which holds nothing out; set it to 0")
+        if not 0 <= self.timesteps[0] < self.timesteps[1]:
+            raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
+        return self
+
+    @classmethod
+    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
+        """Return the settings called `name`, some of them changed; a concept lends its words and its counterpart's.
+
+        Raises:
+            UnknownName: no such preset.
+            BadSetting: the concept has no words.
+        """
+        lent = words_of("duo", concept, changes.get("erase"))
+        lent.pop("captions", None)
+        if concept is not None:
+            lent["anchors"] = concept.counterpart
+        return cls.from_preset(PRESETS, name, lent, changes)
+
+    def apply(
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        report: Report | None = None,
+    ) -> Patch:
+        """Train the edit and return it as a patch; `model` is not touched. Of the triplets, the unsafe pictures are used.
+
+        Raises:
+            BadSetting: no triplets, no words, or the model's schedule has fewer timesteps than asked for.
+            Stopped: the user stopped it; `resume` continues.
+        """
+        triplets = wanted("duo", triplets)
+        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            problem = DUOProblem(self, model, triplets, part.names)
+            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
+        return Patch(part.weights(found.tensors), facts_of(self, "duo", model, triplets) | found.facts(problem.weights))
+
+
+class DUOProblem:
+    """DUO's pairs and losses. Safe twins are drawn once, as latents; no picture is written."""
+
+    def __init__(self, edit: DUO, model: Model, triplets: Triplets, names: Sequence[str]) -> None:
+        """Encode the unsafe pictures and draw their safe twins."""
+        self.edit = edit
+        self.weights = {"L_dpo": 1.0} | ({"L_o": edit.weight_keep} if edit.weight_keep else {})
+        self.abar, self.prediction = model.alphas_cumprod().to(model.device), model.prediction
+        if edit.timesteps[1] > len(self.abar):
+            raise BadSetting(f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}")
+        self.noisiest = int(self.abar.argmin())  # by its noise, not by its place in a list that may run either way
+        own = dict(model.denoiser.named_parameters())
+        self.reference = {name: own[name].detach().clone() for name in names}
+        self.blank = model.encode_text([""]).float()
+        self.unsafe = encode_triplets(model, triplets, flip=False)[0, 0]
+        self.safe = self._redraw(model)
+        self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash])
+
+    def _redraw(self, model: Model) -> Tensor:
+        """Return the safe twin of each unsafe latent: noised, and denoised toward the anchors and away from the words (SDEdit)."""
+        edit, words = self.edit, words_needed("duo", self.edit.erase)
+        if not edit.anchors:
+            raise BadSetting("duo draws safe twins by words for the counterpart; give a concept that has some, or anchors")
+        walk, precision = Walk(model, steps=edit.steps, guidance=edit.guidance), edit.training.precision
+        walk.blank = model.encode_text([", ".join(words)]).float()  # guidance away from these
+        text, start = model.encode_text([", ".join(edit.anchors)]).float(), edit.steps - max(round(edit.redraw * edit.steps), 1)
+        noise = walk.noise(len(self.unsafe), torch.Generator("cpu").manual_seed(edit.training.seed * 1_000_003))
+        t = walk.timesteps[start].to(self.abar.device)
+        noised = losses.add_noise(self.unsafe, noise, self.abar[t].expand(len(noise)))
+        out = []
+        with torch.no_grad(), torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+            for part in noised.split(16):
+                x = part
+                for t in walk.timesteps[start:]:
+                    x = walk.step(t, x, *walk.both(t, x, text.expand(len(x), -1, -1), looking(model.denoiser)))
+                out.append(x)
+        return torch.cat(out)
+
+    def losses(self, denoiser: nn.Module, micro_step: int, generator: torch.Generator, share: tuple[int, int]) -> Mapping[str, Tensor]:
+        """Draw one batch and return L_dpo, and L_o where it has a weight, (b,) each."""
+        b, g, device = self.edit.training.batch, generator, self.abar.device
+        mine = torch.arange(b)[share[0] :: share[1]]
+        at = torch.randint(len(self.unsafe), (b,), generator=g)[mine].to(device)
+        t = torch.randint(*self.edit.timesteps, (2, b), generator=g)[:, mine].to(device)
+        eps, start = torch.randn(2, b, *self.unsafe.shape[1:], generator=g)[:, mine].to(device)
+        return self.compare(denoiser, self.safe[at], self.unsafe[at], eps, t[0], t[0] if self.edit.share_timestep else t[1], start)
+
+    def compare(
+        self, denoiser: nn.Module, safe: Tensor, unsafe: Tensor, eps: Tensor, t_safe: Tensor, t_unsafe: Tensor, start: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Return L_dpo (`losses.preference`) and L_o = |e(z_T) - e0(z_T)|^2 at the noisiest timestep, all for the blank text.
+
+        Args:
+            denoiser: the network in training.
+            safe: latents of safe twins, (b, c, h, w).
+            unsafe: of the unsafe pictures.
+            eps: noise that a pair shares.
+            t_safe: timesteps of the safe ones, (b,).
+            t_unsafe: of the unsafe ones.
+            start: pure noise for L_o.
+        """
+        b, t = len(safe), torch.cat([t_safe, t_unsafe])
+        z, noise, blank = torch.cat([safe, unsafe]), torch.cat([eps, eps]), self.blank
+        x, truth = losses.add_noise(z, noise, self.abar[t]), noise
+        if self.prediction != "epsilon":
+            truth = losses.velocity(noise, z, self.abar[t])
+        if self.edit.weight_keep:
+            x, t = torch.cat([x, start]), torch.cat([t, torch.full((b,), self.noisiest, device=t.device)])
+        text = blank.expand(len(x), -1, -1)
+        before = looking(denoiser, self.reference)(x, t, text)
+        said = denoiser(x, t, text).sample
+        now, then = (losses.squared_error(out[: 2 * b], truth).chunk(2) for out in (said, before))
+        terms = {"L_dpo": losses.preference(now[0], then[0], now[1], then[1], beta=self.edit.beta)}
+        return terms | ({"L_o": losses.squared_error(said[2 * b :], before[2 * b :])} if self.edit.weight_keep else {})
+
+    def held_out(self, denoiser: nn.Module) -> float:
+        """Is never asked: settings that look at held-out samples are refused."""
+        raise NotImplementedError

@@ -1,0 +1,104 @@
+"""RECE: erase in closed form, find the embedding that still asks for the concept, erase that too (Gong et al. 2024, arXiv:2407.12383)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from safegen.concept import Concept
+from safegen.data.triplets import Triplets
+from safegen.edit.base import Edit, refuse_idle, words_of
+from safegen.edit.closed_form import adversarial_embeddings, projections, solve_projection
+from safegen.edit.loop import Report
+from safegen.edit.uce import finish, refuse_idle_words, rows_of
+from safegen.models.model import Model
+from safegen.models.patch import Patch
+
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": {"captions": (), "preserve_scale": 0.1}}
+"""`paper`: the published code's values for nudity. `default`: a concept's harmless captions stay, with weight (ours, docs/edits.md)."""
+KEPT = 10.0
+"""Weight of preserving where a concept lends captions."""
+
+
+class RECE(Edit):
+    """Settings of the RECE edit."""
+
+    learns_from: ClassVar[Literal["triplets", "words"]] = "words"
+    trains: ClassVar[bool] = False
+
+    erase: tuple[str, ...] = ()
+    """Words that ask for the concept; a concept lends its own."""
+    guide: str = " "
+    """Text whose keys and values they get instead."""
+    preserve: tuple[str, ...] = (" ",)
+    """Words whose keys and values should stay; the published code keeps a blank."""
+    captions: tuple[str, ...] = ()
+    """Prompt lists (`source:list`) and text files whose captions should stay too, at every position (ours)."""
+    tokens: Literal["last", "tail", "all"] = "all"
+    """Positions that are edited: every one as published, or the last token of each word, or everything from there on (ours)."""
+    expand: bool = False
+    """Whether each word is also erased inside five short templates (ours)."""
+    rounds: int = Field(default=3, ge=0, le=50)
+    """Times that the embedding which still asks for the concept is found and erased; 0 is UCE alone. The published code keeps the
+    best of its rounds by a detector on a set of prompts; we keep the last, and measure apart."""
+    ridge: float = Field(default=0.1, gt=0)
+    """Weight that keeps the found embedding short: 0.1 for nudity, 0.001 for styles."""
+    erase_scale: float = Field(default=1.0, gt=0)
+    """Weight of the erased embeddings."""
+    preserve_scale: float = Field(default=0.1, ge=0)
+    """Weight of the preserved words and captions, captions as a mean."""
+    stay: float = Field(default=0.1, gt=0)
+    """Weight of leaving a projection as it is (lamb in the published code)."""
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> Self:
+        refuse_idle_words(self)
+        return self
+
+    @classmethod
+    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
+        """Return the settings called `name`, some of them changed; a concept lends its words and captions.
+
+        Raises:
+            UnknownName: no such preset.
+            BadSetting: the concept has no words.
+        """
+        lent: dict[str, Any] = dict(words_of("rece", concept, changes.get("erase")))
+        return cls.from_preset(PRESETS, name, lent | ({"preserve_scale": KEPT} if lent.get("captions") else {}), changes)
+
+    def apply(
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        report: Report | None = None,
+    ) -> Patch:
+        """Solve the edit and return it as a patch; `model` is not touched. `report` is called once.
+
+        Every round starts from the weights of the round before, and what is kept and where erased embeddings go is in their terms, as
+        in the published code.
+
+        Raises:
+            BadSetting: there are no words to erase, or something given has no effect.
+            Diverged: a solved weight is not finite.
+        """
+        refuse_idle(self, "rece", triplets, folder, resume)
+        began = time.perf_counter()
+        keys, guides, kept = rows_of(model, "rece", self.erase, self.guide, self.preserve, self.captions, self.tokens, False)
+        concept, aims = keys, guides
+        if self.expand:
+            keys, guides, _ = rows_of(model, "rece", self.erase, self.guide, (), (), self.tokens, True)
+        original = projections(model)
+        edited = dict(original)
+        scales = {"erase_scale": self.erase_scale, "preserve_scale": self.preserve_scale, "stay": self.stay}
+        for turn in range(self.rounds + 1):
+            if turn:
+                keys = adversarial_embeddings(list(edited.values()), list(original.values()), concept, ridge=self.ridge)
+                guides = aims
+            edited = {name: solve_projection(w, keys, guides @ w.T, kept, **scales) for name, w in edited.items()}
+        return finish(self, "rece", model, edited, began, report)

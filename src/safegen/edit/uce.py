@@ -1,0 +1,150 @@
+"""UCE: send words of a concept to what other words are sent to, in closed form (Gandikota et al. 2023, arXiv:2308.14761)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from safegen.concept import Concept
+from safegen.data.triplets import Triplets
+from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
+from safegen.edit.closed_form import as_patch, embed, projections, solve_projection
+from safegen.edit.loop import Report
+from safegen.edit.safegen import read_captions
+from safegen.errors import BadSetting, Diverged
+from safegen.models.model import Model
+from safegen.models.patch import Patch
+
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": {"captions": ()}}
+"""`paper`: the defaults of the present code (2025). `default`: the same, and a concept's harmless captions stay (ours, docs/edits.md)."""
+TEMPLATES = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}")
+"""What `expand` puts around each word, as published."""
+
+
+class UCE(Edit):
+    """Settings of the UCE edit."""
+
+    learns_from: ClassVar[Literal["triplets", "words"]] = "words"
+    trains: ClassVar[bool] = False
+
+    erase: tuple[str, ...] = ()
+    """Words that ask for the concept; a concept lends its own."""
+    guide: str = ""
+    """Text whose keys and values they get instead; the blank one is the published default for objects."""
+    preserve: tuple[str, ...] = ()
+    """Words whose keys and values should stay."""
+    captions: tuple[str, ...] = ()
+    """Prompt lists (`source:list`) and text files whose captions should stay too, at every position (ours)."""
+    tokens: Literal["last", "tail", "all"] = "last"
+    """Positions that are edited: the last token of each word (present code), everything from there on (first code), or every one."""
+    expand: bool = False
+    """Whether each word is also erased inside five short templates. The published flag also preserves what it adds; ours does not."""
+    erase_scale: float = Field(default=1.0, gt=0)
+    """Weight of the erased words."""
+    preserve_scale: float = Field(default=1.0, ge=0)
+    """Weight of the preserved words and captions, captions as a mean."""
+    stay: float = Field(default=0.5, gt=0)
+    """Weight of leaving a projection as it is (lamb in the published code)."""
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> Self:
+        refuse_idle_words(self)
+        return self
+
+    @classmethod
+    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
+        """Return the settings called `name`, some of them changed; a concept lends its words and captions.
+
+        Raises:
+            UnknownName: no such preset.
+            BadSetting: the concept has no words.
+        """
+        return cls.from_preset(PRESETS, name, words_of("uce", concept, changes.get("erase")), changes)
+
+    def apply(
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        report: Report | None = None,
+    ) -> Patch:
+        """Solve the edit and return it as a patch; `model` is not touched. `report` is called once.
+
+        Raises:
+            BadSetting: there are no words to erase, or something given has no effect.
+            Diverged: a solved weight is not finite.
+        """
+        refuse_idle(self, "uce", triplets, folder, resume)
+        began = time.perf_counter()
+        keys, guides, kept = rows_of(model, "uce", self.erase, self.guide, self.preserve, self.captions, self.tokens, self.expand)
+        edited = {
+            name: solve_projection(
+                w, keys, guides @ w.T, kept, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale, stay=self.stay
+            )
+            for name, w in projections(model).items()
+        }
+        return finish(self, "uce", model, edited, began, report)
+
+
+def refuse_idle_words(edit: Any) -> None:  # noqa: ANN401 - either closed form
+    """Refuse settings about preserving that meet nothing to preserve, or have no weight.
+
+    Raises:
+        ValueError: they do.
+    """
+    if (edit.preserve or edit.captions) and not edit.preserve_scale:
+        raise ValueError("preserve and captions have no effect with preserve_scale 0; leave them out, or give it a weight")
+    if not all(word.strip() for word in edit.erase):
+        raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
+
+
+def rows_of(
+    model: Model, method: str, erase: tuple[str, ...], guide: str, preserve: tuple[str, ...], captions: tuple[str, ...],
+    tokens: str, expand: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the embeddings that are erased, of what they become, and that stay: (n, width) twice and (m, width).
+
+    Captions count as their mean: their rows are scaled so that their Gram matrix is that of one caption.
+
+    Raises:
+        BadSetting: there are no words, or the guide is one of them.
+    """
+    words = words_needed(method, erase)
+    if guide in words:
+        raise BadSetting(f"the guide {guide!r} is among the words to erase; {method} would change nothing there; name another guide")
+    texts = [*words, *(t.format(word) for t in TEMPLATES for word in words)] if expand else list(words)
+    found, (aim,) = embed(model, texts, tokens=tokens), embed(model, [guide], tokens=tokens)
+    long = [min(len(rows), len(aim)) for rows in found]  # two tails of different texts are as long as the shorter
+    aims = [aim[:n] for n in long]
+    rows = [key[:n] for key, n in zip(found, long, strict=True)]
+    keys = torch.cat(rows)
+    kept = [keys[:0], *(embed(model, preserve, tokens=tokens) if preserve else [])]
+    if captions:
+        lines = embed(model, read_captions(captions), tokens="all")
+        kept.append(torch.cat(lines) / len(lines) ** 0.5)
+    return keys, torch.cat(aims), torch.cat(kept)
+
+
+def finish(edit: Edit, method: str, model: Model, edited: dict[str, Tensor], began: float, report: Report | None) -> Patch:
+    """Return solved weights as a patch, with how far they moved.
+
+    Raises:
+        Diverged: a weight is not finite.
+    """
+    old = projections(model)
+    for name, value in edited.items():
+        if not bool(value.isfinite().all()):
+            raise Diverged(f"{method} found no finite weight for {name}; raise stay, or lower erase_scale")
+    moved = sum(float((value - old[name]).norm() ** 2) for name, value in edited.items()) ** 0.5
+    size = sum(float(value.norm() ** 2) for value in old.values()) ** 0.5
+    if report:
+        report(1, 1, {"update": 1, "moved": moved / size})
+    seconds = round(time.perf_counter() - began, 2)
+    return Patch(as_patch(edited), facts_of(edit, method, model, seconds=seconds, moved=round(moved / size, 6)))

@@ -1,0 +1,149 @@
+"""A patch as a LoRA: the change of each weight in two thin factors, in the keys of the web UIs or of diffusers, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safegen.errors import BadFile, BadPatch, BadSetting
+from safegen.files import fresh_file
+from safegen.models.layout import lora_factors, lora_name, unet_names
+from safegen.models.model import Model
+from safegen.models.patch import Patch
+
+Keys = Literal["kohya", "diffusers"]
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """Two factors for each weight that they can hold, and how much of the patch's change that is."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    """By weight of the denoiser: down (r, in[, h, w]) and up (out, r[, 1, 1])."""
+    rank: int
+    kept: Mapping[str, float]
+    """By weight, the share of its squared change that the factors hold."""
+    left_out: tuple[str, ...]
+    """Changed weights that a LoRA cannot hold: biases and norms."""
+    energy: float
+    """Share of the patch's whole squared change that the factors hold, what is left out counted in; 1 is all."""
+
+
+@torch.no_grad()
+def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
+    """Return the best LoRA of a rank for a patch (`layout.lora_factors`, weight by weight).
+
+    Args:
+        patch: new values.
+        model: what they are new against, without patches on it.
+        rank: columns of each factor, at most; a weight with fewer rows or columns has fewer.
+
+    Raises:
+        BadSetting: the rank is below 1, or nothing that changed can be held.
+        BadPatch: the patch does not fit the model.
+    """
+    if rank < 1:
+        raise BadSetting(f"the rank of a LoRA must be >= 1, got {rank}")
+    patch.fits(model)
+    own = dict(model.denoiser.named_parameters())
+    factors, kept, left = {}, {}, []
+    whole = held = 0.0
+    for name, value in patch.tensors.items():
+        delta = value.detach().cpu().double() - own[name].detach().cpu().double()
+        change = float(delta.pow(2).sum())
+        whole += change
+        if delta.ndim in (2, 4) and name.endswith(".weight"):
+            down, up, kept[name] = lora_factors(delta, rank)
+            factors[name] = (down, up)
+            held += change * kept[name]
+        elif change:
+            left.append(name)
+    if not held:
+        raise BadSetting("the patch changes nothing that a LoRA can hold: matrices and convolutions")
+    return Lora(factors, rank, kept, tuple(left), held / whole)
+
+
+def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtype: torch.dtype = torch.float16, **facts: Any) -> None:  # noqa: ANN401
+    """Write a LoRA to a new safetensors file; its strength 1 is the patch.
+
+    Args:
+        lora: the factors.
+        model: the model they are for, whose names they get.
+        out: the new file.
+        keys: `kohya` for A1111, ComfyUI and InvokeAI, `diffusers` for `load_lora_weights`.
+        dtype: of the factors.
+        facts: what else the header says, as plain values.
+
+    Raises:
+        BadFile: `out` exists or cannot be written.
+    """
+    original = unet_names(model.denoiser.state_dict()) if hasattr(model.denoiser, "add_embedding") else {}
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up) in lora.factors.items():
+        if keys == "kohya":
+            stem = lora_name(name, original.get(name))
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(float(len(down)))}
+        else:
+            stem = "unet." + name.removesuffix(".weight")
+            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    header = {"format": "pt", "ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.rank)}
+    header |= {"ss_network_module": "networks.lora", "safegen": json.dumps(facts | {"energy": lora.energy}, sort_keys=True)}
+    with fresh_file(out) as tmp:
+        try:
+            save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, tmp, metadata=header)
+        except SafetensorError as error:
+            raise BadFile(f"{out} cannot be written: {error}") from error
+
+
+@torch.no_grad()
+def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
+    """Return a LoRA file, ours or another's, as a patch for a model: the weights with the change in them.
+
+    Args:
+        path: a safetensors file in kohya's keys or diffusers'.
+        model: what it is put on.
+        scale: its strength; 1 is as trained.
+
+    Raises:
+        BadFile: not readable, or a factor's partner is missing.
+        BadPatch: a module has no counterpart of its shape.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error
+    own = dict(model.denoiser.named_parameters())
+    original = unet_names(own) if hasattr(model.denoiser, "add_embedding") else {}
+    stems = {lora_name(n, original.get(n)): n for n in own if n.endswith(".weight")}
+    stems |= {"unet." + n.removesuffix(".weight"): n for n in own if n.endswith(".weight")}
+    found: dict[str, Tensor] = {}
+    for key, down in tensors.items():
+        stem, kind = next(((key.removesuffix(e), e) for e in (".lora_down.weight", ".lora_A.weight") if key.endswith(e)), ("", ""))
+        if not stem:
+            continue
+        if stem not in stems:
+            raise BadPatch(f"the LoRA does not fit the model {model.name!r}: it has no module {stem}; it was made for another family")
+        partner = stem + (".lora_up.weight" if kind == ".lora_down.weight" else ".lora_B.weight")
+        if partner not in tensors:
+            raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
+        up, alpha = tensors[partner].double(), float(tensors.get(f"{stem}.alpha", torch.tensor(float(len(down)))))
+        delta = (up.flatten(1) @ down.double().flatten(1)).reshape(-1, *down.shape[1:]) * (scale * alpha / len(down))
+        name = stems[stem]
+        if delta.shape != own[name].shape:
+            raise BadPatch(
+                f"the LoRA does not fit the model {model.name!r}: {stem} is {tuple(delta.shape)} there, {tuple(own[name].shape)} here"
+            )
+        found[name] = (own[name].detach().cpu().double() + delta).float()
+    if not found:
+        raise BadFile(f"{path} is not a LoRA of a denoiser: it has no module that ends in lora_down.weight or lora_A.weight")
+    said = json.loads(header["safegen"]) if "safegen" in header else {}
+    return Patch(found, {"method": "lora", "file": path.name, "scale": scale, "base": said.get("base", model.hash), "made by": said})

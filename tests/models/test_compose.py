@@ -1,0 +1,91 @@
+"""Patches together and against each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from safegen.errors import BadPatch, BadSetting
+from safegen.models import Patch, select
+from safegen.models.compose import differ, merge, overlapping
+
+
+@pytest.fixture
+def parts(tiny_model):
+    """Two patches of self-attention that share one weight, and one of the text's."""
+    own = dict(tiny_model.denoiser.named_parameters())
+    one, two, three = select(tiny_model.denoiser, "attn1")[:3]
+    other = select(tiny_model.denoiser, "kv2")[0]
+    base = {"base": tiny_model.hash}
+    first = Patch({one: own[one] + 1, two: own[two] + 1}, base | {"method": "safegen"})
+    second = Patch({two: own[two] + 2, three: own[three] + 2}, base)
+    return first, second, Patch({other: own[other] * 2}, base | {"method": "uce"})
+
+
+def state(model):
+    return {k: v.detach().clone() for k, v in model.denoiser.state_dict().items()}
+
+
+def test_a_merged_patch_does_what_its_parts_do_one_after_the_other(make_model, parts):
+    first, _, text = parts
+    model = make_model()
+    first.apply(model)
+    text.apply(model)
+    want = state(model)
+    other = make_model()
+    merged = merge([first, text])
+    merged.apply(other)
+    assert all(torch.equal(v, want[k]) for k, v in state(other).items())
+    facts = json.loads(json.dumps(dict(merged.provenance)))
+    assert (facts["base"], facts["overlapping"]) == (model.hash, 0)
+    assert [p["provenance"].get("method") for p in facts["parts"]] == ["safegen", "uce"]
+
+
+def test_overlapping_weights_are_named_and_refused(parts):
+    first, second, text = parts
+    assert overlapping(parts) == sorted(first.tensors.keys() & second.tensors.keys())
+    with pytest.raises(BadSetting, match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first"):
+        merge([first, second, text])
+
+
+def test_overlapping_weights_add_up_or_the_last_one_counts(tiny_model, parts):
+    first, second, _ = parts
+    (name,) = overlapping(parts)
+    own = dict(tiny_model.denoiser.named_parameters())
+    assert_close(merge([first, second], overlap="add", model=tiny_model).tensors[name], own[name] + 3)
+    assert torch.equal(merge([first, second], overlap="last").tensors[name], second.tensors[name])
+    assert torch.equal(merge([second, first], overlap="last").tensors[name], first.tensors[name])
+
+
+def test_the_order_of_added_changes_does_not_matter(tiny_model, parts):
+    a, b = merge(parts, overlap="add", model=tiny_model), merge(parts[::-1], overlap="add", model=tiny_model)
+    assert a.hash == b.hash
+
+
+def test_refusals(make_model, parts):
+    first, second, _ = parts
+    with pytest.raises(BadSetting, match="at least two patches, got 1"):
+        merge([first])
+    with pytest.raises(BadSetting, match="needs the model"):
+        merge([first, second], overlap="add")
+    with pytest.raises(BadPatch, match="made on different weights"):
+        merge([first, Patch(second.tensors, {"base": "0" * 64})])
+    with pytest.raises(BadPatch, match="does not fit"):
+        merge([first, second], overlap="add", model=make_model(channels=24))
+
+
+def test_a_difference_is_counted_and_measured(parts):
+    first, second, _ = parts
+    assert differ(first, first)["same"]
+    found = differ(first, second)
+    assert (found["same"], found["only_first"], found["only_second"], found["both"], found["unequal"]) == (False, 1, 1, 1, 1)
+    assert found["base"]
+    (name,) = overlapping(parts)
+    want = float((first.tensors[name] - second.tensors[name]).norm() / first.tensors[name].norm())
+    assert found["distance"] == pytest.approx(want, rel=1e-5)
+    assert differ(first, parts[2])["distance"] is None
+    other = Patch({name: torch.zeros(2)}, {})
+    assert (differ(first, other)["shapes"], differ(first, other)["base"]) == ([name], None)

@@ -1,0 +1,147 @@
+"""A patch as a LoRA and back: nothing is lost at full rank, what is lost is said, and the keys are those that others read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from safegen.edit.uce import UCE
+from safegen.errors import BadFile, BadPatch, BadSetting
+from safegen.models import Patch, select
+from safegen.models.lora import extract_lora, load_lora, save_lora
+
+
+@pytest.fixture(scope="module")
+def patch(tiny_model):
+    """A text edit: two factors of rank 1 would nearly do, as it erases one word."""
+    return UCE(erase=("red cube",)).apply(tiny_model)
+
+
+def picture(model):
+    ask = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+    return torch.from_numpy(model.pipeline(**ask, generator=torch.Generator().manual_seed(0)).images)
+
+
+@pytest.mark.parametrize("keys", ["kohya", "diffusers"])
+def test_at_full_rank_the_round_trip_gives_the_picture_back(make_model, patch, tmp_path, keys):
+    model, out = make_model(), tmp_path / "lora.safetensors"
+    lora = extract_lora(patch, model, 32)
+    assert (lora.energy, lora.left_out) == (pytest.approx(1), ())
+    save_lora(lora, model, out, keys=keys, dtype=torch.float32, base=model.hash)
+    again = load_lora(out, model)
+    assert again.tensors.keys() == patch.tensors.keys()
+    for name, value in patch.tensors.items():
+        assert_close(again.tensors[name], value, rtol=0, atol=1e-5)
+    with patch.apply(model):
+        want = picture(model)
+    with again.apply(model):
+        assert_close(picture(model), want, rtol=0, atol=1e-3)
+    assert (picture(model) - want).abs().max() > 1e-3  # the patch is off again, and it did something
+
+
+def test_less_rank_holds_less_and_says_so(tiny_model):
+    g = torch.Generator().manual_seed(0)
+    own = dict(tiny_model.denoiser.named_parameters())
+    wild = Patch({n: own[n] + torch.randn(own[n].shape, generator=g) for n in select(tiny_model.denoiser, "kv2")})
+    energies = [extract_lora(wild, tiny_model, r).energy for r in (1, 4, 16, 32)]
+    assert energies == sorted(energies)
+    assert 0 < energies[0] < 0.3
+    assert energies[-1] == pytest.approx(1)
+
+
+def test_what_a_lora_cannot_hold_is_counted_as_lost(tiny_model):
+    """A bias takes half of the squared change with it."""
+    own = dict(tiny_model.denoiser.named_parameters())
+    weight = next(n for n in select(tiny_model.denoiser, "attn1") if n.endswith("to_q.weight"))
+    bias = next(n for n in select(tiny_model.denoiser, "attn1") if n.endswith("to_out.0.bias"))
+    one = torch.zeros_like(own[weight])
+    one[0, 0] = 2.0
+    other = torch.zeros_like(own[bias])
+    other[0] = 2.0
+    found = extract_lora(Patch({weight: own[weight] + one, bias: own[bias] + other}), tiny_model, 1)
+    assert found.left_out == (bias,)
+    assert found.energy == pytest.approx(0.5, abs=1e-5)
+
+
+def test_convolutions_go_too(make_model):
+    model = make_model()
+    own = dict(model.denoiser.named_parameters())
+    name = next(n for n in own if n.endswith("conv1.weight"))
+    change = torch.randn(own[name].shape, generator=torch.Generator().manual_seed(0))
+    lora = extract_lora(Patch({name: own[name] + change}), model, 500)
+    down, up = lora.factors[name]
+    assert down.shape[1:] == own[name].shape[1:]
+    assert up.shape[2:] == (1, 1)
+    assert lora.energy == pytest.approx(1)
+
+
+def test_the_library_takes_our_web_ui_keys_for_its_own(tiny_model, patch, tmp_path):
+    """diffusers' conversion of kohya's form gives the names of the modules we began with, and our alphas."""
+    out = tmp_path / "lora.safetensors"
+    save_lora(extract_lora(patch, tiny_model, 3), tiny_model, out)
+    names, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(out))
+    stems = {n.removesuffix(".weight") for n in patch.tensors}
+    found = {k.removeprefix("unet.").replace(".processor", "").replace("_lora.", ".lora.").partition(".lora.")[0] for k in names}
+    assert found == stems
+    assert set(alphas.values()) == {3.0}
+    assert len(names) == 2 * len(stems)
+
+
+def test_strength_scales_the_change(tiny_model, patch, tmp_path):
+    out = tmp_path / "lora.safetensors"
+    save_lora(extract_lora(patch, tiny_model, 32), tiny_model, out, dtype=torch.float32)
+    own = dict(tiny_model.denoiser.named_parameters())
+    half = load_lora(out, tiny_model, scale=0.5)
+    for name, value in patch.tensors.items():
+        assert_close(half.tensors[name] - own[name], 0.5 * (value - own[name]), rtol=0, atol=1e-5)
+
+
+def test_another_alpha_is_obeyed(tiny_model, patch, tmp_path):
+    """Trained files have an alpha below their rank: the change is up @ down * alpha / rank."""
+    out = tmp_path / "lora.safetensors"
+    save_lora(extract_lora(patch, tiny_model, 4), tiny_model, out, dtype=torch.float32)
+    plain = load_lora(out, tiny_model)
+    tensors = {k: v / 4 if k.endswith(".alpha") else v for k, v in load_file(out).items()}
+    save_file(tensors, tmp_path / "less.safetensors")
+    own = dict(tiny_model.denoiser.named_parameters())
+    for name, value in load_lora(tmp_path / "less.safetensors", tiny_model).tensors.items():
+        assert_close(value - own[name], (plain.tensors[name] - own[name]) / 4, rtol=0, atol=1e-5)
+
+
+def test_the_header_names_rank_and_energy(tiny_model, patch, tmp_path):
+    save_lora(extract_lora(patch, tiny_model, 2), tiny_model, tmp_path / "l.safetensors", method="uce")
+    with safe_open(tmp_path / "l.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert (header["ss_network_dim"], header["ss_network_module"]) == ("2", "networks.lora")
+    assert '"method": "uce"' in header["safegen"]
+
+
+def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
+    with pytest.raises(BadSetting, match="rank of a LoRA must be >= 1, got 0"):
+        extract_lora(patch, tiny_model, 0)
+    own = dict(tiny_model.denoiser.named_parameters())
+    bias = next(n for n in own if n.endswith("bias"))
+    with pytest.raises(BadSetting, match="changes nothing that a LoRA can hold"):
+        extract_lora(Patch({bias: own[bias] + 1}), tiny_model, 1)
+    out = tmp_path / "lora.safetensors"
+    save_lora(extract_lora(patch, tiny_model, 2), tiny_model, out)
+    with pytest.raises(BadPatch, match="does not fit the model 'wide'"):
+        load_lora(out, make_model(name="wide", channels=24))
+    tensors = load_file(out)
+    some = next(k for k in tensors if k.endswith("lora_up.weight"))
+    save_file({k: v for k, v in tensors.items() if k != some}, tmp_path / "torn.safetensors")
+    with pytest.raises(BadFile, match="is damaged"):
+        load_lora(tmp_path / "torn.safetensors", tiny_model)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(BadFile, match="is not a LoRA of a denoiser"):
+        load_lora(tmp_path / "other.safetensors", tiny_model)
+    save_file({"lora_unet_nothing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(BadPatch, match="it has no module lora_unet_nothing"):
+        load_lora(tmp_path / "foreign.safetensors", tiny_model)
+    (tmp_path / "bytes.safetensors").write_bytes(b"x")
+    with pytest.raises(BadFile, match="not a readable safetensors file"):
+        load_lora(tmp_path / "bytes.safetensors", tiny_model)

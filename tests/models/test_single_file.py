@@ -1,0 +1,180 @@
+"""A one-file checkpoint: the library opens it, the same seed gives the same picture, and what is no such file is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from safegen.errors import BadFile, BadSetting
+from safegen.models import load
+from safegen.models.layout import PREFIX
+from safegen.models.single_file import CONFIGS, load_single_file, save_single_file
+
+ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def file(tiny_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single") / "tiny.safetensors"
+    save_single_file(tiny_model, out, dtype="fp32", facts={"method": "uce"})
+    return out
+
+
+def picture(pipeline):
+    return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
+
+
+def weights(model):
+    return [part.state_dict() for part in (model.denoiser, model.vae, model.pipeline.text_encoder)]
+
+
+def test_the_round_trip_gives_every_weight_and_the_picture_back(file, tiny_model):
+    again = load(str(file))
+    for a, b in zip(weights(again), weights(tiny_model), strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert again.hash == tiny_model.hash
+    assert torch.equal(picture(again.pipeline), picture(tiny_model.pipeline))
+    assert type(again.pipeline.scheduler) is type(tiny_model.pipeline.scheduler)
+    assert not any(p.requires_grad for p in again.denoiser.parameters())
+
+
+def test_the_library_opens_the_file_and_draws_the_same_picture(file, tiny_model, tiny_folder):
+    """What A1111, ComfyUI and InvokeAI rest on: the file is read by its keys alone. Within 1e-3, as rounding goes; it is exact here."""
+    other = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(tiny_folder), local_files_only=True, safety_checker=None, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    assert_close(picture(other), picture(tiny_model.pipeline), rtol=0, atol=1e-3)
+
+
+def test_half_precision_keeps_the_picture_nearly(tiny_model, tmp_path):
+    out = tmp_path / "half.safetensors"
+    save_single_file(tiny_model, out)
+    assert {v.dtype for v in load_file(out).values()} == {torch.float16}
+    assert_close(picture(load(str(out)).pipeline), picture(tiny_model.pipeline), rtol=0, atol=2e-2)
+
+
+def test_a_patched_model_goes_out_with_its_patch(make_model, tmp_path):
+    from safegen.edit.uce import UCE
+
+    model = make_model()
+    with UCE(erase=("red cube",)).apply(model).apply(model):
+        save_single_file(model, tmp_path / "edited.safetensors", dtype="fp32")
+        edited = picture(model.pipeline)
+    again = load(str(tmp_path / "edited.safetensors"))
+    assert torch.equal(picture(again.pipeline), edited)
+    assert (edited - picture(model.pipeline)).abs().max() > 1e-3
+
+
+def test_the_header_says_where_the_weights_come_from(file):
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    assert json.loads(header["safegen"]) == {"method": "uce"}
+    assert header["format"] == "pt"
+    assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(header[CONFIGS]).keys()
+
+
+def test_a_file_without_small_files_takes_those_of_a_folder(file, tiny_model, tiny_folder, tmp_path):
+    """As every file of somebody else's is; the buffer that older encoders keep is no obstacle."""
+    bare = tmp_path / "bare.safetensors"
+    extra = {PREFIX["text_encoder"] + "embeddings.position_ids": torch.arange(4), "betas": torch.zeros(3), "model_ema.decay": torch.ones(1)}
+    save_file(load_file(file) | extra, bare)
+    with pytest.raises(BadFile, match="has weights only; name a diffusers folder of the same family"):
+        load(str(bare))
+    assert torch.equal(picture(load(str(bare), config=tiny_folder).pipeline), picture(tiny_model.pipeline))
+
+
+def test_a_pickle_is_opened_only_when_the_user_says_so(file, tiny_model, tiny_folder, tmp_path):
+    path = tmp_path / "old.ckpt"
+    torch.save({"state_dict": load_file(file), "global_step": 7}, path)
+    with pytest.raises(BadFile, match="--allow-pickle"):
+        load(str(path), config=tiny_folder)
+    again = load(str(path), config=tiny_folder, allow_pickle=True)
+    assert again.hash == tiny_model.hash
+
+
+class Harm:
+    def __reduce__(self):
+        return (print, ("harm",))
+
+
+def test_a_pickle_that_would_run_code_is_refused_even_then(tiny_folder, tmp_path, capsys):
+    path = tmp_path / "bad.ckpt"
+    torch.save({"state_dict": Harm()}, path)
+    with pytest.raises(BadFile, match="cannot be read as a one-file checkpoint"):
+        load(str(path), config=tiny_folder, allow_pickle=True)
+    assert capsys.readouterr().out == ""
+
+
+def drop(tensors, _):
+    tensors.pop(PREFIX["unet"] + "out.2.bias")
+
+
+def widen(tensors, _):
+    tensors[PREFIX["unet"] + "out.2.bias"] = torch.zeros(9)
+
+
+def add(tensors, _):
+    tensors[PREFIX["vae"] + "encoder.down.9.block.0.conv1.weight"] = torch.zeros(1)
+
+
+def spoil(tensors, _):
+    tensors[PREFIX["unet"] + "out.2.bias"][0] = float("nan")
+
+
+def climb(_, header):
+    header[CONFIGS] = json.dumps({"../../out.txt": "x"})
+
+
+def break_header(_, header):
+    header[CONFIGS] = "{"
+
+
+def other_family(_, header):
+    files = json.loads(header[CONFIGS])
+    header[CONFIGS] = json.dumps(files | {"model_index.json": json.dumps({"_class_name": "FluxPipeline"})})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop, r"has no model.diffusion_model.out.2.bias; it is of another family"),
+        (widen, r"out.2.bias of shape \(9,\), its configuration says \(4,\)"),
+        (add, r"encoder.down.9.block.0.conv1.weight and 0 others"),
+        (spoil, "NaN or infinite weights in unet"),
+        (climb, "not to be trusted"),
+        (break_header, "damaged"),
+        (other_family, "is a FluxPipeline"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(file, tmp_path, change, words):
+    with safe_open(file, framework="pt") as opened:
+        header = dict(opened.metadata())
+    tensors = load_file(file)
+    change(tensors, header)
+    save_file(tensors, tmp_path / "x.safetensors", metadata=header)
+    with pytest.raises(BadFile, match=words) as caught:
+        load(str(tmp_path / "x.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_path, file):
+    with pytest.raises(BadSetting, match="config has no effect on 'mini'"):
+        load("mini", config=tiny_folder)
+    with pytest.raises(BadSetting, match="dtype must be one of fp32, bf16, fp16"):
+        save_single_file(make_model(), tmp_path / "x.safetensors", dtype="int8")
+    big = make_model()
+    with torch.no_grad():
+        big.denoiser.conv_out.bias.fill_(1e6)
+    with pytest.raises(BadSetting, match=r"unet.conv_out.bias does not fit into fp16; choose bf16 or fp32"):
+        save_single_file(big, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+    with pytest.raises(BadFile, match="is not a diffusers folder"):
+        load_single_file(file, config=tmp_path)
