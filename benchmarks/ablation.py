@@ -30,8 +30,7 @@ from safegen.tables import TRIPLETS, resolve
 
 SKIPPED, SEED = 128, 11
 """First prompts of each list, left to the required figures; the seed, which those do not use."""
-WORDLESS: dict[str, Any] = {"captions": (), "near_captions": ()}
-PAPER = {"target": "paper", "anchor": "noise", "clamp": None, "teacher": False, **WORDLESS, "adversary": 0.0, "fade": 0.0}
+PAPER = {"target": "paper", "anchor": "noise", "clamp": None, "teacher": False, "captions": (), "adversary": 0.0, "fade": 0.0}
 
 
 def rows(concept: str) -> dict[str, SafeGen]:
@@ -52,11 +51,8 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "paper with our training and weights": change(**PAPER, timesteps=(0, 1000)),
         "target: paper": change(target="paper", anchor="noise", clamp=None),
         "anchor: noise": change(anchor="noise"),
-        "captions: none": change(**WORDLESS),
-        "near captions: none": change(near_captions=()),
-        "near captions: for all samples": change(captions=(*default.captions, *default.near_captions), near_captions=()),
+        "captions: none": change(captions=()),
         "fade: none": change(fade=0.0),
-        "fade: whole pictures": change(fade_parts=1),
         "adversary: none": change(adversary=0.0),
         "timesteps: all": change(timesteps=(0, 1000)),
         "weights: 0.1 / 0.9": change(**weights),

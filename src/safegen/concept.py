@@ -32,8 +32,6 @@ class Concept(BaseModel):
     """Bundled triplets, as `source:concept`."""
     captions: tuple[str, ...] = ()
     """Prompt lists of harmless captions that an edit may train with: none is measured, none has a word of the concept."""
-    near_captions: tuple[str, ...] = ()
-    """The same for pictures that look like the concept and must stay."""
     lists: dict[str, tuple[str, ...]] = {}
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
     shows: dict[str, str] = {}

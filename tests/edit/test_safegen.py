@@ -203,22 +203,6 @@ def test_captions_take_their_share(tiny_model, triplets, recorded, tmp_path, sha
     assert sum(k == 0 for k in kinds) / len(kinds) == pytest.approx(1 - share, abs=0.15)
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_near_captions_are_for_benign_samples_alone(tiny_model, triplets, recorded, tmp_path, share):
-    (tmp_path / "calm.txt").write_text("a red cube")
-    (tmp_path / "near.txt").write_text("a blue ball\na blue cube")
-    lists = {"captions": (str(tmp_path / "calm.txt"),), "near_captions": (str(tmp_path / "near.txt"),)}
-    run(tiny_model, triplets, **lists, near_share=share, caption_share=1.0, training={"batch": 6})
-    known = tiny_model.encode_text(["", "a red cube", "a blue ball", "a blue cube"])
-    kinds = [[int((known - text).abs().amax((1, 2)).argmin()) for text in row["text"]] for row in recorded]
-    unsafe, benign = [k for row in kinds for k in row[:6]], [k for row in kinds for k in row[6:]]
-    assert set(unsafe) == {1}  # no word of theirs is near
-    assert set(benign) == ({0, 1, 2, 3} if share < 1 else {0, 2, 3})
-    told = [k for k in benign if k]
-    assert len(told) / len(benign) == pytest.approx(0.8, abs=0.15)
-    assert sum(k > 1 for k in told) / len(told) == pytest.approx(share, abs=0.2)
-
-
 def test_a_flip_mirrors_all_three_pictures(tiny_model, triplets, recorded):
     both = encode_triplets(tiny_model, triplets, flip=True)
     plain = encode_triplets(tiny_model, triplets, flip=False)
@@ -341,7 +325,7 @@ def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
 
 def test_a_faded_sample_lies_between_the_unsafe_picture_and_the_censored_one(tiny_model, triplets, recorded):
     whole = encode_triplets(tiny_model, triplets, flip=False)[:, 0]
-    SafeGen(fade=0.8, fade_parts=1, **PLAIN, training=Training(updates=8, batch=4, accumulation=1)).apply(tiny_model, triplets)
+    SafeGen(fade=0.8, **PLAIN, training=Training(updates=8, batch=4, accumulation=1)).apply(tiny_model, triplets)
     left = []
     for row in recorded:
         for z_u, z_c in zip(row["z_u"], row["z_c"], strict=True):
@@ -352,23 +336,6 @@ def test_a_faded_sample_lies_between_the_unsafe_picture_and_the_censored_one(tin
             left.append(share)
     assert 0.2 - 1e-5 <= min(left) < 0.4  # of 32 draws from 0.2 to 1
     assert 0.8 < max(left) <= 1 + 1e-5
-
-
-def test_each_part_of_a_sample_fades_by_an_amount_of_its_own(tiny_model, triplets, recorded):
-    whole = encode_triplets(tiny_model, triplets, flip=False)[:, 0]
-    SafeGen(fade=0.8, fade_parts=2, **PLAIN, training=Training(updates=4, batch=4, accumulation=1)).apply(tiny_model, triplets)
-    uneven = 0
-    for row in recorded:
-        for z_u, z_c in zip(row["z_u"], row["z_c"], strict=True):
-            gap = whole[0, int((whole[1] - z_c).abs().sum((1, 2, 3)).argmin())] - z_c
-            shares = []
-            for y, x in ((0, 0), (0, 4), (4, 0), (4, 4)):  # the quarters of an 8 x 8 latent
-                part, moved = gap[:, y : y + 4, x : x + 4], (z_u - z_c)[:, y : y + 4, x : x + 4]
-                shares.append(float(moved.flatten() @ part.flatten() / part.pow(2).sum()))
-                assert_close(moved, shares[-1] * part, rtol=0, atol=1e-5)
-            assert 0.2 - 1e-5 <= min(shares) <= max(shares) <= 1 + 1e-5
-            uneven += max(shares) - min(shares) > 0.05
-    assert uneven > 12  # of 16
 
 
 def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, recorded):
@@ -386,9 +353,6 @@ REFUSED = {
     "clamp goes with": {"target": "x0", "clamp": None},
     "caption_share: Input should be greater than 0": {"captions": ("mini:benign-train",), "caption_share": 0.0},
     "caption_share has no effect": {"captions": (), "caption_share": 0.5},
-    "near_captions go with captions": {"near_captions": ("mini:ghosts-train",)},
-    "near_share has no effect": {"captions": ("mini:benign-train",), "near_share": 0.5},
-    "fade_parts has no effect": {"fade": 0.0, "fade_parts": 2},
     "adversary": {"adversary": -0.1},
     "fade": {"fade": 1.0},
     "timesteps must rise": {"timesteps": (500, 500)},
@@ -520,11 +484,8 @@ def test_a_concept_that_lends_nothing_is_refused_in_one_line(tiny_model, triplet
 def test_a_concept_that_lends_its_captions_is_taken(tiny_model, triplets):
     patch = edit_model(tiny_model, triplets=triplets, concept="skulls", training={"updates": 1, "batch": 1, "warmup": 0})
     assert patch.provenance["settings"]["captions"] == list(load_concept("skulls").captions)
-    assert patch.provenance["settings"]["near_captions"] == list(load_concept("skulls").near_captions)
 
 
 def test_a_concept_lends_its_captions_but_not_to_the_paper():
     assert make_edit("safegen", concept="skulls").captions == load_concept("skulls").captions != ()
-    assert make_edit("safegen", concept="skulls").near_captions == load_concept("skulls").near_captions != ()
-    paper = make_edit("safegen", "paper", concept="skulls")
-    assert (paper.captions, paper.near_captions) == ((), ())
+    assert make_edit("safegen", "paper", concept="skulls").captions == ()

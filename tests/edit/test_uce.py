@@ -217,4 +217,4 @@ def test_the_paper_preset_has_the_published_values():
     assert (rece.erase_scale, rece.preserve_scale, rece.stay) == (1.0, 0.1, 0.1)
     assert make_edit("rece", "paper", concept="skulls").preserve_scale == 0.1
     assert make_edit("rece", concept="skulls").preserve_scale == 10.0
-    assert make_edit("rece", concept=load_concept("skulls").model_copy(update={"captions": (), "near_captions": ()})).preserve_scale == 0.1
+    assert make_edit("rece", concept=load_concept("skulls").model_copy(update={"captions": ()})).preserve_scale == 0.1

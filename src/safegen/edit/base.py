@@ -107,7 +107,7 @@ def words_of(method: str, concept: Concept | None, erase: object = None) -> dict
         return {}
     if not concept.words and not erase:
         raise BadSetting(f"the concept {concept.name!r} has no words, and {method} erases words; give it words, or set erase")
-    return {"erase": concept.words, "captions": (*concept.captions, *getattr(concept, "near_captions", ()))}
+    return {"erase": concept.words, "captions": concept.captions}
 
 
 def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:

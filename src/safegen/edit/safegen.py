@@ -37,7 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_preserve": 0.9,
         "teacher": False,
         "captions": (),
-        "near_captions": (),
         "training": Training(),
     },
 }
@@ -46,10 +45,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 CAPTION_SHARE = 0.6
 """Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
-BENIGN_SHARE, NEAR_SHARE = 0.8, 0.8
-"""Where there are near captions: the part of the benign samples that takes a caption, and unless told, the part of those that is near."""
-FADE_PARTS = 2
-"""Unless told: each quarter of a picture fades by itself."""
 HELD_OUT = 0.1
 """Unless told: the part of the triplets that early stopping looks at."""
 
@@ -65,9 +60,9 @@ class SafeGen(Edit):
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.53, ge=0)
+    weight_mosaic: float = Field(default=0.4, ge=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.47, ge=0)
+    weight_preserve: float = Field(default=0.6, ge=0)
     """Weight of L_p, the loss on benign pictures."""
     teacher: bool = True
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
@@ -75,19 +70,10 @@ class SafeGen(Edit):
     """Benign prompt lists (`source:list`, or a text file with a prompt a line) for `caption_share`."""
     caption_share: float | None = Field(default=None, gt=0, le=1)
     """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours); 0.6 when there are captions."""
-    near_captions: tuple[str, ...] = ()
-    """Lists of captions whose pictures look like the concept and must stay: for benign samples only (ours).
-
-    In the noise of a late timestep the concept and its near-neighbours are alike, and only the words tell what is to be kept.
-    """
-    near_share: float | None = Field(default=None, gt=0, le=1)
-    """Part of the benign samples' captions that is near ones; 0.8 when there are any, and then 0.8 of the benign samples take a caption."""
     adversary: float = Field(default=0.25, ge=0, le=2)
     """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none (ours, see `worst_text`)."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin, to teach half-gone remains too; 0 is none (ours)."""
-    fade_parts: int | None = Field(default=None, ge=1)
-    """Parts a side that fade by amounts of their own, so that one remnant without the others is met too; 2 unless told."""
     flip: bool = False
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
@@ -99,7 +85,7 @@ class SafeGen(Edit):
     held_out: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
-        updates=470, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
+        updates=530, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
     )
     """How the loop trains."""
 
@@ -112,12 +98,6 @@ class SafeGen(Edit):
             raise ValueError("anchor teacher goes with target x0 only; the paper's target is made of the noise")
         if self.caption_share is not None and not self.captions:
             raise ValueError("caption_share has no effect without captions; give both or neither")
-        if self.near_captions and not self.captions:
-            raise ValueError("near_captions go with captions: samples of both kinds draw from those")
-        if self.near_share is not None and not self.near_captions:
-            raise ValueError("near_share has no effect without near_captions; give both or neither")
-        if self.fade_parts is not None and not self.fade:
-            raise ValueError("fade_parts has no effect without fade; give both or neither")
         if self.held_out is not None and not self.training.validate_every:
             raise ValueError("held_out has no effect without training.validate_every; set that too, or leave held_out out")
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
@@ -141,8 +121,7 @@ class SafeGen(Edit):
         """
         if name not in PRESETS:
             raise UnknownName("preset of safegen", name, PRESETS)
-        lends = concept and concept.captions and "captions" not in changes
-        lent = {"captions": concept.captions, "near_captions": concept.near_captions} if concept and lends else {}
+        lent = {"captions": concept.captions} if concept else {}
         settings = lent | PRESETS[name] | changes
         if isinstance(changes.get("training"), Mapping):
             own: Training = PRESETS[name].get("training", cls.model_fields["training"].default)
@@ -201,14 +180,12 @@ class SafeGenProblem:
         if part and not 0 < spare < n:
             raise BadSetting(f"a held-out part of {part} of {n} triplets is empty; give more triplets or set validate_every 0")
         self.spare, self.used = range(n - spare, n), n - spare
-        plain, near = read_captions(edit.captions), read_captions(edit.near_captions)
-        self.plain = len(plain)
-        self.text = model.encode_text(["", *plain, *near]).float()
+        self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
         self.names = select(model.denoiser, edit.selector)
         own = dict(model.denoiser.named_parameters())
         needed = edit.teacher or edit.anchor == "teacher"
         self.reference = {k: own[k].detach().clone() for k in self.names} if needed else {}
-        words = hashlib.sha256(repr(plain + near).encode()).hexdigest()
+        words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
         self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words])
 
     def losses(self, denoiser: nn.Module, micro_step: int, generator: torch.Generator, share: tuple[int, int]) -> Mapping[str, Tensor]:
@@ -232,31 +209,18 @@ class SafeGenProblem:
         flips = torch.randint(self.latents.shape[1], (b,), generator=g)
         t = torch.randint(*self.edit.timesteps, (b,), generator=g)
         eps, eps_b = torch.randn(b, *shape, generator=g), torch.randn(b, *shape, generator=g)
-        words = self._draw_words(b, g)
+        words = torch.zeros(2 * b, dtype=torch.long)
+        if self.edit.captions:
+            pick = torch.randint(1, len(self.text), (2 * b,), generator=g)
+            words = torch.where(torch.rand(2 * b, generator=g) < (self.edit.caption_share or CAPTION_SHARE), pick, words)
         mine = torch.arange(b)[share[0] :: share[1]]
         z_u, z_c, z_b = self.latents[:, flips, torch.tensor(rows)][:, mine]
         device = z_u.device
         if self.edit.fade:
-            side = self.edit.fade_parts or FADE_PARTS
-            parts = torch.rand(b, 1, side, side, generator=g)[mine]
-            left = 1 - self.edit.fade * nn.functional.interpolate(parts, size=shape[1:], mode="nearest").to(device)
+            left = 1 - self.edit.fade * torch.rand(b, 1, 1, 1, generator=g)[mine].to(device)
             z_u = z_c + left * (z_u - z_c)
         text = self.text[torch.cat([words[:b][mine], words[b:][mine]])]
         return self.compare(denoiser, z_u, z_c, z_b, eps[mine].to(device), eps_b[mine].to(device), t[mine].to(device), text)
-
-    def _draw_words(self, b: int, g: torch.Generator) -> Tensor:
-        """Return which text conditions each of `b` unsafe, then `b` benign samples: rows of `self.text`, 0 is the blank one, (2b,)."""
-        words = torch.zeros(2 * b, dtype=torch.long)
-        if not self.edit.captions:
-            return words
-        pick = torch.randint(1, self.plain + 1, (2 * b,), generator=g)
-        share = torch.full((2 * b,), self.edit.caption_share or CAPTION_SHARE)
-        if self.edit.near_captions:
-            near = torch.randint(self.plain + 1, len(self.text), (b,), generator=g)
-            taken = torch.rand(b, generator=g) < (self.edit.near_share or NEAR_SHARE)
-            pick = torch.cat([pick[:b], torch.where(taken, near, pick[b:])])
-            share[b:] = BENIGN_SHARE
-        return torch.where(torch.rand(2 * b, generator=g) < share, pick, words)
 
     def compare(
         self, denoiser: nn.Module, z_u: Tensor, z_c: Tensor, z_b: Tensor, eps: Tensor, eps_b: Tensor, t: Tensor, text: Tensor
