@@ -60,9 +60,9 @@ class SafeGen(Edit):
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.4, ge=0)
+    weight_mosaic: float = Field(default=0.47, ge=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.6, ge=0)
+    weight_preserve: float = Field(default=0.53, ge=0)
     """Weight of L_p, the loss on benign pictures."""
     teacher: bool = True
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
