@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Sampler(BaseModel):
     """How pictures are made."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int = Field(default=25, ge=1, le=1000)
     """Denoising steps."""
