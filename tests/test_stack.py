@@ -205,6 +205,17 @@ def test_weights_of_a_guard_are_beside_its_recipe(tmp_path):
     assert load_stack(str(tmp_path / "s.toml")).guards[0].weights == "hub:a/b"
 
 
+@pytest.mark.parametrize("name", ["judge-filter", "crops", "pno"])
+def test_files_of_a_guards_judge_are_beside_its_recipe(tmp_path, name):
+    own = ', unsafe = ["a"], safe = ["b"], weights = "clip"' if name == "pno" else ""
+    for word, want in (("tower", str(tmp_path / "tower")), ("mini", "mini"), ("hub:a/b", "hub:a/b")):
+        options = f'{{weights = "{word}", prompts = "two.safetensors", allow_pickle = false}}'
+        (tmp_path / "s.toml").write_text(f'model = "mini"\nguards = [{{name = "{name}", judge = "q16", options = {options}{own}}}]\n')
+        (guard,) = load_stack(str(tmp_path / "s.toml")).guards
+        assert guard.options == {"weights": want, "prompts": str(tmp_path / "two.safetensors"), "allow_pickle": False}
+        assert getattr(guard, "weights", None) == (str(tmp_path / "clip") if name == "pno" else None)
+
+
 def test_words_of_the_command_line_become_guards():
     mini = Stack(name="s", model="mini")
     stack = add_guards(mini, ["sld-max", "prompt-filter"], "skulls")

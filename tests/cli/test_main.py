@@ -98,7 +98,7 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
 
 def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, tmp_path):
     recipe, out = tmp_path / "safe.toml", tmp_path / "out"
-    recipe.write_text('model = "mini"\nguards = [{name = "prompt-filter", words = ["castle"]}]\n')
+    recipe.write_text('model = "mini"\nnegative_prompt = "fog"\nguards = [{name = "prompt-filter", words = ["castle"]}]\n')
     words = ["--guard", "sld-max", "--concept", "skulls", "--prompt", "a castle", "--prompt", "a cat", "--steps", "2"]
     code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
     assert code == 0, err
@@ -109,7 +109,10 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     assert (gone["index"], gone["action"], gone["reason"]) == (0, "block", "prompt-filter: word")
     assert (shown["action"], shown["reason"]) == ("edit", "sld: steered")
     with Image.open(out / "0001.png") as picture:
-        assert json.loads(picture.text["safegen"])["guards"] == {k: v for k, v in shown.items() if k not in ("index", "seed")}
+        facts = json.loads(picture.text["safegen"])
+    assert facts["guards"] == {k: v for k, v in shown.items() if k not in ("index", "seed")}
+    assert facts["negative_prompt"] == "fog"
+    assert len(facts["stack"]) == 64
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def test_the_share_of_unsafe_probes_decides_and_unjudged_is_not_safe(tiny_model,
     assert other.image is not None
 
 
+def test_a_judge_that_leaves_a_probe_out_shows_no_picture(tiny_model, draw, monkeypatch):
+    told = judge_of(monkeypatch, ["safe"] * 4)
+    monkeypatch.setattr(type(told), "judge", lambda self, images: [Verdict("safe")])
+    found = draw(tiny_model.pipeline, [CROPS], PROMPTS)
+    assert [d.image for d in found] == [None, None]
+    assert found[0].trail.reason.startswith("error: crops: ValueError")
+
+
 def test_the_picture_is_the_one_that_would_have_been_drawn(tiny_model, draw, monkeypatch):
     told = judge_of(monkeypatch, ["safe"] * 4)
     found = draw(tiny_model.pipeline, [CROPS], PROMPTS)

@@ -39,6 +39,8 @@ class RogueReady(Ready):
 
     def check(self, prompts):
         self.trip("check")
+        if self.guard.at == "covered unseen":
+            return [Finding("black", image=Image.new("RGB", (32, 32)))] * len(prompts)
         return [Finding()] * (len(prompts) + (self.guard.at == "too many"))
 
     def begin(self, call):
@@ -48,6 +50,8 @@ class RogueReady(Ready):
 
     def look(self, images, prompts):
         self.trip("look")
+        if self.guard.at in ("mosaic", "hide"):
+            return [Finding(self.guard.at)] * len(images)
         return [Finding()] * (len(images) - (self.guard.at == "too few"))
 
 
@@ -250,6 +254,49 @@ def test_guards_compute_in_full_precision_whatever_the_drawing_does(pipe, draw):
     assert not any(coarse.values())
 
 
+@pytest.mark.parametrize("at", ["mosaic", "hide", "covered unseen"])
+def test_a_guard_that_covers_a_picture_and_brings_none_to_show_shows_none(pipe, draw, at):
+    found = draw(pipe, [Rogue(at=at)], output_type="pil")
+    assert [d.image for d in found] == [None, None]
+    assert all("hides nothing without a picture to show" in d.trail.reason for d in found)
+
+
+@pytest.mark.parametrize("guard", [SLD, NEGATIVE])
+def test_guidance_that_a_callback_turns_off_on_the_way_withholds_the_pictures(pipe, draw, guard):
+    def off(pipeline, i, t, kwargs):
+        if i == 1:
+            pipeline._guidance_scale, kwargs["prompt_embeds"] = 0.0, kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    found = draw(pipe, [guard], callback_on_step_end=off, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert [d.image for d in found] == [None, None]
+    assert found[0].trail.reason == "calls: in 2 of 4 steps guidance was off, through which a guard acts"
+
+
+def test_a_guard_that_would_never_be_asked_is_refused(pipe):
+    class Idle(Rogue):
+        seams = frozenset()
+
+    with pytest.raises(BadSetting, match="'rogue' takes hold nowhere, so it would never be asked"):
+        Guarded(pipe, [Idle()])
+
+
+def test_a_guard_of_pictures_is_refused_where_videos_are_drawn(tiny_wan):
+    with pytest.raises(BadSetting, match="'judge-filter' looks at pictures, and a WanPipeline draws videos"):
+        Guarded(tiny_wan, [read_guard(JUDGE)])
+
+
+def test_a_text_in_the_place_of_a_list_is_refused(pipe):
+    with pytest.raises(BadSetting, match="prompts must be a list of texts, got the text 'a castle'"):
+        Guarded(pipe, []).draw("a castle")
+
+
+def test_rows_are_those_of_the_pictures_that_were_drawn(pipe, draw):
+    gone, *shown = draw(pipe, [{"name": "prompt-filter", "words": ["red cube"]}, SLD], PROMPTS)
+    assert gone.image is None
+    assert [d.trail.guards[1].rows for d in (gone, *shown)] == [0, 4, 4]
+
+
 @pytest.mark.parametrize("when", [0, 2, 3])
 def test_a_hook_that_is_removed_behind_our_back_withholds_the_pictures(pipe, draw, when):
     def remove(pipeline, i, t, kwargs):
@@ -298,9 +345,14 @@ def test_latents_that_are_not_finite_cost_no_other_picture(pipe, draw):
     [
         (SLD, {"guidance_scale": 1.0}, "sld has no effect without guidance; guidance scale must be > 1, got 1.0"),
         (NEGATIVE, {"guidance_scale": 1.0}, "negative-prompt has no effect without guidance"),
+        (SLD, {"guidance_scale": float("nan")}, "must be > 1, got nan"),
         (SLD, {"guidance_rescale": 0.5}, "guidance_rescale, which must be 0, got 0.5"),
         (SLD, {"prompt_embeds": torch.zeros(2, 32, 32)}, "guards do not see prompt_embeds; leave it out"),
         (SLD, {"prompt_2": ["another", "text"]}, "guards do not see prompt_2"),
+        (JUDGE, {"prompt_3": ["another", "text"]}, "guards do not see prompt_3"),
+        (JUDGE, {"negative_prompt_2": ["another", "text"]}, "guards do not see negative_prompt_2"),
+        (JUDGE, {"pooled_prompt_embeds": torch.zeros(2, 32)}, "guards do not see pooled_prompt_embeds"),
+        (JUDGE, {"ip_adapter_image_embeds": [torch.zeros(2, 32)]}, "guards do not see ip_adapter_image_embeds"),
         (JUDGE, {"output_type": "latent"}, "need output_type='pil', got 'latent'"),
     ],
 )

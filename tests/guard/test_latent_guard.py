@@ -152,6 +152,12 @@ def test_a_concept_at_the_end_of_a_long_prompt_is_seen(border, head):
     assert tower.windows("a cube") == ["a cube"]
 
 
+def test_a_concept_that_the_encoder_would_cut_is_refused(border, head, tmp_path):
+    save_head(head, tmp_path / "h.safetensors")
+    with pytest.raises(BadSetting, match="a concept of the guard 'latent-guard' has"):
+        make_guard("latent-guard", weights=tmp_path / "h.safetensors", concepts=["cube", " ".join(["the"] * 60)]).ready(border)
+
+
 def test_a_head_for_another_text_encoder_is_refused(border, tiny_wan, tmp_path):
     save_head(Head(24), tmp_path / "h.safetensors")
     guard = make_guard("latent-guard", weights=tmp_path / "h.safetensors", concepts=["cube"])

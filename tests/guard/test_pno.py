@@ -111,6 +111,29 @@ def test_the_model_that_is_optimised_must_not_judge(tiny_model):
         Guarded(tiny_model.pipeline, [make_guard(**PNO | {"judge": "clip", "options": options})])
 
 
+def test_a_judge_that_sees_through_the_same_tower_must_not_judge_either(tiny_model, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"prompts": torch.randn(2, 64, generator=torch.Generator().manual_seed(0))}, tmp_path / "two.safetensors")
+    options = {"weights": "mini", "prompts": str(tmp_path / "two.safetensors")}
+    with pytest.raises(BadSetting, match=r"the model that judges it \(q16:"):
+        Guarded(tiny_model.pipeline, [make_guard(**PNO | {"judge": "q16", "options": options})])
+
+
+def test_how_the_score_scales_pictures_decides_the_hash(tmp_path):
+    import json
+    import shutil
+
+    from safegen.mini import bundle
+
+    shutil.copytree(bundle.clip_folder(), tmp_path / "clip")
+    same = make_guard(**PNO | {"weights": tmp_path / "clip"}).facts()
+    assert same == make_guard(**PNO).facts()
+    file = tmp_path / "clip" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert make_guard(**PNO | {"weights": tmp_path / "clip"}).facts() != same
+
+
 def test_the_score_is_the_judges_own_within_its_resizing():
     from PIL import Image
 

@@ -42,6 +42,9 @@ def stopped(words, *prompts):
         ("c++", "in c++ now", True),
         ("c++", "c+++", True),
         ("a.b", "axb", False),
+        ("skull", "skull_throne", True),
+        ("red cube", "best_quality, red_cube", True),
+        ("red_cube", "a red cube", True),
     ],
 )
 def test_words_are_met_whole_in_any_case_and_width(word, text, hit):

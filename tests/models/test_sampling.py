@@ -94,7 +94,7 @@ def test_nothing_asked_nothing_drawn(tiny_model):
     assert list(generate(tiny_model, [], Sampler())) == []
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"guidance": 0.5}, {"batch": 0}, {"stepz": 3}])
+@pytest.mark.parametrize("change", [{"steps": 0}, {"guidance": 0.5}, {"guidance": float("nan")}, {"batch": 0}, {"stepz": 3}])
 def test_a_setting_that_breaks_its_rule_is_refused(change):
     with pytest.raises(ValidationError, match=next(iter(change))):
         Sampler(**change)

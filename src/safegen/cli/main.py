@@ -98,7 +98,8 @@ def generate(
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
                 facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": model or recipe.model}
-                facts |= {"base": ready.model.hash, "patches": patches} | ({"guards": drawn.trail.to_json()} if recipe.guards else {})
+                facts |= {"base": ready.model.hash, "patches": patches, "stack": ready.hash, "negative_prompt": recipe.negative_prompt}
+                facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
                 pictures.append(ready.shown(drawn))
                 if not drawn.trail.withheld:
                     save_picture(pictures[-1], folder / f"{ask.index:04d}.png", facts)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
@@ -24,12 +24,15 @@ Action = Literal["none", "edit", "block", "black", "blur", "mosaic", "refuse", "
 """What was done: nothing, the drawing steered, the prompt not drawn, the picture replaced or covered or not given, or a fault."""
 GONE: frozenset[Action] = frozenset({"block", "refuse", "withhold"})
 """After these there is no picture."""
+COVERS: frozenset[Action] = frozenset({"black", "blur", "mosaic"})
+"""After these another picture is shown, which the finding must bring."""
+ACTIONS: frozenset[Action] = frozenset(get_args(Action))
 
 
 class Guard(BaseModel, ABC):
     """Settings of one guard. Build it, put it on a stack, write it to JSON; never change it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: str
     """The guard, as in the table."""
@@ -181,7 +184,7 @@ class Note:
     calls: int = 0
     """How often it was asked, for all pictures of the batch together."""
     rows: int = 0
-    """Rows that it added to the denoiser's batches, for this picture, over all steps."""
+    """Rows that it added to the denoiser's batches, for this picture, over all steps; not those of probes, or of a second stream."""
     ms: float = 0.0
     """Milliseconds of the guard's own, this picture's share of its batch; rows of the denoiser are not in it."""
 

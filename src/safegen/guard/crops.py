@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from safegen.concept import Concept
 from safegen.errors import BadSetting
 from safegen.guard.base import Finding, Guard, Probe, Ready
-from safegen.guard.judge_filter import JudgeFilter, hashed
+from safegen.guard.judge_filter import JudgeFilter, hashed, nearby
 from safegen.judge import Judge
 from safegen.models.seams import ONE_FRAME, Border, Seam, copied
 
@@ -52,6 +53,10 @@ class Crops(Guard):
     def lent(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's judge, labels and threshold."""
         return JudgeFilter.lent(concept)
+
+    def beside(self, folder: Path) -> Guard:
+        """Return the guard with its judge's files looked for in `folder`, unless they are bundled or of the hub."""
+        return self.model_copy(update={"options": nearby(self.options, folder)})
 
     def open(self) -> Judge:
         """Return the judge."""
@@ -91,8 +96,8 @@ class _Ready(Ready):
             changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil", "callback_on_step_end": None}
             if guard.steps is not None:
                 changed["num_inference_steps"] = guard.steps
-            for i, verdict in enumerate(self.judge.judge(draw(prompts, changed))):
-                hits[i] += verdict.outcome != "safe"
+            verdicts = self.judge.judge(draw(prompts, changed))
+            hits = [hit + (verdict.outcome != "safe") for hit, verdict in zip(hits, verdicts, strict=True)]
         limits = {"share": guard.limit, "score": self.judge.threshold}
         out = []
         for hit in hits:

@@ -89,7 +89,7 @@ class _Ready(Ready):
 
 class _Turn(Turn):
     def __init__(self, guard: DualLatent, call: Call, ways: dict[str, Way]) -> None:
-        self.guard, self.call, self.ways = guard, call, ways
+        self.guard, self.call, self.ways, self.mixed = guard, call, ways, 0
 
     def cond(self, text: Text) -> Text:
         if not self.call.twins:
@@ -104,6 +104,7 @@ class _Turn(Turn):
             return latents
         out = latents.clone()
         leads = self.call.step < self.guard.start * self.call.steps
+        self.mixed += not leads
         for first, second in self.call.twins.items():
             out[first], out[second] = mixed(latents[first], latents[second], strength=0.0 if leads else self.guard.strength, follow=leads)
         return out
@@ -111,9 +112,9 @@ class _Turn(Turn):
     def findings(self) -> list[Finding]:
         out = []
         for i, prompt in enumerate(self.call.prompts):
-            scores, limits = {"distance": self.ways[prompt].distance}, {"gate": self.guard.gate}
-            twin = i in self.call.twins
-            out.append(Finding("edit" if twin else "none", "mixed" if twin else "", scores, limits))
+            steps = self.mixed if i in self.call.twins else 0
+            scores, limits = {"distance": self.ways[prompt].distance, "steps": float(steps)}, {"gate": self.guard.gate}
+            out.append(Finding("edit" if steps else "none", "mixed" if steps else "", scores, limits))
         return out
 
 

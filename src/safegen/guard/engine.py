@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 
 from safegen.errors import BadSetting, UserError
-from safegen.guard.base import GONE, Action, Call, Drawn, Finding, Guard, Note, Ready, Trail, Turn
+from safegen.guard.base import ACTIONS, COVERS, GONE, Action, Call, Drawn, Finding, Guard, Note, Ready, Trail, Turn
 from safegen.guard.hooks import Hooks
-from safegen.models.seams import FAMILIES, Border, Seam, copied
+from safegen.models.seams import FAMILIES, ONE_FRAME, THROUGH_GUIDANCE, Border, Seam, copied
 from safegen.tables import GUARDS, resolve
 
 PER_PROMPT = ("negative_prompt", "generator")
 """Options that are lists with an entry a prompt."""
-UNSEEN = (
-    *("prompt_embeds", "negative_prompt_embeds", "prompt_2", "negative_prompt_2", "ip_adapter_image", "ip_adapter_image_embeds"),
-    *("num_images_per_prompt", "num_videos_per_prompt", "return_dict"),
-)
-"""Options of pipelines by which something would go past the guards, or come back otherwise than they expect."""
+UNSEEN = ("ip_adapter_image", "num_images_per_prompt", "num_videos_per_prompt", "return_dict")
+"""Options of pipelines by which something would go past the guards, or come back otherwise than they expect; see `_unseen`."""
 OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
 """Seams at which a guard does nothing inside a call of the pipeline."""
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -46,6 +43,9 @@ class Work:
     """Kind of device that the pipeline computes on."""
     calls: int = 0
     rows: int = 0
+    """Rows that it added to the denoiser's batches, for all together."""
+    drawn: tuple[int, ...] = ()
+    """The pictures that came to the denoiser, each as often as it stood in a batch."""
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
 
@@ -60,7 +60,8 @@ class Work:
         scores = {k: round(float(v), 6) for k, v in found.scores.items()}
         limits = {k: float(v) for k, v in found.thresholds.items()}
         ms = round(1000 * self.seconds / self.n, 3)
-        return Note(self.guard.name, found.action, found.reason, scores, limits, self.calls, self.rows // self.n, ms)
+        rows = self.rows * self.drawn.count(at) // max(len(self.drawn), 1)
+        return Note(self.guard.name, found.action, found.reason, scores, limits, self.calls, rows, ms)
 
     @contextmanager
     def asked(self, *, as_drawn: bool = False) -> Iterator[None]:
@@ -85,15 +86,22 @@ class Work:
         finally:
             self.seconds += time.perf_counter() - began
 
-    def keep(self, findings: Sequence[Finding], at: Sequence[int]) -> None:
+    def keep(self, findings: Sequence[Finding], at: Sequence[int], *, seen: bool = False) -> None:
         """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
 
+        Args:
+            findings: what the guard said.
+            at: of which pictures.
+            seen: whether it saw them, and may bring others to show in their place.
+
         Raises:
-            Failed: there are more or fewer.
+            Failed: there are more or fewer, or one names an action that would leave the picture as it is.
         """
         if len(findings) != len(at):
             raise Failed(self.guard.name, ValueError(f"{len(findings)} answers for {len(at)} pictures"))
         for i, found in zip(at, findings, strict=True):
+            if found.action not in ACTIONS or (found.action in COVERS and not (seen and found.image is not None)):
+                raise Failed(self.guard.name, ValueError(f"the action {found.action!r} hides nothing without a picture to show"))
             old = self.findings[i]
             last = old if found.action == "none" else found
             scores, limits = {**old.scores, **found.scores}, {**old.thresholds, **found.thresholds}
@@ -119,6 +127,10 @@ class Guarded:
             raise BadSetting(f"max_rows must be >= 1, got {max_rows}")
         self.pipe, self.guards, self.max_rows, self.border = pipe, tuple(guards), max_rows, Border(pipe)
         for guard in guards:
+            if not guard.seams:
+                raise BadSetting(f"the guard {guard.name!r} takes hold nowhere, so it would never be asked; name its seams")
+            if "image" in guard.seams and self.border.family and self.border.kind not in ONE_FRAME:
+                raise BadSetting(f"the guard {guard.name!r} looks at pictures, and a {self.border.kind} draws videos; leave it out")
             if guard.seams - self.border.seams:
                 able = [name for name in sorted(GUARDS) if resolve(GUARDS, name, "guard").seams <= self.border.seams]
                 raise BadSetting(
@@ -142,14 +154,16 @@ class Guarded:
             BadSetting: a guard would have no effect with these options.
             UserError: a guard refuses what is asked.
         """
-        for key in UNSEEN:
-            if options.get(key) is not None:
+        if isinstance(prompts, str):
+            raise BadSetting(f"prompts must be a list of texts, got the text {prompts[:60]!r}; put it in a list")
+        for key, value in options.items():
+            if _unseen(key) and value is not None:
                 raise BadSetting(f"a guarded pipeline takes one text a prompt, and `copies`: guards do not see {key}; leave it out")
         if copies > 1 and any(g.seams & {"start", "latents"} for g in self.guards):
             names = ", ".join(g.name for g in self.guards if g.seams & {"start", "latents"})
             raise BadSetting(f"{names} draws each prompt with a start of its own, so copies must be 1, got {copies}; repeat the prompt")
         inside = [g.name for g in self.guards if g.seams - OUTSIDE]
-        self.border.refuse(options, guided=[g.name for g in self.guards if g.seams & {"uncond", "branch"}], inside=inside)
+        self.border.refuse(options, guided=[g.name for g in self.guards if g.seams & THROUGH_GUIDANCE], inside=inside)
         if any("image" in g.seams for g in self.guards) and options.get("output_type", "pil") != "pil":
             raise BadSetting(f"guards that look at pictures need output_type='pil', got {options['output_type']!r}")
         n = len(prompts) * copies
@@ -245,6 +259,7 @@ class Guarded:
         call = Call(self.border, texts, away, options, twins={k: len(at) + j for j, k in enumerate(twins)})
         turns: list[tuple[Work, Turn]] = []
         for work in works:
+            work.drawn = (*at, *(at[k] for k in twins))
             if work.guard.seams - OUTSIDE:
                 with work.asked(as_drawn=True):
                     turns.append((work, work.ready.begin(call)))
@@ -280,9 +295,15 @@ class Guarded:
                 continue
             with work.asked():
                 found = work.ready.look([image for _, image in seen], [prompts[i] for i, _ in seen])
-                work.keep(found, [i for i, _ in seen])
+                work.keep(found, [i for i, _ in seen], seen=True)
             for (i, image), one in zip(seen, found, strict=True):
                 images[i] = one.image if one.image is not None else image
+
+
+def _unseen(key: str) -> bool:
+    """Return whether an option is a text or an embedding that guards do not see, or changes what comes back."""
+    text = key.startswith(("prompt", "negative_prompt")) and key != "negative_prompt"
+    return text or "embeds" in key or key in UNSEEN
 
 
 def _drawn_of(image: Any, works: Sequence[Work], at: int, fault: str) -> Drawn:  # noqa: ANN401

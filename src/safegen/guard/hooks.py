@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safegen.guard.base import Call, Turn
-from safegen.models.seams import Border, Text
+from safegen.models.seams import THROUGH_GUIDANCE, Border, Text
 
 if TYPE_CHECKING:
     from safegen.guard.engine import Work
@@ -35,6 +35,8 @@ class Hooks:
         """Denoiser calls of this step that came in and that went out."""
         self.missed = 0
         """Steps with another number of calls than the family makes."""
+        self.unguided = 0
+        """Steps without guidance, where a guard acts through it: a callback can turn it off on the way."""
         self.finite: list[bool] = []
         self.asked: list[Asked] = []
         self.merged = False
@@ -61,6 +63,8 @@ class Hooks:
             return [f"calls: {done} of {steps} steps went through the guards"] * n
         if self.missed:
             return [f"calls: in {self.missed} of {steps} steps the denoiser did not go through the guards"] * n
+        if self.unguided:
+            return [f"calls: in {self.unguided} of {steps} steps guidance was off, through which a guard acts"] * n
         if len(self.finite) != n:
             return [f"calls: latents of {len(self.finite)} pictures for {n}"] * n
         return ["" if fine else "not-finite: the latents hold NaN or infinity" for fine in self.finite]
@@ -96,6 +100,7 @@ class Hooks:
     def _stepped(self, latents: Tensor) -> Tensor:
         expected = 2 if self.border.family and self.border.family.calls == 2 and self.guided else 1
         self.missed += bool(self.turns) and not self.entered == self.left == expected
+        self.unguided += not self.guided and any(work.guard.seams & THROUGH_GUIDANCE for work, _ in self.turns)
         self.entered = self.left = 0
         for work, turn in self.turns:
             if "latents" in work.guard.seams:

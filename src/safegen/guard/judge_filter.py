@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
@@ -14,9 +15,12 @@ from safegen.errors import BadFile
 from safegen.guard.base import Action, Finding, Guard, Ready
 from safegen.judge import Judge, Verdict, load_judge
 from safegen.models.seams import Border, Seam
+from safegen.tables import CLIPS
 
 Answer = Literal["black", "blur", "mosaic", "refuse"]
 """What to do with an unsafe picture: a black one in its place, the whole of it covered, or no picture at all."""
+FILES = ("weights", "prompts")
+"""Options of judges that name files."""
 
 
 class JudgeFilter(Guard):
@@ -41,6 +45,10 @@ class JudgeFilter(Guard):
         """Return the concept's judge, labels and threshold."""
         return {"judge": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
 
+    def beside(self, folder: Path) -> Guard:
+        """Return the guard with its judge's files looked for in `folder`, unless they are bundled or of the hub."""
+        return self.model_copy(update={"options": nearby(self.options, folder)})
+
     def open(self) -> Judge:
         """Return the judge.
 
@@ -59,6 +67,12 @@ class JudgeFilter(Guard):
     def ready(self, border: Border) -> Ready:
         """Return the guard at work."""
         return Looker(self, self.open(), self.action)
+
+
+def nearby(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a judge's options with the files among them looked for in `folder`, unless they are bundled or of the hub."""
+    local = {k for k in FILES if isinstance(v := options.get(k), str | Path) and str(v) not in CLIPS and not str(v).startswith("hub:")}
+    return {k: str(folder / v) if k in local else v for k, v in options.items()}
 
 
 def hashed(settings: dict[str, Any], judge: Judge) -> dict[str, Any]:

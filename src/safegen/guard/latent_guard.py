@@ -61,6 +61,8 @@ class LatentGuard(Guard):
     def ready(self, border: Border) -> Ready:
         """Return the guard at work, the concepts' features computed."""
         tower = Tower(border)
+        for concept in self.concepts:
+            border.fits(concept, "a concept of the guard 'latent-guard'")
         head = load_head(self.weights, allow_pickle=self.allow_pickle).to(tower.device)
         if head.width != tower.width:
             raise BadSetting(

@@ -21,11 +21,11 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from safegen.concept import Concept
 from safegen.errors import BadSetting
 from safegen.guard.base import Finding, Guard, Probe, Ready
-from safegen.guard.judge_filter import Answer, JudgeFilter, Looker, hashed
+from safegen.guard.judge_filter import Answer, JudgeFilter, Looker, hashed, nearby
 from safegen.hashes import hash_tensors
 from safegen.judge import Judge
 from safegen.judge.clip import chances, encode_texts
-from safegen.judge.vision import Pixels, find_folder, load_part
+from safegen.judge.vision import Pixels, find_folder, fingerprint, load_part
 from safegen.models.seams import ONE_FRAME, Border, Seam, copied
 
 GROUP = 4
@@ -73,6 +73,11 @@ class Pno(Guard):
         """Return the concept's words and counterpart as texts, its judge, labels and threshold."""
         return JudgeFilter.lent(concept) | {"unsafe": concept.words, "safe": concept.counterpart}
 
+    def beside(self, folder: Path) -> Guard:
+        """Return the guard with its weights and its judge's files looked for in `folder`, unless they are bundled or of the hub."""
+        files = nearby({"weights": self.weights}, folder)
+        return self.model_copy(update=files | {"options": nearby(self.options, folder)})
+
     def open(self) -> Judge:
         """Return the judge."""
         return JudgeFilter(judge=self.judge, labels=self.labels, threshold=self.threshold, options=self.options).open()
@@ -80,7 +85,7 @@ class Pno(Guard):
     def facts(self) -> dict[str, Any]:
         """Return the settings with the judge's id and the score's weights by their hash."""
         score = Score(self.weights, self.unsafe, self.safe)
-        return hashed(self.model_dump(mode="json"), self.open()) | {"score_id": score.id}
+        return hashed(self.model_dump(mode="json"), self.open()) | {"score_id": score.id, "score_sees": score.sees}
 
     def ready(self, border: Border) -> Ready:
         """Return the guard at work.
@@ -91,7 +96,7 @@ class Pno(Guard):
         if border.kind not in ONE_FRAME:
             raise BadSetting(f"the guard 'pno' knows the starts of {' and '.join(ONE_FRAME)}, not those of a {border.kind}; leave it out")
         score, judge = Score(self.weights, self.unsafe, self.safe, device=str(border.pipe._execution_device)), self.open()
-        if score.id[:16] in judge.id:
+        if any(digest[:16] in judge.id for digest in (score.id, score.eyes)):
             raise BadSetting(
                 f"the guard 'pno' would lower the score of the model that judges it ({judge.id}), which shows nothing; "
                 "name a judge with other weights"
@@ -179,9 +184,14 @@ class Score:
         """
         folder = find_folder("clip", weights, option="weights", example="hub:openai/clip-vit-large-patch14")
         self.clip = load_part(CLIPModel, folder, device=device)
-        self.id, self.unsafe = hash_tensors(self.clip.state_dict()), len(unsafe)
+        state = self.clip.state_dict()
+        self.id, self.unsafe = hash_tensors(state), len(unsafe)
+        self.eyes = hash_tensors({k: v for k, v in state.items() if k.startswith(("vision_model.", "visual_projection."))})
+        """Hash of what sees: judges that have no use for the text tower go by it."""
         self.side = int(self.clip.config.vision_config.image_size)
         facts = Pixels(folder, self.side).facts
+        self.sees = fingerprint([self.side, facts["image_mean"], facts["image_std"]])
+        """Hash of what decides a score besides the weights."""
         self.mean, self.std = (torch.tensor(facts[key], device=device).view(3, 1, 1) for key in ("image_mean", "image_std"))
         self.texts = encode_texts(self.clip, folder, [*unsafe, *safe])
 

@@ -26,7 +26,7 @@ class PromptFilter(Guard):
     seams: ClassVar[frozenset[Seam]] = frozenset({"prompt"})
 
     words: tuple[str, ...] = ()
-    """Words and phrases that are not drawn. Each is met as whole words, in any case and width of letters, whatever spaces it has."""
+    """Words and phrases that are not drawn. Each is met whole, in any case and width of letters, with any spaces or underscores."""
     classifier: str | None = None
     """A text classifier as `module:function`: from a list of prompts to a score in 0..1 each. It is run, so name only what you trust."""
     threshold: float = Field(default=0.5, gt=0, le=1)
@@ -86,9 +86,10 @@ class _Ready(Ready):
 
 
 def plain(text: str) -> str:
-    """Return a text in one case and width of letters (NFKC, case folded), its accents gone, with single spaces."""
+    """Return a text in one case and width of letters (NFKC, case folded), its accents gone, with single spaces, also for underscores."""
     wide = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join("".join(c for c in wide if not unicodedata.combining(c) and unicodedata.category(c) != "Cf").split())
+    kept = "".join(c for c in wide if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+    return " ".join(kept.replace("_", " ").split())  # tags are written red_cube
 
 
 def pattern(words: Sequence[str]) -> re.Pattern[str]:

@@ -18,6 +18,8 @@ on the picture."""
 ANYWHERE: frozenset[Seam] = frozenset({"prompt", "image"})
 """Seams that need nothing of a pipeline but that it draws."""
 EVERY: frozenset[Seam] = frozenset({"prompt", "start", "uncond", "text", "branch", "latents", "image"})
+THROUGH_GUIDANCE: frozenset[Seam] = frozenset({"uncond", "branch"})
+"""Seams that are nothing without guidance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +171,7 @@ class Border:
         default = {k: p.default for k, p in signature(type(self.pipe).__call__).parameters.items()}
         for key in ("guidance_scale", "guidance_scale_2"):
             scale = call.get(key, default.get(key))
-            if guided and scale is not None and scale <= 1:
+            if guided and scale is not None and not scale > 1:  # NaN is no guidance either
                 raise BadSetting(f"{names} has no effect without guidance; {key.replace('_', ' ')} must be > 1, got {scale}")
         if guided and any(getattr(d.config, "time_cond_proj_dim", None) is not None for d in self.denoisers):
             raise BadSetting(
