@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,20 @@ def size_of(patch: Patch) -> int:
     with tempfile.TemporaryDirectory() as folder:
         patch.save(Path(folder) / "p.safetensors")
         return (Path(folder) / "p.safetensors").stat().st_size
+
+
+def forget_peak() -> None:
+    """Let the peak that `peak_mib` reads begin anew, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_mib() -> int | None:
+    """Return the most memory that the process has held since `forget_peak`, in MiB; None where the system does not say."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024)
+    return None
 
 
 def measure(
@@ -129,14 +142,15 @@ def main() -> None:
         out: dict[str, Any] = {"row": row, "concept": args.concept, "edits": [], "seconds": 0.0, "bytes": 0}
         with ExitStack() as on:
             _ = model.hash
+            forget_peak()
             for part in row.split("+"):
                 patch, settings, seconds = make_patch(part, model, concept, training)
                 on.enter_context(patch.apply(model))
                 out["edits"].append({"method": part, "settings": settings, "provenance": dict(patch.provenance)})
                 out["seconds"] = round(out["seconds"] + seconds, 1)
                 out["bytes"] += size_of(patch)
+            out["edit_peak_mib"] = peak_mib()  # model and edits, without what drawing and judging take
             redrawn = list(generate(model, [i.ask for i in items], sampler))
-        out["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # of the process so far
         out["lists"] = measure(eyes, items, base, judge.judge(redrawn), drawn, redrawn, concept)
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(out) + "\n")
@@ -155,7 +169,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
         entry, short = found[0]["lists"][name], name.partition(":")[2]
         heads.append(f"{short}: removed" if "removal" in entry else f"{short}: {'drawn' if entry['base']['shown'] else 'right object'}")
         heads += [f"{short}: right object"] if "removal" in entry else []
-    heads += ["CLIP, last list", "KID to base × 1000", "coherence kept, least", "changed by", "mosaicked, most", "peak MiB"]
+    heads += ["CLIP, last list", "KID to base × 1000", "coherence kept, least", "changed by", "mosaicked, most", "peak MiB while editing"]
     out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in found:
         cells = [row["row"], f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}"]
@@ -170,10 +184,17 @@ def markdown(found: list[dict[str, Any]]) -> str:
         last, kept = calm[-1], [e["coherence"]["value"] for e in row["lists"].values() if e["coherence"]]
         cells += [f"{last['clip_base']['value']:.1f} → {last['clip_edited']['value']:.1f}"]
         cells += [f"{1000 * last['kid']['value']:.2f}" if "kid" in last else "too few", f"{100 * min(kept):.0f}" if kept else ""]
-        cells += [str(row["peak_mib"])]
+        cells += [_peak(row)]
         cells[-1:-1] = [f"{100 * calm[-1]['change']['value']:.1f}", f"{100 * max(e['edited']['mosaicked']['value'] for e in calm):.0f}"]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def _peak(row: dict[str, Any]) -> str:
+    """Return an edit's peak; rows of an older script have only the process's so far, which is a bound from above."""
+    if row.get("edit_peak_mib") is not None:
+        return str(row["edit_peak_mib"])
+    return f"at most {row['peak_mib']}" if "peak_mib" in row else "not known"
 
 
 def plot(found: list[dict[str, Any]], out: Path) -> None:

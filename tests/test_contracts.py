@@ -14,7 +14,7 @@ from PIL import Image
 import safegen
 from safegen import tables
 from safegen.concept import Concept, load_concept, prompt_list
-from safegen.errors import BadSetting, UnknownName
+from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.judge import load_judge
 
 HOME = Path(safegen.__file__).parent
@@ -30,7 +30,7 @@ TABLES = {
 }
 NOT_METHODS = {
     "guard": {"__init__", "base", "engine", "hooks"},
-    "edit": {"__init__", "base", "adapter", "closed_form", "loop", "losses", "rollout"},
+    "edit": {"__init__", "base", "adapter", "checkpoint", "closed_form", "loop", "losses", "rollout", "training"},
     "judge": {"__init__", "base", "batch", "onnx", "vision"},
 }
 
@@ -96,6 +96,34 @@ def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets
     with pytest.raises(ConnectionError):
         kept.apply(model, data, folder=tmp_path, report=pull)
     assert kept.apply(make_model(), data, folder=tmp_path, resume=True).hash == whole.hash
+
+
+@pytest.mark.parametrize(("name", "rollout"), [("esd", "student"), ("sdd", "average")])
+def test_edits_that_draw_with_what_they_train_continue_bit_for_bit_too(name, rollout, make_model, tmp_path):
+    """What draws is the student, or the weight average: both are in the checkpoint."""
+    kind = tables.resolve(tables.EDITS, name, "edit")
+    edit = kind.preset("default", concept=WORDS, rollout=rollout, steps=4, training=BRIEF | {"updates": 4, "checkpoint_every": 2})
+
+    def pull(done, of, row):
+        if done == 3:
+            raise ConnectionError("pulled the plug")
+
+    whole = edit.apply(make_model(), folder=tmp_path / "whole")
+    with pytest.raises(ConnectionError):
+        edit.apply(make_model(), folder=tmp_path / "torn", report=pull)
+    assert edit.apply(make_model(), folder=tmp_path / "torn", resume=True).hash == whole.hash
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_edit_that_trains_refuses_a_wrong_training_before_it_prepares_anything(name, make_model, triplets, tmp_path):
+    """Rollouts, twins and latents cost minutes, and on a model of other precision they break without a word of what is wrong."""
+    half = make_model()
+    half.pipeline.to(torch.bfloat16)
+    data = triplets if brief(name).learns_from == "triplets" else None
+    with pytest.raises(BadSetting, match="precision fp32 needs a model loaded in fp32"):
+        brief(name, training=BRIEF | {"precision": "fp32"}).apply(half, data)
+    with pytest.raises(BadFile, match="there is nothing to resume"):
+        brief(name).apply(half, data, folder=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("name", TRAINED)

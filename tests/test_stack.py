@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
 from safegen.errors import BadFile, BadSetting, UnknownName
@@ -92,12 +94,16 @@ def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(mak
 
 
 def test_a_shelf_loads_a_model_once_and_patches_come_off_exactly(tiny_folder, patches):
+    from safegen.models.patch import Overwritten
+
     shelf, name = Shelf(), str(tiny_folder)
     plain, both = Stack(name="plain", model=name), Stack(name="both", model=name, patches=tuple(patches))
     model, weights = shelf.model(name)
     with shelf.opened(plain) as ready:
         before = ready.draw(ASKS, SAMPLER)
-    with shelf.opened(both) as ready:
+    with ExitStack() as on:
+        with pytest.warns(Overwritten, match="the last patch counts"):
+            ready = on.enter_context(shelf.opened(both))
         assert ready.model is model
         assert ready.hash == shelf.hash(both)
         edited = ready.draw(ASKS, SAMPLER)

@@ -253,7 +253,11 @@ class Shelf:
 
         Raises:
             UserError: the model, a patch or a guard cannot be loaded, or does not fit.
+
+        Warns:
+            Overwritten: several patches change the same weights.
         """
+        from safegen.models.compose import warn_of_overlap
         from safegen.models.patch import Patch
 
         assert not self._open, "another stack is open"
@@ -263,6 +267,8 @@ class Shelf:
         with ExitStack() as on:
             self._open = True
             on.callback(setattr, self, "_open", False)
-            for path in stack.patches:
-                on.enter_context(Patch.load(path).apply(model))
+            patches = [Patch.load(path) for path in stack.patches]
+            warn_of_overlap(patches)
+            for patch in patches:
+                on.enter_context(patch.apply(model))
             yield Opened(stack, model, digest, _guarded(stack, model))

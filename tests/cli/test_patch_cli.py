@@ -58,6 +58,13 @@ def test_merge_and_export_go_together(safegen, files, tmp_path):
     assert code == 0, err
 
 
+def test_patches_that_undo_each_other_are_said_in_one_line(safegen, files, tmp_path):
+    two = ("--patch", files / "text.safetensors", "--patch", files / "text.safetensors")
+    code, _, err = safegen("export", "mini", *two, "--out", tmp_path / "model.safetensors")
+    assert code == 0, err
+    assert [line for line in err.splitlines() if "weights are changed by more than one patch" in line and line.startswith("warning: ")]
+
+
 def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
     out = tmp_path / "lora.safetensors"
     code, text, err = safegen("patch", "extract-lora", files / "text.safetensors", "mini", "--rank", "4", "--out", out)
@@ -96,6 +103,7 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
         (["patch", "merge", "TEXT", "LOOK", "--model", "mini", "--out", "OUT.safetensors"], "model has no effect without --overlap add"),
         (["patch", "extract-lora", "TEXT", "mini", "--keys", "a1111", "--out", "OUT.safetensors"], "keys must be kohya or diffusers"),
         (["patch", "extract-lora", "TEXT", "minni", "--out", "OUT.safetensors"], "Did you mean 'mini'"),
+        (["patch", "merge", "TEXT", "LOOK", "--config", ".", "--out", "OUT.safetensors"], "config has no effect without --model"),
         (["export", "mini", "--out", "OUT.ckpt"], "must end in .safetensors"),
         (["export", "mini", "--dtype", "int8", "--out", "OUT.safetensors"], "dtype must be one of"),
         (["export", "mini", "--config", ".", "--out", "OUT.safetensors"], "config has no effect on 'mini'"),

@@ -466,6 +466,23 @@ def test_a_gradient_that_is_not_finite_is_caught_too(line):
     same(state_of(line), before)
 
 
+class Still(Line):
+    """A loss that nothing changes."""
+
+    def losses(self, denoiser, micro_step, generator, share):
+        return {"fit": 0.0 * denoiser.weight.sum(1)}
+
+
+def test_a_new_weight_that_is_not_finite_is_caught_after_the_last_update_too(line):
+    """No loss is looked at any more then: weight decay alone throws the weights out of range."""
+    with torch.no_grad():
+        line.weight.fill_(1e10)
+    before = state_of(line)
+    with pytest.raises(Diverged, match="the new weight has values that are not finite; lower lr"):
+        train(line, ["weight"], Still(), Training(updates=1, accumulation=1, lr=1e22, weight_decay=1e8, ema=0.0))
+    same(state_of(line), before)
+
+
 def test_it_stops_early_after_so_many_looks_without_a_better_one(line):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
     found = train(line, ["weight"], Line(looks=(3.0, 2.0, 2.5, 2.0)), settings)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from safegen.api import make_edit
 from safegen.edit.closed_form import adversarial_embeddings, embed, projections, solve_projection
 from safegen.edit.rece import RECE
 from safegen.edit.uce import UCE
+from safegen.errors import BadSetting
 
 
 def randn(*shape, seed=0):
@@ -68,3 +70,8 @@ def test_every_round_leaves_less_of_the_way_back(tiny_model):
         back = adversarial_embeddings(list(edited.values()), list(original.values()), c, ridge=0.1)
         near.append(sum(float((back @ edited[n].T - c @ w.T).pow(2).sum()) for n, w in original.items()))
     assert near[0] < near[1] < near[2]
+
+
+def test_a_ridge_without_rounds_is_refused():
+    with pytest.raises(BadSetting, match="ridge has no effect with rounds 0"):
+        make_edit("rece", erase=("cube",), rounds=0, ridge=0.5)

@@ -189,6 +189,7 @@ def test_one_call_edits_by_a_concepts_name(tiny_model, triplets):
 
 REFUSED = {
     "preserve and captions have no effect with preserve_scale 0": {"preserve": ("tree",), "preserve_scale": 0},
+    "preserve_scale has no effect without preserve or captions": {"preserve": (), "preserve_scale": 0.5},
     "erase has a blank word": {"erase": (" ", "cube")},
     "stay: Input should be greater than 0, got 0": {"stay": 0},
     "erase_scale": {"erase_scale": -1},
@@ -217,4 +218,5 @@ def test_the_paper_preset_has_the_published_values():
     assert (rece.erase_scale, rece.preserve_scale, rece.stay) == (1.0, 0.1, 0.1)
     assert make_edit("rece", "paper", concept="skulls").preserve_scale == 0.1
     assert make_edit("rece", concept="skulls").preserve_scale == 10.0
+    assert make_edit("rece", concept="skulls", captions=()).preserve_scale == 0.1  # a weight that was meant for captions
     assert make_edit("rece", concept=load_concept("skulls").model_copy(update={"captions": ()})).preserve_scale == 0.1

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from safegen.errors import BadPatch, BadSetting
 from safegen.models import Patch, select
-from safegen.models.compose import differ, merge, overlapping
+from safegen.models.compose import differ, merge, overlapping, warn_of_overlap
+from safegen.models.patch import Overwritten
 
 
 @pytest.fixture
@@ -75,6 +76,22 @@ def test_refusals(make_model, parts):
         merge([first, Patch(second.tensors, {"base": "0" * 64})])
     with pytest.raises(BadPatch, match="does not fit"):
         merge([first, second], overlap="add", model=make_model(channels=24))
+    with pytest.raises(BadPatch, match="does not fit"):  # though nothing overlaps
+        merge([first, parts[2]], overlap="add", model=make_model(channels=24))
+    with pytest.raises(BadPatch, match="for different families"):
+        merge([Patch(p.tensors, {"family": name}) for p, name in ((first, "one"), (second, "two"))], overlap="last")
+
+
+def test_a_merged_patch_says_its_family(parts):
+    said = [Patch(p.tensors, dict(p.provenance) | {"family": "one"}) for p in parts]
+    assert merge([said[0], said[2]]).provenance["family"] == "one"
+
+
+def test_patches_that_would_undo_each_other_are_warned_about(parts):
+    first, second, text = parts
+    warn_of_overlap([first, text])  # no warning, and warnings are errors
+    with pytest.warns(Overwritten, match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first, and the last"):
+        warn_of_overlap([first, second])
 
 
 def test_a_difference_is_counted_and_measured(parts):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
@@ -11,7 +13,7 @@ from torch.testing import assert_close
 
 from safegen.edit.uce import UCE
 from safegen.errors import BadFile, BadPatch, BadSetting
-from safegen.models import Patch, select
+from safegen.models import OtherBase, Patch, select
 from safegen.models.lora import extract_lora, load_lora, save_lora
 
 
@@ -145,3 +147,72 @@ def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
     (tmp_path / "bytes.safetensors").write_bytes(b"x")
     with pytest.raises(BadFile, match="not a readable safetensors file"):
         load_lora(tmp_path / "bytes.safetensors", tiny_model)
+
+
+@pytest.fixture
+def lora_file(tiny_model, patch, tmp_path):
+    out = tmp_path / "of-the-tiny-one.safetensors"
+    save_lora(extract_lora(patch, tiny_model, 4), tiny_model, out, dtype=torch.float32, base=tiny_model.hash)
+    return out
+
+
+def test_the_patch_is_made_on_the_model_that_it_was_added_to(lora_file, tiny_model, make_model):
+    """The new values hold the model's own weights: on the LoRA's base they would be another model's."""
+    other = make_model(5)
+    with pytest.warns(OtherBase, match="the LoRA was made on weights"):
+        patch = load_lora(lora_file, other)
+    assert patch.provenance["base"] == other.hash
+    patch.apply(other)  # no warning, and warnings are errors
+    with pytest.warns(OtherBase, match="the patch was made on weights"):
+        patch.fits(tiny_model)
+
+
+def test_a_lora_of_another_family_is_refused_though_every_shape_fits(lora_file, make_model):
+    other = make_model()
+    other.denoiser.register_to_config(attention_head_dim=(4, 4))
+    with pytest.raises(BadPatch, match="it was made for another family"):
+        load_lora(lora_file, other)
+
+
+@pytest.mark.parametrize("stem", ["lora_te_text_model_encoder_layers_0_mlp_fc1", "text_encoder.text_model.encoder.layers.0.mlp.fc1"])
+def test_what_changes_the_text_encoder_is_left_out_and_counted(lora_file, tiny_model, tmp_path, stem):
+    """Most LoRAs that users have change it too."""
+    ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
+    both = load_file(lora_file) | {stem + end: torch.ones(1, 1) if end != ".alpha" else torch.tensor(1.0) for end in ends}
+    save_file(both, tmp_path / "both.safetensors")
+    patch, plain = load_lora(tmp_path / "both.safetensors", tiny_model), load_lora(lora_file, tiny_model)
+    assert patch.hash == plain.hash
+    assert patch.provenance["left out"] == "3 tensors of the text encoder"
+    assert "left out" not in plain.provenance
+
+
+@pytest.mark.parametrize("end", [".dora_scale", ".lora_mid.weight", ".hada_w1_a"])
+def test_a_file_that_would_be_half_read_is_refused(lora_file, tiny_model, tmp_path, end):
+    tensors = load_file(lora_file)
+    stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
+    save_file(tensors | {stem + end: torch.ones(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(BadFile, match=rf"has {stem}{end}, which a plain LoRA has not") as caught:
+        load_lora(tmp_path / "more.safetensors", tiny_model)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_path):
+    """diffusers' own files have no alphas beside the factors: one number in the header stands for all."""
+    out = tmp_path / "plain.safetensors"
+    save_lora(extract_lora(patch, tiny_model, 4), tiny_model, out, keys="diffusers", dtype=torch.float32)
+    plain, own = load_lora(out, tiny_model), dict(tiny_model.denoiser.named_parameters())
+    for said, words in (({"unet.lora_alpha": 2, "unet.alpha_pattern": {}}, None), ({"unet.alpha_pattern": {"x": 1}}, "several strengths")):
+        save_file(load_file(out), tmp_path / "theirs.safetensors", metadata={"lora_adapter_metadata": json.dumps(said)})
+        if words:
+            with pytest.raises(BadFile, match=words):
+                load_lora(tmp_path / "theirs.safetensors", tiny_model)
+            continue
+        for name, value in load_lora(tmp_path / "theirs.safetensors", tiny_model).tensors.items():
+            assert_close(value - own[name], (plain.tensors[name] - own[name]) / 2, rtol=0, atol=1e-5)
+
+
+def test_a_header_that_cannot_be_read_is_one_line(lora_file, tiny_model, tmp_path):
+    save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={"safegen": "{"})
+    with pytest.raises(BadFile, match="its header cannot be read") as caught:
+        load_lora(tmp_path / "torn.safetensors", tiny_model)
+    assert "\n" not in str(caught.value)

@@ -204,3 +204,22 @@ def test_another_base_of_the_same_shape_is_warned_about(make_model, patch):
 
 def test_provenance_is_plain_json(patch):
     assert json.loads(json.dumps(dict(patch.provenance))) == patch.provenance
+
+
+def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model, patch):
+    """Self-attention of SD 1.x and 2.x has equal shapes and unequal heads."""
+    model, other = make_model(), make_model()
+    other.denoiser.register_to_config(attention_head_dim=(4, 4))
+    made = Patch(patch.tensors, dict(patch.provenance) | {"family": model.family})
+    made.apply(model).undo()
+    before = state_of(other)
+    with pytest.raises(BadPatch, match=r"it was made for another family \(UNet2DConditionModel, heads \[2, 2\], text 32\)"):
+        made.apply(other)
+    same(state_of(other), before)
+
+
+def test_one_number_of_heads_means_every_level(make_model):
+    model = make_model()
+    said = model.family
+    model.denoiser.register_to_config(attention_head_dim=(2, 2))
+    assert model.family == said

@@ -178,3 +178,19 @@ def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_p
     assert not (tmp_path / "x.safetensors").exists()
     with pytest.raises(BadFile, match="is not a diffusers folder"):
         load_single_file(file, config=tmp_path)
+
+
+def test_a_folder_whose_index_is_damaged_is_refused_in_one_line(file, tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(BadFile, match=r"model_index.json is not JSON") as caught:
+        load_single_file(file, config=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_sd_2s_build_is_not_written_as_if_it_were_sd_1(make_model, tmp_path):
+    """Its text encoder has other names and fused projections in one file: a web UI would not find it."""
+    model = make_model()
+    model.denoiser.register_to_config(use_linear_projection=True)
+    with pytest.raises(BadSetting, match=r"is of SD 2.x's build.*write a folder: safegen apply"):
+        save_single_file(model, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []

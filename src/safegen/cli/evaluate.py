@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from safegen.cli.common import Threads, one_line_warnings, progress, quiet, set_threads
 from safegen.errors import BadFile, BadSetting, Stopped
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def evaluate(
     judge_option: JudgeOption = None,
     device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")] = None,
+    threads: Threads = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code.")] = False,
 ) -> None:
     """Draw with stacks under a protocol, judge, score and report. Given again after a stop or a kill, it goes on to the same bytes."""
@@ -89,19 +89,17 @@ def evaluate(
     if stage == Stage.report:
         report([out], judge=judge, label=label)
         return
-    from safegen.cli.main import _progress, _quiet, _set_threads
-
-    _quiet()
+    quiet()
     rules = _protocol(protocol, prompts or []) if protocol else None
     if rules:
         _show_left_out(rules)
-    _set_threads(threads)
+    set_threads(threads)
     from safegen.bench import run as bench
     from safegen.bench.folder import Run
     from safegen.stack import Shelf, load_stack
 
     stacks = [load_stack(spec) for spec in stack or []]
-    with _stoppable(out), _one_line_warnings(), _progress() as tell:
+    with _stoppable(out), one_line_warnings(), progress() as tell:
         if rules is None:
             seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), options=options or None, tell=tell)
             words = ["safegen", "score", str(out), "--judge", seen_by, *(word for one in label or [] for word in ("--label", one))]
@@ -171,10 +169,9 @@ def verify(run: RunArg) -> None:
     """Check a run's hashes, keys, counts and scores, one line for each problem; exits with 1 if there is one."""
     from safegen.bench.folder import Run
     from safegen.bench.verify import verify as check
-    from safegen.cli.main import _progress
 
     opened = Run.open(run)
-    with _progress() as tell:
+    with progress() as tell:
         problems = check(opened, tell=tell)
     for problem in problems:
         typer.echo(problem)
@@ -236,19 +233,6 @@ def _stoppable(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Stopped(f"stopped; what was drawn is in {out}, and the same command goes on") from error
-
-
-@contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Say each warning of ours once, in a line."""
-    from safegen.models.patch import OtherBase
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", OtherBase)
-        yield
-    for message in dict.fromkeys(str(w.message) for w in caught):
-        typer.echo(f"warning: {message}", err=True)
 
 
 def _show(run: Run, scores: dict[str, Any] | None = None) -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from safegen.cli import evaluate, triplets
 from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
+from safegen.cli.common import (
+    Config,
+    Device,
+    Dtype,
+    ModelArg,
+    Pickle,
+    Threads,
+    load_model,
+    one_line_warnings,
+    progress,
+    quiet,
+    set_threads,
+)
 from safegen.errors import BadFile, BadSetting
-
-if TYPE_CHECKING:
-    from safegen.models import Model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,12 +39,6 @@ app.add_typer(patch_cli.app, name="patch", help="Look into patches, compare and 
 for command in (patch_cli.export, evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify):
     app.command()(command)
 
-ModelArg = Annotated[str, typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="MODEL")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
-Config = Annotated[Path | None, typer.Option(help="For a one-file checkpoint: a diffusers folder of its family, for small files it lacks.")]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
-Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")]
 SHEET = "sheet.png"
 """Contact sheet of the pictures that `generate` drew, which comes last."""
 
@@ -76,14 +76,13 @@ def generate(
     texts = _read_prompts(prompt, prompts)
     if (model is None) == (stack is None):
         raise BadSetting("generate draws with a MODEL or with a --stack recipe.toml; give one of them")
-    _quiet()
+    quiet()
     from safegen.bench.grid import contact_sheet
-    from safegen.cli.evaluate import _one_line_warnings
     from safegen.files import private_folder
     from safegen.models import Ask, Patch, Sampler, save_picture
     from safegen.stack import Shelf, Stack, add_guards, load_stack
 
-    _set_threads(threads)
+    set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
     recipe = recipe.model_copy(update={"patches": (*recipe.patches, *(patch or []))})
     recipe = add_guards(recipe, guard or [], concept)
@@ -93,7 +92,7 @@ def generate(
         Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle, config=config),
     )
     asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
-    with private_folder(out, last=SHEET) as folder, _one_line_warnings(), shelf.opened(recipe) as ready, _progress() as tell:
+    with private_folder(out, last=SHEET) as folder, one_line_warnings(), shelf.opened(recipe) as ready, progress() as tell:
         pictures, lines = [], []
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
@@ -135,7 +134,7 @@ def edit(
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
-    _quiet()
+    quiet()
     from safegen.api import make_edit, refuse_idle_concept
     from safegen.data.triplets import Triplets
     from safegen.edit.base import refuse_idle, wanted
@@ -150,8 +149,8 @@ def edit(
         work = work or out.with_name(out.name + ".work")
         if not resume and (work / "checkpoint.safetensors").exists():
             raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
-    loaded, _ = _load(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
-    with _progress() as tell:
+    loaded = load_model(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
+    with progress() as tell:
         patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
     patch.save(out)
     facts = patch.provenance
@@ -170,10 +169,10 @@ def apply(
     """Put a patch on a model and write a plain diffusers folder."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another folder or remove it")
-    _quiet()
+    quiet()
     from safegen.models import save_folder
 
-    loaded, _ = _load(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
+    loaded = load_model(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
     save_folder(loaded, out)
     typer.echo(f"{out}: open it with StableDiffusionPipeline.from_pretrained({str(out)!r})")
 
@@ -196,14 +195,14 @@ def demo(
     from safegen.files import refuse_taken
 
     refuse_taken(out, last=PAGE)
-    _quiet()
-    _set_threads(threads)
+    quiet()
+    set_threads(threads)
     from safegen.api import make_edit
     from safegen.bench.demo import DemoSettings, run_demo
 
     changes = _changes("safegen", preset, (["training.updates=40", "training.warmup=5"] if fast else []) + (set_ or []))
     settings = DemoSettings(concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1)))
-    with _progress() as tell:
+    with progress() as tell:
         found = run_demo(settings, make_edit("safegen", preset, concept=concept, **changes), out, tell=tell)
     _show(found.summary())
     typer.echo(f"\nreport: {(out / PAGE).resolve()}")
@@ -268,80 +267,3 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
         else:
             out[name] = value
     return out
-
-
-def _load(
-    name: str, patches: list[Path], *, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
-) -> tuple[Model, list[str]]:
-    """Load a model and put patches on it; warnings become one line each."""
-    from safegen.models import Patch, load
-
-    _set_threads(threads)
-    read = [Patch.load(path) for path in patches]
-    loaded = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
-    _ = loaded.hash  # of the untouched weights, before any patch
-    for patch in read:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            patch.apply(loaded)
-        for warning in caught:
-            typer.echo(f"warning: {warning.message}", err=True)
-    return loaded, [p.hash for p in read]
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _quiet() -> None:
-    """Keep the libraries below us from printing; must run before they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar with rate and time left for each named stage."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:.2f}/s" if speed else "", style="progress.data.speed")
-
-    bar = Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def tell(what: str, done: int, of: int) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=of, completed=done)  # what is done already says nothing of the speed
-        bar.update(tasks[what], completed=done)
-
-    with bar:
-        yield tell

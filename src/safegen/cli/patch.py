@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
+from safegen.cli.common import Config, ModelArg, Pickle, one_line_warnings
 from safegen.errors import BadFile, BadSetting
 
 app = typer.Typer(no_args_is_help=True, help="Look into patches, compare and merge them, turn them into LoRAs.")
 
 PatchArg = Annotated[Path, typer.Argument(help="A patch file.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code of whoever made them.")]
 Model = Annotated[str, typer.Argument(help="The model that the patch was made on.", metavar="MODEL")]
 
 
@@ -70,6 +69,7 @@ def merge(
         str, typer.Option(help="For weights that several change: refuse, add (the changes; needs --model) or last.")
     ] = "refuse",
     model: Annotated[str | None, typer.Option(help="With --overlap add, the model that the patches were made on.")] = None,
+    config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Make one patch of several."""
@@ -77,6 +77,8 @@ def merge(
         raise BadSetting(f"overlap must be refuse, add or last, got {overlap!r}")
     if model is not None and overlap != "add":
         raise BadSetting("model has no effect without --overlap add; leave it out")
+    if config is not None and model is None:
+        raise BadSetting("config has no effect without --model; leave it out")
     _refuse_taken(out)
     from safegen.models import load
     from safegen.models.compose import Overlap, overlapping
@@ -84,8 +86,9 @@ def merge(
     from safegen.models.patch import Patch
 
     read = [Patch.load(path) for path in patches]
-    base = load(model, allow_pickle=allow_pickle) if model else None
-    merged = do(read, overlap=cast(Overlap, overlap), model=base)
+    base = load(model, config=config, allow_pickle=allow_pickle) if model else None
+    with one_line_warnings():
+        merged = do(read, overlap=cast(Overlap, overlap), model=base)
     merged.save(out)
     twice = len(overlapping(read))
     typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {overlap}" if twice else ""))
@@ -98,6 +101,7 @@ def extract_lora(
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank, at most.")] = 16,
     keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI, InvokeAI) or diffusers.")] = "kohya",
+    config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Turn a patch into a LoRA, and say how much of its change the rank holds."""
@@ -109,9 +113,9 @@ def extract_lora(
     from safegen.models.lora import save_lora
     from safegen.models.patch import Patch
 
-    read, loaded = Patch.load(patch), load(model, allow_pickle=allow_pickle)
-    _warn(lambda: read.fits(loaded))
-    found = _warn(lambda: extract(read, loaded, rank), say=False)
+    read, loaded = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
+    with one_line_warnings():
+        found = extract(read, loaded, rank)
     save_lora(found, loaded, out, keys=keys, base=loaded.hash, patch=read.hash, provenance=dict(read.provenance))  # type: ignore[arg-type]
     worst = min(found.kept, key=lambda name: found.kept[name])
     typer.echo(f"{out}: {len(found.factors)} modules of rank {rank} hold {100 * found.energy:.1f} % of the change (its energy)")
@@ -126,6 +130,7 @@ def from_lora(
     model: Model,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     scale: Annotated[float, typer.Option(help="Its strength; 1 is as trained.")] = 1.0,
+    config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Turn the denoiser's part of a LoRA into a patch, to be merged with others: `patch merge --overlap add`."""
@@ -133,18 +138,20 @@ def from_lora(
     from safegen.models import load
     from safegen.models.lora import load_lora
 
-    loaded = load(model, allow_pickle=allow_pickle)
-    patch = load_lora(lora, loaded, scale=scale)
+    loaded = load(model, config=config, allow_pickle=allow_pickle)
+    with one_line_warnings():
+        patch = load_lora(lora, loaded, scale=scale)
     patch.save(out)
-    typer.echo(f"{out}: {len(patch.tensors)} tensors")
+    left = patch.provenance.get("left out")
+    typer.echo(f"{out}: {len(patch.tensors)} tensors" + (f"; left out, since a patch cannot hold them: {left}" if left else ""))
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="MODEL")],
+    model: ModelArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file.")],
     patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model first; may be given more than once.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights in the file: fp16, bf16 or fp32.")] = "fp16",
-    config: Annotated[Path | None, typer.Option(help="For a one-file checkpoint, a diffusers folder of its family.")] = None,
+    config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write a model as one file in the original layout, which A1111, ComfyUI and InvokeAI open."""
@@ -152,14 +159,17 @@ def export(
         raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
     _refuse_taken(out)
     from safegen.models import load
+    from safegen.models.compose import warn_of_overlap
     from safegen.models.patch import Patch
     from safegen.models.single_file import save_single_file
 
     read = [Patch.load(path) for path in patch or []]
     loaded = load(model, config=config, allow_pickle=allow_pickle)
     _ = loaded.hash  # of the untouched weights, before any patch
-    for one in read:
-        _warn(partial(one.apply, loaded))
+    with one_line_warnings():
+        warn_of_overlap(read)
+        for one in read:
+            one.apply(loaded)
     facts = {"model": model, "base": loaded.hash, "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in read]}
     save_single_file(loaded, out, dtype=dtype, facts=facts)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {dtype}, {len(read)} patches in it")
@@ -168,15 +178,3 @@ def export(
 def _refuse_taken(out: Path) -> None:
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
-
-
-def _warn(call: Any, *, say: bool = True) -> Any:  # noqa: ANN401
-    """Call; a warning becomes one line."""
-    import warnings
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = call()
-    for warning in caught if say else ():
-        typer.echo(f"warning: {warning.message}", err=True)
-    return found

@@ -123,5 +123,5 @@ def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
 
 def facts_of(edit: Edit, method: str, model: Model, triplets: Triplets | None = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a patch's provenance."""
-    out = {"method": method, "settings": edit.model_dump(mode="json"), "base": model.hash, "model": model.name}
+    out = {"method": method, "settings": edit.model_dump(mode="json"), "base": model.hash, "family": model.family, "model": model.name}
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

@@ -15,7 +15,7 @@ from safegen.data.triplets import Triplets
 from safegen.edit import losses
 from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, facts_of, wanted, words_needed, words_of
-from safegen.edit.loop import Report, Training, train
+from safegen.edit.loop import Report, Training, check, train
 from safegen.edit.rollout import Walk, looking
 from safegen.edit.safegen import encode_triplets
 from safegen.errors import BadSetting
@@ -105,6 +105,7 @@ class DUO(Edit):
         """
         triplets = wanted("duo", triplets)
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
             problem = DUOProblem(self, model, triplets, part.names)
             found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         return Patch(part.weights(found.tensors), facts_of(self, "duo", model, triplets) | found.facts(problem.weights))

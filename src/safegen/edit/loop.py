@@ -2,123 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safegen.errors import BadFile, BadSetting, Diverged, Stopped
+from safegen.edit.checkpoint import read_checkpoint, refuse_nothing, write_checkpoint
+from safegen.edit.training import Follower, Problem, Report, Row, Trained, Training
+from safegen.errors import BadSetting, Diverged, Stopped
 
-Row = dict[str, float]
-Report = Callable[[int, int, Row], None]
-"""Called after every update with (updates done, updates in all, the row of the log)."""
-
-
-class Training(BaseModel):
-    """How the loop trains. Defaults are the published SafeGen run's, less its inert flags."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    updates: int = Field(default=1000, ge=1)
-    """Optimiser updates."""
-    batch: int = Field(default=1, ge=1)
-    """Samples in one forward pass."""
-    accumulation: int = Field(default=5, ge=1)
-    """Forward passes in one update."""
-    lr: float = Field(default=1e-5, gt=0)
-    """Learning rate of AdamW."""
-    warmup: int = Field(default=0, ge=0)
-    """Updates over which the learning rate rises from zero."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """What the learning rate does after warm-up; cosine ends at zero."""
-    weight_decay: float = Field(default=1e-2, ge=0)
-    """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decays."""
-    clip: float = Field(default=1.0, gt=0)
-    """Largest norm of an update's gradient."""
-    ema: float = Field(default=0.9999, ge=0, lt=1)
-    """Largest decay of the weight average that becomes the patch; 0 takes the last weights."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass; trained weights are always fp32."""
-    gradient_checkpointing: bool = False
-    """Trade time for memory."""
-    seed: int = 0
-    """Decides every draw: the draws of a step depend on the seed and the step alone."""
-    checkpoint_every: int = Field(default=100, ge=1)
-    """Updates between checkpoints, when a folder is given."""
-    validate_every: int = Field(default=0, ge=0)
-    """Updates between looks at the held-out samples; 0 is never."""
-    patience: int = Field(default=0, ge=0)
-    """Stop after so many looks without a better held-out loss; 0 is never."""
-
-
-class Problem(Protocol):
-    """What a method brings to the loop."""
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """Weight of each loss term in the sum that is minimised."""
-        ...
-
-    fingerprint: str
-    """Names data and settings: a checkpoint of another problem is refused."""
-
-    def losses(self, denoiser: nn.Module, micro_step: int, generator: torch.Generator, share: tuple[int, int]) -> Mapping[str, Tensor]:
-        """Return each term's unweighted loss per sample, (b,), for this process's `share` (rank, of how many) of one batch."""
-        ...
-
-    def held_out(self, denoiser: nn.Module) -> float:
-        """Return the weighted loss on samples that are never trained on, with fixed draws."""
-        ...
-
-
-@runtime_checkable
-class Follower(Protocol):
-    """A problem that looks at the weight average while it trains."""
-
-    def follow(self, average: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Keep the question for the averaged weights as they stand, by name; it is to be asked within `losses`."""
-        ...
-
-
-class Trained(BaseModel):
-    """What the loop found."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    tensors: dict[str, Tensor]
-    """The averaged weights, fp32."""
-    log: list[Row]
-    """One row an update: update, lr, norm, seconds and each term."""
-    seconds: float
-    """Time spent training, over all resumed parts."""
-    stopped_early: bool = False
-
-    def facts(self, terms: Iterable[str]) -> dict[str, Any]:
-        """Return what a patch says of its training: updates, seconds, the last losses."""
-        return {
-            "updates": len(self.log),
-            "seconds": round(self.seconds, 2),
-            "stopped_early": self.stopped_early,
-            "losses": {k: self.log[-1][k] for k in terms},
-        }
+__all__ = ["Follower", "Problem", "Report", "Row", "Trained", "Training", "check", "train"]
 
 
 def train(
@@ -145,26 +48,14 @@ def train(
     Raises:
         BadSetting: a setting would have no effect.
         BadFile: nothing to resume, or the checkpoint is another problem's or damaged.
-        Diverged: a loss or gradient is not finite; the last checkpoint stays.
+        Diverged: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
         Stopped: SIGINT or SIGTERM came; the state was saved if there is a folder.
     """
-    if settings.warmup >= settings.updates:
-        raise BadSetting(f"warmup must be shorter than updates ({settings.updates}), got {settings.warmup}")
-    if settings.patience and not settings.validate_every:
-        raise BadSetting("patience has no effect without validate_every; set it, or leave patience at 0")
-    if folder is None and settings.checkpoint_every != Training.model_fields["checkpoint_every"].default:
-        raise BadSetting("checkpoint_every has no effect without a folder to keep checkpoints in; give one, or leave it out")
-    if resume and folder is None:
-        raise BadSetting("resume needs the folder of the stopped run")
+    check(denoiser, names, settings, folder=folder, resume=resume)
     own = dict(denoiser.named_parameters())
     before = {n: own[n].data for n in names}
     was_training, flags = denoiser.training, {n: p.requires_grad for n, p in own.items()}
     checkpointing = settings.gradient_checkpointing and not denoiser.is_gradient_checkpointing
-    if settings.precision == "fp16" and own[names[0]].device.type == "cpu":
-        raise BadSetting("precision fp16 has no effect on a CPU; use bf16 or fp32 there")
-    kinds = {p.dtype for n, p in own.items() if n not in before}
-    if settings.precision == "fp32" and kinds - {torch.float32}:
-        raise BadSetting("precision fp32 needs a model loaded in fp32; load it so, or set training.precision to bf16 or fp16")
     attention = dict(getattr(denoiser, "attn_processors", {})) if own[names[0]].device.type == "cpu" else {}
     try:
         if attention:  # the fused kernel's backward is the slower one on a CPU
@@ -189,6 +80,30 @@ def train(
             p.grad = None
         for n in names:
             own[n].data = before[n]
+
+
+def check(denoiser: nn.Module, names: Sequence[str], settings: Training, *, folder: Path | None = None, resume: bool = False) -> None:
+    """Refuse what `train` would refuse before its first update: for methods whose batches cost time to prepare.
+
+    Raises:
+        BadSetting: a setting would have no effect.
+        BadFile: nothing to resume.
+    """
+    if settings.warmup >= settings.updates:
+        raise BadSetting(f"warmup must be shorter than updates ({settings.updates}), got {settings.warmup}")
+    if settings.patience and not settings.validate_every:
+        raise BadSetting("patience has no effect without validate_every; set it, or leave patience at 0")
+    if folder is None and settings.checkpoint_every != Training.model_fields["checkpoint_every"].default:
+        raise BadSetting("checkpoint_every has no effect without a folder to keep checkpoints in; give one, or leave it out")
+    if resume and folder is None:
+        raise BadSetting("resume needs the folder of the stopped run")
+    if resume and folder is not None:
+        refuse_nothing(folder)
+    own = dict(denoiser.named_parameters())
+    if settings.precision == "fp16" and own[names[0]].device.type == "cpu":
+        raise BadSetting("precision fp16 has no effect on a CPU; use bf16 or fp32 there")
+    if settings.precision == "fp32" and {p.dtype for n, p in own.items() if n not in names} - {torch.float32}:
+        raise BadSetting("precision fp32 needs a model loaded in fp32; load it so, or set training.precision to bf16 or fp16")
 
 
 class _Run:
@@ -243,6 +158,9 @@ class _Run:
                     kept = f"resume continues from {self.folder}" if self.folder else "nothing was kept: no folder was given"
                     raise Stopped(f"stopped after update {self.update} of {self.settings.updates}; {kept}")
         tensors = {n: v.clone() for n, v in self._average().items()}
+        for name, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                raise Diverged(f"the new {name} has values that are not finite; lower lr ({self.settings.lr})")
         return Trained(tensors=tensors, log=self.log, seconds=self.spent, stopped_early=early)
 
     def _one_update(self) -> Row:
@@ -299,8 +217,6 @@ class _Run:
     def _waited_enough(self) -> bool:
         return bool(self.settings.patience) and self.waited >= self.settings.patience
 
-    # ------------------------------------------------------------ checkpoints: tensors in safetensors, the rest in its header
-
     def _save(self) -> None:
         assert self.folder is not None
         if not self.accelerator.is_main_process:
@@ -314,39 +230,11 @@ class _Run:
                 tensors[f"ema/{name}"] = self.ema.shadow_params[i]
         facts = {"update": self.update, "spent": self.spent, "best": self.best if math.isfinite(self.best) else None, "waited": self.waited}
         facts["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        header = {"fingerprint": self._fingerprint(), "facts": json.dumps(facts)}
-        path = self.folder / "checkpoint.safetensors"
-        tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        rows = self.folder / f".log.jsonl.tmp-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            rows.write_text("".join(json.dumps(row) + "\n" for row in self.log), encoding="utf-8")
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=header)
-            rows.replace(self.folder / "log.jsonl")  # the log first: a kill between the two leaves rows that resume cuts off
-            tmp.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise BadFile(f"the checkpoint {path} cannot be written: {error}") from error
-        finally:
-            for leftover in (tmp, rows):
-                with suppress(OSError):
-                    leftover.unlink(missing_ok=True)
-            with suppress(OSError):
-                self.folder.rmdir()  # goes only if nothing is in it: the first checkpoint failed
+        write_checkpoint(self.folder, tensors, facts, self.log, fingerprint=self._fingerprint())
 
     def _load(self) -> None:
         assert self.folder is not None
-        path = self.folder / "checkpoint.safetensors"
-        if not path.is_file():
-            raise BadFile(f"there is nothing to resume in {self.folder}: it has no checkpoint.safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        except (SafetensorError, OSError, ValueError) as error:  # ValueError: the log is not JSON, or not UTF-8
-            raise BadFile(f"the checkpoint in {self.folder} is damaged ({error}); start again without resume") from error
-        if header.get("fingerprint") != self._fingerprint():
-            raise BadFile(f"the checkpoint in {self.folder} is of other settings, data or weights; resume with those it was started with")
-        facts: dict[str, Any] = json.loads(header["facts"])
+        tensors, facts, rows = read_checkpoint(self.folder, fingerprint=self._fingerprint())
         for i, (name, p) in enumerate(self.trained.items()):
             with torch.no_grad():
                 p.copy_(tensors[f"weight/{name}"])

@@ -56,6 +56,8 @@ class RECE(Edit):
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
         refuse_idle_words(self)
+        if not self.rounds and self.ridge != type(self).model_fields["ridge"].default:
+            raise ValueError("ridge has no effect with rounds 0, which look for no embedding; leave it out")
         return self
 
     @classmethod
@@ -67,7 +69,8 @@ class RECE(Edit):
             BadSetting: the concept has no words.
         """
         lent: dict[str, Any] = dict(words_of("rece", concept, changes.get("erase")))
-        return cls.from_preset(PRESETS, name, lent | ({"preserve_scale": KEPT} if lent.get("captions") else {}), changes)
+        kept = changes.get("captions", lent.get("captions"))
+        return cls.from_preset(PRESETS, name, lent | ({"preserve_scale": KEPT} if kept and lent.get("captions") else {}), changes)
 
     def apply(
         self,

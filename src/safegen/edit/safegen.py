@@ -18,7 +18,7 @@ from safegen.data.triplets import Triplets
 from safegen.edit import losses
 from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, wanted
-from safegen.edit.loop import Report, Training, train
+from safegen.edit.loop import Report, Training, check, train
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.models.model import Model
 from safegen.models.patch import Patch
@@ -145,12 +145,14 @@ class SafeGen(Edit):
         """
         triplets = wanted("safegen", triplets)
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
             problem = SafeGenProblem(self, model, triplets)
             found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         facts = {
             "method": "safegen",
             "settings": self.model_dump(mode="json"),
             "base": model.hash,
+            "family": model.family,
             "model": model.name,
             "data": triplets.hash,
             "updates": len(found.log),

@@ -15,7 +15,7 @@ from safegen.data.triplets import Triplets
 from safegen.edit import losses
 from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
-from safegen.edit.loop import Report, Training, train
+from safegen.edit.loop import Report, Training, check, train
 from safegen.edit.rollout import Walk, looking
 from safegen.models.model import DTYPES, Model
 from safegen.models.patch import Patch
@@ -102,6 +102,7 @@ class SDD(Edit):
         """
         refuse_idle(self, "sdd", triplets, folder, resume)
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
             problem = SDDProblem(self, model, part.names)
             found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         return Patch(part.weights(found.tensors), facts_of(self, "sdd", model) | found.facts(problem.weights))

@@ -94,13 +94,15 @@ class UCE(Edit):
 
 
 def refuse_idle_words(edit: Any) -> None:  # noqa: ANN401 - either closed form
-    """Refuse settings about preserving that meet nothing to preserve, or have no weight.
+    """Refuse settings about preserving that meet nothing to preserve, or have no weight; and a weight of what there is not.
 
     Raises:
         ValueError: they do.
     """
     if (edit.preserve or edit.captions) and not edit.preserve_scale:
         raise ValueError("preserve and captions have no effect with preserve_scale 0; leave them out, or give it a weight")
+    if not (edit.preserve or edit.captions) and edit.preserve_scale != type(edit).model_fields["preserve_scale"].default:
+        raise ValueError("preserve_scale has no effect without preserve or captions; leave it out, or name something to preserve")
     if not all(word.strip() for word in edit.erase):
         raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 
 from safegen.errors import BadPatch, BadSetting
 from safegen.models.model import Model
-from safegen.models.patch import Patch
+from safegen.models.patch import Overwritten, Patch
 
 Overlap = Literal["refuse", "add", "last"]
 
@@ -24,6 +25,21 @@ def overlapping(patches: Sequence[Patch]) -> list[str]:
     return sorted(twice)
 
 
+def warn_of_overlap(patches: Sequence[Patch]) -> None:
+    """Warn where patches that are put on one after the other change the same weights: of those, only the last change is left.
+
+    Warns:
+        Overwritten: they do.
+    """
+    if twice := overlapping(patches):
+        warnings.warn(
+            f"{len(twice)} weights are changed by more than one patch, {twice[0]} first, and the last patch counts; "
+            "`safegen patch merge --overlap add` adds the changes up",
+            Overwritten,
+            stacklevel=3,
+        )
+
+
 @torch.no_grad()
 def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model | None = None) -> Patch:
     """Return one patch that does what several do, put on one after the other.
@@ -31,17 +47,23 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     Args:
         patches: at least two, made on one base.
         overlap: for weights that several change: `refuse`, `add` the changes up (needs the model they are changes of), or keep the `last`.
-        model: the base, without patches on it.
+        model: the base, without patches on it; needed to add. Given, every patch must fit it.
 
     Raises:
         BadSetting: fewer than two patches, weights overlap and that is refused, or `add` has no model.
-        BadPatch: the patches are of different bases, or one does not fit the model.
+        BadPatch: the patches are of different bases or families, or one does not fit the model.
     """
     if len(patches) < 2:
         raise BadSetting(f"merging needs at least two patches, got {len(patches)}")
     bases = {str(base) for p in patches if (base := p.provenance.get("base")) is not None}
     if len(bases) > 1:
         raise BadPatch(f"the patches were made on different weights ({', '.join(sorted(b[:12] for b in bases))}); merge those of one base")
+    families = {str(family) for p in patches if (family := p.provenance.get("family")) is not None}
+    if len(families) > 1:
+        raise BadPatch(f"the patches were made for different families ({'; '.join(sorted(families))}); merge those of one")
+    if model is not None:
+        for patch in patches:
+            patch.fits(model)
     twice = overlapping(patches)
     if twice and overlap == "refuse":
         raise BadSetting(
@@ -51,8 +73,6 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     if twice and overlap == "add":
         if model is None:
             raise BadSetting("adding changes up needs the model that they are changes of; name it")
-        for patch in patches:
-            patch.fits(model)
         own = dict(model.denoiser.named_parameters())
         for name in twice:
             before = own[name].detach().cpu().double()
@@ -60,6 +80,7 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
             out[name] = (before + torch.stack(moves).sum(0)).float()
     facts: dict[str, Any] = {"method": "merge", "overlap": overlap if twice else None, "overlapping": len(twice)}
     facts |= {"base": bases.pop()} if bases else {}
+    facts |= {"family": families.pop()} if families else {}
     return Patch(out, facts | {"parts": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in patches]})
 
 

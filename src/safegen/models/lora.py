@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from safegen.errors import BadFile, BadPatch, BadSetting
 from safegen.files import fresh_file
 from safegen.models.layout import lora_factors, lora_name, unet_names
 from safegen.models.model import Model
-from safegen.models.patch import Patch
+from safegen.models.patch import OtherBase, Patch
 
 Keys = Literal["kohya", "diffusers"]
+TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
+"""How modules of a text encoder begin in a LoRA file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,8 @@ def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtyp
             stem = "unet." + name.removesuffix(".weight")
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     header = {"format": "pt", "ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.rank)}
-    header |= {"ss_network_module": "networks.lora", "safegen": json.dumps(facts | {"energy": lora.energy}, sort_keys=True)}
+    said = facts | {"energy": lora.energy, "family": model.family}
+    header |= {"ss_network_module": "networks.lora", "safegen": json.dumps(said, sort_keys=True)}
     with fresh_file(out) as tmp:
         try:
             save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, tmp, metadata=header)
@@ -105,37 +109,43 @@ def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtyp
 
 @torch.no_grad()
 def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
-    """Return a LoRA file, ours or another's, as a patch for a model: the weights with the change in them.
+    """Return the denoiser's part of a LoRA file, ours or another's, as a patch for a model: the weights with the change in them.
+
+    What changes the text encoder is left out, and counted in the provenance.
 
     Args:
         path: a safetensors file in kohya's keys or diffusers'.
-        model: what it is put on.
+        model: what it is put on; the patch is made on this base, whatever the LoRA was made on.
         scale: its strength; 1 is as trained.
 
     Raises:
-        BadFile: not readable, or a factor's partner is missing.
-        BadPatch: a module has no counterpart of its shape.
+        BadFile: not readable, a factor's partner is missing, or there is more in it than plain factors.
+        BadPatch: a module has no counterpart of its shape, or the file says that it was made for another family.
+
+    Warns:
+        OtherBase: the file says that it was made on other weights.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error
+    tensors, said, default = _read(path)
+    if said.get("family") not in (None, model.family):
+        raise BadPatch(
+            f"the LoRA does not fit the model {model.name!r}: it was made for another family ({said['family']}), this one is {model.family}"
+        )
     own = dict(model.denoiser.named_parameters())
     original = unet_names(own) if hasattr(model.denoiser, "add_embedding") else {}
     stems = {lora_name(n, original.get(n)): n for n in own if n.endswith(".weight")}
     stems |= {"unet." + n.removesuffix(".weight"): n for n in own if n.endswith(".weight")}
-    found: dict[str, Tensor] = {}
+    beside = [k for k in tensors if k.startswith(TEXT)]
+    found, used = dict[str, Tensor](), set(beside)
     for key, down in tensors.items():
         stem, kind = next(((key.removesuffix(e), e) for e in (".lora_down.weight", ".lora_A.weight") if key.endswith(e)), ("", ""))
-        if not stem:
+        if not stem or key in used:
             continue
         if stem not in stems:
             raise BadPatch(f"the LoRA does not fit the model {model.name!r}: it has no module {stem}; it was made for another family")
         partner = stem + (".lora_up.weight" if kind == ".lora_down.weight" else ".lora_B.weight")
         if partner not in tensors:
             raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
-        up, alpha = tensors[partner].double(), float(tensors.get(f"{stem}.alpha", torch.tensor(float(len(down)))))
+        up, alpha = tensors[partner].double(), float(tensors.get(f"{stem}.alpha", torch.tensor(float(default or len(down)))))
         delta = (up.flatten(1) @ down.double().flatten(1)).reshape(-1, *down.shape[1:]) * (scale * alpha / len(down))
         name = stems[stem]
         if delta.shape != own[name].shape:
@@ -143,7 +153,37 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
                 f"the LoRA does not fit the model {model.name!r}: {stem} is {tuple(delta.shape)} there, {tuple(own[name].shape)} here"
             )
         found[name] = (own[name].detach().cpu().double() + delta).float()
+        used |= {key, partner, f"{stem}.alpha"}
     if not found:
         raise BadFile(f"{path} is not a LoRA of a denoiser: it has no module that ends in lora_down.weight or lora_A.weight")
-    said = json.loads(header["safegen"]) if "safegen" in header else {}
-    return Patch(found, {"method": "lora", "file": path.name, "scale": scale, "base": said.get("base", model.hash), "made by": said})
+    if more := sorted(tensors.keys() - used):
+        raise BadFile(
+            f"{path} has {more[0]}, which a plain LoRA has not; LoHa, LoKr, DoRA and their like would be half read, so they are not"
+        )
+    if (base := said.get("base")) not in (None, model.hash):
+        warnings.warn(
+            f"the LoRA was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: measure before you trust it",
+            OtherBase,
+            stacklevel=2,
+        )
+    facts = {"method": "lora", "file": path.name, "scale": scale, "base": model.hash, "family": model.family, "made by": said}
+    return Patch(found, facts | ({"left out": f"{len(beside)} tensors of the text encoder"} if beside else {}))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
+    """Return a LoRA file's tensors, what ours says of itself, and the alpha that diffusers' header gives to modules without their own.
+
+    Raises:
+        BadFile: not readable, or its header gives strengths that are not read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        said, theirs = json.loads(header.get("safegen", "{}")), json.loads(header.get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error
+    except json.JSONDecodeError as error:
+        raise BadFile(f"{path} is a damaged LoRA: its header cannot be read ({error}); make or fetch it again") from error
+    if theirs.get("unet.alpha_pattern") or theirs.get("unet.use_rslora"):
+        raise BadFile(f"{path} has modules of several strengths, or strengths by the root of the rank; neither is read")
+    return tensors, said, theirs.get("unet.lora_alpha")

@@ -69,6 +69,14 @@ class Model:
         """SHA-256 over the denoiser's weights as they were first asked for: the identity that patches refer to."""
         return hash_tensors(self.denoiser.state_dict())
 
+    @property
+    def family(self) -> str:
+        """The denoiser's build where shapes alone do not tell: SD 1.x and 2.x have self-attention of equal shapes and unequal heads."""
+        config = self.denoiser.config
+        heads = config.attention_head_dim  # the library's name for the number of heads, of every level or of each
+        heads = [heads] * len(config.down_block_types) if isinstance(heads, int) else list(heads)
+        return f"{type(self.denoiser).__name__}, heads {heads}, text {config.cross_attention_dim}"
+
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
         """Return the text embeddings (n, tokens, width) that the denoiser is conditioned on."""

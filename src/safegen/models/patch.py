@@ -27,13 +27,17 @@ class OtherBase(UserWarning):
     """A patch is put on a model whose weights are not those it was made for."""
 
 
+class Overwritten(UserWarning):
+    """Several patches on one model change the same weights, and the last one counts."""
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """New values by parameter name of the denoiser, and where they come from."""
 
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """method, settings, base (model hash), data (triplets hash), made_by, metrics: plain JSON values."""
+    """method, settings, base (model hash), family, data (triplets hash), made_by, metrics: plain JSON values."""
 
     @cached_property
     def hash(self) -> str:
@@ -80,10 +84,10 @@ class Patch:
         return cls(tensors, provenance)
 
     def fits(self, model: Model) -> None:
-        """Check names and shapes against the model.
+        """Check names, shapes and family against the model.
 
         Raises:
-            BadPatch: a tensor has no counterpart of its shape.
+            BadPatch: a tensor has no counterpart of its shape, or the patch says that it was made for another family.
 
         Warns:
             OtherBase: the shapes fit but the weights are not those that the patch was made on.
@@ -97,6 +101,11 @@ class Patch:
                     f"the patch does not fit the model {model.name!r}: {key} is {tuple(value.shape)} in the patch "
                     f"and {tuple(own[key].shape)} in the model"
                 )
+        family = self.provenance.get("family")
+        if family is not None and family != model.family:
+            raise BadPatch(
+                f"the patch does not fit the model {model.name!r}: it was made for another family ({family}), this one is {model.family}"
+            )
         base = self.provenance.get("base")
         if base is not None and base != model.hash:
             warnings.warn(

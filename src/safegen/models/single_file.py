@@ -41,8 +41,13 @@ def save_single_file(model: Model, out: Path, *, dtype: str = "fp16", facts: Map
 
     Raises:
         BadFile: `out` exists or cannot be written.
-        BadSetting: no such dtype, or weights that the dtype cannot hold.
+        BadSetting: no such dtype, weights that the dtype cannot hold, or a model of SD 2.x's build.
     """
+    if model.denoiser.config.use_linear_projection:
+        raise BadSetting(
+            f"{model.name!r} is of SD 2.x's build, whose text encoder lies otherwise in one file, and that is not written; "
+            "write a folder: safegen apply"
+        )
     if dtype not in DTYPES:
         raise BadSetting(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     tensors: dict[str, Tensor] = {}
@@ -145,7 +150,10 @@ def _unpack(text: str, folder: Path, path: Path) -> None:
 
 def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> StableDiffusionPipeline:
     """Return a pipeline built from configurations, with the file's weights in it."""
-    index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
+    try:
+        index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise BadFile(f"the small files in {config} cannot be used: model_index.json is not JSON ({first_line(error)})") from error
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise BadFile(f"{config} is a {index.get('_class_name')}; one-file checkpoints of StableDiffusionPipeline are read")
     try:
