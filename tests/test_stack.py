@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import pytest
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.sampler import Ask, Sampler
@@ -91,6 +92,15 @@ def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(mak
     assert shelf.hash(Stack(name="t", model=name)) == hashes[0]  # a name decides no picture
     assert stacks[0].hash(make_model(1)) != stacks[0].hash(make_model(2))
     assert weights_hash(make_model(1)) != weights_hash(make_model(1, beta_end=0.02))
+    other = make_model(1)
+    other.vae.register_to_config(scaling_factor=0.5)
+    assert weights_hash(other) != weights_hash(make_model(1))
+    other = make_model(1)
+    other.denoiser.register_to_config(attention_head_dim=1)
+    assert weights_hash(other) != weights_hash(make_model(1))
+    other = make_model(1)
+    other.pipeline.scheduler = DDPMScheduler.from_config(other.pipeline.scheduler.config)
+    assert weights_hash(other) != weights_hash(make_model(1))
 
 
 def test_a_shelf_loads_a_model_once_and_patches_come_off_exactly(tiny_folder, patches):

@@ -29,6 +29,14 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Stacks name folders, so their names are plain."""
 
 
+OPEN = {
+    "vae": ("scaling_factor", "shift_factor"),
+    "unet": ("attention_head_dim", "num_attention_heads"),
+    "text_encoder": ("num_attention_heads", "hidden_act"),
+}
+"""Settings of a model's parts that decide a picture though no weight shows them."""
+
+
 class Stack(BaseModel):
     """What draws. Built from a word, a recipe file, or in code; loading happens when it is opened."""
 
@@ -146,14 +154,21 @@ def _read_recipe(path: Path) -> Stack:
 
 
 def weights_hash(model: Model) -> str:
-    """Return a SHA-256 over all that a model draws with: the weights of every part, its schedule and its vocabulary."""
+    """Return a SHA-256 over all that a model draws with: every part's weights, schedule, vocabulary, and what the weights leave open.
+
+    The latter: the latents' scale and shift, the number of heads, how the text tower is read, and the scheduler's class.
+    """
     from safegen.hashes import hash_tensors
     from safegen.models.model import PARTS
 
     pipeline = model.pipeline
     schedule = {k: str(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     facts = {part: hash_tensors(getattr(pipeline, part).state_dict()) for part in PARTS}
-    return _digest(facts | {"schedule": schedule, "vocabulary": _digest(pipeline.tokenizer.get_vocab())})
+    facts["vocabulary"] = _digest(pipeline.tokenizer.get_vocab())
+    for part, keys in OPEN.items():
+        config = getattr(pipeline, part).config
+        facts |= {f"{part}.{key}": str(getattr(config, key, None)) for key in keys}
+    return _digest(facts | {"schedule": schedule, "scheduler": type(pipeline.scheduler).__name__})
 
 
 def _guarded(stack: Stack, model: Model) -> Guarded | None:
