@@ -60,9 +60,9 @@ class SafeGen(Edit):
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.47, ge=0)
+    weight_mosaic: float = Field(default=0.4, ge=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.53, ge=0)
+    weight_preserve: float = Field(default=0.6, ge=0)
     """Weight of L_p, the loss on benign pictures."""
     teacher: bool = True
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
@@ -85,7 +85,7 @@ class SafeGen(Edit):
     held_out: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
-        updates=530, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
+        updates=470, batch=8, accumulation=1, lr=1.2e-3, warmup=20, decay="cosine", weight_decay=0.0, ema=0.98, precision="bf16"
     )
     """How the loop trains."""
 
