@@ -267,14 +267,14 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
 
 
 def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monkeypatch):
-    real = draw.Opened.draw
+    real = draw.Opened.drawn
 
     def tight(self, asks, sampler):
         if len(asks) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(self, asks, sampler)
 
-    monkeypatch.setattr(draw.Opened, "draw", tight)
+    monkeypatch.setattr(draw.Opened, "drawn", tight)
     folder = go(tmp_path / "tight").folder
     notes = [line for line in parse(folder / TIMINGS)[0] if line["stage"] == "memory"]
     assert notes == [{"stage": "memory", "stack": "mini", "batch": 0, "size": 2}]  # it stays halved
@@ -289,7 +289,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
     def none(self, asks, sampler):
         raise MemoryError
 
-    monkeypatch.setattr(draw.Opened, "draw", none)
+    monkeypatch.setattr(draw.Opened, "drawn", none)
     with pytest.raises(BadSetting, match="not enough memory to draw a single picture"):
         go(tmp_path / "none")
 
@@ -298,7 +298,7 @@ def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch
     def broken(self, asks, sampler):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(draw.Opened, "draw", broken)
+    monkeypatch.setattr(draw.Opened, "drawn", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         go(tmp_path / "broken")
 
