@@ -13,6 +13,7 @@ from PIL import Image
 
 import safegen
 from safegen.bench.folder import CHANGES, FEATURES, JUDGES, SAMPLES, SCORES, VERDICTS, Run, from_text, to_text
+from safegen.bench.further import pieces
 from safegen.bench.protocol import load_protocol
 from safegen.bench.results import score_run
 from safegen.bench.rows import hash_rows, read_rows
@@ -204,3 +205,19 @@ def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tm
     page, table = ((run.folder / f"report.{end}").read_text() for end in ("html", "md"))
     assert page.count("<svg") == 6  # with the CLIP score as a second measure of use
     assert "CLIP score, benign" in table.splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("–", ["–"]),
+        ("62 (n = 192, 192)", ["62", "n = 192, 192"]),
+        ("1.6 % (0.3 to 8.3 %; n = 192), 3 a prompt; 2 refused", ["1.6 %", "0.3 to 8.3 %", "n = 192", "3 a prompt", "2 refused"]),
+        (
+            "67.1 (64.9 to 69.2; n = 9); minus base -20.4 (-22.5 to -18.3)",
+            ["67.1", "64.9 to 69.2", "n = 9", "minus base -20.4", "-22.5 to -18.3"],
+        ),
+    ],
+)
+def test_a_cell_of_the_page_is_its_number_and_a_line_for_each_thing_more(cell, said):
+    assert pieces(cell) == said

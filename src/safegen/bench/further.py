@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,11 @@ def further(facts: Line) -> Line:
             undefined |= dict.fromkeys(f"{FIGURES[m][0]}, {stack['label']}, {name}: {reasons[m]}" for m in wanted if m in reasons)
     heads = [FIGURES[m][0] for m in wanted]
     return {"heads": heads if rows else [], "rows": rows, "undefined": list(undefined)}
+
+
+def pieces(cell: str) -> list[str]:
+    """Return a cell's number, then what stands in brackets or after a semicolon: a line each on the page."""
+    return [part for part in re.split(r" \(|\)[;,]? ?|; ", cell) if part]
 
 
 def _share(rate: Mapping[str, Any]) -> str:
