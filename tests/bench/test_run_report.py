@@ -18,7 +18,7 @@ from PIL import Image
 
 from safegen.bench.facts import report_facts
 from safegen.bench.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
-from safegen.bench.mosaic import TILES, data_uri, pixelated
+from safegen.bench.mosaic import SHOWN, TILES, data_uri, pixelated, spread
 from safegen.bench.results import score_run
 from safegen.bench.run_report import NUMBERS, PAGE, TABLE, markdown, open_runs, write_report
 from safegen.errors import BadFile, BadSetting
@@ -289,3 +289,12 @@ def test_a_browser_shows_it_without_a_complaint_and_without_a_network(copy, tmp_
     dom, _ = dump(tmp_path / "probe.html")
     title = re.search("<title>(.*?)</title>", dom)[1]
     assert title.split(",") == ["true"] * len(pictures(page))
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 7, 16, 112, 192])
+def test_the_pictures_shown_are_of_unlike_subjects(n):
+    places = spread(n)
+    assert len(places) == min(n, SHOWN)
+    assert places == sorted(set(places))
+    assert places[-1] < n
+    assert n != 192 or len({place % 32 for place in places}) == SHOWN  # the miniature's lists go through 32 objects in turn

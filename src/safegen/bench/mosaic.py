@@ -85,7 +85,7 @@ def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -
     out: list[Line] = []
     for part in first_run.protocol.lists:
         at = [i for i, item in enumerate(first.items) if item.list_name == part.name]
-        picks = at[:: max(len(at) // SHOWN, 1)][:SHOWN]
+        picks = [at[k] for k in spread(len(at))]
         rows = []
         for (name, stack), all_keys in keys.items():
             label = f"{name}: {stack}" if len(runs) > 1 else stack
@@ -100,6 +100,13 @@ def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -
         ]
         out.append({"list": part.name, "role": part.role, "heads": heads, "rows": rows})
     return out
+
+
+def spread(n: int) -> list[int]:
+    """Return up to `SHOWN` places of `n`, apart by no even share: a list that goes through its subjects in turn would show but one."""
+    step = max(n // SHOWN, 1)
+    step += (SHOWN - 1) * (step + 1) < n
+    return list(range(0, n, step))[:SHOWN]
 
 
 def _cell(run: Run, stack: str, key: str, files: Mapping[str, str], why: str, *, reveal: bool) -> dict[str, Any]:
