@@ -52,4 +52,4 @@ def test_a_model_without_such_weights_is_refused(tiny_model):
 
 def test_an_unknown_selector_comes_with_the_nearest(tiny_model):
     with pytest.raises(UnknownName, match="Did you mean 'attn1'"):
-        select(tiny_model.denoiser, "attn")
+        select(tiny_model.denoiser, "atn1")
