@@ -361,7 +361,11 @@ def test_black_pictures_stand_once_where_several_models_would_draw_the_same(quic
 
 
 def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int) -> int:
-    """Run the command, kill it at `kills` random moments, let it end; return how many kills met it alive."""
+    """Run the command, kill it at `kills` random moments, let it end; return how many kills met it alive.
+
+    Each kill comes by a throw of the dice: while it still starts up, or once it has written something more; a run of a few seconds does
+    not last for ten of the second kind.
+    """
     words = [
         "evaluate",
         "--protocol",
@@ -381,9 +385,12 @@ def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int
         return sum(p.stat().st_size for name in (SAMPLES, VERDICTS) if (p := folder / name).exists())
 
     for _ in range(kills):
-        start, more, jitter = size(), dice.randint(0, 4000), dice.uniform(0, 0.3)
+        start, more, jitter = size(), dice.randint(0, 8000 // kills), dice.uniform(0, 0.6 / kills)
+        early = kills > 2 and dice.random() < 0.5
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-            while process.poll() is None and size() <= start + more:
+            if early:
+                time.sleep(dice.uniform(0, 3))
+            while not early and process.poll() is None and size() <= start + more:
                 time.sleep(0.005)
             time.sleep(jitter)
             met += process.poll() is None
