@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.cli.common import Threads, one_line_warnings, progress, quiet, set_threads
+from safegen.cli.common import Threads, one_line_warnings, progress, set_threads
 from safegen.errors import BadFile, BadSetting, Stopped
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def evaluate(
     if stage == Stage.report:
         report([out], judge=judge, label=label)
         return
-    quiet()
     rules = _protocol(protocol, prompts or []) if protocol else None
     if rules:
         _show_left_out(rules)

@@ -50,6 +50,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         typer.echo(__version__)
         raise typer.Exit
+    quiet()
 
 
 @app.command()
@@ -76,7 +77,6 @@ def generate(
     texts = _read_prompts(prompt, prompts)
     if (model is None) == (stack is None):
         raise BadSetting("generate draws with a MODEL or with a --stack recipe.toml; give one of them")
-    quiet()
     from safegen.bench.grid import contact_sheet
     from safegen.files import private_folder
     from safegen.models import Ask, Patch, Sampler, save_picture
@@ -134,7 +134,6 @@ def edit(
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
-    quiet()
     from safegen.api import make_edit, refuse_idle_concept
     from safegen.data.triplets import Triplets
     from safegen.edit.base import refuse_idle, wanted
@@ -169,7 +168,6 @@ def apply(
     """Put a patch on a model and write a plain diffusers folder."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another folder or remove it")
-    quiet()
     from safegen.models import save_folder
 
     loaded = load_model(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
@@ -195,7 +193,6 @@ def demo(
     from safegen.files import refuse_taken
 
     refuse_taken(out, last=PAGE)
-    quiet()
     set_threads(threads)
     from safegen.api import make_edit
     from safegen.bench.demo import DemoSettings, run_demo
