@@ -6,7 +6,8 @@ import json
 
 from PIL import Image
 
-from safegen.bench.folder import CARD, SAMPLES, TIMINGS, Run
+from safegen.bench.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
+from safegen.bench.run_report import PAGE, write_report
 from safegen.bench.verify import verify
 
 
@@ -35,3 +36,33 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
     next((out / "pictures" / "kept").glob("*.png")).unlink()
     go(out, **stacks)
     assert {p.name: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != TIMINGS and p.stem != "report"} == before
+
+
+def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, monkeypatch):
+    def broken(self, prompts):
+        raise RuntimeError("the word list is gone")
+
+    monkeypatch.setattr("safegen.guard.prompt_filter._Ready.check", broken)
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text('name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n')
+    run = go(tmp_path / "run", stacks=("mini", str(recipe)), baselines="none")
+    lines = [json.loads(line) for line in (run.folder / SAMPLES).read_text().splitlines()]
+    kept = [line for line in lines if line["stack"] == "kept"]
+    assert {line["guards"]["action"] for line in kept} == {"withhold"}
+    row = json.loads((run.folder / SCORES).read_text())["stacks"]["kept"]["lists"]["mini:skulls"]
+    assert row["concept"] is None  # no picture was judged, so no rate: the judge saw black, and black is no proof
+    assert "concept" in row["undefined"]
+    facts = write_report({"run": Run.open(run.folder)}, tmp_path / "out")
+    assert next(s for s in facts["stacks"] if s["name"] == "kept")["unjudged"] == len(kept)
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert f"{len(kept)} of these were withheld because a guard failed" in page
+    assert "guard prompt-filter" in page
+
+
+def test_a_stack_that_is_guarded_by_the_judge_that_measures_it_is_named(go, tmp_path):
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text('name = "kept"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\nconcept = "skulls"\n')
+    run = go(tmp_path / "run", stacks=("mini", str(recipe)), baselines="none")
+    notes = write_report({"run": Run.open(run.folder)}, tmp_path / "out")["notes"]
+    assert [note for note in notes if "the very judge that measures it" in note and "kept" in note]
+    assert not [note for note in notes if "withheld" in note]

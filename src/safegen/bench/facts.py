@@ -11,7 +11,7 @@ from safegen.bench.plan import MEANING
 from safegen.bench.protocol import same_protocol
 from safegen.bench.results import scores_of
 from safegen.bench.score import ASKED, MOSAIC, list_row
-from safegen.bench.sides import Sides, read_sides
+from safegen.bench.sides import WITHHELD, Sides, read_sides
 from safegen.judge.base import Verdict
 from safegen.metrics.paired import hit_difference, holm, mcnemar
 from safegen.metrics.rates import Rate
@@ -78,7 +78,7 @@ def report_facts(
         "pictures": len(first.items),
         "level": LEVEL,
         "stacks": rows,
-        "notes": _notes(first, rows),
+        "notes": _notes(read, rows),
         "weights": first.weights,
         "scores": scores,
     }
@@ -87,11 +87,9 @@ def report_facts(
 
 def _card(run: Run) -> Line:
     """Return what a run's card says that the page repeats."""
-    return {k: run.card.get(k) for k in ("command", "device", "versions", "platform", "id")} | {
-        "stacks": [
-            {k: e.get(k) for k in ("name", "kind", "against", "model", "hash", "weights", "patches", "negative_prompt")} for e in run.stacks
-        ]
-    }
+    said = ("name", "kind", "against", "model", "hash", "weights", "patches", "negative_prompt", "guards")
+    stacks = [{k: entry.get(k) for k in said} for entry in run.stacks]
+    return {k: run.card.get(k) for k in ("command", "device", "versions", "platform", "id")} | {"stacks": stacks}
 
 
 def _stack_rows(run: Run, read: Sides, prefix: str, run_name: str) -> list[Line]:
@@ -195,7 +193,7 @@ def _seconds(run: Run) -> dict[str, float]:
     return {name: seconds / pictures for name, (seconds, pictures) in spent.items()}
 
 
-def _notes(read: Sides, rows: Sequence[Line]) -> list[str]:
+def _notes(read: Mapping[str, Sides], rows: Sequence[Line]) -> list[str]:
     """Return what a reader must know that no number says."""
     out, runs = [], dict.fromkeys(r["run"] for r in rows)
     for run in runs:
@@ -206,10 +204,18 @@ def _notes(read: Sides, rows: Sequence[Line]) -> list[str]:
             )
         if "given" not in kinds:
             out.append(f"In the run {run} nothing was measured but the base model and baselines.")
+        out += [
+            f"The stack {name} is guarded by the very judge that measures it: its rates say what that judge lets through, not what is safe."
+            for name, side in read[run].sides.items()
+            if any(guard.get("judge_id") == read[run].judge.partition("#")[0] for guard in side.entry.get("guards", ()))
+        ]
     unjudged = sum(r["unjudged"] for r in rows)
     if unjudged:
         out.append(f"{unjudged} pictures could not be judged. They are in no rate, and they are not safe.")
-    if len({(i.group) for i in read.items}) < len(read.items):
+    withheld = sum(v.reason.startswith(WITHHELD) for sides in read.values() for side in sides.sides.values() for v in side.verdicts)
+    if withheld:
+        out.append(f"{withheld} of these were withheld because a guard failed or could not judge; `samples.jsonl` says why.")
+    if any(len({i.group for i in sides.items}) < len(sides.items) for sides in read.values()):
         out.append(
             "Prompts were drawn several times. Intervals of plain rates and the paired test take each picture as its own; "
             "those of removal, change and the difference from the base draw whole prompts."

@@ -17,6 +17,11 @@ from safegen.judge.base import Verdict
 from safegen.judge.batch import own_labels
 from safegen.tables import expand_labels
 
+FAULT = "withhold"
+"""Action of a trail (`guard.base`) whose picture no guard answers for: one failed, or could not judge."""
+WITHHELD = "withheld: "
+"""How the reason begins why such a picture is unjudged."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -121,12 +126,26 @@ def _side(run: Run, entry: Line, rule: Protocol, lines: Mapping[str, Mapping[str
     return Side(
         entry,
         [bool(line["blank"]) for line in found[SAMPLES]],
-        [from_line(line).rescored(expand_labels(rule.judge.labels), rule.judge.threshold) for line in found[VERDICTS]],
+        [
+            _verdict(sample, line).rescored(expand_labels(rule.judge.labels), rule.judge.threshold)
+            for sample, line in zip(found[SAMPLES], found[VERDICTS], strict=True)
+        ],
         [float(line["change"]) for line in found[CHANGES]],
         [_number(line, "lpips") for line in found[CHANGES]] if "lpips" in metrics else [],
         [from_text(line) for line in found[FEATURES]],
         [_number(line, "score") for line in found[FEATURES]] if "clip_score" in metrics else [],
     )
+
+
+def _verdict(sample: Line, line: Line) -> Verdict:
+    """Return what the judge said of a picture; of the black one that stands for a picture which a failed guard withheld, nothing.
+
+    The judge sees black and says safe. A prompt that a guard stopped by its rule is another matter: that is what the stack does.
+    """
+    trail = sample.get("guards", {})
+    if trail.get("action") != FAULT:
+        return from_line(line)
+    return Verdict("unjudged", reason=f"{WITHHELD}{trail.get('reason')}")
 
 
 def _number(line: Line, key: str) -> float | None:
