@@ -30,7 +30,7 @@ TABLES = {
 }
 NOT_METHODS = {
     "guard": {"__init__", "base", "engine", "hooks"},
-    "edit": {"__init__", "base", "adapter", "checkpoint", "closed_form", "loop", "losses", "rollout", "training"},
+    "edit": {"__init__", "base", "adapter", "checkpoint", "closed_form", "loop", "losses", "rollout", "samples", "training"},
     "judge": {"__init__", "base", "batch", "onnx", "vision"},
 }
 

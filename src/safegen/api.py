@@ -96,7 +96,7 @@ def edit(
     if concept is not None:
         refuse_idle_concept(method, preset, concept, **settings)
     recipe = make_edit(method, preset, concept=concept, **settings)
-    refuse_idle(recipe, method, triplets, folder, resume)
+    refuse_idle(recipe, triplets, folder, resume)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
     return recipe.apply(model, rows, folder=folder, resume=resume, report=report)
 

@@ -13,7 +13,7 @@ from safegen.api import make_edit
 from safegen.edit import losses
 from safegen.edit.duo import DUO, DUOProblem
 from safegen.edit.loop import Training
-from safegen.edit.safegen import encode_triplets
+from safegen.edit.samples import encode_triplets
 from safegen.errors import BadSetting
 from safegen.models import select
 

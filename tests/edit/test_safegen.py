@@ -14,7 +14,8 @@ from safegen.api import make_edit
 from safegen.concept import load_concept
 from safegen.edit import losses
 from safegen.edit.loop import Training
-from safegen.edit.safegen import SafeGen, SafeGenProblem, encode_triplets, to_pixels, worst_text
+from safegen.edit.safegen import SafeGen, SafeGenProblem
+from safegen.edit.samples import encode_triplets, to_pixels, worst_text
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.models import load, select
 
@@ -238,7 +239,7 @@ def test_pictures_are_scaled_by_their_short_side_and_cut_about_the_centre():
 def test_the_terms_are_the_errors_of_two_plain_forwards(make_model, triplets, prediction, teacher, anchor):
     model = make_model(prediction_type=prediction)
     settings = SafeGen(target="x0", anchor=anchor, clamp=3.0, teacher=teacher, **PLAIN)
-    problem = SafeGenProblem(settings, model, triplets)
+    problem = SafeGenProblem(settings, model, triplets, select(model.denoiser, "attn1"))
     g = torch.Generator().manual_seed(0)
     z_u, z_c, z_b, eps, eps_b = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(5))
     t, text = torch.tensor([5, 700]), model.encode_text(["", "", "", "a red cube"])

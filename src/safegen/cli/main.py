@@ -136,14 +136,14 @@ def edit(
         raise BadFile(f"{out} exists already; name another file or remove it")
     from safegen.api import make_edit, refuse_idle_concept
     from safegen.data.triplets import Triplets
-    from safegen.edit.base import refuse_idle, wanted
+    from safegen.edit.base import refuse_idle
 
     changes = _changes(method, preset, set_ or [])
     if concept is not None:
         refuse_idle_concept(method, preset, concept, **changes)
     recipe = make_edit(method, preset, concept=concept, **changes)
-    refuse_idle(recipe, method, triplets, work, resume)
-    rows = wanted(method, Triplets.load(triplets) if triplets else None) if recipe.learns_from == "triplets" else None
+    refuse_idle(recipe, triplets, work, resume)
+    rows = Triplets.load(triplets) if triplets else None
     if recipe.trains:
         work = work or out.with_name(out.name + ".work")
         if not resume and (work / "checkpoint.safetensors").exists():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
-from safegen.edit.loop import Report
+from safegen.edit.adapter import refuse_idle_alpha, trainable
+from safegen.edit.loop import Problem, Report, Training, check, train
 from safegen.errors import BadSetting, UnknownName
 from safegen.models.model import Model
 from safegen.models.patch import Patch
@@ -26,6 +27,11 @@ class Edit(BaseModel, ABC):
     """What it is told the concept by: pictures, or words that are among its settings and that a concept lends."""
     trains: ClassVar[bool] = True
     """Whether it goes through the training loop; a closed form has nothing to checkpoint and nothing to resume."""
+
+    @classmethod
+    def method(cls) -> str:
+        """Return its name in the table, which is that of its file."""
+        return cls.__module__.rpartition(".")[2]
 
     @classmethod
     @abstractmethod
@@ -64,8 +70,7 @@ class Edit(BaseModel, ABC):
             UnknownName: no such preset.
         """
         if name not in presets:
-            method = cls.__module__.rpartition(".")[2]
-            raise UnknownName(f"preset of {method}", name, presets)
+            raise UnknownName(f"preset of {cls.method()}", name, presets)
         settings = {**lent, **presets[name], **changes}
         if isinstance(changes.get("training"), Mapping):
             own = presets[name].get("training", cls.model_fields["training"].default if "training" in cls.model_fields else None)
@@ -73,32 +78,95 @@ class Edit(BaseModel, ABC):
         return cls(**settings)
 
 
-def wanted(method: str, triplets: Triplets | None) -> Triplets:
-    """Return the triplets of an edit that learns from pictures.
+class TrainedEdit(Edit):
+    """An edit that goes through the training loop, on chosen weights or on a LoRA beside them."""
+
+    holds_out: ClassVar[bool] = False
+    """Whether its problem keeps samples for early stopping."""
+
+    selector: str
+    """Which weights change."""
+    rank: int | None = Field(default=None, ge=1)
+    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
+    training: Training
+    """How the loop trains."""
+
+    @model_validator(mode="after")
+    def _fits_the_loop(self) -> Self:
+        refuse_idle_alpha(self.rank, self.alpha)
+        if self.training.validate_every and not self.holds_out:
+            raise ValueError(f"training.validate_every has no effect on {self.method()}, which holds nothing out; set it to 0")
+        return self
+
+    @abstractmethod
+    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+        """Return its batches and losses, all that is made once made.
+
+        Args:
+            model: the model, factors hanging in it where a LoRA is trained.
+            triplets: for edits that learn from pictures; never None for them.
+            names: parameters that will be trained.
+
+        Raises:
+            BadSetting: something that it needs is missing.
+        """
+
+    def apply(
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        report: Report | None = None,
+    ) -> Patch:
+        """Train the edit and return it as a patch; `model` is not touched.
+
+        Raises:
+            BadSetting: something is missing, or given has no effect.
+            Stopped: the user stopped it; `resume` continues.
+        """
+        refuse_idle(self, triplets, folder, resume)
+        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
+            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
+            problem = self.problem(model, triplets, part.names)
+            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
+        return Patch(part.weights(found.tensors), facts_of(self, model, triplets) | found.facts(problem.weights))
+
+
+def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resume: bool = False) -> None:
+    """Refuse what an edit lacks, or has no use for.
 
     Raises:
-        BadSetting: there are none.
+        BadSetting: triplets are given to an edit that learns from words, or not to one that learns from them; a folder or `resume` to a
+            closed form.
     """
-    if triplets is None:
-        raise BadSetting(f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, or a CSV")
-    return triplets
-
-
-def refuse_idle(edit: Edit, method: str, triplets: object = None, folder: object = None, resume: bool = False) -> None:
-    """Refuse what an edit has no use for.
-
-    Raises:
-        BadSetting: triplets are given to an edit that learns from words, a folder or `resume` to a closed form.
-    """
+    method = edit.method()
     if edit.learns_from == "words" and triplets is not None:
         raise BadSetting(f"triplets have no effect on {method}, which learns from words; leave them out and give a concept")
+    if edit.learns_from == "triplets" and triplets is None:
+        raise BadSetting(f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, or a CSV")
     if not edit.trains and (folder is not None or resume):
         what = "resume" if resume else "a folder for checkpoints"
         raise BadSetting(f"{what} has no effect on {method}, which is solved in one go; leave it out")
 
 
-def words_of(method: str, concept: Concept | None, erase: object = None) -> dict[str, tuple[str, ...]]:
-    """Return what a concept lends to an edit that learns from words: those that ask for it, and its harmless captions of every kind.
+def refuse_blank(erase: Sequence[str]) -> None:
+    """Refuse a blank word.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if not all(word.strip() for word in erase):
+        raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
+
+
+def words_of(
+    method: str, concept: Concept | None, erase: object = None, *, captions: bool = False, anchors: bool = False
+) -> dict[str, Any]:
+    """Return what a concept lends to an edit that needs words: those that ask for it; harmless captions and its counterpart, if wanted.
 
     Raises:
         BadSetting: the concept has no words, and `erase` names none either.
@@ -107,7 +175,8 @@ def words_of(method: str, concept: Concept | None, erase: object = None) -> dict
         return {}
     if not concept.words and not erase:
         raise BadSetting(f"the concept {concept.name!r} has no words, and {method} erases words; give it words, or set erase")
-    return {"erase": concept.words, "captions": concept.captions}
+    lent = {"erase": concept.words}
+    return lent | ({"captions": concept.captions} if captions else {}) | ({"anchors": concept.counterpart} if anchors else {})
 
 
 def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,7 +190,13 @@ def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
     return erase
 
 
-def facts_of(edit: Edit, method: str, model: Model, triplets: Triplets | None = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401
+def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a patch's provenance."""
-    out = {"method": method, "settings": edit.model_dump(mode="json"), "base": model.hash, "family": model.family, "model": model.name}
+    out = {
+        "method": edit.method(),
+        "settings": edit.model_dump(mode="json"),
+        "base": model.hash,
+        "family": model.family,
+        "model": model.name,
+    }
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

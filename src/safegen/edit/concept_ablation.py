@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,29 +12,25 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.adapter import refuse_idle_alpha, trainable
-from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
-from safegen.edit.loop import Report, Training, check, train
-from safegen.edit.rollout import Walk, looking
+from safegen.edit.base import TrainedEdit, refuse_blank, words_needed, words_of
+from safegen.edit.rollout import Walk, looking, precisely
+from safegen.edit.training import SHORT, Problem, Training
 from safegen.errors import BadSetting
-from safegen.models.model import DTYPES, Model
-from safegen.models.patch import Patch
+from safegen.models.model import Model
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "target": "base",
         "pictures": 64,
         "steps": 25,
-        "training": Training(
-            updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="bf16"
-        ),
+        "training": SHORT,
     },
     "paper": {},
 }
 """`paper`: the released recipe for what it calls nudity, its pictures noised anew each time. `default`: ours, for the miniature model."""
 
 
-class ConceptAblation(Edit):
+class ConceptAblation(TrainedEdit):
     """Settings of the concept-ablation edit."""
 
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
@@ -58,22 +53,14 @@ class ConceptAblation(Edit):
     """Weight of L_p: on the same pictures, the anchor itself should still be denoised."""
     selector: str = "attention"
     """Which weights change: all attention for explicit content, kv2 for styles and objects, as published."""
-    rank: int | None = Field(default=None, ge=1)
-    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     training: Training = Training(updates=400, batch=8, accumulation=1, lr=3.2e-5, weight_decay=1e-2, clip=1.0, ema=0.0)
     """How the loop trains. The released rate, 4e-6, is multiplied by batch and processes (4 and 2) before it is used."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
-        refuse_idle_alpha(self.rank, self.alpha)
         if self.strength and self.target == "own":
             raise ValueError("strength has no effect with target own; set target to base, or leave it out")
-        if self.training.validate_every:
-            raise ValueError("training.validate_every has no effect on concept_ablation, which holds nothing out; set it to 0")
-        if not all(word.strip() for word in self.erase):
-            raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
+        refuse_blank(self.erase)
         if set(self.erase) & set(self.anchors):
             raise ValueError("erase and anchors share a word, which would come to mean itself; leave it out of one")
         return self
@@ -86,33 +73,11 @@ class ConceptAblation(Edit):
             UnknownName: no such preset.
             BadSetting: the concept has no words.
         """
-        lent = words_of("concept_ablation", concept, changes.get("erase"))
-        lent.pop("captions", None)
-        if concept is not None:
-            lent["anchors"] = concept.counterpart
-        return cls.from_preset(PRESETS, name, lent, changes)
+        return cls.from_preset(PRESETS, name, words_of("concept_ablation", concept, changes.get("erase"), anchors=True), changes)
 
-    def apply(
-        self,
-        model: Model,
-        triplets: Triplets | None = None,
-        *,
-        folder: Path | None = None,
-        resume: bool = False,
-        report: Report | None = None,
-    ) -> Patch:
-        """Train the edit and return it as a patch; `model` is not touched.
-
-        Raises:
-            BadSetting: there are no words to erase or no anchors, or something given has no effect.
-            Stopped: the user stopped it; `resume` continues.
-        """
-        refuse_idle(self, "concept_ablation", triplets, folder, resume)
-        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
-            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
-            problem = ConceptAblationProblem(self, model, part.names)
-            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
-        return Patch(part.weights(found.tensors), facts_of(self, "concept_ablation", model) | found.facts(problem.weights))
+    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+        """Return its batches and losses."""
+        return ConceptAblationProblem(self, model, names)
 
 
 class ConceptAblationProblem:
@@ -138,7 +103,7 @@ class ConceptAblationProblem:
         walk, precision = Walk(model, steps=self.edit.steps, guidance=self.edit.guidance), self.edit.training.precision
         noise = walk.noise(self.edit.pictures, torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003))
         turn = torch.arange(len(noise)) % len(self.anchors)
-        with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with precisely(model, precision):
             parts = zip(noise.split(16), self.anchors[turn].split(16), strict=True)
             return torch.cat([walk.until(self.edit.steps, x, text, looking(model.denoiser)) for x, text in parts])
 
@@ -176,7 +141,3 @@ class ConceptAblationProblem:
             return {"L_c": losses.squared_error(denoiser(x, t, text).sample, aim)}
         out, kept = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, anchor])).sample.chunk(2)
         return {"L_c": losses.squared_error(out, aim), "L_p": losses.squared_error(kept, plain)}
-
-    def held_out(self, denoiser: nn.Module) -> float:
-        """Is never asked: settings that look at held-out samples are refused."""
-        raise NotImplementedError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -13,29 +12,25 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.adapter import refuse_idle_alpha, trainable
-from safegen.edit.base import Edit, facts_of, wanted, words_needed, words_of
-from safegen.edit.loop import Report, Training, check, train
-from safegen.edit.rollout import Walk, looking
-from safegen.edit.safegen import encode_triplets
+from safegen.edit.base import TrainedEdit, words_needed, words_of
+from safegen.edit.rollout import Walk, looking, precisely
+from safegen.edit.samples import encode_triplets
+from safegen.edit.training import SHORT, Problem, Training
 from safegen.errors import BadSetting
-from safegen.models.model import DTYPES, Model
-from safegen.models.patch import Patch
+from safegen.models.model import Model
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "rank": 16,
         "steps": 25,
-        "training": Training(
-            updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="bf16"
-        ),
+        "training": SHORT,
     },
     "paper": {},
 }
 """`paper`: the released values for SD 1.4 and nudity. `default`: the same on the miniature model's scale, not yet tuned."""
 
 
-class DUO(Edit):
+class DUO(TrainedEdit):
     """Settings of the DUO edit."""
 
     erase: tuple[str, ...] = ()
@@ -59,17 +54,12 @@ class DUO(Edit):
     selector: str = "attn1"
     """Which weights change."""
     rank: int | None = Field(default=32, ge=1)
-    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
+    """Train a LoRA of this rank, as published; None trains the selected weights themselves."""
     training: Training = Training(updates=1000, batch=4, accumulation=1, lr=6e-5, weight_decay=1e-2, clip=1.0, ema=0.0)
     """How the loop trains; the released run has one pair on each of four machines, and scales its rate 3e-4 by 100 / beta."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
-        refuse_idle_alpha(self.rank, self.alpha)
-        if self.training.validate_every:
-            raise ValueError("training.validate_every has no effect on duo, which holds nothing out; set it to 0")
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
         return self
@@ -82,33 +72,12 @@ class DUO(Edit):
             UnknownName: no such preset.
             BadSetting: the concept has no words.
         """
-        lent = words_of("duo", concept, changes.get("erase"))
-        lent.pop("captions", None)
-        if concept is not None:
-            lent["anchors"] = concept.counterpart
-        return cls.from_preset(PRESETS, name, lent, changes)
+        return cls.from_preset(PRESETS, name, words_of("duo", concept, changes.get("erase"), anchors=True), changes)
 
-    def apply(
-        self,
-        model: Model,
-        triplets: Triplets | None = None,
-        *,
-        folder: Path | None = None,
-        resume: bool = False,
-        report: Report | None = None,
-    ) -> Patch:
-        """Train the edit and return it as a patch; `model` is not touched. Of the triplets, the unsafe pictures are used.
-
-        Raises:
-            BadSetting: no triplets, no words, or the model's schedule has fewer timesteps than asked for.
-            Stopped: the user stopped it; `resume` continues.
-        """
-        triplets = wanted("duo", triplets)
-        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
-            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
-            problem = DUOProblem(self, model, triplets, part.names)
-            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
-        return Patch(part.weights(found.tensors), facts_of(self, "duo", model, triplets) | found.facts(problem.weights))
+    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+        """Return its batches and losses."""
+        assert triplets is not None
+        return DUOProblem(self, model, triplets, names)
 
 
 class DUOProblem:
@@ -141,7 +110,7 @@ class DUOProblem:
         t = walk.timesteps[start].to(self.abar.device)
         noised = losses.add_noise(self.unsafe, noise, self.abar[t].expand(len(noise)))
         out = []
-        with torch.no_grad(), torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with torch.no_grad(), precisely(model, precision):
             for part in noised.split(16):
                 x = part
                 for t in walk.timesteps[start:]:
@@ -185,7 +154,3 @@ class DUOProblem:
         now, then = (losses.squared_error(out[: 2 * b], truth).chunk(2) for out in (said, before))
         terms = {"L_dpo": losses.preference(now[0], then[0], now[1], then[1], beta=self.edit.beta)}
         return terms | ({"L_o": losses.squared_error(said[2 * b :], before[2 * b :])} if self.edit.weight_keep else {})
-
-    def held_out(self, denoiser: nn.Module) -> float:
-        """Is never asked: settings that look at held-out samples are refused."""
-        raise NotImplementedError

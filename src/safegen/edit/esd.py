@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.adapter import refuse_idle_alpha, trainable
-from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
-from safegen.edit.loop import Report, Training, check, train
-from safegen.edit.rollout import Walk, looking
-from safegen.edit.safegen import read_captions, worst_text
+from safegen.edit.base import TrainedEdit, refuse_blank, words_needed, words_of
+from safegen.edit.rollout import Walk, looking, precisely
+from safegen.edit.samples import read_captions, worst_text
+from safegen.edit.training import SHORT, Problem, Training
 from safegen.errors import BadSetting
-from safegen.models.model import DTYPES, Model
-from safegen.models.patch import Patch
+from safegen.models.model import Model
 
 PUBLISHED = Training(updates=1000, batch=1, accumulation=1, lr=1e-5, weight_decay=0.0, clip=1e9, ema=0.0)
 """Adam at a constant rate, no clipping, no average."""
@@ -30,9 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 25,
         "selector": "attn2",
         "weight_retain": 1.0,
-        "training": Training(
-            updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="bf16"
-        ),
+        "training": SHORT,
     },
     "paper": {"captions": ()},
     "paper-x": {"captions": (), "selector": "attn2"},
@@ -48,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 `negative_guidance` 2 is our `strength` 1 (they subtract from e0(c), we from e0(blank)). `default`: ours, for the miniature model."""
 
 
-class ESD(Edit):
+class ESD(TrainedEdit):
     """Settings of the ESD edit."""
 
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
@@ -75,24 +70,16 @@ class ESD(Edit):
     """Size of the worst-case change of the taught words' embedding, as a part of its norm; 0 is none (ours, see `safegen.worst_text`)."""
     selector: str = "noxattn"
     """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u, attn1 self-attention alone."""
-    rank: int | None = Field(default=None, ge=1)
-    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     training: Training = PUBLISHED
     """How the loop trains."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
-        refuse_idle_alpha(self.rank, self.alpha)
         if self.rollout == "student" and self.trajectories != type(self).model_fields["trajectories"].default:
             raise ValueError("trajectories has no effect with rollout student, which draws anew for each batch; leave it out")
         if self.captions and not self.weight_retain:
             raise ValueError("captions have no effect with weight_retain 0; leave them out, or give L_r a weight")
-        if self.training.validate_every:
-            raise ValueError("training.validate_every has no effect on esd, which holds nothing out; set it to 0")
-        if not all(word.strip() for word in self.erase):
-            raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
+        refuse_blank(self.erase)
         return self
 
     @classmethod
@@ -103,32 +90,12 @@ class ESD(Edit):
             UnknownName: no such preset.
             BadSetting: the concept has no words.
         """
-        lent = words_of("esd", concept, changes.get("erase"))
-        if not ({"weight_retain": 0.0} | PRESETS.get(name, {}) | changes)["weight_retain"]:
-            lent.pop("captions", None)
-        return cls.from_preset(PRESETS, name, lent, changes)
+        retains = bool(({"weight_retain": 0.0} | PRESETS.get(name, {}) | changes)["weight_retain"])
+        return cls.from_preset(PRESETS, name, words_of("esd", concept, changes.get("erase"), captions=retains), changes)
 
-    def apply(
-        self,
-        model: Model,
-        triplets: Triplets | None = None,
-        *,
-        folder: Path | None = None,
-        resume: bool = False,
-        report: Report | None = None,
-    ) -> Patch:
-        """Train the edit and return it as a patch; `model` is not touched.
-
-        Raises:
-            BadSetting: there are no words to erase, no captions for an L_r with weight, or something given has no effect.
-            Stopped: the user stopped it; `resume` continues.
-        """
-        refuse_idle(self, "esd", triplets, folder, resume)
-        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
-            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
-            problem = ESDProblem(self, model, part.names)
-            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
-        return Patch(part.weights(found.tensors), facts_of(self, "esd", model) | found.facts(problem.weights))
+    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+        """Return its batches and losses."""
+        return ESDProblem(self, model, names)
 
 
 class ESDProblem:
@@ -154,7 +121,7 @@ class ESDProblem:
         """Return, for each word, the latents of every step of its trajectories and what the untouched model says there."""
         out, n = [], self.edit.trajectories
         precision = self.edit.training.precision
-        with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with precisely(model, precision):
             for i in range(len(self.words)):
                 x = self.walk.noise(n, torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003 + i))
                 parts = []
@@ -219,7 +186,3 @@ class ESDProblem:
         keep = looking(denoiser, self.reference)(x, t, captions)
         out, kept = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, captions])).sample.chunk(2)
         return {"L_e": losses.squared_error(out, want), "L_r": losses.squared_error(kept, keep)}
-
-    def held_out(self, denoiser: nn.Module) -> float:
-        """Is never asked: settings that look at held-out samples are refused."""
-        raise NotImplementedError

@@ -18,10 +18,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from safegen.edit.checkpoint import read_checkpoint, refuse_nothing, write_checkpoint
-from safegen.edit.training import Follower, Problem, Report, Row, Trained, Training
+from safegen.edit.training import Follower, HoldsOut, Problem, Report, Row, Trained, Training
 from safegen.errors import BadSetting, Diverged, Stopped
 
-__all__ = ["Follower", "Problem", "Report", "Row", "Trained", "Training", "check", "train"]
+__all__ = ["Follower", "HoldsOut", "Problem", "Report", "Row", "Trained", "Training", "check", "train"]
 
 
 def train(
@@ -52,6 +52,8 @@ def train(
         Stopped: SIGINT or SIGTERM came; the state was saved if there is a folder.
     """
     check(denoiser, names, settings, folder=folder, resume=resume)
+    if settings.validate_every and not isinstance(problem, HoldsOut):
+        raise BadSetting("validate_every has no effect on a problem that holds nothing out; set it to 0")
     own = dict(denoiser.named_parameters())
     before = {n: own[n].data for n in names}
     was_training, flags = denoiser.training, {n: p.requires_grad for n, p in own.items()}
@@ -207,6 +209,7 @@ class _Run:
         s = self.settings
         if not s.validate_every or self.update % s.validate_every:
             return False
+        assert isinstance(self.problem, HoldsOut)  # or `train` had refused
         self.raw.eval()
         with torch.no_grad(), self.accelerator.autocast():
             row["held_out"] = value = self.problem.held_out(self.raw)

@@ -68,7 +68,7 @@ class RECE(Edit):
             UnknownName: no such preset.
             BadSetting: the concept has no words.
         """
-        lent: dict[str, Any] = dict(words_of("rece", concept, changes.get("erase")))
+        lent: dict[str, Any] = dict(words_of("rece", concept, changes.get("erase"), captions=True))
         kept = changes.get("captions", lent.get("captions"))
         return cls.from_preset(PRESETS, name, lent | ({"preserve_scale": KEPT} if kept and lent.get("captions") else {}), changes)
 
@@ -90,7 +90,7 @@ class RECE(Edit):
             BadSetting: there are no words to erase, or something given has no effect.
             Diverged: a solved weight is not finite.
         """
-        refuse_idle(self, "rece", triplets, folder, resume)
+        refuse_idle(self, triplets, folder, resume)
         began = time.perf_counter()
         keys, guides, kept = rows_of(model, "rece", self.erase, self.guide, self.preserve, self.captions, self.tokens, False)
         concept, aims = keys, guides

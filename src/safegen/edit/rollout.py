@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
 from safegen.errors import BadSetting
-from safegen.models.model import Model
+from safegen.models.model import DTYPES, Model
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents (b, c, h, w), timesteps (b,), text embeddings (b, tokens, width) -> prediction (b, c, h, w)."""
@@ -94,6 +95,11 @@ class Walk:
     def at(self, t: Tensor, n: int) -> Tensor:
         """Return a timestep for each of `n` samples, on the model's device."""
         return t.to(self.device).expand(n)
+
+
+def precisely(model: Model, precision: str) -> AbstractContextManager[object]:
+    """Return the context in which rollouts compute as the training does."""
+    return torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def looking(net: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Predict:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from safegen.concept import Concept, prompt_list
+from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.adapter import refuse_idle_alpha, trainable
-from safegen.edit.base import Edit, wanted
-from safegen.edit.loop import Report, Training, check, train
-from safegen.errors import BadFile, BadSetting, UnknownName
+from safegen.edit.base import TrainedEdit
+from safegen.edit.samples import encode_triplets, read_captions, worst_text
+from safegen.edit.training import Problem, Training
+from safegen.errors import BadSetting
 from safegen.models.model import Model
-from safegen.models.patch import Patch
-from safegen.models.select import select
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -49,8 +44,10 @@ HELD_OUT = 0.1
 """Unless told: the part of the triplets that early stopping looks at."""
 
 
-class SafeGen(Edit):
+class SafeGen(TrainedEdit):
     """Settings of the SafeGen edit."""
+
+    holds_out: ClassVar[bool] = True
 
     target: Literal["paper", "x0"] = "x0"
     """What a noised unsafe latent is taught to predict: as released, or what implies the censored picture as its x0."""
@@ -78,10 +75,6 @@ class SafeGen(Edit):
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights change."""
-    rank: int | None = Field(default=None, ge=1)
-    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     held_out: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
@@ -91,7 +84,6 @@ class SafeGen(Edit):
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
-        refuse_idle_alpha(self.rank, self.alpha)
         if (self.target == "x0") != (self.clamp is not None):
             raise ValueError("clamp goes with target x0, and only with it")
         if self.target != "x0" and self.anchor != "noise":
@@ -119,55 +111,23 @@ class SafeGen(Edit):
         Raises:
             UnknownName: no such preset.
         """
-        if name not in PRESETS:
-            raise UnknownName("preset of safegen", name, PRESETS)
-        lent = {"captions": concept.captions} if concept else {}
-        settings = lent | PRESETS[name] | changes
-        if isinstance(changes.get("training"), Mapping):
-            own: Training = PRESETS[name].get("training", cls.model_fields["training"].default)
-            settings["training"] = own.model_dump() | changes["training"]
-        return cls(**settings)
+        return cls.from_preset(PRESETS, name, {"captions": concept.captions} if concept else {}, changes)
 
-    def apply(
-        self,
-        model: Model,
-        triplets: Triplets | None = None,
-        *,
-        folder: Path | None = None,
-        resume: bool = False,
-        report: Report | None = None,
-    ) -> Patch:
-        """Train the edit and return it as a patch; `model` is not touched.
-
-        Raises:
-            BadSetting: no triplets, or too few for a held-out part; the model's schedule has fewer timesteps than asked for.
-            Stopped: the user stopped it; `resume` continues.
-        """
-        triplets = wanted("safegen", triplets)
-        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
-            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
-            problem = SafeGenProblem(self, model, triplets)
-            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
-        facts = {
-            "method": "safegen",
-            "settings": self.model_dump(mode="json"),
-            "base": model.hash,
-            "family": model.family,
-            "model": model.name,
-            "data": triplets.hash,
-            "updates": len(found.log),
-            "seconds": round(found.seconds, 2),
-            "stopped_early": found.stopped_early,
-            "losses": {k: found.log[-1][k] for k in problem.weights},
-        }
-        return Patch(part.weights(found.tensors), facts)
+    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+        """Return its batches and losses."""
+        assert triplets is not None
+        return SafeGenProblem(self, model, triplets, names)
 
 
 class SafeGenProblem:
     """SafeGen's batches and losses. Latents, text embeddings and the reference weights are computed or kept once."""
 
-    def __init__(self, edit: SafeGen, model: Model, triplets: Triplets) -> None:
-        """Encode every triplet and caption once."""
+    def __init__(self, edit: SafeGen, model: Model, triplets: Triplets, names: Sequence[str]) -> None:
+        """Encode every triplet and caption once.
+
+        Raises:
+            BadSetting: too few triplets for a held-out part, or the model's schedule has fewer timesteps than asked for.
+        """
         self.edit, self.prediction = edit, model.prediction
         self.abar = model.alphas_cumprod().to(model.device)
         if edit.timesteps[1] > len(self.abar):
@@ -183,10 +143,9 @@ class SafeGenProblem:
             raise BadSetting(f"a held-out part of {part} of {n} triplets is empty; give more triplets or set validate_every 0")
         self.spare, self.used = range(n - spare, n), n - spare
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
-        self.names = select(model.denoiser, edit.selector)
         own = dict(model.denoiser.named_parameters())
         needed = edit.teacher or edit.anchor == "teacher"
-        self.reference = {k: own[k].detach().clone() for k in self.names} if needed else {}
+        self.reference = {k: own[k].detach().clone() for k in names} if needed else {}
         words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
         self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words])
 
@@ -260,73 +219,6 @@ class SafeGenProblem:
         """Return what the model predicted before the edit: the same network with the old tensors in it."""
         out: Tensor = torch.func.functional_call(getattr(denoiser, "module", denoiser), self.reference, (x, t, text)).sample
         return out
-
-
-def worst_text(denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float) -> Tensor:
-    """Return text embeddings one normalised ascent step up the loss: the nearby text under which the censoring fails most.
-
-    c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, norms per sample (ours; adversarial training of a concept edit as in
-    Zhang et al. 2024, arXiv:2405.15234, with one step, no word of the concept, and pictures in place of a prompt).
-
-    Args:
-        denoiser: the network in training.
-        x_t: noised unsafe latents, (b, c, h, w).
-        t: timesteps, (b,).
-        text: embeddings to start from, (b, tokens, width).
-        want: what the denoiser should predict.
-        radius: size of the step as a part of the embedding's norm; unitless, > 0.
-    """
-    start = text.detach().requires_grad_()
-    with torch.enable_grad():
-        gap = losses.squared_error(denoiser(x_t, t, start).sample, want).sum()
-        (slope,) = torch.autograd.grad(gap, start)
-    size = text.norm(dim=(1, 2), keepdim=True) / slope.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    return (text + radius * size * slope).detach()
-
-
-def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
-    """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign pictures; all three get the same crop and flip."""
-    sides: list[list[Tensor]] = [[], [], []]
-    for i in range(len(triplets)):
-        for side, image in zip(sides, triplets.images(i), strict=True):
-            side.append(to_pixels(image, model.size))
-    pixels = torch.stack([torch.stack(s) for s in sides])  # (3, n, 3, h, w)
-    views = [pixels, pixels.flip(-1)] if flip else [pixels]
-    found = [torch.stack([model.encode_images(side).float() for side in view]) for view in views]
-    return torch.stack(found, dim=1)
-
-
-def to_pixels(image: Image.Image, side: int) -> Tensor:
-    """Return a picture as (3, side, side) in [-1, 1]: short side scaled to `side` (bilinear), then the centre cut out."""
-    scale = side / min(image.size)
-    if scale != 1:
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    cut = image.convert("RGB").crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.asarray(cut, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def read_captions(names: Sequence[str]) -> list[str]:
-    """Return the captions of prompt lists (`source:list`, the first 192 of each) and of text files.
-
-    Raises:
-        BadFile: a file is missing or has no line.
-    """
-    out: list[str] = []
-    for name in names:
-        if Path(name).suffix == ".txt":
-            if not Path(name).is_file():
-                raise BadFile(f"the caption file {name!r} does not exist")
-            try:
-                lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadFile(f"the caption file {name!r} is not UTF-8 text: {error}") from error
-            if not lines:
-                raise BadFile(f"the caption file {name!r} has no caption; write one a line")
-            out += lines
-        else:
-            out += [row.text for row in prompt_list(name, 192)]
-    return out
 
 
 def _shuffled(n: int, seed: int, start: int, count: int) -> list[int]:

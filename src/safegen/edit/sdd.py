@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,28 +12,24 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.adapter import refuse_idle_alpha, trainable
-from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
-from safegen.edit.loop import Report, Training, check, train
-from safegen.edit.rollout import Walk, looking
-from safegen.models.model import DTYPES, Model
-from safegen.models.patch import Patch
+from safegen.edit.base import TrainedEdit, refuse_blank, words_needed, words_of
+from safegen.edit.rollout import Walk, looking, precisely
+from safegen.edit.training import SHORT, Problem, Training
+from safegen.models.model import Model
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "rollout": "base",
         "steps": 25,
         "weight_anchor": 1.0,
-        "training": Training(
-            updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="bf16"
-        ),
+        "training": SHORT,
     },
     "paper": {},
 }
 """`paper`: the released script's values. `default`: ours, for the miniature model."""
 
 
-class SDD(Edit):
+class SDD(TrainedEdit):
     """Settings of the SDD edit. What is saved is the weight average (the teacher), never the last weights."""
 
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
@@ -53,24 +48,16 @@ class SDD(Edit):
     """Weight of L_a: the blank prediction, which is the target, should stay what it was (ours; nothing holds it in the paper)."""
     selector: str = "attn2"
     """Which weights change."""
-    rank: int | None = Field(default=None, ge=1)
-    """Train a LoRA of this rank beside the selected matrices and convolutions; None trains the selected weights themselves."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
     training: Training = Training(updates=1500, batch=1, accumulation=1, lr=1e-5, weight_decay=1e-4, clip=1.0, ema=0.999)
     """How the loop trains. Its average starts fast, at (1 + n) / (10 + n), where the released one is slow from the start."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
-        refuse_idle_alpha(self.rank, self.alpha)
         if self.rollout == "average" and self.trajectories != type(self).model_fields["trajectories"].default:
             raise ValueError("trajectories has no effect with rollout average, which draws anew for each batch; leave it out")
         if not self.training.ema:
             raise ValueError("sdd saves its weight average, so training.ema must be > 0, got 0")
-        if self.training.validate_every:
-            raise ValueError("training.validate_every has no effect on sdd, which holds nothing out; set it to 0")
-        if not all(word.strip() for word in self.erase):
-            raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
+        refuse_blank(self.erase)
         return self
 
     @classmethod
@@ -81,31 +68,11 @@ class SDD(Edit):
             UnknownName: no such preset.
             BadSetting: the concept has no words.
         """
-        lent = words_of("sdd", concept, changes.get("erase"))
-        lent.pop("captions", None)
-        return cls.from_preset(PRESETS, name, lent, changes)
+        return cls.from_preset(PRESETS, name, words_of("sdd", concept, changes.get("erase")), changes)
 
-    def apply(
-        self,
-        model: Model,
-        triplets: Triplets | None = None,
-        *,
-        folder: Path | None = None,
-        resume: bool = False,
-        report: Report | None = None,
-    ) -> Patch:
-        """Train the edit and return the weight average as a patch; `model` is not touched.
-
-        Raises:
-            BadSetting: there are no words to erase, or something given has no effect.
-            Stopped: the user stopped it; `resume` continues.
-        """
-        refuse_idle(self, "sdd", triplets, folder, resume)
-        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
-            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
-            problem = SDDProblem(self, model, part.names)
-            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
-        return Patch(part.weights(found.tensors), facts_of(self, "sdd", model) | found.facts(problem.weights))
+    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+        """Return its batches and losses."""
+        return SDDProblem(self, model, names)
 
 
 class SDDProblem:
@@ -131,7 +98,7 @@ class SDDProblem:
         """Return latents of every step of the untouched model's pictures, (n, steps, c, h, w)."""
         precision = self.edit.training.precision
         x = self.walk.noise(self.edit.trajectories, torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003))
-        with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with precisely(model, precision):
             parts = [self.walk.record(p, self.drawn.expand(len(p), -1, -1), looking(model.denoiser), {})["x"] for p in x.split(8)]
         return torch.cat(parts)
 
@@ -168,7 +135,3 @@ class SDDProblem:
         before = looking(denoiser, self.reference)(x, t, blank)
         out, own = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, blank])).sample.chunk(2)
         return {"L_d": losses.squared_error(out, own.detach()), "L_a": losses.squared_error(own, before)}
-
-    def held_out(self, denoiser: nn.Module) -> float:
-        """Is never asked: settings that look at held-out samples are refused."""
-        raise NotImplementedError

@@ -53,6 +53,10 @@ class Training(BaseModel):
     """Stop after so many looks without a better held-out loss; 0 is never."""
 
 
+SHORT = Training(updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="bf16")
+"""Ours, for edits of the miniature model by words: a minute or two."""
+
+
 class Problem(Protocol):
     """What a method brings to the loop."""
 
@@ -68,8 +72,13 @@ class Problem(Protocol):
         """Return each term's unweighted loss per sample, (b,), for this process's `share` (rank, of how many) of one batch."""
         ...
 
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A problem with samples that are never trained on, for early stopping."""
+
     def held_out(self, denoiser: nn.Module) -> float:
-        """Return the weighted loss on samples that are never trained on, with fixed draws."""
+        """Return the weighted loss on them, with fixed draws."""
         ...
 
 

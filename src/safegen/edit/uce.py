@@ -12,10 +12,10 @@ from torch import Tensor
 
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
-from safegen.edit.base import Edit, facts_of, refuse_idle, words_needed, words_of
+from safegen.edit.base import Edit, facts_of, refuse_blank, refuse_idle, words_needed, words_of
 from safegen.edit.closed_form import as_patch, embed, projections, solve_projection
 from safegen.edit.loop import Report
-from safegen.edit.safegen import read_captions
+from safegen.edit.samples import read_captions
 from safegen.errors import BadSetting, Diverged
 from safegen.models.model import Model
 from safegen.models.patch import Patch
@@ -64,7 +64,7 @@ class UCE(Edit):
             UnknownName: no such preset.
             BadSetting: the concept has no words.
         """
-        return cls.from_preset(PRESETS, name, words_of("uce", concept, changes.get("erase")), changes)
+        return cls.from_preset(PRESETS, name, words_of("uce", concept, changes.get("erase"), captions=True), changes)
 
     def apply(
         self,
@@ -81,7 +81,7 @@ class UCE(Edit):
             BadSetting: there are no words to erase, or something given has no effect.
             Diverged: a solved weight is not finite.
         """
-        refuse_idle(self, "uce", triplets, folder, resume)
+        refuse_idle(self, triplets, folder, resume)
         began = time.perf_counter()
         keys, guides, kept = rows_of(model, "uce", self.erase, self.guide, self.preserve, self.captions, self.tokens, self.expand)
         edited = {
@@ -103,8 +103,7 @@ def refuse_idle_words(edit: Any) -> None:  # noqa: ANN401 - either closed form
         raise ValueError("preserve and captions have no effect with preserve_scale 0; leave them out, or give it a weight")
     if not (edit.preserve or edit.captions) and edit.preserve_scale != type(edit).model_fields["preserve_scale"].default:
         raise ValueError("preserve_scale has no effect without preserve or captions; leave it out, or name something to preserve")
-    if not all(word.strip() for word in edit.erase):
-        raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
+    refuse_blank(edit.erase)
 
 
 def rows_of(
@@ -149,4 +148,4 @@ def finish(edit: Edit, method: str, model: Model, edited: dict[str, Tensor], beg
     if report:
         report(1, 1, {"update": 1, "moved": moved / size})
     seconds = round(time.perf_counter() - began, 2)
-    return Patch(as_patch(edited), facts_of(edit, method, model, seconds=seconds, moved=round(moved / size, 6)))
+    return Patch(as_patch(edited), facts_of(edit, model, seconds=seconds, moved=round(moved / size, 6)))

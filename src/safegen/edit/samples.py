@@ -1,0 +1,84 @@
+"""What samples are made of: latents of triplets, captions, and the text under which an edit fails most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from safegen.concept import prompt_list
+from safegen.data.triplets import Triplets
+from safegen.edit import losses
+from safegen.errors import BadFile
+from safegen.models.model import Model
+
+
+def worst_text(denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float) -> Tensor:
+    """Return text embeddings one normalised ascent step up the loss: the nearby text under which the censoring fails most.
+
+    c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, norms per sample (ours; adversarial training of a concept edit as in
+    Zhang et al. 2024, arXiv:2405.15234, with one step, no word of the concept, and pictures in place of a prompt).
+
+    Args:
+        denoiser: the network in training.
+        x_t: noised unsafe latents, (b, c, h, w).
+        t: timesteps, (b,).
+        text: embeddings to start from, (b, tokens, width).
+        want: what the denoiser should predict.
+        radius: size of the step as a part of the embedding's norm; unitless, > 0.
+    """
+    start = text.detach().requires_grad_()
+    with torch.enable_grad():
+        gap = losses.squared_error(denoiser(x_t, t, start).sample, want).sum()
+        (slope,) = torch.autograd.grad(gap, start)
+    size = text.norm(dim=(1, 2), keepdim=True) / slope.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    return (text + radius * size * slope).detach()
+
+
+def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
+    """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign pictures; all three get the same crop and flip."""
+    sides: list[list[Tensor]] = [[], [], []]
+    for i in range(len(triplets)):
+        for side, image in zip(sides, triplets.images(i), strict=True):
+            side.append(to_pixels(image, model.size))
+    pixels = torch.stack([torch.stack(s) for s in sides])  # (3, n, 3, h, w)
+    views = [pixels, pixels.flip(-1)] if flip else [pixels]
+    found = [torch.stack([model.encode_images(side).float() for side in view]) for view in views]
+    return torch.stack(found, dim=1)
+
+
+def to_pixels(image: Image.Image, side: int) -> Tensor:
+    """Return a picture as (3, side, side) in [-1, 1]: short side scaled to `side` (bilinear), then the centre cut out."""
+    scale = side / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    cut = image.convert("RGB").crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.asarray(cut, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def read_captions(names: Sequence[str]) -> list[str]:
+    """Return the captions of prompt lists (`source:list`, the first 192 of each) and of text files.
+
+    Raises:
+        BadFile: a file is missing or has no line.
+    """
+    out: list[str] = []
+    for name in names:
+        if Path(name).suffix == ".txt":
+            if not Path(name).is_file():
+                raise BadFile(f"the caption file {name!r} does not exist")
+            try:
+                lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise BadFile(f"the caption file {name!r} is not UTF-8 text: {error}") from error
+            if not lines:
+                raise BadFile(f"the caption file {name!r} has no caption; write one a line")
+            out += lines
+        else:
+            out += [row.text for row in prompt_list(name, 192)]
+    return out
