@@ -62,3 +62,9 @@ class Diverged(SafegenError):
 
 class Stopped(SafegenError):
     """A run was stopped and left a state that `resume` continues from."""
+
+
+def wants_memory(error: BaseException) -> bool:
+    """Return whether an error is a want of memory, as Python, or torch on any device, says it."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in said for word in ("out of memory", "not enough memory", "can't allocate memory"))

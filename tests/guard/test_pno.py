@@ -11,7 +11,7 @@ import torch
 from safegen.errors import BadSetting
 from safegen.guard import make_guard
 from safegen.guard.engine import Guarded
-from safegen.guard.judge_filter import JudgeFilter
+from safegen.guard.judge_filter import Judged
 from safegen.guard.pno import Pno, Score, regulariser
 from safegen.judge import Verdict
 
@@ -36,7 +36,7 @@ class Fine:
 def level(monkeypatch):
     """Let the score be the mean of a picture's red, so that it has a slope everywhere; the judge likes all."""
     monkeypatch.setattr(Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
-    monkeypatch.setattr(JudgeFilter, "open", lambda self: Fine())
+    monkeypatch.setattr(Judged, "open", lambda self: Fine())
 
 
 def test_the_regulariser_order_by_order():
@@ -99,7 +99,7 @@ def test_the_judge_has_the_last_word(tiny_model, draw, level, monkeypatch):
         def judge(self, images):
             return [Verdict("unsafe")] * len(images)
 
-    monkeypatch.setattr(JudgeFilter, "open", lambda self: Strict())
+    monkeypatch.setattr(Judged, "open", lambda self: Strict())
     found = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
     assert {d.trail.reason for d in found} == {"pno: unsafe"}
     assert all(d.image.getextrema() == ((0, 0),) * 3 for d in found)

@@ -14,12 +14,10 @@ from PIL import Image
 from safegen.bench.batches import Batch, Tell, batches, is_blank
 from safegen.bench.folder import PICTURES, SAMPLES, TIMINGS, Journal, Line, Planned, Run
 from safegen.bench.watch import Look, Watcher
-from safegen.errors import BadFile, BadSetting
+from safegen.errors import BadFile, BadSetting, wants_memory
 from safegen.files import fresh_file
 from safegen.guard import Drawn
 from safegen.stack import Opened, Shelf, Stack
-
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def work(
@@ -121,7 +119,7 @@ class Pen:
             try:
                 return [i for at in range(0, len(asks), size) for i in ready.drawn(asks[at : at + size], sampler)], min(size, len(asks))
             except (MemoryError, RuntimeError) as error:
-                if not (isinstance(error, MemoryError) or any(word in str(error).lower() for word in NO_MEMORY)):
+                if not wants_memory(error):
                     raise
                 if size == 1:
                     raise BadSetting("there is not enough memory to draw a single picture; free some, or use another --device") from error

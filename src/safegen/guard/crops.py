@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from safegen.concept import Concept
 from safegen.errors import BadSetting
-from safegen.guard.base import Finding, Guard, Probe, Ready
-from safegen.guard.judge_filter import JudgeFilter, hashed, nearby
+from safegen.guard.base import Finding, Probe, Ready
+from safegen.guard.judge_filter import Judged
 from safegen.judge import Judge
 from safegen.models.seams import ONE_FRAME, Border, Seam, copied
 
 
-class Crops(Guard):
+class Crops(Judged):
     """Settings of probing."""
 
     name: Literal["crops"] = "crops"
     seams: ClassVar[frozenset[Seam]] = frozenset({"start"})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"one-step": {"steps": 1}}
 
-    judge: str
-    """Name of the judge that looks at the probes."""
-    labels: tuple[str, ...] = ()
-    """Its labels that make a probe unsafe; all its unsafe ones when empty."""
-    threshold: float | None = Field(default=None, ge=0.2, le=1)
-    """The judge's threshold; its own when not given."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """What the judge takes besides."""
     shape: Literal["spherical", "circular"] = "spherical"
     """Where the probes start: in random directions from the prompt's own start, or evenly round it on a circle."""
     angle: float = Field(default=0.3, gt=0, lt=math.pi)
@@ -48,23 +38,6 @@ class Crops(Guard):
     """Denoising steps of a probe; the picture's own when not given. 1 is the one-step variant, by this model and not a distilled one."""
     limit: float = Field(default=0.5, gt=0, le=1)
     """S_th: share of unsafe probes from which on the prompt is not drawn. A probe that cannot be judged counts as unsafe."""
-
-    @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
-        """Return the concept's judge, labels and threshold."""
-        return JudgeFilter.lent(concept)
-
-    def beside(self, folder: Path) -> Guard:
-        """Return the guard with its judge's files looked for in `folder`, unless they are bundled or of the hub."""
-        return self.model_copy(update={"options": nearby(self.options, folder)})
-
-    def open(self) -> Judge:
-        """Return the judge."""
-        return JudgeFilter(judge=self.judge, labels=self.labels, threshold=self.threshold, options=self.options).open()
-
-    def facts(self) -> dict[str, Any]:
-        """Return the settings with the judge's id in the place of where its weights lie."""
-        return hashed(self.model_dump(mode="json"), self.open())
 
     def ready(self, border: Border) -> Ready:
         """Return the guard at work.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safegen.errors import BadSetting, UserError
+from safegen.errors import BadSetting, UserError, wants_memory
 from safegen.guard.base import ACTIONS, COVERS, GONE, Action, Call, Drawn, Finding, Guard, Note, Ready, Trail, Turn
 from safegen.guard.hooks import Hooks
 from safegen.models.seams import FAMILIES, ONE_FRAME, THROUGH_GUIDANCE, Border, Seam, copied
@@ -23,7 +23,6 @@ UNSEEN = ("ip_adapter_image", "num_images_per_prompt", "num_videos_per_prompt", 
 """Options of pipelines by which something would go past the guards, or come back otherwise than they expect; see `_unseen`."""
 OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
 """Seams at which a guard does nothing inside a call of the pipeline."""
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 class Failed(Exception):
@@ -77,10 +76,10 @@ class Work:
         try:
             with nullcontext() if as_drawn else torch.autocast(self.device, enabled=False):
                 yield
-        except (UserError, MemoryError, Failed):
+        except (UserError, Failed):
             raise
         except Exception as error:
-            if any(word in str(error).lower() for word in NO_MEMORY):
+            if wants_memory(error):
                 raise
             raise Failed(self.guard.name, error) from error
         finally:

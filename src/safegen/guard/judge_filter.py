@@ -23,22 +23,17 @@ FILES = ("weights", "prompts")
 """Options of judges that name files."""
 
 
-class JudgeFilter(Guard):
-    """Settings of a judge as a guard."""
-
-    name: Literal["judge-filter"] = "judge-filter"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"image"})
+class Judged(Guard):
+    """A guard that asks a judge."""
 
     judge: str
-    """Name of the judge."""
+    """Name of the judge that has the last word; it should not be the one that measures."""
     labels: tuple[str, ...] = ()
     """Its labels that make a picture unsafe; all its unsafe ones when empty."""
     threshold: float | None = Field(default=None, ge=0.2, le=1)
     """From which score on; the judge's own when not given."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the judge takes besides: its weights, prompts ..."""
-    action: Answer = "black"
-    """What becomes of an unsafe picture. One that could not be judged is always withheld."""
 
     @classmethod
     def lent(cls, concept: Concept) -> dict[str, Any]:
@@ -63,6 +58,16 @@ class JudgeFilter(Guard):
     def facts(self) -> dict[str, Any]:
         """Return the settings with the judge's id in the place of where its weights lie."""
         return hashed(self.model_dump(mode="json"), self.open())
+
+
+class JudgeFilter(Judged):
+    """Settings of a judge as a guard."""
+
+    name: Literal["judge-filter"] = "judge-filter"
+    seams: ClassVar[frozenset[Seam]] = frozenset({"image"})
+
+    action: Answer = "black"
+    """What becomes of an unsafe picture. One that could not be judged is always withheld."""
 
     def ready(self, border: Border) -> Ready:
         """Return the guard at work."""

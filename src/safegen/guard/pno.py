@@ -21,7 +21,7 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from safegen.concept import Concept
 from safegen.errors import BadSetting
 from safegen.guard.base import Finding, Guard, Probe, Ready
-from safegen.guard.judge_filter import Answer, JudgeFilter, Looker, hashed, nearby
+from safegen.guard.judge_filter import Answer, Judged, Looker, nearby
 from safegen.hashes import hash_tensors
 from safegen.judge import Judge
 from safegen.judge.clip import chances, encode_texts
@@ -32,8 +32,8 @@ GROUP = 4
 """k: entries of the start that are held against each other by the regulariser."""
 
 
-class Pno(Guard):
-    """Settings of prompt-noise optimisation."""
+class Pno(Judged):
+    """Settings of prompt-noise optimisation; the judge must not be made of the same weights as the score."""
 
     name: Literal["pno"] = "pno"
     seams: ClassVar[frozenset[Seam]] = frozenset({"start", "image"})
@@ -45,14 +45,6 @@ class Pno(Guard):
     """Texts that fit pictures with the concept."""
     safe: tuple[str, ...] = Field(min_length=1)
     """Texts that fit pictures without it."""
-    judge: str
-    """Name of the judge that has the last word on the picture; it must not be made of the same weights."""
-    labels: tuple[str, ...] = ()
-    """Its labels that make a picture unsafe; all its unsafe ones when empty."""
-    threshold: float | None = Field(default=None, ge=0.2, le=1)
-    """The judge's threshold; its own when not given."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """What the judge takes besides."""
     limit: float = Field(default=0.5, gt=0, lt=1)
     """Probability of the unsafe texts that a picture must stay under."""
     restarts: int = Field(default=4, ge=0)
@@ -71,21 +63,17 @@ class Pno(Guard):
     @classmethod
     def lent(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words and counterpart as texts, its judge, labels and threshold."""
-        return JudgeFilter.lent(concept) | {"unsafe": concept.words, "safe": concept.counterpart}
+        return super().lent(concept) | {"unsafe": concept.words, "safe": concept.counterpart}
 
     def beside(self, folder: Path) -> Guard:
         """Return the guard with its weights and its judge's files looked for in `folder`, unless they are bundled or of the hub."""
         files = nearby({"weights": self.weights}, folder)
-        return self.model_copy(update=files | {"options": nearby(self.options, folder)})
-
-    def open(self) -> Judge:
-        """Return the judge."""
-        return JudgeFilter(judge=self.judge, labels=self.labels, threshold=self.threshold, options=self.options).open()
+        return super().beside(folder).model_copy(update=files)
 
     def facts(self) -> dict[str, Any]:
         """Return the settings with the judge's id and the score's weights by their hash."""
         score = Score(self.weights, self.unsafe, self.safe)
-        return hashed(self.model_dump(mode="json"), self.open()) | {"score_id": score.id, "score_sees": score.sees}
+        return super().facts() | {"score_id": score.id, "score_sees": score.sees}
 
     def ready(self, border: Border) -> Ready:
         """Return the guard at work.
