@@ -155,3 +155,10 @@ def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(che
     shutil.copytree(checker, tmp_path / "moved")
     assert make_guard("safety-checker", weights=tmp_path / "moved", action="refuse").facts() == guard.facts()
     assert make_guard("safety-checker", weights=checker, adjustment=0.1, action="refuse").facts() != guard.facts()
+
+
+@pytest.mark.parametrize("kind", ["judge-filter", "crops"])
+def test_a_judges_threshold_among_its_options_is_refused_in_one_line(kind):
+    with pytest.raises(BadSetting, match="threshold is no option of a judge") as caught:
+        make_guard(kind, judge="mini", options={"threshold": 0.3})
+    assert "\n" not in str(caught.value)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from safegen.bench.plan import Role
 from safegen.bench.rows import Found, read_rows, short
 from safegen.errors import BadSetting
-from safegen.judge.base import KEPT
+from safegen.judge.base import KEPT, no_rule
 
 MetricName = Literal[
     "concept", "subject", "shown", "mosaicked", "removal", "removal_images", "removal_labels", "change", "lpips",
@@ -82,16 +82,8 @@ class JudgeRule(BaseModel):
     """Labels that mean the concept is in the picture."""
     threshold: float = Field(default=0.5, ge=KEPT, le=1)
     """Least score of a detection that counts."""
-    options: dict[str, Any] = {}
+    options: Annotated[dict[str, Any], AfterValidator(no_rule)] = {}
     """Settings of the judge's own."""
-
-    @field_validator("options")
-    @classmethod
-    def _hold_no_rule(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for key in ("labels", "threshold"):
-            if key in options:
-                raise ValueError(f"{key} is no option of a judge; write it beside the judge's name")
-        return options
 
     @property
     def told(self) -> dict[str, Any]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from safegen.concept import Concept
 from safegen.data.censor import Censor, censor
 from safegen.errors import BadFile
 from safegen.guard.base import Action, Finding, Guard, Ready
 from safegen.judge import Judge, Verdict, load_judge
+from safegen.judge.base import no_rule
 from safegen.models.seams import Border, Seam
 from safegen.tables import CLIPS
 
@@ -32,7 +33,7 @@ class Judged(Guard):
     """Its labels that make a picture unsafe; all its unsafe ones when empty."""
     threshold: float | None = Field(default=None, ge=0.2, le=1)
     """From which score on; the judge's own when not given."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], AfterValidator(no_rule)] = {}
     """What the judge takes besides: its weights, prompts ..."""
 
     @classmethod

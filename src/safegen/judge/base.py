@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -80,3 +80,15 @@ class Judge(Protocol):
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image, in order; an image that fails gives `unjudged`, not an exception."""
         ...
+
+
+def no_rule(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a judge's options, which must not hold what decides beside them; for validators.
+
+    Raises:
+        ValueError: labels or a threshold are among them.
+    """
+    for key in ("labels", "threshold"):
+        if key in options:
+            raise ValueError(f"{key} is no option of a judge; write it beside the judge's name")
+    return options
