@@ -120,6 +120,11 @@ def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
             tmp.unlink(missing_ok=True)
 
 
+def short(name: str) -> str:
+    """Return a path's last part, for what we write names no machine and no user; names of tables and of the hub as they are."""
+    return name if name.startswith("hub:") or os.sep not in name else Path(name).name
+
+
 def _refuse_existing(out: Path, kind: str) -> None:
     if os.path.lexists(out):
         raise BadFile(f"{out} exists already; name another {kind} or remove it")

@@ -8,9 +8,10 @@ import pytest
 
 import safegen
 from safegen.bench.protocol import differences, load_protocol, plan, read_protocol, same_protocol
-from safegen.bench.rows import Row, hash_rows, read_rows, short
+from safegen.bench.rows import Row, hash_rows, read_rows
 from safegen.data.prompts import cluster_of
 from safegen.errors import BadFile, BadSetting, UnknownName
+from safegen.files import short
 from safegen.tables import LABEL_SETS, PROTOCOLS
 
 MINI = [name for name in PROTOCOLS if name.startswith("mini")]

@@ -91,6 +91,11 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
     with Image.open(tmp_path / "a" / "0000.png") as a, Image.open(tmp_path / "b" / "0000.png") as b:
         assert a.tobytes() == b.tobytes()
         assert len(json.loads(b.text["safegen"])["patches"]) == 1
+        assert json.loads(a.text["safegen"])["model"] == "model"  # the folder's name, and nothing of where it lies
+    made = ["edit", folder, "--method", "uce", "--concept", "skulls", "--out", tmp_path / "text.safetensors"]
+    assert safegen(*made)[0] == 0
+    assert safegen("export", folder, "--out", tmp_path / "one.safetensors")[0] == 0
+    assert not any(str(tmp_path).encode() in (tmp_path / name).read_bytes() for name in ("text.safetensors", "one.safetensors"))
     code, _, err = safegen("generate", folder, "--patch", patch, *same, "--out", tmp_path / "c")
     assert code == 0
     assert "warning: the patch was made on weights" in err

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from safegen.data.prompts import Prompt, read_prompts
-from safegen.data.sources import HUB
 from safegen.errors import BadFile, BadSetting
 from safegen.tables import PROMPT_LISTS
 
@@ -102,11 +99,6 @@ def hash_rows(rows: Sequence[Row]) -> str:
 def hash_lines(lines: Sequence[object]) -> str:
     """Return a SHA-256 over plain values, one canonical JSON line each."""
     return sha("".join(canonical(line) + "\n" for line in lines))
-
-
-def short(name: str) -> str:
-    """Return a path's last part, for a card names no machine and no user; names of tables and of the hub as they are."""
-    return name if name.startswith(HUB) or os.sep not in name else Path(name).name
 
 
 def canonical(value: object) -> str:

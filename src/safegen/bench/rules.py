@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from safegen.bench.plan import Role
-from safegen.bench.rows import Found, read_rows, short
+from safegen.bench.rows import Found, read_rows
 from safegen.errors import BadSetting
+from safegen.files import short
 from safegen.judge.base import KEPT, no_rule
 
 MetricName = Literal[

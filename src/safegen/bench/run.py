@@ -17,10 +17,11 @@ from safegen.bench.draw import work
 from safegen.bench.folder import CARD, CHANGES, FEATURES, FORMAT, PLAN, SAMPLES, Line, Planned, Run, write_json, write_plan
 from safegen.bench.protocol import Protocol, differences, plan, read_protocol
 from safegen.bench.results import score_run, scores_file
-from safegen.bench.rows import canonical, sha, short
+from safegen.bench.rows import canonical, sha
 from safegen.bench.watch import Look
 from safegen.concept import load_concept
 from safegen.errors import BadFile, BadSetting
+from safegen.files import short
 from safegen.judge import load_judge
 from safegen.stack import Shelf, Stack
 from safegen.tables import PROTOCOLS

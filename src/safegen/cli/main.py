@@ -78,7 +78,7 @@ def generate(
     if (model is None) == (stack is None):
         raise BadSetting("generate draws with a MODEL or with a --stack recipe.toml; give one of them")
     from safegen.bench.grid import contact_sheet
-    from safegen.files import private_folder
+    from safegen.files import private_folder, short
     from safegen.models import Ask, Patch, Sampler, save_picture
     from safegen.stack import Shelf, Stack, add_guards, load_stack
 
@@ -96,7 +96,7 @@ def generate(
         pictures, lines = [], []
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
-                facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": model or recipe.model}
+                facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": short(model or recipe.model)}
                 facts |= {"base": ready.model.hash, "patches": patches, "stack": ready.hash, "negative_prompt": recipe.negative_prompt}
                 facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
                 pictures.append(ready.shown(drawn))

@@ -10,6 +10,7 @@ import typer
 
 from safegen.cli.common import Config, ModelArg, Pickle, one_line_warnings
 from safegen.errors import BadFile, BadSetting
+from safegen.files import short
 
 app = typer.Typer(no_args_is_help=True, help="Look into patches, compare and merge them, turn them into LoRAs.")
 
@@ -170,7 +171,7 @@ def export(
         warn_of_overlap(read)
         for one in read:
             one.apply(loaded)
-    facts = {"model": model, "base": loaded.hash, "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in read]}
+    facts = {"model": short(model), "base": loaded.hash, "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in read]}
     save_single_file(loaded, out, dtype=dtype, facts=facts)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {dtype}, {len(read)} patches in it")
 

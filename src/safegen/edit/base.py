@@ -14,6 +14,7 @@ from safegen.data.triplets import Triplets
 from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.loop import Problem, Report, Training, check, train
 from safegen.errors import BadSetting, UnknownName
+from safegen.files import short
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 
@@ -23,6 +24,8 @@ class Edit(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Named settings; `default` and `paper` are among them."""
     learns_from: ClassVar[Literal["triplets", "words"]] = "triplets"
     """What it is told the concept by: pictures, or words that are among its settings and that a concept lends."""
     trains: ClassVar[bool] = True
@@ -34,9 +37,35 @@ class Edit(BaseModel, ABC):
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
-    @abstractmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Edit:  # noqa: ANN401 - any setting
-        """Return the named settings, with what a concept says of itself, and with some of them changed."""
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that a concept gives; a preset and what is said outright count before them.
+
+        Args:
+            concept: a concept.
+            said: the preset's settings and those that are said outright.
+
+        Raises:
+            BadSetting: the concept lacks what the edit needs of it.
+        """
+        return {}
+
+    @classmethod
+    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
+        """Return the settings called `name`, over what a concept gives, some of them changed.
+
+        A `training` given as a dict changes the preset's own training where it says something and leaves the rest.
+
+        Raises:
+            UnknownName: no such preset.
+            BadSetting: the concept lacks what the edit needs of it.
+        """
+        if name not in cls.PRESETS:
+            raise UnknownName(f"preset of {cls.method()}", name, cls.PRESETS)
+        said = {**cls.PRESETS[name], **changes}
+        if isinstance(changes.get("training"), Mapping):
+            own = cls.PRESETS[name].get("training", cls.model_fields["training"].default if "training" in cls.model_fields else None)
+            said["training"] = (own.model_dump() if own else {}) | changes["training"]
+        return cls(**{**(cls.lent(concept, said) if concept else {}), **said})
 
     @abstractmethod
     def apply(
@@ -53,29 +82,6 @@ class Edit(BaseModel, ABC):
         Raises:
             BadSetting: triplets are wanted and not given, or given and not wanted; so with a folder and `resume`.
         """
-
-    @classmethod
-    def from_preset(
-        cls,
-        presets: Mapping[str, Mapping[str, Any]],
-        name: str,
-        lent: Mapping[str, Any],
-        changes: Mapping[str, Any],
-    ) -> Self:
-        """Return the settings called `name` over what a concept lends, with changes over both.
-
-        A `training` given as a dict changes the preset's own training where it says something and leaves the rest.
-
-        Raises:
-            UnknownName: no such preset.
-        """
-        if name not in presets:
-            raise UnknownName(f"preset of {cls.method()}", name, presets)
-        settings = {**lent, **presets[name], **changes}
-        if isinstance(changes.get("training"), Mapping):
-            own = presets[name].get("training", cls.model_fields["training"].default if "training" in cls.model_fields else None)
-            settings["training"] = (own.model_dump() if own else {}) | changes["training"]
-        return cls(**settings)
 
 
 class TrainedEdit(Edit):
@@ -163,20 +169,15 @@ def refuse_blank(erase: Sequence[str]) -> None:
         raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
 
 
-def words_of(
-    method: str, concept: Concept | None, erase: object = None, *, captions: bool = False, anchors: bool = False
-) -> dict[str, Any]:
-    """Return what a concept lends to an edit that needs words: those that ask for it; harmless captions and its counterpart, if wanted.
+def words_of(method: str, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the words that a concept lends to an edit that needs some.
 
     Raises:
-        BadSetting: the concept has no words, and `erase` names none either.
+        BadSetting: it has none, and none are said outright.
     """
-    if concept is None:
-        return {}
-    if not concept.words and not erase:
+    if not concept.words and not said.get("erase"):
         raise BadSetting(f"the concept {concept.name!r} has no words, and {method} erases words; give it words, or set erase")
-    lent = {"erase": concept.words}
-    return lent | ({"captions": concept.captions} if captions else {}) | ({"anchors": concept.counterpart} if anchors else {})
+    return {"erase": concept.words}
 
 
 def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
@@ -197,6 +198,6 @@ def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more:
         "settings": edit.model_dump(mode="json"),
         "base": model.hash,
         "family": model.family,
-        "model": model.name,
+        "model": short(model.name),
     }
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

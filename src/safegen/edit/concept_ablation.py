@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ConceptAblation(TrainedEdit):
     """Settings of the concept-ablation edit."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
 
     erase: tuple[str, ...] = ()
@@ -66,14 +67,9 @@ class ConceptAblation(TrainedEdit):
         return self
 
     @classmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed; a concept lends its words and its counterpart's.
-
-        Raises:
-            UnknownName: no such preset.
-            BadSetting: the concept has no words.
-        """
-        return cls.from_preset(PRESETS, name, words_of("concept_ablation", concept, changes.get("erase"), anchors=True), changes)
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its words and its counterpart's."""
+        return words_of(cls.method(), concept, said) | {"anchors": concept.counterpart}
 
     def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
         """Return its batches and losses."""

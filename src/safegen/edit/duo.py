@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DUO(TrainedEdit):
     """Settings of the DUO edit."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     erase: tuple[str, ...] = ()
     """Words that ask for the concept: what a safe twin is drawn away from. A concept lends its own; nothing is trained with them."""
     anchors: tuple[str, ...] = ()
@@ -65,14 +66,9 @@ class DUO(TrainedEdit):
         return self
 
     @classmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed; a concept lends its words and its counterpart's.
-
-        Raises:
-            UnknownName: no such preset.
-            BadSetting: the concept has no words.
-        """
-        return cls.from_preset(PRESETS, name, words_of("duo", concept, changes.get("erase"), anchors=True), changes)
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its words and its counterpart's."""
+        return words_of(cls.method(), concept, said) | {"anchors": concept.counterpart}
 
     def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
         """Return its batches and losses."""

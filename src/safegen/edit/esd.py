@@ -46,6 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ESD(TrainedEdit):
     """Settings of the ESD edit."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
 
     erase: tuple[str, ...] = ()
@@ -83,15 +84,9 @@ class ESD(TrainedEdit):
         return self
 
     @classmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed; a concept lends its words, and its captions to presets with an L_r.
-
-        Raises:
-            UnknownName: no such preset.
-            BadSetting: the concept has no words.
-        """
-        retains = bool(({"weight_retain": 0.0} | PRESETS.get(name, {}) | changes)["weight_retain"])
-        return cls.from_preset(PRESETS, name, words_of("esd", concept, changes.get("erase"), captions=retains), changes)
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its words, and its captions to settings with an L_r."""
+        return words_of(cls.method(), concept, said) | ({"captions": concept.captions} if said.get("weight_retain") else {})
 
     def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
         """Return its batches and losses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -26,6 +27,7 @@ KEPT = 10.0
 class RECE(Edit):
     """Settings of the RECE edit."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
     trains: ClassVar[bool] = False
 
@@ -61,16 +63,10 @@ class RECE(Edit):
         return self
 
     @classmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed; a concept lends its words and captions.
-
-        Raises:
-            UnknownName: no such preset.
-            BadSetting: the concept has no words.
-        """
-        lent: dict[str, Any] = dict(words_of("rece", concept, changes.get("erase"), captions=True))
-        kept = changes.get("captions", lent.get("captions"))
-        return cls.from_preset(PRESETS, name, lent | ({"preserve_scale": KEPT} if kept and lent.get("captions") else {}), changes)
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its words and captions, and with captions the weight that they are kept with."""
+        weight = {"preserve_scale": KEPT} if concept.captions and said.get("captions", True) else {}
+        return words_of(cls.method(), concept, said) | {"captions": concept.captions} | weight
 
     def apply(
         self,

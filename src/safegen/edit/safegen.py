@@ -47,6 +47,7 @@ HELD_OUT = 0.1
 class SafeGen(TrainedEdit):
     """Settings of the SafeGen edit."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     holds_out: ClassVar[bool] = True
 
     target: Literal["paper", "x0"] = "x0"
@@ -103,15 +104,9 @@ class SafeGen(TrainedEdit):
         return self
 
     @classmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> SafeGen:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed; a concept lends its captions to settings that have none of their own.
-
-        A `training` given as a dict changes the preset's own training where it says something and leaves the rest.
-
-        Raises:
-            UnknownName: no such preset.
-        """
-        return cls.from_preset(PRESETS, name, {"captions": concept.captions} if concept else {}, changes)
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its captions."""
+        return {"captions": concept.captions}
 
     def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
         """Return its batches and losses."""

@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SDD(TrainedEdit):
     """Settings of the SDD edit. What is saved is the weight average (the teacher), never the last weights."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
 
     erase: tuple[str, ...] = ()
@@ -61,14 +62,9 @@ class SDD(TrainedEdit):
         return self
 
     @classmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed; a concept lends its words.
-
-        Raises:
-            UnknownName: no such preset.
-            BadSetting: the concept has no words.
-        """
-        return cls.from_preset(PRESETS, name, words_of("sdd", concept, changes.get("erase")), changes)
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its words."""
+        return words_of(cls.method(), concept, said)
 
     def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
         """Return its batches and losses."""

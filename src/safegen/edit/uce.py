@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,6 +30,7 @@ TEMPLATES = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "p
 class UCE(Edit):
     """Settings of the UCE edit."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     learns_from: ClassVar[Literal["triplets", "words"]] = "words"
     trains: ClassVar[bool] = False
 
@@ -57,14 +59,9 @@ class UCE(Edit):
         return self
 
     @classmethod
-    def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:  # noqa: ANN401 - any setting
-        """Return the settings called `name`, some of them changed; a concept lends its words and captions.
-
-        Raises:
-            UnknownName: no such preset.
-            BadSetting: the concept has no words.
-        """
-        return cls.from_preset(PRESETS, name, words_of("uce", concept, changes.get("erase"), captions=True), changes)
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its words and captions."""
+        return words_of(cls.method(), concept, said) | {"captions": concept.captions}
 
     def apply(
         self,

@@ -33,7 +33,7 @@ class Judged(Guard):
     """Its labels that make a picture unsafe; all its unsafe ones when empty."""
     threshold: float | None = Field(default=None, ge=0.2, le=1)
     """From which score on; the judge's own when not given."""
-    options: Annotated[dict[str, Any], AfterValidator(no_rule)] = {}
+    options: Annotated[dict[str, Any], AfterValidator(no_rule)] = Field(default_factory=dict)
     """What the judge takes besides: its weights, prompts ..."""
 
     @classmethod
