@@ -237,6 +237,7 @@ def save_folder(model: Model, out: Path) -> None:
                 raise BadFile(f"{out} cannot be written: {error}") from error
             raise
         save_vocabulary(tmp / "tokenizer")
+        forget_places(tmp)
         index = tmp / "model_index.json"
         facts = json.loads(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
         index.write_text(json.dumps(facts | _keep_unloaded(model, tmp), indent=2) + "\n", encoding="utf-8")
@@ -251,6 +252,14 @@ def _keep_unloaded(model: Model, out: Path) -> dict[str, Any]:
     for part in kept:
         shutil.copytree(model.folder / part, out / part, dirs_exist_ok=True)
     return {part: was[part] for part in kept} | ({"requires_safety_checker": True} if "safety_checker" in kept else {})
+
+
+def forget_places(folder: Path) -> None:
+    """Take out of a folder's configurations where their writer read them from: no fact about the model, and a name of the machine."""
+    for path in folder.rglob("*.json"):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts, dict) and facts.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def save_vocabulary(folder: Path) -> None:

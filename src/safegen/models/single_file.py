@@ -21,7 +21,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_file
 from safegen.models.layout import PREFIX, original_names, to_original
-from safegen.models.model import DTYPES, Model, finish_loading, first_line, save_vocabulary, silence
+from safegen.models.model import DTYPES, Model, finish_loading, first_line, forget_places, save_vocabulary, silence
 
 CONFIGS = "safegen_configs"
 """Key of the header that holds the small files of a pipeline (configurations, vocabulary), so that the file opens by itself."""
@@ -79,6 +79,7 @@ def _small_files(model: Model) -> dict[str, str]:
         pipe.tokenizer.save_pretrained(here / "tokenizer")
         save_vocabulary(here / "tokenizer")
         pipe.scheduler.save_pretrained(here / "scheduler")
+        forget_places(here)
         files = {p.relative_to(here).as_posix(): p.read_text(encoding="utf-8") for p in sorted(here.rglob("*")) if p.is_file()}
     text = json.dumps(files)
     return {CONFIGS: text} if len(text) <= LARGEST else {}

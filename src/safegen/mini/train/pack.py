@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
 
     They go to `home`/weights, which is written anew.
     """
-    from safegen.models.model import Model, save_folder  # this is a tool: the only file in mini/ that looks up
+    from safegen.models.model import Model, forget_places, save_folder  # this is a tool: the only file in mini/ that looks up
 
     def place(path: Path) -> Path:
         return home / path.relative_to(bundle.HERE)
@@ -63,10 +62,7 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
         size={"shortest_edge": world.SIDE}, crop_size={"height": world.SIDE, "width": world.SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(place(bundle.clip_folder()))
     save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, place(bundle.judge_file()))
-    for path in out.rglob("*.json"):  # the writer's version and folder are no facts about the model
-        facts = json.loads(path.read_text())
-        if isinstance(facts, dict) and facts.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(facts, indent=2) + "\n")
+    forget_places(out)
     print(f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB", flush=True)
 
 
