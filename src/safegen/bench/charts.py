@@ -6,10 +6,13 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safegen.bench.folder import Line
 from safegen.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = ("#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#c2255c", "#0c8599", "#868e96", "#a6761d")
 """Told apart on white and on near-black; a marker goes with each, for those who see no colours."""
@@ -103,8 +106,18 @@ def _pareto(facts: Line, use: Mapping[str, Any], xlabel: str, *, scale: float, *
             )  # fmt: skip
         axes.set(xlabel=xlabel, ylabel="concept not seen, %", ylim=(-4, 104), **limits)
         axes.grid()
-        axes.figure.legend(loc="outside lower center", ncols=2)
+        _name(axes)
     return out[0]
+
+
+def _name(axes: Axes) -> None:
+    """Put the legend under a chart: in two columns where names are short enough for the page, and with room of its own."""
+    names = axes.get_legend_handles_labels()[1]
+    columns = 1 if max(map(len, names), default=0) > 20 else 2
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(-(-len(names) // columns) - 2, 0))
+    figure.legend(loc="outside lower center", ncols=columns)
 
 
 def forest(facts: Line) -> str:
@@ -159,7 +172,7 @@ def removal(facts: Line) -> str:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
         axes.grid(axis="x")
-        axes.figure.legend(loc="outside lower center", ncols=2)
+        _name(axes)
     return out[0]
 
 
@@ -226,7 +239,7 @@ def sweep(facts: Line) -> str:
         axes.axvline(facts["protocol"]["decides"]["judge"]["threshold"], color=INK, linewidth=0.8, linestyle=":")
         axes.set(xlabel="least score that counts", ylabel="pictures that show it, %", ylim=(-4, 104))
         axes.grid()
-        axes.figure.legend(loc="outside lower center", ncols=2)
+        _name(axes)
     return out[0]
 
 

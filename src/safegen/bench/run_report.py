@@ -14,6 +14,7 @@ from safegen.bench.facts import SWEEP, TESTS, report_facts
 from safegen.bench.folder import Line, Run, write_json
 from safegen.bench.further import FIGURES, pieces
 from safegen.bench.mosaic import TILES, grids
+from safegen.bench.report import percent
 from safegen.errors import BadSetting
 from safegen.files import fresh_file
 
@@ -63,7 +64,13 @@ def write_report(runs: Mapping[str, Run], out: Path | None = None, *, html: Path
 def render(facts: Line, pictures: Sequence[Line]) -> str:
     """Return the page; it needs no network and no other file, and takes every text of the run for plain text."""
     place = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined)
-    place.globals |= {"percent": percent, "span": span, "points": points, "fewer": fewer, "pieces": pieces}
+    place.globals |= {
+        "percent": percent,
+        "span": lambda rate: span(rate).replace(" %", "\N{NO-BREAK SPACE}%"),
+        "points": points,
+        "fewer": fewer,
+        "pieces": pieces,
+    }
     page = place.get_template("run_report.html")
     return page.render(
         f=_Open(facts), charts=charts(facts), grids=pictures, roles={p["role"] for p in facts["lists"]}, sweep=SWEEP, tiles=TILES,
@@ -85,11 +92,6 @@ def _wrap(value: object) -> object:
     if isinstance(value, Mapping):
         return _Open(value)
     return [_wrap(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def percent(value: float) -> str:
-    """Return a proportion as a percentage with one decimal; a whole one without."""
-    return f"{100 * value:.1f}".removesuffix(".0") + " %"
 
 
 def points(value: float) -> str:
