@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.sampler import Ask, Sampler
-from safegen.stack import Shelf, Stack, add_guards, load_stack, weights_hash
+from safegen.stack import Shelf, Stack, add_guards, add_patches, load_stack, weights_hash
 
 ASKS, SAMPLER = [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)], Sampler(steps=2)
 
@@ -241,3 +242,10 @@ def test_words_of_the_command_line_become_guards():
         add_guards(mini, [], "skulls")
     with pytest.raises(BadSetting, match="no effect on the blank stack"):
         add_guards(Stack(name="s", model="mini", blank=True), ["sld"])
+
+
+def test_patches_come_after_a_stacks_own_and_a_blank_one_takes_none():
+    stack = Stack(name="s", model="mini", patches=(Path("a"),))
+    assert add_patches(stack, [Path("b")]).patches == (Path("a"), Path("b"))
+    with pytest.raises(BadSetting, match="patches have no effect on the blank stack 's'; leave them out"):
+        add_patches(Stack(name="s", model="mini", blank=True), [Path("b")])

@@ -136,6 +136,17 @@ def add_guards(stack: Stack, guards: Sequence[str], concept: str | None = None) 
     return stack.model_copy(update={"guards": (*stack.guards, *made)})
 
 
+def add_patches(stack: Stack, patches: Sequence[Path]) -> Stack:
+    """Return a stack with further patches, put on after its own.
+
+    Raises:
+        BadSetting: it draws nothing.
+    """
+    if patches and stack.blank:
+        raise BadSetting(f"patches have no effect on the blank stack {stack.name!r}; leave them out")
+    return stack.model_copy(update={"patches": (*stack.patches, *patches)})
+
+
 def _read_recipe(path: Path) -> Stack:
     if not path.is_file():
         raise BadFile(f"the stack file {str(path)!r} does not exist")

@@ -80,12 +80,11 @@ def generate(
     from safegen.bench.grid import contact_sheet
     from safegen.files import private_folder, short
     from safegen.models import Ask, Patch, Sampler, save_picture
-    from safegen.stack import Shelf, Stack, add_guards, load_stack
+    from safegen.stack import Shelf, Stack, add_guards, add_patches, load_stack
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
-    recipe = recipe.model_copy(update={"patches": (*recipe.patches, *(patch or []))})
-    recipe = add_guards(recipe, guard or [], concept)
+    recipe = add_guards(add_patches(recipe, patch or []), guard or [], concept)
     patches = [Patch.load(path).hash for path in recipe.patches]
     sampler, shelf = (
         Sampler(steps=steps, guidance=guidance, batch=batch),
