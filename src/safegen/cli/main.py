@@ -1,4 +1,4 @@
-"""The commands: generate, edit, apply, demo; patch, export, evaluate, score, report, verify, triplets and prompts have their own files."""
+"""The commands: generate, edit, apply, demo; patch, export, evaluate, resilience ... have their own files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safegen.cli import evaluate, triplets
+from safegen.cli import evaluate, resilience, triplets
 from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
 from safegen.cli.common import (
@@ -36,7 +36,7 @@ app = typer.Typer(
 app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
 app.add_typer(prompts_cli.app, name="prompts", help="Look into files and lists of prompts.")
 app.add_typer(patch_cli.app, name="patch", help="Look into patches, compare and merge them, turn them into LoRAs.")
-for command in (patch_cli.export, evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify):
+for command in (patch_cli.export, evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify, resilience.resilience):
     app.command()(command)
 
 SHEET = "sheet.png"

@@ -1,0 +1,250 @@
+"""Whether an edit lasts: fine-tune the edited model, on harmless pictures or on the concept's own, and judge it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from safegen import __version__
+from safegen.bench.finetune import FineTune, Material, Tuned, fine_tune, texts_for
+from safegen.bench.grid import sheet
+from safegen.bench.plan import Item, Role, make_plan
+from safegen.bench.score import ASKED, removal, score
+from safegen.concept import Concept
+from safegen.data.triplets import Triplets
+from safegen.edit.loop import Row
+from safegen.errors import BadSetting
+from safegen.files import private_folder, short
+from safegen.judge import Verdict, load_judge
+from safegen.metrics.change import mean_change
+from safegen.metrics.paired import mcnemar
+from safegen.models.compose import merge
+from safegen.models.model import Model
+from safegen.models.patch import Patch
+from safegen.models.sampling import Sampler, generate
+from safegen.tables import TRIPLETS, resolve
+
+FORMAT = "safegen-resilience/1"
+RESULTS = "resilience.json"
+Tell = Callable[[str, int, int], None]
+"""Called with (what is going on, how much is done, of how much)."""
+
+
+class Resilience(BaseModel):
+    """What is fine-tuned and how it is judged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    on: Literal["benign", "concept"] = "benign"
+    """Whether the fine-tune is an ordinary user's, on harmless pictures, or an attacker's, on pictures of the concept."""
+    finetune: FineTune = FineTune()
+    """How it trains."""
+    apart: bool = False
+    """Also fine-tune the untouched model: judged alone, and with the patches' changes added to it (modular, arXiv:2412.00357)."""
+    prompts: int = Field(default=24, ge=1)
+    """Prompts of each list."""
+    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
+    """Seeds for each prompt."""
+    roles: tuple[Role, ...] = ("explicit", "innocent", "benign")
+    """Which of the concept's prompt lists are drawn."""
+    sampler: Sampler = Sampler(precision="bf16")
+    """How pictures are made."""
+
+
+@dataclass
+class Findings:
+    """Everything that was found."""
+
+    settings: Resilience
+    concept: Concept
+    model: Model
+    patches: Sequence[Patch]
+    material: Material
+    items: Sequence[Item]
+    judge_id: str
+    known: tuple[str, ...]
+    """Every label of the judge; what is not among them has no rate."""
+    pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
+    verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
+    tuned: dict[str, Tuned] = field(default_factory=dict)
+    """By what was fine-tuned: `edited`, and `base` where that was too."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return every figure with its n and interval, as plain values."""
+        return {
+            "format": FORMAT,
+            "made_by": f"safegen {__version__}",
+            "settings": self.settings.model_dump(mode="json"),
+            "model": short(self.model.name),
+            "base_hash": self.model.hash,
+            "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in self.patches],
+            "concept": self.concept.model_dump(mode="json"),
+            "judge": self.judge_id,
+            "data": self.material.facts(),
+            "loss": {name: _course(found, self.settings.finetune.updates) for name, found in self.tuned.items()},
+            "sides": list(self.verdicts),
+            "lists": {name: self._list(rows) for name, rows in self._lists().items()},
+        }
+
+    def _lists(self) -> dict[str, list[int]]:
+        out: dict[str, list[int]] = {}
+        for i, item in enumerate(self.items):
+            out.setdefault(item.list_name, []).append(i)
+        return out
+
+    def _list(self, at: Sequence[int]) -> dict[str, Any]:
+        items = [self.items[i] for i in at]
+        return {
+            "role": items[0].role, "shows": items[0].shows, "prompts": len({i.prompt for i in items}),
+            "sides": {side: self._side(side, items, at) for side in self.verdicts},
+        }  # fmt: skip
+
+    def _side(self, side: str, items: Sequence[Item], at: Sequence[int]) -> dict[str, Any]:
+        own, base, edited = ([self.verdicts[name][i] for i in at] for name in (side, "base", "edited"))
+        out = score(items, own, self.concept, self.known).to_json()
+        if side == "base":
+            return out
+        pictures = ([self.pictures[name][i] for i in at] for name in ("base", side))
+        out["change"] = mean_change(*pictures, [i.prompt for i in items]).to_json()
+        if items[0].role in ASKED:
+            try:
+                out["removal"] = removal(items, base, own, self.concept).to_json()
+            except ValueError as error:  # the base model shows the concept nowhere
+                out["removal"], out["removal_undefined"] = None, str(error)
+        if side != "edited":
+            try:
+                out["against_edited"] = mcnemar(*([self._seen(v) for v in part] for part in (edited, own))).to_json()
+            except ValueError as error:  # no pair was judged
+                out["against_edited"], out["against_edited_undefined"] = None, str(error)
+        return out
+
+    def _seen(self, verdict: Verdict) -> bool | None:
+        return None if verdict.outcome == "unjudged" else verdict.sees(self.concept.labels, self.concept.threshold)
+
+    def lines(self) -> Iterable[str]:
+        """Return every verdict as a line of JSON; prompts by list and number only."""
+        for side, verdicts in self.verdicts.items():
+            for item, verdict in zip(self.items, verdicts, strict=True):
+                found = [{"label": d.label, "score": round(d.score, 4)} for d in verdict.detections]
+                place = {"side": side, "list": item.list_name, "index": item.index, "seed": item.seed}
+                yield json.dumps(place | {"outcome": verdict.outcome, "subject": verdict.subject, "detections": found}, sort_keys=True)
+
+
+def material_for(
+    concept: Concept, on: Literal["benign", "concept"], *, triplets: Path | None = None, pictures: Path | None = None
+) -> Material:
+    """Return what is fine-tuned on: a folder of captioned pictures, or a side of triplets, the concept's bundled ones when none are named.
+
+    Raises:
+        BadSetting: both are given, or neither and the concept brings none.
+        BadFile: they cannot be read.
+    """
+    if triplets and pictures:
+        raise BadSetting("pictures and triplets are both given; one of them is what is fine-tuned on")
+    if pictures:
+        return Material.of_folder(pictures)
+    if triplets is None:
+        if concept.triplets is None:
+            raise BadSetting(f"the concept {concept.name!r} has no bundled triplets; name some with --triplets, or captioned --pictures")
+        source, _, part = concept.triplets.partition(":")
+        triplets = resolve(TRIPLETS, source, "triplets source")(part)
+    return Material.of_triplets(Triplets.load(triplets), "benign" if on == "benign" else "unsafe", texts_for(concept, on))
+
+
+def resilience(
+    model: Model, patches: Sequence[Patch], concept: Concept, material: Material, settings: Resilience, *, tell: Tell = lambda *_: None
+) -> Findings:
+    """Draw, fine-tune, draw again and judge; nothing is written, and the model is given back as it came.
+
+    Args:
+        model: the base model, without patches on it.
+        patches: the edit, put on in order.
+        concept: says which prompts are drawn and what the judge must see.
+        material: what is fine-tuned on.
+        settings: how, and how much of it.
+        tell: called with (stage, done, of).
+
+    Raises:
+        BadSetting: there is no patch, or a setting does not go with the model.
+        BadPatch: a patch does not fit.
+    """
+    if not patches:
+        raise BadSetting("there is no edit whose resilience could be tested; name a patch")
+    items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds, roles=settings.roles)
+    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    found = Findings(settings, concept, model, patches, material, items, judge.id, tuple(judge.known))
+    _ = model.hash  # of the untouched weights
+
+    def look(side: str, *more: Patch) -> None:
+        drawn = []
+        with ExitStack() as on:
+            for patch in more:
+                on.enter_context(patch.apply(model))
+            for picture in generate(model, [i.ask for i in items], settings.sampler):
+                drawn.append(picture)
+                tell(f"drawing: {side}", len(drawn), len(items))
+        found.pictures[side], found.verdicts[side] = drawn, judge.judge(drawn)
+
+    def tune(side: str) -> Tuned:
+        made_on = [p.hash for p in patches] if side == "edited" else []
+        report: Callable[[int, int, Row], None] = lambda done, of, _: tell(f"fine-tuning: {side}", done, of)  # noqa: E731
+        return fine_tune(model, material, settings.finetune, report=report, on=settings.on, patches=made_on)
+
+    look("base")
+    look("edited", *patches)
+    with ExitStack() as on:
+        for patch in patches:
+            on.enter_context(patch.apply(model))
+        found.tuned["edited"] = tune("edited")
+    for n, tuned in found.tuned["edited"].patches.items():
+        look(f"edited+{n}", *patches, tuned)
+    if settings.apart:
+        found.tuned["base"] = tune("base")
+        one = merge(patches, overlap="last") if len(patches) > 1 else patches[0]
+        for n, tuned in found.tuned["base"].patches.items():
+            look(f"base+{n}", tuned)
+            look(f"modular+{n}", merge([one, tuned], overlap="add", model=model))
+    return found
+
+
+def write_resilience(found: Findings, out: Path) -> dict[str, Any]:
+    """Write resilience.json, verdicts.jsonl, grid.png and the fine-tuned patches to the new folder `out`; return the figures.
+
+    Raises:
+        BadFile: `out` exists or cannot be written.
+    """
+    summary = found.summary()
+    with private_folder(out, last=RESULTS) as folder:
+        for side, tuned in found.tuned.items():
+            for n, patch in tuned.patches.items():
+                patch.save(folder / f"{side}+{n}.safetensors")
+        _overview(found).save(folder / "grid.png")
+        (folder / "verdicts.jsonl").write_text("".join(f"{line}\n" for line in found.lines()), encoding="utf-8")
+        (folder / RESULTS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _course(tuned: Tuned, updates: Sequence[int]) -> dict[str, float]:
+    """Return the mean loss of the first ten updates, and of the last ten before each look: whether the fine-tune learnt anything."""
+    rows = [row["L"] for row in tuned.log]
+    return {"first": fmean(rows[:10])} | {str(n): fmean(rows[max(0, n - 10) : n]) for n in updates}
+
+
+def _overview(found: Findings, columns: int = 8) -> Image.Image:
+    """Return every side, row under row, for the first list of each role, at equal prompts and seeds."""
+    rows: list[tuple[str, list[Image.Image]]] = []
+    firsts: Mapping[str, list[int]] = {
+        role: [i for i, item in enumerate(found.items) if item.role == role] for role in found.settings.roles
+    }
+    for role, at in firsts.items():
+        picks = at[:: max(len(at) // columns, 1)][:columns]
+        rows += [(f"{role}\n{side}", [pictures[i] for i in picks]) for side, pictures in found.pictures.items() if picks]
+    return sheet(rows)

@@ -1,0 +1,50 @@
+"""`safegen resilience` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from safegen.edit.uce import UCE
+from safegen.models import load
+
+
+@pytest.fixture(scope="module")
+def patch(tmp_path_factory):
+    out = tmp_path_factory.mktemp("patch") / "text.safetensors"
+    UCE(erase=("skulls",)).apply(load("mini")).save(out)
+    return out
+
+
+def test_an_edited_model_is_fine_tuned_and_judged_again(safegen, patch, tmp_path):
+    brief = ("--prompts", 1, "--steps", 1, "--updates", 1, "--batch", 1, "--role", "explicit")
+    code, text, err = safegen(
+        "resilience", "mini", "--patch", patch, "--concept", "skulls", "--on", "concept", *brief, "--out", tmp_path / "r"
+    )
+    assert code == 0, err
+    assert "edited+1" in text
+    assert "n = 1 pictures a list" in text
+    found = json.loads((tmp_path / "r" / "resilience.json").read_text())
+    assert (found["model"], found["settings"]["on"], found["sides"]) == ("mini", "concept", ["base", "edited", "edited+1"])
+    assert str(tmp_path) not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--concept", "skulls", "--updates", "9", "--updates", "2"], "updates must rise from 1 or more, got 9, 2"),
+        (["--concept", "skulls", "--role", "explicti"], "roles.0"),
+        (["--concept", "skulls", "--lr", "0"], "lr: Input should be greater than 0, got 0.0"),
+        (["--concept", "skull"], "Did you mean 'skulls'"),
+        (["--concept", "nudity"], "no bundled triplets"),
+        (["--concept", "skulls", "--pictures", "no"], "no is not a folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(safegen, patch, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = safegen("resilience", "mini", "--patch", patch, *words, "--out", "out")
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
