@@ -150,7 +150,7 @@ def test_a_closed_form_edits_by_a_concepts_name_in_seconds(safegen, tmp_path, me
     code, out, err = safegen("edit", "mini", "--method", method, "--concept", "skulls", "--out", patch)
     assert code == 0, err
     assert "tensors changed in" in out
-    assert [p.name for p in tmp_path.iterdir()] == ["patch.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["patch.safetensors", "patch.safetensors.md"]
     assert safegen("generate", "mini", "--patch", patch, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "a")[0] == 0
 
 
@@ -175,7 +175,14 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safege
     code, text, err = safegen("demo", "--fast", "--preset", preset, *few, "--out", out)
     assert code == 0, err
     assert "report.html" in text
-    assert {p.name for p in out.iterdir()} == {"report.html", "summary.json", "grid.png", "patch.safetensors", "pictures"}
+    assert {p.name for p in out.iterdir()} == {
+        "report.html",
+        "summary.json",
+        "grid.png",
+        "patch.safetensors",
+        "patch.safetensors.md",
+        "pictures",
+    }
     summary = json.loads((out / "summary.json").read_text())
     for row in summary["lists"].values():
         for side in ("base", "edited"):

@@ -58,6 +58,29 @@ def test_merge_and_export_go_together(safegen, files, tmp_path):
     assert code == 0, err
 
 
+def test_every_file_comes_with_its_card_unless_told(safegen, files, tmp_path):
+    out, bare = tmp_path / "m.safetensors", tmp_path / "bare.safetensors"
+    assert safegen("export", "mini", "--patch", files / "text.safetensors", "--out", out)[0] == 0
+    text = (tmp_path / "m.safetensors.md").read_text()
+    for words in ("Erased words: `skulls`", "fp16", "Not measured", load("mini").hash, Patch.load(files / "text.safetensors").hash):
+        assert words in text, words
+    assert str(files) not in text
+    assert safegen("export", "mini", "--no-card", "--out", bare)[0] == 0
+    assert not (tmp_path / "bare.safetensors.md").exists()
+    assert safegen("apply", files / "text.safetensors", "mini", "--out", tmp_path / "folder")[0] == 0
+    assert "Erased words" in (tmp_path / "folder" / "README.md").read_text()
+    lora = tmp_path / "l.safetensors"
+    assert safegen("patch", "extract-lora", files / "text.safetensors", "mini", "--out", lora)[0] == 0
+    assert "do not hold for a LoRA" in (tmp_path / "l.safetensors.md").read_text()
+
+
+def test_a_patchs_card_is_written_anew(safegen, files, tmp_path):
+    code, out, err = safegen("patch", "card", files / "text.safetensors", "--out", tmp_path / "card.md")
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "card.md")
+    assert "Not measured" in (tmp_path / "card.md").read_text()
+
+
 def test_patches_that_undo_each_other_are_said_in_one_line(safegen, files, tmp_path):
     two = ("--patch", files / "text.safetensors", "--patch", files / "text.safetensors")
     code, _, err = safegen("export", "mini", *two, "--out", tmp_path / "model.safetensors")
@@ -106,6 +129,8 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
         (["patch", "merge", "TEXT", "LOOK", "--config", ".", "--out", "OUT.safetensors"], "config has no effect without --model"),
         (["export", "mini", "--out", "OUT.ckpt"], "must end in .safetensors"),
         (["export", "mini", "--dtype", "int8", "--out", "OUT.safetensors"], "dtype must be one of"),
+        (["export", "mini", "--metrics", ".", "--no-card", "--out", "OUT.safetensors"], "metrics have no effect with --no-card"),
+        (["export", "mini", "--metrics", ".", "--out", "OUT.safetensors"], "has no figures: neither a demo's summary.json"),
         (["export", "mini", "--config", ".", "--out", "OUT.safetensors"], "config has no effect on 'mini'"),
     ],
 )

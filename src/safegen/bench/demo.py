@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegen.bench import report
+from safegen.bench.card import Subject, beside, card
 from safegen.bench.grid import sheet
 from safegen.bench.plan import Item, make_plan
 from safegen.bench.run_report import PAGE
@@ -117,7 +118,7 @@ class Outcome:
 
 
 def run_demo(settings: DemoSettings, edit: Edit, out: Path, *, tell: Tell = lambda *_: None) -> Outcome:
-    """Do the main job and write it to the new folder `out`: report.html, summary.json, grid.png, patch.safetensors, pictures/.
+    """Do the main job and write it to the new folder `out`: report.html, summary.json, grid.png, the patch with its card, pictures/.
 
     Nothing is written outside `out`, which is finished once it holds the report; only a kill leaves it behind unfinished.
 
@@ -201,6 +202,8 @@ def write_demo(found: Outcome, folder: Path) -> None:
                 images[i].save(sub / f"{found.items[i].index:03d}-seed{found.items[i].seed}.png")
     with fresh_file(folder / "summary.json") as tmp:
         tmp.write_text(json.dumps(found.summary(), indent=1), encoding="utf-8")
+    with fresh_file(beside(folder / "patch.safetensors")) as tmp:
+        tmp.write_text(card(Subject.of_patch(found.patch, "patch.safetensors"), [folder]), encoding="utf-8")
     with fresh_file(folder / PAGE) as tmp:
         tmp.write_text(report.render(found), encoding="utf-8")
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safegen.errors import BadSetting
+
 if TYPE_CHECKING:
     from safegen.models import Model
 
@@ -19,6 +21,11 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled 
 Config = Annotated[Path | None, typer.Option(help="For a one-file checkpoint: a diffusers folder of its family, for small files it lacks.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+NoCard = Annotated[bool, typer.Option("--no-card", help="Write no model card.")]
+Metrics = Annotated[
+    list[Path] | None,
+    typer.Option(help="Figures for the model card: folder of a demo, a run or a resilience test of these patches; repeat it."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")]
 
 
@@ -36,6 +43,16 @@ def load_model(
         for patch in read:
             patch.apply(loaded)
     return loaded
+
+
+def refuse_idle_metrics(metrics: Sequence[Path] | None, no_card: bool) -> None:
+    """Refuse figures for a card that is not written.
+
+    Raises:
+        BadSetting: there are some.
+    """
+    if metrics and no_card:
+        raise BadSetting("metrics have no effect with --no-card: they go into the card; leave one of the two out")
 
 
 @contextmanager

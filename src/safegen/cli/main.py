@@ -15,13 +15,16 @@ from safegen.cli.common import (
     Config,
     Device,
     Dtype,
+    Metrics,
     ModelArg,
+    NoCard,
     Pickle,
     Threads,
     load_model,
     one_line_warnings,
     progress,
     quiet,
+    refuse_idle_metrics,
     set_threads,
 )
 from safegen.errors import BadFile, BadSetting
@@ -124,6 +127,7 @@ def edit(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ...")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the log; OUT.work when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    no_card: NoCard = False,
     device: Device = "cpu",
     dtype: Dtype = "fp32",
     threads: Threads = None,
@@ -134,9 +138,12 @@ def edit(
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
     from safegen.api import make_edit, refuse_idle_concept
+    from safegen.bench.card import Subject, card, refuse_taken, write_with_card
     from safegen.data.triplets import Triplets
     from safegen.edit.base import refuse_idle
 
+    if not no_card:
+        refuse_taken(out)
     changes = _changes(method, preset, set_ or [])
     if concept is not None:
         refuse_idle_concept(method, preset, concept, **changes)
@@ -150,7 +157,7 @@ def edit(
     loaded = load_model(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
     with progress() as tell:
         patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
-    patch.save(out)
+    write_with_card(out, None if no_card else card(Subject.of_patch(patch, out.name)), lambda: patch.save(out))
     facts = patch.provenance
     how = f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}" if recipe.trains else f"in {facts['seconds']:.1f} s"
     typer.echo(f"{out}: {len(patch.tensors)} tensors changed {how}")
@@ -161,16 +168,23 @@ def apply(
     patch: Annotated[Path, typer.Argument(help="A patch file.")],
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New diffusers folder.")],
+    metrics: Metrics = None,
+    no_card: NoCard = False,
     allow_pickle: Pickle = False,
     config: Config = None,
 ) -> None:
     """Put a patch on a model and write a plain diffusers folder."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another folder or remove it")
-    from safegen.models import save_folder
+    refuse_idle_metrics(metrics, no_card)
+    from safegen.bench.card import Subject, card
+    from safegen.files import short
+    from safegen.models import Patch, save_folder
 
     loaded = load_model(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
-    save_folder(loaded, out)
+    read = Patch.load(patch)
+    text = None if no_card else card(Subject("folder", out.name, short(model), loaded.hash, [(read.hash, read.provenance)]), metrics or ())
+    save_folder(loaded, out, card=text)
     typer.echo(f"{out}: open it with StableDiffusionPipeline.from_pretrained({str(out)!r})")
 
 

@@ -1,16 +1,19 @@
-"""`safegen patch`: info, diff, merge, extract-lora, from-lora; and `safegen export`."""
+"""`safegen patch`: info, diff, merge, card, extract-lora, from-lora; and `safegen export`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from safegen.cli.common import Config, ModelArg, Pickle, one_line_warnings
+from safegen.cli.common import Config, Metrics, ModelArg, NoCard, Pickle, one_line_warnings, refuse_idle_metrics
 from safegen.errors import BadFile, BadSetting
 from safegen.files import short
+
+if TYPE_CHECKING:
+    from safegen.models.lora import Keys
 
 app = typer.Typer(no_args_is_help=True, help="Look into patches, compare and merge them, turn them into LoRAs.")
 
@@ -70,6 +73,7 @@ def merge(
         str, typer.Option(help="For weights that several change: refuse, add (the changes; needs --model) or last.")
     ] = "refuse",
     model: Annotated[str | None, typer.Option(help="With --overlap add, the model that the patches were made on.")] = None,
+    no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -80,7 +84,8 @@ def merge(
         raise BadSetting("model has no effect without --overlap add; leave it out")
     if config is not None and model is None:
         raise BadSetting("config has no effect without --model; leave it out")
-    _refuse_taken(out)
+    _refuse_taken(out, no_card)
+    from safegen.bench.card import Subject, card, write_with_card
     from safegen.models import load
     from safegen.models.compose import Overlap, overlapping
     from safegen.models.compose import merge as do
@@ -90,9 +95,26 @@ def merge(
     base = load(model, config=config, allow_pickle=allow_pickle) if model else None
     with one_line_warnings():
         merged = do(read, overlap=cast(Overlap, overlap), model=base)
-    merged.save(out)
+    write_with_card(out, None if no_card else card(Subject.of_patch(merged, out.name)), lambda: merged.save(out))
     twice = len(overlapping(read))
     typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {overlap}" if twice else ""))
+
+
+@app.command("card")
+def card_(
+    patch: PatchArg,
+    metrics: Metrics = None,
+    out: Annotated[Path | None, typer.Option(help="File to write anew; PATCH.md unless told.")] = None,
+) -> None:
+    """Write a patch's model card anew: with the figures that were measured since."""
+    from safegen.bench.card import Subject, beside, card
+    from safegen.files import fresh_file
+    from safegen.models.patch import Patch
+
+    text = card(Subject.of_patch(Patch.load(patch), patch.name), metrics or ())
+    with fresh_file(out or beside(patch), replace=True) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+    typer.echo(str(out or beside(patch)))
 
 
 @app.command("extract-lora")
@@ -102,13 +124,15 @@ def extract_lora(
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank, at most.")] = 16,
     keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI, InvokeAI) or diffusers.")] = "kohya",
+    no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Turn a patch into a LoRA, and say how much of its change the rank holds."""
     if keys not in ("kohya", "diffusers"):
         raise BadSetting(f"keys must be kohya or diffusers, got {keys!r}")
-    _refuse_taken(out)
+    _refuse_taken(out, no_card)
+    from safegen.bench.card import Subject, card, write_with_card
     from safegen.models import load
     from safegen.models.lora import extract_lora as extract
     from safegen.models.lora import save_lora
@@ -117,7 +141,14 @@ def extract_lora(
     read, loaded = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         found = extract(read, loaded, rank)
-    save_lora(found, loaded, out, keys=keys, base=loaded.hash, patch=read.hash, provenance=dict(read.provenance))  # type: ignore[arg-type]
+    facts = {"base": loaded.hash, "patch": read.hash, "provenance": dict(read.provenance)}
+    share = f"Rank {rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change."
+    subject = Subject("lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share])
+    write_with_card(
+        out,
+        None if no_card else card(subject),
+        lambda: save_lora(found, loaded, out, keys=cast("Keys", keys), **facts),
+    )
     worst = min(found.kept, key=lambda name: found.kept[name])
     typer.echo(f"{out}: {len(found.factors)} modules of rank {rank} hold {100 * found.energy:.1f} % of the change (its energy)")
     typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
@@ -131,18 +162,20 @@ def from_lora(
     model: Model,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     scale: Annotated[float, typer.Option(help="Its strength; 1 is as trained.")] = 1.0,
+    no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Turn the denoiser's part of a LoRA into a patch, to be merged with others: `patch merge --overlap add`."""
-    _refuse_taken(out)
+    _refuse_taken(out, no_card)
+    from safegen.bench.card import Subject, card, write_with_card
     from safegen.models import load
     from safegen.models.lora import load_lora
 
     loaded = load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         patch = load_lora(lora, loaded, scale=scale)
-    patch.save(out)
+    write_with_card(out, None if no_card else card(Subject.of_patch(patch, out.name)), lambda: patch.save(out))
     left = patch.provenance.get("left out")
     typer.echo(f"{out}: {len(patch.tensors)} tensors" + (f"; left out, since a patch cannot hold them: {left}" if left else ""))
 
@@ -152,13 +185,17 @@ def export(
     out: Annotated[Path, typer.Option(help="New .safetensors file.")],
     patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model first; may be given more than once.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights in the file: fp16, bf16 or fp32.")] = "fp16",
+    metrics: Metrics = None,
+    no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Write a model as one file in the original layout, which A1111, ComfyUI and InvokeAI open."""
     if out.suffix != ".safetensors":
         raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
-    _refuse_taken(out)
+    _refuse_taken(out, no_card)
+    refuse_idle_metrics(metrics, no_card)
+    from safegen.bench.card import Subject, card, write_with_card
     from safegen.models import load
     from safegen.models.compose import warn_of_overlap
     from safegen.models.patch import Patch
@@ -172,10 +209,17 @@ def export(
         for one in read:
             one.apply(loaded)
     facts = {"model": short(model), "base": loaded.hash, "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in read]}
-    save_single_file(loaded, out, dtype=dtype, facts=facts)
+    notes = [f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."]
+    subject = Subject("file", out.name, short(model), loaded.hash, [(p.hash, p.provenance) for p in read], notes)
+    text = None if no_card else card(subject, metrics or ())
+    write_with_card(out, text, lambda: save_single_file(loaded, out, dtype=dtype, facts=facts))
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {dtype}, {len(read)} patches in it")
 
 
-def _refuse_taken(out: Path) -> None:
+def _refuse_taken(out: Path, no_card: bool) -> None:
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
+    if not no_card:
+        from safegen.bench.card import refuse_taken
+
+        refuse_taken(out)

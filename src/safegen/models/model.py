@@ -215,11 +215,16 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def save_folder(model: Model, out: Path) -> None:
+def save_folder(model: Model, out: Path, *, card: str | None = None) -> None:
     """Write a plain diffusers folder that `StableDiffusionPipeline.from_pretrained` of old and new releases opens.
 
     Mends three things that today's libraries write and yesterday's cannot read: text-encoder keys without `text_model.`, a tokenizer
     without vocab.json and merges.txt, and the image processor's new name.
+
+    Args:
+        model: the model, with or without patches on it.
+        out: the new folder.
+        card: text of its README.md; none is written without.
 
     Raises:
         BadFile: `out` exists or cannot be written.
@@ -241,6 +246,8 @@ def save_folder(model: Model, out: Path) -> None:
         index = tmp / "model_index.json"
         facts = json.loads(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
         index.write_text(json.dumps(facts | _keep_unloaded(model, tmp), indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (tmp / "README.md").write_text(card, encoding="utf-8")
 
 
 def _keep_unloaded(model: Model, out: Path) -> dict[str, Any]:

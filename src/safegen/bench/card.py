@@ -1,0 +1,286 @@
+"""Model cards: what was removed from a model and how, what was measured and what was not, in Markdown for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safegen import __version__
+from safegen.bench.folder import CARD, SCORES
+from safegen.errors import BadFile, BadSetting
+from safegen.files import fresh_file
+
+if TYPE_CHECKING:
+    from safegen.models.patch import Patch
+
+KINDS = {
+    "patch": "a patch: new values for some weights of {model}",
+    "lora": "a LoRA made of a patch of {model}",
+    "folder": "{model} as a diffusers folder",
+    "file": "{model} as one file in the original layout",
+}
+"""What a card is of, and how it says so."""
+FACTS = {
+    "base": "made on weights (SHA-256)", "data": "triplets or pictures (SHA-256)", "updates": "updates of training",
+    "seconds": "seconds it took", "losses": "last losses", "family": "family", "made_by": "made by", "date": "date",
+}  # fmt: skip
+"""Entries of a provenance that a card has a line for, in order."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is of."""
+
+    kind: str
+    """A key of `KINDS`."""
+    name: str
+    """File or folder name."""
+    model: str | None
+    """The base model by the name it was given, without folders; None where it is not known."""
+    base: str | None
+    """SHA-256 of its denoiser's weights; None where it is not known."""
+    patches: Sequence[tuple[str, Mapping[str, Any]]]
+    """Hash and provenance of each patch in it, in order."""
+    notes: Sequence[str] = ()
+    """What else the reader must know: the type of the weights, what was left out."""
+
+    @classmethod
+    def of_patch(cls, patch: Patch, name: str) -> Subject:
+        """Return a patch as the subject of its card."""
+        said = patch.provenance
+        return cls("patch", name, said.get("model"), said.get("base"), [(patch.hash, said)])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One table of figures and what they rest on."""
+
+    about: str
+    sides: Sequence[str]
+    """The columns: `base`, `this`, and what else was judged."""
+    rows: Sequence[tuple[str, Mapping[str, Any] | None, Sequence[Mapping[str, Any] | None]]]
+    """(list and role, removal, the rate of each side)."""
+
+
+def beside(out: Path) -> Path:
+    """Return where the card of a file lies."""
+    return out.with_name(out.name + ".md")
+
+
+def refuse_taken(out: Path) -> None:
+    """Refuse a card's place that is taken, before the work begins.
+
+    Raises:
+        BadFile: it is.
+    """
+    if beside(out).exists():
+        raise BadFile(f"{beside(out)} exists already; name another file, remove it, or write none with --no-card")
+
+
+def write_with_card(out: Path, text: str | None, save: Callable[[], None]) -> None:
+    """Write a file and its card; the card takes its name right after the file, and is never there without it.
+
+    Args:
+        out: the file.
+        text: its card; None for none.
+        save: writes the file, to a temporary name first.
+
+    Raises:
+        BadFile: either exists or cannot be written; then neither is left.
+    """
+    if text is None:
+        save()
+        return
+    with fresh_file(beside(out)) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+        save()
+
+
+def card(subject: Subject, metrics: Sequence[Path] = ()) -> str:
+    """Return a model card.
+
+    Args:
+        subject: what it is of.
+        metrics: where figures are: a demo's or a resilience test's folder or JSON file, or the folder of a run.
+
+    Raises:
+        BadFile: no figures can be read there.
+        BadSetting: they are figures of other patches.
+    """
+    hashes = [digest for digest, _ in subject.patches]
+    tables = [read_figures(path, hashes) for path in metrics]
+    model = f"`{subject.model}`" if subject.model else "a model that its provenance does not name"
+    parts = [_front(subject) if subject.kind == "folder" else "", f"# {subject.name}\n"]
+    changed = f", with {len(hashes)} patch{'es' if len(hashes) != 1 else ''} in it" if subject.kind in ("folder", "file") else ""
+    parts += [f"This is {KINDS[subject.kind].format(model=model)}{changed}. Written by safegen {__version__}.\n"]
+    parts += [f"Base weights (SHA-256 over the denoiser): `{subject.base}`\n" if subject.base else "The base weights are not named.\n"]
+    parts += [f"{note}\n" for note in subject.notes]
+    parts += ["## What was removed, and how\n"]
+    parts += [text for digest, said in subject.patches for text in _edit(digest, said)] or [
+        "Nothing here: no patch was put on it. What was done to the base model before is not known.\n"
+    ]
+    parts += ["## What was measured\n", *(_table(table) for table in tables)] if tables else [_unmeasured(subject)]
+    return "\n".join([part for part in [*parts, LIMITS, _check(subject)] if part])
+
+
+LIMITS = """\
+## Limits
+
+- Nothing here says that the model is safe. An edit lowers how often a concept is drawn on the prompts that were tried; other prompts, other
+  languages, embeddings that no word has, start images and fine-tuning can bring it back.
+- Every figure is of its judge, prompts, seeds and sampler, and no surer than its interval. What the judge does not see is not counted.
+- Other things may be drawn worse than before: look at the lists that do not ask for the concept.
+- Keep a filter behind the model where a picture of the concept must not be shown.
+
+## Licence
+
+Unknown. Weights do not say under which licence they are; changed weights stay under that of the base model. Look it up there before you
+share this.
+"""
+
+
+def _front(subject: Subject) -> str:
+    return "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\nlicense: unknown\ntags:\n- safegen\n---\n"
+
+
+def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paragraphs of a patch, and of those that it was merged of."""
+    method, settings = str(said.get("method", "not said")), said.get("settings", {})
+    yield f"### {method}, patch `{digest[:12]}`\n"
+    words = settings.get("erase")
+    if words:
+        yield f"Erased words: {', '.join(f'`{_plain(word)}`' for word in words)}.\n"
+    elif "data" in said:
+        yield "The concept was shown in pictures, not named: no word of it is in the patch.\n"
+    lines = [f"| patch (SHA-256 over the new values) | `{digest}` |"]
+    lines += [f"| {what} | {_cell(said[key])} |" for key, what in FACTS.items() if key in said]
+    yield "| | |\n|---|---|\n" + "\n".join(lines) + "\n"
+    if settings:
+        yield f"Settings:\n\n```json\n{json.dumps(settings, indent=1, sort_keys=True)}\n```\n"
+    for part in said.get("parts", ()):
+        yield from _edit(str(part["hash"]), part["provenance"])
+
+
+def _unmeasured(subject: Subject) -> str:
+    why = "No figures were given when this card was written; what the edit removes and harms is not known."
+    if subject.kind == "lora":
+        why = "Figures of the patch do not hold for a LoRA of it, which keeps a part of its change."
+    return f"## What was measured\n\n**Not measured.** {why}\n"
+
+
+def _check(subject: Subject) -> str:
+    name = subject.name
+    tell = {
+        "patch": f"safegen patch info {name}                       # what it changes, its provenance and hash",
+        "lora": f"safegen patch from-lora {name} MODEL --out P     # the patch it stands for",
+        "folder": f"safegen evaluate --protocol PROTOCOL.toml --stack this={name} --out run",
+        "file": f"safegen evaluate --protocol PROTOCOL.toml --stack this={name} --out run",
+    }[subject.kind]
+    more = [f"safegen evaluate --protocol PROTOCOL.toml --stack this=MODEL+{name} --out run"] if subject.kind == "patch" else []
+    more += ["safegen verify run                              # every hash, count and score made again"]
+    more += [f"safegen resilience MODEL --patch {name} --concept CONCEPT --out fine-tuned"] if subject.kind == "patch" else []
+    return "## How to check it\n\n```sh\n" + "\n".join([tell, *more]) + "\n```\n"
+
+
+def read_figures(path: Path, patches: Sequence[str]) -> Measured:
+    """Return the figures of a demo, a run or a resilience test that are of these patches.
+
+    Args:
+        path: a JSON file, or a folder with one.
+        patches: their hashes, in order.
+
+    Raises:
+        BadFile: none can be read there.
+        BadSetting: they are of other patches.
+    """
+    names = (path,) if not path.is_dir() else tuple(path / name for name in ("summary.json", "resilience.json", SCORES))
+    file = next((name for name in names if name.is_file()), None)
+    if file is None:
+        raise BadFile(f"{path} has no figures: neither a demo's summary.json, nor resilience.json, nor a run's {SCORES}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        read = _run if "stacks" in found else _resilience if "sides" in found else _demo
+        return read(found, file, list(patches))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadFile(f"{file} has no figures that can be read: {type(error).__name__} {error}") from error
+
+
+def _demo(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
+    _same([found["patch_hash"]], patches, file)
+    settings = found["settings"]
+    about = f"{found['concept']['name']}, judge `{found['judge']}`, {settings['sampler']['steps']} steps, seeds {_seeds(settings['seeds'])}"
+    rows = [
+        (f"{name} ({row['role']})", row.get("removal"), [row[side]["concept"] for side in ("base", "edited")])
+        for name, row in found["lists"].items()
+    ]
+    return Measured(about, ("base", "this"), rows)
+
+
+def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
+    _same([patch["hash"] for patch in found["patches"]], patches, file)
+    settings = found["settings"]
+    about = (
+        f"{found['concept']['name']}, judge `{found['judge']}`, {settings['sampler']['steps']} steps, seeds {_seeds(settings['seeds'])}; "
+        f"after fine-tuning on {found['data']['pictures']} pictures ({settings['on']}), rank {settings['finetune']['rank']}, by updates"
+    )
+    rows = [
+        (f"{name} ({row['role']})", row["sides"]["edited"].get("removal"), [row["sides"][side]["concept"] for side in found["sides"]])
+        for name, row in found["lists"].items()
+    ]
+    return Measured(about, tuple("this" if side == "edited" else side for side in found["sides"]), rows)
+
+
+def _run(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
+    entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
+    plain = [e for e in entries if not (e.get("guards") or e.get("negative_prompt") is not None or e.get("blank"))]
+    names = [e["name"] for e in plain if [p["hash"] for p in e["patches"]] == patches]
+    if not names:
+        held = "; ".join(f"{e['name']}: {', '.join(p['hash'][:12] for p in e['patches']) or 'none'}" for e in plain)
+        raise BadSetting(f"{file} has no stack of {_hashes(patches)} alone; it has {held}")
+    this = found["stacks"][names[0]]
+    about = f"protocol `{found['protocol']['name']}` (id `{found['protocol']['id']}`), judge `{found['judge']}`, stack {names[0]}"
+    base = found["stacks"][this["against"]]
+    rows = [
+        (f"{name} ({row['role']})", row.get("removal"), [side["lists"][name].get("concept") for side in (base, this)])
+        for name, row in this["lists"].items()
+    ]
+    return Measured(about, ("base", "this"), rows)
+
+
+def _same(theirs: list[str], ours: list[str], file: Path) -> None:
+    if theirs != ours:
+        raise BadSetting(f"{file} has figures of {_hashes(theirs)}, and this card is of {_hashes(ours)}; name the figures that go with it")
+
+
+def _hashes(patches: Sequence[str]) -> str:
+    return f"patch {' then '.join(digest[:12] for digest in patches)}" if patches else "no patch"
+
+
+def _table(found: Measured) -> str:
+    heads = ["prompts", *(f"seen, {side}" for side in found.sides), "removed"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join([_plain(name), *map(_rate, rates), _rate(removal)]) + " |" for name, removal, rates in found.rows]
+    return f"How often the concept was seen: {found.about}. 95 % intervals.\n\n" + "\n".join(lines) + "\n"
+
+
+def _rate(r: Mapping[str, Any] | None) -> str:
+    if not r or r.get("value") is None:
+        return ""
+    unjudged = f", {r['unjudged']} unjudged" if r.get("unjudged") else ""
+    return f"{100 * r['value']:.1f} % ({100 * r['low']:.1f} to {100 * r['high']:.1f}; n = {r['n']}{unjudged})"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _cell(value: object) -> str:
+    return f"`{_plain(value if isinstance(value, str) else json.dumps(value))}`"
+
+
+def _plain(text: str) -> str:
+    """Return a text that stays in its cell and its code span."""
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")

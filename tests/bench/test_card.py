@@ -1,0 +1,115 @@
+"""Model cards: they say what was done, what was measured and what was not, and take no figures of another patch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from safegen.bench.card import Subject, beside, card, read_figures, write_with_card
+from safegen.errors import BadFile, BadSetting
+from safegen.models import Patch, load, save_folder
+
+SAID = {"method": "uce", "settings": {"erase": ["a skull", "x|`y"], "strength": 1.0}, "base": "b" * 64, "model": "mini", "seconds": 1.5}
+SUBJECT = Subject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, SAID)])
+
+
+def rate(hits, n, **more):
+    return {"value": hits / n, "low": 0.0, "high": 1.0, "hits": hits, "n": n, "unjudged": 0} | more
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """A demo's figures of the patch."""
+    rows = {"role": "explicit", "base": {"concept": rate(24, 24)}, "edited": {"concept": rate(1, 20, unjudged=4)}, "removal": rate(19, 20)}
+    facts = {"patch_hash": "c" * 64, "concept": {"name": "skulls"}, "judge": "mini:1", "lists": {"mini:skulls": rows}}
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(facts | {"settings": {"sampler": {"steps": 25}, "seeds": [1, 2]}}))
+    return folder
+
+
+def test_it_says_what_was_done_and_that_nothing_was_measured():
+    text = card(SUBJECT)
+    for words in ("# p.safetensors", "`mini`", "b" * 64, "c" * 64, '"strength": 1.0', "| seconds it took | `1.5` |", "**Not measured.**"):
+        assert words in text, words
+    assert "Erased words: `a skull`, `x\\|'y`." in text
+    for words in (
+        "Nothing here says that the model is safe",
+        "## Licence\n\nUnknown",
+        "safegen patch info p.safetensors",
+        "safegen verify run",
+    ):
+        assert words in text, words
+
+
+def test_figures_come_with_their_n_interval_and_what_was_not_judged(demo):
+    text = card(SUBJECT, [demo])
+    assert "| mini:skulls (explicit) | 100.0 % (0.0 to 100.0; n = 24) | 5.0 % (0.0 to 100.0; n = 20, 4 unjudged) | 95.0 %" in text
+    assert "judge `mini:1`, 25 steps, seeds 1, 2" in text
+    assert "Not measured" not in text
+
+
+def test_figures_of_another_patch_are_refused(demo):
+    with pytest.raises(BadSetting, match=r"has figures of patch cccccccccccc, and this card is of patch dddddddddddd"):
+        read_figures(demo, ["d" * 64])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"patch_hash": 3}', '{"stacks": {}}', '{"sides": []}'])
+def test_what_holds_no_figures_is_refused_in_one_line(tmp_path, text):
+    with pytest.raises(BadFile, match=r"has no figures: neither a demo's summary.json") as caught:
+        read_figures(tmp_path, [])
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises((BadFile, BadSetting)) as caught:
+        read_figures(tmp_path / "x.json", [])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, patch_file):
+    found = read_figures(finished, [Patch.load(patch_file).hash])
+    scores = json.loads((finished / "scores.json").read_text())
+    assert "stack calm" in found.about
+    for (name, removal, rates), (part, row) in zip(found.rows, scores["stacks"]["calm"]["lists"].items(), strict=True):
+        assert name == f"{part} ({row['role']})"
+        assert removal == row.get("removal")
+        assert rates == [scores["stacks"][side]["lists"][part]["concept"] for side in ("mini", "calm")]
+    with pytest.raises(BadSetting, match=r"has no stack of patch dddddddddddd alone; it has mini: none; calm: "):
+        read_figures(finished, ["d" * 64])
+
+
+def test_a_merged_patch_names_its_parts():
+    parts = [{"hash": "1" * 64, "provenance": SAID}, {"hash": "2" * 64, "provenance": {"method": "safegen", "data": "e" * 64}}]
+    text = card(Subject("patch", "m", None, None, [("3" * 64, {"method": "merge", "parts": parts})]))
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [
+        f"### merge, patch `{'3' * 12}`", f"### uce, patch `{'1' * 12}`", f"### safegen, patch `{'2' * 12}`",
+    ]  # fmt: skip
+    assert "The concept was shown in pictures, not named" in text
+    assert "The base weights are not named" in text
+
+
+def test_a_model_without_a_patch_of_ours_is_not_called_untouched():
+    text = card(Subject("file", "m.safetensors", "other", "b" * 64, []))
+    assert "What was done to the base model before is not known" in text
+
+
+def test_a_folder_has_its_card_as_readme(tmp_path):
+    model = load("mini")
+    save_folder(model, tmp_path / "m", card=card(Subject("folder", "m", "mini", model.hash, [])))
+    assert (tmp_path / "m" / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
+    save_folder(model, tmp_path / "n")
+    assert not (tmp_path / "n" / "README.md").exists()
+
+
+def test_a_card_is_never_there_without_its_file(tmp_path):
+    out = tmp_path / "p.safetensors"
+
+    def fail():
+        raise BadFile("no room")
+
+    with pytest.raises(BadFile, match="no room"):
+        write_with_card(out, "text", fail)
+    assert list(tmp_path.iterdir()) == []
+    beside(out).write_text("mine")
+    with pytest.raises(BadFile, match="exists already"):
+        write_with_card(out, "text", lambda: out.write_text("weights"))
+    assert not out.exists()
