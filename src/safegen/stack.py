@@ -170,13 +170,14 @@ def weights_hash(model: Model) -> str:
     The latter: the latents' scale and shift, the number of heads, how the text tower is read, and the scheduler's class.
     """
     from safegen.hashes import hash_tensors
-    from safegen.models.model import PARTS
 
     pipeline = model.pipeline
     schedule = {k: str(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    facts = {part: hash_tensors(getattr(pipeline, part).state_dict()) for part in PARTS}
+    facts = {part: hash_tensors(getattr(pipeline, part).state_dict()) for part in model.parts}
     facts["vocabulary"] = _digest(pipeline.tokenizer.get_vocab())
-    for part, keys in OPEN.items():
+    more = {"text_encoder_2": OPEN["text_encoder"]} if "text_encoder_2" in model.parts else {}
+    facts |= {"vocabulary_2": _digest(pipeline.tokenizer_2.get_vocab())} if more else {}
+    for part, keys in (OPEN | more).items():
         config = getattr(pipeline, part).config
         facts |= {f"{part}.{key}": str(getattr(config, key, None)) for key in keys}
     return _digest(facts | {"schedule": schedule, "scheduler": type(pipeline.scheduler).__name__})

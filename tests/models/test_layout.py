@@ -1,21 +1,29 @@
 """Names of the original layout and of LoRA files, against the published lists.
 
-The lists are the component files of arenasys/stable-diffusion-webui-model-toolkit (`components/*.txt`), which tells checkpoints apart by
-them: every key with its shape, sorted, a line each. Too long to carry (370 kB), so each is held to its length in characters, which a
-missing, additional or misnamed key changes, and to lines of it; and the library's own reader must take every name back.
+The lists of whole checkpoints lie in `keys/`, each with its source in its head; those of LoRAs (component files of
+arenasys/stable-diffusion-webui-model-toolkit) are held to their length in characters, which a missing, additional or misnamed key changes,
+and to lines of them. The library's own reader must take every name back.
 """
 
 from __future__ import annotations
 
+import gzip
+from math import prod
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 from torch.testing import assert_close
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from safegen.models import select
-from safegen.models.layout import lora_factors, lora_name, original_names, to_original, unet_names, vae_names
+from safegen.models.layout import PREFIX, lora_factors, lora_name, open_clip_names, original_names, pack, unet_names, unpack, vae_names
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SD1 = {
@@ -29,22 +37,43 @@ SDXL = {
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
-UNETS = {"SD 1.4": SD1, "SD 2.1": SD2, "SDXL": SDXL}
-PUBLISHED = {
-    "SD 1.4": (686, 36_314, [
-        "output_blocks.9.1.transformer_blocks.0.attn2.to_v.weight [320,768]", "output_blocks.9.1.transformer_blocks.0.norm3.bias [320]",
-        "output_blocks.9.1.transformer_blocks.0.ff.net.0.proj.weight [2560,320]", "time_embed.2.weight [1280,1280]",
-    ]),
-    "SD 2.1": (686, 36_218, ["output_blocks.9.1.transformer_blocks.0.norm3.weight [320]", "time_embed.0.weight [1280,320]"]),
-    "SDXL": (1680, 101_976, [
-        "output_blocks.2.2.conv.weight [1280,1280,3,3]", "output_blocks.3.0.in_layers.2.weight [640,1920,3,3]",
-        "output_blocks.3.1.transformer_blocks.1.attn2.to_k.weight [640,2048]", "output_blocks.5.2.conv.weight [640,640,3,3]",
-        "output_blocks.8.0.skip_connection.weight [320,640,1,1]", "output_blocks.5.1.proj_in.weight [640,640]",
-    ]),
+UNETS = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
-"""UNet: keys, characters of its list, lines of it."""
-SELECTED = {"SD 1.4": (80, 80, 32, 49_574_080), "SD 2.1": (80, 80, 32, 49_574_080), "SDXL": (350, 350, 140, 409_683_200)}
-"""UNet: tensors of attn1, attn2 and kv2; parameters of attn1."""
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
+CLIP_G = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+    "hidden_act": "gelu",
+}  # fmt: skip
+TEXT = {
+    ("sd1", "text_encoder"): (CLIPTextModel, CLIP_L), ("sd2", "text_encoder"): (CLIPTextModel, CLIP_H),
+    ("sdxl", "text_encoder"): (CLIPTextModel, CLIP_L), ("sdxl", "text_encoder_2"): (CLIPTextModelWithProjection, CLIP_G),
+}  # fmt: skip
+OPEN_CLIP = {"sd2": "text_encoder", "sdxl": "text_encoder_2"}
+SELECTED = {
+    "sd1": {"attn1": (80, 49_574_080), "attn2": (80, 43_962_560), "kv2": (32, 19_169_280)},
+    "sd2": {"attn1": (80, 49_574_080), "attn2": (80, 50_352_320), "kv2": (32, 25_559_040)},
+    "sdxl": {"attn1": (350, 409_683_200), "attn2": (350, 545_670_400), "kv2": (140, 340_787_200)},
+}
+"""Build: tensors and parameters of a patch of each selector, by hand.
+
+A block of width c with text of width d has 4 c^2 + c in attn1, 2 c^2 + c + 2 c d in attn2, of which 2 c d in kv2. SD 1.x and 2.x have
+5, 5 and 6 blocks of 320, 640 and 1280 (d 768 and 1024), SDXL 10 and 60 of 640 and 1280 (d 2048).
+"""
+
+
+def published(build, prefix=""):
+    """The weights of a checkpoint of a build below a prefix, without it: name and shape."""
+    text = gzip.decompress((Path(__file__).parent / "keys" / f"{build}.txt.gz").read_bytes()).decode()
+    found = {}
+    for line in text.splitlines():
+        name, _, shape = line.partition(" [")
+        if not line.startswith("#") and name.startswith(prefix):
+            found[name.removeprefix(prefix)] = tuple(int(n) for n in shape.rstrip("]").split(",") if n)
+    return found
 
 
 @pytest.fixture(scope="module", params=sorted(UNETS))
@@ -59,15 +88,42 @@ def lines(named):
     return sorted(f"{name} [{','.join(map(str, shape))}]" for name, shape in named.items())
 
 
-def test_the_unets_keys_are_the_published_ones(real):
-    kind, unet = real
-    own = dict(unet.named_parameters())
-    assert own.keys() == unet.state_dict().keys()
-    listed = lines({to: own[name].shape for name, to in unet_names(own).items()})
-    count, characters, some = PUBLISHED[kind]
-    assert len(set(listed)) == count
-    assert len("\n".join(listed)) == characters
-    assert set(some) <= set(listed)
+def test_a_whole_checkpoint_has_the_published_keys_and_shapes(real):
+    """Name for name, from real sizes on the meta device; what the published files have besides is listed here and decides no picture."""
+    build, unet = real
+    with torch.device("meta"):
+        parts = {"unet": unet, "vae": AutoencoderKL(**VAE)} | {
+            part: kind(CLIPTextConfig(**config)) for (of, part), (kind, config) in TEXT.items() if of == build
+        }
+    ours = {name: tuple(v.shape) for part, net in parts.items() for name, v in pack(build, part, net.state_dict()).items()}
+    theirs = published(build)
+    besides = theirs.keys() - ours.keys()
+    assert {name: theirs[name] for name in ours} == ours
+    assert besides == BESIDES[build]
+
+
+BUFFER = "embeddings.position_ids"
+LAST = ("attn.in_proj", "attn.out_proj", "ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj")
+BESIDES = {
+    "sd1": {f"cond_stage_model.transformer.text_model.{BUFFER}"},
+    "sd2": {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"}
+    | {
+        f"cond_stage_model.model.transformer.resblocks.23.{name}{'_' if name == 'attn.in_proj' else '.'}{end}"
+        for name in LAST
+        for end in ("weight", "bias")
+    },
+    "sdxl": {f"conditioner.embedders.0.transformer.text_model.{BUFFER}", "conditioner.embedders.1.model.logit_scale"},
+}
+"""A buffer, a scale that only training reads, and SD 2.x's last block and projection: it draws with the block before the last."""
+
+
+def test_the_published_lists_are_as_long_as_those_of_somebody_else():
+    """Lengths in characters of arenasys' component files: two lists of one file that nobody made together."""
+    for build, part, characters in (
+        ("sd1", "unet", 36_314), ("sd2", "unet", 36_218), ("sdxl", "unet", 101_976), ("sd1", "vae", 10_149), ("sdxl", "vae", 10_149),
+        ("sd2", "text_encoder", 14_193),
+    ):  # fmt: skip
+        assert len("\n".join(lines(published(build, PREFIX[build][part])))) == characters
 
 
 def test_the_library_reads_every_name_back(real):
@@ -80,11 +136,20 @@ def test_the_library_reads_every_name_back(real):
 
 
 def test_the_selectors_pick_the_published_layers(real):
-    kind, unet = real
-    own = dict(unet.named_parameters())
-    one, two, kv, size = SELECTED[kind]
-    assert [len(select(unet, s)) for s in ("attn1", "attn2", "kv2")] == [one, two, kv]
-    assert sum(own[n].numel() for n in select(unet, "attn1")) == size
+    """A selector's weights are those whose published names have its layers, and a patch of them holds the published numbers."""
+    build, unet = real
+    own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
+    listed = published(build, "model.diffusion_model.")
+    layers = {"attn1": (".attn1.",), "attn2": (".attn2.",), "kv2": (".attn2.to_k.", ".attn2.to_v."), "attention": (".attn1.", ".attn2.")}
+    for selector, marks in layers.items():
+        wanted = {name: shape for name, shape in listed.items() if any(mark in name for mark in marks)}
+        picked = select(unet, selector)
+        assert {to[n]: tuple(own[n].shape) for n in picked} == wanted
+        assert selector == "attention" or (len(wanted), sum(prod(shape) for shape in wanted.values())) == SELECTED[build][selector]
+    assert {to[n] for n in select(unet, "noxattn")} == {
+        n for n in listed if ".attn2." not in n and not n.startswith(("out.", "time_embed."))
+    }
+    assert {to[n] for n in select(unet, "all")} == set(listed)
     rest, cross = set(select(unet, "noxattn")), set(select(unet, "attn2"))
     ends = {n for n in own if n.startswith(("conv_norm_out.", "conv_out.", "time_embedding."))}
     assert rest | cross | ends == set(own) == set(select(unet, "all"))
@@ -92,21 +157,9 @@ def test_the_selectors_pick_the_published_layers(real):
     assert not rest & ends
 
 
-def vae(**changes):
+def vae():
     with torch.device("meta"):
-        return AutoencoderKL(**{
-            "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-        } | changes)  # fmt: skip
-
-
-def test_the_autoencoders_keys_are_the_published_ones():
-    own = vae().state_dict()
-    listed = lines({to: to_original("vae", name, own[name]).shape for name, to in vae_names(own).items()})
-    assert (len(set(listed)), len("\n".join(listed))) == (248, 10_149)
-    some = ("decoder.mid.attn_1.proj_out.weight [512,512,1,1]", "decoder.up.0.block.0.nin_shortcut.weight [128,256,1,1]")
-    some += ("decoder.up.3.upsample.conv.weight [512,512,3,3]", "encoder.down.2.downsample.conv.bias [512]", "encoder.norm_out.bias [512]")
-    assert set(some) <= set(listed)
+        return AutoencoderKL(**VAE)
 
 
 def test_the_library_reads_the_autoencoder_back():
@@ -117,17 +170,21 @@ def test_the_library_reads_the_autoencoder_back():
     assert {name: float(v.flatten()[0]) for name, v in back.items()} == {name: float(i) for i, name in enumerate(names)}
 
 
-def test_the_text_encoders_keys_are_the_published_ones():
-    """The published list has the buffer `embeddings.position_ids` too, which today's libraries do not keep; readers make it themselves."""
-    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-    with torch.device("meta"):
-        own = CLIPTextModel(config).state_dict()
-    named = {to: own[name].shape for name, to in original_names("text_encoder", own).items()}
-    assert len(named) == 196
-    assert {name.partition("cond_stage_model.transformer.text_model.")[0] for name in named} == {""}
-    short = {name.removeprefix("cond_stage_model.transformer."): shape for name, shape in named.items()}
-    assert short["text_model.embeddings.token_embedding.weight"] == (49408, 768)
-    assert {"text_model.final_layer_norm.weight", "text_model.encoder.layers.11.mlp.fc2.bias"} <= short.keys()
+@pytest.mark.parametrize(("build", "part"), OPEN_CLIP.items())
+def test_the_library_reads_an_open_clip_tower_back(build, part):
+    """Real names and depth at width 4: diffusers' own conversion gives every weight back, and so does ours."""
+    kind, config = TEXT[build, part]
+    small = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 2, "vocab_size": 9, "projection_dim": 4}
+    net = kind(CLIPTextConfig(**config | small))
+    state = net.state_dict()
+    packed = pack(build, part, state)
+    back = convert_open_clip_checkpoint(getattr(net, "text_model", net), packed, prefix=PREFIX[build][part])
+    wrapped = hasattr(net, "text_model")
+    back = {name if wrapped else name.removeprefix("text_model."): value for name, value in back.items()}
+    assert back.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in back.items())
+    names = original_names(build, part, state)
+    assert all(torch.equal(unpack(build, part, n, packed[names[n]], v.shape), v) for n, v in state.items())
 
 
 LORA = ("proj_in.weight", "proj_out.weight", "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "proj.weight", "net.2.weight")
@@ -168,6 +225,8 @@ def test_a_weight_without_a_place_is_named():
         unet_names(["controlnet.w.weight"])
     with pytest.raises(ValueError, match=r"autoencoder's weight extra.weight has no place"):
         vae_names([*vae().state_dict(), "extra.weight"])
+    with pytest.raises(ValueError, match=r"text encoder's weight encoder.layers.0.gate.weight has no place"):
+        open_clip_names(["encoder.layers.0.gate.weight"])
 
 
 # ------------------------------------------------------------ factors

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from safegen.errors import BadFile, BadSetting
-from safegen.models import load
-from safegen.models.layout import PREFIX
+from safegen.models import layout, load
 from safegen.models.single_file import CONFIGS, load_single_file, save_single_file
 
+PREFIX = layout.PREFIX["sd1"]
 ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 
 
@@ -185,12 +185,3 @@ def test_a_folder_whose_index_is_damaged_is_refused_in_one_line(file, tmp_path):
     with pytest.raises(BadFile, match=r"model_index.json is not JSON") as caught:
         load_single_file(file, config=tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_a_model_of_sd_2s_build_is_not_written_as_if_it_were_sd_1(make_model, tmp_path):
-    """Its text encoder has other names and fused projections in one file: a web UI would not find it."""
-    model = make_model()
-    model.denoiser.register_to_config(use_linear_projection=True)
-    with pytest.raises(BadSetting, match=r"is of SD 2.x's build.*write a folder: safegen apply"):
-        save_single_file(model, tmp_path / "x.safetensors")
-    assert list(tmp_path.iterdir()) == []

@@ -112,8 +112,8 @@ class Findings:
         out = score(items, own, self.concept, self.known).to_json()
         if side == "base":
             return out
-        pictures = ([self.pictures[name][i] for i in at] for name in ("base", side))
-        out["change"] = mean_change(*pictures, [i.prompt for i in items]).to_json()
+        before, after = ([self.pictures[name][i] for i in at] for name in ("base", side))
+        out["change"] = mean_change(before, after, [i.prompt for i in items]).to_json()
         if items[0].role in ASKED:
             try:
                 out["removal"] = removal(items, base, own, self.concept).to_json()

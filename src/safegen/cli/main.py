@@ -185,7 +185,7 @@ def apply(
     read = Patch.load(patch)
     text = None if no_card else card(Subject("folder", out.name, short(model), loaded.hash, [(read.hash, read.provenance)]), metrics or ())
     save_folder(loaded, out, card=text)
-    typer.echo(f"{out}: open it with StableDiffusionPipeline.from_pretrained({str(out)!r})")
+    typer.echo(f"{out}: open it with {type(loaded.pipeline).__name__}.from_pretrained({str(out)!r})")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -141,7 +141,7 @@ def extract_lora(
     read, loaded = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         found = extract(read, loaded, rank)
-    facts = {"base": loaded.hash, "patch": read.hash, "provenance": dict(read.provenance)}
+    facts: dict[str, Any] = {"base": loaded.hash, "patch": read.hash, "provenance": dict(read.provenance)}
     share = f"Rank {rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change."
     subject = Subject("lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share])
     write_with_card(

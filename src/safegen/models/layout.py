@@ -6,13 +6,20 @@ Names only, so that it holds for every size of the family: the block counts are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer.text_model."}
-"""Part of an SD 1.x pipeline: where it lies in the file."""
+_BOTH = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+PREFIX = {
+    "sd1": _BOTH | {"text_encoder": "cond_stage_model.transformer.text_model."},
+    "sd2": _BOTH | {"text_encoder": "cond_stage_model.model."},
+    "sdxl": _BOTH | {"text_encoder": "conditioner.embedders.0.transformer.text_model.", "text_encoder_2": "conditioner.embedders.1.model."},
+}
+"""Build of a model, part of its pipeline: where that lies in the file."""
+OPEN_CLIP = {("sd2", "text_encoder"), ("sdxl", "text_encoder_2")}
+"""Text encoders that lie in the file as OpenCLIP has them."""
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
@@ -20,6 +27,14 @@ _RESNET = {
 _ENDS = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+_QKV = ("q_proj", "k_proj", "v_proj")
+_OPEN_CLIP = {
+    "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+_OPEN_CLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight", "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias", "text_projection.weight": "text_projection",
 }  # fmt: skip
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -88,18 +103,78 @@ def vae_names(names: Iterable[str]) -> dict[str, str]:
     return out
 
 
-def original_names(part: str, names: Iterable[str]) -> dict[str, str]:
-    """Return, for each weight of an SD 1.x pipeline's part, its name in a one-file checkpoint."""
-    names = list(names)
-    if part == "text_encoder":
-        return {n: PREFIX[part] + n.removeprefix("text_model.") for n in names}
-    return {n: PREFIX[part] + to for n, to in (unet_names if part == "unet" else vae_names)(names).items()}
+def open_clip_names(names: Iterable[str]) -> dict[str, str]:
+    """Return, for each weight of a text encoder, its name in OpenCLIP's layout, without prefix; queries, keys and values share one.
+
+    Raises:
+        ValueError: a name is of no known kind.
+    """
+    out = {}
+    for name in names:
+        bare = name.removeprefix("text_model.")
+        if bare in _OPEN_CLIP_ENDS:
+            out[name] = _OPEN_CLIP_ENDS[bare]
+        elif m := re.match(r"encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)$", bare):
+            out[name] = f"transformer.resblocks.{m[1]}.attn.in_proj_{m[2]}"
+        elif (m := re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", bare)) and m[2] in _OPEN_CLIP:
+            out[name] = f"transformer.resblocks.{m[1]}.{_OPEN_CLIP[m[2]]}.{m[3]}"
+        else:
+            raise ValueError(f"the text encoder's weight {name} has no place in OpenCLIP's layout")
+    return out
 
 
-def to_original(part: str, name: str, value: Tensor) -> Tensor:
-    """Return a weight in the shape of the original layout: the autoencoder's attention was made of 1x1 convolutions."""
-    linear = part == "vae" and ".mid_block.attentions." in name and value.ndim == 2
-    return value[:, :, None, None] if linear else value
+def original_names(build: str, part: str, names: Iterable[str]) -> dict[str, str]:
+    """Return, for each weight of a pipeline's part, its name in a one-file checkpoint of a build; several may share one (`pack`)."""
+    names, prefix = list(names), PREFIX[build][part]
+    if part in _BOTH:
+        return {n: prefix + to for n, to in (unet_names if part == "unet" else vae_names)(names).items()}
+    if (build, part) in OPEN_CLIP:
+        return {n: prefix + to for n, to in open_clip_names(names).items()}
+    return {n: prefix + n.removeprefix("text_model.") for n in names}
+
+
+def pack(build: str, part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a part's weights as a one-file checkpoint holds them.
+
+    The autoencoder's attention was made of 1x1 convolutions; OpenCLIP has queries, keys and values in one tensor, in this order, and its
+    text projection multiplies from the right.
+    """
+    shared: dict[str, list[str]] = {}
+    for name, to in original_names(build, part, state).items():
+        shared.setdefault(to, []).append(name)
+    out = {}
+    for to, names in shared.items():
+        value = torch.cat([state[name] for name in sorted(names, key=_qkv)]) if len(names) > 1 else state[names[0]]
+        if part == "vae" and ".mid_block.attentions." in names[0] and value.ndim == 2:
+            value = value[:, :, None, None]
+        out[to] = value.T if _turned(build, part, to) else value
+    return out
+
+
+def unpack(build: str, part: str, name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """Return the part of a one-file checkpoint's tensor that is one weight: the inverse of `pack`, weight by weight.
+
+    Args:
+        build: of the model.
+        part: of its pipeline.
+        name: of the weight in diffusers.
+        value: the tensor under its `original_names`.
+        shape: of the weight; an answer of another shape means that the file does not fit.
+    """
+    if part == "vae" and value.ndim == 4 and len(shape) == 2:
+        return value[:, :, 0, 0]
+    if (build, part) in OPEN_CLIP and (at := _qkv(name)) < len(_QKV):
+        return value[at * shape[0] : (at + 1) * shape[0]] if len(value) == len(_QKV) * shape[0] else value
+    return value.T if _turned(build, part, name) else value
+
+
+def _qkv(name: str) -> int:
+    """Return the place of a projection in OpenCLIP's fused tensor; 3 for what is not in it."""
+    return next((i for i, kind in enumerate(_QKV) if f".{kind}." in name), len(_QKV))
+
+
+def _turned(build: str, part: str, name: str) -> bool:
+    return (build, part) in OPEN_CLIP and name.removesuffix(".weight").endswith("text_projection")
 
 
 def lora_name(name: str, original: str | None = None) -> str:

@@ -16,6 +16,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -26,10 +27,14 @@ from safegen.files import fresh_folder
 from safegen.hashes import hash_tensors
 from safegen.tables import MODELS, resolve
 
-FAMILIES = {"StableDiffusionPipeline": StableDiffusionPipeline}
-"""Pipeline class named in model_index.json: the class that opens it."""
+XL = "StableDiffusionXLPipeline"
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "StableDiffusionPipeline": (StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}),
+    XL: (StableDiffusionXLPipeline, {}),
+}
+"""Pipeline class named in model_index.json: the class that opens it, and what it is told."""
 PARTS = ("unet", "vae", "text_encoder")
-"""Parts of a pipeline that have weights."""
+"""Parts of every pipeline that have weights; SDXL has `text_encoder_2` too (`Model.parts`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,9 +44,14 @@ class Model:
 
     name: str
     """What it was loaded by."""
-    pipeline: StableDiffusionPipeline
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     folder: Path | None = None
     """The folder it was read from, where that is known: parts that are not loaded (the safety checker) lie there."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The pipeline's parts that have weights."""
+        return parts_of(self.pipeline)
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -79,7 +89,16 @@ class Model:
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
-        """Return the text embeddings (n, tokens, width) that the denoiser is conditioned on."""
+        """Return the text embeddings (n, tokens, width) that the denoiser is conditioned on.
+
+        Raises:
+            BadSetting: the model is an SDXL, whose denoiser is conditioned on more.
+        """
+        if "text_encoder_2" in self.parts:
+            raise BadSetting(
+                f"{self.name!r} is an SDXL, whose denoiser is conditioned on two text encoders and the picture's size; "
+                "edits and fine-tuning know SD 1.x and 2.x only so far"
+            )
         tokenizer, tower = self.pipeline.tokenizer, self.pipeline.text_encoder
         ids = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
         out: Tensor = tower(ids.to(self.device))[0]
@@ -136,41 +155,49 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
         return load_single_file(Path(name), config=config, dtype=dtype, device=device, allow_pickle=allow_pickle)
     if config is not None:
         raise BadSetting(f"config has no effect on {name!r}, which is no one-file checkpoint; leave it out")
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "safety_checker": None, "requires_safety_checker": False}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": None if allow_pickle else True}
     if name.startswith("hub:"):
-        folder, options = name.removeprefix("hub:"), options | {"use_safetensors": None if allow_pickle else True}
+        folder, family = name.removeprefix("hub:"), "StableDiffusionPipeline"
     else:
         path = resolve(MODELS, name, "model")() if name in MODELS else Path(name)
-        _look(name, path, allow_pickle)
-        folder, options = str(path), options | {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
+        family = _look(name, path, allow_pickle)
+        folder, options = str(path), options | {"local_files_only": True}
+    kind, told = FAMILIES[family]
     try:
         with silence():
-            pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+            pipeline = kind.from_pretrained(folder, **options, **told)
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
         raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
     return finish_loading(name, pipeline, device, None if name.startswith("hub:") else Path(folder))
 
 
-def finish_loading(name: str, pipeline: StableDiffusionPipeline, device: str, folder: Path | None = None) -> Model:
+def parts_of(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> tuple[str, ...]:
+    """Return a pipeline's parts that have weights."""
+    return (*PARTS, "text_encoder_2") if hasattr(pipeline, "text_encoder_2") else PARTS
+
+
+def finish_loading(
+    name: str, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, device: str, folder: Path | None = None
+) -> Model:
     """Return an opened pipeline as a model: checked, on its device, silent and without gradients.
 
     Raises:
         BadFile: its weights have NaN.
     """
-    for part in PARTS:
+    for part in parts_of(pipeline):
         for key, value in getattr(pipeline, part).state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise BadFile(f"the model {name!r} has NaN or infinite weights in {part}.{key}; get an undamaged copy")
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    for part in PARTS:
+    for part in parts_of(pipeline):
         module: nn.Module = getattr(pipeline, part)
         module.eval().requires_grad_(False)
     return Model(name, pipeline, folder)
 
 
-def _look(name: str, path: Path, allow_pickle: bool) -> None:
-    """Check a model folder before anything is opened."""
+def _look(name: str, path: Path, allow_pickle: bool) -> str:
+    """Check a model folder before anything is opened, and return its family."""
     if not path.exists():
         raise UnknownName("model (nor a folder of that name)", name, MODELS)
     index = path / "model_index.json"
@@ -182,7 +209,7 @@ def _look(name: str, path: Path, allow_pickle: bool) -> None:
         raise BadFile(f"{index} is not JSON: {first_line(error)}") from error
     if family not in FAMILIES:
         raise BadFile(f"{name} is a {family}; this version reads: {', '.join(FAMILIES)}")
-    for part in PARTS:
+    for part in (*PARTS, "text_encoder_2") if family == XL else PARTS:
         if any((path / part).glob("*.safetensors")):
             continue
         if not any((path / part).glob("*.bin")):
@@ -192,6 +219,7 @@ def _look(name: str, path: Path, allow_pickle: bool) -> None:
                 f"{name} holds pickled weights in {part}, which can run code of whoever made them; "
                 "get it as safetensors, or say --allow-pickle if you trust it"
             )
+    return str(family)
 
 
 @contextmanager
@@ -216,7 +244,7 @@ def first_line(error: BaseException) -> str:
 
 
 def save_folder(model: Model, out: Path, *, card: str | None = None) -> None:
-    """Write a plain diffusers folder that `StableDiffusionPipeline.from_pretrained` of old and new releases opens.
+    """Write a plain diffusers folder that `from_pretrained` of old and new releases opens.
 
     Mends three things that today's libraries write and yesterday's cannot read: text-encoder keys without `text_model.`, a tokenizer
     without vocab.json and merges.txt, and the image processor's new name.
@@ -241,7 +269,8 @@ def save_folder(model: Model, out: Path, *, card: str | None = None) -> None:
             if isinstance(error, SafetensorError) or type(error) is Exception:  # the latter is tokenizers' word for a full disk
                 raise BadFile(f"{out} cannot be written: {error}") from error
             raise
-        save_vocabulary(tmp / "tokenizer")
+        for folder in tmp.glob("tokenizer*"):
+            save_vocabulary(folder)
         forget_places(tmp)
         index = tmp / "model_index.json"
         facts = json.loads(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"))

@@ -1,4 +1,4 @@
-"""One-file checkpoints in the original Stable Diffusion layout: what A1111, ComfyUI and InvokeAI open. SD 1.x, in and out."""
+"""One-file checkpoints in the original Stable Diffusion layout: what A1111, ComfyUI and InvokeAI open. SD 1.x, 2.x and XL, in and out."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_file
-from safegen.models.layout import PREFIX, original_names, to_original
-from safegen.models.model import DTYPES, Model, finish_loading, first_line, forget_places, save_vocabulary, silence
+from safegen.models.layout import PREFIX, original_names, pack, unpack
+from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, forget_places, save_vocabulary, silence
 
 CONFIGS = "safegen_configs"
 """Key of the header that holds the small files of a pipeline (configurations, vocabulary), so that the file opens by itself."""
 LARGEST = 256 * 1024
 """Bytes of small files that the header may hold; the vocabulary of a full-size model is larger and stays out."""
+ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+"""Build: what the header calls it, after the ModelSpec of Stability AI."""
+V_PRED, ZTSNR, SPEC = "v_pred", "ztsnr", "modelspec.prediction_type"
+"""Tensors that ComfyUI looks for, and the header's key: that a file predicts v, and that its schedule ends in pure noise."""
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
@@ -34,31 +37,31 @@ def save_single_file(model: Model, out: Path, *, dtype: str = "fp16", facts: Map
     """Write a model as one safetensors file in the original layout.
 
     Args:
-        model: an SD 1.x model, with or without patches on it.
+        model: an SD 1.x, 2.x or XL model, with or without patches on it.
         out: the new file.
         dtype: type of the weights in the file: fp16 (what most web UIs want), bf16 or fp32.
         facts: what else the header says: the provenance of the edit.
 
     Raises:
         BadFile: `out` exists or cannot be written.
-        BadSetting: no such dtype, weights that the dtype cannot hold, or a model of SD 2.x's build.
+        BadSetting: no such dtype, weights that the dtype cannot hold or the layout has no place for, or a prediction that it cannot say.
     """
-    if model.denoiser.config.use_linear_projection:
-        raise BadSetting(
-            f"{model.name!r} is of SD 2.x's build, whose text encoder lies otherwise in one file, and that is not written; "
-            "write a folder: safegen apply"
-        )
     if dtype not in DTYPES:
         raise BadSetting(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    tensors: dict[str, Tensor] = {}
-    for part in PREFIX:
-        state = getattr(model.pipeline, part).state_dict()
-        for name, to in original_names(part, state).items():
-            value = to_original(part, name, state[name].detach().cpu()).to(DTYPES[dtype]).contiguous()
-            if not bool(value.isfinite().all()):
+    build, tensors = build_of(model.pipeline), _markers(model)
+    for part in PREFIX[build]:
+        state = {}
+        for name, value in getattr(model.pipeline, part).state_dict().items():
+            state[name] = value.detach().cpu().to(DTYPES[dtype])
+            if not bool(state[name].isfinite().all()):
                 raise BadSetting(f"{part}.{name} does not fit into {dtype}; choose bf16 or fp32")
-            tensors[to] = value
-    header = {"format": "pt"} | _small_files(model)
+        try:
+            tensors |= {name: value.contiguous() for name, value in pack(build, part, state).items()}
+        except ValueError as error:
+            raise BadSetting(f"{model.name!r} cannot be written as one file: {error}; write a folder: safegen apply") from error
+    header = {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": ARCHITECTURES[build]}
+    header |= {"modelspec.implementation": "https://github.com/Stability-AI/generative-models", "modelspec.title": out.stem}
+    header |= {SPEC: "v" if model.prediction == "v_prediction" else "epsilon"} | _small_files(model)
     if facts:
         header["safegen"] = json.dumps(dict(facts), sort_keys=True)
     with fresh_file(out) as tmp:
@@ -68,6 +71,25 @@ def save_single_file(model: Model, out: Path, *, dtype: str = "fp16", facts: Map
             raise BadFile(f"{out} cannot be written: {error}") from error
 
 
+def build_of(pipeline: Any) -> str:  # noqa: ANN401 - any pipeline
+    """Return which layout a pipeline has in one file, a key of `layout.PREFIX`: SD 2.x is told by its linear projections."""
+    if hasattr(pipeline, "text_encoder_2"):
+        return "sdxl"
+    return "sd2" if pipeline.unet.config.use_linear_projection else "sd1"
+
+
+def _markers(model: Model) -> dict[str, Tensor]:
+    """Return the tensors that say what weights cannot: prediction of v, and a schedule that ends in pure noise.
+
+    Raises:
+        BadSetting: the model predicts something that files of this layout cannot say.
+    """
+    if model.prediction not in ("epsilon", "v_prediction"):
+        raise BadSetting(f"{model.name!r} predicts {model.prediction}, and one file can say epsilon or v_prediction only; write a folder")
+    out = {V_PRED: torch.zeros(1)} if model.prediction == "v_prediction" else {}
+    return out | ({ZTSNR: torch.zeros(1)} if model.pipeline.scheduler.config.get("rescale_betas_zero_snr") else {})
+
+
 def _small_files(model: Model) -> dict[str, str]:
     """Return the header's entry of a pipeline's small files; none when they are too large together."""
     with tempfile.TemporaryDirectory() as folder, silence():
@@ -75,9 +97,10 @@ def _small_files(model: Model) -> dict[str, str]:
         pipe.save_config(here)
         pipe.unet.save_config(here / "unet")
         pipe.vae.save_config(here / "vae")
-        pipe.text_encoder.config.save_pretrained(here / "text_encoder")
-        pipe.tokenizer.save_pretrained(here / "tokenizer")
-        save_vocabulary(here / "tokenizer")
+        for tail in _tails(pipe):
+            getattr(pipe, f"text_encoder{tail}").config.save_pretrained(here / f"text_encoder{tail}")
+            getattr(pipe, f"tokenizer{tail}").save_pretrained(here / f"tokenizer{tail}")
+            save_vocabulary(here / f"tokenizer{tail}")
         pipe.scheduler.save_pretrained(here / "scheduler")
         forget_places(here)
         files = {p.relative_to(here).as_posix(): p.read_text(encoding="utf-8") for p in sorted(here.rglob("*")) if p.is_file()}
@@ -85,10 +108,15 @@ def _small_files(model: Model) -> dict[str, str]:
     return {CONFIGS: text} if len(text) <= LARGEST else {}
 
 
+def _tails(pipeline: Any) -> tuple[str, ...]:  # noqa: ANN401 - any pipeline
+    """Return how the names of a pipeline's text encoders and tokenizers end."""
+    return ("", "_2") if hasattr(pipeline, "text_encoder_2") else ("",)
+
+
 def load_single_file(
     path: Path, *, config: Path | None = None, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False
 ) -> Model:
-    """Open a one-file checkpoint of the SD 1.x family. Nothing is fetched.
+    """Open a one-file checkpoint of SD 1.x, 2.x or XL. Nothing is fetched.
 
     Args:
         path: .safetensors, or with `allow_pickle` .ckpt.
@@ -98,7 +126,7 @@ def load_single_file(
         allow_pickle: also open pickles. They are read as weights only, which runs no code of theirs, as far as torch keeps that promise.
 
     Raises:
-        BadFile: not readable, of another family, or without configurations.
+        BadFile: not readable, of another family, without configurations, or with some that contradict what the file says it predicts.
     """
     tensors, header = _read(path, allow_pickle)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,6 +140,7 @@ def load_single_file(
         if not (config / "model_index.json").is_file():
             raise BadFile(f"{config} is not a diffusers folder: it has no model_index.json")
         pipeline = _assemble(tensors, config, path)
+        _agree(pipeline.scheduler.config, tensors, header, path)
     return finish_loading(str(path), pipeline.to(dtype=DTYPES[dtype]), device)
 
 
@@ -149,53 +178,87 @@ def _unpack(text: str, folder: Path, path: Path) -> None:
         place.write_text(value, encoding="utf-8")
 
 
-def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> StableDiffusionPipeline:
+def _agree(schedule: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
+    """Refuse configurations under which the file's weights would mean something else.
+
+    Raises:
+        BadFile: they predict otherwise, or their schedule does not end in pure noise where the file says so.
+    """
+    said = {"v": "v_prediction", "epsilon": "epsilon"}.get(header.get(SPEC, ""))
+    said = "v_prediction" if V_PRED in tensors else said
+    own = str(schedule["prediction_type"])
+    if said not in (None, own):
+        raise BadFile(f"{path} says that it predicts {said}, its configuration says {own}; name a folder of a model that does: config")
+    if ZTSNR in tensors and not schedule.get("rescale_betas_zero_snr"):
+        raise BadFile(
+            f"{path} says that its schedule ends in pure noise (ztsnr), its configuration does not (rescale_betas_zero_snr); "
+            "name a folder whose scheduler does: config"
+        )
+
+
+def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> Any:  # noqa: ANN401 - one of FAMILIES
     """Return a pipeline built from configurations, with the file's weights in it."""
     try:
         index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise BadFile(f"the small files in {config} cannot be used: model_index.json is not JSON ({first_line(error)})") from error
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise BadFile(f"{config} is a {index.get('_class_name')}; one-file checkpoints of StableDiffusionPipeline are read")
+    family = index.get("_class_name")
+    if family not in FAMILIES:
+        raise BadFile(f"{config} is a {family}; one-file checkpoints of {' and '.join(FAMILIES)} are read")
     try:
         with silence():
-            parts = {
+            parts: dict[str, Any] = {
                 "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config / "unet")),
                 "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(config / "vae")),
                 "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(config / "text_encoder")),
             }
+            if family == XL:
+                parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(config / "text_encoder_2"))
+            build = "sdxl" if family == XL else "sd2" if parts["unet"].config.use_linear_projection else "sd1"
             for part, module in parts.items():
-                _fill(part, module.float(), tensors, path)
-            return StableDiffusionPipeline.from_pretrained(
-                config, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False, local_files_only=True
-            )
+                _fill(build, part, module.float(), tensors, path)
+            kind, options = FAMILIES[family]
+            return kind.from_pretrained(config, **parts, feature_extractor=None, **options, local_files_only=True)
     except BadFile:
         raise
     except Exception as error:  # diffusers and transformers raise a dozen kinds; all mean that this folder cannot be used
         raise BadFile(f"the small files in {config} cannot be used: {first_line(error)}") from error
 
 
-def _fill(part: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put the file's weights into a part: all of them, and no other shape but a 1x1 convolution for a matrix.
+def _fill(build: str, part: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put the file's weights into a part: all of them, and no other shape but what the layout has otherwise.
 
     Raises:
         BadFile: one is missing, of another shape, or there are more of that part.
     """
     state = module.state_dict()
-    names = original_names(part, state)
+    names = original_names(build, part, state)
     found = {}
     for name, to in names.items():
         if to not in tensors:
             raise BadFile(f"{path} has no {to}; it is of another family than its configuration")
-        value = tensors[to]
-        if part == "vae" and value.ndim == 4 and state[name].ndim == 2:
-            value = value[:, :, 0, 0]
+        value = unpack(build, part, name, tensors[to], state[name].shape)
         if value.shape != state[name].shape:
-            raise BadFile(f"{path} has {to} of shape {tuple(value.shape)}, its configuration says {tuple(state[name].shape)}")
-        found[name] = value.to(state[name].dtype)
-    more = {k for k in tensors if k.startswith(PREFIX[part])} - set(names.values()) - {PREFIX[part] + "embeddings.position_ids"}
+            raise BadFile(
+                f"{path} has {to} of shape {tuple(tensors[to].shape)}, its configuration says {tuple(state[name].shape)} for {name}"
+            )
+        found[name] = value.to(state[name].dtype).contiguous()
+    prefix = PREFIX[build][part]
+    more = {k for k in tensors if k.startswith(prefix)} - set(names.values())
+    more = {k for k in more if not _idle(build, part, k.removeprefix(prefix), module)}
     if more:
         raise BadFile(
             f"{path} has {min(more)} and {len(more) - 1} others that its configuration does not know; name the right folder: config"
         )
     module.load_state_dict(found)
+
+
+def _idle(build: str, part: str, name: str, module: Any) -> bool:  # noqa: ANN401 - a part, with its configuration
+    """Return whether a text encoder's tensor decides no picture.
+
+    Buffers; the logit scale; and of SD 2.x the projection and the block after the last that is read: it draws with the one before the last.
+    """
+    if name in ("embeddings.position_ids", "logit_scale", "attn_mask"):
+        return True
+    last = f"transformer.resblocks.{module.config.num_hidden_layers}." if (build, part) == ("sd2", "text_encoder") else None
+    return last is not None and (name == "text_projection" or name.startswith(last))
