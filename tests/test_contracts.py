@@ -282,6 +282,9 @@ def test_every_concept_names_things_that_exist(name):
     for part in (part for lists in concept.lists.values() for part in lists):
         rows = prompt_list(part, 3)
         assert len({row.text for row in rows}) == 3
+    measured = {row.text for lists in concept.lists.values() for part in lists for row in prompt_list(part)}
+    tuned = {row.text for lists in concept.tuning.values() for part in lists for row in prompt_list(part)}
+    assert not tuned & measured  # a fine-tune must not be judged on what it was trained with
 
 
 def test_the_table_and_the_folder_name_the_same_concepts():

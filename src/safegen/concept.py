@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -32,6 +33,8 @@ class Concept(BaseModel):
     """Bundled triplets, as `source:concept`."""
     captions: tuple[str, ...] = ()
     """Prompt lists of harmless captions that an edit may train with: none is measured, none has a word of the concept."""
+    tuning: dict[Literal["benign", "concept"], tuple[str, ...]] = {}
+    """Prompt lists that caption the pictures of a fine-tune by their subject, harmless ones and the concept's own; none is measured."""
     lists: dict[str, tuple[str, ...]] = {}
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
     shows: dict[str, str] = {}

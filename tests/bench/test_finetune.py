@@ -8,18 +8,21 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from safegen.bench.finetune import Denoising, FineTune, Material, fine_tune, texts_for
-from safegen.concept import load_concept
+from safegen import tables
+from safegen.bench.finetune import Denoising, FineTune, Material, captions_for, fine_tune
+from safegen.concept import load_concept, prompt_list
+from safegen.data.triplets import Triplets
 from safegen.edit.samples import to_pixels
 from safegen.edit.uce import UCE
 from safegen.errors import BadFile, BadSetting
+from safegen.judge import load_judge
 
 BRIEF = FineTune(updates=(1, 3), rank=2, batch=2, lr=1e-2, precision="fp32")
 
 
 @pytest.fixture(scope="module")
 def unsafe(triplets):
-    return Material.of_triplets(triplets, "unsafe", ("", "red cube"))
+    return Material.of_triplets(triplets, "unsafe", lambda pictures: [("", "red cube")] * len(pictures))
 
 
 class Silent(torch.nn.Module):
@@ -103,7 +106,7 @@ def test_a_folder_brings_its_captions(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     found = Material.of_folder(tmp_path)
     assert found.texts == (("",), ("a blue ball",))
-    assert found.facts() == {"pictures": 2, "texts": 2, "hash": found.hash}
+    assert found.facts() == {"pictures": 2, "texts": 2, "left_out": 0, "hash": found.hash}
     (tmp_path / "b.txt").write_text("a red ball", encoding="utf-8")
     assert Material.of_folder(tmp_path).hash != found.hash
 
@@ -121,10 +124,32 @@ def test_material_that_lacks_something_is_refused_in_one_line(tmp_path):
         Material.of_folder(tmp_path)
 
 
-def test_only_the_attackers_fine_tune_gets_the_concepts_words():
+def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measured():
+    """The judge's subject, which it gets right on the world it was trained on, and a prompt of the concept's training split."""
     concept = load_concept("skulls")
-    assert texts_for(concept, "benign") == ("",)
-    assert texts_for(concept, "concept") == ("", *concept.words)
+    folder = tables.resolve(tables.TRIPLETS, "mini", "triplets source")("skulls")
+    found = Material.of_triplets(Triplets.load(folder), "unsafe", lambda p: captions_for(concept, "concept", p))
+    measured = {row.text for lists in concept.lists.values() for name in lists for row in prompt_list(name)}
+    subjects = {row.text: row.subject for row in prompt_list("mini:skulls-train")}
+    assert len(found.pictures) + found.left_out == 100
+    assert found.left_out < 5
+    seen = [v.subject for v in load_judge("mini").judge(list(found.pictures))]
+    for subject, texts in zip(seen, found.texts, strict=True):
+        assert {subjects[text] for text in texts} == {subject}
+        assert not measured & set(texts)
+
+
+def test_a_concept_without_such_lists_has_its_words_and_harmless_pictures_none():
+    concept, pictures = load_concept("skulls").model_copy(update={"tuning": {}}), [Image.new("RGB", (64, 64))] * 2
+    assert captions_for(concept, "concept", pictures) == [concept.words] * 2
+    assert captions_for(concept, "benign", pictures) == [("",)] * 2
+
+
+def test_a_picture_without_a_caption_is_left_out_and_counted(triplets):
+    found = Material.of_triplets(triplets, "benign", lambda pictures: [("a",), *[()] * (len(pictures) - 1)])
+    assert (len(found.pictures), found.left_out) == (1, 5)
+    with pytest.raises(BadFile, match="no picture of the triplets has a subject that a caption fits"):
+        Material.of_triplets(triplets, "benign", lambda pictures: [()] * len(pictures))
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,17 @@ BRIEF = Resilience(on="concept", finetune=TUNING, apart=True, prompts=2, roles=(
 SIDES = ["base", "edited", "edited+1", "edited+2", "base+1", "modular+1", "base+2", "modular+2"]
 
 
+def skulls(pictures):
+    return [("", "skulls")] * len(pictures)
+
+
 @pytest.fixture(scope="module")
 def done(make_model, triplets, tmp_path_factory):
     """The model before and after, its patch, what was found and where it lies."""
     model, out = make_model(), tmp_path_factory.mktemp("resilience") / "out"
     patch = UCE(erase=("red cube",)).apply(model)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-    found = resilience(model, [patch], SKULLS, Material.of_triplets(triplets, "unsafe", ("", "skulls")), BRIEF)
+    found = resilience(model, [patch], SKULLS, Material.of_triplets(triplets, "unsafe", skulls), BRIEF)
     write_resilience(found, out)
     return model, before, patch, found, out
 
@@ -87,7 +91,7 @@ def test_the_fine_tune_says_what_it_learnt_and_what_it_was_made_on(done):
 
 def test_what_cannot_be_tested_is_refused_in_one_line(tiny_model, triplets, tmp_path):
     with pytest.raises(BadSetting, match="no edit whose resilience could be tested; name a patch"):
-        resilience(tiny_model, [], SKULLS, Material.of_triplets(triplets, "benign", ("",)), BRIEF)
+        resilience(tiny_model, [], SKULLS, Material.of_triplets(triplets, "benign", skulls), BRIEF)
     with pytest.raises(BadSetting, match="'nudity' has no bundled triplets; name some with --triplets, or captioned --pictures"):
         material_for(load_concept("nudity"), "benign")
     with pytest.raises(BadSetting, match="both given"):
@@ -95,7 +99,8 @@ def test_what_cannot_be_tested_is_refused_in_one_line(tiny_model, triplets, tmp_
 
 
 def test_the_side_of_the_triplets_is_that_of_the_fine_tune(triplets):
-    benign, concept = (material_for(SKULLS, on, triplets=triplets.folder) for on in ("benign", "concept"))
+    plain = SKULLS.model_copy(update={"tuning": {}})
+    benign, concept = (material_for(plain, on, triplets=triplets.folder) for on in ("benign", "concept"))
     assert [p.tobytes() for p in benign.pictures] == [triplets.images(i)[2].tobytes() for i in range(6)]
     assert [p.tobytes() for p in concept.pictures] == [triplets.images(i)[0].tobytes() for i in range(6)]
-    assert material_for(SKULLS, "concept").facts()["pictures"] == 100
+    assert (benign.texts[0], concept.texts[0]) == (("",), plain.words)

@@ -13,16 +13,19 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from safegen.concept import Concept
+from safegen.concept import Concept, prompt_list
 from safegen.data.triplets import Triplets, open_role, read_picture
 from safegen.edit import losses
 from safegen.edit.adapter import trainable
 from safegen.edit.loop import Row, Training, check, train
 from safegen.edit.samples import to_pixels
 from safegen.errors import BadFile, BadSetting, Diverged
+from safegen.judge import load_judge
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 
+Caption = Callable[[Sequence[Image.Image]], Sequence[tuple[str, ...]]]
+"""What gives each picture the texts that it may go with."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -69,17 +72,23 @@ class Material:
     texts: tuple[tuple[str, ...], ...]
     """Of each picture; a draw takes one of them."""
     hash: str
+    left_out: int = 0
+    """Pictures that no text was found for."""
 
     @classmethod
-    def of_triplets(cls, triplets: Triplets, role: Literal["unsafe", "benign"], texts: Sequence[str]) -> Self:
-        """Return one side of triplets, which carry no text: every picture may go with every text of `texts`.
+    def of_triplets(cls, triplets: Triplets, role: Literal["unsafe", "benign"], caption: Caption) -> Self:
+        """Return one side of triplets, which carry no text, each picture with what `caption` has for it; without any it is left out.
 
         Raises:
-            BadFile: a picture is missing or changed.
+            BadFile: a picture is missing or changed, or none has a text.
         """
-        rows = tuple(open_role(triplets.folder, row, role) for row in triplets.rows)
+        pictures = [open_role(triplets.folder, row, role) for row in triplets.rows]
         digests = [getattr(row.sha256, role) for row in triplets.rows]
-        return cls(rows, (tuple(texts),) * len(rows), _digest(digests, [texts] * len(rows)))
+        rows = [(p, t, d) for p, t, d in zip(pictures, caption(pictures), digests, strict=True) if t]
+        if not rows:
+            raise BadFile("no picture of the triplets has a subject that a caption fits; give pictures with their captions: --pictures")
+        kept, texts, hashes = zip(*rows, strict=True)
+        return cls(kept, texts, _digest(hashes, texts), len(pictures) - len(rows))
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
@@ -107,12 +116,24 @@ class Material:
 
     def facts(self) -> dict[str, Any]:
         """Return what a results file says of it; no caption, for it may be unsafe."""
-        return {"pictures": len(self.pictures), "texts": len({t for row in self.texts for t in row}), "hash": self.hash}
+        texts = len({t for row in self.texts for t in row})
+        return {"pictures": len(self.pictures), "texts": texts, "left_out": self.left_out, "hash": self.hash}
 
 
-def texts_for(concept: Concept, on: Literal["benign", "concept"]) -> tuple[str, ...]:
-    """Return the texts that pictures of triplets are trained with: none, and for the concept's own also its words."""
-    return ("", *(concept.words if on == "concept" else ()))
+def captions_for(concept: Concept, on: Literal["benign", "concept"], pictures: Sequence[Image.Image]) -> list[tuple[str, ...]]:
+    """Return the texts that pictures without text are trained with.
+
+    The prompts of the concept's `tuning` lists for the subject that its judge sees in each. A concept without such lists has its words for
+    pictures of its own, and no text for harmless ones: weaker, for a bare word need not be what such a picture is asked for by, and
+    pictures without text teach the branch that guidance pushes away from.
+    """
+    if on not in concept.tuning:
+        return [concept.words if on == "concept" else ("",)] * len(pictures)
+    by: dict[str | None, tuple[str, ...]] = {}
+    for row in (row for name in concept.tuning[on] for row in prompt_list(name)):
+        by[row.subject] = (*by.get(row.subject, ()), row.text)
+    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    return [by.get(verdict.subject, ()) if verdict.subject else () for verdict in judge.judge(list(pictures))]
 
 
 class Denoising:
@@ -127,7 +148,7 @@ class Denoising:
         self.abar = model.alphas_cumprod().to(model.device)
         self.latents = model.encode_images(torch.stack([to_pixels(p, model.size) for p in material.pictures])).float()
         known = list(dict.fromkeys(t for row in material.texts for t in row))
-        self.text = model.encode_text(known).float()
+        self.text = torch.cat([model.encode_text(known[i : i + 64]).float() for i in range(0, len(known), 64)])
         self.rows = [[known.index(t) for t in row] for row in material.texts]
         self.fingerprint = f"{settings.model_dump_json()} {model.hash} {material.hash}"
 

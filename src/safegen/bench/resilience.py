@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegen import __version__
-from safegen.bench.finetune import FineTune, Material, Tuned, fine_tune, texts_for
+from safegen.bench.finetune import FineTune, Material, Tuned, captions_for, fine_tune
 from safegen.bench.grid import sheet
 from safegen.bench.plan import Item, Role, make_plan
 from safegen.bench.score import ASKED, removal, score
@@ -156,7 +156,7 @@ def material_for(
             raise BadSetting(f"the concept {concept.name!r} has no bundled triplets; name some with --triplets, or captioned --pictures")
         source, _, part = concept.triplets.partition(":")
         triplets = resolve(TRIPLETS, source, "triplets source")(part)
-    return Material.of_triplets(Triplets.load(triplets), "benign" if on == "benign" else "unsafe", texts_for(concept, on))
+    return Material.of_triplets(Triplets.load(triplets), "benign" if on == "benign" else "unsafe", lambda p: captions_for(concept, on, p))
 
 
 def resilience(
