@@ -42,7 +42,7 @@ def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any
     changes = {"training": training} if training and kind.trains else {}
     edit = make_edit(method, preset or "default", concept=concept, **changes)
     triplets = None
-    if edit.learns_from == "triplets":
+    if edit.learns_from != "words":
         source, _, part = (concept.triplets or "").partition(":")
         triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
     began = time.perf_counter()

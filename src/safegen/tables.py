@@ -19,6 +19,7 @@ EDITS = {
     "sdd": "safegen.edit.sdd:SDD",
     "uce": "safegen.edit.uce:UCE",
     "rece": "safegen.edit.rece:RECE",
+    "safegen-plus": "safegen.edit.safegen_plus:SafeGenPlus",
 }
 
 GUARDS = {

@@ -25,15 +25,15 @@ class Edit(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """Named settings; `default` and `paper` are among them."""
-    learns_from: ClassVar[Literal["triplets", "words"]] = "triplets"
-    """What it is told the concept by: pictures, or words that are among its settings and that a concept lends."""
+    """Named settings; `default` is among them, and `paper` where there is one."""
+    learns_from: ClassVar[Literal["triplets", "words", "both"]] = "triplets"
+    """What it is told the concept by: pictures, words that are among its settings and that a concept lends, or both."""
     trains: ClassVar[bool] = True
     """Whether it goes through the training loop; a closed form has nothing to checkpoint and nothing to resume."""
 
     @classmethod
     def method(cls) -> str:
-        """Return its name in the table, which is that of its file."""
+        """Return its name in the table: that of its file, unless it says otherwise."""
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
@@ -146,13 +146,13 @@ def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resu
     """Refuse what an edit lacks, or has no use for.
 
     Raises:
-        BadSetting: triplets are given to an edit that learns from words, or not to one that learns from them; a folder or `resume` to a
-            closed form.
+        BadSetting: triplets are given to an edit that learns from words alone, or not to one that learns from them; a folder or `resume`
+            is given to a closed form.
     """
     method = edit.method()
     if edit.learns_from == "words" and triplets is not None:
         raise BadSetting(f"triplets have no effect on {method}, which learns from words; leave them out and give a concept")
-    if edit.learns_from == "triplets" and triplets is None:
+    if edit.learns_from != "words" and triplets is None:
         raise BadSetting(f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, or a CSV")
     if not edit.trains and (folder is not None or resume):
         what = "resume" if resume else "a folder for checkpoints"

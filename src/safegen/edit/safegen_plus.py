@@ -1,0 +1,129 @@
+"""SafeGen on a model whose words are erased first: a closed form on what reads the text, then a short training of self-attention (ours).
+
+A text-side edit followed by a short training of visual layers is reported to do better than either alone (TRCE, arXiv:2503.07389).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from safegen.concept import Concept
+from safegen.data.triplets import Triplets
+from safegen.edit.base import TrainedEdit, refuse_blank, refuse_idle, words_needed, words_of
+from safegen.edit.loop import check
+from safegen.edit.rece import KEPT, RECE
+from safegen.edit.safegen import SafeGen, SafeGenProblem
+from safegen.edit.training import Problem, Report, Training
+from safegen.edit.uce import UCE
+from safegen.models.model import Model
+from safegen.models.patch import Patch
+from safegen.models.select import select
+
+
+class SafeGenPlus(TrainedEdit):
+    """Settings of the composed edit. What SafeGen and the closed forms have besides is as in their own defaults."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    learns_from: ClassVar[Literal["triplets", "words", "both"]] = "both"
+    holds_out: ClassVar[bool] = True
+
+    text: Literal["rece", "uce", "none"] = "rece"
+    """Closed form that erases the words first; none is a short SafeGen alone."""
+    erase: tuple[str, ...] = ()
+    """Words that ask for the concept, for the closed form; a concept lends its own."""
+    captions: tuple[str, ...] = ()
+    """Benign prompt lists (`source:list`) and text files: what the closed form keeps, and what SafeGen's samples are conditioned on."""
+    caption_share: float | None = Field(default=None, gt=0, le=1)
+    """Part of SafeGen's samples that is conditioned on a random benign caption; 0.6 when there are captions."""
+    timesteps: tuple[int, int] = (150, 900)
+    """First and one-past-last training timestep that is drawn."""
+    weight_mosaic: float = Field(default=0.3, gt=0)
+    """Weight of L_m, the loss on unsafe pictures; less than SafeGen's own, since the words are gone already."""
+    weight_preserve: float = Field(default=0.7, ge=0)
+    """Weight of L_p, the loss on benign pictures: to be answered as the model with erased words answers them."""
+    adversary: float = Field(default=0.25, ge=0, le=2)
+    """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none."""
+    fade: float = Field(default=0.8, ge=0, lt=1)
+    """Largest part by which an unsafe sample is faded toward its censored twin; 0 is none."""
+    flip: bool = False
+    """Whether a sample may be mirrored; unsafe, censored and benign together."""
+    selector: str = "attn1"
+    """Which weights SafeGen trains; the closed form changes keys and values of `attn2` whatever is said here."""
+    training: Training = SafeGen.model_fields["training"].default.model_copy(update={"updates": 235})
+    """How the loop trains: SafeGen's own, half as long."""
+
+    @classmethod
+    def method(cls) -> str:
+        """Return its name in the table."""
+        return "safegen-plus"
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> Self:
+        if self.text == "none" and self.erase:
+            raise ValueError("erase has no effect with text none, which erases no words; leave it out")
+        refuse_blank(self.erase)
+        try:
+            self.visual()
+        except ValidationError as error:
+            raise ValueError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
+        return self
+
+    @classmethod
+    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return its captions, and its words to settings that erase some."""
+        words = said.get("text", cls.model_fields["text"].default) != "none"
+        return {"captions": concept.captions} | (words_of(cls.method(), concept, said) if words else {})
+
+    def words(self) -> RECE | UCE | None:
+        """Return the settings of the closed form, with its default weights; None without one."""
+        if self.text == "none":
+            return None
+        erase = words_needed(self.method(), self.erase)
+        if self.text == "uce":
+            return UCE(erase=erase, captions=self.captions)
+        return RECE(erase=erase, captions=self.captions, **({"preserve_scale": KEPT} if self.captions else {}))
+
+    def visual(self) -> SafeGen:
+        """Return the settings of SafeGen."""
+        shared = SafeGen.model_fields.keys() & type(self).model_fields.keys()
+        return SafeGen(**{name: getattr(self, name) for name in shared}, teacher=self.weight_preserve > 0)
+
+    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+        """Return SafeGen's batches and losses, for the model as it stands."""
+        assert triplets is not None
+        problem = SafeGenProblem(self.visual(), model, triplets, names)
+        problem.fingerprint = f"{self.model_dump_json(exclude={'training'})} {problem.fingerprint}"
+        return problem
+
+    def apply(
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        report: Report | None = None,
+    ) -> Patch:
+        """Erase the words, train on the model without them, and return both changes as one patch; `model` is not touched.
+
+        Raises:
+            BadSetting: something is missing, or given has no effect.
+            Diverged: a solved weight, a loss or a trained weight is not finite.
+            Stopped: the user stopped it; `resume` continues.
+        """
+        refuse_idle(self, triplets, folder, resume)
+        words = self.words()
+        _ = model.hash  # of the untouched weights: what the patch refers to
+        check(model.denoiser, select(model.denoiser, self.selector), self.training, folder=folder, resume=resume)
+        text = words.apply(model) if words else None
+        with text.apply(model) if text else nullcontext():
+            seen = super().apply(model, triplets, folder=folder, resume=resume, report=report)
+        if text is None:
+            return seen
+        said = {key: text.provenance[key] for key in ("method", "settings", "seconds", "moved")}
+        return Patch({**text.tensors, **seen.tensors}, {**seen.provenance, "text": said})
