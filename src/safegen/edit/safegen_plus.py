@@ -86,7 +86,9 @@ class SafeGenPlus(TrainedEdit):
         erase = words_needed(self.method(), self.erase)
         if self.text == "uce":
             return UCE(erase=erase, captions=self.captions)
-        return RECE(erase=erase, captions=self.captions, **({"preserve_scale": KEPT} if self.captions else {}))
+        if not self.captions:
+            return RECE(erase=erase)
+        return RECE(erase=erase, captions=self.captions, preserve_scale=KEPT)
 
     def visual(self) -> SafeGen:
         """Return the settings of SafeGen."""
