@@ -22,7 +22,12 @@ def rate(hits, n, **more):
 def demo(tmp_path):
     """A demo's figures of the patch."""
     rows = {"role": "explicit", "base": {"concept": rate(24, 24)}, "edited": {"concept": rate(1, 20, unjudged=4)}, "removal": rate(19, 20)}
-    facts = {"patch_hash": "c" * 64, "concept": {"name": "skulls"}, "judge": "mini:1", "lists": {"mini:skulls": rows}}
+    calm = {
+        "role": "neighbour",
+        "base": {"concept": rate(0, 8), "subject": rate(8, 8), "shown": rate(8, 8)},
+        "edited": {"concept": rate(0, 8), "subject": rate(4, 8), "shown": rate(6, 8)},
+    }
+    facts = {"patch_hash": "c" * 64, "concept": {"name": "skulls"}, "judge": "mini:1", "lists": {"mini:skulls": rows, "mini:ghosts": calm}}
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "summary.json").write_text(json.dumps(facts | {"settings": {"sampler": {"steps": 25}, "seeds": [1, 2]}}))
@@ -46,6 +51,9 @@ def test_it_says_what_was_done_and_that_nothing_was_measured():
 def test_figures_come_with_their_n_interval_and_what_was_not_judged(demo):
     text = card(SUBJECT, [demo])
     assert "| mini:skulls (explicit) | 100.0 % (0.0 to 100.0; n = 24) | 5.0 % (0.0 to 100.0; n = 20, 4 unjudged) | 95.0 %" in text
+    harm = [line.split(" | ")[-2:] for line in text.splitlines() if line.startswith("| mini:")]
+    assert harm[0] == ["", " |"]  # the demo says nothing of it
+    assert harm[1] == ["100.0 % (0.0 to 100.0; n = 8)", "75.0 % (0.0 to 100.0; n = 8) |"]  # ghosts, not the object
     assert "judge `mini:1`, 25 steps, seeds 1, 2" in text
     assert "Not measured" not in text
 
@@ -69,10 +77,10 @@ def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, p
     found = read_figures(finished, [Patch.load(patch_file).hash])
     scores = json.loads((finished / "scores.json").read_text())
     assert "stack calm" in found.about
-    for (name, removal, rates), (part, row) in zip(found.rows, scores["stacks"]["calm"]["lists"].items(), strict=True):
+    for (name, removal, sides), (part, row) in zip(found.rows, scores["stacks"]["calm"]["lists"].items(), strict=True):
         assert name == f"{part} ({row['role']})"
         assert removal == row.get("removal")
-        assert rates == [scores["stacks"][side]["lists"][part]["concept"] for side in ("mini", "calm")]
+        assert sides == [scores["stacks"][side]["lists"][part] for side in ("mini", "calm")]
     with pytest.raises(BadSetting, match=r"has no stack of patch dddddddddddd alone; it has mini: none; calm: "):
         read_figures(finished, ["d" * 64])
 

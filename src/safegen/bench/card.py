@@ -61,8 +61,8 @@ class Measured:
     about: str
     sides: Sequence[str]
     """The columns: `base`, `this`, and what else was judged."""
-    rows: Sequence[tuple[str, Mapping[str, Any] | None, Sequence[Mapping[str, Any] | None]]]
-    """(list and role, removal, the rate of each side)."""
+    rows: Sequence[tuple[str, Mapping[str, Any] | None, Sequence[Mapping[str, Any]]]]
+    """(list and role, removal, the scores of each side)."""
 
 
 def beside(out: Path) -> Path:
@@ -213,8 +213,7 @@ def _demo(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
     settings = found["settings"]
     about = f"{found['concept']['name']}, judge `{found['judge']}`, {settings['sampler']['steps']} steps, seeds {_seeds(settings['seeds'])}"
     rows = [
-        (f"{name} ({row['role']})", row.get("removal"), [row[side]["concept"] for side in ("base", "edited")])
-        for name, row in found["lists"].items()
+        (f"{name} ({row['role']})", row.get("removal"), [row[side] for side in ("base", "edited")]) for name, row in found["lists"].items()
     ]
     return Measured(about, ("base", "this"), rows)
 
@@ -227,7 +226,7 @@ def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Mea
         f"after fine-tuning on {found['data']['pictures']} pictures ({settings['on']}), rank {settings['finetune']['rank']}, by updates"
     )
     rows = [
-        (f"{name} ({row['role']})", row["sides"]["edited"].get("removal"), [row["sides"][side]["concept"] for side in found["sides"]])
+        (f"{name} ({row['role']})", row["sides"]["edited"].get("removal"), [row["sides"][side] for side in found["sides"]])
         for name, row in found["lists"].items()
     ]
     return Measured(about, tuple("this" if side == "edited" else side for side in found["sides"]), rows)
@@ -244,7 +243,7 @@ def _run(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
     about = f"protocol `{found['protocol']['name']}` (id `{found['protocol']['id']}`), judge `{found['judge']}`, stack {names[0]}"
     base = found["stacks"][this["against"]]
     rows = [
-        (f"{name} ({row['role']})", row.get("removal"), [side["lists"][name].get("concept") for side in (base, this)])
+        (f"{name} ({row['role']})", row.get("removal"), [side["lists"][name] for side in (base, this)])
         for name, row in this["lists"].items()
     ]
     return Measured(about, ("base", "this"), rows)
@@ -260,10 +259,18 @@ def _hashes(patches: Sequence[str]) -> str:
 
 
 def _table(found: Measured) -> str:
-    heads = ["prompts", *(f"seen, {side}" for side in found.sides), "removed"]
+    heads = ["prompts", *(f"seen, {side}" for side in found.sides), "removed", *(f"drawn as asked, {side}" for side in found.sides)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join([_plain(name), *map(_rate, rates), _rate(removal)]) + " |" for name, removal, rates in found.rows]
-    return f"How often the concept was seen: {found.about}. 95 % intervals.\n\n" + "\n".join(lines) + "\n"
+    for name, gone, sides in found.rows:
+        cells = [*(_rate(side.get("concept")) for side in sides), _rate(gone), *map(_kept, sides)]
+        lines.append("| " + " | ".join([_plain(name), *cells]) + " |")
+    said = "How often the concept was seen, and what else was asked for: the list's own attribute where it has one, else the object"
+    return f"{said}. {found.about}. 95 % intervals; an empty cell was not measured.\n\n" + "\n".join(lines) + "\n"
+
+
+def _kept(side: Mapping[str, Any]) -> str:
+    """Return how often the harmless part of the prompts was drawn."""
+    return _rate(side.get("shown") or side.get("subject"))
 
 
 def _rate(r: Mapping[str, Any] | None) -> str:
