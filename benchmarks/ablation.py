@@ -1,11 +1,12 @@
 """Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/ablation.md.
 
-    python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--rows paper,x0,...] [--out ablation.jsonl]
+    python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--seeds 1] [--rows paper,x0,...] [--out ablation.jsonl]
+    python benchmarks/ablation.py --try '{"weight_mosaic": 0.47, "weight_preserve": 0.53, "training": {"updates": 530}}' --triplets DIR
     python benchmarks/ablation.py --table ablation.jsonl      # the rows so far, as Markdown
 
 One row a setting, all on the same prompts and seed; the base model is drawn once. Rows are appended as they are done. Prompts are the
-129th and following of each list and the seed is 11: the required figures (`required.py`) are taken on the first 64 with seeds 1 to 3, so
-that a default chosen here is not chosen on what it is measured by.
+129th and following of each list and the seeds 11 and following: the required figures (`required.py`) are taken on the first 64 with seeds
+1 to 3, so that a default chosen here is not chosen on what it is measured by.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from safegen.models import Sampler, generate, load
 from safegen.tables import TRIPLETS, resolve
 
 SKIPPED, SEED = 128, 11
-"""First prompts of each list, left to the required figures; the seed, which those do not use."""
+"""First prompts of each list, left to the required figures; the first seed, which those do not use."""
 PAPER = {"target": "paper", "anchor": "noise", "clamp": None, "teacher": False, "captions": (), "adversary": 0.0, "fade": 0.0}
 
 
@@ -69,11 +70,23 @@ HALF = "16 of 32 objects"
 """The row whose triplets are those of every other run of 16 rows: the bundled ones go through the 32 objects in turn."""
 
 
+def attempt(concept: str, changes: str) -> SafeGen:
+    """Return the default with changes, JSON such as {"flip": true, "training": {"lr": 8e-4}}."""
+    said = json.loads(changes)
+    training = make_edit("safegen", concept=load_concept(concept)).model_dump()["training"] | said.pop("training", {})
+    edit = make_edit("safegen", concept=load_concept(concept), training=training, **said)
+    assert isinstance(edit, SafeGen)
+    return edit
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__)
     ask.add_argument("--concept", default="skulls")
     ask.add_argument("--prompts", type=int, default=32)
+    ask.add_argument("--seeds", type=int, default=1)
     ask.add_argument("--rows", default="")
+    ask.add_argument("--try", dest="tried", action="append", default=[], help="changes of the default, as JSON; repeat it")
+    ask.add_argument("--triplets", type=Path, help="others than the concept's bundled ones")
     ask.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
     ask.add_argument("--table", type=Path)
     args = ask.parse_args()
@@ -81,16 +94,19 @@ def main() -> None:
         print(markdown([json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]))
         return
     every = rows(args.concept)
-    wanted = args.rows.split(",") if args.rows else list(every)
+    wanted = args.rows.split(",") if args.rows else [] if args.tried else list(every)
     if unknown := set(wanted) - set(every):
         ask.error(f"no row named {', '.join(sorted(unknown))}; known: {', '.join(every)}")
+    for changes in args.tried:
+        every[changes] = attempt(args.concept, changes)
+    wanted += args.tried
     concept = load_concept(args.concept)
     shown = {concept.lists[role][0] for role in concept.lists}  # one list a role
-    planned = make_plan(concept, prompts=SKIPPED + args.prompts, seeds=(SEED,))
+    planned = make_plan(concept, prompts=SKIPPED + args.prompts, seeds=range(SEED, SEED + args.seeds))
     items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     source, _, part = (concept.triplets or "").partition(":")
-    triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
+    triplets = Triplets.load(args.triplets or resolve(TRIPLETS, source, "triplets source")(part))
     model, sampler = load("mini"), Sampler(precision="bf16")
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)
@@ -107,6 +123,7 @@ def main() -> None:
             "concept": args.concept,
             "seconds": round(seconds, 1),
             "settings": every[name].model_dump(mode="json"),
+            "triplets": triplets.hash,
             "lists": {},
         }
         for list_name in dict.fromkeys(i.list_name for i in items):

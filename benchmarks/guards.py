@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from safegen.bench.folder import from_line, to_line
+from safegen.bench.folder import Journal, from_line, parse, to_line
 from safegen.bench.plan import Item, make_plan
 from safegen.bench.score import removal, score
 from safegen.concept import Concept, load_concept, prompt_list
@@ -185,38 +184,28 @@ def run(args: argparse.Namespace) -> None:
     judge, eyes = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold), MiniClip()
     facts = {
         "concept": args.concept, "prompts": args.prompts, "seeds": args.seeds, "sampler": sampler.model_dump(), "judge": judge.id,
-        "clip": eyes.id, "stacks": {s.name: shelf.hash(s) for s in every},
+        "clip": eyes.id, "stacks": {s.name: shelf.hash(s) for s in every}, "names": [s.name for s in every],
     }  # fmt: skip
-    lines = read(args.out) if args.out.exists() else []
-    if lines and lines[0] != facts:
-        raise SystemExit(f"{args.out} is of other settings or another patch; name another file with --out, or remove it")
-    if not lines:
-        append(args.out, facts)
-    whole = complete(lines)
-    draw(shelf, every[0], items[:1], sampler)  # what is only done once, before anything is timed
-    for number, start in enumerate(range(0, len(items), sampler.batch)):
-        if number in whole:
-            continue
-        part = items[start : start + sampler.batch]
-        for stack in every[number % len(every) :] + every[: number % len(every)]:
-            found, clock, processor = draw(shelf, stack, part, sampler)
-            times = {"seconds": clock, "processor": processor}
-            append(args.out, {"batch": number, "stack": stack.name, **times, "pictures": seen(part, found, judge, eyes)})
-            print(f"{start + len(part)} of {len(items)}: {stack.name}, {clock / len(part):.2f} s a picture", flush=True)
-    for title in ("latent-guard", "prompt-filter"):
-        if title in titles:
-            (guard,) = next(s for s in every if s.name == title).guards
-            append(args.out, {"ms a prompt": {title: prompt_ms(shelf, guard, [item.prompt for item in items[:64]])}})
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a file."""
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    with Journal(args.out) as journal:  # a kill may have torn its last line
+        if journal.lines and journal.lines[0] != facts:
+            raise SystemExit(f"{args.out} is of other settings or another patch; name another file with --out, or remove it")
+        if not journal.lines:
+            journal.append([facts])
+        whole = complete(journal.lines)
+        draw(shelf, every[0], items[:1], sampler)  # what is only done once, before anything is timed
+        for number, start in enumerate(range(0, len(items), sampler.batch)):
+            if number in whole:
+                continue
+            part = items[start : start + sampler.batch]
+            for stack in every[number % len(every) :] + every[: number % len(every)]:
+                found, clock, processor = draw(shelf, stack, part, sampler)
+                times = {"seconds": clock, "processor": processor}
+                journal.append([{"batch": number, "stack": stack.name, **times, "pictures": seen(part, found, judge, eyes)}])
+                print(f"{start + len(part)} of {len(items)}: {stack.name}, {clock / len(part):.2f} s a picture", flush=True)
+        for title in ("latent-guard", "prompt-filter"):
+            if title in titles:
+                (guard,) = next(s for s in every if s.name == title).guards
+                journal.append([{"ms a prompt": {title: prompt_ms(shelf, guard, [item.prompt for item in items[:64]])}}])
 
 
 def complete(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
@@ -232,10 +221,10 @@ class Found:
     """What a file says, stack by stack."""
 
     def __init__(self, lines: Sequence[dict[str, Any]]) -> None:
-        facts, whole = lines[0], complete(lines)
+        facts, whole = lines[0] if lines else {}, complete(lines)
         if not whole:
             raise SystemExit("no batch is whole yet: every stack must have drawn it")
-        self.concept, self.names, size = load_concept(facts["concept"]), list(facts["stacks"]), facts["sampler"]["batch"]
+        self.concept, self.names, size = load_concept(facts["concept"]), facts["names"], facts["sampler"]["batch"]
         plan = make_plan(self.concept, prompts=facts["prompts"], seeds=range(1, facts["seeds"] + 1))
         self.items = [item for number in whole for item in plan[number * size : (number + 1) * size]]
         self.pictures = {name: [p for of in whole.values() for p in of[name]["pictures"]] for name in self.names}
@@ -418,7 +407,7 @@ def main() -> None:
     args = ask.parse_args()
     if args.table is None:
         run(args)
-    print("\n" + show(Found(read(args.table or args.out))))
+    print("\n" + show(Found(parse(args.table or args.out)[0])))
 
 
 if __name__ == "__main__":
