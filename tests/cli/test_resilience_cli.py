@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from safegen.cli.resilience import _show
 from safegen.edit.uce import UCE
 from safegen.models import load
 
@@ -28,6 +29,20 @@ def test_an_edited_model_is_fine_tuned_and_judged_again(safegen, patch, tmp_path
     found = json.loads((tmp_path / "r" / "resilience.json").read_text())
     assert (found["model"], found["settings"]["on"], found["sides"]) == ("mini", "concept", ["base", "edited", "edited+1"])
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_no_name_is_cut_on_a_narrow_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    rate = {"value": 0.375, "low": 0.14, "high": 0.69, "n": 8}
+    sides = ["base", "edited", "edited+100", "modular+100"]
+    lists = {
+        role: {"role": role, "sides": {s: {"concept": rate, "subject": rate} for s in sides}} for role in ("explicit", "innocent", "benign")
+    }
+    facts = {"concept": {"name": "skulls"}, "settings": {"on": "concept"}, "data": {"pictures": 100}}
+    _show(facts | {"sides": sides, "lists": lists})
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in (*sides, *lists))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
 
 
 @pytest.mark.parametrize(

@@ -94,10 +94,10 @@ def _show(summary: dict[str, Any]) -> None:
 
     name, on = summary["concept"]["name"], summary["settings"]["on"]
     table = Table(title=f"{name} after fine-tuning on {summary['data']['pictures']} {on} pictures (95 %)", title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True, min_width=max(map(len, summary["sides"])))  # rich would cut names before it wraps figures
     for entry in summary["lists"].values():
-        table.add_column(f"{entry['role']}: {name} seen")
-        table.add_column("right object")
+        table.add_column(f"{entry['role']}\n{name} seen", overflow="fold")
+        table.add_column("right object", overflow="fold")
     for side in summary["sides"]:
         rows = [entry["sides"][side] for entry in summary["lists"].values()]
         table.add_row(side, *(cell for row in rows for cell in (rate(row["concept"]), rate(row["subject"]))))
