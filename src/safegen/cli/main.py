@@ -119,7 +119,8 @@ def edit(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     triplets: Annotated[
-        Path | None, typer.Option(help="For edits that learn from pictures: folder made by `safegen triplets make`, or the official CSV.")
+        Path | None,
+        typer.Option(help="For edits that learn from pictures: folder made by `safegen triplets make`, the official CSV, or mini:skulls."),
     ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",

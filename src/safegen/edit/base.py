@@ -153,7 +153,9 @@ def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resu
     if edit.learns_from == "words" and triplets is not None:
         raise BadSetting(f"triplets have no effect on {method}, which learns from words; leave them out and give a concept")
     if edit.learns_from != "words" and triplets is None:
-        raise BadSetting(f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, or a CSV")
+        raise BadSetting(
+            f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, a CSV, or bundled ones (mini:skulls)"
+        )
     if not edit.trains and (folder is not None or resume):
         what = "resume" if resume else "a folder for checkpoints"
         raise BadSetting(f"{what} has no effect on {method}, which is solved in one go; leave it out")
