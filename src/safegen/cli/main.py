@@ -256,7 +256,7 @@ def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
 
 
 def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
-    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training."""
+    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training, or of an adversary that was named."""
     from safegen.api import make_edit
 
     out: dict[str, Any] = {}
@@ -270,10 +270,13 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
             value = text
         outer, _, inner = name.partition(".")
         if inner:
-            start = make_edit(method, preset).model_dump().get(outer)
+            start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
+            if outer == "adversary" and isinstance(start, str):
+                start = {"name": start}
             if not isinstance(start, dict):
-                raise BadSetting(f"--set {name}: {outer!r} has no settings of its own")
-            out[outer] = out.get(outer, start) | {inner: value}
+                first = "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
+                raise BadSetting(f"--set {name}: {outer!r} has no settings of its own{first}")
+            out[outer] = start | {inner: value}
         else:
             out[name] = value
     return out

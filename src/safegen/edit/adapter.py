@@ -101,6 +101,15 @@ def trainable(model: Model, selector: str, *, rank: int | None, alpha: float | N
                 delattr(module, NAME)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight that a module computes with: its own, with the change of its factors where some hang beside it."""
+    weight: Tensor = module.get_parameter("weight")
+    factors = getattr(module, NAME, None)
+    if factors is None:
+        return weight
+    return weight + factors.scale * (factors.up.flatten(1) @ factors.down.flatten(1)).reshape(weight.shape)
+
+
 def refuse_idle_alpha(rank: int | None, alpha: float | None) -> None:
     """Refuse a strength of factors that there are not.
 

@@ -73,8 +73,8 @@ def adversarial_embeddings(
     if ridge <= 0:
         raise ValueError(f"ridge must be > 0, got {ridge}")
     width = keys.shape[1]
-    gram = ridge * torch.eye(width, dtype=torch.float64)
-    cross = torch.zeros(width, width, dtype=torch.float64)
+    gram = ridge * torch.eye(width, dtype=torch.float64, device=keys.device)
+    cross = torch.zeros_like(gram)
     for w, w_0 in zip(edited, original, strict=True):
         gram = gram + w.double().T @ w.double()
         cross = cross + w.double().T @ w_0.double()
