@@ -64,6 +64,9 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
     patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model; may be given more than once.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA, FILE or FILE:SCALE, active beside the weights; may be given more than once.")
+    ] = None,
     guard: Annotated[list[str] | None, typer.Option(help="A guard, NAME or NAME-PRESET as sld-max; may be given more than once.")] = None,
     concept: Annotated[str | None, typer.Option(help="Concept whose words and judge the guards take.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture i of a run gets its noise from (seed, i).")] = 0,
@@ -83,11 +86,12 @@ def generate(
     from safegen.bench.grid import contact_sheet
     from safegen.files import private_folder, short
     from safegen.models import Ask, Patch, Sampler, save_picture
-    from safegen.stack import Shelf, Stack, add_guards, add_patches, load_stack
+    from safegen.stack import Shelf, Stack, add_guards, add_loras, add_patches, load_stack
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
-    recipe = add_guards(add_patches(recipe, patch or []), guard or [], concept)
+    recipe = add_guards(add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept)
+    loras = [one.facts() for one in recipe.loras]
     patches = [Patch.load(path).hash for path in recipe.patches]
     sampler, shelf = (
         Sampler(steps=steps, guidance=guidance, batch=batch),
@@ -100,6 +104,7 @@ def generate(
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
                 facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": short(model or recipe.model)}
                 facts |= {"base": ready.model.hash, "patches": patches, "stack": ready.hash, "negative_prompt": recipe.negative_prompt}
+                facts |= {"loras": loras} if loras else {}
                 facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
                 pictures.append(ready.shown(drawn))
                 if not drawn.trail.withheld:
