@@ -81,6 +81,20 @@ def adversarial_embeddings(
     return torch.linalg.solve(gram, cross @ keys.double().T).T
 
 
+def leaning(key: Float[Tensor, "k in"], attributes: Sequence[Float[Tensor, "k in"]], shares: Sequence[float]) -> Float[Tensor, "k in"]:
+    """Return a word's embedding leaning toward attributes: c + sum_p a_p c_p, whose keys and values the word gets when it is debiased.
+
+    Gandikota et al. 2023, arXiv:2308.14761, section on debiasing: v* = W_old (c + sum_p a_p c_p). The equation is from memory, the paper's
+    search for the a_p by looking at pictures is not here.
+
+    Args:
+        key: the word, a row for each position.
+        attributes: of the same positions.
+        shares: a_p, one for each attribute; unitless, negative to lean away.
+    """
+    return key + sum((share * one for share, one in zip(shares, attributes, strict=True)), torch.zeros_like(key))
+
+
 def projections(model: Model) -> dict[str, Tensor]:
     """Return the key and value projections of every cross-attention layer by name: all weights that read the text. Float64, on the CPU."""
     own = dict(model.denoiser.named_parameters())
