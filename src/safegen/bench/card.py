@@ -234,7 +234,7 @@ def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Mea
 
 def _run(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
     entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
-    plain = [e for e in entries if not (e.get("guards") or e.get("negative_prompt") is not None or e.get("blank"))]
+    plain = [e for e in entries if not (e.get("guards") or e.get("loras") or e.get("negative_prompt") is not None or e.get("blank"))]
     names = [e["name"] for e in plain if [p["hash"] for p in e["patches"]] == patches]
     if not names:
         held = "; ".join(f"{e['name']}: {', '.join(p['hash'][:12] for p in e['patches']) or 'none'}" for e in plain)

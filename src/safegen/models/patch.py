@@ -72,6 +72,11 @@ class Patch:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error
+        if header.get("format") != FORMAT and any(k.endswith((".lora_down.weight", ".lora_A.weight")) for k in tensors):
+            raise BadFile(
+                f"{path} is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps it active beside the weights, "
+                "`safegen patch from-lora` makes a patch of it"
+            )
         if header.get("format") != FORMAT:
             raise BadFile(f"{path} is not a safegen patch: its header says format {header.get('format')!r}, a patch says {FORMAT!r}")
         for key, value in tensors.items():
