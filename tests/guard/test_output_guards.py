@@ -11,6 +11,7 @@ from safegen.errors import BadFile, BadSetting
 from safegen.guard import make_guard
 from safegen.guard.judge_filter import JudgeFilter, Looker, covered
 from safegen.judge import Detection, Verdict
+from safegen.judge.batch import look as look_one_by_one
 from safegen.models.seams import Border
 
 
@@ -78,6 +79,25 @@ def test_a_judge_that_raises_mid_call_shows_no_picture_and_the_next_call_draws(t
     assert {(d.image, d.trail.reason) for d in draw(tiny_model.pipeline, [guard], output_type="pil")} == {
         (None, "judge-filter: unjudged: torn")
     }
+
+
+def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unjudged(tiny_model, draw, monkeypatch):
+    class Large(Says):
+        def judge(self, images):
+            return look_one_by_one(images, lambda image: image, self.see, labels=self.labels, threshold=self.threshold)
+
+        def see(self, inputs):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(JudgeFilter, "open", lambda self: Large())
+    guard, pipe = make_guard("judge-filter", concept="skulls"), tiny_model.pipeline
+    base = draw(pipe)
+    with pytest.raises(MemoryError, match="says could not judge 2 of 2 pictures: RuntimeError: DefaultCPUAllocator"):
+        draw(pipe, [guard], output_type="pil")
+    (alone,) = draw(pipe, [guard], ["a red cube"], output_type="pil")
+    assert (alone.image, alone.trail.action) == (None, "withhold")
+    assert "can't allocate memory" in alone.trail.reason
+    assert np.array_equal(draw(pipe), base)
 
 
 def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(tiny_folder, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safegen.errors import BadSetting
 from safegen.guard.base import Finding, Probe, Ready
-from safegen.guard.judge_filter import Judged
+from safegen.guard.judge_filter import Judged, ask_judge
 from safegen.judge import Judge
 from safegen.models.seams import ONE_FRAME, Border, Seam, copied
 
@@ -69,7 +69,7 @@ class _Ready(Ready):
             changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil", "callback_on_step_end": None}
             if guard.steps is not None:
                 changed["num_inference_steps"] = guard.steps
-            verdicts = self.judge.judge(draw(prompts, changed))
+            verdicts = ask_judge(self.judge, draw(prompts, changed))
             hits = [hit + (verdict.outcome != "safe") for hit, verdict in zip(hits, verdicts, strict=True)]
         limits = {"share": guard.limit, "score": self.judge.threshold}
         out = []
