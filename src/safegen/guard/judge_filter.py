@@ -58,7 +58,7 @@ class Judged(Guard):
 
     def facts(self) -> dict[str, Any]:
         """Return the settings with the judge's id in the place of where its weights lie."""
-        return hashed(self.model_dump(mode="json"), self.open())
+        return hashed(super().facts(), self.open())
 
 
 class JudgeFilter(Judged):
