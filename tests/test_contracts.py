@@ -30,7 +30,7 @@ TABLES = {
     "triplets": tables.TRIPLETS,
 }
 NOT_METHODS = {
-    "guard": {"__init__", "base", "engine", "hooks"},
+    "guard": {"__init__", "base", "engine", "hooks", "projection", "reattention", "work"},
     "edit": {"__init__", "base", "adapter", "adversary", "checkpoint", "closed_form", "loop", "losses", "rollout", "samples", "training"},
     "judge": {"__init__", "base", "batch", "onnx", "vision"},
 }

@@ -242,7 +242,7 @@ class Opened:
             BadSetting: a negative prompt or a guard without guidance.
         """
         if self.stack.blank:
-            return [Drawn(self._black(), Trail("none", "")) for _ in asks]
+            return [Drawn(self.black(), Trail("none", "")) for _ in asks]
         from safegen.models.sampling import arithmetic, batches, generate
 
         if self.guarded is None:
@@ -255,9 +255,10 @@ class Opened:
 
     def shown(self, drawn: Drawn) -> Image.Image:
         """Return what stands for a picture where one must be: black for one that was withheld."""
-        return drawn.image or self._black()
+        return drawn.image or self.black()
 
-    def _black(self) -> Image.Image:
+    def black(self) -> Image.Image:
+        """Return a black picture of the model's size."""
         return Image.new("RGB", (self.model.size, self.model.size))
 
     def free(self) -> None:
