@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from real import UNETS
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 
@@ -71,3 +72,13 @@ def make_tiny():
 def other_build(request, make_tiny):
     """Return a tiny SD 2.x, then a tiny SDXL, to be read only."""
     return make_tiny(request.param)
+
+
+@pytest.fixture(scope="module", params=sorted(UNETS))
+def real(request):
+    """Return the name of a build and a UNet of its real size, without weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return request.param, UNet2DConditionModel(**UNETS[request.param])

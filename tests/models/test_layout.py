@@ -1,43 +1,25 @@
-"""Names of the original layout and of LoRA files, against the published lists.
-
-The lists of whole checkpoints lie in `keys/`, each with its source in its head; those of LoRAs (component files of
-arenasys/stable-diffusion-webui-model-toolkit) are held to their length in characters, which a missing, additional or misnamed key changes,
-and to lines of them. The library's own reader must take every name back.
-"""
+"""Names of the original layout, against the published lists in `keys/`; the library's own reader must take every name back."""
 
 from __future__ import annotations
 
-import gzip
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
+from real import lines, published
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from safegen.models import select
-from safegen.models.layout import PREFIX, lora_factors, lora_name, open_clip_names, original_names, pack, unet_names, unpack, vae_names
+from safegen.models.layout import PREFIX, lora_factors, open_clip_names, original_names, pack, unet_names, unpack, vae_names
+from safegen.models.select import SELECTORS
 
-CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-SD1 = {
-    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768,
-    "attention_head_dim": 8, "down_block_types": (CROSS,) * 3 + (PLAIN,), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}  # fmt: skip
-SD2 = SD1 | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "sample_size": 96}
-SDXL = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20), "down_block_types": (PLAIN, CROSS, CROSS), "use_linear_projection": True,
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-UNETS = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -54,38 +36,25 @@ TEXT = {
 }  # fmt: skip
 OPEN_CLIP = {"sd2": "text_encoder", "sdxl": "text_encoder_2"}
 SELECTED = {
-    "sd1": {"attn1": (80, 49_574_080), "attn2": (80, 43_962_560), "kv2": (32, 19_169_280)},
-    "sd2": {"attn1": (80, 49_574_080), "attn2": (80, 50_352_320), "kv2": (32, 25_559_040)},
-    "sdxl": {"attn1": (350, 409_683_200), "attn2": (350, 545_670_400), "kv2": (140, 340_787_200)},
-}
-"""Build: tensors and parameters of a patch of each selector, by hand.
+    "sd1": {
+        "attn1": (80, 49_574_080), "attn2": (80, 43_962_560), "kv2": (32, 19_169_280), "attention": (160, 93_536_640),
+        "noxattn": (598, 813_495_680), "all": (686, 859_520_964),
+    },
+    "sd2": {
+        "attn1": (80, 49_574_080), "attn2": (80, 50_352_320), "kv2": (32, 25_559_040), "attention": (160, 99_926_400),
+        "noxattn": (598, 813_495_680), "all": (686, 865_910_724),
+    },
+    "sdxl": {
+        "attn1": (350, 409_683_200), "attn2": (350, 545_670_400), "kv2": (140, 340_787_200), "attention": (700, 955_353_600),
+        "noxattn": (1322, 2_019_730_560), "all": (1680, 2_567_463_684),
+    },
+}  # fmt: skip
+"""Build: tensors and parameters of a patch of each selector, by hand; of all of it, the known size of these UNets.
 
 A block of width c with text of width d has 4 c^2 + c in attn1, 2 c^2 + c + 2 c d in attn2, of which 2 c d in kv2. SD 1.x and 2.x have
-5, 5 and 6 blocks of 320, 640 and 1280 (d 768 and 1024), SDXL 10 and 60 of 640 and 1280 (d 2048).
+5, 5 and 6 blocks of 320, 640 and 1280 (d 768 and 1024), SDXL 10 and 60 of 640 and 1280 (d 2048). `noxattn` is all but attn2 and the eight
+tensors of 2,062,724 parameters of the last layers and the time embedding.
 """
-
-
-def published(build, prefix=""):
-    """The weights of a checkpoint of a build below a prefix, without it: name and shape."""
-    text = gzip.decompress((Path(__file__).parent / "keys" / f"{build}.txt.gz").read_bytes()).decode()
-    found = {}
-    for line in text.splitlines():
-        name, _, shape = line.partition(" [")
-        if not line.startswith("#") and name.startswith(prefix):
-            found[name.removeprefix(prefix)] = tuple(int(n) for n in shape.rstrip("]").split(",") if n)
-    return found
-
-
-@pytest.fixture(scope="module", params=sorted(UNETS))
-def real(request):
-    """A UNet of real size without weights."""
-    with torch.device("meta"):
-        return request.param, UNet2DConditionModel(**UNETS[request.param])
-
-
-def lines(named):
-    """A list in the published form."""
-    return sorted(f"{name} [{','.join(map(str, shape))}]" for name, shape in named.items())
 
 
 def test_a_whole_checkpoint_has_the_published_keys_and_shapes(real):
@@ -141,20 +110,19 @@ def test_the_selectors_pick_the_published_layers(real):
     own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
     listed = published(build, "model.diffusion_model.")
     layers = {"attn1": (".attn1.",), "attn2": (".attn2.",), "kv2": (".attn2.to_k.", ".attn2.to_v."), "attention": (".attn1.", ".attn2.")}
-    for selector, marks in layers.items():
-        wanted = {name: shape for name, shape in listed.items() if any(mark in name for mark in marks)}
+    ends = ("out.", "time_embed.")
+    of = {"all": set(listed), "noxattn": {n for n in listed if ".attn2." not in n and not n.startswith(ends)}}
+    of |= {selector: {n for n in listed if any(mark in n for mark in marks)} for selector, marks in layers.items()}
+    assert of.keys() == SELECTORS.keys() == SELECTED[build].keys()
+    for selector, wanted in of.items():
         picked = select(unet, selector)
-        assert {to[n]: tuple(own[n].shape) for n in picked} == wanted
-        assert selector == "attention" or (len(wanted), sum(prod(shape) for shape in wanted.values())) == SELECTED[build][selector]
-    assert {to[n] for n in select(unet, "noxattn")} == {
-        n for n in listed if ".attn2." not in n and not n.startswith(("out.", "time_embed."))
-    }
-    assert {to[n] for n in select(unet, "all")} == set(listed)
+        assert {to[n]: tuple(own[n].shape) for n in picked} == {n: listed[n] for n in wanted}
+        assert (len(picked), sum(prod(listed[n]) for n in wanted)) == SELECTED[build][selector]
     rest, cross = set(select(unet, "noxattn")), set(select(unet, "attn2"))
-    ends = {n for n in own if n.startswith(("conv_norm_out.", "conv_out.", "time_embedding."))}
-    assert rest | cross | ends == set(own) == set(select(unet, "all"))
+    last = {n for n in own if n.startswith(("conv_norm_out.", "conv_out.", "time_embedding."))}
+    assert rest | cross | last == set(own) == set(select(unet, "all"))
     assert not rest & cross
-    assert not rest & ends
+    assert not rest & last
 
 
 def vae():
@@ -185,39 +153,6 @@ def test_the_library_reads_an_open_clip_tower_back(build, part):
     assert all(torch.equal(value, state[name]) for name, value in back.items())
     names = original_names(build, part, state)
     assert all(torch.equal(unpack(build, part, n, packed[names[n]], v.shape), v) for n, v in state.items())
-
-
-LORA = ("proj_in.weight", "proj_out.weight", "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "proj.weight", "net.2.weight")
-
-
-def test_lora_keys_are_the_published_ones_on_sd_1():
-    """kohya's files name two factors of each linear weight in the attention blocks; -1 stands for the rank. The list has no alphas."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD1)
-    listed = {}
-    for name, p in unet.named_parameters():
-        if ".attentions." in name and name.endswith(LORA):
-            tail = (1, 1) if p.ndim == 4 else ()
-            listed[f"{lora_name(name)}.lora_down.weight"] = (-1, p.shape[1], *tail)
-            listed[f"{lora_name(name)}.lora_up.weight"] = (p.shape[0], -1, *tail)
-    assert len("\n".join(lines(listed))) == 34_765
-    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight" in listed
-
-
-def test_lora_keys_are_the_published_ones_on_sdxl():
-    """There the names are those of the original layout, and the list has convolutions and alphas too."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
-    own, listed = dict(unet.named_parameters()), {}
-    for name, to in unet_names(own).items():
-        p = own[name]
-        if p.ndim >= 2 and name.partition(".")[0] not in ("conv_in", "conv_out", "time_embedding", "add_embedding"):
-            stem, tail = lora_name(name, to), (1,) * (p.ndim - 2)
-            listed[f"{stem}.alpha"] = ()
-            listed[f"{stem}.lora_down.weight"] = (-1, *p.shape[1:])
-            listed[f"{stem}.lora_up.weight"] = (p.shape[0], -1, *tail)
-    assert len("\n".join(lines(listed))) == 184_846
-    assert {"lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v.alpha", "lora_unet_output_blocks_5_2_conv.alpha"} <= listed.keys()
 
 
 def test_a_weight_without_a_place_is_named():

@@ -23,6 +23,8 @@ from safegen.models.patch import FORMAT, OtherBase, Patch
 Keys = Literal["kohya", "diffusers"]
 TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 """How modules of a text encoder begin in a LoRA file."""
+FACTORS = {".lora_down.weight": ".lora_up.weight", ".lora_A.weight": ".lora_B.weight", ".lora.down.weight": ".lora.up.weight"}
+"""How the two factors of a module end: kohya's form, that of diffusers' pipelines, that of its training scripts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +94,9 @@ def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtyp
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in lora.factors.items():
         if keys == "kohya":
-            stem = lora_name(name, original.get(name))
-            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(float(len(down)))}
+            stem, up = lora_name(name, original.get(name)), up * (len(down) / lora.rank)  # noqa: PLW2901
+            alpha = torch.tensor(float(lora.rank))  # one for all modules, whatever their rank: diffusers reads no other
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
         else:
             stem = "unet." + name.removesuffix(".weight")
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
@@ -114,7 +117,7 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
     What changes the text encoder is left out, and counted in the provenance.
 
     Args:
-        path: a safetensors file in kohya's keys or diffusers'.
+        path: a safetensors file in kohya's keys or diffusers', those of its training scripts and of 2023 included.
         model: what it is put on; the patch is made on this base, whatever the LoRA was made on.
         scale: its strength; 1 is as trained.
 
@@ -169,17 +172,18 @@ def read_factors(path: Path, model: Model) -> Factors:
         )
     own = dict(model.denoiser.named_parameters())
     original = unet_names(own) if hasattr(model.denoiser, "add_embedding") else {}
-    stems = {lora_name(n, original.get(n)): n for n in own if n.endswith(".weight")}
-    stems |= {"unet." + n.removesuffix(".weight"): n for n in own if n.endswith(".weight")}
+    weights = [n for n in own if n.endswith(".weight")]
+    stems = {lora_name(n): n for n in weights} | {"unet." + n.removesuffix(".weight"): n for n in weights}
+    stems |= {lora_name(n, original[n]): n for n in weights if n in original}
     beside = [k for k in tensors if k.startswith(TEXT)]
     found, used = dict[str, tuple[Tensor, Tensor, float]](), set(beside)
     for key, down in tensors.items():
-        stem, kind = next(((key.removesuffix(e), e) for e in (".lora_down.weight", ".lora_A.weight") if key.endswith(e)), ("", ""))
+        stem, kind = next(((key.removesuffix(e), e) for e in FACTORS if key.endswith(e)), ("", ""))
         if not stem or key in used:
             continue
         if stem not in stems:
             raise BadPatch(f"the LoRA does not fit the model {model.name!r}: it has no module {stem}; it was made for another family")
-        partner = stem + (".lora_up.weight" if kind == ".lora_down.weight" else ".lora_B.weight")
+        partner = stem + FACTORS[kind]
         if partner not in tensors:
             raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
         up, alpha = tensors[partner], float(tensors.get(f"{stem}.alpha", torch.tensor(float(default or len(down)))))
@@ -191,7 +195,7 @@ def read_factors(path: Path, model: Model) -> Factors:
         found[name] = (down, up, alpha / len(down))
         used |= {key, partner, f"{stem}.alpha"}
     if not found:
-        raise BadFile(f"{path} is not a LoRA of a denoiser: it has no module that ends in lora_down.weight or lora_A.weight")
+        raise BadFile(f"{path} is not a LoRA of a denoiser: it has no module that ends in {', '.join(k[1:] for k in FACTORS)}")
     if more := sorted(tensors.keys() - used):
         raise BadFile(
             f"{path} has {more[0]}, which a plain LoRA has not; LoHa, LoKr, DoRA and their like would be half read, so they are not"
@@ -223,4 +227,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
         raise BadFile(f"{path} is a damaged LoRA: its header cannot be read ({error}); make or fetch it again") from error
     if theirs.get("unet.alpha_pattern") or theirs.get("unet.use_rslora"):
         raise BadFile(f"{path} has modules of several strengths, or strengths by the root of the rank; neither is read")
-    return tensors, said, theirs.get("unet.lora_alpha")
+    return {_named(k): v for k, v in tensors.items()}, said, theirs.get("unet.lora_alpha")
+
+
+def _named(key: str) -> str:
+    """Return a key as it is, or as today if it is one of 2023, when diffusers' attention processors held the factors."""
+    if ".processor.to_" not in key:
+        return key
+    return key.replace(".processor.", ".").replace("_lora.", ".lora.").replace(".to_out.lora.", ".to_out.0.lora.")
