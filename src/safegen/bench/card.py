@@ -150,6 +150,9 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
     """Yield the paragraphs of a patch, and of those that it was merged of."""
     method, settings = str(said.get("method", "not said")), said.get("settings", {})
     yield f"### {method}, patch `{digest[:12]}`\n"
+    if below := said.get("on"):
+        lay = ", then ".join(f"{_plain(str(one['method']))} `{str(one['hash'])[:12]}`" for one in below)
+        yield f"Made on a model with other patches on it: {lay}. Without them it is not what was made.\n"
     words = settings.get("erase")
     if words:
         yield f"Erased words: {', '.join(f'`{_plain(word)}`' for word in words)}.\n"

@@ -138,6 +138,8 @@ class TrainedEdit(Edit):
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
             check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
             problem = self.problem(model, triplets, part.names)
+            if model.patches:
+                problem.fingerprint += f" on {lying_under(model)}"
             found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         return Patch(part.weights(found.tensors), facts_of(self, model, triplets) | found.facts(problem.weights))
 
@@ -193,6 +195,11 @@ def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
     return erase
 
 
+def lying_under(model: Model) -> list[dict[str, str]]:
+    """Return method and hash of each patch that is on a model, in order: what an edit trained on it presupposes."""
+    return [{"method": str(patch.provenance.get("method")), "hash": patch.hash} for patch in model.patches]
+
+
 def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a patch's provenance."""
     out = {
@@ -202,4 +209,5 @@ def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more:
         "family": model.family,
         "model": short(model.name),
     }
+    out |= {"on": under} if (under := lying_under(model)) else {}
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

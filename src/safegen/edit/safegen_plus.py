@@ -125,7 +125,7 @@ class SafeGenPlus(TrainedEdit):
         _ = model.hash  # of the untouched weights: what the patch refers to
         check(model.denoiser, select(model.denoiser, self.selector), self.training, folder=folder, resume=resume)
         text = words.apply(model) if words else None
-        with text.apply(model) if text else nullcontext():
+        with text.apply(model, named=False) if text else nullcontext():
             seen = super().apply(model, triplets, folder=folder, resume=resume, report=report)
         if text is None:
             return seen

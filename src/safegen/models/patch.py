@@ -37,7 +37,8 @@ class Patch:
 
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """method, settings, base (model hash), family, data (triplets hash), made_by, metrics: plain JSON values."""
+    """method, settings, base (model hash), on (method and hash of each patch that lay under it when it was made), family, data (triplets
+    hash), made_by, metrics: plain JSON values."""
 
     @cached_property
     def hash(self) -> str:
@@ -121,18 +122,37 @@ class Patch:
             )
 
     @torch.no_grad()
-    def apply(self, model: Model) -> Applied:
+    def apply(self, model: Model, *, named: bool = True) -> Applied:
         """Put the new values into the model, in memory; the answer takes them out again exactly.
+
+        Args:
+            model: the model.
+            named: whether what is made of the model meanwhile says that this patch lay under it.
 
         Raises:
             BadPatch: see `fits`; then nothing was changed.
+
+        Warns:
+            OtherBase: see `fits`; or a patch that lay under it when it was made is not on the model.
         """
+        _ = model.hash  # of the untouched weights: what patches refer to
         self.fits(model)
+        there = {patch.hash for patch in model.patches} if self.provenance.get("on") else set()
+        for below in self.provenance.get("on", ()):
+            if below["hash"] not in there:
+                warnings.warn(
+                    f"the patch was made on a model with another patch on it ({below['method']}, hash {below['hash'][:12]}), which is not "
+                    f"on {model.name!r}: put that one on first, or measure the result before you trust it",
+                    OtherBase,
+                    stacklevel=2,
+                )
+        if named:
+            model.patches.append(self)
         own = dict(model.denoiser.named_parameters())
         before = {k: own[k].detach().clone() for k in self.tensors}
         for key, value in self.tensors.items():
             own[key].copy_(value)
-        return Applied(model, before)
+        return Applied(model, before, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +161,7 @@ class Applied:
 
     model: Model
     before: Mapping[str, Tensor]
+    patch: Patch
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -148,6 +169,8 @@ class Applied:
         own = dict(self.model.denoiser.named_parameters())
         for key, value in self.before.items():
             own[key].copy_(value)
+        if self.patch in self.model.patches:
+            self.model.patches.remove(self.patch)
 
     def __enter__(self) -> Applied:
         """Return itself."""
