@@ -84,7 +84,7 @@ def words(concept: Concept, work: Path, shelf: Shelf) -> dict[str, tuple[tuple[W
         "clip-filter": ({"name": "judge-filter", **clip},),
         "safree + negative-prompt": ("safree", "negative-prompt"),
         "negative-prompt + safree": ("negative-prompt", "safree"),
-        "sld-max + negative-prompt": ("sld-max", "negative-prompt"),
+        "sld-max (both concepts) + negative-prompt": ({"name": "sld", "preset": "max", "text": every}, "negative-prompt"),
         "safree + sld-max": ("safree", "sld-max"),
         "crops-one-step": ({"name": "crops", "preset": "one-step", **clip},),
     }
@@ -324,9 +324,26 @@ def show(found: Found) -> str:
     two = [[marked(s), *(removed(s, p) for p in asks), *(scored(s, p, "subject") for p in found.lists)] for s in found.names]
     three = [[marked(s), *(clip(s, p) for p in found.lists)] for s in found.names]
     ends = [*(f"{short[p]}: removed" for p in asks), *(f"{name}: right object" for name in short.values())]
+
+    def bare(name: str, part: str, key: str) -> str:
+        return scored(name, part, key).partition(" ")[0]
+
+    plain = [p for p in found.lists if p not in asks]
+    zero = [
+        [
+            marked(s),
+            *(removed(s, p) for p in asks),
+            *(bare(s, p, main_figure(p)) for p in plain),
+            clip(s, plain[-1]).partition(" ")[0],
+            f"{found.median(s, 0):.2f}",
+        ]
+        for s in found.names
+    ]
+    zero_heads = [*(f"{short[p]}: removed" for p in asks), *(f"{short[p]}: {heads[main_figure(p)]}" for p in plain)]
     parts = [
         f"Pictures a stack: {n}. In brackets 95 %: Wilson's; of removal and CLIP by bootstrap over prompts.\n"
         "*: measured by the judge that it asks, which says nothing. +: asks the CLIP pair that the score is by.",
+        table(["in short, %", *zero_heads, f"CLIP, {short[plain[-1]]}", "times the base's seconds"], zero),
         table(["%", *(f"{short[p]}: {heads[main_figure(p)]}" for p in found.lists), "withheld or black, by reason"], one),
         table(["%", *ends], two),
         table(["CLIP score of what is shown", *short.values()], three),
@@ -372,24 +389,29 @@ def checks(found: Found) -> list[str]:
 
 
 def worse(found: Found) -> list[str]:
-    """Return where a guard on the patch is worse than either alone by more than the interval of the paired difference."""
-    out, asked = [], 0
+    """Return where a guard on the patch is worse than either alone by more than the interval of the paired difference; removal apart."""
     alone = [n for n in found.names if n != "base" and f"patch {n}" in found.names and n not in SAME_JUDGE]
+    asked, lost = Counter[bool](), dict[tuple[bool, str], list[str]]()
     for name in alone:
         for other in (name, "patch"):
             for part, at in found.lists.items():
                 both, single = (found.good(n, part) for n in (f"patch {name}", other))
                 for what in both:
-                    prompts = [found.items[i].prompt for i in at]
-                    gap = tried(partial(hit_difference, both[what], single[what], prompts))
-                    asked += 1
+                    gap = tried(partial(hit_difference, both[what], single[what], [found.items[i].prompt for i in at]))
+                    asked[what == "removal"] += 1
                     if gap and gap["high"] < 0:
-                        out.append(f"  - {part}, {what}: patch + {name} worse than {other} alone by {text(gap)} points")
-    if not alone:
-        return []
-    said = f"{'NOT' if out else 'met'}, {len(out)} of {asked} comparisons"
-    head = f"- patch and guard never worse than either by more than the difference's interval: {said}"
-    return [head + " (about one in forty would be so by chance alone)", *out]
+                        said = f"{part.partition(':')[2]}, {what}: {text(gap)}"
+                        lost.setdefault((what == "removal", f"patch {name} against {other} alone"), []).append(said)
+    out = []
+    for removes, title in ((True, "removal"), (False, "right object, and neighbours and the other concept drawn")):
+        mine = {pair: said for (kind, pair), said in lost.items() if kind == removes}
+        count = sum(map(len, mine.values()))
+        head = f"{'NOT' if count else 'met'}, worse in {count} of {asked[removes]} comparisons (one in forty would be so by chance alone)"
+        out += (
+            [f"- patch and guard never worse than either by more than the difference's interval, {title}: {head}"] if asked[removes] else []
+        )
+        out += [f"  - {pair}, points: {'; '.join(said)}" for pair, said in mine.items()]
+    return out
 
 
 def main() -> None:

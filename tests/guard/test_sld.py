@@ -57,6 +57,24 @@ def test_it_draws_what_the_published_pipeline_draws(tiny_model, safe, draw, pres
         assert np.abs(theirs - draw(tiny_model.pipeline, num_inference_steps=steps, **more)).max() > 1e-2  # there is something to agree on
 
 
+def test_it_is_refused_where_a_negative_prompt_says_the_same(tiny_model):
+    guards = [make_guard("sld", "max", text=TEXT), make_guard("negative-prompt", text=f"{TEXT} ")]
+    for order in (guards, guards[::-1]):
+        with pytest.raises(BadSetting, match="'sld' has no effect beside the others: it steers by how its text differs from the negative"):
+            Guarded(tiny_model.pipeline, order)
+    Guarded(tiny_model.pipeline, [guards[0], make_guard("negative-prompt", text="a cone")])
+    Guarded(tiny_model.pipeline, [*guards, make_guard("negative-prompt", text="a cone")])  # what is joined says more
+
+
+def test_the_trail_says_of_each_picture_whether_it_was_steered(tiny_model, draw):
+    guards = [make_guard("sld", "max", text=TEXT)]
+    drawn = draw(tiny_model.pipeline, guards, negative_prompt=[TEXT, ""])
+    plain = draw(tiny_model.pipeline, negative_prompt=[TEXT, ""])
+    assert np.array_equal(arrays(drawn)[0], plain[0])  # away from its own text by the user's wish already: no push is left
+    assert not np.allclose(arrays(drawn)[1], plain[1], atol=1e-3)
+    assert [(d.trail.action, d.trail.guards[0].scores["steps"] > 0) for d in drawn] == [("none", False), ("edit", True)]
+
+
 def test_presets_have_the_published_numbers():
     from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safegen.concept import Concept
 from safegen.guard.base import Call, Finding, Guard, Ready, Turn
+from safegen.guard.negative_prompt import NegativePrompt
 from safegen.models.seams import Border, Seam, Text
 
 PAPER_TEXT = (
@@ -52,6 +53,12 @@ class Sld(Guard):
         """Return the concept's words as the text."""
         return {"text": ", ".join(concept.words)}
 
+    def idle(self, others: Sequence[Guard]) -> str:
+        """Return what is wrong where a negative prompt has its text: f - u is nothing, and so is all that it takes away."""
+        away = ", ".join(other.text for other in others if isinstance(other, NegativePrompt))
+        same = away.strip().casefold() == self.text.strip().casefold()
+        return "steers by how its text differs from the negative prompt, which says the same" if same else ""
+
     def ready(self, border: Border) -> Ready:
         """Return the guard at work; the text must fit the text encoder."""
         border.fits(self.text, "the text of the guard 'sld'")
@@ -70,7 +77,7 @@ class _Turn(Turn):
         self.guard, self.call = guard, call
         self.text = call.border.encode([guard.text], call.options)
         self.nu: Tensor | None = None
-        self.acted = 0
+        self.acted = torch.zeros(len(call.prompts), dtype=torch.long)
 
     @property
     def _warm(self) -> bool:
@@ -89,12 +96,13 @@ class _Turn(Turn):
             u, c, f, torch.zeros_like(u) if self.nu is None else self.nu,
             scale=guard.scale, threshold=guard.threshold, momentum_scale=guard.momentum_scale, momentum=guard.momentum,
         )  # fmt: skip
-        self.acted += self._warm
-        return gamma if self._warm else None
+        if not self._warm:
+            return None
+        self.acted += gamma.flatten(1).any(1).cpu()
+        return gamma
 
     def findings(self) -> list[Finding]:
-        one = Finding("edit" if self.acted else "none", "steered" if self.acted else "", {"steps": self.acted})
-        return [one] * len(self.call.prompts)
+        return [Finding("edit" if n else "none", "steered" if n else "", {"steps": n}) for n in self.acted.tolist()]
 
 
 def safety_guidance(
