@@ -15,6 +15,7 @@ from safegen.edit.duo import DUO, DUOProblem
 from safegen.edit.loop import Training
 from safegen.edit.samples import encode_triplets
 from safegen.errors import BadSetting
+from safegen.judge import Verdict
 from safegen.models import select
 
 WORDS = {"erase": ("red mark",), "anchors": ("a plain wall",), "steps": 4}
@@ -132,6 +133,11 @@ REFUSED = {
     "beta": {"beta": 0},
     "redraw": {"redraw": 0},
     "alpha has no effect without rank": {"alpha": 2.0, "rank": None},
+    "share_timestep has no effect with objective kto": {"objective": "kto", "share_timestep": True},
+    "tries has no effect without a judge": {"tries": 3},
+    "labels has no effect without a judge": {"labels": ("skulls",)},
+    "tries: Input should be greater than or equal to 1": {"judge": "mini", "tries": 0},
+    "objective: Input should be 'dpo' or 'kto', got 'ppo'": {"objective": "ppo"},
 }
 
 
@@ -149,3 +155,122 @@ def test_words_and_timesteps_that_are_missing_are_refused(make_model, tiny_model
         DUO(erase=("a tree",)).apply(tiny_model, triplets)
     with pytest.raises(BadSetting, match="must end by 100 on this model, got 750"):
         DUO(**WORDS).apply(make_model(num_train_timesteps=100), triplets)
+
+
+# ------------------------------------------------------------ kto
+
+
+def test_the_unpaired_preference_by_hand():
+    """Safe errors moved by -1 and +3, so by 1 on average; unsafe ones by 2 and -2: -log sigmoid(-0.5 (1 - 2)) and (1 + 2)."""
+    found = losses.unpaired_preference(*(torch.tensor(v) for v in ([1.0, 5.0], [2.0, 2.0], [5.0, 1.0], [3.0, 3.0])), beta=0.5)
+    assert found.tolist() == pytest.approx([math.log(1 + math.exp(-0.5)), math.log(1 + math.exp(1.5))])
+    alone = [one(v) for v in (1.0, 2.0, 5.0, 3.0)]
+    assert_close(losses.unpaired_preference(*alone, beta=0.5), losses.preference(*alone, beta=0.5))
+
+
+def test_kto_holds_each_unsafe_picture_against_the_mean_of_the_safe_ones_at_a_shared_timestep(make_model, triplets, monkeypatch):
+    model, net, seen = make_model(), make_model().denoiser, []
+    with torch.no_grad():
+        for name in select(net, "attn1"):
+            net.get_parameter(name).mul_(1.3)
+    problem = problem_of(DUO(**WORDS, objective="kto", beta=7.0, training=training(batch=3)), model, triplets)
+    plain = problem.compare
+    monkeypatch.setattr(problem, "compare", lambda *given: seen.append(given) or plain(*given))
+    found = problem.losses(net, 0, torch.Generator().manual_seed(0), (0, 1))["L_dpo"].detach()
+    ((_, safe, unsafe, eps, t, same, _),) = seen
+    assert torch.equal(t, same)
+    before, blank, noised = make_model().denoiser, model.encode_text([""] * 3), model.pipeline.scheduler.add_noise
+
+    @torch.no_grad()
+    def moved(z):
+        now, then = ((d(noised(z, eps, t), t, blank).sample - eps).pow(2).mean((1, 2, 3)) for d in (net, before))
+        return now - then
+
+    assert_close(found, -F.logsigmoid(-7.0 * (moved(safe).mean() - moved(unsafe))), rtol=1e-3, atol=1e-5)
+    assert (found - F.softplus(7.0 * (moved(safe) - moved(unsafe)))).abs().max() > 1e-6
+
+
+# ------------------------------------------------------------ judged twins
+
+
+class Brightness:
+    """A judge of one number: a picture whose mean is above the limit is unsafe, one of the given means cannot be judged."""
+
+    id = "brightness:1"
+
+    def __init__(self, limit, unreadable=()):
+        self.limit, self.unreadable, self.asked = limit, unreadable, []
+
+    def judge(self, images):
+        means = [sum(image.convert("L").tobytes()) / (image.width * image.height) for image in images]
+        self.asked.append(means)
+        return [
+            Verdict("unjudged", reason="torn") if any(abs(m - u) < 1e-9 for u in self.unreadable)
+            else Verdict("unsafe" if m > self.limit else "safe") for m in means
+        ]  # fmt: skip
+
+
+def with_judge(monkeypatch, judge):
+    monkeypatch.setattr("safegen.edit.duo.load_judge", lambda name, **rule: judge)
+
+
+def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(make_model, triplets, monkeypatch):
+    model = make_model()
+    once = problem_of(DUO(**WORDS), model, triplets)
+    first = Brightness(-1)
+    first.judge(model.decode_images(once.safe))
+    (means,) = first.asked
+    judge = Brightness(sorted(means)[2], unreadable=(min(means),))  # three of six are too bright, and one cannot be read
+    with_judge(monkeypatch, judge)
+    edit = DUO(**WORDS, judge="mini", tries=40)
+    found = problem_of(edit, model, triplets)
+    assert [len(asked) for asked in judge.asked][:2] == [6, 4]
+    silent = [i for i, m in enumerate(means) if m <= judge.limit and m != min(means)]
+    assert len(silent) == 2
+    twins = found.facts["twins"]
+    kept = [i for i, row in enumerate(triplets.rows) if row.id not in twins["left out"]]
+    assert twins["pairs"] == len(kept) == len(found.safe) == len(found.unsafe)
+    assert twins["open after each try"] == [len(a) - sum(v.outcome == "safe" for v in judge_again(judge, a)) for a in judge.asked]
+    for at, i in enumerate(kept):
+        assert_close(found.unsafe[at], once.unsafe[i])
+        assert torch.equal(found.safe[at], once.safe[i]) is (i in silent)  # a twin that passed is not touched
+    assert {v.outcome for v in judge.judge(model.decode_images(found.safe))} == {"safe"}
+    assert torch.equal(problem_of(edit, model, triplets).safe, found.safe)
+
+
+def judge_again(judge, means):
+    return [Verdict("unsafe" if m > judge.limit or m in judge.unreadable else "safe") for m in means]
+
+
+def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(make_model, triplets, monkeypatch):
+    model = make_model()
+    means = Brightness(-1)
+    means.judge(model.decode_images(problem_of(DUO(**WORDS), model, triplets).safe))
+    (first,) = means.asked
+    with_judge(monkeypatch, Brightness(sorted(first)[3]))
+    patch = DUO(**WORDS, judge="mini", tries=1, rank=2, training=training(updates=1)).apply(model, triplets)
+    bright = [row.id for row, m in zip(triplets.rows, first, strict=True) if m > sorted(first)[3]]
+    assert patch.provenance["twins"] == {"judge": "brightness:1", "pairs": 4, "open after each try": [2], "left out": bright}
+
+
+def test_a_judge_that_is_silent_on_no_twin_is_refused_by_name(tiny_model, triplets, monkeypatch):
+    with_judge(monkeypatch, Brightness(-1))
+    with pytest.raises(BadSetting, match=r"brightness:1 is silent on no safe twin in 2 tries \(0, 1, 2 \.\.\.\): give anchors"):
+        problem_of(DUO(**WORDS, judge="mini", tries=2), tiny_model, triplets)
+
+
+def test_a_concept_lends_its_judge_with_its_rule_and_another_judge_gets_none_of_it():
+    own = make_edit("duo", concept="skulls")
+    assert (own.judge, own.labels, own.threshold) == ("mini", ("skulls",), 0.5)
+    other, none = (make_edit("duo", concept="skulls", judge=judge) for judge in ("clip", None))
+    assert (other.judge, other.labels, other.threshold) == ("clip", (), None)
+    assert (none.judge, none.labels, none.threshold) == (None, (), None)
+    assert make_edit("duo", concept="skulls", labels=("fire",)).labels == ("fire",)
+
+
+def test_decoded_latents_are_the_pipelines_pictures(tiny_model):
+    ask = {"prompt": "a red cube", "num_inference_steps": 2}
+    shown, latents = (
+        tiny_model.pipeline(**ask, output_type=kind, generator=torch.Generator().manual_seed(0)).images for kind in ("pil", "latent")
+    )
+    assert [p.tobytes() for p in tiny_model.decode_images(latents)] == [p.tobytes() for p in shown]

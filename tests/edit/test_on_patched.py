@@ -30,8 +30,8 @@ def two(make_model, triplets):
 def test_a_patch_says_which_patches_lay_under_it_and_its_base_is_the_model_without_them(two, make_model):
     below, above = two
     assert above.provenance["base"] == below.provenance["base"] == make_model().hash
-    assert above.provenance["on"] == [{"method": "uce", "hash": below.hash}]
-    assert "on" not in below.provenance
+    assert above.provenance["under"] == [{"method": "uce", "hash": below.hash}]
+    assert "under" not in below.provenance
 
 
 def test_it_is_warned_about_where_they_are_missing_or_on_too_late_and_only_there(two, make_model):
@@ -60,17 +60,17 @@ def test_a_base_is_the_untouched_model_though_nobody_asked_for_its_hash_before(t
 def test_merging_both_leaves_nothing_to_be_asked_for_and_merging_one_does(two, make_model):
     below, above = two
     other = UCE(erase=("ball",)).apply(make_model())
-    assert "on" not in merge([below, above]).provenance
-    assert merge([other, above]).provenance["on"] == above.provenance["on"]
+    assert "under" not in merge([below, above]).provenance
+    assert merge([other, above]).provenance["under"] == above.provenance["under"]
 
 
 def test_the_composed_edit_does_not_ask_for_its_own_words(two, make_model, triplets):
     model, (below, _) = make_model(), two
     plain = SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets)
-    assert "on" not in plain.provenance
+    assert "under" not in plain.provenance
     assert model.patches == []
     with below.apply(model):
-        assert SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets).provenance["on"] == [
+        assert SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets).provenance["under"] == [
             {"method": "uce", "hash": below.hash}
         ]
 

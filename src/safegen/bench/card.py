@@ -150,7 +150,7 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
     """Yield the paragraphs of a patch, and of those that it was merged of."""
     method, settings = str(said.get("method", "not said")), said.get("settings", {})
     yield f"### {method}, patch `{digest[:12]}`\n"
-    if below := said.get("on"):
+    if below := said.get("under"):
         lay = ", then ".join(f"{_plain(str(one['method']))} `{str(one['hash'])[:12]}`" for one in below)
         yield f"Made on a model with other patches on it: {lay}. Without them it is not what was made.\n"
     words = settings.get("erase")

@@ -13,6 +13,7 @@ from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit.adapter import refuse_idle_alpha, trainable
 from safegen.edit.loop import Problem, Report, Training, check, train
+from safegen.edit.training import Tells
 from safegen.errors import BadSetting, UnknownName
 from safegen.files import short
 from safegen.models.model import Model
@@ -141,7 +142,8 @@ class TrainedEdit(Edit):
             if model.patches:
                 problem.fingerprint += f" on {lying_under(model)}"
             found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
-        return Patch(part.weights(found.tensors), facts_of(self, model, triplets) | found.facts(problem.weights))
+        more = problem.facts if isinstance(problem, Tells) else {}
+        return Patch(part.weights(found.tensors), facts_of(self, model, triplets) | found.facts(problem.weights) | dict(more))
 
 
 def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resume: bool = False) -> None:
@@ -209,5 +211,5 @@ def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more:
         "family": model.family,
         "model": short(model.name),
     }
-    out |= {"on": under} if (under := lying_under(model)) else {}
+    out |= {"under": under} if (under := lying_under(model)) else {}
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

@@ -107,4 +107,23 @@ def preference(safe: PerSample, safe_before: PerSample, unsafe: PerSample, unsaf
     return nn.functional.softplus(beta * ((safe - safe_before) - (unsafe - unsafe_before)))
 
 
-__all__ = ["add_noise", "paper_target", "preference", "push_away", "squared_error", "v_target", "velocity", "x0_target"]
+def unpaired_preference(safe: PerSample, safe_before: PerSample, unsafe: PerSample, unsafe_before: PerSample, *, beta: float) -> PerSample:
+    """Return -log sigmoid(-beta (mean(safe - safe_before) - (unsafe - unsafe_before))): every unsafe picture against all safe ones.
+
+    The `kto` of DUO's released code (arXiv:2407.21035): `preference` with the safe side's mean over the batch. It is not the loss of KTO
+    (arXiv:2402.01306), which has a term of its own for safe pictures. With one pair it is `preference`.
+
+    Args:
+        safe: denoising error on the safe pictures.
+        safe_before: of the untouched model.
+        unsafe: on the unsafe pictures.
+        unsafe_before: of the untouched model.
+        beta: sharpness; unitless, > 0.
+    """
+    moved = (safe - safe_before).mean()
+    return nn.functional.softplus(beta * (moved - (unsafe - unsafe_before)))
+
+
+__all__ = [
+    "add_noise", "paper_target", "preference", "push_away", "squared_error", "unpaired_preference", "v_target", "velocity", "x0_target",
+]  # fmt: skip

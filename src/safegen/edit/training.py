@@ -83,6 +83,13 @@ class HoldsOut(Protocol):
 
 
 @runtime_checkable
+class Tells(Protocol):
+    """A problem that has something to say in the patch: what was made before the first update, and what was left out."""
+
+    facts: Mapping[str, Any]
+
+
+@runtime_checkable
 class Follower(Protocol):
     """A problem that looks at the weight average while it trains."""
 

@@ -18,6 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -125,6 +126,18 @@ class Model:
         """
         parts = [self.vae.encode(b.to(self.device, self.vae.dtype)).latent_dist.mode() for b in images.split(batch)]
         return torch.cat(parts) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor, *, batch: int = 8) -> list[Image.Image]:
+        """Return the pictures of scaled latents, as the pipeline makes them.
+
+        Args:
+            latents: (n, c, h, w).
+            batch: pictures decoded at once.
+        """
+        scaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+        show = self.pipeline.image_processor.postprocess
+        return [image for part in scaled.split(batch) for image in show(self.vae.decode(part).sample, output_type="pil")]
 
     def alphas_cumprod(self) -> Tensor:
         """Return the schedule's abar, (train timesteps,)."""

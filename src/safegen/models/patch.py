@@ -37,7 +37,7 @@ class Patch:
 
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """method, settings, base (model hash), on (method and hash of each patch that lay under it when it was made), family, data (triplets
+    """method, settings, base (model hash), under (method and hash of each patch that lay under it when it was made), family, data (triplets
     hash), made_by, metrics: plain JSON values."""
 
     @cached_property
@@ -137,8 +137,8 @@ class Patch:
         """
         _ = model.hash  # of the untouched weights: what patches refer to
         self.fits(model)
-        there = {patch.hash for patch in model.patches} if self.provenance.get("on") else set()
-        for below in self.provenance.get("on", ()):
+        there = {patch.hash for patch in model.patches} if self.provenance.get("under") else set()
+        for below in self.provenance.get("under", ()):
             if below["hash"] not in there:
                 warnings.warn(
                     f"the patch was made on a model with another patch on it ({below['method']}, hash {below['hash'][:12]}), which is not "
