@@ -53,7 +53,7 @@ class Guarded:
             if guard.once and sum(g.name == guard.name for g in guards) > 1:
                 raise BadSetting(f"the guard {guard.name!r} is there twice, and the second would undo the first; leave one out")
             if why := guard.idle([other for other in guards if other is not guard]):
-                raise BadSetting(f"the guard {guard.name!r} has no effect beside the others: it {why}; give it another text, or leave one out")
+                raise BadSetting(f"the guard {guard.name!r} has no effect beside the others: it {why}; give another text, or leave one out")
         self.ready = [guard.ready(self.border) for guard in guards]
 
     def draw(self, prompts: Sequence[str], *, copies: int = 1, **options: Any) -> list[Drawn]:  # noqa: ANN401
