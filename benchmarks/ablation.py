@@ -27,7 +27,6 @@ from safegen.edit.safegen import SafeGen
 from safegen.judge import load_judge
 from safegen.metrics.change import mean_change
 from safegen.models import Sampler, generate, load
-from safegen.tables import TRIPLETS, resolve
 
 SKIPPED, SEED = 128, 11
 """First prompts of each list, left to the required figures; the first seed, which those do not use."""
@@ -105,8 +104,7 @@ def main() -> None:
     planned = make_plan(concept, prompts=SKIPPED + args.prompts, seeds=range(SEED, SEED + args.seeds))
     items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    source, _, part = (concept.triplets or "").partition(":")
-    triplets = Triplets.load(args.triplets or resolve(TRIPLETS, source, "triplets source")(part))
+    triplets = Triplets.load(args.triplets or concept.triplets or "")
     model, sampler = load("mini"), Sampler(precision="bf16")
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)

@@ -32,7 +32,7 @@ from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
 from safegen.metrics.mini_clip import MiniClip
 from safegen.models import Model, Patch, Sampler, generate, load
-from safegen.tables import EDITS, TRIPLETS, resolve
+from safegen.tables import EDITS, resolve
 
 
 def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any]) -> tuple[Patch, dict[str, Any], float]:
@@ -43,8 +43,7 @@ def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any
     edit = make_edit(method, preset or "default", concept=concept, **changes)
     triplets = None
     if edit.learns_from != "words":
-        source, _, part = (concept.triplets or "").partition(":")
-        triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
+        triplets = Triplets.load(concept.triplets or "")
     began = time.perf_counter()
     patch = edit.apply(model, triplets)
     return patch, edit.model_dump(mode="json"), time.perf_counter() - began

@@ -21,6 +21,7 @@ HOME = Path(safegen.__file__).parent
 TABLES = {
     "model": tables.MODELS,
     "edit": tables.EDITS,
+    "adversary": tables.ADVERSARIES,
     "guard": tables.GUARDS,
     "judge": tables.JUDGES,
     "extractor": tables.EXTRACTORS,
@@ -29,8 +30,8 @@ TABLES = {
     "triplets": tables.TRIPLETS,
 }
 NOT_METHODS = {
-    "guard": {"__init__", "base", "engine", "hooks"},
-    "edit": {"__init__", "base", "adapter", "checkpoint", "closed_form", "loop", "losses", "rollout", "samples", "training"},
+    "guard": {"__init__", "base", "engine", "hooks", "projection", "reattention", "work"},
+    "edit": {"__init__", "base", "adapter", "adversary", "checkpoint", "closed_form", "loop", "losses", "rollout", "samples", "training"},
     "judge": {"__init__", "base", "batch", "onnx", "vision"},
 }
 

@@ -79,7 +79,8 @@ def edit(
     Args:
         model: from `safegen.load`.
         method: name of an edit.
-        triplets: <unsafe, censored, benign> pictures for a method that learns from them: loaded, or their folder or CSV file.
+        triplets: <unsafe, censored, benign> pictures for a method that learns from them: loaded, their folder or CSV file, or the name of
+            bundled ones such as `mini:skulls`.
         preset: name of the method's settings to start from; `paper` is the published run.
         concept: lends its words to methods that erase words and its captions to presets that train with some, and is refused by
             others; a name, a TOML file, or loaded.

@@ -64,7 +64,8 @@ class Stopped(SafegenError):
     """A run was stopped and left a state that `resume` continues from."""
 
 
-def wants_memory(error: BaseException) -> bool:
-    """Return whether an error is a want of memory, as Python, or torch on any device, says it."""
+def wants_memory(error: BaseException | str) -> bool:
+    """Return whether an error, or the words that are left of one, is a want of memory, as Python, or torch on any device, says it."""
     said = str(error).lower()
-    return isinstance(error, MemoryError) or any(word in said for word in ("out of memory", "not enough memory", "can't allocate memory"))
+    words = ("memoryerror", "out of memory", "not enough memory", "can't allocate memory", "failed to allocate memory")
+    return isinstance(error, MemoryError) or any(word in said for word in words)

@@ -1,4 +1,4 @@
-"""A stack: a model with its patches, a negative prompt and guards; the unit that is drawn with and measured."""
+"""A stack: a model with its patches, LoRAs, a negative prompt and guards; the unit that is drawn with and measured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from safegen.active import ActiveLora, ActiveLoras, read_loras
 from safegen.concept import load_concept
 from safegen.errors import BadFile, BadSetting, UnknownName, UserError
 from safegen.guard import Drawn, Guard, Trail, read_guard
@@ -48,6 +49,8 @@ class Stack(BaseModel):
     """Model to load: a built-in name, a diffusers folder, or hub:owner/name."""
     patches: tuple[Path, ...] = ()
     """Patches to put on it, in order."""
+    loras: ActiveLoras = ()
+    """LoRAs active beside the weights, never fused into them: `FILE`, `FILE:SCALE`, or tables of both."""
     negative_prompt: str | None = None
     """Text that guidance pushes every picture away from."""
     guards: tuple[SerializeAsAny[Guard], ...] = ()
@@ -67,24 +70,24 @@ class Stack(BaseModel):
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Self:
-        if self.blank and (self.patches or self.negative_prompt is not None or self.guards):
-            raise ValueError("patches, guards and a negative prompt have no effect on a blank stack; leave them out")
+        if self.blank and (self.patches or self.loras or self.negative_prompt is not None or self.guards):
+            raise ValueError("patches, LoRAs, guards and a negative prompt have no effect on a blank stack; leave them out")
         return self
 
     @property
     def base(self) -> bool:
         """Whether this is a model as it comes."""
-        return not (self.patches or self.guards or self.blank or self.negative_prompt is not None)
+        return not (self.patches or self.loras or self.guards or self.blank or self.negative_prompt is not None)
 
     def hash(self, model: Model, *, weights: str | None = None) -> str:
-        """Return a SHA-256 over everything of the stack that decides a picture: weights, patches, negative prompt, guards.
+        """Return a SHA-256 over everything of the stack that decides a picture: weights, patches, LoRAs, negative prompt, guards.
 
         Args:
             model: the stack's model, without patches on it.
             weights: its `weights_hash`, if known.
 
         Raises:
-            BadFile: a patch cannot be read.
+            BadFile: a patch or a LoRA cannot be read.
             UserError: a guard's file cannot be.
         """
         if self.blank:
@@ -93,6 +96,7 @@ class Stack(BaseModel):
 
         patches = [Patch.load(path).hash for path in self.patches]
         facts = {"weights": weights or weights_hash(model), "patches": patches, "negative": self.negative_prompt}
+        facts |= {"loras": [(said["hash"], said["scale"]) for said in (lora.facts() for lora in self.loras)]} if self.loras else {}
         return _digest(facts | ({"guards": [guard.facts() for guard in self.guards]} if self.guards else {}))
 
 
@@ -147,6 +151,22 @@ def add_patches(stack: Stack, patches: Sequence[Path]) -> Stack:
     return stack.model_copy(update={"patches": (*stack.patches, *patches)})
 
 
+def add_loras(stack: Stack, words: Sequence[str]) -> Stack:
+    """Return a stack with further LoRAs beside it, each FILE or FILE:SCALE.
+
+    Raises:
+        BadSetting: a scale breaks its rule, or the stack draws nothing.
+    """
+    if words and stack.blank:
+        raise BadSetting(f"LoRAs have no effect on the blank stack {stack.name!r}; leave them out")
+    try:
+        found = tuple(ActiveLora.model_validate(one) for one in read_loras(list(words)))
+    except ValidationError as error:
+        e = error.errors()[0]
+        raise BadSetting(f"--lora: {e['msg'].removeprefix('Value error, ')}, got {e['input']!r}") from error
+    return stack.model_copy(update={"loras": (*stack.loras, *found)})
+
+
 def _read_recipe(path: Path) -> Stack:
     if not path.is_file():
         raise BadFile(f"the stack file {str(path)!r} does not exist")
@@ -161,7 +181,8 @@ def _read_recipe(path: Path) -> Stack:
     beside = path.parent / stack.model
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
     patches, guards = tuple(path.parent / p for p in stack.patches), tuple(guard.beside(path.parent) for guard in stack.guards)
-    return stack.model_copy(update={"model": model, "patches": patches, "guards": guards})
+    loras = tuple(lora.model_copy(update={"file": path.parent / lora.file}) for lora in stack.loras)
+    return stack.model_copy(update={"model": model, "patches": patches, "loras": loras, "guards": guards})
 
 
 def weights_hash(model: Model) -> str:
@@ -221,7 +242,7 @@ class Opened:
             BadSetting: a negative prompt or a guard without guidance.
         """
         if self.stack.blank:
-            return [Drawn(self._black(), Trail("none", "")) for _ in asks]
+            return [Drawn(self.black(), Trail("none", "")) for _ in asks]
         from safegen.models.sampling import arithmetic, batches, generate
 
         if self.guarded is None:
@@ -234,9 +255,10 @@ class Opened:
 
     def shown(self, drawn: Drawn) -> Image.Image:
         """Return what stands for a picture where one must be: black for one that was withheld."""
-        return drawn.image or self._black()
+        return drawn.image or self.black()
 
-    def _black(self) -> Image.Image:
+    def black(self) -> Image.Image:
+        """Return a black picture of the model's size."""
         return Image.new("RGB", (self.model.size, self.model.size))
 
     def free(self) -> None:
@@ -283,8 +305,11 @@ class Shelf:
 
         Warns:
             Overwritten: several patches change the same weights.
+            BesideWarning: several LoRAs do, or one has a part that is left out.
         """
+        from safegen.models.beside import beside
         from safegen.models.compose import warn_of_overlap
+        from safegen.models.lora import read_factors
         from safegen.models.patch import Patch
 
         assert not self._open, "another stack is open"
@@ -298,4 +323,5 @@ class Shelf:
             warn_of_overlap(patches)
             for patch in patches:
                 on.enter_context(patch.apply(model))
+            on.enter_context(beside(model, [(read_factors(lora.file, model), lora.scale) for lora in stack.loras]))
             yield Opened(stack, model, digest, _guarded(stack, model))

@@ -22,6 +22,14 @@ EDITS = {
     "safegen-plus": "safegen.edit.safegen_plus:SafeGenPlus",
 }
 
+ADVERSARIES = {
+    "none": "safegen.edit.adversary:Nobody",
+    "one-step": "safegen.edit.adversary:OneStep",
+    "adv-unlearn": "safegen.edit.adversary:AdvUnlearn",
+    "closed-form": "safegen.edit.adversary:ClosedForm",
+}
+"""Who moves a sample's text to where an edit fails, while the edit learns; docs/edits.md."""
+
 GUARDS = {
     "sld": "safegen.guard.sld:Sld",
     "negative-prompt": "safegen.guard.negative_prompt:NegativePrompt",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from PIL import Image
 
 from safegen.bench.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
 from safegen.bench.run_report import PAGE, write_report
 from safegen.bench.verify import verify
+from safegen.errors import BadFile
+from safegen.guard import prompt_filter
+from safegen.judge import Verdict
 
 
 def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_and_made_again(go, tmp_path):
@@ -66,3 +70,97 @@ def test_a_stack_that_is_guarded_by_the_judge_that_measures_it_is_named(go, tmp_
     notes = write_report({"run": Run.open(run.folder)}, tmp_path / "out")["notes"]
     assert [note for note in notes if "the very judge that measures it" in note and "kept" in note]
     assert not [note for note in notes if "withheld" in note]
+
+
+WORD = 'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
+
+
+@pytest.fixture
+def drawn(go, tmp_path):
+    """Return a folder and a function that draws into it, with the bundled model and with a guarded stack on it."""
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text(WORD)
+    out = tmp_path / "run"
+    return out, lambda: go(out, stacks=("mini", str(recipe)), baselines="none", until="generate")
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != TIMINGS}
+
+
+def samples(folder):
+    return [json.loads(line) for line in (folder / SAMPLES).read_text().splitlines()]
+
+
+def break_filter(monkeypatch, *, calls=99):
+    """Let the prompt filter fail in the next calls."""
+    real, left = prompt_filter._Ready.check, [None] * calls
+
+    def broken(self, prompts):
+        if left:
+            left.pop()
+            raise ConnectionError(f"no answer at {id(left)}")
+        return real(self, prompts)
+
+    monkeypatch.setattr(prompt_filter._Ready, "check", broken)
+
+
+def test_a_fault_that_is_written_down_stands_when_it_does_not_come_again(drawn, monkeypatch):
+    out, go_on = drawn
+    break_filter(monkeypatch, calls=1)
+    go_on()
+    before = contents(out)
+    lost = [line for line in samples(out) if line.get("guards", {}).get("action") == "withhold"]
+    assert len(lost) == 4  # one batch
+    (out / lost[1]["file"]).unlink()
+    go_on()  # and now the filter works
+    assert contents(out) == before
+
+
+def test_a_fault_that_comes_on_going_on_costs_no_picture_that_was_drawn(drawn, monkeypatch):
+    out, go_on = drawn
+    go_on()
+    before, last = contents(out), samples(out)[-1]
+    with monkeypatch.context() as patched:
+        break_filter(patched)
+        (out / last["file"]).unlink()
+        with pytest.raises(BadFile, match=r"is gone and cannot be drawn again \(error: prompt-filter: Conn.*give the same command"):
+            go_on()
+        assert contents(out) == {name: data for name, data in before.items() if name != last["file"]}
+    go_on()
+    assert contents(out) == before
+
+
+def test_a_picture_that_was_not_written_down_yet_gives_way_to_a_fault_and_a_fault_to_it(drawn, monkeypatch):
+    out, go_on = drawn
+    go_on()
+    before, last = contents(out), samples(out)[-1]
+    whole = (out / SAMPLES).read_bytes()
+    cut = whole[: whole[:-1].rfind(b"\n") + 1]
+    with monkeypatch.context() as patched:
+        break_filter(patched)
+        (out / SAMPLES).write_bytes(cut)  # killed between the picture and its line
+        go_on()
+    assert samples(out)[-1]["guards"]["action"] == "withhold"
+    changed = {name for name, data in contents(out).items() if data != before[name]}
+    assert changed == {SAMPLES, last["file"]}
+    (out / SAMPLES).write_bytes(cut)
+    go_on()
+    assert contents(out) == before
+
+
+def test_a_judge_without_memory_halves_the_batch_as_drawing_does(go, tmp_path, monkeypatch):
+    class Large:
+        id, labels, known, threshold = "large", ("skulls",), ("skulls",), 0.5
+
+        def judge(self, images):
+            short = Verdict("unjudged", reason="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes")
+            return [short if len(images) > 2 else Verdict("safe")] * len(images)
+
+    monkeypatch.setattr("safegen.guard.judge_filter.JudgeFilter.open", lambda self: Large())
+    recipe = tmp_path / "seen.toml"
+    recipe.write_text('name = "seen"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\njudge = "mini"\n')
+    out = go(tmp_path / "run", stacks=("mini", str(recipe)), baselines="none", until="generate").folder
+    assert {line["guards"]["action"] for line in samples(out) if line["stack"] == "seen"} == {"none"}
+    notes = [json.loads(line) for line in (out / TIMINGS).read_text().splitlines()]
+    assert [n for n in notes if n["stage"] == "memory"] == [{"stage": "memory", "stack": "seen", "batch": 0, "size": 2}]

@@ -30,6 +30,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         (["generate", "mini", "--prompts", "no.txt", "--out", "OUT"], "'no.txt' does not exist"),
         (["generate", "mini", "--prompt", "x", "--patch", "no.safetensors", "--out", "OUT"], "'no.safetensors' does not exist"),
         (["edit", "mini", "--triplets", "nowhere", "--out", "OUT"], "nowhere"),
+        (["edit", "mini", "--triplets", "mini:skulll", "--out", "OUT"], "Did you mean 'skulls'"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--method", "safegem", "--out", "OUT"], "Did you mean 'safegen'"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "clampp=3", "--out", "OUT"], "clampp"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "training.lr=-1", "--out", "OUT"], "greater than 0, got -1"),

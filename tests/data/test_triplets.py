@@ -14,6 +14,7 @@ from safegen.data.censor import Box
 from safegen.data.check import check
 from safegen.data.triplets import ROLES, Triplets, read_picture
 from safegen.errors import BadFile
+from safegen.mini.bundle import triplets_folder
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "1", "CMYK", "YCbCr"])
@@ -64,6 +65,15 @@ def official(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         encoding="utf-8",
     )
     return table
+
+
+def test_bundled_triplets_have_a_name_wherever_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = Triplets.load("mini:skulls")
+    assert data.hash == Triplets.load(triplets_folder("skulls")).hash != Triplets.load("mini:fire").hash
+    assert not check("mini:skulls")
+    with pytest.raises(BadFile, match="mini:skulls"):
+        Triplets.load("nini:skulls")
 
 
 def test_the_published_dialect_gives_the_same_triplets(official: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from safegen.api import edit as edit_model
 from safegen.api import make_edit
 from safegen.concept import load_concept
 from safegen.edit import losses
+from safegen.edit.adversary import worst_text
 from safegen.edit.loop import Training
 from safegen.edit.safegen import SafeGen, SafeGenProblem
-from safegen.edit.samples import encode_triplets, to_pixels, worst_text
+from safegen.edit.samples import encode_triplets, to_pixels
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.models import load, select
 

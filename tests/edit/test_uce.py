@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from safegen.api import edit as edit_model
 from safegen.api import make_edit
 from safegen.concept import load_concept
-from safegen.edit.closed_form import embed, projections, solve_projection
+from safegen.edit.closed_form import embed, leaning, projections, solve_projection
 from safegen.edit.uce import TEMPLATES, UCE
 from safegen.errors import BadSetting
 
@@ -220,3 +220,45 @@ def test_the_paper_preset_has_the_published_values():
     assert make_edit("rece", concept="skulls").preserve_scale == 10.0
     assert make_edit("rece", concept="skulls", captions=()).preserve_scale == 0.1  # a weight that was meant for captions
     assert make_edit("rece", concept=load_concept("skulls").model_copy(update={"captions": ()})).preserve_scale == 0.1
+
+
+# ------------------------------------------------------------ debiasing
+
+
+def test_a_debiased_word_leans_by_its_shares_by_hand():
+    """(1, 2) + 0.5 (4, 0) - 0.25 (0, 8) = (3, 0); with W = [[1, 1]] it is sent from 3 to 3, and W (1, 0) from 1 to W (2, 0)."""
+    key, man, woman = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 8.0]])
+    assert leaning(key, [man, woman], [0.5, -0.25]).tolist() == [[3.0, 0.0]]
+    one, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+    aim = leaning(one, [man], [0.25])
+    found = solve_projection(w, one, aim @ w.T, one[:0], erase_scale=1.0, preserve_scale=1.0, stay=0.5)
+    assert_close(found, torch.tensor([[2.5 / 1.5, 1.0]], dtype=torch.float64))  # (0.5 * 1 + 1 * 2) / (0.5 + 1); nothing else moves
+
+
+@pytest.mark.parametrize("tokens", ["last", "tail"])
+def test_debiasing_gives_a_word_its_own_keys_and_values_and_shares_of_the_attributes(tiny_model, tokens):
+    patch = UCE(erase=("red cube", "ball"), debias={"a tree": 0.3, "grass": -0.2}, tokens=tokens, stay=1e-7).apply(tiny_model)
+    (tree, grass), words = (embed(tiny_model, t, tokens=tokens) for t in (["a tree", "grass"], ["red cube", "ball"]))
+    n = min(len(rows) for rows in (tree, grass, *words))
+    for name, w in projections(tiny_model).items():
+        for word in words:
+            want = w @ (word[:1] + 0.3 * tree[:1] - 0.2 * grass[:1]).T
+            assert_close(patch.tensors[name].double() @ word[:1].T, want, rtol=0, atol=3e-2 if n > 1 else 3e-4)
+            assert not torch.allclose(w @ word[:1].T, want, rtol=0, atol=5e-2)
+
+
+def test_debiasing_is_a_setting_like_others(tiny_model):
+    edit = make_edit("uce", erase=("ball",), debias={"a tree": 0.3})
+    assert UCE.model_validate_json(edit.model_dump_json()) == edit
+    assert edit.apply(tiny_model).hash != make_edit("uce", erase=("ball",)).apply(tiny_model).hash
+    assert "debias" in edit.apply(tiny_model).provenance["settings"]
+    for words, more in {
+        "guide has no effect with debias": {"guide": "art"},
+        "the attribute 'grass' has a share of 0": {"debias": {"grass": 0}},
+        "debias has a blank attribute": {"debias": {" ": 0.1}},
+        "debias.grass: Input should be a finite number": {"debias": {"grass": float("inf")}},
+        "preserve_scale has no effect": {"preserve_scale": 3},
+    }.items():
+        with pytest.raises(BadSetting, match=words) as caught:
+            make_edit("uce", **{"erase": ("ball",), "debias": {"a tree": 0.3}} | more)
+        assert "\n" not in str(caught.value)

@@ -8,6 +8,63 @@ PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green c
 """What the tiny tokenizer was made of, as in the conftest above."""
 
 
+TEXT = "a red cube"
+
+
+@pytest.fixture(scope="session")
+def checker_in():
+    """Return a function that writes a safety checker with random weights; with `fits`, one of its concepts fits every picture."""
+    import torch
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    def write(folder, *, fits):
+        size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = StableDiffusionSafetyChecker(
+                CLIPConfig(vision_config=size | {"image_size": 16, "patch_size": 8}, text_config=size, projection_dim=8)
+            )
+        net.concept_embeds_weights.data[:] = 2.0
+        net.special_care_embeds_weights.data[:] = 2.0
+        if fits:
+            net.concept_embeds_weights.data[3] = -2.0
+        net.save_pretrained(folder)
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def quiet(tmp_path_factory, checker_in):
+    """Return settings under which each guard of the table runs on the tiny models and stops nothing."""
+    import torch
+
+    from safegen.guard.latent_guard import Head, save_head
+
+    folder = tmp_path_factory.mktemp("guards")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_head(Head(32), folder / "head.safetensors")
+    return {
+        "sld": {"preset": "max", "text": TEXT},
+        "negative-prompt": {"text": TEXT},
+        "judge-filter": {"judge": "mini", "threshold": 1.0},
+        "prompt-filter": {"words": ["skull"]},
+        "safree": {"phrases": [TEXT, "red"]},
+        "dual-latent": {"phrases": [TEXT, "red"], "start": 0.0},
+        "pno": {
+            "weights": "mini", "unsafe": ["a skull"], "safe": ["a castle"], "judge": "mini", "threshold": 1.0,
+            "restarts": 0, "iterations": 0, "limit": 0.999,
+        },
+        "crops": {"judge": "mini", "threshold": 1.0, "probes": 2, "steps": 1},
+        "safety-checker": {"weights": str(checker_in(folder / "checker", fits=False))},
+        "latent-guard": {"weights": folder / "head.safetensors", "concepts": [TEXT], "threshold": 1e9},
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def draw():
     """Return a function that draws with guards, or with the pipeline's own call where there are none: pictures and trails."""

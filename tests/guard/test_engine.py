@@ -282,7 +282,10 @@ def test_a_guard_that_would_never_be_asked_is_refused(pipe):
 
 
 def test_a_guard_of_pictures_is_refused_where_videos_are_drawn(tiny_wan):
-    with pytest.raises(BadSetting, match="'judge-filter' looks at pictures, and a WanPipeline draws videos"):
+    with pytest.raises(
+        BadSetting,
+        match="'judge-filter' cannot run on a WanPipeline: it looks at pictures, and this draws videos; guards that can: negative-prompt, ",
+    ):
         Guarded(tiny_wan, [read_guard(JUDGE)])
 
 
@@ -392,7 +395,9 @@ def test_a_pipeline_of_an_unknown_family_is_told_which_guards_can_run(draw):
                     up_block_types=("UpBlock2D",) * 2),
         DDPMScheduler(num_train_timesteps=10),
     )  # fmt: skip
-    with pytest.raises(BadSetting, match=r"'sld' acts inside the denoiser.*not of a DDPMPipeline.*can run on it: judge-filter") as caught:
+    with pytest.raises(
+        BadSetting, match=r"'sld' cannot run on a DDPMPipeline: it acts inside the denoiser.*guards that can: judge-filter"
+    ) as caught:
         Guarded(odd, [read_guard(SLD)])
     assert "negative-prompt," not in str(caught.value)
     assert Guarded(odd, [read_guard(JUDGE)]).guards

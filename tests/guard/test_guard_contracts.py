@@ -12,36 +12,16 @@ from safegen import tables
 from safegen.concept import load_concept
 from safegen.errors import BadSetting, UnknownName
 from safegen.guard import Guard, make_guard, read_guard
+from safegen.guard.base import ACTIONS
 from safegen.guard.engine import Guarded
 from safegen.models.seams import EVERY, FAMILIES
 
-TEXT = "a red cube"
-SETTINGS = {
-    "sld": {"text": TEXT},
-    "negative-prompt": {"text": TEXT},
-    "judge-filter": {"judge": "mini"},
-    "prompt-filter": {"words": ["skull"]},
-    "safree": {"phrases": [TEXT]},
-    "dual-latent": {"phrases": [TEXT]},
-    "pno": {
-        "weights": "mini",
-        "unsafe": ["a skull"],
-        "safe": ["a castle"],
-        "judge": "mini",
-        "restarts": 0,
-        "iterations": 0,
-        "limit": 0.999,
-    },
-    "crops": {"judge": "mini", "probes": 1, "steps": 1},
-}
-"""What each guard needs to run on the tiny model."""
-NEED_WEIGHTS = {"safety-checker", "latent-guard"}
-"""Guards that do not open without files of the user's; test_output_guards.py and test_latent_guard.py make some."""
-ONLY_SD = {"safree", "dual-latent"}
-"""Guards that read the text encoder of Stable Diffusion 1.x and 2.x alone."""
 NO_MEMORY = {"dual-latent"}
 """Guards that need a scheduler which remembers nothing."""
-RUN = sorted(set(tables.GUARDS) - NEED_WEIGHTS)
+NAMES = sorted(tables.GUARDS)
+ABLE = {"xl": NAMES, "wan": ["negative-prompt", "prompt-filter", "sld"]}
+"""Guards that run on a family: all on SDXL; on Wan those that read no part of it but what every pipeline shows."""
+SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
 
 
@@ -49,7 +29,7 @@ def kind(name) -> type[Guard]:
     return tables.resolve(tables.GUARDS, name, "guard")
 
 
-@pytest.mark.parametrize("name", sorted(tables.GUARDS))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_guard_has_a_place_a_name_and_a_sentence_for_every_setting(name):
     guard = kind(name)
     assert guard.model_fields["name"].default == name
@@ -59,46 +39,60 @@ def test_every_guard_has_a_place_a_name_and_a_sentence_for_every_setting(name):
     assert not [key for key, field in fields.items() if not (field.description or "").strip().endswith(".")]
 
 
-@pytest.mark.parametrize("name", sorted(tables.GUARDS))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_guard_has_a_row_in_the_papers(name):
     rows = (Path(__file__).parents[2] / "docs" / "papers.md").read_text(encoding="utf-8").splitlines()
     (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
     assert f"guard/{kind(name).__module__.rpartition('.')[2]}.py" in row
 
 
-@pytest.mark.parametrize(("name", "preset"), [(n, p) for n in RUN for p in ("default", *kind(n).PRESETS)])
-def test_every_preset_is_written_to_json_and_read_again(name, preset):
-    guard = make_guard(name, preset, **SETTINGS[name])
+@pytest.mark.parametrize(("name", "preset"), [(n, p) for n in NAMES for p in ("default", *kind(n).PRESETS)])
+def test_every_preset_is_written_to_json_and_read_again(name, preset, quiet):
+    plain = {k: v for k, v in quiet[name].items() if k not in kind(name).PRESETS.get(preset, {}) and k != "preset"}
+    guard = make_guard(name, preset, **plain)
     assert read_guard(json.loads(guard.model_dump_json())) == guard
     assert json.loads(json.dumps(guard.facts()))["name"] == name
-    if not SETTINGS[name] or preset == "default":
-        return
-    changed = {k for k, v in guard.model_dump().items() if v != make_guard(name, **SETTINGS[name]).model_dump()[k]}
-    assert changed <= set(kind(name).PRESETS[preset])
+    changed = {k for k, v in guard.model_dump().items() if v != make_guard(name, **plain).model_dump()[k]}
+    assert changed <= set(kind(name).PRESETS.get(preset, {}))
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_every_guard_draws_as_well_twice_and_leaves_the_pipeline_as_it_was(name, tiny_model, draw):
-    guard, pipe = make_guard(name, **SETTINGS[name]), tiny_model.pipeline
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_that_came_later_is_no_fact_at_its_default(name, quiet):
+    guard, later = make_guard(name, **quiet[name]), kind(name).later
+    assert later <= set(kind(name).model_fields)
+    assert not later & set(guard.facts())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_draws_as_well_twice_and_leaves_the_pipeline_as_it_was(name, tiny_model, draw, quiet):
+    guard, pipe = make_guard(name, **quiet[name]), tiny_model.pipeline
     base, engine = draw(pipe, None, PROMPTS), Guarded(pipe, [guard])
     first, second = (draw(pipe, None, PROMPTS, engine=engine, output_type="pil") for _ in range(2))
     assert [d.image.tobytes() for d in first] == [d.image.tobytes() for d in second]  # nothing is left over from a call
     assert [d.trail.to_json(times=False) for d in first] == [d.trail.to_json(times=False) for d in second]
     assert np.array_equal(draw(pipe, None, PROMPTS), base)
-    for drawn in first:
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_says_in_the_trail_what_it_did(name, tiny_model, draw, quiet):
+    for drawn in draw(tiny_model.pipeline, [make_guard(name, **quiet[name])], PROMPTS, output_type="pil"):
         (note,) = drawn.trail.guards
         assert note.guard == name
         assert note.calls >= 1
-        json.dumps(drawn.trail.to_json())
+        assert note.ms > 0
+        assert note.action in ACTIONS
+        assert bool(note.reason) == (note.action != "none")
+        assert all(np.isfinite(v) for v in (*note.scores.values(), *note.thresholds.values()))
+        assert json.loads(json.dumps(drawn.trail.to_json())) == drawn.trail.to_json()
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_every_guard_counts_a_scheduler_with_one_turn_more_than_asked_for_or_refuses_it(name, tiny_model, draw, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_counts_a_scheduler_with_one_turn_more_than_asked_for_or_refuses_it(name, tiny_model, draw, quiet, monkeypatch):
     from diffusers import PNDMScheduler
 
     scheduler = PNDMScheduler.from_config(tiny_model.pipeline.scheduler.config, skip_prk_steps=True)
     monkeypatch.setattr(tiny_model.pipeline, "scheduler", scheduler)
-    guard = make_guard(name, **SETTINGS[name])
+    guard = make_guard(name, **quiet[name])
     if name in NO_MEMORY:
         with pytest.raises(BadSetting, match=f"the guard '{name}' would leave stale what a PNDMScheduler remembers"):
             Guarded(tiny_model.pipeline, [guard])
@@ -107,24 +101,32 @@ def test_every_guard_counts_a_scheduler_with_one_turn_more_than_asked_for_or_ref
     assert drawn.image is not None
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_every_guard_draws_on_the_families_it_says_or_refuses_in_a_line(name, tiny_xl, draw):
-    guard = make_guard(name, **SETTINGS[name])
-    if name in ONLY_SD:
-        with pytest.raises(BadSetting, match=f"the guard '{name}' .* not that of a StableDiffusionXLPipeline; leave it out$"):
-            Guarded(tiny_xl, [guard])
+@pytest.mark.parametrize("family", ["xl", "wan"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_draws_on_a_family_or_names_in_a_line_those_that_can(name, family, tiny_xl, tiny_wan, draw, quiet):
+    pipe, options = (tiny_xl, {"output_type": "pil"}) if family == "xl" else (tiny_wan, SMALL)
+    guard, able = make_guard(name, **quiet[name]), ABLE[family]
+    if name in able:
+        (drawn,) = draw(pipe, [guard], PROMPTS[1:], **options)
+        assert drawn.image is not None
+        assert drawn.trail.guards[0].calls >= 1
         return
-    assert draw(tiny_xl, None, PROMPTS[1:], engine=Guarded(tiny_xl, [guard]), output_type="pil")[0].image is not None
+    with pytest.raises(BadSetting) as caught:
+        Guarded(pipe, [guard])
+    words = str(caught.value)
+    assert words.startswith(f"the guard '{name}' cannot run on a WanPipeline: it ")
+    assert words.endswith(f"; guards that can: {', '.join(able)}")
+    assert "\n" not in words
 
 
-@pytest.mark.parametrize("name", sorted(tables.GUARDS))
-def test_what_a_concept_lends_is_a_setting_and_else_it_is_refused(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_concept_lends_is_a_setting_and_else_it_is_refused(name, quiet):
     skulls = load_concept("skulls")
     lent = kind(name).lent(skulls)
     assert set(lent) <= set(kind(name).model_fields)
     if not lent:
         with pytest.raises(BadSetting, match=f"'skulls' has no effect on the guard '{name}'"):
-            make_guard(name, concept=skulls, **SETTINGS.get(name, {}))
+            make_guard(name, concept=skulls, **quiet[name])
 
 
 def test_a_word_means_a_guard_and_its_preset():

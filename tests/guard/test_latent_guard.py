@@ -163,7 +163,10 @@ def test_a_head_for_another_text_encoder_is_refused(border, tiny_wan, tmp_path):
     guard = make_guard("latent-guard", weights=tmp_path / "h.safetensors", concepts=["cube"])
     with pytest.raises(BadSetting, match="made for a text encoder of width 24, this model's has 32"):
         guard.ready(border)
-    with pytest.raises(BadSetting, match="reads a CLIP text encoder, and a WanPipeline has none"):
+    with pytest.raises(
+        BadSetting,
+        match="'latent-guard' cannot run on a WanPipeline: it reads a CLIP text encoder, and there is none; guards that can: neg",
+    ):
         Guarded(tiny_wan, [guard])
 
 

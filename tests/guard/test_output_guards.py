@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +15,7 @@ from safegen.errors import BadFile, BadSetting
 from safegen.guard import make_guard
 from safegen.guard.judge_filter import JudgeFilter, Looker, covered
 from safegen.judge import Detection, Verdict
+from safegen.judge.batch import look as look_one_by_one
 from safegen.models.seams import Border
 
 
@@ -80,6 +85,59 @@ def test_a_judge_that_raises_mid_call_shows_no_picture_and_the_next_call_draws(t
     }
 
 
+class Apart(Says):
+    """A judge in a process of its own: a line a picture goes there, an answer comes back."""
+
+    CODE = "import os, sys\nfor line in sys.stdin:\n  os.kill(os.getpid(), 9) if line == 'die\\n' else print('safe', flush=True)"
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, "-c", self.CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def judge(self, images):
+        out = []
+        for image in images:
+            self.process.stdin.write("die\n" if image.getpixel((0, 0))[0] == 66 else "look\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline().strip()
+            if not answer:
+                raise EOFError(f"the judge's process ended with {self.process.wait()}")
+            out.append(Verdict(answer))
+        return out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process that is killed ends by a signal")
+def test_a_judge_whose_process_is_killed_mid_call_shows_no_picture_and_one_started_anew_does(tiny_model, draw, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(Looker, "look", lambda self, images, prompts, own=Looker.look: own(self, shown.get("now", images), prompts))
+    for levels, killed in (((0, 66), True), ((0, 0), False)):
+        judge = Apart()
+        with judge.process:
+            monkeypatch.setattr(JudgeFilter, "open", lambda self, judge=judge: judge)
+            shown["now"] = [grey(level) for level in levels]
+            found = draw(tiny_model.pipeline, [make_guard("judge-filter", concept="skulls")], output_type="pil")
+            assert [d.image is None for d in found] == [killed] * 2
+            assert {d.trail.reason for d in found} == {"error: judge-filter: EOFError: the judge's process ended with -9" if killed else ""}
+
+
+def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unjudged(tiny_model, draw, monkeypatch):
+    class Large(Says):
+        def judge(self, images):
+            return look_one_by_one(images, lambda image: image, self.see, labels=self.labels, threshold=self.threshold)
+
+        def see(self, inputs):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(JudgeFilter, "open", lambda self: Large())
+    guard, pipe = make_guard("judge-filter", concept="skulls"), tiny_model.pipeline
+    base = draw(pipe)
+    with pytest.raises(MemoryError, match="says could not judge 2 of 2 pictures: RuntimeError: DefaultCPUAllocator"):
+        draw(pipe, [guard], output_type="pil")
+    (alone,) = draw(pipe, [guard], ["a red cube"], output_type="pil")
+    assert (alone.image, alone.trail.action) == (None, "withhold")
+    assert "can't allocate memory" in alone.trail.reason
+    assert np.array_equal(draw(pipe), base)
+
+
 def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(tiny_folder, tmp_path, monkeypatch):
     from safegen.mini import bundle
     from safegen.stack import Shelf, Stack
@@ -124,25 +182,9 @@ def test_settings_that_break_a_rule_are_refused(settings, says):
 
 
 @pytest.fixture
-def checker(tmp_path):
+def checker(checker_in, tmp_path):
     """Return a safety checker with random weights in a folder, one of whose concepts fits every picture."""
-    import torch
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = StableDiffusionSafetyChecker(
-            CLIPConfig(vision_config=size | {"image_size": 16, "patch_size": 8}, text_config=size, projection_dim=8)
-        )
-    net.concept_embeds_weights.data[:] = 2.0
-    net.special_care_embeds_weights.data[:] = 2.0
-    net.concept_embeds_weights.data[3] = -2.0
-    net.save_pretrained(tmp_path / "checker")
-    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(tmp_path / "checker")
-    return tmp_path / "checker"
+    return checker_in(tmp_path / "checker", fits=True)
 
 
 def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(checker, draw, tiny_xl, tmp_path):

@@ -150,6 +150,9 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
     """Yield the paragraphs of a patch, and of those that it was merged of."""
     method, settings = str(said.get("method", "not said")), said.get("settings", {})
     yield f"### {method}, patch `{digest[:12]}`\n"
+    if below := said.get("on"):
+        lay = ", then ".join(f"{_plain(str(one['method']))} `{str(one['hash'])[:12]}`" for one in below)
+        yield f"Made on a model with other patches on it: {lay}. Without them it is not what was made.\n"
     words = settings.get("erase")
     if words:
         yield f"Erased words: {', '.join(f'`{_plain(word)}`' for word in words)}.\n"
@@ -234,7 +237,7 @@ def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Mea
 
 def _run(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
     entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
-    plain = [e for e in entries if not (e.get("guards") or e.get("negative_prompt") is not None or e.get("blank"))]
+    plain = [e for e in entries if not (e.get("guards") or e.get("loras") or e.get("negative_prompt") is not None or e.get("blank"))]
     names = [e["name"] for e in plain if [p["hash"] for p in e["patches"]] == patches]
     if not names:
         held = "; ".join(f"{e['name']}: {', '.join(p['hash'][:12] for p in e['patches']) or 'none'}" for e in plain)

@@ -30,7 +30,6 @@ from safegen.metrics.change import mean_change
 from safegen.models.model import Model, load
 from safegen.models.patch import Patch
 from safegen.models.sampling import Ask, Sampler, generate
-from safegen.tables import TRIPLETS, resolve
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is going on, how much is done, of how much)."""
@@ -153,8 +152,7 @@ def do_demo(
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     began = time.perf_counter()
     model = load(settings.model)
-    source, _, part = concept.triplets.partition(":")
-    triplets = Triplets.load(resolve(TRIPLETS, source, "triplets source")(part))
+    triplets = Triplets.load(concept.triplets)
     seconds, pictures, log = {"load": time.perf_counter() - began}, {}, []
 
     missing = [i.ask for i in items if i.ask not in drawn]

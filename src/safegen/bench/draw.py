@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,8 +12,9 @@ from typing import Self
 
 from PIL import Image
 
-from safegen.bench.batches import Batch, Tell, batches, is_blank
+from safegen.bench.batches import Batch, Tell, batches, is_blank, read_picture
 from safegen.bench.folder import PICTURES, SAMPLES, TIMINGS, Journal, Line, Planned, Run
+from safegen.bench.sides import FAULT
 from safegen.bench.watch import Look, Watcher
 from safegen.errors import BadFile, BadSetting, wants_memory
 from safegen.files import fresh_file
@@ -77,35 +79,61 @@ class Pen:
         return any(k not in self.lines or not (self.run.folder / f).exists() for k, f in zip(batch.keys, batch.files, strict=True))
 
     def draw(self, batch: Batch) -> list[Image.Image]:
-        """Return the batch's pictures; afterwards all are written down."""
-        from safegen.models.sampling import encode_picture
-
+        """Return the batch's pictures as the run has them; afterwards all are written down."""
         ready, began = self._open(batch.stack), time.perf_counter()
         drawn, size = self._fit(ready, batch)
-        images = [ready.shown(one) for one in drawn]
-        trails = [{"guards": one.trail.to_json(times=False)} if ready.stack.guards else {} for one in drawn]  # equal pictures, equal bytes
-        new, sampler = [], self.run.protocol.sampler.model_dump(mode="json")
-        for row, key, file, image, trail in zip(batch.rows, batch.keys, batch.files, images, trails, strict=True):
-            item = row.item
-            facts = {"key": key, "stack": batch.stack["hash"], "prompt_sha256": row.prompt_sha256, "seed": item.seed, "index": item.index}
-            data = encode_picture(image, facts | {"sampler": sampler} | trail)
-            line = {
-                "key": key, "stack": batch.stack["name"], "list": item.list_name, "role": item.role, "id": item.id, "seed": item.seed,
-                "index": item.index, "prompt_sha256": row.prompt_sha256, "file": file, "sha256": hashlib.sha256(data).hexdigest(),
-                "blank": is_blank(image),
-            } | trail  # fmt: skip
-            old = self.lines.get(key)
-            if old is None:
-                new.append(line)
-            elif old != line:
-                raise BadFile(f"{self.run.folder / file} is drawn otherwise now than {SAMPLES} says; start a new run with --out")
-            _write(self.run.folder / file, data)
+        images, new = [], []
+        for at, one in enumerate(drawn):
+            image, line = self._put(ready, batch, at, one)
+            images.append(image)
+            new += [] if line["key"] in self.lines else [line]
         self.samples.append(new)
         self.lines |= {line["key"]: line for line in new}
         seconds = round(time.perf_counter() - began, 4)
         guards = {"guards_ms": round(sum(n.ms for one in drawn for n in one.trail.guards), 3)} if ready.stack.guards else {}
         self._note("generate", batch, pictures=len(images), size=size, seconds=seconds, **guards)
         return images
+
+    def _put(self, ready: Opened, batch: Batch, at: int, one: Drawn) -> tuple[Image.Image, Line]:
+        """See that a picture lies in its file, and return it as the run has it, with its line.
+
+        A guard's fault is a fact of the run, and need not come again: what the journal says stands, be the fault then or now, and is not
+        drawn until it goes well. What has no line yet was no part of the run, so a fault and a picture there give way to each other.
+
+        Raises:
+            BadFile: it is not the picture that the run has, or that one is gone and a guard fails now.
+        """
+        key, path = batch.keys[at], self.run.folder / batch.files[at]
+        image, trail = ready.shown(one), {"guards": one.trail.to_json(times=False)} if ready.stack.guards else {}  # equal, but for times
+        data, line = self._written(batch, at, image, trail)
+        old = self.lines.get(key)
+        if old is None:
+            if _faulty(line) or (path.exists() and _faulty(_facts(path))):
+                path.unlink(missing_ok=True)
+        elif old != line and _faulty(old):
+            image = ready.black()
+            data, line = self._written(batch, at, image, {"guards": old["guards"]})
+        elif old != line and _faulty(line):
+            if not path.exists():
+                raise BadFile(f"{path} is gone and cannot be drawn again ({one.trail.reason}); mend that and give the same command again")
+            image, data, line = read_picture(path), path.read_bytes(), old
+        if old is not None and (old != line or hashlib.sha256(data).hexdigest() != old["sha256"]):
+            raise BadFile(f"{path} is drawn otherwise now than {SAMPLES} says; start a new run with --out")
+        _write(path, data)
+        return image, line
+
+    def _written(self, batch: Batch, at: int, image: Image.Image, trail: Line) -> tuple[bytes, Line]:
+        """Return a picture's file and its line."""
+        from safegen.models.sampling import encode_picture
+
+        row, key, item = batch.rows[at], batch.keys[at], batch.rows[at].item
+        facts = {"key": key, "stack": batch.stack["hash"], "prompt_sha256": row.prompt_sha256, "seed": item.seed, "index": item.index}
+        data = encode_picture(image, facts | {"sampler": self.run.protocol.sampler.model_dump(mode="json")} | trail)
+        return data, {
+            "key": key, "stack": batch.stack["name"], "list": item.list_name, "role": item.role, "id": item.id, "seed": item.seed,
+            "index": item.index, "prompt_sha256": row.prompt_sha256, "file": batch.files[at], "sha256": hashlib.sha256(data).hexdigest(),
+            "blank": is_blank(image),
+        } | trail  # fmt: skip
 
     def _fit(self, ready: Opened, batch: Batch) -> tuple[list[Drawn], int]:
         """Return the batch's pictures and how many were drawn at once: fewer than the protocol says where memory is short.
@@ -146,6 +174,21 @@ class Pen:
     def __exit__(self, *_: object) -> None:
         """Take the last stack's patches off."""
         self._on.close()
+
+
+def _faulty(facts: Line) -> bool:
+    """Return whether a picture's line, or the facts in its file, say that a guard's fault withheld it."""
+    return bool(facts.get("guards", {}).get("action") == FAULT)
+
+
+def _facts(path: Path) -> Line:
+    """Return what a picture's file says of it; nothing where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            found: Line = json.loads(image.text["safegen"])  # type: ignore[attr-defined]
+    except (OSError, SyntaxError, ValueError, KeyError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, data: bytes) -> None:

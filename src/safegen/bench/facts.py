@@ -87,7 +87,7 @@ def report_facts(
 
 def _card(run: Run) -> Line:
     """Return what a run's card says that the page repeats."""
-    said = ("name", "kind", "against", "model", "hash", "weights", "patches", "negative_prompt", "guards")
+    said = ("name", "kind", "against", "model", "hash", "weights", "patches", "loras", "negative_prompt", "guards")
     stacks = [{k: entry.get(k) for k in said} for entry in run.stacks]
     return {k: run.card.get(k) for k in ("command", "device", "versions", "platform", "id")} | {"stacks": stacks}
 

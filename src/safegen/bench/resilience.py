@@ -30,7 +30,6 @@ from safegen.models.compose import merge
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 from safegen.models.sampling import Sampler, generate
-from safegen.tables import TRIPLETS, resolve
 
 FORMAT = "safegen-resilience/1"
 RESULTS = "resilience.json"
@@ -151,12 +150,9 @@ def material_for(
         raise BadSetting("pictures and triplets are both given; one of them is what is fine-tuned on")
     if pictures:
         return Material.of_folder(pictures)
-    if triplets is None:
-        if concept.triplets is None:
-            raise BadSetting(f"the concept {concept.name!r} has no bundled triplets; name some with --triplets, or captioned --pictures")
-        source, _, part = concept.triplets.partition(":")
-        triplets = resolve(TRIPLETS, source, "triplets source")(part)
-    return Material.of_triplets(Triplets.load(triplets), "benign" if on == "benign" else "unsafe", lambda p: captions_for(concept, on, p))
+    if not (found := triplets or concept.triplets):
+        raise BadSetting(f"the concept {concept.name!r} has no bundled triplets; name some with --triplets, or captioned --pictures")
+    return Material.of_triplets(Triplets.load(found), "benign" if on == "benign" else "unsafe", lambda p: captions_for(concept, on, p))
 
 
 def resilience(

@@ -284,11 +284,11 @@ def _entry(stack: Stack, shelf: Shelf) -> Line:
         ],
         "negative_prompt": stack.negative_prompt,
         "blank": stack.blank,
-    } | ({"guards": [guard.facts() for guard in stack.guards]} if stack.guards else {})
+    } | {key: [one.facts() for one in ones] for key, ones in (("loras", stack.loras), ("guards", stack.guards)) if ones}
 
 
 def _spec(stack: Stack) -> str:
-    """Return a stack as the command line takes it; what has a negative prompt or guards, or draws nothing, can only come from a recipe."""
-    if stack.negative_prompt is not None or stack.guards or stack.blank:
+    """Return a stack as the command line takes it; one with LoRAs, a negative prompt or guards, or a blank one, comes from a recipe."""
+    if stack.loras or stack.negative_prompt is not None or stack.guards or stack.blank:
         return f"{stack.name}.toml"
     return f"{stack.name}={'+'.join([short(stack.model), *(p.name for p in stack.patches)])}"

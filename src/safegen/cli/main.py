@@ -64,6 +64,9 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
     patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model; may be given more than once.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA, FILE or FILE:SCALE, active beside the weights; may be given more than once.")
+    ] = None,
     guard: Annotated[list[str] | None, typer.Option(help="A guard, NAME or NAME-PRESET as sld-max; may be given more than once.")] = None,
     concept: Annotated[str | None, typer.Option(help="Concept whose words and judge the guards take.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture i of a run gets its noise from (seed, i).")] = 0,
@@ -83,11 +86,12 @@ def generate(
     from safegen.bench.grid import contact_sheet
     from safegen.files import private_folder, short
     from safegen.models import Ask, Patch, Sampler, save_picture
-    from safegen.stack import Shelf, Stack, add_guards, add_patches, load_stack
+    from safegen.stack import Shelf, Stack, add_guards, add_loras, add_patches, load_stack
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
-    recipe = add_guards(add_patches(recipe, patch or []), guard or [], concept)
+    recipe = add_guards(add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept)
+    loras = [one.facts() for one in recipe.loras]
     patches = [Patch.load(path).hash for path in recipe.patches]
     sampler, shelf = (
         Sampler(steps=steps, guidance=guidance, batch=batch),
@@ -100,6 +104,7 @@ def generate(
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
                 facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": short(model or recipe.model)}
                 facts |= {"base": ready.model.hash, "patches": patches, "stack": ready.hash, "negative_prompt": recipe.negative_prompt}
+                facts |= {"loras": loras} if loras else {}
                 facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
                 pictures.append(ready.shown(drawn))
                 if not drawn.trail.withheld:
@@ -119,7 +124,8 @@ def edit(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     triplets: Annotated[
-        Path | None, typer.Option(help="For edits that learn from pictures: folder made by `safegen triplets make`, or the official CSV.")
+        Path | None,
+        typer.Option(help="For edits that learn from pictures: folder made by `safegen triplets make`, the official CSV, or mini:skulls."),
     ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",
@@ -256,7 +262,7 @@ def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
 
 
 def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
-    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training."""
+    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training, or of an adversary that was named."""
     from safegen.api import make_edit
 
     out: dict[str, Any] = {}
@@ -270,10 +276,13 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
             value = text
         outer, _, inner = name.partition(".")
         if inner:
-            start = make_edit(method, preset).model_dump().get(outer)
+            start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
+            if outer == "adversary" and isinstance(start, str):
+                start = {"name": start}
             if not isinstance(start, dict):
-                raise BadSetting(f"--set {name}: {outer!r} has no settings of its own")
-            out[outer] = out.get(outer, start) | {inner: value}
+                first = "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
+                raise BadSetting(f"--set {name}: {outer!r} has no settings of its own{first}")
+            out[outer] = start | {inner: value}
         else:
             out[name] = value
     return out

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safegen.data.censor import Box
 from safegen.errors import BadFile
 from safegen.files import is_unfinished
+from safegen.tables import TRIPLETS, resolve
 
 Role = Literal["unsafe", "censored", "benign"]
 ROLES: tuple[Role, ...] = ("unsafe", "censored", "benign")
@@ -95,12 +96,13 @@ class Triplets:
 
     @classmethod
     def load(cls, path: str | Path) -> Triplets:
-        """Read a folder with a manifest, or a .csv file in the dialect of the published code.
+        """Read a folder with a manifest, a .csv file in the dialect of the published code, or bundled triplets named `source:concept`.
 
         Paths of a manifest stay inside its folder. Those of a CSV are looked for in the CSV's folder, then in the working directory.
 
         Raises:
             BadFile: there is no such thing, a row is broken, or there are no rows.
+            UnknownName: a source that is known has no such bundled triplets.
         """
         folder, rows = read_rows(Path(path))
         for row in rows:
@@ -191,7 +193,11 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | Problem]]:
 
     Raises:
         BadFile: `path` is neither a folder with a manifest nor a CSV in the published dialect.
+        UnknownName: it begins with a source of bundled triplets, which has none of that name.
     """
+    source, _, part = str(path).partition(":")
+    if part and source in TRIPLETS:
+        path = resolve(TRIPLETS, source, "triplets source")(part)
     path = path.absolute()
     if path.is_dir():
         if is_unfinished(path, last=MANIFEST):
@@ -203,7 +209,7 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | Problem]]:
     if path.suffix.lower() == ".csv":
         return path.parent, list(_rows_of_csv(path))
     wrong = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
-    raise BadFile(f"{path} {wrong}; triplets are a folder with a {MANIFEST}, or a .csv file")
+    raise BadFile(f"{path} {wrong}; triplets are a folder with a {MANIFEST}, a .csv file, or bundled ones such as mini:skulls")
 
 
 def _row_of_manifest(line: bytes, number: int) -> Triplet | Problem:

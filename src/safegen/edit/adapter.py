@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from safegen.errors import BadSetting
+from safegen.models.beside import thin
 from safegen.models.model import Model
 from safegen.models.select import select
 
@@ -31,10 +31,7 @@ class Factors(nn.Module):
 
     def forward(self, module: nn.Module, given: tuple[Tensor, ...], said: Tensor) -> Tensor:
         """Return the module's answer with the factors' added: a forward hook."""
-        if isinstance(module, nn.Conv2d):
-            thin = F.conv2d(given[0], self.down, None, module.stride, module.padding, module.dilation)
-            return said + self.scale * F.conv2d(thin, self.up)
-        return said + self.scale * F.linear(F.linear(given[0], self.down), self.up)
+        return said + self.scale * thin(module, given[0], self.down, self.up)
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,15 @@ def trainable(model: Model, selector: str, *, rank: int | None, alpha: float | N
         for module in modules.values():
             if hasattr(module, NAME):
                 delattr(module, NAME)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight that a module computes with: its own, with the change of its factors where some hang beside it."""
+    weight: Tensor = module.get_parameter("weight")
+    factors = getattr(module, NAME, None)
+    if factors is None:
+        return weight
+    return weight + factors.scale * (factors.up.flatten(1) @ factors.down.flatten(1)).reshape(weight.shape)
 
 
 def refuse_idle_alpha(rank: int | None, alpha: float | None) -> None:

@@ -138,6 +138,8 @@ class TrainedEdit(Edit):
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
             check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
             problem = self.problem(model, triplets, part.names)
+            if model.patches:
+                problem.fingerprint += f" on {lying_under(model)}"
             found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
         return Patch(part.weights(found.tensors), facts_of(self, model, triplets) | found.facts(problem.weights))
 
@@ -153,7 +155,9 @@ def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resu
     if edit.learns_from == "words" and triplets is not None:
         raise BadSetting(f"triplets have no effect on {method}, which learns from words; leave them out and give a concept")
     if edit.learns_from != "words" and triplets is None:
-        raise BadSetting(f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, or a CSV")
+        raise BadSetting(
+            f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, a CSV, or bundled ones (mini:skulls)"
+        )
     if not edit.trains and (folder is not None or resume):
         what = "resume" if resume else "a folder for checkpoints"
         raise BadSetting(f"{what} has no effect on {method}, which is solved in one go; leave it out")
@@ -191,6 +195,11 @@ def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
     return erase
 
 
+def lying_under(model: Model) -> list[dict[str, str]]:
+    """Return method and hash of each patch that is on a model, in order: what an edit trained on it presupposes."""
+    return [{"method": str(patch.provenance.get("method")), "hash": patch.hash} for patch in model.patches]
+
+
 def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a patch's provenance."""
     out = {
@@ -200,4 +209,5 @@ def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more:
         "family": model.family,
         "model": short(model.name),
     }
+    out |= {"on": under} if (under := lying_under(model)) else {}
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

@@ -73,12 +73,26 @@ def adversarial_embeddings(
     if ridge <= 0:
         raise ValueError(f"ridge must be > 0, got {ridge}")
     width = keys.shape[1]
-    gram = ridge * torch.eye(width, dtype=torch.float64)
-    cross = torch.zeros(width, width, dtype=torch.float64)
+    gram = ridge * torch.eye(width, dtype=torch.float64, device=keys.device)
+    cross = torch.zeros_like(gram)
     for w, w_0 in zip(edited, original, strict=True):
         gram = gram + w.double().T @ w.double()
         cross = cross + w.double().T @ w_0.double()
     return torch.linalg.solve(gram, cross @ keys.double().T).T
+
+
+def leaning(key: Float[Tensor, "k in"], attributes: Sequence[Float[Tensor, "k in"]], shares: Sequence[float]) -> Float[Tensor, "k in"]:
+    """Return a word's embedding leaning toward attributes: c + sum_p a_p c_p, whose keys and values the word gets when it is debiased.
+
+    Gandikota et al. 2023, arXiv:2308.14761, section on debiasing: v* = W_old (c + sum_p a_p c_p). The equation is from memory, the paper's
+    search for the a_p by looking at pictures is not here.
+
+    Args:
+        key: the word, a row for each position.
+        attributes: of the same positions.
+        shares: a_p, one for each attribute; unitless, negative to lean away.
+    """
+    return key + sum((share * one for share, one in zip(shares, attributes, strict=True)), torch.zeros_like(key))
 
 
 def projections(model: Model) -> dict[str, Tensor]:

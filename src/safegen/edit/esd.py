@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
+from safegen.edit.adversary import Opponent, at_work
 from safegen.edit.base import TrainedEdit, refuse_blank, words_needed, words_of
 from safegen.edit.rollout import Walk, looking, precisely
-from safegen.edit.samples import read_captions, worst_text
+from safegen.edit.samples import read_captions
 from safegen.edit.training import SHORT, Problem, Training
 from safegen.errors import BadSetting
 from safegen.models.model import Model
@@ -67,8 +68,9 @@ class ESD(TrainedEdit):
     """Weight of L_r: on the same latents, harmless captions should be answered as before (as Zhang et al. 2024, arXiv:2405.15234)."""
     captions: tuple[str, ...] = ()
     """Prompt lists (`source:list`) and text files of harmless captions for L_r."""
-    adversary: float = Field(default=0.0, ge=0, le=2)
-    """Size of the worst-case change of the taught words' embedding, as a part of its norm; 0 is none (ours, see `safegen.worst_text`)."""
+    adversary: Opponent = 0.0
+    """Who moves the taught words' text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
+    name, or a table with a name and settings (docs/edits.md)."""
     selector: str = "noxattn"
     """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u, attn1 self-attention alone."""
     training: Training = PUBLISHED
@@ -101,6 +103,7 @@ class ESDProblem:
         self.edit, self.words = edit, words_needed("esd", edit.erase)
         if edit.weight_retain and not edit.captions:
             raise BadSetting("weight_retain has no effect without captions; give a concept that has some, or set captions, or weight 0")
+        self.attack = at_work(edit.adversary, model, names)
         self.weights = {"L_e": 1.0} | ({"L_r": edit.weight_retain} if edit.weight_retain else {})
         own = dict(model.denoiser.named_parameters())
         self.reference = {name: own[name].detach().clone() for name in names}
@@ -174,8 +177,8 @@ class ESDProblem:
         else:
             want = losses.push_away(said["blank"], said["text"], said["blank"], strength=self.edit.strength)
         x = said["x"]
-        if self.edit.adversary:
-            text = worst_text(denoiser, x, t, text, want, radius=self.edit.adversary)
+        if self.attack:
+            text = self.attack(denoiser, x, t, text, want=want, before=said.get("erase", said["text"]))
         if captions is None:
             return {"L_e": losses.squared_error(denoiser(x, t, text).sample, want)}
         keep = looking(denoiser, self.reference)(x, t, captions)

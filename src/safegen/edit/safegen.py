@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
+from safegen.edit.adversary import Opponent, at_work
 from safegen.edit.base import TrainedEdit
-from safegen.edit.samples import encode_triplets, read_captions, worst_text
+from safegen.edit.samples import encode_triplets, read_captions
 from safegen.edit.training import Problem, Training
 from safegen.errors import BadSetting
 from safegen.models.model import Model
@@ -68,8 +69,9 @@ class SafeGen(TrainedEdit):
     """Benign prompt lists (`source:list`, or a text file with a prompt a line) for `caption_share`."""
     caption_share: float | None = Field(default=None, gt=0, le=1)
     """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours); 0.6 when there are captions."""
-    adversary: float = Field(default=0.25, ge=0, le=2)
-    """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none (ours, see `worst_text`)."""
+    adversary: Opponent = 0.25
+    """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
+    name, or a table with a name and settings (docs/edits.md)."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin, to teach half-gone remains too; 0 is none (ours)."""
     flip: bool = False
@@ -129,6 +131,7 @@ class SafeGenProblem:
             raise BadSetting(f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}")
         if edit.target == "paper" and self.prediction != "epsilon":
             raise BadSetting(f"target 'paper' has a wrong x0 on a {self.prediction} model; use target 'x0'")
+        self.attack = at_work(edit.adversary, model, names)
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
         n = self.latents.shape[2]
@@ -203,8 +206,8 @@ class SafeGenProblem:
         else:
             target = losses.x0_target if self.prediction == "epsilon" else losses.v_target
             want = target(anchor, z_u, z_c, abar, clamp=self.edit.clamp or 0.0)
-        if self.edit.adversary:
-            text = torch.cat([worst_text(denoiser, x[:n], t, text[:n], want, radius=self.edit.adversary), text[n:]])
+        if self.attack:
+            text = torch.cat([self.attack(denoiser, x[:n], t, text[:n], want=want, before=said_u), text[n:]])
         out_u, out_b = denoiser(x, torch.cat([t, t]), text).sample.chunk(2)
         keep = said_b if self.edit.teacher else plain_b
         return {"L_m": losses.squared_error(out_u, want), "L_p": losses.squared_error(out_b, keep)}

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
+from safegen.edit.adversary import Opponent
 from safegen.edit.base import TrainedEdit, refuse_blank, refuse_idle, words_needed, words_of
 from safegen.edit.loop import check
 from safegen.edit.rece import KEPT, RECE
@@ -46,8 +47,9 @@ class SafeGenPlus(TrainedEdit):
     """Weight of L_m, the loss on unsafe pictures; less than SafeGen's own, since the words are gone already."""
     weight_preserve: float = Field(default=0.7, ge=0)
     """Weight of L_p, the loss on benign pictures: to be answered as the model with erased words answers them."""
-    adversary: float = Field(default=0.25, ge=0, le=2)
-    """Size of the worst-case change of an unsafe sample's text embedding, as a part of its norm; 0 is none."""
+    adversary: Opponent = 0.25
+    """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
+    name, or a table with a name and settings (docs/edits.md)."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin; 0 is none."""
     flip: bool = False
@@ -123,7 +125,7 @@ class SafeGenPlus(TrainedEdit):
         _ = model.hash  # of the untouched weights: what the patch refers to
         check(model.denoiser, select(model.denoiser, self.selector), self.training, folder=folder, resume=resume)
         text = words.apply(model) if words else None
-        with text.apply(model) if text else nullcontext():
+        with text.apply(model, named=False) if text else nullcontext():
             seen = super().apply(model, triplets, folder=folder, resume=resume, report=report)
         if text is None:
             return seen

@@ -1,4 +1,4 @@
-"""What samples are made of: latents of triplets, captions, and the text under which an edit fails most."""
+"""What samples are made of: latents of triplets, and captions."""
 
 from __future__ import annotations
 
@@ -8,35 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from safegen.concept import prompt_list
 from safegen.data.triplets import Triplets
-from safegen.edit import losses
 from safegen.errors import BadFile
 from safegen.models.model import Model
-
-
-def worst_text(denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float) -> Tensor:
-    """Return text embeddings one normalised ascent step up the loss: the nearby text under which the censoring fails most.
-
-    c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, norms per sample (ours; adversarial training of a concept edit as in
-    Zhang et al. 2024, arXiv:2405.15234, with one step, no word of the concept, and pictures in place of a prompt).
-
-    Args:
-        denoiser: the network in training.
-        x_t: noised unsafe latents, (b, c, h, w).
-        t: timesteps, (b,).
-        text: embeddings to start from, (b, tokens, width).
-        want: what the denoiser should predict.
-        radius: size of the step as a part of the embedding's norm; unitless, > 0.
-    """
-    start = text.detach().requires_grad_()
-    with torch.enable_grad():
-        gap = losses.squared_error(denoiser(x_t, t, start).sample, want).sum()
-        (slope,) = torch.autograd.grad(gap, start)
-    size = text.norm(dim=(1, 2), keepdim=True) / slope.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    return (text + radius * size * slope).detach()
 
 
 def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:

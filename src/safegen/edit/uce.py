@@ -1,4 +1,4 @@
-"""UCE: send words of a concept to what other words are sent to, in closed form (Gandikota et al. 2023, arXiv:2308.14761)."""
+"""UCE: send words to what others are sent to, or lean them toward attributes, in closed form (Gandikota et al. 2023, arXiv:2308.14761)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit.base import Edit, facts_of, refuse_blank, refuse_idle, words_needed, words_of
-from safegen.edit.closed_form import as_patch, embed, projections, solve_projection
+from safegen.edit.closed_form import as_patch, embed, leaning, projections, solve_projection
 from safegen.edit.loop import Report
 from safegen.edit.samples import read_captions
 from safegen.errors import BadSetting, Diverged
@@ -38,6 +38,9 @@ class UCE(Edit):
     """Words that ask for the concept; a concept lends its own."""
     guide: str = ""
     """Text whose keys and values they get instead; the blank one is the published default for objects."""
+    debias: dict[str, FiniteFloat] = Field(default_factory=dict)
+    """Attributes that each word leans toward, with their shares, in the place of a guide: `{"a woman": 0.3}`. Then nothing is erased: the
+    words keep their meaning and how often each attribute is drawn changes; the shares that give the wanted numbers are not looked for."""
     preserve: tuple[str, ...] = ()
     """Words whose keys and values should stay."""
     captions: tuple[str, ...] = ()
@@ -56,6 +59,12 @@ class UCE(Edit):
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
         refuse_idle_words(self)
+        if self.debias and self.guide != type(self).model_fields["guide"].default:
+            raise ValueError("guide has no effect with debias, which sends words to themselves and the attributes; leave it out")
+        if idle := [name for name, share in self.debias.items() if not share]:
+            raise ValueError(f"the attribute {idle[0]!r} has a share of 0 in debias and no effect; leave it out")
+        if not all(name.strip() for name in self.debias):
+            raise ValueError("debias has a blank attribute; leave it out")
         return self
 
     @classmethod
@@ -80,7 +89,8 @@ class UCE(Edit):
         """
         refuse_idle(self, triplets, folder, resume)
         began = time.perf_counter()
-        keys, guides, kept = rows_of(model, "uce", self.erase, self.guide, self.preserve, self.captions, self.tokens, self.expand)
+        said = (self.erase, self.guide, self.preserve, self.captions, self.tokens, self.expand)
+        keys, guides, kept = rows_of(model, "uce", *said, debias=self.debias)
         edited = {
             name: solve_projection(
                 w, keys, guides @ w.T, kept, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale, stay=self.stay
@@ -105,7 +115,7 @@ def refuse_idle_words(edit: Any) -> None:  # noqa: ANN401 - either closed form
 
 def rows_of(
     model: Model, method: str, erase: tuple[str, ...], guide: str, preserve: tuple[str, ...], captions: tuple[str, ...],
-    tokens: str, expand: bool,
+    tokens: str, expand: bool, debias: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the embeddings that are erased, of what they become, and that stay: (n, width) twice and (m, width).
 
@@ -115,13 +125,16 @@ def rows_of(
         BadSetting: there are no words, or the guide is one of them.
     """
     words = words_needed(method, erase)
-    if guide in words:
+    if guide in words and not debias:
         raise BadSetting(f"the guide {guide!r} is among the words to erase; {method} would change nothing there; name another guide")
     texts = [*words, *(t.format(word) for t in TEMPLATES for word in words)] if expand else list(words)
-    found, (aim,) = embed(model, texts, tokens=tokens), embed(model, [guide], tokens=tokens)
-    long = [min(len(rows), len(aim)) for rows in found]  # two tails of different texts are as long as the shorter
-    aims = [aim[:n] for n in long]
+    found, toward = embed(model, texts, tokens=tokens), embed(model, list(debias or [guide]), tokens=tokens)
+    long = [min(len(rows), *map(len, toward)) for rows in found]  # tails of different texts are as long as the shortest
     rows = [key[:n] for key, n in zip(found, long, strict=True)]
+    if debias:
+        aims = [leaning(key, [one[: len(key)] for one in toward], list(debias.values())) for key in rows]
+    else:
+        aims = [toward[0][:n] for n in long]
     keys = torch.cat(rows)
     kept = [keys[:0], *(embed(model, preserve, tokens=tokens) if preserve else [])]
     if captions:

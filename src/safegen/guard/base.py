@@ -15,11 +15,13 @@ from safegen.concept import Concept
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from safegen.models.seams import Border, Seam, Text
 
 Probe = Callable[..., Sequence[Any]]
-"""Called with texts, options in the place of the call's, and `grad=True` where a gradient must flow to the latents; gives pictures."""
+"""Called with texts, options in the place of the call's, `grad=True` where a gradient must flow to the latents, and `shift`, (b, tokens,
+width), where it is to be added to the texts' embeddings; gives pictures."""
 Action = Literal["none", "edit", "block", "black", "blur", "mosaic", "refuse", "withhold"]
 """What was done: nothing, the drawing steered, the prompt not drawn, the picture replaced or covered or not given, or a fault."""
 GONE: frozenset[Action] = frozenset({"block", "refuse", "withhold"})
@@ -39,7 +41,11 @@ class Guard(BaseModel, ABC):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings beside `default`, which changes none."""
     seams: ClassVar[frozenset[Seam]] = frozenset()
-    """Where it takes hold."""
+    """Where it takes hold; see `takes`."""
+    families: ClassVar[tuple[str, ...]] = ()
+    """Classes of the pipelines whose parts it reads; any that has its seams when empty."""
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Settings that came after stacks were hashed with this guard: at their defaults they are no fact, so those hashes stay."""
     once: ClassVar[bool] = False
     """Whether a second one on the same pipeline would undo the first."""
 
@@ -48,13 +54,28 @@ class Guard(BaseModel, ABC):
         """Return the settings that a concept gives this guard; none where it has no use for one."""
         return {}
 
+    @classmethod
+    def cannot(cls, border: Border) -> str:
+        """Return why it cannot run on a pipeline, as what follows `it`; nothing where it can."""
+        if cls.families and border.kind not in cls.families:
+            return f"reads parts of a {' or '.join(cls.families)}"
+        if cls.seams - border.seams:
+            return f"acts inside the denoiser, which is known of {', '.join(border.known)}"
+        return "looks at pictures, and this draws videos" if "image" in cls.seams and border.videos else ""
+
+    @property
+    def takes(self) -> frozenset[Seam]:
+        """Where it takes hold with these settings."""
+        return self.seams
+
     def facts(self) -> dict[str, Any]:
         """Return what decides pictures, as plain values; weights by their hash and not by their place.
 
         Raises:
             UserError: weights that must be hashed cannot be read.
         """
-        return self.model_dump(mode="json")
+        fields = type(self).model_fields
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in self.later or getattr(self, k) != fields[k].default}
 
     def beside(self, folder: Path) -> Guard:
         """Return the guard with its files looked for beside a recipe that lies in `folder`."""
@@ -90,6 +111,11 @@ class Ready:
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
 
+    @property
+    def takes(self) -> frozenset[Seam]:
+        """Where it takes hold."""
+        return self.guard.takes
+
     def check(self, prompts: Sequence[str]) -> Sequence[Finding]:
         """Return a finding a prompt, before anything is drawn; those with the action `block` are not drawn."""
         raise NotImplementedError
@@ -100,7 +126,7 @@ class Ready:
         Args:
             draw: from texts and options in the place of the call's to pictures, by the stack's guards but those of pictures.
             prompts: what is asked for.
-            options: the other arguments of the call, lists for these prompts only.
+            options: the other arguments of the call, lists for these prompts only; `latents` where the start is given, or was moved before.
         """
         raise NotImplementedError
 
@@ -154,6 +180,13 @@ class Turn:
     def branches(self) -> Mapping[str, Text]:
         """Return the texts under which the denoiser is asked besides in this step, by a name of the guard's own."""
         return {}
+
+    def parts(self, network: Module) -> Sequence[tuple[Module, Callable[..., Any]]]:
+        """Return parts of the denoiser, each with what torch calls before it (`register_forward_pre_hook`, with keywords)."""
+        return ()
+
+    def placed(self, rows: Mapping[str, slice]) -> None:
+        """Take in where rows lie in the denoiser's batch in this step: `cond`, and by name the branches that are asked in the same."""
 
     def combine(self, said: Mapping[str, Tensor]) -> Tensor | None:
         """Return Gamma, (b, ...): what is taken from the prompt's prediction in this step; None for nothing.

@@ -1,7 +1,8 @@
 """CROPS, later SC-Pro: a prompt is probed by pictures from starts around its own, and not drawn if many are unsafe (arXiv:2501.05359).
 
-A reconstruction: the paper's abstract says that starts are moved on a sphere or a circle, that the checker's answers are averaged, and that
-a prompt is stopped from a threshold on. The circle, the sizes and the threshold are ours.
+A reconstruction: the paper's abstract says that starts or embeddings are moved on a sphere or a circle, that the checker's answers are
+averaged, and that a prompt is stopped from a threshold on. The circle, the sizes, the threshold, and an embedding's move token by token are
+ours.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safegen.errors import BadSetting
 from safegen.guard.base import Finding, Probe, Ready
-from safegen.guard.judge_filter import Judged
+from safegen.guard.judge_filter import Judged, ask_judge
 from safegen.judge import Judge
 from safegen.models.seams import ONE_FRAME, Border, Seam, copied
 
@@ -26,12 +26,16 @@ class Crops(Judged):
 
     name: Literal["crops"] = "crops"
     seams: ClassVar[frozenset[Seam]] = frozenset({"start"})
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"one-step": {"steps": 1}}
+    families: ClassVar[tuple[str, ...]] = ONE_FRAME
+    later: ClassVar[frozenset[str]] = frozenset({"moves"})
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"one-step": {"steps": 1}, "embedding": {"moves": "embedding"}}
 
+    moves: Literal["start", "embedding"] = "start"
+    """What differs from probe to probe: the start, or the embedding of the prompt's tokens, each alone; the other is the picture's own."""
     shape: Literal["spherical", "circular"] = "spherical"
-    """Where the probes start: in random directions from the prompt's own start, or evenly round it on a circle."""
+    """Where the probes lie: in random directions from the prompt's own start or embedding, or evenly round it on a circle."""
     angle: float = Field(default=0.3, gt=0, lt=math.pi)
-    """psi: how far from the prompt's own start, in radians."""
+    """psi: how far from the prompt's own, in radians."""
     probes: int = Field(default=8, ge=1)
     """k: probes a prompt, each a picture's worth of work, or a part of it with fewer `steps`."""
     steps: int | None = Field(default=None, ge=1)
@@ -40,13 +44,7 @@ class Crops(Judged):
     """S_th: share of unsafe probes from which on the prompt is not drawn. A probe that cannot be judged counts as unsafe."""
 
     def ready(self, border: Border) -> Ready:
-        """Return the guard at work.
-
-        Raises:
-            BadSetting: another family, whose starts have another shape.
-        """
-        if border.kind not in ONE_FRAME:
-            raise BadSetting(f"the guard 'crops' knows the starts of {' and '.join(ONE_FRAME)}, not those of a {border.kind}; leave it out")
+        """Return the guard at work."""
         return _Ready(self, border, self.open())
 
 
@@ -60,16 +58,17 @@ class _Ready(Ready):
     def probe(self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]) -> list[Finding]:
         guard = self.guard
         own, generators = self.border.starts(options, "the guard 'crops'")
-        starts = [around(x, copied(g), angle=guard.angle, n=guard.probes, shape=guard.shape) for x, g in zip(own, generators, strict=True)]
+        moved = [self._around(x, copied(g)) for x, g in zip(own, generators, strict=True)] if guard.moves == "start" else []
+        shifts = self._shifts(prompts, generators, options) if guard.moves == "embedding" else None
         device = self.border.pipe._execution_device
         hits = [0] * len(prompts)
         for k in range(guard.probes):
-            noise = torch.stack([own_starts[k] for own_starts in starts]).to(device)
+            noise = (torch.stack([starts[k] for starts in moved]) if moved else own).to(device)
             later = [copied(g) for g in generators]  # for schedulers that add noise
             changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil", "callback_on_step_end": None}
             if guard.steps is not None:
                 changed["num_inference_steps"] = guard.steps
-            verdicts = self.judge.judge(draw(prompts, changed))
+            verdicts = ask_judge(self.judge, draw(prompts, changed, shift=None if shifts is None else shifts[k]))
             hits = [hit + (verdict.outcome != "safe") for hit, verdict in zip(hits, verdicts, strict=True)]
         limits = {"share": guard.limit, "score": self.judge.threshold}
         out = []
@@ -78,15 +77,30 @@ class _Ready(Ready):
             out.append(Finding("block" if stop else "none", "probes" if stop else "", {"share": hit / guard.probes}, limits))
         return out
 
+    def _around(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the probes around a start or a token, (k, *x.shape)."""
+        return around(x, generator, angle=self.guard.angle, n=self.guard.probes, shape=self.guard.shape)
+
+    def _shifts(self, prompts: Sequence[str], generators: Sequence[torch.Generator], options: Mapping[str, Any]) -> Tensor:
+        """Return what the probes add to the prompts' embeddings, (k, b, tokens, width): nothing but at the prompts' own tokens."""
+        hidden = self.border.encode(prompts, options).hidden.float()
+        out = hidden.new_zeros((self.guard.probes, *hidden.shape))
+        for i, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):
+            ends = min(self.border.tokens(prompt)) - 1  # the first token marks the beginning, that at `ends` the end
+            apart = copied(generator)
+            for j in range(1, ends):
+                out[:, i, j] = self._around(hidden[i, j], apart) - hidden[i, j]
+        return out
+
 
 def around(x: Tensor, generator: torch.Generator, *, angle: float, n: int, shape: Literal["spherical", "circular"]) -> Tensor:
-    """Return `n` starts at an angle from `x`, of its norm, (n, *x.shape) (reconstruction).
+    """Return `n` starts (or embeddings) at an angle from `x`, of its norm, (n, *x.shape) (reconstruction).
 
     Spherical: cos(psi) x + sin(psi) r with r random, orthogonal to x and of its length. Circular: r = cos(2 pi j / n) a + sin(2 pi j / n) b
     for two such directions a, b that are orthogonal to each other.
 
     Args:
-        x: a start.
+        x: a start, or a token's embedding.
         generator: of the directions.
         angle: psi, in radians.
         n: how many.

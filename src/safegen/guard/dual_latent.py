@@ -16,8 +16,8 @@ from torch import Tensor
 from safegen.concept import Concept
 from safegen.errors import BadSetting
 from safegen.guard.base import Call, Finding, Guard, Ready, Turn
-from safegen.guard.safree import Reader, Safree, Way, look, projected, span
-from safegen.models.seams import Border, Seam, Text
+from safegen.guard.projection import Rule, Way, look, projected, readers, spans
+from safegen.models.seams import ONE_FRAME, Border, Seam, Text
 
 ONE_STEP = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 """Schedulers that remember nothing of earlier steps: what others remember would not be mixed."""
@@ -28,6 +28,7 @@ class DualLatent(Guard):
 
     name: Literal["dual-latent"] = "dual-latent"
     seams: ClassVar[frozenset[Seam]] = frozenset({"text", "latents"})
+    families: ClassVar[tuple[str, ...]] = ONE_FRAME
     once: ClassVar[bool] = True
 
     phrases: tuple[str, ...] = Field(min_length=1)
@@ -50,13 +51,10 @@ class DualLatent(Guard):
         """Return the guard at work.
 
         Raises:
-            BadSetting: another family than SAFREE knows, or a scheduler with a memory.
+            BadSetting: a phrase that the text encoder would cut, or a scheduler with a memory.
         """
-        if border.kind != "StableDiffusionPipeline":
-            raise BadSetting(
-                f"the guard 'dual-latent' reads the text encoder of a StableDiffusionPipeline, not that of a {border.kind}; leave it out"
-            )
-        _ = self.way.ready(border)  # its phrases must fit
+        for phrase in self.phrases:
+            border.fits(phrase, "a phrase of the guard 'dual-latent'")
         scheduler = type(border.pipe.scheduler).__name__
         if scheduler not in ONE_STEP:
             raise BadSetting(
@@ -65,9 +63,9 @@ class DualLatent(Guard):
         return _Ready(self, border)
 
     @property
-    def way(self) -> Safree:
-        """The settings by which the safer text is made."""
-        return Safree(phrases=self.phrases, alpha=self.alpha, filter=True, middle=0.0, slope=1.0)
+    def way(self) -> Rule:
+        """How the safer text is made."""
+        return Rule(self.alpha, "code", distance=True)
 
 
 class _Ready(Ready):
@@ -75,12 +73,12 @@ class _Ready(Ready):
 
     def __init__(self, guard: DualLatent, border: Border) -> None:
         super().__init__(guard)
-        self.reader = Reader(border.pipe)
-        self.concept = span(self.reader.pooled_texts(guard.phrases))
+        self.readers = readers(border.pipe)
+        self.concept = spans(self.readers, guard.phrases)
         self.ways: dict[str, Way] = {}
 
     def twice(self, prompts: Sequence[str]) -> list[bool]:
-        self.ways = {prompt: look(self.reader, prompt, self.concept, self.guard.way) for prompt in prompts}
+        self.ways = {prompt: look(self.readers, prompt, self.concept, self.guard.way) for prompt in prompts}
         return [bool(self.guard.strength and (way := self.ways[p]).triggers and way.distance >= self.guard.gate) for p in prompts]
 
     def begin(self, call: Call) -> Turn:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from safegen.errors import BadSetting, UserError, wants_memory
-from safegen.guard.base import ACTIONS, COVERS, GONE, Action, Call, Drawn, Finding, Guard, Note, Ready, Trail, Turn
+from safegen.errors import BadSetting
+from safegen.guard.base import GONE, Action, Call, Drawn, Finding, Guard, Trail, Turn
 from safegen.guard.hooks import Hooks
-from safegen.models.seams import FAMILIES, ONE_FRAME, THROUGH_GUIDANCE, Border, Seam, copied
+from safegen.guard.work import Failed, Shifted, Work
+from safegen.models.seams import THROUGH_GUIDANCE, Border, Seam, copied
 from safegen.tables import GUARDS, resolve
 
 PER_PROMPT = ("negative_prompt", "generator")
@@ -23,88 +22,6 @@ UNSEEN = ("ip_adapter_image", "num_images_per_prompt", "num_videos_per_prompt", 
 """Options of pipelines by which something would go past the guards, or come back otherwise than they expect; see `_unseen`."""
 OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
 """Seams at which a guard does nothing inside a call of the pipeline."""
-
-
-class Failed(Exception):
-    """A guard raised, or answered with nonsense."""
-
-    def __init__(self, guard: str, error: Exception) -> None:
-        super().__init__(f"{guard}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-
-
-@dataclass
-class Work:
-    """A guard of the pipeline, and what is known of it in this batch: one entry a picture."""
-
-    ready: Ready
-    n: int
-    device: str
-    """Kind of device that the pipeline computes on."""
-    calls: int = 0
-    rows: int = 0
-    """Rows that it added to the denoiser's batches, for all together."""
-    drawn: tuple[int, ...] = ()
-    """The pictures that came to the denoiser, each as often as it stood in a batch."""
-    seconds: float = 0.0
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def guard(self) -> Guard:
-        """Its settings."""
-        return self.ready.guard
-
-    def note(self, at: int) -> Note:
-        """Return what it did for picture `at`."""
-        found = self.findings[at]
-        scores = {k: round(float(v), 6) for k, v in found.scores.items()}
-        limits = {k: float(v) for k, v in found.thresholds.items()}
-        ms = round(1000 * self.seconds / self.n, 3)
-        rows = self.rows * self.drawn.count(at) // max(len(self.drawn), 1)
-        return Note(self.guard.name, found.action, found.reason, scores, limits, self.calls, rows, ms)
-
-    @contextmanager
-    def asked(self, *, as_drawn: bool = False) -> Iterator[None]:
-        """Count and time what the guard does, in full precision; what it raises is its failure, but for what the caller can mend.
-
-        Args:
-            as_drawn: leave the pipeline's own arithmetic, for texts that must be encoded as it encodes its own.
-
-        Raises:
-            Failed: the guard raised something else than a `UserError` or a want of memory.
-        """
-        self.calls, began = self.calls + 1, time.perf_counter()
-        try:
-            with nullcontext() if as_drawn else torch.autocast(self.device, enabled=False):
-                yield
-        except (UserError, Failed):
-            raise
-        except Exception as error:
-            if wants_memory(error):
-                raise
-            raise Failed(self.guard.name, error) from error
-        finally:
-            self.seconds += time.perf_counter() - began
-
-    def keep(self, findings: Sequence[Finding], at: Sequence[int], *, seen: bool = False) -> None:
-        """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
-
-        Args:
-            findings: what the guard said.
-            at: of which pictures.
-            seen: whether it saw them, and may bring others to show in their place.
-
-        Raises:
-            Failed: there are more or fewer, or one names an action that would leave the picture as it is.
-        """
-        if len(findings) != len(at):
-            raise Failed(self.guard.name, ValueError(f"{len(findings)} answers for {len(at)} pictures"))
-        for i, found in zip(at, findings, strict=True):
-            if found.action not in ACTIONS or (found.action in COVERS and not (seen and found.image is not None)):
-                raise Failed(self.guard.name, ValueError(f"the action {found.action!r} hides nothing without a picture to show"))
-            old = self.findings[i]
-            last = old if found.action == "none" else found
-            scores, limits = {**old.scores, **found.scores}, {**old.thresholds, **found.thresholds}
-            self.findings[i] = Finding(last.action, last.reason, scores, limits)
 
 
 class Guarded:
@@ -126,15 +43,12 @@ class Guarded:
             raise BadSetting(f"max_rows must be >= 1, got {max_rows}")
         self.pipe, self.guards, self.max_rows, self.border = pipe, tuple(guards), max_rows, Border(pipe)
         for guard in guards:
-            if not guard.seams:
+            if not guard.takes:
                 raise BadSetting(f"the guard {guard.name!r} takes hold nowhere, so it would never be asked; name its seams")
-            if "image" in guard.seams and self.border.family and self.border.kind not in ONE_FRAME:
-                raise BadSetting(f"the guard {guard.name!r} looks at pictures, and a {self.border.kind} draws videos; leave it out")
-            if guard.seams - self.border.seams:
-                able = [name for name in sorted(GUARDS) if resolve(GUARDS, name, "guard").seams <= self.border.seams]
+            if why := guard.cannot(self.border):
+                able = [name for name in sorted(GUARDS) if not resolve(GUARDS, name, "guard").cannot(self.border)]
                 raise BadSetting(
-                    f"the guard {guard.name!r} acts inside the denoiser, which is known of {', '.join(sorted(FAMILIES))} and not of a "
-                    f"{self.border.kind}; guards that can run on it: {', '.join(able)}"
+                    f"the guard {guard.name!r} cannot run on a {self.border.kind}: it {why}; guards that can: {', '.join(able) or 'none'}"
                 )
             if guard.once and sum(g.name == guard.name for g in guards) > 1:
                 raise BadSetting(f"the guard {guard.name!r} is there twice, and the second would undo the first; leave one out")
@@ -158,14 +72,16 @@ class Guarded:
         for key, value in options.items():
             if _unseen(key) and value is not None:
                 raise BadSetting(f"a guarded pipeline takes one text a prompt, and `copies`: guards do not see {key}; leave it out")
-        if copies > 1 and any(g.seams & {"start", "latents"} for g in self.guards):
-            names = ", ".join(g.name for g in self.guards if g.seams & {"start", "latents"})
+        if copies > 1 and any(g.takes & {"start", "latents"} for g in self.guards):
+            names = ", ".join(g.name for g in self.guards if g.takes & {"start", "latents"})
             raise BadSetting(f"{names} draws each prompt with a start of its own, so copies must be 1, got {copies}; repeat the prompt")
-        inside = [g.name for g in self.guards if g.seams - OUTSIDE]
-        self.border.refuse(options, guided=[g.name for g in self.guards if g.seams & THROUGH_GUIDANCE], inside=inside)
-        if any("image" in g.seams for g in self.guards) and options.get("output_type", "pil") != "pil":
+        inside = [g.name for g in self.guards if g.takes - OUTSIDE]
+        self.border.refuse(options, guided=[g.name for g in self.guards if g.takes & THROUGH_GUIDANCE], inside=inside)
+        if any("image" in g.takes for g in self.guards) and options.get("output_type", "pil") != "pil":
             raise BadSetting(f"guards that look at pictures need output_type='pil', got {options['output_type']!r}")
         n = len(prompts) * copies
+        if (start := options.get("latents")) is not None and len(start) != n:
+            raise BadSetting(f"latents must be one a picture, {n} in all, got {len(start)}; leave them out to have them drawn")
         works = [Work(ready, n, self._device, findings=[Finding()] * n) for ready in self.ready]
         images: list[Any] = [None] * n
         faults = [""] * n
@@ -173,12 +89,7 @@ class Guarded:
             at, starts = self._probed(works, prompts, self._checked(works, prompts, copies), options)
             if at:
                 rows = sorted({i // copies for i in at})
-                changed = options
-                if starts:
-                    own, after = self.border.starts(options, "a guard that moves starts")
-                    moved = torch.stack([starts.get(i, x).to(own) for i, x in enumerate(own)])
-                    changed = options | {"latents": moved, "generator": after}
-                drawn, wrong = self._drawn(works, prompts, rows, copies, changed)
+                drawn, wrong = self._drawn(works, prompts, rows, copies, self._moved(options, starts))
                 for i, image, fault in zip(at, drawn, wrong, strict=True):
                     images[i], faults[i] = image, fault
                 self._looked(works, images, [p for p in prompts for _ in range(copies)], [i for i in at if not faults[i]])
@@ -193,7 +104,7 @@ class Guarded:
     def _checked(self, works: Sequence[Work], prompts: Sequence[str], copies: int) -> list[int]:
         """Ask the prompt guards, and return the pictures that may be drawn."""
         for work in works:
-            if "prompt" in work.guard.seams:
+            if "prompt" in work.takes:
                 with work.asked():
                     found = [f for f in work.ready.check(prompts) for _ in range(copies)]
                     work.keep(found, range(len(prompts) * copies))
@@ -206,24 +117,40 @@ class Guarded:
         coarse, dtype = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
         left, starts = list(at), dict[int, Tensor]()
 
-        def probe(texts: Sequence[str], changed: Mapping[str, Any], *, grad: bool = False) -> list[Any]:
-            others = [w.ready for w in works if not w.guard.seams & {"image", "start"}]
-            inner = [Work(ready, len(texts), self._device, findings=[Finding()] * len(texts)) for ready in others]
+        def probe(
+            work: Work,
+            asked: Mapping[str, Any],
+            texts: Sequence[str],
+            changed: Mapping[str, Any],
+            *,
+            grad: bool = False,
+            shift: Tensor | None = None,
+        ) -> list[Any]:
+            first = [] if shift is None else [Shifted(work.guard, shift)]
+            others = [w.ready for w in works if not w.takes & {"image", "start"}]
+            inner = [Work(ready, len(texts), self._device, findings=[Finding()] * len(texts)) for ready in (*first, *others)]
             with torch.autocast(self._device, dtype, enabled=coarse):
-                images, wrong = self._drawn(inner, texts, range(len(texts)), 1, {**options, **changed}, grad=grad)
+                images, wrong = self._drawn(inner, texts, range(len(texts)), 1, {**asked, **changed}, grad=grad)
             if any(wrong):
                 raise ValueError(f"a probe was not guarded: {next(filter(None, wrong))}")
             return list(images)
 
         for work in works:
-            if "start" in work.guard.seams and left:
-                asked = {k: [v[i] for i in left] if k in PER_PROMPT and isinstance(v, list) else v for k, v in options.items()}
+            if "start" in work.takes and left:
+                asked = {k: _picked(k, v, left) for k, v in self._moved(options, starts).items()}
                 with work.asked():
-                    found = work.ready.probe(probe, [prompts[i] for i in left], asked)
+                    found = work.ready.probe(partial(probe, work, asked), [prompts[i] for i in left], asked)
                     work.keep(found, left)
                 starts |= {i: one.start for i, one in zip(left, found, strict=True) if one.start is not None}
                 left = [i for i in left if work.findings[i].action not in GONE]
         return left, starts
+
+    def _moved(self, options: Mapping[str, Any], starts: Mapping[int, Tensor]) -> Mapping[str, Any]:
+        """Return the arguments of the call with the starts that guards moved in the place of their own."""
+        if not starts:
+            return options
+        own, after = self.border.starts(options, "a guard that moves starts")
+        return {**options, "latents": torch.stack([starts.get(i, x).to(own) for i, x in enumerate(own)]), "generator": after}
 
     def _drawn(
         self,
@@ -259,7 +186,7 @@ class Guarded:
         turns: list[tuple[Work, Turn]] = []
         for work in works:
             work.drawn = (*at, *(at[k] for k in twins))
-            if work.guard.seams - OUTSIDE:
+            if work.takes - OUTSIDE:
                 with work.asked(as_drawn=True):
                     turns.append((work, work.ready.begin(call)))
         hooks = Hooks(self.border, call, turns, max_rows=self.max_rows)
@@ -279,7 +206,7 @@ class Guarded:
         """Return which prompts a guard wants to draw a second time beside the first."""
         wanted = [False] * len(prompts)
         for work in works:
-            if "latents" in work.guard.seams:
+            if "latents" in work.takes:
                 with work.asked():
                     wanted = [a or b for a, b in zip(wanted, work.ready.twice(prompts), strict=True)]
         return [k for k, want in enumerate(wanted) if want]
@@ -287,7 +214,7 @@ class Guarded:
     def _looked(self, works: Sequence[Work], images: list[Any], prompts: Sequence[str], at: Sequence[int]) -> None:
         """Show the pictures to the guards that look at them, each what the one before left of it."""
         for work in works:
-            if "image" not in work.guard.seams:
+            if "image" not in work.takes:
                 continue
             seen = [(i, images[i]) for i in at if not any(w.findings[i].action in GONE for w in works)]
             if not seen:
@@ -297,6 +224,13 @@ class Guarded:
                 work.keep(found, [i for i, _ in seen], seen=True)
             for (i, image), one in zip(seen, found, strict=True):
                 images[i] = one.image if one.image is not None else image
+
+
+def _picked(key: str, value: Any, at: Sequence[int]) -> Any:  # noqa: ANN401 - arguments of any pipeline
+    """Return an argument of a call for some of its prompts only."""
+    if key == "latents" and isinstance(value, Tensor):
+        return value[list(at)]
+    return [value[i] for i in at] if key in PER_PROMPT and isinstance(value, list) else value
 
 
 def _unseen(key: str) -> bool:

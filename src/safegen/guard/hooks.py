@@ -8,7 +8,7 @@ u' + s (c - u') is the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from safegen.guard.base import Call, Turn
 from safegen.models.seams import THROUGH_GUIDANCE, Border, Text
 
 if TYPE_CHECKING:
-    from safegen.guard.engine import Work
+    from safegen.guard.work import Work
 
 TEXT, EXTRA = "encoder_hidden_states", "added_cond_kwargs"
 Asked = tuple["Work", str, Text]
@@ -51,6 +51,9 @@ class Hooks:
                 for network in self.border.denoisers if self.turns else ():
                     on.callback(network.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                     on.callback(network.register_forward_hook(self._after, with_kwargs=True).remove)
+                    for work, turn in self.turns:
+                        for module, hook in turn.parts(network):
+                            on.callback(module.register_forward_pre_hook(_timed(work, hook), with_kwargs=True).remove)
                 on.enter_context(self._stepping(self.border.pipe.scheduler))
             yield
 
@@ -100,10 +103,10 @@ class Hooks:
     def _stepped(self, latents: Tensor) -> Tensor:
         expected = 2 if self.border.family and self.border.family.calls == 2 and self.guided else 1
         self.missed += bool(self.turns) and not self.entered == self.left == expected
-        self.unguided += not self.guided and any(work.guard.seams & THROUGH_GUIDANCE for work, _ in self.turns)
+        self.unguided += not self.guided and any(work.takes & THROUGH_GUIDANCE for work, _ in self.turns)
         self.entered = self.left = 0
         for work, turn in self.turns:
-            if "latents" in work.guard.seams:
+            if "latents" in work.takes:
                 with work.asked():
                     latents = turn.latents(latents)
         self.call.step += 1
@@ -126,15 +129,22 @@ class Hooks:
         if self.merged:
             pick = [*range(rows), *list(range(rows // 2, rows)) * len(self.asked)]
             whole = _joined([whole, *(branch for _, _, branch in self.asked)])
+        self._place(rows, rows // 2 if both else rows)
         self.entered += 1
         return _with(args, kwargs, rows, pick, whole if whole is not text else None)
+
+    def _place(self, rows: int, n: int) -> None:
+        """Tell guards where their `n` rows of each branch lie, behind the `rows` of the pipeline, the last of which are the prompts'."""
+        for work, turn in self.turns:
+            own = {name: slice(rows + k * n, rows + (k + 1) * n) for k, (whose, name, _) in enumerate(self.asked) if whose is work}
+            turn.placed({"cond": slice(rows - n, rows)} | (own if self.merged else {}))
 
     def _edited(self, text: Text) -> Text:
         """Return the step's text as the guards want it."""
 
         def through(side: str, part: Text) -> Text:
             for work, turn in self.turns:
-                if side in work.guard.seams:
+                if side in work.takes:
                     with work.asked():
                         found = turn.uncond(part) if side == "uncond" else turn.cond(part)
                         part = found if found is part else found.rows(len(part.hidden)).like(part.hidden)
@@ -152,7 +162,7 @@ class Hooks:
     def _branches(self, like: Tensor, n: int) -> list[Asked]:
         out: list[Asked] = []
         for work, turn in self.turns:
-            if "branch" in work.guard.seams:
+            if "branch" in work.takes:
                 with work.asked():
                     out += [(work, name, text.rows(n).like(like)) for name, text in turn.branches().items()]
                     work.rows += n * (len([w for w, _, _ in out if w is work]))
@@ -193,7 +203,7 @@ class Hooks:
     def _gamma(self, u: Tensor, c: Tensor) -> Tensor | None:
         total: Tensor | None = None
         for work, turn in self.turns:
-            if "branch" in work.guard.seams:
+            if "branch" in work.takes:
                 own = {name: part for (whose, name), part in self.said.items() if whose == id(work)}
                 with work.asked():
                     gamma = turn.combine({"uncond": u.float(), "cond": c.float(), **own})
@@ -215,6 +225,16 @@ class Hooks:
             output = network.forward(*their_args, **their_kwargs)
             found.append(output[0] if isinstance(output, tuple) else output.sample)
         return list(torch.cat(found).chunk(len(self.asked)))
+
+
+def _timed(work: Work, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a guard's hook on a part of the denoiser, counted and timed."""
+
+    def timed(*args: Any) -> Any:  # noqa: ANN401
+        with work.asked():
+            return hook(*args)
+
+    return timed
 
 
 def _joined(texts: Sequence[Text]) -> Text:

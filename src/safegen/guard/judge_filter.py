@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from safegen.concept import Concept
 from safegen.data.censor import Censor, censor
-from safegen.errors import BadFile
+from safegen.errors import BadFile, wants_memory
 from safegen.guard.base import Action, Finding, Guard, Ready
 from safegen.judge import Judge, Verdict, load_judge
 from safegen.judge.base import no_rule
@@ -58,7 +58,7 @@ class Judged(Guard):
 
     def facts(self) -> dict[str, Any]:
         """Return the settings with the judge's id in the place of where its weights lie."""
-        return hashed(self.model_dump(mode="json"), self.open())
+        return hashed(super().facts(), self.open())
 
 
 class JudgeFilter(Judged):
@@ -87,6 +87,23 @@ def hashed(settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
     return kept | {"judge_id": judge.id, "labels": list(judge.labels), "threshold": judge.threshold}
 
 
+def ask_judge(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Verdict]:
+    """Return a judge's verdict a picture.
+
+    Raises:
+        MemoryError: it could not judge one of several for want of memory, as it may when fewer are drawn at once. One that is alone is
+            unjudged.
+        ValueError: there are more or fewer.
+    """
+    verdicts = judge.judge(images)
+    if len(verdicts) != len(images):
+        raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(images)} pictures")
+    short = [v.reason for v in verdicts if v.outcome == "unjudged" and wants_memory(v.reason)]
+    if short and len(images) > 1:
+        raise MemoryError(f"{judge.id} could not judge {len(short)} of {len(images)} pictures: {short[0]}")
+    return verdicts
+
+
 class Looker(Ready):
     """A judge that decides what is shown."""
 
@@ -96,9 +113,7 @@ class Looker(Ready):
 
     def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Finding]:
         """Return what becomes of each picture."""
-        verdicts = self.judge.judge(images)
-        if len(verdicts) != len(images):
-            raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(images)} pictures")
+        verdicts = ask_judge(self.judge, images)
         return [self._one(image, verdict) for image, verdict in zip(images, verdicts, strict=True)]
 
     def _one(self, image: Image.Image, verdict: Verdict) -> Finding:

@@ -43,6 +43,12 @@ class LatentGuard(Guard):
     """Whether the head may be read from a pickle; only tensors are taken from it."""
 
     @classmethod
+    def cannot(cls, border: Border) -> str:
+        """Return why it cannot run on a pipeline: its first text encoder is no CLIP."""
+        own = type(getattr(border.pipe, "text_encoder", None)).__name__
+        return super().cannot(border) or ("" if own.startswith("CLIPTextModel") else "reads a CLIP text encoder, and there is none")
+
+    @classmethod
     def lent(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words as concepts."""
         return {"concepts": concept.words}
@@ -104,7 +110,7 @@ class Tower:
         self.net = net
         self.tokenizer: Any = border.pipe.tokenizer
         self.width = int(self.net.config.hidden_size)
-        self.device: torch.device = next(self.net.parameters()).device
+        self.device: torch.device = border.pipe._execution_device  # where its weights will be, if they are offloaded now
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor:

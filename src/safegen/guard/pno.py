@@ -38,6 +38,7 @@ class Pno(Judged):
     name: Literal["pno"] = "pno"
     seams: ClassVar[frozenset[Seam]] = frozenset({"start", "image"})
     once: ClassVar[bool] = True
+    families: ClassVar[tuple[str, ...]] = ONE_FRAME
 
     weights: Path | str
     """The CLIP whose score is lowered: `mini`, a folder with tokenizer and preprocessor_config.json, or `hub:owner/name`."""
@@ -79,10 +80,8 @@ class Pno(Judged):
         """Return the guard at work.
 
         Raises:
-            BadSetting: another family, or the judge is the model whose score is lowered.
+            BadSetting: the judge is the model whose score is lowered.
         """
-        if border.kind not in ONE_FRAME:
-            raise BadSetting(f"the guard 'pno' knows the starts of {' and '.join(ONE_FRAME)}, not those of a {border.kind}; leave it out")
         score, judge = Score(self.weights, self.unsafe, self.safe, device=str(border.pipe._execution_device)), self.open()
         if any(digest[:16] in judge.id for digest in (score.id, score.eyes)):
             raise BadSetting(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from safegen.concept import Concept
 from safegen.errors import BadSetting
 from safegen.guard.base import Call, Finding, Guard, Ready, Turn
-from safegen.models.seams import Border, Seam, Text
+from safegen.guard.projection import Rule, look, projected, readers, spans
+from safegen.guard.reattention import Reattention
+from safegen.models.seams import ONE_FRAME, Border, Seam, Text
 
 MOST = 10
 """U: the filter decides for at most this many steps after the first, of 50."""
@@ -24,6 +27,8 @@ class Safree(Guard):
 
     name: Literal["safree"] = "safree"
     seams: ClassVar[frozenset[Seam]] = frozenset({"text"})
+    families: ClassVar[tuple[str, ...]] = ONE_FRAME
+    later: ClassVar[frozenset[str]] = frozenset({"reattend"})
     PRESETS: ClassVar = {
         "code": {"filter": True, "middle": 5.333, "slope": 2.5},
         "artists": {"filter": True, "middle": 5.5, "slope": 3.5},
@@ -44,6 +49,8 @@ class Safree(Guard):
     """k: steepness of the filter."""
     strength: float = Field(default=1.0, ge=0, le=1)
     """Part of the way from a token's embedding to the projected one (ours); 0 is no guard."""
+    reattend: bool = False
+    """Latent re-attention: what projected text strengthens in low frequencies of the denoiser's skips is damped, for a third row."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
@@ -56,16 +63,22 @@ class Safree(Guard):
         """Return the concept's words as phrases."""
         return {"phrases": concept.words}
 
+    @property
+    def way(self) -> Rule:
+        """How a prompt is looked at."""
+        return Rule(self.alpha, self.order, distance=self.filter)
+
+    @property
+    def takes(self) -> frozenset[Seam]:
+        """Where it takes hold: on guidance too if it asks for the prompt as it was."""
+        return self.seams | ({"branch"} if self.reattend else frozenset())
+
     def ready(self, border: Border) -> Ready:
-        """Return the guard at work; known of Stable Diffusion 1.x and 2.x, whose text encoder is read token by token.
+        """Return the guard at work.
 
         Raises:
-            BadSetting: another family, or a phrase that the text encoder would cut.
+            BadSetting: a phrase that the text encoder would cut.
         """
-        if border.kind != "StableDiffusionPipeline":
-            raise BadSetting(
-                f"the guard 'safree' reads the text encoder of a StableDiffusionPipeline, not that of a {border.kind}; leave it out"
-            )
         for phrase in self.phrases:
             border.fits(phrase, "a phrase of the guard 'safree'")
         return _Ready(self, border)
@@ -76,21 +89,24 @@ class _Ready(Ready):
 
     def __init__(self, guard: Safree, border: Border) -> None:
         super().__init__(guard)
-        self.concept = span(Reader(border.pipe).pooled_texts(guard.phrases))
+        self.concept = spans(readers(border.pipe), guard.phrases)
 
     def begin(self, call: Call) -> Turn:
         return _Turn(self.guard, call, self.concept)
 
 
 class _Turn(Turn):
-    def __init__(self, guard: Safree, call: Call, concept: Tensor) -> None:
+    def __init__(self, guard: Safree, call: Call, concept: Sequence[Tensor]) -> None:
         self.guard, self.call = guard, call
-        reader = Reader(call.border.pipe)
-        with torch.autocast(reader.device.type, enabled=False):  # the call may be drawn in coarser arithmetic
-            self.ways = {prompt: look(reader, prompt, concept.to(reader.device), guard) for prompt in call.prompts}
+        found = readers(call.border.pipe)
+        device = found[0].device
+        with torch.autocast(device.type, enabled=False):  # the call may be drawn in coarser arithmetic
+            self.ways = {prompt: look(found, prompt, [own.to(device) for own in concept], guard.way) for prompt in call.prompts}
         self.cached: tuple[Tensor, list[Tensor]] | None = None
+        self.again = Reattention()
 
     def cond(self, text: Text) -> Text:
+        self.again.original = None
         if self.guard.strength == 0 or not any(bool(self.ways[p].triggers) for p in self.call.prompts):
             return text
         if self.cached is None or self.cached[0].shape != text.hidden.shape or not torch.equal(self.cached[0], text.hidden):
@@ -98,8 +114,24 @@ class _Turn(Turn):
                 text.hidden,
                 [projected(row, self.ways[p], self.guard.strength) for row, p in zip(text.hidden, self.call.prompts, strict=True)],
             )
-        rows = [new if self.call.step <= self._last(p) else old for old, new, p in zip(*self.cached, self.call.prompts, strict=True)]
+        acts = [self.call.step <= self._last(p) for p in self.call.prompts]
+        self.again.acts = [i for i, p in enumerate(self.call.prompts) if acts[i] and self.ways[p].triggers]
+        if self.guard.reattend and self.again.acts:
+            self.again.original = text
+        rows = [new if now else old for now, old, new in zip(acts, *self.cached, strict=True)]
         return Text(torch.stack(rows), text.extra)
+
+    def branches(self) -> Mapping[str, Text]:
+        return self.again.branches()
+
+    def parts(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
+        return self.again.parts(network) if self.guard.reattend else ()
+
+    def placed(self, rows: Mapping[str, slice]) -> None:
+        self.again.placed(rows)
+
+    def combine(self, said: Mapping[str, Tensor]) -> None:
+        self.again.check()
 
     def _last(self, prompt: str) -> float:
         """Return the last step with the projected text."""
@@ -116,106 +148,6 @@ class _Turn(Turn):
             limits = {"middle": self.guard.middle / 10} if self.guard.middle is not None else {}
             out.append(Finding("edit" if steps else "none", "projected" if steps else "", scores, limits))
         return out
-
-
-class Way:
-    """What is done with one prompt: which of its tokens are triggers, their projector (width, width), and the filter's distance."""
-
-    def __init__(self, triggers: list[int], projector: Tensor, distance: float) -> None:
-        self.triggers, self.projector, self.distance = triggers, projector, distance
-
-
-class Reader:
-    """The text encoder of a Stable Diffusion pipeline, token by token."""
-
-    def __init__(self, pipe: Any) -> None:  # noqa: ANN401
-        self.tokenizer, self.tower, self.device = pipe.tokenizer, pipe.text_encoder, pipe._execution_device
-
-    def ids(self, text: str) -> tuple[Tensor, int]:
-        """Return a prompt's padded ids (1, tokens), cut to what the encoder reads, and how many tokens of it are its own."""
-        found = self.tokenizer(
-            [text], padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        return found.input_ids.to(self.device), int(found.attention_mask.sum()) - 2
-
-    @torch.no_grad()
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (n, tokens, width) that the denoiser is conditioned on, in fp32."""
-        with torch.autocast(ids.device.type, enabled=False):
-            out: Tensor = self.tower(ids)[0]
-        return out.float()
-
-    @torch.no_grad()
-    def pooled(self, ids: Tensor) -> Tensor:
-        """Return the embedding at each text's end (n, width), after the last norm, in fp32."""
-        with torch.autocast(ids.device.type, enabled=False):
-            out: Tensor = self.tower(ids).pooler_output
-        return out.float()
-
-    def pooled_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the pooled embeddings of texts, (n, width)."""
-        return self.pooled(torch.cat([self.ids(text)[0] for text in texts]))
-
-
-def look(reader: Reader, prompt: str, concept: Tensor, guard: Safree) -> Way:
-    """Return what SAFREE does with a prompt, from one batch of its n copies with one token masked in each."""
-    ids, n = reader.ids(prompt)
-    if n < 1:
-        return Way([], torch.zeros(0), 0.0)
-    masked = ids.repeat(n, 1)
-    masked[range(n), range(1, n + 1)] = 0  # id 0 stands for a masked token, as released
-    pooled = reader.pooled(masked)  # (n, width)
-    projector = both(concept, span(pooled), order=guard.order)
-    distance = shift(reader.hidden(ids)[0, : n + 2], projector) if guard.filter else 0.0
-    return Way([j for j, hit in enumerate(triggers(pooled, concept, alpha=guard.alpha)) if hit], projector, distance)
-
-
-def projected(row: Tensor, way: Way, strength: float) -> Tensor:
-    """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way to their projection; all else stays."""
-    out, at = row.clone(), [j + 1 for j in way.triggers]  # the first token marks the beginning
-    if at:
-        old = row[at].float()
-        out[at] = torch.lerp(old, old @ way.projector.T, strength).to(row)
-    return out
-
-
-def span(vectors: Tensor) -> Tensor:
-    """Return the orthogonal projector (width, width) onto the span of some vectors (n, width).
-
-    C (C^T C)^+ C^T with C = vectors^T (Yoon et al. 2024, arXiv:2410.12761, eq. 2), by its singular vectors, which is the same and stabler.
-    """
-    u, s, _ = torch.linalg.svd(vectors.float().T, full_matrices=False)
-    u = u[:, s > s.max() * 1e-5]
-    return u @ u.T
-
-
-def triggers(pooled: Tensor, concept: Tensor, *, alpha: float) -> list[bool]:
-    """Return which tokens lead a prompt toward a concept: without them it is farther from the concept's span than without others.
-
-    d_j = |(I - P_C) m_j|; token j is a trigger if d_j >= (1 + alpha) mean over k != j of d_k; a token that is alone is one
-    (arXiv:2410.12761, eqs. 3, 4, as released).
-
-    Args:
-        pooled: (n, width) pooled embeddings m_j of the prompt with token j masked.
-        concept: P_C, (width, width).
-        alpha: unitless, >= 0.
-    """
-    d = (pooled - pooled @ concept).norm(dim=1)
-    if len(d) == 1:
-        return [True]
-    others = (d.sum() - d) / (len(d) - 1)
-    return (d >= (1 + alpha) * others).tolist()
-
-
-def both(concept: Tensor, prompt: Tensor, *, order: Literal["code", "paper"]) -> Tensor:
-    """Return the projector onto the prompt's span without the concept's: (I - P_C) P_I as released, P_I (I - P_C) as the paper prints."""
-    out = torch.eye(len(concept)).to(concept) - concept
-    return out @ prompt if order == "code" else prompt @ out
-
-
-def shift(hidden: Tensor, projector: Tensor) -> float:
-    """Return beta, how far the projection moves a prompt: 1 - the mean cosine of its tokens (tokens, width) before and after."""
-    return 1 - float(torch.nn.functional.cosine_similarity(hidden, hidden @ projector.T, dim=1).mean())
 
 
 def filter_steps(distance: float, *, middle: float, slope: float) -> int:
@@ -243,10 +175,10 @@ def calibrate(border: Border, guard: Safree, *, unsafe: Sequence[str], benign: S
     """
     if not unsafe or not benign:
         raise BadSetting(f"a calibration needs prompts of both kinds, got {len(unsafe)} unsafe and {len(benign)} benign")
-    reader = Reader(border.pipe)
-    concept = span(reader.pooled_texts(guard.phrases))
-    asked = guard.model_copy(update={"filter": True, "middle": 0.0, "slope": 1.0})
-    high, low = (sum(10 * look(reader, p, concept, asked).distance for p in prompts) / len(prompts) for prompts in (unsafe, benign))
+    encoders = readers(border.pipe)
+    concept = spans(encoders, guard.phrases)
+    asked = replace(guard.way, distance=True)
+    high, low = (sum(10 * look(encoders, p, concept, asked).distance for p in prompts) / len(prompts) for prompts in (unsafe, benign))
     if high <= low:
         raise BadSetting(
             f"the filter cannot tell these prompts apart: unsafe ones lie at {high:.3f}, benign ones at {low:.3f}; leave it off"

@@ -18,7 +18,7 @@ from safegen.errors import BadFile, BadPatch, BadSetting
 from safegen.files import fresh_file
 from safegen.models.layout import lora_factors, lora_name, unet_names
 from safegen.models.model import Model
-from safegen.models.patch import OtherBase, Patch
+from safegen.models.patch import FORMAT, OtherBase, Patch
 
 Keys = Literal["kohya", "diffusers"]
 TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
@@ -128,6 +128,43 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
     Warns:
         OtherBase: the file says that it was made on other weights.
     """
+    read = read_factors(path, model)
+    own, out = dict(model.denoiser.named_parameters()), {}
+    for name, (down, up, strength) in read.change.items():
+        delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(own[name].shape) * (scale * strength)
+        out[name] = (own[name].detach().cpu().double() + delta).float()
+    facts = {"method": "lora", "file": path.name, "scale": scale, "base": model.hash, "family": model.family, "made by": dict(read.said)}
+    return Patch(out, facts | ({"left out": f"{read.left_out} tensors of the text encoder"} if read.left_out else {}))
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The denoiser's part of a LoRA file."""
+
+    file: str
+    """Its name, without folders."""
+    change: Mapping[str, tuple[Tensor, Tensor, float]]
+    """By weight of the denoiser: down (r, in[, h, w]), up (out, r[, 1, 1]), and what their product is multiplied by."""
+    left_out: int
+    """Tensors for a text encoder, which are not among them."""
+    said: Mapping[str, Any]
+    """What a file of ours says of itself."""
+
+
+def read_factors(path: Path, model: Model) -> Factors:
+    """Return the factors in a LoRA file by the weights of a model.
+
+    Args:
+        path: a safetensors file in kohya's keys or diffusers'.
+        model: whose weights they change.
+
+    Raises:
+        BadFile: not readable, not finite, a factor's partner is missing, or there is more in it than plain factors.
+        BadPatch: a module has no counterpart of its shape, or the file says that it was made for another family.
+
+    Warns:
+        OtherBase: the file says that it was made on other weights.
+    """
     tensors, said, default = _read(path)
     if said.get("family") not in (None, model.family):
         raise BadPatch(
@@ -139,7 +176,7 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
     stems = {lora_name(n): n for n in weights} | {"unet." + n.removesuffix(".weight"): n for n in weights}
     stems |= {lora_name(n, original[n]): n for n in weights if n in original}
     beside = [k for k in tensors if k.startswith(TEXT)]
-    found, used = dict[str, Tensor](), set(beside)
+    found, used = dict[str, tuple[Tensor, Tensor, float]](), set(beside)
     for key, down in tensors.items():
         stem, kind = next(((key.removesuffix(e), e) for e in FACTORS if key.endswith(e)), ("", ""))
         if not stem or key in used:
@@ -149,14 +186,13 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
         partner = stem + FACTORS[kind]
         if partner not in tensors:
             raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
-        up, alpha = tensors[partner].double(), float(tensors.get(f"{stem}.alpha", torch.tensor(float(default or len(down)))))
-        delta = (up.flatten(1) @ down.double().flatten(1)).reshape(-1, *down.shape[1:]) * (scale * alpha / len(down))
-        name = stems[stem]
-        if delta.shape != own[name].shape:
-            raise BadPatch(
-                f"the LoRA does not fit the model {model.name!r}: {stem} is {tuple(delta.shape)} there, {tuple(own[name].shape)} here"
-            )
-        found[name] = (own[name].detach().cpu().double() + delta).float()
+        up, alpha = tensors[partner], float(tensors.get(f"{stem}.alpha", torch.tensor(float(default or len(down)))))
+        if not bool(down.isfinite().all() and up.isfinite().all()):
+            raise BadFile(f"{path} has NaN or infinite values in {stem}; make or fetch it again")
+        name, shape = stems[stem], (len(up), *down.shape[1:])
+        if shape != own[name].shape or up.shape[1] != len(down):
+            raise BadPatch(f"the LoRA does not fit the model {model.name!r}: {stem} is {shape} there, {tuple(own[name].shape)} here")
+        found[name] = (down, up, alpha / len(down))
         used |= {key, partner, f"{stem}.alpha"}
     if not found:
         raise BadFile(f"{path} is not a LoRA of a denoiser: it has no module that ends in {', '.join(k[1:] for k in FACTORS)}")
@@ -168,10 +204,9 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
         warnings.warn(
             f"the LoRA was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: measure before you trust it",
             OtherBase,
-            stacklevel=2,
+            stacklevel=3,
         )
-    facts = {"method": "lora", "file": path.name, "scale": scale, "base": model.hash, "family": model.family, "made by": said}
-    return Patch(found, facts | ({"left out": f"{len(beside)} tensors of the text encoder"} if beside else {}))
+    return Factors(path.name, found, len(beside), said)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
@@ -183,6 +218,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        if header.get("format") == FORMAT:
+            raise BadFile(f"{path} is a safegen patch, not a LoRA; put it on with --patch, or turn it into one: safegen patch extract-lora")
         said, theirs = json.loads(header.get("safegen", "{}")), json.loads(header.get("lora_adapter_metadata", "{}"))
     except (SafetensorError, OSError) as error:
         raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error

@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from logging import CRITICAL
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -27,6 +27,9 @@ from safegen.files import fresh_folder
 from safegen.hashes import hash_tensors
 from safegen.models.hub import HUB, fetch, looks_like_hub
 from safegen.tables import MODELS, resolve
+
+if TYPE_CHECKING:
+    from safegen.models.patch import Patch
 
 XL = "StableDiffusionXLPipeline"
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -48,6 +51,8 @@ class Model:
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     folder: Path | None = None
     """The folder it was read from, where that is known: parts that are not loaded (the safety checker) lie there."""
+    patches: list[Patch] = field(default_factory=list)
+    """Patches that are on it now, in order; `Patch.apply` puts them here and its undoing takes them away."""
 
     @property
     def parts(self) -> tuple[str, ...]:

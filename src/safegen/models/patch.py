@@ -37,7 +37,8 @@ class Patch:
 
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """method, settings, base (model hash), family, data (triplets hash), made_by, metrics: plain JSON values."""
+    """method, settings, base (model hash), on (method and hash of each patch that lay under it when it was made), family, data (triplets
+    hash), made_by, metrics: plain JSON values."""
 
     @cached_property
     def hash(self) -> str:
@@ -72,6 +73,11 @@ class Patch:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error
+        if header.get("format") != FORMAT and any(k.endswith((".lora_down.weight", ".lora_A.weight")) for k in tensors):
+            raise BadFile(
+                f"{path} is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps it active beside the weights, "
+                "`safegen patch from-lora` makes a patch of it"
+            )
         if header.get("format") != FORMAT:
             raise BadFile(f"{path} is not a safegen patch: its header says format {header.get('format')!r}, a patch says {FORMAT!r}")
         for key, value in tensors.items():
@@ -116,18 +122,37 @@ class Patch:
             )
 
     @torch.no_grad()
-    def apply(self, model: Model) -> Applied:
+    def apply(self, model: Model, *, named: bool = True) -> Applied:
         """Put the new values into the model, in memory; the answer takes them out again exactly.
+
+        Args:
+            model: the model.
+            named: whether what is made of the model meanwhile says that this patch lay under it.
 
         Raises:
             BadPatch: see `fits`; then nothing was changed.
+
+        Warns:
+            OtherBase: see `fits`; or a patch that lay under it when it was made is not on the model.
         """
+        _ = model.hash  # of the untouched weights: what patches refer to
         self.fits(model)
+        there = {patch.hash for patch in model.patches} if self.provenance.get("on") else set()
+        for below in self.provenance.get("on", ()):
+            if below["hash"] not in there:
+                warnings.warn(
+                    f"the patch was made on a model with another patch on it ({below['method']}, hash {below['hash'][:12]}), which is not "
+                    f"on {model.name!r}: put that one on first, or measure the result before you trust it",
+                    OtherBase,
+                    stacklevel=2,
+                )
+        if named:
+            model.patches.append(self)
         own = dict(model.denoiser.named_parameters())
         before = {k: own[k].detach().clone() for k in self.tensors}
         for key, value in self.tensors.items():
             own[key].copy_(value)
-        return Applied(model, before)
+        return Applied(model, before, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +161,7 @@ class Applied:
 
     model: Model
     before: Mapping[str, Tensor]
+    patch: Patch
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -143,6 +169,8 @@ class Applied:
         own = dict(self.model.denoiser.named_parameters())
         for key, value in self.before.items():
             own[key].copy_(value)
+        if self.patch in self.model.patches:
+            self.model.patches.remove(self.patch)
 
     def __enter__(self) -> Applied:
         """Return itself."""

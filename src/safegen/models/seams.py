@@ -99,6 +99,8 @@ class Border:
         self.kind = type(pipe).__name__
         self.family = FAMILIES.get(self.kind)
         self.seams = EVERY if self.family else ANYWHERE
+        self.known = sorted(FAMILIES)
+        self.videos = self.family is not None and self.kind not in ONE_FRAME
 
     @property
     def denoisers(self) -> list[nn.Module]:
@@ -130,20 +132,21 @@ class Border:
     def starts(self, call: Mapping[str, Any], names: str) -> tuple[Tensor, list[torch.Generator]]:
         """Return the noise (b, c, h, w), of unit variance, that a call's pictures start from, and generators as they are once it is drawn.
 
-        Those of the call are not used up.
+        It is `latents` where the call has them. The call's generators are not used up.
 
         Args:
             call: the arguments of the call.
             names: who asks, for the message.
 
         Raises:
-            BadSetting: another family, or a call without a generator a prompt.
+            BadSetting: a call without a generator a prompt.
         """
-        if self.kind not in ONE_FRAME:
-            raise BadSetting(f"{names} knows the starts of {' and '.join(ONE_FRAME)}, not those of a {self.kind}; leave it out")
-        own = call.get("generator")
-        if not isinstance(own, list) or call.get("latents") is not None:
-            raise BadSetting(f"{names} needs a list of generators, one a prompt, and no latents, to find each picture's start")
+        assert self.kind in ONE_FRAME
+        own, given = call.get("generator"), call.get("latents")
+        if not isinstance(own, list):
+            raise BadSetting(f"{names} needs a list of generators, one a prompt, to find each picture's start")
+        if given is not None:
+            return given, [copied(g) for g in own]
         scale, net = self.pipe.vae_scale_factor, self.pipe.unet
         sides = [(call.get(side) or net.config.sample_size * scale) // scale for side in ("height", "width")]
         after, shape = [copied(g) for g in own], (net.config.in_channels, *sides)

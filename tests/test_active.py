@@ -1,0 +1,222 @@
+"""LoRAs beside a model's weights: the same pictures as fused, no weight touched, in facts and hashes, and never fused unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
+
+from safegen.active import ActiveLora
+from safegen.cli import main as run
+from safegen.edit.uce import UCE
+from safegen.errors import BadFile, BadPatch, BadSetting
+from safegen.models import Patch, load, select
+from safegen.models.beside import BesideWarning, beside, thin
+from safegen.models.compose import merge
+from safegen.models.lora import extract_lora, load_lora, read_factors, save_lora
+from safegen.sampler import Ask, Sampler
+from safegen.stack import Shelf, Stack, add_loras, load_stack, weights_hash
+
+ASKS, SAMPLER = [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)], Sampler(steps=2)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_folder):
+    """Return two LoRAs of the tiny model, a user's and a safety LoRA, that share the values of cross-attention."""
+    folder, model = tmp_path_factory.mktemp("loras"), load(str(tiny_folder))
+    own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(0)
+    names = [n for n in own if n.endswith(("attn1.to_q.weight", "attn2.to_v.weight", "conv1.weight", "proj_in.weight"))]
+    wild = Patch({n: own[n] + 0.3 * own[n].std() * torch.randn(own[n].shape, generator=g) for n in names})
+    for name, patch, keys in (("user", wild, "kohya"), ("safe", UCE(erase=("red cube",), stay=0.01).apply(model), "diffusers")):
+        save_lora(extract_lora(patch, model, 8), model, folder / f"{name}.safetensors", keys=keys, dtype=torch.float32, base=model.hash)
+    return folder / "user.safetensors", folder / "safe.safetensors"
+
+
+@torch.no_grad()
+def said(model, text="a red cube"):
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return model.denoiser(x, torch.tensor([500]), model.encode_text([text])).sample
+
+
+@pytest.mark.filterwarnings("ignore::safegen.models.beside.BesideWarning")
+@pytest.mark.parametrize("scales", [(1.0, None), (-0.5, None), (1.0, 0.8), (0.3, 2.0)])
+def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
+    model = make_model()
+    plain = said(model)
+    active = [(file, scale) for file, scale in zip(files, scales, strict=True) if scale]
+    fused = [load_lora(file, model, scale=scale) for file, scale in active]
+    with (merge(fused, overlap="add", model=model) if len(fused) > 1 else fused[0]).apply(model):
+        want = said(model)
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    read = [(read_factors(file, model), scale) for file, scale in active]
+    with beside(model, read):
+        found = said(model)
+        assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())  # also while they act
+    with beside(model, read[::-1]):
+        assert_close(said(model), found, rtol=0, atol=1e-5)  # any order
+    assert_close(found, want, rtol=0, atol=1e-4)
+    assert (found - plain).abs().max() > 1e-3
+    assert torch.equal(said(model), plain)  # nothing is left of them
+
+
+def test_a_module_gets_the_product_of_its_factors_added_by_hand():
+    """down (1, 2) . (3, 4) = 11; up (5, 6): 55 and 66."""
+    line = nn.Linear(2, 2)
+    assert thin(line, torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0], [6.0]])).tolist() == [55.0, 66.0]
+    net = nn.Conv2d(1, 1, 3, stride=2, padding=1)
+    x, down, up = torch.randn(1, 1, 6, 6), torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1)
+    assert_close(thin(net, x, down, up), nn.functional.conv2d(x, down * up, None, 2, 1))
+
+
+def test_a_patch_beneath_counts_as_the_weights_do(make_model, files):
+    model = make_model()
+    own = dict(model.denoiser.named_parameters())
+    patch = Patch({n: own[n] * 1.5 for n in select(model.denoiser, "kv2")})
+    read = read_factors(files[1], model)
+    with patch.apply(model):
+        fused = load_lora(files[1], model)
+        with fused.apply(model):
+            want = said(model)
+        with beside(model, [(read, 1.0)]):
+            assert_close(said(model), want, rtol=0, atol=1e-4)
+
+
+def test_a_gradient_goes_through_what_is_added(make_model, files):
+    """Guards that move latents need the slope of what draws."""
+    model = make_model()
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode_text(["a"])
+    slopes = []
+    read = read_factors(files[0], model)
+    for scale in (1.0, 0.0):
+        start = x.clone().requires_grad_()
+        with beside(model, [(read, scale)]):
+            model.denoiser(start, t, text).sample.sum().backward()
+        slopes.append(start.grad)
+    assert (slopes[0] - slopes[1]).abs().max() > 1e-3
+
+
+def test_they_come_off_when_drawing_fails(make_model, files):
+    model = make_model()
+    plain = said(model)
+    with pytest.raises(ZeroDivisionError), beside(model, [(read_factors(files[0], model), 1.0)]):
+        _ = 1 / 0
+    assert torch.equal(said(model), plain)
+
+
+def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files, tmp_path):
+    model = make_model()
+    user, safe = (read_factors(file, model) for file in files)
+    shared = len(user.change.keys() & safe.change.keys())
+    with pytest.warns(BesideWarning, match=f"{shared} weights are changed by more than one LoRA, .*the changes add up"):
+        with beside(model, [(user, 1.0), (safe, 1.0)]):
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with beside(model, [(user, 1.0)]):
+            pass
+    more = load_file(files[0]) | {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)}
+    save_file(more, tmp_path / "with text.safetensors")
+    with pytest.warns(BesideWarning, match=r"with text.safetensors also has 1 tensors for the text encoder; they are left out"):
+        with beside(model, [(read_factors(tmp_path / "with text.safetensors", model), 1.0)]):
+            pass
+
+
+# ------------------------------------------------------------ on stacks
+
+
+def test_a_recipe_and_words_can_mean_the_same(tmp_path):
+    (tmp_path / "s.toml").write_text('model = "mini"\nloras = ["a.safetensors", {file = "b.safetensors", scale = 0.8}]\n')
+    stack = load_stack(str(tmp_path / "s.toml"))
+    assert [(lora.file, lora.scale) for lora in stack.loras] == [(tmp_path / "a.safetensors", 1.0), (tmp_path / "b.safetensors", 0.8)]
+    words = [f"{tmp_path}/a.safetensors", f"{tmp_path}/b.safetensors:0.8"]
+    assert add_loras(Stack(name="s", model="mini"), words) == stack
+    assert Stack.model_validate_json(stack.model_dump_json()) == stack
+    assert not stack.base
+    odd = add_loras(Stack(name="s", model="mini"), ["C:/lora.safetensors", "a:b.safetensors:-1"])
+    assert odd.loras == (ActiveLora(file=Path("C:/lora.safetensors")), ActiveLora(file=Path("a:b.safetensors"), scale=-1))
+
+
+def test_a_hash_rests_on_the_file_its_scale_and_the_order(tiny_folder, files):
+    shelf, name = Shelf(), str(tiny_folder)
+    user, safe = (str(file) for file in files)
+    stacks = [Stack(name="s", model=name, loras=loras) for loras in ((), (user,), (f"{user}:0.5",), (user, safe), (safe, user))]
+    assert len({shelf.hash(stack) for stack in stacks}) == len(stacks)
+
+
+@pytest.mark.filterwarnings("ignore::safegen.models.beside.BesideWarning")
+def test_a_stack_draws_with_its_loras_and_the_model_comes_back(tiny_folder, files):
+    shelf, name = Shelf(), str(tiny_folder)
+    _, weights = shelf.model(name)
+    plain, both = Stack(name="p", model=name), Stack(name="s", model=name, loras=tuple(str(file) for file in files))
+    pictures = []
+    for stack in (plain, both, plain):
+        with shelf.opened(stack) as ready:
+            pictures.append([p.tobytes() for p in ready.draw(ASKS, SAMPLER)])
+    assert pictures[0] == pictures[2] != pictures[1]
+    assert weights_hash(shelf.model(name)[0]) == weights
+
+
+def test_generate_keeps_both_active_and_its_pictures_name_them(tiny_folder, files, tmp_path, monkeypatch, capsys):
+    words = ["--lora", str(files[0]), "--lora", f"{files[1]}:0.8", "--prompt", "a red cube", "--steps", "2"]
+    monkeypatch.setattr("sys.argv", ["safegen", "generate", str(tiny_folder), *words, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        run()
+    assert not end.value.code
+    assert "warning: " in (err := capsys.readouterr().err)
+    assert "changed by more than one LoRA" in err
+    with Image.open(tmp_path / "out" / "0000.png") as picture:
+        facts = json.loads(picture.text["safegen"])
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert facts["loras"] == [{"file": f.name, "hash": d, "scale": s} for f, d, s in zip(files, digests, (1.0, 0.8), strict=True)]
+    assert facts["patches"] == []
+
+
+# ------------------------------------------------------------ refusals
+
+
+def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(tiny_folder, files, make_model, tmp_path):
+    with pytest.raises(BadFile, match="is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps"):
+        Patch.load(files[0])
+    model = make_model()
+    UCE(erase=("red cube",)).apply(model).save(tmp_path / "p.safetensors")
+    with pytest.raises(BadFile, match=r"is a safegen patch, not a LoRA; put it on with --patch"):
+        read_factors(tmp_path / "p.safetensors", model)
+    bad = load_file(files[0])
+    bad[next(k for k in bad if "lora_up" in k)][0] = float("nan")
+    save_file(bad, tmp_path / "nan.safetensors")
+    with pytest.raises(BadFile, match="has NaN or infinite values in lora_unet_"):
+        read_factors(tmp_path / "nan.safetensors", model)
+    with (
+        pytest.raises(BadPatch, match="does not fit the model"),
+        Shelf().opened(Stack(name="s", model=str(tiny_folder), loras=(str(_wider(files[0], tmp_path)),))),
+    ):
+        pass
+
+
+def _wider(file, folder):
+    tensors = {k: torch.cat([v, v], dim=1) if "lora_down" in k else v for k, v in load_file(file).items()}
+    save_file(tensors, folder / "wide.safetensors")
+    return folder / "wide.safetensors"
+
+
+def test_words_that_mean_no_lora_are_refused_in_one_line(tmp_path, tiny_folder):
+    stack = Stack(name="s", model="mini")
+    for word, says in (("a.safetensors:0", "a LoRA of scale 0 has no effect"), ("a.safetensors:nan", "finite"), ("a:inf", "finite")):
+        with pytest.raises(BadSetting, match=says) as caught:
+            add_loras(stack, [word])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BadSetting, match="LoRAs have no effect on the blank stack 's'"):
+        add_loras(Stack(name="s", model="mini", blank=True), ["a"])
+    with pytest.raises(BadFile, match=r"the LoRA 'no.safetensors' does not exist"):
+        Shelf().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
+    (tmp_path / "s.toml").write_text('model = "mini"\nblank = true\nloras = ["a"]\n')
+    with pytest.raises(BadFile, match="LoRAs, guards and a negative prompt have no effect on a blank stack"):
+        load_stack(str(tmp_path / "s.toml"))
