@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from safegen import tables
 from safegen.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,19 @@ def test_make_bench_runs_every_script_and_each_is_named_where_its_figures_stand(
     assert len(names) >= 4
     assert {name for name in named(MAKEFILE.read_text(encoding="utf-8")) if name.startswith("benchmarks/")} == names
     assert {name for name in named(text) if name.startswith("benchmarks/") and name.endswith(".py")} == names
+
+
+@pytest.mark.parametrize(("room", "table"), [("edit", tables.EDITS), ("guard", tables.GUARDS)])
+def test_every_method_has_a_row_among_the_papers(room, table):
+    """With the paper's number or `ours`, and the file that the table names; what is rebuilt without its code is called so."""
+    lines = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8").splitlines()
+    rows = {cells[1]: cells[2:] for line in lines if len(cells := [c.strip() for c in line.split("|")]) == 7}
+    for name, target in table.items():
+        paper, file, *rest = rows[f"`{name}`"]
+        assert re.search(r"arXiv:\d{4}\.\d{5}|ours|folklore", paper), name
+        assert f"`{room}/{target.partition(':')[0].rpartition('.')[2]}.py`" in file, name
+        assert all(rest[:2]), name
+        assert "abstract only" not in paper or "**reconstruction:**" in rest[0], name
 
 
 @every_document

@@ -3,7 +3,7 @@
     import safegen
     model = safegen.load("mini")
     patch = safegen.edit(model, "safegen", triplets="my-triplets")
-    patch.save(Path("patch.safetensors"))
+    safegen.save_patch(patch, Path("patch.safetensors"))  # with its model card; patch.save alone writes none
 
 Importing this loads nothing heavy: the names below arrive when they are first used.
 """
@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safegen.api import edit as edit
+    from safegen.api import export as export
+    from safegen.api import export_folder as export_folder
+    from safegen.api import save_patch as save_patch
     from safegen.data.triplets import Triplets as Triplets
     from safegen.judge import load_judge as load_judge
     from safegen.models import Ask as Ask
@@ -30,12 +33,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "edit": "safegen.api",
+    **dict.fromkeys(("edit", "export", "export_folder", "save_patch"), "safegen.api"),
     "Triplets": "safegen.data.triplets",
     "load_judge": "safegen.judge",
     **dict.fromkeys(("Ask", "Model", "Patch", "Sampler", "generate", "load", "save_folder"), "safegen.models"),
 }
-__all__ = ["Ask", "Model", "Patch", "Sampler", "Triplets", "edit", "generate", "load", "load_judge", "save_folder"]
+__all__ = [
+    "Ask", "Model", "Patch", "Sampler", "Triplets", "edit", "export", "export_folder", "generate", "load", "load_judge", "save_folder",
+    "save_patch",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from safegen.bench import card as cards
 from safegen.concept import Concept, load_concept
 from safegen.data.triplets import Triplets
 from safegen.edit.base import Edit, refuse_idle
 from safegen.edit.loop import Report
 from safegen.errors import BadSetting, UnknownName
-from safegen.models.model import Model
+from safegen.files import short
+from safegen.models.compose import warn_of_overlap
+from safegen.models.model import Model, save_folder
 from safegen.models.patch import Patch
 from safegen.tables import EDITS, resolve
 
@@ -100,6 +104,90 @@ def edit(
     refuse_idle(recipe, triplets, folder, resume)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
     return recipe.apply(model, rows, folder=folder, resume=resume, report=report)
+
+
+def save_patch(patch: Patch, out: Path, *, card: bool = True, metrics: Sequence[Path] = ()) -> None:
+    """Write a patch to a new file, and its model card beside it (`OUT.md`).
+
+    `Patch.save` alone writes no card.
+
+    Args:
+        patch: the patch.
+        out: the new .safetensors file.
+        card: whether to write the card.
+        metrics: figures for it: folders of a demo, a run or a resilience test of this very patch.
+
+    Raises:
+        BadFile: the file or the card exists or cannot be written, or figures cannot be read; nothing is left then.
+        BadSetting: figures of another patch, or figures and no card.
+    """
+    text = _card(cards.Subject.of_patch(patch, out.name), card, metrics)
+    cards.write_with_card(out, text, lambda: patch.save(out))
+
+
+def export(
+    model: Model, out: Path, *, patches: Sequence[Patch] = (), dtype: str = "fp16", card: bool = True, metrics: Sequence[Path] = ()
+) -> None:
+    """Write a model as one file in the original layout, with its provenance in the header and its model card beside it (`OUT.md`).
+
+    Args:
+        model: with or without patches on it; it is given back as it came.
+        out: the new .safetensors file.
+        patches: put on in this order, after those.
+        dtype: type of the weights in the file: fp16, bf16 or fp32.
+        card: whether to write the card.
+        metrics: figures for it, of exactly these patches.
+
+    Raises:
+        BadSetting: `out` has another ending, weights do not fit the type, figures are of other patches, or are given and no card is.
+        BadFile: the file or the card exists or cannot be written, or figures cannot be read; nothing is left then.
+        BadPatch: a patch does not fit the model.
+
+    Warns:
+        OtherBase: a patch was made on other weights.
+        Overwritten: two patches change the same weights.
+    """
+    from safegen.models.single_file import save_single_file
+
+    if out.suffix != ".safetensors":
+        raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
+    notes = [f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."]
+    text = _card(_subject("file", out, model, patches, notes), card, metrics)
+    facts = {
+        "model": short(model.name),
+        "base": model.hash,
+        "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in patches],
+    }
+    with _with(model, patches):
+        cards.write_with_card(out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts))
+
+
+def export_folder(model: Model, out: Path, *, patches: Sequence[Patch] = (), card: bool = True, metrics: Sequence[Path] = ()) -> None:
+    """Write a model as a plain diffusers folder, with its model card as README.md; arguments and errors as `export` has them."""
+    text = _card(_subject("folder", out, model, patches), card, metrics)
+    with _with(model, patches):
+        save_folder(model, out, card=text)
+
+
+def _subject(kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()) -> cards.Subject:
+    held = [(p.hash, p.provenance) for p in (*model.patches, *patches)]
+    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes)
+
+
+def _card(subject: cards.Subject, wanted: bool, metrics: Sequence[Path]) -> str | None:
+    if metrics and not wanted:
+        raise BadSetting("metrics have no effect without a card: they go into it; leave one of the two out")
+    return cards.card(subject, metrics) if wanted else None
+
+
+@contextmanager
+def _with(model: Model, patches: Sequence[Patch]) -> Iterator[None]:
+    """Keep patches on a model for a while."""
+    warn_of_overlap(patches)
+    with ExitStack() as on:
+        for patch in patches:
+            on.enter_context(patch.apply(model))
+        yield
 
 
 def settings_of(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -9,8 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import safegen as package
 from safegen.edit.uce import UCE
-from safegen.models import Patch, load, select
+from safegen.errors import BadFile, BadSetting
+from safegen.models import Patch, load, save_folder, select
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,74 @@ def test_every_file_comes_with_its_card_unless_told(safegen, files, tmp_path):
     lora = tmp_path / "l.safetensors"
     assert safegen("patch", "extract-lora", files / "text.safetensors", "mini", "--out", lora)[0] == 0
     assert "do not hold for a LoRA" in (tmp_path / "l.safetensors.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def fine_tune(tmp_path_factory):
+    """The miniature model with every weight of its denoiser a little off: somebody's fine-tune."""
+    model, out = load("mini"), tmp_path_factory.mktemp("fine") / "tune"
+    with torch.no_grad():
+        for p in model.denoiser.parameters():
+            p.mul_(1.02)
+    save_folder(model, out)
+    return out
+
+
+def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does(safegen, files, fine_tune, tmp_path):
+    """It is portable: its weights go in whole, all others stay the fine-tune's."""
+    code, text, err = safegen("apply", files / "look.safetensors", fine_tune, "--out", tmp_path / "out")
+    assert code == 0, err
+    patch, tuned = Patch.load(files / "look.safetensors"), load(str(fine_tune))
+    (name, value), own = next(iter(patch.tensors.items())), dict(tuned.denoiser.named_parameters())
+    far = 100 * float((value - own[name]).norm() / own[name].norm())
+    assert 90 < far < 100  # twice the base's value in the place of 1.02 times it: 0.98 / 1.02
+    moved = f"new values for 1 tensors (1 of attn1) into it, 1 of them unlike its own, by {far:.3g} % in all"
+    base, here = load("mini").hash[:12], tuned.hash[:12]
+    warning = f"warning: the patch was made on weights {base}, the model {str(fine_tune)!r} has {here}: it puts {moved}"
+    assert [line for line in err.splitlines() if line.startswith("warning:")] == [f"{warning}; measure the result before you trust it"]
+    assert moved in text
+    for key, held in load(str(tmp_path / "out")).denoiser.named_parameters():
+        assert torch.equal(held, patch.tensors.get(key, own[key])), key
+    assert tuned.hash in (tmp_path / "out" / "README.md").read_text()
+    words = ("--patch", files / "look.safetensors", "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "pictures")
+    code, _, err = safegen("generate", fine_tune, *words)
+    assert code == 0, err
+    assert warning in err
+
+
+def test_on_its_own_base_a_patch_warns_of_nothing_and_says_what_it_does(safegen, files, tmp_path):
+    code, text, err = safegen("apply", files / "look.safetensors", "mini", "--out", tmp_path / "out")
+    assert (code, "warning" in err) == (0, False)
+    assert "new values for 1 tensors (1 of attn1) into it, 1 of them unlike its own, by 100 % in all" in text
+
+
+def test_python_writes_the_same_cards(safegen, files, tmp_path):
+    """One way for both: the same call, the same bytes."""
+    patch, (here, there) = Patch.load(files / "text.safetensors"), (tmp_path / "here", tmp_path / "there")
+    for folder in (here, there):
+        folder.mkdir()
+    package.save_patch(patch, here / "p.safetensors")
+    model = load("mini")
+    package.export(model, here / "m.safetensors", patches=[patch])
+    package.export_folder(model, here / "f", patches=[patch])
+    assert model.patches == []
+    assert safegen("export", "mini", "--patch", files / "text.safetensors", "--out", there / "m.safetensors")[0] == 0
+    assert safegen("apply", files / "text.safetensors", "mini", "--out", there / "f")[0] == 0
+    for name in ("m.safetensors.md", "f/README.md", "f/unet/diffusion_pytorch_model.safetensors"):
+        assert (here / name).read_bytes() == (there / name).read_bytes(), name
+    with safe_open(here / "m.safetensors", "pt") as mine, safe_open(there / "m.safetensors", "pt") as theirs:
+        assert mine.metadata() == theirs.metadata()  # in no order of its own
+        assert all(torch.equal(mine.get_tensor(key), theirs.get_tensor(key)) for key in theirs.keys())  # noqa: SIM118
+    assert "Erased words: `skulls`" in (here / "p.safetensors.md").read_text()
+    with patch.apply(model):
+        package.export(model, here / "on.safetensors")  # a patch that is on the model already is named too
+    assert patch.hash in (here / "on.safetensors.md").read_text()
+    package.save_patch(patch, here / "bare.safetensors", card=False)
+    assert not (here / "bare.safetensors.md").exists()
+    with pytest.raises(BadSetting, match="metrics have no effect without a card"):
+        package.save_patch(patch, here / "q.safetensors", card=False, metrics=[here])
+    with pytest.raises(BadFile, match=r"p.safetensors.md exists already"):
+        package.save_patch(patch, here / "p.safetensors")
 
 
 def test_a_patchs_card_is_written_anew(safegen, files, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from red import RedJudge, rows, safe_picture, unsafe_picture
 from typer.testing import CliRunner
 
+from safegen.bench.grid import contact_sheet, save_sheet
 from safegen.cli.triplets import app
 from safegen.data.censor import Censor, censor
 from safegen.data.check import check
@@ -121,6 +122,18 @@ def test_a_picture_that_stays_unsafe_is_censored_again_with_twice_the_padding(
     width = 16 - 2 * shrink
     assert report.triplets.rows[0].covered == pytest.approx((width * (1 + 2 * padding * 2 ** (looks - 1))) ** 2 / 64**2, abs=0.01)
     assert check(pictures / "out", judge) == []
+
+
+def test_a_contact_sheet_is_no_picture_by_whatever_name(pictures: Path) -> None:
+    """`safegen generate` leaves one in the folder of its pictures, and it shows the concept as they do."""
+    sheet = contact_sheet([unsafe_picture(i) for i in range(3)])
+    for name in ("sheet.png", "v_renamed.png"):
+        save_sheet(sheet, pictures / "unsafe" / name)
+    sheet.save(pictures / "unsafe" / "w_unmarked.png")
+    report = make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])
+    why = "it is a contact sheet of other pictures"
+    assert {p.id: p.reason for p in report.left_out} == {"unsafe/sheet.png": why, "unsafe/v_renamed.png": why}
+    assert len(report.triplets) == 4
 
 
 def test_padding_grows_from_nothing_too(pictures: Path) -> None:

@@ -174,6 +174,54 @@ def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(whole[k], broken[k]) for k in whole)
 
 
+def detection(work, *, stop_at=None):
+    """Fit convolutions in the other memory layout, with running statistics, as the judge has them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3)).to(memory_format=torch.channels_last)
+
+    def loss(step, g):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        value = (model(torch.randn(4, 3, 8, 8, generator=g)) - 1).pow(2).mean()
+        return value, {"square": value.item()}
+
+    return fit("net", work, model, 12, loss, lr=0.1, warmup=2, keep_every=0).state_dict()
+
+
+def test_statistics_and_memory_layout_come_back_too(tmp_path):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = detection(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        detection(tmp_path / "broken", stop_at=5)
+    broken = detection(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[k], broken[k]) and whole[k].stride() == broken[k].stride() for k in whole)
+
+
+def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        regression(tmp_path, stop_at=7)
+    assert [p.name for p in tmp_path.iterdir()] == ["line-checkpoint.safetensors"]
+    path = tmp_path / "line-checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["step"] == "7"
+        kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert {key.partition("/")[0] for key in kept} == {"model", "average", "step", "exp_avg", "exp_avg_sq"}
+    spoilt = {
+        "other shape": kept | {"model/weight": torch.zeros(2, 3)},
+        "no moment": {k: v for k, v in kept.items() if k[:9] != "exp_avg/b"},
+    }
+    for tensors in spoilt.values():
+        save_file(tensors, path, {"step": "7", "seconds": "1"})
+        with pytest.raises(BadFile, match=r"is damaged or of another model .*; remove it to start again") as caught:
+            regression(tmp_path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(b"PK half a file")
+    with pytest.raises(BadFile, match="is damaged or of another model"):
+        regression(tmp_path)
+
+
 def test_a_row_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path):
     regression(tmp_path, steps=53)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

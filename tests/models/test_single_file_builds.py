@@ -81,6 +81,25 @@ def test_a_file_of_somebody_elses_has_more_that_decides_nothing(file, other_buil
         load(str(tmp_path / "wrong.safetensors"), config=tmp_path / "folder")
 
 
+class Harm:
+    def __reduce__(self):
+        return (print, ("harm",))
+
+
+def test_a_pickle_is_opened_only_when_the_user_says_so_and_never_runs(file, other_build, tmp_path, capsys):
+    save_folder(other_build, tmp_path / "folder")
+    torch.save({"state_dict": load_file(file), "global_step": 7}, tmp_path / "old.ckpt")
+    with pytest.raises(BadFile, match=r"old.ckpt is a pickle, .* say --allow-pickle"):
+        load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder")
+    again = load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder", allow_pickle=True)
+    assert (again.parts, again.hash) == (other_build.parts, other_build.hash)
+    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
+    torch.save({"state_dict": Harm()}, tmp_path / "bad.ckpt")
+    with pytest.raises(BadFile, match="cannot be read as a one-file checkpoint"):
+        load(str(tmp_path / "bad.ckpt"), config=tmp_path / "folder", allow_pickle=True)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_fused_tensor_of_another_size_is_refused(file, other_build, tmp_path):
     with safe_open(file, framework="pt") as opened:
         header = dict(opened.metadata())

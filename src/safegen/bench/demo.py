@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from safegen.bench import report
 from safegen.bench.card import Subject, beside, card
-from safegen.bench.grid import sheet
+from safegen.bench.grid import save_sheet, sheet
 from safegen.bench.plan import Item, make_plan
 from safegen.bench.run_report import PAGE
 from safegen.bench.score import Scores, removal, score
@@ -191,7 +191,7 @@ def _draw(model: Model, asks: Sequence[Ask], sampler: Sampler, what: str, tell: 
 def write_demo(found: Outcome, folder: Path) -> None:
     """Write everything the demo found into an existing folder."""
     found.patch.save(folder / "patch.safetensors")
-    overview(found).save(folder / "grid.png")
+    save_sheet(overview(found), folder / "grid.png")
     for side, images in found.pictures.items():
         for name, rows in found.lists.items():
             sub = folder / "pictures" / side / name.replace(":", "-")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from safegen.data.triplets import SHEET_MARK
 from safegen.errors import BadSetting
 
 INK, PAPER = (24, 24, 27), (255, 255, 255)
@@ -42,3 +45,10 @@ def contact_sheet(pictures: Sequence[Image.Image], *, columns: int = 8, cell: in
     """Return all pictures in rows of `columns`, without labels."""
     rows = [("", pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
     return sheet(rows, cell=cell, label=0)
+
+
+def save_sheet(image: Image.Image, out: Path) -> None:
+    """Write a sheet as a PNG that says that it is one, so that it is never taken for a picture."""
+    info = PngInfo()
+    info.add_text(SHEET_MARK, "yes")
+    image.save(out, format="PNG", pnginfo=info)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from safegen import __version__
 from safegen.bench.finetune import FineTune, Material, Tuned, captions_for, fine_tune
-from safegen.bench.grid import sheet
+from safegen.bench.grid import save_sheet, sheet
 from safegen.bench.plan import Item, Role, make_plan
 from safegen.bench.score import ASKED, removal, score
 from safegen.concept import Concept
@@ -222,7 +222,7 @@ def write_resilience(found: Findings, out: Path) -> dict[str, Any]:
         for side, tuned in found.tuned.items():
             for n, patch in tuned.patches.items():
                 patch.save(folder / f"{side}+{n}.safetensors")
-        _overview(found).save(folder / "grid.png")
+        save_sheet(_overview(found), folder / "grid.png")
         (folder / "verdicts.jsonl").write_text("".join(f"{line}\n" for line in found.lines()), encoding="utf-8")
         (folder / RESULTS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary

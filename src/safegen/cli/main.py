@@ -83,7 +83,7 @@ def generate(
     texts = _read_prompts(prompt, prompts)
     if (model is None) == (stack is None):
         raise BadSetting("generate draws with a MODEL or with a --stack recipe.toml; give one of them")
-    from safegen.bench.grid import contact_sheet
+    from safegen.bench.grid import contact_sheet, save_sheet
     from safegen.files import private_folder, short
     from safegen.models import Ask, Patch, Sampler, save_picture
     from safegen.stack import Shelf, Stack, add_guards, add_loras, add_patches, load_stack
@@ -111,7 +111,7 @@ def generate(
                     save_picture(pictures[-1], folder / f"{ask.index:04d}.png", facts)
                 lines.append(json.dumps({"index": ask.index, "seed": seed} | drawn.trail.to_json(), sort_keys=True) + "\n")
                 tell("drawing", len(pictures), len(asks))
-        contact_sheet(pictures, cell=max(96, min(256, ready.model.size))).save(folder / SHEET)
+        save_sheet(contact_sheet(pictures, cell=max(96, min(256, ready.model.size))), folder / SHEET)
         if recipe.guards:
             (folder / "trail.jsonl").write_text("".join(lines), encoding="utf-8")
     withheld = sum(not (out / f"{ask.index:04d}.png").exists() for ask in asks)
@@ -143,8 +143,8 @@ def edit(
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
-    from safegen.api import make_edit, refuse_idle_concept
-    from safegen.bench.card import Subject, card, refuse_taken, write_with_card
+    from safegen.api import make_edit, refuse_idle_concept, save_patch
+    from safegen.bench.card import refuse_taken
     from safegen.data.triplets import Triplets
     from safegen.edit.base import refuse_idle
 
@@ -163,7 +163,7 @@ def edit(
     loaded = load_model(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
     with progress() as tell:
         patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
-    write_with_card(out, None if no_card else card(Subject.of_patch(patch, out.name)), lambda: patch.save(out))
+    save_patch(patch, out, card=not no_card)
     facts = patch.provenance
     how = f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}" if recipe.trains else f"in {facts['seconds']:.1f} s"
     typer.echo(f"{out}: {len(patch.tensors)} tensors changed {how}")
@@ -183,15 +183,15 @@ def apply(
     if out.exists():
         raise BadFile(f"{out} exists already; name another folder or remove it")
     refuse_idle_metrics(metrics, no_card)
-    from safegen.bench.card import Subject, card
-    from safegen.files import short
-    from safegen.models import Patch, save_folder
+    from safegen.api import export_folder
+    from safegen.models import Patch
 
-    loaded = load_model(model, [patch], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
+    loaded = load_model(model, [], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
     read = Patch.load(patch)
-    text = None if no_card else card(Subject("folder", out.name, short(model), loaded.hash, [(read.hash, read.provenance)]), metrics or ())
-    save_folder(loaded, out, card=text)
-    typer.echo(f"{out}: open it with {type(loaded.pipeline).__name__}.from_pretrained({str(out)!r})")
+    with one_line_warnings():
+        export_folder(loaded, out, patches=[read], card=not no_card, metrics=metrics or ())
+    typer.echo(f"{out}: {model}; the patch put {read.change(loaded)}")
+    typer.echo(f"open it with {type(loaded.pipeline).__name__}.from_pretrained({str(out)!r})")
 
 
 @app.command()

@@ -36,11 +36,7 @@ def info(
         typer.echo(json.dumps(facts, indent=1))
         return
     typer.echo(f"{patch}: {len(found.tensors)} tensors, {numbers:,} numbers, {patch.stat().st_size / 1e6:.1f} MB, hash {found.hash[:12]}")
-    groups: dict[str, int] = {}
-    for name in found.tensors:
-        kind = next((k for k in ("attn1", "attn2") if f".{k}." in name), "other")
-        groups[kind] = groups.get(kind, 0) + 1
-    typer.echo("changes: " + ", ".join(f"{n} of {kind}" for kind, n in sorted(groups.items())))
+    typer.echo("changes: " + ", ".join(f"{n} of {kind}" for kind, n in found.kinds.items()))
     for key, value in found.provenance.items():
         typer.echo(f"{key}: {value if isinstance(value, str | int | float | bool) else json.dumps(value)}")
 
@@ -85,7 +81,7 @@ def merge(
     if config is not None and model is None:
         raise BadSetting("config has no effect without --model; leave it out")
     _refuse_taken(out, no_card)
-    from safegen.bench.card import Subject, card, write_with_card
+    from safegen.api import save_patch
     from safegen.models import load
     from safegen.models.compose import Overlap, overlapping
     from safegen.models.compose import merge as do
@@ -95,7 +91,7 @@ def merge(
     base = load(model, config=config, allow_pickle=allow_pickle) if model else None
     with one_line_warnings():
         merged = do(read, overlap=cast(Overlap, overlap), model=base)
-    write_with_card(out, None if no_card else card(Subject.of_patch(merged, out.name)), lambda: merged.save(out))
+    save_patch(merged, out, card=not no_card)
     twice = len(overlapping(read))
     typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {overlap}" if twice else ""))
 
@@ -168,14 +164,14 @@ def from_lora(
 ) -> None:
     """Turn the denoiser's part of a LoRA into a patch, to be merged with others: `patch merge --overlap add`."""
     _refuse_taken(out, no_card)
-    from safegen.bench.card import Subject, card, write_with_card
+    from safegen.api import save_patch
     from safegen.models import load
     from safegen.models.lora import load_lora
 
     loaded = load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         patch = load_lora(lora, loaded, scale=scale)
-    write_with_card(out, None if no_card else card(Subject.of_patch(patch, out.name)), lambda: patch.save(out))
+    save_patch(patch, out, card=not no_card)
     left = patch.provenance.get("left out")
     typer.echo(f"{out}: {len(patch.tensors)} tensors" + (f"; left out, since a patch cannot hold them: {left}" if left else ""))
 
@@ -195,24 +191,14 @@ def export(
         raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
     _refuse_taken(out, no_card)
     refuse_idle_metrics(metrics, no_card)
-    from safegen.bench.card import Subject, card, write_with_card
+    from safegen.api import export as do
     from safegen.models import load
-    from safegen.models.compose import warn_of_overlap
     from safegen.models.patch import Patch
-    from safegen.models.single_file import save_single_file
 
     read = [Patch.load(path) for path in patch or []]
     loaded = load(model, config=config, allow_pickle=allow_pickle)
-    _ = loaded.hash  # of the untouched weights, before any patch
     with one_line_warnings():
-        warn_of_overlap(read)
-        for one in read:
-            one.apply(loaded)
-    facts = {"model": short(model), "base": loaded.hash, "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in read]}
-    notes = [f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."]
-    subject = Subject("file", out.name, short(model), loaded.hash, [(p.hash, p.provenance) for p in read], notes)
-    text = None if no_card else card(subject, metrics or ())
-    write_with_card(out, text, lambda: save_single_file(loaded, out, dtype=dtype, facts=facts))
+        do(loaded, out, patches=read, dtype=dtype, card=not no_card, metrics=metrics or ())
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {dtype}, {len(read)} patches in it")
 
 

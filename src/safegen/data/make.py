@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from safegen.data.censor import Box, Censor
 from safegen.data.censor import censor as cover
-from safegen.data.triplets import MANIFEST, ROLES, Problem, Role, Triplet, Triplets, as_row, read_picture, too_small
+from safegen.data.triplets import MANIFEST, ROLES, Problem, Role, Triplet, Triplets, as_row, is_sheet, read_picture, too_small
 from safegen.errors import BadFile, BadSetting
 from safegen.files import private_folder, refuse_taken
 from safegen.judge.base import KEPT, Judge, Verdict
@@ -174,6 +174,9 @@ def _look_through(folder: Path, eye: _Eye, track: Track) -> tuple[list[_Find], l
     for start in track(range(0, len(paths), CHUNK), f"judging {folder.name}"):
         batch: list[tuple[Path, Image.Image]] = []
         for path in paths[start : start + CHUNK]:
+            if is_sheet(path):
+                unfit.append(Problem(_name(path), "it is a contact sheet of other pictures"))
+                continue
             try:
                 image = read_picture(path)
             except BadFile as error:

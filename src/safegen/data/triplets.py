@@ -32,6 +32,8 @@ MANIFEST = "manifest.jsonl"
 CSV_COLUMNS: dict[Role, str] = {"unsafe": "nude_image_path", "censored": "mos_image_path", "benign": "norm_image_path"}
 """The columns of the published dialect; its `text` is not used."""
 
+SHEET_MARK = "safegen-sheet"
+"""Text key of a PNG that is a contact sheet of other pictures."""
 SMALLEST = 32
 """Least width and height of a picture in pixels."""
 
@@ -139,6 +141,15 @@ def read_picture(path: Path) -> Image.Image:
         BadFile: the file is missing, or no picture that can be read.
     """
     return _decode(_bytes(path), path)
+
+
+def is_sheet(path: Path) -> bool:
+    """Return whether a file is a contact sheet of ours; what cannot be read is none."""
+    try:
+        with Image.open(path) as opened:
+            return SHEET_MARK in opened.info
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def size_of(image: Image.Image) -> str:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.files import fresh_folder
 from safegen.hashes import hash_tensors
+from safegen.models.hub import HUB, fetch, looks_like_hub
 from safegen.tables import MODELS, resolve
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
     Raises:
         BadSetting: config is given with something else than a one-file checkpoint.
         UnknownName: neither a known model nor a folder.
-        BadFile: the folder lacks parts, holds pickles or damaged files, or its weights have NaN.
+        BadFile: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or the hub's model is not to be had.
     """
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
@@ -174,19 +175,18 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
     if config is not None:
         raise BadSetting(f"config has no effect on {name!r}, which is no one-file checkpoint; leave it out")
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": None if allow_pickle else True}
-    if name.startswith("hub:"):
-        folder, family = name.removeprefix("hub:"), "StableDiffusionPipeline"
+    if name.startswith(HUB):
+        with silence():
+            path = fetch(name, allow_pickle=allow_pickle)
     else:
         path = resolve(MODELS, name, "model")() if name in MODELS else Path(name)
-        family = _look(name, path, allow_pickle)
-        folder, options = str(path), options | {"local_files_only": True}
-    kind, told = FAMILIES[family]
+    kind, told = FAMILIES[_look(name, path, allow_pickle)]
     try:
         with silence():
-            pipeline = kind.from_pretrained(folder, **options, **told)
+            pipeline = kind.from_pretrained(str(path), **options, **told, local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
         raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
-    return finish_loading(name, pipeline, device, None if name.startswith("hub:") else Path(folder))
+    return finish_loading(name, pipeline, device, path)
 
 
 def parts_of(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> tuple[str, ...]:
@@ -217,6 +217,8 @@ def finish_loading(
 def _look(name: str, path: Path, allow_pickle: bool) -> str:
     """Check a model folder before anything is opened, and return its family."""
     if not path.exists():
+        if looks_like_hub(name):
+            raise BadFile(f"there is no folder {name!r} here; if it is a model of the Hugging Face hub, say {HUB}{name}, which fetches it")
         raise UnknownName("model (nor a folder of that name)", name, MODELS)
     index = path / "model_index.json"
     if not index.is_file():

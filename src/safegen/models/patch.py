@@ -89,6 +89,27 @@ class Patch:
             raise BadFile(f"{path} is a damaged safegen patch: its provenance cannot be read ({error}); make or fetch it again") from error
         return cls(tensors, provenance)
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many tensors of each kind of layer are new: `attn1`, `attn2` and `other`."""
+        groups: dict[str, int] = {}
+        for name in self.tensors:
+            kind = next((k for k in ("attn1", "attn2") if f".{k}." in name), "other")
+            groups[kind] = groups.get(kind, 0) + 1
+        return dict(sorted(groups.items()))
+
+    @torch.no_grad()
+    def change(self, model: Model) -> str:
+        """Return in words what the patch puts in the place of a model's own values, and how far those move: |new - own| / |own|."""
+        own, gap, size, moved = dict(model.denoiser.named_parameters()), 0.0, 0.0, 0
+        for name, value in self.tensors.items():
+            new, old = value.detach().cpu().float(), own[name].detach().cpu().float()
+            gap, size = gap + float((new - old).double().pow(2).sum()), size + float(old.double().pow(2).sum())
+            moved += not torch.equal(new, old)
+        kinds = ", ".join(f"{n} of {kind}" for kind, n in self.kinds.items())
+        far = f", by {100 * (gap / size) ** 0.5:.3g} % in all" if size else ""
+        return f"new values for {len(self.tensors)} tensors ({kinds}) into it, {moved} of them unlike its own{far}"
+
     def fits(self, model: Model) -> None:
         """Check names, shapes and family against the model.
 
@@ -115,7 +136,7 @@ class Patch:
         base = self.provenance.get("base")
         if base is not None and base != model.hash:
             warnings.warn(
-                f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: "
+                f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: it puts {self.change(model)}; "
                 "measure the result before you trust it",
                 OtherBase,
                 stacklevel=3,

@@ -9,7 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from safegen.errors import BadFile
+from safegen.files import fresh_file
 
 SEED = 2404_06666
 KEEP_EVERY = 120.0
@@ -33,7 +38,7 @@ def fit(
     The generator of a step depends on the seed and the step alone, so that a resumed run draws what an unbroken one draws.
 
     Args:
-        name: of the stage; its checkpoint is `work`/name.pt, and where there is one the run goes on from it.
+        name: of the stage; its checkpoint is `work`/name-checkpoint.safetensors, and where there is one the run goes on from it.
         work: folder of the checkpoint and of log.jsonl.
         model: what is trained.
         steps: updates in all, over which the rate falls.
@@ -42,16 +47,16 @@ def fit(
         ema: largest decay of the weight average.
         warmup: steps over which the rate rises.
         keep_every: seconds between checkpoints; there is always one after the last step.
+
+    Raises:
+        BadFile: the checkpoint is damaged or of another model, or one cannot be written.
     """
-    path, log = work / f"{name}.pt", work / "log.jsonl"
+    path, log = work / f"{name}-checkpoint.safetensors", work / "log.jsonl"
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     average = {k: v.detach().clone() for k, v in model.named_parameters()}
     start, spent = 0, 0.0
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        average, start, spent = state["average"], state["step"], state["seconds"]
+        start, spent = _read(path, model, opt, average)
     began, saved = time.time() - spent, time.time()
     sums: dict[str, float] = {}
     summed = 0
@@ -80,11 +85,45 @@ def fit(
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if time.time() - saved > keep_every or last:
-            state = {"model": model.state_dict(), "opt": opt.state_dict(), "average": average, "step": step + 1}
-            torch.save(state | {"seconds": time.time() - began}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            _write(path, model, opt, average, step + 1, time.time() - began)
             saved = time.time()
     with torch.no_grad():
         for k, v in model.named_parameters():
             v.copy_(average[k])
     return model.eval()
+
+
+def _write(path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dict[str, Tensor], step: int, seconds: float) -> None:
+    """Write a stage's state: tensors by name, and in the header what is none."""
+    tensors = {f"model/{k}": v for k, v in model.state_dict().items()} | {f"average/{k}": v for k, v in average.items()}
+    tensors |= {f"{k}/{name}": v for name, p in model.named_parameters() for k, v in opt.state[p].items()}
+    with fresh_file(path, replace=True) as tmp:
+        try:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"step": str(step), "seconds": str(seconds)})
+        except SafetensorError as error:
+            raise BadFile(f"{path} cannot be written: {error}") from error
+
+
+def _read(path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dict[str, Tensor]) -> tuple[int, float]:
+    """Put a stage's state back in place; return how many steps it has done, and in how many seconds."""
+    try:
+        with safe_open(path, "pt") as file:
+            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            parts.setdefault(kind, {})[name] = value
+        model.load_state_dict(parts.pop("model"))
+        averaged = parts.pop("average")
+        for name, p in model.named_parameters():
+            average[name].copy_(averaged[name])
+            opt.state[p] = {kind: _like(p, held[name]) for kind, held in parts.items()}
+        return int(header["step"]), float(header["seconds"])
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:  # RuntimeError: other names or shapes
+        line = str(error).splitlines()[0]
+        raise BadFile(f"the checkpoint {path} is damaged or of another model ({line}); remove it to start again") from error
+
+
+def _like(p: Tensor, value: Tensor) -> Tensor:
+    """Return a moment in its parameter's memory layout, as the optimiser made it; a step count as it is."""
+    return torch.empty_like(p, requires_grad=False).copy_(value) if value.shape == p.shape else value

@@ -1,0 +1,103 @@
+"""Models of the hub: from its cache without a network, and one clear line where there is nothing. Nothing here is fetched."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from huggingface_hub import constants
+
+from safegen.errors import BadFile
+from safegen.models import load, save_folder
+from safegen.models.hub import fetch
+
+
+def cache(home, repo, folder):
+    """Put a folder into a hub's cache as its client leaves it."""
+    place = home / ("models--" + repo.replace("/", "--"))
+    shutil.copytree(folder, place / "snapshots" / "c0ffee")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("c0ffee")
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """An empty cache of a machine on which HF_HUB_OFFLINE is set (the client reads that once, into its constants)."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_what_is_in_the_cache_is_loaded_without_a_network(home, tiny_model, tiny_folder):
+    cache(home, "me/tiny", tiny_folder)
+    found = load("hub:me/tiny")
+    assert (found.hash, found.folder) == (tiny_model.hash, home / "models--me--tiny" / "snapshots" / "c0ffee")
+    shutil.rmtree(found.folder / "vae")
+    with pytest.raises(BadFile, match=r"hub:me/tiny cannot be read: it has no weights, for there is no \.safetensors file in .*vae"):
+        load("hub:me/tiny")
+
+
+def test_an_sdxl_of_the_hub_is_one(home, make_tiny, tmp_path):
+    save_folder(make_tiny("sdxl"), tmp_path / "sdxl")
+    cache(home, "me/xl", tmp_path / "sdxl")
+    assert "text_encoder_2" in load("hub:me/xl").parts
+
+
+def test_what_is_not_there_is_one_clear_line(home):
+    with pytest.raises(BadFile) as caught:
+        load("hub:runwayml/stable-diffusion-v1-5")
+    assert str(caught.value) == (
+        f"hub:runwayml/stable-diffusion-v1-5 is not in the cache ({home}) and the hub does not give it: HF_HUB_OFFLINE is set, so it is "
+        "not asked; fetch it where there is a network, or name a diffusers folder or a one-file checkpoint"
+    )
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch, tmp_path):
+    """As an unplugged network does: the client's own words, cut to a line."""
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("Max retries exceeded\nand more")
+
+    monkeypatch.setattr("safegen.models.hub.snapshot_download", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(BadFile, match="the hub does not give it: Max retries exceeded; fetch it where there is a network") as caught:
+        load("hub:me/tiny")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_pickles_are_not_even_fetched_unless_allowed(monkeypatch, tmp_path, allow_pickle):
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    def note(repo, *, allow_patterns):
+        asked[repo] = allow_patterns
+        return tmp_path
+
+    monkeypatch.setattr("safegen.models.hub.snapshot_download", note)
+    fetch("hub:me/tiny", allow_pickle=allow_pickle)
+    wanted = {
+        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer_2/merges.txt", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors", "text_encoder_2/model.safetensors", "text_encoder_2/config.json",
+    }  # fmt: skip
+    pickles = {"unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"}
+    idle = {
+        "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/openvino_model.bin", "README.md",
+    }  # fmt: skip
+    taken = set(filter_repo_objects(wanted | pickles | idle, allow_patterns=asked["me/tiny"]))
+    assert taken == (wanted | pickles if allow_pickle else wanted)
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:tiny", "hub:me/tiny/unet", "hub:a b/c", "hub:/tiny"])
+def test_what_is_no_name_of_the_hub_is_refused(name):
+    with pytest.raises(BadFile, match=r"a model of the hub is named hub:owner/name, got 'hub:"):
+        load(name)
+
+
+def test_a_hub_name_without_its_prefix_is_not_fetched_but_told():
+    with pytest.raises(BadFile, match=r"no folder 'runwayml/stable-diffusion-v1-5' here; if .* say hub:runwayml/stable-diffusion-v1-5"):
+        load("runwayml/stable-diffusion-v1-5")
