@@ -95,7 +95,7 @@ class Stack(BaseModel):
         from safegen.models.patch import Patch
 
         patches = [Patch.load(path).hash for path in self.patches]
-        facts = {"weights": weights or weights_hash(model), "patches": patches, "negative": self.negative_prompt}
+        facts: dict[str, Any] = {"weights": weights or weights_hash(model), "patches": patches, "negative": self.negative_prompt}
         facts |= {"loras": [(said["hash"], said["scale"]) for said in (lora.facts() for lora in self.loras)]} if self.loras else {}
         return _digest(facts | ({"guards": [guard.facts() for guard in self.guards]} if self.guards else {}))
 

@@ -112,8 +112,9 @@ class AdvUnlearn(Adversary):
         if self.tokens >= len(rest):
             raise BadSetting(f"adversary.tokens must be below {len(rest)} on this model, or no word of the text is left, got {self.tokens}")
         prefix = rest[0].expand(self.tokens, -1) if self.tokens else None
-        ways = {"steps": self.steps, "step": self.step, "rule": self.rule, "prefix": prefix}
-        return lambda denoiser, x_t, t, text, *, want, before: recalling_text(denoiser, x_t, t, text, before, **ways)
+        return lambda denoiser, x_t, t, text, *, want, before: recalling_text(
+            denoiser, x_t, t, text, before, steps=self.steps, step=self.step, rule=self.rule, prefix=prefix
+        )
 
 
 class ClosedForm(Adversary):

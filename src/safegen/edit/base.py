@@ -204,7 +204,7 @@ def lying_under(model: Model) -> list[dict[str, str]]:
 
 def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a patch's provenance."""
-    out = {
+    out: dict[str, Any] = {
         "method": edit.method(),
         "settings": edit.model_dump(mode="json"),
         "base": model.hash,

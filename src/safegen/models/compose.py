@@ -81,8 +81,8 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     facts: dict[str, Any] = {"method": "merge", "overlap": overlap if twice else None, "overlapping": len(twice)}
     facts |= {"base": bases.pop()} if bases else {}
     facts |= {"family": families.pop()} if families else {}
-    own = {p.hash for p in patches}
-    under = {b["hash"]: b for p in patches for b in p.provenance.get("under", ()) if b["hash"] not in own}
+    merged = {p.hash for p in patches}
+    under = {b["hash"]: b for p in patches for b in p.provenance.get("under", ()) if b["hash"] not in merged}
     facts |= {"under": list(under.values())} if under else {}
     return Patch(out, facts | {"parts": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in patches]})
 
