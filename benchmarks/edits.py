@@ -117,6 +117,7 @@ def main() -> None:
     ask.add_argument("--rows", default=",".join(EDITS))
     ask.add_argument("--lists", default="", help="measure on these lists only")
     ask.add_argument("--out", type=Path, default=Path("edits.jsonl"))
+    ask.add_argument("--keep", type=Path, help="a folder for the patches, ROW-0.safetensors and on; not kept unless told")
     ask.add_argument("--table", type=Path)
     ask.add_argument("--plot", type=Path, help="with --table, also draw removed (innocent) against changed (last list) to this file")
     args = ask.parse_args()
@@ -144,6 +145,8 @@ def main() -> None:
             forget_peak()
             for part in row.split("+"):
                 patch, settings, seconds = make_patch(part, model, concept, training)
+                if args.keep:
+                    patch.save(args.keep / f"{row.replace(':', '-')}-{len(out['edits'])}.safetensors")
                 on.enter_context(patch.apply(model))
                 out["edits"].append({"method": part, "settings": settings, "provenance": dict(patch.provenance)})
                 out["seconds"] = round(out["seconds"] + seconds, 1)
