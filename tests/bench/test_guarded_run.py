@@ -13,9 +13,18 @@ from safegen.bench.verify import verify
 from safegen.errors import BadFile
 from safegen.guard import prompt_filter
 from safegen.judge import Verdict
+from safegen.stack import Opened
 
 
-def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_and_made_again(go, tmp_path):
+def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_and_made_again(go, tmp_path, monkeypatch):
+    given, real = [], Opened.drawn
+
+    def kept(self, asks, sampler):
+        found = real(self, asks, sampler)
+        given.extend(found if self.stack.guards else [])
+        return found
+
+    monkeypatch.setattr(Opened, "drawn", kept)
     recipe = tmp_path / "kept.toml"
     recipe.write_text('name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n')
     stacks = {"stacks": ("mini", str(recipe)), "baselines": "none"}
@@ -24,6 +33,7 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
     lines = [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
     plain, kept = ([line for line in lines if line["stack"] == name] for name in ("mini", "kept"))
     assert not any("guards" in line for line in plain)
+    assert [line["guards"] for line in kept] == [drawn.trail.to_json(times=False) for drawn in given]  # Python's, the line's, the PNG's
     for line in kept:
         gone = line["list"] == "mini:skulls"
         assert line["blank"] == gone

@@ -125,6 +125,8 @@ def test_calibration_lies_between_the_two_kinds_and_refuses_what_it_cannot_tell_
 def test_idle_settings_and_other_families_are_refused(tiny_wan):
     with pytest.raises(BadSetting, match="go with the filter, and only with it"):
         make_guard(**CUBE, middle=5.0)
+    with pytest.raises(BadSetting, match="reattend has no effect at strength 0"):
+        make_guard(**CUBE, reattend=True, strength=0.0)
     says = (
         r"'safree' cannot run on a WanPipeline: it reads parts of a StableDiffusionPipeline or StableDiffusionXLPipeline; guards that can:"
     )

@@ -56,6 +56,8 @@ class Safree(Guard):
     def _no_idle_setting(self) -> Self:
         if self.filter != (self.middle is not None) or self.filter != (self.slope is not None):
             raise ValueError("middle and slope go with the filter, and only with it; give all three or none")
+        if self.reattend and not self.strength:
+            raise ValueError("reattend has no effect at strength 0, where no text is projected; leave it out")
         return self
 
     @classmethod
