@@ -198,9 +198,9 @@ def test_every_guard_stays_through_sequential_offloading(name, more, own, pil, q
 
 
 def refused_or_drawn(draw_it, refused, says):
-    """Refuse in one line what would have no effect, and draw what has."""
+    """Refuse in one line what would have no effect, and go through with what has: drawn, or stopped by its own rule, as pno may here."""
     if not refused:
-        assert all(d.image is not None for d in draw_it())
+        assert {d.trail.action for d in draw_it()} <= {"none", "edit", "block"}
         return
     with pytest.raises(BadSetting, match=says) as caught:
         draw_it()
@@ -216,7 +216,8 @@ def test_a_guard_that_acts_through_guidance_is_refused_without_it_and_any_other_
     few = {"prompts": PROMPTS[:1], "num_inference_steps": 2}
     refused_or_drawn(lambda: pil(own, [guard], guidance_scale=1.0, **few), through, f"{name} has no effect without guidance; .* got 1.0")
     refused_or_drawn(lambda: pil(own, [guard], guidance_rescale=0.5, **few), through, f"{name} would be undone in part by guidance_rescale")
-    own.unet = UNet2DConditionModel.from_config(dict(own.unet.config) | {"time_cond_proj_dim": 8}).eval()
+    config = {k: v for k, v in own.unet.config.items() if not k.startswith("_")}
+    own.unet = UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}).eval()
     refused_or_drawn(lambda: pil(own, [guard], **few), through, f"{name} has no effect on a guidance-distilled model")
 
 
