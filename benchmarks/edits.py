@@ -4,7 +4,7 @@
     python benchmarks/edits.py --table edits.jsonl      # the rows so far, as Markdown
 
 One row an edit, all on the same prompts, seeds, sampler and judge; the base model is drawn once. Rows are appended as they are done. A
-row is `METHOD` or `METHOD:PRESET`; rows joined with `+` are put on one after the other. Prompts are the first of each list with seeds
+row is `METHOD`, `METHOD:PRESET` or a patch's file; rows joined with `+` are put on one after the other. Prompts are the first of each list with seeds
 1 to 3, as the required figures (`required.py`) have them: choose settings elsewhere (`--skip 128 --seed 11`, as the ablation does).
 """
 
@@ -36,7 +36,10 @@ from safegen.tables import EDITS, resolve
 
 
 def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any]) -> tuple[Patch, dict[str, Any], float]:
-    """Return one edit's patch, its settings and its seconds."""
+    """Return one edit's patch, its settings and its seconds; or a patch's file, read."""
+    if row.endswith(".safetensors"):
+        patch = Patch.load(Path(row))
+        return patch, dict(patch.provenance["settings"]), float(patch.provenance["seconds"])
     method, _, preset = row.partition(":")
     kind = resolve(EDITS, method, "edit")
     changes = {"training": training} if training and kind.trains else {}
@@ -90,7 +93,10 @@ def measure(
         for side, shown in (("base", before_pictures), ("edited", pictures)):
             entry[f"clip_{side}"] = clip_score(eyes.features(shown), words, texts, model=eyes.id).to_json()
         if len(mine) >= 8:  # of fewer it says nothing
-            entry["kid"] = kid(eyes.features(pictures), eyes.features(before_pictures), against="base", extractor=eyes.id).to_json()
+            own, old = eyes.features(pictures), eyes.features(before_pictures)
+            entry["kid"] = kid(own, old, against="base", paired=True, extractor=eyes.id).to_json()
+                eyes.features(pictures), eyes.features(before_pictures), against="base", paired=True, extractor=eyes.id
+            ).to_json()
         try:
             entry["coherence"] = coherence_kept(before, after, [i.subject or "" for i in mine]).to_json()
         except ValueError as error:  # the base model showed the subject nowhere

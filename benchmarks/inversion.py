@@ -30,7 +30,7 @@ from safegen.edit.samples import encode_triplets
 from safegen.judge import load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini.world import OBJECTS
-from safegen.models import Ask, Model, Patch, Sampler, generate, load
+from safegen.models import Ask, Model, Sampler, generate, load
 
 
 def article(word: str) -> str:
@@ -128,7 +128,7 @@ def main() -> None:
         with ExitStack() as on:
             made: list[Any] = []
             for part in row.split("+") if row != "base" else []:
-                patch = Patch.load(Path(part)) if part.endswith(".safetensors") else make_patch(part, clean, concept, {})[0]
+                patch, _, _ = make_patch(part, clean, concept, {})
                 on.enter_context(patch.apply(clean))
                 made.append(patch)
             for patch in made:

@@ -92,6 +92,22 @@ def test_kid_on_one_whole_subset_is_the_u_statistic_by_brute_force():
     assert (found.name, found.subsets, found.subset_size, found.spread) == ("kid_to_base", 1, 9, 0)
 
 
+def test_paired_kid_leaves_each_pair_out_and_is_nothing_between_equal_sides():
+    x, y = _sets(9, 9)
+    k = lambda a, b: (a @ b / 6 + 1) ** 3  # noqa: E731
+    apart = [(i, j) for i, j in product(range(9), range(9)) if i != j]
+    oracle = sum(k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in apart) / 72
+    found = kid(x, y, against="base", paired=True)
+    assert found.value == pytest.approx(oracle, rel=1e-10)
+    assert found.estimator == "unbiased, cubic kernel, pairs left out"
+    assert kid(x, x, against="base", paired=True).value == pytest.approx(0, abs=1e-10)
+    assert kid(x, x, against="base").value < -0.1  # what pairing does otherwise
+    halves = kid(x, x + 0.5, against="base", paired=True, subset_size=4)
+    assert halves.value > 0
+    with pytest.raises(ValueError, match="pairs need as many pictures on either side, got 9 and 8"):
+        kid(x, y[:8], against="base", paired=True)
+
+
 def test_kid_over_subsets_is_a_matter_of_the_seed_alone_and_estimates_the_whole():
     x, y = _sets(60, 60)
     found = kid(x, y, against="real", subset_size=20, seed=1)

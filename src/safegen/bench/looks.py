@@ -51,9 +51,16 @@ def looks(read: Sides, at: Sequence[int], side: Side, base: Side) -> dict[str, C
             full_rank(x, y)
         return metric(x, y, against="base", extractor=id_)
 
+    def far_in_pairs() -> Distance:
+        both = [(own, old) for own, old in ((side.features[i], base.features[i]) for i in at) if own is not None and old is not None]
+        if not both:
+            raise ValueError("a distance in pairs needs prompts with finite features on both sides, got none")
+        x, y = (np.stack(rows) for rows in zip(*both, strict=True))
+        return kid(x, y, against="base", paired=True, extractor=id_)
+
     out: dict[str, Callable[[], Figure]] = {"clip_score": clip}
     if side is not base:
-        out |= {"fid_to_base": lambda: far(fid), "kid_to_base": lambda: far(kid), "cmmd_to_base": lambda: far(cmmd)}
+        out |= {"fid_to_base": lambda: far(fid), "kid_to_base": far_in_pairs, "cmmd_to_base": lambda: far(cmmd)}
     return out
 
 

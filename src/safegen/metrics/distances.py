@@ -97,6 +97,7 @@ def kid(
     reference: NDArray[Any],
     *,
     against: Against,
+    paired: bool = False,
     subsets: int = 100,
     subset_size: int | None = None,
     seed: int = 0,
@@ -105,21 +106,26 @@ def kid(
     """Return the kernel inception distance: the unbiased MMD^2 with kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
     The mean over random subsets drawn without replacement from either side; one, where a subset is the whole of both. It has no bias
-    at any n and may be negative.
+    at any n and may be negative. Where row i of both sides is one prompt, seed and noise, the two resemble each other as no other rows
+    do, and would press it far under 0: `paired` leaves them out of the sum between the sides, as a row with itself is left out within
+    one (the U-statistic of Gretton et al. 2012, JMLR 13, eq. 4; as unbiased on independent rows).
 
     Args:
         features: (n, d), n >= 2.
         reference: (m, d), m >= 2.
         against: what the reference is.
+        paired: whether rows belong together; then n = m, and subsets take the same rows of both.
         subsets: how many.
         subset_size: pictures from either side in each; 1000 or what there is when None.
         seed: of the draws.
         extractor: id of what made the features.
 
     Raises:
-        ValueError: too few rows, other widths, values that are not finite, or subsets larger than the sets.
+        ValueError: too few rows, other widths, values that are not finite, subsets larger than the sets, or pairs that are none.
     """
     x, y = _checked(features, reference, least=2)
+    if paired and len(x) != len(y):
+        raise ValueError(f"pairs need as many pictures on either side, got {len(x)} and {len(y)}")
     most = min(len(x), len(y))
     size = min(1000, most) if subset_size is None else subset_size
     if not 2 <= size <= most or subsets < 1:
@@ -134,9 +140,10 @@ def kid(
 
     found = []
     for _ in range(subsets):
-        p, q = x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)]
-        found.append(mmd2(p, q, cubic, unbiased=True))
-    name, estimator = _name("kid", against), "unbiased, cubic kernel"
+        rows = rng.choice(len(x), size, replace=False)
+        others = rows if paired else rng.choice(len(y), size, replace=False)
+        found.append(mmd2(x[rows], y[others], cubic, unbiased=True, paired=paired))
+    name, estimator = _name("kid", against), "unbiased, cubic kernel" + (", pairs left out" if paired else "")
     return Distance(
         name, float(np.mean(found)), len(x), len(y), width, estimator, 1.0, extractor, subsets, size, float(np.std(found)), seed
     )
@@ -175,7 +182,7 @@ def cmmd(
     return Distance(_name("cmmd", against), value, len(x), len(y), x.shape[1], estimator, 1000.0, extractor)
 
 
-def mmd2(x: Array, y: Array, kernel: Callable[[Array, Array], Array], *, unbiased: bool) -> float:
+def mmd2(x: Array, y: Array, kernel: Callable[[Array, Array], Array], *, unbiased: bool, paired: bool = False) -> float:
     """Return the squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eq. 3 unbiased, eq. 5 biased), in blocks of rows.
 
     Args:
@@ -183,13 +190,16 @@ def mmd2(x: Array, y: Array, kernel: Callable[[Array, Array], Array], *, unbiase
         y: (m, d).
         kernel: (a, d), (b, d) -> (a, b), symmetric.
         unbiased: leave out the pairs of a row with itself.
+        paired: leave out the pairs of row i with row i of the other side too; then n = m.
     """
 
     def within(z: Array) -> float:
         total, diagonal, n = *_sums(z, z, kernel), len(z)
         return (total - diagonal) / (n * (n - 1)) if unbiased else total / n**2
 
-    return within(x) + within(y) - 2 * _sums(x, y, kernel)[0] / (len(x) * len(y))
+    total, diagonal = _sums(x, y, kernel)
+    between = (total - diagonal) / (len(x) * (len(x) - 1)) if paired else total / (len(x) * len(y))
+    return within(x) + within(y) - 2 * between
 
 
 def _sums(x: Array, y: Array, kernel: Callable[[Array, Array], Array]) -> tuple[float, float]:
