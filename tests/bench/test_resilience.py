@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from safegen.bench.finetune import FineTune, Material
-from safegen.bench.resilience import Resilience, material_for, resilience, write_resilience
+from safegen.bench.resilience import Resilience, material_for, resilience
 from safegen.concept import load_concept
 from safegen.edit.uce import UCE
-from safegen.errors import BadSetting
+from safegen.errors import BadFile, BadSetting
+from safegen.files import UNFINISHED
 from safegen.models import Patch, Sampler
 from safegen.models.compose import merge
 
@@ -31,8 +33,7 @@ def done(make_model, triplets, tmp_path_factory):
     model, out = make_model(), tmp_path_factory.mktemp("resilience") / "out"
     patch = UCE(erase=("red cube",)).apply(model)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-    found = resilience(model, [patch], SKULLS, Material.of_triplets(triplets, "unsafe", skulls), BRIEF)
-    write_resilience(found, out)
+    found = resilience(model, [patch], SKULLS, Material.of_triplets(triplets, "unsafe", skulls), BRIEF, out=out)
     return model, before, patch, found, out
 
 
@@ -85,8 +86,88 @@ def test_the_fine_tune_says_what_it_learnt_and_what_it_was_made_on(done):
     summary = json.loads((out / "resilience.json").read_text())
     assert {name: list(course) for name, course in summary["loss"].items()} == {key: ["first", "1", "2"] for key in ("edited", "base")}
     tuned, control = (Patch.load(out / f"{side}+1.safetensors").provenance for side in ("edited", "base"))
-    assert (tuned["patches"], control["patches"]) == ([patch.hash], [])
-    assert (tuned["on"], tuned["updates"]) == ("concept", 1)
+    assert tuned["on"] == [{"method": "uce", "hash": patch.hash}]
+    assert "on" not in control
+    assert (tuned["pictures"], tuned["updates"]) == ("concept", 1)
+
+
+@pytest.fixture(scope="module")
+def moments(done, triplets, tmp_path_factory):
+    """The folder of the same test as a kill would leave it, at every picture and every update: copied as it lay."""
+    model, _, patch, _, _ = done
+    folder, seen = tmp_path_factory.mktemp("moments"), {}
+    out = folder / "out"
+
+    def copy(what, done, _):
+        seen[what, done] = folder / f"{len(seen)}"
+        shutil.copytree(out, seen[what, done])
+
+    found = resilience(model, [patch], SKULLS, Material.of_triplets(triplets, "unsafe", skulls), BRIEF, out=out, tell=copy)
+    return seen, len(found.items), (model, patch)
+
+
+def contents(folder):
+    """Every file's bytes; of a patch the values and the provenance, since the format's writer has no order for the header."""
+    out = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    patches = {name: Patch.load(folder / name) for name in out if name.endswith(".safetensors") and not name.startswith(UNFINISHED)}
+    return out | {name: (patch.hash, patch.provenance) for name, patch in patches.items()}
+
+
+@pytest.mark.parametrize(
+    ("what", "at", "rest"),
+    [
+        ("drawing: base", 1, SIDES),
+        ("drawing: edited", 3, SIDES[1:]),
+        ("fine-tuning: edited", 1, SIDES[2:]),
+        ("fine-tuning: edited", 2, SIDES[2:]),
+        ("drawing: edited+2", 2, SIDES[3:]),
+        ("drawing: modular+2", 4, SIDES[7:]),
+    ],
+)
+def test_a_killed_test_goes_on_to_the_same_results_and_draws_no_finished_side_again(done, moments, triplets, tmp_path, what, at, rest):
+    seen, pictures, (model, patch) = moments
+    out, told = tmp_path / "out", []
+    shutil.copytree(seen[what, at], out)
+    if what == "drawing: edited+2":  # and the journal's last line is torn
+        with (out / UNFINISHED / "rows.jsonl").open("a") as file:
+            file.write('{"side": "edi')
+    material = Material.of_triplets(triplets, "unsafe", skulls)
+    resilience(model, [patch], SKULLS, material, BRIEF, out=out, tell=lambda *stage: told.append(stage))
+    assert contents(out) == contents(done[-1])
+    drawn = [name.removeprefix("drawing: ") for name, _, _ in told if name.startswith("drawing")]
+    assert drawn == [side for side in rest for _ in range(pictures)]
+    if what == "drawing: edited+2":
+        assert ("fine-tuning: edited", 1, 2) not in told
+
+
+def test_an_unfinished_test_of_something_else_is_refused_in_one_line_and_kept(moments, triplets, tmp_path):
+    seen, _, (model, patch) = moments
+    out, material = tmp_path / "out", Material.of_triplets(triplets, "unsafe", skulls)
+    shutil.copytree(seen["drawing: edited", 3], out)
+    before = contents(out)
+    for settings, patches in ((BRIEF.model_copy(update={"prompts": 1}), [patch]), (BRIEF, [patch, patch])):
+        with pytest.raises(BadFile, match="is an unfinished test of other settings, data, weights or patches") as caught:
+            resilience(model, patches, SKULLS, material, settings, out=out)
+        assert "\n" not in str(caught.value)
+    (out / UNFINISHED / "card.json").unlink()
+    with pytest.raises(BadFile, match="is unfinished, and of another command"):
+        resilience(model, [patch], SKULLS, material, BRIEF, out=out)
+    assert contents(out) == {name: data for name, data in before.items() if not name.endswith("card.json")}
+
+
+def test_a_finished_test_is_not_touched_and_one_that_fails_at_once_leaves_nothing(done, triplets, tmp_path):
+    model, _, patch, _, out = done
+    before, material = contents(out), Material.of_triplets(triplets, "unsafe", skulls)
+    with pytest.raises(BadFile, match="exists already"):
+        resilience(model, [patch], SKULLS, material, BRIEF, out=out)
+    assert contents(out) == before
+
+    def fail(*_):
+        raise ConnectionError("pulled the plug")
+
+    with pytest.raises(ConnectionError):
+        resilience(model, [patch], SKULLS, material, BRIEF, out=tmp_path / "a" / "b", tell=fail)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_tested_is_refused_in_one_line(tiny_model, triplets, tmp_path):

@@ -17,6 +17,8 @@ from safegen.concept import Concept, prompt_list
 from safegen.data.triplets import Triplets, open_role, read_picture
 from safegen.edit import losses
 from safegen.edit.adapter import trainable
+from safegen.edit.base import lying_under
+from safegen.edit.checkpoint import FILE
 from safegen.edit.loop import Row, Training, check, train
 from safegen.edit.samples import to_pixels
 from safegen.errors import BadFile, BadSetting, Diverged
@@ -26,6 +28,8 @@ from safegen.models.patch import Patch
 
 Caption = Callable[[Sequence[Image.Image]], Sequence[tuple[str, ...]]]
 """What gives each picture the texts that it may go with."""
+EVERY = 25
+"""Updates between checkpoints, where a folder keeps them."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -182,6 +186,7 @@ def fine_tune(
     material: Material,
     settings: FineTune,
     *,
+    folder: Path | None = None,
     report: Callable[[int, int, Row], None] | None = None,
     **facts: Any,  # noqa: ANN401
 ) -> Tuned:
@@ -191,6 +196,7 @@ def fine_tune(
         model: what is tuned.
         material: pictures and texts.
         settings: how.
+        folder: keeps checkpoints and patches; where there are some, of the same settings, weights and material, the fine-tune goes on.
         report: called after every update with (done, of, row of the log).
         facts: what else the patches say of themselves.
 
@@ -199,11 +205,13 @@ def fine_tune(
 
     Raises:
         BadSetting: the model predicts something else, or the precision does not go with it.
+        BadFile: what the folder keeps is damaged or of another fine-tune, or it cannot be written.
         Diverged: a loss or a weight is not finite.
         Stopped: SIGINT or SIGTERM came.
     """
     found: dict[int, Patch] = {}
     said = {"method": "fine-tune", "settings": settings.model_dump(mode="json"), "base": model.hash, "family": model.family}
+    said |= {"on": under} if (under := lying_under(model)) else {}
     with trainable(model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed) as part:
         check(model.denoiser, part.names, settings.training)
         own = dict(model.denoiser.named_parameters())
@@ -214,11 +222,17 @@ def fine_tune(
                 if any(not bool(v.isfinite().all()) for v in values.values()):
                     raise Diverged(f"the fine-tuned weights are not finite after {done} updates; lower lr ({settings.lr})")
                 found[done] = Patch(values, said | {"data": material.hash, "updates": done} | facts)
+                if folder:
+                    (folder / f"{done}.safetensors").unlink(missing_ok=True)  # of a run that was killed before its checkpoint
+                    found[done].save(folder / f"{done}.safetensors")
             if report:
                 report(done, of, row)
 
-        problem = Denoising(settings, model, material)
-        log = train(model.denoiser, part.names, problem, settings.training, report=note).log
+        problem, resume = Denoising(settings, model, material), folder is not None and (folder / FILE).is_file()
+        training = settings.training.model_copy(update={"checkpoint_every": EVERY}) if folder else settings.training
+        log = train(model.denoiser, part.names, problem, training, folder=folder, resume=resume, report=note).log
+    if folder:  # those from before a stop too
+        found = {done: Patch.load(folder / f"{done}.safetensors") for done in settings.updates}
     return Tuned(found, log)
 
 

@@ -87,6 +87,10 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         """Close and unlock."""
+        self.close()
+
+    def close(self) -> None:
+        """Close and unlock; once closed, nothing."""
         self._file.close()
 
 

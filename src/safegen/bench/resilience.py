@@ -16,14 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from safegen import __version__
 from safegen.bench.finetune import FineTune, Material, Tuned, captions_for, fine_tune
 from safegen.bench.grid import save_sheet, sheet
+from safegen.bench.kept import RESULTS, Kept
 from safegen.bench.plan import Item, Role, make_plan
+from safegen.bench.rows import canonical, sha
 from safegen.bench.score import ASKED, removal, score
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit.loop import Row
 from safegen.errors import BadSetting
-from safegen.files import private_folder, short
-from safegen.judge import Verdict, load_judge
+from safegen.files import short
+from safegen.judge import Judge, Verdict, load_judge
 from safegen.metrics.change import mean_change
 from safegen.metrics.paired import mcnemar
 from safegen.models.compose import merge
@@ -32,7 +34,6 @@ from safegen.models.patch import Patch
 from safegen.models.sampling import Sampler, generate
 
 FORMAT = "safegen-resilience/1"
-RESULTS = "resilience.json"
 Tell = Callable[[str, int, int], None]
 """Called with (what is going on, how much is done, of how much)."""
 
@@ -156,9 +157,16 @@ def material_for(
 
 
 def resilience(
-    model: Model, patches: Sequence[Patch], concept: Concept, material: Material, settings: Resilience, *, tell: Tell = lambda *_: None
+    model: Model,
+    patches: Sequence[Patch],
+    concept: Concept,
+    material: Material,
+    settings: Resilience,
+    *,
+    out: Path | None = None,
+    tell: Tell = lambda *_: None,
 ) -> Findings:
-    """Draw, fine-tune, draw again and judge; nothing is written, and the model is given back as it came.
+    """Draw, fine-tune, draw again and judge; the model is given back as it came.
 
     Args:
         model: the base model, without patches on it.
@@ -166,9 +174,12 @@ def resilience(
         concept: says which prompts are drawn and what the judge must see.
         material: what is fine-tuned on.
         settings: how, and how much of it.
+        out: new folder for resilience.json, verdicts.jsonl, grid.png and the fine-tuned patches, or that of a stopped test, which goes on:
+            on a CPU to the same figures, verdicts and weights. Nothing is written when None.
         tell: called with (stage, done, of).
 
     Raises:
+        BadFile: `out` exists and is no unfinished test of the same settings, data, weights and patches, or cannot be written.
         BadSetting: there is no patch, or a setting does not go with the model.
         BadPatch: a patch does not fit.
     """
@@ -177,22 +188,47 @@ def resilience(
     items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds, roles=settings.roles)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     found = Findings(settings, concept, model, patches, material, items, judge.id, tuple(judge.known))
-    _ = model.hash  # of the untouched weights
+    if out is None:
+        return _run(found, judge, None, tell)
+    with Kept(out, _decides(found)) as kept:
+        _run(found, judge, kept, tell)
+        kept.finish(lambda folder: _write(found, folder))
+    return found
+
+
+def _decides(found: Findings) -> dict[str, Any]:
+    """Return what decides the results, as plain values."""
+    model = found.model
+    return {
+        "format": FORMAT, "made_by": f"safegen {__version__}", "settings": found.settings.model_dump(mode="json"), "base": model.hash,
+        "computes": f"{model.denoiser.dtype} on {model.device.type}", "patches": [p.hash for p in found.patches],
+        "concept": found.concept.model_dump(mode="json"), "data": found.material.hash, "judge": found.judge_id,
+        "plan": sha(canonical([item.model_dump() for item in found.items])),
+    }  # fmt: skip
+
+
+def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findings:
+    model, patches, settings, items = found.model, found.patches, found.settings, found.items
 
     def look(side: str, *more: Patch) -> None:
-        drawn = []
-        with ExitStack() as on:
-            for patch in more:
-                on.enter_context(patch.apply(model))
-            for picture in generate(model, [i.ask for i in items], settings.sampler):
-                drawn.append(picture)
-                tell(f"drawing: {side}", len(drawn), len(items))
-        found.pictures[side], found.verdicts[side] = drawn, judge.judge(drawn)
+        row = kept.row(side) if kept else None
+        if row is None:
+            drawn = []
+            with ExitStack() as on:
+                for patch in more:
+                    on.enter_context(patch.apply(model))
+                for picture in generate(model, [i.ask for i in items], settings.sampler):
+                    drawn.append(picture)
+                    tell(f"drawing: {side}", len(drawn), len(items))
+            row = drawn, judge.judge(drawn)
+            if kept:
+                kept.add(side, *row)
+        found.pictures[side], found.verdicts[side] = row[0], [v.rescored(judge.labels, judge.threshold) for v in row[1]]
 
     def tune(side: str) -> Tuned:
-        made_on = [p.hash for p in patches] if side == "edited" else []
         report: Callable[[int, int, Row], None] = lambda done, of, _: tell(f"fine-tuning: {side}", done, of)  # noqa: E731
-        return fine_tune(model, material, settings.finetune, report=report, on=settings.on, patches=made_on)
+        folder = kept.tuning(side) if kept else None
+        return fine_tune(model, found.material, settings.finetune, folder=folder, report=report, pictures=settings.on)
 
     look("base")
     look("edited", *patches)
@@ -211,21 +247,14 @@ def resilience(
     return found
 
 
-def write_resilience(found: Findings, out: Path) -> dict[str, Any]:
-    """Write resilience.json, verdicts.jsonl, grid.png and the fine-tuned patches to the new folder `out`; return the figures.
-
-    Raises:
-        BadFile: `out` exists or cannot be written.
-    """
-    summary = found.summary()
-    with private_folder(out, last=RESULTS) as folder:
-        for side, tuned in found.tuned.items():
-            for n, patch in tuned.patches.items():
-                patch.save(folder / f"{side}+{n}.safetensors")
-        save_sheet(_overview(found), folder / "grid.png")
-        (folder / "verdicts.jsonl").write_text("".join(f"{line}\n" for line in found.lines()), encoding="utf-8")
-        (folder / RESULTS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return summary
+def _write(found: Findings, folder: Path) -> None:
+    """Write every file of the results."""
+    for side, tuned in found.tuned.items():
+        for n, patch in tuned.patches.items():
+            patch.save(folder / f"{side}+{n}.safetensors")
+    save_sheet(_overview(found), folder / "grid.png")
+    (folder / "verdicts.jsonl").write_text("".join(f"{line}\n" for line in found.lines()), encoding="utf-8")
+    (folder / RESULTS).write_text(json.dumps(found.summary(), indent=1) + "\n", encoding="utf-8")
 
 
 def _course(tuned: Tuned, updates: Sequence[int]) -> dict[str, float]:

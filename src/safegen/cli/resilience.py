@@ -21,7 +21,7 @@ class On(StrEnum):
 
 def resilience(
     model: ModelArg,
-    out: Annotated[Path, typer.Option(help="New folder for resilience.json, verdicts, a sheet of pictures and the fine-tuned patches.")],
+    out: Annotated[Path, typer.Option(help="New folder for all that is found; a stopped test's goes on.")],
     patch: Annotated[list[Path], typer.Option(help="The edit: a patch of MODEL; may be given more than once.")],
     concept: Annotated[str, typer.Option(help="Concept that was removed: a built-in one or a TOML file.")],
     on: Annotated[On, typer.Option(help="Fine-tune on harmless pictures, or on the concept's own.")] = On.benign,
@@ -57,14 +57,14 @@ def resilience(
 
     from safegen.api import describe
     from safegen.bench.finetune import FineTune
-    from safegen.bench.resilience import RESULTS, Resilience, material_for, write_resilience
+    from safegen.bench.kept import RESULTS, refuse_finished
+    from safegen.bench.resilience import Resilience, material_for
     from safegen.bench.resilience import resilience as test
     from safegen.concept import load_concept
-    from safegen.files import refuse_taken
     from safegen.models.patch import Patch
     from safegen.sampler import Sampler
 
-    refuse_taken(out, last=RESULTS)
+    refuse_finished(out)
     try:
         tuning = FineTune(updates=tuple(updates or (200,)), rank=rank, lr=lr, batch=batch, seed=seed)
         more: dict[str, Any] = {"roles": tuple(role)} if role else {}
@@ -78,9 +78,8 @@ def resilience(
     material = material_for(known, on.value, triplets=triplets, pictures=pictures)
     loaded = load_model(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
     with progress() as tell, one_line_warnings():
-        found = test(loaded, read, known, material, settings, tell=tell)
-    summary = write_resilience(found, out)
-    _show(summary)
+        found = test(loaded, read, known, material, settings, out=out, tell=tell)
+    _show(found.summary())
     typer.echo(f"\n{out / RESULTS}: every figure with its n and interval; grid.png shows the pictures")
 
 
