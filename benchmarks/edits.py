@@ -4,8 +4,9 @@
     python benchmarks/edits.py --table edits.jsonl      # the rows so far, as Markdown
 
 One row an edit, all on the same prompts, seeds, sampler and judge; the base model is drawn once. Rows are appended as they are done. A
-row is `METHOD`, `METHOD:PRESET` or a patch's file; rows joined with `+` are put on one after the other. Prompts are the first of each list with seeds
-1 to 3, as the required figures (`required.py`) have them: choose settings elsewhere (`--skip 128 --seed 11`, as the ablation does).
+row is `METHOD`, `METHOD:PRESET` or a patch's file; rows joined with `+` are put on one after the other. Prompts are the first of each
+list with seeds 1 to 3, as the required figures (`required.py`) have them: choose settings elsewhere (`--skip 128 --seed 11`, as the
+ablation does).
 """
 
 from __future__ import annotations
@@ -95,8 +96,6 @@ def measure(
         if len(mine) >= 8:  # of fewer it says nothing
             own, old = eyes.features(pictures), eyes.features(before_pictures)
             entry["kid"] = kid(own, old, against="base", paired=True, extractor=eyes.id).to_json()
-                eyes.features(pictures), eyes.features(before_pictures), against="base", paired=True, extractor=eyes.id
-            ).to_json()
         try:
             entry["coherence"] = coherence_kept(before, after, [i.subject or "" for i in mine]).to_json()
         except ValueError as error:  # the base model showed the subject nowhere
