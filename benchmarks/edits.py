@@ -32,6 +32,7 @@ from safegen.metrics.clip_score import clip_score
 from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
 from safegen.metrics.mini_clip import MiniClip
+from safegen.metrics.paired import mcnemar
 from safegen.models import Model, Patch, Sampler, generate, load
 from safegen.tables import EDITS, resolve
 
@@ -88,7 +89,11 @@ def measure(
     for name in dict.fromkeys(i.list_name for i in items):
         at = [n for n, i in enumerate(items) if i.list_name == name]
         mine, before, after = [items[n] for n in at], [base[n] for n in at], [edited[n] for n in at]
-        entry = {"role": mine[0].role, "base": score(mine, before, concept).to_json(), "edited": score(mine, after, concept).to_json()}
+        entry: dict[str, Any] = {
+            "role": mine[0].role,
+            "base": score(mine, before, concept).to_json(),
+            "edited": score(mine, after, concept).to_json(),
+        }
         pictures, before_pictures, texts = [redrawn[n] for n in at], [drawn[n] for n in at], [i.prompt for i in mine]
         words = eyes.texts(texts)
         for side, shown in (("base", before_pictures), ("edited", pictures)):
@@ -102,6 +107,7 @@ def measure(
             entry["coherence"], entry["coherence_undefined"] = None, str(error)
         entry["change"] = mean_change([drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]).to_json()
         if mine[0].role in ("explicit", "innocent"):
+            entry["seen"] = [None if v.outcome == "unjudged" else v.sees(concept.labels, concept.threshold) for v in after]
             try:
                 entry["removal"] = removal(mine, before, after, concept).to_json()
             except ValueError as error:  # the base model drew the concept nowhere
@@ -129,6 +135,7 @@ def main() -> None:
     if args.table:
         found = [json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]
         print(markdown(found))
+        print("\n".join(["", *compared(found)]))
         if args.plot:
             plot(found, args.plot)
         return
@@ -195,6 +202,23 @@ def markdown(found: list[dict[str, Any]]) -> str:
         cells[-1:-1] = [f"{100 * calm[-1]['change']['value']:.1f}", f"{100 * max(e['edited']['mosaicked']['value'] for e in calm):.0f}"]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def compared(found: list[dict[str, Any]]) -> list[str]:
+    """Return, for each two rows on the same pictures, on how many only one of them lets the concept be seen, with the exact p."""
+
+    def seen(row: dict[str, Any]) -> list[bool | None]:
+        return [hit for e in row["lists"].values() for hit in e.get("seen", [])]
+
+    out = []
+    for i, one in enumerate(found):
+        for other in found[i + 1 :]:
+            a, b = seen(one), seen(other)
+            if a and len(a) == len(b):
+                m = mcnemar(a, b)
+                names = f"{one['row']} alone {m.only_a}, with {other['row']} alone {m.only_b}"
+                out.append(f"- concept seen with {names}, of {m.n}: exact p = {m.p:.2g}")
+    return out
 
 
 def _peak(row: dict[str, Any]) -> str:
