@@ -188,7 +188,7 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["patch", "from-lora", "TEXT", "mini", "--out", "OUT.safetensors"], "is not a LoRA of a denoiser"),
+        (["patch", "from-lora", "TEXT", "mini", "--out", "OUT.safetensors"], "is a safegen patch, not a LoRA"),
         (["patch", "info", "no.safetensors"], "'no.safetensors' does not exist"),
         (["patch", "merge", "TEXT", "--out", "OUT.safetensors"], "at least two patches, got 1"),
         (["patch", "merge", "TEXT", "TEXT", "--out", "OUT.safetensors"], "changed by more than one patch"),

@@ -210,7 +210,7 @@ def fine_tune(
         Stopped: SIGINT or SIGTERM came.
     """
     found: dict[int, Patch] = {}
-    said = {"method": "fine-tune", "settings": settings.model_dump(mode="json"), "base": model.hash, "family": model.family}
+    said: dict[str, Any] = {"method": "fine-tune", "settings": settings.model_dump(mode="json"), "base": model.hash, "family": model.family}
     said |= {"on": under} if (under := lying_under(model)) else {}
     with trainable(model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed) as part:
         check(model.denoiser, part.names, settings.training)
