@@ -19,38 +19,45 @@ BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "
 SIDES = {"rece": RECE, "uce": UCE}
 
 
+@pytest.mark.parametrize("first", ["pictures", "words"])
 @pytest.mark.parametrize("side", sorted(SIDES))
-def test_it_is_the_closed_form_and_then_safegen_on_that_model(make_model, triplets, side):
-    plus = SafeGenPlus(text=side, erase=("red cube",), training=BRIEF)
-    found = plus.apply(make_model(), triplets)
+def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
+    found = SafeGenPlus(text=side, first=first, erase=("red cube",), training=BRIEF).apply(make_model(), triplets)
 
-    model = make_model()
-    text = SIDES[side](erase=("red cube",)).apply(model)
-    text.apply(model)
-    seen = SafeGen(weight_mosaic=0.3, weight_preserve=0.7, training=BRIEF).apply(model, triplets)
+    model, words, pictures = make_model(), SIDES[side](erase=("red cube",)), SafeGen(training=BRIEF)
+    alone = pictures.apply(model, triplets)
+    if first == "words":
+        text = words.apply(model)
+        text.apply(model)
+        seen = pictures.apply(model, triplets)
+        assert alone.hash != seen.hash  # the words that are gone are felt by what is trained after
+    else:
+        alone.apply(model)
+        seen, text = alone, words.apply(model)
+        assert all(torch.equal(v, words.apply(make_model()).tensors[k]) for k, v in text.tensors.items())  # they share no weight
 
     assert found.tensors.keys() == text.tensors.keys() | seen.tensors.keys()
     for name, value in {**text.tensors, **seen.tensors}.items():
         assert torch.equal(found.tensors[name], value), name
-    assert found.provenance["base"] == make_model().hash  # of the model without the closed form
+    assert found.provenance["base"] == make_model().hash  # of the model without either
     assert found.provenance["text"]["method"] == side
-    alone = SafeGen(weight_mosaic=0.3, weight_preserve=0.7, training=BRIEF).apply(make_model(), triplets)
-    assert alone.hash != seen.hash  # the words that are gone are felt by what is trained after
+    assert "under" not in found.provenance
 
 
-def test_without_words_it_is_a_short_safegen(make_model, triplets):
-    plain = SafeGen(weight_mosaic=0.3, weight_preserve=0.7, training=BRIEF).apply(make_model(), triplets)
+def test_without_words_it_is_safegen(make_model, triplets):
+    plain = SafeGen(training=BRIEF).apply(make_model(), triplets)
     found = SafeGenPlus(text="none", training=BRIEF).apply(make_model(), triplets)
     assert found.hash == plain.hash
     assert "text" not in found.provenance
 
 
+@pytest.mark.parametrize("first", ["pictures", "words"])
 @pytest.mark.parametrize("rank", [None, 1])
-def test_weights_that_both_change_start_from_the_closed_form(make_model, triplets, rank):
-    """A training that hardly moves, of the very weights that the closed form solved."""
+def test_weights_that_both_change_end_as_the_second_part_leaves_them(make_model, triplets, rank, first):
+    """A training that hardly moves, of the very weights that the closed form solves."""
     model = make_model()
     training = BRIEF | {"updates": 1, "lr": 1e-12}
-    found = SafeGenPlus(erase=("red cube",), selector="kv2", rank=rank, training=training).apply(model, triplets)
+    found = SafeGenPlus(erase=("red cube",), first=first, selector="kv2", rank=rank, training=training).apply(model, triplets)
     text = RECE(erase=("red cube",)).apply(model)
     assert found.tensors.keys() == text.tensors.keys() == set(select(model.denoiser, "kv2"))
     for name, value in text.tensors.items():
@@ -68,16 +75,16 @@ def test_a_failure_in_training_takes_the_closed_form_off_again(make_model, tripl
 
     name = select(model.denoiser, "kv2")[0]
     with pytest.raises(ConnectionError):
-        SafeGenPlus(erase=("red cube",), training=BRIEF).apply(model, triplets, report=fail)
+        SafeGenPlus(erase=("red cube",), first="words", training=BRIEF).apply(model, triplets, report=fail)
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
 
 
 def test_a_checkpoint_of_other_words_is_refused(make_model, triplets, tmp_path):
     def plus(**changes):
-        return SafeGenPlus(**{"erase": ("red cube",), "training": BRIEF} | changes)
+        return SafeGenPlus(**{"erase": ("red cube",), "first": "words", "training": BRIEF} | changes)
 
     plus().apply(make_model(), triplets, folder=tmp_path)
-    for other in (plus(erase=("ball",)), plus(text="uce"), plus(text="none", erase=()), plus().visual()):
+    for other in (plus(erase=("ball",)), plus(text="uce"), SafeGenPlus(text="none", training=BRIEF), plus().visual()):
         with pytest.raises(BadFile, match="of other settings, data or weights"):
             other.apply(make_model(), triplets, folder=tmp_path, resume=True)
 
@@ -92,17 +99,15 @@ def test_a_concept_lends_words_to_what_erases_them_and_captions_to_both_parts():
     assert bare.words() == make_edit("rece", concept="skulls", captions=())
 
 
-def test_the_default_is_half_a_safegen_with_less_weight_on_the_mosaic():
+def test_the_default_trains_as_safegen_does():
     plus, whole = SafeGenPlus(), SafeGen()
-    shared = {"target", "anchor", "clamp", "timesteps", "teacher", "adversary", "fade", "flip", "selector", "rank", "alpha"}
-    assert plus.visual().model_dump(include=shared) == whole.model_dump(include=shared)
-    assert (plus.weight_mosaic, plus.weight_preserve) == (0.3, 0.7)
-    assert plus.training == whole.training.model_copy(update={"updates": whole.training.updates // 2})
+    assert plus.visual() == whole
 
 
 REFUSED = {
     "erase has no effect with text none": {"text": "none", "erase": ("cube",)},
     "erase has a blank word": {"erase": ("",)},
+    "first has no effect with text none": {"text": "none", "first": "words"},
     "caption_share has no effect without captions": {"caption_share": 0.5},
     "timesteps must rise": {"timesteps": (5, 5)},
     "weight_mosaic: Input should be greater than 0, got 0": {"weight_mosaic": 0},

@@ -1,6 +1,7 @@
-"""SafeGen on a model whose words are erased first: a closed form on what reads the text, then a short training of self-attention (ours).
+"""SafeGen and a closed form that erases the concept's words, in one patch (ours).
 
-A text-side edit followed by a short training of visual layers is reported to do better than either alone (TRCE, arXiv:2503.07389).
+A text-side edit followed by a short training of visual layers is reported to do better than either alone (TRCE, arXiv:2503.07389). Here
+the other order does: a model whose words are gone teaches SafeGen little, and learnt words bring the concept back (docs/edits.md).
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class SafeGenPlus(TrainedEdit):
     holds_out: ClassVar[bool] = True
 
     text: Literal["rece", "uce", "none"] = "rece"
-    """Closed form that erases the words first; none is a short SafeGen alone."""
+    """Closed form that erases the words; none is SafeGen alone."""
+    first: Literal["pictures", "words"] = "pictures"
+    """Which part is made first; the other is made on the model that has it."""
     erase: tuple[str, ...] = ()
     """Words that ask for the concept, for the closed form; a concept lends its own."""
     captions: tuple[str, ...] = ()
@@ -43,10 +46,10 @@ class SafeGenPlus(TrainedEdit):
     """Part of SafeGen's samples that is conditioned on a random benign caption; 0.6 when there are captions."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.3, gt=0)
-    """Weight of L_m, the loss on unsafe pictures; less than SafeGen's own, since the words are gone already."""
-    weight_preserve: float = Field(default=0.7, ge=0)
-    """Weight of L_p, the loss on benign pictures: to be answered as the model with erased words answers them."""
+    weight_mosaic: float = Field(default=0.4, gt=0)
+    """Weight of L_m, the loss on unsafe pictures."""
+    weight_preserve: float = Field(default=0.6, ge=0)
+    """Weight of L_p, the loss on benign pictures: to be answered as by the model that SafeGen begins with."""
     adversary: Opponent = 0.25
     """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
     name, or a table with a name and settings (docs/edits.md)."""
@@ -56,8 +59,8 @@ class SafeGenPlus(TrainedEdit):
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights SafeGen trains; the closed form changes keys and values of `attn2` whatever is said here."""
-    training: Training = SafeGen.model_fields["training"].default.model_copy(update={"updates": 235})
-    """How the loop trains: SafeGen's own, half as long."""
+    training: Training = SafeGen.model_fields["training"].default
+    """How the loop trains: as SafeGen does."""
 
     @classmethod
     def method(cls) -> str:
@@ -68,6 +71,8 @@ class SafeGenPlus(TrainedEdit):
     def _no_idle_setting(self) -> Self:
         if self.text == "none" and self.erase:
             raise ValueError("erase has no effect with text none, which erases no words; leave it out")
+        if self.text == "none" and self.first != type(self).model_fields["first"].default:
+            raise ValueError("first has no effect with text none, which leaves one part; leave it out")
         refuse_blank(self.erase)
         try:
             self.visual()
@@ -113,7 +118,7 @@ class SafeGenPlus(TrainedEdit):
         resume: bool = False,
         report: Report | None = None,
     ) -> Patch:
-        """Erase the words, train on the model without them, and return both changes as one patch; `model` is not touched.
+        """Make both parts, the second on the model that has the first, and return them as one patch; `model` is not touched.
 
         Raises:
             BadSetting: something is missing, or given has no effect.
@@ -124,10 +129,15 @@ class SafeGenPlus(TrainedEdit):
         words = self.words()
         _ = model.hash  # of the untouched weights: what the patch refers to
         check(model.denoiser, select(model.denoiser, self.selector), self.training, folder=folder, resume=resume)
-        text = words.apply(model) if words else None
-        with text.apply(model, named=False) if text else nullcontext():
+        if words is None:
+            return super().apply(model, triplets, folder=folder, resume=resume, report=report)
+        text = words.apply(model)  # also where it comes second: words that cannot be solved stop it before it trains
+        before = self.first == "words"
+        with text.apply(model, named=False) if before else nullcontext():
             seen = super().apply(model, triplets, folder=folder, resume=resume, report=report)
-        if text is None:
-            return seen
+        if not before:
+            with seen.apply(model, named=False):
+                text = words.apply(model)
+        made = (text, seen) if before else (seen, text)
         said = {key: text.provenance[key] for key in ("method", "settings", "seconds", "moved")}
-        return Patch({**text.tensors, **seen.tensors}, {**seen.provenance, "text": said})
+        return Patch({**made[0].tensors, **made[1].tensors}, {**seen.provenance, "text": said})
