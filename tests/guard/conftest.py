@@ -50,7 +50,7 @@ def quiet(tmp_path_factory, checker_in):
         save_head(Head(32), folder / "head.safetensors")
     return {
         "sld": {"preset": "max", "text": TEXT},
-        "negative-prompt": {"text": TEXT},
+        "negative-prompt": {"text": "a green cone"},  # not what sld steers away from, which would have no effect beside it
         "judge-filter": {"judge": "mini", "threshold": 1.0},
         "prompt-filter": {"words": ["skull"]},
         "safree": {"phrases": [TEXT, "red"]},
