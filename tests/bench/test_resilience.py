@@ -16,6 +16,7 @@ from safegen.errors import BadFile, BadSetting
 from safegen.files import UNFINISHED
 from safegen.models import Patch, Sampler
 from safegen.models.compose import merge
+from safegen.models.patch import OtherBase
 
 SKULLS = load_concept("skulls")
 TUNING = FineTune(updates=(1, 2), rank=2, batch=2, lr=1e-2, precision="fp32")
@@ -86,8 +87,11 @@ def test_the_fine_tune_says_what_it_learnt_and_what_it_was_made_on(done):
     summary = json.loads((out / "resilience.json").read_text())
     assert {name: list(course) for name, course in summary["loss"].items()} == {key: ["first", "1", "2"] for key in ("edited", "base")}
     tuned, control = (Patch.load(out / f"{side}+1.safetensors").provenance for side in ("edited", "base"))
-    assert tuned["on"] == [{"method": "uce", "hash": patch.hash}]
-    assert "on" not in control
+    assert tuned["under"] == [{"method": "uce", "hash": patch.hash}]
+    assert "under" not in control
+    model = done[0]
+    with pytest.warns(OtherBase, match="another patch on it \\(uce"), Patch.load(out / "edited+1.safetensors").apply(model):
+        pass
     assert (tuned["pictures"], tuned["updates"]) == ("concept", 1)
 
 

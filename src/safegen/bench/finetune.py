@@ -211,7 +211,7 @@ def fine_tune(
     """
     found: dict[int, Patch] = {}
     said: dict[str, Any] = {"method": "fine-tune", "settings": settings.model_dump(mode="json"), "base": model.hash, "family": model.family}
-    said |= {"on": under} if (under := lying_under(model)) else {}
+    said |= {"under": under} if (under := lying_under(model)) else {}
     with trainable(model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed) as part:
         check(model.denoiser, part.names, settings.training)
         own = dict(model.denoiser.named_parameters())
