@@ -153,11 +153,8 @@ def export(
         raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
     notes = [f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."]
     text = _card(_subject("file", out, model, patches, notes), card, metrics)
-    facts = {
-        "model": short(model.name),
-        "base": model.hash,
-        "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in patches],
-    }
+    held = [{"hash": p.hash, "provenance": dict(p.provenance)} for p in (*model.patches, *patches)]
+    facts = {"model": short(model.name), "base": model.hash, "patches": held}
     with _with(model, patches):
         cards.write_with_card(out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts))
 

@@ -136,6 +136,8 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
     with patch.apply(model):
         package.export(model, here / "on.safetensors")  # a patch that is on the model already is named too
     assert patch.hash in (here / "on.safetensors.md").read_text()
+    with safe_open(here / "on.safetensors", "pt") as file:
+        assert [one["hash"] for one in json.loads(file.metadata()["safegen"])["patches"]] == [patch.hash]
     package.save_patch(patch, here / "bare.safetensors", card=False)
     assert not (here / "bare.safetensors.md").exists()
     with pytest.raises(BadSetting, match="metrics have no effect without a card"):
