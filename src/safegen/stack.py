@@ -210,7 +210,7 @@ def _guarded(stack: Stack, model: Model) -> Guarded | None:
         return None
     from safegen.guard.engine import Guarded
 
-    return Guarded(model.pipeline, stack.guards)
+    return Guarded(model.pipeline, stack.guards, negative=stack.negative_prompt or "")
 
 
 def _digest(value: object) -> str:

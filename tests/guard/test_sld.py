@@ -62,6 +62,9 @@ def test_it_is_refused_where_a_negative_prompt_says_the_same(tiny_model):
     for order in (guards, guards[::-1]):
         with pytest.raises(BadSetting, match="'sld' has no effect beside the others: it steers by how its text differs from the negative"):
             Guarded(tiny_model.pipeline, order)
+    with pytest.raises(BadSetting, match="'sld' has no effect beside the others"):
+        Guarded(tiny_model.pipeline, guards[:1], negative=TEXT)  # a recipe's own
+    Guarded(tiny_model.pipeline, guards, negative="a tree")  # which goes before the guard's
     Guarded(tiny_model.pipeline, [guards[0], make_guard("negative-prompt", text="a cone")])
     Guarded(tiny_model.pipeline, [*guards, make_guard("negative-prompt", text="a cone")])  # what is joined says more
 

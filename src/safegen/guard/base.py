@@ -63,8 +63,8 @@ class Guard(BaseModel, ABC):
             return f"acts inside the denoiser, which is known of {', '.join(border.known)}"
         return "looks at pictures, and this draws videos" if "image" in cls.seams and border.videos else ""
 
-    def idle(self, others: Sequence[Guard]) -> str:
-        """Return why it would do nothing beside the other guards of a stack, as what follows `it`; nothing where it acts."""
+    def idle(self, others: Sequence[Guard], negative: str) -> str:
+        """Return why it would do nothing beside a stack's other guards and negative prompt, as what follows `it`; nothing where it acts."""
         return ""
 
     @property

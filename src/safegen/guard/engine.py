@@ -27,12 +27,13 @@ OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
 class Guarded:
     """A diffusers pipeline with guards. It draws as the pipeline does, and is the pipeline bit for bit where no guard acts."""
 
-    def __init__(self, pipe: Any, guards: Sequence[Guard], *, max_rows: int | None = None) -> None:  # noqa: ANN401
+    def __init__(self, pipe: Any, guards: Sequence[Guard], *, max_rows: int | None = None, negative: str = "") -> None:  # noqa: ANN401
         """Load the guards' files and see that the pipeline gives every guard what it needs.
 
         Args:
             pipe: any diffusers pipeline; guards that act on its denoiser know the families in `models.seams.FAMILIES`.
             guards: in the order in which they act where they meet.
+            negative: what every call will bring as its negative prompt, so that a guard that it would leave idle is refused at once.
             max_rows: most rows of one denoiser call; the guards' own are asked apart, in parts, where they would not fit. None: no limit.
 
         Raises:
@@ -52,7 +53,7 @@ class Guarded:
                 )
             if guard.once and sum(g.name == guard.name for g in guards) > 1:
                 raise BadSetting(f"the guard {guard.name!r} is there twice, and the second would undo the first; leave one out")
-            if why := guard.idle([other for other in guards if other is not guard]):
+            if why := guard.idle([other for other in guards if other is not guard], negative):
                 raise BadSetting(f"the guard {guard.name!r} has no effect beside the others: it {why}; give another text, or leave one out")
         self.ready = [guard.ready(self.border) for guard in guards]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from safegen.concept import Concept
 from safegen.guard.base import Call, Finding, Guard, Ready, Turn
-from safegen.guard.negative_prompt import NegativePrompt
+from safegen.guard.negative_prompt import NegativePrompt, joined
 from safegen.models.seams import Border, Seam, Text
 
 PAPER_TEXT = (
@@ -53,9 +54,9 @@ class Sld(Guard):
         """Return the concept's words as the text."""
         return {"text": ", ".join(concept.words)}
 
-    def idle(self, others: Sequence[Guard]) -> str:
+    def idle(self, others: Sequence[Guard], negative: str) -> str:
         """Return what is wrong where a negative prompt has its text: f - u is nothing, and so is all that it takes away."""
-        away = ", ".join(other.text for other in others if isinstance(other, NegativePrompt))
+        away = reduce(joined, (other.text for other in others if isinstance(other, NegativePrompt)), negative)
         same = away.strip().casefold() == self.text.strip().casefold()
         return "steers by how its text differs from the negative prompt, which says the same" if same else ""
 
