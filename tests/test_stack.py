@@ -49,6 +49,7 @@ def test_a_model_a_recipe_and_a_spec_can_mean_the_same(tmp_path, tiny_folder, pa
         ("../x=mini", BadSetting, "NAME=model"),
         ("x=", BadSetting, "NAME=model"),
         ("x=mini+", BadSetting, "NAME=model"),
+        ("x=r.toml", BadSetting, "a recipe says its own name"),
     ],
 )
 def test_a_spec_that_means_nothing_is_refused(spec, error, says):

@@ -118,6 +118,8 @@ def load_stack(spec: str) -> Stack:
         if spec not in MODELS:
             raise UnknownName("stack (nor is it a recipe.toml, nor NAME=model+patch.safetensors)", spec, MODELS)
         return Stack(name=spec, model=spec)
+    if rest.endswith(".toml"):
+        raise BadSetting(f"a recipe says its own name, so it is given without one: {rest}, got {spec!r}")
     model, *patches = rest.split("+")
     if not re.fullmatch(NAME, name) or not model or not all(patches):
         raise BadSetting(f"a stack is written NAME=model+patch.safetensors, its name in letters, digits and '._-'; got {spec!r}")
