@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from safegen.errors import BadSetting
 from safegen.guard.negative_prompt import joined
 
 TEXT = {"name": "negative-prompt", "text": "a green cone"}
@@ -32,6 +33,18 @@ def test_it_draws_what_the_pipelines_own_negative_prompt_draws(family, tiny_mode
 def test_it_draws_what_the_pipelines_own_does_in_two_calls(tiny_wan, draw):
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
     assert near(arrays(draw(tiny_wan, [TEXT], **small)), draw(tiny_wan, negative_prompt=["a green cone"] * 2, **small))
+
+
+def test_it_is_as_long_as_the_pipelines_own_by_default_too(tiny_wan, draw):
+    small = {"height": 16, "width": 16, "num_frames": 1}  # a call pads texts to 512 tokens, `encode_prompt` alone to 226
+    assert near(arrays(draw(tiny_wan, [TEXT], **small)), draw(tiny_wan, negative_prompt=["a green cone"] * 2, **small))
+
+
+@pytest.mark.parametrize("guard", [TEXT, {"name": "sld", "preset": "max", "text": "a green cone"}])
+def test_a_text_that_a_call_would_cut_is_refused(tiny_wan, draw, guard):
+    small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 3}
+    with pytest.raises(BadSetting, match=rf"of the guard '{guard['name']}' has \d tokens, this model's text encoder reads 3"):
+        draw(tiny_wan, [guard], **small)
 
 
 def test_two_of_them_join(tiny_model, draw):

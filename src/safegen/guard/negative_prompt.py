@@ -36,7 +36,7 @@ class _Ready(Ready):
         """Write the text into the call's negative prompts, and encode the distinct ones."""
         call.negative[:] = [joined(one, self.guard.text) for one in call.negative]
         for text in dict.fromkeys(call.negative):
-            call.border.fits(text, "a negative prompt together with that of the guard 'negative-prompt'")
+            call.border.fits(text, "a negative prompt together with that of the guard 'negative-prompt'", call.options)
         return _Turn(call, acts=bool(self.guard.text))
 
 

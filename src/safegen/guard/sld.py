@@ -76,6 +76,7 @@ class _Ready(Ready):
 class _Turn(Turn):
     def __init__(self, guard: Sld, call: Call) -> None:
         self.guard, self.call = guard, call
+        call.border.fits(guard.text, "the text of the guard 'sld'", call.options)
         self.text = call.border.encode([guard.text], call.options)
         self.nu: Tensor | None = None
         self.acted = torch.zeros(len(call.prompts), dtype=torch.long)

@@ -82,6 +82,8 @@ FAMILIES = {
 """Class of a pipeline: its family. Of any other, guards reach the prompt and the picture only."""
 
 
+LENGTH = "max_sequence_length"
+"""Argument of a call by which it says how many tokens are read, where a family has that."""
 ONE_FRAME = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 """Families whose latents are (b, c, h, w)."""
 
@@ -112,20 +114,25 @@ class Border:
     def encode(self, texts: Sequence[str], call: Mapping[str, Any] | None = None) -> Text:
         """Return texts as the pipeline itself would encode them in a call with these arguments, one row a text."""
         assert self.family is not None
-        return self.family.encode(self.pipe, texts, {k: v for k, v in (call or {}).items() if k in self.family.options})
+        return self.family.encode(self.pipe, texts, self._reading(call))
 
-    def tokens(self, text: str) -> tuple[int, int]:
-        """Return how many tokens a text has, its ends included, and how many the text encoder reads."""
+    def _reading(self, call: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return what changes how a call encodes: its own arguments, and where it has none the call's defaults, not those of encoding."""
+        usual = signature(type(self.pipe).__call__).parameters if self.family else {}
+        return {k: (call or {}).get(k, usual[k].default) for k in (self.family.options if self.family else ())}
+
+    def tokens(self, text: str, call: Mapping[str, Any] | None = None) -> tuple[int, int]:
+        """Return how many tokens a text has, its ends included, and how many the text encoder reads in a call with these arguments."""
         tokenizer = self.pipe.tokenizer
-        return len(tokenizer(text).input_ids), int(tokenizer.model_max_length)
+        return len(tokenizer(text).input_ids), int(self._reading(call).get(LENGTH, tokenizer.model_max_length))
 
-    def fits(self, text: str, what: str) -> None:
-        """Refuse a text that the encoder would cut: words that are not read guard nothing.
+    def fits(self, text: str, what: str, call: Mapping[str, Any] | None = None) -> None:
+        """Refuse a text that the encoder would cut in a call with these arguments: words that are not read guard nothing.
 
         Raises:
             BadSetting: it is too long.
         """
-        n, most = self.tokens(text)
+        n, most = self.tokens(text, call)
         if n > most:
             raise BadSetting(f"{what} has {n} tokens, this model's text encoder reads {most}: {text[:60]!r}; shorten it")
 
@@ -180,7 +187,7 @@ class Border:
             raise BadSetting(
                 f"{names} has no effect on a guidance-distilled model, which makes no blank prediction; use a text or output guard"
             )
-        if guided and call.get("guidance_rescale", 0.0) > 0:
+        if guided and (call.get("guidance_rescale") or 0.0) > 0:
             raise BadSetting(
                 f"{names} would be undone in part by guidance_rescale, which must be 0, got {call['guidance_rescale']}; leave it out"
             )
