@@ -230,3 +230,11 @@ def test_latents_of_ones_own_are_the_start_that_is_probed(tiny_model, draw, monk
     assert np.abs(told.seen[0][0] - np.asarray(plain[0], dtype=int)).max() <= 2
     with pytest.raises(BadSetting, match="latents must be one a picture, 2 in all, got 1"):
         draw(tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, latents=latents[:1])
+
+
+def test_probes_do_not_call_back_the_old_way_either(tiny_model, draw, monkeypatch):
+    judge_of(monkeypatch, ["safe"] * 4)
+    seen = []
+    with pytest.warns(FutureWarning, match="callback"):
+        draw(tiny_model.pipeline, [CROPS], PROMPTS, callback=lambda i, t, latents: seen.append(i), callback_steps=1)
+    assert seen == [0, 1, 2, 3]

@@ -420,3 +420,83 @@ def test_a_users_error_inside_a_guard_is_the_users(pipe, draw):
 
 def test_pictures_are_plain_images_of_the_pipelines_size(pipe, draw):
     assert all(isinstance(d.image, Image.Image) and d.image.size == (32, 32) for d in draw(pipe, [SLD], output_type="pil"))
+
+
+def test_calls_on_one_pipeline_wait_for_each_other(pipe, draw):
+    """One scheduler counts for one call: a second that came between would cost the first its pictures, or leave its hand on the step."""
+    from threading import Thread
+
+    first, second = (draw(pipe, [SLD], num_inference_steps=n) for n in (4, 5))
+    found, others = {}, []
+
+    def between(pipeline, i, t, kwargs):
+        if i == 1:
+            others.append(Thread(target=lambda: found.update(other=draw(pipe, [SLD], num_inference_steps=5))))
+            others[0].start()
+            others[0].join(0.5)
+        return kwargs
+
+    own = draw(pipe, [SLD], callback_on_step_end=between)
+    others[0].join()
+    assert np.array_equal(arrays(own), arrays(first))
+    assert np.array_equal(arrays(found["other"]), arrays(second))
+    assert "step" not in vars(pipe.scheduler)
+    assert not pipe.unet._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"negative_prompt": ["x"]}, "negative_prompt must be one text, or one a prompt, 2 in all, got 1"),
+        ({"negative_prompt": ["x"] * 3}, "negative_prompt must be one text, or one a prompt, 2 in all, got 3"),
+        ({"copies": 0}, "copies must be >= 1, got 0"),
+        ({"generator": [torch.Generator()]}, "generator must be one, or a list with one a picture, 2 in all, got 1"),
+        ({"generator": [torch.Generator()] * 3}, "one a picture, 2 in all, got 3"),
+        ({"generator": [torch.Generator()] * 2, "copies": 2}, "one a picture, 4 in all, got 2"),
+    ],
+)
+def test_what_does_not_go_with_the_prompts_is_refused_in_one_line(pipe, options, says):
+    with pytest.raises(BadSetting, match=says) as caught:
+        Guarded(pipe, [read_guard(SLD)]).draw(PROMPTS[:2], num_inference_steps=1, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("guard", [NEGATIVE, {"name": "crops", "judge": "mini", "threshold": 1.0, "probes": 1, "steps": 1}])
+def test_one_negative_prompt_is_that_of_every_prompt_and_any_sequence_goes_with_them(pipe, draw, guard):
+    one, each, pair = (draw(pipe, [guard], negative_prompt=away) for away in ("a tree", ["a tree"] * 2, ("a tree", "a tree")))
+    assert np.array_equal(arrays(one), arrays(each))
+    assert np.array_equal(arrays(pair), arrays(each))
+
+
+def test_copies_stand_side_by_side_where_they_are_called_videos_and_are_refused_where_there_are_none(tiny_wan, pipe):
+    small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16, "num_inference_steps": 2, "output_type": "np"}
+    rng = torch.Generator()
+    base = tiny_wan(prompt=list(PROMPTS[:2]), num_videos_per_prompt=2, generator=rng.manual_seed(0), **small).frames
+    found = Guarded(tiny_wan, [read_guard(ZERO)]).draw(PROMPTS[:2], copies=2, generator=rng.manual_seed(0), **small)
+    assert np.array_equal(arrays(found), base)
+
+    class Single(type(pipe)):
+        def __call__(self, prompt):
+            raise AssertionError
+
+    own = Single(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(BadSetting, match="a Single draws each prompt once, so copies must be 1, got 2; repeat the prompt"):
+        Guarded(own, [read_guard(JUDGE)]).draw(PROMPTS[:2], copies=2)
+
+
+def test_a_rescaling_of_none_is_no_rescaling(pipe, draw):
+    engine = Guarded(pipe, [read_guard(SLD)])
+    engine.border.refuse({"guidance_rescale": None}, guided=["sld"], inside=["sld"])
+
+
+def test_the_pipeline_is_as_it_was_after_an_interrupt_from_the_keyboard(pipe, draw):
+    def stop(pipeline, i, t, kwargs):
+        raise KeyboardInterrupt
+
+    base = draw(pipe)
+    guards = [SLD, NEGATIVE, {"name": "safree", "phrases": [TEXT, "red"], "reattend": True}]
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, guards, callback_on_step_end=stop)
+    assert np.array_equal(draw(pipe), base)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
+    assert "step" not in vars(pipe.scheduler)

@@ -65,7 +65,7 @@ class _Ready(Ready):
         for k in range(guard.probes):
             noise = (torch.stack([starts[k] for starts in moved]) if moved else own).to(device)
             later = [copied(g) for g in generators]  # for schedulers that add noise
-            changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil", "callback_on_step_end": None}
+            changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil"}
             if guard.steps is not None:
                 changed["num_inference_steps"] = guard.steps
             verdicts = ask_judge(self.judge, draw(prompts, changed, shift=None if shifts is None else shifts[k]))

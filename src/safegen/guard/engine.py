@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +23,12 @@ PER_PROMPT = ("negative_prompt", "generator")
 """Options that are lists with an entry a prompt."""
 UNSEEN = ("ip_adapter_image", "num_images_per_prompt", "num_videos_per_prompt", "return_dict")
 """Options of pipelines by which something would go past the guards, or come back otherwise than they expect; see `_unseen`."""
+COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
+"""Names that pipelines have for how often a prompt is drawn."""
+CALLBACKS = ("callback", "callback_on_step_end")
+"""Options by which a pipeline calls back; probes are no steps of what was asked for."""
+BUSY: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
+"""Pipelines and who draws with them: a scheduler, and so the count of its steps, is good for one call at a time."""
 OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
 """Seams at which a guard does nothing inside a call of the pipeline."""
 
@@ -56,15 +65,16 @@ class Guarded:
             if why := guard.idle([other for other in guards if other is not guard], negative):
                 raise BadSetting(f"the guard {guard.name!r} has no effect beside the others: it {why}; give another text, or leave one out")
         self.ready = [guard.ready(self.border) for guard in guards]
+        self._busy = BUSY.setdefault(pipe, RLock())
 
     def draw(self, prompts: Sequence[str], *, copies: int = 1, **options: Any) -> list[Drawn]:  # noqa: ANN401
-        """Return `copies` pictures a prompt, side by side, each with its trail.
+        """Return `copies` pictures a prompt, side by side, each with its trail. Calls on one pipeline wait for each other.
 
         Args:
             prompts: what to draw.
             copies: pictures a prompt.
             options: whatever else the pipeline takes (not embeddings or pictures in the place of texts); a list of negative prompts or of
-                generators goes with the prompts.
+                generators goes with the prompts, one each (generators: or one a picture).
 
         Raises:
             BadSetting: a guard would have no effect with these options.
@@ -82,9 +92,41 @@ class Guarded:
         self.border.refuse(options, guided=[g.name for g in self.guards if g.takes & THROUGH_GUIDANCE], inside=inside)
         if any("image" in g.takes for g in self.guards) and options.get("output_type", "pil") != "pil":
             raise BadSetting(f"guards that look at pictures need output_type='pil', got {options['output_type']!r}")
-        n = len(prompts) * copies
+        options, n = self._fitted(options, len(prompts), copies), len(prompts) * copies
         if (start := options.get("latents")) is not None and len(start) != n:
             raise BadSetting(f"latents must be one a picture, {n} in all, got {len(start)}; leave them out to have them drawn")
+        with self._busy:
+            return self._each(prompts, copies, n, options)
+
+    def _fitted(self, options: Mapping[str, Any], n: int, copies: int) -> dict[str, Any]:
+        """Return the options of a call, one negative prompt spelt out for each of its `n` prompts.
+
+        Raises:
+            BadSetting: there are not as many of something as there are prompts, or the pipeline draws no copies.
+        """
+        if copies < 1:
+            raise BadSetting(f"copies must be >= 1, got {copies}")
+        if copies > 1 and not self._copies:
+            raise BadSetting(f"a {self.border.kind} draws each prompt once, so copies must be 1, got {copies}; repeat the prompt")
+        against, own, out = options.get("negative_prompt"), options.get("generator"), dict(options)
+        if isinstance(against, str | list | tuple):
+            out["negative_prompt"] = [against] * n if isinstance(against, str) else list(against)
+            if len(out["negative_prompt"]) != n:
+                raise BadSetting(f"negative_prompt must be one text, or one a prompt, {n} in all, got {len(against)}")
+        if isinstance(own, list | tuple):
+            out["generator"] = list(own)
+            if len(own) != n * copies:
+                raise BadSetting(f"generator must be one, or a list with one a picture, {n * copies} in all, got {len(own)}")
+        return out
+
+    @property
+    def _copies(self) -> str | None:
+        """The pipeline's name for how often a prompt is drawn, if it has one."""
+        known = signature(type(self.pipe).__call__).parameters
+        return next((key for key in COPIES if key in known), None)
+
+    def _each(self, prompts: Sequence[str], copies: int, n: int, options: Mapping[str, Any]) -> list[Drawn]:
+        """Return the pictures of a call that has been checked."""
         works = [Work(ready, n, self._device, findings=[Finding()] * n) for ready in self.ready]
         images: list[Any] = [None] * n
         faults = [""] * n
@@ -140,7 +182,7 @@ class Guarded:
 
         for work in works:
             if "start" in work.takes and left:
-                asked = {k: _picked(k, v, left) for k, v in self._moved(options, starts).items()}
+                asked = {k: _picked(k, v, left) for k, v in self._moved(options, starts).items() if k not in CALLBACKS}
                 with work.asked():
                     found = work.ready.probe(partial(probe, work, asked), [prompts[i] for i in left], asked)
                     work.keep(found, left)
@@ -170,21 +212,20 @@ class Guarded:
         twins = self._twins(works, [prompts[i] for i in rows])
         every = [*rows, *(rows[k] for k in twins)]  # the second streams stand behind all first ones
         asked: dict[str, Any] = {**options, "prompt": [prompts[i] for i in every]}
-        if isinstance(against := options.get("negative_prompt"), list | tuple):
+        if isinstance(against := options.get("negative_prompt"), list):
             asked["negative_prompt"] = [against[i] for i in every]
-        if isinstance(own := options.get("generator"), list | tuple):
-            each = copies if len(own) == len(prompts) * copies else 1
-            picked = [own[i * each + k] for i in rows for k in range(each)]
+        if isinstance(own := options.get("generator"), list):
+            picked = [own[k] for k in at]
             asked["generator"] = [*picked, *(copied(picked[k]) for k in twins)]
         elif twins:
             raise BadSetting("a guard that draws a second stream needs a list of generators, one a prompt, so that both start alike")
         if isinstance(start := options.get("latents"), Tensor):
             asked["latents"] = start[[i * copies + k for i in every for k in range(copies)]]
-        if copies > 1:
-            asked["num_images_per_prompt"] = copies
+        if copies > 1 and self._copies:
+            asked[self._copies] = copies
         texts = tuple(prompts[i] for i in every for _ in range(copies))
-        negative = asked.get("negative_prompt") or ""
-        away = [negative if isinstance(negative, str) else negative[k // copies] for k in range(len(texts))]
+        negative = asked.get("negative_prompt") or [""] * len(every)
+        away = [negative[k // copies] for k in range(len(texts))]
         call = Call(self.border, texts, away, options, twins={k: len(at) + j for j, k in enumerate(twins)})
         turns: list[tuple[Work, Turn]] = []
         for work in works:
