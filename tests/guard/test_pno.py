@@ -12,7 +12,7 @@ from safegen.errors import BadSetting
 from safegen.guard import make_guard
 from safegen.guard.engine import Guarded
 from safegen.guard.judge_filter import Judged
-from safegen.guard.pno import Pno, Score, regulariser
+from safegen.guard.pno import Pno, Score, decoded, regulariser
 from safegen.judge import Verdict
 
 PNO = {
@@ -92,6 +92,37 @@ def test_the_start_is_moved_until_the_score_is_under_the_limit(tiny_model, draw,
 def test_what_never_comes_under_the_limit_is_not_drawn(tiny_model, draw, level):
     found = draw(tiny_model.pipeline, [PNO | {"limit": 1e-6, "iterations": 1}], PROMPTS[:1], **FEW)
     assert (found[0].image, found[0].trail.action, found[0].trail.reason) == (None, "block", "pno: never-safe")
+
+
+def test_weights_that_want_gradients_are_given_none(make_model, draw, level):
+    pipe = make_model().pipeline
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    for part in parts:
+        part.requires_grad_(True)
+    guard = PNO | {"limit": 1e-6, "restarts": 0, "iterations": 1}
+    (found,) = draw(pipe, [guard], PROMPTS[:1], **FEW)
+    assert found.trail.guards[0].scores["iterations"] == 1  # a gradient was taken
+    assert not [p for part in parts for p in part.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("own", [(None, None), ([1.0, -2.0, 0.5, 3.0], [2.0, 0.5, 1.5, 1.0])])
+def test_what_is_scored_is_what_sdxl_shows_whatever_its_latents_mean(tiny_xl, draw, own):
+    tiny_xl.vae.register_to_config(latents_mean=own[0], latents_std=own[1])
+    try:
+        latents, shown = (draw(tiny_xl, output_type=kind) for kind in ("latent", "pt"))
+        found = decoded(tiny_xl, latents)
+    finally:
+        tiny_xl.vae.register_to_config(latents_mean=None, latents_std=None)
+    assert torch.allclose(found, shown, atol=1e-5)
+
+
+def test_a_score_that_is_no_number_withholds_and_the_trail_is_plain_json(tiny_model, draw, level, monkeypatch):
+    import json
+
+    monkeypatch.setattr(Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)) * float("nan"))
+    (found,) = draw(tiny_model.pipeline, [PNO | {"restarts": 0, "iterations": 0}], PROMPTS[:1], **FEW)
+    assert (found.image, found.trail.reason) == (None, "pno: not-finite: first, last")
+    assert json.dumps(found.trail.to_json(), allow_nan=False)
 
 
 def test_the_judge_has_the_last_word(tiny_model, draw, level, monkeypatch):

@@ -106,7 +106,7 @@ class _Ready(Looker):
             away = away[i] if isinstance(away, list) else away
 
             def chance(x: Tensor, *, grad: bool, prompt: str = prompt, away: str | None = away, own: torch.Generator = after[i]) -> Tensor:
-                changed: dict[str, Any] = {"latents": x, "output_type": "latent", "callback_on_step_end": None}
+                changed: dict[str, Any] = {"latents": x, "output_type": "latent"}
                 changed |= {"generator": [copied(own) for _ in x], "negative_prompt": None if away is None else [away] * len(x)}
                 latents = torch.stack([*draw([prompt] * len(x), changed, grad=grad)])
                 return self.score(decoded(self.border.pipe, latents))
@@ -152,8 +152,7 @@ class _Ready(Looker):
                 if least < guard.limit:
                     return best, least, float(step - 1)
                 loss = guard.weight * 5 * p + regulariser(x.flatten(), orders)
-                optimiser.zero_grad()
-                loss.backward()
+                (x.grad,) = torch.autograd.grad(loss, x)  # of nothing else: weights may want gradients, and keep none of these
                 optimiser.step()
         with torch.no_grad():
             last = float(chance(x.detach().to(start), grad=False)[0]) if guard.iterations else least
@@ -191,7 +190,12 @@ class Score:
 
 def decoded(pipe: Any, latents: Tensor) -> Tensor:  # noqa: ANN401
     """Return the pictures of latents, (b, 3, h, w) in [0, 1], with a gradient."""
-    out: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    vae = pipe.vae
+    mean, std = (getattr(vae.config, f"latents_{key}", None) for key in ("mean", "std"))
+    if mean is not None and std is not None:  # of each channel, as some of SDXL's have them
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (mean, std))
+        latents = latents * std + mean * vae.config.scaling_factor
+    out: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
     return (out.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -83,6 +84,8 @@ class Work:
     def keep(self, findings: Sequence[Finding], at: Sequence[int], *, seen: bool = False) -> None:
         """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
 
+        A finding with a score that is no number decided nothing: that picture is withheld.
+
         Args:
             findings: what the guard said.
             at: of which pictures.
@@ -96,9 +99,10 @@ class Work:
         for i, found in zip(at, findings, strict=True):
             if found.action not in ACTIONS or (found.action in COVERS and not (seen and found.image is not None)):
                 raise Failed(self.guard.name, ValueError(f"the action {found.action!r} hides nothing without a picture to show"))
-            old = self.findings[i]
-            last = old if found.action == "none" else found
-            scores, limits = {**old.scores, **found.scores}, {**old.thresholds, **found.thresholds}
+            old, odd = self.findings[i], [k for k, v in {**found.scores, **found.thresholds}.items() if not math.isfinite(v)]
+            last = Finding("withhold", f"not-finite: {', '.join(odd)}") if odd else old if found.action == "none" else found
+            scores = {k: v for k, v in {**old.scores, **found.scores}.items() if k not in odd}
+            limits = {k: v for k, v in {**old.thresholds, **found.thresholds}.items() if k not in odd}
             self.findings[i] = Finding(last.action, last.reason, scores, limits)
 
 
