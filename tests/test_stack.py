@@ -64,6 +64,10 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
         ('model = "mini"\nguards = ["sld-maxx"]', "Did you mean 'max'"),
         ('model = "mini"\n[[guards]]\nname = "sld"\nscal = 3', "Did you mean 'scale'"),
         ('model = "mini"\nguards = ["judge-filter"]', "judge: Field required"),
+        ('model = "mini"\n[[guards]]\nname = "sld"\npreset = 3', "guards: guard 'sld': preset must be a name, got 3"),
+        ('model = "mini"\n[[guards]]\nname = "sld"\nconcept = 3', "guards: guard 'sld': concept must be a name, got 3"),
+        ('model = "mini"\nguards = "sld"', "guards: Input should be a valid tuple"),
+        ('model = "mini"\n[[guards]]\nname = "sld"\nconcept = "no.toml"', "no.toml' does not exist"),
         ('model = "mini"\nblank = true\nguards = ["sld"]', "no effect on a blank stack"),
         ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
         ('model = "mini"\nsteps = 3', "steps"),
@@ -76,6 +80,17 @@ def test_a_recipe_with_an_idle_or_unknown_setting_is_refused(tmp_path, text, say
     with pytest.raises(BadFile, match=says) as caught:
         load_stack(str(tmp_path / "s.toml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_concepts_file_is_looked_for_beside_its_recipe(tmp_path, monkeypatch):
+    from safegen import concept
+
+    (tmp_path / "away").mkdir()
+    own = (Path(concept.__file__).parent / "concepts" / "fire.toml").read_text(encoding="utf-8")
+    (tmp_path / "away" / "own.toml").write_text(own, encoding="utf-8")
+    (tmp_path / "away" / "s.toml").write_text('model = "mini"\n[[guards]]\nname = "sld"\nconcept = "own.toml"')
+    monkeypatch.chdir(tmp_path)
+    assert load_stack("away/s.toml").guards[0].text == "fire, flames, burning"
 
 
 def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(make_model, tiny_folder, patches):

@@ -174,17 +174,29 @@ def _read_recipe(path: Path) -> Stack:
         raise BadFile(f"the stack file {str(path)!r} does not exist")
     try:
         facts = {"name": path.stem} | tomllib.loads(path.read_text(encoding="utf-8"))
+        facts["guards"] = _beside(facts.get("guards", []), path.parent)
         stack = Stack.model_validate(facts)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         e = error.errors()[0]
-        raise BadFile(f"{path} is not a stack file: {'.'.join(map(str, e['loc'])) or 'stack'}: {e['msg']}") from error
+        place, says = ".".join(map(str, e["loc"])) or "stack", e["msg"].removeprefix("Value error, ")
+        raise BadFile(f"{path} is not a stack file: {place}: {says}") from error
     beside = path.parent / stack.model
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
     patches, guards = tuple(path.parent / p for p in stack.patches), tuple(guard.beside(path.parent) for guard in stack.guards)
     loras = tuple(lora.model_copy(update={"file": path.parent / lora.file}) for lora in stack.loras)
     return stack.model_copy(update={"model": model, "patches": patches, "loras": loras, "guards": guards})
+
+
+def _beside(guards: Any, folder: Path) -> Any:  # noqa: ANN401 - as the recipe has it
+    """Return a recipe's guards with the files of their concepts looked for in `folder`."""
+
+    def one(guard: Any) -> Any:  # noqa: ANN401
+        concept = guard.get("concept") if isinstance(guard, dict) else None
+        return guard | {"concept": str(folder / concept)} if isinstance(concept, str) and concept.endswith(".toml") else guard
+
+    return [one(guard) for guard in guards] if isinstance(guards, list) else guards
 
 
 def weights_hash(model: Model) -> str:

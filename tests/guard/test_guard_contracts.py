@@ -151,6 +151,11 @@ def test_a_word_means_a_guard_and_its_preset():
         ({"name": "sld", "concept": "skull"}, UnknownName, "Did you mean 'skulls'"),
         ({"name": "sld", "concept": "skulls", "text": "x"}, BadSetting, "no effect on the guard 'sld'"),
         ("negative-prompt", BadSetting, "text: Field required"),
+        ("sld-", UnknownName, "no preset of the guard 'sld' named ''"),
+        ({"name": "sld", "preset": 3}, BadSetting, "guard 'sld': preset must be a name, got 3"),
+        ({"name": "sld", "preset": ["max"]}, BadSetting, "preset must be a name"),
+        ({"name": "sld", "concept": 3}, BadSetting, "guard 'sld': concept must be a name, got 3"),
+        ({"name": "sld", "concept": ["skulls"]}, BadSetting, "concept must be a name"),
     ],
 )
 def test_what_means_no_guard_is_refused_in_one_line(value, error, says):

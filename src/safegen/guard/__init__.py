@@ -56,11 +56,14 @@ def read_guard(value: Guard | str | Mapping[str, Any], concept: Concept | str | 
         return value
     if isinstance(value, str):
         name = max((n for n in GUARDS if value == n or value.startswith(n + "-")), key=len, default=value)
-        value = {"name": name, "preset": value[len(name) + 1 :] or "default"}
+        value = {"name": name, "preset": "default" if value == name else value[len(name) + 1 :]}
     facts = {"preset": "default", "concept": None, **value}
     name = facts.pop("name", None)
     if not isinstance(name, str):
         raise BadSetting(f"a guard needs a name, got {dict(value)}; known: {', '.join(sorted(GUARDS))}")
+    for key, kinds in (("preset", str), ("concept", str | Concept | None)):
+        if not isinstance(facts[key], kinds):
+            raise BadSetting(f"guard {name!r}: {key} must be a name, got {facts[key]!r}")
     if concept is not None and facts["concept"] is None:
         known = load_concept(concept) if isinstance(concept, str) else concept
         facts["concept"] = known if resolve(GUARDS, name, "guard").lent(known).keys() - facts.keys() else None
