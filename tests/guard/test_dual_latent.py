@@ -73,3 +73,12 @@ def test_what_cannot_be_mixed_is_refused(tiny_model, draw, monkeypatch):
     monkeypatch.setattr(tiny_model.pipeline, "scheduler", PNDMScheduler.from_config(tiny_model.pipeline.scheduler.config))
     with pytest.raises(BadSetting, match="what a PNDMScheduler remembers"):
         Guarded(tiny_model.pipeline, [make_guard(**DUAL)])
+
+
+def test_a_scheduler_with_a_memory_that_comes_later_is_refused_too(tiny_model, draw, monkeypatch):
+    from diffusers import DPMSolverMultistepScheduler
+
+    engine = Guarded(tiny_model.pipeline, [make_guard(**DUAL)])
+    monkeypatch.setattr(tiny_model.pipeline, "scheduler", DPMSolverMultistepScheduler.from_config(tiny_model.pipeline.scheduler.config))
+    with pytest.raises(BadSetting, match="what a DPMSolverMultistepScheduler remembers"):
+        draw(tiny_model.pipeline, engine=engine, prompts=PROMPTS)

@@ -38,6 +38,9 @@ def stopped(words, *prompts):
         ("a skull", "a\n  skull", True),
         ("skull", "ｓｋｕｌｌ", True),
         ("skull", "sk\u200bull", True),
+        ("skull", "sk\ufe0full", True),
+        ("\u2620\ufe0f", "a \u2620", True),
+        ("\u2620", "a \u2620\ufe0f", True),
         ("Schädel", "ein schadel", True),
         ("c++", "in c++ now", True),
         ("c++", "c+++", True),
@@ -100,3 +103,8 @@ def test_settings_that_filter_nothing_or_everything_are_refused(settings, says):
 def test_a_classifier_that_cannot_be_imported_is_refused(name):
     with pytest.raises(BadSetting, match="write it as module:function"):
         make_guard("prompt-filter", classifier=name).ready(Border(None))
+
+
+def test_a_blank_classifier_is_refused_where_it_would_filter_nothing():
+    with pytest.raises(BadSetting, match="classifier: String should have at least 1 character, got ''"):
+        make_guard("prompt-filter", classifier="")

@@ -55,11 +55,7 @@ class DualLatent(Guard):
         """
         for phrase in self.phrases:
             border.fits(phrase, "a phrase of the guard 'dual-latent'")
-        scheduler = type(border.pipe.scheduler).__name__
-        if scheduler not in ONE_STEP:
-            raise BadSetting(
-                f"the guard 'dual-latent' would leave stale what a {scheduler} remembers of earlier steps; use {', '.join(ONE_STEP)}"
-            )
+        _remembers_nothing(border)
         return _Ready(self, border)
 
     @property
@@ -82,6 +78,7 @@ class _Ready(Ready):
         return [bool(self.guard.strength and (way := self.ways[p]).triggers and way.distance >= self.guard.gate) for p in prompts]
 
     def begin(self, call: Call) -> Turn:
+        _remembers_nothing(call.border)  # it may be another one since
         return _Turn(self.guard, call, self.ways)
 
 
@@ -114,6 +111,14 @@ class _Turn(Turn):
             scores, limits = {"distance": self.ways[prompt].distance, "steps": float(steps)}, {"gate": self.guard.gate}
             out.append(Finding("edit" if steps else "none", "mixed" if steps else "", scores, limits))
         return out
+
+
+def _remembers_nothing(border: Border) -> None:
+    scheduler = type(border.pipe.scheduler).__name__
+    if scheduler not in ONE_STEP:
+        raise BadSetting(
+            f"the guard 'dual-latent' would leave stale what a {scheduler} remembers of earlier steps; use {', '.join(ONE_STEP)}"
+        )
 
 
 def mixed(first: Tensor, second: Tensor, *, strength: float, follow: bool) -> tuple[Tensor, Tensor]:

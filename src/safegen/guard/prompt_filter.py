@@ -19,6 +19,10 @@ Scorer = Callable[[Sequence[str]], Sequence[float]]
 """A text classifier: a score in [0, 1] for each prompt, more for worse."""
 
 
+UNSEEN = frozenset(map(chr, (0x34F, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+"""The grapheme joiner and variation selectors, which say how their neighbour is drawn and are in no class of their own."""
+
+
 class PromptFilter(Guard):
     """Settings of the prompt filter."""
 
@@ -27,7 +31,7 @@ class PromptFilter(Guard):
 
     words: tuple[str, ...] = ()
     """Words and phrases that are not drawn. Each is met whole, in any case and width of letters, with any spaces or underscores."""
-    classifier: str | None = None
+    classifier: str | None = Field(default=None, min_length=1)
     """A text classifier as `module:function`: from a list of prompts to a score in 0..1 each. It is run, so name only what you trust."""
     threshold: float = Field(default=0.5, gt=0, le=1)
     """Score of the classifier from which on a prompt is not drawn."""
@@ -86,9 +90,12 @@ class _Ready(Ready):
 
 
 def plain(text: str) -> str:
-    """Return a text in one case and width of letters (NFKC, case folded), its accents gone, with single spaces, also for underscores."""
+    """Return a text in one case and width of letters (NFKC, case folded), its accents and marks that are not seen gone, with single spaces.
+
+    Underscores are spaces.
+    """
     wide = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
-    kept = "".join(c for c in wide if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+    kept = "".join(c for c in wide if c not in UNSEEN and not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
     return " ".join(kept.replace("_", " ").split())  # tags are written red_cube
 
 
