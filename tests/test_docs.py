@@ -49,6 +49,19 @@ def test_every_link_leads_somewhere(path):
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them; code blocks have none."""
+    bare = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+?) *$", bare, re.MULTILINE)}
+
+
+@every_document
+def test_every_link_to_a_heading_finds_it(path):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    files = [((path.parent / name) if name else path, anchor) for name, anchor in links]
+    assert [anchor for file, anchor in files if anchor not in anchors(file.read_text(encoding="utf-8"))] == []
+
+
 def test_make_bench_runs_every_script_and_each_is_named_where_its_figures_stand():
     text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     names = {f"benchmarks/{path.name}" for path in SCRIPTS}
