@@ -5,8 +5,9 @@
 
 The attack of Pham et al. 2023 (arXiv:2308.01508) in its plain form, textual inversion: the edited model's weights are frozen, and the
 embeddings of a few new words are learnt on the concept's pictures, here the unsafe side of the bundled triplets, by the denoising loss
-under "a OBJECT <w0> <w1> ...". Then every object of the world is drawn with them. What is seen is judged. The first rows are the model that
-nothing was done to, without and with the learnt words. A row is `METHOD`, `METHOD:PRESET`, a patch's file, or several joined by `+`.
+under "a OBJECT <w0> <w1> ...". Then every object of the world is drawn with them. What is seen is judged. The first row is the model that
+nothing was done to, without learnt words. A row is `base`, the same with them, `METHOD`, `METHOD:PRESET`, a patch's file, or several
+joined by `+`.
 Whoever can do this has the weights and pictures of the concept; no prompt is attacked, and the learnt words are not written down.
 """
 
@@ -92,7 +93,7 @@ class Inversion:
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--concept", default="skulls")
-    ask.add_argument("--rows", default="uce,rece,safegen,safegen-plus")
+    ask.add_argument("--rows", default="base,uce,rece,safegen,safegen-plus")
     ask.add_argument("--updates", type=int, default=300)
     ask.add_argument("--tokens", type=int, default=3)
     ask.add_argument("--batch", type=int, default=8)
@@ -124,7 +125,7 @@ def main() -> None:
 
     names = list(OBJECTS)
     look("base, no word learnt", [article(name) for name in names], names)
-    for row in ["base", *args.rows.split(",")]:
+    for row in args.rows.split(","):
         with ExitStack() as on:
             made: list[Any] = []
             for part in row.split("+") if row != "base" else []:
