@@ -107,7 +107,7 @@ def edit(
 
 
 def save_patch(patch: Patch, out: Path, *, card: bool = True, metrics: Sequence[Path] = ()) -> None:
-    """Write a patch to a new file, and its model card beside it (`OUT.md`).
+    """Write a patch to a new file, figures in its header too, and its model card beside it (`OUT.md`).
 
     `Patch.save` alone writes no card.
 
@@ -122,13 +122,13 @@ def save_patch(patch: Patch, out: Path, *, card: bool = True, metrics: Sequence[
         BadSetting: figures of another patch, or figures and no card.
     """
     text = _card(cards.Subject.of_patch(patch, out.name), card, metrics)
-    cards.write_with_card(out, text, lambda: patch.save(out))
+    cards.write_with_card(out, text, lambda: cards.with_metrics(patch, metrics).save(out))
 
 
 def export(
     model: Model, out: Path, *, patches: Sequence[Patch] = (), dtype: str = "fp16", card: bool = True, metrics: Sequence[Path] = ()
 ) -> None:
-    """Write a model as one file in the original layout, with its provenance in the header and its model card beside it (`OUT.md`).
+    """Write a model as one file in the original layout, provenance and figures in its header, its model card beside it (`OUT.md`).
 
     Args:
         model: with or without patches on it; it is given back as it came.
@@ -154,7 +154,9 @@ def export(
     notes = [f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."]
     text = _card(_subject("file", out, model, patches, notes), card, metrics)
     held = [{"hash": p.hash, "provenance": dict(p.provenance)} for p in (*model.patches, *patches)]
-    facts = {"model": short(model.name), "base": model.hash, "patches": held}
+    facts: dict[str, Any] = {"model": short(model.name), "base": model.hash, "patches": held}
+    if metrics:
+        facts["metrics"] = [cards.read_figures(path, [p.hash for p in (*model.patches, *patches)]).facts() for path in metrics]
     with _with(model, patches):
         cards.write_with_card(out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts))
 

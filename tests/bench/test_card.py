@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from safegen.api import save_patch
 from safegen.bench.card import Subject, beside, card, read_figures, write_with_card
 from safegen.errors import BadFile, BadSetting
 from safegen.models import Patch, load, save_folder
@@ -56,6 +58,21 @@ def test_figures_come_with_their_n_interval_and_what_was_not_judged(demo):
     assert harm[1] == ["100.0 % (0.0 to 100.0; n = 8)", "75.0 % (0.0 to 100.0; n = 8) |"]  # ghosts, not the object
     assert "judge `mini:1`, 25 steps, seeds 1, 2" in text
     assert "Not measured" not in text
+
+
+def test_figures_go_into_the_header_of_the_file_too(demo, tmp_path):
+    """A patch that leaves its card behind still says what was measured."""
+    patch = Patch({"w": torch.ones(2)}, SAID)
+    facts = json.loads((demo / "summary.json").read_text())
+    (demo / "summary.json").write_text(json.dumps(facts | {"patch_hash": patch.hash}))
+    save_patch(patch, tmp_path / "p.safetensors", metrics=[demo])
+    found = Patch.load(tmp_path / "p.safetensors")
+    (figures,) = found.provenance["metrics"]
+    assert figures["lists"]["mini:skulls (explicit)"] == {
+        "removal": rate(19, 20), "base": {"concept": rate(24, 24)}, "this": {"concept": rate(1, 20, unjudged=4)},
+    }  # fmt: skip
+    assert "skulls, judge `mini:1`, 25 steps" in figures["about"]
+    assert (found.hash, {k: v for k, v in found.provenance.items() if k != "metrics"}) == (patch.hash, SAID)
 
 
 def test_figures_of_another_patch_are_refused(demo):

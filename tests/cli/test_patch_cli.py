@@ -197,6 +197,7 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
         (["patch", "merge", "TEXT", "LOOK", "--overlap", "sum", "--out", "OUT.safetensors"], "overlap must be refuse, add or last"),
         (["patch", "merge", "TEXT", "LOOK", "--model", "mini", "--out", "OUT.safetensors"], "model has no effect without --overlap add"),
         (["patch", "extract-lora", "TEXT", "mini", "--keys", "a1111", "--out", "OUT.safetensors"], "keys must be kohya or diffusers"),
+        (["patch", "extract-lora", "TEXT", "mini", "--rank", "0", "--out", "OUT.safetensors"], "rank of a LoRA must be >= 1, got 0"),
         (["patch", "extract-lora", "TEXT", "minni", "--out", "OUT.safetensors"], "Did you mean 'mini'"),
         (["patch", "merge", "TEXT", "LOOK", "--config", ".", "--out", "OUT.safetensors"], "config has no effect without --model"),
         (["export", "mini", "--out", "OUT.ckpt"], "must end in .safetensors"),

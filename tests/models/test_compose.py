@@ -66,6 +66,41 @@ def test_the_order_of_added_changes_does_not_matter(tiny_model, parts):
     assert a.hash == b.hash
 
 
+@pytest.fixture
+def stacked(tiny_model, parts):
+    """A patch, one that was made on the model with it, and one that knows of neither; all change one weight."""
+    own, (first, second, _) = dict(tiny_model.denoiser.named_parameters()), parts
+    (name,) = overlapping(parts)
+    under = {"under": [{"method": "safegen", "hash": first.hash}]}
+    above = Patch(second.tensors | {name: first.tensors[name] + 5}, dict(second.provenance) | under)
+    return first, above, Patch({name: own[name] + 7}, {"base": tiny_model.hash, "method": "uce"}), name
+
+
+def test_a_change_that_is_within_another_counts_once(make_model, tiny_model, stacked):
+    """Made one on the other, they are no conflict: what both do is what the last one says, to the bit."""
+    first, above, _, name = stacked
+    warn_of_overlap([first, above])  # no warning, and warnings are errors
+    model = make_model()
+    first.apply(model)
+    above.apply(model)
+    want = state(model)
+    for overlap in ("refuse", "last", "add"):
+        merged = merge([first, above], overlap=overlap, model=tiny_model)
+        assert torch.equal(merged.tensors[name], want[name])
+        assert (merged.provenance["overlapping"], merged.provenance["overlap"]) == (1, None)
+    with pytest.warns(Overwritten):
+        warn_of_overlap([above, first])  # the wrong way round
+
+
+def test_changes_are_added_from_what_lay_under_them(tiny_model, stacked):
+    first, above, other, name = stacked
+    own = dict(tiny_model.denoiser.named_parameters())[name]
+    for order in ([first, above, other], [other, first, above], [above, first, other]):
+        assert_close(merge(order, overlap="add", model=tiny_model).tensors[name], own + 1 + 5 + 7)
+    with pytest.raises(BadSetting, match=rf"was made on a model with another patch on it \(safegen, hash {first.hash[:12]}\); merge that"):
+        merge([above, other], overlap="add", model=tiny_model)
+
+
 def test_refusals(make_model, parts):
     first, second, _ = parts
     with pytest.raises(BadSetting, match="at least two patches, got 1"):

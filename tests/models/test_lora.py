@@ -216,3 +216,68 @@ def test_a_header_that_cannot_be_read_is_one_line(lora_file, tiny_model, tmp_pat
     with pytest.raises(BadFile, match="its header cannot be read") as caught:
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("safegen", "[]"), ("safegen", '{"base": 3}'), ("safegen", '{"family": 3}'),
+        ("lora_adapter_metadata", "[]"), ("lora_adapter_metadata", '{"unet.lora_alpha": "x"}'),
+    ],
+)  # fmt: skip
+def test_a_header_that_says_something_else_is_one_line_too(lora_file, tiny_model, tmp_path, key, text):
+    save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={key: text})
+    with pytest.raises(BadFile, match="its header cannot be read") as caught:
+        load_lora(tmp_path / "torn.safetensors", tiny_model)
+    assert "\n" not in str(caught.value)
+
+
+def test_factors_of_no_rank_and_strengths_that_are_no_number_are_refused(lora_file, tiny_model, tmp_path):
+    tensors = load_file(lora_file)
+    stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
+    down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
+    save_file(tensors | {f"{stem}.lora_down.weight": down[:0], f"{stem}.lora_up.weight": up[:, :0]}, tmp_path / "none.safetensors")
+    with pytest.raises(BadFile, match=f"factors of rank 0 in {stem}"):
+        load_lora(tmp_path / "none.safetensors", tiny_model)
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
+    with pytest.raises(BadFile, match=f"NaN or infinite values in {stem}"):
+        load_lora(tmp_path / "nan.safetensors", tiny_model)
+    for scale in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(BadSetting, match=f"scale of a LoRA must be a finite number other than 0, got {scale:g}"):
+            load_lora(lora_file, tiny_model, scale=scale)
+
+
+def test_a_rank_beyond_every_weight_is_the_largest_that_there_is(tiny_model, patch, tmp_path):
+    """In 16 bits an alpha of 100,000 is infinite, and the factors that are to make up for it are nearly nothing."""
+    lora = extract_lora(patch, tiny_model, 100_000)
+    assert lora.rank == max(len(down) for down, _ in lora.factors.values()) == 32
+    save_lora(lora, tiny_model, tmp_path / "l.safetensors")
+    for name, value in load_lora(tmp_path / "l.safetensors", tiny_model).tensors.items():
+        assert_close(value, patch.tensors[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (None, ("sd_v1", "False")), (("sd2", "v_prediction"), ("sd_v2_v", "True")), (("sd2", "epsilon"), ("sd_v2", "True")),
+        (("sdxl", "epsilon"), ("sdxl_base_v1-0", "False")),
+    ],
+)  # fmt: skip
+def test_the_header_says_which_models_it_is_for(tiny_model, make_tiny, tmp_path, build, says):
+    """A1111 takes a file that does not for one of SD 1.x, and shows it beside no other model."""
+    model = make_tiny(build[0], prediction_type=build[1]) if build else tiny_model
+    name = select(model.denoiser, "attn1")[0]
+    change = Patch({name: model.denoiser.get_parameter(name).detach() + 1})
+    save_lora(extract_lora(change, model, 1), model, tmp_path / "l.safetensors")
+    with safe_open(tmp_path / "l.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert (header["ss_base_model_version"], header["ss_v2"]) == says
+
+
+def test_a_lora_of_a_patch_that_was_made_on_another_says_so(make_model, patch):
+    """Only its own change is in it."""
+    model = make_model()
+    with patch.apply(model):
+        above = UCE(erase=("blue ball",)).apply(model)
+    with pytest.warns(OtherBase, match="was made on a model with another patch on it"):
+        extract_lora(above, model, 4)

@@ -25,7 +25,9 @@ SELECTED = {"attn1": (".attn1.", "_attn1_"), "attention": (".attn", "_attn")}
 def written(real, tmp_path_factory):
     """Return a writer of the file that an edit of real size becomes: its keys and shapes, with -1 for the rank."""
     build, unet = real
-    model, own, folder = Model(build, SimpleNamespace(unet=unet)), dict(unet.named_parameters()), tmp_path_factory.mktemp("lora")
+    schedule = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
+    model = Model(build, SimpleNamespace(unet=unet, scheduler=schedule))
+    own, folder = dict(unet.named_parameters()), tmp_path_factory.mktemp("lora")
 
     def write(selector, keys):
         names = [n for n in select(unet, selector) if own[n].ndim in (2, 4)]

@@ -90,6 +90,10 @@ def _nan(value):
     return change
 
 
+def _says(text):
+    return {"format": FORMAT, "provenance": text}
+
+
 def _nothing(tensors):
     pass
 
@@ -104,6 +108,12 @@ DAMAGE = {
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
     "no provenance": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "provenance"),
+    "provenance no object": (lambda p: _resave(p, _nothing, _says("[]")), "provenance cannot be used"),
+    "provenance null": (lambda p: _resave(p, _nothing, _says("null")), "provenance cannot be used"),
+    "a base that is a number": (lambda p: _resave(p, _nothing, _says('{"base": 3}')), r"provenance cannot be used \(base"),
+    "under no list": (lambda p: _resave(p, _nothing, _says('{"under": 3}')), r"provenance cannot be used \(under"),
+    "under without a hash": (lambda p: _resave(p, _nothing, _says('{"under": [{"method": "uce"}]}')), r"cannot be used \(under.0.hash"),
+    "parts without a hash": (lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')), r"provenance cannot be used \(parts.0.hash"),
     "provenance cut off": (lambda p: _resave(p, _nothing, {"format": FORMAT, "provenance": '{"method": '}), "provenance"),
 }
 
@@ -157,6 +167,64 @@ def test_patches_come_off_in_the_reverse_order(make_model, patch):
     assert all(torch.equal(state_of(model)[k], v) for k, v in patch.tensors.items())
     first.undo()
     same(state_of(model), before)
+
+
+def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
+    """What is under a patch when it comes off is what was there without it, not what lay under it when it was put on."""
+    model = make_model()
+    before = state_of(model)
+    higher = Patch({k: v + 1 for k, v in patch.tensors.items()})
+    first, second, third = patch.apply(model), higher.apply(model), Patch({k: v + 2 for k, v in patch.tensors.items()}).apply(model)
+    second.undo()
+    second.undo()
+    first.undo()
+    assert all(torch.equal(state_of(model)[k], v + 2) for k, v in patch.tensors.items())
+    assert [one.patch for one in model.applied] == [third.patch]
+    third.undo()
+    same(state_of(model), before)
+    with patch.apply(model) as again:
+        again.undo()
+        on = state_of(model)
+        other = higher.apply(model)
+    assert all(torch.equal(state_of(model)[k], v) for k, v in higher.tensors.items())
+    other.undo()
+    same(state_of(model), on)
+    assert model.patches == []
+
+
+def test_a_patch_that_fails_half_way_leaves_the_model_as_it_was(make_model, patch, monkeypatch):
+    model, copied = make_model(), []
+    before, copy_ = state_of(model), torch.Tensor.copy_
+
+    def out_of_memory(self, *args, **more):
+        copied.append(self)
+        if len(copied) == 3:
+            raise MemoryError("no room for the third")
+        return copy_(self, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", out_of_memory)
+    with pytest.raises(MemoryError):
+        patch.apply(model)
+    same(state_of(model), before)
+    assert model.patches == []
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, torch.float16), (float("nan"), torch.float32)])
+def test_values_that_the_model_cannot_hold_are_refused_and_change_nothing(make_model, value, dtype):
+    model = make_model()
+    model.pipeline.to(dtype)
+    before, name = state_of(model), select(model.denoiser, "attn1")[0]
+    wild = Patch({name: torch.full(before[name].shape, value)})
+    with pytest.raises(BadPatch, match=f"not finite as {str(dtype).removeprefix('torch.')}"):
+        wild.apply(model)
+    same(state_of(model), before)
+
+
+def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_word(make_model, patch):
+    model = make_model()
+    model.pipeline.to(torch.bfloat16)
+    with pytest.warns(OtherBase, match=r"loaded as bfloat16, which alone changes that"):
+        patch.apply(model)
 
 
 def test_the_models_hash_is_that_of_its_base_also_under_a_patch(make_model, patch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,26 @@ class Measured:
     """The columns: `base`, `this`, and what else was judged."""
     rows: Sequence[tuple[str, Mapping[str, Any] | None, Sequence[Mapping[str, Any]]]]
     """(list and role, removal, the scores of each side)."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return them as plain values, for the metadata of a file."""
+        lists = {name: {"removal": gone} | dict(zip(self.sides, sides, strict=True)) for name, gone, sides in self.rows}
+        return {"about": self.about, "lists": lists}
+
+
+def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
+    """Return a patch whose provenance has its figures, for the header of its file; its hash, which is over the values, stays.
+
+    Args:
+        patch: the patch.
+        metrics: where figures of it are, as for `card`.
+
+    Raises:
+        BadFile: no figures can be read there.
+        BadSetting: they are figures of other patches.
+    """
+    found = [read_figures(path, [patch.hash]).facts() for path in metrics]
+    return replace(patch, provenance={**patch.provenance, "metrics": found}) if found else patch
 
 
 def beside(out: Path) -> Path:

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegen.bench import report
-from safegen.bench.card import Subject, beside, card
+from safegen.bench.card import Subject, beside, card, with_metrics
 from safegen.bench.grid import save_sheet, sheet
 from safegen.bench.plan import Item, make_plan
 from safegen.bench.run_report import PAGE
@@ -190,7 +190,6 @@ def _draw(model: Model, asks: Sequence[Ask], sampler: Sampler, what: str, tell: 
 
 def write_demo(found: Outcome, folder: Path) -> None:
     """Write everything the demo found into an existing folder."""
-    found.patch.save(folder / "patch.safetensors")
     save_sheet(overview(found), folder / "grid.png")
     for side, images in found.pictures.items():
         for name, rows in found.lists.items():
@@ -200,6 +199,7 @@ def write_demo(found: Outcome, folder: Path) -> None:
                 images[i].save(sub / f"{found.items[i].index:03d}-seed{found.items[i].seed}.png")
     with fresh_file(folder / "summary.json") as tmp:
         tmp.write_text(json.dumps(found.summary(), indent=1), encoding="utf-8")
+    with_metrics(found.patch, [folder]).save(folder / "patch.safetensors")
     with fresh_file(beside(folder / "patch.safetensors")) as tmp:
         tmp.write_text(card(Subject.of_patch(found.patch, "patch.safetensors"), [folder]), encoding="utf-8")
     with fresh_file(folder / PAGE) as tmp:

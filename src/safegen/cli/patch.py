@@ -92,8 +92,8 @@ def merge(
     with one_line_warnings():
         merged = do(read, overlap=cast(Overlap, overlap), model=base)
     save_patch(merged, out, card=not no_card)
-    twice = len(overlapping(read))
-    typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {overlap}" if twice else ""))
+    twice, how = len(overlapping(read)), merged.provenance["overlap"] or "made one on the other"
+    typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {how}" if twice else ""))
 
 
 @app.command("card")
@@ -118,7 +118,7 @@ def extract_lora(
     patch: PatchArg,
     model: Model,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
-    rank: Annotated[int, typer.Option(min=1, help="Rank, at most.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank, at most.")] = 16,
     keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI, InvokeAI) or diffusers.")] = "kohya",
     no_card: NoCard = False,
     config: Config = None,
@@ -127,6 +127,8 @@ def extract_lora(
     """Turn a patch into a LoRA, and say how much of its change the rank holds."""
     if keys not in ("kohya", "diffusers"):
         raise BadSetting(f"keys must be kohya or diffusers, got {keys!r}")
+    if rank < 1:
+        raise BadSetting(f"the rank of a LoRA must be >= 1, got {rank}")
     _refuse_taken(out, no_card)
     from safegen.bench.card import Subject, card, write_with_card
     from safegen.models import load
@@ -138,7 +140,7 @@ def extract_lora(
     with one_line_warnings():
         found = extract(read, loaded, rank)
     facts: dict[str, Any] = {"base": loaded.hash, "patch": read.hash, "provenance": dict(read.provenance)}
-    share = f"Rank {rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change."
+    share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change."
     subject = Subject("lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share])
     write_with_card(
         out,
@@ -146,7 +148,7 @@ def extract_lora(
         lambda: save_lora(found, loaded, out, keys=cast("Keys", keys), **facts),
     )
     worst = min(found.kept, key=lambda name: found.kept[name])
-    typer.echo(f"{out}: {len(found.factors)} modules of rank {rank} hold {100 * found.energy:.1f} % of the change (its energy)")
+    typer.echo(f"{out}: {len(found.factors)} modules of rank {found.rank} hold {100 * found.energy:.1f} % of the change (its energy)")
     typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
     if found.left_out:
         typer.echo(f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first")

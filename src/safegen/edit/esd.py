@@ -41,7 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """`paper`: ESD-u of the first code, its choice for nudity; `paper-x`: ESD-x. `rewritten`: the authors' present code for SD 1.4, whose
-`negative_guidance` 2 is our `strength` 1 (they subtract from e0(c), we from e0(blank)). `default`: ours, for the miniature model."""
+`negative_guidance` 2 is our `strength` 1 (they subtract from e0(c), we from e0(blank)); with `erase_from` both subtract from that, so
+that their 2 is `strength` 2 there. `default`: ours, for the miniature model."""
 
 
 class ESD(TrainedEdit):
@@ -55,7 +56,8 @@ class ESD(TrainedEdit):
     erase_from: str | None = None
     """Take the words out of this one only ("cowboy" without "a cowboy hat"): it is what is drawn and taught; None for the words at all."""
     strength: float = Field(default=1.0, ge=0)
-    """How far the target lies on the other side of the blank prediction; 0 is the blank one itself (eta in the paper)."""
+    """How far the target lies on the other side of the blank prediction; 0 is the blank one itself (eta in the paper). With erase_from, how
+    far it lies from the prediction for that one."""
     rollout: Literal["student", "base"] = "student"
     """Whose pictures are stopped on their way: the edited model's, anew for each batch (first code), or the untouched one's, made once."""
     trajectories: int = Field(default=16, ge=1)

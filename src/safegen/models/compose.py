@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from safegen.errors import BadPatch, BadSetting
 from safegen.models.model import Model
@@ -25,13 +26,25 @@ def overlapping(patches: Sequence[Patch]) -> list[str]:
     return sorted(twice)
 
 
+def conflicting(patches: Sequence[Patch]) -> list[str]:
+    """Return the weights that a patch changes though one before it does and it was not made on that one, sorted.
+
+    What was made on a model with the patch before it on has its change within: there the last one is what both do.
+    """
+    twice: set[str] = set()
+    for i, patch in enumerate(patches):
+        below = {b["hash"] for b in patch.provenance.get("under", ())}
+        twice |= {name for other in patches[:i] if other.hash not in below for name in patch.tensors.keys() & other.tensors.keys()}
+    return sorted(twice)
+
+
 def warn_of_overlap(patches: Sequence[Patch]) -> None:
-    """Warn where patches that are put on one after the other change the same weights: of those, only the last change is left.
+    """Warn where patches that are put on one after the other change the same weights, unknown to each other: only the last change is left.
 
     Warns:
         Overwritten: they do.
     """
-    if twice := overlapping(patches):
+    if twice := conflicting(patches):
         warnings.warn(
             f"{len(twice)} weights are changed by more than one patch, {twice[0]} first, and the last patch counts; "
             "`safegen patch merge --overlap add` adds the changes up",
@@ -46,11 +59,13 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
 
     Args:
         patches: at least two, made on one base.
-        overlap: for weights that several change: `refuse`, `add` the changes up (needs the model they are changes of), or keep the `last`.
+        overlap: for weights that several change, unknown to each other (`conflicting`): `refuse`, `add` the changes up (needs the model
+            that they are changes of), or keep the `last`. A patch that was made on another has that one's change within, which counts once.
         model: the base, without patches on it; needed to add. Given, every patch must fit it.
 
     Raises:
-        BadSetting: fewer than two patches, weights overlap and that is refused, or `add` has no model.
+        BadSetting: fewer than two patches, weights overlap and that is refused, `add` has no model, or what lay under a patch whose
+            change is to be added is not among them.
         BadPatch: the patches are of different bases or families, or one does not fit the model.
     """
     if len(patches) < 2:
@@ -64,7 +79,7 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     if model is not None:
         for patch in patches:
             patch.fits(model)
-    twice = overlapping(patches)
+    twice = conflicting(patches)
     if twice and overlap == "refuse":
         raise BadSetting(
             f"{len(twice)} weights are changed by more than one patch, {twice[0]} first; choose what becomes of them: add or last"
@@ -75,16 +90,32 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
             raise BadSetting("adding changes up needs the model that they are changes of; name it")
         own = dict(model.denoiser.named_parameters())
         for name in twice:
-            before = own[name].detach().cpu().double()
-            moves = [p.tensors[name].detach().cpu().double() - before for p in patches if name in p.tensors]
-            out[name] = (before + torch.stack(moves).sum(0)).float()
-    facts: dict[str, Any] = {"method": "merge", "overlap": overlap if twice else None, "overlapping": len(twice)}
+            moves = [_move(patch, name, own[name], patches) for patch in patches if name in patch.tensors]
+            out[name] = (own[name].detach().cpu().double() + torch.stack(moves).sum(0)).float()
+    facts: dict[str, Any] = {"method": "merge", "overlap": overlap if twice else None, "overlapping": len(overlapping(patches))}
     facts |= {"base": bases.pop()} if bases else {}
     facts |= {"family": families.pop()} if families else {}
     merged = {p.hash for p in patches}
     under = {b["hash"]: b for p in patches for b in p.provenance.get("under", ()) if b["hash"] not in merged}
     facts |= {"under": list(under.values())} if under else {}
     return Patch(out, facts | {"parts": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in patches]})
+
+
+def _move(patch: Patch, name: str, own: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """Return how far a patch moves a weight from what that was when the patch was made: from the base's, or a patch's that lay under it.
+
+    Raises:
+        BadSetting: one lay under it that is not among `patches`, so that this is not known.
+    """
+    before, given = own, {p.hash: p for p in patches}
+    for below in patch.provenance.get("under", ()):
+        if below["hash"] not in given:
+            raise BadSetting(
+                f"the change of {patch.provenance.get('method')} cannot be added: it was made on a model with another patch on it "
+                f"({below['method']}, hash {below['hash'][:12]}); merge that one too"
+            )
+        before = given[below["hash"]].tensors.get(name, before)
+    return patch.tensors[name].detach().cpu().double() - before.detach().cpu().double()
 
 
 def differ(one: Patch, other: Patch) -> Mapping[str, Any]:

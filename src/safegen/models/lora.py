@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Lora:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     """By weight of the denoiser: down (r, in[, h, w]) and up (out, r[, 1, 1])."""
     rank: int
+    """Columns of the widest factor."""
     kept: Mapping[str, float]
     """By weight, the share of its squared change that the factors hold."""
     left_out: tuple[str, ...]
@@ -54,10 +56,14 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
     Raises:
         BadSetting: the rank is below 1, or nothing that changed can be held.
         BadPatch: the patch does not fit the model.
+
+    Warns:
+        OtherBase: see `Patch.fits`; or a patch lay under this one when it was made, whose own change is not in the LoRA.
     """
     if rank < 1:
         raise BadSetting(f"the rank of a LoRA must be >= 1, got {rank}")
     patch.fits(model)
+    patch.miss_what_lay_under(model)
     own = dict(model.denoiser.named_parameters())
     factors, kept, left = {}, {}, []
     whole = held = 0.0
@@ -73,7 +79,7 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
             left.append(name)
     if not held:
         raise BadSetting("the patch changes nothing that a LoRA can hold: matrices and convolutions")
-    return Lora(factors, rank, kept, tuple(left), held / whole)
+    return Lora(factors, max(len(down) for down, _ in factors.values()), kept, tuple(left), held / whole)
 
 
 def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtype: torch.dtype = torch.float16, **facts: Any) -> None:  # noqa: ANN401
@@ -102,12 +108,20 @@ def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtyp
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     header = {"format": "pt", "ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.rank)}
     said = facts | {"energy": lora.energy, "family": model.family}
-    header |= {"ss_network_module": "networks.lora", "safegen": json.dumps(said, sort_keys=True)}
+    header |= _base_of(model) | {"ss_network_module": "networks.lora", "safegen": json.dumps(said, sort_keys=True)}
     with fresh_file(out) as tmp:
         try:
             save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, tmp, metadata=header)
         except SafetensorError as error:
             raise BadFile(f"{out} cannot be written: {error}") from error
+
+
+def _base_of(model: Model) -> dict[str, str]:
+    """Return the entries of a header by which A1111 tells which models a LoRA is for; without them it hides all but those of SD 1.x."""
+    second, v = bool(model.denoiser.config.use_linear_projection), "_v" if model.prediction == "v_prediction" else ""
+    if hasattr(model.denoiser, "add_embedding"):
+        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
+    return {"ss_base_model_version": f"sd_v{2 if second else 1}{v}", "ss_v2": str(second)}
 
 
 @torch.no_grad()
@@ -122,12 +136,15 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
         scale: its strength; 1 is as trained.
 
     Raises:
+        BadSetting: the scale is 0 or not finite.
         BadFile: not readable, a factor's partner is missing, or there is more in it than plain factors.
         BadPatch: a module has no counterpart of its shape, or the file says that it was made for another family.
 
     Warns:
         OtherBase: the file says that it was made on other weights.
     """
+    if not math.isfinite(scale) or not scale:
+        raise BadSetting(f"the scale of a LoRA must be a finite number other than 0, got {scale:g}")
     read = read_factors(path, model)
     own, out = dict(model.denoiser.named_parameters()), {}
     for name, (down, up, strength) in read.change.items():
@@ -186,8 +203,10 @@ def read_factors(path: Path, model: Model) -> Factors:
         partner = stem + FACTORS[kind]
         if partner not in tensors:
             raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
-        up, alpha = tensors[partner], float(tensors.get(f"{stem}.alpha", torch.tensor(float(default or len(down)))))
-        if not bool(down.isfinite().all() and up.isfinite().all()):
+        up, alpha = tensors[partner], float(tensors.get(f"{stem}.alpha", torch.tensor(float(len(down) if default is None else default))))
+        if not len(down):
+            raise BadFile(f"{path} has factors of rank 0 in {stem}, which change nothing; make or fetch it again")
+        if not bool(down.isfinite().all() and up.isfinite().all()) or not math.isfinite(alpha):
             raise BadFile(f"{path} has NaN or infinite values in {stem}; make or fetch it again")
         name, shape = stems[stem], (len(up), *down.shape[1:])
         if shape != own[name].shape or up.shape[1] != len(down):
@@ -220,14 +239,31 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
             tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if header.get("format") == FORMAT:
             raise BadFile(f"{path} is a safegen patch, not a LoRA; put it on with --patch, or turn it into one: safegen patch extract-lora")
-        said, theirs = json.loads(header.get("safegen", "{}")), json.loads(header.get("lora_adapter_metadata", "{}"))
+        said, theirs = (_object(header.get(key, "{}")) for key in ("safegen", "lora_adapter_metadata"))
+        default = theirs.get("unet.lora_alpha")
+        if default is not None and not isinstance(default, int | float):
+            raise ValueError(f"unet.lora_alpha is {default!r}")
     except (SafetensorError, OSError) as error:
         raise BadFile(f"{path} is not a readable safetensors file ({error}); make or fetch it again") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not what it should say
         raise BadFile(f"{path} is a damaged LoRA: its header cannot be read ({error}); make or fetch it again") from error
     if theirs.get("unet.alpha_pattern") or theirs.get("unet.use_rslora"):
         raise BadFile(f"{path} has modules of several strengths, or strengths by the root of the rank; neither is read")
-    return {_named(k): v for k, v in tensors.items()}, said, theirs.get("unet.lora_alpha")
+    return {_named(k): v for k, v in tensors.items()}, said, default
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Return what a header's JSON object says.
+
+    Raises:
+        ValueError: it is no object, or names base or family by anything but text.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{found!r} is no object")  # noqa: TRY004 - of the same kind as a text that is not JSON
+    if wrong := [key for key in ("base", "family") if not isinstance(found.get(key, ""), str)]:
+        raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}")
+    return found
 
 
 def _named(key: str) -> str:

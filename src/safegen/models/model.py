@@ -30,7 +30,7 @@ from safegen.models.hub import HUB, fetch, looks_like_hub
 from safegen.tables import MODELS, resolve
 
 if TYPE_CHECKING:
-    from safegen.models.patch import Patch
+    from safegen.models.patch import Applied, Patch
 
 XL = "StableDiffusionXLPipeline"
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -52,8 +52,13 @@ class Model:
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     folder: Path | None = None
     """The folder it was read from, where that is known: parts that are not loaded (the safety checker) lie there."""
-    patches: list[Patch] = field(default_factory=list)
-    """Patches that are on it now, in order; `Patch.apply` puts them here and its undoing takes them away."""
+    applied: list[Applied] = field(default_factory=list)
+    """What is on it now, in order; `Patch.apply` puts it here and its undoing takes it away."""
+
+    @property
+    def patches(self) -> list[Patch]:
+        """Patches that are on it now, in order, but for those that are not to be named."""
+        return [one.patch for one in self.applied if one.named]
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +32,30 @@ class Overwritten(UserWarning):
     """Several patches on one model change the same weights, and the last one counts."""
 
 
+class _Named(BaseModel):
+    """A patch by method and hash."""
+
+    method: str
+    hash: str
+
+
+class _Part(BaseModel):
+    """A patch that another was merged of."""
+
+    hash: str
+    provenance: dict[str, Any]
+
+
+class _Said(BaseModel):
+    """What is read of a file's provenance, wherever that comes from; whatever else it says is kept as it is."""
+
+    base: str | None = None
+    family: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    under: list[_Named] = Field(default_factory=list)
+    parts: list[_Part] = Field(default_factory=list)
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """New values by parameter name of the denoiser, and where they come from."""
@@ -38,7 +63,7 @@ class Patch:
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """method, settings, base (model hash), under (method and hash of each patch that lay under it when it was made), family, data (triplets
-    hash), made_by, metrics: plain JSON values."""
+    hash), metrics (what `save_patch` was given): plain JSON values."""
 
     @cached_property
     def hash(self) -> str:
@@ -85,6 +110,11 @@ class Patch:
                 raise BadFile(f"{path} has NaN or infinite values in {key}; make it again")
         try:
             provenance = json.loads(header.get("provenance", ""))
+            _Said.model_validate(provenance)
+        except ValidationError as error:
+            e = error.errors(include_url=False)[0]
+            why = f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}"
+            raise BadFile(f"{path} is a damaged safegen patch: its provenance cannot be used ({why}); make or fetch it again") from error
         except json.JSONDecodeError as error:
             raise BadFile(f"{path} is a damaged safegen patch: its provenance cannot be read ({error}); make or fetch it again") from error
         return cls(tensors, provenance)
@@ -135,29 +165,21 @@ class Patch:
             )
         base = self.provenance.get("base")
         if base is not None and base != model.hash:
+            rounded = model.denoiser.dtype
+            why = f" (loaded as {str(rounded).removeprefix('torch.')}, which alone changes that)" if rounded != torch.float32 else ""
             warnings.warn(
-                f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: it puts {self.change(model)}; "
-                "measure the result before you trust it",
+                f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}{why}: it puts "
+                f"{self.change(model)}; measure the result before you trust it",
                 OtherBase,
                 stacklevel=3,
             )
 
-    @torch.no_grad()
-    def apply(self, model: Model, *, named: bool = True) -> Applied:
-        """Put the new values into the model, in memory; the answer takes them out again exactly.
-
-        Args:
-            model: the model.
-            named: whether what is made of the model meanwhile says that this patch lay under it.
-
-        Raises:
-            BadPatch: see `fits`; then nothing was changed.
+    def miss_what_lay_under(self, model: Model) -> None:
+        """Warn of each patch that lay under this one when it was made and is not on a model.
 
         Warns:
-            OtherBase: see `fits`; or a patch that lay under it when it was made is not on the model.
+            OtherBase: there is one.
         """
-        _ = model.hash  # of the untouched weights: what patches refer to
-        self.fits(model)
         there = {patch.hash for patch in model.patches} if self.provenance.get("under") else set()
         for below in self.provenance.get("under", ()):
             if below["hash"] not in there:
@@ -165,33 +187,71 @@ class Patch:
                     f"the patch was made on a model with another patch on it ({below['method']}, hash {below['hash'][:12]}), which is not "
                     f"on {model.name!r}: put that one on first, or measure the result before you trust it",
                     OtherBase,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        if named:
-            model.patches.append(self)
+
+    @torch.no_grad()
+    def apply(self, model: Model, *, named: bool = True) -> Applied:
+        """Put the new values into the model, in memory; the answer takes them out again exactly, whatever was put on after it.
+
+        Args:
+            model: the model.
+            named: whether what is made of the model meanwhile says that this patch lay under it.
+
+        Raises:
+            BadPatch: see `fits`, or a value is not finite in the model's type; then nothing was changed.
+
+        Warns:
+            OtherBase: see `fits`; or a patch that lay under it when it was made is not on the model.
+        """
+        _ = model.hash  # of the untouched weights: what patches refer to
+        self.fits(model)
         own = dict(model.denoiser.named_parameters())
-        before = {k: own[k].detach().clone() for k in self.tensors}
         for key, value in self.tensors.items():
-            own[key].copy_(value)
-        return Applied(model, before, self)
+            if not bool(value.to(own[key].dtype).isfinite().all()):
+                raise BadPatch(
+                    f"the patch has values in {key} that are not finite as {str(own[key].dtype).removeprefix('torch.')}, the type of the "
+                    f"model {model.name!r}; load the model as fp32 or bf16, or make the patch again"
+                )
+        self.miss_what_lay_under(model)
+        applied = Applied(model, {k: own[k].detach().clone() for k in self.tensors}, self, named)
+        model.applied.append(applied)
+        try:
+            for key, value in self.tensors.items():
+                own[key].copy_(value)
+        except BaseException:
+            applied.undo()
+            raise
+        return applied
 
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """A patch that is on a model. `undo()` gives the model back bit for bit; also usable in a `with`."""
+    """A patch that is on a model. `undo()` takes it off bit for bit; also usable in a `with`."""
 
     model: Model
-    before: Mapping[str, Tensor]
+    before: dict[str, Tensor]
+    """What lies under it."""
     patch: Patch
+    named: bool = True
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the old values back."""
+        """Put the old values back; where another patch was put on after it, that one keeps its own and has these under it now.
+
+        A patch that is off already stays off.
+        """
+        if self not in self.model.applied:
+            return
+        above = self.model.applied[self.model.applied.index(self) + 1 :]
         own = dict(self.model.denoiser.named_parameters())
         for key, value in self.before.items():
-            own[key].copy_(value)
-        if self.patch in self.model.patches:
-            self.model.patches.remove(self.patch)
+            on_it = next((one for one in above if key in one.before), None)
+            if on_it is None:
+                own[key].copy_(value)
+            else:
+                on_it.before[key] = value
+        self.model.applied.remove(self)
 
     def __enter__(self) -> Applied:
         """Return itself."""
