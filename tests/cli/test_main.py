@@ -9,6 +9,7 @@ from PIL import Image
 
 from safegen.data.triplets import is_sheet
 from safegen.mini import bundle
+from safegen.models import Patch
 
 
 def test_generate_draws_and_writes_how(safegen, tmp_path):
@@ -195,5 +196,8 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safege
     assert ("<svg" in page, "the chart of the losses needs matplotlib" in page) == (charts, not charts)
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert page.count("data:image/png;base64,") >= 4 * len(summary["lists"])
+    (figures,) = Patch.load(out / "patch.safetensors").provenance["metrics"]
+    removed = {name: entry["removal"] for name, entry in figures["lists"].items()}
+    assert removed == {f"{name} ({row['role']})": row.get("removal") for name, row in summary["lists"].items()}
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 100

@@ -119,7 +119,7 @@ def extract_lora(
     model: Model,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
     rank: Annotated[int, typer.Option(help="Rank, at most.")] = 16,
-    keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI, InvokeAI) or diffusers.")] = "kohya",
+    keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI; InvokeAI if keys or values of attn2 change) or diffusers.")] = "kohya",
     no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,

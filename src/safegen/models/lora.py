@@ -89,7 +89,8 @@ def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtyp
         lora: the factors.
         model: the model they are for, whose names they get.
         out: the new file.
-        keys: `kohya` for A1111, ComfyUI and InvokeAI, `diffusers` for `load_lora_weights`.
+        keys: `kohya` for A1111 and ComfyUI, `diffusers` for `load_lora_weights`. InvokeAI reads kohya's too, but tells SD 1.x and 2.x by
+            the width of attn2's keys and values, and refuses a file without any.
         dtype: of the factors.
         facts: what else the header says, as plain values.
 
