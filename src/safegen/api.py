@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,8 +15,9 @@ from safegen.concept import Concept, load_concept
 from safegen.data.triplets import Triplets
 from safegen.edit.base import Edit, refuse_idle
 from safegen.edit.loop import Report
-from safegen.errors import BadSetting, UnknownName
+from safegen.errors import BadFile, BadSetting, MissingExtra, UnknownName
 from safegen.files import short
+from safegen.judge import load_judge
 from safegen.models.compose import warn_of_overlap
 from safegen.models.model import Model, save_folder
 from safegen.models.patch import Patch
@@ -66,6 +68,48 @@ def refuse_idle_concept(
         )
 
 
+LOOKED_AT = 16
+"""Unsafe pictures that are judged at once, until one shows the concept."""
+
+
+class Unchecked(UserWarning):
+    """Nobody could look whether triplets show the concept that they are said to show."""
+
+
+def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
+    """Refuse triplets on whose unsafe side the concept's judge sees it nowhere: they would take out something else.
+
+    The judge looks until it has seen the concept once.
+
+    Raises:
+        BadSetting: it is in none of the pictures that could be judged.
+        BadFile: a picture is missing or changed.
+
+    Warns:
+        Unchecked: the judge cannot be opened here, or could judge no picture.
+    """
+    known = load_concept(concept) if isinstance(concept, str) else concept
+    try:
+        judge = load_judge(known.judge, labels=known.labels, threshold=known.threshold)
+    except (MissingExtra, BadFile) as error:
+        warnings.warn(f"nobody looked whether the triplets show {known.name!r}: {error}", Unchecked, stacklevel=2)
+        return
+    judged = 0
+    for start in range(0, len(triplets), LOOKED_AT):
+        part = range(start, min(start + LOOKED_AT, len(triplets)))
+        verdicts = judge.judge([triplets.images(i)[0] for i in part])
+        if any(verdict.sees(known.labels, known.threshold) for verdict in verdicts):
+            return
+        judged += sum(verdict.outcome != "unjudged" for verdict in verdicts)
+    if not judged:
+        warnings.warn(f"nobody could see whether the triplets show {known.name!r}: all of them are unjudged", Unchecked, stacklevel=2)
+        return
+    raise BadSetting(
+        f"the triplets' unsafe pictures must show the concept {known.name!r}, and judge {known.judge} sees it in none of {judged}; "
+        "name the concept that they show, or make triplets of this one"
+    )
+
+
 def edit(
     model: Model,
     method: str = "safegen",
@@ -103,6 +147,8 @@ def edit(
     recipe = make_edit(method, preset, concept=concept, **settings)
     refuse_idle(recipe, triplets, folder, resume)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
+    if concept is not None and rows is not None:
+        refuse_other_pictures(concept, rows)
     return recipe.apply(model, rows, folder=folder, resume=resume, report=report)
 
 

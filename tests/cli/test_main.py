@@ -43,6 +43,10 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
             "concept has no effect here",
         ),
         (["edit", "mini", "--triplets", "TRIPLETS", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
+        (
+            ["edit", "mini", "--triplets", "TRIPLETS", "--concept", "fire", "--out", "OUT"],
+            "judge mini sees it in none of 100; name the concept",
+        ),
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"], "held_out has no effect without"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"], "nothing to resume"),
         (["edit", "mini", "--out", "OUT"], "safegen learns from pictures; give triplets"),

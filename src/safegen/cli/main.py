@@ -143,7 +143,7 @@ def edit(
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
-    from safegen.api import make_edit, refuse_idle_concept, save_patch
+    from safegen.api import make_edit, refuse_idle_concept, refuse_other_pictures, save_patch
     from safegen.bench.card import refuse_taken
     from safegen.data.triplets import Triplets
     from safegen.edit.base import refuse_idle
@@ -156,6 +156,9 @@ def edit(
     recipe = make_edit(method, preset, concept=concept, **changes)
     refuse_idle(recipe, triplets, work, resume)
     rows = Triplets.load(triplets) if triplets else None
+    if concept is not None and rows is not None:
+        with one_line_warnings():
+            refuse_other_pictures(concept, rows)
     if recipe.trains:
         work = work or out.with_name(out.name + ".work")
         if not resume and (work / "checkpoint.safetensors").exists():
