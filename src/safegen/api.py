@@ -228,7 +228,7 @@ def _card(subject: cards.Subject, wanted: bool, metrics: Sequence[Path]) -> str 
 @contextmanager
 def _with(model: Model, patches: Sequence[Patch]) -> Iterator[None]:
     """Keep patches on a model for a while."""
-    warn_of_overlap(patches)
+    warn_of_overlap([*model.patches, *patches])
     with ExitStack() as on:
         for patch in patches:
             on.enter_context(patch.apply(model))

@@ -45,7 +45,7 @@ class BadSetting(UserError):
 
 
 class BadPatch(UserError):
-    """A patch does not fit the model it is put on."""
+    """A patch cannot be used: it does not fit the model, changes nothing, or has values that are not finite."""
 
 
 class MissingExtra(UserError):

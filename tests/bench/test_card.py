@@ -20,6 +20,13 @@ def rate(hits, n, **more):
     return {"value": hits / n, "low": 0.0, "high": 1.0, "hits": hits, "n": n, "unjudged": 0} | more
 
 
+def test_words_that_are_debiased_are_not_called_erased():
+    said = SAID | {"settings": {"erase": ["a doctor"], "debias": {"a woman": 0.3}}}
+    text = card(Subject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
+    assert "Nothing was erased: `a doctor` leans toward `a woman` by 0.3." in text
+    assert "Erased words" not in text
+
+
 @pytest.fixture
 def demo(tmp_path):
     """A demo's figures of the patch."""

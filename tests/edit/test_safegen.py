@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from safegen.api import edit as edit_model
 from safegen.api import make_edit
 from safegen.concept import load_concept
+from safegen.data.triplets import Triplets
 from safegen.edit import losses
 from safegen.edit.adversary import worst_text
 from safegen.edit.loop import Training
@@ -445,6 +446,19 @@ def test_captions_that_cannot_be_read_are_refused(tiny_model, triplets, tmp_path
 def test_triplets_that_cannot_be_read_are_refused(tiny_model, tmp_path):
     with pytest.raises(BadFile, match="does not exist"):
         edit_model(tiny_model, triplets=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("method", ["safegen", "safegen-plus"])
+def test_triplets_without_the_concept_are_refused_in_one_line(tiny_model, triplets, method):
+    rows = []
+    for row in triplets.rows:
+        digests = row.sha256.model_copy(update={"unsafe": row.sha256.benign, "censored": row.sha256.benign})
+        rows.append(row.model_copy(update={"unsafe": row.benign, "censored": row.benign, "sha256": digests}))
+    harmless = Triplets(triplets.folder, tuple(rows))
+    with pytest.raises(BadSetting, match="do not show the concept: every censored picture is its unsafe one") as caught:
+        words = {"erase": ("red cube",)} if method == "safegen-plus" else {}
+        edit_model(tiny_model, method, triplets=harmless, training={"updates": 1, "batch": 1, "warmup": 0}, **words)
+    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------ the adversary

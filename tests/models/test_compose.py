@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from safegen.api import export_folder
 from safegen.errors import BadPatch, BadSetting
 from safegen.models import Patch, select
 from safegen.models.compose import differ, merge, overlapping, warn_of_overlap
@@ -120,6 +121,13 @@ def test_refusals(make_model, parts):
 def test_a_merged_patch_says_its_family(parts):
     said = [Patch(p.tensors, dict(p.provenance) | {"family": "one"}) for p in parts]
     assert merge([said[0], said[2]]).provenance["family"] == "one"
+
+
+def test_a_patch_that_is_on_already_is_not_undone_without_a_word(make_model, parts, tmp_path):
+    first, second, _ = parts
+    model = make_model()
+    with first.apply(model), pytest.warns(Overwritten, match="1 weights are changed by more than one patch"):
+        export_folder(model, tmp_path / "out", patches=[second])
 
 
 def test_patches_that_would_undo_each_other_are_warned_about(parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -35,6 +36,20 @@ def test_what_is_in_the_cache_is_loaded_without_a_network(home, tiny_model, tiny
     shutil.rmtree(found.folder / "vae")
     with pytest.raises(BadFile, match=r"hub:me/tiny cannot be read: it has no weights, for there is no \.safetensors file in .*vae"):
         load("hub:me/tiny")
+
+
+def test_parts_that_are_named_and_not_fetched_are_not_missed(home, tiny_model, tiny_folder, tmp_path):
+    """Every published SD 1.x names a safety checker and its image processor; `fetch` leaves both out."""
+    shutil.copytree(tiny_folder, tmp_path / "named")
+    index = tmp_path / "named" / "model_index.json"
+    unfetched = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    unfetched |= {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]}  # a name that transformers no longer has
+    index.write_text(json.dumps(json.loads(index.read_text()) | unfetched))
+    cache(home, "me/named", tmp_path / "named")
+    found = load("hub:me/named")
+    assert found.hash == tiny_model.hash
+    save_folder(found, tmp_path / "out")
+    assert load(str(tmp_path / "out")).hash == tiny_model.hash
 
 
 def test_an_sdxl_of_the_hub_is_one(home, make_tiny, tmp_path):

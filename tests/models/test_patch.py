@@ -107,6 +107,7 @@ DAMAGE = {
     "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "is not a safegen patch"),
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
+    "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch of nothing"),
     "no provenance": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "provenance"),
     "provenance no object": (lambda p: _resave(p, _nothing, _says("[]")), "provenance cannot be used"),
     "provenance null": (lambda p: _resave(p, _nothing, _says("null")), "provenance cannot be used"),
@@ -128,6 +129,16 @@ def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, da
         Patch.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
+    name = next(iter(patch.tensors))
+    with pytest.raises(BadPatch, match=f"is not written: the patch has NaN or infinite values in {name}"):
+        Patch(dict(patch.tensors) | {name: torch.full_like(patch.tensors[name], value)}).save(tmp_path / "p.safetensors")
+    with pytest.raises(BadPatch, match="is not written: the patch changes nothing"):
+        Patch({}).save(tmp_path / "p.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------ on and off

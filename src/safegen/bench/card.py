@@ -174,7 +174,10 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
         lay = ", then ".join(f"{_plain(str(one['method']))} `{str(one['hash'])[:12]}`" for one in below)
         yield f"Made on a model with other patches on it: {lay}. Without them it is not what was made.\n"
     words = settings.get("erase")
-    if words:
+    if words and (shares := settings.get("debias")):
+        toward = ", ".join(f"`{_plain(name)}` by {share:g}" for name, share in shares.items())
+        yield f"Nothing was erased: {', '.join(f'`{_plain(word)}`' for word in words)} leans toward {toward}.\n"
+    elif words:
         yield f"Erased words: {', '.join(f'`{_plain(word)}`' for word in words)}.\n"
     elif "data" in said:
         yield "The concept was shown in pictures, not named: no word of it is in the patch.\n"

@@ -123,7 +123,8 @@ class SafeGenProblem:
         """Encode every triplet and caption once.
 
         Raises:
-            BadSetting: too few triplets for a held-out part, or the model's schedule has fewer timesteps than asked for.
+            BadSetting: too few triplets for a held-out part, none that shows the concept, or the model's schedule has fewer timesteps than
+                asked for.
         """
         self.edit, self.prediction = edit, model.prediction
         self.abar = model.alphas_cumprod().to(model.device)
@@ -134,6 +135,8 @@ class SafeGenProblem:
         self.attack = at_work(edit.adversary, model, names)
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
+        if torch.equal(self.latents[0], self.latents[1]):
+            raise BadSetting("the triplets do not show the concept: every censored picture is its unsafe one, so there is nothing to unlearn")
         n = self.latents.shape[2]
         part = (edit.held_out or HELD_OUT) if edit.training.validate_every else 0.0
         spare = round(n * part)

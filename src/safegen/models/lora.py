@@ -85,6 +85,8 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
 def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtype: torch.dtype = torch.float16, **facts: Any) -> None:  # noqa: ANN401
     """Write a LoRA to a new safetensors file; its strength 1 is the patch.
 
+    Narrower factors are filled up with zeros to the widest: of unequal ranks, releases of diffusers misread the strengths.
+
     Args:
         lora: the factors.
         model: the model they are for, whose names they get.
@@ -99,10 +101,12 @@ def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtyp
     """
     original = unet_names(model.denoiser.state_dict()) if hasattr(model.denoiser, "add_embedding") else {}
     tensors: dict[str, Tensor] = {}
-    for name, (down, up) in lora.factors.items():
+    for name, (narrow_down, narrow_up) in lora.factors.items():
+        more = lora.rank - len(narrow_down)
+        down = torch.cat([narrow_down, narrow_down.new_zeros(more, *narrow_down.shape[1:])])
+        up = torch.cat([narrow_up, narrow_up.new_zeros(len(narrow_up), more, *narrow_up.shape[2:])], dim=1)
         if keys == "kohya":
-            stem, up = lora_name(name, original.get(name)), up * (len(down) / lora.rank)  # noqa: PLW2901
-            alpha = torch.tensor(float(lora.rank))  # one for all modules, whatever their rank: diffusers reads no other
+            stem, alpha = lora_name(name, original.get(name)), torch.tensor(float(lora.rank))
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
         else:
             stem = "unet." + name.removesuffix(".weight")

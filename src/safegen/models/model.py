@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 
 XL = "StableDiffusionXLPipeline"
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "StableDiffusionPipeline": (StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}),
-    XL: (StableDiffusionXLPipeline, {}),
-}
-"""Pipeline class named in model_index.json: the class that opens it, and what it is told."""
+    "StableDiffusionPipeline": (
+        StableDiffusionPipeline, {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    ),
+    XL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
+}  # fmt: skip
+"""Pipeline class named in model_index.json: the class that opens it, and what it is told: parts that draw nothing may lack their folders."""
 PARTS = ("unet", "vae", "text_encoder")
 """Parts of every pipeline that have weights; SDXL has `text_encoder_2` too (`Model.parts`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -298,8 +300,8 @@ def save_folder(model: Model, out: Path, *, card: str | None = None) -> None:
             save_vocabulary(folder)
         forget_places(tmp)
         index = tmp / "model_index.json"
-        facts = json.loads(index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
-        index.write_text(json.dumps(facts | _keep_unloaded(model, tmp), indent=2) + "\n", encoding="utf-8")
+        facts = json.dumps(json.loads(index.read_text(encoding="utf-8")) | _keep_unloaded(model, tmp), indent=2)
+        index.write_text(facts.replace("CLIPImageProcessorPil", "CLIPImageProcessor") + "\n", encoding="utf-8")
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
 

@@ -74,8 +74,14 @@ class Patch:
         """Write the patch to a new file.
 
         Raises:
+            BadPatch: it changes nothing, or has values that are not finite, so that it could not be read again.
             BadFile: `out` exists or cannot be written.
         """
+        if not self.tensors:
+            raise BadPatch(f"{out} is not written: the patch changes nothing")
+        for key, value in self.tensors.items():
+            if not bool(value.isfinite().all()):
+                raise BadPatch(f"{out} is not written: the patch has NaN or infinite values in {key}; make it again")
         header = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance), sort_keys=True)}
         with fresh_file(out) as tmp:
             try:
@@ -88,7 +94,7 @@ class Patch:
         """Read a patch.
 
         Raises:
-            BadFile: missing, truncated, not a patch, or with NaN in its values.
+            BadFile: missing, truncated, not a patch, one of nothing, or with NaN in its values.
         """
         if not path.is_file():
             raise BadFile(f"the patch {str(path)!r} does not exist")
@@ -105,6 +111,8 @@ class Patch:
             )
         if header.get("format") != FORMAT:
             raise BadFile(f"{path} is not a safegen patch: its header says format {header.get('format')!r}, a patch says {FORMAT!r}")
+        if not tensors:
+            raise BadFile(f"{path} is a safegen patch of nothing: it has no tensors; make or fetch it again")
         for key, value in tensors.items():
             if not bool(value.isfinite().all()):
                 raise BadFile(f"{path} has NaN or infinite values in {key}; make it again")

@@ -218,7 +218,7 @@ def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> Any:  
             for part, module in parts.items():
                 _fill(build, part, module.float(), tensors, path)
             kind, options = FAMILIES[family]
-            return kind.from_pretrained(config, **parts, feature_extractor=None, **options, local_files_only=True)
+            return kind.from_pretrained(config, **parts, **options, local_files_only=True)
     except BadFile:
         raise
     except Exception as error:  # diffusers and transformers raise a dozen kinds; all mean that this folder cannot be used
