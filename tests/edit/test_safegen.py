@@ -497,8 +497,8 @@ def test_a_concept_that_lends_nothing_is_refused_in_one_line(tiny_model, triplet
     assert "\n" not in str(caught.value)
 
 
-def test_a_concept_that_lends_its_captions_is_taken(tiny_model, triplets):
-    patch = edit_model(tiny_model, triplets=triplets, concept="skulls", training={"updates": 1, "batch": 1, "warmup": 0})
+def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
+    patch = edit_model(tiny_model, triplets="mini:skulls", concept="skulls", training={"updates": 1, "batch": 1, "warmup": 0})
     assert patch.provenance["settings"]["captions"] == list(load_concept("skulls").captions)
 
 
