@@ -455,8 +455,8 @@ def test_triplets_without_the_concept_are_refused_in_one_line(tiny_model, triple
         digests = row.sha256.model_copy(update={"unsafe": row.sha256.benign, "censored": row.sha256.benign})
         rows.append(row.model_copy(update={"unsafe": row.benign, "censored": row.benign, "sha256": digests}))
     harmless = Triplets(triplets.folder, tuple(rows))
+    words = {"erase": ("red cube",)} if method == "safegen-plus" else {}
     with pytest.raises(BadSetting, match="do not show the concept: every censored picture is its unsafe one") as caught:
-        words = {"erase": ("red cube",)} if method == "safegen-plus" else {}
         edit_model(tiny_model, method, triplets=harmless, training={"updates": 1, "batch": 1, "warmup": 0}, **words)
     assert "\n" not in str(caught.value)
 

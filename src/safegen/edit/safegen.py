@@ -136,7 +136,9 @@ class SafeGenProblem:
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
         if torch.equal(self.latents[0], self.latents[1]):
-            raise BadSetting("the triplets do not show the concept: every censored picture is its unsafe one, so there is nothing to unlearn")
+            raise BadSetting(
+                "the triplets do not show the concept: every censored picture is its unsafe one, so there is nothing to unlearn"
+            )
         n = self.latents.shape[2]
         part = (edit.held_out or HELD_OUT) if edit.training.validate_every else 0.0
         spare = round(n * part)

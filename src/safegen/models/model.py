@@ -39,7 +39,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     XL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
 }  # fmt: skip
-"""Pipeline class named in model_index.json: the class that opens it, and what it is told: parts that draw nothing may lack their folders."""
+"""Pipeline class named in model_index.json: the class that opens it, what it is told: parts that draw nothing may lack their folders."""
 PARTS = ("unet", "vae", "text_encoder")
 """Parts of every pipeline that have weights; SDXL has `text_encoder_2` too (`Model.parts`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
