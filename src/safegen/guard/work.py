@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safegen.errors import UserError, wants_memory
-from safegen.guard.base import ACTIONS, COVERS, Call, Finding, Guard, Note, Ready, Turn
+from safegen.guard.base import ACTIONS, COVERS, GONE, Call, Finding, Guard, Note, Ready, Turn
 from safegen.models.seams import Seam, Text
 
 
@@ -84,7 +84,7 @@ class Work:
     def keep(self, findings: Sequence[Finding], at: Sequence[int], *, seen: bool = False) -> None:
         """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
 
-        A finding with a score that is no number decided nothing: that picture is withheld.
+        A finding with a score that is no number decided nothing: that picture is withheld, whatever the guard says of it afterwards.
 
         Args:
             findings: what the guard said.
@@ -100,7 +100,8 @@ class Work:
             if found.action not in ACTIONS or (found.action in COVERS and not (seen and found.image is not None)):
                 raise Failed(self.guard.name, ValueError(f"the action {found.action!r} hides nothing without a picture to show"))
             old, odd = self.findings[i], [k for k, v in {**found.scores, **found.thresholds}.items() if not math.isfinite(v)]
-            last = Finding("withhold", f"not-finite: {', '.join(odd)}") if odd else old if found.action == "none" else found
+            stays = found.action == "none" or old.action in GONE
+            last = Finding("withhold", f"not-finite: {', '.join(odd)}") if odd else old if stays else found
             scores = {k: v for k, v in {**old.scores, **found.scores}.items() if k not in odd}
             limits = {k: v for k, v in {**old.thresholds, **found.thresholds}.items() if k not in odd}
             self.findings[i] = Finding(last.action, last.reason, scores, limits)
