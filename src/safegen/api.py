@@ -86,12 +86,12 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
         BadFile: a picture is missing or changed.
 
     Warns:
-        Unchecked: the judge cannot be opened here, or could judge no picture.
+        Unchecked: the judge cannot be opened here (a library or weights that only its user can name), or could judge no picture.
     """
     known = load_concept(concept) if isinstance(concept, str) else concept
     try:
         judge = load_judge(known.judge, labels=known.labels, threshold=known.threshold)
-    except (MissingExtra, BadFile) as error:
+    except (MissingExtra, BadFile, BadSetting) as error:
         warnings.warn(f"nobody looked whether the triplets show {known.name!r}: {error}", Unchecked, stacklevel=2)
         return
     judged = 0

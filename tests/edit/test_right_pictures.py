@@ -44,6 +44,13 @@ def test_a_judge_that_is_not_here_is_said_and_not_passed_over(monkeypatch):
         api.refuse_other_pictures("skulls", Triplets.load("mini:skulls"))
 
 
+@pytest.mark.parametrize(("judge", "label"), [("clip", "skulls"), ("q16", "inappropriate"), ("sd-safety-checker", "nude")])
+def test_a_concept_whose_judge_asks_for_weights_that_only_its_user_can_name_is_taken_with_a_word(judge, label):
+    own = load_concept("skulls").model_copy(update={"judge": judge, "labels": (label,)})
+    with pytest.warns(api.Unchecked, match=f"nobody looked whether the triplets show 'skulls': the judge '{judge}' needs"):
+        api.refuse_other_pictures(own, Triplets.load("mini:skulls"))
+
+
 def test_pictures_that_nobody_can_judge_are_said_too(monkeypatch):
     from safegen.judge import Verdict
 
