@@ -25,6 +25,8 @@ nightly: .venv/installed ## the slow proofs too: the shipped model's required fi
 
 bench: .venv/installed ## the figures in docs/, made again in a folder of their own (some hours)
 	$(BIN)/python benchmarks/required.py --out $(FIGURES)
+	$(BIN)/python benchmarks/counts.py $(FIGURES)/skulls
+	$(BIN)/python benchmarks/counts.py $(FIGURES)/fire
 	$(BIN)/python benchmarks/ablation.py --out $(FIGURES)/ablation.jsonl
 	$(BIN)/python benchmarks/ablation.py --table $(FIGURES)/ablation.jsonl
 	$(BIN)/python benchmarks/edits.py --out $(FIGURES)/edits.jsonl
