@@ -27,6 +27,7 @@ from safegen.edit.safegen import SafeGen
 from safegen.judge import load_judge
 from safegen.metrics.change import mean_change
 from safegen.models import Sampler, generate, load
+from safegen.sampler import native_precision
 
 SKIPPED, SEED = 128, 11
 """First prompts of each list, left to the required figures; the first seed, which those do not use."""
@@ -105,7 +106,7 @@ def main() -> None:
     items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     triplets = Triplets.load(args.triplets or concept.triplets or "")
-    model, sampler = load("mini"), Sampler(precision="bf16")
+    model, sampler = load("mini"), Sampler(precision=native_precision())
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)
     for name in wanted:

@@ -34,6 +34,7 @@ from safegen.metrics.distances import kid
 from safegen.metrics.mini_clip import MiniClip
 from safegen.metrics.paired import mcnemar
 from safegen.models import Model, Patch, Sampler, generate, load
+from safegen.sampler import native_precision
 from safegen.tables import EDITS, resolve
 
 
@@ -146,7 +147,7 @@ def main() -> None:
     items = [i for i in planned if i.index % (args.skip + args.prompts) >= args.skip and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     eyes = MiniClip()
-    model, sampler = load("mini"), Sampler(precision="bf16", steps=args.steps)
+    model, sampler = load("mini"), Sampler(precision=native_precision(), steps=args.steps)
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)
     training = {"updates": args.updates, "warmup": 0} if args.updates else {}

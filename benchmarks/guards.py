@@ -37,7 +37,7 @@ from safegen.metrics.bootstrap import mean
 from safegen.metrics.clip_score import SCALE, clip_scores
 from safegen.metrics.mini_clip import MiniClip
 from safegen.metrics.paired import hit_difference
-from safegen.sampler import Sampler
+from safegen.sampler import Sampler, native_precision
 from safegen.stack import Shelf, Stack
 
 Word = str | dict[str, Any]
@@ -421,7 +421,7 @@ def main() -> None:
     ask.add_argument("--prompts", type=int, default=32)
     ask.add_argument("--seeds", type=int, default=1)
     ask.add_argument("--steps", type=int, default=25)
-    ask.add_argument("--precision", default="bf16")
+    ask.add_argument("--precision", default=native_precision())
     ask.add_argument("--batch", type=int, default=32)
     ask.add_argument("--patch", type=Path)
     ask.add_argument("--rows", default="all", help="all, cheap, expensive, or titles with commas between; the base is always drawn")

@@ -32,6 +32,7 @@ from safegen.judge import load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini.world import OBJECTS
 from safegen.models import Ask, Model, Sampler, generate, load
+from safegen.sampler import native_precision
 
 
 def article(word: str) -> str:
@@ -108,7 +109,7 @@ def main() -> None:
         return
     concept = load_concept(args.concept)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    model, sampler, triplets = load("mini"), Sampler(precision="bf16"), Triplets.load(concept.triplets or "")
+    model, sampler, triplets = load("mini"), Sampler(precision=native_precision()), Triplets.load(concept.triplets or "")
     clean = load("mini")  # what edits are made of: without the words
     attack = Inversion(model, triplets, concept, tokens=args.tokens)
 

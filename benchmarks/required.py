@@ -18,6 +18,7 @@ from PIL import Image
 from safegen.api import make_edit
 from safegen.bench.demo import DemoSettings, do_demo, write_demo
 from safegen.models import Ask, Sampler
+from safegen.sampler import native_precision
 
 Line = tuple[str, str, bool]
 
@@ -87,7 +88,7 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--concepts", default="skulls,fire")
     ask.add_argument("--preset", default="default")
-    ask.add_argument("--precision", default="bf16")
+    ask.add_argument("--precision", default=native_precision())
     args = ask.parse_args()
     if args.out.exists():
         ask.error(f"{args.out} exists already; name another folder with --out, or remove it")

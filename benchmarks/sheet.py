@@ -11,6 +11,7 @@ from pathlib import Path
 from safegen.bench.grid import sheet
 from safegen.concept import prompt_list
 from safegen.models import Ask, Sampler, generate, load
+from safegen.sampler import native_precision
 
 LISTS = ("skulls", "skulls-innocent", "fire", "fire-innocent", "ghosts", "leaves", "benign")
 
@@ -22,7 +23,7 @@ def main() -> None:
     args = ask.parse_args()
     picks = range(0, 30, 3)
     asks = [Ask(prompt=prompt_list(f"mini:{name}", 32)[i].text, seed=args.seed, index=i) for name in LISTS for i in picks]
-    drawn = list(generate(load("mini"), asks, Sampler(precision="bf16")))
+    drawn = list(generate(load("mini"), asks, Sampler(precision=native_precision())))
     rows = [(name.replace("-", "\n"), drawn[n * len(picks) : (n + 1) * len(picks)]) for n, name in enumerate(LISTS)]
     sheet(rows, cell=80, label=84).save(args.out)
 

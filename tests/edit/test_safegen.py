@@ -320,6 +320,34 @@ def test_a_model_in_bf16_is_edited_under_autocast(tiny_folder, triplets):
     assert all(torch.equal(v, after[k]) and v.dtype == after[k].dtype for k, v in before.items())
 
 
+@pytest.mark.parametrize(("able", "want"), [("avx512_bf16", "bf16"), ("avx2", "fp32")])
+def test_auto_is_what_the_device_computes_in_and_the_patch_says_which(make_model, triplets, monkeypatch, able, want):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    auto = run(make_model(3), triplets, training={"updates": 2, "precision": "auto"})
+    assert auto.provenance["settings"]["training"]["precision"] == want
+    said = run(make_model(3), triplets, training={"updates": 2, "precision": want})
+    assert all(torch.equal(v, said.tensors[k]) for k, v in auto.tensors.items())
+
+
+def test_a_run_that_auto_began_goes_on_in_no_other_precision(make_model, triplets, monkeypatch, tmp_path):
+    edit = SafeGen(**PLAIN, training=Training(updates=2, precision="auto"))
+
+    def again(able, **more):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+        return edit.apply(make_model(3), triplets, folder=tmp_path / "work", **more)
+
+    again("avx2")
+    again("avx2", resume=True)
+    with pytest.raises(BadFile, match="other settings, data or weights"):
+        again("amx_bf16", resume=True)
+
+
+def test_auto_trains_a_model_in_bf16_under_bf16(tiny_folder, triplets, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    patch = run(load(str(tiny_folder), dtype="bf16"), triplets, training={"updates": 1, "precision": "auto"})
+    assert patch.provenance["settings"]["training"]["precision"] == "bf16"
+
+
 def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
     model = load(str(tiny_folder), dtype="bf16")
     with pytest.raises(BadSetting, match="precision"):

@@ -13,6 +13,7 @@ from safegen.data.triplets import Triplets
 from safegen.judge import load_judge
 from safegen.mini import bundle
 from safegen.models import Sampler, generate, load
+from safegen.sampler import native_precision
 
 
 def test_the_weights_stay_under_25_megabytes_and_hold_no_pickle():
@@ -49,7 +50,7 @@ def test_the_ready_triplets_pass_their_own_check(concept):
 def test_the_base_model_draws_what_it_is_asked_for():
     concept = load_concept("skulls")
     items = make_plan(concept, prompts=6, seeds=(5,), roles=("explicit", "innocent", "benign"))
-    verdicts = load_judge("mini").judge(list(generate(load("mini"), [i.ask for i in items], Sampler(precision="bf16"))))
+    verdicts = load_judge("mini").judge(list(generate(load("mini"), [i.ask for i in items], Sampler(precision=native_precision()))))
     asked = score(items[:12], verdicts[:12], concept)
     plain = score(items[12:], verdicts[12:], concept)
     assert asked.concept.value >= 0.9

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safegen.errors import BadFile
 from safegen.models import Ask, Sampler, generate, save_picture
 from safegen.models.sampling import generator
+from safegen.sampler import native_precision
 
 ASKS = [
     Ask(prompt=p, seed=s, index=i)
@@ -116,3 +117,22 @@ def test_a_png_that_exists_is_kept(tmp_path):
     with pytest.raises(BadFile, match="exists already"):
         save_picture(Image.new("RGB", (8, 8)), tmp_path / "0.png", {})
     assert (tmp_path / "0.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("able", "want"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({}, "fp32")]
+)
+def test_a_processor_that_would_put_bf16_together_by_software_gets_fp32(monkeypatch, able, want):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    assert native_precision() == want
+
+
+def test_a_torch_that_does_not_tell_and_other_devices_get_fp32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert native_precision() == native_precision("mps") == "fp32"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_graphics_card_is_asked_whether_it_computes_in_bf16_itself(monkeypatch, able):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: able or including_emulation)
+    assert native_precision("cuda:0") == ("bf16" if able else "fp32")

@@ -30,6 +30,7 @@ from safegen.metrics.change import mean_change
 from safegen.models.model import Model, load
 from safegen.models.patch import Patch
 from safegen.models.sampling import Ask, Sampler, generate
+from safegen.sampler import native_precision
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is going on, how much is done, of how much)."""
@@ -48,7 +49,7 @@ class DemoSettings(BaseModel):
     """Prompts of each list."""
     seeds: tuple[int, ...] = (1,)
     """Seeds for each prompt."""
-    sampler: Sampler = Sampler(precision="bf16")
+    sampler: Sampler = Field(default_factory=lambda: Sampler(precision=native_precision()))
     """How pictures are made."""
 
 

@@ -21,6 +21,7 @@ from safegen.edit.base import lying_under
 from safegen.edit.checkpoint import FILE
 from safegen.edit.loop import Row, Training, check, train
 from safegen.edit.samples import to_pixels
+from safegen.edit.training import Precision, decided
 from safegen.errors import BadFile, BadSetting, Diverged
 from safegen.judge import load_judge
 from safegen.models.model import Model
@@ -48,8 +49,8 @@ class FineTune(BaseModel):
     """Learning rate of AdamW, constant; diffusers' LoRA example has 1e-4, for a full-size model."""
     batch: int = Field(default=8, ge=1)
     """Pictures in an update."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the forward pass."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward pass, `auto` to let the device decide."""
     seed: int = 0
     """Decides the LoRA's start and every draw."""
 
@@ -58,6 +59,10 @@ class FineTune(BaseModel):
         if self.updates[0] < 1 or any(a >= b for a, b in zip(self.updates, self.updates[1:], strict=False)):
             raise ValueError(f"updates must rise from 1 or more, got {', '.join(map(str, self.updates))}")
         return self
+
+    def on(self, net: nn.Module) -> Self:
+        """Return it with `auto` decided for a network."""
+        return self.model_copy(update={"precision": decided(self.precision, net)})
 
     @property
     def training(self) -> Training:
@@ -210,6 +215,7 @@ def fine_tune(
         Stopped: SIGINT or SIGTERM came.
     """
     found: dict[int, Patch] = {}
+    settings = settings.on(model.denoiser)
     said: dict[str, Any] = {"method": "fine-tune", "settings": settings.model_dump(mode="json"), "base": model.hash, "family": model.family}
     said |= {"under": under} if (under := lying_under(model)) else {}
     with trainable(model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed) as part:

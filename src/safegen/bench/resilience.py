@@ -32,6 +32,7 @@ from safegen.models.compose import merge
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 from safegen.models.sampling import Sampler, generate
+from safegen.sampler import native_precision
 
 FORMAT = "safegen-resilience/1"
 Tell = Callable[[str, int, int], None]
@@ -55,7 +56,7 @@ class Resilience(BaseModel):
     """Seeds for each prompt."""
     roles: tuple[Role, ...] = ("explicit", "innocent", "benign")
     """Which of the concept's prompt lists are drawn."""
-    sampler: Sampler = Sampler(precision="bf16")
+    sampler: Sampler = Field(default_factory=lambda: Sampler(precision=native_precision()))
     """How pictures are made."""
 
 
@@ -185,6 +186,7 @@ def resilience(
     """
     if not patches:
         raise BadSetting("there is no edit whose resilience could be tested; name a patch")
+    settings = settings.model_copy(update={"finetune": settings.finetune.on(model.denoiser)})
     items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds, roles=settings.roles)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     found = Findings(settings, concept, model, patches, material, items, judge.id, tuple(judge.known))

@@ -62,13 +62,13 @@ def resilience(
     from safegen.bench.resilience import resilience as test
     from safegen.concept import load_concept
     from safegen.models.patch import Patch
-    from safegen.sampler import Sampler
+    from safegen.sampler import Sampler, native_precision
 
     refuse_finished(out)
     try:
         tuning = FineTune(updates=tuple(updates or (200,)), rank=rank, lr=lr, batch=batch, seed=seed)
         more: dict[str, Any] = {"roles": tuple(role)} if role else {}
-        sampler = Sampler(steps=steps, precision="bf16")
+        sampler = Sampler(steps=steps, precision=native_precision(device))
         settings = Resilience(
             on=on.value, finetune=tuning, apart=apart, prompts=prompts, seeds=tuple(range(1, seeds + 1)), sampler=sampler, **more
         )

@@ -136,14 +136,16 @@ class TrainedEdit(Edit):
             Stopped: the user stopped it; `resume` continues.
         """
         refuse_idle(self, triplets, folder, resume)
-        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=self.training.seed) as part:
-            check(model.denoiser, part.names, self.training, folder=folder, resume=resume)
-            problem = self.problem(model, triplets, part.names)
+        training = self.training.on(model.denoiser)
+        edit = self.model_copy(update={"training": training})
+        with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=training.seed) as part:
+            check(model.denoiser, part.names, training, folder=folder, resume=resume)
+            problem = edit.problem(model, triplets, part.names)
             if model.patches:
                 problem.fingerprint += f" on {lying_under(model)}"
-            found = train(model.denoiser, part.names, problem, self.training, folder=folder, resume=resume, report=report)
+            found = train(model.denoiser, part.names, problem, training, folder=folder, resume=resume, report=report)
         more = problem.facts if isinstance(problem, Tells) else {}
-        return Patch(part.weights(found.tensors), facts_of(self, model, triplets) | found.facts(problem.weights) | dict(more))
+        return Patch(part.weights(found.tensors), facts_of(edit, model, triplets) | found.facts(problem.weights) | dict(more))
 
 
 def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resume: bool = False) -> None:

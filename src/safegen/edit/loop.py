@@ -51,6 +51,7 @@ def train(
         Diverged: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
         Stopped: SIGINT or SIGTERM came; the state was saved if there is a folder.
     """
+    settings = settings.on(denoiser)
     check(denoiser, names, settings, folder=folder, resume=resume)
     if settings.validate_every and not isinstance(problem, HoldsOut):
         raise BadSetting("validate_every has no effect on a problem that holds nothing out; set it to 0")

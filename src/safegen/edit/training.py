@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from safegen.sampler import native_precision
+
 Row = dict[str, float]
 Report = Callable[[int, int, Row], None]
 """Called after every update with (updates done, updates in all, the row of the log)."""
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""Arithmetic of a forward pass; auto is bf16 where the device computes in it (or the network is not held in fp32), else fp32."""
+
+
+def decided(precision: Precision, net: nn.Module) -> Precision:
+    """Return a precision with `auto` decided for a network where it stands."""
+    if precision != "auto":
+        return precision
+    weight = next(net.parameters())
+    return native_precision(str(weight.device)) if weight.dtype == torch.float32 else "bf16"
 
 
 class Training(BaseModel):
@@ -39,8 +51,8 @@ class Training(BaseModel):
     """Largest norm of an update's gradient."""
     ema: float = Field(default=0.9999, ge=0, lt=1)
     """Largest decay of the weight average that becomes the patch; 0 takes the last weights."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass; trained weights are always fp32."""
+    precision: Precision = "fp32"
+    """Arithmetic of the forward pass, `auto` to let the device decide; trained weights are always fp32."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     seed: int = 0
@@ -52,8 +64,12 @@ class Training(BaseModel):
     patience: int = Field(default=0, ge=0)
     """Stop after so many looks without a better held-out loss; 0 is never."""
 
+    def on(self, net: nn.Module) -> Self:
+        """Return it with `auto` decided for a network: what trains, is recorded and can be resumed."""
+        return self.model_copy(update={"precision": decided(self.precision, net)})
 
-SHORT = Training(updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="bf16")
+
+SHORT = Training(updates=200, batch=8, accumulation=1, lr=5e-4, warmup=10, decay="cosine", weight_decay=0.0, ema=0.95, precision="auto")
 """Ours, for edits of the miniature model by words: a minute or two."""
 
 
