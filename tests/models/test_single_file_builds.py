@@ -58,8 +58,10 @@ def test_a_folder_is_read_and_written_too(other_build, tmp_path):
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "folder"))
     assert weights_hash(again) == weights_hash(other_build)
-    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
-    assert torch.equal(picture(CLASSES[other_build.name].from_pretrained(tmp_path / "folder")), picture(other_build.pipeline))
+    # a processor without AVX-512 rounds by where in memory a file's weights lie
+    assert_close(picture(again.pipeline), picture(other_build.pipeline), rtol=0, atol=1e-5)
+    theirs = CLASSES[other_build.name].from_pretrained(tmp_path / "folder")
+    assert_close(picture(theirs), picture(other_build.pipeline), rtol=0, atol=1e-5)
 
 
 def test_a_file_of_somebody_elses_has_more_that_decides_nothing(file, other_build, tmp_path):

@@ -19,13 +19,12 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 
 from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_file
+from safegen.models import builds
 from safegen.models.layout import PREFIX, original_names, pack, unpack
 from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, forget_places, save_vocabulary, silence
 
 CONFIGS = "safegen_configs"
 """Key of the header that holds the small files of a pipeline (configurations, vocabulary), so that the file opens by itself."""
-LARGEST = 256 * 1024
-"""Bytes of small files that the header may hold; the vocabulary of a full-size model is larger and stays out."""
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 """Build: what the header calls it, after the ModelSpec of Stability AI."""
 V_PRED, ZTSNR, SPEC = "v_pred", "ztsnr", "modelspec.prediction_type"
@@ -91,7 +90,7 @@ def _markers(model: Model) -> dict[str, Tensor]:
 
 
 def _small_files(model: Model) -> dict[str, str]:
-    """Return the header's entry of a pipeline's small files; none when they are too large together."""
+    """Return the header's entry of a pipeline's small files, but for CLIP's vocabulary, which we bring."""
     with tempfile.TemporaryDirectory() as folder, silence():
         here, pipe = Path(folder), model.pipeline
         pipe.save_config(here)
@@ -100,12 +99,14 @@ def _small_files(model: Model) -> dict[str, str]:
         for tail in _tails(pipe):
             getattr(pipe, f"text_encoder{tail}").config.save_pretrained(here / f"text_encoder{tail}")
             getattr(pipe, f"tokenizer{tail}").save_pretrained(here / f"tokenizer{tail}")
-            save_vocabulary(here / f"tokenizer{tail}")
+            if builds.is_clip(here / f"tokenizer{tail}" / "tokenizer.json"):
+                (here / f"tokenizer{tail}" / "tokenizer.json").unlink()
+            else:
+                save_vocabulary(here / f"tokenizer{tail}")
         pipe.scheduler.save_pretrained(here / "scheduler")
         forget_places(here)
         files = {p.relative_to(here).as_posix(): p.read_text(encoding="utf-8") for p in sorted(here.rglob("*")) if p.is_file()}
-    text = json.dumps(files)
-    return {CONFIGS: text} if len(text) <= LARGEST else {}
+    return {CONFIGS: json.dumps(files)}
 
 
 def _tails(pipeline: Any) -> tuple[str, ...]:  # noqa: ANN401 - any pipeline
@@ -120,26 +121,33 @@ def load_single_file(
 
     Args:
         path: .safetensors, or with `allow_pickle` .ckpt.
-        config: a diffusers folder of the same family, whose configurations and vocabulary are used; a file that we wrote may have its own.
+        config: a diffusers folder of the same family, whose configurations and vocabulary are used. Without, those in the header of a
+            file that we wrote, or those of the published build that the weights' names tell.
         dtype: fp32, bf16 or fp16.
         device: a torch device.
         allow_pickle: also open pickles. They are read as weights only, which runs no code of theirs, as far as torch keeps that promise.
 
     Raises:
-        BadFile: not readable, of another family, without configurations, or with some that contradict what the file says it predicts.
+        BadFile: not readable, of no family that is read, or with configurations that contradict what the file says it predicts; or none is
+            given and an SD 2.x file does not say what it predicts.
     """
     tensors, header = _read(path, allow_pickle)
+    ours: str | None = None
     with tempfile.TemporaryDirectory() as folder:
         if config is None:
-            if CONFIGS not in header:
-                raise BadFile(
-                    f"{path} has weights only; name a diffusers folder of the same family, whose small files go with it (--config)"
-                )
             config = Path(folder)
-            _unpack(header[CONFIGS], config, path)
+            if CONFIGS in header:
+                _unpack(header[CONFIGS], config, path)
+            else:
+                ours = _bring(tensors, header, config, path)
         if not (config / "model_index.json").is_file():
             raise BadFile(f"{config} is not a diffusers folder: it has no model_index.json")
-        pipeline = _assemble(tensors, config, path)
+        try:
+            pipeline = _assemble(tensors, config, path)
+        except BadFile as error:
+            if ours is None:
+                raise
+            raise BadFile(f"{error} (that of the published {ours}; name the model's own diffusers folder: --config)") from error
         _agree(pipeline.scheduler.config, tensors, header, path)
     return finish_loading(str(path), pipeline.to(dtype=DTYPES[dtype]), device)
 
@@ -176,6 +184,31 @@ def _unpack(text: str, folder: Path, path: Path) -> None:
             raise BadFile(f"{path} is not to be trusted: its header names the file {name!r}, outside its folder")
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(value, encoding="utf-8")
+    builds.add_vocabulary(folder)
+
+
+def _bring(tensors: Mapping[str, Tensor], header: Mapping[str, str], folder: Path, path: Path) -> str:
+    """Write the small files of the published build that a file's names tell, and return what it is called.
+
+    Raises:
+        BadFile: they tell none, or SD 2.x, of which there are two kinds, and the file does not say which.
+    """
+    build = builds.told_by(tensors)
+    if build is None:
+        raise BadFile(f"{path} holds no whole model in the original layout of {', '.join(builds.TITLES.values())}; load needs one")
+    said = _predicts(tensors, header)
+    if said is None and build == "sd2":
+        raise BadFile(
+            f"{path} does not say whether it predicts epsilon or v, and SD 2.x has both kinds; "
+            "name a diffusers folder of the same kind, whose small files go with it (--config)"
+        )
+    builds.write_small_files(build, folder, prediction=said or "epsilon", zero_snr=ZTSNR in tensors)
+    return builds.TITLES[build]
+
+
+def _predicts(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str | None:
+    """Return what a file says that it predicts, if it does."""
+    return "v_prediction" if V_PRED in tensors else {"v": "v_prediction", "epsilon": "epsilon"}.get(header.get(SPEC, ""))
 
 
 def _agree(schedule: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
@@ -184,9 +217,7 @@ def _agree(schedule: Mapping[str, Any], tensors: Mapping[str, Tensor], header: M
     Raises:
         BadFile: they predict otherwise, or their schedule does not end in pure noise where the file says so.
     """
-    said = {"v": "v_prediction", "epsilon": "epsilon"}.get(header.get(SPEC, ""))
-    said = "v_prediction" if V_PRED in tensors else said
-    own = str(schedule["prediction_type"])
+    said, own = _predicts(tensors, header), str(schedule["prediction_type"])
     if said not in (None, own):
         raise BadFile(f"{path} says that it predicts {said}, its configuration says {own}; name a folder of a model that does: config")
     if ZTSNR in tensors and not schedule.get("rescale_betas_zero_snr"):
@@ -248,7 +279,7 @@ def _fill(build: str, part: str, module: nn.Module, tensors: Mapping[str, Tensor
     more = {k for k in more if not _idle(build, part, k.removeprefix(prefix), module)}
     if more:
         raise BadFile(
-            f"{path} has {min(more)} and {len(more) - 1} others that its configuration does not know; name the right folder: config"
+            f"{path} has {min(more)} and {len(more) - 1} others that its configuration does not know; name the right folder (--config)"
         )
     module.load_state_dict(found)
 

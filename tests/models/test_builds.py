@@ -1,0 +1,163 @@
+"""The small files of published builds: their vocabulary, their key lists, and one-file checkpoints that bring weights alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from real import published
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from safegen.errors import BadFile
+from safegen.models import builds, layout, load
+from safegen.models.single_file import CONFIGS, save_single_file
+
+ASK = {"prompt": "a red cube", "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+TWO = ("text_encoder", "text_encoder_2")
+
+
+def picture(pipeline):
+    return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
+
+
+def test_the_vocabulary_is_clips(tmp_path):
+    """The numbers are those that OpenAI's tokenizer gives."""
+    builds.write_small_files("sdxl", tmp_path, prediction="epsilon")
+    assert (len(builds.merges()), len(builds.vocabulary())) == (48894, 49408)
+    first, second = (CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2"))
+    assert first("A photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert first("hello world!").input_ids == [49406, 3306, 1002, 256, 49407]
+    padded = [t("a cat", padding="max_length").input_ids for t in (first, second)]
+    assert [len(ids) for ids in padded] == [77, 77]
+    assert [ids[4:] for ids in padded] == [[49407] * 73, [0] * 73]  # SDXL's second fills up with "!"
+
+
+def parts(build, folder):
+    """Every part with weights, from a folder's configurations."""
+    out = {
+        "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+        "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+    }
+    for name, kind in zip(TWO, (CLIPTextModel, CLIPTextModelWithProjection), strict=True):
+        if (folder / name).is_dir():
+            out[name] = kind(CLIPTextConfig.from_pretrained(folder / name))
+    return out
+
+
+@pytest.mark.parametrize("build", sorted(builds.SIGNS))
+def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_path):
+    builds.write_small_files(build, tmp_path, prediction="epsilon")
+    with torch.device("meta"):
+        made = parts(build, tmp_path)
+    names = {}
+    for part, module in made.items():
+        names |= {name: tuple(value.shape) for name, value in layout.pack(build, part, module.state_dict()).items()}
+    theirs = published(build)
+    assert builds.told_by(theirs) == build
+    spare = (
+        "logit_scale",
+        "position_ids",
+    )  # what no reader needs; of SD 2.x also the projection and the last block
+    spare += ("model.text_projection",) if build == "sd2" else ()
+    last = ".resblocks.23." if build == "sd2" else "none"
+    theirs = {k: v for k, v in theirs.items() if not k.endswith(spare) and last not in k}
+    assert names == theirs
+
+
+def test_what_is_no_whole_model_is_told_by_nothing():
+    assert builds.told_by(["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"]) is None
+    assert builds.told_by(["conditioner.embedders.0.model.ln_final.bias"]) is None  # SDXL's refiner
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The published builds, a few channels wide: everything else of them stays."""
+    for build in builds.SIGNS:
+        config, n = builds.UNET[build], len(builds.UNET[build]["block_out_channels"])
+        narrow = {"block_out_channels": [32] * n, "cross_attention_dim": 16 * len(builds.TEXT[build]), "attention_head_dim": 4}
+        narrow |= {"layers_per_block": 1, "sample_size": 8}
+        if build == "sdxl":
+            narrow |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16, "transformer_layers_per_block": 1}
+        monkeypatch.setitem(builds.UNET, build, config | narrow)
+        monkeypatch.setitem(builds.VAE, build, builds.VAE[build] | {"block_out_channels": [32] * 4, "layers_per_block": 1})
+        text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "projection_dim": 16}
+        monkeypatch.setitem(builds.TEXT, build, tuple(tower | text for tower in builds.TEXT[build]))
+
+
+def theirs(build, folder, header=None, more=()):
+    """A file of somebody else's, weights alone, and those weights by part."""
+    builds.write_small_files(build, folder / "folder", prediction="epsilon")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        made = parts(build, folder / "folder")
+    tensors = {}
+    for part, module in made.items():
+        tensors |= {k: v.contiguous() for k, v in layout.pack(build, part, module.state_dict()).items()}
+    save_file(tensors | dict(more), folder / "theirs.safetensors", metadata=header)
+    return folder / "theirs.safetensors", made
+
+
+@pytest.mark.parametrize(
+    ("build", "header", "marks", "predicts", "ends"),
+    [
+        ("sd1", None, (), "epsilon", False),
+        ("sd1", None, ("v_pred",), "v_prediction", False),
+        ("sd2", {"modelspec.prediction_type": "v"}, (), "v_prediction", False),
+        ("sd2", {"modelspec.prediction_type": "epsilon"}, (), "epsilon", False),
+        ("sdxl", None, (), "epsilon", False),
+        ("sdxl", None, ("v_pred", "ztsnr"), "v_prediction", True),
+    ],
+)
+def test_a_file_with_weights_alone_opens_by_itself(small, tmp_path, build, header, marks, predicts, ends):
+    file, made = theirs(build, tmp_path, header, {name: torch.zeros(1) for name in marks}.items())
+    model = load(str(file))
+    assert model.parts == tuple(part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in made)
+    for part, module in made.items():
+        state = getattr(model.pipeline, part).state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert (model.prediction, bool(model.pipeline.scheduler.config.get("rescale_betas_zero_snr"))) == (predicts, ends)
+    assert model.pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
+    assert picture(model.pipeline).isfinite().all()
+
+
+def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(small, tmp_path):
+    file, _ = theirs("sd2", tmp_path)
+    with pytest.raises(BadFile, match=r"does not say whether it predicts epsilon or v.*\(--config\)") as caught:
+        load(str(file))
+    assert "\n" not in str(caught.value)
+    assert load(str(file), config=tmp_path / "folder").prediction == "epsilon"
+
+
+def test_a_file_that_holds_no_model_is_refused_in_one_line(tmp_path):
+    save_file({"lora_unet_mid.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(BadFile, match=r"holds no whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"):
+        load(str(tmp_path / "lora.safetensors"))
+
+
+def test_a_file_that_we_write_opens_alone_and_leaves_clips_vocabulary_out(small, tmp_path):
+    model = load(str(theirs("sdxl", tmp_path)[0]))
+    save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as opened:
+        header = opened.metadata()
+    assert len(header[CONFIGS]) < 20_000
+    assert {n for n in json.loads(header[CONFIGS]) if n.startswith("tokenizer")} == {
+        "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json",
+    }  # fmt: skip
+    again = load(str(tmp_path / "ours.safetensors"))
+    assert torch.equal(picture(again.pipeline), picture(model.pipeline))
+    assert again.pipeline.tokenizer_2.pad_token_id == 0
+
+
+def test_a_vocabulary_with_a_token_more_goes_along(small, tmp_path):
+    """As textual inversion adds one: CLIP's own would cut it into pieces."""
+    model = load(str(theirs("sd1", tmp_path)[0]))
+    model.pipeline.tokenizer.add_tokens(["<my-cat>"])
+    model.pipeline.text_encoder.resize_token_embeddings(49409)
+    save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
+    again = load(str(tmp_path / "ours.safetensors"))
+    assert again.pipeline.tokenizer("<my-cat>").input_ids == [49406, 49408, 49407]
+    assert set(load_file(tmp_path / "ours.safetensors")) == set(load_file(tmp_path / "theirs.safetensors"))
