@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -165,9 +166,23 @@ def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
     code, text, err = safegen("patch", "extract-lora", files / "text.safetensors", "mini", "--rank", "4", "--out", out)
     assert code == 0, err
     assert "% of the change" in text
+    assert re.search(r"quality: loses \d+\.\d % of the patch's effect \(predictions while 'skulls'.* is drawn\)", text)
+    with safe_open(out, framework="pt") as opened:
+        said = json.loads(opened.metadata()["safegen"])
+    assert 0 < said["missed"] < 1
+    assert f"loses {100 * said['missed']:.1f} % of the patch's effect" in (tmp_path / "lora.safetensors.md").read_text()
     assert all(key.startswith("lora_unet_") for key in load_file(out))
     code, _, _ = safegen(
-        "patch", "extract-lora", files / "text.safetensors", "mini", "--keys", "diffusers", "--out", tmp_path / "d.safetensors"
+        "patch",
+        "extract-lora",
+        files / "text.safetensors",
+        "mini",
+        "--keys",
+        "diffusers",
+        "--prompt",
+        "a bus",
+        "--out",
+        tmp_path / "d.safetensors",
     )
     assert code == 0
     assert all(key.startswith("unet.") for key in load_file(tmp_path / "d.safetensors"))

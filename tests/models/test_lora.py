@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from safegen.edit.uce import UCE
 from safegen.errors import BadFile, BadPatch, BadSetting
 from safegen.models import OtherBase, Patch, select
-from safegen.models.lora import extract_lora, load_lora, save_lora
+from safegen.models.lora import Lora, extract_lora, load_lora, missed, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,52 @@ def test_less_rank_holds_less_and_says_so(tiny_model):
     assert energies == sorted(energies)
     assert 0 < energies[0] < 0.3
     assert energies[-1] == pytest.approx(1)
+
+
+def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that_are_drawn(make_model):
+    """|e_lora - e_patch| / |e_base - e_patch|: nothing at full rank, all of it where the factors are nothing."""
+    model = make_model()
+    g = torch.Generator().manual_seed(0)
+    own = dict(model.denoiser.named_parameters())
+    wild = Patch({n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g) for n in select(model.denoiser, "kv2")})
+    before, picture_before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}, picture(model)
+    lost = [missed(extract_lora(wild, model, r), wild, model, steps=3) for r in (1, 4, 16, 32)]
+    assert lost == sorted(lost, reverse=True)
+    assert 0.3 < lost[0] < 1.2
+    assert lost[-1] < 1e-3
+    lora = extract_lora(wild, model, 4)
+    nothing = Lora({n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.kept, (), 0.0)
+    assert missed(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
+    said = [missed(lora, wild, model, prompts=p, steps=3) for p in (["red cube"], ["a blue ball"], ["red cube", "a blue ball"])]
+    assert len(set(said)) == 3
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    assert torch.equal(picture(model), picture_before)
+    assert not model.applied
+
+
+def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(tiny_model):
+    """Values of an attention whose output is not read here: the change is there and no prediction knows of it."""
+    own = dict(tiny_model.denoiser.named_parameters())
+    name = next(n for n in select(tiny_model.denoiser, "attn1") if n.endswith("to_q.weight"))
+    same = Patch({name: own[name] + 1e-30})
+    lora = Lora({name: (torch.zeros(1, own[name].shape[1]), torch.zeros(len(own[name]), 1))}, 1, {name: 1.0}, (), 1.0)
+    assert missed(lora, same, tiny_model, steps=2) is None
+
+
+@pytest.mark.parametrize("build", ["sd2", "sdxl"])
+def test_what_predictions_lose_is_told_of_other_builds(make_tiny, build):
+    model = make_tiny(build)
+    own = dict(model.denoiser.named_parameters())
+    wild = Patch({n: own[n] * 3 for n in select(model.denoiser, "kv2")})
+    whole, part = (missed(extract_lora(wild, model, r), wild, model, steps=2) for r in (32, 2))
+    assert whole < 1e-3 < part < 1.2
+
+
+def test_a_bare_peft_adapter_is_refused_for_what_it_is(tiny_model, tmp_path):
+    name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(BadFile, match=r"is a bare peft adapter .* save it by save_lora_weights"):
+        load_lora(tmp_path / "adapter.safetensors", tiny_model)
 
 
 def test_what_a_lora_cannot_hold_is_counted_as_lost(tiny_model):

@@ -14,6 +14,7 @@ from safegen.files import short
 
 if TYPE_CHECKING:
     from safegen.models.lora import Keys
+    from safegen.models.patch import Patch
 
 app = typer.Typer(no_args_is_help=True, help="Look into patches, compare and merge them, turn them into LoRAs.")
 
@@ -120,11 +121,15 @@ def extract_lora(
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
     rank: Annotated[int, typer.Option(help="Rank, at most.")] = 16,
     keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI; InvokeAI if keys or values of attn2 change) or diffusers.")] = "kohya",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What is drawn to see what the rank loses; repeat it. The patch's own words, or a blank text, unless told."),
+    ] = None,
     no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Turn a patch into a LoRA, and say how much of its change the rank holds."""
+    """Turn a patch into a LoRA, and say how much of its change the rank holds and how much of its effect the rank loses."""
     if keys not in ("kohya", "diffusers"):
         raise BadSetting(f"keys must be kohya or diffusers, got {keys!r}")
     if rank < 1:
@@ -133,14 +138,19 @@ def extract_lora(
     from safegen.bench.card import Subject, card, write_with_card
     from safegen.models import load
     from safegen.models.lora import extract_lora as extract
-    from safegen.models.lora import save_lora
+    from safegen.models.lora import missed, save_lora
     from safegen.models.patch import Patch
 
     read, loaded = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         found = extract(read, loaded, rank)
+    drawn = prompt or _words(read)
+    lost = missed(found, read, loaded, prompts=drawn)
+    effect = "the patch changes no prediction there" if lost is None else f"loses {100 * lost:.1f} % of the patch's effect"
+    effect += f" (predictions while {', '.join(map(repr, drawn))} is drawn)"
     facts: dict[str, Any] = {"base": loaded.hash, "patch": read.hash, "provenance": dict(read.provenance)}
-    share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change."
+    facts |= {"energy": found.energy, "missed": lost, "missed_prompts": drawn}
+    share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change; {effect}."
     subject = Subject("lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share])
     write_with_card(
         out,
@@ -150,8 +160,16 @@ def extract_lora(
     worst = min(found.kept, key=lambda name: found.kept[name])
     typer.echo(f"{out}: {len(found.factors)} modules of rank {found.rank} hold {100 * found.energy:.1f} % of the change (its energy)")
     typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
+    typer.echo(f"quality: {effect}")
     if found.left_out:
         typer.echo(f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first")
+
+
+def _words(patch: Patch) -> list[str]:
+    """Return the words that a patch erases, the first four, or a blank text where it learnt from pictures."""
+    settings = patch.provenance.get("settings")
+    words = settings.get("erase") if isinstance(settings, dict) else None
+    return [str(word) for word in words][:4] if words else [""]
 
 
 @app.command("from-lora")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from safegen.models.patch import FORMAT, OtherBase, Patch
 Keys = Literal["kohya", "diffusers"]
 TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 """How modules of a text encoder begin in a LoRA file."""
+PEFT = "base_model.model."
+"""How every module begins in an adapter that peft writes by itself."""
 FACTORS = {".lora_down.weight": ".lora_up.weight", ".lora_A.weight": ".lora_B.weight", ".lora.down.weight": ".lora.up.weight"}
 """How the two factors of a module end: kohya's form, that of diffusers' pipelines, that of its training scripts."""
 
@@ -42,6 +44,11 @@ class Lora:
     """Changed weights that a LoRA cannot hold: biases and norms."""
     energy: float
     """Share of the patch's whole squared change that the factors hold, what is left out counted in; 1 is all."""
+
+    def patch(self, model: Model) -> Patch:
+        """Return its change as a patch for the model that it is for."""
+        own = dict(model.denoiser.named_parameters())
+        return Patch({name: _changed(own[name], down, up, 1.0) for name, (down, up) in self.factors.items()})
 
 
 @torch.no_grad()
@@ -80,6 +87,50 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
     if not held:
         raise BadSetting("the patch changes nothing that a LoRA can hold: matrices and convolutions")
     return Lora(factors, max(len(down) for down, _ in factors.values()), kept, tuple(left), held / whole)
+
+
+@torch.no_grad()
+def missed(lora: Lora, patch: Patch, model: Model, *, prompts: Sequence[str] = ("",), steps: int = 8, seed: int = 0) -> float | None:
+    """Return how much of a patch's effect on the denoiser's predictions a LoRA misses, |e_lora - e_patch| / |e_base - e_patch| (ours).
+
+    The predictions are those along the model's own drawings of some prompts, without guidance; norms are over all of them.
+
+    Args:
+        lora: the factors.
+        patch: what they were taken from.
+        model: the model both are for.
+        prompts: texts to draw.
+        steps: denoising steps of a drawing.
+        seed: of their noise.
+
+    Returns:
+        0 where nothing is missed, 1 where the LoRA does nothing; None where the patch changes no prediction.
+    """
+    asked: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:  # noqa: ANN401
+        asked.append((tuple(a.clone() if isinstance(a, Tensor) else a for a in args), dict(kwargs), out[0].float()))
+
+    handle = model.denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        for i, prompt in enumerate(prompts):
+            generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + i)
+            model.pipeline(prompt=[prompt], num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="latent")
+    finally:
+        handle.remove()
+    answers = []
+    for one in (patch, lora.patch(model)):
+        with one.apply(model, named=False):
+            answers.append([model.denoiser(*args, **kwargs)[0].float() for args, kwargs, _ in asked])
+    whole = sum(float((base - new).pow(2).sum()) for (_, _, base), new in zip(asked, answers[0], strict=True))
+    lost = sum(float((near - new).pow(2).sum()) for new, near in zip(*answers, strict=True))
+    return math.sqrt(lost / whole) if whole else None
+
+
+def _changed(own: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
+    """Return a weight with the change of two factors in it, on the CPU, float32."""
+    delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(own.shape) * strength
+    return (own.detach().cpu().double() + delta).float()
 
 
 def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtype: torch.dtype = torch.float16, **facts: Any) -> None:  # noqa: ANN401
@@ -153,8 +204,7 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
     read = read_factors(path, model)
     own, out = dict(model.denoiser.named_parameters()), {}
     for name, (down, up, strength) in read.change.items():
-        delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(own[name].shape) * (scale * strength)
-        out[name] = (own[name].detach().cpu().double() + delta).float()
+        out[name] = _changed(own[name], down, up, scale * strength)
     facts = {"method": "lora", "file": path.name, "scale": scale, "base": model.hash, "family": model.family, "made by": dict(read.said)}
     return Patch(out, facts | ({"left out": f"{read.left_out} tensors of the text encoder"} if read.left_out else {}))
 
@@ -197,6 +247,11 @@ def read_factors(path: Path, model: Model) -> Factors:
     weights = [n for n in own if n.endswith(".weight")]
     stems = {lora_name(n): n for n in weights} | {"unet." + n.removesuffix(".weight"): n for n in weights}
     stems |= {lora_name(n, original[n]): n for n in weights if n in original}
+    if bare := next((k for k in tensors if k.startswith(PEFT)), None):
+        raise BadFile(
+            f"{path} is a bare peft adapter ({bare}), whose strength stands in another file; "
+            "open it with diffusers or peft and save it by save_lora_weights"
+        )
     beside = [k for k in tensors if k.startswith(TEXT)]
     found, used = dict[str, tuple[Tensor, Tensor, float]](), set(beside)
     for key, down in tensors.items():
