@@ -11,7 +11,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from safegen.files import fresh_folder
 from safegen.mini import networks
-from safegen.mini.train.fit import SEED, fit
+from safegen.mini.train.fit import SEED, arithmetic, fit
 from safegen.mini.train.scenes import Words, load_world, to_unit
 
 
@@ -36,7 +36,7 @@ def stage_clip(work: Path, *, steps: int = 900) -> None:
         pick = torch.randint(len(data["images"]), (96,), generator=g)
         rows, places = words.draw(pick, g)
         true = matches(pick, pick, places).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             logits = clip(input_ids=ids[rows], pixel_values=to_unit(data["images"][pick])).logits_per_image.float()
         by_image = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
         by_text = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()

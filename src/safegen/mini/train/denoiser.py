@@ -18,7 +18,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from safegen.files import fresh_file
 from safegen.hashes import hash_tensors
 from safegen.mini import networks
-from safegen.mini.train.fit import SEED, fit
+from safegen.mini.train.fit import SEED, arithmetic, fit
 from safegen.mini.train.scenes import Words, load_world, to_unit
 
 SCHEDULE = {
@@ -68,7 +68,7 @@ def fit_denoiser(name: str, work: Path, unet: UNet2DConditionModel, steps: int, 
         noise = torch.randn(z.shape, generator=g)
         t = torch.randint(0, 1000, (64,), generator=g)
         noisy = schedule.add_noise(z, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             out = net(noisy, t, text[rows]).sample
         each = (out.float() - noise).pow(2).mean((1, 2, 3))
         return (each * snr[t].clamp(max=5) / snr[t]).mean(), {"eps": each.mean().item()}
@@ -88,7 +88,7 @@ def cache_latents(work: Path, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     scale = vae.config.scaling_factor
     made_of = hash_tensors(vae.state_dict() | {"images": data["images"], "scaling factor": torch.tensor(scale, dtype=torch.float64)})
     if not path.exists() or _made_of(path) != made_of:
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             found = [vae.encode(to_unit(b)).latent_dist for b in data["images"].split(100)]
         both = {"mean": torch.cat([q.mean.float() for q in found]) * scale, "std": torch.cat([q.std.float() for q in found]) * scale}
         with fresh_file(path, replace=True) as tmp:

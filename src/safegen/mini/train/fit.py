@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from safegen.errors import BadFile
 from safegen.files import fresh_file
+from safegen.sampler import native_precision
 
 SEED = 2404_06666
 KEEP_EVERY = 120.0
 """Seconds between checkpoints."""
+
+
+def arithmetic() -> torch.autocast:
+    """Return the context in which every stage computes: bf16 where the processor does."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16")
 
 
 def fit(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safegen.mini import networks
 from safegen.mini.train.denoiser import SCHEDULE, cache_latents, cache_words
-from safegen.mini.train.fit import SEED, fit
+from safegen.mini.train.fit import SEED, arithmetic, fit
 from safegen.mini.train.scenes import MARKS, OBJECTS, Words, load_world
 from safegen.mini.world import SIDE
 
@@ -40,7 +40,7 @@ def stage_judge(work: Path, *, steps: int = 1500, smeared: int = 5000) -> None:
         half = torch.randint(len(data["images"]), (32,), generator=g)
         pick = torch.cat([half, torch.randint(len(rebuilt), (32,), generator=g)])
         x, heat, size, seen = judge_batch(data, rebuilt, pick, np.random.default_rng((SEED, step)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             out, wide, kind = net(x.contiguous(memory_format=torch.channels_last))
         p = out.float().sigmoid().clamp(1e-4, 1 - 1e-4)
         hit = heat == 1
@@ -129,7 +129,7 @@ def half_drawn(work: Path, data: dict[str, Tensor], vae: AutoencoderKL, mean: Te
         rows, _ = words.draw(at, g)
         abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = schedule.add_noise(z, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             eps = unet(noisy, t, text[rows]).sample.float()
             smeared = (noisy - (1 - abar).sqrt() * eps) / abar.sqrt()
             z = torch.where((at % 2 == 0).view(-1, 1, 1, 1), smeared, z)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safegen.mini import networks, world
-from safegen.mini.train.fit import SEED, fit
+from safegen.mini.train.fit import SEED, arithmetic, fit
 from safegen.mini.train.scenes import load_world, make_scenes, to_unit
 
 
@@ -31,7 +31,7 @@ def stage_vae(work: Path, *, steps: int = 4600, test_scenes: int = 512) -> None:
             i, j = torch.randint(0, 33, (2,), generator=g).tolist()
             x = x[:, :, i : i + 32, j : j + 32]
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             q = vae.encode(x).latent_dist
             z = q.mean + q.std * torch.randn(q.mean.shape, generator=g)
             y = vae.decode(z).sample
