@@ -42,7 +42,10 @@ def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any
     """Return one edit's patch, its settings and its seconds; or a patch's file, read."""
     if row.endswith(".safetensors"):
         patch = Patch.load(Path(row))
-        return patch, dict(patch.provenance["settings"]), float(patch.provenance["seconds"])
+        parts = [part["provenance"] for part in patch.provenance.get("parts", ())] or [patch.provenance]
+        settings = [dict(part.get("settings", {})) for part in parts]
+        spent = sum(float(part.get("seconds", 0.0)) for part in parts)  # a LoRA's file does not say how long it took
+        return patch, settings[0] if len(settings) == 1 else {"parts": settings}, spent
     method, _, preset = row.partition(":")
     kind = resolve(EDITS, method, "edit")
     changes = {"training": training} if training and kind.trains else {}

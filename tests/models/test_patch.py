@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from safegen.edit.uce import UCE
 from safegen.errors import BadFile, BadPatch
-from safegen.models import OtherBase, Patch, select
+from safegen.models import OtherBase, Patch, load, select
+from safegen.models.compose import merge
 from safegen.models.patch import FORMAT
 
 
@@ -229,6 +231,27 @@ def test_values_that_the_model_cannot_hold_are_refused_and_change_nothing(make_m
     with pytest.raises(BadPatch, match=f"not finite as {str(dtype).removeprefix('torch.')}"):
         wild.apply(model)
     same(state_of(model), before)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_patch_knows_its_base_in_fewer_bits_and_no_other_model(tiny_folder, make_model, dtype):
+    """`load --dtype fp16` is what users of a graphics card do: nothing to warn of."""
+    made = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
+    same, other = load(str(tiny_folder), dtype=dtype), make_model(9)
+    assert made.provenance["base_rounded"][dtype] == same.hash
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.apply(same).undo()
+        merge([made, made], overlap="last").fits(same)
+    other.pipeline.to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    with pytest.warns(OtherBase):
+        made.apply(other)
+
+
+def test_a_base_that_has_patches_on_it_is_not_rounded_for_itself(make_model, patch):
+    model = make_model()
+    patch.apply(model)
+    assert model.rounded == {}
 
 
 def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_word(make_model, patch):

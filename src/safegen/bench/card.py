@@ -178,7 +178,8 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
         toward = ", ".join(f"`{_plain(name)}` by {share:g}" for name, share in shares.items())
         yield f"Nothing was erased: {', '.join(f'`{_plain(word)}`' for word in words)} leans toward {toward}.\n"
     elif words:
-        yield f"Erased words: {', '.join(f'`{_plain(word)}`' for word in words)}.\n"
+        what = "Taught against the model's own pictures of" if method == "duo" else "Erased words:"
+        yield f"{what} {', '.join(f'`{_plain(word)}`' for word in words)}.\n"
     elif "data" in said:
         yield "The concept was shown in pictures, not named: no word of it is in the patch.\n"
     lines = [f"| patch (SHA-256 over the new values) | `{digest}` |"]

@@ -217,6 +217,7 @@ def fine_tune(
     found: dict[int, Patch] = {}
     settings = settings.on(model.denoiser)
     said: dict[str, Any] = {"method": "fine-tune", "settings": settings.model_dump(mode="json"), "base": model.hash, "family": model.family}
+    said |= {"base_rounded": model.rounded}
     said |= {"under": under} if (under := lying_under(model)) else {}
     with trainable(model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed) as part:
         check(model.denoiser, part.names, settings.training)

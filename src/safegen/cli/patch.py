@@ -148,7 +148,7 @@ def extract_lora(
     lost = missed(found, read, loaded, prompts=drawn)
     effect = "the patch changes no prediction there" if lost is None else f"loses {100 * lost:.1f} % of the patch's effect"
     effect += f" (predictions while {', '.join(map(repr, drawn))} is drawn)"
-    facts: dict[str, Any] = {"base": loaded.hash, "patch": read.hash, "provenance": dict(read.provenance)}
+    facts: dict[str, Any] = {"base": loaded.hash, "base_rounded": loaded.rounded, "patch": read.hash, "provenance": dict(read.provenance)}
     facts |= {"energy": found.energy, "missed": lost, "missed_prompts": drawn}
     share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change; {effect}."
     subject = Subject("lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share])

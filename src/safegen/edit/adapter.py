@@ -71,7 +71,7 @@ def trainable(model: Model, selector: str, *, rank: int | None, alpha: float | N
     Raises:
         BadSetting: the selector picks no matrix and no convolution.
     """
-    _ = model.hash  # of the untouched weights, without anything beside them
+    _ = model.hash, model.rounded  # of the untouched weights, without anything beside them
     names = select(model.denoiser, selector)
     if rank is None:
         yield Trainable(tuple(names), {}, {})

@@ -210,6 +210,7 @@ def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more:
         "method": edit.method(),
         "settings": edit.model_dump(mode="json"),
         "base": model.hash,
+        "base_rounded": model.rounded,
         "family": model.family,
         "model": short(model.name),
     }

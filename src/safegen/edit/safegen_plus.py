@@ -127,7 +127,7 @@ class SafeGenPlus(TrainedEdit):
         """
         refuse_idle(self, triplets, folder, resume)
         words = self.words()
-        _ = model.hash  # of the untouched weights: what the patch refers to
+        _ = model.hash, model.rounded  # of the untouched weights: what the patch refers to
         check(model.denoiser, select(model.denoiser, self.selector), self.training, folder=folder, resume=resume)
         if words is None:
             return super().apply(model, triplets, folder=folder, resume=resume, report=report)

@@ -94,6 +94,7 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
             out[name] = (own[name].detach().cpu().double() + torch.stack(moves).sum(0)).float()
     facts: dict[str, Any] = {"method": "merge", "overlap": overlap if twice else None, "overlapping": len(overlapping(patches))}
     facts |= {"base": bases.pop()} if bases else {}
+    facts |= next(({"base_rounded": p.provenance["base_rounded"]} for p in patches if p.provenance.get("base_rounded")), {})
     facts |= {"family": families.pop()} if families else {}
     merged = {p.hash for p in patches}
     under = {b["hash"]: b for p in patches for b in p.provenance.get("under", ()) if b["hash"] not in merged}

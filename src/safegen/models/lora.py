@@ -205,7 +205,8 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
     own, out = dict(model.denoiser.named_parameters()), {}
     for name, (down, up, strength) in read.change.items():
         out[name] = _changed(own[name], down, up, scale * strength)
-    facts = {"method": "lora", "file": path.name, "scale": scale, "base": model.hash, "family": model.family, "made by": dict(read.said)}
+    facts = {"method": "lora", "file": path.name, "scale": scale, "base": model.hash, "base_rounded": model.rounded}
+    facts |= {"family": model.family, "made by": dict(read.said)}
     return Patch(out, facts | ({"left out": f"{read.left_out} tensors of the text encoder"} if read.left_out else {}))
 
 
@@ -279,7 +280,8 @@ def read_factors(path: Path, model: Model) -> Factors:
         raise BadFile(
             f"{path} has {more[0]}, which a plain LoRA has not; LoHa, LoKr, DoRA and their like would be half read, so they are not"
         )
-    if (base := said.get("base")) not in (None, model.hash):
+    rounded = said["base_rounded"].values() if isinstance(said.get("base_rounded"), dict) else ()
+    if (base := said.get("base")) is not None and model.hash not in (base, *rounded):
         warnings.warn(
             f"the LoRA was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: measure before you trust it",
             OtherBase,

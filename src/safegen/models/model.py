@@ -93,6 +93,14 @@ class Model:
         """SHA-256 over the denoiser's weights as they were first asked for: the identity that patches refer to."""
         return hash_tensors(self.denoiser.state_dict())
 
+    @cached_property
+    def rounded(self) -> dict[str, str]:
+        """What `hash` is when the same weights are loaded as fp16 or bf16; empty where they are no more held whole when first asked for."""
+        if self.applied or self.denoiser.dtype != torch.float32:
+            return {}
+        state = self.denoiser.state_dict()
+        return {name: hash_tensors({k: v.to(DTYPES[name]) for k, v in state.items()}) for name in ("fp16", "bf16")}
+
     @property
     def family(self) -> str:
         """The denoiser's build where shapes alone do not tell: SD 1.x and 2.x have self-attention of equal shapes and unequal heads."""

@@ -50,6 +50,7 @@ class _Said(BaseModel):
     """What is read of a file's provenance, wherever that comes from; whatever else it says is kept as it is."""
 
     base: str | None = None
+    base_rounded: dict[str, str] = Field(default_factory=dict)
     family: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     under: list[_Named] = Field(default_factory=list)
@@ -172,7 +173,7 @@ class Patch:
                 f"the patch does not fit the model {model.name!r}: it was made for another family ({family}), this one is {model.family}"
             )
         base = self.provenance.get("base")
-        if base is not None and base != model.hash:
+        if base is not None and model.hash not in (base, *self.provenance.get("base_rounded", {}).values()):
             rounded = model.denoiser.dtype
             why = f" (loaded as {str(rounded).removeprefix('torch.')}, which alone changes that)" if rounded != torch.float32 else ""
             warnings.warn(
