@@ -16,7 +16,7 @@ from safegen.errors import BadFile
 from safegen.models import builds, layout, load
 from safegen.models.single_file import CONFIGS, save_single_file
 
-ASK = {"prompt": "a red cube", "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+ASK = {"prompt": "a red cube", "num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "np"}
 TWO = ("text_encoder", "text_encoder_2")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
@@ -238,13 +239,14 @@ def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> Any:  
         raise BadFile(f"{config} is a {family}; one-file checkpoints of {' and '.join(FAMILIES)} are read")
     try:
         with silence():
-            parts: dict[str, Any] = {
-                "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config / "unet")),
-                "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(config / "vae")),
-                "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(config / "text_encoder")),
-            }
-            if family == XL:
-                parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(config / "text_encoder_2"))
+            with init_empty_weights(include_buffers=False):  # nothing is drawn only to be overwritten
+                parts: dict[str, Any] = {
+                    "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config / "unet")),
+                    "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(config / "vae")),
+                    "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(config / "text_encoder")),
+                }
+                if family == XL:
+                    parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(config / "text_encoder_2"))
             build = "sdxl" if family == XL else "sd2" if parts["unet"].config.use_linear_projection else "sd1"
             for part, module in parts.items():
                 _fill(build, part, module.float(), tensors, path)
@@ -273,7 +275,7 @@ def _fill(build: str, part: str, module: nn.Module, tensors: Mapping[str, Tensor
             raise BadFile(
                 f"{path} has {to} of shape {tuple(tensors[to].shape)}, its configuration says {tuple(state[name].shape)} for {name}"
             )
-        found[name] = value.to(state[name].dtype).contiguous()
+        found[name] = value.to(state[name].dtype, copy=True).contiguous()  # out of the file, whose alignment decides how sums are rounded
     prefix = PREFIX[build][part]
     more = {k for k in tensors if k.startswith(prefix)} - set(names.values())
     more = {k for k in more if not _idle(build, part, k.removeprefix(prefix), module)}
@@ -281,7 +283,7 @@ def _fill(build: str, part: str, module: nn.Module, tensors: Mapping[str, Tensor
         raise BadFile(
             f"{path} has {min(more)} and {len(more) - 1} others that its configuration does not know; name the right folder (--config)"
         )
-    module.load_state_dict(found)
+    module.load_state_dict(found, assign=True)
 
 
 def _idle(build: str, part: str, name: str, module: Any) -> bool:  # noqa: ANN401 - a part, with its configuration
