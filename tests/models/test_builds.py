@@ -108,7 +108,12 @@ def theirs(build, folder, header=None, more=()):
         ("sd1", None, ("v_pred",), "v_prediction", False),
         ("sd2", {"modelspec.prediction_type": "v"}, (), "v_prediction", False),
         ("sd2", {"modelspec.prediction_type": "epsilon"}, (), "epsilon", False),
+        ("sd1", None, ("v_pred", "ztsnr"), "v_prediction", True),
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-768-v"}, (), "v_prediction", False),
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-512"}, (), "epsilon", False),
+        ("sd2", None, ("v_pred", "ztsnr"), "v_prediction", True),
         ("sdxl", None, (), "epsilon", False),
+        ("sdxl", {"modelspec.prediction_type": "V_Prediction"}, (), "v_prediction", False),
         ("sdxl", None, ("v_pred", "ztsnr"), "v_prediction", True),
     ],
 )
@@ -119,7 +124,9 @@ def test_a_file_with_weights_alone_opens_by_itself(small, tmp_path, build, heade
     for part, module in made.items():
         state = getattr(model.pipeline, part).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-    assert (model.prediction, bool(model.pipeline.scheduler.config.get("rescale_betas_zero_snr"))) == (predicts, ends)
+    assert (model.prediction, float(model.alphas_cumprod()[-1]) < 1e-4) == (predicts, ends)
+    model.pipeline.scheduler.set_timesteps(25)
+    assert not ends or int(model.pipeline.scheduler.timesteps[0]) == 999  # pure noise is where it starts
     assert model.pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
     assert picture(model.pipeline).isfinite().all()
 
@@ -130,6 +137,68 @@ def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(s
         load(str(file))
     assert "\n" not in str(caught.value)
     assert load(str(file), config=tmp_path / "folder").prediction == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("build", "header", "marks", "words"),
+    [
+        ("sdxl", None, {"edm_mean": [4], "edm_std": [4]}, r"trained on the EDM schedule \(it has edm_mean\)"),
+        ("sdxl", None, {"edm_vpred.sigma_max": []}, r"trained on the EDM schedule"),
+        ("sdxl", {"modelspec.prediction_type": "flow"}, {}, "says that it predicts 'flow'"),
+        (
+            "sdxl",
+            {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"},
+            {},
+            r"is a stable-diffusion-xl-turbo-v1.*--config",
+        ),
+        ("sd1", {"modelspec.architecture": "stable-diffusion-v1/inpainting"}, {}, r"says that it is a stable-diffusion-v1/inpainting"),
+        ("sd1", None, {"model.diffusion_model.input_blocks.0.0.weight": [32, 9, 3, 3]}, "takes 9 channels, as inpainting"),
+        ("sd1", None, {"model.diffusion_model.time_embed.cond_proj.weight": [32, 32]}, r"cond_proj.weight and 0 others .* \(--config\)$"),
+    ],
+)
+def test_a_variant_is_refused_in_one_line_that_says_which(small, tmp_path, build, header, marks, words):
+    file, _ = theirs(build, tmp_path, header, {name: torch.zeros(shape) for name, shape in marks.items()}.items())
+    with pytest.raises(BadFile, match=words) as caught:
+        load(str(file))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("--config") <= 1
+
+
+def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
+    file, _ = theirs("sdxl", tmp_path, None, {"edm_mean": torch.zeros(4)}.items())
+    with pytest.raises(BadFile, match="EDM"):
+        load(str(file), config=tmp_path / "folder")
+    save_file(load_file(file) | {"ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
+    builds.write_small_files("sd1", tmp_path / "pndm", prediction="epsilon")
+    told = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {"rescale_betas_zero_snr": True}
+    (tmp_path / "pndm/scheduler/scheduler_config.json").write_text(json.dumps(told))  # a key that PNDM does not know
+    (tmp_path / "one").mkdir()
+    plain, _ = theirs("sd1", tmp_path / "one", None, {"ztsnr": torch.zeros(1)}.items())
+    with pytest.raises(BadFile, match="ends in pure noise"):
+        load(str(plain), config=tmp_path / "pndm")
+
+
+def test_a_file_without_a_part_is_refused_by_its_name(small, tmp_path):
+    file, _ = theirs("sd1", tmp_path)
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith("first_stage")}, tmp_path / "no-vae.safetensors")
+    with pytest.raises(BadFile, match=r"lacks a whole part of SD 1.x, the vae; get a file that holds it"):
+        load(str(tmp_path / "no-vae.safetensors"))
+
+
+def test_merges_of_2022_name_the_text_encoder_otherwise(small, tmp_path):
+    file, made = theirs("sd1", tmp_path)
+    old = {k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(file).items()}
+    assert old.keys() != load_file(file).keys()
+    save_file(old, tmp_path / "old.safetensors")
+    state = load(str(tmp_path / "old.safetensors")).pipeline.text_encoder.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in made["text_encoder"].state_dict().items())
+
+
+def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(small, tmp_path):
+    file, _ = theirs("sd1", tmp_path)
+    save_file(load_file(file), tmp_path / "x.safetensors", metadata={CONFIGS: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})})
+    with pytest.raises(BadFile, match="is damaged: its header's safegen_configs cannot be laid out"):
+        load(str(tmp_path / "x.safetensors"))
 
 
 def test_a_file_that_holds_no_model_is_refused_in_one_line(tmp_path):
@@ -152,6 +221,16 @@ def test_a_file_that_we_write_opens_alone_and_leaves_clips_vocabulary_out(small,
     assert again.pipeline.tokenizer_2.pad_token_id == 0
 
 
+def test_a_token_that_is_read_otherwise_goes_along(small, tmp_path):
+    """An added token whose text is in CLIP's vocabulary too: "cat" was `cat</w>` before."""
+    model = load(str(theirs("sd1", tmp_path)[0]))
+    model.pipeline.tokenizer.add_tokens(["cat"])
+    ids = model.pipeline.tokenizer("a cat").input_ids
+    assert ids != [49406, 320, 2368, 49407]
+    save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
+    assert load(str(tmp_path / "ours.safetensors")).pipeline.tokenizer("a cat").input_ids == ids
+
+
 def test_a_vocabulary_with_a_token_more_goes_along(small, tmp_path):
     """As textual inversion adds one: CLIP's own would cut it into pieces."""
     model = load(str(theirs("sd1", tmp_path)[0]))
@@ -159,5 +238,6 @@ def test_a_vocabulary_with_a_token_more_goes_along(small, tmp_path):
     model.pipeline.text_encoder.resize_token_embeddings(49409)
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
     again = load(str(tmp_path / "ours.safetensors"))
+    assert torch.equal(picture(again.pipeline), picture(model.pipeline))
     assert again.pipeline.tokenizer("<my-cat>").input_ids == [49406, 49408, 49407]
     assert set(load_file(tmp_path / "ours.safetensors")) == set(load_file(tmp_path / "theirs.safetensors"))

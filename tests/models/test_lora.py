@@ -76,13 +76,41 @@ def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that
     assert not model.applied
 
 
-def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(tiny_model):
-    """Values of an attention whose output is not read here: the change is there and no prediction knows of it."""
-    own = dict(tiny_model.denoiser.named_parameters())
-    name = next(n for n in select(tiny_model.denoiser, "attn1") if n.endswith("to_q.weight"))
-    same = Patch({name: own[name] + 1e-30})
-    lora = Lora({name: (torch.zeros(1, own[name].shape[1]), torch.zeros(len(own[name]), 1))}, 1, {name: 1.0}, (), 1.0)
-    assert missed(lora, same, tiny_model, steps=2) is None
+def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(make_model):
+    """Where to_out is zero, no prediction knows of a query."""
+    model = make_model()
+    own = dict(model.denoiser.named_parameters())
+    name = next(n for n in select(model.denoiser, "attn1") if n.endswith("to_q.weight"))
+    with torch.no_grad():
+        own[name.replace("to_q", "to_out.0")].zero_()
+    change = Patch({name: own[name] + 1})
+    assert missed(extract_lora(change, model, 4), change, model, steps=2) is None
+
+
+def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(make_model, patch, monkeypatch):
+    model = make_model()
+    lora, before = extract_lora(patch, model, 2), picture(model)
+    with pytest.raises(BadSetting, match="fp32 only"):
+        missed(lora, patch, make_half(make_model()))
+    calls = []
+
+    def fail(self, *args, **kwargs):
+        calls.append(1)
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(model.pipeline), "prepare_latents", fail)
+        with pytest.raises(MemoryError):
+            missed(lora, patch, model)
+    assert calls
+    assert not model.applied
+    assert not model.denoiser._forward_hooks
+    assert torch.equal(picture(model), before)
+
+
+def make_half(model):
+    model.pipeline.to(torch.bfloat16)
+    return model
 
 
 @pytest.mark.parametrize("build", ["sd2", "sdxl"])

@@ -244,14 +244,17 @@ def test_a_patch_knows_its_base_in_fewer_bits_and_no_other_model(tiny_folder, ma
         made.apply(same).undo()
         merge([made, made], overlap="last").fits(same)
     other.pipeline.to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    with pytest.warns(OtherBase):
+    with pytest.warns(OtherBase, match=r"has [0-9a-f]{12}: it puts"):  # and no word of the type, which explains nothing here
         made.apply(other)
 
 
 def test_a_base_that_has_patches_on_it_is_not_rounded_for_itself(make_model, patch):
     model = make_model()
-    patch.apply(model)
-    assert model.rounded == {}
+    with patch.apply(model):
+        assert model.rounded == {}
+    assert model.rounded == make_model().rounded != {}
+    with patch.apply(model):
+        assert model.rounded == make_model().rounded
 
 
 def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_word(make_model, patch):

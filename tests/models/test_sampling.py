@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -132,5 +133,8 @@ def test_a_torch_that_does_not_tell_and_other_devices_get_fp32(monkeypatch):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_a_graphics_card_is_asked_whether_it_computes_in_bf16_itself(monkeypatch, able):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda which: nullcontext(asked.append(which)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: able or including_emulation)
-    assert native_precision("cuda:0") == ("bf16" if able else "fp32")
+    assert native_precision("cuda:1") == ("bf16" if able else "fp32")
+    assert asked == ["cuda:1"]

@@ -105,7 +105,7 @@ class Outcome:
             lists[name] = entry
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "edit": self.edit.model_dump(mode="json"),
+            "edit": dict(self.patch.provenance["settings"]),
             "concept": self.concept.model_dump(mode="json"),
             "judge": self.judge_id,
             "base_hash": self.base_hash,

@@ -123,8 +123,13 @@ def extract_lora(
     keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI; InvokeAI if keys or values of attn2 change) or diffusers.")] = "kohya",
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What is drawn to see what the rank loses; repeat it. The patch's own words, or a blank text, unless told."),
+        typer.Option(
+            help="What is drawn to see what the rank loses; repeat it. The first word that the patch erases, or a blank text, unless told."
+        ),
     ] = None,
+    no_quality: Annotated[
+        bool, typer.Option("--no-quality", help="Do not look: three drawings of 8 steps a prompt, minutes at full size on a processor.")
+    ] = False,
     no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
@@ -134,6 +139,8 @@ def extract_lora(
         raise BadSetting(f"keys must be kohya or diffusers, got {keys!r}")
     if rank < 1:
         raise BadSetting(f"the rank of a LoRA must be >= 1, got {rank}")
+    if prompt and no_quality:
+        raise BadSetting("prompt has no effect with --no-quality; leave one of them out")
     _refuse_taken(out, no_card)
     from safegen.bench.card import Subject, card, write_with_card
     from safegen.models import load
@@ -144,10 +151,10 @@ def extract_lora(
     read, loaded = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         found = extract(read, loaded, rank)
-    drawn = prompt or _words(read)
-    lost = missed(found, read, loaded, prompts=drawn)
-    effect = "the patch changes no prediction there" if lost is None else f"loses {100 * lost:.1f} % of the patch's effect"
-    effect += f" (predictions while {', '.join(map(repr, drawn))} is drawn)"
+        drawn = [] if no_quality else prompt or _words(read)
+        lost = missed(found, read, loaded, prompts=drawn) if drawn else None
+    effect = "not measured" if not drawn else "no prediction changes" if lost is None else f"loses {100 * lost:.1f} % of the patch's effect"
+    effect += f" (predictions while {', '.join(repr(text) if text else 'a blank text' for text in drawn)} is drawn)" if drawn else ""
     facts: dict[str, Any] = {"base": loaded.hash, "base_rounded": loaded.rounded, "patch": read.hash, "provenance": dict(read.provenance)}
     facts |= {"energy": found.energy, "missed": lost, "missed_prompts": drawn}
     share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change; {effect}."
@@ -166,10 +173,12 @@ def extract_lora(
 
 
 def _words(patch: Patch) -> list[str]:
-    """Return the words that a patch erases, the first four, or a blank text where it learnt from pictures."""
-    settings = patch.provenance.get("settings")
-    words = settings.get("erase") if isinstance(settings, dict) else None
-    return [str(word) for word in words][:4] if words else [""]
+    """Return the first word that a patch, or one that it was merged of, erases; a blank text where all learnt from pictures."""
+    for said in (patch.provenance, *(part["provenance"] for part in patch.provenance.get("parts", ()))):
+        words = said.get("settings", {}).get("erase")
+        if isinstance(words, list | tuple) and words:
+            return [str(words[0])]
+    return [""]
 
 
 @app.command("from-lora")

@@ -15,7 +15,7 @@ Row = dict[str, float]
 Report = Callable[[int, int, Row], None]
 """Called after every update with (updates done, updates in all, the row of the log)."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-"""Arithmetic of a forward pass; auto is bf16 where the device computes in it (or the network is not held in fp32), else fp32."""
+"""Arithmetic of a forward pass; auto is bf16 where the device computes in it, else fp32, or what the network is held in."""
 
 
 def decided(precision: Precision, net: nn.Module) -> Precision:
@@ -23,7 +23,10 @@ def decided(precision: Precision, net: nn.Module) -> Precision:
     if precision != "auto":
         return precision
     weight = next(net.parameters())
-    return native_precision(str(weight.device)) if weight.dtype == torch.float32 else "bf16"
+    native = native_precision(str(weight.device))
+    if weight.dtype == torch.float32 or native == "bf16":
+        return native
+    return "fp16" if weight.dtype == torch.float16 and weight.device.type == "cuda" else "bf16"
 
 
 class Training(BaseModel):

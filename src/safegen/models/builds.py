@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 SIGNS = {
     "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
@@ -33,6 +35,9 @@ UNET: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Build: its UNet's configuration, where that is not the library's default."""
+
+SD2_V: dict[str, Any] = {"sample_size": 96, "upcast_attention": True}
+"""What SD 2.x has otherwise where it predicts v: 768 pixels, not 512."""
 
 _VAE = {
     "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -92,16 +97,19 @@ def write_small_files(build: str, folder: Path, *, prediction: str, zero_snr: bo
         zero_snr: whether the schedule is rescaled to end in pure noise.
     """
     tails = ("", "_2")[: len(TEXT[build])]
-    unet = UNET[build] | ({"sample_size": 96} if (build, prediction) == ("sd2", "v_prediction") else {})  # 768 pixels, not 512
+    unet = UNET[build] | (SD2_V if (build, prediction) == ("sd2", "v_prediction") else {})
     known = {"unet": unet, "vae": VAE[build]} | {f"text_encoder{tail}": text for tail, text in zip(tails, TEXT[build], strict=True)}
-    library = {"scheduler": ("diffusers", SCHEDULE[build]["_class_name"]), "unet": ("diffusers", "UNet2DConditionModel")}
+    schedule = SCHEDULE[build] | {"prediction_type": prediction}
+    if zero_snr:  # PNDM cannot; the last timestep is drawn from, as arXiv:2305.08891 asks
+        kind = SCHEDULE["sd2" if build == "sd1" else build]
+        schedule = kind | {"prediction_type": prediction, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    library = {"scheduler": ("diffusers", schedule["_class_name"]), "unet": ("diffusers", "UNet2DConditionModel")}
     library |= {"vae": ("diffusers", "AutoencoderKL"), "text_encoder": ("transformers", "CLIPTextModel")}
     library |= {f"tokenizer{tail}": ("transformers", "CLIPTokenizer") for tail in tails}
     more: dict[str, Any] = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     if build == "sdxl":
         library["text_encoder_2"] = ("transformers", "CLIPTextModelWithProjection")
         more = {"feature_extractor": [None, None], "image_encoder": [None, None], "force_zeros_for_empty_prompt": True}
-    schedule = SCHEDULE[build] | {"prediction_type": prediction} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
     files = {f"{part}/config.json": config for part, config in known.items()} | {"scheduler/scheduler_config.json": schedule}
     for tail, pad in zip(tails, PADS[build], strict=True):
         files[f"tokenizer{tail}/tokenizer_config.json"] = {
@@ -112,7 +120,8 @@ def write_small_files(build: str, folder: Path, *, prediction: str, zero_snr: bo
     for name, facts in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    add_vocabulary(folder)
+    for tail in tails:
+        add_vocabulary(folder / f"tokenizer{tail}")
 
 
 @cache
@@ -132,17 +141,36 @@ def vocabulary() -> dict[str, int]:
     return {token: n for n, token in enumerate([*signs, *(s + "</w>" for s in signs), *pairs, "<|startoftext|>", END])}
 
 
-def is_clip(tokenizer: Path) -> bool:
-    """Return whether a tokenizer.json holds CLIP's own vocabulary and no token besides."""
-    told = json.loads(tokenizer.read_text(encoding="utf-8"))
-    pairs = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in told["model"]["merges"])
-    more = {token["content"] for token in told.get("added_tokens", ())} - vocabulary().keys()
-    return not more and pairs == merges() and bool(told["model"]["vocab"] == vocabulary())
+def forget_vocabulary(folder: Path) -> bool:
+    """Delete what a saved tokenizer can do without: all but its configuration, if with CLIP's vocabulary it is the same again.
+
+    Returns:
+        whether that was so; else the folder is as it was.
+    """
+    path = folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    if json.loads(text)["model"]["vocab"] != vocabulary():
+        return False
+    path.unlink()
+    add_vocabulary(folder)
+    again = _told(CLIPTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    if again != _told(text):
+        path.write_text(text, encoding="utf-8")
+        return False
+    return True
+
+
+def _told(tokenizer: str) -> Any:  # noqa: ANN401 - JSON
+    """Return what decides a tokenizer's numbers; how it fills up and cuts is in its configuration."""
+    told = json.loads(tokenizer)
+    told["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in told["model"]["merges"]]
+    return {name: value for name, value in told.items() if name not in ("version", "truncation", "padding")}
 
 
 def add_vocabulary(folder: Path) -> None:
-    """Write CLIP's vocabulary into those tokenizers of a diffusers folder that have none."""
-    for place in folder.glob("tokenizer*"):
-        if not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            (place / "vocab.json").write_text(json.dumps(vocabulary(), ensure_ascii=False), encoding="utf-8")
-            (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges()]) + "\n", encoding="utf-8")
+    """Write CLIP's vocabulary into a tokenizer's folder, if it has none."""
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        (folder / "vocab.json").write_text(json.dumps(vocabulary(), ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges()]) + "\n", encoding="utf-8")

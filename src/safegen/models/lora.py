@@ -105,7 +105,12 @@ def missed(lora: Lora, patch: Patch, model: Model, *, prompts: Sequence[str] = (
 
     Returns:
         0 where nothing is missed, 1 where the LoRA does nothing; None where the patch changes no prediction.
+
+    Raises:
+        BadSetting: the model is not in fp32, whose rounding would be all that is seen, or its predictions are not finite.
     """
+    if model.denoiser.dtype != torch.float32:
+        raise BadSetting(f"what a LoRA misses is told on a model in fp32 only, {model.name!r} is in {model.denoiser.dtype}")
     asked: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:  # noqa: ANN401
@@ -124,6 +129,8 @@ def missed(lora: Lora, patch: Patch, model: Model, *, prompts: Sequence[str] = (
             answers.append([model.denoiser(*args, **kwargs)[0].float() for args, kwargs, _ in asked])
     whole = sum(float((base - new).pow(2).sum()) for (_, _, base), new in zip(asked, answers[0], strict=True))
     lost = sum(float((near - new).pow(2).sum()) for new, near in zip(*answers, strict=True))
+    if not math.isfinite(whole + lost):
+        raise BadSetting(f"predictions of {model.name!r} are not finite under this patch or its LoRA; nothing can be said of them")
     return math.sqrt(lost / whole) if whole else None
 
 

@@ -56,6 +56,7 @@ class Model:
     """The folder it was read from, where that is known: parts that are not loaded (the safety checker) lie there."""
     applied: list[Applied] = field(default_factory=list)
     """What is on it now, in order; `Patch.apply` puts it here and its undoing takes it away."""
+    _rounded: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def patches(self) -> list[Patch]:
@@ -93,13 +94,13 @@ class Model:
         """SHA-256 over the denoiser's weights as they were first asked for: the identity that patches refer to."""
         return hash_tensors(self.denoiser.state_dict())
 
-    @cached_property
+    @property
     def rounded(self) -> dict[str, str]:
-        """What `hash` is when the same weights are loaded as fp16 or bf16; empty where they are no more held whole when first asked for."""
-        if self.applied or self.denoiser.dtype != torch.float32:
-            return {}
-        state = self.denoiser.state_dict()
-        return {name: hash_tensors({k: v.to(DTYPES[name]) for k, v in state.items()}) for name in ("fp16", "bf16")}
+        """What `hash` is when the same weights are loaded as fp16 or bf16; empty of a model not in fp32, or not asked before a patch."""
+        if not self._rounded and not self.applied and self.denoiser.dtype == torch.float32:
+            state = self.denoiser.state_dict()
+            self._rounded |= {name: hash_tensors(state, dtype=DTYPES[name]) for name in ("fp16", "bf16")}
+        return dict(self._rounded)
 
     @property
     def family(self) -> str:

@@ -175,7 +175,8 @@ class Patch:
         base = self.provenance.get("base")
         if base is not None and model.hash not in (base, *self.provenance.get("base_rounded", {}).values()):
             rounded = model.denoiser.dtype
-            why = f" (loaded as {str(rounded).removeprefix('torch.')}, which alone changes that)" if rounded != torch.float32 else ""
+            known = rounded == torch.float32 or self.provenance.get("base_rounded")
+            why = "" if known else f" (loaded as {str(rounded).removeprefix('torch.')}, which alone changes that)"
             warnings.warn(
                 f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}{why}: it puts "
                 f"{self.change(model)}; measure the result before you trust it",

@@ -30,6 +30,21 @@ ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sd
 """Build: what the header calls it, after the ModelSpec of Stability AI."""
 V_PRED, ZTSNR, SPEC = "v_pred", "ztsnr", "modelspec.prediction_type"
 """Tensors that ComfyUI looks for, and the header's key: that a file predicts v, and that its schedule ends in pure noise."""
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+"""What the header may say of it, in small letters, and what the library calls that."""
+SAID: dict[str, dict[str, str | None]] = {
+    "sd1": {"stable-diffusion-v1": None},
+    "sd2": {"stable-diffusion-v2": None, "stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"},
+    "sdxl": {"stable-diffusion-xl-v1-base": None},
+}
+"""Build: what headers call it, ours and those of other tools, and what that says of the prediction."""
+PURE = 1e-4
+"""Abar below which a latent is taken for pure noise; the published schedules end at 4.7e-3, rescaled ones at 6e-8 or 0."""
+EDM = ("edm_mean", "edm_std", "edm_vpred.")
+"""How tensors begin that mark the schedule of Playground 2.5 and CosXL."""
+OLD, TODAY = "cond_stage_model.transformer.", "cond_stage_model.transformer.text_model."
+"""How the text encoder's weights of SD 1.x begin in merges of 2022, and in the published file."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
@@ -87,7 +102,7 @@ def _markers(model: Model) -> dict[str, Tensor]:
     if model.prediction not in ("epsilon", "v_prediction"):
         raise BadSetting(f"{model.name!r} predicts {model.prediction}, and one file can say epsilon or v_prediction only; write a folder")
     out = {V_PRED: torch.zeros(1)} if model.prediction == "v_prediction" else {}
-    return out | ({ZTSNR: torch.zeros(1)} if model.pipeline.scheduler.config.get("rescale_betas_zero_snr") else {})
+    return out | ({ZTSNR: torch.zeros(1)} if float(model.alphas_cumprod()[-1]) < PURE else {})
 
 
 def _small_files(model: Model) -> dict[str, str]:
@@ -100,9 +115,7 @@ def _small_files(model: Model) -> dict[str, str]:
         for tail in _tails(pipe):
             getattr(pipe, f"text_encoder{tail}").config.save_pretrained(here / f"text_encoder{tail}")
             getattr(pipe, f"tokenizer{tail}").save_pretrained(here / f"tokenizer{tail}")
-            if builds.is_clip(here / f"tokenizer{tail}" / "tokenizer.json"):
-                (here / f"tokenizer{tail}" / "tokenizer.json").unlink()
-            else:
+            if not builds.forget_vocabulary(here / f"tokenizer{tail}"):
                 save_vocabulary(here / f"tokenizer{tail}")
         pipe.scheduler.save_pretrained(here / "scheduler")
         forget_places(here)
@@ -133,24 +146,26 @@ def load_single_file(
             given and an SD 2.x file does not say what it predicts.
     """
     tensors, header = _read(path, allow_pickle)
-    ours: str | None = None
+    if strange := sorted(k for k in tensors if k.startswith(EDM)):
+        raise BadFile(f"{path} is trained on the EDM schedule (it has {strange[0]}), which is not read; draw with a model that is not")
     with tempfile.TemporaryDirectory() as folder:
-        if config is None:
+        if config is not None:
+            way = "name the folder of this very model (--config)"
+        elif CONFIGS in header:
+            way = "the file was changed after it was written; make it again"
             config = Path(folder)
-            if CONFIGS in header:
-                _unpack(header[CONFIGS], config, path)
-            else:
-                ours = _bring(tensors, header, config, path)
+            _unpack(header[CONFIGS], config, path)
+        else:
+            config = Path(folder)
+            build = _bring(tensors, header, config, path)
+            way = f"the configuration is that of the published {build}: name the model's own diffusers folder (--config)"
         if not (config / "model_index.json").is_file():
             raise BadFile(f"{config} is not a diffusers folder: it has no model_index.json")
-        try:
-            pipeline = _assemble(tensors, config, path)
-        except BadFile as error:
-            if ours is None:
-                raise
-            raise BadFile(f"{error} (that of the published {ours}; name the model's own diffusers folder: --config)") from error
-        _agree(pipeline.scheduler.config, tensors, header, path)
-    return finish_loading(str(path), pipeline.to(dtype=DTYPES[dtype]), device)
+        pipeline = _assemble(tensors, config, path, way)
+        _agree(pipeline.scheduler, tensors, header, path)
+        with silence():
+            pipeline.to(dtype=DTYPES[dtype])
+    return finish_loading(str(path), pipeline, device)
 
 
 def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -163,15 +178,20 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
         raise BadFile(
             f"{path} is a pickle, which can run code of whoever made it; get it as safetensors, or say --allow-pickle if you trust it"
         )
+    header: dict[str, str] = {}
     try:
         if path.suffix in PICKLES:
             found = torch.load(path, map_location="cpu", weights_only=True)
             found = found.get("state_dict", found)
-            return {k: v for k, v in found.items() if isinstance(v, Tensor)}, {}
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)}
+        else:
+            with safe_open(path, framework="pt") as file:
+                tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # torch's unpickler raises a dozen kinds
         raise BadFile(f"{path} cannot be read as a one-file checkpoint: {first_line(error)}") from error
+    if not any(k.startswith(TODAY) for k in tensors):
+        tensors = {TODAY + k.removeprefix(OLD) if k.startswith(OLD) else k: v for k, v in tensors.items()}
+    return tensors, header
 
 
 def _unpack(text: str, folder: Path, path: Path) -> None:
@@ -183,21 +203,42 @@ def _unpack(text: str, folder: Path, path: Path) -> None:
         place = folder / name
         if not place.resolve().is_relative_to(folder.resolve()):
             raise BadFile(f"{path} is not to be trusted: its header names the file {name!r}, outside its folder")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(value, encoding="utf-8")
-    builds.add_vocabulary(folder)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(value, encoding="utf-8")
+        except OSError as error:  # one name is a file and a folder
+            raise BadFile(f"{path} is damaged: its header's {CONFIGS} cannot be laid out ({error.strerror}: {name!r})") from error
+    for tokenizer in TOKENIZERS:
+        if tokenizer in {name.partition("/")[0] for name in files}:
+            builds.add_vocabulary(folder / tokenizer)
 
 
 def _bring(tensors: Mapping[str, Tensor], header: Mapping[str, str], folder: Path, path: Path) -> str:
     """Write the small files of the published build that a file's names tell, and return what it is called.
 
     Raises:
-        BadFile: they tell none, or SD 2.x, of which there are two kinds, and the file does not say which.
+        BadFile: they tell none, a part is missing, it says or shows that it is a variant (inpainting, few steps), or it is an SD 2.x, of
+            which there are two kinds, and does not say which.
     """
     build = builds.told_by(tensors)
     if build is None:
-        raise BadFile(f"{path} holds no whole model in the original layout of {', '.join(builds.TITLES.values())}; load needs one")
-    said = _predicts(tensors, header)
+        raise BadFile(
+            f"{path} holds no whole model in the original layout of {', '.join(builds.TITLES.values())} (refiners are none); "
+            "a LoRA goes beside a model: --lora"
+        )
+    for part, prefix in PREFIX[build].items():
+        if not any(name.startswith(prefix) for name in tensors):
+            raise BadFile(f"{path} lacks a whole part of {builds.TITLES[build]}, the {part}; get a file that holds it")
+    channels = tensors[first].shape[1] if (first := PREFIX[build]["unet"] + "input_blocks.0.0.weight") in tensors else 4
+    if channels != 4:
+        raise BadFile(f"{path} takes {channels} channels, as inpainting and depth models do; those that draw from text alone are read")
+    named = header.get("modelspec.architecture", "").lower()
+    if named and named not in SAID[build]:
+        raise BadFile(
+            f"{path} says that it is a {named}, and its weights are {builds.TITLES[build]}'s, whose published schedule may not be its own; "
+            "name the model's own diffusers folder (--config)"
+        )
+    said = _predicts(tensors, header, path)
     if said is None and build == "sd2":
         raise BadFile(
             f"{path} does not say whether it predicts epsilon or v, and SD 2.x has both kinds; "
@@ -207,29 +248,42 @@ def _bring(tensors: Mapping[str, Tensor], header: Mapping[str, str], folder: Pat
     return builds.TITLES[build]
 
 
-def _predicts(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str | None:
-    """Return what a file says that it predicts, if it does."""
-    return "v_prediction" if V_PRED in tensors else {"v": "v_prediction", "epsilon": "epsilon"}.get(header.get(SPEC, ""))
+def _predicts(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> str | None:
+    """Return what a file says that it predicts, if it does.
+
+    Raises:
+        BadFile: it says something that is not read.
+    """
+    if V_PRED in tensors:
+        return "v_prediction"
+    said = header.get(SPEC, "").lower()
+    if said and said not in PREDICTIONS:
+        raise BadFile(f"{path} says that it predicts {said!r}; models of {', '.join(PREDICTIONS)} are read")
+    return PREDICTIONS.get(said) or SAID["sd2"].get(header.get("modelspec.architecture", "").lower())
 
 
-def _agree(schedule: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
+def _agree(scheduler: Any, tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:  # noqa: ANN401 - any scheduler
     """Refuse configurations under which the file's weights would mean something else.
 
     Raises:
         BadFile: they predict otherwise, or their schedule does not end in pure noise where the file says so.
     """
-    said, own = _predicts(tensors, header), str(schedule["prediction_type"])
+    said, own = _predicts(tensors, header, path), str(scheduler.config["prediction_type"])
     if said not in (None, own):
         raise BadFile(f"{path} says that it predicts {said}, its configuration says {own}; name a folder of a model that does: config")
-    if ZTSNR in tensors and not schedule.get("rescale_betas_zero_snr"):
+    if ZTSNR in tensors and float(scheduler.alphas_cumprod[-1]) >= PURE:
         raise BadFile(
-            f"{path} says that its schedule ends in pure noise (ztsnr), its configuration does not (rescale_betas_zero_snr); "
-            "name a folder whose scheduler does: config"
+            f"{path} says that its schedule ends in pure noise (ztsnr), its configuration's does not (rescale_betas_zero_snr, of a "
+            "scheduler that knows it); name a folder whose scheduler does: config"
         )
 
 
-def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> Any:  # noqa: ANN401 - one of FAMILIES
-    """Return a pipeline built from configurations, with the file's weights in it."""
+def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path, way: str) -> Any:  # noqa: ANN401 - one of FAMILIES
+    """Return a pipeline built from configurations, with the file's weights in it.
+
+    Raises:
+        BadFile: they do not go together; `way` says what the user can do about it.
+    """
     try:
         index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
@@ -249,7 +303,7 @@ def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> Any:  
                     parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(config / "text_encoder_2"))
             build = "sdxl" if family == XL else "sd2" if parts["unet"].config.use_linear_projection else "sd1"
             for part, module in parts.items():
-                _fill(build, part, module.float(), tensors, path)
+                _fill(build, part, module.float(), tensors, path, way)
             kind, options = FAMILIES[family]
             return kind.from_pretrained(config, **parts, **options, local_files_only=True)
     except BadFile:
@@ -258,7 +312,7 @@ def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path) -> Any:  
         raise BadFile(f"the small files in {config} cannot be used: {first_line(error)}") from error
 
 
-def _fill(build: str, part: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _fill(build: str, part: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path, way: str) -> None:
     """Put the file's weights into a part: all of them, and no other shape but what the layout has otherwise.
 
     Raises:
@@ -269,20 +323,18 @@ def _fill(build: str, part: str, module: nn.Module, tensors: Mapping[str, Tensor
     found = {}
     for name, to in names.items():
         if to not in tensors:
-            raise BadFile(f"{path} has no {to}; it is of another family than its configuration")
+            raise BadFile(f"{path} has no {to}, which its configuration wants; {way}")
         value = unpack(build, part, name, tensors[to], state[name].shape)
         if value.shape != state[name].shape:
             raise BadFile(
-                f"{path} has {to} of shape {tuple(tensors[to].shape)}, its configuration says {tuple(state[name].shape)} for {name}"
+                f"{path} has {to} of shape {tuple(tensors[to].shape)}, its configuration says {tuple(state[name].shape)} for {name}; {way}"
             )
         found[name] = value.to(state[name].dtype, copy=True).contiguous()  # out of the file, whose alignment decides how sums are rounded
     prefix = PREFIX[build][part]
     more = {k for k in tensors if k.startswith(prefix)} - set(names.values())
     more = {k for k in more if not _idle(build, part, k.removeprefix(prefix), module)}
     if more:
-        raise BadFile(
-            f"{path} has {min(more)} and {len(more) - 1} others that its configuration does not know; name the right folder (--config)"
-        )
+        raise BadFile(f"{path} has {min(more)} and {len(more) - 1} others that its configuration does not know; {way}")
     module.load_state_dict(found, assign=True)
 
 
