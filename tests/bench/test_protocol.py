@@ -39,6 +39,13 @@ def test_a_bundled_protocol_plans_every_prompt_with_every_seed(name):
     assert {i.shows for i in items if i.role in ("neighbour", "other")} >= {"ghosts", "leaves"}
 
 
+def test_other_arithmetic_is_another_protocol():
+    own = read_protocol("mini-smoke")
+    assert (own.sampler.precision, own.drawn("fp32").id) == ("fp32", own.id)  # whoever looks quickly has any processor
+    assert own.drawn("bf16").id != own.id
+    assert own.drawn("bf16").drawn("fp32") == own
+
+
 def test_the_smoke_protocol_draws_200_pictures_with_two_stacks():
     assert 2 * len(plan(load_protocol("mini-smoke"))) >= 200
 

@@ -65,9 +65,10 @@ def test_a_built_in_protocol_is_called_by_its_name_and_a_file_of_that_name_by_it
     own = load_protocol("mini-smoke")
     other = own.model_copy(update={"seeds": (5,)})
     stacks = everyone(own, [Stack(name="mini", model="mini")], "all")
-    found = [prepare(p, stacks, tmp_path / str(i), shelf).card["command"] for i, p in enumerate((own, other))]
+    found = [prepare(p, stacks, tmp_path / str(i), shelf).card["command"] for i, p in enumerate((own, other, own.drawn("bf16")))]
     assert found[0] == "safegen evaluate --protocol mini-smoke --stack mini=mini --out RUN"
     assert found[1] == "safegen evaluate --protocol mini-smoke.toml --stack mini=mini --out RUN"
+    assert found[2] == "safegen evaluate --protocol mini-smoke --precision bf16 --stack mini=mini --out RUN"
 
 
 def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):

@@ -6,6 +6,7 @@ import json
 import shlex
 
 import pytest
+import torch
 
 PROTOCOL = """
 name = "few"
@@ -97,6 +98,15 @@ def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, mon
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("able", "slow"), [("avx2", True), ("avx512_bf16", False)])
+def test_bf16_that_the_processor_only_imitates_is_said_before_the_run(safegen, few, tmp_path, monkeypatch, able, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    words = ("evaluate", "--protocol", few, "--stack", "no.toml", "--precision")
+    said = {kind: safegen(*words, kind, "--out", tmp_path / kind)[2] for kind in ("bf16", "fp32")}
+    assert ("draws in bf16, which this cpu is not known to compute in" in said["bf16"]) == slow
+    assert "bf16" not in said["fp32"]
+
+
 def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_use(safegen, few, tmp_path):
     text = few.read_text()
     text = text[: text.index("source =")].replace("seeds = [1]", 'seeds = "rows"') + 'requires = "a table"\nunsafe = true\n'
@@ -127,6 +137,7 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
         (["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"], "--judge has no effect with --stage all"),
         (["evaluate", "--stage", "judge", "--baselines", "all", "--out", "OUT"], "--baselines has no effect with --stage judge"),
         (["evaluate", "--stage", "judge", "--device", "cpu", "--dtype", "fp32", "--out", "OUT"], "--device, --dtype has no effect"),
+        (["evaluate", "--stage", "judge", "--precision", "fp32", "--out", "OUT"], "--precision has no effect with --stage judge"),
         (["evaluate", "--stage", "score", "--allow-pickle", "--out", "OUT"], "--allow-pickle has no effect with --stage score"),
         (["evaluate", "--stage", "score", "--threads", "1", "--out", "OUT"], "--threads has no effect with --stage score"),
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),

@@ -15,7 +15,7 @@ from safegen.bench.rows import canonical, hash_rows, is_bundled, sha
 from safegen.bench.rules import FROM_FEATURES, FROZEN, FeatureRule, JudgeRule, LpipsRule, MetricName, PromptList
 from safegen.data.sources import HUB
 from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.sampler import Sampler
+from safegen.sampler import Native, Sampler
 from safegen.tables import PROTOCOLS, expand_labels
 
 FORMAT = "safegen-protocol/2"
@@ -86,6 +86,10 @@ class Protocol(BaseModel):
     def id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 over `decides()` as canonical JSON."""
         return sha(canonical(self.decides()))[:16]
+
+    def drawn(self, precision: Native) -> Protocol:
+        """Return the protocol with other arithmetic of the denoiser, and so with another id unless it is the same."""
+        return self.model_copy(update={"sampler": self.sampler.model_copy(update={"precision": precision})})
 
     def judged(
         self,

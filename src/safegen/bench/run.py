@@ -23,6 +23,7 @@ from safegen.concept import load_concept
 from safegen.errors import BadFile, BadSetting
 from safegen.files import short
 from safegen.judge import load_judge
+from safegen.sampler import Native
 from safegen.stack import Shelf, Stack
 from safegen.tables import PROTOCOLS
 
@@ -244,7 +245,13 @@ def _weights_told(protocol: Protocol) -> Line:
 
 def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: Shelf) -> str:
     """Return what to type to make a run again, in a folder that holds its files: those of the user are called by their last name only."""
-    words = ["--protocol", protocol.name if _built_in(protocol) else f"{protocol.name}.toml"]
+    precision = protocol.sampler.precision
+    if _built_in(protocol):
+        words = ["--protocol", protocol.name]
+    elif _built_in(protocol, precision):
+        words = ["--protocol", protocol.name, "--precision", precision]
+    else:
+        words = ["--protocol", f"{protocol.name}.toml"]
     for stack, kind, _ in stacks:
         words += ["--stack", _spec(stack)] if kind != "baseline" else []
     for part in protocol.lists:
@@ -256,11 +263,12 @@ def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf
     return shlex.join(["safegen", "evaluate", *words, "--out", "RUN"])
 
 
-def _built_in(protocol: Protocol) -> bool:
-    """Return whether a protocol's name alone stands for it: a file may have taken the name of another."""
+def _built_in(protocol: Protocol, precision: Native | None = None) -> bool:
+    """Return whether a protocol's name, with another precision where one is given, stands for it: a file may have a built-in one's name."""
     if protocol.name not in PROTOCOLS:
         return False
     own = read_protocol(protocol.name)
+    own = own.drawn(precision) if precision else own
     if len(own.lists) != len(protocol.lists):
         return False
     filled = [

@@ -44,7 +44,14 @@ JudgeOption = Annotated[
 Label = Annotated[list[str] | None, typer.Option("--label", help="A label of the judge that means the concept; repeat it.")]
 
 
-DRAWING = ("protocol", "stack", "prompts", "baselines", "device", "dtype", "allow_pickle")
+class Arithmetic(StrEnum):
+    """Arithmetic of the denoiser."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+DRAWING = ("protocol", "stack", "prompts", "baselines", "precision", "device", "dtype", "allow_pickle")
 IDLE = {
     Stage.all: ("judge", "label", "judge_option"),
     Stage.generate: ("judge", "label", "judge_option"),
@@ -70,6 +77,10 @@ def evaluate(
     judge: Judge = None,
     label: Label = None,
     judge_option: JudgeOption = None,
+    precision: Annotated[
+        Arithmetic | None,
+        typer.Option(help="Arithmetic of the denoiser in place of the protocol's: another protocol."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Threads = None,
@@ -91,7 +102,9 @@ def evaluate(
         return
     rules = _protocol(protocol, prompts or []) if protocol else None
     if rules:
+        rules = rules.drawn(precision.value) if precision else rules
         _show_left_out(rules)
+        _show_slow(rules, device)
     set_threads(threads)
     from safegen.bench import run as bench
     from safegen.bench.folder import Run
@@ -224,6 +237,18 @@ def _show_left_out(protocol: Protocol) -> None:
             typer.echo(f"left out of {part.name}: {line}", err=True)
         if len(part.left_out) > SAID:
             typer.echo(f"left out of {part.name}: {len(part.left_out) - SAID} more rows, all in the run's protocol.json", err=True)
+
+
+def _show_slow(protocol: Protocol, device: str) -> None:
+    """Say so before a run that will take many times as long as it need."""
+    from safegen.sampler import native_precision
+
+    if protocol.sampler.precision == "bf16" and native_precision(device) != "bf16":
+        typer.echo(
+            f"note: {protocol.name} draws in bf16, which this {device} is not known to compute in: it may take many times as long as with "
+            "--precision fp32, whose pictures differ by rounding and whose numbers have another protocol id",
+            err=True,
+        )
 
 
 @contextmanager
