@@ -78,6 +78,17 @@ def test_the_trail_says_of_each_picture_whether_it_was_steered(tiny_model, draw)
     assert [(d.trail.action, d.trail.guards[0].scores["steps"] > 0) for d in drawn] == [("none", False), ("edit", True)]
 
 
+@pytest.mark.parametrize(("apart", "steered"), [(0.0, False), (1e-6, False), (1e-2, True)])
+def test_a_push_as_small_as_rounding_is_none(tiny_model, draw, monkeypatch, apart, steered):
+    """A processor may give equal texts of one batch predictions that differ in their last bits."""
+    import safegen.guard.sld as sld
+
+    own = sld.safety_guidance
+    monkeypatch.setattr(sld, "safety_guidance", lambda u, c, f, nu, **told: own(u, c, u + apart * u.abs().amax(), nu, **told))
+    (drawn,) = draw(tiny_model.pipeline, [make_guard("sld", "max", text=TEXT)], ["a red cube"])
+    assert (drawn.trail.guards[0].scores["steps"] > 0) == steered
+
+
 def test_presets_have_the_published_numbers():
     from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
 

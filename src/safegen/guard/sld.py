@@ -66,6 +66,10 @@ class Sld(Guard):
         return _Ready(self)
 
 
+ROUNDING = 1e-5
+"""Largest push, as a part of the prediction, that counts as none: equal texts in one batch differ by so little on some processors."""
+
+
 class _Ready(Ready):
     guard: Sld
 
@@ -100,11 +104,16 @@ class _Turn(Turn):
         )  # fmt: skip
         if not self._warm:
             return None
-        self.acted += gamma.flatten(1).any(1).cpu()
+        self.acted += (_largest(gamma) > ROUNDING * _largest(u)).cpu()
         return gamma
 
     def findings(self) -> list[Finding]:
         return [Finding("edit" if n else "none", "steered" if n else "", {"steps": n}) for n in self.acted.tolist()]
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return the largest absolute value of each row, (b,)."""
+    return x.flatten(1).abs().amax(1)
 
 
 def safety_guidance(
