@@ -120,6 +120,7 @@ def main() -> None:
         out: dict[str, Any] = {
             "row": name,
             "concept": args.concept,
+            "precision": sampler.precision,
             "seconds": round(seconds, 1),
             "settings": every[name].model_dump(mode="json"),
             "triplets": triplets.hash,

@@ -38,13 +38,14 @@ from safegen.sampler import native_precision
 from safegen.tables import EDITS, resolve
 
 
-def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any]) -> tuple[Patch, dict[str, Any], float]:
-    """Return one edit's patch, its settings and its seconds; or a patch's file, read."""
+def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any]) -> tuple[Patch, dict[str, Any], float | None]:
+    """Return one edit's patch, its settings and its seconds, None where it does not say; or a patch's file, read."""
     if row.endswith(".safetensors"):
         patch = Patch.load(Path(row))
         parts = [part["provenance"] for part in patch.provenance.get("parts", ())] or [patch.provenance]
         settings = [dict(part.get("settings", {})) for part in parts]
-        spent = sum(float(part.get("seconds", 0.0)) for part in parts)  # a LoRA's file does not say how long it took
+        told = [part.get("seconds") for part in parts]
+        spent = None if None in told else sum(map(float, told))  # a LoRA's file does not say how long it took
         return patch, settings[0] if len(settings) == 1 else {"parts": settings}, spent
     method, _, preset = row.partition(":")
     kind = resolve(EDITS, method, "edit")
@@ -155,7 +156,7 @@ def main() -> None:
     base = judge.judge(drawn)
     training = {"updates": args.updates, "warmup": 0} if args.updates else {}
     for row in args.rows.split(","):
-        out: dict[str, Any] = {"row": row, "concept": args.concept, "edits": [], "seconds": 0.0, "bytes": 0}
+        out: dict[str, Any] = {"row": row, "concept": args.concept, "precision": sampler.precision, "edits": [], "seconds": 0.0, "bytes": 0}
         with ExitStack() as on:
             _ = model.hash
             forget_peak()
@@ -165,7 +166,7 @@ def main() -> None:
                     patch.save(args.keep / f"{row.replace(':', '-')}-{len(out['edits'])}.safetensors")
                 on.enter_context(patch.apply(model))
                 out["edits"].append({"method": part, "settings": settings, "provenance": dict(patch.provenance)})
-                out["seconds"] = round(out["seconds"] + seconds, 1)
+                out["seconds"] = None if None in (seconds, out["seconds"]) else round(out["seconds"] + seconds, 1)
                 out["bytes"] += size_of(patch)
             out["edit_peak_mib"] = peak_mib()  # model and edits, without what drawing and judging take
             redrawn = list(generate(model, [i.ask for i in items], sampler))
@@ -190,7 +191,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
     heads += ["CLIP, last list", "KID to base × 1000", "coherence kept, least", "changed by", "mosaicked, most", "peak MiB while editing"]
     out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in found:
-        cells = [row["row"], f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}"]
+        cells = [row["row"], "not told" if row["seconds"] is None else f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}"]
         for name in names:
             entry = row["lists"][name]
             if "removal" in entry:

@@ -119,7 +119,7 @@ def main() -> None:
         subjects = of * args.seeds
         hits = [v.sees(concept.labels, concept.threshold) for v in verdicts]
         right = [v.subject == subject for v, subject in zip(verdicts, subjects, strict=True)]
-        out = {"row": row, "seen": Rate.of(hits).to_json(), "subject": Rate.of(right).to_json(), **facts}
+        out = {"row": row, "precision": sampler.precision, "seen": Rate.of(hits).to_json(), "subject": Rate.of(right).to_json(), **facts}
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(out) + "\n")
         print(markdown([out]).splitlines()[-1], flush=True)
