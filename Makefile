@@ -17,8 +17,8 @@ help: ## list the targets
 demo: .venv/installed ## the main job: remove skulls from the bundled miniature model, and report (about 4 minutes)
 	$(BIN)/safegen demo --out $(OUT)
 
-test: .venv/installed ## the test suite
-	$(BIN)/python -m pytest -m "not slow"
+test: .venv/installed ## the test suite, in two processes of one thread each; most tests leave a second thread idle
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
 	$(BIN)/python -m pytest
