@@ -46,12 +46,13 @@ def work(
         done: dict[str, int] = {}
         drawn = {line["key"] for line in samples.lines}
         for batch in every:
-            images = None
+            name, images = batch.stack["name"], None
+            if pen and name not in done:
+                tell(f"drawing: {name}", 0, len(planned))
             if pen and pen.lacks(batch):
                 images = pen.draw(batch)
             elif not drawn.issuperset(batch.keys):
                 continue  # not drawn yet, and nobody here to draw it
-            name = batch.stack["name"]
             done[name] = done.get(name, 0) + len(batch.keys)
             if pen:
                 tell(f"drawing: {name}", done[name], len(planned))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 import warnings
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,27 +90,49 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+class Pace:
+    """How fast a stage goes. Pictures come a batch at a time, so what comes together counts as one sight."""
+
+    TOGETHER, WINDOW = 0.5, 60.0
+    """Seconds: between sights; of the past that counts, or more where sights are rarer."""
+
+    def __init__(self) -> None:
+        self.sights: deque[tuple[float, int]] = deque()
+
+    def see(self, done: int, now: float) -> None:
+        """Take down how much is done at a time in seconds."""
+        if self.sights and now - self.sights[-1][0] < self.TOGETHER:
+            now, _ = self.sights.pop()
+        self.sights.append((now, done))
+        while len(self.sights) > 2 and now - self.sights[1][0] > self.WINDOW:
+            self.sights.popleft()
+
+    @property
+    def per_second(self) -> float | None:
+        """Return what is done a second; None while there is one sight only."""
+        if len(self.sights) < 2:
+            return None
+        (began, first), (ended, last) = self.sights[0], self.sights[-1]
+        return (last - first) / (ended - began)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar with rate and time left for each named stage."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
+            speed = paces[task.id].per_second
             return Text(f"{speed:.2f}/s" if speed else "", style="progress.data.speed")
+
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed, rest = paces[task.id].per_second, (task.total or 0) - task.completed
+            left = timedelta(seconds=math.ceil(rest / speed)) if speed else None if rest else timedelta()
+            return Text(f"left {left}" if left is not None else "left -:--:--", style="progress.remaining")
 
     bar = Progress(
         TextColumn("{task.description:<34}"),
@@ -114,15 +140,16 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         Rate(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        Left(),
         console=Console(stderr=True),
     )
     tasks: dict[str, TaskID] = {}
+    paces: defaultdict[TaskID, Pace] = defaultdict(Pace)
 
     def tell(what: str, done: int, of: int) -> None:
         if what not in tasks:
-            tasks[what] = bar.add_task(what, total=of, completed=done)  # what is done already says nothing of the speed
+            tasks[what] = bar.add_task(what, total=of)
+        paces[tasks[what]].see(done, time.monotonic())
         bar.update(tasks[what], completed=done)
 
     with bar:
