@@ -55,6 +55,7 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "captions: none": change(captions=()),
         "fade: none": change(fade=0.0),
         "adversary: none": change(adversary=0.0),
+        "adversary moves: unsafe": change(adversary_moves="unsafe"),
         "timesteps: all": change(timesteps=(0, 1000)),
         "weights: 0.1 / 0.9": change(**weights),
         "teacher: none": change(teacher=False),

@@ -150,30 +150,67 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
 
 
 def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
-    """SafeGen's step with its one step of ascent, restated: 0.25 of the embedding's norm up the loss on the unsafe rows."""
+    """SafeGen's step with its one step of ascent, restated: 0.25 of the embedding's norm up the loss on the unsafe rows.
+
+    The benign texts go along by the same move if it is shared, and L_p asks for what the untouched model says to them there.
+    """
+
+    def untouched(*given):
+        with torch.no_grad():
+            return torch.func.functional_call(denoiser, self.reference, given).sample
+
     abar = self.abar[t][:, None, None, None]
     x_u, x_b = (abar.sqrt() * z + (1 - abar).sqrt() * e for z, e in ((z_u, eps), (z_b, eps_b)))
-    with torch.no_grad():
-        old = torch.func.functional_call(denoiser, self.reference, (torch.cat([x_u, x_b]), torch.cat([t, t]), text)).sample
-    said_u, said_b = old.chunk(2)
+    text_u, text_b = text.chunk(2)
+    shared = self.edit.adversary_moves != "unsafe"
+    if shared:
+        said_u = untouched(x_u, t, text_u)
+    else:
+        said_u, said_b = untouched(torch.cat([x_u, x_b]), torch.cat([t, t]), text).chunk(2)
     want = said_u + (self.abar[t] / (1 - self.abar[t])).sqrt().clamp(max=3.0)[:, None, None, None] * (z_u - z_c)
-    c = text[: len(z_u)].clone().requires_grad_()
+    c = text_u.clone().requires_grad_()
     (denoiser(x_u, t, c).sample.float() - want.float()).pow(2).mean(dim=(1, 2, 3)).sum().backward(inputs=[c])
-    long, steep = (v.norm(dim=(1, 2), keepdim=True) for v in (text[: len(z_u)], c.grad))
-    worse = text[: len(z_u)] + 0.25 * (long / steep.clamp(min=1e-12)) * c.grad
-    out_u, out_b = denoiser(torch.cat([x_u, x_b]), torch.cat([t, t]), torch.cat([worse, text[len(z_u) :]])).sample.chunk(2)
+    long, steep = (v.norm(dim=(1, 2), keepdim=True) for v in (text_u, c.grad))
+    worse = text_u + 0.25 * (long / steep.clamp(min=1e-12)) * c.grad
+    if shared:
+        text_b = text_b + (worse - text_u)
+        said_b = untouched(x_b, t, text_b)
+    out_u, out_b = denoiser(torch.cat([x_u, x_b]), torch.cat([t, t]), torch.cat([worse, text_b])).sample.chunk(2)
     return {k: (a.float() - b.float()).pow(2).mean(dim=(1, 2, 3)) for k, a, b in (("L_m", out_u, want), ("L_p", out_b, said_b))}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_default_is_to_the_bit_what_it_was_before_there_were_others(make_model, triplets, monkeypatch, precision):
+@pytest.mark.parametrize(("precision", "moves"), [("fp32", None), ("fp32", "unsafe"), ("bf16", "both")])
+def test_the_default_adversary_is_to_the_bit_its_step_restated(make_model, triplets, monkeypatch, precision, moves):
     training = SafeGen().training.model_copy(update=BRIEF | {"precision": precision})
-    edits = [SafeGen(training=training, **more) for more in ({}, {"adversary": SETTINGS["one-step"] | {"radius": 0.25}})]
+    said = {"training": training, "adversary_moves": moves}
+    edits = [SafeGen(**said, **more) for more in ({}, {"adversary": SETTINGS["one-step"] | {"radius": 0.25}})]
     found = [edit.apply(make_model(), triplets).hash for edit in edits]
+    other = SafeGen(training=training, adversary_moves="both" if moves == "unsafe" else "unsafe").apply(make_model(), triplets).hash
     none = SafeGen(training=training, adversary=0.0).apply(make_model(), triplets).hash
     monkeypatch.setattr(SafeGenProblem, "compare", plain)
     assert [edits[0].apply(make_model(), triplets).hash] * 2 == found
-    assert none not in found
+    assert len({none, other, *found}) == 3
+
+
+@pytest.mark.parametrize("name", ["adv-unlearn", "closed-form"])
+def test_benign_texts_take_the_moves_of_any_adversary(make_model, triplets, monkeypatch, name):
+    """Both texts of a triplet end as far and in the same direction from where they began, and the untouched model is asked there."""
+    model, seen = make_model(), []
+    edit = SafeGen(adversary=SETTINGS[name], selector="attention", training=BRIEF | {"updates": 1, "batch": 2, "precision": "fp32"})
+    forward = type(model.denoiser).forward
+    monkeypatch.setattr(
+        type(model.denoiser),
+        "forward",
+        lambda net, x, t, text, **more: (seen.append(text.detach().clone()), forward(net, x, t, text, **more))[1],
+    )
+    edit.apply(model, triplets)
+    before_u, (last, asked) = seen[0], (seen[-1], seen[-2])
+    moved_u, moved_b = last.chunk(2)
+    blank = model.encode_text([""]).float().expand(2, -1, -1)
+    assert torch.equal(before_u, blank)
+    assert not torch.equal(moved_u, blank)
+    assert_close(moved_b, moved_u)
+    assert torch.equal(asked, moved_b)
 
 
 def test_a_number_stays_a_number_in_settings_so_that_old_patches_and_checkpoints_are_read():

@@ -41,6 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 CAPTION_SHARE = 0.6
 """Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
+ADVERSARY_MOVES = "both"
+"""Unless told: where only unsafe samples have moved texts, a text at an odd place comes to mean that things go, ghosts too."""
 HELD_OUT = 0.1
 """Unless told: the part of the triplets that early stopping looks at."""
 
@@ -59,9 +61,9 @@ class SafeGen(TrainedEdit):
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.4, ge=0)
+    weight_mosaic: float = Field(default=0.44, ge=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.6, ge=0)
+    weight_preserve: float = Field(default=0.56, ge=0)
     """Weight of L_p, the loss on benign pictures."""
     teacher: bool = True
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
@@ -72,6 +74,9 @@ class SafeGen(TrainedEdit):
     adversary: Opponent = 0.25
     """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
     name, or a table with a name and settings (docs/edits.md)."""
+    adversary_moves: Literal["unsafe", "both"] | None = None
+    """Whose texts the adversary moves: the unsafe samples', or by the same moves the benign ones' too, so that a moved text does not tell
+    which of the two a picture is (ours); both, unless told."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin, to teach half-gone remains too; 0 is none (ours)."""
     flip: bool = False
@@ -95,6 +100,10 @@ class SafeGen(TrainedEdit):
             raise ValueError("caption_share has no effect without captions; give both or neither")
         if self.held_out is not None and not self.training.validate_every:
             raise ValueError("held_out has no effect without training.validate_every; set that too, or leave held_out out")
+        if self.adversary_moves and not self.adversary:
+            raise ValueError("adversary_moves has no effect without an adversary; give both or neither")
+        if self.adversary_moves == "both" and not self.weight_preserve:
+            raise ValueError("adversary_moves both has no effect with weight_preserve 0, which leaves L_p out; leave it out")
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
         if self.weight_mosaic + self.weight_preserve <= 0:
@@ -133,6 +142,7 @@ class SafeGenProblem:
         if edit.target == "paper" and self.prediction != "epsilon":
             raise BadSetting(f"target 'paper' has a wrong x0 on a {self.prediction} model; use target 'x0'")
         self.attack = at_work(edit.adversary, model, names)
+        self.shared = self.attack is not None and (edit.adversary_moves or ADVERSARY_MOVES) == "both"
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
         if torch.equal(self.latents[0], self.latents[1]):
@@ -202,20 +212,28 @@ class SafeGenProblem:
             text: text embeddings, (2b, tokens, width): of the unsafe rows, then of the benign.
         """
         abar, n, velocity = self.abar[t], len(z_u), losses.velocity
-        x = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)])
-        plain_u, plain_b = (eps, eps_b) if self.prediction == "epsilon" else (velocity(eps, z_u, abar), velocity(eps_b, z_b, abar))
-        said_u, said_b = self._untouched(denoiser, x, torch.cat([t, t]), text).chunk(2) if self.reference else (plain_u, plain_b)
-        anchor = said_u if self.edit.anchor == "teacher" else plain_u
+        x, tt = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)]), torch.cat([t, t])
+        plain = torch.cat([eps, eps_b] if self.prediction == "epsilon" else [velocity(eps, z_u, abar), velocity(eps_b, z_b, abar)])
+        known = 2 * n if self.edit.teacher and not self.shared else n  # benign texts that move are asked about after that
+        said = self._said(denoiser, x[:known], tt[:known], text[:known], plain[:known])
+        anchor = said[:n] if self.edit.anchor == "teacher" else plain[:n]
         if self.edit.target == "paper":
             want = losses.paper_target(eps, z_u, z_c)
         else:
             target = losses.x0_target if self.prediction == "epsilon" else losses.v_target
             want = target(anchor, z_u, z_c, abar, clamp=self.edit.clamp or 0.0)
         if self.attack:
-            text = torch.cat([self.attack(denoiser, x[:n], t, text[:n], want=want, before=said_u), text[n:]])
-        out_u, out_b = denoiser(x, torch.cat([t, t]), text).sample.chunk(2)
-        keep = said_b if self.edit.teacher else plain_b
+            moved = self.attack(denoiser, x[:n], t, text[:n], want=want, before=said[:n])
+            text = torch.cat([moved, text[n:] + (moved - text[:n]) if self.shared else text[n:]])
+        if self.edit.teacher and self.shared:
+            said = torch.cat([said, self._said(denoiser, x[n:], t, text[n:], plain[n:])])
+        out_u, out_b = denoiser(x, tt, text).sample.chunk(2)
+        keep = said[n:] if self.edit.teacher else plain[n:]
         return {"L_m": losses.squared_error(out_u, want), "L_p": losses.squared_error(out_b, keep)}
+
+    def _said(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor, plain: Tensor) -> Tensor:
+        """Return what the untouched model predicts, or `plain` where nothing asks for that."""
+        return self._untouched(denoiser, x, t, text) if self.reference else plain
 
     @torch.no_grad()
     def _untouched(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:

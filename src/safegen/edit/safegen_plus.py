@@ -53,6 +53,8 @@ class SafeGenPlus(TrainedEdit):
     adversary: Opponent = 0.25
     """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
     name, or a table with a name and settings (docs/edits.md)."""
+    adversary_moves: Literal["unsafe", "both"] | None = None
+    """Whose texts it moves: the unsafe samples', or by the same moves the benign ones' too; unsafe, as it was measured, unless told."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin; 0 is none."""
     flip: bool = False
@@ -100,7 +102,9 @@ class SafeGenPlus(TrainedEdit):
     def visual(self) -> SafeGen:
         """Return the settings of SafeGen."""
         shared = SafeGen.model_fields.keys() & type(self).model_fields.keys()
-        return SafeGen(**{name: getattr(self, name) for name in shared}, teacher=self.weight_preserve > 0)
+        said = {name: getattr(self, name) for name in shared}
+        said["adversary_moves"] = self.adversary_moves or ("unsafe" if self.adversary else None)
+        return SafeGen(**said, teacher=self.weight_preserve > 0)
 
     def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
         """Return SafeGen's batches and losses, for the model as it stands."""
