@@ -461,6 +461,36 @@ def test_what_does_not_go_with_the_prompts_is_refused_in_one_line(pipe, options,
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def redraws(tiny_folder):
+    """Return a tiny pipeline that draws over pictures."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    found = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_folder, safety_checker=None, feature_extractor=None)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["list", "batch"])
+def test_pictures_to_draw_over_go_with_the_prompts_that_are_drawn(redraws, draw, kind):
+    given = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+    batch = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in given])
+    own = given if kind == "list" else batch
+    gone, *shown = draw(redraws, [{"name": "prompt-filter", "words": ["red cube"]}], PROMPTS, image=own, strength=0.5)
+    assert gone.image is None
+    assert gone.trail.action == "block"
+    assert [one.trail.action for one in shown] == ["none", "none"]
+    alone = draw(redraws, [], PROMPTS, image=own, strength=0.5)
+    assert np.allclose(arrays(shown), arrays(alone)[1:], atol=1e-4)
+    swapped = draw(redraws, [], PROMPTS, image=own[:1] * 3 if kind == "list" else own[:1].repeat(3, 1, 1, 1), strength=0.5)
+    assert not np.allclose(arrays(shown), arrays(swapped)[1:], atol=1e-2)
+
+
+def test_pictures_that_do_not_go_with_the_prompts_are_refused_in_one_line(redraws):
+    with pytest.raises(BadSetting, match="image must be one picture, or one a prompt, 3 in all, got 2"):
+        Guarded(redraws, []).draw(PROMPTS, image=[Image.new("RGB", (32, 32))] * 2, num_inference_steps=2)
+
+
 @pytest.mark.parametrize("guard", [NEGATIVE, {"name": "crops", "judge": "mini", "threshold": 1.0, "probes": 1, "steps": 1}])
 def test_one_negative_prompt_is_that_of_every_prompt_and_any_sequence_goes_with_them(pipe, draw, guard):
     one, each, pair = (draw(pipe, [guard], negative_prompt=away) for away in ("a tree", ["a tree"] * 2, ("a tree", "a tree")))

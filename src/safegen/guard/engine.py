@@ -21,6 +21,8 @@ from safegen.tables import GUARDS, resolve
 
 PER_PROMPT = ("negative_prompt", "generator")
 """Options that are lists with an entry a prompt."""
+PICTURES = ("image", "mask_image", "control_image")
+"""Options that may be lists, or batches (n, c, h, w), with a picture a prompt."""
 UNSEEN = ("ip_adapter_image", "num_images_per_prompt", "num_videos_per_prompt", "return_dict")
 """Options of pipelines by which something would go past the guards, or come back otherwise than they expect; see `_unseen`."""
 COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -117,7 +119,15 @@ class Guarded:
             out["generator"] = list(own)
             if len(own) != n * copies:
                 raise BadSetting(f"generator must be one, or a list with one a picture, {n * copies} in all, got {len(own)}")
+        for key in self._pictures:
+            if (k := _several(options.get(key))) > 1 and k != n:
+                raise BadSetting(f"{key} must be one picture, or one a prompt, {n} in all, got {k}")
         return out
+
+    @property
+    def _pictures(self) -> tuple[str, ...]:
+        """Options that may bring a picture a prompt; of several ControlNets lists are one a net, and stay as they are."""
+        return () if hasattr(getattr(self.pipe, "controlnet", None), "nets") else PICTURES
 
     @property
     def _copies(self) -> str | None:
@@ -182,7 +192,8 @@ class Guarded:
 
         for work in works:
             if "start" in work.takes and left:
-                asked = {k: _picked(k, v, left) for k, v in self._moved(options, starts).items() if k not in CALLBACKS}
+                moved = self._moved(options, starts)
+                asked = {k: _picked(k, v, left, self._pictures) for k, v in moved.items() if k not in CALLBACKS}
                 with work.asked():
                     found = work.ready.probe(partial(probe, work, asked), [prompts[i] for i in left], asked)
                     work.keep(found, left)
@@ -214,6 +225,9 @@ class Guarded:
         asked: dict[str, Any] = {**options, "prompt": [prompts[i] for i in every]}
         if isinstance(against := options.get("negative_prompt"), list):
             asked["negative_prompt"] = [against[i] for i in every]
+        for key in self._pictures:
+            if (given := options.get(key)) is not None and _several(given) > 1:
+                asked[key] = given[every] if isinstance(given, Tensor) else [given[i] for i in every]
         if isinstance(own := options.get("generator"), list):
             picked = [own[k] for k in at]
             asked["generator"] = [*picked, *(copied(picked[k]) for k in twins)]
@@ -270,11 +284,17 @@ class Guarded:
                 images[i] = one.image if one.image is not None else image
 
 
-def _picked(key: str, value: Any, at: Sequence[int]) -> Any:  # noqa: ANN401 - arguments of any pipeline
+def _picked(key: str, value: Any, at: Sequence[int], pictures: Sequence[str]) -> Any:  # noqa: ANN401 - arguments of any pipeline
     """Return an argument of a call for some of its prompts only."""
-    if key == "latents" and isinstance(value, Tensor):
+    if isinstance(value, Tensor) and (key == "latents" or (key in pictures and _several(value) > 1)):
         return value[list(at)]
-    return [value[i] for i in at] if key in PER_PROMPT and isinstance(value, list) else value
+    listed = (key in PER_PROMPT and isinstance(value, list)) or (key in pictures and _several(value) > 1)
+    return [value[i] for i in at] if listed else value
+
+
+def _several(value: Any) -> int:  # noqa: ANN401 - arguments of any pipeline
+    """Return how many pictures an argument brings; 1 of what is no list and no batch."""
+    return len(value) if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.ndim == 4) else 1
 
 
 def _unseen(key: str) -> bool:
