@@ -31,7 +31,16 @@ from safegen.sampler import native_precision
 
 SKIPPED, SEED = 128, 11
 """First prompts of each list, left to the required figures; the first seed, which those do not use."""
-PAPER = {"target": "paper", "anchor": "noise", "clamp": None, "teacher": False, "captions": (), "adversary": 0.0, "fade": 0.0}
+PAPER = {
+    "target": "paper",
+    "anchor": "noise",
+    "clamp": None,
+    "teacher": False,
+    "captions": (),
+    "adversary": 0.0,
+    "adversary_moves": None,
+    "fade": 0.0,
+}
 
 
 def rows(concept: str) -> dict[str, SafeGen]:
@@ -54,7 +63,7 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "anchor: noise": change(anchor="noise"),
         "captions: none": change(captions=()),
         "fade: none": change(fade=0.0),
-        "adversary: none": change(adversary=0.0),
+        "adversary: none": change(adversary=0.0, adversary_moves=None),
         "adversary moves: unsafe": change(adversary_moves="unsafe"),
         "timesteps: all": change(timesteps=(0, 1000)),
         "weights: 0.1 / 0.9": change(**weights),

@@ -192,25 +192,43 @@ def test_the_default_adversary_is_to_the_bit_its_step_restated(make_model, tripl
     assert len({none, other, *found}) == 3
 
 
-@pytest.mark.parametrize("name", ["adv-unlearn", "closed-form"])
-def test_benign_texts_take_the_moves_of_any_adversary(make_model, triplets, monkeypatch, name):
-    """Both texts of a triplet end as far and in the same direction from where they began, and the untouched model is asked there."""
+@pytest.mark.parametrize("more", [{}, {"teacher": False, "anchor": "noise"}])
+def test_benign_texts_take_the_move_of_the_unsafe_ones(make_model, triplets, tmp_path, monkeypatch, more):
+    """Each from where it stands; and the untouched model is asked there, where L_p is held to it."""
+    (tmp_path / "calm.txt").write_text("a red cube\na blue ball\na green cone")
+    words = {"captions": (str(tmp_path / "calm.txt"),), "caption_share": 1.0}
     model, seen = make_model(), []
-    edit = SafeGen(adversary=SETTINGS[name], selector="attention", training=BRIEF | {"updates": 1, "batch": 2, "precision": "fp32"})
-    forward = type(model.denoiser).forward
-    monkeypatch.setattr(
-        type(model.denoiser),
-        "forward",
-        lambda net, x, t, text, **more: (seen.append(text.detach().clone()), forward(net, x, t, text, **more))[1],
-    )
-    edit.apply(model, triplets)
-    before_u, (last, asked) = seen[0], (seen[-1], seen[-2])
-    moved_u, moved_b = last.chunk(2)
-    blank = model.encode_text([""]).float().expand(2, -1, -1)
-    assert torch.equal(before_u, blank)
-    assert not torch.equal(moved_u, blank)
-    assert_close(moved_b, moved_u)
-    assert torch.equal(asked, moved_b)
+    forward, compare = type(model.denoiser).forward, SafeGenProblem.compare
+
+    def watch(net, x, t, text, **rest):
+        seen.append(text.detach().clone())
+        return forward(net, x, t, text, **rest)
+
+    def begin(self, denoiser, *given):
+        seen.append(given[-1].clone())
+        return compare(self, denoiser, *given)
+
+    monkeypatch.setattr(type(model.denoiser), "forward", watch)
+    monkeypatch.setattr(SafeGenProblem, "compare", begin)
+    SafeGen(**words, **more, training=BRIEF | {"updates": 1, "batch": 6}).apply(model, triplets)
+    (text_u, text_b), (moved_u, moved_b) = seen[0].chunk(2), seen[-1].chunk(2)
+    assert (text_u != text_b).flatten(1).any(1).sum() >= 2  # samples whose two captions differ
+    assert_close(moved_b - text_b, moved_u - text_u, rtol=0, atol=1e-5)
+    assert_close((moved_u - text_u).norm(dim=(1, 2)), 0.25 * text_u.norm(dim=(1, 2)), rtol=1e-4, atol=0)
+    if not more:
+        assert torch.equal(seen[-2], moved_b)
+
+
+def test_moves_are_decided_when_settings_are_made_so_that_a_patch_says_them(make_model, triplets):
+    decided = {"one-step": "both", "adv-unlearn": "unsafe", "closed-form": "unsafe", "none": None}
+    assert {name: SafeGen(adversary=name).adversary_moves for name in tables.ADVERSARIES} == decided
+    assert SafeGen(adversary=0.1).adversary_moves == make_edit("safegen-plus", text="none").adversary_moves == "both"
+    assert SafeGen(weight_preserve=0, teacher=False).adversary_moves is None
+    assert SafeGen.preset("paper").adversary_moves is None
+    patch = SafeGen(training=BRIEF | {"updates": 1}).apply(make_model(), triplets)
+    assert patch.provenance["settings"]["adversary_moves"] == "both"
+    with pytest.raises(BadSetting, match="adversary_moves both goes with one-step only"):
+        make_edit("safegen", adversary="adv-unlearn", adversary_moves="both")
 
 
 def test_a_number_stays_a_number_in_settings_so_that_old_patches_and_checkpoints_are_read():

@@ -386,7 +386,7 @@ REFUSED = {
     "caption_share has no effect": {"captions": (), "caption_share": 0.5},
     "adversary": {"adversary": -0.1},
     "adversary_moves has no effect without an adversary": {"adversary": 0.0, "adversary_moves": "both"},
-    "adversary_moves both has no effect with weight_preserve 0": {"weight_preserve": 0, "teacher": False, "adversary_moves": "both"},
+    "adversary_moves has no effect": {"weight_preserve": 0, "teacher": False, "adversary_moves": "unsafe"},
     "adversary_moves: Input should be 'unsafe' or 'both'": {"adversary_moves": "benign"},
     "fade": {"fade": 1.0},
     "timesteps must rise": {"timesteps": (500, 500)},

@@ -216,6 +216,7 @@ def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findin
         row = kept.row(side) if kept else None
         if row is None:
             drawn = []
+            tell(f"drawing: {side}", 0, len(items))
             with ExitStack() as on:
                 for patch in more:
                     on.enter_context(patch.apply(model))

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -97,23 +97,23 @@ class Pace:
     """Seconds: between sights; of the past that counts, or more where sights are rarer."""
 
     def __init__(self) -> None:
-        self.sights: deque[tuple[float, int]] = deque()
+        self.sights: deque[tuple[float, float, int]] = deque()
+        """When a sight began, when it was last added to, and what was done then."""
 
     def see(self, done: int, now: float) -> None:
         """Take down how much is done at a time in seconds."""
         if self.sights and now - self.sights[-1][0] < self.TOGETHER:
-            now, _ = self.sights.pop()
-        self.sights.append((now, done))
-        while len(self.sights) > 2 and now - self.sights[1][0] > self.WINDOW:
+            self.sights[-1] = (self.sights[-1][0], now, done)  # at once: the bar is drawn by another thread
+        else:
+            self.sights.append((now, now, done))
+        while len(self.sights) > 2 and now - self.sights[1][1] > self.WINDOW:
             self.sights.popleft()
 
     @property
     def per_second(self) -> float | None:
         """Return what is done a second; None while there is one sight only."""
-        if len(self.sights) < 2:
-            return None
-        (began, first), (ended, last) = self.sights[0], self.sights[-1]
-        return (last - first) / (ended - began)
+        (_, began, first), (_, ended, last) = self.sights[0], self.sights[-1]
+        return (last - first) / (ended - began) if ended > began else None
 
 
 @contextmanager
@@ -125,12 +125,12 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            speed = paces[task.id].per_second
+            speed = task.fields["pace"].per_second
             return Text(f"{speed:.2f}/s" if speed else "", style="progress.data.speed")
 
     class Left(ProgressColumn):
         def render(self, task: Task) -> Text:
-            speed, rest = paces[task.id].per_second, (task.total or 0) - task.completed
+            speed, rest = task.fields["pace"].per_second, (task.total or 0) - task.completed
             left = timedelta(seconds=math.ceil(rest / speed)) if speed else None if rest else timedelta()
             return Text(f"left {left}" if left is not None else "left -:--:--", style="progress.remaining")
 
@@ -143,14 +143,16 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         Left(),
         console=Console(stderr=True),
     )
-    tasks: dict[str, TaskID] = {}
-    paces: defaultdict[TaskID, Pace] = defaultdict(Pace)
+    stages: dict[str, tuple[TaskID, Pace]] = {}
 
     def tell(what: str, done: int, of: int) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=of)
-        paces[tasks[what]].see(done, time.monotonic())
-        bar.update(tasks[what], completed=done)
+        if what not in stages:
+            pace = Pace()
+            pace.see(done, time.monotonic())
+            stages[what] = bar.add_task(what, total=of, pace=pace), pace
+        task, pace = stages[what]
+        pace.see(done, time.monotonic())
+        bar.update(task, completed=done)
 
     with bar:
         yield tell

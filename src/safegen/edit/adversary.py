@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
@@ -44,6 +44,9 @@ class Adversary(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    moves_others: ClassVar[bool] = False
+    """Whether its move of one text can be put on another: a sum, not a replacement."""
+
     name: str
     """The adversary, as in the table."""
 
@@ -78,6 +81,7 @@ class Nobody(Adversary):
 class OneStep(Adversary):
     """One step up the loss that is trained (ours)."""
 
+    moves_others: ClassVar[bool] = True
     name: Literal["one-step"] = "one-step"
     """The adversary, as in the table."""
     radius: float = Field(default=0.25, gt=0, le=LARGEST)
@@ -204,7 +208,14 @@ def at_work(setting: float | Adversary, model: Model, names: Sequence[str]) -> A
     """
     if not setting:
         return None
-    return (setting if isinstance(setting, Adversary) else OneStep(radius=setting)).ready(model, names)
+    return named(setting).ready(model, names)
+
+
+def named(setting: float | Adversary) -> Adversary:
+    """Return the adversary that a setting means; a number is the radius of one step, 0 none."""
+    if isinstance(setting, Adversary):
+        return setting
+    return OneStep(radius=setting) if setting else Nobody()
 
 
 def worst_text(denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.adversary import Opponent, at_work
+from safegen.edit.adversary import Opponent, at_work, named
 from safegen.edit.base import TrainedEdit
 from safegen.edit.samples import encode_triplets, read_captions
 from safegen.edit.training import Problem, Training
@@ -41,8 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 CAPTION_SHARE = 0.6
 """Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
-ADVERSARY_MOVES = "both"
-"""Unless told: where only unsafe samples have moved texts, a text at an odd place comes to mean that things go, ghosts too."""
 HELD_OUT = 0.1
 """Unless told: the part of the triplets that early stopping looks at."""
 
@@ -76,7 +74,7 @@ class SafeGen(TrainedEdit):
     name, or a table with a name and settings (docs/edits.md)."""
     adversary_moves: Literal["unsafe", "both"] | None = None
     """Whose texts the adversary moves: the unsafe samples', or by the same moves the benign ones' too, so that a moved text does not tell
-    which of the two a picture is (ours); both, unless told."""
+    which of the two a picture is (ours). Unless told, both where the move can be put on another text (one-step), else unsafe."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin, to teach half-gone remains too; 0 is none (ours)."""
     flip: bool = False
@@ -100,10 +98,15 @@ class SafeGen(TrainedEdit):
             raise ValueError("caption_share has no effect without captions; give both or neither")
         if self.held_out is not None and not self.training.validate_every:
             raise ValueError("held_out has no effect without training.validate_every; set that too, or leave held_out out")
-        if self.adversary_moves and not self.adversary:
-            raise ValueError("adversary_moves has no effect without an adversary; give both or neither")
-        if self.adversary_moves == "both" and not self.weight_preserve:
-            raise ValueError("adversary_moves both has no effect with weight_preserve 0, which leaves L_p out; leave it out")
+        if self.adversary_moves and not (self.adversary and self.weight_preserve):
+            raise ValueError("adversary_moves has no effect without an adversary, or with weight_preserve 0; leave it out")
+        together = named(self.adversary).moves_others
+        if self.adversary_moves == "both" and not together:
+            raise ValueError(
+                "adversary_moves both goes with one-step only: the others replace a text, which is no move that another could take"
+            )
+        if self.adversary_moves is None and self.adversary and self.weight_preserve:  # decided, so that patch and checkpoint say it
+            object.__setattr__(self, "adversary_moves", "both" if together else "unsafe")
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
             raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
         if self.weight_mosaic + self.weight_preserve <= 0:
@@ -142,7 +145,7 @@ class SafeGenProblem:
         if edit.target == "paper" and self.prediction != "epsilon":
             raise BadSetting(f"target 'paper' has a wrong x0 on a {self.prediction} model; use target 'x0'")
         self.attack = at_work(edit.adversary, model, names)
-        self.shared = self.attack is not None and (edit.adversary_moves or ADVERSARY_MOVES) == "both"
+        self.shared = edit.adversary_moves == "both"
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
         if torch.equal(self.latents[0], self.latents[1]):
@@ -215,7 +218,7 @@ class SafeGenProblem:
         x, tt = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)]), torch.cat([t, t])
         plain = torch.cat([eps, eps_b] if self.prediction == "epsilon" else [velocity(eps, z_u, abar), velocity(eps_b, z_b, abar)])
         known = 2 * n if self.edit.teacher and not self.shared else n  # benign texts that move are asked about after that
-        said = self._said(denoiser, x[:known], tt[:known], text[:known], plain[:known])
+        said = self._untouched(denoiser, x[:known], tt[:known], text[:known]) if self.reference else plain
         anchor = said[:n] if self.edit.anchor == "teacher" else plain[:n]
         if self.edit.target == "paper":
             want = losses.paper_target(eps, z_u, z_c)
@@ -226,14 +229,10 @@ class SafeGenProblem:
             moved = self.attack(denoiser, x[:n], t, text[:n], want=want, before=said[:n])
             text = torch.cat([moved, text[n:] + (moved - text[:n]) if self.shared else text[n:]])
         if self.edit.teacher and self.shared:
-            said = torch.cat([said, self._said(denoiser, x[n:], t, text[n:], plain[n:])])
+            said = torch.cat([said, self._untouched(denoiser, x[n:], t, text[n:])])
         out_u, out_b = denoiser(x, tt, text).sample.chunk(2)
         keep = said[n:] if self.edit.teacher else plain[n:]
         return {"L_m": losses.squared_error(out_u, want), "L_p": losses.squared_error(out_b, keep)}
-
-    def _said(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor, plain: Tensor) -> Tensor:
-        """Return what the untouched model predicts, or `plain` where nothing asks for that."""
-        return self._untouched(denoiser, x, t, text) if self.reference else plain
 
     @torch.no_grad()
     def _untouched(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:

@@ -46,15 +46,15 @@ class SafeGenPlus(TrainedEdit):
     """Part of SafeGen's samples that is conditioned on a random benign caption; 0.6 when there are captions."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.4, gt=0)
+    weight_mosaic: float = Field(default=0.44, gt=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.6, ge=0)
+    weight_preserve: float = Field(default=0.56, ge=0)
     """Weight of L_p, the loss on benign pictures: to be answered as by the model that SafeGen begins with."""
     adversary: Opponent = 0.25
     """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
     name, or a table with a name and settings (docs/edits.md)."""
     adversary_moves: Literal["unsafe", "both"] | None = None
-    """Whose texts it moves: the unsafe samples', or by the same moves the benign ones' too; unsafe, as it was measured, unless told."""
+    """Whose texts it moves: the unsafe samples', or by the same moves the benign ones' too; as in SafeGen, unless told."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Largest part by which an unsafe sample is faded toward its censored twin; 0 is none."""
     flip: bool = False
@@ -77,7 +77,7 @@ class SafeGenPlus(TrainedEdit):
             raise ValueError("first has no effect with text none, which leaves one part; leave it out")
         refuse_blank(self.erase)
         try:
-            self.visual()
+            object.__setattr__(self, "adversary_moves", self.visual().adversary_moves)  # decided, so that patch and checkpoint say it
         except ValidationError as error:
             raise ValueError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
         return self
@@ -102,9 +102,7 @@ class SafeGenPlus(TrainedEdit):
     def visual(self) -> SafeGen:
         """Return the settings of SafeGen."""
         shared = SafeGen.model_fields.keys() & type(self).model_fields.keys()
-        said = {name: getattr(self, name) for name in shared}
-        said["adversary_moves"] = self.adversary_moves or ("unsafe" if self.adversary else None)
-        return SafeGen(**said, teacher=self.weight_preserve > 0)
+        return SafeGen(**{name: getattr(self, name) for name in shared}, teacher=self.weight_preserve > 0)
 
     def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
         """Return SafeGen's batches and losses, for the model as it stands."""
