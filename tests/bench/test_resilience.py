@@ -138,7 +138,7 @@ def test_a_killed_test_goes_on_to_the_same_results_and_draws_no_finished_side_ag
     material = Material.of_triplets(triplets, "unsafe", skulls)
     resilience(model, [patch], SKULLS, material, BRIEF, out=out, tell=lambda *stage: told.append(stage))
     assert contents(out) == contents(done[-1])
-    drawn = [name.removeprefix("drawing: ") for name, _, _ in told if name.startswith("drawing")]
+    drawn = [name.removeprefix("drawing: ") for name, at, _ in told if name.startswith("drawing") and at]
     assert drawn == [side for side in rest for _ in range(pictures)]
     if what == "drawing: edited+2":
         assert ("fine-tuning: edited", 1, 2) not in told

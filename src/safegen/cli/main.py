@@ -100,7 +100,6 @@ def generate(
     asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     with private_folder(out, last=SHEET) as folder, one_line_warnings(), shelf.opened(recipe) as ready, progress() as tell:
         pictures, lines = [], []
-        tell("drawing", 0, len(asks))
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
                 facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": short(model or recipe.model)}
