@@ -471,19 +471,38 @@ def redraws(tiny_folder):
     return found
 
 
-@pytest.mark.parametrize("kind", ["list", "batch"])
+@pytest.mark.parametrize("kind", ["list", "batch", "array"])
 def test_pictures_to_draw_over_go_with_the_prompts_that_are_drawn(redraws, draw, kind):
     given = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
     batch = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in given])
-    own = given if kind == "list" else batch
+    own = {"list": given, "batch": batch, "array": batch.permute(0, 2, 3, 1).numpy()}[kind]
     gone, *shown = draw(redraws, [{"name": "prompt-filter", "words": ["red cube"]}], PROMPTS, image=own, strength=0.5)
     assert gone.image is None
     assert gone.trail.action == "block"
     assert [one.trail.action for one in shown] == ["none", "none"]
     alone = draw(redraws, [], PROMPTS, image=own, strength=0.5)
     assert np.allclose(arrays(shown), arrays(alone)[1:], atol=1e-4)
-    swapped = draw(redraws, [], PROMPTS, image=own[:1] * 3 if kind == "list" else own[:1].repeat(3, 1, 1, 1), strength=0.5)
+    swapped = draw(redraws, [], PROMPTS, image=given[:1] * 3, strength=0.5)
     assert not np.allclose(arrays(shown), arrays(swapped)[1:], atol=1e-2)
+
+
+def test_several_pictures_to_one_prompt_are_the_pipelines_own_affair(redraws, draw):
+    seen = []
+
+    class Several(type(redraws)):
+        """A pipeline that takes several pictures to a prompt, as those that edit pictures do."""
+
+        @torch.no_grad()
+        def __call__(self, prompt=None, image=None, **rest):
+            seen.append(list(image))
+            return super().__call__(prompt=prompt, image=image[0], **rest)
+
+    pipe = Several(**redraws.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    given = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green")]
+    (one,) = draw(pipe, [{"name": "prompt-filter", "words": ["red cube"]}], PROMPTS[1:2], image=given, strength=0.5)
+    assert one.trail.action == "none"
+    assert seen == [given]
 
 
 def test_pictures_that_do_not_go_with_the_prompts_are_refused_in_one_line(redraws):

@@ -119,15 +119,14 @@ class Guarded:
             out["generator"] = list(own)
             if len(own) != n * copies:
                 raise BadSetting(f"generator must be one, or a list with one a picture, {n * copies} in all, got {len(own)}")
-        for key in self._pictures:
-            if (k := _several(options.get(key))) > 1 and k != n:
+        for key in self._pictures(n):
+            if (k := _several(options.get(key))) not in (1, n):
                 raise BadSetting(f"{key} must be one picture, or one a prompt, {n} in all, got {k}")
         return out
 
-    @property
-    def _pictures(self) -> tuple[str, ...]:
-        """Options that may bring a picture a prompt; of several ControlNets lists are one a net, and stay as they are."""
-        return () if hasattr(getattr(self.pipe, "controlnet", None), "nets") else PICTURES
+    def _pictures(self, n: int) -> tuple[str, ...]:
+        """Options that may bring a picture to each of `n` prompts; several to one prompt, or to several ControlNets, stay as they are."""
+        return () if n == 1 or hasattr(getattr(self.pipe, "controlnet", None), "nets") else PICTURES
 
     @property
     def _copies(self) -> str | None:
@@ -193,7 +192,7 @@ class Guarded:
         for work in works:
             if "start" in work.takes and left:
                 moved = self._moved(options, starts)
-                asked = {k: _picked(k, v, left, self._pictures) for k, v in moved.items() if k not in CALLBACKS}
+                asked = {k: _picked(k, v, left, self._pictures(len(prompts))) for k, v in moved.items() if k not in CALLBACKS}
                 with work.asked():
                     found = work.ready.probe(partial(probe, work, asked), [prompts[i] for i in left], asked)
                     work.keep(found, left)
@@ -225,9 +224,9 @@ class Guarded:
         asked: dict[str, Any] = {**options, "prompt": [prompts[i] for i in every]}
         if isinstance(against := options.get("negative_prompt"), list):
             asked["negative_prompt"] = [against[i] for i in every]
-        for key in self._pictures:
-            if (given := options.get(key)) is not None and _several(given) > 1:
-                asked[key] = given[every] if isinstance(given, Tensor) else [given[i] for i in every]
+        for key in self._pictures(len(prompts)):
+            if _several(given := options.get(key)) > 1:
+                asked[key] = _rows(given, every)
         if isinstance(own := options.get("generator"), list):
             picked = [own[k] for k in at]
             asked["generator"] = [*picked, *(copied(picked[k]) for k in twins)]
@@ -286,15 +285,20 @@ class Guarded:
 
 def _picked(key: str, value: Any, at: Sequence[int], pictures: Sequence[str]) -> Any:  # noqa: ANN401 - arguments of any pipeline
     """Return an argument of a call for some of its prompts only."""
-    if isinstance(value, Tensor) and (key == "latents" or (key in pictures and _several(value) > 1)):
-        return value[list(at)]
-    listed = (key in PER_PROMPT and isinstance(value, list)) or (key in pictures and _several(value) > 1)
-    return [value[i] for i in at] if listed else value
+    if key in pictures:
+        return _rows(value, at) if _several(value) > 1 else value
+    listed = isinstance(value, Tensor) if key == "latents" else key in PER_PROMPT and isinstance(value, list)
+    return _rows(value, at) if listed else value
 
 
 def _several(value: Any) -> int:  # noqa: ANN401 - arguments of any pipeline
-    """Return how many pictures an argument brings; 1 of what is no list and no batch."""
-    return len(value) if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.ndim == 4) else 1
+    """Return how many pictures an argument brings; 1 of what is no list and no batch (n, ...) of four axes."""
+    return len(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4 else 1
+
+
+def _rows(value: Any, at: Sequence[int]) -> Any:  # noqa: ANN401 - arguments of any pipeline
+    """Return some entries of a list, or rows of a batch."""
+    return [value[i] for i in at] if isinstance(value, list | tuple) else value[list(at)]
 
 
 def _unseen(key: str) -> bool:
