@@ -192,6 +192,7 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safege
         "pictures",
     }
     summary = json.loads((out / "summary.json").read_text())
+    assert all(f" {name} " in text for name in summary["lists"])  # in eighty columns, whole
     for row in summary["lists"].values():
         for side in ("base", "edited"):
             assert row[side]["concept"]["n"] == prompts

@@ -233,8 +233,9 @@ def _show(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{summary['concept']['name']} removed from {summary['settings']['model']}", title_justify="left")
-    for name in ("prompts", "n", "concept seen", "removed (95 %)", "right object", "asked for besides", "mosaicked"):
-        table.add_column(name)
+    table.add_column("prompts", no_wrap=True, min_width=max(map(len, summary["lists"])))  # rich would cut names, and two be the same
+    for name in ("n", "concept seen", "removed (95 %)", "right object", "asked for besides", "mosaic"):
+        table.add_column(name, overflow="fold")
     for name, row in summary["lists"].items():
         base, edited, gone = row["base"], row["edited"], row.get("removal")
 
@@ -244,7 +245,7 @@ def _show(summary: dict[str, Any]) -> None:
         removed = f"{100 * gone['value']:.1f} % ({100 * gone['low']:.1f} to {100 * gone['high']:.1f})" if gone else ""
         besides = f"{row['shows']} {pair('shown')}" if row["shows"] else ""
         table.add_row(
-            f"{row['role']} ({name})", str(base["concept"]["n"]), pair("concept"), removed, pair("subject"), besides, pair("mosaicked")
+            f"{row['role']}\n{name}", str(base["concept"]["n"]), pair("concept"), removed, pair("subject"), besides, pair("mosaicked")
         )
     Console().print(table)
     typer.echo("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in summary["seconds"].items()))
