@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def main() -> None:
     ask.add_argument("--try", dest="tried", action="append", default=[], help="changes of the default, as JSON; repeat it")
     ask.add_argument("--triplets", type=Path, help="others than the concept's bundled ones")
     ask.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
+    ask.add_argument("--keep", type=Path, help="a folder for the patches, ROW.safetensors; not kept unless told")
     ask.add_argument("--table", type=Path)
     args = ask.parse_args()
     if args.table:
@@ -124,6 +126,8 @@ def main() -> None:
         fewer = Triplets(triplets.folder, tuple(row for i, row in enumerate(triplets.rows) if i % 32 < 16))
         patch = every[name].apply(model, fewer if name == HALF else triplets)
         seconds = time.perf_counter() - began
+        if args.keep:
+            patch.save(args.keep / f"{re.sub('[^a-z0-9.]+', '-', name)}.safetensors")
         with patch.apply(model):
             redrawn = list(generate(model, [i.ask for i in items], sampler))
         edited = judge.judge(redrawn)

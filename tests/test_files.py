@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safegen.errors import BadFile
-from safegen.files import UNFINISHED, is_unfinished, private_folder
+from safegen.files import UNFINISHED, is_there, is_unfinished, lines_of, private_folder
 
 
 def below(folder: Path) -> list[str]:
@@ -85,3 +85,24 @@ def test_a_folder_below_a_file_is_refused_in_one_line(tmp_path):
     with pytest.raises(BadFile, match="out cannot be written: Not a directory"):
         make(tmp_path / "file" / "out", fill)
     assert below(tmp_path) == ["file"]
+
+
+def test_a_name_that_the_system_does_not_take_is_not_there(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert is_there(tmp_path)
+    assert not is_there(tmp_path, file=True)
+    assert is_there(tmp_path / "file", file=True)
+    for name in (tmp_path / "gone", tmp_path / ("long" * 100), "a\0b"):
+        assert not is_there(name)
+        assert not is_there(name, file=True)
+
+
+def test_lines_of_a_text_file_are_those_that_a_user_sees(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa castle\r\n\r\n  a cat\u2028at dusk \rlast\x0bline".encode())
+    assert lines_of(file) == ["a castle", "a cat\u2028at dusk", "last\x0bline"]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadFile, match="is not UTF-8 text"):
+        lines_of(file)
+    with pytest.raises(BadFile, match="cannot be read: Is a directory"):
+        lines_of(tmp_path)

@@ -130,8 +130,8 @@ def edit(
         triplets: <unsafe, censored, benign> pictures for a method that learns from them: loaded, their folder or CSV file, or the name of
             bundled ones such as `mini:skulls`.
         preset: name of the method's settings to start from; `paper` is the published run.
-        concept: lends its words to methods that erase words and its captions to presets that train with some, and is refused by
-            others; a name, a TOML file, or loaded.
+        concept: lends its words to methods that erase words, its captions to presets that train with some, and its judge, which looks
+            whether triplets show it; refused where all three are of no use. A name, a TOML file, or loaded.
         folder: keeps checkpoints and a log, for `resume`; for methods that train.
         resume: continue a stopped run.
         report: called after every update with (done, of, row of the log).
@@ -142,7 +142,7 @@ def edit(
         Diverged: a loss became NaN.
         Stopped: SIGINT or SIGTERM came.
     """
-    if concept is not None:
+    if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **settings)
     recipe = make_edit(method, preset, concept=concept, **settings)
     refuse_idle(recipe, triplets, folder, resume)

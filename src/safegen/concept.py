@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from safegen.errors import BadFile, UnknownName
+from safegen.files import is_there
 from safegen.tables import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
 
 
@@ -67,7 +68,7 @@ def load_concept(name: str) -> Concept:
         path = Path(__file__).parent / "concepts" / f"{name}.toml"
     elif path.suffix != ".toml":
         raise UnknownName("concept", name, CONCEPTS)
-    if not path.is_file():
+    if not is_there(path, file=True):
         raise BadFile(f"the concept file {name!r} does not exist; built-in concepts are: {', '.join(CONCEPTS)}")
     try:
         return Concept.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))

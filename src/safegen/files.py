@@ -120,6 +120,26 @@ def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
             tmp.unlink(missing_ok=True)
 
 
+def is_there(path: str | Path, *, file: bool = False) -> bool:
+    """Return whether something, or a file, is there; a name that the system does not take (too long, say) is not."""
+    return (os.path.isfile if file else os.path.exists)(path)
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return a text file's lines that are not blank, stripped: UTF-8, with or without a byte-order mark, ended by LF, CR LF or CR.
+
+    Raises:
+        BadFile: it cannot be read, or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{str(path)!r} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise BadFile(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]  # not splitlines, which cuts at U+2028 and the like
+
+
 def short(name: str) -> str:
     """Return a path's last part, for what we write names no machine and no user; names of tables and of the hub as they are."""
     return name if name.startswith("hub:") or os.sep not in name else Path(name).name

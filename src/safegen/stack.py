@@ -257,11 +257,12 @@ class Opened:
         """
         if self.stack.blank:
             return [Drawn(self.black(), Trail("none", "")) for _ in asks]
-        from safegen.models.sampling import arithmetic, batches, generate
+        from safegen.models.sampling import arithmetic, batches, generate, refuse_too_many
 
         if self.guarded is None:
             return [Drawn(image, Trail("none", "")) for image in generate(self.model, asks, sampler, negative=self.stack.negative_prompt)]
         out: list[Drawn] = []
+        refuse_too_many(self.model, sampler.steps)
         for prompts, options in batches(asks, sampler, negative=self.stack.negative_prompt):
             with arithmetic(self.model, sampler):
                 out += self.guarded.draw(prompts, **options)

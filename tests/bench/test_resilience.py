@@ -16,7 +16,7 @@ from safegen.errors import BadFile, BadSetting
 from safegen.files import UNFINISHED
 from safegen.models import Patch, Sampler
 from safegen.models.compose import merge
-from safegen.models.patch import OtherBase
+from safegen.models.patch import OtherBase, Overwritten
 
 SKULLS = load_concept("skulls")
 TUNING = FineTune(updates=(1, 2), rank=2, batch=2, lr=1e-2, precision="fp32")
@@ -189,3 +189,19 @@ def test_the_side_of_the_triplets_is_that_of_the_fine_tune(triplets):
     assert [p.tobytes() for p in benign.pictures] == [triplets.images(i)[2].tobytes() for i in range(6)]
     assert [p.tobytes() for p in concept.pictures] == [triplets.images(i)[0].tobytes() for i in range(6)]
     assert (benign.texts[0], concept.texts[0]) == (("",), plain.words)
+
+
+def test_patches_that_overlap_are_warned_about_and_one_that_lay_on_another_needs_it(make_model, triplets):
+    model = make_model()
+    one, other = (UCE(erase=(word,)).apply(model) for word in ("red cube", "ball"))
+    material, brief = Material.of_triplets(triplets, "benign", skulls), BRIEF.model_copy(update={"roles": ("benign",)})
+    with one.apply(model):
+        above = UCE(erase=("ball",)).apply(model)
+    with pytest.raises(BadSetting, match=r"made on a model with another patch on it \(uce, hash"):
+        resilience(model, [above], SKULLS, material, brief)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.warns(Overwritten, match="weights are changed by more than one patch"), pytest.raises(KeyboardInterrupt):
+        resilience(model, [one, other], SKULLS, material, brief, tell=stop)

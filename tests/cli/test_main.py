@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from safegen.data.triplets import is_sheet
+from safegen.errors import MissingExtra
 from safegen.mini import bundle
 from safegen.models import Patch
 
@@ -32,6 +33,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         (["generate", "mini", "--out", "OUT"], "nothing to draw"),
         (["generate", "mini", "--prompts", "no.txt", "--out", "OUT"], "'no.txt' does not exist"),
         (["generate", "mini", "--prompt", "x", "--patch", "no.safetensors", "--out", "OUT"], "'no.safetensors' does not exist"),
+        (["generate", "mini", "--prompt", "x", "--steps", "1000", "--out", "OUT"], "steps must be at most 999 on this model"),
         (["edit", "mini", "--triplets", "nowhere", "--out", "OUT"], "nowhere"),
         (["edit", "mini", "--triplets", "mini:skulll", "--out", "OUT"], "Did you mean 'skulls'"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--method", "safegem", "--out", "OUT"], "Did you mean 'safegen'"),
@@ -39,8 +41,8 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "training.lr=-1", "--out", "OUT"], "greater than 0, got -1"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--preset", "papper", "--out", "OUT"], "Did you mean 'paper'"),
         (
-            ["edit", "mini", "--triplets", "TRIPLETS", "--preset", "paper", "--concept", "skulls", "--out", "OUT"],
-            "concept has no effect here",
+            ["edit", "mini", "--triplets", "TRIPLETS", "--preset", "paper", "--concept", "fire", "--out", "OUT"],
+            "judge mini sees it in none of 100; name the concept",
         ),
         (["edit", "mini", "--triplets", "TRIPLETS", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
         (
@@ -71,6 +73,19 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, tmp_path, monke
     assert len(lines) == 1
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_that_nobody_could_look_at_the_triplets_is_said_in_a_line(safegen, tmp_path, monkeypatch):
+    def missing(*args, **kwargs):
+        raise MissingExtra("judge 'nudenet'", "NudeNet", "nudenet")
+
+    monkeypatch.setattr("safegen.api.load_judge", missing)
+    few = [f"--set=training.{word}" for word in ("updates=1", "warmup=0", "batch=1")]
+    code, _, err = safegen("edit", "mini", "--triplets", "mini:skulls", "--concept", "skulls", *few, "--out", tmp_path / "p.safetensors")
+    assert code == 0, err
+    said = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1
+    assert "nobody looked whether the triplets show 'skulls'" in said[0]
 
 
 def test_an_output_that_exists_is_kept(safegen, tmp_path):

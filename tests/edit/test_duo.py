@@ -72,10 +72,24 @@ def test_the_terms_are_those_of_plain_forwards(make_model, triplets, prediction)
     assert kept.min() > 1e-8
 
 
-def test_what_is_held_is_the_noisiest_timestep_whichever_way_the_schedule_runs(tiny_model, triplets):
-    """The released SD3 script holds the cleanest by counting a list that runs the other way."""
-    problem = problem_of(DUO(**WORDS), tiny_model, triplets)
-    assert float(tiny_model.alphas_cumprod()[problem.noisiest]) == float(tiny_model.alphas_cumprod().min())
+@pytest.mark.parametrize("turned", [False, True])
+def test_timesteps_are_counted_by_their_noise_whichever_way_the_schedule_runs(tiny_model, triplets, monkeypatch, turned):
+    """The released SD3 script trains the noisy part and holds the cleanest timestep, by counting a list that runs the other way."""
+    abar = tiny_model.alphas_cumprod().flip(0) if turned else tiny_model.alphas_cumprod()
+    monkeypatch.setattr(type(tiny_model), "alphas_cumprod", lambda self: abar)
+    problem, asked = problem_of(DUO(**WORDS, training=training(batch=64)), tiny_model, triplets), []
+    monkeypatch.setattr(problem, "compare", lambda net, safe, unsafe, eps, t, other, start: asked.append(torch.cat([t, other])) or {})
+    problem.losses(tiny_model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    (t,) = asked
+    clean = abar.sort(descending=True).values[:750]
+    assert clean[-1] <= abar[t].min() < clean[700]  # up to three quarters of the way to pure noise
+    assert abar[t].max() > clean[50]
+    said = []
+    handle = tiny_model.denoiser.register_forward_pre_hook(lambda net, args: said.append(args[1]))
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    DUOProblem.compare(problem, tiny_model.denoiser, z, z, z, t[:2], t[2:4], z)
+    handle.remove()
+    assert {float(abar[t]) for t in said[-1][-2:]} == {float(abar.min())}  # what is held
 
 
 def test_before_the_first_update_nothing_is_preferred_and_all_is_kept(make_model, triplets):
@@ -125,6 +139,11 @@ def test_the_paper_preset_has_the_published_values():
     )
     assert (paper.redraw, paper.guidance, paper.share_timestep) == (0.75, 7.5, False)
     assert (paper.training.updates, paper.training.batch, paper.training.lr, paper.training.weight_decay) == (1000, 4, 6e-5, 1e-2)
+    harder = make_edit("duo", "paper-violence")
+    assert (harder.beta, harder.weight_keep, harder.training.updates, harder.training.lr) == (1000, 1e7, 500, 3e-5)
+    for preset in (paper, harder):  # lambda = 1e6 beta / 100, rate = 3e-4 * 100 / beta
+        assert preset.weight_keep == pytest.approx(1e4 * preset.beta)
+        assert preset.training.lr == pytest.approx(0.03 / preset.beta)
 
 
 REFUSED = {

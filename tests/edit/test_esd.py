@@ -11,7 +11,8 @@ from safegen.api import edit as edit_model
 from safegen.api import make_edit
 from safegen.concept import load_concept
 from safegen.edit.esd import ESD, ESDProblem
-from safegen.edit.loop import Training
+from safegen.edit.loop import Training, _mix
+from safegen.edit.rollout import looking
 from safegen.errors import BadSetting
 from safegen.models import select
 
@@ -95,6 +96,16 @@ def test_latents_are_those_of_their_timestep(make_model, seen, rollout):
             assert float((known[:, stop] - x).abs().amax((1, 2, 3)).min()) == 0
     if rollout == "student":
         assert len(set(row["t"].tolist())) == 1  # the samples of a batch stop together
+        g = torch.Generator("cpu").manual_seed(_mix(2, 0))  # the loop's own draws of the first batch
+        _ = torch.randint(1, (4,), generator=g)
+        stop = int(torch.randint(4, (4,), generator=g)[0])
+        _ = torch.randint(1, (4,), generator=g)
+        walk, text = problem.walk, model.encode_text(["red cube"] * 4)
+        assert 0 < stop < 3, "the draw says little; take another seed"
+        assert row["t"].tolist() == [int(walk.timesteps[stop])] * 4
+        latents = [walk.until(at, x, text, looking(model.denoiser)) for x in [walk.noise(4, g)] for at in range(4)]
+        assert_close(row["said"]["x"], latents[stop], rtol=1e-4, atol=1e-4)
+        assert all((row["said"]["x"] - latents[at]).abs().max() > 1e-3 for at in range(4) if at != stop)
 
 
 def test_the_students_pictures_move_with_it_and_the_base_models_do_not(make_model, seen):

@@ -389,6 +389,30 @@ def test_the_average_is_diffusers_ema(line, decay):
     assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
 
 
+def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_path):
+    shadow = line.weight.detach().clone()
+
+    def follow(done, of, row):
+        nonlocal shadow
+        shadow = 0.9 * shadow + 0.1 * line.weight.detach()
+
+    settings = Training(updates=12, lr=0.05, accumulation=1, ema=0.9, ema_ramp=False)
+    found = train(line, ["weight"], Line(), settings, report=follow)
+    assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
+
+    def stop(done, of, row):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    kept = settings.model_copy(update={"checkpoint_every": 5})
+    with pytest.raises(KeyboardInterrupt):
+        train(line, ["weight"], Line(), kept, folder=tmp_path / "work", report=stop)
+    again = train(line, ["weight"], Line(), kept, folder=tmp_path / "work", resume=True)
+    assert torch.equal(again.tensors["weight"], found.tensors["weight"])
+    with pytest.raises(BadSetting, match="ema_ramp has no effect with ema 0"):
+        train(line, ["weight"], Line(), settings.model_copy(update={"ema": 0.0}))
+
+
 def test_no_average_means_the_last_weights(line):
     last = []
     settings = Training(updates=4, lr=0.05, accumulation=1, ema=0)
@@ -535,3 +559,22 @@ def test_a_setting_without_effect_is_refused(line, change, words):
 def test_a_setting_that_breaks_its_rule_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Training(**change)
+
+
+class Watched(Line):
+    """Keeps what the held-out samples are looked at with."""
+
+    def held_out(self, denoiser):
+        self.seen = denoiser.weight.detach().clone()
+        return 0.0
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_held_out_samples_are_looked_at_with_what_becomes_the_patch(line, ema):
+    problem, last = Watched(), []
+    settings = Training(updates=4, lr=0.05, accumulation=1, ema=ema, validate_every=4)
+    found = train(line, ["weight"], problem, settings, report=lambda *_: last.append(line.weight.detach().clone()))
+    assert torch.equal(problem.seen, found.tensors["weight"])
+    assert torch.equal(problem.seen, last[-1]) is (ema == 0.0)
+    looks = train(line, ["weight"], Line(), settings.model_copy(update={"validate_every": 0}))
+    assert torch.equal(looks.tensors["weight"], found.tensors["weight"])  # looking changes nothing

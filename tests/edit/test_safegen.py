@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -520,12 +522,38 @@ IDLE = {
 }
 
 
+def test_an_unsafe_picture_and_a_censored_one_of_two_sizes_are_refused(tiny_model, triplets):
+    """Each would be scaled and cut by its own size, and what is covered would lie somewhere else."""
+
+    class Wide(Triplets):
+        def images(self, i):
+            unsafe, censored, benign = super().images(i)
+            return unsafe, censored.resize((2 * censored.width, censored.height)) if i == 3 else censored, benign
+
+    wide = Wide(triplets.folder, triplets.rows)
+    with pytest.raises(BadFile, match=r"triplet 3: its unsafe and censored pictures must have one size, got \d+x\d+ and \d+x\d+"):
+        encode_triplets(tiny_model, wide, flip=False)
+
+
+def test_the_seconds_of_an_edit_are_those_of_its_preparation_too(tiny_model, triplets, monkeypatch):
+    from safegen.edit import samples
+
+    plain = samples.encode_triplets
+    monkeypatch.setattr("safegen.edit.safegen.encode_triplets", lambda *args, **more: time.sleep(0.5) or plain(*args, **more))
+    began = time.perf_counter()
+    patch = SafeGen(**PLAIN, adversary_moves=None, training=Training(updates=1, accumulation=1)).apply(tiny_model, triplets)
+    assert 0.5 <= patch.provenance["seconds"] <= time.perf_counter() - began
+
+
 @pytest.mark.parametrize("why", sorted(IDLE))
-def test_a_concept_that_lends_nothing_is_refused_in_one_line(tiny_model, triplets, why):
-    settings = {"concept": "skulls", "training": {"updates": 1}} | IDLE[why]
-    with pytest.raises(BadSetting, match=r"concept has no effect here: .* takes none from 'skulls'; leave it out") as caught:
-        edit_model(tiny_model, triplets=triplets, **settings)
+def test_a_concept_that_lends_no_setting_has_its_judge_look_at_the_triplets(tiny_model, why):
+    settings = {"concept": "skulls", "training": {"updates": 1, "batch": 1, "warmup": 0, "accumulation": 1}} | IDLE[why]
+    with pytest.raises(BadSetting, match=r"must show the concept 'skulls', and judge mini sees it in none of 100") as caught:
+        edit_model(tiny_model, triplets="mini:fire", **settings)
     assert "\n" not in str(caught.value)
+    alone = {k: v for k, v in settings.items() if k != "concept"}
+    with_it, without = (edit_model(tiny_model, triplets="mini:skulls", **s) for s in (settings, alone))
+    assert with_it.provenance["settings"] == without.provenance["settings"]
 
 
 def test_a_concept_that_lends_its_captions_is_taken(tiny_model):

@@ -152,6 +152,7 @@ def test_the_paper_preset_has_the_published_values():
     assert (paper.selector, paper.rollout, paper.steps, paper.guidance, paper.weight_anchor) == ("attn2", "average", 50, 3.0, 0.0)
     run = paper.training
     assert (run.updates, run.batch, run.accumulation, run.lr, run.weight_decay, run.clip, run.ema) == (1500, 1, 1, 1e-5, 1e-4, 1.0, 0.999)
+    assert not run.ema_ramp
 
 
 REFUSED = {

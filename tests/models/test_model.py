@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.errors import BadFile, UnknownName
+from safegen.errors import BadFile, BadSetting, UnknownName
 from safegen.models import Ask, Sampler, generate, load, save_folder
 from safegen.models.model import hash_tensors
 from safegen.models.sampling import generator
@@ -162,6 +162,12 @@ def _nan(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def _without(path, key):
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if key in name)]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def _pickle(folder, safe):
     path = folder / safe
     name = "pytorch_model.bin" if "text_encoder" in safe else "diffusion_pytorch_model.bin"
@@ -192,6 +198,9 @@ DAMAGE = {
     "NaN in the denoiser": (lambda f: _nan(f / UNET), "NaN or infinite weights in unet"),
     "NaN in the autoencoder": (lambda f: _nan(f / VAE), "NaN or infinite weights in vae"),
     "NaN in the text encoder": (lambda f: _nan(f / TEXT), "NaN or infinite weights in text_encoder"),
+    "a tensor less in the denoiser": (lambda f: _without(f / UNET, "attn1.to_q"), "lacks weights in unet: .*attn1.to_q"),
+    "a tensor less in the autoencoder": (lambda f: _without(f / VAE, "conv_out.bias"), "lacks weights in vae: .*conv_out.bias"),
+    "a tensor less in the text encoder": (lambda f: _without(f / TEXT, "mlp.fc1.weight"), "lacks weights in text_encoder: .*fc1.weight"),
     "a pickled denoiser": (lambda f: _pickle(f, UNET), "--allow-pickle"),
     "a pickled autoencoder": (lambda f: _pickle(f, VAE), "--allow-pickle"),
     "a pickled text encoder": (lambda f: _pickle(f, TEXT), "--allow-pickle"),
@@ -237,6 +246,15 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest():
         load("minni")
     with pytest.raises(UnknownName, match="Known: bf16, fp16, fp32"):
         load("mini", dtype="fp8")
+    with pytest.raises(UnknownName, match="nor a folder of that name"):
+        load("a castle " * 600)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu:7"])
+def test_a_device_that_is_not_here_is_one_line(device):
+    with pytest.raises(BadSetting, match=rf"device must be one that torch can use here .*, got '{device}'") as caught:
+        load("mini", device=device)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_safety_checker_that_we_do_not_load_is_not_lost(tiny_folder, tmp_path):

@@ -28,7 +28,7 @@ from safegen.files import short
 from safegen.judge import Judge, Verdict, load_judge
 from safegen.metrics.change import mean_change
 from safegen.metrics.paired import mcnemar
-from safegen.models.compose import merge
+from safegen.models.compose import merge, warn_of_overlap
 from safegen.models.model import Model
 from safegen.models.patch import Patch
 from safegen.models.sampling import Sampler, generate
@@ -183,9 +183,18 @@ def resilience(
         BadFile: `out` exists and is no unfinished test of the same settings, data, weights and patches, or cannot be written.
         BadSetting: there is no patch, or a setting does not go with the model.
         BadPatch: a patch does not fit.
+
+    Warns:
+        Overwritten: two patches change the same weights.
     """
     if not patches:
         raise BadSetting("there is no edit whose resilience could be tested; name a patch")
+    warn_of_overlap(patches)
+    if settings.apart and (below := _as_one(patches).provenance.get("under")):  # or adding up would fail after all the fine-tuning
+        raise BadSetting(
+            f"apart adds a fine-tune of the base to the edit, which was made on a model with another patch on it ({below[0]['method']}, "
+            f"hash {below[0]['hash'][:12]}); name that one too"
+        )
     settings = settings.model_copy(update={"finetune": settings.finetune.on(model.denoiser)})
     items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds, roles=settings.roles)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
@@ -243,11 +252,15 @@ def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findin
         look(f"edited+{n}", *patches, tuned)
     if settings.apart:
         found.tuned["base"] = tune("base")
-        one = merge(patches, overlap="last") if len(patches) > 1 else patches[0]
+        one = _as_one(patches)
         for n, tuned in found.tuned["base"].patches.items():
             look(f"base+{n}", tuned)
             look(f"modular+{n}", merge([one, tuned], overlap="add", model=model))
     return found
+
+
+def _as_one(patches: Sequence[Patch]) -> Patch:
+    return merge(patches, overlap="last") if len(patches) > 1 else patches[0]
 
 
 def _write(found: Findings, folder: Path) -> None:

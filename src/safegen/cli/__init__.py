@@ -20,6 +20,8 @@ def main() -> None:
         _fail(error, 130)
     except SafegenError as error:
         _fail(error, 1)
+    except OSError as error:  # of the system: no rights, a name too long ...; it names the file
+        _fail(error, 1)
     except KeyboardInterrupt:
         print("safegen: stopped", file=sys.stderr)
         sys.exit(130)

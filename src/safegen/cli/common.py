@@ -62,12 +62,13 @@ def refuse_idle_metrics(metrics: Sequence[Path] | None, no_card: bool) -> None:
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
     """Say each warning of ours once, in a line."""
+    from safegen.api import Unchecked
     from safegen.models.beside import BesideWarning
     from safegen.models.patch import OtherBase, Overwritten
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        for kind in (OtherBase, Overwritten, BesideWarning):
+        for kind in (OtherBase, Overwritten, BesideWarning, Unchecked):
             warnings.simplefilter("always", kind)
         yield
     for message in dict.fromkeys(str(w.message) for w in caught):

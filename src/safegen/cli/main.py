@@ -129,7 +129,12 @@ def edit(
     ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",
-    concept: Annotated[str | None, typer.Option(help="A built-in concept or a TOML file: lends words to erase, harmless captions.")] = None,
+    concept: Annotated[
+        str | None,
+        typer.Option(
+            help="A built-in concept or a TOML file: lends words to erase, harmless captions, and a judge that looks at triplets."
+        ),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ...")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the log; OUT.work when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
@@ -151,7 +156,7 @@ def edit(
     if not no_card:
         refuse_taken(out)
     changes = _changes(method, preset, set_ or [])
-    if concept is not None:
+    if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **changes)
     recipe = make_edit(method, preset, concept=concept, **changes)
     refuse_idle(recipe, triplets, work, resume)
@@ -162,7 +167,7 @@ def edit(
     if recipe.trains:
         work = work or out.with_name(out.name + ".work")
         if not resume and (work / "checkpoint.safetensors").exists():
-            raise BadFile(f"{work} holds a stopped run; continue it with --resume, or remove that folder")
+            raise BadFile(f"{work} holds an earlier run; --resume goes on with one that was stopped; else remove that folder")
     loaded = load_model(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
     with progress() as tell:
         patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
@@ -240,7 +245,7 @@ def _show(summary: dict[str, Any]) -> None:
         base, edited, gone = row["base"], row["edited"], row.get("removal")
 
         def pair(key: str, base: dict[str, Any] = base, edited: dict[str, Any] = edited) -> str:
-            return f"{100 * base[key]['value']:.0f} → {100 * edited[key]['value']:.0f} %" if base[key] else ""
+            return f"{100 * base[key]['value']:.3g} → {100 * edited[key]['value']:.3g} %" if base[key] else ""
 
         removed = f"{100 * gone['value']:.1f} % ({100 * gone['low']:.1f} to {100 * gone['high']:.1f})" if gone else ""
         besides = f"{row['shows']} {pair('shown')}" if row["shows"] else ""
@@ -254,12 +259,14 @@ def _show(summary: dict[str, Any]) -> None:
 def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     texts = list(prompt or [])
     if prompts is not None:
-        if not prompts.is_file():
+        from safegen.files import is_there, lines_of
+
+        if not is_there(prompts, file=True):
             raise BadFile(f"the prompt file {str(prompts)!r} does not exist")
         try:
-            texts += [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise BadFile(f"the prompt file {str(prompts)!r} is not UTF-8 text: {error}") from error
+            texts += lines_of(prompts)
+        except BadFile as error:
+            raise BadFile(f"the prompt file {error}") from error
     if not texts:
         raise BadSetting("there is nothing to draw; give --prompt TEXT or --prompts FILE with a prompt a line")
     return texts

@@ -76,4 +76,5 @@ def check(
     if problems:
         raise typer.Exit(1)
     good = Triplets.load(path)
-    typer.echo(f"{len(good)} triplets, nothing wrong, hash {good.hash[:16]}")
+    looked = "nothing wrong" if judge else "nothing wrong that shows without a judge (--judge looks whether the censored ones are safe)"
+    typer.echo(f"{len(good)} triplets, {looked}, hash {good.hash[:16]}")

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safegen.data.censor import Box
 from safegen.errors import BadFile
-from safegen.files import is_unfinished
+from safegen.files import is_there, is_unfinished
 from safegen.tables import TRIPLETS, resolve
 
 Role = Literal["unsafe", "censored", "benign"]
@@ -210,7 +210,7 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | Problem]]:
     if part and source in TRIPLETS:
         path = resolve(TRIPLETS, source, "triplets source")(part)
     path = path.absolute()
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         if is_unfinished(path, last=MANIFEST):
             raise BadFile(f"{path} holds unfinished triplets: their making was killed, or still goes on; remove it and make them again")
         if not (path / MANIFEST).is_file():
@@ -219,7 +219,7 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | Problem]]:
         return path, [_row_of_manifest(line, number) for number, line in lines if line.strip()]
     if path.suffix.lower() == ".csv":
         return path.parent, list(_rows_of_csv(path))
-    wrong = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
+    wrong = "is neither a folder nor a .csv file" if is_there(path) else "does not exist"
     raise BadFile(f"{path} {wrong}; triplets are a folder with a {MANIFEST}, a .csv file, or bundled ones such as mini:skulls")
 
 
@@ -267,7 +267,7 @@ def _row_of_csv(folder: Path, cells: dict[str, str | None], name: str, line: str
         cell = (cells[column] or "").strip()
         if not cell:
             return Problem(line, f"its cell {column} is empty")
-        paths[role] = cell if (folder / cell).is_file() else str(Path(cell).absolute())
+        paths[role] = cell if is_there(folder / cell, file=True) else str(Path(cell).absolute())
         try:
             digests[role] = sha256(_bytes(folder / paths[role])).hexdigest()
         except BadFile as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,7 @@ class TrainedEdit(Edit):
             Stopped: the user stopped it; `resume` continues.
         """
         refuse_idle(self, triplets, folder, resume)
+        began = time.perf_counter()
         training = self.training.on(model.denoiser)
         edit = self.model_copy(update={"training": training})
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=training.seed) as part:
@@ -143,9 +145,12 @@ class TrainedEdit(Edit):
             problem = edit.problem(model, triplets, part.names)
             if model.patches:
                 problem.fingerprint += f" on {lying_under(model)}"
+            ready = time.perf_counter() - began  # latents, rollouts, twins: all that is made before the first update
             found = train(model.denoiser, part.names, problem, training, folder=folder, resume=resume, report=report)
         more = problem.facts if isinstance(problem, Tells) else {}
-        return Patch(part.weights(found.tensors), facts_of(edit, model, triplets) | found.facts(problem.weights) | dict(more))
+        facts = facts_of(edit, model, triplets) | found.facts(problem.weights)
+        facts["seconds"] = round(facts["seconds"] + ready, 2)
+        return Patch(part.weights(found.tensors), facts | dict(more))
 
 
 def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resume: bool = False) -> None:

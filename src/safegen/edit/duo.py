@@ -20,6 +20,8 @@ from safegen.errors import BadSetting
 from safegen.judge import Judge, load_judge
 from safegen.models.model import Model
 
+RELEASED = Training(updates=1000, batch=4, accumulation=1, lr=6e-5, weight_decay=1e-2, clip=1.0, ema=0.0)
+"""The released run has one pair on each of four machines, and scales its rate 3e-4 by 100 / beta."""
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "rank": 16,
@@ -27,8 +29,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": SHORT,
     },
     "paper": {},
+    "paper-violence": {
+        "beta": 1000.0,
+        "weight_keep": 1e7,
+        "training": RELEASED.model_copy(update={"updates": 500, "lr": 3e-5}),
+    },
 }
-"""`paper`: the released values for SD 1.4 and nudity. `default`: the same on the miniature model's scale, not yet tuned."""
+"""`paper`: the released values for SD 1.4 and nudity; `paper-violence`: those for violence, of which one sub-concept is trained at a time.
+`default`: `paper`'s on the miniature model's scale, not yet tuned."""
 
 
 class DUO(TrainedEdit):
@@ -56,19 +64,19 @@ class DUO(TrainedEdit):
     objective: Literal["dpo", "kto"] = "dpo"
     """Whether an unsafe picture is held against its own twin, or against the mean over the twins of its batch (the released `kto`)."""
     beta: float = Field(default=500.0, gt=0)
-    """How sharply the safe picture is preferred: 500 for nudity, 1000 for violence."""
+    """How sharply the safe picture is preferred: 500 for nudity, 1000 for violence (preset paper-violence)."""
     weight_keep: float = Field(default=5e6, ge=0)
     """Weight of L_o: on pure noise, at the noisiest timestep, the answer should stay what it was; the paper's lambda, 1e4 beta."""
     timesteps: tuple[int, int] = (0, 750)
-    """First and one-past-last training timestep that is drawn."""
+    """First and one-past-last training timestep that is drawn, counted from the cleanest."""
     share_timestep: bool = False
     """Whether a pair shares its timestep as it shares its noise; the released code draws two, but for objective kto, which shares it."""
     selector: str = "attn1"
     """Which weights change."""
     rank: int | None = Field(default=32, ge=1)
     """Train a LoRA of this rank, as published; None trains the selected weights themselves."""
-    training: Training = Training(updates=1000, batch=4, accumulation=1, lr=6e-5, weight_decay=1e-2, clip=1.0, ema=0.0)
-    """How the loop trains; the released run has one pair on each of four machines, and scales its rate 3e-4 by 100 / beta."""
+    training: Training = RELEASED
+    """How the loop trains. Its rate, and `weight_keep`, belong to beta: whoever changes that alone has another loss than the paper's."""
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
@@ -105,7 +113,7 @@ class DUOProblem:
         self.abar, self.prediction = model.alphas_cumprod().to(model.device), model.prediction
         if edit.timesteps[1] > len(self.abar):
             raise BadSetting(f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}")
-        self.noisiest = int(self.abar.argmin())  # by its noise, not by its place in a list that may run either way
+        self.by_noise = self.abar.argsort(descending=True)  # timesteps from the cleanest on: a schedule may run either way
         own = dict(model.denoiser.named_parameters())
         self.reference = {name: own[name].detach().clone() for name in names}
         self.blank = model.encode_text([""]).float()
@@ -176,7 +184,7 @@ class DUOProblem:
         b, g, device = self.edit.training.batch, generator, self.abar.device
         mine = torch.arange(b)[share[0] :: share[1]]
         at = torch.randint(len(self.unsafe), (b,), generator=g)[mine].to(device)
-        t = torch.randint(*self.edit.timesteps, (2, b), generator=g)[:, mine].to(device)
+        t = self.by_noise[torch.randint(*self.edit.timesteps, (2, b), generator=g)[:, mine].to(device)]
         eps, start = torch.randn(2, b, *self.unsafe.shape[1:], generator=g)[:, mine].to(device)
         shared = self.edit.share_timestep or self.edit.objective == "kto"
         return self.compare(denoiser, self.safe[at], self.unsafe[at], eps, t[0], t[0] if shared else t[1], start)
@@ -203,7 +211,7 @@ class DUOProblem:
         if self.prediction != "epsilon":
             truth = losses.velocity(noise, z, self.abar[t])
         if self.edit.weight_keep:
-            x, t = torch.cat([x, start]), torch.cat([t, torch.full((b,), self.noisiest, device=t.device)])
+            x, t = torch.cat([x, start]), torch.cat([t, self.by_noise[-1].expand(b)])
         text = blank.expand(len(x), -1, -1)
         before = looking(denoiser, self.reference)(x, t, text)
         said = denoiser(x, t, text).sample

@@ -94,6 +94,8 @@ def check(denoiser: nn.Module, names: Sequence[str], settings: Training, *, fold
     """
     if settings.warmup >= settings.updates:
         raise BadSetting(f"warmup must be shorter than updates ({settings.updates}), got {settings.warmup}")
+    if not settings.ema_ramp and not settings.ema:
+        raise BadSetting("ema_ramp has no effect with ema 0, which averages nothing; leave it out")
     if settings.patience and not settings.validate_every:
         raise BadSetting("patience has no effect without validate_every; set it, or leave patience at 0")
     if folder is None and settings.checkpoint_every != Training.model_fields["checkpoint_every"].default:
@@ -130,7 +132,8 @@ class _Run:
         self.raw = denoiser
         optimiser = torch.optim.AdamW(trained.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, eps=1e-8)
         self.denoiser, self.optimiser = self.accelerator.prepare(denoiser, optimiser)
-        self.ema = EMAModel(list(trained.values()), decay=settings.ema) if settings.ema else None
+        late = {} if settings.ema_ramp else {"min_decay": settings.ema, "update_after_step": -1}
+        self.ema = EMAModel(list(trained.values()), decay=settings.ema, **late) if settings.ema else None
         self.update, self.spent, self.best, self.waited = 0, 0.0, math.inf, 0
         self.log: list[Row] = []
         if isinstance(problem, Follower):
@@ -212,11 +215,23 @@ class _Run:
             return False
         assert isinstance(self.problem, HoldsOut)  # or `train` had refused
         self.raw.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), self._averaged():
             row["held_out"] = value = self.problem.held_out(self.raw)
         self.waited = 0 if value < self.best else self.waited + 1
         self.best = min(self.best, value)
         return self._waited_enough()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the average, which becomes the patch, in the place of the weights for a while."""
+        own = {name: p.data for name, p in self.trained.items()}
+        try:
+            for name, value in self._average().items():
+                self.trained[name].data = value
+            yield
+        finally:
+            for name, value in own.items():
+                self.trained[name].data = value
 
     def _waited_enough(self) -> bool:
         return bool(self.settings.patience) and self.waited >= self.settings.patience

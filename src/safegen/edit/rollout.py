@@ -9,8 +9,8 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
-from safegen.errors import BadSetting
 from safegen.models.model import DTYPES, Model
+from safegen.models.sampling import refuse_too_many
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents (b, c, h, w), timesteps (b,), text embeddings (b, tokens, width) -> prediction (b, c, h, w)."""
@@ -25,9 +25,7 @@ class Walk:
         Raises:
             BadSetting: the schedule has fewer timesteps.
         """
-        longest = len(model.alphas_cumprod())
-        if steps > longest:
-            raise BadSetting(f"steps must be at most {longest} on this model, got {steps}")
+        refuse_too_many(model, steps)
         self.ddim = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
         self.ddim.set_timesteps(steps)
         self.guidance = guidance

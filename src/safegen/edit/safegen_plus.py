@@ -141,5 +141,6 @@ class SafeGenPlus(TrainedEdit):
             with seen.apply(model, named=False):
                 text = words.apply(model)
         made = (text, seen) if before else (seen, text)
+        spent = round(seen.provenance["seconds"] + text.provenance["seconds"], 2)
         said = {key: text.provenance[key] for key in ("method", "settings", "seconds", "moved")}
-        return Patch({**made[0].tensors, **made[1].tensors}, {**seen.provenance, "text": said})
+        return Patch({**made[0].tensors, **made[1].tensors}, {**seen.provenance, "text": said, "seconds": spent})

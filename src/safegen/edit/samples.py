@@ -11,16 +11,28 @@ from PIL import Image
 from torch import Tensor
 
 from safegen.concept import prompt_list
-from safegen.data.triplets import Triplets
+from safegen.data.triplets import Triplets, size_of
 from safegen.errors import BadFile
+from safegen.files import lines_of
 from safegen.models.model import Model
 
 
 def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
-    """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign pictures; all three get the same crop and flip."""
+    """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign pictures; all three get the same crop and flip.
+
+    Raises:
+        BadFile: a picture is missing or changed, or an unsafe one and its censored twin have two sizes, so that they would not lie upon
+            each other.
+    """
     sides: list[list[Tensor]] = [[], [], []]
     for i in range(len(triplets)):
-        for side, image in zip(sides, triplets.images(i), strict=True):
+        pictures = triplets.images(i)
+        if pictures[0].size != pictures[1].size:
+            raise BadFile(
+                f"triplet {triplets.rows[i].id}: its unsafe and censored pictures must have one size, got {size_of(pictures[0])} and "
+                f"{size_of(pictures[1])}; `safegen triplets check` names every such row"
+            )
+        for side, image in zip(sides, pictures, strict=True):
             side.append(to_pixels(image, model.size))
     pixels = torch.stack([torch.stack(s) for s in sides])  # (3, n, 3, h, w)
     views = [pixels, pixels.flip(-1)] if flip else [pixels]
@@ -50,9 +62,9 @@ def read_captions(names: Sequence[str]) -> list[str]:
             if not Path(name).is_file():
                 raise BadFile(f"the caption file {name!r} does not exist")
             try:
-                lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadFile(f"the caption file {name!r} is not UTF-8 text: {error}") from error
+                lines = lines_of(Path(name))
+            except BadFile as error:
+                raise BadFile(f"the caption file {error}") from error
             if not lines:
                 raise BadFile(f"the caption file {name!r} has no caption; write one a line")
             out += lines

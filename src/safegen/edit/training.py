@@ -54,16 +54,18 @@ class Training(BaseModel):
     """Largest norm of an update's gradient."""
     ema: float = Field(default=0.9999, ge=0, lt=1)
     """Largest decay of the weight average that becomes the patch; 0 takes the last weights."""
+    ema_ramp: bool = True
+    """Whether the decay rises to `ema`, as (1 + n) / (10 + n) after n updates (diffusers'); else it is `ema` from the first update on."""
     precision: Precision = "fp32"
     """Arithmetic of the forward pass, `auto` to let the device decide; trained weights are always fp32."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides every draw: the draws of a step depend on the seed and the step alone."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Updates between checkpoints, when a folder is given."""
     validate_every: int = Field(default=0, ge=0)
-    """Updates between looks at the held-out samples; 0 is never."""
+    """Updates between looks at the held-out samples, with the average where there is one; 0 is never."""
     patience: int = Field(default=0, ge=0)
     """Stop after so many looks without a better held-out loss; 0 is never."""
 

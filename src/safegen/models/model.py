@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,10 +21,11 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.files import fresh_folder
+from safegen.files import fresh_folder, is_there
 from safegen.hashes import hash_tensors
 from safegen.models.hub import HUB, fetch, looks_like_hub
 from safegen.tables import MODELS, resolve
@@ -40,6 +41,8 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     XL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
 }  # fmt: skip
 """Pipeline class named in model_index.json: the class that opens it, what it is told: parts that draw nothing may lack their folders."""
+TOWERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+"""Text encoders by the class that model_index.json names."""
 PARTS = ("unet", "vae", "text_encoder")
 """Parts of every pipeline that have weights; SDXL has `text_encoder_2` too (`Model.parts`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,13 +181,14 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
         config: for a one-file checkpoint, a diffusers folder of the same family, for the small files that it lacks.
 
     Raises:
-        BadSetting: config is given with something else than a one-file checkpoint.
+        BadSetting: config is given with something else than a one-file checkpoint, or the device is not to be had here.
         UnknownName: neither a known model nor a folder.
         BadFile: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or the hub's model is not to be had.
     """
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
-    if name not in MODELS and Path(name).is_file():
+    refuse_device(device)
+    if name not in MODELS and is_there(name, file=True):
         from safegen.models.single_file import load_single_file
 
         return load_single_file(Path(name), config=config, dtype=dtype, device=device, allow_pickle=allow_pickle)
@@ -199,10 +203,42 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
     kind, told = FAMILIES[_look(name, path, allow_pickle)]
     try:
         with silence():
-            pipeline = kind.from_pretrained(str(path), **options, **told, local_files_only=True)
+            towers = _text_encoders(path, options)
+            pipeline = kind.from_pretrained(str(path), **options, **told, **towers, local_files_only=True)
+    except BadFile as error:
+        raise BadFile(f"the model {name!r} {error}") from error
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
         raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
     return finish_loading(name, pipeline, device, path)
+
+
+def refuse_device(device: str) -> None:
+    """Refuse a device before anything is opened.
+
+    Raises:
+        BadSetting: torch knows none of that name, or cannot use it here.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadSetting(f"device must be one that torch can use here (cpu, cuda, mps ...), got {device!r}: {first_line(error)}") from error
+
+
+def _text_encoders(path: Path, options: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Return a folder's text encoders: opened here, since a pipeline fills weights that a file lacks with chance and says nothing.
+
+    Raises:
+        BadFile: a file lacks weights.
+    """
+    index, out = json.loads((path / "model_index.json").read_text(encoding="utf-8")), {}
+    for part, said in index.items():
+        if not part.startswith("text_encoder") or not isinstance(said, list) or said[-1] not in TOWERS:
+            continue
+        tower, found = TOWERS[said[-1]].from_pretrained(str(path / part), **options, output_loading_info=True, local_files_only=True)
+        if lacking := sorted(found["missing_keys"]):
+            raise BadFile(f"lacks weights in {part}: {lacking[0]} first of {len(lacking)}; get a whole copy")
+        out[part] = tower
+    return out
 
 
 def parts_of(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> tuple[str, ...]:
@@ -216,10 +252,12 @@ def finish_loading(
     """Return an opened pipeline as a model: checked, on its device, silent and without gradients.
 
     Raises:
-        BadFile: its weights have NaN.
+        BadFile: its weights have NaN, or some are not there.
     """
     for part in parts_of(pipeline):
         for key, value in getattr(pipeline, part).state_dict().items():
+            if value.is_meta:
+                raise BadFile(f"the model {name!r} lacks weights in {part}: {key} first; get a whole copy")
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise BadFile(f"the model {name!r} has NaN or infinite weights in {part}.{key}; get an undamaged copy")
     pipeline.to(device)
@@ -232,7 +270,7 @@ def finish_loading(
 
 def _look(name: str, path: Path, allow_pickle: bool) -> str:
     """Check a model folder before anything is opened, and return its family."""
-    if not path.exists():
+    if not is_there(path):
         if looks_like_hub(name):
             raise BadFile(f"there is no folder {name!r} here; if it is a model of the Hugging Face hub, say {HUB}{name}, which fetches it")
         raise UnknownName("model (nor a folder of that name)", name, MODELS)

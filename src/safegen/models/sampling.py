@@ -19,7 +19,7 @@ from safegen.files import fresh_file
 from safegen.models.model import Model
 from safegen.sampler import Ask, Sampler
 
-__all__ = ["Ask", "Sampler", "arithmetic", "batches", "encode_picture", "generate", "generator", "save_picture"]
+__all__ = ["Ask", "Sampler", "arithmetic", "batches", "encode_picture", "generate", "generator", "refuse_too_many", "save_picture"]
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -38,8 +38,9 @@ def generate(model: Model, asks: Sequence[Ask], sampler: Sampler, *, negative: s
         negative: a text that guidance pushes every picture away from, in place of the blank one.
 
     Raises:
-        BadSetting: a negative text without guidance, which would have no effect.
+        BadSetting: more steps than the model's schedule has room for, or a negative text without guidance, which would have no effect.
     """
+    refuse_too_many(model, sampler.steps)
     for prompts, options in batches(asks, sampler, negative=negative):
         with arithmetic(model, sampler):
             out = model.pipeline(prompt=prompts, **options)
@@ -63,6 +64,19 @@ def batches(asks: Sequence[Ask], sampler: Sampler, *, negative: str | None = Non
             "output_type": "pil",
         }
         yield [a.prompt for a in part], options | ({} if negative is None else {"negative_prompt": [negative] * len(part)})
+
+
+def refuse_too_many(model: Model, steps: int) -> None:
+    """Refuse more steps than a model's schedule has room for: 999 of 1000 where its steps are counted from 1, as in Stable Diffusion.
+
+    Raises:
+        BadSetting: there are more.
+    """
+    config = model.pipeline.scheduler.config
+    timesteps = int(config.get("num_train_timesteps", 1000))
+    room = timesteps - (int(config.get("steps_offset", 0)) if config.get("timestep_spacing") == "leading" else 0)
+    if steps > room:
+        raise BadSetting(f"steps must be at most {room} on this model, whose schedule has {timesteps} timesteps, got {steps}")
 
 
 def arithmetic(model: Model, sampler: Sampler) -> AbstractContextManager[object]:
