@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safegen.errors import BadFile
-from safegen.files import UNFINISHED, is_there, is_unfinished, lines_of, private_folder
+from safegen.files import UNFINISHED, is_there, is_unfinished, lines_of, private_folder, replaced_folder
 
 
 def below(folder: Path) -> list[str]:
@@ -106,3 +106,19 @@ def test_lines_of_a_text_file_are_those_that_a_user_sees(tmp_path):
         lines_of(file)
     with pytest.raises(BadFile, match="cannot be read: Is a directory"):
         lines_of(tmp_path)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "home" / "out"
+    with replaced_folder(out) as folder:
+        (folder / "one").write_text("1")
+    assert below(tmp_path) == ["home", "home/out", "home/out/one"]
+    with pytest.raises(BadFile, match="out cannot be written: No space left"), replaced_folder(out) as folder:
+        (folder / "two").write_text("2")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(KeyboardInterrupt), replaced_folder(out):
+        raise KeyboardInterrupt
+    assert below(tmp_path) == ["home", "home/out", "home/out/one"]
+    with replaced_folder(out) as folder:
+        (folder / "two").write_text("2")
+    assert below(tmp_path) == ["home", "home/out", "home/out/two"]

@@ -37,6 +37,30 @@ def fresh_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replaced_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `out` when the block ends well; else `out` stays as it was.
+
+    Raises:
+        BadFile: it cannot be written.
+    """
+    tmp, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        yield tmp
+        if out.exists():
+            out.rename(old)
+        tmp.rename(out)
+    except OSError as error:
+        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for left in (tmp, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
 def private_folder(out: Path, *, last: str) -> Iterator[Path]:
     """Yield a temporary folder inside the new folder `out`; its entries move up into `out` when the block ends well.
 

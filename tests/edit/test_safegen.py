@@ -93,9 +93,14 @@ def published_run(model, rows, *, updates, accumulation, lr):
     return log, norms, averaged
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "lr"), [(1, 5, 1e-5), (2, 2, 1e-4)])
-def test_the_paper_preset_is_the_published_step(make_model, triplets, recorded, batch, accumulation, lr):
-    ours, theirs = make_model(), make_model()
+@pytest.mark.parametrize(
+    ("on", "updates", "batch", "accumulation", "lr"), [("tiny", 6, 1, 5, 1e-5), ("tiny", 6, 2, 2, 1e-4), ("mini", 3, 1, 2, 1e-4)]
+)
+def test_the_paper_preset_is_the_published_step(make_model, triplets, recorded, on, updates, batch, accumulation, lr):
+    if on == "mini":
+        whole = Triplets.load("mini:skulls")
+        triplets = Triplets(whole.folder, whole.rows[:4])
+    ours, theirs = (load("mini") if on == "mini" else make_model() for _ in range(2))
     start, last, log = state_of(ours.denoiser), {}, []
 
     def watch(done, of, row):
@@ -103,11 +108,11 @@ def test_the_paper_preset_is_the_published_step(make_model, triplets, recorded, 
         if done == of:
             last.update(state_of(ours.denoiser))
 
-    training = Training(updates=6, batch=batch, accumulation=accumulation, lr=lr)
+    training = Training(updates=updates, batch=batch, accumulation=accumulation, lr=lr)
     patch = SafeGen.preset("paper", training=training).apply(ours, triplets, report=watch)
 
-    terms, norms, averaged = published_run(theirs, recorded, updates=6, accumulation=accumulation, lr=lr)
-    assert len(recorded) == len(terms) == 6 * accumulation
+    terms, norms, averaged = published_run(theirs, recorded, updates=updates, accumulation=accumulation, lr=lr)
+    assert len(recorded) == len(terms) == updates * accumulation
     for row, (loss_mosaic, loss_preserve) in zip(recorded, terms, strict=True):
         assert row["L_m"].mean().item() == pytest.approx(loss_mosaic, abs=1e-6)
         assert row["L_p"].mean().item() == pytest.approx(loss_preserve, abs=1e-6)

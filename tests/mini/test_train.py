@@ -280,3 +280,19 @@ def test_a_call_that_cannot_be_meant_is_refused(tmp_path, capsys, words, says):
     assert end.value.code == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+def test_what_is_missing_for_a_stage_is_one_line_and_what_is_shipped_stays(tmp_path, capsys):
+    shipped = tmp_path / "home" / "weights" / "model"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_text("as it was")
+    (tmp_path / "file").write_text("")
+    for work, stage in (("work", "vae"), ("work", "pack"), ("file", "world")):
+        with pytest.raises(SystemExit) as end:
+            main(["--work", str(tmp_path / work), "--home", str(tmp_path / "home"), "--stages", stage])
+        said = capsys.readouterr().err.strip()
+        assert end.value.code == 1
+        assert said.startswith("python -m safegen.mini.train: ")
+        assert "Traceback" not in said
+        assert [p.name for p in (tmp_path / "home").rglob("*") if p.is_file()] == ["model"]
+    assert shipped.read_text() == "as it was"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from safegen.errors import SafegenError
 from safegen.mini import bundle
 from safegen.mini.train.clip import stage_clip
 from safegen.mini.train.denoiser import stage_polish, stage_unet
@@ -71,13 +72,16 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.tiny and args.home.resolve() == bundle.HERE.resolve() and set(PACKED) & set(names):
         ask.error("--tiny would replace the shipped files by untrained ones; name another folder with --home")
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        settings = TINY.get(name, {}) if args.tiny else {}
-        settings = settings | ({"compiled": args.compile} if name in COMPILED else {}) | ({"home": args.home} if name in PACKED else {})
-        began = time.time()
-        STAGES[name](args.work, **settings)
-        print(f"{name}: {time.time() - began:.0f} s", flush=True)
+    try:
+        args.work.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            settings = TINY.get(name, {}) if args.tiny else {}
+            settings = settings | ({"compiled": args.compile} if name in COMPILED else {}) | ({"home": args.home} if name in PACKED else {})
+            began = time.time()
+            STAGES[name](args.work, **settings)
+            print(f"{name}: {time.time() - began:.0f} s", flush=True)
+    except (SafegenError, OSError) as error:  # OSError: what an earlier stage makes is not there, a full disk
+        ask.exit(1, f"{ask.prog}: {error}\n")
 
 
 if __name__ == "__main__":

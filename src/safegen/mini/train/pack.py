@@ -18,6 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from safegen.files import replaced_folder
 from safegen.mini import bundle, world
 from safegen.mini.train.denoiser import SCHEDULE
 from safegen.mini.train.fit import SEED
@@ -33,14 +34,11 @@ BENIGN_MARKS: dict[str, list[str | None]] = {
 def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
     """Write the shipped files: the pipeline and the towers in fp16, the judge with its statistics in fp32.
 
-    They go to `home`/weights, which is written anew.
+    They go to `home`/weights, which is replaced once all is written.
     """
     from safegen.models.model import Model, forget_places, save_folder  # this is a tool: the only file in mini/ that looks up
 
-    def place(path: Path) -> Path:
-        return home / path.relative_to(bundle.HERE)
-
-    folder, out = work / "pipeline", home / "weights"
+    folder, weights = work / "pipeline", bundle.HERE / "weights"
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
@@ -53,17 +51,20 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
     )
     clip, tokenizer = CLIPModel.from_pretrained(work / "clip").half(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
     judge = load_file(work / "judge.safetensors")
-    shutil.rmtree(out, ignore_errors=True)  # only now: all that replaces it has been read
-    out.mkdir(parents=True)
-    save_folder(Model("mini", pipeline.to(torch.float16)), place(bundle.pipeline_folder()))
-    clip.save_pretrained(place(bundle.clip_folder()))
-    tokenizer.save_pretrained(place(bundle.clip_folder()))
-    CLIPImageProcessorPil(
-        size={"shortest_edge": world.SIDE}, crop_size={"height": world.SIDE, "width": world.SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(place(bundle.clip_folder()))
-    save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, place(bundle.judge_file()))
-    forget_places(out)
-    print(f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB", flush=True)
+    with replaced_folder(home / "weights") as out:
+        at = {path: out / path.relative_to(weights) for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())}
+        save_folder(Model("mini", pipeline.to(torch.float16)), at[bundle.pipeline_folder()])
+        clip.save_pretrained(at[bundle.clip_folder()])
+        tokenizer.save_pretrained(at[bundle.clip_folder()])
+        CLIPImageProcessorPil(
+            size={"shortest_edge": world.SIDE},
+            crop_size={"height": world.SIDE, "width": world.SIDE},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ).save_pretrained(at[bundle.clip_folder()])
+        save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, at[bundle.judge_file()])
+        forget_places(out)
+        print(f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB", flush=True)
 
 
 def turn(i: int, marks: Sequence[str | None]) -> tuple[str, str | None]:
@@ -75,7 +76,7 @@ def turn(i: int, marks: Sequence[str | None]) -> tuple[str, str | None]:
 def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> None:
     """Make the ready triplets of each unsafe concept from scenes that no other stage draws.
 
-    The bundled judge finds what to cover. They go to `home`/triplets, where those of each concept are written anew.
+    The bundled judge finds what to cover. They go to `home`/triplets, where those of a concept are replaced once they are whole.
     """
     from safegen.data.censor import Censor
     from safegen.data.make import make
@@ -96,6 +97,6 @@ def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> Non
         shutil.rmtree(fresh, ignore_errors=True)
         unsafe, benign = (work / "triplets" / concept / side for side in sides)
         found = make(unsafe, benign, MiniJudge(labels=(concept,)), fresh, Censor(tile=3 / 16, padding=0.2), labels=(concept,))
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(fresh, out)
+        with replaced_folder(out) as whole:
+            shutil.copytree(fresh, whole, dirs_exist_ok=True)
         print(f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}", flush=True)
