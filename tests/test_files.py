@@ -113,9 +113,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with replaced_folder(out) as folder:
         (folder / "one").write_text("1")
     assert below(tmp_path) == ["home", "home/out", "home/out/one"]
-    with pytest.raises(BadFile, match="out cannot be written: No space left"), replaced_folder(out) as folder:
+
+    def fill_up(folder):
         (folder / "two").write_text("2")
         raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(BadFile, match="out cannot be written: No space left"), replaced_folder(out) as folder:
+        fill_up(folder)
     with pytest.raises(KeyboardInterrupt), replaced_folder(out):
         raise KeyboardInterrupt
     assert below(tmp_path) == ["home", "home/out", "home/out/one"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import safegen as package
 from safegen.edit.uce import UCE
@@ -108,6 +109,38 @@ def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does
     code, _, err = safegen("generate", fine_tune, *words)
     assert code == 0, err
     assert warning in err
+
+
+def test_a_patch_is_carried_to_another_fine_tune_which_keeps_its_own_change(safegen, files, fine_tune, tmp_path):
+    out = tmp_path / "carried.safetensors"
+    code, text, err = safegen("patch", "carry", files / "look.safetensors", "mini", fine_tune, "--out", out)
+    assert code == 0, err
+    assert "1 tensors; the edit moves them by 100 %, the fine-tune had by 2 %" in text
+    model, tuned, patch, carried = load("mini"), load(str(fine_tune)), Patch.load(files / "look.safetensors"), Patch.load(out)
+    (name, value), own = next(iter(carried.tensors.items())), dict(tuned.denoiser.named_parameters())
+    assert_close(value, 2.02 * model.denoiser.get_parameter(name).detach(), rtol=1e-5, atol=1e-7)
+    assert_close(value - own[name], patch.tensors[name] - model.denoiser.get_parameter(name), rtol=1e-4, atol=1e-6)
+    assert (carried.provenance["base"], carried.provenance["parts"][0]["hash"]) == (tuned.hash, patch.hash)
+    assert patch.hash in (tmp_path / "carried.safetensors.md").read_text()
+    code, _, err = safegen("apply", out, fine_tune, "--out", tmp_path / "model")
+    assert (code, "warning" in err) == (0, False)
+
+
+def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(safegen, files, fine_tune, tmp_path):
+    model = load("mini")
+    with Patch.load(files / "look.safetensors").apply(model):
+        UCE(erase=("fire",)).apply(model).save(tmp_path / "above.safetensors")
+    for words, says in (
+        ((files / "look.safetensors", fine_tune, "mini"), "so its change is not known; name the model that it was made on"),
+        ((files / "look.safetensors", "mini", "mini"), "have the same weights: the patch fits as it is"),
+        ((tmp_path / "above.safetensors", "mini", fine_tune), "was made on a model with another patch on it"),
+        ((files / "look.safetensors", "mini", "minni"), "Did you mean 'mini'"),
+    ):
+        code, _, err = safegen("patch", "carry", *words, "--out", tmp_path / "out.safetensors")
+        assert code == 2
+        assert says in err
+        assert len([line for line in err.splitlines() if line.startswith("safegen: ")]) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["above.safetensors"]
 
 
 def test_on_its_own_base_a_patch_warns_of_nothing_and_says_what_it_does(safegen, files, tmp_path):

@@ -1,4 +1,4 @@
-"""`safegen patch`: info, diff, merge, card, extract-lora, from-lora; and `safegen export`."""
+"""`safegen patch`: info, diff, merge, carry, card, extract-lora, from-lora; and `safegen export`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,31 @@ def merge(
     typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {how}" if twice else ""))
 
 
+@app.command()
+def carry(
+    patch: PatchArg,
+    base: Annotated[str, typer.Argument(help="The model that the patch was made on.", metavar="BASE")],
+    target: Annotated[str, typer.Argument(help="Another fine-tune of it, for which the new patch is.", metavar="TARGET")],
+    out: Annotated[Path, typer.Option(help="New .safetensors file for the carried patch.")],
+    no_card: NoCard = False,
+    config: Config = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Carry a patch's change over to another fine-tune of its base, whose own values the patch itself would overwrite."""
+    _refuse_taken(out, no_card)
+    from safegen.api import save_patch
+    from safegen.models import load
+    from safegen.models.compose import carry as do
+    from safegen.models.patch import Patch
+
+    read, models = Patch.load(patch), [load(name, config=_for_a_file(config, name), allow_pickle=allow_pickle) for name in (base, target)]
+    carried = do(read, *models)
+    save_patch(carried, out, card=not no_card)
+    far = {what: f"{100 * value:.3g} %" for what, value in carried.provenance["moved"].items()}
+    said = f"; the edit moves them by {far['change']}, the fine-tune had by {far['fine_tune']}" if far else ""
+    typer.echo(f"{out}: {len(carried.tensors)} tensors{said}; nothing says that the edit works there: measure it (safegen evaluate)")
+
+
 @app.command("card")
 def card_(
     patch: PatchArg,
@@ -170,6 +195,13 @@ def extract_lora(
     typer.echo(f"quality: {effect}")
     if found.left_out:
         typer.echo(f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first")
+
+
+def _for_a_file(config: Path | None, name: str) -> Path | None:
+    """Return the configuration for what is a one-file checkpoint; nothing else takes one."""
+    from safegen.files import is_there
+
+    return config if is_there(name, file=True) else None
 
 
 def _words(patch: Patch) -> list[str]:

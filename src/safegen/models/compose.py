@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safegen.errors import BadPatch, BadSetting
 from safegen.models.model import Model
-from safegen.models.patch import Overwritten, Patch
+from safegen.models.patch import OtherBase, Overwritten, Patch
 
 Overlap = Literal["refuse", "add", "last"]
 
@@ -117,6 +117,52 @@ def _move(patch: Patch, name: str, own: Tensor, patches: Sequence[Patch]) -> Ten
             )
         before = given[below["hash"]].tensors.get(name, before)
     return patch.tensors[name].detach().cpu().double() - before.detach().cpu().double()
+
+
+@torch.no_grad()
+def carry(patch: Patch, base: Model, target: Model) -> Patch:
+    """Return a patch for another fine-tune of a patch's base that changes it by as much: target + (patch - base), weight by weight (ours).
+
+    The patch itself would put its own values in, and so take the fine-tune's away. What the change does on other weights is not known.
+
+    Args:
+        patch: made on `base`, with no patch under it.
+        base: the very model that it was made on, without patches on it.
+        target: of the same family, without patches on it.
+
+    Raises:
+        BadPatch: the patch was made on other weights than the base's, does not fit, or the sum is not finite.
+        BadSetting: a patch lay under it when it was made, a patch is on a model, or base and target have the same weights.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OtherBase)  # of the base it is refused below, of the target it is what is asked for
+        for model in (base, target):
+            if model.patches:
+                raise BadSetting(f"carrying needs models as they are, and {model.name!r} has a patch on it; take it off")
+            patch.fits(model)
+    if (made_on := patch.provenance.get("base")) not in (None, base.hash):
+        raise BadPatch(
+            f"the patch was made on weights {str(made_on)[:12]}, the base {base.name!r} has {base.hash[:12]}, so its change is not known; "
+            "name the model that it was made on, loaded as it was then"
+        )
+    if below := patch.provenance.get("under"):
+        raise BadSetting(
+            f"the patch was made on a model with another patch on it ({below[0]['method']}, hash {below[0]['hash'][:12]}); merge the two "
+            "first (`safegen patch merge`), and carry that"
+        )
+    if base.hash == target.hash:
+        raise BadSetting(f"{base.name!r} and {target.name!r} have the same weights: the patch fits as it is")
+    own, there = (dict(model.denoiser.named_parameters()) for model in (base, target))
+    out, change, drift, size = {}, 0.0, 0.0, 0.0
+    for name, value in patch.tensors.items():
+        old, new, their = (x.detach().cpu().double() for x in (own[name], value, there[name]))
+        out[name] = (their + (new - old)).float()
+        if not bool(out[name].isfinite().all()):
+            raise BadPatch(f"the carried {name} has values that are not finite; look at the weights of {target.name!r}")
+        change, drift, size = (total + float(x.pow(2).sum()) for total, x in ((change, new - old), (drift, their - old), (size, old)))
+    far = {"change": (change / size) ** 0.5, "fine_tune": (drift / size) ** 0.5} if size else {}
+    facts: dict[str, Any] = {"method": "carry", "base": target.hash, "base_rounded": target.rounded, "family": target.family}
+    return Patch(out, facts | {"moved": far, "parts": [{"hash": patch.hash, "provenance": dict(patch.provenance)}]})
 
 
 def differ(one: Patch, other: Patch) -> Mapping[str, Any]:
