@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safegen.errors import BadFile
-from safegen.files import UNFINISHED, is_there, is_unfinished, lines_of, private_folder, replaced_folder
+from safegen.files import UNFINISHED, is_there, is_unfinished, lines_of, private_folder, refuse_unwritable, replaced_folder
 
 
 def below(folder: Path) -> list[str]:
@@ -126,3 +126,14 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with replaced_folder(out) as folder:
         (folder / "two").write_text("2")
     assert below(tmp_path) == ["home", "home/out", "home/out/two"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    refuse_unwritable(tmp_path / "new" / "newer" / "file")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadFile, match=r"patch cannot be written: .*file is a file, not a folder"):
+        refuse_unwritable(tmp_path / "file" / "new" / "patch")
+    monkeypatch.setattr("os.access", lambda path, way: False)
+    with pytest.raises(BadFile, match=r"patch cannot be written: nothing may be written to"):
+        refuse_unwritable(tmp_path / "new" / "patch")
+    assert below(tmp_path) == ["file"]

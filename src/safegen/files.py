@@ -116,6 +116,19 @@ def refuse_taken(out: Path, *, last: str) -> None:
     _refuse_existing(out, "folder")
 
 
+def refuse_unwritable(out: Path) -> None:
+    """Refuse a place that a file could not be written to, before hours of work for it.
+
+    Raises:
+        BadFile: what should be a folder on its way is a file, or nothing may be written there.
+    """
+    at = next(folder for folder in out.absolute().parents if is_there(folder))
+    if not at.is_dir():
+        raise BadFile(f"{out} cannot be written: {at} is a file, not a folder")
+    if not os.access(at, os.W_OK):
+        raise BadFile(f"{out} cannot be written: nothing may be written to {at}")
+
+
 def is_unfinished(folder: Path, *, last: str) -> bool:
     """Return whether a folder is what a killed `private_folder` leaves."""
     return (folder / UNFINISHED).is_dir() and not (folder / last).exists()

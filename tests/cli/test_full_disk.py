@@ -1,4 +1,4 @@
-"""Every command that writes meets a disk that is really full: one line, and nothing half-written is left.
+"""Commands that write meet a disk that is really full: one line, and nothing half-written is left.
 
 The disk is a small tmpfs in a mount namespace of its own, which needs no rights; where the system has none, files are kept small by
 RLIMIT_FSIZE instead, which fails in the same places. All commands run in one process, so that torch is imported once.
@@ -80,6 +80,8 @@ CASES = {  # bytes that still fit, and the command; all write to DISK
     "edit, the patch": (64 << 10, ["edit", "mini", "--triplets", "TRIPLETS", "--work", "WORK", *FEW, "--out", "DISK/patch.safetensors"]),
     "edit, the checkpoint": (64 << 10, ["edit", "mini", "--triplets", "TRIPLETS", *FEW, "--out", "DISK/patch.safetensors"]),
     "apply": (64 << 10, ["apply", "PATCH", "mini", "--out", "DISK/model"]),
+    "export": (64 << 10, ["export", "mini", "--patch", "PATCH", "--out", "DISK/model.safetensors"]),
+    "a LoRA": (4 << 10, ["patch", "extract-lora", "PATCH", "mini", "--no-quality", "--out", "DISK/lora.safetensors"]),
     "apply, the tokenizer": (HALF_A_MODEL, ["apply", "PATCH", "mini", "--out", "DISK/model"]),
 }
 LIKE = {

@@ -10,7 +10,7 @@ from PIL import Image
 from safegen.data.triplets import is_sheet
 from safegen.errors import MissingExtra
 from safegen.mini import bundle
-from safegen.models import Patch
+from safegen.models import Patch, load
 
 
 def test_generate_draws_and_writes_how(safegen, tmp_path):
@@ -51,6 +51,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         ),
         (["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"], "held_out has no effect without"),
         (["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"], "nothing to resume"),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--work", "TRIPLETS/manifest.jsonl", "--out", "OUT"], "is a file, not a folder"),
         (["edit", "mini", "--out", "OUT"], "safegen learns from pictures; give triplets"),
         (["edit", "mini", "--method", "uce", "--out", "OUT"], "uce has no words to erase; give a concept"),
         (
@@ -65,7 +66,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
 )
 def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
-    words = [str(bundle.triplets_folder("skulls")) if w == "TRIPLETS" else w for w in words]
+    words = [w.replace("TRIPLETS", str(bundle.triplets_folder("skulls"))) for w in words]
     code, _, err = safegen(*words)
     assert code == 2
     assert says in err
@@ -73,6 +74,15 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, tmp_path, monke
     assert len(lines) == 1
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_not_read_to_its_end_is_said(safegen, tmp_path):
+    few = ["--prompt", "a castle", "--prompt", "a castle and a cat " * 20, "--steps", "1"]
+    code, _, err = safegen("generate", "mini", *few, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert [line for line in err.splitlines() if line.startswith("warning")] == [
+        f"warning: 1 prompts, number 2 first, have more than the {load('mini').pipeline.tokenizer.model_max_length} tokens that are read"
+    ]
 
 
 def test_that_nobody_could_look_at_the_triplets_is_said_in_a_line(safegen, tmp_path, monkeypatch):

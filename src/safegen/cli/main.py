@@ -86,6 +86,7 @@ def generate(
     from safegen.bench.grid import contact_sheet, save_sheet
     from safegen.files import private_folder, short
     from safegen.models import Ask, Patch, Sampler, save_picture
+    from safegen.models.sampling import cut_short
     from safegen.stack import Shelf, Stack, add_guards, add_loras, add_patches, load_stack
 
     set_threads(threads)
@@ -100,6 +101,11 @@ def generate(
     asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     with private_folder(out, last=SHEET) as folder, one_line_warnings(), shelf.opened(recipe) as ready, progress() as tell:
         pictures, lines = [], []
+        if cut := cut_short(ready.model, texts):
+            length = ready.model.pipeline.tokenizer.model_max_length
+            typer.echo(
+                f"warning: {len(cut)} prompts, number {cut[0] + 1} first, have more than the {length} tokens that are read", err=True
+            )
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
                 facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": short(model or recipe.model)}
@@ -148,6 +154,11 @@ def edit(
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
+    from safegen.files import refuse_unwritable
+
+    refuse_unwritable(out)
+    if work is not None:
+        refuse_unwritable(work / "log")
     from safegen.api import make_edit, refuse_idle_concept, refuse_other_pictures, save_patch
     from safegen.bench.card import refuse_taken
     from safegen.data.triplets import Triplets

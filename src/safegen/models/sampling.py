@@ -19,7 +19,18 @@ from safegen.files import fresh_file
 from safegen.models.model import Model
 from safegen.sampler import Ask, Sampler
 
-__all__ = ["Ask", "Sampler", "arithmetic", "batches", "encode_picture", "generate", "generator", "refuse_too_many", "save_picture"]
+__all__ = [
+    "Ask",
+    "Sampler",
+    "arithmetic",
+    "batches",
+    "cut_short",
+    "encode_picture",
+    "generate",
+    "generator",
+    "refuse_too_many",
+    "save_picture",
+]
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -77,6 +88,12 @@ def refuse_too_many(model: Model, steps: int) -> None:
     room = timesteps - (int(config.get("steps_offset", 0)) if config.get("timestep_spacing") == "leading" else 0)
     if steps > room:
         raise BadSetting(f"steps must be at most {room} on this model, whose schedule has {timesteps} timesteps, got {steps}")
+
+
+def cut_short(model: Model, prompts: Sequence[str]) -> list[int]:
+    """Return which prompts have more tokens than the text encoder reads; diffusers draws what comes before, and tells nobody here."""
+    tokenizer = model.pipeline.tokenizer
+    return [i for i, prompt in enumerate(prompts) if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length]
 
 
 def arithmetic(model: Model, sampler: Sampler) -> AbstractContextManager[object]:
