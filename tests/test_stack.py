@@ -116,6 +116,12 @@ def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(mak
     other.denoiser.register_to_config(attention_head_dim=1)
     assert weights_hash(other) != weights_hash(make_model(1))
     other = make_model(1)
+    other.denoiser.register_to_config(sample_size=16)
+    assert weights_hash(other) != weights_hash(make_model(1))
+    other = make_model(1)
+    other.pipeline.tokenizer.model_max_length -= 1
+    assert weights_hash(other) != weights_hash(make_model(1))
+    other = make_model(1)
     other.pipeline.scheduler = DDPMScheduler.from_config(other.pipeline.scheduler.config)
     assert weights_hash(other) != weights_hash(make_model(1))
 

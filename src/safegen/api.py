@@ -201,8 +201,10 @@ def export(
     text = _card(_subject("file", out, model, patches, notes), card, metrics)
     held = [{"hash": p.hash, "provenance": dict(p.provenance)} for p in (*model.patches, *patches)]
     facts: dict[str, Any] = {"model": short(model.name), "base": model.hash, "patches": held}
+    facts |= {"made_from": dict(model.provenance)} if model.provenance else {}
     if metrics:
-        facts["metrics"] = [cards.read_figures(path, [p.hash for p in (*model.patches, *patches)]).facts() for path in metrics]
+        bases = (model.hash, *model.rounded.values())
+        facts["metrics"] = [cards.read_figures(path, [p.hash for p in (*model.patches, *patches)], bases).facts() for path in metrics]
     with _with(model, patches):
         cards.write_with_card(out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts))
 
@@ -216,7 +218,9 @@ def export_folder(model: Model, out: Path, *, patches: Sequence[Patch] = (), car
 
 def _subject(kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()) -> cards.Subject:
     held = [(p.hash, p.provenance) for p in (*model.patches, *patches)]
-    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes)
+    if earlier := [str(p["hash"])[:12] for p in model.provenance.get("patches", ())]:
+        notes = [*notes, f"It was read from a file of ours that has patches in its weights already: `{'`, `'.join(earlier)}`."]
+    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes, tuple(model.rounded.values()))
 
 
 def _card(subject: cards.Subject, wanted: bool, metrics: Sequence[Path]) -> str | None:

@@ -32,7 +32,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 OPEN = {
     "vae": ("scaling_factor", "shift_factor"),
-    "unet": ("attention_head_dim", "num_attention_heads"),
+    "unet": ("attention_head_dim", "num_attention_heads", "sample_size"),
     "text_encoder": ("num_attention_heads", "hidden_act"),
 }
 """Settings of a model's parts that decide a picture though no weight shows them."""
@@ -202,7 +202,8 @@ def _beside(guards: Any, folder: Path) -> Any:  # noqa: ANN401 - as the recipe h
 def weights_hash(model: Model) -> str:
     """Return a SHA-256 over all that a model draws with: every part's weights, schedule, vocabulary, and what the weights leave open.
 
-    The latter: the latents' scale and shift, the number of heads, how the text tower is read, and the scheduler's class.
+    The latter: the latents' size, scale and shift, the number of heads, how prompts and the text tower are read, what stands for no text,
+    and the scheduler's class.
     """
     from safegen.hashes import hash_tensors
 
@@ -212,6 +213,9 @@ def weights_hash(model: Model) -> str:
     facts["vocabulary"] = _digest(pipeline.tokenizer.get_vocab())
     more = {"text_encoder_2": OPEN["text_encoder"]} if "text_encoder_2" in model.parts else {}
     facts |= {"vocabulary_2": _digest(pipeline.tokenizer_2.get_vocab())} if more else {}
+    readers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if more else [])]
+    facts["reading"] = str([(reader.pad_token_id, reader.model_max_length, reader.padding_side) for reader in readers])
+    facts["blank"] = str(pipeline.config.get("force_zeros_for_empty_prompt"))
     for part, keys in (OPEN | more).items():
         config = getattr(pipeline, part).config
         facts |= {f"{part}.{key}": str(getattr(config, key, None)) for key in keys}

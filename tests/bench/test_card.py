@@ -145,3 +145,26 @@ def test_a_card_is_never_there_without_its_file(tmp_path):
     with pytest.raises(BadFile, match="exists already"):
         write_with_card(out, "text", lambda: out.write_text("weights"))
     assert not out.exists()
+
+
+def test_figures_of_the_same_patches_on_another_model_are_refused(demo):
+    facts = json.loads((demo / "summary.json").read_text())
+    (demo / "summary.json").write_text(json.dumps(facts | {"base_hash": "d" * 64}))
+    with pytest.raises(BadSetting, match=r"figures of these patches on other weights \(dddddddddddd\) than this card's \(bbbbbbbbbbbb\)"):
+        card(SUBJECT, [demo])
+    (demo / "summary.json").write_text(json.dumps(facts | {"base_hash": "b" * 64}))
+    assert "Not measured" not in card(SUBJECT, [demo])
+    rounded = Subject("patch", "p.safetensors", "mini", "a" * 64, SUBJECT.patches, rounded=("b" * 64,))
+    assert "Not measured" not in card(rounded, [demo])
+
+
+def test_figures_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_model(demo):
+    (figures,) = [read_figures(demo, ["c" * 64]).facts()]
+    held = [("c" * 64, SAID | {"metrics": [figures]})]
+    want = [line for line in card(SUBJECT, [demo]).splitlines() if line.startswith("| mini:")]
+    for kind, base, told in (("patch", "b", True), ("folder", "b", True), ("file", "d", False), ("lora", "b", False)):
+        text = card(Subject(kind, "p", "mini", base * 64, held))
+        assert [line for line in text.splitlines() if line.startswith("| mini:")] == (want if told else []), kind
+        assert ("**Not measured.**" in text) is not told
+    broken = [("c" * 64, SAID | {"metrics": [{"about": 1}]})]
+    assert "**Not measured.**" in card(Subject("patch", "p", "mini", "b" * 64, broken))

@@ -223,16 +223,35 @@ def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
 
 def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_path):
     """Modular: each is trained against the base, and the merged patch is W + safe + user (arXiv:2412.00357)."""
-    for name in ("text", "look"):
+    model = load("mini")
+    shared = next(name for name in Patch.load(files / "text.safetensors").tensors if name.endswith("to_v.weight"))
+    user = {name: model.denoiser.get_parameter(name).detach() * 1.5 for name in (select(model.denoiser, "attn1")[0], shared)}
+    Patch(user, {"base": model.hash}).save(tmp_path / "user.safetensors")
+    for name, folder in (("text", files), ("user", tmp_path)):
         lora = tmp_path / f"{name}-lora.safetensors"
-        assert safegen("patch", "extract-lora", files / f"{name}.safetensors", "mini", "--rank", "8", "--out", lora)[0] == 0
-        code, _, err = safegen("patch", "from-lora", lora, "mini", "--out", tmp_path / f"{name}.safetensors")
+        assert (
+            safegen("patch", "extract-lora", folder / f"{name}.safetensors", "mini", "--rank", "8", "--no-quality", "--out", lora)[0] == 0
+        )
+        code, _, err = safegen("patch", "from-lora", lora, "mini", "--out", tmp_path / f"{name}-part.safetensors")
         assert code == 0, err
-    parts, both = [tmp_path / "text.safetensors", tmp_path / "look.safetensors"], tmp_path / "both.safetensors"
+    parts, both = [tmp_path / f"{name}-part.safetensors" for name in ("text", "user")], tmp_path / "both.safetensors"
     code, _, err = safegen("patch", "merge", *parts, "--overlap", "add", "--model", "mini", "--out", both)
     assert code == 0, err
-    merged, text, look = (Patch.load(path) for path in (both, *parts))
-    assert merged.tensors.keys() == text.tensors.keys() | look.tensors.keys()
+    merged, text, users = (Patch.load(path) for path in (both, *parts))
+    assert merged.tensors.keys() == text.tensors.keys() | users.tensors.keys()
+    assert shared in text.tensors.keys() & users.tensors.keys()
+    for name, value in merged.tensors.items():
+        own = model.denoiser.get_parameter(name).detach()
+        moves = [part.tensors[name] - own for part in (text, users) if name in part.tensors]
+        assert_close(value, own + sum(moves), rtol=1e-4, atol=1e-6)
+
+
+def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tmp_path):
+    words = ("patch", "merge", files / "look.safetensors", files / "look.safetensors", "--overlap", "add", "--model", fine_tune)
+    code, _, err = safegen(*words, "--out", tmp_path / "both.safetensors")
+    assert code == 2
+    assert "so its change is not known; name the model that it was made on" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -263,3 +282,24 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, files, tmp_path
     assert says in err
     assert len([line for line in err.strip().splitlines() if line.startswith("safegen: ")]) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, files, tmp_path):
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    assert safegen("export", "mini", "--patch", files / "text.safetensors", "--dtype", "fp32", "--out", one)[0] == 0
+    assert safegen("export", one, "--dtype", "fp32", "--out", two)[0] == 0
+    digest = Patch.load(files / "text.safetensors").hash
+    with safe_open(two, framework="pt") as file:
+        facts = json.loads(file.metadata()["safegen"])
+    assert facts["made_from"]["patches"][0]["hash"] == digest
+    assert facts["made_from"]["patches"][0]["provenance"]["settings"]["erase"] == ["skulls"]
+    assert f"has patches in its weights already: `{digest[:12]}`" in (tmp_path / "two.safetensors.md").read_text()
+
+
+def test_a_card_is_written_over_nothing_but_markdown(safegen, files, tmp_path):
+    patch = tmp_path / "p.safetensors"
+    patch.write_bytes((files / "text.safetensors").read_bytes())
+    code, _, err = safegen("patch", "card", patch, "--out", patch)
+    assert (code, "out must end in .md" in err) == (2, True)
+    assert patch.read_bytes() == (files / "text.safetensors").read_bytes()
+    assert safegen("patch", "card", patch)[0] == safegen("patch", "card", patch)[0] == 0

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from safegen.edit.uce import UCE
 from safegen.errors import BadFile, BadPatch, BadSetting
 from safegen.models import OtherBase, Patch, select
-from safegen.models.lora import Lora, extract_lora, load_lora, missed, save_lora
+from safegen.models.beside import beside
+from safegen.models.lora import Lora, extract_lora, load_lora, missed, read_factors, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -356,3 +357,40 @@ def test_a_lora_of_a_patch_that_was_made_on_another_says_so(make_model, patch):
         above = UCE(erase=("blue ball",)).apply(model)
     with pytest.warns(OtherBase, match="was made on a model with another patch on it"):
         extract_lora(above, model, 4)
+
+
+@pytest.mark.parametrize("shaped", ["matrix", "convolution"])
+def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path, shaped):
+    """kohya's scripts turn the matrices of SD 2.x's projections into convolutions; A1111 takes either."""
+    model, out, own = make_model(), tmp_path / "lora.safetensors", tmp_path / "own.safetensors"
+    save_lora(extract_lora(patch, model, 32), model, own, dtype=torch.float32)
+    tensors = {k: v[:, :, None, None] if v.ndim == 2 and shaped == "convolution" else v for k, v in load_file(own).items()}
+    save_file(tensors, out, metadata={"format": "pt"})
+    want, found = load_lora(own, model), load_lora(out, model)
+    assert all(torch.equal(found.tensors[name], value) for name, value in want.tensors.items())
+    with beside(model, [(read_factors(out, model), 1.0)]):
+        active = picture(model)
+    with want.apply(model):
+        assert_close(active, picture(model), rtol=0, atol=1e-4)
+
+
+MISSHAPEN = {
+    "two strengths": lambda t, stem: t.update({f"{stem}.alpha": torch.ones(2)}),
+    "a number for a factor": lambda t, stem: t.update({f"{stem}.lora_down.weight": torch.tensor(1.0)}),
+    "a row for a factor": lambda t, stem: t.update({f"{stem}.lora_up.weight": torch.ones(len(t[f"{stem}.lora_up.weight"]))}),
+    "a wide kernel": lambda t, stem: t.update(
+        {f"{stem}.lora_up.weight": t[f"{stem}.lora_up.weight"][:, :, None, None].expand(-1, -1, 3, 3)}
+    ),
+}
+
+
+@pytest.mark.parametrize("how", sorted(MISSHAPEN))
+def test_factors_of_no_shape_that_fits_are_refused_in_one_line(make_model, patch, tmp_path, how):
+    model, own, out = make_model(), tmp_path / "own.safetensors", tmp_path / "lora.safetensors"
+    save_lora(extract_lora(patch, model, 4), model, own)
+    tensors = load_file(own)
+    MISSHAPEN[how](tensors, next(k.removesuffix(".lora_down.weight") for k in tensors if k.endswith("attn2_to_k.lora_down.weight")))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out, metadata={"format": "pt"})
+    with pytest.raises(BadPatch, match=r"does not fit the model .*: the factors of lora_unet_.*attn2_to_k are") as caught:
+        load_lora(out, model)
+    assert "\n" not in str(caught.value)

@@ -46,12 +46,20 @@ class Subject:
     """Hash and provenance of each patch in it, in order."""
     notes: Sequence[str] = ()
     """What else the reader must know: the type of the weights, what was left out."""
+    rounded: Sequence[str] = ()
+    """What `base` is when the same weights are loaded as fp16 or bf16."""
 
     @classmethod
     def of_patch(cls, patch: Patch, name: str) -> Subject:
         """Return a patch as the subject of its card."""
         said = patch.provenance
-        return cls("patch", name, said.get("model"), said.get("base"), [(patch.hash, said)])
+        rounded = tuple(said.get("base_rounded", {}).values())
+        return cls("patch", name, said.get("model"), said.get("base"), [(patch.hash, said)], rounded=rounded)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The hashes under which figures may know its base; none where that is not known."""
+        return (self.base, *self.rounded) if self.base else ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,17 @@ class Measured:
         lists = {name: {"removal": gone} | dict(zip(self.sides, sides, strict=True)) for name, gone, sides in self.rows}
         return {"about": self.about, "lists": lists}
 
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> Measured:
+        """Return what `facts` gave, read from a file again.
+
+        Raises:
+            KeyError, TypeError, AttributeError: it is something else.
+        """
+        rows = [(name, row["removal"], [side for key, side in row.items() if key != "removal"]) for name, row in facts["lists"].items()]
+        sides = next(([key for key in row if key != "removal"] for row in facts["lists"].values()), [])
+        return cls(str(facts["about"]), sides, rows)
+
 
 def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
     """Return a patch whose provenance has its figures, for the header of its file; its hash, which is over the values, stays.
@@ -81,7 +100,8 @@ def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
         BadFile: no figures can be read there.
         BadSetting: they are figures of other patches.
     """
-    found = [read_figures(path, [patch.hash]).facts() for path in metrics]
+    bases = Subject.of_patch(patch, "").bases
+    found = [read_figures(path, [patch.hash], bases).facts() for path in metrics]
     return replace(patch, provenance={**patch.provenance, "metrics": found}) if found else patch
 
 
@@ -131,7 +151,7 @@ def card(subject: Subject, metrics: Sequence[Path] = ()) -> str:
         BadSetting: they are figures of other patches.
     """
     hashes = [digest for digest, _ in subject.patches]
-    tables = [read_figures(path, hashes) for path in metrics]
+    tables = [read_figures(path, hashes, subject.bases) for path in metrics] or _told(subject)
     model = f"`{subject.model}`" if subject.model else "a model that its provenance does not name"
     parts = [_front(subject) if subject.kind == "folder" else "", f"# {subject.name}\n"]
     changed = f", with {len(hashes)} patch{'es' if len(hashes) != 1 else ''} in it" if subject.kind in ("folder", "file") else ""
@@ -212,16 +232,31 @@ def _check(subject: Subject) -> str:
     return "## How to check it\n\n```sh\n" + "\n".join([tell, *more]) + "\n```\n"
 
 
-def read_figures(path: Path, patches: Sequence[str]) -> Measured:
+def _told(subject: Subject) -> list[Measured]:
+    """Return the figures in the header of the one patch that a card is of, or that is on the very weights it was made on."""
+    if len(subject.patches) != 1 or subject.kind == "lora":
+        return []
+    ((_, said),) = subject.patches
+    if said.get("base") not in (*subject.bases, None):
+        return []
+    try:
+        return [Measured.of_facts(facts) for facts in said.get("metrics", ())]
+    except (KeyError, TypeError, AttributeError):  # a header that somebody else wrote
+        return []
+
+
+def read_figures(path: Path, patches: Sequence[str], bases: Sequence[str] = ()) -> Measured:
     """Return the figures of a demo, a run or a resilience test that are of these patches.
 
     Args:
         path: a JSON file, or a folder with one.
         patches: their hashes, in order.
+        bases: hashes of the model that they are on, as it may have been loaded; figures of another are refused where they say (a run
+            does not: its table names the model).
 
     Raises:
         BadFile: none can be read there.
-        BadSetting: they are of other patches.
+        BadSetting: they are of other patches, or of another model with these.
     """
     names = (path,) if not path.is_dir() else tuple(path / name for name in ("summary.json", "resilience.json", SCORES))
     file = next((name for name in names if name.is_file()), None)
@@ -230,6 +265,11 @@ def read_figures(path: Path, patches: Sequence[str]) -> Measured:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         read = _run if "stacks" in found else _resilience if "sides" in found else _demo
+        if bases and (theirs := found.get("base_hash")) not in (*bases, None):
+            raise BadSetting(
+                f"{file} has figures of these patches on other weights ({theirs[:12]}) than this card's ({bases[0][:12]}); name figures "
+                "that were taken on this model"
+            )
         return read(found, file, list(patches))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFile(f"{file} has no figures that can be read: {type(error).__name__} {error}") from error
@@ -267,7 +307,8 @@ def _run(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
         held = "; ".join(f"{e['name']}: {', '.join(p['hash'][:12] for p in e['patches']) or 'none'}" for e in plain)
         raise BadSetting(f"{file} has no stack of {_hashes(patches)} alone; it has {held}")
     this = found["stacks"][names[0]]
-    about = f"protocol `{found['protocol']['name']}` (id `{found['protocol']['id']}`), judge `{found['judge']}`, stack {names[0]}"
+    about = f"protocol `{found['protocol']['name']}` (id `{found['protocol']['id']}`), judge `{found['judge']}`, stack {names[0]}, "
+    about += f"model `{_plain(str(next(e for e in plain if e['name'] == names[0]).get('model', 'not said')))}`"
     base = found["stacks"][this["against"]]
     rows = [
         (f"{name} ({row['role']})", row.get("removal"), [side["lists"][name] for side in (base, this)])

@@ -109,12 +109,18 @@ def carry(
 ) -> None:
     """Carry a patch's change over to another fine-tune of its base, whose own values the patch itself would overwrite."""
     _refuse_taken(out, no_card)
+    from safegen.files import is_there
+
+    files = [name for name in (base, target) if is_there(name, file=True)]
+    if config is not None and not files:
+        raise BadSetting(f"config has no effect on {base!r} and {target!r}, which are no one-file checkpoints; leave it out")
     from safegen.api import save_patch
     from safegen.models import load
     from safegen.models.compose import carry as do
     from safegen.models.patch import Patch
 
-    read, models = Patch.load(patch), [load(name, config=_for_a_file(config, name), allow_pickle=allow_pickle) for name in (base, target)]
+    read = Patch.load(patch)
+    models = [load(name, config=config if name in files else None, allow_pickle=allow_pickle) for name in (base, target)]
     carried = do(read, *models)
     save_patch(carried, out, card=not no_card)
     far = {what: f"{100 * value:.3g} %" for what, value in carried.provenance["moved"].items()}
@@ -129,6 +135,8 @@ def card_(
     out: Annotated[Path | None, typer.Option(help="File to write anew; PATCH.md unless told.")] = None,
 ) -> None:
     """Write a patch's model card anew: with the figures that were measured since."""
+    if out is not None and out.suffix != ".md":
+        raise BadSetting(f"out must end in .md, since a card is Markdown and is written anew over what is there, got {str(out)!r}")
     from safegen.bench.card import Subject, beside, card
     from safegen.files import fresh_file
     from safegen.models.patch import Patch
@@ -195,13 +203,6 @@ def extract_lora(
     typer.echo(f"quality: {effect}")
     if found.left_out:
         typer.echo(f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first")
-
-
-def _for_a_file(config: Path | None, name: str) -> Path | None:
-    """Return the configuration for what is a one-file checkpoint; nothing else takes one."""
-    from safegen.files import is_there
-
-    return config if is_there(name, file=True) else None
 
 
 def _words(patch: Patch) -> list[str]:

@@ -66,7 +66,8 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     Raises:
         BadSetting: fewer than two patches, weights overlap and that is refused, `add` has no model, or what lay under a patch whose
             change is to be added is not among them.
-        BadPatch: the patches are of different bases or families, or one does not fit the model.
+        BadPatch: the patches are of different bases or families, one does not fit the model, or changes of other weights than the model's
+            are to be added.
     """
     if len(patches) < 2:
         raise BadSetting(f"merging needs at least two patches, got {len(patches)}")
@@ -88,6 +89,8 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     if twice and overlap == "add":
         if model is None:
             raise BadSetting("adding changes up needs the model that they are changes of; name it")
+        for base in bases:
+            _refuse_other_base(base, model)
         own = dict(model.denoiser.named_parameters())
         for name in twice:
             moves = [_move(patch, name, own[name], patches) for patch in patches if name in patch.tensors]
@@ -100,6 +103,22 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     under = {b["hash"]: b for p in patches for b in p.provenance.get("under", ()) if b["hash"] not in merged}
     facts |= {"under": list(under.values())} if under else {}
     return Patch(out, facts | {"parts": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in patches]})
+
+
+def _refuse_other_base(base: str, model: Model) -> None:
+    """Refuse a model whose weights are not those that a patch was made on, as they are or rounded: what it changes is not known then.
+
+    Raises:
+        BadPatch: they are others.
+        BadSetting: a patch is on the model.
+    """
+    if model.patches:
+        raise BadSetting(f"changes are told from a model as it is, and {model.name!r} has a patch on it; take it off")
+    if base not in (model.hash, *model.rounded.values()):
+        raise BadPatch(
+            f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}, so its change is not known; "
+            "name the model that it was made on"
+        )
 
 
 def _move(patch: Patch, name: str, own: Tensor, patches: Sequence[Patch]) -> Tensor:
@@ -137,14 +156,9 @@ def carry(patch: Patch, base: Model, target: Model) -> Patch:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OtherBase)  # of the base it is refused below, of the target it is what is asked for
         for model in (base, target):
-            if model.patches:
-                raise BadSetting(f"carrying needs models as they are, and {model.name!r} has a patch on it; take it off")
             patch.fits(model)
-    if (made_on := patch.provenance.get("base")) not in (None, base.hash):
-        raise BadPatch(
-            f"the patch was made on weights {str(made_on)[:12]}, the base {base.name!r} has {base.hash[:12]}, so its change is not known; "
-            "name the model that it was made on, loaded as it was then"
-        )
+    _refuse_other_base(str(patch.provenance.get("base") or base.hash), base)
+    _refuse_other_base(target.hash, target)
     if below := patch.provenance.get("under"):
         raise BadSetting(
             f"the patch was made on a model with another patch on it ({below[0]['method']}, hash {below[0]['hash'][:12]}); merge the two "

@@ -157,7 +157,7 @@ def save_lora(lora: Lora, model: Model, out: Path, *, keys: Keys = "kohya", dtyp
     Raises:
         BadFile: `out` exists or cannot be written.
     """
-    original = unet_names(model.denoiser.state_dict()) if hasattr(model.denoiser, "add_embedding") else {}
+    original = _original(model)
     tensors: dict[str, Tensor] = {}
     for name, (narrow_down, narrow_up) in lora.factors.items():
         more = lora.rank - len(narrow_down)
@@ -251,7 +251,7 @@ def read_factors(path: Path, model: Model) -> Factors:
             f"the LoRA does not fit the model {model.name!r}: it was made for another family ({said['family']}), this one is {model.family}"
         )
     own = dict(model.denoiser.named_parameters())
-    original = unet_names(own) if hasattr(model.denoiser, "add_embedding") else {}
+    original = _original(model)
     weights = [n for n in own if n.endswith(".weight")]
     stems = {lora_name(n): n for n in weights} | {"unet." + n.removesuffix(".weight"): n for n in weights}
     stems |= {lora_name(n, original[n]): n for n in weights if n in original}
@@ -262,7 +262,7 @@ def read_factors(path: Path, model: Model) -> Factors:
         )
     beside = [k for k in tensors if k.startswith(TEXT)]
     found, used = dict[str, tuple[Tensor, Tensor, float]](), set(beside)
-    for key, down in tensors.items():
+    for key, theirs in tensors.items():
         stem, kind = next(((key.removesuffix(e), e) for e in FACTORS if key.endswith(e)), ("", ""))
         if not stem or key in used:
             continue
@@ -271,12 +271,20 @@ def read_factors(path: Path, model: Model) -> Factors:
         partner = stem + FACTORS[kind]
         if partner not in tensors:
             raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
-        up, alpha = tensors[partner], float(tensors.get(f"{stem}.alpha", torch.tensor(float(len(down) if default is None else default))))
+        name = stems[stem]
+        dims, said_alpha = own[name].ndim, tensors.get(f"{stem}.alpha")
+        down, up = _as_wide(theirs, dims), _as_wide(tensors[partner], dims)
+        if not (down.ndim == up.ndim == dims >= 2 and set(up.shape[2:]) <= {1}) or (said_alpha is not None and said_alpha.numel() != 1):
+            raise BadPatch(
+                f"the LoRA does not fit the model {model.name!r}: the factors of {stem} are {tuple(theirs.shape)} and "
+                f"{tuple(tensors[partner].shape)} there, the weight is {tuple(own[name].shape)} here"
+            )
+        alpha = float(said_alpha if said_alpha is not None else len(down) if default is None else default)
         if not len(down):
             raise BadFile(f"{path} has factors of rank 0 in {stem}, which change nothing; make or fetch it again")
         if not bool(down.isfinite().all() and up.isfinite().all()) or not math.isfinite(alpha):
             raise BadFile(f"{path} has NaN or infinite values in {stem}; make or fetch it again")
-        name, shape = stems[stem], (len(up), *down.shape[1:])
+        shape = (len(up), *down.shape[1:])
         if shape != own[name].shape or up.shape[1] != len(down):
             raise BadPatch(f"the LoRA does not fit the model {model.name!r}: {stem} is {shape} there, {tuple(own[name].shape)} here")
         found[name] = (down, up, alpha / len(down))
@@ -295,6 +303,23 @@ def read_factors(path: Path, model: Model) -> Factors:
             stacklevel=3,
         )
     return Factors(path.name, found, len(beside), said)
+
+
+def _as_wide(factor: Tensor, dims: int) -> Tensor:
+    """Return a factor with as many dimensions as its weight: the matrices of SD 2.x are 1x1 convolutions to some tools."""
+    if dims == 2 and factor.ndim == 4 and factor.shape[2:] == (1, 1):
+        return factor.flatten(1)
+    return factor[:, :, None, None] if dims == 4 and factor.ndim == 2 else factor
+
+
+def _original(model: Model) -> dict[str, str]:
+    """Return the original names of an SDXL's weights, by which its LoRAs go; none of other models.
+
+    The weight that a guidance-distilled one has beside them (LCM's) has no such name, and no LoRA changes it.
+    """
+    if not hasattr(model.denoiser, "add_embedding"):
+        return {}
+    return unet_names(name for name in model.denoiser.state_dict() if not name.startswith("time_embedding.cond_proj"))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:

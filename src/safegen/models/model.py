@@ -59,6 +59,8 @@ class Model:
     """The folder it was read from, where that is known: parts that are not loaded (the safety checker) lie there."""
     applied: list[Applied] = field(default_factory=list)
     """What is on it now, in order; `Patch.apply` puts it here and its undoing takes it away."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What a one-file checkpoint of ours says of itself: its base, the patches that are in its weights, its figures."""
     _rounded: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @property

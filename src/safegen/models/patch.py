@@ -173,7 +173,8 @@ class Patch:
                 f"the patch does not fit the model {model.name!r}: it was made for another family ({family}), this one is {model.family}"
             )
         base = self.provenance.get("base")
-        if base is not None and model.hash not in (base, *self.provenance.get("base_rounded", {}).values()):
+        rounded_then = self.provenance.get("base_rounded", {}).values()
+        if base is not None and model.hash not in (base, *rounded_then) and base not in model.rounded.values():
             rounded = model.denoiser.dtype
             known = rounded == torch.float32 or self.provenance.get("base_rounded")
             why = "" if known else f" (loaded as {str(rounded).removeprefix('torch.')}, which alone changes that)"

@@ -165,7 +165,19 @@ def load_single_file(
         _agree(pipeline.scheduler, tensors, header, path)
         with silence():
             pipeline.to(dtype=DTYPES[dtype])
-    return finish_loading(str(path), pipeline, device)
+    model = finish_loading(str(path), pipeline, device)
+    model.provenance = _said(header)
+    return model
+
+
+def _said(header: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a file of ours says of itself; nothing of another's, or of one whose header somebody changed."""
+    try:
+        found = json.loads(header.get("safegen", "{}"))
+        _ = [str(patch["hash"]) for patch in found.get("patches", ())]
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return {}
+    return dict(found)
 
 
 def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
