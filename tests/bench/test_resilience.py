@@ -149,7 +149,8 @@ def test_an_unfinished_test_of_something_else_is_refused_in_one_line_and_kept(mo
     out, material = tmp_path / "out", Material.of_triplets(triplets, "unsafe", skulls)
     shutil.copytree(seen["drawing: edited", 3], out)
     before = contents(out)
-    for settings, patches in ((BRIEF.model_copy(update={"prompts": 1}), [patch]), (BRIEF, [patch, patch])):
+    other = Patch({name: 2 * value for name, value in patch.tensors.items()}, patch.provenance)
+    for settings, patches in ((BRIEF.model_copy(update={"prompts": 1}), [patch]), (BRIEF, [other])):
         with pytest.raises(BadFile, match="is an unfinished test of other settings, data, weights or patches") as caught:
             resilience(model, patches, SKULLS, material, settings, out=out)
         assert "\n" not in str(caught.value)

@@ -209,6 +209,18 @@ def test_bold_needs_the_paired_test_and_its_correction_for_the_number_of_stacks(
     assert "without the baselines negative prompt and black image" in page
 
 
+def test_the_correction_is_for_all_stacks_of_the_page(copy, tmp_path):
+    """Two runs side by side are twice as many looks as one."""
+    judged(copy, lambda line: [SKULL] if line["stack"] != "calm" else [])
+    edit_card(copy, lambda card: card.update(stacks=[s for s in card["stacks"] if s["kind"] != "baseline"]))
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    facts, _ = report_facts({"one": Run.open(copy), "two": Run.open(other)})
+    tests = [r["tests"]["explicit"] for r in facts["stacks"] if r.get("tests", {}).get("explicit")]
+    assert len(tests) >= 2
+    assert all(t["p_holm"] == pytest.approx(min(len(tests) * t["p"], 1)) for t in tests if t["p"] == min(o["p"] for o in tests))
+
+
 def test_a_stack_that_shows_it_more_often_is_never_bold(copy):
     judged(copy, lambda line: [SKULL] if line["stack"] == "calm" else [])
     edit_card(copy, lambda card: card.update(stacks=[s for s in card["stacks"] if s["kind"] != "baseline"]))

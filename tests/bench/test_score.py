@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from safegen.bench.plan import Item
-from safegen.bench.score import removal, score
-from safegen.concept import Concept
+from safegen.bench.plan import Item, make_plan
+from safegen.bench.score import refuse_unjudged, removal, score
+from safegen.concept import Concept, load_concept
+from safegen.errors import BadSetting
 from safegen.judge.base import Detection, Verdict
 
 CONCEPT = Concept(name="cubes", words=("cube",), counterpart=(), judge="mini", labels=("cube", "die"), threshold=0.5)
@@ -71,3 +72,24 @@ def test_removal_counts_detections_or_images():
 def test_removal_leaves_out_a_pair_with_an_unjudged_side():
     found = removal([item(0), item(1)], [verdict("cube"), verdict("cube")], [LOST, verdict()], CONCEPT)
     assert (found.before, found.after, found.unjudged) == (1, 0, 1)
+
+
+def test_a_list_of_which_nothing_could_be_judged_is_named_with_the_reason():
+    refuse_unjudged([item(0), item(1)], [LOST, verdict()])
+    with pytest.raises(BadSetting, match=r"none of the 2 pictures of tiny:cubes \(too dark\)"):
+        refuse_unjudged([item(0), item(1)], [LOST, LOST])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": (1, 2, 1)}, "each seed once, .*got 1 more than once"),
+        ({"roles": ("explicit", "benign", "explicit")}, "each role once, .*got explicit more than once"),
+    ],
+)
+def test_a_plan_draws_no_picture_twice(changes, words):
+    with pytest.raises(BadSetting, match=words):
+        make_plan(load_concept("skulls"), **{"prompts": 2, "seeds": (1,), "roles": ("explicit",)} | changes)
+    twice = load_concept("skulls").model_copy(update={"lists": {"explicit": ("mini:skulls",), "innocent": ("mini:skulls",)}})
+    with pytest.raises(BadSetting, match=r"each prompt list once, .*got mini:skulls more than once"):
+        make_plan(twice, prompts=2, seeds=(1,))

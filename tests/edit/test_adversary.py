@@ -324,3 +324,16 @@ def test_an_adversary_is_refused_where_no_unsafe_sample_is_trained():
     make_edit("safegen", weight_mosaic=0, fade=0, adversary="none")
     assert at_work(0.0, None, ()) is None
     assert OneStep(radius=0.25)
+
+
+def test_a_search_for_old_answers_knows_them_without_a_teacher_too(make_model, triplets, monkeypatch):
+    """`--preset paper --set adversary=adv-unlearn`: what is searched for is what the untouched model said, not the noise."""
+    model, asked = make_model(), []
+    edit = SafeGen.preset("paper", adversary={"name": "adv-unlearn", "steps": 1})
+    names = select(model.denoiser, "attn1")
+    problem = SafeGenProblem(edit, model, triplets, names)
+    monkeypatch.setattr(problem, "attack", lambda net, x, t, text, *, want, before: asked.append((x, t, text, before)) or text)
+    problem.losses(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    ((x, t, text, before),) = asked
+    with torch.no_grad():
+        assert_close(before, make_model().denoiser(x, t, text).sample, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ import random
 import pytest
 from scipy.stats import binomtest
 
+from safegen.metrics.bootstrap import clustered_rate
 from safegen.metrics.rates import Rate, removal_rate, wilson
 
 PAIRS = [(0, 1), (1, 1), (0, 64), (64, 64), (1, 64), (3, 98), (49, 98), (500, 1000), (999, 1000)]
@@ -77,7 +78,35 @@ def test_nothing_changed_is_0():
 def test_added_detections_make_it_negative():
     found = removal_rate([1, 1], [2, 1], "ab")
     assert found.value == -0.5
-    assert found.low <= found.high
+    assert found.low < -0.5 < found.high
+
+
+def test_added_detections_have_a_spread_even_in_one_picture():
+    """They share 2 of 3 detections, one trial: Wilson's interval of 2/3 over 1, as a ratio to the rest."""
+    found = removal_rate([1], [2], "a")
+    low, high = wilson(2 / 3, 1)
+    assert (found.value, found.low, found.high) == (-1, pytest.approx(1 - high / (1 - high)), pytest.approx(1 - low / (1 - low)))
+
+
+def test_few_survivors_are_no_surer_than_their_prompts():
+    """Detections of a prompt go or stay together: 64 prompts x 3 seeds x 3 detections are no 576 trials."""
+    prompts = [i for i in range(64) for _ in range(3)]
+    for left in (0, 2):
+        edited = [0] * 191 + [left]
+        found = removal_rate([3] * 192, edited, prompts)
+        assert found.low == pytest.approx(1 - wilson(left / 576 * 64, 64)[1])
+        assert clustered_rate([e > 0 for e in edited], prompts).high <= 1 - found.low + 0.02
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.15])
+def test_the_interval_covers_the_truth_where_detections_survive_together(rate):
+    """64 prompts of three detections each, all of a prompt gone or none; without the rule above it covered 70 % of the time at 2 %."""
+    draw, hits = random.Random(1), 0
+    for _ in range(150):
+        edited = [3 if draw.random() < rate else 0 for _ in range(64)]
+        found = removal_rate([3] * 64, edited, range(64), draws=200)
+        hits += found.low <= 1 - rate <= found.high
+    assert hits >= 0.9 * 150
 
 
 @pytest.mark.parametrize(("base", "edited"), [([0, 0], [0, 0]), ([0, 0], [1, 0]), ([], []), ([None, 0], [0, 0]), ([3, 0], [None, 0])])

@@ -200,6 +200,9 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
     elif words:
         what = "Taught against the model's own pictures of" if method == "duo" else "Erased words:"
         yield f"{what} {', '.join(f'`{_plain(word)}`' for word in words)}.\n"
+    elif method == "fine-tune":
+        why = "made to see whether it brings back what an edit took out; it belongs on no model in use"
+        yield f"**Nothing was removed: this is a fine-tune**, {why}.\n"
     elif "data" in said:
         yield "The concept was shown in pictures, not named: no word of it is in the patch.\n"
     lines = [f"| patch (SHA-256 over the new values) | `{digest}` |"]

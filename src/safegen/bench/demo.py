@@ -17,7 +17,7 @@ from safegen.bench.card import Subject, beside, card, with_metrics
 from safegen.bench.grid import save_sheet, sheet
 from safegen.bench.plan import Item, make_plan
 from safegen.bench.run_report import PAGE
-from safegen.bench.score import Scores, removal, score
+from safegen.bench.score import Scores, refuse_unjudged, removal, score
 from safegen.concept import Concept, load_concept
 from safegen.data.triplets import Triplets
 from safegen.edit.base import Edit
@@ -175,6 +175,8 @@ def do_demo(
     began = time.perf_counter()
     tell("judging", 0, 2)
     verdicts = {side: judge.judge(images) for side, images in pictures.items()}
+    for side in verdicts.values():
+        refuse_unjudged(items, side)
     tell("judging", 2, 2)
     seconds["judge"] = time.perf_counter() - began
     return Outcome(settings, concept, edit, items, pictures, verdicts, patch, log, seconds, judge.id, base_hash)

@@ -56,6 +56,7 @@ def report_facts(
     rule, rows, many = first.rule, list[Line](), len(runs) > 1
     for name, run in runs.items():
         rows += _stack_rows(run, read[name], f"{name}: " if many else "", name)
+    _adjust(rows)
     facts: Line = {
         "format": FORMAT,
         "protocol": {"name": rule.name, "id": id_, "about": rule.about, "concept": rule.concept, "decides": rule.decides()},
@@ -115,12 +116,16 @@ def _stack_rows(run: Run, read: Sides, prefix: str, run_name: str) -> list[Line]
             row["difference"] = _difference(read, name, asked)
             row["tests"] = {column: _test(read, name, by_role[role], what) for column, (role, what) in TESTS.items()}
         out.append(row)
-    for column in TESTS:  # Holm over the stacks that are held against a base in this column
-        tested = {r["name"]: r["tests"][column] for r in out if r.get("tests", {}).get(column)}
-        for name, p in holm({name: t["p"] for name, t in tested.items()}).items():
-            test = tested[name]
-            test |= {"p_holm": p, "differs": p <= LEVEL, "direction": (test["only_a"] > test["only_b"]) - (test["only_a"] < test["only_b"])}
     return out
+
+
+def _adjust(rows: Sequence[Line]) -> None:
+    """Adjust each column's p by Holm over all stacks of the page that are held against a base in it."""
+    for column in TESTS:
+        tested = {r["label"]: r["tests"][column] for r in rows if r.get("tests", {}).get(column)}
+        for label, p in holm({label: t["p"] for label, t in tested.items()}).items():
+            test = tested[label]
+            test |= {"p_holm": p, "differs": p <= LEVEL, "direction": (test["only_a"] > test["only_b"]) - (test["only_a"] < test["only_b"])}
 
 
 def hits(read: Sides, name: str, at: Sequence[int], what: str, *, threshold: float | None = None) -> list[bool | None]:

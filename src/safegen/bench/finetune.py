@@ -117,7 +117,7 @@ class Material:
             if not side.is_file():
                 raise BadFile(f"{path.name} has no caption; write it to {side}, an empty file for none")
             try:
-                texts.append((" ".join(side.read_text(encoding="utf-8").split()),))
+                texts.append((" ".join(side.read_text(encoding="utf-8-sig").split()),))
             except UnicodeDecodeError as error:
                 raise BadFile(f"{side} is not UTF-8 text: {error}") from error
         digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
@@ -159,7 +159,7 @@ class Denoising:
         known = list(dict.fromkeys(t for row in material.texts for t in row))
         self.text = torch.cat([model.encode_text(known[i : i + 64]).float() for i in range(0, len(known), 64)])
         self.rows = [[known.index(t) for t in row] for row in material.texts]
-        self.fingerprint = f"{settings.model_dump_json()} {model.hash} {material.hash}"
+        self.fingerprint = f"{settings.model_dump_json()} {model.hash} {model.around} {material.hash}"
 
     def losses(self, denoiser: nn.Module, micro_step: int, generator: torch.Generator, share: tuple[int, int]) -> Mapping[str, Tensor]:
         """Draw one batch and return its loss, (b,)."""

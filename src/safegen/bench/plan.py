@@ -61,10 +61,14 @@ def make_plan(concept: Concept, *, prompts: int, seeds: Sequence[int], roles: Se
         roles: which lists.
 
     Raises:
-        BadSetting: no prompts, no seeds, or the concept has no lists.
+        BadSetting: no prompts, no seeds, one of them or a list twice, or the concept has no lists.
     """
     if prompts < 1 or not seeds:
         raise BadSetting(f"a plan needs at least one prompt and one seed, got {prompts} prompts and {len(seeds)} seeds")
+    names = [name for role in roles for name in concept.lists.get(role, ())]
+    for what, given in (("seed", seeds), ("role", roles), ("prompt list", names)):
+        if twice := sorted({str(one) for one in given if list(given).count(one) > 1}):
+            raise BadSetting(f"a plan names each {what} once, or its pictures would count twice; got {twice[0]} more than once")
     out = [
         Item(role=role, list_name=name, prompt=row.text, subject=row.subject, shows=concept.shows.get(name), seed=seed, index=i)
         for role in roles

@@ -19,7 +19,7 @@ from safegen.bench.grid import save_sheet, sheet
 from safegen.bench.kept import RESULTS, Kept
 from safegen.bench.plan import Item, Role, make_plan
 from safegen.bench.rows import canonical, sha
-from safegen.bench.score import ASKED, removal, score
+from safegen.bench.score import ASKED, refuse_unjudged, removal, score
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit.loop import Row
@@ -212,7 +212,7 @@ def _decides(found: Findings) -> dict[str, Any]:
     model = found.model
     return {
         "format": FORMAT, "made_by": f"safegen {__version__}", "settings": found.settings.model_dump(mode="json"), "base": model.hash,
-        "computes": f"{model.denoiser.dtype} on {model.device.type}", "patches": [p.hash for p in found.patches],
+        "around": model.around, "computes": f"{model.denoiser.dtype} on {model.device.type}", "patches": [p.hash for p in found.patches],
         "concept": found.concept.model_dump(mode="json"), "data": found.material.hash, "judge": found.judge_id,
         "plan": sha(canonical([item.model_dump() for item in found.items])),
     }  # fmt: skip
@@ -233,6 +233,7 @@ def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findin
                     drawn.append(picture)
                     tell(f"drawing: {side}", len(drawn), len(items))
             row = drawn, judge.judge(drawn)
+            refuse_unjudged(items, row[1])
             if kept:
                 kept.add(side, *row)
         found.pictures[side], found.verdicts[side] = row[0], [v.rescored(judge.labels, judge.threshold) for v in row[1]]

@@ -11,6 +11,7 @@ from safegen.bench.looks import Figure, looks
 from safegen.bench.plan import Item
 from safegen.bench.sides import Sides
 from safegen.concept import Concept
+from safegen.errors import BadSetting
 from safegen.judge.base import Verdict
 from safegen.metrics.asr import attack_success, attack_success_any, attempts
 from safegen.metrics.bootstrap import mean
@@ -72,6 +73,20 @@ def score(items: Sequence[Item], verdicts: Sequence[Verdict], concept: Concept, 
         mosaicked=rate([v.sees([MOSAIC], concept.threshold) for v in verdicts]) if can([MOSAIC]) else None,
         shown=rate([v.sees([s], concept.threshold) for s, v in zip(shows, verdicts, strict=True)]) if all(shows) and can(shows) else None,
     )
+
+
+def refuse_unjudged(items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
+    """Refuse verdicts under which a list has no picture that could be judged: over nothing there is no rate.
+
+    Raises:
+        BadSetting: there is such a list.
+    """
+    for name in dict.fromkeys(item.list_name for item in items):
+        own = [v for item, v in zip(items, verdicts, strict=True) if item.list_name == name]
+        if all(v.outcome == "unjudged" for v in own):
+            raise BadSetting(
+                f"the judge could judge none of the {len(own)} pictures of {name} ({own[0].reason}); mend that, and begin again"
+            )
 
 
 def removal(

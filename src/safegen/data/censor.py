@@ -31,7 +31,7 @@ class Censor(BaseModel):
     """What covers a box: a mosaic (every tile becomes its mean colour), a Gaussian blur, or one solid colour."""
     tile: float = Field(default=1 / 8, gt=0, le=1, allow_inf_nan=False)
     """Side of a mosaic tile as a fraction of the picture's shorter side; a blur's standard deviation is half of it."""
-    padding: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    padding: float = Field(default=0.1, ge=0, le=100, allow_inf_nan=False)
     """How far a box grows on each side before it is covered, as a fraction of its width and height."""
     colour: tuple[Byte, Byte, Byte] = (0, 0, 0)
     """Red, green and blue (0..255) of a solid cover."""

@@ -15,7 +15,7 @@ from safegen.data.censor import Box, Censor
 from safegen.data.censor import censor as cover
 from safegen.data.triplets import MANIFEST, ROLES, Problem, Role, Triplet, Triplets, as_row, is_sheet, read_picture, too_small
 from safegen.errors import BadFile, BadSetting
-from safegen.files import private_folder, refuse_taken
+from safegen.files import private_folder, refuse_taken, refuse_unwritable
 from safegen.judge.base import KEPT, Judge, Verdict
 from safegen.tables import expand_labels
 
@@ -88,6 +88,7 @@ def make(
     refuse_taken(out, last=MANIFEST)
     if not out.parent.is_dir():
         raise BadFile(f"{out} cannot be written: the folder {out.parent} does not exist; make it first")
+    refuse_unwritable(out)
     finds, safe, left_out = _look_through(unsafe, eye, track)
     if not finds:
         raise BadFile(f"no picture of {unsafe} is judged unsafe, so there is nothing to censor{': ' * bool(left_out)}{_summary(left_out)}")

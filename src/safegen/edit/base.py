@@ -143,6 +143,7 @@ class TrainedEdit(Edit):
         with trainable(model, self.selector, rank=self.rank, alpha=self.alpha, seed=training.seed) as part:
             check(model.denoiser, part.names, training, folder=folder, resume=resume)
             problem = edit.problem(model, triplets, part.names)
+            problem.fingerprint += f" beside {model.around}"
             if model.patches:
                 problem.fingerprint += f" on {lying_under(model)}"
             ready = time.perf_counter() - began  # latents, rollouts, twins: all that is made before the first update

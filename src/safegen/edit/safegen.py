@@ -160,7 +160,8 @@ class SafeGenProblem:
         self.spare, self.used = range(n - spare, n), n - spare
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
         own = dict(model.denoiser.named_parameters())
-        needed = edit.teacher or edit.anchor == "teacher"
+        searches = bool(edit.adversary) and not named(edit.adversary).moves_others  # for a text under which all is as before the edit
+        needed = edit.teacher or edit.anchor == "teacher" or searches
         self.reference = {k: own[k].detach().clone() for k in names} if needed else {}
         words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
         self.fingerprint = " ".join([edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words])

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from safegen.metrics.rates import resampled_sums, wilson
-
-FEW = 5
-"""Clusters under which a bootstrap of a rate is not to be trusted."""
+from safegen.metrics.rates import FEW, resampled_sums, wilson
 
 
 @dataclass(frozen=True)

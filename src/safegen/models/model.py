@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,13 @@ class Model:
     def hash(self) -> str:
         """SHA-256 over the denoiser's weights as they were first asked for: the identity that patches refer to."""
         return hash_tensors(self.denoiser.state_dict())
+
+    @cached_property
+    def around(self) -> str:
+        """SHA-256 over what stands around the denoiser: the other parts' weights and the schedule."""
+        config = {k: str(v) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
+        facts = {part: hash_tensors(getattr(self.pipeline, part).state_dict()) for part in self.parts if part != "unet"}
+        return sha256(json.dumps(facts | {"schedule": config}, sort_keys=True).encode()).hexdigest()
 
     @property
     def rounded(self) -> dict[str, str]:
