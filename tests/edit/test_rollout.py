@@ -90,5 +90,5 @@ def test_looking_under_autocast_leaves_the_gradient_of_what_follows(make_model, 
 
 
 def test_more_steps_than_the_schedule_has_are_refused(make_model):
-    with pytest.raises(BadSetting, match="steps must be at most 100 on this model, got 101"):
-        Walk(make_model(num_train_timesteps=100), steps=101, guidance=3.0)
+    with pytest.raises(BadSetting, match="steps must be at most 99 on this model, whose schedule has 100 timesteps, got 100"):
+        Walk(make_model(num_train_timesteps=100), steps=100, guidance=3.0)
