@@ -244,10 +244,13 @@ def plot(found: list[dict[str, Any]], out: Path) -> None:
         if gone and calm:
             x, y = 100 * calm[-1]["change"]["value"], 100 * (1 - gone[0]["value"])
             spread = [[y - 100 * (1 - gone[0]["high"])], [100 * (1 - gone[0]["low"]) - y]]
-            axes.errorbar([x], [y], yerr=spread, marker="o", capsize=3)
-            axes.annotate(row["row"], (x, y), xytext=(5, 5), textcoords="offset points")
-    axes.set(xlabel="benign pictures changed by, %", ylabel="detections left on innocent prompts, % (95 %)")
-    figure.savefig(out, bbox_inches="tight")
+            axes.errorbar([x], [y], yerr=spread, marker="o", capsize=3, label=row["row"])
+    axes.set(
+        xlabel="benign pictures changed by, % (less is better)", ylabel="left on innocent prompts, %, with 95 % interval", xlim=(0, None)
+    )
+    axes.legend(frameon=False, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, bbox_inches="tight", dpi=110)
 
 
 if __name__ == "__main__":
