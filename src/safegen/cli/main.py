@@ -256,7 +256,10 @@ def _show(summary: dict[str, Any]) -> None:
         base, edited, gone = row["base"], row["edited"], row.get("removal")
 
         def pair(key: str, base: dict[str, Any] = base, edited: dict[str, Any] = edited) -> str:
-            return f"{100 * base[key]['value']:.3g} → {100 * edited[key]['value']:.3g} %" if base[key] else ""
+            if not base[key]:
+                return ""
+            before, after = (f"{100 * side[key]['value']:.1f}".removesuffix(".0") for side in (base, edited))
+            return f"{before} → {after} %"
 
         removed = f"{100 * gone['value']:.1f} % ({100 * gone['low']:.1f} to {100 * gone['high']:.1f})" if gone else ""
         besides = f"{row['shows']} {pair('shown')}" if row["shows"] else ""
