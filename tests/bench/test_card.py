@@ -168,3 +168,10 @@ def test_figures_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_mod
         assert ("**Not measured.**" in text) is not told
     broken = [("c" * 64, SAID | {"metrics": [{"about": 1}]})]
     assert "**Not measured.**" in card(Subject("patch", "p", "mini", "b" * 64, broken))
+
+
+def test_a_fine_tune_is_called_no_removal():
+    said = {"method": "fine-tune", "settings": {"updates": [100]}, "base": "b" * 64, "data": "d" * 64}
+    text = card(Subject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
+    assert "Nothing was removed: this is a fine-tune" in text
+    assert "was shown in pictures" not in text

@@ -148,6 +148,7 @@ def test_settings_survive_json() -> None:
         ({"tile": float("nan")}, "tile must be a finite number, got nan"),
         ({"padding": -0.1}, "padding must be greater than or equal to 0, got -0.1"),
         ({"padding": float("inf")}, "padding must be a finite number, got inf"),
+        ({"padding": 1e308}, "padding must be less than or equal to 100, got 1e+308"),
         ({"style": "solid", "colour": (0, 0, 256)}, "colour must be less than or equal to 255, got 256"),
         ({"style": "solid", "tile": 0.5}, "tile has no effect with the style 'solid', got 0.5; leave it out, or choose mosaic or blur"),
         ({"colour": (1, 2, 3)}, "colour has no effect with the style 'mosaic', got (1, 2, 3); leave it out, or choose solid"),

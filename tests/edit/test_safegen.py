@@ -313,7 +313,11 @@ def test_a_run_on_other_triplets_or_settings_is_not_resumed(make_model, tiny_mod
     again()
     again()
     fewer = type(triplets)(triplets.folder, triplets.rows[:5])
-    for change in ({"rows": fewer}, {"weight_mosaic": 0.2}, {"model": make_model(9)}):
+    coder, noisier = make_model(), make_model(beta_end=0.02)  # the very denoiser, and other latents or another schedule
+    with torch.no_grad():
+        next(coder.vae.parameters()).add_(0.01)
+    assert coder.hash == noisier.hash == tiny_model.hash
+    for change in ({"rows": fewer}, {"weight_mosaic": 0.2}, {"model": make_model(9)}, {"model": coder}, {"model": noisier}):
         with pytest.raises(BadFile, match="other settings, data or weights"):
             again(**change)
 
