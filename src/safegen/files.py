@@ -40,6 +40,8 @@ def fresh_folder(out: Path) -> Iterator[Path]:
 def replaced_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `out` when the block ends well; else `out` stays as it was.
 
+    A kill between the two renames at the end leaves both beside it, whole, under hidden names.
+
     Raises:
         BadFile: it cannot be written.
     """

@@ -208,8 +208,7 @@ def weights_hash(model: Model) -> str:
     from safegen.hashes import hash_tensors
 
     pipeline = model.pipeline
-    schedule = {k: str(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    facts = {part: hash_tensors(getattr(pipeline, part).state_dict()) for part in model.parts}
+    facts = {"unet": hash_tensors(model.denoiser.state_dict()), "around": model.around}
     facts["vocabulary"] = _digest(pipeline.tokenizer.get_vocab())
     more = {"text_encoder_2": OPEN["text_encoder"]} if "text_encoder_2" in model.parts else {}
     facts |= {"vocabulary_2": _digest(pipeline.tokenizer_2.get_vocab())} if more else {}
@@ -219,7 +218,7 @@ def weights_hash(model: Model) -> str:
     for part, keys in (OPEN | more).items():
         config = getattr(pipeline, part).config
         facts |= {f"{part}.{key}": str(getattr(config, key, None)) for key in keys}
-    return _digest(facts | {"schedule": schedule, "scheduler": type(pipeline.scheduler).__name__})
+    return _digest(facts | {"scheduler": type(pipeline.scheduler).__name__})
 
 
 def _guarded(stack: Stack, model: Model) -> Guarded | None:

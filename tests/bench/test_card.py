@@ -166,8 +166,11 @@ def test_figures_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_mod
         text = card(Subject(kind, "p", "mini", base * 64, held))
         assert [line for line in text.splitlines() if line.startswith("| mini:")] == (want if told else []), kind
         assert ("**Not measured.**" in text) is not told
-    broken = [("c" * 64, SAID | {"metrics": [{"about": 1}]})]
-    assert "**Not measured.**" in card(Subject("patch", "p", "mini", "b" * 64, broken))
+    for wrong in ({"about": 1}, {"about": "x", "lists": {"a": {"removal": 1, "this": "much"}}}, 7):
+        broken = [("c" * 64, SAID | {"metrics": [wrong]})]
+        assert "**Not measured.**" in card(Subject("patch", "p", "mini", "b" * 64, broken))
+    baseless = [("c" * 64, {k: v for k, v in SAID.items() if k != "base"} | {"metrics": [figures]})]
+    assert "**Not measured.**" in card(Subject("folder", "p", "mini", "b" * 64, baseless))  # of which model they are is not said
 
 
 def test_a_fine_tune_is_called_no_removal():

@@ -240,12 +240,14 @@ def _told(subject: Subject) -> list[Measured]:
     if len(subject.patches) != 1 or subject.kind == "lora":
         return []
     ((_, said),) = subject.patches
-    if said.get("base") not in (*subject.bases, None):
+    if subject.kind != "patch" and said.get("base") not in subject.bases:
         return []
     try:
-        return [Measured.of_facts(facts) for facts in said.get("metrics", ())]
-    except (KeyError, TypeError, AttributeError):  # a header that somebody else wrote
+        tables = [Measured.of_facts(facts) for facts in said.get("metrics", ())]
+        _ = [_table(table) for table in tables]
+    except (KeyError, TypeError, AttributeError, ValueError):  # a header that somebody else wrote
         return []
+    return tables
 
 
 def read_figures(path: Path, patches: Sequence[str], bases: Sequence[str] = ()) -> Measured:

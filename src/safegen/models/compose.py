@@ -89,8 +89,7 @@ def merge(patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model
     if twice and overlap == "add":
         if model is None:
             raise BadSetting("adding changes up needs the model that they are changes of; name it")
-        for base in bases:
-            _refuse_other_base(base, model)
+        _refuse_other_base(next(iter(bases), model.hash), model)
         own = dict(model.denoiser.named_parameters())
         for name in twice:
             moves = [_move(patch, name, own[name], patches) for patch in patches if name in patch.tensors]

@@ -271,23 +271,14 @@ def read_factors(path: Path, model: Model) -> Factors:
         partner = stem + FACTORS[kind]
         if partner not in tensors:
             raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
-        name = stems[stem]
-        dims, said_alpha = own[name].ndim, tensors.get(f"{stem}.alpha")
-        down, up = _as_wide(theirs, dims), _as_wide(tensors[partner], dims)
-        if not (down.ndim == up.ndim == dims >= 2 and set(up.shape[2:]) <= {1}) or (said_alpha is not None and said_alpha.numel() != 1):
-            raise BadPatch(
-                f"the LoRA does not fit the model {model.name!r}: the factors of {stem} are {tuple(theirs.shape)} and "
-                f"{tuple(tensors[partner].shape)} there, the weight is {tuple(own[name].shape)} here"
-            )
-        alpha = float(said_alpha if said_alpha is not None else len(down) if default is None else default)
-        if not len(down):
-            raise BadFile(f"{path} has factors of rank 0 in {stem}, which change nothing; make or fetch it again")
-        if not bool(down.isfinite().all() and up.isfinite().all()) or not math.isfinite(alpha):
-            raise BadFile(f"{path} has NaN or infinite values in {stem}; make or fetch it again")
-        shape = (len(up), *down.shape[1:])
-        if shape != own[name].shape or up.shape[1] != len(down):
-            raise BadPatch(f"the LoRA does not fit the model {model.name!r}: {stem} is {shape} there, {tuple(own[name].shape)} here")
-        found[name] = (down, up, alpha / len(down))
+        name, alpha = stems[stem], tensors.get(f"{stem}.alpha")
+        try:
+            down, up, strength = _fitted(theirs, tensors[partner], default if alpha is None else alpha, tuple(own[name].shape))
+        except ValueError as error:
+            raise BadFile(f"{path} has {error} in {stem}; make or fetch it again") from error
+        except BadPatch as error:
+            raise BadPatch(f"the LoRA does not fit the model {model.name!r}: the factors of {stem} are {error}") from error
+        found[name] = (down, up, strength)
         used |= {key, partner, f"{stem}.alpha"}
     if not found:
         raise BadFile(f"{path} is not a LoRA of a denoiser: it has no module that ends in {', '.join(k[1:] for k in FACTORS)}")
@@ -303,6 +294,26 @@ def read_factors(path: Path, model: Model) -> Factors:
             stacklevel=3,
         )
     return Factors(path.name, found, len(beside), said)
+
+
+def _fitted(down: Tensor, up: Tensor, alpha: Tensor | float | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
+    """Return a pair of factors as wide as their weight, and what their product is multiplied by.
+
+    Raises:
+        BadPatch: they are not factors of a weight of this shape, or their strength is not one number.
+        ValueError: they are of rank 0, or not finite.
+    """
+    theirs, dims = f"{tuple(down.shape)} and {tuple(up.shape)}", len(shape)
+    down, up = _as_wide(down, dims), _as_wide(up, dims)
+    wide = down.ndim == up.ndim == dims >= 2 and set(up.shape[2:]) <= {1} and (len(up), *down.shape[1:]) == shape
+    if not wide or up.shape[1] != len(down) or (isinstance(alpha, Tensor) and alpha.numel() != 1):
+        raise BadPatch(f"{theirs} there, the weight is {shape} here")
+    if not len(down):
+        raise ValueError("factors of rank 0")
+    strength = float(len(down) if alpha is None else alpha)
+    if not bool(down.isfinite().all() and up.isfinite().all()) or not math.isfinite(strength):
+        raise ValueError("NaN or infinite values")
+    return down, up, strength / len(down)
 
 
 def _as_wide(factor: Tensor, dims: int) -> Tensor:

@@ -100,7 +100,7 @@ class Model:
         """SHA-256 over the denoiser's weights as they were first asked for: the identity that patches refer to."""
         return hash_tensors(self.denoiser.state_dict())
 
-    @cached_property
+    @property
     def around(self) -> str:
         """SHA-256 over what stands around the denoiser: the other parts' weights and the schedule."""
         config = {k: str(v) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
