@@ -17,6 +17,16 @@ SIDE = 32
 """Pixels of the tiny model's pictures and of the triplets."""
 
 
+@pytest.fixture(autouse=True)
+def own_threads():
+    """Give torch its threads back after each test: sums round by their number, and other tests compare pictures to the bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """Return a builder of tiny random Stable Diffusions: equal arguments give equal weights. For tests that change a model."""

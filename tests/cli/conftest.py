@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from safegen.cli import main as run
 
 
 @pytest.fixture
 def safegen(monkeypatch, capsys):
-    """Run a command; give its exit code, stdout and stderr. Its `--threads` ends with the test: sums round by their number."""
-    threads = torch.get_num_threads()
+    """Run a command; give its exit code, stdout and stderr."""
 
     def call(*words):
         monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])
@@ -23,5 +21,4 @@ def safegen(monkeypatch, capsys):
         text = capsys.readouterr()
         return code, text.out, text.err
 
-    yield call
-    torch.set_num_threads(threads)
+    return call
