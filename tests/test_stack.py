@@ -82,6 +82,24 @@ def test_a_recipe_with_an_idle_or_unknown_setting_is_refused(tmp_path, text, say
     assert "\n" not in str(caught.value)
 
 
+def test_a_recipe_names_the_small_files_that_a_one_file_checkpoint_lacks(tiny_model, tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from safegen.models.single_file import save_single_file
+
+    save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
+    save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")
+    (tmp_path / "small").symlink_to(tiny_folder)
+    (tmp_path / "s.toml").write_text('model = "bare.safetensors"\nconfig = "small"')
+    stack, shelf = load_stack(str(tmp_path / "s.toml")), Shelf()
+    assert stack.base
+    assert shelf.hash(stack) == Shelf().hash(Stack(name="t", model=str(tiny_folder)))
+    with pytest.raises(BadFile, match="--config"):
+        shelf.hash(stack.model_copy(update={"config": None}))  # what is kept was loaded with the folder
+    with pytest.raises(BadSetting, match="config has no effect on 'mini'"):
+        shelf.hash(Stack(name="t", model="mini", config=tiny_folder))
+
+
 def test_a_concepts_file_is_looked_for_beside_its_recipe(tmp_path, monkeypatch):
     from safegen import concept
 

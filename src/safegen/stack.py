@@ -46,7 +46,9 @@ class Stack(BaseModel):
     name: str = Field(pattern=f"^{NAME}$")
     """The stack in one word of letters, digits, dots, dashes and underscores."""
     model: str
-    """Model to load: a built-in name, a diffusers folder, or hub:owner/name."""
+    """Model to load: a built-in name, a diffusers folder, a one-file checkpoint, or hub:owner/name."""
+    config: Path | None = None
+    """For a one-file checkpoint: a diffusers folder of its family, for the small files that it lacks."""
     patches: tuple[Path, ...] = ()
     """Patches to put on it, in order."""
     loras: ActiveLoras = ()
@@ -186,7 +188,8 @@ def _read_recipe(path: Path) -> Stack:
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
     patches, guards = tuple(path.parent / p for p in stack.patches), tuple(guard.beside(path.parent) for guard in stack.guards)
     loras = tuple(lora.model_copy(update={"file": path.parent / lora.file}) for lora in stack.loras)
-    return stack.model_copy(update={"model": model, "patches": patches, "loras": loras, "guards": guards})
+    config = path.parent / stack.config if stack.config else None
+    return stack.model_copy(update={"model": model, "config": config, "patches": patches, "loras": loras, "guards": guards})
 
 
 def _beside(guards: Any, folder: Path) -> Any:  # noqa: ANN401 - as the recipe has it
@@ -290,28 +293,32 @@ class Opened:
 class Shelf:
     """Opens stacks. It keeps the model that it loaded last, so that stacks on one model in a row share it."""
 
-    def __init__(self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False, config: Path | None = None) -> None:
-        self.device, self.dtype, self.allow_pickle, self.config = device, dtype, allow_pickle, config
-        self._kept: tuple[str, Model, str] | None = None
+    def __init__(self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False) -> None:
+        self.device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+        self._kept: tuple[tuple[str, Path | None], Model, str] | None = None
         self._open = False
 
-    def model(self, name: str) -> tuple[Model, str]:
+    def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
         """Return a model without patches, and its `weights_hash`.
+
+        Args:
+            name: as in a stack.
+            config: as in a stack.
 
         Raises:
             UserError: it cannot be loaded.
         """
-        if self._kept is None or self._kept[0] != name:
+        if self._kept is None or self._kept[0] != (name, config):
             from safegen.models.model import load
 
             self._kept = None  # two models need not fit in memory
-            model = load(name, dtype=self.dtype, device=self.device, allow_pickle=self.allow_pickle, config=self.config)
-            self._kept = (name, model, weights_hash(model))
+            model = load(name, dtype=self.dtype, device=self.device, allow_pickle=self.allow_pickle, config=config)
+            self._kept = ((name, config), model, weights_hash(model))
         return self._kept[1:]
 
     def hash(self, stack: Stack) -> str:
         """Return a stack's hash without opening it."""
-        model, weights = self.model(stack.model)
+        model, weights = self.model(stack.model, stack.config)
         return stack.hash(model, weights=weights)
 
     @contextmanager
@@ -331,7 +338,7 @@ class Shelf:
         from safegen.models.patch import Patch
 
         assert not self._open, "another stack is open"
-        model, weights = self.model(stack.model)
+        model, weights = self.model(stack.model, stack.config)
         _ = model.hash  # of the untouched weights: what patches refer to
         digest = stack.hash(model, weights=weights)
         with ExitStack() as on:

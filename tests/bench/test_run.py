@@ -347,6 +347,23 @@ def test_the_base_of_every_model_comes_first_and_baselines_can_be_left_out(quick
         everyone(protocol, [], "all")
 
 
+def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(quick, tiny_model, tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from safegen.models.single_file import save_single_file
+
+    save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
+    save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")
+    protocol = load_protocol(str(quick))
+    stack = Stack(name="s", model=str(tmp_path / "bare.safetensors"), config=tiny_folder, negative_prompt="x")
+    stacks = everyone(protocol, [stack], "all")
+    assert {s.config for s, _, _ in stacks} == {tiny_folder}
+    run = prepare(protocol, stacks, tmp_path / "run", Shelf())
+    assert "--stack s.toml --out RUN" in run.card["command"]  # the base comes of itself
+    plain = stack.model_copy(update={"name": "plain", "negative_prompt": None})
+    assert [s.name for s, _, _ in everyone(protocol, [stack, plain], "none")] == ["plain", "s"]
+
+
 def test_two_stacks_that_draw_the_same_are_refused(go, patch_file, tmp_path):
     with pytest.raises(BadSetting, match="'x' and 'y' draw the same"):
         go(tmp_path / "twins", stacks=[f"x=mini+{patch_file}", f"y=mini+{patch_file}"])

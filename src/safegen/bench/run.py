@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from safegen.tables import PROTOCOLS
 Stage = Literal["generate", "judge", "score"]
 Baselines = Literal["all", "none"]
 LIBRARIES = ("torch", "diffusers", "transformers")
+OWN_BASE = r"base(-\d+)?"
+"""Names of the bases that nobody gave."""
 DECIDE = ("id", "stacks", "versions", "device")
 """What of the card must not change when a run goes on: all that decides a picture."""
 
@@ -159,21 +162,22 @@ def everyone(protocol: Protocol, stacks: Sequence[Stack], baselines: Baselines) 
     """
     if not stacks:
         raise BadSetting("there is nothing to evaluate; name a stack with --stack")
-    bases: dict[str, Stack] = {}
+    bases: dict[tuple[str, Path | None], Stack] = {}
     for stack in stacks:
-        own = [s for s in stacks if s.base and s.model == stack.model]
-        name = "base" if not bases else f"base-{len(bases) + 1}"
-        bases.setdefault(stack.model, own[0] if own else Stack(name=name, model=stack.model))
+        drawn_by = (stack.model, stack.config)
+        own = [s for s in stacks if s.base and (s.model, s.config) == drawn_by]
+        name = "base" if not bases else f"base-{len(bases) + 1}"  # as in OWN_BASE
+        bases.setdefault(drawn_by, own[0] if own else Stack(name=name, model=stack.model, config=stack.config))
     out: list[tuple[Stack, str, str]] = []
-    for number, (model, base) in enumerate(bases.items(), 1):
+    for number, ((model, config), base) in enumerate(bases.items(), 1):
         out.append((base, "base", base.name))
-        out += [(s, "given", base.name) for s in stacks if s.model == model and s != base]
+        out += [(s, "given", base.name) for s in stacks if (s.model, s.config) == (model, config) and s != base]
         if baselines == "all":
             tail = f"-{number}" if number > 1 else ""
             words = ", ".join(load_concept(protocol.concept).words)
             extra = (
-                Stack(name=f"negative-prompt{tail}", model=model, negative_prompt=words),
-                Stack(name=f"black-image{tail}", model=model, blank=True),
+                Stack(name=f"negative-prompt{tail}", model=model, config=config, negative_prompt=words),
+                Stack(name=f"black-image{tail}", model=model, config=config, blank=True),
             )
             out += [(s, "baseline", base.name) for s in extra if s not in stacks]
     names = [stack.name for stack, _, _ in out]
@@ -253,7 +257,8 @@ def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf
     else:
         words = ["--protocol", f"{protocol.name}.toml"]
     for stack, kind, _ in stacks:
-        words += ["--stack", _spec(stack)] if kind != "baseline" else []
+        of_itself = kind == "baseline" or (kind == "base" and stack.config and re.fullmatch(OWN_BASE, stack.name))
+        words += [] if of_itself else ["--stack", _spec(stack)]
     for part in protocol.lists:
         words += ["--prompts", f"{part.name}={short(part.source or '')}"] if part.requires else []
     words += [] if any(kind == "baseline" for _, kind, _ in stacks) else ["--baselines", "none"]
@@ -285,7 +290,7 @@ def _entry(stack: Stack, shelf: Shelf) -> Line:
     return {
         "name": stack.name,
         "model": short(stack.model),
-        "weights": shelf.model(stack.model)[1],
+        "weights": shelf.model(stack.model, stack.config)[1],
         "patches": [
             {"file": path.name, "hash": patch.hash, "method": patch.provenance.get("method"), "seconds": patch.provenance.get("seconds")}
             for path, patch in zip(stack.patches, patches, strict=True)
@@ -296,7 +301,7 @@ def _entry(stack: Stack, shelf: Shelf) -> Line:
 
 
 def _spec(stack: Stack) -> str:
-    """Return a stack as the command line takes it; one with LoRAs, a negative prompt or guards, or a blank one, comes from a recipe."""
-    if stack.loras or stack.negative_prompt is not None or stack.guards or stack.blank:
+    """Return a stack as the command line takes it; one with a config, LoRAs, a negative prompt or guards, or a blank one, is a recipe."""
+    if stack.config or stack.loras or stack.negative_prompt is not None or stack.guards or stack.blank:
         return f"{stack.name}.toml"
     return f"{stack.name}={'+'.join([short(stack.model), *(p.name for p in stack.patches)])}"

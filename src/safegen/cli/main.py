@@ -91,13 +91,11 @@ def generate(
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
+    recipe = recipe.model_copy(update={"config": config}) if config else recipe
     recipe = add_guards(add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept)
     loras = [one.facts() for one in recipe.loras]
     patches = [Patch.load(path).hash for path in recipe.patches]
-    sampler, shelf = (
-        Sampler(steps=steps, guidance=guidance, batch=batch),
-        Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle, config=config),
-    )
+    sampler, shelf = Sampler(steps=steps, guidance=guidance, batch=batch), Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
     asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     with private_folder(out, last=SHEET) as folder, one_line_warnings(), shelf.opened(recipe) as ready, progress() as tell:
         pictures, lines = [], []
