@@ -100,6 +100,7 @@ def main() -> None:
     ask.add_argument("--triplets", type=Path, help="others than the concept's bundled ones")
     ask.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
     ask.add_argument("--keep", type=Path, help="a folder for the patches, ROW.safetensors; not kept unless told")
+    ask.add_argument("--precision", default=native_precision(), help="arithmetic of drawing, and of training where a row leaves it open")
     ask.add_argument("--table", type=Path)
     args = ask.parse_args()
     if args.table:
@@ -118,13 +119,16 @@ def main() -> None:
     items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     triplets = Triplets.load(args.triplets or concept.triplets or "")
-    model, sampler = load("mini"), Sampler(precision=native_precision())
+    model, sampler = load("mini"), Sampler(precision=args.precision)
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)
     for name in wanted:
         began = time.perf_counter()
         fewer = Triplets(triplets.folder, tuple(row for i, row in enumerate(triplets.rows) if i % 32 < 16))
-        patch = every[name].apply(model, fewer if name == HALF else triplets)
+        edit = every[name]
+        if edit.training.precision == "auto":
+            edit = edit.model_copy(update={"training": edit.training.model_copy(update={"precision": args.precision})})
+        patch = edit.apply(model, fewer if name == HALF else triplets)
         seconds = time.perf_counter() - began
         if args.keep:
             patch.save(args.keep / f"{re.sub('[^a-z0-9.]+', '-', name)}.safetensors")
@@ -136,7 +140,7 @@ def main() -> None:
             "concept": args.concept,
             "precision": sampler.precision,
             "seconds": round(seconds, 1),
-            "settings": every[name].model_dump(mode="json"),
+            "settings": edit.model_dump(mode="json"),
             "triplets": triplets.hash,
             "lists": {},
         }

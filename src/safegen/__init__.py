@@ -3,7 +3,7 @@
     import safegen
     model = safegen.load("mini")
     patch = safegen.edit(model, "safegen", triplets="my-triplets")
-    safegen.save_patch(patch, Path("patch.safetensors"))  # with its model card; patch.save alone writes none
+    safegen.save_patch(patch, "patch.safetensors")  # with its model card; patch.save alone writes none
 
 Importing this loads nothing heavy: the names below arrive when they are first used.
 """

@@ -117,7 +117,7 @@ def edit(
     triplets: Triplets | str | Path | None = None,
     preset: str = "default",
     concept: Concept | str | None = None,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     resume: bool = False,
     report: Report | None = None,
     **settings: Any,  # noqa: ANN401
@@ -149,10 +149,10 @@ def edit(
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
     if concept is not None and rows is not None:
         refuse_other_pictures(concept, rows)
-    return recipe.apply(model, rows, folder=folder, resume=resume, report=report)
+    return recipe.apply(model, rows, folder=None if folder is None else Path(folder), resume=resume, report=report)
 
 
-def save_patch(patch: Patch, out: Path, *, card: bool = True, metrics: Sequence[Path] = ()) -> None:
+def save_patch(patch: Patch, out: str | Path, *, card: bool = True, metrics: Sequence[str | Path] = ()) -> None:
     """Write a patch to a new file, figures in its header too, and its model card beside it (`OUT.md`).
 
     `Patch.save` alone writes no card.
@@ -167,12 +167,19 @@ def save_patch(patch: Patch, out: Path, *, card: bool = True, metrics: Sequence[
         BadFile: the file or the card exists or cannot be written, or figures cannot be read; nothing is left then.
         BadSetting: figures of another patch, or figures and no card.
     """
-    text = _card(cards.Subject.of_patch(patch, out.name), card, metrics)
-    cards.write_with_card(out, text, lambda: cards.with_metrics(patch, metrics).save(out))
+    out, measured = Path(out), [Path(path) for path in metrics]
+    text = _card(cards.Subject.of_patch(patch, out.name), card, measured)
+    cards.write_with_card(out, text, lambda: cards.with_metrics(patch, measured).save(out))
 
 
 def export(
-    model: Model, out: Path, *, patches: Sequence[Patch] = (), dtype: str = "fp16", card: bool = True, metrics: Sequence[Path] = ()
+    model: Model,
+    out: str | Path,
+    *,
+    patches: Sequence[Patch] = (),
+    dtype: str = "fp16",
+    card: bool = True,
+    metrics: Sequence[str | Path] = (),
 ) -> None:
     """Write a model as one file in the original layout, provenance and figures in its header, its model card beside it (`OUT.md`).
 
@@ -195,25 +202,40 @@ def export(
     """
     from safegen.models.single_file import save_single_file
 
+    out, measured = Path(out), [Path(path) for path in metrics]
     if out.suffix != ".safetensors":
         raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
     notes = [f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."]
-    text = _card(_subject("file", out, model, patches, notes), card, metrics)
-    held = [{"hash": p.hash, "provenance": dict(p.provenance)} for p in (*model.patches, *patches)]
-    facts: dict[str, Any] = {"model": short(model.name), "base": model.hash, "patches": held}
-    facts |= {"made_from": dict(model.provenance)} if model.provenance else {}
-    if metrics:
-        bases = (model.hash, *model.rounded.values())
-        facts["metrics"] = [cards.read_figures(path, [p.hash for p in (*model.patches, *patches)], bases).facts() for path in metrics]
+    text = _card(_subject("file", out, model, patches, notes), card, measured)
+    facts = _facts(model, patches, measured)
     with _with(model, patches):
         cards.write_with_card(out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts))
 
 
-def export_folder(model: Model, out: Path, *, patches: Sequence[Patch] = (), card: bool = True, metrics: Sequence[Path] = ()) -> None:
-    """Write a model as a plain diffusers folder, with its model card as README.md; arguments and errors as `export` has them."""
-    text = _card(_subject("folder", out, model, patches), card, metrics)
+def export_folder(
+    model: Model, out: str | Path, *, patches: Sequence[Patch] = (), card: bool = True, metrics: Sequence[str | Path] = ()
+) -> None:
+    """Write a model as a plain diffusers folder; arguments and errors as `export` has them.
+
+    Provenance and figures are in its safegen.json, the model card is its README.md.
+    """
+    out, measured = Path(out), [Path(path) for path in metrics]
+    text = _card(_subject("folder", out, model, patches), card, measured)
+    facts = _facts(model, patches, measured)
     with _with(model, patches):
-        save_folder(model, out, card=text)
+        save_folder(model, out, card=text, facts=facts)
+
+
+def _facts(model: Model, patches: Sequence[Patch], metrics: Sequence[Path]) -> dict[str, Any]:
+    """Return what a whole model says of itself in the place that programs read."""
+    held = [*model.patches, *patches]
+    out: dict[str, Any] = {"model": short(model.name), "base": model.hash}
+    out["patches"] = [{"hash": p.hash, "provenance": dict(p.provenance)} for p in held]
+    out |= {"made_from": dict(model.provenance)} if model.provenance else {}
+    if metrics:
+        bases = (model.hash, *model.rounded.values())
+        out["metrics"] = [cards.read_figures(path, [p.hash for p in held], bases).facts() for path in metrics]
+    return out
 
 
 def _subject(kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()) -> cards.Subject:

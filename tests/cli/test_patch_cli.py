@@ -154,14 +154,14 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
     patch, (here, there) = Patch.load(files / "text.safetensors"), (tmp_path / "here", tmp_path / "there")
     for folder in (here, there):
         folder.mkdir()
-    package.save_patch(patch, here / "p.safetensors")
+    package.save_patch(patch, str(here / "p.safetensors"))
     model = load("mini")
-    package.export(model, here / "m.safetensors", patches=[patch])
-    package.export_folder(model, here / "f", patches=[patch])
+    package.export(model, str(here / "m.safetensors"), patches=[patch])
+    package.export_folder(model, str(here / "f"), patches=[patch])
     assert model.patches == []
     assert safegen("export", "mini", "--patch", files / "text.safetensors", "--out", there / "m.safetensors")[0] == 0
     assert safegen("apply", files / "text.safetensors", "mini", "--out", there / "f")[0] == 0
-    for name in ("m.safetensors.md", "f/README.md", "f/unet/diffusion_pytorch_model.safetensors"):
+    for name in ("m.safetensors.md", "f/README.md", "f/safegen.json", "f/unet/diffusion_pytorch_model.safetensors"):
         assert (here / name).read_bytes() == (there / name).read_bytes(), name
     with safe_open(here / "m.safetensors", "pt") as mine, safe_open(there / "m.safetensors", "pt") as theirs:
         assert mine.metadata() == theirs.metadata()  # in no order of its own
@@ -294,6 +294,20 @@ def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, f
     assert facts["made_from"]["patches"][0]["hash"] == digest
     assert facts["made_from"]["patches"][0]["provenance"]["settings"]["erase"] == ["skulls"]
     assert f"has patches in its weights already: `{digest[:12]}`" in (tmp_path / "two.safetensors.md").read_text()
+
+
+def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_made_of_it(safegen, files, tmp_path):
+    folder, again = tmp_path / "folder", tmp_path / "again.safetensors"
+    assert safegen("apply", files / "text.safetensors", "mini", "--no-card", "--out", folder)[0] == 0
+    assert not (folder / "README.md").exists()
+    patch, facts = Patch.load(files / "text.safetensors"), json.loads((folder / "safegen.json").read_text())
+    assert facts == {"base": load("mini").hash, "model": "mini", "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}]}
+    assert safegen("export", folder, "--dtype", "fp32", "--out", again)[0] == 0
+    with safe_open(again, framework="pt") as file:
+        assert json.loads(file.metadata()["safegen"])["made_from"] == facts
+    for damage in ("[1]", "{", "\udcff"):
+        (folder / "safegen.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
+        assert load(folder).provenance == {}
 
 
 def test_a_card_is_written_over_nothing_but_markdown(safegen, files, tmp_path):

@@ -11,7 +11,15 @@ from safegen.errors import BadFile
 
 HUB = "hub:"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_SMALL = ("model_index.json", "scheduler/*", "tokenizer*/*", "unet/config.json", "vae/config.json", "text_encoder*/config.json")
+_SMALL = (
+    "model_index.json",
+    "safegen.json",
+    "scheduler/*",
+    "tokenizer*/*",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder*/config.json",
+)
 _STEMS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder*/model")
 """Weights as a pipeline opens them by default: no half-precision variants, no averages that only trainers want."""
 _PICKLED = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder*/pytorch_model")

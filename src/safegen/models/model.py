@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -46,6 +46,8 @@ TOWERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProje
 """Text encoders by the class that model_index.json names."""
 PARTS = ("unet", "vae", "text_encoder")
 """Parts of every pipeline that have weights; SDXL has `text_encoder_2` too (`Model.parts`)."""
+SAID = "safegen.json"
+"""What a folder of ours says of itself, for programs."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,7 +63,7 @@ class Model:
     applied: list[Applied] = field(default_factory=list)
     """What is on it now, in order; `Patch.apply` puts it here and its undoing takes it away."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What a one-file checkpoint of ours says of itself: its base, the patches that are in its weights, its figures."""
+    """What a file or folder of ours says of itself: its base, the patches that are in its weights, its figures."""
     _rounded: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -180,7 +182,9 @@ class Model:
         return str(self.pipeline.scheduler.config.prediction_type)
 
 
-def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False, config: Path | None = None) -> Model:
+def load(
+    name: str | Path, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False, config: str | Path | None = None
+) -> Model:
     """Load a model by its name in the table, from a diffusers folder, a one-file checkpoint, or (`hub:owner/name`) from the hub.
 
     Args:
@@ -195,13 +199,15 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
         UnknownName: neither a known model nor a folder.
         BadFile: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or the hub's model is not to be had.
     """
+    name = str(name)
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     refuse_device(device)
     if name not in MODELS and is_there(name, file=True):
         from safegen.models.single_file import load_single_file
 
-        return load_single_file(Path(name), config=config, dtype=dtype, device=device, allow_pickle=allow_pickle)
+        small = None if config is None else Path(config)
+        return load_single_file(Path(name), config=small, dtype=dtype, device=device, allow_pickle=allow_pickle)
     if config is not None:
         raise BadSetting(f"config has no effect on {name!r}, which is no one-file checkpoint; leave it out")
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": None if allow_pickle else True}
@@ -219,7 +225,20 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: b
         raise BadFile(f"the model {name!r} {error}") from error
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
         raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
-    return finish_loading(name, pipeline, device, path)
+    model = finish_loading(name, pipeline, device, path)
+    with suppress(OSError, UnicodeDecodeError):
+        model.provenance = said_in((path / SAID).read_text(encoding="utf-8"))
+    return model
+
+
+def said_in(text: str) -> dict[str, Any]:
+    """Return what a model of ours says of itself; nothing of another's, or where somebody changed the words."""
+    try:
+        found = json.loads(text)
+        _ = [str(patch["hash"]) for patch in found.get("patches", ())]
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return {}
+    return dict(found)
 
 
 def refuse_device(device: str) -> None:
@@ -327,7 +346,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def save_folder(model: Model, out: Path, *, card: str | None = None) -> None:
+def save_folder(model: Model, out: str | Path, *, card: str | None = None, facts: Mapping[str, Any] | None = None) -> None:
     """Write a plain diffusers folder that `from_pretrained` of old and new releases opens.
 
     Mends three things that today's libraries write and yesterday's cannot read: text-encoder keys without `text_model.`, a tokenizer
@@ -337,11 +356,12 @@ def save_folder(model: Model, out: Path, *, card: str | None = None) -> None:
         model: the model, with or without patches on it.
         out: the new folder.
         card: text of its README.md; none is written without.
+        facts: content of its safegen.json, as `Model.provenance` has it; none is written without.
 
     Raises:
         BadFile: `out` exists or cannot be written.
     """
-    with fresh_folder(out) as tmp:
+    with fresh_folder(Path(out)) as tmp:
         tower = model.pipeline.text_encoder
         state = tower.state_dict()
         try:
@@ -357,10 +377,12 @@ def save_folder(model: Model, out: Path, *, card: str | None = None) -> None:
             save_vocabulary(folder)
         forget_places(tmp)
         index = tmp / "model_index.json"
-        facts = json.dumps(json.loads(index.read_text(encoding="utf-8")) | _keep_unloaded(model, tmp), indent=2)
-        index.write_text(facts.replace("CLIPImageProcessorPil", "CLIPImageProcessor") + "\n", encoding="utf-8")
+        parts = json.dumps(json.loads(index.read_text(encoding="utf-8")) | _keep_unloaded(model, tmp), indent=2)
+        index.write_text(parts.replace("CLIPImageProcessorPil", "CLIPImageProcessor") + "\n", encoding="utf-8")
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
+        if facts is not None:
+            (tmp / SAID).write_text(json.dumps(dict(facts), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _keep_unloaded(model: Model, out: Path) -> dict[str, Any]:

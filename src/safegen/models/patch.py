@@ -71,13 +71,14 @@ class Patch:
         """SHA-256 over the new values."""
         return hash_tensors(dict(self.tensors))
 
-    def save(self, out: Path) -> None:
+    def save(self, out: str | Path) -> None:
         """Write the patch to a new file.
 
         Raises:
             BadPatch: it changes nothing, or has values that are not finite, so that it could not be read again.
             BadFile: `out` exists or cannot be written.
         """
+        out = Path(out)
         if not self.tensors:
             raise BadPatch(f"{out} is not written: the patch changes nothing")
         for key, value in self.tensors.items():
@@ -91,12 +92,13 @@ class Patch:
                 raise BadFile(f"{out} cannot be written: {error}") from error
 
     @classmethod
-    def load(cls, path: Path) -> Patch:
+    def load(cls, path: str | Path) -> Patch:
         """Read a patch.
 
         Raises:
             BadFile: missing, truncated, not a patch, one of nothing, or with NaN in its values.
         """
+        path = Path(path)
         if not path.is_file():
             raise BadFile(f"the patch {str(path)!r} does not exist")
         try:

@@ -22,7 +22,7 @@ from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_file
 from safegen.models import builds
 from safegen.models.layout import PREFIX, original_names, pack, unpack
-from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, forget_places, save_vocabulary, silence
+from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, forget_places, said_in, save_vocabulary, silence
 
 CONFIGS = "safegen_configs"
 """Key of the header that holds the small files of a pipeline (configurations, vocabulary), so that the file opens by itself."""
@@ -166,18 +166,8 @@ def load_single_file(
         with silence():
             pipeline.to(dtype=DTYPES[dtype])
     model = finish_loading(str(path), pipeline, device)
-    model.provenance = _said(header)
+    model.provenance = said_in(header.get("safegen", "{}"))
     return model
-
-
-def _said(header: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a file of ours says of itself; nothing of another's, or of one whose header somebody changed."""
-    try:
-        found = json.loads(header.get("safegen", "{}"))
-        _ = [str(patch["hash"]) for patch in found.get("patches", ())]
-    except (ValueError, AttributeError, TypeError, KeyError):
-        return {}
-    return dict(found)
 
 
 def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
