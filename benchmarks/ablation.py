@@ -100,7 +100,12 @@ def main() -> None:
     ask.add_argument("--triplets", type=Path, help="others than the concept's bundled ones")
     ask.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
     ask.add_argument("--keep", type=Path, help="a folder for the patches, ROW.safetensors; not kept unless told")
-    ask.add_argument("--precision", default=native_precision(), help="arithmetic of drawing, and of training where a row leaves it open")
+    ask.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default=native_precision(),
+        help="arithmetic of drawing, and of training where a row leaves it open",
+    )
     ask.add_argument("--table", type=Path)
     args = ask.parse_args()
     if args.table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def edit(
     *,
     triplets: Triplets | str | Path | None = None,
     preset: str = "default",
-    concept: Concept | str | None = None,
+    concept: Concept | str | Path | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     report: Report | None = None,
@@ -142,6 +142,7 @@ def edit(
         Diverged: a loss became NaN.
         Stopped: SIGINT or SIGTERM came.
     """
+    concept = str(concept) if isinstance(concept, Path) else concept
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **settings)
     recipe = make_edit(method, preset, concept=concept, **settings)
@@ -206,8 +207,8 @@ def export(
     if out.suffix != ".safetensors":
         raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
     notes = [f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."]
-    text = _card(_subject("file", out, model, patches, notes), card, measured)
-    facts = _facts(model, patches, measured)
+    subject = _subject("file", out, model, patches, notes)
+    text, facts = _card(subject, card, measured), _facts(subject, model, measured)
     with _with(model, patches):
         cards.write_with_card(out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts))
 
@@ -220,29 +221,29 @@ def export_folder(
     Provenance and figures are in its safegen.json, the model card is its README.md.
     """
     out, measured = Path(out), [Path(path) for path in metrics]
-    text = _card(_subject("folder", out, model, patches), card, measured)
-    facts = _facts(model, patches, measured)
+    subject = _subject("folder", out, model, patches)
+    text, facts = _card(subject, card, measured), _facts(subject, model, measured)
     with _with(model, patches):
         save_folder(model, out, card=text, facts=facts)
 
 
-def _facts(model: Model, patches: Sequence[Patch], metrics: Sequence[Path]) -> dict[str, Any]:
+def _facts(subject: cards.Subject, model: Model, metrics: Sequence[Path]) -> dict[str, Any]:
     """Return what a whole model says of itself in the place that programs read."""
-    held = [*model.patches, *patches]
-    out: dict[str, Any] = {"model": short(model.name), "base": model.hash}
-    out["patches"] = [{"hash": p.hash, "provenance": dict(p.provenance)} for p in held]
+    out: dict[str, Any] = {"model": subject.model, "base": subject.base}
+    out["patches"] = [{"hash": digest, "provenance": dict(said)} for digest, said in subject.patches]
     out |= {"made_from": dict(model.provenance)} if model.provenance else {}
-    if metrics:
-        bases = (model.hash, *model.rounded.values())
-        out["metrics"] = [cards.read_figures(path, [p.hash for p in held], bases).facts() for path in metrics]
-    return out
+    return out | ({"metrics": [subject.figures(path).facts() for path in metrics]} if metrics else {})
 
 
 def _subject(kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()) -> cards.Subject:
-    held = [(p.hash, p.provenance) for p in (*model.patches, *patches)]
-    if earlier := [str(p["hash"])[:12] for p in model.provenance.get("patches", ())]:
-        notes = [*notes, f"It was read from a file of ours that has patches in its weights already: `{'`, `'.join(earlier)}`."]
-    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes, tuple(model.rounded.values()))
+    held, rounded = [(p.hash, p.provenance) for p in (*model.patches, *patches)], tuple(model.rounded.values())
+    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes, rounded, _within(model.provenance))
+
+
+def _within(said: Mapping[str, Any]) -> list[str]:
+    """Return the hashes of the patches that are in a model's weights, the oldest first."""
+    earlier = _within(said["made_from"]) if said.get("made_from") else []
+    return [*earlier, *(patch["hash"] for patch in said.get("patches", ()))]
 
 
 def _card(subject: cards.Subject, wanted: bool, metrics: Sequence[Path]) -> str | None:

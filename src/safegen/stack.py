@@ -102,7 +102,7 @@ class Stack(BaseModel):
         return _digest(facts | ({"guards": [guard.facts() for guard in self.guards]} if self.guards else {}))
 
 
-def load_stack(spec: str) -> Stack:
+def load_stack(spec: str | Path) -> Stack:
     """Return the stack that a word of the command line means.
 
     Args:
@@ -113,6 +113,7 @@ def load_stack(spec: str) -> Stack:
         BadFile: the recipe is missing or is not one.
         BadSetting: the name is not plain.
     """
+    spec = str(spec)
     name, found, rest = spec.partition("=")
     if not found and spec.endswith(".toml"):
         return _read_recipe(Path(spec))

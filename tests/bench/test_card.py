@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,8 +106,19 @@ def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, p
         assert name == f"{part} ({row['role']})"
         assert removal == row.get("removal")
         assert sides == [scores["stacks"][side]["lists"][part] for side in ("mini", "calm")]
-    with pytest.raises(BadSetting, match=r"has no stack of patch dddddddddddd alone; it has mini: none; calm: "):
+    with pytest.raises(BadSetting, match=r"has no stack of patch dddddddddddd alone; it has mini \(mini\): none; calm \(mini\): "):
         read_figures(finished, ["d" * 64])
+
+
+def test_a_model_that_holds_patches_already_takes_no_figures_of_its_plain_base(finished):
+    plain, edited = (Subject("folder", "out", "mini", "b" * 64, [], within=within) for within in ((), ("e" * 64,)))
+    assert "stack mini" in plain.figures(finished).about
+    assert "stack mini" in edited.figures(finished).about  # a run says that it drew with a model of this name
+    with pytest.raises(BadSetting, match=r"has no stack of no patch alone on folder; it has mini \(mini\): none"):
+        replace(edited, model="folder").figures(finished)
+    text = card(edited)
+    assert f"has patches in its weights already: `{'e' * 12}`" in text
+    assert "What was done to the base model before is not known" not in text
 
 
 def test_a_merged_patch_names_its_parts():

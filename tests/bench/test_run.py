@@ -360,6 +360,12 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(quick, 
     assert {s.config for s, _, _ in stacks} == {tiny_folder}
     run = prepare(protocol, stacks, tmp_path / "run", Shelf())
     assert "--stack s.toml --out RUN" in run.card["command"]  # the base comes of itself
+    lone = stack.model_copy(update={"name": "base", "negative_prompt": None})
+    again = prepare(protocol, everyone(protocol, [lone], "none"), tmp_path / "lone", Shelf())
+    assert "--stack base.toml" in again.card["command"]  # nothing else would bring it
+    whole = Stack(name="whole", model=str(tmp_path / "whole.safetensors"), negative_prompt="x")
+    with pytest.raises(BadSetting, match="the bases 'base' and 'base-2' draw the same: give the stacks on them the same words"):
+        prepare(protocol, everyone(protocol, [whole, stack], "none"), tmp_path / "twice", Shelf())
     plain = stack.model_copy(update={"name": "plain", "negative_prompt": None})
     assert [s.name for s, _, _ in everyone(protocol, [stack, plain], "none")] == ["plain", "s"]
 

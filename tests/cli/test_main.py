@@ -177,6 +177,22 @@ def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words
     assert not (tmp_path / "out").exists()
 
 
+def test_a_config_is_said_once(safegen, tiny_model, tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from safegen.models.single_file import save_single_file
+
+    save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
+    bare, recipe, base = tmp_path / "bare.safetensors", tmp_path / "s.toml", ("--prompt", "a red cube", "--steps", "1", "--out")
+    save_file(load_file(tmp_path / "whole.safetensors"), bare)
+    recipe.write_text(f'model = "bare.safetensors"\nconfig = "{tiny_folder}"')
+    assert safegen("generate", "--stack", recipe, *base, tmp_path / "a")[0] == 0
+    assert safegen("generate", bare, "--config", tiny_folder, *base, tmp_path / "b")[0] == 0
+    assert (tmp_path / "a" / "sheet.png").read_bytes() == (tmp_path / "b" / "sheet.png").read_bytes()
+    code, _, err = safegen("generate", "--stack", recipe, "--config", tiny_folder, *base, tmp_path / "c")
+    assert (code, "names a config, so --config has no effect" in err) == (2, True)
+
+
 @pytest.mark.parametrize("method", ["uce", "rece"])
 def test_a_closed_form_edits_by_a_concepts_name_in_seconds(safegen, tmp_path, method):
     patch = tmp_path / "patch.safetensors"

@@ -305,7 +305,12 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     assert safegen("export", folder, "--dtype", "fp32", "--out", again)[0] == 0
     with safe_open(again, framework="pt") as file:
         assert json.loads(file.metadata()["safegen"])["made_from"] == facts
-    for damage in ("[1]", "{", "\udcff"):
+    assert safegen("apply", files / "look.safetensors", folder, "--out", tmp_path / "both")[0] == 0
+    assert safegen("apply", files / "look.safetensors", tmp_path / "both", "--out", tmp_path / "thrice")[0] == 0
+    held = [patch.hash[:12], Patch.load(files / "look.safetensors").hash[:12]]
+    assert f"has patches in its weights already: `{'`, `'.join(held)}`." in (tmp_path / "thrice" / "README.md").read_text()
+    other = '{"base": "%s", "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)
+    for damage in ("[1]", "{", "\udcff", "[" * 200_000, '{"home": "/home/me"}', other):
         (folder / "safegen.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
         assert load(folder).provenance == {}
 

@@ -262,3 +262,9 @@ def test_debiasing_is_a_setting_like_others(tiny_model):
         with pytest.raises(BadSetting, match=words) as caught:
             make_edit("uce", **{"erase": ("ball",), "debias": {"a tree": 0.3}} | more)
         assert "\n" not in str(caught.value)
+
+
+def test_a_patch_names_a_file_of_captions_by_its_last_name(tiny_model, tmp_path):
+    (tmp_path / "calm.txt").write_text("a blue ball in the grass")
+    edit = UCE(erase=("red cube",), captions=(str(tmp_path / "calm.txt"), "mini:benign"))
+    assert edit.apply(tiny_model).provenance["settings"]["captions"] == ["calm.txt", "mini:benign"]

@@ -133,7 +133,7 @@ def test_a_file_with_weights_alone_opens_by_itself(small, tmp_path, build, heade
 
 def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(small, tmp_path):
     file, _ = theirs("sd2", tmp_path)
-    with pytest.raises(BadFile, match=r"does not say whether it predicts epsilon or v.*\(--config\)") as caught:
+    with pytest.raises(BadFile, match=r"does not say whether it predicts epsilon or v.*\(--config, or in a recipe\)") as caught:
         load(str(file))
     assert "\n" not in str(caught.value)
     assert load(str(file), config=tmp_path / "folder").prediction == "epsilon"
@@ -153,7 +153,7 @@ def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(s
         ),
         ("sd1", {"modelspec.architecture": "stable-diffusion-v1/inpainting"}, {}, r"says that it is a stable-diffusion-v1/inpainting"),
         ("sd1", None, {"model.diffusion_model.input_blocks.0.0.weight": [32, 9, 3, 3]}, "takes 9 channels, as inpainting"),
-        ("sd1", None, {"model.diffusion_model.time_embed.cond_proj.weight": [32, 32]}, r"cond_proj.weight and 0 others .* \(--config\)$"),
+        ("sd1", None, {"model.diffusion_model.time_embed.cond_proj.weight": [32, 32]}, r"cond_proj.weight and 0 others .* \(--config, or in a recipe\)$"),
     ],
 )
 def test_a_variant_is_refused_in_one_line_that_says_which(small, tmp_path, build, header, marks, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,19 @@ def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
     with pytest.raises(BadFile, match="exists already"):
         save_folder(tiny_model, tmp_path / "out")
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["out", "out/mine"]
+
+
+def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(tiny_model, tiny_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "mini")
+    monkeypatch.chdir(tmp_path)
+    assert load(Path("mini")).hash == load(tmp_path / "mini").hash == load("./mini").hash == tiny_model.hash != load("mini").hash
+
+
+def test_what_a_folder_says_of_itself_cannot_be_read(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    (tmp_path / "m" / "safegen.json").mkdir()
+    with pytest.raises(BadFile, match="cannot be read"):
+        load(tmp_path / "m")
 
 
 def test_a_loaded_model_is_not_in_training(tiny_folder):

@@ -48,6 +48,8 @@ class Subject:
     """What else the reader must know: the type of the weights, what was left out."""
     rounded: Sequence[str] = ()
     """What `base` is when the same weights are loaded as fp16 or bf16."""
+    within: Sequence[str] = ()
+    """Hashes of the patches that its file or folder says to be in the base's weights already, the oldest first."""
 
     @classmethod
     def of_patch(cls, patch: Patch, name: str) -> Subject:
@@ -60,6 +62,11 @@ class Subject:
     def bases(self) -> tuple[str, ...]:
         """The hashes under which figures may know its base; none where that is not known."""
         return (self.base, *self.rounded) if self.base else ()
+
+    def figures(self, path: Path) -> Measured:
+        """Return the figures at a path, which must be of it; errors as `read_figures` has them."""
+        named = self.model if self.within else None  # its weights are not the ones that another model's figures are of
+        return read_figures(path, [digest for digest, _ in self.patches], self.bases, model=named)
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,8 @@ def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
         BadFile: no figures can be read there.
         BadSetting: they are figures of other patches.
     """
-    bases = Subject.of_patch(patch, "").bases
-    found = [read_figures(path, [patch.hash], bases).facts() for path in metrics]
+    subject = Subject.of_patch(patch, "")
+    found = [subject.figures(path).facts() for path in metrics]
     return replace(patch, provenance={**patch.provenance, "metrics": found}) if found else patch
 
 
@@ -151,16 +158,19 @@ def card(subject: Subject, metrics: Sequence[Path] = ()) -> str:
         BadSetting: they are figures of other patches.
     """
     hashes = [digest for digest, _ in subject.patches]
-    tables = [read_figures(path, hashes, subject.bases) for path in metrics] or _told(subject)
+    tables = [subject.figures(path) for path in metrics] or _told(subject)
     model = f"`{subject.model}`" if subject.model else "a model that its provenance does not name"
     parts = [_front(subject) if subject.kind == "folder" else "", f"# {subject.name}\n"]
     changed = f", with {len(hashes)} patch{'es' if len(hashes) != 1 else ''} in it" if subject.kind in ("folder", "file") else ""
     parts += [f"This is {KINDS[subject.kind].format(model=model)}{changed}. Written by safegen {__version__}.\n"]
     parts += [f"Base weights (SHA-256 over the denoiser): `{subject.base}`\n" if subject.base else "The base weights are not named.\n"]
     parts += [f"{note}\n" for note in subject.notes]
+    if subject.within:
+        earlier = "`, `".join(digest[:12] for digest in subject.within)
+        parts += [f"The file or folder that it was read from says that it has patches in its weights already: `{earlier}`.\n"]
     parts += ["## What was removed, and how\n"]
     parts += [text for digest, said in subject.patches for text in _edit(digest, said)] or [
-        "Nothing here: no patch was put on it. What was done to the base model before is not known.\n"
+        f"Nothing here: no patch was put on it.{'' if subject.within else ' What was done to the base model before is not known.'}\n"
     ]
     parts += ["## What was measured\n", *(_table(table) for table in tables)] if tables else [_unmeasured(subject)]
     return "\n".join([part for part in [*parts, LIMITS, _check(subject)] if part])
@@ -250,7 +260,7 @@ def _told(subject: Subject) -> list[Measured]:
     return tables
 
 
-def read_figures(path: Path, patches: Sequence[str], bases: Sequence[str] = ()) -> Measured:
+def read_figures(path: Path, patches: Sequence[str], bases: Sequence[str] = (), *, model: str | None = None) -> Measured:
     """Return the figures of a demo, a run or a resilience test that are of these patches.
 
     Args:
@@ -258,6 +268,7 @@ def read_figures(path: Path, patches: Sequence[str], bases: Sequence[str] = ()) 
         patches: their hashes, in order.
         bases: hashes of the model that they are on, as it may have been loaded; figures of another are refused where they say (a run
             does not: its table names the model).
+        model: the model by the name that a run must call it; any when not given.
 
     Raises:
         BadFile: none can be read there.
@@ -269,13 +280,14 @@ def read_figures(path: Path, patches: Sequence[str], bases: Sequence[str] = ()) 
         raise BadFile(f"{path} has no figures: neither a demo's summary.json, nor resilience.json, nor a run's {SCORES}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        read = _run if "stacks" in found else _resilience if "sides" in found else _demo
         if bases and (theirs := found.get("base_hash")) not in (*bases, None):
             raise BadSetting(
                 f"{file} has figures of these patches on other weights ({theirs[:12]}) than this card's ({bases[0][:12]}); name figures "
                 "that were taken on this model"
             )
-        return read(found, file, list(patches))
+        if "stacks" in found:
+            return _run(found, file, list(patches), model)
+        return (_resilience if "sides" in found else _demo)(found, file, list(patches))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFile(f"{file} has no figures that can be read: {type(error).__name__} {error}") from error
 
@@ -304,13 +316,14 @@ def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Mea
     return Measured(about, tuple("this" if side == "edited" else side for side in found["sides"]), rows)
 
 
-def _run(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
+def _run(found: Mapping[str, Any], file: Path, patches: list[str], model: str | None) -> Measured:
     entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
     plain = [e for e in entries if not (e.get("guards") or e.get("loras") or e.get("negative_prompt") is not None or e.get("blank"))]
-    names = [e["name"] for e in plain if [p["hash"] for p in e["patches"]] == patches]
+    names = [e["name"] for e in plain if [p["hash"] for p in e["patches"]] == patches and model in (None, e["model"])]
     if not names:
-        held = "; ".join(f"{e['name']}: {', '.join(p['hash'][:12] for p in e['patches']) or 'none'}" for e in plain)
-        raise BadSetting(f"{file} has no stack of {_hashes(patches)} alone; it has {held}")
+        held = "; ".join(f"{e['name']} ({e['model']}): {', '.join(p['hash'][:12] for p in e['patches']) or 'none'}" for e in plain)
+        of = f"{_hashes(patches)} alone" + (f" on {model}" if model else "")
+        raise BadSetting(f"{file} has no stack of {of}; it has {held}")
     this = found["stacks"][names[0]]
     about = f"protocol `{found['protocol']['name']}` (id `{found['protocol']['id']}`), judge `{found['judge']}`, stack {names[0]}, "
     about += f"model `{_plain(str(next(e for e in plain if e['name'] == names[0]).get('model', 'not said')))}`"

@@ -68,7 +68,7 @@ def _facts(found: Outcome) -> dict[str, Any]:
         "lists": lists,
         "concept": found.concept.name,
         "settings": found.settings,
-        "edit": found.edit.model_dump(mode="json"),
+        "edit": found.edit.told(),
         "summary": summary,
         "seconds": found.seconds,
         "total": sum(found.seconds.values()),

@@ -219,6 +219,10 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
         digest = shelf.hash(stack)
         if digest in seen and kind == "baseline":
             continue  # black pictures of one size are the same for every model: no one could leave them out
+        if digest in seen and kind == "base":
+            raise BadSetting(
+                f"the bases {seen[digest]!r} and {stack.name!r} draw the same: give the stacks on them the same words for model and config"
+            )
         if digest in seen:
             raise BadSetting(f"the stacks {seen[digest]!r} and {stack.name!r} draw the same; leave one out")
         seen[digest] = stack.name
@@ -256,8 +260,9 @@ def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf
         words = ["--protocol", protocol.name, "--precision", precision]
     else:
         words = ["--protocol", f"{protocol.name}.toml"]
+    needed = {against for _, kind, against in stacks if kind == "given"}
     for stack, kind, _ in stacks:
-        of_itself = kind == "baseline" or (kind == "base" and stack.config and re.fullmatch(OWN_BASE, stack.name))
+        of_itself = kind == "baseline" or (stack.config and stack.name in needed and re.fullmatch(OWN_BASE, stack.name))
         words += [] if of_itself else ["--stack", _spec(stack)]
     for part in protocol.lists:
         words += ["--prompts", f"{part.name}={short(part.source or '')}"] if part.requires else []

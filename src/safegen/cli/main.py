@@ -59,8 +59,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def generate(
     out: Annotated[Path, typer.Option(help="New folder for the pictures.")],
-    model: Annotated[str | None, typer.Argument(help="'mini', a diffusers folder, or hub:owner/name.", metavar="[MODEL]")] = None,
-    stack: Annotated[Path | None, typer.Option(help="A recipe.toml (model, patches, guards) in the place of MODEL.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="[MODEL]"),
+    ] = None,
+    stack: Annotated[Path | None, typer.Option(help="A recipe.toml (model, config, patches, guards) in the place of MODEL.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
     patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model; may be given more than once.")] = None,
@@ -91,6 +94,8 @@ def generate(
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
+    if config and recipe.config:
+        raise BadSetting(f"{stack} names a config, so --config has no effect; leave it out")
     recipe = recipe.model_copy(update={"config": config}) if config else recipe
     recipe = add_guards(add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept)
     loras = [one.facts() for one in recipe.loras]

@@ -69,6 +69,11 @@ class Edit(BaseModel, ABC):
             said["training"] = (own.model_dump() if own else {}) | changes["training"]
         return cls(**{**(cls.lent(concept, said) if concept else {}), **said})
 
+    def told(self) -> dict[str, Any]:
+        """Return the settings for what we write, which names no machine and no user: files of captions by their last name."""
+        out = self.model_dump(mode="json")
+        return out | ({"captions": [short(name) for name in out["captions"]]} if "captions" in out else {})
+
     @abstractmethod
     def apply(
         self,
@@ -214,7 +219,7 @@ def facts_of(edit: Edit, model: Model, triplets: Triplets | None = None, **more:
     """Return a patch's provenance."""
     out: dict[str, Any] = {
         "method": edit.method(),
-        "settings": edit.model_dump(mode="json"),
+        "settings": edit.told(),
         "base": model.hash,
         "base_rounded": model.rounded,
         "family": model.family,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -20,6 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -49,6 +50,18 @@ PARTS = ("unet", "vae", "text_encoder")
 SAID = "safegen.json"
 """What a folder of ours says of itself, for programs."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Held(BaseModel):
+    hash: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Whole(BaseModel):
+    """What is read of what a file or folder of ours says of itself; whatever else it says is kept as it is."""
+
+    base: str = Field(pattern="^[0-9a-f]{64}$")
+    patches: list[_Held]
+    made_from: _Whole | None = None
 
 
 @dataclass(eq=False)
@@ -199,7 +212,7 @@ def load(
         UnknownName: neither a known model nor a folder.
         BadFile: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or the hub's model is not to be had.
     """
-    name = str(name)
+    name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     refuse_device(device)
@@ -226,19 +239,23 @@ def load(
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
         raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
     model = finish_loading(name, pipeline, device, path)
-    with suppress(OSError, UnicodeDecodeError):
-        model.provenance = said_in((path / SAID).read_text(encoding="utf-8"))
+    try:
+        model.provenance = said_in((path / SAID).read_text(encoding="utf-8", errors="replace")) if is_there(path / SAID) else {}
+    except OSError as error:
+        raise BadFile(f"the model {name!r} cannot be read: {error}") from error
     return model
 
 
 def said_in(text: str) -> dict[str, Any]:
-    """Return what a model of ours says of itself; nothing of another's, or where somebody changed the words."""
+    """Return what a model of ours says of itself; nothing of another's, or where it is not what we write.
+
+    It is a statement, not a proof: nothing ties it to the weights beside it.
+    """
     try:
-        found = json.loads(text)
-        _ = [str(patch["hash"]) for patch in found.get("patches", ())]
-    except (ValueError, AttributeError, TypeError, KeyError):
+        _Whole.model_validate_json(text)
+        return dict(json.loads(text))
+    except (ValueError, RecursionError):
         return {}
-    return dict(found)
 
 
 def refuse_device(device: str) -> None:
@@ -356,7 +373,7 @@ def save_folder(model: Model, out: str | Path, *, card: str | None = None, facts
         model: the model, with or without patches on it.
         out: the new folder.
         card: text of its README.md; none is written without.
-        facts: content of its safegen.json, as `Model.provenance` has it; none is written without.
+        facts: content of its safegen.json, as `Model.provenance` has it; none is written without. `safegen.export_folder` makes it.
 
     Raises:
         BadFile: `out` exists or cannot be written.

@@ -150,7 +150,7 @@ def load_single_file(
         raise BadFile(f"{path} is trained on the EDM schedule (it has {strange[0]}), which is not read; draw with a model that is not")
     with tempfile.TemporaryDirectory() as folder:
         if config is not None:
-            way = "name the folder of this very model (--config)"
+            way = "name the folder of this very model (--config, or in a recipe)"
         elif CONFIGS in header:
             way = "the file was changed after it was written; make it again"
             config = Path(folder)
@@ -158,7 +158,7 @@ def load_single_file(
         else:
             config = Path(folder)
             build = _bring(tensors, header, config, path)
-            way = f"the configuration is that of the published {build}: name the model's own diffusers folder (--config)"
+            way = f"the configuration is that of the published {build}: name the model's own diffusers folder (--config, or in a recipe)"
         if not (config / "model_index.json").is_file():
             raise BadFile(f"{config} is not a diffusers folder: it has no model_index.json")
         pipeline = _assemble(tensors, config, path, way)
@@ -200,7 +200,7 @@ def _unpack(text: str, folder: Path, path: Path) -> None:
     try:
         files = {name: str(value) for name, value in json.loads(text).items()}
     except (json.JSONDecodeError, AttributeError) as error:
-        raise BadFile(f"{path} is damaged: its header's {CONFIGS} is not JSON; name a folder instead (--config)") from error
+        raise BadFile(f"{path} is damaged: its header's {CONFIGS} is not JSON; name a folder instead (--config, or in a recipe)") from error
     for name, value in files.items():
         place = folder / name
         if not place.resolve().is_relative_to(folder.resolve()):
@@ -238,13 +238,13 @@ def _bring(tensors: Mapping[str, Tensor], header: Mapping[str, str], folder: Pat
     if named and named not in SAID[build]:
         raise BadFile(
             f"{path} says that it is a {named}, and its weights are {builds.TITLES[build]}'s, whose published schedule may not be its own; "
-            "name the model's own diffusers folder (--config)"
+            "name the model's own diffusers folder (--config, or in a recipe)"
         )
     said = _predicts(tensors, header, path)
     if said is None and build == "sd2":
         raise BadFile(
             f"{path} does not say whether it predicts epsilon or v, and SD 2.x has both kinds; "
-            "name a diffusers folder of the same kind, whose small files go with it (--config)"
+            "name a diffusers folder of the same kind, whose small files go with it (--config, or in a recipe)"
         )
     builds.write_small_files(build, folder, prediction=said or "epsilon", zero_snr=ZTSNR in tensors)
     return builds.TITLES[build]
