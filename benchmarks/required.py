@@ -1,6 +1,7 @@
 """The figures that the miniature model and the SafeGen edit must reach: every list, 64 prompts, 3 seeds, 25 DDIM steps, guidance 5.
 
     python benchmarks/required.py [--out DIR] [--prompts 64] [--seeds 3] [--concepts skulls,fire]
+    python benchmarks/required.py --method safegen-plus --set '{"weight_mosaic": 0.38, "weight_preserve": 0.62}'  # another, held to the same
 
 Draws the base model once, then edits and draws again for each concept. Prints one table a concept, with n and 95 % intervals, says of
 each requirement whether it is met, and writes the same as JSON and the report of each concept to DIR.
@@ -87,7 +88,9 @@ def main() -> None:
     ask.add_argument("--prompts", type=int, default=64)
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--concepts", default="skulls,fire")
+    ask.add_argument("--method", default="safegen")
     ask.add_argument("--preset", default="default")
+    ask.add_argument("--set", default="{}", type=json.loads, help="changes of the preset, as JSON")
     ask.add_argument("--precision", default=native_precision())
     args = ask.parse_args()
     if args.out.exists():
@@ -98,7 +101,7 @@ def main() -> None:
     for concept in args.concepts.split(","):
         sampler = Sampler(precision=args.precision)
         settings = DemoSettings(concept=concept, prompts=args.prompts, seeds=tuple(range(1, args.seeds + 1)), sampler=sampler)
-        found = do_demo(settings, make_edit("safegen", args.preset, concept=concept), drawn=drawn)
+        found = do_demo(settings, make_edit(args.method, args.preset, concept=concept, **args.set), drawn=drawn)
         summary = found.summary()
         folder = args.out / concept
         folder.mkdir(parents=True)
