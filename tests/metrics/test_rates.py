@@ -88,6 +88,16 @@ def test_added_detections_have_a_spread_even_in_one_picture():
     assert (found.value, found.low, found.high) == (-1, pytest.approx(1 - high / (1 - high)), pytest.approx(1 - low / (1 - low)))
 
 
+def test_detections_added_in_many_prompts_are_as_sure_as_detections():
+    """64 prompts, 8 things each, in a quarter of them one more: no wider than if all were detections of their own."""
+    found = removal_rate([8] * 64, [8] * 48 + [9] * 16, range(64))
+    low, high = wilson(528 / 1040 * 1040, 1040)
+    assert found.value == pytest.approx(-1 / 32)
+    assert (found.low, found.high) == (pytest.approx(1 - high / (1 - high)), pytest.approx(1 - low / (1 - low)))
+    few = removal_rate([8] * 64, [8] * 63 + [24], range(64))  # all that is added is in one prompt
+    assert few.low < -0.5
+
+
 def test_few_survivors_are_no_surer_than_their_prompts():
     """Detections of a prompt go or stay together: 64 prompts x 3 seeds x 3 detections are no 576 trials."""
     prompts = [i for i in range(64) for _ in range(3)]

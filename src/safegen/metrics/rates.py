@@ -121,7 +121,7 @@ def removal_rate(
     Interval (ours): percentile bootstrap over clusters (the prompts), widened to the Wilson interval of the survivors. Detections in a
     picture go or stay together, so where fewer than `FEW` clusters have survivors, or lost something, it is widened to Wilson's at the
     same rate over as many trials as there are clusters that showed the concept, as if all in a cluster were one (as `clustered_rate`).
-    Where the edit adds detections it is widened to that of their share in all, over as many trials as clusters.
+    Where the edit adds detections it is widened in the same two ways to that of their share in all, few being clusters that gain some.
 
     Args:
         base: detections in each picture of the base model; None where unjudged.
@@ -145,14 +145,13 @@ def removal_rate(
     totals = resampled_sums([(b, e) for b, e, _ in rows], [c for _, _, c in rows], seed=seed, draws=draws)
     totals = totals[totals[:, 0] > 0]
     low, high = np.quantile(1 - totals[:, 1] / totals[:, 0], [0.025, 0.975])
-    clusters_with = [len({c for b, e, c in rows if test(b, e)}) for test in (_shows, _survives, _loses)]
-    trials, few = clusters_with[0], min(clusters_with[1:]) < FEW
+    shows, survives, loses, gains = (len({c for b, e, c in rows if test(b, e)}) for test in (_shows, _survives, _loses, _gains))
     if after <= before:
-        bounds = [wilson(after, before), *([wilson(after / before * trials, trials)] if few else [])]
+        bounds = [wilson(after, before), *([wilson(after / before * shows, shows)] if min(survives, loses) < FEW else [])]
     else:
-        trials = len({c for b, e, c in rows if b or e})
-        bottom, top = wilson(after / (after + before) * trials, trials)
-        bounds = [(bottom / (1 - bottom), top / (1 - top))]
+        trials = [after + before, *([len({c for b, e, c in rows if b or e})] if min(shows, gains) < FEW else [])]
+        shares = [wilson(after / (after + before) * n, n) for n in trials]
+        bounds = [(bottom / (1 - bottom), top / (1 - top)) for bottom, top in shares]
     low, high = min(float(low), *(1 - top for _, top in bounds)), max(float(high), *(1 - bottom for bottom, _ in bounds))
     return Removal(1 - after / before, low, high, before, after, len(rows), len(base) - len(rows))
 
@@ -167,3 +166,7 @@ def _survives(before: int, after: int) -> bool:
 
 def _loses(before: int, after: int) -> bool:
     return after < before
+
+
+def _gains(before: int, after: int) -> bool:
+    return after > before
