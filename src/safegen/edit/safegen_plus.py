@@ -46,9 +46,9 @@ class SafeGenPlus(TrainedEdit):
     """Part of SafeGen's samples that is conditioned on a random benign caption; 0.6 when there are captions."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.44, gt=0)
-    """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.56, ge=0)
+    weight_mosaic: float = Field(default=0.25, gt=0)
+    """Weight of L_m, the loss on unsafe pictures: less than SafeGen's, for the closed form takes its share (docs/ablation.md)."""
+    weight_preserve: float = Field(default=0.75, ge=0)
     """Weight of L_p, the loss on benign pictures: to be answered as by the model that SafeGen begins with."""
     adversary: Opponent = 0.25
     """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
