@@ -1,7 +1,7 @@
 """The figures that the miniature model and the SafeGen edit must reach: every list, 64 prompts, 3 seeds, 25 DDIM steps, guidance 5.
 
     python benchmarks/required.py [--out DIR] [--prompts 64] [--seeds 3] [--concepts skulls,fire]
-    python benchmarks/required.py --method safegen-plus --set '{"weight_mosaic": 0.38, "weight_preserve": 0.62}'  # another edit
+    python benchmarks/required.py --method safegen-plus [--set '{"weight_mosaic": 0.38, "weight_preserve": 0.62}']  # another edit
 
 Draws the base model once, then edits and draws again for each concept. Prints one table a concept, with n and 95 % intervals, says of
 each requirement whether it is met, and writes the same as JSON and the report of each concept to DIR.
