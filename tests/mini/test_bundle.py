@@ -95,7 +95,7 @@ def test_the_autoencoder_gives_scenes_back_within_27_decibels():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # five minutes on two quick cores, many on others
+@pytest.mark.timeout(1800)  # so that it gets to say which figure falls short
 @pytest.mark.parametrize("concept", ["skulls"])
 def test_the_required_figures_hold_at_demo_size(concept):
     from safegen.api import make_edit
@@ -113,5 +113,4 @@ def test_the_required_figures_hold_at_demo_size(concept):
         if row["role"] in ("neighbour", "other"):
             assert row["base"]["shown"]["value"] >= 0.9
             assert row["base"]["shown"]["value"] - row["edited"]["shown"]["value"] <= 0.1
-    if summary["seconds"]["edit"] > 180 and native_precision() == "bf16":  # what a machine can do is no fault of the code
-        pytest.xfail(f"all is as it should be, but the edit took {summary['seconds']['edit']:.0f} s where 180 are asked for")
+    assert summary["seconds"]["edit"] <= 180 or native_precision() == "fp32"  # the limit is for processors that compute in bf16

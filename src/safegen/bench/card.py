@@ -319,9 +319,10 @@ def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Mea
 def _run(found: Mapping[str, Any], file: Path, patches: list[str], model: str | None) -> Measured:
     entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
     plain = [e for e in entries if not (e.get("guards") or e.get("loras") or e.get("negative_prompt") is not None or e.get("blank"))]
-    names = [e["name"] for e in plain if [p["hash"] for p in e["patches"]] == patches and model in (None, e["model"])]
+    names = [e["name"] for e in plain if [p["hash"] for p in e["patches"]] == patches and model in (None, e.get("model"))]
     if not names:
-        held = "; ".join(f"{e['name']} ({e['model']}): {', '.join(p['hash'][:12] for p in e['patches']) or 'none'}" for e in plain)
+        parts = [(f"{e['name']} ({e.get('model', 'not said')})", [p["hash"][:12] for p in e["patches"]]) for e in plain]
+        held = "; ".join(f"{name}: {', '.join(hashes) or 'none'}" for name, hashes in parts)
         of = f"{_hashes(patches)} alone" + (f" on {model}" if model else "")
         raise BadSetting(f"{file} has no stack of {of}; it has {held}")
     this = found["stacks"][names[0]]
