@@ -19,7 +19,8 @@ from safegen.errors import BadFile, BadSetting, MissingExtra, UnknownName
 from safegen.files import short
 from safegen.judge import load_judge
 from safegen.models.compose import warn_of_overlap
-from safegen.models.model import Model, save_folder
+from safegen.models.folder import save_folder
+from safegen.models.model import Model
 from safegen.models.patch import Patch
 from safegen.tables import EDITS, resolve
 

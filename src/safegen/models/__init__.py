@@ -1,6 +1,7 @@
 """The border to diffusion models: loading, sampling, choosing weights, patches."""
 
-from safegen.models.model import Model, load, save_folder
+from safegen.models.folder import save_folder
+from safegen.models.model import Model, load
 from safegen.models.patch import Applied, OtherBase, Patch
 from safegen.models.sampling import Ask, Sampler, generate, save_picture
 from safegen.models.select import select

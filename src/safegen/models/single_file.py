@@ -21,8 +21,9 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from safegen.errors import BadFile, BadSetting
 from safegen.files import fresh_file
 from safegen.models import builds
+from safegen.models.folder import forget_places, said_in, save_vocabulary
 from safegen.models.layout import PREFIX, original_names, pack, unpack
-from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, forget_places, said_in, save_vocabulary, silence
+from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, silence
 
 CONFIGS = "safegen_configs"
 """Key of the header that holds the small files of a pipeline (configurations, vocabulary), so that the file opens by itself."""

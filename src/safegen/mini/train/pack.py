@@ -36,7 +36,8 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
 
     They go to `home`/weights, which is replaced once all is written.
     """
-    from safegen.models.model import Model, forget_places, save_folder  # this is a tool: the only file in mini/ that looks up
+    from safegen.models.folder import forget_places, save_folder  # this is a tool: the only file in mini/ that looks up
+    from safegen.models.model import Model
 
     folder, weights = work / "pipeline", bundle.HERE / "weights"
     pipeline = StableDiffusionPipeline(
