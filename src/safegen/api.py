@@ -201,6 +201,7 @@ def export(
     Warns:
         OtherBase: a patch was made on other weights.
         Overwritten: two patches change the same weights.
+        OtherWeights: the model's file or folder says what is in it, of weights that it has no more; that is not passed on.
     """
     from safegen.models.single_file import save_single_file
 
@@ -232,13 +233,13 @@ def _facts(subject: cards.Subject, model: Model, metrics: Sequence[Path]) -> dic
     """Return what a whole model says of itself in the place that programs read."""
     out: dict[str, Any] = {"model": subject.model, "base": subject.base}
     out["patches"] = [{"hash": digest, "provenance": dict(said)} for digest, said in subject.patches]
-    out |= {"made_from": dict(model.provenance)} if model.provenance else {}
+    out |= {"made_from": dict(model.told)} if model.told else {}
     return out | ({"metrics": [subject.figures(path).facts() for path in metrics]} if metrics else {})
 
 
 def _subject(kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()) -> cards.Subject:
     held, rounded = [(p.hash, p.provenance) for p in (*model.patches, *patches)], tuple(model.rounded.values())
-    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes, rounded, _within(model.provenance))
+    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes, rounded, _within(model.told))
 
 
 def _within(said: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import safegen as package
@@ -301,7 +301,8 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     assert safegen("apply", files / "text.safetensors", "mini", "--no-card", "--out", folder)[0] == 0
     assert not (folder / "README.md").exists()
     patch, facts = Patch.load(files / "text.safetensors"), json.loads((folder / "safegen.json").read_text())
-    assert facts == {"base": load("mini").hash, "model": "mini", "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}]}
+    held = {"base": load("mini").hash, "model": "mini", "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}]}
+    assert facts == held | {"weights": [load(folder, dtype=dtype).hash for dtype in ("fp32", "bf16", "fp16")]}
     assert safegen("export", folder, "--dtype", "fp32", "--out", again)[0] == 0
     with safe_open(again, framework="pt") as file:
         assert json.loads(file.metadata()["safegen"])["made_from"] == facts
@@ -313,6 +314,26 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     for damage in ("[1]", "{", "\udcff", "[" * 200_000, '{"home": "/home/me"}', other):
         (folder / "safegen.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
         assert load(folder).provenance == {}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path, kind):
+    """Somebody trains an export of ours in place: its words stay, and are no more true of it."""
+    ours, again = tmp_path / f"ours{'.safetensors' if kind == 'file' else ''}", tmp_path / "again.safetensors"
+    words = ("export", "mini", "--patch", files / "text.safetensors", "--out", ours)
+    assert safegen(*(words if kind == "file" else ("apply", files / "text.safetensors", "mini", "--out", ours)))[0] == 0
+    for dtype in ("fp32", "bf16", "fp16"):  # the same weights, however they are loaded
+        assert load(ours, dtype=dtype).told["patches"][0]["hash"] == Patch.load(files / "text.safetensors").hash
+    path = ours if kind == "file" else ours / "unet" / "diffusion_pytorch_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    next(value for name, value in tensors.items() if name.endswith("attn1.to_q.weight"))[0, 0] += 1
+    save_file(tensors, path, metadata=header)
+    code, _, err = safegen("export", ours, "--out", again)
+    assert (code, err.count("its weights are no more those that it says it of")) == (0, 1)
+    with safe_open(again, framework="pt") as file:
+        assert "made_from" not in json.loads(file.metadata()["safegen"])
+    assert "has patches in its weights already" not in (tmp_path / "again.safetensors.md").read_text()
 
 
 def test_a_card_is_written_over_nothing_but_markdown(safegen, files, tmp_path):

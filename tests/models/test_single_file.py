@@ -76,7 +76,10 @@ def test_a_patched_model_goes_out_with_its_patch(make_model, tmp_path):
 def test_the_header_says_where_the_weights_come_from(file):
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
-    assert json.loads(header["safegen"]) == {"method": "uce"}
+    assert json.loads(header["safegen"]) == {
+        "method": "uce",
+        "weights": [load(file, dtype=dtype).hash for dtype in ("fp32", "bf16", "fp16")],
+    }
     assert header["format"] == "pt"
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(header[CONFIGS]).keys()
 

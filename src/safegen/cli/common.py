@@ -64,11 +64,12 @@ def one_line_warnings() -> Iterator[None]:
     """Say each warning of ours once, in a line."""
     from safegen.api import Unchecked
     from safegen.models.beside import BesideWarning
+    from safegen.models.model import OtherWeights
     from safegen.models.patch import OtherBase, Overwritten
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        for kind in (OtherBase, Overwritten, BesideWarning, Unchecked):
+        for kind in (OtherBase, OtherWeights, Overwritten, BesideWarning, Unchecked):
             warnings.simplefilter("always", kind)
         yield
     for message in dict.fromkeys(str(w.message) for w in caught):

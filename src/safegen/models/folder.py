@@ -29,6 +29,7 @@ class _Whole(BaseModel):
     """What is read of what a file or folder of ours says of itself; whatever else it says is kept as it is."""
 
     base: str = Field(pattern="^[0-9a-f]{64}$")
+    weights: list[str]
     patches: list[_Held]
     made_from: _Whole | None = None
 
@@ -36,7 +37,7 @@ class _Whole(BaseModel):
 def said_in(text: str) -> dict[str, Any]:
     """Return what a model of ours says of itself; nothing of another's, or where it is not what we write.
 
-    It is a statement, not a proof: nothing ties it to the weights beside it.
+    It is a statement: `Model.told` asks whether the weights beside it are those that it is of.
     """
     try:
         _Whole.model_validate_json(text)
@@ -55,7 +56,8 @@ def save_folder(model: Model, out: str | Path, *, card: str | None = None, facts
         model: the model, with or without patches on it.
         out: the new folder.
         card: text of its README.md; none is written without.
-        facts: content of its safegen.json, as `Model.provenance` has it; none is written without. `safegen.export_folder` makes it.
+        facts: content of its safegen.json, to which the hashes of what is written are added; none is written without.
+            `safegen.export_folder` makes it.
 
     Raises:
         BadFile: `out` exists or cannot be written.
@@ -81,7 +83,7 @@ def save_folder(model: Model, out: str | Path, *, card: str | None = None, facts
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         if facts is not None:
-            (tmp / SAID).write_text(json.dumps(dict(facts), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            (tmp / SAID).write_text(json.dumps(dict(facts) | {"weights": model.weights}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _keep_unloaded(model: Model, out: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ PARTS = ("unet", "vae", "text_encoder")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class OtherWeights(UserWarning):
+    """A model's file or folder says of itself what was true of other weights."""
+
+
 @dataclass(eq=False)
 class Model:
     """A loaded text-to-image model. Edits and guards see it only through this border."""
@@ -60,7 +65,7 @@ class Model:
     applied: list[Applied] = field(default_factory=list)
     """What is on it now, in order; `Patch.apply` puts it here and its undoing takes it away."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What a file or folder of ours says of itself: its base, the patches that are in its weights, its figures."""
+    """What a file or folder of ours says of itself: its base, the patches that are in its weights, its figures. `told` holds it to them."""
     _rounded: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -98,6 +103,28 @@ class Model:
     def hash(self) -> str:
         """SHA-256 over the denoiser's weights as they were first asked for: the identity that patches refer to."""
         return hash_tensors(self.denoiser.state_dict())
+
+    @cached_property
+    def told(self) -> Mapping[str, Any]:
+        """What it says of itself (`provenance`) and has the weights for.
+
+        Warns:
+            OtherWeights: its weights are not those that this was said of; nothing is told then.
+        """
+        if self.provenance and self.hash not in self.provenance["weights"]:
+            warnings.warn(
+                f"{self.name!r} says what is in it, and its weights are no more those that it says it of (fine-tuned or merged since?): "
+                "that is left out of what is made of it",
+                OtherWeights,
+                stacklevel=2,
+            )
+            return {}
+        return self.provenance
+
+    @property
+    def weights(self) -> list[str]:
+        """Hashes of the denoiser as it is now, patches included, by which it is known again when loaded as fp32, bf16 or fp16."""
+        return known_by(self.denoiser.state_dict())
 
     @property
     def around(self) -> str:
@@ -228,6 +255,11 @@ def load(
     except OSError as error:
         raise BadFile(f"the model {name!r} cannot be read: {error}") from error
     return model
+
+
+def known_by(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the hashes of a denoiser's stored weights when they are loaded as fp32, bf16 and fp16."""
+    return [hash_tensors(dict(state), dtype=dtype) for dtype in DTYPES.values()]
 
 
 def refuse_device(device: str) -> None:

@@ -23,7 +23,7 @@ from safegen.files import fresh_file
 from safegen.models import builds
 from safegen.models.folder import forget_places, said_in, save_vocabulary
 from safegen.models.layout import PREFIX, original_names, pack, unpack
-from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, silence
+from safegen.models.model import DTYPES, FAMILIES, XL, Model, finish_loading, first_line, known_by, silence
 
 CONFIGS = "safegen_configs"
 """Key of the header that holds the small files of a pipeline (configurations, vocabulary), so that the file opens by itself."""
@@ -56,7 +56,7 @@ def save_single_file(model: Model, out: Path, *, dtype: str = "fp16", facts: Map
         model: an SD 1.x, 2.x or XL model, with or without patches on it.
         out: the new file.
         dtype: type of the weights in the file: fp16 (what most web UIs want), bf16 or fp32.
-        facts: what else the header says: the provenance of the edit.
+        facts: what else the header says, but for the hashes of what is written: the provenance of the edit.
 
     Raises:
         BadFile: `out` exists or cannot be written.
@@ -64,13 +64,14 @@ def save_single_file(model: Model, out: Path, *, dtype: str = "fp16", facts: Map
     """
     if dtype not in DTYPES:
         raise BadSetting(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    build, tensors = build_of(model.pipeline), _markers(model)
+    build, tensors, known = build_of(model.pipeline), _markers(model), []
     for part in PREFIX[build]:
         state = {}
         for name, value in getattr(model.pipeline, part).state_dict().items():
             state[name] = value.detach().cpu().to(DTYPES[dtype])
             if not bool(state[name].isfinite().all()):
                 raise BadSetting(f"{part}.{name} does not fit into {dtype}; choose bf16 or fp32")
+        known += known_by(state) if facts and part == "unet" else []
         try:
             tensors |= {name: value.contiguous() for name, value in pack(build, part, state).items()}
         except ValueError as error:
@@ -79,7 +80,7 @@ def save_single_file(model: Model, out: Path, *, dtype: str = "fp16", facts: Map
     header |= {"modelspec.implementation": "https://github.com/Stability-AI/generative-models", "modelspec.title": out.stem}
     header |= {SPEC: "v" if model.prediction == "v_prediction" else "epsilon"} | _small_files(model)
     if facts:
-        header["safegen"] = json.dumps(dict(facts), sort_keys=True)
+        header["safegen"] = json.dumps(dict(facts) | {"weights": known}, sort_keys=True)
     with fresh_file(out) as tmp:
         try:
             save_file(tensors, tmp, metadata=header)
