@@ -215,6 +215,28 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
     assert "not a safegen patch" in err
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "says"),
+    [
+        ("uce", [], ("cross-attention layers", "learns from words that ask for the concept", "nothing was trained")),
+        (
+            "safegen-plus",
+            ["--set", "training.updates=2", "--set", "training.warmup=0"],
+            (" attention layers", "It also learns from words", "<svg"),
+        ),
+        ("sdd", ["--set", "training.updates=2", "--set", "training.warmup=0"], ("sees no picture of it", "<svg")),
+    ],
+)
+def test_the_demo_tells_of_any_edit_what_it_learnt_from(safegen, tmp_path, method, words, says):
+    out = tmp_path / "demo"
+    code, _, err = safegen("demo", "--fast", "--method", method, "--prompts", "1", *words, "--out", out)
+    assert code == 0, err
+    page = " ".join((out / "report.html").read_text().split())
+    assert all(text in page for text in says)
+    assert "never reads a word of the concept" not in page
+    assert Patch.load(out / "patch.safetensors").provenance["method"] == method
+
+
 @pytest.mark.parametrize(("preset", "charts", "prompts"), [("default", True, 2), ("paper", False, 1)])
 def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safegen, tmp_path, monkeypatch, preset, charts, prompts):
     if not charts:

@@ -124,7 +124,7 @@ def run_demo(settings: DemoSettings, edit: Edit, out: Path, *, tell: Tell = lamb
 
     Raises:
         BadFile: `out` exists or cannot be written.
-        BadSetting: the concept has no bundled triplets.
+        BadSetting: the edit learns from pictures, and the concept has no bundled triplets.
     """
     with private_folder(out, last=PAGE) as folder:
         found = do_demo(settings, edit, tell=tell)
@@ -145,7 +145,7 @@ def do_demo(
     """
     drawn = {} if drawn is None else drawn
     concept = load_concept(settings.concept)
-    if concept.triplets is None:
+    if concept.triplets is None and edit.learns_from != "words":
         raise BadSetting(
             f"the concept {concept.name!r} has no bundled triplets; make some with `safegen triplets make` and use `safegen edit`"
         )
@@ -153,7 +153,7 @@ def do_demo(
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     began = time.perf_counter()
     model = load(settings.model)
-    triplets = Triplets.load(concept.triplets)
+    triplets = None if edit.learns_from == "words" else Triplets.load(concept.triplets or "")
     seconds, pictures, log = {"load": time.perf_counter() - began}, {}, []
 
     missing = [i.ask for i in items if i.ask not in drawn]

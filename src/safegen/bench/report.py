@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +60,22 @@ def _facts(found: Outcome) -> dict[str, Any]:
             }
         )
     changed = sum(v.numel() for v in found.patch.tensors.values())
+    curves, why = "", "nothing was trained, the new weights are solved for in one go."
     try:
-        curves, why = loss_curves(found.log), ""
+        if found.edit.trains:
+            curves = loss_curves(found.log)
     except MissingExtra as error:  # the work of minutes is not lost for want of a drawing
-        curves, why = "", f"{error}."
+        why = f"{error}."
     return {
         "lists": lists,
         "concept": found.concept.name,
         "settings": found.settings,
         "edit": found.edit.told(),
+        "method": found.edit.method(),
+        "learns_from": found.edit.learns_from,
+        "trains": found.edit.trains,
+        "erased": ", ".join(f"“{words}”" for words in found.edit.told().get("erase", ())),
+        "where": where(found.patch.tensors),
         "summary": summary,
         "seconds": found.seconds,
         "total": sum(found.seconds.values()),
@@ -79,8 +86,15 @@ def _facts(found: Outcome) -> dict[str, Any]:
         "changed": changed,
         "tensors": len(found.patch.tensors),
         "version": __version__,
-        "triplets": summary["patch"]["data"][:12],
+        "triplets": summary["patch"].get("data", "")[:12],
     }
+
+
+def where(names: Iterable[str]) -> str:
+    """Return in which layers weights of these names are."""
+    kinds = {next((kind for kind in ("attn1", "attn2") if f".{kind}." in name), "") for name in names}
+    said = {("attn1",): "self-attention layers", ("attn2",): "cross-attention layers", ("attn1", "attn2"): "attention layers"}
+    return said.get(tuple(sorted(kinds)), "layers")
 
 
 def percent(value: float) -> str:
@@ -124,7 +138,8 @@ def loss_curves(log: Sequence[dict[str, float]]) -> str:
     except ImportError as error:
         raise MissingExtra("the chart of the losses", "matplotlib", "report") from error
     terms = [k for k in log[0] if k.startswith("L_")]
-    names = {"L_m": "unsafe picture → censored picture (L_m)", "L_p": "benign picture stays (L_p)"}
+    said = {"L_m": "unsafe picture → censored picture (L_m)", "L_p": "benign picture stays (L_p)"}
+    names = said if "L_m" in terms else {}  # of other methods an L_p is something else
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "safegen", "font.family": "sans-serif", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
         for term, colour in zip(terms, ("#d9480f", "#1c7ed6", "#2b8a3e"), strict=False):

@@ -223,6 +223,7 @@ def demo(
     fast: Annotated[
         bool, typer.Option("--fast", help="Few pictures and a short edit, in under a minute: shows that all works, not how well.")
     ] = False,
+    method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     prompts: Annotated[int | None, typer.Option(min=1, help="Prompts of each list; 24, or 4 with --fast.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 1,
     preset: Annotated[str, typer.Option(help="Settings of the edit: default or paper.")] = "default",
@@ -237,11 +238,13 @@ def demo(
     set_threads(threads)
     from safegen.api import make_edit
     from safegen.bench.demo import DemoSettings, run_demo
+    from safegen.tables import EDITS, resolve
 
-    changes = _changes("safegen", preset, (["training.updates=40", "training.warmup=5"] if fast else []) + (set_ or []))
+    short = ["training.updates=30", "training.warmup=5"] if fast and resolve(EDITS, method, "edit").trains else []
+    changes = _changes(method, preset, short + (set_ or []))
     settings = DemoSettings(concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1)))
     with progress() as tell:
-        found = run_demo(settings, make_edit("safegen", preset, concept=concept, **changes), out, tell=tell)
+        found = run_demo(settings, make_edit(method, preset, concept=concept, **changes), out, tell=tell)
     _show(found.summary())
     typer.echo(f"\nreport: {(out / PAGE).resolve()}")
 
