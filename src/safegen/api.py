@@ -239,7 +239,7 @@ def _facts(subject: cards.Subject, model: Model, metrics: Sequence[Path]) -> dic
 
 def _subject(kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()) -> cards.Subject:
     held, rounded = [(p.hash, p.provenance) for p in (*model.patches, *patches)], tuple(model.rounded.values())
-    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes, rounded, _within(model.told))
+    return cards.Subject(kind, out.name, short(model.name), model.hash, held, notes, rounded, _within(model.told), bool(model.provenance))
 
 
 def _within(said: Mapping[str, Any]) -> list[str]:

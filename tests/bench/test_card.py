@@ -111,7 +111,7 @@ def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, p
 
 
 def test_a_model_that_holds_patches_already_takes_no_figures_of_its_plain_base(finished):
-    plain, edited = (Subject("folder", "out", "mini", "b" * 64, [], within=within) for within in ((), ("e" * 64,)))
+    plain, edited = (Subject("folder", "out", "mini", "b" * 64, [], within=w, by_name=bool(w)) for w in ((), ("e" * 64,)))
     assert "stack mini" in plain.figures(finished).about
     assert "stack mini" in edited.figures(finished).about  # a run says that it drew with a model of this name
     with pytest.raises(BadSetting, match=r"has no stack of no patch alone on folder; it has mini \(mini\): none"):

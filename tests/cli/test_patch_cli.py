@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import safegen as package
 from safegen.edit.uce import UCE
 from safegen.errors import BadFile, BadSetting
+from safegen.hashes import hash_tensors
 from safegen.models import Patch, load, save_folder, select
 
 
@@ -302,7 +303,8 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     assert not (folder / "README.md").exists()
     patch, facts = Patch.load(files / "text.safetensors"), json.loads((folder / "safegen.json").read_text())
     held = {"base": load("mini").hash, "model": "mini", "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}]}
-    assert facts == held | {"weights": [load(folder, dtype=dtype).hash for dtype in ("fp32", "bf16", "fp16")]}
+    kinds = [hash_tensors(load(folder, dtype=dtype).denoiser.state_dict(), dtype=torch.float32) for dtype in ("fp32", "fp16", "bf16")]
+    assert facts == held | {"weights": kinds}
     assert safegen("export", folder, "--dtype", "fp32", "--out", again)[0] == 0
     with safe_open(again, framework="pt") as file:
         assert json.loads(file.metadata()["safegen"])["made_from"] == facts
@@ -310,7 +312,7 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     assert safegen("apply", files / "look.safetensors", tmp_path / "both", "--out", tmp_path / "thrice")[0] == 0
     held = [patch.hash[:12], Patch.load(files / "look.safetensors").hash[:12]]
     assert f"has patches in its weights already: `{'`, `'.join(held)}`." in (tmp_path / "thrice" / "README.md").read_text()
-    other = '{"base": "%s", "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)
+    other = '{"base": "%s", "weights": [], "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)
     for damage in ("[1]", "{", "\udcff", "[" * 200_000, '{"home": "/home/me"}', other):
         (folder / "safegen.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
         assert load(folder).provenance == {}
@@ -320,17 +322,19 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
 def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path, kind):
     """Somebody trains an export of ours in place: its words stay, and are no more true of it."""
     ours, again = tmp_path / f"ours{'.safetensors' if kind == 'file' else ''}", tmp_path / "again.safetensors"
-    words = ("export", "mini", "--patch", files / "text.safetensors", "--out", ours)
+    words = ("export", "mini", "--patch", files / "text.safetensors", "--dtype", "fp32", "--out", ours)
     assert safegen(*(words if kind == "file" else ("apply", files / "text.safetensors", "mini", "--out", ours)))[0] == 0
-    for dtype in ("fp32", "bf16", "fp16"):  # the same weights, however they are loaded
-        assert load(ours, dtype=dtype).told["patches"][0]["hash"] == Patch.load(files / "text.safetensors").hash
     path = ours if kind == "file" else ours / "unet" / "diffusion_pytorch_model.safetensors"
     with safe_open(path, framework="pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # the same weights, however somebody keeps them
+        save_file({name: value.to(dtype) for name, value in tensors.items()}, path, metadata=header)
+        for name in ("fp32", "bf16", "fp16") if dtype == torch.float32 else ("fp32",):
+            assert load(ours, dtype=name).told["patches"][0]["hash"] == Patch.load(files / "text.safetensors").hash
     next(value for name, value in tensors.items() if name.endswith("attn1.to_q.weight"))[0, 0] += 1
     save_file(tensors, path, metadata=header)
     code, _, err = safegen("export", ours, "--out", again)
-    assert (code, err.count("its weights are no more those that it says it of")) == (0, 1)
+    assert (code, err.count("says what is in it, and not of the weights that it has")) == (0, 1)
     with safe_open(again, framework="pt") as file:
         assert "made_from" not in json.loads(file.metadata()["safegen"])
     assert "has patches in its weights already" not in (tmp_path / "again.safetensors.md").read_text()

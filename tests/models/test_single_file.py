@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from safegen.errors import BadFile, BadSetting
+from safegen.hashes import hash_tensors
 from safegen.models import layout, load
 from safegen.models.single_file import CONFIGS, load_single_file, save_single_file
 
@@ -78,7 +79,7 @@ def test_the_header_says_where_the_weights_come_from(file):
         header = opened.metadata()
     assert json.loads(header["safegen"]) == {
         "method": "uce",
-        "weights": [load(file, dtype=dtype).hash for dtype in ("fp32", "bf16", "fp16")],
+        "weights": [hash_tensors(load(file, dtype=d).denoiser.state_dict(), dtype=torch.float32) for d in ("fp32", "fp16", "bf16")],
     }
     assert header["format"] == "pt"
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(header[CONFIGS]).keys()

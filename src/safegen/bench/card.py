@@ -50,6 +50,8 @@ class Subject:
     """What `base` is when the same weights are loaded as fp16 or bf16."""
     within: Sequence[str] = ()
     """Hashes of the patches that its file or folder says to be in the base's weights already, the oldest first."""
+    by_name: bool = False
+    """Whether figures must be of a model of its name: its weights are no plain base's, so another name's figures are not of them."""
 
     @classmethod
     def of_patch(cls, patch: Patch, name: str) -> Subject:
@@ -65,7 +67,7 @@ class Subject:
 
     def figures(self, path: Path) -> Measured:
         """Return the figures at a path, which must be of it; errors as `read_figures` has them."""
-        named = self.model if self.within else None  # its weights are not the ones that another model's figures are of
+        named = self.model if self.by_name else None
         return read_figures(path, [digest for digest, _ in self.patches], self.bases, model=named)
 
 

@@ -29,7 +29,7 @@ class _Whole(BaseModel):
     """What is read of what a file or folder of ours says of itself; whatever else it says is kept as it is."""
 
     base: str = Field(pattern="^[0-9a-f]{64}$")
-    weights: list[str]
+    weights: list[str] = Field(default_factory=list)
     patches: list[_Held]
     made_from: _Whole | None = None
 
@@ -82,7 +82,7 @@ def save_folder(model: Model, out: str | Path, *, card: str | None = None, facts
         index.write_text(parts.replace("CLIPImageProcessorPil", "CLIPImageProcessor") + "\n", encoding="utf-8")
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
-        if facts is not None:
+        if facts:
             (tmp / SAID).write_text(json.dumps(dict(facts) | {"weights": model.weights}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

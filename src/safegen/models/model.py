@@ -67,6 +67,8 @@ class Model:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What a file or folder of ours says of itself: its base, the patches that are in its weights, its figures. `told` holds it to them."""
     _rounded: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _read: str = field(default="", init=False, repr=False)
+    """The denoiser as it was read, as `known_by` has it; asked only of what says something of itself."""
 
     @property
     def patches(self) -> list[Patch]:
@@ -109,12 +111,12 @@ class Model:
         """What it says of itself (`provenance`) and has the weights for.
 
         Warns:
-            OtherWeights: its weights are not those that this was said of; nothing is told then.
+            OtherWeights: its weights are not those that this was said of; nothing is told then. Said once of a model.
         """
-        if self.provenance and self.hash not in self.provenance["weights"]:
+        if self.provenance and self._read not in self.provenance.get("weights", ()):
             warnings.warn(
-                f"{self.name!r} says what is in it, and its weights are no more those that it says it of (fine-tuned or merged since?): "
-                "that is left out of what is made of it",
+                f"{self.name!r} says what is in it, and not of the weights that it has (were they trained or merged since, or written by "
+                "an early safegen?): that is left out of what is made of it",
                 OtherWeights,
                 stacklevel=2,
             )
@@ -123,8 +125,14 @@ class Model:
 
     @property
     def weights(self) -> list[str]:
-        """Hashes of the denoiser as it is now, patches included, by which it is known again when loaded as fp32, bf16 or fp16."""
+        """The denoiser as it is now, patches included, as `known_by` has it."""
         return known_by(self.denoiser.state_dict())
+
+    def says(self, provenance: Mapping[str, Any]) -> None:
+        """Take down what its file or folder says of itself; before any patch is on it, for `told` holds it to these weights."""
+        self.provenance = provenance
+        if provenance:
+            self._read = known_by(self.denoiser.state_dict(), rounded=False)[0]
 
     @property
     def around(self) -> str:
@@ -251,15 +259,17 @@ def load(
         raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
     model = finish_loading(name, pipeline, device, path)
     try:
-        model.provenance = said_in((path / SAID).read_text(encoding="utf-8", errors="replace")) if is_there(path / SAID) else {}
+        if is_there(path / SAID):
+            model.says(said_in((path / SAID).read_text(encoding="utf-8", errors="replace")))
     except OSError as error:
         raise BadFile(f"the model {name!r} cannot be read: {error}") from error
     return model
 
 
-def known_by(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the hashes of a denoiser's stored weights when they are loaded as fp32, bf16 and fp16."""
-    return [hash_tensors(dict(state), dtype=dtype) for dtype in DTYPES.values()]
+def known_by(state: Mapping[str, Tensor], *, rounded: bool = True) -> list[str]:
+    """Return hashes by which a denoiser is known in any type: of its values as fp32, and rounded to fp16 and bf16 before."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16) if rounded else (torch.float32,)
+    return [hash_tensors({name: value.to(kind) for name, value in state.items()}, dtype=torch.float32) for kind in kinds]
 
 
 def refuse_device(device: str) -> None:

@@ -168,7 +168,7 @@ def load_single_file(
         with silence():
             pipeline.to(dtype=DTYPES[dtype])
     model = finish_loading(str(path), pipeline, device)
-    model.provenance = said_in(header.get("safegen", "{}"))
+    model.says(said_in(header.get("safegen", "{}")))
     return model
 
 
