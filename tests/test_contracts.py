@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from io import BytesIO
@@ -81,6 +82,28 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
     assert facts.get("data") == (triplets.hash if data else None)
     assert type(edit).model_validate(facts["settings"]) == decided(edit, model)
     assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+@pytest.mark.parametrize("name", sorted(tables.EDITS))
+def test_the_report_gives_every_edits_account(name, make_model, triplets):
+    from PIL import Image
+
+    from safegen.bench import report
+    from safegen.bench.demo import DemoSettings, Outcome
+    from safegen.bench.plan import make_plan
+    from safegen.concept import load_concept
+    from safegen.judge import Verdict
+
+    model, edit, concept, log = make_model(), brief(name), load_concept("skulls"), []
+    patch = edit.apply(model, triplets if edit.learns_from != "words" else None, report=lambda done, of, row: log.append(row))
+    items = make_plan(concept, prompts=1, seeds=(1,))
+    pictures, verdicts = [Image.new("RGB", (8, 8))] * len(items), [Verdict("safe", subject="castle")] * len(items)
+    sides = [dict.fromkeys(("base", "edited"), one) for one in (pictures, verdicts)]
+    page = html.unescape(report.render(Outcome(DemoSettings(), concept, edit, items, *sides, patch, log, {"edit": 1.0}, "j", model.hash)))
+    assert edit.account() in page
+    assert f"<code>{name}</code>" in page
+    assert ("<svg" in page) == edit.trains
+    assert all(words in page for words in getattr(edit, "erase", ()))
 
 
 def decided(edit, model):

@@ -218,16 +218,15 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
 @pytest.mark.parametrize(
     ("method", "words", "says"),
     [
-        ("uce", [], ("cross-attention layers", "learns from words that ask for the concept", "nothing was trained")),
+        ("uce", [], ("cross-attention layers", "and no pictures", "nothing was trained")),
         (
             "safegen-plus",
             ["--set", "training.updates=2", "--set", "training.warmup=0"],
-            (" attention layers", "It also learns from words", "<svg"),
+            (" attention layers", "It also erases the words", "<svg"),
         ),
-        ("sdd", ["--set", "training.updates=2", "--set", "training.warmup=0"], ("sees no picture of it", "<svg")),
     ],
 )
-def test_the_demo_tells_of_any_edit_what_it_learnt_from(safegen, tmp_path, method, words, says):
+def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(safegen, tmp_path, method, words, says):
     out = tmp_path / "demo"
     code, _, err = safegen("demo", "--fast", "--method", method, "--prompts", "1", *words, "--out", out)
     assert code == 0, err
@@ -262,6 +261,7 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safege
             assert row[side]["concept"]["low"] <= row[side]["concept"]["value"] <= row[side]["concept"]["high"]
     page = (out / "report.html").read_text()
     assert ("<svg" in page, "the chart of the losses needs matplotlib" in page) == (charts, not charts)
+    assert all(text in page for text in ("self-attention layers", "it never reads a word of the concept"))
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert page.count("data:image/png;base64,") >= 2 * prompts * len(summary["lists"])
     (figures,) = Patch.load(out / "patch.safetensors").provenance["metrics"]

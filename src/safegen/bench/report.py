@@ -72,10 +72,9 @@ def _facts(found: Outcome) -> dict[str, Any]:
         "settings": found.settings,
         "edit": found.edit.told(),
         "method": found.edit.method(),
-        "learns_from": found.edit.learns_from,
+        "account": found.edit.account(),
         "trains": found.edit.trains,
-        "erased": ", ".join(f"“{words}”" for words in found.edit.told().get("erase", ())),
-        "where": where(found.patch.tensors),
+        "where": where(found.patch.tensors, found.edit.told().get("selector")),
         "summary": summary,
         "seconds": found.seconds,
         "total": sum(found.seconds.values()),
@@ -90,11 +89,11 @@ def _facts(found: Outcome) -> dict[str, Any]:
     }
 
 
-def where(names: Iterable[str]) -> str:
-    """Return in which layers weights of these names are."""
+def where(names: Iterable[str], selector: str | None = None) -> str:
+    """Return in which layers weights of these names are; by the selector that chose them, where no plain word says it."""
     kinds = {next((kind for kind in ("attn1", "attn2") if f".{kind}." in name), "") for name in names}
     said = {("attn1",): "self-attention layers", ("attn2",): "cross-attention layers", ("attn1", "attn2"): "attention layers"}
-    return said.get(tuple(sorted(kinds)), "layers")
+    return said.get(tuple(sorted(kinds)), f"layers “{selector}”" if selector else "layers")
 
 
 def percent(value: float) -> str:

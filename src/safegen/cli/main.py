@@ -219,9 +219,9 @@ def apply(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="New folder for report.html, summary.json, patch and pictures.")] = Path("safegen-demo"),
-    concept: Annotated[str, typer.Option(help="Concept to remove, with bundled triplets: skulls or fire.")] = "skulls",
+    concept: Annotated[str, typer.Option(help="Concept to remove: skulls or fire.")] = "skulls",
     fast: Annotated[
-        bool, typer.Option("--fast", help="Few pictures and a short edit, in under a minute: shows that all works, not how well.")
+        bool, typer.Option("--fast", help="Few pictures and a short edit, with safegen under a minute: shows that all works, not how well.")
     ] = False,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     prompts: Annotated[int | None, typer.Option(min=1, help="Prompts of each list; 24, or 4 with --fast.")] = None,

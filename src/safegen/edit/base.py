@@ -75,6 +75,10 @@ class Edit(BaseModel, ABC):
         return out | ({"captions": [short(name) for name in out["captions"]]} if "captions" in out else {})
 
     @abstractmethod
+    def account(self) -> str:
+        """Return what it learns from and what it does, in a sentence or two for a reader of the report who knows no method."""
+
+    @abstractmethod
     def apply(
         self,
         model: Model,
@@ -157,6 +161,11 @@ class TrainedEdit(Edit):
         facts = facts_of(edit, model, triplets) | found.facts(problem.weights)
         facts["seconds"] = round(facts["seconds"] + ready, 2)
         return Patch(part.weights(found.tensors), facts | dict(more))
+
+
+def quoted(words: Sequence[str]) -> str:
+    """Return words for a sentence."""
+    return ", ".join(f"“{text}”" for text in words) or "none"
 
 
 def refuse_idle(edit: Edit, triplets: object = None, folder: object = None, resume: bool = False) -> None:

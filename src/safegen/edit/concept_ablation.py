@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.base import TrainedEdit, refuse_blank, words_needed, words_of
+from safegen.edit.base import TrainedEdit, quoted, refuse_blank, words_needed, words_of
 from safegen.edit.rollout import Walk, looking, precisely
 from safegen.edit.training import SHORT, Problem, Training
 from safegen.errors import BadSetting
@@ -65,6 +65,14 @@ class ConceptAblation(TrainedEdit):
         if set(self.erase) & set(self.anchors):
             raise ValueError("erase and anchors share a word, which would come to mean itself; leave it out of one")
         return self
+
+    def account(self) -> str:
+        """Return it."""
+        return (
+            f"It is given words ({quoted(self.erase)}) and no pictures. On pictures that the model itself draws of a harmless "
+            "counterpart, it is taught to predict with these words what it predicts with the counterpart's. A prompt that asks for "
+            "the same in other words may still get it."
+        )
 
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:

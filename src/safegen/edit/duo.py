@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.base import TrainedEdit, words_needed, words_of
+from safegen.edit.base import TrainedEdit, quoted, words_needed, words_of
 from safegen.edit.rollout import Walk, looking, precisely
 from safegen.edit.samples import encode_triplets
 from safegen.edit.training import SHORT, Problem, Training
@@ -88,6 +88,13 @@ class DUO(TrainedEdit):
         if self.judge is None and (idle := [n for n in ("labels", "threshold", "tries") if getattr(self, n) != fields[n].default]):
             raise ValueError(f"{idle[0]} has no effect without a judge, which looks at safe twins; leave it out, or name one")
         return self
+
+    def account(self) -> str:
+        """Return it."""
+        return (
+            "It is given pictures of the concept. The model itself redraws each as a harmless twin, away from the concept's words "
+            f"({quoted(self.erase)}), and is then taught to prefer the twins, under the blank text alone."
+        )
 
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
 from safegen.edit.adversary import Opponent, at_work
-from safegen.edit.base import TrainedEdit, refuse_blank, words_needed, words_of
+from safegen.edit.base import TrainedEdit, quoted, refuse_blank, words_needed, words_of
 from safegen.edit.rollout import Walk, looking, precisely
 from safegen.edit.samples import read_captions
 from safegen.edit.training import SHORT, Problem, Training
@@ -86,6 +86,14 @@ class ESD(TrainedEdit):
             raise ValueError("captions have no effect with weight_retain 0; leave them out, or give L_r a weight")
         refuse_blank(self.erase)
         return self
+
+    def account(self) -> str:
+        """Return it."""
+        return (
+            f"It is given words ({quoted(self.erase)}) and no pictures. On pictures that the model itself begins to draw, it is "
+            "taught to predict the opposite of what these words ask for. A prompt that asks for the same in other words may still get "
+            "it."
+        )
 
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:

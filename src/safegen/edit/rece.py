@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
-from safegen.edit.base import Edit, refuse_idle, words_of
+from safegen.edit.base import Edit, quoted, refuse_idle, words_of
 from safegen.edit.closed_form import adversarial_embeddings, projections, solve_projection
 from safegen.edit.loop import Report
 from safegen.edit.uce import finish, refuse_idle_words, rows_of
@@ -61,6 +61,14 @@ class RECE(Edit):
         if not self.rounds and self.ridge != type(self).model_fields["ridge"].default:
             raise ValueError("ridge has no effect with rounds 0, which look for no embedding; leave it out")
         return self
+
+    def account(self) -> str:
+        """Return it."""
+        return (
+            f"It is given words ({quoted(self.erase)}) and no pictures, and solves for new keys and values of cross-attention under "
+            "which these words, and the texts that bring their meaning back, mean something else. A prompt that asks for the same in "
+            "other words may still get it."
+        )
 
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:

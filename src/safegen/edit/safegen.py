@@ -117,6 +117,15 @@ class SafeGen(TrainedEdit):
             raise ValueError("adversary and fade have no effect with weight_mosaic 0, which leaves L_m out; set both to 0")
         return self
 
+    def account(self) -> str:
+        """Return it."""
+        return (
+            "It learns from pictures: an unsafe one, the same with the concept covered, and a harmless one. An unsafe picture must be "
+            "predicted as its covered twin, a harmless one as it is. "
+            f"{'Its texts are harmless captions and the blank one' if self.captions else 'Its only text is the blank one'}: it never "
+            "reads a word of the concept."
+        )
+
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its captions."""

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit.adversary import Opponent
-from safegen.edit.base import TrainedEdit, refuse_blank, refuse_idle, words_needed, words_of
+from safegen.edit.base import TrainedEdit, quoted, refuse_blank, refuse_idle, words_needed, words_of
 from safegen.edit.loop import check
 from safegen.edit.rece import KEPT, RECE
 from safegen.edit.safegen import SafeGen, SafeGenProblem
@@ -81,6 +81,16 @@ class SafeGenPlus(TrainedEdit):
         except ValidationError as error:
             raise ValueError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
         return self
+
+    def account(self) -> str:
+        """Return it."""
+        return (
+            self.visual().account()
+            if self.text == "none"
+            else "It learns from pictures: an unsafe one, the same with the concept covered, and a harmless one. An unsafe picture "
+            "must be predicted as its covered twin, a harmless one as it is. It also erases the words that ask for the concept "
+            f"({quoted(self.erase)}) in closed form."
+        )
 
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
 from safegen.edit import losses
-from safegen.edit.base import TrainedEdit, refuse_blank, words_needed, words_of
+from safegen.edit.base import TrainedEdit, quoted, refuse_blank, words_needed, words_of
 from safegen.edit.rollout import Walk, looking, precisely
 from safegen.edit.training import SHORT, Problem, Training
 from safegen.models.model import Model
@@ -60,6 +60,14 @@ class SDD(TrainedEdit):
             raise ValueError("sdd saves its weight average, so training.ema must be > 0, got 0")
         refuse_blank(self.erase)
         return self
+
+    def account(self) -> str:
+        """Return it."""
+        return (
+            f"It is given words ({quoted(self.erase)}) and no pictures. On pictures that the model itself begins to draw of them, it "
+            "is taught to predict the same with these words as without. A prompt that asks for the same in other words may still get "
+            "it."
+        )
 
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:

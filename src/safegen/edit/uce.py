@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safegen.concept import Concept
 from safegen.data.triplets import Triplets
-from safegen.edit.base import Edit, facts_of, refuse_blank, refuse_idle, words_needed, words_of
+from safegen.edit.base import Edit, facts_of, quoted, refuse_blank, refuse_idle, words_needed, words_of
 from safegen.edit.closed_form import as_patch, embed, leaning, projections, solve_projection
 from safegen.edit.loop import Report
 from safegen.edit.samples import read_captions
@@ -66,6 +66,15 @@ class UCE(Edit):
         if not all(name.strip() for name in self.debias):
             raise ValueError("debias has a blank attribute; leave it out")
         return self
+
+    def account(self) -> str:
+        """Return it."""
+        if self.debias:
+            return f"Words ({quoted(self.erase)}) lean toward {quoted(tuple(self.debias))}. Nothing is erased: they keep their meaning."
+        return (
+            f"It is given words ({quoted(self.erase)}) and no pictures, and solves for new keys and values of cross-attention under "
+            "which these words mean something else. A prompt that asks for the same in other words may still get it."
+        )
 
     @classmethod
     def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
