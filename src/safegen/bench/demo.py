@@ -145,7 +145,8 @@ def do_demo(
     """
     drawn = {} if drawn is None else drawn
     concept = load_concept(settings.concept)
-    if concept.triplets is None and edit.learns_from != "words":
+    pictured = edit.learns_from != "words"
+    if pictured and concept.triplets is None:
         raise BadSetting(
             f"the concept {concept.name!r} has no bundled triplets; make some with `safegen triplets make` and use `safegen edit`"
         )
@@ -153,7 +154,7 @@ def do_demo(
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     began = time.perf_counter()
     model = load(settings.model)
-    triplets = None if edit.learns_from == "words" else Triplets.load(concept.triplets or "")
+    triplets = Triplets.load(concept.triplets) if pictured and concept.triplets else None
     seconds, pictures, log = {"load": time.perf_counter() - began}, {}, []
 
     missing = [i.ask for i in items if i.ask not in drawn]
