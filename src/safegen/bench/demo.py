@@ -124,7 +124,7 @@ def run_demo(settings: DemoSettings, edit: Edit, out: Path, *, tell: Tell = lamb
 
     Raises:
         BadFile: `out` exists or cannot be written.
-        BadSetting: the edit learns from pictures, and the concept has no bundled triplets.
+        BadSetting: the edit learns from pictures, and the concept has no bundled triplets; or it removes nothing.
     """
     with private_folder(out, last=PAGE) as folder:
         found = do_demo(settings, edit, tell=tell)
@@ -142,7 +142,12 @@ def do_demo(
         edit: the edit.
         drawn: pictures that this base model has drawn with this sampler; used and added to, so that several calls draw them once.
         tell: called with (stage, done, of).
+
+    Raises:
+        BadSetting: the edit learns from pictures, and the concept has no bundled triplets; or it removes nothing.
     """
+    if not edit.removes:
+        raise BadSetting(f"a demo shows what is removed, and {edit.method()} with these settings removes nothing; use `safegen edit`")
     drawn = {} if drawn is None else drawn
     concept = load_concept(settings.concept)
     pictured = edit.learns_from != "words"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,11 @@ from safegen.cli.common import (
     set_threads,
 )
 from safegen.errors import BadFile, BadSetting
+
+if TYPE_CHECKING:  # what these need is opened within commands, so that --help answers at once
+    from safegen.models import Sampler
+    from safegen.models.model import Model
+    from safegen.stack import Stack
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,8 +93,7 @@ def generate(
         raise BadSetting("generate draws with a MODEL or with a --stack recipe.toml; give one of them")
     from safegen.bench.grid import contact_sheet, save_sheet
     from safegen.files import private_folder, short
-    from safegen.models import Ask, Patch, Sampler, save_picture
-    from safegen.models.sampling import cut_short
+    from safegen.models import Ask, Sampler, save_picture
     from safegen.stack import Shelf, Stack, add_guards, add_loras, add_patches, load_stack
 
     set_threads(threads)
@@ -98,22 +102,15 @@ def generate(
         raise BadSetting(f"{stack} names a config, so --config has no effect; leave it out")
     recipe = recipe.model_copy(update={"config": config}) if config else recipe
     recipe = add_guards(add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept)
-    loras = [one.facts() for one in recipe.loras]
-    patches = [Patch.load(path).hash for path in recipe.patches]
     sampler, shelf = Sampler(steps=steps, guidance=guidance, batch=batch), Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
+    said = _said(recipe, sampler, short(model or recipe.model))
     asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     with private_folder(out, last=SHEET) as folder, one_line_warnings(), shelf.opened(recipe) as ready, progress() as tell:
+        _warn_of_length(ready.model, texts)
         pictures, lines = [], []
-        if cut := cut_short(ready.model, texts):
-            length = ready.model.pipeline.tokenizer.model_max_length
-            typer.echo(
-                f"warning: {len(cut)} prompts, number {cut[0] + 1} first, have more than the {length} tokens that are read", err=True
-            )
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
-                facts: dict[str, Any] = ask.model_dump() | {"steps": steps, "guidance": guidance, "model": short(model or recipe.model)}
-                facts |= {"base": ready.model.hash, "patches": patches, "stack": ready.hash, "negative_prompt": recipe.negative_prompt}
-                facts |= {"loras": loras} if loras else {}
+                facts = ask.model_dump() | said | {"base": ready.model.hash, "stack": ready.hash}
                 facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
                 pictures.append(ready.shown(drawn))
                 if not drawn.trail.withheld:
@@ -126,6 +123,25 @@ def generate(
     withheld = sum(not (out / f"{ask.index:04d}.png").exists() for ask in asks)
     gone = f", {withheld} withheld (trail.jsonl says why)" if withheld else ""
     typer.echo(f"{len(texts) - withheld} pictures and {SHEET} in {out}{gone}")
+
+
+def _said(recipe: Stack, sampler: Sampler, name: str) -> dict[str, Any]:
+    """Return what every picture says of the model and how it is drawn."""
+    from safegen.models import Patch
+
+    loras = {"loras": [one.facts() for one in recipe.loras]} if recipe.loras else {}
+    patches = [Patch.load(path).hash for path in recipe.patches]
+    drawn = {"steps": sampler.steps, "guidance": sampler.guidance, "model": name}
+    return drawn | {"patches": patches, "negative_prompt": recipe.negative_prompt} | loras
+
+
+def _warn_of_length(model: Model, texts: list[str]) -> None:
+    """Say which prompts the model does not read to their end."""
+    from safegen.models.sampling import cut_short
+
+    if cut := cut_short(model, texts):
+        length = model.pipeline.tokenizer.model_max_length
+        typer.echo(f"warning: {len(cut)} prompts, number {cut[0] + 1} first, have more than the {length} tokens that are read", err=True)
 
 
 @app.command()

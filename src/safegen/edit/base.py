@@ -74,6 +74,11 @@ class Edit(BaseModel, ABC):
         out = self.model_dump(mode="json")
         return out | ({"captions": [short(name) for name in out["captions"]]} if "captions" in out else {})
 
+    @property
+    def removes(self) -> bool:
+        """Whether it takes something away at all, as its settings stand: what measures removal is of no use to one that does not."""
+        return True
+
     @abstractmethod
     def account(self) -> str:
         """Return what it learns from and what it does, in a sentence or two for a reader of the report who knows no method."""

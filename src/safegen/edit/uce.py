@@ -67,6 +67,11 @@ class UCE(Edit):
             raise ValueError("debias has a blank attribute; leave it out")
         return self
 
+    @property
+    def removes(self) -> bool:
+        """Return whether it erases words; those that it debiases keep their meaning."""
+        return not self.debias
+
     def account(self) -> str:
         """Return it."""
         if self.debias:
