@@ -59,9 +59,9 @@ class SafeGen(TrainedEdit):
     """Largest factor of the x0 target; None for the paper's target, which has no factor."""
     timesteps: tuple[int, int] = (150, 900)
     """First and one-past-last training timestep that is drawn."""
-    weight_mosaic: float = Field(default=0.42, ge=0)
+    weight_mosaic: float = Field(default=0.39, ge=0)
     """Weight of L_m, the loss on unsafe pictures."""
-    weight_preserve: float = Field(default=0.58, ge=0)
+    weight_preserve: float = Field(default=0.61, ge=0)
     """Weight of L_p, the loss on benign pictures."""
     teacher: bool = True
     """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
@@ -84,7 +84,7 @@ class SafeGen(TrainedEdit):
     held_out: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
-        updates=235, batch=16, accumulation=1, lr=1.7e-3, warmup=10, decay="cosine", weight_decay=0.0, ema=0.96, precision="auto"
+        updates=160, batch=16, accumulation=1, lr=2.1e-3, warmup=8, decay="cosine", weight_decay=0.0, ema=0.95, precision="auto"
     )
     """How the loop trains."""
 
