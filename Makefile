@@ -14,7 +14,7 @@ help: ## list the targets
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test]'
 	@touch $@
 
-demo: .venv/installed ## the main job: remove skulls from the bundled miniature model, and report (about 5 minutes)
+demo: .venv/installed ## the main job: remove skulls from the bundled miniature model, and report (about 4 minutes)
 	$(BIN)/safegen demo --out $(OUT)
 
 test: .venv/installed ## the test suite, in two processes of one thread each; most tests leave a second thread idle

@@ -85,6 +85,17 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
+def test_every_edit_removes_unless_its_settings_say_otherwise(name):
+    idle = {
+        "uce": {"erase": ("a castle",), "debias": {"a ghost": 0.3}},
+        "safegen": {"weight_mosaic": 0.0, "adversary": 0.0, "fade": 0.0},
+    }
+    kind = tables.resolve(tables.EDITS, name, "edit")
+    assert kind.preset("default").removes
+    assert name not in idle or not kind(**idle[name]).removes
+
+
+@pytest.mark.parametrize("name", sorted(tables.EDITS))
 def test_the_report_gives_every_edits_account(name, make_model, triplets):
     from PIL import Image
 

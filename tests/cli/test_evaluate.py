@@ -143,7 +143,7 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
         (["demo", "--concept", "nudity", "--out", "OUT"], "the concept 'nudity' has no bundled triplets; make some"),
-        (["demo", "--method", "uce", "--set", 'debias={"a ghost": 0.3}', "--out", "OUT"], "uce with these settings removes nothing"),
+        (["demo", "--method", "uce", "--set", 'debias={"a ghost": 0.3}', "--out", "OUT"], "uce removes nothing as it is set"),
         (["evaluate", "--stage", "judge", "--judge-option", "x", "--out", "OUT"], "--judge-option takes key=value, got 'x'"),
         (["evaluate", "--stage", "judge", "--judge-option", "threshold=1", "--out", "OUT"], "threshold is no option of a judge"),
         (["evaluate", "--stage", "score", "--judge-option", "x=1", "--out", "OUT"], "--judge-option has no effect with --stage score"),

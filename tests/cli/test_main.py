@@ -23,6 +23,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
     with Image.open(out / "0001.png") as picture:
         facts = json.loads(picture.text["safegen"])
     assert (facts["prompt"], facts["seed"], facts["index"], facts["steps"]) == ("a cat / at dusk", 7, 1, 3)
+    assert {"guidance", "model", "base", "patches", "stack", "negative_prompt"} < facts.keys()
     assert [p.name for p in sorted(out.iterdir()) if is_sheet(p)] == ["sheet.png"]
 
 

@@ -147,7 +147,9 @@ def do_demo(
         BadSetting: the edit learns from pictures, and the concept has no bundled triplets; or it removes nothing.
     """
     if not edit.removes:
-        raise BadSetting(f"a demo shows what is removed, and {edit.method()} with these settings removes nothing; use `safegen edit`")
+        raise BadSetting(
+            f"a demo shows what is removed, and {edit.method()} removes nothing as it is set; change that, or use `safegen edit`"
+        )
     drawn = {} if drawn is None else drawn
     concept = load_concept(settings.concept)
     pictured = edit.learns_from != "words"

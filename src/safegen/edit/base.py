@@ -76,7 +76,7 @@ class Edit(BaseModel, ABC):
 
     @property
     def removes(self) -> bool:
-        """Whether it takes something away at all, as its settings stand: what measures removal is of no use to one that does not."""
+        """Whether it takes the concept away at all, as its settings stand: to one that does not, what measures removal is of no use."""
         return True
 
     @abstractmethod

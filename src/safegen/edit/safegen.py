@@ -117,6 +117,11 @@ class SafeGen(TrainedEdit):
             raise ValueError("adversary and fade have no effect with weight_mosaic 0, which leaves L_m out; set both to 0")
         return self
 
+    @property
+    def removes(self) -> bool:
+        """Whether L_m, which alone removes, has a weight."""
+        return self.weight_mosaic > 0
+
     def account(self) -> str:
         """Return it."""
         return (

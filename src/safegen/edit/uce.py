@@ -69,7 +69,7 @@ class UCE(Edit):
 
     @property
     def removes(self) -> bool:
-        """Return whether it erases words; those that it debiases keep their meaning."""
+        """Whether it erases words: those that it debiases keep their meaning."""
         return not self.debias
 
     def account(self) -> str:
