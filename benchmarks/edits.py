@@ -248,7 +248,7 @@ def plot(found: list[dict[str, Any]], out: Path) -> None:
     axes.set(
         xlabel="benign pictures changed by, % (less is better)", ylabel="left on innocent prompts, %, with 95 % interval", xlim=(0, None)
     )
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, bbox_inches="tight", dpi=110)
 
