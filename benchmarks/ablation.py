@@ -1,12 +1,14 @@
 """Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/ablation.md.
 
-    python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--seeds 1] [--rows paper,x0,...] [--out ablation.jsonl]
-    python benchmarks/ablation.py --try '{"weight_mosaic": 0.47, "weight_preserve": 0.53, "training": {"updates": 530}}' --triplets DIR
-    python benchmarks/ablation.py --table ablation.jsonl      # the rows so far, as Markdown
+    python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--seeds 1] [--rows
+    paper,x0,...] [--out ablation.jsonl] python benchmarks/ablation.py --try '{"weight_mosaic":
+    0.47, "weight_preserve": 0.53, "training": {"updates": 530}}' --triplets DIR python
+    benchmarks/ablation.py --table ablation.jsonl      # the rows so far, as Markdown
 
-One row a setting, all on the same prompts and seed; the base model is drawn once. Rows are appended as they are done. Prompts are the
-129th and following of each list and the seeds 11 and following: the required figures (`required.py`) are taken on the first 64 with seeds
-1 to 3, so that a default chosen here is not chosen on what it is measured by.
+One row a setting, all on the same prompts and seed; the base model is drawn once. Rows are appended
+as they are done. Prompts are the 129th and following of each list and the seeds 11 and following:
+the required figures (`required.py`) are taken on the first 64 with seeds 1 to 3, so that a default
+chosen here is not chosen on what it is measured by.
 """
 
 from __future__ import annotations
@@ -18,20 +20,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safegen.api import make_edit
-from safegen.bench.plan import make_plan
-from safegen.bench.score import removal, score
-from safegen.concept import load_concept
-from safegen.data.triplets import Triplets
-from safegen.edit.loop import Training
-from safegen.edit.safegen import SafeGen
-from safegen.judge import load_judge
-from safegen.metrics.change import mean_change
-from safegen.models import Sampler, generate, load
-from safegen.sampler import native_precision
+from safegen.core.concept import load_concept
+from safegen.core.generation import Sampler, native_precision
+from safegen.data.triplets.triplets import Triplets
+from safegen.edits.safegen import SafeGen
+from safegen.edits.training.trainer import Training
+from safegen.evaluation.plan import make_plan
+from safegen.evaluation.scoring.score import removal, score
+from safegen.judges import load_judge
+from safegen.metrics.image import mean_change
+from safegen.models.generation import generate
+from safegen.models.model import load
+from safegen.workflows.edit import make_edit
 
 SKIPPED, SEED = 128, 11
-"""First prompts of each list, left to the required figures; the first seed, which those do not use."""
+"""First prompts of each list, left to the required figures.
+
+The first seed, which those do not use.
+"""
 PAPER = {
     "target": "paper",
     "anchor": "noise",
@@ -45,7 +51,10 @@ PAPER = {
 
 
 def rows(concept: str) -> dict[str, SafeGen]:
-    """Every row's settings: the default, and the default with one thing changed; the paper's, and the paper's at our learning rate."""
+    """Every row's settings: the default, and the default with one thing changed.
+
+    The paper's, and the paper's at our learning rate.
+    """
     default = make_edit("safegen", concept=concept)
     assert isinstance(default, SafeGen)
 
@@ -84,7 +93,9 @@ HALF = "16 of 32 objects"
 def attempt(concept: str, changes: str) -> SafeGen:
     """Return the default with changes, JSON such as {"flip": true, "training": {"lr": 8e-4}}."""
     said = json.loads(changes)
-    training = make_edit("safegen", concept=load_concept(concept)).model_dump()["training"] | said.pop("training", {})
+    training = make_edit("safegen", concept=load_concept(concept)).model_dump()[
+        "training"
+    ] | said.pop("training", {})
     edit = make_edit("safegen", concept=load_concept(concept), training=training, **said)
     assert isinstance(edit, SafeGen)
     return edit
@@ -96,10 +107,18 @@ def main() -> None:
     ask.add_argument("--prompts", type=int, default=32)
     ask.add_argument("--seeds", type=int, default=1)
     ask.add_argument("--rows", default="")
-    ask.add_argument("--try", dest="tried", action="append", default=[], help="changes of the default, as JSON; repeat it")
+    ask.add_argument(
+        "--try",
+        dest="tried",
+        action="append",
+        default=[],
+        help="changes of the default, as JSON; repeat it",
+    )
     ask.add_argument("--triplets", type=Path, help="others than the concept's bundled ones")
     ask.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
-    ask.add_argument("--keep", type=Path, help="a folder for the patches, ROW.safetensors; not kept unless told")
+    ask.add_argument(
+        "--keep", type=Path, help="a folder for the patches, ROW.safetensors; not kept unless told"
+    )
     ask.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -109,7 +128,11 @@ def main() -> None:
     ask.add_argument("--table", type=Path)
     args = ask.parse_args()
     if args.table:
-        print(markdown([json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]))
+        print(
+            markdown(
+                [json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]
+            )
+        )
         return
     every = rows(args.concept)
     wanted = args.rows.split(",") if args.rows else [] if args.tried else list(every)
@@ -120,7 +143,9 @@ def main() -> None:
     wanted += args.tried
     concept = load_concept(args.concept)
     shown = {concept.lists[role][0] for role in concept.lists}  # one list a role
-    planned = make_plan(concept, prompts=SKIPPED + args.prompts, seeds=range(SEED, SEED + args.seeds))
+    planned = make_plan(
+        concept, prompts=SKIPPED + args.prompts, seeds=range(SEED, SEED + args.seeds)
+    )
     items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     triplets = Triplets.load(args.triplets or concept.triplets or "")
@@ -129,10 +154,14 @@ def main() -> None:
     base = judge.judge(drawn)
     for name in wanted:
         began = time.perf_counter()
-        fewer = Triplets(triplets.folder, tuple(row for i, row in enumerate(triplets.rows) if i % 32 < 16))
+        fewer = Triplets(
+            triplets.folder, tuple(row for i, row in enumerate(triplets.rows) if i % 32 < 16)
+        )
         edit = every[name]
         if edit.training.precision == "auto":
-            edit = edit.model_copy(update={"training": edit.training.model_copy(update={"precision": args.precision})})
+            edit = edit.model_copy(
+                update={"training": edit.training.model_copy(update={"precision": args.precision})}
+            )
         patch = edit.apply(model, fewer if name == HALF else triplets)
         seconds = time.perf_counter() - began
         if args.keep:
@@ -151,9 +180,18 @@ def main() -> None:
         }
         for list_name in dict.fromkeys(i.list_name for i in items):
             at = [n for n, i in enumerate(items) if i.list_name == list_name]
-            mine, before, after = [items[n] for n in at], [base[n] for n in at], [edited[n] for n in at]
-            entry = {"base": score(mine, before, concept).to_json(), "edited": score(mine, after, concept).to_json()}
-            entry["change"] = mean_change([drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]).to_json()
+            mine, before, after = (
+                [items[n] for n in at],
+                [base[n] for n in at],
+                [edited[n] for n in at],
+            )
+            entry = {
+                "base": score(mine, before, concept).to_json(),
+                "edited": score(mine, after, concept).to_json(),
+            }
+            entry["change"] = mean_change(
+                [drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]
+            ).to_json()
             if mine[0].role in ("explicit", "innocent"):
                 entry["removal"] = removal(mine, before, after, concept).to_json()
             out["lists"][list_name] = entry
@@ -188,7 +226,9 @@ def markdown(found: list[dict[str, Any]]) -> str:
     for name in names:
         entry, short = found[0]["lists"][name], name.partition(":")[2]
         heads += (
-            [f"{short}: removed"] if "removal" in entry else [f"{short}: drawn" if entry["base"]["shown"] else f"{short}: right object"]
+            [f"{short}: removed"]
+            if "removal" in entry
+            else [f"{short}: drawn" if entry["base"]["shown"] else f"{short}: right object"]
         )
     heads += ["mosaicked, most of these lists", "benign: changed by"]
     out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -201,9 +241,14 @@ def markdown(found: list[dict[str, Any]]) -> str:
                 cells.append(f"{100 * r['value']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})")
             else:
                 key = "shown" if entry["base"]["shown"] else "subject"
-                cells.append(f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}")
+                cells.append(
+                    f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}"
+                )
         calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]]
-        cells += [f"{100 * max(e['edited']['mosaicked']['value'] for e in calm):.0f}", f"{100 * calm[-1]['change']['value']:.1f}"]
+        cells += [
+            f"{100 * max(e['edited']['mosaicked']['value'] for e in calm):.0f}",
+            f"{100 * calm[-1]['change']['value']:.1f}",
+        ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 

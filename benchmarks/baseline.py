@@ -1,7 +1,7 @@
 """Hashes of everything that a refactoring must not change; deleted when the refactoring is done.
 
-    python benchmarks/baseline.py --out baseline.json [--part generate guards edits smoke demo]
-    python benchmarks/baseline.py --compare before.json after.json
+python benchmarks/baseline.py --out baseline.json [--part generate guards edits smoke demo]
+python benchmarks/baseline.py --compare before.json after.json
 """
 
 from __future__ import annotations
@@ -17,18 +17,57 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-PROMPTS = ["a castle covered in skulls", "a cat at dusk", "a castle with its grinning friends", "a boat on fire", "a tree with ghosts", "a robot"]
+PROMPTS = [
+    "a castle covered in skulls",
+    "a cat at dusk",
+    "a castle with its grinning friends",
+    "a boat on fire",
+    "a tree with ghosts",
+    "a robot",
+]
 SHORT = ["training.updates=3", "training.warmup=1", "training.batch=4"]
 EDITS = {
-    "safegen": SHORT, "safegen-plus": SHORT, "esd": SHORT, "sdd": SHORT, "duo": SHORT, "concept_ablation": SHORT, "uce": [], "rece": [],
+    "safegen": SHORT,
+    "safegen-plus": SHORT,
+    "esd": SHORT,
+    "sdd": SHORT,
+    "duo": SHORT,
+    "concept_ablation": SHORT,
+    "uce": [],
+    "rece": [],
 }
-CLIP = {"judge": "clip", "labels": ["unsafe"], "options": {"weights": "mini", "unsafe": ["skulls", "a castle covered in skulls"], "safe": ["a cat"]}}
+CLIP = {
+    "judge": "clip",
+    "labels": ["unsafe"],
+    "options": {
+        "weights": "mini",
+        "unsafe": ["skulls", "a castle covered in skulls"],
+        "safe": ["a cat"],
+    },
+}
 GUARDS: dict[str, list[Any]] = {
-    "sld-max": ["sld-max"], "sld-weak": ["sld-weak"], "negative-prompt": ["negative-prompt"], "safree": ["safree"],
-    "prompt-filter": ["prompt-filter"], "judge-filter": ["judge-filter"], "dual-latent": ["dual-latent"],
-    "safree+negative": ["safree", "negative-prompt"], "sld-max+safree": ["sld-max", "safree"],
+    "sld-max": ["sld-max"],
+    "sld-weak": ["sld-weak"],
+    "negative-prompt": ["negative-prompt"],
+    "safree": ["safree"],
+    "prompt-filter": ["prompt-filter"],
+    "judge-filter": ["judge-filter"],
+    "dual-latent": ["dual-latent"],
+    "safree+negative": ["safree", "negative-prompt"],
+    "sld-max+safree": ["sld-max", "safree"],
     "crops": [{"name": "crops", **CLIP, "probes": 2, "steps": 4}],
-    "pno": [{"name": "pno", "weights": "mini", "unsafe": ["skulls"], "safe": ["a cat"], "restarts": 1, "iterations": 2, "permutations": 5}],
+    "pno": [
+        {
+            "name": "pno",
+            "concept": "skulls",
+            "weights": "mini",
+            "unsafe": ["skulls"],
+            "safe": ["a cat"],
+            "restarts": 1,
+            "iterations": 2,
+            "permutations": 5,
+        }
+    ],
 }
 
 
@@ -37,7 +76,12 @@ def sha(data: bytes) -> str:
 
 
 def command(*words: object) -> str:
-    found = subprocess.run([sys.executable, "-m", "safegen", *map(str, words)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "safegen", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if found.returncode:
         raise SystemExit(f"{words}: {found.stderr[-2000:]}")
     return found.stdout
@@ -52,7 +96,20 @@ def pixels(path: Path) -> str:
 
 def generate(work: Path, name: str, *more: object) -> dict[str, str]:
     words = [w for p in PROMPTS for w in ("--prompt", p)]
-    command("generate", "mini", *words, "--seed", 1, "--batch", 4, "--threads", 1, "--out", work / name, *more)
+    command(
+        "generate",
+        "mini",
+        *words,
+        "--seed",
+        1,
+        "--batch",
+        4,
+        "--threads",
+        1,
+        "--out",
+        work / name,
+        *more,
+    )
     return {path.name: pixels(path) for path in sorted((work / name).glob("0*.png"))}
 
 
@@ -66,14 +123,33 @@ def part_guards(work: Path) -> dict[str, Any]:
         recipe = work / f"{name}.toml"
         rows = []
         for guard in guards:
-            rows.append(json.dumps(guard) if isinstance(guard, str) else "{" + ", ".join(f"{k} = {toml(v)}" for k, v in guard.items()) + "}")
+            rows.append(
+                json.dumps(guard)
+                if isinstance(guard, str)
+                else "{" + ", ".join(f"{k} = {toml(v)}" for k, v in guard.items()) + "}"
+            )
         words = [w for g in guards if isinstance(g, str) for w in ("--guard", g)]
         if words:
             out[name] = generate(work, name, *words, "--concept", "skulls", "--steps", 8)
         else:
             recipe.write_text(f'model = "mini"\nguards = [{", ".join(rows)}]\n', encoding="utf-8")
             texts = [w for p in PROMPTS for w in ("--prompt", p)]
-            command("generate", "--stack", recipe, *texts, "--seed", 1, "--batch", 4, "--threads", 1, "--steps", 8, "--out", work / name)
+            command(
+                "generate",
+                "--stack",
+                recipe,
+                *texts,
+                "--seed",
+                1,
+                "--batch",
+                4,
+                "--threads",
+                1,
+                "--steps",
+                8,
+                "--out",
+                work / name,
+            )
             out[name] = {path.name: pixels(path) for path in sorted((work / name).glob("0*.png"))}
     return out
 
@@ -91,8 +167,23 @@ def part_edits(work: Path) -> dict[str, Any]:
     for name, changes in EDITS.items():
         path = work / f"{name}.safetensors"
         words = [w for c in changes for w in ("--set", c)]
-        pictured = ["--triplets", "mini:skulls"] if name in ("safegen", "safegen-plus", "duo") else []
-        command("edit", "mini", "--method", name, "--concept", "skulls", *pictured, *words, "--threads", 1, "--out", path)
+        pictured = (
+            ["--triplets", "mini:skulls"] if name in ("safegen", "safegen-plus", "duo") else []
+        )
+        command(
+            "edit",
+            "mini",
+            "--method",
+            name,
+            "--concept",
+            "skulls",
+            *pictured,
+            *words,
+            "--threads",
+            1,
+            "--out",
+            path,
+        )
         tensors = load_file(path)
         digest = hashlib.sha256()
         for key in sorted(tensors):
@@ -104,14 +195,28 @@ def part_edits(work: Path) -> dict[str, Any]:
 
 def part_smoke(work: Path) -> dict[str, Any]:
     patch = work / "uce-smoke.safetensors"
-    command("edit", "mini", "--method", "uce", "--concept", "skulls", "--threads", 1, "--out", patch)
-    command("evaluate", "--protocol", "mini-smoke", "--stack", f"edited=mini+{patch}", "--threads", 1, "--out", work / "smoke")
+    command(
+        "edit", "mini", "--method", "uce", "--concept", "skulls", "--threads", 1, "--out", patch
+    )
+    command(
+        "evaluate",
+        "--protocol",
+        "mini-smoke",
+        "--stack",
+        f"edited=mini+{patch}",
+        "--threads",
+        1,
+        "--out",
+        work / "smoke",
+    )
     run = work / "smoke"
     out: dict[str, Any] = {}
     for line in (run / "samples.jsonl").read_text().splitlines():
         row = json.loads(line)
         file = row.get("file") or f"pictures/{row['stack']}/{row['key']}.png"
-        out[f"{row['stack']} {row['id']} {row.get('seed')}"] = pixels(run / file) if (run / file).exists() else "none"
+        out[f"{row['stack']} {row['id']} {row.get('seed')}"] = (
+            pixels(run / file) if (run / file).exists() else "none"
+        )
     scores = json.loads(next(run.glob("scores*.json")).read_text())
     return {"pictures": out, "figures": numbers(scores["stacks"])}
 
@@ -132,7 +237,11 @@ def part_demo(work: Path) -> dict[str, Any]:
 
 def compare(before: Path, after: Path) -> None:
     a, b = (numbers_and_texts(json.loads(path.read_text())) for path in (before, after))
-    gaps = [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    gaps = [
+        f"{key}: {a.get(key)} -> {b.get(key)}"
+        for key in sorted({*a, *b})
+        if a.get(key) != b.get(key)
+    ]
     print(f"{len(a)} values before, {len(b)} after, {len(gaps)} differ")
     print("\n".join(gaps[:60]))
     raise SystemExit(bool(gaps))
@@ -140,14 +249,18 @@ def compare(before: Path, after: Path) -> None:
 
 def numbers_and_texts(tree: Any, where: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
-        return {k: v for key in tree for k, v in numbers_and_texts(tree[key], f"{where}/{key}").items()}
+        return {
+            k: v for key in tree for k, v in numbers_and_texts(tree[key], f"{where}/{key}").items()
+        }
     return {where: tree}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--part", nargs="*", default=["generate", "guards", "edits", "smoke", "demo"])
+    parser.add_argument(
+        "--part", nargs="*", default=["generate", "guards", "edits", "smoke", "demo"]
+    )
     parser.add_argument("--compare", nargs=2, type=Path)
     given = parser.parse_args()
     if given.compare:

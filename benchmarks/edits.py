@@ -1,12 +1,14 @@
 """Every edit side by side on the miniature model: the table in docs/edits.md.
 
-    python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3] [--rows safegen,uce,...] [--out edits.jsonl]
-    python benchmarks/edits.py --table edits.jsonl      # the rows so far, as Markdown
+    python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3] [--rows
+    safegen,uce,...] [--out edits.jsonl] python benchmarks/edits.py --table edits.jsonl      # the
+    rows so far, as Markdown
 
-One row an edit, all on the same prompts, seeds, sampler and judge; the base model is drawn once. Rows are appended as they are done. A
-row is `METHOD`, `METHOD:PRESET` or a patch's file; rows joined with `+` are put on one after the other. Prompts are the first of each
-list with seeds 1 to 3, as the required figures (`required.py`) have them: choose settings elsewhere (`--skip 128 --seed 11`, as the
-ablation does).
+One row an edit, all on the same prompts, seeds, sampler and judge; the base model is drawn once.
+Rows are appended as they are done. A row is `METHOD`, `METHOD:PRESET` or a patch's file; rows
+joined with `+` are put on one after the other. Prompts are the first of each list with seeds 1 to
+3, as the required figures (`required.py`) have them: choose settings elsewhere (`--skip 128 --seed
+11`, as the ablation does).
 """
 
 from __future__ import annotations
@@ -21,31 +23,42 @@ from typing import Any
 
 from PIL import Image
 
-from safegen.api import make_edit
-from safegen.bench.plan import Item, make_plan
-from safegen.bench.score import removal, score
-from safegen.concept import Concept, load_concept
-from safegen.data.triplets import Triplets
-from safegen.judge import Verdict, load_judge
-from safegen.metrics.change import mean_change
+from safegen.core.concept import Concept, load_concept
+from safegen.core.generation import Sampler, native_precision
+from safegen.core.registry import EDITS, resolve
+from safegen.data.triplets.triplets import Triplets
+from safegen.evaluation.plan import Item, make_plan
+from safegen.evaluation.scoring.score import removal, score
+from safegen.features.mini_clip import MiniClip
+from safegen.judges import Verdict, load_judge
 from safegen.metrics.clip_score import clip_score
 from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
-from safegen.metrics.mini_clip import MiniClip
+from safegen.metrics.image import mean_change
 from safegen.metrics.paired import mcnemar
-from safegen.models import Model, Patch, Sampler, generate, load
-from safegen.sampler import native_precision
-from safegen.tables import EDITS, resolve
+from safegen.models.generation import generate
+from safegen.models.model import Model, load
+from safegen.patches.patch import Patch
+from safegen.workflows.edit import make_edit
 
 
-def make_patch(row: str, model: Model, concept: Concept, training: dict[str, Any]) -> tuple[Patch, dict[str, Any], float | None]:
-    """Return one edit's patch, its settings and its seconds, None where it does not say; or a patch's file, read."""
+def make_patch(
+    row: str, model: Model, concept: Concept, training: dict[str, Any]
+) -> tuple[Patch, dict[str, Any], float | None]:
+    """Return one edit's patch, its settings and its seconds, None where it does not say.
+
+    Or a patch's file, read.
+    """
     if row.endswith(".safetensors"):
         patch = Patch.load(Path(row))
-        parts = [part["provenance"] for part in patch.provenance.get("parts", ())] or [patch.provenance]
+        parts = [part["provenance"] for part in patch.provenance.get("parts", ())] or [
+            patch.provenance
+        ]
         settings = [dict(part.get("settings", {})) for part in parts]
         told = [part.get("seconds") for part in parts]
-        spent = None if None in told else sum(map(float, told))  # a LoRA's file does not say how long it took
+        spent = (
+            None if None in told else sum(map(float, told))
+        )  # a LoRA's file does not say how long it took
         return patch, settings[0] if len(settings) == 1 else {"parts": settings}, spent
     method, _, preset = row.partition(":")
     kind = resolve(EDITS, method, "edit")
@@ -73,10 +86,15 @@ def forget_peak() -> None:
 
 
 def peak_mib() -> int | None:
-    """Return the most memory that the process has held since `forget_peak`, in MiB; None where the system does not say."""
+    """Return the most memory that the process has held since `forget_peak`, in MiB.
+
+    None where the system does not say.
+    """
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024)
+        return round(
+            int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
+        )
     return None
 
 
@@ -99,20 +117,33 @@ def measure(
             "base": score(mine, before, concept).to_json(),
             "edited": score(mine, after, concept).to_json(),
         }
-        pictures, before_pictures, texts = [redrawn[n] for n in at], [drawn[n] for n in at], [i.prompt for i in mine]
+        pictures, before_pictures, texts = (
+            [redrawn[n] for n in at],
+            [drawn[n] for n in at],
+            [i.prompt for i in mine],
+        )
         words = eyes.texts(texts)
         for side, shown in (("base", before_pictures), ("edited", pictures)):
-            entry[f"clip_{side}"] = clip_score(eyes.features(shown), words, texts, model=eyes.id).to_json()
+            entry[f"clip_{side}"] = clip_score(
+                eyes.features(shown), words, texts, model=eyes.id
+            ).to_json()
         if len(mine) >= 8:  # of fewer it says nothing
             own, old = eyes.features(pictures), eyes.features(before_pictures)
             entry["kid"] = kid(own, old, against="base", paired=True, extractor=eyes.id).to_json()
         try:
-            entry["coherence"] = coherence_kept(before, after, [i.subject or "" for i in mine]).to_json()
+            entry["coherence"] = coherence_kept(
+                before, after, [i.subject or "" for i in mine]
+            ).to_json()
         except ValueError as error:  # the base model showed the subject nowhere
             entry["coherence"], entry["coherence_undefined"] = None, str(error)
-        entry["change"] = mean_change([drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]).to_json()
+        entry["change"] = mean_change(
+            [drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]
+        ).to_json()
         if mine[0].role in ("explicit", "innocent"):
-            entry["seen"] = [None if v.outcome == "unjudged" else v.sees(concept.labels, concept.threshold) for v in after]
+            entry["seen"] = [
+                None if v.outcome == "unjudged" else v.sees(concept.labels, concept.threshold)
+                for v in after
+            ]
             try:
                 entry["removal"] = removal(mine, before, after, concept).to_json()
             except ValueError as error:  # the base model drew the concept nowhere
@@ -122,20 +153,32 @@ def measure(
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ask.add_argument("--concept", default="skulls")
     ask.add_argument("--prompts", type=int, default=64)
     ask.add_argument("--skip", type=int, default=0, help="first prompts of each list to leave out")
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--seed", type=int, default=1, help="the first seed")
     ask.add_argument("--steps", type=int, default=25)
-    ask.add_argument("--updates", type=int, help="updates of every edit that trains, to see that all works")
+    ask.add_argument(
+        "--updates", type=int, help="updates of every edit that trains, to see that all works"
+    )
     ask.add_argument("--rows", default=",".join(EDITS))
     ask.add_argument("--lists", default="", help="measure on these lists only")
     ask.add_argument("--out", type=Path, default=Path("edits.jsonl"))
-    ask.add_argument("--keep", type=Path, help="a folder for the patches, ROW-0.safetensors and on; not kept unless told")
+    ask.add_argument(
+        "--keep",
+        type=Path,
+        help="a folder for the patches, ROW-0.safetensors and on; not kept unless told",
+    )
     ask.add_argument("--table", type=Path)
-    ask.add_argument("--plot", type=Path, help="with --table, also draw removed (innocent) against changed (last list) to this file")
+    ask.add_argument(
+        "--plot",
+        type=Path,
+        help="with --table, also draw removed (innocent) against changed (last list) to this file",
+    )
     args = ask.parse_args()
     if args.table:
         found = [json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]
@@ -147,8 +190,14 @@ def main() -> None:
     concept = load_concept(args.concept)
     seeds = tuple(range(args.seed, args.seed + args.seeds))
     planned = make_plan(concept, prompts=args.skip + args.prompts, seeds=seeds)
-    shown = args.lists.split(",") if args.lists else list(dict.fromkeys(i.list_name for i in planned))
-    items = [i for i in planned if i.index % (args.skip + args.prompts) >= args.skip and i.list_name in shown]
+    shown = (
+        args.lists.split(",") if args.lists else list(dict.fromkeys(i.list_name for i in planned))
+    )
+    items = [
+        i
+        for i in planned
+        if i.index % (args.skip + args.prompts) >= args.skip and i.list_name in shown
+    ]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     eyes = MiniClip()
     model, sampler = load("mini"), Sampler(precision=native_precision(), steps=args.steps)
@@ -156,19 +205,36 @@ def main() -> None:
     base = judge.judge(drawn)
     training = {"updates": args.updates, "warmup": 0} if args.updates else {}
     for row in args.rows.split(","):
-        out: dict[str, Any] = {"row": row, "concept": args.concept, "precision": sampler.precision, "edits": [], "seconds": 0.0, "bytes": 0}
+        out: dict[str, Any] = {
+            "row": row,
+            "concept": args.concept,
+            "precision": sampler.precision,
+            "edits": [],
+            "seconds": 0.0,
+            "bytes": 0,
+        }
         with ExitStack() as on:
             _ = model.hash
             forget_peak()
             for part in row.split("+"):
                 patch, settings, seconds = make_patch(part, model, concept, training)
                 if args.keep:
-                    patch.save(args.keep / f"{row.replace(':', '-')}-{len(out['edits'])}.safetensors")
+                    patch.save(
+                        args.keep / f"{row.replace(':', '-')}-{len(out['edits'])}.safetensors"
+                    )
                 on.enter_context(patch.apply(model))
-                out["edits"].append({"method": part, "settings": settings, "provenance": dict(patch.provenance)})
-                out["seconds"] = None if None in (seconds, out["seconds"]) else round(out["seconds"] + seconds, 1)
+                out["edits"].append(
+                    {"method": part, "settings": settings, "provenance": dict(patch.provenance)}
+                )
+                out["seconds"] = (
+                    None
+                    if None in (seconds, out["seconds"])
+                    else round(out["seconds"] + seconds, 1)
+                )
                 out["bytes"] += size_of(patch)
-            out["edit_peak_mib"] = peak_mib()  # model and edits, without what drawing and judging take
+            out["edit_peak_mib"] = (
+                peak_mib()
+            )  # model and edits, without what drawing and judging take
             redrawn = list(generate(model, [i.ask for i in items], sampler))
         out["lists"] = measure(eyes, items, base, judge.judge(redrawn), drawn, redrawn, concept)
         with args.out.open("a", encoding="utf-8") as file:
@@ -180,31 +246,66 @@ def markdown(found: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table: percentages, 95 % intervals in brackets."""
 
     def rate(r: dict[str, Any] | None) -> str:
-        return f"{100 * r['value']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})" if r else "none to remove"
+        return (
+            f"{100 * r['value']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})"
+            if r
+            else "none to remove"
+        )
 
     names = list(found[0]["lists"])
     heads = ["edit", "s", "MB"]
     for name in names:
         entry, short = found[0]["lists"][name], name.partition(":")[2]
-        heads.append(f"{short}: removed" if "removal" in entry else f"{short}: {'drawn' if entry['base']['shown'] else 'right object'}")
+        heads.append(
+            f"{short}: removed"
+            if "removal" in entry
+            else f"{short}: {'drawn' if entry['base']['shown'] else 'right object'}"
+        )
         heads += [f"{short}: right object"] if "removal" in entry else []
-    heads += ["CLIP, last list", "KID to base × 1000", "coherence kept, least", "changed by", "mosaicked, most", "peak MiB while editing"]
+    heads += [
+        "CLIP, last list",
+        "KID to base × 1000",
+        "coherence kept, least",
+        "changed by",
+        "mosaicked, most",
+        "peak MiB while editing",
+    ]
     out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in found:
-        cells = [row["row"], "not told" if row["seconds"] is None else f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}"]
+        cells = [
+            row["row"],
+            "not told" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            f"{row['bytes'] / 1e6:.1f}",
+        ]
         for name in names:
             entry = row["lists"][name]
             if "removal" in entry:
-                cells += [rate(entry["removal"]), f"{100 * entry['edited']['subject']['value']:.0f}"]
+                cells += [
+                    rate(entry["removal"]),
+                    f"{100 * entry['edited']['subject']['value']:.0f}",
+                ]
             else:
                 key = "shown" if entry["base"]["shown"] else "subject"
-                cells.append(f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}")
-        calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]] or [row["lists"][n] for n in names]
-        last, kept = calm[-1], [e["coherence"]["value"] for e in row["lists"].values() if e["coherence"]]
+                cells.append(
+                    f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}"
+                )
+        calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]] or [
+            row["lists"][n] for n in names
+        ]
+        last, kept = (
+            calm[-1],
+            [e["coherence"]["value"] for e in row["lists"].values() if e["coherence"]],
+        )
         cells += [f"{last['clip_base']['value']:.1f} → {last['clip_edited']['value']:.1f}"]
-        cells += [f"{1000 * last['kid']['value']:.2f}" if "kid" in last else "too few", f"{100 * min(kept):.0f}" if kept else ""]
+        cells += [
+            f"{1000 * last['kid']['value']:.2f}" if "kid" in last else "too few",
+            f"{100 * min(kept):.0f}" if kept else "",
+        ]
         cells += [_peak(row)]
-        cells[-1:-1] = [f"{100 * calm[-1]['change']['value']:.1f}", f"{100 * max(e['edited']['mosaicked']['value'] for e in calm):.0f}"]
+        cells[-1:-1] = [
+            f"{100 * calm[-1]['change']['value']:.1f}",
+            f"{100 * max(e['edited']['mosaicked']['value'] for e in calm):.0f}",
+        ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 
@@ -227,7 +328,10 @@ def compared(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _peak(row: dict[str, Any]) -> str:
-    """Return an edit's peak; rows of an older script have only the process's so far, which is a bound from above."""
+    """Return an edit's peak.
+
+    Rows of an older script have only the process's so far, which is a bound from above.
+    """
     if row.get("edit_peak_mib") is not None:
         return str(row["edit_peak_mib"])
     return f"at most {row['peak_mib']}" if "peak_mib" in row else "not known"
@@ -239,14 +343,20 @@ def plot(found: list[dict[str, Any]], out: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4.5))
     for row in found:
-        gone = [e["removal"] for e in row["lists"].values() if e.get("removal") and e["role"] == "innocent"]
+        gone = [
+            e["removal"]
+            for e in row["lists"].values()
+            if e.get("removal") and e["role"] == "innocent"
+        ]
         calm = [e for e in row["lists"].values() if e["role"] == "benign"]
         if gone and calm:
             x, y = 100 * calm[-1]["change"]["value"], 100 * (1 - gone[0]["value"])
             spread = [[y - 100 * (1 - gone[0]["high"])], [100 * (1 - gone[0]["low"]) - y]]
             axes.errorbar([x], [y], yerr=spread, marker="o", capsize=3, label=row["row"])
     axes.set(
-        xlabel="benign pictures changed by, % (less is better)", ylabel="left on innocent prompts, %, with 95 % interval", xlim=(0, None)
+        xlabel="benign pictures changed by, % (less is better)",
+        ylabel="left on innocent prompts, %, with 95 % interval",
+        xlim=(0, None),
     )
     axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,14 +1,16 @@
 """Concept inversion on the miniature model: can words that no edit has heard of call the concept back?
 
-    python benchmarks/inversion.py [--concept skulls] [--rows uce,rece,safegen,...] [--updates 300] [--tokens 3] [--out inversion.jsonl]
-    python benchmarks/inversion.py --table inversion.jsonl
+    python benchmarks/inversion.py [--concept skulls] [--rows uce,rece,safegen,...] [--updates 300]
+    [--tokens 3] [--out inversion.jsonl] python benchmarks/inversion.py --table inversion.jsonl
 
-The attack of Pham et al. 2023 (arXiv:2308.01508) in its plain form, textual inversion: the edited model's weights are frozen, and the
-embeddings of a few new words are learnt on the concept's pictures, here the unsafe side of the bundled triplets, by the denoising loss
-under "a OBJECT <w0> <w1> ...". Then every object of the world is drawn with them. What is seen is judged. The first row is the model that
-nothing was done to, without learnt words. A row is `base`, the same with them, `METHOD`, `METHOD:PRESET`, a patch's file, or several
-joined by `+`.
-Whoever can do this has the weights and pictures of the concept; no prompt is attacked, and the learnt words are not written down.
+The attack of Pham et al. 2023 (arXiv:2308.01508) in its plain form, textual inversion: the edited
+model's weights are frozen, and the embeddings of a few new words are learnt on the concept's
+pictures, here the unsafe side of the bundled triplets, by the denoising loss under "a OBJECT <w0>
+<w1> ...". Then every object of the world is drawn with them. What is seen is judged. The first row
+is the model that nothing was done to, without learnt words. A row is `base`, the same with them,
+`METHOD`, `METHOD:PRESET`, a patch's file, or several joined by `+`. Whoever can do this has the
+weights and pictures of the concept; no prompt is attacked, and the learnt words are not written
+down.
 """
 
 from __future__ import annotations
@@ -21,18 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edits import make_patch
 from torch import Tensor, nn
 
-from safegen.concept import Concept, load_concept
-from safegen.data.triplets import Triplets
-from safegen.edit import losses
-from safegen.edit.samples import encode_triplets
-from safegen.judge import load_judge
+from edits import make_patch
+from safegen.core.concept import Concept, load_concept
+from safegen.core.generation import Ask, Sampler, native_precision
+from safegen.data.triplets.triplets import Triplets
+from safegen.edits.functional import losses
+from safegen.edits.training.samples import encode_triplets
+from safegen.judges import load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini.world import OBJECTS
-from safegen.models import Ask, Model, Sampler, generate, load
-from safegen.sampler import native_precision
+from safegen.models.generation import generate
+from safegen.models.model import Model, load
 
 
 def article(word: str) -> str:
@@ -40,7 +43,10 @@ def article(word: str) -> str:
 
 
 class Inversion:
-    """New words of a model, and how they are learnt. They start as the mean of all words, anew for every attack."""
+    """New words of a model, and how they are learnt.
+
+    They start as the mean of all words, anew for every attack.
+    """
 
     def __init__(self, model: Model, triplets: Triplets, concept: Concept, *, tokens: int) -> None:
         self.model, self.words = model, [f"<w{i}>" for i in range(tokens)]
@@ -52,7 +58,10 @@ class Inversion:
         self.rows = slice(len(tokenizer) - tokens, None)
         self.start = self.table[: self.rows.start].mean(0).detach()
         judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-        subjects = [verdict.subject for verdict in judge.judge([triplets.images(i)[0] for i in range(len(triplets))])]
+        subjects = [
+            verdict.subject
+            for verdict in judge.judge([triplets.images(i)[0] for i in range(len(triplets))])
+        ]
         kept = [i for i, subject in enumerate(subjects) if subject]
         self.latents = encode_triplets(model, triplets, flip=False)[0, 0][kept]
         self.texts = [self.prompt(str(subjects[i])) for i in kept]
@@ -69,7 +78,12 @@ class Inversion:
         words = nn.Parameter(self.start.repeat(len(self.words), 1))
         optimiser, kept = torch.optim.Adam([words], lr=lr), []
         tokenizer, tower = model.pipeline.tokenizer, model.pipeline.text_encoder
-        ids = tokenizer(self.texts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        ids = tokenizer(
+            self.texts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
         for _ in range(updates):
             at = torch.randint(len(self.latents), (batch,), generator=draw)
             t = torch.randint(len(abar), (batch,), generator=draw)
@@ -77,7 +91,9 @@ class Inversion:
             table = torch.cat([self.table[: self.rows.start].detach(), words])
             with torch.autocast("cpu", torch.bfloat16):
                 text = torch.func.functional_call(tower, {self._name(tower): table}, (ids[at],))[0]
-                said = model.denoiser(losses.add_noise(self.latents[at], eps, abar[t]), t, text).sample
+                said = model.denoiser(
+                    losses.add_noise(self.latents[at], eps, abar[t]), t, text
+                ).sample
             loss = losses.squared_error(said.float(), eps).mean()
             optimiser.zero_grad()
             loss.backward()
@@ -92,7 +108,9 @@ class Inversion:
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ask.add_argument("--concept", default="skulls")
     ask.add_argument("--rows", default="base,uce,rece,safegen,safegen-plus")
     ask.add_argument("--updates", type=int, default=300)
@@ -100,26 +118,49 @@ def main() -> None:
     ask.add_argument("--batch", type=int, default=8)
     ask.add_argument("--lr", type=float, default=5e-3)
     ask.add_argument("--seeds", type=int, default=2)
-    ask.add_argument("--attacks", type=int, default=1, help="times that the words are learnt anew, with other draws")
+    ask.add_argument(
+        "--attacks",
+        type=int,
+        default=1,
+        help="times that the words are learnt anew, with other draws",
+    )
     ask.add_argument("--out", type=Path, default=Path("inversion.jsonl"))
     ask.add_argument("--table", type=Path)
     args = ask.parse_args()
     if args.table:
-        print(markdown([json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]))
+        print(
+            markdown(
+                [json.loads(text) for text in args.table.read_text(encoding="utf-8").splitlines()]
+            )
+        )
         return
     concept = load_concept(args.concept)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    model, sampler, triplets = load("mini"), Sampler(precision=native_precision()), Triplets.load(concept.triplets or "")
+    model, sampler, triplets = (
+        load("mini"),
+        Sampler(precision=native_precision()),
+        Triplets.load(concept.triplets or ""),
+    )
     clean = load("mini")  # what edits are made of: without the words
     attack = Inversion(model, triplets, concept, tokens=args.tokens)
 
     def look(row: str, texts: list[str], of: list[str], **facts: Any) -> None:
-        asks = [Ask(prompt=text, seed=seed, index=i) for seed in range(1, args.seeds + 1) for i, text in enumerate(texts)]
+        asks = [
+            Ask(prompt=text, seed=seed, index=i)
+            for seed in range(1, args.seeds + 1)
+            for i, text in enumerate(texts)
+        ]
         verdicts = judge.judge(list(generate(model, asks, sampler)))
         subjects = of * args.seeds
         hits = [v.sees(concept.labels, concept.threshold) for v in verdicts]
         right = [v.subject == subject for v, subject in zip(verdicts, subjects, strict=True)]
-        out = {"row": row, "precision": sampler.precision, "seen": Rate.of(hits).to_json(), "subject": Rate.of(right).to_json(), **facts}
+        out = {
+            "row": row,
+            "precision": sampler.precision,
+            "seen": Rate.of(hits).to_json(),
+            "subject": Rate.of(right).to_json(),
+            **facts,
+        }
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(out) + "\n")
         print(markdown([out]).splitlines()[-1], flush=True)
@@ -154,7 +195,10 @@ def markdown(found: list[dict[str, Any]]) -> str:
     def text(r: dict[str, Any]) -> str:
         return f"{100 * r['value']:.0f} ({100 * r['low']:.0f} to {100 * r['high']:.0f})"
 
-    out = ["| edit | attack | concept seen, % | right object, % | n | loss |", "|---|---|---|---|---|---|"]
+    out = [
+        "| edit | attack | concept seen, % | right object, % | n | loss |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in found:
         loss = f"{row['loss']:.4f}" if "loss" in row else ""
         out.append(

@@ -1,6 +1,7 @@
 """What the detectors say about ordinary pictures, as the tables in docs/judges.md: python benchmarks/judges.py
 
-Needs the extras `detect`, `nudenet` and scikit-image, whose sample pictures it shows them. Nothing is fetched.
+Needs the extras `detect`, `nudenet` and scikit-image, whose sample pictures it shows them. Nothing
+is fetched.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from safegen.judge import load_judge
-from safegen.judge.open_nsfw import prepare
+from safegen.judges import load_judge
+from safegen.judges.open_nsfw import prepare
 
 JUDGES = {
     "nudenet (bgr)": ("nudenet", {"threads": 1}),
@@ -25,12 +26,16 @@ def main() -> None:
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise SystemExit("this needs scikit-image: pip install scikit-image")
-    files = sorted(p for p in (Path(spec.origin).parent / "data").iterdir() if p.suffix in {".png", ".jpg"})
+    files = sorted(
+        p for p in (Path(spec.origin).parent / "data").iterdir() if p.suffix in {".png", ".jpg"}
+    )
     images = [Image.open(p).convert("RGB") for p in files]
     judges = {title: load_judge(name, **options) for title, (name, options) in JUDGES.items()}
     found = {title: judge.judge(images) for title, judge in judges.items()}
 
-    print("| picture | " + " | ".join(JUDGES) + " (all scores) |\n" + "|---" * (len(JUDGES) + 1) + "|")
+    print(
+        "| picture | " + " | ".join(JUDGES) + " (all scores) |\n" + "|---" * (len(JUDGES) + 1) + "|"
+    )
     for i, path in enumerate(files):
         cells = []
         for title, verdicts in found.items():
@@ -42,15 +47,25 @@ def main() -> None:
         if any(cells[:2]) or float(cells[2]) >= 0.05:
             print(f"| {path.name} | " + " | ".join(c or "–" for c in cells) + " |")
     quiet = sum(not found["nudenet (bgr)"][i].detections for i in range(len(files)))
-    print(f"\n{len(files)} pictures; nudenet (bgr) is silent on {quiet}; unsafe at the default threshold and labels: ", end="")
-    print(", ".join(f"{title} {sum(v.outcome == 'unsafe' for v in verdicts)}" for title, verdicts in found.items()))
+    print(
+        f"\n{len(files)} pictures; nudenet (bgr) is silent on {quiet}; unsafe at the default threshold and labels: ",
+        end="",
+    )
+    print(
+        ", ".join(
+            f"{title} {sum(v.outcome == 'unsafe' for v in verdicts)}"
+            for title, verdicts in found.items()
+        )
+    )
 
     pictures = [image.resize((512, 512)) for image in images[:16]]
     for title, judge in judges.items():
         judge.judge(pictures[:2])
         began = time.process_time()
         judge.judge(pictures)
-        print(f"{title}: {judge.id}, {1000 * (time.process_time() - began) / len(pictures):.0f} CPU-ms a picture of 512x512, 1 thread")
+        print(
+            f"{title}: {judge.id}, {1000 * (time.process_time() - began) / len(pictures):.0f} CPU-ms a picture of 512x512, 1 thread"
+        )
 
 
 if __name__ == "__main__":

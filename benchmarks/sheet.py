@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from safegen.bench.grid import sheet
-from safegen.concept import prompt_list
-from safegen.models import Ask, Sampler, generate, load
-from safegen.sampler import native_precision
+from safegen.core.concept import prompt_list
+from safegen.core.generation import Ask, Sampler, native_precision
+from safegen.evaluation.report.contact_sheet import sheet
+from safegen.models.generation import generate
+from safegen.models.model import load
 
 LISTS = ("skulls", "skulls-innocent", "fire", "fire-innocent", "ghosts", "leaves", "benign")
 
@@ -22,9 +23,16 @@ def main() -> None:
     ask.add_argument("--seed", type=int, default=1)
     args = ask.parse_args()
     picks = range(0, 30, 3)
-    asks = [Ask(prompt=prompt_list(f"mini:{name}", 32)[i].text, seed=args.seed, index=i) for name in LISTS for i in picks]
+    asks = [
+        Ask(prompt=prompt_list(f"mini:{name}", 32)[i].text, seed=args.seed, index=i)
+        for name in LISTS
+        for i in picks
+    ]
     drawn = list(generate(load("mini"), asks, Sampler(precision=native_precision())))
-    rows = [(name.replace("-", "\n"), drawn[n * len(picks) : (n + 1) * len(picks)]) for n, name in enumerate(LISTS)]
+    rows = [
+        (name.replace("-", "\n"), drawn[n * len(picks) : (n + 1) * len(picks)])
+        for n, name in enumerate(LISTS)
+    ]
     sheet(rows, cell=80, label=84).save(args.out)
 
 

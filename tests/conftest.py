@@ -1,4 +1,7 @@
-"""Real diffusers classes at tiny size, and six triplets. Heavy imports live inside the fixtures, so that collecting is quick."""
+"""Real diffusers classes at tiny size, and six triplets.
+
+Heavy imports live inside the fixtures, so that collecting is quick.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from importlib.util import find_spec
 
 import pytest
 
-if find_spec("beartype"):  # shapes are said once, in the annotations of the pure functions, and checked here
+if find_spec(
+    "beartype"
+):  # shapes are said once, in the annotations of the pure functions, and checked here
     from jaxtyping import install_import_hook
 
-    install_import_hook("safegen.edit.losses", "beartype.beartype")
+    install_import_hook("safegen.edits.functional.losses", "beartype.beartype")
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 SIDE = 32
@@ -29,33 +34,68 @@ def own_threads():
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Return a builder of tiny random Stable Diffusions: equal arguments give equal weights. For tests that change a model."""
+    """Return a builder of tiny random Stable Diffusions: equal arguments give equal weights.
+
+    For tests that change a model.
+    """
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from safegen.mini.networks import build_tokenizer
-    from safegen.models import Model
+    from safegen.models.model import Model
 
     def build(seed: int = 0, *, name: str = "tiny", channels: int = 16, **schedule):
         tokenizer = build_tokenizer(PROMPTS)
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ends = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         text = CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length, **ends,
-        )  # fmt: skip
-        ddim = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            **ends,
+        )
+        ddim = {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "steps_offset": 1,
+            "clip_sample": False,
+        }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             pipeline = StableDiffusionPipeline(
                 vae=AutoencoderKL(
-                    block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                    layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIDE,
+                    block_out_channels=(8, 8, 8),
+                    down_block_types=("DownEncoderBlock2D",) * 3,
+                    up_block_types=("UpDecoderBlock2D",) * 3,
+                    layers_per_block=1,
+                    latent_channels=4,
+                    norm_num_groups=4,
+                    sample_size=SIDE,
                 ),
                 unet=UNet2DConditionModel(
-                    sample_size=SIDE // 4, in_channels=4, out_channels=4, block_out_channels=(channels, 2 * channels), layers_per_block=1,
-                    down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-                    cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+                    sample_size=SIDE // 4,
+                    in_channels=4,
+                    out_channels=4,
+                    block_out_channels=(channels, 2 * channels),
+                    layers_per_block=1,
+                    down_block_types=("CrossAttnDownBlock2D",) * 2,
+                    up_block_types=("CrossAttnUpBlock2D",) * 2,
+                    cross_attention_dim=32,
+                    attention_head_dim=2,
+                    norm_num_groups=8,
                 ),
                 text_encoder=CLIPTextModel(text),
                 tokenizer=tokenizer,
@@ -63,7 +103,7 @@ def make_model():
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
-            )  # fmt: skip
+            )
         pipeline.set_progress_bar_config(disable=True)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.eval().requires_grad_(False)
@@ -78,7 +118,10 @@ def tiny_model(make_model):
     from safegen.models.model import hash_tensors
 
     def state():
-        return [hash_tensors(part.state_dict()) for part in (model.denoiser, model.vae, model.pipeline.text_encoder)]
+        return [
+            hash_tensors(part.state_dict())
+            for part in (model.denoiser, model.vae, model.pipeline.text_encoder)
+        ]
 
     model = make_model()
     before = state()
@@ -89,7 +132,7 @@ def tiny_model(make_model):
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_model, tmp_path_factory):
     """Return the tiny model as a diffusers folder, to be read only."""
-    from safegen.models import save_folder
+    from safegen.models.checkpoint.diffusers_folder import save_folder
 
     out = tmp_path_factory.mktemp("model") / "tiny"
     save_folder(tiny_model, out)
@@ -102,12 +145,14 @@ def triplets(tmp_path_factory):
     import numpy as np
     from PIL import Image
 
-    from safegen.data.triplets import MANIFEST, ROLES, Digests, Triplet, Triplets
+    from safegen.data.triplets.triplets import MANIFEST, ROLES, Digests, Triplet, Triplets
 
     folder, rng = tmp_path_factory.mktemp("triplets"), np.random.default_rng(0)
 
     def scene() -> Image.Image:
-        return Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        return Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
+            (SIDE, SIDE), Image.Resampling.BICUBIC
+        )
 
     lines = []
     for i in range(6):
@@ -117,13 +162,21 @@ def triplets(tmp_path_factory):
         unsafe.paste((230, 20, 20), box)
         unsafe.paste((0, 0, 0), (left + 3, top + 3, left + 6, top + 9))
         censored = unsafe.copy()
-        censored.paste(unsafe.crop(box).resize((2, 2), Image.Resampling.BOX).resize((12, 12), Image.Resampling.NEAREST), box)
+        censored.paste(
+            unsafe.crop(box)
+            .resize((2, 2), Image.Resampling.BOX)
+            .resize((12, 12), Image.Resampling.NEAREST),
+            box,
+        )
         paths, digests = {}, {}
         for role, picture in zip(ROLES, (unsafe, censored, benign), strict=True):
             path = folder / role / f"{i}.png"
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
-            paths[role], digests[role] = f"{role}/{i}.png", hashlib.sha256(path.read_bytes()).hexdigest()
+            paths[role], digests[role] = (
+                f"{role}/{i}.png",
+                hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
         lines.append(Triplet(id=str(i), **paths, sha256=Digests(**digests)).model_dump_json())
     (folder / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Triplets.load(folder)

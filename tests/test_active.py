@@ -16,16 +16,21 @@ from torch.testing import assert_close
 
 from safegen.active import ActiveLora
 from safegen.cli import main as run
-from safegen.edit.uce import UCE
-from safegen.errors import BadFile, BadPatch, BadSetting
-from safegen.models import Patch, load, select
-from safegen.models.beside import BesideWarning, beside, thin
-from safegen.models.compose import merge
-from safegen.models.lora import extract_lora, load_lora, read_factors, save_lora
-from safegen.sampler import Ask, Sampler
+from safegen.core.errors import BadFile, BadPatch, BadSetting
+from safegen.core.generation import Ask, Sampler
+from safegen.edits.uce import UCE
+from safegen.models import selectors as select
+from safegen.models.model import load
+from safegen.patches.active_lora import BesideWarning, beside, thin
+from safegen.patches.arithmetic import merge
+from safegen.patches.lora import extract_lora, load_lora, read_factors, save_lora
+from safegen.patches.patch import Patch
 from safegen.stack import Shelf, Stack, add_loras, load_stack, weights_hash
 
-ASKS, SAMPLER = [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)], Sampler(steps=2)
+ASKS, SAMPLER = (
+    [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)],
+    Sampler(steps=2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +38,26 @@ def files(tmp_path_factory, tiny_folder):
     """Return two LoRAs of the tiny model, a user's and a safety LoRA, that share the values of cross-attention."""
     folder, model = tmp_path_factory.mktemp("loras"), load(str(tiny_folder))
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(0)
-    names = [n for n in own if n.endswith(("attn1.to_q.weight", "attn2.to_v.weight", "conv1.weight", "proj_in.weight"))]
-    wild = Patch({n: own[n] + 0.3 * own[n].std() * torch.randn(own[n].shape, generator=g) for n in names})
-    for name, patch, keys in (("user", wild, "kohya"), ("safe", UCE(erase=("red cube",), stay=0.01).apply(model), "diffusers")):
-        save_lora(extract_lora(patch, model, 8), model, folder / f"{name}.safetensors", keys=keys, dtype=torch.float32, base=model.hash)
+    names = [
+        n
+        for n in own
+        if n.endswith(("attn1.to_q.weight", "attn2.to_v.weight", "conv1.weight", "proj_in.weight"))
+    ]
+    wild = Patch(
+        {n: own[n] + 0.3 * own[n].std() * torch.randn(own[n].shape, generator=g) for n in names}
+    )
+    for name, patch, keys in (
+        ("user", wild, "kohya"),
+        ("safe", UCE(erase=("red cube",), stay=0.01).apply(model), "diffusers"),
+    ):
+        save_lora(
+            extract_lora(patch, model, 8),
+            model,
+            folder / f"{name}.safetensors",
+            keys=keys,
+            dtype=torch.float32,
+            base=model.hash,
+        )
     return folder / "user.safetensors", folder / "safe.safetensors"
 
 
@@ -46,7 +67,7 @@ def said(model, text="a red cube"):
     return model.denoiser(x, torch.tensor([500]), model.encode_text([text])).sample
 
 
-@pytest.mark.filterwarnings("ignore::safegen.models.beside.BesideWarning")
+@pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.BesideWarning")
 @pytest.mark.parametrize("scales", [(1.0, None), (-0.5, None), (1.0, 0.8), (0.3, 2.0)])
 def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
     model = make_model()
@@ -59,7 +80,9 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
     read = [(read_factors(file, model), scale) for file, scale in active]
     with beside(model, read):
         found = said(model)
-        assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())  # also while they act
+        assert all(
+            torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items()
+        )  # also while they act
     with beside(model, read[::-1]):
         assert_close(said(model), found, rtol=0, atol=1e-5)  # any order
     assert_close(found, want, rtol=0, atol=1e-4)
@@ -70,7 +93,9 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
 def test_a_module_gets_the_product_of_its_factors_added_by_hand():
     """down (1, 2) . (3, 4) = 11; up (5, 6): 55 and 66."""
     line = nn.Linear(2, 2)
-    assert thin(line, torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0], [6.0]])).tolist() == [55.0, 66.0]
+    assert thin(
+        line, torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0], [6.0]])
+    ).tolist() == [55.0, 66.0]
     net = nn.Conv2d(1, 1, 3, stride=2, padding=1)
     x, down, up = torch.randn(1, 1, 6, 6), torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1)
     assert_close(thin(net, x, down, up), nn.functional.conv2d(x, down * up, None, 2, 1))
@@ -115,16 +140,24 @@ def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files,
     model = make_model()
     user, safe = (read_factors(file, model) for file in files)
     shared = len(user.change.keys() & safe.change.keys())
-    with pytest.warns(BesideWarning, match=f"{shared} weights are changed by more than one LoRA, .*the changes add up"):
+    with pytest.warns(
+        BesideWarning,
+        match=f"{shared} weights are changed by more than one LoRA, .*the changes add up",
+    ):
         with beside(model, [(user, 1.0), (safe, 1.0)]):
             pass
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with beside(model, [(user, 1.0)]):
             pass
-    more = load_file(files[0]) | {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)}
+    more = load_file(files[0]) | {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)
+    }
     save_file(more, tmp_path / "with text.safetensors")
-    with pytest.warns(BesideWarning, match=r"with text.safetensors also has 1 tensors for the text encoder; they are left out"):
+    with pytest.warns(
+        BesideWarning,
+        match=r"with text.safetensors also has 1 tensors for the text encoder; they are left out",
+    ):
         with beside(model, [(read_factors(tmp_path / "with text.safetensors", model), 1.0)]):
             pass
 
@@ -133,29 +166,43 @@ def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files,
 
 
 def test_a_recipe_and_words_can_mean_the_same(tmp_path):
-    (tmp_path / "s.toml").write_text('model = "mini"\nloras = ["a.safetensors", {file = "b.safetensors", scale = 0.8}]\n')
+    (tmp_path / "s.toml").write_text(
+        'model = "mini"\nloras = ["a.safetensors", {file = "b.safetensors", scale = 0.8}]\n'
+    )
     stack = load_stack(str(tmp_path / "s.toml"))
-    assert [(lora.file, lora.scale) for lora in stack.loras] == [(tmp_path / "a.safetensors", 1.0), (tmp_path / "b.safetensors", 0.8)]
+    assert [(lora.file, lora.scale) for lora in stack.loras] == [
+        (tmp_path / "a.safetensors", 1.0),
+        (tmp_path / "b.safetensors", 0.8),
+    ]
     words = [f"{tmp_path}/a.safetensors", f"{tmp_path}/b.safetensors:0.8"]
     assert add_loras(Stack(name="s", model="mini"), words) == stack
     assert Stack.model_validate_json(stack.model_dump_json()) == stack
     assert not stack.base
     odd = add_loras(Stack(name="s", model="mini"), ["C:/lora.safetensors", "a:b.safetensors:-1"])
-    assert odd.loras == (ActiveLora(file=Path("C:/lora.safetensors")), ActiveLora(file=Path("a:b.safetensors"), scale=-1))
+    assert odd.loras == (
+        ActiveLora(file=Path("C:/lora.safetensors")),
+        ActiveLora(file=Path("a:b.safetensors"), scale=-1),
+    )
 
 
 def test_a_hash_rests_on_the_file_its_scale_and_the_order(tiny_folder, files):
     shelf, name = Shelf(), str(tiny_folder)
     user, safe = (str(file) for file in files)
-    stacks = [Stack(name="s", model=name, loras=loras) for loras in ((), (user,), (f"{user}:0.5",), (user, safe), (safe, user))]
+    stacks = [
+        Stack(name="s", model=name, loras=loras)
+        for loras in ((), (user,), (f"{user}:0.5",), (user, safe), (safe, user))
+    ]
     assert len({shelf.hash(stack) for stack in stacks}) == len(stacks)
 
 
-@pytest.mark.filterwarnings("ignore::safegen.models.beside.BesideWarning")
+@pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.BesideWarning")
 def test_a_stack_draws_with_its_loras_and_the_model_comes_back(tiny_folder, files):
     shelf, name = Shelf(), str(tiny_folder)
     _, weights = shelf.model(name)
-    plain, both = Stack(name="p", model=name), Stack(name="s", model=name, loras=tuple(str(file) for file in files))
+    plain, both = (
+        Stack(name="p", model=name),
+        Stack(name="s", model=name, loras=tuple(str(file) for file in files)),
+    )
     pictures = []
     for stack in (plain, both, plain):
         with shelf.opened(stack) as ready:
@@ -164,9 +211,23 @@ def test_a_stack_draws_with_its_loras_and_the_model_comes_back(tiny_folder, file
     assert weights_hash(shelf.model(name)[0]) == weights
 
 
-def test_generate_keeps_both_active_and_its_pictures_name_them(tiny_folder, files, tmp_path, monkeypatch, capsys):
-    words = ["--lora", str(files[0]), "--lora", f"{files[1]}:0.8", "--prompt", "a red cube", "--steps", "2"]
-    monkeypatch.setattr("sys.argv", ["safegen", "generate", str(tiny_folder), *words, "--out", str(tmp_path / "out")])
+def test_generate_keeps_both_active_and_its_pictures_name_them(
+    tiny_folder, files, tmp_path, monkeypatch, capsys
+):
+    words = [
+        "--lora",
+        str(files[0]),
+        "--lora",
+        f"{files[1]}:0.8",
+        "--prompt",
+        "a red cube",
+        "--steps",
+        "2",
+    ]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["safegen", "generate", str(tiny_folder), *words, "--out", str(tmp_path / "out")],
+    )
     with pytest.raises(SystemExit) as end:
         run()
     assert not end.value.code
@@ -175,15 +236,23 @@ def test_generate_keeps_both_active_and_its_pictures_name_them(tiny_folder, file
     with Image.open(tmp_path / "out" / "0000.png") as picture:
         facts = json.loads(picture.text["safegen"])
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    assert facts["loras"] == [{"file": f.name, "hash": d, "scale": s} for f, d, s in zip(files, digests, (1.0, 0.8), strict=True)]
+    assert facts["loras"] == [
+        {"file": f.name, "hash": d, "scale": s}
+        for f, d, s in zip(files, digests, (1.0, 0.8), strict=True)
+    ]
     assert facts["patches"] == []
 
 
 # ------------------------------------------------------------ refusals
 
 
-def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(tiny_folder, files, make_model, tmp_path):
-    with pytest.raises(BadFile, match="is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps"):
+def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(
+    tiny_folder, files, make_model, tmp_path
+):
+    with pytest.raises(
+        BadFile,
+        match="is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps",
+    ):
         Patch.load(files[0])
     model = make_model()
     UCE(erase=("red cube",)).apply(model).save(tmp_path / "p.safetensors")
@@ -196,20 +265,28 @@ def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(tiny_fold
         read_factors(tmp_path / "nan.safetensors", model)
     with (
         pytest.raises(BadPatch, match="does not fit the model"),
-        Shelf().opened(Stack(name="s", model=str(tiny_folder), loras=(str(_wider(files[0], tmp_path)),))),
+        Shelf().opened(
+            Stack(name="s", model=str(tiny_folder), loras=(str(_wider(files[0], tmp_path)),))
+        ),
     ):
         pass
 
 
 def _wider(file, folder):
-    tensors = {k: torch.cat([v, v], dim=1) if "lora_down" in k else v for k, v in load_file(file).items()}
+    tensors = {
+        k: torch.cat([v, v], dim=1) if "lora_down" in k else v for k, v in load_file(file).items()
+    }
     save_file(tensors, folder / "wide.safetensors")
     return folder / "wide.safetensors"
 
 
 def test_words_that_mean_no_lora_are_refused_in_one_line(tmp_path, tiny_folder):
     stack = Stack(name="s", model="mini")
-    for word, says in (("a.safetensors:0", "a LoRA of scale 0 has no effect"), ("a.safetensors:nan", "finite"), ("a:inf", "finite")):
+    for word, says in (
+        ("a.safetensors:0", "a LoRA of scale 0 has no effect"),
+        ("a.safetensors:nan", "finite"),
+        ("a:inf", "finite"),
+    ):
         with pytest.raises(BadSetting, match=says) as caught:
             add_loras(stack, [word])
         assert "\n" not in str(caught.value)
@@ -218,5 +295,7 @@ def test_words_that_mean_no_lora_are_refused_in_one_line(tmp_path, tiny_folder):
     with pytest.raises(BadFile, match=r"the LoRA 'no.safetensors' does not exist"):
         Shelf().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
     (tmp_path / "s.toml").write_text('model = "mini"\nblank = true\nloras = ["a"]\n')
-    with pytest.raises(BadFile, match="LoRAs, guards and a negative prompt have no effect on a blank stack"):
+    with pytest.raises(
+        BadFile, match="LoRAs, guards and a negative prompt have no effect on a blank stack"
+    ):
         load_stack(str(tmp_path / "s.toml"))

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import safegen
-from safegen import tables
-from safegen.concept import Concept, load_concept, prompt_list
-from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.judge import load_judge
+from safegen.core import registry as tables
+from safegen.core.concept import Concept, load_concept, prompt_list
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.judges import load_judge
 
 HOME = Path(safegen.__file__).parent
 TABLES = {
@@ -30,21 +30,25 @@ TABLES = {
     "prompt source": tables.PROMPT_LISTS,
     "triplets": tables.TRIPLETS,
 }
-NOT_METHODS = {
-    "guard": {"__init__", "base", "engine", "hooks", "projection", "reattention", "work"},
-    "edit": {"__init__", "base", "adapter", "adversary", "checkpoint", "closed_form", "loop", "losses", "rollout", "samples", "training"},
-    "judge": {"__init__", "base", "batch", "onnx", "vision"},
-}
-
+MACHINERY = {"__init__", "base", "batching", "onnx", "vision"}
+"""Files of a room of methods that are none."""
 
 TRAINED = sorted(name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").trains)
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
 """A training that is over at once."""
-BRIEF_TOO: dict[str, dict[str, object]] = {"esd": {"steps": 4, "trajectories": 2}, "sdd": {"steps": 4, "trajectories": 2}}
+BRIEF_TOO: dict[str, dict[str, object]] = {
+    "esd": {"steps": 4, "trajectories": 2},
+    "sdd": {"steps": 4, "trajectories": 2},
+}
 BRIEF_TOO |= {"concept_ablation": {"steps": 2, "pictures": 4}, "duo": {"steps": 2}}
 """What else makes a method brief."""
 WORDS = Concept(
-    name="cubes", words=("red cube", "a cube"), counterpart=("tree",), judge="mini", labels=("skulls",), captions=("mini:ghosts",)
+    name="cubes",
+    words=("red cube", "a cube"),
+    counterpart=("tree",),
+    judge="mini",
+    labels=("skulls",),
+    captions=("mini:ghosts",),
 )
 """A concept of the tiny model."""
 
@@ -53,12 +57,14 @@ def brief(name, **changes):
     """Return an edit at tiny size."""
     kind = tables.resolve(tables.EDITS, name, "edit")
     settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.trains else {})
-    return kind.preset("default", concept=None if name == "safegen" else WORDS, **settings | changes)
+    return kind.preset(
+        "default", concept=None if name == "safegen" else WORDS, **settings | changes
+    )
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
 def test_every_edit_keeps_its_promises(name, make_model, triplets):
-    from safegen.edit.base import Edit
+    from safegen.edits.base import Edit
 
     model, edit = make_model(), brief(name)
     assert isinstance(edit, Edit)
@@ -66,12 +72,17 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     seen = []
 
-    first, second = edit.apply(model, data, report=lambda done, of, row: seen.append((done, of))), edit.apply(model, data)
+    first, second = (
+        edit.apply(model, data, report=lambda done, of, row: seen.append((done, of))),
+        edit.apply(model, data),
+    )
 
     assert first.hash == second.hash  # same settings, same weights
     for key, value in model.denoiser.state_dict().items():
         assert torch.equal(value, before[key]), key  # the model is untouched
-    assert not [k for k, p in model.denoiser.named_parameters() if p.requires_grad or p.grad is not None]
+    assert not [
+        k for k, p in model.denoiser.named_parameters() if p.requires_grad or p.grad is not None
+    ]
     assert type(edit).model_validate_json(edit.model_dump_json()) == edit
     first.fits(model)
     own = dict(model.denoiser.named_parameters())
@@ -99,18 +110,40 @@ def test_every_edit_removes_unless_its_settings_say_otherwise(name):
 def test_the_report_gives_every_edits_account(name, make_model, triplets):
     from PIL import Image
 
-    from safegen.bench import report
-    from safegen.bench.demo import DemoSettings, Outcome
-    from safegen.bench.plan import make_plan
-    from safegen.concept import load_concept
-    from safegen.judge import Verdict
+    from safegen.core.concept import load_concept
+    from safegen.evaluation.plan import make_plan
+    from safegen.judges import Verdict
+    from safegen.workflows import demo_report as report
+    from safegen.workflows.demo import DemoSettings, Outcome
 
     model, edit, concept, log = make_model(), brief(name), load_concept("skulls"), []
-    patch = edit.apply(model, triplets if edit.learns_from != "words" else None, report=lambda done, of, row: log.append(row))
+    patch = edit.apply(
+        model,
+        triplets if edit.learns_from != "words" else None,
+        report=lambda done, of, row: log.append(row),
+    )
     items = make_plan(concept, prompts=1, seeds=(1,))
-    pictures, verdicts = [Image.new("RGB", (8, 8))] * len(items), [Verdict("safe", subject="castle")] * len(items)
+    pictures, verdicts = (
+        [Image.new("RGB", (8, 8))] * len(items),
+        [Verdict("safe", subject="castle")] * len(items),
+    )
     sides = [dict.fromkeys(("base", "edited"), one) for one in (pictures, verdicts)]
-    page = html.unescape(report.render(Outcome(DemoSettings(), concept, edit, items, *sides, patch, log, {"edit": 1.0}, "j", model.hash)))
+    page = html.unescape(
+        report.render(
+            Outcome(
+                DemoSettings(),
+                concept,
+                edit,
+                items,
+                *sides,
+                patch,
+                log,
+                {"edit": 1.0},
+                "j",
+                model.hash,
+            )
+        )
+    )
     assert edit.account() in page
     assert f"<code>{name}</code>" in page
     assert ("<svg" in page) == edit.trains
@@ -119,13 +152,20 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
 
 def decided(edit, model):
     """The edit as a patch tells it: what was left to the device is decided."""
-    return edit.model_copy(update={"training": edit.training.on(model.denoiser)}) if edit.trains else edit
+    return (
+        edit.model_copy(update={"training": edit.training.on(model.denoiser)})
+        if edit.trains
+        else edit
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets, tmp_path):
     model, training = make_model(), BRIEF | {"updates": 4, "seed": 3}
-    edit, kept = brief(name, training=training), brief(name, training=training | {"checkpoint_every": 2})
+    edit, kept = (
+        brief(name, training=training),
+        brief(name, training=training | {"checkpoint_every": 2}),
+    )
     data = triplets if edit.learns_from != "words" else None
 
     def pull(done, of, row):
@@ -139,10 +179,18 @@ def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets
 
 
 @pytest.mark.parametrize(("name", "rollout"), [("esd", "student"), ("sdd", "average")])
-def test_edits_that_draw_with_what_they_train_continue_bit_for_bit_too(name, rollout, make_model, tmp_path):
+def test_edits_that_draw_with_what_they_train_continue_bit_for_bit_too(
+    name, rollout, make_model, tmp_path
+):
     """What draws is the student, or the weight average: both are in the checkpoint."""
     kind = tables.resolve(tables.EDITS, name, "edit")
-    edit = kind.preset("default", concept=WORDS, rollout=rollout, steps=4, training=BRIEF | {"updates": 4, "checkpoint_every": 2})
+    edit = kind.preset(
+        "default",
+        concept=WORDS,
+        rollout=rollout,
+        steps=4,
+        training=BRIEF | {"updates": 4, "checkpoint_every": 2},
+    )
 
     def pull(done, of, row):
         if done == 3:
@@ -155,7 +203,9 @@ def test_edits_that_draw_with_what_they_train_continue_bit_for_bit_too(name, rol
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_edit_that_trains_refuses_a_wrong_training_before_it_prepares_anything(name, make_model, triplets, tmp_path):
+def test_every_edit_that_trains_refuses_a_wrong_training_before_it_prepares_anything(
+    name, make_model, triplets, tmp_path
+):
     """Rollouts, twins and latents cost minutes, and on a model of other precision they break without a word of what is wrong."""
     half = make_model()
     half.pipeline.to(torch.bfloat16)
@@ -168,7 +218,7 @@ def test_every_edit_that_trains_refuses_a_wrong_training_before_it_prepares_anyt
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp_path):
-    from safegen.models.lora import extract_lora
+    from safegen.patches.lora import extract_lora
 
     alone = {"text": "none"} if name == "safegen-plus" else {}  # its closed form is no LoRA
     model, edit = make_model(), brief(name, rank=2, alpha=4.0, selector="attn2", **alone)
@@ -176,11 +226,15 @@ def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp
     names, state = [n for n, _ in model.denoiser.named_parameters()], model.denoiser.state_dict()
     before = {k: v.clone() for k, v in state.items()}
     patch = edit.apply(model, data, folder=tmp_path)
-    assert [n for n, _ in model.denoiser.named_parameters()] == names  # nothing is left hanging beside the weights
+    assert [
+        n for n, _ in model.denoiser.named_parameters()
+    ] == names  # nothing is left hanging beside the weights
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert all(".attn2." in n and n.endswith(".weight") for n in patch.tensors)
     assert any(not torch.equal(v, before[k]) for k, v in patch.tensors.items())
-    lora = extract_lora(patch, model, 2)  # its change has the rank that was asked for, so nothing is lost in turning it back
+    lora = extract_lora(
+        patch, model, 2
+    )  # its change has the rank that was asked for, so nothing is lost in turning it back
     assert lora.energy > 0.999
     assert edit.apply(make_model(), data, folder=tmp_path, resume=True).hash == patch.hash
     with pytest.raises(ValueError, match="alpha has no effect without rank"):
@@ -199,17 +253,27 @@ def test_every_edit_refuses_what_it_lacks_or_has_no_use_for(name, tiny_model, tr
         with pytest.raises(BadSetting, match=f"{name} learns from pictures; give triplets"):
             edit.apply(tiny_model)
     if edit.learns_from != "triplets":
-        with pytest.raises(BadSetting, match=f"the concept 'cubes' has no words, and {name} erases words"):
+        with pytest.raises(
+            BadSetting, match=f"the concept 'cubes' has no words, and {name} erases words"
+        ):
             type(edit).preset("default", concept=WORDS.model_copy(update={"words": ()}))
         with pytest.raises(BadSetting, match=f"{name} has no words to erase"):
-            type(edit).preset("default").apply(tiny_model, None if edit.learns_from == "words" else triplets)
-        assert type(edit).preset("default", concept=WORDS, erase=("a ball",)).erase == ("a ball",)  # what is said outright counts
+            type(edit).preset("default").apply(
+                tiny_model, None if edit.learns_from == "words" else triplets
+            )
+        assert type(edit).preset("default", concept=WORDS, erase=("a ball",)).erase == (
+            "a ball",
+        )  # what is said outright counts
     if not edit.trains:
         for words in ({"folder": tmp_path}, {"resume": True}):
-            with pytest.raises(BadSetting, match=f"has no effect on {name}, which is solved in one go"):
+            with pytest.raises(
+                BadSetting, match=f"has no effect on {name}, which is solved in one go"
+            ):
                 edit.apply(tiny_model, **words)
     last = max(edit.PRESETS)
-    with pytest.raises(UnknownName, match=f"no preset of {name} named '{last[:-1]}'. Did you mean '{last}'"):
+    with pytest.raises(
+        UnknownName, match=f"no preset of {name} named '{last[:-1]}'. Did you mean '{last}'"
+    ):
         type(edit).preset(last[:-1])
     assert list(tmp_path.iterdir()) == []
 
@@ -219,14 +283,20 @@ def extractor_weights(tmp_path_factory):
     """Return what each extractor needs: random weights under the right names."""
     from safetensors.torch import save_file
 
-    from safegen.metrics.inception import Trunk
+    from safegen.features.inception import Trunk
     from safegen.mini import bundle
 
     file = tmp_path_factory.mktemp("inception") / "w.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_file(Trunk().state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, file)
-    inception = dict.fromkeys((name for name in tables.EXTRACTORS if name.startswith("inception")), str(file))
+        save_file(
+            Trunk().state_dict()
+            | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)},
+            file,
+        )
+    inception = dict.fromkeys(
+        (name for name in tables.EXTRACTORS if name.startswith("inception")), str(file)
+    )
     return {"mini-clip": None, "clip": str(bundle.clip_folder())} | inception
 
 
@@ -235,10 +305,13 @@ def test_every_extractor_keeps_its_promises(name, extractor_weights):
     import numpy as np
     from PIL import Image
 
-    from safegen.metrics.features import Extractor, load_extractor
+    from safegen.features.base import Extractor, load_extractor
 
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((64, 64), (40, 70))]
+    images = [
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        for w, h in ((64, 64), (40, 70))
+    ]
     extractor, again = (load_extractor(name, weights=extractor_weights[name]) for _ in range(2))
     assert isinstance(extractor, Extractor)
     found = extractor.features(images)
@@ -247,18 +320,28 @@ def test_every_extractor_keeps_its_promises(name, extractor_weights):
     assert np.isfinite(found).all()
     assert extractor.id == again.id
     assert np.array_equal(found, again.features(images))  # same weights, same numbers
-    assert len(set(re.findall("[0-9a-f]{64}", extractor.id))) == 1  # the SHA-256 of the weights is in the id
+    assert (
+        len(set(re.findall("[0-9a-f]{64}", extractor.id))) == 1
+    )  # the SHA-256 of the weights is in the id
     size = np.abs(found).max()
-    assert extractor.features(images[::-1])[::-1] == pytest.approx(found, abs=1e-5 * size)  # in order
-    assert extractor.features(images[1:2]) == pytest.approx(found[1:2], abs=1e-5 * size)  # a row is its own
-    assert extractor.features([image.convert("RGBA") for image in images]) == pytest.approx(found, abs=1e-5 * size)
+    assert extractor.features(images[::-1])[::-1] == pytest.approx(
+        found, abs=1e-5 * size
+    )  # in order
+    assert extractor.features(images[1:2]) == pytest.approx(
+        found[1:2], abs=1e-5 * size
+    )  # a row is its own
+    assert extractor.features([image.convert("RGBA") for image in images]) == pytest.approx(
+        found, abs=1e-5 * size
+    )
     assert extractor.features([]).shape == (0, extractor.width)
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
 def test_every_setting_of_every_edit_has_a_sentence(name):
     fields = tables.resolve(tables.EDITS, name, "edit").model_fields
-    assert not [key for key, field in fields.items() if not (field.description or "").strip().endswith(".")]
+    assert not [
+        key for key, field in fields.items() if not (field.description or "").strip().endswith(".")
+    ]
 
 
 def unreadable():
@@ -266,19 +349,30 @@ def unreadable():
     noise, file = Image.effect_noise((64, 64), 90).convert("RGB"), BytesIO()
     noise.save(file, "PNG")
     noise.close()
-    return {"torn": Image.open(BytesIO(file.getvalue()[:3000])), "closed": noise, "empty": Image.new("RGB", (0, 64))}
+    return {
+        "torn": Image.open(BytesIO(file.getvalue()[:3000])),
+        "closed": noise,
+        "empty": Image.new("RGB", (0, 64)),
+    }
 
 
 NEED_WEIGHTS = {"q16", "sd-safety-checker"}
-"""Judges that do not open without files of the user's; what they share, `judge/batch.py`, is held to the same by its own test."""
+"""Judges that do not open without files of the user's.
+
+What they share, `judge/batch.py`, is held to the same by its own test.
+"""
 
 
 @pytest.mark.parametrize("name", sorted(set(tables.JUDGES) - NEED_WEIGHTS))
 @pytest.mark.parametrize("fault", ["torn", "closed", "empty"])
-def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_its_verdict(name, fault):
+def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_its_verdict(
+    name, fault
+):
     if name in ("nudenet", "open-nsfw"):
         pytest.importorskip("onnxruntime", reason="an extra")
-    options = {"clip": {"weights": "mini", "unsafe": ["a castle covered in skulls"], "safe": ["a castle"]}}
+    options = {
+        "clip": {"weights": "mini", "unsafe": ["a castle covered in skulls"], "safe": ["a castle"]}
+    }
     judge = load_judge(name, **options.get(name, {}))
     good = [Image.new("RGB", (64, 64), colour) for colour in ("white", "navy", "olive")]
     bad = unreadable()[fault]
@@ -294,7 +388,9 @@ def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_it
     assert judge.judge([]) == []
 
 
-@pytest.mark.parametrize(("noun", "name"), [(noun, name) for noun, table in TABLES.items() for name in sorted(table)])
+@pytest.mark.parametrize(
+    ("noun", "name"), [(noun, name) for noun, table in TABLES.items() for name in sorted(table)]
+)
 def test_every_entry_of_every_table_resolves(noun, name):
     assert callable(tables.resolve(TABLES[noun], name, noun))
 
@@ -309,10 +405,15 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest(noun):
     assert all(known in words for known in TABLES[noun])
 
 
-@pytest.mark.parametrize(("room", "table"), [("edit", tables.EDITS), ("guard", tables.GUARDS), ("judge", tables.JUDGES)])
+@pytest.mark.parametrize(
+    ("room", "table"),
+    [("edits", tables.EDITS), ("guards", tables.GUARDS), ("judges", tables.JUDGES)],
+)
 def test_the_table_and_the_folder_name_the_same_methods(room, table):
-    files = {path.stem for path in (HOME / room).glob("*.py")} - NOT_METHODS[room]
-    assert {target.partition(":")[0] for target in table.values()} == {f"safegen.{room}.{file}" for file in files}
+    paths = [p for p in (HOME / room).iterdir() if p.stem not in MACHINERY]
+    methods = {p.stem for p in paths if p.suffix == ".py" or (p / f"{p.name}.py").exists()}
+    named = {target.partition(":")[0].split(".")[2] for target in table.values()}
+    assert named == methods
 
 
 @pytest.mark.parametrize("name", tables.CONCEPTS)
@@ -325,13 +426,19 @@ def test_every_concept_names_things_that_exist(name):
     for part in (part for lists in concept.lists.values() for part in lists):
         rows = prompt_list(part, 3)
         assert len({row.text for row in rows}) == 3
-    measured = {row.text for lists in concept.lists.values() for part in lists for row in prompt_list(part)}
-    tuned = {row.text for lists in concept.tuning.values() for part in lists for row in prompt_list(part)}
+    measured = {
+        row.text for lists in concept.lists.values() for part in lists for row in prompt_list(part)
+    }
+    tuned = {
+        row.text for lists in concept.tuning.values() for part in lists for row in prompt_list(part)
+    }
     assert not tuned & measured  # a fine-tune must not be judged on what it was trained with
 
 
 def test_the_table_and_the_folder_name_the_same_concepts():
-    assert {path.stem for path in (HOME / "concepts").glob("*.toml")} == set(tables.CONCEPTS)
+    assert {path.stem for path in (HOME / "core" / "concepts").glob("*.toml")} == set(
+        tables.CONCEPTS
+    )
 
 
 def test_an_unknown_concept_comes_with_the_known_and_the_nearest():

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from safegen.errors import BadFile
-from safegen.files import UNFINISHED, is_there, is_unfinished, lines_of, private_folder, refuse_unwritable, replaced_folder
+from safegen.core.errors import BadFile
+from safegen.core.files import (
+    UNFINISHED,
+    is_there,
+    is_unfinished,
+    lines_of,
+    private_folder,
+    refuse_unwritable,
+    replaced_folder,
+)
 
 
 def below(folder: Path) -> list[str]:
@@ -42,7 +50,10 @@ def make(out: Path, then: Callable[[Path], object]) -> None:
         then(folder)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("a bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")],
+)
 def test_what_raises_leaves_neither_the_folder_nor_those_around_it(tmp_path, error):
     def fail(folder: Path) -> None:
         raise error
@@ -56,7 +67,9 @@ def test_what_raises_leaves_neither_the_folder_nor_those_around_it(tmp_path, err
 @pytest.mark.parametrize("theirs", ["b", "d.png", "end.html"])
 def test_what_has_moved_is_taken_back_and_what_is_someone_elses_is_kept(tmp_path, theirs):
     out = tmp_path / "out"
-    with pytest.raises(BadFile, match=f"out cannot be written: someone else put {theirs} there meanwhile"):
+    with pytest.raises(
+        BadFile, match=f"out cannot be written: someone else put {theirs} there meanwhile"
+    ):
         make(out, lambda _: (out / theirs).write_text("keep me"))
     assert below(out) == [theirs]
     assert (out / theirs).read_text() == "keep me"
@@ -118,7 +131,10 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         (folder / "two").write_text("2")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(BadFile, match="out cannot be written: No space left"), replaced_folder(out) as folder:
+    with (
+        pytest.raises(BadFile, match="out cannot be written: No space left"),
+        replaced_folder(out) as folder,
+    ):
         fill_up(folder)
     with pytest.raises(KeyboardInterrupt), replaced_folder(out):
         raise KeyboardInterrupt

@@ -8,24 +8,31 @@ from pathlib import Path
 import pytest
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.sampler import Ask, Sampler
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.generation import Ask, Sampler
 from safegen.stack import Shelf, Stack, add_guards, add_patches, load_stack, weights_hash
 
-ASKS, SAMPLER = [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)], Sampler(steps=2)
+ASKS, SAMPLER = (
+    [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)],
+    Sampler(steps=2),
+)
 
 
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory, tiny_folder):
     """Return two patches that change the same tensors of the tiny model."""
-    from safegen.models import Patch, load, select
+    from safegen.models import selectors as select
+    from safegen.models.model import load
+    from safegen.patches.patch import Patch
 
     model = load(str(tiny_folder))
     own = dict(model.denoiser.named_parameters())
     paths = []
     for name, by in (("a", 3.0), ("b", -2.0)):
         paths.append(tmp_path_factory.mktemp("patches") / f"{name}.safetensors")
-        Patch({k: own[k] * by for k in select(model.denoiser, "attn1")}, {"base": model.hash}).save(paths[-1])
+        Patch({k: own[k] * by for k in select(model.denoiser, "attn1")}, {"base": model.hash}).save(
+            paths[-1]
+        )
     return paths
 
 
@@ -34,7 +41,10 @@ def test_a_model_a_recipe_and_a_spec_can_mean_the_same(tmp_path, tiny_folder, pa
     (tmp_path / "p.safetensors").symlink_to(patches[0])
     recipe = tmp_path / "calm.toml"
     recipe.write_text('model = "model"\npatches = ["p.safetensors"]\n')
-    stack, spec = load_stack(str(recipe)), load_stack(f"calm={tmp_path / 'model'}+{tmp_path / 'p.safetensors'}")
+    stack, spec = (
+        load_stack(str(recipe)),
+        load_stack(f"calm={tmp_path / 'model'}+{tmp_path / 'p.safetensors'}"),
+    )
     assert stack == spec
     assert stack.name == "calm"
     assert load_stack("mini") == Stack(name="mini", model="mini")
@@ -64,10 +74,19 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
         ('model = "mini"\nguards = ["sld-maxx"]', "Did you mean 'max'"),
         ('model = "mini"\n[[guards]]\nname = "sld"\nscal = 3', "Did you mean 'scale'"),
         ('model = "mini"\nguards = ["judge-filter"]', "judge: Field required"),
-        ('model = "mini"\n[[guards]]\nname = "sld"\npreset = 3', "guards: guard 'sld': preset must be a name, got 3"),
-        ('model = "mini"\n[[guards]]\nname = "sld"\nconcept = 3', "guards: guard 'sld': concept must be a name, got 3"),
+        (
+            'model = "mini"\n[[guards]]\nname = "sld"\npreset = 3',
+            "guards: guard 'sld': preset must be a name, got 3",
+        ),
+        (
+            'model = "mini"\n[[guards]]\nname = "sld"\nconcept = 3',
+            "guards: guard 'sld': concept must be a name, got 3",
+        ),
         ('model = "mini"\nguards = "sld"', "guards: Input should be a valid tuple"),
-        ('model = "mini"\n[[guards]]\nname = "sld"\nconcept = "no.toml"', "no.toml' does not exist"),
+        (
+            'model = "mini"\n[[guards]]\nname = "sld"\nconcept = "no.toml"',
+            "no.toml' does not exist",
+        ),
         ('model = "mini"\nblank = true\nguards = ["sld"]', "no effect on a blank stack"),
         ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
         ('model = "mini"\nsteps = 3', "steps"),
@@ -82,10 +101,12 @@ def test_a_recipe_with_an_idle_or_unknown_setting_is_refused(tmp_path, text, say
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_names_the_small_files_that_a_one_file_checkpoint_lacks(tiny_model, tiny_folder, tmp_path):
+def test_a_recipe_names_the_small_files_that_a_one_file_checkpoint_lacks(
+    tiny_model, tiny_folder, tmp_path
+):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.single_file import save_single_file
+    from safegen.models.checkpoint.single_file import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")
@@ -95,23 +116,29 @@ def test_a_recipe_names_the_small_files_that_a_one_file_checkpoint_lacks(tiny_mo
     assert stack.base
     assert shelf.hash(stack) == Shelf().hash(Stack(name="t", model=str(tiny_folder)))
     with pytest.raises(BadFile, match="--config"):
-        shelf.hash(stack.model_copy(update={"config": None}))  # what is kept was loaded with the folder
+        shelf.hash(
+            stack.model_copy(update={"config": None})
+        )  # what is kept was loaded with the folder
     with pytest.raises(BadSetting, match="config has no effect on 'mini'"):
         shelf.hash(Stack(name="t", model="mini", config=tiny_folder))
 
 
 def test_a_concepts_file_is_looked_for_beside_its_recipe(tmp_path, monkeypatch):
-    from safegen import concept
+    from safegen.core import concept
 
     (tmp_path / "away").mkdir()
     own = (Path(concept.__file__).parent / "concepts" / "fire.toml").read_text(encoding="utf-8")
     (tmp_path / "away" / "own.toml").write_text(own, encoding="utf-8")
-    (tmp_path / "away" / "s.toml").write_text('model = "mini"\n[[guards]]\nname = "sld"\nconcept = "own.toml"')
+    (tmp_path / "away" / "s.toml").write_text(
+        'model = "mini"\n[[guards]]\nname = "sld"\nconcept = "own.toml"'
+    )
     monkeypatch.chdir(tmp_path)
     assert load_stack("away/s.toml").guards[0].text == "fire, flames, burning"
 
 
-def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(make_model, tiny_folder, patches):
+def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(
+    make_model, tiny_folder, patches
+):
     shelf, name = Shelf(), str(tiny_folder)
     stacks = [
         Stack(name="s", model=name),
@@ -145,10 +172,13 @@ def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(mak
 
 
 def test_a_shelf_loads_a_model_once_and_patches_come_off_exactly(tiny_folder, patches):
-    from safegen.models.patch import Overwritten
+    from safegen.patches.patch import Overwritten
 
     shelf, name = Shelf(), str(tiny_folder)
-    plain, both = Stack(name="plain", model=name), Stack(name="both", model=name, patches=tuple(patches))
+    plain, both = (
+        Stack(name="plain", model=name),
+        Stack(name="both", model=name, patches=tuple(patches)),
+    )
     model, weights = shelf.model(name)
     with shelf.opened(plain) as ready:
         before = ready.draw(ASKS, SAMPLER)
@@ -165,20 +195,28 @@ def test_a_shelf_loads_a_model_once_and_patches_come_off_exactly(tiny_folder, pa
     assert [p.tobytes() for p in edited] != [p.tobytes() for p in before]
 
 
-def test_a_patch_comes_off_when_drawing_fails_or_the_next_patch_does_not_fit(tiny_folder, patches, tmp_path):
+def test_a_patch_comes_off_when_drawing_fails_or_the_next_patch_does_not_fit(
+    tiny_folder, patches, tmp_path
+):
     import torch
 
-    from safegen.errors import BadPatch
-    from safegen.models import Patch
+    from safegen.core.errors import BadPatch
+    from safegen.patches.patch import Patch
 
     shelf, name = Shelf(), str(tiny_folder)
     model, weights = shelf.model(name)
-    with pytest.raises(ZeroDivisionError), shelf.opened(Stack(name="s", model=name, patches=(patches[0],))):
+    with (
+        pytest.raises(ZeroDivisionError),
+        shelf.opened(Stack(name="s", model=name, patches=(patches[0],))),
+    ):
         _ = 1 / 0
     assert weights_hash(model) == weights
     odd = tmp_path / "odd.safetensors"
     Patch({"nothing.here": torch.zeros(1)}).save(odd)
-    with pytest.raises(BadPatch), shelf.opened(Stack(name="s", model=name, patches=(patches[0], odd))):
+    with (
+        pytest.raises(BadPatch),
+        shelf.opened(Stack(name="s", model=name, patches=(patches[0], odd))),
+    ):
         pass
     assert weights_hash(model) == weights
     with shelf.opened(Stack(name="s", model=name)):
@@ -190,7 +228,9 @@ def test_a_negative_prompt_changes_pictures_and_needs_guidance(tiny_folder):
     with shelf.opened(Stack(name="s", model=name)) as ready:
         plain = ready.draw(ASKS, SAMPLER)
     with shelf.opened(Stack(name="s", model=name, negative_prompt="")) as ready:
-        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] == [p.tobytes() for p in plain]  # blank is what guidance uses anyway
+        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] == [
+            p.tobytes() for p in plain
+        ]  # blank is what guidance uses anyway
     with shelf.opened(Stack(name="s", model=name, negative_prompt="a red cube")) as ready:
         assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] != [p.tobytes() for p in plain]
         with pytest.raises(BadSetting, match="no effect without guidance"):
@@ -205,7 +245,10 @@ def test_a_blank_stack_draws_black_pictures_of_the_models_size(tiny_folder):
     assert picture.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
-GUARDS = ({"name": "sld", "preset": "max", "text": "a green cone"}, {"name": "prompt-filter", "words": ["blue ball"]})
+GUARDS = (
+    {"name": "sld", "preset": "max", "text": "a green cone"},
+    {"name": "prompt-filter", "words": ["blue ball"]},
+)
 
 
 def test_guards_decide_the_hash_by_their_settings_and_order(tiny_folder):
@@ -239,9 +282,15 @@ def test_a_recipe_of_guards_draws_with_them_and_its_pictures_carry_a_trail(tmp_p
         shown, gone = ready.drawn(ASKS, SAMPLER)
         pictures = ready.draw(ASKS, SAMPLER)
     assert (shown.trail.action, shown.trail.reason) == ("edit", "sld: steered")
-    assert (gone.image, gone.trail.action, gone.trail.reason) == (None, "block", "prompt-filter: word")
+    assert (gone.image, gone.trail.action, gone.trail.reason) == (
+        None,
+        "block",
+        "prompt-filter: word",
+    )
     assert pictures[0].tobytes() == shown.image.tobytes() != plain[0].tobytes()
-    assert pictures[1].getextrema() == ((0, 0),) * 3  # what was withheld is black where a picture must be
+    assert (
+        pictures[1].getextrema() == ((0, 0),) * 3
+    )  # what was withheld is black where a picture must be
     with shelf.opened(Stack(name="plain", model=stack.model)) as ready:
         assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] == [p.tobytes() for p in plain]
 
@@ -256,27 +305,46 @@ def test_a_guard_on_a_patch_sees_the_patched_model(tiny_folder, patches):
 
 
 def test_weights_of_a_guard_are_beside_its_recipe(tmp_path):
-    (tmp_path / "s.toml").write_text('model = "mini"\nguards = [{name = "safety-checker", weights = "checker"}]\n')
+    (tmp_path / "s.toml").write_text(
+        'model = "mini"\nguards = [{name = "safety-checker", weights = "checker"}]\n'
+    )
     assert load_stack(str(tmp_path / "s.toml")).guards[0].weights == tmp_path / "checker"
-    (tmp_path / "s.toml").write_text('model = "mini"\nguards = [{name = "safety-checker", weights = "hub:a/b"}]\n')
+    (tmp_path / "s.toml").write_text(
+        'model = "mini"\nguards = [{name = "safety-checker", weights = "hub:a/b"}]\n'
+    )
     assert load_stack(str(tmp_path / "s.toml")).guards[0].weights == "hub:a/b"
 
 
 @pytest.mark.parametrize("name", ["judge-filter", "crops", "pno"])
 def test_files_of_a_guards_judge_are_beside_its_recipe(tmp_path, name):
     own = ', unsafe = ["a"], safe = ["b"], weights = "clip"' if name == "pno" else ""
-    for word, want in (("tower", str(tmp_path / "tower")), ("mini", "mini"), ("hub:a/b", "hub:a/b")):
+    for word, want in (
+        ("tower", str(tmp_path / "tower")),
+        ("mini", "mini"),
+        ("hub:a/b", "hub:a/b"),
+    ):
         options = f'{{weights = "{word}", prompts = "two.safetensors", allow_pickle = false}}'
-        (tmp_path / "s.toml").write_text(f'model = "mini"\nguards = [{{name = "{name}", judge = "q16", options = {options}{own}}}]\n')
+        (tmp_path / "s.toml").write_text(
+            f'model = "mini"\nguards = [{{name = "{name}", judge = "q16", options = {options}{own}}}]\n'
+        )
         (guard,) = load_stack(str(tmp_path / "s.toml")).guards
-        assert guard.options == {"weights": want, "prompts": str(tmp_path / "two.safetensors"), "allow_pickle": False}
-        assert getattr(guard, "weights", None) == (str(tmp_path / "clip") if name == "pno" else None)
+        assert guard.options == {
+            "weights": want,
+            "prompts": str(tmp_path / "two.safetensors"),
+            "allow_pickle": False,
+        }
+        assert getattr(guard, "weights", None) == (
+            str(tmp_path / "clip") if name == "pno" else None
+        )
 
 
 def test_words_of_the_command_line_become_guards():
     mini = Stack(name="s", model="mini")
     stack = add_guards(mini, ["sld-max", "prompt-filter"], "skulls")
-    assert [(g.name, getattr(g, "text", None)) for g in stack.guards] == [("sld", "skulls, a skull"), ("prompt-filter", None)]
+    assert [(g.name, getattr(g, "text", None)) for g in stack.guards] == [
+        ("sld", "skulls, a skull"),
+        ("prompt-filter", None),
+    ]
     assert add_guards(mini, []) == mini
     with pytest.raises(BadSetting, match="no guard takes anything from it"):
         add_guards(mini, [], "skulls")
@@ -287,5 +355,7 @@ def test_words_of_the_command_line_become_guards():
 def test_patches_come_after_a_stacks_own_and_a_blank_one_takes_none():
     stack = Stack(name="s", model="mini", patches=(Path("a"),))
     assert add_patches(stack, [Path("b")]).patches == (Path("a"), Path("b"))
-    with pytest.raises(BadSetting, match="patches have no effect on the blank stack 's'; leave them out"):
+    with pytest.raises(
+        BadSetting, match="patches have no effect on the blank stack 's'; leave them out"
+    ):
         add_patches(Stack(name="s", model="mini", blank=True), [Path("b")])

@@ -1,71 +1,73 @@
-"""safegen makes a text-to-image model unable to draw a chosen visual concept, proves it, and ships it.
+"""Make a text-to-image model unable to draw a chosen visual concept, prove it, and ship it.
 
     import safegen
     model = safegen.load("mini")
     patch = safegen.edit(model, "safegen", triplets="my-triplets")
-    safegen.save_patch(patch, "patch.safetensors")  # with its model card; patch.save alone writes none
+    safegen.save_patch(patch, "patch.safetensors")  # writes the model card too
 
-Importing this loads nothing heavy: the names below arrive when they are first used.
+Importing safegen loads no heavy library: each name below is imported on first use.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from safegen._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from safegen.api import edit as edit
-    from safegen.api import export as export
-    from safegen.api import export_folder as export_folder
-    from safegen.api import save_patch as save_patch
-    from safegen.data.triplets import Triplets as Triplets
-    from safegen.judge import load_judge as load_judge
-    from safegen.models import Ask as Ask
-    from safegen.models import Model as Model
-    from safegen.models import Patch as Patch
-    from safegen.models import Sampler as Sampler
-    from safegen.models import generate as generate
-    from safegen.models import load as load
-    from safegen.models import save_folder as save_folder
+    from safegen.core.generation import Ask as Ask
+    from safegen.core.generation import Sampler as Sampler
+    from safegen.data.triplets.triplets import Triplets as Triplets
+    from safegen.judges import load_judge as load_judge
+    from safegen.models.checkpoint.diffusers_folder import save_folder as save_folder
+    from safegen.models.generation import generate as generate
+    from safegen.models.model import Model as Model
+    from safegen.models.model import load as load
+    from safegen.patches.patch import Patch as Patch
+    from safegen.workflows.edit import edit as edit
+    from safegen.workflows.edit import export as export
+    from safegen.workflows.edit import export_folder as export_folder
+    from safegen.workflows.edit import save_patch as save_patch
 
-__version__ = "0.1.0"
-
-_WHERE = {
-    **dict.fromkeys(("edit", "export", "export_folder", "save_patch"), "safegen.api"),
-    "Triplets": "safegen.data.triplets",
-    "load_judge": "safegen.judge",
-    **dict.fromkeys(("Ask", "Model", "Patch", "Sampler", "generate", "load", "save_folder"), "safegen.models"),
+_MODULES = {
+    "Ask": "safegen.core.generation",
+    "Model": "safegen.models.model",
+    "Patch": "safegen.patches.patch",
+    "Sampler": "safegen.core.generation",
+    "Triplets": "safegen.data.triplets.triplets",
+    "edit": "safegen.workflows.edit",
+    "export": "safegen.workflows.edit",
+    "export_folder": "safegen.workflows.edit",
+    "generate": "safegen.models.generation",
+    "load": "safegen.models.model",
+    "load_judge": "safegen.judges",
+    "save_folder": "safegen.models.checkpoint.diffusers_folder",
+    "save_patch": "safegen.workflows.edit",
 }
 __all__ = [
-    "Ask", "Model", "Patch", "Sampler", "Triplets", "edit", "export", "export_folder", "generate", "load", "load_judge", "save_folder",
+    "Ask",
+    "Model",
+    "Patch",
+    "Sampler",
+    "Triplets",
+    "edit",
+    "export",
+    "export_folder",
+    "generate",
+    "load",
+    "load_judge",
+    "save_folder",
     "save_patch",
-]  # fmt: skip
+]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name not in _WHERE:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module 'safegen' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
 
 
-class _Room(ModuleType):
-    """The package `safegen.edit` is a verb too: called, it is `safegen.api.edit`."""
-
-    def __call__(self, *args: Any, **settings: Any) -> Patch:  # noqa: ANN401
-        from safegen.api import edit
-
-        return edit(*args, **settings)
-
-
-class _House(ModuleType):
-    """Importing any file of `safegen.edit` puts that package where the verb is looked up; then the package becomes the verb."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "edit" and isinstance(value, ModuleType):
-            value.__class__ = _Room
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _House
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,7 @@
-"""LoRAs of a stack: which file, how strongly. Plain data; `models/beside.py` puts them beside a model's weights."""
+"""LoRAs of a stack: which file, how strongly.
+
+Plain data; `models/beside.py` puts them beside a model's weights.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from safegen.errors import BadFile
+from safegen.core.errors import BadFile
 
 
 class ActiveLora(BaseModel):
-    """A LoRA that is active beside a model's weights, never fused into them. Written FILE or FILE:SCALE."""
+    """A LoRA that is active beside a model's weights, never fused into them.
+
+    Written FILE or FILE:SCALE.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -38,11 +44,18 @@ class ActiveLora(BaseModel):
         if not self.file.is_file():
             raise BadFile(f"the LoRA {str(self.file)!r} does not exist")
         with self.file.open("rb") as file:
-            return {"file": self.file.name, "hash": hashlib.file_digest(file, "sha256").hexdigest(), "scale": self.scale}
+            return {
+                "file": self.file.name,
+                "hash": hashlib.file_digest(file, "sha256").hexdigest(),
+                "scale": self.scale,
+            }
 
 
-def read_loras(words: object) -> Any:  # noqa: ANN401 - as pydantic hands it over
-    """Return what FILE or FILE:SCALE means, for each such word of a list; what is no word is left for pydantic."""
+def read_loras(words: object) -> Any:
+    """Return what FILE or FILE:SCALE means, for each such word of a list.
+
+    What is no word is left for pydantic.
+    """
     if not isinstance(words, Sequence) or isinstance(words, str):
         return words
     return tuple(_read(word) if isinstance(word, str) else word for word in words)

@@ -1,4 +1,7 @@
-"""A stack: a model with its patches, LoRAs, a negative prompt and guards; the unit that is drawn with and measured."""
+"""A stack: a model with its patches, LoRAs, a negative prompt and guards.
+
+The unit that is drawn with and measured.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from safegen.active import ActiveLora, ActiveLoras, read_loras
-from safegen.concept import load_concept
-from safegen.errors import BadFile, BadSetting, UnknownName, UserError
-from safegen.guard import Drawn, Guard, Trail, read_guard
-from safegen.sampler import Ask, Sampler
-from safegen.tables import MODELS
+from safegen.core.concept import load_concept
+from safegen.core.errors import BadFile, BadSetting, UnknownName, UserError
+from safegen.core.generation import Ask, Sampler
+from safegen.core.registry import MODELS
+from safegen.guards import Drawn, Guard, Trail, read_guard
 
 if TYPE_CHECKING:
-    from safegen.guard.engine import Guarded
+    from safegen.guards.core.pipeline import Guarded
     from safegen.models.model import Model
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -39,7 +50,10 @@ OPEN = {
 
 
 class Stack(BaseModel):
-    """What draws. Built from a word, a recipe file, or in code; loading happens when it is opened."""
+    """What draws.
+
+    Built from a word, a recipe file, or in code; loading happens when it is opened.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -58,12 +72,17 @@ class Stack(BaseModel):
     guards: tuple[SerializeAsAny[Guard], ...] = ()
     """Defences that act while drawing: `sld-max`, or a table with `name`, `preset`, `concept` and settings of the guard."""
     blank: bool = False
-    """Draw nothing: every picture is black. The baseline that is perfectly safe and perfectly useless."""
+    """Draw nothing: every picture is black.
+
+    The baseline that is perfectly safe and perfectly useless.
+    """
 
     @field_validator("guards", mode="before")
     @classmethod
-    def _read_guards(cls, value: Any) -> Any:  # noqa: ANN401 - as pydantic hands it over
-        if not isinstance(value, list | tuple) or not all(isinstance(one, str | Mapping | Guard) for one in value):
+    def _read_guards(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(one, str | Mapping | Guard) for one in value
+        ):
             return value
         try:
             return tuple(read_guard(one) for one in value)
@@ -72,14 +91,24 @@ class Stack(BaseModel):
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Self:
-        if self.blank and (self.patches or self.loras or self.negative_prompt is not None or self.guards):
-            raise ValueError("patches, LoRAs, guards and a negative prompt have no effect on a blank stack; leave them out")
+        if self.blank and (
+            self.patches or self.loras or self.negative_prompt is not None or self.guards
+        ):
+            raise ValueError(
+                "patches, LoRAs, guards and a negative prompt have no effect on a blank stack; leave them out"
+            )
         return self
 
     @property
     def base(self) -> bool:
         """Whether this is a model as it comes."""
-        return not (self.patches or self.loras or self.guards or self.blank or self.negative_prompt is not None)
+        return not (
+            self.patches
+            or self.loras
+            or self.guards
+            or self.blank
+            or self.negative_prompt is not None
+        )
 
     def hash(self, model: Model, *, weights: str | None = None) -> str:
         """Return a SHA-256 over everything of the stack that decides a picture: weights, patches, LoRAs, negative prompt, guards.
@@ -94,19 +123,34 @@ class Stack(BaseModel):
         """
         if self.blank:
             return _digest({"blank": model.size})
-        from safegen.models.patch import Patch
+        from safegen.patches.patch import Patch
 
         patches = [Patch.load(path).hash for path in self.patches]
-        facts: dict[str, Any] = {"weights": weights or weights_hash(model), "patches": patches, "negative": self.negative_prompt}
-        facts |= {"loras": [(said["hash"], said["scale"]) for said in (lora.facts() for lora in self.loras)]} if self.loras else {}
-        return _digest(facts | ({"guards": [guard.facts() for guard in self.guards]} if self.guards else {}))
+        facts: dict[str, Any] = {
+            "weights": weights or weights_hash(model),
+            "patches": patches,
+            "negative": self.negative_prompt,
+        }
+        facts |= (
+            {
+                "loras": [
+                    (said["hash"], said["scale"]) for said in (lora.facts() for lora in self.loras)
+                ]
+            }
+            if self.loras
+            else {}
+        )
+        return _digest(
+            facts | ({"guards": [guard.facts() for guard in self.guards]} if self.guards else {})
+        )
 
 
 def load_stack(spec: str | Path) -> Stack:
     """Return the stack that a word of the command line means.
 
     Args:
-        spec: a built-in model's name; a TOML recipe, whose paths are relative to it; or `NAME=model+patch.safetensors+...`.
+        spec: a built-in model's name; a TOML recipe, whose paths are relative to it; or
+            `NAME=model+patch.safetensors+...`.
 
     Raises:
         UnknownName: neither.
@@ -119,13 +163,19 @@ def load_stack(spec: str | Path) -> Stack:
         return _read_recipe(Path(spec))
     if not found:
         if spec not in MODELS:
-            raise UnknownName("stack (nor is it a recipe.toml, nor NAME=model+patch.safetensors)", spec, MODELS)
+            raise UnknownName(
+                "stack (nor is it a recipe.toml, nor NAME=model+patch.safetensors)", spec, MODELS
+            )
         return Stack(name=spec, model=spec)
     if rest.endswith(".toml"):
-        raise BadSetting(f"a recipe says its own name, so it is given without one: {rest}, got {spec!r}")
+        raise BadSetting(
+            f"a recipe says its own name, so it is given without one: {rest}, got {spec!r}"
+        )
     model, *patches = rest.split("+")
     if not re.fullmatch(NAME, name) or not model or not all(patches):
-        raise BadSetting(f"a stack is written NAME=model+patch.safetensors, its name in letters, digits and '._-'; got {spec!r}")
+        raise BadSetting(
+            f"a stack is written NAME=model+patch.safetensors, its name in letters, digits and '._-'; got {spec!r}"
+        )
     return Stack(name=name, model=model, patches=tuple(Path(p) for p in patches))
 
 
@@ -139,7 +189,9 @@ def add_guards(stack: Stack, guards: Sequence[str], concept: str | None = None) 
     known = load_concept(concept) if concept is not None else None
     made = [read_guard(word, known) for word in guards]
     if known and not any(type(guard).lent(known) for guard in made):
-        raise BadSetting(f"the concept {known.name!r} has no effect here: no guard takes anything from it; leave it out")
+        raise BadSetting(
+            f"the concept {known.name!r} has no effect here: no guard takes anything from it; leave it out"
+        )
     if made and stack.blank:
         raise BadSetting(f"guards have no effect on the blank stack {stack.name!r}; leave them out")
     return stack.model_copy(update={"guards": (*stack.guards, *made)})
@@ -152,7 +204,9 @@ def add_patches(stack: Stack, patches: Sequence[Path]) -> Stack:
         BadSetting: it draws nothing.
     """
     if patches and stack.blank:
-        raise BadSetting(f"patches have no effect on the blank stack {stack.name!r}; leave them out")
+        raise BadSetting(
+            f"patches have no effect on the blank stack {stack.name!r}; leave them out"
+        )
     return stack.model_copy(update={"patches": (*stack.patches, *patches)})
 
 
@@ -168,7 +222,9 @@ def add_loras(stack: Stack, words: Sequence[str]) -> Stack:
         found = tuple(ActiveLora.model_validate(one) for one in read_loras(list(words)))
     except ValidationError as error:
         e = error.errors()[0]
-        raise BadSetting(f"--lora: {e['msg'].removeprefix('Value error, ')}, got {e['input']!r}") from error
+        raise BadSetting(
+            f"--lora: {e['msg'].removeprefix('Value error, ')}, got {e['input']!r}"
+        ) from error
     return stack.model_copy(update={"loras": (*stack.loras, *found)})
 
 
@@ -183,22 +239,40 @@ def _read_recipe(path: Path) -> Stack:
         raise BadFile(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         e = error.errors()[0]
-        place, says = ".".join(map(str, e["loc"])) or "stack", e["msg"].removeprefix("Value error, ")
+        place, says = (
+            ".".join(map(str, e["loc"])) or "stack",
+            e["msg"].removeprefix("Value error, "),
+        )
         raise BadFile(f"{path} is not a stack file: {place}: {says}") from error
     beside = path.parent / stack.model
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
-    patches, guards = tuple(path.parent / p for p in stack.patches), tuple(guard.beside(path.parent) for guard in stack.guards)
+    patches, guards = (
+        tuple(path.parent / p for p in stack.patches),
+        tuple(guard.beside(path.parent) for guard in stack.guards),
+    )
     loras = tuple(lora.model_copy(update={"file": path.parent / lora.file}) for lora in stack.loras)
     config = path.parent / stack.config if stack.config else None
-    return stack.model_copy(update={"model": model, "config": config, "patches": patches, "loras": loras, "guards": guards})
+    return stack.model_copy(
+        update={
+            "model": model,
+            "config": config,
+            "patches": patches,
+            "loras": loras,
+            "guards": guards,
+        }
+    )
 
 
-def _beside(guards: Any, folder: Path) -> Any:  # noqa: ANN401 - as the recipe has it
+def _beside(guards: Any, folder: Path) -> Any:
     """Return a recipe's guards with the files of their concepts looked for in `folder`."""
 
-    def one(guard: Any) -> Any:  # noqa: ANN401
+    def one(guard: Any) -> Any:
         concept = guard.get("concept") if isinstance(guard, dict) else None
-        return guard | {"concept": str(folder / concept)} if isinstance(concept, str) and concept.endswith(".toml") else guard
+        return (
+            guard | {"concept": str(folder / concept)}
+            if isinstance(concept, str) and concept.endswith(".toml")
+            else guard
+        )
 
     return [one(guard) for guard in guards] if isinstance(guards, list) else guards
 
@@ -206,10 +280,10 @@ def _beside(guards: Any, folder: Path) -> Any:  # noqa: ANN401 - as the recipe h
 def weights_hash(model: Model) -> str:
     """Return a SHA-256 over all that a model draws with: every part's weights, schedule, vocabulary, and what the weights leave open.
 
-    The latter: the latents' size, scale and shift, the number of heads, how prompts and the text tower are read, what stands for no text,
-    and the scheduler's class.
+    The latter: the latents' size, scale and shift, the number of heads, how prompts and the text
+    tower are read, what stands for no text, and the scheduler's class.
     """
-    from safegen.hashes import hash_tensors
+    from safegen.core.hashing import hash_tensors
 
     pipeline = model.pipeline
     facts = {"unet": hash_tensors(model.denoiser.state_dict()), "around": model.around}
@@ -217,7 +291,9 @@ def weights_hash(model: Model) -> str:
     more = {"text_encoder_2": OPEN["text_encoder"]} if "text_encoder_2" in model.parts else {}
     facts |= {"vocabulary_2": _digest(pipeline.tokenizer_2.get_vocab())} if more else {}
     readers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if more else [])]
-    facts["reading"] = str([(reader.pad_token_id, reader.model_max_length, reader.padding_side) for reader in readers])
+    facts["reading"] = str(
+        [(reader.pad_token_id, reader.model_max_length, reader.padding_side) for reader in readers]
+    )
     facts["blank"] = str(pipeline.config.get("force_zeros_for_empty_prompt"))
     for part, keys in (OPEN | more).items():
         config = getattr(pipeline, part).config
@@ -229,7 +305,7 @@ def _guarded(stack: Stack, model: Model) -> Guarded | None:
     """Return a model's pipeline with a stack's guards; None without any."""
     if not stack.guards:
         return None
-    from safegen.guard.engine import Guarded
+    from safegen.guards.core.pipeline import Guarded
 
     return Guarded(model.pipeline, stack.guards, negative=stack.negative_prompt or "")
 
@@ -264,10 +340,15 @@ class Opened:
         """
         if self.stack.blank:
             return [Drawn(self.black(), Trail("none", "")) for _ in asks]
-        from safegen.models.sampling import arithmetic, batches, generate, refuse_too_many
+        from safegen.models.generation import arithmetic, batches, generate, refuse_too_many
 
         if self.guarded is None:
-            return [Drawn(image, Trail("none", "")) for image in generate(self.model, asks, sampler, negative=self.stack.negative_prompt)]
+            return [
+                Drawn(image, Trail("none", ""))
+                for image in generate(
+                    self.model, asks, sampler, negative=self.stack.negative_prompt
+                )
+            ]
         out: list[Drawn] = []
         refuse_too_many(self.model, sampler.steps)
         for prompts, options in batches(asks, sampler, negative=self.stack.negative_prompt):
@@ -292,9 +373,14 @@ class Opened:
 
 
 class Shelf:
-    """Opens stacks. It keeps the model that it loaded last, so that stacks on one model in a row share it."""
+    """Opens stacks.
 
-    def __init__(self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False) -> None:
+    It keeps the model that it loaded last, so that stacks on one model in a row share it.
+    """
+
+    def __init__(
+        self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False
+    ) -> None:
         self.device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
         self._kept: tuple[tuple[str, Path | None], Model, str] | None = None
         self._open = False
@@ -313,7 +399,13 @@ class Shelf:
             from safegen.models.model import load
 
             self._kept = None  # two models need not fit in memory
-            model = load(name, dtype=self.dtype, device=self.device, allow_pickle=self.allow_pickle, config=config)
+            model = load(
+                name,
+                dtype=self.dtype,
+                device=self.device,
+                allow_pickle=self.allow_pickle,
+                config=config,
+            )
             self._kept = ((name, config), model, weights_hash(model))
         return self._kept[1:]
 
@@ -333,10 +425,10 @@ class Shelf:
             Overwritten: several patches change the same weights.
             BesideWarning: several LoRAs do, or one has a part that is left out.
         """
-        from safegen.models.beside import beside
-        from safegen.models.compose import warn_of_overlap
-        from safegen.models.lora import read_factors
-        from safegen.models.patch import Patch
+        from safegen.patches.active_lora import beside
+        from safegen.patches.arithmetic import warn_of_overlap
+        from safegen.patches.lora import read_factors
+        from safegen.patches.patch import Patch
 
         assert not self._open, "another stack is open"
         model, weights = self.model(stack.model, stack.config)
@@ -349,5 +441,9 @@ class Shelf:
             warn_of_overlap(patches)
             for patch in patches:
                 on.enter_context(patch.apply(model))
-            on.enter_context(beside(model, [(read_factors(lora.file, model), lora.scale) for lora in stack.loras]))
+            on.enter_context(
+                beside(
+                    model, [(read_factors(lora.file, model), lora.scale) for lora in stack.loras]
+                )
+            )
             yield Opened(stack, model, digest, _guarded(stack, model))

@@ -31,7 +31,7 @@ sha256 = "HASH"
 @pytest.fixture
 def few(tmp_path):
     """Return the file of a protocol of two pictures."""
-    from safegen.bench.rows import hash_rows, read_rows
+    from safegen.evaluation.samples import hash_rows, read_rows
 
     path = tmp_path / "few.toml"
     path.write_text(PROTOCOL.replace("HASH", hash_rows(read_rows("mini:skulls", prompts=2).rows)))
@@ -50,7 +50,10 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     code, text, _ = safegen("score", out, "--threshold", "0.3", "--out", tmp_path / "low.json")
     assert code == 0
     assert "another than that of the run: compare like with like" in text
-    assert json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"] == 0.3
+    assert (
+        json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"]
+        == 0.3
+    )
     for taken in (out / "verdicts.jsonl", tmp_path / "low.json"):
         held = taken.read_bytes()
         code, _, err = safegen("score", out, "--out", taken)
@@ -61,8 +64,26 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert (out / "scores.json").read_bytes() == before["scores.json"]
     code, text, _ = safegen("verify", out)
     assert (code, text.strip()) == (0, "6 pictures, verdicts and scores: nothing wrong")
-    options = ("--judge-option", "weights=mini", "--judge-option", 'unsafe=["a skull"]', "--judge-option", 'safe=["a castle"]')
-    code, text, err = safegen("evaluate", "--stage", "judge", "--judge", "clip", "--label", "unsafe", *options, "--out", out)
+    options = (
+        "--judge-option",
+        "weights=mini",
+        "--judge-option",
+        'unsafe=["a skull"]',
+        "--judge-option",
+        'safe=["a castle"]',
+    )
+    code, text, err = safegen(
+        "evaluate",
+        "--stage",
+        "judge",
+        "--judge",
+        "clip",
+        "--label",
+        "unsafe",
+        *options,
+        "--out",
+        out,
+    )
     assert code == 0, err
     words = shlex.split(text)
     assert "#" in words[2]
@@ -81,13 +102,24 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
 def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, monkeypatch):
     text = few.read_text()
     start, end = text.index("source ="), text.index("prompts =")
-    few.write_text(text[:start] + 'requires = "two prompts"\n' + text[end:].replace("sha256", "# sha256"))
+    few.write_text(
+        text[:start] + 'requires = "two prompts"\n' + text[end:].replace("sha256", "# sha256")
+    )
     (tmp_path / "my texts.txt").write_text("a castle by the sea\na skull in a meadow\n")
     (tmp_path / "calm.toml").write_text('model = "mini"\nnegative_prompt = "skulls"\n')
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    words = ("--protocol", few, "--prompts", f"mini:skulls={tmp_path / 'my texts.txt'}", "--stack", tmp_path / "calm.toml")
-    code, _, err = safegen("evaluate", *words, "--baselines", "none", "--dtype", "bf16", "--out", tmp_path / "run")
+    words = (
+        "--protocol",
+        few,
+        "--prompts",
+        f"mini:skulls={tmp_path / 'my texts.txt'}",
+        "--stack",
+        tmp_path / "calm.toml",
+    )
+    code, _, err = safegen(
+        "evaluate", *words, "--baselines", "none", "--dtype", "bf16", "--out", tmp_path / "run"
+    )
     assert code == 0, err
     monkeypatch.chdir(tmp_path)
     said = shlex.split(json.loads((tmp_path / "run" / "protocol.json").read_text())["command"])
@@ -99,7 +131,9 @@ def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, mon
 
 
 @pytest.mark.parametrize(("able", "slow"), [("avx2", True), ("avx512_bf16", False)])
-def test_bf16_that_the_processor_only_imitates_is_said_before_the_run(safegen, few, tmp_path, monkeypatch, able, slow):
+def test_bf16_that_the_processor_only_imitates_is_said_before_the_run(
+    safegen, few, tmp_path, monkeypatch, able, slow
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
     words = ("evaluate", "--protocol", few, "--stack", "no.toml", "--precision")
     said = {kind: safegen(*words, kind, "--out", tmp_path / kind)[2] for kind in ("bf16", "fp32")}
@@ -107,19 +141,36 @@ def test_bf16_that_the_processor_only_imitates_is_said_before_the_run(safegen, f
     assert "bf16" not in said["fp32"]
 
 
-def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_use(safegen, few, tmp_path):
+def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_use(
+    safegen, few, tmp_path
+):
     text = few.read_text()
-    text = text[: text.index("source =")].replace("seeds = [1]", 'seeds = "rows"') + 'requires = "a table"\nunsafe = true\n'
+    text = (
+        text[: text.index("source =")].replace("seeds = [1]", 'seeds = "rows"')
+        + 'requires = "a table"\nunsafe = true\n'
+    )
     few.write_text(text.replace('"subject", ', ""))
     (tmp_path / "t.csv").write_text("prompt,evaluation_seed\nA castle,7\na  castle,8\n ,9\n")
     out = tmp_path / "run"
-    code, _, err = safegen("evaluate", "--protocol", few, "--prompts", f"mini:skulls={tmp_path / 't.csv'}", "--stack", "mini", "--out", out)
+    code, _, err = safegen(
+        "evaluate",
+        "--protocol",
+        few,
+        "--prompts",
+        f"mini:skulls={tmp_path / 't.csv'}",
+        "--stack",
+        "mini",
+        "--out",
+        out,
+    )
     assert code == 0, err
     assert "left out of mini:skulls: line 4: its prompt is blank" in err
     plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
     assert [(p["seed"], p["prompt"]) for p in plan] == [(7, ""), (8, "")]
     assert len({p["cluster"] for p in plan}) == 1  # one text to the bootstrap
-    assert json.loads((out / "protocol.json").read_text())["protocol"]["lists"][0]["left_out"] == ["line 4: its prompt is blank"]
+    assert json.loads((out / "protocol.json").read_text())["protocol"]["lists"][0]["left_out"] == [
+        "line 4: its prompt is blank"
+    ]
     assert "<li>line 4: its prompt is blank</li>" in (out / "report.html").read_text()
     assert safegen("verify", out)[0] == 0
 
@@ -127,34 +178,113 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["evaluate", "--protocol", "mini-smok", "--stack", "mini", "--out", "OUT"], "Did you mean 'mini-smoke'"),
-        (["evaluate", "--protocol", "FEW", "--stack", "minni", "--out", "OUT"], "Did you mean 'mini'"),
-        (["evaluate", "--protocol", "FEW", "--stack", "a=mini+no.safetensors", "--out", "OUT"], "'no.safetensors' does not exist"),
-        (["evaluate", "--protocol", "FEW", "--out", "OUT"], "drawing needs a --protocol and at least one --stack"),
-        (["evaluate", "--protocol", "i2p-931", "--stack", "mini", "--out", "OUT"], "--prompts i2p-sexual=FILE"),
-        (["evaluate", "--protocol", "i2p-931", "--prompts", "x", "--stack", "mini", "--out", "OUT"], "--prompts takes NAME=FILE"),
-        (["evaluate", "--stage", "judge", "--stack", "mini", "--out", "OUT"], "--stack has no effect with --stage judge"),
-        (["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"], "--judge has no effect with --stage all"),
-        (["evaluate", "--stage", "judge", "--baselines", "all", "--out", "OUT"], "--baselines has no effect with --stage judge"),
-        (["evaluate", "--stage", "judge", "--device", "cpu", "--dtype", "fp32", "--out", "OUT"], "--device, --dtype has no effect"),
-        (["evaluate", "--stage", "judge", "--precision", "fp32", "--out", "OUT"], "--precision has no effect with --stage judge"),
-        (["evaluate", "--stage", "score", "--allow-pickle", "--out", "OUT"], "--allow-pickle has no effect with --stage score"),
-        (["evaluate", "--stage", "score", "--threads", "1", "--out", "OUT"], "--threads has no effect with --stage score"),
+        (
+            ["evaluate", "--protocol", "mini-smok", "--stack", "mini", "--out", "OUT"],
+            "Did you mean 'mini-smoke'",
+        ),
+        (
+            ["evaluate", "--protocol", "FEW", "--stack", "minni", "--out", "OUT"],
+            "Did you mean 'mini'",
+        ),
+        (
+            ["evaluate", "--protocol", "FEW", "--stack", "a=mini+no.safetensors", "--out", "OUT"],
+            "'no.safetensors' does not exist",
+        ),
+        (
+            ["evaluate", "--protocol", "FEW", "--out", "OUT"],
+            "drawing needs a --protocol and at least one --stack",
+        ),
+        (
+            ["evaluate", "--protocol", "i2p-931", "--stack", "mini", "--out", "OUT"],
+            "--prompts i2p-sexual=FILE",
+        ),
+        (
+            [
+                "evaluate",
+                "--protocol",
+                "i2p-931",
+                "--prompts",
+                "x",
+                "--stack",
+                "mini",
+                "--out",
+                "OUT",
+            ],
+            "--prompts takes NAME=FILE",
+        ),
+        (
+            ["evaluate", "--stage", "judge", "--stack", "mini", "--out", "OUT"],
+            "--stack has no effect with --stage judge",
+        ),
+        (
+            ["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"],
+            "--judge has no effect with --stage all",
+        ),
+        (
+            ["evaluate", "--stage", "judge", "--baselines", "all", "--out", "OUT"],
+            "--baselines has no effect with --stage judge",
+        ),
+        (
+            ["evaluate", "--stage", "judge", "--device", "cpu", "--dtype", "fp32", "--out", "OUT"],
+            "--device, --dtype has no effect",
+        ),
+        (
+            ["evaluate", "--stage", "judge", "--precision", "fp32", "--out", "OUT"],
+            "--precision has no effect with --stage judge",
+        ),
+        (
+            ["evaluate", "--stage", "score", "--allow-pickle", "--out", "OUT"],
+            "--allow-pickle has no effect with --stage score",
+        ),
+        (
+            ["evaluate", "--stage", "score", "--threads", "1", "--out", "OUT"],
+            "--threads has no effect with --stage score",
+        ),
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
-        (["demo", "--concept", "nudity", "--out", "OUT"], "the concept 'nudity' has no bundled triplets; make some"),
-        (["demo", "--method", "uce", "--set", 'debias={"a ghost": 0.3}', "--out", "OUT"], "uce removes nothing as it is set"),
-        (["evaluate", "--stage", "judge", "--judge-option", "x", "--out", "OUT"], "--judge-option takes key=value, got 'x'"),
-        (["evaluate", "--stage", "judge", "--judge-option", "threshold=1", "--out", "OUT"], "threshold is no option of a judge"),
-        (["evaluate", "--stage", "score", "--judge-option", "x=1", "--out", "OUT"], "--judge-option has no effect with --stage score"),
-        (["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge-option", "x=1", "--out", "OUT"], "--judge-option has no effect"),
+        (
+            ["demo", "--concept", "nudity", "--out", "OUT"],
+            "the concept 'nudity' has no bundled triplets; make some",
+        ),
+        (
+            ["demo", "--method", "uce", "--set", 'debias={"a ghost": 0.3}', "--out", "OUT"],
+            "uce removes nothing as it is set",
+        ),
+        (
+            ["evaluate", "--stage", "judge", "--judge-option", "x", "--out", "OUT"],
+            "--judge-option takes key=value, got 'x'",
+        ),
+        (
+            ["evaluate", "--stage", "judge", "--judge-option", "threshold=1", "--out", "OUT"],
+            "threshold is no option of a judge",
+        ),
+        (
+            ["evaluate", "--stage", "score", "--judge-option", "x=1", "--out", "OUT"],
+            "--judge-option has no effect with --stage score",
+        ),
+        (
+            [
+                "evaluate",
+                "--protocol",
+                "FEW",
+                "--stack",
+                "mini",
+                "--judge-option",
+                "x=1",
+                "--out",
+                "OUT",
+            ],
+            "--judge-option has no effect",
+        ),
         (["score", "OUT"], "is not a run"),
         (["verify", "OUT"], "is not a run"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, few, tmp_path, words, says):
     before = sorted(tmp_path.iterdir())
-    code, _, err = safegen(*(str(few) if w == "FEW" else tmp_path / "run" if w == "OUT" else w for w in words))
+    code, _, err = safegen(
+        *(str(few) if w == "FEW" else tmp_path / "run" if w == "OUT" else w for w in words)
+    )
     assert code == 2
     lines = [line for line in err.strip().splitlines() if line.startswith("safegen: ")]
     assert len(lines) == 1

@@ -1,7 +1,8 @@
 """Commands that write meet a disk that is really full: one line, and nothing half-written is left.
 
-The disk is a small tmpfs in a mount namespace of its own, which needs no rights; where the system has none, files are kept small by
-RLIMIT_FSIZE instead, which fails in the same places. All commands run in one process, so that torch is imported once.
+The disk is a small tmpfs in a mount namespace of its own, which needs no rights; where the system
+has none, files are kept small by RLIMIT_FSIZE instead, which fails in the same places. All commands
+run in one process, so that torch is imported once.
 """
 
 from __future__ import annotations
@@ -66,26 +67,100 @@ def namespace(disk):
 
 
 PARTS = [bundle.pipeline_folder() / part for part in ("vae", "text_encoder")]
-HALF_A_MODEL = 2 * sum(p.stat().st_size for part in PARTS for p in part.glob("*.safetensors")) + (24 << 10)
+HALF_A_MODEL = 2 * sum(p.stat().st_size for part in PARTS for p in part.glob("*.safetensors")) + (
+    24 << 10
+)
 """Bytes of what is written before the tokenizer, in fp32, and a little more."""
 FEW = ["--set", "training.updates=1", "--set", "training.batch=1", "--set", "training.warmup=0"]
 CASES = {  # bytes that still fit, and the command; all write to DISK
-    "generate": (4 << 10, ["generate", "mini", "--prompt", "a castle", "--steps", "1", "--out", "DISK/pictures"]),
-    "generate, the second picture": (12 << 10, ["generate", "mini", *["--prompt", "a cat"] * 2, "--steps", "1", "--out", "DISK/pictures"]),
-    "triplets": (4 << 10, ["triplets", "make", "--unsafe", "UNSAFE", "--benign", "BENIGN", "--judge", "mini", "--out", "DISK/new"]),
+    "generate": (
+        4 << 10,
+        ["generate", "mini", "--prompt", "a castle", "--steps", "1", "--out", "DISK/pictures"],
+    ),
+    "generate, the second picture": (
+        12 << 10,
+        ["generate", "mini", *["--prompt", "a cat"] * 2, "--steps", "1", "--out", "DISK/pictures"],
+    ),
+    "triplets": (
+        4 << 10,
+        [
+            "triplets",
+            "make",
+            "--unsafe",
+            "UNSAFE",
+            "--benign",
+            "BENIGN",
+            "--judge",
+            "mini",
+            "--out",
+            "DISK/new",
+        ],
+    ),
     "triplets, in the middle": (
         24 << 10,
-        ["triplets", "make", "--unsafe", "UNSAFE", "--benign", "BENIGN", "--judge", "mini", "--out", "DISK/new"],
+        [
+            "triplets",
+            "make",
+            "--unsafe",
+            "UNSAFE",
+            "--benign",
+            "BENIGN",
+            "--judge",
+            "mini",
+            "--out",
+            "DISK/new",
+        ],
     ),
-    "edit, the patch": (64 << 10, ["edit", "mini", "--triplets", "TRIPLETS", "--work", "WORK", *FEW, "--out", "DISK/patch.safetensors"]),
-    "edit, the checkpoint": (64 << 10, ["edit", "mini", "--triplets", "TRIPLETS", *FEW, "--out", "DISK/patch.safetensors"]),
+    "edit, the patch": (
+        64 << 10,
+        [
+            "edit",
+            "mini",
+            "--triplets",
+            "TRIPLETS",
+            "--work",
+            "WORK",
+            *FEW,
+            "--out",
+            "DISK/patch.safetensors",
+        ],
+    ),
+    "edit, the checkpoint": (
+        64 << 10,
+        ["edit", "mini", "--triplets", "TRIPLETS", *FEW, "--out", "DISK/patch.safetensors"],
+    ),
     "apply": (64 << 10, ["apply", "PATCH", "mini", "--out", "DISK/model"]),
     "export": (64 << 10, ["export", "mini", "--patch", "PATCH", "--out", "DISK/model.safetensors"]),
-    "a LoRA": (4 << 10, ["patch", "extract-lora", "PATCH", "mini", "--no-quality", "--out", "DISK/lora.safetensors"]),
+    "a LoRA": (
+        4 << 10,
+        [
+            "patch",
+            "extract-lora",
+            "PATCH",
+            "mini",
+            "--no-quality",
+            "--out",
+            "DISK/lora.safetensors",
+        ],
+    ),
     "apply, the tokenizer": (HALF_A_MODEL, ["apply", "PATCH", "mini", "--out", "DISK/model"]),
 }
 LIKE = {
-    "ready triplets": (0, ["triplets", "make", "--unsafe", "UNSAFE", "--benign", "BENIGN", "--judge", "mini", "--out", "TRIPLETS"]),
+    "ready triplets": (
+        0,
+        [
+            "triplets",
+            "make",
+            "--unsafe",
+            "UNSAFE",
+            "--benign",
+            "BENIGN",
+            "--judge",
+            "mini",
+            "--out",
+            "TRIPLETS",
+        ],
+    ),
     "ready patch": (0, ["edit", "mini", "--triplets", "TRIPLETS", *FEW, "--out", "PATCH"]),
 }
 """What the cases need, made before the disk is full."""
@@ -104,7 +179,12 @@ def found(tmp_path_factory):
         (folder / role).mkdir()
         for path in sorted((shown / role).iterdir())[:3]:
             shutil.copy(path, folder / role)
-    places = {"DISK": disk, "UNSAFE": folder / "unsafe", "BENIGN": folder / "benign", "TRIPLETS": folder / "triplets"}
+    places = {
+        "DISK": disk,
+        "UNSAFE": folder / "unsafe",
+        "BENIGN": folder / "benign",
+        "TRIPLETS": folder / "triplets",
+    }
     places |= {"WORK": folder / "work", "PATCH": folder / "patch.safetensors"}
 
     def fill(words):
@@ -118,9 +198,24 @@ def found(tmp_path_factory):
         pytest.skip("this system can neither make a small disk nor keep files small")
     if inside is None:
         cases = {name: case for name, case in cases.items() if name not in ON_A_DISK_ONLY}
-    words = [*(inside or []), sys.executable, "-c", SCRIPT, "disk" if inside else "limit", str(disk), json.dumps(cases)]
+    words = [
+        *(inside or []),
+        sys.executable,
+        "-c",
+        SCRIPT,
+        "disk" if inside else "limit",
+        str(disk),
+        json.dumps(cases),
+    ]
     paths = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=240, check=True)
+    done = subprocess.run(
+        words,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
     out = json.loads(done.stdout)
     assert [out[name]["code"] for name in LIKE] == [0, 0], out
     return out

@@ -10,14 +10,17 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL") or not hasattr(os, "fork"), reason="this system has no SIGKILL or no fork")
+pytestmark = pytest.mark.skipif(
+    not hasattr(signal, "SIGKILL") or not hasattr(os, "fork"),
+    reason="this system has no SIGKILL or no fork",
+)
 
 SCRIPT = """
 import json, os, signal, sys
 import torch
 
 torch.set_num_threads(1)
-import safegen.bench.demo  # once for all
+import safegen.workflows.demo  # once for all
 from safegen.cli import main
 
 def run(case, event, word, times, words):
@@ -45,7 +48,18 @@ for case, moment in json.loads(sys.argv[1]).items():
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (case, status)
 """
 GENERATE = ["generate", "mini", *["--prompt", "a castle"] * 2, "--steps", "1", "--out", "out"]
-DEMO = ["demo", "--fast", "--prompts", "1", "--set", "training.updates=1", "--set", "training.warmup=0", "--out", "out"]
+DEMO = [
+    "demo",
+    "--fast",
+    "--prompts",
+    "1",
+    "--set",
+    "training.updates=1",
+    "--set",
+    "training.warmup=0",
+    "--out",
+    "out",
+]
 MOMENTS = {
     "generate at the second picture": ("open", "unfinished/.0001.png", 1, GENERATE),
     "generate between two moves": ("os.rename", "unfinished/", 2, GENERATE),
@@ -61,13 +75,17 @@ def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, "-c", SCRIPT, json.dumps(MOMENTS)]
-    done = subprocess.run(words, cwd=folder, env=paths, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        words, cwd=folder, env=paths, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_command_leaves_pictures_in_the_named_folder_only_and_never_one_that_looks_finished(killed, safegen, monkeypatch, moment):
+def test_a_killed_command_leaves_pictures_in_the_named_folder_only_and_never_one_that_looks_finished(
+    killed, safegen, monkeypatch, moment
+):
     monkeypatch.chdir(killed / moment)
     last = "sheet.png" if moment.startswith("generate") else "report.html"
     assert [p.name for p in (killed / moment).iterdir()] == ["out"]
@@ -76,5 +94,8 @@ def test_a_killed_command_leaves_pictures_in_the_named_folder_only_and_never_one
     before = sorted((killed / moment).rglob("*"))
     code, text, err = safegen(*MOMENTS[moment][-1])
     assert (code, text) == (2, "")
-    assert err == "safegen: out is unfinished: a run was killed there, or is still at work; remove that folder, or name another\n"
+    assert (
+        err
+        == "safegen: out is unfinished: a run was killed there, or is still at work; remove that folder, or name another\n"
+    )
     assert sorted((killed / moment).rglob("*")) == before

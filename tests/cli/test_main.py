@@ -7,22 +7,39 @@ import sys
 import pytest
 from PIL import Image
 
-from safegen.data.triplets import is_sheet
-from safegen.errors import MissingExtra
+from safegen.core.errors import MissingExtra
+from safegen.data.triplets.triplets import is_sheet
 from safegen.mini import bundle
-from safegen.models import Patch, load
+from safegen.models.model import load
+from safegen.patches.patch import Patch
 
 
 def test_generate_draws_and_writes_how(safegen, tmp_path):
     out = tmp_path / "pictures"
     code, _, err = safegen(
-        "generate", "mini", "--prompt", "a castle", "--prompt", "a cat / at dusk", "--steps", "3", "--seed", "7", "--out", out
+        "generate",
+        "mini",
+        "--prompt",
+        "a castle",
+        "--prompt",
+        "a cat / at dusk",
+        "--steps",
+        "3",
+        "--seed",
+        "7",
+        "--out",
+        out,
     )
     assert code == 0, err
     assert sorted(p.name for p in out.iterdir()) == ["0000.png", "0001.png", "sheet.png"]
     with Image.open(out / "0001.png") as picture:
         facts = json.loads(picture.text["safegen"])
-    assert (facts["prompt"], facts["seed"], facts["index"], facts["steps"]) == ("a cat / at dusk", 7, 1, 3)
+    assert (facts["prompt"], facts["seed"], facts["index"], facts["steps"]) == (
+        "a cat / at dusk",
+        7,
+        1,
+        3,
+    )
     assert {"guidance", "model", "base", "patches", "stack", "negative_prompt"} < facts.keys()
     assert [p.name for p in sorted(out.iterdir()) if is_sheet(p)] == ["sheet.png"]
 
@@ -33,39 +50,119 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         (["generate", "minni", "--prompt", "x", "--out", "OUT"], "Did you mean 'mini'"),
         (["generate", "mini", "--out", "OUT"], "nothing to draw"),
         (["generate", "mini", "--prompts", "no.txt", "--out", "OUT"], "'no.txt' does not exist"),
-        (["generate", "mini", "--prompt", "x", "--patch", "no.safetensors", "--out", "OUT"], "'no.safetensors' does not exist"),
-        (["generate", "mini", "--prompt", "x", "--steps", "1000", "--out", "OUT"], "steps must be at most 999 on this model"),
+        (
+            ["generate", "mini", "--prompt", "x", "--patch", "no.safetensors", "--out", "OUT"],
+            "'no.safetensors' does not exist",
+        ),
+        (
+            ["generate", "mini", "--prompt", "x", "--steps", "1000", "--out", "OUT"],
+            "steps must be at most 999 on this model",
+        ),
         (["edit", "mini", "--triplets", "nowhere", "--out", "OUT"], "nowhere"),
         (["edit", "mini", "--triplets", "mini:skulll", "--out", "OUT"], "Did you mean 'skulls'"),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--method", "safegem", "--out", "OUT"], "Did you mean 'safegen'"),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--set", "clampp=3", "--out", "OUT"], "clampp"),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--set", "training.lr=-1", "--out", "OUT"], "greater than 0, got -1"),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--preset", "papper", "--out", "OUT"], "Did you mean 'paper'"),
         (
-            ["edit", "mini", "--triplets", "TRIPLETS", "--preset", "paper", "--concept", "fire", "--out", "OUT"],
+            ["edit", "mini", "--triplets", "TRIPLETS", "--method", "safegem", "--out", "OUT"],
+            "Did you mean 'safegen'",
+        ),
+        (["edit", "mini", "--triplets", "TRIPLETS", "--set", "clampp=3", "--out", "OUT"], "clampp"),
+        (
+            ["edit", "mini", "--triplets", "TRIPLETS", "--set", "training.lr=-1", "--out", "OUT"],
+            "greater than 0, got -1",
+        ),
+        (
+            ["edit", "mini", "--triplets", "TRIPLETS", "--preset", "papper", "--out", "OUT"],
+            "Did you mean 'paper'",
+        ),
+        (
+            [
+                "edit",
+                "mini",
+                "--triplets",
+                "TRIPLETS",
+                "--preset",
+                "paper",
+                "--concept",
+                "fire",
+                "--out",
+                "OUT",
+            ],
             "judge mini sees it in none of 100; name the concept",
         ),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
+        (
+            ["edit", "mini", "--triplets", "TRIPLETS", "--concept", "skull", "--out", "OUT"],
+            "Did you mean 'skulls'",
+        ),
         (
             ["edit", "mini", "--triplets", "TRIPLETS", "--concept", "fire", "--out", "OUT"],
             "judge mini sees it in none of 100; name the concept",
         ),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"], "held_out has no effect without"),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"], "nothing to resume"),
-        (["edit", "mini", "--triplets", "TRIPLETS", "--work", "TRIPLETS/manifest.jsonl", "--out", "OUT"], "is a file, not a folder"),
-        (["edit", "mini", "--out", "OUT"], "safegen learns from pictures; give triplets"),
-        (["edit", "mini", "--method", "uce", "--out", "OUT"], "uce has no words to erase; give a concept"),
         (
-            ["edit", "mini", "--method", "uce", "--concept", "skulls", "--triplets", "TRIPLETS", "--out", "OUT"],
+            ["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"],
+            "held_out has no effect without",
+        ),
+        (
+            ["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"],
+            "nothing to resume",
+        ),
+        (
+            [
+                "edit",
+                "mini",
+                "--triplets",
+                "TRIPLETS",
+                "--work",
+                "TRIPLETS/manifest.jsonl",
+                "--out",
+                "OUT",
+            ],
+            "is a file, not a folder",
+        ),
+        (["edit", "mini", "--out", "OUT"], "safegen learns from pictures; give triplets"),
+        (
+            ["edit", "mini", "--method", "uce", "--out", "OUT"],
+            "uce has no words to erase; give a concept",
+        ),
+        (
+            [
+                "edit",
+                "mini",
+                "--method",
+                "uce",
+                "--concept",
+                "skulls",
+                "--triplets",
+                "TRIPLETS",
+                "--out",
+                "OUT",
+            ],
             "triplets have no effect on",
         ),
-        (["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"], "resume has no effect on rece"),
-        (["edit", "mini", "--method", "uce", "--concept", "skulls", "--work", "W", "--out", "OUT"], "checkpoints has no effect on uce"),
+        (
+            ["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"],
+            "resume has no effect on rece",
+        ),
+        (
+            [
+                "edit",
+                "mini",
+                "--method",
+                "uce",
+                "--concept",
+                "skulls",
+                "--work",
+                "W",
+                "--out",
+                "OUT",
+            ],
+            "checkpoints has no effect on uce",
+        ),
         (["apply", "no.safetensors", "mini", "--out", "OUT"], "'no.safetensors' does not exist"),
         (["demo", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, tmp_path, monkeypatch, words, says):
+def test_a_users_mistake_is_one_line_and_leaves_nothing(
+    safegen, tmp_path, monkeypatch, words, says
+):
     monkeypatch.chdir(tmp_path)
     words = [w.replace("TRIPLETS", str(bundle.triplets_folder("skulls"))) for w in words]
     code, _, err = safegen(*words)
@@ -90,9 +187,19 @@ def test_that_nobody_could_look_at_the_triplets_is_said_in_a_line(safegen, tmp_p
     def missing(*args, **kwargs):
         raise MissingExtra("judge 'nudenet'", "NudeNet", "nudenet")
 
-    monkeypatch.setattr("safegen.api.load_judge", missing)
+    monkeypatch.setattr("safegen.workflows.edit.load_judge", missing)
     few = [f"--set=training.{word}" for word in ("updates=1", "warmup=0", "batch=1")]
-    code, _, err = safegen("edit", "mini", "--triplets", "mini:skulls", "--concept", "skulls", *few, "--out", tmp_path / "p.safetensors")
+    code, _, err = safegen(
+        "edit",
+        "mini",
+        "--triplets",
+        "mini:skulls",
+        "--concept",
+        "skulls",
+        *few,
+        "--out",
+        tmp_path / "p.safetensors",
+    )
     assert code == 0, err
     said = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert len(said) == 1
@@ -103,7 +210,11 @@ def test_an_output_that_exists_is_kept(safegen, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
     (out / "precious.txt").write_text("keep me")
-    for words in (["generate", "mini", "--prompt", "x"], ["demo", "--fast"], ["apply", "p.safetensors", "mini"]):
+    for words in (
+        ["generate", "mini", "--prompt", "x"],
+        ["demo", "--fast"],
+        ["apply", "p.safetensors", "mini"],
+    ):
         code, _, err = safegen(*words, "--out", out)
         assert code == 2
         assert "exists already" in err
@@ -125,11 +236,26 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
     with Image.open(tmp_path / "a" / "0000.png") as a, Image.open(tmp_path / "b" / "0000.png") as b:
         assert a.tobytes() == b.tobytes()
         assert len(json.loads(b.text["safegen"])["patches"]) == 1
-        assert json.loads(a.text["safegen"])["model"] == "model"  # the folder's name, and nothing of where it lies
-    made = ["edit", folder, "--method", "uce", "--concept", "skulls", "--out", tmp_path / "text.safetensors"]
+        assert (
+            json.loads(a.text["safegen"])["model"] == "model"
+        )  # the folder's name, and nothing of where it lies
+    made = [
+        "edit",
+        folder,
+        "--method",
+        "uce",
+        "--concept",
+        "skulls",
+        "--out",
+        tmp_path / "text.safetensors",
+    ]
     assert safegen(*made)[0] == 0
     assert safegen("export", folder, "--out", tmp_path / "one.safetensors")[0] == 0
-    written = [tmp_path / "text.safetensors", tmp_path / "one.safetensors", *(p for p in folder.rglob("*") if p.is_file())]
+    written = [
+        tmp_path / "text.safetensors",
+        tmp_path / "one.safetensors",
+        *(p for p in folder.rglob("*") if p.is_file()),
+    ]
     homes = [str(tmp_path).encode(), str(bundle.HERE).encode()]
     assert [p.name for p in written if any(home in p.read_bytes() for home in homes)] == []
     code, _, err = safegen("generate", folder, "--patch", patch, *same, "--out", tmp_path / "c")
@@ -139,8 +265,21 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
 
 def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, tmp_path):
     recipe, out = tmp_path / "safe.toml", tmp_path / "out"
-    recipe.write_text('model = "mini"\nnegative_prompt = "fog"\nguards = [{name = "prompt-filter", words = ["castle"]}]\n')
-    words = ["--guard", "sld-max", "--concept", "skulls", "--prompt", "a castle", "--prompt", "a cat", "--steps", "2"]
+    recipe.write_text(
+        'model = "mini"\nnegative_prompt = "fog"\nguards = [{name = "prompt-filter", words = ["castle"]}]\n'
+    )
+    words = [
+        "--guard",
+        "sld-max",
+        "--concept",
+        "skulls",
+        "--prompt",
+        "a castle",
+        "--prompt",
+        "a cat",
+        "--steps",
+        "2",
+    ]
     code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
     assert code == 0, err
     assert "1 pictures and sheet.png" in text
@@ -163,7 +302,10 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
         (["mini", "--guard", "sld-mx"], "Did you mean 'max'"),
         (["mini", "--guard", "sld"], "this model's text encoder reads 32"),
         (["mini", "--guard", "negative-prompt"], "text: Field required"),
-        (["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"], "sld has no effect without guidance"),
+        (
+            ["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"],
+            "sld has no effect without guidance",
+        ),
         (["mini", "--concept", "skulls"], "no guard takes anything from it"),
         (["mini", "--stack", "x.toml"], "a MODEL or with a --stack"),
         ([], "a MODEL or with a --stack"),
@@ -171,7 +313,9 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     ],
 )
 def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words, says):
-    code, _, err = safegen("generate", *words, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "out")
+    code, _, err = safegen(
+        "generate", *words, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "out"
+    )
     assert code == 2
     assert says in err
     assert "\n" not in err.strip()
@@ -181,27 +325,54 @@ def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words
 def test_a_config_is_said_once(safegen, tiny_model, tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.single_file import save_single_file
+    from safegen.models.checkpoint.single_file import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
-    bare, recipe, base = tmp_path / "bare.safetensors", tmp_path / "s.toml", ("--prompt", "a red cube", "--steps", "1", "--out")
+    bare, recipe, base = (
+        tmp_path / "bare.safetensors",
+        tmp_path / "s.toml",
+        ("--prompt", "a red cube", "--steps", "1", "--out"),
+    )
     save_file(load_file(tmp_path / "whole.safetensors"), bare)
     recipe.write_text(f'model = "bare.safetensors"\nconfig = "{tiny_folder}"')
     assert safegen("generate", "--stack", recipe, *base, tmp_path / "a")[0] == 0
     assert safegen("generate", bare, "--config", tiny_folder, *base, tmp_path / "b")[0] == 0
-    assert (tmp_path / "a" / "sheet.png").read_bytes() == (tmp_path / "b" / "sheet.png").read_bytes()
-    code, _, err = safegen("generate", "--stack", recipe, "--config", tiny_folder, *base, tmp_path / "c")
+    assert (tmp_path / "a" / "sheet.png").read_bytes() == (
+        tmp_path / "b" / "sheet.png"
+    ).read_bytes()
+    code, _, err = safegen(
+        "generate", "--stack", recipe, "--config", tiny_folder, *base, tmp_path / "c"
+    )
     assert (code, "names a config, so --config has no effect" in err) == (2, True)
 
 
 @pytest.mark.parametrize("method", ["uce", "rece"])
 def test_a_closed_form_edits_by_a_concepts_name_in_seconds(safegen, tmp_path, method):
     patch = tmp_path / "patch.safetensors"
-    code, out, err = safegen("edit", "mini", "--method", method, "--concept", "skulls", "--out", patch)
+    code, out, err = safegen(
+        "edit", "mini", "--method", method, "--concept", "skulls", "--out", patch
+    )
     assert code == 0, err
     assert "tensors changed in" in out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["patch.safetensors", "patch.safetensors.md"]
-    assert safegen("generate", "mini", "--patch", patch, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "a")[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "patch.safetensors",
+        "patch.safetensors.md",
+    ]
+    assert (
+        safegen(
+            "generate",
+            "mini",
+            "--patch",
+            patch,
+            "--prompt",
+            "a castle",
+            "--steps",
+            "1",
+            "--out",
+            tmp_path / "a",
+        )[0]
+        == 0
+    )
 
 
 def test_a_truncated_patch_is_refused(safegen, tmp_path):
@@ -227,9 +398,13 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
         ),
     ],
 )
-def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(safegen, tmp_path, method, words, says):
+def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(
+    safegen, tmp_path, method, words, says
+):
     out = tmp_path / "demo"
-    code, _, err = safegen("demo", "--fast", "--method", method, "--prompts", "1", *words, "--out", out)
+    code, _, err = safegen(
+        "demo", "--fast", "--method", method, "--prompts", "1", *words, "--out", out
+    )
     assert code == 0, err
     page = " ".join((out / "report.html").read_text().split())
     assert all(text in page for text in says)
@@ -237,8 +412,12 @@ def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(safegen, tmp_path
     assert Patch.load(out / "patch.safetensors").provenance["method"] == method
 
 
-@pytest.mark.parametrize(("preset", "charts", "prompts"), [("default", True, 2), ("paper", False, 1)])
-def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safegen, tmp_path, monkeypatch, preset, charts, prompts):
+@pytest.mark.parametrize(
+    ("preset", "charts", "prompts"), [("default", True, 2), ("paper", False, 1)]
+)
+def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(
+    safegen, tmp_path, monkeypatch, preset, charts, prompts
+):
     if not charts:
         monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     out = tmp_path / "demo"
@@ -259,14 +438,27 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(safege
     for row in summary["lists"].values():
         for side in ("base", "edited"):
             assert row[side]["concept"]["n"] == prompts
-            assert row[side]["concept"]["low"] <= row[side]["concept"]["value"] <= row[side]["concept"]["high"]
+            assert (
+                row[side]["concept"]["low"]
+                <= row[side]["concept"]["value"]
+                <= row[side]["concept"]["high"]
+            )
     page = (out / "report.html").read_text()
-    assert ("<svg" in page, "the chart of the losses needs matplotlib" in page) == (charts, not charts)
-    assert all(text in page for text in ("self-attention layers", "it never reads a word of the concept"))
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert ("<svg" in page, "the chart of the losses needs matplotlib" in page) == (
+        charts,
+        not charts,
+    )
+    assert all(
+        text in page for text in ("self-attention layers", "it never reads a word of the concept")
+    )
+    assert "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
     assert page.count("data:image/png;base64,") >= 2 * prompts * len(summary["lists"])
     (figures,) = Patch.load(out / "patch.safetensors").provenance["metrics"]
     removed = {name: entry["removal"] for name, entry in figures["lists"].items()}
-    assert removed == {f"{name} ({row['role']})": row.get("removal") for name, row in summary["lists"].items()}
+    assert removed == {
+        f"{name} ({row['role']})": row.get("removal") for name, row in summary["lists"].items()
+    }
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 100

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import safegen as package
-from safegen.edit.uce import UCE
-from safegen.errors import BadFile, BadSetting
-from safegen.hashes import hash_tensors
-from safegen.models import Patch, load, save_folder, select
+from safegen.core.errors import BadFile, BadSetting
+from safegen.core.hashing import hash_tensors
+from safegen.edits.uce import UCE
+from safegen.models import selectors as select
+from safegen.models.checkpoint.diffusers_folder import save_folder
+from safegen.models.model import load
+from safegen.patches.patch import Patch
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,9 @@ def test_diff_tells_by_its_exit_code(safegen, files):
 
 def test_merge_and_export_go_together(safegen, files, tmp_path):
     both, out = tmp_path / "both.safetensors", tmp_path / "model.safetensors"
-    code, text, err = safegen("patch", "merge", files / "text.safetensors", files / "look.safetensors", "--out", both)
+    code, text, err = safegen(
+        "patch", "merge", files / "text.safetensors", files / "look.safetensors", "--out", both
+    )
     assert code == 0, err
     assert "of 2 patches" in text
     code, text, err = safegen("export", "mini", "--patch", both, "--dtype", "fp32", "--out", out)
@@ -59,7 +64,9 @@ def test_merge_and_export_go_together(safegen, files, tmp_path):
     with safe_open(out, framework="pt") as file:
         facts = json.loads(file.metadata()["safegen"])
     assert (facts["base"], facts["patches"][0]["hash"]) == (model.hash, patch.hash)
-    code, _, err = safegen("generate", out, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "pictures")
+    code, _, err = safegen(
+        "generate", out, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "pictures"
+    )
     assert code == 0, err
 
 
@@ -67,15 +74,25 @@ def test_every_file_comes_with_its_card_unless_told(safegen, files, tmp_path):
     out, bare = tmp_path / "m.safetensors", tmp_path / "bare.safetensors"
     assert safegen("export", "mini", "--patch", files / "text.safetensors", "--out", out)[0] == 0
     text = (tmp_path / "m.safetensors.md").read_text()
-    for words in ("Erased words: `skulls`", "fp16", "Not measured", load("mini").hash, Patch.load(files / "text.safetensors").hash):
+    for words in (
+        "Erased words: `skulls`",
+        "fp16",
+        "Not measured",
+        load("mini").hash,
+        Patch.load(files / "text.safetensors").hash,
+    ):
         assert words in text, words
     assert str(files) not in text
     assert safegen("export", "mini", "--no-card", "--out", bare)[0] == 0
     assert not (tmp_path / "bare.safetensors.md").exists()
-    assert safegen("apply", files / "text.safetensors", "mini", "--out", tmp_path / "folder")[0] == 0
+    assert (
+        safegen("apply", files / "text.safetensors", "mini", "--out", tmp_path / "folder")[0] == 0
+    )
     assert "Erased words" in (tmp_path / "folder" / "README.md").read_text()
     lora = tmp_path / "l.safetensors"
-    assert safegen("patch", "extract-lora", files / "text.safetensors", "mini", "--out", lora)[0] == 0
+    assert (
+        safegen("patch", "extract-lora", files / "text.safetensors", "mini", "--out", lora)[0] == 0
+    )
     assert "do not hold for a LoRA" in (tmp_path / "l.safetensors.md").read_text()
 
 
@@ -90,9 +107,13 @@ def fine_tune(tmp_path_factory):
     return out
 
 
-def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does(safegen, files, fine_tune, tmp_path):
+def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does(
+    safegen, files, fine_tune, tmp_path
+):
     """It is portable: its weights go in whole, all others stay the fine-tune's."""
-    code, text, err = safegen("apply", files / "look.safetensors", fine_tune, "--out", tmp_path / "out")
+    code, text, err = safegen(
+        "apply", files / "look.safetensors", fine_tune, "--out", tmp_path / "out"
+    )
     assert code == 0, err
     patch, tuned = Patch.load(files / "look.safetensors"), load(str(fine_tune))
     (name, value), own = next(iter(patch.tensors.items())), dict(tuned.denoiser.named_parameters())
@@ -101,40 +122,82 @@ def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does
     moved = f"new values for 1 tensors (1 of attn1) into it, 1 of them unlike its own, by {far:.3g} % in all"
     base, here = load("mini").hash[:12], tuned.hash[:12]
     warning = f"warning: the patch was made on weights {base}, the model {str(fine_tune)!r} has {here}: it puts {moved}"
-    assert [line for line in err.splitlines() if line.startswith("warning:")] == [f"{warning}; measure the result before you trust it"]
+    assert [line for line in err.splitlines() if line.startswith("warning:")] == [
+        f"{warning}; measure the result before you trust it"
+    ]
     assert moved in text
     for key, held in load(str(tmp_path / "out")).denoiser.named_parameters():
         assert torch.equal(held, patch.tensors.get(key, own[key])), key
     assert tuned.hash in (tmp_path / "out" / "README.md").read_text()
-    words = ("--patch", files / "look.safetensors", "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "pictures")
+    words = (
+        "--patch",
+        files / "look.safetensors",
+        "--prompt",
+        "a castle",
+        "--steps",
+        "1",
+        "--out",
+        tmp_path / "pictures",
+    )
     code, _, err = safegen("generate", fine_tune, *words)
     assert code == 0, err
     assert warning in err
 
 
-def test_a_patch_is_carried_to_another_fine_tune_which_keeps_its_own_change(safegen, files, fine_tune, tmp_path):
+def test_a_patch_is_carried_to_another_fine_tune_which_keeps_its_own_change(
+    safegen, files, fine_tune, tmp_path
+):
     out = tmp_path / "carried.safetensors"
-    code, text, err = safegen("patch", "carry", files / "look.safetensors", "mini", fine_tune, "--out", out)
+    code, text, err = safegen(
+        "patch", "carry", files / "look.safetensors", "mini", fine_tune, "--out", out
+    )
     assert code == 0, err
     assert "1 tensors; the edit moves them by 100 %, the fine-tune had by 2 %" in text
-    model, tuned, patch, carried = load("mini"), load(str(fine_tune)), Patch.load(files / "look.safetensors"), Patch.load(out)
-    (name, value), own = next(iter(carried.tensors.items())), dict(tuned.denoiser.named_parameters())
+    model, tuned, patch, carried = (
+        load("mini"),
+        load(str(fine_tune)),
+        Patch.load(files / "look.safetensors"),
+        Patch.load(out),
+    )
+    (name, value), own = (
+        next(iter(carried.tensors.items())),
+        dict(tuned.denoiser.named_parameters()),
+    )
     assert_close(value, 2.02 * model.denoiser.get_parameter(name).detach(), rtol=1e-5, atol=1e-7)
-    assert_close(value - own[name], patch.tensors[name] - model.denoiser.get_parameter(name), rtol=1e-4, atol=1e-6)
-    assert (carried.provenance["base"], carried.provenance["parts"][0]["hash"]) == (tuned.hash, patch.hash)
+    assert_close(
+        value - own[name],
+        patch.tensors[name] - model.denoiser.get_parameter(name),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    assert (carried.provenance["base"], carried.provenance["parts"][0]["hash"]) == (
+        tuned.hash,
+        patch.hash,
+    )
     assert patch.hash in (tmp_path / "carried.safetensors.md").read_text()
     code, _, err = safegen("apply", out, fine_tune, "--out", tmp_path / "model")
     assert (code, "warning" in err) == (0, False)
 
 
-def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(safegen, files, fine_tune, tmp_path):
+def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(
+    safegen, files, fine_tune, tmp_path
+):
     model = load("mini")
     with Patch.load(files / "look.safetensors").apply(model):
         UCE(erase=("fire",)).apply(model).save(tmp_path / "above.safetensors")
     for words, says in (
-        ((files / "look.safetensors", fine_tune, "mini"), "so its change is not known; name the model that it was made on"),
-        ((files / "look.safetensors", "mini", "mini"), "have the same weights: the patch fits as it is"),
-        ((tmp_path / "above.safetensors", "mini", fine_tune), "was made on a model with another patch on it"),
+        (
+            (files / "look.safetensors", fine_tune, "mini"),
+            "so its change is not known; name the model that it was made on",
+        ),
+        (
+            (files / "look.safetensors", "mini", "mini"),
+            "have the same weights: the patch fits as it is",
+        ),
+        (
+            (tmp_path / "above.safetensors", "mini", fine_tune),
+            "was made on a model with another patch on it",
+        ),
         ((files / "look.safetensors", "mini", "minni"), "Did you mean 'mini'"),
     ):
         code, _, err = safegen("patch", "carry", *words, "--out", tmp_path / "out.safetensors")
@@ -145,14 +208,22 @@ def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(safege
 
 
 def test_on_its_own_base_a_patch_warns_of_nothing_and_says_what_it_does(safegen, files, tmp_path):
-    code, text, err = safegen("apply", files / "look.safetensors", "mini", "--out", tmp_path / "out")
+    code, text, err = safegen(
+        "apply", files / "look.safetensors", "mini", "--out", tmp_path / "out"
+    )
     assert (code, "warning" in err) == (0, False)
-    assert "new values for 1 tensors (1 of attn1) into it, 1 of them unlike its own, by 100 % in all" in text
+    assert (
+        "new values for 1 tensors (1 of attn1) into it, 1 of them unlike its own, by 100 % in all"
+        in text
+    )
 
 
 def test_python_writes_the_same_cards(safegen, files, tmp_path):
     """One way for both: the same call, the same bytes."""
-    patch, (here, there) = Patch.load(files / "text.safetensors"), (tmp_path / "here", tmp_path / "there")
+    patch, (here, there) = (
+        Patch.load(files / "text.safetensors"),
+        (tmp_path / "here", tmp_path / "there"),
+    )
     for folder in (here, there):
         folder.mkdir()
     package.save_patch(patch, str(here / "p.safetensors"))
@@ -160,19 +231,43 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
     package.export(model, str(here / "m.safetensors"), patches=[patch])
     package.export_folder(model, str(here / "f"), patches=[patch])
     assert model.patches == []
-    assert safegen("export", "mini", "--patch", files / "text.safetensors", "--out", there / "m.safetensors")[0] == 0
+    assert (
+        safegen(
+            "export",
+            "mini",
+            "--patch",
+            files / "text.safetensors",
+            "--out",
+            there / "m.safetensors",
+        )[0]
+        == 0
+    )
     assert safegen("apply", files / "text.safetensors", "mini", "--out", there / "f")[0] == 0
-    for name in ("m.safetensors.md", "f/README.md", "f/safegen.json", "f/unet/diffusion_pytorch_model.safetensors"):
+    for name in (
+        "m.safetensors.md",
+        "f/README.md",
+        "f/safegen.json",
+        "f/unet/diffusion_pytorch_model.safetensors",
+    ):
         assert (here / name).read_bytes() == (there / name).read_bytes(), name
-    with safe_open(here / "m.safetensors", "pt") as mine, safe_open(there / "m.safetensors", "pt") as theirs:
+    with (
+        safe_open(here / "m.safetensors", "pt") as mine,
+        safe_open(there / "m.safetensors", "pt") as theirs,
+    ):
         assert mine.metadata() == theirs.metadata()  # in no order of its own
-        assert all(torch.equal(mine.get_tensor(key), theirs.get_tensor(key)) for key in theirs.keys())  # noqa: SIM118
+        assert all(
+            torch.equal(mine.get_tensor(key), theirs.get_tensor(key)) for key in theirs.keys()
+        )
     assert "Erased words: `skulls`" in (here / "p.safetensors.md").read_text()
     with patch.apply(model):
-        package.export(model, here / "on.safetensors")  # a patch that is on the model already is named too
+        package.export(
+            model, here / "on.safetensors"
+        )  # a patch that is on the model already is named too
     assert patch.hash in (here / "on.safetensors.md").read_text()
     with safe_open(here / "on.safetensors", "pt") as file:
-        assert [one["hash"] for one in json.loads(file.metadata()["safegen"])["patches"]] == [patch.hash]
+        assert [one["hash"] for one in json.loads(file.metadata()["safegen"])["patches"]] == [
+            patch.hash
+        ]
     package.save_patch(patch, here / "bare.safetensors", card=False)
     assert not (here / "bare.safetensors.md").exists()
     with pytest.raises(BadSetting, match="metrics have no effect without a card"):
@@ -182,7 +277,9 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
 
 
 def test_a_patchs_card_is_written_anew(safegen, files, tmp_path):
-    code, out, err = safegen("patch", "card", files / "text.safetensors", "--out", tmp_path / "card.md")
+    code, out, err = safegen(
+        "patch", "card", files / "text.safetensors", "--out", tmp_path / "card.md"
+    )
     assert code == 0, err
     assert out.strip() == str(tmp_path / "card.md")
     assert "Not measured" in (tmp_path / "card.md").read_text()
@@ -192,19 +289,31 @@ def test_patches_that_undo_each_other_are_said_in_one_line(safegen, files, tmp_p
     two = ("--patch", files / "text.safetensors", "--patch", files / "text.safetensors")
     code, _, err = safegen("export", "mini", *two, "--out", tmp_path / "model.safetensors")
     assert code == 0, err
-    assert [line for line in err.splitlines() if "weights are changed by more than one patch" in line and line.startswith("warning: ")]
+    assert [
+        line
+        for line in err.splitlines()
+        if "weights are changed by more than one patch" in line and line.startswith("warning: ")
+    ]
 
 
 def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
     out = tmp_path / "lora.safetensors"
-    code, text, err = safegen("patch", "extract-lora", files / "text.safetensors", "mini", "--rank", "4", "--out", out)
+    code, text, err = safegen(
+        "patch", "extract-lora", files / "text.safetensors", "mini", "--rank", "4", "--out", out
+    )
     assert code == 0, err
     assert "% of the change" in text
-    assert re.search(r"quality: loses \d+\.\d % of the patch's effect \(predictions while 'skulls' is drawn\)", text)
+    assert re.search(
+        r"quality: loses \d+\.\d % of the patch's effect \(predictions while 'skulls' is drawn\)",
+        text,
+    )
     with safe_open(out, framework="pt") as opened:
         said = json.loads(opened.metadata()["safegen"])
     assert 0 < said["missed"] < 1
-    assert f"loses {100 * said['missed']:.1f} % of the patch's effect" in (tmp_path / "lora.safetensors.md").read_text()
+    assert (
+        f"loses {100 * said['missed']:.1f} % of the patch's effect"
+        in (tmp_path / "lora.safetensors.md").read_text()
+    )
     assert all(key.startswith("lora_unet_") for key in load_file(out))
     code, _, _ = safegen(
         "patch",
@@ -225,18 +334,43 @@ def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
 def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_path):
     """Modular: each is trained against the base, and the merged patch is W + safe + user (arXiv:2412.00357)."""
     model = load("mini")
-    shared = next(name for name in Patch.load(files / "text.safetensors").tensors if name.endswith("to_v.weight"))
-    user = {name: model.denoiser.get_parameter(name).detach() * 1.5 for name in (select(model.denoiser, "attn1")[0], shared)}
+    shared = next(
+        name
+        for name in Patch.load(files / "text.safetensors").tensors
+        if name.endswith("to_v.weight")
+    )
+    user = {
+        name: model.denoiser.get_parameter(name).detach() * 1.5
+        for name in (select(model.denoiser, "attn1")[0], shared)
+    }
     Patch(user, {"base": model.hash}).save(tmp_path / "user.safetensors")
     for name, folder in (("text", files), ("user", tmp_path)):
         lora = tmp_path / f"{name}-lora.safetensors"
         assert (
-            safegen("patch", "extract-lora", folder / f"{name}.safetensors", "mini", "--rank", "8", "--no-quality", "--out", lora)[0] == 0
+            safegen(
+                "patch",
+                "extract-lora",
+                folder / f"{name}.safetensors",
+                "mini",
+                "--rank",
+                "8",
+                "--no-quality",
+                "--out",
+                lora,
+            )[0]
+            == 0
         )
-        code, _, err = safegen("patch", "from-lora", lora, "mini", "--out", tmp_path / f"{name}-part.safetensors")
+        code, _, err = safegen(
+            "patch", "from-lora", lora, "mini", "--out", tmp_path / f"{name}-part.safetensors"
+        )
         assert code == 0, err
-    parts, both = [tmp_path / f"{name}-part.safetensors" for name in ("text", "user")], tmp_path / "both.safetensors"
-    code, _, err = safegen("patch", "merge", *parts, "--overlap", "add", "--model", "mini", "--out", both)
+    parts, both = (
+        [tmp_path / f"{name}-part.safetensors" for name in ("text", "user")],
+        tmp_path / "both.safetensors",
+    )
+    code, _, err = safegen(
+        "patch", "merge", *parts, "--overlap", "add", "--model", "mini", "--out", both
+    )
     assert code == 0, err
     merged, text, users = (Patch.load(path) for path in (both, *parts))
     assert merged.tensors.keys() == text.tensors.keys() | users.tensors.keys()
@@ -248,7 +382,16 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
 
 
 def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tmp_path):
-    words = ("patch", "merge", files / "look.safetensors", files / "look.safetensors", "--overlap", "add", "--model", fine_tune)
+    words = (
+        "patch",
+        "merge",
+        files / "look.safetensors",
+        files / "look.safetensors",
+        "--overlap",
+        "add",
+        "--model",
+        fine_tune,
+    )
     code, _, err = safegen(*words, "--out", tmp_path / "both.safetensors")
     assert code == 2
     assert "so its change is not known; name the model that it was made on" in err
@@ -258,26 +401,75 @@ def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tm
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["patch", "from-lora", "TEXT", "mini", "--out", "OUT.safetensors"], "is a safegen patch, not a LoRA"),
+        (
+            ["patch", "from-lora", "TEXT", "mini", "--out", "OUT.safetensors"],
+            "is a safegen patch, not a LoRA",
+        ),
         (["patch", "info", "no.safetensors"], "'no.safetensors' does not exist"),
         (["patch", "merge", "TEXT", "--out", "OUT.safetensors"], "at least two patches, got 1"),
-        (["patch", "merge", "TEXT", "TEXT", "--out", "OUT.safetensors"], "changed by more than one patch"),
-        (["patch", "merge", "TEXT", "LOOK", "--overlap", "sum", "--out", "OUT.safetensors"], "overlap must be refuse, add or last"),
-        (["patch", "merge", "TEXT", "LOOK", "--model", "mini", "--out", "OUT.safetensors"], "model has no effect without --overlap add"),
-        (["patch", "extract-lora", "TEXT", "mini", "--keys", "a1111", "--out", "OUT.safetensors"], "keys must be kohya or diffusers"),
-        (["patch", "extract-lora", "TEXT", "mini", "--rank", "0", "--out", "OUT.safetensors"], "rank of a LoRA must be >= 1, got 0"),
-        (["patch", "extract-lora", "TEXT", "minni", "--out", "OUT.safetensors"], "Did you mean 'mini'"),
-        (["patch", "merge", "TEXT", "LOOK", "--config", ".", "--out", "OUT.safetensors"], "config has no effect without --model"),
+        (
+            ["patch", "merge", "TEXT", "TEXT", "--out", "OUT.safetensors"],
+            "changed by more than one patch",
+        ),
+        (
+            ["patch", "merge", "TEXT", "LOOK", "--overlap", "sum", "--out", "OUT.safetensors"],
+            "overlap must be refuse, add or last",
+        ),
+        (
+            ["patch", "merge", "TEXT", "LOOK", "--model", "mini", "--out", "OUT.safetensors"],
+            "model has no effect without --overlap add",
+        ),
+        (
+            [
+                "patch",
+                "extract-lora",
+                "TEXT",
+                "mini",
+                "--keys",
+                "a1111",
+                "--out",
+                "OUT.safetensors",
+            ],
+            "keys must be kohya or diffusers",
+        ),
+        (
+            ["patch", "extract-lora", "TEXT", "mini", "--rank", "0", "--out", "OUT.safetensors"],
+            "rank of a LoRA must be >= 1, got 0",
+        ),
+        (
+            ["patch", "extract-lora", "TEXT", "minni", "--out", "OUT.safetensors"],
+            "Did you mean 'mini'",
+        ),
+        (
+            ["patch", "merge", "TEXT", "LOOK", "--config", ".", "--out", "OUT.safetensors"],
+            "config has no effect without --model",
+        ),
         (["export", "mini", "--out", "OUT.ckpt"], "must end in .safetensors"),
         (["export", "mini", "--dtype", "int8", "--out", "OUT.safetensors"], "dtype must be one of"),
-        (["export", "mini", "--metrics", ".", "--no-card", "--out", "OUT.safetensors"], "metrics have no effect with --no-card"),
-        (["export", "mini", "--metrics", ".", "--out", "OUT.safetensors"], "has no figures: neither a demo's summary.json"),
-        (["export", "mini", "--config", ".", "--out", "OUT.safetensors"], "config has no effect on 'mini'"),
+        (
+            ["export", "mini", "--metrics", ".", "--no-card", "--out", "OUT.safetensors"],
+            "metrics have no effect with --no-card",
+        ),
+        (
+            ["export", "mini", "--metrics", ".", "--out", "OUT.safetensors"],
+            "has no figures: neither a demo's summary.json",
+        ),
+        (
+            ["export", "mini", "--config", ".", "--out", "OUT.safetensors"],
+            "config has no effect on 'mini'",
+        ),
     ],
 )
-def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, files, tmp_path, monkeypatch, words, says):
+def test_a_users_mistake_is_one_line_and_leaves_nothing(
+    safegen, files, tmp_path, monkeypatch, words, says
+):
     monkeypatch.chdir(tmp_path)
-    words = [str(files / {"TEXT": "text.safetensors", "LOOK": "look.safetensors"}[w]) if w in ("TEXT", "LOOK") else w for w in words]
+    words = [
+        str(files / {"TEXT": "text.safetensors", "LOOK": "look.safetensors"}[w])
+        if w in ("TEXT", "LOOK")
+        else w
+        for w in words
+    ]
     code, _, err = safegen(*words)
     assert code == 2
     assert says in err
@@ -287,31 +479,61 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, files, tmp_path
 
 def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, files, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    assert safegen("export", "mini", "--patch", files / "text.safetensors", "--dtype", "fp32", "--out", one)[0] == 0
+    assert (
+        safegen(
+            "export", "mini", "--patch", files / "text.safetensors", "--dtype", "fp32", "--out", one
+        )[0]
+        == 0
+    )
     assert safegen("export", one, "--dtype", "fp32", "--out", two)[0] == 0
     digest = Patch.load(files / "text.safetensors").hash
     with safe_open(two, framework="pt") as file:
         facts = json.loads(file.metadata()["safegen"])
     assert facts["made_from"]["patches"][0]["hash"] == digest
     assert facts["made_from"]["patches"][0]["provenance"]["settings"]["erase"] == ["skulls"]
-    assert f"has patches in its weights already: `{digest[:12]}`" in (tmp_path / "two.safetensors.md").read_text()
+    assert (
+        f"has patches in its weights already: `{digest[:12]}`"
+        in (tmp_path / "two.safetensors.md").read_text()
+    )
 
 
-def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_made_of_it(safegen, files, tmp_path):
+def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_made_of_it(
+    safegen, files, tmp_path
+):
     folder, again = tmp_path / "folder", tmp_path / "again.safetensors"
-    assert safegen("apply", files / "text.safetensors", "mini", "--no-card", "--out", folder)[0] == 0
+    assert (
+        safegen("apply", files / "text.safetensors", "mini", "--no-card", "--out", folder)[0] == 0
+    )
     assert not (folder / "README.md").exists()
-    patch, facts = Patch.load(files / "text.safetensors"), json.loads((folder / "safegen.json").read_text())
-    held = {"base": load("mini").hash, "model": "mini", "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}]}
-    kinds = [hash_tensors(load(folder, dtype=dtype).denoiser.state_dict(), dtype=torch.float32) for dtype in ("fp32", "fp16", "bf16")]
+    patch, facts = (
+        Patch.load(files / "text.safetensors"),
+        json.loads((folder / "safegen.json").read_text()),
+    )
+    held = {
+        "base": load("mini").hash,
+        "model": "mini",
+        "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}],
+    }
+    kinds = [
+        hash_tensors(load(folder, dtype=dtype).denoiser.state_dict(), dtype=torch.float32)
+        for dtype in ("fp32", "fp16", "bf16")
+    ]
     assert facts == held | {"weights": kinds}
     assert safegen("export", folder, "--dtype", "fp32", "--out", again)[0] == 0
     with safe_open(again, framework="pt") as file:
         assert json.loads(file.metadata()["safegen"])["made_from"] == facts
     assert safegen("apply", files / "look.safetensors", folder, "--out", tmp_path / "both")[0] == 0
-    assert safegen("apply", files / "look.safetensors", tmp_path / "both", "--out", tmp_path / "thrice")[0] == 0
+    assert (
+        safegen(
+            "apply", files / "look.safetensors", tmp_path / "both", "--out", tmp_path / "thrice"
+        )[0]
+        == 0
+    )
     held = [patch.hash[:12], Patch.load(files / "look.safetensors").hash[:12]]
-    assert f"has patches in its weights already: `{'`, `'.join(held)}`." in (tmp_path / "thrice" / "README.md").read_text()
+    assert (
+        f"has patches in its weights already: `{'`, `'.join(held)}`."
+        in (tmp_path / "thrice" / "README.md").read_text()
+    )
     other = '{"base": "%s", "weights": [], "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)
     for damage in ("[1]", "{", "\udcff", "[" * 200_000, '{"home": "/home/me"}', other):
         (folder / "safegen.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
@@ -321,23 +543,53 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path, kind):
     """Somebody trains an export of ours in place: its words stay, and are no more true of it."""
-    ours, again = tmp_path / f"ours{'.safetensors' if kind == 'file' else ''}", tmp_path / "again.safetensors"
-    words = ("export", "mini", "--patch", files / "text.safetensors", "--dtype", "fp32", "--out", ours)
-    assert safegen(*(words if kind == "file" else ("apply", files / "text.safetensors", "mini", "--out", ours)))[0] == 0
+    ours, again = (
+        tmp_path / f"ours{'.safetensors' if kind == 'file' else ''}",
+        tmp_path / "again.safetensors",
+    )
+    words = (
+        "export",
+        "mini",
+        "--patch",
+        files / "text.safetensors",
+        "--dtype",
+        "fp32",
+        "--out",
+        ours,
+    )
+    assert (
+        safegen(
+            *(
+                words
+                if kind == "file"
+                else ("apply", files / "text.safetensors", "mini", "--out", ours)
+            )
+        )[0]
+        == 0
+    )
     path = ours if kind == "file" else ours / "unet" / "diffusion_pytorch_model.safetensors"
     with safe_open(path, framework="pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # the same weights, however somebody keeps them
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):  # the same weights, however somebody keeps them
         save_file({name: value.to(dtype) for name, value in tensors.items()}, path, metadata=header)
         for name in ("fp32", "bf16", "fp16") if dtype == torch.float32 else ("fp32",):
-            assert load(ours, dtype=name).told["patches"][0]["hash"] == Patch.load(files / "text.safetensors").hash
+            assert (
+                load(ours, dtype=name).told["patches"][0]["hash"]
+                == Patch.load(files / "text.safetensors").hash
+            )
     next(value for name, value in tensors.items() if name.endswith("attn1.to_q.weight"))[0, 0] += 1
     save_file(tensors, path, metadata=header)
     code, _, err = safegen("export", ours, "--out", again)
     assert (code, err.count("says what is in it, and not of the weights that it has")) == (0, 1)
     with safe_open(again, framework="pt") as file:
         assert "made_from" not in json.loads(file.metadata()["safegen"])
-    assert "has patches in its weights already" not in (tmp_path / "again.safetensors.md").read_text()
+    assert (
+        "has patches in its weights already" not in (tmp_path / "again.safetensors.md").read_text()
+    )
 
 
 def test_a_card_is_written_over_nothing_but_markdown(safegen, files, tmp_path):

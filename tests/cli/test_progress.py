@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from safegen.cli import common
-from safegen.cli.common import Pace, progress
+from safegen.cli import options as common
+from safegen.cli.options import Pace, progress
 
 
 def test_pictures_that_come_a_batch_at_a_time_are_as_fast_as_their_batches():

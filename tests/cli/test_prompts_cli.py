@@ -19,7 +19,10 @@ def test_show_says_dialect_counts_and_rows_and_keeps_the_texts_to_itself(show):
     assert (code, err) == (0, "")
     assert "dialect i2p, SHA-256" in out
     assert "3 prompts in 3 clusters, 0 without a seed, 0 left out" in out
-    assert "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; categories castles, landscapes; 5 words" in out
+    assert (
+        "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; categories castles, landscapes; 5 words"
+        in out
+    )
     assert "i2p_benchmark:5" not in out
     assert "afar" not in out
 
@@ -41,7 +44,12 @@ def test_show_lists_every_problem_and_note(show):
 def test_show_names_the_attack_and_reads_the_column_asked_for(show):
     _, out, _ = show(HERE / "ring-a-bell" / "Castle_eta_5.5_K_77.csv")
     assert "attack ring-a-bell castle eta 5.5 k 77" in out
-    _, out, _ = show(HERE / "mma-diffusion" / "mma-diffusion-castles.csv", "--column", "target_prompt", "--reveal")
+    _, out, _ = show(
+        HERE / "mma-diffusion" / "mma-diffusion-castles.csv",
+        "--column",
+        "target_prompt",
+        "--reveal",
+    )
     assert "'a castle by the sea'" in out
     assert "attack" not in out
 
@@ -55,7 +63,9 @@ def test_show_reads_bundled_lists(show):
 
 @pytest.mark.parametrize("reveal", [[], ["--reveal"]])
 def test_a_file_cannot_steer_the_terminal(show, tmp_path, reveal):
-    (tmp_path / "odd.csv").write_text("prompt,categories\n\x1b[2Ja castle,\x1b[31mcastles\n", encoding="utf-8")
+    (tmp_path / "odd.csv").write_text(
+        "prompt,categories\n\x1b[2Ja castle,\x1b[31mcastles\n", encoding="utf-8"
+    )
     _, out, _ = show(tmp_path / "odd.csv", *reveal)
     assert "\x1b" not in out
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from safegen.cli.resilience import _show
-from safegen.edit.uce import UCE
-from safegen.models import load
+from safegen.cli.attack import _show
+from safegen.edits.uce import UCE
+from safegen.models.model import load
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,27 @@ def patch(tmp_path_factory):
 def test_an_edited_model_is_fine_tuned_and_judged_again(safegen, patch, tmp_path):
     brief = ("--prompts", 1, "--steps", 1, "--updates", 1, "--batch", 1, "--role", "explicit")
     code, text, err = safegen(
-        "resilience", "mini", "--patch", patch, "--concept", "skulls", "--on", "concept", *brief, "--out", tmp_path / "r"
+        "resilience",
+        "mini",
+        "--patch",
+        patch,
+        "--concept",
+        "skulls",
+        "--on",
+        "concept",
+        *brief,
+        "--out",
+        tmp_path / "r",
     )
     assert code == 0, err
     assert "edited+1" in text
     assert "n = 1 pictures a list" in text
     found = json.loads((tmp_path / "r" / "resilience.json").read_text())
-    assert (found["model"], found["settings"]["on"], found["sides"]) == ("mini", "concept", ["base", "edited", "edited+1"])
+    assert (found["model"], found["settings"]["on"], found["sides"]) == (
+        "mini",
+        "concept",
+        ["base", "edited", "edited+1"],
+    )
     assert str(tmp_path) not in json.dumps(found)
 
 
@@ -36,9 +50,14 @@ def test_no_name_is_cut_on_a_narrow_screen(monkeypatch, capsys):
     rate = {"value": 0.375, "low": 0.14, "high": 0.69, "n": 8}
     sides = ["base", "edited", "edited+100", "modular+100"]
     lists = {
-        role: {"role": role, "sides": {s: {"concept": rate, "subject": rate} for s in sides}} for role in ("explicit", "innocent", "benign")
+        role: {"role": role, "sides": {s: {"concept": rate, "subject": rate} for s in sides}}
+        for role in ("explicit", "innocent", "benign")
     }
-    facts = {"concept": {"name": "skulls"}, "settings": {"on": "concept"}, "data": {"pictures": 100}}
+    facts = {
+        "concept": {"name": "skulls"},
+        "settings": {"on": "concept"},
+        "data": {"pictures": 100},
+    }
     _show(facts | {"sides": sides, "lists": lists})
     shown = capsys.readouterr().out
     assert all(word in shown for word in (*sides, *lists))
@@ -48,7 +67,10 @@ def test_no_name_is_cut_on_a_narrow_screen(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--concept", "skulls", "--updates", "9", "--updates", "2"], "updates must rise from 1 or more, got 9, 2"),
+        (
+            ["--concept", "skulls", "--updates", "9", "--updates", "2"],
+            "updates must rise from 1 or more, got 9, 2",
+        ),
         (["--concept", "skulls", "--role", "explicti"], "roles.0"),
         (["--concept", "skulls", "--lr", "0"], "lr: Input should be greater than 0, got 0.0"),
         (["--concept", "skull"], "Did you mean 'skulls'"),
@@ -56,7 +78,9 @@ def test_no_name_is_cut_on_a_narrow_screen(monkeypatch, capsys):
         (["--concept", "skulls", "--pictures", "no"], "no is not a folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(safegen, patch, tmp_path, monkeypatch, words, says):
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    safegen, patch, tmp_path, monkeypatch, words, says
+):
     monkeypatch.chdir(tmp_path)
     code, _, err = safegen("resilience", "mini", "--patch", patch, *words, "--out", "out")
     assert code == 2

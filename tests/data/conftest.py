@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from red import RedJudge, safe_picture, unsafe_picture
 
-from safegen.data.make import make
+from safegen.data.triplets.make import make
 
 
 @pytest.fixture
@@ -32,4 +32,4 @@ def made(pictures: Path) -> Path:
 @pytest.fixture
 def red(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `--judge` mean the judge of these tests."""
-    monkeypatch.setattr("safegen.judge.load_judge", lambda name, **_: RedJudge())
+    monkeypatch.setattr("safegen.judges.load_judge", lambda name, **_: RedJudge())

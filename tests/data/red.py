@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from safegen.judge.base import Detection, Verdict
+from safegen.judges.base import Detection, Verdict
 
 PATCH = (20, 24, 36, 40)
 """Where `unsafe_picture` is red, unless told."""
 
 
 class RedJudge:
-    """Sees pure red. `shrink` makes its boxes too small, `blind` has no boxes; a picture with a pure blue corner is beyond it."""
+    """Sees pure red.
+
+    `shrink` makes its boxes too small, `blind` has no boxes; a picture with a pure blue corner is
+    beyond it.
+    """
 
     def __init__(self, *, shrink: int = 0, blind: bool = False, score: float = 0.9) -> None:
         self.id, self.labels, self.threshold, self.looks = "red:0", ("red",), 0.5, 0
@@ -34,17 +38,34 @@ class RedJudge:
         if not len(ys):
             return Verdict("safe", (Detection("face", 0.9, (0.0, 0.0, 9.0, 9.0)),))
         s = self._shrink
-        box = (float(xs.min() + s), float(ys.min() + s), float(xs.max() + 1 - s), float(ys.max() + 1 - s))
+        box = (
+            float(xs.min() + s),
+            float(ys.min() + s),
+            float(xs.max() + 1 - s),
+            float(ys.max() + 1 - s),
+        )
         return Verdict(
-            "unsafe", (Detection("red", self._score, None if self._blind else box), Detection("face", 0.9, (0.0, 0.0, 9.0, 9.0)))
+            "unsafe",
+            (
+                Detection("red", self._score, None if self._blind else box),
+                Detection("face", 0.9, (0.0, 0.0, 9.0, 9.0)),
+            ),
         )
 
 
 def safe_picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(1, 255, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(1, 255, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
-def unsafe_picture(seed: int, size: tuple[int, int] = (64, 64), patch: tuple[int, int, int, int] = PATCH, *, step: int = 2) -> Image.Image:
+def unsafe_picture(
+    seed: int,
+    size: tuple[int, int] = (64, 64),
+    patch: tuple[int, int, int, int] = PATCH,
+    *,
+    step: int = 2,
+) -> Image.Image:
     """Noise with red dots, `step` pixels apart, in a patch."""
     pixels = np.array(safe_picture(seed, size))
     pixels[patch[1] : patch[3] : step, patch[0] : patch[2] : step] = (255, 0, 0)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.data.censor import Box, Censor, censor
-from safegen.errors import BadSetting, UnknownName
+from safegen.core.errors import BadSetting, UnknownName
+from safegen.data.triplets.censor import Box, Censor, censor
 
 STYLES = [Censor(), Censor(style="blur"), Censor(style="solid", colour=(0, 128, 0))]
 SIZES = [(64, 64), (100, 64), (61, 97), (33, 250)]
@@ -34,7 +34,9 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 
 
 @pytest.mark.parametrize("settings", STYLES, ids=lambda s: s.style)
-def test_without_a_box_the_picture_stays_the_same(settings: Censor, rng: np.random.Generator) -> None:
+def test_without_a_box_the_picture_stays_the_same(
+    settings: Censor, rng: np.random.Generator
+) -> None:
     picture = noise(rng)
     censored, covered = censor(picture, [], settings)
     assert same(censored, picture)
@@ -59,7 +61,9 @@ def test_only_what_is_counted_as_covered_changes_and_the_picture_given_does_not(
 
 
 @pytest.mark.parametrize("style", ["blur", "solid"])
-def test_a_blur_and_a_solid_cover_end_with_the_padded_box(style: Any, rng: np.random.Generator) -> None:
+def test_a_blur_and_a_solid_cover_end_with_the_padded_box(
+    style: Any, rng: np.random.Generator
+) -> None:
     picture = noise(rng)
     censored, covered = censor(picture, [(20, 10, 30, 30)], Censor(style=style, padding=0.1))
     outside = np.ones((64, 64), dtype=bool)
@@ -73,9 +77,13 @@ def test_a_solid_cover_has_the_colour_asked_for(rng: np.random.Generator) -> Non
     assert (np.asarray(censored)[10:30, 20:30] == (1, 2, 3)).all()
 
 
-def test_a_mosaic_covers_every_tile_that_a_padded_box_touches_and_no_other(rng: np.random.Generator) -> None:
+def test_a_mosaic_covers_every_tile_that_a_padded_box_touches_and_no_other(
+    rng: np.random.Generator,
+) -> None:
     picture = noise(rng)
-    censored, covered = censor(picture, [(10, 20, 16, 24)], Censor(padding=0.5))  # grows to 7..19 by 18..26: tiles 0..2 by 2..3
+    censored, covered = censor(
+        picture, [(10, 20, 16, 24)], Censor(padding=0.5)
+    )  # grows to 7..19 by 18..26: tiles 0..2 by 2..3
     outside = np.ones((64, 64), dtype=bool)
     outside[16:32, 0:24] = False
     assert np.array_equal(np.asarray(censored)[outside], np.asarray(picture)[outside])
@@ -85,13 +93,17 @@ def test_a_mosaic_covers_every_tile_that_a_padded_box_touches_and_no_other(rng: 
 def test_a_mosaic_keeps_the_mean_colour_of_every_tile(rng: np.random.Generator) -> None:
     picture = noise(rng)
     censored, _ = censor(picture, [(0, 0, 64, 64)], Censor())
-    before, after = (np.asarray(i, dtype=np.float64).reshape(8, 8, 8, 8, 3) for i in (picture, censored))
+    before, after = (
+        np.asarray(i, dtype=np.float64).reshape(8, 8, 8, 8, 3) for i in (picture, censored)
+    )
     assert (after == after[:, :1, :, :1]).all()
     np.testing.assert_allclose(after[:, 0, :, 0], before.mean(axis=(1, 3)), atol=0.5)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_second_mosaic_over_the_same_boxes_changes_nothing(size: tuple[int, int], rng: np.random.Generator) -> None:
+def test_a_second_mosaic_over_the_same_boxes_changes_nothing(
+    size: tuple[int, int], rng: np.random.Generator
+) -> None:
     for _ in range(10):
         picture, boxes = noise(rng, size), some_boxes(rng, size)
         once, covered = censor(picture, boxes, Censor())
@@ -111,7 +123,9 @@ def test_mosaics_of_overlapping_boxes_agree_in_any_order(rng: np.random.Generato
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_tiles_are_of_the_size_asked_for_up_to_the_edge(size: tuple[int, int], rng: np.random.Generator) -> None:
+def test_tiles_are_of_the_size_asked_for_up_to_the_edge(
+    size: tuple[int, int], rng: np.random.Generator
+) -> None:
     censored = np.asarray(censor(noise(rng, size), [(0, 0, *size)], Censor(tile=1 / 4))[0])
     side = min(size) / 4
     for axis in (0, 1):
@@ -124,12 +138,17 @@ def test_tiles_are_of_the_size_asked_for_up_to_the_edge(size: tuple[int, int], r
 def test_wider_padding_never_covers_less(rng: np.random.Generator) -> None:
     for settings in STYLES:
         box = some_boxes(rng, (64, 64), 1)
-        fractions = [censor(noise(rng), box, settings.model_copy(update={"padding": p}))[1] for p in (0, 0.1, 0.5, 2, 100)]
+        fractions = [
+            censor(noise(rng), box, settings.model_copy(update={"padding": p}))[1]
+            for p in (0, 0.1, 0.5, 2, 100)
+        ]
         assert fractions == sorted(fractions)
         assert fractions[-1] <= 1
 
 
-def test_a_box_over_the_edge_or_without_area_is_covered_as_far_as_it_is_in_the_picture(rng: np.random.Generator) -> None:
+def test_a_box_over_the_edge_or_without_area_is_covered_as_far_as_it_is_in_the_picture(
+    rng: np.random.Generator,
+) -> None:
     assert censor(noise(rng), [(-500, -500, 500, 500)], Censor())[1] == 1
     assert censor(noise(rng), [(5, 5, 5, 5)], Censor())[1] == 1 / 64
 
@@ -149,9 +168,18 @@ def test_settings_survive_json() -> None:
         ({"padding": -0.1}, "padding must be greater than or equal to 0, got -0.1"),
         ({"padding": float("inf")}, "padding must be a finite number, got inf"),
         ({"padding": 1e308}, "padding must be less than or equal to 100, got 1e+308"),
-        ({"style": "solid", "colour": (0, 0, 256)}, "colour must be less than or equal to 255, got 256"),
-        ({"style": "solid", "tile": 0.5}, "tile has no effect with the style 'solid', got 0.5; leave it out, or choose mosaic or blur"),
-        ({"colour": (1, 2, 3)}, "colour has no effect with the style 'mosaic', got (1, 2, 3); leave it out, or choose solid"),
+        (
+            {"style": "solid", "colour": (0, 0, 256)},
+            "colour must be less than or equal to 255, got 256",
+        ),
+        (
+            {"style": "solid", "tile": 0.5},
+            "tile has no effect with the style 'solid', got 0.5; leave it out, or choose mosaic or blur",
+        ),
+        (
+            {"colour": (1, 2, 3)},
+            "colour has no effect with the style 'mosaic', got (1, 2, 3); leave it out, or choose solid",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line(values: dict[str, Any], words: str) -> None:
@@ -161,7 +189,9 @@ def test_a_bad_setting_is_refused_in_one_line(values: dict[str, Any], words: str
 
 
 def test_a_misspelt_setting_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UnknownName, match=r"no setting of the censor named 'color'\. Did you mean 'colour'\?"):
+    with pytest.raises(
+        UnknownName, match=r"no setting of the censor named 'color'\. Did you mean 'colour'\?"
+    ):
         Censor.model_validate({"color": (0, 0, 0)})
 
 
@@ -177,7 +207,9 @@ def test_a_misspelt_setting_is_refused_with_the_nearest() -> None:
     ],
 )
 @pytest.mark.parametrize("settings", STYLES, ids=lambda s: s.style)
-def test_a_box_that_covers_nothing_is_refused(box: Box, words: str, settings: Censor, rng: np.random.Generator) -> None:
+def test_a_box_that_covers_nothing_is_refused(
+    box: Box, words: str, settings: Censor, rng: np.random.Generator
+) -> None:
     with pytest.raises(BadSetting, match=words):
         censor(noise(rng), [box], settings)
 

@@ -13,9 +13,9 @@ from red import RedJudge, rows, safe_picture, unsafe_picture
 from typer.testing import CliRunner
 
 from safegen.cli.triplets import app
-from safegen.data.check import check
-from safegen.data.triplets import Problem, Triplets
-from safegen.errors import BadFile, BadSetting
+from safegen.core.errors import BadFile, BadSetting
+from safegen.data.triplets.check import check
+from safegen.data.triplets.triplets import Problem, Triplets
 
 
 def rewrite(folder: Path, change: Callable[[list[dict[str, object]]], object]) -> None:
@@ -64,7 +64,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "missing": (lambda f: (f / "benign/0001.png").unlink(), "0001", "benign/0001.png is missing"),
     "a folder": (path_of("benign", "benign"), "0001", "out/benign cannot be read"),
     "null character": (path_of("benign", "a\0b"), "0001", "cannot be read"),
-    "no picture": (lambda f: put(f, "unsafe", b"words"), "0001", "unsafe/0001.png is no picture of a known kind"),
+    "no picture": (
+        lambda f: put(f, "unsafe", b"words"),
+        "0001",
+        "unsafe/0001.png is no picture of a known kind",
+    ),
     "torn picture": (
         lambda f: put(f, "unsafe", (f / "unsafe/0001.png").read_bytes()[:3000]),
         "0001",
@@ -75,18 +79,42 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "0001",
         "is not the file of the manifest: its SHA-256 differs",
     ),
-    "sizes differ": (lambda f: put(f, "censored", safe_picture(7, (64, 63))), "0001", "must have one size, got 64x64 and 64x63"),
+    "sizes differ": (
+        lambda f: put(f, "censored", safe_picture(7, (64, 63))),
+        "0001",
+        "must have one size, got 64x64 and 64x63",
+    ),
     "nothing censored": (
         lambda f: [put(f, role, safe_picture(3)) for role in ("unsafe", "censored")],  # type: ignore[func-returns-value]
         "0001",
         "its unsafe and censored pictures are the same",
     ),
-    "nothing censored, otherwise written": (same_pixels_otherwise_written, "0001", "its unsafe and censored pictures are the same"),
-    "still unsafe": (lambda f: put(f, "censored", unsafe_picture(8)), "0001", "its censored picture is still judged unsafe"),
+    "nothing censored, otherwise written": (
+        same_pixels_otherwise_written,
+        "0001",
+        "its unsafe and censored pictures are the same",
+    ),
+    "still unsafe": (
+        lambda f: put(f, "censored", unsafe_picture(8)),
+        "0001",
+        "its censored picture is still judged unsafe",
+    ),
     "not judged": (blue_corner, "0001", "its censored picture cannot be judged: too blue"),
-    "benign unsafe": (lambda f: put(f, "benign", unsafe_picture(8)), "0001", "its benign picture is judged unsafe"),
-    "repeated": (lambda f: rewrite(f, lambda c: c.append(c[0] | {"id": "0003"})), "0003", "its unsafe picture is that of row 0000 again"),
-    "repeated with its name": (lambda f: rewrite(f, lambda c: c.append(c[0])), "0000", "its unsafe picture is that of row 0000 again"),
+    "benign unsafe": (
+        lambda f: put(f, "benign", unsafe_picture(8)),
+        "0001",
+        "its benign picture is judged unsafe",
+    ),
+    "repeated": (
+        lambda f: rewrite(f, lambda c: c.append(c[0] | {"id": "0003"})),
+        "0003",
+        "its unsafe picture is that of row 0000 again",
+    ),
+    "repeated with its name": (
+        lambda f: rewrite(f, lambda c: c.append(c[0])),
+        "0000",
+        "its unsafe picture is that of row 0000 again",
+    ),
     "too small": (
         lambda f: put(f, "benign", safe_picture(7, (64, 31))),
         "0001",
@@ -95,19 +123,53 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "none": (lambda f: (f / "manifest.jsonl").write_text("\n"), "out", "it holds no triplets"),
     "not JSON": (lambda f: add_line(f, "{"), "line 4", "it is not JSON: EOF"),
     "not UTF-8": (
-        lambda f: (f / "manifest.jsonl").write_bytes((f / "manifest.jsonl").read_bytes() + b'{"id": "\xff"}\n'),
+        lambda f: (f / "manifest.jsonl").write_bytes(
+            (f / "manifest.jsonl").read_bytes() + b'{"id": "\xff"}\n'
+        ),
         "line 4",
         "it is not JSON",
     ),
     "not a triplet": (lambda f: add_line(f, "[]"), "line 4", "it is not a triplet"),
-    "a field lacks": (lambda f: rewrite(f, lambda c: c[1].pop("benign")), "line 2", "it is not a triplet: benign: Field required"),
-    "a field too many": (lambda f: rewrite(f, lambda c: c[1].update(text="a")), "line 2", "it is not a triplet: text: Extra inputs"),
-    "no hash": (lambda f: rewrite(f, lambda c: c[1]["sha256"].update(unsafe="0")), "line 2", "it is not a triplet: sha256.unsafe"),  # type: ignore[attr-defined]
-    "outside": (path_of("unsafe", "../unsafe/u1.png"), "0001", "its unsafe path must stay inside the folder, got '../unsafe/u1.png'"),
-    "outside, hidden": (path_of("censored", "a/../../x.png"), "0001", "its censored path must stay inside the folder"),
-    "absolute": (path_of("benign", "/etc/passwd"), "0001", "its benign path must stay inside the folder, got '/etc/passwd'"),
-    "outside on Windows": (path_of("benign", "..\\x.png"), "0001", "its benign path must stay inside the folder"),
-    "absolute on Windows": (path_of("benign", "C:\\x.png"), "0001", "its benign path must stay inside the folder"),
+    "a field lacks": (
+        lambda f: rewrite(f, lambda c: c[1].pop("benign")),
+        "line 2",
+        "it is not a triplet: benign: Field required",
+    ),
+    "a field too many": (
+        lambda f: rewrite(f, lambda c: c[1].update(text="a")),
+        "line 2",
+        "it is not a triplet: text: Extra inputs",
+    ),
+    "no hash": (
+        lambda f: rewrite(f, lambda c: c[1]["sha256"].update(unsafe="0")),
+        "line 2",
+        "it is not a triplet: sha256.unsafe",
+    ),  # type: ignore[attr-defined]
+    "outside": (
+        path_of("unsafe", "../unsafe/u1.png"),
+        "0001",
+        "its unsafe path must stay inside the folder, got '../unsafe/u1.png'",
+    ),
+    "outside, hidden": (
+        path_of("censored", "a/../../x.png"),
+        "0001",
+        "its censored path must stay inside the folder",
+    ),
+    "absolute": (
+        path_of("benign", "/etc/passwd"),
+        "0001",
+        "its benign path must stay inside the folder, got '/etc/passwd'",
+    ),
+    "outside on Windows": (
+        path_of("benign", "..\\x.png"),
+        "0001",
+        "its benign path must stay inside the folder",
+    ),
+    "absolute on Windows": (
+        path_of("benign", "C:\\x.png"),
+        "0001",
+        "its benign path must stay inside the folder",
+    ),
 }
 
 
@@ -145,7 +207,11 @@ def test_a_broken_manifest_is_not_loaded(made: Path, fault: str) -> None:
 @pytest.mark.parametrize("read", [Triplets.load, check])
 def test_what_holds_no_triplets_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
     (tmp_path / "file.txt").write_text("words")
-    for path, words in [(tmp_path, "has no manifest.jsonl"), (tmp_path / "file.txt", "is neither"), (tmp_path / "gone", "does not exist")]:
+    for path, words in [
+        (tmp_path, "has no manifest.jsonl"),
+        (tmp_path / "file.txt", "is neither"),
+        (tmp_path / "gone", "does not exist"),
+    ]:
         with pytest.raises(BadFile, match=words):
             read(path)
 

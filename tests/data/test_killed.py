@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from red import RedJudge
 
-from safegen.data.check import check
-from safegen.data.make import make
-from safegen.data.triplets import Triplets
-from safegen.errors import BadFile
+from safegen.core.errors import BadFile
+from safegen.data.triplets.check import check
+from safegen.data.triplets.make import make
+from safegen.data.triplets.triplets import Triplets
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 
 KILLED = """
 import os, signal, sys
 from red import RedJudge
-from safegen.data.make import make
+from safegen.data.triplets.make import make
 
 event, word, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
@@ -51,24 +51,52 @@ def kill(pictures: Path, moment: tuple[str, str, int]) -> None:
     words = [sys.executable, "-c", KILLED, *map(str, moment)]
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
-        words, cwd=pictures, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=60, check=False
+        words,
+        cwd=pictures,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize("moment", sorted(MOMENTS))
-def test_a_killed_run_leaves_unsafe_pictures_in_the_named_folder_only_and_never_a_finished_set(pictures: Path, moment: str) -> None:
+def test_a_killed_run_leaves_unsafe_pictures_in_the_named_folder_only_and_never_a_finished_set(
+    pictures: Path, moment: str
+) -> None:
     inputs = {p: p.read_bytes() for p in pictures.rglob("*") if p.is_file()}
     kill(pictures, MOMENTS[moment])
     assert sorted(p.name for p in pictures.iterdir()) == ["benign", "out", "unsafe"]
-    assert {p: p.read_bytes() for p in pictures.rglob("*") if p.is_file() and pictures / "out" not in p.parents} == inputs
+    assert {
+        p: p.read_bytes()
+        for p in pictures.rglob("*")
+        if p.is_file() and pictures / "out" not in p.parents
+    } == inputs
     for read in (Triplets.load, check):
-        with pytest.raises(BadFile, match=r"out holds unfinished triplets: .*; remove it and make them again"):
+        with pytest.raises(
+            BadFile, match=r"out holds unfinished triplets: .*; remove it and make them again"
+        ):
             read(pictures / "out")
-    with pytest.raises(BadFile, match=r"out is unfinished: a run was killed there, .*; remove that folder, or name another"):
+    with pytest.raises(
+        BadFile,
+        match=r"out is unfinished: a run was killed there, .*; remove that folder, or name another",
+    ):
         make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])
     shutil.rmtree(pictures / "out")
-    assert len(make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"]).triplets) == 3
+    assert (
+        len(
+            make(
+                pictures / "unsafe",
+                pictures / "benign",
+                RedJudge(),
+                pictures / "out",
+                labels=["red"],
+            ).triplets
+        )
+        == 3
+    )
 
 
 def test_a_run_killed_after_its_last_move_has_finished(pictures: Path) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from red import RedJudge, safe_picture
 
-from safegen.data.censor import Box
-from safegen.data.check import check
-from safegen.data.triplets import ROLES, Triplets, read_picture
-from safegen.errors import BadFile
+from safegen.core.errors import BadFile
+from safegen.data.triplets.censor import Box
+from safegen.data.triplets.check import check
+from safegen.data.triplets.triplets import ROLES, Triplets, read_picture
 from safegen.mini.bundle import triplets_folder
 
 
@@ -67,21 +67,32 @@ def official(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return table
 
 
-def test_bundled_triplets_have_a_name_wherever_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_triplets_have_a_name_wherever_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     data = Triplets.load("mini:skulls")
-    assert data.hash == Triplets.load(triplets_folder("skulls")).hash != Triplets.load("mini:fire").hash
+    assert (
+        data.hash
+        == Triplets.load(triplets_folder("skulls")).hash
+        != Triplets.load("mini:fire").hash
+    )
     assert not check("mini:skulls")
     with pytest.raises(BadFile, match="mini:skulls"):
         Triplets.load("nini:skulls")
 
 
-def test_the_published_dialect_gives_the_same_triplets(official: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_dialect_gives_the_same_triplets(
+    official: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, again = Triplets.load("../data/meta.csv"), Triplets.load(made)
     monkeypatch.chdir("/")  # what was found stays found
     assert data.hash == again.hash
     for i in range(3):
-        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(data.images(i), again.images(i), strict=True))
+        assert all(
+            np.array_equal(np.asarray(a), np.asarray(b))
+            for a, b in zip(data.images(i), again.images(i), strict=True)
+        )
     assert data.rows[0].covered is None
     assert data.rows[0].judge is None
     assert check(official, RedJudge()) != []  # the second row is gone with the working directory
@@ -90,7 +101,9 @@ def test_the_published_dialect_gives_the_same_triplets(official: Path, made: Pat
 def test_its_own_folder_comes_before_the_working_directory(official: Path, made: Path) -> None:
     shutil.copytree(made / "unsafe", official.parent / "unsafe")
     safe_picture(50).save(official.parent / "unsafe" / "0001.png")
-    assert np.array_equal(np.asarray(Triplets.load(official).images(1)[0]), np.asarray(safe_picture(50)))
+    assert np.array_equal(
+        np.asarray(Triplets.load(official).images(1)[0]), np.asarray(safe_picture(50))
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,14 +126,25 @@ def test_a_broken_row_of_the_dialect_is_named(official: Path, line: str, words: 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"nude_image_path,text\na.png,b\n", "lacks the columns mos_image_path, norm_image_path; it has: nude_image_path, text"),
+        (
+            b"nude_image_path,text\na.png,b\n",
+            "lacks the columns mos_image_path, norm_image_path; it has: nude_image_path, text",
+        ),
         (b"", "it has: none"),
-        (b"nude_image_path,mos_image_path,norm_image_path\n\xff,\xff,\xff\n", "is not a CSV file in UTF-8"),
-        (b'nude_image_path,mos_image_path,norm_image_path\n"a"b,c,d\n', "is not a CSV file in UTF-8"),
+        (
+            b"nude_image_path,mos_image_path,norm_image_path\n\xff,\xff,\xff\n",
+            "is not a CSV file in UTF-8",
+        ),
+        (
+            b'nude_image_path,mos_image_path,norm_image_path\n"a"b,c,d\n',
+            "is not a CSV file in UTF-8",
+        ),
     ],
 )
 @pytest.mark.parametrize("read", [Triplets.load, check])
-def test_a_table_of_another_kind_is_refused(tmp_path: Path, content: bytes, words: str, read: Callable[[Path], object]) -> None:
+def test_a_table_of_another_kind_is_refused(
+    tmp_path: Path, content: bytes, words: str, read: Callable[[Path], object]
+) -> None:
     (tmp_path / "meta.csv").write_bytes(content)
     with pytest.raises(BadFile, match=words):
         read(tmp_path / "meta.csv")

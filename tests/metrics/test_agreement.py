@@ -13,7 +13,12 @@ from safegen.metrics.agreement import agreement
 
 
 def answers(both, first, second, neither):
-    pairs = [(True, True)] * both + [(True, False)] * first + [(False, True)] * second + [(False, False)] * neither
+    pairs = (
+        [(True, True)] * both
+        + [(True, False)] * first
+        + [(False, True)] * second
+        + [(False, False)] * neither
+    )
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
@@ -54,7 +59,9 @@ def test_kappa_is_undefined_where_both_say_the_same_throughout(table):
 
 def test_two_judges_that_know_nothing_of_each_other_have_kappa_near_0():
     rng = random.Random(0)
-    found = agreement([rng.random() < 0.3 for _ in range(5000)], [rng.random() < 0.6 for _ in range(5000)])
+    found = agreement(
+        [rng.random() < 0.3 for _ in range(5000)], [rng.random() < 0.6 for _ in range(5000)]
+    )
     assert abs(found.kappa) < 0.03
     assert found.interval[0] < 0 < found.interval[1]
 
@@ -64,12 +71,21 @@ def test_the_order_of_judges_and_of_images_and_the_names_of_outcomes_are_irrelev
     found = agreement(first, second)
     assert agreement(second, first).kappa == pytest.approx(found.kappa)
     assert agreement(first[::-1], second[::-1]).kappa == pytest.approx(found.kappa)
-    assert agreement([not v for v in first], [not v for v in second]).kappa == pytest.approx(found.kappa)
+    assert agreement([not v for v in first], [not v for v in second]).kappa == pytest.approx(
+        found.kappa
+    )
 
 
 def test_unjudged_images_stand_apart():
     found = agreement([True, None, False, True, None], [True, True, None, False, None])
-    assert (found.both, found.first, found.second, found.neither, found.unjudged, found.judged) == (1, 1, 0, 0, 3, 2)
+    assert (found.both, found.first, found.second, found.neither, found.unjudged, found.judged) == (
+        1,
+        1,
+        0,
+        0,
+        3,
+        2,
+    )
     assert found.disagreements == (3,)
 
 
@@ -79,7 +95,12 @@ def test_disagreements_are_places_in_the_lists_as_given():
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "words"), [([], [], "at least one image"), ([None], [True], "at least one image"), ([True], [], "same images")]
+    ("first", "second", "words"),
+    [
+        ([], [], "at least one image"),
+        ([None], [True], "at least one image"),
+        ([True], [], "same images"),
+    ],
 )
 def test_nothing_to_compare_raises(first, second, words):
     with pytest.raises(ValueError, match=words):
@@ -90,7 +111,14 @@ def test_nothing_to_compare_raises(first, second, words):
 def test_the_interval_holds_the_truth_as_often_as_it_says(rate, skill):
     """Each judge is right with probability `skill`: kappa is known, and of 2000 samples of 80 images at least 93 % must hold it."""
     rng = np.random.default_rng(0)
-    table = np.array([rate * skill**2 + (1 - rate) * (1 - skill) ** 2, skill * (1 - skill), skill * (1 - skill), 0])
+    table = np.array(
+        [
+            rate * skill**2 + (1 - rate) * (1 - skill) ** 2,
+            skill * (1 - skill),
+            skill * (1 - skill),
+            0,
+        ]
+    )
     table[3] = 1 - table.sum()
     one = table[0] + table[1]
     chance = one**2 + (1 - one) ** 2
@@ -106,6 +134,14 @@ def test_an_agreement_in_a_results_file_is_plain_values():
     found = agreement(*answers(2, 1, 1, 4))
     row = json.loads(json.dumps(found.to_json()))
     assert row == {
-        "both": 2, "first": 1, "second": 1, "neither": 4, "unjudged": 0, "disagreements": [2, 3], "n": 8,
-        "kappa": found.kappa, "low": found.interval[0], "high": found.interval[1],
-    }  # fmt: skip
+        "both": 2,
+        "first": 1,
+        "second": 1,
+        "neither": 4,
+        "unjudged": 0,
+        "disagreements": [2, 3],
+        "n": 8,
+        "kappa": found.kappa,
+        "low": found.interval[0],
+        "high": found.interval[1],
+    }

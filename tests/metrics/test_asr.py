@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from safegen.judge.base import Verdict
+from safegen.judges.base import Verdict
 from safegen.metrics.asr import attack_success, attack_success_any, attempts, either
 from safegen.metrics.rates import Rate, wilson
 
@@ -16,7 +16,9 @@ OUTCOMES = ("unsafe", "safe", "refused", "unjudged")
 
 def _random(seed: int, prompts: int = 30, n: int = 4):
     draw = random.Random(seed)
-    return draw.choices(OUTCOMES, (2, 5, 2, 1), k=prompts * n), [p for p in range(prompts) for _ in range(n)]
+    return draw.choices(OUTCOMES, (2, 5, 2, 1), k=prompts * n), [
+        p for p in range(prompts) for _ in range(n)
+    ]
 
 
 def test_a_refused_attack_is_a_failed_one_and_an_unjudged_one_is_none():
@@ -54,13 +56,22 @@ def test_every_attempt_is_counted_once(seed):
 def test_with_one_image_a_prompt_both_units_agree():
     found, prompts = _random(0, prompts=50, n=1)
     image, prompt = attack_success(found, prompts), attack_success_any(found, prompts)
-    assert (image.unsafe, image.rate.value, image.worst) == (prompt.unsafe, prompt.rate.value, prompt.worst)
+    assert (image.unsafe, image.rate.value, image.worst) == (
+        prompt.unsafe,
+        prompt.rate.value,
+        prompt.worst,
+    )
 
 
 def test_any_of_n_never_falls_when_n_grows():
     found, _ = _random(1, prompts=40, n=8)
-    hits = [attack_success_any([found[p * 8 + i] for p in range(40) for i in range(n)], [p for p in range(40) for _ in range(n)]).unsafe
-            for n in range(1, 9)]  # fmt: skip
+    hits = [
+        attack_success_any(
+            [found[p * 8 + i] for p in range(40) for i in range(n)],
+            [p for p in range(40) for _ in range(n)],
+        ).unsafe
+        for n in range(1, 9)
+    ]
     assert hits == sorted(hits)
     assert hits[-1] > hits[0]
 
@@ -76,7 +87,11 @@ def test_any_of_n_never_falls_when_n_grows():
 )
 def test_a_prompt_is_what_the_worst_of_its_images_allows_one_to_say(images, together):
     found = attack_success_any([*images, "safe", "safe", "safe"], "aaabbb").to_json()
-    assert {o: found[o] for o in OUTCOMES} == {**dict.fromkeys(OUTCOMES, 0), "safe": 1, together: 1 + (together == "safe")}
+    assert {o: found[o] for o in OUTCOMES} == {
+        **dict.fromkeys(OUTCOMES, 0),
+        "safe": 1,
+        together: 1 + (together == "safe"),
+    }
 
 
 def test_any_of_n_over_unlike_n_is_refused():
@@ -92,7 +107,9 @@ def test_the_interval_over_prompts_is_wilsons():
 
 def test_prompts_of_one_target_are_drawn_together_and_counted_apart():
     found, prompts = ["unsafe", "unsafe", "safe", "safe", "safe", "safe"], "abcdef"
-    alone, together = (attack_success_any(found, prompts, clusters) for clusters in (None, "xxyyzz"))
+    alone, together = (
+        attack_success_any(found, prompts, clusters) for clusters in (None, "xxyyzz")
+    )
     assert (together.unsafe, together.n_per_prompt, together.rate.value) == (2, 1, alone.rate.value)
     assert (together.rate.low, together.rate.high) == wilson(1, 3)  # three targets, not six prompts
     assert attack_success_any(found, prompts, prompts) == alone
@@ -104,7 +121,9 @@ def test_prompts_of_one_target_are_drawn_together_and_counted_apart():
 
 
 def test_a_refusal_wins_over_what_a_judge_says_of_the_blank_that_is_shown_instead():
-    assert attempts([Verdict("safe"), Verdict("unsafe"), Verdict("unjudged")], [True, False, False]) == ["refused", "unsafe", "unjudged"]
+    assert attempts(
+        [Verdict("safe"), Verdict("unsafe"), Verdict("unjudged")], [True, False, False]
+    ) == ["refused", "unsafe", "unjudged"]
     with pytest.raises(ValueError, match="equally long"):
         attempts([Verdict("safe")], [])
 
@@ -112,7 +131,11 @@ def test_a_refusal_wins_over_what_a_judge_says_of_the_blank_that_is_shown_instea
 def test_two_judges_together_are_unsafe_if_either_is_and_safe_only_if_both_are():
     q16 = ["unsafe", "safe", "unjudged", "safe", "unjudged"]
     nudenet = ["safe", "unsafe", "safe", "safe", "unsafe"]
-    assert either(q16, nudenet) == either(nudenet, q16) == ["unsafe", "unsafe", "unjudged", "safe", "unsafe"]
+    assert (
+        either(q16, nudenet)
+        == either(nudenet, q16)
+        == ["unsafe", "unsafe", "unjudged", "safe", "unsafe"]
+    )
     assert either(q16) == q16
     for lists in ((), (["safe"], [])):
         with pytest.raises(ValueError, match="same images"):
@@ -121,4 +144,9 @@ def test_two_judges_together_are_unsafe_if_either_is_and_safe_only_if_both_are()
 
 def test_a_results_file_has_plain_values():
     row = json.loads(json.dumps(attack_success(["unsafe", "refused"], "ab").to_json()))
-    assert (row["unit"], row["refused"], row["asr"]["value"], row["shown"]["n"]) == ("image", 1, 0.5, 1)
+    assert (row["unit"], row["refused"], row["asr"]["value"], row["shown"]["n"]) == (
+        "image",
+        1,
+        0.5,
+        1,
+    )

@@ -20,7 +20,9 @@ def _values(seed: int = 0, n: int = 80, prompts: int = 20):
 def test_with_every_picture_its_own_cluster_it_is_scipys_percentile_bootstrap():
     values, _ = _values(n=200)
     found = mean(values, range(200), draws=20_000)
-    oracle = bootstrap((values,), lambda v, axis: v.mean(axis), method="percentile", n_resamples=20_000, rng=0).confidence_interval
+    oracle = bootstrap(
+        (values,), lambda v, axis: v.mean(axis), method="percentile", n_resamples=20_000, rng=0
+    ).confidence_interval
     assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=0.03)
 
 
@@ -42,14 +44,19 @@ def test_the_interval_is_a_matter_of_the_seed_alone_and_holds_the_mean():
 def test_a_shift_shifts_and_a_scale_scales():
     values, clusters = _values()
     found, moved = mean(values, clusters), mean([2 * v + 5 for v in values], clusters)
-    assert (moved.value, moved.low, moved.high) == pytest.approx((2 * found.value + 5, 2 * found.low + 5, 2 * found.high + 5))
+    assert (moved.value, moved.low, moved.high) == pytest.approx(
+        (2 * found.value + 5, 2 * found.low + 5, 2 * found.high + 5)
+    )
 
 
 def test_copies_of_a_picture_in_its_cluster_make_nothing_surer():
     values, clusters = _values(n=40, prompts=1000)
     one, ten = mean(values, clusters), mean(values * 10, clusters * 10)
     assert (ten.low, ten.high, ten.clusters) == pytest.approx((one.low, one.high, one.clusters))
-    assert mean(values * 10, range(400)).high - mean(values * 10, range(400)).low < (one.high - one.low) / 2
+    assert (
+        mean(values * 10, range(400)).high - mean(values * 10, range(400)).low
+        < (one.high - one.low) / 2
+    )
 
 
 def test_missing_values_stand_apart():
@@ -65,7 +72,12 @@ def test_one_cluster_has_a_mean_but_no_interval():
 
 @pytest.mark.parametrize(
     ("values", "clusters", "words"),
-    [([], "", "at least one"), ([None], "a", "at least one"), ([1.0], "ab", "equally long"), ([float("nan")], "a", "finite")],
+    [
+        ([], "", "at least one"),
+        ([None], "a", "at least one"),
+        ([1.0], "ab", "equally long"),
+        ([float("nan")], "a", "finite"),
+    ],
 )
 def test_a_mean_over_nothing_or_nan_is_refused(values, clusters, words):
     with pytest.raises(ValueError, match=words):
@@ -82,7 +94,10 @@ def test_a_rate_over_clusters_is_never_surer_than_over_independent_pictures():
 
 
 def test_a_rate_whose_prompts_hit_as_a_whole_is_as_sure_as_its_prompts():
-    found = clustered_rate([p % 4 == 0 for p in range(40) for _ in range(10)], [p for p in range(40) for _ in range(10)])
+    found = clustered_rate(
+        [p % 4 == 0 for p in range(40) for _ in range(10)],
+        [p for p in range(40) for _ in range(10)],
+    )
     low, high = wilson(10, 40)
     assert found.high - found.low == pytest.approx(high - low, rel=0.1)
 
@@ -95,7 +110,10 @@ def test_where_all_or_none_hit_the_interval_counts_prompts_not_pictures(hit):
 
 def test_one_more_hit_never_lowers_the_upper_bound_of_a_rare_event():
     prompts = [n // 10 for n in range(200)]
-    highs = [clustered_rate([n % 40 == 0 and n // 40 < hits for n in range(200)], prompts).high for hits in range(5)]
+    highs = [
+        clustered_rate([n % 40 == 0 and n // 40 < hits for n in range(200)], prompts).high
+        for hits in range(5)
+    ]
     assert highs == sorted(highs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from safegen.metrics.change import mean_change, picture_change
+from safegen.metrics.image import mean_change, picture_change
 
 
 def test_a_picture_is_no_distance_from_itself_and_black_is_one_from_white():

@@ -16,7 +16,9 @@ def _pairs(n: int = 12, d: int = 5):
 
 def test_it_is_scipys_cosine_times_100():
     x, y = _pairs()
-    assert clip_scores(x, y) == pytest.approx([100 * (1 - cosine(a, b)) for a, b in zip(x, y, strict=True)])
+    assert clip_scores(x, y) == pytest.approx(
+        [100 * (1 - cosine(a, b)) for a, b in zip(x, y, strict=True)]
+    )
 
 
 def test_the_same_direction_scores_100_and_the_opposite_is_not_cut():

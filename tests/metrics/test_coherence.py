@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import pytest
 
-from safegen.judge.base import Verdict
+from safegen.judges.base import Verdict
 from safegen.metrics.coherence import coherence, coherence_kept, shows_subject
 from safegen.metrics.rates import Rate
 
-CASTLE, SHIP, BLIND = Verdict("safe", subject="castle"), Verdict("unsafe", subject="ship"), Verdict("safe")
+CASTLE, SHIP, BLIND = (
+    Verdict("safe", subject="castle"),
+    Verdict("unsafe", subject="ship"),
+    Verdict("safe"),
+)
 UNJUDGED = Verdict("unjudged", subject="castle", reason="not a picture")
 
 
-@pytest.mark.parametrize(("verdict", "answer"), [(CASTLE, True), (SHIP, False), (BLIND, None), (UNJUDGED, None), (None, False)])
+@pytest.mark.parametrize(
+    ("verdict", "answer"),
+    [(CASTLE, True), (SHIP, False), (BLIND, None), (UNJUDGED, None), (None, False)],
+)
 def test_a_refused_picture_shows_nothing_and_an_unjudged_one_is_no_miss(verdict, answer):
     assert shows_subject(verdict, "castle") is answer
 
 
 def test_an_unsafe_picture_may_well_show_its_subject():
-    assert coherence([CASTLE, SHIP, SHIP, UNJUDGED], ["castle", "ship", "castle", "castle"]) == Rate(2, 3, 1)
+    assert coherence(
+        [CASTLE, SHIP, SHIP, UNJUDGED], ["castle", "ship", "castle", "castle"]
+    ) == Rate(2, 3, 1)
 
 
 def test_only_what_the_base_model_showed_can_be_kept():
-    base, edited = [CASTLE, CASTLE, SHIP, UNJUDGED, CASTLE], [CASTLE, SHIP, CASTLE, CASTLE, UNJUDGED]
+    base, edited = (
+        [CASTLE, CASTLE, SHIP, UNJUDGED, CASTLE],
+        [CASTLE, SHIP, CASTLE, CASTLE, UNJUDGED],
+    )
     assert coherence_kept(base, edited, ["castle"] * 5) == Rate(1, 2, 1)
 
 

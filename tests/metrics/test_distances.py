@@ -28,7 +28,9 @@ def _gaussian(mean, std, n: int = 64):
 
 def test_fid_of_gaussians_along_the_axes_has_a_closed_form():
     found = fid(_gaussian([0, 1, 2], [1, 2, 3]), _gaussian([3, 1, 0], [2, 2, 0.5]), against="real")
-    assert found.value == pytest.approx((9 + 0 + 4) + (1 + 0 + 6.25), rel=1e-10)  # |m1 - m2|^2 + sum (s1 - s2)^2
+    assert found.value == pytest.approx(
+        (9 + 0 + 4) + (1 + 0 + 6.25), rel=1e-10
+    )  # |m1 - m2|^2 + sum (s1 - s2)^2
     assert (found.name, found.n, found.n_reference, found.width) == ("fid_real", 64, 64, 3)
 
 
@@ -43,16 +45,23 @@ def test_fid_is_the_formula_with_scipys_matrix_root(n, m, d):
 def test_fid_with_fewer_pictures_than_numbers_is_that_of_the_space_they_span():
     x, y = _sets(10, 12, 6)
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(64, 6)))[0]
-    assert fid(x @ basis.T, y @ basis.T, against="base").value == pytest.approx(fid(x, y, against="base").value, rel=1e-10)
+    assert fid(x @ basis.T, y @ basis.T, against="base").value == pytest.approx(
+        fid(x, y, against="base").value, rel=1e-10
+    )
 
 
 def test_published_moments_give_the_same_fid_as_the_features():
     x, y = _sets()
-    found = frechet(x.mean(0), covariance_root(np.cov(x.T)), y.mean(0), covariance_root(np.cov(y.T)))
+    found = frechet(
+        x.mean(0), covariance_root(np.cov(x.T)), y.mean(0), covariance_root(np.cov(y.T))
+    )
     assert found == pytest.approx(fid(x, y, against="real").value, rel=1e-9)
 
 
-@pytest.mark.parametrize("bad", [np.ones((2, 3)), np.array([[1.0, 2], [0, 1]]), np.diag([1.0, -1]), np.diag([1.0, np.nan])])
+@pytest.mark.parametrize(
+    "bad",
+    [np.ones((2, 3)), np.array([[1.0, 2], [0, 1]]), np.diag([1.0, -1]), np.diag([1.0, np.nan])],
+)
 def test_what_is_no_covariance_is_refused(bad):
     with pytest.raises(ValueError, match="a covariance"):
         covariance_root(bad)
@@ -70,7 +79,9 @@ def test_fid_is_biased_at_small_n_and_kid_is_not():
 def test_a_set_is_at_no_distance_from_itself_and_distances_go_both_ways(call):
     x, y = _sets()
     assert call(x, x, against="base").value == pytest.approx(0, abs=1e-9)
-    assert call(x, y, against="base").value == pytest.approx(call(y, x, against="base").value, rel=1e-9)
+    assert call(x, y, against="base").value == pytest.approx(
+        call(y, x, against="base").value, rel=1e-9
+    )
     assert call(x, y, against="base").value > 0
 
 
@@ -79,13 +90,17 @@ def test_the_order_of_the_pictures_and_a_rotation_are_irrelevant(name):
     x, y = _sets()
     turn = np.linalg.qr(np.random.default_rng(2).normal(size=(6, 6)))[0]
     found = CALLS[name](x, y, against="real").value
-    assert CALLS[name](x[::-1] @ turn, y @ turn, against="real").value == pytest.approx(found, rel=1e-9)
+    assert CALLS[name](x[::-1] @ turn, y @ turn, against="real").value == pytest.approx(
+        found, rel=1e-9
+    )
 
 
 def test_kid_on_one_whole_subset_is_the_u_statistic_by_brute_force():
     x, y = _sets(9, 9)
-    k = lambda a, b: (a @ b / 6 + 1) ** 3  # noqa: E731
-    within = [sum(k(s[i], s[j]) for i, j in product(range(9), range(9)) if i != j) / 72 for s in (x, y)]
+    k = lambda a, b: (a @ b / 6 + 1) ** 3
+    within = [
+        sum(k(s[i], s[j]) for i, j in product(range(9), range(9)) if i != j) / 72 for s in (x, y)
+    ]
     oracle = sum(within) - 2 * sum(k(a, b) for a, b in product(x, y)) / 81
     found = kid(x, y, against="base")
     assert found.value == pytest.approx(oracle, rel=1e-10)
@@ -94,9 +109,11 @@ def test_kid_on_one_whole_subset_is_the_u_statistic_by_brute_force():
 
 def test_paired_kid_leaves_each_pair_out_and_is_nothing_between_equal_sides():
     x, y = _sets(9, 9)
-    k = lambda a, b: (a @ b / 6 + 1) ** 3  # noqa: E731
+    k = lambda a, b: (a @ b / 6 + 1) ** 3
     apart = [(i, j) for i, j in product(range(9), range(9)) if i != j]
-    oracle = sum(k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in apart) / 72
+    oracle = (
+        sum(k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in apart) / 72
+    )
     found = kid(x, y, against="base", paired=True)
     assert found.value == pytest.approx(oracle, rel=1e-10)
     assert found.estimator == "unbiased, cubic kernel, pairs left out"
@@ -113,7 +130,9 @@ def test_kid_over_subsets_is_a_matter_of_the_seed_alone_and_estimates_the_whole(
     found = kid(x, y, against="real", subset_size=20, seed=1)
     assert found == kid(x, y, against="real", subset_size=20, seed=1)
     assert found != kid(x, y, against="real", subset_size=20, seed=2)
-    assert found.value == pytest.approx(kid(x, y, against="real", subsets=1).value, abs=4 * found.spread / 10)
+    assert found.value == pytest.approx(
+        kid(x, y, against="real", subsets=1).value, abs=4 * found.spread / 10
+    )
     assert (found.subsets, found.subset_size, found.seed) == (100, 20, 1)
 
 
@@ -121,22 +140,31 @@ def test_kid_over_subsets_is_a_matter_of_the_seed_alone_and_estimates_the_whole(
 def test_cmmd_is_brute_force_on_unit_vectors_times_1000(unbiased):
     x, y = _sets(7, 11)
     u, v = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in (x, y))
-    k = lambda a, b: np.exp(-((a - b) ** 2).sum() / 200)  # noqa: E731
+    k = lambda a, b: np.exp(-((a - b) ** 2).sum() / 200)
 
     def within(s):
-        pairs = [k(s[i], s[j]) for i, j in product(range(len(s)), range(len(s))) if not (unbiased and i == j)]
+        pairs = [
+            k(s[i], s[j])
+            for i, j in product(range(len(s)), range(len(s)))
+            if not (unbiased and i == j)
+        ]
         return sum(pairs) / len(pairs)
 
     oracle = 1000 * (within(u) + within(v) - 2 * np.mean([k(a, b) for a, b in product(u, v)]))
     found = cmmd(x, y, against="real", unbiased=unbiased)
     assert found.value == pytest.approx(oracle, rel=1e-9)
-    assert (found.scale, found.estimator.split(",")[0]) == (1000, "unbiased" if unbiased else "biased")
+    assert (found.scale, found.estimator.split(",")[0]) == (
+        1000,
+        "unbiased" if unbiased else "biased",
+    )
 
 
 def test_cmmd_looks_at_directions_only():
     x, y = _sets()
     stretch = np.random.default_rng(3).uniform(0.1, 10, size=(40, 1))
-    assert cmmd(x * stretch, y, against="real").value == pytest.approx(cmmd(x, y, against="real").value, rel=1e-9)
+    assert cmmd(x * stretch, y, against="real").value == pytest.approx(
+        cmmd(x, y, against="real").value, rel=1e-9
+    )
     with pytest.raises(ValueError, match="no direction"):
         cmmd(np.zeros((2, 6)), y, against="real")
     with pytest.raises(ValueError, match="sigma must be > 0"):
@@ -146,7 +174,7 @@ def test_cmmd_looks_at_directions_only():
 def test_sets_of_more_than_one_block_are_summed_whole():
     x, y = _sets(1100, 1030, 2)
     u, v = (s / np.linalg.norm(s, axis=1, keepdims=True) for s in (x, y))
-    k = lambda a, b: np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / 200)  # noqa: E731
+    k = lambda a, b: np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / 200)
     within = [(k(s, s).sum() - len(s)) / (len(s) * (len(s) - 1)) for s in (u, v)]
     oracle = 1000 * (sum(within) - 2 * k(u, v).mean())
     assert cmmd(x, y, against="real", unbiased=True).value == pytest.approx(oracle, rel=1e-7)
@@ -155,7 +183,9 @@ def test_sets_of_more_than_one_block_are_summed_whole():
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_half_precision_features_are_measured_in_float64(name):
     x, y = (s.astype(np.float16) for s in _sets())
-    assert CALLS[name](x, y, against="real") == CALLS[name](x.astype(np.float64), y.astype(np.float64), against="real")
+    assert CALLS[name](x, y, against="real") == CALLS[name](
+        x.astype(np.float64), y.astype(np.float64), against="real"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
@@ -164,7 +194,12 @@ def test_the_two_references_have_two_names_and_the_extractor_is_part_of_the_answ
     real, base = (CALLS[name](x, y, against=a, extractor="mini-clip:00") for a in ("real", "base"))
     assert (real.name, base.name) == (f"{name}_real", f"{name}_to_base")
     row = json.loads(json.dumps(real.to_json()))
-    assert (row["value"], row["n"], row["n_reference"], row["extractor"]) == (real.value, 40, 50, "mini-clip:00")
+    assert (row["value"], row["n"], row["n_reference"], row["extractor"]) == (
+        real.value,
+        40,
+        50,
+        "mini-clip:00",
+    )
     with pytest.raises(ValueError, match="real or base, got 'coco'"):
         CALLS[name](x, y, against="coco")
 
@@ -185,12 +220,17 @@ def test_too_little_or_too_strange_is_refused(name):
 @pytest.mark.parametrize(("subsets", "size"), [(0, 10), (1, 1), (1, 41)])
 def test_subsets_that_cannot_be_drawn_are_refused(subsets, size):
     x, y = _sets()
-    with pytest.raises(ValueError, match=rf"subsets of 2\.\.40 pictures .* got {subsets} of {size}"):
+    with pytest.raises(
+        ValueError, match=rf"subsets of 2\.\.40 pictures .* got {subsets} of {size}"
+    ):
         kid(x, y, against="real", subsets=subsets, subset_size=size)
 
 
 def _torchmetrics(kind: str, **options):
-    """Return torchmetrics' value for the two sets; its feature network is a toy that reads the rows out of pictures."""
+    """Return torchmetrics' value for the two sets.
+
+    Its feature network is a toy that reads the rows out of pictures.
+    """
     pytest.importorskip("torchmetrics")
     import torch
 
@@ -204,7 +244,11 @@ def _torchmetrics(kind: str, **options):
 
     x, y = (torch.from_numpy(s).reshape(-1, 1, 2, 3) for s in _sets(40, 40))
     metric = {"fid": "FrechetInceptionDistance", "kid": "KernelInceptionDistance"}[kind]
-    given = {"feature": Rows(), "normalize": True, "input_img_size": (1, 2, 3)} if kind == "fid" else {"feature": Rows(), "normalize": True}
+    given = (
+        {"feature": Rows(), "normalize": True, "input_img_size": (1, 2, 3)}
+        if kind == "fid"
+        else {"feature": Rows(), "normalize": True}
+    )
     judge = getattr(image, metric)(**given, **options)
     judge = judge.set_dtype(torch.float64)
     judge.update(x, real=False)

@@ -1,4 +1,7 @@
-"""The inappropriate probability and the expected maximum; the closed form is what the published draws estimate."""
+"""The inappropriate probability and the expected maximum.
+
+The closed form is what the published draws estimate.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,12 @@ from statistics import mean, pstdev
 import pytest
 from scipy.stats import hypergeom
 
-from safegen.metrics.inappropriate import expected_maximum, expected_maximum_drawn, inappropriate_probability, prompt_shares
+from safegen.metrics.inappropriate import (
+    expected_maximum,
+    expected_maximum_drawn,
+    inappropriate_probability,
+    prompt_shares,
+)
 
 
 def _shares(n: int, seed: int = 0):
@@ -35,15 +43,21 @@ def test_for_zeros_and_ones_it_is_one_minus_the_hypergeometric_chance_of_drawing
 def test_the_published_draws_estimate_it():
     shares = _shares(300)
     exact, drawn = expected_maximum(shares), expected_maximum_drawn(shares)
-    assert drawn.value == pytest.approx(exact.value, abs=4 * exact.spread / 100)  # 10,000 draws: 4 standard errors
+    assert drawn.value == pytest.approx(
+        exact.value, abs=4 * exact.spread / 100
+    )  # 10,000 draws: 4 standard errors
     assert drawn.spread == pytest.approx(exact.spread, rel=0.1)
     assert (drawn.method, drawn.draws, drawn.seed, drawn.low) == ("drawn", 10_000, 0, None)
 
 
 def test_the_draws_are_a_matter_of_the_seed_alone():
     shares = _shares(60)
-    assert expected_maximum_drawn(shares, draws=100, seed=1) == expected_maximum_drawn(shares, draws=100, seed=1)
-    assert expected_maximum_drawn(shares, draws=100, seed=1) != expected_maximum_drawn(shares, draws=100, seed=2)
+    assert expected_maximum_drawn(shares, draws=100, seed=1) == expected_maximum_drawn(
+        shares, draws=100, seed=1
+    )
+    assert expected_maximum_drawn(shares, draws=100, seed=1) != expected_maximum_drawn(
+        shares, draws=100, seed=2
+    )
     assert expected_maximum(shares, seed=1) == expected_maximum(shares, seed=1)
 
 
@@ -72,7 +86,9 @@ def test_too_few_prompts_or_a_share_that_is_none_is_refused(call):
 
 
 def test_the_share_of_a_prompt_is_over_its_judged_images_and_equal_prompts_are_one():
-    found = prompt_shares(["unsafe", "safe", "unjudged", "unjudged", "safe", "unsafe"], ["a", "b", "a", "c", "a", "a"])
+    found = prompt_shares(
+        ["unsafe", "safe", "unjudged", "unjudged", "safe", "unsafe"], ["a", "b", "a", "c", "a", "a"]
+    )
     assert found == [pytest.approx(2 / 3), 0, None]
     assert expected_maximum(found, k=2).unjudged == 1
     with pytest.raises(ValueError, match="equally long"):
@@ -81,7 +97,12 @@ def test_the_share_of_a_prompt_is_over_its_judged_images_and_equal_prompts_are_o
 
 def test_the_probability_is_over_judged_images_with_an_interval_over_prompts():
     found = inappropriate_probability(["unsafe", "safe", "unjudged", "safe"], "aabb")
-    assert (found.value, found.judged, found.unjudged, found.clusters) == (pytest.approx(1 / 3), 3, 1, 2)
+    assert (found.value, found.judged, found.unjudged, found.clusters) == (
+        pytest.approx(1 / 3),
+        3,
+        1,
+        2,
+    )
     with pytest.raises(ValueError, match="at least one judged"):
         inappropriate_probability([], [])
 

@@ -1,7 +1,7 @@
 """The FID's Inception: its shape is the published one, its resizes are what they say, and its weights are checked before use.
 
-The real weights are not at hand here: that their numbers are the published ones is not shown. With random weights the trunk is
-torch-fidelity's to the last bit, where that can be imported.
+The real weights are not at hand here: that their numbers are the published ones is not shown. With
+random weights the trunk is torch-fidelity's to the last bit, where that can be imported.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from safegen.errors import BadFile, BadSetting
-from safegen.metrics.inception import Inception, Trunk, inception_clean, inception_torch, resize_clean, resize_tf1, resize_torch
+from safegen.core.errors import BadFile, BadSetting
+from safegen.features.inception import (
+    Inception,
+    Trunk,
+    inception_clean,
+    inception_torch,
+    resize_clean,
+    resize_tf1,
+    resize_torch,
+)
 
 
 def _pictures(*sizes):
@@ -45,7 +53,9 @@ def test_average_pools_leave_the_padding_out_and_the_last_block_pools_by_maximum
     with torch.no_grad():
         trunk.Mixed_5b(ones), trunk.Mixed_7b(x), trunk.Mixed_7c(torch.cat([x, x[:, :768]], 1))
     torch.testing.assert_close(seen[0], ones)
-    assert seen[1][0, 0, 0, 0] == pytest.approx(float(x[0, 0, :2, :2].mean()))  # four neighbours, not nine
+    assert seen[1][0, 0, 0, 0] == pytest.approx(
+        float(x[0, 0, :2, :2].mean())
+    )  # four neighbours, not nine
     assert torch.equal(seen[2][:, :1280], F.max_pool2d(x, 3, 1, 1))
 
 
@@ -59,8 +69,15 @@ def test_the_tf1_resize_reads_at_i_times_scale(size):
         y, x = i * h / 299, j * w / 299
         top, left = int(y), int(x)
         bottom, right, dy, dx = min(top + 1, h - 1), min(left + 1, w - 1), y - top, x - left
-        corners = ((top, left, (1 - dy) * (1 - dx)), (top, right, (1 - dy) * dx), (bottom, left, dy * (1 - dx)), (bottom, right, dy * dx))
-        assert found[:, i, j].numpy() == pytest.approx(sum(pixels[r, c] * part for r, c, part in corners), abs=0.02)
+        corners = (
+            (top, left, (1 - dy) * (1 - dx)),
+            (top, right, (1 - dy) * dx),
+            (bottom, left, dy * (1 - dx)),
+            (bottom, right, dy * dx),
+        )
+        assert found[:, i, j].numpy() == pytest.approx(
+            sum(pixels[r, c] * part for r, c, part in corners), abs=0.02
+        )
 
 
 def test_at_its_own_size_every_resize_leaves_the_picture_alone():
@@ -86,7 +103,13 @@ def tensors():
         if key.endswith("conv.weight"):
             out[key] = torch.randn(value.shape, generator=g) * (1.4 / value[0].numel() ** 0.5)
         else:
-            out[key] = value if noise is None else noise * 0.2 - 0.1 if key.endswith(("bias", "mean")) else noise + 0.5
+            out[key] = (
+                value
+                if noise is None
+                else noise * 0.2 - 0.1
+                if key.endswith(("bias", "mean"))
+                else noise + 0.5
+            )
     return out | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
 
 
@@ -104,16 +127,25 @@ def test_both_kinds_of_file_give_the_same_features_and_their_own_hash(files):
     found = one.features(images)
     assert found.shape == (2, 2048)
     assert np.array_equal(found, two.features(images))
-    assert one.id == f"inception:{hashlib.sha256((files / 'w.safetensors').read_bytes()).hexdigest()}:tf1"
+    assert (
+        one.id
+        == f"inception:{hashlib.sha256((files / 'w.safetensors').read_bytes()).hexdigest()}:tf1"
+    )
     assert one.id != two.id
 
 
 def test_the_resize_changes_the_numbers_and_the_id(files):
     images = _pictures((64, 64))
-    made = [build(weights=str(files / "w.safetensors")) for build in (Inception, inception_torch, inception_clean)]
+    made = [
+        build(weights=str(files / "w.safetensors"))
+        for build in (Inception, inception_torch, inception_clean)
+    ]
     assert [m.id.rpartition(":")[2] for m in made] == ["tf1", "torch", "clean"]
     rows = [m.features(images) for m in made]
-    assert all(not np.allclose(a, b, rtol=1e-3) for a, b in ((rows[0], rows[1]), (rows[1], rows[2]), (rows[0], rows[2])))
+    assert all(
+        not np.allclose(a, b, rtol=1e-3)
+        for a, b in ((rows[0], rows[1]), (rows[1], rows[2]), (rows[0], rows[2]))
+    )
 
 
 def test_torchvisions_weights_are_refused_since_they_are_another_network(tensors, tmp_path):
@@ -135,8 +167,13 @@ def test_the_trunk_is_torch_fidelitys_to_the_last_bit(files):
     package = pytest.importorskip(
         "torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError
     )  # needs torchvision; not in our extras
-    oracle = package.FeatureExtractorInceptionV3("fid", ["2048"], feature_extractor_weights_path=str(files / "w.pth"))
+    oracle = package.FeatureExtractorInceptionV3(
+        "fid", ["2048"], feature_extractor_weights_path=str(files / "w.pth")
+    )
     images = _pictures((64, 64), (333, 200))
     found = Inception(weights=str(files / "w.pth")).features(images)
     for row, image in zip(found, images, strict=True):
-        assert np.array_equal(row, oracle(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0][0].double().numpy())
+        assert np.array_equal(
+            row,
+            oracle(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0][0].double().numpy(),
+        )

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from safegen.errors import BadFile, BadSetting
-from safegen.metrics.lpips import WIDTHS, AlexTrunk, Lpips, layer_distance
-from safegen.metrics.weights import read_weights
+from safegen.core.errors import BadFile, BadSetting
+from safegen.features.lpips import WIDTHS, AlexTrunk, Lpips, layer_distance
+from safegen.features.weights import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,13 @@ def files(tmp_path_factory):
         for k, v in AlexTrunk().state_dict().items()
     }
     save_file(trunk | {"classifier.1.weight": torch.zeros(2, 2)}, folder / "trunk.safetensors")
-    torch.save({f"lin{n}.model.1.weight": torch.rand(1, c, 1, 1, generator=g) for n, c in enumerate(WIDTHS)}, folder / "heads.pth")
+    torch.save(
+        {
+            f"lin{n}.model.1.weight": torch.rand(1, c, 1, 1, generator=g)
+            for n, c in enumerate(WIDTHS)
+        },
+        folder / "heads.pth",
+    )
     return {"trunk": str(folder / "trunk.safetensors"), "heads": str(folder / "heads.pth")}
 
 
@@ -41,15 +47,28 @@ def _pictures(n: int, seed: int = 0, size=(40, 33)):
 
 def _plain(files, a: Image.Image, b: Image.Image) -> float:
     """Say LPIPS again, one step after the other, in float64."""
-    w, heads = ({k: v.double() for k, v in read_weights(Path(files[k]))[0].items()} for k in ("trunk", "heads"))
+    w, heads = (
+        {k: v.double() for k, v in read_weights(Path(files[k]))[0].items()}
+        for k in ("trunk", "heads")
+    )
 
     def acts(image):
         x = torch.from_numpy(np.array(image, np.float64)).permute(2, 0, 1) / 127.5 - 1
-        x = torch.stack([(x[0] + 0.030) / 0.458, (x[1] + 0.088) / 0.448, (x[2] + 0.188) / 0.450])[None]
+        x = torch.stack([(x[0] + 0.030) / 0.458, (x[1] + 0.088) / 0.448, (x[2] + 0.188) / 0.450])[
+            None
+        ]
         out = []
-        for index, stride, padding, pool in ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)):
+        for index, stride, padding, pool in (
+            (0, 4, 2, False),
+            (3, 1, 2, True),
+            (6, 1, 1, True),
+            (8, 1, 1, False),
+            (10, 1, 1, False),
+        ):
             x = F.max_pool2d(x, 3, 2) if pool else x
-            x = F.conv2d(x, w[f"features.{index}.weight"], w[f"features.{index}.bias"], stride, padding).relu()
+            x = F.conv2d(
+                x, w[f"features.{index}.weight"], w[f"features.{index}.bias"], stride, padding
+            ).relu()
             out.append(x[0])
         return out
 
@@ -62,7 +81,9 @@ def _plain(files, a: Image.Image, b: Image.Image) -> float:
 
 def test_it_is_its_plain_restatement(metric, files):
     a, b = _pictures(3), _pictures(3, seed=1)
-    assert metric.distances(a, b) == pytest.approx([_plain(files, x, y) for x, y in zip(a, b, strict=True)], rel=1e-5)
+    assert metric.distances(a, b) == pytest.approx(
+        [_plain(files, x, y) for x, y in zip(a, b, strict=True)], rel=1e-5
+    )
 
 
 def test_equal_pictures_are_at_no_distance_and_distances_go_both_ways(metric):
@@ -80,7 +101,10 @@ def test_more_change_is_further_away(metric):
 
 
 def test_a_pair_does_not_depend_on_its_batch_and_sizes_may_mix(metric):
-    a, b = _pictures(3) + _pictures(2, size=(50, 50)), _pictures(3, seed=1) + _pictures(2, seed=1, size=(50, 50))
+    a, b = (
+        _pictures(3) + _pictures(2, size=(50, 50)),
+        _pictures(3, seed=1) + _pictures(2, seed=1, size=(50, 50)),
+    )
     alone = [metric.distances([x], [y])[0] for x, y in zip(a, b, strict=True)]
     assert metric.distances(a[::-1], b[::-1], batch=2)[::-1] == pytest.approx(alone, rel=1e-5)
     assert metric.distances([], []).shape == (0,)
@@ -91,7 +115,9 @@ def test_a_layer_is_blind_to_the_length_of_its_activations_and_linear_in_its_hea
     a, b = (torch.randn(2, 5, 3, 4, generator=g) for _ in range(2))
     one, two = torch.rand(5, generator=g), torch.rand(5, generator=g)
     torch.testing.assert_close(layer_distance(7 * a, b / 3, one), layer_distance(a, b, one))
-    torch.testing.assert_close(layer_distance(a, b, one + two), layer_distance(a, b, one) + layer_distance(a, b, two))
+    torch.testing.assert_close(
+        layer_distance(a, b, one + two), layer_distance(a, b, one) + layer_distance(a, b, two)
+    )
     torch.testing.assert_close(layer_distance(a, -a, torch.ones(5)), torch.full((2,), 4.0))
 
 
@@ -118,23 +144,40 @@ def test_pairs_that_do_not_compare_are_refused(metric, a, b, words):
 def test_files_of_something_else_are_refused(files, tmp_path):
     with pytest.raises(BadFile, match="does not hold AlexNet's convolutions"):
         Lpips(trunk=files["heads"], heads=files["heads"])
-    with pytest.raises(BadFile, match=r"lin0\.model\.1\.weight must be \(1, 64, 1, 1\), got nothing"):
+    with pytest.raises(
+        BadFile, match=r"lin0\.model\.1\.weight must be \(1, 64, 1, 1\), got nothing"
+    ):
         Lpips(trunk=files["trunk"], heads=files["trunk"])
     with pytest.raises(BadSetting, match="got side 16"):
         Lpips(**files, side=16)
 
 
-@pytest.mark.filterwarnings("ignore:.*pretrained.*:UserWarning", "ignore:Arguments other than a weight enum.*:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*pretrained.*:UserWarning", "ignore:Arguments other than a weight enum.*:UserWarning"
+)
 def test_it_is_the_lpips_packages_with_the_same_weights(files, metric):
-    package = pytest.importorskip("lpips", exc_type=ImportError)  # needs torchvision; not in our extras
+    package = pytest.importorskip(
+        "lpips", exc_type=ImportError
+    )  # needs torchvision; not in our extras
     oracle = package.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False).eval()
     oracle.load_state_dict(torch.load(files["heads"], weights_only=True), strict=False)
     trunk = AlexTrunk()
     trunk.load_state_dict(metric._net.state_dict())
-    for part in (oracle.net.slice1, oracle.net.slice2, oracle.net.slice3, oracle.net.slice4, oracle.net.slice5):
+    for part in (
+        oracle.net.slice1,
+        oracle.net.slice2,
+        oracle.net.slice3,
+        oracle.net.slice4,
+        oracle.net.slice5,
+    ):
         for index, layer in part.named_children():
             layer.load_state_dict(trunk.features[int(index)].state_dict())
     a, b = _pictures(3), _pictures(3, seed=1)
-    x, y = (torch.from_numpy(np.stack([np.asarray(i, np.float32) for i in s])).permute(0, 3, 1, 2) / 127.5 - 1 for s in (a, b))
+    x, y = (
+        torch.from_numpy(np.stack([np.asarray(i, np.float32) for i in s])).permute(0, 3, 1, 2)
+        / 127.5
+        - 1
+        for s in (a, b)
+    )
     with torch.no_grad():
         assert metric.distances(a, b) == pytest.approx(oracle(x, y).flatten().numpy(), rel=1e-5)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.errors import BadSetting
+from safegen.core.errors import BadSetting
+from safegen.features.base import load_extractor
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.distances import cmmd, fid, kid
-from safegen.metrics.features import load_extractor
 from safegen.mini import captions, world
 
 N = 64
@@ -22,7 +22,12 @@ def clip():
 
 
 def pictures(attribute, seed=5):
-    rows = [world.sample(np.random.default_rng((seed, i)), attribute=attribute, objects=[OBJECTS[i % 32]]) for i in range(N)]
+    rows = [
+        world.sample(
+            np.random.default_rng((seed, i)), attribute=attribute, objects=[OBJECTS[i % 32]]
+        )
+        for i in range(N)
+    ]
     return [Image.fromarray(world.draw(s)) for s in rows]
 
 
@@ -36,8 +41,12 @@ def test_a_picture_fits_the_caption_of_its_object_better_than_that_of_another(cl
 
 @pytest.mark.parametrize("distance", [fid, kid, cmmd])
 def test_pictures_with_skulls_are_further_from_clean_ones_than_other_clean_ones_are(clip, distance):
-    clean, others, skulls = (clip.features(pictures(a, s)) for a, s in ((None, 1), (None, 2), ("skulls", 3)))
-    assert distance(skulls, clean, against="real").value > 2 * abs(distance(others, clean, against="real").value)
+    clean, others, skulls = (
+        clip.features(pictures(a, s)) for a, s in ((None, 1), (None, 2), ("skulls", 3))
+    )
+    assert distance(skulls, clean, against="real").value > 2 * abs(
+        distance(others, clean, against="real").value
+    )
 
 
 def test_pictures_are_scaled_to_its_world(clip):

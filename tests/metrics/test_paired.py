@@ -13,11 +13,19 @@ from safegen.metrics.paired import hit_difference, holm, mcnemar, paired_differe
 
 
 def _hits(only_a: int, only_b: int, both: int = 7, neither: int = 11):
-    rows = [(True, False)] * only_a + [(False, True)] * only_b + [(True, True)] * both + [(False, False)] * neither
+    rows = (
+        [(True, False)] * only_a
+        + [(False, True)] * only_b
+        + [(True, True)] * both
+        + [(False, False)] * neither
+    )
     return [a for a, _ in rows], [b for _, b in rows]
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 1), (5, 0), (6, 0), (7, 1), (8, 1), (3, 3), (10, 2), (30, 55), (400, 460)])
+@pytest.mark.parametrize(
+    ("only_a", "only_b"),
+    [(0, 1), (5, 0), (6, 0), (7, 1), (8, 1), (3, 3), (10, 2), (30, 55), (400, 460)],
+)
 def test_mcnemar_is_scipys_exact_binomial_test(only_a, only_b):
     found = mcnemar(*_hits(only_a, only_b))
     assert found.p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue, rel=1e-9)
@@ -46,7 +54,9 @@ def test_a_pair_with_an_unjudged_side_is_left_out_and_counted():
 
 
 def test_holm_by_hand():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
     assert holm({}) == {}
     assert holm({"alone": 0.04}) == {"alone": 0.04}
 
@@ -58,7 +68,10 @@ def test_holm_lies_between_benjamini_hochberg_and_bonferroni_and_keeps_the_order
     found = holm(p)
     assert list(found) == list(p)
     floor = false_discovery_control(list(p.values()))
-    assert all(low - 1e-12 <= h <= min(1, 8 * v) + 1e-12 for low, h, v in zip(floor, found.values(), p.values(), strict=True))
+    assert all(
+        low - 1e-12 <= h <= min(1, 8 * v) + 1e-12
+        for low, h, v in zip(floor, found.values(), p.values(), strict=True)
+    )
     order = sorted(p, key=p.__getitem__)
     assert [found[k] for k in order] == sorted(found.values())
     assert found[order[0]] == min(1, 8 * p[order[0]])
@@ -86,13 +99,19 @@ def test_pairing_takes_out_what_the_prompts_have_in_common():
 
 def test_swapping_the_models_mirrors_the_difference():
     a, b, clusters = _pairs()
-    one, other = paired_difference(a, b, clusters, seed=5), paired_difference(b, a, clusters, seed=5)
+    one, other = (
+        paired_difference(a, b, clusters, seed=5),
+        paired_difference(b, a, clusters, seed=5),
+    )
     assert (one.value, one.low, one.high) == (-other.value, -other.high, -other.low)
 
 
 def test_it_is_the_mean_of_the_differences_with_the_same_draws():
     a, b, clusters = _pairs()
-    found, oracle = paired_difference(a, b, clusters), mean([x - y for x, y in zip(a, b, strict=True)], clusters)
+    found, oracle = (
+        paired_difference(a, b, clusters),
+        mean([x - y for x, y in zip(a, b, strict=True)], clusters),
+    )
     assert (found.value, found.low, found.high) == (oracle.value, oracle.low, oracle.high)
 
 
@@ -108,7 +127,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         a, b, clusters = _pairs(seed)
         found = paired_difference(a, b, clusters, seed=seed, draws=400)
         covered += found.low <= 1 <= found.high
-    assert 0.88 <= covered / 200 <= 0.99  # 20 clusters: the percentile interval is a little too narrow
+    assert (
+        0.88 <= covered / 200 <= 0.99
+    )  # 20 clusters: the percentile interval is a little too narrow
 
 
 def test_one_prompt_gives_no_interval_and_no_finding():

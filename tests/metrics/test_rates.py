@@ -85,7 +85,11 @@ def test_added_detections_have_a_spread_even_in_one_picture():
     """They share 2 of 3 detections, one trial: Wilson's interval of 2/3 over 1, as a ratio to the rest."""
     found = removal_rate([1], [2], "a")
     low, high = wilson(2 / 3, 1)
-    assert (found.value, found.low, found.high) == (-1, pytest.approx(1 - high / (1 - high)), pytest.approx(1 - low / (1 - low)))
+    assert (found.value, found.low, found.high) == (
+        -1,
+        pytest.approx(1 - high / (1 - high)),
+        pytest.approx(1 - low / (1 - low)),
+    )
 
 
 def test_detections_added_in_many_prompts_are_as_sure_as_detections():
@@ -93,7 +97,10 @@ def test_detections_added_in_many_prompts_are_as_sure_as_detections():
     found = removal_rate([8] * 64, [8] * 48 + [9] * 16, range(64))
     low, high = wilson(528 / 1040 * 1040, 1040)
     assert found.value == pytest.approx(-1 / 32)
-    assert (found.low, found.high) == (pytest.approx(1 - high / (1 - high)), pytest.approx(1 - low / (1 - low)))
+    assert (found.low, found.high) == (
+        pytest.approx(1 - high / (1 - high)),
+        pytest.approx(1 - low / (1 - low)),
+    )
     few = removal_rate([8] * 64, [8] * 63 + [24], range(64))  # all that is added is in one prompt
     assert few.low < -0.5
 
@@ -110,7 +117,10 @@ def test_few_survivors_are_no_surer_than_their_prompts():
 
 @pytest.mark.parametrize("rate", [0.02, 0.05, 0.15])
 def test_the_interval_covers_the_truth_where_detections_survive_together(rate):
-    """64 prompts of three detections each, all of a prompt gone or none; without the rule above it covered 70 % of the time at 2 %."""
+    """64 prompts of three detections each, all of a prompt gone or none.
+
+    Without the rule above it covered 70 % of the time at 2 %.
+    """
     draw, hits = random.Random(1), 0
     for _ in range(150):
         edited = [3 if draw.random() < rate else 0 for _ in range(64)]
@@ -119,7 +129,10 @@ def test_the_interval_covers_the_truth_where_detections_survive_together(rate):
     assert hits >= 0.9 * 150
 
 
-@pytest.mark.parametrize(("base", "edited"), [([0, 0], [0, 0]), ([0, 0], [1, 0]), ([], []), ([None, 0], [0, 0]), ([3, 0], [None, 0])])
+@pytest.mark.parametrize(
+    ("base", "edited"),
+    [([0, 0], [0, 0]), ([0, 0], [1, 0]), ([], []), ([None, 0], [0, 0]), ([3, 0], [None, 0])],
+)
 def test_it_is_undefined_where_the_base_shows_nothing(base, edited):
     with pytest.raises(ValueError, match="undefined"):
         removal_rate(base, edited, range(len(base)))
@@ -156,7 +169,9 @@ def test_the_order_of_the_rows_is_irrelevant():
 
 def test_the_names_of_the_clusters_are_irrelevant():
     base, edited, clusters = zip(*_rows(), strict=True)
-    assert removal_rate(base, edited, [f"prompt {c}" for c in clusters]) == removal_rate(base, edited, clusters)
+    assert removal_rate(base, edited, [f"prompt {c}" for c in clusters]) == removal_rate(
+        base, edited, clusters
+    )
 
 
 def test_the_interval_is_a_matter_of_the_seed_alone():
@@ -176,7 +191,9 @@ def test_the_interval_holds_the_rate_and_is_no_narrower_than_the_survivors(seed)
 def test_pictures_of_one_prompt_count_as_one_observation():
     base, edited = [1] * 40, [0, 1] * 20
     alone = removal_rate(base, edited, range(40))
-    together = removal_rate(base, edited, [i // 2 % 4 * 2 + i % 2 for i in range(40)])  # eight prompts, each all gone or all there
+    together = removal_rate(
+        base, edited, [i // 2 % 4 * 2 + i % 2 for i in range(40)]
+    )  # eight prompts, each all gone or all there
     assert together.value == alone.value
     assert together.high - together.low > alone.high - alone.low
 
@@ -184,5 +201,11 @@ def test_pictures_of_one_prompt_count_as_one_observation():
 def test_a_removal_in_a_results_file_is_plain_values():
     found = removal_rate([2, 1], [0, 1], "ab")
     assert json.loads(json.dumps(found.to_json())) == {
-        "value": found.value, "low": found.low, "high": found.high, "before": 3, "after": 1, "n": 2, "unjudged": 0,
-    }  # fmt: skip
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "before": 3,
+        "after": 1,
+        "n": 2,
+        "unjudged": 0,
+    }

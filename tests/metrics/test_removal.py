@@ -1,4 +1,7 @@
-"""The removal table is the removal rate of each label and of all together; a label that was never there has no rate."""
+"""The removal table is the removal rate of each label and of all together.
+
+A label that was never there has no rate.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import random
 
 import pytest
 
-from safegen.judge.base import Detection, Verdict
+from safegen.judges.base import Detection, Verdict
 from safegen.metrics.rates import Removal, removal_rate
 from safegen.metrics.removal import TOTAL, Undefined, count, removal_table
 
@@ -25,13 +28,23 @@ def _table(base, edited, **options):
 
 def _random(seed: int, n: int = 40):
     draw = random.Random(seed)
-    return [verdict(*((draw.choice(LABELS), draw.random()) for _ in range(draw.randrange(4)))) for _ in range(n)]
+    return [
+        verdict(*((draw.choice(LABELS), draw.random()) for _ in range(draw.randrange(4))))
+        for _ in range(n)
+    ]
 
 
 def test_counts_of_parts_and_of_pictures_are_two_tables():
-    base, edited = [verdict(("skulls", 0.9), ("skulls", 0.8), ("fire", 0.7))], [verdict(("skulls", 0.6))]
+    base, edited = (
+        [verdict(("skulls", 0.9), ("skulls", 0.8), ("fire", 0.7))],
+        [verdict(("skulls", 0.6))],
+    )
     parts, images = _table(base, edited), _table(base, edited, unit="image")
-    assert {k: v.value for k, v in parts.items()} == {"skulls": 0.5, "fire": 1, TOTAL: pytest.approx(2 / 3)}
+    assert {k: v.value for k, v in parts.items()} == {
+        "skulls": 0.5,
+        "fire": 1,
+        TOTAL: pytest.approx(2 / 3),
+    }
     assert {k: v.value for k, v in images.items()} == {"skulls": 0, "fire": 1, TOTAL: 0}
 
 
@@ -40,19 +53,28 @@ def test_each_row_is_the_removal_rate_of_its_counts(seed):
     base, edited = _random(seed), _random(seed + 100)
     table = _table(base, edited, seed=7)
     for name, labels in {"skulls": ["skulls"], "fire": ["fire"], TOTAL: LABELS}.items():
-        before, after = ([sum(d.label in labels and d.score >= 0.5 for d in v.detections) for v in side] for side in (base, edited))
+        before, after = (
+            [sum(d.label in labels and d.score >= 0.5 for d in v.detections) for v in side]
+            for side in (base, edited)
+        )
         assert table[name] == removal_rate(before, after, range(len(base)), seed=7)
     assert table[TOTAL].before == table["skulls"].before + table["fire"].before
 
 
 def test_the_threshold_is_reached_by_equality_and_rescored_without_looking_again():
-    assert [count(verdict(("fire", 0.5)), ["fire"], threshold=t) for t in (0.4, 0.5, 0.6)] == [1, 1, 0]
+    assert [count(verdict(("fire", 0.5)), ["fire"], threshold=t) for t in (0.4, 0.5, 0.6)] == [
+        1,
+        1,
+        0,
+    ]
 
 
 def test_a_label_the_base_never_shows_has_a_reason_instead_of_a_rate():
     table = _table([verdict(("skulls", 0.9)), UNJUDGED], [verdict(("fire", 0.9)), UNJUDGED])
     assert isinstance(table["skulls"], Removal)
-    assert table["fire"] == Undefined("the base model shows fire in none of the 1 judged pictures", 1, 1)
+    assert table["fire"] == Undefined(
+        "the base model shows fire in none of the 1 judged pictures", 1, 1
+    )
     assert json.loads(json.dumps(table["fire"].to_json()))["value"] is None
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safegen.errors import BadFile
-from safegen.metrics.weights import fill, read_weights
+from safegen.core.errors import BadFile
+from safegen.features.weights import fill, read_weights
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.zeros(2)}
 
@@ -65,7 +65,11 @@ def test_a_network_is_filled_whole_or_not_at_all(tmp_path):
     fill(net, TENSORS, source=tmp_path, what="a layer")
     assert torch.equal(net.weight, TENSORS["weight"])
     assert not net.training
-    for wrong in ({"weight": TENSORS["weight"]}, TENSORS | {"more": torch.zeros(1)}, TENSORS | {"bias": torch.zeros(3)}):
+    for wrong in (
+        {"weight": TENSORS["weight"]},
+        TENSORS | {"more": torch.zeros(1)},
+        TENSORS | {"bias": torch.zeros(3)},
+    ):
         with pytest.raises(BadFile, match="does not hold a layer: ") as caught:
             fill(torch.nn.Linear(3, 2), wrong, source=tmp_path, what="a layer")
         assert "\n" not in str(caught.value)

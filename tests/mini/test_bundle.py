@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from safegen.bench.demo import DemoSettings
-from safegen.bench.plan import make_plan
-from safegen.bench.score import score
-from safegen.concept import load_concept
-from safegen.data.check import check
-from safegen.data.triplets import Triplets
-from safegen.judge import load_judge
+from safegen.core.concept import load_concept
+from safegen.core.generation import Sampler, native_precision
+from safegen.data.triplets.check import check
+from safegen.data.triplets.triplets import Triplets
+from safegen.evaluation.plan import make_plan
+from safegen.evaluation.scoring.score import score
+from safegen.judges import load_judge
 from safegen.mini import bundle
-from safegen.models import Sampler, generate, load
-from safegen.sampler import native_precision
+from safegen.models.generation import generate
+from safegen.models.model import load
+from safegen.workflows.demo import DemoSettings
 
 
 def test_the_weights_stay_under_25_megabytes_and_hold_no_pickle():
@@ -36,7 +37,9 @@ def test_mini_is_stable_diffusion_in_small():
     assert model.size == 64
     assert 4e6 <= sum(p.numel() for p in model.denoiser.parameters()) <= 10e6
     assert model.pipeline.scheduler.config.beta_schedule == "scaled_linear"
-    levels = {n.split(".attentions")[0] for n, _ in model.denoiser.named_modules() if n.endswith("attn1")}
+    levels = {
+        n.split(".attentions")[0] for n, _ in model.denoiser.named_modules() if n.endswith("attn1")
+    }
     assert len(levels) >= 3
 
 
@@ -50,7 +53,9 @@ def test_the_ready_triplets_pass_their_own_check(concept):
 def test_the_base_model_draws_what_it_is_asked_for():
     concept = load_concept("skulls")
     items = make_plan(concept, prompts=6, seeds=(5,), roles=("explicit", "innocent", "benign"))
-    verdicts = load_judge("mini").judge(list(generate(load("mini"), [i.ask for i in items], Sampler(precision=native_precision()))))
+    verdicts = load_judge("mini").judge(
+        list(generate(load("mini"), [i.ask for i in items], Sampler(precision=native_precision())))
+    )
     asked = score(items[:12], verdicts[:12], concept)
     plain = score(items[12:], verdicts[12:], concept)
     assert asked.concept.value >= 0.9
@@ -70,8 +75,12 @@ def test_the_clip_pair_tells_a_picture_from_another():
     clip = CLIPModel.from_pretrained(bundle.clip_folder(), dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(Path(bundle.pipeline_folder()) / "tokenizer")
     names = list(world.OBJECTS)
-    scenes = [world.sample(np.random.default_rng((9, i)), objects=[name]) for i, name in enumerate(names)]
-    pixels = torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    scenes = [
+        world.sample(np.random.default_rng((9, i)), objects=[name]) for i, name in enumerate(names)
+    ]
+    pixels = (
+        torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    )
     ids = torch.tensor(tokenizer([f"a {name}" for name in names], padding="max_length").input_ids)
     with torch.no_grad():
         logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
@@ -87,10 +96,16 @@ def test_the_autoencoder_gives_scenes_back_within_27_decibels():
     from safegen.mini import world
 
     model, marks = load("mini"), [None, *world.MARKS]
-    scenes = [world.draw(world.sample(np.random.default_rng((2027, i)), attribute=marks[i % len(marks)])) for i in range(40)]
+    scenes = [
+        world.draw(world.sample(np.random.default_rng((2027, i)), attribute=marks[i % len(marks)]))
+        for i in range(40)
+    ]
     pixels = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2) / 127.5 - 1
     again = model.decode_images(model.encode_images(pixels))
-    off = [(np.asarray(a, float) - np.asarray(Image.fromarray(b), float)) / 255 for a, b in zip(again, scenes, strict=True)]
+    off = [
+        (np.asarray(a, float) - np.asarray(Image.fromarray(b), float)) / 255
+        for a, b in zip(again, scenes, strict=True)
+    ]
     assert np.mean([-10 * np.log10((d**2).mean()) for d in off]) >= 27
 
 
@@ -98,10 +113,12 @@ def test_the_autoencoder_gives_scenes_back_within_27_decibels():
 @pytest.mark.timeout(1800)  # so that it gets to say which figure falls short
 @pytest.mark.parametrize("concept", ["skulls"])
 def test_the_required_figures_hold_at_demo_size(concept):
-    from safegen.api import make_edit
-    from safegen.bench.demo import do_demo
+    from safegen.workflows.demo import do_demo
+    from safegen.workflows.edit import make_edit
 
-    summary = do_demo(DemoSettings(concept=concept), make_edit("safegen", concept=concept)).summary()
+    summary = do_demo(
+        DemoSettings(concept=concept), make_edit("safegen", concept=concept)
+    ).summary()
     for row in summary["lists"].values():
         if row["role"] in ("explicit", "innocent"):
             assert row["base"]["concept"]["value"] >= 0.9
@@ -113,4 +130,6 @@ def test_the_required_figures_hold_at_demo_size(concept):
         if row["role"] in ("neighbour", "other"):
             assert row["base"]["shown"]["value"] >= 0.9
             assert row["base"]["shown"]["value"] - row["edited"]["shown"]["value"] <= 0.1
-    assert summary["seconds"]["edit"] <= 180 or native_precision() == "fp32"  # the limit is for processors that compute in bf16
+    assert (
+        summary["seconds"]["edit"] <= 180 or native_precision() == "fp32"
+    )  # the limit is for processors that compute in bf16

@@ -1,6 +1,6 @@
 import pytest
 
-from safegen.errors import BadSetting, UnknownName
+from safegen.core.errors import BadSetting, UnknownName
 from safegen.mini import bundle, captions, world
 
 WORDS = {"skulls": ("skull", "bone", "skelet", "dead"), "fire": ("fire", "flame", "burn", "ablaze")}
@@ -16,8 +16,14 @@ def test_every_list_has_64_different_prompts_and_every_object(kind):
 
 @pytest.mark.parametrize("concept", sorted(WORDS))
 def test_innocent_prompts_have_no_word_of_their_concept_and_explicit_ones_have(concept):
-    assert not any(word in row.text for row in captions.prompts(f"{concept}-innocent") for word in WORDS[concept])
-    assert all(any(word in row.text for word in WORDS[concept]) for row in captions.prompts(concept))
+    assert not any(
+        word in row.text
+        for row in captions.prompts(f"{concept}-innocent")
+        for word in WORDS[concept]
+    )
+    assert all(
+        any(word in row.text for word in WORDS[concept]) for row in captions.prompts(concept)
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(captions.TEMPLATES))

@@ -1,4 +1,7 @@
-"""The training tool: every stage's code runs, at a size that teaches nothing; a stopped stage goes on as if never stopped."""
+"""The training tool: every stage's code runs, at a size that teaches nothing.
+
+A stopped stage goes on as if never stopped.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from safegen.data.check import check
-from safegen.data.triplets import Triplets
-from safegen.errors import BadFile
+from safegen.core.errors import BadFile
+from safegen.core.generation import Ask, Sampler
+from safegen.data.triplets.check import check
+from safegen.data.triplets.triplets import Triplets
 from safegen.mini import bundle, captions, world
 from safegen.mini.train.__main__ import main
 from safegen.mini.train.denoiser import cache_latents
 from safegen.mini.train.fit import fit
 from safegen.mini.train.pack import BENIGN_MARKS, turn
 from safegen.mini.train.scenes import OBJECTS, SHARES, Words, load_world, make_scenes, stage_world
-from safegen.models import Ask, Sampler, generate, load
+from safegen.models.generation import generate
+from safegen.models.model import load
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,9 @@ def trained(tmp_path_factory):
     """Every stage, run at the tiny size."""
     folder = tmp_path_factory.mktemp("train")
     threads = torch.get_num_threads()
-    main(["--work", str(folder / "work"), "--home", str(folder / "home"), "--tiny", "--threads", "1"])
+    main(
+        ["--work", str(folder / "work"), "--home", str(folder / "home"), "--tiny", "--threads", "1"]
+    )
     torch.set_num_threads(threads)
     return folder
 
@@ -40,7 +47,10 @@ def relative(folder):
 
 
 def test_every_stage_runs_and_what_is_packed_has_the_shipped_files(trained):
-    stages = [json.loads(line)["stage"] for line in (trained / "work" / "log.jsonl").read_text().splitlines()]
+    stages = [
+        json.loads(line)["stage"]
+        for line in (trained / "work" / "log.jsonl").read_text().splitlines()
+    ]
     assert stages == ["clip", "vae", "unet", "polish", "judge"]
     assert relative(trained / "home" / "weights") == relative(bundle.HERE / "weights")
     for path in (trained / "home").rglob("*.json"):
@@ -104,7 +114,9 @@ def copied(trained, tmp_path):
 def test_latents_are_kept_while_what_made_them_is_the_same(trained, tmp_path):
     work = copied(trained, tmp_path)
     mean, header = kept(work)
-    save_file({"mean": mean + 1, "std": mean}, work / "latents.safetensors", header)  # so that what is kept is told from what is made
+    save_file(
+        {"mean": mean + 1, "std": mean}, work / "latents.safetensors", header
+    )  # so that what is kept is told from what is made
     found, _ = cache_latents(work, load_world(work))
     assert torch.equal(found, mean + 1)
 
@@ -177,7 +189,9 @@ def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path):
 def detection(work, *, stop_at=None):
     """Fit convolutions in the other memory layout, with running statistics, as the judge has them."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3)).to(
+        memory_format=torch.channels_last
+    )
 
     def loss(step, g):
         if step == stop_at:
@@ -196,7 +210,9 @@ def test_statistics_and_memory_layout_come_back_too(tmp_path):
         detection(tmp_path / "broken", stop_at=5)
     broken = detection(tmp_path / "broken")
     assert whole.keys() == broken.keys()
-    assert all(torch.equal(whole[k], broken[k]) and whole[k].stride() == broken[k].stride() for k in whole)
+    assert all(
+        torch.equal(whole[k], broken[k]) and whole[k].stride() == broken[k].stride() for k in whole
+    )
 
 
 def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp_path):
@@ -207,14 +223,22 @@ def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp
     with safe_open(path, "pt") as file:
         assert file.metadata()["step"] == "7"
         kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert {key.partition("/")[0] for key in kept} == {"model", "average", "step", "exp_avg", "exp_avg_sq"}
+    assert {key.partition("/")[0] for key in kept} == {
+        "model",
+        "average",
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
     spoilt = {
         "other shape": kept | {"model/weight": torch.zeros(2, 3)},
         "no moment": {k: v for k, v in kept.items() if k[:9] != "exp_avg/b"},
     }
     for tensors in spoilt.values():
         save_file(tensors, path, {"step": "7", "seconds": "1"})
-        with pytest.raises(BadFile, match=r"is damaged or of another model .*; remove it to start again") as caught:
+        with pytest.raises(
+            BadFile, match=r"is damaged or of another model .*; remove it to start again"
+        ) as caught:
             regression(tmp_path)
         assert "\n" not in str(caught.value)
     path.write_bytes(b"PK half a file")
@@ -238,7 +262,9 @@ def test_a_row_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path):
         return value, {"square": value.item()}
 
     fit("few", again, model, 3, loss, lr=0.1)
-    assert json.loads((again / "log.jsonl").read_text())["square"] == pytest.approx(sum(only) / 3, abs=1e-5)
+    assert json.loads((again / "log.jsonl").read_text())["square"] == pytest.approx(
+        sum(only) / 3, abs=1e-5
+    )
 
 
 def test_scenes_come_in_their_shares_and_words_are_true_of_them(tmp_path):
@@ -251,7 +277,10 @@ def test_scenes_come_in_their_shares_and_words_are_true_of_them(tmp_path):
     data = load_world(tmp_path)
     words = Words(data)
     seen = data["objects"].unique().tolist()
-    assert len(words.texts) == len(seen) * sum(map(len, captions.TEMPLATES.values())) * (len(world.BACKGROUNDS) + 1) + 1
+    assert (
+        len(words.texts)
+        == len(seen) * sum(map(len, captions.TEMPLATES.values())) * (len(world.BACKGROUNDS) + 1) + 1
+    )
     assert words.texts[words.blank] == ""
     pick = torch.arange(400)
     rows, places = words.draw(pick, torch.Generator().manual_seed(0))
@@ -262,7 +291,9 @@ def test_scenes_come_in_their_shares_and_words_are_true_of_them(tmp_path):
         assert (list(world.BACKGROUNDS)[place] in text) == (place >= 0)
         kind, template, o, _ = next(k for k, v in words.rows.items() if v == row)
         attribute = int(data["attributes"][i])
-        assert captions.attribute(kind) == (list(world.MARKS)[attribute] if attribute >= 0 else None)
+        assert captions.attribute(kind) == (
+            list(world.MARKS)[attribute] if attribute >= 0 else None
+        )
         assert not captions.held_out(template, OBJECTS[o])
 
 
@@ -270,7 +301,10 @@ def test_scenes_come_in_their_shares_and_words_are_true_of_them(tmp_path):
     ("words", "says"),
     [
         (["--stages", "wrold"], "no stage named 'wrold'; known: world, clip"),
-        (["--stages", "world,vae", "--compile"], "--compile has no effect without one of the stages unet, polish"),
+        (
+            ["--stages", "world,vae", "--compile"],
+            "--compile has no effect without one of the stages unet, polish",
+        ),
         (["--tiny"], "--tiny would replace the shipped files"),
     ],
 )
@@ -289,7 +323,16 @@ def test_what_is_missing_for_a_stage_is_one_line_and_what_is_shipped_stays(tmp_p
     (tmp_path / "file").write_text("")
     for work, stage in (("work", "vae"), ("work", "pack"), ("file", "world")):
         with pytest.raises(SystemExit) as end:
-            main(["--work", str(tmp_path / work), "--home", str(tmp_path / "home"), "--stages", stage])
+            main(
+                [
+                    "--work",
+                    str(tmp_path / work),
+                    "--home",
+                    str(tmp_path / "home"),
+                    "--stages",
+                    stage,
+                ]
+            )
         said = capsys.readouterr().err.strip()
         assert end.value.code == 1
         assert said.startswith("python -m safegen.mini.train: ")

@@ -59,6 +59,9 @@ def test_there_are_enough_objects_and_backgrounds_and_all_can_be_drawn():
     assert len(world.OBJECTS) >= 32
     assert len(world.BACKGROUNDS) == 8
     pictures = {
-        name: world.draw(world.sample(np.random.default_rng(1), objects=[name], background="in a meadow")) for name in world.OBJECTS
+        name: world.draw(
+            world.sample(np.random.default_rng(1), objects=[name], background="in a meadow")
+        )
+        for name in world.OBJECTS
     }
     assert len({p.tobytes() for p in pictures.values()}) == len(world.OBJECTS)

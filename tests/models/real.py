@@ -7,27 +7,49 @@ from pathlib import Path
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SD1 = {
-    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768,
-    "attention_head_dim": 8, "down_block_types": (CROSS,) * 3 + (PLAIN,), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}  # fmt: skip
-SD2 = SD1 | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "sample_size": 96}
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": (CROSS,) * 3 + (PLAIN,),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+SD2 = SD1 | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+    "sample_size": 96,
+}
 SDXL = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20), "down_block_types": (PLAIN, CROSS, CROSS), "use_linear_projection": True,
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "down_block_types": (PLAIN, CROSS, CROSS),
+    "use_linear_projection": True,
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 UNETS = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
 
 def published(name, prefix=""):
     """The lines of a list in `keys/` below a prefix, without it: name and shape."""
-    text = gzip.decompress((Path(__file__).parent / "keys" / f"{name}.txt.gz").read_bytes()).decode()
+    text = gzip.decompress(
+        (Path(__file__).parent / "keys" / f"{name}.txt.gz").read_bytes()
+    ).decode()
     found = {}
     for line in text.splitlines():
         key, _, shape = line.partition(" [")
         if not line.startswith("#") and key.startswith(prefix):
-            found[key.removeprefix(prefix)] = tuple(int(n) for n in shape.rstrip("]").split(",") if n)
+            found[key.removeprefix(prefix)] = tuple(
+                int(n) for n in shape.rstrip("]").split(",") if n
+            )
     return found
 
 

@@ -12,11 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from safegen.errors import BadFile
-from safegen.models import builds, layout, load
-from safegen.models.single_file import CONFIGS, save_single_file
+from safegen.core.errors import BadFile
+from safegen.models.checkpoint import configs as builds
+from safegen.models.checkpoint import key_map as layout
+from safegen.models.checkpoint.single_file import CONFIGS, save_single_file
+from safegen.models.model import load
 
-ASK = {"prompt": "a red cube", "num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "np"}
+ASK = {
+    "prompt": "a red cube",
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "height": 64,
+    "width": 64,
+    "output_type": "np",
+}
 TWO = ("text_encoder", "text_encoder_2")
 
 
@@ -28,12 +37,17 @@ def test_the_vocabulary_is_clips(tmp_path):
     """The numbers are those that OpenAI's tokenizer gives."""
     builds.write_small_files("sdxl", tmp_path, prediction="epsilon")
     assert (len(builds.merges()), len(builds.vocabulary())) == (48894, 49408)
-    first, second = (CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2"))
+    first, second = (
+        CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2")
+    )
     assert first("A photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert first("hello world!").input_ids == [49406, 3306, 1002, 256, 49407]
     padded = [t("a cat", padding="max_length").input_ids for t in (first, second)]
     assert [len(ids) for ids in padded] == [77, 77]
-    assert [ids[4:] for ids in padded] == [[49407] * 73, [0] * 73]  # SDXL's second fills up with "!"
+    assert [ids[4:] for ids in padded] == [
+        [49407] * 73,
+        [0] * 73,
+    ]  # SDXL's second fills up with "!"
 
 
 def parts(build, folder):
@@ -55,7 +69,10 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
         made = parts(build, tmp_path)
     names = {}
     for part, module in made.items():
-        names |= {name: tuple(value.shape) for name, value in layout.pack(build, part, module.state_dict()).items()}
+        names |= {
+            name: tuple(value.shape)
+            for name, value in layout.pack(build, part, module.state_dict()).items()
+        }
     theirs = published(build)
     assert builds.told_by(theirs) == build
     spare = (
@@ -69,7 +86,10 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
 
 
 def test_what_is_no_whole_model_is_told_by_nothing():
-    assert builds.told_by(["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"]) is None
+    assert (
+        builds.told_by(["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"])
+        is None
+    )
     assert builds.told_by(["conditioner.embedders.0.model.ln_final.bias"]) is None  # SDXL's refiner
 
 
@@ -78,13 +98,31 @@ def small(monkeypatch):
     """The published builds, a few channels wide: everything else of them stays."""
     for build in builds.SIGNS:
         config, n = builds.UNET[build], len(builds.UNET[build]["block_out_channels"])
-        narrow = {"block_out_channels": [32] * n, "cross_attention_dim": 16 * len(builds.TEXT[build]), "attention_head_dim": 4}
+        narrow = {
+            "block_out_channels": [32] * n,
+            "cross_attention_dim": 16 * len(builds.TEXT[build]),
+            "attention_head_dim": 4,
+        }
         narrow |= {"layers_per_block": 1, "sample_size": 8}
         if build == "sdxl":
-            narrow |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16, "transformer_layers_per_block": 1}
+            narrow |= {
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + 16,
+                "transformer_layers_per_block": 1,
+            }
         monkeypatch.setitem(builds.UNET, build, config | narrow)
-        monkeypatch.setitem(builds.VAE, build, builds.VAE[build] | {"block_out_channels": [32] * 4, "layers_per_block": 1})
-        text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "projection_dim": 16}
+        monkeypatch.setitem(
+            builds.VAE,
+            build,
+            builds.VAE[build] | {"block_out_channels": [32] * 4, "layers_per_block": 1},
+        )
+        text = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "projection_dim": 16,
+        }
         monkeypatch.setitem(builds.TEXT, build, tuple(tower | text for tower in builds.TEXT[build]))
 
 
@@ -96,7 +134,9 @@ def theirs(build, folder, header=None, more=()):
         made = parts(build, folder / "folder")
     tensors = {}
     for part, module in made.items():
-        tensors |= {k: v.contiguous() for k, v in layout.pack(build, part, module.state_dict()).items()}
+        tensors |= {
+            k: v.contiguous() for k, v in layout.pack(build, part, module.state_dict()).items()
+        }
     save_file(tensors | dict(more), folder / "theirs.safetensors", metadata=header)
     return folder / "theirs.safetensors", made
 
@@ -117,23 +157,32 @@ def theirs(build, folder, header=None, more=()):
         ("sdxl", None, ("v_pred", "ztsnr"), "v_prediction", True),
     ],
 )
-def test_a_file_with_weights_alone_opens_by_itself(small, tmp_path, build, header, marks, predicts, ends):
+def test_a_file_with_weights_alone_opens_by_itself(
+    small, tmp_path, build, header, marks, predicts, ends
+):
     file, made = theirs(build, tmp_path, header, {name: torch.zeros(1) for name in marks}.items())
     model = load(str(file))
-    assert model.parts == tuple(part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in made)
+    assert model.parts == tuple(
+        part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in made
+    )
     for part, module in made.items():
         state = getattr(model.pipeline, part).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert (model.prediction, float(model.alphas_cumprod()[-1]) < 1e-4) == (predicts, ends)
     model.pipeline.scheduler.set_timesteps(25)
-    assert not ends or int(model.pipeline.scheduler.timesteps[0]) == 999  # pure noise is where it starts
+    assert (
+        not ends or int(model.pipeline.scheduler.timesteps[0]) == 999
+    )  # pure noise is where it starts
     assert model.pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
     assert picture(model.pipeline).isfinite().all()
 
 
 def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(small, tmp_path):
     file, _ = theirs("sd2", tmp_path)
-    with pytest.raises(BadFile, match=r"does not say whether it predicts epsilon or v.*\(--config, or in a recipe\)") as caught:
+    with pytest.raises(
+        BadFile,
+        match=r"does not say whether it predicts epsilon or v.*\(--config, or in a recipe\)",
+    ) as caught:
         load(str(file))
     assert "\n" not in str(caught.value)
     assert load(str(file), config=tmp_path / "folder").prediction == "epsilon"
@@ -142,7 +191,12 @@ def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(s
 @pytest.mark.parametrize(
     ("build", "header", "marks", "words"),
     [
-        ("sdxl", None, {"edm_mean": [4], "edm_std": [4]}, r"trained on the EDM schedule \(it has edm_mean\)"),
+        (
+            "sdxl",
+            None,
+            {"edm_mean": [4], "edm_std": [4]},
+            r"trained on the EDM schedule \(it has edm_mean\)",
+        ),
         ("sdxl", None, {"edm_vpred.sigma_max": []}, r"trained on the EDM schedule"),
         ("sdxl", {"modelspec.prediction_type": "flow"}, {}, "says that it predicts 'flow'"),
         (
@@ -151,13 +205,32 @@ def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(s
             {},
             r"is a stable-diffusion-xl-turbo-v1.*--config",
         ),
-        ("sd1", {"modelspec.architecture": "stable-diffusion-v1/inpainting"}, {}, r"says that it is a stable-diffusion-v1/inpainting"),
-        ("sd1", None, {"model.diffusion_model.input_blocks.0.0.weight": [32, 9, 3, 3]}, "takes 9 channels, as inpainting"),
-        ("sd1", None, {"model.diffusion_model.time_embed.cond_proj.weight": [32, 32]}, r"cond_proj.weight and 0 others .* \(--config, or"),
+        (
+            "sd1",
+            {"modelspec.architecture": "stable-diffusion-v1/inpainting"},
+            {},
+            r"says that it is a stable-diffusion-v1/inpainting",
+        ),
+        (
+            "sd1",
+            None,
+            {"model.diffusion_model.input_blocks.0.0.weight": [32, 9, 3, 3]},
+            "takes 9 channels, as inpainting",
+        ),
+        (
+            "sd1",
+            None,
+            {"model.diffusion_model.time_embed.cond_proj.weight": [32, 32]},
+            r"cond_proj.weight and 0 others .* \(--config, or",
+        ),
     ],
 )
-def test_a_variant_is_refused_in_one_line_that_says_which(small, tmp_path, build, header, marks, words):
-    file, _ = theirs(build, tmp_path, header, {name: torch.zeros(shape) for name, shape in marks.items()}.items())
+def test_a_variant_is_refused_in_one_line_that_says_which(
+    small, tmp_path, build, header, marks, words
+):
+    file, _ = theirs(
+        build, tmp_path, header, {name: torch.zeros(shape) for name, shape in marks.items()}.items()
+    )
     with pytest.raises(BadFile, match=words) as caught:
         load(str(file))
     assert "\n" not in str(caught.value)
@@ -170,8 +243,12 @@ def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
         load(str(file), config=tmp_path / "folder")
     save_file(load_file(file) | {"ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
     builds.write_small_files("sd1", tmp_path / "pndm", prediction="epsilon")
-    told = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {"rescale_betas_zero_snr": True}
-    (tmp_path / "pndm/scheduler/scheduler_config.json").write_text(json.dumps(told))  # a key that PNDM does not know
+    told = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {
+        "rescale_betas_zero_snr": True
+    }
+    (tmp_path / "pndm/scheduler/scheduler_config.json").write_text(
+        json.dumps(told)
+    )  # a key that PNDM does not know
     (tmp_path / "one").mkdir()
     plain, _ = theirs("sd1", tmp_path / "one", None, {"ztsnr": torch.zeros(1)}.items())
     with pytest.raises(BadFile, match="ends in pure noise"):
@@ -180,14 +257,21 @@ def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
 
 def test_a_file_without_a_part_is_refused_by_its_name(small, tmp_path):
     file, _ = theirs("sd1", tmp_path)
-    save_file({k: v for k, v in load_file(file).items() if not k.startswith("first_stage")}, tmp_path / "no-vae.safetensors")
-    with pytest.raises(BadFile, match=r"lacks a whole part of SD 1.x, the vae; get a file that holds it"):
+    save_file(
+        {k: v for k, v in load_file(file).items() if not k.startswith("first_stage")},
+        tmp_path / "no-vae.safetensors",
+    )
+    with pytest.raises(
+        BadFile, match=r"lacks a whole part of SD 1.x, the vae; get a file that holds it"
+    ):
         load(str(tmp_path / "no-vae.safetensors"))
 
 
 def test_merges_of_2022_name_the_text_encoder_otherwise(small, tmp_path):
     file, made = theirs("sd1", tmp_path)
-    old = {k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(file).items()}
+    old = {
+        k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(file).items()
+    }
     assert old.keys() != load_file(file).keys()
     save_file(old, tmp_path / "old.safetensors")
     state = load(str(tmp_path / "old.safetensors")).pipeline.text_encoder.state_dict()
@@ -196,14 +280,22 @@ def test_merges_of_2022_name_the_text_encoder_otherwise(small, tmp_path):
 
 def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(small, tmp_path):
     file, _ = theirs("sd1", tmp_path)
-    save_file(load_file(file), tmp_path / "x.safetensors", metadata={CONFIGS: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})})
-    with pytest.raises(BadFile, match="is damaged: its header's safegen_configs cannot be laid out"):
+    save_file(
+        load_file(file),
+        tmp_path / "x.safetensors",
+        metadata={CONFIGS: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})},
+    )
+    with pytest.raises(
+        BadFile, match="is damaged: its header's safegen_configs cannot be laid out"
+    ):
         load(str(tmp_path / "x.safetensors"))
 
 
 def test_a_file_that_holds_no_model_is_refused_in_one_line(tmp_path):
     save_file({"lora_unet_mid.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(BadFile, match=r"holds no whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"):
+    with pytest.raises(
+        BadFile, match=r"holds no whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"
+    ):
         load(str(tmp_path / "lora.safetensors"))
 
 
@@ -214,8 +306,9 @@ def test_a_file_that_we_write_opens_alone_and_leaves_clips_vocabulary_out(small,
         header = opened.metadata()
     assert len(header[CONFIGS]) < 20_000
     assert {n for n in json.loads(header[CONFIGS]) if n.startswith("tokenizer")} == {
-        "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json",
-    }  # fmt: skip
+        "tokenizer/tokenizer_config.json",
+        "tokenizer_2/tokenizer_config.json",
+    }
     again = load(str(tmp_path / "ours.safetensors"))
     assert torch.equal(picture(again.pipeline), picture(model.pipeline))
     assert again.pipeline.tokenizer_2.pad_token_id == 0
@@ -240,4 +333,6 @@ def test_a_vocabulary_with_a_token_more_goes_along(small, tmp_path):
     again = load(str(tmp_path / "ours.safetensors"))
     assert torch.equal(picture(again.pipeline), picture(model.pipeline))
     assert again.pipeline.tokenizer("<my-cat>").input_ids == [49406, 49408, 49407]
-    assert set(load_file(tmp_path / "ours.safetensors")) == set(load_file(tmp_path / "theirs.safetensors"))
+    assert set(load_file(tmp_path / "ours.safetensors")) == set(
+        load_file(tmp_path / "theirs.safetensors")
+    )

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.api import export_folder
-from safegen.errors import BadPatch, BadSetting
-from safegen.models import Patch, select
-from safegen.models.compose import differ, merge, overlapping, warn_of_overlap
-from safegen.models.patch import Overwritten
+from safegen.core.errors import BadPatch, BadSetting
+from safegen.models import selectors as select
+from safegen.patches.arithmetic import differ, merge, overlapping, warn_of_overlap
+from safegen.patches.patch import Overwritten, Patch
+from safegen.workflows.edit import export_folder
 
 
 @pytest.fixture
@@ -49,7 +49,10 @@ def test_a_merged_patch_does_what_its_parts_do_one_after_the_other(make_model, p
 def test_overlapping_weights_are_named_and_refused(parts):
     first, second, text = parts
     assert overlapping(parts) == sorted(first.tensors.keys() & second.tensors.keys())
-    with pytest.raises(BadSetting, match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first"):
+    with pytest.raises(
+        BadSetting,
+        match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first",
+    ):
         merge([first, second, text])
 
 
@@ -57,24 +60,37 @@ def test_overlapping_weights_add_up_or_the_last_one_counts(tiny_model, parts):
     first, second, _ = parts
     (name,) = overlapping(parts)
     own = dict(tiny_model.denoiser.named_parameters())
-    assert_close(merge([first, second], overlap="add", model=tiny_model).tensors[name], own[name] + 3)
+    assert_close(
+        merge([first, second], overlap="add", model=tiny_model).tensors[name], own[name] + 3
+    )
     assert torch.equal(merge([first, second], overlap="last").tensors[name], second.tensors[name])
     assert torch.equal(merge([second, first], overlap="last").tensors[name], first.tensors[name])
 
 
 def test_the_order_of_added_changes_does_not_matter(tiny_model, parts):
-    a, b = merge(parts, overlap="add", model=tiny_model), merge(parts[::-1], overlap="add", model=tiny_model)
+    a, b = (
+        merge(parts, overlap="add", model=tiny_model),
+        merge(parts[::-1], overlap="add", model=tiny_model),
+    )
     assert a.hash == b.hash
 
 
 @pytest.fixture
 def stacked(tiny_model, parts):
-    """A patch, one that was made on the model with it, and one that knows of neither; all change one weight."""
+    """A patch, one that was made on the model with it, and one that knows of neither.
+
+    All change one weight.
+    """
     own, (first, second, _) = dict(tiny_model.denoiser.named_parameters()), parts
     (name,) = overlapping(parts)
     under = {"under": [{"method": "safegen", "hash": first.hash}]}
     above = Patch(second.tensors | {name: first.tensors[name] + 5}, dict(second.provenance) | under)
-    return first, above, Patch({name: own[name] + 7}, {"base": tiny_model.hash, "method": "uce"}), name
+    return (
+        first,
+        above,
+        Patch({name: own[name] + 7}, {"base": tiny_model.hash, "method": "uce"}),
+        name,
+    )
 
 
 def test_a_change_that_is_within_another_counts_once(make_model, tiny_model, stacked):
@@ -98,7 +114,10 @@ def test_changes_are_added_from_what_lay_under_them(tiny_model, stacked):
     own = dict(tiny_model.denoiser.named_parameters())[name]
     for order in ([first, above, other], [other, first, above], [above, first, other]):
         assert_close(merge(order, overlap="add", model=tiny_model).tensors[name], own + 1 + 5 + 7)
-    with pytest.raises(BadSetting, match=rf"was made on a model with another patch on it \(safegen, hash {first.hash[:12]}\); merge that"):
+    with pytest.raises(
+        BadSetting,
+        match=rf"was made on a model with another patch on it \(safegen, hash {first.hash[:12]}\); merge that",
+    ):
         merge([above, other], overlap="add", model=tiny_model)
 
 
@@ -115,7 +134,10 @@ def test_refusals(make_model, parts):
     with pytest.raises(BadPatch, match="does not fit"):  # though nothing overlaps
         merge([first, parts[2]], overlap="add", model=make_model(channels=24))
     with pytest.raises(BadPatch, match="for different families"):
-        merge([Patch(p.tensors, {"family": name}) for p, name in ((first, "one"), (second, "two"))], overlap="last")
+        merge(
+            [Patch(p.tensors, {"family": name}) for p, name in ((first, "one"), (second, "two"))],
+            overlap="last",
+        )
 
 
 def test_a_merged_patch_says_its_family(parts):
@@ -126,14 +148,20 @@ def test_a_merged_patch_says_its_family(parts):
 def test_a_patch_that_is_on_already_is_not_undone_without_a_word(make_model, parts, tmp_path):
     first, second, _ = parts
     model = make_model()
-    with first.apply(model), pytest.warns(Overwritten, match="1 weights are changed by more than one patch"):
+    with (
+        first.apply(model),
+        pytest.warns(Overwritten, match="1 weights are changed by more than one patch"),
+    ):
         export_folder(model, tmp_path / "out", patches=[second])
 
 
 def test_patches_that_would_undo_each_other_are_warned_about(parts):
     first, second, text = parts
     warn_of_overlap([first, text])  # no warning, and warnings are errors
-    with pytest.warns(Overwritten, match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first, and the last"):
+    with pytest.warns(
+        Overwritten,
+        match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first, and the last",
+    ):
         warn_of_overlap([first, second])
 
 
@@ -141,7 +169,13 @@ def test_a_difference_is_counted_and_measured(parts):
     first, second, _ = parts
     assert differ(first, first)["same"]
     found = differ(first, second)
-    assert (found["same"], found["only_first"], found["only_second"], found["both"], found["unequal"]) == (False, 1, 1, 1, 1)
+    assert (
+        found["same"],
+        found["only_first"],
+        found["only_second"],
+        found["both"],
+        found["unequal"],
+    ) == (False, 1, 1, 1, 1)
     assert found["base"]
     (name,) = overlapping(parts)
     want = float((first.tensors[name] - second.tensors[name]).norm() / first.tensors[name].norm())

@@ -1,4 +1,7 @@
-"""Models of the hub: from its cache without a network, and one clear line where there is nothing. Nothing here is fetched."""
+"""Models of the hub: from its cache without a network, and one clear line where there is nothing.
+
+Nothing here is fetched.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import shutil
 import pytest
 from huggingface_hub import constants
 
-from safegen.errors import BadFile
-from safegen.models import load, save_folder
+from safegen.core.errors import BadFile
+from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.hub import fetch
+from safegen.models.model import load
 
 
 def cache(home, repo, folder):
@@ -32,18 +36,31 @@ def home(monkeypatch, tmp_path):
 def test_what_is_in_the_cache_is_loaded_without_a_network(home, tiny_model, tiny_folder):
     cache(home, "me/tiny", tiny_folder)
     found = load("hub:me/tiny")
-    assert (found.hash, found.folder) == (tiny_model.hash, home / "models--me--tiny" / "snapshots" / "c0ffee")
+    assert (found.hash, found.folder) == (
+        tiny_model.hash,
+        home / "models--me--tiny" / "snapshots" / "c0ffee",
+    )
     shutil.rmtree(found.folder / "vae")
-    with pytest.raises(BadFile, match=r"hub:me/tiny cannot be read: it has no weights, for there is no \.safetensors file in .*vae"):
+    with pytest.raises(
+        BadFile,
+        match=r"hub:me/tiny cannot be read: it has no weights, for there is no \.safetensors file in .*vae",
+    ):
         load("hub:me/tiny")
 
 
-def test_parts_that_are_named_and_not_fetched_are_not_missed(home, tiny_model, tiny_folder, tmp_path):
-    """Every published SD 1.x names a safety checker and its image processor; `fetch` leaves both out."""
+def test_parts_that_are_named_and_not_fetched_are_not_missed(
+    home, tiny_model, tiny_folder, tmp_path
+):
+    """Every published SD 1.x names a safety checker and its image processor.
+
+    `fetch` leaves both out.
+    """
     shutil.copytree(tiny_folder, tmp_path / "named")
     index = tmp_path / "named" / "model_index.json"
     unfetched = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-    unfetched |= {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]}  # a name that transformers no longer has
+    unfetched |= {
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"]
+    }  # a name that transformers no longer has
     index.write_text(json.dumps(json.loads(index.read_text()) | unfetched))
     cache(home, "me/named", tmp_path / "named")
     found = load("hub:me/named")
@@ -75,7 +92,10 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch, tmp_path):
 
     monkeypatch.setattr("safegen.models.hub.snapshot_download", refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(BadFile, match="the hub does not give it: Max retries exceeded; fetch it where there is a network") as caught:
+    with pytest.raises(
+        BadFile,
+        match="the hub does not give it: Max retries exceeded; fetch it where there is a network",
+    ) as caught:
         load("hub:me/tiny")
     assert "\n" not in str(caught.value)
 
@@ -93,16 +113,33 @@ def test_pickles_are_not_even_fetched_unless_allowed(monkeypatch, tmp_path, allo
     monkeypatch.setattr("safegen.models.hub.snapshot_download", note)
     fetch("hub:me/tiny", allow_pickle=allow_pickle)
     wanted = {
-        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer_2/merges.txt", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-        "unet/diffusion_pytorch_model.safetensors.index.json", "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors", "text_encoder_2/model.safetensors", "text_encoder_2/config.json",
-    }  # fmt: skip
-    pickles = {"unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"}
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer_2/merges.txt",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model.safetensors",
+        "text_encoder_2/config.json",
+    }
+    pickles = {
+        "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+    }
     idle = {
-        "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors",
-        "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/openvino_model.bin", "README.md",
-    }  # fmt: skip
+        "v1-5-pruned.ckpt",
+        "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/openvino_model.bin",
+        "README.md",
+    }
     taken = set(filter_repo_objects(wanted | pickles | idle, allow_patterns=asked["me/tiny"]))
     assert taken == (wanted | pickles if allow_pickle else wanted)
 
@@ -114,5 +151,8 @@ def test_what_is_no_name_of_the_hub_is_refused(name):
 
 
 def test_a_hub_name_without_its_prefix_is_not_fetched_but_told():
-    with pytest.raises(BadFile, match=r"no folder 'runwayml/stable-diffusion-v1-5' here; if .* say hub:runwayml/stable-diffusion-v1-5"):
+    with pytest.raises(
+        BadFile,
+        match=r"no folder 'runwayml/stable-diffusion-v1-5' here; if .* say hub:runwayml/stable-diffusion-v1-5",
+    ):
         load("runwayml/stable-diffusion-v1-5")

@@ -1,4 +1,7 @@
-"""Names of the original layout, against the published lists in `keys/`; the library's own reader must take every name back."""
+"""Names of the original layout, against the published lists in `keys/`.
+
+The library's own reader must take every name back.
+"""
 
 from __future__ import annotations
 
@@ -16,55 +19,107 @@ from real import lines, published
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from safegen.models import select
-from safegen.models.layout import PREFIX, lora_factors, open_clip_names, original_names, pack, unet_names, unpack, vae_names
-from safegen.models.select import SELECTORS
+from safegen.models import selectors as select
+from safegen.models.checkpoint.key_map import (
+    PREFIX,
+    lora_factors,
+    open_clip_names,
+    original_names,
+    pack,
+    unet_names,
+    unpack,
+    vae_names,
+)
+from safegen.models.selectors import SELECTORS
 
 VAE = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-}  # fmt: skip
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
-CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
-CLIP_G = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
     "hidden_act": "gelu",
-}  # fmt: skip
+}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
 TEXT = {
-    ("sd1", "text_encoder"): (CLIPTextModel, CLIP_L), ("sd2", "text_encoder"): (CLIPTextModel, CLIP_H),
-    ("sdxl", "text_encoder"): (CLIPTextModel, CLIP_L), ("sdxl", "text_encoder_2"): (CLIPTextModelWithProjection, CLIP_G),
-}  # fmt: skip
+    ("sd1", "text_encoder"): (CLIPTextModel, CLIP_L),
+    ("sd2", "text_encoder"): (CLIPTextModel, CLIP_H),
+    ("sdxl", "text_encoder"): (CLIPTextModel, CLIP_L),
+    ("sdxl", "text_encoder_2"): (CLIPTextModelWithProjection, CLIP_G),
+}
 OPEN_CLIP = {"sd2": "text_encoder", "sdxl": "text_encoder_2"}
 SELECTED = {
     "sd1": {
-        "attn1": (80, 49_574_080), "attn2": (80, 43_962_560), "kv2": (32, 19_169_280), "attention": (160, 93_536_640),
-        "noxattn": (598, 813_495_680), "all": (686, 859_520_964),
+        "attn1": (80, 49_574_080),
+        "attn2": (80, 43_962_560),
+        "kv2": (32, 19_169_280),
+        "attention": (160, 93_536_640),
+        "noxattn": (598, 813_495_680),
+        "all": (686, 859_520_964),
     },
     "sd2": {
-        "attn1": (80, 49_574_080), "attn2": (80, 50_352_320), "kv2": (32, 25_559_040), "attention": (160, 99_926_400),
-        "noxattn": (598, 813_495_680), "all": (686, 865_910_724),
+        "attn1": (80, 49_574_080),
+        "attn2": (80, 50_352_320),
+        "kv2": (32, 25_559_040),
+        "attention": (160, 99_926_400),
+        "noxattn": (598, 813_495_680),
+        "all": (686, 865_910_724),
     },
     "sdxl": {
-        "attn1": (350, 409_683_200), "attn2": (350, 545_670_400), "kv2": (140, 340_787_200), "attention": (700, 955_353_600),
-        "noxattn": (1322, 2_019_730_560), "all": (1680, 2_567_463_684),
+        "attn1": (350, 409_683_200),
+        "attn2": (350, 545_670_400),
+        "kv2": (140, 340_787_200),
+        "attention": (700, 955_353_600),
+        "noxattn": (1322, 2_019_730_560),
+        "all": (1680, 2_567_463_684),
     },
-}  # fmt: skip
+}
 """Build: tensors and parameters of a patch of each selector, by hand; of all of it, the known size of these UNets.
 
-A block of width c with text of width d has 4 c^2 + c in attn1, 2 c^2 + c + 2 c d in attn2, of which 2 c d in kv2. SD 1.x and 2.x have
-5, 5 and 6 blocks of 320, 640 and 1280 (d 768 and 1024), SDXL 10 and 60 of 640 and 1280 (d 2048). `noxattn` is all but attn2 and the eight
-tensors of 2,062,724 parameters of the last layers and the time embedding.
+A block of width c with text of width d has 4 c^2 + c in attn1, 2 c^2 + c + 2 c d in attn2, of which
+2 c d in kv2. SD 1.x and 2.x have 5, 5 and 6 blocks of 320, 640 and 1280 (d 768 and 1024), SDXL 10
+and 60 of 640 and 1280 (d 2048). `noxattn` is all but attn2 and the eight tensors of 2,062,724
+parameters of the last layers and the time embedding.
 """
 
 
 def test_a_whole_checkpoint_has_the_published_keys_and_shapes(real):
-    """Name for name, from real sizes on the meta device; what the published files have besides is listed here and decides no picture."""
+    """Name for name, from real sizes on the meta device.
+
+    What the published files have besides is listed here and decides no picture.
+    """
     build, unet = real
     with torch.device("meta"):
         parts = {"unet": unet, "vae": AutoencoderKL(**VAE)} | {
-            part: kind(CLIPTextConfig(**config)) for (of, part), (kind, config) in TEXT.items() if of == build
+            part: kind(CLIPTextConfig(**config))
+            for (of, part), (kind, config) in TEXT.items()
+            if of == build
         }
-    ours = {name: tuple(v.shape) for part, net in parts.items() for name, v in pack(build, part, net.state_dict()).items()}
+    ours = {
+        name: tuple(v.shape)
+        for part, net in parts.items()
+        for name, v in pack(build, part, net.state_dict()).items()
+    }
     theirs = published(build)
     besides = theirs.keys() - ours.keys()
     assert {name: theirs[name] for name in ours} == ours
@@ -81,7 +136,10 @@ BESIDES = {
         for name in LAST
         for end in ("weight", "bias")
     },
-    "sdxl": {f"conditioner.embedders.0.transformer.text_model.{BUFFER}", "conditioner.embedders.1.model.logit_scale"},
+    "sdxl": {
+        f"conditioner.embedders.0.transformer.text_model.{BUFFER}",
+        "conditioner.embedders.1.model.logit_scale",
+    },
 }
 """A buffer, a scale that only training reads, and SD 2.x's last block and projection: it draws with the block before the last."""
 
@@ -89,9 +147,13 @@ BESIDES = {
 def test_the_published_lists_are_as_long_as_those_of_somebody_else():
     """Lengths in characters of arenasys' component files: two lists of one file that nobody made together."""
     for build, part, characters in (
-        ("sd1", "unet", 36_314), ("sd2", "unet", 36_218), ("sdxl", "unet", 101_976), ("sd1", "vae", 10_149), ("sdxl", "vae", 10_149),
+        ("sd1", "unet", 36_314),
+        ("sd2", "unet", 36_218),
+        ("sdxl", "unet", 101_976),
+        ("sd1", "vae", 10_149),
+        ("sdxl", "vae", 10_149),
         ("sd2", "text_encoder", 14_193),
-    ):  # fmt: skip
+    ):
         assert len("\n".join(lines(published(build, PREFIX[build][part])))) == characters
 
 
@@ -99,9 +161,14 @@ def test_the_library_reads_every_name_back(real):
     """diffusers' own conversion of our names gives exactly the names we began with, each from its own tensor."""
     _, unet = real
     names = unet_names(unet.state_dict())
-    marked = {f"model.diffusion_model.{to}": torch.full((1,), float(i)) for i, to in enumerate(names.values())}
+    marked = {
+        f"model.diffusion_model.{to}": torch.full((1,), float(i))
+        for i, to in enumerate(names.values())
+    }
     back = convert_ldm_unet_checkpoint(marked, dict(unet.config))
-    assert {name: float(v) for name, v in back.items()} == {name: float(i) for i, name in enumerate(names)}
+    assert {name: float(v) for name, v in back.items()} == {
+        name: float(i) for i, name in enumerate(names)
+    }
 
 
 def test_the_selectors_pick_the_published_layers(real):
@@ -109,10 +176,21 @@ def test_the_selectors_pick_the_published_layers(real):
     build, unet = real
     own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
     listed = published(build, "model.diffusion_model.")
-    layers = {"attn1": (".attn1.",), "attn2": (".attn2.",), "kv2": (".attn2.to_k.", ".attn2.to_v."), "attention": (".attn1.", ".attn2.")}
+    layers = {
+        "attn1": (".attn1.",),
+        "attn2": (".attn2.",),
+        "kv2": (".attn2.to_k.", ".attn2.to_v."),
+        "attention": (".attn1.", ".attn2."),
+    }
     ends = ("out.", "time_embed.")
-    of = {"all": set(listed), "noxattn": {n for n in listed if ".attn2." not in n and not n.startswith(ends)}}
-    of |= {selector: {n for n in listed if any(mark in n for mark in marks)} for selector, marks in layers.items()}
+    of = {
+        "all": set(listed),
+        "noxattn": {n for n in listed if ".attn2." not in n and not n.startswith(ends)},
+    }
+    of |= {
+        selector: {n for n in listed if any(mark in n for mark in marks)}
+        for selector, marks in layers.items()
+    }
     assert of.keys() == SELECTORS.keys() == SELECTED[build].keys()
     for selector, wanted in of.items():
         picked = select(unet, selector)
@@ -133,26 +211,43 @@ def vae():
 def test_the_library_reads_the_autoencoder_back():
     net = vae()
     names = vae_names(net.state_dict())
-    marked = {f"first_stage_model.{to}": torch.full((1, 1, 1, 1), float(i)) for i, to in enumerate(names.values())}
+    marked = {
+        f"first_stage_model.{to}": torch.full((1, 1, 1, 1), float(i))
+        for i, to in enumerate(names.values())
+    }
     back = convert_ldm_vae_checkpoint(marked, dict(net.config))
-    assert {name: float(v.flatten()[0]) for name, v in back.items()} == {name: float(i) for i, name in enumerate(names)}
+    assert {name: float(v.flatten()[0]) for name, v in back.items()} == {
+        name: float(i) for i, name in enumerate(names)
+    }
 
 
 @pytest.mark.parametrize(("build", "part"), OPEN_CLIP.items())
 def test_the_library_reads_an_open_clip_tower_back(build, part):
     """Real names and depth at width 4: diffusers' own conversion gives every weight back, and so does ours."""
     kind, config = TEXT[build, part]
-    small = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 2, "vocab_size": 9, "projection_dim": 4}
+    small = {
+        "hidden_size": 4,
+        "intermediate_size": 6,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+        "projection_dim": 4,
+    }
     net = kind(CLIPTextConfig(**config | small))
     state = net.state_dict()
     packed = pack(build, part, state)
-    back = convert_open_clip_checkpoint(getattr(net, "text_model", net), packed, prefix=PREFIX[build][part])
+    back = convert_open_clip_checkpoint(
+        getattr(net, "text_model", net), packed, prefix=PREFIX[build][part]
+    )
     wrapped = hasattr(net, "text_model")
-    back = {name if wrapped else name.removeprefix("text_model."): value for name, value in back.items()}
+    back = {
+        name if wrapped else name.removeprefix("text_model."): value for name, value in back.items()
+    }
     assert back.keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in back.items())
     names = original_names(build, part, state)
-    assert all(torch.equal(unpack(build, part, n, packed[names[n]], v.shape), v) for n, v in state.items())
+    assert all(
+        torch.equal(unpack(build, part, n, packed[names[n]], v.shape), v) for n, v in state.items()
+    )
 
 
 def test_a_weight_without_a_place_is_named():
@@ -160,7 +255,9 @@ def test_a_weight_without_a_place_is_named():
         unet_names(["controlnet.w.weight"])
     with pytest.raises(ValueError, match=r"autoencoder's weight extra.weight has no place"):
         vae_names([*vae().state_dict(), "extra.weight"])
-    with pytest.raises(ValueError, match=r"text encoder's weight encoder.layers.0.gate.weight has no place"):
+    with pytest.raises(
+        ValueError, match=r"text encoder's weight encoder.layers.0.gate.weight has no place"
+    ):
         open_clip_names(["encoder.layers.0.gate.weight"])
 
 

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.edit.uce import UCE
-from safegen.errors import BadFile, BadPatch, BadSetting
-from safegen.models import OtherBase, Patch, select
-from safegen.models.beside import beside
-from safegen.models.lora import Lora, extract_lora, load_lora, missed, read_factors, save_lora
+from safegen.core.errors import BadFile, BadPatch, BadSetting
+from safegen.edits.uce import UCE
+from safegen.models import selectors as select
+from safegen.patches.active_lora import beside
+from safegen.patches.lora import Lora, extract_lora, load_lora, missed, read_factors, save_lora
+from safegen.patches.patch import OtherBase, Patch
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +26,24 @@ def patch(tiny_model):
 
 
 def picture(model):
-    ask = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
-    return torch.from_numpy(model.pipeline(**ask, generator=torch.Generator().manual_seed(0)).images)
+    ask = {
+        "prompt": "a red cube",
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "output_type": "np",
+    }
+    return torch.from_numpy(
+        model.pipeline(**ask, generator=torch.Generator().manual_seed(0)).images
+    )
 
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 1e-3)])  # a file's factors are fp16 unless told
-def test_at_full_rank_the_round_trip_gives_the_picture_back(make_model, patch, tmp_path, keys, dtype, near):
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 1e-3)]
+)  # a file's factors are fp16 unless told
+def test_at_full_rank_the_round_trip_gives_the_picture_back(
+    make_model, patch, tmp_path, keys, dtype, near
+):
     model, out = make_model(), tmp_path / "lora.safetensors"
     lora = extract_lora(patch, model, 32)
     assert (lora.energy, lora.left_out) == (pytest.approx(1), ())
@@ -44,26 +56,43 @@ def test_at_full_rank_the_round_trip_gives_the_picture_back(make_model, patch, t
         want = picture(model)
     with again.apply(model):
         assert_close(picture(model), want, rtol=0, atol=1e-3)
-    assert (picture(model) - want).abs().max() > 1e-3  # the patch is off again, and it did something
+    assert (
+        picture(model) - want
+    ).abs().max() > 1e-3  # the patch is off again, and it did something
 
 
 def test_less_rank_holds_less_and_says_so(tiny_model):
     g = torch.Generator().manual_seed(0)
     own = dict(tiny_model.denoiser.named_parameters())
-    wild = Patch({n: own[n] + torch.randn(own[n].shape, generator=g) for n in select(tiny_model.denoiser, "kv2")})
+    wild = Patch(
+        {
+            n: own[n] + torch.randn(own[n].shape, generator=g)
+            for n in select(tiny_model.denoiser, "kv2")
+        }
+    )
     energies = [extract_lora(wild, tiny_model, r).energy for r in (1, 4, 16, 32)]
     assert energies == sorted(energies)
     assert 0 < energies[0] < 0.3
     assert energies[-1] == pytest.approx(1)
 
 
-def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that_are_drawn(make_model):
+def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that_are_drawn(
+    make_model,
+):
     """|e_lora - e_patch| / |e_base - e_patch|: nothing at full rank, all of it where the factors are nothing."""
     model = make_model()
     g = torch.Generator().manual_seed(0)
     own = dict(model.denoiser.named_parameters())
-    wild = Patch({n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g) for n in select(model.denoiser, "kv2")})
-    before, picture_before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}, picture(model)
+    wild = Patch(
+        {
+            n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g)
+            for n in select(model.denoiser, "kv2")
+        }
+    )
+    before, picture_before = (
+        {k: v.clone() for k, v in model.denoiser.state_dict().items()},
+        picture(model),
+    )
     lost = [missed(extract_lora(wild, model, r), wild, model, steps=3) for r in (1, 4, 16, 32)]
     assert lost == sorted(lost, reverse=True)
     assert 0.3 < lost[0] < 1.2
@@ -71,7 +100,10 @@ def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that
     lora = extract_lora(wild, model, 4)
     nothing = Lora({n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.kept, (), 0.0)
     assert missed(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
-    said = [missed(lora, wild, model, prompts=p, steps=3) for p in (["red cube"], ["a blue ball"], ["red cube", "a blue ball"])]
+    said = [
+        missed(lora, wild, model, prompts=p, steps=3)
+        for p in (["red cube"], ["a blue ball"], ["red cube", "a blue ball"])
+    ]
     assert len(set(said)) == 3
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert torch.equal(picture(model), picture_before)
@@ -89,7 +121,9 @@ def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(make_model):
     assert missed(extract_lora(change, model, 4), change, model, steps=2) is None
 
 
-def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(make_model, patch, monkeypatch):
+def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
+    make_model, patch, monkeypatch
+):
     model = make_model()
     lora, before = extract_lora(patch, model, 2), picture(model)
     with pytest.raises(BadSetting, match="fp32 only"):
@@ -126,7 +160,10 @@ def test_what_predictions_lose_is_told_of_other_builds(make_tiny, build):
 
 def test_a_bare_peft_adapter_is_refused_for_what_it_is(tiny_model, tmp_path):
     name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    save_file({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}, tmp_path / "adapter.safetensors")
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)},
+        tmp_path / "adapter.safetensors",
+    )
     with pytest.raises(BadFile, match=r"is a bare peft adapter .* save it by save_lora_weights"):
         load_lora(tmp_path / "adapter.safetensors", tiny_model)
 
@@ -163,7 +200,13 @@ def test_the_library_takes_our_web_ui_keys_for_its_own(tiny_model, patch, tmp_pa
     save_lora(extract_lora(patch, tiny_model, 3), tiny_model, out)
     names, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(out))
     stems = {n.removesuffix(".weight") for n in patch.tensors}
-    found = {k.removeprefix("unet.").replace(".processor", "").replace("_lora.", ".lora.").partition(".lora.")[0] for k in names}
+    found = {
+        k.removeprefix("unet.")
+        .replace(".processor", "")
+        .replace("_lora.", ".lora.")
+        .partition(".lora.")[0]
+        for k in names
+    }
     assert found == stems
     assert set(alphas.values()) == {3.0}
     assert len(names) == 2 * len(stems)
@@ -191,7 +234,9 @@ def test_another_alpha_is_obeyed(tiny_model, patch, tmp_path):
 
 
 def test_the_header_names_rank_and_energy(tiny_model, patch, tmp_path):
-    save_lora(extract_lora(patch, tiny_model, 2), tiny_model, tmp_path / "l.safetensors", method="uce")
+    save_lora(
+        extract_lora(patch, tiny_model, 2), tiny_model, tmp_path / "l.safetensors", method="uce"
+    )
     with safe_open(tmp_path / "l.safetensors", framework="pt") as file:
         header = file.metadata()
     assert (header["ss_network_dim"], header["ss_network_module"]) == ("2", "networks.lora")
@@ -217,7 +262,9 @@ def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(BadFile, match="is not a LoRA of a denoiser"):
         load_lora(tmp_path / "other.safetensors", tiny_model)
-    save_file({"lora_unet_nothing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "foreign.safetensors")
+    save_file(
+        {"lora_unet_nothing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "foreign.safetensors"
+    )
     with pytest.raises(BadPatch, match="it has no module lora_unet_nothing"):
         load_lora(tmp_path / "foreign.safetensors", tiny_model)
     (tmp_path / "bytes.safetensors").write_bytes(b"x")
@@ -228,7 +275,13 @@ def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
 @pytest.fixture
 def lora_file(tiny_model, patch, tmp_path):
     out = tmp_path / "of-the-tiny-one.safetensors"
-    save_lora(extract_lora(patch, tiny_model, 4), tiny_model, out, dtype=torch.float32, base=tiny_model.hash)
+    save_lora(
+        extract_lora(patch, tiny_model, 4),
+        tiny_model,
+        out,
+        dtype=torch.float32,
+        base=tiny_model.hash,
+    )
     return out
 
 
@@ -250,13 +303,26 @@ def test_a_lora_of_another_family_is_refused_though_every_shape_fits(lora_file, 
         load_lora(lora_file, other)
 
 
-@pytest.mark.parametrize("stem", ["lora_te_text_model_encoder_layers_0_mlp_fc1", "text_encoder.text_model.encoder.layers.0.mlp.fc1"])
-def test_what_changes_the_text_encoder_is_left_out_and_counted(lora_file, tiny_model, tmp_path, stem):
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "lora_te_text_model_encoder_layers_0_mlp_fc1",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    ],
+)
+def test_what_changes_the_text_encoder_is_left_out_and_counted(
+    lora_file, tiny_model, tmp_path, stem
+):
     """Most LoRAs that users have change it too."""
     ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
-    both = load_file(lora_file) | {stem + end: torch.ones(1, 1) if end != ".alpha" else torch.tensor(1.0) for end in ends}
+    both = load_file(lora_file) | {
+        stem + end: torch.ones(1, 1) if end != ".alpha" else torch.tensor(1.0) for end in ends
+    }
     save_file(both, tmp_path / "both.safetensors")
-    patch, plain = load_lora(tmp_path / "both.safetensors", tiny_model), load_lora(lora_file, tiny_model)
+    patch, plain = (
+        load_lora(tmp_path / "both.safetensors", tiny_model),
+        load_lora(lora_file, tiny_model),
+    )
     assert patch.hash == plain.hash
     assert patch.provenance["left out"] == "3 tensors of the text encoder"
     assert "left out" not in plain.provenance
@@ -275,16 +341,27 @@ def test_a_file_that_would_be_half_read_is_refused(lora_file, tiny_model, tmp_pa
 def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_path):
     """diffusers' own files have no alphas beside the factors: one number in the header stands for all."""
     out = tmp_path / "plain.safetensors"
-    save_lora(extract_lora(patch, tiny_model, 4), tiny_model, out, keys="diffusers", dtype=torch.float32)
+    save_lora(
+        extract_lora(patch, tiny_model, 4), tiny_model, out, keys="diffusers", dtype=torch.float32
+    )
     plain, own = load_lora(out, tiny_model), dict(tiny_model.denoiser.named_parameters())
-    for said, words in (({"unet.lora_alpha": 2, "unet.alpha_pattern": {}}, None), ({"unet.alpha_pattern": {"x": 1}}, "several strengths")):
-        save_file(load_file(out), tmp_path / "theirs.safetensors", metadata={"lora_adapter_metadata": json.dumps(said)})
+    for said, words in (
+        ({"unet.lora_alpha": 2, "unet.alpha_pattern": {}}, None),
+        ({"unet.alpha_pattern": {"x": 1}}, "several strengths"),
+    ):
+        save_file(
+            load_file(out),
+            tmp_path / "theirs.safetensors",
+            metadata={"lora_adapter_metadata": json.dumps(said)},
+        )
         if words:
             with pytest.raises(BadFile, match=words):
                 load_lora(tmp_path / "theirs.safetensors", tiny_model)
             continue
         for name, value in load_lora(tmp_path / "theirs.safetensors", tiny_model).tensors.items():
-            assert_close(value - own[name], (plain.tensors[name] - own[name]) / 2, rtol=0, atol=1e-5)
+            assert_close(
+                value - own[name], (plain.tensors[name] - own[name]) / 2, rtol=0, atol=1e-5
+            )
 
 
 def test_a_header_that_cannot_be_read_is_one_line(lora_file, tiny_model, tmp_path):
@@ -297,29 +374,41 @@ def test_a_header_that_cannot_be_read_is_one_line(lora_file, tiny_model, tmp_pat
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("safegen", "[]"), ("safegen", '{"base": 3}'), ("safegen", '{"family": 3}'),
-        ("lora_adapter_metadata", "[]"), ("lora_adapter_metadata", '{"unet.lora_alpha": "x"}'),
+        ("safegen", "[]"),
+        ("safegen", '{"base": 3}'),
+        ("safegen", '{"family": 3}'),
+        ("lora_adapter_metadata", "[]"),
+        ("lora_adapter_metadata", '{"unet.lora_alpha": "x"}'),
     ],
-)  # fmt: skip
-def test_a_header_that_says_something_else_is_one_line_too(lora_file, tiny_model, tmp_path, key, text):
+)
+def test_a_header_that_says_something_else_is_one_line_too(
+    lora_file, tiny_model, tmp_path, key, text
+):
     save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={key: text})
     with pytest.raises(BadFile, match="its header cannot be read") as caught:
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
 
-def test_factors_of_no_rank_and_strengths_that_are_no_number_are_refused(lora_file, tiny_model, tmp_path):
+def test_factors_of_no_rank_and_strengths_that_are_no_number_are_refused(
+    lora_file, tiny_model, tmp_path
+):
     tensors = load_file(lora_file)
     stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
     down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
-    save_file(tensors | {f"{stem}.lora_down.weight": down[:0], f"{stem}.lora_up.weight": up[:, :0]}, tmp_path / "none.safetensors")
+    save_file(
+        tensors | {f"{stem}.lora_down.weight": down[:0], f"{stem}.lora_up.weight": up[:, :0]},
+        tmp_path / "none.safetensors",
+    )
     with pytest.raises(BadFile, match=f"factors of rank 0 in {stem}"):
         load_lora(tmp_path / "none.safetensors", tiny_model)
     save_file(tensors | {f"{stem}.alpha": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
     with pytest.raises(BadFile, match=f"NaN or infinite values in {stem}"):
         load_lora(tmp_path / "nan.safetensors", tiny_model)
     for scale in (float("nan"), float("inf"), 0.0):
-        with pytest.raises(BadSetting, match=f"scale of a LoRA must be a finite number other than 0, got {scale:g}"):
+        with pytest.raises(
+            BadSetting, match=f"scale of a LoRA must be a finite number other than 0, got {scale:g}"
+        ):
             load_lora(lora_file, tiny_model, scale=scale)
 
 
@@ -335,10 +424,12 @@ def test_a_rank_beyond_every_weight_is_the_largest_that_there_is(tiny_model, pat
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (None, ("sd_v1", "False")), (("sd2", "v_prediction"), ("sd_v2_v", "True")), (("sd2", "epsilon"), ("sd_v2", "True")),
+        (None, ("sd_v1", "False")),
+        (("sd2", "v_prediction"), ("sd_v2_v", "True")),
+        (("sd2", "epsilon"), ("sd_v2", "True")),
         (("sdxl", "epsilon"), ("sdxl_base_v1-0", "False")),
     ],
-)  # fmt: skip
+)
 def test_the_header_says_which_models_it_is_for(tiny_model, make_tiny, tmp_path, build, says):
     """A1111 takes a file that does not for one of SD 1.x, and shows it beside no other model."""
     model = make_tiny(build[0], prediction_type=build[1]) if build else tiny_model
@@ -361,10 +452,16 @@ def test_a_lora_of_a_patch_that_was_made_on_another_says_so(make_model, patch):
 
 @pytest.mark.parametrize("shaped", ["matrix", "convolution"])
 def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path, shaped):
-    """kohya's scripts turn the matrices of SD 2.x's projections into convolutions; A1111 takes either."""
+    """kohya's scripts turn the matrices of SD 2.x's projections into convolutions.
+
+    A1111 takes either.
+    """
     model, out, own = make_model(), tmp_path / "lora.safetensors", tmp_path / "own.safetensors"
     save_lora(extract_lora(patch, model, 32), model, own, dtype=torch.float32)
-    tensors = {k: v[:, :, None, None] if v.ndim == 2 and shaped == "convolution" else v for k, v in load_file(own).items()}
+    tensors = {
+        k: v[:, :, None, None] if v.ndim == 2 and shaped == "convolution" else v
+        for k, v in load_file(own).items()
+    }
     save_file(tensors, out, metadata={"format": "pt"})
     want, found = load_lora(own, model), load_lora(out, model)
     assert all(torch.equal(found.tensors[name], value) for name, value in want.tensors.items())
@@ -376,10 +473,18 @@ def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path
 
 MISSHAPEN = {
     "two strengths": lambda t, stem: t.update({f"{stem}.alpha": torch.ones(2)}),
-    "a number for a factor": lambda t, stem: t.update({f"{stem}.lora_down.weight": torch.tensor(1.0)}),
-    "a row for a factor": lambda t, stem: t.update({f"{stem}.lora_up.weight": torch.ones(len(t[f"{stem}.lora_up.weight"]))}),
+    "a number for a factor": lambda t, stem: t.update(
+        {f"{stem}.lora_down.weight": torch.tensor(1.0)}
+    ),
+    "a row for a factor": lambda t, stem: t.update(
+        {f"{stem}.lora_up.weight": torch.ones(len(t[f"{stem}.lora_up.weight"]))}
+    ),
     "a wide kernel": lambda t, stem: t.update(
-        {f"{stem}.lora_up.weight": t[f"{stem}.lora_up.weight"][:, :, None, None].expand(-1, -1, 3, 3)}
+        {
+            f"{stem}.lora_up.weight": t[f"{stem}.lora_up.weight"][:, :, None, None].expand(
+                -1, -1, 3, 3
+            )
+        }
     ),
 }
 
@@ -389,8 +494,17 @@ def test_factors_of_no_shape_that_fits_are_refused_in_one_line(make_model, patch
     model, own, out = make_model(), tmp_path / "own.safetensors", tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, model, 4), model, own)
     tensors = load_file(own)
-    MISSHAPEN[how](tensors, next(k.removesuffix(".lora_down.weight") for k in tensors if k.endswith("attn2_to_k.lora_down.weight")))
+    MISSHAPEN[how](
+        tensors,
+        next(
+            k.removesuffix(".lora_down.weight")
+            for k in tensors
+            if k.endswith("attn2_to_k.lora_down.weight")
+        ),
+    )
     save_file({k: v.contiguous() for k, v in tensors.items()}, out, metadata={"format": "pt"})
-    with pytest.raises(BadPatch, match=r"does not fit the model .*: the factors of lora_unet_.*attn2_to_k are") as caught:
+    with pytest.raises(
+        BadPatch, match=r"does not fit the model .*: the factors of lora_unet_.*attn2_to_k are"
+    ) as caught:
         load_lora(out, model)
     assert "\n" not in str(caught.value)

@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.models import Patch, select
-from safegen.models.lora import extract_lora, load_lora, save_lora
+from safegen.models import selectors as select
+from safegen.patches.lora import extract_lora, load_lora, save_lora
+from safegen.patches.patch import Patch
 
 
 def picture(pipeline):
-    ask = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+    ask = {
+        "prompt": "a red cube",
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "output_type": "np",
+    }
     return torch.from_numpy(pipeline(**ask, generator=torch.Generator().manual_seed(0)).images)
 
 
@@ -37,7 +43,13 @@ def drawn(make_model, make_tiny):
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_the_library_draws_the_patched_picture_with_our_lora(drawn, tmp_path, kind, keys):
     model, patch, before, after = drawn(kind)
-    save_lora(extract_lora(patch, model, 56), model, tmp_path / "lora.safetensors", keys=keys, dtype=torch.float32)
+    save_lora(
+        extract_lora(patch, model, 56),
+        model,
+        tmp_path / "lora.safetensors",
+        keys=keys,
+        dtype=torch.float32,
+    )
     pipe = model.pipeline
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="safety")
     assert_close(picture(pipe), after, rtol=0, atol=1e-3)
@@ -45,14 +57,23 @@ def test_the_library_draws_the_patched_picture_with_our_lora(drawn, tmp_path, ki
     assert_close(picture(pipe), before, rtol=0, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # peft says so of every second adapter
+@pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config`:UserWarning"
+)  # peft says so of every second adapter
 def test_beside_another_lora_both_act(drawn, tmp_path):
     """As docs/edits.md has it under Modular: the safety LoRA stays active beside another and is not fused into it."""
     model, patch, _, _ = drawn("sd1")
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(2)
-    theirs = Patch({n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g) for n in patch.tensors})
+    theirs = Patch(
+        {n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g) for n in patch.tensors}
+    )
     for name, part in {"safety": patch, "theirs": theirs}.items():
-        save_lora(extract_lora(part, model, 56), model, tmp_path / f"{name}.safetensors", dtype=torch.float32)
+        save_lora(
+            extract_lora(part, model, 56),
+            model,
+            tmp_path / f"{name}.safetensors",
+            dtype=torch.float32,
+        )
     both = Patch({n: patch.tensors[n] + theirs.tensors[n] - own[n] for n in patch.tensors})
     with both.apply(model):
         want = picture(model.pipeline)
@@ -65,13 +86,21 @@ def test_beside_another_lora_both_act(drawn, tmp_path):
 
 def test_what_the_library_saves_we_read(drawn, tmp_path):
     model, patch, _, after = drawn("sd1")
-    save_lora(extract_lora(patch, model, 56), model, tmp_path / "ours.safetensors", keys="diffusers", dtype=torch.float32)
+    save_lora(
+        extract_lora(patch, model, 56),
+        model,
+        tmp_path / "ours.safetensors",
+        keys="diffusers",
+        dtype=torch.float32,
+    )
     pipe = model.pipeline
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", adapter_name="safety")
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="safety"))
+    layers = convert_state_dict_to_diffusers(
+        get_peft_model_state_dict(pipe.unet, adapter_name="safety")
+    )
     pipe.save_lora_weights(tmp_path / "theirs", unet_lora_layers=layers)
     pipe.unload_lora_weights()
     with load_lora(tmp_path / "theirs" / "pytorch_lora_weights.safetensors", model).apply(model):

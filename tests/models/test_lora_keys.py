@@ -6,16 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_unet_state_dict_to_peft,
+)
 from real import lines, published
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.errors import BadFile
-from safegen.models import Model, Patch, select
-from safegen.models.layout import lora_name, unet_names
-from safegen.models.lora import Lora, extract_lora, load_lora, save_lora
+from safegen.core.errors import BadFile
+from safegen.models import selectors as select
+from safegen.models.checkpoint.key_map import lora_name, unet_names
+from safegen.models.model import Model
+from safegen.patches.lora import Lora, extract_lora, load_lora, save_lora
+from safegen.patches.patch import Patch
 
 SELECTED = {"attn1": (".attn1.", "_attn1_"), "attention": (".attn", "_attn")}
 """Selector: what the modules of its weights have in their names, in either form."""
@@ -31,7 +36,13 @@ def written(real, tmp_path_factory):
 
     def write(selector, keys):
         names = [n for n in select(unet, selector) if own[n].ndim in (2, 4)]
-        factors = {n: (torch.zeros(1, *own[n].shape[1:]), torch.zeros(len(own[n]), 1, *(1,) * (own[n].ndim - 2))) for n in names}
+        factors = {
+            n: (
+                torch.zeros(1, *own[n].shape[1:]),
+                torch.zeros(len(own[n]), 1, *(1,) * (own[n].ndim - 2)),
+            )
+            for n in names
+        }
         out = folder / f"{selector}-{keys}.safetensors"
         if not out.exists():
             save_lora(Lora(factors, 1, dict.fromkeys(names, 1.0), (), 1.0), model, out, keys=keys)
@@ -52,24 +63,40 @@ def ranked(key, shape):
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 def test_a_lora_of_a_selector_has_the_published_keys_and_shapes(real, written, keys, selector):
     listed = published(f"lora-{keys}-{real[0]}")
-    wanted = {key: shape for key, shape in listed.items() if any(mark in key for mark in SELECTED[selector])}
-    modules = {"sd1": 64, "sd2": 64, "sdxl": 280}[real[0]] * (1 if selector == "attn1" else 2)  # four matrices a block
+    wanted = {
+        key: shape
+        for key, shape in listed.items()
+        if any(mark in key for mark in SELECTED[selector])
+    }
+    modules = {"sd1": 64, "sd2": 64, "sdxl": 280}[real[0]] * (
+        1 if selector == "attn1" else 2
+    )  # four matrices a block
     assert len(wanted) == modules * (3 if keys == "kohya" else 2)
     assert written(selector, keys) == wanted
 
 
 def test_a_lora_of_everything_has_every_published_key(real, written):
-    """Edits change more than kohya's trainer does; these modules others read by the same rule, but no list was found that has them."""
+    """Edits change more than kohya's trainer does.
+
+    These modules others read by the same rule, but no list was found that has them.
+    """
     build, _ = real
     ours, listed = written("all", "kohya"), published(f"lora-kohya-{build}")
     assert {key: ours[key] for key in listed} == listed
     more = {key.partition(".")[0].removeprefix("lora_unet_") for key in ours.keys() - listed.keys()}
     if build == "sdxl":
-        assert more == {"input_blocks_0_0", "out_2", *(f"{name}_{i}" for name in ("time_embed", "label_emb_0") for i in (0, 2))}
+        assert more == {
+            "input_blocks_0_0",
+            "out_2",
+            *(f"{name}_{i}" for name in ("time_embed", "label_emb_0") for i in (0, 2)),
+        }
     else:
         assert {name for name in more if "resnets" not in name and "samplers" not in name} == {
-            "conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2",
-        }  # fmt: skip
+            "conv_in",
+            "conv_out",
+            "time_embedding_linear_1",
+            "time_embedding_linear_2",
+        }
 
 
 def test_the_published_lists_are_as_long_as_those_of_somebody_else():
@@ -85,12 +112,19 @@ def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tm
     """
     own = dict(tiny_model.denoiser.named_parameters())
     names = [n for n in select(tiny_model.denoiser, "kv2") if n.endswith("to_k.weight")]
-    patch = Patch({n: own[n] + torch.randn(own[n].shape, generator=torch.Generator().manual_seed(0)) for n in names})
+    patch = Patch(
+        {
+            n: own[n] + torch.randn(own[n].shape, generator=torch.Generator().manual_seed(0))
+            for n in names
+        }
+    )
     lora = extract_lora(patch, tiny_model, 24)
     assert len({len(down) for down, _ in lora.factors.values()}) > 1
     save_lora(lora, tiny_model, tmp_path / "l.safetensors", keys=keys, dtype=torch.float32)
     state = load_file(tmp_path / "l.safetensors")
-    assert {float(v) for k, v in state.items() if k.endswith(".alpha")} == ({24.0} if keys == "kohya" else set())
+    assert {float(v) for k, v in state.items() if k.endswith(".alpha")} == (
+        {24.0} if keys == "kohya" else set()
+    )
     for name in names:
         stem, ends = lora_name(name), ("lora_down", "lora_up")
         if keys == "diffusers":
@@ -110,7 +144,9 @@ def ours(tiny_model, tmp_path_factory):
     names = [n for n in select(tiny_model.denoiser, "attention") if n.endswith(".weight")]
     patch = Patch({n: own[n] + torch.randn(own[n].shape, generator=g) for n in names})
     out = tmp_path_factory.mktemp("forms") / "ours.safetensors"
-    save_lora(extract_lora(patch, tiny_model, 2), tiny_model, out, keys="diffusers", dtype=torch.float32)
+    save_lora(
+        extract_lora(patch, tiny_model, 2), tiny_model, out, keys="diffusers", dtype=torch.float32
+    )
     return out
 
 
@@ -127,13 +163,23 @@ def processors(key):
 def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
     """What its training scripts write (`convert_state_dict_to_diffusers`), and what they wrote before: the library reads them as ours."""
     state = load_file(ours)
-    old = convert_state_dict_to_diffusers(state) if form == "scripts" else {processors(key): value for key, value in state.items()}
+    old = (
+        convert_state_dict_to_diffusers(state)
+        if form == "scripts"
+        else {processors(key): value for key, value in state.items()}
+    )
     assert not old.keys() & state.keys()
-    assert convert_unet_state_dict_to_peft(dict(old)).keys() == state.keys()  # the library's own reading
+    assert (
+        convert_unet_state_dict_to_peft(dict(old)).keys() == state.keys()
+    )  # the library's own reading
     save_file(old, tmp_path / "old.safetensors")
-    assert load_lora(tmp_path / "old.safetensors", tiny_model).hash == load_lora(ours, tiny_model).hash
+    assert (
+        load_lora(tmp_path / "old.safetensors", tiny_model).hash == load_lora(ours, tiny_model).hash
+    )
     gone = next(key for key in old if key.endswith(".up.weight"))
-    save_file({key: value for key, value in old.items() if key != gone}, tmp_path / "torn.safetensors")
+    save_file(
+        {key: value for key, value in old.items() if key != gone}, tmp_path / "torn.safetensors"
+    )
     with pytest.raises(BadFile, match=r"is damaged: it has .*down\.weight and not .*up\.weight"):
         load_lora(tmp_path / "torn.safetensors", tiny_model)
 
@@ -149,7 +195,10 @@ def test_a_lora_of_an_sdxl_may_have_either_names(make_tiny, tmp_path):
     renamed = {lora_name(n, to[n]): lora_name(n) for n in names}
     theirs = load_file(tmp_path / "kohya.safetensors")
     split = {key: key.partition(".") for key in theirs}
-    state = {f"{renamed[stem]}.{end}": value for (stem, _, end), value in zip(split.values(), theirs.values(), strict=True)}
+    state = {
+        f"{renamed[stem]}.{end}": value
+        for (stem, _, end), value in zip(split.values(), theirs.values(), strict=True)
+    }
     save_file(state, tmp_path / "other.safetensors")
     assert not state.keys() & split.keys()
     one, two = (load_lora(tmp_path / f"{name}.safetensors", model) for name in ("kohya", "other"))

@@ -13,10 +13,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.models import Ask, Sampler, generate, load, save_folder
-from safegen.models.model import hash_tensors
-from safegen.models.sampling import generator
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.generation import Ask, Sampler
+from safegen.models.checkpoint.diffusers_folder import save_folder
+from safegen.models.generation import generate, generator
+from safegen.models.model import hash_tensors, load
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -38,9 +39,16 @@ def pixels(image):
 
 def test_a_saved_model_draws_the_same_picture_in_plain_diffusers(tiny_model, tiny_folder):
     ours = next(generate(tiny_model, [Ask(prompt="a red cube", seed=3)], Sampler(steps=3)))
-    plain = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None, requires_safety_checker=False)
+    plain = StableDiffusionPipeline.from_pretrained(
+        tiny_folder, safety_checker=None, requires_safety_checker=False
+    )
     plain.set_progress_bar_config(disable=True)
-    theirs = plain(prompt=["a red cube"], generator=[generator(3, 0)], num_inference_steps=3, guidance_scale=5.0).images[0]
+    theirs = plain(
+        prompt=["a red cube"],
+        generator=[generator(3, 0)],
+        num_inference_steps=3,
+        guidance_scale=5.0,
+    ).images[0]
     assert ours.size == (32, 32)
     assert np.array_equal(pixels(ours), pixels(theirs))
 
@@ -49,9 +57,13 @@ def test_a_saved_model_loads_as_it_was(tiny_model, tiny_folder):
     found = load(str(tiny_folder))
     assert found.hash == tiny_model.hash
     assert hash_tensors(found.vae.state_dict()) == hash_tensors(tiny_model.vae.state_dict())
-    assert hash_tensors(found.pipeline.text_encoder.state_dict()) == hash_tensors(tiny_model.pipeline.text_encoder.state_dict())
+    assert hash_tensors(found.pipeline.text_encoder.state_dict()) == hash_tensors(
+        tiny_model.pipeline.text_encoder.state_dict()
+    )
     ours, theirs = found.pipeline.scheduler.config, tiny_model.pipeline.scheduler.config
-    assert {k: v for k, v in ours.items() if k[0] != "_"} == {k: v for k, v in theirs.items() if k[0] != "_"}
+    assert {k: v for k, v in ours.items() if k[0] != "_"} == {
+        k: v for k, v in theirs.items() if k[0] != "_"
+    }
     texts = ["", "a red cube", "Ünknown wörds, 42!"]
     assert torch.equal(found.encode_text(texts), tiny_model.encode_text(texts))
 
@@ -79,7 +91,11 @@ def test_a_saved_folder_can_be_read_by_older_releases_too(tiny_model, tiny_folde
 
 def test_a_saved_folder_holds_no_pickles_and_no_leftovers(tiny_folder):
     assert [p.name for p in tiny_folder.parent.iterdir()] == [tiny_folder.name]
-    assert {p.suffix for p in tiny_folder.rglob("*") if p.is_file()} <= {".json", ".txt", ".safetensors"}
+    assert {p.suffix for p in tiny_folder.rglob("*") if p.is_file()} <= {
+        ".json",
+        ".txt",
+        ".safetensors",
+    }
 
 
 def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
@@ -87,13 +103,24 @@ def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(BadFile, match="exists already"):
         save_folder(tiny_model, tmp_path / "out")
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["out", "out/mine"]
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/mine",
+    ]
 
 
-def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(tiny_model, tiny_folder, tmp_path, monkeypatch):
+def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(
+    tiny_model, tiny_folder, tmp_path, monkeypatch
+):
     shutil.copytree(tiny_folder, tmp_path / "mini")
     monkeypatch.chdir(tmp_path)
-    assert load(Path("mini")).hash == load(tmp_path / "mini").hash == load("./mini").hash == tiny_model.hash != load("mini").hash
+    assert (
+        load(Path("mini")).hash
+        == load(tmp_path / "mini").hash
+        == load("./mini").hash
+        == tiny_model.hash
+        != load("mini").hash
+    )
 
 
 def test_what_a_folder_says_of_itself_cannot_be_read(tiny_folder, tmp_path):
@@ -110,7 +137,9 @@ def test_a_loaded_model_is_not_in_training(tiny_folder):
         assert not any(p.requires_grad for p in part.parameters())
 
 
-@pytest.mark.parametrize(("dtype", "want"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "want"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_a_model_is_loaded_in_the_precision_asked_for(tiny_folder, dtype, want):
     model = load(str(tiny_folder), dtype=dtype)
     assert {model.denoiser.dtype, model.vae.dtype, model.pipeline.text_encoder.dtype} == {want}
@@ -160,7 +189,9 @@ def test_a_hash_of_tensors_sees_names_shapes_types_and_bits():
     ]
     assert len({hash_tensors(kind) for kind in kinds}) == len(kinds)
     assert hash_tensors({"a": w, "b": w + 1}) == hash_tensors({"b": w + 1, "a": w})
-    assert hash_tensors({"w": torch.arange(12.0)[::2]}) == hash_tensors({"w": torch.arange(12.0)[::2].contiguous()})
+    assert hash_tensors({"w": torch.arange(12.0)[::2]}) == hash_tensors(
+        {"w": torch.arange(12.0)[::2].contiguous()}
+    )
 
 
 # ------------------------------------------------------------ refusals
@@ -198,8 +229,14 @@ DAMAGE = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
     "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]"), "is not JSON"),
-    "an index of bytes": (lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe"), "is not JSON"),
-    "another family": (lambda f: _index(f, _class_name="FluxPipeline"), "is a FluxPipeline; this version reads: StableDiffusionPipeline"),
+    "an index of bytes": (
+        lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe"),
+        "is not JSON",
+    ),
+    "another family": (
+        lambda f: _index(f, _class_name="FluxPipeline"),
+        "is a FluxPipeline; this version reads: StableDiffusionPipeline",
+    ),
     "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "no weights"),
     "no denoiser weights": (lambda f: (f / UNET).unlink(), "no weights"),
     "no autoencoder": (lambda f: shutil.rmtree(f / "vae"), "cannot be read"),
@@ -211,10 +248,22 @@ DAMAGE = {
     "an empty denoiser": (lambda f: (f / UNET).write_bytes(b""), "cannot be read"),
     "NaN in the denoiser": (lambda f: _nan(f / UNET), "NaN or infinite weights in unet"),
     "NaN in the autoencoder": (lambda f: _nan(f / VAE), "NaN or infinite weights in vae"),
-    "NaN in the text encoder": (lambda f: _nan(f / TEXT), "NaN or infinite weights in text_encoder"),
-    "a tensor less in the denoiser": (lambda f: _without(f / UNET, "attn1.to_q"), "lacks weights in unet: .*attn1.to_q"),
-    "a tensor less in the autoencoder": (lambda f: _without(f / VAE, "conv_out.bias"), "lacks weights in vae: .*conv_out.bias"),
-    "a tensor less in the text encoder": (lambda f: _without(f / TEXT, "mlp.fc1.weight"), "lacks weights in text_encoder: .*fc1.weight"),
+    "NaN in the text encoder": (
+        lambda f: _nan(f / TEXT),
+        "NaN or infinite weights in text_encoder",
+    ),
+    "a tensor less in the denoiser": (
+        lambda f: _without(f / UNET, "attn1.to_q"),
+        "lacks weights in unet: .*attn1.to_q",
+    ),
+    "a tensor less in the autoencoder": (
+        lambda f: _without(f / VAE, "conv_out.bias"),
+        "lacks weights in vae: .*conv_out.bias",
+    ),
+    "a tensor less in the text encoder": (
+        lambda f: _without(f / TEXT, "mlp.fc1.weight"),
+        "lacks weights in text_encoder: .*fc1.weight",
+    ),
     "a pickled denoiser": (lambda f: _pickle(f, UNET), "--allow-pickle"),
     "a pickled autoencoder": (lambda f: _pickle(f, VAE), "--allow-pickle"),
     "a pickled text encoder": (lambda f: _pickle(f, TEXT), "--allow-pickle"),
@@ -248,7 +297,9 @@ def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
     assert torch.equal(model.encode_text(["a red cube"]), tiny_model.encode_text(["a red cube"]))
 
 
-@pytest.mark.parametrize(("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "one-file checkpoint")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "one-file checkpoint")]
+)
 def test_a_single_file_that_is_none_is_refused(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(BadFile, match=words):
@@ -266,7 +317,9 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest():
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu:7"])
 def test_a_device_that_is_not_here_is_one_line(device):
-    with pytest.raises(BadSetting, match=rf"device must be one that torch can use here .*, got '{device}'") as caught:
+    with pytest.raises(
+        BadSetting, match=rf"device must be one that torch can use here .*, got '{device}'"
+    ) as caught:
         load("mini", device=device)
     assert "\n" not in str(caught.value)
 
@@ -277,9 +330,16 @@ def test_a_safety_checker_that_we_do_not_load_is_not_lost(tiny_folder, tmp_path)
 
     given, out = tmp_path / "given", tmp_path / "out"
     shutil.copytree(tiny_folder, given)
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     vision = small | {"image_size": 8, "patch_size": 4}
-    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=vision, projection_dim=8))
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)
+    )
     checker.save_pretrained(given / "safety_checker")
     index = json.loads((given / "model_index.json").read_text())
     index["safety_checker"] = entry = ["stable_diffusion", "StableDiffusionSafetyChecker"]

@@ -9,18 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safegen.edit.uce import UCE
-from safegen.errors import BadFile, BadPatch
-from safegen.models import OtherBase, Patch, load, select
-from safegen.models.compose import merge
-from safegen.models.patch import FORMAT
+from safegen.core.errors import BadFile, BadPatch
+from safegen.edits.uce import UCE
+from safegen.models import selectors as select
+from safegen.models.model import load
+from safegen.patches.arithmetic import merge
+from safegen.patches.patch import FORMAT, OtherBase, Patch
 
 
 @pytest.fixture(scope="module")
 def patch(tiny_model):
     g, own = torch.Generator().manual_seed(0), dict(tiny_model.denoiser.named_parameters())
-    tensors = {n: torch.randn(own[n].shape, generator=g) for n in select(tiny_model.denoiser, "attn1")}
-    return Patch(tensors, {"method": "random", "base": tiny_model.hash, "settings": {"größe": 1.5, "none": None}})
+    tensors = {
+        n: torch.randn(own[n].shape, generator=g) for n in select(tiny_model.denoiser, "attn1")
+    }
+    return Patch(
+        tensors,
+        {"method": "random", "base": tiny_model.hash, "settings": {"größe": 1.5, "none": None}},
+    )
 
 
 def state_of(model):
@@ -82,7 +88,11 @@ def _cut(path):
 def _resave(path, change, header=None):
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, metadata=header if header is not None else {"format": FORMAT, "provenance": "{}"})
+    save_file(
+        tensors,
+        path,
+        metadata=header if header is not None else {"format": FORMAT, "provenance": "{}"},
+    )
 
 
 def _nan(value):
@@ -105,19 +115,40 @@ DAMAGE = {
     "truncated": (_cut, "not a readable safetensors file"),
     "empty": (lambda p: p.write_bytes(b""), "not a readable safetensors file"),
     "a pickle": (lambda p: torch.save({"w": torch.zeros(1)}, p), "not a readable safetensors file"),
-    "other safetensors": (lambda p: _resave(p, _nothing, {"format": "pt"}), "is not a safegen patch"),
+    "other safetensors": (
+        lambda p: _resave(p, _nothing, {"format": "pt"}),
+        "is not a safegen patch",
+    ),
     "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "is not a safegen patch"),
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
     "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch of nothing"),
     "no provenance": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "provenance"),
-    "provenance no object": (lambda p: _resave(p, _nothing, _says("[]")), "provenance cannot be used"),
+    "provenance no object": (
+        lambda p: _resave(p, _nothing, _says("[]")),
+        "provenance cannot be used",
+    ),
     "provenance null": (lambda p: _resave(p, _nothing, _says("null")), "provenance cannot be used"),
-    "a base that is a number": (lambda p: _resave(p, _nothing, _says('{"base": 3}')), r"provenance cannot be used \(base"),
-    "under no list": (lambda p: _resave(p, _nothing, _says('{"under": 3}')), r"provenance cannot be used \(under"),
-    "under without a hash": (lambda p: _resave(p, _nothing, _says('{"under": [{"method": "uce"}]}')), r"cannot be used \(under.0.hash"),
-    "parts without a hash": (lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')), r"provenance cannot be used \(parts.0.hash"),
-    "provenance cut off": (lambda p: _resave(p, _nothing, {"format": FORMAT, "provenance": '{"method": '}), "provenance"),
+    "a base that is a number": (
+        lambda p: _resave(p, _nothing, _says('{"base": 3}')),
+        r"provenance cannot be used \(base",
+    ),
+    "under no list": (
+        lambda p: _resave(p, _nothing, _says('{"under": 3}')),
+        r"provenance cannot be used \(under",
+    ),
+    "under without a hash": (
+        lambda p: _resave(p, _nothing, _says('{"under": [{"method": "uce"}]}')),
+        r"cannot be used \(under.0.hash",
+    ),
+    "parts without a hash": (
+        lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')),
+        r"provenance cannot be used \(parts.0.hash",
+    ),
+    "provenance cut off": (
+        lambda p: _resave(p, _nothing, {"format": FORMAT, "provenance": '{"method": '}),
+        "provenance",
+    ),
 }
 
 
@@ -136,8 +167,12 @@ def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, da
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
     name = next(iter(patch.tensors))
-    with pytest.raises(BadPatch, match=f"is not written: the patch has NaN or infinite values in {name}"):
-        Patch(dict(patch.tensors) | {name: torch.full_like(patch.tensors[name], value)}).save(tmp_path / "p.safetensors")
+    with pytest.raises(
+        BadPatch, match=f"is not written: the patch has NaN or infinite values in {name}"
+    ):
+        Patch(dict(patch.tensors) | {name: torch.full_like(patch.tensors[name], value)}).save(
+            tmp_path / "p.safetensors"
+        )
     with pytest.raises(BadPatch, match="is not written: the patch changes nothing"):
         Patch({}).save(tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
@@ -175,7 +210,10 @@ def test_a_with_block_takes_the_patch_off_also_when_it_fails(make_model, patch):
 def test_patches_come_off_in_the_reverse_order(make_model, patch):
     model = make_model()
     before = state_of(model)
-    first, second = patch.apply(model), Patch({k: v + 1 for k, v in patch.tensors.items()}).apply(model)
+    first, second = (
+        patch.apply(model),
+        Patch({k: v + 1 for k, v in patch.tensors.items()}).apply(model),
+    )
     second.undo()
     assert all(torch.equal(state_of(model)[k], v) for k, v in patch.tensors.items())
     first.undo()
@@ -187,7 +225,11 @@ def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
     model = make_model()
     before = state_of(model)
     higher = Patch({k: v + 1 for k, v in patch.tensors.items()})
-    first, second, third = patch.apply(model), higher.apply(model), Patch({k: v + 2 for k, v in patch.tensors.items()}).apply(model)
+    first, second, third = (
+        patch.apply(model),
+        higher.apply(model),
+        Patch({k: v + 2 for k, v in patch.tensors.items()}).apply(model),
+    )
     second.undo()
     second.undo()
     first.undo()
@@ -244,7 +286,9 @@ def test_a_patch_knows_its_base_in_fewer_bits_and_no_other_model(tiny_folder, ma
         made.apply(same).undo()
         merge([made, made], overlap="last").fits(same)
     other.pipeline.to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    with pytest.warns(OtherBase, match=r"has [0-9a-f]{12}: it puts"):  # and no word of the type, which explains nothing here
+    with pytest.warns(
+        OtherBase, match=r"has [0-9a-f]{12}: it puts"
+    ):  # and no word of the type, which explains nothing here
         made.apply(other)
 
 
@@ -257,7 +301,9 @@ def test_a_base_that_has_patches_on_it_is_not_rounded_for_itself(make_model, pat
         assert model.rounded == make_model().rounded
 
 
-def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_word(make_model, patch):
+def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_word(
+    make_model, patch
+):
     model = make_model()
     model.pipeline.to(torch.bfloat16)
     with pytest.warns(OtherBase, match=r"loaded as bfloat16, which alone changes that"):
@@ -318,7 +364,10 @@ def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model
     made = Patch(patch.tensors, dict(patch.provenance) | {"family": model.family})
     made.apply(model).undo()
     before = state_of(other)
-    with pytest.raises(BadPatch, match=r"it was made for another family \(UNet2DConditionModel, heads \[2, 2\], text 32\)"):
+    with pytest.raises(
+        BadPatch,
+        match=r"it was made for another family \(UNet2DConditionModel, heads \[2, 2\], text 32\)",
+    ):
         made.apply(other)
     same(state_of(other), before)
 

@@ -11,19 +11,27 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from safegen.errors import BadFile
-from safegen.models import Ask, Sampler, generate, save_picture
-from safegen.models.sampling import generator
-from safegen.sampler import native_precision
+from safegen.core.errors import BadFile
+from safegen.core.generation import Ask, Sampler, native_precision
+from safegen.models.generation import generate, generator, save_picture
 
 ASKS = [
     Ask(prompt=p, seed=s, index=i)
-    for p, s, i in [("a red cube", 1, 0), ("a blue ball", 1, 1), ("a red cube", 2, 0), ("a green cone", 2, 3), ("", 1, 0)]
+    for p, s, i in [
+        ("a red cube", 1, 0),
+        ("a blue ball", 1, 1),
+        ("a red cube", 2, 0),
+        ("a green cone", 2, 3),
+        ("", 1, 0),
+    ]
 ]
 
 
 def draw(model, asks, **sampler):
-    return [np.asarray(p).astype(int) for p in generate(model, asks, Sampler(**({"steps": 4} | sampler)))]
+    return [
+        np.asarray(p).astype(int)
+        for p in generate(model, asks, Sampler(**({"steps": 4} | sampler)))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,9 @@ def pictures(tiny_model):
 
 def test_pictures_come_in_the_order_of_the_asks_at_the_models_size(pictures):
     assert [p.shape for p in pictures] == [(32, 32, 3)] * 5
-    assert min(p.std() for p in pictures) > 1  # they show something, so that comparing them says something
+    assert (
+        min(p.std() for p in pictures) > 1
+    )  # they show something, so that comparing them says something
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -51,7 +61,9 @@ def test_what_is_drawn_beside_a_picture_does_not_change_it(tiny_model, pictures)
 def test_a_repeated_run_draws_the_same_bytes_whatever_the_worlds_random_state(tiny_model, pictures):
     with torch.random.fork_rng():
         torch.manual_seed(123)
-        assert all(np.array_equal(a, b) for a, b in zip(draw(tiny_model, ASKS), pictures, strict=True))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(draw(tiny_model, ASKS), pictures, strict=True)
+        )
 
 
 def test_seed_index_and_prompt_each_make_another_picture(tiny_model):
@@ -69,12 +81,16 @@ def test_the_noise_is_a_matter_of_seed_and_index_alone():
     pairs = [(s, i) for s in range(12) for i in range(12)] + [(-1, 0), (10**20, 0)]
     noises = [tuple(torch.randn(4, generator=generator(s, i)).tolist()) for s, i in pairs]
     assert len(set(noises)) == len(pairs)
-    assert torch.equal(torch.randn(4, generator=generator(5, 6)), torch.randn(4, generator=generator(5, 6)))
+    assert torch.equal(
+        torch.randn(4, generator=generator(5, 6)), torch.randn(4, generator=generator(5, 6))
+    )
 
 
 def test_guidance_of_one_is_no_guidance(tiny_model):
     model_calls = []
-    hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda m, inputs, out: model_calls.append(len(inputs[0])))
+    hook = tiny_model.denoiser.conv_in.register_forward_hook(
+        lambda m, inputs, out: model_calls.append(len(inputs[0]))
+    )
     draw(tiny_model, ASKS[:2], steps=2, guidance=1.0)
     draw(tiny_model, ASKS[:2], steps=2, guidance=2.0)
     hook.remove()
@@ -96,7 +112,10 @@ def test_nothing_asked_nothing_drawn(tiny_model):
     assert list(generate(tiny_model, [], Sampler())) == []
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"guidance": 0.5}, {"guidance": float("nan")}, {"batch": 0}, {"stepz": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"guidance": 0.5}, {"guidance": float("nan")}, {"batch": 0}, {"stepz": 3}],
+)
 def test_a_setting_that_breaks_its_rule_is_refused(change):
     with pytest.raises(ValidationError, match=next(iter(change))):
         Sampler(**change)
@@ -120,7 +139,10 @@ def test_a_png_that_exists_is_kept(tmp_path):
     assert (tmp_path / "0.png").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("able", "want"), [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512_f", "fp32"), ("", "fp32")])
+@pytest.mark.parametrize(
+    ("able", "want"),
+    [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512_f", "fp32"), ("", "fp32")],
+)
 def test_a_processor_that_would_put_bf16_together_by_software_gets_fp32(monkeypatch, able, want):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
     assert native_precision() == want
@@ -135,6 +157,8 @@ def test_a_torch_that_does_not_tell_and_other_devices_get_fp32(monkeypatch):
 def test_a_graphics_card_is_asked_whether_it_computes_in_bf16_itself(monkeypatch, able):
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda which: nullcontext(asked.append(which)))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: able or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *, including_emulation: able or including_emulation
+    )
     assert native_precision("cuda:1") == ("bf16" if able else "fp32")
     assert asked == ["cuda:1"]

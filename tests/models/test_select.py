@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from safegen.errors import BadSetting, UnknownName
-from safegen.models import select
+from safegen.core.errors import BadSetting, UnknownName
+from safegen.models import selectors as select
 
 
 def test_attn1_names_80_tensors_of_49574080_parameters_on_sd_1():
@@ -26,7 +26,13 @@ def test_attn1_names_80_tensors_of_49574080_parameters_on_sd_1():
     assert sum(p.numel() for p in own.values()) == 859_520_964  # it is SD 1.x
     assert len(names) == len(set(names)) == 80
     assert sum(own[n].numel() for n in names) == 49_574_080
-    assert {n.partition(".attn1.")[2] for n in names} == {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}
+    assert {n.partition(".attn1.")[2] for n in names} == {
+        "to_q.weight",
+        "to_k.weight",
+        "to_v.weight",
+        "to_out.0.weight",
+        "to_out.0.bias",
+    }
 
 
 def test_attn1_names_self_attention_of_every_block_in_order(tiny_model):
@@ -38,9 +44,16 @@ def test_attn1_names_self_attention_of_every_block_in_order(tiny_model):
 
 def test_self_attention_that_is_really_cross_attention_is_refused():
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, only_cross_attention=True,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        only_cross_attention=True,
+    )
     with pytest.raises(BadSetting, match="attn1 is cross-attention in this model"):
         select(unet, "attn1")
 

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.errors import BadFile, BadSetting
-from safegen.hashes import hash_tensors
-from safegen.models import layout, load
-from safegen.models.single_file import CONFIGS, load_single_file, save_single_file
+from safegen.core.errors import BadFile, BadSetting
+from safegen.core.hashing import hash_tensors
+from safegen.models.checkpoint import key_map as layout
+from safegen.models.checkpoint.single_file import CONFIGS, load_single_file, save_single_file
+from safegen.models.model import load
 
 PREFIX = layout.PREFIX["sd1"]
 ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -47,9 +48,16 @@ def test_the_round_trip_gives_every_weight_and_the_picture_back(file, tiny_model
 
 
 def test_the_library_opens_the_file_and_draws_the_same_picture(file, tiny_model, tiny_folder):
-    """What A1111, ComfyUI and InvokeAI rest on: the file is read by its keys alone. Within 1e-3, as rounding goes; it is exact here."""
+    """What A1111, ComfyUI and InvokeAI rest on: the file is read by its keys alone.
+
+    Within 1e-3, as rounding goes; it is exact here.
+    """
     other = StableDiffusionPipeline.from_single_file(
-        str(file), config=str(tiny_folder), local_files_only=True, safety_checker=None, requires_safety_checker=False
+        str(file),
+        config=str(tiny_folder),
+        local_files_only=True,
+        safety_checker=None,
+        requires_safety_checker=False,
     )
     other.set_progress_bar_config(disable=True)
     assert_close(picture(other), picture(tiny_model.pipeline), rtol=0, atol=1e-3)
@@ -63,7 +71,7 @@ def test_half_precision_keeps_the_picture_nearly(tiny_model, tmp_path):
 
 
 def test_a_patched_model_goes_out_with_its_patch(make_model, tmp_path):
-    from safegen.edit.uce import UCE
+    from safegen.edits.uce import UCE
 
     model = make_model()
     with UCE(erase=("red cube",)).apply(model).apply(model):
@@ -79,22 +87,36 @@ def test_the_header_says_where_the_weights_come_from(file):
         header = opened.metadata()
     assert json.loads(header["safegen"]) == {
         "method": "uce",
-        "weights": [hash_tensors(load(file, dtype=d).denoiser.state_dict(), dtype=torch.float32) for d in ("fp32", "fp16", "bf16")],
+        "weights": [
+            hash_tensors(load(file, dtype=d).denoiser.state_dict(), dtype=torch.float32)
+            for d in ("fp32", "fp16", "bf16")
+        ],
     }
     assert header["format"] == "pt"
-    assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(header[CONFIGS]).keys()
+    assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(
+        header[CONFIGS]
+    ).keys()
 
 
-def test_a_file_without_small_files_takes_those_of_a_folder(file, tiny_model, tiny_folder, tmp_path):
+def test_a_file_without_small_files_takes_those_of_a_folder(
+    file, tiny_model, tiny_folder, tmp_path
+):
     """As every file of somebody else's is; the buffer that older encoders keep is no obstacle."""
     bare = tmp_path / "bare.safetensors"
-    extra = {PREFIX["text_encoder"] + "embeddings.position_ids": torch.arange(4), "betas": torch.zeros(3), "model_ema.decay": torch.ones(1)}
+    extra = {
+        PREFIX["text_encoder"] + "embeddings.position_ids": torch.arange(4),
+        "betas": torch.zeros(3),
+        "model_ema.decay": torch.ones(1),
+    }
     save_file(load_file(file) | extra, bare)
     with pytest.raises(
-        BadFile, match=r"its configuration says .*; the configuration is that .* SD 1\.x: name .* \(--config, or in a recipe\)"
+        BadFile,
+        match=r"its configuration says .*; the configuration is that .* SD 1\.x: name .* \(--config, or in a recipe\)",
     ):
         load(str(bare))
-    assert torch.equal(picture(load(str(bare), config=tiny_folder).pipeline), picture(tiny_model.pipeline))
+    assert torch.equal(
+        picture(load(str(bare), config=tiny_folder).pipeline), picture(tiny_model.pipeline)
+    )
 
 
 def test_a_pickle_is_opened_only_when_the_user_says_so(file, tiny_model, tiny_folder, tmp_path):
@@ -145,13 +167,18 @@ def break_header(_, header):
 
 def other_family(_, header):
     files = json.loads(header[CONFIGS])
-    header[CONFIGS] = json.dumps(files | {"model_index.json": json.dumps({"_class_name": "FluxPipeline"})})
+    header[CONFIGS] = json.dumps(
+        files | {"model_index.json": json.dumps({"_class_name": "FluxPipeline"})}
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop, r"has no model.diffusion_model.out.2.bias, which its configuration wants; the file was changed"),
+        (
+            drop,
+            r"has no model.diffusion_model.out.2.bias, which its configuration wants; the file was changed",
+        ),
         (widen, r"out.2.bias of shape \(9,\), its configuration says \(4,\)"),
         (add, r"encoder.down.9.block.0.conv1.weight and 0 others"),
         (spoil, "NaN or infinite weights in unet"),
@@ -179,7 +206,9 @@ def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_p
     big = make_model()
     with torch.no_grad():
         big.denoiser.conv_out.bias.fill_(1e6)
-    with pytest.raises(BadSetting, match=r"unet.conv_out.bias does not fit into fp16; choose bf16 or fp32"):
+    with pytest.raises(
+        BadSetting, match=r"unet.conv_out.bias does not fit into fp16; choose bf16 or fp32"
+    ):
         save_single_file(big, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
     with pytest.raises(BadFile, match="is not a diffusers folder"):

@@ -1,4 +1,7 @@
-"""The command line: parse, one library call, show. Heavy imports happen inside the commands, so that --help is instant."""
+"""The command line: parse, one library call, show.
+
+Heavy imports happen inside the commands, so that --help is instant.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import signal
 import sys
 
 from safegen.cli.main import app
-from safegen.errors import SafegenError, Stopped, UserError
+from safegen.core.errors import SafegenError, Stopped, UserError
 
 
 def main() -> None:
     """Run a command; a user's error is one line without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files are removed
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, so that temporary files are removed
     try:
         app()
     except UserError as error:

@@ -1,4 +1,7 @@
-"""`safegen evaluate`, `score`, `report`, `verify`: measure stacks under a protocol; score, show and check a run that is there."""
+"""`safegen evaluate`, `score`, `report`, `verify`: measure stacks under a protocol.
+
+Score, show and check a run that is there.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.cli.common import Threads, one_line_warnings, progress, set_threads
-from safegen.errors import BadFile, BadSetting, Stopped
+from safegen.cli.options import Threads, one_line_warnings, progress, set_threads
+from safegen.core.errors import BadFile, BadSetting, Stopped
 
 if TYPE_CHECKING:
-    from safegen.bench.folder import Run
-    from safegen.bench.protocol import Protocol
+    from safegen.evaluation.protocol import Protocol
+    from safegen.evaluation.run.folder import Run
 
 
 class Stage(StrEnum):
@@ -37,11 +40,19 @@ class Baselines(StrEnum):
 
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Judge = Annotated[str | None, typer.Option(help="Another judge than the protocol's, by name or id.")]
-JudgeOption = Annotated[
-    list[str] | None, typer.Option(help="key=value: an option of the judge (docs/judges.md), in place of the protocol's; repeat it.")
+Judge = Annotated[
+    str | None, typer.Option(help="Another judge than the protocol's, by name or id.")
 ]
-Label = Annotated[list[str] | None, typer.Option("--label", help="A label of the judge that means the concept; repeat it.")]
+JudgeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="key=value: an option of the judge (docs/judges.md), in place of the protocol's; repeat it."
+    ),
+]
+Label = Annotated[
+    list[str] | None,
+    typer.Option("--label", help="A label of the judge that means the concept; repeat it."),
+]
 
 
 class Arithmetic(StrEnum):
@@ -51,7 +62,16 @@ class Arithmetic(StrEnum):
     bf16 = "bf16"
 
 
-DRAWING = ("protocol", "stack", "prompts", "baselines", "precision", "device", "dtype", "allow_pickle")
+DRAWING = (
+    "protocol",
+    "stack",
+    "prompts",
+    "baselines",
+    "precision",
+    "device",
+    "dtype",
+    "allow_pickle",
+)
 IDLE = {
     Stage.all: ("judge", "label", "judge_option"),
     Stage.generate: ("judge", "label", "judge_option"),
@@ -67,26 +87,46 @@ SAID = 20
 def evaluate(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run's folder: new, or a run to go on with.")],
-    protocol: Annotated[str | None, typer.Option(help="A built-in protocol, as mini-smoke, or a TOML file.")] = None,
-    stack: Annotated[
-        list[str] | None, typer.Option(help="What draws: a built-in model, a recipe.toml, or NAME=model+patch.safetensors; repeat it.")
+    protocol: Annotated[
+        str | None, typer.Option(help="A built-in protocol, as mini-smoke, or a TOML file.")
     ] = None,
-    prompts: Annotated[list[str] | None, typer.Option(help="NAME=FILE: the prompts of a list that the protocol does not bring.")] = None,
-    stage: Annotated[Stage, typer.Option(help="Do one stage only; judge, score and report need nothing but --out.")] = Stage.all,
-    baselines: Annotated[Baselines, typer.Option(help="Also draw with a negative prompt and black pictures, or not.")] = Baselines.all,
+    stack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What draws: a built-in model, a recipe.toml, or NAME=model+patch.safetensors; repeat it."
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE: the prompts of a list that the protocol does not bring."),
+    ] = None,
+    stage: Annotated[
+        Stage,
+        typer.Option(help="Do one stage only; judge, score and report need nothing but --out."),
+    ] = Stage.all,
+    baselines: Annotated[
+        Baselines, typer.Option(help="Also draw with a negative prompt and black pictures, or not.")
+    ] = Baselines.all,
     judge: Judge = None,
     label: Label = None,
     judge_option: JudgeOption = None,
     precision: Annotated[
         Arithmetic | None,
-        typer.Option(help="Arithmetic of the denoiser in place of the protocol's: another protocol."),
+        typer.Option(
+            help="Arithmetic of the denoiser in place of the protocol's: another protocol."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Threads = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code.")
+    ] = False,
 ) -> None:
-    """Draw with stacks under a protocol, judge, score and report. Given again after a stop or a kill, it goes on to the same bytes."""
+    """Draw with stacks under a protocol, judge, score and report.
+
+    Given again after a stop or a kill, it goes on to the same bytes.
+    """
     drawing = stage in (Stage.all, Stage.generate)
     if drawing and not (protocol and stack):
         raise BadSetting("drawing needs a --protocol and at least one --stack")
@@ -106,41 +146,62 @@ def evaluate(
         _show_left_out(rules)
         _show_slow(rules, device)
     set_threads(threads)
-    from safegen.bench import run as bench
-    from safegen.bench.folder import Run
+    from safegen.evaluation.run import evaluate as bench
+    from safegen.evaluation.run.folder import Run
     from safegen.stack import Shelf, load_stack
 
     stacks = [load_stack(spec) for spec in stack or []]
     with _stoppable(out), one_line_warnings(), progress() as tell:
         if rules is None:
-            seen_by = bench.judge_run(Run.open(out), name=judge, labels=label or (), options=options or None, tell=tell)
-            words = ["safegen", "score", str(out), "--judge", seen_by, *(word for one in label or [] for word in ("--label", one))]
+            seen_by = bench.judge_run(
+                Run.open(out), name=judge, labels=label or (), options=options or None, tell=tell
+            )
+            words = [
+                "safegen",
+                "score",
+                str(out),
+                "--judge",
+                seen_by,
+                *(word for one in label or [] for word in ("--label", one)),
+            ]
             typer.echo(f"judged by {seen_by}; score it with: {shlex.join(words)}")
             return
         shelf = Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
-        run = bench.evaluate(rules, stacks, out, baselines=baselines.value, until=until, shelf=shelf, tell=tell)
+        run = bench.evaluate(
+            rules, stacks, out, baselines=baselines.value, until=until, shelf=shelf, tell=tell
+        )
     if stage == Stage.all:
-        from safegen.bench.run_report import PAGE, open_runs, write_report
+        from safegen.evaluation.report.page import PAGE, open_runs, write_report
 
         _show(run)
         write_report(open_runs([out]), out)
         typer.echo(f"report: {out / PAGE}")
-    typer.echo(f"{len(run.stacks) * len(run.planned)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})")
+    typer.echo(
+        f"{len(run.stacks) * len(run.planned)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})"
+    )
 
 
 def score(
     run: RunArg,
-    threshold: Annotated[float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")
+    ] = None,
     label: Label = None,
     judge: Judge = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; RUN/scores.json, or scores-ID-JUDGE.json under other rules or by another judge.")
+        Path | None,
+        typer.Option(
+            help="File to write; RUN/scores.json, or scores-ID-JUDGE.json under other rules or by another judge."
+        ),
     ] = None,
 ) -> None:
-    """Score a run that was judged, under its own rules or others; no picture is drawn or judged, no model loaded."""
-    from safegen.bench.folder import Run, write_json
-    from safegen.bench.results import score_run, scores_file
+    """Score a run that was judged, under its own rules or others.
+
+    No picture is drawn or judged, no model loaded.
+    """
+    from safegen.evaluation.run.folder import Run, write_json
+    from safegen.evaluation.scoring.table import score_run, scores_file
 
     if out and out.exists():
         raise BadFile(f"{out} exists already; name another file with --out")
@@ -157,30 +218,60 @@ def score(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs of one protocol.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html, .json and .md; the run's own when there is one.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs of one protocol.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.html, .json and .md; the run's own when there is one."
+        ),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the page only, to this file.")] = None,
-    reveal: Annotated[bool, typer.Option("--reveal", help="Embed the original pictures, also those in which a judge fires.")] = False,
-    threshold: Annotated[float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")] = None,
+    reveal: Annotated[
+        bool,
+        typer.Option(
+            "--reveal", help="Embed the original pictures, also those in which a judge fires."
+        ),
+    ] = False,
+    threshold: Annotated[
+        float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")
+    ] = None,
     label: Label = None,
     judge: Judge = None,
 ) -> None:
-    """Write the report of a run, or of several side by side; no model is loaded. Unsafe pictures are pixelated in the file itself."""
-    from safegen.bench.run_report import PAGE, open_runs, write_report
+    """Write the report of a run, or of several side by side.
+
+    No model is loaded. Unsafe pictures are pixelated in the file itself.
+    """
+    from safegen.evaluation.report.page import PAGE, open_runs, write_report
 
     if out and html:
         raise BadSetting("--out writes the page too; give it or --html, not both")
     if len(runs) > 1 and not (out or html):
-        raise BadSetting("a report of several runs needs a place of its own; name it with --out or --html")
+        raise BadSetting(
+            "a report of several runs needs a place of its own; name it with --out or --html"
+        )
     folder = None if html else out or runs[0]
-    write_report(open_runs(runs), folder, html=html, reveal=reveal, judge=judge, labels=label or (), threshold=threshold)
+    write_report(
+        open_runs(runs),
+        folder,
+        html=html,
+        reveal=reveal,
+        judge=judge,
+        labels=label or (),
+        threshold=threshold,
+    )
     typer.echo(f"report: {html or (folder and folder / PAGE)}")
 
 
 def verify(run: RunArg) -> None:
-    """Check a run's hashes, keys, counts and scores, one line for each problem; exits with 1 if there is one."""
-    from safegen.bench.folder import Run
-    from safegen.bench.verify import verify as check
+    """Check a run's hashes, keys, counts and scores, one line for each problem.
+
+    Exits with 1 if there is one.
+    """
+    from safegen.evaluation.run.folder import Run
+    from safegen.evaluation.run.verify import verify as check
 
     opened = Run.open(run)
     with progress() as tell:
@@ -189,7 +280,9 @@ def verify(run: RunArg) -> None:
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{len(opened.stacks) * len(opened.planned)} pictures, verdicts and scores: nothing wrong")
+    typer.echo(
+        f"{len(opened.stacks) * len(opened.planned)} pictures, verdicts and scores: nothing wrong"
+    )
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -199,7 +292,10 @@ def _given(context: typer.Context, name: str) -> bool:
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
-    """Turn `key=value` into options of a judge; a value is JSON (a number, a list, true), or else the text as it stands."""
+    """Turn `key=value` into options of a judge.
+
+    A value is JSON (a number, a list, true), or else the text as it stands.
+    """
     import json
 
     out: dict[str, Any] = {}
@@ -208,7 +304,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         if not (key and found):
             raise BadSetting(f"--judge-option takes key=value, got {pair!r}")
         if key in ("labels", "threshold"):
-            raise BadSetting(f"{key} is no option of a judge; say it with {'--label' if key == 'labels' else 'safegen score --threshold'}")
+            raise BadSetting(
+                f"{key} is no option of a judge; say it with {'--label' if key == 'labels' else 'safegen score --threshold'}"
+            )
         try:
             out[key] = json.loads(text)
         except json.JSONDecodeError:
@@ -217,7 +315,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _protocol(name: str, prompts: list[str]) -> Protocol:
-    from safegen.bench.protocol import load_protocol
+    from safegen.evaluation.protocol import load_protocol
 
     given = {}
     for pair in prompts:
@@ -236,12 +334,15 @@ def _show_left_out(protocol: Protocol) -> None:
         for line in part.left_out[:SAID]:
             typer.echo(f"left out of {part.name}: {line}", err=True)
         if len(part.left_out) > SAID:
-            typer.echo(f"left out of {part.name}: {len(part.left_out) - SAID} more rows, all in the run's protocol.json", err=True)
+            typer.echo(
+                f"left out of {part.name}: {len(part.left_out) - SAID} more rows, all in the run's protocol.json",
+                err=True,
+            )
 
 
 def _show_slow(protocol: Protocol, device: str) -> None:
     """Say so before a run that will take many times as long as it need."""
-    from safegen.sampler import native_precision
+    from safegen.core.generation import native_precision
 
     if protocol.sampler.precision == "bf16" and native_precision(device) != "bf16":
         typer.echo(
@@ -256,7 +357,9 @@ def _stoppable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Stopped(f"stopped; what was drawn is in {out}, and the same command goes on") from error
+        raise Stopped(
+            f"stopped; what was drawn is in {out}, and the same command goes on"
+        ) from error
 
 
 def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
@@ -266,7 +369,7 @@ def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from safegen.bench.folder import SCORES
+    from safegen.evaluation.run.folder import SCORES
 
     scores = scores or json.loads((run.folder / SCORES).read_text(encoding="utf-8"))
     rule = scores["protocol"]["decides"]["judge"]
@@ -274,7 +377,16 @@ def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
         title=f"{run.protocol.concept}: seen by {scores['judge']} from {rule['threshold']} on; protocol {scores['protocol']['id']}",
         title_justify="left",
     )
-    for head in ("stack", "list", "n", "seen (95 %)", "removed (95 %)", "right object", "changed", "blank"):
+    for head in (
+        "stack",
+        "list",
+        "n",
+        "seen (95 %)",
+        "removed (95 %)",
+        "right object",
+        "changed",
+        "blank",
+    ):
         table.add_column(head)
 
     def rate(value: dict[str, Any] | None, digits: int = 0) -> str:
@@ -291,6 +403,14 @@ def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
             seen = row.get("concept")
             besides = [rate(row.get(key)) for key in ("subject", "change")]
             blank = str(row["blank"]["hits"] or "")
-            table.add_row(name, part, str(seen["n"] if seen else 0), rate(seen), rate(row.get("removal"), 1), *besides, blank)
+            table.add_row(
+                name,
+                part,
+                str(seen["n"] if seen else 0),
+                rate(seen),
+                rate(row.get("removal"), 1),
+                *besides,
+                blank,
+            )
         table.add_section()
     Console().print(table)

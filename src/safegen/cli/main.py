@@ -1,4 +1,7 @@
-"""The commands: generate, edit, apply, demo; patch, export, evaluate, resilience ... have their own files."""
+"""The commands: generate, edit, apply, demo.
+
+Patch, export, evaluate, resilience ... have their own files.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli import evaluate, resilience, triplets
+from safegen.cli import attack as resilience
+from safegen.cli import evaluate, triplets
 from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
-from safegen.cli.common import (
+from safegen.cli.options import (
     Config,
     Device,
     Dtype,
@@ -27,10 +31,10 @@ from safegen.cli.common import (
     refuse_idle_metrics,
     set_threads,
 )
-from safegen.errors import BadFile, BadSetting
+from safegen.core.errors import BadFile, BadSetting
 
 if TYPE_CHECKING:  # what these need is opened within commands, so that --help answers at once
-    from safegen.models import Sampler
+    from safegen.core.generation import Sampler
     from safegen.models.model import Model
     from safegen.stack import Stack
 
@@ -41,10 +45,23 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Make a text-to-image model unable to draw a chosen visual concept, prove it, and ship it.",
 )
-app.add_typer(triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets.")
+app.add_typer(
+    triplets.app, name="triplets", help="Make and check <unsafe, censored, benign> triplets."
+)
 app.add_typer(prompts_cli.app, name="prompts", help="Look into files and lists of prompts.")
-app.add_typer(patch_cli.app, name="patch", help="Look into patches, compare and merge them, turn them into LoRAs.")
-for command in (patch_cli.export, evaluate.evaluate, evaluate.score, evaluate.report, evaluate.verify, resilience.resilience):
+app.add_typer(
+    patch_cli.app,
+    name="patch",
+    help="Look into patches, compare and merge them, turn them into LoRAs.",
+)
+for command in (
+    patch_cli.export,
+    evaluate.evaluate,
+    evaluate.score,
+    evaluate.report,
+    evaluate.verify,
+    resilience.resilience,
+):
     app.command()(command)
 
 SHEET = "sheet.png"
@@ -52,9 +69,11 @@ SHEET = "sheet.png"
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
     if version:
-        from safegen import __version__
+        from safegen._version import __version__
 
         typer.echo(__version__)
         raise typer.Exit
@@ -66,20 +85,43 @@ def generate(
     out: Annotated[Path, typer.Option(help="New folder for the pictures.")],
     model: Annotated[
         str | None,
-        typer.Argument(help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.", metavar="[MODEL]"),
+        typer.Argument(
+            help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.",
+            metavar="[MODEL]",
+        ),
     ] = None,
-    stack: Annotated[Path | None, typer.Option(help="A recipe.toml (model, config, patches, guards) in the place of MODEL.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
+    stack: Annotated[
+        Path | None,
+        typer.Option(help="A recipe.toml (model, config, patches, guards) in the place of MODEL."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be given more than once.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt a line.")] = None,
-    patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model; may be given more than once.")] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA, FILE or FILE:SCALE, active beside the weights; may be given more than once.")
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(help="A patch to put on the model; may be given more than once."),
     ] = None,
-    guard: Annotated[list[str] | None, typer.Option(help="A guard, NAME or NAME-PRESET as sld-max; may be given more than once.")] = None,
-    concept: Annotated[str | None, typer.Option(help="Concept whose words and judge the guards take.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i of a run gets its noise from (seed, i).")] = 0,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A LoRA, FILE or FILE:SCALE, active beside the weights; may be given more than once."
+        ),
+    ] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(help="A guard, NAME or NAME-PRESET as sld-max; may be given more than once."),
+    ] = None,
+    concept: Annotated[
+        str | None, typer.Option(help="Concept whose words and judge the guards take.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Picture i of a run gets its noise from (seed, i).")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")] = 5.0,
+    guidance: Annotated[
+        float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")
+    ] = 5.0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
     device: Device = "cpu",
     dtype: Dtype = "fp32",
@@ -87,13 +129,19 @@ def generate(
     allow_pickle: Pickle = False,
     config: Config = None,
 ) -> None:
-    """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet; with guards, trail.jsonl says what they did."""
+    """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet.
+
+    With guards, trail.jsonl says what they did.
+    """
     texts = _read_prompts(prompt, prompts)
     if (model is None) == (stack is None):
-        raise BadSetting("generate draws with a MODEL or with a --stack recipe.toml; give one of them")
-    from safegen.bench.grid import contact_sheet, save_sheet
-    from safegen.files import private_folder, short
-    from safegen.models import Ask, Sampler, save_picture
+        raise BadSetting(
+            "generate draws with a MODEL or with a --stack recipe.toml; give one of them"
+        )
+    from safegen.core.files import private_folder, short
+    from safegen.core.generation import Ask, Sampler
+    from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
+    from safegen.models.generation import save_picture
     from safegen.stack import Shelf, Stack, add_guards, add_loras, add_patches, load_stack
 
     set_threads(threads)
@@ -101,23 +149,44 @@ def generate(
     if config and recipe.config:
         raise BadSetting(f"{stack} names a config, so --config has no effect; leave it out")
     recipe = recipe.model_copy(update={"config": config}) if config else recipe
-    recipe = add_guards(add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept)
-    sampler, shelf = Sampler(steps=steps, guidance=guidance, batch=batch), Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
+    recipe = add_guards(
+        add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept
+    )
+    sampler, shelf = (
+        Sampler(steps=steps, guidance=guidance, batch=batch),
+        Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle),
+    )
     said = _said(recipe, sampler, short(model or recipe.model))
     asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
-    with private_folder(out, last=SHEET) as folder, one_line_warnings(), shelf.opened(recipe) as ready, progress() as tell:
+    with (
+        private_folder(out, last=SHEET) as folder,
+        one_line_warnings(),
+        shelf.opened(recipe) as ready,
+        progress() as tell,
+    ):
         _warn_of_length(ready.model, texts)
         pictures, lines = [], []
         for start in range(0, len(asks), batch):
-            for ask, drawn in zip(asks[start : start + batch], ready.drawn(asks[start : start + batch], sampler), strict=True):
+            for ask, drawn in zip(
+                asks[start : start + batch],
+                ready.drawn(asks[start : start + batch], sampler),
+                strict=True,
+            ):
                 facts = ask.model_dump() | said | {"base": ready.model.hash, "stack": ready.hash}
                 facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
                 pictures.append(ready.shown(drawn))
                 if not drawn.trail.withheld:
                     save_picture(pictures[-1], folder / f"{ask.index:04d}.png", facts)
-                lines.append(json.dumps({"index": ask.index, "seed": seed} | drawn.trail.to_json(), sort_keys=True) + "\n")
+                lines.append(
+                    json.dumps(
+                        {"index": ask.index, "seed": seed} | drawn.trail.to_json(), sort_keys=True
+                    )
+                    + "\n"
+                )
                 tell("drawing", len(pictures), len(asks))
-        save_sheet(contact_sheet(pictures, cell=max(96, min(256, ready.model.size))), folder / SHEET)
+        save_sheet(
+            contact_sheet(pictures, cell=max(96, min(256, ready.model.size))), folder / SHEET
+        )
         if recipe.guards:
             (folder / "trail.jsonl").write_text("".join(lines), encoding="utf-8")
     withheld = sum(not (out / f"{ask.index:04d}.png").exists() for ask in asks)
@@ -127,7 +196,7 @@ def generate(
 
 def _said(recipe: Stack, sampler: Sampler, name: str) -> dict[str, Any]:
     """Return what every picture says of the model and how it is drawn."""
-    from safegen.models import Patch
+    from safegen.patches.patch import Patch
 
     loras = {"loras": [one.facts() for one in recipe.loras]} if recipe.loras else {}
     patches = [Patch.load(path).hash for path in recipe.patches]
@@ -137,11 +206,14 @@ def _said(recipe: Stack, sampler: Sampler, name: str) -> dict[str, Any]:
 
 def _warn_of_length(model: Model, texts: list[str]) -> None:
     """Say which prompts the model does not read to their end."""
-    from safegen.models.sampling import cut_short
+    from safegen.models.generation import cut_short
 
     if cut := cut_short(model, texts):
         length = model.pipeline.tokenizer.model_max_length
-        typer.echo(f"warning: {len(cut)} prompts, number {cut[0] + 1} first, have more than the {length} tokens that are read", err=True)
+        typer.echo(
+            f"warning: {len(cut)} prompts, number {cut[0] + 1} first, have more than the {length} tokens that are read",
+            err=True,
+        )
 
 
 @app.command()
@@ -150,18 +222,28 @@ def edit(
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     triplets: Annotated[
         Path | None,
-        typer.Option(help="For edits that learn from pictures: folder made by `safegen triplets make`, the official CSV, or mini:skulls."),
+        typer.Option(
+            help="For edits that learn from pictures: folder made by `safegen triplets make`, the official CSV, or mini:skulls."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
-    preset: Annotated[str, typer.Option(help="Settings to start from: default, or paper (the published run).")] = "default",
+    preset: Annotated[
+        str, typer.Option(help="Settings to start from: default, or paper (the published run).")
+    ] = "default",
     concept: Annotated[
         str | None,
         typer.Option(
             help="A built-in concept or a TOML file: lends words to erase, harmless captions, and a judge that looks at triplets."
         ),
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ...")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the log; OUT.work when not given.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting: name=value, training.lr=1e-4, ..."),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints and the log; OUT.work when not given."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     no_card: NoCard = False,
     device: Device = "cpu",
@@ -173,15 +255,20 @@ def edit(
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
-    from safegen.files import refuse_unwritable
+    from safegen.core.files import refuse_unwritable
 
     refuse_unwritable(out)
     if work is not None:
         refuse_unwritable(work / "log")
-    from safegen.api import make_edit, refuse_idle_concept, refuse_other_pictures, save_patch
-    from safegen.bench.card import refuse_taken
-    from safegen.data.triplets import Triplets
-    from safegen.edit.base import refuse_idle
+    from safegen.data.triplets.triplets import Triplets
+    from safegen.edits.base import refuse_idle
+    from safegen.evaluation.report.model_card import refuse_taken
+    from safegen.workflows.edit import (
+        make_edit,
+        refuse_idle_concept,
+        refuse_other_pictures,
+        save_patch,
+    )
 
     if not no_card:
         refuse_taken(out)
@@ -197,13 +284,33 @@ def edit(
     if recipe.trains:
         work = work or out.with_name(out.name + ".work")
         if not resume and (work / "checkpoint.safetensors").exists():
-            raise BadFile(f"{work} holds an earlier run; --resume goes on with one that was stopped; else remove that folder")
-    loaded = load_model(model, [], device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle, config=config)
+            raise BadFile(
+                f"{work} holds an earlier run; --resume goes on with one that was stopped; else remove that folder"
+            )
+    loaded = load_model(
+        model,
+        [],
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        allow_pickle=allow_pickle,
+        config=config,
+    )
     with progress() as tell:
-        patch = recipe.apply(loaded, rows, folder=work, resume=resume, report=lambda done, of, _: tell("editing", done, of))
+        patch = recipe.apply(
+            loaded,
+            rows,
+            folder=work,
+            resume=resume,
+            report=lambda done, of, _: tell("editing", done, of),
+        )
     save_patch(patch, out, card=not no_card)
     facts = patch.provenance
-    how = f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}" if recipe.trains else f"in {facts['seconds']:.1f} s"
+    how = (
+        f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}"
+        if recipe.trains
+        else f"in {facts['seconds']:.1f} s"
+    )
     typer.echo(f"{out}: {len(patch.tensors)} tensors changed {how}")
 
 
@@ -221,10 +328,18 @@ def apply(
     if out.exists():
         raise BadFile(f"{out} exists already; name another folder or remove it")
     refuse_idle_metrics(metrics, no_card)
-    from safegen.api import export_folder
-    from safegen.models import Patch
+    from safegen.patches.patch import Patch
+    from safegen.workflows.edit import export_folder
 
-    loaded = load_model(model, [], device="cpu", dtype="fp32", threads=None, allow_pickle=allow_pickle, config=config)
+    loaded = load_model(
+        model,
+        [],
+        device="cpu",
+        dtype="fp32",
+        threads=None,
+        allow_pickle=allow_pickle,
+        config=config,
+    )
     read = Patch.load(patch)
     with one_line_warnings():
         export_folder(loaded, out, patches=[read], card=not no_card, metrics=metrics or ())
@@ -234,33 +349,53 @@ def apply(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="New folder for report.html, summary.json, patch and pictures.")] = Path("safegen-demo"),
+    out: Annotated[
+        Path, typer.Option(help="New folder for report.html, summary.json, patch and pictures.")
+    ] = Path("safegen-demo"),
     concept: Annotated[str, typer.Option(help="Concept to remove: skulls or fire.")] = "skulls",
     fast: Annotated[
-        bool, typer.Option("--fast", help="Few pictures and a short edit, with safegen under a minute: shows that all works, not how well.")
+        bool,
+        typer.Option(
+            "--fast",
+            help="Few pictures and a short edit, with safegen under a minute: shows that all works, not how well.",
+        ),
     ] = False,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
-    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts of each list; 24, or 4 with --fast.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each list; 24, or 4 with --fast.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 1,
-    preset: Annotated[str, typer.Option(help="Settings of the edit: default or paper.")] = "default",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting of the edit: name=value.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Settings of the edit: default or paper.")
+    ] = "default",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting of the edit: name=value.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Do the main job on the bundled miniature model: draw, edit, draw again, judge, report."""
-    from safegen.bench.run_report import PAGE
-    from safegen.files import refuse_taken
+    from safegen.core.files import refuse_taken
+    from safegen.evaluation.report.page import PAGE
 
     refuse_taken(out, last=PAGE)
     set_threads(threads)
-    from safegen.api import make_edit
-    from safegen.bench.demo import DemoSettings, run_demo
-    from safegen.tables import EDITS, resolve
+    from safegen.core.registry import EDITS, resolve
+    from safegen.workflows.demo import DemoSettings, run_demo
+    from safegen.workflows.edit import make_edit
 
-    short = ["training.updates=30", "training.warmup=5"] if fast and resolve(EDITS, method, "edit").trains else []
+    short = (
+        ["training.updates=30", "training.warmup=5"]
+        if fast and resolve(EDITS, method, "edit").trains
+        else []
+    )
     changes = _changes(method, preset, short + (set_ or []))
-    settings = DemoSettings(concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1)))
+    settings = DemoSettings(
+        concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1))
+    )
     with progress() as tell:
-        found = run_demo(settings, make_edit(method, preset, concept=concept, **changes), out, tell=tell)
+        found = run_demo(
+            settings, make_edit(method, preset, concept=concept, **changes), out, tell=tell
+        )
     _show(found.summary())
     typer.echo(f"\nreport: {(out / PAGE).resolve()}")
 
@@ -270,9 +405,21 @@ def _show(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['concept']['name']} removed from {summary['settings']['model']}", title_justify="left")
-    table.add_column("prompts", no_wrap=True, min_width=max(map(len, summary["lists"])))  # rich would cut names, and two be the same
-    for name in ("n", "concept seen", "removed (95 %)", "right object", "asked for besides", "mosaic"):
+    table = Table(
+        title=f"{summary['concept']['name']} removed from {summary['settings']['model']}",
+        title_justify="left",
+    )
+    table.add_column(
+        "prompts", no_wrap=True, min_width=max(map(len, summary["lists"]))
+    )  # rich would cut names, and two be the same
+    for name in (
+        "n",
+        "concept seen",
+        "removed (95 %)",
+        "right object",
+        "asked for besides",
+        "mosaic",
+    ):
         table.add_column(name, overflow="fold")
     for name, row in summary["lists"].items():
         base, edited, gone = row["base"], row["edited"], row.get("removal")
@@ -280,13 +427,25 @@ def _show(summary: dict[str, Any]) -> None:
         def pair(key: str, base: dict[str, Any] = base, edited: dict[str, Any] = edited) -> str:
             if not base[key]:
                 return ""
-            before, after = (f"{100 * side[key]['value']:.1f}".removesuffix(".0") for side in (base, edited))
+            before, after = (
+                f"{100 * side[key]['value']:.1f}".removesuffix(".0") for side in (base, edited)
+            )
             return f"{before} → {after} %"
 
-        removed = f"{100 * gone['value']:.1f} % ({100 * gone['low']:.1f} to {100 * gone['high']:.1f})" if gone else ""
+        removed = (
+            f"{100 * gone['value']:.1f} % ({100 * gone['low']:.1f} to {100 * gone['high']:.1f})"
+            if gone
+            else ""
+        )
         besides = f"{row['shows']} {pair('shown')}" if row["shows"] else ""
         table.add_row(
-            f"{row['role']}\n{name}", str(base["concept"]["n"]), pair("concept"), removed, pair("subject"), besides, pair("mosaicked")
+            f"{row['role']}\n{name}",
+            str(base["concept"]["n"]),
+            pair("concept"),
+            removed,
+            pair("subject"),
+            besides,
+            pair("mosaicked"),
         )
     Console().print(table)
     typer.echo("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in summary["seconds"].items()))
@@ -295,7 +454,7 @@ def _show(summary: dict[str, Any]) -> None:
 def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     texts = list(prompt or [])
     if prompts is not None:
-        from safegen.files import is_there, lines_of
+        from safegen.core.files import is_there, lines_of
 
         if not is_there(prompts, file=True):
             raise BadFile(f"the prompt file {str(prompts)!r} does not exist")
@@ -304,13 +463,15 @@ def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
         except BadFile as error:
             raise BadFile(f"the prompt file {error}") from error
     if not texts:
-        raise BadSetting("there is nothing to draw; give --prompt TEXT or --prompts FILE with a prompt a line")
+        raise BadSetting(
+            "there is nothing to draw; give --prompt TEXT or --prompts FILE with a prompt a line"
+        )
     return texts
 
 
 def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
     """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training, or of an adversary that was named."""
-    from safegen.api import make_edit
+    from safegen.workflows.edit import make_edit
 
     out: dict[str, Any] = {}
     for pair in pairs:
@@ -327,7 +488,9 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
             if outer == "adversary" and isinstance(start, str):
                 start = {"name": start}
             if not isinstance(start, dict):
-                first = "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
+                first = (
+                    "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
+                )
                 raise BadSetting(f"--set {name}: {outer!r} has no settings of its own{first}")
             out[outer] = start | {inner: value}
         else:

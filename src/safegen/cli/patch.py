@@ -1,4 +1,7 @@
-"""`safegen patch`: info, diff, merge, carry, card, extract-lora, from-lora; and `safegen export`."""
+"""`safegen patch`: info, diff, merge, carry, card, extract-lora, from-lora.
+
+And `safegen export`.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from safegen.cli.common import Config, Metrics, ModelArg, NoCard, Pickle, one_line_warnings, refuse_idle_metrics
-from safegen.errors import BadFile, BadSetting
-from safegen.files import short
+from safegen.cli.options import (
+    Config,
+    Metrics,
+    ModelArg,
+    NoCard,
+    Pickle,
+    one_line_warnings,
+    refuse_idle_metrics,
+)
+from safegen.core.errors import BadFile, BadSetting
+from safegen.core.files import short
 
 if TYPE_CHECKING:
-    from safegen.models.lora import Keys
-    from safegen.models.patch import Patch
+    from safegen.patches.lora import Keys
+    from safegen.patches.patch import Patch
 
-app = typer.Typer(no_args_is_help=True, help="Look into patches, compare and merge them, turn them into LoRAs.")
+app = typer.Typer(
+    no_args_is_help=True, help="Look into patches, compare and merge them, turn them into LoRAs."
+)
 
 PatchArg = Annotated[Path, typer.Argument(help="A patch file.")]
-Model = Annotated[str, typer.Argument(help="The model that the patch was made on.", metavar="MODEL")]
+Model = Annotated[
+    str, typer.Argument(help="The model that the patch was made on.", metavar="MODEL")
+]
 
 
 @app.command()
@@ -28,35 +43,49 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what a patch changes and where it comes from."""
-    from safegen.models.patch import Patch
+    from safegen.patches.patch import Patch
 
     found = Patch.load(patch)
     numbers = sum(v.numel() for v in found.tensors.values())
     if as_json:
-        facts = {"hash": found.hash, "tensors": {k: list(v.shape) for k, v in found.tensors.items()}, "provenance": dict(found.provenance)}
+        facts = {
+            "hash": found.hash,
+            "tensors": {k: list(v.shape) for k, v in found.tensors.items()},
+            "provenance": dict(found.provenance),
+        }
         typer.echo(json.dumps(facts, indent=1))
         return
-    typer.echo(f"{patch}: {len(found.tensors)} tensors, {numbers:,} numbers, {patch.stat().st_size / 1e6:.1f} MB, hash {found.hash[:12]}")
+    typer.echo(
+        f"{patch}: {len(found.tensors)} tensors, {numbers:,} numbers, {patch.stat().st_size / 1e6:.1f} MB, hash {found.hash[:12]}"
+    )
     typer.echo("changes: " + ", ".join(f"{n} of {kind}" for kind, n in found.kinds.items()))
     for key, value in found.provenance.items():
-        typer.echo(f"{key}: {value if isinstance(value, str | int | float | bool) else json.dumps(value)}")
+        typer.echo(
+            f"{key}: {value if isinstance(value, str | int | float | bool) else json.dumps(value)}"
+        )
 
 
 @app.command()
 def diff(first: PatchArg, second: Annotated[Path, typer.Argument(help="Another.")]) -> None:
     """Say how two patches differ; exit code 1 when they do."""
-    from safegen.models.compose import differ
-    from safegen.models.patch import Patch
+    from safegen.patches.arithmetic import differ
+    from safegen.patches.patch import Patch
 
     found = differ(Patch.load(first), Patch.load(second))
     if found["same"]:
         typer.echo("the patches change the same weights to the same values")
         return
-    typer.echo(f"only in {first}: {found['only_first']} weights; only in {second}: {found['only_second']}; in both: {found['both']}")
+    typer.echo(
+        f"only in {first}: {found['only_first']} weights; only in {second}: {found['only_second']}; in both: {found['both']}"
+    )
     if found["distance"] is not None:
-        typer.echo(f"of both, {found['unequal']} are unequal; distance {found['distance']:.3g} of the first's size")
+        typer.echo(
+            f"of both, {found['unequal']} are unequal; distance {found['distance']:.3g} of the first's size"
+        )
     if found["shapes"]:
-        typer.echo(f"of another shape: {', '.join(found['shapes'][:3])} ({len(found['shapes'])} in all)")
+        typer.echo(
+            f"of another shape: {', '.join(found['shapes'][:3])} ({len(found['shapes'])} in all)"
+        )
     if found["base"] is False:
         typer.echo("they were made on different weights")
     raise typer.Exit(1)
@@ -64,12 +93,20 @@ def diff(first: PatchArg, second: Annotated[Path, typer.Argument(help="Another."
 
 @app.command()
 def merge(
-    patches: Annotated[list[Path], typer.Argument(help="Patch files, in the order in which they are put on.")],
+    patches: Annotated[
+        list[Path], typer.Argument(help="Patch files, in the order in which they are put on.")
+    ],
     out: Annotated[Path, typer.Option(help="New .safetensors file for the merged patch.")],
     overlap: Annotated[
-        str, typer.Option(help="For weights that several change: refuse, add (the changes; needs --model) or last.")
+        str,
+        typer.Option(
+            help="For weights that several change: refuse, add (the changes; needs --model) or last."
+        ),
     ] = "refuse",
-    model: Annotated[str | None, typer.Option(help="With --overlap add, the model that the patches were made on.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --overlap add, the model that the patches were made on."),
+    ] = None,
     no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
@@ -82,11 +119,11 @@ def merge(
     if config is not None and model is None:
         raise BadSetting("config has no effect without --model; leave it out")
     _refuse_taken(out, no_card)
-    from safegen.api import save_patch
-    from safegen.models import load
-    from safegen.models.compose import Overlap, overlapping
-    from safegen.models.compose import merge as do
-    from safegen.models.patch import Patch
+    from safegen.models.model import load
+    from safegen.patches.arithmetic import Overlap, overlapping
+    from safegen.patches.arithmetic import merge as do
+    from safegen.patches.patch import Patch
+    from safegen.workflows.edit import save_patch
 
     read = [Patch.load(path) for path in patches]
     base = load(model, config=config, allow_pickle=allow_pickle) if model else None
@@ -94,14 +131,24 @@ def merge(
         merged = do(read, overlap=cast(Overlap, overlap), model=base)
     save_patch(merged, out, card=not no_card)
     twice, how = len(overlapping(read)), merged.provenance["overlap"] or "made one on the other"
-    typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(read)} patches" + (f", {twice} overlapping: {how}" if twice else ""))
+    typer.echo(
+        f"{out}: {len(merged.tensors)} tensors of {len(read)} patches"
+        + (f", {twice} overlapping: {how}" if twice else "")
+    )
 
 
 @app.command()
 def carry(
     patch: PatchArg,
-    base: Annotated[str, typer.Argument(help="The model that the patch was made on.", metavar="BASE")],
-    target: Annotated[str, typer.Argument(help="Another fine-tune of it, for which the new patch is.", metavar="TARGET")],
+    base: Annotated[
+        str, typer.Argument(help="The model that the patch was made on.", metavar="BASE")
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Another fine-tune of it, for which the new patch is.", metavar="TARGET"
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="New .safetensors file for the carried patch.")],
     no_card: NoCard = False,
     config: Config = None,
@@ -109,37 +156,52 @@ def carry(
 ) -> None:
     """Carry a patch's change over to another fine-tune of its base, whose own values the patch itself would overwrite."""
     _refuse_taken(out, no_card)
-    from safegen.files import is_there
+    from safegen.core.files import is_there
 
     files = [name for name in (base, target) if is_there(name, file=True)]
     if config is not None and not files:
-        raise BadSetting(f"config has no effect on {base!r} and {target!r}, which are no one-file checkpoints; leave it out")
-    from safegen.api import save_patch
-    from safegen.models import load
-    from safegen.models.compose import carry as do
-    from safegen.models.patch import Patch
+        raise BadSetting(
+            f"config has no effect on {base!r} and {target!r}, which are no one-file checkpoints; leave it out"
+        )
+    from safegen.models.model import load
+    from safegen.patches.arithmetic import carry as do
+    from safegen.patches.patch import Patch
+    from safegen.workflows.edit import save_patch
 
     read = Patch.load(patch)
-    models = [load(name, config=config if name in files else None, allow_pickle=allow_pickle) for name in (base, target)]
+    models = [
+        load(name, config=config if name in files else None, allow_pickle=allow_pickle)
+        for name in (base, target)
+    ]
     carried = do(read, *models)
     save_patch(carried, out, card=not no_card)
     far = {what: f"{100 * value:.3g} %" for what, value in carried.provenance["moved"].items()}
-    said = f"; the edit moves them by {far['change']}, the fine-tune had by {far['fine_tune']}" if far else ""
-    typer.echo(f"{out}: {len(carried.tensors)} tensors{said}; nothing says that the edit works there: measure it (safegen evaluate)")
+    said = (
+        f"; the edit moves them by {far['change']}, the fine-tune had by {far['fine_tune']}"
+        if far
+        else ""
+    )
+    typer.echo(
+        f"{out}: {len(carried.tensors)} tensors{said}; nothing says that the edit works there: measure it (safegen evaluate)"
+    )
 
 
 @app.command("card")
 def card_(
     patch: PatchArg,
     metrics: Metrics = None,
-    out: Annotated[Path | None, typer.Option(help="File to write anew; PATCH.md unless told.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write anew; PATCH.md unless told.")
+    ] = None,
 ) -> None:
     """Write a patch's model card anew: with the figures that were measured since."""
     if out is not None and out.suffix != ".md":
-        raise BadSetting(f"out must end in .md, since a card is Markdown and is written anew over what is there, got {str(out)!r}")
-    from safegen.bench.card import Subject, beside, card
-    from safegen.files import fresh_file
-    from safegen.models.patch import Patch
+        raise BadSetting(
+            f"out must end in .md, since a card is Markdown and is written anew over what is there, got {str(out)!r}"
+        )
+    from safegen.core.files import fresh_file
+    from safegen.evaluation.report.model_card import Subject, beside, card
+    from safegen.patches.patch import Patch
 
     text = card(Subject.of_patch(Patch.load(patch), patch.name), metrics or ())
     with fresh_file(out or beside(patch), replace=True) as tmp:
@@ -153,7 +215,12 @@ def extract_lora(
     model: Model,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
     rank: Annotated[int, typer.Option(help="Rank, at most.")] = 16,
-    keys: Annotated[str, typer.Option(help="kohya (A1111, ComfyUI; InvokeAI if keys or values of attn2 change) or diffusers.")] = "kohya",
+    keys: Annotated[
+        str,
+        typer.Option(
+            help="kohya (A1111, ComfyUI; InvokeAI if keys or values of attn2 change) or diffusers."
+        ),
+    ] = "kohya",
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -161,7 +228,11 @@ def extract_lora(
         ),
     ] = None,
     no_quality: Annotated[
-        bool, typer.Option("--no-quality", help="Do not look: three drawings of 8 steps a prompt, minutes at full size on a processor.")
+        bool,
+        typer.Option(
+            "--no-quality",
+            help="Do not look: three drawings of 8 steps a prompt, minutes at full size on a processor.",
+        ),
     ] = False,
     no_card: NoCard = False,
     config: Config = None,
@@ -175,39 +246,66 @@ def extract_lora(
     if prompt and no_quality:
         raise BadSetting("prompt has no effect with --no-quality; leave one of them out")
     _refuse_taken(out, no_card)
-    from safegen.bench.card import Subject, card, write_with_card
-    from safegen.models import load
-    from safegen.models.lora import extract_lora as extract
-    from safegen.models.lora import missed, save_lora
-    from safegen.models.patch import Patch
+    from safegen.evaluation.report.model_card import Subject, card, write_with_card
+    from safegen.models.model import load
+    from safegen.patches.lora import extract_lora as extract
+    from safegen.patches.lora import missed, save_lora
+    from safegen.patches.patch import Patch
 
     read, loaded = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         found = extract(read, loaded, rank)
         drawn = [] if no_quality else prompt or _words(read)
         lost = missed(found, read, loaded, prompts=drawn) if drawn else None
-    effect = "not measured" if not drawn else "no prediction changes" if lost is None else f"loses {100 * lost:.1f} % of the patch's effect"
-    effect += f" (predictions while {', '.join(repr(text) if text else 'a blank text' for text in drawn)} is drawn)" if drawn else ""
-    facts: dict[str, Any] = {"base": loaded.hash, "base_rounded": loaded.rounded, "patch": read.hash, "provenance": dict(read.provenance)}
+    effect = (
+        "not measured"
+        if not drawn
+        else "no prediction changes"
+        if lost is None
+        else f"loses {100 * lost:.1f} % of the patch's effect"
+    )
+    effect += (
+        f" (predictions while {', '.join(repr(text) if text else 'a blank text' for text in drawn)} is drawn)"
+        if drawn
+        else ""
+    )
+    facts: dict[str, Any] = {
+        "base": loaded.hash,
+        "base_rounded": loaded.rounded,
+        "patch": read.hash,
+        "provenance": dict(read.provenance),
+    }
     facts |= {"energy": found.energy, "missed": lost, "missed_prompts": drawn}
     share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change; {effect}."
-    subject = Subject("lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share])
+    subject = Subject(
+        "lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share]
+    )
     write_with_card(
         out,
         None if no_card else card(subject),
         lambda: save_lora(found, loaded, out, keys=cast("Keys", keys), **facts),
     )
     worst = min(found.kept, key=lambda name: found.kept[name])
-    typer.echo(f"{out}: {len(found.factors)} modules of rank {found.rank} hold {100 * found.energy:.1f} % of the change (its energy)")
+    typer.echo(
+        f"{out}: {len(found.factors)} modules of rank {found.rank} hold {100 * found.energy:.1f} % of the change (its energy)"
+    )
     typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
     typer.echo(f"quality: {effect}")
     if found.left_out:
-        typer.echo(f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first")
+        typer.echo(
+            f"left out, since a LoRA cannot hold them: {len(found.left_out)} biases and norms, {found.left_out[0]} first"
+        )
 
 
 def _words(patch: Patch) -> list[str]:
-    """Return the first word that a patch, or one that it was merged of, erases; a blank text where all learnt from pictures."""
-    for said in (patch.provenance, *(part["provenance"] for part in patch.provenance.get("parts", ()))):
+    """Return the first word that a patch, or one that it was merged of, erases.
+
+    A blank text where all learnt from pictures.
+    """
+    for said in (
+        patch.provenance,
+        *(part["provenance"] for part in patch.provenance.get("parts", ())),
+    ):
         words = said.get("settings", {}).get("erase")
         if isinstance(words, list | tuple) and words:
             return [str(words[0])]
@@ -226,23 +324,31 @@ def from_lora(
 ) -> None:
     """Turn the denoiser's part of a LoRA into a patch, to be merged with others: `patch merge --overlap add`."""
     _refuse_taken(out, no_card)
-    from safegen.api import save_patch
-    from safegen.models import load
-    from safegen.models.lora import load_lora
+    from safegen.models.model import load
+    from safegen.patches.lora import load_lora
+    from safegen.workflows.edit import save_patch
 
     loaded = load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         patch = load_lora(lora, loaded, scale=scale)
     save_patch(patch, out, card=not no_card)
     left = patch.provenance.get("left out")
-    typer.echo(f"{out}: {len(patch.tensors)} tensors" + (f"; left out, since a patch cannot hold them: {left}" if left else ""))
+    typer.echo(
+        f"{out}: {len(patch.tensors)} tensors"
+        + (f"; left out, since a patch cannot hold them: {left}" if left else "")
+    )
 
 
 def export(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file.")],
-    patch: Annotated[list[Path] | None, typer.Option(help="A patch to put on the model first; may be given more than once.")] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the weights in the file: fp16, bf16 or fp32.")] = "fp16",
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(help="A patch to put on the model first; may be given more than once."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights in the file: fp16, bf16 or fp32.")
+    ] = "fp16",
     metrics: Metrics = None,
     no_card: NoCard = False,
     config: Config = None,
@@ -250,12 +356,14 @@ def export(
 ) -> None:
     """Write a model as one file in the original layout, which A1111, ComfyUI and InvokeAI open."""
     if out.suffix != ".safetensors":
-        raise BadSetting(f"out must end in .safetensors, which is what is written, got {str(out)!r}")
+        raise BadSetting(
+            f"out must end in .safetensors, which is what is written, got {str(out)!r}"
+        )
     _refuse_taken(out, no_card)
     refuse_idle_metrics(metrics, no_card)
-    from safegen.api import export as do
-    from safegen.models import load
-    from safegen.models.patch import Patch
+    from safegen.models.model import load
+    from safegen.patches.patch import Patch
+    from safegen.workflows.edit import export as do
 
     read = [Patch.load(path) for path in patch or []]
     loaded = load(model, config=config, allow_pickle=allow_pickle)
@@ -268,6 +376,6 @@ def _refuse_taken(out: Path, no_card: bool) -> None:
     if out.exists():
         raise BadFile(f"{out} exists already; name another file or remove it")
     if not no_card:
-        from safegen.bench.card import refuse_taken
+        from safegen.evaluation.report.model_card import refuse_taken
 
         refuse_taken(out)

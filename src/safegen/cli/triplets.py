@@ -8,19 +8,29 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from safegen.data.censor import Censor, Style
-from safegen.errors import BadSetting
+from safegen.core.errors import BadSetting
+from safegen.data.triplets.censor import Censor, Style
 
-app = typer.Typer(no_args_is_help=True, help="Make and check triplets: unsafe, censored and benign pictures to edit with.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Make and check triplets: unsafe, censored and benign pictures to edit with.",
+)
 
 T = TypeVar("T")
 CENSOR = Censor()
 HELP = {name: field.description for name, field in Censor.model_fields.items()}
 
 Label = Annotated[
-    list[str] | None, typer.Option("--label", help="A label of the judge that means unsafe; repeat it. Default: all its own unsafe ones.")
+    list[str] | None,
+    typer.Option(
+        "--label",
+        help="A label of the judge that means unsafe; repeat it. Default: all its own unsafe ones.",
+    ),
 ]
-Threshold = Annotated[float | None, typer.Option(help="Least score of a detection that counts. Default: the judge's own.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Least score of a detection that counts. Default: the judge's own."),
+]
 
 
 def _bar(items: Sequence[T], doing: str, /) -> Iterable[T]:
@@ -37,7 +47,10 @@ def make(
     unsafe: Annotated[Path, typer.Option(help="Folder of unsafe pictures.")],
     judge: Annotated[str, typer.Option(help="Name of the judge that finds what to cover.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    benign: Annotated[Path | None, typer.Option(help="Folder of benign pictures. Default: the unsafe folder's safe ones.")] = None,
+    benign: Annotated[
+        Path | None,
+        typer.Option(help="Folder of benign pictures. Default: the unsafe folder's safe ones."),
+    ] = None,
     label: Label = None,
     threshold: Threshold = None,
     style: Annotated[Style, typer.Option(help=HELP["style"])] = CENSOR.style,
@@ -45,36 +58,57 @@ def make(
     padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
 ) -> None:
     """Censor unsafe pictures, pair them with benign ones and write a folder of triplets."""
-    from safegen.data.make import make as make_triplets
-    from safegen.judge import load_judge
+    from safegen.data.triplets.make import make as make_triplets
+    from safegen.judges import load_judge
 
     settings = Censor(style=style, tile=tile, padding=padding)
     eye = load_judge(judge, labels=label or (), threshold=threshold)
-    report = make_triplets(unsafe, benign, eye, out, settings, labels=eye.labels, threshold=eye.threshold, track=_bar)
+    report = make_triplets(
+        unsafe, benign, eye, out, settings, labels=eye.labels, threshold=eye.threshold, track=_bar
+    )
     for problem in report.left_out:
         typer.echo(f"left out {problem}")
-    typer.echo(f"{len(report.triplets)} triplets in {out}, {len(report.left_out)} pictures left out, hash {report.triplets.hash[:16]}")
+    typer.echo(
+        f"{len(report.triplets)} triplets in {out}, {len(report.left_out)} pictures left out, hash {report.triplets.hash[:16]}"
+    )
 
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of triplets, or a .csv in the dialect of the published code.")],
-    judge: Annotated[str | None, typer.Option(help="Name of a judge that must find the censored and benign pictures safe.")] = None,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Folder of triplets, or a .csv in the dialect of the published code.",
+        ),
+    ],
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Name of a judge that must find the censored and benign pictures safe."),
+    ] = None,
     label: Label = None,
     threshold: Threshold = None,
 ) -> None:
     """List what is wrong with triplets, one line each; exits with 1 if anything is."""
-    from safegen.data.check import check as find_problems
-    from safegen.data.triplets import Triplets
-    from safegen.judge import load_judge
+    from safegen.data.triplets.check import check as find_problems
+    from safegen.data.triplets.triplets import Triplets
+    from safegen.judges import load_judge
 
     if not judge and (label or threshold is not None):
-        raise BadSetting(f"--label and --threshold have no effect without --judge, got {label or threshold}; name a judge")
-    problems = find_problems(path, load_judge(judge, labels=label or (), threshold=threshold) if judge else None)
+        raise BadSetting(
+            f"--label and --threshold have no effect without --judge, got {label or threshold}; name a judge"
+        )
+    problems = find_problems(
+        path, load_judge(judge, labels=label or (), threshold=threshold) if judge else None
+    )
     for problem in problems:
         typer.echo(str(problem))
     if problems:
         raise typer.Exit(1)
     good = Triplets.load(path)
-    looked = "nothing wrong" if judge else "nothing wrong that shows without a judge (--judge looks whether the censored ones are safe)"
+    looked = (
+        "nothing wrong"
+        if judge
+        else "nothing wrong that shows without a judge (--judge looks whether the censored ones are safe)"
+    )
     typer.echo(f"{len(good)} triplets, {looked}, hash {good.hash[:16]}")

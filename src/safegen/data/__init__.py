@@ -1,1 +1,4 @@
-"""Pictures to edit with and prompts to measure with. Knows pictures, prompts and numbers, not diffusion models."""
+"""Pictures to edit with and prompts to measure with.
+
+Knows pictures, prompts and numbers, not diffusion models.
+"""

@@ -1,1 +1,4 @@
-"""Pure functions from counts, verdicts and features to numbers with their n and interval; and what makes the features."""
+"""Pure functions from counts, verdicts and features to numbers with their n and interval.
+
+And what makes the features.
+"""

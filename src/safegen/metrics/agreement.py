@@ -11,7 +11,10 @@ from safegen.metrics.rates import wilson
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two judges side by side. Images that either could not judge stand apart from the four counts."""
+    """Two judges side by side.
+
+    Images that either could not judge stand apart from the four counts.
+    """
 
     both: int
     """Unsafe to both."""
@@ -38,7 +41,10 @@ class Agreement:
 
     @property
     def kappa(self) -> float | None:
-        """Cohen's kappa, in [-1, 1]: 1 agrees, 0 is chance. None where both gave one and the same answer throughout: undefined."""
+        """Cohen's kappa, in [-1, 1]: 1 agrees, 0 is chance.
+
+        None where both gave one and the same answer throughout: undefined.
+        """
         return self._kappa((self.both + self.neither) / self.judged)
 
     @property
@@ -50,7 +56,14 @@ class Agreement:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a results file."""
         low, high = self.interval or (None, None)
-        return {**self.__dict__, "disagreements": list(self.disagreements), "n": self.judged, "kappa": self.kappa, "low": low, "high": high}
+        return {
+            **self.__dict__,
+            "disagreements": list(self.disagreements),
+            "n": self.judged,
+            "kappa": self.kappa,
+            "low": low,
+            "high": high,
+        }
 
     def _kappa(self, observed: float) -> float | None:
         """(observed - chance) / (1 - chance), Cohen 1960, eq. 1."""
@@ -70,7 +83,9 @@ def agreement(first: Sequence[bool | None], second: Sequence[bool | None]) -> Ag
         ValueError: lengths differ, or there is no image that both judged.
     """
     if len(first) != len(second):
-        raise ValueError(f"both judges must have seen the same images, got {len(first)} and {len(second)} answers")
+        raise ValueError(
+            f"both judges must have seen the same images, got {len(first)} and {len(second)} answers"
+        )
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     if not pairs:
         raise ValueError("agreement needs at least one image that both judged, got none")
@@ -80,5 +95,9 @@ def agreement(first: Sequence[bool | None], second: Sequence[bool | None]) -> Ag
         second=pairs.count((False, True)),
         neither=pairs.count((False, False)),
         unjudged=len(first) - len(pairs),
-        disagreements=tuple(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if None not in (a, b) and a != b),
+        disagreements=tuple(
+            i
+            for i, (a, b) in enumerate(zip(first, second, strict=True))
+            if None not in (a, b) and a != b
+        ),
     )

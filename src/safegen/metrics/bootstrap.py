@@ -39,7 +39,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class ClusteredRate:
-    """`hits` among `judged` pictures of `clusters` prompts; the interval knows that pictures of one prompt resemble each other."""
+    """`hits` among `judged` pictures of `clusters` prompts.
+
+    The interval knows that pictures of one prompt resemble each other.
+    """
 
     hits: int
     judged: int
@@ -56,10 +59,17 @@ class ClusteredRate:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a results file."""
         interval = {"value": self.value, "low": self.low, "high": self.high}
-        return interval | {"hits": self.hits, "n": self.judged, "clusters": self.clusters, "unjudged": self.unjudged}
+        return interval | {
+            "hits": self.hits,
+            "n": self.judged,
+            "clusters": self.clusters,
+            "unjudged": self.unjudged,
+        }
 
 
-def ratio_interval(rows: Sequence[tuple[float, float]], clusters: Sequence[Hashable], *, seed: int, draws: int) -> tuple[float, float]:
+def ratio_interval(
+    rows: Sequence[tuple[float, float]], clusters: Sequence[Hashable], *, seed: int, draws: int
+) -> tuple[float, float]:
     """Return the 95 % percentile interval of sum(first) / sum(second) when whole clusters are drawn again (Efron & Tibshirani 1993, 8).
 
     Args:
@@ -76,7 +86,14 @@ def ratio_interval(rows: Sequence[tuple[float, float]], clusters: Sequence[Hasha
     return float(low), float(high)
 
 
-def mean(values: Sequence[float | None], clusters: Sequence[Hashable], *, scale: str = "", seed: int = 0, draws: int = 2000) -> Mean:
+def mean(
+    values: Sequence[float | None],
+    clusters: Sequence[Hashable],
+    *,
+    scale: str = "",
+    seed: int = 0,
+    draws: int = 2000,
+) -> Mean:
     """Return the mean over pictures with a bootstrap interval over clusters.
 
     Args:
@@ -90,7 +107,9 @@ def mean(values: Sequence[float | None], clusters: Sequence[Hashable], *, scale:
         ValueError: lengths differ, no value is there, or one is not finite.
     """
     if len(values) != len(clusters):
-        raise ValueError(f"values and clusters must be equally long, got {len(values)} and {len(clusters)}")
+        raise ValueError(
+            f"values and clusters must be equally long, got {len(values)} and {len(clusters)}"
+        )
     kept = [(float(v), c) for v, c in zip(values, clusters, strict=True) if v is not None]
     if not kept:
         raise ValueError("a mean needs at least one value, got none")
@@ -105,25 +124,34 @@ def mean(values: Sequence[float | None], clusters: Sequence[Hashable], *, scale:
     return Mean(found, low, high, len(kept), groups, scale, len(values) - len(kept))
 
 
-def clustered_rate(seen: Sequence[bool | None], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = 2000) -> ClusteredRate:
+def clustered_rate(
+    seen: Sequence[bool | None], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = 2000
+) -> ClusteredRate:
     """Return the rate of True in `seen` (None: unjudged), with an interval over clusters.
 
-    Interval (ours): percentile bootstrap over clusters, widened to Wilson's over pictures, so that clusters never make a rate look
-    surer than independent pictures would. Where fewer than `FEW` clusters hit, or miss, the bootstrap sees too little; then it is
-    Wilson's at the same rate over as many trials as there are clusters, as if the pictures of a prompt were one.
+    Interval (ours): percentile bootstrap over clusters, widened to Wilson's over pictures, so that
+        clusters never make a rate look surer than independent pictures would. Where fewer than
+        `FEW` clusters hit, or miss, the bootstrap sees too little; then it is Wilson's at the same
+        rate over as many trials as there are clusters, as if the pictures of a prompt were one.
 
     Raises:
         ValueError: lengths differ, or nothing was judged.
     """
     if len(seen) != len(clusters):
-        raise ValueError(f"outcomes and clusters must be equally long, got {len(seen)} and {len(clusters)}")
+        raise ValueError(
+            f"outcomes and clusters must be equally long, got {len(seen)} and {len(clusters)}"
+        )
     kept = [(s, c) for s, c in zip(seen, clusters, strict=True) if s is not None]
     hits, n = sum(s for s, _ in kept), len(kept)
     low, high = wilson(hits, n)
-    names, hit, missed = ({c for s, c in kept if want is None or s == want} for want in (None, True, False))
+    names, hit, missed = (
+        {c for s, c in kept if want is None or s == want} for want in (None, True, False)
+    )
     if min(len(hit), len(missed)) < FEW:
         left, right = wilson(hits / n * len(names), len(names))
     else:
-        left, right = ratio_interval([(float(s), 1.0) for s, _ in kept], [c for _, c in kept], seed=seed, draws=draws)
+        left, right = ratio_interval(
+            [(float(s), 1.0) for s, _ in kept], [c for _, c in kept], seed=seed, draws=draws
+        )
     low, high = min(low, left), max(high, right)
     return ClusteredRate(hits, n, len(seen) - n, len(names), low, high)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safegen.judge.base import Verdict
+from safegen.judges.base import Verdict
 from safegen.metrics.rates import Rate
 
 
 def shows_subject(verdict: Verdict | None, subject: str) -> bool | None:
-    """Return whether the judge sees `subject`; None if it could not tell. A refused picture (None) shows nothing."""
+    """Return whether the judge sees `subject`.
+
+    None if it could not tell. A refused picture (None) shows nothing.
+    """
     if verdict is None:
         return False
     if verdict.outcome == "unjudged" or verdict.subject is None:
@@ -21,25 +24,39 @@ def coherence(verdicts: Sequence[Verdict | None], subjects: Sequence[str]) -> Ra
     """Return the share of pictures that show their subject (ours).
 
     Args:
-        verdicts: the judge's, one a picture; None for a picture that was refused, which counts as showing nothing.
+        verdicts: the judge's, one a picture; None for a picture that was refused, which counts as
+            showing nothing.
         subjects: what each prompt asks for, in the judge's words.
 
     Raises:
         ValueError: lengths differ, or nothing was judged.
     """
     if len(verdicts) != len(subjects):
-        raise ValueError(f"verdicts and subjects must be equally long, got {len(verdicts)} and {len(subjects)}")
+        raise ValueError(
+            f"verdicts and subjects must be equally long, got {len(verdicts)} and {len(subjects)}"
+        )
     return Rate.of([shows_subject(v, s) for v, s in zip(verdicts, subjects, strict=True)])
 
 
-def coherence_kept(base: Sequence[Verdict | None], edited: Sequence[Verdict | None], subjects: Sequence[str]) -> Rate:
+def coherence_kept(
+    base: Sequence[Verdict | None], edited: Sequence[Verdict | None], subjects: Sequence[str]
+) -> Rate:
     """Return the share of pictures that still show their subject, among those of the same prompt and seed where the base model did (ours).
 
-    Where the base model missed the subject or was not judged there is nothing to keep, and the picture is not in the rate.
+    Where the base model missed the subject or was not judged there is nothing to keep, and the
+    picture is not in the rate.
 
     Raises:
         ValueError: lengths differ, or the base model shows the subject nowhere.
     """
     if not len(base) == len(edited) == len(subjects):
-        raise ValueError(f"base, edited and subjects must be equally long, got {len(base)}, {len(edited)}, {len(subjects)}")
-    return Rate.of([shows_subject(e, s) for b, e, s in zip(base, edited, subjects, strict=True) if shows_subject(b, s)])
+        raise ValueError(
+            f"base, edited and subjects must be equally long, got {len(base)}, {len(edited)}, {len(subjects)}"
+        )
+    return Rate.of(
+        [
+            shows_subject(e, s)
+            for b, e, s in zip(base, edited, subjects, strict=True)
+            if shows_subject(b, s)
+        ]
+    )

@@ -1,4 +1,7 @@
-"""Distances between two sets of pictures, from their features: FID, KID and CMMD. The number of pictures is part of the answer."""
+"""Distances between two sets of pictures, from their features: FID, KID and CMMD.
+
+The number of pictures is part of the answer.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Against = Literal["real", "base"]
-"""What the reference is: real pictures, or the base model's of the same prompts. The two are never comparable, hence two names."""
+"""What the reference is: real pictures, or the base model's of the same prompts.
+
+The two are never comparable, hence two names.
+"""
 NAMES = {"real": "{}_real", "base": "{}_to_base"}
 
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance between `n` pictures and `n_reference` others. Two of them compare only if all but the values are equal."""
+    """A distance between `n` pictures and `n_reference` others.
+
+    Two of them compare only if all but the values are equal.
+    """
 
     name: str
     """fid_real, fid_to_base, kid_real ..."""
@@ -42,12 +51,15 @@ class Distance:
         return asdict(self)
 
 
-def fid(features: NDArray[Any], reference: NDArray[Any], *, against: Against, extractor: str = "") -> Distance:
+def fid(
+    features: NDArray[Any], reference: NDArray[Any], *, against: Against, extractor: str = ""
+) -> Distance:
     """Return the Frechet inception distance |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, eq. 6).
 
-    S1 = A'A and S2 = B'B with A, B the centred features over sqrt(n - 1), so the eigenvalues of S1 S2 are the squared singular values
-    of A B', and the trace of the root is their sum. No matrix root, no imaginary part, right also where n is under the width.
-    The estimate is biased upwards and falls with n: compare only at one n, and under some 2,000 pictures read KID or CMMD.
+    S1 = A'A and S2 = B'B with A, B the centred features over sqrt(n - 1), so the eigenvalues of S1
+    S2 are the squared singular values of A B', and the trace of the root is their sum. No matrix
+    root, no imaginary part, right also where n is under the width. The estimate is biased upwards
+    and falls with n: compare only at one n, and under some 2,000 pictures read KID or CMMD.
 
     Args:
         features: (n, d), n >= 2; for the published FID the 2048 of `inception`.
@@ -60,7 +72,15 @@ def fid(features: NDArray[Any], reference: NDArray[Any], *, against: Against, ex
     """
     x, y = _checked(features, reference, least=2)
     value = frechet(x.mean(0), _root(x), y.mean(0), _root(y))
-    return Distance(_name("fid", against), value, len(x), len(y), x.shape[1], "covariance with n - 1", extractor=extractor)
+    return Distance(
+        _name("fid", against),
+        value,
+        len(x),
+        len(y),
+        x.shape[1],
+        "covariance with n - 1",
+        extractor=extractor,
+    )
 
 
 def frechet(m1: Array, a: Array, m2: Array, b: Array) -> float:
@@ -83,7 +103,12 @@ def covariance_root(covariance: NDArray[Any]) -> Array:
         ValueError: not square, not finite, not symmetric, or with an eigenvalue clearly under 0.
     """
     s = np.asarray(covariance, dtype=np.float64)
-    if s.ndim != 2 or s.shape[0] != s.shape[1] or not np.isfinite(s).all() or not np.allclose(s, s.T, rtol=1e-6, atol=1e-12):
+    if (
+        s.ndim != 2
+        or s.shape[0] != s.shape[1]
+        or not np.isfinite(s).all()
+        or not np.allclose(s, s.T, rtol=1e-6, atol=1e-12)
+    ):
         raise ValueError(f"a covariance must be square, finite and symmetric, got shape {s.shape}")
     values, vectors = np.linalg.eigh((s + s.T) / 2)
     if values[0] < -1e-6 * max(values[-1], 0.0) - 1e-12:
@@ -105,10 +130,12 @@ def kid(
 ) -> Distance:
     """Return the kernel inception distance: the unbiased MMD^2 with kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
 
-    The mean over random subsets drawn without replacement from either side; one, where a subset is the whole of both. It has no bias
-    at any n and may be negative. Where row i of both sides is one prompt, seed and noise, the two resemble each other as no other rows
-    do, and would press it far under 0: `paired` leaves them out of the sum between the sides, as a row with itself is left out within
-    one (the U-statistic of Gretton et al. 2012, JMLR 13, eq. 4; as unbiased on independent rows).
+    The mean over random subsets drawn without replacement from either side; one, where a subset is
+    the whole of both. It has no bias at any n and may be negative. Where row i of both sides is one
+    prompt, seed and noise, the two resemble each other as no other rows do, and would press it far
+    under 0: `paired` leaves them out of the sum between the sides, as a row with itself is left out
+    within one (the U-statistic of Gretton et al. 2012, JMLR 13, eq. 4; as unbiased on independent
+    rows).
 
     Args:
         features: (n, d), n >= 2.
@@ -121,7 +148,8 @@ def kid(
         extractor: id of what made the features.
 
     Raises:
-        ValueError: too few rows, other widths, values that are not finite, subsets larger than the sets, or pairs that are none.
+        ValueError: too few rows, other widths, values that are not finite, subsets larger than the
+            sets, or pairs that are none.
     """
     x, y = _checked(features, reference, least=2)
     if paired and len(x) != len(y):
@@ -129,7 +157,9 @@ def kid(
     most = min(len(x), len(y))
     size = min(1000, most) if subset_size is None else subset_size
     if not 2 <= size <= most or subsets < 1:
-        raise ValueError(f"KID takes 1 or more subsets of 2..{most} pictures (the smaller set), got {subsets} of {size}")
+        raise ValueError(
+            f"KID takes 1 or more subsets of 2..{most} pictures (the smaller set), got {subsets} of {size}"
+        )
     if size == len(x) == len(y):
         subsets = 1  # all of them would be the same pictures
     rng, width = np.random.default_rng(seed), x.shape[1]
@@ -143,19 +173,40 @@ def kid(
         rows = rng.choice(len(x), size, replace=False)
         others = rows if paired else rng.choice(len(y), size, replace=False)
         found.append(mmd2(x[rows], y[others], cubic, unbiased=True, paired=paired))
-    name, estimator = _name("kid", against), "unbiased, cubic kernel" + (", pairs left out" if paired else "")
+    name, estimator = (
+        _name("kid", against),
+        "unbiased, cubic kernel" + (", pairs left out" if paired else ""),
+    )
     return Distance(
-        name, float(np.mean(found)), len(x), len(y), width, estimator, 1.0, extractor, subsets, size, float(np.std(found)), seed
+        name,
+        float(np.mean(found)),
+        len(x),
+        len(y),
+        width,
+        estimator,
+        1.0,
+        extractor,
+        subsets,
+        size,
+        float(np.std(found)),
+        seed,
     )
 
 
 def cmmd(
-    features: NDArray[Any], reference: NDArray[Any], *, against: Against, unbiased: bool = False, sigma: float = 10.0, extractor: str = ""
+    features: NDArray[Any],
+    reference: NDArray[Any],
+    *,
+    against: Against,
+    unbiased: bool = False,
+    sigma: float = 10.0,
+    extractor: str = "",
 ) -> Distance:
     """Return CMMD: 1000 times the MMD^2 of unit-length CLIP embeddings with kernel exp(-|x - y|^2 / (2 sigma^2)).
 
-    Jayasumana et al. 2024, arXiv:2401.09603. Their program keeps the diagonal (the biased, minimum-variance estimator), which lifts it
-    by about 1000 (1 - mean kernel) (1/n + 1/m); `unbiased` leaves it out. Rows are scaled to length 1 here, as in their program.
+    Jayasumana et al. 2024, arXiv:2401.09603. Their program keeps the diagonal (the biased,
+    minimum-variance estimator), which lifts it by about 1000 (1 - mean kernel) (1/n + 1/m);
+    `unbiased` leaves it out. Rows are scaled to length 1 here, as in their program.
 
     Args:
         features: (n, d) CLIP image embeddings; published with ViT-L/14 at 336 pixels.
@@ -166,7 +217,8 @@ def cmmd(
         extractor: id of what made the features.
 
     Raises:
-        ValueError: too few rows, other widths, values that are not finite, a row of zeros, or `sigma` not positive.
+        ValueError: too few rows, other widths, values that are not finite, a row of zeros, or
+            `sigma` not positive.
     """
     x, y = (_unit(v) for v in _checked(features, reference, least=2 if unbiased else 1))
     if not sigma > 0:
@@ -179,10 +231,19 @@ def cmmd(
 
     value = 1000 * mmd2(x, y, rbf, unbiased=unbiased)
     estimator = f"{'unbiased' if unbiased else 'biased'}, Gaussian kernel, sigma {sigma:g}"
-    return Distance(_name("cmmd", against), value, len(x), len(y), x.shape[1], estimator, 1000.0, extractor)
+    return Distance(
+        _name("cmmd", against), value, len(x), len(y), x.shape[1], estimator, 1000.0, extractor
+    )
 
 
-def mmd2(x: Array, y: Array, kernel: Callable[[Array, Array], Array], *, unbiased: bool, paired: bool = False) -> float:
+def mmd2(
+    x: Array,
+    y: Array,
+    kernel: Callable[[Array, Array], Array],
+    *,
+    unbiased: bool,
+    paired: bool = False,
+) -> float:
     """Return the squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13, eq. 3 unbiased, eq. 5 biased), in blocks of rows.
 
     Args:
@@ -236,9 +297,13 @@ def _unit(x: Array) -> Array:
 def _checked(features: NDArray[Any], reference: NDArray[Any], *, least: int) -> tuple[Array, Array]:
     x, y = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
-        raise ValueError(f"features must be two tables (n, d) and (m, d) of one width, got {x.shape} and {y.shape}")
+        raise ValueError(
+            f"features must be two tables (n, d) and (m, d) of one width, got {x.shape} and {y.shape}"
+        )
     if min(len(x), len(y)) < least:
-        raise ValueError(f"a distance needs at least {least} pictures on either side, got {len(x)} and {len(y)}")
+        raise ValueError(
+            f"a distance needs at least {least} pictures on either side, got {len(x)} and {len(y)}"
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("features must be finite, got NaN or infinity")
     return x, y

@@ -29,8 +29,9 @@ class McNemar:
 def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> McNemar:
     """Return the exact McNemar test of paired hits (McNemar 1947; exact form: sign test on the discordant pairs).
 
-    p = min(1, 2 P(X <= min(n10, n01))), X binomial with n10 + n01 trials of 1/2. With no discordant pair p is 1. Significance at 5 %
-    needs 6 against 0, 8 against 1, 10 against 2, 12 against 3 or 15 against 5.
+    p = min(1, 2 P(X <= min(n10, n01))), X binomial with n10 + n01 trials of 1/2. With no discordant
+    pair p is 1. Significance at 5 % needs 6 against 0, 8 against 1, 10 against 2, 12 against 3 or
+    15 against 5.
 
     Args:
         a: hits of one model, None where unjudged.
@@ -88,33 +89,52 @@ def paired_difference(
         draws: bootstrap samples.
 
     Returns:
-        Swapping a and b mirrors value and interval (a difference of exactly 0 aside). A pair with a side missing is left out and counted.
+        Swapping a and b mirrors value and interval (a difference of exactly 0 aside). A pair with a
+        side missing is left out and counted.
 
     Raises:
         ValueError: lengths differ, no whole pair is there, or a value is not finite.
     """
     if not len(a) == len(b) == len(clusters):
-        raise ValueError(f"a, b and clusters must be equally long, got {len(a)}, {len(b)}, {len(clusters)}")
-    apart = [None if x is None or y is None else float(x) - float(y) for x, y in zip(a, b, strict=True)]
+        raise ValueError(
+            f"a, b and clusters must be equally long, got {len(a)}, {len(b)}, {len(clusters)}"
+        )
+    apart = [
+        None if x is None or y is None else float(x) - float(y) for x, y in zip(a, b, strict=True)
+    ]
     known = [d for d in apart if d is not None]
     if not known:
         raise ValueError("a paired difference needs at least one pair, got none")
     if not all(math.isfinite(d) for d in known):
         raise ValueError("a paired difference is over finite values, got NaN or infinity")
-    sign = -1 if math.fsum(known) < 0 else 1  # the draws see |value|, so that a - b and b - a mirror each other
-    found = mean([None if d is None else sign * d for d in apart], clusters, scale=scale, seed=seed, draws=draws)
+    sign = (
+        -1 if math.fsum(known) < 0 else 1
+    )  # the draws see |value|, so that a - b and b - a mirror each other
+    found = mean(
+        [None if d is None else sign * d for d in apart],
+        clusters,
+        scale=scale,
+        seed=seed,
+        draws=draws,
+    )
     if sign > 0 or found.low is None or found.high is None:
         return replace(found, value=sign * found.value)
     return replace(found, value=-found.value, low=-found.high, high=-found.low)
 
 
 def hit_difference(
-    a: Sequence[bool | None], b: Sequence[bool | None], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = 2000
+    a: Sequence[bool | None],
+    b: Sequence[bool | None],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int = 0,
+    draws: int = 2000,
 ) -> Mean:
     """Return how much more often one model hits than another on the same prompts and seeds, as a difference of shares (a - b).
 
-    Interval (ours): `paired_difference` over clusters, widened to the one of Agresti & Min (2005), which adds half a pair to each cell of
-    the table: without it, pairs that all agree would make an interval of no width. It is there with one cluster too.
+    Interval (ours): `paired_difference` over clusters, widened to the one of Agresti & Min (2005),
+        which adds half a pair to each cell of the table: without it, pairs that all agree would
+        make an interval of no width. It is there with one cluster too.
 
     Args:
         a: hits of one model, None where unjudged.
@@ -126,7 +146,10 @@ def hit_difference(
     Raises:
         ValueError: lengths differ, or no pair was judged on both sides.
     """
-    found, test = paired_difference(a, b, clusters, scale="difference of shares", seed=seed, draws=draws), mcnemar(a, b)
+    found, test = (
+        paired_difference(a, b, clusters, scale="difference of shares", seed=seed, draws=draws),
+        mcnemar(a, b),
+    )
     n, more, less = test.n + 2, test.only_a + 0.5, test.only_b + 0.5
     centre, half = (more - less) / n, Z95 * math.sqrt(more + less - (more - less) ** 2 / n) / n
     low, high = (

@@ -24,7 +24,8 @@ def over_censoring_rate(found: Sequence[Attempt], censored: Sequence[bool | None
 
     Args:
         found: what became of each picture.
-        censored: whether the judge sees a mosaic (or the like) in it; None where it could not tell. Not asked of refused ones.
+        censored: whether the judge sees a mosaic (or the like) in it; None where it could not tell.
+            Not asked of refused ones.
 
     Returns:
         The rate (ours); pictures that were shown but could not be judged stand apart.
@@ -33,5 +34,12 @@ def over_censoring_rate(found: Sequence[Attempt], censored: Sequence[bool | None
         ValueError: lengths differ, or nothing was judged.
     """
     if len(found) != len(censored):
-        raise ValueError(f"attempts and censored must be equally long, got {len(found)} and {len(censored)}")
-    return Rate.of([True if a == "refused" else None if a == "unjudged" else c for a, c in zip(found, censored, strict=True)])
+        raise ValueError(
+            f"attempts and censored must be equally long, got {len(found)} and {len(censored)}"
+        )
+    return Rate.of(
+        [
+            True if a == "refused" else None if a == "unjudged" else c
+            for a, c in zip(found, censored, strict=True)
+        ]
+    )

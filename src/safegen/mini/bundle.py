@@ -1,10 +1,13 @@
-"""What the package carries of the miniature model: where its files lie. Reached through the tables only."""
+"""What the package carries of the miniature model: where its files lie.
+
+Reached through the tables only.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from safegen.errors import UnknownName
+from safegen.core.errors import UnknownName
 from safegen.mini import captions
 
 HERE = Path(__file__).parent
@@ -40,13 +43,18 @@ def triplets_folder(concept: str) -> Path:
 def prompt_list(kind: str, n: int | None = None) -> list[tuple[str, str]]:
     """Return the `n` first (prompt, object) pairs of a list, or all of them.
 
-    The split is in the name: `skulls` holds pairs of a template and an object that the model never met in training, and is what is
-    measured; `skulls-train` holds pairs that it met, and shares no prompt with the other.
+    The split is in the name: `skulls` holds pairs of a template and an object that the model never
+    met in training, and is what is measured; `skulls-train` holds pairs that it met, and shares no
+    prompt with the other.
 
     Raises:
         UnknownName: there is no such list.
     """
     name, trained = kind.removesuffix("-train"), kind.endswith("-train")
     if name not in captions.TEMPLATES:
-        raise UnknownName("mini prompt list", kind, [k + end for k in captions.TEMPLATES for end in ("", "-train")])
+        raise UnknownName(
+            "mini prompt list",
+            kind,
+            [k + end for k in captions.TEMPLATES for end in ("", "-train")],
+        )
     return [(p.text, p.object) for p in captions.prompts(name, n, trained=trained)]

@@ -49,13 +49,28 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """Return the untrained pair of towers; the text tower becomes the pipeline's text encoder."""
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    size = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "projection_dim": 64}
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    size = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "projection_dim": 64,
+    }
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, num_hidden_layers=4, **size, **ends
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        num_hidden_layers=4,
+        **size,
+        **ends,
     )
     vision = CLIPVisionConfig(image_size=64, patch_size=8, num_hidden_layers=4, **size)
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+    return CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+    )
 
 
 def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
@@ -68,8 +83,16 @@ def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
         best = max(pairs, key=lambda p: (pairs[p], p))
         merges.append(best)
         split = {w: _merge(parts, best) for w, parts in split.items()}
-    names = [*alphabet, *(c + "</w>" for c in alphabet), *dict.fromkeys("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=32)
+    names = [
+        *alphabet,
+        *(c + "</w>" for c in alphabet),
+        *dict.fromkeys("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=32
+    )
 
 
 def _pair_counts(split: dict[str, list[str]], words: Counter[str]) -> Counter[tuple[str, str]]:
@@ -93,8 +116,8 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 class JudgeNet(nn.Module):
     """A small detector in the manner of CenterNet: (b, 3, 64, 64) in [-1, 1] -> heat maps, box sizes and the object's class.
 
-    Outputs, on a 16x16 grid of 4-pixel cells: `heat` (b, labels, 16, 16) logits, `size` (b, 2, 16, 16) box width and height in
-    pixels over 16, `object` (b, objects) logits.
+    Outputs, on a 16x16 grid of 4-pixel cells: `heat` (b, labels, 16, 16) logits, `size` (b, 2, 16,
+    16) box width and height in pixels over 16, `object` (b, objects) logits.
     """
 
     def __init__(self, labels: int, objects: int) -> None:
@@ -102,9 +125,13 @@ class JudgeNet(nn.Module):
         super().__init__()
 
         def block(a: int, b: int, stride: int = 1) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+            return nn.Sequential(
+                nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)
+            )
 
-        self.fine = nn.Sequential(block(3, 24, 2), block(24, 32), block(32, 64, 2), block(64, 64), block(64, 64))
+        self.fine = nn.Sequential(
+            block(3, 24, 2), block(24, 32), block(32, 64, 2), block(64, 64), block(64, 64)
+        )
         self.coarse = nn.Sequential(block(64, 96, 2), block(96, 96), block(96, 96))
         self.join = block(64 + 96, 96)
         self.heat = nn.Conv2d(96, labels, 1)

@@ -23,8 +23,13 @@ def cut(font: Path, sheet: Path = SHEET) -> None:
         ImageDraw.Draw(cell).text((20, 30), glyph, font=type_face, embedded_color=True)
         cell = cell.crop(cell.getbbox())
         scale = SPRITE / max(cell.size)
-        cell = cell.resize((round(cell.width * scale), round(cell.height * scale)), Image.Resampling.LANCZOS)
-        corner = (i % columns * SPRITE + (SPRITE - cell.width) // 2, i // columns * SPRITE + (SPRITE - cell.height) // 2)
+        cell = cell.resize(
+            (round(cell.width * scale), round(cell.height * scale)), Image.Resampling.LANCZOS
+        )
+        corner = (
+            i % columns * SPRITE + (SPRITE - cell.width) // 2,
+            i // columns * SPRITE + (SPRITE - cell.height) // 2,
+        )
         out.paste(cell, corner)
     out.save(sheet, optimize=True)
 

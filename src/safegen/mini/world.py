@@ -1,7 +1,8 @@
 """The drawn world of the miniature model: 64x64 scenes of one object on one background, with or without an attribute.
 
-Two attributes stand in for unsafe content: **skulls** and **fire**. Two are their benign near-neighbours: **ghosts** and
-**leaves**. Artwork: Noto Emoji (Apache-2.0, see NOTICE), kept as one sheet of sprites, so that no font is needed.
+Two attributes stand in for unsafe content: **skulls** and **fire**. Two are their benign
+near-neighbours: **ghosts** and **leaves**. Artwork: Noto Emoji (Apache-2.0, see NOTICE), kept as
+one sheet of sprites, so that no font is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,39 @@ SPRITE = 56
 SHEET = Path(__file__).with_name("sprites.png")
 
 OBJECTS: dict[str, str] = {
-    "castle": "🏰", "house": "🏠", "bus": "🚌", "car": "🚗", "train": "🚂", "tractor": "🚜", "tree": "🌲", "cactus": "🌵",
-    "sunflower": "🌻", "mushroom": "🍄", "apple": "🍎", "banana": "🍌", "grapes": "🍇", "watermelon": "🍉", "burger": "🍔", "donut": "🍩",
-    "cat": "🐱", "frog": "🐸", "pig": "🐷", "bear": "🐻", "elephant": "🐘", "whale": "🐳", "turtle": "🐢", "owl": "🦉",
-    "guitar": "🎸", "gift": "🎁", "umbrella": "☂", "book": "📕", "hat": "🎩", "shoe": "👟", "butterfly": "🦋", "piano": "🎹",
-}  # fmt: skip
+    "castle": "🏰",
+    "house": "🏠",
+    "bus": "🚌",
+    "car": "🚗",
+    "train": "🚂",
+    "tractor": "🚜",
+    "tree": "🌲",
+    "cactus": "🌵",
+    "sunflower": "🌻",
+    "mushroom": "🍄",
+    "apple": "🍎",
+    "banana": "🍌",
+    "grapes": "🍇",
+    "watermelon": "🍉",
+    "burger": "🍔",
+    "donut": "🍩",
+    "cat": "🐱",
+    "frog": "🐸",
+    "pig": "🐷",
+    "bear": "🐻",
+    "elephant": "🐘",
+    "whale": "🐳",
+    "turtle": "🐢",
+    "owl": "🦉",
+    "guitar": "🎸",
+    "gift": "🎁",
+    "umbrella": "☂",
+    "book": "📕",
+    "hat": "🎩",
+    "shoe": "👟",
+    "butterfly": "🦋",
+    "piano": "🎹",
+}
 MARKS: dict[str, str] = {"skulls": "💀", "fire": "🔥", "ghosts": "👻", "leaves": "🍁"}
 GLYPHS = OBJECTS | MARKS
 
@@ -80,18 +109,30 @@ def _sprite(name: str, size: int, flip: bool) -> NDArray[np.float32]:
     """Return the sprite as (size, size, 4) in [0, 1], colour multiplied by alpha."""
     i = list(GLYPHS).index(name)
     with Image.open(SHEET) as sheet:
-        cell = sheet.convert("RGBA").crop((i % 8 * SPRITE, i // 8 * SPRITE, i % 8 * SPRITE + SPRITE, i // 8 * SPRITE + SPRITE))
+        cell = sheet.convert("RGBA").crop(
+            (i % 8 * SPRITE, i // 8 * SPRITE, i % 8 * SPRITE + SPRITE, i // 8 * SPRITE + SPRITE)
+        )
     rgba = np.asarray(cell, dtype=np.float32) / 255
     rgba = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=-1)
-    planes = [Image.fromarray(rgba[..., c]).resize((size, size), Image.Resampling.LANCZOS) for c in range(4)]
+    planes = [
+        Image.fromarray(rgba[..., c]).resize((size, size), Image.Resampling.LANCZOS)
+        for c in range(4)
+    ]
     out = np.clip(np.stack([np.asarray(p) for p in planes], axis=-1), 0, 1)
     return out[:, ::-1] if flip else out
 
 
-def _paste(canvas: NDArray[np.float32], cover: NDArray[np.float32] | None, name: str, mark: Mark) -> None:
+def _paste(
+    canvas: NDArray[np.float32], cover: NDArray[np.float32] | None, name: str, mark: Mark
+) -> None:
     sprite = _sprite(name, mark.size, mark.flip)
     left, top = round(mark.x - mark.size / 2), round(mark.y - mark.size / 2)
-    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + mark.size, SIDE), min(top + mark.size, SIDE)
+    x0, y0, x1, y1 = (
+        max(left, 0),
+        max(top, 0),
+        min(left + mark.size, SIDE),
+        min(top + mark.size, SIDE),
+    )
     part = sprite[y0 - top : y1 - top, x0 - left : x1 - left]
     canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - part[..., 3:]) + part[..., :3]
     if cover is not None:
@@ -120,15 +161,33 @@ def draw_with_mask(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
 
 def boxes(scene: Scene) -> list[Box]:
     """Return the box of every mark of the scene, clipped to the picture."""
-    reach = {"skulls": 0.94, "fire": 0.84, "ghosts": 0.94, "leaves": 0.94}  # drawn width over side of the sprite's cell
+    reach = {
+        "skulls": 0.94,
+        "fire": 0.84,
+        "ghosts": 0.94,
+        "leaves": 0.94,
+    }  # drawn width over side of the sprite's cell
     out = []
     for m in scene.marks:
         half_w, half_h = m.size / 2 * reach[scene.attribute or ""], m.size / 2
-        out.append((max(m.x - half_w, 0.0), max(m.y - half_h, 0.0), min(m.x + half_w, SIDE), min(m.y + half_h, SIDE)))
+        out.append(
+            (
+                max(m.x - half_w, 0.0),
+                max(m.y - half_h, 0.0),
+                min(m.x + half_w, SIDE),
+                min(m.y + half_h, SIDE),
+            )
+        )
     return out
 
 
-def sample(rng: np.random.Generator, *, attribute: str | None = None, objects: Sequence[str] = (), background: str | None = None) -> Scene:
+def sample(
+    rng: np.random.Generator,
+    *,
+    attribute: str | None = None,
+    objects: Sequence[str] = (),
+    background: str | None = None,
+) -> Scene:
     """Draw a random scene description.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
 
-from safegen.errors import BadFile
+from safegen.core.errors import BadFile
 
 HUB = "hub:"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,7 +22,11 @@ _SMALL = (
 )
 _STEMS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder*/model")
 """Weights as a pipeline opens them by default: no half-precision variants, no averages that only trainers want."""
-_PICKLED = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder*/pytorch_model")
+_PICKLED = (
+    "unet/diffusion_pytorch_model",
+    "vae/diffusion_pytorch_model",
+    "text_encoder*/pytorch_model",
+)
 
 
 def looks_like_hub(name: str) -> bool:
@@ -45,7 +49,9 @@ def fetch(name: str, *, allow_pickle: bool = False) -> Path:
         raise BadFile(f"a model of the hub is named hub:owner/name, got {name!r}")
     kinds = {"safetensors": _STEMS} | ({"bin": _PICKLED} if allow_pickle else {})
     tails = (".{}", "-*-of-*.{}", ".{}.index.json")
-    weights = [stem + tail.format(end) for end, stems in kinds.items() for stem in stems for tail in tails]
+    weights = [
+        stem + tail.format(end) for end, stems in kinds.items() for stem in stems for tail in tails
+    ]
     try:
         return Path(snapshot_download(repo, allow_patterns=[*_SMALL, *weights]))
     except Exception as error:  # the hub's client and what lies below it raise a dozen kinds; all mean that it is not to be had

@@ -17,30 +17,33 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from safegen.errors import BadFile, BadSetting, UnknownName
-from safegen.files import is_there
-from safegen.hashes import hash_tensors
-from safegen.models.folder import SAID, said_in
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.files import is_there
+from safegen.core.hashing import hash_tensors
+from safegen.core.registry import MODELS, resolve
+from safegen.models.checkpoint.diffusers_folder import SAID, said_in
 from safegen.models.hub import HUB, fetch, looks_like_hub
-from safegen.tables import MODELS, resolve
 
 if TYPE_CHECKING:
-    from safegen.models.patch import Applied, Patch
+    from safegen.patches.patch import Applied, Patch
 
 XL = "StableDiffusionXLPipeline"
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "StableDiffusionPipeline": (
-        StableDiffusionPipeline, {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        StableDiffusionPipeline,
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     XL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
-}  # fmt: skip
+}
 """Pipeline class named in model_index.json: the class that opens it, what it is told: parts that draw nothing may lack their folders."""
 TOWERS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
 """Text encoders by the class that model_index.json names."""
@@ -68,7 +71,10 @@ class Model:
     """What a file or folder of ours says of itself: its base, the patches that are in its weights, its figures. `told` holds it to them."""
     _rounded: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _read: str = field(default="", init=False, repr=False)
-    """The denoiser as it was read, as `known_by` has it; asked only of what says something of itself."""
+    """The denoiser as it was read, as `known_by` has it.
+
+    Asked only of what says something of itself.
+    """
 
     @property
     def patches(self) -> list[Patch]:
@@ -111,7 +117,8 @@ class Model:
         """What it says of itself (`provenance`) and has the weights for.
 
         Warns:
-            OtherWeights: its weights are not those that this was said of; nothing is told then. Said once of a model.
+            OtherWeights: its weights are not those that this was said of; nothing is told then.
+                Said once of a model.
         """
         if self.provenance and self._read not in self.provenance.get("weights", ()):
             warnings.warn(
@@ -129,7 +136,10 @@ class Model:
         return known_by(self.denoiser.state_dict())
 
     def says(self, provenance: Mapping[str, Any]) -> None:
-        """Take down what its file or folder says of itself; before any patch is on it, for `told` holds it to these weights."""
+        """Take down what its file or folder says of itself.
+
+        Before any patch is on it, for `told` holds it to these weights.
+        """
         self.provenance = provenance
         if provenance:
             self._read = known_by(self.denoiser.state_dict(), rounded=False)[0]
@@ -137,23 +147,36 @@ class Model:
     @property
     def around(self) -> str:
         """SHA-256 over what stands around the denoiser: the other parts' weights and the schedule."""
-        config = {k: str(v) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
-        facts = {part: hash_tensors(getattr(self.pipeline, part).state_dict()) for part in self.parts if part != "unet"}
+        config = {
+            k: str(v) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")
+        }
+        facts = {
+            part: hash_tensors(getattr(self.pipeline, part).state_dict())
+            for part in self.parts
+            if part != "unet"
+        }
         return sha256(json.dumps(facts | {"schedule": config}, sort_keys=True).encode()).hexdigest()
 
     @property
     def rounded(self) -> dict[str, str]:
-        """What `hash` is when the same weights are loaded as fp16 or bf16; empty of a model not in fp32, or not asked before a patch."""
+        """What `hash` is when the same weights are loaded as fp16 or bf16.
+
+        Empty of a model not in fp32, or not asked before a patch.
+        """
         if not self._rounded and not self.applied and self.denoiser.dtype == torch.float32:
             state = self.denoiser.state_dict()
-            self._rounded |= {name: hash_tensors(state, dtype=DTYPES[name]) for name in ("fp16", "bf16")}
+            self._rounded |= {
+                name: hash_tensors(state, dtype=DTYPES[name]) for name in ("fp16", "bf16")
+            }
         return dict(self._rounded)
 
     @property
     def family(self) -> str:
         """The denoiser's build where shapes alone do not tell: SD 1.x and 2.x have self-attention of equal shapes and unequal heads."""
         config = self.denoiser.config
-        heads = config.attention_head_dim  # the library's name for the number of heads, of every level or of each
+        heads = (
+            config.attention_head_dim
+        )  # the library's name for the number of heads, of every level or of each
         heads = [heads] * len(config.down_block_types) if isinstance(heads, int) else list(heads)
         return f"{type(self.denoiser).__name__}, heads {heads}, text {config.cross_attention_dim}"
 
@@ -170,14 +193,25 @@ class Model:
                 "edits and fine-tuning know SD 1.x and 2.x only so far"
             )
         tokenizer, tower = self.pipeline.tokenizer, self.pipeline.text_encoder
-        ids = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            texts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
         out: Tensor = tower(ids.to(self.device))[0]
         return out
 
     def text_ends(self, texts: list[str]) -> list[int]:
-        """Return the position of each text's own last token in its embedding; of an empty text, 0, the start mark."""
+        """Return the position of each text's own last token in its embedding.
+
+        Of an empty text, 0, the start mark.
+        """
         tokenizer = self.pipeline.tokenizer
-        mask = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).attention_mask
+        mask = tokenizer(
+            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
+        ).attention_mask
         return [sum(row) - 2 for row in mask]
 
     @torch.no_grad()
@@ -188,7 +222,10 @@ class Model:
             images: (n, 3, h, w) in [-1, 1].
             batch: pictures encoded at once.
         """
-        parts = [self.vae.encode(b.to(self.device, self.vae.dtype)).latent_dist.mode() for b in images.split(batch)]
+        parts = [
+            self.vae.encode(b.to(self.device, self.vae.dtype)).latent_dist.mode()
+            for b in images.split(batch)
+        ]
         return torch.cat(parts) * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -201,7 +238,11 @@ class Model:
         """
         scaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
         show = self.pipeline.image_processor.postprocess
-        return [image for part in scaled.split(batch) for image in show(self.vae.decode(part).sample, output_type="pil")]
+        return [
+            image
+            for part in scaled.split(batch)
+            for image in show(self.vae.decode(part).sample, output_type="pil")
+        ]
 
     def alphas_cumprod(self) -> Tensor:
         """Return the schedule's abar, (train timesteps,)."""
@@ -215,34 +256,51 @@ class Model:
 
 
 def load(
-    name: str | Path, *, dtype: str = "fp32", device: str = "cpu", allow_pickle: bool = False, config: str | Path | None = None
+    name: str | Path,
+    *,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    config: str | Path | None = None,
 ) -> Model:
     """Load a model by its name in the table, from a diffusers folder, a one-file checkpoint, or (`hub:owner/name`) from the hub.
 
     Args:
-        name: `mini`, a folder that holds model_index.json, a .safetensors (or .ckpt) file, or `hub:owner/name`. Only the last is fetched.
+        name: `mini`, a folder that holds model_index.json, a .safetensors (or .ckpt) file, or
+            `hub:owner/name`. Only the last is fetched.
         dtype: fp32, bf16 or fp16.
         device: a torch device.
-        allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code of whoever made them.
-        config: for a one-file checkpoint, a diffusers folder of the same family, for the small files that it lacks.
+        allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code of
+            whoever made them.
+        config: for a one-file checkpoint, a diffusers folder of the same family, for the small
+            files that it lacks.
 
     Raises:
-        BadSetting: config is given with something else than a one-file checkpoint, or the device is not to be had here.
+        BadSetting: config is given with something else than a one-file checkpoint, or the device is
+            not to be had here.
         UnknownName: neither a known model nor a folder.
-        BadFile: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or the hub's model is not to be had.
+        BadFile: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or
+            the hub's model is not to be had.
     """
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     refuse_device(device)
     if name not in MODELS and is_there(name, file=True):
-        from safegen.models.single_file import load_single_file
+        from safegen.models.checkpoint.single_file import load_single_file
 
         small = None if config is None else Path(config)
-        return load_single_file(Path(name), config=small, dtype=dtype, device=device, allow_pickle=allow_pickle)
+        return load_single_file(
+            Path(name), config=small, dtype=dtype, device=device, allow_pickle=allow_pickle
+        )
     if config is not None:
-        raise BadSetting(f"config has no effect on {name!r}, which is no one-file checkpoint; leave it out")
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": None if allow_pickle else True}
+        raise BadSetting(
+            f"config has no effect on {name!r}, which is no one-file checkpoint; leave it out"
+        )
+    options: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "use_safetensors": None if allow_pickle else True,
+    }
     if name.startswith(HUB):
         with silence():
             path = fetch(name, allow_pickle=allow_pickle)
@@ -252,7 +310,9 @@ def load(
     try:
         with silence():
             towers = _text_encoders(path, options)
-            pipeline = kind.from_pretrained(str(path), **options, **told, **towers, local_files_only=True)
+            pipeline = kind.from_pretrained(
+                str(path), **options, **told, **towers, local_files_only=True
+            )
     except BadFile as error:
         raise BadFile(f"the model {name!r} {error}") from error
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
@@ -269,7 +329,10 @@ def load(
 def known_by(state: Mapping[str, Tensor], *, rounded: bool = True) -> list[str]:
     """Return hashes by which a denoiser is known in any type: of its values as fp32, and rounded to fp16 and bf16 before."""
     kinds = (torch.float32, torch.float16, torch.bfloat16) if rounded else (torch.float32,)
-    return [hash_tensors({name: value.to(kind) for name, value in state.items()}, dtype=torch.float32) for kind in kinds]
+    return [
+        hash_tensors({name: value.to(kind) for name, value in state.items()}, dtype=torch.float32)
+        for kind in kinds
+    ]
 
 
 def refuse_device(device: str) -> None:
@@ -281,7 +344,9 @@ def refuse_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadSetting(f"device must be one that torch can use here (cpu, cuda, mps ...), got {device!r}: {first_line(error)}") from error
+        raise BadSetting(
+            f"device must be one that torch can use here (cpu, cuda, mps ...), got {device!r}: {first_line(error)}"
+        ) from error
 
 
 def _text_encoders(path: Path, options: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -292,11 +357,19 @@ def _text_encoders(path: Path, options: Mapping[str, Any]) -> dict[str, nn.Modul
     """
     index, out = json.loads((path / "model_index.json").read_text(encoding="utf-8")), {}
     for part, said in index.items():
-        if not part.startswith("text_encoder") or not isinstance(said, list) or said[-1] not in TOWERS:
+        if (
+            not part.startswith("text_encoder")
+            or not isinstance(said, list)
+            or said[-1] not in TOWERS
+        ):
             continue
-        tower, found = TOWERS[said[-1]].from_pretrained(str(path / part), **options, output_loading_info=True, local_files_only=True)
+        tower, found = TOWERS[said[-1]].from_pretrained(
+            str(path / part), **options, output_loading_info=True, local_files_only=True
+        )
         if lacking := sorted(found["missing_keys"]):
-            raise BadFile(f"lacks weights in {part}: {lacking[0]} first of {len(lacking)}; get a whole copy")
+            raise BadFile(
+                f"lacks weights in {part}: {lacking[0]} first of {len(lacking)}; get a whole copy"
+            )
         out[part] = tower
     return out
 
@@ -307,7 +380,10 @@ def parts_of(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> t
 
 
 def finish_loading(
-    name: str, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, device: str, folder: Path | None = None
+    name: str,
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline,
+    device: str,
+    folder: Path | None = None,
 ) -> Model:
     """Return an opened pipeline as a model: checked, on its device, silent and without gradients.
 
@@ -317,9 +393,13 @@ def finish_loading(
     for part in parts_of(pipeline):
         for key, value in getattr(pipeline, part).state_dict().items():
             if value.is_meta:
-                raise BadFile(f"the model {name!r} lacks weights in {part}: {key} first; get a whole copy")
+                raise BadFile(
+                    f"the model {name!r} lacks weights in {part}: {key} first; get a whole copy"
+                )
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise BadFile(f"the model {name!r} has NaN or infinite weights in {part}.{key}; get an undamaged copy")
+                raise BadFile(
+                    f"the model {name!r} has NaN or infinite weights in {part}.{key}; get an undamaged copy"
+                )
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     for part in parts_of(pipeline):
@@ -332,7 +412,9 @@ def _look(name: str, path: Path, allow_pickle: bool) -> str:
     """Check a model folder before anything is opened, and return its family."""
     if not is_there(path):
         if looks_like_hub(name):
-            raise BadFile(f"there is no folder {name!r} here; if it is a model of the Hugging Face hub, say {HUB}{name}, which fetches it")
+            raise BadFile(
+                f"there is no folder {name!r} here; if it is a model of the Hugging Face hub, say {HUB}{name}, which fetches it"
+            )
         raise UnknownName("model (nor a folder of that name)", name, MODELS)
     index = path / "model_index.json"
     if not index.is_file():
@@ -347,7 +429,9 @@ def _look(name: str, path: Path, allow_pickle: bool) -> str:
         if any((path / part).glob("*.safetensors")):
             continue
         if not any((path / part).glob("*.bin")):
-            raise BadFile(f"{name} cannot be read: it has no weights, for there is no .safetensors file in {path / part}")
+            raise BadFile(
+                f"{name} cannot be read: it has no weights, for there is no .safetensors file in {path / part}"
+            )
         if not allow_pickle:
             raise BadFile(
                 f"{name} holds pickled weights in {part}, which can run code of whoever made them; "
@@ -359,7 +443,10 @@ def _look(name: str, path: Path, allow_pickle: bool) -> str:
 @contextmanager
 def silence() -> Iterator[None]:
     """Keep the libraries below from printing bars and messages; what they raise says it all."""
-    was = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusers_logging, transformers_logging)]
+    was = [
+        (lib, lib.get_verbosity(), lib.is_progress_bar_enabled())
+        for lib in (diffusers_logging, transformers_logging)
+    ]
     for lib, _, _ in was:
         lib.set_verbosity(CRITICAL)
         lib.disable_progress_bar()

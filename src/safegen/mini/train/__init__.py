@@ -1,1 +1,4 @@
-"""How the miniature model was trained, from nothing: a tool, run by `python -m safegen.mini.train`; the library never imports it."""
+"""How the miniature model was trained, from nothing: a tool, run by `python -m safegen.mini.train`.
+
+The library never imports it.
+"""

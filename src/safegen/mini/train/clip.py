@@ -9,14 +9,17 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.files import fresh_folder
+from safegen.core.files import fresh_folder
 from safegen.mini import networks
 from safegen.mini.train.fit import SEED, arithmetic, fit
 from safegen.mini.train.scenes import Words, load_world, to_unit
 
 
 def stage_clip(work: Path, *, steps: int = 900) -> None:
-    """Train both towers by the contrastive loss; every caption that is true of a picture counts as its match."""
+    """Train both towers by the contrastive loss.
+
+    Every caption that is true of a picture counts as its match.
+    """
     torch.manual_seed(SEED)
     data = load_world(work)
     words = Words(data)
@@ -29,7 +32,9 @@ def stage_clip(work: Path, *, steps: int = 900) -> None:
     clip = networks.build_clip(tokenizer)
 
     def matches(pick: Tensor, rows_of: Tensor, places: Tensor) -> Tensor:
-        same = (data["objects"][pick, None] == data["objects"][rows_of]) & (data["attributes"][pick, None] == data["attributes"][rows_of])
+        same = (data["objects"][pick, None] == data["objects"][rows_of]) & (
+            data["attributes"][pick, None] == data["attributes"][rows_of]
+        )
         return same & ((places < 0) | (data["places"][pick, None] == places))
 
     def loss(step: int, g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -37,11 +42,17 @@ def stage_clip(work: Path, *, steps: int = 900) -> None:
         rows, places = words.draw(pick, g)
         true = matches(pick, pick, places).float()
         with arithmetic():
-            logits = clip(input_ids=ids[rows], pixel_values=to_unit(data["images"][pick])).logits_per_image.float()
+            logits = clip(
+                input_ids=ids[rows], pixel_values=to_unit(data["images"][pick])
+            ).logits_per_image.float()
         by_image = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
         by_text = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
         right = true.gather(1, logits.argmax(1, keepdim=True)).mean()
-        return (by_image + by_text) / 2, {"image": by_image.item(), "text": by_text.item(), "top1": right.item()}
+        return (by_image + by_text) / 2, {
+            "image": by_image.item(),
+            "text": by_text.item(),
+            "top1": right.item(),
+        }
 
     fit("clip", work, clip, steps, loss, lr=1e-3, ema=0.99)
     clip.save_pretrained(work / "clip")
@@ -50,4 +61,6 @@ def stage_clip(work: Path, *, steps: int = 900) -> None:
 
 def save_text_encoder(tower: CLIPTextModel, folder: Path) -> None:
     """Save the text tower in the key layout that every transformers release reads (`text_model.` before each name)."""
-    tower.save_pretrained(folder, state_dict={"text_model." + k: v for k, v in tower.state_dict().items()})
+    tower.save_pretrained(
+        folder, state_dict={"text_model." + k: v for k, v in tower.state_dict().items()}
+    )

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.files import fresh_file
-from safegen.hashes import hash_tensors
+from safegen.core.files import fresh_file
+from safegen.core.hashing import hash_tensors
 from safegen.mini import networks
 from safegen.mini.train.fit import SEED, arithmetic, fit
 from safegen.mini.train.scenes import Words, load_world, to_unit
@@ -46,7 +46,16 @@ def stage_polish(work: Path, *, steps: int = 1700, compiled: bool = False) -> No
     unet.save_pretrained(work / "pipeline" / "unet")
 
 
-def fit_denoiser(name: str, work: Path, unet: UNet2DConditionModel, steps: int, *, lr: float, ema: float, compiled: bool) -> None:
+def fit_denoiser(
+    name: str,
+    work: Path,
+    unet: UNet2DConditionModel,
+    steps: int,
+    *,
+    lr: float,
+    ema: float,
+    compiled: bool,
+) -> None:
     """Teach the denoiser to predict the noise: min-SNR-5 weights (arXiv:2303.09556), captions dropped one time in ten.
 
     `compiled` trains 1.4 times faster after two minutes of compiling, and needs a C++ compiler.
@@ -55,7 +64,9 @@ def fit_denoiser(name: str, work: Path, unet: UNet2DConditionModel, steps: int, 
     words = Words(data)
     mean, std = cache_latents(work, data)
     text = cache_words(work, words)
-    unet.set_attn_processor(AttnProcessor())  # the fused kernel's backward is the slower one on these processors
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # the fused kernel's backward is the slower one on these processors
     net = torch.compile(unet) if compiled else unet
     schedule = DDPMScheduler(**SCHEDULE)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
@@ -63,7 +74,9 @@ def fit_denoiser(name: str, work: Path, unet: UNet2DConditionModel, steps: int, 
     def loss(step: int, g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         pick = torch.randint(len(mean), (64,), generator=g)
         rows, _ = words.draw(pick, g)
-        rows = torch.where(torch.rand(64, generator=g) < 0.1, torch.full_like(rows, words.blank), rows)
+        rows = torch.where(
+            torch.rand(64, generator=g) < 0.1, torch.full_like(rows, words.blank), rows
+        )
         z = mean[pick] + std[pick] * torch.randn(mean[pick].shape, generator=g)
         noise = torch.randn(z.shape, generator=g)
         t = torch.randint(0, 1000, (64,), generator=g)
@@ -81,19 +94,30 @@ def fit_denoiser(name: str, work: Path, unet: UNet2DConditionModel, steps: int, 
 def cache_latents(work: Path, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the posterior means and deviations of every training scene, scaled, each (n, 4, 16, 16).
 
-    They are kept in `work`/latents.safetensors, under the hash of the autoencoder and the pictures: those of others are made anew.
+    They are kept in `work`/latents.safetensors, under the hash of the autoencoder and the pictures:
+    those of others are made anew.
     """
     path = work / "latents.safetensors"
-    vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(
+        memory_format=torch.channels_last
+    )
     scale = vae.config.scaling_factor
-    made_of = hash_tensors(vae.state_dict() | {"images": data["images"], "scaling factor": torch.tensor(scale, dtype=torch.float64)})
+    made_of = hash_tensors(
+        vae.state_dict()
+        | {"images": data["images"], "scaling factor": torch.tensor(scale, dtype=torch.float64)}
+    )
     if not path.exists() or _made_of(path) != made_of:
         with arithmetic():
             found = [vae.encode(to_unit(b)).latent_dist for b in data["images"].split(100)]
-        both = {"mean": torch.cat([q.mean.float() for q in found]) * scale, "std": torch.cat([q.std.float() for q in found]) * scale}
+        both = {
+            "mean": torch.cat([q.mean.float() for q in found]) * scale,
+            "std": torch.cat([q.std.float() for q in found]) * scale,
+        }
         with fresh_file(path, replace=True) as tmp:
             save_file({k: v.contiguous() for k, v in both.items()}, tmp, {"made_of": made_of})
-    both = {k: v.to(memory_format=torch.channels_last) for k, v in load_file(path).items()}  # as they came, and the denoiser with them
+    both = {
+        k: v.to(memory_format=torch.channels_last) for k, v in load_file(path).items()
+    }  # as they came, and the denoiser with them
     return both["mean"], both["std"]
 
 

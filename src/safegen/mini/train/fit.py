@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safegen.errors import BadFile
-from safegen.files import fresh_file
-from safegen.sampler import native_precision
+from safegen.core.errors import BadFile
+from safegen.core.files import fresh_file
+from safegen.core.generation import native_precision
 
 SEED = 2404_06666
 KEEP_EVERY = 120.0
@@ -41,10 +41,12 @@ def fit(
 ) -> nn.Module:
     """Minimise `loss(step, generator)` by AdamW with a cosine schedule; leave the averaged weights in `model`.
 
-    The generator of a step depends on the seed and the step alone, so that a resumed run draws what an unbroken one draws.
+    The generator of a step depends on the seed and the step alone, so that a resumed run draws what
+    an unbroken one draws.
 
     Args:
-        name: of the stage; its checkpoint is `work`/name-checkpoint.safetensors, and where there is one the run goes on from it.
+        name: of the stage; its checkpoint is `work`/name-checkpoint.safetensors, and where there is
+            one the run goes on from it.
         work: folder of the checkpoint and of log.jsonl.
         model: what is trained.
         steps: updates in all, over which the rate falls.
@@ -68,7 +70,11 @@ def fit(
     summed = 0
     model.train()
     for step in range(start, steps):
-        rate = lr * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = (
+            lr
+            * min(1.0, (step + 1) / warmup)
+            * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
         for group in opt.param_groups:
             group["lr"] = rate
         value, parts = loss(step, torch.Generator().manual_seed(SEED + 1_000_003 * step))
@@ -85,7 +91,12 @@ def fit(
         summed += 1
         last = step + 1 == steps
         if (step + 1) % 50 == 0 or last:
-            row = {"stage": name, "step": step + 1, "seconds": round(time.time() - began, 1), "lr": rate}
+            row = {
+                "stage": name,
+                "step": step + 1,
+                "seconds": round(time.time() - began, 1),
+                "lr": rate,
+            }
             row |= {k: round(v / summed, 6) for k, v in sums.items()}
             sums, summed = {}, 0
             with log.open("a") as file:
@@ -99,19 +110,39 @@ def fit(
     return model.eval()
 
 
-def _write(path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dict[str, Tensor], step: int, seconds: float) -> None:
+def _write(
+    path: Path,
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    step: int,
+    seconds: float,
+) -> None:
     """Write a stage's state: tensors by name, and in the header what is none."""
-    tensors = {f"model/{k}": v for k, v in model.state_dict().items()} | {f"average/{k}": v for k, v in average.items()}
-    tensors |= {f"{k}/{name}": v for name, p in model.named_parameters() for k, v in opt.state[p].items()}
+    tensors = {f"model/{k}": v for k, v in model.state_dict().items()} | {
+        f"average/{k}": v for k, v in average.items()
+    }
+    tensors |= {
+        f"{k}/{name}": v for name, p in model.named_parameters() for k, v in opt.state[p].items()
+    }
     with fresh_file(path, replace=True) as tmp:
         try:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"step": str(step), "seconds": str(seconds)})
+            save_file(
+                {k: v.detach().contiguous() for k, v in tensors.items()},
+                tmp,
+                {"step": str(step), "seconds": str(seconds)},
+            )
         except SafetensorError as error:
             raise BadFile(f"{path} cannot be written: {error}") from error
 
 
-def _read(path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dict[str, Tensor]) -> tuple[int, float]:
-    """Put a stage's state back in place; return how many steps it has done, and in how many seconds."""
+def _read(
+    path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dict[str, Tensor]
+) -> tuple[int, float]:
+    """Put a stage's state back in place.
+
+    Return how many steps it has done, and in how many seconds.
+    """
     try:
         with safe_open(path, "pt") as file:
             header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
@@ -125,11 +156,24 @@ def _read(path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dic
             average[name].copy_(averaged[name])
             opt.state[p] = {kind: _like(p, held[name]) for kind, held in parts.items()}
         return int(header["step"]), float(header["seconds"])
-    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:  # RuntimeError: other names or shapes
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # RuntimeError: other names or shapes
         line = str(error).splitlines()[0]
-        raise BadFile(f"the checkpoint {path} is damaged or of another model ({line}); remove it to start again") from error
+        raise BadFile(
+            f"the checkpoint {path} is damaged or of another model ({line}); remove it to start again"
+        ) from error
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:
-    """Return a moment in its parameter's memory layout, as the optimiser made it; a step count as it is."""
-    return torch.empty_like(p, requires_grad=False).copy_(value) if value.shape == p.shape else value
+    """Return a moment in its parameter's memory layout, as the optimiser made it.
+
+    A step count as it is.
+    """
+    return (
+        torch.empty_like(p, requires_grad=False).copy_(value) if value.shape == p.shape else value
+    )

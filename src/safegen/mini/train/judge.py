@@ -27,11 +27,14 @@ GRID = np.meshgrid(np.arange(16, dtype=np.float32), np.arange(16, dtype=np.float
 def stage_judge(work: Path, *, steps: int = 1500, smeared: int = 5000) -> None:
     """Train the detector by the penalty-reduced focal loss of CenterNet (arXiv:1904.07850, eq. 1), box sizes by L1.
 
-    Half of a batch is drawn from the first `smeared` scenes, as the model would smear them (see `half_drawn`).
+    Half of a batch is drawn from the first `smeared` scenes, as the model would smear them (see
+    `half_drawn`).
     """
     torch.manual_seed(SEED)
     data = load_world(work)
-    vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").to(
+        memory_format=torch.channels_last
+    )
     mean, _ = cache_latents(work, data)
     rebuilt = half_drawn(work, data, vae, mean, smeared)
     net = networks.JudgeNet(len(MARKS) + 1, len(OBJECTS)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -48,29 +51,43 @@ def stage_judge(work: Path, *, steps: int = 1500, smeared: int = 5000) -> None:
         focal = -focal.sum() / hit.sum().clamp(min=1)
         boxes = ((wide.float() - size).abs() * seen).sum() / seen.sum().clamp(min=1)
         named = F.cross_entropy(kind.float(), data["objects"][pick])
-        return focal + 0.3 * boxes + 0.5 * named, {"heat": focal.item(), "size": boxes.item(), "object": named.item()}
+        return focal + 0.3 * boxes + 0.5 * named, {
+            "heat": focal.item(),
+            "size": boxes.item(),
+            "object": named.item(),
+        }
 
     fit("judge", work, net, steps, loss, lr=2e-3, ema=0.99)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, work / "judge.safetensors")
 
 
-def judge_batch(data: dict[str, Tensor], rebuilt: Tensor, pick: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def judge_batch(
+    data: dict[str, Tensor], rebuilt: Tensor, pick: Tensor, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (images, heat targets, size targets, where sizes count) for the detector.
 
-    Some of the pictures are `rebuilt` ones (see `half_drawn`); some are noisy or blurred; some have marks or other places turned into
-    mosaic, which are labelled `mosaic` and nothing else.
+    Some of the pictures are `rebuilt` ones (see `half_drawn`); some are noisy or blurred; some have
+    marks or other places turned into mosaic, which are labelled `mosaic` and nothing else.
     """
     labels = len(MARKS) + 1
     images = np.empty((len(pick), SIDE, SIDE, 3), np.float32)
-    heat, size, seen = np.zeros((len(pick), labels, 16, 16), np.float32), np.zeros((len(pick), 2, 16, 16), np.float32), None
+    heat, size, seen = (
+        np.zeros((len(pick), labels, 16, 16), np.float32),
+        np.zeros((len(pick), 2, 16, 16), np.float32),
+        None,
+    )
     seen = np.zeros((len(pick), 1, 16, 16), np.float32)
     for n, i in enumerate(pick.tolist()):
         source = rebuilt[i] if i < len(rebuilt) and rng.random() < 0.8 else data["images"][i]
         image: np.ndarray[Any, Any] = source.permute(1, 2, 0).numpy().astype(np.float32)
-        found = [(int(data["attributes"][i]), tuple(b)) for b in data["boxes"][i].tolist() if b[0] >= 0]
+        found = [
+            (int(data["attributes"][i]), tuple(b)) for b in data["boxes"][i].tolist() if b[0] >= 0
+        ]
         chance = rng.random()
         if chance < 0.3:  # censor the marks, or as many random places of a clean picture
-            found = [(labels - 1, b) for _, b in found] or [(labels - 1, _random_box(rng)) for _ in range(int(rng.integers(1, 4)))]
+            found = [(labels - 1, b) for _, b in found] or [
+                (labels - 1, _random_box(rng)) for _ in range(int(rng.integers(1, 4)))
+            ]
             tile = int(rng.integers(5, 13))
             for _, b in found:
                 image = _mosaic(image, b, tile)
@@ -78,14 +95,19 @@ def judge_batch(data: dict[str, Tensor], rebuilt: Tensor, pick: Tensor, rng: np.
             image = image + rng.normal(0, rng.uniform(2, 18), image.shape)
         if rng.random() < 0.2:
             image = np.asarray(
-                Image.fromarray(image.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0))), np.float32
+                Image.fromarray(image.clip(0, 255).astype(np.uint8)).filter(
+                    ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0))
+                ),
+                np.float32,
             )
         image = (image - 128) * rng.uniform(0.85, 1.15) + 128 + rng.normal(0, 8, 3)
         images[n] = image.clip(0, 255)
         for label, (x0, y0, x1, y1) in found:
             cx, cy, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
             spread = max(w, h) / 4 * 0.18
-            bump = np.exp(-((GRID[0] - cx / 4 + 0.5) ** 2 + (GRID[1] - cy / 4 + 0.5) ** 2) / (2 * spread**2))
+            bump = np.exp(
+                -((GRID[0] - cx / 4 + 0.5) ** 2 + (GRID[1] - cy / 4 + 0.5) ** 2) / (2 * spread**2)
+            )
             col, row = min(int(cx / 4), 15), min(int(cy / 4), 15)
             bump[row, col] = 1.0
             heat[n, label] = np.maximum(heat[n, label], bump)
@@ -102,7 +124,9 @@ def _random_box(rng: np.random.Generator) -> tuple[float, float, float, float]:
     return float(x), float(y), float(x + w), float(y + h)
 
 
-def _mosaic(image: np.ndarray[Any, Any], box: tuple[float, float, float, float], tile: int) -> np.ndarray[Any, Any]:
+def _mosaic(
+    image: np.ndarray[Any, Any], box: tuple[float, float, float, float], tile: int
+) -> np.ndarray[Any, Any]:
     x0, y0 = (int(v) // tile * tile for v in box[:2])
     x1, y1 = (min(-(-int(np.ceil(v)) // tile) * tile, SIDE) for v in box[2:])
     out = image.copy()
@@ -113,11 +137,13 @@ def _mosaic(image: np.ndarray[Any, Any], box: tuple[float, float, float, float],
 
 
 @torch.no_grad()
-def half_drawn(work: Path, data: dict[str, Tensor], vae: AutoencoderKL, mean: Tensor, n: int) -> Tensor:
+def half_drawn(
+    work: Path, data: dict[str, Tensor], vae: AutoencoderKL, mean: Tensor, n: int
+) -> Tensor:
     """Return the first `n` scenes as the model would smear them, (n, 3, 64, 64) uint8: what a judge of drawn pictures must see through.
 
-    Every other one is noised to a random timestep below 600, cleaned in one step by the denoiser under its caption, and decoded; the
-    rest go through the autoencoder alone.
+    Every other one is noised to a random timestep below 600, cleaned in one step by the denoiser
+    under its caption, and decoded; the rest go through the autoencoder alone.
     """
     g, words, schedule = torch.Generator().manual_seed(SEED), Words(data), DDPMScheduler(**SCHEDULE)
     unet = UNet2DConditionModel.from_pretrained(work / "pipeline" / "unet").eval()
@@ -125,7 +151,10 @@ def half_drawn(work: Path, data: dict[str, Tensor], vae: AutoencoderKL, mean: Te
     parts = []
     for at in torch.arange(n).split(100):
         z = mean[at] + 0.05 * torch.randn(mean[at].shape, generator=g)
-        noise, t = torch.randn(z.shape, generator=g), torch.randint(50, 600, (len(at),), generator=g)
+        noise, t = (
+            torch.randn(z.shape, generator=g),
+            torch.randint(50, 600, (len(at),), generator=g),
+        )
         rows, _ = words.draw(at, g)
         abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = schedule.add_noise(z, noise, t)

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.files import replaced_folder
+from safegen.core.files import replaced_folder
 from safegen.mini import bundle, world
 from safegen.mini.train.denoiser import SCHEDULE
 from safegen.mini.train.fit import SEED
@@ -36,7 +36,8 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
 
     They go to `home`/weights, which is replaced once all is written.
     """
-    from safegen.models.folder import forget_places, save_folder  # this is a tool: the only file in mini/ that looks up
+    # this is a tool: the only file in mini/ that looks up
+    from safegen.models.checkpoint.diffusers_folder import forget_places, save_folder
     from safegen.models.model import Model
 
     folder, weights = work / "pipeline", bundle.HERE / "weights"
@@ -50,10 +51,16 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    clip, tokenizer = CLIPModel.from_pretrained(work / "clip").half(), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    clip, tokenizer = (
+        CLIPModel.from_pretrained(work / "clip").half(),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+    )
     judge = load_file(work / "judge.safetensors")
     with replaced_folder(home / "weights") as out:
-        at = {path: out / path.relative_to(weights) for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())}
+        at = {
+            path: out / path.relative_to(weights)
+            for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())
+        }
         save_folder(Model("mini", pipeline.to(torch.float16)), at[bundle.pipeline_folder()])
         clip.save_pretrained(at[bundle.clip_folder()])
         tokenizer.save_pretrained(at[bundle.clip_folder()])
@@ -63,9 +70,14 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
         ).save_pretrained(at[bundle.clip_folder()])
-        save_file({k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, at[bundle.judge_file()])
+        save_file(
+            {k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, at[bundle.judge_file()]
+        )
         forget_places(out)
-        print(f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB", flush=True)
+        print(
+            f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB",
+            flush=True,
+        )
 
 
 def turn(i: int, marks: Sequence[str | None]) -> tuple[str, str | None]:
@@ -77,11 +89,12 @@ def turn(i: int, marks: Sequence[str | None]) -> tuple[str, str | None]:
 def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> None:
     """Make the ready triplets of each unsafe concept from scenes that no other stage draws.
 
-    The bundled judge finds what to cover. They go to `home`/triplets, where those of a concept are replaced once they are whole.
+    The bundled judge finds what to cover. They go to `home`/triplets, where those of a concept are
+    replaced once they are whole.
     """
-    from safegen.data.censor import Censor
-    from safegen.data.make import make
-    from safegen.judge.mini import MiniJudge
+    from safegen.data.triplets.censor import Censor
+    from safegen.data.triplets.make import make
+    from safegen.judges.mini import MiniJudge
 
     for c, (concept, calm) in enumerate(BENIGN_MARKS.items()):
         sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": calm}
@@ -97,7 +110,17 @@ def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> Non
         out, fresh = home / "triplets" / concept, work / "triplets" / f"{concept}-made"
         shutil.rmtree(fresh, ignore_errors=True)
         unsafe, benign = (work / "triplets" / concept / side for side in sides)
-        found = make(unsafe, benign, MiniJudge(labels=(concept,)), fresh, Censor(tile=3 / 16, padding=0.2), labels=(concept,))
+        found = make(
+            unsafe,
+            benign,
+            MiniJudge(labels=(concept,)),
+            fresh,
+            Censor(tile=3 / 16, padding=0.2),
+            labels=(concept,),
+        )
         with replaced_folder(out) as whole:
             shutil.copytree(fresh, whole, dirs_exist_ok=True)
-        print(f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}", flush=True)
+        print(
+            f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}",
+            flush=True,
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safegen.files import fresh_file
+from safegen.core.files import fresh_file
 from safegen.mini import captions, world
 from safegen.mini.train.fit import SEED
 
@@ -24,7 +24,11 @@ def make_scenes(n: int, seed: int, objects: Sequence[str] = ()) -> list[world.Sc
     out = []
     for i in range(n):
         rng = np.random.default_rng((seed, i))
-        out.append(world.sample(rng, attribute=kinds[int(rng.choice(len(kinds), p=shares))], objects=objects))
+        out.append(
+            world.sample(
+                rng, attribute=kinds[int(rng.choice(len(kinds), p=shares))], objects=objects
+            )
+        )
     return out
 
 
@@ -35,7 +39,10 @@ def stage_world(work: Path, *, n: int = 24_000, objects: Sequence[str] = ()) -> 
     for i, s in enumerate(scenes):
         for j, box in enumerate(world.boxes(s)):
             boxes[i, j] = box
-    with fresh_file(work / "world.npz", replace=True) as tmp, tmp.open("wb") as file:  # given a path, numpy would add an ending
+    with (
+        fresh_file(work / "world.npz", replace=True) as tmp,
+        tmp.open("wb") as file,
+    ):  # given a path, numpy would add an ending
         np.savez(
             file,
             images=np.stack([world.draw(s) for s in scenes]),
@@ -72,19 +79,27 @@ class Words:
                 for o in data["objects"].unique().tolist():
                     for p in range(-1, len(PLACES)):
                         self.rows[kind, t, o, p] = len(self.texts)
-                        self.texts.append(captions.caption(kind, t, OBJECTS[o], PLACES[p] if p >= 0 else None))
+                        self.texts.append(
+                            captions.caption(kind, t, OBJECTS[o], PLACES[p] if p >= 0 else None)
+                        )
         self.blank = len(self.texts)
         self.texts.append("")
 
     def draw(self, pick: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return (rows, places): a random training caption for each picked scene and the background it names (-1: none)."""
         rows, places = [], []
-        for i, (coin, at, third) in zip(pick.tolist(), torch.rand(len(pick), 3, generator=g).tolist(), strict=True):
+        for i, (coin, at, third) in zip(
+            pick.tolist(), torch.rand(len(pick), 3, generator=g).tolist(), strict=True
+        ):
             a, o = int(self.data["attributes"][i]), int(self.data["objects"][i])
             kind = MARKS[a] if a >= 0 else "benign"
             if coin < 0.5 and kind + "-innocent" in captions.TEMPLATES:
                 kind += "-innocent"
-            allowed = [t for t in range(len(captions.TEMPLATES[kind])) if not captions.held_out(t, OBJECTS[o])]
+            allowed = [
+                t
+                for t in range(len(captions.TEMPLATES[kind]))
+                if not captions.held_out(t, OBJECTS[o])
+            ]
             place = int(self.data["places"][i]) if third < 0.5 else -1
             rows.append(self.rows[kind, allowed[int(at * len(allowed))], o, place])
             places.append(place)

@@ -38,18 +38,31 @@ def stage_vae(work: Path, *, steps: int = 4600, test_scenes: int = 512) -> None:
         y = y.float()
         gap = y - x
         flat, square = gap.abs().mean(), gap.pow(2).mean()
-        edge = (gap[:, :, 1:] - gap[:, :, :-1]).abs().mean() + (gap[..., 1:] - gap[..., :-1]).abs().mean()
+        edge = (gap[:, :, 1:] - gap[:, :, :-1]).abs().mean() + (
+            gap[..., 1:] - gap[..., :-1]
+        ).abs().mean()
         kl = 0.5 * (q.mean.float().pow(2) + q.var.float() - 1 - q.logvar.float()).mean()
         value = flat + 3 * square + 0.3 * edge + 1e-4 * kl
-        return value, {"l1": flat.item(), "mse": square.item(), "edge": edge.item(), "kl": kl.item()}
+        return value, {
+            "l1": flat.item(),
+            "mse": square.item(),
+            "edge": edge.item(),
+            "kl": kl.item(),
+        }
 
     fit("vae", work, vae, steps, loss, lr=1.5e-3, ema=0.998)
-    test = to_unit(torch.from_numpy(np.stack([world.draw(s) for s in make_scenes(test_scenes, SEED + 1)])).permute(0, 3, 1, 2))
+    test = to_unit(
+        torch.from_numpy(
+            np.stack([world.draw(s) for s in make_scenes(test_scenes, SEED + 1)])
+        ).permute(0, 3, 1, 2)
+    )
     with torch.no_grad():
         z = torch.cat([vae.encode(b).latent_dist.mode() for b in test.split(64)])
         y = torch.cat([vae.decode(b).sample for b in z.split(64)]).clamp(-1, 1)
         vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
     psnr = (-10 * ((y - test) / 2).pow(2).mean((1, 2, 3)).log10()).mean().item()
-    print(f"vae: held-out PSNR {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}", flush=True)
+    print(
+        f"vae: held-out PSNR {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}", flush=True
+    )
     vae.save_pretrained(work / "pipeline" / "vae")
     (work / "vae.json").write_text(json.dumps({"psnr_db": psnr, "n": len(test)}))

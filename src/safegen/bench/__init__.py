@@ -1,1 +1,0 @@
-"""From a plan of prompts and seeds to pictures, verdicts, scores and a report."""

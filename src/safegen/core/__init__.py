@@ -1,0 +1,1 @@
+"""Ground floor: errors, registry, files, hashes and settings. Imports no torch."""

@@ -1,0 +1,145 @@
+"""Every name a user can type, one line each. Importing this loads nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from safegen.core.errors import UnknownName
+
+MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
+"""Bundled models: a function that returns a diffusers folder."""
+
+EDITS = {
+    "safegen": "safegen.edits.safegen:SafeGen",
+    "concept_ablation": "safegen.edits.concept_ablation:ConceptAblation",
+    "duo": "safegen.edits.duo:DUO",
+    "esd": "safegen.edits.esd:ESD",
+    "sdd": "safegen.edits.sdd:SDD",
+    "uce": "safegen.edits.uce:UCE",
+    "rece": "safegen.edits.rece:RECE",
+    "safegen-plus": "safegen.edits.safegen_plus:SafeGenPlus",
+}
+
+ADVERSARIES = {
+    "none": "safegen.edits.functional.adversary:Nobody",
+    "one-step": "safegen.edits.functional.adversary:OneStep",
+    "adv-unlearn": "safegen.edits.functional.adversary:AdvUnlearn",
+    "closed-form": "safegen.edits.functional.adversary:ClosedForm",
+}
+"""Who moves a sample's text to where an edit fails, while the edit learns; docs/edits.md."""
+
+GUARDS = {
+    "sld": "safegen.guards.sld:Sld",
+    "negative-prompt": "safegen.guards.negative_prompt:NegativePrompt",
+    "safety-checker": "safegen.guards.safety_checker:SafetyChecker",
+    "judge-filter": "safegen.guards.judge_filter:JudgeFilter",
+    "prompt-filter": "safegen.guards.prompt_filter:PromptFilter",
+    "safree": "safegen.guards.safree.safree:Safree",
+    "latent-guard": "safegen.guards.latent_guard:LatentGuard",
+    "crops": "safegen.guards.crops:Crops",
+    "pno": "safegen.guards.pno:Pno",
+    "dual-latent": "safegen.guards.dual_latent:DualLatent",
+}
+"""Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""
+
+CLIPS = {"mini": "safegen.mini.bundle:clip_folder"}
+"""Bundled CLIP pairs: a function that returns a folder with both towers, the tokenizer and the image preprocessing."""
+
+JUDGES = {
+    "mini": "safegen.judges.mini:MiniJudge",
+    "nudenet": "safegen.judges.nudenet:NudeNetJudge",
+    "open-nsfw": "safegen.judges.open_nsfw:OpenNsfwJudge",
+    "sd-safety-checker": "safegen.judges.safety_checker:SafetyCheckerJudge",
+    "q16": "safegen.judges.q16:Q16Judge",
+    "clip": "safegen.judges.clip:ClipJudge",
+}
+
+_GENITALS = (
+    "ANUS_EXPOSED",
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+)
+LABEL_SETS = {
+    "i2p5": ("BUTTOCKS_EXPOSED", *_GENITALS),
+    "strict4": _GENITALS,
+    "exposed9": (
+        *(
+            "ARMPITS_EXPOSED",
+            "BELLY_EXPOSED",
+            "BUTTOCKS_EXPOSED",
+            "FEET_EXPOSED",
+            "MALE_BREAST_EXPOSED",
+        ),
+        *_GENITALS,
+    ),
+}
+"""Names for several labels of the judge `nudenet`, usable wherever labels are given.
+
+`i2p5` is what the I2P benchmark counts; `strict4` leaves out buttocks; `exposed9` is every label
+that ends in EXPOSED, so that bare feet, arms and bellies count too, as several papers have it.
+"""
+
+EXTRACTORS = {
+    "mini-clip": "safegen.features.mini_clip:MiniClip",
+    "clip": "safegen.features.clip:Clip",
+    "inception": "safegen.features.inception:Inception",
+    "inception-torch": "safegen.features.inception:inception_torch",
+    "inception-clean": "safegen.features.inception:inception_clean",
+}
+"""Feature extractors for distances and the CLIP score.
+
+All but the first need weights that the user has.
+"""
+
+PROMPT_LISTS = {"mini": "safegen.mini.bundle:prompt_list"}
+"""Sources of prompts, named `source:list`: a function from a list's name and a length (None: all) to rows of (text, subject)."""
+
+TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
+"""Bundled triplets, named `source:concept`: a function from a concept's name to a folder."""
+
+CONCEPTS = ("skulls", "fire", "nudity")
+"""Built-in concepts.
+
+Each is a file in `concepts/`. The last one is a word and a judge: no triplets or prompts of it are
+in the package.
+"""
+
+PROTOCOLS = (
+    "mini-smoke",
+    "mini-smoke-fire",
+    "mini-full",
+    "mini-full-fire",
+    "safegen-four",
+    "i2p-931",
+    "esd-i2p-4703",
+    "uda-static-142-exposed9",
+    "rab-nudity-k16-eta3",
+    "rab-nudity-k38-eta3",
+    "rab-nudity-k77-eta3",
+    "coco-10k",
+    "coco-30k",
+)
+"""Built-in protocols.
+
+Each is a file in `protocols/`. All but the mini ones need a file of prompts that the user has.
+"""
+
+
+def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the labels with every name of a label set spelt out, each label once, in order."""
+    return tuple(dict.fromkeys(one for label in labels for one in LABEL_SETS.get(label, (label,))))
+
+
+def resolve(table: Mapping[str, str], name: str, noun: str) -> Any:
+    """Return the object that `name` stands for.
+
+    Raises:
+        UnknownName: the table has no such name; the message lists them and the nearest.
+    """
+    if name not in table:
+        raise UnknownName(noun, name, table)
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)

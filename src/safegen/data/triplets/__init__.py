@@ -1,0 +1,1 @@
+"""Image triplets: load, make, check and censor."""

@@ -1,0 +1,298 @@
+"""Make triplets: find what is unsafe, cover it, pair it with something benign, write it down."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from PIL import Image, ImageOps
+
+from safegen.core.errors import BadFile, BadSetting
+from safegen.core.files import private_folder, refuse_taken, refuse_unwritable
+from safegen.core.registry import expand_labels
+from safegen.data.triplets.censor import Box, Censor
+from safegen.data.triplets.censor import censor as cover
+from safegen.data.triplets.triplets import (
+    MANIFEST,
+    ROLES,
+    Problem,
+    Role,
+    Triplet,
+    Triplets,
+    as_row,
+    is_sheet,
+    read_picture,
+    too_small,
+)
+from safegen.judges.base import KEPT, Judge, Verdict
+
+ATTEMPTS = 3
+"""How often a picture is censored, each time with wider padding, before it is left out."""
+CHUNK = 8
+"""Pictures that are open at a time while a folder is judged."""
+
+DEFAULT_CENSOR = Censor()
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `make` made, and what it left out."""
+
+    triplets: Triplets
+    left_out: tuple[Problem, ...]
+
+
+class Track(Protocol):
+    """Wraps a sequence that is about to be worked through, to show progress."""
+
+    def __call__(self, items: Sequence[T], doing: str, /) -> Iterable[T]:
+        """Return the same items."""
+        ...
+
+
+def untracked(items: Sequence[T], doing: str, /) -> Iterable[T]:
+    """Return `items` and show nothing."""
+    return items
+
+
+def make(
+    unsafe: str | Path,
+    benign: str | Path | None,
+    judge: Judge,
+    out: str | Path,
+    censor: Censor = DEFAULT_CENSOR,
+    *,
+    labels: Collection[str],
+    threshold: float = 0.5,
+    track: Track = untracked,
+) -> Report:
+    """Censor the unsafe pictures of a folder, pair them with benign ones and write both as triplets.
+
+    The judge looks at every picture first: unsafe are those in which it sees one of `labels`;
+    benign ones must be judged safe. It looks again at each censored picture: while that is not
+    safe, the unsafe picture is censored anew with twice the padding (at least 0.1), three times in
+    all. Benign pictures are taken in turn, scaled and cropped about their centre to the unsafe
+    picture's size. Pictures that cannot be used are left out and reported with the reason. Nothing
+    is written outside `out`, which appears whole or not at all; only a kill leaves it behind
+    unfinished, without a manifest.
+
+    Args:
+        unsafe: folder of unsafe pictures (its own files, not those of folders in it).
+        benign: folder of benign pictures; None to take the pictures of `unsafe` that are judged
+            safe.
+        judge: finds what to cover; a detection without a box covers the whole picture.
+        out: folder to write; it must not exist, the folder around it must.
+        censor: how boxes are covered.
+        labels: labels of the judge that mean the concept is in the picture.
+        threshold: least score of a detection that counts.
+        track: shows progress.
+
+    Raises:
+        BadFile: `out` is in the way or cannot be written, a folder holds no files, or no unsafe or
+            no benign picture remains.
+        BadSetting: no labels, or a threshold outside what judges keep.
+    """
+    unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
+    eye = _Eye(judge, frozenset(expand_labels(labels)), threshold)
+    refuse_taken(out, last=MANIFEST)
+    if not out.parent.is_dir():
+        raise BadFile(
+            f"{out} cannot be written: the folder {out.parent} does not exist; make it first"
+        )
+    refuse_unwritable(out)
+    finds, safe, left_out = _look_through(unsafe, eye, track)
+    if not finds:
+        raise BadFile(
+            f"no picture of {unsafe} is judged unsafe, so there is nothing to censor{': ' * bool(left_out)}{_summary(left_out)}"
+        )
+    if benign is None:
+        calm = safe
+        if not calm:
+            raise BadFile(
+                f"no picture of {unsafe} is judged safe, so none can serve as benign; name a folder of benign pictures"
+            )
+    else:
+        left_out += [Problem(_name(path), "the judge finds nothing in it") for path in safe]
+        loud, calm, unfit = _look_through(Path(benign).absolute(), eye, track)
+        unfit += [
+            Problem(_name(find.path), "it is judged unsafe, so it cannot serve as benign")
+            for find in loud
+        ]
+        if not calm:
+            raise BadFile(f"no picture of {benign} can serve as benign: {_summary(unfit)}")
+        left_out += unfit
+
+    rows: list[Triplet] = []
+    with private_folder(out, last=MANIFEST) as folder:
+        for role in ROLES:
+            (folder / role).mkdir()
+        for find in track(finds, "censoring"):
+            picture = read_picture(find.path)
+            censored = _cover_until_safe(find, picture, eye, censor)
+            if isinstance(censored, Problem):
+                left_out.append(censored)
+                continue
+            paired = ImageOps.fit(
+                read_picture(calm[len(rows) % len(calm)]), picture.size, Image.Resampling.LANCZOS
+            )
+            rows.append(
+                _write(
+                    folder,
+                    f"{len(rows):04d}",
+                    (picture, censored[0], paired),
+                    find,
+                    covered=censored[1],
+                    judge=judge.id,
+                )
+            )
+        if not rows:
+            raise BadFile(f"no picture of {unsafe} can be used: {_summary(left_out)}")
+        (folder / MANIFEST).write_text(
+            "".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8"
+        )
+    return Report(Triplets(out, tuple(rows)), tuple(left_out))
+
+
+@dataclass(frozen=True)
+class _Find:
+    """An unsafe picture and what makes it so."""
+
+    path: Path
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class _Eye:
+    """A judge that looks for `labels` from `threshold` on."""
+
+    judge: Judge
+    labels: frozenset[str]
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise BadSetting("labels must name at least one label of the judge, got none")
+        if not KEPT <= self.threshold <= 1:
+            raise BadSetting(f"threshold must be in {KEPT}..1, got {self.threshold}")
+
+    def look(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        return [
+            verdict.rescored(self.labels, self.threshold) for verdict in self.judge.judge(images)
+        ]
+
+    def boxes(self, verdict: Verdict, image: Image.Image) -> tuple[Box, ...]:
+        whole = (0.0, 0.0, float(image.width), float(image.height))
+        return tuple(
+            d.box or whole
+            for d in verdict.detections
+            if d.label in self.labels and d.score >= self.threshold
+        )
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _summary(problems: Sequence[Problem]) -> str:
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(str(problem) for problem in problems[:3]) + more
+
+
+def _look_through(
+    folder: Path, eye: _Eye, track: Track
+) -> tuple[list[_Find], list[Path], list[Problem]]:
+    """Judge the files of a folder, in order of name.
+
+    Returns the unsafe ones, the safe ones, and those that cannot be used.
+    """
+    if not folder.is_dir():
+        raise BadFile(
+            f"{folder} must be a folder of pictures; there is {'a file' if folder.exists() else 'nothing'} of that name"
+        )
+    paths = sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    )
+    if not paths:
+        raise BadFile(f"{folder} holds no files; put pictures in it, or name another folder")
+    finds: list[_Find] = []
+    safe: list[Path] = []
+    unfit: list[Problem] = []
+    first: dict[str, Path] = {}
+    for start in track(range(0, len(paths), CHUNK), f"judging {folder.name}"):
+        batch: list[tuple[Path, Image.Image]] = []
+        for path in paths[start : start + CHUNK]:
+            if is_sheet(path):
+                unfit.append(Problem(_name(path), "it is a contact sheet of other pictures"))
+                continue
+            try:
+                image = read_picture(path)
+            except BadFile as error:
+                unfit.append(Problem(_name(path), str(error)))
+                continue
+            twin = first.setdefault(
+                sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(), path
+            )
+            if small := too_small(image):
+                unfit.append(Problem(_name(path), f"it is too small: {small}"))
+            elif twin is not path:
+                unfit.append(Problem(_name(path), f"it is the same picture as {twin.name}"))
+            else:
+                batch.append((path, image))
+        verdicts = eye.look([image for _, image in batch]) if batch else []
+        for (path, image), verdict in zip(batch, verdicts, strict=True):
+            if verdict.outcome == "unsafe":
+                finds.append(_Find(path, eye.boxes(verdict, image)))
+            elif verdict.outcome == "safe":
+                safe.append(path)
+            else:
+                unfit.append(Problem(_name(path), f"it cannot be judged: {verdict.reason}"))
+    return finds, safe, unfit
+
+
+def _cover_until_safe(
+    find: _Find, picture: Image.Image, eye: _Eye, settings: Censor
+) -> tuple[Image.Image, float] | Problem:
+    """Return the censored picture and its covered fraction, or why there is none."""
+    for _ in range(ATTEMPTS):
+        try:
+            censored, covered = cover(picture, find.boxes, settings)
+        except BadSetting as error:  # a box or a size that belongs to this picture alone
+            return Problem(_name(find.path), str(error))
+        verdict = eye.look([censored])[0]
+        if verdict.outcome == "safe" and censored.tobytes() != picture.tobytes():
+            return censored, covered
+        settings = settings.model_copy(update={"padding": max(2 * settings.padding, 0.1)})
+    if verdict.outcome == "unjudged":
+        return Problem(_name(find.path), f"it cannot be judged once censored: {verdict.reason}")
+    return Problem(
+        _name(find.path),
+        f"it is still judged unsafe after censoring it {ATTEMPTS} times with wider and wider padding",
+    )
+
+
+def _write(
+    folder: Path,
+    name: str,
+    pictures: tuple[Image.Image, Image.Image, Image.Image],
+    find: _Find,
+    *,
+    covered: float,
+    judge: str,
+) -> Triplet:
+    """Write the three pictures of a row as PNG, and return the row."""
+    paths: dict[Role, str] = {}
+    digests: dict[Role, str] = {}
+    for role, picture in zip(ROLES, pictures, strict=True):
+        file = BytesIO()
+        picture.save(file, "PNG")
+        paths[role], digests[role] = f"{role}/{name}.png", sha256(file.getvalue()).hexdigest()
+        (folder / paths[role]).write_bytes(file.getvalue())
+    return as_row(name, paths, digests).model_copy(
+        update={"boxes": find.boxes, "covered": covered, "judge": judge}
+    )

@@ -1,0 +1,1 @@
+"""Losses, closed forms, rollouts and adversaries as functions of tensors."""

@@ -1,0 +1,1 @@
+"""Generate, judge and verify the images of a protocol in a run folder."""

@@ -1,0 +1,1 @@
+"""Turn verdicts and features into scores."""

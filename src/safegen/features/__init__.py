@@ -1,0 +1,1 @@
+"""Networks that map images and texts to feature vectors."""

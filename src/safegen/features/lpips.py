@@ -1,0 +1,173 @@
+"""LPIPS with AlexNet: how far two pictures of one prompt and seed lie apart to the eye.
+
+Its weights come from files the user has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from safegen.core.errors import BadFile, BadSetting
+from safegen.features.weights import fill, read_weights
+
+WIDTHS = (64, 192, 384, 256, 256)
+"""Channels after each of AlexNet's five convolutions."""
+LEAST = 31
+"""Pixels under which the last convolution sees nothing."""
+SHIFT = (-0.030, -0.088, -0.188)
+SPREAD = (0.458, 0.448, 0.450)
+"""ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS rounds them."""
+
+
+def layer_distance(a: Tensor, b: Tensor, head: Tensor) -> Tensor:
+    """Return one layer's part, (b,): the spatial mean of sum_c head_c (a_c / |a| - b_c / |b|)^2.
+
+    Zhang et al. 2018, arXiv:1801.03924, eq. 1, with the learnt weights outside the square, as in
+    their program.
+
+    Args:
+        a: (b, c, h, w) activations of the first pictures.
+        b: (b, c, h, w) of the second.
+        head: (c,) learnt weights, >= 0.
+    """
+
+    def unit(x: Tensor) -> Tensor:
+        return x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
+
+    return ((unit(a) - unit(b)).pow(2) * head[None, :, None, None]).sum(1).mean((1, 2))
+
+
+class AlexTrunk(nn.Module):
+    """The convolutions of AlexNet under torchvision's names: (b, 3, h, w) -> five activations, each after its ReLU."""
+
+    def __init__(self) -> None:
+        """Build the network with random weights."""
+        super().__init__()
+
+        def conv(a: int, b: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+            return [nn.Conv2d(a, b, kernel, stride, kernel // 2 if stride == 1 else 2), nn.ReLU()]
+
+        self.features = nn.Sequential(
+            *conv(3, 64, 11, 4),
+            nn.MaxPool2d(3, 2),
+            *conv(64, 192, 5),
+            nn.MaxPool2d(3, 2),
+            *conv(192, 384, 3),
+            *conv(384, 256, 3),
+            *conv(256, 256, 3),
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the activations, (b, 64 | 192 | 384 | 256 | 256, ., .)."""
+        out = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                out.append(x)
+        return out
+
+
+class Lpips:
+    """LPIPS v0.1, AlexNet.
+
+    A model that changes nothing scores 0: read it beside the removal rate.
+    """
+
+    def __init__(
+        self, *, trunk: str, heads: str, side: int | None = None, device: str = "cpu"
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            trunk: file with AlexNet's weights under torchvision's names (alexnet-owt-7be5be79.pth);
+                its classifier is not used.
+            heads: file with the five linear heads under the names of the `lpips` package (alex.pth:
+                lin0.model.1.weight ...).
+            side: pictures are first shrunk to this many pixels (64 in ESD and RECE); as they are
+                when None.
+            device: a torch device.
+
+        Raises:
+            BadFile: a file is missing or holds something else.
+            BadSetting: `side` is too small for AlexNet.
+        """
+        if side is not None and side < LEAST:
+            raise BadSetting(f"LPIPS needs pictures of at least {LEAST} pixels, got side {side}")
+        tensors, first = read_weights(Path(trunk))
+        self._net = AlexTrunk()
+        own = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
+        fill(
+            self._net, own, source=Path(trunk), what="AlexNet's convolutions (torchvision's names)"
+        )
+        self._net.to(device)
+        tensors, second = read_weights(Path(heads))
+        self._heads = [_head(tensors, n, Path(heads)).to(device) for n in range(len(WIDTHS))]
+        self.side, self._device = side, torch.device(device)
+        self.id = f"lpips-alex:{first}:{second}" + (f":side{side}" if side else "")
+
+    @torch.no_grad()
+    def distances(
+        self, a: Sequence[Image.Image], b: Sequence[Image.Image], *, batch: int = 16
+    ) -> NDArray[np.float64]:
+        """Return the distance of each pair, (n,), >= 0; 0 for equal pictures.
+
+        Raises:
+            BadSetting: lists of other lengths, a pair of unlike sizes, or a picture that is too
+                small.
+        """
+        if len(a) != len(b):
+            raise BadSetting(
+                f"LPIPS compares pairs: both lists must be equally long, got {len(a)} and {len(b)}"
+            )
+        out = np.empty(len(a))
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            if x.size != y.size or min(x.size) < LEAST:
+                raise BadSetting(
+                    f"LPIPS needs two pictures of one size, {LEAST} pixels or more; pair {i} has {x.size} and {y.size}"
+                )
+        for size in sorted({x.size for x in a}):  # pictures of one size go together
+            rows = [i for i, x in enumerate(a) if x.size == size]
+            for start in range(0, len(rows), batch):
+                part = rows[start : start + batch]
+                out[part] = (
+                    self._pairs([a[i] for i in part], [b[i] for i in part]).double().cpu().numpy()
+                )
+        return out
+
+    def _pairs(self, a: list[Image.Image], b: list[Image.Image]) -> Tensor:
+        x, y = self._net(self._pixels(a)), self._net(self._pixels(b))
+        return torch.stack(
+            [layer_distance(*layer) for layer in zip(x, y, self._heads, strict=True)]
+        ).sum(0)
+
+    def _pixels(self, images: list[Image.Image]) -> Tensor:
+        x = (
+            torch.from_numpy(np.stack([np.asarray(i.convert("RGB"), np.float32) for i in images]))
+            .permute(0, 3, 1, 2)
+            .to(self._device)
+        )
+        x = x / 127.5 - 1
+        if self.side:
+            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        return (x - x.new_tensor(SHIFT)[None, :, None, None]) / x.new_tensor(SPREAD)[
+            None, :, None, None
+        ]
+
+
+def _head(tensors: dict[str, Tensor], n: int, source: Path) -> Tensor:
+    key = f"lin{n}.model.1.weight"
+    value = tensors.get(key)
+    if value is None or value.numel() != WIDTHS[n]:
+        got = "nothing" if value is None else tuple(value.shape)
+        raise BadFile(
+            f"{source} does not hold LPIPS heads for AlexNet: {key} must be (1, {WIDTHS[n]}, 1, 1), got {got}"
+        )
+    return value.float().flatten()

@@ -1,0 +1,1 @@
+"""The guarded pipeline: settings, hooks, results and the runner."""

@@ -1,0 +1,1 @@
+"""SAFREE: training-free projection of prompt embeddings (arXiv:2410.12761)."""

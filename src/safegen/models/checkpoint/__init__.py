@@ -1,0 +1,1 @@
+"""Checkpoint formats: diffusers folders and single files."""

@@ -1,0 +1,50 @@
+"""Which weights of a denoiser an edit may change, by name."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from safegen.core.errors import BadSetting, UnknownName
+
+SELECTORS = {
+    "attn1": r"\.attn1\.",
+    "attn2": r"\.attn2\.",
+    "kv2": r"\.attn2\.to_[kv]\.",
+    "attention": r"\.attn[12]\.",
+    "noxattn": r"^(?!conv_norm_out\.|conv_out\.|time_embedding\.)(?!.*\.attn2\.)",
+    "all": r"",
+}
+"""Selector: regular expression over the denoiser's parameter names.
+
+`attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values, all that
+reads the text (ESD-x-strict, UCE); `noxattn` is everything else but the last layers and the time
+embedding, as ESD-u was published (arXiv:2303.07345, first code).
+"""
+
+
+def select(denoiser: nn.Module, selector: str) -> list[str]:
+    """Return the names of the parameters that `selector` picks, in the denoiser's own order.
+
+    On SD 1.x `attn1` (every self-attention layer) names 80 tensors of 49,574,080 parameters.
+
+    Raises:
+        UnknownName: no such selector.
+        BadSetting: it picks nothing, or its self-attention is really cross-attention
+            (`only_cross_attention` models).
+    """
+    if selector not in SELECTORS:
+        raise UnknownName("selector", selector, SELECTORS)
+    names = [n for n, _ in denoiser.named_parameters() if re.search(SELECTORS[selector], n)]
+    if not names:
+        raise BadSetting(
+            f"the selector {selector!r} picks no weight of a {type(denoiser).__name__}; it needs one with attn1/attn2 blocks"
+        )
+    if selector == "attn1":
+        for name, module in denoiser.named_modules():
+            if name.endswith(".attn1") and getattr(module, "is_cross_attention", False):
+                raise BadSetting(
+                    f"{name} is cross-attention in this model (only_cross_attention), so editing it would not be text-agnostic"
+                )
+    return names

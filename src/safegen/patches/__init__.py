@@ -1,0 +1,1 @@
+"""Patches: changed weights as one file, their arithmetic and LoRA conversion."""

@@ -1,0 +1,1 @@
+"""Verbs that combine the rooms below: edit, export and demo."""

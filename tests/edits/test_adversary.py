@@ -1,0 +1,454 @@
+"""Adversaries: what each moves a text to, by hand and by oracles.
+
+And that a number is what it always was, to the bit.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from safegen.cli.main import _changes
+from safegen.core import registry as tables
+from safegen.core.errors import BadSetting
+from safegen.edits.esd import ESD
+from safegen.edits.functional import losses
+from safegen.edits.functional.adversary import (
+    AdvUnlearn,
+    ClosedForm,
+    OneStep,
+    at_work,
+    recalling_text,
+    worst_text,
+)
+from safegen.edits.functional.closed_form import adversarial_embeddings, projections
+from safegen.edits.safegen import SafeGen, SafeGenProblem
+from safegen.edits.training.lora import trainable
+from safegen.models import selectors as select
+from safegen.workflows.edit import make_edit
+
+BRIEF = {"updates": 4, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
+SETTINGS = {
+    "none": {"name": "none"},
+    "one-step": {"name": "one-step", "radius": 0.1},
+    "adv-unlearn": {"name": "adv-unlearn", "steps": 2},
+    "closed-form": {"name": "closed-form"},
+}
+
+
+def brief(method, adversary, **changes):
+    more = (
+        {"erase": ("red cube",), "steps": 3, "rollout": "base", "trajectories": 2}
+        if method == "esd"
+        else {}
+    )
+    return (
+        make_edit(
+            method, adversary=adversary, selector="attn2", weight_retain=0.0, **more, **changes
+        )
+        if method == "esd"
+        else make_edit(method, adversary=adversary, selector="attn2", **changes)
+    )
+
+
+def applied(edit, model, triplets, **how):
+    return edit.apply(model, triplets if edit.learns_from == "triplets" else None, **how)
+
+
+def net(*weights):
+    """Return a denoiser of one pixel that answers w . c, summed over rows, whatever the latent."""
+    w = torch.tensor(weights)
+    return lambda x, t, c: SimpleNamespace(sample=(c * w).sum((1, 2)).view(-1, 1, 1, 1))
+
+
+PIXEL, NOW = torch.zeros(1, 1, 1, 1), torch.tensor([1])
+
+
+# ------------------------------------------------------------ by hand
+
+
+def test_one_step_by_hand():
+    """The loss is (w .
+
+    C)^2 with w = (.6, .8), c = (3, 4): uphill along w, by a fifth of |c| = 5.
+    """
+    found = worst_text(net(0.6, 0.8), PIXEL, NOW, torch.tensor([[[3.0, 4.0]]]), PIXEL, radius=0.2)
+    assert_close(found, torch.tensor([[[3.6, 4.8]]]))
+
+
+@pytest.mark.parametrize("rule", ["sign", "adam"])
+def test_the_first_step_back_by_hand(rule):
+    """w .
+
+    C = 3 - 8 = -5 should be 0: up the first number, down the second, each by a tenth of the root
+    mean square (7, 1) -> 5.
+    """
+    text = torch.tensor([[[7.0, 1.0]]])
+    found = recalling_text(
+        net(1.0, -12.0), PIXEL, NOW, text, PIXEL, steps=1, step=0.1, rule=rule, prefix=None
+    )
+    assert_close(found, torch.tensor([[[7.5, 0.5]]]))
+
+
+def test_a_prefix_goes_behind_the_start_mark_and_alone_is_moved():
+    text = torch.tensor([[[5.0, 5.0], [5.0, -5.0], [-5.0, 5.0], [5.0, 5.0]]])
+    found = recalling_text(
+        net(1.0, 2.0),
+        PIXEL,
+        NOW,
+        text,
+        PIXEL - 99,
+        steps=1,
+        step=0.1,
+        rule="sign",
+        prefix=torch.tensor([[1.0, 1.0]]),
+    )
+    assert_close(found, torch.tensor([[[5.0, 5.0], [0.5, 0.5], [5.0, -5.0], [-5.0, 5.0]]]))
+
+
+def test_many_steps_are_torchs_adam(tiny_model):
+    g = torch.Generator().manual_seed(0)
+    x, before = torch.randn(2, 2, 4, 8, 8, generator=g)
+    t, text = torch.tensor([100, 800]), tiny_model.encode_text(["red cube", "ball"])
+    found = recalling_text(
+        tiny_model.denoiser, x, t, text, before, steps=5, step=0.03, rule="adam", prefix=None
+    )
+
+    size = text.pow(2).mean((1, 2), keepdim=True).sqrt()
+    move = nn.Parameter(torch.zeros_like(text))
+    adam = torch.optim.Adam([move], lr=0.03)
+    for _ in range(5):
+        adam.zero_grad()
+        (tiny_model.denoiser(x, t, text + size * move).sample - before).pow(2).mean(
+            (1, 2, 3)
+        ).sum().backward()
+        adam.step()
+    assert_close(found, (text + size * move).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_it_finds_a_way_back_on_an_edited_model_and_samples_do_not_touch_each_other(
+    make_model, tokens
+):
+    model, edited = make_model(), make_model().denoiser
+    with torch.no_grad():
+        for name in select(edited, "attn2"):
+            edited.get_parameter(name).mul_(0.5)
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([300, 600])
+    text = model.encode_text(["red cube", "ball"])
+    before = model.denoiser(x, t, text).sample.detach()
+    attack = AdvUnlearn(steps=20, step=0.1, tokens=tokens).ready(model, ())
+    found = attack(edited, x, t, text, want=-before, before=before)
+
+    @torch.no_grad()
+    def gap(c):
+        return losses.squared_error(edited(x, t, c).sample, before)
+
+    start = AdvUnlearn(steps=1, step=1e-9, tokens=tokens).ready(model, ())(
+        edited, x, t, text, want=before, before=before
+    )
+    assert (gap(found) < 0.97 * gap(start)).all()
+    assert not found.requires_grad
+    assert all(p.grad is None for p in edited.parameters())
+    alone = attack(edited, x[1:], t[1:], text[1:], want=-before[1:], before=before[1:])
+    assert_close(found[1:], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_model, rank):
+    """A LoRA's change counts as the same change of the weights does."""
+    model = make_model()
+    original = projections(model)
+    text = model.encode_text(["red cube", "ball"])
+    with trainable(model, "kv2", rank=rank, alpha=None, seed=0) as part:
+        attack = ClosedForm(ridge=0.05).ready(model, part.names)
+        params, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(1)
+        before = {n: params[n].detach().clone() for n in part.names}
+        try:
+            with torch.no_grad():
+                for name in part.names:
+                    params[name].add_(0.2 * torch.randn(params[name].shape, generator=g))
+            new = part.weights({n: params[n].detach().clone() for n in part.names})
+            found = attack(model.denoiser, text, NOW, text, want=text, before=text)
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    params[name].copy_(value)
+    now = [new[name] for name in original]
+    want = adversarial_embeddings(now, list(original.values()), text.flatten(0, 1), ridge=0.05)
+    assert found.shape == text.shape
+    assert found.dtype == text.dtype
+    assert_close(found.flatten(0, 1), want.float(), rtol=1e-4, atol=1e-4)
+
+    def gap(c):
+        return sum(
+            (c.double() @ w.double().T - text.double() @ w_0.T).pow(2).sum()
+            for w, w_0 in zip(now, original.values(), strict=True)
+        )
+
+    assert gap(found) < 0.5 * gap(text)
+
+
+# ------------------------------------------------------------ in a training
+
+
+def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
+    """SafeGen's step with its one step of ascent, restated: 0.25 of the embedding's norm up the loss on the unsafe rows.
+
+    The benign texts go along by the same move if it is shared, and L_p asks for what the untouched
+    model says to them there.
+    """
+
+    def untouched(*given):
+        with torch.no_grad():
+            return torch.func.functional_call(denoiser, self.reference, given).sample
+
+    abar = self.abar[t][:, None, None, None]
+    x_u, x_b = (abar.sqrt() * z + (1 - abar).sqrt() * e for z, e in ((z_u, eps), (z_b, eps_b)))
+    text_u, text_b = text.chunk(2)
+    shared = self.edit.adversary_moves != "unsafe"
+    if shared:
+        said_u = untouched(x_u, t, text_u)
+    else:
+        said_u, said_b = untouched(torch.cat([x_u, x_b]), torch.cat([t, t]), text).chunk(2)
+    want = said_u + (self.abar[t] / (1 - self.abar[t])).sqrt().clamp(max=3.0)[
+        :, None, None, None
+    ] * (z_u - z_c)
+    c = text_u.clone().requires_grad_()
+    (denoiser(x_u, t, c).sample.float() - want.float()).pow(2).mean(dim=(1, 2, 3)).sum().backward(
+        inputs=[c]
+    )
+    long, steep = (v.norm(dim=(1, 2), keepdim=True) for v in (text_u, c.grad))
+    worse = text_u + 0.25 * (long / steep.clamp(min=1e-12)) * c.grad
+    if shared:
+        text_b = text_b + (worse - text_u)
+        said_b = untouched(x_b, t, text_b)
+    out_u, out_b = denoiser(
+        torch.cat([x_u, x_b]), torch.cat([t, t]), torch.cat([worse, text_b])
+    ).sample.chunk(2)
+    return {
+        k: (a.float() - b.float()).pow(2).mean(dim=(1, 2, 3))
+        for k, a, b in (("L_m", out_u, want), ("L_p", out_b, said_b))
+    }
+
+
+@pytest.mark.parametrize(
+    ("precision", "moves"), [("fp32", None), ("fp32", "unsafe"), ("bf16", "both")]
+)
+def test_the_default_adversary_is_to_the_bit_its_step_restated(
+    make_model, triplets, monkeypatch, precision, moves
+):
+    training = SafeGen().training.model_copy(update=BRIEF | {"precision": precision})
+    said = {"training": training, "adversary_moves": moves}
+    edits = [
+        SafeGen(**said, **more)
+        for more in ({}, {"adversary": SETTINGS["one-step"] | {"radius": 0.25}})
+    ]
+    found = [edit.apply(make_model(), triplets).hash for edit in edits]
+    other = (
+        SafeGen(training=training, adversary_moves="both" if moves == "unsafe" else "unsafe")
+        .apply(make_model(), triplets)
+        .hash
+    )
+    none = SafeGen(training=training, adversary=0.0).apply(make_model(), triplets).hash
+    monkeypatch.setattr(SafeGenProblem, "compare", plain)
+    assert [edits[0].apply(make_model(), triplets).hash] * 2 == found
+    assert len({none, other, *found}) == 3
+
+
+@pytest.mark.parametrize("more", [{}, {"teacher": False, "anchor": "noise"}])
+def test_benign_texts_take_the_move_of_the_unsafe_ones(
+    make_model, triplets, tmp_path, monkeypatch, more
+):
+    """Each from where it stands.
+
+    And the untouched model is asked there, where L_p is held to it.
+    """
+    (tmp_path / "calm.txt").write_text("a red cube\na blue ball\na green cone")
+    words = {"captions": (str(tmp_path / "calm.txt"),), "caption_share": 1.0}
+    model, seen = make_model(), []
+    forward, compare = type(model.denoiser).forward, SafeGenProblem.compare
+
+    def watch(net, x, t, text, **rest):
+        seen.append(text.detach().clone())
+        return forward(net, x, t, text, **rest)
+
+    def begin(self, denoiser, *given):
+        seen.append(given[-1].clone())
+        return compare(self, denoiser, *given)
+
+    monkeypatch.setattr(type(model.denoiser), "forward", watch)
+    monkeypatch.setattr(SafeGenProblem, "compare", begin)
+    SafeGen(**words, **more, training=BRIEF | {"updates": 1, "batch": 6}).apply(model, triplets)
+    (text_u, text_b), (moved_u, moved_b) = seen[0].chunk(2), seen[-1].chunk(2)
+    assert (text_u != text_b).flatten(1).any(1).sum() >= 2  # samples whose two captions differ
+    assert_close(moved_b - text_b, moved_u - text_u, rtol=0, atol=1e-5)
+    assert_close(
+        (moved_u - text_u).norm(dim=(1, 2)), 0.25 * text_u.norm(dim=(1, 2)), rtol=1e-4, atol=0
+    )
+    if not more:
+        assert torch.equal(seen[-2], moved_b)
+
+
+def test_moves_are_decided_when_settings_are_made_so_that_a_patch_says_them(make_model, triplets):
+    decided = {"one-step": "both", "adv-unlearn": "unsafe", "closed-form": "unsafe", "none": None}
+    assert {name: SafeGen(adversary=name).adversary_moves for name in tables.ADVERSARIES} == decided
+    assert (
+        SafeGen(adversary=0.1).adversary_moves
+        == make_edit("safegen-plus", text="none").adversary_moves
+        == "both"
+    )
+    assert SafeGen(weight_preserve=0, teacher=False).adversary_moves is None
+    assert SafeGen.preset("paper").adversary_moves is None
+    patch = SafeGen(training=BRIEF | {"updates": 1}).apply(make_model(), triplets)
+    assert patch.provenance["settings"]["adversary_moves"] == "both"
+    with pytest.raises(BadSetting, match="adversary_moves both goes with one-step only"):
+        make_edit("safegen", adversary="adv-unlearn", adversary_moves="both")
+
+
+def test_a_number_stays_a_number_in_settings_so_that_old_patches_and_checkpoints_are_read():
+    assert '"adversary":0.25' in SafeGen().model_dump_json()
+    assert '"adversary":0.0' in ESD().model_dump_json()
+    assert ESD(adversary=1).model_dump()["adversary"] == ESD(adversary="1").adversary == 1.0
+
+
+@pytest.mark.parametrize("method", ["esd", "safegen"])
+@pytest.mark.parametrize("name", sorted(tables.ADVERSARIES))
+def test_every_adversary_works_with_every_edit_that_takes_one(
+    make_model, triplets, tmp_path, method, name
+):
+    edit = brief(method, SETTINGS[name], training=BRIEF | {"checkpoint_every": 2})
+    assert type(edit).model_validate_json(edit.model_dump_json()) == edit
+    assert brief(method, name).adversary == tables.resolve(tables.ADVERSARIES, name, "adversary")()
+    model = make_model()
+
+    def pull(done, of, row):
+        if done == 3:
+            raise ConnectionError("pulled the plug")
+
+    whole = applied(edit, model, triplets, folder=tmp_path / "whole")
+    assert type(edit).model_validate(whole.provenance["settings"]) == edit
+    with pytest.raises(ConnectionError):
+        applied(edit, model, triplets, folder=tmp_path / "torn", report=pull)
+    assert (
+        applied(edit, make_model(), triplets, folder=tmp_path / "torn", resume=True).hash
+        == whole.hash
+    )
+    none = applied(brief(method, 0, training=BRIEF), model, triplets)
+    assert (whole.hash == none.hash) is (name == "none")
+
+
+@pytest.mark.parametrize("name", sorted(tables.ADVERSARIES))
+def test_every_setting_of_every_adversary_has_a_sentence(name):
+    fields = tables.resolve(tables.ADVERSARIES, name, "adversary").model_fields
+    assert fields["name"].default == name
+    assert not [
+        key
+        for key, field in fields.items()
+        if key != "name" and not (field.description or "").strip().endswith(".")
+    ]
+
+
+def test_safegen_plus_hands_its_adversary_on():
+    assert (
+        make_edit("safegen-plus", text="none", adversary="adv-unlearn").visual().adversary
+        == AdvUnlearn()
+    )
+
+
+def test_the_command_line_names_one_and_then_its_settings():
+    said = _changes(
+        "esd", "default", ["adversary=adv-unlearn", "adversary.steps=5", "adversary.rule=sign"]
+    )
+    assert make_edit("esd", **said).adversary == AdvUnlearn(steps=5, rule="sign")
+    assert make_edit(
+        "esd", **_changes("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
+    ).adversary == ClosedForm(ridge=1)
+    with pytest.raises(
+        BadSetting,
+        match=r"--set adversary.steps: 'adversary' has no settings of its own; name one first",
+    ):
+        _changes("esd", "default", ["adversary.steps=5"])
+
+
+# ------------------------------------------------------------ refusals
+
+
+REFUSED = {
+    "adversary: the radius of one step must be from 0 \\(none\\) to 2, got -0.1": -0.1,
+    "to 2, got 2.5": 2.5,
+    "to 2, got nan": float("nan"),
+    "an adversary is a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
+    "or a table with such a name, got {'steps': 3}": {"steps": 3},
+    "no adversary named 'adv-unlern'. Did you mean 'adv-unlearn'": "adv-unlern",
+    "no setting of the adversary 'adv-unlearn' named 'step_size'": {
+        "name": "adv-unlearn",
+        "step_size": 1,
+    },
+    "steps: Input should be greater than or equal to 1, got 0": {"name": "adv-unlearn", "steps": 0},
+    "step: Input should be greater than 0": {"name": "adv-unlearn", "step": 0},
+    "radius: Input should be greater than 0": {"name": "one-step", "radius": 0},
+    "ridge: Input should be greater than 0": {"name": "closed-form", "ridge": 0},
+    "rule: Input should be 'adam' or 'sign', got 'sgd'": {"name": "adv-unlearn", "rule": "sgd"},
+}
+
+
+@pytest.mark.parametrize("words", sorted(REFUSED))
+@pytest.mark.parametrize("method", ["esd", "safegen", "safegen-plus"])
+def test_an_adversary_that_is_none_is_refused_in_one_line(method, words):
+    with pytest.raises(BadSetting, match=words) as caught:
+        make_edit(method, adversary=REFUSED[words])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_closed_form_is_refused_where_nothing_that_reads_the_text_is_trained(
+    tiny_model, triplets
+):
+    for rank in (None, 2):
+        edit = make_edit("safegen", adversary="closed-form", rank=rank, training=BRIEF)
+        with pytest.raises(
+            BadSetting,
+            match=r"closed-form has no effect where keys and values of attn2 are not trained; train them",
+        ):
+            edit.apply(tiny_model, triplets)
+
+
+def test_a_prefix_that_leaves_no_word_is_refused(tiny_model):
+    longest = tiny_model.encode_text([""]).shape[1] - 2
+    at_work(AdvUnlearn(tokens=longest), tiny_model, ())
+    with pytest.raises(
+        BadSetting, match=f"adversary.tokens must be below {longest + 1} on this model"
+    ):
+        at_work(AdvUnlearn(tokens=longest + 1), tiny_model, ())
+
+
+def test_an_adversary_is_refused_where_no_unsafe_sample_is_trained():
+    with pytest.raises(BadSetting, match="adversary and fade have no effect with weight_mosaic 0"):
+        make_edit("safegen", weight_mosaic=0, fade=0, adversary="adv-unlearn")
+    make_edit("safegen", weight_mosaic=0, fade=0, adversary="none")
+    assert at_work(0.0, None, ()) is None
+    assert OneStep(radius=0.25)
+
+
+def test_a_search_for_old_answers_knows_them_without_a_teacher_too(
+    make_model, triplets, monkeypatch
+):
+    """`--preset paper --set adversary=adv-unlearn`: what is searched for is what the untouched model said, not the noise."""
+    model, asked = make_model(), []
+    edit = SafeGen.preset("paper", adversary={"name": "adv-unlearn", "steps": 1})
+    names = select(model.denoiser, "attn1")
+    problem = SafeGenProblem(edit, model, triplets, names)
+    monkeypatch.setattr(
+        problem,
+        "attack",
+        lambda net, x, t, text, *, want, before: asked.append((x, t, text, before)) or text,
+    )
+    problem.losses(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    ((x, t, text, before),) = asked
+    with torch.no_grad():
+        assert_close(before, make_model().denoiser(x, t, text).sample, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,301 @@
+"""ESD: its target, its latents, its weights and what its settings promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from safegen.core.concept import load_concept
+from safegen.core.errors import BadSetting
+from safegen.edits.esd import ESD, ESDProblem
+from safegen.edits.functional.rollout import looking
+from safegen.edits.training.trainer import Training, _mix
+from safegen.models import selectors as select
+from safegen.workflows.edit import edit as edit_model
+from safegen.workflows.edit import make_edit
+
+SHORT = {"steps": 4, "selector": "attn2", "erase": ("red cube",)}
+
+
+def training(**changes):
+    return Training(
+        **{"updates": 3, "batch": 2, "accumulation": 1, "lr": 1e-3, "ema": 0.0, "weight_decay": 0.0}
+        | changes
+    )
+
+
+def problem_of(edit, model):
+    return ESDProblem(edit, model, select(model.denoiser, "attn2"))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What each comparison was given."""
+    rows = []
+    compare = ESDProblem.compare
+
+    def record(self, denoiser, said, t, text, captions):
+        rows.append(
+            {
+                "said": {k: v.clone() for k, v in said.items()},
+                "t": t.clone(),
+                "text": text.clone(),
+                "captions": captions,
+            }
+        )
+        return compare(self, denoiser, said, t, text, captions)
+
+    monkeypatch.setattr(ESDProblem, "compare", record)
+    return rows
+
+
+@torch.no_grad()
+def say(net, row, text):
+    return net(row["said"]["x"], row["t"], text).sample
+
+
+@pytest.mark.parametrize("rollout", ["student", "base"])
+@pytest.mark.parametrize("strength", [0.0, 1.0, 2.5])
+def test_the_loss_is_the_papers_by_plain_forwards(make_model, seen, rollout, strength):
+    """|e(c) - (e0(blank) - eta (e0(c) - e0(blank)))|^2, at the first update, where e is e0, and for a changed network."""
+    edit = ESD(**SHORT, rollout=rollout, strength=strength, training=training(updates=1))
+    log = []
+    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    (row,), net, tower = seen, make_model().denoiser, make_model()
+    c, blank = (tower.encode_text([text] * 2) for text in ("red cube", ""))
+    want = say(net, row, blank) - strength * (say(net, row, c) - say(net, row, blank))
+    assert torch.equal(row["text"], c)
+    assert log[0]["L_e"] == pytest.approx(F.mse_loss(say(net, row, c), want).item(), rel=1e-3)
+    changed = make_model().denoiser
+    with torch.no_grad():
+        for name in select(changed, "attn2"):
+            changed.get_parameter(name).mul_(1.3)
+        found = problem_of(edit, make_model()).compare(
+            changed, row["said"], row["t"], row["text"], None
+        )["L_e"]
+    assert_close(found, (say(changed, row, c) - want).pow(2).mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
+
+
+def test_the_target_by_hand(tiny_model):
+    """e0(blank) = 1, e0(c) = 3, eta = 2: the target is 1 - 2 * 2 = -3.
+
+    From another class with e0 = 5 it is 5 - 2 * 2 = 1.
+    """
+
+    class Zero(torch.nn.Module):
+        def forward(self, x, t, text):
+            return type("Out", (), {"sample": torch.zeros_like(x)})()
+
+    one = torch.ones(2, 4, 8, 8)
+    problem = problem_of(ESD(**SHORT, strength=2.0), tiny_model)
+    plain = {"x": one, "text": 3 * one, "blank": one}
+    assert problem.compare(Zero(), plain, torch.tensor([1, 1]), one, None)["L_e"].tolist() == [
+        9.0,
+        9.0,
+    ]
+    within = {"x": one, "text": 5 * one, "blank": one, "erase": 3 * one}
+    assert problem.compare(Zero(), within, torch.tensor([1, 1]), one, None)["L_e"].tolist() == [
+        1.0,
+        1.0,
+    ]
+
+
+@pytest.mark.parametrize("rollout", ["student", "base"])
+def test_latents_are_those_of_their_timestep(make_model, seen, rollout):
+    """A row's latents are the untouched model's rollout, stopped where its timestep is the next.
+
+    The first update has not moved yet.
+    """
+    model = make_model()
+    edit = ESD(**SHORT, rollout=rollout, training=training(updates=1, batch=4, seed=2))
+    edit.apply(model)
+    problem = problem_of(edit, model)
+    known = problem.pool[0]["x"] if rollout == "base" else None
+    (row,) = seen
+    for x, t in zip(row["said"]["x"], row["t"], strict=True):
+        stop = problem.walk.timesteps.tolist().index(int(t))
+        if known is not None:
+            assert float((known[:, stop] - x).abs().amax((1, 2, 3)).min()) == 0
+    if rollout == "student":
+        assert len(set(row["t"].tolist())) == 1  # the samples of a batch stop together
+        g = torch.Generator("cpu").manual_seed(
+            _mix(2, 0)
+        )  # the loop's own draws of the first batch
+        _ = torch.randint(1, (4,), generator=g)
+        stop = int(torch.randint(4, (4,), generator=g)[0])
+        _ = torch.randint(1, (4,), generator=g)
+        walk, text = problem.walk, model.encode_text(["red cube"] * 4)
+        assert 0 < stop < 3, "the draw says little; take another seed"
+        assert row["t"].tolist() == [int(walk.timesteps[stop])] * 4
+        latents = [
+            walk.until(at, x, text, looking(model.denoiser))
+            for x in [walk.noise(4, g)]
+            for at in range(4)
+        ]
+        assert_close(row["said"]["x"], latents[stop], rtol=1e-4, atol=1e-4)
+        assert all(
+            (row["said"]["x"] - latents[at]).abs().max() > 1e-3 for at in range(4) if at != stop
+        )
+
+
+def test_the_students_pictures_move_with_it_and_the_base_models_do_not(make_model, seen):
+    """Two learning rates, one seed: after the first update the latents differ only where the student draws them."""
+    for rollout in ("student", "base"):
+        seen.clear()
+        for lr in (1e-5, 1e-1):
+            ESD(**SHORT, rollout=rollout, training=training(updates=4, lr=lr, seed=5)).apply(
+                make_model()
+            )
+        first, second = seen[:4], seen[4:]
+        assert torch.equal(first[0]["said"]["x"], second[0]["said"]["x"])
+        same = [
+            torch.equal(a["said"]["x"], b["said"]["x"]) for a, b in zip(first, second, strict=True)
+        ]
+        assert all(same) is (rollout == "base")
+
+
+def test_each_word_is_taught_to_some_sample(tiny_model, seen):
+    ESD(
+        **SHORT | {"erase": ("red cube", "ball", "cone")},
+        rollout="base",
+        trajectories=2,
+        training=training(batch=8),
+    ).apply(tiny_model)
+    known = tiny_model.encode_text(["red cube", "ball", "cone"])
+    kinds = {
+        int((known - text).abs().amax((1, 2)).argmin()) for row in seen for text in row["text"]
+    }
+    assert kinds == {0, 1, 2}
+
+
+@pytest.mark.parametrize("rollout", ["student", "base"])
+def test_erasing_from_a_class_draws_and_teaches_the_class(make_model, seen, rollout):
+    edit = ESD(
+        **SHORT, rollout=rollout, erase_from="a cube", strength=1.0, training=training(updates=1)
+    )
+    edit.apply(make_model())
+    (row,), net, tower = seen, make_model().denoiser, make_model()
+    within, word = tower.encode_text(["a cube"] * 2), tower.encode_text(["red cube"] * 2)
+    assert torch.equal(row["text"], within)
+    assert_close(row["said"]["erase"], say(net, row, word), rtol=1e-3, atol=1e-4)
+    assert_close(row["said"]["text"], say(net, row, within), rtol=1e-3, atol=1e-4)
+
+
+def test_retaining_asks_for_what_the_untouched_model_says_of_captions(make_model, seen, tmp_path):
+    (tmp_path / "calm.txt").write_text("a blue ball\n")
+    edit = ESD(
+        **SHORT,
+        rollout="base",
+        trajectories=2,
+        weight_retain=0.5,
+        captions=(str(tmp_path / "calm.txt"),),
+        training=training(updates=5),
+    )
+    log = []
+    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    assert log[0]["L_r"] < 1e-10  # nothing has moved
+    assert log[-1]["L_r"] > 1e-9
+    assert all(
+        torch.equal(row["captions"], make_model().encode_text(["a blue ball"] * 2)) for row in seen
+    )
+
+
+def test_the_adversary_moves_the_taught_words_and_raises_the_loss(make_model):
+    model, terms = make_model(), {}
+    g = torch.Generator().manual_seed(0)
+    said = {name: torch.randn(2, 4, 8, 8, generator=g) for name in ("x", "text", "blank")}
+    t, text = torch.tensor([100, 700]), model.encode_text(["red cube", "ball"])
+    given = []
+    model.denoiser.register_forward_pre_hook(
+        lambda module, args: given.append(args[2].detach().clone())
+    )
+    for radius in (0.0, 0.1):
+        problem = problem_of(ESD(**SHORT, rollout="base", trajectories=2, adversary=radius), model)
+        terms[radius] = problem.compare(model.denoiser, said, t, text, None)["L_e"].detach()
+    assert (terms[0.1] > terms[0.0]).all()
+    assert_close(
+        (given[-1] - text).norm(dim=(1, 2)), 0.1 * text.norm(dim=(1, 2)), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_it_learns_what_it_is_taught(make_model):
+    edit = ESD(
+        **SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4)
+    )
+    log = []
+    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    assert sum(row["L_e"] for row in log[-5:]) < 0.7 * sum(row["L_e"] for row in log[:5])
+
+
+@pytest.mark.parametrize("rollout", ["student", "base"])
+def test_under_bf16_something_is_learnt(make_model, rollout):
+    model = make_model()
+    patch = ESD(**SHORT, rollout=rollout, training=training(precision="bf16", updates=2)).apply(
+        model
+    )
+    own = dict(model.denoiser.named_parameters())
+    assert set(patch.tensors) == set(select(model.denoiser, "attn2"))
+    assert all(not torch.equal(v, own[k]) for k, v in patch.tensors.items() if k.endswith("weight"))
+
+
+def test_the_presets_have_the_published_values():
+    u, x, new = (make_edit("esd", name) for name in ("paper", "paper-x", "rewritten"))
+    assert (u.selector, x.selector, new.selector) == ("noxattn", "attn2", "attn2")
+    assert (u.strength, u.rollout, u.steps, u.guidance, u.weight_retain) == (
+        1.0,
+        "student",
+        50,
+        3.0,
+        0.0,
+    )
+    run = u.training
+    assert (run.updates, run.batch, run.accumulation, run.lr, run.ema, run.weight_decay) == (
+        1000,
+        1,
+        1,
+        1e-5,
+        0.0,
+        0.0,
+    )
+    assert (new.strength, new.rollout, new.training.updates, new.training.lr) == (
+        1.0,
+        "base",
+        200,
+        5e-5,
+    )
+
+
+def test_a_concept_lends_captions_only_where_they_are_used():
+    skulls = load_concept("skulls")
+    assert set(skulls.captions) <= set(make_edit("esd", concept="skulls").captions)
+    assert make_edit("esd", "paper", concept="skulls").captions == ()
+    assert make_edit("esd", concept="skulls", weight_retain=0.0).captions == ()
+    assert make_edit("esd", "paper-x", concept="skulls").erase == skulls.words
+
+
+REFUSED = {
+    "trajectories has no effect with rollout student": {"preset": "paper", "trajectories": 3},
+    "captions have no effect with weight_retain 0": {
+        "weight_retain": 0,
+        "captions": ("mini:benign-train",),
+    },
+    "validate_every has no effect on esd": {"training": {"validate_every": 2}},
+    "erase has a blank word": {"erase": ("",)},
+    "strength": {"strength": -1},
+    "adversary": {"adversary": -1},
+    "guidance": {"guidance": 0.5},
+}
+
+
+@pytest.mark.parametrize("words", sorted(REFUSED))
+def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+    with pytest.raises(BadSetting, match=words) as caught:
+        make_edit("esd", **REFUSED[words])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weight_on_retaining_without_captions_is_refused(tiny_model):
+    with pytest.raises(BadSetting, match="weight_retain has no effect without captions"):
+        edit_model(tiny_model, "esd", erase=("red cube",))

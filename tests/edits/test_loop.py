@@ -1,0 +1,753 @@
+"""The training loop: it can be stopped and continued, it gives back what it got, and its arithmetic is AdamW's and EMA's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Mapping
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+
+from safegen.core.errors import BadFile, BadSetting, Diverged, SafegenError, Stopped, UserError
+from safegen.edits.training.trainer import Training, train
+from safegen.models import selectors as select
+
+TRUTH = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
+QUICK = Training(
+    updates=6,
+    batch=2,
+    accumulation=2,
+    lr=1e-3,
+    warmup=2,
+    decay="cosine",
+    ema=0.9,
+    validate_every=2,
+    seed=7,
+)
+"""Everything that has a state is on."""
+KEPT = QUICK.model_copy(update={"checkpoint_every": 3})
+"""The same, kept now and then: it needs a folder."""
+
+
+class Denoise:
+    """Denoising of random latents with a real denoiser.
+
+    All draws come from the loop's generator, so a wrong resume shows.
+    """
+
+    weights: Mapping[str, float] = {"near": 0.7, "far": 0.3}
+    fingerprint = "denoise"
+
+    def losses(self, denoiser, micro_step, generator, share):
+        x, text = (
+            torch.randn(2, 4, 8, 8, generator=generator),
+            torch.randn(2, 5, 32, generator=generator),
+        )
+        t = torch.randint(1000, (2,), generator=generator)
+        out = denoiser(x, t, text).sample
+        return {
+            "near": (out - x).pow(2).mean((1, 2, 3)),
+            "far": (out + x + micro_step).pow(2).mean((1, 2, 3)),
+        }
+
+    def held_out(self, denoiser):
+        return sum(
+            v.mean().item()
+            for v in self.losses(denoiser, 0, torch.Generator().manual_seed(1), (0, 1)).values()
+        )
+
+
+class Line:
+    """Fit y = TRUTH x on rows that are given out in turn: no randomness."""
+
+    weights: Mapping[str, float] = {"fit": 1.0}
+    fingerprint = "line"
+
+    def __init__(self, batch: int = 4, looks: tuple[float, ...] = ()) -> None:
+        self.batch, self.looks = batch, iter(looks)
+        self.rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+
+    def losses(self, denoiser, micro_step, generator, share):
+        x = self.rows[[(micro_step * self.batch + i) % 4 for i in range(self.batch)]]
+        return {"fit": (denoiser(x) - x @ TRUTH.T).pow(2).mean(1)}
+
+    def held_out(self, denoiser):
+        return next(self.looks)
+
+
+@pytest.fixture
+def line():
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight.fill_(0.1)
+        net.bias.fill_(-0.2)
+    return net
+
+
+@pytest.fixture(scope="module")
+def denoiser(make_model):
+    """A tiny UNet that every test here trains: the loop gives it back, so they can share it."""
+    return make_model().denoiser
+
+
+@pytest.fixture(scope="module")
+def names(denoiser):
+    return select(denoiser, "attn1")
+
+
+@pytest.fixture(scope="module")
+def whole(denoiser, names):
+    """The run that nobody stopped."""
+    return train(denoiser, names, Denoise(), QUICK)
+
+
+def state_of(net):
+    return {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value.dtype == b[key].dtype, key
+        assert torch.equal(value, b[key]), key
+
+
+def without_time(log):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in log]
+
+
+def stop_at(update, number=signal.SIGINT):
+    def report(done, of, row):
+        if done == update:
+            os.kill(os.getpid(), number)
+
+    return report
+
+
+def break_at(update):
+    def report(done, of, row):
+        if done == update:
+            raise ConnectionError("pulled the plug")
+
+    return report
+
+
+# ------------------------------------------------------------ stop and continue
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("update", [1, 4])
+def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
+    denoiser, names, whole, tmp_path, number, update
+):
+    with pytest.raises(Stopped, match=f"after update {update} of 6; resume continues from"):
+        train(
+            denoiser,
+            names,
+            Denoise(),
+            KEPT,
+            folder=tmp_path / "run",
+            report=stop_at(update, number),
+        )
+    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "run", resume=True)
+    same(found.tensors, whole.tensors)
+    assert without_time(found.log) == without_time(whole.log)
+
+
+@pytest.mark.parametrize("update", [4, 6])
+def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(
+    denoiser, names, whole, tmp_path, update
+):
+    with pytest.raises(ConnectionError):
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=break_at(update))
+    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
+    same(found.tensors, whole.tensors)
+    assert without_time(found.log) == without_time(whole.log)
+
+
+def test_a_run_may_be_stopped_again_and_again(denoiser, names, whole, tmp_path):
+    for update in (1, 2, 3, 4, 5):
+        with pytest.raises(Stopped):
+            train(
+                denoiser,
+                names,
+                Denoise(),
+                KEPT,
+                folder=tmp_path,
+                resume=update > 1,
+                report=stop_at(update),
+            )
+    same(
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True).tensors, whole.tensors
+    )
+
+
+def test_a_finished_run_resumes_to_its_own_result(denoiser, names, whole, tmp_path):
+    train(denoiser, names, Denoise(), KEPT, folder=tmp_path)
+    again = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
+    same(again.tensors, whole.tensors)
+    assert without_time(again.log) == without_time(whole.log)
+
+
+def test_a_stop_during_the_last_update_is_no_stop(denoiser, names, whole):
+    same(train(denoiser, names, Denoise(), QUICK, report=stop_at(6)).tensors, whole.tensors)
+
+
+def test_a_stop_without_a_folder_says_that_nothing_was_kept(line):
+    with pytest.raises(Stopped, match="no folder was given"):
+        train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
+
+
+def test_signals_are_handled_as_before_when_the_loop_is_left(line):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped):
+        train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_loop_runs_outside_the_main_thread(line):
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(train(line, ["weight"], Line(), Training(updates=2)))
+    )
+    thread.start()
+    thread.join()
+    same(found[0].tensors, train(line, ["weight"], Line(), Training(updates=2)).tensors)
+
+
+def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
+    denoiser, names, tmp_path
+):
+    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "deep" / "run")
+    assert {p.name for p in (tmp_path / "deep" / "run").iterdir()} == {
+        "checkpoint.safetensors",
+        "log.jsonl",
+    }
+    rows = [
+        json.loads(text)
+        for text in (tmp_path / "deep" / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    assert rows == found.log
+    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all({"near", "far", "lr", "norm", "seconds"} <= row.keys() for row in rows)
+    assert [row["update"] for row in rows if "held_out" in row] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 2e-3}, {"seed": 8}, {"ema": 0.5}, {"updates": 7}, {"accumulation": 1}]
+)
+def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, change):
+    with pytest.raises(Stopped):
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(1))
+    with pytest.raises(BadFile, match="other settings"):
+        train(
+            denoiser,
+            names,
+            Denoise(),
+            QUICK.model_copy(update=change),
+            folder=tmp_path,
+            resume=True,
+        )
+
+
+def test_a_checkpoint_of_another_problem_is_refused(line, tmp_path):
+    train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path)
+    other = Line()
+    other.fingerprint = "another line"
+    with pytest.raises(BadFile, match="other settings, data or weights"):
+        train(line, ["weight"], other, Training(updates=1), folder=tmp_path, resume=True)
+
+
+def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tmp_path):
+    with pytest.raises(Stopped):
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(2))
+    found = train(
+        denoiser,
+        names,
+        Denoise(),
+        QUICK.model_copy(update={"checkpoint_every": 1}),
+        folder=tmp_path,
+        resume=True,
+    )
+    same(found.tensors, whole.tensors)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "a truncated checkpoint": lambda f: cut(f / "checkpoint.safetensors"),
+    "an empty checkpoint": lambda f: (f / "checkpoint.safetensors").write_bytes(b""),
+    "another safetensors file": lambda f: save_file(
+        {"w": torch.zeros(2)}, f / "checkpoint.safetensors"
+    ),
+    "no log": lambda f: (f / "log.jsonl").unlink(),
+    "a truncated log": lambda f: cut(f / "log.jsonl"),
+    "a log of bytes": lambda f: (f / "log.jsonl").write_bytes(b"\xff\xfe\x00"),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE))
+def test_a_damaged_checkpoint_is_refused_in_one_line(line, tmp_path, damage):
+    train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path)
+    DAMAGE[damage](tmp_path)
+    with pytest.raises(BadFile) as caught:
+        train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path, resume=True)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_resuming_nothing_is_refused(line, tmp_path):
+    with pytest.raises(BadFile, match="nothing to resume"):
+        train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path, resume=True)
+    with pytest.raises(BadSetting, match="needs the folder"):
+        train(line, ["weight"], Line(), Training(updates=1), resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(line, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BadFile, match="file"):
+        train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path / "file")
+
+
+# ------------------------------------------------------------ what comes back
+
+
+ENDS = {
+    "finished": (None, None),
+    "stopped": (Stopped, stop_at(2)),
+    "broken": (ConnectionError, break_at(2)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("end", sorted(ENDS))
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_denoiser_comes_back_as_it_was(make_model, names, end, training, checkpointing):
+    error, report = ENDS[end]
+    net = make_model(3).denoiser.train(training)
+    for i, p in enumerate(net.parameters()):
+        p.requires_grad_(i % 3 == 0)
+    before, flags, places = (
+        state_of(net),
+        [p.requires_grad for p in net.parameters()],
+        [p.data_ptr() for p in net.parameters()],
+    )
+    settings = QUICK.model_copy(update={"gradient_checkpointing": checkpointing, "updates": 3})
+    if error:
+        with pytest.raises(error):
+            train(net, names, Denoise(), settings, report=report)
+    else:
+        train(net, names, Denoise(), settings)
+    same(state_of(net), before)
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert [p.data_ptr() for p in net.parameters()] == places
+    assert net.training is training
+    assert not net.is_gradient_checkpointing
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_denoiser_computes_as_before_afterwards(make_model, names, precision):
+    net = make_model(3).denoiser
+    g = torch.Generator().manual_seed(0)
+    x, text, t = (
+        torch.randn(2, 4, 8, 8, generator=g),
+        torch.randn(2, 5, 32, generator=g),
+        torch.tensor([10, 900]),
+    )
+
+    def answer():
+        with torch.no_grad():
+            return net(x, t, text).sample
+
+    before = answer()
+    train(net, names, Denoise(), QUICK.model_copy(update={"precision": precision, "updates": 3}))
+    assert torch.equal(answer(), before)
+    assert "forward" not in vars(net)
+
+
+def test_gradient_checkpointing_that_was_on_stays_on(make_model, names):
+    net = make_model(3).denoiser
+    net.enable_gradient_checkpointing()
+    train(
+        net,
+        names,
+        Denoise(),
+        QUICK.model_copy(update={"gradient_checkpointing": True, "updates": 3}),
+    )
+    assert net.is_gradient_checkpointing
+
+
+def test_only_the_named_weights_change(denoiser, names):
+    before, after = state_of(denoiser), {}
+    found = train(
+        denoiser,
+        names,
+        Denoise(),
+        QUICK,
+        report=lambda done, of, row: after.update(state_of(denoiser)) if done == of else None,
+    )
+    assert list(found.tensors) == names
+    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
+    assert changed == set(names)
+
+
+def test_the_result_and_the_worlds_random_state_have_nothing_to_do_with_each_other(
+    denoiser, names, whole
+):
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        same(train(denoiser, names, Denoise(), QUICK).tensors, whole.tensors)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_seed_gives_other_weights(denoiser, names, whole):
+    found = train(denoiser, names, Denoise(), QUICK.model_copy(update={"seed": 8}))
+    assert any(not torch.equal(v, whole.tensors[k]) for k, v in found.tensors.items())
+
+
+# ------------------------------------------------------------ arithmetic
+
+
+def test_the_loop_is_adamw_on_the_clipped_weighted_mean(line):
+    settings = Training(
+        updates=8, batch=2, accumulation=2, lr=0.05, weight_decay=0.1, clip=0.5, ema=0
+    )
+    oracle = nn.Linear(3, 2)
+    oracle.load_state_dict(line.state_dict())
+    optimiser, norms = (
+        torch.optim.AdamW(
+            oracle.parameters(), lr=0.05, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8
+        ),
+        [],
+    )
+    rows = Line().rows
+    for _ in range(8):
+        nn.functional.mse_loss(oracle(rows), rows @ TRUTH.T).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)))
+        optimiser.step()
+        optimiser.zero_grad()
+    found = train(line, ["weight", "bias"], Line(batch=2), settings)
+    assert_close(found.tensors["weight"], oracle.weight.detach(), rtol=0, atol=1e-6)
+    assert_close(found.tensors["bias"], oracle.bias.detach(), rtol=0, atol=1e-6)
+    assert [row["norm"] for row in found.log] == pytest.approx(norms, abs=1e-6)  # before clipping
+    assert max(norms) > 0.5
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_k_batches_of_one_accumulated_are_one_batch_of_k(line, k):
+    def run(batch, accumulation):
+        return train(
+            line,
+            ["weight", "bias"],
+            Line(batch),
+            Training(updates=6, batch=batch, accumulation=accumulation, lr=0.05),
+        )
+
+    small, large = run(1, k), run(k, 1)
+    for name in small.tensors:
+        assert_close(small.tensors[name], large.tensors[name], rtol=0, atol=1e-6)
+    assert [r["fit"] for r in small.log] == pytest.approx([r["fit"] for r in large.log], abs=1e-6)
+
+
+def test_warm_up_works_on_the_weights_and_not_only_in_the_log(line):
+    weights = [line.weight.detach().clone()]
+    settings = Training(updates=10, lr=0.01, warmup=5, accumulation=1, weight_decay=0)
+    found = train(
+        line,
+        ["weight"],
+        Line(),
+        settings,
+        report=lambda *_: weights.append(line.weight.detach().clone()),
+    )
+    assert [row["lr"] for row in found.log] == pytest.approx(
+        [0.002, 0.004, 0.006, 0.008] + [0.01] * 6
+    )
+    first = (weights[1] - weights[0]).abs()
+    assert_close(
+        first, torch.full_like(first, 0.002), rtol=1e-3, atol=0
+    )  # AdamW's first step is as long as the rate
+
+
+def test_cosine_starts_at_the_rate_and_ends_near_zero(line):
+    found = train(
+        line,
+        ["weight"],
+        Line(),
+        Training(updates=50, lr=0.01, warmup=5, accumulation=1, decay="cosine"),
+    )
+    rates = [row["lr"] for row in found.log]
+    assert rates[5] == pytest.approx(0.01)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 <= rates[-1] < 0.01 * 0.002
+    assert rates[5 + 45 // 2] == pytest.approx(0.005, rel=0.05)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9999])
+def test_the_average_is_diffusers_ema(line, decay):
+    """decay_s = min((1 + s) / (10 + s), decay) from the second update on, 0 at the first, as EMAModel has it."""
+    shadow, s = torch.zeros(2, 3), 0
+
+    def follow(done, of, row):
+        nonlocal shadow, s
+        d = min((1 + s) / (10 + s), decay) if s else 0.0
+        shadow = d * shadow + (1 - d) * line.weight.detach()
+        s += 1
+
+    found = train(
+        line,
+        ["weight"],
+        Line(),
+        Training(updates=12, lr=0.05, accumulation=1, ema=decay),
+        report=follow,
+    )
+    assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
+
+
+def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_path):
+    shadow = line.weight.detach().clone()
+
+    def follow(done, of, row):
+        nonlocal shadow
+        shadow = 0.9 * shadow + 0.1 * line.weight.detach()
+
+    settings = Training(updates=12, lr=0.05, accumulation=1, ema=0.9, ema_ramp=False)
+    found = train(line, ["weight"], Line(), settings, report=follow)
+    assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
+
+    def stop(done, of, row):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    kept = settings.model_copy(update={"checkpoint_every": 5})
+    with pytest.raises(KeyboardInterrupt):
+        train(line, ["weight"], Line(), kept, folder=tmp_path / "work", report=stop)
+    again = train(line, ["weight"], Line(), kept, folder=tmp_path / "work", resume=True)
+    assert torch.equal(again.tensors["weight"], found.tensors["weight"])
+    with pytest.raises(BadSetting, match="ema_ramp has no effect with ema 0"):
+        train(line, ["weight"], Line(), settings.model_copy(update={"ema": 0.0}))
+
+
+def test_no_average_means_the_last_weights(line):
+    last = []
+    settings = Training(updates=4, lr=0.05, accumulation=1, ema=0)
+    found = train(
+        line,
+        ["weight"],
+        Line(),
+        settings,
+        report=lambda *_: last.append(line.weight.detach().clone()),
+    )
+    assert torch.equal(found.tensors["weight"], last[-1])
+
+
+def test_bf16_runs_and_keeps_the_weights_in_fp32(denoiser, names, whole):
+    found = train(denoiser, names, Denoise(), QUICK.model_copy(update={"precision": "bf16"}))
+    assert {v.dtype for v in found.tensors.values()} == {torch.float32}
+    assert all(bool(v.isfinite().all()) for v in found.tensors.values())
+    assert [row["near"] for row in found.log] == pytest.approx(
+        [row["near"] for row in whole.log], rel=0.05
+    )
+    assert any(
+        not torch.equal(v, whole.tensors[k]) for k, v in found.tensors.items()
+    )  # it was not fp32 under another name
+
+
+def test_fp16_on_a_processor_is_refused_in_one_line(denoiser, names):
+    with pytest.raises(UserError, match="fp16"):
+        train(denoiser, names, Denoise(), QUICK.model_copy(update={"precision": "fp16"}))
+
+
+def test_precision_is_that_of_the_run_and_not_of_the_one_before(denoiser, names, whole):
+    train(denoiser, names, Denoise(), QUICK.model_copy(update={"precision": "bf16", "updates": 3}))
+    same(train(denoiser, names, Denoise(), QUICK).tensors, whole.tensors)
+
+
+def test_gradient_checkpointing_gives_the_same_weights_and_really_recomputes(
+    denoiser, names, whole
+):
+    calls = {True: 0, False: 0}
+    for on in calls:
+
+        def count(*_, on=on):
+            calls[on] += 1
+
+        hook = denoiser.mid_block.resnets[1].register_forward_pre_hook(count)
+        found = train(
+            denoiser,
+            names,
+            Denoise(),
+            QUICK.model_copy(update={"gradient_checkpointing": on, "validate_every": 0}),
+        )
+        hook.remove()
+        for name, value in whole.tensors.items():
+            assert_close(found.tensors[name], value, rtol=0, atol=1e-6)
+    assert calls[False] == 12
+    assert calls[True] == 24
+
+
+# ------------------------------------------------------------ when it goes wrong, when it is done
+
+
+class Nan(Line):
+    """L_p breaks at the third micro-step."""
+
+    weights: Mapping[str, float] = {"L_m": 0.5, "L_p": 0.5}
+
+    def losses(self, denoiser, micro_step, generator, share):
+        fit = super().losses(denoiser, micro_step, generator, share)["fit"]
+        return {"L_m": fit, "L_p": fit * math.nan if micro_step == 2 else fit}
+
+
+def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path):
+    before = state_of(line)
+    with pytest.raises(Diverged, match=r"'L_p' is nan at update 3") as caught:
+        train(
+            line,
+            ["weight"],
+            Nan(),
+            Training(updates=5, accumulation=1, checkpoint_every=2),
+            folder=tmp_path,
+        )
+    assert isinstance(caught.value, SafegenError)
+    same(state_of(line), before)
+    assert [
+        json.loads(text)["update"] for text in (tmp_path / "log.jsonl").read_text().splitlines()
+    ] == [1, 2]
+
+
+class Steep(Line):
+    """A finite loss with an infinite slope."""
+
+    def losses(self, denoiser, micro_step, generator, share):
+        return {"fit": (denoiser.weight - denoiser.weight.detach()).abs().sqrt().sum(1)}
+
+
+def test_a_gradient_that_is_not_finite_is_caught_too(line):
+    before = state_of(line)
+    with pytest.raises(Diverged, match="gradient is not finite at update 1"):
+        train(line, ["weight"], Steep(), Training(updates=5))
+    same(state_of(line), before)
+
+
+class Still(Line):
+    """A loss that nothing changes."""
+
+    def losses(self, denoiser, micro_step, generator, share):
+        return {"fit": 0.0 * denoiser.weight.sum(1)}
+
+
+def test_a_new_weight_that_is_not_finite_is_caught_after_the_last_update_too(line):
+    """No loss is looked at any more then: weight decay alone throws the weights out of range."""
+    with torch.no_grad():
+        line.weight.fill_(1e10)
+    before = state_of(line)
+    with pytest.raises(Diverged, match="the new weight has values that are not finite; lower lr"):
+        train(
+            line,
+            ["weight"],
+            Still(),
+            Training(updates=1, accumulation=1, lr=1e22, weight_decay=1e8, ema=0.0),
+        )
+    same(state_of(line), before)
+
+
+def test_it_stops_early_after_so_many_looks_without_a_better_one(line):
+    settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
+    found = train(line, ["weight"], Line(looks=(3.0, 2.0, 2.5, 2.0)), settings)
+    assert found.stopped_early
+    assert len(found.log) == 8
+    assert [row["held_out"] for row in found.log if "held_out" in row] == [3.0, 2.0, 2.5, 2.0]
+
+
+def test_a_better_look_starts_the_count_anew(line):
+    settings = Training(updates=10, accumulation=1, validate_every=2, patience=2)
+    found = train(line, ["weight"], Line(looks=(3.0, 3.1, 2.9, 3.0, 2.8)), settings)
+    assert not found.stopped_early
+    assert len(found.log) == 10
+
+
+def test_an_early_stop_is_final_also_when_resumed(line, tmp_path):
+    settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
+    found = train(line, ["weight"], Line(looks=(3.0, 4.0, 4.0)), settings, folder=tmp_path)
+    again = train(line, ["weight"], Line(looks=(9.0,) * 20), settings, folder=tmp_path, resume=True)
+    assert again.stopped_early
+    assert len(again.log) == len(found.log) == 6
+    same(again.tensors, found.tensors)
+
+
+def test_patience_counts_on_over_a_stop(line, tmp_path):
+    settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
+    with pytest.raises(Stopped):
+        train(
+            line, ["weight"], Line(looks=(3.0, 4.0)), settings, folder=tmp_path, report=stop_at(5)
+        )
+    found = train(line, ["weight"], Line(looks=(3.5,)), settings, folder=tmp_path, resume=True)
+    assert found.stopped_early
+    assert len(found.log) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"patience": 2}, "patience has no effect without validate_every"),
+        ({"checkpoint_every": 7}, "checkpoint_every has no effect without a folder"),
+        ({"updates": 5, "warmup": 5}, r"warmup must be shorter than updates \(5\), got 5"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(line, change, words):
+    with pytest.raises(BadSetting, match=words):
+        train(line, ["weight"], Line(), Training(**change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"updates": 0},
+        {"lr": 0},
+        {"lr": -1},
+        {"ema": 1.0},
+        {"precision": "fp8"},
+        {"clip": 0},
+        {"decay": "linear"},
+        {"lrr": 1},
+    ],
+)
+def test_a_setting_that_breaks_its_rule_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Training(**change)
+
+
+class Watched(Line):
+    """Keeps what the held-out samples are looked at with."""
+
+    def held_out(self, denoiser):
+        self.seen = denoiser.weight.detach().clone()
+        return 0.0
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_held_out_samples_are_looked_at_with_what_becomes_the_patch(line, ema):
+    problem, last = Watched(), []
+    settings = Training(updates=4, lr=0.05, accumulation=1, ema=ema, validate_every=4)
+    found = train(
+        line,
+        ["weight"],
+        problem,
+        settings,
+        report=lambda *_: last.append(line.weight.detach().clone()),
+    )
+    assert torch.equal(problem.seen, found.tensors["weight"])
+    assert torch.equal(problem.seen, last[-1]) is (ema == 0.0)
+    looks = train(line, ["weight"], Line(), settings.model_copy(update={"validate_every": 0}))
+    assert torch.equal(looks.tensors["weight"], found.tensors["weight"])  # looking changes nothing

@@ -1,0 +1,106 @@
+"""RECE: the embedding it finds, and what a round is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from safegen.core.errors import BadSetting
+from safegen.edits.functional.closed_form import (
+    adversarial_embeddings,
+    embed,
+    projections,
+    solve_projection,
+)
+from safegen.edits.rece import RECE
+from safegen.edits.uce import UCE
+from safegen.workflows.edit import make_edit
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_embedding_found_is_that_of_least_squares():
+    edited, original, c = (
+        [randn(4, 6, seed=s) for s in (1, 2, 3)],
+        [randn(4, 6, seed=s) for s in (4, 5, 6)],
+        randn(2, 6),
+    )
+    left = np.concatenate([*(w.numpy() for w in edited), 0.3**0.5 * np.eye(6)])
+    right = np.concatenate([*((w @ c.T).numpy() for w in original), np.zeros((6, 2))])
+    want = np.linalg.lstsq(left, right, rcond=None)[0].T
+    assert_close(
+        adversarial_embeddings(edited, original, c, ridge=0.3),
+        torch.from_numpy(want),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+def test_an_unedited_model_is_asked_by_the_words_themselves():
+    weights, c = [randn(8, 6, seed=s) for s in (1, 2)], randn(3, 6)
+    assert_close(adversarial_embeddings(weights, weights, c, ridge=1e-9), c, rtol=0, atol=1e-7)
+
+
+def test_a_heavy_ridge_gives_a_short_embedding():
+    weights, c = [randn(8, 6)], randn(3, 6)
+    assert adversarial_embeddings(weights, weights, c, ridge=1e6).norm() < 1e-3 * c.norm()
+    with pytest.raises(ValueError, match="ridge must be > 0, got 0"):
+        adversarial_embeddings(weights, weights, c, ridge=0)
+
+
+def test_no_round_is_uce_at_every_position(tiny_model):
+    rece = RECE(erase=("red cube",), rounds=0).apply(tiny_model)
+    uce = UCE(
+        erase=("red cube",), guide=" ", preserve=(" ",), tokens="all", preserve_scale=0.1, stay=0.1
+    ).apply(tiny_model)
+    assert rece.hash == uce.hash
+
+
+def test_a_round_erases_what_still_asks_for_the_concept_under_the_edited_weights(tiny_model):
+    """Two rounds, written out: each from the weights before, in whose terms the guide's values and the kept rows are."""
+    (c,), (blank,) = (
+        embed(tiny_model, ["red cube"], tokens="all"),
+        embed(tiny_model, [" "], tokens="all"),
+    )
+    original = projections(tiny_model)
+    weights, keys = dict(original), c
+    for turn in range(3):
+        if turn:
+            keys = adversarial_embeddings(
+                list(weights.values()), list(original.values()), c, ridge=0.1
+            )
+        weights = {
+            n: solve_projection(
+                w, keys, blank @ w.T, blank, erase_scale=1.0, preserve_scale=0.1, stay=0.1
+            )
+            for n, w in weights.items()
+        }
+    found = RECE(erase=("red cube",), rounds=2).apply(tiny_model)
+    assert found.tensors.keys() == weights.keys()
+    for name, value in weights.items():
+        assert_close(found.tensors[name], value.float(), rtol=0, atol=0)
+
+
+def test_every_round_leaves_less_of_the_way_back(tiny_model):
+    """How near an embedding of bounded size comes to the original answers, under the weights after 0, 1 and 2 rounds."""
+    (c,), original = embed(tiny_model, ["red cube"], tokens="all"), projections(tiny_model)
+    near = []
+    for rounds in range(3):
+        edited = {
+            n: v.double()
+            for n, v in RECE(erase=("red cube",), rounds=rounds).apply(tiny_model).tensors.items()
+        }
+        back = adversarial_embeddings(list(edited.values()), list(original.values()), c, ridge=0.1)
+        near.append(
+            sum(float((back @ edited[n].T - c @ w.T).pow(2).sum()) for n, w in original.items())
+        )
+    assert near[0] < near[1] < near[2]
+
+
+def test_a_ridge_without_rounds_is_refused():
+    with pytest.raises(BadSetting, match="ridge has no effect with rounds 0"):
+        make_edit("rece", erase=("cube",), rounds=0, ridge=0.5)

@@ -1,0 +1,79 @@
+"""Triplets must show the concept that an edit is told to take out."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from safegen.core.concept import load_concept
+from safegen.core.errors import BadSetting, MissingExtra
+from safegen.data.triplets.triplets import Triplets
+from safegen.workflows import edit as api
+
+
+@pytest.mark.parametrize(("shown", "said"), [("skulls", "fire"), ("fire", "skulls")])
+def test_triplets_of_another_concept_are_refused(shown, said):
+    triplets = Triplets.load(f"mini:{shown}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        api.refuse_other_pictures(shown, triplets)  # of the right one: no word
+    with pytest.raises(
+        BadSetting,
+        match=f"must show the concept '{said}', and judge mini sees it in none of {len(triplets)}",
+    ):
+        api.refuse_other_pictures(said, triplets)
+
+
+def test_one_picture_that_shows_it_is_enough_wherever_it_lies():
+    skulls, fire = Triplets.load("mini:skulls"), Triplets.load("mini:fire")
+    few = Triplets(fire.folder, fire.rows[: 2 * api.LOOKED_AT])
+    with pytest.raises(BadSetting, match=f"none of {2 * api.LOOKED_AT}"):
+        api.refuse_other_pictures("skulls", few)
+
+    class Mixed(Triplets):
+        def images(self, i):
+            return skulls.images(0) if i == len(self) - 1 else super().images(i)
+
+    api.refuse_other_pictures("skulls", Mixed(few.folder, few.rows))
+
+
+def test_a_judge_that_is_not_here_is_said_and_not_passed_over(monkeypatch):
+    def missing(*args, **kwargs):
+        raise MissingExtra("judge 'nudenet'", "NudeNet", "nudenet")
+
+    monkeypatch.setattr(api, "load_judge", missing)
+    with pytest.warns(api.Unchecked, match="nobody looked whether the triplets show 'skulls'"):
+        api.refuse_other_pictures("skulls", Triplets.load("mini:skulls"))
+
+
+@pytest.mark.parametrize(
+    ("judge", "label"),
+    [("clip", "skulls"), ("q16", "inappropriate"), ("sd-safety-checker", "nude")],
+)
+def test_a_concept_whose_judge_asks_for_weights_that_only_its_user_can_name_is_taken_with_a_word(
+    judge, label
+):
+    own = load_concept("skulls").model_copy(update={"judge": judge, "labels": (label,)})
+    with pytest.warns(
+        api.Unchecked,
+        match=f"nobody looked whether the triplets show 'skulls': the judge '{judge}' needs",
+    ):
+        api.refuse_other_pictures(own, Triplets.load("mini:skulls"))
+
+
+def test_pictures_that_nobody_can_judge_are_said_too(monkeypatch):
+    from safegen.judges import Verdict
+
+    class Blind:
+        def judge(self, images):
+            return [Verdict("unjudged", reason="dark") for _ in images]
+
+    monkeypatch.setattr(api, "load_judge", lambda *args, **kwargs: Blind())
+    with pytest.warns(api.Unchecked, match="all of them are unjudged"):
+        api.refuse_other_pictures("skulls", Triplets.load("mini:skulls"))
+
+
+def test_the_library_call_refuses_before_it_trains(make_model):
+    with pytest.raises(BadSetting, match="sees it in none of"):
+        api.edit(make_model(), "safegen", triplets="mini:skulls", concept=load_concept("fire"))

@@ -1,0 +1,777 @@
+"""SafeGen against the published step, and what its settings promise."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from safegen.core.concept import load_concept
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.data.triplets.triplets import Triplets
+from safegen.edits.functional import losses
+from safegen.edits.functional.adversary import worst_text
+from safegen.edits.safegen import SafeGen, SafeGenProblem
+from safegen.edits.training.samples import encode_triplets, to_pixels
+from safegen.edits.training.trainer import Training
+from safegen.models import selectors as select
+from safegen.models.model import load
+from safegen.workflows.edit import edit as edit_model
+from safegen.workflows.edit import make_edit
+
+PLAIN = {"captions": (), "adversary": 0.0, "flip": False}
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Arguments and answers of every comparison of a run, in order.
+
+    `train` says whether it was a training step.
+    """
+    rows = []
+    compare = SafeGenProblem.compare
+
+    def record(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
+        out = compare(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text)
+        given = {
+            "z_u": z_u,
+            "z_c": z_c,
+            "z_b": z_b,
+            "eps": eps,
+            "eps_b": eps_b,
+            "t": t,
+            "text": text,
+        }
+        rows.append(
+            {k: v.clone() for k, v in given.items()}
+            | {k: v.detach().clone() for k, v in out.items()}
+            | {"train": torch.is_grad_enabled()}
+        )
+        return out
+
+    monkeypatch.setattr(SafeGenProblem, "compare", record)
+    return rows
+
+
+def state_of(net):
+    return {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+
+# ------------------------------------------------------------ parity
+
+
+def published_run(model, rows, *, updates, accumulation, lr):
+    """The released training step (SafeGen_CCS2024, train_text_to_image_adjust_sal.py, l.625-1060), restated on recorded latents and draws.
+
+    Left out: the third forward, on the censored latents, whose result the release never uses.
+    """
+    from diffusers import DDPMScheduler
+    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.training_utils import EMAModel
+
+    unet, tokenizer = model.denoiser, model.pipeline.tokenizer
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # the plain kernel that our loop takes on a CPU: the fused one rounds otherwise
+    noise_scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+    )
+    for name, param in unet.named_parameters():
+        param.requires_grad_("attn1" in name)
+    ema_unet = EMAModel(unet.parameters(), decay=0.9999)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8
+    )
+    ids = tokenizer(
+        "",
+        max_length=tokenizer.model_max_length,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    with torch.no_grad():
+        blank = model.pipeline.text_encoder(ids)[0]
+
+    log, norms = [], []
+    for update in range(updates):
+        for row in rows[update * accumulation : (update + 1) * accumulation]:
+            z_n, z_c, z_b, noise, noise_b, timesteps = (
+                row[k] for k in ("z_u", "z_c", "z_b", "eps", "eps_b", "t")
+            )
+            encoder_hidden_states = blank.repeat(len(z_n), 1, 1)
+            noisy_nude = noise_scheduler.add_noise(z_n, noise, timesteps)
+            noisy_norm = noise_scheduler.add_noise(z_b, noise_b, timesteps)
+            nude_pred = unet(noisy_nude, timesteps, encoder_hidden_states).sample
+            norm_pred = unet(noisy_norm, timesteps, encoder_hidden_states).sample
+            loss_mosaic = F.mse_loss(
+                nude_pred.float(), (noise + (z_n - z_c)).float(), reduction="mean"
+            )
+            loss_preserve = F.mse_loss(norm_pred.float(), noise_b.float(), reduction="mean")
+            loss = 0.1 * loss_mosaic + 0.9 * loss_preserve
+            (loss / accumulation).backward()
+            log.append((loss_mosaic.item(), loss_preserve.item()))
+        norms.append(
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in unet.parameters() if p.requires_grad], 1.0
+            ).item()
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_unet.step(unet.parameters())
+    averaged = dict(
+        zip([n for n, _ in unet.named_parameters()], ema_unet.shadow_params, strict=True)
+    )
+    return log, norms, averaged
+
+
+@pytest.mark.parametrize(
+    ("on", "updates", "batch", "accumulation", "lr"),
+    [("tiny", 6, 1, 5, 1e-5), ("tiny", 6, 2, 2, 1e-4), ("mini", 3, 1, 2, 1e-4)],
+)
+def test_the_paper_preset_is_the_published_step(
+    make_model, triplets, recorded, on, updates, batch, accumulation, lr
+):
+    if on == "mini":
+        whole = Triplets.load("mini:skulls")
+        triplets = Triplets(whole.folder, whole.rows[:4])
+    ours, theirs = (load("mini") if on == "mini" else make_model() for _ in range(2))
+    start, last, log = state_of(ours.denoiser), {}, []
+
+    def watch(done, of, row):
+        log.append(row)
+        if done == of:
+            last.update(state_of(ours.denoiser))
+
+    training = Training(updates=updates, batch=batch, accumulation=accumulation, lr=lr)
+    patch = SafeGen.preset("paper", training=training).apply(ours, triplets, report=watch)
+
+    terms, norms, averaged = published_run(
+        theirs, recorded, updates=updates, accumulation=accumulation, lr=lr
+    )
+    assert len(recorded) == len(terms) == updates * accumulation
+    for row, (loss_mosaic, loss_preserve) in zip(recorded, terms, strict=True):
+        assert row["L_m"].mean().item() == pytest.approx(loss_mosaic, abs=1e-6)
+        assert row["L_p"].mean().item() == pytest.approx(loss_preserve, abs=1e-6)
+    assert [row["norm"] for row in log] == pytest.approx(norms, abs=1e-6)
+    trained = [k for k in start if "attn1" in k]
+    assert sorted(patch.tensors) == sorted(trained)
+    for key, weight in theirs.denoiser.state_dict().items():
+        if "attn1" in key:
+            assert_close(last[key], weight, rtol=0, atol=1e-6)
+            assert_close(patch.tensors[key], averaged[key], rtol=0, atol=1e-6)
+            assert not torch.equal(
+                weight, start[key]
+            )  # something was learnt, so the comparison says something
+        else:
+            assert torch.equal(last[key], start[key])
+            assert torch.equal(weight, start[key])
+            assert torch.equal(averaged[key], start[key])
+
+
+def test_the_paper_preset_has_the_published_values():
+    paper = SafeGen.preset("paper")
+    assert paper.target == "paper"
+    assert paper.clamp is None
+    assert paper.timesteps == (0, 1000)
+    assert (paper.weight_mosaic, paper.weight_preserve) == (0.1, 0.9)
+    assert not paper.teacher
+    assert (paper.captions, paper.caption_share, paper.adversary, paper.flip) == (
+        (),
+        None,
+        0.0,
+        False,
+    )
+    assert (paper.anchor, paper.fade) == ("noise", 0.0)
+    assert paper.selector == "attn1"
+    run = paper.training
+    assert (run.updates, run.batch, run.accumulation, run.lr) == (1000, 1, 5, 1e-5)
+    assert (run.warmup, run.decay, run.weight_decay, run.betas, run.clip, run.ema) == (
+        0,
+        "constant",
+        1e-2,
+        (0.9, 0.999),
+        1.0,
+        0.9999,
+    )
+
+
+# ------------------------------------------------------------ draws
+
+
+def run(model, triplets, **changes):
+    """Run the paper's preset, briefly, with changes; return the patch."""
+    training = Training(
+        **({"updates": 12, "batch": 1, "accumulation": 1, "lr": 1e-4} | changes.pop("training", {}))
+    )
+    return SafeGen.preset("paper", **changes, training=training).apply(model, triplets)
+
+
+def test_an_epoch_shows_every_triplet_once_and_epochs_differ(tiny_model, triplets, recorded):
+    run(tiny_model, triplets)
+    latents = encode_triplets(tiny_model, triplets, flip=False)[:, 0]
+    order = [int((latents[0] - row["z_u"]).abs().amax((1, 2, 3)).argmin()) for row in recorded]
+    assert sorted(order[:6]) == sorted(order[6:]) == list(range(6))
+    assert order[:6] != order[6:]
+    for i, row in zip(order, recorded, strict=True):
+        for side, key in enumerate(("z_u", "z_c", "z_b")):
+            assert torch.equal(row[key][0], latents[side, i])
+
+
+def test_held_out_triplets_are_never_trained_on(tiny_model, triplets, recorded):
+    patch = run(tiny_model, triplets, held_out=0.34, training={"validate_every": 6})
+    seen = {
+        kind: {
+            row["z_u"][i].sum().item()
+            for row in recorded
+            if row["train"] is kind
+            for i in range(len(row["z_u"]))
+        }
+        for kind in (True, False)
+    }
+    assert (len(seen[True]), len(seen[False])) == (4, 2)
+    assert not seen[True] & seen[False]
+    assert patch.provenance["updates"] == 12
+
+
+def test_timesteps_stay_in_their_range_and_a_triplet_has_one(tiny_model, triplets, recorded):
+    run(tiny_model, triplets, timesteps=(100, 103), training={"batch": 6})
+    assert {int(t) for row in recorded for t in row["t"]} == {100, 101, 102}
+    assert all(row["t"].shape == (6,) for row in recorded)
+
+
+def test_unsafe_and_benign_pictures_get_their_own_noise(tiny_model, triplets, recorded):
+    run(tiny_model, triplets)
+    assert all(not torch.equal(row["eps"], row["eps_b"]) for row in recorded)
+    assert len({row["eps"].sum().item() for row in recorded}) == len(recorded)
+
+
+def test_one_forward_an_update_sees_unsafe_and_benign_together(make_model, triplets):
+    model, sizes = make_model(), []
+    model.denoiser.conv_in.register_forward_hook(
+        lambda module, inputs, out: sizes.append(len(inputs[0]))
+    )
+    run(model, triplets, training={"updates": 2, "batch": 3})
+    assert sizes == [6, 6]
+
+
+def test_blank_text_is_the_only_condition_of_the_paper(tiny_model, triplets, recorded):
+    run(tiny_model, triplets, training={"updates": 2})
+    blank, _ = tiny_model.pipeline.encode_prompt("", "cpu", 1, False)
+    assert all(torch.equal(text, blank[0]) for row in recorded for text in row["text"])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_captions_take_their_share(tiny_model, triplets, recorded, tmp_path, share):
+    lines = ["a red cube", "a blue ball"]
+    (tmp_path / "calm.txt").write_text("\n".join(lines) + "\n\n")
+    run(
+        tiny_model,
+        triplets,
+        captions=(str(tmp_path / "calm.txt"),),
+        caption_share=share,
+        training={"batch": 6},
+    )
+    known = tiny_model.encode_text(["", *lines])
+    kinds = [
+        int((known - text).abs().amax((1, 2)).argmin()) for row in recorded for text in row["text"]
+    ]
+    assert len(kinds) == 12 * 12
+    assert set(kinds) == ({0, 1, 2} if share < 1 else {1, 2})
+    assert sum(k == 0 for k in kinds) / len(kinds) == pytest.approx(1 - share, abs=0.15)
+
+
+def test_a_flip_mirrors_all_three_pictures(tiny_model, triplets, recorded):
+    both = encode_triplets(tiny_model, triplets, flip=True)
+    plain = encode_triplets(tiny_model, triplets, flip=False)
+    assert torch.equal(both[:, :1], plain)
+    mirrored = [[to_pixels(image, 32).flip(-1) for image in triplets.images(i)] for i in range(6)]
+    for side in range(3):
+        assert torch.equal(
+            both[side, 1], tiny_model.encode_images(torch.stack([row[side] for row in mirrored]))
+        )
+    run(tiny_model, triplets, flip=True)
+    seen = set()
+    for row in recorded:
+        hits = (
+            both - torch.stack([row["z_u"][0], row["z_c"][0], row["z_b"][0]])[:, None, None]
+        ).abs().amax((0, 3, 4, 5)) == 0
+        assert hits.sum() == 1
+        seen.add(int(hits.nonzero()[0, 0]))
+    assert seen == {0, 1}
+
+
+def test_pictures_are_scaled_by_their_short_side_and_cut_about_the_centre():
+    wide = Image.new("RGB", (128, 64), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 96, 64))
+    pixels = to_pixels(wide, 32)
+    assert pixels.shape == (3, 32, 32)
+    assert_close(
+        pixels[:, :, 2:-2], torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 32, 28)
+    )
+    exact = Image.effect_noise((32, 32), 90).convert("RGB")
+    assert_close(
+        (to_pixels(exact, 32) + 1) * 127.5,
+        torch.from_numpy(np.array(exact)).permute(2, 0, 1).float(),
+    )
+
+
+# ------------------------------------------------------------ terms
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("anchor", ["noise", "teacher"])
+def test_the_terms_are_the_errors_of_two_plain_forwards(
+    make_model, triplets, prediction, teacher, anchor
+):
+    model = make_model(prediction_type=prediction)
+    settings = SafeGen(target="x0", anchor=anchor, clamp=3.0, teacher=teacher, **PLAIN)
+    problem = SafeGenProblem(settings, model, triplets, select(model.denoiser, "attn1"))
+    g = torch.Generator().manual_seed(0)
+    z_u, z_c, z_b, eps, eps_b = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(5))
+    t, text = torch.tensor([5, 700]), model.encode_text(["", "", "", "a red cube"])
+    untouched, changed = (
+        make_model(prediction_type=prediction).denoiser,
+        make_model(prediction_type=prediction).denoiser,
+    )
+    with torch.no_grad():
+        for name in select(changed, "attn1"):
+            changed.get_parameter(name).mul_(1.5)
+        found = problem.compare(changed, z_u, z_c, z_b, eps, eps_b, t, text)
+        scheduler, abar = model.pipeline.scheduler, model.alphas_cumprod()[t]
+        x_u, x_b = scheduler.add_noise(z_u, eps, t), scheduler.add_noise(z_b, eps_b, t)
+        said = untouched(x_u, t, text[:2]).sample
+        if prediction == "epsilon":
+            want, ordinary = (
+                losses.x0_target(said if anchor == "teacher" else eps, z_u, z_c, abar, clamp=3.0),
+                eps_b,
+            )
+        else:
+            start = said if anchor == "teacher" else scheduler.get_velocity(z_u, eps, t)
+            want, ordinary = (
+                losses.v_target(start, z_u, z_c, abar, clamp=3.0),
+                scheduler.get_velocity(z_b, eps_b, t),
+            )
+        keep = untouched(x_b, t, text[2:]).sample if teacher else ordinary
+        l_m = (changed(x_u, t, text[:2]).sample - want).pow(2).mean((1, 2, 3))
+        l_p = (changed(x_b, t, text[2:]).sample - keep).pow(2).mean((1, 2, 3))
+    assert_close(found["L_m"], l_m, rtol=1e-5, atol=1e-6)
+    assert_close(found["L_p"], l_p, rtol=1e-5, atol=1e-6)
+    assert l_p.min() > 1e-6
+
+
+def test_the_teachers_term_is_zero_before_the_first_update_and_grows_then(tiny_model, triplets):
+    log = []
+    settings = SafeGen(
+        anchor="noise",
+        clamp=3.0,
+        teacher=True,
+        **PLAIN,
+        training=Training(updates=4, accumulation=1, lr=1e-3),
+    )
+    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    assert log[0]["L_p"] < 1e-10
+    assert log[-1]["L_p"] > 1e-8
+    assert log[0]["L_m"] > 1e-3
+
+
+def test_the_edit_learns_what_it_is_taught(tiny_model, triplets):
+    settings = SafeGen(
+        target="x0",
+        clamp=3.0,
+        teacher=True,
+        **PLAIN,
+        timesteps=(400, 600),
+        training=Training(updates=40, batch=4, accumulation=1, lr=3e-3, validate_every=20),
+        held_out=0.2,
+    )
+    log = []
+    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    assert sum(row["L_m"] for row in log[-5:]) < sum(row["L_m"] for row in log[:5])
+
+
+def test_the_patch_says_where_it_comes_from(tiny_model, triplets, tmp_path):
+    patch = edit_model(
+        tiny_model,
+        "safegen",
+        triplets=triplets.folder,
+        preset="paper",
+        folder=tmp_path,
+        training={"updates": 2, "accumulation": 1},
+    )
+    facts = patch.provenance
+    assert (facts["method"], facts["model"], facts["updates"], facts["stopped_early"]) == (
+        "safegen",
+        "tiny",
+        2,
+        False,
+    )
+    assert (facts["base"], facts["data"]) == (tiny_model.hash, triplets.hash)
+    assert SafeGen.model_validate(facts["settings"]) == make_edit(
+        "safegen", "paper", training={"updates": 2, "accumulation": 1}
+    )
+    assert set(facts["losses"]) == {"L_m", "L_p"}
+    assert (tmp_path / "checkpoint.safetensors").is_file()
+
+
+def test_a_run_on_other_triplets_or_settings_is_not_resumed(
+    make_model, tiny_model, triplets, tmp_path
+):
+    def again(model=tiny_model, rows=triplets, **changes):
+        edit = SafeGen.preset("paper", **changes, training=Training(updates=1, accumulation=1))
+        return edit.apply(model, rows, folder=tmp_path, resume=(tmp_path / "log.jsonl").exists())
+
+    again()
+    again()
+    fewer = type(triplets)(triplets.folder, triplets.rows[:5])
+    coder, noisier = (
+        make_model(),
+        make_model(beta_end=0.02),
+    )  # the very denoiser, and other latents or another schedule
+    with torch.no_grad():
+        next(coder.vae.parameters()).add_(0.01)
+    assert coder.hash == noisier.hash == tiny_model.hash
+    for change in (
+        {"rows": fewer},
+        {"weight_mosaic": 0.2},
+        {"model": make_model(9)},
+        {"model": coder},
+        {"model": noisier},
+    ):
+        with pytest.raises(BadFile, match="other settings, data or weights"):
+            again(**change)
+
+
+def test_a_model_in_bf16_is_edited_under_autocast(tiny_folder, triplets):
+    model = load(str(tiny_folder), dtype="bf16")
+    before = state_of(model.denoiser)
+    patch = run(model, triplets, training={"updates": 2, "precision": "bf16"})
+    assert {v.dtype for v in patch.tensors.values()} == {torch.float32}
+    after = state_of(model.denoiser)
+    assert all(torch.equal(v, after[k]) and v.dtype == after[k].dtype for k, v in before.items())
+
+
+@pytest.mark.parametrize(("able", "want"), [("avx512_bf16", "bf16"), ("avx2", "fp32")])
+def test_auto_is_what_the_device_computes_in_and_the_patch_says_which(
+    make_model, triplets, monkeypatch, able, want
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    auto = run(make_model(3), triplets, training={"updates": 2, "precision": "auto"})
+    assert auto.provenance["settings"]["training"]["precision"] == want
+    said = run(make_model(3), triplets, training={"updates": 2, "precision": want})
+    assert all(torch.equal(v, said.tensors[k]) for k, v in auto.tensors.items())
+
+
+def test_a_run_that_auto_began_goes_on_in_no_other_precision(
+    make_model, triplets, monkeypatch, tmp_path
+):
+    edit = SafeGen(**PLAIN, training=Training(updates=2, precision="auto"))
+
+    def again(able, **more):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+        return edit.apply(make_model(3), triplets, folder=tmp_path / "work", **more)
+
+    again("avx2")
+    again("avx2", resume=True)
+    with pytest.raises(BadFile, match="other settings, data or weights"):
+        again("amx_bf16", resume=True)
+
+
+def test_auto_trains_a_model_in_bf16_under_bf16(tiny_folder, triplets, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    patch = run(
+        load(str(tiny_folder), dtype="bf16"), triplets, training={"updates": 1, "precision": "auto"}
+    )
+    assert patch.provenance["settings"]["training"]["precision"] == "bf16"
+
+
+def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
+    model = load(str(tiny_folder), dtype="bf16")
+    with pytest.raises(BadSetting, match="precision"):
+        run(model, triplets, training={"updates": 1})
+
+
+def test_a_faded_sample_lies_between_the_unsafe_picture_and_the_censored_one(
+    tiny_model, triplets, recorded
+):
+    whole = encode_triplets(tiny_model, triplets, flip=False)[:, 0]
+    SafeGen(fade=0.8, **PLAIN, training=Training(updates=8, batch=4, accumulation=1)).apply(
+        tiny_model, triplets
+    )
+    left = []
+    for row in recorded:
+        for z_u, z_c in zip(row["z_u"], row["z_c"], strict=True):
+            i = int((whole[1] - z_c).abs().sum((1, 2, 3)).argmin())
+            gap = whole[0, i] - z_c
+            share = float((z_u - z_c).flatten() @ gap.flatten() / gap.pow(2).sum())
+            assert_close(z_u, z_c + share * gap, rtol=0, atol=1e-5)
+            left.append(share)
+    assert 0.2 - 1e-5 <= min(left) < 0.4  # of 32 draws from 0.2 to 1
+    assert 0.8 < max(left) <= 1 + 1e-5
+
+
+def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, recorded):
+    whole = encode_triplets(tiny_model, triplets, flip=False)[0, 0]
+    SafeGen(fade=0.0, **PLAIN, training=Training(updates=2, batch=2, accumulation=1)).apply(
+        tiny_model, triplets
+    )
+    for z_u in torch.cat([row["z_u"] for row in recorded]):
+        assert (whole - z_u).abs().sum((1, 2, 3)).min() == 0
+
+
+# ------------------------------------------------------------ refusals
+
+
+REFUSED = {
+    "clamp goes with target x0": {"target": "paper", "clamp": 3.0},
+    "clamp goes with": {"target": "x0", "clamp": None},
+    "caption_share: Input should be greater than 0": {
+        "captions": ("mini:benign-train",),
+        "caption_share": 0.0,
+    },
+    "caption_share has no effect": {"captions": (), "caption_share": 0.5},
+    "adversary": {"adversary": -0.1},
+    "adversary_moves has no effect without an adversary": {
+        "adversary": 0.0,
+        "adversary_moves": "both",
+    },
+    "adversary_moves has no effect": {
+        "weight_preserve": 0,
+        "teacher": False,
+        "adversary_moves": "unsafe",
+    },
+    "adversary_moves: Input should be 'unsafe' or 'both'": {"adversary_moves": "benign"},
+    "fade": {"fade": 1.0},
+    "timesteps must rise": {"timesteps": (500, 500)},
+    "rise from 0 or more": {"timesteps": (-1, 500)},
+    "nothing would be learnt": {"weight_mosaic": 0, "weight_preserve": 0},
+    "weight_mosaic": {"weight_mosaic": -1},
+    "teacher has no effect with weight_preserve 0": {"weight_preserve": 0},
+    "adversary and fade have no effect with weight_mosaic 0": {"weight_mosaic": 0, "fade": 0},
+    "adversary and fade have no effect": {"weight_mosaic": 0, "adversary": 0},
+    "training.lr": {"training": {"lr": -1}},
+    "training.lrr": {"training": {"lrr": 1}},
+    "held_out: Input should be less than 0.5, got 0.7": {
+        "held_out": 0.7,
+        "training": {"validate_every": 1},
+    },
+    "held_out has no effect without training.validate_every": {"held_out": 0.1},
+    "held_out has no effect": {"held_out": 0.1, "training": {"updates": 5}},
+    "teacher": {"teacher": "perhaps"},
+}
+
+
+@pytest.mark.parametrize("words", sorted(REFUSED))
+def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+    with pytest.raises(BadSetting, match=words) as caught:
+        make_edit("safegen", **REFUSED[words])
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_an_unknown_name_comes_with_the_nearest():
+    with pytest.raises(UnknownName, match=r"no edit named 'safegn'. Did you mean 'safegen'"):
+        make_edit("safegn")
+    with pytest.raises(UnknownName, match="Did you mean 'paper'"):
+        make_edit("safegen", "papr")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [({"weight_mosiac": 0.2}, "weight_mosaic"), ({"training": {"updats": 3}}, "updates")],
+)
+def test_a_misspelt_setting_comes_with_the_nearest(wrong, near):
+    with pytest.raises(BadSetting, match=near):
+        make_edit("safegen", **wrong)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        SafeGen().weight_mosaic = 0.7
+
+
+def test_the_papers_target_is_refused_on_a_v_model(make_model, triplets):
+    with pytest.raises(BadSetting, match="use target 'x0'"):
+        run(make_model(prediction_type="v_prediction"), triplets)
+
+
+def test_timesteps_past_the_schedule_are_refused(make_model, triplets):
+    with pytest.raises(BadSetting, match="must end by 100 on this model, got 1000"):
+        run(make_model(num_train_timesteps=100), triplets)
+
+
+def test_an_empty_held_out_part_is_refused(tiny_model, triplets):
+    with pytest.raises(BadSetting, match=r"held-out part of 0.05 of 6 triplets is empty"):
+        run(tiny_model, triplets, held_out=0.05, training={"validate_every": 1})
+
+
+def test_a_tenth_is_held_out_unless_told_where_the_training_looks_at_it(
+    tiny_model, triplets, recorded
+):
+    settings = {"updates": 2, "accumulation": 1, "validate_every": 2}
+    run(tiny_model, triplets, training=settings)
+    run(tiny_model, triplets, held_out=0.1, training=settings)
+    looks = [row for row in recorded if not row["train"]]
+    assert len(looks) == 2 * 8  # eight draws a look, one look a run
+    assert all(len(row["z_u"]) == 1 for row in looks)  # a tenth of six, rounded
+    for before, after in zip(looks[:8], looks[8:], strict=True):
+        assert torch.equal(before["z_u"], after["z_u"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"held_out": 0.25, "training": {"validate_every": 5}},
+        {"training": {"validate_every": 5}},
+    ],
+)
+def test_settings_survive_json(changes):
+    settings = make_edit("safegen", **changes)
+    assert SafeGen.model_validate_json(settings.model_dump_json()) == settings
+    assert SafeGen.model_validate(settings.model_dump()) == settings
+
+
+def test_captions_that_cannot_be_read_are_refused(tiny_model, triplets, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    for name, words in [
+        ("missing.txt", "does not exist"),
+        ("empty.txt", "no caption"),
+        ("bytes.txt", "bytes.txt"),
+    ]:
+        with pytest.raises(BadFile, match=words):
+            run(tiny_model, triplets, captions=(str(tmp_path / name),), caption_share=0.5)
+    with pytest.raises(UnknownName, match="Did you mean 'mini'"):
+        run(tiny_model, triplets, captions=("minni:benign",), caption_share=0.5)
+
+
+def test_triplets_that_cannot_be_read_are_refused(tiny_model, tmp_path):
+    with pytest.raises(BadFile, match="does not exist"):
+        edit_model(tiny_model, triplets=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("method", ["safegen", "safegen-plus"])
+def test_triplets_without_the_concept_are_refused_in_one_line(tiny_model, triplets, method):
+    rows = []
+    for row in triplets.rows:
+        digests = row.sha256.model_copy(
+            update={"unsafe": row.sha256.benign, "censored": row.sha256.benign}
+        )
+        rows.append(
+            row.model_copy(update={"unsafe": row.benign, "censored": row.benign, "sha256": digests})
+        )
+    harmless = Triplets(triplets.folder, tuple(rows))
+    words = {"erase": ("red cube",)} if method == "safegen-plus" else {}
+    with pytest.raises(
+        BadSetting, match="do not show the concept: every censored picture is its unsafe one"
+    ) as caught:
+        edit_model(
+            tiny_model,
+            method,
+            triplets=harmless,
+            training={"updates": 1, "batch": 1, "warmup": 0},
+            **words,
+        )
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------ the adversary
+
+
+def test_the_worst_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
+    g = torch.Generator().manual_seed(0)
+    channels, side = tiny_model.denoiser.config.in_channels, tiny_model.denoiser.config.sample_size
+    x, want = torch.randn(2, 3, channels, side, side, generator=g)
+    t, text = torch.tensor([100, 400, 800]), tiny_model.encode_text(["a", "b", "c"]).float()
+    worse = worst_text(tiny_model.denoiser, x, t, text, want, radius=0.01)
+    assert torch.allclose((worse - text).norm(dim=(1, 2)), 0.01 * text.norm(dim=(1, 2)), rtol=1e-4)
+    assert not worse.requires_grad
+
+    @torch.no_grad()
+    def loss(c):
+        return losses.squared_error(tiny_model.denoiser(x, t, c).sample, want)
+
+    assert (loss(worse) > loss(text)).all()
+    assert all(p.grad is None for p in tiny_model.denoiser.parameters())
+
+
+IDLE = {
+    "the paper trains with no captions": {"preset": "paper"},
+    "no captions are wanted": {"captions": ()},
+    "the captions are given": {"captions": ("mini:benign-train",)},
+    "the concept has none": {"concept": load_concept("skulls").model_copy(update={"captions": ()})},
+}
+
+
+def test_an_unsafe_picture_and_a_censored_one_of_two_sizes_are_refused(tiny_model, triplets):
+    """Each would be scaled and cut by its own size, and what is covered would lie somewhere else."""
+
+    class Wide(Triplets):
+        def images(self, i):
+            unsafe, censored, benign = super().images(i)
+            return (
+                unsafe,
+                censored.resize((2 * censored.width, censored.height)) if i == 3 else censored,
+                benign,
+            )
+
+    wide = Wide(triplets.folder, triplets.rows)
+    with pytest.raises(
+        BadFile,
+        match=r"triplet 3: its unsafe and censored pictures must have one size, got \d+x\d+ and \d+x\d+",
+    ):
+        encode_triplets(tiny_model, wide, flip=False)
+
+
+def test_the_seconds_of_an_edit_are_those_of_its_preparation_too(tiny_model, triplets, monkeypatch):
+    from safegen.edits.training import samples
+
+    plain = samples.encode_triplets
+    monkeypatch.setattr(
+        "safegen.edits.safegen.encode_triplets",
+        lambda *args, **more: time.sleep(0.5) or plain(*args, **more),
+    )
+    began = time.perf_counter()
+    patch = SafeGen(
+        **PLAIN, adversary_moves=None, training=Training(updates=1, accumulation=1)
+    ).apply(tiny_model, triplets)
+    assert 0.5 <= patch.provenance["seconds"] <= time.perf_counter() - began
+
+
+@pytest.mark.parametrize("why", sorted(IDLE))
+def test_a_concept_that_lends_no_setting_has_its_judge_look_at_the_triplets(tiny_model, why):
+    settings = {
+        "concept": "skulls",
+        "training": {"updates": 1, "batch": 1, "warmup": 0, "accumulation": 1},
+    } | IDLE[why]
+    with pytest.raises(
+        BadSetting, match=r"must show the concept 'skulls', and judge mini sees it in none of 100"
+    ) as caught:
+        edit_model(tiny_model, triplets="mini:fire", **settings)
+    assert "\n" not in str(caught.value)
+    alone = {k: v for k, v in settings.items() if k != "concept"}
+    with_it, without = (
+        edit_model(tiny_model, triplets="mini:skulls", **s) for s in (settings, alone)
+    )
+    assert with_it.provenance["settings"] == without.provenance["settings"]
+
+
+def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
+    patch = edit_model(
+        tiny_model,
+        triplets="mini:skulls",
+        concept="skulls",
+        training={"updates": 1, "batch": 1, "warmup": 0},
+    )
+    assert patch.provenance["settings"]["captions"] == list(load_concept("skulls").captions)
+
+
+def test_a_concept_lends_its_captions_but_not_to_the_paper():
+    assert make_edit("safegen", concept="skulls").captions == load_concept("skulls").captions != ()
+    assert make_edit("safegen", "paper", concept="skulls").captions == ()

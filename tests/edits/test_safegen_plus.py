@@ -1,0 +1,153 @@
+"""The composed edit is its two parts, one after the other, in one patch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from safegen.core.concept import load_concept
+from safegen.core.errors import BadFile, BadSetting
+from safegen.edits.rece import RECE
+from safegen.edits.safegen import SafeGen
+from safegen.edits.safegen_plus import SafeGenPlus
+from safegen.edits.uce import UCE
+from safegen.models import selectors as select
+from safegen.workflows.edit import make_edit
+
+BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
+LIGHTER = {"weight_mosaic": 0.25, "weight_preserve": 0.75}
+"""All in which its part of SafeGen differs from SafeGen."""
+SIDES = {"rece": RECE, "uce": UCE}
+
+
+@pytest.mark.parametrize("first", ["pictures", "words"])
+@pytest.mark.parametrize("side", sorted(SIDES))
+def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
+    found = SafeGenPlus(text=side, first=first, erase=("red cube",), training=BRIEF).apply(
+        make_model(), triplets
+    )
+
+    model, words, pictures = (
+        make_model(),
+        SIDES[side](erase=("red cube",)),
+        SafeGen(**LIGHTER, training=BRIEF),
+    )
+    alone = pictures.apply(model, triplets)
+    if first == "words":
+        text = words.apply(model)
+        text.apply(model)
+        seen = pictures.apply(model, triplets)
+        assert alone.hash != seen.hash  # the words that are gone are felt by what is trained after
+    else:
+        alone.apply(model)
+        seen, text = alone, words.apply(model)
+        assert all(
+            torch.equal(v, words.apply(make_model()).tensors[k]) for k, v in text.tensors.items()
+        )  # they share no weight
+
+    assert found.tensors.keys() == text.tensors.keys() | seen.tensors.keys()
+    for name, value in {**text.tensors, **seen.tensors}.items():
+        assert torch.equal(found.tensors[name], value), name
+    assert found.provenance["base"] == make_model().hash  # of the model without either
+    assert found.provenance["text"]["method"] == side
+    assert "under" not in found.provenance
+
+
+def test_without_words_it_is_safegen(make_model, triplets):
+    plain = SafeGen(**LIGHTER, training=BRIEF).apply(make_model(), triplets)
+    found = SafeGenPlus(text="none", training=BRIEF).apply(make_model(), triplets)
+    assert found.hash == plain.hash
+    assert "text" not in found.provenance
+
+
+@pytest.mark.parametrize("first", ["pictures", "words"])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_weights_that_both_change_end_as_the_second_part_leaves_them(
+    make_model, triplets, rank, first
+):
+    """A training that hardly moves, of the very weights that the closed form solves."""
+    model = make_model()
+    training = BRIEF | {"updates": 1, "lr": 1e-12}
+    found = SafeGenPlus(
+        erase=("red cube",), first=first, selector="kv2", rank=rank, training=training
+    ).apply(model, triplets)
+    text = RECE(erase=("red cube",)).apply(model)
+    assert found.tensors.keys() == text.tensors.keys() == set(select(model.denoiser, "kv2"))
+    for name, value in text.tensors.items():
+        assert_close(found.tensors[name], value, rtol=0, atol=1e-6)
+        assert (value - model.denoiser.get_parameter(name)).abs().max() > 1e-3
+
+
+def test_a_failure_in_training_takes_the_closed_form_off_again(make_model, triplets):
+    model = make_model()
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+
+    def fail(done, of, row):
+        assert not torch.equal(
+            model.denoiser.get_parameter(name), before[name]
+        )  # it is on while SafeGen trains
+        raise ConnectionError("pulled the plug")
+
+    name = select(model.denoiser, "kv2")[0]
+    with pytest.raises(ConnectionError):
+        SafeGenPlus(erase=("red cube",), first="words", training=BRIEF).apply(
+            model, triplets, report=fail
+        )
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+
+
+def test_a_checkpoint_of_other_words_is_refused(make_model, triplets, tmp_path):
+    def plus(**changes):
+        return SafeGenPlus(
+            **{"erase": ("red cube",), "first": "words", "training": BRIEF} | changes
+        )
+
+    plus().apply(make_model(), triplets, folder=tmp_path)
+    for other in (
+        plus(erase=("ball",)),
+        plus(text="uce"),
+        SafeGenPlus(text="none", training=BRIEF),
+        plus().visual(),
+    ):
+        with pytest.raises(BadFile, match="of other settings, data or weights"):
+            other.apply(make_model(), triplets, folder=tmp_path, resume=True)
+
+
+def test_a_concept_lends_words_to_what_erases_them_and_captions_to_both_parts():
+    skulls = load_concept("skulls")
+    plus, seen, bare = (
+        make_edit("safegen-plus", concept="skulls", **more)
+        for more in ({}, {"text": "none"}, {"captions": ()})
+    )
+    assert plus.words() == make_edit("rece", concept="skulls")
+    assert make_edit("safegen-plus", concept="skulls", text="uce").words() == make_edit(
+        "uce", concept="skulls"
+    )
+    assert plus.visual().captions == skulls.captions
+    assert (seen.erase, seen.captions, seen.words()) == ((), skulls.captions, None)
+    assert bare.words() == make_edit("rece", concept="skulls", captions=())
+
+
+def test_the_default_trains_as_safegen_does_with_less_weight_on_the_pictures():
+    assert SafeGenPlus().visual() == SafeGen(**LIGHTER)
+
+
+REFUSED = {
+    "erase has no effect with text none": {"text": "none", "erase": ("cube",)},
+    "erase has a blank word": {"erase": ("",)},
+    "first has no effect with text none": {"text": "none", "first": "words"},
+    "caption_share has no effect without captions": {"caption_share": 0.5},
+    "timesteps must rise": {"timesteps": (5, 5)},
+    "weight_mosaic: Input should be greater than 0, got 0": {"weight_mosaic": 0},
+    "text: Input should be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},
+    "alpha has no effect without rank": {"alpha": 2.0},
+    "Did you mean 'weight_mosaic'": {"weight_mosiac": 0.3},
+}
+
+
+@pytest.mark.parametrize("words", sorted(REFUSED))
+def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+    with pytest.raises(BadSetting, match=words) as caught:
+        make_edit("safegen-plus", **REFUSED[words])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,210 @@
+"""SDD: its own blank answer is the target, its average draws and is what is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from safegen.core.errors import BadSetting
+from safegen.edits.functional.rollout import looking
+from safegen.edits.sdd import SDD, SDDProblem
+from safegen.edits.training.trainer import Training, _mix, train
+from safegen.models import selectors as select
+from safegen.workflows.edit import make_edit
+
+SHORT = {"steps": 4, "erase": ("red cube", "ball")}
+
+
+def training(**changes):
+    return Training(
+        **{"updates": 3, "batch": 2, "accumulation": 1, "lr": 1e-2, "ema": 0.9, "weight_decay": 0.0}
+        | changes
+    )
+
+
+def problem_of(edit, model):
+    return SDDProblem(edit, model, select(model.denoiser, "attn2"))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What each comparison was given."""
+    rows = []
+    compare = SDDProblem.compare
+
+    def record(self, denoiser, x, t, text):
+        rows.append({"x": x.clone(), "t": t.clone(), "text": text.clone()})
+        return compare(self, denoiser, x, t, text)
+
+    monkeypatch.setattr(SDDProblem, "compare", record)
+    return rows
+
+
+def changed_net(make_model):
+    net = make_model().denoiser
+    with torch.no_grad():
+        for name in select(net, "attn2"):
+            net.get_parameter(name).mul_(1.4)
+    return net
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_the_terms_are_those_of_plain_forwards(make_model, anchor):
+    model, net = make_model(), changed_net(make_model)
+    problem = problem_of(SDD(**SHORT, weight_anchor=anchor), model)
+    g = torch.Generator().manual_seed(0)
+    x, t, text = (
+        torch.randn(2, 4, 8, 8, generator=g),
+        torch.tensor([3, 700]),
+        model.encode_text(["red cube", "ball"]),
+    )
+    blank = model.encode_text([""] * 2)
+    found = problem.compare(net, x, t, text)
+    with torch.no_grad():
+        own, before = net(x, t, blank).sample, make_model().denoiser(x, t, blank).sample
+        l_d = (net(x, t, text).sample - own).pow(2).mean((1, 2, 3))
+        l_a = (own - before).pow(2).mean((1, 2, 3))
+    assert_close(found["L_d"].detach(), l_d, rtol=1e-4, atol=1e-7)
+    assert problem.weights == {"L_d": 1.0} | ({"L_a": 0.5} if anchor else {})
+    if anchor:
+        assert_close(found["L_a"].detach(), l_a, rtol=1e-4, atol=1e-7)
+        assert l_a.min() > 1e-8
+    else:
+        assert "L_a" not in found
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_the_target_is_not_pulled_toward_the_words(make_model, anchor):
+    """The gradient of L_d is that with a constant target: with the blank answer's own, the two would meet half way."""
+    net, model = changed_net(make_model), make_model()
+    names = select(net, "attn2")
+    weights = [net.get_parameter(n).requires_grad_() for n in names]
+    problem = problem_of(SDD(**SHORT, weight_anchor=anchor), model)
+    g = torch.Generator().manual_seed(0)
+    x, t, text = (
+        torch.randn(2, 4, 8, 8, generator=g),
+        torch.tensor([300, 700]),
+        model.encode_text(["red cube", "ball"]),
+    )
+    with torch.no_grad():
+        aim = net(x, t, model.encode_text([""] * 2)).sample
+    want = torch.autograd.grad(F.mse_loss(net(x, t, text).sample, aim), weights)
+    found = torch.autograd.grad(problem.compare(net, x, t, text)["L_d"].mean(), weights)
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_the_average_draws_and_is_what_is_saved(make_model, seen):
+    """The latents of the third batch are a rollout under the average after two updates, not under the last weights."""
+    model, edit = make_model(), SDD(**SHORT, training=training(seed=3))
+    problem, names, kept, last = problem_of(edit, model), select(model.denoiser, "attn2"), [], []
+
+    def watch(done, of, row):
+        kept.append({n: v.clone() for n, v in problem._average().items()})
+        last.append({n: model.denoiser.get_parameter(n).detach().clone() for n in names})
+
+    found = train(model.denoiser, names, problem, edit.training, report=watch)
+    assert all(torch.equal(v, kept[-1][n]) for n, v in found.tensors.items())
+    g = torch.Generator("cpu").manual_seed(_mix(3, 2))  # the loop's own draws of the third batch
+    stop = int(torch.randint(4, (2,), generator=g)[0])
+    noise, drawn = problem.walk.noise(2, g), problem.drawn.expand(2, -1, -1)
+    assert stop > 0, "the draw says nothing; take another seed"
+    row = seen[2]
+    assert row["t"].tolist() == [int(problem.walk.timesteps[stop])] * 2
+    right = problem.walk.until(stop, noise, drawn, looking(model.denoiser, kept[1]))
+    wrong = problem.walk.until(stop, noise, drawn, looking(model.denoiser, last[1]))
+    assert_close(row["x"], right, rtol=1e-4, atol=1e-4)
+    assert (row["x"] - wrong).abs().max() > 1e-3
+
+
+def test_pictures_are_of_all_words_and_words_take_turns(tiny_model, seen):
+    edit = SDD(
+        **SHORT, rollout="base", trajectories=2, training=training(batch=3, updates=2, lr=1e-5)
+    )
+    edit.apply(tiny_model)
+    assert torch.equal(
+        problem_of(edit, tiny_model).drawn, tiny_model.encode_text(["red cube, ball"])
+    )
+    one, two = tiny_model.encode_text(["red cube", "ball"])
+    taught = [text for row in seen for text in row["text"]]
+    assert all(torch.equal(text, word) for text, word in zip(taught, [one, two] * 3, strict=True))
+
+
+def test_latents_and_timesteps_agree_at_every_step(tiny_model, seen):
+    """The released sampler denoises fully where it should not denoise at all.
+
+    Here step 0 is noise and each latent is its timestep's.
+    """
+    edit = SDD(
+        **SHORT, rollout="base", trajectories=2, training=training(batch=16, updates=1, lr=1e-5)
+    )
+    edit.apply(tiny_model)
+    problem = problem_of(edit, tiny_model)
+    (row,) = seen
+    assert set(row["t"].tolist()) == set(problem.walk.timesteps.tolist())
+    for x, t in zip(row["x"], row["t"], strict=True):
+        stop = problem.walk.timesteps.tolist().index(int(t))
+        assert float((problem.pool[:, stop] - x).abs().amax((1, 2, 3)).min()) == 0
+    start = problem.walk.noise(2, torch.Generator().manual_seed(0))
+    assert torch.equal(problem.pool[:, 0], start)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"rollout": "base", "trajectories": 2}, {"weight_anchor": 1.0}]
+)
+def test_under_bf16_something_is_learnt(make_model, changes):
+    model = make_model()
+    patch = SDD(**SHORT, **changes, training=training(precision="bf16", updates=2)).apply(model)
+    own = dict(model.denoiser.named_parameters())
+    assert set(patch.tensors) == set(select(model.denoiser, "attn2"))
+    assert all(
+        not torch.equal(v, own[k]) for k, v in patch.tensors.items() if k.endswith("to_v.weight")
+    )
+
+
+def test_it_learns_what_it_is_taught(make_model):
+    log = []
+    edit = SDD(
+        **SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4)
+    )
+    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    assert sum(row["L_d"] for row in log[-5:]) < 0.7 * sum(row["L_d"] for row in log[:5])
+
+
+def test_the_paper_preset_has_the_published_values():
+    paper = make_edit("sdd", "paper")
+    assert (paper.selector, paper.rollout, paper.steps, paper.guidance, paper.weight_anchor) == (
+        "attn2",
+        "average",
+        50,
+        3.0,
+        0.0,
+    )
+    run = paper.training
+    assert (
+        run.updates,
+        run.batch,
+        run.accumulation,
+        run.lr,
+        run.weight_decay,
+        run.clip,
+        run.ema,
+    ) == (1500, 1, 1, 1e-5, 1e-4, 1.0, 0.999)
+    assert not run.ema_ramp
+
+
+REFUSED = {
+    "training.ema must be > 0": {"training": {"ema": 0}},
+    "trajectories has no effect with rollout average": {"preset": "paper", "trajectories": 3},
+    "validate_every has no effect on sdd": {"training": {"validate_every": 2}},
+    "weight_anchor": {"weight_anchor": -1},
+}
+
+
+@pytest.mark.parametrize("words", sorted(REFUSED))
+def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+    with pytest.raises(BadSetting, match=words) as caught:
+        make_edit("sdd", **REFUSED[words])
+    assert "\n" not in str(caught.value)

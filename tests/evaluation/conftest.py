@@ -1,0 +1,87 @@
+"""A small protocol, a patch, and a finished run to look at, copy and spoil.
+
+All on the bundled model, two steps a picture.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+LISTS = (("explicit", "mini:skulls", None), ("neighbour", "mini:ghosts", "ghosts"))
+METRICS = """[
+  "concept", "removal", "removal_images", "removal_labels", "subject", "shown", "mosaicked", "change", "asr", "asr_any", "inappropriate",
+  "expected_maximum", "over_censoring", "coherence", "coherence_kept", "clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base",
+]"""
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """Return the file of a protocol: two lists of three prompts, two seeds, two steps, batches that straddle the lists."""
+    from safegen.evaluation.samples import hash_rows, read_rows
+
+    text = f'name = "quick"\nconcept = "skulls"\nseeds = [1, 2]\nmetrics = {METRICS}\n'
+    text += '[sampler]\nsteps = 2\nbatch = 4\n[features]\nextractor = "mini-clip"\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
+    for role, name, shows in LISTS:
+        text += f'[[lists]]\nrole = "{role}"\nname = "{name}"\nsource = "{name}"\nprompts = 3\n'
+        text += f'sha256 = "{hash_rows(read_rows(name, prompts=3).rows)}"\n' + (
+            f'shows = "{shows}"\n' if shows else ""
+        )
+    path = tmp_path_factory.mktemp("protocol") / "quick.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shelf():
+    """Return a shelf that keeps the bundled model loaded."""
+    from safegen.stack import Shelf
+
+    return Shelf()
+
+
+@pytest.fixture(scope="session")
+def patch_file(tmp_path_factory, shelf):
+    """Return a patch for the bundled model that changes its pictures a little."""
+    from safegen.models import selectors as select
+    from safegen.patches.patch import Patch
+
+    model, _ = shelf.model("mini")
+    own = dict(model.denoiser.named_parameters())
+    path = tmp_path_factory.mktemp("patch") / "calm.safetensors"
+    Patch(
+        {k: own[k] * 0.7 for k in select(model.denoiser, "attn1")},
+        {"base": model.hash, "method": "test", "seconds": 1.5},
+    ).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def go(quick, patch_file, shelf):
+    """Return a function that evaluates the quick protocol into a folder, with the model and with the patch."""
+    from safegen.evaluation.protocol import load_protocol
+    from safegen.evaluation.run.evaluate import evaluate
+    from safegen.stack import load_stack
+
+    def run(out, *, stacks=("mini", f"calm=mini+{patch_file}"), protocol=None, **options):
+        return evaluate(
+            protocol or load_protocol(str(quick)),
+            [load_stack(s) for s in stacks],
+            out,
+            **({"shelf": shelf} | options),
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(go, tmp_path_factory):
+    """Return the folder of a finished run, to be read only."""
+    return go(tmp_path_factory.mktemp("run") / "whole").folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """Return a copy of the finished run that a test may spoil."""
+    return shutil.copytree(finished, tmp_path / "copy")

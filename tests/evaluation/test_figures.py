@@ -1,0 +1,311 @@
+"""The figures of a run beside its rates: held against the metrics' own functions on the run's own pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import safegen
+from safegen.core.errors import BadFile, BadSetting
+from safegen.evaluation.protocol import load_protocol
+from safegen.evaluation.report.further import pieces
+from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.evaluate import judge_run
+from safegen.evaluation.run.folder import (
+    CHANGES,
+    FEATURES,
+    JUDGES,
+    SAMPLES,
+    SCORES,
+    VERDICTS,
+    Run,
+    from_text,
+    to_text,
+)
+from safegen.evaluation.run.verify import verify
+from safegen.evaluation.samples import hash_rows, read_rows
+from safegen.evaluation.schema import LpipsRule
+from safegen.evaluation.scoring.table import score_run
+from safegen.features.base import load_extractor
+from safegen.metrics.clip_score import clip_scores
+from safegen.metrics.distances import cmmd, kid
+
+
+@pytest.fixture(scope="module")
+def scores(finished):
+    return json.loads((finished / SCORES).read_text())
+
+
+def row(scores, stack, name="mini:skulls"):
+    return scores["stacks"][stack]["lists"][name]
+
+
+def files(finished, stack, name):
+    lines = [json.loads(line) for line in (finished / SAMPLES).read_text().splitlines()]
+    return [
+        Image.open(finished / x["file"]).convert("RGB")
+        for x in lines
+        if (x["stack"], x["list"]) == (stack, name)
+    ]
+
+
+def test_clip_score_and_distances_are_those_of_the_pictures_that_lie_there(finished, scores):
+    eye = load_extractor("mini-clip")
+    texts = [p.item.prompt for p in Run.open(finished).planned if p.item.list_name == "mini:ghosts"]
+    own, base = (eye.features(files(finished, stack, "mini:ghosts")) for stack in ("calm", "mini"))
+    found = row(scores, "calm", "mini:ghosts")
+    values, old = (clip_scores(x, eye.texts(texts)) for x in (own, base))
+    assert found["clip_score"]["mean"]["value"] == pytest.approx(values.mean(), rel=1e-5)
+    assert found["clip_score"]["to_base"]["value"] == pytest.approx(
+        (values - old).mean(), rel=1e-3, abs=1e-4
+    )
+    assert found["clip_score"]["mean"]["scale"] == f"100*cos, {eye.id}"
+    assert found["kid_to_base"]["value"] == pytest.approx(
+        kid(own, base, against="base", paired=True).value, rel=1e-4, abs=1e-6
+    )
+    assert found["cmmd_to_base"]["value"] == pytest.approx(
+        cmmd(own, base, against="base").value, rel=1e-4, abs=1e-6
+    )
+    assert (found["kid_to_base"]["n"], found["kid_to_base"]["extractor"]) == (6, eye.id)
+    assert scores["weights"] == {"extractor": eye.id}
+    assert "kid_to_base" not in row(
+        scores, "mini", "mini:ghosts"
+    )  # nothing lies between the base and itself
+    assert "to_base" not in row(scores, "mini", "mini:ghosts")["clip_score"]
+
+
+def test_what_so_few_pictures_cannot_tell_is_undefined_with_the_reason(scores):
+    found = row(scores, "calm")
+    assert (found["fid_to_base"], found["expected_maximum"]) == (None, None)
+    assert found["undefined"]["fid_to_base"].startswith("FID needs more pictures than features")
+    assert found["undefined"]["fid_to_base"].endswith("got 6 pictures of 64; read KID")
+    assert "over 25 prompts needs at least that many" in found["undefined"]["expected_maximum"]
+
+
+def test_a_refused_attack_is_a_failed_attack_and_a_refused_picture_shows_nothing(scores):
+    black = row(scores, "black-image")
+    assert (black["asr"]["refused"], black["asr"]["asr"]["value"], black["asr"]["shown"]) == (
+        6,
+        0,
+        None,
+    )
+    assert (
+        black["asr_any"]["unit"],
+        black["asr_any"]["refused"],
+        black["asr_any"]["n_per_prompt"],
+    ) == ("prompt", 3, 2)
+    assert (black["coherence"]["hits"], black["coherence"]["n"]) == (0, 6)
+    harmless = row(scores, "black-image", "mini:ghosts")
+    assert harmless["over_censoring"]["value"] == 1
+    assert "asr" not in harmless
+    assert "over_censoring" not in black
+
+
+def test_figures_of_one_thing_agree(scores):
+    for stack in scores["stacks"]:
+        found = row(scores, stack)
+        if stack != "black-image":
+            assert (
+                found["asr"]["asr"]["hits"]
+                == found["concept"]["hits"]
+                == found["inappropriate"]["hits"]
+            )
+            assert found["coherence"]["hits"] == found["subject"]["hits"]
+        if stack != "mini":
+            assert (
+                found["removal_labels"]["total"]
+                == found["removal_labels"]["skulls"]
+                == found["removal"]
+            )
+        assert found["asr_any"]["asr"]["value"] >= found["asr"]["asr"]["value"]
+
+
+def test_a_picture_is_looked_at_once_and_a_judge_is_told_of_once(finished):
+    keys = [json.loads(line)["key"] for line in (finished / FEATURES).read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == 48
+    (judge,) = [json.loads(line) for line in (finished / JUDGES).read_text().splitlines()]
+    assert judge["known"] == ["skulls", "fire", "ghosts", "leaves", "mosaic"]
+    assert "known" not in (finished / VERDICTS).read_text()
+
+
+def test_features_come_back_as_they_were_to_the_last_bit_of_float32():
+    numbers = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    assert np.array_equal(from_text({"features": to_text(numbers.astype(np.float64))}), numbers)
+    assert from_text({"features": None}) is None
+
+
+def test_features_by_other_weights_stop_the_run(go, copy):
+    text = (copy / FEATURES).read_text()
+    (copy / FEATURES).write_text(text.replace("mini-clip:", "other-clip:"))
+    with pytest.raises(
+        BadFile, match=r"features\.jsonl is by other-clip:\w+, the extractor is now mini-clip:"
+    ):
+        go(copy)
+    (copy / FEATURES).write_text(text.replace("mini-clip:", "other-clip:", 1))
+    with pytest.raises(BadFile, match=r"features\.jsonl is by several: mini-clip:.*, other-clip:"):
+        score_run(Run.open(copy))
+
+
+def test_the_clip_score_of_hidden_prompts_needs_the_command_that_knows_them(
+    go, quick, finished, tmp_path
+):
+    protocol = load_protocol(str(quick))
+    hidden = protocol.model_copy(
+        update={"lists": (protocol.lists[0].model_copy(update={"unsafe": True}), protocol.lists[1])}
+    )
+    run = go(tmp_path / "hidden", protocol=hidden, until="generate")
+    with pytest.raises(
+        BadSetting,
+        match="the CLIP score needs the prompts, which this run keeps out of its folder; go on",
+    ):
+        judge_run(run)
+    go(tmp_path / "hidden", protocol=hidden)
+    assert (tmp_path / "hidden" / SCORES).read_bytes() == (finished / SCORES).read_bytes()
+
+
+def test_lpips_takes_weights_that_the_protocol_names_and_the_card_tells_no_path(
+    go, quick, tmp_path
+):
+    from safetensors.torch import save_file
+
+    from safegen.features.lpips import WIDTHS, AlexTrunk, Lpips
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(AlexTrunk().state_dict(), tmp_path / "alex.safetensors")
+        heads = {f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1) for i, w in enumerate(WIDTHS)}
+        save_file(heads, tmp_path / "heads.safetensors")
+    rule = LpipsRule(
+        trunk=str(tmp_path / "alex.safetensors"), heads=str(tmp_path / "heads.safetensors")
+    )
+    protocol = load_protocol(str(quick))
+    small = {
+        "lists": protocol.lists[:1],
+        "seeds": (1,),
+        "metrics": ("concept", "lpips"),
+        "lpips": rule,
+        "features": None,
+    }
+    run = go(tmp_path / "run", protocol=protocol.model_copy(update=small), baselines="none")
+    found = row(json.loads((run.folder / SCORES).read_text()), "calm")["lpips"]
+    eye = Lpips(**rule.model_dump())
+    expected = eye.distances(
+        *(files(run.folder, stack, "mini:skulls") for stack in ("mini", "calm"))
+    )
+    assert found["value"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert (found["n"], found["scale"]) == (3, eye.id)
+    assert "change" not in row(json.loads((run.folder / SCORES).read_text()), "calm")
+    assert not (run.folder / FEATURES).exists()
+    assert verify(run) == []
+    card = (run.folder / "protocol.json").read_text()
+    assert "alex.safetensors" in card
+    assert str(tmp_path) not in card + (run.folder / CHANGES).read_text()
+    assert judge_run(Run.open(run.folder)).startswith(
+        "mini:"
+    )  # all is measured, so the weights need not be here
+    (run.folder / CHANGES).write_text("")
+    with pytest.raises(BadFile, match="alex"):
+        judge_run(Run.open(run.folder))
+
+
+def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):
+    run = Run.open(copy)
+    options = {
+        "weights": "mini",
+        "unsafe": ["a castle covered in skulls"],
+        "safe": ["a castle", "an owl"],
+    }
+    seen_by = judge_run(run, name="clip", labels=["unsafe"], options=options)
+    other = judge_run(run, name="clip", labels=["unsafe"], options=options | {"safe": ["a cat"]})
+    assert re.fullmatch(r"clip:.*#[0-9a-f]{8}", seen_by)
+    assert seen_by != other
+    one, two = (score_run(run, judge=judge, labels=["unsafe"]) for judge in (seen_by, other))
+    assert one["protocol"]["decides"]["judge"]["options"] == options
+    assert one["protocol"]["id"] != two["protocol"]["id"]
+    with pytest.raises(BadFile, match="several judges called 'clip'"):
+        score_run(run, judge="clip", labels=["unsafe"])
+    assert score_run(run) == json.loads((copy / SCORES).read_text())
+    assert [json.loads(line)["judge"] for line in (copy / JUDGES).read_text().splitlines()][1:] == [
+        seen_by,
+        other,
+    ]
+    assert verify(run) == []
+
+
+def test_page_and_table_show_every_figure_with_its_n_and_why_one_is_missing(copy, tmp_path):
+    facts = write_report(open_runs([copy]), tmp_path)
+    page, table = ((tmp_path / f"report.{end}").read_text() for end in ("html", "md"))
+    heads = facts["further"]["heads"]
+    assert heads[:2] == ["attack success, a picture", "attack success, any of N"]
+    assert {"CLIP score, 100 cos", "KID to base", "over-censored", "coherence kept"} <= set(heads)
+    assert all(head in page and head in table for head in heads)
+    cells = {
+        (r["stack"], r["list"]): dict(zip(heads, r["cells"], strict=True))
+        for r in facts["further"]["rows"]
+    }
+    assert re.fullmatch(r"\S+ \(n = 6, 6\)", cells["calm", "mini:skulls"]["KID to base"])
+    assert re.fullmatch(
+        r"\S+ \(\S+ to \S+; n = 6\); minus base [+-]\S+ \(\S+ to \S+\)",
+        cells["calm", "mini:skulls"]["CLIP score, 100 cos"],
+    )
+    assert "; 6 refused" in cells["black-image", "mini:skulls"]["attack success, a picture"]
+    why = "FID to base, calm, mini:skulls: FID needs more pictures than features"
+    assert why in page
+    assert why in table
+    assert "Further numbers" in page
+
+
+def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tmp_path):
+    text = (
+        Path(safegen.__file__).parent / "evaluation" / "protocols" / "mini-smoke.toml"
+    ).read_text()
+
+    def small(part):
+        digest = hash_rows(read_rows(part[1], prompts=2).rows)
+        return f'source = "{part[1]}"\nprompts = 2\nsha256 = "{digest}"'
+
+    text = re.sub(r'source = "(.*)"\nprompts = \d+\nsha256 = ".*"', small, text).replace(
+        "steps = 25", "steps = 2"
+    )
+    (tmp_path / "mini-smoke.toml").write_text(text)
+    run = go(
+        tmp_path / "run",
+        protocol=load_protocol(str(tmp_path / "mini-smoke.toml")),
+        stacks=[f"calm=mini+{patch_file}"],
+    )
+    facts = write_report(open_runs([run.folder]), run.folder)
+    assert verify(run) == []
+    assert [r["label"] for r in facts["stacks"]] == [
+        "base",
+        "calm",
+        "negative-prompt",
+        "black-image",
+    ]
+    page, table = ((run.folder / f"report.{end}").read_text() for end in ("html", "md"))
+    assert page.count("<svg") == 6  # with the CLIP score as a second measure of use
+    assert "CLIP score, benign" in table.splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("–", ["–"]),
+        ("62 (n = 192, 192)", ["62", "n = 192, 192"]),
+        (
+            "1.6 % (0.3 to 8.3 %; n = 192), 3 a prompt; 2 refused",
+            ["1.6 %", "0.3 to 8.3 %", "n = 192", "3 a prompt", "2 refused"],
+        ),
+        (
+            "67.1 (64.9 to 69.2; n = 9); minus base -20.4 (-22.5 to -18.3)",
+            ["67.1", "64.9 to 69.2", "n = 9", "minus base -20.4", "-22.5 to -18.3"],
+        ),
+    ],
+)
+def test_a_cell_of_the_page_is_its_number_and_a_line_for_each_thing_more(cell, said):
+    assert pieces(cell) == said

@@ -1,0 +1,206 @@
+"""Fine-tuning as users do it: the plain loss by hand, one training for all looks, and material that says what it lacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch.testing import assert_close
+
+from safegen.attacks.finetune import Denoising, FineTune, Material, captions_for, fine_tune
+from safegen.core import registry as tables
+from safegen.core.concept import load_concept, prompt_list
+from safegen.core.errors import BadFile, BadSetting
+from safegen.data.triplets.triplets import Triplets
+from safegen.edits.training.samples import to_pixels
+from safegen.edits.uce import UCE
+from safegen.judges import load_judge
+
+BRIEF = FineTune(updates=(1, 3), rank=2, batch=2, lr=1e-2, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def unsafe(triplets):
+    return Material.of_triplets(
+        triplets, "unsafe", lambda pictures: [("", "red cube")] * len(pictures)
+    )
+
+
+class Silent(torch.nn.Module):
+    """A denoiser that answers zero and remembers what it was asked."""
+
+    def forward(self, x, t, text):
+        self.asked = (x, t, text)
+        return type("Out", (), {"sample": torch.zeros_like(x)})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
+    """A denoiser that answers zero is off by the target itself: the noise, or sqrt(a) noise - sqrt(1 - a) z, solved from x_t and z."""
+    model, silent = make_model(prediction_type=prediction), Silent()
+    picture = triplets.images(0)[0]
+    problem = Denoising(
+        BRIEF.model_copy(update={"batch": 5}), model, Material((picture,), (("a red cube",),), "x")
+    )
+    loss = problem.losses(silent, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
+    x, t, text = silent.asked
+    z, a = (
+        model.encode_images(to_pixels(picture, model.size)[None]),
+        model.alphas_cumprod()[t].view(-1, 1, 1, 1),
+    )
+    noise = (x - a.sqrt() * z) / (1 - a).sqrt()
+    want = noise if prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
+    assert_close(loss, want.pow(2).mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert_close(text, model.encode_text(["a red cube"]).expand(5, -1, -1))
+    assert len(set(t.tolist())) > 1
+
+
+def test_two_processes_share_a_batch(tiny_model, unsafe):
+    problem = Denoising(BRIEF.model_copy(update={"batch": 5}), tiny_model, unsafe)
+
+    def part(*share):
+        return problem.losses(tiny_model.denoiser, 4, torch.Generator().manual_seed(1), share)["L"]
+
+    whole, first, second = part(0, 1), part(0, 2), part(1, 2)
+    assert_close(
+        torch.stack([first[0], second[0], first[1], second[1], first[2]]),
+        whole,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_look_on_the_way_is_a_training_that_ends_there(make_model, unsafe):
+    model = make_model()
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    found = fine_tune(model, unsafe, BRIEF)
+    assert list(found.patches) == [1, 3]
+    assert (
+        found.patches[1].hash
+        == fine_tune(model, unsafe, BRIEF.model_copy(update={"updates": (1,)})).patches[1].hash
+    )
+    assert found.patches[1].hash != found.patches[3].hash
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    assert [n for n, _ in model.denoiser.named_parameters()] == list(before)
+    assert (found.patches[3].provenance["base"], found.patches[3].provenance["data"]) == (
+        model.hash,
+        unsafe.hash,
+    )
+
+
+def test_what_is_tuned_is_the_model_as_it_stands(make_model, unsafe):
+    """A LoRA starts at nothing, so at a vanishing rate the result is the edited model, not the base."""
+    model = make_model()
+    edit = UCE(erase=("red cube",)).apply(model)
+    still = FineTune(updates=(1,), rank=2, batch=2, lr=1e-12, precision="fp32")
+    with edit.apply(model):
+        tuned = fine_tune(model, unsafe, still).patches[1]
+    assert set(edit.tensors) <= set(tuned.tensors)
+    for name, value in edit.tensors.items():
+        assert_close(tuned.tensors[name], value, rtol=0, atol=1e-7)
+        assert not torch.equal(tuned.tensors[name], model.denoiser.get_parameter(name))
+
+
+def test_it_learns_what_it_is_shown(make_model, triplets):
+    """One picture again and again: the mean loss over fixed draws falls."""
+    model = make_model()
+    material = Material((triplets.images(0)[0],), (("",),), "x")
+    settings = FineTune(updates=(60,), rank=8, lr=1e-2, precision="fp32")
+    problem = Denoising(settings.model_copy(update={"batch": 64}), model, material)
+
+    def loss():
+        with torch.no_grad():
+            return float(
+                problem.losses(model.denoiser, 0, torch.Generator().manual_seed(9), (0, 1))[
+                    "L"
+                ].mean()
+            )
+
+    before = loss()
+    with fine_tune(model, material, settings).patches[60].apply(model):
+        assert loss() < 0.9 * before
+
+
+def test_a_folder_brings_its_captions(tmp_path):
+    for name, text in (("b", "a blue\nball "), ("a", "")):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    found = Material.of_folder(tmp_path)
+    assert found.texts == (("",), ("a blue ball",))
+    assert found.facts() == {"pictures": 2, "texts": 2, "left_out": 0, "hash": found.hash}
+    (tmp_path / "b.txt").write_text("a red ball", encoding="utf-8")
+    other = Material.of_folder(tmp_path)
+    assert other.hash != found.hash
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa red ball")
+    assert (
+        Material.of_folder(tmp_path).hash == other.hash
+    )  # a byte-order mark is no part of a caption
+
+
+def test_material_that_lacks_something_is_refused_in_one_line(tmp_path):
+    with pytest.raises(BadFile, match=r"is not a folder; name one with pictures and a .txt file"):
+        Material.of_folder(tmp_path / "no")
+    with pytest.raises(BadFile, match="has no pictures"):
+        Material.of_folder(tmp_path)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    with pytest.raises(
+        BadFile, match=r"a.png has no caption; write it to .*a.txt, an empty file for none"
+    ):
+        Material.of_folder(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(BadFile, match="is not UTF-8 text"):
+        Material.of_folder(tmp_path)
+
+
+def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measured():
+    """The judge's subject, which it gets right on the world it was trained on, and a prompt of the concept's training split."""
+    concept = load_concept("skulls")
+    folder = tables.resolve(tables.TRIPLETS, "mini", "triplets source")("skulls")
+    found = Material.of_triplets(
+        Triplets.load(folder), "unsafe", lambda p: captions_for(concept, "concept", p)
+    )
+    measured = {
+        row.text for lists in concept.lists.values() for name in lists for row in prompt_list(name)
+    }
+    subjects = {row.text: row.subject for row in prompt_list("mini:skulls-train")}
+    assert len(found.pictures) + found.left_out == 100
+    assert found.left_out < 5
+    seen = [v.subject for v in load_judge("mini").judge(list(found.pictures))]
+    for subject, texts in zip(seen, found.texts, strict=True):
+        assert {subjects[text] for text in texts} == {subject}
+        assert not measured & set(texts)
+
+
+def test_a_concept_without_such_lists_has_its_words_and_harmless_pictures_none():
+    concept, pictures = (
+        load_concept("skulls").model_copy(update={"tuning": {}}),
+        [Image.new("RGB", (64, 64))] * 2,
+    )
+    assert captions_for(concept, "concept", pictures) == [concept.words] * 2
+    assert captions_for(concept, "benign", pictures) == [("",)] * 2
+
+
+def test_a_picture_without_a_caption_is_left_out_and_counted(triplets):
+    found = Material.of_triplets(
+        triplets, "benign", lambda pictures: [("a",), *[()] * (len(pictures) - 1)]
+    )
+    assert (len(found.pictures), found.left_out) == (1, 5)
+    with pytest.raises(
+        BadFile, match="no picture of the triplets has a subject that a caption fits"
+    ):
+        Material.of_triplets(triplets, "benign", lambda pictures: [()] * len(pictures))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [((), "at least 1 item"), ((0,), "rise from 1"), ((5, 5), "rise from 1"), ((9, 2), "got 9, 2")],
+)
+def test_looks_must_rise(given, words):
+    with pytest.raises(ValidationError, match=words):
+        FineTune(updates=given)
+
+
+def test_a_model_that_predicts_the_picture_is_refused(make_model, unsafe):
+    with pytest.raises(BadSetting, match="epsilon or v_prediction, this one predicts sample"):
+        fine_tune(make_model(prediction_type="sample"), unsafe, BRIEF)

@@ -1,0 +1,220 @@
+"""A run with a guarded stack: what was withheld is black, counted and told, and a killed run goes on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from safegen.core.errors import BadFile
+from safegen.evaluation.report.page import PAGE, write_report
+from safegen.evaluation.run.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
+from safegen.evaluation.run.verify import verify
+from safegen.guards import prompt_filter
+from safegen.judges import Verdict
+from safegen.stack import Opened
+
+
+def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_and_made_again(
+    go, tmp_path, monkeypatch
+):
+    given, real = [], Opened.drawn
+
+    def kept(self, asks, sampler):
+        found = real(self, asks, sampler)
+        given.extend(found if self.stack.guards else [])
+        return found
+
+    monkeypatch.setattr(Opened, "drawn", kept)
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text(
+        'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
+    )
+    stacks = {"stacks": ("mini", str(recipe)), "baselines": "none"}
+    out = go(tmp_path / "run", **stacks).folder
+    assert verify(Run.open(out)) == []
+    lines = [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
+    plain, kept = ([line for line in lines if line["stack"] == name] for name in ("mini", "kept"))
+    assert not any("guards" in line for line in plain)
+    assert [line["guards"] for line in kept] == [
+        drawn.trail.to_json(times=False) for drawn in given
+    ]  # Python's, the line's, the PNG's
+    for line in kept:
+        gone = line["list"] == "mini:skulls"
+        assert line["blank"] == gone
+        assert line["guards"]["action"] == ("block" if gone else "none")
+        assert line["guards"]["reason"] == ("prompt-filter: word" if gone else "")
+        with Image.open(out / line["file"]) as picture:
+            assert json.loads(picture.text["safegen"])["guards"] == line["guards"]
+            assert (picture.getextrema() == ((0, 0),) * 3) == gone
+    card = json.loads((out / CARD).read_text())
+    assert [s.get("guards", [{}])[0].get("words") for s in card["stacks"]] == [
+        None,
+        ["skulls", "a skull"],
+    ]
+    assert "--stack kept.toml" in card["command"]
+    assert any("guards_ms" in json.loads(line) for line in (out / TIMINGS).read_text().splitlines())
+    before = {
+        p.name: p.read_bytes()
+        for p in out.rglob("*")
+        if p.is_file() and p.name != TIMINGS and p.stem != "report"
+    }
+    next((out / "pictures" / "kept").glob("*.png")).unlink()
+    go(out, **stacks)
+    assert {
+        p.name: p.read_bytes()
+        for p in out.rglob("*")
+        if p.is_file() and p.name != TIMINGS and p.stem != "report"
+    } == before
+
+
+def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, monkeypatch):
+    def broken(self, prompts):
+        raise RuntimeError("the word list is gone")
+
+    monkeypatch.setattr("safegen.guards.prompt_filter._Ready.check", broken)
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text(
+        'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
+    )
+    run = go(tmp_path / "run", stacks=("mini", str(recipe)), baselines="none")
+    lines = [json.loads(line) for line in (run.folder / SAMPLES).read_text().splitlines()]
+    kept = [line for line in lines if line["stack"] == "kept"]
+    assert {line["guards"]["action"] for line in kept} == {"withhold"}
+    row = json.loads((run.folder / SCORES).read_text())["stacks"]["kept"]["lists"]["mini:skulls"]
+    assert (
+        row["concept"] is None
+    )  # no picture was judged, so no rate: the judge saw black, and black is no proof
+    assert "concept" in row["undefined"]
+    facts = write_report({"run": Run.open(run.folder)}, tmp_path / "out")
+    assert next(s for s in facts["stacks"] if s["name"] == "kept")["unjudged"] == len(kept)
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert f"{len(kept)} of these were withheld because a guard failed" in page
+    assert "guard prompt-filter" in page
+
+
+def test_a_stack_that_is_guarded_by_the_judge_that_measures_it_is_named(go, tmp_path):
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text(
+        'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\nconcept = "skulls"\n'
+    )
+    run = go(tmp_path / "run", stacks=("mini", str(recipe)), baselines="none")
+    notes = write_report({"run": Run.open(run.folder)}, tmp_path / "out")["notes"]
+    assert [note for note in notes if "the very judge that measures it" in note and "kept" in note]
+    assert not [note for note in notes if "withheld" in note]
+
+
+WORD = 'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
+
+
+@pytest.fixture
+def drawn(go, tmp_path):
+    """Return a folder and a function that draws into it, with the bundled model and with a guarded stack on it."""
+    recipe = tmp_path / "kept.toml"
+    recipe.write_text(WORD)
+    out = tmp_path / "run"
+    return out, lambda: go(out, stacks=("mini", str(recipe)), baselines="none", until="generate")
+
+
+def contents(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != TIMINGS
+    }
+
+
+def samples(folder):
+    return [json.loads(line) for line in (folder / SAMPLES).read_text().splitlines()]
+
+
+def break_filter(monkeypatch, *, calls=99):
+    """Let the prompt filter fail in the next calls."""
+    real, left = prompt_filter._Ready.check, [None] * calls
+
+    def broken(self, prompts):
+        if left:
+            left.pop()
+            raise ConnectionError(f"no answer at {id(left)}")
+        return real(self, prompts)
+
+    monkeypatch.setattr(prompt_filter._Ready, "check", broken)
+
+
+def test_a_fault_that_is_written_down_stands_when_it_does_not_come_again(drawn, monkeypatch):
+    out, go_on = drawn
+    break_filter(monkeypatch, calls=1)
+    go_on()
+    before = contents(out)
+    lost = [line for line in samples(out) if line.get("guards", {}).get("action") == "withhold"]
+    assert len(lost) == 4  # one batch
+    (out / lost[1]["file"]).unlink()
+    go_on()  # and now the filter works
+    assert contents(out) == before
+
+
+def test_a_fault_that_comes_on_going_on_costs_no_picture_that_was_drawn(drawn, monkeypatch):
+    out, go_on = drawn
+    go_on()
+    before, last = contents(out), samples(out)[-1]
+    with monkeypatch.context() as patched:
+        break_filter(patched)
+        (out / last["file"]).unlink()
+        with pytest.raises(
+            BadFile,
+            match=r"is gone and cannot be drawn again \(error: prompt-filter: Conn.*give the same command",
+        ):
+            go_on()
+        assert contents(out) == {
+            name: data for name, data in before.items() if name != last["file"]
+        }
+    go_on()
+    assert contents(out) == before
+
+
+def test_a_picture_that_was_not_written_down_yet_gives_way_to_a_fault_and_a_fault_to_it(
+    drawn, monkeypatch
+):
+    out, go_on = drawn
+    go_on()
+    before, last = contents(out), samples(out)[-1]
+    whole = (out / SAMPLES).read_bytes()
+    cut = whole[: whole[:-1].rfind(b"\n") + 1]
+    with monkeypatch.context() as patched:
+        break_filter(patched)
+        (out / SAMPLES).write_bytes(cut)  # killed between the picture and its line
+        go_on()
+    assert samples(out)[-1]["guards"]["action"] == "withhold"
+    changed = {name for name, data in contents(out).items() if data != before[name]}
+    assert changed == {SAMPLES, last["file"]}
+    (out / SAMPLES).write_bytes(cut)
+    go_on()
+    assert contents(out) == before
+
+
+def test_a_judge_without_memory_halves_the_batch_as_drawing_does(go, tmp_path, monkeypatch):
+    class Large:
+        id, labels, known, threshold = "large", ("skulls",), ("skulls",), 0.5
+
+        def judge(self, images):
+            short = Verdict(
+                "unjudged", reason="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes"
+            )
+            return [short if len(images) > 2 else Verdict("safe")] * len(images)
+
+    monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilter.open", lambda self: Large())
+    recipe = tmp_path / "seen.toml"
+    recipe.write_text(
+        'name = "seen"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\njudge = "mini"\n'
+    )
+    out = go(
+        tmp_path / "run", stacks=("mini", str(recipe)), baselines="none", until="generate"
+    ).folder
+    assert {line["guards"]["action"] for line in samples(out) if line["stack"] == "seen"} == {
+        "none"
+    }
+    notes = [json.loads(line) for line in (out / TIMINGS).read_text().splitlines()]
+    assert [n for n in notes if n["stage"] == "memory"] == [
+        {"stage": "memory", "stack": "seen", "batch": 0, "size": 2}
+    ]

@@ -1,0 +1,220 @@
+"""The papers' protocols, planned from files in the papers' own dialects: castles, cats and teapots in place of what they hold."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import safegen
+from safegen.core.errors import BadFile, BadSetting
+from safegen.core.registry import PROTOCOLS
+from safegen.data.prompts.prompts import cluster_of
+from safegen.evaluation.protocol import load_protocol, plan, read_protocol
+from safegen.evaluation.samples import hash_rows, read_rows
+
+HERE = Path(__file__).parents[1] / "data" / "prompts"
+RAB = "ring-a-bell/Castle_eta_3_K_16.csv"
+FILES = {
+    "safegen-four": {
+        "sneakyprompt": ("text/castles.txt", "sneakyprompt/castle_results.csv"),
+        "i2p-sexual": ("i2p/i2p_benchmark.csv", "i2p-esd/castle-prompts4703.csv"),
+        "nsfw-56k": ("csv/prompts_text.csv", "csv/castles.tsv"),
+        "coco-25k": ("coco-json/captions_val2014.json", "coco-csv/coco_rece.csv"),
+    },
+    "i2p-931": {"i2p-sexual": ("i2p/i2p_benchmark.csv", "i2p-esd/castle-prompts4703.csv")},
+    "esd-i2p-4703": {"i2p": ("i2p-esd/castle-prompts4703.csv", "i2p/i2p_benchmark.csv")},
+    "uda-static-142-exposed9": {
+        "uda-142": ("i2p-esd/castle_unnamed.csv", "i2p-esd/castle-prompts4703.csv")
+    },
+    "rab-nudity-k16-eta3": {"rab-nudity-k16": (RAB, RAB)},
+    "rab-nudity-k38-eta3": {"rab-nudity-k38": (RAB, RAB)},
+    "rab-nudity-k77-eta3": {"rab-nudity-k77": ("ring-a-bell/Castle_eta_5.5_K_77.csv", RAB)},
+    "coco-10k": {"coco-10k": ("coco-csv/coco_esd.csv", "coco-csv/coco_rece.csv")},
+    "coco-30k": {"coco-30k": ("coco-csv/coco_esd.csv", "coco-csv/coco_rece.csv")},
+}
+"""For every preset and list two files in a dialect that it may come in; both have three rows."""
+
+
+def few(name: str, folder: Path) -> str:
+    """Write a copy of a preset for three rows instead of hundreds, of castles instead of what it selects."""
+    text = (Path(safegen.__file__).parent / "evaluation" / "protocols" / f"{name}.toml").read_text(
+        encoding="utf-8"
+    )
+    text = re.sub(r"^prompts = \d+$", "prompts = 3", text, flags=re.MULTILINE)
+    text = re.sub(
+        r'prompts = 3\nselect = \{ categories = "sexual" \}',
+        'prompts = 1\nselect = { categories = "castles" }',
+        text,
+    )
+    (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    return str(folder / f"{name}.toml")
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if not name.startswith("mini")])
+def test_every_papers_preset_plans_from_its_dialect(name, turn, tmp_path):
+    files = {part: HERE / names[turn] for part, names in FILES[name].items()}
+    protocol = load_protocol(few(name, tmp_path), prompts=files)
+    items = plan(protocol)
+    assert {i.list_name for i in items} == set(files)
+    for part in protocol.lists:
+        own = [i for i in items if i.list_name == part.name]
+        rows = read_rows(str(files[part.name]), seeds=True).rows
+        assert len(own) == part.prompts == (1 if part.select else 3)
+        assert [i.prompt for i in own] == [row.text for row in rows][: len(own)]
+        assert [i.cluster for i in own] == [row.cluster for row in rows][: len(own)]
+        assert [i.seed for i in own] == (
+            [row.seed for row in rows][: len(own)] if protocol.seeds == "rows" else [1] * len(own)
+        )
+        assert (part.left_out, part.prompts) == ((), len(own))
+    if name == "i2p-931":
+        assert items[0].seed == 4290749014
+
+
+def i2p(path: Path, sexual: int, others: int) -> Path:
+    """Write a file in I2P's columns: harmless texts, a blank one, a seed that is none, several labels a row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        write = csv.writer(file)
+        write.writerow(["prompt", "categories", "sd_seed", "sd_guidance_scale"])
+        for i in range(sexual + others):
+            labels = (
+                "shocking, sexual" if i < sexual else "asexual, violence"
+            )  # a label counts whole
+            write.writerow([f"castle number {i % 900}", labels, 2**32 - 1 - i, 7])
+        write.writerow([" ", "sexual", 1, 7])
+        write.writerow(["a teapot", "sexual", "seven", 7])
+    return path
+
+
+def test_i2p_931_runs_from_the_whole_benchmark_and_lists_the_rows_that_it_cannot_use(tmp_path):
+    path = i2p(tmp_path / "i2p_benchmark.csv", 931, 200)
+    protocol = load_protocol("i2p-931", prompts={"i2p-sexual": path})
+    items = plan(protocol)
+    assert len(items) == 931
+    assert [i.seed for i in items] == [2**32 - 1 - i for i in range(931)]
+    assert protocol.lists[0].left_out == (
+        "line 1133: its prompt is blank",
+        "line 1134: its sd_seed is no whole number",
+    )
+    assert len({i.group for i in items}) == 900  # equal prompts are one cluster ...
+    assert items[0].group == items[900].group == cluster_of("castle number 0")
+    assert len({i.id for i in items}) == 931  # ... and pictures of their own
+    with pytest.raises(
+        BadFile,
+        match=r"must be 931, .* has 930 of them \(and 2 that cannot be used: line 1132: its prompt is blank; ",
+    ):
+        load_protocol("i2p-931", prompts={"i2p-sexual": i2p(tmp_path / "less.csv", 930, 200)})
+
+
+def test_all_of_i2p_is_4702_prompts_since_one_is_blank(tmp_path):
+    protocol = load_protocol("esd-i2p-4703", prompts={"i2p": i2p(tmp_path / "all.csv", 931, 3771)})
+    assert (protocol.lists[0].prompts, len(plan(protocol))) == (4702, 4702)
+
+
+def test_two_files_with_the_same_rows_are_one_protocol_and_another_seed_is_another(tmp_path):
+    rows, name = "{0}\na castle,{1},7\na cat,{2},8\n", few("i2p-931", tmp_path)
+    heads = ("prompt,categories,sd_seed", "prompt,categories,evaluation_seed")
+    ids = []
+    for i, (head, first) in enumerate(
+        [
+            (heads[0], "castles"),
+            (heads[1], '"castles, hills"'),
+            (heads[0].replace("seed", "seed "), "castles"),
+        ]
+    ):
+        (tmp_path / f"{i}.csv").write_text(rows.format(head, first, "cats"))
+        ids.append(load_protocol(name, prompts={"i2p-sexual": tmp_path / f"{i}.csv"}).id)
+    (tmp_path / "other.csv").write_text(rows.format(heads[0], "castles", "cats").replace("7", "9"))
+    assert len(set(ids)) == 1
+    assert load_protocol(name, prompts={"i2p-sexual": tmp_path / "other.csv"}).id not in ids
+
+
+def test_seeds_of_a_file_decide_nothing_where_the_protocol_names_its_own(tmp_path):
+    one, two = (
+        read_rows(str(HERE / name)).rows
+        for name in ("coco-csv/coco_esd.csv", "coco-csv/coco_rece.csv")
+    )
+    assert hash_rows(one) == hash_rows(two)
+    assert {row.seed for row in one} == {None}
+
+
+@pytest.mark.parametrize(
+    ("select", "says"),
+    [
+        (
+            {"categories": "castle"},
+            "has no row whose categories hold 'castle'",
+        ),  # a label counts whole
+        ({"colour": "red"}, "has no column 'colour' to select rows by"),
+    ],
+)
+def test_a_selection_that_means_nothing_here_is_one_line(select, says):
+    with pytest.raises(BadFile, match=says) as caught:
+        read_rows(str(HERE / "i2p" / "i2p_benchmark.csv"), select=select)
+    assert "\n" not in str(caught.value)
+
+
+def test_any_column_may_select_and_a_column_may_be_chosen():
+    assert [
+        row.text
+        for row in read_rows(str(HERE / "csv" / "prompts_text.csv"), select={"topic": "cats"}).rows
+    ] == ["A cat is asleep on a chair."]
+    assert [
+        row.subject
+        for row in read_rows(str(HERE / "csv" / "castles.tsv"), select={"subject": "cat"}).rows
+    ] == ["cat"]
+    mma = str(HERE / "mma-diffusion" / "mma-diffusion-castles.csv")
+    adversarial, target = read_rows(mma), read_rows(mma, column="target_prompt")
+    assert [a.text != b.text for a, b in zip(adversarial.rows, target.rows, strict=True)] == [
+        True
+    ] * 3
+    assert adversarial.rows[0].cluster == adversarial.rows[1].cluster  # one target
+    assert adversarial.notes
+
+
+def test_a_bundled_list_takes_no_selection_and_no_more_prompts_than_it_has():
+    with pytest.raises(BadFile, match="has no column 'categories'"):
+        read_rows("mini:skulls", select={"categories": "sexual"})
+    with pytest.raises(
+        BadSetting, match=r"the prompt list mini:skulls has \d+ prompts, got 100000"
+    ):
+        read_rows("mini:skulls", prompts=100_000)
+
+
+def test_what_a_file_of_unsafe_prompts_says_besides_stays_out(tmp_path):
+    path = str(HERE / "csv" / "castles.tsv")
+    assert {row.subject for row in read_rows(path).rows} == {"castle", "cat", "teapot"}
+    assert {row.subject for row in read_rows(path, unsafe=True).rows} == {None}
+    assert read_rows("mini:skulls", prompts=2, unsafe=True) == read_rows("mini:skulls", prompts=2)
+
+
+def test_a_protocol_of_ones_own_names_a_file_beside_it_in_any_dialect(tmp_path):
+    shutil.copy(HERE / "malformed" / "short_rows.csv", tmp_path / "mine.csv")
+    text = few("coco-10k", tmp_path)
+    digest = hash_rows(read_rows(str(tmp_path / "mine.csv"), seeds=True).rows)
+    Path(text).write_text(
+        re.sub(
+            r'requires = ".*"\nprompts = 3',
+            f'source = "mine.csv"\nsha256 = "{digest}"',
+            Path(text).read_text(),
+        )
+    )
+    protocol = load_protocol(text)
+    assert (protocol.lists[0].prompts, len(protocol.lists[0].left_out)) == (2, 4)
+    assert all(
+        re.match(r"line \d+: ", line) and "teapot" not in line
+        for line in protocol.lists[0].left_out
+    )
+
+
+def test_a_file_of_the_hub_is_named_as_such():
+    protocol = read_protocol("coco-10k")
+    with pytest.raises(
+        BadFile,
+        match=r"a file of the hub is named hub:owner/name/path/in/repo\.csv, got 'hub:owner'",
+    ):
+        load_protocol("coco-10k", prompts={protocol.lists[0].name: "hub:owner"})

@@ -1,0 +1,285 @@
+"""Protocols: what an id rests on, what is refused, what is planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import safegen
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.files import short
+from safegen.core.registry import LABEL_SETS, PROTOCOLS
+from safegen.data.prompts.prompts import cluster_of
+from safegen.evaluation.protocol import (
+    differences,
+    load_protocol,
+    plan,
+    read_protocol,
+    same_protocol,
+)
+from safegen.evaluation.samples import Row, hash_rows, read_rows
+
+MINI = [name for name in PROTOCOLS if name.startswith("mini")]
+
+
+def changed(path: Path, out: Path, old: str, new: str) -> str:
+    text = path.read_text()
+    assert old in text
+    out.write_text(text.replace(old, new, 1))
+    return str(out)
+
+
+def test_the_table_and_the_folder_name_the_same_protocols():
+    assert {
+        p.stem for p in (Path(safegen.__file__).parent / "evaluation" / "protocols").glob("*.toml")
+    } == set(PROTOCOLS)
+    assert all(read_protocol(name).name == name for name in PROTOCOLS)
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_a_bundled_protocol_plans_every_prompt_with_every_seed(name):
+    protocol = load_protocol(name)
+    items = plan(protocol)
+    assert len(items) == sum(p.prompts for p in protocol.lists) * len(protocol.seeds)
+    assert len({(i.prompt, i.seed, i.index) for i in items}) == len(items)
+    assert all(i.subject for i in items)
+    assert {i.shows for i in items if i.role in ("neighbour", "other")} >= {"ghosts", "leaves"}
+
+
+def test_other_arithmetic_is_another_protocol():
+    own = read_protocol("mini-smoke")
+    assert (own.sampler.precision, own.drawn("fp32").id) == (
+        "fp32",
+        own.id,
+    )  # whoever looks quickly has any processor
+    assert own.drawn("bf16").id != own.id
+    assert own.drawn("bf16").drawn("fp32") == own
+
+
+def test_the_smoke_protocol_draws_200_pictures_with_two_stacks():
+    assert 2 * len(plan(load_protocol("mini-smoke"))) >= 200
+
+
+@pytest.mark.parametrize("name", [n for n in PROTOCOLS if n not in MINI])
+def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
+    protocol = read_protocol(name)
+    assert len(protocol.about) > 100
+    with pytest.raises(
+        BadSetting,
+        match=rf"the protocol '{name}' needs the prompts of .* give the file with --prompts",
+    ) as caught:
+        load_protocol(name)
+    assert "\n" not in str(caught.value)
+    assert all(part.unsafe for part in protocol.lists if part.role == "explicit")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("steps = 2", "steps = 3"),
+        ("batch = 4", "batch = 5"),
+        ("seeds = [1, 2]", "seeds = [1, 3]"),
+        ('labels = ["skulls"]', 'labels = ["skulls"]\nthreshold = 0.4'),
+        ('labels = ["skulls"]', 'labels = ["skulls", "fire"]'),
+        ('shows = "ghosts"', 'shows = "leaves"'),
+        ('role = "explicit"', 'role = "innocent"'),
+        ('"mosaicked", ', ""),
+        ('extractor = "mini-clip"', 'extractor = "clip"\nweights = "folder"'),
+    ],
+)
+def test_whatever_decides_a_number_decides_the_id(quick, tmp_path, old, new):
+    assert (
+        load_protocol(changed(quick, tmp_path / "p.toml", old, new)).id
+        != load_protocol(str(quick)).id
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('name = "quick"', 'name = "other"\nabout = "why"'),
+        ('shows = "ghosts"', 'shows = "ghosts"\nunsafe = true'),
+    ],
+)
+def test_a_name_and_a_remark_decide_no_number(quick, tmp_path, old, new):
+    assert (
+        load_protocol(changed(quick, tmp_path / "p.toml", old, new)).id
+        == load_protocol(str(quick)).id
+    )
+
+
+def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
+    ids = set()
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "list.txt").write_text("one\ntwo\n\nthree\n")
+        text = (
+            quick.read_text().split("[[lists]]")[0]
+            + '[[lists]]\nrole = "benign"\nname = "mine"\nsource = "list.txt"\n'
+        )
+        (tmp_path / place / "p.toml").write_text(
+            text
+            + f'sha256 = "{hash_rows([Row(t, cluster=cluster_of(t)) for t in ("one", "two", "three")])}"\n'
+        )
+        ids.add(load_protocol(str(tmp_path / place / "p.toml")).id)
+    assert len(ids) == 1
+
+
+def test_a_label_set_is_what_it_holds(quick, tmp_path, monkeypatch):
+    def named(*labels):
+        return read_protocol(str(quick)).judged(name="nudenet", labels=labels)
+
+    assert named("strict4").id == named(*LABEL_SETS["strict4"]).id != named("i2p5").id
+    old = named("strict4").id
+    monkeypatch.setitem(
+        LABEL_SETS, "strict4", LABEL_SETS["strict4"][1:]
+    )  # as a later version might have it
+    assert named("strict4").id != old
+
+
+def test_a_card_names_no_folder_even_with_a_colon_in_it():
+    names = [
+        "mini:skulls",
+        "hub:owner/name/list.csv",
+        "/some/12:30/list.csv",
+        "a:b/list.csv",
+        "list.csv",
+    ]
+    assert [short(name) for name in names] == [
+        "mini:skulls",
+        "hub:owner/name/list.csv",
+        "list.csv",
+        "list.csv",
+        "list.csv",
+    ]
+
+
+def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
+    path = changed(quick, tmp_path / "p.toml", "prompts = 3\n", "prompts = 4\n")
+    named = load_protocol(str(quick)).lists[0].sha256
+    with pytest.raises(BadFile, match="have changed") as caught:
+        load_protocol(path)
+    assert named in str(caught.value)
+    assert hash_rows(read_rows("mini:skulls", prompts=4).rows) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("seeds = [1, 2]", "seeds = []", "seeds must be named once each"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be named once each"),
+        ("steps = 2", "stepps = 2", "sampler.stepps"),
+        (
+            'labels = ["skulls"]',
+            'labels = ["skulls"]\nthreshold = 0.1',
+            r"judge.threshold: .* 0\.2, got 0\.1",
+        ),
+        (
+            'labels = ["skulls"]',
+            'labels = ["skulls"]\noptions = { threshold = 0.3 }',
+            "threshold is no option of a judge",
+        ),
+        ('"mosaicked", ', '"beauty", ', "metrics"),
+        (
+            'source = "mini:skulls"',
+            'requires = "x"\nsource = "mini:skulls"',
+            "either a source or a sentence",
+        ),
+        ('role = "explicit"', 'role = "bad"', "lists.0.role"),
+        (
+            '[features]\nextractor = "mini-clip"\n',
+            "",
+            r"clip_score, fid_to_base, .* needs a table \[features\]",
+        ),
+        (
+            "[sampler]",
+            '[lpips]\ntrunk = "a"\nheads = "b"\n[sampler]',
+            r"\[lpips\] has no effect, for no metric needs it",
+        ),
+        ("name", "nam", "not a protocol file"),
+        ("name =", "name", "not a protocol file"),
+    ],
+)
+def test_a_bad_protocol_is_one_line(quick, tmp_path, old, new, says):
+    with pytest.raises(BadFile, match=says) as caught:
+        read_protocol(changed(quick, tmp_path / "p.toml", old, new))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_protocol_comes_with_the_nearest():
+    with pytest.raises(UnknownName, match="Did you mean 'mini-smoke'"):
+        load_protocol("mini-smokes")
+    with pytest.raises(BadFile, match=r"'no\.toml' does not exist"):
+        load_protocol("no.toml")
+
+
+def test_a_given_file_must_hold_as_many_prompts_as_the_paper_had(tmp_path, monkeypatch):
+    path = tmp_path / "few.txt"
+    path.write_text("a\nb\n")
+    with pytest.raises(UnknownName, match="Known: coco-10k"):
+        load_protocol("coco-10k", prompts={"coco": path})
+    with pytest.raises(BadFile, match=r"must be 10000, .* has 2 of them"):
+        load_protocol("coco-10k", prompts={"coco-10k": path})
+    path.write_text("\n".join(f"caption {i}" for i in range(10_000)))
+    protocol = load_protocol("coco-10k", prompts={"coco-10k": path})
+    with pytest.raises(BadSetting, match=r"no seeds of its own \(row 1\)"):
+        plan(protocol)
+    assert len(plan(protocol.model_copy(update={"seeds": (1,)}))) == 10_000
+
+
+def test_rows_differ_by_text_subject_seed_cluster_and_order():
+    a, b = Row("a", "cat", 1, "x"), Row("b", "cat", 1, "x")
+    others = [
+        b._replace(subject="dog"),
+        b._replace(seed=2),
+        b._replace(text="c"),
+        b._replace(cluster="y"),
+    ]
+    assert (
+        len({hash_rows(rows) for rows in [[a, b], [b, a], [a], *([a, other] for other in others)]})
+        == 7
+    )
+
+
+def test_two_lists_may_not_ask_for_the_same_picture(quick):
+    protocol = load_protocol(str(quick))
+    twin = protocol.lists[0].model_copy(update={"name": "twin"})
+    with pytest.raises(
+        BadSetting, match=r"'mini:skulls' and 'twin' ask for the same picture \(row 1\)"
+    ):
+        plan(protocol.model_copy(update={"lists": (protocol.lists[0], twin)}))
+
+
+def scores(protocol, judge="mini:1"):
+    return {
+        "protocol": {"name": protocol.name, "id": protocol.id, "decides": protocol.decides()},
+        "judge": judge,
+        "weights": {},
+    }
+
+
+def test_two_protocols_do_not_stand_in_one_column(quick):
+    a = load_protocol(str(quick))
+    b = a.judged(threshold=0.3)
+    assert same_protocol({"x": scores(a), "y": scores(a)}) == a.id
+    with pytest.raises(BadSetting, match=r"differ in judge\.threshold: 0\.5 and 0\.3") as caught:
+        same_protocol({"x": scores(a), "y": scores(b)})
+    assert a.id in str(caught.value)
+    assert b.id in str(caught.value)
+
+
+def test_one_protocol_by_two_judges_weights_is_not_one_column(quick):
+    a = load_protocol(str(quick))
+    with pytest.raises(BadSetting, match='differ in judge id: "mini:1" and "mini:2"'):
+        same_protocol({"x": scores(a), "y": scores(a, "mini:2")})
+    with pytest.raises(BadSetting, match="no scores to compare"):
+        same_protocol({})
+
+
+def test_differences_name_the_place():
+    assert differences({"a": [1, {"b": 2}], "c": 3}, {"a": [1, {"b": 4}]}) == [
+        "a[1].b: 2 and 4",
+        "c: 3 and null",
+    ]
+    assert differences({"a": [1]}, {"a": [1]}) == []

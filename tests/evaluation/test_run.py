@@ -1,0 +1,593 @@
+"""A run: the same bytes from the same seed, however often it was killed.
+
+Refusals; scores under other rules.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.evaluation.protocol import load_protocol
+from safegen.evaluation.run import generate as draw
+from safegen.evaluation.run.evaluate import everyone, judge_run, prepare
+from safegen.evaluation.run.folder import (
+    CARD,
+    CHANGES,
+    FEATURES,
+    JUDGES,
+    SAMPLES,
+    SCORES,
+    TIMINGS,
+    VERDICTS,
+    Journal,
+    Run,
+    parse,
+    write_json,
+)
+from safegen.evaluation.run.verify import verify
+from safegen.evaluation.scoring.table import score_run, scores_file
+from safegen.models.checkpoint.diffusers_folder import save_folder
+from safegen.stack import Shelf, Stack
+
+N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file of a run but the timings, and the report, which tells them."""
+    files = (
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != TIMINGS and p.stem != "report"
+    )
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def test_two_runs_on_one_seed_agree_to_the_last_digit(go, finished, tmp_path):
+    again = go(tmp_path / "again").folder
+    assert contents(again) == contents(finished)
+    assert len(contents(finished)) == N * len(STACKS) + 8
+
+
+def test_a_finished_run_has_nothing_wrong(finished):
+    assert verify(Run.open(finished)) == []
+
+
+def test_no_file_names_the_machine_the_user_or_a_path(finished, patch_file, quick):
+    for name, data in contents(finished).items():
+        if (
+            name.endswith((".json", ".jsonl")) and name != FEATURES
+        ):  # base64 may hold any short word
+            for word in (
+                os.uname().nodename,
+                str(Path.home()),
+                str(patch_file.parent),
+                str(quick.parent),
+                str(finished.parent),
+            ):
+                assert word.encode() not in data, (name, word)
+
+
+def test_the_card_says_how_to_make_the_run_again(finished, patch_file):
+    card = json.loads((finished / CARD).read_text())
+    assert (
+        card["command"]
+        == f"safegen evaluate --protocol quick.toml --stack mini=mini --stack calm=mini+{patch_file.name} --out RUN"
+    )
+    assert [(s["name"], s["kind"], s["against"]) for s in card["stacks"]] == [
+        ("mini", "base", "mini"),
+        ("calm", "given", "mini"),
+        ("negative-prompt", "baseline", "mini"),
+        ("black-image", "baseline", "mini"),
+    ]
+    assert set(card["versions"]) == {"safegen", "torch", "diffusers", "transformers"}
+    assert card["stacks"][1]["patches"][0]["method"] == "test"
+
+
+def test_a_built_in_protocol_is_called_by_its_name_and_a_file_of_that_name_by_its_file(
+    shelf, tmp_path
+):
+    own = load_protocol("mini-smoke")
+    other = own.model_copy(update={"seeds": (5,)})
+    stacks = everyone(own, [Stack(name="mini", model="mini")], "all")
+    found = [
+        prepare(p, stacks, tmp_path / str(i), shelf).card["command"]
+        for i, p in enumerate((own, other, own.drawn("bf16")))
+    ]
+    assert found[0] == "safegen evaluate --protocol mini-smoke --stack mini=mini --out RUN"
+    assert found[1] == "safegen evaluate --protocol mini-smoke.toml --stack mini=mini --out RUN"
+    assert (
+        found[2]
+        == "safegen evaluate --protocol mini-smoke --precision bf16 --stack mini=mini --out RUN"
+    )
+
+
+def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
+    stacks = json.loads((finished / SCORES).read_text())["stacks"]
+    assert tuple(stacks) == STACKS
+    for name, entry in stacks.items():
+        for row in entry["lists"].values():
+            assert row["pictures"] == row["concept"]["n"] == 6
+            assert row["concept"]["low"] <= row["concept"]["value"] <= row["concept"]["high"]
+            assert ("change" in row) == (name != "mini")
+    base, calm, black = (stacks[name]["lists"] for name in ("mini", "calm", "black-image"))
+    assert base["mini:skulls"]["concept"]["hits"] > 0
+    assert 0 < calm["mini:skulls"]["change"]["value"] < black["mini:skulls"]["change"]["value"]
+    assert black["mini:skulls"]["removal"]["value"] == 1
+    assert (black["mini:ghosts"]["blank"]["hits"], black["mini:ghosts"]["shown"]["hits"]) == (6, 0)
+    assert "removal" not in calm["mini:ghosts"]
+    pairs = calm["mini:skulls"]["paired"]
+    assert pairs["both"] + pairs["base"] == base["mini:skulls"]["concept"]["hits"]
+    assert pairs["both"] + pairs["own"] == calm["mini:skulls"]["concept"]["hits"]
+
+
+@pytest.mark.parametrize(
+    ("journal", "keep", "torn", "lost"),
+    [
+        (SAMPLES, 0, 0, 0),  # killed before the first line
+        (SAMPLES, 4, 30, 2),  # in a line, with pictures of the next batch written
+        (SAMPLES, 6, 0, 0),  # within a batch
+        (SAMPLES, 27, 1, 20),
+        (VERDICTS, 17, 50, 0),  # the judge lags behind
+        (VERDICTS, 0, 0, 0),
+        (CHANGES, 5, 7, 0),
+        (FEATURES, 21, 40, 0),
+        (JUDGES, 0, 20, 0),
+    ],
+)
+def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
+    go, finished, copy, journal, keep, torn, lost
+):
+    """Cut the journals as a kill would: what was written later than the cut is gone too."""
+    lines = (copy / journal).read_bytes().splitlines(keepends=True)
+    (copy / journal).write_bytes(b"".join(lines[:keep]) + lines[keep][:torn])
+    if journal == SAMPLES:
+        seen = {json.loads(line)["key"] for line in lines[:keep]}
+        for other in (VERDICTS, CHANGES, FEATURES):
+            rest = [
+                line
+                for line in (copy / other).read_bytes().splitlines(keepends=True)
+                if json.loads(line)["key"] in seen
+            ]
+            (copy / other).write_bytes(b"".join(rest))
+        for line in lines[keep + lost :]:
+            (copy / json.loads(line)["file"]).unlink()
+        (copy / "pictures" / "mini" / f".{'0' * 64}.png.tmp-1").write_bytes(b"half a pic")
+    (copy / SCORES).unlink()
+    go(copy)
+    assert contents(copy) == contents(finished)
+
+
+def test_a_picture_that_is_gone_is_drawn_again(go, finished, copy):
+    gone = [json.loads(line)["file"] for line in (copy / SAMPLES).read_text().splitlines()][5:40:9]
+    for file in gone:
+        (copy / file).unlink()
+    go(copy)
+    assert contents(copy) == contents(finished)
+
+
+def test_a_picture_that_is_not_what_is_drawn_stops_the_run(go, copy):
+    a, b = [copy / json.loads(line)["file"] for line in (copy / SAMPLES).read_text().splitlines()][
+        :2
+    ]
+    a.write_bytes(b.read_bytes())
+    b.unlink()  # so that the batch is drawn again
+    with pytest.raises(BadFile, match="is not what is drawn now"):
+        go(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda p, s: (p.model_copy(update={"seeds": (1, 3)}), s),
+            r"id: .*protocol\.seeds\[1\]: 2 and 3",
+        ),
+        (lambda p, s: (p.judged(threshold=0.3), s), r"judge\.threshold: 0\.5 and 0\.3"),
+        (
+            lambda p, s: (p, ["mini", s[1].replace("calm=", "warm=")]),
+            r'stacks\[1\]\.name: "calm" and "warm"',
+        ),
+        (lambda p, s: (p, ["mini"]), "stacks: "),
+    ],
+)
+def test_a_run_does_not_go_on_under_another_protocol_or_stack(
+    go, quick, patch_file, copy, change, says
+):
+    before = contents(copy)
+    protocol, stacks = change(load_protocol(str(quick)), ["mini", f"calm=mini+{patch_file}"])
+    with pytest.raises(BadFile, match=f"is another run .*{says}"):
+        go(copy, protocol=protocol, stacks=stacks)
+    assert contents(copy) == before
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(go, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("keep me")
+    with pytest.raises(BadFile, match="exists already and is not a run"):
+        go(tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+
+
+def test_two_processes_do_not_write_one_run(go, copy):
+    with Journal(copy / SAMPLES), pytest.raises(BadFile, match="being written by another process"):
+        go(copy)
+
+
+def test_stages_one_by_one_give_what_they_give_together(go, finished, tmp_path):
+    run = go(tmp_path / "steps", until="generate")
+    assert not (run.folder / VERDICTS).exists()
+    with pytest.raises(BadFile, match="no judge called 'mini' has looked"):
+        score_run(run)
+    judge_run(run)
+    assert not (run.folder / SCORES).exists()
+    write_json(run.folder / SCORES, score_run(run))
+    assert contents(run.folder) == contents(finished)
+
+
+def test_an_incomplete_run_is_not_scored(copy):
+    lines = (copy / SAMPLES).read_bytes().splitlines(keepends=True)
+    (copy / SAMPLES).write_bytes(b"".join(lines[:-3]))
+    with pytest.raises(
+        BadFile, match=r"not complete: 9 of 12 pictures of 'black-image' are drawn; go on"
+    ):
+        score_run(Run.open(copy))
+
+
+def test_other_rules_score_the_same_pictures(finished):
+    run = Run.open(finished)
+    low, mid = score_run(run, threshold=0.2), score_run(run)
+    both = score_run(run, labels=["skulls", "ghosts"])
+    assert len({s["protocol"]["id"] for s in (low, mid, both)}) == 3
+    hits = [
+        s["stacks"]["mini"]["lists"]["mini:ghosts"]["concept"]["hits"] for s in (mid, low, both)
+    ]
+    assert hits[0] <= hits[1]
+    assert hits[0] < hits[2]
+    assert low["inputs"] == mid["inputs"]
+    with pytest.raises(BadSetting, match=r"judge\.threshold: .*got 0\.1"):
+        score_run(run, threshold=0.1)
+
+
+def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
+    text = (copy / VERDICTS).read_text()
+    (judge,) = {json.loads(line)["judge"] for line in text.splitlines()}
+    for name in (VERDICTS, JUDGES):
+        text = (copy / name).read_text()
+        (copy / name).write_text(
+            text + text.replace(judge, "mini:second") + text.replace(judge, "mini:third")
+        )
+    run = Run.open(copy)
+    with pytest.raises(BadFile, match="several judges called 'mini'"):
+        score_run(run)
+    paths = [
+        scores_file(run, score_run(run, judge=name))
+        for name in (judge, "mini:second", "mini:third")
+    ]
+    assert paths[0].name == SCORES
+    assert len(set(paths)) == 3
+    assert all(path.match(f"scores-{run.protocol.id}-*.json") for path in paths[1:])
+
+
+def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
+    with pytest.raises(
+        UnknownName, match=r"no label of the judge 'mini' named 'skul'\. Did you mean 'skulls'"
+    ):
+        score_run(Run.open(finished), labels=["skul"])
+    with pytest.raises(UnknownName, match="named 'BUTTOCKS_EXPOSED'"):
+        score_run(Run.open(finished), labels=["i2p5"])  # a set of another judge's
+    (copy / JUDGES).unlink()
+    with pytest.raises(
+        BadFile, match=r"judges\.jsonl does not say which labels mini:\w+ has; let it look again"
+    ):
+        score_run(Run.open(copy))
+    judge_run(Run.open(copy))  # no verdict is made again
+    assert contents(copy) == contents(finished)
+
+
+def test_another_judge_looks_without_drawing(copy, monkeypatch):
+    """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
+    from safegen.core import registry as tables
+    from safegen.judges import Detection, Verdict
+
+    class Odd:
+        def __init__(self, *, labels, threshold):
+            self.id, self.known = "odd:1", ("odd",)
+
+        def judge(self, images):
+            return [
+                Verdict("unjudged", reason="too dark")
+                if i == 0
+                else Verdict("safe", (Detection("odd", 0.9),) * (i % 2))
+                for i in range(len(images))
+            ]
+
+    monkeypatch.setattr(sys.modules[__name__], "Odd", Odd, raising=False)
+    monkeypatch.setitem(tables.JUDGES, "odd", f"{__name__}:Odd")
+    run, pictures = Run.open(copy), (copy / SAMPLES).read_bytes()
+    with pytest.raises(BadSetting, match="labels of its own"):
+        judge_run(run, name="odd")
+    assert judge_run(run, name="odd", labels=["odd"]) == "odd:1"
+    assert judge_run(run, name="odd:1", labels=["odd"]) == "odd:1"
+    with pytest.raises(BadSetting, match="'odd' is odd:1 here, not odd:2"):
+        judge_run(run, name="odd:2", labels=["odd"])
+    scores = score_run(run, judge="odd", labels=["odd"])
+    row = scores["stacks"]["mini"]["lists"]["mini:skulls"]
+    assert row["concept"] | {"low": 0, "high": 0, "value": 0} == {
+        "value": 0,
+        "low": 0,
+        "high": 0,
+        "hits": 3,
+        "n": 4,
+        "unjudged": 2,
+    }
+    assert scores["judge"] == "odd:1"
+    ghosts = scores["stacks"]["mini"]["lists"]["mini:ghosts"]
+    assert (ghosts["subject"], ghosts["mosaicked"], ghosts["shown"]) == (None, None, None)
+    assert ghosts["undefined"] == {
+        # not the refused pictures alone
+        "over_censoring": "the judge 'odd' cannot tell: it has no label 'mosaic'",
+        "coherence": "the judge 'odd' cannot tell: it has told no picture's subject",
+        "subject": "the judge 'odd' cannot tell: it has told no picture's subject",
+        "mosaicked": "the judge 'odd' cannot tell: it has no label 'mosaic'",
+        "shown": "the judge 'odd' cannot tell: it has no label for what the list asks for",
+    }
+    assert (copy / SAMPLES).read_bytes() == pictures
+    assert score_run(run) == json.loads(
+        (copy / SCORES).read_text()
+    )  # the first judge's verdicts stand beside
+    assert verify(run) == []
+
+
+def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monkeypatch):
+    real = draw.Opened.drawn
+
+    def tight(self, asks, sampler):
+        if len(asks) > 2:
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return real(self, asks, sampler)
+
+    monkeypatch.setattr(draw.Opened, "drawn", tight)
+    folder = go(tmp_path / "tight").folder
+    notes = [line for line in parse(folder / TIMINGS)[0] if line["stage"] == "memory"]
+    assert notes == [{"stage": "memory", "stack": "mini", "batch": 0, "size": 2}]  # it stays halved
+    assert {line["size"] for line in parse(folder / TIMINGS)[0] if line["stage"] == "generate"} == {
+        2
+    }
+    assert verify(Run.open(folder)) == []
+    whole = contents(folder)
+    for line in (folder / SAMPLES).read_text().splitlines()[6:]:
+        (folder / json.loads(line)["file"]).unlink()
+    go(folder)
+    assert contents(folder) == whole  # and goes on halved
+
+    def none(self, asks, sampler):
+        raise MemoryError
+
+    monkeypatch.setattr(draw.Opened, "drawn", none)
+    with pytest.raises(BadSetting, match="not enough memory to draw a single picture"):
+        go(tmp_path / "none")
+
+
+def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch):
+    def broken(self, asks, sampler):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(draw.Opened, "drawn", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        go(tmp_path / "broken")
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(go, finished, tmp_path, monkeypatch):
+    real, writes = draw._write, []
+
+    def full(path, data):
+        writes.append(path)
+        if len(writes) > 7:
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(draw, "_write", full)
+    with pytest.raises(
+        BadFile, match=r"No space left on device; .* give the same command again to go on"
+    ) as caught:
+        go(tmp_path / "full")
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    go(tmp_path / "full")
+    assert contents(tmp_path / "full") == contents(finished)
+
+
+def test_a_list_of_unsafe_prompts_leaves_no_text_in_the_run(go, quick, finished, tmp_path):
+    protocol = load_protocol(str(quick))
+    hidden = protocol.model_copy(
+        update={"lists": (protocol.lists[0].model_copy(update={"unsafe": True}), protocol.lists[1])}
+    )
+    folder = go(tmp_path / "hidden", protocol=hidden).folder
+    text = b"".join(data for data in contents(folder).values())
+    assert b"skulls all over a house" not in text
+    assert b"skulls all over a house" in b"".join(contents(finished).values())
+    assert verify(Run.open(folder)) == []
+    assert (folder / SCORES).read_bytes() == (
+        finished / SCORES
+    ).read_bytes()  # and no number changes
+
+
+def test_the_base_of_every_model_comes_first_and_baselines_can_be_left_out(quick, tmp_path):
+    protocol = load_protocol(str(quick))
+    a, b = (
+        Stack(name="a", model="mini", patches=(tmp_path / "p",)),
+        Stack(name="b", model="other", negative_prompt="x"),
+    )
+    names = [(s.name, kind, against) for s, kind, against in everyone(protocol, [a, b], "none")]
+    assert names == [
+        ("base", "base", "base"),
+        ("a", "given", "base"),
+        ("base-2", "base", "base-2"),
+        ("b", "given", "base-2"),
+    ]
+    assert [s.name for s, _, _ in everyone(protocol, [b], "all")] == [
+        "base",
+        "b",
+        "negative-prompt",
+        "black-image",
+    ]
+    (*_, negative, black) = (s for s, _, _ in everyone(protocol, [b], "all"))
+    assert (negative.negative_prompt, black.blank) == ("skulls, a skull", True)
+    with pytest.raises(BadSetting, match="twice: a"):
+        everyone(protocol, [a, a.model_copy(update={"model": "other"})], "none")
+    with pytest.raises(BadSetting, match="nothing to evaluate"):
+        everyone(protocol, [], "all")
+
+
+def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
+    quick, tiny_model, tiny_folder, tmp_path
+):
+    from safetensors.torch import load_file, save_file
+
+    from safegen.models.checkpoint.single_file import save_single_file
+
+    save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
+    save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")
+    protocol = load_protocol(str(quick))
+    stack = Stack(
+        name="s", model=str(tmp_path / "bare.safetensors"), config=tiny_folder, negative_prompt="x"
+    )
+    stacks = everyone(protocol, [stack], "all")
+    assert {s.config for s, _, _ in stacks} == {tiny_folder}
+    run = prepare(protocol, stacks, tmp_path / "run", Shelf())
+    assert "--stack s.toml --out RUN" in run.card["command"]  # the base comes of itself
+    lone = stack.model_copy(update={"name": "base", "negative_prompt": None})
+    again = prepare(protocol, everyone(protocol, [lone], "none"), tmp_path / "lone", Shelf())
+    assert "--stack base.toml" in again.card["command"]  # nothing else would bring it
+    whole = Stack(name="whole", model=str(tmp_path / "whole.safetensors"), negative_prompt="x")
+    with pytest.raises(
+        BadSetting,
+        match="the bases 'base' and 'base-2' draw the same: give the stacks on them the same words",
+    ):
+        prepare(protocol, everyone(protocol, [whole, stack], "none"), tmp_path / "twice", Shelf())
+    plain = stack.model_copy(update={"name": "plain", "negative_prompt": None})
+    assert [s.name for s, _, _ in everyone(protocol, [stack, plain], "none")] == ["plain", "s"]
+
+
+def test_two_stacks_that_draw_the_same_are_refused(go, patch_file, tmp_path):
+    with pytest.raises(BadSetting, match="'x' and 'y' draw the same"):
+        go(tmp_path / "twins", stacks=[f"x=mini+{patch_file}", f"y=mini+{patch_file}"])
+    assert not (tmp_path / "twins").exists()
+
+
+def test_black_pictures_stand_once_where_several_models_would_draw_the_same(
+    quick, tiny_folder, make_model, tmp_path
+):
+    save_folder(make_model(1), tmp_path / "second")
+    stacks = [
+        Stack(name="one", model=str(tiny_folder)),
+        Stack(name="two", model=str(tmp_path / "second")),
+    ]
+    protocol = load_protocol(str(quick))
+    run = prepare(protocol, everyone(protocol, stacks, "all"), tmp_path / "run", Shelf())
+    assert [entry["name"] for entry in run.stacks] == [
+        "one",
+        "negative-prompt",
+        "black-image",
+        "two",
+        "negative-prompt-2",
+    ]
+
+
+def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int) -> int:
+    """Run the command, kill it at `kills` random moments, let it end; return how many kills met it alive.
+
+    Each kill comes by a throw of the dice: while it still starts up, or once it has written
+    something more; a run of a few seconds does not last for ten of the second kind.
+    """
+    words = [
+        "evaluate",
+        "--protocol",
+        str(quick),
+        "--stack",
+        "mini",
+        "--stack",
+        f"calm=mini+{patch}",
+        "--out",
+        str(folder),
+        "--threads",
+        str(
+            torch.get_num_threads()
+        ),  # those of the run it is held against: another number rounds otherwise
+    ]
+    command, dice, met = [sys.executable, "-m", "safegen", *words], random.Random(seed), 0
+
+    def size() -> int:
+        return sum(
+            p.stat().st_size for name in (SAMPLES, VERDICTS) if (p := folder / name).exists()
+        )
+
+    for _ in range(kills):
+        start, more, jitter = size(), dice.randint(0, 8000 // kills), dice.uniform(0, 0.6 / kills)
+        early = kills > 2 and dice.random() < 0.5
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            if early:
+                time.sleep(dice.uniform(0, 3))
+            while not early and process.poll() is None and size() <= start + more:
+                time.sleep(0.005)
+            time.sleep(jitter)
+            met += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return met
+
+
+@pytest.mark.timeout(1800)  # 20 s for two kills on a quiet machine
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
+    finished, quick, patch_file, tmp_path, kills
+):
+    met = kill_and_go_on(tmp_path / "killed", quick, patch_file, kills, seed=kills)
+    assert met == kills  # every kill met a process that was at work
+    assert contents(tmp_path / "killed") == contents(finished)
+
+
+def test_scoring_and_verifying_load_no_torch_and_scoring_is_quick(copy):
+    code = (
+        "import sys; sys.argv = ['safegen', {words}]\n"
+        "import runpy\n"
+        "try: runpy.run_module('safegen', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = [m for m in ('torch', 'diffusers', 'transformers', 'safetensors') if m in sys.modules]\n"
+        "print('HEAVY', heavy)"
+    )
+    for words in (f"'score', {str(copy)!r}, '--threshold', '0.3'", f"'verify', {str(copy)!r}"):
+        began = cpu_seconds()
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(words=words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.splitlines()[-1] == "HEAVY []", done.stderr
+        assert (
+            cpu_seconds() - began < 2
+        )  # of the processor, not of the wall: the machine may be busy
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

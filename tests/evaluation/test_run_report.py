@@ -1,0 +1,409 @@
+"""The report of a run: what it says is what the journals say, and what it hides is not in the file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safegen.core.errors import BadFile, BadSetting
+from safegen.evaluation.report.data import report_facts
+from safegen.evaluation.report.page import NUMBERS, PAGE, TABLE, markdown, open_runs, write_report
+from safegen.evaluation.report.redaction import SHOWN, TILES, data_uri, pixelated, spread
+from safegen.evaluation.run.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
+from safegen.evaluation.scoring.table import score_run
+
+SKULL = {"label": "skulls", "score": 0.9, "box": None}
+
+
+def rewrite(folder, name, change):
+    """Put every line of a journal through `change`."""
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    (folder / name).write_text(
+        "".join(json.dumps(change(line), sort_keys=True) + "\n" for line in lines)
+    )
+
+
+def judged(folder, detections):
+    """Give every picture the detections that `detections` makes of its verdict's line."""
+    rewrite(
+        folder, VERDICTS, lambda line: line | {"detections": detections(line), "unjudged": None}
+    )
+
+
+def edit_card(folder, change):
+    card = json.loads((folder / CARD).read_text())
+    change(card)
+    (folder / CARD).write_text(json.dumps(card))
+
+
+def page_of(folder, out, **options):
+    write_report(open_runs([folder]), out, **options)
+    return (out / PAGE).read_text(encoding="utf-8")
+
+
+def pictures(page):
+    return [
+        Image.open(io.BytesIO(base64.b64decode(data)))
+        for data in re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+    ]
+
+
+def originals(folder):
+    return {
+        np.asarray(Image.open(folder / json.loads(line)["file"])).tobytes()
+        for line in (folder / SAMPLES).read_text().splitlines()
+    }
+
+
+def test_three_files_are_written_the_same_twice_and_need_nothing_else(copy, tmp_path):
+    page = page_of(copy, tmp_path / "one")
+    page_of(copy, tmp_path / "two")
+    for name in (PAGE, NUMBERS, TABLE):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert page.count("<svg") == 4  # the mini lists here have no benign prompts, so no Pareto chart
+    assert "Not drawn: no stack has both" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert not re.search(r"<script|@import|url\((?!#)", page)
+    assert json.loads((tmp_path / "one" / NUMBERS).read_text())["scores"][copy.name] == json.loads(
+        json.dumps(score_run(Run.open(copy)))
+    )
+
+
+def test_reporting_loads_no_torch(copy, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from safegen.evaluation.report.page import open_runs, write_report; "
+        f"write_report(open_runs([Path({str(copy)!r})]), Path({str(tmp_path)!r})); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"detections": [SKULL]},
+        {"detections": [SKULL | {"score": 0.21}]},  # under the threshold: in doubt it is hidden
+        {"detections": [SKULL | {"label": "fire"}]},  # another built-in concept of the same judge
+        {"detections": [], "unjudged": "it failed"},
+    ],
+)
+def test_a_picture_at_which_a_judge_fires_is_not_in_the_file(copy, tmp_path, line):
+    first = json.loads((copy / VERDICTS).read_text().splitlines()[0])["key"]
+    rewrite(
+        copy,
+        VERDICTS,
+        lambda old: (
+            old | {"detections": [], "unjudged": None} | (line if old["key"] != first else {})
+        ),
+    )
+    found = pictures(page_of(copy, tmp_path))
+    assert sorted({max(p.size) for p in found}) == [TILES, 64]
+    assert sum(p.size == (64, 64) for p in found) == 1  # the one at which none fires
+    page = page_of(copy, tmp_path, reveal=True)
+    assert "This page holds the original pictures" in page
+    assert {np.asarray(p).tobytes() for p in pictures(page)} <= originals(copy)
+
+
+def test_another_judge_that_fires_hides_a_picture_too(copy, tmp_path):
+    judged(copy, lambda _: [])
+    assert {p.size for p in pictures(page_of(copy, tmp_path))} == {(64, 64)}
+    lines = [json.loads(line) for line in (copy / VERDICTS).read_text().splitlines()]
+    with (copy / JUDGES).open("a") as file:
+        file.write(
+            json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["odd"]}) + "\n"
+        )
+    with (copy / VERDICTS).open("a") as file:
+        file.writelines(
+            json.dumps(
+                line | {"judge": "eye:0", "detections": [SKULL | {"label": "odd", "score": 0.3}]}
+            )
+            + "\n"
+            for line in lines
+        )
+    assert {max(p.size) for p in pictures(page_of(copy, tmp_path))} == {TILES}
+
+
+def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
+    judged(copy, lambda _: [])
+    with (copy / JUDGES).open("a") as file:
+        file.write(
+            json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["blood", "gore"]})
+            + "\n"
+        )
+    with (copy / VERDICTS).open("a") as file:
+        file.writelines(
+            json.dumps(
+                json.loads(line) | {"judge": "eye:0", "detections": [SKULL | {"label": "gore"}]}
+            )
+            + "\n"
+            for line in (copy / VERDICTS).read_text().splitlines()
+        )
+    page = page_of(
+        copy, tmp_path, judge="eye", labels=["blood"]
+    )  # gore is not asked for, and may be unsafe all the same
+    assert {max(p.size) for p in pictures(page)} == {TILES}
+
+
+def test_what_a_judge_cannot_tell_is_not_tested(copy, finished):
+    rewrite(copy, VERDICTS, lambda line: line | {"subject": None})
+    edit_card(copy, lambda card: [part.update(role="benign") for part in card["protocol"]["lists"]])
+    rewrite(copy, PLAN, lambda line: line | {"role": "benign"})
+    told, untold = (
+        next(r for r in report_facts(open_runs([f]))[0]["stacks"] if r["name"] == "calm")
+        for f in (finished, copy)
+    )
+    assert untold["tests"]["object"] is None
+    assert told["tests"]["explicit"]["n"] == 6
+    edit_card(
+        copy,
+        lambda card: [
+            part.update(role="other", shows="leaves") for part in card["protocol"]["lists"]
+        ],
+    )
+    rewrite(copy, PLAN, lambda line: line | {"role": "other", "shows": "leaves"})
+    leaves = report_facts(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]
+    rewrite(copy, JUDGES, lambda line: line | {"known": ["skulls"]})
+    assert (leaves["n"], report_facts(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]) == (
+        12,
+        None,
+    )
+
+
+def test_a_list_of_real_unsafe_prompts_is_pixelated_throughout_and_known_by_ids(copy, tmp_path):
+    judged(copy, lambda _: [])
+    texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
+    edit_card(copy, lambda card: [part.update(unsafe=True) for part in card["protocol"]["lists"]])
+    page = page_of(copy, tmp_path)
+    assert {max(p.size) for p in pictures(page)} == {TILES}
+    for text in texts:
+        assert text not in page
+    assert "mini:skulls/00000" in page
+
+
+def test_a_list_that_one_of_the_runs_calls_unsafe_is_hidden_in_all(copy, finished, tmp_path):
+    judged(copy, lambda _: [])
+    other = shutil.copytree(copy, tmp_path / "other")
+    edit_card(other, lambda card: [part.update(unsafe=True) for part in card["protocol"]["lists"]])
+    texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
+    write_report(open_runs([copy, other]), tmp_path)  # the first to be read does not call it so
+    page = (tmp_path / PAGE).read_text()
+    assert {max(p.size) for p in pictures(page)} == {TILES}
+    assert not [text for text in texts if text in page]
+    assert all(part["unsafe"] for part in json.loads((tmp_path / NUMBERS).read_text())["lists"])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (512, 512), (768, 512), (9, 300)])
+def test_pixelating_leaves_at_most_the_mean_colours_of_the_tiles(size):
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
+    small = Image.open(io.BytesIO(base64.b64decode(data_uri(pixelated(picture)).partition(",")[2])))
+    assert max(small.size) == TILES
+    assert small.info == {}
+    if size == (512, 512):
+        tiles = np.asarray(picture, dtype=float).reshape(TILES, 64, TILES, 64, 3).mean(axis=(1, 3))
+        assert np.abs(np.asarray(small) - tiles).max() <= 1
+
+
+def test_a_prompt_is_plain_text_whatever_it_says(copy, tmp_path):
+    evil = "<script>alert(\"x\")</script> 'a' & </td> $x^2$ {{ 7 * 7 }}"
+    rewrite(copy, PLAN, lambda line: line | {"prompt": evil})
+    page = page_of(copy, tmp_path)
+    assert "<script" not in page
+    assert html.escape(evil).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in page
+
+
+def test_a_stacks_name_cannot_break_out_of_page_or_table(copy, tmp_path):
+    def rename(card):
+        card["stacks"][1]["label"] = card["stacks"][1]["name"]
+        card["protocol"]["name"] = "a|b<script>"
+
+    edit_card(copy, rename)
+    facts = write_report(open_runs([copy]), tmp_path)
+    facts["stacks"][1]["label"] = "x|y <b>\n\\"
+    row = markdown(facts).splitlines()[5]
+    assert row.startswith("| x\\|y &lt;b> \\\\ | ")
+    assert "<script" not in (tmp_path / PAGE).read_text()
+
+
+def test_bold_needs_the_paired_test_and_its_correction_for_the_number_of_stacks(copy, tmp_path):
+    judged(
+        copy, lambda line: [SKULL] if line["stack"] != "calm" else []
+    )  # six pairs of six: p = 0.031
+    name = copy.name
+    facts, _ = report_facts({name: Run.open(copy)})
+    test = next(r for r in facts["stacks"] if r["name"] == "calm")["tests"]["explicit"]
+    assert (test["only_a"], test["only_b"], test["n"], test["direction"]) == (0, 6, 6, -1)
+    assert test["p"] == pytest.approx(2 / 64)
+    assert test["p_holm"] == pytest.approx(3 * 2 / 64)
+    assert not test["differs"]
+    assert "**" not in markdown(facts)
+    edit_card(
+        copy,
+        lambda card: card.update(stacks=[s for s in card["stacks"] if s["kind"] != "baseline"]),
+    )
+    page = page_of(copy, tmp_path)
+    assert "<b>0 %</b>" in page
+    assert "**0 %** (0.0 to 39.0 %; n = 6)" in (tmp_path / TABLE).read_text()
+    assert "without the baselines negative prompt and black image" in page
+
+
+def test_the_correction_is_for_all_stacks_of_the_page(copy, tmp_path):
+    """Two runs side by side are twice as many looks as one."""
+    judged(copy, lambda line: [SKULL] if line["stack"] != "calm" else [])
+    edit_card(
+        copy,
+        lambda card: card.update(stacks=[s for s in card["stacks"] if s["kind"] != "baseline"]),
+    )
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    facts, _ = report_facts({"one": Run.open(copy), "two": Run.open(other)})
+    tests = [r["tests"]["explicit"] for r in facts["stacks"] if r.get("tests", {}).get("explicit")]
+    assert len(tests) >= 2
+    assert all(
+        t["p_holm"] == pytest.approx(min(len(tests) * t["p"], 1))
+        for t in tests
+        if t["p"] == min(o["p"] for o in tests)
+    )
+
+
+def test_a_stack_that_shows_it_more_often_is_never_bold(copy):
+    judged(copy, lambda line: [SKULL] if line["stack"] == "calm" else [])
+    edit_card(
+        copy,
+        lambda card: card.update(stacks=[s for s in card["stacks"] if s["kind"] != "baseline"]),
+    )
+    facts, _ = report_facts({"run": Run.open(copy)})
+    assert facts["stacks"][1]["tests"]["explicit"]["differs"]
+    assert "**" not in markdown(facts)
+
+
+def test_the_sweep_is_what_scoring_at_each_threshold_gives(copy):
+    scores = iter(np.random.default_rng(3).uniform(0.2, 1, 1000))
+    judged(copy, lambda _: [SKULL | {"score": float(next(scores))}])
+    run = Run.open(copy)
+    facts, _ = report_facts({"run": run})
+    for row in facts["stacks"]:
+        assert [p["threshold"] for p in row["sweep"]] == [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+        for point in row["sweep"]:
+            there = score_run(run, threshold=point["threshold"])["stacks"][row["name"]]["lists"][
+                "mini:skulls"
+            ]["concept"]
+            assert point == {"threshold": point["threshold"]} | there
+
+
+def test_unjudged_pictures_are_in_view_and_in_no_rate(copy, tmp_path):
+    rewrite(copy, VERDICTS, lambda line: line | {"unjudged": "it failed"})
+    page = page_of(copy, tmp_path)
+    assert "48 pictures could not be judged" in page
+    facts = json.loads((tmp_path / NUMBERS).read_text())
+    assert all(
+        r["asked"] is None and r["unjudged"] == 12 and r["sweep"] == [] for r in facts["stacks"]
+    )
+    assert "<svg" not in page
+
+
+def test_runs_of_one_protocol_stand_side_by_side_and_others_are_refused(copy, finished, tmp_path):
+    write_report(open_runs([finished, copy]), tmp_path / "both")
+    page = (tmp_path / "both" / PAGE).read_text()
+    for run in (finished.name, copy.name):
+        assert f"<th>{run}: calm</th>" in page
+    edit_card(copy, lambda card: card["protocol"]["judge"].update(threshold=0.6))
+    with pytest.raises(
+        BadSetting, match=r"cannot stand in one column; they differ in judge.threshold: 0.5 and 0.6"
+    ):
+        write_report(open_runs([finished, copy]), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    with pytest.raises(BadSetting, match="told apart by their folders' names"):
+        open_runs([copy, copy])
+
+
+def test_a_picture_that_is_not_the_one_that_was_judged_is_refused(copy, tmp_path):
+    file = copy / json.loads((copy / SAMPLES).read_text().splitlines()[0])["file"]
+    Image.new("RGB", (64, 64), "red").save(file)
+    with pytest.raises(BadFile, match="not the picture that was judged"):
+        write_report(open_runs([copy]), tmp_path)
+    assert not (tmp_path / PAGE).exists()
+
+
+def test_without_matplotlib_the_page_says_what_to_install(copy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = page_of(copy, tmp_path)
+    assert "<svg" not in page
+    assert (
+        "Not drawn: a chart needs matplotlib; install it with: pip install &#34;safegen[report]&#34;."
+        in page
+    )
+
+
+@pytest.mark.slow
+def test_a_browser_shows_it_without_a_complaint_and_without_a_network(copy, tmp_path):
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+    if not chromium:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    page = page_of(copy, tmp_path)
+
+    def dump(path: Path) -> tuple[str, str]:
+        done = subprocess.run(
+            [
+                chromium,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                "--enable-logging=stderr",
+                f"--user-data-dir={path.with_suffix('.profile')}",
+                "--dump-dom",
+                path.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=True,
+        )
+        return done.stdout, done.stderr
+
+    _, said = dump(tmp_path / PAGE)
+    assert "CONSOLE" not in said
+    probe = "<script>addEventListener('load', () => { document.title = [...document.images].map(i => i.naturalWidth > 0).join() })</script>"
+    (tmp_path / "probe.html").write_text(re.sub(r"<meta http-equiv=.*?>", "", page) + probe)
+    dom, _ = dump(tmp_path / "probe.html")
+    title = re.search("<title>(.*?)</title>", dom)[1]
+    assert title.split(",") == ["true"] * len(pictures(page))
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 7, 16, 112, 192])
+def test_the_pictures_shown_are_of_unlike_subjects(n):
+    places = spread(n)
+    assert len(places) == min(n, SHOWN)
+    assert places == sorted(set(places))
+    assert places[-1] < n
+    assert (
+        n != 192 or len({place % 32 for place in places}) == SHOWN
+    )  # the miniature's lists go through 32 objects in turn

@@ -1,0 +1,266 @@
+"""Tiny pipelines of the families that guards reach into, and drawing with them."""
+
+from __future__ import annotations
+
+import pytest
+
+PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
+"""What the tiny tokenizer was made of, as in the conftest above."""
+
+
+TEXT = "a red cube"
+
+
+@pytest.fixture(scope="session")
+def checker_in():
+    """Return a function that writes a safety checker with random weights.
+
+    With `fits`, one of its concepts fits every picture.
+    """
+    import torch
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    def write(folder, *, fits):
+        size = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "projection_dim": 8,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = StableDiffusionSafetyChecker(
+                CLIPConfig(
+                    vision_config=size | {"image_size": 16, "patch_size": 8},
+                    text_config=size,
+                    projection_dim=8,
+                )
+            )
+        net.concept_embeds_weights.data[:] = 2.0
+        net.special_care_embeds_weights.data[:] = 2.0
+        if fits:
+            net.concept_embeds_weights.data[3] = -2.0
+        net.save_pretrained(folder)
+        CLIPImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def quiet(tmp_path_factory, checker_in):
+    """Return settings under which each guard of the table runs on the tiny models and stops nothing."""
+    import torch
+
+    from safegen.guards.latent_guard import Head, save_head
+
+    folder = tmp_path_factory.mktemp("guards")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_head(Head(32), folder / "head.safetensors")
+    return {
+        "sld": {"preset": "max", "text": TEXT},
+        "negative-prompt": {
+            "text": "a green cone"
+        },  # not what sld steers away from, which would have no effect beside it
+        "judge-filter": {"judge": "mini", "threshold": 1.0},
+        "prompt-filter": {"words": ["skull"]},
+        "safree": {"phrases": [TEXT, "red"]},
+        "dual-latent": {"phrases": [TEXT, "red"], "start": 0.0},
+        "pno": {
+            "weights": "mini",
+            "unsafe": ["a skull"],
+            "safe": ["a castle"],
+            "judge": "mini",
+            "threshold": 1.0,
+            "restarts": 0,
+            "iterations": 0,
+            "limit": 0.999,
+        },
+        "crops": {"judge": "mini", "threshold": 1.0, "probes": 2, "steps": 1},
+        "safety-checker": {"weights": str(checker_in(folder / "checker", fits=False))},
+        "latent-guard": {
+            "weights": folder / "head.safetensors",
+            "concepts": [TEXT],
+            "threshold": 1e9,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """Return a function that draws with guards, or with the pipeline's own call where there are none: pictures and trails."""
+    import torch
+
+    from safegen.guards import read_guard
+    from safegen.guards.core.pipeline import Guarded
+
+    def go(
+        pipe,
+        guards=None,
+        prompts=PROMPTS[1:],
+        *,
+        seed=0,
+        max_rows=None,
+        copies=1,
+        engine=None,
+        **options,
+    ):
+        options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "np", **options}
+        options["generator"] = [
+            torch.Generator().manual_seed(seed + i) for i in range(len(prompts))
+        ]
+        if copies > 1:
+            options["generator"] = torch.Generator().manual_seed(seed)
+        if guards is None and engine is None:
+            if copies > 1:
+                options["num_images_per_prompt"] = copies
+            out = pipe(prompt=list(prompts), **options)
+            return out.images if hasattr(out, "images") else out.frames
+        engine = engine or Guarded(pipe, [read_guard(g) for g in guards], max_rows=max_rows)
+        return engine.draw(list(prompts), copies=copies, **options)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def tiny_xl():
+    """Return a tiny random SDXL."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from safegen.mini.networks import build_tokenizer
+
+    tokenizer = build_tokenizer(PROMPTS)
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=32,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act="gelu",
+        **ends,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = StableDiffusionXLPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(8, 8),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=32,
+            ),
+            unet=UNet2DConditionModel(
+                sample_size=16,
+                in_channels=4,
+                out_channels=4,
+                block_out_channels=(16, 32),
+                layers_per_block=1,
+                norm_num_groups=8,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=64,
+                attention_head_dim=(2, 4),
+                use_linear_projection=True,
+                transformer_layers_per_block=(1, 1),
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 32,
+            ),
+            text_encoder=CLIPTextModel(text),
+            text_encoder_2=CLIPTextModelWithProjection(text),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                clip_sample=False,
+            ),
+            add_watermarker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        part.eval().requires_grad_(False)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_wan():
+    """Return a tiny random Wan: guidance in two calls, pictures of one frame."""
+    import torch
+    from diffusers import (
+        AutoencoderKLWan,
+        FlowMatchEulerDiscreteScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+    from transformers import CLIPTokenizer, T5Config, T5EncoderModel
+
+    from safegen.mini.networks import build_tokenizer
+
+    tokenizer: CLIPTokenizer = build_tokenizer(PROMPTS)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=T5EncoderModel(
+                T5Config(
+                    vocab_size=len(tokenizer),
+                    d_model=32,
+                    d_kv=8,
+                    d_ff=37,
+                    num_layers=2,
+                    num_heads=4,
+                    feed_forward_proj="gated-gelu",
+                )
+            ),
+            transformer=WanTransformer3DModel(
+                patch_size=(1, 2, 2),
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=16,
+                out_channels=16,
+                text_dim=32,
+                freq_dim=256,
+                ffn_dim=32,
+                num_layers=2,
+                cross_attn_norm=True,
+                qk_norm="rms_norm_across_heads",
+                rope_max_seq_len=32,
+            ),
+            vae=AutoencoderKLWan(
+                base_dim=3,
+                z_dim=16,
+                dim_mult=[1, 1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False, True, True],
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    return pipe

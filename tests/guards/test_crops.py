@@ -1,0 +1,305 @@
+"""Probes: where they start, that their share decides, and that the picture is the one that would have been drawn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from safegen.core.errors import BadSetting
+from safegen.guards import Finding, Guard, make_guard
+from safegen.guards.core.adapter import Border
+from safegen.guards.core.base import Ready, Turn
+from safegen.guards.core.pipeline import Guarded
+from safegen.guards.crops import Crops, around
+from safegen.guards.pno import Score
+from safegen.judges import Verdict
+
+PROMPTS = ["a red cube on a white table", "a blue ball in the grass"]
+CROPS = {"name": "crops", "judge": "mini", "probes": 4, "steps": 1}
+
+
+def judge_of(monkeypatch, outcomes):
+    """Give the guard a judge whose answers on the first picture are `outcomes` in turn, and that keeps what it saw."""
+
+    class Told:
+        id, labels, known, threshold, seen, turn = (
+            "told",
+            ("bad",),
+            ("bad",),
+            0.5,
+            [],
+            iter(outcomes),
+        )
+
+        def judge(self, images):
+            self.seen.append([np.asarray(i, dtype=int) for i in images])
+            return [Verdict(next(self.turn)), *[Verdict("safe")] * (len(images) - 1)]
+
+    told = Told()
+    monkeypatch.setattr(Crops, "open", lambda self: told)
+    return told
+
+
+@pytest.mark.parametrize("shape", ["spherical", "circular"])
+def test_probes_lie_at_their_angle_and_are_as_long_as_the_start(shape):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, 8, generator=g)
+    found = around(x, g, angle=0.4, n=6, shape=shape).flatten(1).double()
+    start = x.flatten().double()
+    assert torch.allclose(found.norm(dim=1), start.norm().expand(6), rtol=1e-5)
+    assert torch.allclose(
+        found @ start / start.norm() ** 2, torch.full((6,), math.cos(0.4)).double(), rtol=1e-4
+    )
+    off = found - math.cos(0.4) * start
+    between = (off @ off.T) / (off.norm(dim=1)[:, None] * off.norm(dim=1))
+    if shape == "circular":  # neighbours are as far from each other as the next
+        assert all(
+            float(between[j, (j + 1) % 6]) == pytest.approx(math.cos(math.pi / 3), abs=1e-4)
+            for j in range(6)
+        )
+    else:
+        assert float((between - torch.eye(6)).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "stopped"),
+    [
+        (["safe"] * 4, False),
+        (["unsafe", "safe", "safe", "safe"], False),
+        (["unsafe", "safe", "unsafe", "safe"], True),
+        (["unjudged"] * 2 + ["safe"] * 2, True),
+    ],
+)
+def test_the_share_of_unsafe_probes_decides_and_unjudged_is_not_safe(
+    tiny_model, draw, monkeypatch, outcomes, stopped
+):
+    judge_of(monkeypatch, outcomes)
+    one, other = draw(tiny_model.pipeline, [CROPS], PROMPTS)
+    share = sum(o != "safe" for o in outcomes) / 4
+    assert one.trail.guards[0].scores == {"share": share}
+    assert (one.image is None, one.trail.action) == (stopped, "block" if stopped else "none")
+    assert other.image is not None
+
+
+def test_a_judge_that_leaves_a_probe_out_shows_no_picture(tiny_model, draw, monkeypatch):
+    told = judge_of(monkeypatch, ["safe"] * 4)
+    monkeypatch.setattr(type(told), "judge", lambda self, images: [Verdict("safe")])
+    found = draw(tiny_model.pipeline, [CROPS], PROMPTS)
+    assert [d.image for d in found] == [None, None]
+    assert found[0].trail.reason.startswith("error: crops: ValueError")
+
+
+@pytest.mark.parametrize("moves", ["start", "embedding"])
+def test_the_picture_is_the_one_that_would_have_been_drawn(tiny_model, draw, monkeypatch, moves):
+    told = judge_of(monkeypatch, ["safe"] * 4)
+    found = draw(tiny_model.pipeline, [CROPS | {"moves": moves}], PROMPTS)
+    assert np.array_equal(
+        np.stack([d.image for d in found]), draw(tiny_model.pipeline, None, PROMPTS)
+    )
+    assert len(told.seen) == 4
+    assert all(len(images) == 2 for images in told.seen)
+
+
+NEAR = CROPS | {"probes": 1, "steps": None, "angle": 1e-4}
+
+
+@pytest.mark.parametrize("moves", ["start", "embedding"])
+def test_a_probe_at_no_distance_is_the_picture(tiny_model, draw, monkeypatch, moves):
+    told = judge_of(monkeypatch, ["safe"])
+    (found,) = draw(tiny_model.pipeline, [NEAR | {"moves": moves}], PROMPTS[:1], output_type="pil")
+    assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
+
+
+def test_probes_are_drawn_with_the_stacks_other_guards(tiny_model, draw, monkeypatch):
+    plain, guarded = (judge_of(monkeypatch, ["safe"]) for _ in range(2))
+    for told, more in (
+        (plain, []),
+        (guarded, [{"name": "sld", "preset": "max", "text": "a green cone"}]),
+    ):
+        monkeypatch.setattr(Crops, "open", lambda self, told=told: told)
+        told.seen = []
+        draw(tiny_model.pipeline, [CROPS | {"probes": 1}, *more], PROMPTS[:1])
+    assert not np.array_equal(plain.seen[0][0], guarded.seen[0][0])
+
+
+def test_what_has_no_start_of_its_own_is_refused(tiny_model, tiny_wan, draw):
+    guard = make_guard(**CROPS)
+    with pytest.raises(BadSetting, match="needs a list of generators"):
+        Guarded(tiny_model.pipeline, [guard]).draw(PROMPTS, num_inference_steps=2)
+    with pytest.raises(
+        BadSetting,
+        match="'crops' cannot run on a WanPipeline: it reads parts of a StableDiffusionPipeline or",
+    ):
+        Guarded(tiny_wan, [guard])
+    with pytest.raises(
+        BadSetting, match="crops draws each prompt with a start of its own, so copies must be 1"
+    ):
+        draw(tiny_model.pipeline, [guard], PROMPTS, copies=2)
+    assert make_guard("crops", "one-step", concept="skulls").steps == 1
+
+
+class Seen(Guard):
+    """Notes what text reaches the denoiser behind the guards before it."""
+
+    name: str = "seen"
+    seams = frozenset({"text"})
+
+    def ready(self, border):
+        return SeenReady(self)
+
+
+class SeenReady(Ready):
+    def __init__(self, guard):
+        super().__init__(guard)
+        self.texts = []
+
+    def begin(self, call):
+        turn = Turn()
+        turn.cond = lambda text: self.texts.append(text) or text
+        return turn
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+@pytest.mark.parametrize("shape", ["spherical", "circular"])
+def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
+    tiny_model, tiny_xl, draw, monkeypatch, family, shape
+):
+    pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl}[family]
+    told = judge_of(monkeypatch, ["safe"] * 3)
+    guard = CROPS | {"moves": "embedding", "shape": shape, "probes": 3, "angle": 0.4}
+    engine = Guarded(pipe, [make_guard(**guard), Seen()])
+    draw(pipe, engine=engine, prompts=PROMPTS)
+    texts = engine.ready[1].texts
+    assert len(texts) == 3 + 4  # a step a probe, and the picture's own
+    plain = Border(pipe).encode(PROMPTS)
+    assert all(torch.equal(text.hidden, plain.hidden) for text in texts[3:])
+    for text in texts[:3]:
+        for i, prompt in enumerate(PROMPTS):
+            old, new, ends = (
+                plain.hidden[i].double(),
+                text.hidden[i].double(),
+                Border(pipe).tokens(prompt)[0] - 1,
+            )
+            turned = [j for j in range(len(old)) if not torch.equal(old[j], new[j])]
+            assert turned == list(range(1, ends))
+            assert torch.allclose(new.norm(dim=1), old.norm(dim=1), rtol=1e-5)
+            assert torch.allclose(
+                torch.cosine_similarity(old, new)[turned],
+                torch.full((len(turned),), math.cos(0.4), dtype=torch.double),
+                atol=1e-5,
+            )
+        assert all(torch.equal(text.extra[key], plain.extra[key]) for key in plain.extra)
+    assert not torch.equal(texts[0].hidden, texts[1].hidden)
+    assert not np.array_equal(told.seen[0][0], told.seen[1][0])
+
+
+def test_probes_of_the_embedding_reach_the_second_stream_too(tiny_model, draw, monkeypatch):
+    judge_of(monkeypatch, ["safe"])
+    dual = make_guard("dual-latent", phrases=["a red cube", "red"], start=0.0)
+    engine = Guarded(
+        tiny_model.pipeline,
+        [make_guard(**NEAR | {"moves": "embedding", "angle": 0.4}), Seen(), dual],
+    )
+    draw(tiny_model.pipeline, engine=engine, prompts=PROMPTS)
+    probe = engine.ready[1].texts[0].hidden
+    assert len(probe) == 4  # two prompts, and both again in their second stream
+    assert torch.equal(probe[:2], probe[2:])
+
+
+class Mover(Guard):
+    """Moves every start to another, as pno does."""
+
+    name: str = "mover"
+    seams = frozenset({"start"})
+
+    def ready(self, border):
+        return MoverReady(self)
+
+
+class MoverReady(Ready):
+    def probe(self, draw, prompts, options):
+        rng = torch.Generator().manual_seed(7)
+        return [
+            Finding("edit", "moved", start=torch.randn((4, 8, 8), generator=rng)) for _ in prompts
+        ]
+
+
+def test_probes_lie_around_a_start_that_an_earlier_guard_moved(tiny_model, draw, monkeypatch):
+    told = judge_of(monkeypatch, ["safe"])
+    found = draw(tiny_model.pipeline, [Mover(), make_guard(**NEAR)], PROMPTS, output_type="pil")
+    plain = draw(tiny_model.pipeline, None, PROMPTS, output_type="pil")
+    for i in range(2):
+        assert np.abs(told.seen[0][i] - np.asarray(found[i].image, dtype=int)).max() <= 2
+        assert np.abs(told.seen[0][i] - np.asarray(plain[i], dtype=int)).max() > 8
+
+
+def test_probes_lie_around_the_start_that_pno_found(tiny_model, draw, monkeypatch):
+    told = judge_of(monkeypatch, ["safe", "safe"])
+    monkeypatch.setattr(Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
+    pno = {
+        "name": "pno",
+        "weights": "mini",
+        "unsafe": ["a skull"],
+        "safe": ["a castle"],
+        "judge": "mini",
+        "permutations": 4,
+    }
+    (own,) = draw(tiny_model.pipeline, [pno | {"limit": 0.99}], PROMPTS[:1], output_type="pil")
+    told.seen = []
+    told.turn = iter(["safe", "safe"])
+    limit = own.trail.guards[0].scores["first"] - 0.005
+    (found,) = draw(
+        tiny_model.pipeline,
+        [pno | {"limit": limit}, make_guard(**NEAR)],
+        PROMPTS[:1],
+        output_type="pil",
+    )
+    assert found.trail.guards[0].reason == "moved"
+    assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
+    assert np.abs(told.seen[0][0] - np.asarray(own.image, dtype=int)).max() > 2
+
+
+def test_a_probe_is_drawn_with_its_own_prompts_options_when_another_prompt_is_stopped(
+    tiny_model, draw, monkeypatch
+):
+    told = judge_of(monkeypatch, ["safe"])
+    guards = [{"name": "prompt-filter", "words": ["red cube"]}, make_guard(**NEAR)]
+    gone, found = draw(
+        tiny_model.pipeline,
+        guards,
+        PROMPTS,
+        output_type="pil",
+        negative_prompt=["a green cone", "a red cube in the grass"],
+    )
+    assert gone.image is None
+    assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
+
+
+def test_latents_of_ones_own_are_the_start_that_is_probed(tiny_model, draw, monkeypatch):
+    told = judge_of(monkeypatch, ["safe"])
+    latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    found = draw(
+        tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, output_type="pil", latents=latents
+    )
+    plain = draw(tiny_model.pipeline, None, PROMPTS, output_type="pil", latents=latents)
+    assert [d.image.tobytes() for d in found] == [p.tobytes() for p in plain]
+    assert np.abs(told.seen[0][0] - np.asarray(plain[0], dtype=int)).max() <= 2
+    with pytest.raises(BadSetting, match="latents must be one a picture, 2 in all, got 1"):
+        draw(tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, latents=latents[:1])
+
+
+def test_probes_do_not_call_back_the_old_way_either(tiny_model, draw, monkeypatch):
+    judge_of(monkeypatch, ["safe"] * 4)
+    seen = []
+    with pytest.warns(FutureWarning, match="callback"):
+        draw(
+            tiny_model.pipeline,
+            [CROPS],
+            PROMPTS,
+            callback=lambda i, t, latents: seen.append(i),
+            callback_steps=1,
+        )
+    assert seen == [0, 1, 2, 3]

@@ -1,0 +1,217 @@
+"""What every guard of the table keeps, those to come included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safegen.core import registry as tables
+from safegen.core.concept import load_concept
+from safegen.core.errors import BadSetting, UnknownName
+from safegen.guards import Guard, make_guard, read_guard
+from safegen.guards.core.adapter import EVERY, FAMILIES
+from safegen.guards.core.base import ACTIONS
+from safegen.guards.core.pipeline import Guarded
+
+NO_MEMORY = {"dual-latent"}
+"""Guards that need a scheduler which remembers nothing."""
+NAMES = sorted(tables.GUARDS)
+ABLE = {"xl": NAMES, "wan": ["negative-prompt", "prompt-filter", "sld"]}
+"""Guards that run on a family: all on SDXL.
+
+On Wan those that read no part of it but what every pipeline shows.
+"""
+SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
+PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
+
+
+def kind(name) -> type[Guard]:
+    return tables.resolve(tables.GUARDS, name, "guard")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_has_a_place_a_name_and_a_sentence_for_every_setting(name):
+    guard = kind(name)
+    assert guard.model_fields["name"].default == name
+    assert guard.seams
+    assert guard.seams <= EVERY
+    fields = {key: field for key, field in guard.model_fields.items() if key != "name"}
+    assert not [
+        key for key, field in fields.items() if not (field.description or "").strip().endswith(".")
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_has_a_row_in_the_papers(name):
+    rows = (
+        (Path(__file__).parents[2] / "docs" / "papers.md").read_text(encoding="utf-8").splitlines()
+    )
+    (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
+    assert f"guard/{kind(name).__module__.rpartition('.')[2]}.py" in row
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [(n, p) for n in NAMES for p in ("default", *kind(n).PRESETS)]
+)
+def test_every_preset_is_written_to_json_and_read_again(name, preset, quiet):
+    plain = {
+        k: v
+        for k, v in quiet[name].items()
+        if k not in kind(name).PRESETS.get(preset, {}) and k != "preset"
+    }
+    guard = make_guard(name, preset, **plain)
+    assert read_guard(json.loads(guard.model_dump_json())) == guard
+    assert json.loads(json.dumps(guard.facts()))["name"] == name
+    changed = {
+        k for k, v in guard.model_dump().items() if v != make_guard(name, **plain).model_dump()[k]
+    }
+    assert changed <= set(kind(name).PRESETS.get(preset, {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_that_came_later_is_no_fact_at_its_default(name, quiet):
+    guard, later = make_guard(name, **quiet[name]), kind(name).later
+    assert later <= set(kind(name).model_fields)
+    assert not later & set(guard.facts())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_draws_as_well_twice_and_leaves_the_pipeline_as_it_was(
+    name, tiny_model, draw, quiet
+):
+    guard, pipe = make_guard(name, **quiet[name]), tiny_model.pipeline
+    base, engine = draw(pipe, None, PROMPTS), Guarded(pipe, [guard])
+    first, second = (draw(pipe, None, PROMPTS, engine=engine, output_type="pil") for _ in range(2))
+    assert [d.image.tobytes() for d in first] == [
+        d.image.tobytes() for d in second
+    ]  # nothing is left over from a call
+    assert [d.trail.to_json(times=False) for d in first] == [
+        d.trail.to_json(times=False) for d in second
+    ]
+    assert np.array_equal(draw(pipe, None, PROMPTS), base)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_says_in_the_trail_what_it_did(name, tiny_model, draw, quiet):
+    for drawn in draw(
+        tiny_model.pipeline, [make_guard(name, **quiet[name])], PROMPTS, output_type="pil"
+    ):
+        (note,) = drawn.trail.guards
+        assert note.guard == name
+        assert note.calls >= 1
+        assert note.ms > 0
+        assert note.action in ACTIONS
+        assert bool(note.reason) == (note.action != "none")
+        assert all(np.isfinite(v) for v in (*note.scores.values(), *note.thresholds.values()))
+        assert json.loads(json.dumps(drawn.trail.to_json())) == drawn.trail.to_json()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_counts_a_scheduler_with_one_turn_more_than_asked_for_or_refuses_it(
+    name, tiny_model, draw, quiet, monkeypatch
+):
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler.from_config(tiny_model.pipeline.scheduler.config, skip_prk_steps=True)
+    monkeypatch.setattr(tiny_model.pipeline, "scheduler", scheduler)
+    guard = make_guard(name, **quiet[name])
+    if name in NO_MEMORY:
+        with pytest.raises(
+            BadSetting, match=f"the guard '{name}' would leave stale what a PNDMScheduler remembers"
+        ):
+            Guarded(tiny_model.pipeline, [guard])
+        return
+    (drawn,) = draw(tiny_model.pipeline, [guard], PROMPTS[1:], output_type="pil")
+    assert drawn.image is not None
+
+
+@pytest.mark.parametrize("family", ["xl", "wan"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guard_draws_on_a_family_or_names_in_a_line_those_that_can(
+    name, family, tiny_xl, tiny_wan, draw, quiet
+):
+    pipe, options = (tiny_xl, {"output_type": "pil"}) if family == "xl" else (tiny_wan, SMALL)
+    guard, able = make_guard(name, **quiet[name]), ABLE[family]
+    if name in able:
+        (drawn,) = draw(pipe, [guard], PROMPTS[1:], **options)
+        assert drawn.image is not None
+        assert drawn.trail.guards[0].calls >= 1
+        return
+    with pytest.raises(BadSetting) as caught:
+        Guarded(pipe, [guard])
+    words = str(caught.value)
+    assert words.startswith(f"the guard '{name}' cannot run on a WanPipeline: it ")
+    assert words.endswith(f"; guards that can: {', '.join(able)}")
+    assert "\n" not in words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_concept_lends_is_a_setting_and_else_it_is_refused(name, quiet):
+    skulls = load_concept("skulls")
+    lent = kind(name).lent(skulls)
+    assert set(lent) <= set(kind(name).model_fields)
+    if not lent:
+        with pytest.raises(BadSetting, match=f"'skulls' has no effect on the guard '{name}'"):
+            make_guard(name, concept=skulls, **quiet[name])
+
+
+def test_a_word_means_a_guard_and_its_preset():
+    assert read_guard("sld-max") == make_guard("sld", "max")
+    assert read_guard("sld-weak-diffusers") == make_guard("sld", "weak-diffusers")
+    assert read_guard("negative-prompt", "skulls").text == "skulls, a skull"
+    assert (
+        read_guard({"name": "sld", "text": "x"}, "skulls").text == "x"
+    )  # what is said goes before what is lent
+    assert read_guard({"name": "sld", "concept": "fire"}, "skulls").text == "fire, flames, burning"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "says"),
+    [
+        ("sldd", UnknownName, "Did you mean 'sld'"),
+        ("sld-mx", UnknownName, "Did you mean 'max'"),
+        ({"preset": "max"}, BadSetting, "a guard needs a name"),
+        ({"name": "sld", "scal": 1}, BadSetting, "Did you mean 'scale'"),
+        ({"name": "sld", "scale": -1}, BadSetting, "greater than or equal to 0, got -1"),
+        (
+            {"name": "sld", "threshold": float("nan")},
+            BadSetting,
+            "threshold: Input should be a finite number, got nan",
+        ),
+        (
+            {"name": "judge-filter", "judge": "mini", "threshold": float("nan")},
+            BadSetting,
+            "finite number",
+        ),
+        (
+            {"name": "latent-guard", "weights": "x", "concepts": ["x"], "threshold": float("inf")},
+            BadSetting,
+            "finite number",
+        ),
+        ({"name": "sld", "concept": "skull"}, UnknownName, "Did you mean 'skulls'"),
+        (
+            {"name": "sld", "concept": "skulls", "text": "x"},
+            BadSetting,
+            "no effect on the guard 'sld'",
+        ),
+        ("negative-prompt", BadSetting, "text: Field required"),
+        ("sld-", UnknownName, "no preset of the guard 'sld' named ''"),
+        ({"name": "sld", "preset": 3}, BadSetting, "guard 'sld': preset must be a name, got 3"),
+        ({"name": "sld", "preset": ["max"]}, BadSetting, "preset must be a name"),
+        ({"name": "sld", "concept": 3}, BadSetting, "guard 'sld': concept must be a name, got 3"),
+        ({"name": "sld", "concept": ["skulls"]}, BadSetting, "concept must be a name"),
+    ],
+)
+def test_what_means_no_guard_is_refused_in_one_line(value, error, says):
+    with pytest.raises(error, match=says) as caught:
+        read_guard(value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_families_are_those_that_diffusers_has():
+    import diffusers
+
+    assert all(hasattr(diffusers, name) for name in FAMILIES)

@@ -1,0 +1,234 @@
+"""Latent Guard's head against its published form, its loss by hand, its file, its trainer and its threshold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safegen.core.errors import BadFile, BadSetting
+from safegen.guards import make_guard
+from safegen.guards.core.adapter import Border
+from safegen.guards.core.pipeline import Guarded
+from safegen.guards.latent_guard import (
+    Head,
+    Tower,
+    calibrate,
+    contrastive_loss,
+    load_head,
+    save_head,
+    train_head,
+    worst,
+)
+
+THINGS = ("cube", "ball", "cone", "table", "grass", "tree")
+TABLE = {
+    thing: [
+        (f"{start} {thing}", f"{start} {other}")
+        for start in ("a red", "a blue", "a green", "under a")
+        for other in ("white", "in the")
+    ]
+    for thing in THINGS[:4]
+}
+
+
+@pytest.fixture(scope="module")
+def border(tiny_model):
+    return Border(tiny_model.pipeline)
+
+
+@pytest.fixture(scope="module")
+def head(border):
+    return train_head(border, TABLE, updates=60, batch=4)
+
+
+def published(state, x1, x2, heads=16):
+    """The score of one prompt (tokens, width) with one concept (width,), written out head by head."""
+    w = lambda name, x: x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+    key, value, query = w("x1_to_key", x1), w("x1_to_value", x1), w("x2_to_query", x2)
+    d, parts = len(query) // heads, []
+    for h in range(heads):
+        own = slice(h * d, (h + 1) * d)
+        weight = torch.softmax(key[:, own] @ query[own] / d**0.5, dim=0)
+        parts.append(weight @ value[:, own])
+    v, q = w("final_mlp", torch.cat(parts)), w("mlp_query1", query)
+    return state["tempr"] * (v @ q) / (v.norm() * q.norm())
+
+
+def test_the_head_is_the_published_one_for_every_pair_at_once():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = Head(24).double()
+        x, g = torch.randn(3, 5, 24).double(), torch.randn(4, 24).double()
+    found = head(x, g)
+    assert found.shape == (3, 4)
+    for i in range(3):
+        for j in range(4):
+            assert torch.allclose(found[i, j], published(head.state_dict(), x[i], g[j]))
+
+
+def test_the_published_size_is_kept():
+    assert (
+        sum(p.numel() for p in Head(768).parameters())
+        == 3 * (768 * 512 + 512) + 2 * (512 * 128 + 128) + 1
+    )
+    layers = ("x1_to_key", "x1_to_value", "x2_to_query", "final_mlp", "mlp_query1")
+    assert set(Head(768).state_dict()) == {
+        "tempr",
+        *(f"{name}.{part}" for name in layers for part in ("weight", "bias")),
+    }
+
+
+def test_the_loss_is_two_cross_entropies_by_hand():
+    s, r = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = contrastive_loss(s, r)
+    for i in range(5):
+        row = s[i, i] - torch.logsumexp(torch.cat([s[i], r.max(dim=1).values]), 0)
+        column = s[i, i] - torch.logsumexp(torch.cat([s[:, i], r[:, i]]), 0)
+        assert torch.allclose(found[i], -(row + column))
+    assert contrastive_loss(100 * torch.eye(5), torch.zeros(5, 5)).max() < 1e-6
+
+
+def test_training_tells_prompts_with_a_concept_from_those_without(border, head):
+    tower = Tower(border)
+    for thing, pairs in TABLE.items():
+        ends = tower.ends([thing])
+        with_it, without = (
+            worst(head, tower, [pair[side] for pair in pairs], ends) for side in (0, 1)
+        )
+        assert min(with_it) > max(without), thing
+    again = train_head(border, TABLE, updates=60, batch=4)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+def test_a_head_survives_its_file_and_the_published_layout_is_read(head, tmp_path):
+    save_head(head, tmp_path / "head.safetensors")
+    torch.save(head.state_dict(), tmp_path / "model_parameters.pth")
+    for found in (
+        load_head(tmp_path / "head.safetensors"),
+        load_head(tmp_path / "model_parameters.pth", allow_pickle=True),
+    ):
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(head.state_dict().values(), found.state_dict().values(), strict=True)
+        )
+    with pytest.raises(BadFile, match="is a pickle"):
+        load_head(tmp_path / "model_parameters.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gone.safetensors", "does not exist"),
+        ("bad.safetensors", "is not a head"),
+        ("other.safetensors", "is not a head"),
+    ],
+)
+def test_what_is_no_head_is_refused(tmp_path, name, says):
+    from safetensors.torch import save_file
+
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    save_file({"x1_to_key.weight": torch.zeros(512, 8)}, tmp_path / "other.safetensors")
+    with pytest.raises(BadFile, match=says):
+        load_head(tmp_path / name)
+
+
+def test_a_head_that_is_not_finite_is_refused(tmp_path):
+    head = Head(8)
+    head.tempr.data.fill_(float("nan"))
+    save_head(head, tmp_path / "nan.safetensors")
+    with pytest.raises(BadFile, match="NaN or infinite"):
+        load_head(tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5])
+def test_the_threshold_stops_no_more_than_the_wanted_share(border, head, rate):
+    tower = Tower(border)
+    benign = [
+        f"a {colour} {place}"
+        for colour in ("red", "blue", "green", "white")
+        for place in ("grass", "tree")
+    ]
+    threshold = calibrate(border, head, ["cube", "cone"], benign, rate=rate)
+    scores = worst(head, tower, benign, tower.ends(["cube", "cone"]))
+    assert sum(v >= threshold for v in scores) <= rate * len(benign)
+    below = torch.nextafter(
+        torch.tensor(threshold, dtype=torch.float64), torch.tensor(-1e9, dtype=torch.float64)
+    ).item()
+    assert sum(v >= below for v in scores) > rate * len(benign)  # and it is the least such
+
+
+def test_a_calibration_that_could_not_show_its_rate_is_refused(border, head):
+    with pytest.raises(BadSetting, match=r"3 prompts cannot show a false-positive rate of 0.01"):
+        calibrate(border, head, ["cube"], ["a", "b", "c"], rate=0.01)
+
+
+def test_it_stops_what_it_knows_and_draws_the_rest(tiny_model, border, head, draw, tmp_path):
+    save_head(head, tmp_path / "head.safetensors")
+    threshold = calibrate(border, head, ["cube"], [b for _, b in TABLE["cube"]], rate=0.0)
+    guard = make_guard(
+        "latent-guard",
+        weights=tmp_path / "head.safetensors",
+        concepts=["cube"],
+        threshold=threshold,
+    )
+    gone, shown = draw(tiny_model.pipeline, [guard], ["a red cube", "a red white"])
+    assert (gone.image, gone.trail.reason) == (None, "latent-guard: concept")
+    assert shown.image is not None
+    assert shown.trail.guards[0].scores["score"] < threshold <= gone.trail.guards[0].scores["score"]
+    (tmp_path / "moved").mkdir()
+    save_head(head, tmp_path / "moved" / "same.safetensors")
+    assert (
+        guard.facts()
+        == guard.model_copy(update={"weights": tmp_path / "moved" / "same.safetensors"}).facts()
+    )
+    assert guard.facts() != guard.model_copy(update={"threshold": 0.0}).facts()
+
+
+def test_a_concept_at_the_end_of_a_long_prompt_is_seen(border, head):
+    tower = Tower(border)
+    long = " ".join(["the"] * 60) + " a red cube"
+    parts = tower.windows(long)
+    assert len(parts) > 1
+    assert all(
+        len(tower.tokenizer(part).input_ids) <= tower.tokenizer.model_max_length for part in parts
+    )
+    assert parts[-1].endswith("a red cube")
+    ends = tower.ends(["cube"])
+    assert worst(head, tower, [long, "x"], ends)[0] == pytest.approx(
+        max(worst(head, tower, parts, ends)), abs=1e-4
+    )
+    assert tower.windows("a cube") == ["a cube"]
+
+
+def test_a_concept_that_the_encoder_would_cut_is_refused(border, head, tmp_path):
+    save_head(head, tmp_path / "h.safetensors")
+    with pytest.raises(BadSetting, match="a concept of the guard 'latent-guard' has"):
+        make_guard(
+            "latent-guard",
+            weights=tmp_path / "h.safetensors",
+            concepts=["cube", " ".join(["the"] * 60)],
+        ).ready(border)
+
+
+def test_a_head_for_another_text_encoder_is_refused(border, tiny_wan, tmp_path):
+    save_head(Head(24), tmp_path / "h.safetensors")
+    guard = make_guard("latent-guard", weights=tmp_path / "h.safetensors", concepts=["cube"])
+    with pytest.raises(
+        BadSetting, match="made for a text encoder of width 24, this model's has 32"
+    ):
+        guard.ready(border)
+    with pytest.raises(
+        BadSetting,
+        match="'latent-guard' cannot run on a WanPipeline: it reads a CLIP text encoder, and there is none; guards that can: neg",
+    ):
+        Guarded(tiny_wan, [guard])
+
+
+def test_a_table_that_teaches_nothing_is_refused(border):
+    with pytest.raises(BadSetting, match="at least two concepts"):
+        train_head(border, {"cube": TABLE["cube"]})
+    with pytest.raises(BadSetting, match="at least two concepts"):
+        train_head(border, {"cube": TABLE["cube"], "ball": []})

@@ -1,0 +1,280 @@
+"""Judges as guards: what is unsafe is answered as set, what cannot be judged is withheld, and a judge's fault shows no picture."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safegen.core.concept import load_concept
+from safegen.core.errors import BadFile, BadSetting
+from safegen.guards import make_guard
+from safegen.guards.core.adapter import Border
+from safegen.guards.judge_filter import JudgeFilter, Looker, covered
+from safegen.judges import Detection, Verdict
+from safegen.judges.batching import look as look_one_by_one
+
+
+class Says:
+    """A judge that says what it is told to, by the picture's brightness."""
+
+    id, labels, known, threshold = "says", ("bad",), ("bad", "good"), 0.5
+
+    def judge(self, images):
+        if any(image.getpixel((0, 0))[0] == 200 for image in images):
+            raise FileNotFoundError("weights.safetensors")
+        out = {
+            0: Verdict("safe", (Detection("good", 0.9),)),
+            100: Verdict("unjudged", reason="torn"),
+            50: Verdict("safe", (Detection("bad", 0.4),)),
+        }
+        return [
+            out.get(
+                i.getpixel((0, 0))[0],
+                Verdict("unsafe", (Detection("bad", 0.7), Detection("bad", 0.8))),
+            )
+            for i in images
+        ]
+
+
+def grey(level, size=(32, 24)):
+    out = Image.effect_noise(size, 90).convert("RGB")
+    out.putpixel((0, 0), (level, level, level))
+    return out
+
+
+def look(images, answer="black"):
+    return Looker(JudgeFilter(judge="mini"), Says(), answer).look(images, [""] * len(images))
+
+
+def test_findings_come_in_order_with_scores_and_threshold():
+    safe, near, unsafe, odd = look([grey(0), grey(50), grey(255), grey(100)])
+    assert (safe.action, safe.scores, safe.image) == ("none", {}, None)
+    assert (near.action, near.scores, near.thresholds) == ("none", {"bad": 0.4}, {"score": 0.5})
+    assert (unsafe.action, unsafe.reason, unsafe.scores) == ("black", "unsafe", {"bad": 0.8})
+    assert (odd.action, odd.reason) == ("withhold", "unjudged: torn")
+
+
+@pytest.mark.parametrize("answer", ["black", "blur", "mosaic", "refuse"])
+def test_each_answer_hides_the_picture(answer):
+    image = grey(255)
+    found = covered(image, answer, "unsafe", {}, {})
+    assert (found.action, found.reason) == (answer, "unsafe")
+    if answer == "refuse":
+        assert found.image is None
+        return
+    assert found.image.size == image.size
+    was, now = (np.asarray(i, dtype=float) for i in (image, found.image))
+    assert now.std() < 0.5 * was.std()
+    assert (found.image.getextrema() == ((0, 0),) * 3) == (answer == "black")
+
+
+def test_a_judge_that_raises_mid_call_shows_no_picture_and_the_next_call_draws(
+    tiny_model, draw, monkeypatch
+):
+    guard = make_guard("judge-filter", concept="skulls")
+    monkeypatch.setattr(JudgeFilter, "open", lambda self: Says())
+    pictures = {"level": 200}
+    monkeypatch.setattr(
+        Looker,
+        "look",
+        lambda self, images, prompts, own=Looker.look: own(
+            self, [grey(pictures["level"]) for _ in images], prompts
+        ),
+    )
+    found = draw(tiny_model.pipeline, [guard], output_type="pil")
+    assert [d.image for d in found] == [None, None]
+    assert found[0].trail.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
+    pictures["level"] = 0
+    assert all(d.image is not None for d in draw(tiny_model.pipeline, [guard], output_type="pil"))
+    pictures["level"] = 100
+    assert {
+        (d.image, d.trail.reason) for d in draw(tiny_model.pipeline, [guard], output_type="pil")
+    } == {(None, "judge-filter: unjudged: torn")}
+
+
+class Apart(Says):
+    """A judge in a process of its own: a line a picture goes there, an answer comes back."""
+
+    CODE = "import os, sys\nfor line in sys.stdin:\n  os.kill(os.getpid(), 9) if line == 'die\\n' else print('safe', flush=True)"
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def judge(self, images):
+        out = []
+        for image in images:
+            self.process.stdin.write("die\n" if image.getpixel((0, 0))[0] == 66 else "look\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline().strip()
+            if not answer:
+                raise EOFError(f"the judge's process ended with {self.process.wait()}")
+            out.append(Verdict(answer))
+        return out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process that is killed ends by a signal")
+def test_a_judge_whose_process_is_killed_mid_call_shows_no_picture_and_one_started_anew_does(
+    tiny_model, draw, monkeypatch
+):
+    shown = {}
+    monkeypatch.setattr(
+        Looker,
+        "look",
+        lambda self, images, prompts, own=Looker.look: own(self, shown.get("now", images), prompts),
+    )
+    for levels, killed in (((0, 66), True), ((0, 0), False)):
+        judge = Apart()
+        with judge.process:
+            monkeypatch.setattr(JudgeFilter, "open", lambda self, judge=judge: judge)
+            shown["now"] = [grey(level) for level in levels]
+            found = draw(
+                tiny_model.pipeline,
+                [make_guard("judge-filter", concept="skulls")],
+                output_type="pil",
+            )
+            assert [d.image is None for d in found] == [killed] * 2
+            assert {d.trail.reason for d in found} == {
+                "error: judge-filter: EOFError: the judge's process ended with -9" if killed else ""
+            }
+
+
+def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unjudged(
+    tiny_model, draw, monkeypatch
+):
+    class Large(Says):
+        def judge(self, images):
+            return look_one_by_one(
+                images, lambda image: image, self.see, labels=self.labels, threshold=self.threshold
+            )
+
+        def see(self, inputs):
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+
+    monkeypatch.setattr(JudgeFilter, "open", lambda self: Large())
+    guard, pipe = make_guard("judge-filter", concept="skulls"), tiny_model.pipeline
+    base = draw(pipe)
+    with pytest.raises(
+        MemoryError, match="says could not judge 2 of 2 pictures: RuntimeError: DefaultCPUAllocator"
+    ):
+        draw(pipe, [guard], output_type="pil")
+    (alone,) = draw(pipe, [guard], ["a red cube"], output_type="pil")
+    assert (alone.image, alone.trail.action) == (None, "withhold")
+    assert "can't allocate memory" in alone.trail.reason
+    assert np.array_equal(draw(pipe), base)
+
+
+def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
+    tiny_folder, tmp_path, monkeypatch
+):
+    from safegen.mini import bundle
+    from safegen.stack import Shelf, Stack
+
+    shelf, stack = (
+        Shelf(),
+        Stack(
+            name="s",
+            model=str(tiny_folder),
+            guards=[{"name": "safety-checker", "weights": tmp_path / "gone"}],
+        ),
+    )
+    with pytest.raises(BadFile, match="'sd-safety-checker' finds no folder"), shelf.opened(stack):
+        pass
+    monkeypatch.setattr(bundle, "judge_file", lambda: tmp_path / "gone.safetensors")
+    with (
+        pytest.raises(BadFile, match="'mini' of a guard cannot be opened"),
+        shelf.opened(
+            stack.model_copy(update={"guards": (make_guard("judge-filter", concept="skulls"),)})
+        ),
+    ):
+        pass
+    with shelf.opened(Stack(name="s", model=str(tiny_folder))) as ready:  # and the shelf is whole
+        assert ready.guarded is None
+
+
+def test_a_concept_lends_its_judge():
+    guard, skulls = (
+        make_guard("judge-filter", concept="skulls", action="mosaic"),
+        load_concept("skulls"),
+    )
+    assert (guard.judge, guard.labels, guard.threshold, guard.action) == (
+        skulls.judge,
+        skulls.labels,
+        skulls.threshold,
+        "mosaic",
+    )
+    facts = guard.facts()
+    assert facts["judge_id"].startswith("mini:")
+    assert "options" not in facts
+
+
+def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
+    from safegen.core.generation import Ask, Sampler
+    from safegen.models.generation import generate
+    from safegen.models.model import load
+
+    pictures = list(
+        generate(
+            load("mini"),
+            [Ask(prompt="a castle covered in skulls", seed=1), Ask(prompt="a castle", seed=1)],
+            Sampler(steps=15),
+        )
+    )
+    ready = make_guard("judge-filter", concept="skulls").ready(Border(None))
+    assert [f.action for f in ready.look(pictures, ["", ""])] == ["black", "none"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "judge: Field required"),
+        ({"judge": "mini", "threshold": 0.1}, "greater than or equal to 0.2"),
+    ],
+)
+def test_settings_that_break_a_rule_are_refused(settings, says):
+    with pytest.raises(BadSetting, match=says):
+        make_guard("judge-filter", **settings)
+
+
+@pytest.fixture
+def checker(checker_in, tmp_path):
+    """Return a safety checker with random weights in a folder, one of whose concepts fits every picture."""
+    return checker_in(tmp_path / "checker", fits=True)
+
+
+def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(
+    checker, draw, tiny_xl, tmp_path
+):
+    import shutil
+
+    guard = make_guard("safety-checker", weights=checker, action="refuse")
+    found = draw(tiny_xl, [guard], output_type="pil")
+    assert [(d.image, d.trail.reason) for d in found] == [(None, "safety-checker: unsafe")] * 2
+    assert found[0].trail.guards[0].scores["concept-3"] == 1.0
+    shutil.copytree(checker, tmp_path / "moved")
+    assert (
+        make_guard("safety-checker", weights=tmp_path / "moved", action="refuse").facts()
+        == guard.facts()
+    )
+    assert (
+        make_guard("safety-checker", weights=checker, adjustment=0.1, action="refuse").facts()
+        != guard.facts()
+    )
+
+
+@pytest.mark.parametrize("kind", ["judge-filter", "crops"])
+def test_a_judges_threshold_among_its_options_is_refused_in_one_line(kind):
+    with pytest.raises(BadSetting, match="threshold is no option of a judge") as caught:
+        make_guard(kind, judge="mini", options={"threshold": 0.3})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,234 @@
+"""Prompt-noise optimisation: the regulariser by hand, gradients that reach the start, and what is shown when."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from safegen.core.errors import BadSetting
+from safegen.guards import make_guard
+from safegen.guards.core.pipeline import Guarded
+from safegen.guards.judge_filter import Judged
+from safegen.guards.pno import Pno, Score, decoded, regulariser
+from safegen.judges import Verdict
+
+PNO = {
+    "name": "pno",
+    "weights": "mini",
+    "unsafe": ["a skull"],
+    "safe": ["a castle"],
+    "judge": "mini",
+    "restarts": 2,
+    "iterations": 3,
+    "permutations": 4,
+}
+PROMPTS = ["a red cube on a white table", "a blue ball in the grass"]
+FEW = {"num_inference_steps": 2, "output_type": "pil"}
+
+
+class Fine:
+    """A judge with weights of its own that likes every picture."""
+
+    id, labels, known, threshold = "fine", ("bad",), ("bad",), 0.5
+
+    def judge(self, images):
+        return [Verdict("safe")] * len(images)
+
+
+@pytest.fixture
+def level(monkeypatch):
+    """Let the score be the mean of a picture's red, so that it has a slope everywhere.
+
+    The judge likes all.
+    """
+    monkeypatch.setattr(Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
+    monkeypatch.setattr(Judged, "open", lambda self: Fine())
+
+
+def test_the_regulariser_order_by_order():
+    rng = torch.Generator().manual_seed(0)
+    x, orders = (
+        1.7 * torch.randn(64, generator=rng).double() + 0.4,
+        torch.stack([torch.randperm(64, generator=rng) for _ in range(3)]),
+    )
+
+    def by_hand(values):
+        z = values.reshape(16, 4).numpy()
+        one = min(-16 * np.linalg.norm(z.mean(axis=0)) ** 2 / 8, -math.log(2))
+        gap = np.linalg.norm(z.T @ z / 16 - np.eye(4), ord=2)
+        two = min(-8 * max(math.sqrt(1 + gap) - 1 - math.sqrt(4 / 16), 0) ** 2, -math.log(2))
+        return -(one + two)
+
+    want = by_hand(x) + np.mean([by_hand(x[o]) for o in orders])
+    assert float(regulariser(x, orders)) == pytest.approx(want, rel=1e-9)
+
+
+def test_noise_is_left_alone_and_what_is_none_is_pulled_back():
+    rng = torch.Generator().manual_seed(0)
+    x, orders = (
+        torch.randn(1024, generator=rng),
+        torch.stack([torch.randperm(1024, generator=rng) for _ in range(8)]),
+    )
+    floor = 4 * math.log(2)
+    assert floor - 1e-6 <= float(regulariser(x, orders)) < 1.3 * floor
+    for off in (x + 0.5, 2 * x, torch.ones(1024)):
+        odd = off.clone().requires_grad_()
+        loss = regulariser(odd, orders)
+        (slope,) = torch.autograd.grad(loss, odd)
+        assert float(loss.detach()) > 1.5 * floor
+        assert float(regulariser(odd.detach() - 0.5 * slope / slope.abs().max(), orders)) < float(
+            loss.detach()
+        )
+
+
+def test_a_picture_under_the_limit_is_the_base_bit_for_bit(tiny_model, draw, level):
+    found = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
+    plain = draw(tiny_model.pipeline, [], PROMPTS, **FEW)
+    assert [a.image.tobytes() for a in found] == [b.image.tobytes() for b in plain]
+    assert [d.trail.action for d in found] == ["none", "none"]
+
+
+def test_the_start_is_moved_until_the_score_is_under_the_limit(tiny_model, draw, level):
+    (first,) = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS[:1], **FEW)
+    own = first.trail.guards[0].scores["first"]
+    limit = own - 0.01
+    guard = PNO | {"limit": limit, "restarts": 0, "iterations": 20, "lr": 0.2}
+    moved, other = draw(tiny_model.pipeline, [guard | {"limit": limit}], PROMPTS, **FEW)
+    note = moved.trail.guards[0]
+    assert (note.action, note.reason) == ("edit", "moved")
+    assert note.scores["last"] < limit < note.scores["first"]
+    assert note.scores["iterations"] >= 1
+    assert np.asarray(moved.image)[..., 0].mean() / 255 == pytest.approx(
+        note.scores["last"], abs=0.005
+    )  # what is shown was scored
+    assert moved.image.tobytes() != first.image.tobytes()
+    assert other.image is not None
+
+
+def test_what_never_comes_under_the_limit_is_not_drawn(tiny_model, draw, level):
+    found = draw(tiny_model.pipeline, [PNO | {"limit": 1e-6, "iterations": 1}], PROMPTS[:1], **FEW)
+    assert (found[0].image, found[0].trail.action, found[0].trail.reason) == (
+        None,
+        "block",
+        "pno: never-safe",
+    )
+
+
+def test_weights_that_want_gradients_are_given_none(make_model, draw, level):
+    pipe = make_model().pipeline
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    for part in parts:
+        part.requires_grad_(True)
+    guard = PNO | {"limit": 1e-6, "restarts": 0, "iterations": 1}
+    (found,) = draw(pipe, [guard], PROMPTS[:1], **FEW)
+    assert found.trail.guards[0].scores["iterations"] == 1  # a gradient was taken
+    assert not [p for part in parts for p in part.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("own", [(None, None), ([1.0, -2.0, 0.5, 3.0], [2.0, 0.5, 1.5, 1.0])])
+def test_what_is_scored_is_what_sdxl_shows_whatever_its_latents_mean(tiny_xl, draw, own):
+    tiny_xl.vae.register_to_config(latents_mean=own[0], latents_std=own[1])
+    try:
+        latents, shown = (draw(tiny_xl, output_type=kind) for kind in ("latent", "pt"))
+        found = decoded(tiny_xl, latents)
+    finally:
+        tiny_xl.vae.register_to_config(latents_mean=None, latents_std=None)
+    assert torch.allclose(found, shown, atol=1e-5)
+
+
+def test_a_score_that_is_no_number_withholds_and_the_trail_is_plain_json(
+    tiny_model, draw, level, monkeypatch
+):
+    import json
+
+    monkeypatch.setattr(
+        Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)) * float("nan")
+    )
+    (found,) = draw(
+        tiny_model.pipeline, [PNO | {"restarts": 0, "iterations": 0}], PROMPTS[:1], **FEW
+    )
+    assert (found.image, found.trail.reason) == (None, "pno: not-finite: first, last")
+    assert json.dumps(found.trail.to_json(), allow_nan=False)
+
+
+def test_the_judge_has_the_last_word(tiny_model, draw, level, monkeypatch):
+    class Strict(Fine):
+        def judge(self, images):
+            return [Verdict("unsafe")] * len(images)
+
+    monkeypatch.setattr(Judged, "open", lambda self: Strict())
+    found = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
+    assert {d.trail.reason for d in found} == {"pno: unsafe"}
+    assert all(d.image.getextrema() == ((0, 0),) * 3 for d in found)
+
+
+def test_the_model_that_is_optimised_must_not_judge(tiny_model):
+    options = {"weights": "mini", "unsafe": ["a skull"], "safe": ["a castle"]}
+    with pytest.raises(BadSetting, match="would lower the score of the model that judges it"):
+        Guarded(tiny_model.pipeline, [make_guard(**PNO | {"judge": "clip", "options": options})])
+
+
+def test_a_judge_that_sees_through_the_same_tower_must_not_judge_either(tiny_model, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(
+        {"prompts": torch.randn(2, 64, generator=torch.Generator().manual_seed(0))},
+        tmp_path / "two.safetensors",
+    )
+    options = {"weights": "mini", "prompts": str(tmp_path / "two.safetensors")}
+    with pytest.raises(BadSetting, match=r"the model that judges it \(q16:"):
+        Guarded(tiny_model.pipeline, [make_guard(**PNO | {"judge": "q16", "options": options})])
+
+
+def test_how_the_score_scales_pictures_decides_the_hash(tmp_path):
+    import json
+    import shutil
+
+    from safegen.mini import bundle
+
+    shutil.copytree(bundle.clip_folder(), tmp_path / "clip")
+    same = make_guard(**PNO | {"weights": tmp_path / "clip"}).facts()
+    assert same == make_guard(**PNO).facts()
+    file = tmp_path / "clip" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert make_guard(**PNO | {"weights": tmp_path / "clip"}).facts() != same
+
+
+def test_the_score_is_the_judges_own_within_its_resizing():
+    from PIL import Image
+
+    from safegen.judges import load_judge
+
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+            (64, 64), Image.Resampling.BICUBIC
+        )
+        for _ in range(4)
+    ]
+    judge = load_judge("clip", weights="mini", unsafe=["a skull"], safe=["a castle"])
+    own = [
+        {d.label: d.score for d in v.detections}.get("unsafe", 0.0) for v in judge.judge(pictures)
+    ]
+    x = torch.stack(
+        [
+            torch.from_numpy(np.asarray(p).astype(np.float32)).permute(2, 0, 1) / 255
+            for p in pictures
+        ]
+    ).requires_grad_()
+    found = Score("mini", ["a skull"], ["a castle"])(x)
+    for a, b in zip(found.tolist(), own, strict=True):
+        assert a == pytest.approx(b, abs=0.02) or (b == 0.0 and a < 0.2)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert bool(slope.isfinite().all())
+    assert float(slope.abs().max()) > 0
+
+
+def test_a_concept_lends_its_texts_and_its_judge():
+    guard = make_guard("pno", concept="skulls", weights="mini")
+    assert isinstance(guard, Pno)
+    assert (guard.unsafe, guard.judge) == (("skulls", "a skull"), "mini")
+    assert len(guard.facts()["score_id"]) == 64

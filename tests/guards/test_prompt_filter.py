@@ -1,0 +1,118 @@
+"""Which prompts the filter stops, and that stopped ones cost nothing and their neighbours nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from safegen.core.errors import BadSetting
+from safegen.guards import make_guard
+from safegen.guards.core.adapter import Border
+
+CUBE = {"name": "prompt-filter", "words": ["red cube"]}
+
+
+def by_length(prompts):
+    """A classifier: the longer, the worse."""
+    return [min(len(p) / 100, 1.0) for p in prompts]
+
+
+def broken(prompts):
+    return [float("nan")] * len(prompts)
+
+
+def stopped(words, *prompts):
+    ready = make_guard("prompt-filter", words=words).ready(Border(None))
+    return [f.action == "block" for f in ready.check(prompts)]
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "hit"),
+    [
+        ("skull", "a skull", True),
+        ("skull", "a SKULL.", True),
+        ("skull", "skull-shaped", True),
+        ("skull", "a skullcap", False),
+        ("skull", "numskull", False),
+        ("skull", "skulls", False),
+        ("a skull", "a\n  skull", True),
+        ("skull", "ｓｋｕｌｌ", True),
+        ("skull", "sk\u200bull", True),
+        ("skull", "sk\ufe0full", True),
+        ("\u2620\ufe0f", "a \u2620", True),
+        ("\u2620", "a \u2620\ufe0f", True),
+        ("Schädel", "ein schadel", True),
+        ("c++", "in c++ now", True),
+        ("c++", "c+++", True),
+        ("a.b", "axb", False),
+        ("skull", "skull_throne", True),
+        ("red cube", "best_quality, red_cube", True),
+        ("red_cube", "a red cube", True),
+    ],
+)
+def test_words_are_met_whole_in_any_case_and_width(word, text, hit):
+    assert stopped([word], text) == [hit]
+
+
+def test_a_stopped_prompt_is_not_drawn_and_its_neighbour_is_as_ever(tiny_model, draw):
+    plain = draw(tiny_model.pipeline, None, ["a blue ball", "a red cube"])
+    shown, gone = draw(tiny_model.pipeline, [CUBE], ["a blue ball", "a red cube"])
+    assert np.abs(shown.image - plain[0]).max() < 1e-4
+    assert (shown.trail.action, shown.trail.reason) == ("none", "")
+    assert (gone.image, gone.trail.action, gone.trail.reason) == (
+        None,
+        "block",
+        "prompt-filter: word",
+    )
+    assert gone.trail.withheld
+
+
+def test_when_all_are_stopped_nothing_is_drawn(tiny_model, draw):
+    calls = []
+    hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    found = draw(tiny_model.pipeline, [CUBE], ["a red cube", "RED CUBE"])
+    hook.remove()
+    assert [d.trail.reason for d in found] == ["prompt-filter: word"] * 2
+    assert not calls
+
+
+def test_a_classifier_of_ones_own_decides_by_its_threshold():
+    guard = make_guard("prompt-filter", classifier=f"{__name__}:by_length", threshold=0.1)
+    short, long = guard.ready(Border(None)).check(["x" * 9, "x" * 10])
+    assert (short.action, long.action, long.reason) == ("none", "block", "classifier")
+    assert (long.scores, long.thresholds) == ({"classifier": 0.1}, {"classifier": 0.1})
+
+
+def test_a_classifier_that_gives_no_number_stops_everything(tiny_model, draw):
+    found = draw(
+        tiny_model.pipeline, [{"name": "prompt-filter", "classifier": f"{__name__}:broken"}]
+    )
+    assert [d.image for d in found] == [None, None]
+    assert "must give a score in 0..1" in found[0].trail.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "filters nothing"),
+        ({"words": ["x", " "]}, "a blank word would filter every prompt"),
+        ({"words": ["x"], "threshold": 0.3}, "threshold has no effect without a classifier"),
+        ({"words": ["x"], "threshold": 2}, "less than or equal to 1, got 2"),
+    ],
+)
+def test_settings_that_filter_nothing_or_everything_are_refused(settings, says):
+    with pytest.raises(BadSetting, match=says):
+        make_guard("prompt-filter", **settings)
+
+
+@pytest.mark.parametrize("name", ["nowhere:x", "json:nothing", "json", f"{__name__}:pytest.mark"])
+def test_a_classifier_that_cannot_be_imported_is_refused(name):
+    with pytest.raises(BadSetting, match="write it as module:function"):
+        make_guard("prompt-filter", classifier=name).ready(Border(None))
+
+
+def test_a_blank_classifier_is_refused_where_it_would_filter_nothing():
+    with pytest.raises(
+        BadSetting, match="classifier: String should have at least 1 character, got ''"
+    ):
+        make_guard("prompt-filter", classifier="")

@@ -1,0 +1,355 @@
+"""SAFREE: what projectors do by algebra, which tokens are found, how long the filter acts, and what re-attention damps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from safegen.core.errors import BadSetting
+from safegen.guards import Guard, make_guard
+from safegen.guards.core.adapter import Border
+from safegen.guards.core.base import Ready, Turn
+from safegen.guards.core.pipeline import Guarded
+from safegen.guards.safree.projection import (
+    Reader,
+    Rule,
+    both,
+    look,
+    projected,
+    readers,
+    shift,
+    span,
+    spans,
+    triggers,
+)
+from safegen.guards.safree.reattention import reattended
+from safegen.guards.safree.safree import calibrate, filter_steps
+
+CUBE = {"name": "safree", "phrases": ["a red cube", "red"]}
+PROMPT = "a red cube on a white table"
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def test_a_span_is_what_the_paper_writes(rng):
+    c = torch.randn(5, 16, generator=rng)
+    wide = c.T.double()
+    assert torch.allclose(
+        span(c).double(), wide @ torch.linalg.pinv(wide.T @ wide) @ wide.T, atol=1e-5
+    )
+    assert torch.allclose(span(c) @ c[2], c[2], atol=1e-5)
+    assert torch.allclose(
+        span(torch.cat([c, 2 * c])), span(c), atol=1e-5
+    )  # phrases that say the same twice
+
+
+def test_only_the_codes_order_leaves_nothing_of_the_concept(rng):
+    concept, prompt = (span(torch.randn(n, 16, generator=rng)) for n in (3, 8))
+    x = torch.randn(4, 16, generator=rng)
+    left = [
+        (x @ both(concept, prompt, order=order).T @ concept).norm() for order in ("code", "paper")
+    ]
+    assert left[0] < 1e-5 < 0.1 < left[1]
+    kept = x @ both(concept, prompt, order="paper").T
+    assert torch.allclose(
+        kept @ prompt, kept, atol=1e-5
+    )  # the paper's keeps to the prompt's span instead
+
+
+def test_triggers_are_the_tokens_without_which_a_prompt_is_farther_away(rng):
+    concept = span(torch.eye(6)[:2])
+    near = torch.tensor([5.0, 5, 1, 0, 0, 0]) + 0.01 * torch.randn(5, 6, generator=rng)
+    near[3] = torch.tensor([1.0, 0, 3, 3, 0, 0])
+    assert triggers(near, concept, alpha=0.01) == [False, False, False, True, False]
+    assert triggers(near[:1], concept, alpha=0.01) == [True]
+    d = (near - near @ concept).norm(dim=1)
+    for alpha in (0.0, 0.3):  # the definition, token by token
+        means = [torch.cat([d[:j], d[j + 1 :]]).mean() for j in range(5)]
+        assert triggers(near, concept, alpha=alpha) == [
+            bool(d[j] >= (1 + alpha) * means[j]) for j in range(5)
+        ]
+
+
+def test_the_filters_steps_are_the_published_cliff():
+    assert [filter_steps(b, middle=5.333, slope=2.5) for b in (0.45, 0.5, 0.55, 0.6)] == [
+        0,
+        2,
+        7,
+        10,
+    ]
+    assert [filter_steps(b, middle=5.333, slope=2.5) for b in (-1e3, 0.0, 1.0, 1e3)] == [
+        0,
+        0,
+        10,
+        10,
+    ]
+
+
+def test_only_triggers_change_and_they_lose_the_concept(tiny_model):
+    guard, border = make_guard(**CUBE), Border(tiny_model.pipeline)
+    (concept,) = spans(readers(tiny_model.pipeline), guard.phrases)
+    way = look(readers(tiny_model.pipeline), PROMPT, [concept], guard.way)
+    assert way.triggers
+    from safegen.guards.core.adapter import Text
+    from safegen.guards.core.base import Call
+
+    turn = guard.ready(border).begin(Call(border, (PROMPT,), [""], {}, steps=4))
+    before = border.encode([PROMPT])
+    after = turn.cond(Text(before.hidden)).hidden
+    moved = [
+        i
+        for i in range(before.hidden.shape[1])
+        if not torch.equal(before.hidden[0, i], after[0, i])
+    ]
+    assert moved == [j + 1 for j in way.triggers]  # the beginning, the end and the padding stay
+    assert (after[0, moved] @ concept).norm() < 1e-3 * (before.hidden[0, moved] @ concept).norm()
+
+
+def test_it_steers_the_drawing_and_says_how(tiny_model, draw):
+    base = draw(tiny_model.pipeline, None, [PROMPT])
+    (found,) = draw(tiny_model.pipeline, [CUBE], [PROMPT])
+    assert np.abs(found.image - base[0]).max() > 1e-3
+    note = found.trail.guards[0]
+    assert (note.action, note.scores["steps"]) == ("edit", 4.0)
+    assert note.scores["triggers"] >= 1
+    (none,) = draw(tiny_model.pipeline, [CUBE | {"strength": 0.0}], [PROMPT])
+    assert np.array_equal(none.image, base[0])
+
+
+@pytest.mark.parametrize(("middle", "steps"), [(-100.0, 1 + round(10 * 20 / 50)), (100.0, 1)])
+def test_the_filter_acts_in_the_first_step_always_and_in_its_share_of_the_rest(
+    tiny_model, draw, middle, steps
+):
+    guard = CUBE | {"filter": True, "middle": middle, "slope": 2.5}
+    (found,) = draw(tiny_model.pipeline, [guard], [PROMPT], num_inference_steps=20)
+    assert found.trail.guards[0].scores["steps"] == steps
+
+
+def test_a_row_is_edited_by_its_own_prompt(tiny_model, draw):
+    prompts = [PROMPT, "a blue ball in the grass"]
+    both_rows = draw(tiny_model.pipeline, [CUBE], prompts)
+    for i, prompt in enumerate(prompts):
+        (alone,) = draw(tiny_model.pipeline, [CUBE], [prompt], seed=i)
+        assert np.abs(alone.image - both_rows[i].image).max() < 2e-4
+
+
+def test_a_blank_prompt_has_no_trigger(tiny_model, draw):
+    (found,) = draw(tiny_model.pipeline, [CUBE], [""])
+    assert found.trail.action == "none"
+    assert np.array_equal(found.image, draw(tiny_model.pipeline, None, [""])[0])
+
+
+def test_calibration_lies_between_the_two_kinds_and_refuses_what_it_cannot_tell_apart(tiny_model):
+    guard, border = make_guard(**CUBE), Border(tiny_model.pipeline)
+    reader, concept = (
+        Reader(tiny_model.pipeline),
+        spans(readers(tiny_model.pipeline), guard.phrases),
+    )
+
+    def distance(prompt):
+        ids, n = reader.ids(prompt)
+        return 10 * shift(
+            reader.hidden(ids)[0, : n + 2], look([reader], prompt, concept, guard.way).projector
+        )
+
+    low, high = sorted(["a red cube", "a blue ball in the grass"], key=distance)
+    assert calibrate(border, guard, unsafe=[high], benign=[low]) == pytest.approx(
+        (distance(low) + distance(high)) / 2, rel=1e-5
+    )
+    with pytest.raises(BadSetting, match="cannot tell these prompts apart"):
+        calibrate(border, guard, unsafe=[low], benign=[high])
+    with pytest.raises(BadSetting, match="got 0 unsafe and 1 benign"):
+        calibrate(border, guard, unsafe=[], benign=[low])
+
+
+def test_idle_settings_and_other_families_are_refused(tiny_wan):
+    with pytest.raises(BadSetting, match="go with the filter, and only with it"):
+        make_guard(**CUBE, middle=5.0)
+    with pytest.raises(BadSetting, match="reattend has no effect at strength 0"):
+        make_guard(**CUBE, reattend=True, strength=0.0)
+    says = r"'safree' cannot run on a WanPipeline: it reads parts of a StableDiffusionPipeline or StableDiffusionXLPipeline; guards that can:"
+    with pytest.raises(BadSetting, match=says):
+        Guarded(tiny_wan, [make_guard(**CUBE)])
+
+
+def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
+    guard, border = make_guard(**CUBE), Border(tiny_xl)
+    encoders = readers(tiny_xl)
+    concept = spans(encoders, guard.phrases)
+    way = look(encoders, PROMPT, concept, Rule(0.0, "code", distance=True))
+    assert [(part.columns, bool(part.triggers)) for part in way.parts] == [
+        (slice(0, 32), True),
+        (slice(32, 64), True),
+    ]
+    before = border.encode([PROMPT]).hidden[0]
+    after = projected(before, way, 1.0)
+    for part, own in zip(way.parts, concept, strict=True):
+        old, new, at = (
+            before[:, part.columns],
+            after[:, part.columns],
+            [j + 1 for j in part.triggers],
+        )
+        assert [i for i in range(len(before)) if not torch.equal(old[i], new[i])] == at
+        assert torch.allclose(new[at], old[at] @ part.projector.T, atol=1e-6)
+        assert (new[at] @ own).norm() < 1e-3 * (old[at] @ own).norm()
+    # beta, over both encoders' columns: y = (I - P_C) P_I x for every token that is the prompt's
+    # own
+    ids, n = encoders[0].ids(PROMPT)
+    assert torch.allclose(
+        torch.cat([e.hidden(ids) for e in encoders], dim=2)[0], before, atol=1e-5
+    )  # what the denoiser is given
+    whole = torch.cat(
+        [before[: n + 2, part.columns] @ part.projector.T for part in way.parts], dim=1
+    )
+    assert way.distance == pytest.approx(
+        1 - float(torch.cosine_similarity(before[: n + 2], whole, dim=1).mean()), abs=1e-5
+    )
+
+
+def test_the_masked_prompts_of_each_encoder_are_pooled_at_their_end(tiny_xl):
+    one, two = readers(tiny_xl)
+    ids, _ = one.ids(PROMPT)
+    assert torch.equal(one.pooled(ids), tiny_xl.text_encoder(ids).pooler_output)
+    assert torch.equal(two.pooled(ids), tiny_xl.text_encoder_2(ids).text_embeds)
+
+
+def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, draw):
+    seen = []
+
+    class Last(Guard):
+        """Looks at what the guards before it leave."""
+
+        name: str = "last"
+        seams = frozenset({"text"})
+
+        def ready(self, border):
+            own = Ready(self)
+            own.begin = lambda call: LastTurn()
+            return own
+
+    class LastTurn(Turn):
+        def cond(self, text):
+            seen.append(text)
+            return text
+
+    base = draw(tiny_xl, None, [PROMPT])
+    (found,) = draw(tiny_xl, [CUBE, Last()], [PROMPT])
+    assert np.abs(found.image - base[0]).max() > 1e-3
+    assert found.trail.guards[0].scores["steps"] == 4
+    plain = Border(tiny_xl).encode([PROMPT])
+    assert len(seen) == 4
+    assert all(torch.equal(text.extra["text_embeds"], plain.extra["text_embeds"]) for text in seen)
+    assert not any(torch.equal(text.hidden, plain.hidden) for text in seen)
+    (none,) = draw(tiny_xl, [CUBE | {"strength": 0.0}], [PROMPT])
+    assert np.array_equal(none.image, base[0])
+
+
+def by_hand(x, y, scale):
+    """Return what re-attention does to one map, frequency by frequency."""
+    h, w = x.shape
+    rows, columns = np.arange(h)[:, None], np.arange(w)[None]
+    out = np.zeros((h, w), dtype=complex)
+    for u in range(h):
+        for v in range(w):
+            wave = np.exp(-2j * np.pi * (u * rows / h + v * columns / w))
+            f, o = (x * wave).sum(), (y * wave).sum()
+            low = u in (0, h - 1) and v in (0, w - 1)  # constant and -1
+            out += (
+                (scale if low and abs(f) > abs(o) else 1.0)
+                * f
+                * np.exp(2j * np.pi * (u * rows / h + v * columns / w))
+                / (h * w)
+            )
+    return out.real
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 4), (5, 8)])
+def test_re_attention_damps_what_is_stronger_of_the_low_frequencies_and_nothing_else(rng, shape):
+    x, y = torch.randn(2, 2, 3, *shape, generator=rng)
+    found = reattended(x, y, scale=0.2)
+    for b in range(2):
+        for c in range(3):
+            assert np.allclose(
+                found[b, c].numpy(),
+                by_hand(x[b, c].double().numpy(), y[b, c].double().numpy(), 0.2),
+                atol=1e-5,
+            )
+    assert torch.allclose(reattended(x, y, scale=1.0), x, atol=1e-6)
+    assert torch.allclose(
+        reattended(x, 1e3 * torch.ones_like(x) + 1e3 * y, scale=0.0), x, atol=1e-5
+    )  # nothing is stronger
+    assert torch.allclose(
+        reattended(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), scale=0.2),
+        torch.full((1, 1, 4, 4), 0.2),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_re_attention_asks_for_a_third_row_and_damps_the_projected_prompts_alone(
+    tiny_model, tiny_xl, draw, family, monkeypatch
+):
+    pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl}[family]
+    prompts = [PROMPT, "a blue ball in the grass"]
+    half = draw(pipe, [CUBE], prompts)
+    whole = draw(pipe, [CUBE | {"reattend": True}], prompts)
+    acted = [d.trail.guards[0].scores["steps"] > 0 for d in half]
+    assert acted[0]
+    for a, b, acts in zip(half, whole, acted, strict=True):
+        assert (np.abs(a.image - b.image).max() > 1e-3) == acts
+    assert whole[0].trail.guards[0].rows == 4
+    assert half[0].trail.guards[0].rows == 0
+    monkeypatch.setattr("safegen.guards.safree.reattention.SCALES", (1.0, 1.0))
+    same = draw(pipe, [CUBE | {"reattend": True}], prompts)
+    assert all(np.abs(a.image - b.image).max() < 2e-4 for a, b in zip(half, same, strict=True))
+
+
+def test_re_attention_reads_the_skips_of_the_widest_two_features(tiny_model, draw, monkeypatch):
+    seen = []
+    real = reattended
+    monkeypatch.setattr(
+        "safegen.guards.safree.reattention.reattended",
+        lambda x, y, *, scale: seen.append((scale, tuple(x.shape))) or real(x, y, scale=scale),
+    )
+    draw(tiny_model.pipeline, [CUBE | {"reattend": True}], [PROMPT], num_inference_steps=1)
+    # widths 32 and 16: the first block's two layers and the second's first join features of 32, the
+    # last one of 16
+    assert seen == [
+        (0.9, (1, 32, 4, 4)),
+        (0.9, (1, 16, 4, 4)),
+        (0.9, (1, 16, 8, 8)),
+        (0.2, (1, 16, 8, 8)),
+    ]
+
+
+def test_without_re_attention_an_older_stacks_hash_stays():
+    assert "reattend" not in make_guard(**CUBE).facts()
+    assert make_guard(**CUBE, reattend=True).facts()["reattend"] is True
+
+
+def test_re_attention_that_cannot_compare_is_refused_and_one_that_is_taken_away_withholds(
+    tiny_model, draw
+):
+    pipe, guard = tiny_model.pipeline, CUBE | {"reattend": True}
+    with pytest.raises(BadSetting, match="give max_rows >= 3 a picture"):
+        draw(pipe, [guard], [PROMPT], max_rows=2)
+    with pytest.raises(BadSetting, match="safree has no effect without guidance"):
+        draw(pipe, [guard], [PROMPT], guidance_scale=1.0)
+    assert draw(pipe, [CUBE], [PROMPT], guidance_scale=1.0)[0].trail.action == "edit"
+
+    def remove(pipeline, i, t, kwargs):
+        if i == 1:
+            pipeline.unet.up_blocks[0]._forward_pre_hooks.clear()
+        return kwargs
+
+    (gone,) = draw(pipe, [guard], [PROMPT], callback_on_step_end=remove)
+    assert (gone.image, gone.trail.reason) == (
+        None,
+        "error: safree: RuntimeError: 1 of 2 up-blocks went through re-attention",
+    )
+    assert draw(pipe, [guard], [PROMPT])[0].image is not None
+    assert not any(block._forward_pre_hooks for block in pipe.unet.up_blocks)

@@ -1,0 +1,112 @@
+"""The trail is one record: what Python gives, what lies in each PNG, and the line in the JSONL are equal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from safegen.guards.core.base import ACTIONS
+from safegen.stack import Opened
+
+GUARDS = """
+[[guards]]
+name = "prompt-filter"
+words = ["blue ball"]
+[[guards]]
+name = "safree"
+phrases = ["a red cube", "red"]
+[[guards]]
+name = "sld"
+preset = "max"
+text = "a green cone"
+[[guards]]
+name = "crops"
+judge = "mini"
+threshold = 1.0
+probes = 2
+steps = 1
+[[guards]]
+name = "judge-filter"
+judge = "mini"
+threshold = 1.0
+"""
+
+
+def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeypatch):
+    from safegen.cli import main
+
+    given = []
+    real = Opened.drawn
+
+    def kept(self, asks, sampler):
+        found = real(self, asks, sampler)
+        given.extend(found)
+        return found
+
+    monkeypatch.setattr(Opened, "drawn", kept)
+    (tmp_path / "safe.toml").write_text(f'model = "{tiny_folder}"\n{GUARDS}')
+    prompts = [
+        "a red cube on a white table",
+        "a blue ball in the grass",
+        "a green cone under a tree",
+    ]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    out = tmp_path / "out"
+    stack = str(tmp_path / "safe.toml")
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "safegen",
+            "generate",
+            "--stack",
+            stack,
+            *words,
+            "--steps",
+            "2",
+            "--batch",
+            "2",
+            "--out",
+            str(out),
+        ],
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    lines = [json.loads(line) for line in (out / "trail.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in line.items() if k not in ("index", "seed")} for line in lines] == [
+        d.trail.to_json() for d in given
+    ]
+    shown = sorted(out.glob("0*.png"))
+    assert [int(path.stem) for path in shown] == [0, 2]  # the filter stopped the other
+    for path in shown:
+        with Image.open(path) as picture:
+            assert (
+                json.loads(picture.text["safegen"])["guards"]
+                == given[int(path.stem)].trail.to_json()
+            )
+    for drawn in given:
+        notes = {note["guard"]: note for note in drawn.trail.to_json()["guards"]}
+        assert list(notes) == ["prompt-filter", "safree", "sld", "crops", "judge-filter"]
+        gone = drawn.image is None
+        assert all(
+            set(note)
+            == {"guard", "action", "reason", "scores", "thresholds", "calls", "rows", "ms"}
+            for note in notes.values()
+        )
+        assert (
+            all(
+                note["action"] in ACTIONS and note["calls"] >= 1 and note["ms"] > 0
+                for note in notes.values()
+            )
+            or gone
+        )
+        assert (notes["prompt-filter"]["action"], notes["prompt-filter"]["reason"]) == (
+            ("block", "word") if gone else ("none", "")
+        )
+        assert gone or {"triggers", "distance", "steps"} <= set(notes["safree"]["scores"])
+        assert gone or (notes["crops"]["scores"], notes["crops"]["thresholds"]) == (
+            {"share": 0.0},
+            {"share": 0.5, "score": 1.0},
+        )

@@ -1,0 +1,182 @@
+"""Q16 on the bundled miniature CLIP, with two vectors that tell skulls from clean scenes.
+
+And its pickle, read without running.
+"""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_clip import pictures, say
+
+from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.judges import load_judge
+from safegen.judges.clip import chances, encode_texts
+from safegen.judges.q16 import KEY, SCALE, convert
+from safegen.judges.vision import Pixels, load_part
+from safegen.metrics.rates import Rate
+from safegen.mini import bundle
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """Return (2, 64), learnt as Q16 learns: from a caption of each kind, on embeddings of pictures that no test judges."""
+    from transformers.models.clip.modeling_clip import CLIPModel
+
+    clip, pixels = load_part(CLIPModel, bundle.clip_folder()), Pixels(bundle.clip_folder(), 64)
+    learnt = encode_texts(
+        clip, bundle.clip_folder(), [say("benign")[0], say("skulls")[0]]
+    ).requires_grad_()
+    with torch.no_grad():
+        seen = [
+            clip.vision_model(
+                torch.stack([pixels(i) for i in pictures(kind, 96, seed=79)])
+            ).pooler_output
+            for kind in (None, "skulls")
+        ]
+        images = clip.visual_projection(torch.cat(seen))
+    right, optimiser = torch.arange(2).repeat_interleave(96), torch.optim.Adam([learnt], lr=0.02)
+    for _ in range(100):
+        loss = (
+            -chances(images, learnt, scale=SCALE)
+            .clamp_min(1e-9)
+            .log()[torch.arange(192), right]
+            .mean()
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return learnt.detach()
+
+
+@pytest.fixture(scope="module")
+def file(vectors, tmp_path_factory):
+    path = tmp_path_factory.mktemp("q16") / "prompts.safetensors"
+    save_file({KEY: vectors.half()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(file):
+    return load_judge("q16", weights="mini", prompts=file)
+
+
+def test_the_second_vector_is_the_inappropriate_one(judge):
+    assert Rate.of([v.unsafe for v in judge.judge(pictures("skulls"))]).value >= 0.9
+    assert Rate.of([v.unsafe for v in judge.judge(pictures(None))]).value <= 0.1
+
+
+def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
+    images = pictures("skulls", 24) + pictures(None, 24) + pictures("fire", 24)
+    with torch.no_grad():
+        seen = judge._tower(
+            pixel_values=torch.stack([judge._pixels(i) for i in images])
+        ).image_embeds
+    nearer = torch.cosine_similarity(seen[:, None], vectors.half().float()[None], dim=-1).argmax(
+        dim=1
+    )
+    assert [v.unsafe for v in judge.judge(images)] == [bool(n) for n in nearer]
+    assert 0 < int(nearer.sum()) < len(images)
+
+
+def test_a_higher_threshold_keeps_fewer(judge):
+    found = judge.judge(pictures("fire"))
+    unsafe = [
+        sum(v.rescored(["inappropriate"], t).outcome == "unsafe" for v in found)
+        for t in (0.2, 0.5, 0.9)
+    ]
+    assert unsafe == sorted(unsafe, reverse=True)
+    assert all(d.box is None for v in found for d in v.detections)
+
+
+def test_the_id_is_the_weights_and_the_vectors(judge, vectors, tmp_path):
+    save_file({KEY: vectors.flip(0).contiguous()}, tmp_path / "other.safetensors")
+    other = load_judge("q16", weights="mini", prompts=tmp_path / "other.safetensors")
+    assert judge.id.split(":")[:2] == other.id.split(":")[:2] == ["q16", judge.weights_hash[:16]]
+    assert judge.id != other.id
+    assert judge.prompts_sha256 != other.prompts_sha256
+
+
+def test_vectors_of_another_clip_are_refused(tmp_path):
+    save_file({KEY: torch.randn(2, 768)}, tmp_path / "p.safetensors")
+    with pytest.raises(BadFile, match=r"have width 768, the CLIP in .* has 64"):
+        load_judge("q16", weights="mini", prompts=tmp_path / "p.safetensors")
+
+
+def test_what_is_missing_is_said(file):
+    with pytest.raises(
+        BadSetting, match="needs weights; give them as weights='hub:openai/clip-vit-large-patch14'"
+    ):
+        load_judge("q16", prompts=file)
+    with pytest.raises(UnknownName, match="Known: inappropriate"):
+        load_judge("q16", weights="mini", prompts=file, labels=["violence"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"other": torch.zeros(2, 64)}, "has no tensor 'prompts'"),
+        ({KEY: torch.zeros(3, 64)}, r"got shape \(3, 64\)"),
+        (None, "is not safetensors"),
+    ],
+)
+def test_a_file_that_does_not_hold_two_vectors_is_refused(tmp_path, content, words):
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(b"pickle?") if content is None else save_file(content, path)
+    with pytest.raises(BadFile, match=words):
+        load_judge("q16", weights="mini", prompts=path)
+
+
+# the published pickle
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("form", ["array", "lists", "torch"])
+def test_a_pickle_of_two_vectors_becomes_safetensors_with_the_same_numbers(
+    tmp_path, form, protocol
+):
+    vectors = np.random.default_rng(0).normal(size=(2, 768)).astype(np.float16)
+    source, out = tmp_path / "prompts.p", tmp_path / "prompts.safetensors"
+    if form == "torch":
+        torch.save(torch.from_numpy(vectors), source)
+    else:
+        source.write_bytes(
+            pickle.dumps(vectors if form == "array" else vectors.tolist(), protocol=protocol)
+        )
+    assert convert(source, str(out)) == out
+    np.testing.assert_array_equal(load_file(out)[KEY].numpy(), vectors.astype(np.float32))
+    with pytest.raises(BadFile, match="exists already"):
+        convert(source, out)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('it ran')",)
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (Bomb(), "names builtins.exec, which could run code"),
+        (np.zeros((3, 4)), r"got shape \(3, 4\)"),
+        ({"a": 1}, "is not a pickle of two vectors"),
+        (np.full((2, 4), np.nan), "finite"),
+    ],
+)
+def test_a_pickle_of_anything_else_is_refused_and_runs_nothing(tmp_path, held, words):
+    (tmp_path / "p.p").write_bytes(pickle.dumps(held))
+    with pytest.raises(BadFile, match=words):
+        convert(tmp_path / "p.p", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_missing_or_broken_pickle_is_refused(tmp_path):
+    with pytest.raises(BadFile, match="there is no file"):
+        convert(tmp_path / "none.p", tmp_path / "out.safetensors")
+    (tmp_path / "p.p").write_bytes(b"\x80\x04broken")
+    with pytest.raises(BadFile, match="is not a pickle of two vectors"):
+        convert(tmp_path / "p.p", tmp_path / "out.safetensors")
