@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safegen.core.concept import load_concept
-from safegen.core.generation import Sampler, native_precision
+from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.safegen import SafeGen
 from safegen.edits.training.trainer import Training
@@ -122,7 +122,7 @@ def main() -> None:
     ask.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
-        default=native_precision(),
+        default=preferred_precision(),
         help="arithmetic of drawing, and of training where a row leaves it open",
     )
     ask.add_argument("--table", type=Path)
@@ -149,7 +149,7 @@ def main() -> None:
     items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     triplets = Triplets.load(args.triplets or concept.triplets or "")
-    model, sampler = load("mini"), Sampler(precision=args.precision)
+    model, sampler = load("mini"), GenerationConfig(precision=args.precision)
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)
     for name in wanted:

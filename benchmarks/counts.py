@@ -79,9 +79,9 @@ def faint(folder: Path, summary: dict[str, Any], concept: Concept) -> list[str]:
         for side, found in sides.items():
             cells = []
             for t in FAINT:
-                seen = Rate.of(
+                seen = Rate.from_outcomes(
                     [
-                        None if v.outcome == "unjudged" else v.sees(concept.labels, t)
+                        None if v.outcome == "unjudged" else v.contains(concept.labels, t)
                         for v in found.values()
                     ]
                 )

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.generation import Sampler, native_precision
+from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.plan import Item, make_plan
@@ -65,7 +65,7 @@ def make_patch(
     changes = {"training": training} if training and kind.trains else {}
     edit = make_edit(method, preset or "default", concept=concept, **changes)
     triplets = None
-    if edit.learns_from != "words":
+    if edit.inputs != "words":
         triplets = Triplets.load(concept.triplets or "")
     began = time.perf_counter()
     patch = edit.apply(model, triplets)
@@ -141,7 +141,7 @@ def measure(
         ).to_json()
         if mine[0].role in ("explicit", "innocent"):
             entry["seen"] = [
-                None if v.outcome == "unjudged" else v.sees(concept.labels, concept.threshold)
+                None if v.outcome == "unjudged" else v.contains(concept.labels, concept.threshold)
                 for v in after
             ]
             try:
@@ -200,7 +200,10 @@ def main() -> None:
     ]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     eyes = MiniClip()
-    model, sampler = load("mini"), Sampler(precision=native_precision(), steps=args.steps)
+    model, sampler = (
+        load("mini"),
+        GenerationConfig(precision=preferred_precision(), num_inference_steps=args.steps),
+    )
     drawn = list(generate(model, [i.ask for i in items], sampler))
     base = judge.judge(drawn)
     training = {"updates": args.updates, "warmup": 0} if args.updates else {}

@@ -32,17 +32,17 @@ from statistics import median
 from typing import Any
 
 from safegen.core.concept import Concept, load_concept, prompt_list
-from safegen.core.generation import Sampler, native_precision
+from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.evaluation.plan import Item, make_plan
 from safegen.evaluation.run.folder import Journal, from_line, parse, to_line
 from safegen.evaluation.scoring.score import removal, score
 from safegen.features.mini_clip import MiniClip
-from safegen.guards import Drawn, Guard, read_guard
+from safegen.guards import GeneratedImage, GuardConfig, read_guard
 from safegen.judges import Judge, Verdict, load_judge
 from safegen.metrics.bootstrap import mean
 from safegen.metrics.clip_score import SCALE, clip_scores
 from safegen.metrics.paired import hit_difference
-from safegen.stack import Shelf, Stack
+from safegen.stack import Stack, StackLoader
 
 Word = str | dict[str, Any]
 KINDS = ("skulls", "fire", "ghosts", "leaves")
@@ -70,7 +70,9 @@ def trained(kind: str, n: int | None = None) -> list[tuple[str, str]]:
     return [(row.text, row.subject or "") for row in prompt_list(f"mini:{kind}-train", n)]
 
 
-def words(concept: Concept, work: Path, shelf: Shelf) -> dict[str, tuple[tuple[Word, ...], bool]]:
+def words(
+    concept: Concept, work: Path, shelf: StackLoader
+) -> dict[str, tuple[tuple[Word, ...], bool]]:
     """Return each row's guards, and whether it is expensive."""
     name = concept.name
     rest = [load_concept(one) for one in ("skulls", "fire") if one != name]
@@ -129,16 +131,16 @@ def words(concept: Concept, work: Path, shelf: Shelf) -> dict[str, tuple[tuple[W
     }
 
 
-def make_head(concept: Concept, out: Path, shelf: Shelf, *, taught: bool) -> dict[str, Any]:
+def make_head(concept: Concept, out: Path, shelf: StackLoader, *, taught: bool) -> dict[str, Any]:
     """Return Latent Guard with a head trained here, if there is none yet: on explicit prompts of each kind, `taught` on innocent ones too.
 
     Pairs are a prompt and the plain one of the same object; the threshold lets 1 % of harmless
     captions be stopped.
     """
-    from safegen.guards.core.adapter import Border
+    from safegen.guards.core.adapter import PipelineAdapter
     from safegen.guards.latent_guard import calibrate, load_head, save_head, train_head
 
-    border = Border(shelf.model("mini")[0].pipeline)
+    border = PipelineAdapter(shelf.model("mini")[0].pipeline)
     if not out.exists():
         without = {subject: text for text, subject in trained("benign")}
         table: dict[str, list[tuple[str, str]]] = {"ghosts": [], "maple leaves": []}
@@ -173,16 +175,16 @@ def stacks(rows: dict[str, tuple[Word, ...]], concept: Concept, patch: Path | No
 
 
 def draw(
-    shelf: Shelf, stack: Stack, items: Sequence[Item], sampler: Sampler
-) -> tuple[list[Drawn], float, float]:
-    with shelf.opened(stack) as ready:
+    shelf: StackLoader, stack: Stack, items: Sequence[Item], sampler: GenerationConfig
+) -> tuple[list[GeneratedImage], float, float]:
+    with shelf.open(stack) as ready:
         began, spent = time.perf_counter(), time.process_time()
-        found = ready.drawn([item.ask for item in items], sampler)
+        found = ready.generate([item.ask for item in items], sampler)
         return found, time.perf_counter() - began, time.process_time() - spent
 
 
 def seen(
-    items: Sequence[Item], found: Sequence[Drawn], judge: Judge, eyes: MiniClip
+    items: Sequence[Item], found: Sequence[GeneratedImage], judge: Judge, eyes: MiniClip
 ) -> list[dict[str, Any]]:
     """Return what is written down of each picture."""
     shown = [
@@ -222,11 +224,11 @@ def seen(
     return out
 
 
-def prompt_ms(shelf: Shelf, guard: Guard, prompts: Sequence[str]) -> float:
+def prompt_ms(shelf: StackLoader, guard: GuardConfig, prompts: Sequence[str]) -> float:
     """Return the median milliseconds that a guard of prompts takes for one prompt at a time."""
-    from safegen.guards.core.adapter import Border
+    from safegen.guards.core.adapter import PipelineAdapter
 
-    ready, took = guard.ready(Border(shelf.model("mini")[0].pipeline)), []
+    ready, took = guard.build(PipelineAdapter(shelf.model("mini")[0].pipeline)), []
     for prompt in prompts:
         began = time.perf_counter()
         ready.check([prompt])
@@ -235,7 +237,7 @@ def prompt_ms(shelf: Shelf, guard: Guard, prompts: Sequence[str]) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    concept, shelf = load_concept(args.concept), Shelf()
+    concept, shelf = load_concept(args.concept), StackLoader()
     known = words(concept, args.out.parent, shelf)
     picked = {"all": list(known), "cheap": [t for t, (_, dear) in known.items() if not dear]}
     picked["expensive"] = [t for t in known if t not in picked["cheap"]]
@@ -244,7 +246,9 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"no row named {unknown[0]!r}; known: {', '.join(known)}")
     every = stacks({title: known[title][0] for title in titles}, concept, args.patch)
     items = make_plan(concept, prompts=args.prompts, seeds=range(1, args.seeds + 1))
-    sampler = Sampler(steps=args.steps, precision=args.precision, batch=args.batch)
+    sampler = GenerationConfig(
+        num_inference_steps=args.steps, precision=args.precision, batch_size=args.batch
+    )
     judge, eyes = (
         load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold),
         MiniClip(),
@@ -270,10 +274,10 @@ def run(args: argparse.Namespace) -> None:
         draw(
             shelf, every[0], items[:1], sampler
         )  # what is only done once, before anything is timed
-        for number, start in enumerate(range(0, len(items), sampler.batch)):
+        for number, start in enumerate(range(0, len(items), sampler.batch_size)):
             if number in whole:
                 continue
-            part = items[start : start + sampler.batch]
+            part = items[start : start + sampler.batch_size]
             for stack in every[number % len(every) :] + every[: number % len(every)]:
                 found, clock, processor = draw(shelf, stack, part, sampler)
                 times = {"seconds": clock, "processor": processor}
@@ -374,10 +378,10 @@ class Found:
         out = {"object": each(lambda i, v: v.subject == i.subject)}
         if items[0].role in ("explicit", "innocent"):
             out["removal"] = each(
-                lambda i, v: not v.sees(self.concept.labels, self.concept.threshold)
+                lambda i, v: not v.contains(self.concept.labels, self.concept.threshold)
             )
         if items[0].shows:
-            out["shown"] = each(lambda i, v: v.sees([i.shows or ""], self.concept.threshold))
+            out["shown"] = each(lambda i, v: v.contains([i.shows or ""], self.concept.threshold))
         return out
 
     def median(self, name: str, which: int) -> float:
@@ -649,7 +653,7 @@ def main() -> None:
     ask.add_argument("--prompts", type=int, default=32)
     ask.add_argument("--seeds", type=int, default=1)
     ask.add_argument("--steps", type=int, default=25)
-    ask.add_argument("--precision", default=native_precision())
+    ask.add_argument("--precision", default=preferred_precision())
     ask.add_argument("--batch", type=int, default=32)
     ask.add_argument("--patch", type=Path)
     ask.add_argument(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from edits import make_patch
 from safegen.core.concept import Concept, load_concept
-from safegen.core.generation import Ask, Sampler, native_precision
+from safegen.core.generation import GenerationConfig, Sample, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.functional import losses
 from safegen.edits.training.samples import encode_triplets
@@ -138,7 +138,7 @@ def main() -> None:
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     model, sampler, triplets = (
         load("mini"),
-        Sampler(precision=native_precision()),
+        GenerationConfig(precision=preferred_precision()),
         Triplets.load(concept.triplets or ""),
     )
     clean = load("mini")  # what edits are made of: without the words
@@ -146,19 +146,19 @@ def main() -> None:
 
     def look(row: str, texts: list[str], of: list[str], **facts: Any) -> None:
         asks = [
-            Ask(prompt=text, seed=seed, index=i)
+            Sample(prompt=text, seed=seed, index=i)
             for seed in range(1, args.seeds + 1)
             for i, text in enumerate(texts)
         ]
         verdicts = judge.judge(list(generate(model, asks, sampler)))
         subjects = of * args.seeds
-        hits = [v.sees(concept.labels, concept.threshold) for v in verdicts]
+        hits = [v.contains(concept.labels, concept.threshold) for v in verdicts]
         right = [v.subject == subject for v, subject in zip(verdicts, subjects, strict=True)]
         out = {
             "row": row,
             "precision": sampler.precision,
-            "seen": Rate.of(hits).to_json(),
-            "subject": Rate.of(right).to_json(),
+            "seen": Rate.from_outcomes(hits).to_json(),
+            "subject": Rate.from_outcomes(right).to_json(),
             **facts,
         }
         with args.out.open("a", encoding="utf-8") as file:

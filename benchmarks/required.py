@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from safegen.core.generation import Ask, Sampler, native_precision
+from safegen.core.generation import GenerationConfig, Sample, preferred_precision
 from safegen.workflows.demo import DemoSettings, do_demo, write_demo
 from safegen.workflows.edit import make_edit
 
@@ -130,20 +130,20 @@ def main() -> None:
     ask.add_argument("--method", default="safegen")
     ask.add_argument("--preset", default="default")
     ask.add_argument("--set", default="{}", type=json.loads, help="changes of the preset, as JSON")
-    ask.add_argument("--precision", default=native_precision())
+    ask.add_argument("--precision", default=preferred_precision())
     args = ask.parse_args()
     if args.out.exists():
         ask.error(f"{args.out} exists already; name another folder with --out, or remove it")
     args.out.mkdir(parents=True)
     results: dict[str, Any] = {}
-    drawn: dict[Ask, Image.Image] = {}
+    drawn: dict[Sample, Image.Image] = {}
     for concept in args.concepts.split(","):
-        sampler = Sampler(precision=args.precision)
+        sampler = GenerationConfig(precision=args.precision)
         settings = DemoSettings(
             concept=concept,
             prompts=args.prompts,
             seeds=tuple(range(1, args.seeds + 1)),
-            sampler=sampler,
+            generation=sampler,
         )
         found = do_demo(
             settings, make_edit(args.method, args.preset, concept=concept, **args.set), drawn=drawn

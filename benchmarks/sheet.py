@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from safegen.core.concept import prompt_list
-from safegen.core.generation import Ask, Sampler, native_precision
+from safegen.core.generation import GenerationConfig, Sample, preferred_precision
 from safegen.evaluation.report.contact_sheet import sheet
 from safegen.models.generation import generate
 from safegen.models.model import load
@@ -24,11 +24,11 @@ def main() -> None:
     args = ask.parse_args()
     picks = range(0, 30, 3)
     asks = [
-        Ask(prompt=prompt_list(f"mini:{name}", 32)[i].text, seed=args.seed, index=i)
+        Sample(prompt=prompt_list(f"mini:{name}", 32)[i].text, seed=args.seed, index=i)
         for name in LISTS
         for i in picks
     ]
-    drawn = list(generate(load("mini"), asks, Sampler(precision=native_precision())))
+    drawn = list(generate(load("mini"), asks, GenerationConfig(precision=preferred_precision())))
     rows = [
         (name.replace("-", "\n"), drawn[n * len(picks) : (n + 1) * len(picks)])
         for n, name in enumerate(LISTS)

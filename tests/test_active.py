@@ -14,22 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from safegen.active import ActiveLora
+from safegen.active import LoraSpec
 from safegen.cli import main as run
-from safegen.core.errors import BadFile, BadPatch, BadSetting
-from safegen.core.generation import Ask, Sampler
+from safegen.core.errors import ConfigError, FileError, PatchError
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.uce import UCE
-from safegen.models import selectors as select
 from safegen.models.model import load
-from safegen.patches.active_lora import BesideWarning, beside, thin
+from safegen.models.selectors import select_parameters
+from safegen.patches.active_lora import AdapterWarning, active_loras, lora_forward
 from safegen.patches.arithmetic import merge
 from safegen.patches.lora import extract_lora, load_lora, read_factors, save_lora
 from safegen.patches.patch import Patch
-from safegen.stack import Shelf, Stack, add_loras, load_stack, weights_hash
+from safegen.stack import Stack, StackLoader, add_loras, load_stack, pipeline_hash
 
 ASKS, SAMPLER = (
-    [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)],
-    Sampler(steps=2),
+    [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],
+    GenerationConfig(num_inference_steps=2),
 )
 
 
@@ -67,7 +67,7 @@ def said(model, text="a red cube"):
     return model.denoiser(x, torch.tensor([500]), model.encode_text([text])).sample
 
 
-@pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.BesideWarning")
+@pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
 @pytest.mark.parametrize("scales", [(1.0, None), (-0.5, None), (1.0, 0.8), (0.3, 2.0)])
 def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
     model = make_model()
@@ -78,12 +78,12 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
         want = said(model)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     read = [(read_factors(file, model), scale) for file, scale in active]
-    with beside(model, read):
+    with active_loras(model, read):
         found = said(model)
         assert all(
             torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items()
         )  # also while they act
-    with beside(model, read[::-1]):
+    with active_loras(model, read[::-1]):
         assert_close(said(model), found, rtol=0, atol=1e-5)  # any order
     assert_close(found, want, rtol=0, atol=1e-4)
     assert (found - plain).abs().max() > 1e-3
@@ -93,24 +93,24 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
 def test_a_module_gets_the_product_of_its_factors_added_by_hand():
     """down (1, 2) . (3, 4) = 11; up (5, 6): 55 and 66."""
     line = nn.Linear(2, 2)
-    assert thin(
+    assert lora_forward(
         line, torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0], [6.0]])
     ).tolist() == [55.0, 66.0]
     net = nn.Conv2d(1, 1, 3, stride=2, padding=1)
     x, down, up = torch.randn(1, 1, 6, 6), torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1)
-    assert_close(thin(net, x, down, up), nn.functional.conv2d(x, down * up, None, 2, 1))
+    assert_close(lora_forward(net, x, down, up), nn.functional.conv2d(x, down * up, None, 2, 1))
 
 
 def test_a_patch_beneath_counts_as_the_weights_do(make_model, files):
     model = make_model()
     own = dict(model.denoiser.named_parameters())
-    patch = Patch({n: own[n] * 1.5 for n in select(model.denoiser, "kv2")})
+    patch = Patch({n: own[n] * 1.5 for n in select_parameters(model.denoiser, "kv2")})
     read = read_factors(files[1], model)
     with patch.apply(model):
         fused = load_lora(files[1], model)
         with fused.apply(model):
             want = said(model)
-        with beside(model, [(read, 1.0)]):
+        with active_loras(model, [(read, 1.0)]):
             assert_close(said(model), want, rtol=0, atol=1e-4)
 
 
@@ -122,7 +122,7 @@ def test_a_gradient_goes_through_what_is_added(make_model, files):
     read = read_factors(files[0], model)
     for scale in (1.0, 0.0):
         start = x.clone().requires_grad_()
-        with beside(model, [(read, scale)]):
+        with active_loras(model, [(read, scale)]):
             model.denoiser(start, t, text).sample.sum().backward()
         slopes.append(start.grad)
     assert (slopes[0] - slopes[1]).abs().max() > 1e-3
@@ -131,7 +131,10 @@ def test_a_gradient_goes_through_what_is_added(make_model, files):
 def test_they_come_off_when_drawing_fails(make_model, files):
     model = make_model()
     plain = said(model)
-    with pytest.raises(ZeroDivisionError), beside(model, [(read_factors(files[0], model), 1.0)]):
+    with (
+        pytest.raises(ZeroDivisionError),
+        active_loras(model, [(read_factors(files[0], model), 1.0)]),
+    ):
         _ = 1 / 0
     assert torch.equal(said(model), plain)
 
@@ -141,24 +144,24 @@ def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files,
     user, safe = (read_factors(file, model) for file in files)
     shared = len(user.change.keys() & safe.change.keys())
     with pytest.warns(
-        BesideWarning,
+        AdapterWarning,
         match=f"{shared} weights are changed by more than one LoRA, .*the changes add up",
     ):
-        with beside(model, [(user, 1.0), (safe, 1.0)]):
+        with active_loras(model, [(user, 1.0), (safe, 1.0)]):
             pass
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with beside(model, [(user, 1.0)]):
+        with active_loras(model, [(user, 1.0)]):
             pass
     more = load_file(files[0]) | {
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)
     }
     save_file(more, tmp_path / "with text.safetensors")
     with pytest.warns(
-        BesideWarning,
+        AdapterWarning,
         match=r"with text.safetensors also has 1 tensors for the text encoder; they are left out",
     ):
-        with beside(model, [(read_factors(tmp_path / "with text.safetensors", model), 1.0)]):
+        with active_loras(model, [(read_factors(tmp_path / "with text.safetensors", model), 1.0)]):
             pass
 
 
@@ -177,16 +180,16 @@ def test_a_recipe_and_words_can_mean_the_same(tmp_path):
     words = [f"{tmp_path}/a.safetensors", f"{tmp_path}/b.safetensors:0.8"]
     assert add_loras(Stack(name="s", model="mini"), words) == stack
     assert Stack.model_validate_json(stack.model_dump_json()) == stack
-    assert not stack.base
+    assert not stack.is_base
     odd = add_loras(Stack(name="s", model="mini"), ["C:/lora.safetensors", "a:b.safetensors:-1"])
     assert odd.loras == (
-        ActiveLora(file=Path("C:/lora.safetensors")),
-        ActiveLora(file=Path("a:b.safetensors"), scale=-1),
+        LoraSpec(file=Path("C:/lora.safetensors")),
+        LoraSpec(file=Path("a:b.safetensors"), scale=-1),
     )
 
 
 def test_a_hash_rests_on_the_file_its_scale_and_the_order(tiny_folder, files):
-    shelf, name = Shelf(), str(tiny_folder)
+    shelf, name = StackLoader(), str(tiny_folder)
     user, safe = (str(file) for file in files)
     stacks = [
         Stack(name="s", model=name, loras=loras)
@@ -195,9 +198,9 @@ def test_a_hash_rests_on_the_file_its_scale_and_the_order(tiny_folder, files):
     assert len({shelf.hash(stack) for stack in stacks}) == len(stacks)
 
 
-@pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.BesideWarning")
+@pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
 def test_a_stack_draws_with_its_loras_and_the_model_comes_back(tiny_folder, files):
-    shelf, name = Shelf(), str(tiny_folder)
+    shelf, name = StackLoader(), str(tiny_folder)
     _, weights = shelf.model(name)
     plain, both = (
         Stack(name="p", model=name),
@@ -205,10 +208,10 @@ def test_a_stack_draws_with_its_loras_and_the_model_comes_back(tiny_folder, file
     )
     pictures = []
     for stack in (plain, both, plain):
-        with shelf.opened(stack) as ready:
-            pictures.append([p.tobytes() for p in ready.draw(ASKS, SAMPLER)])
+        with shelf.open(stack) as ready:
+            pictures.append([p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)])
     assert pictures[0] == pictures[2] != pictures[1]
-    assert weights_hash(shelf.model(name)[0]) == weights
+    assert pipeline_hash(shelf.model(name)[0]) == weights
 
 
 def test_generate_keeps_both_active_and_its_pictures_name_them(
@@ -250,22 +253,22 @@ def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(
     tiny_folder, files, make_model, tmp_path
 ):
     with pytest.raises(
-        BadFile,
+        FileError,
         match="is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps",
     ):
         Patch.load(files[0])
     model = make_model()
     UCE(erase=("red cube",)).apply(model).save(tmp_path / "p.safetensors")
-    with pytest.raises(BadFile, match=r"is a safegen patch, not a LoRA; put it on with --patch"):
+    with pytest.raises(FileError, match=r"is a safegen patch, not a LoRA; put it on with --patch"):
         read_factors(tmp_path / "p.safetensors", model)
     bad = load_file(files[0])
     bad[next(k for k in bad if "lora_up" in k)][0] = float("nan")
     save_file(bad, tmp_path / "nan.safetensors")
-    with pytest.raises(BadFile, match="has NaN or infinite values in lora_unet_"):
+    with pytest.raises(FileError, match="has NaN or infinite values in lora_unet_"):
         read_factors(tmp_path / "nan.safetensors", model)
     with (
-        pytest.raises(BadPatch, match="does not fit the model"),
-        Shelf().opened(
+        pytest.raises(PatchError, match="does not fit the model"),
+        StackLoader().open(
             Stack(name="s", model=str(tiny_folder), loras=(str(_wider(files[0], tmp_path)),))
         ),
     ):
@@ -287,15 +290,15 @@ def test_words_that_mean_no_lora_are_refused_in_one_line(tmp_path, tiny_folder):
         ("a.safetensors:nan", "finite"),
         ("a:inf", "finite"),
     ):
-        with pytest.raises(BadSetting, match=says) as caught:
+        with pytest.raises(ConfigError, match=says) as caught:
             add_loras(stack, [word])
         assert "\n" not in str(caught.value)
-    with pytest.raises(BadSetting, match="LoRAs have no effect on the blank stack 's'"):
+    with pytest.raises(ConfigError, match="LoRAs have no effect on the blank stack 's'"):
         add_loras(Stack(name="s", model="mini", blank=True), ["a"])
-    with pytest.raises(BadFile, match=r"the LoRA 'no.safetensors' does not exist"):
-        Shelf().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
+    with pytest.raises(FileError, match=r"the LoRA 'no.safetensors' does not exist"):
+        StackLoader().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
     (tmp_path / "s.toml").write_text('model = "mini"\nblank = true\nloras = ["a"]\n')
     with pytest.raises(
-        BadFile, match="LoRAs, guards and a negative prompt have no effect on a blank stack"
+        FileError, match="LoRAs, guards and a negative prompt have no effect on a blank stack"
     ):
         load_stack(str(tmp_path / "s.toml"))

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
-from safegen.core.generation import Ask, Sampler
-from safegen.stack import Shelf, Stack, add_guards, add_patches, load_stack, weights_hash
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.generation import GenerationConfig, Sample
+from safegen.stack import Stack, StackLoader, add_guards, add_patches, load_stack, pipeline_hash
 
 ASKS, SAMPLER = (
-    [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)],
-    Sampler(steps=2),
+    [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],
+    GenerationConfig(num_inference_steps=2),
 )
 
 
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory, tiny_folder):
     """Return two patches that change the same tensors of the tiny model."""
-    from safegen.models import selectors as select
     from safegen.models.model import load
+    from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
 
     model = load(str(tiny_folder))
@@ -30,9 +30,10 @@ def patches(tmp_path_factory, tiny_folder):
     paths = []
     for name, by in (("a", 3.0), ("b", -2.0)):
         paths.append(tmp_path_factory.mktemp("patches") / f"{name}.safetensors")
-        Patch({k: own[k] * by for k in select(model.denoiser, "attn1")}, {"base": model.hash}).save(
-            paths[-1]
-        )
+        Patch(
+            {k: own[k] * by for k in select_parameters(model.denoiser, "attn1")},
+            {"base": model.hash},
+        ).save(paths[-1])
     return paths
 
 
@@ -53,13 +54,13 @@ def test_a_model_a_recipe_and_a_spec_can_mean_the_same(tmp_path, tiny_folder, pa
 @pytest.mark.parametrize(
     ("spec", "error", "says"),
     [
-        ("minni", UnknownName, "Did you mean 'mini'"),
-        ("no.toml", BadFile, "does not exist"),
-        ("a b=mini", BadSetting, "NAME=model"),
-        ("../x=mini", BadSetting, "NAME=model"),
-        ("x=", BadSetting, "NAME=model"),
-        ("x=mini+", BadSetting, "NAME=model"),
-        ("x=r.toml", BadSetting, "a recipe says its own name"),
+        ("minni", UnknownNameError, "Did you mean 'mini'"),
+        ("no.toml", FileError, "does not exist"),
+        ("a b=mini", ConfigError, "NAME=model"),
+        ("../x=mini", ConfigError, "NAME=model"),
+        ("x=", ConfigError, "NAME=model"),
+        ("x=mini+", ConfigError, "NAME=model"),
+        ("x=r.toml", ConfigError, "a recipe says its own name"),
     ],
 )
 def test_a_spec_that_means_nothing_is_refused(spec, error, says):
@@ -89,14 +90,14 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
         ),
         ('model = "mini"\nblank = true\nguards = ["sld"]', "no effect on a blank stack"),
         ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
-        ('model = "mini"\nsteps = 3', "steps"),
+        ('model = "mini"\nnum_inference_steps = 3', "steps"),
         ("patches = []", "model"),
         ("model", "not a stack file"),
     ],
 )
 def test_a_recipe_with_an_idle_or_unknown_setting_is_refused(tmp_path, text, says):
     (tmp_path / "s.toml").write_text(text)
-    with pytest.raises(BadFile, match=says) as caught:
+    with pytest.raises(FileError, match=says) as caught:
         load_stack(str(tmp_path / "s.toml"))
     assert "\n" not in str(caught.value)
 
@@ -112,14 +113,14 @@ def test_a_recipe_names_the_small_files_that_a_one_file_checkpoint_lacks(
     save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")
     (tmp_path / "small").symlink_to(tiny_folder)
     (tmp_path / "s.toml").write_text('model = "bare.safetensors"\nconfig = "small"')
-    stack, shelf = load_stack(str(tmp_path / "s.toml")), Shelf()
-    assert stack.base
-    assert shelf.hash(stack) == Shelf().hash(Stack(name="t", model=str(tiny_folder)))
-    with pytest.raises(BadFile, match="--config"):
+    stack, shelf = load_stack(str(tmp_path / "s.toml")), StackLoader()
+    assert stack.is_base
+    assert shelf.hash(stack) == StackLoader().hash(Stack(name="t", model=str(tiny_folder)))
+    with pytest.raises(FileError, match="--config"):
         shelf.hash(
             stack.model_copy(update={"config": None})
         )  # what is kept was loaded with the folder
-    with pytest.raises(BadSetting, match="config has no effect on 'mini'"):
+    with pytest.raises(ConfigError, match="config has no effect on 'mini'"):
         shelf.hash(Stack(name="t", model="mini", config=tiny_folder))
 
 
@@ -139,7 +140,7 @@ def test_a_concepts_file_is_looked_for_beside_its_recipe(tmp_path, monkeypatch):
 def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(
     make_model, tiny_folder, patches
 ):
-    shelf, name = Shelf(), str(tiny_folder)
+    shelf, name = StackLoader(), str(tiny_folder)
     stacks = [
         Stack(name="s", model=name),
         Stack(name="s", model=name, patches=(patches[0],)),
@@ -153,44 +154,44 @@ def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(
     assert len(set(hashes)) == len(stacks)
     assert shelf.hash(Stack(name="t", model=name)) == hashes[0]  # a name decides no picture
     assert stacks[0].hash(make_model(1)) != stacks[0].hash(make_model(2))
-    assert weights_hash(make_model(1)) != weights_hash(make_model(1, beta_end=0.02))
+    assert pipeline_hash(make_model(1)) != pipeline_hash(make_model(1, beta_end=0.02))
     other = make_model(1)
     other.vae.register_to_config(scaling_factor=0.5)
-    assert weights_hash(other) != weights_hash(make_model(1))
+    assert pipeline_hash(other) != pipeline_hash(make_model(1))
     other = make_model(1)
     other.denoiser.register_to_config(attention_head_dim=1)
-    assert weights_hash(other) != weights_hash(make_model(1))
+    assert pipeline_hash(other) != pipeline_hash(make_model(1))
     other = make_model(1)
     other.denoiser.register_to_config(sample_size=16)
-    assert weights_hash(other) != weights_hash(make_model(1))
+    assert pipeline_hash(other) != pipeline_hash(make_model(1))
     other = make_model(1)
     other.pipeline.tokenizer.model_max_length -= 1
-    assert weights_hash(other) != weights_hash(make_model(1))
+    assert pipeline_hash(other) != pipeline_hash(make_model(1))
     other = make_model(1)
     other.pipeline.scheduler = DDPMScheduler.from_config(other.pipeline.scheduler.config)
-    assert weights_hash(other) != weights_hash(make_model(1))
+    assert pipeline_hash(other) != pipeline_hash(make_model(1))
 
 
 def test_a_shelf_loads_a_model_once_and_patches_come_off_exactly(tiny_folder, patches):
-    from safegen.patches.patch import Overwritten
+    from safegen.patches.patch import PatchOverlapWarning
 
-    shelf, name = Shelf(), str(tiny_folder)
+    shelf, name = StackLoader(), str(tiny_folder)
     plain, both = (
         Stack(name="plain", model=name),
         Stack(name="both", model=name, patches=tuple(patches)),
     )
     model, weights = shelf.model(name)
-    with shelf.opened(plain) as ready:
-        before = ready.draw(ASKS, SAMPLER)
+    with shelf.open(plain) as ready:
+        before = ready.generate_images(ASKS, SAMPLER)
     with ExitStack() as on:
-        with pytest.warns(Overwritten, match="the last patch counts"):
-            ready = on.enter_context(shelf.opened(both))
+        with pytest.warns(PatchOverlapWarning, match="the last patch counts"):
+            ready = on.enter_context(shelf.open(both))
         assert ready.model is model
         assert ready.hash == shelf.hash(both)
-        edited = ready.draw(ASKS, SAMPLER)
-    with shelf.opened(plain) as ready:
-        after = ready.draw(ASKS, SAMPLER)
-    assert weights_hash(model) == weights
+        edited = ready.generate_images(ASKS, SAMPLER)
+    with shelf.open(plain) as ready:
+        after = ready.generate_images(ASKS, SAMPLER)
+    assert pipeline_hash(model) == weights
     assert [p.tobytes() for p in after] == [p.tobytes() for p in before]
     assert [p.tobytes() for p in edited] != [p.tobytes() for p in before]
 
@@ -200,47 +201,49 @@ def test_a_patch_comes_off_when_drawing_fails_or_the_next_patch_does_not_fit(
 ):
     import torch
 
-    from safegen.core.errors import BadPatch
+    from safegen.core.errors import PatchError
     from safegen.patches.patch import Patch
 
-    shelf, name = Shelf(), str(tiny_folder)
+    shelf, name = StackLoader(), str(tiny_folder)
     model, weights = shelf.model(name)
     with (
         pytest.raises(ZeroDivisionError),
-        shelf.opened(Stack(name="s", model=name, patches=(patches[0],))),
+        shelf.open(Stack(name="s", model=name, patches=(patches[0],))),
     ):
         _ = 1 / 0
-    assert weights_hash(model) == weights
+    assert pipeline_hash(model) == weights
     odd = tmp_path / "odd.safetensors"
     Patch({"nothing.here": torch.zeros(1)}).save(odd)
     with (
-        pytest.raises(BadPatch),
-        shelf.opened(Stack(name="s", model=name, patches=(patches[0], odd))),
+        pytest.raises(PatchError),
+        shelf.open(Stack(name="s", model=name, patches=(patches[0], odd))),
     ):
         pass
-    assert weights_hash(model) == weights
-    with shelf.opened(Stack(name="s", model=name)):
+    assert pipeline_hash(model) == weights
+    with shelf.open(Stack(name="s", model=name)):
         pass
 
 
 def test_a_negative_prompt_changes_pictures_and_needs_guidance(tiny_folder):
-    shelf, name = Shelf(), str(tiny_folder)
-    with shelf.opened(Stack(name="s", model=name)) as ready:
-        plain = ready.draw(ASKS, SAMPLER)
-    with shelf.opened(Stack(name="s", model=name, negative_prompt="")) as ready:
-        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] == [
+    shelf, name = StackLoader(), str(tiny_folder)
+    with shelf.open(Stack(name="s", model=name)) as ready:
+        plain = ready.generate_images(ASKS, SAMPLER)
+    with shelf.open(Stack(name="s", model=name, negative_prompt="")) as ready:
+        assert [p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)] == [
             p.tobytes() for p in plain
         ]  # blank is what guidance uses anyway
-    with shelf.opened(Stack(name="s", model=name, negative_prompt="a red cube")) as ready:
-        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] != [p.tobytes() for p in plain]
-        with pytest.raises(BadSetting, match="no effect without guidance"):
-            ready.draw(ASKS, Sampler(steps=2, guidance=1))
+    with shelf.open(Stack(name="s", model=name, negative_prompt="a red cube")) as ready:
+        assert [p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)] != [
+            p.tobytes() for p in plain
+        ]
+        with pytest.raises(ConfigError, match="no effect without guidance"):
+            ready.generate_images(ASKS, GenerationConfig(num_inference_steps=2, guidance_scale=1))
 
 
 def test_a_blank_stack_draws_black_pictures_of_the_models_size(tiny_folder):
-    shelf = Shelf()
-    with shelf.opened(Stack(name="black", model=str(tiny_folder), blank=True)) as ready:
-        (picture, _) = ready.draw(ASKS, SAMPLER)
+    shelf = StackLoader()
+    with shelf.open(Stack(name="black", model=str(tiny_folder), blank=True)) as ready:
+        (picture, _) = ready.generate_images(ASKS, SAMPLER)
     assert picture.size == (ready.model.size, ready.model.size)
     assert picture.getextrema() == ((0, 0), (0, 0), (0, 0))
 
@@ -252,7 +255,7 @@ GUARDS = (
 
 
 def test_guards_decide_the_hash_by_their_settings_and_order(tiny_folder):
-    shelf, name = Shelf(), str(tiny_folder)
+    shelf, name = StackLoader(), str(tiny_folder)
     stacks = [
         Stack(name="s", model=name),
         Stack(name="s", model=name, guards=GUARDS),
@@ -261,7 +264,7 @@ def test_guards_decide_the_hash_by_their_settings_and_order(tiny_folder):
         Stack(name="s", model=name, guards=({**GUARDS[0], "scale": 1.0},)),
     ]
     assert len({shelf.hash(s) for s in stacks}) == len(stacks)
-    assert [s.base for s in stacks] == [True, False, False, False, False]
+    assert [s.is_base for s in stacks] == [True, False, False, False, False]
     again = Stack.model_validate_json(stacks[1].model_dump_json())
     assert again == stacks[1]
     assert shelf.hash(again) == shelf.hash(stacks[1])
@@ -274,13 +277,13 @@ def test_a_recipe_of_guards_draws_with_them_and_its_pictures_carry_a_trail(tmp_p
         'model = "model"\n[[guards]]\nname = "sld"\npreset = "max"\ntext = "a green cone"\n'
         '[[guards]]\nname = "prompt-filter"\nwords = ["blue ball"]\n'
     )
-    shelf, stack = Shelf(), load_stack(str(recipe))
+    shelf, stack = StackLoader(), load_stack(str(recipe))
     assert [g.name for g in stack.guards] == ["sld", "prompt-filter"]
-    with shelf.opened(Stack(name="plain", model=stack.model)) as ready:
-        plain = ready.draw(ASKS, SAMPLER)
-    with shelf.opened(stack) as ready:
-        shown, gone = ready.drawn(ASKS, SAMPLER)
-        pictures = ready.draw(ASKS, SAMPLER)
+    with shelf.open(Stack(name="plain", model=stack.model)) as ready:
+        plain = ready.generate_images(ASKS, SAMPLER)
+    with shelf.open(stack) as ready:
+        shown, gone = ready.generate(ASKS, SAMPLER)
+        pictures = ready.generate_images(ASKS, SAMPLER)
     assert (shown.trail.action, shown.trail.reason) == ("edit", "sld: steered")
     assert (gone.image, gone.trail.action, gone.trail.reason) == (
         None,
@@ -291,16 +294,18 @@ def test_a_recipe_of_guards_draws_with_them_and_its_pictures_carry_a_trail(tmp_p
     assert (
         pictures[1].getextrema() == ((0, 0),) * 3
     )  # what was withheld is black where a picture must be
-    with shelf.opened(Stack(name="plain", model=stack.model)) as ready:
-        assert [p.tobytes() for p in ready.draw(ASKS, SAMPLER)] == [p.tobytes() for p in plain]
+    with shelf.open(Stack(name="plain", model=stack.model)) as ready:
+        assert [p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)] == [
+            p.tobytes() for p in plain
+        ]
 
 
 def test_a_guard_on_a_patch_sees_the_patched_model(tiny_folder, patches):
-    shelf, name = Shelf(), str(tiny_folder)
+    shelf, name = StackLoader(), str(tiny_folder)
     found = []
     for own in ((), (patches[0],)):
-        with shelf.opened(Stack(name="s", model=name, patches=own, guards=GUARDS[:1])) as ready:
-            found.append(ready.draw(ASKS, SAMPLER)[0].tobytes())
+        with shelf.open(Stack(name="s", model=name, patches=own, guards=GUARDS[:1])) as ready:
+            found.append(ready.generate_images(ASKS, SAMPLER)[0].tobytes())
     assert found[0] != found[1]
 
 
@@ -346,9 +351,9 @@ def test_words_of_the_command_line_become_guards():
         ("prompt-filter", None),
     ]
     assert add_guards(mini, []) == mini
-    with pytest.raises(BadSetting, match="no guard takes anything from it"):
+    with pytest.raises(ConfigError, match="no guard takes anything from it"):
         add_guards(mini, [], "skulls")
-    with pytest.raises(BadSetting, match="no effect on the blank stack"):
+    with pytest.raises(ConfigError, match="no effect on the blank stack"):
         add_guards(Stack(name="s", model="mini", blank=True), ["sld"])
 
 
@@ -356,6 +361,6 @@ def test_patches_come_after_a_stacks_own_and_a_blank_one_takes_none():
     stack = Stack(name="s", model="mini", patches=(Path("a"),))
     assert add_patches(stack, [Path("b")]).patches == (Path("a"), Path("b"))
     with pytest.raises(
-        BadSetting, match="patches have no effect on the blank stack 's'; leave them out"
+        ConfigError, match="patches have no effect on the blank stack 's'; leave them out"
     ):
         add_patches(Stack(name="s", model="mini", blank=True), [Path("b")])

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from safegen._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from safegen.core.generation import Ask as Ask
-    from safegen.core.generation import Sampler as Sampler
+    from safegen.core.generation import GenerationConfig as GenerationConfig
+    from safegen.core.generation import Sample as Sample
     from safegen.data.triplets.triplets import Triplets as Triplets
     from safegen.judges import load_judge as load_judge
     from safegen.models.checkpoint.diffusers_folder import save_folder as save_folder
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from safegen.workflows.edit import save_patch as save_patch
 
 _MODULES = {
-    "Ask": "safegen.core.generation",
+    "Sample": "safegen.core.generation",
     "Model": "safegen.models.model",
     "Patch": "safegen.patches.patch",
-    "Sampler": "safegen.core.generation",
+    "GenerationConfig": "safegen.core.generation",
     "Triplets": "safegen.data.triplets.triplets",
     "edit": "safegen.workflows.edit",
     "export": "safegen.workflows.edit",
@@ -46,10 +46,10 @@ _MODULES = {
     "save_patch": "safegen.workflows.edit",
 }
 __all__ = [
-    "Ask",
+    "Sample",
     "Model",
     "Patch",
-    "Sampler",
+    "GenerationConfig",
     "Triplets",
     "edit",
     "export",

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 
 
-class ActiveLora(BaseModel):
+class LoraSpec(BaseModel):
     """A LoRA that is active beside a model's weights, never fused into them.
 
     Written FILE or FILE:SCALE.
@@ -35,14 +35,14 @@ class ActiveLora(BaseModel):
             raise ValueError("a LoRA of scale 0 has no effect; leave it out")
         return value
 
-    def facts(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return its name without folders, the SHA-256 of the file, and its scale.
 
         Raises:
-            BadFile: it cannot be read.
+            FileError: it cannot be read.
         """
         if not self.file.is_file():
-            raise BadFile(f"the LoRA {str(self.file)!r} does not exist")
+            raise FileError(f"the LoRA {str(self.file)!r} does not exist")
         with self.file.open("rb") as file:
             return {
                 "file": self.file.name,
@@ -51,7 +51,7 @@ class ActiveLora(BaseModel):
             }
 
 
-def read_loras(words: object) -> Any:
+def parse_lora_specs(words: object) -> Any:
     """Return what FILE or FILE:SCALE means, for each such word of a list.
 
     What is no word is left for pydantic.
@@ -69,5 +69,5 @@ def _read(word: str) -> dict[str, Any]:
         return {"file": word}
 
 
-ActiveLoras = Annotated[tuple[ActiveLora, ...], BeforeValidator(read_loras)]
+LoraSpecs = Annotated[tuple[LoraSpec, ...], BeforeValidator(parse_lora_specs)]
 """A setting that takes LoRAs as words or tables."""

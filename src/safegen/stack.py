@@ -26,22 +26,22 @@ from pydantic import (
     model_validator,
 )
 
-from safegen.active import ActiveLora, ActiveLoras, read_loras
+from safegen.active import LoraSpec, LoraSpecs, parse_lora_specs
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile, BadSetting, UnknownName, UserError
-from safegen.core.generation import Ask, Sampler
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import MODELS
-from safegen.guards import Drawn, Guard, Trail, read_guard
+from safegen.guards import GeneratedImage, GuardConfig, GuardTrace, read_guard
 
 if TYPE_CHECKING:
-    from safegen.guards.core.pipeline import Guarded
+    from safegen.guards.core.pipeline import GuardedPipeline
     from safegen.models.model import Model
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Stacks name folders, so their names are plain."""
 
 
-OPEN = {
+UNHASHED_CONFIG = {
     "vae": ("scaling_factor", "shift_factor"),
     "unet": ("attention_head_dim", "num_attention_heads", "sample_size"),
     "text_encoder": ("num_attention_heads", "hidden_act"),
@@ -65,11 +65,11 @@ class Stack(BaseModel):
     """For a one-file checkpoint: a diffusers folder of its family, for the small files that it lacks."""
     patches: tuple[Path, ...] = ()
     """Patches to put on it, in order."""
-    loras: ActiveLoras = ()
+    loras: LoraSpecs = ()
     """LoRAs active beside the weights, never fused into them: `FILE`, `FILE:SCALE`, or tables of both."""
     negative_prompt: str | None = None
     """Text that guidance pushes every picture away from."""
-    guards: tuple[SerializeAsAny[Guard], ...] = ()
+    guards: tuple[SerializeAsAny[GuardConfig], ...] = ()
     """Defences that act while drawing: `sld-max`, or a table with `name`, `preset`, `concept` and settings of the guard."""
     blank: bool = False
     """Draw nothing: every picture is black.
@@ -81,7 +81,7 @@ class Stack(BaseModel):
     @classmethod
     def _read_guards(cls, value: Any) -> Any:
         if not isinstance(value, list | tuple) or not all(
-            isinstance(one, str | Mapping | Guard) for one in value
+            isinstance(one, str | Mapping | GuardConfig) for one in value
         ):
             return value
         try:
@@ -100,7 +100,7 @@ class Stack(BaseModel):
         return self
 
     @property
-    def base(self) -> bool:
+    def is_base(self) -> bool:
         """Whether this is a model as it comes."""
         return not (
             self.patches
@@ -115,10 +115,10 @@ class Stack(BaseModel):
 
         Args:
             model: the stack's model, without patches on it.
-            weights: its `weights_hash`, if known.
+            weights: its `pipeline_hash`, if known.
 
         Raises:
-            BadFile: a patch or a LoRA cannot be read.
+            FileError: a patch or a LoRA cannot be read.
             UserError: a guard's file cannot be.
         """
         if self.blank:
@@ -127,21 +127,23 @@ class Stack(BaseModel):
 
         patches = [Patch.load(path).hash for path in self.patches]
         facts: dict[str, Any] = {
-            "weights": weights or weights_hash(model),
+            "weights": weights or pipeline_hash(model),
             "patches": patches,
             "negative": self.negative_prompt,
         }
         facts |= (
             {
                 "loras": [
-                    (said["hash"], said["scale"]) for said in (lora.facts() for lora in self.loras)
+                    (said["hash"], said["scale"])
+                    for said in (lora.fingerprint() for lora in self.loras)
                 ]
             }
             if self.loras
             else {}
         )
         return _digest(
-            facts | ({"guards": [guard.facts() for guard in self.guards]} if self.guards else {})
+            facts
+            | ({"guards": [guard.fingerprint() for guard in self.guards]} if self.guards else {})
         )
 
 
@@ -153,9 +155,9 @@ def load_stack(spec: str | Path) -> Stack:
             `NAME=model+patch.safetensors+...`.
 
     Raises:
-        UnknownName: neither.
-        BadFile: the recipe is missing or is not one.
-        BadSetting: the name is not plain.
+        UnknownNameError: neither.
+        FileError: the recipe is missing or is not one.
+        ConfigError: the name is not plain.
     """
     spec = str(spec)
     name, found, rest = spec.partition("=")
@@ -163,17 +165,17 @@ def load_stack(spec: str | Path) -> Stack:
         return _read_recipe(Path(spec))
     if not found:
         if spec not in MODELS:
-            raise UnknownName(
+            raise UnknownNameError(
                 "stack (nor is it a recipe.toml, nor NAME=model+patch.safetensors)", spec, MODELS
             )
         return Stack(name=spec, model=spec)
     if rest.endswith(".toml"):
-        raise BadSetting(
+        raise ConfigError(
             f"a recipe says its own name, so it is given without one: {rest}, got {spec!r}"
         )
     model, *patches = rest.split("+")
     if not re.fullmatch(NAME, name) or not model or not all(patches):
-        raise BadSetting(
+        raise ConfigError(
             f"a stack is written NAME=model+patch.safetensors, its name in letters, digits and '._-'; got {spec!r}"
         )
     return Stack(name=name, model=model, patches=tuple(Path(p) for p in patches))
@@ -183,17 +185,19 @@ def add_guards(stack: Stack, guards: Sequence[str], concept: str | None = None) 
     """Return a stack with further guards, as words of the command line; a concept gives its words and its judge to all that can use them.
 
     Raises:
-        UnknownName: no such guard, preset or concept.
-        BadSetting: a guard lacks a setting, has no effect, or none has a use for the concept.
+        UnknownNameError: no such guard, preset or concept.
+        ConfigError: a guard lacks a setting, has no effect, or none has a use for the concept.
     """
     known = load_concept(concept) if concept is not None else None
     made = [read_guard(word, known) for word in guards]
-    if known and not any(type(guard).lent(known) for guard in made):
-        raise BadSetting(
+    if known and not any(type(guard).defaults_from(known) for guard in made):
+        raise ConfigError(
             f"the concept {known.name!r} has no effect here: no guard takes anything from it; leave it out"
         )
     if made and stack.blank:
-        raise BadSetting(f"guards have no effect on the blank stack {stack.name!r}; leave them out")
+        raise ConfigError(
+            f"guards have no effect on the blank stack {stack.name!r}; leave them out"
+        )
     return stack.model_copy(update={"guards": (*stack.guards, *made)})
 
 
@@ -201,10 +205,10 @@ def add_patches(stack: Stack, patches: Sequence[Path]) -> Stack:
     """Return a stack with further patches, put on after its own.
 
     Raises:
-        BadSetting: it draws nothing.
+        ConfigError: it draws nothing.
     """
     if patches and stack.blank:
-        raise BadSetting(
+        raise ConfigError(
             f"patches have no effect on the blank stack {stack.name!r}; leave them out"
         )
     return stack.model_copy(update={"patches": (*stack.patches, *patches)})
@@ -214,15 +218,15 @@ def add_loras(stack: Stack, words: Sequence[str]) -> Stack:
     """Return a stack with further LoRAs beside it, each FILE or FILE:SCALE.
 
     Raises:
-        BadSetting: a scale breaks its rule, or the stack draws nothing.
+        ConfigError: a scale breaks its rule, or the stack draws nothing.
     """
     if words and stack.blank:
-        raise BadSetting(f"LoRAs have no effect on the blank stack {stack.name!r}; leave them out")
+        raise ConfigError(f"LoRAs have no effect on the blank stack {stack.name!r}; leave them out")
     try:
-        found = tuple(ActiveLora.model_validate(one) for one in read_loras(list(words)))
+        found = tuple(LoraSpec.model_validate(one) for one in parse_lora_specs(list(words)))
     except ValidationError as error:
         e = error.errors()[0]
-        raise BadSetting(
+        raise ConfigError(
             f"--lora: {e['msg'].removeprefix('Value error, ')}, got {e['input']!r}"
         ) from error
     return stack.model_copy(update={"loras": (*stack.loras, *found)})
@@ -230,25 +234,25 @@ def add_loras(stack: Stack, words: Sequence[str]) -> Stack:
 
 def _read_recipe(path: Path) -> Stack:
     if not path.is_file():
-        raise BadFile(f"the stack file {str(path)!r} does not exist")
+        raise FileError(f"the stack file {str(path)!r} does not exist")
     try:
         facts = {"name": path.stem} | tomllib.loads(path.read_text(encoding="utf-8"))
         facts["guards"] = _beside(facts.get("guards", []), path.parent)
         stack = Stack.model_validate(facts)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
+        raise FileError(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         e = error.errors()[0]
         place, says = (
             ".".join(map(str, e["loc"])) or "stack",
             e["msg"].removeprefix("Value error, "),
         )
-        raise BadFile(f"{path} is not a stack file: {place}: {says}") from error
+        raise FileError(f"{path} is not a stack file: {place}: {says}") from error
     beside = path.parent / stack.model
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
     patches, guards = (
         tuple(path.parent / p for p in stack.patches),
-        tuple(guard.beside(path.parent) for guard in stack.guards),
+        tuple(guard.resolve_paths(path.parent) for guard in stack.guards),
     )
     loras = tuple(lora.model_copy(update={"file": path.parent / lora.file}) for lora in stack.loras)
     config = path.parent / stack.config if stack.config else None
@@ -277,7 +281,7 @@ def _beside(guards: Any, folder: Path) -> Any:
     return [one(guard) for guard in guards] if isinstance(guards, list) else guards
 
 
-def weights_hash(model: Model) -> str:
+def pipeline_hash(model: Model) -> str:
     """Return a SHA-256 over all that a model draws with: every part's weights, schedule, vocabulary, and what the weights leave open.
 
     The latter: the latents' size, scale and shift, the number of heads, how prompts and the text
@@ -286,28 +290,32 @@ def weights_hash(model: Model) -> str:
     from safegen.core.hashing import hash_tensors
 
     pipeline = model.pipeline
-    facts = {"unet": hash_tensors(model.denoiser.state_dict()), "around": model.around}
+    facts = {"unet": hash_tensors(model.denoiser.state_dict()), "around": model.components_hash}
     facts["vocabulary"] = _digest(pipeline.tokenizer.get_vocab())
-    more = {"text_encoder_2": OPEN["text_encoder"]} if "text_encoder_2" in model.parts else {}
+    more = (
+        {"text_encoder_2": UNHASHED_CONFIG["text_encoder"]}
+        if "text_encoder_2" in model.parts
+        else {}
+    )
     facts |= {"vocabulary_2": _digest(pipeline.tokenizer_2.get_vocab())} if more else {}
     readers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if more else [])]
     facts["reading"] = str(
         [(reader.pad_token_id, reader.model_max_length, reader.padding_side) for reader in readers]
     )
     facts["blank"] = str(pipeline.config.get("force_zeros_for_empty_prompt"))
-    for part, keys in (OPEN | more).items():
+    for part, keys in (UNHASHED_CONFIG | more).items():
         config = getattr(pipeline, part).config
         facts |= {f"{part}.{key}": str(getattr(config, key, None)) for key in keys}
     return _digest(facts | {"scheduler": type(pipeline.scheduler).__name__})
 
 
-def _guarded(stack: Stack, model: Model) -> Guarded | None:
+def _guarded(stack: Stack, model: Model) -> GuardedPipeline | None:
     """Return a model's pipeline with a stack's guards; None without any."""
     if not stack.guards:
         return None
-    from safegen.guards.core.pipeline import Guarded
+    from safegen.guards.core.pipeline import GuardedPipeline
 
-    return Guarded(model.pipeline, stack.guards, negative=stack.negative_prompt or "")
+    return GuardedPipeline(model.pipeline, stack.guards, negative=stack.negative_prompt or "")
 
 
 def _digest(value: object) -> str:
@@ -315,48 +323,50 @@ def _digest(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedStack:
     """A stack that is ready to draw."""
 
     stack: Stack
     model: Model
     hash: str
-    guarded: Guarded | None = None
+    guarded: GuardedPipeline | None = None
     """The model's pipeline with the stack's guards on it."""
 
-    def draw(self, asks: Sequence[Ask], sampler: Sampler) -> list[Image.Image]:
+    def generate_images(
+        self, asks: Sequence[Sample], sampler: GenerationConfig
+    ) -> list[Image.Image]:
         """Return one picture per ask, in order; a black one where a guard withheld it.
 
         Raises:
-            BadSetting: a negative prompt or a guard without guidance.
+            ConfigError: a negative prompt or a guard without guidance.
         """
-        return [self.shown(drawn) for drawn in self.drawn(asks, sampler)]
+        return [self.display_image(drawn) for drawn in self.generate(asks, sampler)]
 
-    def drawn(self, asks: Sequence[Ask], sampler: Sampler) -> list[Drawn]:
+    def generate(self, asks: Sequence[Sample], sampler: GenerationConfig) -> list[GeneratedImage]:
         """Return one picture per ask, in order, each with the trail of the guards; None where it was withheld.
 
         Raises:
-            BadSetting: a negative prompt or a guard without guidance.
+            ConfigError: a negative prompt or a guard without guidance.
         """
         if self.stack.blank:
-            return [Drawn(self.black(), Trail("none", "")) for _ in asks]
-        from safegen.models.generation import arithmetic, batches, generate, refuse_too_many
+            return [GeneratedImage(self.black(), GuardTrace("none", "")) for _ in asks]
+        from safegen.models.generation import autocast_for, batches, check_num_steps, generate
 
         if self.guarded is None:
             return [
-                Drawn(image, Trail("none", ""))
+                GeneratedImage(image, GuardTrace("none", ""))
                 for image in generate(
                     self.model, asks, sampler, negative=self.stack.negative_prompt
                 )
             ]
-        out: list[Drawn] = []
-        refuse_too_many(self.model, sampler.steps)
+        out: list[GeneratedImage] = []
+        check_num_steps(self.model, sampler.num_inference_steps)
         for prompts, options in batches(asks, sampler, negative=self.stack.negative_prompt):
-            with arithmetic(self.model, sampler):
+            with autocast_for(self.model, sampler):
                 out += self.guarded.draw(prompts, **options)
         return out
 
-    def shown(self, drawn: Drawn) -> Image.Image:
+    def display_image(self, drawn: GeneratedImage) -> Image.Image:
         """Return what stands for a picture where one must be: black for one that was withheld."""
         return drawn.image or self.black()
 
@@ -372,7 +382,7 @@ class Opened:
             torch.cuda.empty_cache()
 
 
-class Shelf:
+class StackLoader:
     """Opens stacks.
 
     It keeps the model that it loaded last, so that stacks on one model in a row share it.
@@ -386,7 +396,7 @@ class Shelf:
         self._open = False
 
     def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
-        """Return a model without patches, and its `weights_hash`.
+        """Return a model without patches, and its `pipeline_hash`.
 
         Args:
             name: as in a stack.
@@ -406,7 +416,7 @@ class Shelf:
                 allow_pickle=self.allow_pickle,
                 config=config,
             )
-            self._kept = ((name, config), model, weights_hash(model))
+            self._kept = ((name, config), model, pipeline_hash(model))
         return self._kept[1:]
 
     def hash(self, stack: Stack) -> str:
@@ -415,17 +425,17 @@ class Shelf:
         return stack.hash(model, weights=weights)
 
     @contextmanager
-    def opened(self, stack: Stack) -> Iterator[Opened]:
+    def open(self, stack: Stack) -> Iterator[LoadedStack]:
         """Yield a stack ready to draw; afterwards its patches are taken off exactly. One is open at a time.
 
         Raises:
             UserError: the model, a patch or a guard cannot be loaded, or does not fit.
 
         Warns:
-            Overwritten: several patches change the same weights.
-            BesideWarning: several LoRAs do, or one has a part that is left out.
+            PatchOverlapWarning: several patches change the same weights.
+            AdapterWarning: several LoRAs do, or one has a part that is left out.
         """
-        from safegen.patches.active_lora import beside
+        from safegen.patches.active_lora import active_loras
         from safegen.patches.arithmetic import warn_of_overlap
         from safegen.patches.lora import read_factors
         from safegen.patches.patch import Patch
@@ -442,8 +452,8 @@ class Shelf:
             for patch in patches:
                 on.enter_context(patch.apply(model))
             on.enter_context(
-                beside(
+                active_loras(
                     model, [(read_factors(lora.file, model), lora.scale) for lora in stack.loras]
                 )
             )
-            yield Opened(stack, model, digest, _guarded(stack, model))
+            yield LoadedStack(stack, model, digest, _guarded(stack, model))

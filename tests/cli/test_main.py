@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from safegen.core.errors import MissingExtra
+from safegen.core.errors import MissingExtraError
 from safegen.data.triplets.triplets import is_sheet
 from safegen.mini import bundle
 from safegen.models.model import load
@@ -185,7 +185,7 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(safegen, tmp_path):
 
 def test_that_nobody_could_look_at_the_triplets_is_said_in_a_line(safegen, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
-        raise MissingExtra("judge 'nudenet'", "NudeNet", "nudenet")
+        raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
     monkeypatch.setattr("safegen.workflows.edit.load_judge", missing)
     few = [f"--set=training.{word}" for word in ("updates=1", "warmup=0", "batch=1")]

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import safegen as package
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.hashing import hash_tensors
 from safegen.edits.uce import UCE
-from safegen.models import selectors as select
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.model import load
+from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
 
 
@@ -26,7 +26,7 @@ def files(tmp_path_factory):
     """The miniature model's text edit, and a change of one self-attention weight of it."""
     folder, model = tmp_path_factory.mktemp("patches"), load("mini")
     UCE(erase=("skulls",)).apply(model).save(folder / "text.safetensors")
-    name = select(model.denoiser, "attn1")[0]
+    name = select_parameters(model.denoiser, "attn1")[0]
     value = model.denoiser.get_parameter(name).detach() * 2
     Patch({name: value}, {"base": model.hash}).save(folder / "look.safetensors")
     return folder
@@ -270,9 +270,9 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
         ]
     package.save_patch(patch, here / "bare.safetensors", card=False)
     assert not (here / "bare.safetensors.md").exists()
-    with pytest.raises(BadSetting, match="metrics have no effect without a card"):
+    with pytest.raises(ConfigError, match="metrics have no effect without a card"):
         package.save_patch(patch, here / "q.safetensors", card=False, metrics=[here])
-    with pytest.raises(BadFile, match=r"p.safetensors.md exists already"):
+    with pytest.raises(FileError, match=r"p.safetensors.md exists already"):
         package.save_patch(patch, here / "p.safetensors")
 
 
@@ -341,7 +341,7 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
     )
     user = {
         name: model.denoiser.get_parameter(name).detach() * 1.5
-        for name in (select(model.denoiser, "attn1")[0], shared)
+        for name in (select_parameters(model.denoiser, "attn1")[0], shared)
     }
     Patch(user, {"base": model.hash}).save(tmp_path / "user.safetensors")
     for name, folder in (("text", files), ("user", tmp_path)):
@@ -578,7 +578,7 @@ def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path
         save_file({name: value.to(dtype) for name, value in tensors.items()}, path, metadata=header)
         for name in ("fp32", "bf16", "fp16") if dtype == torch.float32 else ("fp32",):
             assert (
-                load(ours, dtype=name).told["patches"][0]["hash"]
+                load(ours, dtype=name).verified_metadata["patches"][0]["hash"]
                 == Patch.load(files / "text.safetensors").hash
             )
     next(value for name, value in tensors.items() if name.endswith("attn1.to_q.weight"))[0, 0] += 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.core.errors import BadSetting, UnknownName
+from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.data.triplets.censor import Box, Censor, censor
 
 STYLES = [Censor(), Censor(style="blur"), Censor(style="solid", colour=(0, 128, 0))]
@@ -183,14 +183,14 @@ def test_settings_survive_json() -> None:
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(BadSetting) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         Censor(**values)
     assert str(refusal.value) == words
 
 
 def test_a_misspelt_setting_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        UnknownName, match=r"no setting of the censor named 'color'\. Did you mean 'colour'\?"
+        UnknownNameError, match=r"no setting of the censor named 'color'\. Did you mean 'colour'\?"
     ):
         Censor.model_validate({"color": (0, 0, 0)})
 
@@ -210,16 +210,16 @@ def test_a_misspelt_setting_is_refused_with_the_nearest() -> None:
 def test_a_box_that_covers_nothing_is_refused(
     box: Box, words: str, settings: Censor, rng: np.random.Generator
 ) -> None:
-    with pytest.raises(BadSetting, match=words):
+    with pytest.raises(ConfigError, match=words):
         censor(noise(rng), [box], settings)
 
 
 @pytest.mark.parametrize("style", ["mosaic", "blur"])
 def test_a_tile_too_small_to_hide_anything_is_refused(style: Any, rng: np.random.Generator) -> None:
-    with pytest.raises(BadSetting, match=r"a tile must be at least 2 pixels, got 1\.28"):
+    with pytest.raises(ConfigError, match=r"a tile must be at least 2 pixels, got 1\.28"):
         censor(noise(rng), [(0, 0, 9, 9)], Censor(style=style, tile=0.02))
 
 
 def test_a_picture_in_another_mode_is_refused() -> None:
-    with pytest.raises(BadSetting, match="must be in mode RGB, got 'L'"):
+    with pytest.raises(ConfigError, match="must be in mode RGB, got 'L'"):
         censor(Image.new("L", (64, 64)), [], Censor())

@@ -13,9 +13,9 @@ from red import RedJudge, rows, safe_picture, unsafe_picture
 from typer.testing import CliRunner
 
 from safegen.cli.triplets import app
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.data.triplets.check import check
-from safegen.data.triplets.triplets import Problem, Triplets
+from safegen.data.triplets.triplets import RowError, Triplets
 
 
 def rewrite(folder: Path, change: Callable[[list[dict[str, object]]], object]) -> None:
@@ -199,7 +199,7 @@ def test_every_fault_is_listed(made: Path) -> None:
 def test_a_broken_manifest_is_not_loaded(made: Path, fault: str) -> None:
     spoil, _, words = FAULTS[fault]
     spoil(made)
-    with pytest.raises(BadFile) as refusal:
+    with pytest.raises(FileError) as refusal:
         Triplets.load(made)
     assert words.removeprefix("it ") in str(refusal.value)
 
@@ -212,7 +212,7 @@ def test_what_holds_no_triplets_is_refused(tmp_path: Path, read: Callable[[Path]
         (tmp_path / "file.txt", "is neither"),
         (tmp_path / "gone", "does not exist"),
     ]:
-        with pytest.raises(BadFile, match=words):
+        with pytest.raises(FileError, match=words):
             read(path)
 
 
@@ -232,8 +232,8 @@ def test_the_command_lists_problems_one_a_line_and_exits_with_1(made: Path) -> N
 def test_what_only_a_judge_could_use_is_refused_without_one(made: Path) -> None:
     for option in (["--label", "red"], ["--threshold", "0.9"]):
         result = CliRunner().invoke(app, ["check", str(made), *option])
-        assert isinstance(result.exception, BadSetting)
+        assert isinstance(result.exception, ConfigError)
 
 
 def test_a_problem_reads_as_one_line() -> None:
-    assert str(Problem("0001", "why")) == "0001: why"
+    assert str(RowError("0001", "why")) == "0001: why"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from red import RedJudge
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.data.triplets.check import check
 from safegen.data.triplets.make import make
 from safegen.data.triplets.triplets import Triplets
@@ -76,11 +76,11 @@ def test_a_killed_run_leaves_unsafe_pictures_in_the_named_folder_only_and_never_
     } == inputs
     for read in (Triplets.load, check):
         with pytest.raises(
-            BadFile, match=r"out holds unfinished triplets: .*; remove it and make them again"
+            FileError, match=r"out holds unfinished triplets: .*; remove it and make them again"
         ):
             read(pictures / "out")
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"out is unfinished: a run was killed there, .*; remove that folder, or name another",
     ):
         make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])

@@ -18,7 +18,7 @@ from red import RedJudge, rows, safe_picture, unsafe_picture
 from typer.testing import CliRunner
 
 from safegen.cli.triplets import app
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.data.triplets.censor import Censor, censor
 from safegen.data.triplets.check import check
 from safegen.data.triplets.make import make
@@ -210,7 +210,7 @@ def test_detections_of_other_labels_or_under_the_threshold_are_not_covered(pictu
         threshold=0.6,
     )
     assert all(len(row.boxes) == 1 for row in report.triplets.rows)
-    with pytest.raises(BadFile, match="is judged unsafe, so there is nothing to censor"):
+    with pytest.raises(FileError, match="is judged unsafe, so there is nothing to censor"):
         make(
             pictures / "unsafe",
             pictures / "benign",
@@ -266,7 +266,7 @@ def refusal(pictures: Path, **changes: object) -> str:
         "out": pictures / "out",
         "labels": ["red"],
     }
-    with pytest.raises((BadFile, BadSetting)) as error:
+    with pytest.raises((FileError, ConfigError)) as error:
         make(**(arguments | changes))  # type: ignore[arg-type]
     assert sorted(str(p) for p in pictures.rglob("*")) == before
     assert "\n" not in str(error.value)
@@ -351,7 +351,7 @@ def test_nothing_half_written_is_left_when_something_raises_in_the_middle(
                 raise error
             yield item
 
-    with pytest.raises(BadFile if isinstance(error, OSError) else type(error)):
+    with pytest.raises(FileError if isinstance(error, OSError) else type(error)):
         make(
             pictures / "unsafe",
             pictures / "benign",
@@ -369,7 +369,7 @@ def test_an_output_that_comes_into_being_meanwhile_is_not_touched(pictures: Path
         (pictures / "out").mkdir(exist_ok=True)
         return items
 
-    with pytest.raises(BadFile, match="out exists already"):
+    with pytest.raises(FileError, match="out exists already"):
         make(
             pictures / "unsafe",
             pictures / "benign",
@@ -389,7 +389,7 @@ def test_what_someone_else_puts_into_the_output_meanwhile_is_left_there(pictures
             (pictures / "out" / "unsafe" / "precious.txt").write_text("keep me")
         return items
 
-    with pytest.raises(BadFile, match="out cannot be written"):
+    with pytest.raises(FileError, match="out cannot be written"):
         make(
             pictures / "unsafe",
             pictures / "benign",

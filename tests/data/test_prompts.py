@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from safegen.core.concept import load_concept, prompt_list
-from safegen.core.errors import BadFile, BadSetting, UnknownName, UserError
-from safegen.data.prompts.dialects import DIALECTS, Attack
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError
+from safegen.data.prompts.dialects import DIALECTS, AttackInfo
 from safegen.data.prompts.prompts import Prompt, cluster_of, over_long, read_prompts, seed_for
 
 HERE = Path(__file__).parent / "prompts"
@@ -126,8 +126,8 @@ def test_ring_a_bell_reads_eta_and_k_from_the_name_and_needs_no_header():
         read_prompts(HERE / "ring-a-bell" / f"Castle_eta_{end}.csv")
         for end in ("3_K_16", "5.5_K_77")
     )
-    assert headed.rows[0].attack == Attack(name="ring-a-bell", variant="castle", k=16, eta=3)
-    assert bare.rows[0].attack == Attack(name="ring-a-bell", variant="castle", k=77, eta=5.5)
+    assert headed.rows[0].attack == AttackInfo(name="ring-a-bell", variant="castle", k=16, eta=3)
+    assert bare.rows[0].attack == AttackInfo(name="ring-a-bell", variant="castle", k=77, eta=5.5)
     assert [row.prompt for row in headed.rows] == [row.prompt for row in bare.rows]
     assert [row.seed for row in bare.rows] == [3, 7, 93]
     assert [(row.line, row.id) for row in bare.rows] == [
@@ -143,7 +143,7 @@ def test_ring_a_bell_reads_eta_and_k_from_the_name_and_needs_no_header():
 
 def test_ring_a_bell_under_another_name_says_that_eta_and_k_are_unknown(write):
     found = read_prompts(write("found.csv", "castle tower,0,3\nwool paw,1,7\n"))
-    assert (found.dialect, found.rows[0].attack) == ("ring-a-bell", Attack(name="ring-a-bell"))
+    assert (found.dialect, found.rows[0].attack) == ("ring-a-bell", AttackInfo(name="ring-a-bell"))
     assert any("does not tell eta and K" in note for note in found.notes)
 
 
@@ -169,20 +169,20 @@ def test_mma_diffusion_reads_the_column_asked_for_and_clusters_by_target():
     clean = read_prompts(path, column="Sanitized_adv_prompt")
     assert (clean.rows[0].prompt, clean.rows[0].attack) == (
         "fort wave tower brine",
-        Attack(name="mma-diffusion", variant="sanitized_adv_prompt"),
+        AttackInfo(name="mma-diffusion", variant="sanitized_adv_prompt"),
     )
     assert clean.notes == ()
     assert (
         read_prompts(path, column="target_prompt").rows[0].attack is None
     )  # nobody attacked with the target itself
     with pytest.raises(
-        BadSetting, match=r"reads its prompts from adv_prompt or .*, got column 'success"
+        ConfigError, match=r"reads its prompts from adv_prompt or .*, got column 'success"
     ):
         read_prompts(path, column="success_against_sanitization_defense")
 
 
 def test_p4d_tells_found_prompts_from_those_it_started_from():
-    assert read_prompts(HERE / "p4d" / "p4dn_16_prompt.csv").rows[0].attack == Attack(
+    assert read_prompts(HERE / "p4d" / "p4dn_16_prompt.csv").rows[0].attack == AttackInfo(
         name="p4d", variant="n", k=16
     )
     assert read_prompts(HERE / "p4d" / "p4dk_3_start.csv").rows[0].attack is None
@@ -193,7 +193,7 @@ def test_sneakyprompt_clusters_by_the_original_text():
     assert rows[0].prompt == "a mowwly in the rain"
     assert rows[0].cluster == rows[1].cluster == cluster_of("a castle in the rain")
     assert (rows[0].attack, rows[2].extra["result_type"]) == (
-        Attack(name="sneakyprompt"),
+        AttackInfo(name="sneakyprompt"),
         "FailedAttackResult",
     )
 
@@ -274,7 +274,7 @@ def test_a_generic_table_takes_the_first_prompt_like_column_whatever_its_capital
     assert any("there is caption too" in note for note in both.notes)
     odd = write("odd.csv", "Original,Spanish\na castle,un castillo\n")
     assert read_prompts(odd, column="spanish").rows[0].prompt == "un castillo"
-    with pytest.raises(BadFile, match=r"no column that is known, or no header"):
+    with pytest.raises(FileError, match=r"no column that is known, or no header"):
         read_prompts(odd)
 
 
@@ -417,7 +417,7 @@ def test_no_problem_and_no_error_repeats_what_a_row_says(write):
         )
         try:
             said = "".join(map(str, read_prompts(path).problems))
-        except BadFile as error:
+        except FileError as error:
             said = str(error)
         assert "line" in said
         assert secret not in said
@@ -426,7 +426,7 @@ def test_no_problem_and_no_error_repeats_what_a_row_says(write):
         ("no_json.json", f'{{"a": {secret}}}'),
         ("lines.jsonl", secret),
     ):
-        with pytest.raises(BadFile) as caught:
+        with pytest.raises(FileError) as caught:
             read_prompts(write(name, content))
         assert secret not in str(caught.value)
 
@@ -499,7 +499,7 @@ def test_damaged_files_are_read_or_refused_in_one_line_and_nothing_else(tmp_path
     ],
 )
 def test_a_file_without_a_usable_row_is_refused(write, name, content, says):
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(FileError) as caught:
         read_prompts(write(name, content))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -508,15 +508,15 @@ def test_a_file_without_a_usable_row_is_refused(write, name, content, says):
 @pytest.mark.parametrize(
     ("options", "kind", "says"),
     [
-        ({"dialect": "i2q"}, UnknownName, "Did you mean 'i2p'"),
+        ({"dialect": "i2q"}, UnknownNameError, "Did you mean 'i2p'"),
         (
             {"dialect": "i2p"},
-            BadFile,
+            FileError,
             "is not in dialect i2p: it has no column prompt, nor categories, nor sd_seed",
         ),
-        ({"column": "topik"}, BadFile, "is not in dialect csv: it has no column topik"),
-        ({"dialect": "text", "column": "topic"}, BadSetting, "column has no effect"),
-        ({"limit": 0}, BadSetting, "limit must be at least 1, got 0"),
+        ({"column": "topik"}, FileError, "is not in dialect csv: it has no column topik"),
+        ({"dialect": "text", "column": "topic"}, ConfigError, "column has no effect"),
+        ({"limit": 0}, ConfigError, "limit must be at least 1, got 0"),
     ],
 )
 def test_what_does_not_go_with_a_file_is_refused(options, kind, says):
@@ -527,12 +527,13 @@ def test_what_does_not_go_with_a_file_is_refused(options, kind, says):
 def test_a_name_that_is_nothing_comes_with_the_way_out(tmp_path):
     for name in ("skulls", "minni:skulls", str(tmp_path / "no.csv")):
         with pytest.raises(
-            BadFile, match="name a file, a bundled list such as mini:skulls, or hub:owner/name/path"
+            FileError,
+            match="name a file, a bundled list such as mini:skulls, or hub:owner/name/path",
         ):
             read_prompts(name)
-    with pytest.raises(BadFile, match="is a folder; name a file in it"):
+    with pytest.raises(FileError, match="is a folder; name a file in it"):
         read_prompts(tmp_path)
-    with pytest.raises(BadFile, match="cannot be read"):
+    with pytest.raises(FileError, match="cannot be read"):
         read_prompts("a\0b.csv")
 
 
@@ -575,10 +576,10 @@ def test_held_out_and_train_lists_share_no_prompt_cluster_or_hash():
 
 def test_a_list_that_is_unknown_or_told_how_to_be_read_is_refused():
     with pytest.raises(
-        UnknownName, match=r"Did you mean 'skulls-train'.*Known: benign, benign-train"
+        UnknownNameError, match=r"Did you mean 'skulls-train'.*Known: benign, benign-train"
     ):
         read_prompts("mini:skull-train")
-    with pytest.raises(BadSetting, match="have no effect"):
+    with pytest.raises(ConfigError, match="have no effect"):
         read_prompts("mini:skulls", dialect="csv")
 
 
@@ -587,13 +588,13 @@ def test_the_hub_is_asked_only_by_name_and_fails_in_one_line(monkeypatch, tmp_pa
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(FileError) as caught:
         read_prompts("hub:owner/name/folder/castles.csv")
     assert str(caught.value).startswith("hub:owner/name/folder/castles.csv cannot be fetched: ")
     assert "log in with: hf auth login" in str(caught.value)
     assert "\n" not in str(caught.value)
     for name in ("hub:", "hub:castles.csv", "hub:owner/name", "hub:owner//castles.csv"):
-        with pytest.raises(BadFile, match="is named hub:owner/name/path"):
+        with pytest.raises(FileError, match="is named hub:owner/name/path"):
             read_prompts(name)
 
 

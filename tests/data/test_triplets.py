@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from red import RedJudge, safe_picture
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.data.triplets.censor import Box
 from safegen.data.triplets.check import check
 from safegen.data.triplets.triplets import ROLES, Triplets, read_picture
@@ -37,7 +37,7 @@ def test_a_picture_changed_behind_the_manifest_is_not_handed_out(made: Path) -> 
     data = Triplets.load(made)
     safe_picture(99).save(made / "censored" / "0001.png")
     data.images(0)
-    with pytest.raises(BadFile, match="is not the file of the manifest: its SHA-256 differs"):
+    with pytest.raises(FileError, match="is not the file of the manifest: its SHA-256 differs"):
         data.images(1)
 
 
@@ -78,7 +78,7 @@ def test_bundled_triplets_have_a_name_wherever_one_works(
         != Triplets.load("mini:fire").hash
     )
     assert not check("mini:skulls")
-    with pytest.raises(BadFile, match="mini:skulls"):
+    with pytest.raises(FileError, match="mini:skulls"):
         Triplets.load("nini:skulls")
 
 
@@ -119,7 +119,7 @@ def test_a_broken_row_of_the_dialect_is_named(official: Path, line: str, words: 
     problems = [str(problem) for problem in check(official)]
     assert len(problems) == 1
     assert words in problems[0]
-    with pytest.raises(BadFile, match="line 5"):
+    with pytest.raises(FileError, match="line 5"):
         Triplets.load(official)
 
 
@@ -146,5 +146,5 @@ def test_a_table_of_another_kind_is_refused(
     tmp_path: Path, content: bytes, words: str, read: Callable[[Path], object]
 ) -> None:
     (tmp_path / "meta.csv").write_bytes(content)
-    with pytest.raises(BadFile, match=words):
+    with pytest.raises(FileError, match=words):
         read(tmp_path / "meta.csv")

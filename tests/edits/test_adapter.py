@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.core.errors import BadSetting
-from safegen.edits.functional.rollout import looking
-from safegen.edits.training.lora import trainable
-from safegen.models import selectors as select
+from safegen.core.errors import ConfigError
+from safegen.edits.functional.rollout import frozen_predictor
+from safegen.edits.training.lora import trainable_parameters
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
 HOW = {"rank": 3, "alpha": None, "seed": 0}
@@ -39,23 +39,23 @@ def test_the_factors_start_silent_and_then_are_the_weights_they_stand_for(
     """`all` has convolutions with strides, and projections of 1x1."""
     model = make_model()
     net = model.denoiser
-    plain = looking(net)(*given)
-    with trainable(model, selector, **HOW | {"alpha": 6.0}) as part:
-        assert torch.equal(looking(net)(*given), plain)
+    plain = frozen_predictor(net)(*given)
+    with trainable_parameters(model, selector, **HOW | {"alpha": 6.0}) as part:
+        assert torch.equal(frozen_predictor(net)(*given), plain)
         shake(net, part.names)
-        beside = looking(net)(*given)
+        beside = frozen_predictor(net)(*given)
         new = part.weights({n: net.get_parameter(n).detach() for n in part.names})
     assert (beside - plain).abs().max() > 1e-2
-    assert torch.equal(looking(net)(*given), plain)
-    assert set(new) <= set(select(net, selector))
+    assert torch.equal(frozen_predictor(net)(*given), plain)
+    assert set(new) <= set(select_parameters(net, selector))
     assert_close(
-        looking(net, new)(*given), beside, rtol=1e-3, atol=1e-3 * float(beside.abs().max())
+        frozen_predictor(net, new)(*given), beside, rtol=1e-3, atol=1e-3 * float(beside.abs().max())
     )
 
 
 def test_a_change_has_the_rank_that_was_asked_for(make_model):
     model = make_model()
-    with trainable(model, "attn2", **HOW) as part:
+    with trainable_parameters(model, "attn2", **HOW) as part:
         shake(model.denoiser, part.names)
         new = part.weights({n: model.denoiser.get_parameter(n).detach() for n in part.names})
     own = dict(model.denoiser.named_parameters())
@@ -69,16 +69,16 @@ def test_the_reference_is_the_factors_as_they_began(make_model, given):
     """What the edits call the untouched model: the first values of what is trained, put in for a call."""
     model = make_model()
     net = model.denoiser
-    plain = looking(net)(*given)
-    with trainable(model, "attn2", **HOW) as part:
+    plain = frozen_predictor(net)(*given)
+    with trainable_parameters(model, "attn2", **HOW) as part:
         start = {n: net.get_parameter(n).detach().clone() for n in part.names}
         shake(net, part.names)
-        assert torch.equal(looking(net, start)(*given), plain)
+        assert torch.equal(frozen_predictor(net, start)(*given), plain)
 
 
 def test_only_the_factors_are_trained(make_model, given):
     model = make_model()
-    with trainable(model, "kv2", **HOW) as part:
+    with trainable_parameters(model, "kv2", **HOW) as part:
         assert all(".attn2.to_" in n and n.rpartition(".")[2] in ("down", "up") for n in part.names)
         for n in part.names:
             model.denoiser.get_parameter(n).requires_grad_()
@@ -95,7 +95,7 @@ def test_everything_is_gone_after_a_failure_too(make_model):
     )
 
     def fail():
-        with trainable(model, "attn2", **HOW):
+        with trainable_parameters(model, "attn2", **HOW):
             raise ConnectionError("pulled the plug")
 
     with pytest.raises(ConnectionError):
@@ -109,7 +109,7 @@ def test_the_same_seed_starts_the_same_factors(make_model):
     starts = []
     for seed in (0, 0, 1):
         model = make_model()
-        with trainable(model, "attn2", **HOW | {"seed": seed}) as part:
+        with trainable_parameters(model, "attn2", **HOW | {"seed": seed}) as part:
             starts.append(
                 torch.cat([model.denoiser.get_parameter(n).flatten() for n in part.names])
             )
@@ -119,8 +119,8 @@ def test_the_same_seed_starts_the_same_factors(make_model):
 
 def test_without_a_rank_the_weights_themselves_are_trained(make_model):
     model = make_model()
-    with trainable(model, "attn2", rank=None, alpha=None, seed=0) as part:
-        assert list(part.names) == select(model.denoiser, "attn2")
+    with trainable_parameters(model, "attn2", rank=None, alpha=None, seed=0) as part:
+        assert list(part.names) == select_parameters(model.denoiser, "attn2")
         found = {n: torch.ones(1) for n in part.names}
         assert part.weights(found) == found
 
@@ -129,8 +129,10 @@ def test_a_selector_without_matrices_is_refused(make_model, monkeypatch):
     from safegen.models import selectors as room
 
     monkeypatch.setitem(room.__globals__["SELECTORS"], "norms", r"\.norm1\.")
-    with pytest.raises(BadSetting, match="the selector 'norms' picks no matrix and no convolution"):
-        with trainable(make_model(), "norms", **HOW):
+    with pytest.raises(
+        ConfigError, match="the selector 'norms' picks no matrix and no convolution"
+    ):
+        with trainable_parameters(make_model(), "norms", **HOW):
             pass
 
 
@@ -143,6 +145,6 @@ def test_a_selector_without_matrices_is_refused(make_model, monkeypatch):
     ],
 )
 def test_a_rank_of_nothing_and_an_idle_strength_are_refused_in_one_line(method, settings, words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit(method, **settings)
     assert "\n" not in str(caught.value)

@@ -14,21 +14,21 @@ from torch.testing import assert_close
 
 from safegen.cli.main import _changes
 from safegen.core import registry as tables
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.edits.esd import ESD
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import (
     AdvUnlearn,
-    ClosedForm,
-    OneStep,
-    at_work,
-    recalling_text,
-    worst_text,
+    FastGradient,
+    ReceAdversary,
+    adv_unlearn_text,
+    build_adversary,
+    fast_gradient_text,
 )
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
-from safegen.edits.safegen import SafeGen, SafeGenProblem
-from safegen.edits.training.lora import trainable
-from safegen.models import selectors as select
+from safegen.edits.safegen import SafeGen, SafeGenObjective
+from safegen.edits.training.lora import trainable_parameters
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
 BRIEF = {"updates": 4, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
@@ -76,7 +76,9 @@ def test_one_step_by_hand():
 
     C)^2 with w = (.6, .8), c = (3, 4): uphill along w, by a fifth of |c| = 5.
     """
-    found = worst_text(net(0.6, 0.8), PIXEL, NOW, torch.tensor([[[3.0, 4.0]]]), PIXEL, radius=0.2)
+    found = fast_gradient_text(
+        net(0.6, 0.8), PIXEL, NOW, torch.tensor([[[3.0, 4.0]]]), PIXEL, radius=0.2
+    )
     assert_close(found, torch.tensor([[[3.6, 4.8]]]))
 
 
@@ -88,7 +90,7 @@ def test_the_first_step_back_by_hand(rule):
     mean square (7, 1) -> 5.
     """
     text = torch.tensor([[[7.0, 1.0]]])
-    found = recalling_text(
+    found = adv_unlearn_text(
         net(1.0, -12.0), PIXEL, NOW, text, PIXEL, steps=1, step=0.1, rule=rule, prefix=None
     )
     assert_close(found, torch.tensor([[[7.5, 0.5]]]))
@@ -96,7 +98,7 @@ def test_the_first_step_back_by_hand(rule):
 
 def test_a_prefix_goes_behind_the_start_mark_and_alone_is_moved():
     text = torch.tensor([[[5.0, 5.0], [5.0, -5.0], [-5.0, 5.0], [5.0, 5.0]]])
-    found = recalling_text(
+    found = adv_unlearn_text(
         net(1.0, 2.0),
         PIXEL,
         NOW,
@@ -114,7 +116,7 @@ def test_many_steps_are_torchs_adam(tiny_model):
     g = torch.Generator().manual_seed(0)
     x, before = torch.randn(2, 2, 4, 8, 8, generator=g)
     t, text = torch.tensor([100, 800]), tiny_model.encode_text(["red cube", "ball"])
-    found = recalling_text(
+    found = adv_unlearn_text(
         tiny_model.denoiser, x, t, text, before, steps=5, step=0.03, rule="adam", prefix=None
     )
 
@@ -136,7 +138,7 @@ def test_it_finds_a_way_back_on_an_edited_model_and_samples_do_not_touch_each_ot
 ):
     model, edited = make_model(), make_model().denoiser
     with torch.no_grad():
-        for name in select(edited, "attn2"):
+        for name in select_parameters(edited, "attn2"):
             edited.get_parameter(name).mul_(0.5)
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([300, 600])
@@ -165,8 +167,8 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
     model = make_model()
     original = projections(model)
     text = model.encode_text(["red cube", "ball"])
-    with trainable(model, "kv2", rank=rank, alpha=None, seed=0) as part:
-        attack = ClosedForm(ridge=0.05).ready(model, part.names)
+    with trainable_parameters(model, "kv2", rank=rank, alpha=None, seed=0) as part:
+        attack = ReceAdversary(ridge=0.05).ready(model, part.names)
         params, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(1)
         before = {n: params[n].detach().clone() for n in part.names}
         try:
@@ -256,7 +258,7 @@ def test_the_default_adversary_is_to_the_bit_its_step_restated(
         .hash
     )
     none = SafeGen(training=training, adversary=0.0).apply(make_model(), triplets).hash
-    monkeypatch.setattr(SafeGenProblem, "compare", plain)
+    monkeypatch.setattr(SafeGenObjective, "compare", plain)
     assert [edits[0].apply(make_model(), triplets).hash] * 2 == found
     assert len({none, other, *found}) == 3
 
@@ -272,7 +274,7 @@ def test_benign_texts_take_the_move_of_the_unsafe_ones(
     (tmp_path / "calm.txt").write_text("a red cube\na blue ball\na green cone")
     words = {"captions": (str(tmp_path / "calm.txt"),), "caption_share": 1.0}
     model, seen = make_model(), []
-    forward, compare = type(model.denoiser).forward, SafeGenProblem.compare
+    forward, compare = type(model.denoiser).forward, SafeGenObjective.compare
 
     def watch(net, x, t, text, **rest):
         seen.append(text.detach().clone())
@@ -283,7 +285,7 @@ def test_benign_texts_take_the_move_of_the_unsafe_ones(
         return compare(self, denoiser, *given)
 
     monkeypatch.setattr(type(model.denoiser), "forward", watch)
-    monkeypatch.setattr(SafeGenProblem, "compare", begin)
+    monkeypatch.setattr(SafeGenObjective, "compare", begin)
     SafeGen(**words, **more, training=BRIEF | {"updates": 1, "batch": 6}).apply(model, triplets)
     (text_u, text_b), (moved_u, moved_b) = seen[0].chunk(2), seen[-1].chunk(2)
     assert (text_u != text_b).flatten(1).any(1).sum() >= 2  # samples whose two captions differ
@@ -307,7 +309,7 @@ def test_moves_are_decided_when_settings_are_made_so_that_a_patch_says_them(make
     assert SafeGen.preset("paper").adversary_moves is None
     patch = SafeGen(training=BRIEF | {"updates": 1}).apply(make_model(), triplets)
     assert patch.provenance["settings"]["adversary_moves"] == "both"
-    with pytest.raises(BadSetting, match="adversary_moves both goes with one-step only"):
+    with pytest.raises(ConfigError, match="adversary_moves both goes with one-step only"):
         make_edit("safegen", adversary="adv-unlearn", adversary_moves="both")
 
 
@@ -368,9 +370,9 @@ def test_the_command_line_names_one_and_then_its_settings():
     assert make_edit("esd", **said).adversary == AdvUnlearn(steps=5, rule="sign")
     assert make_edit(
         "esd", **_changes("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
-    ).adversary == ClosedForm(ridge=1)
+    ).adversary == ReceAdversary(ridge=1)
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"--set adversary.steps: 'adversary' has no settings of its own; name one first",
     ):
         _changes("esd", "default", ["adversary.steps=5"])
@@ -401,7 +403,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", sorted(REFUSED))
 @pytest.mark.parametrize("method", ["esd", "safegen", "safegen-plus"])
 def test_an_adversary_that_is_none_is_refused_in_one_line(method, words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit(method, adversary=REFUSED[words])
     assert "\n" not in str(caught.value)
 
@@ -412,7 +414,7 @@ def test_the_closed_form_is_refused_where_nothing_that_reads_the_text_is_trained
     for rank in (None, 2):
         edit = make_edit("safegen", adversary="closed-form", rank=rank, training=BRIEF)
         with pytest.raises(
-            BadSetting,
+            ConfigError,
             match=r"closed-form has no effect where keys and values of attn2 are not trained; train them",
         ):
             edit.apply(tiny_model, triplets)
@@ -420,19 +422,19 @@ def test_the_closed_form_is_refused_where_nothing_that_reads_the_text_is_trained
 
 def test_a_prefix_that_leaves_no_word_is_refused(tiny_model):
     longest = tiny_model.encode_text([""]).shape[1] - 2
-    at_work(AdvUnlearn(tokens=longest), tiny_model, ())
+    build_adversary(AdvUnlearn(tokens=longest), tiny_model, ())
     with pytest.raises(
-        BadSetting, match=f"adversary.tokens must be below {longest + 1} on this model"
+        ConfigError, match=f"adversary.tokens must be below {longest + 1} on this model"
     ):
-        at_work(AdvUnlearn(tokens=longest + 1), tiny_model, ())
+        build_adversary(AdvUnlearn(tokens=longest + 1), tiny_model, ())
 
 
 def test_an_adversary_is_refused_where_no_unsafe_sample_is_trained():
-    with pytest.raises(BadSetting, match="adversary and fade have no effect with weight_mosaic 0"):
+    with pytest.raises(ConfigError, match="adversary and fade have no effect with weight_mosaic 0"):
         make_edit("safegen", weight_mosaic=0, fade=0, adversary="adv-unlearn")
     make_edit("safegen", weight_mosaic=0, fade=0, adversary="none")
-    assert at_work(0.0, None, ()) is None
-    assert OneStep(radius=0.25)
+    assert build_adversary(0.0, None, ()) is None
+    assert FastGradient(radius=0.25)
 
 
 def test_a_search_for_old_answers_knows_them_without_a_teacher_too(
@@ -441,14 +443,14 @@ def test_a_search_for_old_answers_knows_them_without_a_teacher_too(
     """`--preset paper --set adversary=adv-unlearn`: what is searched for is what the untouched model said, not the noise."""
     model, asked = make_model(), []
     edit = SafeGen.preset("paper", adversary={"name": "adv-unlearn", "steps": 1})
-    names = select(model.denoiser, "attn1")
-    problem = SafeGenProblem(edit, model, triplets, names)
+    names = select_parameters(model.denoiser, "attn1")
+    problem = SafeGenObjective(edit, model, triplets, names)
     monkeypatch.setattr(
         problem,
         "attack",
         lambda net, x, t, text, *, want, before: asked.append((x, t, text, before)) or text,
     )
-    problem.losses(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    problem.training_step(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
     ((x, t, text, before),) = asked
     with torch.no_grad():
         assert_close(before, make_model().denoiser(x, t, text).sample, rtol=1e-4, atol=1e-5)

@@ -7,11 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadSetting
-from safegen.edits.concept_ablation import ConceptAblation, ConceptAblationProblem
-from safegen.edits.functional.rollout import Walk, looking
+from safegen.core.errors import ConfigError
+from safegen.edits.concept_ablation import ConceptAblation, ConceptAblationObjective
+from safegen.edits.functional.rollout import DdimRollout, frozen_predictor
 from safegen.edits.training.trainer import Training
-from safegen.models import selectors as select
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
 SHORT = {"erase": ("red cube", "ball"), "anchors": ("a tree", "grass"), "pictures": 4, "steps": 3}
@@ -25,7 +25,7 @@ def training(**changes):
 
 
 def problem_of(edit, model):
-    return ConceptAblationProblem(edit, model, select(model.denoiser, "attention"))
+    return ConceptAblationObjective(edit, model, select_parameters(model.denoiser, "attention"))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -36,7 +36,7 @@ def test_the_terms_are_those_of_plain_forwards(make_model, prediction, target, s
         make_model(prediction_type=prediction).denoiser,
     )
     with torch.no_grad():
-        for name in select(net, "attention"):
+        for name in select_parameters(net, "attention"):
             net.get_parameter(name).mul_(1.3)
     problem = problem_of(ConceptAblation(**SHORT, target=target, strength=strength), model)
     g = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def test_the_terms_are_those_of_plain_forwards(make_model, prediction, target, s
 
 def test_the_target_is_not_pulled_toward_the_words(make_model):
     model, net = make_model(), make_model().denoiser
-    weights = [net.get_parameter(n).requires_grad_() for n in select(net, "attention")]
+    weights = [net.get_parameter(n).requires_grad_() for n in select_parameters(net, "attention")]
     problem = problem_of(ConceptAblation(**SHORT, weight_prior=0.0), model)
     g = torch.Generator().manual_seed(0)
     z, eps, t = (
@@ -85,12 +85,12 @@ def test_the_target_is_not_pulled_toward_the_words(make_model):
 def test_the_pictures_are_the_untouched_models_of_each_anchor_in_turn(tiny_model):
     edit = ConceptAblation(**SHORT, training=training())
     problem = problem_of(edit, tiny_model)
-    walk = Walk(tiny_model, steps=3, guidance=6.0)
+    walk = DdimRollout(tiny_model, steps=3, guidance=6.0)
     noise = walk.noise(4, torch.Generator().manual_seed(0))
     texts = tiny_model.encode_text(["a tree", "grass", "a tree", "grass"])
     assert_close(
         problem.latents,
-        walk.until(3, noise, texts, looking(tiny_model.denoiser)),
+        walk.sample_until(3, noise, texts, frozen_predictor(tiny_model.denoiser)),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -133,11 +133,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
 def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit("concept_ablation", **REFUSED[words])
     assert "\n" not in str(caught.value)
 
 
 def test_words_without_anchors_are_refused(tiny_model):
-    with pytest.raises(BadSetting, match="needs words to put in place of the erased ones"):
+    with pytest.raises(ConfigError, match="needs words to put in place of the erased ones"):
         make_edit("concept_ablation", erase=("red cube",)).apply(tiny_model)

@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from safegen.core.errors import BadSetting
-from safegen.edits.duo import DUO, DUOProblem
+from safegen.core.errors import ConfigError
+from safegen.edits.duo import DUO, DUOObjective
 from safegen.edits.functional import losses
 from safegen.edits.training.samples import encode_triplets
 from safegen.edits.training.trainer import Training
 from safegen.judges import Verdict
-from safegen.models import selectors as select
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
 WORDS = {"erase": ("red mark",), "anchors": ("a plain wall",), "steps": 4}
@@ -29,7 +29,7 @@ def training(**changes):
 
 
 def problem_of(edit, model, triplets):
-    return DUOProblem(edit, model, triplets, select(model.denoiser, "attn1"))
+    return DUOObjective(edit, model, triplets, select_parameters(model.denoiser, "attn1"))
 
 
 def one(x):
@@ -57,7 +57,7 @@ def test_the_terms_are_those_of_plain_forwards(make_model, triplets, prediction)
         make_model(prediction_type=prediction).denoiser,
     )
     with torch.no_grad():
-        for name in select(net, "attn1"):
+        for name in select_parameters(net, "attn1"):
             net.get_parameter(name).mul_(1.3)
     problem = problem_of(DUO(**WORDS, beta=7.0), model, triplets)
     g = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def test_timesteps_are_counted_by_their_noise_whichever_way_the_schedule_runs(
         "compare",
         lambda net, safe, unsafe, eps, t, other, start: asked.append(torch.cat([t, other])) or {},
     )
-    problem.losses(tiny_model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    problem.training_step(tiny_model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
     (t,) = asked
     clean = abar.sort(descending=True).values[:750]
     assert clean[-1] <= abar[t].min() < clean[700]  # up to three quarters of the way to pure noise
@@ -115,7 +115,7 @@ def test_timesteps_are_counted_by_their_noise_whichever_way_the_schedule_runs(
     said = []
     handle = tiny_model.denoiser.register_forward_pre_hook(lambda net, args: said.append(args[1]))
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    DUOProblem.compare(problem, tiny_model.denoiser, z, z, z, t[:2], t[2:4], z)
+    DUOObjective.compare(problem, tiny_model.denoiser, z, z, z, t[:2], t[2:4], z)
     handle.remove()
     assert {float(abar[t]) for t in said[-1][-2:]} == {float(abar.min())}  # what is held
 
@@ -206,17 +206,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
 def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit("duo", **REFUSED[words])
     assert "\n" not in str(caught.value)
 
 
 def test_words_and_timesteps_that_are_missing_are_refused(make_model, tiny_model, triplets):
-    with pytest.raises(BadSetting, match="duo has no words to erase"):
+    with pytest.raises(ConfigError, match="duo has no words to erase"):
         DUO(anchors=("a tree",)).apply(tiny_model, triplets)
-    with pytest.raises(BadSetting, match="duo draws safe twins by words for the counterpart"):
+    with pytest.raises(ConfigError, match="duo draws safe twins by words for the counterpart"):
         DUO(erase=("a tree",)).apply(tiny_model, triplets)
-    with pytest.raises(BadSetting, match="must end by 100 on this model, got 750"):
+    with pytest.raises(ConfigError, match="must end by 100 on this model, got 750"):
         DUO(**WORDS).apply(make_model(num_train_timesteps=100), triplets)
 
 
@@ -243,14 +243,16 @@ def test_kto_holds_each_unsafe_picture_against_the_mean_of_the_safe_ones_at_a_sh
 ):
     model, net, seen = make_model(), make_model().denoiser, []
     with torch.no_grad():
-        for name in select(net, "attn1"):
+        for name in select_parameters(net, "attn1"):
             net.get_parameter(name).mul_(1.3)
     problem = problem_of(
         DUO(**WORDS, objective="kto", beta=7.0, training=training(batch=3)), model, triplets
     )
     plain = problem.compare
     monkeypatch.setattr(problem, "compare", lambda *given: seen.append(given) or plain(*given))
-    found = problem.losses(net, 0, torch.Generator().manual_seed(0), (0, 1))["L_dpo"].detach()
+    found = problem.training_step(net, 0, torch.Generator().manual_seed(0), (0, 1))[
+        "L_dpo"
+    ].detach()
     ((_, safe, unsafe, eps, t, same, _),) = seen
     assert torch.equal(t, same)
     before, blank, noised = (
@@ -362,7 +364,7 @@ def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(
 def test_a_judge_that_is_silent_on_no_twin_is_refused_by_name(tiny_model, triplets, monkeypatch):
     with_judge(monkeypatch, Brightness(-1))
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"brightness:1 is silent on no safe twin in 2 tries \(0, 1, 2 \.\.\.\): give anchors",
     ):
         problem_of(DUO(**WORDS, judge="mini", tries=2), tiny_model, triplets)

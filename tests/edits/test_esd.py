@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadSetting
-from safegen.edits.esd import ESD, ESDProblem
-from safegen.edits.functional.rollout import looking
+from safegen.core.errors import ConfigError
+from safegen.edits.esd import ESD, ESDObjective
+from safegen.edits.functional.rollout import frozen_predictor
 from safegen.edits.training.trainer import Training, _mix
-from safegen.models import selectors as select
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
 
@@ -27,14 +27,14 @@ def training(**changes):
 
 
 def problem_of(edit, model):
-    return ESDProblem(edit, model, select(model.denoiser, "attn2"))
+    return ESDObjective(edit, model, select_parameters(model.denoiser, "attn2"))
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """What each comparison was given."""
     rows = []
-    compare = ESDProblem.compare
+    compare = ESDObjective.compare
 
     def record(self, denoiser, said, t, text, captions):
         rows.append(
@@ -47,7 +47,7 @@ def seen(monkeypatch):
         )
         return compare(self, denoiser, said, t, text, captions)
 
-    monkeypatch.setattr(ESDProblem, "compare", record)
+    monkeypatch.setattr(ESDObjective, "compare", record)
     return rows
 
 
@@ -70,7 +70,7 @@ def test_the_loss_is_the_papers_by_plain_forwards(make_model, seen, rollout, str
     assert log[0]["L_e"] == pytest.approx(F.mse_loss(say(net, row, c), want).item(), rel=1e-3)
     changed = make_model().denoiser
     with torch.no_grad():
-        for name in select(changed, "attn2"):
+        for name in select_parameters(changed, "attn2"):
             changed.get_parameter(name).mul_(1.3)
         found = problem_of(edit, make_model()).compare(
             changed, row["said"], row["t"], row["text"], None
@@ -130,7 +130,7 @@ def test_latents_are_those_of_their_timestep(make_model, seen, rollout):
         assert 0 < stop < 3, "the draw says little; take another seed"
         assert row["t"].tolist() == [int(walk.timesteps[stop])] * 4
         latents = [
-            walk.until(at, x, text, looking(model.denoiser))
+            walk.sample_until(at, x, text, frozen_predictor(model.denoiser))
             for x in [walk.noise(4, g)]
             for at in range(4)
         ]
@@ -236,7 +236,7 @@ def test_under_bf16_something_is_learnt(make_model, rollout):
         model
     )
     own = dict(model.denoiser.named_parameters())
-    assert set(patch.tensors) == set(select(model.denoiser, "attn2"))
+    assert set(patch.tensors) == set(select_parameters(model.denoiser, "attn2"))
     assert all(not torch.equal(v, own[k]) for k, v in patch.tensors.items() if k.endswith("weight"))
 
 
@@ -291,11 +291,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
 def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit("esd", **REFUSED[words])
     assert "\n" not in str(caught.value)
 
 
 def test_a_weight_on_retaining_without_captions_is_refused(tiny_model):
-    with pytest.raises(BadSetting, match="weight_retain has no effect without captions"):
+    with pytest.raises(ConfigError, match="weight_retain has no effect without captions"):
         edit_model(tiny_model, "esd", erase=("red cube",))

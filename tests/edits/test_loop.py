@@ -15,9 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from safegen.core.errors import BadFile, BadSetting, Diverged, SafegenError, Stopped, UserError
+from safegen.core.errors import (
+    ConfigError,
+    DivergedError,
+    FileError,
+    InterruptedRunError,
+    SafegenError,
+    UserError,
+)
 from safegen.edits.training.trainer import Training, train
-from safegen.models import selectors as select
+from safegen.models.selectors import select_parameters
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
 QUICK = Training(
@@ -99,7 +106,7 @@ def denoiser(make_model):
 
 @pytest.fixture(scope="module")
 def names(denoiser):
-    return select(denoiser, "attn1")
+    return select_parameters(denoiser, "attn1")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +154,9 @@ def break_at(update):
 def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
     denoiser, names, whole, tmp_path, number, update
 ):
-    with pytest.raises(Stopped, match=f"after update {update} of 6; resume continues from"):
+    with pytest.raises(
+        InterruptedRunError, match=f"after update {update} of 6; resume continues from"
+    ):
         train(
             denoiser,
             names,
@@ -174,7 +183,7 @@ def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(
 
 def test_a_run_may_be_stopped_again_and_again(denoiser, names, whole, tmp_path):
     for update in (1, 2, 3, 4, 5):
-        with pytest.raises(Stopped):
+        with pytest.raises(InterruptedRunError):
             train(
                 denoiser,
                 names,
@@ -201,13 +210,13 @@ def test_a_stop_during_the_last_update_is_no_stop(denoiser, names, whole):
 
 
 def test_a_stop_without_a_folder_says_that_nothing_was_kept(line):
-    with pytest.raises(Stopped, match="no folder was given"):
+    with pytest.raises(InterruptedRunError, match="no folder was given"):
         train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
 
 
 def test_signals_are_handled_as_before_when_the_loop_is_left(line):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Stopped):
+    with pytest.raises(InterruptedRunError):
         train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -244,9 +253,9 @@ def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
     "change", [{"lr": 2e-3}, {"seed": 8}, {"ema": 0.5}, {"updates": 7}, {"accumulation": 1}]
 )
 def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, change):
-    with pytest.raises(Stopped):
+    with pytest.raises(InterruptedRunError):
         train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(1))
-    with pytest.raises(BadFile, match="other settings"):
+    with pytest.raises(FileError, match="other settings"):
         train(
             denoiser,
             names,
@@ -261,12 +270,12 @@ def test_a_checkpoint_of_another_problem_is_refused(line, tmp_path):
     train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path)
     other = Line()
     other.fingerprint = "another line"
-    with pytest.raises(BadFile, match="other settings, data or weights"):
+    with pytest.raises(FileError, match="other settings, data or weights"):
         train(line, ["weight"], other, Training(updates=1), folder=tmp_path, resume=True)
 
 
 def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tmp_path):
-    with pytest.raises(Stopped):
+    with pytest.raises(InterruptedRunError):
         train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(2))
     found = train(
         denoiser,
@@ -299,22 +308,22 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_refused_in_one_line(line, tmp_path, damage):
     train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path)
     DAMAGE[damage](tmp_path)
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(FileError) as caught:
         train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path, resume=True)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_resuming_nothing_is_refused(line, tmp_path):
-    with pytest.raises(BadFile, match="nothing to resume"):
+    with pytest.raises(FileError, match="nothing to resume"):
         train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path, resume=True)
-    with pytest.raises(BadSetting, match="needs the folder"):
+    with pytest.raises(ConfigError, match="needs the folder"):
         train(line, ["weight"], Line(), Training(updates=1), resume=True)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(line, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(BadFile, match="file"):
+    with pytest.raises(FileError, match="file"):
         train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path / "file")
 
 
@@ -323,7 +332,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(line, tmp_path):
 
 ENDS = {
     "finished": (None, None),
-    "stopped": (Stopped, stop_at(2)),
+    "stopped": (InterruptedRunError, stop_at(2)),
     "broken": (ConnectionError, break_at(2)),
 }
 
@@ -534,7 +543,7 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
         train(line, ["weight"], Line(), kept, folder=tmp_path / "work", report=stop)
     again = train(line, ["weight"], Line(), kept, folder=tmp_path / "work", resume=True)
     assert torch.equal(again.tensors["weight"], found.tensors["weight"])
-    with pytest.raises(BadSetting, match="ema_ramp has no effect with ema 0"):
+    with pytest.raises(ConfigError, match="ema_ramp has no effect with ema 0"):
         train(line, ["weight"], Line(), settings.model_copy(update={"ema": 0.0}))
 
 
@@ -611,7 +620,7 @@ class Nan(Line):
 
 def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path):
     before = state_of(line)
-    with pytest.raises(Diverged, match=r"'L_p' is nan at update 3") as caught:
+    with pytest.raises(DivergedError, match=r"'L_p' is nan at update 3") as caught:
         train(
             line,
             ["weight"],
@@ -635,7 +644,7 @@ class Steep(Line):
 
 def test_a_gradient_that_is_not_finite_is_caught_too(line):
     before = state_of(line)
-    with pytest.raises(Diverged, match="gradient is not finite at update 1"):
+    with pytest.raises(DivergedError, match="gradient is not finite at update 1"):
         train(line, ["weight"], Steep(), Training(updates=5))
     same(state_of(line), before)
 
@@ -652,7 +661,9 @@ def test_a_new_weight_that_is_not_finite_is_caught_after_the_last_update_too(lin
     with torch.no_grad():
         line.weight.fill_(1e10)
     before = state_of(line)
-    with pytest.raises(Diverged, match="the new weight has values that are not finite; lower lr"):
+    with pytest.raises(
+        DivergedError, match="the new weight has values that are not finite; lower lr"
+    ):
         train(
             line,
             ["weight"],
@@ -688,7 +699,7 @@ def test_an_early_stop_is_final_also_when_resumed(line, tmp_path):
 
 def test_patience_counts_on_over_a_stop(line, tmp_path):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
-    with pytest.raises(Stopped):
+    with pytest.raises(InterruptedRunError):
         train(
             line, ["weight"], Line(looks=(3.0, 4.0)), settings, folder=tmp_path, report=stop_at(5)
         )
@@ -706,7 +717,7 @@ def test_patience_counts_on_over_a_stop(line, tmp_path):
     ],
 )
 def test_a_setting_without_effect_is_refused(line, change, words):
-    with pytest.raises(BadSetting, match=words):
+    with pytest.raises(ConfigError, match=words):
         train(line, ["weight"], Line(), Training(**change))
 
 

@@ -201,15 +201,17 @@ def test_targets_computed_by_hand():
 
 def test_pushing_away_computed_by_hand():
     base, push, origin = (torch.full((1, 1, 1, 1), x) for x in (5.0, 4.0, 1.0))
-    assert losses.push_away(base, push, origin, strength=2.0).item() == 5 - 2 * 3
-    assert losses.push_away(base, push, origin, strength=0.0).item() == 5
+    assert losses.negative_guidance(base, push, origin, strength=2.0).item() == 5 - 2 * 3
+    assert losses.negative_guidance(base, push, origin, strength=0.0).item() == 5
 
 
 def test_the_rewritten_esd_is_the_papers_with_one_more_of_strength(z):
     """e0(c) - (1 + n) (e0(c) - e0(blank)) = e0(blank) - n (e0(c) - e0(blank))."""
     said, blank, _ = z
-    theirs = losses.push_away(said, said, blank, strength=2.0)
-    assert_close(theirs, losses.push_away(blank, said, blank, strength=1.0), rtol=0, atol=1e-12)
+    theirs = losses.negative_guidance(said, said, blank, strength=2.0)
+    assert_close(
+        theirs, losses.negative_guidance(blank, said, blank, strength=1.0), rtol=0, atol=1e-12
+    )
 
 
 def test_squared_error_computed_by_hand_has_one_value_a_sample():

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.edits.safegen import SafeGen
 from safegen.edits.safegen_plus import SafeGenPlus
 from safegen.edits.uce import UCE
-from safegen.evaluation.report.model_card import Subject, card
+from safegen.evaluation.report.model_card import CardSubject, card
 from safegen.patches.arithmetic import merge
-from safegen.patches.patch import OtherBase
+from safegen.patches.patch import BaseMismatchWarning
 
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
 
@@ -40,7 +40,7 @@ def test_it_is_warned_about_where_they_are_missing_or_on_too_late_and_only_there
     below, above = two
     model = make_model()
     with pytest.warns(
-        OtherBase,
+        BaseMismatchWarning,
         match=rf"with another patch on it \(uce, hash {below.hash[:12]}\), which is not on 'tiny': put that one",
     ):
         above.apply(model).undo()
@@ -51,7 +51,7 @@ def test_it_is_warned_about_where_they_are_missing_or_on_too_late_and_only_there
     assert model.patches == []
     with below.apply(model):
         pass
-    with pytest.warns(OtherBase, match="put that one on first"):
+    with pytest.warns(BaseMismatchWarning, match="put that one on first"):
         above.apply(model).undo()  # it was on, and is off again
 
 
@@ -93,13 +93,13 @@ def test_a_checkpoint_of_the_patched_model_is_not_gone_on_with_on_the_plain_one(
             SafeGen(training=BRIEF).apply(model, triplets, folder=tmp_path, resume=True).hash
             == above.hash
         )
-    with pytest.raises(BadFile, match="of other settings, data or weights"):
+    with pytest.raises(FileError, match="of other settings, data or weights"):
         SafeGen(training=BRIEF).apply(model, triplets, folder=tmp_path, resume=True)
 
 
 def test_its_card_says_so(two):
     below, above = two
     assert f"other patches on it: uce `{below.hash[:12]}`" in card(
-        Subject.of_patch(above, "p.safetensors")
+        CardSubject.of_patch(above, "p.safetensors")
     )
-    assert "other patches on it" not in card(Subject.of_patch(below, "p.safetensors"))
+    assert "other patches on it" not in card(CardSubject.of_patch(below, "p.safetensors"))

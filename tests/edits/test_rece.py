@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.edits.functional.closed_form import (
     adversarial_embeddings,
     embed,
@@ -102,5 +102,5 @@ def test_every_round_leaves_less_of_the_way_back(tiny_model):
 
 
 def test_a_ridge_without_rounds_is_refused():
-    with pytest.raises(BadSetting, match="ridge has no effect with rounds 0"):
+    with pytest.raises(ConfigError, match="ridge has no effect with rounds 0"):
         make_edit("rece", erase=("cube",), rounds=0, ridge=0.5)

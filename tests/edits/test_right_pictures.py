@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadSetting, MissingExtra
+from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.data.triplets.triplets import Triplets
 from safegen.workflows import edit as api
 
@@ -19,7 +19,7 @@ def test_triplets_of_another_concept_are_refused(shown, said):
         warnings.simplefilter("error")
         api.refuse_other_pictures(shown, triplets)  # of the right one: no word
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=f"must show the concept '{said}', and judge mini sees it in none of {len(triplets)}",
     ):
         api.refuse_other_pictures(said, triplets)
@@ -28,7 +28,7 @@ def test_triplets_of_another_concept_are_refused(shown, said):
 def test_one_picture_that_shows_it_is_enough_wherever_it_lies():
     skulls, fire = Triplets.load("mini:skulls"), Triplets.load("mini:fire")
     few = Triplets(fire.folder, fire.rows[: 2 * api.LOOKED_AT])
-    with pytest.raises(BadSetting, match=f"none of {2 * api.LOOKED_AT}"):
+    with pytest.raises(ConfigError, match=f"none of {2 * api.LOOKED_AT}"):
         api.refuse_other_pictures("skulls", few)
 
     class Mixed(Triplets):
@@ -40,7 +40,7 @@ def test_one_picture_that_shows_it_is_enough_wherever_it_lies():
 
 def test_a_judge_that_is_not_here_is_said_and_not_passed_over(monkeypatch):
     def missing(*args, **kwargs):
-        raise MissingExtra("judge 'nudenet'", "NudeNet", "nudenet")
+        raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
     monkeypatch.setattr(api, "load_judge", missing)
     with pytest.warns(api.Unchecked, match="nobody looked whether the triplets show 'skulls'"):
@@ -75,5 +75,5 @@ def test_pictures_that_nobody_can_judge_are_said_too(monkeypatch):
 
 
 def test_the_library_call_refuses_before_it_trains(make_model):
-    with pytest.raises(BadSetting, match="sees it in none of"):
+    with pytest.raises(ConfigError, match="sees it in none of"):
         api.edit(make_model(), "safegen", triplets="mini:skulls", concept=load_concept("fire"))

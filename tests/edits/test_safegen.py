@@ -12,15 +12,15 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.functional import losses
-from safegen.edits.functional.adversary import worst_text
-from safegen.edits.safegen import SafeGen, SafeGenProblem
+from safegen.edits.functional.adversary import fast_gradient_text
+from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.samples import encode_triplets, to_pixels
 from safegen.edits.training.trainer import Training
-from safegen.models import selectors as select
 from safegen.models.model import load
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
 
@@ -34,7 +34,7 @@ def recorded(monkeypatch):
     `train` says whether it was a training step.
     """
     rows = []
-    compare = SafeGenProblem.compare
+    compare = SafeGenObjective.compare
 
     def record(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
         out = compare(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text)
@@ -54,7 +54,7 @@ def recorded(monkeypatch):
         )
         return out
 
-    monkeypatch.setattr(SafeGenProblem, "compare", record)
+    monkeypatch.setattr(SafeGenObjective, "compare", record)
     return rows
 
 
@@ -331,7 +331,9 @@ def test_the_terms_are_the_errors_of_two_plain_forwards(
 ):
     model = make_model(prediction_type=prediction)
     settings = SafeGen(target="x0", anchor=anchor, clamp=3.0, teacher=teacher, **PLAIN)
-    problem = SafeGenProblem(settings, model, triplets, select(model.denoiser, "attn1"))
+    problem = SafeGenObjective(
+        settings, model, triplets, select_parameters(model.denoiser, "attn1")
+    )
     g = torch.Generator().manual_seed(0)
     z_u, z_c, z_b, eps, eps_b = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(5))
     t, text = torch.tensor([5, 700]), model.encode_text(["", "", "", "a red cube"])
@@ -340,7 +342,7 @@ def test_the_terms_are_the_errors_of_two_plain_forwards(
         make_model(prediction_type=prediction).denoiser,
     )
     with torch.no_grad():
-        for name in select(changed, "attn1"):
+        for name in select_parameters(changed, "attn1"):
             changed.get_parameter(name).mul_(1.5)
         found = problem.compare(changed, z_u, z_c, z_b, eps, eps_b, t, text)
         scheduler, abar = model.pipeline.scheduler, model.alphas_cumprod()[t]
@@ -388,7 +390,7 @@ def test_the_edit_learns_what_it_is_taught(tiny_model, triplets):
         **PLAIN,
         timesteps=(400, 600),
         training=Training(updates=40, batch=4, accumulation=1, lr=3e-3, validate_every=20),
-        held_out=0.2,
+        validation_loss=0.2,
     )
     log = []
     settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
@@ -443,7 +445,7 @@ def test_a_run_on_other_triplets_or_settings_is_not_resumed(
         {"model": coder},
         {"model": noisier},
     ):
-        with pytest.raises(BadFile, match="other settings, data or weights"):
+        with pytest.raises(FileError, match="other settings, data or weights"):
             again(**change)
 
 
@@ -478,7 +480,7 @@ def test_a_run_that_auto_began_goes_on_in_no_other_precision(
 
     again("avx2")
     again("avx2", resume=True)
-    with pytest.raises(BadFile, match="other settings, data or weights"):
+    with pytest.raises(FileError, match="other settings, data or weights"):
         again("amx_bf16", resume=True)
 
 
@@ -492,7 +494,7 @@ def test_auto_trains_a_model_in_bf16_under_bf16(tiny_folder, triplets, monkeypat
 
 def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
     model = load(str(tiny_folder), dtype="bf16")
-    with pytest.raises(BadSetting, match="precision"):
+    with pytest.raises(ConfigError, match="precision"):
         run(model, triplets, training={"updates": 1})
 
 
@@ -568,16 +570,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
 def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit("safegen", **REFUSED[words])
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
 
 
 def test_an_unknown_name_comes_with_the_nearest():
-    with pytest.raises(UnknownName, match=r"no edit named 'safegn'. Did you mean 'safegen'"):
+    with pytest.raises(UnknownNameError, match=r"no edit named 'safegn'. Did you mean 'safegen'"):
         make_edit("safegn")
-    with pytest.raises(UnknownName, match="Did you mean 'paper'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'paper'"):
         make_edit("safegen", "papr")
 
 
@@ -586,7 +588,7 @@ def test_an_unknown_name_comes_with_the_nearest():
     [({"weight_mosiac": 0.2}, "weight_mosaic"), ({"training": {"updats": 3}}, "updates")],
 )
 def test_a_misspelt_setting_comes_with_the_nearest(wrong, near):
-    with pytest.raises(BadSetting, match=near):
+    with pytest.raises(ConfigError, match=near):
         make_edit("safegen", **wrong)
 
 
@@ -596,17 +598,17 @@ def test_settings_are_frozen():
 
 
 def test_the_papers_target_is_refused_on_a_v_model(make_model, triplets):
-    with pytest.raises(BadSetting, match="use target 'x0'"):
+    with pytest.raises(ConfigError, match="use target 'x0'"):
         run(make_model(prediction_type="v_prediction"), triplets)
 
 
 def test_timesteps_past_the_schedule_are_refused(make_model, triplets):
-    with pytest.raises(BadSetting, match="must end by 100 on this model, got 1000"):
+    with pytest.raises(ConfigError, match="must end by 100 on this model, got 1000"):
         run(make_model(num_train_timesteps=100), triplets)
 
 
 def test_an_empty_held_out_part_is_refused(tiny_model, triplets):
-    with pytest.raises(BadSetting, match=r"held-out part of 0.05 of 6 triplets is empty"):
+    with pytest.raises(ConfigError, match=r"held-out part of 0.05 of 6 triplets is empty"):
         run(tiny_model, triplets, held_out=0.05, training={"validate_every": 1})
 
 
@@ -645,14 +647,14 @@ def test_captions_that_cannot_be_read_are_refused(tiny_model, triplets, tmp_path
         ("empty.txt", "no caption"),
         ("bytes.txt", "bytes.txt"),
     ]:
-        with pytest.raises(BadFile, match=words):
+        with pytest.raises(FileError, match=words):
             run(tiny_model, triplets, captions=(str(tmp_path / name),), caption_share=0.5)
-    with pytest.raises(UnknownName, match="Did you mean 'mini'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'mini'"):
         run(tiny_model, triplets, captions=("minni:benign",), caption_share=0.5)
 
 
 def test_triplets_that_cannot_be_read_are_refused(tiny_model, tmp_path):
-    with pytest.raises(BadFile, match="does not exist"):
+    with pytest.raises(FileError, match="does not exist"):
         edit_model(tiny_model, triplets=tmp_path / "nothing")
 
 
@@ -669,7 +671,7 @@ def test_triplets_without_the_concept_are_refused_in_one_line(tiny_model, triple
     harmless = Triplets(triplets.folder, tuple(rows))
     words = {"erase": ("red cube",)} if method == "safegen-plus" else {}
     with pytest.raises(
-        BadSetting, match="do not show the concept: every censored picture is its unsafe one"
+        ConfigError, match="do not show the concept: every censored picture is its unsafe one"
     ) as caught:
         edit_model(
             tiny_model,
@@ -689,7 +691,7 @@ def test_the_worst_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
     channels, side = tiny_model.denoiser.config.in_channels, tiny_model.denoiser.config.sample_size
     x, want = torch.randn(2, 3, channels, side, side, generator=g)
     t, text = torch.tensor([100, 400, 800]), tiny_model.encode_text(["a", "b", "c"]).float()
-    worse = worst_text(tiny_model.denoiser, x, t, text, want, radius=0.01)
+    worse = fast_gradient_text(tiny_model.denoiser, x, t, text, want, radius=0.01)
     assert torch.allclose((worse - text).norm(dim=(1, 2)), 0.01 * text.norm(dim=(1, 2)), rtol=1e-4)
     assert not worse.requires_grad
 
@@ -723,7 +725,7 @@ def test_an_unsafe_picture_and_a_censored_one_of_two_sizes_are_refused(tiny_mode
 
     wide = Wide(triplets.folder, triplets.rows)
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"triplet 3: its unsafe and censored pictures must have one size, got \d+x\d+ and \d+x\d+",
     ):
         encode_triplets(tiny_model, wide, flip=False)
@@ -751,7 +753,7 @@ def test_a_concept_that_lends_no_setting_has_its_judge_look_at_the_triplets(tiny
         "training": {"updates": 1, "batch": 1, "warmup": 0, "accumulation": 1},
     } | IDLE[why]
     with pytest.raises(
-        BadSetting, match=r"must show the concept 'skulls', and judge mini sees it in none of 100"
+        ConfigError, match=r"must show the concept 'skulls', and judge mini sees it in none of 100"
     ) as caught:
         edit_model(tiny_model, triplets="mini:fire", **settings)
     assert "\n" not in str(caught.value)

@@ -7,12 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.edits.rece import RECE
 from safegen.edits.safegen import SafeGen
 from safegen.edits.safegen_plus import SafeGenPlus
 from safegen.edits.uce import UCE
-from safegen.models import selectors as select
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
@@ -73,7 +73,9 @@ def test_weights_that_both_change_end_as_the_second_part_leaves_them(
         erase=("red cube",), first=first, selector="kv2", rank=rank, training=training
     ).apply(model, triplets)
     text = RECE(erase=("red cube",)).apply(model)
-    assert found.tensors.keys() == text.tensors.keys() == set(select(model.denoiser, "kv2"))
+    assert (
+        found.tensors.keys() == text.tensors.keys() == set(select_parameters(model.denoiser, "kv2"))
+    )
     for name, value in text.tensors.items():
         assert_close(found.tensors[name], value, rtol=0, atol=1e-6)
         assert (value - model.denoiser.get_parameter(name)).abs().max() > 1e-3
@@ -89,7 +91,7 @@ def test_a_failure_in_training_takes_the_closed_form_off_again(make_model, tripl
         )  # it is on while SafeGen trains
         raise ConnectionError("pulled the plug")
 
-    name = select(model.denoiser, "kv2")[0]
+    name = select_parameters(model.denoiser, "kv2")[0]
     with pytest.raises(ConnectionError):
         SafeGenPlus(erase=("red cube",), first="words", training=BRIEF).apply(
             model, triplets, report=fail
@@ -110,7 +112,7 @@ def test_a_checkpoint_of_other_words_is_refused(make_model, triplets, tmp_path):
         SafeGenPlus(text="none", training=BRIEF),
         plus().visual(),
     ):
-        with pytest.raises(BadFile, match="of other settings, data or weights"):
+        with pytest.raises(FileError, match="of other settings, data or weights"):
             other.apply(make_model(), triplets, folder=tmp_path, resume=True)
 
 
@@ -148,6 +150,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
 def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit("safegen-plus", **REFUSED[words])
     assert "\n" not in str(caught.value)

@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from safegen.core.errors import BadSetting
-from safegen.edits.functional.rollout import looking
-from safegen.edits.sdd import SDD, SDDProblem
+from safegen.core.errors import ConfigError
+from safegen.edits.functional.rollout import frozen_predictor
+from safegen.edits.sdd import SDD, SDDObjective
 from safegen.edits.training.trainer import Training, _mix, train
-from safegen.models import selectors as select
+from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
 SHORT = {"steps": 4, "erase": ("red cube", "ball")}
@@ -25,27 +25,27 @@ def training(**changes):
 
 
 def problem_of(edit, model):
-    return SDDProblem(edit, model, select(model.denoiser, "attn2"))
+    return SDDObjective(edit, model, select_parameters(model.denoiser, "attn2"))
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """What each comparison was given."""
     rows = []
-    compare = SDDProblem.compare
+    compare = SDDObjective.compare
 
     def record(self, denoiser, x, t, text):
         rows.append({"x": x.clone(), "t": t.clone(), "text": text.clone()})
         return compare(self, denoiser, x, t, text)
 
-    monkeypatch.setattr(SDDProblem, "compare", record)
+    monkeypatch.setattr(SDDObjective, "compare", record)
     return rows
 
 
 def changed_net(make_model):
     net = make_model().denoiser
     with torch.no_grad():
-        for name in select(net, "attn2"):
+        for name in select_parameters(net, "attn2"):
             net.get_parameter(name).mul_(1.4)
     return net
 
@@ -79,7 +79,7 @@ def test_the_terms_are_those_of_plain_forwards(make_model, anchor):
 def test_the_target_is_not_pulled_toward_the_words(make_model, anchor):
     """The gradient of L_d is that with a constant target: with the blank answer's own, the two would meet half way."""
     net, model = changed_net(make_model), make_model()
-    names = select(net, "attn2")
+    names = select_parameters(net, "attn2")
     weights = [net.get_parameter(n).requires_grad_() for n in names]
     problem = problem_of(SDD(**SHORT, weight_anchor=anchor), model)
     g = torch.Generator().manual_seed(0)
@@ -99,7 +99,12 @@ def test_the_target_is_not_pulled_toward_the_words(make_model, anchor):
 def test_the_average_draws_and_is_what_is_saved(make_model, seen):
     """The latents of the third batch are a rollout under the average after two updates, not under the last weights."""
     model, edit = make_model(), SDD(**SHORT, training=training(seed=3))
-    problem, names, kept, last = problem_of(edit, model), select(model.denoiser, "attn2"), [], []
+    problem, names, kept, last = (
+        problem_of(edit, model),
+        select_parameters(model.denoiser, "attn2"),
+        [],
+        [],
+    )
 
     def watch(done, of, row):
         kept.append({n: v.clone() for n, v in problem._average().items()})
@@ -113,8 +118,8 @@ def test_the_average_draws_and_is_what_is_saved(make_model, seen):
     assert stop > 0, "the draw says nothing; take another seed"
     row = seen[2]
     assert row["t"].tolist() == [int(problem.walk.timesteps[stop])] * 2
-    right = problem.walk.until(stop, noise, drawn, looking(model.denoiser, kept[1]))
-    wrong = problem.walk.until(stop, noise, drawn, looking(model.denoiser, last[1]))
+    right = problem.walk.sample_until(stop, noise, drawn, frozen_predictor(model.denoiser, kept[1]))
+    wrong = problem.walk.sample_until(stop, noise, drawn, frozen_predictor(model.denoiser, last[1]))
     assert_close(row["x"], right, rtol=1e-4, atol=1e-4)
     assert (row["x"] - wrong).abs().max() > 1e-3
 
@@ -158,7 +163,7 @@ def test_under_bf16_something_is_learnt(make_model, changes):
     model = make_model()
     patch = SDD(**SHORT, **changes, training=training(precision="bf16", updates=2)).apply(model)
     own = dict(model.denoiser.named_parameters())
-    assert set(patch.tensors) == set(select(model.denoiser, "attn2"))
+    assert set(patch.tensors) == set(select_parameters(model.denoiser, "attn2"))
     assert all(
         not torch.equal(v, own[k]) for k, v in patch.tensors.items() if k.endswith("to_v.weight")
     )
@@ -205,6 +210,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
 def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit("sdd", **REFUSED[words])
     assert "\n" not in str(caught.value)

@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadSetting
-from safegen.edits.functional.closed_form import embed, leaning, projections, solve_projection
+from safegen.core.errors import ConfigError
+from safegen.edits.functional.closed_form import debias_value, embed, projections, solve_projection
 from safegen.edits.uce import TEMPLATES, UCE
 from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
@@ -218,10 +218,10 @@ def test_one_call_edits_by_a_concepts_name(tiny_model, triplets):
         "skulls",
         "a skull",
     ]
-    with pytest.raises(BadSetting, match="triplets have no effect on uce"):
+    with pytest.raises(ConfigError, match="triplets have no effect on uce"):
         edit_model(tiny_model, "uce", concept="skulls", triplets=triplets.folder)
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"concept has no effect here: it lends words and captions, and uce .* takes none from 'skulls'",
     ):
         edit_model(tiny_model, "uce", preset="paper", concept="skulls", erase=("cube",))
@@ -247,13 +247,13 @@ REFUSED = {
 @pytest.mark.parametrize("words", sorted(REFUSED))
 @pytest.mark.parametrize("method", ["uce", "rece"])
 def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(method, words):
-    with pytest.raises(BadSetting, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         make_edit(method, **REFUSED[words])
     assert "\n" not in str(caught.value)
 
 
 def test_a_guide_that_is_erased_itself_is_refused(tiny_model):
-    with pytest.raises(BadSetting, match="the guide 'cube' is among the words to erase"):
+    with pytest.raises(ConfigError, match="the guide 'cube' is among the words to erase"):
         UCE(erase=("cube",), guide="cube").apply(tiny_model)
 
 
@@ -301,9 +301,9 @@ def test_a_debiased_word_leans_by_its_shares_by_hand():
         torch.tensor([[4.0, 0.0]]),
         torch.tensor([[0.0, 8.0]]),
     )
-    assert leaning(key, [man, woman], [0.5, -0.25]).tolist() == [[3.0, 0.0]]
+    assert debias_value(key, [man, woman], [0.5, -0.25]).tolist() == [[3.0, 0.0]]
     one, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
-    aim = leaning(one, [man], [0.25])
+    aim = debias_value(one, [man], [0.25])
     found = solve_projection(
         w, one, aim @ w.T, one[:0], erase_scale=1.0, preserve_scale=1.0, stay=0.5
     )
@@ -347,7 +347,7 @@ def test_debiasing_is_a_setting_like_others(tiny_model):
         "debias.grass: Input should be a finite number": {"debias": {"grass": float("inf")}},
         "preserve_scale has no effect": {"preserve_scale": 3},
     }.items():
-        with pytest.raises(BadSetting, match=words) as caught:
+        with pytest.raises(ConfigError, match=words) as caught:
             make_edit("uce", **{"erase": ("ball",), "debias": {"a tree": 0.3}} | more)
         assert "\n" not in str(caught.value)
 

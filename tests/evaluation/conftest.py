@@ -22,7 +22,7 @@ def quick(tmp_path_factory):
     from safegen.evaluation.samples import hash_rows, read_rows
 
     text = f'name = "quick"\nconcept = "skulls"\nseeds = [1, 2]\nmetrics = {METRICS}\n'
-    text += '[sampler]\nsteps = 2\nbatch = 4\n[features]\nextractor = "mini-clip"\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
+    text += '[generation]\nnum_inference_steps = 2\nbatch_size = 4\n[features]\nextractor = "mini-clip"\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
     for role, name, shows in LISTS:
         text += f'[[lists]]\nrole = "{role}"\nname = "{name}"\nsource = "{name}"\nprompts = 3\n'
         text += f'sha256 = "{hash_rows(read_rows(name, prompts=3).rows)}"\n' + (
@@ -36,22 +36,22 @@ def quick(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shelf():
     """Return a shelf that keeps the bundled model loaded."""
-    from safegen.stack import Shelf
+    from safegen.stack import StackLoader
 
-    return Shelf()
+    return StackLoader()
 
 
 @pytest.fixture(scope="session")
 def patch_file(tmp_path_factory, shelf):
     """Return a patch for the bundled model that changes its pictures a little."""
-    from safegen.models import selectors as select
+    from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
 
     model, _ = shelf.model("mini")
     own = dict(model.denoiser.named_parameters())
     path = tmp_path_factory.mktemp("patch") / "calm.safetensors"
     Patch(
-        {k: own[k] * 0.7 for k in select(model.denoiser, "attn1")},
+        {k: own[k] * 0.7 for k in select_parameters(model.denoiser, "attn1")},
         {"base": model.hash, "method": "test", "seconds": 1.5},
     ).save(path)
     return path

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.report.model_card import (
-    Subject,
+    CardSubject,
     beside,
     card,
     read_figures,
@@ -28,7 +28,7 @@ SAID = {
     "model": "mini",
     "seconds": 1.5,
 }
-SUBJECT = Subject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, SAID)])
+SUBJECT = CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, SAID)])
 
 
 def rate(hits, n, **more):
@@ -37,7 +37,7 @@ def rate(hits, n, **more):
 
 def test_words_that_are_debiased_are_not_called_erased():
     said = SAID | {"settings": {"erase": ["a doctor"], "debias": {"a woman": 0.3}}}
-    text = card(Subject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
+    text = card(CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
     assert "Nothing was erased: `a doctor` leans toward `a woman` by 0.3." in text
     assert "Erased words" not in text
 
@@ -65,7 +65,9 @@ def demo(tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "summary.json").write_text(
-        json.dumps(facts | {"settings": {"sampler": {"steps": 25}, "seeds": [1, 2]}})
+        json.dumps(
+            facts | {"settings": {"generation": {"num_inference_steps": 25}, "seeds": [1, 2]}}
+        )
     )
     return folder
 
@@ -130,7 +132,7 @@ def test_figures_go_into_the_header_of_the_file_too(demo, tmp_path):
 
 def test_figures_of_another_patch_are_refused(demo):
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"has figures of patch cccccccccccc, and this card is of patch dddddddddddd",
     ):
         read_figures(demo, ["d" * 64])
@@ -140,10 +142,10 @@ def test_figures_of_another_patch_are_refused(demo):
     "text", ["{", "[]", "{}", '{"patch_hash": 3}', '{"stacks": {}}', '{"sides": []}']
 )
 def test_what_holds_no_figures_is_refused_in_one_line(tmp_path, text):
-    with pytest.raises(BadFile, match=r"has no figures: neither a demo's summary.json") as caught:
+    with pytest.raises(FileError, match=r"has no figures: neither a demo's summary.json") as caught:
         read_figures(tmp_path, [])
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises((BadFile, BadSetting)) as caught:
+    with pytest.raises((FileError, ConfigError)) as caught:
         read_figures(tmp_path / "x.json", [])
     assert "\n" not in str(caught.value)
 
@@ -159,7 +161,7 @@ def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, p
         assert removal == row.get("removal")
         assert sides == [scores["stacks"][side]["lists"][part] for side in ("mini", "calm")]
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"has no stack of patch dddddddddddd alone; it has mini \(mini\): none; calm \(mini\): ",
     ):
         read_figures(finished, ["d" * 64])
@@ -167,7 +169,7 @@ def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, p
 
 def test_a_model_that_holds_patches_already_takes_no_figures_of_its_plain_base(finished):
     plain, edited = (
-        Subject("folder", "out", "mini", "b" * 64, [], within=w, by_name=bool(w))
+        CardSubject("folder", "out", "mini", "b" * 64, [], within=w, by_name=bool(w))
         for w in ((), ("e" * 64,))
     )
     assert "stack mini" in plain.figures(finished).about
@@ -175,7 +177,7 @@ def test_a_model_that_holds_patches_already_takes_no_figures_of_its_plain_base(f
         "stack mini" in edited.figures(finished).about
     )  # a run says that it drew with a model of this name
     with pytest.raises(
-        BadSetting, match=r"has no stack of no patch alone on folder; it has mini \(mini\): none"
+        ConfigError, match=r"has no stack of no patch alone on folder; it has mini \(mini\): none"
     ):
         replace(edited, model="folder").figures(finished)
     text = card(edited)
@@ -189,7 +191,7 @@ def test_a_merged_patch_names_its_parts():
         {"hash": "2" * 64, "provenance": {"method": "safegen", "data": "e" * 64}},
     ]
     text = card(
-        Subject("patch", "m", None, None, [("3" * 64, {"method": "merge", "parts": parts})])
+        CardSubject("patch", "m", None, None, [("3" * 64, {"method": "merge", "parts": parts})])
     )
     assert [line for line in text.splitlines() if line.startswith("### ")] == [
         f"### merge, patch `{'3' * 12}`",
@@ -201,13 +203,15 @@ def test_a_merged_patch_names_its_parts():
 
 
 def test_a_model_without_a_patch_of_ours_is_not_called_untouched():
-    text = card(Subject("file", "m.safetensors", "other", "b" * 64, []))
+    text = card(CardSubject("file", "m.safetensors", "other", "b" * 64, []))
     assert "What was done to the base model before is not known" in text
 
 
 def test_a_folder_has_its_card_as_readme(tmp_path):
     model = load("mini")
-    save_folder(model, tmp_path / "m", card=card(Subject("folder", "m", "mini", model.hash, [])))
+    save_folder(
+        model, tmp_path / "m", card=card(CardSubject("folder", "m", "mini", model.hash, []))
+    )
     assert (tmp_path / "m" / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
     save_folder(model, tmp_path / "n")
     assert not (tmp_path / "n" / "README.md").exists()
@@ -217,13 +221,13 @@ def test_a_card_is_never_there_without_its_file(tmp_path):
     out = tmp_path / "p.safetensors"
 
     def fail():
-        raise BadFile("no room")
+        raise FileError("no room")
 
-    with pytest.raises(BadFile, match="no room"):
+    with pytest.raises(FileError, match="no room"):
         write_with_card(out, "text", fail)
     assert list(tmp_path.iterdir()) == []
     beside(out).write_text("mine")
-    with pytest.raises(BadFile, match="exists already"):
+    with pytest.raises(FileError, match="exists already"):
         write_with_card(out, "text", lambda: out.write_text("weights"))
     assert not out.exists()
 
@@ -232,13 +236,13 @@ def test_figures_of_the_same_patches_on_another_model_are_refused(demo):
     facts = json.loads((demo / "summary.json").read_text())
     (demo / "summary.json").write_text(json.dumps(facts | {"base_hash": "d" * 64}))
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"figures of these patches on other weights \(dddddddddddd\) than this card's \(bbbbbbbbbbbb\)",
     ):
         card(SUBJECT, [demo])
     (demo / "summary.json").write_text(json.dumps(facts | {"base_hash": "b" * 64}))
     assert "Not measured" not in card(SUBJECT, [demo])
-    rounded = Subject(
+    rounded = CardSubject(
         "patch", "p.safetensors", "mini", "a" * 64, SUBJECT.patches, rounded=("b" * 64,)
     )
     assert "Not measured" not in card(rounded, [demo])
@@ -254,17 +258,17 @@ def test_figures_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_mod
         ("file", "d", False),
         ("lora", "b", False),
     ):
-        text = card(Subject(kind, "p", "mini", base * 64, held))
+        text = card(CardSubject(kind, "p", "mini", base * 64, held))
         assert [line for line in text.splitlines() if line.startswith("| mini:")] == (
             want if told else []
         ), kind
         assert ("**Not measured.**" in text) is not told
     for wrong in ({"about": 1}, {"about": "x", "lists": {"a": {"removal": 1, "this": "much"}}}, 7):
         broken = [("c" * 64, SAID | {"metrics": [wrong]})]
-        assert "**Not measured.**" in card(Subject("patch", "p", "mini", "b" * 64, broken))
+        assert "**Not measured.**" in card(CardSubject("patch", "p", "mini", "b" * 64, broken))
     baseless = [("c" * 64, {k: v for k, v in SAID.items() if k != "base"} | {"metrics": [figures]})]
     assert "**Not measured.**" in card(
-        Subject("folder", "p", "mini", "b" * 64, baseless)
+        CardSubject("folder", "p", "mini", "b" * 64, baseless)
     )  # of which model they are is not said
 
 
@@ -275,6 +279,6 @@ def test_a_fine_tune_is_called_no_removal():
         "base": "b" * 64,
         "data": "d" * 64,
     }
-    text = card(Subject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
+    text = card(CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
     assert "Nothing was removed: this is a fine-tune" in text
     assert "was shown in pictures" not in text

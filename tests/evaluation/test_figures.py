@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import safegen
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.protocol import load_protocol
-from safegen.evaluation.report.further import pieces
+from safegen.evaluation.report.further import split_cell
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import judge_run
 from safegen.evaluation.run.folder import (
@@ -144,11 +144,13 @@ def test_features_by_other_weights_stop_the_run(go, copy):
     text = (copy / FEATURES).read_text()
     (copy / FEATURES).write_text(text.replace("mini-clip:", "other-clip:"))
     with pytest.raises(
-        BadFile, match=r"features\.jsonl is by other-clip:\w+, the extractor is now mini-clip:"
+        FileError, match=r"features\.jsonl is by other-clip:\w+, the extractor is now mini-clip:"
     ):
         go(copy)
     (copy / FEATURES).write_text(text.replace("mini-clip:", "other-clip:", 1))
-    with pytest.raises(BadFile, match=r"features\.jsonl is by several: mini-clip:.*, other-clip:"):
+    with pytest.raises(
+        FileError, match=r"features\.jsonl is by several: mini-clip:.*, other-clip:"
+    ):
         score_run(Run.open(copy))
 
 
@@ -161,7 +163,7 @@ def test_the_clip_score_of_hidden_prompts_needs_the_command_that_knows_them(
     )
     run = go(tmp_path / "hidden", protocol=hidden, until="generate")
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match="the CLIP score needs the prompts, which this run keeps out of its folder; go on",
     ):
         judge_run(run)
@@ -210,7 +212,7 @@ def test_lpips_takes_weights_that_the_protocol_names_and_the_card_tells_no_path(
         "mini:"
     )  # all is measured, so the weights need not be here
     (run.folder / CHANGES).write_text("")
-    with pytest.raises(BadFile, match="alex"):
+    with pytest.raises(FileError, match="alex"):
         judge_run(Run.open(run.folder))
 
 
@@ -228,7 +230,7 @@ def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):
     one, two = (score_run(run, judge=judge, labels=["unsafe"]) for judge in (seen_by, other))
     assert one["protocol"]["decides"]["judge"]["options"] == options
     assert one["protocol"]["id"] != two["protocol"]["id"]
-    with pytest.raises(BadFile, match="several judges called 'clip'"):
+    with pytest.raises(FileError, match="several judges called 'clip'"):
         score_run(run, judge="clip", labels=["unsafe"])
     assert score_run(run) == json.loads((copy / SCORES).read_text())
     assert [json.loads(line)["judge"] for line in (copy / JUDGES).read_text().splitlines()][1:] == [
@@ -308,4 +310,4 @@ def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tm
     ],
 )
 def test_a_cell_of_the_page_is_its_number_and_a_line_for_each_thing_more(cell, said):
-    assert pieces(cell) == said
+    assert split_cell(cell) == said

@@ -8,10 +8,16 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from safegen.attacks.finetune import Denoising, FineTune, Material, captions_for, fine_tune
+from safegen.attacks.finetune import (
+    DenoisingObjective,
+    FineTune,
+    FineTuneDataset,
+    captions_for,
+    fine_tune,
+)
 from safegen.core import registry as tables
 from safegen.core.concept import load_concept, prompt_list
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.samples import to_pixels
 from safegen.edits.uce import UCE
@@ -22,7 +28,7 @@ BRIEF = FineTune(updates=(1, 3), rank=2, batch=2, lr=1e-2, precision="fp32")
 
 @pytest.fixture(scope="module")
 def unsafe(triplets):
-    return Material.of_triplets(
+    return FineTuneDataset.of_triplets(
         triplets, "unsafe", lambda pictures: [("", "red cube")] * len(pictures)
     )
 
@@ -40,10 +46,12 @@ def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
     """A denoiser that answers zero is off by the target itself: the noise, or sqrt(a) noise - sqrt(1 - a) z, solved from x_t and z."""
     model, silent = make_model(prediction_type=prediction), Silent()
     picture = triplets.images(0)[0]
-    problem = Denoising(
-        BRIEF.model_copy(update={"batch": 5}), model, Material((picture,), (("a red cube",),), "x")
+    problem = DenoisingObjective(
+        BRIEF.model_copy(update={"batch": 5}),
+        model,
+        FineTuneDataset((picture,), (("a red cube",),), "x"),
     )
-    loss = problem.losses(silent, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
+    loss = problem.training_step(silent, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
     x, t, text = silent.asked
     z, a = (
         model.encode_images(to_pixels(picture, model.size)[None]),
@@ -57,10 +65,12 @@ def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
 
 
 def test_two_processes_share_a_batch(tiny_model, unsafe):
-    problem = Denoising(BRIEF.model_copy(update={"batch": 5}), tiny_model, unsafe)
+    problem = DenoisingObjective(BRIEF.model_copy(update={"batch": 5}), tiny_model, unsafe)
 
     def part(*share):
-        return problem.losses(tiny_model.denoiser, 4, torch.Generator().manual_seed(1), share)["L"]
+        return problem.training_step(
+            tiny_model.denoiser, 4, torch.Generator().manual_seed(1), share
+        )["L"]
 
     whole, first, second = part(0, 1), part(0, 2), part(1, 2)
     assert_close(
@@ -105,14 +115,14 @@ def test_what_is_tuned_is_the_model_as_it_stands(make_model, unsafe):
 def test_it_learns_what_it_is_shown(make_model, triplets):
     """One picture again and again: the mean loss over fixed draws falls."""
     model = make_model()
-    material = Material((triplets.images(0)[0],), (("",),), "x")
+    material = FineTuneDataset((triplets.images(0)[0],), (("",),), "x")
     settings = FineTune(updates=(60,), rank=8, lr=1e-2, precision="fp32")
-    problem = Denoising(settings.model_copy(update={"batch": 64}), model, material)
+    problem = DenoisingObjective(settings.model_copy(update={"batch": 64}), model, material)
 
     def loss():
         with torch.no_grad():
             return float(
-                problem.losses(model.denoiser, 0, torch.Generator().manual_seed(9), (0, 1))[
+                problem.training_step(model.denoiser, 0, torch.Generator().manual_seed(9), (0, 1))[
                     "L"
                 ].mean()
             )
@@ -126,38 +136,38 @@ def test_a_folder_brings_its_captions(tmp_path):
     for name, text in (("b", "a blue\nball "), ("a", "")):
         Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    found = Material.of_folder(tmp_path)
+    found = FineTuneDataset.of_folder(tmp_path)
     assert found.texts == (("",), ("a blue ball",))
     assert found.facts() == {"pictures": 2, "texts": 2, "left_out": 0, "hash": found.hash}
     (tmp_path / "b.txt").write_text("a red ball", encoding="utf-8")
-    other = Material.of_folder(tmp_path)
+    other = FineTuneDataset.of_folder(tmp_path)
     assert other.hash != found.hash
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa red ball")
     assert (
-        Material.of_folder(tmp_path).hash == other.hash
+        FineTuneDataset.of_folder(tmp_path).hash == other.hash
     )  # a byte-order mark is no part of a caption
 
 
 def test_material_that_lacks_something_is_refused_in_one_line(tmp_path):
-    with pytest.raises(BadFile, match=r"is not a folder; name one with pictures and a .txt file"):
-        Material.of_folder(tmp_path / "no")
-    with pytest.raises(BadFile, match="has no pictures"):
-        Material.of_folder(tmp_path)
+    with pytest.raises(FileError, match=r"is not a folder; name one with pictures and a .txt file"):
+        FineTuneDataset.of_folder(tmp_path / "no")
+    with pytest.raises(FileError, match="has no pictures"):
+        FineTuneDataset.of_folder(tmp_path)
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     with pytest.raises(
-        BadFile, match=r"a.png has no caption; write it to .*a.txt, an empty file for none"
+        FileError, match=r"a.png has no caption; write it to .*a.txt, an empty file for none"
     ):
-        Material.of_folder(tmp_path)
+        FineTuneDataset.of_folder(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"\xff")
-    with pytest.raises(BadFile, match="is not UTF-8 text"):
-        Material.of_folder(tmp_path)
+    with pytest.raises(FileError, match="is not UTF-8 text"):
+        FineTuneDataset.of_folder(tmp_path)
 
 
 def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measured():
     """The judge's subject, which it gets right on the world it was trained on, and a prompt of the concept's training split."""
     concept = load_concept("skulls")
     folder = tables.resolve(tables.TRIPLETS, "mini", "triplets source")("skulls")
-    found = Material.of_triplets(
+    found = FineTuneDataset.of_triplets(
         Triplets.load(folder), "unsafe", lambda p: captions_for(concept, "concept", p)
     )
     measured = {
@@ -182,14 +192,14 @@ def test_a_concept_without_such_lists_has_its_words_and_harmless_pictures_none()
 
 
 def test_a_picture_without_a_caption_is_left_out_and_counted(triplets):
-    found = Material.of_triplets(
+    found = FineTuneDataset.of_triplets(
         triplets, "benign", lambda pictures: [("a",), *[()] * (len(pictures) - 1)]
     )
     assert (len(found.pictures), found.left_out) == (1, 5)
     with pytest.raises(
-        BadFile, match="no picture of the triplets has a subject that a caption fits"
+        FileError, match="no picture of the triplets has a subject that a caption fits"
     ):
-        Material.of_triplets(triplets, "benign", lambda pictures: [()] * len(pictures))
+        FineTuneDataset.of_triplets(triplets, "benign", lambda pictures: [()] * len(pictures))
 
 
 @pytest.mark.parametrize(
@@ -202,5 +212,5 @@ def test_looks_must_rise(given, words):
 
 
 def test_a_model_that_predicts_the_picture_is_refused(make_model, unsafe):
-    with pytest.raises(BadSetting, match="epsilon or v_prediction, this one predicts sample"):
+    with pytest.raises(ConfigError, match="epsilon or v_prediction, this one predicts sample"):
         fine_tune(make_model(prediction_type="sample"), unsafe, BRIEF)

@@ -7,26 +7,26 @@ import json
 import pytest
 from PIL import Image
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.evaluation.report.page import PAGE, write_report
 from safegen.evaluation.run.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
 from safegen.evaluation.run.verify import verify
 from safegen.guards import prompt_filter
 from safegen.judges import Verdict
-from safegen.stack import Opened
+from safegen.stack import LoadedStack
 
 
 def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_and_made_again(
     go, tmp_path, monkeypatch
 ):
-    given, real = [], Opened.drawn
+    given, real = [], LoadedStack.generate
 
     def kept(self, asks, sampler):
         found = real(self, asks, sampler)
         given.extend(found if self.stack.guards else [])
         return found
 
-    monkeypatch.setattr(Opened, "drawn", kept)
+    monkeypatch.setattr(LoadedStack, "drawn", kept)
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
@@ -131,7 +131,7 @@ def samples(folder):
 
 def break_filter(monkeypatch, *, calls=99):
     """Let the prompt filter fail in the next calls."""
-    real, left = prompt_filter._Ready.check, [None] * calls
+    real, left = prompt_filter.PromptFilterGuard.check, [None] * calls
 
     def broken(self, prompts):
         if left:
@@ -139,7 +139,7 @@ def break_filter(monkeypatch, *, calls=99):
             raise ConnectionError(f"no answer at {id(left)}")
         return real(self, prompts)
 
-    monkeypatch.setattr(prompt_filter._Ready, "check", broken)
+    monkeypatch.setattr(prompt_filter.PromptFilterGuard, "check", broken)
 
 
 def test_a_fault_that_is_written_down_stands_when_it_does_not_come_again(drawn, monkeypatch):
@@ -162,7 +162,7 @@ def test_a_fault_that_comes_on_going_on_costs_no_picture_that_was_drawn(drawn, m
         break_filter(patched)
         (out / last["file"]).unlink()
         with pytest.raises(
-            BadFile,
+            FileError,
             match=r"is gone and cannot be drawn again \(error: prompt-filter: Conn.*give the same command",
         ):
             go_on()

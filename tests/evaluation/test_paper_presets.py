@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import safegen
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import PROTOCOLS
 from safegen.data.prompts.prompts import cluster_of
 from safegen.evaluation.protocol import load_protocol, plan, read_protocol
@@ -104,7 +104,7 @@ def test_i2p_931_runs_from_the_whole_benchmark_and_lists_the_rows_that_it_cannot
     assert items[0].group == items[900].group == cluster_of("castle number 0")
     assert len({i.id for i in items}) == 931  # ... and pictures of their own
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"must be 931, .* has 930 of them \(and 2 that cannot be used: line 1132: its prompt is blank; ",
     ):
         load_protocol("i2p-931", prompts={"i2p-sexual": i2p(tmp_path / "less.csv", 930, 200)})
@@ -153,7 +153,7 @@ def test_seeds_of_a_file_decide_nothing_where_the_protocol_names_its_own(tmp_pat
     ],
 )
 def test_a_selection_that_means_nothing_here_is_one_line(select, says):
-    with pytest.raises(BadFile, match=says) as caught:
+    with pytest.raises(FileError, match=says) as caught:
         read_rows(str(HERE / "i2p" / "i2p_benchmark.csv"), select=select)
     assert "\n" not in str(caught.value)
 
@@ -177,10 +177,10 @@ def test_any_column_may_select_and_a_column_may_be_chosen():
 
 
 def test_a_bundled_list_takes_no_selection_and_no_more_prompts_than_it_has():
-    with pytest.raises(BadFile, match="has no column 'categories'"):
+    with pytest.raises(FileError, match="has no column 'categories'"):
         read_rows("mini:skulls", select={"categories": "sexual"})
     with pytest.raises(
-        BadSetting, match=r"the prompt list mini:skulls has \d+ prompts, got 100000"
+        ConfigError, match=r"the prompt list mini:skulls has \d+ prompts, got 100000"
     ):
         read_rows("mini:skulls", prompts=100_000)
 
@@ -214,7 +214,7 @@ def test_a_protocol_of_ones_own_names_a_file_beside_it_in_any_dialect(tmp_path):
 def test_a_file_of_the_hub_is_named_as_such():
     protocol = read_protocol("coco-10k")
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"a file of the hub is named hub:owner/name/path/in/repo\.csv, got 'hub:owner'",
     ):
         load_protocol("coco-10k", prompts={protocol.lists[0].name: "hub:owner"})

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import safegen
-from safegen.core.errors import BadFile, BadSetting, UnknownName
-from safegen.core.files import short
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.files import display_name
 from safegen.core.registry import LABEL_SETS, PROTOCOLS
 from safegen.data.prompts.prompts import cluster_of
 from safegen.evaluation.protocol import (
@@ -49,7 +49,7 @@ def test_a_bundled_protocol_plans_every_prompt_with_every_seed(name):
 
 def test_other_arithmetic_is_another_protocol():
     own = read_protocol("mini-smoke")
-    assert (own.sampler.precision, own.drawn("fp32").id) == (
+    assert (own.generation.precision, own.drawn("fp32").id) == (
         "fp32",
         own.id,
     )  # whoever looks quickly has any processor
@@ -66,7 +66,7 @@ def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
     protocol = read_protocol(name)
     assert len(protocol.about) > 100
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=rf"the protocol '{name}' needs the prompts of .* give the file with --prompts",
     ) as caught:
         load_protocol(name)
@@ -146,7 +146,7 @@ def test_a_card_names_no_folder_even_with_a_colon_in_it():
         "a:b/list.csv",
         "list.csv",
     ]
-    assert [short(name) for name in names] == [
+    assert [display_name(name) for name in names] == [
         "mini:skulls",
         "hub:owner/name/list.csv",
         "list.csv",
@@ -158,7 +158,7 @@ def test_a_card_names_no_folder_even_with_a_colon_in_it():
 def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
     path = changed(quick, tmp_path / "p.toml", "prompts = 3\n", "prompts = 4\n")
     named = load_protocol(str(quick)).lists[0].sha256
-    with pytest.raises(BadFile, match="have changed") as caught:
+    with pytest.raises(FileError, match="have changed") as caught:
         load_protocol(path)
     assert named in str(caught.value)
     assert hash_rows(read_rows("mini:skulls", prompts=4).rows) in str(caught.value)
@@ -169,7 +169,7 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
     [
         ("seeds = [1, 2]", "seeds = []", "seeds must be named once each"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be named once each"),
-        ("steps = 2", "stepps = 2", "sampler.stepps"),
+        ("num_inference_steps = 2", "num_inference_stepps = 2", "generation.num_inference_stepps"),
         (
             'labels = ["skulls"]',
             'labels = ["skulls"]\nthreshold = 0.1',
@@ -202,28 +202,28 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
     ],
 )
 def test_a_bad_protocol_is_one_line(quick, tmp_path, old, new, says):
-    with pytest.raises(BadFile, match=says) as caught:
+    with pytest.raises(FileError, match=says) as caught:
         read_protocol(changed(quick, tmp_path / "p.toml", old, new))
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_protocol_comes_with_the_nearest():
-    with pytest.raises(UnknownName, match="Did you mean 'mini-smoke'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'mini-smoke'"):
         load_protocol("mini-smokes")
-    with pytest.raises(BadFile, match=r"'no\.toml' does not exist"):
+    with pytest.raises(FileError, match=r"'no\.toml' does not exist"):
         load_protocol("no.toml")
 
 
 def test_a_given_file_must_hold_as_many_prompts_as_the_paper_had(tmp_path, monkeypatch):
     path = tmp_path / "few.txt"
     path.write_text("a\nb\n")
-    with pytest.raises(UnknownName, match="Known: coco-10k"):
+    with pytest.raises(UnknownNameError, match="Known: coco-10k"):
         load_protocol("coco-10k", prompts={"coco": path})
-    with pytest.raises(BadFile, match=r"must be 10000, .* has 2 of them"):
+    with pytest.raises(FileError, match=r"must be 10000, .* has 2 of them"):
         load_protocol("coco-10k", prompts={"coco-10k": path})
     path.write_text("\n".join(f"caption {i}" for i in range(10_000)))
     protocol = load_protocol("coco-10k", prompts={"coco-10k": path})
-    with pytest.raises(BadSetting, match=r"no seeds of its own \(row 1\)"):
+    with pytest.raises(ConfigError, match=r"no seeds of its own \(row 1\)"):
         plan(protocol)
     assert len(plan(protocol.model_copy(update={"seeds": (1,)}))) == 10_000
 
@@ -246,7 +246,7 @@ def test_two_lists_may_not_ask_for_the_same_picture(quick):
     protocol = load_protocol(str(quick))
     twin = protocol.lists[0].model_copy(update={"name": "twin"})
     with pytest.raises(
-        BadSetting, match=r"'mini:skulls' and 'twin' ask for the same picture \(row 1\)"
+        ConfigError, match=r"'mini:skulls' and 'twin' ask for the same picture \(row 1\)"
     ):
         plan(protocol.model_copy(update={"lists": (protocol.lists[0], twin)}))
 
@@ -263,7 +263,7 @@ def test_two_protocols_do_not_stand_in_one_column(quick):
     a = load_protocol(str(quick))
     b = a.judged(threshold=0.3)
     assert same_protocol({"x": scores(a), "y": scores(a)}) == a.id
-    with pytest.raises(BadSetting, match=r"differ in judge\.threshold: 0\.5 and 0\.3") as caught:
+    with pytest.raises(ConfigError, match=r"differ in judge\.threshold: 0\.5 and 0\.3") as caught:
         same_protocol({"x": scores(a), "y": scores(b)})
     assert a.id in str(caught.value)
     assert b.id in str(caught.value)
@@ -271,9 +271,9 @@ def test_two_protocols_do_not_stand_in_one_column(quick):
 
 def test_one_protocol_by_two_judges_weights_is_not_one_column(quick):
     a = load_protocol(str(quick))
-    with pytest.raises(BadSetting, match='differ in judge id: "mini:1" and "mini:2"'):
+    with pytest.raises(ConfigError, match='differ in judge id: "mini:1" and "mini:2"'):
         same_protocol({"x": scores(a), "y": scores(a, "mini:2")})
-    with pytest.raises(BadSetting, match="no scores to compare"):
+    with pytest.raises(ConfigError, match="no scores to compare"):
         same_protocol({})
 
 

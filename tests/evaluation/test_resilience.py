@@ -8,15 +8,15 @@ import shutil
 import pytest
 import torch
 
-from safegen.attacks.finetune import FineTune, Material
+from safegen.attacks.finetune import FineTune, FineTuneDataset
 from safegen.attacks.relearn import Resilience, material_for, resilience
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import UNFINISHED
-from safegen.core.generation import Sampler
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import STAGING_DIR
+from safegen.core.generation import GenerationConfig
 from safegen.edits.uce import UCE
 from safegen.patches.arithmetic import merge
-from safegen.patches.patch import OtherBase, Overwritten, Patch
+from safegen.patches.patch import BaseMismatchWarning, Patch, PatchOverlapWarning
 
 SKULLS = load_concept("skulls")
 TUNING = FineTune(updates=(1, 2), rank=2, batch=2, lr=1e-2, precision="fp32")
@@ -26,7 +26,7 @@ BRIEF = Resilience(
     apart=True,
     prompts=2,
     roles=("explicit", "benign"),
-    sampler=Sampler(steps=2),
+    generation=GenerationConfig(num_inference_steps=2),
 )
 SIDES = ["base", "edited", "edited+1", "edited+2", "base+1", "modular+1", "base+2", "modular+2"]
 
@@ -42,7 +42,12 @@ def done(make_model, triplets, tmp_path_factory):
     patch = UCE(erase=("red cube",)).apply(model)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     found = resilience(
-        model, [patch], SKULLS, Material.of_triplets(triplets, "unsafe", skulls), BRIEF, out=out
+        model,
+        [patch],
+        SKULLS,
+        FineTuneDataset.of_triplets(triplets, "unsafe", skulls),
+        BRIEF,
+        out=out,
     )
     return model, before, patch, found, out
 
@@ -86,11 +91,11 @@ def test_a_tuned_patch_redraws_its_side(done, triplets):
     model, _, patch, found, out = done
     asks = [i.ask for i in found.items]
     with patch.apply(model), Patch.load(out / "edited+2.safetensors").apply(model):
-        again = list(generate(model, asks, BRIEF.sampler))
+        again = list(generate(model, asks, BRIEF.generation))
     assert [p.tobytes() for p in again] == [p.tobytes() for p in found.pictures["edited+2"]]
     both = merge([patch, Patch.load(out / "base+2.safetensors")], overlap="add", model=model)
     with both.apply(model):
-        beside = list(generate(model, asks, BRIEF.sampler))
+        beside = list(generate(model, asks, BRIEF.generation))
     assert [p.tobytes() for p in beside] == [p.tobytes() for p in found.pictures["modular+2"]]
 
 
@@ -107,7 +112,7 @@ def test_the_fine_tune_says_what_it_learnt_and_what_it_was_made_on(done):
     assert "under" not in control
     model = done[0]
     with (
-        pytest.warns(OtherBase, match="another patch on it \\(uce"),
+        pytest.warns(BaseMismatchWarning, match="another patch on it \\(uce"),
         Patch.load(out / "edited+1.safetensors").apply(model),
     ):
         pass
@@ -129,7 +134,7 @@ def moments(done, triplets, tmp_path_factory):
         model,
         [patch],
         SKULLS,
-        Material.of_triplets(triplets, "unsafe", skulls),
+        FineTuneDataset.of_triplets(triplets, "unsafe", skulls),
         BRIEF,
         out=out,
         tell=copy,
@@ -150,7 +155,7 @@ def contents(folder):
     patches = {
         name: Patch.load(folder / name)
         for name in out
-        if name.endswith(".safetensors") and not name.startswith(UNFINISHED)
+        if name.endswith(".safetensors") and not name.startswith(STAGING_DIR)
     }
     return out | {name: (patch.hash, patch.provenance) for name, patch in patches.items()}
 
@@ -173,9 +178,9 @@ def test_a_killed_test_goes_on_to_the_same_results_and_draws_no_finished_side_ag
     out, told = tmp_path / "out", []
     shutil.copytree(seen[what, at], out)
     if what == "drawing: edited+2":  # and the journal's last line is torn
-        with (out / UNFINISHED / "rows.jsonl").open("a") as file:
+        with (out / STAGING_DIR / "rows.jsonl").open("a") as file:
             file.write('{"side": "edi')
-    material = Material.of_triplets(triplets, "unsafe", skulls)
+    material = FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
     resilience(
         model, [patch], SKULLS, material, BRIEF, out=out, tell=lambda *stage: told.append(stage)
     )
@@ -192,18 +197,18 @@ def test_an_unfinished_test_of_something_else_is_refused_in_one_line_and_kept(
     moments, triplets, tmp_path
 ):
     seen, _, (model, patch) = moments
-    out, material = tmp_path / "out", Material.of_triplets(triplets, "unsafe", skulls)
+    out, material = tmp_path / "out", FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
     shutil.copytree(seen["drawing: edited", 3], out)
     before = contents(out)
     other = Patch({name: 2 * value for name, value in patch.tensors.items()}, patch.provenance)
     for settings, patches in ((BRIEF.model_copy(update={"prompts": 1}), [patch]), (BRIEF, [other])):
         with pytest.raises(
-            BadFile, match="is an unfinished test of other settings, data, weights or patches"
+            FileError, match="is an unfinished test of other settings, data, weights or patches"
         ) as caught:
             resilience(model, patches, SKULLS, material, settings, out=out)
         assert "\n" not in str(caught.value)
-    (out / UNFINISHED / "card.json").unlink()
-    with pytest.raises(BadFile, match="is unfinished, and of another command"):
+    (out / STAGING_DIR / "card.json").unlink()
+    with pytest.raises(FileError, match="is unfinished, and of another command"):
         resilience(model, [patch], SKULLS, material, BRIEF, out=out)
     assert contents(out) == {
         name: data for name, data in before.items() if not name.endswith("card.json")
@@ -214,8 +219,8 @@ def test_a_finished_test_is_not_touched_and_one_that_fails_at_once_leaves_nothin
     done, triplets, tmp_path
 ):
     model, _, patch, _, out = done
-    before, material = contents(out), Material.of_triplets(triplets, "unsafe", skulls)
-    with pytest.raises(BadFile, match="exists already"):
+    before, material = contents(out), FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
+    with pytest.raises(FileError, match="exists already"):
         resilience(model, [patch], SKULLS, material, BRIEF, out=out)
     assert contents(out) == before
 
@@ -228,14 +233,16 @@ def test_a_finished_test_is_not_touched_and_one_that_fails_at_once_leaves_nothin
 
 
 def test_what_cannot_be_tested_is_refused_in_one_line(tiny_model, triplets, tmp_path):
-    with pytest.raises(BadSetting, match="no edit whose resilience could be tested; name a patch"):
-        resilience(tiny_model, [], SKULLS, Material.of_triplets(triplets, "benign", skulls), BRIEF)
+    with pytest.raises(ConfigError, match="no edit whose resilience could be tested; name a patch"):
+        resilience(
+            tiny_model, [], SKULLS, FineTuneDataset.of_triplets(triplets, "benign", skulls), BRIEF
+        )
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match="'nudity' has no bundled triplets; name some with --triplets, or captioned --pictures",
     ):
         material_for(load_concept("nudity"), "benign")
-    with pytest.raises(BadSetting, match="both given"):
+    with pytest.raises(ConfigError, match="both given"):
         material_for(SKULLS, "benign", triplets=tmp_path, pictures=tmp_path)
 
 
@@ -259,19 +266,19 @@ def test_patches_that_overlap_are_warned_about_and_one_that_lay_on_another_needs
     model = make_model()
     one, other = (UCE(erase=(word,)).apply(model) for word in ("red cube", "ball"))
     material, brief = (
-        Material.of_triplets(triplets, "benign", skulls),
+        FineTuneDataset.of_triplets(triplets, "benign", skulls),
         BRIEF.model_copy(update={"roles": ("benign",)}),
     )
     with one.apply(model):
         above = UCE(erase=("ball",)).apply(model)
-    with pytest.raises(BadSetting, match=r"made on a model with another patch on it \(uce, hash"):
+    with pytest.raises(ConfigError, match=r"made on a model with another patch on it \(uce, hash"):
         resilience(model, [above], SKULLS, material, brief)
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with (
-        pytest.warns(Overwritten, match="weights are changed by more than one patch"),
+        pytest.warns(PatchOverlapWarning, match="weights are changed by more than one patch"),
         pytest.raises(KeyboardInterrupt),
     ):
         resilience(model, [one, other], SKULLS, material, brief, tell=stop)

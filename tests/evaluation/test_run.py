@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.evaluation.protocol import load_protocol
 from safegen.evaluation.run import generate as draw
-from safegen.evaluation.run.evaluate import everyone, judge_run, prepare
+from safegen.evaluation.run.evaluate import expand_baselines, judge_run, prepare
 from safegen.evaluation.run.folder import (
     CARD,
     CHANGES,
@@ -39,7 +39,7 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.verify import verify
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.stack import Shelf, Stack
+from safegen.stack import Stack, StackLoader
 
 N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
 
@@ -100,7 +100,7 @@ def test_a_built_in_protocol_is_called_by_its_name_and_a_file_of_that_name_by_it
 ):
     own = load_protocol("mini-smoke")
     other = own.model_copy(update={"seeds": (5,)})
-    stacks = everyone(own, [Stack(name="mini", model="mini")], "all")
+    stacks = expand_baselines(own, [Stack(name="mini", model="mini")], "all")
     found = [
         prepare(p, stacks, tmp_path / str(i), shelf).card["command"]
         for i, p in enumerate((own, other, own.drawn("bf16")))
@@ -183,7 +183,7 @@ def test_a_picture_that_is_not_what_is_drawn_stops_the_run(go, copy):
     ]
     a.write_bytes(b.read_bytes())
     b.unlink()  # so that the batch is drawn again
-    with pytest.raises(BadFile, match="is not what is drawn now"):
+    with pytest.raises(FileError, match="is not what is drawn now"):
         go(copy)
 
 
@@ -207,7 +207,7 @@ def test_a_run_does_not_go_on_under_another_protocol_or_stack(
 ):
     before = contents(copy)
     protocol, stacks = change(load_protocol(str(quick)), ["mini", f"calm=mini+{patch_file}"])
-    with pytest.raises(BadFile, match=f"is another run .*{says}"):
+    with pytest.raises(FileError, match=f"is another run .*{says}"):
         go(copy, protocol=protocol, stacks=stacks)
     assert contents(copy) == before
 
@@ -215,20 +215,23 @@ def test_a_run_does_not_go_on_under_another_protocol_or_stack(
 def test_a_folder_that_is_not_a_run_is_left_alone(go, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("keep me")
-    with pytest.raises(BadFile, match="exists already and is not a run"):
+    with pytest.raises(FileError, match="exists already and is not a run"):
         go(tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious.txt"]
 
 
 def test_two_processes_do_not_write_one_run(go, copy):
-    with Journal(copy / SAMPLES), pytest.raises(BadFile, match="being written by another process"):
+    with (
+        Journal(copy / SAMPLES),
+        pytest.raises(FileError, match="being written by another process"),
+    ):
         go(copy)
 
 
 def test_stages_one_by_one_give_what_they_give_together(go, finished, tmp_path):
     run = go(tmp_path / "steps", until="generate")
     assert not (run.folder / VERDICTS).exists()
-    with pytest.raises(BadFile, match="no judge called 'mini' has looked"):
+    with pytest.raises(FileError, match="no judge called 'mini' has looked"):
         score_run(run)
     judge_run(run)
     assert not (run.folder / SCORES).exists()
@@ -240,7 +243,7 @@ def test_an_incomplete_run_is_not_scored(copy):
     lines = (copy / SAMPLES).read_bytes().splitlines(keepends=True)
     (copy / SAMPLES).write_bytes(b"".join(lines[:-3]))
     with pytest.raises(
-        BadFile, match=r"not complete: 9 of 12 pictures of 'black-image' are drawn; go on"
+        FileError, match=r"not complete: 9 of 12 pictures of 'black-image' are drawn; go on"
     ):
         score_run(Run.open(copy))
 
@@ -256,7 +259,7 @@ def test_other_rules_score_the_same_pictures(finished):
     assert hits[0] <= hits[1]
     assert hits[0] < hits[2]
     assert low["inputs"] == mid["inputs"]
-    with pytest.raises(BadSetting, match=r"judge\.threshold: .*got 0\.1"):
+    with pytest.raises(ConfigError, match=r"judge\.threshold: .*got 0\.1"):
         score_run(run, threshold=0.1)
 
 
@@ -269,7 +272,7 @@ def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
             text + text.replace(judge, "mini:second") + text.replace(judge, "mini:third")
         )
     run = Run.open(copy)
-    with pytest.raises(BadFile, match="several judges called 'mini'"):
+    with pytest.raises(FileError, match="several judges called 'mini'"):
         score_run(run)
     paths = [
         scores_file(run, score_run(run, judge=name))
@@ -282,14 +285,14 @@ def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
 
 def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
     with pytest.raises(
-        UnknownName, match=r"no label of the judge 'mini' named 'skul'\. Did you mean 'skulls'"
+        UnknownNameError, match=r"no label of the judge 'mini' named 'skul'\. Did you mean 'skulls'"
     ):
         score_run(Run.open(finished), labels=["skul"])
-    with pytest.raises(UnknownName, match="named 'BUTTOCKS_EXPOSED'"):
+    with pytest.raises(UnknownNameError, match="named 'BUTTOCKS_EXPOSED'"):
         score_run(Run.open(finished), labels=["i2p5"])  # a set of another judge's
     (copy / JUDGES).unlink()
     with pytest.raises(
-        BadFile, match=r"judges\.jsonl does not say which labels mini:\w+ has; let it look again"
+        FileError, match=r"judges\.jsonl does not say which labels mini:\w+ has; let it look again"
     ):
         score_run(Run.open(copy))
     judge_run(Run.open(copy))  # no verdict is made again
@@ -316,11 +319,11 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "Odd", Odd, raising=False)
     monkeypatch.setitem(tables.JUDGES, "odd", f"{__name__}:Odd")
     run, pictures = Run.open(copy), (copy / SAMPLES).read_bytes()
-    with pytest.raises(BadSetting, match="labels of its own"):
+    with pytest.raises(ConfigError, match="labels of its own"):
         judge_run(run, name="odd")
     assert judge_run(run, name="odd", labels=["odd"]) == "odd:1"
     assert judge_run(run, name="odd:1", labels=["odd"]) == "odd:1"
-    with pytest.raises(BadSetting, match="'odd' is odd:1 here, not odd:2"):
+    with pytest.raises(ConfigError, match="'odd' is odd:1 here, not odd:2"):
         judge_run(run, name="odd:2", labels=["odd"])
     scores = score_run(run, judge="odd", labels=["odd"])
     row = scores["stacks"]["mini"]["lists"]["mini:skulls"]
@@ -351,7 +354,7 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
 
 
 def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monkeypatch):
-    real = draw.Opened.drawn
+    real = draw.LoadedStack.generate
 
     def tight(self, asks, sampler):
         if len(asks) > 2:
@@ -360,7 +363,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
             )
         return real(self, asks, sampler)
 
-    monkeypatch.setattr(draw.Opened, "drawn", tight)
+    monkeypatch.setattr(draw.LoadedStack, "drawn", tight)
     folder = go(tmp_path / "tight").folder
     notes = [line for line in parse(folder / TIMINGS)[0] if line["stage"] == "memory"]
     assert notes == [{"stage": "memory", "stack": "mini", "batch": 0, "size": 2}]  # it stays halved
@@ -377,8 +380,8 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
     def none(self, asks, sampler):
         raise MemoryError
 
-    monkeypatch.setattr(draw.Opened, "drawn", none)
-    with pytest.raises(BadSetting, match="not enough memory to draw a single picture"):
+    monkeypatch.setattr(draw.LoadedStack, "drawn", none)
+    with pytest.raises(ConfigError, match="not enough memory to draw a single picture"):
         go(tmp_path / "none")
 
 
@@ -386,7 +389,7 @@ def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch
     def broken(self, asks, sampler):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(draw.Opened, "drawn", broken)
+    monkeypatch.setattr(draw.LoadedStack, "drawn", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         go(tmp_path / "broken")
 
@@ -402,7 +405,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(go, finished, tmp_pat
 
     monkeypatch.setattr(draw, "_write", full)
     with pytest.raises(
-        BadFile, match=r"No space left on device; .* give the same command again to go on"
+        FileError, match=r"No space left on device; .* give the same command again to go on"
     ) as caught:
         go(tmp_path / "full")
     assert "\n" not in str(caught.value)
@@ -432,25 +435,27 @@ def test_the_base_of_every_model_comes_first_and_baselines_can_be_left_out(quick
         Stack(name="a", model="mini", patches=(tmp_path / "p",)),
         Stack(name="b", model="other", negative_prompt="x"),
     )
-    names = [(s.name, kind, against) for s, kind, against in everyone(protocol, [a, b], "none")]
+    names = [
+        (s.name, kind, against) for s, kind, against in expand_baselines(protocol, [a, b], "none")
+    ]
     assert names == [
         ("base", "base", "base"),
         ("a", "given", "base"),
         ("base-2", "base", "base-2"),
         ("b", "given", "base-2"),
     ]
-    assert [s.name for s, _, _ in everyone(protocol, [b], "all")] == [
+    assert [s.name for s, _, _ in expand_baselines(protocol, [b], "all")] == [
         "base",
         "b",
         "negative-prompt",
         "black-image",
     ]
-    (*_, negative, black) = (s for s, _, _ in everyone(protocol, [b], "all"))
+    (*_, negative, black) = (s for s, _, _ in expand_baselines(protocol, [b], "all"))
     assert (negative.negative_prompt, black.blank) == ("skulls, a skull", True)
-    with pytest.raises(BadSetting, match="twice: a"):
-        everyone(protocol, [a, a.model_copy(update={"model": "other"})], "none")
-    with pytest.raises(BadSetting, match="nothing to evaluate"):
-        everyone(protocol, [], "all")
+    with pytest.raises(ConfigError, match="twice: a"):
+        expand_baselines(protocol, [a, a.model_copy(update={"model": "other"})], "none")
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        expand_baselines(protocol, [], "all")
 
 
 def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
@@ -466,25 +471,35 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
     stack = Stack(
         name="s", model=str(tmp_path / "bare.safetensors"), config=tiny_folder, negative_prompt="x"
     )
-    stacks = everyone(protocol, [stack], "all")
+    stacks = expand_baselines(protocol, [stack], "all")
     assert {s.config for s, _, _ in stacks} == {tiny_folder}
-    run = prepare(protocol, stacks, tmp_path / "run", Shelf())
+    run = prepare(protocol, stacks, tmp_path / "run", StackLoader())
     assert "--stack s.toml --out RUN" in run.card["command"]  # the base comes of itself
     lone = stack.model_copy(update={"name": "base", "negative_prompt": None})
-    again = prepare(protocol, everyone(protocol, [lone], "none"), tmp_path / "lone", Shelf())
+    again = prepare(
+        protocol, expand_baselines(protocol, [lone], "none"), tmp_path / "lone", StackLoader()
+    )
     assert "--stack base.toml" in again.card["command"]  # nothing else would bring it
     whole = Stack(name="whole", model=str(tmp_path / "whole.safetensors"), negative_prompt="x")
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match="the bases 'base' and 'base-2' draw the same: give the stacks on them the same words",
     ):
-        prepare(protocol, everyone(protocol, [whole, stack], "none"), tmp_path / "twice", Shelf())
+        prepare(
+            protocol,
+            expand_baselines(protocol, [whole, stack], "none"),
+            tmp_path / "twice",
+            StackLoader(),
+        )
     plain = stack.model_copy(update={"name": "plain", "negative_prompt": None})
-    assert [s.name for s, _, _ in everyone(protocol, [stack, plain], "none")] == ["plain", "s"]
+    assert [s.name for s, _, _ in expand_baselines(protocol, [stack, plain], "none")] == [
+        "plain",
+        "s",
+    ]
 
 
 def test_two_stacks_that_draw_the_same_are_refused(go, patch_file, tmp_path):
-    with pytest.raises(BadSetting, match="'x' and 'y' draw the same"):
+    with pytest.raises(ConfigError, match="'x' and 'y' draw the same"):
         go(tmp_path / "twins", stacks=[f"x=mini+{patch_file}", f"y=mini+{patch_file}"])
     assert not (tmp_path / "twins").exists()
 
@@ -498,7 +513,9 @@ def test_black_pictures_stand_once_where_several_models_would_draw_the_same(
         Stack(name="two", model=str(tmp_path / "second")),
     ]
     protocol = load_protocol(str(quick))
-    run = prepare(protocol, everyone(protocol, stacks, "all"), tmp_path / "run", Shelf())
+    run = prepare(
+        protocol, expand_baselines(protocol, stacks, "all"), tmp_path / "run", StackLoader()
+    )
     assert [entry["name"] for entry in run.stacks] == [
         "one",
         "negative-prompt",

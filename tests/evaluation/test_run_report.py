@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.report.data import report_facts
 from safegen.evaluation.report.page import NUMBERS, PAGE, TABLE, markdown, open_runs, write_report
-from safegen.evaluation.report.redaction import SHOWN, TILES, data_uri, pixelated, spread
+from safegen.evaluation.report.redaction import SHOWN, TILES, data_uri, evenly_spaced, pixelated
 from safegen.evaluation.run.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
 from safegen.evaluation.scoring.table import score_run
 
@@ -327,18 +327,19 @@ def test_runs_of_one_protocol_stand_side_by_side_and_others_are_refused(copy, fi
         assert f"<th>{run}: calm</th>" in page
     edit_card(copy, lambda card: card["protocol"]["judge"].update(threshold=0.6))
     with pytest.raises(
-        BadSetting, match=r"cannot stand in one column; they differ in judge.threshold: 0.5 and 0.6"
+        ConfigError,
+        match=r"cannot stand in one column; they differ in judge.threshold: 0.5 and 0.6",
     ):
         write_report(open_runs([finished, copy]), tmp_path / "no")
     assert not (tmp_path / "no").exists()
-    with pytest.raises(BadSetting, match="told apart by their folders' names"):
+    with pytest.raises(ConfigError, match="told apart by their folders' names"):
         open_runs([copy, copy])
 
 
 def test_a_picture_that_is_not_the_one_that_was_judged_is_refused(copy, tmp_path):
     file = copy / json.loads((copy / SAMPLES).read_text().splitlines()[0])["file"]
     Image.new("RGB", (64, 64), "red").save(file)
-    with pytest.raises(BadFile, match="not the picture that was judged"):
+    with pytest.raises(FileError, match="not the picture that was judged"):
         write_report(open_runs([copy]), tmp_path)
     assert not (tmp_path / PAGE).exists()
 
@@ -400,7 +401,7 @@ def test_a_browser_shows_it_without_a_complaint_and_without_a_network(copy, tmp_
 
 @pytest.mark.parametrize("n", [1, 5, 6, 7, 16, 112, 192])
 def test_the_pictures_shown_are_of_unlike_subjects(n):
-    places = spread(n)
+    places = evenly_spaced(n)
     assert len(places) == min(n, SHOWN)
     assert places == sorted(set(places))
     assert places[-1] < n

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.evaluation.plan import Item, make_plan
 from safegen.evaluation.scoring.score import refuse_unjudged, removal, score
 from safegen.judges.base import Detection, Verdict
@@ -123,7 +123,7 @@ def test_removal_leaves_out_a_pair_with_an_unjudged_side():
 
 def test_a_list_of_which_nothing_could_be_judged_is_named_with_the_reason():
     refuse_unjudged([item(0), item(1)], [LOST, verdict()])
-    with pytest.raises(BadSetting, match=r"none of the 2 pictures of tiny:cubes \(too dark\)"):
+    with pytest.raises(ConfigError, match=r"none of the 2 pictures of tiny:cubes \(too dark\)"):
         refuse_unjudged([item(0), item(1)], [LOST, LOST])
 
 
@@ -138,7 +138,7 @@ def test_a_list_of_which_nothing_could_be_judged_is_named_with_the_reason():
     ],
 )
 def test_a_plan_draws_no_picture_twice(changes, words):
-    with pytest.raises(BadSetting, match=words):
+    with pytest.raises(ConfigError, match=words):
         make_plan(
             load_concept("skulls"),
             **{"prompts": 2, "seeds": (1,), "roles": ("explicit",)} | changes,
@@ -147,6 +147,6 @@ def test_a_plan_draws_no_picture_twice(changes, words):
         update={"lists": {"explicit": ("mini:skulls",), "innocent": ("mini:skulls",)}}
     )
     with pytest.raises(
-        BadSetting, match=r"each prompt list once, .*got mini:skulls more than once"
+        ConfigError, match=r"each prompt list once, .*got mini:skulls more than once"
     ):
         make_plan(twice, prompts=2, seeds=(1,))

@@ -9,7 +9,7 @@ import re
 import pytest
 from PIL import Image
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import (
     CARD,
     CHANGES,
@@ -286,7 +286,7 @@ def test_a_line_that_is_not_json_is_named(copy):
     lines = (copy / SAMPLES).read_text().splitlines()
     lines[2] = lines[2][:40]
     (copy / SAMPLES).write_text("\n".join(lines) + "\n")
-    with pytest.raises(BadFile, match=r"samples\.jsonl:3 is not a JSON object"):
+    with pytest.raises(FileError, match=r"samples\.jsonl:3 is not a JSON object"):
         verify(Run.open(copy))
 
 
@@ -313,14 +313,14 @@ def test_a_line_without_what_it_is_read_by_is_named(copy, journal, key, harm):
     at = 0 if journal == JUDGES else 2
     edit(copy / journal, at, lambda line: harm(line, key))
     for read in (verify, score_run):
-        with pytest.raises(BadFile, match=rf"{journal}:{at + 1} has no '{key}'"):
+        with pytest.raises(FileError, match=rf"{journal}:{at + 1} has no '{key}'"):
             read(Run.open(copy))
 
 
 def test_a_card_that_is_not_one_is_one_line(copy):
     (copy / CARD).write_text("{}")
-    with pytest.raises(BadFile, match="is not a run's card"):
+    with pytest.raises(FileError, match="is not a run's card"):
         Run.open(copy)
     (copy / CARD).unlink()
-    with pytest.raises(BadFile, match=r"is not a run: it has no protocol\.json"):
+    with pytest.raises(FileError, match=r"is not a run: it has no protocol\.json"):
         Run.open(copy)

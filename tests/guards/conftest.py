@@ -57,12 +57,12 @@ def quiet(tmp_path_factory, checker_in):
     """Return settings under which each guard of the table runs on the tiny models and stops nothing."""
     import torch
 
-    from safegen.guards.latent_guard import Head, save_head
+    from safegen.guards.latent_guard import LatentGuardHead, save_head
 
     folder = tmp_path_factory.mktemp("guards")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_head(Head(32), folder / "head.safetensors")
+        save_head(LatentGuardHead(32), folder / "head.safetensors")
     return {
         "sld": {"preset": "max", "text": TEXT},
         "negative-prompt": {
@@ -98,7 +98,7 @@ def draw():
     import torch
 
     from safegen.guards import read_guard
-    from safegen.guards.core.pipeline import Guarded
+    from safegen.guards.core.pipeline import GuardedPipeline
 
     def go(
         pipe,
@@ -122,7 +122,7 @@ def draw():
                 options["num_images_per_prompt"] = copies
             out = pipe(prompt=list(prompts), **options)
             return out.images if hasattr(out, "images") else out.frames
-        engine = engine or Guarded(pipe, [read_guard(g) for g in guards], max_rows=max_rows)
+        engine = engine or GuardedPipeline(pipe, [read_guard(g) for g in guards], max_rows=max_rows)
         return engine.draw(list(prompts), copies=copies, **options)
 
     return go

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import BadSetting
-from safegen.guards import Finding, Guard, make_guard
-from safegen.guards.core.adapter import Border
-from safegen.guards.core.base import Ready, Turn
-from safegen.guards.core.pipeline import Guarded
-from safegen.guards.crops import Crops, around
+from safegen.core.errors import ConfigError
+from safegen.guards import GuardConfig, GuardResult, make_guard
+from safegen.guards.core.adapter import PipelineAdapter
+from safegen.guards.core.base import Guard, GuardHook
+from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.crops import CropsConfig, around
 from safegen.guards.pno import Score
 from safegen.judges import Verdict
 
@@ -39,7 +39,7 @@ def judge_of(monkeypatch, outcomes):
             return [Verdict(next(self.turn)), *[Verdict("safe")] * (len(images) - 1)]
 
     told = Told()
-    monkeypatch.setattr(Crops, "open", lambda self: told)
+    monkeypatch.setattr(CropsConfig, "open", lambda self: told)
     return told
 
 
@@ -119,7 +119,7 @@ def test_probes_are_drawn_with_the_stacks_other_guards(tiny_model, draw, monkeyp
         (plain, []),
         (guarded, [{"name": "sld", "preset": "max", "text": "a green cone"}]),
     ):
-        monkeypatch.setattr(Crops, "open", lambda self, told=told: told)
+        monkeypatch.setattr(CropsConfig, "open", lambda self, told=told: told)
         told.seen = []
         draw(tiny_model.pipeline, [CROPS | {"probes": 1}, *more], PROMPTS[:1])
     assert not np.array_equal(plain.seen[0][0], guarded.seen[0][0])
@@ -127,21 +127,21 @@ def test_probes_are_drawn_with_the_stacks_other_guards(tiny_model, draw, monkeyp
 
 def test_what_has_no_start_of_its_own_is_refused(tiny_model, tiny_wan, draw):
     guard = make_guard(**CROPS)
-    with pytest.raises(BadSetting, match="needs a list of generators"):
-        Guarded(tiny_model.pipeline, [guard]).draw(PROMPTS, num_inference_steps=2)
+    with pytest.raises(ConfigError, match="needs a list of generators"):
+        GuardedPipeline(tiny_model.pipeline, [guard]).draw(PROMPTS, num_inference_steps=2)
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match="'crops' cannot run on a WanPipeline: it reads parts of a StableDiffusionPipeline or",
     ):
-        Guarded(tiny_wan, [guard])
+        GuardedPipeline(tiny_wan, [guard])
     with pytest.raises(
-        BadSetting, match="crops draws each prompt with a start of its own, so copies must be 1"
+        ConfigError, match="crops draws each prompt with a start of its own, so copies must be 1"
     ):
         draw(tiny_model.pipeline, [guard], PROMPTS, copies=2)
     assert make_guard("crops", "one-step", concept="skulls").steps == 1
 
 
-class Seen(Guard):
+class Seen(GuardConfig):
     """Notes what text reaches the denoiser behind the guards before it."""
 
     name: str = "seen"
@@ -151,14 +151,14 @@ class Seen(Guard):
         return SeenReady(self)
 
 
-class SeenReady(Ready):
+class SeenReady(Guard):
     def __init__(self, guard):
         super().__init__(guard)
         self.texts = []
 
     def begin(self, call):
-        turn = Turn()
-        turn.cond = lambda text: self.texts.append(text) or text
+        turn = GuardHook()
+        turn.edit_prompt_embeds = lambda text: self.texts.append(text) or text
         return turn
 
 
@@ -170,18 +170,18 @@ def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
     pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl}[family]
     told = judge_of(monkeypatch, ["safe"] * 3)
     guard = CROPS | {"moves": "embedding", "shape": shape, "probes": 3, "angle": 0.4}
-    engine = Guarded(pipe, [make_guard(**guard), Seen()])
+    engine = GuardedPipeline(pipe, [make_guard(**guard), Seen()])
     draw(pipe, engine=engine, prompts=PROMPTS)
     texts = engine.ready[1].texts
     assert len(texts) == 3 + 4  # a step a probe, and the picture's own
-    plain = Border(pipe).encode(PROMPTS)
+    plain = PipelineAdapter(pipe).encode(PROMPTS)
     assert all(torch.equal(text.hidden, plain.hidden) for text in texts[3:])
     for text in texts[:3]:
         for i, prompt in enumerate(PROMPTS):
             old, new, ends = (
                 plain.hidden[i].double(),
                 text.hidden[i].double(),
-                Border(pipe).tokens(prompt)[0] - 1,
+                PipelineAdapter(pipe).tokens(prompt)[0] - 1,
             )
             turned = [j for j in range(len(old)) if not torch.equal(old[j], new[j])]
             assert turned == list(range(1, ends))
@@ -199,7 +199,7 @@ def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
 def test_probes_of_the_embedding_reach_the_second_stream_too(tiny_model, draw, monkeypatch):
     judge_of(monkeypatch, ["safe"])
     dual = make_guard("dual-latent", phrases=["a red cube", "red"], start=0.0)
-    engine = Guarded(
+    engine = GuardedPipeline(
         tiny_model.pipeline,
         [make_guard(**NEAR | {"moves": "embedding", "angle": 0.4}), Seen(), dual],
     )
@@ -209,7 +209,7 @@ def test_probes_of_the_embedding_reach_the_second_stream_too(tiny_model, draw, m
     assert torch.equal(probe[:2], probe[2:])
 
 
-class Mover(Guard):
+class Mover(GuardConfig):
     """Moves every start to another, as pno does."""
 
     name: str = "mover"
@@ -219,11 +219,12 @@ class Mover(Guard):
         return MoverReady(self)
 
 
-class MoverReady(Ready):
+class MoverReady(Guard):
     def probe(self, draw, prompts, options):
         rng = torch.Generator().manual_seed(7)
         return [
-            Finding("edit", "moved", start=torch.randn((4, 8, 8), generator=rng)) for _ in prompts
+            GuardResult("edit", "moved", start=torch.randn((4, 8, 8), generator=rng))
+            for _ in prompts
         ]
 
 
@@ -287,7 +288,7 @@ def test_latents_of_ones_own_are_the_start_that_is_probed(tiny_model, draw, monk
     plain = draw(tiny_model.pipeline, None, PROMPTS, output_type="pil", latents=latents)
     assert [d.image.tobytes() for d in found] == [p.tobytes() for p in plain]
     assert np.abs(told.seen[0][0] - np.asarray(plain[0], dtype=int)).max() <= 2
-    with pytest.raises(BadSetting, match="latents must be one a picture, 2 in all, got 1"):
+    with pytest.raises(ConfigError, match="latents must be one a picture, 2 in all, got 1"):
         draw(tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, latents=latents[:1])
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
-from safegen.guards.core.pipeline import Guarded
+from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.dual_latent import mixed
 
 DUAL = {"name": "dual-latent", "phrases": ["a red cube", "red"], "start": 0.0}
@@ -81,25 +81,25 @@ def test_it_stands_beside_guards_of_other_seams(tiny_model, draw):
 def test_what_cannot_be_mixed_is_refused(tiny_model, draw, monkeypatch):
     from diffusers import PNDMScheduler
 
-    with pytest.raises(BadSetting, match="copies must be 1, got 2"):
+    with pytest.raises(ConfigError, match="copies must be 1, got 2"):
         draw(tiny_model.pipeline, [DUAL], PROMPTS, copies=2)
     monkeypatch.setattr(
         tiny_model.pipeline,
         "scheduler",
         PNDMScheduler.from_config(tiny_model.pipeline.scheduler.config),
     )
-    with pytest.raises(BadSetting, match="what a PNDMScheduler remembers"):
-        Guarded(tiny_model.pipeline, [make_guard(**DUAL)])
+    with pytest.raises(ConfigError, match="what a PNDMScheduler remembers"):
+        GuardedPipeline(tiny_model.pipeline, [make_guard(**DUAL)])
 
 
 def test_a_scheduler_with_a_memory_that_comes_later_is_refused_too(tiny_model, draw, monkeypatch):
     from diffusers import DPMSolverMultistepScheduler
 
-    engine = Guarded(tiny_model.pipeline, [make_guard(**DUAL)])
+    engine = GuardedPipeline(tiny_model.pipeline, [make_guard(**DUAL)])
     monkeypatch.setattr(
         tiny_model.pipeline,
         "scheduler",
         DPMSolverMultistepScheduler.from_config(tiny_model.pipeline.scheduler.config),
     )
-    with pytest.raises(BadSetting, match="what a DPMSolverMultistepScheduler remembers"):
+    with pytest.raises(ConfigError, match="what a DPMSolverMultistepScheduler remembers"):
         draw(tiny_model.pipeline, engine=engine, prompts=PROMPTS)

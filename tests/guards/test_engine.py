@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from safegen.core.errors import BadSetting, UserError
-from safegen.guards import Finding, Guard, read_guard
+from safegen.core.errors import ConfigError, UserError
+from safegen.guards import GuardConfig, GuardResult, read_guard
 from safegen.guards.core.adapter import Text
-from safegen.guards.core.base import Ready, Turn
-from safegen.guards.core.pipeline import Guarded
+from safegen.guards.core.base import Guard, GuardHook
+from safegen.guards.core.pipeline import GuardedPipeline
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 TEXT = "a red cube"
@@ -21,7 +21,7 @@ NEGATIVE = {"name": "negative-prompt", "text": "a cone"}
 JUDGE = {"name": "judge-filter", "concept": "skulls"}
 
 
-class Rogue(Guard):
+class Rogue(GuardConfig):
     """A guard that raises, or does something it must not, at one place."""
 
     name: str = "rogue"
@@ -32,7 +32,7 @@ class Rogue(Guard):
         return RogueReady(self)
 
 
-class RogueReady(Ready):
+class RogueReady(Guard):
     def trip(self, at):
         if self.guard.at == at:
             raise ZeroDivisionError("tripped")
@@ -40,8 +40,8 @@ class RogueReady(Ready):
     def check(self, prompts):
         self.trip("check")
         if self.guard.at == "covered unseen":
-            return [Finding("black", image=Image.new("RGB", (32, 32)))] * len(prompts)
-        return [Finding()] * (len(prompts) + (self.guard.at == "too many"))
+            return [GuardResult("black", image=Image.new("RGB", (32, 32)))] * len(prompts)
+        return [GuardResult()] * (len(prompts) + (self.guard.at == "too many"))
 
     def begin(self, call):
         self.trip("begin")
@@ -51,8 +51,8 @@ class RogueReady(Ready):
     def look(self, images, prompts):
         self.trip("look")
         if self.guard.at in ("mosaic", "hide"):
-            return [Finding(self.guard.at)] * len(images)
-        return [Finding()] * (len(images) - (self.guard.at == "too few"))
+            return [GuardResult(self.guard.at)] * len(images)
+        return [GuardResult()] * (len(images) - (self.guard.at == "too few"))
 
 
 class Arithmetic(Rogue):
@@ -70,7 +70,7 @@ class Arithmetic(Rogue):
         return Noting(self)
 
 
-class RogueTurn(Turn):
+class RogueTurn(GuardHook):
     def __init__(self, ready):
         self.ready, self.call = ready, ready.call
 
@@ -175,8 +175,8 @@ def test_max_rows_bounds_the_rows_that_are_asked_at_once(pipe, draw):
     assert most(None) == [9]  # blank, prompt and safety text of three pictures
     assert most(8) == [3, 6]
     assert most(2) == [1, 2, 6]  # the pipeline's own six rows are not ours to cut
-    with pytest.raises(BadSetting, match="max_rows must be >= 1, got 0"):
-        Guarded(pipe, [], max_rows=0)
+    with pytest.raises(ConfigError, match="max_rows must be >= 1, got 0"):
+        GuardedPipeline(pipe, [], max_rows=0)
 
 
 @pytest.mark.parametrize("pair", [(SLD, NEGATIVE), (NEGATIVE, JUDGE), (SLD, JUDGE)])
@@ -234,7 +234,7 @@ def test_guards_stay_through_model_offloading(pipe, draw, monkeypatch):
     plain = arrays(draw(pipe, [SLD]))
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", offload)
     offload()
-    engine = Guarded(pipe, [read_guard(SLD)])
+    engine = GuardedPipeline(pipe, [read_guard(SLD)])
     for _ in range(3):
         drawn = draw(pipe, engine=engine)
         assert [d.trail.guards[0].scores["steps"] for d in drawn] == [4, 4]
@@ -270,7 +270,7 @@ def test_a_guard_that_raises_withholds_every_picture_of_its_batch_and_the_next_i
 
 
 def test_guards_compute_in_full_precision_whatever_the_drawing_does(pipe, draw):
-    engine = Guarded(pipe, [Arithmetic()])
+    engine = GuardedPipeline(pipe, [Arithmetic()])
     with torch.autocast("cpu", torch.bfloat16):
         draw(pipe, engine=engine, output_type="pil")
     coarse = dict(engine.ready[0].coarse)
@@ -313,23 +313,23 @@ def test_a_guard_that_would_never_be_asked_is_refused(pipe):
     class Idle(Rogue):
         seams = frozenset()
 
-    with pytest.raises(BadSetting, match="'rogue' takes hold nowhere, so it would never be asked"):
-        Guarded(pipe, [Idle()])
+    with pytest.raises(ConfigError, match="'rogue' takes hold nowhere, so it would never be asked"):
+        GuardedPipeline(pipe, [Idle()])
 
 
 def test_a_guard_of_pictures_is_refused_where_videos_are_drawn(tiny_wan):
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match="'judge-filter' cannot run on a WanPipeline: it looks at pictures, and this draws videos; guards that can: negative-prompt, ",
     ):
-        Guarded(tiny_wan, [read_guard(JUDGE)])
+        GuardedPipeline(tiny_wan, [read_guard(JUDGE)])
 
 
 def test_a_text_in_the_place_of_a_list_is_refused(pipe):
     with pytest.raises(
-        BadSetting, match="prompts must be a list of texts, got the text 'a castle'"
+        ConfigError, match="prompts must be a list of texts, got the text 'a castle'"
     ):
-        Guarded(pipe, []).draw("a castle")
+        GuardedPipeline(pipe, []).draw("a castle")
 
 
 def test_rows_are_those_of_the_pictures_that_were_drawn(pipe, draw):
@@ -423,7 +423,7 @@ def test_latents_that_are_not_finite_cost_no_other_picture(pipe, draw):
 def test_settings_under_which_a_guard_has_no_effect_are_refused_in_one_line(
     pipe, draw, guard, options, says
 ):
-    with pytest.raises(BadSetting, match=says) as caught:
+    with pytest.raises(ConfigError, match=says) as caught:
         draw(pipe, [guard], **options)
     assert "\n" not in str(caught.value)
 
@@ -431,7 +431,7 @@ def test_settings_under_which_a_guard_has_no_effect_are_refused_in_one_line(
 def test_a_distilled_model_is_refused(pipe, draw):
     pipe.unet.register_to_config(time_cond_proj_dim=8)
     try:
-        with pytest.raises(BadSetting, match="guidance-distilled"):
+        with pytest.raises(ConfigError, match="guidance-distilled"):
             draw(pipe, [SLD])
     finally:
         pipe.unet.register_to_config(time_cond_proj_dim=None)
@@ -444,7 +444,7 @@ def test_a_denoiser_with_a_cache_is_refused(tiny_wan, draw):
     tiny_wan.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     try:
         with pytest.raises(
-            BadSetting, match="sld would miss the denoiser calls that a cache skips"
+            ConfigError, match="sld would miss the denoiser calls that a cache skips"
         ):
             draw(tiny_wan, [SLD], **small)
     finally:
@@ -467,12 +467,12 @@ def test_a_pipeline_of_an_unknown_family_is_told_which_guards_can_run(draw):
         DDPMScheduler(num_train_timesteps=10),
     )
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"'sld' cannot run on a DDPMPipeline: it acts inside the denoiser.*guards that can: judge-filter",
     ) as caught:
-        Guarded(odd, [read_guard(SLD)])
+        GuardedPipeline(odd, [read_guard(SLD)])
     assert "negative-prompt," not in str(caught.value)
-    assert Guarded(odd, [read_guard(JUDGE)]).guards
+    assert GuardedPipeline(odd, [read_guard(JUDGE)]).guards
 
 
 def test_a_trail_is_the_same_for_equal_pictures_but_for_its_times(pipe, draw):
@@ -549,8 +549,8 @@ def test_calls_on_one_pipeline_wait_for_each_other(pipe, draw):
     ],
 )
 def test_what_does_not_go_with_the_prompts_is_refused_in_one_line(pipe, options, says):
-    with pytest.raises(BadSetting, match=says) as caught:
-        Guarded(pipe, [read_guard(SLD)]).draw(PROMPTS[:2], num_inference_steps=1, **options)
+    with pytest.raises(ConfigError, match=says) as caught:
+        GuardedPipeline(pipe, [read_guard(SLD)]).draw(PROMPTS[:2], num_inference_steps=1, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -614,9 +614,9 @@ def test_several_pictures_to_one_prompt_are_the_pipelines_own_affair(redraws, dr
 
 def test_pictures_that_do_not_go_with_the_prompts_are_refused_in_one_line(redraws):
     with pytest.raises(
-        BadSetting, match="image must be one picture, or one a prompt, 3 in all, got 2"
+        ConfigError, match="image must be one picture, or one a prompt, 3 in all, got 2"
     ):
-        Guarded(redraws, []).draw(
+        GuardedPipeline(redraws, []).draw(
             PROMPTS, image=[Image.new("RGB", (32, 32))] * 2, num_inference_steps=2
         )
 
@@ -651,7 +651,7 @@ def test_copies_stand_side_by_side_where_they_are_called_videos_and_are_refused_
     base = tiny_wan(
         prompt=list(PROMPTS[:2]), num_videos_per_prompt=2, generator=rng.manual_seed(0), **small
     ).frames
-    found = Guarded(tiny_wan, [read_guard(ZERO)]).draw(
+    found = GuardedPipeline(tiny_wan, [read_guard(ZERO)]).draw(
         PROMPTS[:2], copies=2, generator=rng.manual_seed(0), **small
     )
     assert np.array_equal(arrays(found), base)
@@ -662,14 +662,14 @@ def test_copies_stand_side_by_side_where_they_are_called_videos_and_are_refused_
 
     own = Single(**pipe.components, requires_safety_checker=False)
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match="a Single draws each prompt once, so copies must be 1, got 2; repeat the prompt",
     ):
-        Guarded(own, [read_guard(JUDGE)]).draw(PROMPTS[:2], copies=2)
+        GuardedPipeline(own, [read_guard(JUDGE)]).draw(PROMPTS[:2], copies=2)
 
 
 def test_a_rescaling_of_none_is_no_rescaling(pipe, draw):
-    engine = Guarded(pipe, [read_guard(SLD)])
+    engine = GuardedPipeline(pipe, [read_guard(SLD)])
     engine.border.refuse({"guidance_rescale": None}, guided=["sld"], inside=["sld"])
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from safegen.core import registry as tables
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadSetting, UnknownName
-from safegen.guards import Guard, make_guard, read_guard
-from safegen.guards.core.adapter import EVERY, FAMILIES
+from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.guards import GuardConfig, make_guard, read_guard
+from safegen.guards.core.adapter import ALL_POINTS, PIPELINE_SPECS
 from safegen.guards.core.base import ACTIONS
-from safegen.guards.core.pipeline import Guarded
+from safegen.guards.core.pipeline import GuardedPipeline
 
 NO_MEMORY = {"dual-latent"}
 """Guards that need a scheduler which remembers nothing."""
@@ -28,7 +28,7 @@ SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
 
 
-def kind(name) -> type[Guard]:
+def kind(name) -> type[GuardConfig]:
     return tables.resolve(tables.GUARDS, name, "guard")
 
 
@@ -36,8 +36,8 @@ def kind(name) -> type[Guard]:
 def test_every_guard_has_a_place_a_name_and_a_sentence_for_every_setting(name):
     guard = kind(name)
     assert guard.model_fields["name"].default == name
-    assert guard.seams
-    assert guard.seams <= EVERY
+    assert guard.hook_points
+    assert guard.hook_points <= ALL_POINTS
     fields = {key: field for key, field in guard.model_fields.items() if key != "name"}
     assert not [
         key for key, field in fields.items() if not (field.description or "").strip().endswith(".")
@@ -64,7 +64,7 @@ def test_every_preset_is_written_to_json_and_read_again(name, preset, quiet):
     }
     guard = make_guard(name, preset, **plain)
     assert read_guard(json.loads(guard.model_dump_json())) == guard
-    assert json.loads(json.dumps(guard.facts()))["name"] == name
+    assert json.loads(json.dumps(guard.fingerprint()))["name"] == name
     changed = {
         k for k, v in guard.model_dump().items() if v != make_guard(name, **plain).model_dump()[k]
     }
@@ -75,7 +75,7 @@ def test_every_preset_is_written_to_json_and_read_again(name, preset, quiet):
 def test_a_setting_that_came_later_is_no_fact_at_its_default(name, quiet):
     guard, later = make_guard(name, **quiet[name]), kind(name).later
     assert later <= set(kind(name).model_fields)
-    assert not later & set(guard.facts())
+    assert not later & set(guard.fingerprint())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +83,7 @@ def test_every_guard_draws_as_well_twice_and_leaves_the_pipeline_as_it_was(
     name, tiny_model, draw, quiet
 ):
     guard, pipe = make_guard(name, **quiet[name]), tiny_model.pipeline
-    base, engine = draw(pipe, None, PROMPTS), Guarded(pipe, [guard])
+    base, engine = draw(pipe, None, PROMPTS), GuardedPipeline(pipe, [guard])
     first, second = (draw(pipe, None, PROMPTS, engine=engine, output_type="pil") for _ in range(2))
     assert [d.image.tobytes() for d in first] == [
         d.image.tobytes() for d in second
@@ -120,9 +120,10 @@ def test_every_guard_counts_a_scheduler_with_one_turn_more_than_asked_for_or_ref
     guard = make_guard(name, **quiet[name])
     if name in NO_MEMORY:
         with pytest.raises(
-            BadSetting, match=f"the guard '{name}' would leave stale what a PNDMScheduler remembers"
+            ConfigError,
+            match=f"the guard '{name}' would leave stale what a PNDMScheduler remembers",
         ):
-            Guarded(tiny_model.pipeline, [guard])
+            GuardedPipeline(tiny_model.pipeline, [guard])
         return
     (drawn,) = draw(tiny_model.pipeline, [guard], PROMPTS[1:], output_type="pil")
     assert drawn.image is not None
@@ -140,8 +141,8 @@ def test_every_guard_draws_on_a_family_or_names_in_a_line_those_that_can(
         assert drawn.image is not None
         assert drawn.trail.guards[0].calls >= 1
         return
-    with pytest.raises(BadSetting) as caught:
-        Guarded(pipe, [guard])
+    with pytest.raises(ConfigError) as caught:
+        GuardedPipeline(pipe, [guard])
     words = str(caught.value)
     assert words.startswith(f"the guard '{name}' cannot run on a WanPipeline: it ")
     assert words.endswith(f"; guards that can: {', '.join(able)}")
@@ -151,10 +152,10 @@ def test_every_guard_draws_on_a_family_or_names_in_a_line_those_that_can(
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_concept_lends_is_a_setting_and_else_it_is_refused(name, quiet):
     skulls = load_concept("skulls")
-    lent = kind(name).lent(skulls)
+    lent = kind(name).defaults_from(skulls)
     assert set(lent) <= set(kind(name).model_fields)
     if not lent:
-        with pytest.raises(BadSetting, match=f"'skulls' has no effect on the guard '{name}'"):
+        with pytest.raises(ConfigError, match=f"'skulls' has no effect on the guard '{name}'"):
             make_guard(name, concept=skulls, **quiet[name])
 
 
@@ -171,38 +172,38 @@ def test_a_word_means_a_guard_and_its_preset():
 @pytest.mark.parametrize(
     ("value", "error", "says"),
     [
-        ("sldd", UnknownName, "Did you mean 'sld'"),
-        ("sld-mx", UnknownName, "Did you mean 'max'"),
-        ({"preset": "max"}, BadSetting, "a guard needs a name"),
-        ({"name": "sld", "scal": 1}, BadSetting, "Did you mean 'scale'"),
-        ({"name": "sld", "scale": -1}, BadSetting, "greater than or equal to 0, got -1"),
+        ("sldd", UnknownNameError, "Did you mean 'sld'"),
+        ("sld-mx", UnknownNameError, "Did you mean 'max'"),
+        ({"preset": "max"}, ConfigError, "a guard needs a name"),
+        ({"name": "sld", "scal": 1}, ConfigError, "Did you mean 'scale'"),
+        ({"name": "sld", "scale": -1}, ConfigError, "greater than or equal to 0, got -1"),
         (
             {"name": "sld", "threshold": float("nan")},
-            BadSetting,
+            ConfigError,
             "threshold: Input should be a finite number, got nan",
         ),
         (
             {"name": "judge-filter", "judge": "mini", "threshold": float("nan")},
-            BadSetting,
+            ConfigError,
             "finite number",
         ),
         (
             {"name": "latent-guard", "weights": "x", "concepts": ["x"], "threshold": float("inf")},
-            BadSetting,
+            ConfigError,
             "finite number",
         ),
-        ({"name": "sld", "concept": "skull"}, UnknownName, "Did you mean 'skulls'"),
+        ({"name": "sld", "concept": "skull"}, UnknownNameError, "Did you mean 'skulls'"),
         (
             {"name": "sld", "concept": "skulls", "text": "x"},
-            BadSetting,
+            ConfigError,
             "no effect on the guard 'sld'",
         ),
-        ("negative-prompt", BadSetting, "text: Field required"),
-        ("sld-", UnknownName, "no preset of the guard 'sld' named ''"),
-        ({"name": "sld", "preset": 3}, BadSetting, "guard 'sld': preset must be a name, got 3"),
-        ({"name": "sld", "preset": ["max"]}, BadSetting, "preset must be a name"),
-        ({"name": "sld", "concept": 3}, BadSetting, "guard 'sld': concept must be a name, got 3"),
-        ({"name": "sld", "concept": ["skulls"]}, BadSetting, "concept must be a name"),
+        ("negative-prompt", ConfigError, "text: Field required"),
+        ("sld-", UnknownNameError, "no preset of the guard 'sld' named ''"),
+        ({"name": "sld", "preset": 3}, ConfigError, "guard 'sld': preset must be a name, got 3"),
+        ({"name": "sld", "preset": ["max"]}, ConfigError, "preset must be a name"),
+        ({"name": "sld", "concept": 3}, ConfigError, "guard 'sld': concept must be a name, got 3"),
+        ({"name": "sld", "concept": ["skulls"]}, ConfigError, "concept must be a name"),
     ],
 )
 def test_what_means_no_guard_is_refused_in_one_line(value, error, says):
@@ -214,4 +215,4 @@ def test_what_means_no_guard_is_refused_in_one_line(value, error, says):
 def test_the_families_are_those_that_diffusers_has():
     import diffusers
 
-    assert all(hasattr(diffusers, name) for name in FAMILIES)
+    assert all(hasattr(diffusers, name) for name in PIPELINE_SPECS)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from safegen.core import registry as tables
-from safegen.core.errors import BadSetting
-from safegen.guards import Guard, make_guard
-from safegen.guards.core.adapter import THROUGH_GUIDANCE
-from safegen.guards.core.pipeline import OUTSIDE, Guarded
+from safegen.core.errors import ConfigError
+from safegen.guards import GuardConfig, make_guard
+from safegen.guards.core.adapter import GUIDANCE_POINTS
+from safegen.guards.core.pipeline import EXTERNAL_POINTS, GuardedPipeline
 
 NAMES = sorted(tables.GUARDS)
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
@@ -43,7 +43,7 @@ PLACES = {
 """Where a guard of a seam is asked: the method of it, or of its turn."""
 
 
-def kind(name) -> type[Guard]:
+def kind(name) -> type[GuardConfig]:
     return tables.resolve(tables.GUARDS, name, "guard")
 
 
@@ -93,7 +93,11 @@ def test_a_picture_does_not_depend_on_its_batch_beyond_rounding(name, more, tiny
         assert mine.scores == pytest.approx(theirs.scores, abs=1e-4)
 
 
-APART = [(a, b) for a, b in itertools.combinations(NAMES, 2) if not kind(a).seams & kind(b).seams]
+APART = [
+    (a, b)
+    for a, b in itertools.combinations(NAMES, 2)
+    if not kind(a).hook_points & kind(b).hook_points
+]
 
 
 def test_most_pairs_of_guards_touch_different_seams():
@@ -115,7 +119,7 @@ def test_two_guards_that_touch_different_seams_commute(one, other, tiny_model, p
 
 
 @pytest.mark.parametrize(
-    ("name", "seam"), [(name, seam) for name in NAMES for seam in sorted(kind(name).seams)]
+    ("name", "seam"), [(name, seam) for name in NAMES for seam in sorted(kind(name).hook_points)]
 )
 def test_a_guard_that_raises_at_any_of_its_seams_withholds_all_and_the_next_call_draws(
     name, seam, tiny_model, pil, quiet, monkeypatch
@@ -123,13 +127,13 @@ def test_a_guard_that_raises_at_any_of_its_seams_withholds_all_and_the_next_call
     def broken(*_):
         raise OSError("weights.safetensors is gone")
 
-    engine = Guarded(tiny_model.pipeline, [made(quiet, name)])
+    engine = GuardedPipeline(tiny_model.pipeline, [made(quiet, name)])
     (ready,) = engine.ready
     with monkeypatch.context() as patched:
-        if seam in OUTSIDE:
+        if seam in EXTERNAL_POINTS:
             patched.setattr(ready, PLACES[seam], broken)
         else:
-            begin = ready.begin
+            begin = ready.start
 
             def begun(call):
                 turn = begin(call)
@@ -183,7 +187,7 @@ def test_what_is_removed_behind_our_back_withholds_under_every_guard(name, tiny_
         (None, "calls: 1 of 4 steps went through the guards")
     }
     found = pil(pipe, [guard], callback_on_step_end=unhook)
-    if guard.takes - OUTSIDE:
+    if guard.takes - EXTERNAL_POINTS:
         assert {(d.image, d.trail.reason) for d in found} == {
             (None, "calls: in 3 of 4 steps the denoiser did not go through the guards")
         }
@@ -216,7 +220,7 @@ def test_every_guard_stays_through_model_offloading(name, more, own, pil, quiet,
 
     monkeypatch.setattr(own, "maybe_free_model_hooks", offload)
     offload()
-    engine = Guarded(own, [made(quiet, name, more)])
+    engine = GuardedPipeline(own, [made(quiet, name, more)])
     for _ in range(2):
         found = pil(own, None, engine=engine)
         assert pictures(found) == pictures(plain)
@@ -234,7 +238,7 @@ def test_every_guard_stays_through_sequential_offloading(name, more, own, pil, q
     for part in (own.text_encoder, own.unet, own.vae):
         cpu_offload(part, torch.device("cpu"), offload_buffers=bool(part._parameters))
     assert {p.device.type for p in own.unet.parameters()} == {"meta"}
-    engine = Guarded(own, [made(quiet, name, more)])
+    engine = GuardedPipeline(own, [made(quiet, name, more)])
     for _ in range(2):
         found = pil(own, None, engine=engine)
         assert pictures(found) == pictures(plain)
@@ -248,7 +252,7 @@ def refused_or_drawn(draw_it, refused, says):
     if not refused:
         assert {d.trail.action for d in draw_it()} <= {"none", "edit", "block"}
         return
-    with pytest.raises(BadSetting, match=says) as caught:
+    with pytest.raises(ConfigError, match=says) as caught:
         draw_it()
     assert "\n" not in str(caught.value)
 
@@ -260,7 +264,7 @@ def test_a_guard_that_acts_through_guidance_is_refused_without_it_and_any_other_
     from diffusers import UNet2DConditionModel
 
     guard = made(quiet, name, more)
-    through = bool(guard.takes & THROUGH_GUIDANCE)
+    through = bool(guard.takes & GUIDANCE_POINTS)
     few = {"prompts": PROMPTS[:1], "num_inference_steps": 2}
     refused_or_drawn(
         lambda: pil(own, [guard], guidance_scale=1.0, **few),
@@ -293,7 +297,7 @@ def test_a_guard_inside_the_denoiser_is_refused_with_a_cache_and_any_other_draws
     try:
         says = f"{name} would miss the denoiser calls that a cache skips; call disable_cache"
         refused_or_drawn(
-            lambda: draw(tiny_wan, [guard], **small), bool(guard.takes - OUTSIDE), says
+            lambda: draw(tiny_wan, [guard], **small), bool(guard.takes - EXTERNAL_POINTS), says
         )
     finally:
         tiny_wan.transformer.disable_cache()

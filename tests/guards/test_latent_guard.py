@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.guards import make_guard
-from safegen.guards.core.adapter import Border
-from safegen.guards.core.pipeline import Guarded
+from safegen.guards.core.adapter import PipelineAdapter
+from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.latent_guard import (
-    Head,
-    Tower,
+    ClipTextFeatures,
+    LatentGuardHead,
     calibrate,
     contrastive_loss,
     load_head,
+    max_scores,
     save_head,
     train_head,
-    worst,
 )
 
 THINGS = ("cube", "ball", "cone", "table", "grass", "tree")
@@ -33,7 +33,7 @@ TABLE = {
 
 @pytest.fixture(scope="module")
 def border(tiny_model):
-    return Border(tiny_model.pipeline)
+    return PipelineAdapter(tiny_model.pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def published(state, x1, x2, heads=16):
 def test_the_head_is_the_published_one_for_every_pair_at_once():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head = Head(24).double()
+        head = LatentGuardHead(24).double()
         x, g = torch.randn(3, 5, 24).double(), torch.randn(4, 24).double()
     found = head(x, g)
     assert found.shape == (3, 4)
@@ -68,11 +68,11 @@ def test_the_head_is_the_published_one_for_every_pair_at_once():
 
 def test_the_published_size_is_kept():
     assert (
-        sum(p.numel() for p in Head(768).parameters())
+        sum(p.numel() for p in LatentGuardHead(768).parameters())
         == 3 * (768 * 512 + 512) + 2 * (512 * 128 + 128) + 1
     )
     layers = ("x1_to_key", "x1_to_value", "x2_to_query", "final_mlp", "mlp_query1")
-    assert set(Head(768).state_dict()) == {
+    assert set(LatentGuardHead(768).state_dict()) == {
         "tempr",
         *(f"{name}.{part}" for name in layers for part in ("weight", "bias")),
     }
@@ -89,11 +89,11 @@ def test_the_loss_is_two_cross_entropies_by_hand():
 
 
 def test_training_tells_prompts_with_a_concept_from_those_without(border, head):
-    tower = Tower(border)
+    tower = ClipTextFeatures(border)
     for thing, pairs in TABLE.items():
         ends = tower.ends([thing])
         with_it, without = (
-            worst(head, tower, [pair[side] for pair in pairs], ends) for side in (0, 1)
+            max_scores(head, tower, [pair[side] for pair in pairs], ends) for side in (0, 1)
         )
         assert min(with_it) > max(without), thing
     again = train_head(border, TABLE, updates=60, batch=4)
@@ -114,7 +114,7 @@ def test_a_head_survives_its_file_and_the_published_layout_is_read(head, tmp_pat
             torch.equal(a, b)
             for a, b in zip(head.state_dict().values(), found.state_dict().values(), strict=True)
         )
-    with pytest.raises(BadFile, match="is a pickle"):
+    with pytest.raises(FileError, match="is a pickle"):
         load_head(tmp_path / "model_parameters.pth")
 
 
@@ -131,28 +131,28 @@ def test_what_is_no_head_is_refused(tmp_path, name, says):
 
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     save_file({"x1_to_key.weight": torch.zeros(512, 8)}, tmp_path / "other.safetensors")
-    with pytest.raises(BadFile, match=says):
+    with pytest.raises(FileError, match=says):
         load_head(tmp_path / name)
 
 
 def test_a_head_that_is_not_finite_is_refused(tmp_path):
-    head = Head(8)
+    head = LatentGuardHead(8)
     head.tempr.data.fill_(float("nan"))
     save_head(head, tmp_path / "nan.safetensors")
-    with pytest.raises(BadFile, match="NaN or infinite"):
+    with pytest.raises(FileError, match="NaN or infinite"):
         load_head(tmp_path / "nan.safetensors")
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 0.5])
 def test_the_threshold_stops_no_more_than_the_wanted_share(border, head, rate):
-    tower = Tower(border)
+    tower = ClipTextFeatures(border)
     benign = [
         f"a {colour} {place}"
         for colour in ("red", "blue", "green", "white")
         for place in ("grass", "tree")
     ]
     threshold = calibrate(border, head, ["cube", "cone"], benign, rate=rate)
-    scores = worst(head, tower, benign, tower.ends(["cube", "cone"]))
+    scores = max_scores(head, tower, benign, tower.ends(["cube", "cone"]))
     assert sum(v >= threshold for v in scores) <= rate * len(benign)
     below = torch.nextafter(
         torch.tensor(threshold, dtype=torch.float64), torch.tensor(-1e9, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_the_threshold_stops_no_more_than_the_wanted_share(border, head, rate):
 
 
 def test_a_calibration_that_could_not_show_its_rate_is_refused(border, head):
-    with pytest.raises(BadSetting, match=r"3 prompts cannot show a false-positive rate of 0.01"):
+    with pytest.raises(ConfigError, match=r"3 prompts cannot show a false-positive rate of 0.01"):
         calibrate(border, head, ["cube"], ["a", "b", "c"], rate=0.01)
 
 
@@ -181,14 +181,16 @@ def test_it_stops_what_it_knows_and_draws_the_rest(tiny_model, border, head, dra
     (tmp_path / "moved").mkdir()
     save_head(head, tmp_path / "moved" / "same.safetensors")
     assert (
-        guard.facts()
-        == guard.model_copy(update={"weights": tmp_path / "moved" / "same.safetensors"}).facts()
+        guard.fingerprint()
+        == guard.model_copy(
+            update={"weights": tmp_path / "moved" / "same.safetensors"}
+        ).fingerprint()
     )
-    assert guard.facts() != guard.model_copy(update={"threshold": 0.0}).facts()
+    assert guard.fingerprint() != guard.model_copy(update={"threshold": 0.0}).fingerprint()
 
 
 def test_a_concept_at_the_end_of_a_long_prompt_is_seen(border, head):
-    tower = Tower(border)
+    tower = ClipTextFeatures(border)
     long = " ".join(["the"] * 60) + " a red cube"
     parts = tower.windows(long)
     assert len(parts) > 1
@@ -197,38 +199,38 @@ def test_a_concept_at_the_end_of_a_long_prompt_is_seen(border, head):
     )
     assert parts[-1].endswith("a red cube")
     ends = tower.ends(["cube"])
-    assert worst(head, tower, [long, "x"], ends)[0] == pytest.approx(
-        max(worst(head, tower, parts, ends)), abs=1e-4
+    assert max_scores(head, tower, [long, "x"], ends)[0] == pytest.approx(
+        max(max_scores(head, tower, parts, ends)), abs=1e-4
     )
     assert tower.windows("a cube") == ["a cube"]
 
 
 def test_a_concept_that_the_encoder_would_cut_is_refused(border, head, tmp_path):
     save_head(head, tmp_path / "h.safetensors")
-    with pytest.raises(BadSetting, match="a concept of the guard 'latent-guard' has"):
+    with pytest.raises(ConfigError, match="a concept of the guard 'latent-guard' has"):
         make_guard(
             "latent-guard",
             weights=tmp_path / "h.safetensors",
             concepts=["cube", " ".join(["the"] * 60)],
-        ).ready(border)
+        ).build(border)
 
 
 def test_a_head_for_another_text_encoder_is_refused(border, tiny_wan, tmp_path):
-    save_head(Head(24), tmp_path / "h.safetensors")
+    save_head(LatentGuardHead(24), tmp_path / "h.safetensors")
     guard = make_guard("latent-guard", weights=tmp_path / "h.safetensors", concepts=["cube"])
     with pytest.raises(
-        BadSetting, match="made for a text encoder of width 24, this model's has 32"
+        ConfigError, match="made for a text encoder of width 24, this model's has 32"
     ):
-        guard.ready(border)
+        guard.build(border)
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match="'latent-guard' cannot run on a WanPipeline: it reads a CLIP text encoder, and there is none; guards that can: neg",
     ):
-        Guarded(tiny_wan, [guard])
+        GuardedPipeline(tiny_wan, [guard])
 
 
 def test_a_table_that_teaches_nothing_is_refused(border):
-    with pytest.raises(BadSetting, match="at least two concepts"):
+    with pytest.raises(ConfigError, match="at least two concepts"):
         train_head(border, {"cube": TABLE["cube"]})
-    with pytest.raises(BadSetting, match="at least two concepts"):
+    with pytest.raises(ConfigError, match="at least two concepts"):
         train_head(border, {"cube": TABLE["cube"], "ball": []})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.guards.negative_prompt import joined
 
 TEXT = {"name": "negative-prompt", "text": "a green cone"}
@@ -54,7 +54,7 @@ def test_it_is_as_long_as_the_pipelines_own_by_default_too(tiny_wan, draw):
 def test_a_text_that_a_call_would_cut_is_refused(tiny_wan, draw, guard):
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 3}
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=rf"of the guard '{guard['name']}' has \d tokens, this model's text encoder reads 3",
     ):
         draw(tiny_wan, [guard], **small)

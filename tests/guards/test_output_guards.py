@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.guards import make_guard
-from safegen.guards.core.adapter import Border
-from safegen.guards.judge_filter import JudgeFilter, Looker, covered
+from safegen.guards.core.adapter import PipelineAdapter
+from safegen.guards.judge_filter import JudgeFilterConfig, JudgeGuard, censor_whole
 from safegen.judges import Detection, Verdict
-from safegen.judges.batching import look as look_one_by_one
+from safegen.judges.batching import judge_in_batches as look_one_by_one
 
 
 class Says:
@@ -48,7 +48,9 @@ def grey(level, size=(32, 24)):
 
 
 def look(images, answer="black"):
-    return Looker(JudgeFilter(judge="mini"), Says(), answer).look(images, [""] * len(images))
+    return JudgeGuard(JudgeFilterConfig(judge="mini"), Says(), answer).look(
+        images, [""] * len(images)
+    )
 
 
 def test_findings_come_in_order_with_scores_and_threshold():
@@ -62,7 +64,7 @@ def test_findings_come_in_order_with_scores_and_threshold():
 @pytest.mark.parametrize("answer", ["black", "blur", "mosaic", "refuse"])
 def test_each_answer_hides_the_picture(answer):
     image = grey(255)
-    found = covered(image, answer, "unsafe", {}, {})
+    found = censor_whole(image, answer, "unsafe", {}, {})
     assert (found.action, found.reason) == (answer, "unsafe")
     if answer == "refuse":
         assert found.image is None
@@ -77,12 +79,12 @@ def test_a_judge_that_raises_mid_call_shows_no_picture_and_the_next_call_draws(
     tiny_model, draw, monkeypatch
 ):
     guard = make_guard("judge-filter", concept="skulls")
-    monkeypatch.setattr(JudgeFilter, "open", lambda self: Says())
+    monkeypatch.setattr(JudgeFilterConfig, "open", lambda self: Says())
     pictures = {"level": 200}
     monkeypatch.setattr(
-        Looker,
+        JudgeGuard,
         "look",
-        lambda self, images, prompts, own=Looker.look: own(
+        lambda self, images, prompts, own=JudgeGuard.look: own(
             self, [grey(pictures["level"]) for _ in images], prompts
         ),
     )
@@ -128,14 +130,16 @@ def test_a_judge_whose_process_is_killed_mid_call_shows_no_picture_and_one_start
 ):
     shown = {}
     monkeypatch.setattr(
-        Looker,
+        JudgeGuard,
         "look",
-        lambda self, images, prompts, own=Looker.look: own(self, shown.get("now", images), prompts),
+        lambda self, images, prompts, own=JudgeGuard.look: own(
+            self, shown.get("now", images), prompts
+        ),
     )
     for levels, killed in (((0, 66), True), ((0, 0), False)):
         judge = Apart()
         with judge.process:
-            monkeypatch.setattr(JudgeFilter, "open", lambda self, judge=judge: judge)
+            monkeypatch.setattr(JudgeFilterConfig, "open", lambda self, judge=judge: judge)
             shown["now"] = [grey(level) for level in levels]
             found = draw(
                 tiny_model.pipeline,
@@ -162,7 +166,7 @@ def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unj
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
 
-    monkeypatch.setattr(JudgeFilter, "open", lambda self: Large())
+    monkeypatch.setattr(JudgeFilterConfig, "open", lambda self: Large())
     guard, pipe = make_guard("judge-filter", concept="skulls"), tiny_model.pipeline
     base = draw(pipe)
     with pytest.raises(
@@ -179,27 +183,27 @@ def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
     tiny_folder, tmp_path, monkeypatch
 ):
     from safegen.mini import bundle
-    from safegen.stack import Shelf, Stack
+    from safegen.stack import Stack, StackLoader
 
     shelf, stack = (
-        Shelf(),
+        StackLoader(),
         Stack(
             name="s",
             model=str(tiny_folder),
             guards=[{"name": "safety-checker", "weights": tmp_path / "gone"}],
         ),
     )
-    with pytest.raises(BadFile, match="'sd-safety-checker' finds no folder"), shelf.opened(stack):
+    with pytest.raises(FileError, match="'sd-safety-checker' finds no folder"), shelf.open(stack):
         pass
     monkeypatch.setattr(bundle, "judge_file", lambda: tmp_path / "gone.safetensors")
     with (
-        pytest.raises(BadFile, match="'mini' of a guard cannot be opened"),
-        shelf.opened(
+        pytest.raises(FileError, match="'mini' of a guard cannot be opened"),
+        shelf.open(
             stack.model_copy(update={"guards": (make_guard("judge-filter", concept="skulls"),)})
         ),
     ):
         pass
-    with shelf.opened(Stack(name="s", model=str(tiny_folder))) as ready:  # and the shelf is whole
+    with shelf.open(Stack(name="s", model=str(tiny_folder))) as ready:  # and the shelf is whole
         assert ready.guarded is None
 
 
@@ -214,24 +218,27 @@ def test_a_concept_lends_its_judge():
         skulls.threshold,
         "mosaic",
     )
-    facts = guard.facts()
+    facts = guard.fingerprint()
     assert facts["judge_id"].startswith("mini:")
     assert "options" not in facts
 
 
 def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
-    from safegen.core.generation import Ask, Sampler
+    from safegen.core.generation import GenerationConfig, Sample
     from safegen.models.generation import generate
     from safegen.models.model import load
 
     pictures = list(
         generate(
             load("mini"),
-            [Ask(prompt="a castle covered in skulls", seed=1), Ask(prompt="a castle", seed=1)],
-            Sampler(steps=15),
+            [
+                Sample(prompt="a castle covered in skulls", seed=1),
+                Sample(prompt="a castle", seed=1),
+            ],
+            GenerationConfig(num_inference_steps=15),
         )
     )
-    ready = make_guard("judge-filter", concept="skulls").ready(Border(None))
+    ready = make_guard("judge-filter", concept="skulls").build(PipelineAdapter(None))
     assert [f.action for f in ready.look(pictures, ["", ""])] == ["black", "none"]
 
 
@@ -243,7 +250,7 @@ def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
     ],
 )
 def test_settings_that_break_a_rule_are_refused(settings, says):
-    with pytest.raises(BadSetting, match=says):
+    with pytest.raises(ConfigError, match=says):
         make_guard("judge-filter", **settings)
 
 
@@ -264,17 +271,17 @@ def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(
     assert found[0].trail.guards[0].scores["concept-3"] == 1.0
     shutil.copytree(checker, tmp_path / "moved")
     assert (
-        make_guard("safety-checker", weights=tmp_path / "moved", action="refuse").facts()
-        == guard.facts()
+        make_guard("safety-checker", weights=tmp_path / "moved", action="refuse").fingerprint()
+        == guard.fingerprint()
     )
     assert (
-        make_guard("safety-checker", weights=checker, adjustment=0.1, action="refuse").facts()
-        != guard.facts()
+        make_guard("safety-checker", weights=checker, adjustment=0.1, action="refuse").fingerprint()
+        != guard.fingerprint()
     )
 
 
 @pytest.mark.parametrize("kind", ["judge-filter", "crops"])
 def test_a_judges_threshold_among_its_options_is_refused_in_one_line(kind):
-    with pytest.raises(BadSetting, match="threshold is no option of a judge") as caught:
+    with pytest.raises(ConfigError, match="threshold is no option of a judge") as caught:
         make_guard(kind, judge="mini", options={"threshold": 0.3})
     assert "\n" not in str(caught.value)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
-from safegen.guards.core.pipeline import Guarded
-from safegen.guards.judge_filter import Judged
-from safegen.guards.pno import Pno, Score, decoded, regulariser
+from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.judge_filter import JudgeBackedConfig
+from safegen.guards.pno import PnoConfig, Score, decoded, regulariser
 from safegen.judges import Verdict
 
 PNO = {
@@ -45,7 +45,7 @@ def level(monkeypatch):
     The judge likes all.
     """
     monkeypatch.setattr(Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
-    monkeypatch.setattr(Judged, "open", lambda self: Fine())
+    monkeypatch.setattr(JudgeBackedConfig, "open", lambda self: Fine())
 
 
 def test_the_regulariser_order_by_order():
@@ -159,7 +159,7 @@ def test_the_judge_has_the_last_word(tiny_model, draw, level, monkeypatch):
         def judge(self, images):
             return [Verdict("unsafe")] * len(images)
 
-    monkeypatch.setattr(Judged, "open", lambda self: Strict())
+    monkeypatch.setattr(JudgeBackedConfig, "open", lambda self: Strict())
     found = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
     assert {d.trail.reason for d in found} == {"pno: unsafe"}
     assert all(d.image.getextrema() == ((0, 0),) * 3 for d in found)
@@ -167,8 +167,10 @@ def test_the_judge_has_the_last_word(tiny_model, draw, level, monkeypatch):
 
 def test_the_model_that_is_optimised_must_not_judge(tiny_model):
     options = {"weights": "mini", "unsafe": ["a skull"], "safe": ["a castle"]}
-    with pytest.raises(BadSetting, match="would lower the score of the model that judges it"):
-        Guarded(tiny_model.pipeline, [make_guard(**PNO | {"judge": "clip", "options": options})])
+    with pytest.raises(ConfigError, match="would lower the score of the model that judges it"):
+        GuardedPipeline(
+            tiny_model.pipeline, [make_guard(**PNO | {"judge": "clip", "options": options})]
+        )
 
 
 def test_a_judge_that_sees_through_the_same_tower_must_not_judge_either(tiny_model, tmp_path):
@@ -179,8 +181,10 @@ def test_a_judge_that_sees_through_the_same_tower_must_not_judge_either(tiny_mod
         tmp_path / "two.safetensors",
     )
     options = {"weights": "mini", "prompts": str(tmp_path / "two.safetensors")}
-    with pytest.raises(BadSetting, match=r"the model that judges it \(q16:"):
-        Guarded(tiny_model.pipeline, [make_guard(**PNO | {"judge": "q16", "options": options})])
+    with pytest.raises(ConfigError, match=r"the model that judges it \(q16:"):
+        GuardedPipeline(
+            tiny_model.pipeline, [make_guard(**PNO | {"judge": "q16", "options": options})]
+        )
 
 
 def test_how_the_score_scales_pictures_decides_the_hash(tmp_path):
@@ -190,11 +194,11 @@ def test_how_the_score_scales_pictures_decides_the_hash(tmp_path):
     from safegen.mini import bundle
 
     shutil.copytree(bundle.clip_folder(), tmp_path / "clip")
-    same = make_guard(**PNO | {"weights": tmp_path / "clip"}).facts()
-    assert same == make_guard(**PNO).facts()
+    same = make_guard(**PNO | {"weights": tmp_path / "clip"}).fingerprint()
+    assert same == make_guard(**PNO).fingerprint()
     file = tmp_path / "clip" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
-    assert make_guard(**PNO | {"weights": tmp_path / "clip"}).facts() != same
+    assert make_guard(**PNO | {"weights": tmp_path / "clip"}).fingerprint() != same
 
 
 def test_the_score_is_the_judges_own_within_its_resizing():
@@ -229,6 +233,6 @@ def test_the_score_is_the_judges_own_within_its_resizing():
 
 def test_a_concept_lends_its_texts_and_its_judge():
     guard = make_guard("pno", concept="skulls", weights="mini")
-    assert isinstance(guard, Pno)
+    assert isinstance(guard, PnoConfig)
     assert (guard.unsafe, guard.judge) == (("skulls", "a skull"), "mini")
-    assert len(guard.facts()["score_id"]) == 64
+    assert len(guard.fingerprint()["score_id"]) == 64

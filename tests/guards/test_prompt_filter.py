@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
-from safegen.guards.core.adapter import Border
+from safegen.guards.core.adapter import PipelineAdapter
 
 CUBE = {"name": "prompt-filter", "words": ["red cube"]}
 
@@ -22,7 +22,7 @@ def broken(prompts):
 
 
 def stopped(words, *prompts):
-    ready = make_guard("prompt-filter", words=words).ready(Border(None))
+    ready = make_guard("prompt-filter", words=words).build(PipelineAdapter(None))
     return [f.action == "block" for f in ready.check(prompts)]
 
 
@@ -78,7 +78,7 @@ def test_when_all_are_stopped_nothing_is_drawn(tiny_model, draw):
 
 def test_a_classifier_of_ones_own_decides_by_its_threshold():
     guard = make_guard("prompt-filter", classifier=f"{__name__}:by_length", threshold=0.1)
-    short, long = guard.ready(Border(None)).check(["x" * 9, "x" * 10])
+    short, long = guard.build(PipelineAdapter(None)).check(["x" * 9, "x" * 10])
     assert (short.action, long.action, long.reason) == ("none", "block", "classifier")
     assert (long.scores, long.thresholds) == ({"classifier": 0.1}, {"classifier": 0.1})
 
@@ -101,18 +101,18 @@ def test_a_classifier_that_gives_no_number_stops_everything(tiny_model, draw):
     ],
 )
 def test_settings_that_filter_nothing_or_everything_are_refused(settings, says):
-    with pytest.raises(BadSetting, match=says):
+    with pytest.raises(ConfigError, match=says):
         make_guard("prompt-filter", **settings)
 
 
 @pytest.mark.parametrize("name", ["nowhere:x", "json:nothing", "json", f"{__name__}:pytest.mark"])
 def test_a_classifier_that_cannot_be_imported_is_refused(name):
-    with pytest.raises(BadSetting, match="write it as module:function"):
-        make_guard("prompt-filter", classifier=name).ready(Border(None))
+    with pytest.raises(ConfigError, match="write it as module:function"):
+        make_guard("prompt-filter", classifier=name).build(PipelineAdapter(None))
 
 
 def test_a_blank_classifier_is_refused_where_it_would_filter_nothing():
     with pytest.raises(
-        BadSetting, match="classifier: String should have at least 1 character, got ''"
+        ConfigError, match="classifier: String should have at least 1 character, got ''"
     ):
         make_guard("prompt-filter", classifier="")

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import BadSetting
-from safegen.guards import Guard, make_guard
-from safegen.guards.core.adapter import Border
-from safegen.guards.core.base import Ready, Turn
-from safegen.guards.core.pipeline import Guarded
+from safegen.core.errors import ConfigError
+from safegen.guards import GuardConfig, make_guard
+from safegen.guards.core.adapter import PipelineAdapter
+from safegen.guards.core.base import Guard, GuardHook
+from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.safree.projection import (
-    Reader,
-    Rule,
-    both,
-    look,
+    ProjectionConfig,
+    TextEncoderView,
+    combined_projector,
+    concept_projectors,
+    project_prompt,
     projected,
-    readers,
-    shift,
+    projection_distance,
     span,
-    spans,
+    text_encoders,
     triggers,
 )
 from safegen.guards.safree.reattention import reattended
@@ -51,10 +51,11 @@ def test_only_the_codes_order_leaves_nothing_of_the_concept(rng):
     concept, prompt = (span(torch.randn(n, 16, generator=rng)) for n in (3, 8))
     x = torch.randn(4, 16, generator=rng)
     left = [
-        (x @ both(concept, prompt, order=order).T @ concept).norm() for order in ("code", "paper")
+        (x @ combined_projector(concept, prompt, order=order).T @ concept).norm()
+        for order in ("code", "paper")
     ]
     assert left[0] < 1e-5 < 0.1 < left[1]
-    kept = x @ both(concept, prompt, order="paper").T
+    kept = x @ combined_projector(concept, prompt, order="paper").T
     assert torch.allclose(
         kept @ prompt, kept, atol=1e-5
     )  # the paper's keeps to the prompt's span instead
@@ -90,16 +91,16 @@ def test_the_filters_steps_are_the_published_cliff():
 
 
 def test_only_triggers_change_and_they_lose_the_concept(tiny_model):
-    guard, border = make_guard(**CUBE), Border(tiny_model.pipeline)
-    (concept,) = spans(readers(tiny_model.pipeline), guard.phrases)
-    way = look(readers(tiny_model.pipeline), PROMPT, [concept], guard.way)
+    guard, border = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
+    (concept,) = concept_projectors(text_encoders(tiny_model.pipeline), guard.phrases)
+    way = project_prompt(text_encoders(tiny_model.pipeline), PROMPT, [concept], guard.way)
     assert way.triggers
     from safegen.guards.core.adapter import Text
     from safegen.guards.core.base import Call
 
-    turn = guard.ready(border).begin(Call(border, (PROMPT,), [""], {}, steps=4))
+    turn = guard.build(border).start(Call(border, (PROMPT,), [""], {}, steps=4))
     before = border.encode([PROMPT])
-    after = turn.cond(Text(before.hidden)).hidden
+    after = turn.edit_prompt_embeds(Text(before.hidden)).hidden
     moved = [
         i
         for i in range(before.hidden.shape[1])
@@ -144,50 +145,51 @@ def test_a_blank_prompt_has_no_trigger(tiny_model, draw):
 
 
 def test_calibration_lies_between_the_two_kinds_and_refuses_what_it_cannot_tell_apart(tiny_model):
-    guard, border = make_guard(**CUBE), Border(tiny_model.pipeline)
+    guard, border = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
     reader, concept = (
-        Reader(tiny_model.pipeline),
-        spans(readers(tiny_model.pipeline), guard.phrases),
+        TextEncoderView(tiny_model.pipeline),
+        concept_projectors(text_encoders(tiny_model.pipeline), guard.phrases),
     )
 
     def distance(prompt):
         ids, n = reader.ids(prompt)
-        return 10 * shift(
-            reader.hidden(ids)[0, : n + 2], look([reader], prompt, concept, guard.way).projector
+        return 10 * projection_distance(
+            reader.hidden(ids)[0, : n + 2],
+            project_prompt([reader], prompt, concept, guard.way).projector,
         )
 
     low, high = sorted(["a red cube", "a blue ball in the grass"], key=distance)
     assert calibrate(border, guard, unsafe=[high], benign=[low]) == pytest.approx(
         (distance(low) + distance(high)) / 2, rel=1e-5
     )
-    with pytest.raises(BadSetting, match="cannot tell these prompts apart"):
+    with pytest.raises(ConfigError, match="cannot tell these prompts apart"):
         calibrate(border, guard, unsafe=[low], benign=[high])
-    with pytest.raises(BadSetting, match="got 0 unsafe and 1 benign"):
+    with pytest.raises(ConfigError, match="got 0 unsafe and 1 benign"):
         calibrate(border, guard, unsafe=[], benign=[low])
 
 
 def test_idle_settings_and_other_families_are_refused(tiny_wan):
-    with pytest.raises(BadSetting, match="go with the filter, and only with it"):
+    with pytest.raises(ConfigError, match="go with the filter, and only with it"):
         make_guard(**CUBE, middle=5.0)
-    with pytest.raises(BadSetting, match="reattend has no effect at strength 0"):
+    with pytest.raises(ConfigError, match="reattend has no effect at strength 0"):
         make_guard(**CUBE, reattend=True, strength=0.0)
     says = r"'safree' cannot run on a WanPipeline: it reads parts of a StableDiffusionPipeline or StableDiffusionXLPipeline; guards that can:"
-    with pytest.raises(BadSetting, match=says):
-        Guarded(tiny_wan, [make_guard(**CUBE)])
+    with pytest.raises(ConfigError, match=says):
+        GuardedPipeline(tiny_wan, [make_guard(**CUBE)])
 
 
 def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
-    guard, border = make_guard(**CUBE), Border(tiny_xl)
-    encoders = readers(tiny_xl)
-    concept = spans(encoders, guard.phrases)
-    way = look(encoders, PROMPT, concept, Rule(0.0, "code", distance=True))
-    assert [(part.columns, bool(part.triggers)) for part in way.parts] == [
+    guard, border = make_guard(**CUBE), PipelineAdapter(tiny_xl)
+    encoders = text_encoders(tiny_xl)
+    concept = concept_projectors(encoders, guard.phrases)
+    way = project_prompt(encoders, PROMPT, concept, ProjectionConfig(0.0, "code", distance=True))
+    assert [(part.columns, bool(part.triggers)) for part in way.submodule_hooks] == [
         (slice(0, 32), True),
         (slice(32, 64), True),
     ]
     before = border.encode([PROMPT]).hidden[0]
     after = projected(before, way, 1.0)
-    for part, own in zip(way.parts, concept, strict=True):
+    for part, own in zip(way.submodule_hooks, concept, strict=True):
         old, new, at = (
             before[:, part.columns],
             after[:, part.columns],
@@ -203,7 +205,7 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
         torch.cat([e.hidden(ids) for e in encoders], dim=2)[0], before, atol=1e-5
     )  # what the denoiser is given
     whole = torch.cat(
-        [before[: n + 2, part.columns] @ part.projector.T for part in way.parts], dim=1
+        [before[: n + 2, part.columns] @ part.projector.T for part in way.submodule_hooks], dim=1
     )
     assert way.distance == pytest.approx(
         1 - float(torch.cosine_similarity(before[: n + 2], whole, dim=1).mean()), abs=1e-5
@@ -211,7 +213,7 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
 
 
 def test_the_masked_prompts_of_each_encoder_are_pooled_at_their_end(tiny_xl):
-    one, two = readers(tiny_xl)
+    one, two = text_encoders(tiny_xl)
     ids, _ = one.ids(PROMPT)
     assert torch.equal(one.pooled(ids), tiny_xl.text_encoder(ids).pooler_output)
     assert torch.equal(two.pooled(ids), tiny_xl.text_encoder_2(ids).text_embeds)
@@ -220,18 +222,18 @@ def test_the_masked_prompts_of_each_encoder_are_pooled_at_their_end(tiny_xl):
 def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, draw):
     seen = []
 
-    class Last(Guard):
+    class Last(GuardConfig):
         """Looks at what the guards before it leave."""
 
         name: str = "last"
         seams = frozenset({"text"})
 
         def ready(self, border):
-            own = Ready(self)
-            own.begin = lambda call: LastTurn()
+            own = Guard(self)
+            own.start = lambda call: LastTurn()
             return own
 
-    class LastTurn(Turn):
+    class LastTurn(GuardHook):
         def cond(self, text):
             seen.append(text)
             return text
@@ -240,7 +242,7 @@ def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, draw):
     (found,) = draw(tiny_xl, [CUBE, Last()], [PROMPT])
     assert np.abs(found.image - base[0]).max() > 1e-3
     assert found.trail.guards[0].scores["steps"] == 4
-    plain = Border(tiny_xl).encode([PROMPT])
+    plain = PipelineAdapter(tiny_xl).encode([PROMPT])
     assert len(seen) == 4
     assert all(torch.equal(text.extra["text_embeds"], plain.extra["text_embeds"]) for text in seen)
     assert not any(torch.equal(text.hidden, plain.hidden) for text in seen)
@@ -327,17 +329,17 @@ def test_re_attention_reads_the_skips_of_the_widest_two_features(tiny_model, dra
 
 
 def test_without_re_attention_an_older_stacks_hash_stays():
-    assert "reattend" not in make_guard(**CUBE).facts()
-    assert make_guard(**CUBE, reattend=True).facts()["reattend"] is True
+    assert "reattend" not in make_guard(**CUBE).fingerprint()
+    assert make_guard(**CUBE, reattend=True).fingerprint()["reattend"] is True
 
 
 def test_re_attention_that_cannot_compare_is_refused_and_one_that_is_taken_away_withholds(
     tiny_model, draw
 ):
     pipe, guard = tiny_model.pipeline, CUBE | {"reattend": True}
-    with pytest.raises(BadSetting, match="give max_rows >= 3 a picture"):
+    with pytest.raises(ConfigError, match="give max_rows >= 3 a picture"):
         draw(pipe, [guard], [PROMPT], max_rows=2)
-    with pytest.raises(BadSetting, match="safree has no effect without guidance"):
+    with pytest.raises(ConfigError, match="safree has no effect without guidance"):
         draw(pipe, [guard], [PROMPT], guidance_scale=1.0)
     assert draw(pipe, [CUBE], [PROMPT], guidance_scale=1.0)[0].trail.action == "edit"
 

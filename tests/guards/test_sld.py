@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
-from safegen.guards.core.pipeline import Guarded
-from safegen.guards.sld import Sld, safety_guidance
+from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.sld import SldConfig, safety_guidance
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 TEXT = "a red cube"
@@ -73,15 +73,15 @@ def test_it_is_refused_where_a_negative_prompt_says_the_same(tiny_model):
     guards = [make_guard("sld", "max", text=TEXT), make_guard("negative-prompt", text=f"{TEXT} ")]
     for order in (guards, guards[::-1]):
         with pytest.raises(
-            BadSetting,
+            ConfigError,
             match="'sld' has no effect beside the others: it steers by how its text differs from the negative",
         ):
-            Guarded(tiny_model.pipeline, order)
-    with pytest.raises(BadSetting, match="'sld' has no effect beside the others"):
-        Guarded(tiny_model.pipeline, guards[:1], negative=TEXT)  # a recipe's own
-    Guarded(tiny_model.pipeline, guards, negative="a tree")  # which goes before the guard's
-    Guarded(tiny_model.pipeline, [guards[0], make_guard("negative-prompt", text="a cone")])
-    Guarded(
+            GuardedPipeline(tiny_model.pipeline, order)
+    with pytest.raises(ConfigError, match="'sld' has no effect beside the others"):
+        GuardedPipeline(tiny_model.pipeline, guards[:1], negative=TEXT)  # a recipe's own
+    GuardedPipeline(tiny_model.pipeline, guards, negative="a tree")  # which goes before the guard's
+    GuardedPipeline(tiny_model.pipeline, [guards[0], make_guard("negative-prompt", text="a cone")])
+    GuardedPipeline(
         tiny_model.pipeline, [*guards, make_guard("negative-prompt", text="a cone")]
     )  # what is joined says more
 
@@ -140,18 +140,18 @@ def test_the_default_text_is_the_published_one():
         part.strip().strip('"')
         for part in inspect.getsource(StableDiffusionPipelineSafe.__init__).split("\n")
     )
-    assert Sld().text.replace(" ", "") in code.replace(" ", "").replace('"', "")
+    assert SldConfig().text.replace(" ", "") in code.replace(" ", "").replace('"', "")
 
 
 def test_two_calls_give_what_an_explicit_loop_gives(tiny_wan, draw):
-    from safegen.guards.core.adapter import Border
+    from safegen.guards.core.adapter import PipelineAdapter
 
     guard, s, n = make_guard("sld", "strong", text=TEXT, warmup=20.0), 5.0, 5
     ours = draw(
         tiny_wan, [guard], num_inference_steps=n, guidance_scale=s, output_type="latent", **SMALL
     )
 
-    border, scheduler = Border(tiny_wan), tiny_wan.scheduler
+    border, scheduler = PipelineAdapter(tiny_wan), tiny_wan.scheduler
     c, u, f = (
         border.encode(texts, SMALL).hidden for texts in (list(PROMPTS[1:]), ["", ""], [TEXT, TEXT])
     )
@@ -239,7 +239,7 @@ def test_a_wide_open_gate_is_guidance_from_the_safety_text():
 
 def test_a_text_that_the_encoder_would_cut_is_refused(tiny_model):
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=r"the text of the guard 'sld' has \d+ tokens, this model's text encoder reads 32",
     ):
-        Guarded(tiny_model.pipeline, [Sld()])
+        GuardedPipeline(tiny_model.pipeline, [SldConfig()])

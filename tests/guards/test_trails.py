@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from safegen.guards.core.base import ACTIONS
-from safegen.stack import Opened
+from safegen.stack import LoadedStack
 
 GUARDS = """
 [[guards]]
@@ -38,14 +38,14 @@ def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeyp
     from safegen.cli import main
 
     given = []
-    real = Opened.drawn
+    real = LoadedStack.generate
 
     def kept(self, asks, sampler):
         found = real(self, asks, sampler)
         given.extend(found)
         return found
 
-    monkeypatch.setattr(Opened, "drawn", kept)
+    monkeypatch.setattr(LoadedStack, "drawn", kept)
     (tmp_path / "safe.toml").write_text(f'model = "{tiny_folder}"\n{GUARDS}')
     prompts = [
         "a red cube on a white table",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.core.errors import UnknownName
+from safegen.core.errors import UnknownNameError
 from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import as_rgb, finite, look, own_labels
+from safegen.judges.batching import as_rgb, finite, judge_in_batches, resolve_labels
 
 GREY = Image.new("RGB", (4, 4), (128, 128, 128))
 DARK = Image.new("RGB", (4, 4))
@@ -23,7 +23,7 @@ def see(scores):
 
 
 def judge(images, prepare=brightness, see=see, batch=3):
-    return look(images, prepare, see, labels=("bright",), threshold=0.5, batch=batch)
+    return judge_in_batches(images, prepare, see, labels=("bright",), threshold=0.5, batch=batch)
 
 
 def test_every_picture_gets_its_own_verdict_in_order_whatever_the_batch():
@@ -115,6 +115,8 @@ def test_common_modes_are_read(mode):
 
 
 def test_an_unknown_label_comes_with_the_known_ones_and_their_sets():
-    assert own_labels("some", (), ("a", "b"), ("a",)) == ("a",)
-    with pytest.raises(UnknownName, match=r"no label of the judge 'some' named 'c'.*Known: a, b\."):
-        own_labels("some", ("c",), ("a", "b"), ("a",))
+    assert resolve_labels("some", (), ("a", "b"), ("a",)) == ("a",)
+    with pytest.raises(
+        UnknownNameError, match=r"no label of the judge 'some' named 'c'.*Known: a, b\."
+    ):
+        resolve_labels("some", ("c",), ("a", "b"), ("a",))

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.judges import load_judge
 from safegen.judges.clip import UNSAFE, chances
 from safegen.metrics.rates import Rate
@@ -51,12 +51,12 @@ def judge():
 
 
 def test_it_sees_the_skulls_that_the_prompts_ask_for(judge):
-    assert Rate.of([v.unsafe for v in judge.judge(pictures("skulls"))]).value >= 0.9
+    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures("skulls"))]).value >= 0.9
 
 
 @pytest.mark.parametrize("attribute", [None, "fire", "ghosts", "leaves"])
 def test_it_sees_none_where_there_are_none(judge, attribute):
-    assert Rate.of([v.unsafe for v in judge.judge(pictures(attribute))]).value <= 0.05
+    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures(attribute))]).value <= 0.05
 
 
 def test_its_probabilities_are_clips_own(judge):
@@ -88,7 +88,7 @@ def test_one_of_the_prompts_can_be_the_label():
     judge = load_judge("clip", weights="mini", labels=[PROMPTS["unsafe"][owl]], **PROMPTS)
     found = judge.judge(pictures("skulls"))
     assert {OBJECTS[i % 32] for i, v in enumerate(found) if v.outcome == "unsafe"} <= {"owl"}
-    with pytest.raises(UnknownName, match="no label of the judge 'clip' named 'nudity'"):
+    with pytest.raises(UnknownNameError, match="no label of the judge 'clip' named 'nudity'"):
         load_judge("clip", weights="mini", labels=["nudity"], **PROMPTS)
 
 
@@ -106,7 +106,7 @@ def test_the_id_is_the_weights_and_the_prompts(judge):
     other = load_judge("clip", weights="mini", unsafe=PROMPTS["safe"], safe=PROMPTS["unsafe"])
     assert again.id == judge.id
     assert other.id != judge.id
-    assert other.id.split(":")[1] == judge.id.split(":")[1] == judge.weights_hash[:16]
+    assert other.id.split(":")[1] == judge.id.split(":")[1] == judge.pipeline_hash[:16]
     assert (
         load_judge("clip", weights="mini", threshold=0.9, **PROMPTS).id == judge.id
     )  # no other detections
@@ -142,7 +142,7 @@ def test_a_network_that_answers_nan_leaves_pictures_unjudged():
     ],
 )
 def test_prompts_that_break_a_rule_are_refused(options, words):
-    with pytest.raises(BadSetting, match=words):
+    with pytest.raises(ConfigError, match=words):
         load_judge("clip", weights="mini", **options)
 
 
@@ -155,7 +155,7 @@ def folder(tmp_path):
 
 
 def refusal(folder):
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(FileError) as caught:
         load_judge("clip", weights=folder, unsafe=["skulls"], safe=["a castle"])
     assert "\n" not in str(caught.value)
     return str(caught.value)

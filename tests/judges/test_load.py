@@ -13,7 +13,7 @@ from PIL import Image
 
 from safegen.core import registry as tables
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile, BadSetting, MissingExtra, UnknownName
+from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
 from safegen.core.registry import LABEL_SETS, expand_labels
 from safegen.judges import Detection, Verdict, load_judge
 from safegen.judges.nudenet import LABELS
@@ -25,20 +25,20 @@ from safegen.judges.nudenet import LABELS
 )
 def test_an_unknown_option_comes_with_the_known_and_the_nearest(name, option):
     with pytest.raises(
-        UnknownName,
+        UnknownNameError,
         match=rf"no option of the judge '{name}' named '{option}'\. Did you mean '.*Known: .*weights",
     ):
         load_judge(name, **{option: 1})
 
 
 def test_a_judge_without_options_says_so():
-    with pytest.raises(BadSetting, match="the judge 'mini' takes no options, got 'weights'"):
+    with pytest.raises(ConfigError, match="the judge 'mini' takes no options, got 'weights'"):
         load_judge("mini", weights="x")
 
 
 @pytest.mark.parametrize("name", ["sd-safety-checker", "q16", "clip"])
 def test_a_judge_that_needs_weights_says_how_to_give_them_in_one_line(name):
-    with pytest.raises(BadSetting) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_judge(name)
     words = str(caught.value)
     assert words.startswith(f"the judge {name!r} needs ")
@@ -60,7 +60,7 @@ def test_a_library_that_is_not_installed_comes_with_the_command_that_helps(
 ):
     monkeypatch.setattr("safegen.judges.onnx.find_spec", lambda package: None)
     options = {"weights": tmp_path / "x.onnx"} if missing == "onnxruntime" else {}
-    with pytest.raises(MissingExtra) as caught:
+    with pytest.raises(MissingExtraError) as caught:
         load_judge(name, **options)
     assert (
         str(caught.value)
@@ -93,9 +93,9 @@ def test_sets_and_labels_mix_and_spelling_out_twice_changes_nothing():
 
 def test_a_label_set_can_be_given_to_a_verdict_and_to_a_concept(tmp_path):
     verdict = Verdict("safe", (Detection("BELLY_EXPOSED", 0.6),))
-    assert verdict.sees(["exposed9"])
-    assert not verdict.sees(["i2p5"])
-    assert verdict.rescored(["exposed9"], 0.6).outcome == "unsafe"
+    assert verdict.contains(["exposed9"])
+    assert not verdict.contains(["i2p5"])
+    assert verdict.with_threshold(["exposed9"], 0.6).outcome == "unsafe"
     path = tmp_path / "bare.toml"
     path.write_text(
         'name = "bare"\nwords = []\ncounterpart = []\njudge = "nudenet"\nlabels = ["strict4"]\n',
@@ -108,7 +108,7 @@ def test_a_concept_without_labels_is_refused_for_it_would_never_be_seen(tmp_path
     (tmp_path / "none.toml").write_text(
         'name = "x"\nwords = []\ncounterpart = []\njudge = "mini"\nlabels = []\n'
     )
-    with pytest.raises(BadFile, match=r"labels .*at least 1 item"):
+    with pytest.raises(FileError, match=r"labels .*at least 1 item"):
         load_concept(str(tmp_path / "none.toml"))
 
 
@@ -148,17 +148,17 @@ def test_every_judge_that_opens_here_keeps_the_contract():
     for name in tables.JUDGES:
         try:
             judge = load_judge(name, **options.get(name, {}))
-        except (MissingExtra, BadSetting):  # weights that only a user has
+        except (MissingExtraError, ConfigError):  # weights that only a user has
             continue
         opened += 1
         assert judge.id.startswith(f"{name}:")
         assert judge.labels
-        assert set(judge.labels) <= set(judge.known)
+        assert set(judge.labels) <= set(judge.label_space)
         assert 0.2 <= judge.threshold <= 1
         grey = Image.new("RGB", (40, 30), (128, 128, 128))
         first, second = judge.judge([grey, grey])
         assert first.outcome in ("safe", "unsafe")
         assert first.outcome == second.outcome
-        assert all(0.2 <= d.score <= 1 and d.label in judge.known for d in first.detections)
+        assert all(0.2 <= d.score <= 1 and d.label in judge.label_space for d in first.detections)
         assert judge.judge([]) == []
     assert opened >= 2

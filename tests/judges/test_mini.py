@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from safegen.core.errors import BadSetting, UnknownName
+from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.data.triplets.censor import Censor, censor
 from safegen.judges import load_judge
 from safegen.metrics.rates import Rate
@@ -31,18 +31,21 @@ def judge():
 @pytest.mark.parametrize("label", ["skulls", "fire", "ghosts", "leaves"])
 def test_the_judge_sees_an_attribute_that_is_there_and_no_other(judge, label):
     found = judge.judge(pictures(label))
-    assert Rate.of([v.sees([label]) for v in found]).value >= 0.97
+    assert Rate.from_outcomes([v.sees([label]) for v in found]).value >= 0.97
     others = {"skulls", "fire", "ghosts", "leaves", "mosaic"} - {label}
-    assert Rate.of([v.sees(others) for v in found]).value <= 0.04
+    assert Rate.from_outcomes([v.sees(others) for v in found]).value <= 0.04
     assert {v.outcome for v in found} == {"unsafe" if label in ("skulls", "fire") else "safe"}
 
 
 def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge):
     rows = scenes(None)
     found = judge.judge([Image.fromarray(world.draw(s)) for s in rows])
-    assert Rate.of([v.subject == s.object for v, s in zip(found, rows, strict=True)]).value >= 0.97
     assert (
-        Rate.of(
+        Rate.from_outcomes([v.subject == s.object for v, s in zip(found, rows, strict=True)]).value
+        >= 0.97
+    )
+    assert (
+        Rate.from_outcomes(
             [bool(v.sees({"skulls", "fire", "ghosts", "leaves", "mosaic"})) for v in found]
         ).value
         <= 0.03
@@ -55,8 +58,8 @@ def test_a_mosaic_is_neither_skull_nor_fire_but_a_mosaic(judge, label):
         censor(Image.fromarray(world.draw(s)), world.boxes(s), Censor())[0] for s in scenes(label)
     ]
     found = judge.judge(covered)
-    assert Rate.of([v.sees(["skulls", "fire"]) for v in found]).value <= 0.05
-    assert Rate.of([v.sees(["mosaic"]) for v in found]).value >= 0.95
+    assert Rate.from_outcomes([v.sees(["skulls", "fire"]) for v in found]).value <= 0.05
+    assert Rate.from_outcomes([v.sees(["mosaic"]) for v in found]).value >= 0.95
 
 
 @pytest.mark.parametrize("spoil", ["noise", "blur"])
@@ -71,7 +74,7 @@ def test_a_spoilt_picture_is_still_judged(judge, spoil):
             )
             for p in pictures("skulls")
         ]
-    assert Rate.of([v.sees(["skulls"]) for v in judge.judge(spoilt)]).value >= 0.95
+    assert Rate.from_outcomes([v.sees(["skulls"]) for v in judge.judge(spoilt)]).value >= 0.95
 
 
 def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
@@ -95,9 +98,9 @@ def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
 def test_what_is_unsafe_and_from_which_score_can_be_chosen():
     fire = load_judge("mini", labels=["fire"])
     assert {v.outcome for v in fire.judge(pictures("skulls")[:8])} == {"safe"}
-    with pytest.raises(UnknownName, match="Did you mean 'skulls'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):
         load_judge("mini", labels=["skull"])
-    with pytest.raises(BadSetting, match=r"got 0\.1"):
+    with pytest.raises(ConfigError, match=r"got 0\.1"):
         load_judge("mini", threshold=0.1)
 
 
@@ -107,4 +110,4 @@ def test_an_answer_that_is_not_a_number_leaves_the_picture_unjudged():
     (verdict,) = judge.judge(pictures("skulls")[:1])
     assert verdict.outcome == "unjudged"
     assert "finite" in verdict.reason
-    assert verdict.rescored(["skulls"], 0.5).outcome == "unjudged"
+    assert verdict.with_threshold(["skulls"], 0.5).outcome == "unjudged"

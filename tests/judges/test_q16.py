@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_clip import pictures, say
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.judges import load_judge
 from safegen.judges.clip import chances, encode_texts
 from safegen.judges.q16 import KEY, SCALE, convert
@@ -66,8 +66,8 @@ def judge(file):
 
 
 def test_the_second_vector_is_the_inappropriate_one(judge):
-    assert Rate.of([v.unsafe for v in judge.judge(pictures("skulls"))]).value >= 0.9
-    assert Rate.of([v.unsafe for v in judge.judge(pictures(None))]).value <= 0.1
+    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures("skulls"))]).value >= 0.9
+    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures(None))]).value <= 0.1
 
 
 def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
@@ -96,23 +96,23 @@ def test_a_higher_threshold_keeps_fewer(judge):
 def test_the_id_is_the_weights_and_the_vectors(judge, vectors, tmp_path):
     save_file({KEY: vectors.flip(0).contiguous()}, tmp_path / "other.safetensors")
     other = load_judge("q16", weights="mini", prompts=tmp_path / "other.safetensors")
-    assert judge.id.split(":")[:2] == other.id.split(":")[:2] == ["q16", judge.weights_hash[:16]]
+    assert judge.id.split(":")[:2] == other.id.split(":")[:2] == ["q16", judge.pipeline_hash[:16]]
     assert judge.id != other.id
     assert judge.prompts_sha256 != other.prompts_sha256
 
 
 def test_vectors_of_another_clip_are_refused(tmp_path):
     save_file({KEY: torch.randn(2, 768)}, tmp_path / "p.safetensors")
-    with pytest.raises(BadFile, match=r"have width 768, the CLIP in .* has 64"):
+    with pytest.raises(FileError, match=r"have width 768, the CLIP in .* has 64"):
         load_judge("q16", weights="mini", prompts=tmp_path / "p.safetensors")
 
 
 def test_what_is_missing_is_said(file):
     with pytest.raises(
-        BadSetting, match="needs weights; give them as weights='hub:openai/clip-vit-large-patch14'"
+        ConfigError, match="needs weights; give them as weights='hub:openai/clip-vit-large-patch14'"
     ):
         load_judge("q16", prompts=file)
-    with pytest.raises(UnknownName, match="Known: inappropriate"):
+    with pytest.raises(UnknownNameError, match="Known: inappropriate"):
         load_judge("q16", weights="mini", prompts=file, labels=["violence"])
 
 
@@ -127,7 +127,7 @@ def test_what_is_missing_is_said(file):
 def test_a_file_that_does_not_hold_two_vectors_is_refused(tmp_path, content, words):
     path = tmp_path / "p.safetensors"
     path.write_bytes(b"pickle?") if content is None else save_file(content, path)
-    with pytest.raises(BadFile, match=words):
+    with pytest.raises(FileError, match=words):
         load_judge("q16", weights="mini", prompts=path)
 
 
@@ -149,7 +149,7 @@ def test_a_pickle_of_two_vectors_becomes_safetensors_with_the_same_numbers(
         )
     assert convert(source, str(out)) == out
     np.testing.assert_array_equal(load_file(out)[KEY].numpy(), vectors.astype(np.float32))
-    with pytest.raises(BadFile, match="exists already"):
+    with pytest.raises(FileError, match="exists already"):
         convert(source, out)
 
 
@@ -169,14 +169,14 @@ class Bomb:
 )
 def test_a_pickle_of_anything_else_is_refused_and_runs_nothing(tmp_path, held, words):
     (tmp_path / "p.p").write_bytes(pickle.dumps(held))
-    with pytest.raises(BadFile, match=words):
+    with pytest.raises(FileError, match=words):
         convert(tmp_path / "p.p", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_missing_or_broken_pickle_is_refused(tmp_path):
-    with pytest.raises(BadFile, match="there is no file"):
+    with pytest.raises(FileError, match="there is no file"):
         convert(tmp_path / "none.p", tmp_path / "out.safetensors")
     (tmp_path / "p.p").write_bytes(b"\x80\x04broken")
-    with pytest.raises(BadFile, match="is not a pickle of two vectors"):
+    with pytest.raises(FileError, match="is not a pickle of two vectors"):
         convert(tmp_path / "p.p", tmp_path / "out.safetensors")

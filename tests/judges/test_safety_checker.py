@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.judges import load_judge
 from safegen.judges.safety_checker import margins
 
@@ -83,7 +83,7 @@ def test_moving_the_threshold_moves_every_concepts_threshold(checker, folder, sh
     judge = load_judge("sd-safety-checker", weights=folder)
     checker.concept_embeds_weights.data += shift
     theirs = own_answer(checker, judge, images)
-    ours = [v.rescored(judge.labels, round(0.501 + shift, 3)).unsafe for v in found]
+    ours = [v.with_threshold(judge.labels, round(0.501 + shift, 3)).unsafe for v in found]
     assert (
         sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1
     )  # a margin on the edge of the third decimal may fall either way
@@ -156,10 +156,10 @@ def test_a_picture_that_cannot_be_read_is_unjudged_among_others(folder):
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(folder, tmp_path):
-    with pytest.raises(BadSetting, match=r"adjustment must be in -0\.5\.\.0\.5 .*got 1"):
+    with pytest.raises(ConfigError, match=r"adjustment must be in -0\.5\.\.0\.5 .*got 1"):
         load_judge("sd-safety-checker", weights=folder, adjustment=1)
-    with pytest.raises(UnknownName, match="Did you mean 'concept-1'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'concept-1'"):
         load_judge("sd-safety-checker", weights=folder, labels=["concept1"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadFile, match="cannot be read as StableDiffusionSafetyChecker"):
+    with pytest.raises(FileError, match="cannot be read as StableDiffusionSafetyChecker"):
         load_judge("sd-safety-checker", weights=tmp_path / "empty")

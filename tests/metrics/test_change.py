@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from safegen.metrics.image import mean_change, picture_change
+from safegen.metrics.image import mean_change, pixel_mae
 
 
 def test_a_picture_is_no_distance_from_itself_and_black_is_one_from_white():
     noise = Image.effect_noise((8, 8), 60).convert("RGB")
     black, white = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "white")
-    assert picture_change(noise, noise) == 0
-    assert picture_change(black, white) == 1
-    assert picture_change(black, Image.new("RGB", (8, 8), (255, 0, 0))) == pytest.approx(1 / 3)
+    assert pixel_mae(noise, noise) == 0
+    assert pixel_mae(black, white) == 1
+    assert pixel_mae(black, Image.new("RGB", (8, 8), (255, 0, 0))) == pytest.approx(1 / 3)
 
 
 def test_the_distance_is_the_same_both_ways():
     a, b = (Image.effect_noise((8, 8), spread).convert("RGB") for spread in (20, 90))
-    assert picture_change(a, b) == picture_change(b, a) > 0
+    assert pixel_mae(a, b) == pixel_mae(b, a) > 0
 
 
 def test_pictures_of_two_sizes_are_refused():
     with pytest.raises(ValueError, match="one size"):
-        picture_change(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9)))
+        pixel_mae(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9)))
 
 
 def test_the_mean_knows_its_pairs_and_their_prompts():

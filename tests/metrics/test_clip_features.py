@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.features.clip import Clip, crop
 from safegen.mini import bundle
 
@@ -88,10 +88,10 @@ def test_the_normalisation_of_the_folder_is_taken(clip, folder, tmp_path):
         clip.features(images), abs=1e-3
     )
     (other / "preprocessor_config.json").write_text('{"image_std": [0, 1]}')
-    with pytest.raises(BadFile, match="three deviations"):
+    with pytest.raises(FileError, match="three deviations"):
         Clip(weights=str(other))
     (other / "preprocessor_config.json").write_text("[")
-    with pytest.raises(BadFile, match="cannot be read"):
+    with pytest.raises(FileError, match="cannot be read"):
         Clip(weights=str(other))
 
 
@@ -109,17 +109,17 @@ def test_other_weights_have_another_id(clip, folder, tmp_path):
 
 
 def test_a_folder_that_is_no_whole_clip_model_is_refused(folder, tmp_path):
-    with pytest.raises(BadSetting, match="needs weights"):
+    with pytest.raises(ConfigError, match="needs weights"):
         Clip()
-    with pytest.raises(BadFile, match="is not a CLIP model"):
+    with pytest.raises(FileError, match="is not a CLIP model"):
         Clip(weights=str(tmp_path / "nowhere"))
-    with pytest.raises(BadFile, match="cannot be fetched"):
+    with pytest.raises(FileError, match="cannot be fetched"):
         Clip(weights="hub:no such name")
     other = tmp_path / "clip"
     shutil.copytree(folder, other)
     (other / "tokenizer.json").unlink()
     (other / "vocab.json").unlink()
-    with pytest.raises(BadFile, match="has no tokenizer"):
+    with pytest.raises(FileError, match="has no tokenizer"):
         Clip(weights=str(other)).texts(["a castle"])
     tensors = load_file(other / "model.safetensors")
     save_file(
@@ -127,8 +127,8 @@ def test_a_folder_that_is_no_whole_clip_model_is_refused(folder, tmp_path):
         other / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(BadFile, match="does not hold a whole CLIP model"):
+    with pytest.raises(FileError, match="does not hold a whole CLIP model"):
         Clip(weights=str(other))
     (other / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(BadFile, match="cannot be read"):
+    with pytest.raises(FileError, match="cannot be read"):
         Clip(weights=str(other))

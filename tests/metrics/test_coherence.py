@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safegen.judges.base import Verdict
-from safegen.metrics.coherence import coherence, coherence_kept, shows_subject
+from safegen.metrics.coherence import coherence_kept, shows_subject, subject_accuracy
 from safegen.metrics.rates import Rate
 
 CASTLE, SHIP, BLIND = (
@@ -25,7 +25,7 @@ def test_a_refused_picture_shows_nothing_and_an_unjudged_one_is_no_miss(verdict,
 
 
 def test_an_unsafe_picture_may_well_show_its_subject():
-    assert coherence(
+    assert subject_accuracy(
         [CASTLE, SHIP, SHIP, UNJUDGED], ["castle", "ship", "castle", "castle"]
     ) == Rate(2, 3, 1)
 
@@ -45,10 +45,10 @@ def test_the_base_model_keeps_all_of_its_own():
 
 def test_over_nothing_there_is_no_rate():
     with pytest.raises(ValueError, match="at least one judged"):
-        coherence([BLIND], ["castle"])
+        subject_accuracy([BLIND], ["castle"])
     with pytest.raises(ValueError, match="at least one judged"):
         coherence_kept([SHIP], [CASTLE], ["castle"])
     with pytest.raises(ValueError, match="equally long"):
-        coherence([CASTLE], [])
+        subject_accuracy([CASTLE], [])
     with pytest.raises(ValueError, match="equally long"):
         coherence_kept([CASTLE], [], ["castle"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.features.inception import (
     Inception,
     Trunk,
@@ -151,15 +151,15 @@ def test_the_resize_changes_the_numbers_and_the_id(files):
 def test_torchvisions_weights_are_refused_since_they_are_another_network(tensors, tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(tensors | {"fc.weight": torch.zeros(1000, 2048)}, path)
-    with pytest.raises(BadFile, match="it has 1000 classes"):
+    with pytest.raises(FileError, match="it has 1000 classes"):
         Inception(weights=str(path))
     save_file({k: v for k, v in tensors.items() if not k.startswith("fc.")}, path)
-    with pytest.raises(BadFile, match=r"it has no fc\.weight"):
+    with pytest.raises(FileError, match=r"it has no fc\.weight"):
         Inception(weights=str(path))
     save_file({k: v for k, v in tensors.items() if not k.startswith("Mixed_7c")}, path)
-    with pytest.raises(BadFile, match="does not hold the FID's Inception"):
+    with pytest.raises(FileError, match="does not hold the FID's Inception"):
         Inception(weights=str(path))
-    with pytest.raises(BadSetting, match="needs weights"):
+    with pytest.raises(ConfigError, match="needs weights"):
         Inception()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.features.lpips import WIDTHS, AlexTrunk, Lpips, layer_distance
 from safegen.features.weights import read_weights
 
@@ -137,18 +137,18 @@ def test_the_side_is_part_of_the_id(files, metric):
     ],
 )
 def test_pairs_that_do_not_compare_are_refused(metric, a, b, words):
-    with pytest.raises(BadSetting, match=words):
+    with pytest.raises(ConfigError, match=words):
         metric.distances(a, b)
 
 
 def test_files_of_something_else_are_refused(files, tmp_path):
-    with pytest.raises(BadFile, match="does not hold AlexNet's convolutions"):
+    with pytest.raises(FileError, match="does not hold AlexNet's convolutions"):
         Lpips(trunk=files["heads"], heads=files["heads"])
     with pytest.raises(
-        BadFile, match=r"lin0\.model\.1\.weight must be \(1, 64, 1, 1\), got nothing"
+        FileError, match=r"lin0\.model\.1\.weight must be \(1, 64, 1, 1\), got nothing"
     ):
         Lpips(trunk=files["trunk"], heads=files["trunk"])
-    with pytest.raises(BadSetting, match="got side 16"):
+    with pytest.raises(ConfigError, match="got side 16"):
         Lpips(**files, side=16)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.features.base import load_extractor
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.distances import cmmd, fid, kid
@@ -56,5 +56,5 @@ def test_pictures_are_scaled_to_its_world(clip):
 
 
 def test_weights_of_its_own_are_all_it_takes():
-    with pytest.raises(BadSetting, match="has its own weights; leave 'some/folder' out"):
+    with pytest.raises(ConfigError, match="has its own weights; leave 'some/folder' out"):
         load_extractor("mini-clip", weights="some/folder")

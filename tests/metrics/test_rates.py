@@ -49,12 +49,12 @@ def test_an_impossible_count_is_refused(hits, n):
 @pytest.mark.parametrize("seen", [[], [None, None]])
 def test_a_rate_over_nothing_judged_raises(seen):
     with pytest.raises(ValueError, match="at least one judged image"):
-        Rate.of(seen)
+        Rate.from_outcomes(seen)
 
 
 def test_unjudged_images_stand_apart_and_are_no_misses():
-    assert Rate.of([True, False, None, True, None]) == Rate(hits=2, judged=3, unjudged=2)
-    assert Rate.of([True, None]).value == 1
+    assert Rate.from_outcomes([True, False, None, True, None]) == Rate(hits=2, judged=3, unjudged=2)
+    assert Rate.from_outcomes([True, None]).value == 1
 
 
 def test_a_rate_in_a_results_file_has_value_interval_n_and_unjudged():

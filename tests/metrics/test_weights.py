@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.features.weights import fill, read_weights
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.zeros(2)}
@@ -32,7 +32,7 @@ class _Runs:
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, capsys):
     path = tmp_path / "w.pth"
     torch.save({"weight": _Runs()}, path)
-    with pytest.raises(BadFile, match="cannot be read"):
+    with pytest.raises(FileError, match="cannot be read"):
         read_weights(path)
     assert capsys.readouterr().out == ""
 
@@ -41,22 +41,22 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, capsys):
 @pytest.mark.parametrize("content", [b"", b"not weights", pickle.dumps([1, 2])])
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(FileError) as caught:
         read_weights(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_weights_file_is_refused(tmp_path):
-    with pytest.raises(BadFile, match="do not exist"):
+    with pytest.raises(FileError, match="do not exist"):
         read_weights(tmp_path / "w.pth")
     (tmp_path / "w.txt").write_text("weights")
-    with pytest.raises(BadFile, match="must end in"):
+    with pytest.raises(FileError, match="must end in"):
         read_weights(tmp_path / "w.txt")
     torch.save({"model": TENSORS}, tmp_path / "nested.pth")
-    with pytest.raises(BadFile, match="state dict"):
+    with pytest.raises(FileError, match="state dict"):
         read_weights(tmp_path / "nested.pth")
     save_file({"weight": torch.tensor([float("nan")])}, tmp_path / "nan.safetensors")
-    with pytest.raises(BadFile, match="NaN or infinite values in weight"):
+    with pytest.raises(FileError, match="NaN or infinite values in weight"):
         read_weights(tmp_path / "nan.safetensors")
 
 
@@ -70,6 +70,6 @@ def test_a_network_is_filled_whole_or_not_at_all(tmp_path):
         TENSORS | {"more": torch.zeros(1)},
         TENSORS | {"bias": torch.zeros(3)},
     ):
-        with pytest.raises(BadFile, match="does not hold a layer: ") as caught:
+        with pytest.raises(FileError, match="does not hold a layer: ") as caught:
             fill(torch.nn.Linear(3, 2), wrong, source=tmp_path, what="a layer")
         assert "\n" not in str(caught.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from safegen.core.concept import load_concept
-from safegen.core.generation import Sampler, native_precision
+from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.check import check
 from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.plan import make_plan
@@ -54,7 +54,13 @@ def test_the_base_model_draws_what_it_is_asked_for():
     concept = load_concept("skulls")
     items = make_plan(concept, prompts=6, seeds=(5,), roles=("explicit", "innocent", "benign"))
     verdicts = load_judge("mini").judge(
-        list(generate(load("mini"), [i.ask for i in items], Sampler(precision=native_precision())))
+        list(
+            generate(
+                load("mini"),
+                [i.ask for i in items],
+                GenerationConfig(precision=preferred_precision()),
+            )
+        )
     )
     asked = score(items[:12], verdicts[:12], concept)
     plain = score(items[12:], verdicts[12:], concept)
@@ -131,5 +137,5 @@ def test_the_required_figures_hold_at_demo_size(concept):
             assert row["base"]["shown"]["value"] >= 0.9
             assert row["base"]["shown"]["value"] - row["edited"]["shown"]["value"] <= 0.1
     assert (
-        summary["seconds"]["edit"] <= 180 or native_precision() == "fp32"
+        summary["seconds"]["edit"] <= 180 or preferred_precision() == "fp32"
     )  # the limit is for processors that compute in bf16

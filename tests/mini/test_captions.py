@@ -1,6 +1,6 @@
 import pytest
 
-from safegen.core.errors import BadSetting, UnknownName
+from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.mini import bundle, captions, world
 
 WORDS = {"skulls": ("skull", "bone", "skelet", "dead"), "fire": ("fire", "flame", "burn", "ablaze")}
@@ -43,7 +43,7 @@ def test_articles_agree_with_their_object():
 
 
 def test_a_list_that_is_too_long_or_unknown_is_refused_in_one_line():
-    with pytest.raises(BadSetting, match="got n = 100000"):
+    with pytest.raises(ConfigError, match="got n = 100000"):
         captions.prompts("benign", 100000)
-    with pytest.raises(UnknownName, match="Did you mean 'skulls'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):
         bundle.prompt_list("skull", 4)

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from safegen.core.errors import BadFile
-from safegen.core.generation import Ask, Sampler
+from safegen.core.errors import FileError
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.data.triplets.check import check
 from safegen.data.triplets.triplets import Triplets
 from safegen.mini import bundle, captions, world
@@ -59,7 +59,9 @@ def test_every_stage_runs_and_what_is_packed_has_the_shipped_files(trained):
 
 def test_what_is_packed_loads_and_draws(trained):
     model = load(str(trained / "home" / "weights" / "pipeline"))
-    (picture,) = generate(model, [Ask(prompt="a castle", seed=0)], Sampler(steps=2))
+    (picture,) = generate(
+        model, [Sample(prompt="a castle", seed=0)], GenerationConfig(num_inference_steps=2)
+    )
     assert picture.size == (64, 64)
     shipped = load("mini")
     for part in ("unet", "vae", "text_encoder"):
@@ -154,7 +156,7 @@ def test_scenes_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("numpy.savez", half)
-    with pytest.raises(BadFile, match="cannot be written: No space left on device"):
+    with pytest.raises(FileError, match="cannot be written: No space left on device"):
         stage_world(tmp_path, n=5)
     assert [p.name for p in tmp_path.iterdir()] == ["world.npz"]
     assert (tmp_path / "world.npz").read_bytes() == before
@@ -237,12 +239,12 @@ def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp
     for tensors in spoilt.values():
         save_file(tensors, path, {"step": "7", "seconds": "1"})
         with pytest.raises(
-            BadFile, match=r"is damaged or of another model .*; remove it to start again"
+            FileError, match=r"is damaged or of another model .*; remove it to start again"
         ) as caught:
             regression(tmp_path)
         assert "\n" not in str(caught.value)
     path.write_bytes(b"PK half a file")
-    with pytest.raises(BadFile, match="is damaged or of another model"):
+    with pytest.raises(FileError, match="is damaged or of another model"):
         regression(tmp_path)
 
 

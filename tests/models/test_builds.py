@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.models.checkpoint import configs as builds
 from safegen.models.checkpoint import key_map as layout
 from safegen.models.checkpoint.single_file import CONFIGS, save_single_file
@@ -62,7 +62,7 @@ def parts(build, folder):
     return out
 
 
-@pytest.mark.parametrize("build", sorted(builds.SIGNS))
+@pytest.mark.parametrize("build", sorted(builds.KEY_PREFIXES))
 def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_path):
     builds.write_small_files(build, tmp_path, prediction="epsilon")
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
             for name, value in layout.pack(build, part, module.state_dict()).items()
         }
     theirs = published(build)
-    assert builds.told_by(theirs) == build
+    assert builds.detect_architecture(theirs) == build
     spare = (
         "logit_scale",
         "position_ids",
@@ -87,16 +87,20 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
 
 def test_what_is_no_whole_model_is_told_by_nothing():
     assert (
-        builds.told_by(["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"])
+        builds.detect_architecture(
+            ["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"]
+        )
         is None
     )
-    assert builds.told_by(["conditioner.embedders.0.model.ln_final.bias"]) is None  # SDXL's refiner
+    assert (
+        builds.detect_architecture(["conditioner.embedders.0.model.ln_final.bias"]) is None
+    )  # SDXL's refiner
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The published builds, a few channels wide: everything else of them stays."""
-    for build in builds.SIGNS:
+    for build in builds.KEY_PREFIXES:
         config, n = builds.UNET[build], len(builds.UNET[build]["block_out_channels"])
         narrow = {
             "block_out_channels": [32] * n,
@@ -180,7 +184,7 @@ def test_a_file_with_weights_alone_opens_by_itself(
 def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(small, tmp_path):
     file, _ = theirs("sd2", tmp_path)
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"does not say whether it predicts epsilon or v.*\(--config, or in a recipe\)",
     ) as caught:
         load(str(file))
@@ -231,7 +235,7 @@ def test_a_variant_is_refused_in_one_line_that_says_which(
     file, _ = theirs(
         build, tmp_path, header, {name: torch.zeros(shape) for name, shape in marks.items()}.items()
     )
-    with pytest.raises(BadFile, match=words) as caught:
+    with pytest.raises(FileError, match=words) as caught:
         load(str(file))
     assert "\n" not in str(caught.value)
     assert str(caught.value).count("--config") <= 1
@@ -239,7 +243,7 @@ def test_a_variant_is_refused_in_one_line_that_says_which(
 
 def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
     file, _ = theirs("sdxl", tmp_path, None, {"edm_mean": torch.zeros(4)}.items())
-    with pytest.raises(BadFile, match="EDM"):
+    with pytest.raises(FileError, match="EDM"):
         load(str(file), config=tmp_path / "folder")
     save_file(load_file(file) | {"ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
     builds.write_small_files("sd1", tmp_path / "pndm", prediction="epsilon")
@@ -251,7 +255,7 @@ def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
     )  # a key that PNDM does not know
     (tmp_path / "one").mkdir()
     plain, _ = theirs("sd1", tmp_path / "one", None, {"ztsnr": torch.zeros(1)}.items())
-    with pytest.raises(BadFile, match="ends in pure noise"):
+    with pytest.raises(FileError, match="ends in pure noise"):
         load(str(plain), config=tmp_path / "pndm")
 
 
@@ -262,7 +266,7 @@ def test_a_file_without_a_part_is_refused_by_its_name(small, tmp_path):
         tmp_path / "no-vae.safetensors",
     )
     with pytest.raises(
-        BadFile, match=r"lacks a whole part of SD 1.x, the vae; get a file that holds it"
+        FileError, match=r"lacks a whole part of SD 1.x, the vae; get a file that holds it"
     ):
         load(str(tmp_path / "no-vae.safetensors"))
 
@@ -286,7 +290,7 @@ def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(sma
         metadata={CONFIGS: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})},
     )
     with pytest.raises(
-        BadFile, match="is damaged: its header's safegen_configs cannot be laid out"
+        FileError, match="is damaged: its header's safegen_configs cannot be laid out"
     ):
         load(str(tmp_path / "x.safetensors"))
 
@@ -294,7 +298,7 @@ def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(sma
 def test_a_file_that_holds_no_model_is_refused_in_one_line(tmp_path):
     save_file({"lora_unet_mid.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(
-        BadFile, match=r"holds no whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"
+        FileError, match=r"holds no whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"
     ):
         load(str(tmp_path / "lora.safetensors"))
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.core.errors import BadPatch, BadSetting
-from safegen.models import selectors as select
-from safegen.patches.arithmetic import differ, merge, overlapping, warn_of_overlap
-from safegen.patches.patch import Overwritten, Patch
+from safegen.core.errors import ConfigError, PatchError
+from safegen.models.selectors import select_parameters
+from safegen.patches.arithmetic import compare, merge, overlapping, warn_of_overlap
+from safegen.patches.patch import Patch, PatchOverlapWarning
 from safegen.workflows.edit import export_folder
 
 
@@ -19,8 +19,8 @@ from safegen.workflows.edit import export_folder
 def parts(tiny_model):
     """Two patches of self-attention that share one weight, and one of the text's."""
     own = dict(tiny_model.denoiser.named_parameters())
-    one, two, three = select(tiny_model.denoiser, "attn1")[:3]
-    other = select(tiny_model.denoiser, "kv2")[0]
+    one, two, three = select_parameters(tiny_model.denoiser, "attn1")[:3]
+    other = select_parameters(tiny_model.denoiser, "kv2")[0]
     base = {"base": tiny_model.hash}
     first = Patch({one: own[one] + 1, two: own[two] + 1}, base | {"method": "safegen"})
     second = Patch({two: own[two] + 2, three: own[three] + 2}, base)
@@ -50,7 +50,7 @@ def test_overlapping_weights_are_named_and_refused(parts):
     first, second, text = parts
     assert overlapping(parts) == sorted(first.tensors.keys() & second.tensors.keys())
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first",
     ):
         merge([first, second, text])
@@ -105,7 +105,7 @@ def test_a_change_that_is_within_another_counts_once(make_model, tiny_model, sta
         merged = merge([first, above], overlap=overlap, model=tiny_model)
         assert torch.equal(merged.tensors[name], want[name])
         assert (merged.provenance["overlapping"], merged.provenance["overlap"]) == (1, None)
-    with pytest.warns(Overwritten):
+    with pytest.warns(PatchOverlapWarning):
         warn_of_overlap([above, first])  # the wrong way round
 
 
@@ -115,7 +115,7 @@ def test_changes_are_added_from_what_lay_under_them(tiny_model, stacked):
     for order in ([first, above, other], [other, first, above], [above, first, other]):
         assert_close(merge(order, overlap="add", model=tiny_model).tensors[name], own + 1 + 5 + 7)
     with pytest.raises(
-        BadSetting,
+        ConfigError,
         match=rf"was made on a model with another patch on it \(safegen, hash {first.hash[:12]}\); merge that",
     ):
         merge([above, other], overlap="add", model=tiny_model)
@@ -123,17 +123,17 @@ def test_changes_are_added_from_what_lay_under_them(tiny_model, stacked):
 
 def test_refusals(make_model, parts):
     first, second, _ = parts
-    with pytest.raises(BadSetting, match="at least two patches, got 1"):
+    with pytest.raises(ConfigError, match="at least two patches, got 1"):
         merge([first])
-    with pytest.raises(BadSetting, match="needs the model"):
+    with pytest.raises(ConfigError, match="needs the model"):
         merge([first, second], overlap="add")
-    with pytest.raises(BadPatch, match="made on different weights"):
+    with pytest.raises(PatchError, match="made on different weights"):
         merge([first, Patch(second.tensors, {"base": "0" * 64})])
-    with pytest.raises(BadPatch, match="does not fit"):
+    with pytest.raises(PatchError, match="does not fit"):
         merge([first, second], overlap="add", model=make_model(channels=24))
-    with pytest.raises(BadPatch, match="does not fit"):  # though nothing overlaps
+    with pytest.raises(PatchError, match="does not fit"):  # though nothing overlaps
         merge([first, parts[2]], overlap="add", model=make_model(channels=24))
-    with pytest.raises(BadPatch, match="for different families"):
+    with pytest.raises(PatchError, match="for different families"):
         merge(
             [Patch(p.tensors, {"family": name}) for p, name in ((first, "one"), (second, "two"))],
             overlap="last",
@@ -150,7 +150,7 @@ def test_a_patch_that_is_on_already_is_not_undone_without_a_word(make_model, par
     model = make_model()
     with (
         first.apply(model),
-        pytest.warns(Overwritten, match="1 weights are changed by more than one patch"),
+        pytest.warns(PatchOverlapWarning, match="1 weights are changed by more than one patch"),
     ):
         export_folder(model, tmp_path / "out", patches=[second])
 
@@ -159,7 +159,7 @@ def test_patches_that_would_undo_each_other_are_warned_about(parts):
     first, second, text = parts
     warn_of_overlap([first, text])  # no warning, and warnings are errors
     with pytest.warns(
-        Overwritten,
+        PatchOverlapWarning,
         match=rf"1 weights are changed by more than one patch, {overlapping(parts)[0]} first, and the last",
     ):
         warn_of_overlap([first, second])
@@ -167,8 +167,8 @@ def test_patches_that_would_undo_each_other_are_warned_about(parts):
 
 def test_a_difference_is_counted_and_measured(parts):
     first, second, _ = parts
-    assert differ(first, first)["same"]
-    found = differ(first, second)
+    assert compare(first, first)["same"]
+    found = compare(first, second)
     assert (
         found["same"],
         found["only_first"],
@@ -180,6 +180,6 @@ def test_a_difference_is_counted_and_measured(parts):
     (name,) = overlapping(parts)
     want = float((first.tensors[name] - second.tensors[name]).norm() / first.tensors[name].norm())
     assert found["distance"] == pytest.approx(want, rel=1e-5)
-    assert differ(first, parts[2])["distance"] is None
+    assert compare(first, parts[2])["distance"] is None
     other = Patch({name: torch.zeros(2)}, {})
-    assert (differ(first, other)["shapes"], differ(first, other)["base"]) == ([name], None)
+    assert (compare(first, other)["shapes"], compare(first, other)["base"]) == ([name], None)

@@ -11,7 +11,7 @@ import shutil
 import pytest
 from huggingface_hub import constants
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.hub import fetch
 from safegen.models.model import load
@@ -42,7 +42,7 @@ def test_what_is_in_the_cache_is_loaded_without_a_network(home, tiny_model, tiny
     )
     shutil.rmtree(found.folder / "vae")
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"hub:me/tiny cannot be read: it has no weights, for there is no \.safetensors file in .*vae",
     ):
         load("hub:me/tiny")
@@ -76,7 +76,7 @@ def test_an_sdxl_of_the_hub_is_one(home, make_tiny, tmp_path):
 
 
 def test_what_is_not_there_is_one_clear_line(home):
-    with pytest.raises(BadFile) as caught:
+    with pytest.raises(FileError) as caught:
         load("hub:runwayml/stable-diffusion-v1-5")
     assert str(caught.value) == (
         f"hub:runwayml/stable-diffusion-v1-5 is not in the cache ({home}) and the hub does not give it: HF_HUB_OFFLINE is set, so it is "
@@ -93,7 +93,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setattr("safegen.models.hub.snapshot_download", refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(
-        BadFile,
+        FileError,
         match="the hub does not give it: Max retries exceeded; fetch it where there is a network",
     ) as caught:
         load("hub:me/tiny")
@@ -146,13 +146,13 @@ def test_pickles_are_not_even_fetched_unless_allowed(monkeypatch, tmp_path, allo
 
 @pytest.mark.parametrize("name", ["hub:", "hub:tiny", "hub:me/tiny/unet", "hub:a b/c", "hub:/tiny"])
 def test_what_is_no_name_of_the_hub_is_refused(name):
-    with pytest.raises(BadFile, match=r"a model of the hub is named hub:owner/name, got 'hub:"):
+    with pytest.raises(FileError, match=r"a model of the hub is named hub:owner/name, got 'hub:"):
         load(name)
 
 
 def test_a_hub_name_without_its_prefix_is_not_fetched_but_told():
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"no folder 'runwayml/stable-diffusion-v1-5' here; if .* say hub:runwayml/stable-diffusion-v1-5",
     ):
         load("runwayml/stable-diffusion-v1-5")

@@ -19,7 +19,6 @@ from real import lines, published
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from safegen.models import selectors as select
 from safegen.models.checkpoint.key_map import (
     PREFIX,
     lora_factors,
@@ -30,7 +29,7 @@ from safegen.models.checkpoint.key_map import (
     unpack,
     vae_names,
 )
-from safegen.models.selectors import SELECTORS
+from safegen.models.selectors import SELECTORS, select_parameters
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -193,12 +192,12 @@ def test_the_selectors_pick_the_published_layers(real):
     }
     assert of.keys() == SELECTORS.keys() == SELECTED[build].keys()
     for selector, wanted in of.items():
-        picked = select(unet, selector)
+        picked = select_parameters(unet, selector)
         assert {to[n]: tuple(own[n].shape) for n in picked} == {n: listed[n] for n in wanted}
         assert (len(picked), sum(prod(listed[n]) for n in wanted)) == SELECTED[build][selector]
-    rest, cross = set(select(unet, "noxattn")), set(select(unet, "attn2"))
+    rest, cross = set(select_parameters(unet, "noxattn")), set(select_parameters(unet, "attn2"))
     last = {n for n in own if n.startswith(("conv_norm_out.", "conv_out.", "time_embedding."))}
-    assert rest | cross | last == set(own) == set(select(unet, "all"))
+    assert rest | cross | last == set(own) == set(select_parameters(unet, "all"))
     assert not rest & cross
     assert not rest & last
 

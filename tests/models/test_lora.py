@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.core.errors import BadFile, BadPatch, BadSetting
+from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.edits.uce import UCE
-from safegen.models import selectors as select
-from safegen.patches.active_lora import beside
-from safegen.patches.lora import Lora, extract_lora, load_lora, missed, read_factors, save_lora
-from safegen.patches.patch import OtherBase, Patch
+from safegen.models.selectors import select_parameters
+from safegen.patches.active_lora import active_loras
+from safegen.patches.lora import Lora, effect_loss, extract_lora, load_lora, read_factors, save_lora
+from safegen.patches.patch import BaseMismatchWarning, Patch
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_at_full_rank_the_round_trip_gives_the_picture_back(
 ):
     model, out = make_model(), tmp_path / "lora.safetensors"
     lora = extract_lora(patch, model, 32)
-    assert (lora.energy, lora.left_out) == (pytest.approx(1), ())
+    assert (lora.retained_energy, lora.left_out) == (pytest.approx(1), ())
     save_lora(lora, model, out, keys=keys, dtype=dtype, base=model.hash)
     again = load_lora(out, model)
     assert again.tensors.keys() == patch.tensors.keys()
@@ -67,10 +67,10 @@ def test_less_rank_holds_less_and_says_so(tiny_model):
     wild = Patch(
         {
             n: own[n] + torch.randn(own[n].shape, generator=g)
-            for n in select(tiny_model.denoiser, "kv2")
+            for n in select_parameters(tiny_model.denoiser, "kv2")
         }
     )
-    energies = [extract_lora(wild, tiny_model, r).energy for r in (1, 4, 16, 32)]
+    energies = [extract_lora(wild, tiny_model, r).retained_energy for r in (1, 4, 16, 32)]
     assert energies == sorted(energies)
     assert 0 < energies[0] < 0.3
     assert energies[-1] == pytest.approx(1)
@@ -86,22 +86,22 @@ def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that
     wild = Patch(
         {
             n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g)
-            for n in select(model.denoiser, "kv2")
+            for n in select_parameters(model.denoiser, "kv2")
         }
     )
     before, picture_before = (
         {k: v.clone() for k, v in model.denoiser.state_dict().items()},
         picture(model),
     )
-    lost = [missed(extract_lora(wild, model, r), wild, model, steps=3) for r in (1, 4, 16, 32)]
+    lost = [effect_loss(extract_lora(wild, model, r), wild, model, steps=3) for r in (1, 4, 16, 32)]
     assert lost == sorted(lost, reverse=True)
     assert 0.3 < lost[0] < 1.2
     assert lost[-1] < 1e-3
     lora = extract_lora(wild, model, 4)
     nothing = Lora({n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.kept, (), 0.0)
-    assert missed(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
+    assert effect_loss(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
     said = [
-        missed(lora, wild, model, prompts=p, steps=3)
+        effect_loss(lora, wild, model, prompts=p, steps=3)
         for p in (["red cube"], ["a blue ball"], ["red cube", "a blue ball"])
     ]
     assert len(set(said)) == 3
@@ -114,11 +114,11 @@ def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(make_model):
     """Where to_out is zero, no prediction knows of a query."""
     model = make_model()
     own = dict(model.denoiser.named_parameters())
-    name = next(n for n in select(model.denoiser, "attn1") if n.endswith("to_q.weight"))
+    name = next(n for n in select_parameters(model.denoiser, "attn1") if n.endswith("to_q.weight"))
     with torch.no_grad():
         own[name.replace("to_q", "to_out.0")].zero_()
     change = Patch({name: own[name] + 1})
-    assert missed(extract_lora(change, model, 4), change, model, steps=2) is None
+    assert effect_loss(extract_lora(change, model, 4), change, model, steps=2) is None
 
 
 def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
@@ -126,8 +126,8 @@ def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
 ):
     model = make_model()
     lora, before = extract_lora(patch, model, 2), picture(model)
-    with pytest.raises(BadSetting, match="fp32 only"):
-        missed(lora, patch, make_half(make_model()))
+    with pytest.raises(ConfigError, match="fp32 only"):
+        effect_loss(lora, patch, make_half(make_model()))
     calls = []
 
     def fail(self, *args, **kwargs):
@@ -137,7 +137,7 @@ def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
     with monkeypatch.context() as broken:
         broken.setattr(type(model.pipeline), "prepare_latents", fail)
         with pytest.raises(MemoryError):
-            missed(lora, patch, model)
+            effect_loss(lora, patch, model)
     assert calls
     assert not model.applied
     assert not model.denoiser._forward_hooks
@@ -153,8 +153,8 @@ def make_half(model):
 def test_what_predictions_lose_is_told_of_other_builds(make_tiny, build):
     model = make_tiny(build)
     own = dict(model.denoiser.named_parameters())
-    wild = Patch({n: own[n] * 3 for n in select(model.denoiser, "kv2")})
-    whole, part = (missed(extract_lora(wild, model, r), wild, model, steps=2) for r in (32, 2))
+    wild = Patch({n: own[n] * 3 for n in select_parameters(model.denoiser, "kv2")})
+    whole, part = (effect_loss(extract_lora(wild, model, r), wild, model, steps=2) for r in (32, 2))
     assert whole < 1e-3 < part < 1.2
 
 
@@ -164,22 +164,26 @@ def test_a_bare_peft_adapter_is_refused_for_what_it_is(tiny_model, tmp_path):
         {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)},
         tmp_path / "adapter.safetensors",
     )
-    with pytest.raises(BadFile, match=r"is a bare peft adapter .* save it by save_lora_weights"):
+    with pytest.raises(FileError, match=r"is a bare peft adapter .* save it by save_lora_weights"):
         load_lora(tmp_path / "adapter.safetensors", tiny_model)
 
 
 def test_what_a_lora_cannot_hold_is_counted_as_lost(tiny_model):
     """A bias takes half of the squared change with it."""
     own = dict(tiny_model.denoiser.named_parameters())
-    weight = next(n for n in select(tiny_model.denoiser, "attn1") if n.endswith("to_q.weight"))
-    bias = next(n for n in select(tiny_model.denoiser, "attn1") if n.endswith("to_out.0.bias"))
+    weight = next(
+        n for n in select_parameters(tiny_model.denoiser, "attn1") if n.endswith("to_q.weight")
+    )
+    bias = next(
+        n for n in select_parameters(tiny_model.denoiser, "attn1") if n.endswith("to_out.0.bias")
+    )
     one = torch.zeros_like(own[weight])
     one[0, 0] = 2.0
     other = torch.zeros_like(own[bias])
     other[0] = 2.0
     found = extract_lora(Patch({weight: own[weight] + one, bias: own[bias] + other}), tiny_model, 1)
     assert found.left_out == (bias,)
-    assert found.energy == pytest.approx(0.5, abs=1e-5)
+    assert found.retained_energy == pytest.approx(0.5, abs=1e-5)
 
 
 def test_convolutions_go_too(make_model):
@@ -191,7 +195,7 @@ def test_convolutions_go_too(make_model):
     down, up = lora.factors[name]
     assert down.shape[1:] == own[name].shape[1:]
     assert up.shape[2:] == (1, 1)
-    assert lora.energy == pytest.approx(1)
+    assert lora.retained_energy == pytest.approx(1)
 
 
 def test_the_library_takes_our_web_ui_keys_for_its_own(tiny_model, patch, tmp_path):
@@ -244,31 +248,31 @@ def test_the_header_names_rank_and_energy(tiny_model, patch, tmp_path):
 
 
 def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
-    with pytest.raises(BadSetting, match="rank of a LoRA must be >= 1, got 0"):
+    with pytest.raises(ConfigError, match="rank of a LoRA must be >= 1, got 0"):
         extract_lora(patch, tiny_model, 0)
     own = dict(tiny_model.denoiser.named_parameters())
     bias = next(n for n in own if n.endswith("bias"))
-    with pytest.raises(BadSetting, match="changes nothing that a LoRA can hold"):
+    with pytest.raises(ConfigError, match="changes nothing that a LoRA can hold"):
         extract_lora(Patch({bias: own[bias] + 1}), tiny_model, 1)
     out = tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, tiny_model, 2), tiny_model, out)
-    with pytest.raises(BadPatch, match="does not fit the model 'wide'"):
+    with pytest.raises(PatchError, match="does not fit the model 'wide'"):
         load_lora(out, make_model(name="wide", channels=24))
     tensors = load_file(out)
     some = next(k for k in tensors if k.endswith("lora_up.weight"))
     save_file({k: v for k, v in tensors.items() if k != some}, tmp_path / "torn.safetensors")
-    with pytest.raises(BadFile, match="is damaged"):
+    with pytest.raises(FileError, match="is damaged"):
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(BadFile, match="is not a LoRA of a denoiser"):
+    with pytest.raises(FileError, match="is not a LoRA of a denoiser"):
         load_lora(tmp_path / "other.safetensors", tiny_model)
     save_file(
         {"lora_unet_nothing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "foreign.safetensors"
     )
-    with pytest.raises(BadPatch, match="it has no module lora_unet_nothing"):
+    with pytest.raises(PatchError, match="it has no module lora_unet_nothing"):
         load_lora(tmp_path / "foreign.safetensors", tiny_model)
     (tmp_path / "bytes.safetensors").write_bytes(b"x")
-    with pytest.raises(BadFile, match="not a readable safetensors file"):
+    with pytest.raises(FileError, match="not a readable safetensors file"):
         load_lora(tmp_path / "bytes.safetensors", tiny_model)
 
 
@@ -288,18 +292,18 @@ def lora_file(tiny_model, patch, tmp_path):
 def test_the_patch_is_made_on_the_model_that_it_was_added_to(lora_file, tiny_model, make_model):
     """The new values hold the model's own weights: on the LoRA's base they would be another model's."""
     other = make_model(5)
-    with pytest.warns(OtherBase, match="the LoRA was made on weights"):
+    with pytest.warns(BaseMismatchWarning, match="the LoRA was made on weights"):
         patch = load_lora(lora_file, other)
     assert patch.provenance["base"] == other.hash
     patch.apply(other)  # no warning, and warnings are errors
-    with pytest.warns(OtherBase, match="the patch was made on weights"):
-        patch.fits(tiny_model)
+    with pytest.warns(BaseMismatchWarning, match="the patch was made on weights"):
+        patch.check_compatible(tiny_model)
 
 
 def test_a_lora_of_another_family_is_refused_though_every_shape_fits(lora_file, make_model):
     other = make_model()
     other.denoiser.register_to_config(attention_head_dim=(4, 4))
-    with pytest.raises(BadPatch, match="it was made for another family"):
+    with pytest.raises(PatchError, match="it was made for another family"):
         load_lora(lora_file, other)
 
 
@@ -333,7 +337,7 @@ def test_a_file_that_would_be_half_read_is_refused(lora_file, tiny_model, tmp_pa
     tensors = load_file(lora_file)
     stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
     save_file(tensors | {stem + end: torch.ones(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(BadFile, match=rf"has {stem}{end}, which a plain LoRA has not") as caught:
+    with pytest.raises(FileError, match=rf"has {stem}{end}, which a plain LoRA has not") as caught:
         load_lora(tmp_path / "more.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
@@ -355,7 +359,7 @@ def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_pa
             metadata={"lora_adapter_metadata": json.dumps(said)},
         )
         if words:
-            with pytest.raises(BadFile, match=words):
+            with pytest.raises(FileError, match=words):
                 load_lora(tmp_path / "theirs.safetensors", tiny_model)
             continue
         for name, value in load_lora(tmp_path / "theirs.safetensors", tiny_model).tensors.items():
@@ -366,7 +370,7 @@ def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_pa
 
 def test_a_header_that_cannot_be_read_is_one_line(lora_file, tiny_model, tmp_path):
     save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={"safegen": "{"})
-    with pytest.raises(BadFile, match="its header cannot be read") as caught:
+    with pytest.raises(FileError, match="its header cannot be read") as caught:
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
@@ -385,7 +389,7 @@ def test_a_header_that_says_something_else_is_one_line_too(
     lora_file, tiny_model, tmp_path, key, text
 ):
     save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={key: text})
-    with pytest.raises(BadFile, match="its header cannot be read") as caught:
+    with pytest.raises(FileError, match="its header cannot be read") as caught:
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
@@ -400,14 +404,15 @@ def test_factors_of_no_rank_and_strengths_that_are_no_number_are_refused(
         tensors | {f"{stem}.lora_down.weight": down[:0], f"{stem}.lora_up.weight": up[:, :0]},
         tmp_path / "none.safetensors",
     )
-    with pytest.raises(BadFile, match=f"factors of rank 0 in {stem}"):
+    with pytest.raises(FileError, match=f"factors of rank 0 in {stem}"):
         load_lora(tmp_path / "none.safetensors", tiny_model)
     save_file(tensors | {f"{stem}.alpha": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
-    with pytest.raises(BadFile, match=f"NaN or infinite values in {stem}"):
+    with pytest.raises(FileError, match=f"NaN or infinite values in {stem}"):
         load_lora(tmp_path / "nan.safetensors", tiny_model)
     for scale in (float("nan"), float("inf"), 0.0):
         with pytest.raises(
-            BadSetting, match=f"scale of a LoRA must be a finite number other than 0, got {scale:g}"
+            ConfigError,
+            match=f"scale of a LoRA must be a finite number other than 0, got {scale:g}",
         ):
             load_lora(lora_file, tiny_model, scale=scale)
 
@@ -433,7 +438,7 @@ def test_a_rank_beyond_every_weight_is_the_largest_that_there_is(tiny_model, pat
 def test_the_header_says_which_models_it_is_for(tiny_model, make_tiny, tmp_path, build, says):
     """A1111 takes a file that does not for one of SD 1.x, and shows it beside no other model."""
     model = make_tiny(build[0], prediction_type=build[1]) if build else tiny_model
-    name = select(model.denoiser, "attn1")[0]
+    name = select_parameters(model.denoiser, "attn1")[0]
     change = Patch({name: model.denoiser.get_parameter(name).detach() + 1})
     save_lora(extract_lora(change, model, 1), model, tmp_path / "l.safetensors")
     with safe_open(tmp_path / "l.safetensors", framework="pt") as file:
@@ -446,7 +451,7 @@ def test_a_lora_of_a_patch_that_was_made_on_another_says_so(make_model, patch):
     model = make_model()
     with patch.apply(model):
         above = UCE(erase=("blue ball",)).apply(model)
-    with pytest.warns(OtherBase, match="was made on a model with another patch on it"):
+    with pytest.warns(BaseMismatchWarning, match="was made on a model with another patch on it"):
         extract_lora(above, model, 4)
 
 
@@ -465,7 +470,7 @@ def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path
     save_file(tensors, out, metadata={"format": "pt"})
     want, found = load_lora(own, model), load_lora(out, model)
     assert all(torch.equal(found.tensors[name], value) for name, value in want.tensors.items())
-    with beside(model, [(read_factors(out, model), 1.0)]):
+    with active_loras(model, [(read_factors(out, model), 1.0)]):
         active = picture(model)
     with want.apply(model):
         assert_close(active, picture(model), rtol=0, atol=1e-4)
@@ -504,7 +509,7 @@ def test_factors_of_no_shape_that_fits_are_refused_in_one_line(make_model, patch
     )
     save_file({k: v.contiguous() for k, v in tensors.items()}, out, metadata={"format": "pt"})
     with pytest.raises(
-        BadPatch, match=r"does not fit the model .*: the factors of lora_unet_.*attn2_to_k are"
+        PatchError, match=r"does not fit the model .*: the factors of lora_unet_.*attn2_to_k are"
     ) as caught:
         load_lora(out, model)
     assert "\n" not in str(caught.value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.models import selectors as select
+from safegen.models.selectors import select_parameters
 from safegen.patches.lora import extract_lora, load_lora, save_lora
 from safegen.patches.patch import Patch
 
@@ -28,7 +28,7 @@ def drawn(make_model, make_tiny):
     def build(kind):
         model = make_model() if kind == "sd1" else make_tiny(kind)
         own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(1)
-        names = [n for n in select(model.denoiser, "attention") if own[n].ndim == 2]
+        names = [n for n in select_parameters(model.denoiser, "attention") if own[n].ndim == 2]
         patch = Patch({n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g) for n in names})
         before = picture(model.pipeline)
         with patch.apply(model):

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.core.errors import BadFile
-from safegen.models import selectors as select
+from safegen.core.errors import FileError
 from safegen.models.checkpoint.key_map import lora_name, unet_names
 from safegen.models.model import Model
+from safegen.models.selectors import select_parameters
 from safegen.patches.lora import Lora, extract_lora, load_lora, save_lora
 from safegen.patches.patch import Patch
 
@@ -35,7 +35,7 @@ def written(real, tmp_path_factory):
     own, folder = dict(unet.named_parameters()), tmp_path_factory.mktemp("lora")
 
     def write(selector, keys):
-        names = [n for n in select(unet, selector) if own[n].ndim in (2, 4)]
+        names = [n for n in select_parameters(unet, selector) if own[n].ndim in (2, 4)]
         factors = {
             n: (
                 torch.zeros(1, *own[n].shape[1:]),
@@ -111,7 +111,7 @@ def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tm
     module's rank as alpha: whatever a reader divides by what, equal ranks are read right.
     """
     own = dict(tiny_model.denoiser.named_parameters())
-    names = [n for n in select(tiny_model.denoiser, "kv2") if n.endswith("to_k.weight")]
+    names = [n for n in select_parameters(tiny_model.denoiser, "kv2") if n.endswith("to_k.weight")]
     patch = Patch(
         {
             n: own[n] + torch.randn(own[n].shape, generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,9 @@ def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tm
 def ours(tiny_model, tmp_path_factory):
     """A LoRA of every attention matrix of the tiny model, as it is and in diffusers' newest keys."""
     g, own = torch.Generator().manual_seed(0), dict(tiny_model.denoiser.named_parameters())
-    names = [n for n in select(tiny_model.denoiser, "attention") if n.endswith(".weight")]
+    names = [
+        n for n in select_parameters(tiny_model.denoiser, "attention") if n.endswith(".weight")
+    ]
     patch = Patch({n: own[n] + torch.randn(own[n].shape, generator=g) for n in names})
     out = tmp_path_factory.mktemp("forms") / "ours.safetensors"
     save_lora(
@@ -180,7 +182,7 @@ def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
     save_file(
         {key: value for key, value in old.items() if key != gone}, tmp_path / "torn.safetensors"
     )
-    with pytest.raises(BadFile, match=r"is damaged: it has .*down\.weight and not .*up\.weight"):
+    with pytest.raises(FileError, match=r"is damaged: it has .*down\.weight and not .*up\.weight"):
         load_lora(tmp_path / "torn.safetensors", tiny_model)
 
 
@@ -188,7 +190,7 @@ def test_a_lora_of_an_sdxl_may_have_either_names(make_tiny, tmp_path):
     """kohya's trainer writes those of the original layout, others write diffusers' with the same prefix."""
     model = make_tiny("sdxl")
     own = dict(model.denoiser.named_parameters())
-    names = [n for n in select(model.denoiser, "attn1") if n.endswith(".weight")]
+    names = [n for n in select_parameters(model.denoiser, "attn1") if n.endswith(".weight")]
     lora = extract_lora(Patch({n: own[n] * 2 for n in names}), model, 2)
     save_lora(lora, model, tmp_path / "kohya.safetensors", dtype=torch.float32)
     to = unet_names(own)

@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
-from safegen.core.generation import Ask, Sampler
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.generation import generate, generator
 from safegen.models.model import hash_tensors, load
@@ -38,7 +38,13 @@ def pixels(image):
 
 
 def test_a_saved_model_draws_the_same_picture_in_plain_diffusers(tiny_model, tiny_folder):
-    ours = next(generate(tiny_model, [Ask(prompt="a red cube", seed=3)], Sampler(steps=3)))
+    ours = next(
+        generate(
+            tiny_model,
+            [Sample(prompt="a red cube", seed=3)],
+            GenerationConfig(num_inference_steps=3),
+        )
+    )
     plain = StableDiffusionPipeline.from_pretrained(
         tiny_folder, safety_checker=None, requires_safety_checker=False
     )
@@ -101,7 +107,7 @@ def test_a_saved_folder_holds_no_pickles_and_no_leftovers(tiny_folder):
 def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(BadFile, match="exists already"):
+    with pytest.raises(FileError, match="exists already"):
         save_folder(tiny_model, tmp_path / "out")
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
         "out",
@@ -126,7 +132,7 @@ def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(
 def test_what_a_folder_says_of_itself_cannot_be_read(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "m")
     (tmp_path / "m" / "safegen.json").mkdir()
-    with pytest.raises(BadFile, match="cannot be read"):
+    with pytest.raises(FileError, match="cannot be read"):
         load(tmp_path / "m")
 
 
@@ -274,7 +280,7 @@ DAMAGE = {
 def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, damage):
     spoil, words = DAMAGE[damage]
     spoil(folder)
-    with pytest.raises(BadFile, match=words) as caught:
+    with pytest.raises(FileError, match=words) as caught:
         load(str(folder))
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -283,7 +289,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, damage):
 def test_the_library_is_silent(folder, capfd):
     load(str(folder))
     (folder / VAE).unlink()
-    with pytest.raises(BadFile):
+    with pytest.raises(FileError):
         load(str(folder))
     assert capfd.readouterr() == ("", "")
 
@@ -302,23 +308,23 @@ def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
 )
 def test_a_single_file_that_is_none_is_refused(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"weights")
-    with pytest.raises(BadFile, match=words):
+    with pytest.raises(FileError, match=words):
         load(str(tmp_path / name))
 
 
 def test_an_unknown_name_comes_with_the_known_and_the_nearest():
-    with pytest.raises(UnknownName, match=r"Did you mean 'mini'.*Known: mini"):
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'mini'.*Known: mini"):
         load("minni")
-    with pytest.raises(UnknownName, match="Known: bf16, fp16, fp32"):
+    with pytest.raises(UnknownNameError, match="Known: bf16, fp16, fp32"):
         load("mini", dtype="fp8")
-    with pytest.raises(UnknownName, match="nor a folder of that name"):
+    with pytest.raises(UnknownNameError, match="nor a folder of that name"):
         load("a castle " * 600)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu:7"])
 def test_a_device_that_is_not_here_is_one_line(device):
     with pytest.raises(
-        BadSetting, match=rf"device must be one that torch can use here .*, got '{device}'"
+        ConfigError, match=rf"device must be one that torch can use here .*, got '{device}'"
     ) as caught:
         load("mini", device=device)
     assert "\n" not in str(caught.value)

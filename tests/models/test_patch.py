@@ -9,19 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safegen.core.errors import BadFile, BadPatch
+from safegen.core.errors import FileError, PatchError
 from safegen.edits.uce import UCE
-from safegen.models import selectors as select
 from safegen.models.model import load
+from safegen.models.selectors import select_parameters
 from safegen.patches.arithmetic import merge
-from safegen.patches.patch import FORMAT, OtherBase, Patch
+from safegen.patches.patch import FORMAT, BaseMismatchWarning, Patch
 
 
 @pytest.fixture(scope="module")
 def patch(tiny_model):
     g, own = torch.Generator().manual_seed(0), dict(tiny_model.denoiser.named_parameters())
     tensors = {
-        n: torch.randn(own[n].shape, generator=g) for n in select(tiny_model.denoiser, "attn1")
+        n: torch.randn(own[n].shape, generator=g)
+        for n in select_parameters(tiny_model.denoiser, "attn1")
     }
     return Patch(
         tensors,
@@ -66,17 +67,17 @@ def test_the_hash_is_of_names_and_values_in_any_order(patch):
 def test_an_output_that_exists_is_kept(patch, tmp_path):
     out = tmp_path / "p.safetensors"
     out.write_text("mine")
-    with pytest.raises(BadFile, match="exists already"):
+    with pytest.raises(FileError, match="exists already"):
         patch.save(out)
     assert out.read_text() == "mine"
-    with pytest.raises(BadFile, match="is a folder"):
+    with pytest.raises(FileError, match="is a folder"):
         patch.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
 
 def test_an_output_that_cannot_be_written_is_refused_in_one_line(patch, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(BadFile, match="cannot be written") as caught:
+    with pytest.raises(FileError, match="cannot be written") as caught:
         patch.save(tmp_path / "file" / "p.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -158,7 +159,7 @@ def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, da
     path = tmp_path / "p.safetensors"
     patch.save(path)
     spoil(path)
-    with pytest.raises(BadFile, match=words) as caught:
+    with pytest.raises(FileError, match=words) as caught:
         Patch.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -168,12 +169,12 @@ def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, da
 def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
     name = next(iter(patch.tensors))
     with pytest.raises(
-        BadPatch, match=f"is not written: the patch has NaN or infinite values in {name}"
+        PatchError, match=f"is not written: the patch has NaN or infinite values in {name}"
     ):
         Patch(dict(patch.tensors) | {name: torch.full_like(patch.tensors[name], value)}).save(
             tmp_path / "p.safetensors"
         )
-    with pytest.raises(BadPatch, match="is not written: the patch changes nothing"):
+    with pytest.raises(PatchError, match="is not written: the patch changes nothing"):
         Patch({}).save(tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -268,9 +269,9 @@ def test_a_patch_that_fails_half_way_leaves_the_model_as_it_was(make_model, patc
 def test_values_that_the_model_cannot_hold_are_refused_and_change_nothing(make_model, value, dtype):
     model = make_model()
     model.pipeline.to(dtype)
-    before, name = state_of(model), select(model.denoiser, "attn1")[0]
+    before, name = state_of(model), select_parameters(model.denoiser, "attn1")[0]
     wild = Patch({name: torch.full(before[name].shape, value)})
-    with pytest.raises(BadPatch, match=f"not finite as {str(dtype).removeprefix('torch.')}"):
+    with pytest.raises(PatchError, match=f"not finite as {str(dtype).removeprefix('torch.')}"):
         wild.apply(model)
     same(state_of(model), before)
 
@@ -284,10 +285,10 @@ def test_a_patch_knows_its_base_in_fewer_bits_and_no_other_model(tiny_folder, ma
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.apply(same).undo()
-        merge([made, made], overlap="last").fits(same)
+        merge([made, made], overlap="last").check_compatible(same)
     other.pipeline.to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
     with pytest.warns(
-        OtherBase, match=r"has [0-9a-f]{12}: it puts"
+        BaseMismatchWarning, match=r"has [0-9a-f]{12}: it puts"
     ):  # and no word of the type, which explains nothing here
         made.apply(other)
 
@@ -306,7 +307,7 @@ def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_wo
 ):
     model = make_model()
     model.pipeline.to(torch.bfloat16)
-    with pytest.warns(OtherBase, match=r"loaded as bfloat16, which alone changes that"):
+    with pytest.warns(BaseMismatchWarning, match=r"loaded as bfloat16, which alone changes that"):
         patch.apply(model)
 
 
@@ -321,7 +322,7 @@ def test_the_models_hash_is_that_of_its_base_also_under_a_patch(make_model, patc
 def test_a_patch_with_a_wrong_shape_is_refused_and_changes_nothing(make_model, patch):
     model = make_model()
     before, last = state_of(model), list(patch.tensors)[-1]
-    with pytest.raises(BadPatch, match="in the patch and") as caught:
+    with pytest.raises(PatchError, match="in the patch and") as caught:
         Patch(dict(patch.tensors) | {last: torch.zeros(3, 5)}).apply(model)
     assert last in str(caught.value)
     assert "(3, 5)" in str(caught.value)
@@ -331,19 +332,19 @@ def test_a_patch_with_a_wrong_shape_is_refused_and_changes_nothing(make_model, p
 def test_a_patch_with_a_strange_name_is_refused_and_changes_nothing(make_model, patch):
     model = make_model()
     before = state_of(model)
-    with pytest.raises(BadPatch, match=r"it has no weight transformer.w"):
+    with pytest.raises(PatchError, match=r"it has no weight transformer.w"):
         Patch(dict(patch.tensors) | {"transformer.w": torch.zeros(3)}).apply(model)
     same(state_of(model), before)
 
 
 def test_a_wider_model_refuses_the_patch(make_model, patch):
-    with pytest.raises(BadPatch, match="does not fit the model 'wide'"):
+    with pytest.raises(PatchError, match="does not fit the model 'wide'"):
         patch.apply(make_model(name="wide", channels=24))
 
 
 def test_another_base_of_the_same_shape_is_warned_about(make_model, patch):
     model = make_model(5)
-    with pytest.warns(OtherBase, match="measure the result") as caught:
+    with pytest.warns(BaseMismatchWarning, match="measure the result") as caught:
         applied = patch.apply(model)
     assert len(caught) == 1
     assert all(torch.equal(model.denoiser.get_parameter(k), v) for k, v in patch.tensors.items())
@@ -365,7 +366,7 @@ def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model
     made.apply(model).undo()
     before = state_of(other)
     with pytest.raises(
-        BadPatch,
+        PatchError,
         match=r"it was made for another family \(UNet2DConditionModel, heads \[2, 2\], text 32\)",
     ):
         made.apply(other)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from safegen.core.errors import BadFile
-from safegen.core.generation import Ask, Sampler, native_precision
-from safegen.models.generation import generate, generator, save_picture
+from safegen.core.errors import FileError
+from safegen.core.generation import GenerationConfig, Sample, preferred_precision
+from safegen.models.generation import generate, generator, save_image
 
 ASKS = [
-    Ask(prompt=p, seed=s, index=i)
+    Sample(prompt=p, seed=s, index=i)
     for p, s, i in [
         ("a red cube", 1, 0),
         ("a blue ball", 1, 1),
@@ -30,7 +30,7 @@ ASKS = [
 def draw(model, asks, **sampler):
     return [
         np.asarray(p).astype(int)
-        for p in generate(model, asks, Sampler(**({"steps": 4} | sampler)))
+        for p in generate(model, asks, GenerationConfig(**({"num_inference_steps": 4} | sampler)))
     ]
 
 
@@ -48,12 +48,12 @@ def test_pictures_come_in_the_order_of_the_asks_at_the_models_size(pictures):
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_the_batch_size_changes_a_picture_by_no_more_than_rounding(tiny_model, pictures, batch):
-    for one, other in zip(draw(tiny_model, ASKS, batch=batch), pictures, strict=True):
+    for one, other in zip(draw(tiny_model, ASKS, batch_size=batch), pictures, strict=True):
         assert abs(one - other).max() <= 2
 
 
 def test_what_is_drawn_beside_a_picture_does_not_change_it(tiny_model, pictures):
-    mixed = draw(tiny_model, [ASKS[3], Ask(prompt="a tree", seed=9), ASKS[0]], batch=3)
+    mixed = draw(tiny_model, [ASKS[3], Sample(prompt="a tree", seed=9), ASKS[0]], batch_size=3)
     assert abs(mixed[0] - pictures[3]).max() <= 2
     assert abs(mixed[2] - pictures[0]).max() <= 2
 
@@ -68,10 +68,10 @@ def test_a_repeated_run_draws_the_same_bytes_whatever_the_worlds_random_state(ti
 
 def test_seed_index_and_prompt_each_make_another_picture(tiny_model):
     asks = [
-        Ask(prompt="a red cube", seed=1),
-        Ask(prompt="a red cube", seed=2),
-        Ask(prompt="a red cube", seed=1, index=1),
-        Ask(prompt="a blue ball", seed=1),
+        Sample(prompt="a red cube", seed=1),
+        Sample(prompt="a red cube", seed=2),
+        Sample(prompt="a red cube", seed=1, index=1),
+        Sample(prompt="a blue ball", seed=1),
     ]
     found = [p.tobytes() for p in draw(tiny_model, asks, guidance=20.0)]
     assert len(set(found)) == 4
@@ -100,7 +100,7 @@ def test_guidance_of_one_is_no_guidance(tiny_model):
 def test_pictures_are_drawn_as_they_are_taken(tiny_model):
     calls = []
     hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
-    rows = generate(tiny_model, ASKS, Sampler(steps=1, batch=2))
+    rows = generate(tiny_model, ASKS, GenerationConfig(num_inference_steps=1, batch_size=2))
     assert not calls
     next(rows)
     assert len(calls) == 1
@@ -109,22 +109,28 @@ def test_pictures_are_drawn_as_they_are_taken(tiny_model):
 
 
 def test_nothing_asked_nothing_drawn(tiny_model):
-    assert list(generate(tiny_model, [], Sampler())) == []
+    assert list(generate(tiny_model, [], GenerationConfig())) == []
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"guidance": 0.5}, {"guidance": float("nan")}, {"batch": 0}, {"stepz": 3}],
+    [
+        {"num_inference_steps": 0},
+        {"guidance_scale": 0.5},
+        {"guidance_scale": float("nan")},
+        {"batch_size": 0},
+        {"stepz": 3},
+    ],
 )
 def test_a_setting_that_breaks_its_rule_is_refused(change):
     with pytest.raises(ValidationError, match=next(iter(change))):
-        Sampler(**change)
+        GenerationConfig(**change)
 
 
 def test_a_png_carries_how_it_was_made(tmp_path):
     image = Image.effect_noise((32, 32), 90).convert("RGB")
     facts = {"prompt": 'a "red" cube,\nécrit en français 红', "seed": 3, "patches": ["ab12"]}
-    save_picture(image, tmp_path / "new" / "0.png", facts)
+    save_image(image, tmp_path / "new" / "0.png", facts)
     with Image.open(tmp_path / "new" / "0.png") as found:
         assert found.format == "PNG"
         assert json.loads(found.text["safegen"]) == facts
@@ -134,8 +140,8 @@ def test_a_png_carries_how_it_was_made(tmp_path):
 
 def test_a_png_that_exists_is_kept(tmp_path):
     (tmp_path / "0.png").write_text("mine")
-    with pytest.raises(BadFile, match="exists already"):
-        save_picture(Image.new("RGB", (8, 8)), tmp_path / "0.png", {})
+    with pytest.raises(FileError, match="exists already"):
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "0.png", {})
     assert (tmp_path / "0.png").read_text() == "mine"
 
 
@@ -145,12 +151,12 @@ def test_a_png_that_exists_is_kept(tmp_path):
 )
 def test_a_processor_that_would_put_bf16_together_by_software_gets_fp32(monkeypatch, able, want):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
-    assert native_precision() == want
+    assert preferred_precision() == want
 
 
 def test_a_torch_that_does_not_tell_and_other_devices_get_fp32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert native_precision() == native_precision("mps") == "fp32"
+    assert preferred_precision() == preferred_precision("mps") == "fp32"
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -160,5 +166,5 @@ def test_a_graphics_card_is_asked_whether_it_computes_in_bf16_itself(monkeypatch
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda *, including_emulation: able or including_emulation
     )
-    assert native_precision("cuda:1") == ("bf16" if able else "fp32")
+    assert preferred_precision("cuda:1") == ("bf16" if able else "fp32")
     assert asked == ["cuda:1"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from safegen.core.errors import BadSetting, UnknownName
-from safegen.models import selectors as select
+from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.models.selectors import select_parameters
 
 
 def test_attn1_names_80_tensors_of_49574080_parameters_on_sd_1():
@@ -21,7 +21,7 @@ def test_attn1_names_80_tensors_of_49574080_parameters_on_sd_1():
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         )
-    names = select(unet, "attn1")
+    names = select_parameters(unet, "attn1")
     own = dict(unet.named_parameters())
     assert sum(p.numel() for p in own.values()) == 859_520_964  # it is SD 1.x
     assert len(names) == len(set(names)) == 80
@@ -36,7 +36,7 @@ def test_attn1_names_80_tensors_of_49574080_parameters_on_sd_1():
 
 
 def test_attn1_names_self_attention_of_every_block_in_order(tiny_model):
-    names = select(tiny_model.denoiser, "attn1")
+    names = select_parameters(tiny_model.denoiser, "attn1")
     assert names == [n for n, _ in tiny_model.denoiser.named_parameters() if "attn1" in n]
     assert {n.split(".")[0] for n in names} == {"down_blocks", "mid_block", "up_blocks"}
     assert not [n for n in names if "attn2" in n or "norm" in n or "ff" in n]
@@ -54,15 +54,15 @@ def test_self_attention_that_is_really_cross_attention_is_refused():
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         only_cross_attention=True,
     )
-    with pytest.raises(BadSetting, match="attn1 is cross-attention in this model"):
-        select(unet, "attn1")
+    with pytest.raises(ConfigError, match="attn1 is cross-attention in this model"):
+        select_parameters(unet, "attn1")
 
 
 def test_a_model_without_such_weights_is_refused(tiny_model):
-    with pytest.raises(BadSetting, match="picks no weight of a AutoencoderKL"):
-        select(tiny_model.vae, "attn1")
+    with pytest.raises(ConfigError, match="picks no weight of a AutoencoderKL"):
+        select_parameters(tiny_model.vae, "attn1")
 
 
 def test_an_unknown_selector_comes_with_the_nearest(tiny_model):
-    with pytest.raises(UnknownName, match="Did you mean 'attn1'"):
-        select(tiny_model.denoiser, "atn1")
+    with pytest.raises(UnknownNameError, match="Did you mean 'attn1'"):
+        select_parameters(tiny_model.denoiser, "atn1")

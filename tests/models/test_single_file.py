@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint import key_map as layout
 from safegen.models.checkpoint.single_file import CONFIGS, load_single_file, save_single_file
@@ -110,7 +110,7 @@ def test_a_file_without_small_files_takes_those_of_a_folder(
     }
     save_file(load_file(file) | extra, bare)
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"its configuration says .*; the configuration is that .* SD 1\.x: name .* \(--config, or in a recipe\)",
     ):
         load(str(bare))
@@ -122,7 +122,7 @@ def test_a_file_without_small_files_takes_those_of_a_folder(
 def test_a_pickle_is_opened_only_when_the_user_says_so(file, tiny_model, tiny_folder, tmp_path):
     path = tmp_path / "old.ckpt"
     torch.save({"state_dict": load_file(file), "global_step": 7}, path)
-    with pytest.raises(BadFile, match="--allow-pickle"):
+    with pytest.raises(FileError, match="--allow-pickle"):
         load(str(path), config=tiny_folder)
     again = load(str(path), config=tiny_folder, allow_pickle=True)
     assert again.hash == tiny_model.hash
@@ -136,7 +136,7 @@ class Harm:
 def test_a_pickle_that_would_run_code_is_refused_even_then(tiny_folder, tmp_path, capsys):
     path = tmp_path / "bad.ckpt"
     torch.save({"state_dict": Harm()}, path)
-    with pytest.raises(BadFile, match="cannot be read as a one-file checkpoint"):
+    with pytest.raises(FileError, match="cannot be read as a one-file checkpoint"):
         load(str(path), config=tiny_folder, allow_pickle=True)
     assert capsys.readouterr().out == ""
 
@@ -193,30 +193,30 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(file, tmp_path, change,
     tensors = load_file(file)
     change(tensors, header)
     save_file(tensors, tmp_path / "x.safetensors", metadata=header)
-    with pytest.raises(BadFile, match=words) as caught:
+    with pytest.raises(FileError, match=words) as caught:
         load(str(tmp_path / "x.safetensors"))
     assert "\n" not in str(caught.value)
 
 
 def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_path, file):
-    with pytest.raises(BadSetting, match="config has no effect on 'mini'"):
+    with pytest.raises(ConfigError, match="config has no effect on 'mini'"):
         load("mini", config=tiny_folder)
-    with pytest.raises(BadSetting, match="dtype must be one of fp32, bf16, fp16"):
+    with pytest.raises(ConfigError, match="dtype must be one of fp32, bf16, fp16"):
         save_single_file(make_model(), tmp_path / "x.safetensors", dtype="int8")
     big = make_model()
     with torch.no_grad():
         big.denoiser.conv_out.bias.fill_(1e6)
     with pytest.raises(
-        BadSetting, match=r"unet.conv_out.bias does not fit into fp16; choose bf16 or fp32"
+        ConfigError, match=r"unet.conv_out.bias does not fit into fp16; choose bf16 or fp32"
     ):
         save_single_file(big, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
-    with pytest.raises(BadFile, match="is not a diffusers folder"):
+    with pytest.raises(FileError, match="is not a diffusers folder"):
         load_single_file(file, config=tmp_path)
 
 
 def test_a_folder_whose_index_is_damaged_is_refused_in_one_line(file, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(BadFile, match=r"model_index.json is not JSON") as caught:
+    with pytest.raises(FileError, match=r"model_index.json is not JSON") as caught:
         load_single_file(file, config=tmp_path)
     assert "\n" not in str(caught.value)

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from safegen.core import registry as tables
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.generation import Ask, Sampler
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.base import Edit
-from safegen.models import selectors as select
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.single_file import CONFIGS, save_single_file
 from safegen.models.generation import generate
 from safegen.models.model import load
+from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
-from safegen.stack import weights_hash
+from safegen.stack import pipeline_hash
 
 ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 CLASSES = {"sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -49,7 +49,7 @@ def test_the_round_trip_gives_every_weight_and_the_picture_back(file, other_buil
         other_build.family,
         other_build.hash,
     )
-    assert weights_hash(again) == weights_hash(other_build)
+    assert pipeline_hash(again) == pipeline_hash(other_build)
     assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
 
 
@@ -68,7 +68,7 @@ def test_the_library_opens_the_file_and_draws_the_same_picture(file, other_build
 def test_a_folder_is_read_and_written_too(other_build, tmp_path):
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "folder"))
-    assert weights_hash(again) == weights_hash(other_build)
+    assert pipeline_hash(again) == pipeline_hash(other_build)
     # a processor without AVX-512 rounds by where in memory a file's weights lie
     assert_close(picture(again.pipeline), picture(other_build.pipeline), rtol=0, atol=1e-5)
     theirs = CLASSES[other_build.name].from_pretrained(tmp_path / "folder")
@@ -100,7 +100,8 @@ def test_a_file_of_somebody_elses_has_more_that_decides_nothing(file, other_buil
     wrong = {prefix + "transformer.resblocks.3.ln_1.weight": torch.ones(32)}
     save_file(tensors | wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(
-        BadFile, match=r"resblocks.3.ln_1.weight and 0 others that its configuration does not know"
+        FileError,
+        match=r"resblocks.3.ln_1.weight and 0 others that its configuration does not know",
     ):
         load(str(tmp_path / "wrong.safetensors"), config=tmp_path / "folder")
 
@@ -115,13 +116,13 @@ def test_a_pickle_is_opened_only_when_the_user_says_so_and_never_runs(
 ):
     save_folder(other_build, tmp_path / "folder")
     torch.save({"state_dict": load_file(file), "global_step": 7}, tmp_path / "old.ckpt")
-    with pytest.raises(BadFile, match=r"old.ckpt is a pickle, .* say --allow-pickle"):
+    with pytest.raises(FileError, match=r"old.ckpt is a pickle, .* say --allow-pickle"):
         load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder")
     again = load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder", allow_pickle=True)
     assert (again.parts, again.hash) == (other_build.parts, other_build.hash)
     assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
     torch.save({"state_dict": Harm()}, tmp_path / "bad.ckpt")
-    with pytest.raises(BadFile, match="cannot be read as a one-file checkpoint"):
+    with pytest.raises(FileError, match="cannot be read as a one-file checkpoint"):
         load(str(tmp_path / "bad.ckpt"), config=tmp_path / "folder", allow_pickle=True)
     assert capsys.readouterr().out == ""
 
@@ -134,7 +135,7 @@ def test_a_fused_tensor_of_another_size_is_refused(file, other_build, tmp_path):
     tensors[name] = tensors[name][:-1]
     save_file(tensors, tmp_path / "x.safetensors", metadata=header)
     with pytest.raises(
-        BadFile,
+        FileError,
         match=r"in_proj_weight of shape \(\d+, \d+\), its configuration says \(\d+, \d+\) for .*[qkv]_proj.weight",
     ):
         load(str(tmp_path / "x.safetensors"))
@@ -178,7 +179,7 @@ def test_a_configuration_that_contradicts_the_file_is_refused_in_one_line(make_t
         ("eps", "v", "says that it predicts epsilon, its configuration says v_prediction"),
         ("snr", "v", "says that its schedule ends in pure noise"),
     ):
-        with pytest.raises(BadFile, match=words) as caught:
+        with pytest.raises(FileError, match=words) as caught:
             load(str(tmp_path / f"{file}.safetensors"), config=tmp_path / folder)
         assert "\n" not in str(caught.value)
     bare = {k: v for k, v in load_file(tmp_path / "v.safetensors").items() if k != "v_pred"}
@@ -188,7 +189,7 @@ def test_a_configuration_that_contradicts_the_file_is_refused_in_one_line(make_t
 
 def test_a_model_that_predicts_what_a_file_cannot_say_is_not_written(make_tiny, tmp_path):
     with pytest.raises(
-        BadSetting, match="predicts sample, and one file can say epsilon or v_prediction only"
+        ConfigError, match="predicts sample, and one file can say epsilon or v_prediction only"
     ):
         save_single_file(make_tiny("sd2", prediction_type="sample"), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +198,7 @@ def test_a_model_that_predicts_what_a_file_cannot_say_is_not_written(make_tiny, 
 def test_a_patch_goes_out_with_the_model(make_tiny, tmp_path):
     for build in ("sd2", "sdxl"):
         model = make_tiny(build)
-        names = select(model.denoiser, "attn1")
+        names = select_parameters(model.denoiser, "attn1")
         patch = Patch(
             {n: model.denoiser.get_parameter(n) * 3 for n in names},
             {"base": model.hash, "family": model.family},
@@ -215,8 +216,8 @@ def test_a_stack_draws_with_an_sdxl(make_tiny):
     model = make_tiny("sdxl")
     one, two = generate(
         model,
-        [Ask(prompt="a red cube", seed=1), Ask(prompt="a blue ball", seed=1, index=1)],
-        Sampler(steps=2),
+        [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],
+        GenerationConfig(num_inference_steps=2),
     )
     assert one.size == two.size == (model.size, model.size)
     assert one.tobytes() != two.tobytes()
@@ -235,9 +236,9 @@ def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets):
         for k, v in getattr(model.pipeline, part).state_dict().items()
     }
     with pytest.raises(
-        BadSetting, match=r"'sdxl' is an SDXL.*edits and fine-tuning know SD 1.x and 2.x only"
+        ConfigError, match=r"'sdxl' is an SDXL.*edits and fine-tuning know SD 1.x and 2.x only"
     ) as caught:
-        edit.apply(model, triplets if edit.learns_from != "words" else None)
+        edit.apply(model, triplets if edit.inputs != "words" else None)
     assert "\n" not in str(caught.value)
     after = {
         k: v for part in model.parts for k, v in getattr(model.pipeline, part).state_dict().items()

@@ -14,15 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept, prompt_list
-from safegen.core.errors import BadFile, BadSetting, Diverged
+from safegen.core.errors import ConfigError, DivergedError, FileError
 from safegen.data.triplets.triplets import Triplets, open_role, read_picture
-from safegen.edits.base import lying_under
+from safegen.edits.base import parents_of
 from safegen.edits.functional import losses
 from safegen.edits.training.checkpoint import FILE
-from safegen.edits.training.config import Precision, decided
-from safegen.edits.training.lora import trainable
+from safegen.edits.training.config import Precision, resolve_precision
+from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import to_pixels
-from safegen.edits.training.trainer import Row, Training, check, train
+from safegen.edits.training.trainer import LogRow, Training, check, train
 from safegen.judges import load_judge
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
@@ -69,7 +69,7 @@ class FineTune(BaseModel):
 
     def on(self, net: nn.Module) -> Self:
         """Return it with `auto` decided for a network."""
-        return self.model_copy(update={"precision": decided(self.precision, net)})
+        return self.model_copy(update={"precision": resolve_precision(self.precision, net)})
 
     @property
     def training(self) -> Training:
@@ -87,7 +87,7 @@ class FineTune(BaseModel):
 
 
 @dataclass(frozen=True)
-class Material:
+class FineTuneDataset:
     """Pictures to fine-tune on, the texts that each may go with, and a hash over all of it."""
 
     pictures: tuple[Image.Image, ...]
@@ -104,7 +104,7 @@ class Material:
         """Return one side of triplets, which carry no text, each picture with what `caption` has for it; without any it is left out.
 
         Raises:
-            BadFile: a picture is missing or changed, or none has a text.
+            FileError: a picture is missing or changed, or none has a text.
         """
         pictures = [open_role(triplets.folder, row, role) for row in triplets.rows]
         digests = [getattr(row.sha256, role) for row in triplets.rows]
@@ -112,7 +112,7 @@ class Material:
             (p, t, d) for p, t, d in zip(pictures, caption(pictures), digests, strict=True) if t
         ]
         if not rows:
-            raise BadFile(
+            raise FileError(
                 "no picture of the triplets has a subject that a caption fits; give pictures with their captions: --pictures"
             )
         kept, texts, hashes = zip(*rows, strict=True)
@@ -123,26 +123,26 @@ class Material:
         """Return a folder's pictures with their captions: `cat.png` with `cat.txt` beside it, as LoRA trainers have it.
 
         Raises:
-            BadFile: no such folder, no picture in it, one without a caption, or an unreadable file.
+            FileError: no such folder, no picture in it, one without a caption, or an unreadable file.
         """
         if not folder.is_dir():
-            raise BadFile(
+            raise FileError(
                 f"{folder} is not a folder; name one with pictures and a .txt file with its caption beside each"
             )
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
         if not paths:
-            raise BadFile(f"{folder} has no pictures ({', '.join(PICTURES)})")
+            raise FileError(f"{folder} has no pictures ({', '.join(PICTURES)})")
         texts = []
         for path in paths:
             side = path.with_suffix(".txt")
             if not side.is_file():
-                raise BadFile(
+                raise FileError(
                     f"{path.name} has no caption; write it to {side}, an empty file for none"
                 )
             try:
                 texts.append((" ".join(side.read_text(encoding="utf-8-sig").split()),))
             except UnicodeDecodeError as error:
-                raise BadFile(f"{side} is not UTF-8 text: {error}") from error
+                raise FileError(f"{side} is not UTF-8 text: {error}") from error
         digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
         return cls(tuple(read_picture(p) for p in paths), tuple(texts), _digest(digests, texts))
 
@@ -179,17 +179,17 @@ def captions_for(
     ]
 
 
-class Denoising:
+class DenoisingObjective:
     """The plain loss |e(x_t, t, c) - target|^2 on given pictures (Ho et al.
 
     2020, arXiv:2006.11239, eq. 14), for the training loop.
     """
 
-    def __init__(self, settings: FineTune, model: Model, material: Material) -> None:
+    def __init__(self, settings: FineTune, model: Model, material: FineTuneDataset) -> None:
         """Encode every picture and text once."""
         self.settings, self.prediction = settings, model.prediction
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise BadSetting(
+            raise ConfigError(
                 f"fine-tuning knows models that predict epsilon or v_prediction, this one predicts {self.prediction}"
             )
         self.weights = {"L": 1.0}
@@ -203,10 +203,10 @@ class Denoising:
         )
         self.rows = [[known.index(t) for t in row] for row in material.texts]
         self.fingerprint = (
-            f"{settings.model_dump_json()} {model.hash} {model.around} {material.hash}"
+            f"{settings.model_dump_json()} {model.hash} {model.components_hash} {material.hash}"
         )
 
-    def losses(
+    def training_step(
         self,
         denoiser: nn.Module,
         micro_step: int,
@@ -237,22 +237,22 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FineTuneResult:
     """A fine-tuned model at each of the asked updates, as patches, and the log of the training."""
 
     patches: Mapping[int, Patch]
-    log: Sequence[Row]
+    log: Sequence[LogRow]
 
 
 def fine_tune(
     model: Model,
-    material: Material,
+    material: FineTuneDataset,
     settings: FineTune,
     *,
     folder: Path | None = None,
-    report: Callable[[int, int, Row], None] | None = None,
+    report: Callable[[int, int, LogRow], None] | None = None,
     **facts: Any,
-) -> Tuned:
+) -> FineTuneResult:
     """Fine-tune a model as it stands, patches on it included; it is given back as it came.
 
     Args:
@@ -268,9 +268,9 @@ def fine_tune(
         Patches that hold the tuned weights themselves: put on after the patches that the model had.
 
     Raises:
-        BadSetting: the model predicts something else, or the precision does not go with it.
-        BadFile: what the folder keeps is damaged or of another fine-tune, or it cannot be written.
-        Diverged: a loss or a weight is not finite.
+        ConfigError: the model predicts something else, or the precision does not go with it.
+        FileError: what the folder keeps is damaged or of another fine-tune, or it cannot be written.
+        DivergedError: a loss or a weight is not finite.
         Stopped: SIGINT or SIGTERM came.
     """
     found: dict[int, Patch] = {}
@@ -281,19 +281,19 @@ def fine_tune(
         "base": model.hash,
         "family": model.family,
     }
-    said |= {"base_rounded": model.rounded}
-    said |= {"under": under} if (under := lying_under(model)) else {}
-    with trainable(
+    said |= {"base_rounded": model.cast_hashes}
+    said |= {"under": under} if (under := parents_of(model)) else {}
+    with trainable_parameters(
         model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed
     ) as part:
         check(model.denoiser, part.names, settings.training)
         own = dict(model.denoiser.named_parameters())
 
-        def note(done: int, of: int, row: Row) -> None:
+        def note(done: int, of: int, row: LogRow) -> None:
             if done in settings.updates:
                 values = part.weights({name: own[name].detach().clone() for name in part.names})
                 if any(not bool(v.isfinite().all()) for v in values.values()):
-                    raise Diverged(
+                    raise DivergedError(
                         f"the fine-tuned weights are not finite after {done} updates; lower lr ({settings.lr})"
                     )
                 found[done] = Patch(values, said | {"data": material.hash, "updates": done} | facts)
@@ -306,7 +306,7 @@ def fine_tune(
                 report(done, of, row)
 
         problem, resume = (
-            Denoising(settings, model, material),
+            DenoisingObjective(settings, model, material),
             folder is not None and (folder / FILE).is_file(),
         )
         training = (
@@ -319,7 +319,7 @@ def fine_tune(
         ).log
     if folder:  # those from before a stop too
         found = {done: Patch.load(folder / f"{done}.safetensors") for done in settings.updates}
-    return Tuned(found, log)
+    return FineTuneResult(found, log)
 
 
 def _digest(digests: Sequence[str], texts: Sequence[Sequence[str]]) -> str:

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from PIL import Image
 
-from safegen.core.errors import BadFile
-from safegen.core.files import UNFINISHED, fresh_file, is_unfinished
+from safegen.core.errors import FileError
+from safegen.core.files import STAGING_DIR, atomic_write, is_incomplete
 from safegen.evaluation.run.folder import Journal, from_line, to_line
 from safegen.judges import Verdict
 
@@ -35,10 +35,10 @@ class Kept:
                 refused.
 
         Raises:
-            BadFile: `out` exists and is no unfinished test of these facts, cannot be written, or
+            FileError: `out` exists and is no unfinished test of these facts, cannot be written, or
                 another process is at work there.
         """
-        self.out, self.place = out, out / UNFINISHED
+        self.out, self.place = out, out / STAGING_DIR
         self._around: list[Path] = []
         refuse_finished(out)
         try:
@@ -49,7 +49,7 @@ class Kept:
                 self.place.mkdir(parents=True)
             self.journal = Journal(self.place / ROWS)
         except OSError as error:
-            raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+            raise FileError(f"{out} cannot be written: {error.strerror or error}") from error
         try:
             self._agree(facts)
         except BaseException:
@@ -59,14 +59,14 @@ class Kept:
     def _agree(self, facts: Mapping[str, Any]) -> None:
         card, text = self.place / CARD, json.dumps(facts, indent=1, sort_keys=True) + "\n"
         if not card.exists() and {path.name for path in self.place.iterdir()} - {ROWS}:
-            raise BadFile(
+            raise FileError(
                 f"{self.out} is unfinished, and of another command; remove that folder, or name another"
             )
         if not card.exists():
-            with fresh_file(card) as tmp:
+            with atomic_write(card) as tmp:
                 tmp.write_text(text, encoding="utf-8")
         elif card.read_text(encoding="utf-8") != text:
-            raise BadFile(
+            raise FileError(
                 f"{self.out} is an unfinished test of other settings, data, weights or patches; go on with the same, remove that folder, "
                 "or name another"
             )
@@ -75,7 +75,7 @@ class Kept:
         """Return a finished side's pictures and raw verdicts, whose outcomes wait for labels and a threshold; None if it is not finished.
 
         Raises:
-            BadFile: a picture or a line is missing or damaged.
+            FileError: a picture or a line is missing or damaged.
         """
         line = next((line for line in self.journal.lines if line.get("side") == side), None)
         if line is None:
@@ -84,7 +84,7 @@ class Kept:
             verdicts = [from_line(found) for found in line["verdicts"]]
             return [_read(self._picture(side, i)) for i in range(len(verdicts))], verdicts
         except (KeyError, TypeError, OSError) as error:
-            raise BadFile(
+            raise FileError(
                 f"{self.place} is damaged at {side} ({error}); remove {self.out} and start again"
             ) from error
 
@@ -92,19 +92,19 @@ class Kept:
         """Keep a finished side.
 
         Raises:
-            BadFile: it cannot be written.
+            FileError: it cannot be written.
         """
         for i, picture in enumerate(pictures):
             path = self._picture(side, i)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with fresh_file(path, replace=True) as tmp:
+            with atomic_write(path, replace=True) as tmp:
                 picture.save(tmp, "PNG")
         try:
             self.journal.append(
                 [{"side": side, "verdicts": [to_line(verdict) for verdict in verdicts]}]
             )
         except OSError as error:
-            raise BadFile(f"{self.place} cannot be written: {error.strerror or error}") from error
+            raise FileError(f"{self.place} cannot be written: {error.strerror or error}") from error
 
     def tuning(self, side: str) -> Path:
         """Return the folder of a fine-tune's checkpoint, log and patches."""
@@ -117,7 +117,7 @@ class Kept:
             write: puts every file of the results into the folder that it is given.
 
         Raises:
-            BadFile: they cannot be written.
+            FileError: they cannot be written.
         """
         results = self.place / "results"
         try:
@@ -127,7 +127,7 @@ class Kept:
             for entry in sorted(results.iterdir(), key=lambda path: path.name == RESULTS):
                 entry.replace(self.out / entry.name)
         except OSError as error:
-            raise BadFile(f"{self.out} cannot be written: {error.strerror or error}") from error
+            raise FileError(f"{self.out} cannot be written: {error.strerror or error}") from error
         self.journal.close()
         shutil.rmtree(self.place, ignore_errors=True)
 
@@ -153,10 +153,10 @@ def refuse_finished(out: Path) -> None:
     """Refuse a folder that is not new and no unfinished test, before the work begins.
 
     Raises:
-        BadFile: it is.
+        FileError: it is.
     """
-    if os.path.lexists(out) and not is_unfinished(out, last=RESULTS):
-        raise BadFile(f"{out} exists already; name another folder or remove it")
+    if os.path.lexists(out) and not is_incomplete(out, last=RESULTS):
+        raise FileError(f"{out} exists already; name another folder or remove it")
 
 
 def _read(path: Path) -> Image.Image:

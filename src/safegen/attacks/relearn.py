@@ -14,14 +14,20 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegen._version import __version__
-from safegen.attacks.finetune import FineTune, Material, Tuned, captions_for, fine_tune
+from safegen.attacks.finetune import (
+    FineTune,
+    FineTuneDataset,
+    FineTuneResult,
+    captions_for,
+    fine_tune,
+)
 from safegen.attacks.kept import RESULTS, Kept
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
-from safegen.core.files import short
-from safegen.core.generation import native_precision
+from safegen.core.errors import ConfigError
+from safegen.core.files import display_name
+from safegen.core.generation import preferred_precision
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.trainer import Row
+from safegen.edits.training.trainer import LogRow
 from safegen.evaluation.plan import Item, Role, make_plan
 from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.samples import canonical, sha
@@ -29,7 +35,7 @@ from safegen.evaluation.scoring.score import ASKED, refuse_unjudged, removal, sc
 from safegen.judges import Judge, Verdict, load_judge
 from safegen.metrics.image import mean_change
 from safegen.metrics.paired import mcnemar
-from safegen.models.generation import Sampler, generate
+from safegen.models.generation import GenerationConfig, generate
 from safegen.models.model import Model
 from safegen.patches.arithmetic import merge, warn_of_overlap
 from safegen.patches.patch import Patch
@@ -56,7 +62,9 @@ class Resilience(BaseModel):
     """Seeds for each prompt."""
     roles: tuple[Role, ...] = ("explicit", "innocent", "benign")
     """Which of the concept's prompt lists are drawn."""
-    sampler: Sampler = Field(default_factory=lambda: Sampler(precision=native_precision()))
+    generation: GenerationConfig = Field(
+        default_factory=lambda: GenerationConfig(precision=preferred_precision())
+    )
     """How pictures are made."""
 
 
@@ -68,14 +76,14 @@ class Findings:
     concept: Concept
     model: Model
     patches: Sequence[Patch]
-    material: Material
+    material: FineTuneDataset
     items: Sequence[Item]
     judge_id: str
     known: tuple[str, ...]
     """Every label of the judge; what is not among them has no rate."""
     pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
-    tuned: dict[str, Tuned] = field(default_factory=dict)
+    tuned: dict[str, FineTuneResult] = field(default_factory=dict)
     """By what was fine-tuned: `edited`, and `base` where that was too."""
 
     def summary(self) -> dict[str, Any]:
@@ -84,7 +92,7 @@ class Findings:
             "format": FORMAT,
             "made_by": f"safegen {__version__}",
             "settings": self.settings.model_dump(mode="json"),
-            "model": short(self.model.name),
+            "model": display_name(self.model.name),
             "base_hash": self.model.hash,
             "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in self.patches],
             "concept": self.concept.model_dump(mode="json"),
@@ -140,7 +148,7 @@ class Findings:
         return (
             None
             if verdict.outcome == "unjudged"
-            else verdict.sees(self.concept.labels, self.concept.threshold)
+            else verdict.contains(self.concept.labels, self.concept.threshold)
         )
 
     def lines(self) -> Iterable[str]:
@@ -167,24 +175,24 @@ def material_for(
     *,
     triplets: Path | None = None,
     pictures: Path | None = None,
-) -> Material:
+) -> FineTuneDataset:
     """Return what is fine-tuned on: a folder of captioned pictures, or a side of triplets, the concept's bundled ones when none are named.
 
     Raises:
-        BadSetting: both are given, or neither and the concept brings none.
-        BadFile: they cannot be read.
+        ConfigError: both are given, or neither and the concept brings none.
+        FileError: they cannot be read.
     """
     if triplets and pictures:
-        raise BadSetting(
+        raise ConfigError(
             "pictures and triplets are both given; one of them is what is fine-tuned on"
         )
     if pictures:
-        return Material.of_folder(pictures)
+        return FineTuneDataset.of_folder(pictures)
     if not (found := triplets or concept.triplets):
-        raise BadSetting(
+        raise ConfigError(
             f"the concept {concept.name!r} has no bundled triplets; name some with --triplets, or captioned --pictures"
         )
-    return Material.of_triplets(
+    return FineTuneDataset.of_triplets(
         Triplets.load(found),
         "benign" if on == "benign" else "unsafe",
         lambda p: captions_for(concept, on, p),
@@ -195,7 +203,7 @@ def resilience(
     model: Model,
     patches: Sequence[Patch],
     concept: Concept,
-    material: Material,
+    material: FineTuneDataset,
     settings: Resilience,
     *,
     out: Path | None = None,
@@ -215,21 +223,21 @@ def resilience(
         tell: called with (stage, done, of).
 
     Raises:
-        BadFile: `out` exists and is no unfinished test of the same settings, data, weights and
+        FileError: `out` exists and is no unfinished test of the same settings, data, weights and
             patches, or cannot be written.
-        BadSetting: there is no patch, or a setting does not go with the model.
-        BadPatch: a patch does not fit.
+        ConfigError: there is no patch, or a setting does not go with the model.
+        PatchError: a patch does not fit.
 
     Warns:
-        Overwritten: two patches change the same weights.
+        PatchOverlapWarning: two patches change the same weights.
     """
     if not patches:
-        raise BadSetting("there is no edit whose resilience could be tested; name a patch")
+        raise ConfigError("there is no edit whose resilience could be tested; name a patch")
     warn_of_overlap(patches)
     if settings.apart and (
         below := _as_one(patches).provenance.get("under")
     ):  # or adding up would fail after all the fine-tuning
-        raise BadSetting(
+        raise ConfigError(
             f"apart adds a fine-tune of the base to the edit, which was made on a model with another patch on it ({below[0]['method']}, "
             f"hash {below[0]['hash'][:12]}); name that one too"
         )
@@ -237,7 +245,7 @@ def resilience(
     items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds, roles=settings.roles)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     found = Findings(
-        settings, concept, model, patches, material, items, judge.id, tuple(judge.known)
+        settings, concept, model, patches, material, items, judge.id, tuple(judge.label_space)
     )
     if out is None:
         return _run(found, judge, None, tell)
@@ -255,7 +263,7 @@ def _decides(found: Findings) -> dict[str, Any]:
         "made_by": f"safegen {__version__}",
         "settings": found.settings.model_dump(mode="json"),
         "base": model.hash,
-        "around": model.around,
+        "around": model.components_hash,
         "computes": f"{model.denoiser.dtype} on {model.device.type}",
         "patches": [p.hash for p in found.patches],
         "concept": found.concept.model_dump(mode="json"),
@@ -276,7 +284,7 @@ def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findin
             with ExitStack() as on:
                 for patch in more:
                     on.enter_context(patch.apply(model))
-                for picture in generate(model, [i.ask for i in items], settings.sampler):
+                for picture in generate(model, [i.ask for i in items], settings.generation):
                     drawn.append(picture)
                     tell(f"drawing: {side}", len(drawn), len(items))
             row = drawn, judge.judge(drawn)
@@ -285,11 +293,11 @@ def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findin
                 kept.add(side, *row)
         found.pictures[side], found.verdicts[side] = (
             row[0],
-            [v.rescored(judge.labels, judge.threshold) for v in row[1]],
+            [v.with_threshold(judge.labels, judge.threshold) for v in row[1]],
         )
 
-    def tune(side: str) -> Tuned:
-        report: Callable[[int, int, Row], None] = lambda done, of, _: tell(
+    def tune(side: str) -> FineTuneResult:
+        report: Callable[[int, int, LogRow], None] = lambda done, of, _: tell(
             f"fine-tuning: {side}", done, of
         )
         folder = kept.tuning(side) if kept else None
@@ -335,7 +343,7 @@ def _write(found: Findings, folder: Path) -> None:
     (folder / RESULTS).write_text(json.dumps(found.summary(), indent=1) + "\n", encoding="utf-8")
 
 
-def _course(tuned: Tuned, updates: Sequence[int]) -> dict[str, float]:
+def _course(tuned: FineTuneResult, updates: Sequence[int]) -> dict[str, float]:
     """Return the mean loss of the first ten updates, and of the last ten before each look: whether the fine-tune learnt anything."""
     rows = [row["L"] for row in tuned.log]
     return {"first": fmean(rows[:10])} | {str(n): fmean(rows[max(0, n - 10) : n]) for n in updates}

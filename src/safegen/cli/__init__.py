@@ -9,7 +9,7 @@ import signal
 import sys
 
 from safegen.cli.main import app
-from safegen.core.errors import SafegenError, Stopped, UserError
+from safegen.core.errors import InterruptedRunError, SafegenError, UserError
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(error, 2)
-    except Stopped as error:
+    except InterruptedRunError as error:
         _fail(error, 130)
     except SafegenError as error:
         _fail(error, 1)

@@ -19,7 +19,7 @@ from safegen.cli.options import (
     one_line_warnings,
     progress,
 )
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 
 
 class On(StrEnum):
@@ -96,7 +96,7 @@ def resilience(
     from safegen.attacks.relearn import Resilience, material_for
     from safegen.attacks.relearn import resilience as test
     from safegen.core.concept import load_concept
-    from safegen.core.generation import Sampler, native_precision
+    from safegen.core.generation import GenerationConfig, preferred_precision
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import describe
 
@@ -106,18 +106,18 @@ def resilience(
             updates=tuple(updates or (200,)), rank=rank, lr=lr, batch=batch, seed=seed
         )
         more: dict[str, Any] = {"roles": tuple(role)} if role else {}
-        sampler = Sampler(steps=steps, precision=native_precision(device))
+        sampler = GenerationConfig(num_inference_steps=steps, precision=preferred_precision(device))
         settings = Resilience(
             on=on.value,
             finetune=tuning,
             apart=apart,
             prompts=prompts,
             seeds=tuple(range(1, seeds + 1)),
-            sampler=sampler,
+            generation=sampler,
             **more,
         )
     except ValidationError as error:
-        raise BadSetting(describe(error)) from error
+        raise ConfigError(describe(error)) from error
     known, read = load_concept(concept), [Patch.load(path) for path in patch]
     material = material_for(known, on.value, triplets=triplets, pictures=pictures)
     loaded = load_model(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from safegen.cli.options import Threads, one_line_warnings, progress, set_threads
-from safegen.core.errors import BadFile, BadSetting, Stopped
+from safegen.core.errors import ConfigError, FileError, InterruptedRunError
 
 if TYPE_CHECKING:
     from safegen.evaluation.protocol import Protocol
@@ -129,10 +129,10 @@ def evaluate(
     """
     drawing = stage in (Stage.all, Stage.generate)
     if drawing and not (protocol and stack):
-        raise BadSetting("drawing needs a --protocol and at least one --stack")
+        raise ConfigError("drawing needs a --protocol and at least one --stack")
     idle = [f"--{name.replace('_', '-')}" for name in IDLE.get(stage, ()) if _given(context, name)]
     if idle:
-        raise BadSetting(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
+        raise ConfigError(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
     options = _options(judge_option or [])
     if stage == Stage.score:
         score(out, judge=judge, label=label)
@@ -148,7 +148,7 @@ def evaluate(
     set_threads(threads)
     from safegen.evaluation.run import evaluate as bench
     from safegen.evaluation.run.folder import Run
-    from safegen.stack import Shelf, load_stack
+    from safegen.stack import StackLoader, load_stack
 
     stacks = [load_stack(spec) for spec in stack or []]
     with _stoppable(out), one_line_warnings(), progress() as tell:
@@ -166,7 +166,7 @@ def evaluate(
             ]
             typer.echo(f"judged by {seen_by}; score it with: {shlex.join(words)}")
             return
-        shelf = Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle)
+        shelf = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
         run = bench.evaluate(
             rules, stacks, out, baselines=baselines.value, until=until, shelf=shelf, tell=tell
@@ -204,7 +204,7 @@ def score(
     from safegen.evaluation.scoring.table import score_run, scores_file
 
     if out and out.exists():
-        raise BadFile(f"{out} exists already; name another file with --out")
+        raise FileError(f"{out} exists already; name another file with --out")
     opened = Run.open(run)
     scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
     new = scores["protocol"]["id"]
@@ -247,9 +247,9 @@ def report(
     from safegen.evaluation.report.page import PAGE, open_runs, write_report
 
     if out and html:
-        raise BadSetting("--out writes the page too; give it or --html, not both")
+        raise ConfigError("--out writes the page too; give it or --html, not both")
     if len(runs) > 1 and not (out or html):
-        raise BadSetting(
+        raise ConfigError(
             "a report of several runs needs a place of its own; name it with --out or --html"
         )
     folder = None if html else out or runs[0]
@@ -302,9 +302,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, found, text = pair.partition("=")
         if not (key and found):
-            raise BadSetting(f"--judge-option takes key=value, got {pair!r}")
+            raise ConfigError(f"--judge-option takes key=value, got {pair!r}")
         if key in ("labels", "threshold"):
-            raise BadSetting(
+            raise ConfigError(
                 f"{key} is no option of a judge; say it with {'--label' if key == 'labels' else 'safegen score --threshold'}"
             )
         try:
@@ -321,7 +321,7 @@ def _protocol(name: str, prompts: list[str]) -> Protocol:
     for pair in prompts:
         part, found, file = pair.partition("=")
         if not (part and found and file):
-            raise BadSetting(f"--prompts takes NAME=FILE, got {pair!r}")
+            raise ConfigError(f"--prompts takes NAME=FILE, got {pair!r}")
         given[part] = file
     return load_protocol(name, prompts=given)
 
@@ -342,9 +342,9 @@ def _show_left_out(protocol: Protocol) -> None:
 
 def _show_slow(protocol: Protocol, device: str) -> None:
     """Say so before a run that will take many times as long as it need."""
-    from safegen.core.generation import native_precision
+    from safegen.core.generation import preferred_precision
 
-    if protocol.sampler.precision == "bf16" and native_precision(device) != "bf16":
+    if protocol.generation.precision == "bf16" and preferred_precision(device) != "bf16":
         typer.echo(
             f"note: {protocol.name} draws in bf16, which this {device} is not known to compute in: it may take many times as long as with "
             "--precision fp32, whose pictures differ by rounding and whose numbers have another protocol id",
@@ -357,7 +357,7 @@ def _stoppable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Stopped(
+        raise InterruptedRunError(
             f"stopped; what was drawn is in {out}, and the same command goes on"
         ) from error
 

@@ -31,10 +31,10 @@ from safegen.cli.options import (
     refuse_idle_metrics,
     set_threads,
 )
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 
 if TYPE_CHECKING:  # what these need is opened within commands, so that --help answers at once
-    from safegen.core.generation import Sampler
+    from safegen.core.generation import GenerationConfig
     from safegen.models.model import Model
     from safegen.stack import Stack
 
@@ -135,33 +135,33 @@ def generate(
     """
     texts = _read_prompts(prompt, prompts)
     if (model is None) == (stack is None):
-        raise BadSetting(
+        raise ConfigError(
             "generate draws with a MODEL or with a --stack recipe.toml; give one of them"
         )
-    from safegen.core.files import private_folder, short
-    from safegen.core.generation import Ask, Sampler
+    from safegen.core.files import display_name, staged_directory
+    from safegen.core.generation import GenerationConfig, Sample
     from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
-    from safegen.models.generation import save_picture
-    from safegen.stack import Shelf, Stack, add_guards, add_loras, add_patches, load_stack
+    from safegen.models.generation import save_image
+    from safegen.stack import Stack, StackLoader, add_guards, add_loras, add_patches, load_stack
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
     if config and recipe.config:
-        raise BadSetting(f"{stack} names a config, so --config has no effect; leave it out")
+        raise ConfigError(f"{stack} names a config, so --config has no effect; leave it out")
     recipe = recipe.model_copy(update={"config": config}) if config else recipe
     recipe = add_guards(
         add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept
     )
     sampler, shelf = (
-        Sampler(steps=steps, guidance=guidance, batch=batch),
-        Shelf(device=device, dtype=dtype, allow_pickle=allow_pickle),
+        GenerationConfig(num_inference_steps=steps, guidance_scale=guidance, batch_size=batch),
+        StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
     )
-    said = _said(recipe, sampler, short(model or recipe.model))
-    asks = [Ask(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
+    said = _said(recipe, sampler, display_name(model or recipe.model))
+    asks = [Sample(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     with (
-        private_folder(out, last=SHEET) as folder,
+        staged_directory(out, last=SHEET) as folder,
         one_line_warnings(),
-        shelf.opened(recipe) as ready,
+        shelf.open(recipe) as ready,
         progress() as tell,
     ):
         _warn_of_length(ready.model, texts)
@@ -169,14 +169,14 @@ def generate(
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(
                 asks[start : start + batch],
-                ready.drawn(asks[start : start + batch], sampler),
+                ready.generate(asks[start : start + batch], sampler),
                 strict=True,
             ):
                 facts = ask.model_dump() | said | {"base": ready.model.hash, "stack": ready.hash}
                 facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
-                pictures.append(ready.shown(drawn))
+                pictures.append(ready.display_image(drawn))
                 if not drawn.trail.withheld:
-                    save_picture(pictures[-1], folder / f"{ask.index:04d}.png", facts)
+                    save_image(pictures[-1], folder / f"{ask.index:04d}.png", facts)
                 lines.append(
                     json.dumps(
                         {"index": ask.index, "seed": seed} | drawn.trail.to_json(), sort_keys=True
@@ -194,21 +194,25 @@ def generate(
     typer.echo(f"{len(texts) - withheld} pictures and {SHEET} in {out}{gone}")
 
 
-def _said(recipe: Stack, sampler: Sampler, name: str) -> dict[str, Any]:
+def _said(recipe: Stack, sampler: GenerationConfig, name: str) -> dict[str, Any]:
     """Return what every picture says of the model and how it is drawn."""
     from safegen.patches.patch import Patch
 
-    loras = {"loras": [one.facts() for one in recipe.loras]} if recipe.loras else {}
+    loras = {"loras": [one.fingerprint() for one in recipe.loras]} if recipe.loras else {}
     patches = [Patch.load(path).hash for path in recipe.patches]
-    drawn = {"steps": sampler.steps, "guidance": sampler.guidance, "model": name}
+    drawn = {
+        "steps": sampler.num_inference_steps,
+        "guidance": sampler.guidance_scale,
+        "model": name,
+    }
     return drawn | {"patches": patches, "negative_prompt": recipe.negative_prompt} | loras
 
 
 def _warn_of_length(model: Model, texts: list[str]) -> None:
     """Say which prompts the model does not read to their end."""
-    from safegen.models.generation import cut_short
+    from safegen.models.generation import truncated_prompts
 
-    if cut := cut_short(model, texts):
+    if cut := truncated_prompts(model, texts):
         length = model.pipeline.tokenizer.model_max_length
         typer.echo(
             f"warning: {len(cut)} prompts, number {cut[0] + 1} first, have more than the {length} tokens that are read",
@@ -254,15 +258,15 @@ def edit(
 ) -> None:
     """Remove a visual concept and write the change as a patch: from triplets, or (uce, rece ...) from a concept's words."""
     if out.exists():
-        raise BadFile(f"{out} exists already; name another file or remove it")
-    from safegen.core.files import refuse_unwritable
+        raise FileError(f"{out} exists already; name another file or remove it")
+    from safegen.core.files import check_writable
 
-    refuse_unwritable(out)
+    check_writable(out)
     if work is not None:
-        refuse_unwritable(work / "log")
+        check_writable(work / "log")
     from safegen.data.triplets.triplets import Triplets
-    from safegen.edits.base import refuse_idle
-    from safegen.evaluation.report.model_card import refuse_taken
+    from safegen.edits.base import check_inputs
+    from safegen.evaluation.report.model_card import check_new_directory
     from safegen.workflows.edit import (
         make_edit,
         refuse_idle_concept,
@@ -271,20 +275,20 @@ def edit(
     )
 
     if not no_card:
-        refuse_taken(out)
+        check_new_directory(out)
     changes = _changes(method, preset, set_ or [])
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **changes)
     recipe = make_edit(method, preset, concept=concept, **changes)
-    refuse_idle(recipe, triplets, work, resume)
+    check_inputs(recipe, triplets, work, resume)
     rows = Triplets.load(triplets) if triplets else None
     if concept is not None and rows is not None:
         with one_line_warnings():
             refuse_other_pictures(concept, rows)
-    if recipe.trains:
+    if recipe.is_trained:
         work = work or out.with_name(out.name + ".work")
         if not resume and (work / "checkpoint.safetensors").exists():
-            raise BadFile(
+            raise FileError(
                 f"{work} holds an earlier run; --resume goes on with one that was stopped; else remove that folder"
             )
     loaded = load_model(
@@ -308,7 +312,7 @@ def edit(
     facts = patch.provenance
     how = (
         f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}"
-        if recipe.trains
+        if recipe.is_trained
         else f"in {facts['seconds']:.1f} s"
     )
     typer.echo(f"{out}: {len(patch.tensors)} tensors changed {how}")
@@ -326,7 +330,7 @@ def apply(
 ) -> None:
     """Put a patch on a model and write a plain diffusers folder."""
     if out.exists():
-        raise BadFile(f"{out} exists already; name another folder or remove it")
+        raise FileError(f"{out} exists already; name another folder or remove it")
     refuse_idle_metrics(metrics, no_card)
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import export_folder
@@ -343,7 +347,7 @@ def apply(
     read = Patch.load(patch)
     with one_line_warnings():
         export_folder(loaded, out, patches=[read], card=not no_card, metrics=metrics or ())
-    typer.echo(f"{out}: {model}; the patch put {read.change(loaded)}")
+    typer.echo(f"{out}: {model}; the patch put {read.describe_change(loaded)}")
     typer.echo(f"open it with {type(loaded.pipeline).__name__}.from_pretrained({str(out)!r})")
 
 
@@ -374,10 +378,10 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Do the main job on the bundled miniature model: draw, edit, draw again, judge, report."""
-    from safegen.core.files import refuse_taken
+    from safegen.core.files import check_new_directory
     from safegen.evaluation.report.page import PAGE
 
-    refuse_taken(out, last=PAGE)
+    check_new_directory(out, last=PAGE)
     set_threads(threads)
     from safegen.core.registry import EDITS, resolve
     from safegen.workflows.demo import DemoSettings, run_demo
@@ -454,16 +458,16 @@ def _show(summary: dict[str, Any]) -> None:
 def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     texts = list(prompt or [])
     if prompts is not None:
-        from safegen.core.files import is_there, lines_of
+        from safegen.core.files import exists, read_lines
 
-        if not is_there(prompts, file=True):
-            raise BadFile(f"the prompt file {str(prompts)!r} does not exist")
+        if not exists(prompts, file=True):
+            raise FileError(f"the prompt file {str(prompts)!r} does not exist")
         try:
-            texts += lines_of(prompts)
-        except BadFile as error:
-            raise BadFile(f"the prompt file {error}") from error
+            texts += read_lines(prompts)
+        except FileError as error:
+            raise FileError(f"the prompt file {error}") from error
     if not texts:
-        raise BadSetting(
+        raise ConfigError(
             "there is nothing to draw; give --prompt TEXT or --prompts FILE with a prompt a line"
         )
     return texts
@@ -477,7 +481,7 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, found, text = pair.partition("=")
         if not found:
-            raise BadSetting(f"--set takes name=value, got {pair!r}")
+            raise ConfigError(f"--set takes name=value, got {pair!r}")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -491,7 +495,7 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
                 first = (
                     "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
                 )
-                raise BadSetting(f"--set {name}: {outer!r} has no settings of its own{first}")
+                raise ConfigError(f"--set {name}: {outer!r} has no settings of its own{first}")
             out[outer] = start | {inner: value}
         else:
             out[name] = value

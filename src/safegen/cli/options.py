@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -81,10 +81,10 @@ def refuse_idle_metrics(metrics: Sequence[Path] | None, no_card: bool) -> None:
     """Refuse figures for a card that is not written.
 
     Raises:
-        BadSetting: there are some.
+        ConfigError: there are some.
     """
     if metrics and no_card:
-        raise BadSetting(
+        raise ConfigError(
             "metrics have no effect with --no-card: they go into the card; leave one of the two out"
         )
 
@@ -92,14 +92,20 @@ def refuse_idle_metrics(metrics: Sequence[Path] | None, no_card: bool) -> None:
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
     """Say each warning of ours once, in a line."""
-    from safegen.models.model import OtherWeights
-    from safegen.patches.active_lora import BesideWarning
-    from safegen.patches.patch import OtherBase, Overwritten
+    from safegen.models.model import MetadataMismatchWarning
+    from safegen.patches.active_lora import AdapterWarning
+    from safegen.patches.patch import BaseMismatchWarning, PatchOverlapWarning
     from safegen.workflows.edit import Unchecked
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        for kind in (OtherBase, OtherWeights, Overwritten, BesideWarning, Unchecked):
+        for kind in (
+            BaseMismatchWarning,
+            MetadataMismatchWarning,
+            PatchOverlapWarning,
+            AdapterWarning,
+            Unchecked,
+        ):
             warnings.simplefilter("always", kind)
         yield
     for message in dict.fromkeys(str(w.message) for w in caught):

@@ -20,8 +20,8 @@ from safegen.cli.options import (
     one_line_warnings,
     refuse_idle_metrics,
 )
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import short
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import display_name
 
 if TYPE_CHECKING:
     from safegen.patches.lora import Keys
@@ -58,7 +58,7 @@ def info(
     typer.echo(
         f"{patch}: {len(found.tensors)} tensors, {numbers:,} numbers, {patch.stat().st_size / 1e6:.1f} MB, hash {found.hash[:12]}"
     )
-    typer.echo("changes: " + ", ".join(f"{n} of {kind}" for kind, n in found.kinds.items()))
+    typer.echo("changes: " + ", ".join(f"{n} of {kind}" for kind, n in found.layer_counts.items()))
     for key, value in found.provenance.items():
         typer.echo(
             f"{key}: {value if isinstance(value, str | int | float | bool) else json.dumps(value)}"
@@ -68,10 +68,10 @@ def info(
 @app.command()
 def diff(first: PatchArg, second: Annotated[Path, typer.Argument(help="Another.")]) -> None:
     """Say how two patches differ; exit code 1 when they do."""
-    from safegen.patches.arithmetic import differ
+    from safegen.patches.arithmetic import compare
     from safegen.patches.patch import Patch
 
-    found = differ(Patch.load(first), Patch.load(second))
+    found = compare(Patch.load(first), Patch.load(second))
     if found["same"]:
         typer.echo("the patches change the same weights to the same values")
         return
@@ -113,11 +113,11 @@ def merge(
 ) -> None:
     """Make one patch of several."""
     if overlap not in ("refuse", "add", "last"):
-        raise BadSetting(f"overlap must be refuse, add or last, got {overlap!r}")
+        raise ConfigError(f"overlap must be refuse, add or last, got {overlap!r}")
     if model is not None and overlap != "add":
-        raise BadSetting("model has no effect without --overlap add; leave it out")
+        raise ConfigError("model has no effect without --overlap add; leave it out")
     if config is not None and model is None:
-        raise BadSetting("config has no effect without --model; leave it out")
+        raise ConfigError("config has no effect without --model; leave it out")
     _refuse_taken(out, no_card)
     from safegen.models.model import load
     from safegen.patches.arithmetic import Overlap, overlapping
@@ -156,15 +156,15 @@ def carry(
 ) -> None:
     """Carry a patch's change over to another fine-tune of its base, whose own values the patch itself would overwrite."""
     _refuse_taken(out, no_card)
-    from safegen.core.files import is_there
+    from safegen.core.files import exists
 
-    files = [name for name in (base, target) if is_there(name, file=True)]
+    files = [name for name in (base, target) if exists(name, file=True)]
     if config is not None and not files:
-        raise BadSetting(
+        raise ConfigError(
             f"config has no effect on {base!r} and {target!r}, which are no one-file checkpoints; leave it out"
         )
     from safegen.models.model import load
-    from safegen.patches.arithmetic import carry as do
+    from safegen.patches.arithmetic import rebase as do
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import save_patch
 
@@ -196,15 +196,15 @@ def card_(
 ) -> None:
     """Write a patch's model card anew: with the figures that were measured since."""
     if out is not None and out.suffix != ".md":
-        raise BadSetting(
+        raise ConfigError(
             f"out must end in .md, since a card is Markdown and is written anew over what is there, got {str(out)!r}"
         )
-    from safegen.core.files import fresh_file
-    from safegen.evaluation.report.model_card import Subject, beside, card
+    from safegen.core.files import atomic_write
+    from safegen.evaluation.report.model_card import CardSubject, beside, card
     from safegen.patches.patch import Patch
 
-    text = card(Subject.of_patch(Patch.load(patch), patch.name), metrics or ())
-    with fresh_file(out or beside(patch), replace=True) as tmp:
+    text = card(CardSubject.of_patch(Patch.load(patch), patch.name), metrics or ())
+    with atomic_write(out or beside(patch), replace=True) as tmp:
         tmp.write_text(text, encoding="utf-8")
     typer.echo(str(out or beside(patch)))
 
@@ -240,23 +240,23 @@ def extract_lora(
 ) -> None:
     """Turn a patch into a LoRA, and say how much of its change the rank holds and how much of its effect the rank loses."""
     if keys not in ("kohya", "diffusers"):
-        raise BadSetting(f"keys must be kohya or diffusers, got {keys!r}")
+        raise ConfigError(f"keys must be kohya or diffusers, got {keys!r}")
     if rank < 1:
-        raise BadSetting(f"the rank of a LoRA must be >= 1, got {rank}")
+        raise ConfigError(f"the rank of a LoRA must be >= 1, got {rank}")
     if prompt and no_quality:
-        raise BadSetting("prompt has no effect with --no-quality; leave one of them out")
+        raise ConfigError("prompt has no effect with --no-quality; leave one of them out")
     _refuse_taken(out, no_card)
-    from safegen.evaluation.report.model_card import Subject, card, write_with_card
+    from safegen.evaluation.report.model_card import CardSubject, card, write_with_card
     from safegen.models.model import load
+    from safegen.patches.lora import effect_loss, save_lora
     from safegen.patches.lora import extract_lora as extract
-    from safegen.patches.lora import missed, save_lora
     from safegen.patches.patch import Patch
 
     read, loaded = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         found = extract(read, loaded, rank)
         drawn = [] if no_quality else prompt or _words(read)
-        lost = missed(found, read, loaded, prompts=drawn) if drawn else None
+        lost = effect_loss(found, read, loaded, prompts=drawn) if drawn else None
     effect = (
         "not measured"
         if not drawn
@@ -271,14 +271,14 @@ def extract_lora(
     )
     facts: dict[str, Any] = {
         "base": loaded.hash,
-        "base_rounded": loaded.rounded,
+        "base_rounded": loaded.cast_hashes,
         "patch": read.hash,
         "provenance": dict(read.provenance),
     }
-    facts |= {"energy": found.energy, "missed": lost, "missed_prompts": drawn}
-    share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.energy:.1f} % of the patch's squared change; {effect}."
-    subject = Subject(
-        "lora", out.name, short(model), loaded.hash, [(read.hash, read.provenance)], [share]
+    facts |= {"energy": found.retained_energy, "missed": lost, "missed_prompts": drawn}
+    share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.retained_energy:.1f} % of the patch's squared change; {effect}."
+    subject = CardSubject(
+        "lora", out.name, display_name(model), loaded.hash, [(read.hash, read.provenance)], [share]
     )
     write_with_card(
         out,
@@ -287,7 +287,7 @@ def extract_lora(
     )
     worst = min(found.kept, key=lambda name: found.kept[name])
     typer.echo(
-        f"{out}: {len(found.factors)} modules of rank {found.rank} hold {100 * found.energy:.1f} % of the change (its energy)"
+        f"{out}: {len(found.factors)} modules of rank {found.rank} hold {100 * found.retained_energy:.1f} % of the change (its energy)"
     )
     typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
     typer.echo(f"quality: {effect}")
@@ -356,7 +356,7 @@ def export(
 ) -> None:
     """Write a model as one file in the original layout, which A1111, ComfyUI and InvokeAI open."""
     if out.suffix != ".safetensors":
-        raise BadSetting(
+        raise ConfigError(
             f"out must end in .safetensors, which is what is written, got {str(out)!r}"
         )
     _refuse_taken(out, no_card)
@@ -374,8 +374,8 @@ def export(
 
 def _refuse_taken(out: Path, no_card: bool) -> None:
     if out.exists():
-        raise BadFile(f"{out} exists already; name another file or remove it")
+        raise FileError(f"{out} exists already; name another file or remove it")
     if not no_card:
-        from safegen.evaluation.report.model_card import refuse_taken
+        from safegen.evaluation.report.model_card import check_new_directory
 
-        refuse_taken(out)
+        check_new_directory(out)

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.data.triplets.censor import Censor, Style
 
 app = typer.Typer(
@@ -95,7 +95,7 @@ def check(
     from safegen.judges import load_judge
 
     if not judge and (label or threshold is not None):
-        raise BadSetting(
+        raise ConfigError(
             f"--label and --threshold have no effect without --judge, got {label or threshold}; name a judge"
         )
     problems = find_problems(

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from safegen.core.errors import BadFile, UnknownName
-from safegen.core.files import is_there
+from safegen.core.errors import FileError, UnknownNameError
+from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
 
 
@@ -60,29 +60,29 @@ def load_concept(name: str) -> Concept:
     """Return a built-in concept, or read one from a TOML file.
 
     Raises:
-        UnknownName: neither a built-in concept nor a file.
-        BadFile: the file is not a concept.
+        UnknownNameError: neither a built-in concept nor a file.
+        FileError: the file is not a concept.
     """
     path = Path(name)
     if name in CONCEPTS:
         path = Path(__file__).parent / "concepts" / f"{name}.toml"
     elif path.suffix != ".toml":
-        raise UnknownName("concept", name, CONCEPTS)
-    if not is_there(path, file=True):
-        raise BadFile(
+        raise UnknownNameError("concept", name, CONCEPTS)
+    if not exists(path, file=True):
+        raise FileError(
             f"the concept file {name!r} does not exist; built-in concepts are: {', '.join(CONCEPTS)}"
         )
     try:
         return Concept.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
-        raise BadFile(f"{name} is not a concept file: {' '.join(str(error).split())}") from error
+        raise FileError(f"{name} is not a concept file: {' '.join(str(error).split())}") from error
 
 
 def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:
     """Return the first `n` prompts of a list named `source:list`, all of them when `n` is None.
 
     Raises:
-        UnknownName: no such source or list.
+        UnknownNameError: no such source or list.
     """
     source, _, part = name.partition(":")
     rows = resolve(PROMPT_LISTS, source, "prompt source")(part, n)

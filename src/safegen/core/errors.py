@@ -2,10 +2,10 @@
 
 SafegenError
 ├── UserError          something the caller gave us is wrong; the CLI prints it as one line and
-exits with 2 │   ├── UnknownName    no such model, edit, judge, concept, prompt list ... │   ├──
-BadFile        a file or folder is missing, corrupt, of the wrong kind, or in the way │   ├──
-BadSetting     a value breaks its rule, or has no effect here │   ├── BadPatch       a patch does
-not fit the model │   └── MissingExtra   an optional library is not installed ├── Diverged
+exits with 2 │   ├── UnknownNameError    no such model, edit, judge, concept, prompt list ... │   ├──
+FileError        a file or folder is missing, corrupt, of the wrong kind, or in the way │   ├──
+ConfigError     a value breaks its rule, or has no effect here │   ├── PatchError       a patch does
+not fit the model │   └── MissingExtraError   an optional library is not installed ├── DivergedError
 a loss or a weight became NaN or infinite └── Stopped            the user stopped a run that can be
 resumed
 """
@@ -24,7 +24,7 @@ class UserError(SafegenError):
     """The caller can mend this: the message says what, the rule, the value and the way out."""
 
 
-class UnknownName(UserError):
+class UnknownNameError(UserError):
     """A name is not in its table."""
 
     def __init__(self, noun: str, name: str, known: Iterable[str]) -> None:
@@ -35,19 +35,19 @@ class UnknownName(UserError):
         super().__init__(f"no {noun} named {name!r}.{hint} Known: {', '.join(names)}.")
 
 
-class BadFile(UserError):
+class FileError(UserError):
     """A file or folder cannot be used."""
 
 
-class BadSetting(UserError):
+class ConfigError(UserError):
     """A setting breaks its rule or would be ignored."""
 
 
-class BadPatch(UserError):
+class PatchError(UserError):
     """A patch cannot be used: it does not fit the model, changes nothing, or has values that are not finite."""
 
 
-class MissingExtra(UserError):
+class MissingExtraError(UserError):
     """An optional library is needed."""
 
     def __init__(self, need: str, library: str, extra: str) -> None:
@@ -55,15 +55,15 @@ class MissingExtra(UserError):
         super().__init__(f'{need} needs {library}; install it with: pip install "safegen[{extra}]"')
 
 
-class Diverged(SafegenError):
+class DivergedError(SafegenError):
     """A number that must be finite is not."""
 
 
-class Stopped(SafegenError):
+class InterruptedRunError(SafegenError):
     """A run was stopped and left a state that `resume` continues from."""
 
 
-def wants_memory(error: BaseException | str) -> bool:
+def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error, or the words that are left of one, is a want of memory, as Python, or torch on any device, says it."""
     said = str(error).lower()
     words = (

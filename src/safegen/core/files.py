@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 
-UNFINISHED = ".unfinished"
-"""Where `private_folder` keeps what is not finished."""
+STAGING_DIR = ".unfinished"
+"""Where `staged_directory` keeps what is not finished."""
 
 
 @contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` when the block ends well and vanishes when it does not.
 
     Raises:
-        BadFile: `out` exists, or cannot be written (no such parent, no rights, a full disk).
+        FileError: `out` exists, or cannot be written (no such parent, no rights, a full disk).
     """
     _refuse_existing(out, "folder")
     tmp = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -31,19 +31,19 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         _refuse_existing(out, "folder")  # it may have come into being while we worked
         tmp.rename(out)
     except OSError as error:
-        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
 @contextmanager
-def replaced_folder(out: Path) -> Iterator[Path]:
+def swap_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `out` when the block ends well; else `out` stays as it was.
 
     A kill between the two renames at the end leaves both beside it, whole, under hidden names.
 
     Raises:
-        BadFile: it cannot be written.
+        FileError: it cannot be written.
     """
     tmp, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
     try:
@@ -54,7 +54,7 @@ def replaced_folder(out: Path) -> Iterator[Path]:
             out.rename(old)
         tmp.rename(out)
     except OSError as error:
-        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
@@ -63,11 +63,11 @@ def replaced_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def private_folder(out: Path, *, last: str) -> Iterator[Path]:
+def staged_directory(out: Path, *, last: str) -> Iterator[Path]:
     """Yield a temporary folder inside the new folder `out`; its entries move up into `out` when the block ends well.
 
     For what must never lie outside the folder that was named, not even after a kill: a killed run
-    leaves `out` with `UNFINISHED` in it and without `last`, which is moved at the very end and so
+    leaves `out` with `STAGING_DIR` in it and without `last`, which is moved at the very end and so
     marks the whole as finished. Any other end without success leaves nothing.
 
     Args:
@@ -75,10 +75,10 @@ def private_folder(out: Path, *, last: str) -> Iterator[Path]:
         last: name of the entry that is moved last; the block must make it.
 
     Raises:
-        BadFile: `out` exists, or cannot be written.
+        FileError: `out` exists, or cannot be written.
     """
-    refuse_taken(out, last=last)
-    tmp, moved, done = out / UNFINISHED, list[Path](), False
+    check_new_directory(out, last=last)
+    tmp, moved, done = out / STAGING_DIR, list[Path](), False
     around = [folder for folder in out.parents if not folder.exists()]  # the nearest first
     try:
         out.mkdir(parents=True)
@@ -87,7 +87,7 @@ def private_folder(out: Path, *, last: str) -> Iterator[Path]:
         raise
     except OSError as error:
         _remove_empty(around)
-        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{out} cannot be written: {error.strerror or error}") from error
     try:
         tmp.mkdir()
         yield tmp
@@ -101,7 +101,7 @@ def private_folder(out: Path, *, last: str) -> Iterator[Path]:
             moved.append(out / entry.name)
             done = entry.name == last
     except OSError as error:
-        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         if not done:
@@ -110,46 +110,46 @@ def private_folder(out: Path, *, last: str) -> Iterator[Path]:
             _remove_empty([out, *around])
 
 
-def refuse_taken(out: Path, *, last: str) -> None:
-    """Refuse what `private_folder` would refuse, before the work begins.
+def check_new_directory(out: Path, *, last: str) -> None:
+    """Refuse what `staged_directory` would refuse, before the work begins.
 
     Raises:
-        BadFile: `out` exists; the message says so if it is unfinished.
+        FileError: `out` exists; the message says so if it is unfinished.
     """
-    if is_unfinished(out, last=last):
-        raise BadFile(
+    if is_incomplete(out, last=last):
+        raise FileError(
             f"{out} is unfinished: a run was killed there, or is still at work; remove that folder, or name another"
         )
     _refuse_existing(out, "folder")
 
 
-def refuse_unwritable(out: Path) -> None:
+def check_writable(out: Path) -> None:
     """Refuse a place that a file could not be written to, before hours of work for it.
 
     Raises:
-        BadFile: what should be a folder on its way is a file, or nothing may be written there.
+        FileError: what should be a folder on its way is a file, or nothing may be written there.
     """
-    at = next(folder for folder in out.absolute().parents if is_there(folder))
+    at = next(folder for folder in out.absolute().parents if exists(folder))
     if not at.is_dir():
-        raise BadFile(f"{out} cannot be written: {at} is a file, not a folder")
+        raise FileError(f"{out} cannot be written: {at} is a file, not a folder")
     if not os.access(at, os.W_OK):
-        raise BadFile(f"{out} cannot be written: nothing may be written to {at}")
+        raise FileError(f"{out} cannot be written: nothing may be written to {at}")
 
 
-def is_unfinished(folder: Path, *, last: str) -> bool:
-    """Return whether a folder is what a killed `private_folder` leaves."""
-    return (folder / UNFINISHED).is_dir() and not (folder / last).exists()
+def is_incomplete(folder: Path, *, last: str) -> bool:
+    """Return whether a folder is what a killed `staged_directory` leaves."""
+    return (folder / STAGING_DIR).is_dir() and not (folder / last).exists()
 
 
 @contextmanager
-def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_write(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path whose file becomes `out` when the block ends well and vanishes when it does not.
 
     Raises:
-        BadFile: `out` exists and `replace` is off, or it cannot be written.
+        FileError: `out` exists and `replace` is off, or it cannot be written.
     """
     if out.is_dir():
-        raise BadFile(f"{out} is a folder; name a file")
+        raise FileError(f"{out} is a folder; name a file")
     if not replace:
         _refuse_existing(out, "file")
     tmp = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -158,13 +158,13 @@ def fresh_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
         yield tmp
         tmp.replace(out)
     except OSError as error:
-        raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # its folder may be a file
             tmp.unlink(missing_ok=True)
 
 
-def is_there(path: str | Path, *, file: bool = False) -> bool:
+def exists(path: str | Path, *, file: bool = False) -> bool:
     """Return whether something, or a file, is there.
 
     A name that the system does not take (too long, say) is not.
@@ -172,24 +172,24 @@ def is_there(path: str | Path, *, file: bool = False) -> bool:
     return (os.path.isfile if file else os.path.exists)(path)
 
 
-def lines_of(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """Return a text file's lines that are not blank, stripped: UTF-8, with or without a byte-order mark, ended by LF, CR LF or CR.
 
     Raises:
-        BadFile: it cannot be read, or is not UTF-8.
+        FileError: it cannot be read, or is not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadFile(f"{str(path)!r} is not UTF-8 text: {error}") from error
+        raise FileError(f"{str(path)!r} is not UTF-8 text: {error}") from error
     except OSError as error:
-        raise BadFile(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+        raise FileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     return [
         line.strip() for line in text.split("\n") if line.strip()
     ]  # not splitlines, which cuts at U+2028 and the like
 
 
-def short(name: str) -> str:
+def display_name(name: str) -> str:
     """Return a path's last part, for what we write names no machine and no user.
 
     Names of tables and of the hub as they are.
@@ -199,7 +199,7 @@ def short(name: str) -> str:
 
 def _refuse_existing(out: Path, kind: str) -> None:
     if os.path.lexists(out):
-        raise BadFile(f"{out} exists already; name another {kind} or remove it")
+        raise FileError(f"{out} exists already; name another {kind} or remove it")
 
 
 def _remove(path: Path) -> None:

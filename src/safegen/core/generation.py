@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Native = Literal["fp32", "bf16"]
+NativePrecision = Literal["fp32", "bf16"]
 
 
-def native_precision(device: str = "cpu") -> Native:
+def preferred_precision(device: str = "cpu") -> NativePrecision:
     """Return bf16 where a device is known to compute in it (graphics cards of Nvidia's and x86 processors tell), else fp32.
 
     A processor without such instructions is put to bf16 by software: one with AVX2 alone drew 17
@@ -28,22 +28,22 @@ def native_precision(device: str = "cpu") -> Native:
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
-class Sampler(BaseModel):
+class GenerationConfig(BaseModel):
     """How pictures are made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    steps: int = Field(default=25, ge=1, le=1000)
+    num_inference_steps: int = Field(default=25, ge=1, le=1000)
     """Denoising steps."""
-    guidance: float = Field(default=5.0, ge=1.0, le=50.0)
+    guidance_scale: float = Field(default=5.0, ge=1.0, le=50.0)
     """Scale of classifier-free guidance; 1 is none."""
-    batch: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Pictures made at once; changes a picture by no more than rounding."""
-    precision: Native = "fp32"
+    precision: NativePrecision = "fp32"
     """Arithmetic of the denoiser: bf16 is faster where the device computes in it, and rounds coarser: a slightly different picture."""
 
 
-class Ask(BaseModel):
+class Sample(BaseModel):
     """One picture to make."""
 
     model_config = ConfigDict(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
-from safegen.core.errors import UnknownName
+from safegen.core.errors import UnknownNameError
 
 MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
 """Bundled models: a function that returns a diffusers folder."""
@@ -23,10 +23,10 @@ EDITS = {
 }
 
 ADVERSARIES = {
-    "none": "safegen.edits.functional.adversary:Nobody",
-    "one-step": "safegen.edits.functional.adversary:OneStep",
+    "none": "safegen.edits.functional.adversary:NoAdversary",
+    "one-step": "safegen.edits.functional.adversary:FastGradient",
     "adv-unlearn": "safegen.edits.functional.adversary:AdvUnlearn",
-    "closed-form": "safegen.edits.functional.adversary:ClosedForm",
+    "closed-form": "safegen.edits.functional.adversary:ReceAdversary",
 }
 """Who moves a sample's text to where an edit fails, while the edit learns; docs/edits.md."""
 
@@ -137,9 +137,9 @@ def resolve(table: Mapping[str, str], name: str, noun: str) -> Any:
     """Return the object that `name` stands for.
 
     Raises:
-        UnknownName: the table has no such name; the message lists them and the nearest.
+        UnknownNameError: the table has no such name; the message lists them and the nearest.
     """
     if name not in table:
-        raise UnknownName(noun, name, table)
+        raise UnknownNameError(noun, name, table)
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)

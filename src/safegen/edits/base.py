@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting, UnknownName
-from safegen.core.files import short
+from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.core.files import display_name
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.config import Tells
-from safegen.edits.training.lora import refuse_idle_alpha, trainable
-from safegen.edits.training.trainer import Problem, Report, Training, check, train
+from safegen.edits.training.config import HasMetadata
+from safegen.edits.training.lora import check_alpha, trainable_parameters
+from safegen.edits.training.trainer import Objective, Training, TrainingCallback, check, train
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -28,9 +28,9 @@ class Edit(BaseModel, ABC):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
     """Named settings; `default` is among them, and `paper` where there is one."""
-    learns_from: ClassVar[Literal["triplets", "words", "both"]] = "triplets"
+    inputs: ClassVar[Literal["triplets", "words", "both"]] = "triplets"
     """What it is told the concept by: pictures, words that are among its settings and that a concept lends, or both."""
-    trains: ClassVar[bool] = True
+    is_trained: ClassVar[bool] = True
     """Whether it goes through the training loop.
 
     A closed form has nothing to checkpoint and nothing to resume.
@@ -42,7 +42,7 @@ class Edit(BaseModel, ABC):
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a concept gives; a preset and what is said outright count before them.
 
         Args:
@@ -50,7 +50,7 @@ class Edit(BaseModel, ABC):
             said: the preset's settings and those that are said outright.
 
         Raises:
-            BadSetting: the concept lacks what the edit needs of it.
+            ConfigError: the concept lacks what the edit needs of it.
         """
         return {}
 
@@ -62,11 +62,11 @@ class Edit(BaseModel, ABC):
         leaves the rest.
 
         Raises:
-            UnknownName: no such preset.
-            BadSetting: the concept lacks what the edit needs of it.
+            UnknownNameError: no such preset.
+            ConfigError: the concept lacks what the edit needs of it.
         """
         if name not in cls.PRESETS:
-            raise UnknownName(f"preset of {cls.method()}", name, cls.PRESETS)
+            raise UnknownNameError(f"preset of {cls.method()}", name, cls.PRESETS)
         said = {**cls.PRESETS[name], **changes}
         if isinstance(changes.get("training"), Mapping):
             own = cls.PRESETS[name].get(
@@ -74,22 +74,24 @@ class Edit(BaseModel, ABC):
                 cls.model_fields["training"].default if "training" in cls.model_fields else None,
             )
             said["training"] = (own.model_dump() if own else {}) | changes["training"]
-        return cls(**{**(cls.lent(concept, said) if concept else {}), **said})
+        return cls(**{**(cls.defaults_from(concept, said) if concept else {}), **said})
 
-    def told(self) -> dict[str, Any]:
+    def export_settings(self) -> dict[str, Any]:
         """Return the settings for what we write, which names no machine and no user: files of captions by their last name."""
         out = self.model_dump(mode="json")
         return out | (
-            {"captions": [short(name) for name in out["captions"]]} if "captions" in out else {}
+            {"captions": [display_name(name) for name in out["captions"]]}
+            if "captions" in out
+            else {}
         )
 
     @property
-    def removes(self) -> bool:
+    def erases_concept(self) -> bool:
         """Whether it takes the concept away at all, as its settings stand: to one that does not, what measures removal is of no use."""
         return True
 
     @abstractmethod
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return what it learns from and what it does, in a sentence or two for a reader of the report who knows no method."""
 
     @abstractmethod
@@ -100,12 +102,12 @@ class Edit(BaseModel, ABC):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: Report | None = None,
+        report: TrainingCallback | None = None,
     ) -> Patch:
         """Return new values for some weights of `model`; `model` itself is not touched.
 
         Raises:
-            BadSetting: triplets are wanted and not given, or given and not wanted; so with a folder
+            ConfigError: triplets are wanted and not given, or given and not wanted; so with a folder
                 and `resume`.
         """
 
@@ -113,7 +115,7 @@ class Edit(BaseModel, ABC):
 class TrainedEdit(Edit):
     """An edit that goes through the training loop, on chosen weights or on a LoRA beside them."""
 
-    holds_out: ClassVar[bool] = False
+    has_validation: ClassVar[bool] = False
     """Whether its problem keeps samples for early stopping."""
 
     selector: str
@@ -130,15 +132,17 @@ class TrainedEdit(Edit):
 
     @model_validator(mode="after")
     def _fits_the_loop(self) -> Self:
-        refuse_idle_alpha(self.rank, self.alpha)
-        if self.training.validate_every and not self.holds_out:
+        check_alpha(self.rank, self.alpha)
+        if self.training.validate_every and not self.has_validation:
             raise ValueError(
                 f"training.validate_every has no effect on {self.method()}, which holds nothing out; set it to 0"
             )
         return self
 
     @abstractmethod
-    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
         """Return its batches and losses, all that is made once made.
 
         Args:
@@ -147,7 +151,7 @@ class TrainedEdit(Edit):
             names: parameters that will be trained.
 
         Raises:
-            BadSetting: something that it needs is missing.
+            ConfigError: something that it needs is missing.
         """
 
     def apply(
@@ -157,26 +161,26 @@ class TrainedEdit(Edit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: Report | None = None,
+        report: TrainingCallback | None = None,
     ) -> Patch:
         """Train the edit and return it as a patch; `model` is not touched.
 
         Raises:
-            BadSetting: something is missing, or given has no effect.
+            ConfigError: something is missing, or given has no effect.
             Stopped: the user stopped it; `resume` continues.
         """
-        refuse_idle(self, triplets, folder, resume)
+        check_inputs(self, triplets, folder, resume)
         began = time.perf_counter()
-        training = self.training.on(model.denoiser)
+        training = self.training.resolve(model.denoiser)
         edit = self.model_copy(update={"training": training})
-        with trainable(
+        with trainable_parameters(
             model, self.selector, rank=self.rank, alpha=self.alpha, seed=training.seed
         ) as part:
             check(model.denoiser, part.names, training, folder=folder, resume=resume)
-            problem = edit.problem(model, triplets, part.names)
-            problem.fingerprint += f" beside {model.around}"
+            problem = edit.build_objective(model, triplets, part.names)
+            problem.fingerprint += f" beside {model.components_hash}"
             if model.patches:
-                problem.fingerprint += f" on {lying_under(model)}"
+                problem.fingerprint += f" on {parents_of(model)}"
             ready = (
                 time.perf_counter() - began
             )  # latents, rollouts, twins: all that is made before the first update
@@ -189,43 +193,43 @@ class TrainedEdit(Edit):
                 resume=resume,
                 report=report,
             )
-        more = problem.facts if isinstance(problem, Tells) else {}
-        facts = facts_of(edit, model, triplets) | found.facts(problem.weights)
+        more = problem.facts if isinstance(problem, HasMetadata) else {}
+        facts = provenance_of(edit, model, triplets) | found.facts(problem.weights)
         facts["seconds"] = round(facts["seconds"] + ready, 2)
         return Patch(part.weights(found.tensors), facts | dict(more))
 
 
-def quoted(words: Sequence[str]) -> str:
+def join_quoted(words: Sequence[str]) -> str:
     """Return words for a sentence."""
     return ", ".join(f"“{text}”" for text in words) or "none"
 
 
-def refuse_idle(
+def check_inputs(
     edit: Edit, triplets: object = None, folder: object = None, resume: bool = False
 ) -> None:
     """Refuse what an edit lacks, or has no use for.
 
     Raises:
-        BadSetting: triplets are given to an edit that learns from words alone, or not to one that
+        ConfigError: triplets are given to an edit that learns from words alone, or not to one that
             learns from them; a folder or `resume` is given to a closed form.
     """
     method = edit.method()
-    if edit.learns_from == "words" and triplets is not None:
-        raise BadSetting(
+    if edit.inputs == "words" and triplets is not None:
+        raise ConfigError(
             f"triplets have no effect on {method}, which learns from words; leave them out and give a concept"
         )
-    if edit.learns_from != "words" and triplets is None:
-        raise BadSetting(
+    if edit.inputs != "words" and triplets is None:
+        raise ConfigError(
             f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, a CSV, or bundled ones (mini:skulls)"
         )
-    if not edit.trains and (folder is not None or resume):
+    if not edit.is_trained and (folder is not None or resume):
         what = "resume" if resume else "a folder for checkpoints"
-        raise BadSetting(
+        raise ConfigError(
             f"{what} has no effect on {method}, which is solved in one go; leave it out"
         )
 
 
-def refuse_blank(erase: Sequence[str]) -> None:
+def check_phrases(erase: Sequence[str]) -> None:
     """Refuse a blank word.
 
     Raises:
@@ -235,33 +239,33 @@ def refuse_blank(erase: Sequence[str]) -> None:
         raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
 
 
-def words_of(method: str, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+def phrases_from(method: str, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
     """Return the words that a concept lends to an edit that needs some.
 
     Raises:
-        BadSetting: it has none, and none are said outright.
+        ConfigError: it has none, and none are said outright.
     """
     if not concept.words and not said.get("erase"):
-        raise BadSetting(
+        raise ConfigError(
             f"the concept {concept.name!r} has no words, and {method} erases words; give it words, or set erase"
         )
     return {"erase": concept.words}
 
 
-def words_needed(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
+def require_phrases(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
     """Return the words to erase.
 
     Raises:
-        BadSetting: there are none.
+        ConfigError: there are none.
     """
     if not erase:
-        raise BadSetting(
+        raise ConfigError(
             f"{method} has no words to erase; give a concept that has some, or set erase"
         )
     return erase
 
 
-def lying_under(model: Model) -> list[dict[str, str]]:
+def parents_of(model: Model) -> list[dict[str, str]]:
     """Return method and hash of each patch that is on a model, in order: what an edit trained on it presupposes."""
     return [
         {"method": str(patch.provenance.get("method")), "hash": patch.hash}
@@ -269,17 +273,17 @@ def lying_under(model: Model) -> list[dict[str, str]]:
     ]
 
 
-def facts_of(
+def provenance_of(
     edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any
 ) -> dict[str, Any]:
     """Return a patch's provenance."""
     out: dict[str, Any] = {
         "method": edit.method(),
-        "settings": edit.told(),
+        "settings": edit.export_settings(),
         "base": model.hash,
-        "base_rounded": model.rounded,
+        "base_rounded": model.cast_hashes,
         "family": model.family,
-        "model": short(model.name),
+        "model": display_name(model.name),
     }
-    out |= {"under": under} if (under := lying_under(model)) else {}
+    out |= {"under": under} if (under := parents_of(model)) else {}
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

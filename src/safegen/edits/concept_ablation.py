@@ -13,12 +13,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import TrainedEdit, quoted, refuse_blank, words_needed, words_of
+from safegen.edits.base import (
+    TrainedEdit,
+    check_phrases,
+    join_quoted,
+    phrases_from,
+    require_phrases,
+)
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import Walk, looking, precisely
-from safegen.edits.training.config import SHORT, Problem, Training
+from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, full_precision
+from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.models.model import Model
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,7 +41,7 @@ class ConceptAblation(TrainedEdit):
     """Settings of the concept-ablation edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    learns_from: ClassVar[Literal["triplets", "words"]] = "words"
+    inputs: ClassVar[Literal["triplets", "words"]] = "words"
 
     erase: tuple[str, ...] = ()
     """Words that ask for the concept, one of them a sample; a concept lends its own."""
@@ -75,39 +81,41 @@ class ConceptAblation(TrainedEdit):
             raise ValueError(
                 "strength has no effect with target own; set target to base, or leave it out"
             )
-        refuse_blank(self.erase)
+        check_phrases(self.erase)
         if set(self.erase) & set(self.anchors):
             raise ValueError(
                 "erase and anchors share a word, which would come to mean itself; leave it out of one"
             )
         return self
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         return (
-            f"It is given words ({quoted(self.erase)}) and no pictures. On pictures that the model itself draws of a harmless "
+            f"It is given words ({join_quoted(self.erase)}) and no pictures. On pictures that the model itself draws of a harmless "
             "counterpart, it is taught to predict with these words what it predicts with the counterpart's. A prompt that asks for "
             "the same in other words may still get it."
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its words and its counterpart's."""
-        return words_of(cls.method(), concept, said) | {"anchors": concept.counterpart}
+        return phrases_from(cls.method(), concept, said) | {"anchors": concept.counterpart}
 
-    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
         """Return its batches and losses."""
-        return ConceptAblationProblem(self, model, names)
+        return ConceptAblationObjective(self, model, names)
 
 
-class ConceptAblationProblem:
+class ConceptAblationObjective:
     """Its batches and losses. The anchors' pictures are drawn before the first update."""
 
     def __init__(self, edit: ConceptAblation, model: Model, names: Sequence[str]) -> None:
         """Encode the words; draw the anchors."""
-        self.edit, words = edit, words_needed("concept_ablation", edit.erase)
+        self.edit, words = edit, require_phrases("concept_ablation", edit.erase)
         if not edit.anchors:
-            raise BadSetting(
+            raise ConfigError(
                 "concept_ablation needs words to put in place of the erased ones; give a concept with a counterpart, or anchors"
             )
         self.weights = {"L_c": 1.0} | ({"L_p": edit.weight_prior} if edit.weight_prior else {})
@@ -124,7 +132,7 @@ class ConceptAblationProblem:
     def _draw(self, model: Model) -> Tensor:
         """Return latents of the untouched model's pictures of the anchors, which take turns: (n, c, h, w)."""
         walk, precision = (
-            Walk(model, steps=self.edit.steps, guidance=self.edit.guidance),
+            DdimRollout(model, steps=self.edit.steps, guidance=self.edit.guidance),
             self.edit.training.precision,
         )
         noise = walk.noise(
@@ -132,13 +140,16 @@ class ConceptAblationProblem:
             torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003),
         )
         turn = torch.arange(len(noise)) % len(self.anchors)
-        with precisely(model, precision):
+        with full_precision(model, precision):
             parts = zip(noise.split(16), self.anchors[turn].split(16), strict=True)
             return torch.cat(
-                [walk.until(self.edit.steps, x, text, looking(model.denoiser)) for x, text in parts]
+                [
+                    walk.sample_until(self.edit.steps, x, text, frozen_predictor(model.denoiser))
+                    for x, text in parts
+                ]
             )
 
-    def losses(
+    def training_step(
         self,
         denoiser: nn.Module,
         micro_step: int,
@@ -180,12 +191,14 @@ class ConceptAblationProblem:
         x = losses.add_noise(z, eps, abar)
         plain = eps if self.prediction == "epsilon" else losses.velocity(eps, z, abar)
         if self.edit.target == "own":
-            aim = looking(denoiser)(x, t, anchor)
+            aim = frozen_predictor(denoiser)(x, t, anchor)
         else:
-            before = looking(denoiser, self.reference)
+            before = frozen_predictor(denoiser, self.reference)
             aim = before(x, t, anchor)
             if self.edit.strength:
-                aim = losses.push_away(aim, before(x, t, text), aim, strength=self.edit.strength)
+                aim = losses.negative_guidance(
+                    aim, before(x, t, text), aim, strength=self.edit.strength
+                )
         if not self.edit.weight_prior:
             return {"L_c": losses.squared_error(denoiser(x, t, text).sample, aim)}
         out, kept = denoiser(

@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import TrainedEdit, quoted, words_needed, words_of
+from safegen.edits.base import TrainedEdit, join_quoted, phrases_from, require_phrases
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import Walk, looking, precisely
-from safegen.edits.training.config import SHORT, Problem, Training
+from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, full_precision
+from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import Judge, load_judge
 from safegen.models.model import Model
@@ -126,33 +126,35 @@ class DUO(TrainedEdit):
             )
         return self
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         return (
             "It is given pictures of the concept. The model itself redraws each as a harmless twin, away from the concept's words "
-            f"({quoted(self.erase)}), and is then taught to prefer the twins, under the blank text alone."
+            f"({join_quoted(self.erase)}), and is then taught to prefer the twins, under the blank text alone."
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its words, its counterpart's, and its judge."""
         eyes = {"judge": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
         other = (
             said.get("judge", concept.judge) != concept.judge
         )  # another judge, or none, has other labels
         return (
-            words_of(cls.method(), concept, said)
+            phrases_from(cls.method(), concept, said)
             | {"anchors": concept.counterpart}
             | ({} if other else eyes)
         )
 
-    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
         """Return its batches and losses."""
         assert triplets is not None
-        return DUOProblem(self, model, triplets, names)
+        return DUOObjective(self, model, triplets, names)
 
 
-class DUOProblem:
+class DUOObjective:
     """DUO's pairs and losses. Safe twins are drawn once, as latents; no picture is written."""
 
     def __init__(self, edit: DUO, model: Model, triplets: Triplets, names: Sequence[str]) -> None:
@@ -166,7 +168,7 @@ class DUOProblem:
         self.weights = {"L_dpo": 1.0} | ({"L_o": edit.weight_keep} if edit.weight_keep else {})
         self.abar, self.prediction = model.alphas_cumprod().to(model.device), model.prediction
         if edit.timesteps[1] > len(self.abar):
-            raise BadSetting(
+            raise ConfigError(
                 f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}"
             )
         self.by_noise = self.abar.argsort(
@@ -191,7 +193,7 @@ class DUOProblem:
         """Return safe twins on which a judge is silent, drawn again where it is not, and leave out pairs where it never is.
 
         Raises:
-            BadSetting: it is silent on none.
+            ConfigError: it is silent on none.
         """
         safe, open_ = torch.empty_like(self.unsafe), list(range(len(names)))
         left = []
@@ -212,7 +214,7 @@ class DUOProblem:
         kept = [place for place in range(len(names)) if place not in open_]
         out = [names[place] for place in open_]
         if not kept:
-            raise BadSetting(
+            raise ConfigError(
                 f"the judge {judge.id} is silent on no safe twin in {self.edit.tries} tries ({', '.join(out[:3])} ...): give anchors that "
                 "ask for something harmless, a larger redraw, more tries, or no judge"
             )
@@ -236,13 +238,13 @@ class DUOProblem:
                 the others.
             places: whose; all when None.
         """
-        edit, words = self.edit, words_needed("duo", self.edit.erase)
+        edit, words = self.edit, require_phrases("duo", self.edit.erase)
         if not edit.anchors:
-            raise BadSetting(
+            raise ConfigError(
                 "duo draws safe twins by words for the counterpart; give a concept that has some, or anchors"
             )
         walk, precision = (
-            Walk(model, steps=edit.steps, guidance=edit.guidance),
+            DdimRollout(model, steps=edit.steps, guidance=edit.guidance),
             edit.training.precision,
         )
         walk.blank = model.encode_text([", ".join(words)]).float()  # guidance away from these
@@ -258,17 +260,21 @@ class DUOProblem:
         of = slice(None) if places is None else list(places)
         noised = losses.add_noise(self.unsafe[of], noise[of], self.abar[t].expand(len(noise[of])))
         out = []
-        with torch.no_grad(), precisely(model, precision):
+        with torch.no_grad(), full_precision(model, precision):
             for part in noised.split(16):
                 x = part
                 for t in walk.timesteps[start:]:
                     x = walk.step(
-                        t, x, *walk.both(t, x, text.expand(len(x), -1, -1), looking(model.denoiser))
+                        t,
+                        x,
+                        *walk.predict_cfg(
+                            t, x, text.expand(len(x), -1, -1), frozen_predictor(model.denoiser)
+                        ),
                     )
                 out.append(x)
         return torch.cat(out)
 
-    def losses(
+    def training_step(
         self,
         denoiser: nn.Module,
         micro_step: int,
@@ -319,7 +325,7 @@ class DUOProblem:
         if self.edit.weight_keep:
             x, t = torch.cat([x, start]), torch.cat([t, self.by_noise[-1].expand(b)])
         text = blank.expand(len(x), -1, -1)
-        before = looking(denoiser, self.reference)(x, t, text)
+        before = frozen_predictor(denoiser, self.reference)(x, t, text)
         said = denoiser(x, t, text).sample
         now, then = (losses.squared_error(out[: 2 * b], truth).chunk(2) for out in (said, before))
         prefer = losses.preference if self.edit.objective == "dpo" else losses.unpaired_preference

@@ -10,13 +10,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import TrainedEdit, quoted, refuse_blank, words_needed, words_of
+from safegen.edits.base import (
+    TrainedEdit,
+    check_phrases,
+    join_quoted,
+    phrases_from,
+    require_phrases,
+)
 from safegen.edits.functional import losses
-from safegen.edits.functional.adversary import Opponent, at_work
-from safegen.edits.functional.rollout import Walk, looking, precisely
-from safegen.edits.training.config import SHORT, Problem, Training
+from safegen.edits.functional.adversary import AdversarySetting, build_adversary
+from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, full_precision
+from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
 
@@ -53,7 +59,7 @@ class ESD(TrainedEdit):
     """Settings of the ESD edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    learns_from: ClassVar[Literal["triplets", "words"]] = "words"
+    inputs: ClassVar[Literal["triplets", "words"]] = "words"
 
     erase: tuple[str, ...] = ()
     """Words that ask for the concept, one of them a sample; a concept lends its own."""
@@ -74,7 +80,7 @@ class ESD(TrainedEdit):
     """Weight of L_r: on the same latents, harmless captions should be answered as before (as Zhang et al. 2024, arXiv:2405.15234)."""
     captions: tuple[str, ...] = ()
     """Prompt lists (`source:list`) and text files of harmless captions for L_r."""
-    adversary: Opponent = 0.0
+    adversary: AdversarySetting = 0.0
     """Who moves the taught words' text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
     name, or a table with a name and settings (docs/edits.md)."""
     selector: str = "noxattn"
@@ -95,30 +101,32 @@ class ESD(TrainedEdit):
             raise ValueError(
                 "captions have no effect with weight_retain 0; leave them out, or give L_r a weight"
             )
-        refuse_blank(self.erase)
+        check_phrases(self.erase)
         return self
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         return (
-            f"It is given words ({quoted(self.erase)}) and no pictures. On pictures that the model itself begins to draw, it is "
+            f"It is given words ({join_quoted(self.erase)}) and no pictures. On pictures that the model itself begins to draw, it is "
             "taught to predict the opposite of what these words ask for. A prompt that asks for the same in other words may still get "
             "it."
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its words, and its captions to settings with an L_r."""
-        return words_of(cls.method(), concept, said) | (
+        return phrases_from(cls.method(), concept, said) | (
             {"captions": concept.captions} if said.get("weight_retain") else {}
         )
 
-    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
         """Return its batches and losses."""
-        return ESDProblem(self, model, names)
+        return ESDObjective(self, model, names)
 
 
-class ESDProblem:
+class ESDObjective:
     """ESD's batches and losses.
 
     With rollout base, latents and targets are all made before the first update.
@@ -126,16 +134,16 @@ class ESDProblem:
 
     def __init__(self, edit: ESD, model: Model, names: Sequence[str]) -> None:
         """Encode the words and captions; make the rollouts that can be made once."""
-        self.edit, self.words = edit, words_needed("esd", edit.erase)
+        self.edit, self.words = edit, require_phrases("esd", edit.erase)
         if edit.weight_retain and not edit.captions:
-            raise BadSetting(
+            raise ConfigError(
                 "weight_retain has no effect without captions; give a concept that has some, or set captions, or weight 0"
             )
-        self.attack = at_work(edit.adversary, model, names)
+        self.attack = build_adversary(edit.adversary, model, names)
         self.weights = {"L_e": 1.0} | ({"L_r": edit.weight_retain} if edit.weight_retain else {})
         own = dict(model.denoiser.named_parameters())
         self.reference = {name: own[name].detach().clone() for name in names}
-        self.walk = Walk(model, steps=edit.steps, guidance=edit.guidance)
+        self.walk = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
         self.text = model.encode_text(list(self.words)).float()
         self.taught = (
             model.encode_text([edit.erase_from]).float().expand_as(self.text)
@@ -153,7 +161,7 @@ class ESDProblem:
         """Return, for each word, the latents of every step of its trajectories and what the untouched model says there."""
         out, n = [], self.edit.trajectories
         precision = self.edit.training.precision
-        with precisely(model, precision):
+        with full_precision(model, precision):
             for i in range(len(self.words)):
                 x = self.walk.noise(
                     n, torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003 + i)
@@ -167,17 +175,17 @@ class ESDProblem:
                         else {}
                     )
                     parts.append(
-                        self.walk.record(
+                        self.walk.trajectory(
                             part,
                             self.taught[i].expand(len(part), -1, -1),
-                            looking(model.denoiser),
+                            frozen_predictor(model.denoiser),
                             asked,
                         )
                     )
                 out.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         return out
 
-    def losses(
+    def training_step(
         self,
         denoiser: nn.Module,
         micro_step: int,
@@ -217,10 +225,10 @@ class ESDProblem:
         self, denoiser: nn.Module, noise: Tensor, which: Tensor, stop: int
     ) -> dict[str, Tensor]:
         """Return latents of the student's own pictures at one step, and what the untouched model says there."""
-        text, before = self.taught[which], looking(denoiser, self.reference)
-        x = self.walk.until(stop, noise, text, looking(denoiser))
+        text, before = self.taught[which], frozen_predictor(denoiser, self.reference)
+        x = self.walk.sample_until(stop, noise, text, frozen_predictor(denoiser))
         t = self.walk.timesteps[stop]
-        said, blank = self.walk.both(t, x, text, before)
+        said, blank = self.walk.predict_cfg(t, x, text, before)
         more = (
             {"erase": before(x, self.walk.at(t, len(x)), self.text[which])}
             if self.edit.erase_from is not None
@@ -248,11 +256,11 @@ class ESDProblem:
             captions: harmless texts, (b, tokens, width); None for no L_r.
         """
         if "erase" in said:
-            want = losses.push_away(
+            want = losses.negative_guidance(
                 said["text"], said["erase"], said["blank"], strength=self.edit.strength
             )
         else:
-            want = losses.push_away(
+            want = losses.negative_guidance(
                 said["blank"], said["text"], said["blank"], strength=self.edit.strength
             )
         x = said["x"]
@@ -262,7 +270,7 @@ class ESDProblem:
             )
         if captions is None:
             return {"L_e": losses.squared_error(denoiser(x, t, text).sample, want)}
-        keep = looking(denoiser, self.reference)(x, t, captions)
+        keep = frozen_predictor(denoiser, self.reference)(x, t, captions)
         out, kept = denoiser(
             torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, captions])
         ).sample.chunk(2)

@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 
 from safegen.core.concept import Concept
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import Edit, quoted, refuse_idle, words_of
+from safegen.edits.base import Edit, check_inputs, join_quoted, phrases_from
 from safegen.edits.functional.closed_form import (
     adversarial_embeddings,
     projections,
     solve_projection,
 )
-from safegen.edits.training.trainer import Report
-from safegen.edits.uce import finish, refuse_idle_words, rows_of
+from safegen.edits.training.trainer import TrainingCallback
+from safegen.edits.uce import check_unused_phrases, concept_embeddings, to_patch
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -38,8 +38,8 @@ class RECE(Edit):
     """Settings of the RECE edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    learns_from: ClassVar[Literal["triplets", "words"]] = "words"
-    trains: ClassVar[bool] = False
+    inputs: ClassVar[Literal["triplets", "words"]] = "words"
+    is_trained: ClassVar[bool] = False
 
     erase: tuple[str, ...] = ()
     """Words that ask for the concept; a concept lends its own."""
@@ -67,26 +67,26 @@ class RECE(Edit):
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
-        refuse_idle_words(self)
+        check_unused_phrases(self)
         if not self.rounds and self.ridge != type(self).model_fields["ridge"].default:
             raise ValueError(
                 "ridge has no effect with rounds 0, which look for no embedding; leave it out"
             )
         return self
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         return (
-            f"It is given words ({quoted(self.erase)}) and no pictures, and solves for new keys and values of cross-attention under "
+            f"It is given words ({join_quoted(self.erase)}) and no pictures, and solves for new keys and values of cross-attention under "
             "which these words, and the texts that bring their meaning back, mean something else. A prompt that asks for the same in "
             "other words may still get it."
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its words and captions, and with captions the weight that they are kept with."""
         weight = {"preserve_scale": KEPT} if concept.captions and said.get("captions", True) else {}
-        return words_of(cls.method(), concept, said) | {"captions": concept.captions} | weight
+        return phrases_from(cls.method(), concept, said) | {"captions": concept.captions} | weight
 
     def apply(
         self,
@@ -95,7 +95,7 @@ class RECE(Edit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: Report | None = None,
+        report: TrainingCallback | None = None,
     ) -> Patch:
         """Solve the edit and return it as a patch; `model` is not touched. `report` is called once.
 
@@ -103,17 +103,17 @@ class RECE(Edit):
         embeddings go is in their terms, as in the published code.
 
         Raises:
-            BadSetting: there are no words to erase, or something given has no effect.
-            Diverged: a solved weight is not finite.
+            ConfigError: there are no words to erase, or something given has no effect.
+            DivergedError: a solved weight is not finite.
         """
-        refuse_idle(self, triplets, folder, resume)
+        check_inputs(self, triplets, folder, resume)
         began = time.perf_counter()
-        keys, guides, kept = rows_of(
+        keys, guides, kept = concept_embeddings(
             model, "rece", self.erase, self.guide, self.preserve, self.captions, self.tokens, False
         )
         concept, aims = keys, guides
         if self.expand:
-            keys, guides, _ = rows_of(
+            keys, guides, _ = concept_embeddings(
                 model, "rece", self.erase, self.guide, (), (), self.tokens, True
             )
         original = projections(model)
@@ -133,4 +133,4 @@ class RECE(Edit):
                 name: solve_projection(w, keys, guides @ w.T, kept, **scales)
                 for name, w in edited.items()
             }
-        return finish(self, "rece", model, edited, began, report)
+        return to_patch(self, "rece", model, edited, began, report)

@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit
 from safegen.edits.functional import losses
-from safegen.edits.functional.adversary import Opponent, at_work, named
-from safegen.edits.training.config import Problem, Training
+from safegen.edits.functional.adversary import AdversarySetting, build_adversary, resolve_adversary
+from safegen.edits.training.config import Objective, Training
 from safegen.edits.training.samples import encode_triplets, read_captions
 from safegen.models.model import Model
 
@@ -52,7 +52,7 @@ class SafeGen(TrainedEdit):
     """Settings of the SafeGen edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    holds_out: ClassVar[bool] = True
+    has_validation: ClassVar[bool] = True
 
     target: Literal["paper", "x0"] = "x0"
     """What a noised unsafe latent is taught to predict: as released, or what implies the censored picture as its x0."""
@@ -72,7 +72,7 @@ class SafeGen(TrainedEdit):
     """Benign prompt lists (`source:list`, or a text file with a prompt a line) for `caption_share`."""
     caption_share: float | None = Field(default=None, gt=0, le=1)
     """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours); 0.6 when there are captions."""
-    adversary: Opponent = 0.25
+    adversary: AdversarySetting = 0.25
     """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
     name, or a table with a name and settings (docs/edits.md)."""
     adversary_moves: Literal["unsafe", "both"] | None = None
@@ -86,7 +86,7 @@ class SafeGen(TrainedEdit):
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights change."""
-    held_out: float | None = Field(default=None, gt=0, lt=0.5)
+    validation_loss: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
         updates=160,
@@ -111,7 +111,7 @@ class SafeGen(TrainedEdit):
             )
         if self.caption_share is not None and not self.captions:
             raise ValueError("caption_share has no effect without captions; give both or neither")
-        if self.held_out is not None and not self.training.validate_every:
+        if self.validation_loss is not None and not self.training.validate_every:
             raise ValueError(
                 "held_out has no effect without training.validate_every; set that too, or leave held_out out"
             )
@@ -119,7 +119,7 @@ class SafeGen(TrainedEdit):
             raise ValueError(
                 "adversary_moves has no effect without an adversary, or with weight_preserve 0; leave it out"
             )
-        together = named(self.adversary).moves_others
+        together = resolve_adversary(self.adversary).is_additive
         if self.adversary_moves == "both" and not together:
             raise ValueError(
                 "adversary_moves both goes with one-step only: the others replace a text, which is no move that another could take"
@@ -145,11 +145,11 @@ class SafeGen(TrainedEdit):
         return self
 
     @property
-    def removes(self) -> bool:
+    def erases_concept(self) -> bool:
         """Whether L_m, which alone removes, has a weight."""
         return self.weight_mosaic > 0
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         return (
             "It learns from pictures: an unsafe one, the same with the concept covered, and a harmless one. An unsafe picture must be "
@@ -159,17 +159,19 @@ class SafeGen(TrainedEdit):
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its captions."""
         return {"captions": concept.captions}
 
-    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
         """Return its batches and losses."""
         assert triplets is not None
-        return SafeGenProblem(self, model, triplets, names)
+        return SafeGenObjective(self, model, triplets, names)
 
 
-class SafeGenProblem:
+class SafeGenObjective:
     """SafeGen's batches and losses.
 
     Latents, text embeddings and the reference weights are computed or kept once.
@@ -181,39 +183,39 @@ class SafeGenProblem:
         """Encode every triplet and caption once.
 
         Raises:
-            BadSetting: too few triplets for a held-out part, none that shows the concept, or the
+            ConfigError: too few triplets for a held-out part, none that shows the concept, or the
                 model's schedule has fewer timesteps than asked for.
         """
         self.edit, self.prediction = edit, model.prediction
         self.abar = model.alphas_cumprod().to(model.device)
         if edit.timesteps[1] > len(self.abar):
-            raise BadSetting(
+            raise ConfigError(
                 f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}"
             )
         if edit.target == "paper" and self.prediction != "epsilon":
-            raise BadSetting(
+            raise ConfigError(
                 f"target 'paper' has a wrong x0 on a {self.prediction} model; use target 'x0'"
             )
-        self.attack = at_work(edit.adversary, model, names)
+        self.attack = build_adversary(edit.adversary, model, names)
         self.shared = edit.adversary_moves == "both"
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
         if torch.equal(self.latents[0], self.latents[1]):
-            raise BadSetting(
+            raise ConfigError(
                 "the triplets do not show the concept: every censored picture is its unsafe one, so there is nothing to unlearn"
             )
         n = self.latents.shape[2]
-        part = (edit.held_out or HELD_OUT) if edit.training.validate_every else 0.0
+        part = (edit.validation_loss or HELD_OUT) if edit.training.validate_every else 0.0
         spare = round(n * part)
         if part and not 0 < spare < n:
-            raise BadSetting(
+            raise ConfigError(
                 f"a held-out part of {part} of {n} triplets is empty; give more triplets or set validate_every 0"
             )
         self.spare, self.used = range(n - spare, n), n - spare
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
         own = dict(model.denoiser.named_parameters())
         searches = (
-            bool(edit.adversary) and not named(edit.adversary).moves_others
+            bool(edit.adversary) and not resolve_adversary(edit.adversary).is_additive
         )  # for a text under which all is as before the edit
         needed = edit.teacher or edit.anchor == "teacher" or searches
         self.reference = {k: own[k].detach().clone() for k in names} if needed else {}
@@ -222,7 +224,7 @@ class SafeGenProblem:
             [edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words]
         )
 
-    def losses(
+    def training_step(
         self,
         denoiser: nn.Module,
         micro_step: int,
@@ -234,7 +236,7 @@ class SafeGenProblem:
         rows = _shuffled(self.used, self.edit.training.seed, micro_step * b, b)
         return self._draw_and_compare(denoiser, rows, generator, share)
 
-    def held_out(self, denoiser: nn.Module) -> float:
+    def validation_loss(self, denoiser: nn.Module) -> float:
         """Return the weighted loss over the held-out triplets, eight fixed draws each."""
         draw, total = torch.Generator("cpu").manual_seed(1), 0.0
         for _ in range(8):

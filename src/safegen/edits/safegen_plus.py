@@ -18,20 +18,20 @@ from safegen.core.concept import Concept
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import (
     TrainedEdit,
-    quoted,
-    refuse_blank,
-    refuse_idle,
-    words_needed,
-    words_of,
+    check_inputs,
+    check_phrases,
+    join_quoted,
+    phrases_from,
+    require_phrases,
 )
-from safegen.edits.functional.adversary import Opponent
+from safegen.edits.functional.adversary import AdversarySetting
 from safegen.edits.rece import KEPT, RECE
-from safegen.edits.safegen import SafeGen, SafeGenProblem
-from safegen.edits.training.config import Problem, Report, Training
+from safegen.edits.safegen import SafeGen, SafeGenObjective
+from safegen.edits.training.config import Objective, Training, TrainingCallback
 from safegen.edits.training.trainer import check
 from safegen.edits.uce import UCE
 from safegen.models.model import Model
-from safegen.models.selectors import select
+from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
 
 
@@ -42,8 +42,8 @@ class SafeGenPlus(TrainedEdit):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
-    learns_from: ClassVar[Literal["triplets", "words", "both"]] = "both"
-    holds_out: ClassVar[bool] = True
+    inputs: ClassVar[Literal["triplets", "words", "both"]] = "both"
+    has_validation: ClassVar[bool] = True
 
     text: Literal["rece", "uce", "none"] = "rece"
     """Closed form that erases the words; none is SafeGen alone."""
@@ -64,7 +64,7 @@ class SafeGenPlus(TrainedEdit):
     """Weight of L_m, the loss on unsafe pictures: less than SafeGen's, for the closed form takes its share (docs/ablation.md)."""
     weight_preserve: float = Field(default=0.75, ge=0)
     """Weight of L_p, the loss on benign pictures: to be answered as by the model that SafeGen begins with."""
-    adversary: Opponent = 0.25
+    adversary: AdversarySetting = 0.25
     """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
     name, or a table with a name and settings (docs/edits.md)."""
     adversary_moves: Literal["unsafe", "both"] | None = None
@@ -99,7 +99,7 @@ class SafeGenPlus(TrainedEdit):
             raise ValueError(
                 "first has no effect with text none, which leaves one part; leave it out"
             )
-        refuse_blank(self.erase)
+        check_phrases(self.erase)
         try:
             object.__setattr__(
                 self, "adversary_moves", self.visual().adversary_moves
@@ -110,29 +110,29 @@ class SafeGenPlus(TrainedEdit):
             ) from error
         return self
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         return (
-            self.visual().account()
+            self.visual().describe()
             if self.text == "none"
             else "It learns from pictures: an unsafe one, the same with the concept covered, and a harmless one. An unsafe picture "
             "must be predicted as its covered twin, a harmless one as it is. It also erases the words that ask for the concept "
-            f"({quoted(self.erase)}) in closed form."
+            f"({join_quoted(self.erase)}) in closed form."
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its captions, and its words to settings that erase some."""
         words = said.get("text", cls.model_fields["text"].default) != "none"
         return {"captions": concept.captions} | (
-            words_of(cls.method(), concept, said) if words else {}
+            phrases_from(cls.method(), concept, said) if words else {}
         )
 
     def words(self) -> RECE | UCE | None:
         """Return the settings of the closed form, with its default weights; None without one."""
         if self.text == "none":
             return None
-        erase = words_needed(self.method(), self.erase)
+        erase = require_phrases(self.method(), self.erase)
         if self.text == "uce":
             return UCE(erase=erase, captions=self.captions)
         if not self.captions:
@@ -146,10 +146,12 @@ class SafeGenPlus(TrainedEdit):
             **{name: getattr(self, name) for name in shared}, teacher=self.weight_preserve > 0
         )
 
-    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
         """Return SafeGen's batches and losses, for the model as it stands."""
         assert triplets is not None
-        problem = SafeGenProblem(self.visual(), model, triplets, names)
+        problem = SafeGenObjective(self.visual(), model, triplets, names)
         problem.fingerprint = f"{self.model_dump_json(exclude={'training'})} {problem.fingerprint}"
         return problem
 
@@ -160,21 +162,21 @@ class SafeGenPlus(TrainedEdit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: Report | None = None,
+        report: TrainingCallback | None = None,
     ) -> Patch:
         """Make both parts, the second on the model that has the first, and return them as one patch; `model` is not touched.
 
         Raises:
-            BadSetting: something is missing, or given has no effect.
-            Diverged: a solved weight, a loss or a trained weight is not finite.
+            ConfigError: something is missing, or given has no effect.
+            DivergedError: a solved weight, a loss or a trained weight is not finite.
             Stopped: the user stopped it; `resume` continues.
         """
-        refuse_idle(self, triplets, folder, resume)
+        check_inputs(self, triplets, folder, resume)
         words = self.words()
-        _ = model.hash, model.rounded  # of the untouched weights: what the patch refers to
+        _ = model.hash, model.cast_hashes  # of the untouched weights: what the patch refers to
         check(
             model.denoiser,
-            select(model.denoiser, self.selector),
+            select_parameters(model.denoiser, self.selector),
             self.training,
             folder=folder,
             resume=resume,

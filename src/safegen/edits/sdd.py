@@ -14,10 +14,16 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import TrainedEdit, quoted, refuse_blank, words_needed, words_of
+from safegen.edits.base import (
+    TrainedEdit,
+    check_phrases,
+    join_quoted,
+    phrases_from,
+    require_phrases,
+)
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import Walk, looking, precisely
-from safegen.edits.training.config import SHORT, Problem, Training
+from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, full_precision
+from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.models.model import Model
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,7 +40,7 @@ class SDD(TrainedEdit):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    learns_from: ClassVar[Literal["triplets", "words"]] = "words"
+    inputs: ClassVar[Literal["triplets", "words"]] = "words"
 
     erase: tuple[str, ...] = ()
     """Words that ask for the concept, taught in turn.
@@ -83,37 +89,39 @@ class SDD(TrainedEdit):
             )
         if not self.training.ema:
             raise ValueError("sdd saves its weight average, so training.ema must be > 0, got 0")
-        refuse_blank(self.erase)
+        check_phrases(self.erase)
         return self
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         return (
-            f"It is given words ({quoted(self.erase)}) and no pictures. On pictures that the model itself begins to draw of them, it "
+            f"It is given words ({join_quoted(self.erase)}) and no pictures. On pictures that the model itself begins to draw of them, it "
             "is taught to predict the same with these words as without. A prompt that asks for the same in other words may still get "
             "it."
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its words."""
-        return words_of(cls.method(), concept, said)
+        return phrases_from(cls.method(), concept, said)
 
-    def problem(self, model: Model, triplets: Triplets | None, names: Sequence[str]) -> Problem:
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
         """Return its batches and losses."""
-        return SDDProblem(self, model, names)
+        return SDDObjective(self, model, names)
 
 
-class SDDProblem:
+class SDDObjective:
     """SDD's batches and losses."""
 
     def __init__(self, edit: SDD, model: Model, names: Sequence[str]) -> None:
         """Encode the words; make the rollouts that can be made once."""
-        self.edit, words = edit, words_needed("sdd", edit.erase)
+        self.edit, words = edit, require_phrases("sdd", edit.erase)
         self.weights = {"L_d": 1.0} | ({"L_a": edit.weight_anchor} if edit.weight_anchor else {})
         own = dict(model.denoiser.named_parameters())
         self.reference = {name: own[name].detach().clone() for name in names}
-        self.walk = Walk(model, steps=edit.steps, guidance=edit.guidance)
+        self.walk = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
         self.text, self.drawn = (
             model.encode_text(list(words)).float(),
             model.encode_text([", ".join(words)]).float(),
@@ -122,7 +130,7 @@ class SDDProblem:
         self._average: Callable[[], Mapping[str, Tensor]] | None = None
         self.pool = self._pool(model) if edit.rollout == "base" else torch.empty(0)
 
-    def follow(self, average: Callable[[], Mapping[str, Tensor]]) -> None:
+    def set_ema(self, average: Callable[[], Mapping[str, Tensor]]) -> None:
         """Keep the question for the averaged weights."""
         self._average = average
 
@@ -133,16 +141,16 @@ class SDDProblem:
             self.edit.trajectories,
             torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003),
         )
-        with precisely(model, precision):
+        with full_precision(model, precision):
             parts = [
-                self.walk.record(p, self.drawn.expand(len(p), -1, -1), looking(model.denoiser), {})[
-                    "x"
-                ]
+                self.walk.trajectory(
+                    p, self.drawn.expand(len(p), -1, -1), frozen_predictor(model.denoiser), {}
+                )["x"]
                 for p in x.split(8)
             ]
         return torch.cat(parts)
 
-    def losses(
+    def training_step(
         self,
         denoiser: nn.Module,
         micro_step: int,
@@ -165,11 +173,11 @@ class SDDProblem:
             assert self._average is not None, "the loop gives the average before the first batch"
             stops = stops[:1].expand(len(mine))  # the samples of a batch stop together
             noise = self.walk.noise(b, g)[mine.to(self.walk.device)]
-            x = self.walk.until(
+            x = self.walk.sample_until(
                 int(stops[0]),
                 noise,
                 self.drawn.expand(len(noise), -1, -1),
-                looking(denoiser, self._average()),
+                frozen_predictor(denoiser, self._average()),
             )
         return self.compare(denoiser, x, self.walk.timesteps[stops].to(self.walk.device), text)
 
@@ -186,9 +194,9 @@ class SDDProblem:
         """
         blank = self.walk.blank.expand(len(x), -1, -1)
         if not self.edit.weight_anchor:
-            aim = looking(denoiser)(x, t, blank)
+            aim = frozen_predictor(denoiser)(x, t, blank)
             return {"L_d": losses.squared_error(denoiser(x, t, text).sample, aim)}
-        before = looking(denoiser, self.reference)(x, t, blank)
+        before = frozen_predictor(denoiser, self.reference)(x, t, blank)
         out, own = denoiser(
             torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, blank])
         ).sample.chunk(2)

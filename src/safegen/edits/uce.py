@@ -12,26 +12,26 @@ from pydantic import Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting, Diverged
+from safegen.core.errors import ConfigError, DivergedError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import (
     Edit,
-    facts_of,
-    quoted,
-    refuse_blank,
-    refuse_idle,
-    words_needed,
-    words_of,
+    check_inputs,
+    check_phrases,
+    join_quoted,
+    phrases_from,
+    provenance_of,
+    require_phrases,
 )
 from safegen.edits.functional.closed_form import (
     as_patch,
+    debias_value,
     embed,
-    leaning,
     projections,
     solve_projection,
 )
 from safegen.edits.training.samples import read_captions
-from safegen.edits.training.trainer import Report
+from safegen.edits.training.trainer import TrainingCallback
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -48,8 +48,8 @@ class UCE(Edit):
     """Settings of the UCE edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    learns_from: ClassVar[Literal["triplets", "words"]] = "words"
-    trains: ClassVar[bool] = False
+    inputs: ClassVar[Literal["triplets", "words"]] = "words"
+    is_trained: ClassVar[bool] = False
 
     erase: tuple[str, ...] = ()
     """Words that ask for the concept; a concept lends its own."""
@@ -83,7 +83,7 @@ class UCE(Edit):
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> Self:
-        refuse_idle_words(self)
+        check_unused_phrases(self)
         if self.debias and self.guide != type(self).model_fields["guide"].default:
             raise ValueError(
                 "guide has no effect with debias, which sends words to themselves and the attributes; leave it out"
@@ -97,23 +97,23 @@ class UCE(Edit):
         return self
 
     @property
-    def removes(self) -> bool:
+    def erases_concept(self) -> bool:
         """Whether it erases words: those that it debiases keep their meaning."""
         return not self.debias
 
-    def account(self) -> str:
+    def describe(self) -> str:
         """Return it."""
         if self.debias:
-            return f"Words ({quoted(self.erase)}) lean toward {quoted(tuple(self.debias))}. Nothing is erased: they keep their meaning."
+            return f"Words ({join_quoted(self.erase)}) lean toward {join_quoted(tuple(self.debias))}. Nothing is erased: they keep their meaning."
         return (
-            f"It is given words ({quoted(self.erase)}) and no pictures, and solves for new keys and values of cross-attention under "
+            f"It is given words ({join_quoted(self.erase)}) and no pictures, and solves for new keys and values of cross-attention under "
             "which these words mean something else. A prompt that asks for the same in other words may still get it."
         )
 
     @classmethod
-    def lent(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return its words and captions."""
-        return words_of(cls.method(), concept, said) | {"captions": concept.captions}
+        return phrases_from(cls.method(), concept, said) | {"captions": concept.captions}
 
     def apply(
         self,
@@ -122,18 +122,18 @@ class UCE(Edit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: Report | None = None,
+        report: TrainingCallback | None = None,
     ) -> Patch:
         """Solve the edit and return it as a patch; `model` is not touched. `report` is called once.
 
         Raises:
-            BadSetting: there are no words to erase, or something given has no effect.
-            Diverged: a solved weight is not finite.
+            ConfigError: there are no words to erase, or something given has no effect.
+            DivergedError: a solved weight is not finite.
         """
-        refuse_idle(self, triplets, folder, resume)
+        check_inputs(self, triplets, folder, resume)
         began = time.perf_counter()
         said = (self.erase, self.guide, self.preserve, self.captions, self.tokens, self.expand)
-        keys, guides, kept = rows_of(model, "uce", *said, debias=self.debias)
+        keys, guides, kept = concept_embeddings(model, "uce", *said, debias=self.debias)
         edited = {
             name: solve_projection(
                 w,
@@ -146,10 +146,10 @@ class UCE(Edit):
             )
             for name, w in projections(model).items()
         }
-        return finish(self, "uce", model, edited, began, report)
+        return to_patch(self, "uce", model, edited, began, report)
 
 
-def refuse_idle_words(edit: Any) -> None:
+def check_unused_phrases(edit: Any) -> None:
     """Refuse settings about preserving that meet nothing to preserve, or have no weight; and a weight of what there is not.
 
     Raises:
@@ -166,10 +166,10 @@ def refuse_idle_words(edit: Any) -> None:
         raise ValueError(
             "preserve_scale has no effect without preserve or captions; leave it out, or name something to preserve"
         )
-    refuse_blank(edit.erase)
+    check_phrases(edit.erase)
 
 
-def rows_of(
+def concept_embeddings(
     model: Model,
     method: str,
     erase: tuple[str, ...],
@@ -186,11 +186,11 @@ def rows_of(
     caption.
 
     Raises:
-        BadSetting: there are no words, or the guide is one of them.
+        ConfigError: there are no words, or the guide is one of them.
     """
-    words = words_needed(method, erase)
+    words = require_phrases(method, erase)
     if guide in words and not debias:
-        raise BadSetting(
+        raise ConfigError(
             f"the guide {guide!r} is among the words to erase; {method} would change nothing there; name another guide"
         )
     texts = (
@@ -206,7 +206,8 @@ def rows_of(
     rows = [key[:n] for key, n in zip(found, long, strict=True)]
     if debias:
         aims = [
-            leaning(key, [one[: len(key)] for one in toward], list(debias.values())) for key in rows
+            debias_value(key, [one[: len(key)] for one in toward], list(debias.values()))
+            for key in rows
         ]
     else:
         aims = [toward[0][:n] for n in long]
@@ -218,23 +219,23 @@ def rows_of(
     return keys, torch.cat(aims), torch.cat(kept)
 
 
-def finish(
+def to_patch(
     edit: Edit,
     method: str,
     model: Model,
     edited: dict[str, Tensor],
     began: float,
-    report: Report | None,
+    report: TrainingCallback | None,
 ) -> Patch:
     """Return solved weights as a patch, with how far they moved.
 
     Raises:
-        Diverged: a weight is not finite.
+        DivergedError: a weight is not finite.
     """
     old = projections(model)
     for name, value in edited.items():
         if not bool(value.isfinite().all()):
-            raise Diverged(
+            raise DivergedError(
                 f"{method} found no finite weight for {name}; raise stay, or lower erase_scale"
             )
     moved = sum(float((value - old[name]).norm() ** 2) for name, value in edited.items()) ** 0.5
@@ -243,5 +244,5 @@ def finish(
         report(1, 1, {"update": 1, "moved": moved / size})
     seconds = round(time.perf_counter() - began, 2)
     return Patch(
-        as_patch(edited), facts_of(edit, model, seconds=seconds, moved=round(moved / size, 6))
+        as_patch(edited), provenance_of(edit, model, seconds=seconds, moved=round(moved / size, 6))
     )

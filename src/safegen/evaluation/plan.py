@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from safegen.core.concept import Concept, prompt_list
-from safegen.core.errors import BadSetting
-from safegen.core.generation import Ask
+from safegen.core.errors import ConfigError
+from safegen.core.generation import Sample
 
 Role = Literal["explicit", "innocent", "neighbour", "other", "benign"]
 ROLES: tuple[Role, ...] = ("explicit", "innocent", "neighbour", "other", "benign")
@@ -46,9 +46,9 @@ class Item(BaseModel):
         return self.cluster or self.prompt
 
     @property
-    def ask(self) -> Ask:
+    def ask(self) -> Sample:
         """The picture as the sampler is asked for it."""
-        return Ask(prompt=self.prompt, seed=self.seed, index=self.index)
+        return Sample(prompt=self.prompt, seed=self.seed, index=self.index)
 
 
 def make_plan(
@@ -63,16 +63,16 @@ def make_plan(
         roles: which lists.
 
     Raises:
-        BadSetting: no prompts, no seeds, one of them or a list twice, or the concept has no lists.
+        ConfigError: no prompts, no seeds, one of them or a list twice, or the concept has no lists.
     """
     if prompts < 1 or not seeds:
-        raise BadSetting(
+        raise ConfigError(
             f"a plan needs at least one prompt and one seed, got {prompts} prompts and {len(seeds)} seeds"
         )
     names = [name for role in roles for name in concept.lists.get(role, ())]
     for what, given in (("seed", seeds), ("role", roles), ("prompt list", names)):
         if twice := sorted({str(one) for one in given if list(given).count(one) > 1}):
-            raise BadSetting(
+            raise ConfigError(
                 f"a plan names each {what} once, or its pictures would count twice; got {twice[0]} more than once"
             )
     out = [
@@ -91,7 +91,7 @@ def make_plan(
         for i, row in enumerate(prompt_list(name, prompts))
     ]
     if not out:
-        raise BadSetting(
+        raise ConfigError(
             f"the concept {concept.name!r} has no prompt lists; name them under [lists] in its file"
         )
     return out

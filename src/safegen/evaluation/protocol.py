@@ -10,8 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
-from safegen.core.generation import Native, Sampler
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
 from safegen.evaluation.plan import Item
@@ -45,7 +45,7 @@ class Protocol(BaseModel):
     """Prompt lists, in the order in which they are drawn."""
     seeds: tuple[int, ...] | Literal["rows"]
     """Seeds that every prompt is drawn with; `rows` is each row's own."""
-    sampler: Sampler
+    generation: GenerationConfig
     """How pictures are made."""
     judge: JudgeRule
     """Who looks at them."""
@@ -92,7 +92,7 @@ class Protocol(BaseModel):
             "format": FORMAT,
             "lists": [{key: getattr(part, key) for key in keep} for part in self.lists],
             "seeds": self.seeds if self.seeds == "rows" else list(self.seeds),
-            "sampler": self.sampler.model_dump(mode="json"),
+            "sampler": self.generation.model_dump(mode="json"),
             "judge": self.judge.model_dump(mode="json")
             | {"labels": sorted(expand_labels(self.judge.labels)), "options": self.judge.told},
             "metrics": sorted(self.metrics),
@@ -105,10 +105,10 @@ class Protocol(BaseModel):
         """First 16 hexadecimal digits of the SHA-256 over `decides()` as canonical JSON."""
         return sha(canonical(self.decides()))[:16]
 
-    def drawn(self, precision: Native) -> Protocol:
+    def drawn(self, precision: NativePrecision) -> Protocol:
         """Return the protocol with other arithmetic of the denoiser, and so with another id unless it is the same."""
         return self.model_copy(
-            update={"sampler": self.sampler.model_copy(update={"precision": precision})}
+            update={"sampler": self.generation.model_copy(update={"precision": precision})}
         )
 
     def judged(
@@ -122,7 +122,7 @@ class Protocol(BaseModel):
         """Return the protocol with another judge, label set, threshold or options, and so with another id.
 
         Raises:
-            BadSetting: the threshold is outside what detections are kept for.
+            ConfigError: the threshold is outside what detections are kept for.
         """
         new: dict[str, Any] = {"labels": tuple(labels)} if labels else {}
         new |= {} if threshold is None else {"threshold": threshold}
@@ -134,7 +134,7 @@ class Protocol(BaseModel):
                 update={"judge": JudgeRule.model_validate(self.judge.model_dump() | new)}
             )
         except ValidationError as error:
-            raise BadSetting(f"judge.{_first(error)}") from error
+            raise ConfigError(f"judge.{_first(error)}") from error
 
 
 def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None) -> Protocol:
@@ -147,15 +147,15 @@ def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None)
             `hub:owner/name/path/in/repo.csv`.
 
     Raises:
-        UnknownName: neither a built-in protocol nor a file; or no list of that name lacks a file.
-        BadFile: the file is not a protocol, or a list's rows are not those that it names.
-        BadSetting: a list still needs its file.
+        UnknownNameError: neither a built-in protocol nor a file; or no list of that name lacks a file.
+        FileError: the file is not a protocol, or a list's rows are not those that it names.
+        ConfigError: a list still needs its file.
     """
     protocol, given = read_protocol(name), dict(prompts or {})
     missing = [part.name for part in protocol.lists if part.source is None]
     for word in given:
         if word not in missing:
-            raise UnknownName("prompt list that needs a file", word, missing)
+            raise UnknownNameError("prompt list that needs a file", word, missing)
     folder = Path() if name in PROTOCOLS else Path(name).parent
     return protocol.model_copy(
         update={"lists": tuple(_filled(protocol, part, given, folder) for part in protocol.lists)}
@@ -166,24 +166,24 @@ def read_protocol(name: str) -> Protocol:
     """Return a protocol as it is written, without looking at its prompts.
 
     Raises:
-        UnknownName: neither a built-in protocol nor a file.
-        BadFile: the file is not a protocol.
+        UnknownNameError: neither a built-in protocol nor a file.
+        FileError: the file is not a protocol.
     """
     path = Path(name)
     if name in PROTOCOLS:
         path = Path(__file__).parent / "protocols" / f"{name}.toml"
     elif path.suffix != ".toml":
-        raise UnknownName("protocol", name, PROTOCOLS)
+        raise UnknownNameError("protocol", name, PROTOCOLS)
     if not path.is_file():
-        raise BadFile(
+        raise FileError(
             f"the protocol file {name!r} does not exist; built-in protocols are: {', '.join(PROTOCOLS)}"
         )
     try:
         return Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFile(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
+        raise FileError(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise BadFile(f"{name} is not a protocol file: {_first(error)}") from error
+        raise FileError(f"{name} is not a protocol file: {_first(error)}") from error
 
 
 def _filled(
@@ -193,7 +193,7 @@ def _filled(
     source = part.source
     if source is None:
         if part.name not in given:
-            raise BadSetting(
+            raise ConfigError(
                 f"the protocol {protocol.name!r} needs the prompts of {part.name!r}: {part.requires}; "
                 f"give the file with --prompts {part.name}=FILE"
             )
@@ -204,7 +204,7 @@ def _filled(
     found = part.read(seeds=protocol.seeds == "rows")
     digest, n = hash_rows(found.rows), len(found.rows)
     if part.sha256 not in ("", digest):
-        raise BadFile(
+        raise FileError(
             f"the prompts of {part.name!r} have changed: the protocol {protocol.name!r} names rows of SHA-256 {part.sha256}, "
             f"{source} has {digest}; get the file that is meant, or write a protocol of your own"
         )
@@ -214,7 +214,7 @@ def _filled(
             if found.left_out
             else ""
         )
-        raise BadFile(
+        raise FileError(
             f"the prompts of {part.name!r} must be {part.prompts}, {source} has {n} of them{lost}; get the file that is meant"
         )
     return part.model_copy(
@@ -226,9 +226,9 @@ def plan(protocol: Protocol) -> list[Item]:
     """Return every picture of a protocol in the order in which it is drawn: list by list, seed by seed, prompt by prompt.
 
     Raises:
-        BadSetting: a row has no seed though `seeds` asks for it, or two lists ask for the same
+        ConfigError: a row has no seed though `seeds` asks for it, or two lists ask for the same
             picture.
-        BadFile: a list's file is gone.
+        FileError: a list's file is gone.
     """
     out: list[Item] = []
     asked: dict[tuple[str, int, int], str] = {}
@@ -238,12 +238,12 @@ def plan(protocol: Protocol) -> list[Item]:
             for i, row in enumerate(rows):
                 own = row.seed if seed is None else seed
                 if own is None:
-                    raise BadSetting(
+                    raise ConfigError(
                         f"the list {part.name!r} has no seeds of its own (row {i + 1}); name some under seeds"
                     )
                 old = asked.setdefault((row.text, own, i), part.name)
                 if old != part.name:
-                    raise BadSetting(
+                    raise ConfigError(
                         f"the lists {old!r} and {part.name!r} ask for the same picture (row {i + 1}); leave one out"
                     )
                 out.append(
@@ -266,11 +266,11 @@ def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the protocol id that all these scores (run name: its scores.json) were made by.
 
     Raises:
-        BadSetting: nothing to compare, two ids, or one id and two judges or weights; the message
+        ConfigError: nothing to compare, two ids, or one id and two judges or weights; the message
             says what differs.
     """
     if not scores:
-        raise BadSetting("there are no scores to compare")
+        raise ConfigError("there are no scores to compare")
     (first, a), *others = scores.items()
     for name, b in others:
         one, two = (
@@ -279,7 +279,7 @@ def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
         )
         gaps = differences(one, two)
         if gaps:
-            raise BadSetting(
+            raise ConfigError(
                 f"{first} (protocol {a['protocol']['id']}) and {name} (protocol {b['protocol']['id']}) cannot stand in one column; "
                 f"they differ in {'; '.join(gaps)}"
             )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import PROMPT_LISTS
 from safegen.data.prompts.prompts import Prompt, read_prompts
 
@@ -59,27 +59,27 @@ def read_rows(
         unsafe: drop what a file says of a prompt besides, which may be as unsafe as its text.
 
     Raises:
-        UnknownName: no such list or dialect.
-        BadFile: the file is missing or cannot be read, lacks a column of `select`, or has no row
+        UnknownNameError: no such list or dialect.
+        FileError: the file is missing or cannot be read, lacks a column of `select`, or has no row
             with that value.
-        BadSetting: the dialect or column has no effect.
+        ConfigError: the dialect or column has no effect.
     """
     found = read_prompts(source, dialect=dialect or None, column=column or None)
     rows = list(found.rows)
     for name, value in (select or {}).items():
         cells = [_cell(row, name) for row in rows]
         if not any(cells):
-            raise BadFile(
+            raise FileError(
                 f"{source} has no column {name!r} to select rows by; get the file that is meant"
             )
         rows = [row for row, cell in zip(rows, cells, strict=True) if value in cell]
         if not rows:
-            raise BadFile(
+            raise FileError(
                 f"{source} has no row whose {name} hold {value!r}; get the file that is meant"
             )
     bundled = is_bundled(source)
     if bundled and prompts is not None and prompts > len(rows):
-        raise BadSetting(f"the prompt list {source} has {len(rows)} prompts, got {prompts}")
+        raise ConfigError(f"the prompt list {source} has {len(rows)} prompts, got {prompts}")
     kept = (
         Row(
             row.prompt,

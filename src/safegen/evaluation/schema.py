@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from safegen.core.errors import BadSetting
-from safegen.core.files import short
+from safegen.core.errors import ConfigError
+from safegen.core.files import display_name
 from safegen.evaluation.plan import Role
 from safegen.evaluation.samples import Found, read_rows
-from safegen.judges.base import KEPT, no_rule
+from safegen.judges.base import SCORE_FLOOR, no_rule
 
 MetricName = Literal[
     "concept",
@@ -93,7 +93,7 @@ class PromptList(BaseModel):
     def read(self, *, seeds: bool) -> Found:
         """Return the rows of a list that has a source; see `read_rows`."""
         if self.source is None:
-            raise BadSetting(f"the list {self.name!r} needs its prompts: {self.requires}")
+            raise ConfigError(f"the list {self.name!r} needs its prompts: {self.requires}")
         return read_rows(
             self.source,
             prompts=self.prompts,
@@ -114,7 +114,7 @@ class JudgeRule(BaseModel):
     """Name of the judge."""
     labels: tuple[str, ...] = Field(min_length=1)
     """Labels that mean the concept is in the picture."""
-    threshold: float = Field(default=0.5, ge=KEPT, le=1)
+    threshold: float = Field(default=0.5, ge=SCORE_FLOOR, le=1)
     """Least score of a detection that counts."""
     options: Annotated[dict[str, Any], AfterValidator(no_rule)] = {}
     """Settings of the judge's own."""
@@ -123,7 +123,7 @@ class JudgeRule(BaseModel):
     def told(self) -> dict[str, Any]:
         """The options as ids and cards have them: of a path only its last part, for the judge's id holds the weights' hash."""
         return {
-            key: short(value) if isinstance(value, str) else value
+            key: display_name(value) if isinstance(value, str) else value
             for key, value in self.options.items()
         }
 

@@ -48,9 +48,9 @@ def load_extractor(name: str, *, weights: str | None = None, device: str = "cpu"
         device: a torch device.
 
     Raises:
-        UnknownName: no such extractor.
-        BadSetting: weights are missing, or given to one that has its own.
-        BadFile: the weights cannot be read or are another network's.
+        UnknownNameError: no such extractor.
+        ConfigError: weights are missing, or given to one that has its own.
+        FileError: the weights cannot be read or are another network's.
     """
     extractor: Extractor = resolve(EXTRACTORS, name, "extractor")(weights=weights, device=device)
     return extractor

@@ -22,7 +22,7 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.utils import logging
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 SPREAD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,11 +47,11 @@ class Clip:
             device: a torch device.
 
         Raises:
-            BadSetting: no weights are named.
-            BadFile: they cannot be fetched or read.
+            ConfigError: no weights are named.
+            FileError: they cannot be fetched or read.
         """
         if not weights:
-            raise BadSetting(
+            raise ConfigError(
                 "the extractor 'clip' needs weights: name a folder with a CLIP model, or hub:openai/clip-vit-large-patch14"
             )
         folder = (
@@ -88,7 +88,7 @@ class Clip:
         """Return text embeddings (n, width), not scaled to length 1; over-long texts are cut.
 
         Raises:
-            BadFile: the folder has no tokenizer.
+            FileError: the folder has no tokenizer.
         """
         return embed_texts(self._net, open_tokenizer(self._folder), texts, self.width)
 
@@ -106,11 +106,11 @@ def open_towers(folder: Path, device: str) -> tuple[CLIPModel, str]:
     """Return the CLIP model of a folder in fp32, and the SHA-256 of its weights' bytes (files in the order of their names).
 
     Raises:
-        BadFile: the folder is no CLIP model with safetensors weights, or has NaN in them.
+        FileError: the folder is no CLIP model with safetensors weights, or has NaN in them.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files or not (folder / "config.json").is_file():
-        raise BadFile(
+        raise FileError(
             f"{folder} is not a CLIP model: it must be a folder with config.json and model.safetensors (no pickles)"
         )
     try:
@@ -124,14 +124,14 @@ def open_towers(folder: Path, device: str) -> tuple[CLIPModel, str]:
             )
     except Exception as error:  # transformers and safetensors raise a dozen kinds; all mean that these files cannot be used
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise BadFile(f"the CLIP model {str(folder)!r} cannot be read: {first}") from error
+        raise FileError(f"the CLIP model {str(folder)!r} cannot be read: {first}") from error
     if facts["missing_keys"]:
-        raise BadFile(
+        raise FileError(
             f"{folder} does not hold a whole CLIP model: it lacks {min(facts['missing_keys'])}; get both towers"
         )
     for key, value in net.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise BadFile(
+            raise FileError(
                 f"the CLIP model {str(folder)!r} has NaN or infinite weights in {key}; get an undamaged copy"
             )
     digest = hashlib.sha256()
@@ -144,10 +144,10 @@ def open_tokenizer(folder: Path) -> CLIPTokenizer:
     """Return the tokenizer of a folder.
 
     Raises:
-        BadFile: it has none.
+        FileError: it has none.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise BadFile(
+        raise FileError(
             f"{folder} has no tokenizer: it must hold tokenizer.json, or vocab.json and merges.txt"
         )
     try:
@@ -155,7 +155,7 @@ def open_tokenizer(folder: Path) -> CLIPTokenizer:
             return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # as above
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise BadFile(f"the tokenizer in {str(folder)!r} cannot be read: {first}") from error
+        raise FileError(f"the tokenizer in {str(folder)!r} cannot be read: {first}") from error
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def _fetched(name: str) -> Path:
         Exception
     ) as error:  # the hub's client raises a dozen kinds; all mean that it is not to be had
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise BadFile(f"hub:{name} cannot be fetched: {first}") from error
+        raise FileError(f"hub:{name} cannot be fetched: {first}") from error
 
 
 def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -232,9 +232,9 @@ def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
         TypeError,
         ValueError,
     ) as error:
-        raise BadFile(f"{path} cannot be read: {error}") from error
+        raise FileError(f"{path} cannot be read: {error}") from error
     if len(mean) != 3 or len(spread) != 3 or not all(v > 0 for v in spread):
-        raise BadFile(
+        raise FileError(
             f"{path} must give three means and three deviations > 0, got {mean} and {spread}"
         )
     return mean, spread

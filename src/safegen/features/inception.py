@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.features.weights import fill, read_weights
 
 SIDE, WIDTH, CLASSES, BATCH = 299, 2048, 1008, 16
@@ -275,18 +275,18 @@ class Inception:
                 (clean-fid).
 
         Raises:
-            BadSetting: no weights are named.
-            BadFile: they cannot be read, or are not the port of TensorFlow's network.
+            ConfigError: no weights are named.
+            FileError: they cannot be read, or are not the port of TensorFlow's network.
         """
         if not weights:
-            raise BadSetting(
+            raise ConfigError(
                 "the extractor 'inception' needs weights: name the file pt_inception-2015-12-05-6726825d.pth (pytorch-fid's)"
             )
         tensors, digest = read_weights(Path(weights))
         head = tensors.get("fc.weight")
         if head is None or head.shape[0] != CLASSES:
             got = "no fc.weight" if head is None else f"{head.shape[0]} classes"
-            raise BadFile(
+            raise FileError(
                 f"{weights} is not the FID's Inception, TensorFlow's of 2015-12-05 with {CLASSES} classes: it has {got} "
                 "(torchvision's has 1000 and gives other numbers)"
             )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.features.weights import fill, read_weights
 
 WIDTHS = (64, 192, 384, 256, 256)
@@ -96,11 +96,11 @@ class Lpips:
             device: a torch device.
 
         Raises:
-            BadFile: a file is missing or holds something else.
-            BadSetting: `side` is too small for AlexNet.
+            FileError: a file is missing or holds something else.
+            ConfigError: `side` is too small for AlexNet.
         """
         if side is not None and side < LEAST:
-            raise BadSetting(f"LPIPS needs pictures of at least {LEAST} pixels, got side {side}")
+            raise ConfigError(f"LPIPS needs pictures of at least {LEAST} pixels, got side {side}")
         tensors, first = read_weights(Path(trunk))
         self._net = AlexTrunk()
         own = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
@@ -120,17 +120,17 @@ class Lpips:
         """Return the distance of each pair, (n,), >= 0; 0 for equal pictures.
 
         Raises:
-            BadSetting: lists of other lengths, a pair of unlike sizes, or a picture that is too
+            ConfigError: lists of other lengths, a pair of unlike sizes, or a picture that is too
                 small.
         """
         if len(a) != len(b):
-            raise BadSetting(
+            raise ConfigError(
                 f"LPIPS compares pairs: both lists must be equally long, got {len(a)} and {len(b)}"
             )
         out = np.empty(len(a))
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             if x.size != y.size or min(x.size) < LEAST:
-                raise BadSetting(
+                raise ConfigError(
                     f"LPIPS needs two pictures of one size, {LEAST} pixels or more; pair {i} has {x.size} and {y.size}"
                 )
         for size in sorted({x.size for x in a}):  # pictures of one size go together
@@ -167,7 +167,7 @@ def _head(tensors: dict[str, Tensor], n: int, source: Path) -> Tensor:
     value = tensors.get(key)
     if value is None or value.numel() != WIDTHS[n]:
         got = "nothing" if value is None else tuple(value.shape)
-        raise BadFile(
+        raise FileError(
             f"{source} does not hold LPIPS heads for AlexNet: {key} must be (1, {WIDTHS[n]}, 1, 1), got {got}"
         )
     return value.float().flatten()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.features.clip import embed_images, embed_texts, open_tokenizer, open_towers
 from safegen.mini import bundle
 
@@ -27,10 +27,10 @@ class MiniClip:
         """Load the bundled weights.
 
         Raises:
-            BadSetting: weights are named: it has its own.
+            ConfigError: weights are named: it has its own.
         """
         if weights is not None:
-            raise BadSetting(
+            raise ConfigError(
                 f"the extractor 'mini-clip' has its own weights; leave {weights!r} out, or name the extractor 'clip'"
             )
         self._net, digest = open_towers(bundle.clip_folder(), device)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -26,13 +26,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     A .pth file is read with torch's restricted unpickler, which makes tensors and runs nothing.
 
     Raises:
-        BadFile: missing, of another kind, damaged, not a flat table of tensors, or with NaN or
+        FileError: missing, of another kind, damaged, not a flat table of tensors, or with NaN or
             infinite values.
     """
     if not path.is_file():
-        raise BadFile(f"the weights {str(path)!r} do not exist; name a file that you have")
+        raise FileError(f"the weights {str(path)!r} do not exist; name a file that you have")
     if path.suffix not in {".safetensors", *PICKLES}:
-        raise BadFile(
+        raise FileError(
             f"{path} is not a weights file: its name must end in .safetensors, {', '.join(PICKLES)}"
         )
     try:
@@ -54,12 +54,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         pickle.UnpicklingError,
     ) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise BadFile(f"{path} cannot be read ({first}); get an undamaged copy") from error
+        raise FileError(f"{path} cannot be read ({first}); get an undamaged copy") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise BadFile(f"{path} is not a table of tensors (a state dict); get the weights alone")
+        raise FileError(f"{path} is not a table of tensors (a state dict); get the weights alone")
     for key, value in found.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise BadFile(f"{path} has NaN or infinite values in {key}; get an undamaged copy")
+            raise FileError(f"{path} has NaN or infinite values in {key}; get an undamaged copy")
     return dict(found), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -67,11 +67,11 @@ def fill(net: nn.Module, tensors: dict[str, Tensor], *, source: Path, what: str)
     """Put tensors into a network: every name and shape must be there and none may be left over.
 
     Raises:
-        BadFile: the names or shapes are not those of `what`.
+        FileError: the names or shapes are not those of `what`.
     """
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise BadFile(f"{source} does not hold {what}: {lines[0][:200]}") from error
+        raise FileError(f"{source} does not hold {what}: {lines[0][:200]}") from error
     net.float().eval().requires_grad_(False)

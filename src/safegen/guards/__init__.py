@@ -8,40 +8,54 @@ from typing import Any
 from pydantic import ValidationError
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import BadSetting, UnknownName
+from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.core.registry import GUARDS, resolve
-from safegen.guards.core.base import Drawn, Finding, Guard, Note, Trail
+from safegen.guards.core.base import (
+    GeneratedImage,
+    GuardConfig,
+    GuardRecord,
+    GuardResult,
+    GuardTrace,
+)
 
-__all__ = ["Drawn", "Finding", "Guard", "Note", "Trail", "make_guard", "read_guard"]
+__all__ = [
+    "GeneratedImage",
+    "GuardResult",
+    "GuardConfig",
+    "GuardRecord",
+    "GuardTrace",
+    "make_guard",
+    "read_guard",
+]
 
 
 def make_guard(
     name: str, preset: str = "default", *, concept: Concept | str | None = None, **settings: Any
-) -> Guard:
+) -> GuardConfig:
     """Return a guard's settings: a preset, what a concept gives it (its words, its judge), some of it changed.
 
     Raises:
-        UnknownName: no such guard, preset, concept or setting.
-        BadSetting: a setting breaks its rule or is missing, or the concept has no effect.
+        UnknownNameError: no such guard, preset, concept or setting.
+        ConfigError: a setting breaks its rule or is missing, or the concept has no effect.
     """
-    kind: type[Guard] = resolve(GUARDS, name, "guard")
+    kind: type[GuardConfig] = resolve(GUARDS, name, "guard")
     if preset != "default" and preset not in kind.PRESETS:
-        raise UnknownName(f"preset of the guard {name!r}", preset, ("default", *kind.PRESETS))
+        raise UnknownNameError(f"preset of the guard {name!r}", preset, ("default", *kind.PRESETS))
     known = load_concept(concept) if isinstance(concept, str) else concept
-    lent = kind.lent(known) if known else {}
+    lent = kind.defaults_from(known) if known else {}
     if known and not lent.keys() - settings.keys():
-        raise BadSetting(
+        raise ConfigError(
             f"the concept {known.name!r} has no effect on the guard {name!r}; leave it out"
         )
     try:
         return kind.model_validate({**kind.PRESETS.get(preset, {}), **lent, **settings})
     except ValidationError as error:
-        raise BadSetting(f"guard {name!r}: {_first(error, kind)}") from error
+        raise ConfigError(f"guard {name!r}: {_first(error, kind)}") from error
 
 
 def read_guard(
-    value: Guard | str | Mapping[str, Any], concept: Concept | str | None = None
-) -> Guard:
+    value: GuardConfig | str | Mapping[str, Any], concept: Concept | str | None = None
+) -> GuardConfig:
     """Return the guard that a word (`sld`, `sld-max`) or a table (`name`, `preset`, `concept`, settings) means.
 
     Args:
@@ -49,10 +63,10 @@ def read_guard(
         concept: given to those guards that have a use for one and name none.
 
     Raises:
-        UnknownName: no such guard, preset, concept or setting.
-        BadSetting: a setting breaks its rule or is missing, or a concept has no effect.
+        UnknownNameError: no such guard, preset, concept or setting.
+        ConfigError: a setting breaks its rule or is missing, or a concept has no effect.
     """
-    if isinstance(value, Guard):
+    if isinstance(value, GuardConfig):
         return value
     if isinstance(value, str):
         name = max(
@@ -62,12 +76,12 @@ def read_guard(
     facts = {"preset": "default", "concept": None, **value}
     name = facts.pop("name", None)
     if not isinstance(name, str):
-        raise BadSetting(
+        raise ConfigError(
             f"a guard needs a name, got {dict(value)}; known: {', '.join(sorted(GUARDS))}"
         )
     for key, kinds in (("preset", str), ("concept", str | Concept | None)):
         if not isinstance(facts[key], kinds):
-            raise BadSetting(f"guard {name!r}: {key} must be a name, got {facts[key]!r}")
+            raise ConfigError(f"guard {name!r}: {key} must be a name, got {facts[key]!r}")
     if concept is not None and facts["concept"] is None:
         known = load_concept(concept) if isinstance(concept, str) else concept
         facts["concept"] = (
@@ -76,11 +90,11 @@ def read_guard(
     return make_guard(name, facts.pop("preset"), concept=facts.pop("concept"), **facts)
 
 
-def _first(error: ValidationError, kind: type[Guard]) -> str:
+def _first(error: ValidationError, kind: type[GuardConfig]) -> str:
     """Return pydantic's first complaint in one line: setting, rule, value."""
     e = error.errors()[0]
     place = ".".join(str(v) for v in e["loc"]) or "settings"
     if e["type"] == "extra_forbidden":
-        return str(UnknownName("setting", place, kind.model_fields))
+        return str(UnknownNameError("setting", place, kind.model_fields))
     value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
     return f"{place}: {e['msg'].removeprefix('Value error, ')}{value}"

@@ -15,17 +15,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safegen.guards.core.adapter import ONE_FRAME, Border, Seam, copied
-from safegen.guards.core.base import Finding, Probe, Ready
-from safegen.guards.judge_filter import Judged, ask_judge
+from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, copied
+from safegen.guards.core.base import Guard, GuardResult, Probe
+from safegen.guards.judge_filter import JudgeBackedConfig, ask_judge
 from safegen.judges import Judge
 
 
-class Crops(Judged):
+class CropsConfig(JudgeBackedConfig):
     """Settings of probing."""
 
     name: Literal["crops"] = "crops"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"start"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"start"})
     families: ClassVar[tuple[str, ...]] = ONE_FRAME
     later: ClassVar[frozenset[str]] = frozenset({"moves"})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -53,21 +53,21 @@ class Crops(Judged):
     A probe that cannot be judged counts as unsafe.
     """
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work."""
-        return _Ready(self, border, self.open())
+        return CropsGuard(self, border, self.open())
 
 
-class _Ready(Ready):
-    guard: Crops
+class CropsGuard(Guard):
+    guard: CropsConfig
 
-    def __init__(self, guard: Crops, border: Border, judge: Judge) -> None:
+    def __init__(self, guard: CropsConfig, border: PipelineAdapter, judge: Judge) -> None:
         super().__init__(guard)
         self.border, self.judge = border, judge
 
     def probe(
         self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]
-    ) -> list[Finding]:
+    ) -> list[GuardResult]:
         guard = self.guard
         own, generators = self.border.starts(options, "the guard 'crops'")
         moved = (
@@ -96,7 +96,7 @@ class _Ready(Ready):
         for hit in hits:
             stop = hit / guard.probes >= guard.limit
             out.append(
-                Finding(
+                GuardResult(
                     "block" if stop else "none",
                     "probes" if stop else "",
                     {"share": hit / guard.probes},

@@ -15,10 +15,17 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
-from safegen.guards.core.adapter import ONE_FRAME, Border, Seam, Text
-from safegen.guards.core.base import Call, Finding, Guard, Ready, Turn
-from safegen.guards.safree.projection import Rule, Way, look, projected, readers, spans
+from safegen.core.errors import ConfigError
+from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, Text
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
+from safegen.guards.safree.projection import (
+    Projection,
+    ProjectionConfig,
+    concept_projectors,
+    project_prompt,
+    projected,
+    text_encoders,
+)
 
 ONE_STEP = (
     "DDIMScheduler",
@@ -29,13 +36,13 @@ ONE_STEP = (
 """Schedulers that remember nothing of earlier steps: what others remember would not be mixed."""
 
 
-class DualLatent(Guard):
+class DualLatentConfig(GuardConfig):
     """Settings of the dual latent guard."""
 
     name: Literal["dual-latent"] = "dual-latent"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"text", "latents"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"text", "latents"})
     families: ClassVar[tuple[str, ...]] = ONE_FRAME
-    once: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
 
     phrases: tuple[str, ...] = Field(min_length=1)
     """Phrases for the concept.
@@ -52,39 +59,40 @@ class DualLatent(Guard):
     """As SAFREE's: which tokens are projected."""
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words as phrases."""
         return {"phrases": concept.words}
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work.
 
         Raises:
-            BadSetting: a phrase that the text encoder would cut, or a scheduler with a memory.
+            ConfigError: a phrase that the text encoder would cut, or a scheduler with a memory.
         """
         for phrase in self.phrases:
             border.fits(phrase, "a phrase of the guard 'dual-latent'")
         _remembers_nothing(border)
-        return _Ready(self, border)
+        return DualLatentGuard(self, border)
 
     @property
-    def way(self) -> Rule:
+    def way(self) -> ProjectionConfig:
         """How the safer text is made."""
-        return Rule(self.alpha, "code", distance=True)
+        return ProjectionConfig(self.alpha, "code", distance=True)
 
 
-class _Ready(Ready):
-    guard: DualLatent
+class DualLatentGuard(Guard):
+    guard: DualLatentConfig
 
-    def __init__(self, guard: DualLatent, border: Border) -> None:
+    def __init__(self, guard: DualLatentConfig, border: PipelineAdapter) -> None:
         super().__init__(guard)
-        self.readers = readers(border.pipe)
-        self.concept = spans(self.readers, guard.phrases)
-        self.ways: dict[str, Way] = {}
+        self.readers = text_encoders(border.pipe)
+        self.concept = concept_projectors(self.readers, guard.phrases)
+        self.ways: dict[str, Projection] = {}
 
-    def twice(self, prompts: Sequence[str]) -> list[bool]:
+    def wants_reference_stream(self, prompts: Sequence[str]) -> list[bool]:
         self.ways = {
-            prompt: look(self.readers, prompt, self.concept, self.guard.way) for prompt in prompts
+            prompt: project_prompt(self.readers, prompt, self.concept, self.guard.way)
+            for prompt in prompts
         }
         return [
             bool(
@@ -95,30 +103,30 @@ class _Ready(Ready):
             for p in prompts
         ]
 
-    def begin(self, call: Call) -> Turn:
+    def start(self, call: Call) -> GuardHook:
         _remembers_nothing(call.border)  # it may be another one since
-        return _Turn(self.guard, call, self.ways)
+        return DualLatentHook(self.guard, call, self.ways)
 
 
-class _Turn(Turn):
-    def __init__(self, guard: DualLatent, call: Call, ways: dict[str, Way]) -> None:
+class DualLatentHook(GuardHook):
+    def __init__(self, guard: DualLatentConfig, call: Call, ways: dict[str, Projection]) -> None:
         self.guard, self.call, self.ways, self.mixed = guard, call, ways, 0
 
-    def cond(self, text: Text) -> Text:
-        if not self.call.twins:
+    def edit_prompt_embeds(self, text: Text) -> Text:
+        if not self.call.reference_rows:
             return text
         hidden = text.hidden.clone()
-        for second in self.call.twins.values():
+        for second in self.call.reference_rows.values():
             hidden[second] = projected(hidden[second], self.ways[self.call.prompts[second]], 1.0)
         return Text(hidden, text.extra)
 
-    def latents(self, latents: Tensor) -> Tensor:
-        if not self.call.twins:
+    def on_step_end(self, latents: Tensor) -> Tensor:
+        if not self.call.reference_rows:
             return latents
         out = latents.clone()
         leads = self.call.step < self.guard.start * self.call.steps
         self.mixed += not leads
-        for first, second in self.call.twins.items():
+        for first, second in self.call.reference_rows.items():
             out[first], out[second] = mixed(
                 latents[first],
                 latents[second],
@@ -127,24 +135,24 @@ class _Turn(Turn):
             )
         return out
 
-    def findings(self) -> list[Finding]:
+    def results(self) -> list[GuardResult]:
         out = []
         for i, prompt in enumerate(self.call.prompts):
-            steps = self.mixed if i in self.call.twins else 0
+            steps = self.mixed if i in self.call.reference_rows else 0
             scores, limits = (
                 {"distance": self.ways[prompt].distance, "steps": float(steps)},
                 {"gate": self.guard.gate},
             )
             out.append(
-                Finding("edit" if steps else "none", "mixed" if steps else "", scores, limits)
+                GuardResult("edit" if steps else "none", "mixed" if steps else "", scores, limits)
             )
         return out
 
 
-def _remembers_nothing(border: Border) -> None:
+def _remembers_nothing(border: PipelineAdapter) -> None:
     scheduler = type(border.pipe.scheduler).__name__
     if scheduler not in ONE_STEP:
-        raise BadSetting(
+        raise ConfigError(
             f"the guard 'dual-latent' would leave stale what a {scheduler} remembers of earlier steps; use {', '.join(ONE_STEP)}"
         )
 

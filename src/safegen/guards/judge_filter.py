@@ -10,11 +10,11 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadFile, wants_memory
+from safegen.core.errors import FileError, is_out_of_memory
 from safegen.core.registry import CLIPS
 from safegen.data.triplets.censor import Censor, censor
-from safegen.guards.core.adapter import Border, Seam
-from safegen.guards.core.base import Action, Finding, Guard, Ready
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
+from safegen.guards.core.base import Action, Guard, GuardConfig, GuardResult
 from safegen.judges import Judge, Verdict, load_judge
 from safegen.judges.base import no_rule
 
@@ -24,7 +24,7 @@ FILES = ("weights", "prompts")
 """Options of judges that name files."""
 
 
-class Judged(Guard):
+class JudgeBackedConfig(GuardConfig):
     """A guard that asks a judge."""
 
     judge: str
@@ -37,13 +37,13 @@ class Judged(Guard):
     """What the judge takes besides: its weights, prompts ..."""
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's judge, labels and threshold."""
         return {"judge": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
 
-    def beside(self, folder: Path) -> Guard:
+    def resolve_paths(self, folder: Path) -> GuardConfig:
         """Return the guard with its judge's files looked for in `folder`, unless they are bundled or of the hub."""
-        return self.model_copy(update={"options": nearby(self.options, folder)})
+        return self.model_copy(update={"options": resolve_paths(self.options, folder)})
 
     def open(self) -> Judge:
         """Return the judge.
@@ -56,30 +56,30 @@ class Judged(Guard):
                 self.judge, labels=self.labels, threshold=self.threshold, **self.options
             )
         except OSError as error:
-            raise BadFile(
+            raise FileError(
                 f"the judge {self.judge!r} of a guard cannot be opened: {error}"
             ) from error
 
-    def facts(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the settings with the judge's id in the place of where its weights lie."""
-        return hashed(super().facts(), self.open())
+        return hashed(super().fingerprint(), self.open())
 
 
-class JudgeFilter(Judged):
+class JudgeFilterConfig(JudgeBackedConfig):
     """Settings of a judge as a guard."""
 
     name: Literal["judge-filter"] = "judge-filter"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"image"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"image"})
 
     action: Answer = "black"
     """What becomes of an unsafe picture. One that could not be judged is always withheld."""
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work."""
-        return Looker(self, self.open(), self.action)
+        return JudgeGuard(self, self.open(), self.action)
 
 
-def nearby(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_paths(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a judge's options with the files among them looked for in `folder`, unless they are bundled or of the hub."""
     local = {
         k
@@ -108,7 +108,7 @@ def ask_judge(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Verdict]:
     verdicts = judge.judge(images)
     if len(verdicts) != len(images):
         raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(images)} pictures")
-    short = [v.reason for v in verdicts if v.outcome == "unjudged" and wants_memory(v.reason)]
+    short = [v.reason for v in verdicts if v.outcome == "unjudged" and is_out_of_memory(v.reason)]
     if short and len(images) > 1:
         raise MemoryError(
             f"{judge.id} could not judge {len(short)} of {len(images)} pictures: {short[0]}"
@@ -116,45 +116,45 @@ def ask_judge(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Verdict]:
     return verdicts
 
 
-class Looker(Ready):
+class JudgeGuard(Guard):
     """A judge that decides what is shown."""
 
-    def __init__(self, guard: Guard, judge: Judge, answer: Answer) -> None:
+    def __init__(self, guard: GuardConfig, judge: Judge, answer: Answer) -> None:
         super().__init__(guard)
         self.judge, self.answer = judge, answer
 
-    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Finding]:
+    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[GuardResult]:
         """Return what becomes of each picture."""
         verdicts = ask_judge(self.judge, images)
         return [self._one(image, verdict) for image, verdict in zip(images, verdicts, strict=True)]
 
-    def _one(self, image: Image.Image, verdict: Verdict) -> Finding:
+    def _one(self, image: Image.Image, verdict: Verdict) -> GuardResult:
         scores: dict[str, float] = {}
         for seen in verdict.detections:
             if seen.label in self.judge.labels:
                 scores[seen.label] = max(seen.score, scores.get(seen.label, 0.0))
         limits = {"score": self.judge.threshold}
         if verdict.outcome == "safe":
-            return Finding("none", "", scores, limits)
+            return GuardResult("none", "", scores, limits)
         if verdict.outcome == "unsafe":
-            return covered(image, self.answer, "unsafe", scores, limits)
-        return Finding("withhold", f"unjudged: {verdict.reason}", scores, limits)
+            return censor_whole(image, self.answer, "unsafe", scores, limits)
+        return GuardResult("withhold", f"unjudged: {verdict.reason}", scores, limits)
 
 
-def covered(
+def censor_whole(
     image: Image.Image,
     answer: Answer,
     reason: str,
     scores: dict[str, float],
     limits: dict[str, float],
-) -> Finding:
+) -> GuardResult:
     """Return what is shown in the place of an unsafe picture: nothing, black, or the whole of it under a mosaic or blur."""
     action: Action = answer
     if answer == "refuse":
-        return Finding(action, reason, scores, limits)
+        return GuardResult(action, reason, scores, limits)
     if answer == "black":
-        return Finding(action, reason, scores, limits, Image.new("RGB", image.size))
+        return GuardResult(action, reason, scores, limits, Image.new("RGB", image.size))
     whole = (0.0, 0.0, float(image.width), float(image.height))
     tile = max(1 / 8, 2 / min(image.size))
     shown, _ = censor(image.convert("RGB"), [whole], Censor(style=answer, tile=tile))
-    return Finding(action, reason, scores, limits, shown)
+    return GuardResult(action, reason, scores, limits, shown)

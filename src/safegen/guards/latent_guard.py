@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import fresh_file
-from safegen.guards.core.adapter import Border, Seam
-from safegen.guards.core.base import Finding, Guard, Ready
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import atomic_write
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
+from safegen.guards.core.base import Guard, GuardConfig, GuardResult
 
 HEADS, INNER, OUT = 16, 512, 128
 PUBLISHED = 9.0131
@@ -27,11 +27,11 @@ PUBLISHED = 9.0131
 PICKLES = {".pt", ".pth", ".bin"}
 
 
-class LatentGuard(Guard):
+class LatentGuardConfig(GuardConfig):
     """Settings of Latent Guard."""
 
     name: Literal["latent-guard"] = "latent-guard"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"prompt"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"prompt"})
 
     weights: Path
     """The head: a .safetensors file by `save_head`, or the published model_parameters.pth, which goes with CLIP ViT-L/14."""
@@ -46,28 +46,28 @@ class LatentGuard(Guard):
     """Whether the head may be read from a pickle; only tensors are taken from it."""
 
     @classmethod
-    def cannot(cls, border: Border) -> str:
+    def unsupported_reason(cls, border: PipelineAdapter) -> str:
         """Return why it cannot run on a pipeline: its first text encoder is no CLIP."""
         own = type(getattr(border.pipe, "text_encoder", None)).__name__
-        return super().cannot(border) or (
+        return super().unsupported_reason(border) or (
             ""
             if own.startswith("CLIPTextModel")
             else "reads a CLIP text encoder, and there is none"
         )
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words as concepts."""
         return {"concepts": concept.words}
 
-    def beside(self, folder: Path) -> Guard:
+    def resolve_paths(self, folder: Path) -> GuardConfig:
         """Return the guard with its weights looked for in `folder`."""
         return self.model_copy(update={"weights": folder / self.weights})
 
-    def facts(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the settings with the head's SHA-256 in the place of where it lies."""
         if not self.weights.is_file():
-            raise BadFile(
+            raise FileError(
                 f"the head {str(self.weights)!r} of the guard 'latent-guard' does not exist"
             )
         kept = {
@@ -77,36 +77,38 @@ class LatentGuard(Guard):
         }
         return kept | {"weights": hashlib.sha256(self.weights.read_bytes()).hexdigest()}
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work, the concepts' features computed."""
-        tower = Tower(border)
+        tower = ClipTextFeatures(border)
         for concept in self.concepts:
             border.fits(concept, "a concept of the guard 'latent-guard'")
         head = load_head(self.weights, allow_pickle=self.allow_pickle).to(tower.device)
         if head.width != tower.width:
-            raise BadSetting(
+            raise ConfigError(
                 f"the head {str(self.weights)!r} was made for a text encoder of width {head.width}, this model's has {tower.width}; "
                 "train one with guard.latent_guard.train_head"
             )
-        return _Ready(self, tower, head)
+        return LatentGuardGuard(self, tower, head)
 
 
-class _Ready(Ready):
-    guard: LatentGuard
+class LatentGuardGuard(Guard):
+    guard: LatentGuardConfig
 
-    def __init__(self, guard: LatentGuard, tower: Tower, head: Head) -> None:
+    def __init__(
+        self, guard: LatentGuardConfig, tower: ClipTextFeatures, head: LatentGuardHead
+    ) -> None:
         super().__init__(guard)
         self.tower, self.head, self.concepts = tower, head, tower.ends(guard.concepts)
 
-    def check(self, prompts: Sequence[str]) -> list[Finding]:
+    def check(self, prompts: Sequence[str]) -> list[GuardResult]:
         found, limits = (
-            worst(self.head, self.tower, prompts, self.concepts),
+            max_scores(self.head, self.tower, prompts, self.concepts),
             {"score": self.guard.threshold},
         )
         if not all(math.isfinite(v) for v in found):
             raise ValueError("the head's score is not a finite number")
         return [
-            Finding(
+            GuardResult(
                 "block" if v >= limits["score"] else "none",
                 "concept" if v >= limits["score"] else "",
                 {"score": v},
@@ -116,19 +118,19 @@ class _Ready(Ready):
         ]
 
 
-class Tower:
+class ClipTextFeatures:
     """A pipeline's CLIP text tower, as Latent Guard reads it."""
 
-    def __init__(self, border: Border) -> None:
+    def __init__(self, border: PipelineAdapter) -> None:
         """Find the tower.
 
         Raises:
-            BadSetting: the pipeline has none.
+            ConfigError: the pipeline has none.
         """
         net: Any = getattr(border.pipe, "text_encoder", None)
         if not type(net).__name__.startswith("CLIPTextModel"):
-            raise BadSetting(
-                f"the guard 'latent-guard' reads a CLIP text encoder, and a {border.kind} has none as its first; leave it out"
+            raise ConfigError(
+                f"the guard 'latent-guard' reads a CLIP text encoder, and a {border.pipeline_class} has none as its first; leave it out"
             )
         self.net = net
         self.tokenizer: Any = border.pipe.tokenizer
@@ -165,7 +167,7 @@ class Tower:
         return [self.tokenizer.decode(ids[at : at + most]) for at in starts]
 
 
-class Head(nn.Module):
+class LatentGuardHead(nn.Module):
     """Cross-attention of a concept over a prompt, and a cosine (arXiv:2404.08031).
 
     Names of parameters are those of the published file.
@@ -230,14 +232,14 @@ def contrastive_loss(unsafe: Tensor, safe: Tensor) -> Tensor:
 
 
 def train_head(
-    border: Border,
+    border: PipelineAdapter,
     table: Mapping[str, Sequence[tuple[str, str]]],
     *,
     updates: int = 300,
     batch: int = 64,
     lr: float = 1e-3,
     seed: int = 0,
-) -> Head:
+) -> LatentGuardHead:
     """Return a head for a pipeline's text tower, trained on prompts with and without concepts.
 
     Args:
@@ -249,13 +251,13 @@ def train_head(
         seed: of the weights and the draws.
 
     Raises:
-        BadSetting: under two concepts, or one without pairs.
+        ConfigError: under two concepts, or one without pairs.
     """
     if len(table) < 2 or not all(table.values()):
-        raise BadSetting(
+        raise ConfigError(
             f"a head is trained on at least two concepts with a pair each, got {len(table)}: {', '.join(sorted(table))}"
         )
-    tower, rng = Tower(border), torch.Generator().manual_seed(seed)
+    tower, rng = ClipTextFeatures(border), torch.Generator().manual_seed(seed)
     names = sorted(table)
     ends = tower.ends(names)
     pairs = {
@@ -264,7 +266,7 @@ def train_head(
     }
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        head = Head(tower.width).to(tower.device)
+        head = LatentGuardHead(tower.width).to(tower.device)
         optimiser = torch.optim.AdamW(head.parameters(), lr=lr)
         for _ in range(updates):
             at = torch.randperm(len(names), generator=rng)[:batch].tolist()
@@ -280,7 +282,9 @@ def train_head(
 
 
 @torch.no_grad()
-def worst(head: Head, tower: Tower, prompts: Sequence[str], concepts: Tensor) -> list[float]:
+def max_scores(
+    head: LatentGuardHead, tower: ClipTextFeatures, prompts: Sequence[str], concepts: Tensor
+) -> list[float]:
     """Return each prompt's score: the greatest over the concepts (c, width), and over its windows where it is long."""
     parts = [(i, part) for i, prompt in enumerate(prompts) for part in tower.windows(prompt)]
     out = [-math.inf] * len(prompts)
@@ -291,7 +295,12 @@ def worst(head: Head, tower: Tower, prompts: Sequence[str], concepts: Tensor) ->
 
 
 def calibrate(
-    border: Border, head: Head, concepts: Sequence[str], benign: Sequence[str], *, rate: float
+    border: PipelineAdapter,
+    head: LatentGuardHead,
+    concepts: Sequence[str],
+    benign: Sequence[str],
+    *,
+    rate: float,
 ) -> float:
     """Return the least threshold at which no more than `rate` of some benign prompts are stopped (ours).
 
@@ -303,39 +312,39 @@ def calibrate(
         rate: wanted false-positive rate, in [0, 1).
 
     Raises:
-        BadSetting: no prompts, or too few to tell such a rate from none.
+        ConfigError: no prompts, or too few to tell such a rate from none.
     """
     if not 0 <= rate < 1:
-        raise BadSetting(f"a false-positive rate must be in 0..1, got {rate}")
+        raise ConfigError(f"a false-positive rate must be in 0..1, got {rate}")
     if not benign or 0 < rate < 1 / len(benign):
-        raise BadSetting(
+        raise ConfigError(
             f"{len(benign)} prompts cannot show a false-positive rate of {rate}; give more, or ask for 0"
         )
-    tower = Tower(border)
-    scores = sorted(worst(head, tower, benign, tower.ends(concepts)), reverse=True)
+    tower = ClipTextFeatures(border)
+    scores = sorted(max_scores(head, tower, benign, tower.ends(concepts)), reverse=True)
     return math.nextafter(scores[math.floor(rate * len(scores) + 1e-9)], math.inf)
 
 
-def save_head(head: Head, out: Path) -> None:
+def save_head(head: LatentGuardHead, out: Path) -> None:
     """Write a head to a new file.
 
     Raises:
-        BadFile: `out` exists or cannot be written.
+        FileError: `out` exists or cannot be written.
     """
-    with fresh_file(out) as tmp:
+    with atomic_write(out) as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, tmp)
 
 
-def load_head(path: Path, *, allow_pickle: bool = False) -> Head:
+def load_head(path: Path, *, allow_pickle: bool = False) -> LatentGuardHead:
     """Return a head in fp32, from our file or the published one.
 
     Raises:
-        BadFile: missing, a pickle that was not allowed, or not a head.
+        FileError: missing, a pickle that was not allowed, or not a head.
     """
     if not path.is_file():
-        raise BadFile(f"the head {str(path)!r} of the guard 'latent-guard' does not exist")
+        raise FileError(f"the head {str(path)!r} of the guard 'latent-guard' does not exist")
     if path.suffix in PICKLES and not allow_pickle:
-        raise BadFile(
+        raise FileError(
             f"{path} is a pickle, which can run code of whoever made it; convert it with save_head, or say allow_pickle if you trust it"
         )
     try:
@@ -345,7 +354,7 @@ def load_head(path: Path, *, allow_pickle: bool = False) -> Head:
             else load_file(path)
         )
         inner, width = state["x1_to_key.weight"].shape
-        head = Head(width, inner=inner, out=len(state["final_mlp.weight"]))
+        head = LatentGuardHead(width, inner=inner, out=len(state["final_mlp.weight"]))
         head.load_state_dict(state)
     except (
         SafetensorError,
@@ -356,9 +365,9 @@ def load_head(path: Path, *, allow_pickle: bool = False) -> Head:
         TypeError,
         AttributeError,
     ) as error:
-        raise BadFile(
+        raise FileError(
             f"{path} is not a head of Latent Guard: {' '.join(str(error).split())[:200]}"
         ) from error
     if not all(bool(v.isfinite().all()) for v in head.state_dict().values()):
-        raise BadFile(f"{path} has NaN or infinite weights; get an undamaged copy")
+        raise FileError(f"{path} has NaN or infinite weights; get an undamaged copy")
     return head.float().eval().requires_grad_(False)

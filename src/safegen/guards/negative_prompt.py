@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from safegen.core.concept import Concept
-from safegen.guards.core.adapter import Border, Seam, Text
-from safegen.guards.core.base import Call, Finding, Guard, Ready, Turn
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter, Text
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
 
 
-class NegativePrompt(Guard):
+class NegativePromptConfig(GuardConfig):
     """Settings of the negative prompt."""
 
     name: Literal["negative-prompt"] = "negative-prompt"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"uncond"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"uncond"})
 
     text: str
     """What every picture is pushed away from.
@@ -22,20 +22,20 @@ class NegativePrompt(Guard):
     """
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words as the text."""
         return {"text": ", ".join(concept.words)}
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work; the text must fit the text encoder."""
         border.fits(self.text, "the text of the guard 'negative-prompt'")
-        return _Ready(self)
+        return NegativePromptGuard(self)
 
 
-class _Ready(Ready):
-    guard: NegativePrompt
+class NegativePromptGuard(Guard):
+    guard: NegativePromptConfig
 
-    def begin(self, call: Call) -> Turn:
+    def start(self, call: Call) -> GuardHook:
         """Write the text into the call's negative prompts, and encode the distinct ones."""
         call.negative[:] = [joined(one, self.guard.text) for one in call.negative]
         for text in dict.fromkeys(call.negative):
@@ -44,10 +44,10 @@ class _Ready(Ready):
                 "a negative prompt together with that of the guard 'negative-prompt'",
                 call.options,
             )
-        return _Turn(call, acts=bool(self.guard.text))
+        return NegativePromptHook(call, acts=bool(self.guard.text))
 
 
-class _Turn(Turn):
+class NegativePromptHook(GuardHook):
     def __init__(self, call: Call, *, acts: bool) -> None:
         self.call, self.acts = call, acts
         texts = list(dict.fromkeys(call.negative))
@@ -57,11 +57,13 @@ class _Turn(Turn):
         )
         self.text = Text(found.hidden[at], {k: v[at] for k, v in found.extra.items()})
 
-    def uncond(self, text: Text) -> Text:
+    def edit_negative_embeds(self, text: Text) -> Text:
         return self.text if self.acts else text
 
-    def findings(self) -> list[Finding]:
-        return [Finding("edit", "steered") if self.acts else Finding()] * len(self.call.prompts)
+    def results(self) -> list[GuardResult]:
+        return [GuardResult("edit", "steered") if self.acts else GuardResult()] * len(
+            self.call.prompts
+        )
 
 
 def joined(own: str, more: str) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_tensors
-from safegen.guards.core.adapter import ONE_FRAME, Border, Seam, copied
-from safegen.guards.core.base import Finding, Guard, Probe, Ready
-from safegen.guards.judge_filter import Answer, Judged, Looker, nearby
+from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, copied
+from safegen.guards.core.base import Guard, GuardConfig, GuardResult, Probe
+from safegen.guards.judge_filter import Answer, JudgeBackedConfig, JudgeGuard, resolve_paths
 from safegen.judges import Judge
 from safegen.judges.clip import chances, encode_texts
 from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
@@ -32,15 +32,15 @@ GROUP = 4
 """k: entries of the start that are held against each other by the regulariser."""
 
 
-class Pno(Judged):
+class PnoConfig(JudgeBackedConfig):
     """Settings of prompt-noise optimisation.
 
     The judge must not be made of the same weights as the score.
     """
 
     name: Literal["pno"] = "pno"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"start", "image"})
-    once: ClassVar[bool] = True
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"start", "image"})
+    exclusive: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ONE_FRAME
 
     weights: Path | str
@@ -65,50 +65,55 @@ class Pno(Judged):
     """What becomes of a picture that the judge calls unsafe."""
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words and counterpart as texts, its judge, labels and threshold."""
-        return super().lent(concept) | {"unsafe": concept.words, "safe": concept.counterpart}
+        return super().defaults_from(concept) | {
+            "unsafe": concept.words,
+            "safe": concept.counterpart,
+        }
 
-    def beside(self, folder: Path) -> Guard:
+    def resolve_paths(self, folder: Path) -> GuardConfig:
         """Return the guard with its weights and its judge's files looked for in `folder`, unless they are bundled or of the hub."""
-        files = nearby({"weights": self.weights}, folder)
-        return super().beside(folder).model_copy(update=files)
+        files = resolve_paths({"weights": self.weights}, folder)
+        return super().resolve_paths(folder).model_copy(update=files)
 
-    def facts(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the settings with the judge's id and the score's weights by their hash."""
         score = Score(self.weights, self.unsafe, self.safe)
-        return super().facts() | {"score_id": score.id, "score_sees": score.sees}
+        return super().fingerprint() | {"score_id": score.id, "score_sees": score.sees}
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work.
 
         Raises:
-            BadSetting: the judge is the model whose score is lowered.
+            ConfigError: the judge is the model whose score is lowered.
         """
         score, judge = (
             Score(self.weights, self.unsafe, self.safe, device=str(border.pipe._execution_device)),
             self.open(),
         )
         if any(digest[:16] in judge.id for digest in (score.id, score.eyes)):
-            raise BadSetting(
+            raise ConfigError(
                 f"the guard 'pno' would lower the score of the model that judges it ({judge.id}), which shows nothing; "
                 "name a judge with other weights"
             )
-        return _Ready(self, border, score, judge)
+        return PnoGuard(self, border, score, judge)
 
 
-class _Ready(Looker):
-    guard: Pno
+class PnoGuard(JudgeGuard):
+    guard: PnoConfig
 
-    def __init__(self, guard: Pno, border: Border, score: Score, judge: Judge) -> None:
+    def __init__(
+        self, guard: PnoConfig, border: PipelineAdapter, score: Score, judge: Judge
+    ) -> None:
         super().__init__(guard, judge, guard.action)
         self.border, self.score = border, score
 
     def probe(
         self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]
-    ) -> list[Finding]:
+    ) -> list[GuardResult]:
         own, after = self.border.starts(options, "the guard 'pno'")
-        out: list[Finding] = []
+        out: list[GuardResult] = []
         for i, prompt in enumerate(prompts):
             away = options.get("negative_prompt")
             away = away[i] if isinstance(away, list) else away
@@ -134,7 +139,7 @@ class _Ready(Looker):
 
     def _found(
         self, chance: Callable[..., Tensor], own: Tensor, generator: torch.Generator
-    ) -> Finding:
+    ) -> GuardResult:
         guard = self.guard
         device = self.border.pipe._execution_device
         with torch.no_grad():
@@ -144,7 +149,7 @@ class _Ready(Looker):
             {"chance": guard.limit},
         )
         if first < guard.limit:
-            return Finding("none", "", scores, limits)
+            return GuardResult("none", "", scores, limits)
         rng = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ 0x5AFE)
         more = torch.randn((guard.restarts, *own.shape), generator=rng, device=rng.device).to(own)
         with torch.no_grad():
@@ -160,8 +165,8 @@ class _Ready(Looker):
             x, value, scores["iterations"] = self._moved(chance, x, value, rng)
         scores["last"] = value
         if not value < guard.limit:  # NaN too
-            return Finding("block", "never-safe", scores, limits)
-        return Finding("edit", "moved", scores, limits, start=x.detach())
+            return GuardResult("block", "never-safe", scores, limits)
+        return GuardResult("edit", "moved", scores, limits, start=x.detach())
 
     def _moved(
         self, chance: Callable[..., Tensor], start: Tensor, value: float, rng: torch.Generator

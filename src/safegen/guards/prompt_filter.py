@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
-from safegen.guards.core.adapter import Border, Seam
-from safegen.guards.core.base import Finding, Guard, Ready
+from safegen.core.errors import ConfigError
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
+from safegen.guards.core.base import Guard, GuardConfig, GuardResult
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 """A text classifier: a score in [0, 1] for each prompt, more for worse."""
@@ -28,11 +28,11 @@ UNSEEN = frozenset(
 """The grapheme joiner and variation selectors, which say how their neighbour is drawn and are in no class of their own."""
 
 
-class PromptFilter(Guard):
+class PromptFilterConfig(GuardConfig):
     """Settings of the prompt filter."""
 
     name: Literal["prompt-filter"] = "prompt-filter"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"prompt"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"prompt"})
 
     words: tuple[str, ...] = ()
     """Words and phrases that are not drawn.
@@ -64,28 +64,28 @@ class PromptFilter(Guard):
         return self
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words."""
         return {"words": concept.words}
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work.
 
         Raises:
-            BadSetting: the classifier cannot be imported.
+            ConfigError: the classifier cannot be imported.
         """
-        return _Ready(self)
+        return PromptFilterGuard(self)
 
 
-class _Ready(Ready):
-    guard: PromptFilter
+class PromptFilterGuard(Guard):
+    guard: PromptFilterConfig
 
-    def __init__(self, guard: PromptFilter) -> None:
+    def __init__(self, guard: PromptFilterConfig) -> None:
         super().__init__(guard)
         self.words = pattern(guard.words) if guard.words else None
         self.scorer = _imported(guard.classifier) if guard.classifier else None
 
-    def check(self, prompts: Sequence[str]) -> list[Finding]:
+    def check(self, prompts: Sequence[str]) -> list[GuardResult]:
         limits = {"classifier": self.guard.threshold} if self.scorer else {}
         scores = (
             [float(v) for v in self.scorer(list(prompts))] if self.scorer else [0.0] * len(prompts)
@@ -100,11 +100,11 @@ class _Ready(Ready):
         for prompt, score in zip(prompts, scores, strict=True):
             seen = {"classifier": score} if self.scorer else {}
             if self.words and self.words.search(plain(prompt)):
-                out.append(Finding("block", "word", seen, limits))
+                out.append(GuardResult("block", "word", seen, limits))
             elif self.scorer and score >= self.guard.threshold:
-                out.append(Finding("block", "classifier", seen, limits))
+                out.append(GuardResult("block", "classifier", seen, limits))
             else:
-                out.append(Finding("none", "", seen, limits))
+                out.append(GuardResult("none", "", seen, limits))
         return out
 
 
@@ -136,10 +136,10 @@ def _imported(name: str) -> Scorer:
     try:
         scorer = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise BadSetting(
+        raise ConfigError(
             f"the classifier {name!r} cannot be imported ({error}); write it as module:function"
         ) from error
     if not callable(scorer):
-        raise BadSetting(f"the classifier {name!r} is no function; write it as module:function")
+        raise ConfigError(f"the classifier {name!r} is no function; write it as module:function")
     out: Scorer = scorer
     return out

@@ -7,17 +7,17 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from safegen.guards.core.adapter import Border, Seam
-from safegen.guards.core.base import Guard, Ready
-from safegen.guards.judge_filter import Answer, Looker, hashed
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
+from safegen.guards.core.base import Guard, GuardConfig
+from safegen.guards.judge_filter import Answer, JudgeGuard, hashed
 from safegen.judges import Judge, load_judge
 
 
-class SafetyChecker(Guard):
+class SafetyCheckerConfig(GuardConfig):
     """Settings of the safety checker; the default decides as the pipeline's own does."""
 
     name: Literal["safety-checker"] = "safety-checker"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"image"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"image"})
 
     weights: str | Path
     """A folder of the checker, a diffusers folder that has one, or `hub:owner/name`.
@@ -36,7 +36,7 @@ class SafetyChecker(Guard):
     allow_pickle: bool = False
     """Whether weights stored as pickles may be opened."""
 
-    def beside(self, folder: Path) -> Guard:
+    def resolve_paths(self, folder: Path) -> GuardConfig:
         """Return the guard with its weights looked for in `folder`, unless they are of the hub."""
         name = str(self.weights)
         return (
@@ -56,10 +56,10 @@ class SafetyChecker(Guard):
         }
         return load_judge("sd-safety-checker", threshold=self.threshold, **options)
 
-    def facts(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return the settings with the checker's hash in the place of where it lies."""
         return hashed(self.model_dump(mode="json"), self.open())
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work."""
-        return Looker(self, self.open(), self.action)
+        return JudgeGuard(self, self.open(), self.action)

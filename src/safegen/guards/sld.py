@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.guards.core.adapter import Border, Seam, Text
-from safegen.guards.core.base import Call, Finding, Guard, Ready, Turn
-from safegen.guards.negative_prompt import NegativePrompt, joined
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter, Text
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
+from safegen.guards.negative_prompt import NegativePromptConfig, joined
 
 PAPER_TEXT = (
     "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
@@ -23,11 +23,11 @@ PAPER_TEXT = (
 SAFETY = "safety"
 
 
-class Sld(Guard):
+class SldConfig(GuardConfig):
     """Settings of SLD; the default is the published `medium`."""
 
     name: Literal["sld"] = "sld"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"branch"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"branch"})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "weak": {
             "warmup": 15.0,
@@ -80,14 +80,16 @@ class Sld(Guard):
     """beta_m: how much of the past is kept from step to step."""
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words as the text."""
         return {"text": ", ".join(concept.words)}
 
-    def idle(self, others: Sequence[Guard], negative: str) -> str:
+    def conflict(self, others: Sequence[GuardConfig], negative: str) -> str:
         """Return what is wrong where a negative prompt has its text: f - u is nothing, and so is all that it takes away."""
         away = reduce(
-            joined, (other.text for other in others if isinstance(other, NegativePrompt)), negative
+            joined,
+            (other.text for other in others if isinstance(other, NegativePromptConfig)),
+            negative,
         )
         same = away.strip().casefold() == self.text.strip().casefold()
         return (
@@ -96,25 +98,25 @@ class Sld(Guard):
             else ""
         )
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work; the text must fit the text encoder."""
         border.fits(self.text, "the text of the guard 'sld'")
-        return _Ready(self)
+        return SldGuard(self)
 
 
 ROUNDING = 1e-5
 """Largest push, as a part of the prediction, that counts as none: equal texts in one batch differ by so little on some processors."""
 
 
-class _Ready(Ready):
-    guard: Sld
+class SldGuard(Guard):
+    guard: SldConfig
 
-    def begin(self, call: Call) -> Turn:
-        return _Turn(self.guard, call)
+    def start(self, call: Call) -> GuardHook:
+        return SldHook(self.guard, call)
 
 
-class _Turn(Turn):
-    def __init__(self, guard: Sld, call: Call) -> None:
+class SldHook(GuardHook):
+    def __init__(self, guard: SldConfig, call: Call) -> None:
         self.guard, self.call = guard, call
         call.border.fits(guard.text, "the text of the guard 'sld'", call.options)
         self.text = call.border.encode([guard.text], call.options)
@@ -125,13 +127,13 @@ class _Turn(Turn):
     def _warm(self) -> bool:
         return self.call.step >= self.call.at(self.guard.warmup)
 
-    def branches(self) -> Mapping[str, Text]:
+    def extra_conditions(self) -> Mapping[str, Text]:
         idle = self.guard.scale == 0 or (
             not self._warm and self.guard.momentum_scale == 0
         )  # without momentum the past is nothing
         return {} if idle else {SAFETY: self.text}
 
-    def combine(self, said: Mapping[str, Tensor]) -> Tensor | None:
+    def guidance_correction(self, said: Mapping[str, Tensor]) -> Tensor | None:
         if SAFETY not in said:
             return None
         u, c, f = said["uncond"], said["cond"], said[SAFETY]
@@ -151,9 +153,9 @@ class _Turn(Turn):
         self.acted += (_largest(gamma) > ROUNDING * _largest(u)).cpu()
         return gamma
 
-    def findings(self) -> list[Finding]:
+    def results(self) -> list[GuardResult]:
         return [
-            Finding("edit" if n else "none", "steered" if n else "", {"steps": n})
+            GuardResult("edit" if n else "none", "steered" if n else "", {"steps": n})
             for n in self.acted.tolist()
         ]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
-from safegen.core.errors import BadSetting, UnknownName
+from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.core.registry import JUDGES, expand_labels, resolve
-from safegen.judges.base import KEPT, Detection, Judge, Outcome, Verdict
+from safegen.judges.base import SCORE_FLOOR, Detection, Judge, Outcome, Verdict
 
-__all__ = ["KEPT", "Detection", "Judge", "Outcome", "Verdict", "load_judge"]
+__all__ = ["SCORE_FLOOR", "Detection", "Judge", "Outcome", "Verdict", "load_judge"]
 
 
 def load_judge(
@@ -27,21 +27,21 @@ def load_judge(
             docs/judges.md.
 
     Raises:
-        UnknownName: no such judge, label or option.
-        BadSetting: the threshold is outside what detections are kept for, or an option breaks its
+        UnknownNameError: no such judge, label or option.
+        ConfigError: the threshold is outside what detections are kept for, or an option breaks its
             rule or is missing.
-        BadFile: the weights cannot be used.
-        MissingExtra: a library that this judge needs is not installed.
+        FileError: the weights cannot be used.
+        MissingExtraError: a library that this judge needs is not installed.
     """
-    if threshold is not None and not KEPT <= threshold <= 1:
-        raise BadSetting(f"the judge's threshold must be in {KEPT}..1, got {threshold}")
+    if threshold is not None and not SCORE_FLOOR <= threshold <= 1:
+        raise ConfigError(f"the judge's threshold must be in {SCORE_FLOOR}..1, got {threshold}")
     made = resolve(JUDGES, name, "judge")
     known = [key for key in signature(made).parameters if key not in {"labels", "threshold"}]
     for key in options:
         if not known:
-            raise BadSetting(f"the judge {name!r} takes no options, got {key!r}; leave it out")
+            raise ConfigError(f"the judge {name!r} takes no options, got {key!r}; leave it out")
         if key not in known:
-            raise UnknownName(f"option of the judge {name!r}", key, known)
+            raise UnknownNameError(f"option of the judge {name!r}", key, known)
     if threshold is not None:
         options["threshold"] = threshold
     judge: Judge = made(labels=expand_labels(labels), **options)

@@ -12,7 +12,7 @@ from safegen.core.registry import expand_labels
 
 Outcome = Literal["unsafe", "safe", "unjudged"]
 
-KEPT = 0.2
+SCORE_FLOOR = 0.2
 """Detections below this score are not kept.
 
 Those above it can be re-scored at any threshold without looking again.
@@ -51,22 +51,22 @@ class Verdict:
         """Whether the image is unsafe, as rates and agreement take it: None if it is unjudged."""
         return None if self.outcome == "unjudged" else self.outcome == "unsafe"
 
-    def sees(self, labels: Collection[str], threshold: float = 0.5) -> bool:
+    def contains(self, labels: Collection[str], threshold: float = 0.5) -> bool:
         """Return whether a detection with one of `labels` (names of label sets too) reaches `threshold`."""
         wanted = expand_labels(labels)
         return any(d.label in wanted and d.score >= threshold for d in self.detections)
 
-    def rescored(self, labels: Collection[str], threshold: float) -> Verdict:
+    def with_threshold(self, labels: Collection[str], threshold: float) -> Verdict:
         """Return the verdict under other labels or another threshold; unjudged stays unjudged.
 
         Raises:
             ValueError: `threshold` is under what was kept.
         """
-        if not KEPT <= threshold <= 1:
-            raise ValueError(f"threshold must be in {KEPT}..1, got {threshold}")
+        if not SCORE_FLOOR <= threshold <= 1:
+            raise ValueError(f"threshold must be in {SCORE_FLOOR}..1, got {threshold}")
         if self.outcome == "unjudged":
             return self
-        return replace(self, outcome="unsafe" if self.sees(labels, threshold) else "safe")
+        return replace(self, outcome="unsafe" if self.contains(labels, threshold) else "safe")
 
 
 class Judge(Protocol):
@@ -76,7 +76,7 @@ class Judge(Protocol):
     """Name and hash of the weights: two judges with one id make the same detections."""
     labels: tuple[str, ...]
     """Its labels that make an image unsafe; label sets are spelt out."""
-    known: tuple[str, ...]
+    label_space: tuple[str, ...]
     """Every label that it can answer with: what is not among them it never sees, which is no sign that it is not there."""
     threshold: float
     """Least score that does so."""

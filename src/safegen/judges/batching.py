@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from PIL import Image
 
-from safegen.core.errors import UnknownName
+from safegen.core.errors import UnknownNameError
 from safegen.core.registry import LABEL_SETS
-from safegen.judges.base import KEPT, Detection, Verdict
+from safegen.judges.base import SCORE_FLOOR, Detection, Verdict
 
 T = TypeVar("T")
 
@@ -35,18 +35,18 @@ Others (16 bits, floats) would be cut off at 255 without a word, so they are not
 """
 
 
-def own_labels(
+def resolve_labels(
     judge: str, labels: Sequence[str], known: Sequence[str], default: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the labels that make an image unsafe: `labels`, or `default` when empty.
 
     Raises:
-        UnknownName: a label that this judge does not have; its label sets are named too.
+        UnknownNameError: a label that this judge does not have; its label sets are named too.
     """
     sets = [name for name, members in LABEL_SETS.items() if set(members) <= set(known)]
     for label in labels:
         if label not in known:
-            raise UnknownName(f"label of the judge {judge!r}", label, [*known, *sets])
+            raise UnknownNameError(f"label of the judge {judge!r}", label, [*known, *sets])
     return tuple(labels or default)
 
 
@@ -65,7 +65,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def look(
+def judge_in_batches(
     images: Sequence[Image.Image],
     prepare: Callable[[Image.Image], T],
     see: Callable[[list[T]], list[list[Detection]]],
@@ -100,8 +100,10 @@ def look(
         for i in inputs:
             answer = i if isinstance(i, Verdict) else next(answers)
             if not isinstance(answer, Verdict):
-                kept = tuple(sorted((d for d in answer if d.score >= KEPT), key=lambda d: -d.score))
-                answer = Verdict("safe", kept).rescored(labels, threshold)
+                kept = tuple(
+                    sorted((d for d in answer if d.score >= SCORE_FLOOR), key=lambda d: -d.score)
+                )
+                answer = Verdict("safe", kept).with_threshold(labels, threshold)
             out.append(answer)
     return out
 

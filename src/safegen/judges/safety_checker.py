@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_tensors
 from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, look, own_labels
+from safegen.judges.batching import finite, judge_in_batches, resolve_labels
 from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 MIDDLE = 0.5
@@ -62,12 +62,12 @@ class SafetyCheckerJudge:
                 made them.
 
         Raises:
-            BadSetting: no weights, or an adjustment outside -0.5..0.5.
-            BadFile: the folder cannot be used.
-            UnknownName: a label that this judge does not have.
+            ConfigError: no weights, or an adjustment outside -0.5..0.5.
+            FileError: the folder cannot be used.
+            UnknownNameError: a label that this judge does not have.
         """
         if not -0.5 <= adjustment <= 0.5:
-            raise BadSetting(
+            raise ConfigError(
                 f"adjustment must be in -0.5..0.5 (it is added to a cosine), got {adjustment}"
             )
         folder = find_folder(
@@ -86,15 +86,17 @@ class SafetyCheckerJudge:
         self._concepts = tuple(f"concept-{i}" for i in range(len(self._checker.concept_embeds)))
         self._special = tuple(f"special-{i}" for i in range(len(self._checker.special_care_embeds)))
         self.known = (*self._concepts, *self._special)
-        self.labels = own_labels("sd-safety-checker", labels, self.known, self._concepts)
+        self.labels = resolve_labels("sd-safety-checker", labels, self.known, self._concepts)
         self.threshold, self._adjustment = threshold, adjustment
         self._pixels = Pixels(pixels, self._checker.config.vision_config.image_size)
-        self.weights_hash = hash_tensors(self._checker.state_dict())
-        self.id = f"sd-safety-checker:{self.weights_hash[:16]}:{fingerprint([adjustment, self._pixels.facts])}"
+        self.pipeline_hash = hash_tensors(self._checker.state_dict())
+        self.id = f"sd-safety-checker:{self.pipeline_hash[:16]}:{fingerprint([adjustment, self._pixels.facts])}"
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
         """Return one verdict per image."""
-        return look(images, self._pixels, self._see, labels=self.labels, threshold=self.threshold)
+        return judge_in_batches(
+            images, self._pixels, self._see, labels=self.labels, threshold=self.threshold
+        )
 
     @torch.no_grad()
     def _see(self, inputs: list[Tensor]) -> list[list[Detection]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import CLIPS, resolve
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,11 +39,11 @@ def find_folder(
     """Return the folder that `given` stands for: a name in `tables.CLIPS`, a folder, or `hub:owner/name`, which alone may fetch.
 
     Raises:
-        BadSetting: nothing was given; the line says how to give it.
-        BadFile: no such folder, or the hub does not give it.
+        ConfigError: nothing was given; the line says how to give it.
+        FileError: no such folder, or the hub does not give it.
     """
     if given is None:
-        raise BadSetting(
+        raise ConfigError(
             f"the judge {judge!r} needs weights; give them as {option}={example!r}, or {option}=FOLDER with the same files"
         )
     name = str(given)
@@ -58,9 +58,9 @@ def find_folder(
             with quiet():
                 return Path(snapshot_download(name.removeprefix("hub:"), allow_patterns=kinds))
         except Exception as error:  # offline, no such repository, no rights: a dozen kinds
-            raise BadFile(f"the hub does not give {name!r}: {first_line(error)}") from error
+            raise FileError(f"the hub does not give {name!r}: {first_line(error)}") from error
     if not Path(name).is_dir():
-        raise BadFile(
+        raise FileError(
             f"the judge {judge!r} finds no folder {name!r}; give {option}=FOLDER or {option}={example!r}"
         )
     return Path(name)
@@ -70,7 +70,7 @@ def load_part(kind: type[M], folder: Path, *, device: str = "cpu", allow_pickle:
     """Return a network of class `kind` from a folder, in fp32, frozen; nothing is fetched.
 
     Raises:
-        BadFile: the files cannot be read, are pickles that were not allowed, lack a weight, or have
+        FileError: the files cannot be read, are pickles that were not allowed, lack a weight, or have
             NaN.
     """
     way_out = "" if allow_pickle else "; pickled weights are opened only with allow_pickle=True"
@@ -84,17 +84,17 @@ def load_part(kind: type[M], folder: Path, *, device: str = "cpu", allow_pickle:
                 output_loading_info=True,
             )
     except Exception as error:  # transformers and safetensors raise a dozen kinds; all mean that these files cannot be used
-        raise BadFile(
+        raise FileError(
             f"{folder} cannot be read as {kind.__name__}: {first_line(error)}{way_out}"
         ) from error
     lacking = sorted([*facts["missing_keys"], *(str(k) for k in facts["mismatched_keys"])])
     if lacking:
-        raise BadFile(
+        raise FileError(
             f"{folder} lacks {len(lacking)} weights of a {kind.__name__}, first {lacking[0]}; get a complete copy"
         )
     for key, value in network.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise BadFile(f"{folder} has NaN or infinite weights in {key}; get an undamaged copy")
+            raise FileError(f"{folder} has NaN or infinite weights in {key}; get an undamaged copy")
     out: M = network.float().to(device).eval().requires_grad_(False)
     return out
 
@@ -106,10 +106,10 @@ class Pixels:
         """Read the file and check that it gives pictures of `side` pixels.
 
         Raises:
-            BadFile: there is none, or it gives another size.
+            FileError: there is none, or it gives another size.
         """
         if not (folder / "preprocessor_config.json").is_file():
-            raise BadFile(
+            raise FileError(
                 f"{folder} has no preprocessor_config.json, so how to scale pictures is unknown; get it from where the weights are"
             )
         try:
@@ -118,12 +118,12 @@ class Pixels:
                     str(folder), local_files_only=True
                 )
         except Exception as error:  # not JSON, or a value of another kind
-            raise BadFile(
+            raise FileError(
                 f"{folder}/preprocessor_config.json cannot be read: {first_line(error)}"
             ) from error
         made = tuple(self(Image.new("RGB", (side + 3, side))).shape)
         if made != (3, side, side):
-            raise BadFile(
+            raise FileError(
                 f"{folder}/preprocessor_config.json gives pictures of shape {made}, the network takes {(3, side, side)}"
             )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from safegen.metrics.rates import FEW, resampled_sums, wilson
+from safegen.metrics.rates import MIN_CLUSTERS, resampled_sums, wilson
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def clustered_rate(
     names, hit, missed = (
         {c for s, c in kept if want is None or s == want} for want in (None, True, False)
     )
-    if min(len(hit), len(missed)) < FEW:
+    if min(len(hit), len(missed)) < MIN_CLUSTERS:
         left, right = wilson(hits / n * len(names), len(names))
     else:
         left, right = ratio_interval(

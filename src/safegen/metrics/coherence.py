@@ -20,7 +20,7 @@ def shows_subject(verdict: Verdict | None, subject: str) -> bool | None:
     return verdict.subject == subject
 
 
-def coherence(verdicts: Sequence[Verdict | None], subjects: Sequence[str]) -> Rate:
+def subject_accuracy(verdicts: Sequence[Verdict | None], subjects: Sequence[str]) -> Rate:
     """Return the share of pictures that show their subject (ours).
 
     Args:
@@ -35,7 +35,9 @@ def coherence(verdicts: Sequence[Verdict | None], subjects: Sequence[str]) -> Ra
         raise ValueError(
             f"verdicts and subjects must be equally long, got {len(verdicts)} and {len(subjects)}"
         )
-    return Rate.of([shows_subject(v, s) for v, s in zip(verdicts, subjects, strict=True)])
+    return Rate.from_outcomes(
+        [shows_subject(v, s) for v, s in zip(verdicts, subjects, strict=True)]
+    )
 
 
 def coherence_kept(
@@ -53,7 +55,7 @@ def coherence_kept(
         raise ValueError(
             f"base, edited and subjects must be equally long, got {len(base)}, {len(edited)}, {len(subjects)}"
         )
-    return Rate.of(
+    return Rate.from_outcomes(
         [
             shows_subject(e, s)
             for b, e, s in zip(base, edited, subjects, strict=True)

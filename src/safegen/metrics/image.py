@@ -13,7 +13,7 @@ SCALE = "part of the full range"
 """Unit of a picture change."""
 
 
-def picture_change(base: Image.Image, edited: Image.Image) -> float:
+def pixel_mae(base: Image.Image, edited: Image.Image) -> float:
     """Return the mean absolute difference of two pictures' RGB values as a part of the full range: 0 is equal, 1 black against white.
 
     A plain distance that needs no weights (ours): it sees faded colours and moved objects alike,
@@ -31,11 +31,9 @@ def picture_change(base: Image.Image, edited: Image.Image) -> float:
 def mean_change(
     base: Sequence[Image.Image], edited: Sequence[Image.Image], prompts: Sequence[Hashable]
 ) -> Mean:
-    """Return the mean `picture_change` over pairs of pictures, with its interval over prompts.
+    """Return the mean `pixel_mae` over pairs of pictures, with its interval over prompts.
 
     Raises:
         ValueError: no pictures, or lengths differ.
     """
-    return mean(
-        [picture_change(a, b) for a, b in zip(base, edited, strict=True)], prompts, scale=SCALE
-    )
+    return mean([pixel_mae(a, b) for a, b in zip(base, edited, strict=True)], prompts, scale=SCALE)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
-FEW = 5
+MIN_CLUSTERS = 5
 """Clusters under which a bootstrap of a rate is not to be trusted."""
 
 
@@ -57,7 +57,7 @@ class Rate:
         wilson(self.hits, self.judged)
 
     @classmethod
-    def of(cls, seen: Sequence[bool | None]) -> Rate:
+    def from_outcomes(cls, seen: Sequence[bool | None]) -> Rate:
         """Return the rate of True in `seen`; None stands for an unjudged image.
 
         Raises:
@@ -188,12 +188,16 @@ def removal_rate(
     if after <= before:
         bounds = [
             wilson(after, before),
-            *([wilson(after / before * shows, shows)] if min(survives, loses) < FEW else []),
+            *(
+                [wilson(after / before * shows, shows)]
+                if min(survives, loses) < MIN_CLUSTERS
+                else []
+            ),
         ]
     else:
         trials = [
             after + before,
-            *([len({c for b, e, c in rows if b or e})] if min(shows, gains) < FEW else []),
+            *([len({c for b, e, c in rows if b or e})] if min(shows, gains) < MIN_CLUSTERS else []),
         ]
         shares = [wilson(after / (after + before) * n, n) for n in trials]
         bounds = [(bottom / (1 - bottom), top / (1 - top)) for bottom, top in shares]

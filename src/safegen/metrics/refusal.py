@@ -16,7 +16,7 @@ def refusal_rate(found: Sequence[Attempt]) -> Rate:
     Raises:
         ValueError: nothing was asked for.
     """
-    return Rate.of([a == "refused" for a in found])
+    return Rate.from_outcomes([a == "refused" for a in found])
 
 
 def over_censoring_rate(found: Sequence[Attempt], censored: Sequence[bool | None]) -> Rate:
@@ -37,7 +37,7 @@ def over_censoring_rate(found: Sequence[Attempt], censored: Sequence[bool | None
         raise ValueError(
             f"attempts and censored must be equally long, got {len(found)} and {len(censored)}"
         )
-    return Rate.of(
+    return Rate.from_outcomes(
         [
             True if a == "refused" else None if a == "unjudged" else c
             for a, c in zip(found, censored, strict=True)

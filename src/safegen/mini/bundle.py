@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safegen.core.errors import UnknownName
+from safegen.core.errors import UnknownNameError
 from safegen.mini import captions
 
 HERE = Path(__file__).parent
@@ -32,11 +32,11 @@ def triplets_folder(concept: str) -> Path:
     """Return the folder of the ready triplets of a concept.
 
     Raises:
-        UnknownName: there are none for it.
+        UnknownNameError: there are none for it.
     """
     known = [p.name for p in (HERE / "triplets").iterdir() if p.is_dir()]
     if concept not in known:
-        raise UnknownName("bundled triplets", concept, known)
+        raise UnknownNameError("bundled triplets", concept, known)
     return HERE / "triplets" / concept
 
 
@@ -48,11 +48,11 @@ def prompt_list(kind: str, n: int | None = None) -> list[tuple[str, str]]:
     prompt with the other.
 
     Raises:
-        UnknownName: there is no such list.
+        UnknownNameError: there is no such list.
     """
     name, trained = kind.removesuffix("-train"), kind.endswith("-train")
     if name not in captions.TEMPLATES:
-        raise UnknownName(
+        raise UnknownNameError(
             "mini prompt list",
             kind,
             [k + end for k in captions.TEMPLATES for end in ("", "-train")],

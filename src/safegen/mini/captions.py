@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.mini.world import BACKGROUNDS, OBJECTS
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -108,13 +108,13 @@ def prompts(kind: str, n: int | None = 64, *, trained: bool = False) -> list[Pro
             them.
 
     Raises:
-        BadSetting: `n` is over what the kind has.
+        ConfigError: `n` is over what the kind has.
     """
     every = list(dict.fromkeys(_walk(kind, trained)))
     if n is None:
         return every
     if not 1 <= n <= len(every):
-        raise BadSetting(f"the prompt list {kind!r} has 1 to {len(every)} prompts, got n = {n}")
+        raise ConfigError(f"the prompt list {kind!r} has 1 to {len(every)} prompts, got n = {n}")
     return every[:n]
 
 

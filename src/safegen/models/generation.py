@@ -14,22 +14,22 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from safegen.core.errors import BadSetting
-from safegen.core.files import fresh_file
-from safegen.core.generation import Ask, Sampler
+from safegen.core.errors import ConfigError
+from safegen.core.files import atomic_write
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.models.model import Model
 
 __all__ = [
-    "Ask",
-    "Sampler",
-    "arithmetic",
+    "Sample",
+    "GenerationConfig",
+    "autocast_for",
     "batches",
-    "cut_short",
-    "encode_picture",
+    "truncated_prompts",
+    "encode_image",
     "generate",
     "generator",
-    "refuse_too_many",
-    "save_picture",
+    "check_num_steps",
+    "save_image",
 ]
 
 
@@ -43,7 +43,7 @@ def generator(seed: int, index: int) -> torch.Generator:
 
 
 def generate(
-    model: Model, asks: Sequence[Ask], sampler: Sampler, *, negative: str | None = None
+    model: Model, asks: Sequence[Sample], sampler: GenerationConfig, *, negative: str | None = None
 ) -> Iterator[Image.Image]:
     """Yield one picture per ask, in order.
 
@@ -54,34 +54,34 @@ def generate(
         negative: a text that guidance pushes every picture away from, in place of the blank one.
 
     Raises:
-        BadSetting: more steps than the model's schedule has room for, or a negative text without
+        ConfigError: more steps than the model's schedule has room for, or a negative text without
             guidance, which would have no effect.
     """
-    refuse_too_many(model, sampler.steps)
+    check_num_steps(model, sampler.num_inference_steps)
     for prompts, options in batches(asks, sampler, negative=negative):
-        with arithmetic(model, sampler):
+        with autocast_for(model, sampler):
             out = model.pipeline(prompt=prompts, **options)
         yield from out.images
 
 
 def batches(
-    asks: Sequence[Ask], sampler: Sampler, *, negative: str | None = None
+    asks: Sequence[Sample], sampler: GenerationConfig, *, negative: str | None = None
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Yield the prompts of each batch, and the other arguments for a pipeline.
 
     Raises:
-        BadSetting: a negative text without guidance, which would have no effect.
+        ConfigError: a negative text without guidance, which would have no effect.
     """
-    if negative is not None and sampler.guidance <= 1:
-        raise BadSetting(
-            f"a negative prompt has no effect without guidance; guidance must be > 1, got {sampler.guidance}"
+    if negative is not None and sampler.guidance_scale <= 1:
+        raise ConfigError(
+            f"a negative prompt has no effect without guidance; guidance must be > 1, got {sampler.guidance_scale}"
         )
-    for start in range(0, len(asks), sampler.batch):
-        part = asks[start : start + sampler.batch]
+    for start in range(0, len(asks), sampler.batch_size):
+        part = asks[start : start + sampler.batch_size]
         options: dict[str, Any] = {
             "generator": [generator(a.seed, a.index) for a in part],
-            "num_inference_steps": sampler.steps,
-            "guidance_scale": sampler.guidance,
+            "num_inference_steps": sampler.num_inference_steps,
+            "guidance_scale": sampler.guidance_scale,
             "output_type": "pil",
         }
         yield (
@@ -90,11 +90,11 @@ def batches(
         )
 
 
-def refuse_too_many(model: Model, steps: int) -> None:
+def check_num_steps(model: Model, steps: int) -> None:
     """Refuse more steps than a model's schedule has room for: 999 of 1000 where its steps are counted from 1, as in Stable Diffusion.
 
     Raises:
-        BadSetting: there are more.
+        ConfigError: there are more.
     """
     config = model.pipeline.scheduler.config
     timesteps = int(config.get("num_train_timesteps", 1000))
@@ -102,12 +102,12 @@ def refuse_too_many(model: Model, steps: int) -> None:
         int(config.get("steps_offset", 0)) if config.get("timestep_spacing") == "leading" else 0
     )
     if steps > room:
-        raise BadSetting(
+        raise ConfigError(
             f"steps must be at most {room} on this model, whose schedule has {timesteps} timesteps, got {steps}"
         )
 
 
-def cut_short(model: Model, prompts: Sequence[str]) -> list[int]:
+def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
     """Return which prompts have more tokens than the text encoder reads.
 
     Diffusers draws what comes before, and tells nobody here.
@@ -120,12 +120,12 @@ def cut_short(model: Model, prompts: Sequence[str]) -> list[int]:
     ]
 
 
-def arithmetic(model: Model, sampler: Sampler) -> AbstractContextManager[object]:
+def autocast_for(model: Model, sampler: GenerationConfig) -> AbstractContextManager[object]:
     """Return the context in which a pipeline computes as the sampler says."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=sampler.precision == "bf16")
 
 
-def encode_picture(image: Image.Image, facts: dict[str, Any]) -> bytes:
+def encode_image(image: Image.Image, facts: dict[str, Any]) -> bytes:
     """Return a PNG that carries how it was made under the text key `safegen`.
 
     Equal inputs give equal bytes.
@@ -136,11 +136,11 @@ def encode_picture(image: Image.Image, facts: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def save_picture(image: Image.Image, out: Path, facts: dict[str, Any]) -> None:
+def save_image(image: Image.Image, out: Path, facts: dict[str, Any]) -> None:
     """Write a PNG that carries how it was made.
 
     Raises:
-        BadFile: `out` exists or cannot be written.
+        FileError: `out` exists or cannot be written.
     """
-    with fresh_file(out) as tmp:
-        tmp.write_bytes(encode_picture(image, facts))
+    with atomic_write(out) as tmp:
+        tmp.write_bytes(encode_image(image, facts))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 
 HUB = "hub:"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -42,11 +42,11 @@ def fetch(name: str, *, allow_pickle: bool = False) -> Path:
         allow_pickle: also fetch weights stored as pickles.
 
     Raises:
-        BadFile: no such name, or it is neither cached nor to be fetched.
+        FileError: no such name, or it is neither cached nor to be fetched.
     """
     repo = name.removeprefix(HUB)
     if not looks_like_hub(repo):
-        raise BadFile(f"a model of the hub is named hub:owner/name, got {name!r}")
+        raise FileError(f"a model of the hub is named hub:owner/name, got {name!r}")
     kinds = {"safetensors": _STEMS} | ({"bin": _PICKLED} if allow_pickle else {})
     tails = (".{}", "-*-of-*.{}", ".{}.index.json")
     weights = [
@@ -58,7 +58,7 @@ def fetch(name: str, *, allow_pickle: bool = False) -> Path:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         if constants.HF_HUB_OFFLINE:
             line = "HF_HUB_OFFLINE is set, so it is not asked"
-        raise BadFile(
+        raise FileError(
             f"{name} is not in the cache ({constants.HF_HUB_CACHE}) and the hub does not give it: {line}; "
             "fetch it where there is a network, or name a diffusers folder or a one-file checkpoint"
         ) from error

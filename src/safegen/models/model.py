@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from safegen.core.errors import BadFile, BadSetting, UnknownName
-from safegen.core.files import is_there
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.files import exists
 from safegen.core.hashing import hash_tensors
 from safegen.core.registry import MODELS, resolve
-from safegen.models.checkpoint.diffusers_folder import SAID, said_in
+from safegen.models.checkpoint.diffusers_folder import METADATA_FILE, parse_metadata
 from safegen.models.hub import HUB, fetch, looks_like_hub
 
 if TYPE_CHECKING:
-    from safegen.patches.patch import Applied, Patch
+    from safegen.patches.patch import AppliedPatch, Patch
 
 XL = "StableDiffusionXLPipeline"
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -52,7 +52,7 @@ PARTS = ("unet", "vae", "text_encoder")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class OtherWeights(UserWarning):
+class MetadataMismatchWarning(UserWarning):
     """A model's file or folder says of itself what was true of other weights."""
 
 
@@ -65,13 +65,13 @@ class Model:
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     folder: Path | None = None
     """The folder it was read from, where that is known: parts that are not loaded (the safety checker) lie there."""
-    applied: list[Applied] = field(default_factory=list)
+    applied_patches: list[AppliedPatch] = field(default_factory=list)
     """What is on it now, in order; `Patch.apply` puts it here and its undoing takes it away."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What a file or folder of ours says of itself: its base, the patches that are in its weights, its figures. `told` holds it to them."""
     _rounded: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _read: str = field(default="", init=False, repr=False)
-    """The denoiser as it was read, as `known_by` has it.
+    """The denoiser as it was read, as `weight_digests` has it.
 
     Asked only of what says something of itself.
     """
@@ -79,7 +79,7 @@ class Model:
     @property
     def patches(self) -> list[Patch]:
         """Patches that are on it now, in order, but for those that are not to be named."""
-        return [one.patch for one in self.applied if one.named]
+        return [one.patch for one in self.applied_patches if one.named]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -113,18 +113,18 @@ class Model:
         return hash_tensors(self.denoiser.state_dict())
 
     @cached_property
-    def told(self) -> Mapping[str, Any]:
+    def verified_metadata(self) -> Mapping[str, Any]:
         """What it says of itself (`provenance`) and has the weights for.
 
         Warns:
-            OtherWeights: its weights are not those that this was said of; nothing is told then.
+            MetadataMismatchWarning: its weights are not those that this was said of; nothing is told then.
                 Said once of a model.
         """
         if self.provenance and self._read not in self.provenance.get("weights", ()):
             warnings.warn(
                 f"{self.name!r} says what is in it, and not of the weights that it has (were they trained or merged since, or written by "
                 "an early safegen?): that is left out of what is made of it",
-                OtherWeights,
+                MetadataMismatchWarning,
                 stacklevel=2,
             )
             return {}
@@ -132,20 +132,20 @@ class Model:
 
     @property
     def weights(self) -> list[str]:
-        """The denoiser as it is now, patches included, as `known_by` has it."""
-        return known_by(self.denoiser.state_dict())
+        """The denoiser as it is now, patches included, as `weight_digests` has it."""
+        return weight_digests(self.denoiser.state_dict())
 
-    def says(self, provenance: Mapping[str, Any]) -> None:
+    def set_metadata(self, provenance: Mapping[str, Any]) -> None:
         """Take down what its file or folder says of itself.
 
         Before any patch is on it, for `told` holds it to these weights.
         """
         self.provenance = provenance
         if provenance:
-            self._read = known_by(self.denoiser.state_dict(), rounded=False)[0]
+            self._read = weight_digests(self.denoiser.state_dict(), rounded=False)[0]
 
     @property
-    def around(self) -> str:
+    def components_hash(self) -> str:
         """SHA-256 over what stands around the denoiser: the other parts' weights and the schedule."""
         config = {
             k: str(v) for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")
@@ -158,12 +158,12 @@ class Model:
         return sha256(json.dumps(facts | {"schedule": config}, sort_keys=True).encode()).hexdigest()
 
     @property
-    def rounded(self) -> dict[str, str]:
+    def cast_hashes(self) -> dict[str, str]:
         """What `hash` is when the same weights are loaded as fp16 or bf16.
 
         Empty of a model not in fp32, or not asked before a patch.
         """
-        if not self._rounded and not self.applied and self.denoiser.dtype == torch.float32:
+        if not self._rounded and not self.applied_patches and self.denoiser.dtype == torch.float32:
             state = self.denoiser.state_dict()
             self._rounded |= {
                 name: hash_tensors(state, dtype=DTYPES[name]) for name in ("fp16", "bf16")
@@ -185,10 +185,10 @@ class Model:
         """Return the text embeddings (n, tokens, width) that the denoiser is conditioned on.
 
         Raises:
-            BadSetting: the model is an SDXL, whose denoiser is conditioned on more.
+            ConfigError: the model is an SDXL, whose denoiser is conditioned on more.
         """
         if "text_encoder_2" in self.parts:
-            raise BadSetting(
+            raise ConfigError(
                 f"{self.name!r} is an SDXL, whose denoiser is conditioned on two text encoders and the picture's size; "
                 "edits and fine-tuning know SD 1.x and 2.x only so far"
             )
@@ -203,7 +203,7 @@ class Model:
         out: Tensor = tower(ids.to(self.device))[0]
         return out
 
-    def text_ends(self, texts: list[str]) -> list[int]:
+    def last_token_positions(self, texts: list[str]) -> list[int]:
         """Return the position of each text's own last token in its embedding.
 
         Of an empty text, 0, the start mark.
@@ -276,17 +276,17 @@ def load(
             files that it lacks.
 
     Raises:
-        BadSetting: config is given with something else than a one-file checkpoint, or the device is
+        ConfigError: config is given with something else than a one-file checkpoint, or the device is
             not to be had here.
-        UnknownName: neither a known model nor a folder.
-        BadFile: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or
+        UnknownNameError: neither a known model nor a folder.
+        FileError: the folder lacks parts, holds pickles or damaged files, its weights have NaN, or
             the hub's model is not to be had.
     """
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     if dtype not in DTYPES:
-        raise UnknownName("dtype", dtype, DTYPES)
-    refuse_device(device)
-    if name not in MODELS and is_there(name, file=True):
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    check_device(device)
+    if name not in MODELS and exists(name, file=True):
         from safegen.models.checkpoint.single_file import load_single_file
 
         small = None if config is None else Path(config)
@@ -294,7 +294,7 @@ def load(
             Path(name), config=small, dtype=dtype, device=device, allow_pickle=allow_pickle
         )
     if config is not None:
-        raise BadSetting(
+        raise ConfigError(
             f"config has no effect on {name!r}, which is no one-file checkpoint; leave it out"
         )
     options: dict[str, Any] = {
@@ -302,31 +302,33 @@ def load(
         "use_safetensors": None if allow_pickle else True,
     }
     if name.startswith(HUB):
-        with silence():
+        with silence_libraries():
             path = fetch(name, allow_pickle=allow_pickle)
     else:
         path = resolve(MODELS, name, "model")() if name in MODELS else Path(name)
     kind, told = FAMILIES[_look(name, path, allow_pickle)]
     try:
-        with silence():
+        with silence_libraries():
             towers = _text_encoders(path, options)
             pipeline = kind.from_pretrained(
                 str(path), **options, **told, **towers, local_files_only=True
             )
-    except BadFile as error:
-        raise BadFile(f"the model {name!r} {error}") from error
+    except FileError as error:
+        raise FileError(f"the model {name!r} {error}") from error
     except Exception as error:  # diffusers and safetensors raise a dozen kinds; all mean that these files cannot be used
-        raise BadFile(f"the model {name!r} cannot be read: {first_line(error)}") from error
+        raise FileError(f"the model {name!r} cannot be read: {first_line(error)}") from error
     model = finish_loading(name, pipeline, device, path)
     try:
-        if is_there(path / SAID):
-            model.says(said_in((path / SAID).read_text(encoding="utf-8", errors="replace")))
+        if exists(path / METADATA_FILE):
+            model.set_metadata(
+                parse_metadata((path / METADATA_FILE).read_text(encoding="utf-8", errors="replace"))
+            )
     except OSError as error:
-        raise BadFile(f"the model {name!r} cannot be read: {error}") from error
+        raise FileError(f"the model {name!r} cannot be read: {error}") from error
     return model
 
 
-def known_by(state: Mapping[str, Tensor], *, rounded: bool = True) -> list[str]:
+def weight_digests(state: Mapping[str, Tensor], *, rounded: bool = True) -> list[str]:
     """Return hashes by which a denoiser is known in any type: of its values as fp32, and rounded to fp16 and bf16 before."""
     kinds = (torch.float32, torch.float16, torch.bfloat16) if rounded else (torch.float32,)
     return [
@@ -335,16 +337,16 @@ def known_by(state: Mapping[str, Tensor], *, rounded: bool = True) -> list[str]:
     ]
 
 
-def refuse_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Refuse a device before anything is opened.
 
     Raises:
-        BadSetting: torch knows none of that name, or cannot use it here.
+        ConfigError: torch knows none of that name, or cannot use it here.
     """
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadSetting(
+        raise ConfigError(
             f"device must be one that torch can use here (cpu, cuda, mps ...), got {device!r}: {first_line(error)}"
         ) from error
 
@@ -353,7 +355,7 @@ def _text_encoders(path: Path, options: Mapping[str, Any]) -> dict[str, nn.Modul
     """Return a folder's text encoders: opened here, since a pipeline fills weights that a file lacks with chance and says nothing.
 
     Raises:
-        BadFile: a file lacks weights.
+        FileError: a file lacks weights.
     """
     index, out = json.loads((path / "model_index.json").read_text(encoding="utf-8")), {}
     for part, said in index.items():
@@ -367,7 +369,7 @@ def _text_encoders(path: Path, options: Mapping[str, Any]) -> dict[str, nn.Modul
             str(path / part), **options, output_loading_info=True, local_files_only=True
         )
         if lacking := sorted(found["missing_keys"]):
-            raise BadFile(
+            raise FileError(
                 f"lacks weights in {part}: {lacking[0]} first of {len(lacking)}; get a whole copy"
             )
         out[part] = tower
@@ -388,16 +390,16 @@ def finish_loading(
     """Return an opened pipeline as a model: checked, on its device, silent and without gradients.
 
     Raises:
-        BadFile: its weights have NaN, or some are not there.
+        FileError: its weights have NaN, or some are not there.
     """
     for part in parts_of(pipeline):
         for key, value in getattr(pipeline, part).state_dict().items():
             if value.is_meta:
-                raise BadFile(
+                raise FileError(
                     f"the model {name!r} lacks weights in {part}: {key} first; get a whole copy"
                 )
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise BadFile(
+                raise FileError(
                     f"the model {name!r} has NaN or infinite weights in {part}.{key}; get an undamaged copy"
                 )
     pipeline.to(device)
@@ -410,30 +412,30 @@ def finish_loading(
 
 def _look(name: str, path: Path, allow_pickle: bool) -> str:
     """Check a model folder before anything is opened, and return its family."""
-    if not is_there(path):
+    if not exists(path):
         if looks_like_hub(name):
-            raise BadFile(
+            raise FileError(
                 f"there is no folder {name!r} here; if it is a model of the Hugging Face hub, say {HUB}{name}, which fetches it"
             )
-        raise UnknownName("model (nor a folder of that name)", name, MODELS)
+        raise UnknownNameError("model (nor a folder of that name)", name, MODELS)
     index = path / "model_index.json"
     if not index.is_file():
-        raise BadFile(f"{name} is not a diffusers folder: it has no model_index.json")
+        raise FileError(f"{name} is not a diffusers folder: it has no model_index.json")
     try:
         family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise BadFile(f"{index} is not JSON: {first_line(error)}") from error
+        raise FileError(f"{index} is not JSON: {first_line(error)}") from error
     if family not in FAMILIES:
-        raise BadFile(f"{name} is a {family}; this version reads: {', '.join(FAMILIES)}")
+        raise FileError(f"{name} is a {family}; this version reads: {', '.join(FAMILIES)}")
     for part in (*PARTS, "text_encoder_2") if family == XL else PARTS:
         if any((path / part).glob("*.safetensors")):
             continue
         if not any((path / part).glob("*.bin")):
-            raise BadFile(
+            raise FileError(
                 f"{name} cannot be read: it has no weights, for there is no .safetensors file in {path / part}"
             )
         if not allow_pickle:
-            raise BadFile(
+            raise FileError(
                 f"{name} holds pickled weights in {part}, which can run code of whoever made them; "
                 "get it as safetensors, or say --allow-pickle if you trust it"
             )
@@ -441,7 +443,7 @@ def _look(name: str, path: Path, allow_pickle: bool) -> str:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Keep the libraries below from printing bars and messages; what they raise says it all."""
     was = [
         (lib, lib.get_verbosity(), lib.is_progress_bar_enabled())

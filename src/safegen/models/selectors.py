@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from safegen.core.errors import BadSetting, UnknownName
+from safegen.core.errors import ConfigError, UnknownNameError
 
 SELECTORS = {
     "attn1": r"\.attn1\.",
@@ -24,27 +24,27 @@ embedding, as ESD-u was published (arXiv:2303.07345, first code).
 """
 
 
-def select(denoiser: nn.Module, selector: str) -> list[str]:
+def select_parameters(denoiser: nn.Module, selector: str) -> list[str]:
     """Return the names of the parameters that `selector` picks, in the denoiser's own order.
 
     On SD 1.x `attn1` (every self-attention layer) names 80 tensors of 49,574,080 parameters.
 
     Raises:
-        UnknownName: no such selector.
-        BadSetting: it picks nothing, or its self-attention is really cross-attention
+        UnknownNameError: no such selector.
+        ConfigError: it picks nothing, or its self-attention is really cross-attention
             (`only_cross_attention` models).
     """
     if selector not in SELECTORS:
-        raise UnknownName("selector", selector, SELECTORS)
+        raise UnknownNameError("selector", selector, SELECTORS)
     names = [n for n, _ in denoiser.named_parameters() if re.search(SELECTORS[selector], n)]
     if not names:
-        raise BadSetting(
+        raise ConfigError(
             f"the selector {selector!r} picks no weight of a {type(denoiser).__name__}; it needs one with attn1/attn2 blocks"
         )
     if selector == "attn1":
         for name, module in denoiser.named_modules():
             if name.endswith(".attn1") and getattr(module, "is_cross_attention", False):
-                raise BadSetting(
+                raise ConfigError(
                     f"{name} is cross-attention in this model (only_cross_attention), so editing it would not be text-agnostic"
                 )
     return names

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safegen.models.model import Model
-from safegen.patches.lora import Factors
+from safegen.patches.lora import LoraFactors
 
 
-class BesideWarning(UserWarning):
+class AdapterWarning(UserWarning):
     """Something that whoever puts LoRAs beside a model should know."""
 
 
-def thin(module: nn.Module, given: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def lora_forward(module: nn.Module, given: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Return up(down(x)), with a convolution's stride and padding where the module is one.
 
     Args:
@@ -35,7 +35,7 @@ def thin(module: nn.Module, given: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 
 @contextmanager
-def beside(model: Model, loras: Sequence[tuple[Factors, float]]) -> Iterator[None]:
+def active_loras(model: Model, loras: Sequence[tuple[LoraFactors, float]]) -> Iterator[None]:
     """Keep LoRAs active inside the block: W x + sum of scale * up(down(x)). Weights are never touched, so nothing is to be undone.
 
     With one, it is what a patch of it would be (`load_lora`); several add up, in any order but for
@@ -46,7 +46,7 @@ def beside(model: Model, loras: Sequence[tuple[Factors, float]]) -> Iterator[Non
         loras: factors read for this model, and the scale of each.
 
     Warns:
-        BesideWarning: several change the same weights, or one has a part for the text encoder,
+        AdapterWarning: several change the same weights, or one has a part for the text encoder,
             which is left out.
     """
     warn_of_shared([factors.change for factors, _ in loras])
@@ -54,7 +54,7 @@ def beside(model: Model, loras: Sequence[tuple[Factors, float]]) -> Iterator[Non
         if factors.left_out:
             warnings.warn(
                 f"{factors.file} also has {factors.left_out} tensors for the text encoder; they are left out",
-                BesideWarning,
+                AdapterWarning,
                 stacklevel=4,
             )
     hooks = []
@@ -78,7 +78,7 @@ def warn_of_shared(changes: Sequence[Mapping[str, object]]) -> None:
     """Warn where several LoRAs change the same weights: their changes add up, and one can weaken another.
 
     Warns:
-        BesideWarning: they do.
+        AdapterWarning: they do.
     """
     seen: set[str] = set()
     twice: set[str] = set()
@@ -89,7 +89,7 @@ def warn_of_shared(changes: Sequence[Mapping[str, object]]) -> None:
         warnings.warn(
             f"{len(twice)} weights are changed by more than one LoRA, {min(twice)} first; the changes add up, and one may weaken another: "
             "measure them together",
-            BesideWarning,
+            AdapterWarning,
             stacklevel=5,
         )
 
@@ -102,4 +102,4 @@ def _add(
     given: tuple[Tensor, ...],
     said: Tensor,
 ) -> Tensor:
-    return said + scale * thin(module, given[0], down, up)
+    return said + scale * lora_forward(module, given[0], down, up)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from safegen.core.errors import BadPatch, BadSetting
+from safegen.core.errors import ConfigError, PatchError
 from safegen.models.model import Model
-from safegen.patches.patch import OtherBase, Overwritten, Patch
+from safegen.patches.patch import BaseMismatchWarning, Patch, PatchOverlapWarning
 
 Overlap = Literal["refuse", "add", "last"]
 
@@ -48,13 +48,13 @@ def warn_of_overlap(patches: Sequence[Patch]) -> None:
     """Warn where patches that are put on one after the other change the same weights, unknown to each other: only the last change is left.
 
     Warns:
-        Overwritten: they do.
+        PatchOverlapWarning: they do.
     """
     if twice := conflicting(patches):
         warnings.warn(
             f"{len(twice)} weights are changed by more than one patch, {twice[0]} first, and the last patch counts; "
             "`safegen patch merge --overlap add` adds the changes up",
-            Overwritten,
+            PatchOverlapWarning,
             stacklevel=3,
         )
 
@@ -73,40 +73,42 @@ def merge(
         model: the base, without patches on it; needed to add. Given, every patch must fit it.
 
     Raises:
-        BadSetting: fewer than two patches, weights overlap and that is refused, `add` has no model,
+        ConfigError: fewer than two patches, weights overlap and that is refused, `add` has no model,
             or what lay under a patch whose change is to be added is not among them.
-        BadPatch: the patches are of different bases or families, one does not fit the model, or
+        PatchError: the patches are of different bases or families, one does not fit the model, or
             changes of other weights than the model's are to be added.
     """
     if len(patches) < 2:
-        raise BadSetting(f"merging needs at least two patches, got {len(patches)}")
+        raise ConfigError(f"merging needs at least two patches, got {len(patches)}")
     bases = {str(base) for p in patches if (base := p.provenance.get("base")) is not None}
     if len(bases) > 1:
-        raise BadPatch(
+        raise PatchError(
             f"the patches were made on different weights ({', '.join(sorted(b[:12] for b in bases))}); merge those of one base"
         )
     families = {str(family) for p in patches if (family := p.provenance.get("family")) is not None}
     if len(families) > 1:
-        raise BadPatch(
+        raise PatchError(
             f"the patches were made for different families ({'; '.join(sorted(families))}); merge those of one"
         )
     if model is not None:
         for patch in patches:
-            patch.fits(model)
+            patch.check_compatible(model)
     twice = conflicting(patches)
     if twice and overlap == "refuse":
-        raise BadSetting(
+        raise ConfigError(
             f"{len(twice)} weights are changed by more than one patch, {twice[0]} first; choose what becomes of them: add or last"
         )
     out = {name: value for patch in patches for name, value in patch.tensors.items()}
     if twice and overlap == "add":
         if model is None:
-            raise BadSetting("adding changes up needs the model that they are changes of; name it")
+            raise ConfigError("adding changes up needs the model that they are changes of; name it")
         _refuse_other_base(next(iter(bases), model.hash), model)
         own = dict(model.denoiser.named_parameters())
         for name in twice:
             moves = [
-                _move(patch, name, own[name], patches) for patch in patches if name in patch.tensors
+                _delta(patch, name, own[name], patches)
+                for patch in patches
+                if name in patch.tensors
             ]
             out[name] = (own[name].detach().cpu().double() + torch.stack(moves).sum(0)).float()
     facts: dict[str, Any] = {
@@ -142,30 +144,30 @@ def _refuse_other_base(base: str, model: Model) -> None:
     """Refuse a model whose weights are not those that a patch was made on, as they are or rounded: what it changes is not known then.
 
     Raises:
-        BadPatch: they are others.
-        BadSetting: a patch is on the model.
+        PatchError: they are others.
+        ConfigError: a patch is on the model.
     """
     if model.patches:
-        raise BadSetting(
+        raise ConfigError(
             f"changes are told from a model as it is, and {model.name!r} has a patch on it; take it off"
         )
-    if base not in (model.hash, *model.rounded.values()):
-        raise BadPatch(
+    if base not in (model.hash, *model.cast_hashes.values()):
+        raise PatchError(
             f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}, so its change is not known; "
             "name the model that it was made on"
         )
 
 
-def _move(patch: Patch, name: str, own: Tensor, patches: Sequence[Patch]) -> Tensor:
+def _delta(patch: Patch, name: str, own: Tensor, patches: Sequence[Patch]) -> Tensor:
     """Return how far a patch moves a weight from what that was when the patch was made: from the base's, or a patch's that lay under it.
 
     Raises:
-        BadSetting: one lay under it that is not among `patches`, so that this is not known.
+        ConfigError: one lay under it that is not among `patches`, so that this is not known.
     """
     before, given = own, {p.hash: p for p in patches}
     for below in patch.provenance.get("under", ()):
         if below["hash"] not in given:
-            raise BadSetting(
+            raise ConfigError(
                 f"the change of {patch.provenance.get('method')} cannot be added: it was made on a model with another patch on it "
                 f"({below['method']}, hash {below['hash'][:12]}); merge that one too"
             )
@@ -174,7 +176,7 @@ def _move(patch: Patch, name: str, own: Tensor, patches: Sequence[Patch]) -> Ten
 
 
 @torch.no_grad()
-def carry(patch: Patch, base: Model, target: Model) -> Patch:
+def rebase(patch: Patch, base: Model, target: Model) -> Patch:
     """Return a patch for another fine-tune of a patch's base that changes it by as much: target + (patch - base), weight by weight (ours).
 
     The patch itself would put its own values in, and so take the fine-tune's away. What the change
@@ -186,26 +188,26 @@ def carry(patch: Patch, base: Model, target: Model) -> Patch:
         target: of the same family, without patches on it.
 
     Raises:
-        BadPatch: the patch was made on other weights than the base's, does not fit, or the sum is
+        PatchError: the patch was made on other weights than the base's, does not fit, or the sum is
             not finite.
-        BadSetting: a patch lay under it when it was made, a patch is on a model, or base and target
+        ConfigError: a patch lay under it when it was made, a patch is on a model, or base and target
             have the same weights.
     """
     with warnings.catch_warnings():
         warnings.simplefilter(
-            "ignore", OtherBase
+            "ignore", BaseMismatchWarning
         )  # of the base it is refused below, of the target it is what is asked for
         for model in (base, target):
-            patch.fits(model)
+            patch.check_compatible(model)
     _refuse_other_base(str(patch.provenance.get("base") or base.hash), base)
     _refuse_other_base(target.hash, target)
     if below := patch.provenance.get("under"):
-        raise BadSetting(
+        raise ConfigError(
             f"the patch was made on a model with another patch on it ({below[0]['method']}, hash {below[0]['hash'][:12]}); merge the two "
             "first (`safegen patch merge`), and carry that"
         )
     if base.hash == target.hash:
-        raise BadSetting(
+        raise ConfigError(
             f"{base.name!r} and {target.name!r} have the same weights: the patch fits as it is"
         )
     own, there = (dict(model.denoiser.named_parameters()) for model in (base, target))
@@ -214,7 +216,7 @@ def carry(patch: Patch, base: Model, target: Model) -> Patch:
         old, new, their = (x.detach().cpu().double() for x in (own[name], value, there[name]))
         out[name] = (their + (new - old)).float()
         if not bool(out[name].isfinite().all()):
-            raise BadPatch(
+            raise PatchError(
                 f"the carried {name} has values that are not finite; look at the weights of {target.name!r}"
             )
         change, drift, size = (
@@ -225,7 +227,7 @@ def carry(patch: Patch, base: Model, target: Model) -> Patch:
     facts: dict[str, Any] = {
         "method": "carry",
         "base": target.hash,
-        "base_rounded": target.rounded,
+        "base_rounded": target.cast_hashes,
         "family": target.family,
     }
     return Patch(
@@ -235,7 +237,7 @@ def carry(patch: Patch, base: Model, target: Model) -> Patch:
     )
 
 
-def differ(one: Patch, other: Patch) -> Mapping[str, Any]:
+def compare(one: Patch, other: Patch) -> Mapping[str, Any]:
     """Return how two patches differ, as plain values.
 
     Returns:

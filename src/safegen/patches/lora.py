@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import BadFile, BadPatch, BadSetting
-from safegen.core.files import fresh_file
+from safegen.core.errors import ConfigError, FileError, PatchError
+from safegen.core.files import atomic_write
 from safegen.models.checkpoint.key_map import lora_factors, lora_name, unet_names
 from safegen.models.model import Model
-from safegen.patches.patch import FORMAT, OtherBase, Patch
+from safegen.patches.patch import FORMAT, BaseMismatchWarning, Patch
 
 Keys = Literal["kohya", "diffusers"]
 TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
@@ -46,7 +46,7 @@ class Lora:
     """By weight, the share of its squared change that the factors hold."""
     left_out: tuple[str, ...]
     """Changed weights that a LoRA cannot hold: biases and norms."""
-    energy: float
+    retained_energy: float
     """Share of the patch's whole squared change that the factors hold, what is left out counted in.
 
     1 is all.
@@ -70,17 +70,17 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
         rank: columns of each factor, at most; a weight with fewer rows or columns has fewer.
 
     Raises:
-        BadSetting: the rank is below 1, or nothing that changed can be held.
-        BadPatch: the patch does not fit the model.
+        ConfigError: the rank is below 1, or nothing that changed can be held.
+        PatchError: the patch does not fit the model.
 
     Warns:
-        OtherBase: see `Patch.fits`; or a patch lay under this one when it was made, whose own
+        BaseMismatchWarning: see `Patch.fits`; or a patch lay under this one when it was made, whose own
             change is not in the LoRA.
     """
     if rank < 1:
-        raise BadSetting(f"the rank of a LoRA must be >= 1, got {rank}")
-    patch.fits(model)
-    patch.miss_what_lay_under(model)
+        raise ConfigError(f"the rank of a LoRA must be >= 1, got {rank}")
+    patch.check_compatible(model)
+    patch.warn_missing_parents(model)
     own = dict(model.denoiser.named_parameters())
     factors, kept, left = {}, {}, []
     whole = held = 0.0
@@ -95,7 +95,7 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
         elif change:
             left.append(name)
     if not held:
-        raise BadSetting(
+        raise ConfigError(
             "the patch changes nothing that a LoRA can hold: matrices and convolutions"
         )
     return Lora(
@@ -104,7 +104,7 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
 
 
 @torch.no_grad()
-def missed(
+def effect_loss(
     lora: Lora,
     patch: Patch,
     model: Model,
@@ -131,11 +131,11 @@ def missed(
         prediction.
 
     Raises:
-        BadSetting: the model is not in fp32, whose rounding would be all that is seen, or its
+        ConfigError: the model is not in fp32, whose rounding would be all that is seen, or its
             predictions are not finite.
     """
     if model.denoiser.dtype != torch.float32:
-        raise BadSetting(
+        raise ConfigError(
             f"what a LoRA misses is told on a model in fp32 only, {model.name!r} is in {model.denoiser.dtype}"
         )
     asked: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
@@ -176,7 +176,7 @@ def missed(
     )
     lost = sum(float((near - new).pow(2).sum()) for new, near in zip(*answers, strict=True))
     if not math.isfinite(whole + lost):
-        raise BadSetting(
+        raise ConfigError(
             f"predictions of {model.name!r} are not finite under this patch or its LoRA; nothing can be said of them"
         )
     return math.sqrt(lost / whole) if whole else None
@@ -213,7 +213,7 @@ def save_lora(
         facts: what else the header says, as plain values.
 
     Raises:
-        BadFile: `out` exists or cannot be written.
+        FileError: `out` exists or cannot be written.
     """
     original = _original(model)
     tensors: dict[str, Tensor] = {}
@@ -234,18 +234,18 @@ def save_lora(
             stem = "unet." + name.removesuffix(".weight")
             tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     header = {"format": "pt", "ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.rank)}
-    said = facts | {"energy": lora.energy, "family": model.family}
+    said = facts | {"energy": lora.retained_energy, "family": model.family}
     header |= _base_of(model) | {
         "ss_network_module": "networks.lora",
         "safegen": json.dumps(said, sort_keys=True),
     }
-    with fresh_file(out) as tmp:
+    with atomic_write(out) as tmp:
         try:
             save_file(
                 {k: v.to(dtype).contiguous() for k, v in tensors.items()}, tmp, metadata=header
             )
         except SafetensorError as error:
-            raise BadFile(f"{out} cannot be written: {error}") from error
+            raise FileError(f"{out} cannot be written: {error}") from error
 
 
 def _base_of(model: Model) -> dict[str, str]:
@@ -275,17 +275,19 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
         scale: its strength; 1 is as trained.
 
     Raises:
-        BadSetting: the scale is 0 or not finite.
-        BadFile: not readable, a factor's partner is missing, or there is more in it than plain
+        ConfigError: the scale is 0 or not finite.
+        FileError: not readable, a factor's partner is missing, or there is more in it than plain
             factors.
-        BadPatch: a module has no counterpart of its shape, or the file says that it was made for
+        PatchError: a module has no counterpart of its shape, or the file says that it was made for
             another family.
 
     Warns:
-        OtherBase: the file says that it was made on other weights.
+        BaseMismatchWarning: the file says that it was made on other weights.
     """
     if not math.isfinite(scale) or not scale:
-        raise BadSetting(f"the scale of a LoRA must be a finite number other than 0, got {scale:g}")
+        raise ConfigError(
+            f"the scale of a LoRA must be a finite number other than 0, got {scale:g}"
+        )
     read = read_factors(path, model)
     own, out = dict(model.denoiser.named_parameters()), {}
     for name, (down, up, strength) in read.change.items():
@@ -295,7 +297,7 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
         "file": path.name,
         "scale": scale,
         "base": model.hash,
-        "base_rounded": model.rounded,
+        "base_rounded": model.cast_hashes,
     }
     facts |= {"family": model.family, "made by": dict(read.said)}
     return Patch(
@@ -306,7 +308,7 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class LoraFactors:
     """The denoiser's part of a LoRA file."""
 
     file: str
@@ -319,7 +321,7 @@ class Factors:
     """What a file of ours says of itself."""
 
 
-def read_factors(path: Path, model: Model) -> Factors:
+def read_factors(path: Path, model: Model) -> LoraFactors:
     """Return the factors in a LoRA file by the weights of a model.
 
     Args:
@@ -327,17 +329,17 @@ def read_factors(path: Path, model: Model) -> Factors:
         model: whose weights they change.
 
     Raises:
-        BadFile: not readable, not finite, a factor's partner is missing, or there is more in it
+        FileError: not readable, not finite, a factor's partner is missing, or there is more in it
             than plain factors.
-        BadPatch: a module has no counterpart of its shape, or the file says that it was made for
+        PatchError: a module has no counterpart of its shape, or the file says that it was made for
             another family.
 
     Warns:
-        OtherBase: the file says that it was made on other weights.
+        BaseMismatchWarning: the file says that it was made on other weights.
     """
     tensors, said, default = _read(path)
     if said.get("family") not in (None, model.family):
-        raise BadPatch(
+        raise PatchError(
             f"the LoRA does not fit the model {model.name!r}: it was made for another family ({said['family']}), this one is {model.family}"
         )
     own = dict(model.denoiser.named_parameters())
@@ -348,7 +350,7 @@ def read_factors(path: Path, model: Model) -> Factors:
     }
     stems |= {lora_name(n, original[n]): n for n in weights if n in original}
     if bare := next((k for k in tensors if k.startswith(PEFT)), None):
-        raise BadFile(
+        raise FileError(
             f"{path} is a bare peft adapter ({bare}), whose strength stands in another file; "
             "open it with diffusers or peft and save it by save_lora_weights"
         )
@@ -359,12 +361,12 @@ def read_factors(path: Path, model: Model) -> Factors:
         if not stem or key in used:
             continue
         if stem not in stems:
-            raise BadPatch(
+            raise PatchError(
                 f"the LoRA does not fit the model {model.name!r}: it has no module {stem}; it was made for another family"
             )
         partner = stem + FACTORS[kind]
         if partner not in tensors:
-            raise BadFile(f"{path} is damaged: it has {key} and not {partner}")
+            raise FileError(f"{path} is damaged: it has {key} and not {partner}")
         name, alpha = stems[stem], tensors.get(f"{stem}.alpha")
         try:
             down, up, strength = _fitted(
@@ -374,29 +376,29 @@ def read_factors(path: Path, model: Model) -> Factors:
                 tuple(own[name].shape),
             )
         except ValueError as error:
-            raise BadFile(f"{path} has {error} in {stem}; make or fetch it again") from error
-        except BadPatch as error:
-            raise BadPatch(
+            raise FileError(f"{path} has {error} in {stem}; make or fetch it again") from error
+        except PatchError as error:
+            raise PatchError(
                 f"the LoRA does not fit the model {model.name!r}: the factors of {stem} are {error}"
             ) from error
         found[name] = (down, up, strength)
         used |= {key, partner, f"{stem}.alpha"}
     if not found:
-        raise BadFile(
+        raise FileError(
             f"{path} is not a LoRA of a denoiser: it has no module that ends in {', '.join(k[1:] for k in FACTORS)}"
         )
     if more := sorted(tensors.keys() - used):
-        raise BadFile(
+        raise FileError(
             f"{path} has {more[0]}, which a plain LoRA has not; LoHa, LoKr, DoRA and their like would be half read, so they are not"
         )
     rounded = said["base_rounded"].values() if isinstance(said.get("base_rounded"), dict) else ()
     if (base := said.get("base")) is not None and model.hash not in (base, *rounded):
         warnings.warn(
             f"the LoRA was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}: measure before you trust it",
-            OtherBase,
+            BaseMismatchWarning,
             stacklevel=3,
         )
-    return Factors(path.name, found, len(beside), said)
+    return LoraFactors(path.name, found, len(beside), said)
 
 
 def _fitted(
@@ -405,7 +407,7 @@ def _fitted(
     """Return a pair of factors as wide as their weight, and what their product is multiplied by.
 
     Raises:
-        BadPatch: they are not factors of a weight of this shape, or their strength is not one
+        PatchError: they are not factors of a weight of this shape, or their strength is not one
             number.
         ValueError: they are of rank 0, or not finite.
     """
@@ -417,7 +419,7 @@ def _fitted(
         and (len(up), *down.shape[1:]) == shape
     )
     if not wide or up.shape[1] != len(down) or (isinstance(alpha, Tensor) and alpha.numel() != 1):
-        raise BadPatch(f"{theirs} there, the weight is {shape} here")
+        raise PatchError(f"{theirs} there, the weight is {shape} here")
     if not len(down):
         raise ValueError("factors of rank 0")
     strength = float(len(down) if alpha is None else alpha)
@@ -452,13 +454,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
     """Return a LoRA file's tensors, what ours says of itself, and the alpha that diffusers' header gives to modules without their own.
 
     Raises:
-        BadFile: not readable, or its header gives strengths that are not read.
+        FileError: not readable, or its header gives strengths that are not read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if header.get("format") == FORMAT:
-            raise BadFile(
+            raise FileError(
                 f"{path} is a safegen patch, not a LoRA; put it on with --patch, or turn it into one: safegen patch extract-lora"
             )
         said, theirs = (
@@ -468,15 +470,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
         if default is not None and not isinstance(default, int | float):
             raise ValueError(f"unet.lora_alpha is {default!r}")
     except (SafetensorError, OSError) as error:
-        raise BadFile(
+        raise FileError(
             f"{path} is not a readable safetensors file ({error}); make or fetch it again"
         ) from error
     except ValueError as error:  # not JSON, or not what it should say
-        raise BadFile(
+        raise FileError(
             f"{path} is a damaged LoRA: its header cannot be read ({error}); make or fetch it again"
         ) from error
     if theirs.get("unet.alpha_pattern") or theirs.get("unet.use_rslora"):
-        raise BadFile(
+        raise FileError(
             f"{path} has modules of several strengths, or strengths by the root of the rank; neither is read"
         )
     return {_named(k): v for k, v in tensors.items()}, said, default

@@ -16,19 +16,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import BadFile, BadPatch
-from safegen.core.files import fresh_file
+from safegen.core.errors import FileError, PatchError
+from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
 from safegen.models.model import Model
 
 FORMAT = "safegen-patch/1"
 
 
-class OtherBase(UserWarning):
+class BaseMismatchWarning(UserWarning):
     """A patch is put on a model whose weights are not those it was made for."""
 
 
-class Overwritten(UserWarning):
+class PatchOverlapWarning(UserWarning):
     """Several patches on one model change the same weights, and the last one counts."""
 
 
@@ -46,7 +46,7 @@ class _Part(BaseModel):
     provenance: dict[str, Any]
 
 
-class _Said(BaseModel):
+class PatchMetadata(BaseModel):
     """What is read of a file's provenance, wherever that comes from.
 
     Whatever else it says is kept as it is.
@@ -78,20 +78,20 @@ class Patch:
         """Write the patch to a new file.
 
         Raises:
-            BadPatch: it changes nothing, or has values that are not finite, so that it could not be
+            PatchError: it changes nothing, or has values that are not finite, so that it could not be
                 read again.
-            BadFile: `out` exists or cannot be written.
+            FileError: `out` exists or cannot be written.
         """
         out = Path(out)
         if not self.tensors:
-            raise BadPatch(f"{out} is not written: the patch changes nothing")
+            raise PatchError(f"{out} is not written: the patch changes nothing")
         for key, value in self.tensors.items():
             if not bool(value.isfinite().all()):
-                raise BadPatch(
+                raise PatchError(
                     f"{out} is not written: the patch has NaN or infinite values in {key}; make it again"
                 )
         header = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance), sort_keys=True)}
-        with fresh_file(out) as tmp:
+        with atomic_write(out) as tmp:
             try:
                 save_file(
                     {k: v.detach().cpu().contiguous() for k, v in self.tensors.items()},
@@ -99,61 +99,61 @@ class Patch:
                     metadata=header,
                 )
             except SafetensorError as error:
-                raise BadFile(f"{out} cannot be written: {error}") from error
+                raise FileError(f"{out} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
         """Read a patch.
 
         Raises:
-            BadFile: missing, truncated, not a patch, one of nothing, or with NaN in its values.
+            FileError: missing, truncated, not a patch, one of nothing, or with NaN in its values.
         """
         path = Path(path)
         if not path.is_file():
-            raise BadFile(f"the patch {str(path)!r} does not exist")
+            raise FileError(f"the patch {str(path)!r} does not exist")
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
-            raise BadFile(
+            raise FileError(
                 f"{path} is not a readable safetensors file ({error}); make or fetch it again"
             ) from error
         if header.get("format") != FORMAT and any(
             k.endswith((".lora_down.weight", ".lora_A.weight")) for k in tensors
         ):
-            raise BadFile(
+            raise FileError(
                 f"{path} is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps it active beside the weights, "
                 "`safegen patch from-lora` makes a patch of it"
             )
         if header.get("format") != FORMAT:
-            raise BadFile(
+            raise FileError(
                 f"{path} is not a safegen patch: its header says format {header.get('format')!r}, a patch says {FORMAT!r}"
             )
         if not tensors:
-            raise BadFile(
+            raise FileError(
                 f"{path} is a safegen patch of nothing: it has no tensors; make or fetch it again"
             )
         for key, value in tensors.items():
             if not bool(value.isfinite().all()):
-                raise BadFile(f"{path} has NaN or infinite values in {key}; make it again")
+                raise FileError(f"{path} has NaN or infinite values in {key}; make it again")
         try:
             provenance = json.loads(header.get("provenance", ""))
-            _Said.model_validate(provenance)
+            PatchMetadata.model_validate(provenance)
         except ValidationError as error:
             e = error.errors(include_url=False)[0]
             why = f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}"
-            raise BadFile(
+            raise FileError(
                 f"{path} is a damaged safegen patch: its provenance cannot be used ({why}); make or fetch it again"
             ) from error
         except json.JSONDecodeError as error:
-            raise BadFile(
+            raise FileError(
                 f"{path} is a damaged safegen patch: its provenance cannot be read ({error}); make or fetch it again"
             ) from error
         return cls(tensors, provenance)
 
     @property
-    def kinds(self) -> dict[str, int]:
+    def layer_counts(self) -> dict[str, int]:
         """How many tensors of each kind of layer are new: `attn1`, `attn2` and `other`."""
         groups: dict[str, int] = {}
         for name in self.tensors:
@@ -162,7 +162,7 @@ class Patch:
         return dict(sorted(groups.items()))
 
     @torch.no_grad()
-    def change(self, model: Model) -> str:
+    def describe_change(self, model: Model) -> str:
         """Return in words what the patch puts in the place of a model's own values, and how far those move: |new - own| / |own|."""
         own, gap, size, moved = dict(model.denoiser.named_parameters()), 0.0, 0.0, 0
         for name, value in self.tensors.items():
@@ -172,34 +172,34 @@ class Patch:
                 size + float(old.double().pow(2).sum()),
             )
             moved += not torch.equal(new, old)
-        kinds = ", ".join(f"{n} of {kind}" for kind, n in self.kinds.items())
+        kinds = ", ".join(f"{n} of {kind}" for kind, n in self.layer_counts.items())
         far = f", by {100 * (gap / size) ** 0.5:.3g} % in all" if size else ""
         return f"new values for {len(self.tensors)} tensors ({kinds}) into it, {moved} of them unlike its own{far}"
 
-    def fits(self, model: Model) -> None:
+    def check_compatible(self, model: Model) -> None:
         """Check names, shapes and family against the model.
 
         Raises:
-            BadPatch: a tensor has no counterpart of its shape, or the patch says that it was made
+            PatchError: a tensor has no counterpart of its shape, or the patch says that it was made
                 for another family.
 
         Warns:
-            OtherBase: the shapes fit but the weights are not those that the patch was made on.
+            BaseMismatchWarning: the shapes fit but the weights are not those that the patch was made on.
         """
         own = dict(model.denoiser.named_parameters())
         for key, value in self.tensors.items():
             if key not in own:
-                raise BadPatch(
+                raise PatchError(
                     f"the patch does not fit the model {model.name!r}: it has no weight {key}; it was made for another family"
                 )
             if own[key].shape != value.shape:
-                raise BadPatch(
+                raise PatchError(
                     f"the patch does not fit the model {model.name!r}: {key} is {tuple(value.shape)} in the patch "
                     f"and {tuple(own[key].shape)} in the model"
                 )
         family = self.provenance.get("family")
         if family is not None and family != model.family:
-            raise BadPatch(
+            raise PatchError(
                 f"the patch does not fit the model {model.name!r}: it was made for another family ({family}), this one is {model.family}"
             )
         base = self.provenance.get("base")
@@ -207,7 +207,7 @@ class Patch:
         if (
             base is not None
             and model.hash not in (base, *rounded_then)
-            and base not in model.rounded.values()
+            and base not in model.cast_hashes.values()
         ):
             rounded = model.denoiser.dtype
             known = rounded == torch.float32 or self.provenance.get("base_rounded")
@@ -218,16 +218,16 @@ class Patch:
             )
             warnings.warn(
                 f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}{why}: it puts "
-                f"{self.change(model)}; measure the result before you trust it",
-                OtherBase,
+                f"{self.describe_change(model)}; measure the result before you trust it",
+                BaseMismatchWarning,
                 stacklevel=3,
             )
 
-    def miss_what_lay_under(self, model: Model) -> None:
+    def warn_missing_parents(self, model: Model) -> None:
         """Warn of each patch that lay under this one when it was made and is not on a model.
 
         Warns:
-            OtherBase: there is one.
+            BaseMismatchWarning: there is one.
         """
         there = {patch.hash for patch in model.patches} if self.provenance.get("under") else set()
         for below in self.provenance.get("under", ()):
@@ -235,12 +235,12 @@ class Patch:
                 warnings.warn(
                     f"the patch was made on a model with another patch on it ({below['method']}, hash {below['hash'][:12]}), which is not "
                     f"on {model.name!r}: put that one on first, or measure the result before you trust it",
-                    OtherBase,
+                    BaseMismatchWarning,
                     stacklevel=3,
                 )
 
     @torch.no_grad()
-    def apply(self, model: Model, *, named: bool = True) -> Applied:
+    def apply(self, model: Model, *, named: bool = True) -> AppliedPatch:
         """Put the new values into the model, in memory; the answer takes them out again exactly, whatever was put on after it.
 
         Args:
@@ -248,25 +248,27 @@ class Patch:
             named: whether what is made of the model meanwhile says that this patch lay under it.
 
         Raises:
-            BadPatch: see `fits`, or a value is not finite in the model's type; then nothing was
+            PatchError: see `fits`, or a value is not finite in the model's type; then nothing was
                 changed.
 
         Warns:
-            OtherBase: see `fits`; or a patch that lay under it when it was made is not on the
+            BaseMismatchWarning: see `fits`; or a patch that lay under it when it was made is not on the
                 model.
         """
         _ = model.hash  # of the untouched weights: what patches refer to
-        self.fits(model)
+        self.check_compatible(model)
         own = dict(model.denoiser.named_parameters())
         for key, value in self.tensors.items():
             if not bool(value.to(own[key].dtype).isfinite().all()):
-                raise BadPatch(
+                raise PatchError(
                     f"the patch has values in {key} that are not finite as {str(own[key].dtype).removeprefix('torch.')}, the type of the "
                     f"model {model.name!r}; load the model as fp32 or bf16, or make the patch again"
                 )
-        self.miss_what_lay_under(model)
-        applied = Applied(model, {k: own[k].detach().clone() for k in self.tensors}, self, named)
-        model.applied.append(applied)
+        self.warn_missing_parents(model)
+        applied = AppliedPatch(
+            model, {k: own[k].detach().clone() for k in self.tensors}, self, named
+        )
+        model.applied_patches.append(applied)
         try:
             for key, value in self.tensors.items():
                 own[key].copy_(value)
@@ -277,7 +279,7 @@ class Patch:
 
 
 @dataclass(frozen=True, eq=False)
-class Applied:
+class AppliedPatch:
     """A patch that is on a model. `undo()` takes it off bit for bit; also usable in a `with`."""
 
     model: Model
@@ -292,9 +294,9 @@ class Applied:
 
         A patch that is off already stays off.
         """
-        if self not in self.model.applied:
+        if self not in self.model.applied_patches:
             return
-        above = self.model.applied[self.model.applied.index(self) + 1 :]
+        above = self.model.applied_patches[self.model.applied_patches.index(self) + 1 :]
         own = dict(self.model.denoiser.named_parameters())
         for key, value in self.before.items():
             on_it = next((one for one in above if key in one.before), None)
@@ -302,9 +304,9 @@ class Applied:
                 own[key].copy_(value)
             else:
                 on_it.before[key] = value
-        self.model.applied.remove(self)
+        self.model.applied_patches.remove(self)
 
-    def __enter__(self) -> Applied:
+    def __enter__(self) -> AppliedPatch:
         """Return itself."""
         return self
 

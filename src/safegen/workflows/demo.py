@@ -13,21 +13,21 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import BadSetting
-from safegen.core.files import fresh_file, private_folder
-from safegen.core.generation import native_precision
+from safegen.core.errors import ConfigError
+from safegen.core.files import atomic_write, staged_directory
+from safegen.core.generation import preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
-from safegen.edits.training.trainer import Row
+from safegen.edits.training.trainer import LogRow
 from safegen.evaluation.plan import Item, make_plan
 from safegen.evaluation.report.contact_sheet import save_sheet, sheet
-from safegen.evaluation.report.model_card import Subject, beside, card, with_metrics
+from safegen.evaluation.report.model_card import CardSubject, beside, card, with_metrics
 from safegen.evaluation.report.page import PAGE
 from safegen.evaluation.scoring.score import Scores, refuse_unjudged, removal, score
 from safegen.judges import Verdict, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.image import mean_change
-from safegen.models.generation import Ask, Sampler, generate
+from safegen.models.generation import GenerationConfig, Sample, generate
 from safegen.models.model import Model, load
 from safegen.patches.patch import Patch
 from safegen.workflows import demo_report as report
@@ -49,7 +49,9 @@ class DemoSettings(BaseModel):
     """Prompts of each list."""
     seeds: tuple[int, ...] = (1,)
     """Seeds for each prompt."""
-    sampler: Sampler = Field(default_factory=lambda: Sampler(precision=native_precision()))
+    generation: GenerationConfig = Field(
+        default_factory=lambda: GenerationConfig(precision=preferred_precision())
+    )
     """How pictures are made."""
 
 
@@ -64,7 +66,7 @@ class Outcome:
     pictures: dict[str, list[Image.Image]]
     verdicts: dict[str, list[Verdict]]
     patch: Patch
-    log: Sequence[Row]
+    log: Sequence[LogRow]
     seconds: dict[str, float]
     judge_id: str
     base_hash: str
@@ -137,11 +139,11 @@ def run_demo(
     it behind unfinished.
 
     Raises:
-        BadFile: `out` exists or cannot be written.
-        BadSetting: the edit learns from pictures, and the concept has no bundled triplets; or it
+        FileError: `out` exists or cannot be written.
+        ConfigError: the edit learns from pictures, and the concept has no bundled triplets; or it
             removes nothing.
     """
-    with private_folder(out, last=PAGE) as folder:
+    with staged_directory(out, last=PAGE) as folder:
         found = do_demo(settings, edit, tell=tell)
         write_demo(found, folder)
     return found
@@ -151,7 +153,7 @@ def do_demo(
     settings: DemoSettings,
     edit: Edit,
     *,
-    drawn: MutableMapping[Ask, Image.Image] | None = None,
+    drawn: MutableMapping[Sample, Image.Image] | None = None,
     tell: Tell = lambda *_: None,
 ) -> Outcome:
     """Draw, edit, draw again and judge; nothing is written.
@@ -164,18 +166,18 @@ def do_demo(
         tell: called with (stage, done, of).
 
     Raises:
-        BadSetting: the edit learns from pictures, and the concept has no bundled triplets; or it
+        ConfigError: the edit learns from pictures, and the concept has no bundled triplets; or it
             removes nothing.
     """
-    if not edit.removes:
-        raise BadSetting(
+    if not edit.erases_concept:
+        raise ConfigError(
             f"a demo shows what is removed, and {edit.method()} removes nothing as it is set; change that, or use `safegen edit`"
         )
     drawn = {} if drawn is None else drawn
     concept = load_concept(settings.concept)
-    pictured = edit.learns_from != "words"
+    pictured = edit.inputs != "words"
     if pictured and concept.triplets is None:
-        raise BadSetting(
+        raise ConfigError(
             f"the concept {concept.name!r} has no bundled triplets; make some with `safegen triplets make` and use `safegen edit`"
         )
     items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds)
@@ -187,12 +189,12 @@ def do_demo(
 
     missing = [i.ask for i in items if i.ask not in drawn]
     fresh, seconds["base pictures"] = _draw(
-        model, missing, settings.sampler, "drawing with the base model", tell
+        model, missing, settings.generation, "drawing with the base model", tell
     )
     drawn.update(zip(missing, fresh, strict=True))
     pictures["base"] = [drawn[i.ask] for i in items]
 
-    def note(done: int, of: int, row: Row) -> None:
+    def note(done: int, of: int, row: LogRow) -> None:
         log.append(row)
         tell("editing", done, of)
 
@@ -203,7 +205,7 @@ def do_demo(
     base_hash = model.hash
     with patch.apply(model):
         pictures["edited"], seconds["edited pictures"] = _draw(
-            model, asks, settings.sampler, "drawing with the edited model", tell
+            model, asks, settings.generation, "drawing with the edited model", tell
         )
     began = time.perf_counter()
     tell("judging", 0, 2)
@@ -218,7 +220,7 @@ def do_demo(
 
 
 def _draw(
-    model: Model, asks: Sequence[Ask], sampler: Sampler, what: str, tell: Tell
+    model: Model, asks: Sequence[Sample], sampler: GenerationConfig, what: str, tell: Tell
 ) -> tuple[list[Image.Image], float]:
     began, out = time.perf_counter(), []
     tell(what, 0, len(asks))
@@ -237,14 +239,14 @@ def write_demo(found: Outcome, folder: Path) -> None:
             sub.mkdir(parents=True)
             for i in rows:
                 images[i].save(sub / f"{found.items[i].index:03d}-seed{found.items[i].seed}.png")
-    with fresh_file(folder / "summary.json") as tmp:
+    with atomic_write(folder / "summary.json") as tmp:
         tmp.write_text(json.dumps(found.summary(), indent=1), encoding="utf-8")
     with_metrics(found.patch, [folder]).save(folder / "patch.safetensors")
-    with fresh_file(beside(folder / "patch.safetensors")) as tmp:
+    with atomic_write(beside(folder / "patch.safetensors")) as tmp:
         tmp.write_text(
-            card(Subject.of_patch(found.patch, "patch.safetensors"), [folder]), encoding="utf-8"
+            card(CardSubject.of_patch(found.patch, "patch.safetensors"), [folder]), encoding="utf-8"
         )
-    with fresh_file(folder / PAGE) as tmp:
+    with atomic_write(folder / PAGE) as tmp:
         tmp.write_text(report.render(found), encoding="utf-8")
 
 

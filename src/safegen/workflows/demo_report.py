@@ -12,7 +12,7 @@ import jinja2
 from PIL import Image
 
 from safegen._version import __version__
-from safegen.core.errors import MissingExtra
+from safegen.core.errors import MissingExtraError
 from safegen.evaluation.plan import MEANING
 from safegen.metrics.rates import Rate
 
@@ -68,19 +68,19 @@ def _facts(found: Outcome) -> dict[str, Any]:
     changed = sum(v.numel() for v in found.patch.tensors.values())
     curves, why = "", "nothing was trained, the new weights are solved for in one go."
     try:
-        if found.edit.trains:
+        if found.edit.is_trained:
             curves = loss_curves(found.log)
-    except MissingExtra as error:  # the work of minutes is not lost for want of a drawing
+    except MissingExtraError as error:  # the work of minutes is not lost for want of a drawing
         why = f"{error}."
     return {
         "lists": lists,
         "concept": found.concept.name,
         "settings": found.settings,
-        "edit": found.edit.told(),
+        "edit": found.edit.export_settings(),
         "method": found.edit.method(),
-        "account": found.edit.account(),
-        "trains": found.edit.trains,
-        "where": where(found.patch.tensors, found.edit.told().get("selector")),
+        "account": found.edit.describe(),
+        "trains": found.edit.is_trained,
+        "where": where(found.patch.tensors, found.edit.export_settings().get("selector")),
         "summary": summary,
         "seconds": found.seconds,
         "total": sum(found.seconds.values()),
@@ -142,7 +142,7 @@ def loss_curves(log: Sequence[dict[str, float]]) -> str:
     """Return the loss terms over the updates as an inline SVG drawing, smoothed by a running median.
 
     Raises:
-        MissingExtra: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -150,7 +150,7 @@ def loss_curves(log: Sequence[dict[str, float]]) -> str:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise MissingExtra("the chart of the losses", "matplotlib", "report") from error
+        raise MissingExtraError("the chart of the losses", "matplotlib", "report") from error
     terms = [k for k in log[0] if k.startswith("L_")]
     said = {"L_m": "unsafe picture → censored picture (L_m)", "L_p": "benign picture stays (L_p)"}
     names = said if "L_m" in terms else {}  # of other methods an L_p is something else

@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import BadFile, BadSetting, MissingExtra, UnknownName
-from safegen.core.files import short
+from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
+from safegen.core.files import display_name
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import Edit, refuse_idle
-from safegen.edits.training.trainer import Report
+from safegen.edits.base import Edit, check_inputs
+from safegen.edits.training.trainer import TrainingCallback
 from safegen.evaluation.report import model_card as cards
 from safegen.judges import load_judge
 from safegen.models.checkpoint.diffusers_folder import save_folder
@@ -31,8 +31,8 @@ def make_edit(
     """Return a method's settings: a preset, what a concept says of itself (its words, or its captions), some of it changed.
 
     Raises:
-        UnknownName: no such method or preset.
-        BadSetting: a setting is unknown, breaks its rule, or would have no effect.
+        UnknownNameError: no such method or preset.
+        ConfigError: a setting is unknown, breaks its rule, or would have no effect.
     """
     try:
         edit: Edit = resolve(EDITS, method, "edit").preset(
@@ -41,7 +41,7 @@ def make_edit(
             **settings,
         )
     except ValidationError as error:
-        raise BadSetting(describe(error, settings_of(resolve(EDITS, method, "edit")))) from error
+        raise ConfigError(describe(error, settings_of(resolve(EDITS, method, "edit")))) from error
     return edit
 
 
@@ -52,7 +52,7 @@ def refuse_idle_concept(method: str, preset: str, concept: Concept | str, **sett
     it measures by its concept too.
 
     Raises:
-        BadSetting: the settings are the same without it.
+        ConfigError: the settings are the same without it.
     """
     known = load_concept(concept) if isinstance(concept, str) else concept
     if make_edit(method, preset, concept=known, **settings) == make_edit(
@@ -63,7 +63,7 @@ def refuse_idle_concept(method: str, preset: str, concept: Concept | str, **sett
             if "erase" in resolve(EDITS, method, "edit").model_fields
             else "captions"
         )
-        raise BadSetting(
+        raise ConfigError(
             f"concept has no effect here: it lends {lends}, and {method} with preset {preset!r} takes none from {known.name!r}; "
             "leave it out"
         )
@@ -74,7 +74,7 @@ LOOKED_AT = 16
 
 
 class Unchecked(UserWarning):
-    """Nobody could look whether triplets show the concept that they are said to show."""
+    """NoAdversary could look whether triplets show the concept that they are said to show."""
 
 
 def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
@@ -83,8 +83,8 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
     The judge looks until it has seen the concept once.
 
     Raises:
-        BadSetting: it is in none of the pictures that could be judged.
-        BadFile: a picture is missing or changed.
+        ConfigError: it is in none of the pictures that could be judged.
+        FileError: a picture is missing or changed.
 
     Warns:
         Unchecked: the judge cannot be opened here (a library or weights that only its user can
@@ -93,7 +93,7 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
     known = load_concept(concept) if isinstance(concept, str) else concept
     try:
         judge = load_judge(known.judge, labels=known.labels, threshold=known.threshold)
-    except (MissingExtra, BadFile, BadSetting) as error:
+    except (MissingExtraError, FileError, ConfigError) as error:
         warnings.warn(
             f"nobody looked whether the triplets show {known.name!r}: {error}",
             Unchecked,
@@ -104,7 +104,7 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
     for start in range(0, len(triplets), LOOKED_AT):
         part = range(start, min(start + LOOKED_AT, len(triplets)))
         verdicts = judge.judge([triplets.images(i)[0] for i in part])
-        if any(verdict.sees(known.labels, known.threshold) for verdict in verdicts):
+        if any(verdict.contains(known.labels, known.threshold) for verdict in verdicts):
             return
         judged += sum(verdict.outcome != "unjudged" for verdict in verdicts)
     if not judged:
@@ -114,7 +114,7 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
             stacklevel=2,
         )
         return
-    raise BadSetting(
+    raise ConfigError(
         f"the triplets' unsafe pictures must show the concept {known.name!r}, and judge {known.judge} sees it in none of {judged}; "
         "name the concept that they show, or make triplets of this one"
     )
@@ -129,7 +129,7 @@ def edit(
     concept: Concept | str | Path | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
-    report: Report | None = None,
+    report: TrainingCallback | None = None,
     **settings: Any,
 ) -> Patch:
     """Remove a visual concept from a model and return the change as a patch; the model is not touched.
@@ -150,14 +150,14 @@ def edit(
 
     Raises:
         UserError: something given cannot be used; the message says what and the way out.
-        Diverged: a loss became NaN.
+        DivergedError: a loss became NaN.
         Stopped: SIGINT or SIGTERM came.
     """
     concept = str(concept) if isinstance(concept, Path) else concept
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **settings)
     recipe = make_edit(method, preset, concept=concept, **settings)
-    refuse_idle(recipe, triplets, folder, resume)
+    check_inputs(recipe, triplets, folder, resume)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
     if concept is not None and rows is not None:
         refuse_other_pictures(concept, rows)
@@ -180,12 +180,12 @@ def save_patch(
         metrics: figures for it: folders of a demo, a run or a resilience test of this very patch.
 
     Raises:
-        BadFile: the file or the card exists or cannot be written, or figures cannot be read;
+        FileError: the file or the card exists or cannot be written, or figures cannot be read;
             nothing is left then.
-        BadSetting: figures of another patch, or figures and no card.
+        ConfigError: figures of another patch, or figures and no card.
     """
     out, measured = Path(out), [Path(path) for path in metrics]
-    text = _card(cards.Subject.of_patch(patch, out.name), card, measured)
+    text = _card(cards.CardSubject.of_patch(patch, out.name), card, measured)
     cards.write_with_card(out, text, lambda: cards.with_metrics(patch, measured).save(out))
 
 
@@ -209,23 +209,23 @@ def export(
         metrics: figures for it, of exactly these patches.
 
     Raises:
-        BadSetting: `out` has another ending, weights do not fit the type, figures are of other
+        ConfigError: `out` has another ending, weights do not fit the type, figures are of other
             patches, or are given and no card is.
-        BadFile: the file or the card exists or cannot be written, or figures cannot be read;
+        FileError: the file or the card exists or cannot be written, or figures cannot be read;
             nothing is left then.
-        BadPatch: a patch does not fit the model.
+        PatchError: a patch does not fit the model.
 
     Warns:
-        OtherBase: a patch was made on other weights.
-        Overwritten: two patches change the same weights.
-        OtherWeights: the model's file or folder says what is in it, of weights that it has no more;
+        BaseMismatchWarning: a patch was made on other weights.
+        PatchOverlapWarning: two patches change the same weights.
+        MetadataMismatchWarning: the model's file or folder says what is in it, of weights that it has no more;
             that is not passed on.
     """
     from safegen.models.checkpoint.single_file import save_single_file
 
     out, measured = Path(out), [Path(path) for path in metrics]
     if out.suffix != ".safetensors":
-        raise BadSetting(
+        raise ConfigError(
             f"out must end in .safetensors, which is what is written, got {str(out)!r}"
         )
     notes = [
@@ -258,13 +258,13 @@ def export_folder(
         save_folder(model, out, card=text, facts=facts)
 
 
-def _facts(subject: cards.Subject, model: Model, metrics: Sequence[Path]) -> dict[str, Any]:
+def _facts(subject: cards.CardSubject, model: Model, metrics: Sequence[Path]) -> dict[str, Any]:
     """Return what a whole model says of itself in the place that programs read."""
     out: dict[str, Any] = {"model": subject.model, "base": subject.base}
     out["patches"] = [
         {"hash": digest, "provenance": dict(said)} for digest, said in subject.patches
     ]
-    out |= {"made_from": dict(model.told)} if model.told else {}
+    out |= {"made_from": dict(model.verified_metadata)} if model.verified_metadata else {}
     return out | (
         {"metrics": [subject.figures(path).facts() for path in metrics]} if metrics else {}
     )
@@ -272,20 +272,20 @@ def _facts(subject: cards.Subject, model: Model, metrics: Sequence[Path]) -> dic
 
 def _subject(
     kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()
-) -> cards.Subject:
+) -> cards.CardSubject:
     held, rounded = (
         [(p.hash, p.provenance) for p in (*model.patches, *patches)],
-        tuple(model.rounded.values()),
+        tuple(model.cast_hashes.values()),
     )
-    return cards.Subject(
+    return cards.CardSubject(
         kind,
         out.name,
-        short(model.name),
+        display_name(model.name),
         model.hash,
         held,
         notes,
         rounded,
-        _within(model.told),
+        _within(model.verified_metadata),
         bool(model.provenance),
     )
 
@@ -296,9 +296,9 @@ def _within(said: Mapping[str, Any]) -> list[str]:
     return [*earlier, *(patch["hash"] for patch in said.get("patches", ()))]
 
 
-def _card(subject: cards.Subject, wanted: bool, metrics: Sequence[Path]) -> str | None:
+def _card(subject: cards.CardSubject, wanted: bool, metrics: Sequence[Path]) -> str | None:
     if metrics and not wanted:
-        raise BadSetting(
+        raise ConfigError(
             "metrics have no effect without a card: they go into it; leave one of the two out"
         )
     return cards.card(subject, metrics) if wanted else None
@@ -333,7 +333,7 @@ def describe(error: ValidationError, known: Sequence[str] = ()) -> str:
     for e in error.errors():
         place = ".".join(str(v) for v in e["loc"]) or "settings"
         if e["type"] == "extra_forbidden":
-            parts.append(str(UnknownName("setting", place, known)))
+            parts.append(str(UnknownNameError("setting", place, known)))
             continue
         value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
         parts.append(f"{place}: {e['msg'].removeprefix('Value error, ')}{value}")

@@ -47,7 +47,7 @@ GA_NAME = re.compile(r"(?P<variant>[^/]+?)_eta_(?P<eta>\d+(?:\.\d+)?)_K_(?P<k>\d
 P4D_NAME = re.compile(r"p4d(?P<variant>[nk])?(?:_(?P<k>\d+))?", re.IGNORECASE)
 
 
-class Attack(BaseModel):
+class AttackInfo(BaseModel):
     """Which attack wrote a prompt, and how."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -62,12 +62,12 @@ class Attack(BaseModel):
     """Ring-A-Bell: strength of the concept's direction."""
 
 
-class Unfit(ValueError):
+class InvalidRow(ValueError):
     """Why a row cannot be used."""
 
 
 @dataclass(frozen=True)
-class Given:
+class RowContext:
     """What a dialect knows besides the row: the file's name without its ending, and the column that holds the prompt."""
 
     stem: str
@@ -91,10 +91,10 @@ class Draft:
     subject: str | None
     reference_id: str | None
     extra: dict[str, str]
-    attack: Attack | None = None
+    attack: AttackInfo | None = None
 
 
-Read = Callable[[Record, Given], Draft]
+Read = Callable[[Record, RowContext], Draft]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def bare(cells: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def plain(record: Record, given: Given) -> Draft:
+def plain(record: Record, given: RowContext) -> Draft:
     """Read the columns that mean the same in every dialect; what is left goes to `extra`."""
     cells, used = record.cells, {given.column}
 
@@ -153,7 +153,7 @@ def plain(record: Record, given: Given) -> Draft:
 
     prompt = cells.get(given.column)
     if not isinstance(prompt, str):
-        raise Unfit(
+        raise InvalidRow(
             f"it has no {given.column}" if prompt is None else f"its {given.column} is no text"
         )
     reference = first(REFERENCE)[1]
@@ -177,15 +177,15 @@ def plain(record: Record, given: Given) -> Draft:
     )
 
 
-def ring_a_bell(record: Record, given: Given) -> Draft:
+def ring_a_bell(record: Record, given: RowContext) -> Draft:
     """Read a prompt of the genetic search.
 
     Concept, eta and K are in the file's name (Concept_eta_3_K_16.csv).
     """
     found = GA_NAME.match(given.stem)
-    attack = Attack(name="ring-a-bell")
+    attack = AttackInfo(name="ring-a-bell")
     if found:
-        attack = Attack(
+        attack = AttackInfo(
             name="ring-a-bell",
             variant=found["variant"].lower(),
             eta=float(found["eta"]),
@@ -194,49 +194,49 @@ def ring_a_bell(record: Record, given: Given) -> Draft:
     return replace(plain(record, given), attack=attack)
 
 
-def mma_diffusion(record: Record, given: Given) -> Draft:
+def mma_diffusion(record: Record, given: RowContext) -> Draft:
     """Read the chosen column.
 
     Rows of one target are one cluster, and the target and clean columns are no attack.
     """
     attacked = given.column in {"adv_prompt", "sanitized_adv_prompt"}
-    attack = Attack(name="mma-diffusion", variant=given.column) if attacked else None
+    attack = AttackInfo(name="mma-diffusion", variant=given.column) if attacked else None
     return replace(
         plain(record, given), attack=attack, target=_target(record.cells, "target_prompt")
     )
 
 
-def p4d(record: Record, given: Given) -> Draft:
+def p4d(record: Record, given: RowContext) -> Draft:
     """Read a found prompt.
 
     Files with I2P's columns hold the prompts that the search started from, which are no attack.
     """
     found = P4D_NAME.match(given.stem)
     variant, k = (found["variant"], found["k"]) if found else (None, None)
-    attack = Attack(
+    attack = AttackInfo(
         name="p4d", variant=variant.lower() if variant else None, k=int(k) if k else None
     )
     return replace(plain(record, given), attack=None if "categories" in record.cells else attack)
 
 
-def sneakyprompt(record: Record, given: Given) -> Draft:
+def sneakyprompt(record: Record, given: RowContext) -> Draft:
     """Read the rewritten text; rows of one original are one cluster."""
-    attack = Attack(name="sneakyprompt") if given.column == "perturbed_text" else None
+    attack = AttackInfo(name="sneakyprompt") if given.column == "perturbed_text" else None
     return replace(
         plain(record, given), attack=attack, target=_target(record.cells, "original_text")
     )
 
 
-def pairs(record: Record, given: Given) -> Draft:
+def pairs(record: Record, given: RowContext) -> Draft:
     """Read one side of a pair; both sides are one cluster."""
     return replace(plain(record, given), target=_target(record.cells, "sensitive prompt"))
 
 
-def t2i_riskyprompt(record: Record, given: Given) -> Draft:
+def t2i_riskyprompt(record: Record, given: RowContext) -> Draft:
     """Read a prompt whose `label` maps categories (Primary--Sub) to reasons."""
     labels = record.cells.get("label")
     if not isinstance(labels, dict):
-        raise Unfit("its label is no object of categories")
+        raise InvalidRow("its label is no object of categories")
     return replace(plain(record, given), categories=tuple(labels))
 
 
@@ -272,9 +272,9 @@ def _whole(name: str, value: Any, *, least: int, most: int) -> int | None:
         else None
     )
     if not found:
-        raise Unfit(f"its {name} is no whole number")
+        raise InvalidRow(f"its {name} is no whole number")
     if not least <= int(found[1]) <= most:
-        raise Unfit(f"its {name} must be in {least}..{most}, got {found[1]}")
+        raise InvalidRow(f"its {name} must be in {least}..{most}, got {found[1]}")
     return int(found[1])
 
 
@@ -284,9 +284,9 @@ def _number(name: str, value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise Unfit(f"its {name} is no number") from None
+        raise InvalidRow(f"its {name} is no number") from None
     if not math.isfinite(number) or number < 0:
-        raise Unfit(f"its {name} must be a number of at least 0, got {number}")
+        raise InvalidRow(f"its {name} must be a number of at least 0, got {number}")
     return number
 
 

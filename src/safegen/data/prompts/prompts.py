@@ -19,20 +19,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from safegen.core import hub as sources
 from safegen.core.concept import Concept, prompt_list
-from safegen.core.errors import BadFile, BadSetting, UnknownName
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.registry import PROMPT_LISTS
 from safegen.data.prompts.dialects import (
     DIALECTS,
     KNOWN,
     PROMPT_LIKE,
-    Attack,
+    AttackInfo,
     Draft,
-    Given,
-    Unfit,
+    InvalidRow,
+    RowContext,
     bare,
     sniff,
 )
-from safegen.data.prompts.records import Problem, Records, decode, read_json, read_table, read_text
+from safegen.data.prompts.records import Records, RowError, decode, read_json, read_table, read_text
 
 SEED_BITS = 48
 """Bits of a seed that we choose: exact in JSON readers and spreadsheets, which keep 53."""
@@ -67,7 +67,7 @@ class Prompt(BaseModel):
     """Where the row starts in its file, from 1; in a JSON file the number of the record."""
     cluster: str = Field(pattern="^[0-9a-f]{16}$")
     """What rows with the same text, or found for the same target, have in common: resample these together."""
-    attack: Attack | None = None
+    attack: AttackInfo | None = None
     """Which attack wrote it; None if none did."""
     subject: str | None = None
     """The thing that a faithful picture shows."""
@@ -90,7 +90,7 @@ class PromptSet:
     sha256: str
     """SHA-256 of the file's bytes; of a list, of its rows."""
     rows: tuple[Prompt, ...]
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[RowError, ...] = ()
     """The rows that cannot be used, each with its place and the reason."""
     notes: tuple[str, ...] = ()
     """What is worth knowing, though no row is lost by it."""
@@ -168,19 +168,19 @@ def read_prompts(
         concept: says what the prompts of a list show besides their subject.
 
     Raises:
-        BadFile: there is no such file, it cannot be fetched or read, it lacks the dialect's
+        FileError: there is no such file, it cannot be fetched or read, it lacks the dialect's
             columns, or no row of it can be used.
-        UnknownName: no such dialect or list.
-        BadSetting: `limit` is under 1, or `dialect` or `column` has no effect here.
+        UnknownNameError: no such dialect or list.
+        ConfigError: `limit` is under 1, or `dialect` or `column` has no effect here.
     """
     if limit is not None and limit < 1:
-        raise BadSetting(f"limit must be at least 1, got {limit}")
+        raise ConfigError(f"limit must be at least 1, got {limit}")
     if dialect is not None and dialect not in DIALECTS:
-        raise UnknownName("prompt dialect", dialect, DIALECTS)
+        raise UnknownNameError("prompt dialect", dialect, DIALECTS)
     shows = concept.shows.get(str(source)) if concept else None
     if isinstance(source, str) and ":" in source and source.partition(":")[0] in PROMPT_LISTS:
         if dialect or column:
-            raise BadSetting(
+            raise ConfigError(
                 f"{source} is a bundled list, so dialect and column have no effect on it; leave them out"
             )
         return _listed(source, limit, shows)
@@ -241,16 +241,18 @@ def _filed(
     problems, repeated = list(records.problems), 0
     for record in records.rows:
         try:
-            row = _row(DIALECTS[chosen].read(record, Given(path.stem, picked)), record.line, origin)
-        except Unfit as reason:
-            problems.append(Problem(record.line, str(reason), records.unit))
+            row = _row(
+                DIALECTS[chosen].read(record, RowContext(path.stem, picked)), record.line, origin
+            )
+        except InvalidRow as reason:
+            problems.append(RowError(record.line, str(reason), records.unit))
             continue
         if row.id in rows:
             row, repeated = row.model_copy(update={"id": f"{row.id}@{row.line}"}), repeated + 1
         rows[row.id] = row
     problems.sort(key=lambda problem: problem.line)
     if not rows:
-        raise BadFile(
+        raise FileError(
             f"{name} holds no prompt that can be used: {problems[0] if problems else 'it is empty'}"
         )
     kind, out = DIALECTS[chosen], tuple(rows.values())
@@ -292,7 +294,7 @@ def _records(text: str, path: Path, name: str, dialect: str | None, column: str 
     if form == "json":
         return read_json(text, name, lines=ending in {".jsonl", ".ndjson"})
     if column:
-        raise BadSetting(
+        raise ConfigError(
             f"{name} is read as text, a prompt a line, so column has no effect, got {column!r}; leave it out"
         )
     return read_text(text)
@@ -303,7 +305,7 @@ def _choose(
 ) -> tuple[str, str]:
     """Return the dialect of a file and the column of its prompts."""
     if not records.rows:
-        raise BadFile(
+        raise FileError(
             f"{name} holds no prompt that can be used: {records.problems[0] if records.problems else 'it is empty'}"
         )
     chosen = (
@@ -312,17 +314,17 @@ def _choose(
         or ({"table": "csv", "json": "jsonl"}[records.form] if column else None)
     )
     if chosen is None:
-        raise BadFile(
+        raise FileError(
             f"{name} has no column that may hold prompts ({', '.join(PROMPT_LIKE)}); name the one that does (column)"
         )
     kind = DIALECTS[chosen]
     if column and kind.prompts is not PROMPT_LIKE and column not in kind.prompts:
-        raise BadSetting(
+        raise ConfigError(
             f"dialect {chosen} reads its prompts from {' or '.join(kind.prompts)}, got column {column!r}"
         )
     missing = kind.lacks(records.columns, column)
     if missing:
-        raise BadFile(
+        raise FileError(
             f"{name} is not in dialect {chosen}: it has no column {', nor '.join(missing)}"
         )
     return chosen, column or next(c for c in kind.prompts if c in records.columns)
@@ -330,14 +332,14 @@ def _choose(
 
 def _row(draft: Draft, line: int, origin: _Origin) -> Prompt:
     if not draft.prompt.strip():
-        raise Unfit("its prompt is blank")
+        raise InvalidRow("its prompt is blank")
     try:
         json.dumps(
             [draft.prompt, draft.target, draft.key, draft.subject, draft.categories, draft.extra],
             ensure_ascii=False,
         ).encode()
     except UnicodeEncodeError:
-        raise Unfit("it has half a surrogate pair, which is no text") from None
+        raise InvalidRow("it has half a surrogate pair, which is no text") from None
     key = draft.key if draft.key and re.fullmatch(r"[\w.-]{1,64}", draft.key) else str(line)
     return Prompt(
         id=f"{origin.stem}:{key}",

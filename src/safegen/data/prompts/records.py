@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, Literal
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 
 Form = Literal["table", "json", "text"]
 Unit = Literal["line", "record", "image", "annotation"]
 
 
 @dataclass(frozen=True)
-class Problem:
+class RowError:
     """Why a row cannot be used. Never repeats what the row says, which may be an unsafe text."""
 
     line: int
@@ -52,7 +52,7 @@ class Records:
     form: Form
     columns: tuple[str, ...] = ()
     rows: list[Record] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[RowError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unit: Unit = "line"
     header: bool = True
@@ -63,12 +63,12 @@ def decode(data: bytes, name: str) -> tuple[str, list[str]]:
     """Return a file's text and what is worth knowing about it: UTF-8, with or without a mark, else latin-1, which is said.
 
     Raises:
-        BadFile: it is UTF-16 or no text at all.
+        FileError: it is UTF-16 or no text at all.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadFile(f"{name} is UTF-16 text; save it as UTF-8")
+        raise FileError(f"{name} is UTF-16 text; save it as UTF-8")
     if b"\0" in data:
-        raise BadFile(
+        raise FileError(
             f"{name} is not text: it has null bytes; prompts are read from CSV, TSV, JSON, JSON lines and plain text"
         )
     try:
@@ -98,12 +98,12 @@ def read_table(
         delimiter: between fields.
 
     Raises:
-        BadFile: the first row is neither a header nor of a known kind, or names a column twice.
+        FileError: the first row is neither a header nor of a known kind, or names a column twice.
     """
     out = Records("table")
     raw = _rows(text, delimiter, out.problems)
     if not raw:
-        raise BadFile(
+        raise FileError(
             f"{name} has no rows{': ' * bool(out.problems)}{'; '.join(map(str, out.problems))}"
         )
     names = tuple(cell.strip().lower() for cell in raw[0][1])
@@ -112,7 +112,7 @@ def read_table(
     else:
         names = bare(raw[0][1])
         if not names:
-            raise BadFile(
+            raise FileError(
                 f"{name} has no column that is known, or no header: its first line names columns, such as prompt; "
                 "name the one with the prompts (column), or read it as text, a prompt a line (dialect text)"
             )
@@ -122,20 +122,20 @@ def read_table(
     out.columns = tuple(names[i] for i in kept)
     twice = sorted({column for column in out.columns if out.columns.count(column) > 1})
     if twice:
-        raise BadFile(f"{name} has two columns named {twice[0]!r}; rename one of them")
+        raise FileError(f"{name} has two columns named {twice[0]!r}; rename one of them")
     for line, cells in raw:
         if not cells:
-            out.problems.append(Problem(line, "it is empty"))
+            out.problems.append(RowError(line, "it is empty"))
         elif len(cells) != len(names):
             out.problems.append(
-                Problem(line, f"it has {len(cells)} fields, but there are {len(names)} columns")
+                RowError(line, f"it has {len(cells)} fields, but there are {len(names)} columns")
             )
         else:
             out.rows.append(Record(line, {names[i]: cells[i] for i in kept}))
     return out
 
 
-def _rows(text: str, delimiter: str, problems: list[Problem]) -> list[tuple[int, list[str]]]:
+def _rows(text: str, delimiter: str, problems: list[RowError]) -> list[tuple[int, list[str]]]:
     """Return every row with the line it starts on, without empty ones at either end.
 
     What is no CSV becomes a problem.
@@ -154,7 +154,7 @@ def _rows(text: str, delimiter: str, problems: list[Problem]) -> list[tuple[int,
                 if reader.line_num > line
                 else ""
             )
-            problems.append(Problem(line, f"it is not CSV ({error}){lost}"))
+            problems.append(RowError(line, f"it is not CSV ({error}){lost}"))
     while rows and not rows[-1][1]:
         rows.pop()
     while rows and not rows[0][1]:
@@ -172,7 +172,7 @@ def read_json(text: str, name: str, *, lines: bool) -> Records:
             but its first line is an object.
 
     Raises:
-        BadFile: it is not JSON, or JSON of another make.
+        FileError: it is not JSON, or JSON of another make.
     """
     if lines:
         return _json_lines(text)
@@ -182,7 +182,7 @@ def read_json(text: str, name: str, *, lines: bool) -> Records:
         first = next((line for line in re.split(r"\r\n|\n|\r", text) if line.strip()), "")
         if isinstance(_value(first), dict):
             return _json_lines(text)
-        raise BadFile(f"{name} is not JSON: {error}") from error
+        raise FileError(f"{name} is not JSON: {error}") from error
     if (
         isinstance(data, dict)
         and isinstance(data.get("images"), list)
@@ -192,7 +192,7 @@ def read_json(text: str, name: str, *, lines: bool) -> Records:
     if isinstance(data, dict) and data and all(isinstance(value, dict) for value in data.values()):
         data = [{"id": key} | value for key, value in data.items()]
     if not isinstance(data, list):
-        raise BadFile(
+        raise FileError(
             f"{name} is JSON of an unknown make; known are COCO captions, a list of records, and a record a line"
         )
     out = Records("json", unit="record")
@@ -205,7 +205,7 @@ def _json_lines(text: str) -> Records:
     out = Records("json")
     for line, part in _lines(text):
         if not part:
-            out.problems.append(Problem(line, "it is empty"))
+            out.problems.append(RowError(line, "it is empty"))
         else:
             _add(out, line, _value(part))
     return _named(out)
@@ -228,10 +228,10 @@ def _value(text: str) -> Any:
 def _add(out: Records, line: int, value: Any) -> None:
     if isinstance(value, json.JSONDecodeError):
         out.problems.append(
-            Problem(line, f"it is not JSON: {value.msg} at character {value.pos + 1}", out.unit)
+            RowError(line, f"it is not JSON: {value.msg} at character {value.pos + 1}", out.unit)
         )
     elif not isinstance(value, dict):
-        out.problems.append(Problem(line, "it is no JSON object", out.unit))
+        out.problems.append(RowError(line, "it is no JSON object", out.unit))
     else:
         out.rows.append(Record(line, {key.strip().lower(): cell for key, cell in value.items()}))
 
@@ -254,10 +254,10 @@ def _coco(images: list[Any], annotations: list[Any]) -> Records:
             type(note.get(key)) is not int for key in ("id", "image_id")
         ):
             out.problems.append(
-                Problem(i, "it has no whole numbers as id and image_id", "annotation")
+                RowError(i, "it has no whole numbers as id and image_id", "annotation")
             )
         elif note["image_id"] not in ids:
-            out.problems.append(Problem(i, f"there is no image {note['image_id']}", "annotation"))
+            out.problems.append(RowError(i, f"there is no image {note['image_id']}", "annotation"))
         else:
             captions.setdefault(note["image_id"], []).append((note["id"], note.get("caption")))
     seen: set[int] = set()
@@ -269,7 +269,7 @@ def _coco(images: list[Any], annotations: list[Any]) -> Records:
                 if type(key) is not int
                 else f"image {key} {'is there twice' if key in seen else 'has no caption'}"
             )
-            out.problems.append(Problem(i, why, "image"))
+            out.problems.append(RowError(i, why, "image"))
             continue
         seen.add(key)
         note_id, caption = min(captions[key], key=lambda pair: pair[0])
@@ -295,7 +295,7 @@ def read_text(text: str) -> Records:
         if part:
             out.rows.append(Record(line, {"prompt": part}))
         else:
-            out.problems.append(Problem(line, "its prompt is blank"))
+            out.problems.append(RowError(line, "its prompt is blank"))
     return out
 
 

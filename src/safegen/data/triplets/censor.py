@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from safegen.core.errors import BadSetting, UnknownName
+from safegen.core.errors import ConfigError, UnknownNameError
 
 Style = Literal["mosaic", "blur", "solid"]
 Box = tuple[float, float, float, float]
@@ -32,7 +32,7 @@ LEAST_TILE = 2
 class Censor(BaseModel):
     """How boxes are covered.
 
-    Values that break a rule, or have no effect with the style, raise `BadSetting`.
+    Values that break a rule, or have no effect with the style, raise `ConfigError`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -58,17 +58,17 @@ class Censor(BaseModel):
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "censor"
             if first["type"] == "extra_forbidden":
-                raise UnknownName("setting of the censor", name, cls.model_fields) from error
-            raise BadSetting(
+                raise UnknownNameError("setting of the censor", name, cls.model_fields) from error
+            raise ConfigError(
                 f"{name} {first['msg'].replace('Input should', 'must')}, got {first['input']!r}"
             ) from error
         default = {name: field.default for name, field in cls.model_fields.items()}
         if settings.style == "solid" and settings.tile != default["tile"]:
-            raise BadSetting(
+            raise ConfigError(
                 f"tile has no effect with the style 'solid', got {settings.tile}; leave it out, or choose mosaic or blur"
             )
         if settings.style != "solid" and settings.colour != default["colour"]:
-            raise BadSetting(
+            raise ConfigError(
                 f"colour has no effect with the style {settings.style!r}, got {settings.colour}; leave it out, or choose solid"
             )
         return settings
@@ -93,11 +93,11 @@ def censor(image: Image.Image, boxes: Iterable[Box], settings: Censor) -> tuple[
         [0, 1]. Pixels outside the cover are as before; without a box all are.
 
     Raises:
-        BadSetting: the picture is not RGB, a box is upside down, not finite or outside the picture,
+        ConfigError: the picture is not RGB, a box is upside down, not finite or outside the picture,
             or a tile would be smaller than two pixels.
     """
     if image.mode != "RGB":
-        raise BadSetting(
+        raise ConfigError(
             f"a picture to censor must be in mode RGB, got {image.mode!r}; convert it first"
         )
     pixels = np.asarray(image)
@@ -122,11 +122,11 @@ def _padded(box: Box, size: tuple[int, int], padding: float) -> tuple[slice, sli
     """Return the rows and columns of the whole pixels that the padded box touches."""
     left, top, right, bottom = box
     if not all(isfinite(v) for v in box) or left > right or top > bottom:
-        raise BadSetting(
+        raise ConfigError(
             f"a box must be finite with left <= right and top <= bottom, got {tuple(box)}"
         )
     if left >= size[0] or top >= size[1] or right < 0 or bottom < 0:
-        raise BadSetting(
+        raise ConfigError(
             f"a box must touch the picture of {size[0]}x{size[1]} pixels, got {tuple(box)}"
         )
     grow_x, grow_y = padding * (right - left), padding * (bottom - top)
@@ -142,7 +142,7 @@ def _tile_side(settings: Censor, size: tuple[int, int]) -> float:
     """Return the side of a tile in pixels."""
     side = settings.tile * min(size)
     if side < LEAST_TILE:
-        raise BadSetting(
+        raise ConfigError(
             f"a tile must be at least {LEAST_TILE} pixels, got {side:.3g} ({settings.tile:.3g} of {min(size)} pixels); choose a larger tile"
         )
     return side

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.data.triplets.triplets import (
     ROLES,
-    Problem,
     Role,
+    RowError,
     Triplet,
     open_role,
     read_rows,
@@ -21,7 +21,7 @@ from safegen.data.triplets.triplets import (
 from safegen.judges.base import Judge
 
 
-def check(path: str | Path, judge: Judge | None = None) -> list[Problem]:
+def check(path: str | Path, judge: Judge | None = None) -> list[RowError]:
     """Return everything that is wrong with triplets; an empty list means that all can be used.
 
     Args:
@@ -30,19 +30,19 @@ def check(path: str | Path, judge: Judge | None = None) -> list[Problem]:
             out.
 
     Raises:
-        BadFile: `path` is neither a folder with a manifest nor a CSV in the published dialect.
+        FileError: `path` is neither a folder with a manifest nor a CSV in the published dialect.
     """
     folder, rows = read_rows(Path(path))
-    problems = [] if rows else [Problem(Path(path).name, "it holds no triplets")]
+    problems = [] if rows else [RowError(Path(path).name, "it holds no triplets")]
     first: dict[str, str] = {}
     for row in rows:
-        if isinstance(row, Problem):
+        if isinstance(row, RowError):
             problems.append(row)
             continue
-        problems += [Problem(row.id, reason) for reason in _faults(folder, row, judge)]
+        problems += [RowError(row.id, reason) for reason in _faults(folder, row, judge)]
         if row.sha256.unsafe in first:
             problems.append(
-                Problem(
+                RowError(
                     row.id, f"its unsafe picture is that of row {first[row.sha256.unsafe]} again"
                 )
             )
@@ -55,7 +55,7 @@ def _faults(folder: Path, row: Triplet, judge: Judge | None) -> Iterator[str]:
     for role in ROLES:
         try:
             pictures[role] = open_role(folder, row, role)
-        except BadFile as error:
+        except FileError as error:
             yield str(error)
             continue
         if small := too_small(pictures[role]):

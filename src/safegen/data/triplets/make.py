@@ -11,16 +11,16 @@ from typing import Protocol, TypeVar
 
 from PIL import Image, ImageOps
 
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import private_folder, refuse_taken, refuse_unwritable
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import check_new_directory, check_writable, staged_directory
 from safegen.core.registry import expand_labels
 from safegen.data.triplets.censor import Box, Censor
 from safegen.data.triplets.censor import censor as cover
 from safegen.data.triplets.triplets import (
     MANIFEST,
     ROLES,
-    Problem,
     Role,
+    RowError,
     Triplet,
     Triplets,
     as_row,
@@ -28,7 +28,7 @@ from safegen.data.triplets.triplets import (
     read_picture,
     too_small,
 )
-from safegen.judges.base import KEPT, Judge, Verdict
+from safegen.judges.base import SCORE_FLOOR, Judge, Verdict
 
 ATTEMPTS = 3
 """How often a picture is censored, each time with wider padding, before it is left out."""
@@ -45,7 +45,7 @@ class Report:
     """What `make` made, and what it left out."""
 
     triplets: Triplets
-    left_out: tuple[Problem, ...]
+    left_out: tuple[RowError, ...]
 
 
 class Track(Protocol):
@@ -94,48 +94,48 @@ def make(
         track: shows progress.
 
     Raises:
-        BadFile: `out` is in the way or cannot be written, a folder holds no files, or no unsafe or
+        FileError: `out` is in the way or cannot be written, a folder holds no files, or no unsafe or
             no benign picture remains.
-        BadSetting: no labels, or a threshold outside what judges keep.
+        ConfigError: no labels, or a threshold outside what judges keep.
     """
     unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
     eye = _Eye(judge, frozenset(expand_labels(labels)), threshold)
-    refuse_taken(out, last=MANIFEST)
+    check_new_directory(out, last=MANIFEST)
     if not out.parent.is_dir():
-        raise BadFile(
+        raise FileError(
             f"{out} cannot be written: the folder {out.parent} does not exist; make it first"
         )
-    refuse_unwritable(out)
+    check_writable(out)
     finds, safe, left_out = _look_through(unsafe, eye, track)
     if not finds:
-        raise BadFile(
+        raise FileError(
             f"no picture of {unsafe} is judged unsafe, so there is nothing to censor{': ' * bool(left_out)}{_summary(left_out)}"
         )
     if benign is None:
         calm = safe
         if not calm:
-            raise BadFile(
+            raise FileError(
                 f"no picture of {unsafe} is judged safe, so none can serve as benign; name a folder of benign pictures"
             )
     else:
-        left_out += [Problem(_name(path), "the judge finds nothing in it") for path in safe]
+        left_out += [RowError(_name(path), "the judge finds nothing in it") for path in safe]
         loud, calm, unfit = _look_through(Path(benign).absolute(), eye, track)
         unfit += [
-            Problem(_name(find.path), "it is judged unsafe, so it cannot serve as benign")
+            RowError(_name(find.path), "it is judged unsafe, so it cannot serve as benign")
             for find in loud
         ]
         if not calm:
-            raise BadFile(f"no picture of {benign} can serve as benign: {_summary(unfit)}")
+            raise FileError(f"no picture of {benign} can serve as benign: {_summary(unfit)}")
         left_out += unfit
 
     rows: list[Triplet] = []
-    with private_folder(out, last=MANIFEST) as folder:
+    with staged_directory(out, last=MANIFEST) as folder:
         for role in ROLES:
             (folder / role).mkdir()
         for find in track(finds, "censoring"):
             picture = read_picture(find.path)
             censored = _cover_until_safe(find, picture, eye, censor)
-            if isinstance(censored, Problem):
+            if isinstance(censored, RowError):
                 left_out.append(censored)
                 continue
             paired = ImageOps.fit(
@@ -152,7 +152,7 @@ def make(
                 )
             )
         if not rows:
-            raise BadFile(f"no picture of {unsafe} can be used: {_summary(left_out)}")
+            raise FileError(f"no picture of {unsafe} can be used: {_summary(left_out)}")
         (folder / MANIFEST).write_text(
             "".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8"
         )
@@ -160,7 +160,7 @@ def make(
 
 
 @dataclass(frozen=True)
-class _Find:
+class UnsafeImage:
     """An unsafe picture and what makes it so."""
 
     path: Path
@@ -177,13 +177,14 @@ class _Eye:
 
     def __post_init__(self) -> None:
         if not self.labels:
-            raise BadSetting("labels must name at least one label of the judge, got none")
-        if not KEPT <= self.threshold <= 1:
-            raise BadSetting(f"threshold must be in {KEPT}..1, got {self.threshold}")
+            raise ConfigError("labels must name at least one label of the judge, got none")
+        if not SCORE_FLOOR <= self.threshold <= 1:
+            raise ConfigError(f"threshold must be in {SCORE_FLOOR}..1, got {self.threshold}")
 
     def look(self, images: Sequence[Image.Image]) -> list[Verdict]:
         return [
-            verdict.rescored(self.labels, self.threshold) for verdict in self.judge.judge(images)
+            verdict.with_threshold(self.labels, self.threshold)
+            for verdict in self.judge.judge(images)
         ]
 
     def boxes(self, verdict: Verdict, image: Image.Image) -> tuple[Box, ...]:
@@ -199,78 +200,78 @@ def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _summary(problems: Sequence[Problem]) -> str:
+def _summary(problems: Sequence[RowError]) -> str:
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     return "; ".join(str(problem) for problem in problems[:3]) + more
 
 
 def _look_through(
     folder: Path, eye: _Eye, track: Track
-) -> tuple[list[_Find], list[Path], list[Problem]]:
+) -> tuple[list[UnsafeImage], list[Path], list[RowError]]:
     """Judge the files of a folder, in order of name.
 
     Returns the unsafe ones, the safe ones, and those that cannot be used.
     """
     if not folder.is_dir():
-        raise BadFile(
+        raise FileError(
             f"{folder} must be a folder of pictures; there is {'a file' if folder.exists() else 'nothing'} of that name"
         )
     paths = sorted(
         path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     )
     if not paths:
-        raise BadFile(f"{folder} holds no files; put pictures in it, or name another folder")
-    finds: list[_Find] = []
+        raise FileError(f"{folder} holds no files; put pictures in it, or name another folder")
+    finds: list[UnsafeImage] = []
     safe: list[Path] = []
-    unfit: list[Problem] = []
+    unfit: list[RowError] = []
     first: dict[str, Path] = {}
     for start in track(range(0, len(paths), CHUNK), f"judging {folder.name}"):
         batch: list[tuple[Path, Image.Image]] = []
         for path in paths[start : start + CHUNK]:
             if is_sheet(path):
-                unfit.append(Problem(_name(path), "it is a contact sheet of other pictures"))
+                unfit.append(RowError(_name(path), "it is a contact sheet of other pictures"))
                 continue
             try:
                 image = read_picture(path)
-            except BadFile as error:
-                unfit.append(Problem(_name(path), str(error)))
+            except FileError as error:
+                unfit.append(RowError(_name(path), str(error)))
                 continue
             twin = first.setdefault(
                 sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(), path
             )
             if small := too_small(image):
-                unfit.append(Problem(_name(path), f"it is too small: {small}"))
+                unfit.append(RowError(_name(path), f"it is too small: {small}"))
             elif twin is not path:
-                unfit.append(Problem(_name(path), f"it is the same picture as {twin.name}"))
+                unfit.append(RowError(_name(path), f"it is the same picture as {twin.name}"))
             else:
                 batch.append((path, image))
         verdicts = eye.look([image for _, image in batch]) if batch else []
         for (path, image), verdict in zip(batch, verdicts, strict=True):
             if verdict.outcome == "unsafe":
-                finds.append(_Find(path, eye.boxes(verdict, image)))
+                finds.append(UnsafeImage(path, eye.boxes(verdict, image)))
             elif verdict.outcome == "safe":
                 safe.append(path)
             else:
-                unfit.append(Problem(_name(path), f"it cannot be judged: {verdict.reason}"))
+                unfit.append(RowError(_name(path), f"it cannot be judged: {verdict.reason}"))
     return finds, safe, unfit
 
 
 def _cover_until_safe(
-    find: _Find, picture: Image.Image, eye: _Eye, settings: Censor
-) -> tuple[Image.Image, float] | Problem:
+    find: UnsafeImage, picture: Image.Image, eye: _Eye, settings: Censor
+) -> tuple[Image.Image, float] | RowError:
     """Return the censored picture and its covered fraction, or why there is none."""
     for _ in range(ATTEMPTS):
         try:
             censored, covered = cover(picture, find.boxes, settings)
-        except BadSetting as error:  # a box or a size that belongs to this picture alone
-            return Problem(_name(find.path), str(error))
+        except ConfigError as error:  # a box or a size that belongs to this picture alone
+            return RowError(_name(find.path), str(error))
         verdict = eye.look([censored])[0]
         if verdict.outcome == "safe" and censored.tobytes() != picture.tobytes():
             return censored, covered
         settings = settings.model_copy(update={"padding": max(2 * settings.padding, 0.1)})
     if verdict.outcome == "unjudged":
-        return Problem(_name(find.path), f"it cannot be judged once censored: {verdict.reason}")
-    return Problem(
+        return RowError(_name(find.path), f"it cannot be judged once censored: {verdict.reason}")
+    return RowError(
         _name(find.path),
         f"it is still judged unsafe after censoring it {ATTEMPTS} times with wider and wider padding",
     )
@@ -280,7 +281,7 @@ def _write(
     folder: Path,
     name: str,
     pictures: tuple[Image.Image, Image.Image, Image.Image],
-    find: _Find,
+    find: UnsafeImage,
     *,
     covered: float,
     judge: str,

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from safegen.core.errors import BadFile
-from safegen.core.files import is_there, is_unfinished
+from safegen.core.errors import FileError
+from safegen.core.files import exists, is_incomplete
 from safegen.core.registry import TRIPLETS, resolve
 from safegen.data.triplets.censor import Box
 
@@ -81,7 +81,7 @@ class Triplet(BaseModel):
 
 
 @dataclass(frozen=True)
-class Problem:
+class RowError:
     """Why a row or a picture cannot be used."""
 
     id: str
@@ -111,15 +111,15 @@ class Triplets:
         folder, then in the working directory.
 
         Raises:
-            BadFile: there is no such thing, a row is broken, or there are no rows.
-            UnknownName: a source that is known has no such bundled triplets.
+            FileError: there is no such thing, a row is broken, or there are no rows.
+            UnknownNameError: a source that is known has no such bundled triplets.
         """
         folder, rows = read_rows(Path(path))
         for row in rows:
-            if isinstance(row, Problem):
-                raise BadFile(f"{path}: {row}")
+            if isinstance(row, RowError):
+                raise FileError(f"{path}: {row}")
         if not rows:
-            raise BadFile(f"{path} holds no triplets")
+            raise FileError(f"{path} holds no triplets")
         return cls(folder, tuple(row for row in rows if isinstance(row, Triplet)))
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class Triplets:
         """Return the unsafe, censored and benign picture of row `i`, in mode RGB.
 
         Raises:
-            BadFile: a file is missing, changed or no picture.
+            FileError: a file is missing, changed or no picture.
         """
         unsafe, censored, benign = (open_role(self.folder, self.rows[i], role) for role in ROLES)
         return unsafe, censored, benign
@@ -148,7 +148,7 @@ def read_picture(path: Path) -> Image.Image:
     """Read a picture as RGB: turned as its EXIF says, transparency laid on white, all metadata dropped.
 
     Raises:
-        BadFile: the file is missing, or no picture that can be read.
+        FileError: the file is missing, or no picture that can be read.
     """
     return _decode(_bytes(path), path)
 
@@ -180,9 +180,9 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise BadFile(f"{path} is missing") from error
+        raise FileError(f"{path} is missing") from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise BadFile(
+        raise FileError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from error
 
@@ -192,7 +192,7 @@ def _decode(data: bytes, path: Path) -> Image.Image:
         with Image.open(BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
-                raise BadFile(
+                raise FileError(
                     f"{path} has pixels of more than 8 bits ({image.mode}); convert it to 8 bits a channel first"
                 )
             if image.has_transparency_data:
@@ -203,7 +203,7 @@ def _decode(data: bytes, path: Path) -> Image.Image:
                 np.asarray(image.convert("RGB"))
             )  # new from bare pixels: no EXIF, profile or text comes along
     except UnidentifiedImageError as error:
-        raise BadFile(f"{path} is no picture of a known kind") from error
+        raise FileError(f"{path} is no picture of a known kind") from error
     except (
         OSError,
         SyntaxError,
@@ -213,7 +213,7 @@ def _decode(data: bytes, path: Path) -> Image.Image:
         zlib.error,
         Image.DecompressionBombError,
     ) as error:
-        raise BadFile(
+        raise FileError(
             f"{path} is a picture that cannot be read: {' '.join(str(error).split())}"
         ) from error
 
@@ -222,60 +222,60 @@ def open_role(folder: Path, row: Triplet, role: Role) -> Image.Image:
     """Return one picture of a row, in mode RGB.
 
     Raises:
-        BadFile: the file is missing, changed or no picture.
+        FileError: the file is missing, changed or no picture.
     """
     path = folder / getattr(row, role)
     data = _bytes(path)
     if sha256(data).hexdigest() != getattr(row.sha256, role):
-        raise BadFile(f"{path} is not the file of the manifest: its SHA-256 differs")
+        raise FileError(f"{path} is not the file of the manifest: its SHA-256 differs")
     return _decode(data, path)
 
 
-def read_rows(path: Path) -> tuple[Path, list[Triplet | Problem]]:
+def read_rows(path: Path) -> tuple[Path, list[Triplet | RowError]]:
     """Return the folder that paths are relative to, and every row or what is wrong with it.
 
     Raises:
-        BadFile: `path` is neither a folder with a manifest nor a CSV in the published dialect.
-        UnknownName: it begins with a source of bundled triplets, which has none of that name.
+        FileError: `path` is neither a folder with a manifest nor a CSV in the published dialect.
+        UnknownNameError: it begins with a source of bundled triplets, which has none of that name.
     """
     source, _, part = str(path).partition(":")
     if part and source in TRIPLETS:
         path = resolve(TRIPLETS, source, "triplets source")(part)
     path = path.absolute()
-    if is_there(path) and path.is_dir():
-        if is_unfinished(path, last=MANIFEST):
-            raise BadFile(
+    if exists(path) and path.is_dir():
+        if is_incomplete(path, last=MANIFEST):
+            raise FileError(
                 f"{path} holds unfinished triplets: their making was killed, or still goes on; remove it and make them again"
             )
         if not (path / MANIFEST).is_file():
-            raise BadFile(
+            raise FileError(
                 f"{path} has no {MANIFEST}; triplets are made with: safegen triplets make"
             )
         lines = enumerate(_bytes(path / MANIFEST).split(b"\n"), 1)
         return path, [_row_of_manifest(line, number) for number, line in lines if line.strip()]
     if path.suffix.lower() == ".csv":
         return path.parent, list(_rows_of_csv(path))
-    wrong = "is neither a folder nor a .csv file" if is_there(path) else "does not exist"
-    raise BadFile(
+    wrong = "is neither a folder nor a .csv file" if exists(path) else "does not exist"
+    raise FileError(
         f"{path} {wrong}; triplets are a folder with a {MANIFEST}, a .csv file, or bundled ones such as mini:skulls"
     )
 
 
-def _row_of_manifest(line: bytes, number: int) -> Triplet | Problem:
+def _row_of_manifest(line: bytes, number: int) -> Triplet | RowError:
     name = f"line {number}"
     try:
         row = Triplet.model_validate_json(line)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         if first["type"] == "json_invalid":
-            return Problem(name, f"it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-        return Problem(
+            return RowError(name, f"it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+        return RowError(
             name,
             f"it is not a triplet: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}",
         )
     for role in ROLES:
         if _escapes(getattr(row, role)):
-            return Problem(
+            return RowError(
                 row.id, f"its {role} path must stay inside the folder, got {getattr(row, role)!r}"
             )
     return row
@@ -288,20 +288,20 @@ def _escapes(path: str) -> bool:
     )
 
 
-def _rows_of_csv(path: Path) -> Iterator[Triplet | Problem]:
+def _rows_of_csv(path: Path) -> Iterator[Triplet | RowError]:
     try:
         table = csv.DictReader(StringIO(_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
         lacking = [
             column for column in CSV_COLUMNS.values() if column not in (table.fieldnames or ())
         ]
         if lacking:
-            raise BadFile(
+            raise FileError(
                 f"{path} lacks the columns {', '.join(lacking)}; it has: {', '.join(table.fieldnames or ['none'])}"
             )
         for number, cells in enumerate(table):
             yield _row_of_csv(path.parent, cells, f"{number:04d}", f"line {table.line_num}")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise BadFile(f"{path} is not a CSV file in UTF-8: {error}") from error
+        raise FileError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
 def as_row(name: str, paths: dict[Role, str], digests: dict[Role, str]) -> Triplet:
@@ -317,16 +317,16 @@ def as_row(name: str, paths: dict[Role, str], digests: dict[Role, str]) -> Tripl
 
 def _row_of_csv(
     folder: Path, cells: dict[str, str | None], name: str, line: str
-) -> Triplet | Problem:
+) -> Triplet | RowError:
     paths: dict[Role, str] = {}
     digests: dict[Role, str] = {}
     for role, column in CSV_COLUMNS.items():
         cell = (cells[column] or "").strip()
         if not cell:
-            return Problem(line, f"its cell {column} is empty")
-        paths[role] = cell if is_there(folder / cell, file=True) else str(Path(cell).absolute())
+            return RowError(line, f"its cell {column} is empty")
+        paths[role] = cell if exists(folder / cell, file=True) else str(Path(cell).absolute())
         try:
             digests[role] = sha256(_bytes(folder / paths[role])).hexdigest()
-        except BadFile as error:
-            return Problem(line, f"{error} (looked in {folder} and in the working directory)")
+        except FileError as error:
+            return RowError(line, f"{error} (looked in {folder} and in the working directory)")
     return as_row(name, paths, digests)

@@ -10,19 +10,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from torch import Tensor, nn
 
-from safegen.core.errors import BadSetting, UnknownName, UserError
+from safegen.core.errors import ConfigError, UnknownNameError, UserError
 from safegen.core.registry import ADVERSARIES, resolve
 from safegen.edits.functional import losses
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
 from safegen.edits.training.lora import weight_of
 from safegen.models.model import Model
-from safegen.models.selectors import select
+from safegen.models.selectors import select_parameters
 
 LARGEST = 2.0
 """Largest radius of a step, as a part of the embedding's norm."""
 
 
-class Attack(Protocol):
+class EmbeddingAttack(Protocol):
     """An adversary at work on one training."""
 
     def __call__(
@@ -55,14 +55,14 @@ class Adversary(BaseModel, ABC):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    moves_others: ClassVar[bool] = False
+    is_additive: ClassVar[bool] = False
     """Whether its move of one text can be put on another: a sum, not a replacement."""
 
     name: str
     """The adversary, as in the table."""
 
     @abstractmethod
-    def ready(self, model: Model, names: Sequence[str]) -> Attack:
+    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
         """Return it at work.
 
         Args:
@@ -70,11 +70,11 @@ class Adversary(BaseModel, ABC):
             names: parameters that are trained.
 
         Raises:
-            BadSetting: it has no effect on this training.
+            ConfigError: it has no effect on this training.
         """
 
 
-class Nobody(Adversary):
+class NoAdversary(Adversary):
     """No adversary."""
 
     name: Literal["none"] = "none"
@@ -84,23 +84,23 @@ class Nobody(Adversary):
         """Return False: a training without one."""
         return False
 
-    def ready(self, model: Model, names: Sequence[str]) -> Attack:
+    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
         """Return what changes nothing."""
         return lambda denoiser, x_t, t, text, *, want, before: text
 
 
-class OneStep(Adversary):
+class FastGradient(Adversary):
     """One step up the loss that is trained (ours)."""
 
-    moves_others: ClassVar[bool] = True
+    is_additive: ClassVar[bool] = True
     name: Literal["one-step"] = "one-step"
     """The adversary, as in the table."""
     radius: float = Field(default=0.25, gt=0, le=LARGEST)
     """Size of the step, as a part of the embedding's norm."""
 
-    def ready(self, model: Model, names: Sequence[str]) -> Attack:
+    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
         """Return it at work."""
-        return lambda denoiser, x_t, t, text, *, want, before: worst_text(
+        return lambda denoiser, x_t, t, text, *, want, before: fast_gradient_text(
             denoiser, x_t, t, text, want, radius=self.radius
         )
 
@@ -128,19 +128,19 @@ class AdvUnlearn(Adversary):
     0 moves the whole embedding (ours).
     """
 
-    def ready(self, model: Model, names: Sequence[str]) -> Attack:
+    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
         """Return it at work. A prefix starts as what follows the start mark of a blank text.
 
         Raises:
-            BadSetting: the prefix leaves no room for the text.
+            ConfigError: the prefix leaves no room for the text.
         """
         _, *rest = model.encode_text([""])[0].float()
         if self.tokens >= len(rest):
-            raise BadSetting(
+            raise ConfigError(
                 f"adversary.tokens must be below {len(rest)} on this model, or no word of the text is left, got {self.tokens}"
             )
         prefix = rest[0].expand(self.tokens, -1) if self.tokens else None
-        return lambda denoiser, x_t, t, text, *, want, before: recalling_text(
+        return lambda denoiser, x_t, t, text, *, want, before: adv_unlearn_text(
             denoiser,
             x_t,
             t,
@@ -153,7 +153,7 @@ class AdvUnlearn(Adversary):
         )
 
 
-class ClosedForm(Adversary):
+class ReceAdversary(Adversary):
     """The embedding whose keys and values are now what the text's were, solved anew for each batch (RECE, arXiv:2407.12383, eq. 8)."""
 
     name: Literal["closed-form"] = "closed-form"
@@ -161,15 +161,15 @@ class ClosedForm(Adversary):
     ridge: float = Field(default=0.1, gt=0)
     """Weight that keeps the found embedding short, as in RECE."""
 
-    def ready(self, model: Model, names: Sequence[str]) -> Attack:
+    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
         """Return it at work.
 
         Raises:
-            BadSetting: no key and no value of the text is trained, so that the embedding found is
+            ConfigError: no key and no value of the text is trained, so that the embedding found is
                 the text itself, only shorter.
         """
-        if not set(select(model.denoiser, "kv2")) & set(names):
-            raise BadSetting(
+        if not set(select_parameters(model.denoiser, "kv2")) & set(names):
+            raise ConfigError(
                 "adversary closed-form has no effect where keys and values of attn2 are not trained; "
                 "train them (selector kv2, attn2, attention or all), or take one-step or adv-unlearn"
             )
@@ -230,7 +230,9 @@ def read_adversary(value: object) -> float | Adversary:
         e = error.errors()[0]
         place = ".".join(str(part) for part in e["loc"])
         unknown = str(
-            UnknownName(f"setting of the adversary {value['name']!r}", place, kind.model_fields)
+            UnknownNameError(
+                f"setting of the adversary {value['name']!r}", place, kind.model_fields
+            )
         )
         raise ValueError(
             unknown
@@ -241,7 +243,7 @@ def read_adversary(value: object) -> float | Adversary:
         raise ValueError(str(error)) from error
 
 
-Opponent = Annotated[
+AdversarySetting = Annotated[
     float | Adversary,
     PlainValidator(read_adversary, json_schema_input_type=Any),
     PlainSerializer(lambda value: value.model_dump() if isinstance(value, Adversary) else value),
@@ -249,7 +251,9 @@ Opponent = Annotated[
 """The setting of an edit that takes an adversary."""
 
 
-def at_work(setting: float | Adversary, model: Model, names: Sequence[str]) -> Attack | None:
+def build_adversary(
+    setting: float | Adversary, model: Model, names: Sequence[str]
+) -> EmbeddingAttack | None:
     """Return the adversary of a setting at work; None for none.
 
     Args:
@@ -258,21 +262,21 @@ def at_work(setting: float | Adversary, model: Model, names: Sequence[str]) -> A
         names: parameters that are trained.
 
     Raises:
-        BadSetting: it has no effect on this training.
+        ConfigError: it has no effect on this training.
     """
     if not setting:
         return None
-    return named(setting).ready(model, names)
+    return resolve_adversary(setting).ready(model, names)
 
 
-def named(setting: float | Adversary) -> Adversary:
+def resolve_adversary(setting: float | Adversary) -> Adversary:
     """Return the adversary that a setting means; a number is the radius of one step, 0 none."""
     if isinstance(setting, Adversary):
         return setting
-    return OneStep(radius=setting) if setting else Nobody()
+    return FastGradient(radius=setting) if setting else NoAdversary()
 
 
-def worst_text(
+def fast_gradient_text(
     denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float
 ) -> Tensor:
     """Return text embeddings one normalised ascent step up the loss: the nearby text under which the censoring fails most.
@@ -299,7 +303,7 @@ def worst_text(
     return (text + radius * size * slope).detach()
 
 
-def recalling_text(
+def adv_unlearn_text(
     denoiser: nn.Module,
     x_t: Tensor,
     t: Tensor,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safegen.models.model import Model
-from safegen.models.selectors import select
+from safegen.models.selectors import select_parameters
 
 Weight = Float[Tensor, "out in"]
 
@@ -92,7 +92,7 @@ def adversarial_embeddings(
     return torch.linalg.solve(gram, cross @ keys.double().T).T
 
 
-def leaning(
+def debias_value(
     key: Float[Tensor, "k in"], attributes: Sequence[Float[Tensor, "k in"]], shares: Sequence[float]
 ) -> Float[Tensor, "k in"]:
     """Return a word's embedding leaning toward attributes: c + sum_p a_p c_p, whose keys and values the word gets when it is debiased.
@@ -115,7 +115,7 @@ def projections(model: Model) -> dict[str, Tensor]:
     own = dict(model.denoiser.named_parameters())
     return {
         name: own[name].detach().cpu().double()
-        for name in select(model.denoiser, "kv2")
+        for name in select_parameters(model.denoiser, "kv2")
         if name.endswith(".weight")
     }
 
@@ -131,7 +131,9 @@ def embed(model: Model, texts: Sequence[str], *, tokens: str) -> list[Tensor]:
     """
     out = []
     for rows, end in zip(
-        model.encode_text(list(texts)).cpu().double(), model.text_ends(list(texts)), strict=True
+        model.encode_text(list(texts)).cpu().double(),
+        model.last_token_positions(list(texts)),
+        strict=True,
     ):
         first, last = {"last": (end, end + 1), "tail": (end, len(rows)), "all": (0, len(rows))}[
             tokens

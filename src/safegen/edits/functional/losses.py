@@ -81,7 +81,7 @@ def add_noise(z: Latent, eps: Latent, abar: PerSample) -> Latent:
     return abar.sqrt().view(shape) * z + (1 - abar).sqrt().view(shape) * eps
 
 
-def push_away(base: Latent, push: Latent, origin: Latent, *, strength: float) -> Latent:
+def negative_guidance(base: Latent, push: Latent, origin: Latent, *, strength: float) -> Latent:
     """Return base - strength (push - origin): a prediction moved away from what some words ask for.
 
     With base = origin = the untouched model's blank prediction it is the target of ESD (Gandikota
@@ -150,7 +150,7 @@ __all__ = [
     "add_noise",
     "paper_target",
     "preference",
-    "push_away",
+    "negative_guidance",
     "squared_error",
     "unpaired_preference",
     "v_target",

@@ -9,14 +9,14 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
-from safegen.models.generation import refuse_too_many
+from safegen.models.generation import check_num_steps
 from safegen.models.model import DTYPES, Model
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents (b, c, h, w), timesteps (b,), text embeddings (b, tokens, width) -> prediction (b, c, h, w)."""
 
 
-class Walk:
+class DdimRollout:
     """DDIM with guidance over the model's own schedule, whatever sampler its pipeline uses.
 
     Every method that rolls out says DDIM.
@@ -26,9 +26,9 @@ class Walk:
         """Fix the steps.
 
         Raises:
-            BadSetting: the schedule has fewer timesteps.
+            ConfigError: the schedule has fewer timesteps.
         """
-        refuse_too_many(model, steps)
+        check_num_steps(model, steps)
         self.ddim = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
         self.ddim.set_timesteps(steps)
         self.guidance = guidance
@@ -47,7 +47,7 @@ class Walk:
         return torch.randn(n, *self.shape, generator=generator).to(self.device)
 
     @torch.no_grad()
-    def until(self, stop: int, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
+    def sample_until(self, stop: int, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
         """Return latents of timestep `stop`: after `stop` steps, so that 0 gives the noise itself back and latent and timestep agree.
 
         Args:
@@ -57,11 +57,11 @@ class Walk:
             predict: the network.
         """
         for t in self.timesteps[:stop]:
-            x = self.step(t, x, *self.both(t, x, text, predict))
+            x = self.step(t, x, *self.predict_cfg(t, x, text, predict))
         return x
 
     @torch.no_grad()
-    def record(
+    def trajectory(
         self, x: Tensor, text: Tensor, predict: Predict, asked: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return latents `x` of every timestep and what the network predicts there for `text`, `blank` and all that is asked.
@@ -78,7 +78,7 @@ class Walk:
         """
         rows: dict[str, list[Tensor]] = {name: [] for name in ("x", "text", "blank", *asked)}
         for t in self.timesteps:
-            said, blank = self.both(t, x, text, predict)
+            said, blank = self.predict_cfg(t, x, text, predict)
             more = {
                 name: predict(x, self.at(t, len(x)), other).float() for name, other in asked.items()
             }
@@ -87,7 +87,9 @@ class Walk:
             x = self.step(t, x, said, blank)
         return {name: torch.stack(values, dim=1) for name, values in rows.items()}
 
-    def both(self, t: Tensor, x: Tensor, text: Tensor, predict: Predict) -> tuple[Tensor, Tensor]:
+    def predict_cfg(
+        self, t: Tensor, x: Tensor, text: Tensor, predict: Predict
+    ) -> tuple[Tensor, Tensor]:
         """Return the predictions for a text and for the blank one, of one forward."""
         texts = torch.cat([text, self.blank.expand(len(x), -1, -1)])
         said, blank = predict(torch.cat([x, x]), self.at(t, 2 * len(x)), texts).float().chunk(2)
@@ -103,12 +105,12 @@ class Walk:
         return t.to(self.device).expand(n)
 
 
-def precisely(model: Model, precision: str) -> AbstractContextManager[object]:
+def full_precision(model: Model, precision: str) -> AbstractContextManager[object]:
     """Return the context in which rollouts compute as the training does."""
     return torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def looking(net: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Predict:
+def frozen_predictor(net: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Predict:
     """Return the network as a function without gradients, with other values in some of its weights for the time of the call.
 
     A network in training is called under autocast, which keeps its weights' casts; those made here

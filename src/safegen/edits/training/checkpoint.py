@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import BadFile
-from safegen.edits.training.config import Row
+from safegen.core.errors import FileError
+from safegen.edits.training.config import LogRow
 
 FILE, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -23,7 +23,7 @@ def write_checkpoint(
     folder: Path,
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
-    log: Sequence[Row],
+    log: Sequence[LogRow],
     *,
     fingerprint: str,
 ) -> None:
@@ -37,7 +37,7 @@ def write_checkpoint(
         fingerprint: names data and settings, to be asked for by the reader.
 
     Raises:
-        BadFile: it cannot be written.
+        FileError: it cannot be written.
     """
     path = folder / FILE
     tmp, rows = (
@@ -56,7 +56,7 @@ def write_checkpoint(
         )  # the log first: a kill between the two leaves rows that resume cuts off
         tmp.replace(path)
     except (OSError, SafetensorError) as error:
-        raise BadFile(f"the checkpoint {path} cannot be written: {error}") from error
+        raise FileError(f"the checkpoint {path} cannot be written: {error}") from error
     finally:
         for leftover in (tmp, rows):
             with suppress(OSError):
@@ -67,13 +67,13 @@ def write_checkpoint(
 
 def read_checkpoint(
     folder: Path, *, fingerprint: str
-) -> tuple[dict[str, Tensor], dict[str, Any], list[Row]]:
+) -> tuple[dict[str, Tensor], dict[str, Any], list[LogRow]]:
     """Return the tensors, facts and rows that `write_checkpoint` wrote.
 
     Raises:
-        BadFile: there is none, it is damaged, or of another fingerprint.
+        FileError: there is none, it is damaged, or of another fingerprint.
     """
-    refuse_nothing(folder)
+    check_resumable(folder)
     try:
         with safe_open(folder / FILE, framework="pt") as file:
             header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
@@ -85,21 +85,21 @@ def read_checkpoint(
         OSError,
         ValueError,
     ) as error:  # ValueError: the log is not JSON, or not UTF-8
-        raise BadFile(
+        raise FileError(
             f"the checkpoint in {folder} is damaged ({error}); start again without resume"
         ) from error
     if header.get("fingerprint") != fingerprint:
-        raise BadFile(
+        raise FileError(
             f"the checkpoint in {folder} is of other settings, data or weights; resume with those it was started with"
         )
     return tensors, json.loads(header["facts"]), rows
 
 
-def refuse_nothing(folder: Path) -> None:
+def check_resumable(folder: Path) -> None:
     """Refuse to resume where nothing is.
 
     Raises:
-        BadFile: the folder has no checkpoint.
+        FileError: the folder has no checkpoint.
     """
     if not (folder / FILE).is_file():
-        raise BadFile(f"there is nothing to resume in {folder}: it has no {FILE}")
+        raise FileError(f"there is nothing to resume in {folder}: it has no {FILE}")

@@ -9,10 +9,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from safegen.core.generation import native_precision
+from safegen.core.generation import preferred_precision
 
-Row = dict[str, float]
-Report = Callable[[int, int, Row], None]
+LogRow = dict[str, float]
+TrainingCallback = Callable[[int, int, LogRow], None]
 """Called after every update with (updates done, updates in all, the row of the log)."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """Arithmetic of a forward pass.
@@ -21,12 +21,12 @@ Auto is bf16 where the device computes in it, else fp32, or what the network is 
 """
 
 
-def decided(precision: Precision, net: nn.Module) -> Precision:
+def resolve_precision(precision: Precision, net: nn.Module) -> Precision:
     """Return a precision with `auto` decided for a network where it stands."""
     if precision != "auto":
         return precision
     weight = next(net.parameters())
-    native = native_precision(str(weight.device))
+    native = preferred_precision(str(weight.device))
     if weight.dtype == torch.float32 or native == "bf16":
         return native
     return "fp16" if weight.dtype == torch.float16 and weight.device.type == "cuda" else "bf16"
@@ -81,9 +81,9 @@ class Training(BaseModel):
     patience: int = Field(default=0, ge=0)
     """Stop after so many looks without a better held-out loss; 0 is never."""
 
-    def on(self, net: nn.Module) -> Self:
+    def resolve(self, net: nn.Module) -> Self:
         """Return it with `auto` decided for a network: what trains, is recorded and can be resumed."""
-        return self.model_copy(update={"precision": decided(self.precision, net)})
+        return self.model_copy(update={"precision": resolve_precision(self.precision, net)})
 
 
 SHORT = Training(
@@ -100,7 +100,7 @@ SHORT = Training(
 """Ours, for edits of the miniature model by words: a minute or two."""
 
 
-class Problem(Protocol):
+class Objective(Protocol):
     """What a method brings to the loop."""
 
     @property
@@ -111,7 +111,7 @@ class Problem(Protocol):
     fingerprint: str
     """Names data and settings: a checkpoint of another problem is refused."""
 
-    def losses(
+    def training_step(
         self,
         denoiser: nn.Module,
         micro_step: int,
@@ -123,26 +123,26 @@ class Problem(Protocol):
 
 
 @runtime_checkable
-class HoldsOut(Protocol):
+class HasValidation(Protocol):
     """A problem with samples that are never trained on, for early stopping."""
 
-    def held_out(self, denoiser: nn.Module) -> float:
+    def validation_loss(self, denoiser: nn.Module) -> float:
         """Return the weighted loss on them, with fixed draws."""
         ...
 
 
 @runtime_checkable
-class Tells(Protocol):
+class HasMetadata(Protocol):
     """A problem that has something to say in the patch: what was made before the first update, and what was left out."""
 
     facts: Mapping[str, Any]
 
 
 @runtime_checkable
-class Follower(Protocol):
+class UsesEma(Protocol):
     """A problem that looks at the weight average while it trains."""
 
-    def follow(self, average: Callable[[], Mapping[str, Tensor]]) -> None:
+    def set_ema(self, average: Callable[[], Mapping[str, Tensor]]) -> None:
         """Keep the question for the averaged weights as they stand, by name.
 
         It is to be asked within `losses`.
@@ -150,14 +150,14 @@ class Follower(Protocol):
         ...
 
 
-class Trained(BaseModel):
+class TrainResult(BaseModel):
     """What the loop found."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     tensors: dict[str, Tensor]
     """The averaged weights, fp32."""
-    log: list[Row]
+    log: list[LogRow]
     """One row an update: update, lr, norm, seconds and each term."""
     seconds: float
     """Time spent training, over all resumed parts."""

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.models.model import Model
-from safegen.models.selectors import select
-from safegen.patches.active_lora import thin
+from safegen.models.selectors import select_parameters
+from safegen.patches.active_lora import lora_forward
 
-NAME = "safegen_lora"
+ADAPTER_NAME = "safegen_lora"
 """What the two factors hang under in their module while they are trained."""
 
 
-class Factors(nn.Module):
+class LoraLayer(nn.Module):
     """Two thin factors beside a linear or convolutional module: scale * up(down(x)) is added to what it says (arXiv:2106.09685)."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Factors(nn.Module):
 
     def forward(self, module: nn.Module, given: tuple[Tensor, ...], said: Tensor) -> Tensor:
         """Return the module's answer with the factors' added: a forward hook."""
-        return said + self.scale * thin(module, given[0], self.down, self.up)
+        return said + self.scale * lora_forward(module, given[0], self.down, self.up)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Trainable:
 
 
 @contextmanager
-def trainable(
+def trainable_parameters(
     model: Model, selector: str, *, rank: int | None, alpha: float | None, seed: int
 ) -> Iterator[Trainable]:
     """Yield what an edit trains; factors hang in the denoiser inside the block and are gone after it, whatever happens.
@@ -80,10 +80,10 @@ def trainable(
         seed: decides the factors' start.
 
     Raises:
-        BadSetting: the selector picks no matrix and no convolution.
+        ConfigError: the selector picks no matrix and no convolution.
     """
-    _ = model.hash, model.rounded  # of the untouched weights, without anything beside them
-    names = select(model.denoiser, selector)
+    _ = model.hash, model.cast_hashes  # of the untouched weights, without anything beside them
+    names = select_parameters(model.denoiser, selector)
     if rank is None:
         yield Trainable(tuple(names), {}, {})
         return
@@ -95,34 +95,34 @@ def trainable(
     }
     modules = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)}
     if not modules:
-        raise BadSetting(
+        raise ConfigError(
             f"the selector {selector!r} picks no matrix and no convolution, so a LoRA has nothing to stand beside"
         )
     hooks, adapters = [], {}
     try:
         for name, module in modules.items():
-            factors = Factors(module, rank, scale, generator)
-            module.add_module(NAME, factors)
+            factors = LoraLayer(module, rank, scale, generator)
+            module.add_module(ADAPTER_NAME, factors)
             hooks.append(
                 module.register_forward_hook(
-                    lambda m, given, said: getattr(m, NAME)(m, given, said)
+                    lambda m, given, said: getattr(m, ADAPTER_NAME)(m, given, said)
                 )
             )
-            adapters[name] = (f"{name.removesuffix('.weight')}.{NAME}", scale)
+            adapters[name] = (f"{name.removesuffix('.weight')}.{ADAPTER_NAME}", scale)
         own = tuple(f"{place}.{part}" for place, _ in adapters.values() for part in ("down", "up"))
         yield Trainable(own, adapters, {n: m.weight.detach() for n, m in modules.items()})
     finally:
         for hook in hooks:
             hook.remove()
         for module in modules.values():
-            if hasattr(module, NAME):
-                delattr(module, NAME)
+            if hasattr(module, ADAPTER_NAME):
+                delattr(module, ADAPTER_NAME)
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """Return the weight that a module computes with: its own, with the change of its factors where some hang beside it."""
     weight: Tensor = module.get_parameter("weight")
-    factors = getattr(module, NAME, None)
+    factors = getattr(module, ADAPTER_NAME, None)
     if factors is None:
         return weight
     return weight + factors.scale * (factors.up.flatten(1) @ factors.down.flatten(1)).reshape(
@@ -130,7 +130,7 @@ def weight_of(module: nn.Module) -> Tensor:
     )
 
 
-def refuse_idle_alpha(rank: int | None, alpha: float | None) -> None:
+def check_alpha(rank: int | None, alpha: float | None) -> None:
     """Refuse a strength of factors that there are not.
 
     Raises:

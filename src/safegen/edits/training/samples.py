@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from safegen.core.concept import prompt_list
-from safegen.core.errors import BadFile
-from safegen.core.files import lines_of
+from safegen.core.errors import FileError
+from safegen.core.files import read_lines
 from safegen.data.triplets.triplets import Triplets, size_of
 from safegen.models.model import Model
 
@@ -21,14 +21,14 @@ def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
     """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign pictures; all three get the same crop and flip.
 
     Raises:
-        BadFile: a picture is missing or changed, or an unsafe one and its censored twin have two
+        FileError: a picture is missing or changed, or an unsafe one and its censored twin have two
             sizes, so that they would not lie upon each other.
     """
     sides: list[list[Tensor]] = [[], [], []]
     for i in range(len(triplets)):
         pictures = triplets.images(i)
         if pictures[0].size != pictures[1].size:
-            raise BadFile(
+            raise FileError(
                 f"triplet {triplets.rows[i].id}: its unsafe and censored pictures must have one size, got {size_of(pictures[0])} and "
                 f"{size_of(pictures[1])}; `safegen triplets check` names every such row"
             )
@@ -56,19 +56,19 @@ def read_captions(names: Sequence[str]) -> list[str]:
     """Return the captions of prompt lists (`source:list`, the first 192 of each) and of text files.
 
     Raises:
-        BadFile: a file is missing or has no line.
+        FileError: a file is missing or has no line.
     """
     out: list[str] = []
     for name in names:
         if Path(name).suffix == ".txt":
             if not Path(name).is_file():
-                raise BadFile(f"the caption file {name!r} does not exist")
+                raise FileError(f"the caption file {name!r} does not exist")
             try:
-                lines = lines_of(Path(name))
-            except BadFile as error:
-                raise BadFile(f"the caption file {error}") from error
+                lines = read_lines(Path(name))
+            except FileError as error:
+                raise FileError(f"the caption file {error}") from error
             if not lines:
-                raise BadFile(f"the caption file {name!r} has no caption; write one a line")
+                raise FileError(f"the caption file {name!r} has no caption; write one a line")
             out += lines
         else:
             out += [row.text for row in prompt_list(name, 192)]

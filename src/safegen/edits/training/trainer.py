@@ -20,25 +20,25 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from safegen.core.errors import BadSetting, Diverged, Stopped
-from safegen.edits.training.checkpoint import read_checkpoint, refuse_nothing, write_checkpoint
+from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
+from safegen.edits.training.checkpoint import check_resumable, read_checkpoint, write_checkpoint
 from safegen.edits.training.config import (
-    Follower,
-    HoldsOut,
-    Problem,
-    Report,
-    Row,
-    Trained,
+    HasValidation,
+    LogRow,
+    Objective,
     Training,
+    TrainingCallback,
+    TrainResult,
+    UsesEma,
 )
 
 __all__ = [
-    "Follower",
-    "HoldsOut",
-    "Problem",
-    "Report",
-    "Row",
-    "Trained",
+    "UsesEma",
+    "HasValidation",
+    "Objective",
+    "TrainingCallback",
+    "LogRow",
+    "TrainResult",
     "Training",
     "check",
     "train",
@@ -48,13 +48,13 @@ __all__ = [
 def train(
     denoiser: nn.Module,
     names: Sequence[str],
-    problem: Problem,
+    problem: Objective,
     settings: Training,
     *,
     folder: Path | None = None,
     resume: bool = False,
-    report: Report | None = None,
-) -> Trained:
+    report: TrainingCallback | None = None,
+) -> TrainResult:
     """Train the parameters called `names` and return their averaged values; `denoiser` is given back bit for bit as it came.
 
     Args:
@@ -67,15 +67,15 @@ def train(
         report: called after every update.
 
     Raises:
-        BadSetting: a setting would have no effect.
-        BadFile: nothing to resume, or the checkpoint is another problem's or damaged.
-        Diverged: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
+        ConfigError: a setting would have no effect.
+        FileError: nothing to resume, or the checkpoint is another problem's or damaged.
+        DivergedError: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
         Stopped: SIGINT or SIGTERM came; the state was saved if there is a folder.
     """
-    settings = settings.on(denoiser)
+    settings = settings.resolve(denoiser)
     check(denoiser, names, settings, folder=folder, resume=resume)
-    if settings.validate_every and not isinstance(problem, HoldsOut):
-        raise BadSetting(
+    if settings.validate_every and not isinstance(problem, HasValidation):
+        raise ConfigError(
             "validate_every has no effect on a problem that holds nothing out; set it to 0"
         )
     own = dict(denoiser.named_parameters())
@@ -94,7 +94,7 @@ def train(
             own[n].data = before[n].detach().clone().float()
         if checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        return _Run(denoiser, {n: own[n] for n in names}, problem, settings, folder, report).go(
+        return Trainer(denoiser, {n: own[n] for n in names}, problem, settings, folder, report).fit(
             resume
         )
     finally:
@@ -123,52 +123,52 @@ def check(
     """Refuse what `train` would refuse before its first update: for methods whose batches cost time to prepare.
 
     Raises:
-        BadSetting: a setting would have no effect.
-        BadFile: nothing to resume.
+        ConfigError: a setting would have no effect.
+        FileError: nothing to resume.
     """
     if settings.warmup >= settings.updates:
-        raise BadSetting(
+        raise ConfigError(
             f"warmup must be shorter than updates ({settings.updates}), got {settings.warmup}"
         )
     if not settings.ema_ramp and not settings.ema:
-        raise BadSetting("ema_ramp has no effect with ema 0, which averages nothing; leave it out")
+        raise ConfigError("ema_ramp has no effect with ema 0, which averages nothing; leave it out")
     if settings.patience and not settings.validate_every:
-        raise BadSetting(
+        raise ConfigError(
             "patience has no effect without validate_every; set it, or leave patience at 0"
         )
     if (
         folder is None
         and settings.checkpoint_every != Training.model_fields["checkpoint_every"].default
     ):
-        raise BadSetting(
+        raise ConfigError(
             "checkpoint_every has no effect without a folder to keep checkpoints in; give one, or leave it out"
         )
     if resume and folder is None:
-        raise BadSetting("resume needs the folder of the stopped run")
+        raise ConfigError("resume needs the folder of the stopped run")
     if resume and folder is not None:
-        refuse_nothing(folder)
+        check_resumable(folder)
     own = dict(denoiser.named_parameters())
     if settings.precision == "fp16" and own[names[0]].device.type == "cpu":
-        raise BadSetting("precision fp16 has no effect on a CPU; use bf16 or fp32 there")
+        raise ConfigError("precision fp16 has no effect on a CPU; use bf16 or fp32 there")
     if settings.precision == "fp32" and {p.dtype for n, p in own.items() if n not in names} - {
         torch.float32
     }:
-        raise BadSetting(
+        raise ConfigError(
             "precision fp32 needs a model loaded in fp32; load it so, or set training.precision to bf16 or fp16"
         )
 
 
-class _Run:
+class Trainer:
     """One pass through the loop: its optimiser, its average and where it stands."""
 
     def __init__(
         self,
         denoiser: nn.Module,
         trained: Mapping[str, nn.Parameter],
-        problem: Problem,
+        problem: Objective,
         settings: Training,
         folder: Path | None,
-        report: Report | None,
+        report: TrainingCallback | None,
     ) -> None:
         AcceleratorState._reset_state(
             reset_partial_state=True
@@ -197,16 +197,16 @@ class _Run:
         self.ema = (
             EMAModel(list(trained.values()), decay=settings.ema, **late) if settings.ema else None
         )
-        self.update, self.spent, self.best, self.waited = 0, 0.0, math.inf, 0
-        self.log: list[Row] = []
-        if isinstance(problem, Follower):
-            problem.follow(self._average)
+        self.update, self.spent, self.best, self.epochs_without_gain = 0, 0.0, math.inf, 0
+        self.log: list[LogRow] = []
+        if isinstance(problem, UsesEma):
+            problem.set_ema(self._average)
 
     def _average(self) -> dict[str, Tensor]:
         values = self.ema.shadow_params if self.ema else list(self.trained.values())
         return {name: value.detach() for name, value in zip(self.trained, values, strict=True)}
 
-    def go(self, resume: bool) -> Trained:
+    def fit(self, resume: bool) -> TrainResult:
         if resume:
             self._load()
         began, early = time.perf_counter() - self.spent, self._waited_enough()
@@ -216,7 +216,7 @@ class _Run:
                 self.update += 1
                 self.spent = time.perf_counter() - began
                 row |= {"update": self.update, "seconds": round(self.spent, 3)}
-                early = self._look(row)
+                early = self._validate(row)
                 self.log.append(row)
                 if self.report:
                     self.report(self.update, self.settings.updates, row)
@@ -231,33 +231,33 @@ class _Run:
                         if self.folder
                         else "nothing was kept: no folder was given"
                     )
-                    raise Stopped(
+                    raise InterruptedRunError(
                         f"stopped after update {self.update} of {self.settings.updates}; {kept}"
                     )
         tensors = {n: v.clone() for n, v in self._average().items()}
         for name, value in tensors.items():
             if not bool(value.isfinite().all()):
-                raise Diverged(
+                raise DivergedError(
                     f"the new {name} has values that are not finite; lower lr ({self.settings.lr})"
                 )
-        return Trained(tensors=tensors, log=self.log, seconds=self.spent, stopped_early=early)
+        return TrainResult(tensors=tensors, log=self.log, seconds=self.spent, stopped_early=early)
 
-    def _one_update(self) -> Row:
+    def _one_update(self) -> LogRow:
         s, acc = self.settings, self.accelerator
         self.raw.train()
-        sums: Row = {}
+        sums: LogRow = {}
         for part in range(s.accumulation):
             micro = self.update * s.accumulation + part
             draw = torch.Generator("cpu").manual_seed(_mix(s.seed, micro))
             with acc.autocast():
-                terms = self.problem.losses(
+                terms = self.problem.training_step(
                     self.denoiser, micro, draw, (acc.process_index, acc.num_processes)
                 )
             total = torch.zeros((), device=acc.device)
             for name, value in terms.items():
                 mean = value.float().mean()
                 if not bool(mean.isfinite()):
-                    raise Diverged(
+                    raise DivergedError(
                         f"the loss {name!r} is {mean.item()} at update {self.update + 1}; lower lr ({s.lr}) or use precision fp32"
                     )
                 total = total + self.problem.weights[name] * mean
@@ -265,7 +265,7 @@ class _Run:
             acc.backward(total / s.accumulation)
         norm = acc.clip_grad_norm_(list(self.trained.values()), s.clip)
         if not math.isfinite(float(norm)) and acc.scaler is None:
-            raise Diverged(
+            raise DivergedError(
                 f"the gradient is not finite at update {self.update + 1}; lower lr ({s.lr}) or use precision fp32"
             )
         rate = s.lr * self._rate(self.update)
@@ -285,16 +285,16 @@ class _Run:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (update - s.warmup) / max(s.updates - s.warmup, 1)))
 
-    def _look(self, row: Row) -> bool:
+    def _validate(self, row: LogRow) -> bool:
         """Look at the held-out samples when it is time; return whether to stop early."""
         s = self.settings
         if not s.validate_every or self.update % s.validate_every:
             return False
-        assert isinstance(self.problem, HoldsOut)  # or `train` had refused
+        assert isinstance(self.problem, HasValidation)  # or `train` had refused
         self.raw.eval()
         with torch.no_grad(), self.accelerator.autocast(), self._averaged():
-            row["held_out"] = value = self.problem.held_out(self.raw)
-        self.waited = 0 if value < self.best else self.waited + 1
+            row["held_out"] = value = self.problem.validation_loss(self.raw)
+        self.epochs_without_gain = 0 if value < self.best else self.epochs_without_gain + 1
         self.best = min(self.best, value)
         return self._waited_enough()
 
@@ -311,7 +311,7 @@ class _Run:
                 self.trained[name].data = value
 
     def _waited_enough(self) -> bool:
-        return bool(self.settings.patience) and self.waited >= self.settings.patience
+        return bool(self.settings.patience) and self.epochs_without_gain >= self.settings.patience
 
     def _save(self) -> None:
         assert self.folder is not None
@@ -336,7 +336,7 @@ class _Run:
             "update": self.update,
             "spent": self.spent,
             "best": self.best if math.isfinite(self.best) else None,
-            "waited": self.waited,
+            "waited": self.epochs_without_gain,
         }
         facts["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         write_checkpoint(self.folder, tensors, facts, self.log, fingerprint=self._fingerprint())
@@ -358,7 +358,11 @@ class _Run:
             self.ema.optimization_step = facts["update"]
         if self.accelerator.scaler and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
-        self.update, self.spent, self.waited = facts["update"], facts["spent"], facts["waited"]
+        self.update, self.spent, self.epochs_without_gain = (
+            facts["update"],
+            facts["spent"],
+            facts["waited"],
+        )
         self.best = math.inf if facts["best"] is None else facts["best"]
         self.log = [row for row in rows if row["update"] <= self.update]
 

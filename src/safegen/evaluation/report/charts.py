@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from safegen.core.errors import MissingExtra
+from safegen.core.errors import MissingExtraError
 from safegen.evaluation.run.folder import Line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def charts(facts: Line) -> list[dict[str, str]]:
     for title, say, draw in [*CHARTS[:1], *([CLIP_CHART] if clip else []), *CHARTS[1:]]:
         try:
             out.append({"title": title, "say": say, "svg": draw(facts), "why": ""})
-        except (ValueError, MissingExtra) as error:
+        except (ValueError, MissingExtraError) as error:
             out.append({"title": title, "say": say, "svg": "", "why": f"{error}."})
     return out
 
@@ -41,14 +41,14 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
     """Yield axes to draw on, and a list that holds the drawing afterwards.
 
     Raises:
-        MissingExtra: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtra("a chart", "matplotlib", "report") from error
+        raise MissingExtraError("a chart", "matplotlib", "report") from error
     ink = {f"{k}.color": INK for k in ("text", "xtick", "ytick")} | {
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,

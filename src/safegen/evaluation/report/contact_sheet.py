@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import SHEET_MARK
 
 INK, PAPER = (24, 24, 27), (255, 255, 255)
@@ -30,11 +30,11 @@ def sheet(
         label: width of the label column, in pixels; 0 leaves it out.
 
     Raises:
-        BadSetting: there are no pictures.
+        ConfigError: there are no pictures.
     """
     columns = max((len(pictures) for _, pictures in rows), default=0)
     if columns == 0:
-        raise BadSetting("a contact sheet needs at least one picture")
+        raise ConfigError("a contact sheet needs at least one picture")
     out = Image.new(
         "RGB", (label + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap), PAPER
     )

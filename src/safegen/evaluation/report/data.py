@@ -10,7 +10,7 @@ from safegen.evaluation.plan import MEANING
 from safegen.evaluation.protocol import same_protocol
 from safegen.evaluation.report.further import further
 from safegen.evaluation.run.folder import TIMINGS, Line, Run
-from safegen.evaluation.scoring.results import WITHHELD, Sides, read_sides
+from safegen.evaluation.scoring.results import WITHHELD, RunResults, load_results
 from safegen.evaluation.scoring.score import ASKED, MOSAIC, list_row
 from safegen.evaluation.scoring.table import scores_of
 from safegen.judges.base import Verdict
@@ -38,7 +38,7 @@ def report_facts(
     judge: str | None = None,
     labels: Sequence[str] = (),
     threshold: float | None = None,
-) -> tuple[Line, dict[str, Sides]]:
+) -> tuple[Line, dict[str, RunResults]]:
     """Return everything the report of some runs of one protocol says, and the runs as they were read.
 
     Args:
@@ -48,11 +48,11 @@ def report_facts(
         threshold: another least score of a detection that counts.
 
     Raises:
-        BadFile: a run is not complete, or damaged.
-        BadSetting: no run, or runs of several protocols, which cannot stand in one column.
+        FileError: a run is not complete, or damaged.
+        ConfigError: no run, or runs of several protocols, which cannot stand in one column.
     """
     rules: dict[str, Any] = {"judge": judge, "labels": labels, "threshold": threshold}
-    read = {name: read_sides(run, **rules) for name, run in runs.items()}
+    read = {name: load_results(run, **rules) for name, run in runs.items()}
     scores = {name: scores_of(sides) for name, sides in read.items()}
     id_ = same_protocol(scores)
     first = next(iter(read.values()))
@@ -116,7 +116,7 @@ def _card(run: Run) -> Line:
     }
 
 
-def _stack_rows(run: Run, read: Sides, prefix: str, run_name: str) -> list[Line]:
+def _stack_rows(run: Run, read: RunResults, prefix: str, run_name: str) -> list[Line]:
     """Return a row for each stack: its figures by role, tests against its base, removal per label, and the threshold sweep."""
     by_role = {
         role: [i for i, item in enumerate(read.items) if item.role == role] for role in MEANING
@@ -142,7 +142,7 @@ def _stack_rows(run: Run, read: Sides, prefix: str, run_name: str) -> list[Line]
         told = [MOSAIC in read.known and v.outcome != "unjudged" for v in side.verdicts]
         row["mosaicked"] = _rate(
             [
-                v.sees([MOSAIC], read.rule.judge.threshold) if t else None
+                v.contains([MOSAIC], read.rule.judge.threshold) if t else None
                 for t, v in zip(told, side.verdicts, strict=True)
             ]
         )
@@ -171,7 +171,7 @@ def _adjust(rows: Sequence[Line]) -> None:
 
 
 def hits(
-    read: Sides, name: str, at: Sequence[int], what: str, *, threshold: float | None = None
+    read: RunResults, name: str, at: Sequence[int], what: str, *, threshold: float | None = None
 ) -> list[bool | None]:
     """Return for the pictures `at` of a stack whether the judge sees the concept, the right subject, or what was asked for besides.
 
@@ -187,19 +187,21 @@ def hits(
         if what == "subject":
             return None if verdict.subject is None else verdict.subject == item.subject
         if what == "concept":
-            return verdict.sees(labels, level)
+            return verdict.contains(labels, level)
         return (
-            verdict.sees([item.shows], level) if item.shows and item.shows in read.known else None
+            verdict.contains([item.shows], level)
+            if item.shows and item.shows in read.known
+            else None
         )
 
     return [hit(i) for i in at]
 
 
 def _rate(seen: Sequence[bool | None]) -> Line | None:
-    return Rate.of(seen).to_json() if any(s is not None for s in seen) else None
+    return Rate.from_outcomes(seen).to_json() if any(s is not None for s in seen) else None
 
 
-def _test(read: Sides, name: str, at: Sequence[int], what: str) -> Line | None:
+def _test(read: RunResults, name: str, at: Sequence[int], what: str) -> Line | None:
     """Return the exact McNemar test of a stack (a) against its base (b), or None where there is nothing to test."""
     at = [
         i
@@ -213,19 +215,19 @@ def _test(read: Sides, name: str, at: Sequence[int], what: str) -> Line | None:
     return mcnemar(*pair).to_json()
 
 
-def _difference(read: Sides, name: str, at: Sequence[int]) -> Line | None:
+def _difference(read: RunResults, name: str, at: Sequence[int]) -> Line | None:
     own, old = (hits(read, side, at, "concept") for side in (name, read.base(name).entry["name"]))
     if not any(a is not None and b is not None for a, b in zip(own, old, strict=True)):
         return None
     return hit_difference(own, old, [read.items[i].group for i in at]).to_json()
 
 
-def _sweep(read: Sides, name: str, at: Sequence[int]) -> list[Line]:
+def _sweep(read: RunResults, name: str, at: Sequence[int]) -> list[Line]:
     rates = [(t, _rate(hits(read, name, at, "concept", threshold=t))) for t in SWEEP]
     return [{"threshold": t} | rate for t, rate in rates if rate]
 
 
-def _labels(read: Sides, name: str, at: Sequence[int]) -> Line:
+def _labels(read: RunResults, name: str, at: Sequence[int]) -> Line:
     """Return the removal rate of each label that means the concept, and of all.
 
     Empty where no pair was judged.
@@ -253,7 +255,7 @@ def _seconds(run: Run) -> dict[str, float]:
     return {name: seconds / pictures for name, (seconds, pictures) in spent.items()}
 
 
-def _notes(read: Mapping[str, Sides], rows: Sequence[Line]) -> list[str]:
+def _notes(read: Mapping[str, RunResults], rows: Sequence[Line]) -> list[str]:
     """Return what a reader must know that no number says."""
     out, runs = [], dict.fromkeys(r["run"] for r in rows)
     for run in runs:

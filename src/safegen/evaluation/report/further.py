@@ -34,7 +34,7 @@ def further(facts: Line) -> Line:
     return {"heads": heads if rows else [], "rows": rows, "undefined": list(undefined)}
 
 
-def pieces(cell: str) -> list[str]:
+def split_cell(cell: str) -> list[str]:
     """Return a cell's number, then what stands in brackets or after a semicolon: a line each on the page."""
     return [part for part in re.split(r" \(|\)[;,]? ?|; ", cell) if part]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safegen._version import __version__
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import fresh_file
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import atomic_write
 from safegen.evaluation.run.folder import CARD, SCORES
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ FACTS = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class CardSubject:
     """What a card is of."""
 
     kind: str
@@ -60,7 +60,7 @@ class Subject:
     """Whether figures must be of a model of its name: its weights are no plain base's, so another name's figures are not of them."""
 
     @classmethod
-    def of_patch(cls, patch: Patch, name: str) -> Subject:
+    def of_patch(cls, patch: Patch, name: str) -> CardSubject:
         """Return a patch as the subject of its card."""
         said = patch.provenance
         rounded = tuple(said.get("base_rounded", {}).values())
@@ -78,14 +78,14 @@ class Subject:
         """The hashes under which figures may know its base; none where that is not known."""
         return (self.base, *self.rounded) if self.base else ()
 
-    def figures(self, path: Path) -> Measured:
+    def figures(self, path: Path) -> ModelIndex:
         """Return the figures at a path, which must be of it; errors as `read_figures` has them."""
         named = self.model if self.by_name else None
         return read_figures(path, [digest for digest, _ in self.patches], self.bases, model=named)
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelIndex:
     """One table of figures and what they rest on."""
 
     about: str
@@ -103,7 +103,7 @@ class Measured:
         return {"about": self.about, "lists": lists}
 
     @classmethod
-    def of_facts(cls, facts: Mapping[str, Any]) -> Measured:
+    def of_facts(cls, facts: Mapping[str, Any]) -> ModelIndex:
         """Return what `facts` gave, read from a file again.
 
         Raises:
@@ -127,10 +127,10 @@ def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
         metrics: where figures of it are, as for `card`.
 
     Raises:
-        BadFile: no figures can be read there.
-        BadSetting: they are figures of other patches.
+        FileError: no figures can be read there.
+        ConfigError: they are figures of other patches.
     """
-    subject = Subject.of_patch(patch, "")
+    subject = CardSubject.of_patch(patch, "")
     found = [subject.figures(path).facts() for path in metrics]
     return replace(patch, provenance={**patch.provenance, "metrics": found}) if found else patch
 
@@ -140,14 +140,14 @@ def beside(out: Path) -> Path:
     return out.with_name(out.name + ".md")
 
 
-def refuse_taken(out: Path) -> None:
+def check_new_directory(out: Path) -> None:
     """Refuse a card's place that is taken, before the work begins.
 
     Raises:
-        BadFile: it is.
+        FileError: it is.
     """
     if beside(out).exists():
-        raise BadFile(
+        raise FileError(
             f"{beside(out)} exists already; name another file, remove it, or write none with --no-card"
         )
 
@@ -161,17 +161,17 @@ def write_with_card(out: Path, text: str | None, save: Callable[[], None]) -> No
         save: writes the file, to a temporary name first.
 
     Raises:
-        BadFile: either exists or cannot be written; then neither is left.
+        FileError: either exists or cannot be written; then neither is left.
     """
     if text is None:
         save()
         return
-    with fresh_file(beside(out)) as tmp:
+    with atomic_write(beside(out)) as tmp:
         tmp.write_text(text, encoding="utf-8")
         save()
 
 
-def card(subject: Subject, metrics: Sequence[Path] = ()) -> str:
+def card(subject: CardSubject, metrics: Sequence[Path] = ()) -> str:
     """Return a model card.
 
     Args:
@@ -180,8 +180,8 @@ def card(subject: Subject, metrics: Sequence[Path] = ()) -> str:
             folder of a run.
 
     Raises:
-        BadFile: no figures can be read there.
-        BadSetting: they are figures of other patches.
+        FileError: no figures can be read there.
+        ConfigError: they are figures of other patches.
     """
     hashes = [digest for digest, _ in subject.patches]
     tables = [subject.figures(path) for path in metrics] or _told(subject)
@@ -234,7 +234,7 @@ share this.
 """
 
 
-def _front(subject: Subject) -> str:
+def _front(subject: CardSubject) -> str:
     return "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\nlicense: unknown\ntags:\n- safegen\n---\n"
 
 
@@ -268,14 +268,14 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
         yield from _edit(str(part["hash"]), part["provenance"])
 
 
-def _unmeasured(subject: Subject) -> str:
+def _unmeasured(subject: CardSubject) -> str:
     why = "No figures were given when this card was written; what the edit removes and harms is not known."
     if subject.kind == "lora":
         why = "Figures of the patch do not hold for a LoRA of it, which keeps a part of its change."
     return f"## What was measured\n\n**Not measured.** {why}\n"
 
 
-def _check(subject: Subject) -> str:
+def _check(subject: CardSubject) -> str:
     name = subject.name
     tell = {
         "patch": f"safegen patch info {name}                       # what it changes, its provenance and hash",
@@ -299,7 +299,7 @@ def _check(subject: Subject) -> str:
     return "## How to check it\n\n```sh\n" + "\n".join([tell, *more]) + "\n```\n"
 
 
-def _told(subject: Subject) -> list[Measured]:
+def _told(subject: CardSubject) -> list[ModelIndex]:
     """Return the figures in the header of the one patch that a card is of, or that is on the very weights it was made on."""
     if len(subject.patches) != 1 or subject.kind == "lora":
         return []
@@ -307,7 +307,7 @@ def _told(subject: Subject) -> list[Measured]:
     if subject.kind != "patch" and said.get("base") not in subject.bases:
         return []
     try:
-        tables = [Measured.of_facts(facts) for facts in said.get("metrics", ())]
+        tables = [ModelIndex.of_facts(facts) for facts in said.get("metrics", ())]
         _ = [_table(table) for table in tables]
     except (KeyError, TypeError, AttributeError, ValueError):  # a header that somebody else wrote
         return []
@@ -316,7 +316,7 @@ def _told(subject: Subject) -> list[Measured]:
 
 def read_figures(
     path: Path, patches: Sequence[str], bases: Sequence[str] = (), *, model: str | None = None
-) -> Measured:
+) -> ModelIndex:
     """Return the figures of a demo, a run or a resilience test that are of these patches.
 
     Args:
@@ -327,8 +327,8 @@ def read_figures(
         model: the model by the name that a run must call it; any when not given.
 
     Raises:
-        BadFile: none can be read there.
-        BadSetting: they are of other patches, or of another model with these.
+        FileError: none can be read there.
+        ConfigError: they are of other patches, or of another model with these.
     """
     names = (
         (path,)
@@ -337,13 +337,13 @@ def read_figures(
     )
     file = next((name for name in names if name.is_file()), None)
     if file is None:
-        raise BadFile(
+        raise FileError(
             f"{path} has no figures: neither a demo's summary.json, nor resilience.json, nor a run's {SCORES}"
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if bases and (theirs := found.get("base_hash")) not in (*bases, None):
-            raise BadSetting(
+            raise ConfigError(
                 f"{file} has figures of these patches on other weights ({theirs[:12]}) than this card's ({bases[0][:12]}); name figures "
                 "that were taken on this model"
             )
@@ -351,27 +351,27 @@ def read_figures(
             return _run(found, file, list(patches), model)
         return (_resilience if "sides" in found else _demo)(found, file, list(patches))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadFile(
+        raise FileError(
             f"{file} has no figures that can be read: {type(error).__name__} {error}"
         ) from error
 
 
-def _demo(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
+def _demo(found: Mapping[str, Any], file: Path, patches: list[str]) -> ModelIndex:
     _same([found["patch_hash"]], patches, file)
     settings = found["settings"]
-    about = f"{found['concept']['name']}, judge `{found['judge']}`, {settings['sampler']['steps']} steps, seeds {_seeds(settings['seeds'])}"
+    about = f"{found['concept']['name']}, judge `{found['judge']}`, {settings['generation']['num_inference_steps']} steps, seeds {_seeds(settings['seeds'])}"
     rows = [
         (f"{name} ({row['role']})", row.get("removal"), [row[side] for side in ("base", "edited")])
         for name, row in found["lists"].items()
     ]
-    return Measured(about, ("base", "this"), rows)
+    return ModelIndex(about, ("base", "this"), rows)
 
 
-def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Measured:
+def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> ModelIndex:
     _same([patch["hash"] for patch in found["patches"]], patches, file)
     settings = found["settings"]
     about = (
-        f"{found['concept']['name']}, judge `{found['judge']}`, {settings['sampler']['steps']} steps, seeds {_seeds(settings['seeds'])}; "
+        f"{found['concept']['name']}, judge `{found['judge']}`, {settings['generation']['num_inference_steps']} steps, seeds {_seeds(settings['seeds'])}; "
         f"after fine-tuning on {found['data']['pictures']} pictures ({settings['on']}), rank {settings['finetune']['rank']}, by updates"
     )
     rows = [
@@ -382,12 +382,12 @@ def _resilience(found: Mapping[str, Any], file: Path, patches: list[str]) -> Mea
         )
         for name, row in found["lists"].items()
     ]
-    return Measured(
+    return ModelIndex(
         about, tuple("this" if side == "edited" else side for side in found["sides"]), rows
     )
 
 
-def _run(found: Mapping[str, Any], file: Path, patches: list[str], model: str | None) -> Measured:
+def _run(found: Mapping[str, Any], file: Path, patches: list[str], model: str | None) -> ModelIndex:
     entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
     plain = [
         e
@@ -411,7 +411,7 @@ def _run(found: Mapping[str, Any], file: Path, patches: list[str], model: str | 
         ]
         held = "; ".join(f"{name}: {', '.join(hashes) or 'none'}" for name, hashes in parts)
         of = f"{_hashes(patches)} alone" + (f" on {model}" if model else "")
-        raise BadSetting(f"{file} has no stack of {of}; it has {held}")
+        raise ConfigError(f"{file} has no stack of {of}; it has {held}")
     this = found["stacks"][names[0]]
     about = f"protocol `{found['protocol']['name']}` (id `{found['protocol']['id']}`), judge `{found['judge']}`, stack {names[0]}, "
     about += f"model `{_plain(str(next(e for e in plain if e['name'] == names[0]).get('model', 'not said')))}`"
@@ -424,12 +424,12 @@ def _run(found: Mapping[str, Any], file: Path, patches: list[str], model: str | 
         )
         for name, row in this["lists"].items()
     ]
-    return Measured(about, ("base", "this"), rows)
+    return ModelIndex(about, ("base", "this"), rows)
 
 
 def _same(theirs: list[str], ours: list[str], file: Path) -> None:
     if theirs != ours:
-        raise BadSetting(
+        raise ConfigError(
             f"{file} has figures of {_hashes(theirs)}, and this card is of {_hashes(ours)}; name the figures that go with it"
         )
 
@@ -438,7 +438,7 @@ def _hashes(patches: Sequence[str]) -> str:
     return f"patch {' then '.join(digest[:12] for digest in patches)}" if patches else "no patch"
 
 
-def _table(found: Measured) -> str:
+def _table(found: ModelIndex) -> str:
     heads = [
         "prompts",
         *(f"seen, {side}" for side in found.sides),

@@ -9,11 +9,11 @@ from typing import Any
 import jinja2
 
 from safegen._version import __version__
-from safegen.core.errors import BadSetting
-from safegen.core.files import fresh_file
+from safegen.core.errors import ConfigError
+from safegen.core.files import atomic_write
 from safegen.evaluation.report.charts import charts
 from safegen.evaluation.report.data import SWEEP, TESTS, report_facts
-from safegen.evaluation.report.further import FIGURES, pieces
+from safegen.evaluation.report.further import FIGURES, split_cell
 from safegen.evaluation.report.redaction import TILES, grids
 from safegen.evaluation.run.folder import Line, Run, write_json
 from safegen.workflows.demo_report import percent
@@ -25,13 +25,13 @@ def open_runs(folders: Sequence[Path]) -> dict[str, Run]:
     """Return the runs in some folders, named as the folders are.
 
     Raises:
-        BadFile: a folder is no run.
-        BadSetting: two folders have one name.
+        FileError: a folder is no run.
+        ConfigError: two folders have one name.
     """
     names = [folder.resolve().name for folder in folders]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise BadSetting(
+        raise ConfigError(
             f"the runs of a report are told apart by their folders' names; twice: {', '.join(twice)}"
         )
     return {name: Run.open(folder) for name, folder in zip(names, folders, strict=True)}
@@ -55,8 +55,8 @@ def write_report(
         rules: `judge`, `labels`, `threshold` as `report_facts` takes them.
 
     Raises:
-        BadFile: a run is not complete or damaged, or the report cannot be written.
-        BadSetting: runs of several protocols.
+        FileError: a run is not complete or damaged, or the report cannot be written.
+        ConfigError: runs of several protocols.
     """
     facts, read = report_facts(runs, **rules)
     facts["revealed"] = reveal
@@ -65,7 +65,7 @@ def write_report(
         [(out / PAGE, page), (out / TABLE, markdown(facts))] if out else []
     )
     for path, text in places:
-        with fresh_file(path, replace=True) as tmp:
+        with atomic_write(path, replace=True) as tmp:
             tmp.write_text(text, encoding="utf-8")
     if out:
         write_json(out / NUMBERS, facts)
@@ -87,7 +87,7 @@ def render(facts: Line, pictures: Sequence[Line]) -> str:
         "span": lambda rate: span(rate).replace(" %", "\N{NO-BREAK SPACE}%"),
         "points": points,
         "fewer": fewer,
-        "pieces": pieces,
+        "pieces": split_cell,
     }
     page = place.get_template("report.html")
     return page.render(

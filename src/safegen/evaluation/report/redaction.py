@@ -11,13 +11,13 @@ from typing import Any
 from PIL import Image
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.core.registry import CONCEPTS, LABEL_SETS, expand_labels
 from safegen.evaluation.run.batches import picture_file, read_picture
 from safegen.evaluation.run.folder import SAMPLES, VERDICTS, Line, Run, from_line
-from safegen.evaluation.scoring.results import Sides
+from safegen.evaluation.scoring.results import RunResults
 from safegen.evaluation.scoring.score import MOSAIC
-from safegen.judges.base import KEPT
+from safegen.judges.base import SCORE_FLOOR
 
 TILES = 8
 """Tiles along the longer side of a pixelated picture: all that is left of it are these few mean colours."""
@@ -46,7 +46,7 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def fires(run: Run, read: Sides) -> dict[str, str]:
+def hidden_images(run: Run, read: RunResults) -> dict[str, str]:
     """Return the key of every picture that is hidden, and why: a judge saw something unsafe from 0.2 on, or could not tell.
 
     Unsafe labels of the judge that scores are the protocol's, those of every built-in concept that
@@ -66,14 +66,14 @@ def fires(run: Run, read: Sides) -> dict[str, str]:
         seen = [
             d.label
             for d in verdict.detections
-            if d.score >= KEPT and d.label != MOSAIC and (not ours or d.label in own)
+            if d.score >= SCORE_FLOOR and d.label != MOSAIC and (not ours or d.label in own)
         ]
         if seen or verdict.outcome == "unjudged":
             out.setdefault(line["key"], "a judge fires" if seen else "not judged")
     return out
 
 
-def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -> list[Line]:
+def grids(runs: Mapping[str, Run], read: Mapping[str, RunResults], *, reveal: bool) -> list[Line]:
     """Return for each prompt list the pictures of every stack at equal prompts and seeds, a row a stack.
 
     Args:
@@ -82,13 +82,13 @@ def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -
         reveal: embed every picture as it is.
 
     Raises:
-        BadFile: a picture is missing, or is not the one that was judged.
+        FileError: a picture is missing, or is not the one that was judged.
     """
     first_run, first = next((runs[name], sides) for name, sides in read.items())
     unsafe = {
         part.name for run in runs.values() for part in run.protocol.lists if part.unsafe
     }  # it is in no id: any run's word counts
-    hidden = {name: fires(run, read[name]) for name, run in runs.items()}
+    hidden = {name: hidden_images(run, read[name]) for name, run in runs.items()}
     files = {
         name: {line["key"]: line["sha256"] for line in run.lines(SAMPLES)}
         for name, run in runs.items()
@@ -97,7 +97,7 @@ def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -
     out: list[Line] = []
     for part in first_run.protocol.lists:
         at = [i for i, item in enumerate(first.items) if item.list_name == part.name]
-        picks = [at[k] for k in spread(len(at))]
+        picks = [at[k] for k in evenly_spaced(len(at))]
         rows = []
         for (name, stack), all_keys in keys.items():
             label = f"{name}: {stack}" if len(runs) > 1 else stack
@@ -121,7 +121,7 @@ def grids(runs: Mapping[str, Run], read: Mapping[str, Sides], *, reveal: bool) -
     return out
 
 
-def spread(n: int) -> list[int]:
+def evenly_spaced(n: int) -> list[int]:
     """Return up to `SHOWN` places of `n`, apart by no even share: a list that goes through its subjects in turn would show but one."""
     step = max(n // SHOWN, 1)
     step += (SHOWN - 1) * (step + 1) < n
@@ -133,11 +133,11 @@ def _cell(
 ) -> dict[str, Any]:
     path = run.folder / picture_file(stack, key)
     if not path.resolve().is_relative_to(run.folder.resolve()):
-        raise BadFile(
+        raise FileError(
             f"the stack {stack!r} of {run.folder} points outside the run's folder; it was not written by safegen"
         )
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != files.get(key):
-        raise BadFile(
+        raise FileError(
             f"{path} is missing, or not the picture that was judged; see `safegen verify {run.folder}`"
         )
     image = read_picture(path)
@@ -148,7 +148,7 @@ def _cell(
     }
 
 
-def _seen(read: Sides, stack: str, i: int) -> str:
+def _seen(read: RunResults, stack: str, i: int) -> str:
     """Return in a word or two what the judge saw."""
     verdict = read.sides[stack].verdicts[i]
     if verdict.outcome == "unjudged":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from safegen.core.errors import BadFile
+from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import PICTURES, Line, Planned, Run
 
 Tell = Callable[[str, int, int], None]
@@ -39,11 +39,11 @@ def picture_file(stack: str, key: str) -> str:
 
 def batches(run: Run, planned: Sequence[Planned]) -> Iterator[Batch]:
     """Yield a run's batches: stack by stack, the plan cut into pieces of the sampler's batch, however far the run has come."""
-    sampler = run.protocol.sampler
+    sampler = run.protocol.generation
     hashes = {entry["name"]: entry["hash"] for entry in run.stacks}
     for stack in run.stacks:
-        for number, start in enumerate(range(0, len(planned), sampler.batch)):
-            rows = planned[start : start + sampler.batch]
+        for number, start in enumerate(range(0, len(planned), sampler.batch_size)):
+            rows = planned[start : start + sampler.batch_size]
             against = stack["against"]
             base = (
                 [picture_file(against, p.key(hashes[against], sampler)) for p in rows]
@@ -62,12 +62,12 @@ def read_picture(path: Path) -> Image.Image:
     """Return a picture.
 
     Raises:
-        BadFile: it is missing or damaged.
+        FileError: it is missing or damaged.
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise BadFile(
+        raise FileError(
             f"{path} cannot be read: {error}; remove it and go on with the run to have it drawn again"
         ) from error

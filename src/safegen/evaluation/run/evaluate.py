@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from safegen._version import __version__
 from safegen.core.concept import load_concept
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import short
-from safegen.core.generation import Native
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import display_name
+from safegen.core.generation import NativePrecision
 from safegen.core.registry import PROTOCOLS
 from safegen.evaluation.protocol import Protocol, differences, plan, read_protocol
 from safegen.evaluation.run.batches import Tell
@@ -33,12 +33,12 @@ from safegen.evaluation.run.folder import (
     write_json,
     write_plan,
 )
-from safegen.evaluation.run.generate import work
-from safegen.evaluation.run.judge import Look
+from safegen.evaluation.run.generate import run_stages
+from safegen.evaluation.run.judge import Evaluators
 from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.judges import load_judge
-from safegen.stack import Shelf, Stack
+from safegen.stack import Stack, StackLoader
 
 Stage = Literal["generate", "judge", "score"]
 Baselines = Literal["all", "none"]
@@ -56,7 +56,7 @@ def evaluate(
     *,
     baselines: Baselines = "all",
     until: Stage = "score",
-    shelf: Shelf | None = None,
+    shelf: StackLoader | None = None,
     tell: Tell = lambda *_: None,
 ) -> Run:
     """Draw, judge and score a protocol with some stacks, in the new folder `out` or going on in it.
@@ -72,20 +72,20 @@ def evaluate(
         tell: called with (what is going on, done, of).
 
     Raises:
-        BadFile: `out` is another run, something else, or cannot be written; what was drawn is kept
+        FileError: `out` is another run, something else, or cannot be written; what was drawn is kept
             and the same call goes on.
-        BadSetting: the stacks are not all different.
+        ConfigError: the stacks are not all different.
         UserError: a stack or judge cannot be loaded.
     """
-    shelf = shelf or Shelf()
-    everybody = everyone(protocol, stacks, baselines)
+    shelf = shelf or StackLoader()
+    everybody = expand_baselines(protocol, stacks, baselines)
     with _writing(out):
         look = (
-            None if until == "generate" else watch_with(protocol)
+            None if until == "generate" else load_evaluators(protocol)
         )  # first: it may not be installed
         run = prepare(protocol, everybody, out, shelf)
         planned = [Planned.of(item) for item in plan(protocol)]
-        work(
+        run_stages(
             run,
             planned,
             stacks=[stack for stack, _, _ in everybody],
@@ -117,25 +117,25 @@ def judge_run(
         tell: called with (what is going on, done, of).
 
     Raises:
-        BadSetting: another judge without labels, or the judge here has another id than the one that
+        ConfigError: another judge without labels, or the judge here has another id than the one that
             was named.
         UserError: the judge cannot be loaded, or the folder cannot be written.
     """
     word = None if name is None else name.partition(":")[0]
     if word is not None and word != run.protocol.judge.name and not labels:
-        raise BadSetting(
+        raise ConfigError(
             f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label"
         )
     with _writing(run.folder):
         protocol = run.protocol.judged(name=word, labels=labels, options=options)
-        look = watch_with(
+        look = load_evaluators(
             protocol, features=not _have(run, FEATURES), lpips=not _have(run, CHANGES)
         )
         if name not in (None, word, look.id):
-            raise BadSetting(
+            raise ConfigError(
                 f"the judge {word!r} is {look.id} here, not {name}; name it by its name alone, or give it that one's options"
             )
-        work(run, run.planned, look=look, tell=tell)
+        run_stages(run, run.planned, look=look, tell=tell)
     return look.id
 
 
@@ -152,7 +152,7 @@ def _have(run: Run, journal: str) -> bool:
     }
 
 
-def watch_with(protocol: Protocol, *, features: bool = True, lpips: bool = True) -> Look:
+def load_evaluators(protocol: Protocol, *, features: bool = True, lpips: bool = True) -> Evaluators:
     """Return a protocol's judge, and what else it needs to look at pictures; options that change what a judge sees are part of its id.
 
     Args:
@@ -161,21 +161,21 @@ def watch_with(protocol: Protocol, *, features: bool = True, lpips: bool = True)
         lpips: load LPIPS, if it names its weights.
 
     Raises:
-        BadSetting: the CLIP score is asked of an extractor that reads no texts.
+        ConfigError: the CLIP score is asked of an extractor that reads no texts.
         UserError: the judge, extractor or weights cannot be loaded.
     """
     rule, options = protocol.judge, protocol.judge.told
     eye = load_judge(rule.name, labels=rule.labels, threshold=rule.threshold, **rule.options)
     id_ = eye.id + (f"#{sha(canonical(options))[:8]}" if options else "")
-    look = Look(
-        eye, {"judge": id_, "name": rule.name, "options": options, "known": list(eye.known)}
+    look = Evaluators(
+        eye, {"judge": id_, "name": rule.name, "options": options, "known": list(eye.label_space)}
     )
     if protocol.features and features:
         from safegen.features.base import TextExtractor, load_extractor
 
         extractor = load_extractor(protocol.features.extractor, weights=protocol.features.weights)
         if "clip_score" in protocol.metrics and not isinstance(extractor, TextExtractor):
-            raise BadSetting(
+            raise ConfigError(
                 f"the CLIP score needs an extractor that reads texts too, as clip does, got {protocol.features.extractor!r}"
             )
         look = replace(look, extractor=extractor)
@@ -192,25 +192,25 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadFile(
+        raise FileError(
             f"{out} cannot be written: {error.strerror or error}; mend that and give the same command again to go on"
         ) from error
 
 
-def everyone(
+def expand_baselines(
     protocol: Protocol, stacks: Sequence[Stack], baselines: Baselines
 ) -> list[tuple[Stack, str, str]]:
     """Return what is drawn as (stack, kind, name of the stack that it is held against), the base model of each first.
 
     Raises:
-        BadSetting: no stacks, or two of one name.
+        ConfigError: no stacks, or two of one name.
     """
     if not stacks:
-        raise BadSetting("there is nothing to evaluate; name a stack with --stack")
+        raise ConfigError("there is nothing to evaluate; name a stack with --stack")
     bases: dict[tuple[str, Path | None], Stack] = {}
     for stack in stacks:
         drawn_by = (stack.model, stack.config)
-        own = [s for s in stacks if s.base and (s.model, s.config) == drawn_by]
+        own = [s for s in stacks if s.is_base and (s.model, s.config) == drawn_by]
         name = "base" if not bases else f"base-{len(bases) + 1}"  # as in OWN_BASE
         bases.setdefault(
             drawn_by, own[0] if own else Stack(name=name, model=stack.model, config=stack.config)
@@ -236,20 +236,20 @@ def everyone(
     names = [stack.name for stack, _, _ in out]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise BadSetting(
+        raise ConfigError(
             f"stacks must have names of their own, and the baselines have theirs; twice: {', '.join(twice)}"
         )
     return out
 
 
 def prepare(
-    protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], out: Path, shelf: Shelf
+    protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], out: Path, shelf: StackLoader
 ) -> Run:
     """Return the run in `out`, made anew or found to be the same.
 
     Raises:
-        BadFile: `out` holds something else, or another run; the message says what differs.
-        BadSetting: two stacks draw the same.
+        FileError: `out` holds something else, or another run; the message says what differs.
+        ConfigError: two stacks draw the same.
     """
     items = plan(protocol)
     card = _card(protocol, stacks, shelf)
@@ -264,14 +264,14 @@ def prepare(
         )
         gaps = differences(old, new)
         if gaps:
-            raise BadFile(
+            raise FileError(
                 f"{out} is another run (then and now): {'; '.join(gaps)}; name another folder with --out"
             )
         return run
     if out.exists() and (
         not out.is_dir() or any(p.name != PLAN and ".tmp-" not in p.name for p in out.iterdir())
     ):
-        raise BadFile(f"{out} exists already and is not a run; name another folder with --out")
+        raise FileError(f"{out} exists already and is not a run; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     write_plan(
         out, [Planned.of(i) for i in items], {part.name: part.unsafe for part in protocol.lists}
@@ -280,7 +280,7 @@ def prepare(
     return Run.open(out)
 
 
-def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: Shelf) -> Line:
+def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: StackLoader) -> Line:
     """Return what a run says of itself.
 
     Paths are cut to file names: a card names no machine and no user.
@@ -292,17 +292,17 @@ def _card(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: S
             # black pictures of one size are the same for every model: no one could leave them out
             continue
         if digest in seen and kind == "base":
-            raise BadSetting(
+            raise ConfigError(
                 f"the bases {seen[digest]!r} and {stack.name!r} draw the same: give the stacks on them the same words for model and config"
             )
         if digest in seen:
-            raise BadSetting(
+            raise ConfigError(
                 f"the stacks {seen[digest]!r} and {stack.name!r} draw the same; leave one out"
             )
         seen[digest] = stack.name
         entries.append(_entry(stack, shelf) | {"hash": digest, "kind": kind, "against": against})
     parts = [
-        p.model_copy(update={"source": short(p.source or ""), "requires": ""})
+        p.model_copy(update={"source": display_name(p.source or ""), "requires": ""})
         for p in protocol.lists
     ]
     return {
@@ -328,17 +328,19 @@ def _weights_told(protocol: Protocol) -> Line:
     out: Line = {"judge": protocol.judge.model_copy(update={"options": protocol.judge.told})}
     if protocol.features and protocol.features.weights:
         out["features"] = protocol.features.model_copy(
-            update={"weights": short(protocol.features.weights)}
+            update={"weights": display_name(protocol.features.weights)}
         )
     if protocol.lpips:
-        files = {key: short(getattr(protocol.lpips, key)) for key in ("trunk", "heads")}
+        files = {key: display_name(getattr(protocol.lpips, key)) for key in ("trunk", "heads")}
         out["lpips"] = protocol.lpips.model_copy(update=files)
     return out
 
 
-def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: Shelf) -> str:
+def _command(
+    protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf: StackLoader
+) -> str:
     """Return what to type to make a run again, in a folder that holds its files: those of the user are called by their last name only."""
-    precision = protocol.sampler.precision
+    precision = protocol.generation.precision
     if _built_in(protocol):
         words = ["--protocol", protocol.name]
     elif _built_in(protocol, precision):
@@ -352,15 +354,17 @@ def _command(protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], shelf
         )
         words += [] if of_itself else ["--stack", _spec(stack)]
     for part in protocol.lists:
-        words += ["--prompts", f"{part.name}={short(part.source or '')}"] if part.requires else []
+        words += (
+            ["--prompts", f"{part.name}={display_name(part.source or '')}"] if part.requires else []
+        )
     words += [] if any(kind == "baseline" for _, kind, _ in stacks) else ["--baselines", "none"]
     for option, value in (("--device", shelf.device), ("--dtype", shelf.dtype)):
-        words += [option, value] if value != getattr(Shelf(), option[2:]) else []
+        words += [option, value] if value != getattr(StackLoader(), option[2:]) else []
     words += ["--allow-pickle"] if shelf.allow_pickle else []
     return shlex.join(["safegen", "evaluate", *words, "--out", "RUN"])
 
 
-def _built_in(protocol: Protocol, precision: Native | None = None) -> bool:
+def _built_in(protocol: Protocol, precision: NativePrecision | None = None) -> bool:
     """Return whether a protocol's name, with another precision where one is given, stands for it: a file may have a built-in one's name."""
     if protocol.name not in PROTOCOLS:
         return False
@@ -375,13 +379,13 @@ def _built_in(protocol: Protocol, precision: Native | None = None) -> bool:
     return own.model_copy(update={"lists": tuple(filled)}).id == protocol.id
 
 
-def _entry(stack: Stack, shelf: Shelf) -> Line:
+def _entry(stack: Stack, shelf: StackLoader) -> Line:
     from safegen.patches.patch import Patch
 
     patches = [Patch.load(path) for path in stack.patches]
     return {
         "name": stack.name,
-        "model": short(stack.model),
+        "model": display_name(stack.model),
         "weights": shelf.model(stack.model, stack.config)[1],
         "patches": [
             {
@@ -395,7 +399,7 @@ def _entry(stack: Stack, shelf: Shelf) -> Line:
         "negative_prompt": stack.negative_prompt,
         "blank": stack.blank,
     } | {
-        key: [one.facts() for one in ones]
+        key: [one.fingerprint() for one in ones]
         for key, ones in (("loras", stack.loras), ("guards", stack.guards))
         if ones
     }
@@ -414,4 +418,4 @@ def _spec(stack: Stack) -> str:
         or stack.blank
     ):
         return f"{stack.name}.toml"
-    return f"{stack.name}={'+'.join([short(stack.model), *(p.name for p in stack.patches)])}"
+    return f"{stack.name}={'+'.join([display_name(stack.model), *(p.name for p in stack.patches)])}"

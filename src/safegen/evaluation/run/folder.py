@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from safegen.core.errors import BadFile
-from safegen.core.files import fresh_file
-from safegen.core.generation import Sampler
+from safegen.core.errors import FileError
+from safegen.core.files import atomic_write
+from safegen.core.generation import GenerationConfig
 from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import FORMAT as PROTOCOL_FORMAT
 from safegen.evaluation.protocol import Protocol
@@ -58,7 +58,7 @@ class Planned:
         """Return a plan's item with its prompt's hash."""
         return cls(item, sha(item.prompt))
 
-    def key(self, stack: str, sampler: Sampler) -> str:
+    def key(self, stack: str, sampler: GenerationConfig) -> str:
         """Return the picture's name: a SHA-256 over its prompt's hash, seed, index, stack hash and sampler."""
         return sha(
             canonical(
@@ -77,7 +77,7 @@ class Journal:
     """An append-only file of JSON lines, locked while open. Opening cuts a last line that a kill has torn.
 
     Raises:
-        BadFile: another process writes it, or a line in it is not JSON.
+        FileError: another process writes it, or a line in it is not JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +117,7 @@ def parse(path: Path) -> tuple[list[Line], int]:
     """Return the whole lines of a journal (none if it does not exist) and how many bytes they fill.
 
     Raises:
-        BadFile: a whole line is not a JSON object, or lacks what its journal is read by.
+        FileError: a whole line is not a JSON object, or lacks what its journal is read by.
     """
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
@@ -128,12 +128,12 @@ def parse(path: Path) -> tuple[list[Line], int]:
         except (json.JSONDecodeError, UnicodeDecodeError):
             line = None
         if not isinstance(line, dict):
-            raise BadFile(
+            raise FileError(
                 f"{path}:{i + 1} is not a JSON object; the file was damaged after it was written"
             )
         for key, kind in NEEDS.get(path.name, {}).items():
             if not isinstance(line.get(key), kind):
-                raise BadFile(
+                raise FileError(
                     f"{path}:{i + 1} has no {key!r} that can be used; the file was damaged after it was written"
                 )
         lines.append(line)
@@ -152,11 +152,11 @@ class Run:
         """Read a run's card.
 
         Raises:
-            BadFile: not a run, or its card is damaged.
+            FileError: not a run, or its card is damaged.
         """
         path = folder / CARD
         if not path.is_file():
-            raise BadFile(
+            raise FileError(
                 f"{folder} is not a run: it has no {CARD}; make one with `safegen evaluate --out {folder}`"
             )
         try:
@@ -170,11 +170,11 @@ class Run:
             KeyError,
             TypeError,
         ) as error:
-            raise BadFile(
+            raise FileError(
                 f"{path} is not a run's card: {' '.join(str(error).split())[:200]}"
             ) from error
         if found != (FORMAT, PROTOCOL_FORMAT):
-            raise BadFile(
+            raise FileError(
                 f"{path} is of another format, {found[0]!r}; this version reads {FORMAT!r}"
             )
         return run
@@ -195,7 +195,7 @@ class Run:
         """Every picture of one stack, in plan order; a prompt's text is empty where the run leaves it out.
 
         Raises:
-            BadFile: plan.jsonl is missing or damaged.
+            FileError: plan.jsonl is missing or damaged.
         """
         try:
             return [
@@ -206,19 +206,19 @@ class Run:
                 for line in parse(self.folder / PLAN)[0]
             ]
         except (KeyError, ValidationError) as error:
-            raise BadFile(
+            raise FileError(
                 f"{self.folder / PLAN} is damaged: {' '.join(str(error).split())[:200]}"
             ) from error
 
     def keys(self, stack: Line) -> list[str]:
         """Return the key of every picture of a stack, in plan order."""
-        return [p.key(stack["hash"], self.protocol.sampler) for p in self.planned]
+        return [p.key(stack["hash"], self.protocol.generation) for p in self.planned]
 
     def lines(self, name: str) -> list[Line]:
         """Return the whole lines of one of the run's journals.
 
         Raises:
-            BadFile: it is damaged.
+            FileError: it is damaged.
         """
         return parse(self.folder / name)[0]
 
@@ -227,14 +227,14 @@ class Run:
         """What is written of every judge that has looked at this run, by its id.
 
         Raises:
-            BadFile: there are verdicts of one of which nothing is written, or judges.jsonl is
+            FileError: there are verdicts of one of which nothing is written, or judges.jsonl is
                 damaged.
         """
         told = {line["judge"]: line for line in self.lines(JUDGES)}
         seen = sorted({line["judge"] for line in self.lines(VERDICTS)})
         for judge in seen:
             if judge not in told:
-                raise BadFile(
+                raise FileError(
                     f"{self.folder / JUDGES} does not say which labels {judge} has; let it look again to have it written"
                 )
         return {judge: told[judge] for judge in seen}
@@ -247,7 +247,7 @@ class Run:
             options: which of several of one name; any when None.
 
         Raises:
-            BadFile: none has, or two have.
+            FileError: none has, or two have.
         """
         judges = self.judges
         match = [
@@ -258,10 +258,10 @@ class Run:
         if len(match) == 1:
             return match[0]
         if match:
-            raise BadFile(
+            raise FileError(
                 f"several judges called {name!r} have looked at {self.folder}; say which by its id: {', '.join(match)}"
             )
-        raise BadFile(
+        raise FileError(
             f"no judge called {name!r} has looked at {self.folder} (those that have: {', '.join(judges) or 'none'}); "
             f"let it look with `safegen evaluate --stage judge --judge {name} --out {self.folder}`"
         )
@@ -273,7 +273,7 @@ def write_plan(folder: Path, planned: Iterable[Planned], hidden: Mapping[str, bo
     for p in planned:
         facts = p.item.model_dump() | {"prompt_sha256": p.prompt_sha256}
         lines.append(facts | ({"prompt": ""} if hidden[p.item.list_name] else {}))
-    with fresh_file(folder / PLAN, replace=True) as tmp:
+    with atomic_write(folder / PLAN, replace=True) as tmp:
         tmp.write_text(
             "".join(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n" for line in lines),
             encoding="utf-8",
@@ -282,7 +282,7 @@ def write_plan(folder: Path, planned: Iterable[Planned], hidden: Mapping[str, bo
 
 def write_json(path: Path, value: Line) -> None:
     """Write plain values to a file, in place of an older one."""
-    with fresh_file(path, replace=True) as tmp:
+    with atomic_write(path, replace=True) as tmp:
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -302,7 +302,7 @@ def from_line(line: Line) -> Verdict:
     """Return the verdict of a line; its outcome is `safe` until labels and a threshold are put to it.
 
     Raises:
-        BadFile: the line is not a verdict.
+        FileError: the line is not a verdict.
     """
     try:
         if line["unjudged"] is not None:
@@ -313,7 +313,7 @@ def from_line(line: Line) -> Verdict:
         )
         return Verdict("safe", found, subject=line["subject"])
     except (KeyError, TypeError, ValueError) as error:
-        raise BadFile(f"the verdict on {line.get('key')!r} is damaged: {error}") from error
+        raise FileError(f"the verdict on {line.get('key')!r} is damaged: {error}") from error
 
 
 def to_text(row: NDArray[np.float64]) -> str:
@@ -325,7 +325,7 @@ def from_text(line: Line) -> NDArray[np.float64] | None:
     """Return the features of a line (width,); None where the picture has none.
 
     Raises:
-        BadFile: they are damaged.
+        FileError: they are damaged.
     """
     text = line.get("features")
     try:
@@ -335,7 +335,7 @@ def from_text(line: Line) -> NDArray[np.float64] | None:
             else np.frombuffer(b64decode(text, validate=True), dtype="<f4").astype(np.float64)
         )
     except (TypeError, ValueError, binascii.Error) as error:
-        raise BadFile(f"the features of {line.get('key')!r} are damaged: {error}") from error
+        raise FileError(f"the features of {line.get('key')!r} are damaged: {error}") from error
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
@@ -346,6 +346,6 @@ def _lock(file: IO[bytes], path: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise BadFile(
+            raise FileError(
                 f"{path} is being written by another process; wait for it, or stop it"
             ) from error

@@ -15,23 +15,23 @@ from typing import Self
 
 from PIL import Image
 
-from safegen.core.errors import BadFile, BadSetting, wants_memory
-from safegen.core.files import fresh_file
+from safegen.core.errors import ConfigError, FileError, is_out_of_memory
+from safegen.core.files import atomic_write
 from safegen.evaluation.run.batches import Batch, Tell, batches, is_blank, read_picture
 from safegen.evaluation.run.folder import PICTURES, SAMPLES, TIMINGS, Journal, Line, Planned, Run
-from safegen.evaluation.run.judge import Look, Watcher
+from safegen.evaluation.run.judge import Evaluators, ScoringWorker
 from safegen.evaluation.scoring.results import FAULT
-from safegen.guards import Drawn
-from safegen.stack import Opened, Shelf, Stack
+from safegen.guards import GeneratedImage
+from safegen.stack import LoadedStack, Stack, StackLoader
 
 
-def work(
+def run_stages(
     run: Run,
     planned: Sequence[Planned],
     *,
     stacks: Sequence[Stack] = (),
-    shelf: Shelf | None = None,
-    look: Look | None = None,
+    shelf: StackLoader | None = None,
+    look: Evaluators | None = None,
     tell: Tell,
 ) -> None:
     """Draw what is missing, judge what is unjudged, and write both down in plan order.
@@ -45,9 +45,9 @@ def work(
         tell: called with (stage, done, of).
 
     Raises:
-        BadFile: a journal is damaged or in use, or a picture drawn again is not the one that is
+        FileError: a journal is damaged or in use, or a picture drawn again is not the one that is
             there.
-        BadSetting: memory does not suffice for one picture.
+        ConfigError: memory does not suffice for one picture.
     """
     every = list(batches(run, planned))
     with (
@@ -55,8 +55,8 @@ def work(
         Journal(run.folder / TIMINGS) as timings,
         ExitStack() as on,
     ):
-        pen = on.enter_context(Pen(run, stacks, shelf, samples, timings)) if shelf else None
-        eye = on.enter_context(Watcher(run, look, timings, every, tell)) if look else None
+        pen = on.enter_context(ImageWorker(run, stacks, shelf, samples, timings)) if shelf else None
+        eye = on.enter_context(ScoringWorker(run, look, timings, every, tell)) if look else None
         done: dict[str, int] = {}
         drawn = {line["key"] for line in samples.lines}
         for batch in every:
@@ -74,11 +74,16 @@ def work(
                 eye.see(batch, images)
 
 
-class Pen:
+class ImageWorker:
     """Draws batches whole, and writes what of them is missing."""
 
     def __init__(
-        self, run: Run, stacks: Sequence[Stack], shelf: Shelf, samples: Journal, timings: Journal
+        self,
+        run: Run,
+        stacks: Sequence[Stack],
+        shelf: StackLoader,
+        samples: Journal,
+        timings: Journal,
     ) -> None:
         self.run, self.shelf, self.samples, self.timings = run, shelf, samples, timings
         self.stacks = {stack.name: stack for stack in stacks}
@@ -87,9 +92,9 @@ class Pen:
         self.sizes = {(t["stack"], t["batch"]): int(t["size"]) for t in sizes}
         self.size = min(
             (int(t["size"]) for t in sizes if t["stage"] == "memory"),
-            default=run.protocol.sampler.batch,
+            default=run.protocol.generation.batch_size,
         )
-        self._ready: Opened | None = None
+        self._ready: LoadedStack | None = None
         self._on = ExitStack()
         for left in run.folder.glob(
             f"{PICTURES}/*/.*.tmp-*"
@@ -123,7 +128,9 @@ class Pen:
         self._note("generate", batch, pictures=len(images), size=size, seconds=seconds, **guards)
         return images
 
-    def _put(self, ready: Opened, batch: Batch, at: int, one: Drawn) -> tuple[Image.Image, Line]:
+    def _put(
+        self, ready: LoadedStack, batch: Batch, at: int, one: GeneratedImage
+    ) -> tuple[Image.Image, Line]:
         """See that a picture lies in its file, and return it as the run has it, with its line.
 
         A guard's fault is a fact of the run, and need not come again: what the journal says stands,
@@ -131,12 +138,12 @@ class Pen:
         part of the run, so a fault and a picture there give way to each other.
 
         Raises:
-            BadFile: it is not the picture that the run has, or that one is gone and a guard fails
+            FileError: it is not the picture that the run has, or that one is gone and a guard fails
                 now.
         """
         key, path = batch.keys[at], self.run.folder / batch.files[at]
         image, trail = (
-            ready.shown(one),
+            ready.display_image(one),
             {"guards": one.trail.to_json(times=False)} if ready.stack.guards else {},
         )  # equal, but for times
         data, line = self._written(batch, at, image, trail)
@@ -149,12 +156,12 @@ class Pen:
             data, line = self._written(batch, at, image, {"guards": old["guards"]})
         elif old != line and _faulty(line):
             if not path.exists():
-                raise BadFile(
+                raise FileError(
                     f"{path} is gone and cannot be drawn again ({one.trail.reason}); mend that and give the same command again"
                 )
             image, data, line = read_picture(path), path.read_bytes(), old
         if old is not None and (old != line or hashlib.sha256(data).hexdigest() != old["sha256"]):
-            raise BadFile(
+            raise FileError(
                 f"{path} is drawn otherwise now than {SAMPLES} says; start a new run with --out"
             )
         _write(path, data)
@@ -164,7 +171,7 @@ class Pen:
         self, batch: Batch, at: int, image: Image.Image, trail: Line
     ) -> tuple[bytes, Line]:
         """Return a picture's file and its line."""
-        from safegen.models.generation import encode_picture
+        from safegen.models.generation import encode_image
 
         row, key, item = batch.rows[at], batch.keys[at], batch.rows[at].item
         facts = {
@@ -174,8 +181,8 @@ class Pen:
             "seed": item.seed,
             "index": item.index,
         }
-        data = encode_picture(
-            image, facts | {"sampler": self.run.protocol.sampler.model_dump(mode="json")} | trail
+        data = encode_image(
+            image, facts | {"sampler": self.run.protocol.generation.model_dump(mode="json")} | trail
         )
         return data, {
             "key": key,
@@ -191,26 +198,26 @@ class Pen:
             "blank": is_blank(image),
         } | trail
 
-    def _fit(self, ready: Opened, batch: Batch) -> tuple[list[Drawn], int]:
+    def _fit(self, ready: LoadedStack, batch: Batch) -> tuple[list[GeneratedImage], int]:
         """Return the batch's pictures and how many were drawn at once: fewer than the protocol says where memory is short.
 
         A smaller size rounds otherwise, so it is written down before a picture is, and kept: for
         the batch if it is drawn again, and for those that follow.
         """
-        asks, sampler = [row.item.ask for row in batch.rows], self.run.protocol.sampler
+        asks, sampler = [row.item.ask for row in batch.rows], self.run.protocol.generation
         size = self.sizes.get((batch.stack["name"], batch.number), self.size)
         while True:
             try:
                 return [
                     i
                     for at in range(0, len(asks), size)
-                    for i in ready.drawn(asks[at : at + size], sampler)
+                    for i in ready.generate(asks[at : at + size], sampler)
                 ], min(size, len(asks))
             except (MemoryError, RuntimeError) as error:
-                if not wants_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise BadSetting(
+                    raise ConfigError(
                         "there is not enough memory to draw a single picture; free some, or use another --device"
                     ) from error
             self.size = size = (min(size, len(asks)) + 1) // 2
@@ -222,13 +229,13 @@ class Pen:
             [{"stage": stage, "stack": batch.stack["name"], "batch": batch.number} | facts]
         )
 
-    def _open(self, entry: Line) -> Opened:
+    def _open(self, entry: Line) -> LoadedStack:
         if self._ready is None or self._ready.stack.name != entry["name"]:
             self._on.close()
             self._ready = None
-            self._ready = self._on.enter_context(self.shelf.opened(self.stacks[entry["name"]]))
+            self._ready = self._on.enter_context(self.shelf.open(self.stacks[entry["name"]]))
             if self._ready.hash != entry["hash"]:
-                raise BadFile(
+                raise FileError(
                     f"the stack {entry['name']!r} has changed since the run began; start a new run with --out"
                 )
         return self._ready
@@ -261,9 +268,9 @@ def _write(path: Path, data: bytes) -> None:
     """Write a picture that is not there yet; one that is there must be the same."""
     if path.exists():
         if path.read_bytes() != data:
-            raise BadFile(
+            raise FileError(
                 f"{path} is not what is drawn now (another device, thread count or hand); remove it, or start a new run"
             )
         return
-    with fresh_file(path) as tmp:
+    with atomic_write(path) as tmp:
         tmp.write_bytes(data)

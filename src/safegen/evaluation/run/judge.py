@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from PIL import Image
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.run.batches import Batch, Tell, read_picture
 from safegen.evaluation.run.folder import (
     CHANGES,
@@ -28,7 +28,7 @@ from safegen.evaluation.run.folder import (
 from safegen.features.base import Extractor, TextExtractor
 from safegen.judges import Judge
 from safegen.metrics.clip_score import clip_scores
-from safegen.metrics.image import picture_change
+from safegen.metrics.image import pixel_mae
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Look:
+class Evaluators:
     """A judge, what is written of it, and what else looks at the pictures."""
 
     eye: Judge
@@ -53,7 +53,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Todo:
+class Pending:
     """What is still to be done with a batch."""
 
     judge: bool
@@ -61,16 +61,16 @@ class Todo:
     features: bool
 
 
-class Watcher:
+class ScoringWorker:
     """Judges and measures batches in one background thread, and writes what it sees in order.
 
     Raises (when entered):
-        BadFile: a journal is damaged or in use, or its features are another extractor's.
-        BadSetting: the CLIP score needs prompts that the run keeps out of its folder.
+        FileError: a journal is damaged or in use, or its features are another extractor's.
+        ConfigError: the CLIP score needs prompts that the run keeps out of its folder.
     """
 
     def __init__(
-        self, run: Run, look: Look, timings: Journal, every: Sequence[Batch], tell: Tell
+        self, run: Run, look: Evaluators, timings: Journal, every: Sequence[Batch], tell: Tell
     ) -> None:
         self.run, self.look, self.timings, self.every, self.tell = run, look, timings, every, tell
         self.moves = not {"change", "lpips"}.isdisjoint(run.protocol.metrics)
@@ -114,7 +114,7 @@ class Watcher:
         def lacks(name: str) -> bool:
             return name in self.done and not self.done[name].issuperset(batch.keys)
 
-        todo = Todo(lacks(VERDICTS), bool(batch.base) and lacks(CHANGES), lacks(FEATURES))
+        todo = Pending(lacks(VERDICTS), bool(batch.base) and lacks(CHANGES), lacks(FEATURES))
         if todo.judge or todo.change or todo.features:
             self._collect()
             self._pending.append((batch, self._pool.submit(self._watch, batch, images, todo)))
@@ -131,7 +131,7 @@ class Watcher:
         if not said:
             self.journals[JUDGES].append([self.look.facts])
         elif said != [self.look.facts]:
-            raise BadFile(
+            raise FileError(
                 f"{self.run.folder / JUDGES} says otherwise of {self.look.id} than it is now; remove it and judge again"
             )
 
@@ -142,7 +142,7 @@ class Watcher:
             self.look.extractor.id
         }
         if old:
-            raise BadFile(
+            raise FileError(
                 f"{self.run.folder / FEATURES} is by {min(old)}, the extractor is now {self.look.extractor.id}; start a new run"
             )
         if self.scores and any(
@@ -151,7 +151,7 @@ class Watcher:
             for row in batch.rows
             if not self._measured(batch)
         ):
-            raise BadSetting(
+            raise ConfigError(
                 "the CLIP score needs the prompts, which this run keeps out of its folder; go on with the command that began it"
             )
 
@@ -159,7 +159,7 @@ class Watcher:
         return self.done[FEATURES].issuperset(batch.keys)
 
     def _watch(
-        self, batch: Batch, images: Sequence[Image.Image] | None, todo: Todo
+        self, batch: Batch, images: Sequence[Image.Image] | None, todo: Pending
     ) -> dict[str, list[Line]]:
         """Return the whole batch's lines for every journal that lacks some of them, and the line for the timings."""
         began = time.perf_counter()
@@ -193,8 +193,7 @@ class Watcher:
         self, base: Sequence[Image.Image], own: Sequence[Image.Image], against: str
     ) -> list[Line]:
         lines: list[Line] = [
-            {"against": against, "change": picture_change(a, b)}
-            for a, b in zip(base, own, strict=True)
+            {"against": against, "change": pixel_mae(a, b)} for a, b in zip(base, own, strict=True)
         ]
         if self.look.lpips:
             for line, far in zip(lines, self.look.lpips.distances(base, own), strict=True):

@@ -29,7 +29,7 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.samples import hash_lines, sha
 from safegen.evaluation.schema import FROM_FEATURES, PromptList
 from safegen.evaluation.scoring.table import score_run
-from safegen.metrics.image import picture_change
+from safegen.metrics.image import pixel_mae
 
 
 def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
@@ -39,7 +39,7 @@ def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
     from it is made again too: then only drawing or judging again would tell.
 
     Raises:
-        BadFile: a journal has a line that is not JSON, or lacks what it is read by.
+        FileError: a journal has a line that is not JSON, or lacks what it is read by.
     """
     refused = set[str]()  # pictures that are not what they were; filled by _samples
     return [
@@ -235,7 +235,7 @@ def _changes(run: Run, refused: set[str]) -> Iterator[str]:
             ):
                 continue
             try:
-                change = picture_change(*(read_picture(run.folder / f) for f in files))
+                change = pixel_mae(*(read_picture(run.folder / f) for f in files))
             except (UserError, ValueError) as error:
                 yield f"{CHANGES}: {key[:16]} cannot be measured again: {' '.join(str(error).split())}"
                 continue

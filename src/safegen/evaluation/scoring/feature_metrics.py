@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from safegen.evaluation.scoring.results import Side, Sides
+from safegen.evaluation.scoring.results import RunResults, StackResults
 from safegen.metrics.bootstrap import Mean, mean
 from safegen.metrics.clip_score import SCALE
 from safegen.metrics.distances import Distance, cmmd, fid, kid
@@ -27,7 +27,7 @@ Figure = One | Mapping[str, One]
 
 
 def looks(
-    read: Sides, at: Sequence[int], side: Side, base: Side
+    read: RunResults, at: Sequence[int], side: StackResults, base: StackResults
 ) -> dict[str, Callable[[], Figure]]:
     """Return the figures that rest on features, over the pictures `at`; each raises ValueError where it is undefined.
 

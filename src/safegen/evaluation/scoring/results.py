@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from safegen.core.errors import BadFile, BadSetting
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import expand_labels
 from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import Protocol
@@ -25,7 +25,7 @@ from safegen.evaluation.run.folder import (
 )
 from safegen.evaluation.schema import FROM_FEATURES
 from safegen.judges.base import Verdict
-from safegen.judges.batching import own_labels
+from safegen.judges.batching import resolve_labels
 
 FAULT = "withhold"
 """Action of a trail (`guard.base`) whose picture no guard answers for: one failed, or could not judge."""
@@ -34,7 +34,7 @@ WITHHELD = "withheld: "
 
 
 @dataclass(frozen=True)
-class Side:
+class StackResults:
     """One stack's part of a run, picture by picture in plan order.
 
     What the protocol does not ask for is an empty list.
@@ -53,43 +53,43 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Sides:
+class RunResults:
     """A run as it is scored: the rule, the judge's id, the planned pictures, every stack's part, and the journal lines they rest on."""
 
     rule: Protocol
     judge: str
     items: list[Item]
-    sides: dict[str, Side]
+    sides: dict[str, StackResults]
     used: dict[str, list[Line]]
     known: Collection[str]
     """Every label that the judge can answer with."""
     weights: dict[str, str]
     """Ids of what else looked: `extractor`, `lpips`."""
 
-    def base(self, name: str) -> Side:
+    def base(self, name: str) -> StackResults:
         """Return the part of the base model that a stack is held against."""
         return self.sides[self.sides[name].entry["against"]]
 
 
-def read_sides(
+def load_results(
     run: Run,
     *,
     judge: str | None = None,
     labels: Sequence[str] = (),
     threshold: float | None = None,
-) -> Sides:
+) -> RunResults:
     """Return every stack's part in plan order, under the protocol's judge, labels and threshold or others.
 
     Raises:
-        BadFile: the run is not complete, or a journal is damaged.
-        BadSetting: the threshold is outside what detections are kept for, or another judge comes
+        FileError: the run is not complete, or a journal is damaged.
+        ConfigError: the threshold is outside what detections are kept for, or another judge comes
             without labels.
-        UnknownName: a label that the judge does not have.
+        UnknownNameError: a label that the judge does not have.
     """
     own = run.protocol.judge
     name = (judge or own.name).partition(":")[0]
     if name != own.name and not labels:
-        raise BadSetting(
+        raise ConfigError(
             f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label"
         )
     seen_by = run.judge(judge) if judge else run.judge(name, options=own.told)
@@ -97,7 +97,7 @@ def read_sides(
     rule = run.protocol.judged(
         name=name, labels=labels, threshold=threshold, options=facts["options"]
     )
-    own_labels(name, expand_labels(rule.judge.labels), facts["known"], ())
+    resolve_labels(name, expand_labels(rule.judge.labels), facts["known"], ())
     lines = {
         s: _by_key(run, s, seen_by if s == VERDICTS else None)
         for s in (SAMPLES, VERDICTS, CHANGES, FEATURES)
@@ -109,7 +109,7 @@ def read_sides(
         for what, journal, key in EYES
         if any(key in line for line in used[journal])
     }
-    return Sides(
+    return RunResults(
         rule,
         seen_by,
         [p.item for p in run.planned],
@@ -136,11 +136,11 @@ def _one_id(run: Run, journal: str, key: str, used: Mapping[str, Sequence[Line]]
     """Return the id that all lines of a journal say.
 
     Raises:
-        BadFile: they say several.
+        FileError: they say several.
     """
     ids = sorted({str(line.get(key)) for line in used[journal]})
     if len(ids) > 1:
-        raise BadFile(
+        raise FileError(
             f"{run.folder / journal} is by several: {', '.join(ids)}; numbers of one column must be by one, so start a new run"
         )
     return ids[0]
@@ -152,11 +152,11 @@ def _side(
     rule: Protocol,
     lines: Mapping[str, Mapping[str, Line]],
     used: Mapping[str, list[Line]],
-) -> Side:
+) -> StackResults:
     """Gather a stack's lines in plan order.
 
     Raises:
-        BadFile: some are missing, or damaged.
+        FileError: some are missing, or damaged.
     """
     keys, found, metrics = run.keys(entry), dict[str, list[Line]](), set(rule.metrics)
     asked = {
@@ -174,16 +174,18 @@ def _side(
         wanted = keys if asked[journal] else []
         found[journal] = [lines[journal][key] for key in wanted if key in lines[journal]]
         if len(found[journal]) < len(wanted):
-            raise BadFile(
+            raise FileError(
                 f"{run.folder} is not complete: {len(found[journal])} of {len(wanted)} pictures of {entry['name']!r} are {what}; "
                 "go on with the command that began it"
             )
         used[journal] += found[journal]
-    return Side(
+    return StackResults(
         entry,
         [bool(line["blank"]) for line in found[SAMPLES]],
         [
-            _verdict(sample, line).rescored(expand_labels(rule.judge.labels), rule.judge.threshold)
+            _verdict(sample, line).with_threshold(
+                expand_labels(rule.judge.labels), rule.judge.threshold
+            )
             for sample, line in zip(found[SAMPLES], found[VERDICTS], strict=True)
         ],
         [float(line["change"]) for line in found[CHANGES]],
@@ -209,11 +211,11 @@ def _number(line: Line, key: str) -> float | None:
     """Return a number of a line, or None where it says that there is none.
 
     Raises:
-        BadFile: it does not say.
+        FileError: it does not say.
     """
     value = line.get(key, "")
     if not isinstance(value, int | float | None):
-        raise BadFile(
+        raise FileError(
             f"the line of {str(line.get('key'))[:16]!r} has no {key!r} that can be used; the file was damaged after it was written"
         )
     return None if value is None else float(value)

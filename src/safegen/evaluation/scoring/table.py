@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safegen.evaluation.run.folder import SCORES, Line, Run
 from safegen.evaluation.samples import hash_lines, sha
-from safegen.evaluation.scoring.results import Sides, read_sides
+from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.score import list_row
 
 FORMAT = "safegen-scores/2"
@@ -33,15 +33,15 @@ def score_run(
         threshold: least score of a detection that counts.
 
     Raises:
-        BadFile: the run is not complete, or a journal is damaged.
-        BadSetting: the threshold is outside what detections are kept for, or another judge comes
+        FileError: the run is not complete, or a journal is damaged.
+        ConfigError: the threshold is outside what detections are kept for, or another judge comes
             without labels.
-        UnknownName: a label that the judge does not have, and so would never be seen.
+        UnknownNameError: a label that the judge does not have, and so would never be seen.
     """
-    return scores_of(read_sides(run, judge=judge, labels=labels, threshold=threshold))
+    return scores_of(load_results(run, judge=judge, labels=labels, threshold=threshold))
 
 
-def scores_of(read: Sides) -> Line:
+def scores_of(read: RunResults) -> Line:
     """Return the scores of a run that was read."""
     at = {
         p.name: [i for i, item in enumerate(read.items) if item.list_name == p.name]

@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 
-Seam = Literal["prompt", "start", "uncond", "text", "branch", "latents", "image"]
+HookPoint = Literal["prompt", "start", "uncond", "text", "branch", "latents", "image"]
 """Where a guard acts: before drawing, on pictures drawn as probes, on the blank or on the prompt's embedding, on guidance, between steps,
 on the picture."""
-ANYWHERE: frozenset[Seam] = frozenset({"prompt", "image"})
+UNIVERSAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "image"})
 """Seams that need nothing of a pipeline but that it draws."""
-EVERY: frozenset[Seam] = frozenset(
+ALL_POINTS: frozenset[HookPoint] = frozenset(
     {"prompt", "start", "uncond", "text", "branch", "latents", "image"}
 )
-THROUGH_GUIDANCE: frozenset[Seam] = frozenset({"uncond", "branch"})
+GUIDANCE_POINTS: frozenset[HookPoint] = frozenset({"uncond", "branch"})
 """Seams that are nothing without guidance."""
 
 
@@ -68,7 +68,7 @@ def _wan(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> Text:
 
 
 @dataclass(frozen=True)
-class Family:
+class PipelineSpec:
     """How pipelines of one class guide and encode."""
 
     calls: Literal[1, 2]
@@ -86,12 +86,12 @@ class Family:
     """Keys of `Text.extra`."""
 
 
-FAMILIES = {
-    "StableDiffusionPipeline": Family(1, ("unet",), ("guidance_scale",), _sd, ("clip_skip",)),
-    "StableDiffusionXLPipeline": Family(
+PIPELINE_SPECS = {
+    "StableDiffusionPipeline": PipelineSpec(1, ("unet",), ("guidance_scale",), _sd, ("clip_skip",)),
+    "StableDiffusionXLPipeline": PipelineSpec(
         1, ("unet",), ("guidance_scale",), _sdxl, ("clip_skip",), ("text_embeds",)
     ),
-    "WanPipeline": Family(
+    "WanPipeline": PipelineSpec(
         2,
         ("transformer", "transformer_2"),
         ("guidance_scale", "_guidance_scale_2"),
@@ -113,16 +113,16 @@ def copied(generator: torch.Generator) -> torch.Generator:
     return torch.Generator(generator.device).set_state(generator.get_state())
 
 
-class Border:
+class PipelineAdapter:
     """A pipeline as guards see it."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.kind = type(pipe).__name__
-        self.family = FAMILIES.get(self.kind)
-        self.seams = EVERY if self.family else ANYWHERE
-        self.known = sorted(FAMILIES)
-        self.videos = self.family is not None and self.kind not in ONE_FRAME
+        self.pipeline_class = type(pipe).__name__
+        self.family = PIPELINE_SPECS.get(self.pipeline_class)
+        self.hook_points = ALL_POINTS if self.family else UNIVERSAL_POINTS
+        self.known = sorted(PIPELINE_SPECS)
+        self.videos = self.family is not None and self.pipeline_class not in ONE_FRAME
 
     @property
     def denoisers(self) -> list[nn.Module]:
@@ -158,11 +158,11 @@ class Border:
         """Refuse a text that the encoder would cut in a call with these arguments: words that are not read guard nothing.
 
         Raises:
-            BadSetting: it is too long.
+            ConfigError: it is too long.
         """
         n, most = self.tokens(text, call)
         if n > most:
-            raise BadSetting(
+            raise ConfigError(
                 f"{what} has {n} tokens, this model's text encoder reads {most}: {text[:60]!r}; shorten it"
             )
 
@@ -176,12 +176,12 @@ class Border:
             names: who asks, for the message.
 
         Raises:
-            BadSetting: a call without a generator a prompt.
+            ConfigError: a call without a generator a prompt.
         """
-        assert self.kind in ONE_FRAME
+        assert self.pipeline_class in ONE_FRAME
         own, given = call.get("generator"), call.get("latents")
         if not isinstance(own, list):
-            raise BadSetting(
+            raise ConfigError(
                 f"{names} needs a list of generators, one a prompt, to find each picture's start"
             )
         if given is not None:
@@ -214,7 +214,7 @@ class Border:
             inside: names of the guards that act on the denoiser at all.
 
         Raises:
-            BadSetting: guidance is off or rescaled, the model is guidance-distilled, or a cache
+            ConfigError: guidance is off or rescaled, the model is guidance-distilled, or a cache
                 skips denoiser calls.
         """
         names = ", ".join(guided)
@@ -222,20 +222,20 @@ class Border:
         for key in ("guidance_scale", "guidance_scale_2"):
             scale = call.get(key, default.get(key))
             if guided and scale is not None and not scale > 1:  # NaN is no guidance either
-                raise BadSetting(
+                raise ConfigError(
                     f"{names} has no effect without guidance; {key.replace('_', ' ')} must be > 1, got {scale}"
                 )
         if guided and any(
             getattr(d.config, "time_cond_proj_dim", None) is not None for d in self.denoisers
         ):
-            raise BadSetting(
+            raise ConfigError(
                 f"{names} has no effect on a guidance-distilled model, which makes no blank prediction; use a text or output guard"
             )
         if guided and (call.get("guidance_rescale") or 0.0) > 0:
-            raise BadSetting(
+            raise ConfigError(
                 f"{names} would be undone in part by guidance_rescale, which must be 0, got {call['guidance_rescale']}; leave it out"
             )
         if inside and any(getattr(d, "is_cache_enabled", False) for d in self.denoisers):
-            raise BadSetting(
+            raise ConfigError(
                 f"{', '.join(inside)} would miss the denoiser calls that a cache skips; call disable_cache() on the denoiser first"
             )

@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from safegen.guards.core.adapter import Border, Seam, Text
+    from safegen.guards.core.adapter import HookPoint, PipelineAdapter, Text
 
 Probe = Callable[..., Sequence[Any]]
 """Called with texts, options in the place of the call's, `grad=True` where a gradient must flow to the latents, and `shift`, (b, tokens,
 width), where it is to be added to the texts' embeddings; gives pictures."""
 Action = Literal["none", "edit", "block", "black", "blur", "mosaic", "refuse", "withhold"]
 """What was done: nothing, the drawing steered, the prompt not drawn, the picture replaced or covered or not given, or a fault."""
-GONE: frozenset[Action] = frozenset({"block", "refuse", "withhold"})
+BLOCKING_ACTIONS: frozenset[Action] = frozenset({"block", "refuse", "withhold"})
 """After these there is no picture."""
-COVERS: frozenset[Action] = frozenset({"black", "blur", "mosaic"})
+REPLACING_ACTIONS: frozenset[Action] = frozenset({"black", "blur", "mosaic"})
 """After these another picture is shown, which the finding must bring."""
 ACTIONS: frozenset[Action] = frozenset(get_args(Action))
 
 
-class Guard(BaseModel, ABC):
+class GuardConfig(BaseModel, ABC):
     """Settings of one guard. Build it, put it on a stack, write it to JSON; never change it."""
 
     model_config = ConfigDict(
@@ -42,43 +42,43 @@ class Guard(BaseModel, ABC):
     """The guard, as in the table."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings beside `default`, which changes none."""
-    seams: ClassVar[frozenset[Seam]] = frozenset()
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset()
     """Where it takes hold; see `takes`."""
     families: ClassVar[tuple[str, ...]] = ()
     """Classes of the pipelines whose parts it reads; any that has its seams when empty."""
     later: ClassVar[frozenset[str]] = frozenset()
     """Settings that came after stacks were hashed with this guard: at their defaults they are no fact, so those hashes stay."""
-    once: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = False
     """Whether a second one on the same pipeline would undo the first."""
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the settings that a concept gives this guard; none where it has no use for one."""
         return {}
 
     @classmethod
-    def cannot(cls, border: Border) -> str:
+    def unsupported_reason(cls, border: PipelineAdapter) -> str:
         """Return why it cannot run on a pipeline, as what follows `it`; nothing where it can."""
-        if cls.families and border.kind not in cls.families:
+        if cls.families and border.pipeline_class not in cls.families:
             return f"reads parts of a {' or '.join(cls.families)}"
-        if cls.seams - border.seams:
+        if cls.hook_points - border.hook_points:
             return f"acts inside the denoiser, which is known of {', '.join(border.known)}"
         return (
             "looks at pictures, and this draws videos"
-            if "image" in cls.seams and border.videos
+            if "image" in cls.hook_points and border.videos
             else ""
         )
 
-    def idle(self, others: Sequence[Guard], negative: str) -> str:
+    def conflict(self, others: Sequence[GuardConfig], negative: str) -> str:
         """Return why it would do nothing beside a stack's other guards and negative prompt, as what follows `it`; nothing where it acts."""
         return ""
 
     @property
-    def takes(self) -> frozenset[Seam]:
+    def takes(self) -> frozenset[HookPoint]:
         """Where it takes hold with these settings."""
-        return self.seams
+        return self.hook_points
 
-    def facts(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return what decides pictures, as plain values; weights by their hash and not by their place.
 
         Raises:
@@ -91,12 +91,12 @@ class Guard(BaseModel, ABC):
             if k not in self.later or getattr(self, k) != fields[k].default
         }
 
-    def beside(self, folder: Path) -> Guard:
+    def resolve_paths(self, folder: Path) -> GuardConfig:
         """Return the guard with its files looked for beside a recipe that lies in `folder`."""
         return self
 
     @abstractmethod
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work on a pipeline, its files loaded.
 
         Raises:
@@ -105,7 +105,7 @@ class Guard(BaseModel, ABC):
 
 
 @dataclass(frozen=True)
-class Finding:
+class GuardResult:
     """What a guard says of one picture or its prompt."""
 
     action: Action = "none"
@@ -119,21 +119,21 @@ class Finding:
     """Latents (c, h, w) of unit variance for the picture to start from, in place of its own."""
 
 
-class Ready:
+class Guard:
     """A guard at work.
 
     Every method is optional; what belongs to one call of the pipeline lives in the `Turn`.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: GuardConfig) -> None:
         self.guard = guard
 
     @property
-    def takes(self) -> frozenset[Seam]:
+    def active_points(self) -> frozenset[HookPoint]:
         """Where it takes hold."""
         return self.guard.takes
 
-    def check(self, prompts: Sequence[str]) -> Sequence[Finding]:
+    def check(self, prompts: Sequence[str]) -> Sequence[GuardResult]:
         """Return a finding a prompt, before anything is drawn.
 
         Those with the action `block` are not drawn.
@@ -142,7 +142,7 @@ class Ready:
 
     def probe(
         self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]
-    ) -> Sequence[Finding]:
+    ) -> Sequence[GuardResult]:
         """Return a finding a prompt from pictures drawn beforehand; those with the action `block` are not drawn.
 
         Args:
@@ -154,15 +154,15 @@ class Ready:
         """
         raise NotImplementedError
 
-    def twice(self, prompts: Sequence[str]) -> Sequence[bool]:
+    def wants_reference_stream(self, prompts: Sequence[str]) -> Sequence[bool]:
         """Return which prompts are drawn in two streams from one start, the second to be mixed into the first and thrown away."""
         return [False] * len(prompts)
 
-    def begin(self, call: Call) -> Turn:
+    def start(self, call: Call) -> GuardHook:
         """Return the state of one call of the pipeline."""
         raise NotImplementedError
 
-    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[Finding]:
+    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[GuardResult]:
         """Return a finding a picture."""
         raise NotImplementedError
 
@@ -171,7 +171,7 @@ class Ready:
 class Call:
     """One call of the pipeline."""
 
-    border: Border
+    border: PipelineAdapter
     prompts: tuple[str, ...]
     """One a picture."""
     negative: list[str]
@@ -183,7 +183,7 @@ class Call:
     """The other arguments of the call."""
     step: int = 0
     """Steps of the scheduler done so far."""
-    twins: Mapping[int, int] = field(default_factory=dict)
+    reference_rows: Mapping[int, int] = field(default_factory=dict)
     """Row of a picture: row of its second stream, for pictures that have one."""
     steps: int = 0
     """Steps in all: turns of the pipeline's loop, so about twice as many as asked for with a scheduler of second order."""
@@ -193,32 +193,32 @@ class Call:
         return round(fiftieths * self.steps / 50)
 
 
-class Turn:
+class GuardHook:
     """A guard during one call of the pipeline.
 
     Every method is optional; tensors hold one row a picture.
     """
 
-    def uncond(self, text: Text) -> Text:
+    def edit_negative_embeds(self, text: Text) -> Text:
         """Return what the blank side of guidance is conditioned on in this step."""
         return text
 
-    def cond(self, text: Text) -> Text:
+    def edit_prompt_embeds(self, text: Text) -> Text:
         """Return what the prompt's side is conditioned on in this step."""
         return text
 
-    def branches(self) -> Mapping[str, Text]:
+    def extra_conditions(self) -> Mapping[str, Text]:
         """Return the texts under which the denoiser is asked besides in this step, by a name of the guard's own."""
         return {}
 
-    def parts(self, network: Module) -> Sequence[tuple[Module, Callable[..., Any]]]:
+    def submodule_hooks(self, network: Module) -> Sequence[tuple[Module, Callable[..., Any]]]:
         """Return parts of the denoiser, each with what torch calls before it (`register_forward_pre_hook`, with keywords)."""
         return ()
 
-    def placed(self, rows: Mapping[str, slice]) -> None:
+    def set_rows(self, rows: Mapping[str, slice]) -> None:
         """Take in where rows lie in the denoiser's batch in this step: `cond`, and by name the branches that are asked in the same."""
 
-    def combine(self, said: Mapping[str, Tensor]) -> Tensor | None:
+    def guidance_correction(self, said: Mapping[str, Tensor]) -> Tensor | None:
         """Return Gamma, (b, ...): what is taken from the prompt's prediction in this step; None for nothing.
 
         Args:
@@ -226,17 +226,17 @@ class Turn:
         """
         return None
 
-    def latents(self, latents: Tensor) -> Tensor:
+    def on_step_end(self, latents: Tensor) -> Tensor:
         """Return the latents that the next step starts from."""
         return latents
 
-    def findings(self) -> Sequence[Finding]:
+    def results(self) -> Sequence[GuardResult]:
         """Return a finding a picture once all is drawn; nothing where there is nothing to say."""
         return ()
 
 
 @dataclass(frozen=True)
-class Note:
+class GuardRecord:
     """What one guard did for one picture."""
 
     guard: str
@@ -259,7 +259,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Trail:
+class GuardTrace:
     """What became of one picture, and by whom."""
 
     action: Action
@@ -269,13 +269,13 @@ class Trail:
     """
     reason: str
     """`guard: reason` of that action; of a fault, what failed."""
-    guards: tuple[Note, ...] = ()
+    guards: tuple[GuardRecord, ...] = ()
     """In the order of the stack."""
 
     @property
     def withheld(self) -> bool:
         """Whether there is no picture."""
-        return self.action in GONE
+        return self.action in BLOCKING_ACTIONS
 
     def to_json(self, *, times: bool = True) -> dict[str, Any]:
         """Return plain values; without `times`, equal pictures have equal trails."""
@@ -291,8 +291,8 @@ class Trail:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedImage:
     """A picture, or None where it was withheld, and its trail."""
 
     image: Image.Image | None
-    trail: Trail
+    trail: GuardTrace

@@ -16,25 +16,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from safegen.guards.core.adapter import THROUGH_GUIDANCE, Border, Text
-from safegen.guards.core.base import Call, Turn
+from safegen.guards.core.adapter import GUIDANCE_POINTS, PipelineAdapter, Text
+from safegen.guards.core.base import Call, GuardHook
 
 if TYPE_CHECKING:
-    from safegen.guards.core.runner import Work
+    from safegen.guards.core.runner import GuardRunner
 
 TEXT, EXTRA = "encoder_hidden_states", "added_cond_kwargs"
-Asked = tuple["Work", str, Text]
+Asked = tuple["GuardRunner", str, Text]
 """A branch: whose, its name, and the text of its rows."""
 
 
-class Hooks:
+class PipelineHooks:
     """The guards' hands on a pipeline during one call, and the count of what went through them."""
 
     def __init__(
         self,
-        border: Border,
+        border: PipelineAdapter,
         call: Call,
-        turns: Sequence[tuple[Work, Turn]],
+        turns: Sequence[tuple[GuardRunner, GuardHook]],
         *,
         max_rows: int | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class Hooks:
                     )
                     on.callback(network.register_forward_hook(self._after, with_kwargs=True).remove)
                     for work, turn in self.turns:
-                        for module, hook in turn.parts(network):
+                        for module, hook in turn.submodule_hooks(network):
                             on.callback(
                                 module.register_forward_pre_hook(
                                     _timed(work, hook), with_kwargs=True
@@ -131,13 +131,13 @@ class Hooks:
         expected = 2 if self.border.family and self.border.family.calls == 2 and self.guided else 1
         self.missed += bool(self.turns) and not self.entered == self.left == expected
         self.unguided += not self.guided and any(
-            work.takes & THROUGH_GUIDANCE for work, _ in self.turns
+            work.active_points & GUIDANCE_POINTS for work, _ in self.turns
         )
         self.entered = self.left = 0
         for work, turn in self.turns:
-            if "latents" in work.takes:
-                with work.asked():
-                    latents = turn.latents(latents)
+            if "latents" in work.active_points:
+                with work.timed_call():
+                    latents = turn.on_step_end(latents)
         self.call.step += 1
         if self.call.step == int(self.border.pipe.num_timesteps):
             self.finite = latents.flatten(1).isfinite().all(dim=1).tolist()
@@ -152,12 +152,12 @@ class Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.call.steps, self.asked = int(self.border.pipe.num_timesteps), []
         rows = len(kwargs[TEXT])
-        text = Text(
-            kwargs[TEXT],
-            {k: v for k, v in (kwargs.get(EXTRA) or {}).items() if k in self.border.family.extra},
-        )  # type: ignore[union-attr]
+        family = self.border.family
+        assert family is not None
+        extra = {k: v for k, v in (kwargs.get(EXTRA) or {}).items() if k in family.extra}
+        text = Text(kwargs[TEXT], extra)
         whole = self._edited(text)
-        both = self.guided and self.border.family.calls == 1  # type: ignore[union-attr]
+        both = self.guided and family.calls == 1
         if self.guided and (both or self.entered == 0):
             self.asked = self._branches(whole.hidden, rows // 2 if both else rows)
         pick: list[int] = []
@@ -181,16 +181,20 @@ class Hooks:
                 for k, (whose, name, _) in enumerate(self.asked)
                 if whose is work
             }
-            turn.placed({"cond": slice(rows - n, rows)} | (own if self.merged else {}))
+            turn.set_rows({"cond": slice(rows - n, rows)} | (own if self.merged else {}))
 
     def _edited(self, text: Text) -> Text:
         """Return the step's text as the guards want it."""
 
         def through(side: str, part: Text) -> Text:
             for work, turn in self.turns:
-                if side in work.takes:
-                    with work.asked():
-                        found = turn.uncond(part) if side == "uncond" else turn.cond(part)
+                if side in work.active_points:
+                    with work.timed_call():
+                        found = (
+                            turn.edit_negative_embeds(part)
+                            if side == "uncond"
+                            else turn.edit_prompt_embeds(part)
+                        )
                         part = (
                             found
                             if found is part
@@ -213,11 +217,11 @@ class Hooks:
     def _branches(self, like: Tensor, n: int) -> list[Asked]:
         out: list[Asked] = []
         for work, turn in self.turns:
-            if "branch" in work.takes:
-                with work.asked():
+            if "branch" in work.active_points:
+                with work.timed_call():
                     out += [
                         (work, name, text.rows(n).like(like))
-                        for name, text in turn.branches().items()
+                        for name, text in turn.extra_conditions().items()
                     ]
                     work.rows += n * (len([w for w, _, _ in out if w is work]))
         return out
@@ -266,10 +270,12 @@ class Hooks:
     def _gamma(self, u: Tensor, c: Tensor) -> Tensor | None:
         total: Tensor | None = None
         for work, turn in self.turns:
-            if "branch" in work.takes:
+            if "branch" in work.active_points:
                 own = {name: part for (whose, name), part in self.said.items() if whose == id(work)}
-                with work.asked():
-                    gamma = turn.combine({"uncond": u.float(), "cond": c.float(), **own})
+                with work.timed_call():
+                    gamma = turn.guidance_correction(
+                        {"uncond": u.float(), "cond": c.float(), **own}
+                    )
                 if gamma is not None:
                     total = gamma if total is None else total + gamma
         return total
@@ -301,11 +307,11 @@ class Hooks:
         return list(torch.cat(found).chunk(len(self.asked)))
 
 
-def _timed(work: Work, hook: Callable[..., Any]) -> Callable[..., Any]:
+def _timed(work: GuardRunner, hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return a guard's hook on a part of the denoiser, counted and timed."""
 
     def timed(*args: Any) -> Any:
-        with work.asked():
+        with work.timed_call():
             return hook(*args)
 
     return timed

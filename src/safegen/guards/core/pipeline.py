@@ -15,12 +15,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.core.registry import GUARDS, resolve
-from safegen.guards.core.adapter import THROUGH_GUIDANCE, Border, Seam, copied
-from safegen.guards.core.base import GONE, Action, Call, Drawn, Finding, Guard, Trail, Turn
-from safegen.guards.core.hooks import Hooks
-from safegen.guards.core.runner import Failed, Shifted, Work
+from safegen.guards.core.adapter import GUIDANCE_POINTS, HookPoint, PipelineAdapter, copied
+from safegen.guards.core.base import (
+    BLOCKING_ACTIONS,
+    Action,
+    Call,
+    GeneratedImage,
+    GuardConfig,
+    GuardHook,
+    GuardResult,
+    GuardTrace,
+)
+from safegen.guards.core.hooks import PipelineHooks
+from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner
 
 PER_PROMPT = ("negative_prompt", "generator")
 """Options that are lists with an entry a prompt."""
@@ -32,20 +41,25 @@ COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
 """Names that pipelines have for how often a prompt is drawn."""
 CALLBACKS = ("callback", "callback_on_step_end")
 """Options by which a pipeline calls back; probes are no steps of what was asked for."""
-BUSY: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
+PIPELINE_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 """Pipelines and who draws with them: a scheduler, and so the count of its steps, is good for one call at a time."""
-OUTSIDE: frozenset[Seam] = frozenset({"prompt", "start", "image"})
+EXTERNAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "start", "image"})
 """Seams at which a guard does nothing inside a call of the pipeline."""
 
 
-class Guarded:
+class GuardedPipeline:
     """A diffusers pipeline with guards.
 
     It draws as the pipeline does, and is the pipeline bit for bit where no guard acts.
     """
 
     def __init__(
-        self, pipe: Any, guards: Sequence[Guard], *, max_rows: int | None = None, negative: str = ""
+        self,
+        pipe: Any,
+        guards: Sequence[GuardConfig],
+        *,
+        max_rows: int | None = None,
+        negative: str = "",
     ) -> None:
         """Load the guards' files and see that the pipeline gives every guard what it needs.
 
@@ -59,43 +73,45 @@ class Guarded:
                 where they would not fit. None: no limit.
 
         Raises:
-            BadSetting: a guard cannot run on this pipeline, or one is there twice that may not be.
+            ConfigError: a guard cannot run on this pipeline, or one is there twice that may not be.
             UserError: a guard's file cannot be used.
         """
         if max_rows is not None and max_rows < 1:
-            raise BadSetting(f"max_rows must be >= 1, got {max_rows}")
+            raise ConfigError(f"max_rows must be >= 1, got {max_rows}")
         self.pipe, self.guards, self.max_rows, self.border = (
             pipe,
             tuple(guards),
             max_rows,
-            Border(pipe),
+            PipelineAdapter(pipe),
         )
         for guard in guards:
             if not guard.takes:
-                raise BadSetting(
+                raise ConfigError(
                     f"the guard {guard.name!r} takes hold nowhere, so it would never be asked; name its seams"
                 )
-            if why := guard.cannot(self.border):
+            if why := guard.unsupported_reason(self.border):
                 able = [
                     name
                     for name in sorted(GUARDS)
                     if not resolve(GUARDS, name, "guard").cannot(self.border)
                 ]
-                raise BadSetting(
-                    f"the guard {guard.name!r} cannot run on a {self.border.kind}: it {why}; guards that can: {', '.join(able) or 'none'}"
+                raise ConfigError(
+                    f"the guard {guard.name!r} cannot run on a {self.border.pipeline_class}: it {why}; guards that can: {', '.join(able) or 'none'}"
                 )
-            if guard.once and sum(g.name == guard.name for g in guards) > 1:
-                raise BadSetting(
+            if guard.exclusive and sum(g.name == guard.name for g in guards) > 1:
+                raise ConfigError(
                     f"the guard {guard.name!r} is there twice, and the second would undo the first; leave one out"
                 )
-            if why := guard.idle([other for other in guards if other is not guard], negative):
-                raise BadSetting(
+            if why := guard.conflict([other for other in guards if other is not guard], negative):
+                raise ConfigError(
                     f"the guard {guard.name!r} has no effect beside the others: it {why}; give another text, or leave one out"
                 )
-        self.ready = [guard.ready(self.border) for guard in guards]
-        self._busy = BUSY.setdefault(pipe, RLock())
+        self.ready = [guard.build(self.border) for guard in guards]
+        self._busy = PIPELINE_LOCKS.setdefault(pipe, RLock())
 
-    def draw(self, prompts: Sequence[str], *, copies: int = 1, **options: Any) -> list[Drawn]:
+    def draw(
+        self, prompts: Sequence[str], *, copies: int = 1, **options: Any
+    ) -> list[GeneratedImage]:
         """Return `copies` pictures a prompt, side by side, each with its trail. Calls on one pipeline wait for each other.
 
         Args:
@@ -106,39 +122,39 @@ class Guarded:
                 (generators: or one a picture).
 
         Raises:
-            BadSetting: a guard would have no effect with these options.
+            ConfigError: a guard would have no effect with these options.
             UserError: a guard refuses what is asked.
         """
         if isinstance(prompts, str):
-            raise BadSetting(
+            raise ConfigError(
                 f"prompts must be a list of texts, got the text {prompts[:60]!r}; put it in a list"
             )
         for key, value in options.items():
             if _unseen(key) and value is not None:
-                raise BadSetting(
+                raise ConfigError(
                     f"a guarded pipeline takes one text a prompt, and `copies`: guards do not see {key}; leave it out"
                 )
         if copies > 1 and any(g.takes & {"start", "latents"} for g in self.guards):
             names = ", ".join(g.name for g in self.guards if g.takes & {"start", "latents"})
-            raise BadSetting(
+            raise ConfigError(
                 f"{names} draws each prompt with a start of its own, so copies must be 1, got {copies}; repeat the prompt"
             )
-        inside = [g.name for g in self.guards if g.takes - OUTSIDE]
+        inside = [g.name for g in self.guards if g.takes - EXTERNAL_POINTS]
         self.border.refuse(
             options,
-            guided=[g.name for g in self.guards if g.takes & THROUGH_GUIDANCE],
+            guided=[g.name for g in self.guards if g.takes & GUIDANCE_POINTS],
             inside=inside,
         )
         if (
             any("image" in g.takes for g in self.guards)
             and options.get("output_type", "pil") != "pil"
         ):
-            raise BadSetting(
+            raise ConfigError(
                 f"guards that look at pictures need output_type='pil', got {options['output_type']!r}"
             )
         options, n = self._fitted(options, len(prompts), copies), len(prompts) * copies
         if (start := options.get("latents")) is not None and len(start) != n:
-            raise BadSetting(
+            raise ConfigError(
                 f"latents must be one a picture, {n} in all, got {len(start)}; leave them out to have them drawn"
             )
         with self._busy:
@@ -148,31 +164,33 @@ class Guarded:
         """Return the options of a call, one negative prompt spelt out for each of its `n` prompts.
 
         Raises:
-            BadSetting: there are not as many of something as there are prompts, or the pipeline
+            ConfigError: there are not as many of something as there are prompts, or the pipeline
                 draws no copies.
         """
         if copies < 1:
-            raise BadSetting(f"copies must be >= 1, got {copies}")
+            raise ConfigError(f"copies must be >= 1, got {copies}")
         if copies > 1 and not self._copies:
-            raise BadSetting(
-                f"a {self.border.kind} draws each prompt once, so copies must be 1, got {copies}; repeat the prompt"
+            raise ConfigError(
+                f"a {self.border.pipeline_class} draws each prompt once, so copies must be 1, got {copies}; repeat the prompt"
             )
         against, own, out = options.get("negative_prompt"), options.get("generator"), dict(options)
         if isinstance(against, str | list | tuple):
             out["negative_prompt"] = [against] * n if isinstance(against, str) else list(against)
             if len(out["negative_prompt"]) != n:
-                raise BadSetting(
+                raise ConfigError(
                     f"negative_prompt must be one text, or one a prompt, {n} in all, got {len(against)}"
                 )
         if isinstance(own, list | tuple):
             out["generator"] = list(own)
             if len(own) != n * copies:
-                raise BadSetting(
+                raise ConfigError(
                     f"generator must be one, or a list with one a picture, {n * copies} in all, got {len(own)}"
                 )
         for key in self._pictures(n):
             if (k := _several(options.get(key))) not in (1, n):
-                raise BadSetting(f"{key} must be one picture, or one a prompt, {n} in all, got {k}")
+                raise ConfigError(
+                    f"{key} must be one picture, or one a prompt, {n} in all, got {k}"
+                )
         return out
 
     def _pictures(self, n: int) -> tuple[str, ...]:
@@ -190,9 +208,11 @@ class Guarded:
 
     def _each(
         self, prompts: Sequence[str], copies: int, n: int, options: Mapping[str, Any]
-    ) -> list[Drawn]:
+    ) -> list[GeneratedImage]:
         """Return the pictures of a call that has been checked."""
-        works = [Work(ready, n, self._device, findings=[Finding()] * n) for ready in self.ready]
+        works = [
+            GuardRunner(ready, n, self._device, results=[GuardResult()] * n) for ready in self.ready
+        ]
         images: list[Any] = [None] * n
         faults = [""] * n
         try:
@@ -212,7 +232,7 @@ class Guarded:
                     [p for p in prompts for _ in range(copies)],
                     [i for i in at if not faults[i]],
                 )
-        except Failed as error:
+        except GuardError as error:
             faults = [f"error: {error}"] * n
         return [_drawn_of(images[i], works, i, faults[i]) for i in range(n)]
 
@@ -220,22 +240,24 @@ class Guarded:
     def _device(self) -> str:
         return str(self.pipe._execution_device.type)
 
-    def _checked(self, works: Sequence[Work], prompts: Sequence[str], copies: int) -> list[int]:
-        """Ask the prompt guards, and return the pictures that may be drawn."""
+    def _checked(
+        self, works: Sequence[GuardRunner], prompts: Sequence[str], copies: int
+    ) -> list[int]:
+        """Sample the prompt guards, and return the pictures that may be drawn."""
         for work in works:
-            if "prompt" in work.takes:
-                with work.asked():
-                    found = [f for f in work.ready.check(prompts) for _ in range(copies)]
-                    work.keep(found, range(len(prompts) * copies))
+            if "prompt" in work.active_points:
+                with work.timed_call():
+                    found = [f for f in work.guard_impl.check(prompts) for _ in range(copies)]
+                    work.merge_results(found, range(len(prompts) * copies))
         return [
             i
             for i in range(len(prompts) * copies)
-            if not any(w.findings[i].action in GONE for w in works)
+            if not any(w.results[i].action in BLOCKING_ACTIONS for w in works)
         ]
 
     def _probed(
         self,
-        works: Sequence[Work],
+        works: Sequence[GuardRunner],
         prompts: Sequence[str],
         at: Sequence[int],
         options: Mapping[str, Any],
@@ -251,7 +273,7 @@ class Guarded:
         left, starts = list(at), dict[int, Tensor]()
 
         def probe(
-            work: Work,
+            work: GuardRunner,
             asked: Mapping[str, Any],
             texts: Sequence[str],
             changed: Mapping[str, Any],
@@ -259,10 +281,10 @@ class Guarded:
             grad: bool = False,
             shift: Tensor | None = None,
         ) -> list[Any]:
-            first = [] if shift is None else [Shifted(work.guard, shift)]
-            others = [w.ready for w in works if not w.takes & {"image", "start"}]
+            first = [] if shift is None else [EmbeddingOffset(work.guard, shift)]
+            others = [w.guard_impl for w in works if not w.active_points & {"image", "start"}]
             inner = [
-                Work(ready, len(texts), self._device, findings=[Finding()] * len(texts))
+                GuardRunner(ready, len(texts), self._device, results=[GuardResult()] * len(texts))
                 for ready in (*first, *others)
             ]
             with torch.autocast(self._device, dtype, enabled=coarse):
@@ -274,24 +296,24 @@ class Guarded:
             return list(images)
 
         for work in works:
-            if "start" in work.takes and left:
+            if "start" in work.active_points and left:
                 moved = self._moved(options, starts)
                 asked = {
                     k: _picked(k, v, left, self._pictures(len(prompts)))
                     for k, v in moved.items()
                     if k not in CALLBACKS
                 }
-                with work.asked():
-                    found = work.ready.probe(
+                with work.timed_call():
+                    found = work.guard_impl.probe(
                         partial(probe, work, asked), [prompts[i] for i in left], asked
                     )
-                    work.keep(found, left)
+                    work.merge_results(found, left)
                 starts |= {
                     i: one.start
                     for i, one in zip(left, found, strict=True)
                     if one.start is not None
                 }
-                left = [i for i in left if work.findings[i].action not in GONE]
+                left = [i for i in left if work.results[i].action not in BLOCKING_ACTIONS]
         return left, starts
 
     def _moved(self, options: Mapping[str, Any], starts: Mapping[int, Tensor]) -> Mapping[str, Any]:
@@ -307,7 +329,7 @@ class Guarded:
 
     def _drawn(
         self,
-        works: Sequence[Work],
+        works: Sequence[GuardRunner],
         prompts: Sequence[str],
         rows: Sequence[int],
         copies: int,
@@ -329,7 +351,7 @@ class Guarded:
             picked = [own[k] for k in at]
             asked["generator"] = [*picked, *(copied(picked[k]) for k in twins)]
         elif twins:
-            raise BadSetting(
+            raise ConfigError(
                 "a guard that draws a second stream needs a list of generators, one a prompt, so that both start alike"
             )
         if isinstance(start := options.get("latents"), Tensor):
@@ -340,24 +362,28 @@ class Guarded:
         negative = asked.get("negative_prompt") or [""] * len(every)
         away = [negative[k // copies] for k in range(len(texts))]
         call = Call(
-            self.border, texts, away, options, twins={k: len(at) + j for j, k in enumerate(twins)}
+            self.border,
+            texts,
+            away,
+            options,
+            reference_rows={k: len(at) + j for j, k in enumerate(twins)},
         )
-        turns: list[tuple[Work, Turn]] = []
+        turns: list[tuple[GuardRunner, GuardHook]] = []
         for work in works:
             work.drawn = (*at, *(at[k] for k in twins))
-            if work.takes - OUTSIDE:
-                with work.asked(as_drawn=True):
-                    turns.append((work, work.ready.begin(call)))
-        hooks = Hooks(self.border, call, turns, max_rows=self.max_rows)
+            if work.active_points - EXTERNAL_POINTS:
+                with work.timed_call(as_drawn=True):
+                    turns.append((work, work.guard_impl.start(call)))
+        hooks = PipelineHooks(self.border, call, turns, max_rows=self.max_rows)
         with hooks.attached():
             plain: Any = type(self.pipe).__call__
             out = (
                 plain.__wrapped__(self.pipe, **asked) if grad else self.pipe(**asked)
             )  # the former without its no_grad
         for work, turn in turns:
-            with work.asked():
-                found = list(turn.findings()) or [Finding()] * len(texts)
-                work.keep(found[: len(at)] if len(found) == len(texts) else found, at)
+            with work.timed_call():
+                found = list(turn.results()) or [GuardResult()] * len(texts)
+                work.merge_results(found[: len(at)] if len(found) == len(texts) else found, at)
         pictures: Sequence[Any] = out.images if hasattr(out, "images") else out.frames
         if len(pictures) != len(texts):
             return [None] * len(at), [
@@ -365,32 +391,43 @@ class Guarded:
             ] * len(at)
         return pictures[: len(at)], hooks.wrong(len(texts))[: len(at)]
 
-    def _twins(self, works: Sequence[Work], prompts: Sequence[str]) -> list[int]:
+    def _twins(self, works: Sequence[GuardRunner], prompts: Sequence[str]) -> list[int]:
         """Return which prompts a guard wants to draw a second time beside the first."""
         wanted = [False] * len(prompts)
         for work in works:
-            if "latents" in work.takes:
-                with work.asked():
+            if "latents" in work.active_points:
+                with work.timed_call():
                     wanted = [
-                        a or b for a, b in zip(wanted, work.ready.twice(prompts), strict=True)
+                        a or b
+                        for a, b in zip(
+                            wanted, work.guard_impl.wants_reference_stream(prompts), strict=True
+                        )
                     ]
         return [k for k, want in enumerate(wanted) if want]
 
     def _looked(
-        self, works: Sequence[Work], images: list[Any], prompts: Sequence[str], at: Sequence[int]
+        self,
+        works: Sequence[GuardRunner],
+        images: list[Any],
+        prompts: Sequence[str],
+        at: Sequence[int],
     ) -> None:
         """Show the pictures to the guards that look at them, each what the one before left of it."""
         for work in works:
-            if "image" not in work.takes:
+            if "image" not in work.active_points:
                 continue
             seen = [
-                (i, images[i]) for i in at if not any(w.findings[i].action in GONE for w in works)
+                (i, images[i])
+                for i in at
+                if not any(w.results[i].action in BLOCKING_ACTIONS for w in works)
             ]
             if not seen:
                 continue
-            with work.asked():
-                found = work.ready.look([image for _, image in seen], [prompts[i] for i, _ in seen])
-                work.keep(found, [i for i, _ in seen], seen=True)
+            with work.timed_call():
+                found = work.guard_impl.look(
+                    [image for _, image in seen], [prompts[i] for i, _ in seen]
+                )
+                work.merge_results(found, [i for i, _ in seen], seen=True)
             for (i, image), one in zip(seen, found, strict=True):
                 images[i] = one.image if one.image is not None else image
 
@@ -426,18 +463,18 @@ def _unseen(key: str) -> bool:
     return text or "embeds" in key or key in UNSEEN
 
 
-def _drawn_of(image: Any, works: Sequence[Work], at: int, fault: str) -> Drawn:
+def _drawn_of(image: Any, works: Sequence[GuardRunner], at: int, fault: str) -> GeneratedImage:
     notes = tuple(work.note(at) for work in works)
     if fault:
-        return Drawn(None, Trail("withhold", fault, notes))
+        return GeneratedImage(None, GuardTrace("withhold", fault, notes))
     acted = [n for n in notes if n.action not in ("none", "edit")] or [
         n for n in notes if n.action == "edit"
     ]
-    gone = [n for n in acted if n.action in GONE]
+    gone = [n for n in acted if n.action in BLOCKING_ACTIONS]
     action: Action = (gone or acted)[-1].action if acted else "none"
     reason = f"{(gone or acted)[-1].guard}: {(gone or acted)[-1].reason}" if acted else ""
     if (
         image is None and not gone
     ):  # no picture, and nobody who took it: ours to explain, and not to show
-        return Drawn(None, Trail("withhold", "error: no picture came", notes))
-    return Drawn(None if gone else image, Trail(action, reason, notes))
+        return GeneratedImage(None, GuardTrace("withhold", "error: no picture came", notes))
+    return GeneratedImage(None if gone else image, GuardTrace(action, reason, notes))

@@ -11,12 +11,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from safegen.core.errors import UserError, wants_memory
-from safegen.guards.core.adapter import Seam, Text
-from safegen.guards.core.base import ACTIONS, COVERS, GONE, Call, Finding, Guard, Note, Ready, Turn
+from safegen.core.errors import UserError, is_out_of_memory
+from safegen.guards.core.adapter import HookPoint, Text
+from safegen.guards.core.base import (
+    ACTIONS,
+    BLOCKING_ACTIONS,
+    REPLACING_ACTIONS,
+    Call,
+    Guard,
+    GuardConfig,
+    GuardHook,
+    GuardRecord,
+    GuardResult,
+)
 
 
-class Failed(Exception):
+class GuardError(Exception):
     """A guard raised, or answered with nonsense."""
 
     def __init__(self, guard: str, error: Exception) -> None:
@@ -24,10 +34,10 @@ class Failed(Exception):
 
 
 @dataclass
-class Work:
+class GuardRunner:
     """A guard of the pipeline, and what is known of it in this batch: one entry a picture."""
 
-    ready: Ready
+    guard_impl: Guard
     n: int
     device: str
     """Kind of device that the pipeline computes on."""
@@ -37,31 +47,31 @@ class Work:
     drawn: tuple[int, ...] = ()
     """The pictures that came to the denoiser, each as often as it stood in a batch."""
     seconds: float = 0.0
-    findings: list[Finding] = field(default_factory=list)
+    results: list[GuardResult] = field(default_factory=list)
 
     @property
-    def guard(self) -> Guard:
+    def guard(self) -> GuardConfig:
         """Its settings."""
-        return self.ready.guard
+        return self.guard_impl.guard
 
     @property
-    def takes(self) -> frozenset[Seam]:
+    def active_points(self) -> frozenset[HookPoint]:
         """Where it takes hold."""
-        return self.ready.takes
+        return self.guard_impl.active_points
 
-    def note(self, at: int) -> Note:
+    def note(self, at: int) -> GuardRecord:
         """Return what it did for picture `at`."""
-        found = self.findings[at]
+        found = self.results[at]
         scores = {k: round(float(v), 6) for k, v in found.scores.items()}
         limits = {k: float(v) for k, v in found.thresholds.items()}
         ms = round(1000 * self.seconds / self.n, 3)
         rows = self.rows * self.drawn.count(at) // max(len(self.drawn), 1)
-        return Note(
+        return GuardRecord(
             self.guard.name, found.action, found.reason, scores, limits, self.calls, rows, ms
         )
 
     @contextmanager
-    def asked(self, *, as_drawn: bool = False) -> Iterator[None]:
+    def timed_call(self, *, as_drawn: bool = False) -> Iterator[None]:
         """Count and time what the guard does, in full precision; what it raises is its failure, but for what the caller can mend.
 
         Args:
@@ -75,16 +85,18 @@ class Work:
         try:
             with nullcontext() if as_drawn else torch.autocast(self.device, enabled=False):
                 yield
-        except (UserError, Failed):
+        except (UserError, GuardError):
             raise
         except Exception as error:
-            if wants_memory(error):
+            if is_out_of_memory(error):
                 raise
-            raise Failed(self.guard.name, error) from error
+            raise GuardError(self.guard.name, error) from error
         finally:
             self.seconds += time.perf_counter() - began
 
-    def keep(self, findings: Sequence[Finding], at: Sequence[int], *, seen: bool = False) -> None:
+    def merge_results(
+        self, findings: Sequence[GuardResult], at: Sequence[int], *, seen: bool = False
+    ) -> None:
         """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
 
         A finding with a score that is no number decided nothing: that picture is withheld, whatever
@@ -100,30 +112,30 @@ class Work:
                 it is.
         """
         if len(findings) != len(at):
-            raise Failed(
+            raise GuardError(
                 self.guard.name, ValueError(f"{len(findings)} answers for {len(at)} pictures")
             )
         for i, found in zip(at, findings, strict=True):
             if found.action not in ACTIONS or (
-                found.action in COVERS and not (seen and found.image is not None)
+                found.action in REPLACING_ACTIONS and not (seen and found.image is not None)
             ):
-                raise Failed(
+                raise GuardError(
                     self.guard.name,
                     ValueError(
                         f"the action {found.action!r} hides nothing without a picture to show"
                     ),
                 )
             old, odd = (
-                self.findings[i],
+                self.results[i],
                 [
                     k
                     for k, v in {**found.scores, **found.thresholds}.items()
                     if not math.isfinite(v)
                 ],
             )
-            stays = found.action == "none" or old.action in GONE
+            stays = found.action == "none" or old.action in BLOCKING_ACTIONS
             last = (
-                Finding("withhold", f"not-finite: {', '.join(odd)}")
+                GuardResult("withhold", f"not-finite: {', '.join(odd)}")
                 if odd
                 else old
                 if stays
@@ -133,33 +145,33 @@ class Work:
             limits = {
                 k: v for k, v in {**old.thresholds, **found.thresholds}.items() if k not in odd
             }
-            self.findings[i] = Finding(last.action, last.reason, scores, limits)
+            self.results[i] = GuardResult(last.action, last.reason, scores, limits)
 
 
-class Shifted(Ready):
+class EmbeddingOffset(Guard):
     """A probe's own hand on the prompts' embeddings, before the guards': something is added to them."""
 
-    def __init__(self, guard: Guard, shift: Tensor) -> None:
+    def __init__(self, guard: GuardConfig, shift: Tensor) -> None:
         super().__init__(guard)
         self.shift = shift
 
     @property
-    def takes(self) -> frozenset[Seam]:
+    def active_points(self) -> frozenset[HookPoint]:
         """The prompt's side alone."""
         return frozenset({"text"})
 
-    def begin(self, call: Call) -> Turn:
+    def start(self, call: Call) -> GuardHook:
         """Return the shift of one call."""
         return _Shift(self.shift, call)
 
 
-class _Shift(Turn):
+class _Shift(GuardHook):
     def __init__(self, shift: Tensor, call: Call) -> None:
         rows = [
-            *range(len(call.prompts) - len(call.twins)),
-            *call.twins,
+            *range(len(call.prompts) - len(call.reference_rows)),
+            *call.reference_rows,
         ]  # second streams stand behind, in the order of their first
         self.shift = shift[rows]
 
-    def cond(self, text: Text) -> Text:
+    def edit_prompt_embeds(self, text: Text) -> Text:
         return Text(text.hidden + self.shift.to(text.hidden), text.extra)

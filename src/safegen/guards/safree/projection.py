@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rule:
+class ProjectionConfig:
     """How a prompt is looked at."""
 
     alpha: float
@@ -28,7 +28,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Part:
+class EncoderProjection:
     """What is done with one prompt in one encoder's columns of its embedding."""
 
     columns: slice
@@ -39,25 +39,25 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Way:
+class Projection:
     """What is done with one prompt, encoder by encoder."""
 
-    parts: tuple[Part, ...]
+    submodule_hooks: tuple[EncoderProjection, ...]
     distance: float = 0.0
     """How far it moves the prompt, see `shift`; 0 where nobody asks."""
 
     @property
     def triggers(self) -> list[int]:
         """Tokens that are triggers to any encoder."""
-        return sorted({j for part in self.parts for j in part.triggers})
+        return sorted({j for part in self.submodule_hooks for j in part.triggers})
 
     @property
     def projector(self) -> Tensor:
         """The projector of whole embeddings, (width, width)."""
-        return torch.block_diag(*(part.projector for part in self.parts))
+        return torch.block_diag(*(part.projector for part in self.submodule_hooks))
 
 
-class Reader:
+class TextEncoderView:
     """One text encoder of a Stable Diffusion pipeline, token by token."""
 
     def __init__(self, pipe: Any, name: str = "text_encoder") -> None:
@@ -102,21 +102,26 @@ class Reader:
         return self.pooled(torch.cat([self.ids(text)[0] for text in texts]))
 
 
-def readers(pipe: Any) -> list[Reader]:
+def text_encoders(pipe: Any) -> list[TextEncoderView]:
     """Return a pipeline's text encoders in the order in which their embeddings stand side by side."""
     return [
-        Reader(pipe, name)
+        TextEncoderView(pipe, name)
         for name in ("text_encoder", "text_encoder_2")
         if getattr(pipe, name, None) is not None
     ]
 
 
-def spans(encoders: Sequence[Reader], phrases: Sequence[str]) -> list[Tensor]:
+def concept_projectors(encoders: Sequence[TextEncoderView], phrases: Sequence[str]) -> list[Tensor]:
     """Return the projector onto the span of some phrases, (width, width), for each encoder."""
     return [span(reader.pooled_texts(phrases)) for reader in encoders]
 
 
-def look(encoders: Sequence[Reader], prompt: str, concept: Sequence[Tensor], rule: Rule) -> Way:
+def project_prompt(
+    encoders: Sequence[TextEncoderView],
+    prompt: str,
+    concept: Sequence[Tensor],
+    rule: ProjectionConfig,
+) -> Projection:
     """Return what SAFREE does with a prompt, from one batch of its n copies with one token masked in each, an encoder.
 
     Args:
@@ -125,32 +130,36 @@ def look(encoders: Sequence[Reader], prompt: str, concept: Sequence[Tensor], rul
         concept: P_C of each encoder, see `spans`.
         rule: how it is looked at.
     """
-    parts, hidden, start = list[Part](), list[Tensor](), 0
+    parts, hidden, start = list[EncoderProjection](), list[Tensor](), 0
     for reader, own in zip(encoders, concept, strict=True):
         ids, n = reader.ids(prompt)
         if n < 1:
-            return Way(())
+            return Projection(())
         masked = ids.repeat(n, 1)
         masked[range(n), range(1, n + 1)] = 0  # id 0 stands for a masked token, as released
         pooled = reader.pooled(masked)  # (n, width)
         hits = [j for j, hit in enumerate(triggers(pooled, own, alpha=rule.alpha)) if hit]
         parts.append(
-            Part(slice(start, start + len(own)), hits, both(own, span(pooled), order=rule.order))
+            EncoderProjection(
+                slice(start, start + len(own)),
+                hits,
+                combined_projector(own, span(pooled), order=rule.order),
+            )
         )
         hidden += [reader.hidden(ids)[0, : n + 2]] if rule.distance else []
         start += len(own)
-    way = Way(tuple(parts))
+    way = Projection(tuple(parts))
     return (
-        replace(way, distance=shift(torch.cat(hidden, dim=1), way.projector))
+        replace(way, distance=projection_distance(torch.cat(hidden, dim=1), way.projector))
         if rule.distance
         else way
     )
 
 
-def projected(row: Tensor, way: Way, strength: float) -> Tensor:
+def projected(row: Tensor, way: Projection, strength: float) -> Tensor:
     """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way to their projection; all else stays."""
     out = row.clone()
-    for part in way.parts:
+    for part in way.submodule_hooks:
         at = [j + 1 for j in part.triggers]  # the first token marks the beginning
         if at:
             old = row[at, part.columns].float()
@@ -187,13 +196,15 @@ def triggers(pooled: Tensor, concept: Tensor, *, alpha: float) -> list[bool]:
     return (d >= (1 + alpha) * others).tolist()
 
 
-def both(concept: Tensor, prompt: Tensor, *, order: Literal["code", "paper"]) -> Tensor:
+def combined_projector(
+    concept: Tensor, prompt: Tensor, *, order: Literal["code", "paper"]
+) -> Tensor:
     """Return the projector onto the prompt's span without the concept's: (I - P_C) P_I as released, P_I (I - P_C) as the paper prints."""
     out = torch.eye(len(concept)).to(concept) - concept
     return out @ prompt if order == "code" else prompt @ out
 
 
-def shift(hidden: Tensor, projector: Tensor) -> float:
+def projection_distance(hidden: Tensor, projector: Tensor) -> float:
     """Return beta, how far the projection moves a prompt: 1 - the mean cosine of its tokens (tokens, width) before and after."""
     return 1 - float(
         torch.nn.functional.cosine_similarity(hidden, hidden @ projector.T, dim=1).mean()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safegen.core.errors import BadSetting
+from safegen.core.errors import ConfigError
 from safegen.guards.core.adapter import Text
 
 SCALES = (0.9, 0.2)
@@ -39,15 +39,15 @@ class Reattention:
         self.rows: Mapping[str, slice] = {}
         self.wanted = self.went = 0
 
-    def branches(self) -> Mapping[str, Text]:
+    def extra_conditions(self) -> Mapping[str, Text]:
         """Return the prompts as they were."""
         return {} if self.original is None else {ORIGINAL: self.original}
 
-    def placed(self, rows: Mapping[str, slice]) -> None:
+    def set_rows(self, rows: Mapping[str, slice]) -> None:
         """Take in the rows of this step."""
         self.rows, self.went = rows, 0
 
-    def parts(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
+    def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
         """Return the up-blocks, and what is done before each."""
         net: Any = network
         scale = dict(
@@ -61,7 +61,7 @@ class Reattention:
             if self.original is None:
                 return None
             if ORIGINAL not in self.rows:
-                raise BadSetting(
+                raise ConfigError(
                     "the guard 'safree' compares rows of one batch to reattend; give max_rows >= 3 a picture, or leave it out"
                 )
             self.went += 1

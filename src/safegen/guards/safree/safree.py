@@ -12,21 +12,27 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import BadSetting
-from safegen.guards.core.adapter import ONE_FRAME, Border, Seam, Text
-from safegen.guards.core.base import Call, Finding, Guard, Ready, Turn
-from safegen.guards.safree.projection import Rule, look, projected, readers, spans
+from safegen.core.errors import ConfigError
+from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, Text
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
+from safegen.guards.safree.projection import (
+    ProjectionConfig,
+    concept_projectors,
+    project_prompt,
+    projected,
+    text_encoders,
+)
 from safegen.guards.safree.reattention import Reattention
 
 MOST = 10
 """U: the filter decides for at most this many steps after the first, of 50."""
 
 
-class Safree(Guard):
+class SafreeConfig(GuardConfig):
     """Settings of SAFREE. The default projects in the released code's order, in every step."""
 
     name: Literal["safree"] = "safree"
-    seams: ClassVar[frozenset[Seam]] = frozenset({"text"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"text"})
     families: ClassVar[tuple[str, ...]] = ONE_FRAME
     later: ClassVar[frozenset[str]] = frozenset({"reattend"})
     PRESETS: ClassVar = {
@@ -71,58 +77,60 @@ class Safree(Guard):
         return self
 
     @classmethod
-    def lent(cls, concept: Concept) -> dict[str, Any]:
+    def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's words as phrases."""
         return {"phrases": concept.words}
 
     @property
-    def way(self) -> Rule:
+    def way(self) -> ProjectionConfig:
         """How a prompt is looked at."""
-        return Rule(self.alpha, self.order, distance=self.filter)
+        return ProjectionConfig(self.alpha, self.order, distance=self.filter)
 
     @property
-    def takes(self) -> frozenset[Seam]:
+    def active_points(self) -> frozenset[HookPoint]:
         """Where it takes hold: on guidance too if it asks for the prompt as it was."""
-        return self.seams | ({"branch"} if self.reattend else frozenset())
+        return self.hook_points | ({"branch"} if self.reattend else frozenset())
 
-    def ready(self, border: Border) -> Ready:
+    def build(self, border: PipelineAdapter) -> Guard:
         """Return the guard at work.
 
         Raises:
-            BadSetting: a phrase that the text encoder would cut.
+            ConfigError: a phrase that the text encoder would cut.
         """
         for phrase in self.phrases:
             border.fits(phrase, "a phrase of the guard 'safree'")
-        return _Ready(self, border)
+        return SafreeGuard(self, border)
 
 
-class _Ready(Ready):
-    guard: Safree
+class SafreeGuard(Guard):
+    guard: SafreeConfig
 
-    def __init__(self, guard: Safree, border: Border) -> None:
+    def __init__(self, guard: SafreeConfig, border: PipelineAdapter) -> None:
         super().__init__(guard)
-        self.concept = spans(readers(border.pipe), guard.phrases)
+        self.concept = concept_projectors(text_encoders(border.pipe), guard.phrases)
 
-    def begin(self, call: Call) -> Turn:
-        return _Turn(self.guard, call, self.concept)
+    def start(self, call: Call) -> GuardHook:
+        return SafreeHook(self.guard, call, self.concept)
 
 
-class _Turn(Turn):
-    def __init__(self, guard: Safree, call: Call, concept: Sequence[Tensor]) -> None:
+class SafreeHook(GuardHook):
+    def __init__(self, guard: SafreeConfig, call: Call, concept: Sequence[Tensor]) -> None:
         self.guard, self.call = guard, call
-        found = readers(call.border.pipe)
+        found = text_encoders(call.border.pipe)
         device = found[0].device
         with torch.autocast(
             device.type, enabled=False
         ):  # the call may be drawn in coarser arithmetic
             self.ways = {
-                prompt: look(found, prompt, [own.to(device) for own in concept], guard.way)
+                prompt: project_prompt(
+                    found, prompt, [own.to(device) for own in concept], guard.way
+                )
                 for prompt in call.prompts
             }
         self.cached: tuple[Tensor, list[Tensor]] | None = None
         self.again = Reattention()
 
-    def cond(self, text: Text) -> Text:
+    def edit_prompt_embeds(self, text: Text) -> Text:
         self.again.original = None
         if self.guard.strength == 0 or not any(
             bool(self.ways[p].triggers) for p in self.call.prompts
@@ -149,16 +157,16 @@ class _Turn(Turn):
         rows = [new if now else old for now, old, new in zip(acts, *self.cached, strict=True)]
         return Text(torch.stack(rows), text.extra)
 
-    def branches(self) -> Mapping[str, Text]:
-        return self.again.branches()
+    def extra_conditions(self) -> Mapping[str, Text]:
+        return self.again.extra_conditions()
 
-    def parts(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
-        return self.again.parts(network) if self.guard.reattend else ()
+    def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
+        return self.again.submodule_hooks(network) if self.guard.reattend else ()
 
-    def placed(self, rows: Mapping[str, slice]) -> None:
-        self.again.placed(rows)
+    def set_rows(self, rows: Mapping[str, slice]) -> None:
+        self.again.set_rows(rows)
 
-    def combine(self, said: Mapping[str, Tensor]) -> None:
+    def guidance_correction(self, said: Mapping[str, Tensor]) -> None:
         self.again.check()
 
     def _last(self, prompt: str) -> float:
@@ -175,7 +183,7 @@ class _Turn(Turn):
             )
         )
 
-    def findings(self) -> list[Finding]:
+    def results(self) -> list[GuardResult]:
         out = []
         for prompt in self.call.prompts:
             way = self.ways[prompt]
@@ -191,7 +199,9 @@ class _Turn(Turn):
             }
             limits = {"middle": self.guard.middle / 10} if self.guard.middle is not None else {}
             out.append(
-                Finding("edit" if steps else "none", "projected" if steps else "", scores, limits)
+                GuardResult(
+                    "edit" if steps else "none", "projected" if steps else "", scores, limits
+                )
             )
         return out
 
@@ -210,7 +220,7 @@ def filter_steps(distance: float, *, middle: float, slope: float) -> int:
 
 
 def calibrate(
-    border: Border, guard: Safree, *, unsafe: Sequence[str], benign: Sequence[str]
+    border: PipelineAdapter, guard: SafreeConfig, *, unsafe: Sequence[str], benign: Sequence[str]
 ) -> float:
     """Return the filter's `middle` for a concept: half way between the means of ten times the distance of both kinds of prompts (ours).
 
@@ -221,22 +231,23 @@ def calibrate(
         benign: prompts that do not.
 
     Raises:
-        BadSetting: a list is empty, or benign prompts move as far as unsafe ones: then the filter
+        ConfigError: a list is empty, or benign prompts move as far as unsafe ones: then the filter
             cannot tell them apart.
     """
     if not unsafe or not benign:
-        raise BadSetting(
+        raise ConfigError(
             f"a calibration needs prompts of both kinds, got {len(unsafe)} unsafe and {len(benign)} benign"
         )
-    encoders = readers(border.pipe)
-    concept = spans(encoders, guard.phrases)
+    encoders = text_encoders(border.pipe)
+    concept = concept_projectors(encoders, guard.phrases)
     asked = replace(guard.way, distance=True)
     high, low = (
-        sum(10 * look(encoders, p, concept, asked).distance for p in prompts) / len(prompts)
+        sum(10 * project_prompt(encoders, p, concept, asked).distance for p in prompts)
+        / len(prompts)
         for prompts in (unsafe, benign)
     )
     if high <= low:
-        raise BadSetting(
+        raise ConfigError(
             f"the filter cannot tell these prompts apart: unsafe ones lie at {high:.3f}, benign ones at {low:.3f}; leave it off"
         )
     return (high + low) / 2

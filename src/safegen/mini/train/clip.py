@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.files import fresh_folder
+from safegen.core.files import atomic_directory
 from safegen.mini import networks
 from safegen.mini.train.fit import SEED, arithmetic, fit
 from safegen.mini.train.scenes import Words, load_world, to_unit
@@ -25,15 +25,15 @@ def stage_clip(work: Path, *, steps: int = 900) -> None:
     words = Words(data)
     folder = work / "pipeline" / "tokenizer"
     if not folder.exists():
-        with fresh_folder(folder) as tmp:
+        with atomic_directory(folder) as tmp:
             networks.build_tokenizer(words.texts[:-1]).save_pretrained(tmp)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(words.texts, padding="max_length", truncation=True).input_ids)
     clip = networks.build_clip(tokenizer)
 
-    def matches(pick: Tensor, rows_of: Tensor, places: Tensor) -> Tensor:
-        same = (data["objects"][pick, None] == data["objects"][rows_of]) & (
-            data["attributes"][pick, None] == data["attributes"][rows_of]
+    def matches(pick: Tensor, concept_embeddings: Tensor, places: Tensor) -> Tensor:
+        same = (data["objects"][pick, None] == data["objects"][concept_embeddings]) & (
+            data["attributes"][pick, None] == data["attributes"][concept_embeddings]
         )
         return same & ((places < 0) | (data["places"][pick, None] == places))
 

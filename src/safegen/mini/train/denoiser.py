@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.files import fresh_file
+from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
 from safegen.mini import networks
 from safegen.mini.train.fit import SEED, arithmetic, fit
@@ -113,7 +113,7 @@ def cache_latents(work: Path, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             "mean": torch.cat([q.mean.float() for q in found]) * scale,
             "std": torch.cat([q.std.float() for q in found]) * scale,
         }
-        with fresh_file(path, replace=True) as tmp:
+        with atomic_write(path, replace=True) as tmp:
             save_file({k: v.contiguous() for k, v in both.items()}, tmp, {"made_of": made_of})
     both = {
         k: v.to(memory_format=torch.channels_last) for k, v in load_file(path).items()

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safegen.core.errors import BadFile
-from safegen.core.files import fresh_file
-from safegen.core.generation import native_precision
+from safegen.core.errors import FileError
+from safegen.core.files import atomic_write
+from safegen.core.generation import preferred_precision
 
 SEED = 2404_06666
 KEEP_EVERY = 120.0
@@ -24,7 +24,7 @@ KEEP_EVERY = 120.0
 
 def arithmetic() -> torch.autocast:
     """Return the context in which every stage computes: bf16 where the processor does."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16")
+    return torch.autocast("cpu", torch.bfloat16, enabled=preferred_precision() == "bf16")
 
 
 def fit(
@@ -57,7 +57,7 @@ def fit(
         keep_every: seconds between checkpoints; there is always one after the last step.
 
     Raises:
-        BadFile: the checkpoint is damaged or of another model, or one cannot be written.
+        FileError: the checkpoint is damaged or of another model, or one cannot be written.
     """
     path, log = work / f"{name}-checkpoint.safetensors", work / "log.jsonl"
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -125,7 +125,7 @@ def _write(
     tensors |= {
         f"{k}/{name}": v for name, p in model.named_parameters() for k, v in opt.state[p].items()
     }
-    with fresh_file(path, replace=True) as tmp:
+    with atomic_write(path, replace=True) as tmp:
         try:
             save_file(
                 {k: v.detach().contiguous() for k, v in tensors.items()},
@@ -133,7 +133,7 @@ def _write(
                 {"step": str(step), "seconds": str(seconds)},
             )
         except SafetensorError as error:
-            raise BadFile(f"{path} cannot be written: {error}") from error
+            raise FileError(f"{path} cannot be written: {error}") from error
 
 
 def _read(
@@ -164,7 +164,7 @@ def _read(
         ValueError,
     ) as error:  # RuntimeError: other names or shapes
         line = str(error).splitlines()[0]
-        raise BadFile(
+        raise FileError(
             f"the checkpoint {path} is damaged or of another model ({line}); remove it to start again"
         ) from error
 

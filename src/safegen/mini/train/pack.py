@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.files import replaced_folder
+from safegen.core.files import swap_directory
 from safegen.mini import bundle, world
 from safegen.mini.train.denoiser import SCHEDULE
 from safegen.mini.train.fit import SEED
@@ -56,7 +56,7 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
     )
     judge = load_file(work / "judge.safetensors")
-    with replaced_folder(home / "weights") as out:
+    with swap_directory(home / "weights") as out:
         at = {
             path: out / path.relative_to(weights)
             for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())
@@ -118,7 +118,7 @@ def stage_triplets(work: Path, *, n: int = 100, home: Path = bundle.HERE) -> Non
             Censor(tile=3 / 16, padding=0.2),
             labels=(concept,),
         )
-        with replaced_folder(out) as whole:
+        with swap_directory(out) as whole:
             shutil.copytree(fresh, whole, dirs_exist_ok=True)
         print(
             f"{concept}: {len(found.triplets)} triplets; left out: {[str(p) for p in found.left_out]}",

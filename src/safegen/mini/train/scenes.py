@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safegen.core.files import fresh_file
+from safegen.core.files import atomic_write
 from safegen.mini import captions, world
 from safegen.mini.train.fit import SEED
 
@@ -40,7 +40,7 @@ def stage_world(work: Path, *, n: int = 24_000, objects: Sequence[str] = ()) -> 
         for j, box in enumerate(world.boxes(s)):
             boxes[i, j] = box
     with (
-        fresh_file(work / "world.npz", replace=True) as tmp,
+        atomic_write(work / "world.npz", replace=True) as tmp,
         tmp.open("wb") as file,
     ):  # given a path, numpy would add an ending
         np.savez(

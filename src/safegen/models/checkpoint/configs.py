@@ -12,7 +12,7 @@ from typing import Any
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
-SIGNS = {
+KEY_PREFIXES = {
     "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
     "sd2": ("cond_stage_model.model.",),
     "sd1": ("cond_stage_model.transformer.",),
@@ -124,7 +124,7 @@ FAMILY = {
 }
 
 
-def told_by(names: Iterable[str]) -> str | None:
+def detect_architecture(names: Iterable[str]) -> str | None:
     """Return the build whose weights have these names in one file, a key of `SIGNS`.
 
     None where it is none of them.
@@ -132,11 +132,11 @@ def told_by(names: Iterable[str]) -> str | None:
     found = {
         sign
         for name in names
-        for signs in SIGNS.values()
+        for signs in KEY_PREFIXES.values()
         for sign in signs
         if name.startswith(sign)
     }
-    return next((build for build, signs in SIGNS.items() if found.issuperset(signs)), None)
+    return next((build for build, signs in KEY_PREFIXES.items() if found.issuperset(signs)), None)
 
 
 def write_small_files(build: str, folder: Path, *, prediction: str, zero_snr: bool = False) -> None:

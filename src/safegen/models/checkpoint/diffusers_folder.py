@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 
-from safegen.core.errors import BadFile
-from safegen.core.files import fresh_folder
+from safegen.core.errors import FileError
+from safegen.core.files import atomic_directory
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
 
-SAID = "safegen.json"
+METADATA_FILE = "safegen.json"
 """What a folder of ours says of itself, for programs."""
 
 
@@ -37,7 +37,7 @@ class _Whole(BaseModel):
     made_from: _Whole | None = None
 
 
-def said_in(text: str) -> dict[str, Any]:
+def parse_metadata(text: str) -> dict[str, Any]:
     """Return what a model of ours says of itself; nothing of another's, or where it is not what we write.
 
     It is a statement: `Model.told` asks whether the weights beside it are those that it is of.
@@ -70,9 +70,9 @@ def save_folder(
             is written without. `safegen.export_folder` makes it.
 
     Raises:
-        BadFile: `out` exists or cannot be written.
+        FileError: `out` exists or cannot be written.
     """
-    with fresh_folder(Path(out)) as tmp:
+    with atomic_directory(Path(out)) as tmp:
         tower = model.pipeline.text_encoder
         state = tower.state_dict()
         try:
@@ -87,7 +87,7 @@ def save_folder(
             if (
                 isinstance(error, SafetensorError) or type(error) is Exception
             ):  # the latter is tokenizers' word for a full disk
-                raise BadFile(f"{out} cannot be written: {error}") from error
+                raise FileError(f"{out} cannot be written: {error}") from error
             raise
         for folder in tmp.glob("tokenizer*"):
             save_vocabulary(folder)
@@ -102,7 +102,7 @@ def save_folder(
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         if facts:
-            (tmp / SAID).write_text(
+            (tmp / METADATA_FILE).write_text(
                 json.dumps(dict(facts) | {"weights": model.weights}, indent=1, sort_keys=True)
                 + "\n",
                 encoding="utf-8",

@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-from safegen.core.errors import BadFile, BadSetting
-from safegen.core.files import fresh_file
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import atomic_write
 from safegen.models.checkpoint import configs as builds
-from safegen.models.checkpoint.diffusers_folder import forget_places, said_in, save_vocabulary
+from safegen.models.checkpoint.diffusers_folder import (
+    forget_places,
+    parse_metadata,
+    save_vocabulary,
+)
 from safegen.models.checkpoint.key_map import PREFIX, original_names, pack, unpack
 from safegen.models.model import (
     DTYPES,
@@ -30,8 +34,8 @@ from safegen.models.model import (
     Model,
     finish_loading,
     first_line,
-    known_by,
-    silence,
+    silence_libraries,
+    weight_digests,
 )
 
 CONFIGS = "safegen_configs"
@@ -82,26 +86,26 @@ def save_single_file(
             the edit.
 
     Raises:
-        BadFile: `out` exists or cannot be written.
-        BadSetting: no such dtype, weights that the dtype cannot hold or the layout has no place
+        FileError: `out` exists or cannot be written.
+        ConfigError: no such dtype, weights that the dtype cannot hold or the layout has no place
             for, or a prediction that it cannot say.
     """
     if dtype not in DTYPES:
-        raise BadSetting(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     build, tensors, known = build_of(model.pipeline), _markers(model), []
     for part in PREFIX[build]:
         state = {}
         for name, value in getattr(model.pipeline, part).state_dict().items():
             state[name] = value.detach().cpu().to(DTYPES[dtype])
             if not bool(state[name].isfinite().all()):
-                raise BadSetting(f"{part}.{name} does not fit into {dtype}; choose bf16 or fp32")
-        known += known_by(state) if facts and part == "unet" else []
+                raise ConfigError(f"{part}.{name} does not fit into {dtype}; choose bf16 or fp32")
+        known += weight_digests(state) if facts and part == "unet" else []
         try:
             tensors |= {
                 name: value.contiguous() for name, value in pack(build, part, state).items()
             }
         except ValueError as error:
-            raise BadSetting(
+            raise ConfigError(
                 f"{model.name!r} cannot be written as one file: {error}; write a folder: safegen apply"
             ) from error
     header = {
@@ -116,11 +120,11 @@ def save_single_file(
     header |= {SPEC: "v" if model.prediction == "v_prediction" else "epsilon"} | _small_files(model)
     if facts:
         header["safegen"] = json.dumps(dict(facts) | {"weights": known}, sort_keys=True)
-    with fresh_file(out) as tmp:
+    with atomic_write(out) as tmp:
         try:
             save_file(tensors, tmp, metadata=header)
         except SafetensorError as error:
-            raise BadFile(f"{out} cannot be written: {error}") from error
+            raise FileError(f"{out} cannot be written: {error}") from error
 
 
 def build_of(pipeline: Any) -> str:
@@ -134,10 +138,10 @@ def _markers(model: Model) -> dict[str, Tensor]:
     """Return the tensors that say what weights cannot: prediction of v, and a schedule that ends in pure noise.
 
     Raises:
-        BadSetting: the model predicts something that files of this layout cannot say.
+        ConfigError: the model predicts something that files of this layout cannot say.
     """
     if model.prediction not in ("epsilon", "v_prediction"):
-        raise BadSetting(
+        raise ConfigError(
             f"{model.name!r} predicts {model.prediction}, and one file can say epsilon or v_prediction only; write a folder"
         )
     out = {V_PRED: torch.zeros(1)} if model.prediction == "v_prediction" else {}
@@ -146,7 +150,7 @@ def _markers(model: Model) -> dict[str, Tensor]:
 
 def _small_files(model: Model) -> dict[str, str]:
     """Return the header's entry of a pipeline's small files, but for CLIP's vocabulary, which we bring."""
-    with tempfile.TemporaryDirectory() as folder, silence():
+    with tempfile.TemporaryDirectory() as folder, silence_libraries():
         here, pipe = Path(folder), model.pipeline
         pipe.save_config(here)
         pipe.unet.save_config(here / "unet")
@@ -194,13 +198,13 @@ def load_single_file(
             theirs, as far as torch keeps that promise.
 
     Raises:
-        BadFile: not readable, of no family that is read, or with configurations that contradict
+        FileError: not readable, of no family that is read, or with configurations that contradict
             what the file says it predicts; or none is given and an SD 2.x file does not say what it
             predicts.
     """
     tensors, header = _read(path, allow_pickle)
     if strange := sorted(k for k in tensors if k.startswith(EDM)):
-        raise BadFile(
+        raise FileError(
             f"{path} is trained on the EDM schedule (it has {strange[0]}), which is not read; draw with a model that is not"
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -215,13 +219,13 @@ def load_single_file(
             build = _bring(tensors, header, config, path)
             way = f"the configuration is that of the published {build}: name the model's own diffusers folder (--config, or in a recipe)"
         if not (config / "model_index.json").is_file():
-            raise BadFile(f"{config} is not a diffusers folder: it has no model_index.json")
+            raise FileError(f"{config} is not a diffusers folder: it has no model_index.json")
         pipeline = _assemble(tensors, config, path, way)
         _agree(pipeline.scheduler, tensors, header, path)
-        with silence():
+        with silence_libraries():
             pipeline.to(dtype=DTYPES[dtype])
     model = finish_loading(str(path), pipeline, device)
-    model.says(said_in(header.get("safegen", "{}")))
+    model.set_metadata(parse_metadata(header.get("safegen", "{}")))
     return model
 
 
@@ -229,10 +233,10 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
     """Return a file's tensors and header.
 
     Raises:
-        BadFile: it cannot be read, or is a pickle that was not asked for.
+        FileError: it cannot be read, or is a pickle that was not asked for.
     """
     if path.suffix in PICKLES and not allow_pickle:
-        raise BadFile(
+        raise FileError(
             f"{path} is a pickle, which can run code of whoever made it; get it as safetensors, or say --allow-pickle if you trust it"
         )
     header: dict[str, str] = {}
@@ -248,7 +252,7 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
                     file.metadata() or {},
                 )
     except Exception as error:  # torch's unpickler raises a dozen kinds
-        raise BadFile(
+        raise FileError(
             f"{path} cannot be read as a one-file checkpoint: {first_line(error)}"
         ) from error
     if not any(k.startswith(TODAY) for k in tensors):
@@ -262,20 +266,20 @@ def _unpack(text: str, folder: Path, path: Path) -> None:
     try:
         files = {name: str(value) for name, value in json.loads(text).items()}
     except (json.JSONDecodeError, AttributeError) as error:
-        raise BadFile(
+        raise FileError(
             f"{path} is damaged: its header's {CONFIGS} is not JSON; name a folder instead (--config, or in a recipe)"
         ) from error
     for name, value in files.items():
         place = folder / name
         if not place.resolve().is_relative_to(folder.resolve()):
-            raise BadFile(
+            raise FileError(
                 f"{path} is not to be trusted: its header names the file {name!r}, outside its folder"
             )
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(value, encoding="utf-8")
         except OSError as error:  # one name is a file and a folder
-            raise BadFile(
+            raise FileError(
                 f"{path} is damaged: its header's {CONFIGS} cannot be laid out ({error.strerror}: {name!r})"
             ) from error
     for tokenizer in TOKENIZERS:
@@ -289,19 +293,19 @@ def _bring(
     """Write the small files of the published build that a file's names tell, and return what it is called.
 
     Raises:
-        BadFile: they tell none, a part is missing, it says or shows that it is a variant
+        FileError: they tell none, a part is missing, it says or shows that it is a variant
             (inpainting, few steps), or it is an SD 2.x, of which there are two kinds, and does not
             say which.
     """
-    build = builds.told_by(tensors)
+    build = builds.detect_architecture(tensors)
     if build is None:
-        raise BadFile(
+        raise FileError(
             f"{path} holds no whole model in the original layout of {', '.join(builds.TITLES.values())} (refiners are none); "
             "a LoRA goes beside a model: --lora"
         )
     for part, prefix in PREFIX[build].items():
         if not any(name.startswith(prefix) for name in tensors):
-            raise BadFile(
+            raise FileError(
                 f"{path} lacks a whole part of {builds.TITLES[build]}, the {part}; get a file that holds it"
             )
     channels = (
@@ -310,18 +314,18 @@ def _bring(
         else 4
     )
     if channels != 4:
-        raise BadFile(
+        raise FileError(
             f"{path} takes {channels} channels, as inpainting and depth models do; those that draw from text alone are read"
         )
     named = header.get("modelspec.architecture", "").lower()
     if named and named not in SAID[build]:
-        raise BadFile(
+        raise FileError(
             f"{path} says that it is a {named}, and its weights are {builds.TITLES[build]}'s, whose published schedule may not be its own; "
             "name the model's own diffusers folder (--config, or in a recipe)"
         )
     said = _predicts(tensors, header, path)
     if said is None and build == "sd2":
-        raise BadFile(
+        raise FileError(
             f"{path} does not say whether it predicts epsilon or v, and SD 2.x has both kinds; "
             "name a diffusers folder of the same kind, whose small files go with it (--config, or in a recipe)"
         )
@@ -333,13 +337,13 @@ def _predicts(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Pa
     """Return what a file says that it predicts, if it does.
 
     Raises:
-        BadFile: it says something that is not read.
+        FileError: it says something that is not read.
     """
     if V_PRED in tensors:
         return "v_prediction"
     said = header.get(SPEC, "").lower()
     if said and said not in PREDICTIONS:
-        raise BadFile(
+        raise FileError(
             f"{path} says that it predicts {said!r}; models of {', '.join(PREDICTIONS)} are read"
         )
     return PREDICTIONS.get(said) or SAID["sd2"].get(
@@ -353,16 +357,16 @@ def _agree(
     """Refuse configurations under which the file's weights would mean something else.
 
     Raises:
-        BadFile: they predict otherwise, or their schedule does not end in pure noise where the file
+        FileError: they predict otherwise, or their schedule does not end in pure noise where the file
             says so.
     """
     said, own = _predicts(tensors, header, path), str(scheduler.config["prediction_type"])
     if said not in (None, own):
-        raise BadFile(
+        raise FileError(
             f"{path} says that it predicts {said}, its configuration says {own}; name a folder of a model that does: config"
         )
     if ZTSNR in tensors and float(scheduler.alphas_cumprod[-1]) >= PURE:
-        raise BadFile(
+        raise FileError(
             f"{path} says that its schedule ends in pure noise (ztsnr), its configuration's does not (rescale_betas_zero_snr, of a "
             "scheduler that knows it); name a folder whose scheduler does: config"
         )
@@ -372,21 +376,21 @@ def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path, way: str)
     """Return a pipeline built from configurations, with the file's weights in it.
 
     Raises:
-        BadFile: they do not go together; `way` says what the user can do about it.
+        FileError: they do not go together; `way` says what the user can do about it.
     """
     try:
         index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
-        raise BadFile(
+        raise FileError(
             f"the small files in {config} cannot be used: model_index.json is not JSON ({first_line(error)})"
         ) from error
     family = index.get("_class_name")
     if family not in FAMILIES:
-        raise BadFile(
+        raise FileError(
             f"{config} is a {family}; one-file checkpoints of {' and '.join(FAMILIES)} are read"
         )
     try:
-        with silence():
+        with silence_libraries():
             with init_empty_weights(
                 include_buffers=False
             ):  # nothing is drawn only to be overwritten
@@ -414,10 +418,12 @@ def _assemble(tensors: Mapping[str, Tensor], config: Path, path: Path, way: str)
                 _fill(build, part, module.float(), tensors, path, way)
             kind, options = FAMILIES[family]
             return kind.from_pretrained(config, **parts, **options, local_files_only=True)
-    except BadFile:
+    except FileError:
         raise
     except Exception as error:  # diffusers and transformers raise a dozen kinds; all mean that this folder cannot be used
-        raise BadFile(f"the small files in {config} cannot be used: {first_line(error)}") from error
+        raise FileError(
+            f"the small files in {config} cannot be used: {first_line(error)}"
+        ) from error
 
 
 def _fill(
@@ -426,17 +432,17 @@ def _fill(
     """Put the file's weights into a part: all of them, and no other shape but what the layout has otherwise.
 
     Raises:
-        BadFile: one is missing, of another shape, or there are more of that part.
+        FileError: one is missing, of another shape, or there are more of that part.
     """
     state = module.state_dict()
     names = original_names(build, part, state)
     found = {}
     for name, to in names.items():
         if to not in tensors:
-            raise BadFile(f"{path} has no {to}, which its configuration wants; {way}")
+            raise FileError(f"{path} has no {to}, which its configuration wants; {way}")
         value = unpack(build, part, name, tensors[to], state[name].shape)
         if value.shape != state[name].shape:
-            raise BadFile(
+            raise FileError(
                 f"{path} has {to} of shape {tuple(tensors[to].shape)}, its configuration says {tuple(state[name].shape)} for {name}; {way}"
             )
         found[name] = value.to(
@@ -446,7 +452,7 @@ def _fill(
     more = {k for k in tensors if k.startswith(prefix)} - set(names.values())
     more = {k for k in more if not _idle(build, part, k.removeprefix(prefix), module)}
     if more:
-        raise BadFile(
+        raise FileError(
             f"{path} has {min(more)} and {len(more) - 1} others that its configuration does not know; {way}"
         )
     module.load_state_dict(found, assign=True)
