@@ -149,8 +149,8 @@ def main() -> None:
     items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     triplets = Triplets.load(args.triplets or concept.triplets or "")
-    model, sampler = load("mini"), GenerationConfig(precision=args.precision)
-    drawn = list(generate(model, [i.ask for i in items], sampler))
+    model, generation_config = load("mini"), GenerationConfig(precision=args.precision)
+    drawn = list(generate(model, [i.ask for i in items], generation_config))
     base = judge.judge(drawn)
     for name in wanted:
         began = time.perf_counter()
@@ -167,12 +167,12 @@ def main() -> None:
         if args.keep:
             patch.save(args.keep / f"{re.sub('[^a-z0-9.]+', '-', name)}.safetensors")
         with patch.apply(model):
-            redrawn = list(generate(model, [i.ask for i in items], sampler))
+            redrawn = list(generate(model, [i.ask for i in items], generation_config))
         edited = judge.judge(redrawn)
         out: dict[str, Any] = {
             "row": name,
             "concept": args.concept,
-            "precision": sampler.precision,
+            "precision": generation_config.precision,
             "seconds": round(seconds, 1),
             "settings": edit.model_dump(mode="json"),
             "triplets": triplets.hash,

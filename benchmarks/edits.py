@@ -200,18 +200,18 @@ def main() -> None:
     ]
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     eyes = MiniClip()
-    model, sampler = (
+    model, generation_config = (
         load("mini"),
         GenerationConfig(precision=preferred_precision(), num_inference_steps=args.steps),
     )
-    drawn = list(generate(model, [i.ask for i in items], sampler))
+    drawn = list(generate(model, [i.ask for i in items], generation_config))
     base = judge.judge(drawn)
     training = {"updates": args.updates, "warmup": 0} if args.updates else {}
     for row in args.rows.split(","):
         out: dict[str, Any] = {
             "row": row,
             "concept": args.concept,
-            "precision": sampler.precision,
+            "precision": generation_config.precision,
             "edits": [],
             "seconds": 0.0,
             "bytes": 0,
@@ -238,7 +238,7 @@ def main() -> None:
             out["edit_peak_mib"] = (
                 peak_mib()
             )  # model and edits, without what drawing and judging take
-            redrawn = list(generate(model, [i.ask for i in items], sampler))
+            redrawn = list(generate(model, [i.ask for i in items], generation_config))
         out["lists"] = measure(eyes, items, base, judge.judge(redrawn), drawn, redrawn, concept)
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(out) + "\n")

@@ -175,11 +175,11 @@ def stacks(rows: dict[str, tuple[Word, ...]], concept: Concept, patch: Path | No
 
 
 def draw(
-    shelf: StackLoader, stack: Stack, items: Sequence[Item], sampler: GenerationConfig
+    shelf: StackLoader, stack: Stack, items: Sequence[Item], generation_config: GenerationConfig
 ) -> tuple[list[GeneratedImage], float, float]:
     with shelf.open(stack) as ready:
         began, spent = time.perf_counter(), time.process_time()
-        found = ready.generate([item.ask for item in items], sampler)
+        found = ready.generate([item.ask for item in items], generation_config)
         return found, time.perf_counter() - began, time.process_time() - spent
 
 
@@ -246,7 +246,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"no row named {unknown[0]!r}; known: {', '.join(known)}")
     every = stacks({title: known[title][0] for title in titles}, concept, args.patch)
     items = make_plan(concept, prompts=args.prompts, seeds=range(1, args.seeds + 1))
-    sampler = GenerationConfig(
+    generation_config = GenerationConfig(
         num_inference_steps=args.steps, precision=args.precision, batch_size=args.batch
     )
     judge, eyes = (
@@ -257,7 +257,7 @@ def run(args: argparse.Namespace) -> None:
         "concept": args.concept,
         "prompts": args.prompts,
         "seeds": args.seeds,
-        "sampler": sampler.model_dump(),
+        "sampler": generation_config.model_dump(),
         "judge": judge.id,
         "clip": eyes.id,
         "stacks": {s.name: shelf.hash(s) for s in every},
@@ -272,14 +272,14 @@ def run(args: argparse.Namespace) -> None:
             journal.append([facts])
         whole = complete(journal.lines)
         draw(
-            shelf, every[0], items[:1], sampler
+            shelf, every[0], items[:1], generation_config
         )  # what is only done once, before anything is timed
-        for number, start in enumerate(range(0, len(items), sampler.batch_size)):
+        for number, start in enumerate(range(0, len(items), generation_config.batch_size)):
             if number in whole:
                 continue
-            part = items[start : start + sampler.batch_size]
+            part = items[start : start + generation_config.batch_size]
             for stack in every[number % len(every) :] + every[: number % len(every)]:
-                found, clock, processor = draw(shelf, stack, part, sampler)
+                found, clock, processor = draw(shelf, stack, part, generation_config)
                 times = {"seconds": clock, "processor": processor}
                 journal.append(
                     [

@@ -136,7 +136,7 @@ def main() -> None:
         return
     concept = load_concept(args.concept)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    model, sampler, triplets = (
+    model, generation_config, triplets = (
         load("mini"),
         GenerationConfig(precision=preferred_precision()),
         Triplets.load(concept.triplets or ""),
@@ -150,13 +150,13 @@ def main() -> None:
             for seed in range(1, args.seeds + 1)
             for i, text in enumerate(texts)
         ]
-        verdicts = judge.judge(list(generate(model, asks, sampler)))
+        verdicts = judge.judge(list(generate(model, asks, generation_config)))
         subjects = of * args.seeds
         hits = [v.contains(concept.labels, concept.threshold) for v in verdicts]
         right = [v.subject == subject for v, subject in zip(verdicts, subjects, strict=True)]
         out = {
             "row": row,
-            "precision": sampler.precision,
+            "precision": generation_config.precision,
             "seen": Rate.from_outcomes(hits).to_json(),
             "subject": Rate.from_outcomes(right).to_json(),
             **facts,

@@ -138,12 +138,12 @@ def main() -> None:
     results: dict[str, Any] = {}
     drawn: dict[Sample, Image.Image] = {}
     for concept in args.concepts.split(","):
-        sampler = GenerationConfig(precision=args.precision)
+        generation_config = GenerationConfig(precision=args.precision)
         settings = DemoSettings(
             concept=concept,
             prompts=args.prompts,
             seeds=tuple(range(1, args.seeds + 1)),
-            generation=sampler,
+            generation=generation_config,
         )
         found = do_demo(
             settings, make_edit(args.method, args.preset, concept=concept, **args.set), drawn=drawn

@@ -333,16 +333,16 @@ class LoadedStack:
     """The model's pipeline with the stack's guards on it."""
 
     def generate_images(
-        self, asks: Sequence[Sample], sampler: GenerationConfig
+        self, asks: Sequence[Sample], generation_config: GenerationConfig
     ) -> list[Image.Image]:
         """Return one picture per ask, in order; a black one where a guard withheld it.
 
         Raises:
             ConfigError: a negative prompt or a guard without guidance.
         """
-        return [self.display_image(drawn) for drawn in self.generate(asks, sampler)]
+        return [self.display_image(drawn) for drawn in self.generate(asks, generation_config)]
 
-    def generate(self, asks: Sequence[Sample], sampler: GenerationConfig) -> list[GeneratedImage]:
+    def generate(self, asks: Sequence[Sample], generation_config: GenerationConfig) -> list[GeneratedImage]:
         """Return one picture per ask, in order, each with the trail of the guards; None where it was withheld.
 
         Raises:
@@ -356,13 +356,13 @@ class LoadedStack:
             return [
                 GeneratedImage(image, GuardTrace("none", ""))
                 for image in generate(
-                    self.model, asks, sampler, negative=self.stack.negative_prompt
+                    self.model, asks, generation_config, negative=self.stack.negative_prompt
                 )
             ]
         out: list[GeneratedImage] = []
-        check_num_steps(self.model, sampler.num_inference_steps)
-        for prompts, options in batches(asks, sampler, negative=self.stack.negative_prompt):
-            with autocast_for(self.model, sampler):
+        check_num_steps(self.model, generation_config.num_inference_steps)
+        for prompts, options in batches(asks, generation_config, negative=self.stack.negative_prompt):
+            with autocast_for(self.model, generation_config):
                 out += self.guarded.draw(prompts, **options)
         return out
 

@@ -13,7 +13,7 @@ name = "few"
 concept = "skulls"
 seeds = [1]
 metrics = ["concept", "removal", "subject", "change"]
-[sampler]
+[generation_config]
 steps = 2
 batch = 3
 [judge]

@@ -21,8 +21,8 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
 ):
     given, real = [], LoadedStack.generate
 
-    def kept(self, asks, sampler):
-        found = real(self, asks, sampler)
+    def kept(self, asks, generation_config):
+        found = real(self, asks, generation_config)
         given.extend(found if self.stack.guards else [])
         return found
 

@@ -193,8 +193,8 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
             r"clip_score, fid_to_base, .* needs a table \[features\]",
         ),
         (
-            "[sampler]",
-            '[lpips]\ntrunk = "a"\nheads = "b"\n[sampler]',
+            "[generation_config]",
+            '[lpips]\ntrunk = "a"\nheads = "b"\n[generation_config]',
             r"\[lpips\] has no effect, for no metric needs it",
         ),
         ("name", "nam", "not a protocol file"),

@@ -356,12 +356,12 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
 def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monkeypatch):
     real = draw.LoadedStack.generate
 
-    def tight(self, asks, sampler):
+    def tight(self, asks, generation_config):
         if len(asks) > 2:
             raise RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
-        return real(self, asks, sampler)
+        return real(self, asks, generation_config)
 
     monkeypatch.setattr(draw.LoadedStack, "drawn", tight)
     folder = go(tmp_path / "tight").folder
@@ -377,7 +377,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
     go(folder)
     assert contents(folder) == whole  # and goes on halved
 
-    def none(self, asks, sampler):
+    def none(self, asks, generation_config):
         raise MemoryError
 
     monkeypatch.setattr(draw.LoadedStack, "drawn", none)
@@ -386,7 +386,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
 
 
 def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch):
-    def broken(self, asks, sampler):
+    def broken(self, asks, generation_config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(draw.LoadedStack, "drawn", broken)

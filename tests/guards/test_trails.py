@@ -40,8 +40,8 @@ def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeyp
     given = []
     real = LoadedStack.generate
 
-    def kept(self, asks, sampler):
-        found = real(self, asks, sampler)
+    def kept(self, asks, generation_config):
+        found = real(self, asks, generation_config)
         given.extend(found)
         return found
 

@@ -27,10 +27,10 @@ ASKS = [
 ]
 
 
-def draw(model, asks, **sampler):
+def draw(model, asks, **generation_config):
     return [
         np.asarray(p).astype(int)
-        for p in generate(model, asks, GenerationConfig(**({"num_inference_steps": 4} | sampler)))
+        for p in generate(model, asks, GenerationConfig(**({"num_inference_steps": 4} | generation_config)))
     ]
 
 

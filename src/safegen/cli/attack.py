@@ -106,14 +106,14 @@ def resilience(
             updates=tuple(updates or (200,)), rank=rank, lr=lr, batch=batch, seed=seed
         )
         more: dict[str, Any] = {"roles": tuple(role)} if role else {}
-        sampler = GenerationConfig(num_inference_steps=steps, precision=preferred_precision(device))
+        generation_config = GenerationConfig(num_inference_steps=steps, precision=preferred_precision(device))
         settings = Resilience(
             on=on.value,
             finetune=tuning,
             apart=apart,
             prompts=prompts,
             seeds=tuple(range(1, seeds + 1)),
-            generation=sampler,
+            generation=generation_config,
             **more,
         )
     except ValidationError as error:

@@ -152,11 +152,11 @@ def generate(
     recipe = add_guards(
         add_loras(add_patches(recipe, patch or []), lora or []), guard or [], concept
     )
-    sampler, shelf = (
+    generation_config, shelf = (
         GenerationConfig(num_inference_steps=steps, guidance_scale=guidance, batch_size=batch),
         StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
     )
-    said = _said(recipe, sampler, display_name(model or recipe.model))
+    said = _said(recipe, generation_config, display_name(model or recipe.model))
     asks = [Sample(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     with (
         staged_directory(out, last=SHEET) as folder,
@@ -169,7 +169,7 @@ def generate(
         for start in range(0, len(asks), batch):
             for ask, drawn in zip(
                 asks[start : start + batch],
-                ready.generate(asks[start : start + batch], sampler),
+                ready.generate(asks[start : start + batch], generation_config),
                 strict=True,
             ):
                 facts = ask.model_dump() | said | {"base": ready.model.hash, "stack": ready.hash}
@@ -194,15 +194,15 @@ def generate(
     typer.echo(f"{len(texts) - withheld} pictures and {SHEET} in {out}{gone}")
 
 
-def _said(recipe: Stack, sampler: GenerationConfig, name: str) -> dict[str, Any]:
+def _said(recipe: Stack, generation_config: GenerationConfig, name: str) -> dict[str, Any]:
     """Return what every picture says of the model and how it is drawn."""
     from safegen.patches.patch import Patch
 
     loras = {"loras": [one.fingerprint() for one in recipe.loras]} if recipe.loras else {}
     patches = [Patch.load(path).hash for path in recipe.patches]
     drawn = {
-        "steps": sampler.num_inference_steps,
-        "guidance": sampler.guidance_scale,
+        "steps": generation_config.num_inference_steps,
+        "guidance": generation_config.guidance_scale,
         "model": name,
     }
     return drawn | {"patches": patches, "negative_prompt": recipe.negative_prompt} | loras

@@ -1,4 +1,4 @@
-"""A protocol: frozen prompts, seeds, sampler, judge and threshold, with an id that two numbers must share to be compared."""
+"""A protocol: frozen prompts, seeds, generation_config, judge and threshold, with an id that two numbers must share to be compared."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Protocol(BaseModel):
             "format": FORMAT,
             "lists": [{key: getattr(part, key) for key in keep} for part in self.lists],
             "seeds": self.seeds if self.seeds == "rows" else list(self.seeds),
-            "sampler": self.generation.model_dump(mode="json"),
+            "generation": self.generation.model_dump(mode="json"),
             "judge": self.judge.model_dump(mode="json")
             | {"labels": sorted(expand_labels(self.judge.labels)), "options": self.judge.told},
             "metrics": sorted(self.metrics),
@@ -108,7 +108,7 @@ class Protocol(BaseModel):
     def drawn(self, precision: NativePrecision) -> Protocol:
         """Return the protocol with other arithmetic of the denoiser, and so with another id unless it is the same."""
         return self.model_copy(
-            update={"sampler": self.generation.model_copy(update={"precision": precision})}
+            update={"generation": self.generation.model_copy(update={"precision": precision})}
         )
 
     def judged(

@@ -43,45 +43,45 @@ def generator(seed: int, index: int) -> torch.Generator:
 
 
 def generate(
-    model: Model, asks: Sequence[Sample], sampler: GenerationConfig, *, negative: str | None = None
+    model: Model, asks: Sequence[Sample], generation_config: GenerationConfig, *, negative: str | None = None
 ) -> Iterator[Image.Image]:
     """Yield one picture per ask, in order.
 
     Args:
         model: what draws.
         asks: the pictures.
-        sampler: how they are made.
+        generation_config: how they are made.
         negative: a text that guidance pushes every picture away from, in place of the blank one.
 
     Raises:
         ConfigError: more steps than the model's schedule has room for, or a negative text without
             guidance, which would have no effect.
     """
-    check_num_steps(model, sampler.num_inference_steps)
-    for prompts, options in batches(asks, sampler, negative=negative):
-        with autocast_for(model, sampler):
+    check_num_steps(model, generation_config.num_inference_steps)
+    for prompts, options in batches(asks, generation_config, negative=negative):
+        with autocast_for(model, generation_config):
             out = model.pipeline(prompt=prompts, **options)
         yield from out.images
 
 
 def batches(
-    asks: Sequence[Sample], sampler: GenerationConfig, *, negative: str | None = None
+    asks: Sequence[Sample], generation_config: GenerationConfig, *, negative: str | None = None
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Yield the prompts of each batch, and the other arguments for a pipeline.
 
     Raises:
         ConfigError: a negative text without guidance, which would have no effect.
     """
-    if negative is not None and sampler.guidance_scale <= 1:
+    if negative is not None and generation_config.guidance_scale <= 1:
         raise ConfigError(
-            f"a negative prompt has no effect without guidance; guidance must be > 1, got {sampler.guidance_scale}"
+            f"a negative prompt has no effect without guidance; guidance must be > 1, got {generation_config.guidance_scale}"
         )
-    for start in range(0, len(asks), sampler.batch_size):
-        part = asks[start : start + sampler.batch_size]
+    for start in range(0, len(asks), generation_config.batch_size):
+        part = asks[start : start + generation_config.batch_size]
         options: dict[str, Any] = {
             "generator": [generator(a.seed, a.index) for a in part],
-            "num_inference_steps": sampler.num_inference_steps,
-            "guidance_scale": sampler.guidance_scale,
+            "num_inference_steps": generation_config.num_inference_steps,
+            "guidance_scale": generation_config.guidance_scale,
             "output_type": "pil",
         }
         yield (
@@ -120,9 +120,9 @@ def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
     ]
 
 
-def autocast_for(model: Model, sampler: GenerationConfig) -> AbstractContextManager[object]:
+def autocast_for(model: Model, generation_config: GenerationConfig) -> AbstractContextManager[object]:
     """Return the context in which a pipeline computes as the sampler says."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=sampler.precision == "bf16")
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16")
 
 
 def encode_image(image: Image.Image, facts: dict[str, Any]) -> bytes:

@@ -220,11 +220,11 @@ def do_demo(
 
 
 def _draw(
-    model: Model, asks: Sequence[Sample], sampler: GenerationConfig, what: str, tell: Tell
+    model: Model, asks: Sequence[Sample], generation_config: GenerationConfig, what: str, tell: Tell
 ) -> tuple[list[Image.Image], float]:
     began, out = time.perf_counter(), []
     tell(what, 0, len(asks))
-    for picture in generate(model, asks, sampler):
+    for picture in generate(model, asks, generation_config):
         out.append(picture)
         tell(what, len(out), len(asks))
     return out, time.perf_counter() - began

@@ -223,7 +223,7 @@ LIMITS = """\
 
 - Nothing here says that the model is safe. An edit lowers how often a concept is drawn on the prompts that were tried; other prompts, other
   languages, embeddings that no word has, start images and fine-tuning can bring it back.
-- Every figure is of its judge, prompts, seeds and sampler, and no surer than its interval. What the judge does not see is not counted.
+- Every figure is of its judge, prompts, seeds and generation_config, and no surer than its interval. What the judge does not see is not counted.
 - Other things may be drawn worse than before: look at the lists that do not ask for the concept.
 - Keep a filter behind the model where a picture of the concept must not be shown.
 

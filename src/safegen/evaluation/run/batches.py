@@ -39,18 +39,18 @@ def picture_file(stack: str, key: str) -> str:
 
 def batches(run: Run, planned: Sequence[Planned]) -> Iterator[Batch]:
     """Yield a run's batches: stack by stack, the plan cut into pieces of the sampler's batch, however far the run has come."""
-    sampler = run.protocol.generation
+    generation_config = run.protocol.generation
     hashes = {entry["name"]: entry["hash"] for entry in run.stacks}
     for stack in run.stacks:
-        for number, start in enumerate(range(0, len(planned), sampler.batch_size)):
-            rows = planned[start : start + sampler.batch_size]
+        for number, start in enumerate(range(0, len(planned), generation_config.batch_size)):
+            rows = planned[start : start + generation_config.batch_size]
             against = stack["against"]
             base = (
-                [picture_file(against, p.key(hashes[against], sampler)) for p in rows]
+                [picture_file(against, p.key(hashes[against], generation_config)) for p in rows]
                 if stack["kind"] != "base"
                 else []
             )
-            yield Batch(stack, number, rows, [p.key(stack["hash"], sampler) for p in rows], base)
+            yield Batch(stack, number, rows, [p.key(stack["hash"], generation_config) for p in rows], base)
 
 
 def is_blank(image: Image.Image) -> bool:

@@ -58,8 +58,8 @@ class Planned:
         """Return a plan's item with its prompt's hash."""
         return cls(item, sha(item.prompt))
 
-    def key(self, stack: str, sampler: GenerationConfig) -> str:
-        """Return the picture's name: a SHA-256 over its prompt's hash, seed, index, stack hash and sampler."""
+    def key(self, stack: str, generation_config: GenerationConfig) -> str:
+        """Return the picture's name: a SHA-256 over its prompt's hash, seed, index, stack hash and generation_config."""
         return sha(
             canonical(
                 [
@@ -67,7 +67,7 @@ class Planned:
                     self.item.seed,
                     self.item.index,
                     stack,
-                    sampler.model_dump(mode="json"),
+                    generation_config.model_dump(mode="json"),
                 ]
             )
         )

@@ -182,7 +182,7 @@ class ImageWorker:
             "index": item.index,
         }
         data = encode_image(
-            image, facts | {"sampler": self.run.protocol.generation.model_dump(mode="json")} | trail
+            image, facts | {"generation": self.run.protocol.generation.model_dump(mode="json")} | trail
         )
         return data, {
             "key": key,
@@ -204,14 +204,14 @@ class ImageWorker:
         A smaller size rounds otherwise, so it is written down before a picture is, and kept: for
         the batch if it is drawn again, and for those that follow.
         """
-        asks, sampler = [row.item.ask for row in batch.rows], self.run.protocol.generation
+        asks, generation_config = [row.item.ask for row in batch.rows], self.run.protocol.generation
         size = self.sizes.get((batch.stack["name"], batch.number), self.size)
         while True:
             try:
                 return [
                     i
                     for at in range(0, len(asks), size)
-                    for i in ready.generate(asks[at : at + size], sampler)
+                    for i in ready.generate(asks[at : at + size], generation_config)
                 ], min(size, len(asks))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
