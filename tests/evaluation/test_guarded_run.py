@@ -12,7 +12,7 @@ from safegen.evaluation.report.page import PAGE, write_report
 from safegen.evaluation.run.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
 from safegen.evaluation.run.verify import verify
 from safegen.guards import prompt_filter
-from safegen.judges import Verdict
+from safegen.judges import Detections
 from safegen.stack import LoadedStack
 
 
@@ -195,15 +195,15 @@ def test_a_picture_that_was_not_written_down_yet_gives_way_to_a_fault_and_a_faul
 
 def test_a_judge_without_memory_halves_the_batch_as_drawing_does(go, tmp_path, monkeypatch):
     class Large:
-        id, labels, known, threshold = "large", ("skulls",), ("skulls",), 0.5
+        id, labels, label_space, threshold = "large", ("skulls",), ("skulls",), 0.5
 
-        def judge(self, images):
-            short = Verdict(
-                "unjudged", reason="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes"
+        def detect(self, images):
+            short = Detections(
+                (), unjudged="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes"
             )
-            return [short if len(images) > 2 else Verdict("safe")] * len(images)
+            return [short if len(images) > 2 else Detections(())] * len(images)
 
-    monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilter.open", lambda self: Large())
+    monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilterConfig.open", lambda self: Large())
     recipe = tmp_path / "seen.toml"
     recipe.write_text(
         'name = "seen"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\njudge = "mini"\n'

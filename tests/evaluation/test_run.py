@@ -302,17 +302,17 @@ def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
 def test_another_judge_looks_without_drawing(copy, monkeypatch):
     """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
     from safegen.core import registry as tables
-    from safegen.judges import Detection, Verdict
+    from safegen.judges import Detection, Detections
 
     class Odd:
         def __init__(self, *, labels, threshold):
-            self.id, self.known = "odd:1", ("odd",)
+            self.id, self.label_space = "odd:1", ("odd",)
 
-        def judge(self, images):
+        def detect(self, images):
             return [
-                Verdict("unjudged", reason="too dark")
+                Detections((), unjudged="too dark")
                 if i == 0
-                else Verdict("safe", (Detection("odd", 0.9),) * (i % 2))
+                else Detections((Detection("odd", 0.9),) * (i % 2))
                 for i in range(len(images))
             ]
 
