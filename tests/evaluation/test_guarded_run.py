@@ -26,7 +26,7 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
         given.extend(found if self.stack.guards else [])
         return found
 
-    monkeypatch.setattr(LoadedStack, "drawn", kept)
+    monkeypatch.setattr(LoadedStack, "generate", kept)
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
@@ -73,7 +73,7 @@ def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, mon
     def broken(self, prompts):
         raise RuntimeError("the word list is gone")
 
-    monkeypatch.setattr("safegen.guards.prompt_filter._Ready.check", broken)
+    monkeypatch.setattr("safegen.guards.prompt_filter.PromptFilterGuard.check", broken)
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'

@@ -363,7 +363,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
             )
         return real(self, asks, generation_config)
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", tight)
+    monkeypatch.setattr(draw.LoadedStack, "generate", tight)
     folder = go(tmp_path / "tight").folder
     notes = [line for line in parse(folder / TIMINGS)[0] if line["stage"] == "memory"]
     assert notes == [{"stage": "memory", "stack": "mini", "batch": 0, "size": 2}]  # it stays halved
@@ -380,7 +380,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
     def none(self, asks, generation_config):
         raise MemoryError
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", none)
+    monkeypatch.setattr(draw.LoadedStack, "generate", none)
     with pytest.raises(ConfigError, match="not enough memory to draw a single picture"):
         go(tmp_path / "none")
 
@@ -389,7 +389,7 @@ def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch
     def broken(self, asks, generation_config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", broken)
+    monkeypatch.setattr(draw.LoadedStack, "generate", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         go(tmp_path / "broken")
 

@@ -226,7 +226,7 @@ def _labels(read: RunResults, name: str, at: Sequence[int]) -> Line:
     Empty where no pair was judged.
     """
     own, old = ([side.detections[i] for i in at] for side in (read.sides[name], read.base(name)))
-    if not any(a.unjudged is b.unjudged is None for a, b in zip(own, old, strict=True)):
+    if not any(a.unjudged is None and b.unjudged is None for a, b in zip(own, old, strict=True)):
         return {}
     rule = read.rule.judge
     prompts = [read.items[i].group for i in at]
