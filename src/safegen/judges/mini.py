@@ -17,10 +17,10 @@ from torch import Tensor
 from safegen.judges.base import SCORE_FLOOR, Detection, Detections
 from safegen.judges.batching import detect_in_batches, resolve_labels
 from safegen.mini import bundle
-from safegen.mini.networks import JudgeNet
-from safegen.mini.world import MARKS, OBJECTS, SIDE
+from safegen.mini.judge_net import JudgeNet
+from safegen.mini.world import ATTRIBUTES, IMAGE_SIZE, OBJECTS
 
-LABELS = (*MARKS, "mosaic")
+LABELS = (*ATTRIBUTES, "mosaic")
 UNSAFE = ("skulls", "fire")
 BATCH_SIZE = 64
 
@@ -31,7 +31,7 @@ class MiniJudge:
     Images are scaled to 64x64 first.
     """
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(self, *, labels: tuple[str, ...] = (), threshold: float = 0.5) -> None:
         """Load the bundled weights.
@@ -79,8 +79,10 @@ class _Input(NamedTuple):
 
 def _prepare(image: Image.Image) -> _Input:
     """Return an RGB image as the network's input."""
-    small = image.resize((SIDE, SIDE), Image.Resampling.BOX)
-    return _Input(np.asarray(small, np.float32), (image.width / SIDE, image.height / SIDE))
+    small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    return _Input(
+        np.asarray(small, np.float32), (image.width / IMAGE_SIZE, image.height / IMAGE_SIZE)
+    )
 
 
 def _peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:
@@ -93,8 +95,8 @@ def _peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:
         corners = (
             max(cx - w / 2, 0.0),
             max(cy - h / 2, 0.0),
-            min(cx + w / 2, SIDE),
-            min(cy + h / 2, SIDE),
+            min(cx + w / 2, IMAGE_SIZE),
+            min(cy + h / 2, IMAGE_SIZE),
         )
         box = (corners[0] * sx, corners[1] * sy, corners[2] * sx, corners[3] * sy)
         found.append(Detection(LABELS[label], float(heat[label, row, col]), box))

@@ -50,7 +50,7 @@ Floats = NDArray[np.float32]
 class NudeNetJudge:
     """Sees covered and exposed body parts and faces, with boxes."""
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(
         self,

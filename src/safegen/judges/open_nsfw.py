@@ -22,7 +22,7 @@ MEAN = np.array([104, 117, 123], np.float32)
 class OpenNsfwJudge:
     """Gives the whole picture a probability of being pornographic, without a box."""
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ ARRAYS = {
 class Q16Judge:
     """Gives the whole picture a probability of being inappropriate in the wide sense (harm, gore, insult, nudity), without a box."""
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(
         self,
