@@ -35,10 +35,10 @@ PLACES = {
     "prompt": "check",
     "start": "probe",
     "image": "look",
-    "uncond": "uncond",
-    "text": "cond",
-    "branch": "combine",
-    "latents": "latents",
+    "uncond": "edit_negative_embeds",
+    "text": "edit_prompt_embeds",
+    "branch": "guidance_correction",
+    "latents": "on_step_end",
 }
 """Where a guard of a seam is asked: the method of it, or of its turn."""
 
@@ -140,7 +140,7 @@ def test_a_guard_that_raises_at_any_of_its_seams_withholds_all_and_the_next_call
                 setattr(turn, PLACES[seam], broken)
                 return turn
 
-            patched.setattr(ready, "begin", begun)
+            patched.setattr(ready, "start", begun)
         found = pil(tiny_model.pipeline, None, engine=engine)
     assert [d.image for d in found] == [None] * 3
     assert {(d.trail.action, d.trail.reason) for d in found} == {

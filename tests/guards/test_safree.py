@@ -226,15 +226,15 @@ def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, draw):
         """Looks at what the guards before it leave."""
 
         name: str = "last"
-        seams = frozenset({"text"})
+        hook_points = frozenset({"text"})
 
-        def ready(self, border):
+        def build(self, border):
             own = Guard(self)
             own.start = lambda call: LastTurn()
             return own
 
     class LastTurn(GuardHook):
-        def cond(self, text):
+        def edit_prompt_embeds(self, text):
             seen.append(text)
             return text
 

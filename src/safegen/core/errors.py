@@ -63,6 +63,10 @@ class InterruptedRunError(SafegenError):
     """A run was stopped and left a state that `resume` continues from."""
 
 
+class NoEffectWarning(UserWarning):
+    """A setting, a concept or a guard has no effect here."""
+
+
 def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error, or the words that are left of one, is a want of memory, as Python, or torch on any device, says it."""
     said = str(error).lower()
