@@ -11,10 +11,10 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-import click
 from pydantic import BaseModel
 from typer.main import get_command
 
@@ -148,6 +148,8 @@ def settings(model: type[BaseModel]) -> str:
     required = set(schema.get("required", ()))
     rows = []
     for name, field in schema["properties"].items():
+        if "const" in field:
+            continue  # the name of a guard or adversary
         annotation = model.model_fields[name].annotation
         default = "required" if name in required else literal(field.get("default"))
         text = field.get("description", "")
@@ -350,6 +352,8 @@ def files() -> str:
     """Return the page of file formats, from the typed records."""
     parts = [(DOCS / "reference" / "files.inc").read_text(encoding="utf-8")]
     for title, name in RECORDS.items():
+        if find_spec(name) is None:
+            continue
         models = list(models_of(import_module(name)))
         parts.append(f"## {title} records\n\nDefined in `{name}`.\n")
         parts += [f"### {m.__name__}\n\n{paragraphs(m.__doc__)}\n\n{settings(m)}" for m in models]
@@ -371,14 +375,14 @@ def cli() -> str:
     return "# Command line\n\n" + "\n".join(command(get_command(app), ["safegen"]))
 
 
-def command(one: click.Command, words: list[str]) -> Iterator[str]:
+def command(one: Any, words: list[str]) -> Iterator[str]:
     """Yield the sections of a command and of those below it."""
-    context = click.Context(one, info_name=words[-1])
+    context = one.context_class(one, info_name=words[-1])
     if len(words) > 1:
         rows = [
             (", ".join(map(code, p.opts)), bound(p), default(p), p.help or "")
             for p in one.params
-            if isinstance(p, click.Option) and "--help" not in p.opts and not p.hidden
+            if p.param_type_name == "option" and "--help" not in p.opts and not p.hidden
         ]
         usage = " ".join([*words, *one.collect_usage_pieces(context)])
         yield f"## {' '.join(words[1:])}\n\n{one.help}\n\n```text\n{usage}\n```\n"
@@ -388,27 +392,26 @@ def command(one: click.Command, words: list[str]) -> Iterator[str]:
         yield from command(below, [*words, name])
 
 
-def bound(option: click.Option) -> str:
+def bound(option: Any) -> str:
     """Return what an option takes."""
-    if option.is_flag:
+    kind = option.type_descriptor.annotation
+    if kind is bool:
         return "flag"
-    if isinstance(option.type, click.Choice):
-        return ", ".join(code(choice) for choice in option.type.choices)
-    name = option.type.name
-    many = ", repeatable" if option.multiple else ""
-    low, high = getattr(option.type, "min", None), getattr(option.type, "max", None)
-    limits = f" >= {low}" if low is not None else ""
-    limits += f" <= {high}" if high is not None else ""
-    return name.removesuffix(" range") + limits + many
+    if get_origin(kind) is Literal:
+        return ", ".join(map(code, get_args(kind)))
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
+    names = {str: "text", int: "integer", float: "number", Path: "path"}
+    limits = f" >= {option.min}" if option.min is not None else ""
+    limits += f" <= {option.max}" if option.max is not None else ""
+    return names.get(kind, "text") + limits + (", repeatable" if option.multiple else "")
 
 
-def default(option: click.Option) -> str:
+def default(option: Any) -> str:
     """Return an option's default."""
     if option.required:
         return "required"
-    value = option.default
-    empty = value is None or value is False or callable(value) or value == [] or "UNSET" in str(value)
-    return "" if empty else code(value)
+    return code(option.default) if option.default not in (None, False, [], ()) else ""
 
 
 # results
