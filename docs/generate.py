@@ -26,7 +26,7 @@ from safegen.data.prompts.dialects import DIALECTS
 DOCS = Path(__file__).parent
 SOURCE = Path(safegen.__file__).parent
 NESTED: dict[str, type[BaseModel]] = {}
-"""Settings that are tables of their own, by class name: each has one section in reference/training.md."""
+"""Settings that are tables of their own, by class name; one section each in training.md."""
 RECORDS = {
     "Run folder": "safegen.evaluation.run.records",
     "Protocol": "safegen.evaluation.schema",
@@ -34,6 +34,14 @@ RECORDS = {
 }
 """Modules with the typed records of files."""
 
+SIGNS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+    "minLength": "length >=",
+}
+WORDS = {"null": "none", "boolean": "true or false", "object": "table"}
 Page = tuple[str, str]
 """Title and Markdown text."""
 
@@ -53,7 +61,8 @@ def pages() -> dict[str, Page]:
     out["reference/dialects.md"] = ("Prompt dialects", dialects())
     out["reference/files.md"] = ("File formats", files())
     out["reference/python.md"] = ("Python API", python_api())
-    for path in sorted((DOCS / "results").glob("*.json")):
+    order = (DOCS / "results" / "index.md").read_text(encoding="utf-8").find
+    for path in sorted((DOCS / "results").glob("*.json"), key=lambda p: order(f"({p.stem}.md)")):
         title, text = result(json.loads(path.read_text(encoding="utf-8")))
         out[f"results/{path.stem}.md"] = (title, text)
     return out
@@ -71,7 +80,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def cell(value: object) -> str:
     """Return a value as one table cell."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return escape(" ".join(str(value).split()).replace("|", "\\|"))
+
+
+def escape(text: str) -> str:
+    """Return a text in which `<` outside code is no HTML tag."""
+    return re.sub(r"`[^`]*`|<", lambda m: "&lt;" if m[0] == "<" else m[0], text)
 
 
 def code(value: object) -> str:
@@ -88,7 +102,8 @@ def literal(value: object) -> str:
 def paragraphs(docstring: str | None) -> str:
     """Return a docstring's prose: what stands before its sections."""
     text = inspect.cleandoc(docstring or "")
-    return re.split(r"\n(?:Args|Returns|Raises|Warns|Attributes|Yields):\n", text)[0].strip()
+    prose = re.split(r"\n(?:Args|Returns|Raises|Warns|Attributes|Yields):\n", text)[0]
+    return escape(prose.strip())
 
 
 def sections(docstring: str | None) -> dict[str, dict[str, str]]:
@@ -115,49 +130,44 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         target = definitions[name]
-        return kind(target, definitions) if "properties" not in target else name
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(kind(one, definitions) for one in schema["anyOf"]))
-    if "enum" in schema:
-        return ", ".join(code(value) for value in schema["enum"])
-    if "const" in schema:
-        return code(schema["const"])
-    if schema.get("type") == "array":
-        if "prefixItems" in schema:
-            return f"{len(schema['prefixItems'])} x {kind(schema['prefixItems'][0], definitions)}"
-        return f"list of {kind(schema.get('items', {}), definitions)}"
-    if schema.get("type") == "object":
-        return "table"
-    words = {"null": "none", "number": "number", "integer": "integer", "boolean": "true or false"}
-    signs = {
-        "minimum": ">=",
-        "exclusiveMinimum": ">",
-        "maximum": "<=",
-        "exclusiveMaximum": "<",
-        "minLength": "length >=",
-    }
-    bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
-    name = words.get(schema.get("type", ""), schema.get("type", "any"))
-    return f"{name} {', '.join(bounds)}".strip()
+        text = name if "properties" in target else kind(target, definitions)
+    elif "anyOf" in schema:
+        text = " or ".join(dict.fromkeys(kind(one, definitions) for one in schema["anyOf"]))
+    elif "enum" in schema or "const" in schema:
+        text = ", ".join(code(value) for value in schema.get("enum", [schema.get("const")]))
+    elif "prefixItems" in schema:
+        text = f"{len(schema['prefixItems'])} x {kind(schema['prefixItems'][0], definitions)}"
+    elif schema.get("type") == "array":
+        text = f"list of {kind(schema.get('items', {}), definitions)}"
+    else:
+        bounds = [f"{sign} {schema[key]}" for key, sign in SIGNS.items() if key in schema]
+        name = schema.get("type", "any")
+        text = f"{WORDS.get(name, name)} {', '.join(bounds)}".strip()
+    return text
 
 
-def settings(model: type[BaseModel]) -> str:
-    """Return a table of a pydantic model's fields: type, default, description."""
+def settings(model: type[BaseModel], *, of_method: bool = False) -> str:
+    """Return a table of a pydantic model's fields: type, default, description.
+
+    Settings of a method link to the pages of nested settings and of adversaries.
+    """
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
     required = set(schema.get("required", ()))
     rows = []
-    for name, field in schema["properties"].items():
+    own = inspect.get_annotations(model)
+    for name, field in sorted(schema["properties"].items(), key=lambda item: item[0] not in own):
         if "const" in field:
             continue  # the name of a guard or adversary
         annotation = model.model_fields[name].annotation
         default = "required" if name in required else literal(field.get("default"))
         text = field.get("description", "")
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            NESTED[annotation.__name__] = annotation
             default = changed(model.model_fields[name].default, annotation)
+        if of_method and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            NESTED[annotation.__name__] = annotation
             text += f" See [{annotation.__name__}](../training.md#{annotation.__name__.lower()})."
-        if name == "adversary":
+        if of_method and name == "adversary":
             text += " See [adversaries](../adversaries.md)."
         rows.append((code(name), kind(field, definitions), default, text))
     return table(("setting", "type", "default", "what it does"), rows)
@@ -199,7 +209,7 @@ def method(model: Any, name: str) -> str:
     """Return the page of one edit or guard."""
     return (
         f"# {name}\n\n{description(model)}\n\n"
-        f"{sources(model)}\n## Settings\n\n{settings(model)}{presets(model)}"
+        f"{sources(model)}\n## Settings\n\n{settings(model, of_method=True)}{presets(model)}"
     )
 
 
@@ -241,8 +251,8 @@ def source_of(value: Any) -> str:
 def adversaries() -> str:
     """Return the page of the adversaries that an edit can train against."""
     parts = [
-        "# Adversaries\n\nAn adversary changes the text embedding of each sample before it is trained "
-        "on. `safegen`, `safegen-plus` and `esd` take one: `--set adversary=adv-unlearn "
+        "# Adversaries\n\nAn adversary changes the text embedding of each sample before it is "
+        "trained on. `safegen`, `safegen-plus` and `esd` take one: `--set adversary=adv-unlearn "
         "--set adversary.steps=5`. A number means `one-step` with that radius.\n"
     ]
     for name in registry.ADVERSARIES:
@@ -256,7 +266,7 @@ def adversaries() -> str:
 def training() -> str:
     """Return the page of settings that several methods share."""
     for name in registry.EDITS:
-        settings(registry.resolve(registry.EDITS, name, "edit"))
+        settings(registry.resolve(registry.EDITS, name, "edit"), of_method=True)
     parts = ["# Training settings\n\nChange one with `--set training.NAME=VALUE`.\n"]
     parts += [f"## {n}\n\n{paragraphs(m.__doc__)}\n\n{settings(m)}" for n, m in NESTED.items()]
     return "\n".join(parts)
@@ -330,9 +340,10 @@ def seeds(value: Any) -> str:
 def models_of(module: Any) -> Iterator[type[BaseModel]]:
     """Yield the pydantic models that a module defines."""
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, BaseModel):
-            if value.__module__ == module.__name__ and value.model_fields:
-                yield value
+        if not (isinstance(value, type) and issubclass(value, BaseModel)):
+            continue
+        if value.__module__ == module.__name__ and value.model_fields:
+            yield value
 
 
 def dialects() -> str:
@@ -340,7 +351,9 @@ def dialects() -> str:
     rows = []
     for name, one in DIALECTS.items():
         columns = ", ".join(map(code, (*one.prompts, *one.needs)))
-        rows.append((code(name), one.about + (f". **Note**: {one.note}" if one.note else ""), columns))
+        rows.append(
+            (code(name), one.about + (f". **Note**: {one.note}" if one.note else ""), columns)
+        )
     return (
         "# Prompt dialects\n\nThe first dialect that fits a file's columns and name is used; "
         "`--dialect` names another. [Prompts](prompts.md) says what holds for all of them.\n\n"
@@ -456,7 +469,7 @@ def on_config(config: Any) -> Any:
     for entry in config.nav:
         (section,) = entry
         if section == "Reference":
-            entry[section] = [*entry[section], *navigation(made, "reference")]
+            entry[section] = [*navigation(made, "reference"), *entry[section]]
         if section == "Results":
             entry[section] = [*entry[section], *navigation(made, "results")]
     return config
@@ -473,7 +486,7 @@ def navigation(made: Mapping[str, Page], room: str) -> list[Any]:
             flat.append({title: path})
         else:
             nested.setdefault(parts[1].capitalize(), []).append({title: path})
-    return [*({k: v} for k, v in nested.items()), *flat]
+    return [*flat[:1], *({k: v} for k, v in nested.items()), *flat[1:]]
 
 
 def on_files(files: Any, config: Any) -> Any:
