@@ -145,7 +145,7 @@ def _read(
     """
     try:
         with safe_open(path, "pt") as file:
-            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
         parts: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
