@@ -116,6 +116,10 @@ def setting_names(settings: type[BaseModel] | None, prefix: str = "") -> Iterato
             yield from setting_names(kind, f"{prefix}{name}.")
 
 
+class NoEffectWarning(UserWarning):
+    """A setting, a concept or a guard has no effect here."""
+
+
 def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error or its text means that memory ran out, in Python or torch."""
     text = str(error).lower()
