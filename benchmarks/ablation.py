@@ -1,4 +1,4 @@
-"""Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/ablation.md.
+"""Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/results/ablation.json.
 
     python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--seeds 1] [--rows
     paper,x0,...] [--out ablation.jsonl] python benchmarks/ablation.py --try '{"weight_mosaic":

@@ -1,4 +1,4 @@
-"""Every edit side by side on the miniature model: the table in docs/edits.md.
+"""Every edit side by side on the miniature model: the table in docs/results/edits.json.
 
     python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3] [--rows
     safegen,uce,...] [--out edits.jsonl] python benchmarks/edits.py --table edits.jsonl      # the

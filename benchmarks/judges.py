@@ -1,4 +1,4 @@
-"""What the detectors say about ordinary pictures, as the tables in docs/judges.md: python benchmarks/judges.py
+"""What the detectors say about ordinary pictures, as the tables in docs/results/judges.json: python benchmarks/judges.py
 
 Needs the extras `detect`, `nudenet` and scikit-image, whose sample pictures it shows them. Nothing
 is fetched.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,9 @@ from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
 from safegen.core.generation import preferred_precision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.trainer import LogRow
+from safegen.edits.training.trainer import TrainingCallback
 from safegen.evaluation.plan import Item, Role, make_plan
 from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.samples import canonical, sha
@@ -41,8 +42,6 @@ from safegen.patches.arithmetic import merge, warn_of_overlap
 from safegen.patches.patch import Patch
 
 FORMAT = "safegen-resilience/1"
-Tell = Callable[[str, int, int], None]
-"""Called with (what is going on, how much is done, of how much)."""
 
 
 class Resilience(BaseModel):
@@ -204,7 +203,7 @@ def resilience(
     settings: Resilience,
     *,
     out: Path | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Findings:
     """Draw, fine-tune, draw again and judge; the model is given back as it came.
 
@@ -217,7 +216,7 @@ def resilience(
         out: new folder for resilience.json, verdicts.jsonl, grid.png and the fine-tuned patches, or
             that of a stopped test, which goes on: on a CPU to the same figures, verdicts and
             weights. Nothing is written when None.
-        tell: called with (stage, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         FileError: `out` exists and is no unfinished test of the same settings, data, weights and
@@ -245,9 +244,9 @@ def resilience(
         settings, concept, model, patches, material, items, judge.id, tuple(judge.label_space)
     )
     if out is None:
-        return _run(found, judge, None, tell)
+        return _run(found, judge, None, progress)
     with Kept(out, _decides(found)) as kept:
-        _run(found, judge, kept, tell)
+        _run(found, judge, kept, progress)
         kept.finish(lambda folder: _write(found, folder))
     return found
 
@@ -270,20 +269,20 @@ def _decides(found: Findings) -> dict[str, Any]:
     }
 
 
-def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findings:
+def _run(found: Findings, judge: Judge, kept: Kept | None, progress: ProgressCallback) -> Findings:
     model, patches, settings, items = found.model, found.patches, found.settings, found.items
 
     def look(side: str, *more: Patch) -> None:
         row = kept.row(side) if kept else None
         if row is None:
             drawn = []
-            tell(f"drawing: {side}", 0, len(items))
+            progress(f"drawing: {side}", 0, len(items))
             with ExitStack() as on:
                 for patch in more:
                     on.enter_context(patch.apply(model))
                 for picture in generate(model, [i.ask for i in items], settings.generation):
                     drawn.append(picture)
-                    tell(f"drawing: {side}", len(drawn), len(items))
+                    progress(f"drawing: {side}", len(drawn), len(items))
             row = drawn, judge.detect(drawn)
             refuse_unjudged(items, row[1])
             if kept:
@@ -291,16 +290,14 @@ def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findin
         found.pictures[side], found.detections[side] = row
 
     def tune(side: str) -> FineTuneResult:
-        report: Callable[[int, int, LogRow], None] = lambda done, of, _: tell(
-            f"fine-tuning: {side}", done, of
-        )
+        callback: TrainingCallback = lambda done, of, _: progress(f"fine-tuning: {side}", done, of)
         folder = kept.tuning(side) if kept else None
         return fine_tune(
             model,
             found.material,
             settings.finetune,
             folder=folder,
-            report=report,
+            callback=callback,
             pictures=settings.on,
         )
 
