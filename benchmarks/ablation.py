@@ -151,7 +151,7 @@ def main() -> None:
     triplets = Triplets.load(args.triplets or concept.triplets or "")
     model, generation_config = load("mini"), GenerationConfig(precision=args.precision)
     drawn = list(generate(model, [i.ask for i in items], generation_config))
-    base = judge.judge(drawn)
+    base = judge.detect(drawn)
     for name in wanted:
         began = time.perf_counter()
         fewer = Triplets(
@@ -168,7 +168,7 @@ def main() -> None:
             patch.save(args.keep / f"{re.sub('[^a-z0-9.]+', '-', name)}.safetensors")
         with patch.apply(model):
             redrawn = list(generate(model, [i.ask for i in items], generation_config))
-        edited = judge.judge(redrawn)
+        edited = judge.detect(redrawn)
         out: dict[str, Any] = {
             "row": name,
             "concept": args.concept,
