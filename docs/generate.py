@@ -432,7 +432,7 @@ def default(option: Any) -> str:
 
 def result(given: Mapping[str, Any]) -> Page:
     """Return a page of results: what was measured, when, how, and its tables."""
-    about = [f"# {given['title']}\n\n{given['summary']}\n"]
+    about = [f"---\nhide: [toc]\n---\n\n# {given['title']}\n\n{given['summary']}\n"]
     about.append(
         "\n".join(
             f"- **{key}**: {given[key]}"

@@ -15,6 +15,7 @@ from typer.main import get_command
 import safegen
 from safegen.cli import app
 from safegen.core import registry
+from test_vocabulary import ARCHAIC
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -297,3 +298,10 @@ def test_the_attack_of_the_how_to_rounds_the_weights_and_leaves_the_model_alone(
     patch = skeleton("add-an-attack.md")["QuantizationAttack"](bits=2).apply(model)
     assert all(len(value.unique()) <= 3 for value in patch.tensors.values())
     assert all((value == before[key]).all() for key, value in model.denoiser.state_dict().items())
+
+
+@every_document
+def test_documents_use_the_words_of_the_libraries(path):
+    prose = re.sub(r"```.*?```|`[^`]*`", " ", read(path).lower(), flags=re.DOTALL)
+    text = f" {' '.join(re.sub(r'[^a-z ]+', ' ', prose.replace(chr(10), ' ')).split())} "
+    assert [phrase for phrase in ARCHAIC if f" {phrase} " in text] == []
