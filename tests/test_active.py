@@ -19,11 +19,12 @@ from safegen.cli import main as run
 from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.uce import UCE
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.active_lora import AdapterWarning, active_loras, lora_forward
 from safegen.patches.arithmetic import merge
-from safegen.patches.lora import extract_lora, load_lora, read_factors, save_lora
+from safegen.patches.lora import extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora, read_lora
 from safegen.patches.patch import Patch
 from safegen.stack import Stack, StackLoader, add_loras, load_stack, pipeline_hash
 
@@ -77,7 +78,7 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
     with (merge(fused, overlap="add", model=model) if len(fused) > 1 else fused[0]).apply(model):
         want = said(model)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-    read = [(read_factors(file, model), scale) for file, scale in active]
+    read = [(read_lora(file, model), scale) for file, scale in active]
     with active_loras(model, read):
         found = said(model)
         assert all(
@@ -105,7 +106,7 @@ def test_a_patch_beneath_counts_as_the_weights_do(make_model, files):
     model = make_model()
     own = dict(model.denoiser.named_parameters())
     patch = Patch({n: own[n] * 1.5 for n in select_parameters(model.denoiser, "kv2")})
-    read = read_factors(files[1], model)
+    read = read_lora(files[1], model)
     with patch.apply(model):
         fused = load_lora(files[1], model)
         with fused.apply(model):
@@ -119,7 +120,7 @@ def test_a_gradient_goes_through_what_is_added(make_model, files):
     model = make_model()
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode_text(["a"])
     slopes = []
-    read = read_factors(files[0], model)
+    read = read_lora(files[0], model)
     for scale in (1.0, 0.0):
         start = x.clone().requires_grad_()
         with active_loras(model, [(read, scale)]):
@@ -133,7 +134,7 @@ def test_they_come_off_when_drawing_fails(make_model, files):
     plain = said(model)
     with (
         pytest.raises(ZeroDivisionError),
-        active_loras(model, [(read_factors(files[0], model), 1.0)]),
+        active_loras(model, [(read_lora(files[0], model), 1.0)]),
     ):
         _ = 1 / 0
     assert torch.equal(said(model), plain)
@@ -141,7 +142,7 @@ def test_they_come_off_when_drawing_fails(make_model, files):
 
 def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files, tmp_path):
     model = make_model()
-    user, safe = (read_factors(file, model) for file in files)
+    user, safe = (read_lora(file, model) for file in files)
     shared = len(user.change.keys() & safe.change.keys())
     with pytest.warns(
         AdapterWarning,
@@ -161,7 +162,7 @@ def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files,
         AdapterWarning,
         match=r"with text.safetensors also has 1 tensors for the text encoder; they are left out",
     ):
-        with active_loras(model, [(read_factors(tmp_path / "with text.safetensors", model), 1.0)]):
+        with active_loras(model, [(read_lora(tmp_path / "with text.safetensors", model), 1.0)]):
             pass
 
 
@@ -260,12 +261,12 @@ def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(
     model = make_model()
     UCE(erase=("red cube",)).apply(model).save(tmp_path / "p.safetensors")
     with pytest.raises(FileError, match=r"is a safegen patch, not a LoRA; put it on with --patch"):
-        read_factors(tmp_path / "p.safetensors", model)
+        read_lora(tmp_path / "p.safetensors", model)
     bad = load_file(files[0])
     bad[next(k for k in bad if "lora_up" in k)][0] = float("nan")
     save_file(bad, tmp_path / "nan.safetensors")
     with pytest.raises(FileError, match="has NaN or infinite values in lora_unet_"):
-        read_factors(tmp_path / "nan.safetensors", model)
+        read_lora(tmp_path / "nan.safetensors", model)
     with (
         pytest.raises(PatchError, match="does not fit the model"),
         StackLoader().open(

@@ -21,7 +21,8 @@ ASKS, SAMPLER = (
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory, tiny_folder):
     """Return two patches that change the same tensors of the tiny model."""
-    from safegen.models.model import load
+    from safegen.models.checkpoint.metadata import PatchMetadata
+    from safegen.models.loading import load
     from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
 
@@ -32,7 +33,7 @@ def patches(tmp_path_factory, tiny_folder):
         paths.append(tmp_path_factory.mktemp("patches") / f"{name}.safetensors")
         Patch(
             {k: own[k] * by for k in select_parameters(model.denoiser, "attn1")},
-            {"base": model.hash},
+            PatchMetadata(base=model.hash),
         ).save(paths[-1])
     return paths
 
@@ -107,7 +108,7 @@ def test_a_recipe_names_the_small_files_that_a_one_file_checkpoint_lacks(
 ):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")

@@ -41,14 +41,6 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Stacks name folders, so their names are plain."""
 
 
-UNHASHED_CONFIG = {
-    "vae": ("scaling_factor", "shift_factor"),
-    "unet": ("attention_head_dim", "num_attention_heads", "sample_size"),
-    "text_encoder": ("num_attention_heads", "hidden_act"),
-}
-"""Settings of a model's parts that decide a picture though no weight shows them."""
-
-
 class Stack(BaseModel):
     """What draws.
 
@@ -115,7 +107,7 @@ class Stack(BaseModel):
 
         Args:
             model: the stack's model, without patches on it.
-            weights: its `pipeline_hash`, if known.
+            weights: its `Model.pipeline_hash`, if known.
 
         Raises:
             FileError: a patch or a LoRA cannot be read.
@@ -127,7 +119,7 @@ class Stack(BaseModel):
 
         patches = [Patch.load(path).hash for path in self.patches]
         facts: dict[str, Any] = {
-            "weights": weights or pipeline_hash(model),
+            "weights": weights or model.pipeline_hash,
             "patches": patches,
             "negative": self.negative_prompt,
         }
@@ -281,34 +273,6 @@ def _beside(guards: Any, folder: Path) -> Any:
     return [one(guard) for guard in guards] if isinstance(guards, list) else guards
 
 
-def pipeline_hash(model: Model) -> str:
-    """Return a SHA-256 over all that a model draws with: every part's weights, schedule, vocabulary, and what the weights leave open.
-
-    The latter: the latents' size, scale and shift, the number of heads, how prompts and the text
-    tower are read, what stands for no text, and the scheduler's class.
-    """
-    from safegen.core.hashing import hash_tensors
-
-    pipeline = model.pipeline
-    facts = {"unet": hash_tensors(model.denoiser.state_dict()), "around": model.components_hash}
-    facts["vocabulary"] = _digest(pipeline.tokenizer.get_vocab())
-    more = (
-        {"text_encoder_2": UNHASHED_CONFIG["text_encoder"]}
-        if "text_encoder_2" in model.parts
-        else {}
-    )
-    facts |= {"vocabulary_2": _digest(pipeline.tokenizer_2.get_vocab())} if more else {}
-    readers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if more else [])]
-    facts["reading"] = str(
-        [(reader.pad_token_id, reader.model_max_length, reader.padding_side) for reader in readers]
-    )
-    facts["blank"] = str(pipeline.config.get("force_zeros_for_empty_prompt"))
-    for part, keys in (UNHASHED_CONFIG | more).items():
-        config = getattr(pipeline, part).config
-        facts |= {f"{part}.{key}": str(getattr(config, key, None)) for key in keys}
-    return _digest(facts | {"scheduler": type(pipeline.scheduler).__name__})
-
-
 def _guarded(stack: Stack, model: Model) -> GuardedPipeline | None:
     """Return a model's pipeline with a stack's guards; None without any."""
     if not stack.guards:
@@ -396,7 +360,7 @@ class StackLoader:
         self._open = False
 
     def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
-        """Return a model without patches, and its `pipeline_hash`.
+        """Return a model without patches, and its `Model.pipeline_hash`.
 
         Args:
             name: as in a stack.
@@ -406,7 +370,7 @@ class StackLoader:
             UserError: it cannot be loaded.
         """
         if self._kept is None or self._kept[0] != (name, config):
-            from safegen.models.model import load
+            from safegen.models.loading import load
 
             self._kept = None  # two models need not fit in memory
             model = load(
@@ -416,7 +380,7 @@ class StackLoader:
                 allow_pickle=self.allow_pickle,
                 config=config,
             )
-            self._kept = ((name, config), model, pipeline_hash(model))
+            self._kept = ((name, config), model, model.pipeline_hash)
         return self._kept[1:]
 
     def hash(self, stack: Stack) -> str:
@@ -437,7 +401,7 @@ class StackLoader:
         """
         from safegen.patches.active_lora import active_loras
         from safegen.patches.arithmetic import warn_of_overlap
-        from safegen.patches.lora import read_factors
+        from safegen.patches.lora_reader import read_lora
         from safegen.patches.patch import Patch
 
         assert not self._open, "another stack is open"
@@ -453,7 +417,7 @@ class StackLoader:
                 on.enter_context(patch.apply(model))
             on.enter_context(
                 active_loras(
-                    model, [(read_factors(lora.file, model), lora.scale) for lora in stack.loras]
+                    model, [(read_lora(lora.file, model), lora.scale) for lora in stack.loras]
                 )
             )
             yield LoadedStack(stack, model, digest, _guarded(stack, model))

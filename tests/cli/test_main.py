@@ -10,7 +10,7 @@ from PIL import Image
 from safegen.core.errors import MissingExtraError
 from safegen.data.triplets.triplets import is_sheet
 from safegen.mini import bundle
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.patches.patch import Patch
 
 
@@ -325,7 +325,7 @@ def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words
 def test_a_config_is_said_once(safegen, tiny_model, tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     bare, recipe, base = (
@@ -409,7 +409,7 @@ def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(
     page = " ".join((out / "report.html").read_text().split())
     assert all(text in page for text in says)
     assert "never reads a word of the concept" not in page
-    assert Patch.load(out / "patch.safetensors").provenance["method"] == method
+    assert Patch.load(out / "patch.safetensors").metadata.method == method
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
     assert page.count("data:image/png;base64,") >= 2 * prompts * len(summary["lists"])
-    (figures,) = Patch.load(out / "patch.safetensors").provenance["metrics"]
+    (figures,) = Patch.load(out / "patch.safetensors").metadata.metrics
     removed = {name: entry["removal"] for name, entry in figures["lists"].items()}
     assert removed == {
         f"{name} ({row['role']})": row.get("removal") for name, row in summary["lists"].items()

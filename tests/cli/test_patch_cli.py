@@ -16,7 +16,8 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.hashing import hash_tensors
 from safegen.edits.uce import UCE
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.model import load
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
 
@@ -28,7 +29,7 @@ def files(tmp_path_factory):
     UCE(erase=("skulls",)).apply(model).save(folder / "text.safetensors")
     name = select_parameters(model.denoiser, "attn1")[0]
     value = model.denoiser.get_parameter(name).detach() * 2
-    Patch({name: value}, {"base": model.hash}).save(folder / "look.safetensors")
+    Patch({name: value}, PatchMetadata(base=model.hash)).save(folder / "look.safetensors")
     return folder
 
 
@@ -38,7 +39,7 @@ def test_info_says_what_changes_and_where_it_comes_from(safegen, files):
     assert "method: uce" in out
     assert "of attn2" in out
     code, out, _ = safegen("patch", "info", files / "text.safetensors", "--json")
-    assert json.loads(out)["provenance"]["settings"]["erase"] == ["skulls"]
+    assert json.loads(out)["metadata"]["settings"]["erase"] == ["skulls"]
 
 
 def test_diff_tells_by_its_exit_code(safegen, files):
@@ -170,7 +171,7 @@ def test_a_patch_is_carried_to_another_fine_tune_which_keeps_its_own_change(
         rtol=1e-4,
         atol=1e-6,
     )
-    assert (carried.provenance["base"], carried.provenance["parts"][0]["hash"]) == (
+    assert (carried.metadata.base, carried.metadata.parts[0]["hash"]) == (
         tuned.hash,
         patch.hash,
     )
@@ -343,7 +344,7 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
         name: model.denoiser.get_parameter(name).detach() * 1.5
         for name in (select_parameters(model.denoiser, "attn1")[0], shared)
     }
-    Patch(user, {"base": model.hash}).save(tmp_path / "user.safetensors")
+    Patch(user, PatchMetadata(base=model.hash)).save(tmp_path / "user.safetensors")
     for name, folder in (("text", files), ("user", tmp_path)):
         lora = tmp_path / f"{name}-lora.safetensors"
         assert (
@@ -490,7 +491,7 @@ def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, f
     with safe_open(two, framework="pt") as file:
         facts = json.loads(file.metadata()["safegen"])
     assert facts["made_from"]["patches"][0]["hash"] == digest
-    assert facts["made_from"]["patches"][0]["provenance"]["settings"]["erase"] == ["skulls"]
+    assert facts["made_from"]["patches"][0]["metadata"]["settings"]["erase"] == ["skulls"]
     assert (
         f"has patches in its weights already: `{digest[:12]}`"
         in (tmp_path / "two.safetensors.md").read_text()
@@ -512,7 +513,7 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     held = {
         "base": load("mini").hash,
         "model": "mini",
-        "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}],
+        "patches": [{"hash": patch.hash, "metadata": patch.metadata.to_json()}],
     }
     kinds = [
         hash_tensors(load(folder, dtype=dtype).denoiser.state_dict(), dtype=torch.float32)
@@ -537,7 +538,7 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     other = '{"base": "%s", "weights": [], "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)
     for damage in ("[1]", "{", "\udcff", "[" * 200_000, '{"home": "/home/me"}', other):
         (folder / "safegen.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
-        assert load(folder).provenance == {}
+        assert load(folder).metadata is None
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

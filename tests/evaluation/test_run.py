@@ -463,7 +463,7 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
 ):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")

@@ -226,7 +226,7 @@ def test_a_concept_lends_its_judge():
 def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
     from safegen.core.generation import GenerationConfig, Sample
     from safegen.models.generation import generate
-    from safegen.models.model import load
+    from safegen.models.loading import load
 
     pictures = list(
         generate(

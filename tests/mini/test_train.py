@@ -27,7 +27,7 @@ from safegen.mini.train.fit import fit
 from safegen.mini.train.pack import BENIGN_MARKS, turn
 from safegen.mini.train.scenes import OBJECTS, SHARES, Words, load_world, make_scenes, stage_world
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from safegen.core.errors import FileError
 from safegen.models.checkpoint import configs as builds
 from safegen.models.checkpoint import key_map as layout
-from safegen.models.checkpoint.single_file import CONFIGS, save_single_file
-from safegen.models.model import load
+from safegen.models.checkpoint.single_file import CONFIGS_KEY
+from safegen.models.checkpoint.single_file_writer import save_single_file
+from safegen.models.loading import load
 
 ASK = {
     "prompt": "a red cube",
@@ -287,7 +288,7 @@ def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(sma
     save_file(
         load_file(file),
         tmp_path / "x.safetensors",
-        metadata={CONFIGS: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})},
+        metadata={CONFIGS_KEY: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})},
     )
     with pytest.raises(
         FileError, match="is damaged: its header's safegen_configs cannot be laid out"
@@ -308,8 +309,8 @@ def test_a_file_that_we_write_opens_alone_and_leaves_clips_vocabulary_out(small,
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
     with safe_open(tmp_path / "ours.safetensors", framework="pt") as opened:
         header = opened.metadata()
-    assert len(header[CONFIGS]) < 20_000
-    assert {n for n in json.loads(header[CONFIGS]) if n.startswith("tokenizer")} == {
+    assert len(header[CONFIGS_KEY]) < 20_000
+    assert {n for n in json.loads(header[CONFIGS_KEY]) if n.startswith("tokenizer")} == {
         "tokenizer/tokenizer_config.json",
         "tokenizer_2/tokenizer_config.json",
     }

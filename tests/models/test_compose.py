@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError, PatchError
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.selectors import select_parameters
 from safegen.patches.arithmetic import compare, merge, overlapping, warn_of_overlap
 from safegen.patches.patch import Patch, PatchOverlapWarning
@@ -22,9 +23,9 @@ def parts(tiny_model):
     one, two, three = select_parameters(tiny_model.denoiser, "attn1")[:3]
     other = select_parameters(tiny_model.denoiser, "kv2")[0]
     base = {"base": tiny_model.hash}
-    first = Patch({one: own[one] + 1, two: own[two] + 1}, base | {"method": "safegen"})
-    second = Patch({two: own[two] + 2, three: own[three] + 2}, base)
-    return first, second, Patch({other: own[other] * 2}, base | {"method": "uce"})
+    first = Patch({one: own[one] + 1, two: own[two] + 1}, PatchMetadata(**base, method="safegen"))
+    second = Patch({two: own[two] + 2, three: own[three] + 2}, PatchMetadata(**base))
+    return first, second, Patch({other: own[other] * 2}, PatchMetadata(**base, method="uce"))
 
 
 def state(model):
@@ -41,9 +42,9 @@ def test_a_merged_patch_does_what_its_parts_do_one_after_the_other(make_model, p
     merged = merge([first, text])
     merged.apply(other)
     assert all(torch.equal(v, want[k]) for k, v in state(other).items())
-    facts = json.loads(json.dumps(dict(merged.provenance)))
-    assert (facts["base"], facts["overlapping"]) == (model.hash, 0)
-    assert [p["provenance"].get("method") for p in facts["parts"]] == ["safegen", "uce"]
+    facts = json.loads(json.dumps(merged.metadata.to_json()))
+    assert facts["base"] == model.hash
+    assert [p["metadata"].get("method") for p in facts["parts"]] == ["safegen", "uce"]
 
 
 def test_overlapping_weights_are_named_and_refused(parts):
@@ -83,12 +84,12 @@ def stacked(tiny_model, parts):
     """
     own, (first, second, _) = dict(tiny_model.denoiser.named_parameters()), parts
     (name,) = overlapping(parts)
-    under = {"under": [{"method": "safegen", "hash": first.hash}]}
-    above = Patch(second.tensors | {name: first.tensors[name] + 5}, dict(second.provenance) | under)
+    under = {"parents": [{"method": "safegen", "hash": first.hash}]}
+    above = Patch(second.tensors | {name: first.tensors[name] + 5}, PatchMetadata(**second.metadata.to_json() | under))
     return (
         first,
         above,
-        Patch({name: own[name] + 7}, {"base": tiny_model.hash, "method": "uce"}),
+        Patch({name: own[name] + 7}, PatchMetadata(base=tiny_model.hash, method="uce")),
         name,
     )
 
@@ -104,7 +105,7 @@ def test_a_change_that_is_within_another_counts_once(make_model, tiny_model, sta
     for overlap in ("refuse", "last", "add"):
         merged = merge([first, above], overlap=overlap, model=tiny_model)
         assert torch.equal(merged.tensors[name], want[name])
-        assert (merged.provenance["overlapping"], merged.provenance["overlap"]) == (1, None)
+        assert merged.metadata.overlap is None
     with pytest.warns(PatchOverlapWarning):
         warn_of_overlap([above, first])  # the wrong way round
 
@@ -128,21 +129,21 @@ def test_refusals(make_model, parts):
     with pytest.raises(ConfigError, match="needs the model"):
         merge([first, second], overlap="add")
     with pytest.raises(PatchError, match="made on different weights"):
-        merge([first, Patch(second.tensors, {"base": "0" * 64})])
+        merge([first, Patch(second.tensors, PatchMetadata(base="0" * 64))])
     with pytest.raises(PatchError, match="does not fit"):
         merge([first, second], overlap="add", model=make_model(channels=24))
     with pytest.raises(PatchError, match="does not fit"):  # though nothing overlaps
         merge([first, parts[2]], overlap="add", model=make_model(channels=24))
     with pytest.raises(PatchError, match="for different families"):
         merge(
-            [Patch(p.tensors, {"family": name}) for p, name in ((first, "one"), (second, "two"))],
+            [Patch(p.tensors, PatchMetadata(family=name)) for p, name in ((first, "one"), (second, "two"))],
             overlap="last",
         )
 
 
 def test_a_merged_patch_says_its_family(parts):
-    said = [Patch(p.tensors, dict(p.provenance) | {"family": "one"}) for p in parts]
-    assert merge([said[0], said[2]]).provenance["family"] == "one"
+    said = [Patch(p.tensors, p.metadata.model_copy(update={"family": "one"})) for p in parts]
+    assert merge([said[0], said[2]]).metadata.family == "one"
 
 
 def test_a_patch_that_is_on_already_is_not_undone_without_a_word(make_model, parts, tmp_path):

@@ -10,11 +10,11 @@ import shutil
 
 import pytest
 from huggingface_hub import constants
+from safegen.models.hub import fetch
 
 from safegen.core.errors import FileError
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.hub import fetch
-from safegen.models.model import load
+from safegen.models.loading import load
 
 
 def cache(home, repo, folder):

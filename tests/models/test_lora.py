@@ -15,7 +15,8 @@ from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.edits.uce import UCE
 from safegen.models.selectors import select_parameters
 from safegen.patches.active_lora import active_loras
-from safegen.patches.lora import Lora, effect_loss, extract_lora, load_lora, read_factors, save_lora
+from safegen.patches.lora import Lora, effect_loss, extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora, read_lora
 from safegen.patches.patch import BaseMismatchWarning, Patch
 
 
@@ -294,7 +295,7 @@ def test_the_patch_is_made_on_the_model_that_it_was_added_to(lora_file, tiny_mod
     other = make_model(5)
     with pytest.warns(BaseMismatchWarning, match="the LoRA was made on weights"):
         patch = load_lora(lora_file, other)
-    assert patch.provenance["base"] == other.hash
+    assert patch.metadata.base == other.hash
     patch.apply(other)  # no warning, and warnings are errors
     with pytest.warns(BaseMismatchWarning, match="the patch was made on weights"):
         patch.check_compatible(tiny_model)
@@ -328,8 +329,8 @@ def test_what_changes_the_text_encoder_is_left_out_and_counted(
         load_lora(lora_file, tiny_model),
     )
     assert patch.hash == plain.hash
-    assert patch.provenance["left out"] == "3 tensors of the text encoder"
-    assert "left out" not in plain.provenance
+    assert patch.metadata.left_out == "3 tensors of the text encoder"
+    assert "left_out" not in plain.metadata.to_json()
 
 
 @pytest.mark.parametrize("end", [".dora_scale", ".lora_mid.weight", ".hada_w1_a"])
@@ -470,7 +471,7 @@ def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path
     save_file(tensors, out, metadata={"format": "pt"})
     want, found = load_lora(own, model), load_lora(out, model)
     assert all(torch.equal(found.tensors[name], value) for name, value in want.tensors.items())
-    with active_loras(model, [(read_factors(out, model), 1.0)]):
+    with active_loras(model, [(read_lora(out, model), 1.0)]):
         active = picture(model)
     with want.apply(model):
         assert_close(active, picture(model), rtol=0, atol=1e-4)

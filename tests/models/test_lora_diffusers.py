@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from safegen.models.selectors import select_parameters
-from safegen.patches.lora import extract_lora, load_lora, save_lora
+from safegen.patches.lora import extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora
 from safegen.patches.patch import Patch
 
 

@@ -19,7 +19,8 @@ from safegen.core.errors import FileError
 from safegen.models.checkpoint.key_map import lora_name, unet_names
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
-from safegen.patches.lora import Lora, extract_lora, load_lora, save_lora
+from safegen.patches.lora import Lora, extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora
 from safegen.patches.patch import Patch
 
 SELECTED = {"attn1": (".attn1.", "_attn1_"), "attention": (".attn", "_attn")}

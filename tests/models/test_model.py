@@ -15,9 +15,10 @@ from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.generation import generate, generator
-from safegen.models.model import hash_tensors, load
+from safegen.models.loading import load
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from safegen.core.errors import FileError, PatchError
 from safegen.edits.uce import UCE
-from safegen.models.model import load
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import FORMAT, BaseMismatchWarning, Patch
@@ -26,7 +27,9 @@ def patch(tiny_model):
     }
     return Patch(
         tensors,
-        {"method": "random", "base": tiny_model.hash, "settings": {"größe": 1.5, "none": None}},
+        PatchMetadata(
+            method="random", base=tiny_model.hash, settings={"größe": 1.5, "none": None}
+        ),
     )
 
 
@@ -46,7 +49,7 @@ def test_a_patch_comes_back_from_its_file(patch, tmp_path):
     patch.save(tmp_path / "deep" / "p.safetensors")
     found = Patch.load(tmp_path / "deep" / "p.safetensors")
     same(dict(found.tensors), dict(patch.tensors))
-    assert found.provenance == patch.provenance
+    assert found.metadata == patch.metadata
     assert found.hash == patch.hash
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["p.safetensors"]
 
@@ -92,7 +95,7 @@ def _resave(path, change, header=None):
     save_file(
         tensors,
         path,
-        metadata=header if header is not None else {"format": FORMAT, "provenance": "{}"},
+        metadata=header if header is not None else {"format": FORMAT, "metadata": "{}"},
     )
 
 
@@ -104,7 +107,7 @@ def _nan(value):
 
 
 def _says(text):
-    return {"format": FORMAT, "provenance": text}
+    return {"format": FORMAT, "metadata": text}
 
 
 def _nothing(tensors):
@@ -124,31 +127,31 @@ DAMAGE = {
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
     "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch of nothing"),
-    "no provenance": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "provenance"),
-    "provenance no object": (
+    "no metadata": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "metadata"),
+    "metadata no object": (
         lambda p: _resave(p, _nothing, _says("[]")),
-        "provenance cannot be used",
+        "damaged safegen patch: metadata",
     ),
-    "provenance null": (lambda p: _resave(p, _nothing, _says("null")), "provenance cannot be used"),
+    "metadata null": (lambda p: _resave(p, _nothing, _says("null")), "damaged safegen patch: metadata"),
     "a base that is a number": (
         lambda p: _resave(p, _nothing, _says('{"base": 3}')),
-        r"provenance cannot be used \(base",
+        "damaged safegen patch: base",
     ),
     "under no list": (
-        lambda p: _resave(p, _nothing, _says('{"under": 3}')),
-        r"provenance cannot be used \(under",
+        lambda p: _resave(p, _nothing, _says('{"parents": 3}')),
+        "damaged safegen patch: parents",
     ),
     "under without a hash": (
-        lambda p: _resave(p, _nothing, _says('{"under": [{"method": "uce"}]}')),
+        lambda p: _resave(p, _nothing, _says('{"parents": [{"method": "uce"}]}')),
         r"cannot be used \(under.0.hash",
     ),
     "parts without a hash": (
         lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')),
-        r"provenance cannot be used \(parts.0.hash",
+        r"damaged safegen patch: parts\.0\.hash",
     ),
-    "provenance cut off": (
-        lambda p: _resave(p, _nothing, {"format": FORMAT, "provenance": '{"method": '}),
-        "provenance",
+    "metadata cut off": (
+        lambda p: _resave(p, _nothing, {"format": FORMAT, "metadata": '{"method": '}),
+        "metadata",
     ),
 }
 
@@ -281,7 +284,7 @@ def test_a_patch_knows_its_base_in_fewer_bits_and_no_other_model(tiny_folder, ma
     """`load --dtype fp16` is what users of a graphics card do: nothing to warn of."""
     made = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
     same, other = load(str(tiny_folder), dtype=dtype), make_model(9)
-    assert made.provenance["base_rounded"][dtype] == same.hash
+    assert made.metadata.base_rounded[dtype] == same.hash
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.apply(same).undo()
@@ -354,15 +357,15 @@ def test_another_base_of_the_same_shape_is_warned_about(make_model, patch):
         Patch(patch.tensors).apply(model)  # a patch that does not say what it was made on
 
 
-def test_provenance_is_plain_json(patch):
-    assert json.loads(json.dumps(dict(patch.provenance))) == patch.provenance
+def test_metadata_is_plain_json(patch):
+    assert json.loads(json.dumps(patch.metadata.to_json())) == patch.metadata.to_json()
 
 
 def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model, patch):
     """Self-attention of SD 1.x and 2.x has equal shapes and unequal heads."""
     model, other = make_model(), make_model()
     other.denoiser.register_to_config(attention_head_dim=(4, 4))
-    made = Patch(patch.tensors, dict(patch.provenance) | {"family": model.family})
+    made = Patch(patch.tensors, patch.metadata.model_copy(update={"family": model.family}))
     made.apply(model).undo()
     before = state_of(other)
     with pytest.raises(

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint import key_map as layout
-from safegen.models.checkpoint.single_file import CONFIGS, load_single_file, save_single_file
-from safegen.models.model import load
+from safegen.models.checkpoint.single_file import CONFIGS_KEY
+from safegen.models.checkpoint.single_file_writer import save_single_file
+from safegen.models.loading import load
 
 PREFIX = layout.PREFIX["sd1"]
 ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -94,7 +95,7 @@ def test_the_header_says_where_the_weights_come_from(file):
     }
     assert header["format"] == "pt"
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(
-        header[CONFIGS]
+        header[CONFIGS_KEY]
     ).keys()
 
 
@@ -158,16 +159,16 @@ def spoil(tensors, _):
 
 
 def climb(_, header):
-    header[CONFIGS] = json.dumps({"../../out.txt": "x"})
+    header[CONFIGS_KEY] = json.dumps({"../../out.txt": "x"})
 
 
 def break_header(_, header):
-    header[CONFIGS] = "{"
+    header[CONFIGS_KEY] = "{"
 
 
 def other_family(_, header):
-    files = json.loads(header[CONFIGS])
-    header[CONFIGS] = json.dumps(
+    files = json.loads(header[CONFIGS_KEY])
+    header[CONFIGS_KEY] = json.dumps(
         files | {"model_index.json": json.dumps({"_class_name": "FluxPipeline"})}
     )
 

@@ -16,9 +16,11 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.base import Edit
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.checkpoint.single_file import CONFIGS, save_single_file
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.checkpoint.single_file import CONFIGS_KEY
+from safegen.models.checkpoint.single_file_writer import save_single_file
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
 from safegen.stack import pipeline_hash
@@ -201,7 +203,7 @@ def test_a_patch_goes_out_with_the_model(make_tiny, tmp_path):
         names = select_parameters(model.denoiser, "attn1")
         patch = Patch(
             {n: model.denoiser.get_parameter(n) * 3 for n in names},
-            {"base": model.hash, "family": model.family},
+            PatchMetadata(base=model.hash, family=model.family),
         )
         before = picture(model.pipeline)
         with patch.apply(model):
@@ -260,7 +262,7 @@ WORDS = {
 def test_the_header_holds_the_small_files_of_both_text_encoders(make_tiny, tmp_path):
     save_single_file(make_tiny("sdxl"), tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as opened:
-        files = json.loads(opened.metadata()[CONFIGS])
+        files = json.loads(opened.metadata()[CONFIGS_KEY])
     assert {
         "text_encoder_2/config.json",
         "tokenizer_2/vocab.json",

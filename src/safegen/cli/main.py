@@ -309,7 +309,7 @@ def edit(
             report=lambda done, of, _: tell("editing", done, of),
         )
     save_patch(patch, out, card=not no_card)
-    facts = patch.provenance
+    facts = patch.metadata.to_json()
     how = (
         f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}"
         if recipe.is_trained

@@ -63,6 +63,11 @@ class InterruptedRunError(SafegenError):
     """A run was stopped and left a state that `resume` continues from."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut to 300 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error, or the words that are left of one, is a want of memory, as Python, or torch on any device, says it."""
     said = str(error).lower()

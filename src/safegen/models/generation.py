@@ -43,7 +43,11 @@ def generator(seed: int, index: int) -> torch.Generator:
 
 
 def generate(
-    model: Model, asks: Sequence[Sample], generation_config: GenerationConfig, *, negative: str | None = None
+    model: Model,
+    asks: Sequence[Sample],
+    generation_config: GenerationConfig,
+    *,
+    negative: str | None = None,
 ) -> Iterator[Image.Image]:
     """Yield one picture per ask, in order.
 
@@ -74,7 +78,8 @@ def batches(
     """
     if negative is not None and generation_config.guidance_scale <= 1:
         raise ConfigError(
-            f"a negative prompt has no effect without guidance; guidance must be > 1, got {generation_config.guidance_scale}"
+            "a negative prompt has no effect without guidance; guidance must be > 1, got "
+            f"{generation_config.guidance_scale}"
         )
     for start in range(0, len(asks), generation_config.batch_size):
         part = asks[start : start + generation_config.batch_size]
@@ -103,7 +108,8 @@ def check_num_steps(model: Model, steps: int) -> None:
     )
     if steps > room:
         raise ConfigError(
-            f"steps must be at most {room} on this model, whose schedule has {timesteps} timesteps, got {steps}"
+            f"steps must be at most {room} on this model, whose schedule has {timesteps} "
+            f"timesteps, got {steps}"
         )
 
 
@@ -120,9 +126,13 @@ def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
     ]
 
 
-def autocast_for(model: Model, generation_config: GenerationConfig) -> AbstractContextManager[object]:
+def autocast_for(
+    model: Model, generation_config: GenerationConfig
+) -> AbstractContextManager[object]:
     """Return the context in which a pipeline computes as the sampler says."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16")
+    return torch.autocast(
+        model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16"
+    )
 
 
 def encode_image(image: Image.Image, facts: dict[str, Any]) -> bytes:

@@ -39,12 +39,14 @@ def select_parameters(denoiser: nn.Module, selector: str) -> list[str]:
     names = [n for n, _ in denoiser.named_parameters() if re.search(SELECTORS[selector], n)]
     if not names:
         raise ConfigError(
-            f"the selector {selector!r} picks no weight of a {type(denoiser).__name__}; it needs one with attn1/attn2 blocks"
+            f"the selector {selector!r} picks no weight of a {type(denoiser).__name__}; it needs "
+            "one with attn1/attn2 blocks"
         )
     if selector == "attn1":
         for name, module in denoiser.named_modules():
             if name.endswith(".attn1") and getattr(module, "is_cross_attention", False):
                 raise ConfigError(
-                    f"{name} is cross-attention in this model (only_cross_attention), so editing it would not be text-agnostic"
+                    f"{name} is cross-attention in this model (only_cross_attention), so editing "
+                    "it would not be text-agnostic"
                 )
     return names

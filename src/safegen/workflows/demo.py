@@ -28,7 +28,8 @@ from safegen.judges import Verdict, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.image import mean_change
 from safegen.models.generation import GenerationConfig, Sample, generate
-from safegen.models.model import Model, load
+from safegen.models.loading import load
+from safegen.models.model import Model
 from safegen.patches.patch import Patch
 from safegen.workflows import demo_report as report
 
@@ -118,12 +119,12 @@ class Outcome:
             lists[name] = entry
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "edit": dict(self.patch.provenance["settings"]),
+            "edit": dict(self.patch.metadata.settings),
             "concept": self.concept.model_dump(mode="json"),
             "judge": self.judge_id,
             "base_hash": self.base_hash,
             "patch_hash": self.patch.hash,
-            "patch": dict(self.patch.provenance),
+            "patch": self.patch.metadata.to_json(),
             "lists": lists,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
             "pictures": 2 * len(self.items),

@@ -391,8 +391,8 @@ def _entry(stack: Stack, shelf: StackLoader) -> Line:
             {
                 "file": path.name,
                 "hash": patch.hash,
-                "method": patch.provenance.get("method"),
-                "seconds": patch.provenance.get("seconds"),
+                "method": patch.metadata.method,
+                "seconds": patch.metadata.seconds,
             }
             for path, patch in zip(stack.patches, patches, strict=True)
         ],

@@ -37,7 +37,7 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
     They go to `home`/weights, which is replaced once all is written.
     """
     # this is a tool: the only file in mini/ that looks up
-    from safegen.models.checkpoint.diffusers_folder import forget_places, save_folder
+    from safegen.models.checkpoint.diffusers_folder import remove_local_paths, save_folder
     from safegen.models.model import Model
 
     folder, weights = work / "pipeline", bundle.HERE / "weights"
@@ -73,7 +73,7 @@ def stage_pack(work: Path, *, home: Path = bundle.HERE) -> None:
         save_file(
             {k: v.half() if v.ndim == 4 else v for k, v in judge.items()}, at[bundle.judge_file()]
         )
-        forget_places(out)
+        remove_local_paths(out)
         print(
             f"pack: {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.1f} MB",
             flush=True,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BOTH = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 PREFIX = {
@@ -233,43 +233,25 @@ def _turned(build: str, part: str, name: str) -> bool:
     return (build, part) in OPEN_CLIP and name.removesuffix(".weight").endswith("text_projection")
 
 
-def lora_name(name: str, original: str | None = None) -> str:
-    """Return the module of a UNet's weight as LoRA files of the web UIs name it (kohya's form).
+def kohya_name(name: str, original: str | None = None) -> str:
+    """Return the module of a UNet's weight as the LoRA files of web UIs name it (kohya's form).
 
     Args:
-        name: of the weight. On SD 1.x and 2.x the form keeps the diffusers names.
-        original: its name in the original layout, which is what the form uses on SDXL.
+        name: name of the weight. On SD 1.x and 2.x the form keeps diffusers' names.
+        original: its name in the original layout, which the form uses on SDXL.
     """
     return "lora_unet_" + (original or name).removesuffix(".weight").replace(".", "_")
 
 
-def lora_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best factors of a rank for a change of weights, and how much of it they hold.
+def sdxl_unet_names(unet: nn.Module) -> dict[str, str]:
+    """Return the original names of an SDXL UNet's weights, which its LoRAs use; empty for other UNets.
 
-    Truncated singular value decomposition, each factor with the root of the singular values (Eckart
-    and Young 1936), in float64.
-
-    Args:
-        delta: change of a linear weight, (out, in), or of a convolution, (out, in, h, w).
-        rank: columns to keep; more than there are is all of them.
-
-    Returns:
-        `down` (r, in[, h, w]) and `up` (out, r[, 1, 1]), float32, with up @ down nearest to delta;
-        the share of its squared norm that they hold, in [0, 1], 1 for no change at all.
+    The extra weight of a guidance-distilled UNet (LCM) has no such name, and no LoRA changes it.
     """
-    flat = delta.detach().cpu().double().flatten(1)
-    u, s, v = torch.linalg.svd(flat, full_matrices=False)
-    r = min(rank, len(s))
-    root = s[:r].sqrt()
-    down, up = (
-        (root[:, None] * v[:r]).reshape(r, *delta.shape[1:]),
-        (u[:, :r] * root).reshape(-1, r, *(1,) * (delta.ndim - 2)),
-    )
-    total = float(s.pow(2).sum())
-    return (
-        down.float().contiguous(),
-        up.float().contiguous(),
-        float(s[:r].pow(2).sum()) / total if total else 1.0,
+    if not hasattr(unet, "add_embedding"):
+        return {}
+    return unet_names(
+        name for name in unet.state_dict() if not name.startswith("time_embedding.cond_proj")
     )
 
 
