@@ -122,7 +122,7 @@ def make_tiny():
                 )
         pipe.set_progress_bar_config(disable=True)
         model = Model(kind, pipe)
-        for part in model.parts:
+        for part in model.components:
             getattr(pipe, part).eval().requires_grad_(False)
         return model
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from safegen.core.errors import FileError
-from safegen.models.checkpoint import configs as builds
+from safegen.models.checkpoint import configs
 from safegen.models.checkpoint import key_map as layout
 from safegen.models.checkpoint.single_file import CONFIGS_KEY
 from safegen.models.checkpoint.single_file_writer import save_single_file
@@ -36,8 +36,8 @@ def picture(pipeline):
 
 def test_the_vocabulary_is_clips(tmp_path):
     """The numbers are those that OpenAI's tokenizer gives."""
-    builds.write_small_files("sdxl", tmp_path, prediction="epsilon")
-    assert (len(builds.merges()), len(builds.vocabulary())) == (48894, 49408)
+    configs.write_config_files("sdxl", tmp_path, prediction="epsilon")
+    assert (len(configs.merges()), len(configs.vocabulary())) == (48894, 49408)
     first, second = (
         CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2")
     )
@@ -63,9 +63,9 @@ def parts(build, folder):
     return out
 
 
-@pytest.mark.parametrize("build", sorted(builds.KEY_PREFIXES))
+@pytest.mark.parametrize("build", sorted(configs.KEY_PREFIXES))
 def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_path):
-    builds.write_small_files(build, tmp_path, prediction="epsilon")
+    configs.write_config_files(build, tmp_path, prediction="epsilon")
     with torch.device("meta"):
         made = parts(build, tmp_path)
     names = {}
@@ -75,7 +75,7 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
             for name, value in layout.pack(build, part, module.state_dict()).items()
         }
     theirs = published(build)
-    assert builds.detect_architecture(theirs) == build
+    assert configs.detect_architecture(theirs) == build
     spare = (
         "logit_scale",
         "position_ids",
@@ -88,24 +88,24 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
 
 def test_what_is_no_whole_model_is_told_by_nothing():
     assert (
-        builds.detect_architecture(
+        configs.detect_architecture(
             ["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"]
         )
         is None
     )
     assert (
-        builds.detect_architecture(["conditioner.embedders.0.model.ln_final.bias"]) is None
+        configs.detect_architecture(["conditioner.embedders.0.model.ln_final.bias"]) is None
     )  # SDXL's refiner
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The published builds, a few channels wide: everything else of them stays."""
-    for build in builds.KEY_PREFIXES:
-        config, n = builds.UNET[build], len(builds.UNET[build]["block_out_channels"])
+    for build in configs.KEY_PREFIXES:
+        config, n = configs.UNET[build], len(configs.UNET[build]["block_out_channels"])
         narrow = {
             "block_out_channels": [32] * n,
-            "cross_attention_dim": 16 * len(builds.TEXT[build]),
+            "cross_attention_dim": 16 * len(configs.TEXT[build]),
             "attention_head_dim": 4,
         }
         narrow |= {"layers_per_block": 1, "sample_size": 8}
@@ -115,11 +115,11 @@ def small(monkeypatch):
                 "projection_class_embeddings_input_dim": 6 * 8 + 16,
                 "transformer_layers_per_block": 1,
             }
-        monkeypatch.setitem(builds.UNET, build, config | narrow)
+        monkeypatch.setitem(configs.UNET, build, config | narrow)
         monkeypatch.setitem(
-            builds.VAE,
+            configs.VAE,
             build,
-            builds.VAE[build] | {"block_out_channels": [32] * 4, "layers_per_block": 1},
+            configs.VAE[build] | {"block_out_channels": [32] * 4, "layers_per_block": 1},
         )
         text = {
             "hidden_size": 16,
@@ -128,12 +128,12 @@ def small(monkeypatch):
             "intermediate_size": 32,
             "projection_dim": 16,
         }
-        monkeypatch.setitem(builds.TEXT, build, tuple(tower | text for tower in builds.TEXT[build]))
+        monkeypatch.setitem(configs.TEXT, build, tuple(tower | text for tower in configs.TEXT[build]))
 
 
 def theirs(build, folder, header=None, more=()):
     """A file of somebody else's, weights alone, and those weights by part."""
-    builds.write_small_files(build, folder / "folder", prediction="epsilon")
+    configs.write_config_files(build, folder / "folder", prediction="epsilon")
     with torch.random.fork_rng():
         torch.manual_seed(1)
         made = parts(build, folder / "folder")
@@ -167,7 +167,7 @@ def test_a_file_with_weights_alone_opens_by_itself(
 ):
     file, made = theirs(build, tmp_path, header, {name: torch.zeros(1) for name in marks}.items())
     model = load(str(file))
-    assert model.parts == tuple(
+    assert model.components == tuple(
         part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in made
     )
     for part, module in made.items():
@@ -247,7 +247,7 @@ def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
     with pytest.raises(FileError, match="EDM"):
         load(str(file), config=tmp_path / "folder")
     save_file(load_file(file) | {"ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
-    builds.write_small_files("sd1", tmp_path / "pndm", prediction="epsilon")
+    configs.write_config_files("sd1", tmp_path / "pndm", prediction="epsilon")
     told = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {
         "rescale_betas_zero_snr": True
     }

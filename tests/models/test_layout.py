@@ -21,7 +21,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from safegen.models.checkpoint.key_map import (
     PREFIX,
-    lora_factors,
     open_clip_names,
     original_names,
     pack,
@@ -30,6 +29,7 @@ from safegen.models.checkpoint.key_map import (
     vae_names,
 )
 from safegen.models.selectors import SELECTORS, select_parameters
+from safegen.patches.lora import svd_factors
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -265,7 +265,7 @@ def test_a_weight_without_a_place_is_named():
 
 def test_all_ranks_give_the_change_back_exactly():
     delta = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    down, up, kept = lora_factors(delta, 9)
+    down, up, kept = svd_factors(delta, 9)
     assert (down.shape, up.shape) == ((4, 4), (6, 4))
     assert kept == pytest.approx(1)
     assert_close(up @ down, delta, rtol=0, atol=1e-6)
@@ -273,14 +273,14 @@ def test_all_ranks_give_the_change_back_exactly():
 
 def test_a_rank_keeps_the_largest_singular_values_and_says_how_much_that_is():
     """diag(3, 2, 1): rank 1 keeps 9 of 14."""
-    down, up, kept = lora_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
+    down, up, kept = svd_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
     assert kept == pytest.approx(9 / 14)
     assert_close(up @ down, torch.diag(torch.tensor([3.0, 0.0, 0.0])), rtol=0, atol=1e-6)
 
 
 def test_a_convolution_is_two_convolutions():
     delta = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    down, up, kept = lora_factors(delta, 12)
+    down, up, kept = svd_factors(delta, 12)
     assert (down.shape, up.shape) == ((5, 3, 2, 2), (5, 5, 1, 1))
     x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     two = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
@@ -289,6 +289,6 @@ def test_a_convolution_is_two_convolutions():
 
 
 def test_no_change_is_held_by_anything():
-    down, up, kept = lora_factors(torch.zeros(4, 3), 2)
+    down, up, kept = svd_factors(torch.zeros(4, 3), 2)
     assert kept == 1
     assert (up @ down).abs().max() == 0

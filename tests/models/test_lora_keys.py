@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from safegen.core.errors import FileError
-from safegen.models.checkpoint.key_map import lora_name, unet_names
+from safegen.models.checkpoint.key_map import kohya_name, unet_names
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
 from safegen.patches.lora import Lora, extract_lora, save_lora
@@ -127,7 +127,7 @@ def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tm
         {24.0} if keys == "kohya" else set()
     )
     for name in names:
-        stem, ends = lora_name(name), ("lora_down", "lora_up")
+        stem, ends = kohya_name(name), ("lora_down", "lora_up")
         if keys == "diffusers":
             stem, ends = "unet." + name.removesuffix(".weight"), ("lora_A", "lora_B")
         down, up = (state[f"{stem}.{end}.weight"] for end in ends)
@@ -195,7 +195,7 @@ def test_a_lora_of_an_sdxl_may_have_either_names(make_tiny, tmp_path):
     lora = extract_lora(Patch({n: own[n] * 2 for n in names}), model, 2)
     save_lora(lora, model, tmp_path / "kohya.safetensors", dtype=torch.float32)
     to = unet_names(own)
-    renamed = {lora_name(n, to[n]): lora_name(n) for n in names}
+    renamed = {kohya_name(n, to[n]): kohya_name(n) for n in names}
     theirs = load_file(tmp_path / "kohya.safetensors")
     split = {key: key.partition(".") for key in theirs}
     state = {

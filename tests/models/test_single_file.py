@@ -212,12 +212,12 @@ def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_p
     ):
         save_single_file(big, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
-    with pytest.raises(FileError, match="is not a diffusers folder"):
-        load_single_file(file, config=tmp_path)
+    with pytest.raises(FileError, match="must be a diffusers folder"):
+        load(file, config=tmp_path)
 
 
 def test_a_folder_whose_index_is_damaged_is_refused_in_one_line(file, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(FileError, match=r"model_index.json is not JSON") as caught:
-        load_single_file(file, config=tmp_path)
+    with pytest.raises(FileError, match=r"model_index.json must be JSON") as caught:
+        load(file, config=tmp_path)
     assert "\n" not in str(caught.value)

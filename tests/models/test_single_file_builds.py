@@ -23,7 +23,6 @@ from safegen.models.generation import generate
 from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
-from safegen.stack import pipeline_hash
 
 ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 CLASSES = {"sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -41,8 +40,8 @@ def file(other_build, tmp_path):
 
 def test_the_round_trip_gives_every_weight_and_the_picture_back(file, other_build):
     again = load(str(file))
-    assert again.parts == other_build.parts
-    for part in other_build.parts:
+    assert again.components == other_build.components
+    for part in other_build.components:
         a, b = (getattr(model.pipeline, part).state_dict() for model in (again, other_build))
         assert a.keys() == b.keys()
         assert all(torch.equal(value, b[name]) for name, value in a.items())
@@ -51,7 +50,7 @@ def test_the_round_trip_gives_every_weight_and_the_picture_back(file, other_buil
         other_build.family,
         other_build.hash,
     )
-    assert pipeline_hash(again) == pipeline_hash(other_build)
+    assert again.pipeline_hash == other_build.pipeline_hash
     assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
 
 
@@ -70,7 +69,7 @@ def test_the_library_opens_the_file_and_draws_the_same_picture(file, other_build
 def test_a_folder_is_read_and_written_too(other_build, tmp_path):
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "folder"))
-    assert pipeline_hash(again) == pipeline_hash(other_build)
+    assert again.pipeline_hash == other_build.pipeline_hash
     # a processor without AVX-512 rounds by where in memory a file's weights lie
     assert_close(picture(again.pipeline), picture(other_build.pipeline), rtol=0, atol=1e-5)
     theirs = CLASSES[other_build.name].from_pretrained(tmp_path / "folder")
@@ -121,7 +120,7 @@ def test_a_pickle_is_opened_only_when_the_user_says_so_and_never_runs(
     with pytest.raises(FileError, match=r"old.ckpt is a pickle, .* say --allow-pickle"):
         load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder")
     again = load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder", allow_pickle=True)
-    assert (again.parts, again.hash) == (other_build.parts, other_build.hash)
+    assert (again.components, again.hash) == (other_build.components, other_build.hash)
     assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
     torch.save({"state_dict": Harm()}, tmp_path / "bad.ckpt")
     with pytest.raises(FileError, match="cannot be read as a one-file checkpoint"):
@@ -234,7 +233,7 @@ def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets):
     )
     before = {
         k: v.clone()
-        for part in model.parts
+        for part in model.components
         for k, v in getattr(model.pipeline, part).state_dict().items()
     }
     with pytest.raises(
@@ -243,7 +242,7 @@ def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets):
         edit.apply(model, triplets if edit.inputs != "words" else None)
     assert "\n" not in str(caught.value)
     after = {
-        k: v for part in model.parts for k, v in getattr(model.pipeline, part).state_dict().items()
+        k: v for part in model.components for k, v in getattr(model.pipeline, part).state_dict().items()
     }
     assert after.keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in after.items())

@@ -70,7 +70,7 @@ class PatchRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     hash: Sha256
-    metadata: PatchMetadata = PatchMetadata()
+    metadata: PatchMetadata = Field(default_factory=lambda: PatchMetadata())
 
 
 class CheckpointMetadata(BaseModel):
