@@ -306,7 +306,9 @@ class LoadedStack:
         """
         return [self.display_image(drawn) for drawn in self.generate(asks, generation_config)]
 
-    def generate(self, asks: Sequence[Sample], generation_config: GenerationConfig) -> list[GeneratedImage]:
+    def generate(
+        self, asks: Sequence[Sample], generation_config: GenerationConfig
+    ) -> list[GeneratedImage]:
         """Return one picture per ask, in order, each with the trail of the guards; None where it was withheld.
 
         Raises:
@@ -325,7 +327,9 @@ class LoadedStack:
             ]
         out: list[GeneratedImage] = []
         check_num_steps(self.model, generation_config.num_inference_steps)
-        for prompts, options in batches(asks, generation_config, negative=self.stack.negative_prompt):
+        for prompts, options in batches(
+            asks, generation_config, negative=self.stack.negative_prompt
+        ):
             with autocast_for(self.model, generation_config):
                 out += self.guarded.draw(prompts, **options)
         return out

@@ -97,8 +97,17 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
             "judge mini sees it in none of 100; name the concept",
         ),
         (
-            ["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"],
-            "held_out has no effect without",
+            [
+                "edit",
+                "mini",
+                "--triplets",
+                "TRIPLETS",
+                "--set",
+                "validation_split=0.2",
+                "--out",
+                "OUT",
+            ],
+            "validation_split has no effect without",
         ),
         (
             ["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"],

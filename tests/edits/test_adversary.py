@@ -56,7 +56,7 @@ def brief(method, adversary, **changes):
 
 
 def applied(edit, model, triplets, **how):
-    return edit.apply(model, triplets if edit.learns_from == "triplets" else None, **how)
+    return edit.apply(model, triplets if edit.inputs == "triplets" else None, **how)
 
 
 def net(*weights):
@@ -144,14 +144,14 @@ def test_it_finds_a_way_back_on_an_edited_model_and_samples_do_not_touch_each_ot
     x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([300, 600])
     text = model.encode_text(["red cube", "ball"])
     before = model.denoiser(x, t, text).sample.detach()
-    attack = AdvUnlearn(steps=20, step=0.1, tokens=tokens).ready(model, ())
+    attack = AdvUnlearn(steps=20, step=0.1, tokens=tokens).build(model, ())
     found = attack(edited, x, t, text, want=-before, before=before)
 
     @torch.no_grad()
     def gap(c):
         return losses.squared_error(edited(x, t, c).sample, before)
 
-    start = AdvUnlearn(steps=1, step=1e-9, tokens=tokens).ready(model, ())(
+    start = AdvUnlearn(steps=1, step=1e-9, tokens=tokens).build(model, ())(
         edited, x, t, text, want=before, before=before
     )
     assert (gap(found) < 0.97 * gap(start)).all()
@@ -168,7 +168,7 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
     original = projections(model)
     text = model.encode_text(["red cube", "ball"])
     with trainable_parameters(model, "kv2", rank=rank, alpha=None, seed=0) as part:
-        attack = ReceAdversary(ridge=0.05).ready(model, part.names)
+        attack = ReceAdversary(ridge=0.05).build(model, part.names)
         params, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(1)
         before = {n: params[n].detach().clone() for n in part.names}
         try:

@@ -52,7 +52,7 @@ class Denoise:
     weights: Mapping[str, float] = {"near": 0.7, "far": 0.3}
     fingerprint = "denoise"
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         x, text = (
             torch.randn(2, 4, 8, 8, generator=generator),
             torch.randn(2, 5, 32, generator=generator),
@@ -64,10 +64,12 @@ class Denoise:
             "far": (out + x + micro_step).pow(2).mean((1, 2, 3)),
         }
 
-    def held_out(self, denoiser):
+    def validation_loss(self, denoiser):
         return sum(
             v.mean().item()
-            for v in self.losses(denoiser, 0, torch.Generator().manual_seed(1), (0, 1)).values()
+            for v in self.training_step(
+                denoiser, 0, torch.Generator().manual_seed(1), (0, 1)
+            ).values()
         )
 
 
@@ -81,11 +83,11 @@ class Line:
         self.batch, self.looks = batch, iter(looks)
         self.rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         x = self.rows[[(micro_step * self.batch + i) % 4 for i in range(self.batch)]]
         return {"fit": (denoiser(x) - x @ TRUTH.T).pow(2).mean(1)}
 
-    def held_out(self, denoiser):
+    def validation_loss(self, denoiser):
         return next(self.looks)
 
 
@@ -613,8 +615,8 @@ class Nan(Line):
 
     weights: Mapping[str, float] = {"L_m": 0.5, "L_p": 0.5}
 
-    def losses(self, denoiser, micro_step, generator, share):
-        fit = super().losses(denoiser, micro_step, generator, share)["fit"]
+    def training_step(self, denoiser, micro_step, generator, share):
+        fit = super().training_step(denoiser, micro_step, generator, share)["fit"]
         return {"L_m": fit, "L_p": fit * math.nan if micro_step == 2 else fit}
 
 
@@ -638,7 +640,7 @@ def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path
 class Steep(Line):
     """A finite loss with an infinite slope."""
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         return {"fit": (denoiser.weight - denoiser.weight.detach()).abs().sqrt().sum(1)}
 
 
@@ -652,7 +654,7 @@ def test_a_gradient_that_is_not_finite_is_caught_too(line):
 class Still(Line):
     """A loss that nothing changes."""
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         return {"fit": 0.0 * denoiser.weight.sum(1)}
 
 
@@ -742,7 +744,7 @@ def test_a_setting_that_breaks_its_rule_is_refused(change):
 class Watched(Line):
     """Keeps what the held-out samples are looked at with."""
 
-    def held_out(self, denoiser):
+    def validation_loss(self, denoiser):
         self.seen = denoiser.weight.detach().clone()
         return 0.0
 

@@ -106,7 +106,9 @@ def resilience(
             updates=tuple(updates or (200,)), rank=rank, lr=lr, batch=batch, seed=seed
         )
         more: dict[str, Any] = {"roles": tuple(role)} if role else {}
-        generation_config = GenerationConfig(num_inference_steps=steps, precision=preferred_precision(device))
+        generation_config = GenerationConfig(
+            num_inference_steps=steps, precision=preferred_precision(device)
+        )
         settings = Resilience(
             on=on.value,
             finetune=tuning,

@@ -63,6 +63,10 @@ class InterruptedRunError(SafegenError):
     """A run was stopped and left a state that `resume` continues from."""
 
 
+class NoEffectWarning(UserWarning):
+    """A setting, a concept or a guard has no effect here."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, cut to 300 characters."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

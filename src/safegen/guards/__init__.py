@@ -85,7 +85,7 @@ def read_guard(
     if concept is not None and facts["concept"] is None:
         known = load_concept(concept) if isinstance(concept, str) else concept
         facts["concept"] = (
-            known if resolve(GUARDS, name, "guard").lent(known).keys() - facts.keys() else None
+            known if resolve(GUARDS, name, "guard").defaults_from(known).keys() - facts.keys() else None
         )
     return make_guard(name, facts.pop("preset"), concept=facts.pop("concept"), **facts)
 

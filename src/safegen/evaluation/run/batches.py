@@ -50,7 +50,9 @@ def batches(run: Run, planned: Sequence[Planned]) -> Iterator[Batch]:
                 if stack["kind"] != "base"
                 else []
             )
-            yield Batch(stack, number, rows, [p.key(stack["hash"], generation_config) for p in rows], base)
+            yield Batch(
+                stack, number, rows, [p.key(stack["hash"], generation_config) for p in rows], base
+            )
 
 
 def is_blank(image: Image.Image) -> bool:

@@ -182,7 +182,8 @@ class ImageWorker:
             "index": item.index,
         }
         data = encode_image(
-            image, facts | {"generation": self.run.protocol.generation.model_dump(mode="json")} | trail
+            image,
+            facts | {"generation": self.run.protocol.generation.model_dump(mode="json")} | trail,
         )
         return data, {
             "key": key,
