@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from safegen.active import LoraSpec
 from safegen.cli import main as run
 from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.core.generation import GenerationConfig, Sample
@@ -25,8 +24,10 @@ from safegen.patches.active_lora import AdapterWarning, active_loras, lora_forwa
 from safegen.patches.arithmetic import merge
 from safegen.patches.lora import extract_lora, save_lora
 from safegen.patches.lora_reader import load_lora, read_lora
+from safegen.patches.lora_spec import LoraSpec
 from safegen.patches.patch import Patch
-from safegen.stack import Stack, StackLoader, add_loras, load_stack
+from safegen.stack import Stack, add_loras, load_stack
+from safegen.stack_loader import StackLoader
 
 ASKS, SAMPLER = (
     [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],

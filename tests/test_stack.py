@@ -10,7 +10,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig, Sample
-from safegen.stack import Stack, StackLoader, add_guards, add_patches, load_stack
+from safegen.stack import Stack, add_guards, add_patches, load_stack
+from safegen.stack_loader import StackLoader
 
 ASKS, SAMPLER = (
     [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],

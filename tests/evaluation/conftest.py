@@ -36,7 +36,7 @@ def quick(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shelf():
     """Return a shelf that keeps the bundled model loaded."""
-    from safegen.stack import StackLoader
+    from safegen.stack_loader import StackLoader
 
     return StackLoader()
 

@@ -39,7 +39,8 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.verify import verify
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
 

@@ -183,7 +183,8 @@ def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
     tiny_folder, tmp_path, monkeypatch
 ):
     from safegen.mini import bundle
-    from safegen.stack import Stack, StackLoader
+    from safegen.stack import Stack
+    from safegen.stack_loader import StackLoader
 
     shelf, stack = (
         StackLoader(),

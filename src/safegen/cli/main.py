@@ -142,7 +142,8 @@ def generate(
     from safegen.core.generation import GenerationConfig, Sample
     from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
     from safegen.models.generation import save_image
-    from safegen.stack import Stack, StackLoader, add_guards, add_loras, add_patches, load_stack
+    from safegen.stack import Stack, add_guards, add_loras, add_patches, load_stack
+    from safegen.stack_loader import StackLoader
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")

@@ -1,4 +1,4 @@
-"""SHA-256 digests of weights. Kept apart from the models, so that a judge need not import diffusers."""
+"""SHA-256 digests of weights, without an import of diffusers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
-    """Return the SHA-256 over names, shapes, types and bytes of tensors, in the order of their names.
+    """Return the SHA-256 over names, shapes, types and bytes of tensors, sorted by name.
 
     Args:
         tensors: values by name.

@@ -10,7 +10,7 @@ from logging import CRITICAL
 
 @contextmanager
 def silence_libraries(*names: str) -> Iterator[None]:
-    """Hide the log messages and progress bars of libraries inside the block, and restore both after it.
+    """Hide log messages and progress bars of libraries inside the block, and restore both.
 
     Exceptions still rise. Nothing is changed for the caller outside the block.
 

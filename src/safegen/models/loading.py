@@ -1,4 +1,4 @@
-"""Loading of models: by name, from a diffusers folder, from a one-file checkpoint, or from the hub."""
+"""Loading of models by name, from a diffusers folder, a one-file checkpoint, or the hub."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WEIGHTS = {
         "text_encoder*/pytorch_model",
     ),
 }
-"""Suffix: the weights that a pipeline opens by default, without half-precision variants and averages."""
+"""Suffix: the weights that a pipeline opens by default, without variants and averages."""
 
 
 def load(

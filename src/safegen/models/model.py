@@ -1,4 +1,4 @@
-"""A loaded diffusion pipeline behind one interface, so that edits and guards need not know its architecture."""
+"""A loaded diffusion pipeline behind one interface for all architectures."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Model:
     """The name or path it was loaded by."""
     pipeline: Pipeline
     folder: Path | None = None
-    """Folder it was read from, if any. Components that are not loaded (the safety checker) are copied from there."""
+    """Folder it was read from, if any. Components that are not loaded are copied from there."""
     metadata: CheckpointMetadata | None = None
-    """Metadata read from the checkpoint; `verified_metadata` returns it only if the weights still match."""
+    """Metadata read from the checkpoint, not yet checked: see `verified_metadata`."""
     applied_patches: list[AppliedPatch] = field(default_factory=list)
-    """Patches that are on it now, in order. `Patch.apply` adds one and `AppliedPatch.undo` removes it."""
+    """Patches on it, in order. `Patch.apply` adds one and `AppliedPatch.undo` removes it."""
 
     @property
     def patches(self) -> list[AppliedPatch]:
@@ -117,9 +117,9 @@ class Model:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the denoiser's values in fp32, taken at the first access: the identity that patches refer to.
+        """SHA-256 of the denoiser's values in fp32 without patches, which patches refer to.
 
-        `Patch.apply` takes it before it changes a weight. Weights stored as fp32 have another hash
+        It is taken at the first access; `Patch.apply` takes it before it changes a weight. Weights stored as fp32 have another hash
         when they are loaded as fp16 or bf16, which rounds them.
         """
         return self.hash_denoiser()
@@ -130,7 +130,7 @@ class Model:
 
     @property
     def pipeline_hash(self) -> str:
-        """SHA-256 of everything that decides an image: all weights without patches, schedule, vocabulary and settings."""
+        """SHA-256 of all that decides an image: weights without patches, schedule, vocabulary."""
         pipeline, second = self.pipeline, "text_encoder_2" in self.components
         tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if second else [])]
         configs = UNHASHED_CONFIG | (
@@ -201,7 +201,7 @@ class Model:
         return embeddings
 
     def last_token_positions(self, texts: list[str]) -> list[int]:
-        """Return the position of each text's last token in its embedding; 0, the start token, for an empty text."""
+        """Return the position of each text's last token in its embedding; 0 for an empty text."""
         return [sum(row) - 2 for row in self._tokenize(texts).attention_mask]
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
@@ -271,9 +271,9 @@ class AppliedPatch:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Restore the old values, except where a later patch is on the same weight, which then restores them.
+        """Restore the old values bit for bit.
 
-        A patch that is removed already stays removed.
+        Where a later patch is on the same weight, that one restores them when it is undone. A patch that is removed already stays removed.
         """
         applied_patches = self.model.applied_patches
         if self not in applied_patches:

@@ -1,4 +1,4 @@
-"""Active LoRAs: their output is added to each module's, and no weight changes (arXiv:2106.09685, 2412.00357)."""
+"""Active LoRAs: their output is added to each module's, and no weight changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lora_forward(module: nn.Module, inputs: Tensor, down: Tensor, up: Tensor) ->
 
 @contextmanager
 def active_loras(model: Model, loras: Sequence[tuple[LoraFactors, float]]) -> Iterator[None]:
-    """Keep LoRAs active inside the block: W x + sum of scale * up(down(x)).
+    """Keep LoRAs active inside the block: W x + sum of scale * up(down(x)) (arXiv:2106.09685).
 
     The weights stay as they are, patches on them included. The order of the LoRAs matters for
     rounding only.

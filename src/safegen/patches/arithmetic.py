@@ -28,7 +28,7 @@ def overlapping(patches: Sequence[Patch]) -> list[str]:
 
 
 def conflicting(patches: Sequence[Patch | AppliedPatch]) -> list[str]:
-    """Return the sorted names of the weights that a patch changes again although it was not made on the earlier patch.
+    """Return the sorted names of the weights at which a patch overwrites an unrelated earlier one.
 
     A patch that was made on a model with the earlier one contains its change, so that nothing is
     lost when it counts.
@@ -150,7 +150,7 @@ def _summed(names: Sequence[str], patches: Sequence[Patch], model: Model) -> dic
 
 
 def _check_base(base: str, model: Model) -> None:
-    """Check that a model without patches has the weights of a base, against which changes are computed.
+    """Check that a model has the weights of a base and no patch on it.
 
     Raises:
         PatchError: it has others.
@@ -188,7 +188,7 @@ def _delta(patch: Patch, name: str, base: Tensor, patches: Sequence[Patch]) -> T
 
 @torch.no_grad()
 def rebase(patch: Patch, base: Model, target: Model) -> Patch:
-    """Return a patch that changes a fine-tune of the base by as much: target + (patch - base), weight by weight.
+    """Return a patch that adds the change to a fine-tune of its base: target + (patch - base).
 
     The patch itself would overwrite the fine-tune. What the change does on other weights is not
     known.

@@ -37,7 +37,7 @@ class Lora:
     left_out: tuple[str, ...]
     """Changed weights that a LoRA cannot represent: biases and norms."""
     retained_energy: float
-    """Share of the patch's squared change that the factors retain; what is left out counts as lost."""
+    """Share of the patch's squared change that the factors retain."""
 
     def to_patch(self, model: Model) -> Patch:
         """Return the change as a patch for the model that it was made for."""
@@ -48,7 +48,7 @@ class Lora:
 
 
 def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best factors of a rank for a change of weights, and the share of it that they retain.
+    """Return the best factors of a rank for a change, and the share of it that they retain.
 
     Truncated singular value decomposition in float64 (Eckart and Young 1936). Each factor takes the
     root of the singular values.
@@ -132,8 +132,8 @@ def effect_loss(
 ) -> float | None:
     """Return the share of a patch's effect on the denoiser's predictions that a LoRA loses (ours).
 
-    |e_lora - e_patch| / |e_base - e_patch|, over the predictions along the model's own generations
-    of some prompts, without guidance.
+    |e_lora - e_patch| / |e_base - e_patch|, over all predictions while the model generates some
+    prompts without guidance.
 
     Args:
         lora: the factors.
@@ -233,10 +233,8 @@ def save_lora(
     """
     original = sdxl_unet_names(model.denoiser)
     tensors: dict[str, Tensor] = {}
-    for name, (down, up) in lora.factors.items():
-        padding = lora.rank - len(down)
-        down = torch.cat([down, down.new_zeros(padding, *down.shape[1:])])
-        up = torch.cat([up, up.new_zeros(len(up), padding, *up.shape[2:])], dim=1)
+    for name, pair in lora.factors.items():
+        down, up = _pad_rank(*pair, lora.rank)
         if keys == "kohya":
             module = kohya_name(name, original.get(name))
             tensors |= {
@@ -262,6 +260,15 @@ def save_lora(
             )
         except SafetensorError as error:
             raise FileError(f"{out} cannot be written: {error}") from error
+
+
+def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors padded with zeros to a rank."""
+    missing = rank - len(down)
+    return (
+        torch.cat([down, down.new_zeros(missing, *down.shape[1:])]),
+        torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1),
+    )
 
 
 def _base_model_header(model: Model) -> dict[str, str]:

@@ -40,7 +40,7 @@ class LoraFactors:
     file: str
     """File name, without folders."""
     factors: Mapping[str, tuple[Tensor, Tensor, float]]
-    """By weight of the denoiser: down (r, in[, h, w]), up (out, r[, 1, 1]), and the scale of their product."""
+    """By weight of the denoiser: down (r, in[, h, w]), up (out, r[, 1, 1]), scale of the product."""
     text_encoder_tensors: int
     """Number of tensors for a text encoder, which are left out."""
     metadata: PatchMetadata
@@ -49,7 +49,7 @@ class LoraFactors:
 
 @torch.no_grad()
 def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
-    """Return the denoiser's part of a LoRA file as a patch: the model's weights with the change added.
+    """Return the denoiser's part of a LoRA file as a patch of a model.
 
     Tensors for the text encoder are left out, and counted in the patch's metadata.
 
@@ -159,7 +159,7 @@ def _weights_by_module(model: Model) -> dict[str, str]:
 def _fit_factors(
     down: Tensor, up: Tensor, alpha: Tensor | float | None, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, float]:
-    """Return a pair of factors with as many dimensions as their weight, and the scale of their product.
+    """Return factors with the dimensions of their weight, and the scale of their product.
 
     Raises:
         PatchError: they are not factors of a weight of this shape, or alpha is not one number.
@@ -185,7 +185,7 @@ def _fit_factors(
 
 
 def _match_dimensions(factor: Tensor, dimensions: int) -> Tensor:
-    """Return a factor with the dimensions of its weight: some tools write matrices as 1x1 convolutions."""
+    """Return a factor with the dimensions of its weight; some tools write 1x1 convolutions."""
     if dimensions == 2 and factor.ndim == 4 and factor.shape[2:] == (1, 1):
         return factor.flatten(1)
     return factor[:, :, None, None] if dimensions == 4 and factor.ndim == 2 else factor
@@ -195,8 +195,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
     """Return a LoRA file's tensors, its metadata, and the alpha of modules without their own.
 
     Raises:
-        FileError: the file cannot be read, is a patch, or states its strengths in a form that is not
-            read.
+        FileError: the file cannot be read, is a patch, or states several alphas in its header.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -213,10 +212,10 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
         metadata = PatchMetadata.model_validate_json(header.get(METADATA_KEY, "{}"))
         adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
         if not isinstance(adapter, dict):
-            raise ValueError(f"lora_adapter_metadata is {adapter!r}")  # noqa: TRY004
+            raise ValueError(f"lora_adapter_metadata is {adapter!r}")
         alpha = adapter.get("unet.lora_alpha")
         if alpha is not None and not isinstance(alpha, int | float):
-            raise ValueError(f"unet.lora_alpha is {alpha!r}")  # noqa: TRY004
+            raise ValueError(f"unet.lora_alpha is {alpha!r}")
     except (ValidationError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FileError(f"{path} is a damaged LoRA: its header cannot be read: {reason}") from error
@@ -234,7 +233,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
 
 
 def _modern_key(key: str) -> str:
-    """Return a key of 2023, when diffusers' attention processors held the factors, in today's form."""
+    """Return a key in diffusers' form of today; in 2023 attention processors held the factors."""
     if ".processor.to_" not in key:
         return key
     key = key.replace(".processor.", ".").replace("_lora.", ".lora.")

@@ -1,4 +1,4 @@
-"""Patches: new values for some weights of a denoiser, in one safetensors file with their metadata."""
+"""Patches: new values for some weights of a denoiser, with metadata."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Patch:
 
     @torch.no_grad()
     def describe_change(self, model: Model) -> str:
-        """Return in words how many weights of a model the patch changes, and how far: |new - old| / |old|."""
+        """Return in words how many weights of a model change, and how far: |new - old| / |old|."""
         parameters = dict(model.denoiser.named_parameters())
         gap, size, changed = 0.0, 0.0, 0
         for name, value in self.tensors.items():
@@ -175,7 +175,7 @@ class Patch:
 
     @torch.no_grad()
     def apply(self, model: Model, *, hidden: bool = False) -> AppliedPatch:
-        """Write the new values into a model in memory; `undo()` of the result restores the old ones exactly.
+        """Write the new values into a model in memory; `undo()` restores the old ones exactly.
 
         Args:
             model: the model.
@@ -183,8 +183,7 @@ class Patch:
                 meanwhile.
 
         Raises:
-            PatchError: see `check_compatible`, or a value is not finite in the model's type. Nothing
-                is changed then.
+            PatchError: see `check_compatible`, or a value is not finite in the model's type.
 
         Warns:
             BaseMismatchWarning: see `check_compatible` and `warn_missing_parents`.

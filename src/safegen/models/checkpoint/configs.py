@@ -1,4 +1,4 @@
-"""Configuration files of the published models (networks, schedule, CLIP's vocabulary), which one-file checkpoints lack."""
+"""Configuration files and vocabulary of the published models, which one-file checkpoints lack."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _scheduler_config(architecture: str, prediction: str, zero_snr: bool) -> dic
 
 
 def _model_index(architecture: str, scheduler: str, suffixes: Sequence[str]) -> dict[str, Any]:
-    """Return the content of model_index.json: the class of each component, and the pipeline's options."""
+    """Return the content of model_index.json: component classes and pipeline options."""
     index: dict[str, Any] = {
         "_class_name": PIPELINE_CLASSES[architecture],
         "scheduler": ("diffusers", scheduler),
@@ -219,7 +219,7 @@ def _model_index(architecture: str, scheduler: str, suffixes: Sequence[str]) -> 
 
 @cache
 def merges() -> tuple[str, ...]:
-    """Return CLIP's 48,894 byte pairs in the order in which they are merged (openai/CLIP, MIT license)."""
+    """Return CLIP's 48,894 byte pairs in merge order (openai/CLIP, MIT license)."""
     packed = Path(__file__).with_name("clip_merges.txt.gz").read_bytes()
     return tuple(gzip.decompress(packed).decode("utf-8").splitlines())
 
@@ -262,7 +262,7 @@ def remove_vocabulary(folder: Path) -> bool:
 
 
 def _token_rules(tokenizer: str) -> Any:
-    """Return the entries of a tokenizer.json that decide token ids; padding and truncation do not."""
+    """Return the entries of a tokenizer.json that decide token ids."""
     entries = json.loads(tokenizer)
     entries["model"]["merges"] = [
         pair if isinstance(pair, str) else " ".join(pair) for pair in entries["model"]["merges"]

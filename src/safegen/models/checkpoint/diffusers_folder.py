@@ -31,7 +31,7 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     SDXL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
 }
-"""Pipeline class by the name in model_index.json, with the keyword arguments that skip the safety checker."""
+"""Pipeline class by the name in model_index.json, with the arguments that skip the safety checker."""
 TEXT_ENCODERS = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
 """Text encoder class by the name in model_index.json."""
 UNLOADED = ("safety_checker", "feature_extractor")
@@ -191,7 +191,7 @@ def _save_pipeline(model: Model, folder: Path) -> None:
 
 
 def _copy_unloaded(model: Model, out: Path) -> Mapping[str, Any]:
-    """Copy the safety checker and its image processor, and return their entries of model_index.json."""
+    """Copy the `UNLOADED` components and return their entries of model_index.json."""
     if model.folder is None or not (model.folder / "model_index.json").is_file():
         return {}
     index = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def _copy_unloaded(model: Model, out: Path) -> Mapping[str, Any]:
 
 
 def remove_local_paths(folder: Path) -> None:
-    """Remove `_name_or_path`, a path on the machine that wrote them, from a folder's configurations."""
+    """Remove `_name_or_path`, a path on the writer's machine, from a folder's configurations."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
@@ -214,7 +214,7 @@ def remove_local_paths(folder: Path) -> None:
 
 
 def save_vocabulary(folder: Path) -> None:
-    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that do not read the latter."""
+    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that need them."""
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     (folder / "vocab.json").write_text(

@@ -1,4 +1,4 @@
-"""Metadata schema of patches and checkpoints: one set of pydantic models for writing and reading."""
+"""Metadata schema of patches and checkpoints, for writing and reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Format of one-file checkpoints in the original Stable Diffusion layout: header keys, markers, opening."""
+"""Format of one-file checkpoints in the original Stable Diffusion layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from safegen.core.errors import FileError, first_line
 
 CONFIGS_KEY = "safegen_configs"
-"""Header key with a pipeline's configuration files, so that the checkpoint loads without a folder."""
+"""Header key with a pipeline's configuration files, which make the file self-contained."""
 PREDICTION_KEY = "modelspec.prediction_type"
 """Header key with what the denoiser predicts."""
 V_PREDICTION_TENSOR, ZERO_SNR_TENSOR = "v_pred", "ztsnr"
@@ -94,7 +94,7 @@ def open_single_file(path: Path, allow_pickle: bool) -> SingleFile:
             tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         else:
             with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 header = file.metadata() or {}
     except Exception as error:  # torch's unpickler raises a dozen types
         raise FileError(

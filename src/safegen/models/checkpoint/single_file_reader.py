@@ -120,7 +120,7 @@ def _write_header_configs(checkpoint: SingleFile, folder: Path) -> None:
 
 
 def _write_published_configs(checkpoint: SingleFile, folder: Path) -> str:
-    """Write the configuration files of the published model with these weight names; return its title.
+    """Write the configuration files of the published model with these names; return its title.
 
     Raises:
         FileError: no published model has such names, a component is missing, the file is a variant

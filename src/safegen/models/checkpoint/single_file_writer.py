@@ -1,4 +1,4 @@
-"""Writing of one-file checkpoints in the original Stable Diffusion layout, for A1111, ComfyUI and InvokeAI."""
+"""Writing of one-file checkpoints for A1111, ComfyUI and InvokeAI."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _cast_state(module: torch.nn.Module, component: str, dtype: str) -> dict[str
 
 
 def _marker_tensors(model: Model) -> dict[str, Tensor]:
-    """Return the empty tensors that tell ComfyUI of v-prediction and of a schedule that ends in pure noise.
+    """Return ComfyUI's marker tensors of v-prediction and of a schedule that ends in pure noise.
 
     Raises:
         ConfigError: the model predicts something else than epsilon or v.
@@ -134,7 +134,7 @@ def _header(model: Model, architecture: str, title: str) -> dict[str, str]:
 
 
 def _config_files(model: Model) -> dict[str, str]:
-    """Return the text of a pipeline's configuration files by path, without CLIP's published vocabulary."""
+    """Return a pipeline's configuration files by path, without CLIP's published vocabulary."""
     pipeline = model.pipeline
     with tempfile.TemporaryDirectory() as tmp, silence_libraries():
         folder = Path(tmp)
