@@ -147,7 +147,7 @@ def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files,
     shared = len(user.factors.keys() & safe.factors.keys())
     with pytest.warns(
         AdapterWarning,
-        match=f"{shared} weights are changed by more than one LoRA, .*the changes add up",
+        match=f"{shared} weights are changed by more than one LoRA, .*The changes add up",
     ):
         with active_loras(model, [(user, 1.0), (safe, 1.0)]):
             pass
@@ -257,12 +257,12 @@ def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(
 ):
     with pytest.raises(
         FileError,
-        match="is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps",
+        match="must be a safegen patch, got a LoRA. Use it with `generate --lora`",
     ):
         Patch.load(files[0])
     model = make_model()
     UCE(erase=("red cube",)).apply(model).save(tmp_path / "p.safetensors")
-    with pytest.raises(FileError, match=r"is a safegen patch, not a LoRA; put it on with --patch"):
+    with pytest.raises(FileError, match=r"must be a LoRA, got a safegen patch"):
         read_lora(tmp_path / "p.safetensors", model)
     bad = load_file(files[0])
     bad[next(k for k in bad if "lora_up" in k)][0] = float("nan")
@@ -289,19 +289,19 @@ def _wider(file, folder):
 def test_words_that_mean_no_lora_are_refused_in_one_line(tmp_path, tiny_folder):
     stack = Stack(name="s", model="mini")
     for word, says in (
-        ("a.safetensors:0", "a LoRA of scale 0 has no effect"),
+        ("a.safetensors:0", "scale of a LoRA must not be 0"),
         ("a.safetensors:nan", "finite"),
         ("a:inf", "finite"),
     ):
         with pytest.raises(ConfigError, match=says) as caught:
             add_loras(stack, [word])
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="LoRAs have no effect on the blank stack 's'"):
+    with pytest.raises(ConfigError, match="a blank stack must have no patches, LoRAs"):
         add_loras(Stack(name="s", model="mini", blank=True), ["a"])
     with pytest.raises(FileError, match=r"the LoRA 'no.safetensors' does not exist"):
         StackLoader().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
     (tmp_path / "s.toml").write_text('model = "mini"\nblank = true\nloras = ["a"]\n')
     with pytest.raises(
-        FileError, match="LoRAs, guards and a negative prompt have no effect on a blank stack"
+        FileError, match="a blank stack must have no patches, LoRAs"
     ):
         load_stack(str(tmp_path / "s.toml"))

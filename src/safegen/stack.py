@@ -35,7 +35,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 class Stack(BaseModel):
-    """Settings of what generates images. Nothing is loaded until `stack_loader.StackLoader.open`."""
+    """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -99,7 +99,7 @@ def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that
     assert 0.3 < lost[0] < 1.2
     assert lost[-1] < 1e-3
     lora = extract_lora(wild, model, 4)
-    nothing = Lora({n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.kept, (), 0.0)
+    nothing = Lora({n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.energy_by_weight, (), 0.0)
     assert effect_loss(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
     said = [
         effect_loss(lora, wild, model, prompts=p, steps=3)
@@ -108,7 +108,7 @@ def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that
     assert len(set(said)) == 3
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert torch.equal(picture(model), picture_before)
-    assert not model.applied
+    assert not model.applied_patches
 
 
 def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(make_model):
@@ -127,7 +127,7 @@ def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
 ):
     model = make_model()
     lora, before = extract_lora(patch, model, 2), picture(model)
-    with pytest.raises(ConfigError, match="fp32 only"):
+    with pytest.raises(ConfigError, match="needs an fp32 model, got bf16"):
         effect_loss(lora, patch, make_half(make_model()))
     calls = []
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
         with pytest.raises(MemoryError):
             effect_loss(lora, patch, model)
     assert calls
-    assert not model.applied
+    assert not model.applied_patches
     assert not model.denoiser._forward_hooks
     assert torch.equal(picture(model), before)
 
@@ -165,7 +165,7 @@ def test_a_bare_peft_adapter_is_refused_for_what_it_is(tiny_model, tmp_path):
         {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)},
         tmp_path / "adapter.safetensors",
     )
-    with pytest.raises(FileError, match=r"is a bare peft adapter .* save it by save_lora_weights"):
+    with pytest.raises(FileError, match=r"must be saved by save_lora_weights, got a bare peft adapter"):
         load_lora(tmp_path / "adapter.safetensors", tiny_model)
 
 
@@ -253,7 +253,7 @@ def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
         extract_lora(patch, tiny_model, 0)
     own = dict(tiny_model.denoiser.named_parameters())
     bias = next(n for n in own if n.endswith("bias"))
-    with pytest.raises(ConfigError, match="changes nothing that a LoRA can hold"):
+    with pytest.raises(ConfigError, match="must change a matrix or a convolution"):
         extract_lora(Patch({bias: own[bias] + 1}), tiny_model, 1)
     out = tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, tiny_model, 2), tiny_model, out)
@@ -338,7 +338,7 @@ def test_a_file_that_would_be_half_read_is_refused(lora_file, tiny_model, tmp_pa
     tensors = load_file(lora_file)
     stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
     save_file(tensors | {stem + end: torch.ones(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(FileError, match=rf"has {stem}{end}, which a plain LoRA has not") as caught:
+    with pytest.raises(FileError, match=rf"must be a plain LoRA, got {stem}{end}") as caught:
         load_lora(tmp_path / "more.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
@@ -352,7 +352,7 @@ def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_pa
     plain, own = load_lora(out, tiny_model), dict(tiny_model.denoiser.named_parameters())
     for said, words in (
         ({"unet.lora_alpha": 2, "unet.alpha_pattern": {}}, None),
-        ({"unet.alpha_pattern": {"x": 1}}, "several strengths"),
+        ({"unet.alpha_pattern": {"x": 1}}, "one alpha for all modules"),
     ):
         save_file(
             load_file(out),
@@ -413,7 +413,7 @@ def test_factors_of_no_rank_and_strengths_that_are_no_number_are_refused(
     for scale in (float("nan"), float("inf"), 0.0):
         with pytest.raises(
             ConfigError,
-            match=f"scale of a LoRA must be a finite number other than 0, got {scale:g}",
+            match=f"scale of a LoRA must be finite and not 0, got {scale:g}",
         ):
             load_lora(lora_file, tiny_model, scale=scale)
 
@@ -452,7 +452,7 @@ def test_a_lora_of_a_patch_that_was_made_on_another_says_so(make_model, patch):
     model = make_model()
     with patch.apply(model):
         above = UCE(erase=("blue ball",)).apply(model)
-    with pytest.warns(BaseMismatchWarning, match="was made on a model with another patch on it"):
+    with pytest.warns(BaseMismatchWarning, match="was made on a model with the patch"):
         extract_lora(above, model, 4)
 
 

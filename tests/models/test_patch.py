@@ -14,7 +14,6 @@ from safegen.edits.uce import UCE
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
-from safegen.patches.arithmetic import merge
 from safegen.patches.patch import FORMAT, BaseMismatchWarning, Patch
 
 
@@ -121,12 +120,12 @@ DAMAGE = {
     "a pickle": (lambda p: torch.save({"w": torch.zeros(1)}, p), "not a readable safetensors file"),
     "other safetensors": (
         lambda p: _resave(p, _nothing, {"format": "pt"}),
-        "is not a safegen patch",
+        "must be a safegen patch",
     ),
-    "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "is not a safegen patch"),
+    "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "must be a safegen patch"),
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
-    "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch of nothing"),
+    "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch without tensors"),
     "no metadata": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "metadata"),
     "metadata no object": (
         lambda p: _resave(p, _nothing, _says("[]")),
@@ -137,13 +136,13 @@ DAMAGE = {
         lambda p: _resave(p, _nothing, _says('{"base": 3}')),
         "damaged safegen patch: base",
     ),
-    "under no list": (
+    "parents no list": (
         lambda p: _resave(p, _nothing, _says('{"parents": 3}')),
         "damaged safegen patch: parents",
     ),
-    "under without a hash": (
+    "parents without a hash": (
         lambda p: _resave(p, _nothing, _says('{"parents": [{"method": "uce"}]}')),
-        r"cannot be used \(under.0.hash",
+        r"damaged safegen patch: parents\.0\.hash",
     ),
     "parts without a hash": (
         lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')),
@@ -177,7 +176,7 @@ def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
         Patch(dict(patch.tensors) | {name: torch.full_like(patch.tensors[name], value)}).save(
             tmp_path / "p.safetensors"
         )
-    with pytest.raises(PatchError, match="is not written: the patch changes nothing"):
+    with pytest.raises(PatchError, match="is not written: the patch has no tensors"):
         Patch({}).save(tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -238,7 +237,7 @@ def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
     second.undo()
     first.undo()
     assert all(torch.equal(state_of(model)[k], v + 2) for k, v in patch.tensors.items())
-    assert [one.patch for one in model.applied] == [third.patch]
+    assert model.applied_patches == [third]
     third.undo()
     same(state_of(model), before)
     with patch.apply(model) as again:
@@ -274,44 +273,42 @@ def test_values_that_the_model_cannot_hold_are_refused_and_change_nothing(make_m
     model.pipeline.to(dtype)
     before, name = state_of(model), select_parameters(model.denoiser, "attn1")[0]
     wild = Patch({name: torch.full(before[name].shape, value)})
-    with pytest.raises(PatchError, match=f"not finite as {str(dtype).removeprefix('torch.')}"):
+    name_of = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    with pytest.raises(PatchError, match=f"must be finite in {name_of}"):
         wild.apply(model)
     same(state_of(model), before)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_patch_knows_its_base_in_fewer_bits_and_no_other_model(tiny_folder, make_model, dtype):
-    """`load --dtype fp16` is what users of a graphics card do: nothing to warn of."""
-    made = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
-    same, other = load(str(tiny_folder), dtype=dtype), make_model(9)
-    assert made.metadata.base_rounded[dtype] == same.hash
+def test_a_base_that_is_loaded_in_fewer_bits_is_warned_about_by_its_type(tiny_folder, dtype):
+    """Rounding changes the weights, so that the hash cannot tell the base from another model."""
+    patch = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
+    rounded = load(str(tiny_folder), dtype=dtype)
+    with pytest.warns(BaseMismatchWarning, match=f"is loaded as {dtype}, which alone changes the hash"):
+        patch.apply(rounded).undo()
+    made_on_rounded = UCE(erase=("red cube",)).apply(rounded)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made.apply(same).undo()
-        merge([made, made], overlap="last").check_compatible(same)
-    other.pipeline.to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    with pytest.warns(
-        BaseMismatchWarning, match=r"has [0-9a-f]{12}: it puts"
-    ):  # and no word of the type, which explains nothing here
-        made.apply(other)
+        made_on_rounded.apply(load(str(tiny_folder), dtype=dtype))
 
 
-def test_a_base_that_has_patches_on_it_is_not_rounded_for_itself(make_model, patch):
-    model = make_model()
-    with patch.apply(model):
-        assert model.rounded == {}
-    assert model.rounded == make_model().rounded != {}
-    with patch.apply(model):
-        assert model.rounded == make_model().rounded
-
-
-def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_word(
-    make_model, patch
+def test_a_base_that_is_stored_in_fewer_bits_is_known_in_every_type_that_holds_them(
+    make_model, tmp_path
 ):
+    from safegen.models.checkpoint.diffusers_folder import save_folder
+
     model = make_model()
-    model.pipeline.to(torch.bfloat16)
-    with pytest.warns(BaseMismatchWarning, match=r"loaded as bfloat16, which alone changes that"):
-        patch.apply(model)
+    model.pipeline.to(torch.float16)
+    save_folder(model, tmp_path / "half")
+    hashes = {load(tmp_path / "half", dtype=dtype).hash for dtype in ("fp32", "fp16")}
+    assert hashes == {model.hash}
+    assert load(tmp_path / "half", dtype="bf16").hash != model.hash
+
+
+def test_the_hash_is_of_the_weights_without_patches(make_model, patch):
+    model = make_model()
+    with patch.apply(model):
+        assert model.hash == make_model().hash != model.hash_denoiser()
 
 
 def test_the_models_hash_is_that_of_its_base_also_under_a_patch(make_model, patch):
@@ -347,7 +344,7 @@ def test_a_wider_model_refuses_the_patch(make_model, patch):
 
 def test_another_base_of_the_same_shape_is_warned_about(make_model, patch):
     model = make_model(5)
-    with pytest.warns(BaseMismatchWarning, match="measure the result") as caught:
+    with pytest.warns(BaseMismatchWarning, match="Measure the result") as caught:
         applied = patch.apply(model)
     assert len(caught) == 1
     assert all(torch.equal(model.denoiser.get_parameter(k), v) for k, v in patch.tensors.items())

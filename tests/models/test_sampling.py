@@ -75,7 +75,7 @@ def test_seed_index_and_prompt_each_make_another_picture(tiny_model):
         Sample(prompt="a red cube", seed=1, index=1),
         Sample(prompt="a blue ball", seed=1),
     ]
-    found = [p.tobytes() for p in draw(tiny_model, asks, guidance=20.0)]
+    found = [p.tobytes() for p in draw(tiny_model, asks, guidance_scale=20.0)]
     assert len(set(found)) == 4
 
 
@@ -93,8 +93,8 @@ def test_guidance_of_one_is_no_guidance(tiny_model):
     hook = tiny_model.denoiser.conv_in.register_forward_hook(
         lambda m, inputs, out: model_calls.append(len(inputs[0]))
     )
-    draw(tiny_model, ASKS[:2], steps=2, guidance=1.0)
-    draw(tiny_model, ASKS[:2], steps=2, guidance=2.0)
+    draw(tiny_model, ASKS[:2], num_inference_steps=2, guidance_scale=1.0)
+    draw(tiny_model, ASKS[:2], num_inference_steps=2, guidance_scale=2.0)
     hook.remove()
     assert model_calls == [2, 2, 4, 4]
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint import key_map as layout
+from safegen.models.checkpoint.metadata import CheckpointMetadata
 from safegen.models.checkpoint.single_file import CONFIGS_KEY
 from safegen.models.checkpoint.single_file_writer import save_single_file
 from safegen.models.loading import load
@@ -25,7 +25,7 @@ ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, 
 @pytest.fixture(scope="module")
 def file(tiny_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    save_single_file(tiny_model, out, dtype="fp32", facts={"method": "uce"})
+    save_single_file(tiny_model, out, dtype="fp32", metadata=CheckpointMetadata(base=tiny_model.hash))
     return out
 
 
@@ -83,16 +83,10 @@ def test_a_patched_model_goes_out_with_its_patch(make_model, tmp_path):
     assert (edited - picture(model.pipeline)).abs().max() > 1e-3
 
 
-def test_the_header_says_where_the_weights_come_from(file):
+def test_the_header_says_where_the_weights_come_from(file, tiny_model):
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
-    assert json.loads(header["safegen"]) == {
-        "method": "uce",
-        "weights": [
-            hash_tensors(load(file, dtype=d).denoiser.state_dict(), dtype=torch.float32)
-            for d in ("fp32", "fp16", "bf16")
-        ],
-    }
+    assert json.loads(header["safegen"]) == {"base": tiny_model.hash, "weights": tiny_model.hash}
     assert header["format"] == "pt"
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(
         header[CONFIGS_KEY]

@@ -25,7 +25,7 @@ from safegen.attacks.kept import RESULTS, Kept
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
-from safegen.core.generation import preferred_precision
+from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.trainer import LogRow
 from safegen.evaluation.plan import Item, Role, make_plan
@@ -35,7 +35,7 @@ from safegen.evaluation.scoring.score import ASKED, refuse_unjudged, removal, sc
 from safegen.judges import Judge, Verdict, load_judge
 from safegen.metrics.image import mean_change
 from safegen.metrics.paired import mcnemar
-from safegen.models.generation import GenerationConfig, generate
+from safegen.models.generation import generate
 from safegen.models.model import Model
 from safegen.patches.arithmetic import merge, warn_of_overlap
 from safegen.patches.patch import Patch

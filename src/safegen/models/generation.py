@@ -124,11 +124,11 @@ def encode_image(image: Image.Image, metadata: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def save_image(image: Image.Image, out: Path, metadata: dict[str, Any]) -> None:
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     """Write a PNG with metadata (`encode_image`).
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `path` exists or cannot be written.
     """
-    with atomic_write(out) as tmp:
+    with atomic_write(path) as tmp:
         tmp.write_bytes(encode_image(image, metadata))

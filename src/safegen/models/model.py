@@ -119,8 +119,8 @@ class Model:
     def hash(self) -> str:
         """SHA-256 of the denoiser's values in fp32 without patches, which patches refer to.
 
-        It is taken at the first access; `Patch.apply` takes it before it changes a weight. Weights stored as fp32 have another hash
-        when they are loaded as fp16 or bf16, which rounds them.
+        It is taken at the first access; `Patch.apply` takes it before it changes a weight. Weights
+        stored as fp32 have another hash when they are loaded as fp16 or bf16, which rounds them.
         """
         return self.hash_denoiser()
 
@@ -273,7 +273,8 @@ class AppliedPatch:
     def undo(self) -> None:
         """Restore the old values bit for bit.
 
-        Where a later patch is on the same weight, that one restores them when it is undone. A patch that is removed already stays removed.
+        Where a later patch is on the same weight, that one restores them when it is undone. A
+        second call has no effect.
         """
         applied_patches = self.model.applied_patches
         if self not in applied_patches:

@@ -18,9 +18,9 @@ SELECTORS = {
 }
 """Selector: regular expression over the denoiser's parameter names.
 
-`attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values, which read
-the text (ESD-x-strict, UCE); `noxattn` is everything but cross-attention, the last layers and the time
-embedding, as in the first code of ESD-u (arXiv:2303.07345).
+`attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values (ESD-x-strict,
+UCE); `noxattn` is everything but cross-attention, the last layers and the time embedding, as in the
+first code of ESD-u (arXiv:2303.07345).
 """
 
 

@@ -80,7 +80,7 @@ def add_factors(weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) ->
 
 @torch.no_grad()
 def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
-    """Return the best LoRA of a rank for a patch (`svd_factors`, weight by weight).
+    """Return the best LoRA of a rank for a patch: `svd_factors` of each weight.
 
     Args:
         patch: new values.
@@ -92,8 +92,8 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
         PatchError: the patch does not fit the model.
 
     Warns:
-        BaseMismatchWarning: see `Patch.check_compatible`; or the patch has parents, whose change is
-            not in the LoRA.
+        BaseMismatchWarning: see `Patch.check_compatible`; or the patch has parents, and the
+            LoRA lacks their change.
     """
     if rank < 1:
         raise ConfigError(f"rank of a LoRA must be >= 1, got {rank}")
@@ -147,8 +147,7 @@ def effect_loss(
         0 if nothing is lost, 1 if the LoRA has no effect; None if the patch changes no prediction.
 
     Raises:
-        ConfigError: the model is not in fp32, whose rounding would hide the loss, or its predictions
-            are not finite.
+        ConfigError: the model is not in fp32, or its predictions are not finite.
     """
     if model.denoiser.dtype != torch.float32:
         raise ConfigError(
@@ -208,7 +207,7 @@ def _record_calls(
 def save_lora(
     lora: Lora,
     model: Model,
-    out: Path,
+    path: Path,
     *,
     keys: KeyFormat = "kohya",
     dtype: torch.dtype = torch.float16,
@@ -222,14 +221,14 @@ def save_lora(
     Args:
         lora: the factors.
         model: the model that they are for, which names the modules.
-        out: the new file.
+        path: the new file.
         keys: `kohya` for A1111 and ComfyUI, `diffusers` for `load_lora_weights`. InvokeAI reads
             kohya's too, but refuses a LoRA of SD 1.x or 2.x that changes no key or value of attn2.
         dtype: type of the factors.
         metadata: plain values for the header.
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `path` exists or cannot be written.
     """
     original = sdxl_unet_names(model.denoiser)
     tensors: dict[str, Tensor] = {}
@@ -253,13 +252,13 @@ def save_lora(
         "ss_network_module": "networks.lora",
         METADATA_KEY: json.dumps(metadata, sort_keys=True),
     } | _base_model_header(model)
-    with atomic_write(out) as tmp:
+    with atomic_write(path) as tmp:
         try:
             save_file(
                 {k: v.to(dtype).contiguous() for k, v in tensors.items()}, tmp, metadata=header
             )
         except SafetensorError as error:
-            raise FileError(f"{out} cannot be written: {error}") from error
+            raise FileError(f"{path} cannot be written: {error}") from error
 
 
 def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

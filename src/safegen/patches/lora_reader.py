@@ -1,4 +1,9 @@
-"""Reading of LoRA files of kohya's and diffusers' forms, with every tensor accounted for."""
+"""Reading of LoRA files in kohya's and diffusers' keys, with every tensor accounted for.
+
+diffusers' own `load_lora_weights` (0.42) gives equal images for plain files, but reads kohya files
+of several ranks or alphas with one alpha, and skips unknown modules and missing factors with a log
+message. A measured image must not depend on that, so that files are read here.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +45,7 @@ class LoraFactors:
     file: str
     """File name, without folders."""
     factors: Mapping[str, tuple[Tensor, Tensor, float]]
-    """By weight of the denoiser: down (r, in[, h, w]), up (out, r[, 1, 1]), scale of the product."""
+    """By weight of the denoiser: down (r, in[, h, w]), up (out, r[, 1, 1]), and scale."""
     text_encoder_tensors: int
     """Number of tensors for a text encoder, which are left out."""
     metadata: PatchMetadata
@@ -55,8 +60,8 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
 
     Args:
         path: a safetensors file in kohya's or diffusers' keys.
-        model: the model that the patch is for. It is the base of the patch, whatever the LoRA was
-            made on.
+        model: the model that the patch is for. It is the base of the patch, even if the LoRA was
+            made on another.
         scale: strength; 1 is as trained.
 
     Raises:
@@ -212,7 +217,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
         metadata = PatchMetadata.model_validate_json(header.get(METADATA_KEY, "{}"))
         adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
         if not isinstance(adapter, dict):
-            raise ValueError(f"lora_adapter_metadata is {adapter!r}")
+            raise ValueError(f"lora_adapter_metadata is {adapter!r}")  # noqa: TRY004
         alpha = adapter.get("unet.lora_alpha")
         if alpha is not None and not isinstance(alpha, int | float):
             raise ValueError(f"unet.lora_alpha is {alpha!r}")
@@ -226,8 +231,8 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
         )
     if bare := next((key for key in tensors if key.startswith(PEFT_PREFIX)), None):
         raise FileError(
-            f"{path} must be saved by save_lora_weights, got a bare peft adapter ({bare}), whose "
-            "alpha is in another file"
+            f"{path} must be saved by save_lora_weights, got a bare peft adapter "
+            f"({bare}), which lacks alpha"
         )
     return tensors, metadata, alpha
 

@@ -59,28 +59,28 @@ class Patch:
             counts[kind] = counts.get(kind, 0) + 1
         return dict(sorted(counts.items()))
 
-    def save(self, out: str | Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the patch to a new file.
 
         Raises:
             PatchError: it has no tensors, or values that are not finite.
-            FileError: `out` exists or cannot be written.
+            FileError: `path` exists or cannot be written.
         """
-        out = Path(out)
+        path = Path(path)
         if not self.tensors:
-            raise PatchError(f"{out} is not written: the patch has no tensors")
+            raise PatchError(f"{path} is not written: the patch has no tensors")
         for name, value in self.tensors.items():
             if not bool(value.isfinite().all()):
                 raise PatchError(
-                    f"{out} is not written: the patch has NaN or infinite values in {name}"
+                    f"{path} is not written: the patch has NaN or infinite values in {name}"
                 )
         header = {"format": FORMAT, "metadata": json.dumps(self.metadata.to_json(), sort_keys=True)}
         tensors = {name: v.detach().cpu().contiguous() for name, v in self.tensors.items()}
-        with atomic_write(out) as tmp:
+        with atomic_write(path) as tmp:
             try:
                 save_file(tensors, tmp, metadata=header)
             except SafetensorError as error:
-                raise FileError(f"{out} cannot be written: {error}") from error
+                raise FileError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write, staged_directory
-from safegen.core.generation import preferred_precision
+from safegen.core.generation import GenerationConfig, Sample, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.trainer import LogRow
@@ -27,7 +27,7 @@ from safegen.evaluation.scoring.score import Scores, refuse_unjudged, removal, s
 from safegen.judges import Verdict, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.image import mean_change
-from safegen.models.generation import GenerationConfig, Sample, generate
+from safegen.models.generation import generate
 from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.patches.patch import Patch

@@ -143,7 +143,7 @@ PIPELINE_CLASSES = {
 
 
 def detect_architecture(names: Iterable[str]) -> str | None:
-    """Return the architecture whose weights have these names in one file, a key of `KEY_PREFIXES`.
+    """Return the architecture of the weights in one file by their names, a key of `KEY_PREFIXES`.
 
     None if there is no such architecture.
     """

@@ -31,7 +31,7 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     SDXL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
 }
-"""Pipeline class by the name in model_index.json, with the arguments that skip the safety checker."""
+"""Pipeline class by name in model_index.json, and the arguments that skip the safety checker."""
 TEXT_ENCODERS = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
 """Text encoder class by the name in model_index.json."""
 UNLOADED = ("safety_checker", "feature_extractor")
@@ -134,7 +134,7 @@ def _load_text_encoders(
 
 def save_folder(
     model: Model,
-    out: str | Path,
+    path: str | Path,
     *,
     card: str | None = None,
     metadata: CheckpointMetadata | None = None,
@@ -147,21 +147,21 @@ def save_folder(
 
     Args:
         model: the model, with or without patches on it.
-        out: the new folder.
+        path: the new folder.
         card: text of its README.md. Default: none is written.
         metadata: content of its safegen.json, completed by the hash of the weights. Default: none
             is written.
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `path` exists or cannot be written.
     """
-    with atomic_directory(Path(out)) as tmp:
+    with atomic_directory(Path(path)) as tmp:
         try:
             _save_pipeline(model, tmp)
         except Exception as error:
             if isinstance(error, SafetensorError) or type(error) is Exception:
                 # tokenizers raises a plain Exception on a full disk
-                raise FileError(f"{out} cannot be written: {error}") from error
+                raise FileError(f"{path} cannot be written: {error}") from error
             raise
         for tokenizer in tmp.glob("tokenizer*"):
             save_vocabulary(tokenizer)
@@ -190,7 +190,7 @@ def _save_pipeline(model: Model, folder: Path) -> None:
         )
 
 
-def _copy_unloaded(model: Model, out: Path) -> Mapping[str, Any]:
+def _copy_unloaded(model: Model, target: Path) -> Mapping[str, Any]:
     """Copy the `UNLOADED` components and return their entries of model_index.json."""
     if model.folder is None or not (model.folder / "model_index.json").is_file():
         return {}
@@ -201,7 +201,7 @@ def _copy_unloaded(model: Model, out: Path) -> Mapping[str, Any]:
         if (model.folder / component).is_dir() and index.get(component, [None])[0]
     }
     for component in entries:
-        shutil.copytree(model.folder / component, out / component, dirs_exist_ok=True)
+        shutil.copytree(model.folder / component, target / component, dirs_exist_ok=True)
     return entries | ({"requires_safety_checker": True} if "safety_checker" in entries else {})
 
 

@@ -255,9 +255,10 @@ def kohya_name(name: str, original: str | None = None) -> str:
 
 
 def sdxl_unet_names(unet: nn.Module) -> dict[str, str]:
-    """Return the original names of an SDXL UNet's weights, which its LoRAs use; empty for other UNets.
+    """Return the original names of an SDXL UNet's weights, which its LoRAs use.
 
-    The extra weight of a guidance-distilled UNet (LCM) has no such name, and no LoRA changes it.
+    Empty for other UNets. The extra weight of a guidance-distilled UNet (LCM) has no such name, and
+    no LoRA changes it.
     """
     if not hasattr(unet, "add_embedding"):
         return {}

@@ -38,26 +38,26 @@ MODELSPEC_NAMES = {
 
 
 def save_single_file(
-    model: Model, out: Path, *, dtype: str = "fp16", metadata: CheckpointMetadata | None = None
+    model: Model, path: Path, *, dtype: str = "fp16", metadata: CheckpointMetadata | None = None
 ) -> None:
     """Write a model as one safetensors file in the original layout.
 
     Args:
         model: an SD 1.x, 2.x or XL model, with or without patches on it.
-        out: the new file.
+        path: the new file.
         dtype: type of the weights in the file: fp16 (what most web UIs want), bf16 or fp32.
         metadata: provenance for the header, completed by the hash of the weights as stored.
             Default: none is written.
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `path` exists or cannot be written.
         ConfigError: the dtype is unknown or cannot hold a weight, or the layout has no place for a
             weight or for what the model predicts.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     architecture, tensors = architecture_of(model.pipeline), _marker_tensors(model)
-    header = _header(model, architecture, out.stem)
+    header = _header(model, architecture, path.stem)
     for component in PREFIX[architecture]:
         state = _cast_state(getattr(model.pipeline, component), component, dtype)
         if component == "unet" and metadata is not None:
@@ -73,11 +73,11 @@ def save_single_file(
                 "apply"
             ) from error
         tensors |= {name: value.contiguous() for name, value in packed.items()}
-    with atomic_write(out) as tmp:
+    with atomic_write(path) as tmp:
         try:
             save_file(tensors, tmp, metadata=header)
         except SafetensorError as error:
-            raise FileError(f"{out} cannot be written: {error}") from error
+            raise FileError(f"{path} cannot be written: {error}") from error
 
 
 def architecture_of(pipeline: Any) -> str:
