@@ -1,4 +1,4 @@
-"""LoRAs beside a model's weights: the same pictures as fused, no weight touched, in facts and hashes, and never fused unasked."""
+"""LoRAs beside a model's weights: the same images as fused, no weight touched, in facts and hashes, and never fused unasked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from safegen.patches.patch import Patch
 from safegen.stack import Stack, add_loras, load_stack
 from safegen.stack_loader import StackLoader
 
-ASKS, SAMPLER = (
+SAMPLES, GENERATION_CONFIG = (
     [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],
     GenerationConfig(num_inference_steps=2),
 )
@@ -71,7 +71,7 @@ def said(model, text="a red cube"):
 
 @pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
 @pytest.mark.parametrize("scales", [(1.0, None), (-0.5, None), (1.0, 0.8), (0.3, 2.0)])
-def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
+def test_active_loras_equal_fused_ones(make_model, files, scales):
     model = make_model()
     plain = said(model)
     active = [(file, scale) for file, scale in zip(files, scales, strict=True) if scale]
@@ -92,7 +92,7 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
     assert torch.equal(said(model), plain)  # nothing is left of them
 
 
-def test_a_module_gets_the_product_of_its_factors_added_by_hand():
+def test_lora_forward_by_hand():
     """down (1, 2) . (3, 4) = 11; up (5, 6): 55 and 66."""
     line = nn.Linear(2, 2)
     assert lora_forward(
@@ -103,7 +103,7 @@ def test_a_module_gets_the_product_of_its_factors_added_by_hand():
     assert_close(lora_forward(net, x, down, up), nn.functional.conv2d(x, down * up, None, 2, 1))
 
 
-def test_a_patch_beneath_counts_as_the_weights_do(make_model, files):
+def test_active_loras_act_on_the_patched_weights(make_model, files):
     model = make_model()
     own = dict(model.denoiser.named_parameters())
     patch = Patch({n: own[n] * 1.5 for n in select_parameters(model.denoiser, "kv2")})
@@ -116,7 +116,7 @@ def test_a_patch_beneath_counts_as_the_weights_do(make_model, files):
             assert_close(said(model), want, rtol=0, atol=1e-4)
 
 
-def test_a_gradient_goes_through_what_is_added(make_model, files):
+def test_gradients_flow_through_active_loras(make_model, files):
     """Guards that move latents need the slope of what draws."""
     model = make_model()
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode_text(["a"])
@@ -130,7 +130,7 @@ def test_a_gradient_goes_through_what_is_added(make_model, files):
     assert (slopes[0] - slopes[1]).abs().max() > 1e-3
 
 
-def test_they_come_off_when_drawing_fails(make_model, files):
+def test_active_loras_are_removed_on_errors(make_model, files):
     model = make_model()
     plain = said(model)
     with (
@@ -141,7 +141,7 @@ def test_they_come_off_when_drawing_fails(make_model, files):
     assert torch.equal(said(model), plain)
 
 
-def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files, tmp_path):
+def test_shared_weights_and_text_encoder_tensors_are_warned_about(make_model, files, tmp_path):
     model = make_model()
     user, safe = (read_lora(file, model) for file in files)
     shared = len(user.factors.keys() & safe.factors.keys())
@@ -170,7 +170,7 @@ def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files,
 # ------------------------------------------------------------ on stacks
 
 
-def test_a_recipe_and_words_can_mean_the_same(tmp_path):
+def test_loras_of_a_recipe_and_of_words_can_be_equal(tmp_path):
     (tmp_path / "s.toml").write_text(
         'model = "mini"\nloras = ["a.safetensors", {file = "b.safetensors", scale = 0.8}]\n'
     )
@@ -190,34 +190,34 @@ def test_a_recipe_and_words_can_mean_the_same(tmp_path):
     )
 
 
-def test_a_hash_rests_on_the_file_its_scale_and_the_order(tiny_folder, files):
-    shelf, name = StackLoader(), str(tiny_folder)
+def test_the_hash_depends_on_lora_file_scale_and_order(tiny_folder, files):
+    loader, name = StackLoader(), str(tiny_folder)
     user, safe = (str(file) for file in files)
     stacks = [
         Stack(name="s", model=name, loras=loras)
         for loras in ((), (user,), (f"{user}:0.5",), (user, safe), (safe, user))
     ]
-    assert len({shelf.hash(stack) for stack in stacks}) == len(stacks)
+    assert len({loader.hash(stack) for stack in stacks}) == len(stacks)
 
 
 @pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
-def test_a_stack_draws_with_its_loras_and_the_model_comes_back(tiny_folder, files):
-    shelf, name = StackLoader(), str(tiny_folder)
-    _, weights = shelf.model(name)
+def test_a_stack_generates_with_its_loras_and_restores_the_model(tiny_folder, files):
+    loader, name = StackLoader(), str(tiny_folder)
+    _, weights = loader.model(name)
     plain, both = (
         Stack(name="p", model=name),
         Stack(name="s", model=name, loras=tuple(str(file) for file in files)),
     )
-    pictures = []
+    images = []
     for stack in (plain, both, plain):
-        with shelf.open(stack) as ready:
-            pictures.append([p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)])
-    assert pictures[0] == pictures[2] != pictures[1]
-    model = shelf.model(name)[0]
+        with loader.open(stack) as loaded:
+            images.append([p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)])
+    assert images[0] == images[2] != images[1]
+    model = loader.model(name)[0]
     assert model.hash_denoiser() == model.hash
 
 
-def test_generate_keeps_both_active_and_its_pictures_name_them(
+def test_generate_records_its_loras_in_the_images(
     tiny_folder, files, tmp_path, monkeypatch, capsys
 ):
     words = [
@@ -239,8 +239,8 @@ def test_generate_keeps_both_active_and_its_pictures_name_them(
     assert not end.value.code
     assert "warning: " in (err := capsys.readouterr().err)
     assert "changed by more than one LoRA" in err
-    with Image.open(tmp_path / "out" / "0000.png") as picture:
-        facts = json.loads(picture.text["safegen"])
+    with Image.open(tmp_path / "out" / "0000.png") as image:
+        facts = json.loads(image.text["safegen"])
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     assert facts["loras"] == [
         {"file": f.name, "hash": d, "scale": s}
@@ -252,7 +252,7 @@ def test_generate_keeps_both_active_and_its_pictures_name_them(
 # ------------------------------------------------------------ refusals
 
 
-def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(
+def test_patches_and_loras_are_not_confused(
     tiny_folder, files, make_model, tmp_path
 ):
     with pytest.raises(
@@ -286,7 +286,7 @@ def _wider(file, folder):
     return folder / "wide.safetensors"
 
 
-def test_words_that_mean_no_lora_are_refused_in_one_line(tmp_path, tiny_folder):
+def test_invalid_lora_words_are_refused(tmp_path, tiny_folder):
     stack = Stack(name="s", model="mini")
     for word, says in (
         ("a.safetensors:0", "scale of a LoRA must not be 0"),

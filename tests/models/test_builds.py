@@ -30,11 +30,11 @@ ASK = {
 TWO = ("text_encoder", "text_encoder_2")
 
 
-def picture(pipeline):
+def image(pipeline):
     return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
 
 
-def test_the_vocabulary_is_clips(tmp_path):
+def test_the_vocabulary_is_that_of_clip(tmp_path):
     """The numbers are those that OpenAI's tokenizer gives."""
     configs.write_config_files("sdxl", tmp_path, prediction="epsilon")
     assert (len(configs.merges()), len(configs.vocabulary())) == (48894, 49408)
@@ -64,7 +64,7 @@ def parts(build, folder):
 
 
 @pytest.mark.parametrize("build", sorted(configs.KEY_PREFIXES))
-def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_path):
+def test_the_configurations_have_the_published_weight_names(build, tmp_path):
     configs.write_config_files(build, tmp_path, prediction="epsilon")
     with torch.device("meta"):
         made = parts(build, tmp_path)
@@ -86,7 +86,7 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
     assert names == theirs
 
 
-def test_what_is_no_whole_model_is_told_by_nothing():
+def test_partial_models_have_no_architecture():
     assert (
         configs.detect_architecture(
             ["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"]
@@ -162,7 +162,7 @@ def theirs(build, folder, header=None, more=()):
         ("sdxl", None, ("v_pred", "ztsnr"), "v_prediction", True),
     ],
 )
-def test_a_file_with_weights_alone_opens_by_itself(
+def test_a_file_without_configurations_loads(
     small, tmp_path, build, header, marks, predicts, ends
 ):
     file, made = theirs(build, tmp_path, header, {name: torch.zeros(1) for name in marks}.items())
@@ -179,10 +179,10 @@ def test_a_file_with_weights_alone_opens_by_itself(
         not ends or int(model.pipeline.scheduler.timesteps[0]) == 999
     )  # pure noise is where it starts
     assert model.pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
-    assert picture(model.pipeline).isfinite().all()
+    assert image(model.pipeline).isfinite().all()
 
 
-def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(small, tmp_path):
+def test_an_sd2_file_without_a_prediction_type_is_refused(small, tmp_path):
     file, _ = theirs("sd2", tmp_path)
     with pytest.raises(
         FileError,
@@ -230,7 +230,7 @@ def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(s
         ),
     ],
 )
-def test_a_variant_is_refused_in_one_line_that_says_which(
+def test_a_variant_is_refused_by_name(
     small, tmp_path, build, header, marks, words
 ):
     file, _ = theirs(
@@ -242,7 +242,7 @@ def test_a_variant_is_refused_in_one_line_that_says_which(
     assert str(caught.value).count("--config") <= 1
 
 
-def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
+def test_unsupported_files_are_refused_with_a_folder_too(small, tmp_path):
     file, _ = theirs("sdxl", tmp_path, None, {"edm_mean": torch.zeros(4)}.items())
     with pytest.raises(FileError, match="EDM"):
         load(str(file), config=tmp_path / "folder")
@@ -260,7 +260,7 @@ def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
         load(str(plain), config=tmp_path / "pndm")
 
 
-def test_a_file_without_a_part_is_refused_by_its_name(small, tmp_path):
+def test_a_missing_component_is_named(small, tmp_path):
     file, _ = theirs("sd1", tmp_path)
     save_file(
         {k: v for k, v in load_file(file).items() if not k.startswith("first_stage")},
@@ -272,7 +272,7 @@ def test_a_file_without_a_part_is_refused_by_its_name(small, tmp_path):
         load(str(tmp_path / "no-vae.safetensors"))
 
 
-def test_merges_of_2022_name_the_text_encoder_otherwise(small, tmp_path):
+def test_text_encoder_keys_of_2022_are_read(small, tmp_path):
     file, made = theirs("sd1", tmp_path)
     old = {
         k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(file).items()
@@ -283,7 +283,7 @@ def test_merges_of_2022_name_the_text_encoder_otherwise(small, tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in made["text_encoder"].state_dict().items())
 
 
-def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(small, tmp_path):
+def test_a_header_with_conflicting_file_names_is_refused(small, tmp_path):
     file, _ = theirs("sd1", tmp_path)
     save_file(
         load_file(file),
@@ -296,7 +296,7 @@ def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(sma
         load(str(tmp_path / "x.safetensors"))
 
 
-def test_a_file_that_holds_no_model_is_refused_in_one_line(tmp_path):
+def test_a_file_without_a_model_is_refused(tmp_path):
     save_file({"lora_unet_mid.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(
         FileError, match=r"must hold a whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"
@@ -304,7 +304,7 @@ def test_a_file_that_holds_no_model_is_refused_in_one_line(tmp_path):
         load(str(tmp_path / "lora.safetensors"))
 
 
-def test_a_file_that_we_write_opens_alone_and_leaves_clips_vocabulary_out(small, tmp_path):
+def test_our_file_loads_without_a_folder_and_omits_the_clip_vocabulary(small, tmp_path):
     model = load(str(theirs("sdxl", tmp_path)[0]))
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
     with safe_open(tmp_path / "ours.safetensors", framework="pt") as opened:
@@ -315,11 +315,11 @@ def test_a_file_that_we_write_opens_alone_and_leaves_clips_vocabulary_out(small,
         "tokenizer_2/tokenizer_config.json",
     }
     again = load(str(tmp_path / "ours.safetensors"))
-    assert torch.equal(picture(again.pipeline), picture(model.pipeline))
+    assert torch.equal(image(again.pipeline), image(model.pipeline))
     assert again.pipeline.tokenizer_2.pad_token_id == 0
 
 
-def test_a_token_that_is_read_otherwise_goes_along(small, tmp_path):
+def test_a_redefined_token_is_stored(small, tmp_path):
     """An added token whose text is in CLIP's vocabulary too: "cat" was `cat</w>` before."""
     model = load(str(theirs("sd1", tmp_path)[0]))
     model.pipeline.tokenizer.add_tokens(["cat"])
@@ -329,14 +329,14 @@ def test_a_token_that_is_read_otherwise_goes_along(small, tmp_path):
     assert load(str(tmp_path / "ours.safetensors")).pipeline.tokenizer("a cat").input_ids == ids
 
 
-def test_a_vocabulary_with_a_token_more_goes_along(small, tmp_path):
+def test_an_added_token_is_stored(small, tmp_path):
     """As textual inversion adds one: CLIP's own would cut it into pieces."""
     model = load(str(theirs("sd1", tmp_path)[0]))
     model.pipeline.tokenizer.add_tokens(["<my-cat>"])
     model.pipeline.text_encoder.resize_token_embeddings(49409)
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
     again = load(str(tmp_path / "ours.safetensors"))
-    assert torch.equal(picture(again.pipeline), picture(model.pipeline))
+    assert torch.equal(image(again.pipeline), image(model.pipeline))
     assert again.pipeline.tokenizer("<my-cat>").input_ids == [49406, 49408, 49407]
     assert set(load_file(tmp_path / "ours.safetensors")) == set(
         load_file(tmp_path / "theirs.safetensors")

@@ -32,7 +32,7 @@ def state(model):
     return {k: v.detach().clone() for k, v in model.denoiser.state_dict().items()}
 
 
-def test_a_merged_patch_does_what_its_parts_do_one_after_the_other(make_model, parts):
+def test_a_merged_patch_equals_its_parts_in_order(make_model, parts):
     first, _, text = parts
     model = make_model()
     first.apply(model)
@@ -47,7 +47,7 @@ def test_a_merged_patch_does_what_its_parts_do_one_after_the_other(make_model, p
     assert [p["metadata"].get("method") for p in facts["parts"]] == ["safegen", "uce"]
 
 
-def test_overlapping_weights_are_named_and_refused(parts):
+def test_overlapping_weights_are_refused_by_name(parts):
     first, second, text = parts
     assert overlapping(parts) == sorted(first.tensors.keys() & second.tensors.keys())
     with pytest.raises(
@@ -57,7 +57,7 @@ def test_overlapping_weights_are_named_and_refused(parts):
         merge([first, second, text])
 
 
-def test_overlapping_weights_add_up_or_the_last_one_counts(tiny_model, parts):
+def test_overlapping_weights_are_added_or_overwritten(tiny_model, parts):
     first, second, _ = parts
     (name,) = overlapping(parts)
     own = dict(tiny_model.denoiser.named_parameters())
@@ -94,7 +94,7 @@ def stacked(tiny_model, parts):
     )
 
 
-def test_a_change_that_is_within_another_counts_once(make_model, tiny_model, stacked):
+def test_a_parents_change_counts_once(make_model, tiny_model, stacked):
     """Made one on the other, they are no conflict: what both do is what the last one says, to the bit."""
     first, above, _, name = stacked
     warn_of_overlap([first, above])  # no warning, and warnings are errors
@@ -110,7 +110,7 @@ def test_a_change_that_is_within_another_counts_once(make_model, tiny_model, sta
         warn_of_overlap([above, first])  # the wrong way round
 
 
-def test_changes_are_added_from_what_lay_under_them(tiny_model, stacked):
+def test_changes_are_added_relative_to_their_parents(tiny_model, stacked):
     first, above, other, name = stacked
     own = dict(tiny_model.denoiser.named_parameters())[name]
     for order in ([first, above, other], [other, first, above], [above, first, other]):
@@ -122,7 +122,7 @@ def test_changes_are_added_from_what_lay_under_them(tiny_model, stacked):
         merge([above, other], overlap="add", model=tiny_model)
 
 
-def test_refusals(make_model, parts):
+def test_incompatible_patches_are_refused(make_model, parts):
     first, second, _ = parts
     with pytest.raises(ConfigError, match="must be >= 2, got 1"):
         merge([first])
@@ -141,12 +141,12 @@ def test_refusals(make_model, parts):
         )
 
 
-def test_a_merged_patch_says_its_family(parts):
+def test_a_merged_patch_states_its_family(parts):
     said = [Patch(p.tensors, p.metadata.model_copy(update={"family": "one"})) for p in parts]
     assert merge([said[0], said[2]]).metadata.family == "one"
 
 
-def test_a_patch_that_is_on_already_is_not_undone_without_a_word(make_model, parts, tmp_path):
+def test_a_conflict_with_an_applied_patch_is_warned_about(make_model, parts, tmp_path):
     first, second, _ = parts
     model = make_model()
     with (
@@ -156,7 +156,7 @@ def test_a_patch_that_is_on_already_is_not_undone_without_a_word(make_model, par
         export_folder(model, tmp_path / "out", patches=[second])
 
 
-def test_patches_that_would_undo_each_other_are_warned_about(parts):
+def test_conflicting_patches_are_warned_about(parts):
     first, second, text = parts
     warn_of_overlap([first, text])  # no warning, and warnings are errors
     with pytest.warns(
@@ -166,7 +166,7 @@ def test_patches_that_would_undo_each_other_are_warned_about(parts):
         warn_of_overlap([first, second])
 
 
-def test_a_difference_is_counted_and_measured(parts):
+def test_compare_counts_and_measures_differences(parts):
     first, second, _ = parts
     assert compare(first, first)["same"]
     found = compare(first, second)

@@ -32,7 +32,7 @@ def home(monkeypatch, tmp_path):
     return tmp_path / "hub"
 
 
-def test_what_is_in_the_cache_is_loaded_without_a_network(home, tiny_model, tiny_folder):
+def test_a_cached_model_loads_offline(home, tiny_model, tiny_folder):
     cache(home, "me/tiny", tiny_folder)
     found = load("hub:me/tiny")
     assert (found.hash, found.folder) == (
@@ -47,7 +47,7 @@ def test_what_is_in_the_cache_is_loaded_without_a_network(home, tiny_model, tiny
         load("hub:me/tiny")
 
 
-def test_parts_that_are_named_and_not_fetched_are_not_missed(
+def test_components_that_are_not_fetched_may_be_missing(
     home, tiny_model, tiny_folder, tmp_path
 ):
     """Every published SD 1.x names a safety checker and its image processor.
@@ -68,13 +68,13 @@ def test_parts_that_are_named_and_not_fetched_are_not_missed(
     assert load(str(tmp_path / "out")).hash == tiny_model.hash
 
 
-def test_an_sdxl_of_the_hub_is_one(home, make_tiny, tmp_path):
+def test_an_sdxl_loads_from_the_hub(home, make_tiny, tmp_path):
     save_folder(make_tiny("sdxl"), tmp_path / "sdxl")
     cache(home, "me/xl", tmp_path / "sdxl")
     assert "text_encoder_2" in load("hub:me/xl").components
 
 
-def test_what_is_not_there_is_one_clear_line(home):
+def test_a_missing_hub_model_is_one_line(home):
     with pytest.raises(FileError) as caught:
         load("hub:runwayml/stable-diffusion-v1-5")
     assert str(caught.value).startswith(
@@ -82,7 +82,7 @@ def test_what_is_not_there_is_one_clear_line(home):
     )
 
 
-def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch, tmp_path):
+def test_a_network_error_is_one_line(monkeypatch, tmp_path):
     """As an unplugged network does: the client's own words, cut to a line."""
 
     def refuse(*args, **kwargs):
@@ -135,12 +135,12 @@ def test_pickles_are_fetched_only_if_allowed(allow_pickle):
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:tiny", "hub:me/tiny/unet", "hub:a b/c", "hub:/tiny"])
-def test_what_is_no_name_of_the_hub_is_refused(name):
+def test_invalid_hub_names_are_refused(name):
     with pytest.raises(FileError, match=r"a model of the hub must be named hub:owner/name, got 'hub:"):
         load(name)
 
 
-def test_a_hub_name_without_its_prefix_is_not_fetched_but_told():
+def test_a_hub_name_without_prefix_is_not_fetched():
     with pytest.raises(
         FileError,
         match=r"the folder 'runwayml/stable-diffusion-v1-5' does not exist\. .* hub:runwayml/stable-diffusion-v1-5",

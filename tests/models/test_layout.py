@@ -105,7 +105,7 @@ parameters of the last layers and the time embedding.
 def test_a_whole_checkpoint_has_the_published_keys_and_shapes(real):
     """Name for name, from real sizes on the meta device.
 
-    What the published files have besides is listed here and decides no picture.
+    What the published files have besides is listed here and decides no image.
     """
     build, unet = real
     with torch.device("meta"):
@@ -143,7 +143,7 @@ BESIDES = {
 """A buffer, a scale that only training reads, and SD 2.x's last block and projection: it draws with the block before the last."""
 
 
-def test_the_published_lists_are_as_long_as_those_of_somebody_else():
+def test_the_published_lists_have_the_length_of_an_independent_list():
     """Lengths in characters of arenasys' component files: two lists of one file that nobody made together."""
     for build, part, characters in (
         ("sd1", "unet", 36_314),
@@ -156,7 +156,7 @@ def test_the_published_lists_are_as_long_as_those_of_somebody_else():
         assert len("\n".join(lines(published(build, PREFIX[build][part])))) == characters
 
 
-def test_the_library_reads_every_name_back(real):
+def test_diffusers_converts_every_name_back(real):
     """diffusers' own conversion of our names gives exactly the names we began with, each from its own tensor."""
     _, unet = real
     names = unet_names(unet.state_dict())
@@ -170,7 +170,7 @@ def test_the_library_reads_every_name_back(real):
     }
 
 
-def test_the_selectors_pick_the_published_layers(real):
+def test_selectors_match_the_published_layers(real):
     """A selector's weights are those whose published names have its layers, and a patch of them holds the published numbers."""
     build, unet = real
     own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
@@ -207,7 +207,7 @@ def vae():
         return AutoencoderKL(**VAE)
 
 
-def test_the_library_reads_the_autoencoder_back():
+def test_diffusers_converts_the_autoencoder_back():
     net = vae()
     names = vae_names(net.state_dict())
     marked = {
@@ -221,7 +221,7 @@ def test_the_library_reads_the_autoencoder_back():
 
 
 @pytest.mark.parametrize(("build", "part"), OPEN_CLIP.items())
-def test_the_library_reads_an_open_clip_tower_back(build, part):
+def test_diffusers_converts_an_open_clip_encoder_back(build, part):
     """Real names and depth at width 4: diffusers' own conversion gives every weight back, and so does ours."""
     kind, config = TEXT[build, part]
     small = {
@@ -249,7 +249,7 @@ def test_the_library_reads_an_open_clip_tower_back(build, part):
     )
 
 
-def test_a_weight_without_a_place_is_named():
+def test_an_unknown_weight_is_named():
     with pytest.raises(ValueError, match=r"UNet's weight controlnet.w.weight has no place"):
         unet_names(["controlnet.w.weight"])
     with pytest.raises(ValueError, match=r"autoencoder's weight extra.weight has no place"):
@@ -263,7 +263,7 @@ def test_a_weight_without_a_place_is_named():
 # ------------------------------------------------------------ factors
 
 
-def test_all_ranks_give_the_change_back_exactly():
+def test_full_rank_factors_restore_the_change():
     delta = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     down, up, kept = svd_factors(delta, 9)
     assert (down.shape, up.shape) == ((4, 4), (6, 4))
@@ -271,14 +271,14 @@ def test_all_ranks_give_the_change_back_exactly():
     assert_close(up @ down, delta, rtol=0, atol=1e-6)
 
 
-def test_a_rank_keeps_the_largest_singular_values_and_says_how_much_that_is():
+def test_factors_keep_the_largest_singular_values():
     """diag(3, 2, 1): rank 1 keeps 9 of 14."""
     down, up, kept = svd_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
     assert kept == pytest.approx(9 / 14)
     assert_close(up @ down, torch.diag(torch.tensor([3.0, 0.0, 0.0])), rtol=0, atol=1e-6)
 
 
-def test_a_convolution_is_two_convolutions():
+def test_a_convolution_factors_into_two():
     delta = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     down, up, kept = svd_factors(delta, 12)
     assert (down.shape, up.shape) == ((5, 3, 2, 2), (5, 5, 1, 1))
@@ -288,7 +288,7 @@ def test_a_convolution_is_two_convolutions():
     assert kept == pytest.approx(1)
 
 
-def test_no_change_is_held_by_anything():
+def test_no_change_is_retained_by_any_rank():
     down, up, kept = svd_factors(torch.zeros(4, 3), 2)
     assert kept == 1
     assert (up @ down).abs().max() == 0

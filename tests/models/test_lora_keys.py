@@ -100,7 +100,7 @@ def test_a_lora_of_everything_has_every_published_key(real, written):
         }
 
 
-def test_the_published_lists_are_as_long_as_those_of_somebody_else():
+def test_the_published_lists_have_the_length_of_an_independent_list():
     """Lengths in characters of arenasys' component files, LoRA-v1A-UNET.txt and LoRA-XL-UNET.txt."""
     for build, characters in (("sd1", 48_869), ("sdxl", 184_846)):
         assert len("\n".join(lines(published(f"lora-kohya-{build}")))) == characters

@@ -1,4 +1,4 @@
-"""Loading and saving: the same pictures from a saved folder, one line for what cannot be read."""
+"""Loading and saving: the same images from a saved folder, one line for what cannot be read."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_saved_folder_holds_no_pickles_and_no_leftovers(tiny_folder):
     }
 
 
-def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
+def test_an_existing_output_is_not_overwritten(tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(FileError, match="exists already"):
@@ -119,7 +119,7 @@ def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
     ]
 
 
-def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(
+def test_a_path_object_is_a_folder_even_with_a_registered_name(
     tiny_model, tiny_folder, tmp_path, monkeypatch
 ):
     shutil.copytree(tiny_folder, tmp_path / "mini")
@@ -133,7 +133,7 @@ def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(
     )
 
 
-def test_what_a_folder_says_of_itself_cannot_be_read(tiny_folder, tmp_path):
+def test_unreadable_metadata_is_one_line(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "m")
     (tmp_path / "m" / "safegen.json").mkdir()
     with pytest.raises(FileError, match="cannot be read"):
@@ -150,7 +150,7 @@ def test_a_loaded_model_is_not_in_training(tiny_folder):
 @pytest.mark.parametrize(
     ("dtype", "want"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_a_model_is_loaded_in_the_precision_asked_for(tiny_folder, dtype, want):
+def test_a_model_loads_in_the_requested_dtype(tiny_folder, dtype, want):
     model = load(str(tiny_folder), dtype=dtype)
     assert {model.denoiser.dtype, model.vae.dtype, model.pipeline.text_encoder.dtype} == {want}
 
@@ -173,19 +173,19 @@ def test_latents_are_the_scaled_posterior_mean_and_do_not_depend_on_the_batch(ti
     assert torch.equal(tiny_model.encode_images(images), tiny_model.encode_images(images))
 
 
-def test_the_border_says_size_schedule_and_prediction(make_model, tiny_model):
+def test_size_schedule_and_prediction(make_model, tiny_model):
     assert tiny_model.size == 32
     assert tiny_model.alphas_cumprod().shape == (1000,)
     assert tiny_model.prediction == "epsilon"
     assert make_model(prediction_type="v_prediction").prediction == "v_prediction"
 
 
-def test_the_hash_names_the_denoisers_weights(make_model):
+def test_the_hash_depends_on_the_denoisers_weights(make_model):
     assert make_model(1).hash == make_model(1).hash
     assert make_model(1).hash != make_model(2).hash
 
 
-def test_a_hash_of_tensors_sees_names_shapes_types_and_bits():
+def test_hash_tensors_depends_on_names_shapes_types_and_bits():
     w = torch.arange(6.0)
     kinds = [
         {"w": w},
@@ -281,7 +281,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, damage):
+def test_an_unusable_folder_is_refused_in_one_line(folder, damage):
     spoil, words = DAMAGE[damage]
     spoil(folder)
     with pytest.raises(FileError, match=words) as caught:
@@ -299,7 +299,7 @@ def test_the_library_is_silent(folder, capfd):
 
 
 @pytest.mark.parametrize("pickled", [(UNET,), (TEXT,), (UNET, VAE, TEXT)])
-def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
+def test_pickles_are_opened_if_allowed(folder, tiny_model, pickled):
     for safe in pickled:
         _pickle(folder, safe)
     model = load(str(folder), allow_pickle=True)
@@ -310,13 +310,13 @@ def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
 @pytest.mark.parametrize(
     ("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "one-file checkpoint")]
 )
-def test_a_single_file_that_is_none_is_refused(tmp_path, name, words):
+def test_an_invalid_single_file_is_refused(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(FileError, match=words):
         load(str(tmp_path / name))
 
 
-def test_an_unknown_name_comes_with_the_known_and_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Did you mean 'mini'.*Known: mini"):
         load("minni")
     with pytest.raises(UnknownNameError, match="Known: bf16, fp16, fp32"):
@@ -326,7 +326,7 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest():
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu:7"])
-def test_a_device_that_is_not_here_is_one_line(device):
+def test_an_unavailable_device_is_one_line(device):
     with pytest.raises(
         ConfigError, match=rf"device must be one that torch can use here .*, got '{device}'"
     ) as caught:
@@ -334,7 +334,7 @@ def test_a_device_that_is_not_here_is_one_line(device):
     assert "\n" not in str(caught.value)
 
 
-def test_a_safety_checker_that_we_do_not_load_is_not_lost(tiny_folder, tmp_path):
+def test_the_safety_checker_is_copied(tiny_folder, tmp_path):
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers.models.clip.configuration_clip import CLIPConfig
 

@@ -44,7 +44,7 @@ def same(a, b):
 # ------------------------------------------------------------ files
 
 
-def test_a_patch_comes_back_from_its_file(patch, tmp_path):
+def test_a_patch_round_trips_through_its_file(patch, tmp_path):
     patch.save(tmp_path / "deep" / "p.safetensors")
     found = Patch.load(tmp_path / "deep" / "p.safetensors")
     same(dict(found.tensors), dict(patch.tensors))
@@ -58,7 +58,7 @@ def test_a_patch_is_a_plain_safetensors_file(patch, tmp_path):
     same(load_file(tmp_path / "p.safetensors"), dict(patch.tensors))
 
 
-def test_the_hash_is_of_names_and_values_in_any_order(patch):
+def test_the_hash_ignores_the_order_of_tensors(patch):
     tensors = dict(patch.tensors)
     assert Patch(dict(reversed(tensors.items()))).hash == patch.hash
     first = next(iter(tensors))
@@ -66,7 +66,7 @@ def test_the_hash_is_of_names_and_values_in_any_order(patch):
     assert Patch({("x" + k if k == first else k): v for k, v in tensors.items()}).hash != patch.hash
 
 
-def test_an_output_that_exists_is_kept(patch, tmp_path):
+def test_an_existing_output_is_not_overwritten(patch, tmp_path):
     out = tmp_path / "p.safetensors"
     out.write_text("mine")
     with pytest.raises(FileError, match="exists already"):
@@ -77,7 +77,7 @@ def test_an_output_that_exists_is_kept(patch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-def test_an_output_that_cannot_be_written_is_refused_in_one_line(patch, tmp_path):
+def test_an_unwritable_output_is_refused_in_one_line(patch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match="cannot be written") as caught:
         patch.save(tmp_path / "file" / "p.safetensors")
@@ -156,7 +156,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, damage):
+def test_a_damaged_patch_is_refused_in_one_line(patch, tmp_path, damage):
     spoil, words = DAMAGE[damage]
     path = tmp_path / "p.safetensors"
     patch.save(path)
@@ -168,7 +168,7 @@ def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, da
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
+def test_an_unreadable_patch_is_not_written(patch, tmp_path, value):
     name = next(iter(patch.tensors))
     with pytest.raises(
         PatchError, match=f"is not written: the patch has NaN or infinite values in {name}"
@@ -184,7 +184,7 @@ def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
 # ------------------------------------------------------------ on and off
 
 
-def test_undo_gives_the_model_back_bit_for_bit(make_model, patch):
+def test_undo_restores_the_model_bit_for_bit(make_model, patch):
     model = make_model()
     before = state_of(model)
     applied = patch.apply(model)
@@ -195,7 +195,7 @@ def test_undo_gives_the_model_back_bit_for_bit(make_model, patch):
     same(state_of(model), before)
 
 
-def test_a_with_block_takes_the_patch_off_also_when_it_fails(make_model, patch):
+def test_the_context_manager_undoes_the_patch_on_errors(make_model, patch):
     model, during = make_model(), {}
 
     def fail_under_the_patch():
@@ -210,7 +210,7 @@ def test_a_with_block_takes_the_patch_off_also_when_it_fails(make_model, patch):
     same(state_of(model), before)
 
 
-def test_patches_come_off_in_the_reverse_order(make_model, patch):
+def test_patches_are_undone_in_reverse_order(make_model, patch):
     model = make_model()
     before = state_of(model)
     first, second = (
@@ -223,7 +223,7 @@ def test_patches_come_off_in_the_reverse_order(make_model, patch):
     same(state_of(model), before)
 
 
-def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
+def test_patches_are_undone_in_any_order(make_model, patch):
     """What is under a patch when it comes off is what was there without it, not what lay under it when it was put on."""
     model = make_model()
     before = state_of(model)
@@ -250,7 +250,7 @@ def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
     assert model.patches == []
 
 
-def test_a_patch_that_fails_half_way_leaves_the_model_as_it_was(make_model, patch, monkeypatch):
+def test_a_failed_apply_restores_the_model(make_model, patch, monkeypatch):
     model, copied = make_model(), []
     before, copy_ = state_of(model), torch.Tensor.copy_
 
@@ -268,7 +268,7 @@ def test_a_patch_that_fails_half_way_leaves_the_model_as_it_was(make_model, patc
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, torch.float16), (float("nan"), torch.float32)])
-def test_values_that_the_model_cannot_hold_are_refused_and_change_nothing(make_model, value, dtype):
+def test_values_that_overflow_the_models_dtype_are_refused(make_model, value, dtype):
     model = make_model()
     model.pipeline.to(dtype)
     before, name = state_of(model), select_parameters(model.denoiser, "attn1")[0]
@@ -280,7 +280,7 @@ def test_values_that_the_model_cannot_hold_are_refused_and_change_nothing(make_m
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_base_that_is_loaded_in_fewer_bits_is_warned_about_by_its_type(tiny_folder, dtype):
+def test_a_base_loaded_in_half_precision_is_warned_about(tiny_folder, dtype):
     """Rounding changes the weights, so that the hash cannot tell the base from another model."""
     patch = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
     rounded = load(str(tiny_folder), dtype=dtype)
@@ -292,7 +292,7 @@ def test_a_base_that_is_loaded_in_fewer_bits_is_warned_about_by_its_type(tiny_fo
         made_on_rounded.apply(load(str(tiny_folder), dtype=dtype))
 
 
-def test_a_base_that_is_stored_in_fewer_bits_is_known_in_every_type_that_holds_them(
+def test_a_base_stored_as_fp16_has_one_hash_in_fp16_and_fp32(
     make_model, tmp_path
 ):
     from safegen.models.checkpoint.diffusers_folder import save_folder
@@ -311,7 +311,7 @@ def test_the_hash_is_of_the_weights_without_patches(make_model, patch):
         assert model.hash == make_model().hash != model.hash_denoiser()
 
 
-def test_the_models_hash_is_that_of_its_base_also_under_a_patch(make_model, patch):
+def test_the_hash_stays_that_of_the_base(make_model, patch):
     model = make_model()
     base = model.hash
     patch.apply(model)
@@ -319,7 +319,7 @@ def test_the_models_hash_is_that_of_its_base_also_under_a_patch(make_model, patc
     patch.apply(model)  # the same base: no warning, and warnings are errors
 
 
-def test_a_patch_with_a_wrong_shape_is_refused_and_changes_nothing(make_model, patch):
+def test_a_patch_with_a_wrong_shape_is_refused(make_model, patch):
     model = make_model()
     before, last = state_of(model), list(patch.tensors)[-1]
     with pytest.raises(PatchError, match="in the patch and") as caught:
@@ -329,7 +329,7 @@ def test_a_patch_with_a_wrong_shape_is_refused_and_changes_nothing(make_model, p
     same(state_of(model), before)
 
 
-def test_a_patch_with_a_strange_name_is_refused_and_changes_nothing(make_model, patch):
+def test_a_patch_with_an_unknown_weight_is_refused(make_model, patch):
     model = make_model()
     before = state_of(model)
     with pytest.raises(PatchError, match=r"it has no weight transformer.w"):
@@ -358,7 +358,7 @@ def test_metadata_is_plain_json(patch):
     assert json.loads(json.dumps(patch.metadata.to_json())) == patch.metadata.to_json()
 
 
-def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model, patch):
+def test_a_patch_of_another_family_is_refused_even_if_shapes_fit(make_model, patch):
     """Self-attention of SD 1.x and 2.x has equal shapes and unequal heads."""
     model, other = make_model(), make_model()
     other.denoiser.register_to_config(attention_head_dim=(4, 4))
@@ -373,7 +373,7 @@ def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model
     same(state_of(other), before)
 
 
-def test_one_number_of_heads_means_every_level(make_model):
+def test_family_expands_one_number_of_heads(make_model):
     model = make_model()
     said = model.family
     model.denoiser.register_to_config(attention_head_dim=(2, 2))

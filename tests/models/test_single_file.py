@@ -1,4 +1,4 @@
-"""A one-file checkpoint: the library opens it, the same seed gives the same picture, and what is no such file is refused."""
+"""A one-file checkpoint: the library opens it, the same seed gives the same image, and what is no such file is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file(tiny_model, tmp_path_factory):
     return out
 
 
-def picture(pipeline):
+def image(pipeline):
     return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
 
 
@@ -37,18 +37,18 @@ def weights(model):
     return [part.state_dict() for part in (model.denoiser, model.vae, model.pipeline.text_encoder)]
 
 
-def test_the_round_trip_gives_every_weight_and_the_picture_back(file, tiny_model):
+def test_the_round_trip_restores_weights_and_image(file, tiny_model):
     again = load(str(file))
     for a, b in zip(weights(again), weights(tiny_model), strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(value, b[name]) for name, value in a.items())
     assert again.hash == tiny_model.hash
-    assert torch.equal(picture(again.pipeline), picture(tiny_model.pipeline))
+    assert torch.equal(image(again.pipeline), image(tiny_model.pipeline))
     assert type(again.pipeline.scheduler) is type(tiny_model.pipeline.scheduler)
     assert not any(p.requires_grad for p in again.denoiser.parameters())
 
 
-def test_the_library_opens_the_file_and_draws_the_same_picture(file, tiny_model, tiny_folder):
+def test_diffusers_loads_the_file_and_generates_the_same_image(file, tiny_model, tiny_folder):
     """What A1111, ComfyUI and InvokeAI rest on: the file is read by its keys alone.
 
     Within 1e-3, as rounding goes; it is exact here.
@@ -61,29 +61,29 @@ def test_the_library_opens_the_file_and_draws_the_same_picture(file, tiny_model,
         requires_safety_checker=False,
     )
     other.set_progress_bar_config(disable=True)
-    assert_close(picture(other), picture(tiny_model.pipeline), rtol=0, atol=1e-3)
+    assert_close(image(other), image(tiny_model.pipeline), rtol=0, atol=1e-3)
 
 
-def test_half_precision_keeps_the_picture_nearly(tiny_model, tmp_path):
+def test_fp16_changes_the_image_slightly(tiny_model, tmp_path):
     out = tmp_path / "half.safetensors"
     save_single_file(tiny_model, out)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
-    assert_close(picture(load(str(out)).pipeline), picture(tiny_model.pipeline), rtol=0, atol=2e-2)
+    assert_close(image(load(str(out)).pipeline), image(tiny_model.pipeline), rtol=0, atol=2e-2)
 
 
-def test_a_patched_model_goes_out_with_its_patch(make_model, tmp_path):
+def test_a_patched_model_is_saved_with_its_patch(make_model, tmp_path):
     from safegen.edits.uce import UCE
 
     model = make_model()
     with UCE(erase=("red cube",)).apply(model).apply(model):
         save_single_file(model, tmp_path / "edited.safetensors", dtype="fp32")
-        edited = picture(model.pipeline)
+        edited = image(model.pipeline)
     again = load(str(tmp_path / "edited.safetensors"))
-    assert torch.equal(picture(again.pipeline), edited)
-    assert (edited - picture(model.pipeline)).abs().max() > 1e-3
+    assert torch.equal(image(again.pipeline), edited)
+    assert (edited - image(model.pipeline)).abs().max() > 1e-3
 
 
-def test_the_header_says_where_the_weights_come_from(file, tiny_model):
+def test_the_header_states_the_provenance(file, tiny_model):
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
     assert json.loads(header["safegen"]) == {"base": tiny_model.hash, "weights": tiny_model.hash}
@@ -93,7 +93,7 @@ def test_the_header_says_where_the_weights_come_from(file, tiny_model):
     ).keys()
 
 
-def test_a_file_without_small_files_takes_those_of_a_folder(
+def test_a_file_without_configurations_uses_a_folder(
     file, tiny_model, tiny_folder, tmp_path
 ):
     """As every file of somebody else's is; the buffer that older encoders keep is no obstacle."""
@@ -110,11 +110,11 @@ def test_a_file_without_small_files_takes_those_of_a_folder(
     ):
         load(str(bare))
     assert torch.equal(
-        picture(load(str(bare), config=tiny_folder).pipeline), picture(tiny_model.pipeline)
+        image(load(str(bare), config=tiny_folder).pipeline), image(tiny_model.pipeline)
     )
 
 
-def test_a_pickle_is_opened_only_when_the_user_says_so(file, tiny_model, tiny_folder, tmp_path):
+def test_a_pickle_is_opened_only_if_allowed(file, tiny_model, tiny_folder, tmp_path):
     path = tmp_path / "old.ckpt"
     torch.save({"state_dict": load_file(file), "global_step": 7}, path)
     with pytest.raises(FileError, match="--allow-pickle"):
@@ -128,7 +128,7 @@ class Harm:
         return (print, ("harm",))
 
 
-def test_a_pickle_that_would_run_code_is_refused_even_then(tiny_folder, tmp_path, capsys):
+def test_a_pickle_with_code_is_refused(tiny_folder, tmp_path, capsys):
     path = tmp_path / "bad.ckpt"
     torch.save({"state_dict": Harm()}, path)
     with pytest.raises(FileError, match="cannot be read as a one-file checkpoint"):
@@ -182,7 +182,7 @@ def other_family(_, header):
         (other_family, "is a FluxPipeline"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_in_one_line(file, tmp_path, change, words):
+def test_an_unusable_file_is_refused_in_one_line(file, tmp_path, change, words):
     with safe_open(file, framework="pt") as opened:
         header = dict(opened.metadata())
     tensors = load_file(file)
@@ -193,7 +193,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(file, tmp_path, change,
     assert "\n" not in str(caught.value)
 
 
-def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_path, file):
+def test_invalid_arguments_are_refused(make_model, tiny_folder, tmp_path, file):
     with pytest.raises(ConfigError, match="config has no effect on 'mini'"):
         load("mini", config=tiny_folder)
     with pytest.raises(ConfigError, match="dtype must be one of fp32, bf16, fp16"):
@@ -210,7 +210,7 @@ def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_p
         load(file, config=tmp_path)
 
 
-def test_a_folder_whose_index_is_damaged_is_refused_in_one_line(file, tmp_path):
+def test_a_folder_with_a_damaged_index_is_refused_in_one_line(file, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(FileError, match=r"model_index.json must be JSON") as caught:
         load(file, config=tmp_path)

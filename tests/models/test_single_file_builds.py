@@ -28,7 +28,7 @@ ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, 
 CLASSES = {"sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
-def picture(pipeline):
+def image(pipeline):
     return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
 
 
@@ -38,7 +38,7 @@ def file(other_build, tmp_path):
     return tmp_path / "tiny.safetensors"
 
 
-def test_the_round_trip_gives_every_weight_and_the_picture_back(file, other_build):
+def test_the_round_trip_restores_weights_and_image(file, other_build):
     again = load(str(file))
     assert again.components == other_build.components
     for part in other_build.components:
@@ -51,10 +51,10 @@ def test_the_round_trip_gives_every_weight_and_the_picture_back(file, other_buil
         other_build.hash,
     )
     assert again.pipeline_hash == other_build.pipeline_hash
-    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
+    assert torch.equal(image(again.pipeline), image(other_build.pipeline))
 
 
-def test_the_library_opens_the_file_and_draws_the_same_picture(file, other_build, tmp_path):
+def test_diffusers_loads_the_file_and_generates_the_same_image(file, other_build, tmp_path):
     """By the file's keys alone, with a folder's configurations. Within 1e-3, as rounding goes."""
     save_folder(other_build, tmp_path / "folder")
     kind = CLASSES[other_build.name]
@@ -63,20 +63,20 @@ def test_the_library_opens_the_file_and_draws_the_same_picture(file, other_build
         other_build.pipeline.scheduler
     )  # what the reader takes for SD 2.x rests on its size
     other.set_progress_bar_config(disable=True)
-    assert_close(picture(other), picture(other_build.pipeline), rtol=0, atol=1e-3)
+    assert_close(image(other), image(other_build.pipeline), rtol=0, atol=1e-3)
 
 
-def test_a_folder_is_read_and_written_too(other_build, tmp_path):
+def test_a_folder_round_trips(other_build, tmp_path):
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "folder"))
     assert again.pipeline_hash == other_build.pipeline_hash
     # a processor without AVX-512 rounds by where in memory a file's weights lie
-    assert_close(picture(again.pipeline), picture(other_build.pipeline), rtol=0, atol=1e-5)
+    assert_close(image(again.pipeline), image(other_build.pipeline), rtol=0, atol=1e-5)
     theirs = CLASSES[other_build.name].from_pretrained(tmp_path / "folder")
-    assert_close(picture(theirs), picture(other_build.pipeline), rtol=0, atol=1e-5)
+    assert_close(image(theirs), image(other_build.pipeline), rtol=0, atol=1e-5)
 
 
-def test_a_file_of_somebody_elses_has_more_that_decides_nothing(file, other_build, tmp_path):
+def test_unused_tensors_are_ignored(file, other_build, tmp_path):
     """Buffers, scales, and of SD 2.x the block after the last that is read."""
     tensors = load_file(file)
     if other_build.name == "sd2":
@@ -97,7 +97,7 @@ def test_a_file_of_somebody_elses_has_more_that_decides_nothing(file, other_buil
     )
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "theirs.safetensors"), config=tmp_path / "folder")
-    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
+    assert torch.equal(image(again.pipeline), image(other_build.pipeline))
     wrong = {prefix + "transformer.resblocks.3.ln_1.weight": torch.ones(32)}
     save_file(tensors | wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(
@@ -112,7 +112,7 @@ class Harm:
         return (print, ("harm",))
 
 
-def test_a_pickle_is_opened_only_when_the_user_says_so_and_never_runs(
+def test_a_pickle_is_opened_only_if_allowed_and_runs_no_code(
     file, other_build, tmp_path, capsys
 ):
     save_folder(other_build, tmp_path / "folder")
@@ -121,14 +121,14 @@ def test_a_pickle_is_opened_only_when_the_user_says_so_and_never_runs(
         load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder")
     again = load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder", allow_pickle=True)
     assert (again.components, again.hash) == (other_build.components, other_build.hash)
-    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
+    assert torch.equal(image(again.pipeline), image(other_build.pipeline))
     torch.save({"state_dict": Harm()}, tmp_path / "bad.ckpt")
     with pytest.raises(FileError, match="cannot be read as a one-file checkpoint"):
         load(str(tmp_path / "bad.ckpt"), config=tmp_path / "folder", allow_pickle=True)
     assert capsys.readouterr().out == ""
 
 
-def test_a_fused_tensor_of_another_size_is_refused(file, other_build, tmp_path):
+def test_a_fused_tensor_of_another_shape_is_refused(file, other_build, tmp_path):
     with safe_open(file, framework="pt") as opened:
         header = dict(opened.metadata())
     tensors = load_file(file)
@@ -146,7 +146,7 @@ def test_a_fused_tensor_of_another_size_is_refused(file, other_build, tmp_path):
 @pytest.mark.parametrize(
     ("predicts", "ends"), [("v_prediction", True), ("v_prediction", False), ("epsilon", False)]
 )
-def test_what_is_predicted_is_marked_and_comes_back(make_tiny, tmp_path, build, predicts, ends):
+def test_prediction_markers_round_trip(make_tiny, tmp_path, build, predicts, ends):
     model = make_tiny(build, prediction_type=predicts, rescale_betas_zero_snr=ends)
     save_single_file(model, tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as opened:
@@ -164,7 +164,7 @@ def test_what_is_predicted_is_marked_and_comes_back(make_tiny, tmp_path, build, 
     )
 
 
-def test_a_configuration_that_contradicts_the_file_is_refused_in_one_line(make_tiny, tmp_path):
+def test_a_contradicting_configuration_is_refused(make_tiny, tmp_path):
     """A v-prediction file under an epsilon schedule loads and draws noise: it must not load."""
     for name, schedule in {
         "v": {},
@@ -188,7 +188,7 @@ def test_a_configuration_that_contradicts_the_file_is_refused_in_one_line(make_t
     assert load(str(tmp_path / "bare.safetensors"), config=tmp_path / "eps").prediction == "epsilon"
 
 
-def test_a_model_that_predicts_what_a_file_cannot_say_is_not_written(make_tiny, tmp_path):
+def test_an_unsupported_prediction_is_not_written(make_tiny, tmp_path):
     with pytest.raises(
         ConfigError, match="must be epsilon or v_prediction, got sample"
     ):
@@ -196,7 +196,7 @@ def test_a_model_that_predicts_what_a_file_cannot_say_is_not_written(make_tiny, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_patch_goes_out_with_the_model(make_tiny, tmp_path):
+def test_a_patched_model_of_another_architecture_is_saved(make_tiny, tmp_path):
     for build in ("sd2", "sdxl"):
         model = make_tiny(build)
         names = select_parameters(model.denoiser, "attn1")
@@ -204,16 +204,16 @@ def test_a_patch_goes_out_with_the_model(make_tiny, tmp_path):
             {n: model.denoiser.get_parameter(n) * 3 for n in names},
             PatchMetadata(base=model.hash, family=model.family),
         )
-        before = picture(model.pipeline)
+        before = image(model.pipeline)
         with patch.apply(model):
             save_single_file(model, tmp_path / f"{build}.safetensors", dtype="fp32")
-            edited = picture(model.pipeline)
-        assert torch.equal(picture(load(str(tmp_path / f"{build}.safetensors")).pipeline), edited)
+            edited = image(model.pipeline)
+        assert torch.equal(image(load(str(tmp_path / f"{build}.safetensors")).pipeline), edited)
         assert (edited - before).abs().max() > 1e-3
-        assert torch.equal(picture(model.pipeline), before)
+        assert torch.equal(image(model.pipeline), before)
 
 
-def test_a_stack_draws_with_an_sdxl(make_tiny):
+def test_a_stack_generates_with_an_sdxl(make_tiny):
     model = make_tiny("sdxl")
     one, two = generate(
         model,
@@ -225,7 +225,7 @@ def test_a_stack_draws_with_an_sdxl(make_tiny):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets):
+def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
     """Its denoiser wants more than one text embedding: each edit says so in a line and leaves the model alone."""
     model = make_tiny("sdxl")
     edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset(
@@ -258,7 +258,7 @@ WORDS = {
 }
 
 
-def test_the_header_holds_the_small_files_of_both_text_encoders(make_tiny, tmp_path):
+def test_the_header_has_the_configurations_of_both_text_encoders(make_tiny, tmp_path):
     save_single_file(make_tiny("sdxl"), tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as opened:
         files = json.loads(opened.metadata()[CONFIGS_KEY])
