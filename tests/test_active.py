@@ -1,4 +1,4 @@
-"""LoRAs beside a model's weights: the same images as fused, no weight touched, in facts and hashes, and never fused unasked."""
+"""Active LoRAs: equal to fused ones without a change of weights, and part of a stack's hash."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAMPLES, GENERATION_CONFIG = (
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_folder):
-    """Return two LoRAs of the tiny model, a user's and a safety LoRA, that share the values of cross-attention."""
+    """Return a user's and a safety LoRA of the tiny model, which share weights."""
     folder, model = tmp_path_factory.mktemp("loras"), load(str(tiny_folder))
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(0)
     names = [
@@ -84,7 +84,7 @@ def test_active_loras_equal_fused_ones(make_model, files, scales):
         found = said(model)
         assert all(
             torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items()
-        )  # also while they act
+        )  # also inside the block
     with active_loras(model, read[::-1]):
         assert_close(said(model), found, rtol=0, atol=1e-5)  # any order
     assert_close(found, want, rtol=0, atol=1e-4)
@@ -117,7 +117,7 @@ def test_active_loras_act_on_the_patched_weights(make_model, files):
 
 
 def test_gradients_flow_through_active_loras(make_model, files):
-    """Guards that move latents need the slope of what draws."""
+    """Guards that optimize latents need it."""
     model = make_model()
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode_text(["a"])
     slopes = []
@@ -133,10 +133,7 @@ def test_gradients_flow_through_active_loras(make_model, files):
 def test_active_loras_are_removed_on_errors(make_model, files):
     model = make_model()
     plain = said(model)
-    with (
-        pytest.raises(ZeroDivisionError),
-        active_loras(model, [(read_lora(files[0], model), 1.0)]),
-    ):
+    with pytest.raises(ZeroDivisionError), active_loras(model, [(read_lora(files[0], model), 1.0)]):
         _ = 1 / 0
     assert torch.equal(said(model), plain)
 
@@ -203,7 +200,6 @@ def test_the_hash_depends_on_lora_file_scale_and_order(tiny_folder, files):
 @pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
 def test_a_stack_generates_with_its_loras_and_restores_the_model(tiny_folder, files):
     loader, name = StackLoader(), str(tiny_folder)
-    _, weights = loader.model(name)
     plain, both = (
         Stack(name="p", model=name),
         Stack(name="s", model=name, loras=tuple(str(file) for file in files)),
@@ -252,12 +248,9 @@ def test_generate_records_its_loras_in_the_images(
 # ------------------------------------------------------------ refusals
 
 
-def test_patches_and_loras_are_not_confused(
-    tiny_folder, files, make_model, tmp_path
-):
+def test_patches_and_loras_are_not_confused(tiny_folder, files, make_model, tmp_path):
     with pytest.raises(
-        FileError,
-        match="must be a safegen patch, got a LoRA. Use it with `generate --lora`",
+        FileError, match=r"must be a safegen patch, got a LoRA\. Use it with `generate --lora`"
     ):
         Patch.load(files[0])
     model = make_model()
@@ -301,7 +294,5 @@ def test_invalid_lora_words_are_refused(tmp_path, tiny_folder):
     with pytest.raises(FileError, match=r"the LoRA 'no.safetensors' does not exist"):
         StackLoader().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
     (tmp_path / "s.toml").write_text('model = "mini"\nblank = true\nloras = ["a"]\n')
-    with pytest.raises(
-        FileError, match="a blank stack must have no patches, LoRAs"
-    ):
+    with pytest.raises(FileError, match="a blank stack must have no patches, LoRAs"):
         load_stack(str(tmp_path / "s.toml"))

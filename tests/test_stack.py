@@ -1,4 +1,4 @@
-"""Stacks: what a word means, what a hash rests on, and that a model comes back as it was."""
+"""Stacks: parsing, hashing, loading and generating."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_an_invalid_spec_is_refused(spec, error, says):
             'model = "mini"\n[[guards]]\nname = "sld"\nconcept = "no.toml"',
             "no.toml' does not exist",
         ),
-        ('model = "mini"\nblank = true\nguards = ["sld"]', "no effect on a blank stack"),
-        ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
+        ('model = "mini"\nblank = true\nguards = ["sld"]', "a blank stack must have no"),
+        ('model = "mini"\nblank = true\nnegative_prompt = "x"', "a blank stack must have no"),
         ('model = "mini"\nnum_inference_steps = 3', "steps"),
         ("patches = []", "model"),
         ("model", "not a stack file"),
@@ -104,9 +104,7 @@ def test_a_recipe_with_invalid_settings_is_refused(tmp_path, text, says):
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_can_name_a_configuration_folder(
-    tiny_model, tiny_folder, tmp_path
-):
+def test_a_recipe_can_name_a_configuration_folder(tiny_model, tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from safegen.models.checkpoint.single_file_writer import save_single_file
@@ -121,7 +119,7 @@ def test_a_recipe_can_name_a_configuration_folder(
     with pytest.raises(FileError, match="--config"):
         loader.hash(
             stack.model_copy(update={"config": None})
-        )  # what is kept was loaded with the folder
+        )  # the cached model was loaded with the folder
     with pytest.raises(ConfigError, match="config must go with a one-file checkpoint, got 'mini'"):
         loader.hash(Stack(name="t", model="mini", config=tiny_folder))
 
@@ -182,7 +180,7 @@ def test_the_loader_caches_the_model_and_undoes_patches(tiny_folder, patches):
         Stack(name="plain", model=name),
         Stack(name="both", model=name, patches=tuple(patches)),
     )
-    model, weights = loader.model(name)
+    model, _ = loader.model(name)
     with loader.open(plain) as loaded:
         before = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
     with ExitStack() as on:
@@ -198,16 +196,14 @@ def test_the_loader_caches_the_model_and_undoes_patches(tiny_folder, patches):
     assert [p.tobytes() for p in edited] != [p.tobytes() for p in before]
 
 
-def test_patches_are_undone_on_errors(
-    tiny_folder, patches, tmp_path
-):
+def test_patches_are_undone_on_errors(tiny_folder, patches, tmp_path):
     import torch
 
     from safegen.core.errors import PatchError
     from safegen.patches.patch import Patch
 
     loader, name = StackLoader(), str(tiny_folder)
-    model, weights = loader.model(name)
+    model, _ = loader.model(name)
     with (
         pytest.raises(ZeroDivisionError),
         loader.open(Stack(name="s", model=name, patches=(patches[0],))),
@@ -233,13 +229,15 @@ def test_a_negative_prompt_changes_images_and_needs_guidance(tiny_folder):
     with loader.open(Stack(name="s", model=name, negative_prompt="")) as loaded:
         assert [p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)] == [
             p.tobytes() for p in plain
-        ]  # blank is what guidance uses anyway
+        ]  # guidance uses the empty prompt by default
     with loader.open(Stack(name="s", model=name, negative_prompt="a red cube")) as loaded:
         assert [p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)] != [
             p.tobytes() for p in plain
         ]
         with pytest.raises(ConfigError, match="guidance_scale must be > 1"):
-            loaded.generate_images(SAMPLES, GenerationConfig(num_inference_steps=2, guidance_scale=1))
+            loaded.generate_images(
+                SAMPLES, GenerationConfig(num_inference_steps=2, guidance_scale=1)
+            )
 
 
 def test_a_blank_stack_generates_black_images(tiny_folder):
@@ -293,9 +291,7 @@ def test_a_recipe_with_guards_generates_images_with_traces(tmp_path, tiny_folder
         "prompt-filter: word",
     )
     assert images[0].tobytes() == shown.image.tobytes() != plain[0].tobytes()
-    assert (
-        images[1].getextrema() == ((0, 0),) * 3
-    )  # what was withheld is black where a image must be
+    assert images[1].getextrema() == ((0, 0),) * 3  # a withheld image is shown as black
     with loader.open(Stack(name="plain", model=stack.model)) as loaded:
         assert [p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)] == [
             p.tobytes() for p in plain
@@ -362,7 +358,5 @@ def test_command_line_words_become_guards():
 def test_added_patches_come_last_and_blank_stacks_refuse_them():
     stack = Stack(name="s", model="mini", patches=(Path("a"),))
     assert add_patches(stack, [Path("b")]).patches == (Path("a"), Path("b"))
-    with pytest.raises(
-        ConfigError, match="a blank stack must have no patches"
-    ):
+    with pytest.raises(ConfigError, match="a blank stack must have no patches"):
         add_patches(Stack(name="s", model="mini", blank=True), [Path("b")])

@@ -1,4 +1,4 @@
-"""The small files of published builds: their vocabulary, their key lists, and one-file checkpoints that bring weights alone."""
+"""Configurations of published models: vocabulary, keys, and one-file checkpoints without them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def image(pipeline):
 
 
 def test_the_vocabulary_is_that_of_clip(tmp_path):
-    """The numbers are those that OpenAI's tokenizer gives."""
+    """The ids are those of OpenAI's tokenizer."""
     configs.write_config_files("sdxl", tmp_path, prediction="epsilon")
     assert (len(configs.merges()), len(configs.vocabulary())) == (48894, 49408)
     first, second = (
@@ -52,7 +52,7 @@ def test_the_vocabulary_is_that_of_clip(tmp_path):
 
 
 def parts(build, folder):
-    """Every part with weights, from a folder's configurations."""
+    """Return the components of a folder's configurations."""
     out = {
         "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
         "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
@@ -79,7 +79,7 @@ def test_the_configurations_have_the_published_weight_names(build, tmp_path):
     spare = (
         "logit_scale",
         "position_ids",
-    )  # what no reader needs; of SD 2.x also the projection and the last block
+    )  # unused; SD 2.x has an unused projection and last block too
     spare += ("model.text_projection",) if build == "sd2" else ()
     last = ".resblocks.23." if build == "sd2" else "none"
     theirs = {k: v for k, v in theirs.items() if not k.endswith(spare) and last not in k}
@@ -100,7 +100,7 @@ def test_partial_models_have_no_architecture():
 
 @pytest.fixture
 def small(monkeypatch):
-    """The published builds, a few channels wide: everything else of them stays."""
+    """Narrow the published models to a few channels."""
     for build in configs.KEY_PREFIXES:
         config, n = configs.UNET[build], len(configs.UNET[build]["block_out_channels"])
         narrow = {
@@ -128,11 +128,13 @@ def small(monkeypatch):
             "intermediate_size": 32,
             "projection_dim": 16,
         }
-        monkeypatch.setitem(configs.TEXT, build, tuple(tower | text for tower in configs.TEXT[build]))
+        monkeypatch.setitem(
+            configs.TEXT, build, tuple(tower | text for tower in configs.TEXT[build])
+        )
 
 
 def theirs(build, folder, header=None, more=()):
-    """A file of somebody else's, weights alone, and those weights by part."""
+    """Return a file of weights only, as other tools write it, and its components."""
     configs.write_config_files(build, folder / "folder", prediction="epsilon")
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -162,9 +164,7 @@ def theirs(build, folder, header=None, more=()):
         ("sdxl", None, ("v_pred", "ztsnr"), "v_prediction", True),
     ],
 )
-def test_a_file_without_configurations_loads(
-    small, tmp_path, build, header, marks, predicts, ends
-):
+def test_a_file_without_configurations_loads(small, tmp_path, build, header, marks, predicts, ends):
     file, made = theirs(build, tmp_path, header, {name: torch.zeros(1) for name in marks}.items())
     model = load(str(file))
     assert model.components == tuple(
@@ -177,7 +177,7 @@ def test_a_file_without_configurations_loads(
     model.pipeline.scheduler.set_timesteps(25)
     assert (
         not ends or int(model.pipeline.scheduler.timesteps[0]) == 999
-    )  # pure noise is where it starts
+    )  # generation starts from pure noise
     assert model.pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
     assert image(model.pipeline).isfinite().all()
 
@@ -203,7 +203,12 @@ def test_an_sd2_file_without_a_prediction_type_is_refused(small, tmp_path):
             r"schedule of .* must not be EDM, got the tensor edm_mean",
         ),
         ("sdxl", None, {"edm_vpred.sigma_max": []}, "must not be EDM"),
-        ("sdxl", {"modelspec.prediction_type": "flow"}, {}, "prediction of .* must be one of .*, got 'flow'"),
+        (
+            "sdxl",
+            {"modelspec.prediction_type": "flow"},
+            {},
+            "prediction of .* must be one of .*, got 'flow'",
+        ),
         (
             "sdxl",
             {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"},
@@ -230,9 +235,7 @@ def test_an_sd2_file_without_a_prediction_type_is_refused(small, tmp_path):
         ),
     ],
 )
-def test_a_variant_is_refused_by_name(
-    small, tmp_path, build, header, marks, words
-):
+def test_a_variant_is_refused_by_name(small, tmp_path, build, header, marks, words):
     file, _ = theirs(
         build, tmp_path, header, {name: torch.zeros(shape) for name, shape in marks.items()}.items()
     )
@@ -266,9 +269,7 @@ def test_a_missing_component_is_named(small, tmp_path):
         {k: v for k, v in load_file(file).items() if not k.startswith("first_stage")},
         tmp_path / "no-vae.safetensors",
     )
-    with pytest.raises(
-        FileError, match=r"lacks the vae of SD 1.x. Get a complete file"
-    ):
+    with pytest.raises(FileError, match=r"lacks the vae of SD 1.x. Get a complete file"):
         load(str(tmp_path / "no-vae.safetensors"))
 
 
@@ -320,7 +321,7 @@ def test_our_file_loads_without_a_folder_and_omits_the_clip_vocabulary(small, tm
 
 
 def test_a_redefined_token_is_stored(small, tmp_path):
-    """An added token whose text is in CLIP's vocabulary too: "cat" was `cat</w>` before."""
+    """The text of the added token is in CLIP's vocabulary too: "cat" was `cat</w>` before."""
     model = load(str(theirs("sd1", tmp_path)[0]))
     model.pipeline.tokenizer.add_tokens(["cat"])
     ids = model.pipeline.tokenizer("a cat").input_ids
@@ -330,7 +331,7 @@ def test_a_redefined_token_is_stored(small, tmp_path):
 
 
 def test_an_added_token_is_stored(small, tmp_path):
-    """As textual inversion adds one: CLIP's own would cut it into pieces."""
+    """Textual inversion adds tokens that CLIP's vocabulary would split."""
     model = load(str(theirs("sd1", tmp_path)[0]))
     model.pipeline.tokenizer.add_tokens(["<my-cat>"])
     model.pipeline.text_encoder.resize_token_embeddings(49409)

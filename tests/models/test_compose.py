@@ -1,4 +1,4 @@
-"""Patches together and against each other."""
+"""Arithmetic on patches: merge and compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safegen.workflows.edit import export_folder
 
 @pytest.fixture
 def parts(tiny_model):
-    """Two patches of self-attention that share one weight, and one of the text's."""
+    """Return two patches of self-attention that share a weight, and one of cross-attention."""
     own = dict(tiny_model.denoiser.named_parameters())
     one, two, three = select_parameters(tiny_model.denoiser, "attn1")[:3]
     other = select_parameters(tiny_model.denoiser, "kv2")[0]
@@ -78,14 +78,17 @@ def test_the_order_of_added_changes_does_not_matter(tiny_model, parts):
 
 @pytest.fixture
 def stacked(tiny_model, parts):
-    """A patch, one that was made on the model with it, and one that knows of neither.
+    """Return a patch, its child, an unrelated patch, and the weight that all change.
 
-    All change one weight.
+    The child was made on a model with the first patch.
     """
     own, (first, second, _) = dict(tiny_model.denoiser.named_parameters()), parts
     (name,) = overlapping(parts)
     under = {"parents": [{"method": "safegen", "hash": first.hash}]}
-    above = Patch(second.tensors | {name: first.tensors[name] + 5}, PatchMetadata(**second.metadata.to_json() | under))
+    above = Patch(
+        second.tensors | {name: first.tensors[name] + 5},
+        PatchMetadata(**second.metadata.to_json() | under),
+    )
     return (
         first,
         above,
@@ -95,9 +98,9 @@ def stacked(tiny_model, parts):
 
 
 def test_a_parents_change_counts_once(make_model, tiny_model, stacked):
-    """Made one on the other, they are no conflict: what both do is what the last one says, to the bit."""
+    """A child contains its parent's change, so that the two do not conflict."""
     first, above, _, name = stacked
-    warn_of_overlap([first, above])  # no warning, and warnings are errors
+    warn_of_overlap([first, above])  # warnings are errors
     model = make_model()
     first.apply(model)
     above.apply(model)
@@ -107,7 +110,7 @@ def test_a_parents_change_counts_once(make_model, tiny_model, stacked):
         assert torch.equal(merged.tensors[name], want[name])
         assert merged.metadata.overlap is None
     with pytest.warns(PatchOverlapWarning):
-        warn_of_overlap([above, first])  # the wrong way round
+        warn_of_overlap([above, first])  # the child first
 
 
 def test_changes_are_added_relative_to_their_parents(tiny_model, stacked):
@@ -126,17 +129,20 @@ def test_incompatible_patches_are_refused(make_model, parts):
     first, second, _ = parts
     with pytest.raises(ConfigError, match="must be >= 2, got 1"):
         merge([first])
-    with pytest.raises(ConfigError, match="needs the model"):
+    with pytest.raises(ConfigError, match="needs the base model"):
         merge([first, second], overlap="add")
     with pytest.raises(PatchError, match="made on different weights"):
         merge([first, Patch(second.tensors, PatchMetadata(base="0" * 64))])
     with pytest.raises(PatchError, match="does not fit"):
         merge([first, second], overlap="add", model=make_model(channels=24))
-    with pytest.raises(PatchError, match="does not fit"):  # though nothing overlaps
+    with pytest.raises(PatchError, match="does not fit"):  # even without overlap
         merge([first, parts[2]], overlap="add", model=make_model(channels=24))
     with pytest.raises(PatchError, match="for different families"):
         merge(
-            [Patch(p.tensors, PatchMetadata(family=name)) for p, name in ((first, "one"), (second, "two"))],
+            [
+                Patch(p.tensors, PatchMetadata(family=name))
+                for p, name in ((first, "one"), (second, "two"))
+            ],
             overlap="last",
         )
 
@@ -158,7 +164,7 @@ def test_a_conflict_with_an_applied_patch_is_warned_about(make_model, parts, tmp
 
 def test_conflicting_patches_are_warned_about(parts):
     first, second, text = parts
-    warn_of_overlap([first, text])  # no warning, and warnings are errors
+    warn_of_overlap([first, text])  # warnings are errors
     with pytest.warns(
         PatchOverlapWarning,
         match=rf"1 weights are changed by more than one patch, first {overlapping(parts)[0]}, and the last",

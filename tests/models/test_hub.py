@@ -1,7 +1,4 @@
-"""Models of the hub: from its cache without a network, and one clear line where there is nothing.
-
-Nothing here is fetched.
-"""
+"""Models of the hub, from its cache. No test uses the network."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from safegen.models.loading import hub_patterns, load
 
 
 def cache(home, repo, folder):
-    """Put a folder into a hub's cache as its client leaves it."""
+    """Store a folder in the hub's cache, as its client does."""
     place = home / ("models--" + repo.replace("/", "--"))
     shutil.copytree(folder, place / "snapshots" / "c0ffee")
     (place / "refs").mkdir()
@@ -26,7 +23,7 @@ def cache(home, repo, folder):
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
-    """An empty cache of a machine on which HF_HUB_OFFLINE is set (the client reads that once, into its constants)."""
+    """Set HF_HUB_OFFLINE and an empty cache; return the cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
@@ -41,19 +38,13 @@ def test_a_cached_model_loads_offline(home, tiny_model, tiny_folder):
     )
     shutil.rmtree(found.folder / "vae")
     with pytest.raises(
-        FileError,
-        match=r"hub:me/tiny cannot be read: there is no \.safetensors file in .*vae",
+        FileError, match=r"hub:me/tiny cannot be read: there is no \.safetensors file in .*vae"
     ):
         load("hub:me/tiny")
 
 
-def test_components_that_are_not_fetched_may_be_missing(
-    home, tiny_model, tiny_folder, tmp_path
-):
-    """Every published SD 1.x names a safety checker and its image processor.
-
-    `fetch` leaves both out.
-    """
+def test_components_that_are_not_fetched_may_be_missing(home, tiny_model, tiny_folder, tmp_path):
+    """Published SD 1.x models list a safety checker and an image processor, which are not fetched."""
     shutil.copytree(tiny_folder, tmp_path / "named")
     index = tmp_path / "named" / "model_index.json"
     unfetched = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
@@ -83,7 +74,7 @@ def test_a_missing_hub_model_is_one_line(home):
 
 
 def test_a_network_error_is_one_line(monkeypatch, tmp_path):
-    """As an unplugged network does: the client's own words, cut to a line."""
+    """The first line of the client's message is passed on."""
 
     def refuse(*args, **kwargs):
         raise ConnectionError("Max retries exceeded\nand more")
@@ -130,13 +121,17 @@ def test_pickles_are_fetched_only_if_allowed(allow_pickle):
         "unet/openvino_model.bin",
         "README.md",
     }
-    taken = set(filter_repo_objects(wanted | pickles | idle, allow_patterns=hub_patterns(allow_pickle)))
+    taken = set(
+        filter_repo_objects(wanted | pickles | idle, allow_patterns=hub_patterns(allow_pickle))
+    )
     assert taken == (wanted | pickles if allow_pickle else wanted)
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:tiny", "hub:me/tiny/unet", "hub:a b/c", "hub:/tiny"])
 def test_invalid_hub_names_are_refused(name):
-    with pytest.raises(FileError, match=r"a model of the hub must be named hub:owner/name, got 'hub:"):
+    with pytest.raises(
+        FileError, match=r"a model of the hub must be named hub:owner/name, got 'hub:"
+    ):
         load(name)
 
 

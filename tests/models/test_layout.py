@@ -93,7 +93,7 @@ SELECTED = {
         "all": (1680, 2_567_463_684),
     },
 }
-"""Build: tensors and parameters of a patch of each selector, by hand; of all of it, the known size of these UNets.
+"""Architecture: tensors and parameters of each selector, by hand, and of the whole UNet.
 
 A block of width c with text of width d has 4 c^2 + c in attn1, 2 c^2 + c + 2 c d in attn2, of which
 2 c d in kv2. SD 1.x and 2.x have 5, 5 and 6 blocks of 320, 640 and 1280 (d 768 and 1024), SDXL 10
@@ -103,10 +103,7 @@ parameters of the last layers and the time embedding.
 
 
 def test_a_whole_checkpoint_has_the_published_keys_and_shapes(real):
-    """Name for name, from real sizes on the meta device.
-
-    What the published files have besides is listed here and decides no image.
-    """
+    """Models of real size are built on the meta device; `UNUSED` lists the other published keys."""
     build, unet = real
     with torch.device("meta"):
         parts = {"unet": unet, "vae": AutoencoderKL(**VAE)} | {
@@ -140,11 +137,11 @@ BESIDES = {
         "conditioner.embedders.1.model.logit_scale",
     },
 }
-"""A buffer, a scale that only training reads, and SD 2.x's last block and projection: it draws with the block before the last."""
+"""Published keys that decide no image: a buffer, the logit scale, SD 2.x's last block and projection."""
 
 
 def test_the_published_lists_have_the_length_of_an_independent_list():
-    """Lengths in characters of arenasys' component files: two lists of one file that nobody made together."""
+    """Lengths in characters of arenasys' component files, made independently."""
     for build, part, characters in (
         ("sd1", "unet", 36_314),
         ("sd2", "unet", 36_218),
@@ -157,7 +154,7 @@ def test_the_published_lists_have_the_length_of_an_independent_list():
 
 
 def test_diffusers_converts_every_name_back(real):
-    """diffusers' own conversion of our names gives exactly the names we began with, each from its own tensor."""
+    """diffusers' conversion of our names restores the original names."""
     _, unet = real
     names = unet_names(unet.state_dict())
     marked = {
@@ -171,7 +168,7 @@ def test_diffusers_converts_every_name_back(real):
 
 
 def test_selectors_match_the_published_layers(real):
-    """A selector's weights are those whose published names have its layers, and a patch of them holds the published numbers."""
+    """Selected weights have the selector's layers in their published names, and the published size."""
     build, unet = real
     own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
     listed = published(build, "model.diffusion_model.")
@@ -222,7 +219,7 @@ def test_diffusers_converts_the_autoencoder_back():
 
 @pytest.mark.parametrize(("build", "part"), OPEN_CLIP.items())
 def test_diffusers_converts_an_open_clip_encoder_back(build, part):
-    """Real names and depth at width 4: diffusers' own conversion gives every weight back, and so does ours."""
+    """Models have real names and depth at width 4."""
     kind, config = TEXT[build, part]
     small = {
         "hidden_size": 4,

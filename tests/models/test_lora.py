@@ -1,4 +1,4 @@
-"""A patch as a LoRA and back: nothing is lost at full rank, what is lost is said, and the keys are those that others read."""
+"""LoRAs: extraction from patches, loss of effect, saving and reading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from safegen.patches.patch import BaseMismatchWarning, Patch
 
 @pytest.fixture(scope="module")
 def patch(tiny_model):
-    """A text edit: two factors of rank 1 would nearly do, as it erases one word."""
+    """Return an edit of one phrase, which has nearly rank 1."""
     return UCE(erase=("red cube",)).apply(tiny_model)
 
 
@@ -41,10 +41,8 @@ def image(model):
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 @pytest.mark.parametrize(
     ("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 1e-3)]
-)  # a file's factors are fp16 unless told
-def test_a_full_rank_round_trip_restores_the_image(
-    make_model, patch, tmp_path, keys, dtype, near
-):
+)  # fp16 is the default
+def test_a_full_rank_round_trip_restores_the_image(make_model, patch, tmp_path, keys, dtype, near):
     model, out = make_model(), tmp_path / "lora.safetensors"
     lora = extract_lora(patch, model, 32)
     assert (lora.retained_energy, lora.left_out) == (pytest.approx(1), ())
@@ -57,9 +55,7 @@ def test_a_full_rank_round_trip_restores_the_image(
         want = image(model)
     with again.apply(model):
         assert_close(image(model), want, rtol=0, atol=1e-3)
-    assert (
-        image(model) - want
-    ).abs().max() > 1e-3  # the patch is off again, and it did something
+    assert (image(model) - want).abs().max() > 1e-3  # the patch is undone, and had an effect
 
 
 def test_lower_rank_retains_less_energy(tiny_model):
@@ -77,10 +73,8 @@ def test_lower_rank_retains_less_energy(tiny_model):
     assert energies[-1] == pytest.approx(1)
 
 
-def test_effect_loss_falls_with_the_rank_and_depends_on_the_prompts(
-    make_model,
-):
-    """|e_lora - e_patch| / |e_base - e_patch|: nothing at full rank, all of it where the factors are nothing."""
+def test_effect_loss_falls_with_the_rank_and_depends_on_the_prompts(make_model):
+    """|e_lora - e_patch| / |e_base - e_patch| is 0 at full rank and 1 for zero factors."""
     model = make_model()
     g = torch.Generator().manual_seed(0)
     own = dict(model.denoiser.named_parameters())
@@ -99,7 +93,9 @@ def test_effect_loss_falls_with_the_rank_and_depends_on_the_prompts(
     assert 0.3 < lost[0] < 1.2
     assert lost[-1] < 1e-3
     lora = extract_lora(wild, model, 4)
-    nothing = Lora({n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.energy_by_weight, (), 0.0)
+    nothing = Lora(
+        {n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.energy_by_weight, (), 0.0
+    )
     assert effect_loss(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
     said = [
         effect_loss(lora, wild, model, prompts=p, steps=3)
@@ -112,7 +108,7 @@ def test_effect_loss_falls_with_the_rank_and_depends_on_the_prompts(
 
 
 def test_effect_loss_is_none_if_no_prediction_changes(make_model):
-    """Where to_out is zero, no prediction knows of a query."""
+    """If to_out is zero, queries have no effect."""
     model = make_model()
     own = dict(model.denoiser.named_parameters())
     name = next(n for n in select_parameters(model.denoiser, "attn1") if n.endswith("to_q.weight"))
@@ -122,9 +118,7 @@ def test_effect_loss_is_none_if_no_prediction_changes(make_model):
     assert effect_loss(extract_lora(change, model, 4), change, model, steps=2) is None
 
 
-def test_effect_loss_restores_the_model_on_errors(
-    make_model, patch, monkeypatch
-):
+def test_effect_loss_restores_the_model_on_errors(make_model, patch, monkeypatch):
     model = make_model()
     lora, before = extract_lora(patch, model, 2), image(model)
     with pytest.raises(ConfigError, match="needs an fp32 model, got bf16"):
@@ -165,12 +159,14 @@ def test_a_bare_peft_adapter_is_refused(tiny_model, tmp_path):
         {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)},
         tmp_path / "adapter.safetensors",
     )
-    with pytest.raises(FileError, match=r"must be saved by save_lora_weights, got a bare peft adapter"):
+    with pytest.raises(
+        FileError, match=r"must be saved by save_lora_weights, got a bare peft adapter"
+    ):
         load_lora(tmp_path / "adapter.safetensors", tiny_model)
 
 
 def test_biases_count_as_lost_energy(tiny_model):
-    """A bias takes half of the squared change with it."""
+    """Half of the squared change is in a bias."""
     own = dict(tiny_model.denoiser.named_parameters())
     weight = next(
         n for n in select_parameters(tiny_model.denoiser, "attn1") if n.endswith("to_q.weight")
@@ -200,7 +196,7 @@ def test_convolutions_are_extracted(make_model):
 
 
 def test_diffusers_converts_our_kohya_keys(tiny_model, patch, tmp_path):
-    """diffusers' conversion of kohya's form gives the names of the modules we began with, and our alphas."""
+    """diffusers' conversion restores the module names and alphas."""
     out = tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, tiny_model, 3), tiny_model, out)
     names, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(out))
@@ -265,7 +261,7 @@ def test_unusable_loras_are_refused(tiny_model, make_model, patch, tmp_path):
     with pytest.raises(FileError, match="is damaged"):
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(FileError, match="is not a LoRA of a denoiser"):
+    with pytest.raises(FileError, match="must be a LoRA of a denoiser"):
         load_lora(tmp_path / "other.safetensors", tiny_model)
     save_file(
         {"lora_unet_nothing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "foreign.safetensors"
@@ -291,12 +287,12 @@ def lora_file(tiny_model, patch, tmp_path):
 
 
 def test_the_base_of_a_loaded_lora_is_the_model(lora_file, tiny_model, make_model):
-    """The new values hold the model's own weights: on the LoRA's base they would be another model's."""
+    """The new values contain the model's weights, not those of the LoRA's base."""
     other = make_model(5)
     with pytest.warns(BaseMismatchWarning, match="the LoRA was made on weights"):
         patch = load_lora(lora_file, other)
     assert patch.metadata.base == other.hash
-    patch.apply(other)  # no warning, and warnings are errors
+    patch.apply(other)  # warnings are errors
     with pytest.warns(BaseMismatchWarning, match="the patch was made on weights"):
         patch.check_compatible(tiny_model)
 
@@ -315,10 +311,8 @@ def test_a_lora_of_another_family_is_refused_even_if_shapes_fit(lora_file, make_
         "text_encoder.text_model.encoder.layers.0.mlp.fc1",
     ],
 )
-def test_text_encoder_tensors_are_left_out_and_counted(
-    lora_file, tiny_model, tmp_path, stem
-):
-    """Most LoRAs that users have change it too."""
+def test_text_encoder_tensors_are_left_out_and_counted(lora_file, tiny_model, tmp_path, stem):
+    """Most published LoRAs have them."""
     ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
     both = load_file(lora_file) | {
         stem + end: torch.ones(1, 1) if end != ".alpha" else torch.tensor(1.0) for end in ends
@@ -344,7 +338,7 @@ def test_files_with_more_than_plain_factors_are_refused(lora_file, tiny_model, t
 
 
 def test_alpha_in_the_header_scales_the_change(tiny_model, patch, tmp_path):
-    """diffusers' own files have no alphas beside the factors: one number in the header stands for all."""
+    """diffusers' files have one alpha for all modules in the header."""
     out = tmp_path / "plain.safetensors"
     save_lora(
         extract_lora(patch, tiny_model, 4), tiny_model, out, keys="diffusers", dtype=torch.float32
@@ -386,18 +380,14 @@ def test_an_unreadable_header_is_refused(lora_file, tiny_model, tmp_path):
         ("lora_adapter_metadata", '{"unet.lora_alpha": "x"}'),
     ],
 )
-def test_an_invalid_header_is_refused(
-    lora_file, tiny_model, tmp_path, key, text
-):
+def test_an_invalid_header_is_refused(lora_file, tiny_model, tmp_path, key, text):
     save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={key: text})
     with pytest.raises(FileError, match="its header cannot be read") as caught:
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
 
-def test_factors_of_rank_0_and_nan_are_refused(
-    lora_file, tiny_model, tmp_path
-):
+def test_factors_of_rank_0_and_nan_are_refused(lora_file, tiny_model, tmp_path):
     tensors = load_file(lora_file)
     stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
     down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
@@ -412,14 +402,13 @@ def test_factors_of_rank_0_and_nan_are_refused(
         load_lora(tmp_path / "nan.safetensors", tiny_model)
     for scale in (float("nan"), float("inf"), 0.0):
         with pytest.raises(
-            ConfigError,
-            match=f"scale of a LoRA must be finite and not 0, got {scale:g}",
+            ConfigError, match=f"scale of a LoRA must be finite and not 0, got {scale:g}"
         ):
             load_lora(lora_file, tiny_model, scale=scale)
 
 
 def test_the_rank_is_limited_by_the_weights(tiny_model, patch, tmp_path):
-    """In 16 bits an alpha of 100,000 is infinite, and the factors that are to make up for it are nearly nothing."""
+    """In fp16 an alpha of 100,000 would overflow."""
     lora = extract_lora(patch, tiny_model, 100_000)
     assert lora.rank == max(len(down) for down, _ in lora.factors.values()) == 32
     save_lora(lora, tiny_model, tmp_path / "l.safetensors")
@@ -437,7 +426,7 @@ def test_the_rank_is_limited_by_the_weights(tiny_model, patch, tmp_path):
     ],
 )
 def test_the_header_states_the_base_model_version(tiny_model, make_tiny, tmp_path, build, says):
-    """A1111 takes a file that does not for one of SD 1.x, and shows it beside no other model."""
+    """A1111 lists a LoRA without a version for SD 1.x only."""
     model = make_tiny(build[0], prediction_type=build[1]) if build else tiny_model
     name = select_parameters(model.denoiser, "attn1")[0]
     change = Patch({name: model.denoiser.get_parameter(name).detach() + 1})
@@ -448,7 +437,6 @@ def test_the_header_states_the_base_model_version(tiny_model, make_tiny, tmp_pat
 
 
 def test_extracting_from_a_patch_with_parents_warns(make_model, patch):
-    """Only its own change is in it."""
     model = make_model()
     with patch.apply(model):
         above = UCE(erase=("blue ball",)).apply(model)
@@ -458,10 +446,7 @@ def test_extracting_from_a_patch_with_parents_warns(make_model, patch):
 
 @pytest.mark.parametrize("shaped", ["matrix", "convolution"])
 def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path, shaped):
-    """kohya's scripts turn the matrices of SD 2.x's projections into convolutions.
-
-    A1111 takes either.
-    """
+    """kohya's scripts write the projections of SD 2.x as convolutions."""
     model, out, own = make_model(), tmp_path / "lora.safetensors", tmp_path / "own.safetensors"
     save_lora(extract_lora(patch, model, 32), model, own, dtype=torch.float32)
     tensors = {

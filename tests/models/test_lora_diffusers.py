@@ -1,4 +1,4 @@
-"""Our LoRA files in the hands of others: diffusers' own `load_lora_weights`, with peft behind it, draws the patched model's image."""
+"""Our LoRA files in diffusers' `load_lora_weights`, and diffusers' files in ours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def image(pipeline):
 
 @pytest.fixture
 def drawn(make_model, make_tiny):
-    """Return a builder: a fresh model of a build, a patch of all its attention matrices, and what it draws before and with the patch."""
+    """Return a builder of a model, a patch of its attention, and images without and with the patch."""
 
     def build(kind):
         model = make_model() if kind == "sd1" else make_tiny(kind)
@@ -34,7 +34,7 @@ def drawn(make_model, make_tiny):
         before = image(model.pipeline)
         with patch.apply(model):
             after = image(model.pipeline)
-        assert (after - before).abs().max() > 1e-2  # or nothing would be shown
+        assert (after - before).abs().max() > 1e-2  # the patch has an effect
         return model, patch, before, after
 
     return build
@@ -60,9 +60,9 @@ def test_diffusers_generates_the_patched_image_with_our_lora(drawn, tmp_path, ki
 
 @pytest.mark.filterwarnings(
     "ignore:Already found a `peft_config`:UserWarning"
-)  # peft says so of every second adapter
+)  # peft warns at every second adapter
 def test_diffusers_combines_our_lora_with_another(drawn, tmp_path):
-    """As docs/edits.md has it under Modular: the safety LoRA stays active beside another and is not fused into it."""
+    """The safety LoRA stays active beside another and is not fused."""
     model, patch, _, _ = drawn("sd1")
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(2)
     theirs = Patch(

@@ -1,4 +1,4 @@
-"""Keys and shapes of LoRA files for models of real size, against the published lists in `keys/`, name for name."""
+"""Keys and shapes of LoRA files for models of real size, against the published lists in `keys/`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from safegen.patches.lora_reader import load_lora
 from safegen.patches.patch import Patch
 
 SELECTED = {"attn1": (".attn1.", "_attn1_"), "attention": (".attn", "_attn")}
-"""Selector: what the modules of its weights have in their names, in either form."""
+"""Selector: a part of its modules' names in diffusers' and kohya's form."""
 
 
 @pytest.fixture(scope="module")
 def written(real, tmp_path_factory):
-    """Return a writer of the file that an edit of real size becomes: its keys and shapes, with -1 for the rank."""
+    """Return a function that saves a LoRA of real size and returns its shapes by key, -1 for the rank."""
     build, unet = real
     schedule = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
     model = Model(build, SimpleNamespace(unet=unet, scheduler=schedule))
@@ -77,10 +77,7 @@ def test_a_lora_of_a_selector_has_the_published_keys_and_shapes(real, written, k
 
 
 def test_a_lora_of_everything_has_every_published_key(real, written):
-    """Edits change more than kohya's trainer does.
-
-    These modules others read by the same rule, but no list was found that has them.
-    """
+    """Edits change modules that kohya's trainer does not; no published list has them."""
     build, _ = real
     ours, listed = written("all", "kohya"), published(f"lora-kohya-{build}")
     assert {key: ours[key] for key in listed} == listed
@@ -108,9 +105,7 @@ def test_the_published_lists_have_the_length_of_an_independent_list():
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tmp_path, keys):
-    """diffusers gives every module of kohya's form the commonest alpha (0.42.1 with peft), and older ones, without alphas, the first
-    module's rank as alpha: whatever a reader divides by what, equal ranks are read right.
-    """
+    """diffusers 0.42 reads a kohya file with its most common alpha; older releases use the first rank."""
     own = dict(tiny_model.denoiser.named_parameters())
     names = [n for n in select_parameters(tiny_model.denoiser, "kv2") if n.endswith("to_k.weight")]
     patch = Patch(
@@ -140,7 +135,7 @@ def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tm
 
 @pytest.fixture(scope="module")
 def ours(tiny_model, tmp_path_factory):
-    """A LoRA of every attention matrix of the tiny model, as it is and in diffusers' newest keys."""
+    """Return a LoRA of every attention matrix of the tiny model in diffusers' keys."""
     g, own = torch.Generator().manual_seed(0), dict(tiny_model.denoiser.named_parameters())
     names = [
         n for n in select_parameters(tiny_model.denoiser, "attention") if n.endswith(".weight")
@@ -154,7 +149,7 @@ def ours(tiny_model, tmp_path_factory):
 
 
 def processors(key):
-    """Write a key as diffusers did in 2023, when attention processors held the factors."""
+    """Return a key in the form of 2023, when attention processors held the factors."""
     key = key.replace(".to_out.0.", ".to_out.")
     for kind in ("q", "k", "v", "out"):
         key = key.replace(f".to_{kind}.lora_A.", f".processor.to_{kind}_lora.down.")
@@ -164,7 +159,7 @@ def processors(key):
 
 @pytest.mark.parametrize("form", ["scripts", "processors"])
 def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
-    """What its training scripts write (`convert_state_dict_to_diffusers`), and what they wrote before: the library reads them as ours."""
+    """Files of diffusers' training scripts, old and new, are read as diffusers reads them."""
     state = load_file(ours)
     old = (
         convert_state_dict_to_diffusers(state)
@@ -174,7 +169,7 @@ def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
     assert not old.keys() & state.keys()
     assert (
         convert_unet_state_dict_to_peft(dict(old)).keys() == state.keys()
-    )  # the library's own reading
+    )  # diffusers' own reading
     save_file(old, tmp_path / "old.safetensors")
     assert (
         load_lora(tmp_path / "old.safetensors", tiny_model).hash == load_lora(ours, tiny_model).hash
@@ -188,7 +183,7 @@ def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
 
 
 def test_a_lora_of_an_sdxl_may_have_either_names(make_tiny, tmp_path):
-    """kohya's trainer writes those of the original layout, others write diffusers' with the same prefix."""
+    """kohya's trainer writes original names, other tools diffusers' names with the same prefix."""
     model = make_tiny("sdxl")
     own = dict(model.denoiser.named_parameters())
     names = [n for n in select_parameters(model.denoiser, "attn1") if n.endswith(".weight")]

@@ -1,4 +1,4 @@
-"""A patch is saved, put on and taken off exactly, and refused where it does not fit."""
+"""Patches: files, apply and undo, and errors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def patch(tiny_model):
     }
     return Patch(
         tensors,
-        PatchMetadata(
-            method="random", base=tiny_model.hash, settings={"größe": 1.5, "none": None}
-        ),
+        PatchMetadata(method="random", base=tiny_model.hash, settings={"größe": 1.5, "none": None}),
     )
 
 
@@ -131,7 +129,10 @@ DAMAGE = {
         lambda p: _resave(p, _nothing, _says("[]")),
         "damaged safegen patch: metadata",
     ),
-    "metadata null": (lambda p: _resave(p, _nothing, _says("null")), "damaged safegen patch: metadata"),
+    "metadata null": (
+        lambda p: _resave(p, _nothing, _says("null")),
+        "damaged safegen patch: metadata",
+    ),
     "a base that is a number": (
         lambda p: _resave(p, _nothing, _says('{"base": 3}')),
         "damaged safegen patch: base",
@@ -224,7 +225,7 @@ def test_patches_are_undone_in_reverse_order(make_model, patch):
 
 
 def test_patches_are_undone_in_any_order(make_model, patch):
-    """What is under a patch when it comes off is what was there without it, not what lay under it when it was put on."""
+    """Undoing a patch restores the values without it, even if another is applied on top."""
     model = make_model()
     before = state_of(model)
     higher = Patch({k: v + 1 for k, v in patch.tensors.items()})
@@ -284,7 +285,9 @@ def test_a_base_loaded_in_half_precision_is_warned_about(tiny_folder, dtype):
     """Rounding changes the weights, so that the hash cannot tell the base from another model."""
     patch = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
     rounded = load(str(tiny_folder), dtype=dtype)
-    with pytest.warns(BaseMismatchWarning, match=f"is loaded as {dtype}, which alone changes the hash"):
+    with pytest.warns(
+        BaseMismatchWarning, match=f"is loaded as {dtype}, which alone changes the hash"
+    ):
         patch.apply(rounded).undo()
     made_on_rounded = UCE(erase=("red cube",)).apply(rounded)
     with warnings.catch_warnings():
@@ -292,9 +295,7 @@ def test_a_base_loaded_in_half_precision_is_warned_about(tiny_folder, dtype):
         made_on_rounded.apply(load(str(tiny_folder), dtype=dtype))
 
 
-def test_a_base_stored_as_fp16_has_one_hash_in_fp16_and_fp32(
-    make_model, tmp_path
-):
+def test_a_base_stored_as_fp16_has_one_hash_in_fp16_and_fp32(make_model, tmp_path):
     from safegen.models.checkpoint.diffusers_folder import save_folder
 
     model = make_model()
@@ -316,7 +317,7 @@ def test_the_hash_stays_that_of_the_base(make_model, patch):
     base = model.hash
     patch.apply(model)
     assert model.hash == base
-    patch.apply(model)  # the same base: no warning, and warnings are errors
+    patch.apply(model)  # warnings are errors
 
 
 def test_a_patch_with_a_wrong_shape_is_refused(make_model, patch):
@@ -351,7 +352,7 @@ def test_another_base_of_the_same_shape_is_warned_about(make_model, patch):
     applied.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Patch(patch.tensors).apply(model)  # a patch that does not say what it was made on
+        Patch(patch.tensors).apply(model)  # a patch without a base
 
 
 def test_metadata_is_plain_json(patch):

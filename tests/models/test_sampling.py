@@ -1,4 +1,4 @@
-"""A image is a matter of its prompt, seed and index, whatever is drawn beside it."""
+"""Generation: an image depends on prompt, seed and index only."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def images(tiny_model):
 
 def test_images_have_the_order_of_the_samples_and_the_models_size(images):
     assert [p.shape for p in images] == [(32, 32, 3)] * 5
-    assert (
-        min(p.std() for p in images) > 1
-    )  # they show something, so that comparing them says something
+    assert min(p.std() for p in images) > 1  # not constant, so that a comparison is meaningful
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -55,7 +53,9 @@ def test_the_batch_size_changes_an_image_by_rounding_only(tiny_model, images, ba
 
 
 def test_other_samples_in_a_batch_do_not_change_an_image(tiny_model, images):
-    mixed = draw(tiny_model, [SAMPLES[3], Sample(prompt="a tree", seed=9), SAMPLES[0]], batch_size=3)
+    mixed = draw(
+        tiny_model, [SAMPLES[3], Sample(prompt="a tree", seed=9), SAMPLES[0]], batch_size=3
+    )
     assert abs(mixed[0] - images[3]).max() <= 2
     assert abs(mixed[2] - images[0]).max() <= 2
 

@@ -1,4 +1,4 @@
-"""Which weights the selector names."""
+"""Selectors match weights by name."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_only_cross_attention_models_are_refused_for_attn1():
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         only_cross_attention=True,
     )
-    with pytest.raises(ConfigError, match="attn1 is cross-attention in this model"):
+    with pytest.raises(ConfigError, match="must match self-attention, got cross-attention"):
         select_parameters(unet, "attn1")
 
 
 def test_a_model_without_attention_is_refused(tiny_model):
-    with pytest.raises(ConfigError, match="picks no weight of a AutoencoderKL"):
+    with pytest.raises(ConfigError, match="must match a weight of the AutoencoderKL, got none"):
         select_parameters(tiny_model.vae, "attn1")
 
 

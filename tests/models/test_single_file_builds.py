@@ -1,4 +1,4 @@
-"""One-file SD 2.x and SDXL: the round trip, the library's own reader, prediction of v, and what does not fit."""
+"""One-file checkpoints of SD 2.x and SDXL: round trip, diffusers' reader, v-prediction, and errors."""
 
 from __future__ import annotations
 
@@ -55,13 +55,11 @@ def test_the_round_trip_restores_weights_and_image(file, other_build):
 
 
 def test_diffusers_loads_the_file_and_generates_the_same_image(file, other_build, tmp_path):
-    """By the file's keys alone, with a folder's configurations. Within 1e-3, as rounding goes."""
+    """diffusers reads the file by its keys alone, with a folder's configurations."""
     save_folder(other_build, tmp_path / "folder")
     kind = CLASSES[other_build.name]
     other = kind.from_single_file(str(file), config=str(tmp_path / "folder"), local_files_only=True)
-    other.scheduler = (
-        other_build.pipeline.scheduler
-    )  # what the reader takes for SD 2.x rests on its size
+    other.scheduler = other_build.pipeline.scheduler  # diffusers detects SD 2.x by its size
     other.set_progress_bar_config(disable=True)
     assert_close(image(other), image(other_build.pipeline), rtol=0, atol=1e-3)
 
@@ -70,14 +68,14 @@ def test_a_folder_round_trips(other_build, tmp_path):
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "folder"))
     assert again.pipeline_hash == other_build.pipeline_hash
-    # a processor without AVX-512 rounds by where in memory a file's weights lie
+    # without AVX-512, rounding depends on the alignment of the weights in memory
     assert_close(image(again.pipeline), image(other_build.pipeline), rtol=0, atol=1e-5)
     theirs = CLASSES[other_build.name].from_pretrained(tmp_path / "folder")
     assert_close(image(theirs), image(other_build.pipeline), rtol=0, atol=1e-5)
 
 
 def test_unused_tensors_are_ignored(file, other_build, tmp_path):
-    """Buffers, scales, and of SD 2.x the block after the last that is read."""
+    """Buffers, scales, and SD 2.x's unused last block."""
     tensors = load_file(file)
     if other_build.name == "sd2":
         prefix = "cond_stage_model.model."
@@ -112,12 +110,10 @@ class Harm:
         return (print, ("harm",))
 
 
-def test_a_pickle_is_opened_only_if_allowed_and_runs_no_code(
-    file, other_build, tmp_path, capsys
-):
+def test_a_pickle_is_opened_only_if_allowed_and_runs_no_code(file, other_build, tmp_path, capsys):
     save_folder(other_build, tmp_path / "folder")
     torch.save({"state_dict": load_file(file), "global_step": 7}, tmp_path / "old.ckpt")
-    with pytest.raises(FileError, match=r"old.ckpt is a pickle, .* say --allow-pickle"):
+    with pytest.raises(FileError, match=r"old.ckpt is a pickle, .* pass --allow-pickle"):
         load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder")
     again = load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder", allow_pickle=True)
     assert (again.components, again.hash) == (other_build.components, other_build.hash)
@@ -165,7 +161,7 @@ def test_prediction_markers_round_trip(make_tiny, tmp_path, build, predicts, end
 
 
 def test_a_contradicting_configuration_is_refused(make_tiny, tmp_path):
-    """A v-prediction file under an epsilon schedule loads and draws noise: it must not load."""
+    """A v-prediction file with an epsilon schedule would generate noise."""
     for name, schedule in {
         "v": {},
         "eps": {"prediction_type": "epsilon"},
@@ -177,21 +173,19 @@ def test_a_contradicting_configuration_is_refused(make_tiny, tmp_path):
     load(str(tmp_path / "v.safetensors"), config=tmp_path / "v")
     for file, folder, words in (
         ("v", "eps", "must be v_prediction, which .* states, got epsilon"),
-        ("eps", "v", "says that it predicts epsilon, its configuration says v_prediction"),
+        ("eps", "v", "must be epsilon, which .* states, got v_prediction"),
         ("snr", "v", "says that its schedule ends in pure noise"),
     ):
         with pytest.raises(FileError, match=words) as caught:
             load(str(tmp_path / f"{file}.safetensors"), config=tmp_path / folder)
         assert "\n" not in str(caught.value)
     bare = {k: v for k, v in load_file(tmp_path / "v.safetensors").items() if k != "v_pred"}
-    save_file(bare, tmp_path / "bare.safetensors")  # says nothing: the folder decides
+    save_file(bare, tmp_path / "bare.safetensors")  # without a statement the folder decides
     assert load(str(tmp_path / "bare.safetensors"), config=tmp_path / "eps").prediction == "epsilon"
 
 
 def test_an_unsupported_prediction_is_not_written(make_tiny, tmp_path):
-    with pytest.raises(
-        ConfigError, match="must be epsilon or v_prediction, got sample"
-    ):
+    with pytest.raises(ConfigError, match="must be epsilon or v_prediction, got sample"):
         save_single_file(make_tiny("sd2", prediction_type="sample"), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -226,7 +220,7 @@ def test_a_stack_generates_with_an_sdxl(make_tiny):
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
 def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
-    """Its denoiser wants more than one text embedding: each edit says so in a line and leaves the model alone."""
+    """SDXL is conditioned on more than one text embedding, which edits do not support."""
     model = make_tiny("sdxl")
     edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset(
         "default", **({} if name == "safegen" else WORDS.get(name, ERASE))
@@ -236,13 +230,13 @@ def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
         for part in model.components
         for k, v in getattr(model.pipeline, part).state_dict().items()
     }
-    with pytest.raises(
-        ConfigError, match=r"need an SD 1.x or 2.x, got the SDXL 'sdxl'"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"need an SD 1.x or 2.x, got the SDXL 'sdxl'") as caught:
         edit.apply(model, triplets if edit.inputs != "words" else None)
     assert "\n" not in str(caught.value)
     after = {
-        k: v for part in model.components for k, v in getattr(model.pipeline, part).state_dict().items()
+        k: v
+        for part in model.components
+        for k, v in getattr(model.pipeline, part).state_dict().items()
     }
     assert after.keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in after.items())
