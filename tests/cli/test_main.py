@@ -56,7 +56,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         ),
         (
             ["generate", "mini", "--prompt", "x", "--steps", "1000", "--out", "OUT"],
-            "steps must be at most 999 on this model",
+            "steps must be <= 999 on this model's schedule",
         ),
         (["edit", "mini", "--triplets", "nowhere", "--out", "OUT"], "nowhere"),
         (["edit", "mini", "--triplets", "mini:skulll", "--out", "OUT"], "Did you mean 'skulls'"),
@@ -315,7 +315,7 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
             ["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"],
             "sld has no effect without guidance",
         ),
-        (["mini", "--concept", "skulls"], "no guard takes anything from it"),
+        (["mini", "--concept", "skulls"], "concept must be used by a guard"),
         (["mini", "--stack", "x.toml"], "a MODEL or with a --stack"),
         ([], "a MODEL or with a --stack"),
         (["--stack", "no.toml"], "does not exist"),

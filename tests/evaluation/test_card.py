@@ -243,10 +243,6 @@ def test_figures_of_the_same_patches_on_another_model_are_refused(demo):
         card(SUBJECT, [demo])
     (demo / "summary.json").write_text(json.dumps(facts | {"base_hash": "b" * 64}))
     assert "Not measured" not in card(SUBJECT, [demo])
-    rounded = CardSubject(
-        "patch", "p.safetensors", "mini", "a" * 64, SUBJECT.patches, rounded=("b" * 64,)
-    )
-    assert "Not measured" not in card(rounded, [demo])
 
 
 def test_figures_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_model(demo):

@@ -348,7 +348,7 @@ def apply(
     read = Patch.load(patch)
     with one_line_warnings():
         export_folder(loaded, out, patches=[read], card=not no_card, metrics=metrics or ())
-    typer.echo(f"{out}: {model}; the patch put {read.describe_change(loaded)}")
+    typer.echo(f"{out}: {model}; the patch {read.describe_change(loaded)}")
     typer.echo(f"open it with {type(loaded.pipeline).__name__}.from_pretrained({str(out)!r})")
 
 
