@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError, explain
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
 from safegen.guards import GuardConfig, read_guard
@@ -195,15 +195,7 @@ def _replace(stack: Stack, **settings: Any) -> Stack:
     try:
         return Stack.model_validate(dict(stack) | settings)
     except ValidationError as error:
-        raise ConfigError(f"stack {stack.name!r}: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    """Return setting, rule and value of the first violation, in one line."""
-    first = error.errors()[0]
-    setting = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{setting}: {message}, got {first['input']!r}" if setting else message
+        raise ConfigError(f"stack {stack.name!r}: {explain(error, Stack)}") from error
 
 
 def _read_recipe(path: Path) -> Stack:
@@ -222,7 +214,7 @@ def _read_recipe(path: Path) -> Stack:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise FileError(f"{path} is not a stack file: {_explain(error)}") from error
+        raise FileError(f"{path} is not a stack file: {explain(error, Stack)}") from error
     is_name = stack.model in MODELS or stack.model.startswith(HUB)
     return stack.model_copy(
         update={

@@ -148,7 +148,7 @@ def test_the_paper_preset_is_the_published_step(
             last.update(state_of(ours.denoiser))
 
     training = Training(updates=updates, batch=batch, accumulation=accumulation, lr=lr)
-    patch = SafeGen.preset("paper", training=training).apply(ours, triplets, report=watch)
+    patch = SafeGen.preset("paper", training=training).apply(ours, triplets, callback=watch)
 
     terms, norms, averaged = published_run(
         theirs, recorded, updates=updates, accumulation=accumulation, lr=lr
@@ -376,7 +376,7 @@ def test_the_teachers_term_is_zero_before_the_first_update_and_grows_then(tiny_m
         **PLAIN,
         training=Training(updates=4, accumulation=1, lr=1e-3),
     )
-    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    settings.apply(tiny_model, triplets, callback=lambda done, of, row: log.append(row))
     assert log[0]["L_p"] < 1e-10
     assert log[-1]["L_p"] > 1e-8
     assert log[0]["L_m"] > 1e-3
@@ -393,7 +393,7 @@ def test_the_edit_learns_what_it_is_taught(tiny_model, triplets):
         validation_split=0.2,
     )
     log = []
-    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    settings.apply(tiny_model, triplets, callback=lambda done, of, row: log.append(row))
     assert sum(row["L_m"] for row in log[-5:]) < sum(row["L_m"] for row in log[:5])
 
 
@@ -532,7 +532,7 @@ def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, rec
 REFUSED = {
     "clamp goes with target x0": {"target": "paper", "clamp": 3.0},
     "clamp goes with": {"target": "x0", "clamp": None},
-    "caption_share: Input should be greater than 0": {
+    "caption_share must be greater than 0": {
         "captions": ("mini:benign-train",),
         "caption_share": 0.0,
     },
@@ -547,7 +547,7 @@ REFUSED = {
         "teacher": False,
         "adversary_moves": "unsafe",
     },
-    "adversary_moves: Input should be 'unsafe' or 'both'": {"adversary_moves": "benign"},
+    "adversary_moves must be 'unsafe' or 'both'": {"adversary_moves": "benign"},
     "fade": {"fade": 1.0},
     "timesteps must rise": {"timesteps": (500, 500)},
     "rise from 0 or more": {"timesteps": (-1, 500)},
@@ -558,7 +558,7 @@ REFUSED = {
     "adversary and fade have no effect": {"weight_mosaic": 0, "adversary": 0},
     "training.lr": {"training": {"lr": -1}},
     "training.lrr": {"training": {"lrr": 1}},
-    "validation_split: Input should be less than 0.5, got 0.7": {
+    "validation_split must be less than 0.5, got 0.7": {
         "validation_split": 0.7,
         "training": {"validate_every": 1},
     },

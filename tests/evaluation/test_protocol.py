@@ -78,7 +78,7 @@ def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
     ("old", "new"),
     [
         ("steps = 2", "steps = 3"),
-        ("batch = 4", "batch = 5"),
+        ("batch_size = 4", "batch_size = 5"),
         ("seeds = [1, 2]", "seeds = [1, 3]"),
         ('labels = ["skulls"]', 'labels = ["skulls"]\nthreshold = 0.4'),
         ('labels = ["skulls"]', 'labels = ["skulls", "fire"]'),
@@ -173,7 +173,7 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
         (
             'labels = ["skulls"]',
             'labels = ["skulls"]\nthreshold = 0.1',
-            r"judge.threshold: .* 0\.2, got 0\.1",
+            r"judge.threshold must .* 0\.2, got 0\.1",
         ),
         (
             'labels = ["skulls"]',
@@ -193,8 +193,8 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
             r"clip_score, fid_to_base, .* needs a table \[features\]",
         ),
         (
-            "[generation_config]",
-            '[lpips]\ntrunk = "a"\nheads = "b"\n[generation_config]',
+            "[generation]",
+            '[lpips]\ntrunk = "a"\nheads = "b"\n[generation]',
             r"\[lpips\] has no effect, for no metric needs it",
         ),
         ("name", "nam", "not a protocol file"),

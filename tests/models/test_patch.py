@@ -135,19 +135,19 @@ DAMAGE = {
     ),
     "a base that is a number": (
         lambda p: _resave(p, _nothing, _says('{"base": 3}')),
-        "damaged safegen patch: base",
+        "damaged safegen patch: metadata: base",
     ),
     "parents no list": (
         lambda p: _resave(p, _nothing, _says('{"parents": 3}')),
-        "damaged safegen patch: parents",
+        "damaged safegen patch: metadata: parents",
     ),
     "parents without a hash": (
         lambda p: _resave(p, _nothing, _says('{"parents": [{"method": "uce"}]}')),
-        r"damaged safegen patch: parents\.0\.hash",
+        r"damaged safegen patch: metadata: parents\.0\.hash",
     ),
     "parts without a hash": (
         lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')),
-        r"damaged safegen patch: parts\.0\.hash",
+        r"damaged safegen patch: metadata: parts\.0\.hash",
     ),
     "metadata cut off": (
         lambda p: _resave(p, _nothing, {"format": FORMAT, "metadata": '{"method": '}),

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, explain
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
@@ -134,7 +134,7 @@ class Protocol(BaseModel):
                 update={"judge": JudgeRule.model_validate(self.judge.model_dump() | new)}
             )
         except ValidationError as error:
-            raise ConfigError(f"judge.{_first(error)}") from error
+            raise ConfigError(f"judge.{explain(error, JudgeRule)}") from error
 
 
 def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None) -> Protocol:
@@ -183,7 +183,7 @@ def read_protocol(name: str) -> Protocol:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise FileError(f"{name} is not a protocol file: {_first(error)}") from error
+        raise FileError(f"{name} is not a protocol file: {explain(error, Protocol)}") from error
 
 
 def _filled(
@@ -302,11 +302,3 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
             for gap in differences(*pair, where=f"{where}[{i}]")
         ]
     return [] if a == b else [f"{where}: {json.dumps(a)} and {json.dumps(b)}"]
-
-
-def _first(error: ValidationError) -> str:
-    """Return pydantic's first complaint as `place: rule, got value`."""
-    e = error.errors()[0]
-    place = ".".join(str(v) for v in e["loc"]) or "settings"
-    value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
-    return f"{place}: {e['msg'].removeprefix('Value error, ')}{value}"

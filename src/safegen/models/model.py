@@ -20,7 +20,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from PIL import Image
 from torch import Tensor
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef, PatchMetadata
 
@@ -36,7 +36,7 @@ UNHASHED_CONFIG = {
 """Settings of a pipeline's components that decide an image and are visible in no weight."""
 
 
-class MetadataMismatchWarning(UserWarning):
+class MetadataMismatchWarning(SafegenWarning):
     """The metadata of a checkpoint was written for other weights than it has."""
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import FileError, PatchError
+from safegen.core.errors import FileError, PatchError, SafegenWarning, explain
 from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint.metadata import PatchMetadata
@@ -25,11 +25,11 @@ FORMAT = "safegen-patch/1"
 LORA_SUFFIXES = (".lora_down.weight", ".lora_A.weight")
 
 
-class BaseMismatchWarning(UserWarning):
+class BaseMismatchWarning(SafegenWarning):
     """A patch or LoRA is used on other weights than it was made on."""
 
 
-class PatchOverlapWarning(UserWarning):
+class PatchOverlapWarning(SafegenWarning):
     """Several patches on one model change the same weights, and the last one counts."""
 
 
@@ -107,11 +107,9 @@ class Patch:
         try:
             metadata = PatchMetadata.model_validate_json(header.get("metadata", ""))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "metadata"
             raise FileError(
-                f"{path} is a damaged safegen patch: {where}: {first['msg']}. Make or fetch it "
-                "again"
+                f"{path} is a damaged safegen patch: metadata: {explain(error, PatchMetadata)}. "
+                "Make or fetch it again"
             ) from error
         return cls(tensors, metadata)
 
