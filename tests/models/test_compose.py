@@ -131,13 +131,13 @@ def test_incompatible_patches_are_refused(make_model, parts):
         merge([first])
     with pytest.raises(ConfigError, match="needs the base model"):
         merge([first, second], overlap="add")
-    with pytest.raises(PatchError, match="made on different weights"):
+    with pytest.raises(PatchError, match="base weights of patches to merge must be the same"):
         merge([first, Patch(second.tensors, PatchMetadata(base="0" * 64))])
     with pytest.raises(PatchError, match="does not fit"):
         merge([first, second], overlap="add", model=make_model(channels=24))
     with pytest.raises(PatchError, match="does not fit"):  # even without overlap
         merge([first, parts[2]], overlap="add", model=make_model(channels=24))
-    with pytest.raises(PatchError, match="for different families"):
+    with pytest.raises(PatchError, match="family of patches to merge must be the same"):
         merge(
             [
                 Patch(p.tensors, PatchMetadata(family=name))

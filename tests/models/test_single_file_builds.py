@@ -174,7 +174,7 @@ def test_a_contradicting_configuration_is_refused(make_tiny, tmp_path):
     for file, folder, words in (
         ("v", "eps", "must be v_prediction, which .* states, got epsilon"),
         ("eps", "v", "must be epsilon, which .* states, got v_prediction"),
-        ("snr", "v", "says that its schedule ends in pure noise"),
+        ("snr", "v", "must end in pure noise"),
     ):
         with pytest.raises(FileError, match=words) as caught:
             load(str(tmp_path / f"{file}.safetensors"), config=tmp_path / folder)
