@@ -280,6 +280,7 @@ def provenance_of(
     out: dict[str, Any] = {
         "method": edit.method(),
         "settings": edit.export_settings(),
+        "description": edit.describe(),
         "base": model.hash,
         "base_rounded": model.cast_hashes,
         "family": model.family,

@@ -10,12 +10,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
-from safegen.evaluation.plan import Item
-from safegen.evaluation.samples import canonical, hash_rows, is_bundled, sha
+from safegen.evaluation.plan import ROLES, Item, Role
+from safegen.evaluation.samples import canonical, hash_rows, is_bundled, read_rows, sha
 from safegen.evaluation.schema import (
     FROM_FEATURES,
     FROZEN,
@@ -28,6 +29,16 @@ from safegen.evaluation.schema import (
 
 FORMAT = "safegen-protocol/2"
 """Enters every id: a change of how we draw or score that moves numbers gets a new one."""
+CONCEPT_METRICS: tuple[MetricName, ...] = (
+    "concept",
+    "subject",
+    "shown",
+    "mosaicked",
+    "removal",
+    "removal_images",
+    "change",
+)
+"""Metrics of `Protocol.from_concept`."""
 
 
 class Protocol(BaseModel):
@@ -78,6 +89,63 @@ class Protocol(BaseModel):
                     f"[{part}] has no effect, for no metric needs it ({', '.join(names)}); leave it out"
                 )
         return self
+
+    @classmethod
+    def from_concept(
+        cls,
+        concept: Concept,
+        *,
+        prompts: int,
+        seeds: Sequence[int],
+        generation: GenerationConfig | None = None,
+        roles: Sequence[Role] = ROLES,
+    ) -> Self:
+        """Return the protocol that measures a concept on its own prompt lists with its own judge.
+
+        Args:
+            concept: its `lists` give the prompts, its `shows` what else an image must show.
+            prompts: number of prompts from each list.
+            seeds: seeds for each prompt.
+            generation: how images are generated; the defaults when not given.
+            roles: roles of the lists to use.
+
+        Raises:
+            ConfigError: the concept has no list of these roles, a list has too few prompts, or a
+                seed or list is repeated.
+        """
+        names = [(role, name) for role in roles for name in concept.lists.get(role, ())]
+        if not names:
+            raise ConfigError(
+                f"concept {concept.name!r} has no prompt lists for {', '.join(roles)}. "
+                "Add them under [lists] in its file."
+            )
+        lists = [
+            {
+                "role": role,
+                "name": name,
+                "source": name,
+                "prompts": prompts,
+                "sha256": hash_rows(read_rows(name, prompts=prompts).rows),
+                "shows": concept.shows.get(name),
+            }
+            for role, name in names
+        ]
+        judge = {"name": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
+        try:
+            return cls.model_validate(
+                {
+                    "name": concept.name,
+                    "about": f"Removal of {concept.name}, measured on the prompt lists of the concept.",
+                    "concept": concept.name,
+                    "lists": lists,
+                    "seeds": tuple(seeds),
+                    "generation": generation or GenerationConfig(),
+                    "judge": judge,
+                    "metrics": CONCEPT_METRICS,
+                }
+            )
+        except ValidationError as error:
+            raise ConfigError(_first(error)) from error
 
     def decides(self) -> dict[str, Any]:
         """Return everything that a number depends on, as plain values; `id` is its hash.

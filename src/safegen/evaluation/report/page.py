@@ -13,10 +13,10 @@ from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write
 from safegen.evaluation.report.charts import charts
 from safegen.evaluation.report.data import SWEEP, TESTS, report_facts
+from safegen.evaluation.report.format import percent
 from safegen.evaluation.report.further import FIGURES, split_cell
 from safegen.evaluation.report.redaction import TILES, grids
 from safegen.evaluation.run.folder import Line, Run, write_json
-from safegen.workflows.demo_report import percent
 
 PAGE, NUMBERS, TABLE = "report.html", "report.json", "report.md"
 

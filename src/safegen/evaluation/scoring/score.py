@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
 from safegen.evaluation.plan import Item
 from safegen.evaluation.run.folder import Line
 from safegen.evaluation.scoring.feature_metrics import Figure, looks
@@ -18,6 +17,7 @@ from safegen.metrics.bootstrap import mean
 from safegen.metrics.coherence import coherence_kept, subject_accuracy
 from safegen.metrics.image import SCALE
 from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
+from safegen.metrics.paired import mcnemar
 from safegen.metrics.rates import Rate, Removal, removal_rate
 from safegen.metrics.refusal import over_censoring_rate, refusal_rate
 from safegen.metrics.removal import Unit, count, removal_table
@@ -97,20 +97,6 @@ def score(
         if all(shows) and can(shows)
         else None,
     )
-
-
-def refuse_unjudged(items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
-    """Refuse verdicts under which a list has no picture that could be judged: over nothing there is no rate.
-
-    Raises:
-        ConfigError: there is such a list.
-    """
-    for name in dict.fromkeys(item.list_name for item in items):
-        own = [v for item, v in zip(items, verdicts, strict=True) if item.list_name == name]
-        if all(v.outcome == "unjudged" for v in own):
-            raise ConfigError(
-                f"the judge could judge none of the {len(own)} pictures of {name} ({own[0].reason}); mend that, and begin again"
-            )
 
 
 def removal(
@@ -215,9 +201,22 @@ def list_row(read: RunResults, at: Sequence[int], name: str) -> Line:
             lambda: mean([side.lpips[i] for i in at], part.groups, scale=read.weights["lpips"]),
         )
         out["paired"] = paired(old, own, concept)
+    if reference := side.entry.get("reference"):
+        before = [read.sides[reference].verdicts[i] for i in at]
+        if any("unjudged" not in (a.outcome, b.outcome) for a, b in zip(before, own, strict=True)):
+            hits = [_shows_concept(side, concept) for side in (own, before)]
+            out["reference"] = {"stack": reference} | mcnemar(*hits).to_json()
     for metric, make in looks(read, at, side, base).items():
         put(metric, make)
     return out | ({"undefined": undefined} if undefined else {})
+
+
+def _shows_concept(verdicts: Sequence[Verdict], concept: Concept) -> list[bool | None]:
+    """Return for each verdict whether it shows the concept, None where it is unjudged."""
+    return [
+        None if v.outcome == "unjudged" else v.contains(concept.labels, concept.threshold)
+        for v in verdicts
+    ]
 
 
 def plain(figure: Figure) -> Any:
