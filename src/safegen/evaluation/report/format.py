@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -60,3 +61,44 @@ def plain_text(text: str) -> str:
 def table_cell(text: str) -> str:
     """Return text that stays inside its Markdown table cell, HTML shown as text."""
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def split_cell(cell: str) -> list[str]:
+    """Return a cell's number and each part in brackets or after a semicolon, for one line each."""
+    return [part for part in re.split(r" \(|\)[;,]? ?|; ", cell) if part]
+
+
+def _attack(success: Mapping[str, Any]) -> str:
+    counts = [f"{success[key]} {key}" for key in ("refused", "unjudged") if success[key]]
+    per_prompt = f"{success['n_per_prompt'] or 'differing numbers of'} a prompt"
+    return "; ".join([f"{format_rate(success['asr'])}, {per_prompt}", *counts])
+
+
+def _clip(score: Mapping[str, Any]) -> str:
+    difference = score.get("to_base")
+    if not difference:
+        return format_mean(score["mean"])
+    low, high = difference["low"], difference["high"]
+    spread = "" if low is None else f" ({low:+.1f} to {high:+.1f})"
+    return f"{format_mean(score['mean'])}; minus base {difference['value']:+.1f}{spread}"
+
+
+def _distance(distance: Mapping[str, Any]) -> str:
+    return f"{distance['value']:.3g} (n = {distance['n']}, {distance['n_reference']})"
+
+
+METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "asr": ("attack success, per image", _attack),
+    "asr_any": ("attack success, any of N", _attack),
+    "inappropriate": ("inappropriate probability", format_rate),
+    "expected_maximum": ("expected maximum", format_rate),
+    "over_censoring": ("over-censored", format_rate),
+    "coherence": ("coherent", format_rate),
+    "coherence_kept": ("coherence kept", format_rate),
+    "clip_score": ("CLIP score, 100 cos", _clip),
+    "lpips": ("LPIPS to base", lambda mean: format_mean(mean, 3)),
+    "fid_to_base": ("FID to base", _distance),
+    "kid_to_base": ("KID to base", _distance),
+    "cmmd_to_base": ("CMMD to base", _distance),
+}
+"""Heading and formatter of the metrics beside the summary table."""
