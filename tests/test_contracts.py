@@ -33,7 +33,9 @@ TABLES = {
 MACHINERY = {"__init__", "base", "batching", "onnx", "vision"}
 """Files of a room of methods that are none."""
 
-TRAINED = sorted(name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").trains)
+TRAINED = sorted(
+    name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").is_trained
+)
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
 """A training that is over at once."""
 BRIEF_TOO: dict[str, dict[str, object]] = {
@@ -56,7 +58,7 @@ WORDS = Concept(
 def brief(name, **changes):
     """Return an edit at tiny size."""
     kind = tables.resolve(tables.EDITS, name, "edit")
-    settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.trains else {})
+    settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.is_trained else {})
     return kind.preset(
         "default", concept=None if name == "safegen" else WORDS, **settings | changes
     )
@@ -102,8 +104,8 @@ def test_every_edit_removes_unless_its_settings_say_otherwise(name):
         "safegen": {"weight_mosaic": 0.0, "adversary": 0.0, "fade": 0.0},
     }
     kind = tables.resolve(tables.EDITS, name, "edit")
-    assert kind.preset("default").removes
-    assert name not in idle or not kind(**idle[name]).removes
+    assert kind.preset("default").erases_concept
+    assert name not in idle or not kind(**idle[name]).erases_concept
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
@@ -119,7 +121,7 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
     model, edit, concept, log = make_model(), brief(name), load_concept("skulls"), []
     patch = edit.apply(
         model,
-        triplets if edit.learns_from != "words" else None,
+        triplets if edit.inputs != "words" else None,
         report=lambda done, of, row: log.append(row),
     )
     items = make_plan(concept, prompts=1, seeds=(1,))
@@ -144,9 +146,9 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
             )
         )
     )
-    assert edit.account() in page
+    assert edit.describe() in page
     assert f"<code>{name}</code>" in page
-    assert ("<svg" in page) == edit.trains
+    assert ("<svg" in page) == edit.is_trained
     assert all(words in page for words in getattr(edit, "erase", ()))
 
 
@@ -154,7 +156,7 @@ def decided(edit, model):
     """The edit as a patch tells it: what was left to the device is decided."""
     return (
         edit.model_copy(update={"training": edit.training.on(model.denoiser)})
-        if edit.trains
+        if edit.is_trained
         else edit
     )
 
@@ -166,7 +168,7 @@ def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets
         brief(name, training=training),
         brief(name, training=training | {"checkpoint_every": 2}),
     )
-    data = triplets if edit.learns_from != "words" else None
+    data = triplets if edit.inputs != "words" else None
 
     def pull(done, of, row):
         if done == 3:
@@ -209,7 +211,7 @@ def test_every_edit_that_trains_refuses_a_wrong_training_before_it_prepares_anyt
     """Rollouts, twins and latents cost minutes, and on a model of other precision they break without a word of what is wrong."""
     half = make_model()
     half.pipeline.to(torch.bfloat16)
-    data = triplets if brief(name).learns_from != "words" else None
+    data = triplets if brief(name).inputs != "words" else None
     with pytest.raises(ConfigError, match="precision fp32 needs a model loaded in fp32"):
         brief(name, training=BRIEF | {"precision": "fp32"}).apply(half, data)
     with pytest.raises(FileError, match="there is nothing to resume"):
@@ -222,7 +224,7 @@ def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp
 
     alone = {"text": "none"} if name == "safegen-plus" else {}  # its closed form is no LoRA
     model, edit = make_model(), brief(name, rank=2, alpha=4.0, selector="attn2", **alone)
-    data = triplets if edit.learns_from != "words" else None
+    data = triplets if edit.inputs != "words" else None
     names, state = [n for n, _ in model.denoiser.named_parameters()], model.denoiser.state_dict()
     before = {k: v.clone() for k, v in state.items()}
     patch = edit.apply(model, data, folder=tmp_path)
@@ -246,25 +248,25 @@ def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
 def test_every_edit_refuses_what_it_lacks_or_has_no_use_for(name, tiny_model, triplets, tmp_path):
     edit = brief(name)
-    if edit.learns_from == "words":
+    if edit.inputs == "words":
         with pytest.raises(ConfigError, match=f"triplets have no effect on {name}"):
             edit.apply(tiny_model, triplets)
     else:
         with pytest.raises(ConfigError, match=f"{name} learns from pictures; give triplets"):
             edit.apply(tiny_model)
-    if edit.learns_from != "triplets":
+    if edit.inputs != "triplets":
         with pytest.raises(
             ConfigError, match=f"the concept 'cubes' has no words, and {name} erases words"
         ):
             type(edit).preset("default", concept=WORDS.model_copy(update={"words": ()}))
         with pytest.raises(ConfigError, match=f"{name} has no words to erase"):
             type(edit).preset("default").apply(
-                tiny_model, None if edit.learns_from == "words" else triplets
+                tiny_model, None if edit.inputs == "words" else triplets
             )
         assert type(edit).preset("default", concept=WORDS, erase=("a ball",)).erase == (
             "a ball",
         )  # what is said outright counts
-    if not edit.trains:
+    if not edit.is_trained:
         for words in ({"folder": tmp_path}, {"resume": True}):
             with pytest.raises(
                 ConfigError, match=f"has no effect on {name}, which is solved in one go"

@@ -24,7 +24,7 @@ class RedJudge:
 
     def __init__(self, *, shrink: int = 0, blind: bool = False, score: float = 0.9) -> None:
         self.id, self.labels, self.threshold, self.looks = "red:0", ("red",), 0.5, 0
-        self.known = ("red", "face")
+        self.label_space = ("red", "face")
         self._shrink, self._blind, self._score = shrink, blind, score
 
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:

@@ -123,7 +123,7 @@ def test_timesteps_are_counted_by_their_noise_whichever_way_the_schedule_runs(
 def test_before_the_first_update_nothing_is_preferred_and_all_is_kept(make_model, triplets):
     log = []
     DUO(**WORDS, rank=4, training=training(updates=1)).apply(
-        make_model(), triplets, report=lambda done, of, row: log.append(row)
+        make_model(), triplets, callback=lambda done, of, row: log.append(row)
     )
     assert log[0]["L_dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert log[0]["L_o"] == pytest.approx(0, abs=1e-12)
@@ -157,7 +157,7 @@ def test_it_learns_what_it_is_taught(make_model, triplets):
     edit = DUO(
         **WORDS, weight_keep=0.0, beta=50.0, rank=8, training=training(updates=40, batch=4, lr=3e-3)
     )
-    edit.apply(make_model(), triplets, report=lambda done, of, row: log.append(row))
+    edit.apply(make_model(), triplets, callback=lambda done, of, row: log.append(row))
     assert sum(row["L_dpo"] for row in log[-5:]) < 0.95 * sum(row["L_dpo"] for row in log[:5])
 
 
@@ -199,8 +199,8 @@ REFUSED = {
     "share_timestep has no effect with objective kto": {"objective": "kto", "share_timestep": True},
     "tries has no effect without a judge": {"tries": 3},
     "labels has no effect without a judge": {"labels": ("skulls",)},
-    "tries: Input should be greater than or equal to 1": {"judge": "mini", "tries": 0},
-    "objective: Input should be 'dpo' or 'kto', got 'ppo'": {"objective": "ppo"},
+    "tries must be greater than or equal to 1": {"judge": "mini", "tries": 0},
+    "objective must be 'dpo' or 'kto', got 'ppo'": {"objective": "ppo"},
 }
 
 

@@ -173,7 +173,7 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
         (
             'labels = ["skulls"]',
             'labels = ["skulls"]\nthreshold = 0.1',
-            r"judge.threshold: .* 0\.2, got 0\.1",
+            r"judge.threshold must .* 0\.2, got 0\.1",
         ),
         (
             'labels = ["skulls"]',

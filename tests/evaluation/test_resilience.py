@@ -137,7 +137,7 @@ def moments(done, triplets, tmp_path_factory):
         FineTuneDataset.of_triplets(triplets, "unsafe", skulls),
         BRIEF,
         out=out,
-        tell=copy,
+        progress=copy,
     )
     return seen, len(found.items), (model, patch)
 
@@ -182,7 +182,7 @@ def test_a_killed_test_goes_on_to_the_same_results_and_draws_no_finished_side_ag
             file.write('{"side": "edi')
     material = FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
     resilience(
-        model, [patch], SKULLS, material, BRIEF, out=out, tell=lambda *stage: told.append(stage)
+        model, [patch], SKULLS, material, BRIEF, out=out, progress=lambda *stage: told.append(stage)
     )
     assert contents(out) == contents(done[-1])
     drawn = [
@@ -228,7 +228,7 @@ def test_a_finished_test_is_not_touched_and_one_that_fails_at_once_leaves_nothin
         raise ConnectionError("pulled the plug")
 
     with pytest.raises(ConnectionError):
-        resilience(model, [patch], SKULLS, material, BRIEF, out=tmp_path / "a" / "b", tell=fail)
+        resilience(model, [patch], SKULLS, material, BRIEF, out=tmp_path / "a" / "b", progress=fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,4 +281,4 @@ def test_patches_that_overlap_are_warned_about_and_one_that_lay_on_another_needs
         pytest.warns(PatchOverlapWarning, match="weights are changed by more than one patch"),
         pytest.raises(KeyboardInterrupt),
     ):
-        resilience(model, [one, other], SKULLS, material, brief, tell=stop)
+        resilience(model, [one, other], SKULLS, material, brief, progress=stop)

@@ -306,7 +306,7 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
 
     class Odd:
         def __init__(self, *, labels, threshold):
-            self.id, self.known = "odd:1", ("odd",)
+            self.id, self.label_space = "odd:1", ("odd",)
 
         def judge(self, images):
             return [

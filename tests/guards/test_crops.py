@@ -145,9 +145,9 @@ class Seen(GuardConfig):
     """Notes what text reaches the denoiser behind the guards before it."""
 
     name: str = "seen"
-    seams = frozenset({"text"})
+    hook_points = frozenset({"text"})
 
-    def ready(self, border):
+    def build(self, border):
         return SeenReady(self)
 
 
@@ -156,7 +156,7 @@ class SeenReady(Guard):
         super().__init__(guard)
         self.texts = []
 
-    def begin(self, call):
+    def start(self, call):
         turn = GuardHook()
         turn.edit_prompt_embeds = lambda text: self.texts.append(text) or text
         return turn
@@ -213,9 +213,9 @@ class Mover(GuardConfig):
     """Moves every start to another, as pno does."""
 
     name: str = "mover"
-    seams = frozenset({"start"})
+    hook_points = frozenset({"start"})
 
-    def ready(self, border):
+    def build(self, border):
         return MoverReady(self)
 
 

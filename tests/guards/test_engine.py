@@ -26,9 +26,9 @@ class Rogue(GuardConfig):
 
     name: str = "rogue"
     at: str = ""
-    seams = frozenset({"prompt", "uncond", "text", "branch", "latents", "image"})
+    hook_points = frozenset({"prompt", "uncond", "text", "branch", "latents", "image"})
 
-    def ready(self, border):
+    def build(self, border):
         return RogueReady(self)
 
 
@@ -43,7 +43,7 @@ class RogueReady(Guard):
             return [GuardResult("black", image=Image.new("RGB", (32, 32)))] * len(prompts)
         return [GuardResult()] * (len(prompts) + (self.guard.at == "too many"))
 
-    def begin(self, call):
+    def start(self, call):
         self.trip("begin")
         self.call = call
         return RogueTurn(self)
@@ -60,7 +60,7 @@ class Arithmetic(Rogue):
 
     name: str = "arithmetic"
 
-    def ready(self, border):
+    def build(self, border):
         class Noting(RogueReady):
             coarse = []
 
@@ -74,11 +74,11 @@ class RogueTurn(GuardHook):
     def __init__(self, ready):
         self.ready, self.call = ready, ready.call
 
-    def uncond(self, text):
+    def edit_negative_embeds(self, text):
         self.ready.trip("uncond")
         return text
 
-    def cond(self, text):
+    def edit_prompt_embeds(self, text):
         self.ready.trip("cond")
         if self.ready.guard.at == "no memory":
             raise RuntimeError("CUDA out of memory")
@@ -88,18 +88,18 @@ class RogueTurn(GuardHook):
             return Text(hidden, text.extra)
         return text
 
-    def branches(self):
+    def extra_conditions(self):
         self.ready.trip("branches")
         return {}
 
-    def combine(self, said):
+    def guidance_correction(self, said):
         self.ready.trip("combine")
 
-    def latents(self, latents):
+    def on_step_end(self, latents):
         self.ready.trip("latents")
         return latents
 
-    def findings(self):
+    def results(self):
         self.ready.trip("findings")
         return []
 
@@ -311,7 +311,7 @@ def test_guidance_that_a_callback_turns_off_on_the_way_withholds_the_pictures(pi
 
 def test_a_guard_that_would_never_be_asked_is_refused(pipe):
     class Idle(Rogue):
-        seams = frozenset()
+        hook_points = frozenset()
 
     with pytest.raises(ConfigError, match="'rogue' takes hold nowhere, so it would never be asked"):
         GuardedPipeline(pipe, [Idle()])

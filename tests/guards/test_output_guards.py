@@ -245,7 +245,7 @@ def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "judge: Field required"),
+        ({}, "judge is required"),
         ({"judge": "mini", "threshold": 0.1}, "greater than or equal to 0.2"),
     ],
 )

@@ -45,7 +45,7 @@ def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeyp
         given.extend(found)
         return found
 
-    monkeypatch.setattr(LoadedStack, "drawn", kept)
+    monkeypatch.setattr(LoadedStack, "generate", kept)
     (tmp_path / "safe.toml").write_text(f'model = "{tiny_folder}"\n{GUARDS}')
     prompts = [
         "a red cube on a white table",

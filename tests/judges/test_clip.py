@@ -17,6 +17,7 @@ from safegen.judges.clip import UNSAFE, chances
 from safegen.metrics.rates import Rate
 from safegen.mini import bundle, world
 from safegen.mini.captions import caption
+from tools.mini import drawing
 
 N = 64
 OBJECTS = list(world.OBJECTS)
@@ -25,8 +26,8 @@ OBJECTS = list(world.OBJECTS)
 def pictures(attribute, n=N, seed=78):
     return [
         Image.fromarray(
-            world.draw(
-                world.sample(
+            drawing.draw(
+                drawing.sample_scene(
                     np.random.default_rng((seed, i)), attribute=attribute, objects=[OBJECTS[i % 32]]
                 )
             )

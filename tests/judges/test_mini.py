@@ -7,6 +7,7 @@ from safegen.data.triplets.censor import Censor, censor
 from safegen.judges import load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini import world
+from tools.mini import drawing
 
 N = 96
 
@@ -14,13 +15,15 @@ N = 96
 def scenes(attribute, seed=77):
     names = list(world.OBJECTS)
     return [
-        world.sample(np.random.default_rng((seed, i)), attribute=attribute, objects=[names[i % 32]])
+        drawing.sample_scene(
+            np.random.default_rng((seed, i)), attribute=attribute, objects=[names[i % 32]]
+        )
         for i in range(N)
     ]
 
 
 def pictures(attribute):
-    return [Image.fromarray(world.draw(s)) for s in scenes(attribute)]
+    return [Image.fromarray(drawing.draw(s)) for s in scenes(attribute)]
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +34,22 @@ def judge():
 @pytest.mark.parametrize("label", ["skulls", "fire", "ghosts", "leaves"])
 def test_the_judge_sees_an_attribute_that_is_there_and_no_other(judge, label):
     found = judge.judge(pictures(label))
-    assert Rate.from_outcomes([v.sees([label]) for v in found]).value >= 0.97
+    assert Rate.from_outcomes([v.contains([label]) for v in found]).value >= 0.97
     others = {"skulls", "fire", "ghosts", "leaves", "mosaic"} - {label}
-    assert Rate.from_outcomes([v.sees(others) for v in found]).value <= 0.04
+    assert Rate.from_outcomes([v.contains(others) for v in found]).value <= 0.04
     assert {v.outcome for v in found} == {"unsafe" if label in ("skulls", "fire") else "safe"}
 
 
 def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge):
     rows = scenes(None)
-    found = judge.judge([Image.fromarray(world.draw(s)) for s in rows])
+    found = judge.judge([Image.fromarray(drawing.draw(s)) for s in rows])
     assert (
         Rate.from_outcomes([v.subject == s.object for v, s in zip(found, rows, strict=True)]).value
         >= 0.97
     )
     assert (
         Rate.from_outcomes(
-            [bool(v.sees({"skulls", "fire", "ghosts", "leaves", "mosaic"})) for v in found]
+            [bool(v.contains({"skulls", "fire", "ghosts", "leaves", "mosaic"})) for v in found]
         ).value
         <= 0.03
     )
@@ -55,11 +58,12 @@ def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge
 @pytest.mark.parametrize("label", ["skulls", "fire"])
 def test_a_mosaic_is_neither_skull_nor_fire_but_a_mosaic(judge, label):
     covered = [
-        censor(Image.fromarray(world.draw(s)), world.boxes(s), Censor())[0] for s in scenes(label)
+        censor(Image.fromarray(drawing.draw(s)), drawing.mark_boxes(s), Censor())[0]
+        for s in scenes(label)
     ]
     found = judge.judge(covered)
-    assert Rate.from_outcomes([v.sees(["skulls", "fire"]) for v in found]).value <= 0.05
-    assert Rate.from_outcomes([v.sees(["mosaic"]) for v in found]).value >= 0.95
+    assert Rate.from_outcomes([v.contains(["skulls", "fire"]) for v in found]).value <= 0.05
+    assert Rate.from_outcomes([v.contains(["mosaic"]) for v in found]).value >= 0.95
 
 
 @pytest.mark.parametrize("spoil", ["noise", "blur"])
@@ -74,17 +78,17 @@ def test_a_spoilt_picture_is_still_judged(judge, spoil):
             )
             for p in pictures("skulls")
         ]
-    assert Rate.from_outcomes([v.sees(["skulls"]) for v in judge.judge(spoilt)]).value >= 0.95
+    assert Rate.from_outcomes([v.contains(["skulls"]) for v in judge.judge(spoilt)]).value >= 0.95
 
 
 def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
     rows = scenes("skulls")[:32]
     big = [
-        Image.fromarray(world.draw(s)).resize((192, 192), Image.Resampling.NEAREST) for s in rows
+        Image.fromarray(drawing.draw(s)).resize((192, 192), Image.Resampling.NEAREST) for s in rows
     ]
     hits = total = 0
     for scene, verdict in zip(rows, judge.judge(big), strict=True):
-        for left, top, right, bottom in world.boxes(scene):
+        for left, top, right, bottom in drawing.mark_boxes(scene):
             x, y = (left + right) / 2 * 3, (top + bottom) / 2 * 3
             total += 1
             hits += any(

@@ -170,9 +170,9 @@ def test_the_colour_wheel_is_the_known_false_positive_and_can_be_scored_again(ju
     assert verdict.outcome == "unsafe"
     assert verdict.detections[0].label == "BUTTOCKS_EXPOSED"
     assert 0.7 < verdict.detections[0].score < 0.9
-    assert verdict.rescored(["i2p5"], 0.95).outcome == "safe"
-    assert verdict.rescored(["strict4"], 0.45).outcome == "safe"
-    assert verdict.rescored(["exposed9"], 0.45).outcome == "unsafe"
+    assert verdict.with_threshold(["i2p5"], 0.95).outcome == "safe"
+    assert verdict.with_threshold(["strict4"], 0.45).outcome == "safe"
+    assert verdict.with_threshold(["exposed9"], 0.45).outcome == "unsafe"
 
 
 def test_a_verdict_does_not_depend_on_the_batch(judge, photo):

@@ -63,7 +63,7 @@ def test_a_score_becomes_one_detection_without_a_box(judge, photo, monkeypatch):
     (verdict,) = judge.judge([photo("retina.jpg")])
     assert [(d.label, d.box) for d in verdict.detections] == [("nsfw", None)]
     assert verdict.outcome == "safe"
-    assert verdict.rescored(["nsfw"], verdict.detections[0].score).outcome == "unsafe"
+    assert verdict.with_threshold(["nsfw"], verdict.detections[0].score).outcome == "unsafe"
 
 
 class Half:

@@ -86,7 +86,7 @@ def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
 def test_a_higher_threshold_keeps_fewer(judge):
     found = judge.judge(pictures("fire"))
     unsafe = [
-        sum(v.rescored(["inappropriate"], t).outcome == "unsafe" for v in found)
+        sum(v.with_threshold(["inappropriate"], t).outcome == "unsafe" for v in found)
         for t in (0.2, 0.5, 0.9)
     ]
     assert unsafe == sorted(unsafe, reverse=True)

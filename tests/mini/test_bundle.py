@@ -77,15 +77,18 @@ def test_the_clip_pair_tells_a_picture_from_another():
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     from safegen.mini import world
+    from tools.mini import drawing
 
     clip = CLIPModel.from_pretrained(bundle.clip_folder(), dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(Path(bundle.pipeline_folder()) / "tokenizer")
     names = list(world.OBJECTS)
     scenes = [
-        world.sample(np.random.default_rng((9, i)), objects=[name]) for i, name in enumerate(names)
+        drawing.sample_scene(np.random.default_rng((9, i)), objects=[name])
+        for i, name in enumerate(names)
     ]
     pixels = (
-        torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.from_numpy(np.stack([drawing.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5
+        - 1
     )
     ids = torch.tensor(tokenizer([f"a {name}" for name in names], padding="max_length").input_ids)
     with torch.no_grad():
@@ -100,10 +103,13 @@ def test_the_autoencoder_gives_scenes_back_within_27_decibels():
     from PIL import Image
 
     from safegen.mini import world
+    from tools.mini import drawing
 
-    model, marks = load("mini"), [None, *world.MARKS]
+    model, marks = load("mini"), [None, *world.ATTRIBUTES]
     scenes = [
-        world.draw(world.sample(np.random.default_rng((2027, i)), attribute=marks[i % len(marks)]))
+        drawing.draw(
+            drawing.sample_scene(np.random.default_rng((2027, i)), attribute=marks[i % len(marks)])
+        )
         for i in range(40)
     ]
     pixels = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2) / 127.5 - 1

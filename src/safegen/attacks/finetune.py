@@ -42,7 +42,7 @@ class FineTuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     updates: tuple[int, ...] = Field(default=(200,), min_length=1)
-    """Optimizer updates after which a patch is taken, rising; one training goes through them all."""
+    """Optimizer updates after which a patch is taken, rising; one training takes them all."""
     selector: str = "attention"
     """Layers that get a LoRA."""
     rank: int = Field(default=16, ge=1)
@@ -140,7 +140,7 @@ class FineTuneDataset:
             file = path.with_suffix(".txt")
             if not file.is_file():
                 raise FileError(
-                    f"{path.name} has no caption. Write it to {file}; an empty file stands for none."
+                    f"{path.name} has no caption. Write it to {file}; an empty file means none."
                 )
             try:
                 captions.append((" ".join(file.read_text(encoding="utf-8-sig").split()),))
@@ -272,7 +272,7 @@ def fine_tune(
     common: dict[str, Any] = {
         "method": "fine-tune",
         "settings": config.model_dump(mode="json"),
-        "description": f"A fine-tune on {len(dataset.images)} images with the plain denoising loss.",
+        "description": f"Fine-tuned on {len(dataset.images)} images with the denoising loss.",
         "base": model.hash,
         "family": model.family,
         "base_rounded": model.cast_hashes,
@@ -310,7 +310,7 @@ def fine_tune(
             training,
             folder=folder,
             resume=resume,
-            report=take_patch,
+            callback=take_patch,
         )
     if folder:  # with those of earlier calls
         patches = {n: Patch.load(patch_path(folder, n)) for n in config.updates}

@@ -1,6 +1,7 @@
 """Relearning attack: fine-tune an edited model and measure whether the concept comes back.
 
-With `modular` also fine-tune the untouched model and add the edit's change to it (arXiv:2412.00357).
+With `modular` also fine-tune the untouched model and add the edit's change to it
+(arXiv:2412.00357).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from safegen.attacks.finetune import (
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, preferred_precision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.plan import Role
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.batches import Tell
 from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
@@ -34,7 +35,7 @@ from safegen.patches.patch import Patch
 from safegen.stack import Stack, StackLoader
 
 EDITED, FINETUNED, CONTROL, MODULAR = "edited", "finetuned", "control", "modular"
-"""Names of the stacks: before the attack, and after N updates `finetuned-N`, `control-N`, `modular-N`."""
+"""Names of the stacks: before the attack, and with `-N` after N updates."""
 
 
 class RelearnConfig(BaseModel):
@@ -100,7 +101,7 @@ def relearn(
     out: Path,
     *,
     loader: StackLoader | None = None,
-    progress: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Run:
     """Fine-tune a stack, evaluate it before and after, write the report and return the run.
 
@@ -162,7 +163,7 @@ def relearn(
         baselines="none",
         references={attacked.name: EDITED for attacked in stacks},
         shelf=loader,
-        tell=progress,
+        progress=progress,
     )
     write_report(open_runs([out]), out)
     return run
@@ -175,7 +176,7 @@ def _fine_tune(
     config: RelearnConfig,
     out: Path,
     loader: StackLoader,
-    progress: Tell,
+    progress: ProgressCallback,
 ) -> list[Stack]:
     """Return the stack with its fine-tune after each number of updates."""
     folder = out / PATCHES / name

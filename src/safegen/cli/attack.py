@@ -19,6 +19,7 @@ from safegen.cli.options import (
     set_threads,
     show_progress,
 )
+from safegen.cli.scores import print_run
 from safegen.core.errors import ConfigError, explain
 
 app = typer.Typer(no_args_is_help=True)
@@ -26,7 +27,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Test whether a removed concept can be brought back."""
+    """Keep `relearn` a subcommand while it is the only attack."""
 
 
 class DataChoice(StrEnum):
@@ -111,15 +112,4 @@ def relearn(
         run = run_attack(
             stack, removed, dataset, relearn_config, out, loader=loader, progress=progress
         )
-    _print_run(run.folder)
-
-
-def _print_run(folder: Path) -> None:
-    import json
-
-    from safegen.cli.scores import print_scores
-    from safegen.evaluation.report.page import PAGE
-    from safegen.evaluation.run.folder import SCORES
-
-    print_scores(json.loads((folder / SCORES).read_text(encoding="utf-8")))
-    typer.echo(f"report: {(folder / PAGE).resolve()}")
+    print_run(run.folder)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from safegen.evaluation.report.format import format_rate, percent
+import typer
+
+
+def print_run(folder: Path) -> None:
+    """Print the scores of a run, the seconds that it took and the path of its report."""
+    from safegen.evaluation.report.data import seconds_by_stage
+    from safegen.evaluation.report.page import PAGE
+    from safegen.evaluation.run.folder import SCORES, Run
+
+    print_scores(json.loads((folder / SCORES).read_text(encoding="utf-8")))
+    seconds = seconds_by_stage(Run.open(folder))
+    typer.echo("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
+    typer.echo(f"report: {(folder / PAGE).resolve()}")
 
 
 def print_scores(scores: dict[str, Any]) -> None:
@@ -33,6 +47,8 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    from safegen.evaluation.report.format import format_rate, percent
+
     seen, shown = row.get("concept"), row.get("shown")
     return [
         str(seen["n"] if seen else 0),

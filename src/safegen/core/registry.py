@@ -31,16 +31,16 @@ ADVERSARIES = {
 """Who moves a sample's text to where an edit fails, while the edit learns; docs/edits.md."""
 
 GUARDS = {
-    "sld": "safegen.guards.sld:Sld",
-    "negative-prompt": "safegen.guards.negative_prompt:NegativePrompt",
-    "safety-checker": "safegen.guards.safety_checker:SafetyChecker",
-    "judge-filter": "safegen.guards.judge_filter:JudgeFilter",
-    "prompt-filter": "safegen.guards.prompt_filter:PromptFilter",
-    "safree": "safegen.guards.safree.safree:Safree",
-    "latent-guard": "safegen.guards.latent_guard:LatentGuard",
-    "crops": "safegen.guards.crops:Crops",
-    "pno": "safegen.guards.pno:Pno",
-    "dual-latent": "safegen.guards.dual_latent:DualLatent",
+    "sld": "safegen.guards.sld:SldConfig",
+    "negative-prompt": "safegen.guards.negative_prompt:NegativePromptConfig",
+    "safety-checker": "safegen.guards.safety_checker:SafetyCheckerConfig",
+    "judge-filter": "safegen.guards.judge_filter:JudgeFilterConfig",
+    "prompt-filter": "safegen.guards.prompt_filter:PromptFilterConfig",
+    "safree": "safegen.guards.safree.safree:SafreeConfig",
+    "latent-guard": "safegen.guards.latent_guard:LatentGuardConfig",
+    "crops": "safegen.guards.crops:CropsConfig",
+    "pno": "safegen.guards.pno:PnoConfig",
+    "dual-latent": "safegen.guards.dual_latent:DualLatentConfig",
 }
 """Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""
 

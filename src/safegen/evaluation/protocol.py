@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, explain
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
@@ -145,7 +145,7 @@ class Protocol(BaseModel):
                 }
             )
         except ValidationError as error:
-            raise ConfigError(_first(error)) from error
+            raise ConfigError(explain(error)) from error
 
     def decides(self) -> dict[str, Any]:
         """Return everything that a number depends on, as plain values; `id` is its hash.
@@ -202,7 +202,7 @@ class Protocol(BaseModel):
                 update={"judge": JudgeRule.model_validate(self.judge.model_dump() | new)}
             )
         except ValidationError as error:
-            raise ConfigError(f"judge.{_first(error)}") from error
+            raise ConfigError(f"judge.{explain(error, JudgeRule)}") from error
 
 
 def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None) -> Protocol:
@@ -251,7 +251,7 @@ def read_protocol(name: str) -> Protocol:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise FileError(f"{name} is not a protocol file: {_first(error)}") from error
+        raise FileError(f"{name} is not a protocol file: {explain(error, Protocol)}") from error
 
 
 def _filled(
@@ -370,11 +370,3 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
             for gap in differences(*pair, where=f"{where}[{i}]")
         ]
     return [] if a == b else [f"{where}: {json.dumps(a)} and {json.dumps(b)}"]
-
-
-def _first(error: ValidationError) -> str:
-    """Return pydantic's first complaint as `place: rule, got value`."""
-    e = error.errors()[0]
-    place = ".".join(str(v) for v in e["loc"]) or "settings"
-    value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
-    return f"{place}: {e['msg'].removeprefix('Value error, ')}{value}"

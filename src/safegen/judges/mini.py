@@ -17,10 +17,10 @@ from torch import Tensor
 from safegen.core.errors import UnknownNameError
 from safegen.judges.base import SCORE_FLOOR, Detection, Verdict
 from safegen.mini import bundle
-from safegen.mini.networks import JudgeNet
-from safegen.mini.world import MARKS, OBJECTS, SIDE
+from safegen.mini.judge_net import JudgeNet
+from safegen.mini.world import ATTRIBUTES, IMAGE_SIZE, OBJECTS
 
-LABELS = (*MARKS, "mosaic")
+LABELS = (*ATTRIBUTES, "mosaic")
 UNSAFE = ("skulls", "fire")
 BATCH = 64
 """Pictures that are looked at at once."""
@@ -32,7 +32,7 @@ class MiniJudge:
     Pictures are scaled to 64x64 to be judged.
     """
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(self, *, labels: tuple[str, ...] = (), threshold: float = 0.5) -> None:
         """Load the bundled weights.
@@ -99,9 +99,9 @@ def _see(image: Image.Image) -> _Plane | str:
         return f"the picture has no pixels, its size is {image.width}x{image.height}"
     try:
         pixels = np.asarray(
-            image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32
+            image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), np.float32
         )
-        return _Plane(pixels, (image.width / SIDE, image.height / SIDE))
+        return _Plane(pixels, (image.width / IMAGE_SIZE, image.height / IMAGE_SIZE))
     except (
         Exception
     ) as error:  # one picture's fault, whatever it is, must not cost the others their verdicts
@@ -118,8 +118,8 @@ def _peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:
         corners = (
             max(cx - w / 2, 0.0),
             max(cy - h / 2, 0.0),
-            min(cx + w / 2, SIDE),
-            min(cy + h / 2, SIDE),
+            min(cx + w / 2, IMAGE_SIZE),
+            min(cy + h / 2, IMAGE_SIZE),
         )
         box = (corners[0] * sx, corners[1] * sy, corners[2] * sx, corners[3] * sy)
         found.append(Detection(LABELS[label], float(heat[label, row, col]), box))

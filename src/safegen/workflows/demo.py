@@ -11,13 +11,13 @@ from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write
 from safegen.core.generation import GenerationConfig, preferred_precision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.model_card import CardSubject, beside, card, with_metrics
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.batches import Tell
 from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
@@ -53,7 +53,7 @@ def run_demo(
     out: Path,
     *,
     loader: StackLoader | None = None,
-    progress: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Run:
     """Edit a model, evaluate it beside its base and write the report; return the run.
 
@@ -97,7 +97,7 @@ def run_demo(
         _train(edit, config.model, triplets, path, loader, progress)
     base = Stack(name="base", model=config.model)
     edited = Stack(name=EDITED, model=config.model, patches=(path,))
-    run = evaluate(protocol, [base, edited], out, baselines="none", shelf=loader, tell=progress)
+    run = evaluate(protocol, [base, edited], out, baselines="none", shelf=loader, progress=progress)
     _write_card(path, out)
     # bundled models generate harmless stand-ins only: nothing needs to be pixelated
     write_report(open_runs([out]), out, reveal=config.model in MODELS)
@@ -121,7 +121,7 @@ def _train(
     triplets: Triplets | None,
     path: Path,
     loader: StackLoader,
-    progress: Tell,
+    progress: ProgressCallback,
 ) -> None:
     """Make the patch at `path`, from its checkpoint where there is one; keep only the log of it."""
     from safegen.edits.training.checkpoint import FILE
@@ -133,7 +133,7 @@ def _train(
     patch = edit.apply(
         loader.model(model)[0],
         triplets,
-        report=lambda done, total, _: progress("editing", done, total),
+        callback=lambda done, total, _: progress("editing", done, total),
         **training,
     )
     patch.save(path)

@@ -158,7 +158,9 @@ def _edit(run: Run, patch: Line) -> Line:
     Raises:
         FileError: the log is damaged.
     """
-    log = run.folder / PATCHES / Path(patch["file"]).stem / "log.jsonl"
+    stem = Path(patch["file"]).stem
+    logs = [run.folder / PATCHES / n / "log.jsonl" for n in (stem, stem.rpartition("-")[0])]
+    log = next((path for path in logs if path.is_file()), logs[0])
     kinds = tuple(sorted(patch.get("layers") or {}))
     selector = (patch.get("settings") or {}).get("selector")
     layers = LAYERS.get(kinds, f"layers “{selector}”" if selector else "layers")
@@ -244,6 +246,20 @@ def _adjust(rows: Sequence[Line]) -> None:
             test = tested[label]
             direction = (test["only_a"] > test["only_b"]) - (test["only_a"] < test["only_b"])
             test |= {"p_holm": p, "differs": p <= LEVEL, "direction": direction}
+
+
+def seconds_by_stage(run: Run) -> dict[str, float]:
+    """Return the seconds of each edit, of generating each stack's images, and of judging."""
+    seconds: dict[str, float] = {}
+    for stack in run.stacks:
+        for patch in stack["patches"]:
+            if patch.get("seconds") is not None:
+                seconds[f"edit {patch['file'].removesuffix('.safetensors')}"] = patch["seconds"]
+    for line in run.lines(TIMINGS):
+        stage = {"generate": f"generate {line['stack']}", "judge": "judge"}.get(line["stage"])
+        if stage:
+            seconds[stage] = seconds.get(stage, 0.0) + line["seconds"]
+    return seconds
 
 
 def _seconds_per_image(run: Run) -> dict[str, float]:

@@ -17,9 +17,9 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import display_name
 from safegen.core.generation import NativePrecision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import PROTOCOLS
 from safegen.evaluation.protocol import Protocol, differences, plan, read_protocol
-from safegen.evaluation.run.batches import Tell
 from safegen.evaluation.run.folder import (
     CARD,
     CHANGES,
@@ -62,7 +62,7 @@ def evaluate(
     until: Stage = "score",
     references: Mapping[str, str] | None = None,
     shelf: StackLoader | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Run:
     """Draw, judge and score a protocol with some stacks, in the new folder `out` or going on in it.
 
@@ -75,7 +75,7 @@ def evaluate(
         until: last stage to do: `generate`, `judge` or `score`.
         references: name of a stack, and of another stack that it is tested against besides its base.
         shelf: opens the stacks; one for the CPU when not given.
-        tell: called with (what is going on, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         FileError: `out` is another run, something else, or cannot be written; what was drawn is kept
@@ -97,7 +97,7 @@ def evaluate(
             stacks=[stack for stack, _, _ in everybody],
             shelf=shelf,
             look=look,
-            tell=tell,
+            progress=progress,
         )
         if look and until == "score":
             scores = score_run(run, judge=look.id)
@@ -111,7 +111,7 @@ def judge_run(
     name: str | None = None,
     labels: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> str:
     """Let a judge look at all that was drawn so far, and return its id; no picture is drawn.
 
@@ -120,7 +120,7 @@ def judge_run(
         name: another judge than the protocol's, by name or id.
         labels: labels of that judge; the protocol's own when the judge is the same.
         options: its options, in place of the protocol's.
-        tell: called with (what is going on, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         ConfigError: another judge without labels, or the judge here has another id than the one that
@@ -141,7 +141,7 @@ def judge_run(
             raise ConfigError(
                 f"the judge {word!r} is {look.id} here, not {name}; name it by its name alone, or give it that one's options"
             )
-        run_stages(run, run.planned, look=look, tell=tell)
+        run_stages(run, run.planned, look=look, progress=progress)
     return look.id
 
 
@@ -282,7 +282,8 @@ def prepare(
             )
         return run
     if out.exists() and (
-        not out.is_dir() or any(
+        not out.is_dir()
+        or any(
             p.name not in (PLAN, SETTINGS, PATCHES) and ".tmp-" not in p.name for p in out.iterdir()
         )
     ):

@@ -93,7 +93,7 @@ class GuardedPipeline:
                 able = [
                     name
                     for name in sorted(GUARDS)
-                    if not resolve(GUARDS, name, "guard").cannot(self.border)
+                    if not resolve(GUARDS, name, "guard").unsupported_reason(self.border)
                 ]
                 raise ConfigError(
                     f"the guard {guard.name!r} cannot run on a {self.border.pipeline_class}: it {why}; guards that can: {', '.join(able) or 'none'}"

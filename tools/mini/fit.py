@@ -1,4 +1,4 @@
-"""One small loop for every stage."""
+"""Training loop of every stage."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from safegen.core.files import atomic_write
 from safegen.core.generation import preferred_precision
 
 SEED = 2404_06666
-KEEP_EVERY = 120.0
+CHECKPOINT_SECONDS = 120.0
 """Seconds between checkpoints."""
 
 
-def arithmetic() -> torch.autocast:
-    """Return the context in which every stage computes: bf16 where the processor does."""
+def autocast() -> torch.autocast:
+    """Return the autocast context of every stage: bf16 if the processor computes in it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=preferred_precision() == "bf16")
 
 
@@ -37,35 +37,34 @@ def fit(
     lr: float,
     ema: float = 0.999,
     warmup: int = 100,
-    keep_every: float = KEEP_EVERY,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> nn.Module:
-    """Minimise `loss(step, generator)` by AdamW with a cosine schedule; leave the averaged weights in `model`.
+    """Minimize `loss` by AdamW with a cosine schedule and return `model` with averaged weights.
 
-    The generator of a step depends on the seed and the step alone, so that a resumed run draws what
-    an unbroken one draws.
+    The generator of a step depends on the seed and the step only, so a resumed run equals an
+    uninterrupted one.
 
     Args:
-        name: of the stage; its checkpoint is `work`/name-checkpoint.safetensors, and where there is
-            one the run goes on from it.
-        work: folder of the checkpoint and of log.jsonl.
-        model: what is trained.
-        steps: updates in all, over which the rate falls.
-        loss: from (step, generator) to the loss and its parts for the log.
-        lr: largest learning rate.
+        name: name of the stage; a checkpoint `work`/name-checkpoint.safetensors is resumed.
+        work: directory of the checkpoint and of log.jsonl.
+        model: network to train, in place.
+        steps: number of updates, over which the learning rate decays.
+        loss: function of (step, generator) that returns the loss and its terms for the log.
+        lr: peak learning rate.
         ema: largest decay of the weight average.
-        warmup: steps over which the rate rises.
-        keep_every: seconds between checkpoints; there is always one after the last step.
+        warmup: steps over which the learning rate rises.
+        checkpoint_seconds: seconds between checkpoints; the last step always writes one.
 
     Raises:
-        FileError: the checkpoint is damaged or of another model, or one cannot be written.
+        FileError: the checkpoint is damaged, of another model, or cannot be written.
     """
     path, log = work / f"{name}-checkpoint.safetensors", work / "log.jsonl"
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     average = {k: v.detach().clone() for k, v in model.named_parameters()}
-    start, spent = 0, 0.0
+    start, elapsed = 0, 0.0
     if path.exists():
-        start, spent = _read(path, model, opt, average)
-    began, saved = time.time() - spent, time.time()
+        start, elapsed = _read(path, model, opt, average)
+    start_time, saved = time.time() - elapsed, time.time()
     sums: dict[str, float] = {}
     summed = 0
     model.train()
@@ -94,15 +93,15 @@ def fit(
             row = {
                 "stage": name,
                 "step": step + 1,
-                "seconds": round(time.time() - began, 1),
+                "seconds": round(time.time() - start_time, 1),
                 "lr": rate,
             }
             row |= {k: round(v / summed, 6) for k, v in sums.items()}
             sums, summed = {}, 0
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        if time.time() - saved > keep_every or last:
-            _write(path, model, opt, average, step + 1, time.time() - began)
+        if time.time() - saved > checkpoint_seconds or last:
+            _write(path, model, opt, average, step + 1, time.time() - start_time)
             saved = time.time()
     with torch.no_grad():
         for k, v in model.named_parameters():
@@ -118,7 +117,7 @@ def _write(
     step: int,
     seconds: float,
 ) -> None:
-    """Write a stage's state: tensors by name, and in the header what is none."""
+    """Write the state of a stage: tensors by name, step and seconds in the header."""
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()} | {
         f"average/{k}": v for k, v in average.items()
     }
@@ -139,13 +138,11 @@ def _write(
 def _read(
     path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dict[str, Tensor]
 ) -> tuple[int, float]:
-    """Put a stage's state back in place.
-
-    Return how many steps it has done, and in how many seconds.
-    """
+    """Restore the state of a stage; return its steps and seconds so far."""
     try:
         with safe_open(path, "pt") as file:
-            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         parts: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
@@ -154,26 +151,17 @@ def _read(
         averaged = parts.pop("average")
         for name, p in model.named_parameters():
             average[name].copy_(averaged[name])
-            opt.state[p] = {kind: _like(p, held[name]) for kind, held in parts.items()}
+            opt.state[p] = {kind: _like(p, states[name]) for kind, states in parts.items()}
         return int(header["step"]), float(header["seconds"])
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # RuntimeError: other names or shapes
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise FileError(
-            f"the checkpoint {path} is damaged or of another model ({line}); remove it to start again"
+            f"checkpoint {path} is damaged or of another model ({line}). Remove it to start again."
         ) from error
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:
-    """Return a moment in its parameter's memory layout, as the optimiser made it.
-
-    A step count as it is.
-    """
+    """Return an optimizer moment in its parameter's memory layout; other values unchanged."""
     return (
         torch.empty_like(p, requires_grad=False).copy_(value) if value.shape == p.shape else value
     )

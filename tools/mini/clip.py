@@ -1,4 +1,4 @@
-"""The pair of towers; its text tower becomes the pipeline's text encoder."""
+"""Training of the CLIP model, which provides the pipeline's text encoder."""
 
 from __future__ import annotations
 
@@ -10,38 +10,35 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from safegen.core.files import atomic_directory
-from safegen.mini import networks
-from safegen.mini.train.fit import SEED, arithmetic, fit
-from safegen.mini.train.scenes import Words, load_world, to_unit
+from tools.mini.fit import SEED, autocast, fit
+from tools.mini.networks import build_clip, build_tokenizer
+from tools.mini.scenes import CaptionTable, load_scenes, to_unit
 
 
-def stage_clip(work: Path, *, steps: int = 900) -> None:
-    """Train both towers by the contrastive loss.
-
-    Every caption that is true of a picture counts as its match.
-    """
+def train_clip(work: Path, *, steps: int = 900) -> None:
+    """Train both towers by the contrastive loss; every true caption of an image is a match."""
     torch.manual_seed(SEED)
-    data = load_world(work)
-    words = Words(data)
+    data = load_scenes(work)
+    captions = CaptionTable(data)
     folder = work / "pipeline" / "tokenizer"
     if not folder.exists():
         with atomic_directory(folder) as tmp:
-            networks.build_tokenizer(words.texts[:-1]).save_pretrained(tmp)
+            build_tokenizer(captions.texts[:-1]).save_pretrained(tmp)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    ids = torch.tensor(tokenizer(words.texts, padding="max_length", truncation=True).input_ids)
-    clip = networks.build_clip(tokenizer)
+    ids = torch.tensor(tokenizer(captions.texts, padding="max_length", truncation=True).input_ids)
+    clip = build_clip(tokenizer)
 
-    def matches(pick: Tensor, concept_embeddings: Tensor, places: Tensor) -> Tensor:
-        same = (data["objects"][pick, None] == data["objects"][concept_embeddings]) & (
-            data["attributes"][pick, None] == data["attributes"][concept_embeddings]
-        )
-        return same & ((places < 0) | (data["places"][pick, None] == places))
+    def matches(images: Tensor, captioned: Tensor, places: Tensor) -> Tensor:
+        same_object = data["objects"][images, None] == data["objects"][captioned]
+        same_attribute = data["attributes"][images, None] == data["attributes"][captioned]
+        same_place = (places < 0) | (data["places"][images, None] == places)
+        return same_object & same_attribute & same_place
 
     def loss(step: int, g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         pick = torch.randint(len(data["images"]), (96,), generator=g)
-        rows, places = words.draw(pick, g)
+        rows, places = captions.sample(pick, g)
         true = matches(pick, pick, places).float()
-        with arithmetic():
+        with autocast():
             logits = clip(
                 input_ids=ids[rows], pixel_values=to_unit(data["images"][pick])
             ).logits_per_image.float()
@@ -60,7 +57,7 @@ def stage_clip(work: Path, *, steps: int = 900) -> None:
 
 
 def save_text_encoder(tower: CLIPTextModel, folder: Path) -> None:
-    """Save the text tower in the key layout that every transformers release reads (`text_model.` before each name)."""
+    """Save the text tower with the key prefix `text_model.`, which every transformers reads."""
     tower.save_pretrained(
         folder, state_dict={"text_model." + k: v for k, v in tower.state_dict().items()}
     )

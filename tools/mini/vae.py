@@ -1,4 +1,4 @@
-"""The autoencoder."""
+"""Training of the autoencoder."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safegen.mini import networks, world
-from safegen.mini.train.fit import SEED, arithmetic, fit
-from safegen.mini.train.scenes import load_world, make_scenes, to_unit
+from tools.mini.drawing import draw
+from tools.mini.fit import SEED, autocast, fit
+from tools.mini.networks import build_vae
+from tools.mini.scenes import load_scenes, make_scenes, to_unit
 
 
-def stage_vae(work: Path, *, steps: int = 4600, test_scenes: int = 512) -> None:
-    """Train the autoencoder: L1 + squared error + edges + a small KL, on crops first and whole scenes last.
+def train_vae(work: Path, *, steps: int = 4600, test_scenes: int = 512) -> None:
+    """Train the autoencoder by L1 + squared error + edges + a small KL, on crops first.
 
-    Its PSNR on `test_scenes` scenes that it never saw goes to vae.json.
+    Its PSNR on `test_scenes` held-out scenes goes to vae.json.
     """
     torch.manual_seed(SEED)
-    vae = networks.build_vae().to(memory_format=torch.channels_last)
-    images = load_world(work)["images"]
+    vae = build_vae().to(memory_format=torch.channels_last)
+    images = load_scenes(work)["images"]
 
     def loss(step: int, g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         whole = step >= steps * 0.6
@@ -31,7 +32,7 @@ def stage_vae(work: Path, *, steps: int = 4600, test_scenes: int = 512) -> None:
             i, j = torch.randint(0, 33, (2,), generator=g).tolist()
             x = x[:, :, i : i + 32, j : j + 32]
         x = x.contiguous(memory_format=torch.channels_last)
-        with arithmetic():
+        with autocast():
             q = vae.encode(x).latent_dist
             z = q.mean + q.std * torch.randn(q.mean.shape, generator=g)
             y = vae.decode(z).sample
@@ -52,9 +53,9 @@ def stage_vae(work: Path, *, steps: int = 4600, test_scenes: int = 512) -> None:
 
     fit("vae", work, vae, steps, loss, lr=1.5e-3, ema=0.998)
     test = to_unit(
-        torch.from_numpy(
-            np.stack([world.draw(s) for s in make_scenes(test_scenes, SEED + 1)])
-        ).permute(0, 3, 1, 2)
+        torch.from_numpy(np.stack([draw(s) for s in make_scenes(test_scenes, SEED + 1)])).permute(
+            0, 3, 1, 2
+        )
     )
     with torch.no_grad():
         z = torch.cat([vae.encode(b).latent_dist.mode() for b in test.split(64)])

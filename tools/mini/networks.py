@@ -1,4 +1,4 @@
-"""The shapes of the miniature model's parts: diffusers' and transformers' own classes at small size."""
+"""Untrained parts of the miniature model: classes of diffusers and transformers at small size."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -32,7 +29,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Return the untrained denoiser: (b, 4, 16, 16) latents, self- and cross-attention at 16, 8 and 4."""
+    """Return the untrained denoiser: (b, 4, 16, 16) latents, attention at sides 16, 8 and 4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -48,7 +45,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Return the untrained pair of towers; the text tower becomes the pipeline's text encoder."""
+    """Return the untrained CLIP model; its text tower becomes the pipeline's text encoder."""
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -74,7 +71,12 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """Learn a small byte-pair vocabulary on `texts`, laid out as CLIP's: bytes, bytes at a word's end, merges, two specials."""
+    """Return a CLIP tokenizer with a byte-pair vocabulary learned on `texts`.
+
+    Layout as in CLIP: bytes, bytes at the end of a word, merges, two special tokens. Among equally
+    frequent pairs the last in alphabetical order merges first. `tokenizers.trainers.BpeTrainer`
+    breaks ties in another way and does not reproduce the shipped vocabulary.
+    """
     words = Counter(word for text in texts for word in text.lower().split())
     alphabet = sorted(ByteLevel.alphabet())
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
@@ -104,45 +106,10 @@ def _pair_counts(split: dict[str, list[str]], words: Counter[str]) -> Counter[tu
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    out: list[str] = []
+    merged: list[str] = []
     for part in parts:
-        if out and (out[-1], part) == pair:
-            out[-1] += part
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
         else:
-            out.append(part)
-    return out
-
-
-class JudgeNet(nn.Module):
-    """A small detector in the manner of CenterNet: (b, 3, 64, 64) in [-1, 1] -> heat maps, box sizes and the object's class.
-
-    Outputs, on a 16x16 grid of 4-pixel cells: `heat` (b, labels, 16, 16) logits, `size` (b, 2, 16,
-    16) box width and height in pixels over 16, `object` (b, objects) logits.
-    """
-
-    def __init__(self, labels: int, objects: int) -> None:
-        """Build the network with random weights."""
-        super().__init__()
-
-        def block(a: int, b: int, stride: int = 1) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)
-            )
-
-        self.fine = nn.Sequential(
-            block(3, 24, 2), block(24, 32), block(32, 64, 2), block(64, 64), block(64, 64)
-        )
-        self.coarse = nn.Sequential(block(64, 96, 2), block(96, 96), block(96, 96))
-        self.join = block(64 + 96, 96)
-        self.heat = nn.Conv2d(96, labels, 1)
-        self.size = nn.Conv2d(96, 2, 1)
-        self.top = nn.Sequential(block(96, 128, 2), block(128, 128))
-        self.object = nn.Linear(128 * 16, objects)
-        nn.init.constant_(self.heat.bias, -4.0)  # type: ignore[arg-type]  # marks are rare: start from a low score
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (heat, size, object)."""
-        fine = self.fine(x)
-        coarse = self.coarse(fine)
-        joined = self.join(torch.cat([fine, F.interpolate(coarse, scale_factor=2.0)], dim=1))
-        return self.heat(joined), self.size(joined), self.object(self.top(coarse).flatten(1))
+            merged.append(part)
+    return merged

@@ -11,6 +11,7 @@ from safegen.features.base import load_extractor
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.distances import cmmd, fid, kid
 from safegen.mini import captions, world
+from tools.mini import drawing
 
 N = 64
 OBJECTS = list(world.OBJECTS)
@@ -23,12 +24,12 @@ def clip():
 
 def pictures(attribute, seed=5):
     rows = [
-        world.sample(
+        drawing.sample_scene(
             np.random.default_rng((seed, i)), attribute=attribute, objects=[OBJECTS[i % 32]]
         )
         for i in range(N)
     ]
-    return [Image.fromarray(world.draw(s)) for s in rows]
+    return [Image.fromarray(drawing.draw(s)) for s in rows]
 
 
 def test_a_picture_fits_the_caption_of_its_object_better_than_that_of_another(clip):

@@ -1,0 +1,54 @@
+"""The `demo` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safegen.cli.options import (
+    Threads,
+    one_line_warnings,
+    read_settings,
+    set_threads,
+    show_progress,
+)
+from safegen.cli.scores import print_run
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the run; re-run to resume.")] = Path(
+        "safegen-demo"
+    ),
+    concept: Annotated[str, typer.Option(help="Concept to remove: skulls or fire.")] = "skulls",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Few images, short edit: a smoke test of one minute.")
+    ] = False,
+    method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each list. [default: 24; --fast: 4]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each prompt: 1 to N.")] = 1,
+    preset: Annotated[str, typer.Option(help="Settings: default or paper.")] = "default",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: NAME=VALUE (repeatable).")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Remove a concept from the bundled miniature model, measure and report."""
+    from safegen.core.registry import EDITS, resolve
+    from safegen.workflows.demo import DemoConfig, run_demo
+    from safegen.workflows.edit import make_edit
+
+    set_threads(threads)
+    is_short = fast and resolve(EDITS, method, "edit").is_trained
+    short = ["training.updates=30", "training.warmup=5"] if is_short else []
+    changes = read_settings(method, preset, short + (set_ or []))
+    config = DemoConfig(
+        concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1))
+    )
+    edit = make_edit(method, preset, concept=concept, **changes)
+    with show_progress() as progress, one_line_warnings():
+        run = run_demo(config, edit, out, progress=progress)
+    print_run(run.folder)
