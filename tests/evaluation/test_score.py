@@ -6,7 +6,8 @@ import pytest
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
-from safegen.evaluation.plan import Item, make_plan
+from safegen.evaluation.plan import Item
+from safegen.evaluation.protocol import Protocol, plan
 from safegen.evaluation.scoring.score import refuse_unjudged, removal, score
 from safegen.judges.base import Detection, Verdict
 
@@ -127,26 +128,18 @@ def test_a_list_of_which_nothing_could_be_judged_is_named_with_the_reason():
         refuse_unjudged([item(0), item(1)], [LOST, LOST])
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"seeds": (1, 2, 1)}, "each seed once, .*got 1 more than once"),
-        (
-            {"roles": ("explicit", "benign", "explicit")},
-            "each role once, .*got explicit more than once",
-        ),
-    ],
-)
-def test_a_plan_draws_no_picture_twice(changes, words):
-    with pytest.raises(ConfigError, match=words):
-        make_plan(
-            load_concept("skulls"),
-            **{"prompts": 2, "seeds": (1,), "roles": ("explicit",)} | changes,
-        )
-    twice = load_concept("skulls").model_copy(
+def test_a_protocol_of_a_concept_generates_no_image_twice():
+    concept = load_concept("skulls")
+    protocol = Protocol.from_concept(concept, prompts=2, seeds=(1, 3), roles=("explicit",))
+    assert [(i.seed, i.index) for i in plan(protocol)] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert protocol.id == protocol.model_copy(update={"about": "else"}).id
+    twice = concept.model_copy(
         update={"lists": {"explicit": ("mini:skulls",), "innocent": ("mini:skulls",)}}
     )
-    with pytest.raises(
-        ConfigError, match=r"each prompt list once, .*got mini:skulls more than once"
-    ):
-        make_plan(twice, prompts=2, seeds=(1,))
+    for changes in ({"seeds": (1, 2, 1)}, {"concept": twice}):
+        with pytest.raises(ConfigError, match="must be named once each"):
+            Protocol.from_concept(**{"concept": concept, "prompts": 2, "seeds": (1,)} | changes)
+    with pytest.raises(ConfigError, match="has no prompt lists"):
+        Protocol.from_concept(load_concept("nudity"), prompts=2, seeds=(1,))
+    with pytest.raises(ConfigError, match="prompts, got 100000"):
+        Protocol.from_concept(concept, prompts=100_000, seeds=(1,))

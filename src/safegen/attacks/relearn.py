@@ -24,6 +24,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
+from safegen.edits.training.checkpoint import FILE, LOG
 from safegen.evaluation.plan import Role
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
@@ -181,7 +182,7 @@ def _fine_tune(
     """Return the stack with its fine-tune after each number of updates."""
     folder = out / PATCHES / name
     paths = {n: patch_path(folder, n) for n in config.finetune.updates}
-    if not all(path.exists() for path in paths.values()) or _is_training(folder):
+    if not (_is_finished(folder) and all(path.exists() for path in paths.values())):
         with loader.open(stack) as loaded:
             fine_tune(
                 loaded.model,
@@ -197,10 +198,9 @@ def _fine_tune(
     ]
 
 
-def _is_training(folder: Path) -> bool:
-    from safegen.edits.training.checkpoint import FILE
-
-    return (folder / FILE).is_file()
+def _is_finished(folder: Path) -> bool:
+    """Return whether a training ended: its log is there and its checkpoint is removed."""
+    return (folder / LOG).is_file() and not (folder / FILE).exists()
 
 
 def _add_edit(edited: Stack, controls: Sequence[Stack], loader: StackLoader) -> list[Stack]:

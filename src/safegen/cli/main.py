@@ -267,7 +267,7 @@ def edit(
         check_writable(work / "log")
     from safegen.data.triplets.triplets import Triplets
     from safegen.edits.base import check_inputs
-    from safegen.evaluation.report.model_card import check_new_directory
+    from safegen.evaluation.report.model_card import check_card_path
     from safegen.workflows.edit import (
         make_edit,
         refuse_idle_concept,
@@ -276,7 +276,7 @@ def edit(
     )
 
     if not no_card:
-        check_new_directory(out)
+        check_card_path(out)
     changes = read_settings(method, preset, set_ or [])
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **changes)

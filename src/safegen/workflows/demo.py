@@ -16,7 +16,7 @@ from safegen.core.registry import MODELS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.report.model_card import CardSubject, beside, card, with_metrics
+from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, with_metrics
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
@@ -145,5 +145,5 @@ def _write_card(path: Path, out: Path) -> None:
     patch = with_metrics(Patch.load(path), [out])
     with atomic_write(path, replace=True) as tmp:
         patch.save(tmp)
-    with atomic_write(beside(path), replace=True) as tmp:
-        tmp.write_text(card(CardSubject.of_patch(patch, path.name), [out]), encoding="utf-8")
+    with atomic_write(card_path(path), replace=True) as tmp:
+        tmp.write_text(model_card(CardSubject.of_patch(patch, path.name), [out]), encoding="utf-8")

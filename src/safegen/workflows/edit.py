@@ -270,7 +270,7 @@ def _facts(subject: cards.CardSubject, model: Model, metrics: Sequence[Path]) ->
     ]
     out |= {"made_from": dict(model.verified_metadata)} if model.verified_metadata else {}
     return out | (
-        {"metrics": [subject.figures(path).facts() for path in metrics]} if metrics else {}
+        {"metrics": [subject.read_metrics(path).to_dict() for path in metrics]} if metrics else {}
     )
 
 
@@ -305,7 +305,7 @@ def _card(subject: cards.CardSubject, wanted: bool, metrics: Sequence[Path]) -> 
         raise ConfigError(
             "metrics have no effect without a card: they go into it; leave one of the two out"
         )
-    return cards.card(subject, metrics) if wanted else None
+    return cards.model_card(subject, metrics) if wanted else None
 
 
 @contextmanager
