@@ -27,7 +27,7 @@ from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.safegen import SafeGen
 from safegen.edits.training.trainer import Training
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.workflows.edit import make_edit
 
 SKIPPED, SEED = 128, 11

@@ -12,7 +12,7 @@ from safegen.core.generation import GenerationConfig
 from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import Protocol, plan
 from safegen.evaluation.scoring.score import removal, score
-from safegen.judges import Judge, Verdict, load_judge
+from safegen.judges import Detections, Judge, load_judge
 from safegen.metrics.image import mean_change
 from safegen.models.generation import generate
 from safegen.models.model import Model
@@ -22,7 +22,7 @@ class Images(NamedTuple):
     """Images of one model and what the judge saw in them."""
 
     images: list[Image.Image]
-    verdicts: list[Verdict]
+    detections: list[Detections]
 
 
 def select_samples(
@@ -34,7 +34,11 @@ def select_samples(
     lists: Collection[str] = (),
 ) -> list[Item]:
     """Return the samples of a concept's lists, without the first `skip` prompts of each list."""
-    samples = plan(Protocol.from_concept(concept, prompts=skip + prompts, seeds=seeds))
+    samples = plan(
+        Protocol.from_concept(
+            concept, prompts=skip + prompts, seeds=seeds, generation=GenerationConfig()
+        )
+    )
     return [s for s in samples if s.index >= skip and (not lists or s.list_name in lists)]
 
 
@@ -46,9 +50,9 @@ def concept_judge(concept: Concept) -> Judge:
 def generate_and_judge(
     model: Model, samples: Sequence[Item], config: GenerationConfig, judge: Judge
 ) -> Images:
-    """Return the images of a model as it stands, and the judge's verdicts."""
+    """Return the images of a model as it stands, and what the judge detects in them."""
     images = list(generate(model, [s.ask for s in samples], config))
-    return Images(images, judge.judge(images))
+    return Images(images, judge.detect(images))
 
 
 def list_rates(
@@ -59,7 +63,7 @@ def list_rates(
     for name in dict.fromkeys(s.list_name for s in samples):
         at = [i for i, s in enumerate(samples) if s.list_name == name]
         part = [samples[i] for i in at]
-        old, new = ([side.verdicts[i] for i in at] for side in (base, edited))
+        old, new = ([side.detections[i] for i in at] for side in (base, edited))
         before, after = ([side.images[i] for i in at] for side in (base, edited))
         row: dict[str, Any] = {
             "role": part[0].role,

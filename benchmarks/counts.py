@@ -1,13 +1,13 @@
-"""What the rates of images hide: harmless things removed one by one, and faint traces of the concept.
+"""What the rates of images hide: single harmless things removed, and traces of the concept.
 
-    python benchmarks/counts.py RUN     # a folder of `safegen demo`, or one concept's of required.py
+    python benchmarks/counts.py RUN     # of `safegen demo`, or one concept's of required.py
 
 An image that showed three ghosts and now shows one still shows ghosts. The first table judges the
 images again and counts each ghost: the removal of what should stay, so less is better.
 
 A half-removed skull may score below the threshold. The second table lowers the judge's threshold.
-A lower threshold also sees the concept where it never was: what it sees in the base model's harmless
-images says how often, and a trace counts only above that.
+A lower threshold also sees the concept where it never was: what it sees in the base model's
+harmless images says how often, and a trace counts only above that.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from safegen.core.concept import Concept, load_concept
 from safegen.evaluation.report.format import format_rate
 from safegen.evaluation.run.batches import picture_file, read_picture
 from safegen.evaluation.run.folder import Run
-from safegen.judges import Verdict, load_judge
+from safegen.judges import Detections, load_judge
 from safegen.metrics.rates import Rate, removal_rate
 from safegen.metrics.removal import count
 
 THRESHOLDS = (0.5, 0.4, 0.3, 0.2)
 """Thresholds of the second table; a judge keeps nothing below the last."""
-Verdicts = dict[str, list[Verdict]]
+Results = dict[str, list[Detections]]
 
 
-def judge_images(run: Run, name: str, labels: list[str], concept: Concept) -> Verdicts:
-    """Return the judge's verdicts on one list's images by stack."""
+def judge_images(run: Run, name: str, labels: list[str], concept: Concept) -> Results:
+    """Return what the judge detects in one list's images, by stack."""
     judge = load_judge(concept.judge, labels=labels, threshold=concept.threshold)
     at = [i for i, p in enumerate(run.planned) if p.item.list_name == name]
-    verdicts = {}
+    results = {}
     for entry in run.stacks:
         keys = run.keys(entry)
         files = [run.folder / picture_file(entry["name"], keys[i]) for i in at]
-        verdicts[entry["name"]] = judge.judge([read_picture(file) for file in files])
-    return verdicts
+        results[entry["name"]] = judge.detect([read_picture(file) for file in files])
+    return results
 
 
 def removed_one_by_one(run: Run, concept: Concept) -> list[str]:
@@ -45,9 +45,9 @@ def removed_one_by_one(run: Run, concept: Concept) -> list[str]:
     rows = ["| prompts | counted | images | base → edited | removed |", "|---|---|---|---|---|"]
     for part in run.protocol.lists:
         if part.role in ("neighbour", "other") and part.shows:
-            verdicts = judge_images(run, part.name, [part.shows], concept)
+            results = judge_images(run, part.name, [part.shows], concept)
             counts = [
-                [count(v, [part.shows], threshold=concept.threshold) for v in verdicts[stack]]
+                [count(v, [part.shows], threshold=concept.threshold) for v in results[stack]]
                 for stack in ("base", "edited")
             ]
             groups = [p.item.group for p in run.planned if p.item.list_name == part.name]
@@ -64,13 +64,10 @@ def faint_traces(run: Run, concept: Concept) -> list[str]:
     for part in run.protocol.lists:
         if part.role == "other":
             continue
-        for stack, verdicts in judge_images(run, part.name, list(concept.labels), concept).items():
+        for stack, results in judge_images(run, part.name, list(concept.labels), concept).items():
             cells = []
             for threshold in THRESHOLDS:
-                seen = [
-                    None if v.outcome == "unjudged" else v.contains(concept.labels, threshold)
-                    for v in verdicts
-                ]
+                seen = [d.contains(concept.labels, threshold) for d in results]
                 cells.append(format_rate(Rate.from_outcomes(seen).to_json()))
             rows.append(f"| `{part.name}` | {stack} | {' | '.join(cells)} |")
     return rows

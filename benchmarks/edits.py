@@ -1,4 +1,4 @@
-"""Every edit side by side on the miniature model: the table in docs/edits.md.
+"""Every edit side by side on the miniature model: the table in docs/results/edits.json.
 
     python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3]
         [--rows safegen,uce,...] [--out edits.jsonl]
@@ -32,7 +32,8 @@ from safegen.metrics.clip_score import clip_score
 from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
 from safegen.metrics.paired import mcnemar
-from safegen.models.model import Model, load
+from safegen.models.loading import load
+from safegen.models.model import Model
 from safegen.patches.patch import Patch
 from safegen.workflows.edit import make_edit
 
@@ -46,8 +47,8 @@ def make_patch(
     """
     if row.endswith(".safetensors"):
         patch = Patch.load(Path(row))
-        parts = [part["provenance"] for part in patch.provenance.get("parts", ())] or [
-            patch.provenance
+        parts = [part.metadata.to_json() for part in patch.metadata.parts] or [
+            patch.metadata.to_json()
         ]
         settings = [dict(part.get("settings", {})) for part in parts]
         told = [part.get("seconds") for part in parts]
@@ -112,17 +113,14 @@ def measure(
             row["kid"] = kid(
                 new, old, against="base", paired=True, extractor=extractor.id
             ).to_json()
-        before, after = ([side.verdicts[i] for i in at] for side in (base, edited))
+        before, after = ([side.detections[i] for i in at] for side in (base, edited))
         try:
             subjects = [s.subject or "" for s in part]
             row["coherence"] = coherence_kept(before, after, subjects).to_json()
         except ValueError as error:  # the base model never shows the subject
             row["coherence"], row["coherence_undefined"] = None, str(error)
         if row["role"] in ("explicit", "innocent"):
-            row["seen"] = [
-                None if v.outcome == "unjudged" else v.contains(concept.labels, concept.threshold)
-                for v in after
-            ]
+            row["seen"] = [d.contains(concept.labels, concept.threshold) for d in after]
     return lists
 
 
@@ -193,7 +191,7 @@ def main() -> None:
                     )
                 on.enter_context(patch.apply(model))
                 out["edits"].append(
-                    {"method": part, "settings": settings, "provenance": dict(patch.provenance)}
+                    {"method": part, "settings": settings, "metadata": patch.metadata.to_json()}
                 )
                 out["seconds"] = (
                     None

@@ -93,7 +93,7 @@ def test_a_patch_on_the_way_is_that_of_a_training_that_ends_there(make_model, un
     assert found.patches[1].hash != found.patches[3].hash
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert [n for n, _ in model.denoiser.named_parameters()] == list(before)
-    assert (found.patches[3].provenance["base"], found.patches[3].provenance["data"]) == (
+    assert (found.patches[3].metadata.base, found.patches[3].metadata.data) == (
         model.hash,
         unsafe.hash,
     )
@@ -176,7 +176,7 @@ def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measure
     subjects = {row.text: row.subject for row in prompt_list("mini:skulls-train")}
     assert len(found.images) + found.skipped == 100
     assert found.skipped < 5
-    seen = [v.subject for v in load_judge("mini").judge(list(found.images))]
+    seen = [d.subject for d in load_judge("mini").detect(list(found.images))]
     for subject, texts in zip(seen, found.captions, strict=True):
         assert {subjects[text] for text in texts} == {subject}
         assert not measured & set(texts)

@@ -19,7 +19,8 @@ from safegen.evaluation.run.verify import verify
 from safegen.metrics.paired import mcnemar
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import Patch, PatchOverlapWarning
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 SKULLS = load_concept("skulls")
 CONFIG = RelearnConfig(
@@ -84,7 +85,7 @@ def contents(folder):
     }
     return (
         {name: path.read_bytes() for name, path in files.items()}
-        | {name: (patch.hash, patch.provenance) for name, patch in patches.items()}
+        | {name: (patch.hash, patch.metadata) for name, patch in patches.items()}
         | logs
     )
 
@@ -149,12 +150,12 @@ def test_patches_generate_the_images_of_their_stack(done, edited, loader):
 
 def test_a_patch_names_what_it_was_made_on(done, edited):
     tuned, control = (
-        Patch.load(done.folder / PATCHES / f"{name}-1.safetensors").provenance
+        Patch.load(done.folder / PATCHES / f"{name}-1.safetensors").metadata
         for name in ("finetuned", "control")
     )
-    assert [p["hash"] for p in tuned["under"]] == [Patch.load(edited.patches[0]).hash]
-    assert "under" not in control
-    assert (tuned["images"], tuned["updates"]) == ("concept", 1)
+    assert [p.hash for p in tuned.parents] == [Patch.load(edited.patches[0]).hash]
+    assert control.parents == ()
+    assert (tuned.images, tuned.updates) == ("concept", 1)
 
 
 @pytest.mark.parametrize(

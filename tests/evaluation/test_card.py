@@ -12,7 +12,8 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, write_with_card
 from safegen.evaluation.report.model_index import read_metrics
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.model import load
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.loading import load
 from safegen.patches.patch import Patch
 from safegen.workflows.edit import save_patch
 
@@ -153,17 +154,17 @@ def test_an_attack_on_the_patch_stands_in_its_card(tmp_path):
 
 def test_metrics_go_into_the_header_of_the_file_too(tmp_path):
     """A patch that leaves its card behind still holds its metrics."""
-    patch = Patch({"w": torch.ones(2)}, SAID)
+    patch = Patch({"w": torch.ones(2)}, PatchMetadata(**SAID))
     run = write_run(tmp_path / "run", {"base": BASE, "edited": EDITED}, digest=patch.hash)
     save_patch(patch, tmp_path / "p.safetensors", metrics=[run])
     found = Patch.load(tmp_path / "p.safetensors")
-    (metrics,) = found.provenance["metrics"]
+    (metrics,) = found.metadata.metrics
     skulls = metrics["lists"]["mini:skulls (explicit)"]
     assert skulls["removal"] == rate(19, 20)
     assert skulls["this"]["concept"] == rate(1, 20, unjudged=4)
     assert "Protocol `quick`" in metrics["about"]
     assert found.hash == patch.hash
-    assert {k: v for k, v in found.provenance.items() if k != "metrics"} == SAID
+    assert {k: v for k, v in found.metadata.to_json().items() if k != "metrics"} == SAID
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"stacks": {}}'])
@@ -215,8 +216,8 @@ def test_a_model_that_holds_patches_already_takes_no_figures_of_its_plain_base(f
 
 def test_a_merged_patch_names_its_parts():
     parts = [
-        {"hash": "1" * 64, "provenance": SAID},
-        {"hash": "2" * 64, "provenance": {"method": "safegen", "data": "e" * 64}},
+        {"hash": "1" * 64, "metadata": SAID},
+        {"hash": "2" * 64, "metadata": {"method": "safegen", "data": "e" * 64}},
     ]
     text = model_card(
         CardSubject("patch", "m", None, None, [("3" * 64, {"method": "merge", "parts": parts})])
@@ -266,8 +267,8 @@ def test_metrics_of_the_same_patches_on_another_model_are_refused(tmp_path):
         ConfigError, match=r"on other weights \(dddddddddddd\) than this model's \(bbbbbbbbbbbb\)"
     ):
         model_card(SUBJECT, [other])
-    cast = replace(SUBJECT, base="a" * 64, cast_bases=("d" * 64,))
-    assert "Not measured" not in model_card(cast, [other])
+    same = replace(SUBJECT, base="d" * 64)
+    assert "Not measured" not in model_card(same, [other])
 
 
 def test_metrics_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_model(run):

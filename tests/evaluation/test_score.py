@@ -6,10 +6,11 @@ import pytest
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
+from safegen.core.generation import GenerationConfig
 from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import Protocol, plan
 from safegen.evaluation.scoring.score import refuse_unjudged, removal, score
-from safegen.judges.base import Detection, Verdict
+from safegen.judges.base import Detection, Detections
 
 CONCEPT = Concept(
     name="cubes",
@@ -33,13 +34,11 @@ def item(i: int, *, shows: str | None = None) -> Item:
     )
 
 
-def verdict(*labels: str, subject: str | None = "cat", score: float = 0.9) -> Verdict:
-    return Verdict(
-        "unsafe" if labels else "safe", tuple(Detection(label, score) for label in labels), subject
-    )
+def verdict(*labels: str, subject: str | None = "cat", score: float = 0.9) -> Detections:
+    return Detections(tuple(Detection(label, score) for label in labels), subject)
 
 
-LOST = Verdict("unjudged", reason="too dark")
+LOST = Detections((), unjudged="too dark")
 
 
 def test_an_unjudged_picture_is_neither_seen_nor_missed():
@@ -130,7 +129,9 @@ def test_a_list_of_which_nothing_could_be_judged_is_named_with_the_reason():
 
 def test_a_protocol_of_a_concept_generates_no_image_twice():
     concept = load_concept("skulls")
-    protocol = Protocol.from_concept(concept, prompts=2, seeds=(1, 3), roles=("explicit",))
+    protocol = Protocol.from_concept(
+        concept, prompts=2, seeds=(1, 3), generation=GenerationConfig(), roles=("explicit",)
+    )
     assert [(i.seed, i.index) for i in plan(protocol)] == [(1, 0), (1, 1), (3, 0), (3, 1)]
     assert protocol.id == protocol.model_copy(update={"about": "else"}).id
     twice = concept.model_copy(
@@ -138,8 +139,18 @@ def test_a_protocol_of_a_concept_generates_no_image_twice():
     )
     for changes in ({"seeds": (1, 2, 1)}, {"concept": twice}):
         with pytest.raises(ConfigError, match="must be named once each"):
-            Protocol.from_concept(**{"concept": concept, "prompts": 2, "seeds": (1,)} | changes)
-    with pytest.raises(ConfigError, match="has no prompt lists"):
-        Protocol.from_concept(load_concept("nudity"), prompts=2, seeds=(1,))
+            Protocol.from_concept(
+                **{
+                    "concept": concept,
+                    "prompts": 2,
+                    "seeds": (1,),
+                    "generation": GenerationConfig(),
+                }
+                | changes
+            )
+    with pytest.raises(ConfigError, match="lists"):
+        Protocol.from_concept(
+            load_concept("nudity"), prompts=2, seeds=(1,), generation=GenerationConfig()
+        )
     with pytest.raises(ConfigError, match="prompts, got 100000"):
-        Protocol.from_concept(concept, prompts=100_000, seeds=(1,))
+        Protocol.from_concept(concept, prompts=100_000, seeds=(1,), generation=GenerationConfig())

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, DivergedError, FileError
 from safegen.data.triplets.triplets import Triplets, open_role, read_picture
-from safegen.edits.base import parents_of
 from safegen.edits.functional import losses
 from safegen.edits.training.checkpoint import FILE
 from safegen.edits.training.config import Precision, resolve_precision
@@ -24,6 +23,7 @@ from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import to_pixels
 from safegen.edits.training.trainer import LogRow, Training, TrainingCallback, check, train
 from safegen.judges import load_judge
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -176,7 +176,7 @@ def captions_for(
     for row in (row for name in concept.tuning[data] for row in prompt_list(name)):
         prompts[row.subject] = (*prompts.get(row.subject, ()), row.text)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    subjects = [verdict.subject for verdict in judge.judge(list(images))]
+    subjects = [detections.subject for detections in judge.detect(list(images))]
     return [prompts.get(subject, ()) if subject else () for subject in subjects]
 
 
@@ -199,9 +199,7 @@ class DenoisingObjective:
         chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
         self.text = torch.cat([model.encode_text(chunk).float() for chunk in chunks])
         self.captions = [[texts.index(text) for text in row] for row in dataset.captions]
-        self.fingerprint = (
-            f"{config.model_dump_json()} {model.hash} {model.components_hash} {dataset.hash}"
-        )
+        self.fingerprint = f"{config.model_dump_json()} {model.pipeline_hash} {dataset.hash}"
 
     def training_step(
         self,
@@ -275,10 +273,9 @@ def fine_tune(
         "description": f"Fine-tuned on {len(dataset.images)} images with the denoising loss.",
         "base": model.hash,
         "family": model.family,
-        "base_rounded": model.cast_hashes,
         "data": dataset.hash,
     }
-    common |= {"under": parents} if (parents := parents_of(model)) else {}
+    common |= {"parents": model.parents} if model.parents else {}
     with trainable_parameters(
         model, config.selector, rank=config.rank, alpha=None, seed=config.seed
     ) as trainable:
@@ -290,7 +287,9 @@ def fine_tune(
             if done in config.updates:
                 values = {name: parameters[name].detach().clone() for name in trainable.names}
                 last = {"updates": done, "losses": {"L": row["L"]}}
-                patches[done] = Patch(trainable.weights(values), common | last | metadata)
+                patches[done] = Patch(
+                    trainable.weights(values), PatchMetadata(**common | last | metadata)
+                )
                 _check_finite(patches[done], done, config.lr)
                 if folder:
                     path = patch_path(folder, done)

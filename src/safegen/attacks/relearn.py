@@ -6,7 +6,7 @@ With `modular` also fine-tune the untouched model and add the edit's change to i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,7 +33,8 @@ from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import Patch
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 EDITED, FINETUNED, CONTROL, MODULAR = "edited", "finetuned", "control", "modular"
 """Names of the stacks: before the attack, and with `-N` after N updates."""
@@ -227,9 +228,8 @@ def _check_modular(patches: Sequence[Patch]) -> None:
     Raises:
         ConfigError: the edit was made on a model with another patch, which is not among these.
     """
-    missing: Sequence[Mapping[str, str]] = _merged(patches).provenance.get("under") or ()
-    if missing:
+    if missing := _merged(patches).metadata.parents:
         raise ConfigError(
-            f"modular needs every patch below the edit, got none of {missing[0]['method']}, "
-            f"hash {missing[0]['hash'][:12]}. Name it with --patch too."
+            f"modular needs every patch below the edit, got none of {missing[0].method}, "
+            f"hash {missing[0].hash[:12]}. Name it with --patch too."
         )

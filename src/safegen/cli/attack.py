@@ -84,7 +84,8 @@ def relearn(
     from safegen.attacks.relearn import relearn as run_attack
     from safegen.core.concept import load_concept
     from safegen.core.generation import GenerationConfig, preferred_precision
-    from safegen.stack import Stack, StackLoader
+    from safegen.stack import Stack
+    from safegen.stack_loader import StackLoader
 
     try:
         settings: dict[str, Any] = {"roles": tuple(role)} if role else {}

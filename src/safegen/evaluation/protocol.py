@@ -27,8 +27,6 @@ from safegen.evaluation.schema import (
     PromptList,
 )
 
-FORMAT = "safegen-protocol/2"
-"""Enters every id: a change of how we draw or score that moves numbers gets a new one."""
 CONCEPT_METRICS: tuple[MetricName, ...] = (
     "concept",
     "subject",
@@ -38,7 +36,9 @@ CONCEPT_METRICS: tuple[MetricName, ...] = (
     "removal_images",
     "change",
 )
-"""Metrics of `Protocol.from_concept`."""
+"""Metrics that need no other files than a concept's judge."""
+FORMAT = "safegen-protocol/2"
+"""Enters every id: a change of how we draw or score that moves numbers gets a new one."""
 
 
 class Protocol(BaseModel):
@@ -97,55 +97,49 @@ class Protocol(BaseModel):
         *,
         prompts: int,
         seeds: Sequence[int],
-        generation: GenerationConfig | None = None,
+        generation: GenerationConfig,
         roles: Sequence[Role] = ROLES,
-    ) -> Self:
-        """Return the protocol that measures a concept on its own prompt lists with its own judge.
+        metrics: Sequence[MetricName] = CONCEPT_METRICS,
+    ) -> Protocol:
+        """Return the protocol that measures a concept on its own prompt lists and with its judge.
 
         Args:
-            concept: its `lists` give the prompts, its `shows` what else an image must show.
-            prompts: number of prompts from each list.
+            concept: names the lists, the judge, and what an image must show besides its subject.
+            prompts: number of prompts per list.
             seeds: seeds for each prompt.
-            generation: how images are generated; the defaults when not given.
-            roles: roles of the lists to use.
+            generation: how images are made.
+            roles: roles of the lists that are used.
+            metrics: metrics to compute.
 
         Raises:
-            ConfigError: the concept has no list of these roles, a list has too few prompts, or a
-                seed or list is repeated.
+            ConfigError: no prompts, no seeds, a value given twice, or the concept has no lists.
         """
-        names = [(role, name) for role in roles for name in concept.lists.get(role, ())]
-        if not names:
-            raise ConfigError(
-                f"concept {concept.name!r} has no prompt lists for {', '.join(roles)}. "
-                "Add them under [lists] in its file."
-            )
-        lists = [
-            {
-                "role": role,
-                "name": name,
-                "source": name,
-                "prompts": prompts,
-                "sha256": hash_rows(read_rows(name, prompts=prompts).rows),
-                "shows": concept.shows.get(name),
-            }
-            for role, name in names
-        ]
-        judge = {"name": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
         try:
-            return cls.model_validate(
-                {
-                    "name": concept.name,
-                    "about": f"Removal of {concept.name}, measured on the prompt lists of the concept.",
-                    "concept": concept.name,
-                    "lists": lists,
-                    "seeds": tuple(seeds),
-                    "generation": generation or GenerationConfig(),
-                    "judge": judge,
-                    "metrics": CONCEPT_METRICS,
-                }
+            lists = [
+                PromptList(
+                    role=role,
+                    name=name,
+                    source=name,
+                    prompts=prompts,
+                    sha256=hash_rows(read_rows(name, prompts=prompts).rows),
+                    shows=concept.shows.get(name),
+                )
+                for role in roles
+                for name in concept.lists.get(role, ())
+            ]
+            return cls(
+                name=concept.name,
+                concept=concept.name,
+                lists=tuple(lists),
+                seeds=tuple(seeds),
+                generation=generation,
+                judge=JudgeRule(
+                    name=concept.judge, labels=concept.labels, threshold=concept.threshold
+                ),
+                metrics=tuple(metrics),
             )
         except ValidationError as error:
-            raise ConfigError(explain(error)) from error
+            raise ConfigError(f"{concept.name}: {explain(error, cls)}") from error
 
     def decides(self) -> dict[str, Any]:
         """Return everything that a number depends on, as plain values; `id` is its hash.

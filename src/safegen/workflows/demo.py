@@ -22,7 +22,8 @@ from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.patches.patch import Patch
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 EDITED = "edited"
 """Name of the edited stack, of its patch and of the directory of its training log."""

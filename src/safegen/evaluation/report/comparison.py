@@ -34,15 +34,15 @@ def hits(
     level, labels = threshold or results.rule.judge.threshold, results.rule.judge.labels
 
     def hit(i: int) -> bool | None:
-        verdict, item = results.sides[name].verdicts[i], results.items[i]
-        if verdict.outcome == "unjudged":
-            return None
+        detections, item = results.sides[name].detections[i], results.items[i]
         if what == "subject":
-            return None if verdict.subject is None else verdict.subject == item.subject
+            if detections.unjudged is not None or detections.subject is None:
+                return None
+            return detections.subject == item.subject
         if what == "concept":
-            return verdict.contains(labels, level)
+            return detections.contains(labels, level)
         label = MOSAIC if what == "mosaicked" else item.shows
-        return verdict.contains([label], level) if label and label in results.known else None
+        return detections.contains([label], level) if label and label in results.known else None
 
     return [hit(i) for i in at]
 
@@ -85,7 +85,7 @@ def label_removal(results: RunResults, name: str, at: Sequence[int]) -> Line:
     """Return the removal rate of each label and of all; empty where no pair is judged."""
     if _pair(results, name, at, "concept") is None:
         return {}
-    own, old = ([s.verdicts[i] for i in at] for s in (results.sides[name], results.base(name)))
+    own, old = ([s.detections[i] for i in at] for s in (results.sides[name], results.base(name)))
     rule, groups = results.rule.judge, [results.items[i].group for i in at]
     table = removal_table(old, own, groups, expand_labels(rule.labels), threshold=rule.threshold)
     return {label: removal.to_json() for label, removal in table.items()}

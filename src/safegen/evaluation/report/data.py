@@ -134,7 +134,7 @@ def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> li
             "against": prefix + base.entry["name"],
             "roles": {role: list_row(results, at, name) for role, at in by_role.items() if at},
             "blank": sum(stack.blank),
-            "unjudged": sum(v.outcome == "unjudged" for v in stack.verdicts),
+            "unjudged": sum(d.unjudged is not None for d in stack.detections),
             "seconds": seconds.get(name),
             "asked": hit_rate(hits(results, name, asked, "concept")),
             "mosaicked": hit_rate(hits(results, name, range(len(results.items)), "mosaicked")),
@@ -292,8 +292,13 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[Line]) -> list[str]
         ]
     if unjudged := sum(r["unjudged"] for r in rows):
         notes.append(f"{unjudged} images are unjudged. They are in no rate, and they are not safe.")
-    verdicts = [v for r in results.values() for stack in r.sides.values() for v in stack.verdicts]
-    if withheld := sum(v.reason.startswith(WITHHELD) for v in verdicts):
+    reasons = [
+        d.unjudged or ""
+        for result in results.values()
+        for stack in result.sides.values()
+        for d in stack.detections
+    ]
+    if withheld := sum(reason.startswith(WITHHELD) for reason in reasons):
         notes.append(
             f"{withheld} of these were withheld because a guard failed or could not judge; "
             "`samples.jsonl` says why."

@@ -52,8 +52,6 @@ class CardSubject:
     """Hash and metadata of each patch in it, in order."""
     notes: Sequence[str] = ()
     """Sentences for the reader, on the type of the weights or what was left out."""
-    cast_bases: Sequence[str] = ()
-    """Values of `base` for the same weights loaded as fp16 or bf16."""
     embedded_patches: Sequence[str] = ()
     """Hashes of patches that are in the base's weights already, the oldest first."""
     match_name: bool = False
@@ -62,17 +60,16 @@ class CardSubject:
     @classmethod
     def of_patch(cls, patch: Patch, name: str) -> CardSubject:
         """Return a patch as the subject of its card."""
-        metadata = patch.provenance
-        casts = tuple(metadata.get("base_rounded", {}).values())
-        model, base = metadata.get("model"), metadata.get("base")
-        return cls("patch", name, model, base, [(patch.hash, metadata)], cast_bases=casts)
+        metadata = patch.metadata
+        entries = metadata.to_json()
+        return cls("patch", name, metadata.model, metadata.base, [(patch.hash, entries)])
 
     def read_metrics(self, path: Path) -> ModelIndex:
         """Return the metrics of a run for this subject; errors as in `read_metrics`."""
         return read_metrics(
             path,
             [digest for digest, _ in self.patches],
-            (self.base, *self.cast_bases) if self.base else (),
+            self.base,
             model=self.model if self.match_name else None,
         )
 
@@ -89,8 +86,9 @@ def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
         ConfigError: a run has no stack of this patch alone.
     """
     subject = CardSubject.of_patch(patch, "")
-    tables = [subject.read_metrics(path).to_dict() for path in metrics]
-    return replace(patch, provenance={**patch.provenance, "metrics": tables}) if tables else patch
+    tables = tuple(subject.read_metrics(path).to_dict() for path in metrics)
+    metadata = patch.metadata.model_copy(update={"metrics": tables})
+    return replace(patch, metadata=metadata) if tables else patch
 
 
 def card_path(out: Path) -> Path:
@@ -200,11 +198,11 @@ def _edits(digest: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         "settings": json.dumps(settings, indent=1, sort_keys=True) if settings else "",
     }
     for part in metadata.get("parts", ()):
-        yield from _edits(str(part["hash"]), part["provenance"])
+        yield from _edits(str(part["hash"]), part["metadata"])
 
 
 def _paragraphs(method: str, metadata: Mapping[str, Any]) -> Iterator[str]:
-    if parents := metadata.get("under"):
+    if parents := metadata.get("parents"):
         names = ", then ".join(
             f"{plain_text(str(p['method']))} `{str(p['hash'])[:12]}`" for p in parents
         )
@@ -245,8 +243,8 @@ def _stored_metrics(subject: CardSubject) -> list[ModelIndex]:
     if len(subject.patches) != 1 or subject.kind == "lora":
         return []
     ((_, metadata),) = subject.patches
-    base, bases = metadata.get("base"), (subject.base, *subject.cast_bases)
-    if subject.kind != "patch" and (base is None or base not in bases):
+    base = metadata.get("base")
+    if subject.kind != "patch" and (base is None or base != subject.base):
         return []
     try:
         tables = [ModelIndex.from_dict(values) for values in metadata.get("metrics", ())]

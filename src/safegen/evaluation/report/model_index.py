@@ -82,7 +82,7 @@ class ModelIndex:
 
 
 def read_metrics(
-    path: Path, patches: Sequence[str], bases: Sequence[str] = (), *, model: str | None = None
+    path: Path, patches: Sequence[str], base: str | None = None, *, model: str | None = None
 ) -> ModelIndex:
     """Return the metrics of the stack of a run that has exactly these patches.
 
@@ -91,7 +91,7 @@ def read_metrics(
     Args:
         path: folder of a run, or its scores file.
         patches: hashes of the patches, in order.
-        bases: hashes of the base weights, as they may be loaded; a run on others is refused.
+        base: hash of the base weights; a run on others is refused.
         model: name of the model in the run; any when not given.
 
     Raises:
@@ -104,7 +104,7 @@ def read_metrics(
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
         entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
-        entry = _find_stack(file, entries, list(patches), bases, model)
+        entry = _find_stack(file, entries, list(patches), base, model)
         this = scores["stacks"][entry["name"]]
         attacks = [e["name"] for e in entries if e.get("reference") == entry["name"]]
         stacks = {"base": this["against"], "this": entry["name"]} | {n: n for n in attacks}
@@ -127,7 +127,7 @@ def _find_stack(
     file: Path,
     entries: Sequence[Mapping[str, Any]],
     patches: list[str],
-    bases: Sequence[str],
+    base: str | None,
     model: str | None,
 ) -> Mapping[str, Any]:
     """Return the card's entry of the stack that has exactly these patches and nothing else."""
@@ -149,9 +149,9 @@ def _find_stack(
         wanted = (f"patch {names}" if patches else "no patch") + (f" on {model}" if model else "")
         raise ConfigError(f"{file} has no stack of {wanted} alone. It has {held}.")
     for entry in found:
-        if not bases or entry.get("base") in (*bases, None):
+        if base is None or entry.get("base") in (base, None):
             return entry
     raise ConfigError(
         f"{file} has metrics of these patches on other weights ({found[0]['base'][:12]}) than this "
-        f"model's ({bases[0][:12]}). Evaluate them on this model."
+        f"model's ({base[:12] if base else None}). Evaluate them on this model."
     )

@@ -60,14 +60,14 @@ def hidden_images(run: Run, results: RunResults) -> dict[str, str]:
     }
     hidden: dict[str, str] = {}
     for line in run.lines(VERDICTS):
-        verdict = from_line(line)
+        detections = from_line(line)
         known = bool(concepts) and line.get("judge") == results.judge
         seen = [
             d.label
-            for d in verdict.detections
+            for d in detections.items
             if d.score >= SCORE_FLOOR and d.label != MOSAIC and (not known or d.label in unsafe)
         ]
-        if seen or verdict.outcome == "unjudged":
+        if seen or detections.unjudged is not None:
             hidden.setdefault(line["key"], "unsafe" if seen else "unjudged")
     return hidden
 
@@ -147,9 +147,9 @@ def _cell(
 
 def _seen(results: RunResults, stack: str, i: int) -> str:
     """Return what the judge saw in an image: its subject and labels."""
-    verdict = results.sides[stack].verdicts[i]
-    if verdict.outcome == "unjudged":
+    detections = results.sides[stack].detections[i]
+    if detections.unjudged is not None:
         return "unjudged"
     threshold = results.rule.judge.threshold
-    labels = sorted({d.label for d in verdict.detections if d.score >= threshold})
-    return ", ".join([*([verdict.subject] if verdict.subject else []), *labels]) or "nothing"
+    labels = sorted({d.label for d in detections.items if d.score >= threshold})
+    return ", ".join([*([detections.subject] if detections.subject else []), *labels]) or "nothing"

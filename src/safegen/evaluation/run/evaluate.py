@@ -40,7 +40,8 @@ from safegen.evaluation.run.judge import Evaluators
 from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.judges import load_judge
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 Stage = Literal["generate", "judge", "score"]
 Baselines = Literal["all", "none"]
@@ -412,7 +413,7 @@ def _entry(stack: Stack, shelf: StackLoader) -> Line:
                 "parameters": sum(value.numel() for value in patch.tensors.values()),
                 "layers": patch.layer_counts,
             }
-            | {key: patch.provenance[key] for key in PATCH_METADATA if key in patch.provenance}
+            | {k: v for k, v in patch.metadata.to_json().items() if k in PATCH_METADATA}
             for path, patch in zip(stack.patches, patches, strict=True)
         ],
         "negative_prompt": stack.negative_prompt,
