@@ -7,7 +7,7 @@ import json
 import pytest
 
 from safegen.edits.uce import UCE
-from safegen.models.model import load
+from safegen.models.loading import load
 
 
 @pytest.fixture(scope="module")

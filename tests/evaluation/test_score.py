@@ -9,7 +9,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig
 from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import Protocol, plan
-from safegen.evaluation.scoring.score import refuse_unjudged, removal, score
+from safegen.evaluation.scoring.score import removal, score
 from safegen.judges.base import Detection, Detections
 
 CONCEPT = Concept(
@@ -121,10 +121,9 @@ def test_removal_leaves_out_a_pair_with_an_unjudged_side():
     assert (found.before, found.after, found.unjudged) == (1, 0, 1)
 
 
-def test_a_list_of_which_nothing_could_be_judged_is_named_with_the_reason():
-    refuse_unjudged([item(0), item(1)], [LOST, verdict()])
-    with pytest.raises(ConfigError, match=r"none of the 2 pictures of tiny:cubes \(too dark\)"):
-        refuse_unjudged([item(0), item(1)], [LOST, LOST])
+def test_a_list_with_no_judged_image_has_no_rate():
+    with pytest.raises(ValueError, match="judged"):
+        score([item(0), item(1)], [LOST, LOST], CONCEPT)
 
 
 def test_a_protocol_of_a_concept_generates_no_image_twice():
