@@ -41,6 +41,7 @@ CONCEPT_METRICS: tuple[MetricName, ...] = (
     "shown",
     "mosaicked",
     "removal",
+    "removal_images",
     "change",
 )
 """Metrics that need no other network than a concept's judge."""
