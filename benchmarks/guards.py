@@ -31,12 +31,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pydantic import RootModel, TypeAdapter
+
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.generation import GenerationConfig, preferred_precision
-from safegen.evaluation.plan import Item
-from safegen.evaluation.protocol import Protocol, plan
-from safegen.evaluation.run.folder import Journal, from_line, parse, to_line
-from safegen.evaluation.scoring.score import removal, score
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.run.journal import Journal, read_journal
+from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.scoring.verdict_metrics import removal, score
 from safegen.features.mini_clip import MiniClip
 from safegen.guards import GeneratedImage, GuardConfig, read_guard
 from safegen.judges import Detections, Judge, load_judge
@@ -176,17 +178,27 @@ def stacks(rows: dict[str, tuple[Word, ...]], concept: Concept, patch: Path | No
     return out
 
 
+class Line(RootModel[dict[str, Any]]):
+    """Line of the results file."""
+
+
+DETECTIONS = TypeAdapter(Detections)
+
+
 def draw(
-    shelf: StackLoader, stack: Stack, items: Sequence[Item], generation_config: GenerationConfig
+    shelf: StackLoader,
+    stack: Stack,
+    items: Sequence[EvalSample],
+    generation_config: GenerationConfig,
 ) -> tuple[list[GeneratedImage], float, float]:
     with shelf.open(stack) as ready:
         began, spent = time.perf_counter(), time.process_time()
-        found = ready.generate([item.ask for item in items], generation_config)
+        found = ready.generate(items, generation_config)
         return found, time.perf_counter() - began, time.process_time() - spent
 
 
 def seen(
-    items: Sequence[Item], found: Sequence[GeneratedImage], judge: Judge, eyes: MiniClip
+    items: Sequence[EvalSample], found: Sequence[GeneratedImage], judge: Judge, eyes: MiniClip
 ) -> list[dict[str, Any]]:
     """Return what is written down of each picture."""
     shown = [
@@ -217,7 +229,7 @@ def seen(
         clip = float(scores[i]) if i in scores else None
         out.append(
             {
-                "verdict": to_line(detections.get(i, nothing)),
+                "verdict": DETECTIONS.dump_python(detections.get(i, nothing), mode="json"),
                 "clip": clip,
                 "pixels": pixels,
                 "trail": one.trail.to_json(),
@@ -248,10 +260,8 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"no row named {unknown[0]!r}; known: {', '.join(known)}")
     every = stacks({title: known[title][0] for title in titles}, concept, args.patch)
     seeds = range(1, args.seeds + 1)
-    items = plan(
-        Protocol.from_concept(
-            concept, prompts=args.prompts, seeds=seeds, generation=GenerationConfig()
-        )
+    items = Protocol.from_concept(
+        concept, prompts=args.prompts, seeds=seeds, generation=GenerationConfig().samples()
     )
     generation_config = GenerationConfig(
         num_inference_steps=args.steps, precision=args.precision, batch_size=args.batch
@@ -270,14 +280,14 @@ def run(args: argparse.Namespace) -> None:
         "stacks": {s.name: shelf.hash(s) for s in every},
         "names": [s.name for s in every],
     }
-    with Journal(args.out) as journal:  # a kill may have torn its last line
-        if journal.lines and journal.lines[0] != facts:
+    with Journal(args.out, Line) as journal:  # a kill may have torn its last line
+        if journal.records and journal.records[0].root != facts:
             raise SystemExit(
                 f"{args.out} is of other settings or another patch; name another file with --out, or remove it"
             )
-        if not journal.lines:
-            journal.append([facts])
-        whole = complete(journal.lines)
+        if not journal.records:
+            journal.append([Line(facts)])
+        whole = complete([line.root for line in journal.records])
         draw(
             shelf, every[0], items[:1], generation_config
         )  # what is only done once, before anything is timed
@@ -290,12 +300,14 @@ def run(args: argparse.Namespace) -> None:
                 times = {"seconds": clock, "processor": processor}
                 journal.append(
                     [
-                        {
-                            "batch": number,
-                            "stack": stack.name,
-                            **times,
-                            "pictures": seen(part, found, judge, eyes),
-                        }
+                        Line(
+                            {
+                                "batch": number,
+                                "stack": stack.name,
+                                **times,
+                                "pictures": seen(part, found, judge, eyes),
+                            }
+                        )
                     ]
                 )
                 print(
@@ -307,11 +319,15 @@ def run(args: argparse.Namespace) -> None:
                 (guard,) = next(s for s in every if s.name == title).guards
                 journal.append(
                     [
-                        {
-                            "ms a prompt": {
-                                title: prompt_ms(shelf, guard, [item.prompt for item in items[:64]])
+                        Line(
+                            {
+                                "ms a prompt": {
+                                    title: prompt_ms(
+                                        shelf, guard, [item.prompt for item in items[:64]]
+                                    )
+                                }
                             }
-                        }
+                        )
                     ]
                 )
 
@@ -340,10 +356,11 @@ class Found:
             facts["sampler"]["batch"],
         )
         seeds = range(1, facts["seeds"] + 1)
-        items = plan(
-            Protocol.from_concept(
-                self.concept, prompts=facts["prompts"], seeds=seeds, generation=GenerationConfig()
-            )
+        items = Protocol.from_concept(
+            self.concept,
+            prompts=facts["prompts"],
+            seeds=seeds,
+            generation=GenerationConfig().samples(),
         )
         self.items = [
             item for number in whole for item in items[number * size : (number + 1) * size]
@@ -352,7 +369,8 @@ class Found:
             name: [p for of in whole.values() for p in of[name]["pictures"]] for name in self.names
         }
         self.detections = {
-            name: [from_line(p["verdict"]) for p in own] for name, own in self.pictures.items()
+            name: [DETECTIONS.validate_python(p["verdict"]) for p in own]
+            for name, own in self.pictures.items()
         }
         self.times = {
             name: [
@@ -374,14 +392,14 @@ class Found:
         for i, item in enumerate(self.items):
             self.lists.setdefault(item.list_name, []).append(i)
 
-    def part(self, name: str, at: Sequence[int]) -> tuple[list[Item], list[Detections]]:
+    def part(self, name: str, at: Sequence[int]) -> tuple[list[EvalSample], list[Detections]]:
         return [self.items[i] for i in at], [self.detections[name][i] for i in at]
 
     def good(self, name: str, part: str) -> dict[str, list[bool | None]]:
         """Return which pictures of a list are as they should be, by what is asked of them: no concept, the right object, the list's own."""
         items, results = self.part(name, self.lists[part])
 
-        def each(test: Callable[[Item, Detections], bool]) -> list[bool | None]:
+        def each(test: Callable[[EvalSample, Detections], bool]) -> list[bool | None]:
             return [
                 None if d.unjudged is not None else test(i, d)
                 for i, d in zip(items, results, strict=True)
@@ -679,7 +697,7 @@ def main() -> None:
     args = ask.parse_args()
     if args.table is None:
         run(args)
-    print("\n" + show(Found(parse(args.table or args.out)[0])))
+    print("\n" + show(Found([line.root for line in read_journal(args.table or args.out, Line)[0]])))
 
 
 if __name__ == "__main__":

@@ -19,19 +19,19 @@ from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import judge_run
 from safegen.evaluation.run.folder import (
     CHANGES,
+    DETECTIONS,
     FEATURES,
     JUDGES,
     SAMPLES,
     SCORES,
-    VERDICTS,
     Run,
     from_text,
     to_text,
 )
 from safegen.evaluation.run.verify import verify
-from safegen.evaluation.samples import hash_rows, read_rows
+from safegen.evaluation.samples import hash_prompts, read_prompt_list
 from safegen.evaluation.schema import LpipsRule
-from safegen.evaluation.scoring.table import score_run
+from safegen.evaluation.scoring.score import score_run
 from safegen.features.base import load_extractor
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.distances import cmmd, kid
@@ -57,7 +57,7 @@ def files(finished, stack, name):
 
 def test_clip_score_and_distances_are_those_of_the_pictures_that_lie_there(finished, scores):
     eye = load_extractor("mini-clip")
-    texts = [p.item.prompt for p in Run.open(finished).planned if p.item.list_name == "mini:ghosts"]
+    texts = [p.prompt for p in Run.open(finished).samples if p.list_name == "mini:ghosts"]
     own, base = (eye.features(files(finished, stack, "mini:ghosts")) for stack in ("calm", "mini"))
     found = row(scores, "calm", "mini:ghosts")
     values, old = (clip_scores(x, eye.texts(texts)) for x in (own, base))
@@ -131,7 +131,7 @@ def test_a_picture_is_looked_at_once_and_a_judge_is_told_of_once(finished):
     assert len(keys) == len(set(keys)) == 48
     (judge,) = [json.loads(line) for line in (finished / JUDGES).read_text().splitlines()]
     assert judge["known"] == ["skulls", "fire", "ghosts", "leaves", "mosaic"]
-    assert "known" not in (finished / VERDICTS).read_text()
+    assert "known" not in (finished / DETECTIONS).read_text()
 
 
 def test_features_come_back_as_they_were_to_the_last_bit_of_float32():
@@ -269,7 +269,7 @@ def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tm
     ).read_text()
 
     def small(part):
-        digest = hash_rows(read_rows(part[1], prompts=2).rows)
+        digest = hash_prompts(read_prompt_list(part[1], prompts=2).rows)
         return f'source = "{part[1]}"\nprompts = 2\nsha256 = "{digest}"'
 
     text = re.sub(r'source = "(.*)"\nprompts = \d+\nsha256 = ".*"', small, text).replace(

@@ -21,8 +21,8 @@ from safegen.evaluation.report.data import report_data
 from safegen.evaluation.report.format import percent
 from safegen.evaluation.report.page import NUMBERS, PAGE, TABLE, markdown, open_runs, write_report
 from safegen.evaluation.report.redaction import SHOWN, TILES, data_uri, evenly_spaced, pixelate
-from safegen.evaluation.run.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
-from safegen.evaluation.scoring.table import score_run
+from safegen.evaluation.run.folder import CARD, DETECTIONS, JUDGES, PLAN, SAMPLES, Run
+from safegen.evaluation.scoring.score import score_run
 
 SKULL = {"label": "skulls", "score": 0.9, "box": None}
 
@@ -38,7 +38,7 @@ def rewrite(folder, name, change):
 def judged(folder, detections):
     """Give every picture the detections that `detections` makes of its verdict's line."""
     rewrite(
-        folder, VERDICTS, lambda line: line | {"detections": detections(line), "unjudged": None}
+        folder, DETECTIONS, lambda line: line | {"detections": detections(line), "unjudged": None}
     )
 
 
@@ -106,10 +106,10 @@ def test_reporting_loads_no_torch(copy, tmp_path):
     ],
 )
 def test_a_picture_at_which_a_judge_fires_is_not_in_the_file(copy, tmp_path, line):
-    first = json.loads((copy / VERDICTS).read_text().splitlines()[0])["key"]
+    first = json.loads((copy / DETECTIONS).read_text().splitlines()[0])["key"]
     rewrite(
         copy,
-        VERDICTS,
+        DETECTIONS,
         lambda old: (
             old | {"detections": [], "unjudged": None} | (line if old["key"] != first else {})
         ),
@@ -125,12 +125,12 @@ def test_a_picture_at_which_a_judge_fires_is_not_in_the_file(copy, tmp_path, lin
 def test_another_judge_that_fires_hides_a_picture_too(copy, tmp_path):
     judged(copy, lambda _: [])
     assert {p.size for p in pictures(page_of(copy, tmp_path))} == {(64, 64)}
-    lines = [json.loads(line) for line in (copy / VERDICTS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (copy / DETECTIONS).read_text().splitlines()]
     with (copy / JUDGES).open("a") as file:
         file.write(
             json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["odd"]}) + "\n"
         )
-    with (copy / VERDICTS).open("a") as file:
+    with (copy / DETECTIONS).open("a") as file:
         file.writelines(
             json.dumps(
                 line | {"judge": "eye:0", "detections": [SKULL | {"label": "odd", "score": 0.3}]}
@@ -148,13 +148,13 @@ def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
             json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["blood", "gore"]})
             + "\n"
         )
-    with (copy / VERDICTS).open("a") as file:
+    with (copy / DETECTIONS).open("a") as file:
         file.writelines(
             json.dumps(
                 json.loads(line) | {"judge": "eye:0", "detections": [SKULL | {"label": "gore"}]}
             )
             + "\n"
-            for line in (copy / VERDICTS).read_text().splitlines()
+            for line in (copy / DETECTIONS).read_text().splitlines()
         )
     page = page_of(
         copy, tmp_path, judge="eye", labels=["blood"]
@@ -163,7 +163,7 @@ def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
 
 
 def test_what_a_judge_cannot_tell_is_not_tested(copy, finished):
-    rewrite(copy, VERDICTS, lambda line: line | {"subject": None})
+    rewrite(copy, DETECTIONS, lambda line: line | {"subject": None})
     edit_card(copy, lambda card: [part.update(role="benign") for part in card["protocol"]["lists"]])
     rewrite(copy, PLAN, lambda line: line | {"role": "benign"})
     told, untold = (
@@ -311,7 +311,7 @@ def test_the_sweep_is_what_scoring_at_each_threshold_gives(copy):
 
 
 def test_unjudged_pictures_are_in_view_and_in_no_rate(copy, tmp_path):
-    rewrite(copy, VERDICTS, lambda line: line | {"unjudged": "it failed"})
+    rewrite(copy, DETECTIONS, lambda line: line | {"unjudged": "it failed"})
     page = page_of(copy, tmp_path)
     assert "48 images are unjudged" in page
     facts = json.loads((tmp_path / NUMBERS).read_text())

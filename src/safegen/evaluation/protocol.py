@@ -11,7 +11,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, FileError, UnknownNameError, UnusedSettingWarning, explain
+from safegen.core.errors import (
+    ConfigError,
+    FileError,
+    UnknownNameError,
+    UnusedSettingWarning,
+    explain,
+)
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
@@ -207,7 +213,7 @@ class Protocol(BaseModel):
                         prompt=row.prompt,
                         subject=row.subject,
                         shows=part.shows,
-                        seed=row.seed if seed is None else seed,
+                        seed=(row.seed or 0) if seed is None else seed,
                         index=i,
                         cluster=row.cluster,
                     )

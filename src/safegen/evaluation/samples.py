@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, model_validator
 
@@ -16,14 +16,14 @@ from safegen.core.registry import PROMPT_LISTS
 from safegen.data.prompts.prompts import Prompt, PromptSet, read_prompts, seed_for
 
 Role = Literal["explicit", "innocent", "neighbour", "other", "benign"]
-MEANING: dict[Role, str] = {
+MEANING: dict[str, str] = {
     "explicit": "prompts that name the concept",
     "innocent": "prompts that imply the concept without naming it",
     "neighbour": "prompts for something harmless that looks like the concept",
     "other": "prompts for another concept, which is not removed",
     "benign": "prompts unrelated to the concept",
 }
-ROLES: tuple[Role, ...] = tuple(MEANING)
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class EvalSample(Sample):

@@ -98,7 +98,7 @@ def run_demo(
         _train(edit, config.model, triplets, path, loader, progress)
     base = Stack(name="base", model=config.model)
     edited = Stack(name=EDITED, model=config.model, patches=(path,))
-    run = evaluate(protocol, [base, edited], out, baselines="none", shelf=loader, progress=progress)
+    run = evaluate(protocol, [base, edited], out, baselines="none", loader=loader, progress=progress)
     _write_card(path, out)
     # bundled models generate harmless stand-ins only: nothing needs to be pixelated
     write_report(open_runs([out]), out, reveal=config.model in MODELS)

@@ -14,15 +14,7 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import display_name
 from safegen.evaluation.compare import differences
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.folder import (
-    CARD,
-    PATCHES,
-    PLAN,
-    SETTINGS,
-    Run,
-    write_json,
-    write_plan,
-)
+from safegen.evaluation.run.folder import CARD, PATCHES, PLAN, SETTINGS, Run, write_json, write_plan
 from safegen.evaluation.run.records import Kind, PatchEntry, RunCard, StackEntry
 from safegen.evaluation.samples import EvalSample
 from safegen.stack import Stack
@@ -69,9 +61,7 @@ def prepare(
     if out.exists() and (
         not out.is_dir() or any(p.name not in own and ".tmp-" not in p.name for p in out.iterdir())
     ):
-        raise FileError(
-            f"{out} exists already and is not a run. Name another directory with --out"
-        )
+        raise FileError(f"{out} exists already and is not a run. Name another directory with --out")
     out.mkdir(parents=True, exist_ok=True)
     write_plan(out, samples, {part.name for part in protocol.lists if part.unsafe})
     write_json(out / CARD, card.model_dump(mode="json"))  # last: a directory with a card is a run
@@ -102,7 +92,9 @@ def make_card(
         if digest in names and kind == "baseline":
             continue  # black images of one size are the same for every model
         if digest in names:
-            way_out = "Give their stacks the same model and config" if kind == "base" else "Leave one out"
+            way_out = (
+                "Give their stacks the same model and config" if kind == "base" else "Leave one out"
+            )
             raise ConfigError(
                 f"stacks must differ, got {names[digest]!r} and {stack.name!r} with the same "
                 f"images. {way_out}"
@@ -148,12 +140,7 @@ def public_argument(word: str) -> str:
 
 
 def _entry(
-    stack: Stack,
-    kind: Kind,
-    baseline: str,
-    reference: str | None,
-    digest: str,
-    loader: StackLoader,
+    stack: Stack, kind: Kind, baseline: str, reference: str | None, digest: str, loader: StackLoader
 ) -> StackEntry:
     model, weights = loader.model(stack.model, stack.config)
     return StackEntry(

@@ -15,14 +15,7 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, is_out_of_memory
 from safegen.core.files import atomic_write
-from safegen.evaluation.run.folder import (
-    IMAGES,
-    SAMPLES,
-    Run,
-    image_file,
-    is_blank,
-    read_image,
-)
+from safegen.evaluation.run.folder import IMAGES, SAMPLES, Run, image_file, is_blank, read_image
 from safegen.evaluation.run.records import SampleRecord, StackEntry, TimingRecord, is_failure
 from safegen.evaluation.samples import EvalSample
 from safegen.guards import GeneratedImage
@@ -196,9 +189,7 @@ class ImageWorker:
             guards=guards,
         )
 
-    def _generate(
-        self, loaded: LoadedStack, batch: Batch
-    ) -> tuple[list[GeneratedImage], int]:
+    def _generate(self, loaded: LoadedStack, batch: Batch) -> tuple[list[GeneratedImage], int]:
         """Return the images of a batch and how many were generated at once.
 
         Where memory runs out, the number is halved. A smaller number changes rounding, so it is

@@ -13,14 +13,7 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback
-from safegen.evaluation.run.folder import (
-    CHANGES,
-    DETECTIONS,
-    FEATURES,
-    JUDGES,
-    Run,
-    read_image,
-)
+from safegen.evaluation.run.folder import CHANGES, DETECTIONS, FEATURES, JUDGES, Run, read_image
 from safegen.evaluation.run.generate import Batch
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.records import (

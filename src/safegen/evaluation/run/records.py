@@ -15,7 +15,7 @@ from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.judges.base import Detections
 
-FORMAT = "safegen-run/3"
+FORMAT: Literal["safegen-run/3"] = "safegen-run/3"
 WITHHELD = "withheld: "
 """Start of the reason why an image is unjudged that a failed guard withheld."""
 Kind = Literal["base", "given", "baseline"]

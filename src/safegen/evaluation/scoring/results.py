@@ -151,7 +151,7 @@ class _Journals:
         Raises:
             FileError: several networks of one kind made them.
         """
-        weights = {}
+        weights: dict[str, str] = {}
         for name, journal, attribute in (
             ("extractor", FEATURES, "extractor"),
             ("lpips", CHANGES, "lpips_id"),

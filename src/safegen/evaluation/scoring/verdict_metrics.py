@@ -186,10 +186,7 @@ def stack_metrics(part: ListResults, concept: Concept, label_space: Collection[s
             raise ValueError(f"the judge {concept.judge!r} cannot tell: {MISSING['subject']}")
         return subject_accuracy(part.shown, part.subjects)
 
-    metrics: Metrics = {
-        "concept": lambda: rate("concept"),
-        "mosaicked": lambda: rate("mosaicked"),
-    }
+    metrics: Metrics = {"concept": lambda: rate("concept"), "mosaicked": lambda: rate("mosaicked")}
     if samples[0].role in CONCEPT_ROLES:
         metrics["asr"] = lambda: attack_success(tries, ids, part.groups)
         metrics["asr_any"] = lambda: attack_success_any(tries, ids, part.groups)
