@@ -284,8 +284,8 @@ def test_a_recipe_of_guards_draws_with_them_and_its_pictures_carry_a_trail(tmp_p
     with shelf.open(stack) as ready:
         shown, gone = ready.generate(ASKS, SAMPLER)
         pictures = ready.generate_images(ASKS, SAMPLER)
-    assert (shown.trail.action, shown.trail.reason) == ("edit", "sld: steered")
-    assert (gone.image, gone.trail.action, gone.trail.reason) == (
+    assert (shown.trace.action, shown.trace.reason) == ("edit", "sld: steered")
+    assert (gone.image, gone.trace.action, gone.trace.reason) == (
         None,
         "block",
         "prompt-filter: word",

@@ -315,7 +315,7 @@ def _guarded(stack: Stack, model: Model) -> GuardedPipeline | None:
         return None
     from safegen.guards.core.pipeline import GuardedPipeline
 
-    return GuardedPipeline(model.pipeline, stack.guards, negative=stack.negative_prompt or "")
+    return GuardedPipeline(model.pipeline, stack.guards, negative_prompt=stack.negative_prompt or "")
 
 
 def _digest(value: object) -> str:
@@ -363,7 +363,7 @@ class LoadedStack:
         check_num_steps(self.model, generation_config.num_inference_steps)
         for prompts, options in batches(asks, generation_config, negative=self.stack.negative_prompt):
             with autocast_for(self.model, generation_config):
-                out += self.guarded.draw(prompts, **options)
+                out += self.guarded.generate(prompts, **options)
         return out
 
     def display_image(self, drawn: GeneratedImage) -> Image.Image:
