@@ -7,6 +7,7 @@ import json
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import safegen
 from safegen.core import registry as tables
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.judges import load_judge
+from safegen.judges import Detections, judge_images, load_judge
 
 HOME = Path(safegen.__file__).parent
 TABLES = {
@@ -33,7 +34,9 @@ TABLES = {
 MACHINERY = {"__init__", "base", "batching", "onnx", "vision"}
 """Files of a room of methods that are none."""
 
-TRAINED = sorted(name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").trains)
+TRAINED = sorted(
+    name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").is_trained
+)
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
 """A training that is over at once."""
 BRIEF_TOO: dict[str, dict[str, object]] = {
@@ -56,7 +59,7 @@ WORDS = Concept(
 def brief(name, **changes):
     """Return an edit at tiny size."""
     kind = tables.resolve(tables.EDITS, name, "edit")
-    settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.trains else {})
+    settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.is_trained else {})
     return kind.preset(
         "default", concept=None if name == "safegen" else WORDS, **settings | changes
     )
@@ -102,8 +105,8 @@ def test_every_edit_removes_unless_its_settings_say_otherwise(name):
         "safegen": {"weight_mosaic": 0.0, "adversary": 0.0, "fade": 0.0},
     }
     kind = tables.resolve(tables.EDITS, name, "edit")
-    assert kind.preset("default").removes
-    assert name not in idle or not kind(**idle[name]).removes
+    assert kind.preset("default").erases_concept
+    assert name not in idle or not kind(**idle[name]).erases_concept
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
@@ -112,22 +115,21 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
 
     from safegen.core.concept import load_concept
     from safegen.evaluation.plan import make_plan
-    from safegen.judges import Verdict
     from safegen.workflows import demo_report as report
     from safegen.workflows.demo import DemoSettings, Outcome
 
     model, edit, concept, log = make_model(), brief(name), load_concept("skulls"), []
     patch = edit.apply(
         model,
-        triplets if edit.learns_from != "words" else None,
+        triplets if edit.inputs != "words" else None,
         report=lambda done, of, row: log.append(row),
     )
     items = make_plan(concept, prompts=1, seeds=(1,))
-    pictures, verdicts = (
+    pictures, detections = (
         [Image.new("RGB", (8, 8))] * len(items),
-        [Verdict("safe", subject="castle")] * len(items),
+        [Detections((), subject="castle")] * len(items),
     )
-    sides = [dict.fromkeys(("base", "edited"), one) for one in (pictures, verdicts)]
+    sides = [dict.fromkeys(("base", "edited"), one) for one in (pictures, detections)]
     page = html.unescape(
         report.render(
             Outcome(
@@ -144,9 +146,9 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
             )
         )
     )
-    assert edit.account() in page
+    assert edit.describe() in page
     assert f"<code>{name}</code>" in page
-    assert ("<svg" in page) == edit.trains
+    assert ("<svg" in page) == edit.is_trained
     assert all(words in page for words in getattr(edit, "erase", ()))
 
 
@@ -154,7 +156,7 @@ def decided(edit, model):
     """The edit as a patch tells it: what was left to the device is decided."""
     return (
         edit.model_copy(update={"training": edit.training.on(model.denoiser)})
-        if edit.trains
+        if edit.is_trained
         else edit
     )
 
@@ -166,7 +168,7 @@ def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets
         brief(name, training=training),
         brief(name, training=training | {"checkpoint_every": 2}),
     )
-    data = triplets if edit.learns_from != "words" else None
+    data = triplets if edit.inputs != "words" else None
 
     def pull(done, of, row):
         if done == 3:
@@ -209,7 +211,7 @@ def test_every_edit_that_trains_refuses_a_wrong_training_before_it_prepares_anyt
     """Rollouts, twins and latents cost minutes, and on a model of other precision they break without a word of what is wrong."""
     half = make_model()
     half.pipeline.to(torch.bfloat16)
-    data = triplets if brief(name).learns_from != "words" else None
+    data = triplets if brief(name).inputs != "words" else None
     with pytest.raises(ConfigError, match="precision fp32 needs a model loaded in fp32"):
         brief(name, training=BRIEF | {"precision": "fp32"}).apply(half, data)
     with pytest.raises(FileError, match="there is nothing to resume"):
@@ -222,7 +224,7 @@ def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp
 
     alone = {"text": "none"} if name == "safegen-plus" else {}  # its closed form is no LoRA
     model, edit = make_model(), brief(name, rank=2, alpha=4.0, selector="attn2", **alone)
-    data = triplets if edit.learns_from != "words" else None
+    data = triplets if edit.inputs != "words" else None
     names, state = [n for n, _ in model.denoiser.named_parameters()], model.denoiser.state_dict()
     before = {k: v.clone() for k, v in state.items()}
     patch = edit.apply(model, data, folder=tmp_path)
@@ -246,25 +248,25 @@ def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
 def test_every_edit_refuses_what_it_lacks_or_has_no_use_for(name, tiny_model, triplets, tmp_path):
     edit = brief(name)
-    if edit.learns_from == "words":
+    if edit.inputs == "words":
         with pytest.raises(ConfigError, match=f"triplets have no effect on {name}"):
             edit.apply(tiny_model, triplets)
     else:
         with pytest.raises(ConfigError, match=f"{name} learns from pictures; give triplets"):
             edit.apply(tiny_model)
-    if edit.learns_from != "triplets":
+    if edit.inputs != "triplets":
         with pytest.raises(
             ConfigError, match=f"the concept 'cubes' has no words, and {name} erases words"
         ):
             type(edit).preset("default", concept=WORDS.model_copy(update={"words": ()}))
         with pytest.raises(ConfigError, match=f"{name} has no words to erase"):
             type(edit).preset("default").apply(
-                tiny_model, None if edit.learns_from == "words" else triplets
+                tiny_model, None if edit.inputs == "words" else triplets
             )
         assert type(edit).preset("default", concept=WORDS, erase=("a ball",)).erase == (
             "a ball",
         )  # what is said outright counts
-    if not edit.trains:
+    if not edit.is_trained:
         for words in ({"folder": tmp_path}, {"resume": True}):
             with pytest.raises(
                 ConfigError, match=f"has no effect on {name}, which is solved in one go"
@@ -359,8 +361,11 @@ def unreadable():
 NEED_WEIGHTS = {"q16", "sd-safety-checker"}
 """Judges that do not open without files of the user's.
 
-What they share, `judge/batch.py`, is held to the same by its own test.
+What they share, `judges/batching.py`, has a test of its own.
 """
+OPTIONS = {
+    "clip": {"weights": "mini", "unsafe": ["a castle covered in skulls"], "safe": ["a castle"]}
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(tables.JUDGES) - NEED_WEIGHTS))
@@ -370,22 +375,38 @@ def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_it
 ):
     if name in ("nudenet", "open-nsfw"):
         pytest.importorskip("onnxruntime", reason="an extra")
-    options = {
-        "clip": {"weights": "mini", "unsafe": ["a castle covered in skulls"], "safe": ["a castle"]}
-    }
-    judge = load_judge(name, **options.get(name, {}))
+    judge = load_judge(name, **OPTIONS.get(name, {}))
     good = [Image.new("RGB", (64, 64), colour) for colour in ("white", "navy", "olive")]
     bad = unreadable()[fault]
 
-    found = judge.judge([good[0], bad, good[1], bad, good[2]])
+    mixed = judge.detect([good[0], bad, good[1], bad, good[2]])
 
-    assert [v.outcome == "unjudged" for v in found] == [False, True, False, True, False]
-    assert all(v.reason and "\n" not in v.reason for v in found[1::2])
-    for verdict, alone in zip(found[::2], judge.judge(good), strict=True):
-        assert (verdict.outcome, verdict.subject) == (alone.outcome, alone.subject)
-        assert [d.label for d in verdict.detections] == [d.label for d in alone.detections]
-    assert [v.outcome for v in judge.judge([bad])] == ["unjudged"]
-    assert judge.judge([]) == []
+    assert [d.unjudged is not None for d in mixed] == [False, True, False, True, False]
+    assert all(d.unjudged and "\n" not in d.unjudged for d in mixed[1::2])
+    for together, alone in zip(mixed[::2], judge.detect(good), strict=True):
+        assert together.subject == alone.subject
+        assert [d.label for d in together.items] == [d.label for d in alone.items]
+    assert judge_images(judge, [bad]) == ["unjudged"]
+    assert judge.detect([]) == []
+
+
+@pytest.mark.parametrize("name", sorted(set(tables.JUDGES) - NEED_WEIGHTS))
+def test_a_judge_returns_raw_detections_and_cannot_call_an_image_safe_without_looking(name):
+    if name in ("nudenet", "open-nsfw"):
+        pytest.importorskip("onnxruntime", reason="an extra")
+    judge = load_judge(name, **OPTIONS.get(name, {}))
+    (raw,) = judge.detect([Image.new("RGB", (64, 64), "white")])
+    assert type(raw) is Detections
+    assert not {"outcome", "verdict", "unsafe", "safe"} & set(vars(raw))
+    assert judge_images(judge, [unreadable()["empty"]]) == ["unjudged"]
+
+
+@pytest.mark.parametrize("name", sorted(tables.JUDGES))
+def test_a_judge_is_declared_to_return_detections_not_verdicts(name):
+    judge = tables.resolve(tables.JUDGES, name, "judge")
+    assert get_type_hints(judge.detect)["return"] == list[Detections]
+    with pytest.raises(TypeError):
+        Detections()  # an empty result must be stated, never assumed
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from safegen.cli.main import _changes
+from safegen.cli.options import read_settings
 from safegen.core import registry as tables
 from safegen.core.errors import ConfigError
 from safegen.edits.esd import ESD
@@ -56,7 +56,7 @@ def brief(method, adversary, **changes):
 
 
 def applied(edit, model, triplets, **how):
-    return edit.apply(model, triplets if edit.learns_from == "triplets" else None, **how)
+    return edit.apply(model, triplets if edit.inputs == "triplets" else None, **how)
 
 
 def net(*weights):
@@ -144,14 +144,14 @@ def test_it_finds_a_way_back_on_an_edited_model_and_samples_do_not_touch_each_ot
     x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([300, 600])
     text = model.encode_text(["red cube", "ball"])
     before = model.denoiser(x, t, text).sample.detach()
-    attack = AdvUnlearn(steps=20, step=0.1, tokens=tokens).ready(model, ())
+    attack = AdvUnlearn(steps=20, step=0.1, tokens=tokens).build(model, ())
     found = attack(edited, x, t, text, want=-before, before=before)
 
     @torch.no_grad()
     def gap(c):
         return losses.squared_error(edited(x, t, c).sample, before)
 
-    start = AdvUnlearn(steps=1, step=1e-9, tokens=tokens).ready(model, ())(
+    start = AdvUnlearn(steps=1, step=1e-9, tokens=tokens).build(model, ())(
         edited, x, t, text, want=before, before=before
     )
     assert (gap(found) < 0.97 * gap(start)).all()
@@ -168,7 +168,7 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
     original = projections(model)
     text = model.encode_text(["red cube", "ball"])
     with trainable_parameters(model, "kv2", rank=rank, alpha=None, seed=0) as part:
-        attack = ReceAdversary(ridge=0.05).ready(model, part.names)
+        attack = ReceAdversary(ridge=0.05).build(model, part.names)
         params, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(1)
         before = {n: params[n].detach().clone() for n in part.names}
         try:
@@ -336,7 +336,7 @@ def test_every_adversary_works_with_every_edit_that_takes_one(
     whole = applied(edit, model, triplets, folder=tmp_path / "whole")
     assert type(edit).model_validate(whole.provenance["settings"]) == edit
     with pytest.raises(ConnectionError):
-        applied(edit, model, triplets, folder=tmp_path / "torn", report=pull)
+        applied(edit, model, triplets, folder=tmp_path / "torn", callback=pull)
     assert (
         applied(edit, make_model(), triplets, folder=tmp_path / "torn", resume=True).hash
         == whole.hash
@@ -364,18 +364,18 @@ def test_safegen_plus_hands_its_adversary_on():
 
 
 def test_the_command_line_names_one_and_then_its_settings():
-    said = _changes(
+    said = read_settings(
         "esd", "default", ["adversary=adv-unlearn", "adversary.steps=5", "adversary.rule=sign"]
     )
     assert make_edit("esd", **said).adversary == AdvUnlearn(steps=5, rule="sign")
     assert make_edit(
-        "esd", **_changes("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
+        "esd", **read_settings("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
     ).adversary == ReceAdversary(ridge=1)
     with pytest.raises(
         ConfigError,
         match=r"--set adversary.steps: 'adversary' has no settings of its own; name one first",
     ):
-        _changes("esd", "default", ["adversary.steps=5"])
+        read_settings("esd", "default", ["adversary.steps=5"])
 
 
 # ------------------------------------------------------------ refusals
@@ -388,15 +388,15 @@ REFUSED = {
     "an adversary is a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
     "or a table with such a name, got {'steps': 3}": {"steps": 3},
     "no adversary named 'adv-unlern'. Did you mean 'adv-unlearn'": "adv-unlern",
-    "no setting of the adversary 'adv-unlearn' named 'step_size'": {
+    "adversary 'adv-unlearn': no setting named 'step_size'": {
         "name": "adv-unlearn",
         "step_size": 1,
     },
-    "steps: Input should be greater than or equal to 1, got 0": {"name": "adv-unlearn", "steps": 0},
-    "step: Input should be greater than 0": {"name": "adv-unlearn", "step": 0},
-    "radius: Input should be greater than 0": {"name": "one-step", "radius": 0},
-    "ridge: Input should be greater than 0": {"name": "closed-form", "ridge": 0},
-    "rule: Input should be 'adam' or 'sign', got 'sgd'": {"name": "adv-unlearn", "rule": "sgd"},
+    "steps must be greater than or equal to 1, got 0": {"name": "adv-unlearn", "steps": 0},
+    "step must be greater than 0": {"name": "adv-unlearn", "step": 0},
+    "radius must be greater than 0": {"name": "one-step", "radius": 0},
+    "ridge must be greater than 0": {"name": "closed-form", "ridge": 0},
+    "rule must be 'adam' or 'sign', got 'sgd'": {"name": "adv-unlearn", "rule": "sgd"},
 }
 
 

@@ -52,7 +52,7 @@ class Denoise:
     weights: Mapping[str, float] = {"near": 0.7, "far": 0.3}
     fingerprint = "denoise"
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         x, text = (
             torch.randn(2, 4, 8, 8, generator=generator),
             torch.randn(2, 5, 32, generator=generator),
@@ -64,10 +64,12 @@ class Denoise:
             "far": (out + x + micro_step).pow(2).mean((1, 2, 3)),
         }
 
-    def held_out(self, denoiser):
+    def validation_loss(self, denoiser):
         return sum(
             v.mean().item()
-            for v in self.losses(denoiser, 0, torch.Generator().manual_seed(1), (0, 1)).values()
+            for v in self.training_step(
+                denoiser, 0, torch.Generator().manual_seed(1), (0, 1)
+            ).values()
         )
 
 
@@ -81,11 +83,11 @@ class Line:
         self.batch, self.looks = batch, iter(looks)
         self.rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         x = self.rows[[(micro_step * self.batch + i) % 4 for i in range(self.batch)]]
         return {"fit": (denoiser(x) - x @ TRUTH.T).pow(2).mean(1)}
 
-    def held_out(self, denoiser):
+    def validation_loss(self, denoiser):
         return next(self.looks)
 
 
@@ -163,7 +165,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
             Denoise(),
             KEPT,
             folder=tmp_path / "run",
-            report=stop_at(update, number),
+            callback=stop_at(update, number),
         )
     found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "run", resume=True)
     same(found.tensors, whole.tensors)
@@ -175,7 +177,7 @@ def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(
     denoiser, names, whole, tmp_path, update
 ):
     with pytest.raises(ConnectionError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=break_at(update))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=break_at(update))
     found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
     same(found.tensors, whole.tensors)
     assert without_time(found.log) == without_time(whole.log)
@@ -191,7 +193,7 @@ def test_a_run_may_be_stopped_again_and_again(denoiser, names, whole, tmp_path):
                 KEPT,
                 folder=tmp_path,
                 resume=update > 1,
-                report=stop_at(update),
+                callback=stop_at(update),
             )
     same(
         train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True).tensors, whole.tensors
@@ -206,18 +208,18 @@ def test_a_finished_run_resumes_to_its_own_result(denoiser, names, whole, tmp_pa
 
 
 def test_a_stop_during_the_last_update_is_no_stop(denoiser, names, whole):
-    same(train(denoiser, names, Denoise(), QUICK, report=stop_at(6)).tensors, whole.tensors)
+    same(train(denoiser, names, Denoise(), QUICK, callback=stop_at(6)).tensors, whole.tensors)
 
 
 def test_a_stop_without_a_folder_says_that_nothing_was_kept(line):
     with pytest.raises(InterruptedRunError, match="no folder was given"):
-        train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
+        train(line, ["weight"], Line(), Training(updates=3), callback=stop_at(1))
 
 
 def test_signals_are_handled_as_before_when_the_loop_is_left(line):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(InterruptedRunError):
-        train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
+        train(line, ["weight"], Line(), Training(updates=3), callback=stop_at(1))
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -254,7 +256,7 @@ def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
 )
 def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, change):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(1))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=stop_at(1))
     with pytest.raises(FileError, match="other settings"):
         train(
             denoiser,
@@ -276,7 +278,7 @@ def test_a_checkpoint_of_another_problem_is_refused(line, tmp_path):
 
 def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tmp_path):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(2))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=stop_at(2))
     found = train(
         denoiser,
         names,
@@ -353,7 +355,7 @@ def test_the_denoiser_comes_back_as_it_was(make_model, names, end, training, che
     settings = QUICK.model_copy(update={"gradient_checkpointing": checkpointing, "updates": 3})
     if error:
         with pytest.raises(error):
-            train(net, names, Denoise(), settings, report=report)
+            train(net, names, Denoise(), settings, callback=report)
     else:
         train(net, names, Denoise(), settings)
     same(state_of(net), before)
@@ -403,7 +405,7 @@ def test_only_the_named_weights_change(denoiser, names):
         names,
         Denoise(),
         QUICK,
-        report=lambda done, of, row: after.update(state_of(denoiser)) if done == of else None,
+        callback=lambda done, of, row: after.update(state_of(denoiser)) if done == of else None,
     )
     assert list(found.tensors) == names
     changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
@@ -477,7 +479,7 @@ def test_warm_up_works_on_the_weights_and_not_only_in_the_log(line):
         ["weight"],
         Line(),
         settings,
-        report=lambda *_: weights.append(line.weight.detach().clone()),
+        callback=lambda *_: weights.append(line.weight.detach().clone()),
     )
     assert [row["lr"] for row in found.log] == pytest.approx(
         [0.002, 0.004, 0.006, 0.008] + [0.01] * 6
@@ -518,7 +520,7 @@ def test_the_average_is_diffusers_ema(line, decay):
         ["weight"],
         Line(),
         Training(updates=12, lr=0.05, accumulation=1, ema=decay),
-        report=follow,
+        callback=follow,
     )
     assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
 
@@ -531,7 +533,7 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
         shadow = 0.9 * shadow + 0.1 * line.weight.detach()
 
     settings = Training(updates=12, lr=0.05, accumulation=1, ema=0.9, ema_ramp=False)
-    found = train(line, ["weight"], Line(), settings, report=follow)
+    found = train(line, ["weight"], Line(), settings, callback=follow)
     assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
 
     def stop(done, of, row):
@@ -540,7 +542,7 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
 
     kept = settings.model_copy(update={"checkpoint_every": 5})
     with pytest.raises(KeyboardInterrupt):
-        train(line, ["weight"], Line(), kept, folder=tmp_path / "work", report=stop)
+        train(line, ["weight"], Line(), kept, folder=tmp_path / "work", callback=stop)
     again = train(line, ["weight"], Line(), kept, folder=tmp_path / "work", resume=True)
     assert torch.equal(again.tensors["weight"], found.tensors["weight"])
     with pytest.raises(ConfigError, match="ema_ramp has no effect with ema 0"):
@@ -555,7 +557,7 @@ def test_no_average_means_the_last_weights(line):
         ["weight"],
         Line(),
         settings,
-        report=lambda *_: last.append(line.weight.detach().clone()),
+        callback=lambda *_: last.append(line.weight.detach().clone()),
     )
     assert torch.equal(found.tensors["weight"], last[-1])
 
@@ -613,8 +615,8 @@ class Nan(Line):
 
     weights: Mapping[str, float] = {"L_m": 0.5, "L_p": 0.5}
 
-    def losses(self, denoiser, micro_step, generator, share):
-        fit = super().losses(denoiser, micro_step, generator, share)["fit"]
+    def training_step(self, denoiser, micro_step, generator, share):
+        fit = super().training_step(denoiser, micro_step, generator, share)["fit"]
         return {"L_m": fit, "L_p": fit * math.nan if micro_step == 2 else fit}
 
 
@@ -638,7 +640,7 @@ def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path
 class Steep(Line):
     """A finite loss with an infinite slope."""
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         return {"fit": (denoiser.weight - denoiser.weight.detach()).abs().sqrt().sum(1)}
 
 
@@ -652,7 +654,7 @@ def test_a_gradient_that_is_not_finite_is_caught_too(line):
 class Still(Line):
     """A loss that nothing changes."""
 
-    def losses(self, denoiser, micro_step, generator, share):
+    def training_step(self, denoiser, micro_step, generator, share):
         return {"fit": 0.0 * denoiser.weight.sum(1)}
 
 
@@ -701,7 +703,7 @@ def test_patience_counts_on_over_a_stop(line, tmp_path):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
     with pytest.raises(InterruptedRunError):
         train(
-            line, ["weight"], Line(looks=(3.0, 4.0)), settings, folder=tmp_path, report=stop_at(5)
+            line, ["weight"], Line(looks=(3.0, 4.0)), settings, folder=tmp_path, callback=stop_at(5)
         )
     found = train(line, ["weight"], Line(looks=(3.5,)), settings, folder=tmp_path, resume=True)
     assert found.stopped_early
@@ -742,7 +744,7 @@ def test_a_setting_that_breaks_its_rule_is_refused(change):
 class Watched(Line):
     """Keeps what the held-out samples are looked at with."""
 
-    def held_out(self, denoiser):
+    def validation_loss(self, denoiser):
         self.seen = denoiser.weight.detach().clone()
         return 0.0
 
@@ -756,7 +758,7 @@ def test_held_out_samples_are_looked_at_with_what_becomes_the_patch(line, ema):
         ["weight"],
         problem,
         settings,
-        report=lambda *_: last.append(line.weight.detach().clone()),
+        callback=lambda *_: last.append(line.weight.detach().clone()),
     )
     assert torch.equal(problem.seen, found.tensors["weight"])
     assert torch.equal(problem.seen, last[-1]) is (ema == 0.0)

@@ -148,7 +148,7 @@ def test_the_paper_preset_is_the_published_step(
             last.update(state_of(ours.denoiser))
 
     training = Training(updates=updates, batch=batch, accumulation=accumulation, lr=lr)
-    patch = SafeGen.preset("paper", training=training).apply(ours, triplets, report=watch)
+    patch = SafeGen.preset("paper", training=training).apply(ours, triplets, callback=watch)
 
     terms, norms, averaged = published_run(
         theirs, recorded, updates=updates, accumulation=accumulation, lr=lr
@@ -223,7 +223,7 @@ def test_an_epoch_shows_every_triplet_once_and_epochs_differ(tiny_model, triplet
 
 
 def test_held_out_triplets_are_never_trained_on(tiny_model, triplets, recorded):
-    patch = run(tiny_model, triplets, held_out=0.34, training={"validate_every": 6})
+    patch = run(tiny_model, triplets, validation_split=0.34, training={"validate_every": 6})
     seen = {
         kind: {
             row["z_u"][i].sum().item()
@@ -376,7 +376,7 @@ def test_the_teachers_term_is_zero_before_the_first_update_and_grows_then(tiny_m
         **PLAIN,
         training=Training(updates=4, accumulation=1, lr=1e-3),
     )
-    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    settings.apply(tiny_model, triplets, callback=lambda done, of, row: log.append(row))
     assert log[0]["L_p"] < 1e-10
     assert log[-1]["L_p"] > 1e-8
     assert log[0]["L_m"] > 1e-3
@@ -390,10 +390,10 @@ def test_the_edit_learns_what_it_is_taught(tiny_model, triplets):
         **PLAIN,
         timesteps=(400, 600),
         training=Training(updates=40, batch=4, accumulation=1, lr=3e-3, validate_every=20),
-        validation_loss=0.2,
+        validation_split=0.2,
     )
     log = []
-    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    settings.apply(tiny_model, triplets, callback=lambda done, of, row: log.append(row))
     assert sum(row["L_m"] for row in log[-5:]) < sum(row["L_m"] for row in log[:5])
 
 
@@ -532,7 +532,7 @@ def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, rec
 REFUSED = {
     "clamp goes with target x0": {"target": "paper", "clamp": 3.0},
     "clamp goes with": {"target": "x0", "clamp": None},
-    "caption_share: Input should be greater than 0": {
+    "caption_share must be greater than 0": {
         "captions": ("mini:benign-train",),
         "caption_share": 0.0,
     },
@@ -547,7 +547,7 @@ REFUSED = {
         "teacher": False,
         "adversary_moves": "unsafe",
     },
-    "adversary_moves: Input should be 'unsafe' or 'both'": {"adversary_moves": "benign"},
+    "adversary_moves must be 'unsafe' or 'both'": {"adversary_moves": "benign"},
     "fade": {"fade": 1.0},
     "timesteps must rise": {"timesteps": (500, 500)},
     "rise from 0 or more": {"timesteps": (-1, 500)},
@@ -558,12 +558,12 @@ REFUSED = {
     "adversary and fade have no effect": {"weight_mosaic": 0, "adversary": 0},
     "training.lr": {"training": {"lr": -1}},
     "training.lrr": {"training": {"lrr": 1}},
-    "held_out: Input should be less than 0.5, got 0.7": {
-        "held_out": 0.7,
+    "validation_split must be less than 0.5, got 0.7": {
+        "validation_split": 0.7,
         "training": {"validate_every": 1},
     },
-    "held_out has no effect without training.validate_every": {"held_out": 0.1},
-    "held_out has no effect": {"held_out": 0.1, "training": {"updates": 5}},
+    "validation_split has no effect without training.validate_every": {"validation_split": 0.1},
+    "validation_split has no effect": {"validation_split": 0.1, "training": {"updates": 5}},
     "teacher": {"teacher": "perhaps"},
 }
 
@@ -609,7 +609,7 @@ def test_timesteps_past_the_schedule_are_refused(make_model, triplets):
 
 def test_an_empty_held_out_part_is_refused(tiny_model, triplets):
     with pytest.raises(ConfigError, match=r"held-out part of 0.05 of 6 triplets is empty"):
-        run(tiny_model, triplets, held_out=0.05, training={"validate_every": 1})
+        run(tiny_model, triplets, validation_split=0.05, training={"validate_every": 1})
 
 
 def test_a_tenth_is_held_out_unless_told_where_the_training_looks_at_it(
@@ -617,7 +617,7 @@ def test_a_tenth_is_held_out_unless_told_where_the_training_looks_at_it(
 ):
     settings = {"updates": 2, "accumulation": 1, "validate_every": 2}
     run(tiny_model, triplets, training=settings)
-    run(tiny_model, triplets, held_out=0.1, training=settings)
+    run(tiny_model, triplets, validation_split=0.1, training=settings)
     looks = [row for row in recorded if not row["train"]]
     assert len(looks) == 2 * 8  # eight draws a look, one look a run
     assert all(len(row["z_u"]) == 1 for row in looks)  # a tenth of six, rounded
@@ -629,7 +629,7 @@ def test_a_tenth_is_held_out_unless_told_where_the_training_looks_at_it(
     "changes",
     [
         {},
-        {"held_out": 0.25, "training": {"validate_every": 5}},
+        {"validation_split": 0.25, "training": {"validate_every": 5}},
         {"training": {"validate_every": 5}},
     ],
 )

@@ -94,7 +94,7 @@ def test_a_failure_in_training_takes_the_closed_form_off_again(make_model, tripl
     name = select_parameters(model.denoiser, "kv2")[0]
     with pytest.raises(ConnectionError):
         SafeGenPlus(erase=("red cube",), first="words", training=BRIEF).apply(
-            model, triplets, report=fail
+            model, triplets, callback=fail
         )
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
 
@@ -141,8 +141,8 @@ REFUSED = {
     "first has no effect with text none": {"text": "none", "first": "words"},
     "caption_share has no effect without captions": {"caption_share": 0.5},
     "timesteps must rise": {"timesteps": (5, 5)},
-    "weight_mosaic: Input should be greater than 0, got 0": {"weight_mosaic": 0},
-    "text: Input should be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},
+    "weight_mosaic must be greater than 0, got 0": {"weight_mosaic": 0},
+    "text must be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},
     "alpha has no effect without rank": {"alpha": 2.0},
     "Did you mean 'weight_mosaic'": {"weight_mosiac": 0.3},
 }

@@ -237,7 +237,7 @@ REFUSED = {
         "preserve_scale": 0.5,
     },
     "erase has a blank word": {"erase": (" ", "cube")},
-    "stay: Input should be greater than 0, got 0": {"stay": 0},
+    "stay must be greater than 0, got 0": {"stay": 0},
     "erase_scale": {"erase_scale": -1},
     "tokens": {"tokens": "some"},
     "Did you mean 'guide'": {"guid": "x"},
@@ -344,7 +344,7 @@ def test_debiasing_is_a_setting_like_others(tiny_model):
         "guide has no effect with debias": {"guide": "art"},
         "the attribute 'grass' has a share of 0": {"debias": {"grass": 0}},
         "debias has a blank attribute": {"debias": {" ": 0.1}},
-        "debias.grass: Input should be a finite number": {"debias": {"grass": float("inf")}},
+        "debias.grass must be a finite number": {"debias": {"grass": float("inf")}},
         "preserve_scale has no effect": {"preserve_scale": 3},
     }.items():
         with pytest.raises(ConfigError, match=words) as caught:

@@ -12,7 +12,7 @@ from safegen.evaluation.report.page import PAGE, write_report
 from safegen.evaluation.run.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
 from safegen.evaluation.run.verify import verify
 from safegen.guards import prompt_filter
-from safegen.judges import Verdict
+from safegen.judges import Detections
 from safegen.stack import LoadedStack
 
 
@@ -26,7 +26,7 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
         given.extend(found if self.stack.guards else [])
         return found
 
-    monkeypatch.setattr(LoadedStack, "drawn", kept)
+    monkeypatch.setattr(LoadedStack, "generate", kept)
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
@@ -131,7 +131,7 @@ def samples(folder):
 
 def break_filter(monkeypatch, *, calls=99):
     """Let the prompt filter fail in the next calls."""
-    real, left = prompt_filter.PromptFilterGuard.check, [None] * calls
+    real, left = prompt_filter.PromptFilterGuard.check_prompts, [None] * calls
 
     def broken(self, prompts):
         if left:
@@ -139,7 +139,7 @@ def break_filter(monkeypatch, *, calls=99):
             raise ConnectionError(f"no answer at {id(left)}")
         return real(self, prompts)
 
-    monkeypatch.setattr(prompt_filter.PromptFilterGuard, "check", broken)
+    monkeypatch.setattr(prompt_filter.PromptFilterGuard, "check_prompts", broken)
 
 
 def test_a_fault_that_is_written_down_stands_when_it_does_not_come_again(drawn, monkeypatch):
@@ -195,13 +195,13 @@ def test_a_picture_that_was_not_written_down_yet_gives_way_to_a_fault_and_a_faul
 
 def test_a_judge_without_memory_halves_the_batch_as_drawing_does(go, tmp_path, monkeypatch):
     class Large:
-        id, labels, known, threshold = "large", ("skulls",), ("skulls",), 0.5
+        id, labels, label_space, threshold = "large", ("skulls",), ("skulls",), 0.5
 
-        def judge(self, images):
-            short = Verdict(
-                "unjudged", reason="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes"
+        def detect(self, images):
+            short = Detections(
+                (), unjudged="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes"
             )
-            return [short if len(images) > 2 else Verdict("safe")] * len(images)
+            return [short if len(images) > 2 else Detections(())] * len(images)
 
     monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilterConfig.load_judge", lambda self: Large())
     recipe = tmp_path / "seen.toml"

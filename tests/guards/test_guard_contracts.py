@@ -9,7 +9,7 @@ import pytest
 
 from safegen.core import registry as tables
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, NoEffectWarning, UnknownNameError
+from safegen.core.errors import ConfigError, UnknownNameError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard, read_guard
 from safegen.guards.core.adapter import ALL_POINTS, PIPELINE_SPECS
 from safegen.guards.core.pipeline import GuardedPipeline
@@ -44,7 +44,7 @@ def test_every_guard_has_a_place_a_name_and_a_sentence_for_every_setting(name):
 def test_every_guard_names_its_paper_and_deviations(name):
     guard = kind(name)
     assert guard.paper
-    assert guard.reference_url == "" or guard.reference_url.startswith("https://")
+    assert guard.code_url == "" or guard.code_url.startswith("https://")
     assert guard.paper == "ours" or guard.deviations.endswith(".")
 
 
@@ -142,12 +142,14 @@ def test_a_concept_gives_defaults_or_warns(name, quiet):
     defaults = kind(name).defaults_from(skulls)
     assert set(defaults) <= set(kind(name).model_fields)
     if not defaults:
-        with pytest.warns(NoEffectWarning, match=f"'skulls' has no effect on the guard '{name}'"):
+        with pytest.warns(
+            UnusedSettingWarning, match=f"'skulls' has no effect on the guard '{name}'"
+        ):
             make_guard(name, concept=skulls, **quiet[name])
 
 
 def test_a_concept_whose_defaults_are_all_overridden_warns():
-    with pytest.warns(NoEffectWarning, match="'skulls' has no effect on the guard 'sld'"):
+    with pytest.warns(UnusedSettingWarning, match="'skulls' has no effect on the guard 'sld'"):
         assert read_guard({"name": "sld", "concept": "skulls", "text": "x"}).text == "x"
 
 
@@ -172,7 +174,7 @@ def test_a_word_means_a_guard_and_its_preset():
         (
             {"name": "sld", "threshold": float("nan")},
             ConfigError,
-            "threshold: Input should be a finite number, got nan",
+            "threshold must be a finite number, got nan",
         ),
         (
             {"name": "judge-filter", "judge": "mini", "threshold": float("nan")},
@@ -185,7 +187,7 @@ def test_a_word_means_a_guard_and_its_preset():
             "finite number",
         ),
         ({"name": "sld", "concept": "skull"}, UnknownNameError, "Did you mean 'skulls'"),
-        ("negative-prompt", ConfigError, "text: Field required"),
+        ("negative-prompt", ConfigError, "text is required"),
         ("sld-", UnknownNameError, "no preset of the guard 'sld' named ''"),
         ({"name": "sld", "preset": 3}, ConfigError, "guard 'sld': preset must be a name, got 3"),
         ({"name": "sld", "preset": ["max"]}, ConfigError, "preset must be a name"),

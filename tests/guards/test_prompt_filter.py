@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from safegen.core.errors import ConfigError, NoEffectWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 
@@ -105,7 +105,7 @@ def test_settings_that_filter_nothing_or_everything_are_refused(settings, says):
 
 
 def test_a_threshold_without_a_classifier_warns():
-    with pytest.warns(NoEffectWarning, match="threshold has no effect without a classifier"):
+    with pytest.warns(UnusedSettingWarning, match="threshold has no effect without a classifier"):
         make_guard("prompt-filter", words=["x"], threshold=0.3)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import ConfigError, NoEffectWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.base import Guard, GuardHook
@@ -171,7 +171,7 @@ def test_calibration_lies_between_the_two_kinds_and_refuses_what_it_cannot_tell_
 
 
 def test_idle_settings_and_other_families_are_refused(tiny_wan):
-    with pytest.warns(NoEffectWarning, match="slope has no effect without middle"):
+    with pytest.warns(UnusedSettingWarning, match="slope has no effect without middle"):
         make_guard(**CUBE, slope=5.0)
     says = r"'safree' cannot run on a WanPipeline: it needs a StableDiffusionPipeline or StableDiffusionXLPipeline. Guards that can:"
     with pytest.raises(ConfigError, match=says):

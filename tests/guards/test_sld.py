@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import ConfigError, NoEffectWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.sld import SldConfig, safety_guidance
@@ -73,9 +73,9 @@ def test_warns_if_the_negative_prompt_equals_its_text(tiny_model):
     guards = [make_guard("sld", "max", text=TEXT), make_guard("negative-prompt", text=f"{TEXT} ")]
     text = "'sld' has no effect: the negative prompt equals its text"
     for order in (guards, guards[::-1]):
-        with pytest.warns(NoEffectWarning, match=text):
+        with pytest.warns(UnusedSettingWarning, match=text):
             GuardedPipeline(tiny_model.pipeline, order)
-    with pytest.warns(NoEffectWarning, match=text):
+    with pytest.warns(UnusedSettingWarning, match=text):
         GuardedPipeline(tiny_model.pipeline, guards[:1], negative_prompt=TEXT)  # a recipe's own
     GuardedPipeline(
         tiny_model.pipeline, guards, negative_prompt="a tree"

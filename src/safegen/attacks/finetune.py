@@ -22,7 +22,7 @@ from safegen.edits.training.checkpoint import FILE
 from safegen.edits.training.config import Precision, resolve_precision
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import to_pixels
-from safegen.edits.training.trainer import LogRow, Training, check, train
+from safegen.edits.training.trainer import LogRow, Training, TrainingCallback, check, train
 from safegen.judges import load_judge
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
@@ -174,8 +174,8 @@ def captions_for(
         by[row.subject] = (*by.get(row.subject, ()), row.text)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     return [
-        by.get(verdict.subject, ()) if verdict.subject else ()
-        for verdict in judge.judge(list(pictures))
+        by.get(detections.subject, ()) if detections.subject else ()
+        for detections in judge.detect(list(pictures))
     ]
 
 
@@ -250,7 +250,7 @@ def fine_tune(
     settings: FineTune,
     *,
     folder: Path | None = None,
-    report: Callable[[int, int, LogRow], None] | None = None,
+    callback: TrainingCallback | None = None,
     **facts: Any,
 ) -> FineTuneResult:
     """Fine-tune a model as it stands, patches on it included; it is given back as it came.
@@ -261,7 +261,7 @@ def fine_tune(
         settings: how.
         folder: keeps checkpoints and patches; where there are some, of the same settings, weights
             and material, the fine-tune goes on.
-        report: called after every update with (done, of, row of the log).
+        callback: called after every update with (done, of, row of the log).
         facts: what else the patches say of themselves.
 
     Returns:
@@ -302,8 +302,8 @@ def fine_tune(
                         missing_ok=True
                     )  # of a run that was killed before its checkpoint
                     found[done].save(folder / f"{done}.safetensors")
-            if report:
-                report(done, of, row)
+            if callback:
+                callback(done, of, row)
 
         problem, resume = (
             DenoisingObjective(settings, model, material),
@@ -315,7 +315,13 @@ def fine_tune(
             else settings.training
         )
         log = train(
-            model.denoiser, part.names, problem, training, folder=folder, resume=resume, report=note
+            model.denoiser,
+            part.names,
+            problem,
+            training,
+            folder=folder,
+            resume=resume,
+            callback=note,
         ).log
     if folder:  # those from before a stop too
         found = {done: Patch.load(folder / f"{done}.safetensors") for done in settings.updates}

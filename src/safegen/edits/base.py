@@ -102,7 +102,7 @@ class Edit(BaseModel, ABC):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: TrainingCallback | None = None,
+        callback: TrainingCallback | None = None,
     ) -> Patch:
         """Return new values for some weights of `model`; `model` itself is not touched.
 
@@ -161,7 +161,7 @@ class TrainedEdit(Edit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: TrainingCallback | None = None,
+        callback: TrainingCallback | None = None,
     ) -> Patch:
         """Train the edit and return it as a patch; `model` is not touched.
 
@@ -191,7 +191,7 @@ class TrainedEdit(Edit):
                 training,
                 folder=folder,
                 resume=resume,
-                report=report,
+                callback=callback,
             )
         more = problem.facts if isinstance(problem, HasMetadata) else {}
         facts = provenance_of(edit, model, triplets) | found.facts(problem.weights)

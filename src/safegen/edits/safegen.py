@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 CAPTION_SHARE = 0.6
 """Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
-HELD_OUT = 0.1
+VALIDATION_SPLIT = 0.1
 """Unless told: the part of the triplets that early stopping looks at."""
 
 
@@ -86,7 +86,7 @@ class SafeGen(TrainedEdit):
     """Whether a sample may be mirrored; unsafe, censored and benign together."""
     selector: str = "attn1"
     """Which weights change."""
-    validation_loss: float | None = Field(default=None, gt=0, lt=0.5)
+    validation_split: float | None = Field(default=None, gt=0, lt=0.5)
     """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
     training: Training = Training(
         updates=160,
@@ -111,9 +111,9 @@ class SafeGen(TrainedEdit):
             )
         if self.caption_share is not None and not self.captions:
             raise ValueError("caption_share has no effect without captions; give both or neither")
-        if self.validation_loss is not None and not self.training.validate_every:
+        if self.validation_split is not None and not self.training.validate_every:
             raise ValueError(
-                "held_out has no effect without training.validate_every; set that too, or leave held_out out"
+                "validation_split has no effect without training.validate_every; set that too, or leave it out"
             )
         if self.adversary_moves and not (self.adversary and self.weight_preserve):
             raise ValueError(
@@ -205,7 +205,7 @@ class SafeGenObjective:
                 "the triplets do not show the concept: every censored picture is its unsafe one, so there is nothing to unlearn"
             )
         n = self.latents.shape[2]
-        part = (edit.validation_loss or HELD_OUT) if edit.training.validate_every else 0.0
+        part = (edit.validation_split or VALIDATION_SPLIT) if edit.training.validate_every else 0.0
         spare = round(n * part)
         if part and not 0 < spare < n:
             raise ConfigError(

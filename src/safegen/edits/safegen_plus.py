@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from safegen.core.concept import Concept
+from safegen.core.errors import explain
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import (
     TrainedEdit,
@@ -105,9 +106,7 @@ class SafeGenPlus(TrainedEdit):
                 self, "adversary_moves", self.visual().adversary_moves
             )  # decided, so that patch and checkpoint say it
         except ValidationError as error:
-            raise ValueError(
-                "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-            ) from error
+            raise ValueError(explain(error)) from error
         return self
 
     def describe(self) -> str:
@@ -162,7 +161,7 @@ class SafeGenPlus(TrainedEdit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: TrainingCallback | None = None,
+        callback: TrainingCallback | None = None,
     ) -> Patch:
         """Make both parts, the second on the model that has the first, and return them as one patch; `model` is not touched.
 
@@ -182,13 +181,13 @@ class SafeGenPlus(TrainedEdit):
             resume=resume,
         )
         if words is None:
-            return super().apply(model, triplets, folder=folder, resume=resume, report=report)
+            return super().apply(model, triplets, folder=folder, resume=resume, callback=callback)
         text = words.apply(
             model
         )  # also where it comes second: words that cannot be solved stop it before it trains
         before = self.first == "words"
         with text.apply(model, named=False) if before else nullcontext():
-            seen = super().apply(model, triplets, folder=folder, resume=resume, report=report)
+            seen = super().apply(model, triplets, folder=folder, resume=resume, callback=callback)
         if not before:
             with seen.apply(model, named=False):
                 text = words.apply(model)

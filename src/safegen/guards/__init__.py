@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, NoEffectWarning, UnknownNameError
+from safegen.core.errors import ConfigError, UnknownNameError, UnusedSettingWarning, explain
 from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.base import GuardConfig
 from safegen.guards.core.result import GeneratedImage, GuardRecord, GuardResult, GuardTrace
@@ -42,13 +42,13 @@ def make_guard(
     if concept and not defaults.keys() - settings.keys():
         warnings.warn(
             f"the concept {concept.name!r} has no effect on the guard {name!r}",
-            NoEffectWarning,
+            UnusedSettingWarning,
             stacklevel=2,
         )
     try:
         return kind.model_validate({**kind.PRESETS.get(preset, {}), **defaults, **settings})
     except ValidationError as error:
-        raise ConfigError(f"guard {name!r}: {_first(error, kind)}") from error
+        raise ConfigError(f"guard {name!r}: {explain(error, kind)}") from error
 
 
 def read_guard(
@@ -89,13 +89,3 @@ def _split_name(value: str) -> dict[str, str]:
     names = [name for name in GUARDS if value == name or value.startswith(f"{name}-")]
     name = max(names, key=len, default=value)
     return {"name": name} if name == value else {"name": name, "preset": value[len(name) + 1 :]}
-
-
-def _first(error: ValidationError, kind: type[GuardConfig]) -> str:
-    """Return pydantic's first error in one line: setting, rule, value."""
-    e = error.errors()[0]
-    place = ".".join(str(v) for v in e["loc"]) or "settings"
-    if e["type"] == "extra_forbidden":
-        return str(UnknownNameError("setting", place, kind.model_fields))
-    value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
-    return f"{place}: {e['msg'].removeprefix('Value error, ')}{value}"

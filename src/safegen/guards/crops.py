@@ -18,7 +18,7 @@ from torch import Tensor
 from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, ProbeFunction
 from safegen.guards.core.result import GuardResult
-from safegen.guards.judge_filter import JudgeBackedConfig, judge_images
+from safegen.guards.judge_filter import JudgeBackedConfig, detect_images
 from safegen.judges import Judge
 
 
@@ -93,8 +93,9 @@ class CropsGuard(Guard):
                 changes["num_inference_steps"] = config.steps
             offset = None if offsets is None else offsets[k]
             images = generate(prompts, changes, embedding_offset=offset)
-            verdicts = judge_images(self.judge, images)
-            unsafe = [n + (v.outcome != "safe") for n, v in zip(unsafe, verdicts, strict=True)]
+            detections = detect_images(self.judge, images)
+            verdicts = [d.verdict(self.judge.labels, self.judge.threshold) for d in detections]
+            unsafe = [n + (v != "safe") for n, v in zip(unsafe, verdicts, strict=True)]
         return [self._result(n / config.probes) for n in unsafe]
 
     def _result(self, share: float) -> GuardResult:

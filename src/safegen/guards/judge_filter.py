@@ -16,7 +16,7 @@ from safegen.data.triplets.censor import Censor, censor
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
 from safegen.guards.core.result import GuardResult, UnsafeAction
-from safegen.judges import Judge, Verdict, load_judge
+from safegen.judges import Detections, Judge, load_judge
 from safegen.judges.base import no_rule
 
 PATH_OPTIONS = ("weights", "prompts")
@@ -99,29 +99,27 @@ def hash_settings(settings: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
     }
 
 
-def judge_images(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Verdict]:
-    """Return one verdict per image.
+def detect_images(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Detections]:
+    """Return the judge's detections in each image.
 
     Raises:
         MemoryError: the judge ran out of memory on one of several images, so that the caller can
             retry with fewer. A single image is unjudged instead.
-        ValueError: the judge returned another number of verdicts.
+        ValueError: the judge returned detections for another number of images.
     """
-    verdicts = judge.judge(images)
-    if len(verdicts) != len(images):
-        raise ValueError(f"the judge returned {len(verdicts)} verdicts for {len(images)} images")
-    failures = [
-        v.reason for v in verdicts if v.outcome == "unjudged" and is_out_of_memory(v.reason)
-    ]
+    detections = judge.detect(images)
+    if len(detections) != len(images):
+        raise ValueError(f"the judge returned {len(detections)} results for {len(images)} images")
+    failures = [d.unjudged for d in detections if d.unjudged and is_out_of_memory(d.unjudged)]
     if failures and len(images) > 1:
         raise MemoryError(
             f"{judge.id} could not judge {len(failures)} of {len(images)} images: {failures[0]}"
         )
-    return verdicts
+    return detections
 
 
 class JudgeGuard(Guard):
-    """Guard whose judge decides which images are shown."""
+    """Guard with a judge that decides which images are shown."""
 
     def __init__(self, config: GuardConfig, judge: Judge, action: UnsafeAction) -> None:
         super().__init__(config)
@@ -131,21 +129,22 @@ class JudgeGuard(Guard):
         self, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> list[GuardResult]:
         """Return one result per image."""
-        verdicts = judge_images(self.judge, images)
-        return [self._result(image, v) for image, v in zip(images, verdicts, strict=True)]
+        detections = detect_images(self.judge, images)
+        return [self._result(image, d) for image, d in zip(images, detections, strict=True)]
 
-    def _result(self, image: Image.Image, verdict: Verdict) -> GuardResult:
+    def _result(self, image: Image.Image, detections: Detections) -> GuardResult:
         scores: dict[str, float] = {}
-        for detection in verdict.detections:
+        for detection in detections.items:
             if detection.label in self.judge.labels:
                 scores[detection.label] = max(detection.score, scores.get(detection.label, 0.0))
         thresholds = {"score": self.judge.threshold}
-        if verdict.outcome == "safe":
+        verdict = detections.verdict(self.judge.labels, self.judge.threshold)
+        if verdict == "safe":
             return GuardResult("none", "", scores, thresholds)
-        if verdict.outcome == "unsafe":
-            shown = censor_whole(image, self.action)
-            return GuardResult(self.action, "unsafe", scores, thresholds, shown)
-        return GuardResult("withhold", f"unjudged: {verdict.reason}", scores, thresholds)
+        if verdict == "unsafe":
+            replacement = censor_whole(image, self.action)
+            return GuardResult(self.action, "unsafe", scores, thresholds, replacement)
+        return GuardResult("withhold", f"unjudged: {detections.unjudged}", scores, thresholds)
 
 
 def censor_whole(image: Image.Image, action: UnsafeAction) -> Image.Image | None:

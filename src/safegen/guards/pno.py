@@ -66,7 +66,7 @@ class PnoConfig(JudgeBackedConfig):
     weight: float = Field(default=1.0, gt=0)
     """gamma: weight of the score against the regularizer."""
     permutations: int = Field(default=100, ge=1)
-    """Random orders of the latents' entries in the regularizer, besides their own."""
+    """Random orders of the latents' entries in the regularizer, in addition to their own."""
     action: UnsafeAction = "black"
     """What to do with an image that the judge calls unsafe."""
 
@@ -232,10 +232,12 @@ class ClipScore:
         self.vision_id = hash_tensors({k: v for k, v in state.items() if k.startswith(vision)})
         """Hash of the image tower, by which judges without a text tower are named."""
         self.side = int(self.clip.config.vision_config.image_size)
-        facts = Pixels(folder, self.side).facts
-        self.preprocessing_id = fingerprint([self.side, facts["image_mean"], facts["image_std"]])
+        settings = Pixels(folder, self.side).facts
+        self.preprocessing_id = fingerprint(
+            [self.side, settings["image_mean"], settings["image_std"]]
+        )
         self.mean, self.std = (
-            torch.tensor(facts[key], device=device).view(3, 1, 1)
+            torch.tensor(settings[key], device=device).view(3, 1, 1)
             for key in ("image_mean", "image_std")
         )
         self.texts = encode_texts(self.clip, folder, [*unsafe, *safe])

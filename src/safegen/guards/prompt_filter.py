@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, NoEffectWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
 from safegen.guards.core.result import GuardResult
@@ -48,7 +48,7 @@ class PromptFilterConfig(GuardConfig):
         if self.classifier is None and self.threshold != default:
             warnings.warn(
                 "prompt-filter: threshold has no effect without a classifier",
-                NoEffectWarning,
+                UnusedSettingWarning,
                 stacklevel=2,
             )
         return self

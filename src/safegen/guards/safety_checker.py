@@ -22,7 +22,7 @@ class SafetyCheckerConfig(GuardConfig):
     paper: ClassVar[str] = (
         "Stable Diffusion's own; described by Rando et al. 2022, arXiv:2210.04610"
     )
-    reference_url: ClassVar[str] = "https://huggingface.co/CompVis/stable-diffusion-safety-checker"
+    code_url: ClassVar[str] = "https://huggingface.co/CompVis/stable-diffusion-safety-checker"
     deviations: ClassVar[str] = "The threshold and the action on a flagged image are settings."
 
     weights: str | Path

@@ -36,7 +36,7 @@ class SldConfig(GuardConfig):
     name: Literal["sld"] = "sld"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"guidance"})
     paper: ClassVar[str] = "Schramowski et al. 2023, arXiv:2211.05105, eqs. 3, 4, 6, 7, 8"
-    reference_url: ClassVar[str] = "https://github.com/ml-research/safe-latent-diffusion"
+    code_url: ClassVar[str] = "https://github.com/ml-research/safe-latent-diffusion"
     deviations: ClassVar[str] = (
         "The warm-up is scaled to the steps of the run: as released, `weak` never acts in 15 steps "
         "or fewer. `weak` has the model card's scale of 200, `weak-diffusers` the code's 20. The "
@@ -132,8 +132,8 @@ class SldHook(GuardHook):
     def extra_conditions(self) -> Mapping[str, TextEmbeds]:
         """Return the safety text's embeddings; nothing in steps where they cannot matter."""
         config = self.config  # without momentum, the steps of the warm-up change nothing
-        idle = config.scale == 0 or (not self._warm and config.momentum_scale == 0)
-        return {} if idle else {SAFETY: self.embeds}
+        unused = config.scale == 0 or (not self._warm and config.momentum_scale == 0)
+        return {} if unused else {SAFETY: self.embeds}
 
     def guidance_correction(self, predictions: Mapping[str, Tensor]) -> Tensor | None:
         """Return Gamma after the warm-up, and update the momentum in every step."""

@@ -119,7 +119,7 @@ PIPELINE_SPECS = {
         (LENGTH_OPTION,),
     ),
 }
-"""Pipeline classes whose denoiser guards can hook. Others have the universal hook points only."""
+"""Pipeline classes with a denoiser that guards can hook. Others have universal points only."""
 IMAGE_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 """Pipeline classes with latents of shape (b, c, h, w)."""
 
@@ -244,11 +244,11 @@ class PipelineAdapter:
         if latents is not None:
             return latents, clones
         scale, net = self.pipe.vae_scale_factor, self.pipe.unet
-        sides = [
+        size = [
             (options.get(side) or net.config.sample_size * scale) // scale
             for side in ("height", "width")
         ]
-        shape = (net.config.in_channels, *sides)
+        shape = (net.config.in_channels, *size)
         noise = [torch.randn(shape, generator=g, device=g.device, dtype=net.dtype) for g in clones]
         return torch.stack(noise), clones
 

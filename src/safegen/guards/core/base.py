@@ -31,7 +31,7 @@ class GuardConfig(BaseModel, ABC):
     name: str
     """Name of the guard in the registry."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Named settings besides `default`, which changes none."""
+    """Named settings, by preset. `default` changes none."""
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset()
     """Points of the pipeline that this guard hooks."""
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -40,7 +40,7 @@ class GuardConfig(BaseModel, ABC):
     """Whether a second guard of this kind on one pipeline would undo the first."""
     paper: ClassVar[str] = "ours"
     """Source of the method: citation with arXiv id and equations, or `ours`."""
-    reference_url: ClassVar[str] = ""
+    code_url: ClassVar[str] = ""
     """Reference implementation."""
     deviations: ClassVar[str] = ""
     """Differences from the paper and its released code."""

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from safegen.core.errors import ConfigError, NoEffectWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.adapter import EXTERNAL_POINTS, GUIDANCE_POINTS, HookPoint, PipelineAdapter
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
@@ -291,7 +291,9 @@ def _check_config(
             f"the guard {name!r} must be given once. A second one would undo the first."
         )
     if reason := config.conflict([c for c in configs if c is not config], negative_prompt):
-        warnings.warn(f"the guard {name!r} has no effect: {reason}", NoEffectWarning, stacklevel=3)
+        warnings.warn(
+            f"the guard {name!r} has no effect: {reason}", UnusedSettingWarning, stacklevel=3
+        )
 
 
 def _allowed(runners: Sequence[GuardRunner], images: Sequence[int]) -> list[int]:

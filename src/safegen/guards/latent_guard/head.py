@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import atomic_write
 from safegen.guards.core.adapter import PipelineAdapter
 
-HEADS, INNER, OUT = 16, 512, 128
+HEADS, INNER, OUT_FEATURES = 16, 512, 128
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin"}
 
 
@@ -76,7 +76,12 @@ class LatentGuardHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, heads: int = HEADS, inner: int = INNER, out: int = OUT
+        self,
+        width: int,
+        *,
+        heads: int = HEADS,
+        inner: int = INNER,
+        out_features: int = OUT_FEATURES,
     ) -> None:
         """Build the head with random weights; `inner` is split among `heads`."""
         super().__init__()
@@ -84,7 +89,7 @@ class LatentGuardHead(nn.Module):
         self.x1_to_key, self.x1_to_value, self.x2_to_query = (
             nn.Linear(width, inner) for _ in range(3)
         )
-        self.final_mlp, self.mlp_query1 = (nn.Linear(inner, out) for _ in range(2))
+        self.final_mlp, self.mlp_query1 = (nn.Linear(inner, out_features) for _ in range(2))
         self.tempr = nn.Parameter(torch.tensor(1 / 0.07))
 
     def forward(self, prompts: Tensor, concepts: Tensor) -> Tensor:
@@ -193,13 +198,13 @@ def max_scores(
     return maxima
 
 
-def save_head(head: LatentGuardHead, out: Path) -> None:
+def save_head(head: LatentGuardHead, path: Path) -> None:
     """Write a head to a new file.
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `path` exists or cannot be written.
     """
-    with atomic_write(out) as tmp:
+    with atomic_write(path) as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, tmp)
 
 
@@ -223,7 +228,7 @@ def load_head(path: Path, *, allow_pickle: bool = False) -> LatentGuardHead:
             else load_file(path)
         )
         inner, width = state["x1_to_key.weight"].shape
-        head = LatentGuardHead(width, inner=inner, out=len(state["final_mlp.weight"]))
+        head = LatentGuardHead(width, inner=inner, out_features=len(state["final_mlp.weight"]))
         head.load_state_dict(state)
     except (
         SafetensorError,

@@ -37,7 +37,7 @@ class LatentGuardConfig(GuardConfig):
     name: Literal["latent-guard"] = "latent-guard"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"prompt"})
     paper: ClassVar[str] = "Liu et al. 2024, arXiv:2404.08031; loss and threshold as released"
-    reference_url: ClassVar[str] = "https://github.com/rt219/LatentGuard"
+    code_url: ClassVar[str] = "https://github.com/rt219/LatentGuard"
     deviations: ClassVar[str] = (
         "Keys and values are computed once per prompt and queries once per concept, not per pair. "
         "Long prompts are read in windows. `calibrate` and the trainer for any table of prompts "

@@ -29,7 +29,7 @@ class Reattention:
         self.original: TextEmbeds | None = None
         """Embeddings of the original prompts. None in steps without projection."""
         self.images: Sequence[int] = ()
-        """Images whose text is projected in this step. Others differ by rounding only."""
+        """Images with projected text in this step. Others differ by rounding only."""
         self.rows: Mapping[str, slice] = {}
         self.num_blocks = self.num_hooked = 0
 
@@ -91,7 +91,7 @@ class Reattention:
 
 
 def reattend(filtered: Tensor, original: Tensor, *, scale: float) -> Tensor:
-    """Return features whose lowest frequencies are damped where they exceed the original's.
+    """Return features with the lowest frequencies damped that exceed the original's.
 
     F(filtered) <- s F(filtered) where |F(filtered)| > |F(original)|, in the 2 x 2 block about the
     middle of the shifted spectrum (constant and -1 along each axis), F the two-dimensional Fourier

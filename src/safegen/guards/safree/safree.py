@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, NoEffectWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.result import GuardResult
@@ -41,7 +41,7 @@ class SafreeConfig(GuardConfig):
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"prompt_embeds"})
     pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
     paper: ClassVar[str] = "Yoon et al. 2024, arXiv:2410.12761, eqs. 2 to 6; filter as released"
-    reference_url: ClassVar[str] = "https://github.com/jaehong31/SAFREE"
+    code_url: ClassVar[str] = "https://github.com/jaehong31/SAFREE"
     deviations: ClassVar[str] = (
         "Projectors are computed by singular vectors. The filter's steps are scaled to those of "
         "the run, and `calibrate` finds its threshold (ours). Re-attention follows the paper, for "
@@ -74,7 +74,7 @@ class SafreeConfig(GuardConfig):
     def _check(self) -> Self:
         if self.middle is None and self.slope != type(self).model_fields["slope"].default:
             warnings.warn(
-                "safree: slope has no effect without middle", NoEffectWarning, stacklevel=2
+                "safree: slope has no effect without middle", UnusedSettingWarning, stacklevel=2
             )
         return self
 
