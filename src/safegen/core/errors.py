@@ -116,6 +116,11 @@ def setting_names(settings: type[BaseModel] | None, prefix: str = "") -> Iterato
             yield from setting_names(kind, f"{prefix}{name}.")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut to 300 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error or its text means that memory ran out, in Python or torch."""
     text = str(error).lower()
