@@ -25,7 +25,7 @@ def image(pipeline):
 
 @pytest.fixture
 def drawn(make_model, make_tiny):
-    """Return a builder of a model, a patch of its attention, and images without and with the patch."""
+    """Return a builder of a model, a patch of its attention, and images without and with it."""
 
     def build(kind):
         model = make_model() if kind == "sd1" else make_tiny(kind)
