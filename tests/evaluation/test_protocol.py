@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 import safegen
+from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.files import display_name
+from safegen.core.generation import GenerationConfig
 from safegen.core.registry import LABEL_SETS, PROTOCOLS
 from safegen.data.prompts.prompts import cluster_of
+from safegen.evaluation.plan import ROLES
 from safegen.evaluation.protocol import (
+    Protocol,
     differences,
     load_protocol,
     plan,
@@ -283,3 +287,38 @@ def test_differences_name_the_place():
         "c: 3 and null",
     ]
     assert differences({"a": [1]}, {"a": [1]}) == []
+
+
+def test_a_concept_gives_the_protocol_of_its_own_lists_and_judge():
+    concept = load_concept("skulls")
+    config = GenerationConfig(num_inference_steps=4)
+    protocol = Protocol.from_concept(concept, prompts=3, seeds=range(2), generation=config)
+    items = plan(protocol)
+    names = [name for role in ROLES for name in concept.lists.get(role, ())]
+    assert [i.list_name for i in items] == [name for name in names for _ in range(6)]
+    assert [(i.seed, i.index) for i in items[:6]] == [(s, i) for s in (0, 1) for i in range(3)]
+    assert {i.list_name: i.shows for i in items if i.shows} == concept.shows
+    assert (protocol.judge.labels, protocol.judge.threshold) == (concept.labels, concept.threshold)
+    assert (protocol.generation, protocol.concept) == (config, "skulls")
+    only = Protocol.from_concept(
+        concept, prompts=1, seeds=(1,), generation=config, roles=("benign",), metrics=("concept",)
+    )
+    assert {i.role for i in plan(only)} == {"benign"}
+    assert only.metrics == ("concept",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": 0}, "prompts"),
+        ({"prompts": 10**6}, "has .* prompts, got 1000000"),
+        ({"seeds": ()}, "seeds must be named once each"),
+        ({"seeds": (1, 1)}, "seeds must be named once each"),
+        ({"roles": ("benign", "benign")}, "lists must be named once each"),
+        ({"roles": ()}, "lists"),
+    ],
+)
+def test_a_concept_without_prompts_or_seeds_is_refused(changes, message):
+    settings = {"prompts": 1, "seeds": (1,), "generation": GenerationConfig()} | changes
+    with pytest.raises(ConfigError, match=message):
+        Protocol.from_concept(load_concept("skulls"), **settings)
