@@ -328,7 +328,8 @@ def test_judge_files_of_a_guard_are_relative_to_the_recipe(tmp_path, name):
     ):
         options = f'{{weights = "{word}", prompts = "two.safetensors", allow_pickle = false}}'
         (tmp_path / "s.toml").write_text(
-            f'model = "mini"\nguards = [{{name = "{name}", judge = "q16", options = {options}{own}}}]\n'
+            f'model = "mini"\nguards = [{{name = "{name}", judge = "q16", '
+            f"options = {options}{own}}}]\n"
         )
         (guard,) = load_stack(str(tmp_path / "s.toml")).guards
         assert guard.options == {
