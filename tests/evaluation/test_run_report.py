@@ -20,7 +20,13 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.report.data import report_data
 from safegen.evaluation.report.format import percent
 from safegen.evaluation.report.page import NUMBERS, PAGE, TABLE, markdown, open_runs, write_report
-from safegen.evaluation.report.redaction import SHOWN, TILES, data_uri, evenly_spaced, pixelate
+from safegen.evaluation.report.redaction import (
+    IMAGES_PER_ROW,
+    TILES,
+    data_uri,
+    evenly_spaced,
+    pixelate,
+)
 from safegen.evaluation.run.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
 from safegen.evaluation.scoring.table import score_run
 
@@ -403,11 +409,11 @@ def test_a_browser_shows_it_without_a_complaint_and_without_a_network(copy, tmp_
 @pytest.mark.parametrize("n", [1, 5, 6, 7, 16, 112, 192])
 def test_the_pictures_shown_are_of_unlike_subjects(n):
     places = evenly_spaced(n)
-    assert len(places) == min(n, SHOWN)
+    assert len(places) == min(n, IMAGES_PER_ROW)
     assert places == sorted(set(places))
     assert places[-1] < n
     assert (
-        n != 192 or len({place % 32 for place in places}) == SHOWN
+        n != 192 or len({place % 32 for place in places}) == IMAGES_PER_ROW
     )  # the miniature's lists go through 32 objects in turn
 
 

@@ -122,7 +122,7 @@ def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> li
     by_role = {
         role: [i for i, item in enumerate(results.items) if item.role == role] for role in MEANING
     }
-    asked = [i for i, item in enumerate(results.items) if item.role in ASKED]
+    concept_indices = [i for i, item in enumerate(results.items) if item.role in ASKED]
     seconds, rows = _seconds_per_image(run), list[Line]()
     for name, stack in results.sides.items():
         base = results.base(name)
@@ -136,14 +136,14 @@ def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> li
             "blank": sum(stack.blank),
             "unjudged": sum(d.unjudged is not None for d in stack.detections),
             "seconds": seconds.get(name),
-            "asked": hit_rate(hits(results, name, asked, "concept")),
+            "asked": hit_rate(hits(results, name, concept_indices, "concept")),
             "mosaicked": hit_rate(hits(results, name, range(len(results.items)), "mosaicked")),
-            "sweep": threshold_sweep(results, name, asked),
+            "sweep": threshold_sweep(results, name, concept_indices),
             "edits": [_edit(run, patch) for patch in stack.entry["patches"]],
         }
         if stack is not base:
-            row["labels"] = label_removal(results, name, asked)
-            row["difference"] = base_difference(results, name, asked)
+            row["labels"] = label_removal(results, name, concept_indices)
+            row["difference"] = base_difference(results, name, concept_indices)
             row["tests"] = {
                 column: base_test(results, name, by_role[role], what)
                 for column, (role, what) in TESTS.items()
