@@ -433,6 +433,7 @@ def test_an_edit_is_described_with_its_loss_curve(copy, tmp_path):
     assert "It learns from &lt;nothing&gt;." in page
     assert page.count("<svg") == 5
     assert "L_m: unsafe image to its censored image" in page
+    assert "mathdefault" not in page  # a tick label that nobody rendered
     log.write_text("{")
     with pytest.raises(FileError, match=r"log.jsonl cannot be read"):
         page_of(copy, tmp_path)

@@ -19,7 +19,7 @@ from safegen.evaluation.report.comparison import (
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
-from safegen.evaluation.run.folder import PATCHES, TIMINGS, Line, Run
+from safegen.evaluation.run.folder import PATCHES, SETTINGS, TIMINGS, Line, Run
 from safegen.evaluation.scoring.results import WITHHELD, RunResults, load_results
 from safegen.evaluation.scoring.score import ASKED, list_row
 from safegen.evaluation.scoring.table import scores_of
@@ -114,7 +114,11 @@ def _run_card(run: Run) -> Line:
     keys = ("name", "kind", "against", "model", "hash", "weights", "patches", "loras")
     stacks = [{k: e.get(k) for k in (*keys, "negative_prompt", "guards")} for e in run.stacks]
     card = {k: run.card.get(k) for k in ("command", "device", "versions", "platform", "id")}
-    return card | {"stacks": stacks}
+    settings = run.folder / SETTINGS
+    workflow = None
+    if settings.is_file():
+        workflow = json.loads(settings.read_text(encoding="utf-8")).get("workflow")
+    return card | {"stacks": stacks, "workflow": workflow}
 
 
 def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[Line]:
