@@ -223,7 +223,7 @@ def show(value: Any) -> str:
 def method(model: Any, name: str) -> str:
     """Return the page of one edit or guard."""
     return (
-        f"# {name}\n\n{description(model)}\n\n"
+        f"# {name}\n\n{linked(description(model))}\n\n"
         f"{sources(model)}\n## Settings\n\n{settings(model, of_method=True)}{presets(model)}"
     )
 
@@ -246,7 +246,7 @@ def sources(model: Any) -> str:
     if inputs := getattr(model, "inputs", ""):
         lines.append(f"- **Learns from**: {inputs}")
     if deviations := getattr(model, "deviations", ""):
-        items = [deviations] if isinstance(deviations, str) else list(deviations)
+        items = re.split(r"(?<=\.) (?=[A-Z`])", deviations)
         lines.append("\n## Deviations from the paper\n")
         lines += [f"- {linked(item)}" for item in items]
     return "\n".join(lines) + "\n"
