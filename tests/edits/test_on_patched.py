@@ -41,7 +41,7 @@ def test_it_is_warned_about_where_they_are_missing_or_on_too_late_and_only_there
     model = make_model()
     with pytest.warns(
         BaseMismatchWarning,
-        match=rf"with another patch on it \(uce, hash {below.hash[:12]}\), which is not on 'tiny': put that one",
+        match=rf"with the patch uce \({below.hash[:12]}\), which is not on 'tiny'",
     ):
         above.apply(model).undo()
     with warnings.catch_warnings():
@@ -51,7 +51,7 @@ def test_it_is_warned_about_where_they_are_missing_or_on_too_late_and_only_there
     assert model.patches == []
     with below.apply(model):
         pass
-    with pytest.warns(BaseMismatchWarning, match="put that one on first"):
+    with pytest.warns(BaseMismatchWarning, match="Apply that one first"):
         above.apply(model).undo()  # it was on, and is off again
 
 
