@@ -19,7 +19,7 @@ from safegen.models.checkpoint.single_file import CONFIGS_KEY
 from safegen.models.checkpoint.single_file_writer import save_single_file
 from safegen.models.loading import load
 
-ASK = {
+CALL = {
     "prompt": "a red cube",
     "num_inference_steps": 2,
     "guidance_scale": 3.0,
@@ -31,7 +31,7 @@ TWO = ("text_encoder", "text_encoder_2")
 
 
 def image(pipeline):
-    return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
+    return torch.from_numpy(pipeline(**CALL, generator=torch.Generator().manual_seed(0)).images)
 
 
 def test_the_vocabulary_is_that_of_clip(tmp_path):
@@ -308,8 +308,8 @@ def test_a_file_without_a_model_is_refused(tmp_path):
 def test_our_file_loads_without_a_folder_and_omits_the_clip_vocabulary(small, tmp_path):
     model = load(str(theirs("sdxl", tmp_path)[0]))
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
-    with safe_open(tmp_path / "ours.safetensors", framework="pt") as opened:
-        header = opened.metadata()
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as opener:
+        header = opener.metadata()
     assert len(header[CONFIGS_KEY]) < 20_000
     assert {n for n in json.loads(header[CONFIGS_KEY]) if n.startswith("tokenizer")} == {
         "tokenizer/tokenizer_config.json",
