@@ -251,11 +251,11 @@ def test_unsupported_files_are_refused_with_a_folder_too(small, tmp_path):
         load(str(file), config=tmp_path / "folder")
     save_file(load_file(file) | {"ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
     configs.write_config_files("sd1", tmp_path / "pndm", prediction="epsilon")
-    told = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {
+    config = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {
         "rescale_betas_zero_snr": True
     }
     (tmp_path / "pndm/scheduler/scheduler_config.json").write_text(
-        json.dumps(told)
+        json.dumps(config)
     )  # a key that PNDM does not know
     (tmp_path / "one").mkdir()
     plain, _ = theirs("sd1", tmp_path / "one", None, {"ztsnr": torch.zeros(1)}.items())
