@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.core.errors import ConfigError, SafegenWarning
+from safegen.core.errors import ConfigError, InterruptedRunError, SafegenWarning
 from safegen.core.progress import ProgressCallback
 
 if TYPE_CHECKING:
@@ -116,6 +116,17 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say after Ctrl-C that the same command resumes the run."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"stopped. Finished work is in {out}; re-run the same command to resume."
+        ) from error
 
 
 class Pace:
