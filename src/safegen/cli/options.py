@@ -46,9 +46,7 @@ Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Write no model card.")]
 Metrics = Annotated[
     list[Path] | None,
-    typer.Option(
-        help="Figures for the model card: folder of a demo, a run or a resilience test of these patches; repeat it."
-    ),
+    typer.Option(help="Run with metrics of these patches, for the model card (repeatable)."),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")

@@ -49,13 +49,13 @@ def print_scores(scores: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     from safegen.evaluation.report.format import format_rate, percent
 
-    seen, shown = row.get("concept"), row.get("shown")
+    seen, attribute = row.get("concept"), row.get("shown")
     return [
         str(seen["n"] if seen else 0),
         format_rate(seen, n=False),
         format_rate(row.get("removal"), n=False),
         percent(row["subject"]["value"]) if row.get("subject") else "",
-        f"{row['shows']} {percent(shown['value'])}" if shown else "",
+        f"{row['shows']} {percent(attribute['value'])}" if attribute else "",
         percent(row["mosaicked"]["value"]) if row.get("mosaicked") else "",
         percent(row["change"]["value"]) if row.get("change") else "",
         str(row["blank"]["hits"] or ""),
