@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from typer.main import get_command
 import safegen
 from safegen.cli import app
 from safegen.core import registry
+from safegen.core.concept import Concept
+from safegen.evaluation.protocol import Protocol
 from safegen.judges.base import judge_images
 from test_vocabulary import ARCHAIC
 
@@ -309,3 +312,23 @@ def test_documents_use_the_words_of_the_libraries(path):
     prose = re.sub(r"```.*?```|`[^`]*`", " ", read(path).lower(), flags=re.DOTALL)
     text = f" {' '.join(re.sub(r'[^a-z ]+', ' ', prose.replace(chr(10), ' ')).split())} "
     assert [phrase for phrase in ARCHAIC if f" {phrase} " in text] == []
+
+
+def test_the_protocol_of_the_how_to_is_valid():
+    text = read(DOCS / "how-to" / "evaluate-and-compare.md")
+    (given,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert [part.role for part in Protocol.model_validate(tomllib.loads(given)).lists] == [
+        "explicit",
+        "benign",
+    ]
+
+
+def test_the_concept_of_the_tutorial_is_valid():
+    text = read(DOCS / "tutorials" / "own-concept.md")
+    (given,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert Concept.model_validate(tomllib.loads(given)).judge == "mini"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "how-to").glob("*.md")), ids=page_name)
+def test_a_how_to_page_is_short(path):
+    assert len(read(path).splitlines()) <= 60
