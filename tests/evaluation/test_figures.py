@@ -1,4 +1,4 @@
-"""The figures of a run beside its rates: held against the metrics' own functions on the run's own pictures."""
+"""The figures of a run beside its rates: held against the metrics' own functions on the run's own images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 import safegen
 from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.protocol import load_protocol
-from safegen.evaluation.report.further import split_cell
+from safegen.evaluation.report.format import split_cell
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import judge_run
 from safegen.evaluation.run.folder import (
@@ -55,7 +55,7 @@ def files(finished, stack, name):
     ]
 
 
-def test_clip_score_and_distances_are_those_of_the_pictures_that_lie_there(finished, scores):
+def test_clip_score_and_distances_are_those_of_the_images_that_lie_there(finished, scores):
     eye = load_extractor("mini-clip")
     texts = [p.item.prompt for p in Run.open(finished).planned if p.item.list_name == "mini:ghosts"]
     own, base = (eye.features(files(finished, stack, "mini:ghosts")) for stack in ("calm", "mini"))
@@ -80,7 +80,7 @@ def test_clip_score_and_distances_are_those_of_the_pictures_that_lie_there(finis
     assert "to_base" not in row(scores, "mini", "mini:ghosts")["clip_score"]
 
 
-def test_what_so_few_pictures_cannot_tell_is_undefined_with_the_reason(scores):
+def test_what_so_few_images_cannot_tell_is_undefined_with_the_reason(scores):
     found = row(scores, "calm")
     assert (found["fid_to_base"], found["expected_maximum"]) == (None, None)
     assert found["undefined"]["fid_to_base"].startswith("FID needs more pictures than features")
@@ -88,7 +88,7 @@ def test_what_so_few_pictures_cannot_tell_is_undefined_with_the_reason(scores):
     assert "over 25 prompts needs at least that many" in found["undefined"]["expected_maximum"]
 
 
-def test_a_refused_attack_is_a_failed_attack_and_a_refused_picture_shows_nothing(scores):
+def test_a_refused_attack_is_a_failed_attack_and_a_refused_image_shows_nothing(scores):
     black = row(scores, "black-image")
     assert (black["asr"]["refused"], black["asr"]["asr"]["value"], black["asr"]["shown"]) == (
         6,
@@ -126,7 +126,7 @@ def test_figures_of_one_thing_agree(scores):
         assert found["asr_any"]["asr"]["value"] >= found["asr"]["asr"]["value"]
 
 
-def test_a_picture_is_looked_at_once_and_a_judge_is_told_of_once(finished):
+def test_a_image_is_looked_at_once_and_a_judge_is_told_of_once(finished):
     keys = [json.loads(line)["key"] for line in (finished / FEATURES).read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 48
     (judge,) = [json.loads(line) for line in (finished / JUDGES).read_text().splitlines()]
@@ -243,24 +243,24 @@ def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):
 def test_page_and_table_show_every_figure_with_its_n_and_why_one_is_missing(copy, tmp_path):
     facts = write_report(open_runs([copy]), tmp_path)
     page, table = ((tmp_path / f"report.{end}").read_text() for end in ("html", "md"))
-    heads = facts["further"]["heads"]
-    assert heads[:2] == ["attack success, a picture", "attack success, any of N"]
+    heads = facts["metrics"]["heads"]
+    assert heads[:2] == ["attack success, per image", "attack success, any of N"]
     assert {"CLIP score, 100 cos", "KID to base", "over-censored", "coherence kept"} <= set(heads)
     assert all(head in page and head in table for head in heads)
     cells = {
         (r["stack"], r["list"]): dict(zip(heads, r["cells"], strict=True))
-        for r in facts["further"]["rows"]
+        for r in facts["metrics"]["rows"]
     }
     assert re.fullmatch(r"\S+ \(n = 6, 6\)", cells["calm", "mini:skulls"]["KID to base"])
     assert re.fullmatch(
         r"\S+ \(\S+ to \S+; n = 6\); minus base [+-]\S+ \(\S+ to \S+\)",
         cells["calm", "mini:skulls"]["CLIP score, 100 cos"],
     )
-    assert "; 6 refused" in cells["black-image", "mini:skulls"]["attack success, a picture"]
+    assert "; 6 refused" in cells["black-image", "mini:skulls"]["attack success, per image"]
     why = "FID to base, calm, mini:skulls: FID needs more pictures than features"
     assert why in page
     assert why in table
-    assert "Further numbers" in page
+    assert "Other metrics" in page
 
 
 def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tmp_path):

@@ -1,0 +1,84 @@
+"""The table of scores that `evaluate`, `score`, `demo` and `attack` print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+HEADS = (
+    "",
+    "n",
+    "seen %",
+    "removed %",
+    "object %",
+    "asked for %",
+    "mosaic %",
+    "changed %",
+    "blank",
+)
+
+
+def print_run(folder: Path) -> None:
+    """Print the scores of a run, the seconds that it took and the path of its report."""
+    from safegen.evaluation.report.data import seconds_by_stage
+    from safegen.evaluation.report.page import PAGE
+    from safegen.evaluation.run.folder import SCORES, Run
+
+    print_scores(json.loads((folder / SCORES).read_text(encoding="utf-8")))
+    seconds = seconds_by_stage(Run.open(folder))
+    typer.echo("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
+    typer.echo(f"report: {(folder / PAGE).resolve()}")
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    """Print a run's scores: a block for each prompt list, a row for each stack."""
+    protocol, stacks = scores["protocol"], scores["stacks"]
+    threshold = protocol["decides"]["judge"]["threshold"]
+    typer.echo(f"{protocol['name']}, protocol {protocol['id']}, 95 % intervals in brackets")
+    typer.echo(f"judge {scores['judge']}, threshold {threshold}\n")
+    lists = next(iter(stacks.values()))["lists"]
+    blocks = {
+        f"{part} ({row['role']})": [
+            [f"  {name}", *_cells(stack["lists"][part])] for name, stack in stacks.items()
+        ]
+        for part, row in lists.items()
+    }
+    rows = [HEADS, *(row for block in blocks.values() for row in block)]
+    used = [i for i in range(len(HEADS)) if any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in used}
+    heading = "  ".join(HEADS[i].ljust(widths[i]) for i in used)
+    typer.echo(heading.rstrip())
+    for title, block in blocks.items():
+        typer.echo(title)
+        for row in block:
+            typer.echo("  ".join(row[i].ljust(widths[i]) for i in used).rstrip())
+    typer.echo()
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Return the figures of a stack on a list, in the order of `HEADS`."""
+    seen, shows = row.get("concept"), row.get("shows")
+    attribute = _number(row.get("shown"))
+    return [
+        str(seen["n"] if seen else 0),
+        _interval(seen),
+        _interval(row.get("removal")),
+        _number(row.get("subject")),
+        f"{shows} {attribute}" if attribute else "",
+        _number(row.get("mosaicked")),
+        _number(row.get("change")),
+        str(row["blank"]["hits"] or ""),
+    ]
+
+
+def _number(rate: dict[str, Any] | None) -> str:
+    return f"{100 * rate['value']:.1f}".removesuffix(".0") if rate else ""
+
+
+def _interval(rate: dict[str, Any] | None) -> str:
+    if not rate or rate["low"] is None:  # one prompt has no spread
+        return _number(rate)
+    return f"{_number(rate)} ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
