@@ -62,7 +62,7 @@ def make_patch(
         return patch, settings[0] if len(settings) == 1 else {"parts": settings}, spent
     method, _, preset = row.partition(":")
     kind = resolve(EDITS, method, "edit")
-    changes = {"training": training} if training and kind.trains else {}
+    changes = {"training": training} if training and kind.is_trained else {}
     edit = make_edit(method, preset or "default", concept=concept, **changes)
     triplets = None
     if edit.inputs != "words":

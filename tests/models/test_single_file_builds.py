@@ -224,12 +224,10 @@ def test_a_stack_draws_with_an_sdxl(make_tiny):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets):
+def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets, cubes):
     """Its denoiser wants more than one text embedding: each edit says so in a line and leaves the model alone."""
     model = make_tiny("sdxl")
-    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset(
-        "default", **({} if name == "safegen" else WORDS.get(name, ERASE))
-    )
+    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset("default", concept=cubes)
     before = {
         k: v.clone()
         for part in model.parts
@@ -247,14 +245,6 @@ def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets):
     assert all(torch.equal(v, before[k]) for k, v in after.items())
     assert model.applied == []
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
-
-
-ERASE = {"erase": ("red cube",)}
-WORDS = {
-    "esd": {"weight_retain": 0.0} | ERASE,
-    "duo": {"anchors": ("tree",)} | ERASE,
-    "concept_ablation": {"anchors": ("tree",)} | ERASE,
-}
 
 
 def test_the_header_holds_the_small_files_of_both_text_encoders(make_tiny, tmp_path):

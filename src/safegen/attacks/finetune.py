@@ -18,11 +18,11 @@ from safegen.core.errors import ConfigError, DivergedError, FileError
 from safegen.data.triplets.triplets import Triplets, open_role, read_picture
 from safegen.edits.base import parents_of
 from safegen.edits.functional import losses
-from safegen.edits.training.checkpoint import FILE
-from safegen.edits.training.config import Precision, resolve_precision
+from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+from safegen.edits.training.config import LogRow, Precision, Training, resolve_precision
 from safegen.edits.training.lora import trainable_parameters
-from safegen.edits.training.samples import to_pixels
-from safegen.edits.training.trainer import LogRow, Training, check, train
+from safegen.edits.training.samples import preprocess
+from safegen.edits.training.trainer import check_training, train
 from safegen.judges import load_judge
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
@@ -195,7 +195,7 @@ class DenoisingObjective:
         self.weights = {"L": 1.0}
         self.abar = model.alphas_cumprod().to(model.device)
         self.latents = model.encode_images(
-            torch.stack([to_pixels(p, model.size) for p in material.pictures])
+            torch.stack([preprocess(p, model.size) for p in material.pictures])
         ).float()
         known = list(dict.fromkeys(t for row in material.texts for t in row))
         self.text = torch.cat(
@@ -286,12 +286,12 @@ def fine_tune(
     with trainable_parameters(
         model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed
     ) as part:
-        check(model.denoiser, part.names, settings.training)
+        check_training(model.denoiser, part.names, settings.training)
         own = dict(model.denoiser.named_parameters())
 
         def note(done: int, of: int, row: LogRow) -> None:
             if done in settings.updates:
-                values = part.weights({name: own[name].detach().clone() for name in part.names})
+                values = part.merge({name: own[name].detach().clone() for name in part.names})
                 if any(not bool(v.isfinite().all()) for v in values.values()):
                     raise DivergedError(
                         f"the fine-tuned weights are not finite after {done} updates; lower lr ({settings.lr})"
@@ -305,9 +305,9 @@ def fine_tune(
             if report:
                 report(done, of, row)
 
-        problem, resume = (
+        objective, resume = (
             DenoisingObjective(settings, model, material),
-            folder is not None and (folder / FILE).is_file(),
+            folder is not None and (folder / CHECKPOINT_FILE).is_file(),
         )
         training = (
             settings.training.model_copy(update={"checkpoint_every": EVERY})
@@ -315,7 +315,14 @@ def fine_tune(
             else settings.training
         )
         log = train(
-            model.denoiser, part.names, problem, training, folder=folder, resume=resume, report=note
+            model.denoiser,
+            part.names,
+            objective,
+            training,
+            fingerprint=objective.fingerprint,
+            checkpoint_dir=folder,
+            resume=resume,
+            callback=note,
         ).log
     if folder:  # those from before a stop too
         found = {done: Patch.load(folder / f"{done}.safetensors") for done in settings.updates}

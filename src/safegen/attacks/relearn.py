@@ -27,7 +27,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
 from safegen.core.generation import preferred_precision
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.trainer import LogRow
+from safegen.edits.training.config import LogRow
 from safegen.evaluation.plan import Item, Role, make_plan
 from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.samples import canonical, sha

@@ -300,13 +300,13 @@ def edit(
         allow_pickle=allow_pickle,
         config=config,
     )
-    with progress() as tell:
+    with one_line_warnings(), progress() as tell:
         patch = recipe.apply(
             loaded,
             rows,
-            folder=work,
+            checkpoint_dir=work,
             resume=resume,
-            report=lambda done, of, _: tell("editing", done, of),
+            callback=lambda done, of, _: tell("editing", done, of),
         )
     save_patch(patch, out, card=not no_card)
     facts = patch.provenance
@@ -389,7 +389,7 @@ def demo(
 
     short = (
         ["training.updates=30", "training.warmup=5"]
-        if fast and resolve(EDITS, method, "edit").trains
+        if fast and resolve(EDITS, method, "edit").is_trained
         else []
     )
     changes = _changes(method, preset, short + (set_ or []))
@@ -489,7 +489,7 @@ def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
         outer, _, inner = name.partition(".")
         if inner:
             start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
-            if outer == "adversary" and isinstance(start, str):
+            if outer in ("adversary", "target") and isinstance(start, str):
                 start = {"name": start}
             if not isinstance(start, dict):
                 first = (

@@ -92,6 +92,7 @@ def refuse_idle_metrics(metrics: Sequence[Path] | None, no_card: bool) -> None:
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
     """Say each warning of ours once, in a line."""
+    from safegen.core.errors import UnusedSettingWarning
     from safegen.models.model import MetadataMismatchWarning
     from safegen.patches.active_lora import AdapterWarning
     from safegen.patches.patch import BaseMismatchWarning, PatchOverlapWarning
@@ -105,6 +106,7 @@ def one_line_warnings() -> Iterator[None]:
             PatchOverlapWarning,
             AdapterWarning,
             Unchecked,
+            UnusedSettingWarning,
         ):
             warnings.simplefilter("always", kind)
         yield

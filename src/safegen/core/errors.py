@@ -12,6 +12,7 @@ resumed
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -78,3 +79,17 @@ def is_out_of_memory(error: BaseException | str) -> bool:
         "failed to allocate memory",
     )
     return isinstance(error, MemoryError) or any(word in said for word in words)
+
+
+class UnusedSettingWarning(UserWarning):
+    """A setting has no effect with the other settings."""
+
+
+def warn_unused(settings: Iterable[tuple[str, str]]) -> None:
+    """Warn of settings without effect, given by name and reason ("alpha", "without rank").
+
+    Warns:
+        UnusedSettingWarning: one for each setting.
+    """
+    for name, reason in settings:
+        warnings.warn(f"{name} has no effect {reason}", UnusedSettingWarning, stacklevel=3)

@@ -18,7 +18,7 @@ from safegen.core.files import atomic_write, staged_directory
 from safegen.core.generation import preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
-from safegen.edits.training.trainer import LogRow
+from safegen.edits.training.config import LogRow
 from safegen.evaluation.plan import Item, make_plan
 from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.report.model_card import CardSubject, beside, card, with_metrics
@@ -200,7 +200,7 @@ def do_demo(
 
     asks = [i.ask for i in items]
     began = time.perf_counter()
-    patch = edit.apply(model, triplets, report=note)
+    patch = edit.apply(model, triplets, callback=note)
     seconds["edit"] = time.perf_counter() - began
     base_hash = model.hash
     with patch.apply(model):
