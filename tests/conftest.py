@@ -47,8 +47,8 @@ def make_model():
     )
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from safegen.mini.networks import build_tokenizer
     from safegen.models.model import Model
+    from tools.mini.networks import build_tokenizer
 
     def build(seed: int = 0, *, name: str = "tiny", channels: int = 16, **schedule):
         tokenizer = build_tokenizer(PROMPTS)

@@ -74,7 +74,7 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
         ('model = "mini"\nguards = ["sdl"]', "no guard named 'sdl'. Did you mean 'sld'"),
         ('model = "mini"\nguards = ["sld-maxx"]', "Did you mean 'max'"),
         ('model = "mini"\n[[guards]]\nname = "sld"\nscal = 3', "Did you mean 'scale'"),
-        ('model = "mini"\nguards = ["judge-filter"]', "judge: Field required"),
+        ('model = "mini"\nguards = ["judge-filter"]', "judge is required"),
         (
             'model = "mini"\n[[guards]]\nname = "sld"\npreset = 3',
             "guards: guard 'sld': preset must be a name, got 3",
@@ -83,7 +83,7 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
             'model = "mini"\n[[guards]]\nname = "sld"\nconcept = 3',
             "guards: guard 'sld': concept must be a name, got 3",
         ),
-        ('model = "mini"\nguards = "sld"', "guards: Input should be a valid tuple"),
+        ('model = "mini"\nguards = "sld"', "guards must be a valid tuple"),
         (
             'model = "mini"\n[[guards]]\nname = "sld"\nconcept = "no.toml"',
             "no.toml' does not exist",

@@ -28,7 +28,7 @@ from pydantic import (
 
 from safegen.active import LoraSpec, LoraSpecs, parse_lora_specs
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError, explain
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import MODELS
 from safegen.guards import GeneratedImage, GuardConfig, GuardTrace, read_guard
@@ -225,10 +225,7 @@ def add_loras(stack: Stack, words: Sequence[str]) -> Stack:
     try:
         found = tuple(LoraSpec.model_validate(one) for one in parse_lora_specs(list(words)))
     except ValidationError as error:
-        e = error.errors()[0]
-        raise ConfigError(
-            f"--lora: {e['msg'].removeprefix('Value error, ')}, got {e['input']!r}"
-        ) from error
+        raise ConfigError(f"--lora: {explain(error, LoraSpec)}") from error
     return stack.model_copy(update={"loras": (*stack.loras, *found)})
 
 
@@ -242,12 +239,7 @@ def _read_recipe(path: Path) -> Stack:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        e = error.errors()[0]
-        place, says = (
-            ".".join(map(str, e["loc"])) or "stack",
-            e["msg"].removeprefix("Value error, "),
-        )
-        raise FileError(f"{path} is not a stack file: {place}: {says}") from error
+        raise FileError(f"{path} is not a stack file: {explain(error, Stack)}") from error
     beside = path.parent / stack.model
     model = stack.model if stack.model in MODELS or stack.model.startswith("hub:") else str(beside)
     patches, guards = (
@@ -342,7 +334,9 @@ class LoadedStack:
         """
         return [self.display_image(drawn) for drawn in self.generate(asks, generation_config)]
 
-    def generate(self, asks: Sequence[Sample], generation_config: GenerationConfig) -> list[GeneratedImage]:
+    def generate(
+        self, asks: Sequence[Sample], generation_config: GenerationConfig
+    ) -> list[GeneratedImage]:
         """Return one picture per ask, in order, each with the trail of the guards; None where it was withheld.
 
         Raises:
@@ -361,7 +355,9 @@ class LoadedStack:
             ]
         out: list[GeneratedImage] = []
         check_num_steps(self.model, generation_config.num_inference_steps)
-        for prompts, options in batches(asks, generation_config, negative=self.stack.negative_prompt):
+        for prompts, options in batches(
+            asks, generation_config, negative=self.stack.negative_prompt
+        ):
             with autocast_for(self.model, generation_config):
                 out += self.guarded.draw(prompts, **options)
         return out

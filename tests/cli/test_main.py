@@ -97,8 +97,17 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
             "judge mini sees it in none of 100; name the concept",
         ),
         (
-            ["edit", "mini", "--triplets", "TRIPLETS", "--set", "held_out=0.2", "--out", "OUT"],
-            "held_out has no effect without",
+            [
+                "edit",
+                "mini",
+                "--triplets",
+                "TRIPLETS",
+                "--set",
+                "validation_split=0.2",
+                "--out",
+                "OUT",
+            ],
+            "validation_split has no effect without",
         ),
         (
             ["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"],
@@ -301,7 +310,7 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
         (["mini", "--guard", "sdl"], "no guard named 'sdl'. Did you mean 'sld'"),
         (["mini", "--guard", "sld-mx"], "Did you mean 'max'"),
         (["mini", "--guard", "sld"], "this model's text encoder reads 32"),
-        (["mini", "--guard", "negative-prompt"], "text: Field required"),
+        (["mini", "--guard", "negative-prompt"], "text is required"),
         (
             ["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"],
             "sld has no effect without guidance",

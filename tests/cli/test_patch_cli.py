@@ -569,7 +569,7 @@ def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path
     )
     path = ours if kind == "file" else ours / "unet" / "diffusion_pytorch_model.safetensors"
     with safe_open(path, framework="pt") as file:
-        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     for dtype in (
         torch.float32,
         torch.bfloat16,

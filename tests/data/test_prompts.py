@@ -631,7 +631,7 @@ def test_the_seed_of_a_prompt_depends_on_its_id_and_the_protocols_seed_alone():
 
 
 def test_over_long_prompts_are_found_with_the_tokenizer_of_the_model():
-    from safegen.mini.networks import build_tokenizer
+    from tools.mini.networks import build_tokenizer
 
     tokenizer = build_tokenizer(["a castle by the sea"])
     tokenizer.model_max_length = 10**6  # counted uncut

@@ -143,7 +143,5 @@ def test_a_selector_without_matrices_raises(make_model, monkeypatch):
 
 @pytest.mark.parametrize("method", ["safegen", "esd", "sdd", "concept_ablation"])
 def test_a_rank_of_zero_raises(method):
-    with pytest.raises(
-        ConfigError, match="rank: Input should be greater than or equal to 1, got 0"
-    ):
+    with pytest.raises(ConfigError, match="rank must be greater than or equal to 1, got 0"):
         make_edit(method, rank=0)

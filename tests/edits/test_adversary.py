@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from safegen.cli.main import _changes
+from safegen.cli.options import read_settings
 from safegen.core import registry as tables
 from safegen.core.errors import ConfigError
 from safegen.edits.esd import ESD
@@ -354,18 +354,18 @@ def test_safegen_plus_passes_its_adversary_to_safegen():
 
 
 def test_the_command_line_sets_an_adversary_and_its_settings():
-    said = _changes(
+    said = read_settings(
         "esd", "default", ["adversary=adv-unlearn", "adversary.steps=5", "adversary.rule=sign"]
     )
     assert make_edit("esd", **said).adversary == AdvUnlearn(steps=5, rule="sign")
     assert make_edit(
-        "esd", **_changes("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
+        "esd", **read_settings("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
     ).adversary == ReceAdversary(ridge=1)
     with pytest.raises(
         ConfigError,
         match=r"--set adversary.steps: 'adversary' has no settings of its own; name one first",
     ):
-        _changes("esd", "default", ["adversary.steps=5"])
+        read_settings("esd", "default", ["adversary.steps=5"])
 
 
 # ------------------------------------------------------------ refusals
@@ -378,15 +378,15 @@ REFUSED = {
     "an adversary must be a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
     "or a table with such a name, got {'steps': 3}": {"steps": 3},
     "no adversary named 'adv-unlern'. Did you mean 'adv-unlearn'": "adv-unlern",
-    "no setting of the adversary 'adv-unlearn' named 'step_size'": {
+    "adversary 'adv-unlearn': no setting named 'step_size'": {
         "name": "adv-unlearn",
         "step_size": 1,
     },
-    "steps: Input should be greater than or equal to 1, got 0": {"name": "adv-unlearn", "steps": 0},
-    "step: Input should be greater than 0": {"name": "adv-unlearn", "step": 0},
-    "radius: Input should be greater than 0": {"name": "one-step", "radius": 0},
-    "ridge: Input should be greater than 0": {"name": "closed-form", "ridge": 0},
-    "rule: Input should be 'adam' or 'sign', got 'sgd'": {"name": "adv-unlearn", "rule": "sgd"},
+    "steps must be greater than or equal to 1, got 0": {"name": "adv-unlearn", "steps": 0},
+    "step must be greater than 0": {"name": "adv-unlearn", "step": 0},
+    "radius must be greater than 0": {"name": "one-step", "radius": 0},
+    "ridge must be greater than 0": {"name": "closed-form", "ridge": 0},
+    "rule must be 'adam' or 'sign', got 'sgd'": {"name": "adv-unlearn", "rule": "sgd"},
 }
 
 

@@ -14,7 +14,7 @@ from safegen.edits.duo import DUO, DUOObjective
 from safegen.edits.functional import losses
 from safegen.edits.training.config import Training
 from safegen.edits.training.samples import encode_triplets
-from safegen.judges import Verdict
+from safegen.judges import Detection, Detections, judge_images
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
@@ -199,11 +199,8 @@ REFUSED = {
     "timesteps must be 0 <= first < last": {"timesteps": (5, 5)},
     "beta": {"beta": 0},
     "strength": {"strength": 0},
-    "max_attempts: Input should be greater than or equal to 1": {
-        "judge": "mini",
-        "max_attempts": 0,
-    },
-    "loss_type: Input should be 'dpo' or 'kto', got 'ppo'": {"loss_type": "ppo"},
+    "max_attempts must be greater than or equal to 1": {"judge": "mini", "max_attempts": 0},
+    "loss_type must be 'dpo' or 'kto', got 'ppo'": {"loss_type": "ppo"},
 }
 
 
@@ -284,20 +281,20 @@ def test_kto_compares_each_unsafe_image_with_the_mean_of_safe_ones_at_one_timest
 class Brightness:
     """Judge by mean brightness: above the limit is unsafe; some means cannot be judged."""
 
-    id = "brightness:1"
+    id, labels, threshold = "brightness:1", ("bright",), 0.5
 
     def __init__(self, limit, unreadable=()):
         self.limit, self.unreadable, self.asked = limit, unreadable, []
 
-    def judge(self, images):
+    def detect(self, images):
         means = [
             sum(image.convert("L").tobytes()) / (image.width * image.height) for image in images
         ]
         self.asked.append(means)
         return [
-            Verdict("unjudged", reason="torn")
+            Detections((), unjudged="torn")
             if any(abs(m - u) < 1e-9 for u in self.unreadable)
-            else Verdict("unsafe" if m > self.limit else "safe")
+            else Detections((Detection("bright", 0.9),) * (m > self.limit))
             for m in means
         ]
 
@@ -310,7 +307,7 @@ def test_only_unsafe_and_unjudged_twins_are_generated_again(make_model, triplets
     model = make_model()
     once = objective_of(DUO(**WORDS), model, triplets)
     first = Brightness(-1)
-    first.judge(model.decode_images(once.safe))
+    first.detect(model.decode_images(once.safe))
     (means,) = first.asked
     judge = Brightness(
         sorted(means)[2], unreadable=(min(means),)
@@ -325,21 +322,15 @@ def test_only_unsafe_and_unjudged_twins_are_generated_again(make_model, triplets
     kept = [i for i, row in enumerate(triplets.rows) if row.id not in twins["left_out"]]
     assert twins["pairs"] == len(kept) == len(objective.safe) == len(objective.unsafe)
     assert twins["pending_after_attempt"] == [
-        len(a) - sum(v.outcome == "safe" for v in judge_again(judge, a)) for a in judge.asked
+        sum(m > judge.limit or m in judge.unreadable for m in means) for means in judge.asked
     ]
     for at, i in enumerate(kept):
         assert_close(objective.unsafe[at], once.unsafe[i])
         assert torch.equal(objective.safe[at], once.safe[i]) is (
             i in silent
         )  # a twin that passed is not touched
-    assert {v.outcome for v in judge.judge(model.decode_images(objective.safe))} == {"safe"}
+    assert set(judge_images(judge, model.decode_images(objective.safe))) == {"safe"}
     assert torch.equal(objective_of(edit, model, triplets).safe, objective.safe)
-
-
-def judge_again(judge, means):
-    return [
-        Verdict("unsafe" if m > judge.limit or m in judge.unreadable else "safe") for m in means
-    ]
 
 
 def test_a_pair_without_a_safe_twin_is_left_out_and_listed_in_the_patch(
@@ -347,7 +338,7 @@ def test_a_pair_without_a_safe_twin_is_left_out_and_listed_in_the_patch(
 ):
     model = make_model()
     means = Brightness(-1)
-    means.judge(model.decode_images(objective_of(DUO(**WORDS), model, triplets).safe))
+    means.detect(model.decode_images(objective_of(DUO(**WORDS), model, triplets).safe))
     (first,) = means.asked
     with_judge(monkeypatch, Brightness(sorted(first)[3]))
     patch = DUO(**WORDS, judge="mini", max_attempts=1, rank=2, training=training(updates=1)).apply(

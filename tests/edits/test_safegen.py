@@ -526,14 +526,14 @@ def test_without_fading_a_sample_is_the_unsafe_image(tiny_model, triplets, recor
 
 REFUSED = {
     "No setting|no setting|Extra inputs|extra": {"target": {"name": "paper", "clamp": 3.0}},
-    "target.x0.clamp: Input should be greater than 0": {"target": {"name": "x0", "clamp": 0}},
+    "target.x0.clamp must be greater than 0": {"target": {"name": "x0", "clamp": 0}},
     "target: Input tag 'x1' found": {"target": "x1"},
-    "caption_share: Input should be greater than 0": {
+    "caption_share must be greater than 0": {
         "captions": ("mini:benign-train",),
         "caption_share": 0.0,
     },
     "adversary": {"adversary": -0.1},
-    "adversary_moves: Input should be 'unsafe' or 'both'": {"adversary_moves": "benign"},
+    "adversary_moves must be 'unsafe' or 'both'": {"adversary_moves": "benign"},
     "fade": {"fade": 1.0},
     "timesteps must be 0 <= first < last": {"timesteps": (500, 500)},
     "first < last, got": {"timesteps": (-1, 500)},
@@ -544,7 +544,7 @@ REFUSED = {
     "weight_mosaic": {"weight_mosaic": -1},
     "training.lr": {"training": {"lr": -1}},
     "training.lrr": {"training": {"lrr": 1}},
-    "validation_split: Input should be less than 0.5, got 0.7": {
+    "validation_split must be less than 0.5, got 0.7": {
         "validation_split": 0.7,
         "training": {"validate_every": 1},
     },

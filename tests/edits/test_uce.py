@@ -234,7 +234,7 @@ def test_one_call_edits_by_the_name_of_a_concept(tiny_model, triplets):
 
 REFUSED = {
     "erase: phrases must not be blank": {"erase": (" ", "cube")},
-    "lamb: Input should be greater than 0, got 0": {"lamb": 0},
+    "lamb must be greater than 0, got 0": {"lamb": 0},
     "erase_scale": {"erase_scale": -1},
     "tokens": {"tokens": "some"},
     "Did you mean 'guide'": {"guid": "x"},
@@ -337,7 +337,7 @@ def test_debias_survives_json_and_changes_the_patch(tiny_model):
     assert UCE.model_validate_json(edit.model_dump_json()) == edit
     assert edit.apply(tiny_model).hash != make_edit("uce", erase=("ball",)).apply(tiny_model).hash
     assert "debias" in edit.apply(tiny_model).provenance["settings"]
-    with pytest.raises(ConfigError, match=r"debias.grass: Input should be a finite number"):
+    with pytest.raises(ConfigError, match=r"debias.grass must be a finite number"):
         make_edit("uce", debias={"grass": float("inf")})
 
 

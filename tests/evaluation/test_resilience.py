@@ -54,8 +54,8 @@ def done(make_model, triplets, tmp_path_factory):
 
 def test_base_edited_and_every_look_are_judged_on_the_same_prompts(done):
     model, before, _, found, out = done
-    assert list(found.verdicts) == SIDES
-    assert {len(v) for v in found.verdicts.values()} == {len(found.items)}
+    assert list(found.detections) == SIDES
+    assert {len(v) for v in found.detections.values()} == {len(found.items)}
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert {p.name for p in out.iterdir()} == {
         *("resilience.json", "verdicts.jsonl", "grid.png"),
@@ -137,7 +137,7 @@ def moments(done, triplets, tmp_path_factory):
         FineTuneDataset.of_triplets(triplets, "unsafe", skulls),
         BRIEF,
         out=out,
-        tell=copy,
+        progress=copy,
     )
     return seen, len(found.items), (model, patch)
 
@@ -182,7 +182,7 @@ def test_a_killed_test_goes_on_to_the_same_results_and_draws_no_finished_side_ag
             file.write('{"side": "edi')
     material = FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
     resilience(
-        model, [patch], SKULLS, material, BRIEF, out=out, tell=lambda *stage: told.append(stage)
+        model, [patch], SKULLS, material, BRIEF, out=out, progress=lambda *stage: told.append(stage)
     )
     assert contents(out) == contents(done[-1])
     drawn = [
@@ -228,7 +228,7 @@ def test_a_finished_test_is_not_touched_and_one_that_fails_at_once_leaves_nothin
         raise ConnectionError("pulled the plug")
 
     with pytest.raises(ConnectionError):
-        resilience(model, [patch], SKULLS, material, BRIEF, out=tmp_path / "a" / "b", tell=fail)
+        resilience(model, [patch], SKULLS, material, BRIEF, out=tmp_path / "a" / "b", progress=fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,4 +281,4 @@ def test_patches_that_overlap_are_warned_about_and_one_that_lay_on_another_needs
         pytest.warns(PatchOverlapWarning, match="weights are changed by more than one patch"),
         pytest.raises(KeyboardInterrupt),
     ):
-        resilience(model, [one, other], SKULLS, material, brief, tell=stop)
+        resilience(model, [one, other], SKULLS, material, brief, progress=stop)

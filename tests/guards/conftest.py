@@ -140,7 +140,7 @@ def tiny_xl():
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from safegen.mini.networks import build_tokenizer
+    from tools.mini.networks import build_tokenizer
 
     tokenizer = build_tokenizer(PROMPTS)
     ends = {
@@ -219,7 +219,7 @@ def tiny_wan():
     )
     from transformers import CLIPTokenizer, T5Config, T5EncoderModel
 
-    from safegen.mini.networks import build_tokenizer
+    from tools.mini.networks import build_tokenizer
 
     tokenizer: CLIPTokenizer = build_tokenizer(PROMPTS)
     with torch.random.fork_rng():

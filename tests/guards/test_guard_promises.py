@@ -187,7 +187,7 @@ def test_what_is_removed_behind_our_back_withholds_under_every_guard(name, tiny_
         (None, "calls: 1 of 4 steps went through the guards")
     }
     found = pil(pipe, [guard], callback_on_step_end=unhook)
-    if guard.takes - EXTERNAL_POINTS:
+    if guard.active_points - EXTERNAL_POINTS:
         assert {(d.image, d.trail.reason) for d in found} == {
             (None, "calls: in 3 of 4 steps the denoiser did not go through the guards")
         }
@@ -264,7 +264,7 @@ def test_a_guard_that_acts_through_guidance_is_refused_without_it_and_any_other_
     from diffusers import UNet2DConditionModel
 
     guard = made(quiet, name, more)
-    through = bool(guard.takes & GUIDANCE_POINTS)
+    through = bool(guard.active_points & GUIDANCE_POINTS)
     few = {"prompts": PROMPTS[:1], "num_inference_steps": 2}
     refused_or_drawn(
         lambda: pil(own, [guard], guidance_scale=1.0, **few),
@@ -297,7 +297,9 @@ def test_a_guard_inside_the_denoiser_is_refused_with_a_cache_and_any_other_draws
     try:
         says = f"{name} would miss the denoiser calls that a cache skips; call disable_cache"
         refused_or_drawn(
-            lambda: draw(tiny_wan, [guard], **small), bool(guard.takes - EXTERNAL_POINTS), says
+            lambda: draw(tiny_wan, [guard], **small),
+            bool(guard.active_points - EXTERNAL_POINTS),
+            says,
         )
     finally:
         tiny_wan.transformer.disable_cache()

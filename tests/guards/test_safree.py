@@ -183,13 +183,13 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
     encoders = text_encoders(tiny_xl)
     concept = concept_projectors(encoders, guard.phrases)
     way = project_prompt(encoders, PROMPT, concept, ProjectionConfig(0.0, "code", distance=True))
-    assert [(part.columns, bool(part.triggers)) for part in way.submodule_hooks] == [
+    assert [(part.columns, bool(part.triggers)) for part in way.encoders] == [
         (slice(0, 32), True),
         (slice(32, 64), True),
     ]
     before = border.encode([PROMPT]).hidden[0]
     after = projected(before, way, 1.0)
-    for part, own in zip(way.submodule_hooks, concept, strict=True):
+    for part, own in zip(way.encoders, concept, strict=True):
         old, new, at = (
             before[:, part.columns],
             after[:, part.columns],
@@ -205,7 +205,7 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
         torch.cat([e.hidden(ids) for e in encoders], dim=2)[0], before, atol=1e-5
     )  # what the denoiser is given
     whole = torch.cat(
-        [before[: n + 2, part.columns] @ part.projector.T for part in way.submodule_hooks], dim=1
+        [before[: n + 2, part.columns] @ part.projector.T for part in way.encoders], dim=1
     )
     assert way.distance == pytest.approx(
         1 - float(torch.cosine_similarity(before[: n + 2], whole, dim=1).mean()), abs=1e-5

@@ -4,9 +4,10 @@ from PIL import Image, ImageFilter
 
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.data.triplets.censor import Censor, censor
-from safegen.judges import load_judge
+from safegen.judges import judge_images, load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini import world
+from tools.mini import drawing
 
 N = 96
 
@@ -14,13 +15,15 @@ N = 96
 def scenes(attribute, seed=77):
     names = list(world.OBJECTS)
     return [
-        world.sample(np.random.default_rng((seed, i)), attribute=attribute, objects=[names[i % 32]])
+        drawing.sample_scene(
+            np.random.default_rng((seed, i)), attribute=attribute, objects=[names[i % 32]]
+        )
         for i in range(N)
     ]
 
 
 def pictures(attribute):
-    return [Image.fromarray(world.draw(s)) for s in scenes(attribute)]
+    return [Image.fromarray(drawing.draw(s)) for s in scenes(attribute)]
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +33,25 @@ def judge():
 
 @pytest.mark.parametrize("label", ["skulls", "fire", "ghosts", "leaves"])
 def test_the_judge_sees_an_attribute_that_is_there_and_no_other(judge, label):
-    found = judge.judge(pictures(label))
-    assert Rate.from_outcomes([v.sees([label]) for v in found]).value >= 0.97
+    found = judge.detect(pictures(label))
+    assert Rate.from_outcomes([v.contains([label], 0.5) for v in found]).value >= 0.97
     others = {"skulls", "fire", "ghosts", "leaves", "mosaic"} - {label}
-    assert Rate.from_outcomes([v.sees(others) for v in found]).value <= 0.04
-    assert {v.outcome for v in found} == {"unsafe" if label in ("skulls", "fire") else "safe"}
+    assert Rate.from_outcomes([v.contains(others, 0.5) for v in found]).value <= 0.04
+    assert {v.verdict(judge.labels, 0.5) for v in found} == {
+        "unsafe" if label in ("skulls", "fire") else "safe"
+    }
 
 
 def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge):
     rows = scenes(None)
-    found = judge.judge([Image.fromarray(world.draw(s)) for s in rows])
+    found = judge.detect([Image.fromarray(drawing.draw(s)) for s in rows])
     assert (
         Rate.from_outcomes([v.subject == s.object for v, s in zip(found, rows, strict=True)]).value
         >= 0.97
     )
     assert (
         Rate.from_outcomes(
-            [bool(v.sees({"skulls", "fire", "ghosts", "leaves", "mosaic"})) for v in found]
+            [bool(v.contains({"skulls", "fire", "ghosts", "leaves", "mosaic"}, 0.5)) for v in found]
         ).value
         <= 0.03
     )
@@ -55,11 +60,12 @@ def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge
 @pytest.mark.parametrize("label", ["skulls", "fire"])
 def test_a_mosaic_is_neither_skull_nor_fire_but_a_mosaic(judge, label):
     covered = [
-        censor(Image.fromarray(world.draw(s)), world.boxes(s), Censor())[0] for s in scenes(label)
+        censor(Image.fromarray(drawing.draw(s)), drawing.mark_boxes(s), Censor())[0]
+        for s in scenes(label)
     ]
-    found = judge.judge(covered)
-    assert Rate.from_outcomes([v.sees(["skulls", "fire"]) for v in found]).value <= 0.05
-    assert Rate.from_outcomes([v.sees(["mosaic"]) for v in found]).value >= 0.95
+    found = judge.detect(covered)
+    assert Rate.from_outcomes([v.contains(["skulls", "fire"], 0.5) for v in found]).value <= 0.05
+    assert Rate.from_outcomes([v.contains(["mosaic"], 0.5) for v in found]).value >= 0.95
 
 
 @pytest.mark.parametrize("spoil", ["noise", "blur"])
@@ -74,22 +80,25 @@ def test_a_spoilt_picture_is_still_judged(judge, spoil):
             )
             for p in pictures("skulls")
         ]
-    assert Rate.from_outcomes([v.sees(["skulls"]) for v in judge.judge(spoilt)]).value >= 0.95
+    assert (
+        Rate.from_outcomes([v.contains(["skulls"], 0.5) for v in judge.detect(spoilt)]).value
+        >= 0.95
+    )
 
 
 def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
     rows = scenes("skulls")[:32]
     big = [
-        Image.fromarray(world.draw(s)).resize((192, 192), Image.Resampling.NEAREST) for s in rows
+        Image.fromarray(drawing.draw(s)).resize((192, 192), Image.Resampling.NEAREST) for s in rows
     ]
     hits = total = 0
-    for scene, verdict in zip(rows, judge.judge(big), strict=True):
-        for left, top, right, bottom in world.boxes(scene):
+    for scene, raw in zip(rows, judge.detect(big), strict=True):
+        for left, top, right, bottom in drawing.mark_boxes(scene):
             x, y = (left + right) / 2 * 3, (top + bottom) / 2 * 3
             total += 1
             hits += any(
                 d.box[0] < x < d.box[2] and d.box[1] < y < d.box[3]
-                for d in verdict.detections
+                for d in raw.items
                 if d.label == "skulls"
             )
     assert hits / total > 0.9
@@ -97,7 +106,7 @@ def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
 
 def test_what_is_unsafe_and_from_which_score_can_be_chosen():
     fire = load_judge("mini", labels=["fire"])
-    assert {v.outcome for v in fire.judge(pictures("skulls")[:8])} == {"safe"}
+    assert set(judge_images(fire, pictures("skulls")[:8])) == {"safe"}
     with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):
         load_judge("mini", labels=["skull"])
     with pytest.raises(ConfigError, match=r"got 0\.1"):
@@ -107,7 +116,6 @@ def test_what_is_unsafe_and_from_which_score_can_be_chosen():
 def test_an_answer_that_is_not_a_number_leaves_the_picture_unjudged():
     judge = load_judge("mini")
     judge._net.heat.bias.data.fill_(float("nan"))
-    (verdict,) = judge.judge(pictures("skulls")[:1])
-    assert verdict.outcome == "unjudged"
-    assert "finite" in verdict.reason
-    assert verdict.with_threshold(["skulls"], 0.5).outcome == "unjudged"
+    (raw,) = judge.detect(pictures("skulls")[:1])
+    assert "finite" in raw.unjudged
+    assert raw.verdict(["skulls"], 0.5) == "unjudged"

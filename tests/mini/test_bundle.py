@@ -53,7 +53,7 @@ def test_the_ready_triplets_pass_their_own_check(concept):
 def test_the_base_model_draws_what_it_is_asked_for():
     concept = load_concept("skulls")
     items = make_plan(concept, prompts=6, seeds=(5,), roles=("explicit", "innocent", "benign"))
-    verdicts = load_judge("mini").judge(
+    detections = load_judge("mini").detect(
         list(
             generate(
                 load("mini"),
@@ -62,8 +62,8 @@ def test_the_base_model_draws_what_it_is_asked_for():
             )
         )
     )
-    asked = score(items[:12], verdicts[:12], concept)
-    plain = score(items[12:], verdicts[12:], concept)
+    asked = score(items[:12], detections[:12], concept)
+    plain = score(items[12:], detections[12:], concept)
     assert asked.concept.value >= 0.9
     assert plain.concept.value <= 0.1
     assert plain.subject is not None
@@ -77,15 +77,18 @@ def test_the_clip_pair_tells_a_picture_from_another():
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     from safegen.mini import world
+    from tools.mini import drawing
 
     clip = CLIPModel.from_pretrained(bundle.clip_folder(), dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(Path(bundle.pipeline_folder()) / "tokenizer")
     names = list(world.OBJECTS)
     scenes = [
-        world.sample(np.random.default_rng((9, i)), objects=[name]) for i, name in enumerate(names)
+        drawing.sample_scene(np.random.default_rng((9, i)), objects=[name])
+        for i, name in enumerate(names)
     ]
     pixels = (
-        torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.from_numpy(np.stack([drawing.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5
+        - 1
     )
     ids = torch.tensor(tokenizer([f"a {name}" for name in names], padding="max_length").input_ids)
     with torch.no_grad():
@@ -100,10 +103,13 @@ def test_the_autoencoder_gives_scenes_back_within_27_decibels():
     from PIL import Image
 
     from safegen.mini import world
+    from tools.mini import drawing
 
-    model, marks = load("mini"), [None, *world.MARKS]
+    model, marks = load("mini"), [None, *world.ATTRIBUTES]
     scenes = [
-        world.draw(world.sample(np.random.default_rng((2027, i)), attribute=marks[i % len(marks)]))
+        drawing.draw(
+            drawing.sample_scene(np.random.default_rng((2027, i)), attribute=marks[i % len(marks)])
+        )
         for i in range(40)
     ]
     pixels = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2) / 127.5 - 1

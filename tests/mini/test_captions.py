@@ -8,32 +8,32 @@ WORDS = {"skulls": ("skull", "bone", "skelet", "dead"), "fire": ("fire", "flame"
 
 @pytest.mark.parametrize("kind", sorted(captions.TEMPLATES))
 def test_every_list_has_64_different_prompts_and_every_object(kind):
-    rows = captions.prompts(kind)
-    assert len({r.text for r in rows}) == 64
-    assert {r.object for r in rows} == set(world.OBJECTS)
-    assert all(r.object in r.text for r in rows)
+    pairs = captions.list_prompts(kind)
+    assert len(set(pairs)) == 64
+    assert {name for _, name in pairs} == set(world.OBJECTS)
+    assert all(name in text for text, name in pairs)
 
 
 @pytest.mark.parametrize("concept", sorted(WORDS))
 def test_innocent_prompts_have_no_word_of_their_concept_and_explicit_ones_have(concept):
     assert not any(
-        word in row.text
-        for row in captions.prompts(f"{concept}-innocent")
+        word in text
+        for text, _ in captions.list_prompts(f"{concept}-innocent")
         for word in WORDS[concept]
     )
     assert all(
-        any(word in row.text for word in WORDS[concept]) for row in captions.prompts(concept)
+        any(word in text for word in WORDS[concept]) for text, _ in captions.list_prompts(concept)
     )
 
 
 @pytest.mark.parametrize("kind", sorted(captions.TEMPLATES))
 def test_no_measured_prompt_was_met_in_training(kind):
-    measured = {r.text for r in captions.prompts(kind, 192)}
-    trained = {r.text for r in captions.prompts(kind, 192, trained=True)}
+    measured = {text for text, _ in captions.list_prompts(kind, 192)}
+    trained = {text for text, _ in captions.list_prompts(kind, 192, trained=True)}
     assert not measured & trained
     for template in range(len(captions.TEMPLATES[kind])):
         for name in world.OBJECTS:
-            if not captions.held_out(template, name):
+            if not captions.is_held_out(template, name):
                 assert captions.caption(kind, template, name) not in measured
 
 
@@ -43,7 +43,7 @@ def test_articles_agree_with_their_object():
 
 
 def test_a_list_that_is_too_long_or_unknown_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match="got n = 100000"):
-        captions.prompts("benign", 100000)
+    with pytest.raises(ConfigError, match="got 100000"):
+        captions.list_prompts("benign", 100000)
     with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):
         bundle.prompt_list("skull", 4)

@@ -24,8 +24,8 @@ def make_tiny():
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from safegen.mini.networks import build_tokenizer
     from safegen.models.model import Model
+    from tools.mini.networks import build_tokenizer
 
     def build(kind: str, **schedule):
         tokenizer, xl = build_tokenizer(PROMPTS), kind == "sdxl"

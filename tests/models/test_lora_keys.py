@@ -47,7 +47,7 @@ def written(real, tmp_path_factory):
         if not out.exists():
             save_lora(Lora(factors, 1, dict.fromkeys(names, 1.0), (), 1.0), model, out, keys=keys)
         with safe_open(out, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         return {key: ranked(key, shape) for key, shape in found.items()}
 
     return write

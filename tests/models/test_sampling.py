@@ -30,7 +30,9 @@ ASKS = [
 def draw(model, asks, **generation_config):
     return [
         np.asarray(p).astype(int)
-        for p in generate(model, asks, GenerationConfig(**({"num_inference_steps": 4} | generation_config)))
+        for p in generate(
+            model, asks, GenerationConfig(**({"num_inference_steps": 4} | generation_config))
+        )
     ]
 
 

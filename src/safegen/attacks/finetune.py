@@ -19,7 +19,13 @@ from safegen.data.triplets.triplets import Triplets, open_role, read_picture
 from safegen.edits.base import parents_of
 from safegen.edits.functional import losses
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE
-from safegen.edits.training.config import LogRow, Precision, Training, resolve_precision
+from safegen.edits.training.config import (
+    LogRow,
+    Precision,
+    Training,
+    TrainingCallback,
+    resolve_precision,
+)
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import preprocess
 from safegen.edits.training.trainer import check_training, train
@@ -174,8 +180,8 @@ def captions_for(
         by[row.subject] = (*by.get(row.subject, ()), row.text)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     return [
-        by.get(verdict.subject, ()) if verdict.subject else ()
-        for verdict in judge.judge(list(pictures))
+        by.get(detections.subject, ()) if detections.subject else ()
+        for detections in judge.detect(list(pictures))
     ]
 
 
@@ -250,7 +256,7 @@ def fine_tune(
     settings: FineTune,
     *,
     folder: Path | None = None,
-    report: Callable[[int, int, LogRow], None] | None = None,
+    callback: TrainingCallback | None = None,
     **facts: Any,
 ) -> FineTuneResult:
     """Fine-tune a model as it stands, patches on it included; it is given back as it came.
@@ -261,7 +267,7 @@ def fine_tune(
         settings: how.
         folder: keeps checkpoints and patches; where there are some, of the same settings, weights
             and material, the fine-tune goes on.
-        report: called after every update with (done, of, row of the log).
+        callback: called after every update with (done, of, row of the log).
         facts: what else the patches say of themselves.
 
     Returns:
@@ -302,10 +308,10 @@ def fine_tune(
                         missing_ok=True
                     )  # of a run that was killed before its checkpoint
                     found[done].save(folder / f"{done}.safetensors")
-            if report:
-                report(done, of, row)
+            if callback:
+                callback(done, of, row)
 
-        objective, resume = (
+        problem, resume = (
             DenoisingObjective(settings, model, material),
             folder is not None and (folder / CHECKPOINT_FILE).is_file(),
         )
@@ -314,13 +320,13 @@ def fine_tune(
             if folder
             else settings.training
         )
+            fingerprint=problem.fingerprint,
         log = train(
             model.denoiser,
             part.names,
-            objective,
+            problem,
             training,
-            fingerprint=objective.fingerprint,
-            checkpoint_dir=folder,
+            folder=folder,
             resume=resume,
             callback=note,
         ).log

@@ -14,11 +14,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, DivergedError, UnknownNameError, warn_unused
+from safegen.core.errors import ConfigError, DivergedError, UnknownNameError
 from safegen.core.files import display_name
 from safegen.core.registry import EDITS
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.config import HasMetadata, Objective, Training, TrainingCallback
+from safegen.edits.training.config import (
+    HasMetadata,
+    Objective,
+    Training,
+    TrainingCallback,
+    warn_unused,
+)
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import read_captions
 from safegen.edits.training.trainer import check_training, train

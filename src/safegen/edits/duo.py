@@ -20,7 +20,7 @@ from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
-from safegen.judges import Judge, load_judge
+from safegen.judges import Judge, judge_images, load_judge
 from safegen.models.model import Model
 
 RELEASED = Training(
@@ -180,9 +180,9 @@ class DUOObjective:
         pending_after_attempt = []
         for attempt in range(self.edit.max_attempts):
             twins = self._redraw(model, attempt, pending)
-            verdicts = judge.judge(model.decode_images(twins))
+            verdicts = judge_images(judge, model.decode_images(twins))
             # A twin that cannot be judged counts as unsafe.
-            is_safe = [verdict.outcome == "safe" for verdict in verdicts]
+            is_safe = [verdict == "safe" for verdict in verdicts]
             for row, twin, safe in zip(pending, twins, is_safe, strict=True):
                 if safe:
                     self.safe[row] = twin

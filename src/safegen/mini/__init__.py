@@ -1,1 +1,1 @@
-"""The bundled miniature model: its world, its captions, its networks and their weights."""
+"""The bundled miniature model: vocabulary, captions, judge network and weights."""

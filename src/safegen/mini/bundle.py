@@ -1,7 +1,4 @@
-"""What the package carries of the miniature model: where its files lie.
-
-Reached through the tables only.
-"""
+"""Bundled files of the miniature model; the registry refers to these functions."""
 
 from __future__ import annotations
 
@@ -19,20 +16,20 @@ def pipeline_folder() -> Path:
 
 
 def clip_folder() -> Path:
-    """Return the folder of the miniature CLIP pair, its tokenizer and its image preprocessing."""
+    """Return the folder of the miniature CLIP model, its tokenizer and image processor."""
     return HERE / "weights" / "clip"
 
 
 def judge_file() -> Path:
-    """Return the weights of the miniature judge."""
+    """Return the weights file of the miniature judge."""
     return HERE / "weights" / "judge.safetensors"
 
 
 def triplets_folder(concept: str) -> Path:
-    """Return the folder of the ready triplets of a concept.
+    """Return the folder of the bundled triplets of a concept.
 
     Raises:
-        UnknownNameError: there are none for it.
+        UnknownNameError: no triplets are bundled for it.
     """
     known = [p.name for p in (HERE / "triplets").iterdir() if p.is_dir()]
     if concept not in known:
@@ -41,20 +38,16 @@ def triplets_folder(concept: str) -> Path:
 
 
 def prompt_list(kind: str, n: int | None = None) -> list[tuple[str, str]]:
-    """Return the `n` first (prompt, object) pairs of a list, or all of them.
+    """Return the first `n` (prompt, object) pairs of a list; None for all.
 
-    The split is in the name: `skulls` holds pairs of a template and an object that the model never
-    met in training, and is what is measured; `skulls-train` holds pairs that it met, and shares no
-    prompt with the other.
+    `skulls` combines templates and objects that are held out from training, for evaluation.
+    `skulls-train` has the combinations of training; the two lists share no prompt.
 
     Raises:
-        UnknownNameError: there is no such list.
+        UnknownNameError: no such list.
     """
     name, trained = kind.removesuffix("-train"), kind.endswith("-train")
     if name not in captions.TEMPLATES:
-        raise UnknownNameError(
-            "mini prompt list",
-            kind,
-            [k + end for k in captions.TEMPLATES for end in ("", "-train")],
-        )
-    return [(p.text, p.object) for p in captions.prompts(name, n, trained=trained)]
+        known = [k + end for k in captions.TEMPLATES for end in ("", "-train")]
+        raise UnknownNameError("mini prompt list", kind, known)
+    return captions.list_prompts(name, n, trained=trained)

@@ -1,13 +1,12 @@
-"""What the miniature model is told: caption templates by kind, and the prompt lists it is measured on.
+"""Captions of the miniature world: templates by kind, and the prompt lists of its evaluation.
 
-A template and an object that meet in a prompt list never met in training (`held_out`), so a list
-asks for combinations that the model has to compose.
+Combinations of a template and an object in a prompt list are held out from training
+(`is_held_out`), so the model has to compose them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from safegen.core.errors import ConfigError
 from safegen.mini.world import BACKGROUNDS, OBJECTS
@@ -66,63 +65,48 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a picture of {a} {o} and red leaves",
     ),
 }
-"""Kind of caption: its templates.
+"""Templates by kind of caption; `{a} {o}` becomes 'a castle' or 'an owl'.
 
-`{a} {o}` becomes 'a castle', 'an owl'. No word in an '-innocent' one names its concept.
+No word in an '-innocent' template names the concept.
 """
 
 
-class Prompt(NamedTuple):
-    """One prompt of a list and what a faithful picture of it shows."""
-
-    text: str
-    kind: str
-    object: str
-
-
-def attribute(kind: str) -> str | None:
-    """Return the attribute that a kind of caption asks for, or None."""
-    name = kind.removesuffix("-innocent")
-    return None if name == "benign" else name
-
-
 def caption(kind: str, template: int, name: str, background: str | None = None) -> str:
-    """Return one caption, with the background's words at its end when one is named."""
+    """Return one caption; a background, if given, ends it."""
     article = "an" if name[0] in "aeiou" else "a"
     text = TEMPLATES[kind][template].format(a=article, o=name)
     return f"{text} {background}" if background else text
 
 
-def held_out(template: int, name: str) -> bool:
-    """Return whether a template and an object are kept for the prompt lists."""
-    return (template + list(OBJECTS).index(name)) % 5 == 4
+def is_held_out(template: int, name: str) -> bool:
+    """Return whether training excludes this combination of template and object."""
+    return (template + OBJECTS.index(name)) % 5 == 4
 
 
-def prompts(kind: str, n: int | None = 64, *, trained: bool = False) -> list[Prompt]:
-    """Return the `n` first prompts of a kind's list: held-out combinations only, every object as often as the next.
+def list_prompts(kind: str, n: int | None = 64, *, trained: bool = False) -> list[tuple[str, str]]:
+    """Return the first `n` (prompt, object) pairs of a kind, with every object equally often.
 
     Args:
         kind: a key of `TEMPLATES`.
-        n: how many; None for all.
-        trained: give combinations that were met in training instead; no measured list holds one of
-            them.
+        n: number of prompts; None for all.
+        trained: return combinations from training instead of held-out ones.
 
     Raises:
-        ConfigError: `n` is over what the kind has.
+        ConfigError: `n` exceeds the number of prompts.
     """
-    every = list(dict.fromkeys(_walk(kind, trained)))
+    pairs = list(dict.fromkeys(_iterate_prompts(kind, trained)))
     if n is None:
-        return every
-    if not 1 <= n <= len(every):
-        raise ConfigError(f"the prompt list {kind!r} has 1 to {len(every)} prompts, got n = {n}")
-    return every[:n]
+        return pairs
+    if not 1 <= n <= len(pairs):
+        raise ConfigError(f"n must be 1 to {len(pairs)} for the prompt list {kind!r}, got {n}")
+    return pairs[:n]
 
 
-def _walk(kind: str, trained: bool) -> Iterator[Prompt]:
-    places = [None, *BACKGROUNDS]
-    for turn in range(len(places)):
+def _iterate_prompts(kind: str, trained: bool) -> Iterator[tuple[str, str]]:
+    backgrounds = [None, *BACKGROUNDS]
+    for cycle in range(len(backgrounds)):
         for i, name in enumerate(OBJECTS):
-            templates = [t for t in range(len(TEMPLATES[kind])) if held_out(t, name) != trained]
-            template = templates[turn % len(templates)]
-            place = places[(turn * 4 + i) % len(places)]
-            yield Prompt(caption(kind, template, name, place), kind, name)
+            templates = [t for t in range(len(TEMPLATES[kind])) if is_held_out(t, name) != trained]
+            template = templates[cycle % len(templates)]
+            background = backgrounds[(cycle * 4 + i) % len(backgrounds)]
+            yield caption(kind, template, name, background), name

@@ -43,7 +43,11 @@ def generator(seed: int, index: int) -> torch.Generator:
 
 
 def generate(
-    model: Model, asks: Sequence[Sample], generation_config: GenerationConfig, *, negative: str | None = None
+    model: Model,
+    asks: Sequence[Sample],
+    generation_config: GenerationConfig,
+    *,
+    negative: str | None = None,
 ) -> Iterator[Image.Image]:
     """Yield one picture per ask, in order.
 
@@ -120,9 +124,13 @@ def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
     ]
 
 
-def autocast_for(model: Model, generation_config: GenerationConfig) -> AbstractContextManager[object]:
+def autocast_for(
+    model: Model, generation_config: GenerationConfig
+) -> AbstractContextManager[object]:
     """Return the context in which a pipeline computes as the sampler says."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16")
+    return torch.autocast(
+        model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16"
+    )
 
 
 def encode_image(image: Image.Image, facts: dict[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.errors import ConfigError, FileError, SafegenWarning, UnknownNameError
 from safegen.core.files import exists
 from safegen.core.hashing import hash_tensors
 from safegen.core.registry import MODELS, resolve
@@ -52,7 +52,7 @@ PARTS = ("unet", "vae", "text_encoder")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class MetadataMismatchWarning(UserWarning):
+class MetadataMismatchWarning(SafegenWarning):
     """A model's file or folder says of itself what was true of other weights."""
 
 

@@ -10,11 +10,12 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safegen.core.errors import SafegenWarning
 from safegen.models.model import Model
 from safegen.patches.lora import LoraFactors
 
 
-class AdapterWarning(UserWarning):
+class AdapterWarning(SafegenWarning):
     """Something that whoever puts LoRAs beside a model should know."""
 
 

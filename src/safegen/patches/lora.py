@@ -458,7 +458,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], float | None]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
         if header.get("format") == FORMAT:
             raise FileError(
                 f"{path} is a safegen patch, not a LoRA; put it on with --patch, or turn it into one: safegen patch extract-lora"

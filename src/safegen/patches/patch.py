@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import FileError, PatchError
+from safegen.core.errors import FileError, PatchError, SafegenWarning, explain
 from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
 from safegen.models.model import Model
@@ -24,11 +24,11 @@ from safegen.models.model import Model
 FORMAT = "safegen-patch/1"
 
 
-class BaseMismatchWarning(UserWarning):
+class BaseMismatchWarning(SafegenWarning):
     """A patch is put on a model whose weights are not those it was made for."""
 
 
-class PatchOverlapWarning(UserWarning):
+class PatchOverlapWarning(SafegenWarning):
     """Several patches on one model change the same weights, and the last one counts."""
 
 
@@ -114,7 +114,7 @@ class Patch:
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
         except (SafetensorError, OSError) as error:
             raise FileError(
                 f"{path} is not a readable safetensors file ({error}); make or fetch it again"
@@ -141,10 +141,9 @@ class Patch:
             provenance = json.loads(header.get("provenance", ""))
             PatchMetadata.model_validate(provenance)
         except ValidationError as error:
-            e = error.errors(include_url=False)[0]
-            why = f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}"
             raise FileError(
-                f"{path} is a damaged safegen patch: its provenance cannot be used ({why}); make or fetch it again"
+                f"{path} is a damaged safegen patch: its provenance cannot be used "
+                f"({explain(error, PatchMetadata)}); make or fetch it again"
             ) from error
         except json.JSONDecodeError as error:
             raise FileError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write, staged_directory
 from safegen.core.generation import preferred_precision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.config import LogRow
@@ -24,16 +25,13 @@ from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.report.model_card import CardSubject, beside, card, with_metrics
 from safegen.evaluation.report.page import PAGE
 from safegen.evaluation.scoring.score import Scores, refuse_unjudged, removal, score
-from safegen.judges import Verdict, load_judge
+from safegen.judges import Detections, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.image import mean_change
 from safegen.models.generation import GenerationConfig, Sample, generate
 from safegen.models.model import Model, load
 from safegen.patches.patch import Patch
 from safegen.workflows import demo_report as report
-
-Tell = Callable[[str, int, int], None]
-"""Called with (what is going on, how much is done, of how much)."""
 
 
 class DemoSettings(BaseModel):
@@ -64,7 +62,7 @@ class Outcome:
     edit: Edit
     items: Sequence[Item]
     pictures: dict[str, list[Image.Image]]
-    verdicts: dict[str, list[Verdict]]
+    detections: dict[str, list[Detections]]
     patch: Patch
     log: Sequence[LogRow]
     seconds: dict[str, float]
@@ -82,7 +80,7 @@ class Outcome:
     def scores(self, side: str, rows: Sequence[int]) -> Scores:
         """Return one list's rates for `base` or `edited`."""
         return score(
-            [self.items[i] for i in rows], [self.verdicts[side][i] for i in rows], self.concept
+            [self.items[i] for i in rows], [self.detections[side][i] for i in rows], self.concept
         )
 
     def change(self, rows: Sequence[int]) -> Mean:
@@ -95,7 +93,7 @@ class Outcome:
         lists = {}
         for name, rows in self.lists.items():
             items = [self.items[i] for i in rows]
-            base, edited = ([self.verdicts[side][i] for i in rows] for side in ("base", "edited"))
+            base, edited = ([self.detections[side][i] for i in rows] for side in ("base", "edited"))
             entry: dict[str, Any] = {
                 "role": items[0].role,
                 "shows": items[0].shows,
@@ -131,7 +129,7 @@ class Outcome:
 
 
 def run_demo(
-    settings: DemoSettings, edit: Edit, out: Path, *, tell: Tell = lambda *_: None
+    settings: DemoSettings, edit: Edit, out: Path, *, progress: ProgressCallback = no_progress
 ) -> Outcome:
     """Do the main job and write it to the new folder `out`: report.html, summary.json, grid.png, the patch with its card, pictures/.
 
@@ -144,7 +142,7 @@ def run_demo(
             removes nothing.
     """
     with staged_directory(out, last=PAGE) as folder:
-        found = do_demo(settings, edit, tell=tell)
+        found = do_demo(settings, edit, progress=progress)
         write_demo(found, folder)
     return found
 
@@ -154,7 +152,7 @@ def do_demo(
     edit: Edit,
     *,
     drawn: MutableMapping[Sample, Image.Image] | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Outcome:
     """Draw, edit, draw again and judge; nothing is written.
 
@@ -163,7 +161,7 @@ def do_demo(
         edit: the edit.
         drawn: pictures that this base model has drawn with this sampler; used and added to, so that
             several calls draw them once.
-        tell: called with (stage, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         ConfigError: the edit learns from pictures, and the concept has no bundled triplets; or it
@@ -189,14 +187,14 @@ def do_demo(
 
     missing = [i.ask for i in items if i.ask not in drawn]
     fresh, seconds["base pictures"] = _draw(
-        model, missing, settings.generation, "drawing with the base model", tell
+        model, missing, settings.generation, "drawing with the base model", progress
     )
     drawn.update(zip(missing, fresh, strict=True))
     pictures["base"] = [drawn[i.ask] for i in items]
 
     def note(done: int, of: int, row: LogRow) -> None:
         log.append(row)
-        tell("editing", done, of)
+        progress("editing", done, of)
 
     asks = [i.ask for i in items]
     began = time.perf_counter()
@@ -205,28 +203,42 @@ def do_demo(
     base_hash = model.hash
     with patch.apply(model):
         pictures["edited"], seconds["edited pictures"] = _draw(
-            model, asks, settings.generation, "drawing with the edited model", tell
+            model, asks, settings.generation, "drawing with the edited model", progress
         )
     began = time.perf_counter()
-    tell("judging", 0, 2)
-    verdicts = {side: judge.judge(images) for side, images in pictures.items()}
-    for side in verdicts.values():
+    progress("judging", 0, 2)
+    detections = {side: judge.detect(images) for side, images in pictures.items()}
+    for side in detections.values():
         refuse_unjudged(items, side)
-    tell("judging", 2, 2)
+    progress("judging", 2, 2)
     seconds["judge"] = time.perf_counter() - began
     return Outcome(
-        settings, concept, edit, items, pictures, verdicts, patch, log, seconds, judge.id, base_hash
+        settings,
+        concept,
+        edit,
+        items,
+        pictures,
+        detections,
+        patch,
+        log,
+        seconds,
+        judge.id,
+        base_hash,
     )
 
 
 def _draw(
-    model: Model, asks: Sequence[Sample], generation_config: GenerationConfig, what: str, tell: Tell
+    model: Model,
+    asks: Sequence[Sample],
+    generation_config: GenerationConfig,
+    what: str,
+    progress: ProgressCallback,
 ) -> tuple[list[Image.Image], float]:
     began, out = time.perf_counter(), []
-    tell(what, 0, len(asks))
+    progress(what, 0, len(asks))
     for picture in generate(model, asks, generation_config):
         out.append(picture)
-        tell(what, len(out), len(asks))
+        progress(what, len(out), len(asks))
     return out, time.perf_counter() - began
 
 

@@ -8,17 +8,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
+from safegen.core.errors import ConfigError, FileError, MissingExtraError, SafegenWarning, explain
 from safegen.core.files import display_name
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit, check_inputs
 from safegen.edits.training.config import TrainingCallback
 from safegen.evaluation.report import model_card as cards
-from safegen.judges import load_judge
+from safegen.judges import judge_images, load_judge
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.model import Model
 from safegen.patches.arithmetic import warn_of_overlap
@@ -41,7 +41,7 @@ def make_edit(
             **settings,
         )
     except ValidationError as error:
-        raise ConfigError(describe(error, settings_of(resolve(EDITS, method, "edit")))) from error
+        raise ConfigError(explain(error, resolve(EDITS, method, "edit"))) from error
     return edit
 
 
@@ -73,7 +73,7 @@ LOOKED_AT = 16
 """Unsafe pictures that are judged at once, until one shows the concept."""
 
 
-class Unchecked(UserWarning):
+class UncheckedTripletsWarning(SafegenWarning):
     """NoAdversary could look whether triplets show the concept that they are said to show."""
 
 
@@ -87,7 +87,7 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
         FileError: a picture is missing or changed.
 
     Warns:
-        Unchecked: the judge cannot be opened here (a library or weights that only its user can
+        UncheckedTripletsWarning: the judge cannot be opened here (a library or weights that only its user can
             name), or could judge no picture.
     """
     known = load_concept(concept) if isinstance(concept, str) else concept
@@ -96,21 +96,21 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
     except (MissingExtraError, FileError, ConfigError) as error:
         warnings.warn(
             f"nobody looked whether the triplets show {known.name!r}: {error}",
-            Unchecked,
+            UncheckedTripletsWarning,
             stacklevel=2,
         )
         return
     judged = 0
     for start in range(0, len(triplets), LOOKED_AT):
         part = range(start, min(start + LOOKED_AT, len(triplets)))
-        verdicts = judge.judge([triplets.images(i)[0] for i in part])
-        if any(verdict.contains(known.labels, known.threshold) for verdict in verdicts):
+        verdicts = judge_images(judge, [triplets.images(i)[0] for i in part])
+        if "unsafe" in verdicts:
             return
-        judged += sum(verdict.outcome != "unjudged" for verdict in verdicts)
+        judged += len(verdicts) - verdicts.count("unjudged")
     if not judged:
         warnings.warn(
             f"nobody could see whether the triplets show {known.name!r}: all of them are unjudged",
-            Unchecked,
+            UncheckedTripletsWarning,
             stacklevel=2,
         )
         return
@@ -316,29 +316,3 @@ def _with(model: Model, patches: Sequence[Patch]) -> Iterator[None]:
         for patch in patches:
             on.enter_context(patch.apply(model))
         yield
-
-
-def settings_of(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the names of all settings, nested ones with dots."""
-    out = []
-    for name, field in kind.model_fields.items():
-        out.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            out += settings_of(field.annotation, f"{prefix}{name}.")
-    return out
-
-
-def describe(error: ValidationError, known: Sequence[str] = ()) -> str:
-    """Return pydantic's complaints in one line: setting, rule, value.
-
-    The nearest of `known` for a name that there is not.
-    """
-    parts = []
-    for e in error.errors():
-        place = ".".join(str(v) for v in e["loc"]) or "settings"
-        if e["type"] == "extra_forbidden":
-            parts.append(str(UnknownNameError("setting", place, known)))
-            continue
-        value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
-        parts.append(f"{place}: {e['msg'].removeprefix('Value error, ')}{value}")
-    return "; ".join(parts)

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from torch import Tensor, nn
 
-from safegen.core.errors import ConfigError, UnknownNameError, UserError
+from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.registry import ADVERSARIES, resolve
 from safegen.edits.functional import losses
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
@@ -224,12 +224,7 @@ def parse_adversary(value: object) -> float | Adversary:
         kind: type[Adversary] = resolve(ADVERSARIES, name, "adversary")
         return kind.model_validate(dict(value))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            noun = f"setting of the adversary {name!r}"
-            raise ValueError(str(UnknownNameError(noun, field, kind.model_fields))) from error
-        raise ValueError(f"{field}: {first['msg']}, got {first['input']!r}") from error
+        raise ValueError(f"adversary {name!r}: {explain(error, kind)}") from error
     except UserError as error:
         raise ValueError(str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -9,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from safegen.core.errors import UnusedSettingWarning
 from safegen.core.generation import preferred_precision
 
 LogRow = dict[str, float]
@@ -185,3 +187,13 @@ class TrainResult(BaseModel):
             "stopped_early": self.stopped_early,
             "losses": {name: self.log[-1][name] for name in terms},
         }
+
+
+def warn_unused(settings: Iterable[tuple[str, str]]) -> None:
+    """Warn of settings without effect, given by name and reason ("alpha", "without rank").
+
+    Warns:
+        UnusedSettingWarning: one for each setting.
+    """
+    for name, reason in settings:
+        warnings.warn(f"{name} has no effect {reason}", UnusedSettingWarning, stacklevel=3)

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError, warn_unused
+from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
 from safegen.edits.training.checkpoint import check_resumable, read_checkpoint, write_checkpoint
 from safegen.edits.training.config import (
     HasValidation,
@@ -26,6 +26,7 @@ from safegen.edits.training.config import (
     TrainingCallback,
     TrainResult,
     UsesEma,
+    warn_unused,
 )
 from safegen.edits.training.interruption import interruption
 

@@ -42,19 +42,19 @@ class EncoderProjection:
 class Projection:
     """What is done with one prompt, encoder by encoder."""
 
-    submodule_hooks: tuple[EncoderProjection, ...]
+    encoders: tuple[EncoderProjection, ...]
     distance: float = 0.0
     """How far it moves the prompt, see `shift`; 0 where nobody asks."""
 
     @property
     def triggers(self) -> list[int]:
         """Tokens that are triggers to any encoder."""
-        return sorted({j for part in self.submodule_hooks for j in part.triggers})
+        return sorted({j for part in self.encoders for j in part.triggers})
 
     @property
     def projector(self) -> Tensor:
         """The projector of whole embeddings, (width, width)."""
-        return torch.block_diag(*(part.projector for part in self.submodule_hooks))
+        return torch.block_diag(*(part.projector for part in self.encoders))
 
 
 class TextEncoderView:
@@ -159,7 +159,7 @@ def project_prompt(
 def projected(row: Tensor, way: Projection, strength: float) -> Tensor:
     """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way to their projection; all else stays."""
     out = row.clone()
-    for part in way.submodule_hooks:
+    for part in way.encoders:
         at = [j + 1 for j in part.triggers]  # the first token marks the beginning
         if at:
             old = row[at, part.columns].float()

@@ -1,0 +1,119 @@
+"""The shipped files: weights and triplets."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from safegen.core.files import swap_directory
+from safegen.data.triplets.censor import Censor
+from safegen.data.triplets.make import make
+from safegen.judges.mini import MiniJudge
+from safegen.mini import bundle
+from safegen.mini.world import IMAGE_SIZE, OBJECTS
+from safegen.models.checkpoint.diffusers_folder import forget_places, save_folder
+from safegen.models.model import Model
+from tools.mini.denoiser import SCHEDULE
+from tools.mini.drawing import draw, sample_scene
+from tools.mini.fit import SEED
+
+BENIGN_ATTRIBUTES: dict[str, list[str | None]] = {
+    "skulls": [None, "ghosts", "leaves"],
+    "fire": [None, "leaves", "ghosts", "leaves"],
+}
+"""Attributes of the benign images of each concept, in turn."""
+
+
+def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
+    """Replace `output`/weights: pipeline and CLIP in fp16, the judge with fp32 statistics."""
+    folder, weights = work / "pipeline", bundle.HERE / "weights"
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    clip, tokenizer = (
+        CLIPModel.from_pretrained(work / "clip").half(),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+    )
+    judge = load_file(work / "judge.safetensors")
+    with swap_directory(output / "weights") as staged:
+        target = {
+            path: staged / path.relative_to(weights)
+            for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())
+        }
+        save_folder(Model("mini", pipeline.to(torch.float16)), target[bundle.pipeline_folder()])
+        clip.save_pretrained(target[bundle.clip_folder()])
+        tokenizer.save_pretrained(target[bundle.clip_folder()])
+        CLIPImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE},
+            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ).save_pretrained(target[bundle.clip_folder()])
+        save_file(
+            {k: v.half() if v.ndim == 4 else v for k, v in judge.items()},
+            target[bundle.judge_file()],
+        )
+        forget_places(staged)
+        print(
+            f"pack: {sum(p.stat().st_size for p in staged.rglob('*') if p.is_file()) / 1e6:.1f} MB",
+            flush=True,
+        )
+
+
+def object_and_attribute(i: int, attributes: Sequence[str | None]) -> tuple[str, str | None]:
+    """Return object and attribute of scene `i`, so that each object meets every attribute."""
+    cycle, index = divmod(i, len(OBJECTS))
+    return OBJECTS[index], attributes[(index + cycle) % len(attributes)]
+
+
+def make_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> None:
+    """Replace `output`/triplets with triplets of each concept, from scenes of their own seeds.
+
+    The bundled judge finds the boxes to censor.
+    """
+    for c, (concept, benign_attributes) in enumerate(BENIGN_ATTRIBUTES.items()):
+        sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": benign_attributes}
+        for side, attributes in sides.items():
+            folder = work / "triplets" / concept / side
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            for i in range(n):
+                rng = np.random.default_rng((SEED + 2, c, side == "unsafe", i))
+                name, attribute = object_and_attribute(i, attributes)
+                scene = sample_scene(rng, attribute=attribute, objects=[name])
+                Image.fromarray(draw(scene)).save(folder / f"{i:03d}.png")
+        destination, fresh = output / "triplets" / concept, work / "triplets" / f"{concept}-made"
+        shutil.rmtree(fresh, ignore_errors=True)
+        unsafe, benign = (work / "triplets" / concept / side for side in sides)
+        result = make(
+            unsafe,
+            benign,
+            MiniJudge(labels=(concept,)),
+            fresh,
+            Censor(tile=3 / 16, padding=0.2),
+            labels=(concept,),
+        )
+        with swap_directory(destination) as staged:
+            shutil.copytree(fresh, staged, dirs_exist_ok=True)
+        skipped = [str(p) for p in result.left_out]
+        print(f"{concept}: {len(result.triplets)} triplets; left out: {skipped}", flush=True)
