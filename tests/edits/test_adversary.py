@@ -324,7 +324,7 @@ def test_every_adversary_works_with_every_edit_that_has_one(
             raise ConnectionError("pulled the plug")
 
     whole = applied(edit, model, triplets, checkpoint_dir=tmp_path / "whole")
-    assert type(edit).model_validate(whole.provenance["settings"]) == edit
+    assert type(edit).model_validate(whole.metadata.settings) == edit
     with pytest.raises(ConnectionError):
         applied(edit, model, triplets, checkpoint_dir=tmp_path / "torn", callback=pull)
     assert (

@@ -345,7 +345,7 @@ def test_a_pair_without_a_safe_twin_is_left_out_and_listed_in_the_patch(
         model, triplets
     )
     bright = [row.id for row, m in zip(triplets.rows, first, strict=True) if m > sorted(first)[3]]
-    assert patch.provenance["twins"] == {
+    assert patch.metadata.twins == {
         "judge": "brightness:1",
         "pairs": 4,
         "pending_after_attempt": [2],

@@ -29,9 +29,9 @@ def two(make_model, triplets):
 
 def test_a_patch_lists_its_parents_and_its_base_is_the_unpatched_model(two, make_model):
     below, above = two
-    assert above.provenance["base"] == below.provenance["base"] == make_model().hash
-    assert above.provenance["under"] == [{"method": "uce", "hash": below.hash}]
-    assert "under" not in below.provenance
+    assert above.metadata.base == below.metadata.base == make_model().hash
+    assert above.metadata.to_json()["parents"] == [{"method": "uce", "hash": below.hash}]
+    assert not below.metadata.parents
 
 
 def test_applying_a_patch_without_its_parents_warns(two, make_model):
@@ -59,25 +59,25 @@ def test_the_base_is_the_unpatched_model_if_its_hash_was_not_computed_before(two
     type(below)(below.tensors).apply(
         model
     )  # a patch that names no base, so that nothing is compared
-    assert UCE(erase=("ball",)).apply(model).provenance["base"] == make_model().hash
+    assert UCE(erase=("ball",)).apply(model).metadata.base == make_model().hash
 
 
 def test_merging_with_the_parent_drops_it(two, make_model):
     below, above = two
     other = UCE(erase=("ball",)).apply(make_model())
-    assert "under" not in merge([below, above]).provenance
-    assert merge([other, above]).provenance["under"] == above.provenance["under"]
+    assert not merge([below, above]).metadata.parents
+    assert merge([other, above]).metadata.parents == above.metadata.parents
 
 
 def test_safegen_plus_has_no_parent_of_its_own(two, make_model, triplets):
     model, (below, _) = make_model(), two
     plain = SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets)
-    assert "under" not in plain.provenance
+    assert not plain.metadata.parents
     assert model.patches == []
     with below.apply(model):
-        assert SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets).provenance[
-            "under"
-        ] == [{"method": "uce", "hash": below.hash}]
+        assert SafeGenPlus(erase=("ball",), training=BRIEF).apply(
+            model, triplets
+        ).metadata.to_json()["parents"] == [{"method": "uce", "hash": below.hash}]
 
 
 def test_a_checkpoint_of_a_patched_model_does_not_resume_on_the_plain_one(

@@ -117,7 +117,7 @@ def test_only_keys_and_values_of_cross_attention_change(tiny_model):
     }
     assert set(patch.tensors) == names == set(projections(tiny_model))
     assert {v.dtype for v in patch.tensors.values()} == {torch.float32}
-    assert 0 < patch.provenance["moved"] < 1
+    assert 0 < patch.metadata.moved < 1
 
 
 def test_the_erased_phrase_gets_the_keys_and_values_of_the_guide(tiny_model):
@@ -219,7 +219,7 @@ def test_a_concept_provides_phrases_and_captions_but_none_for_paper(method):
 
 
 def test_one_call_edits_by_the_name_of_a_concept(tiny_model, triplets):
-    assert edit_model(tiny_model, "uce", concept="skulls").provenance["settings"]["erase"] == [
+    assert edit_model(tiny_model, "uce", concept="skulls").metadata.settings["erase"] == [
         "skulls",
         "a skull",
     ]
@@ -336,7 +336,7 @@ def test_debias_survives_json_and_changes_the_patch(tiny_model):
     edit = make_edit("uce", erase=("ball",), debias={"a tree": 0.3})
     assert UCE.model_validate_json(edit.model_dump_json()) == edit
     assert edit.apply(tiny_model).hash != make_edit("uce", erase=("ball",)).apply(tiny_model).hash
-    assert "debias" in edit.apply(tiny_model).provenance["settings"]
+    assert "debias" in edit.apply(tiny_model).metadata.settings
     with pytest.raises(ConfigError, match=r"debias.grass must be a finite number"):
         make_edit("uce", debias={"grass": float("inf")})
 
@@ -344,4 +344,4 @@ def test_debias_survives_json_and_changes_the_patch(tiny_model):
 def test_provenance_reduces_caption_files_to_their_names(tiny_model, tmp_path):
     (tmp_path / "calm.txt").write_text("a blue ball in the grass")
     edit = UCE(erase=("red cube",), captions=(str(tmp_path / "calm.txt"), "mini:benign"))
-    assert edit.apply(tiny_model).provenance["settings"]["captions"] == ["calm.txt", "mini:benign"]
+    assert edit.apply(tiny_model).metadata.settings["captions"] == ["calm.txt", "mini:benign"]

@@ -148,7 +148,8 @@ def evaluate(
     set_threads(threads)
     from safegen.evaluation.run import evaluate as bench
     from safegen.evaluation.run.folder import Run
-    from safegen.stack import StackLoader, load_stack
+    from safegen.stack import load_stack
+    from safegen.stack_loader import StackLoader
 
     stacks = [load_stack(spec) for spec in stack or []]
     with _stoppable(out), one_line_warnings(), show_progress() as progress:

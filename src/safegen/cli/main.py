@@ -144,7 +144,8 @@ def generate(
     from safegen.core.generation import GenerationConfig, Sample
     from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
     from safegen.models.generation import save_image
-    from safegen.stack import Stack, StackLoader, add_guards, add_loras, add_patches, load_stack
+    from safegen.stack import Stack, add_guards, add_loras, add_patches, load_stack
+    from safegen.stack_loader import StackLoader
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
@@ -311,7 +312,7 @@ def edit(
             callback=lambda done, of, _: progress("editing", done, of),
         )
     save_patch(patch, out, card=not no_card)
-    facts = patch.provenance
+    facts = patch.metadata.to_json()
     how = (
         f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}"
         if recipe.is_trained
@@ -349,7 +350,7 @@ def apply(
     read = Patch.load(patch)
     with one_line_warnings():
         export_folder(loaded, out, patches=[read], card=not no_card, metrics=metrics or ())
-    typer.echo(f"{out}: {model}; the patch put {read.describe_change(loaded)}")
+    typer.echo(f"{out}: {model}; the patch {read.describe_change(loaded)}")
     typer.echo(f"open it with {type(loaded.pipeline).__name__}.from_pretrained({str(out)!r})")
 
 

@@ -66,7 +66,7 @@ def load_model(
     config: Path | None,
 ) -> Model:
     """Load a model and put patches on it; warnings become one line each."""
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.patch import Patch
 
     set_threads(threads)

@@ -120,6 +120,11 @@ class NoEffectWarning(UserWarning):
     """A setting, a concept or a guard has no effect here."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut to 300 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error or its text means that memory ran out, in Python or torch."""
     text = str(error).lower()

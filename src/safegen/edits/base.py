@@ -28,6 +28,7 @@ from safegen.edits.training.config import (
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import read_captions
 from safegen.edits.training.trainer import check_training, train
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -209,8 +210,8 @@ class ClosedFormEdit(Edit):
         if callback:
             callback(1, 1, {"update": 1, "moved": change})
         seconds = round(time.perf_counter() - start, 2)
-        provenance = provenance_of(self, model, seconds=seconds, moved=round(change, 6))
-        return Patch({name: value.float() for name, value in weights.items()}, provenance)
+        metadata = metadata_of(self, model, seconds=seconds, moved=round(change, 6))
+        return Patch({name: value.float() for name, value in weights.items()}, metadata)
 
 
 class TrainedEdit(Edit):
@@ -277,9 +278,10 @@ class TrainedEdit(Edit):
                 callback=callback,
                 **checkpoints,
             )
-        provenance = provenance_of(edit, model, triplets, **result.to_metadata(objective.weights))
-        provenance["seconds"] = round(provenance["seconds"] + preparation, 2)
-        return Patch(trainable.merge(result.tensors), provenance | metadata)
+        metadata |= result.to_metadata(objective.weights)
+        metadata["seconds"] = round(metadata["seconds"] + preparation, 2)
+        patch_metadata = metadata_of(edit, model, triplets, **metadata)
+        return Patch(trainable.merge(result.tensors), patch_metadata)
 
 
 def join_quoted(words: Sequence[str]) -> str:
@@ -317,25 +319,20 @@ def check_inputs(
         )
 
 
-def parents_of(model: Model) -> list[dict[str, str]]:
-    """Return method and hash of each patch applied to a model, in order."""
-    return [{"method": str(p.provenance.get("method")), "hash": p.hash} for p in model.patches]
-
-
-def provenance_of(
+def metadata_of(
     edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any
-) -> dict[str, Any]:
-    """Return the provenance of a patch: method, settings, model, data and more."""
-    provenance: dict[str, Any] = {
-        "method": edit.method(),
-        "settings": edit.export_settings(),
-        "base": model.hash,
-        "base_rounded": model.cast_hashes,
-        "family": model.family,
-        "model": display_name(model.name),
-    }
-    provenance |= {"under": parents_of(model)} if model.patches else {}
-    return provenance | ({"data": triplets.hash} if triplets is not None else {}) | more
+) -> PatchMetadata:
+    """Return the metadata of a patch: method, settings, model, data and more."""
+    return PatchMetadata(
+        method=edit.method(),
+        model=display_name(model.name),
+        base=model.hash,
+        family=model.family,
+        settings=edit.export_settings(),
+        parents=tuple(model.parents),
+        data=triplets.hash if triplets is not None else None,
+        **more,
+    )
 
 
 def fingerprint_of(
@@ -348,8 +345,8 @@ def fingerprint_of(
         hashlib.sha256(repr(captions).encode()).hexdigest(),
         triplets.hash if triplets is not None else None,
         model.hash,
-        model.components_hash,
-        parents_of(model),
+        model.pipeline_hash,
+        [parent.model_dump() for parent in model.parents],
         metadata,
     ]
     return json.dumps(inputs, sort_keys=True)

@@ -22,6 +22,7 @@ from safegen.edits.safegen import SafeGen, SafeGenObjective, check_safegen
 from safegen.edits.training.config import Objective, Training, TrainingCallback
 from safegen.edits.training.trainer import check_training
 from safegen.edits.uce import UCE
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
@@ -140,7 +141,7 @@ class SafeGenPlus(TrainedEdit):
         See `Edit.apply`.
         """
         check_inputs(self, triplets, checkpoint_dir, resume)
-        _ = model.hash, model.cast_hashes  # computed before a part is applied: the patch's base
+        _ = model.hash  # computed before a part is applied: the patch's base
         checkpoints: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
         names = select_parameters(model.denoiser, self.selector)
         check_training(model.denoiser, names, self.training, **checkpoints)
@@ -150,15 +151,13 @@ class SafeGenPlus(TrainedEdit):
         # Solved before the training even if it comes second: an error must not cost a training.
         words = closed_form.apply(model)
         words_first = self.first == "words"
-        with words.apply(model, named=False) if words_first else nullcontext():
+        with words.apply(model, hidden=True) if words_first else nullcontext():
             images = super().apply(model, triplets, callback=callback, **checkpoints)
         if not words_first:
-            with images.apply(model, named=False):
+            with images.apply(model, hidden=True):
                 words = closed_form.apply(model)
         parts = (words, images) if words_first else (images, words)
-        text = {key: words.provenance[key] for key in ("method", "settings", "seconds", "moved")}
-        seconds = round(images.provenance["seconds"] + words.provenance["seconds"], 2)
-        return Patch(
-            {**parts[0].tensors, **parts[1].tensors},
-            {**images.provenance, "text": text, "seconds": seconds},
-        )
+        metadata, text = images.metadata.to_json(), words.metadata.to_json()
+        metadata["text"] = {key: text[key] for key in ("method", "settings", "seconds", "moved")}
+        metadata["seconds"] = round(metadata["seconds"] + text["seconds"], 2)
+        return Patch({**parts[0].tensors, **parts[1].tensors}, PatchMetadata(**metadata))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from safegen.edits.training.config import TrainingCallback
 from safegen.evaluation.report import model_card as cards
 from safegen.judges import judge_images, load_judge
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.model import Model
+from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
+from safegen.models.model import AppliedPatch, Model
 from safegen.patches.arithmetic import warn_of_overlap
 from safegen.patches.patch import Patch
 
@@ -225,7 +226,7 @@ def export(
         MetadataMismatchWarning: the model's file or folder says what is in it, of weights that it has no more;
             that is not passed on.
     """
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     out, measured = Path(out), [Path(path) for path in metrics]
     if out.suffix != ".safetensors":
@@ -236,10 +237,10 @@ def export(
         f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."
     ]
     subject = _subject("file", out, model, patches, notes)
-    text, facts = _card(subject, card, measured), _facts(subject, model, measured)
+    text, metadata = _card(subject, card, measured), _metadata(subject, model, measured)
     with _with(model, patches):
         cards.write_with_card(
-            out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts)
+            out, text, lambda: save_single_file(model, out, dtype=dtype, metadata=metadata)
         )
 
 
@@ -257,47 +258,43 @@ def export_folder(
     """
     out, measured = Path(out), [Path(path) for path in metrics]
     subject = _subject("folder", out, model, patches)
-    text, facts = _card(subject, card, measured), _facts(subject, model, measured)
+    text, metadata = _card(subject, card, measured), _metadata(subject, model, measured)
     with _with(model, patches):
-        save_folder(model, out, card=text, facts=facts)
+        save_folder(model, out, card=text, metadata=metadata)
 
 
-def _facts(subject: cards.CardSubject, model: Model, metrics: Sequence[Path]) -> dict[str, Any]:
-    """Return what a whole model says of itself in the place that programs read."""
-    out: dict[str, Any] = {"model": subject.model, "base": subject.base}
-    out["patches"] = [
-        {"hash": digest, "provenance": dict(said)} for digest, said in subject.patches
+def _metadata(
+    subject: cards.CardSubject, model: Model, metrics: Sequence[Path]
+) -> CheckpointMetadata:
+    """Return the metadata of a model that is written: all patches in its weights, the oldest first."""
+    earlier = model.verified_metadata
+    records = [
+        PatchRecord.model_validate({"hash": digest, "metadata": entries})
+        for digest, entries in subject.patches
     ]
-    out |= {"made_from": dict(model.verified_metadata)} if model.verified_metadata else {}
-    return out | (
-        {"metrics": [subject.figures(path).facts() for path in metrics]} if metrics else {}
+    return CheckpointMetadata(
+        model=earlier.model if earlier else subject.model,
+        base=earlier.base if earlier else model.hash,
+        patches=(*(earlier.patches if earlier else ()), *records),
+        metrics=tuple(subject.figures(path).facts() for path in metrics),
     )
 
 
 def _subject(
     kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()
 ) -> cards.CardSubject:
-    held, rounded = (
-        [(p.hash, p.provenance) for p in (*model.patches, *patches)],
-        tuple(model.cast_hashes.values()),
-    )
+    earlier = model.verified_metadata
+    applied: list[Patch | AppliedPatch] = [*model.patches, *patches]
     return cards.CardSubject(
         kind,
         out.name,
         display_name(model.name),
         model.hash,
-        held,
+        [(p.hash, p.metadata.to_json()) for p in applied],
         notes,
-        rounded,
-        _within(model.verified_metadata),
-        bool(model.provenance),
+        [record.hash for record in earlier.patches] if earlier else [],
+        model.metadata is not None,
     )
-
-
-def _within(said: Mapping[str, Any]) -> list[str]:
-    """Return the hashes of the patches that are in a model's weights, the oldest first."""
-    earlier = _within(said["made_from"]) if said.get("made_from") else []
-    return [*earlier, *(patch["hash"] for patch in said.get("patches", ()))]
 
 
 def _card(subject: cards.CardSubject, wanted: bool, metrics: Sequence[Path]) -> str | None:

@@ -80,7 +80,7 @@ def trainable_parameters(
     Raises:
         ConfigError: the selector matches no linear and no convolutional weight.
     """
-    _ = model.hash, model.cast_hashes  # computed and cached before anything is attached
+    _ = model.hash  # computed and cached before anything is attached
     names = select_parameters(model.denoiser, selector)
     if rank is None:
         yield Trainable(tuple(names), {}, {})
