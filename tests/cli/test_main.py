@@ -103,7 +103,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "--triplets",
                 "TRIPLETS",
                 "--set",
-                "validation_split=0.2",
+                "validation_split=0.7",
                 "--out",
                 "OUT",
             ],

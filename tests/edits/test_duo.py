@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -50,6 +51,18 @@ def test_preference_with_a_large_beta_does_not_overflow():
     assert found.item() == pytest.approx(4e4)
 
 
+def test_preference_of_each_sample_is_its_own():
+    safe, before, unsafe, unsafe_before = torch.randn(
+        4, 5, generator=torch.Generator().manual_seed(0)
+    )
+    expected = F.softplus(0.7 * (safe - before) - 0.7 * (unsafe - unsafe_before))
+    values = losses.preference(safe, before, unsafe, unsafe_before, beta=0.7)
+    assert_close(values, expected)
+    assert (
+        values - losses.preference(safe, before, unsafe, unsafe_before, beta=1.4)
+    ).abs().min() > 0
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
     model, net = (
@@ -61,13 +74,13 @@ def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
             net.get_parameter(name).mul_(1.3)
     objective = objective_of(DUO(**WORDS, beta=7.0), model, triplets)
     g = torch.Generator().manual_seed(0)
-    safe, unsafe, eps, start = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(4))
-    t_safe, t_unsafe = torch.tensor([10, 300]), torch.tensor([700, 50])
+    safe, unsafe, eps, start = (torch.randn(3, 4, 8, 8, generator=g) for _ in range(4))
+    t_safe, t_unsafe = torch.tensor([10, 300, 500]), torch.tensor([700, 50, 500])
     found = objective.compare(net, safe, unsafe, eps, t_safe, t_unsafe, start)
     scheduler, before, blank = (
         model.pipeline.scheduler,
         make_model(prediction_type=prediction).denoiser,
-        model.encode_text([""] * 2),
+        model.encode_text([""] * 3),
     )
 
     @torch.no_grad()
@@ -84,7 +97,7 @@ def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
     )
     assert_close(found["L_dpo"].detach(), -F.logsigmoid(-7.0 * moved), rtol=1e-3, atol=1e-5)
     with torch.no_grad():
-        last = torch.tensor([999, 999])
+        last = torch.tensor([999, 999, 999])
         kept = (
             (net(start, last, blank).sample - before(start, last, blank).sample)
             .pow(2)
@@ -155,6 +168,104 @@ def test_a_smaller_strength_gives_a_closer_twin(make_model, triplets):
         )
         gaps.append(float((objective.safe - objective.unsafe).norm()))
     assert gaps[0] < 0.3 * gaps[1]
+
+
+@pytest.mark.parametrize(
+    ("strength", "num_steps"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.6, 2), (0.75, 3), (1.0, 4)]
+)
+def test_a_twin_equals_plain_ddim_steps_from_the_noised_image(
+    make_model, triplets, strength, num_steps
+):
+    """SDEdit written out: prompt the anchors, negative prompt the phrases, noise by the seed."""
+    words = {"erase": ("red mark", "ball"), "anchors": ("a plain wall", "grass"), "steps": 4}
+    edit = DUO(**words, strength=strength, guidance=3.0, training=training(seed=5))
+    model = make_model()
+    objective = objective_of(edit, model, triplets)
+    ddim = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    ddim.set_timesteps(4)
+    timesteps = ddim.timesteps[-num_steps:]
+    negative, prompt = model.encode_text(["red mark, ball", "a plain wall, grass"])
+    z = encode_triplets(model, triplets, flip=False)[0, 0]
+    for attempt in (0, 2):
+        generator = torch.Generator().manual_seed(5 * 1_000_003 + attempt)
+        x = ddim.add_noise(z, torch.randn(z.shape, generator=generator), timesteps[:1])
+        for t in timesteps:
+            with torch.no_grad():
+                cond, uncond = (
+                    model.denoiser(x, t, text.expand(len(x), -1, -1)).sample
+                    for text in (prompt, negative)
+                )
+            x = ddim.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
+        twins = objective._redraw(model, attempt)
+        assert_close(twins, x, rtol=1e-3, atol=1e-4)
+        assert_close(objective._redraw(model, attempt, [4, 1]), twins[[4, 1]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(objective.safe, objective._redraw(model, 0))
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Arguments of each call of `compare`, which is not run."""
+    calls = []
+
+    def record(self, denoiser, *tensors):
+        calls.append(tensors)
+        return {}
+
+    monkeypatch.setattr(DUOObjective, "compare", record)
+    return calls
+
+
+def draw(objective, model, share=(0, 1)):
+    objective.training_step(model.denoiser, 0, torch.Generator().manual_seed(0), share)
+
+
+def test_the_shares_of_two_processes_are_the_batch(tiny_model, triplets, compared):
+    objective = objective_of(DUO(**WORDS, training=training(batch=5)), tiny_model, triplets)
+    for share in ((0, 1), (0, 2), (1, 2)):
+        draw(objective, tiny_model, share)
+    for whole, even, odd in zip(*compared, strict=True):
+        assert torch.equal(whole[0::2], even)
+        assert torch.equal(whole[1::2], odd)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_shared"),
+    [({}, False), ({"share_timestep": True}, True), ({"loss_type": "kto"}, True)],
+)
+def test_a_pair_shares_its_noise_and_sometimes_its_timestep(
+    tiny_model, triplets, compared, settings, is_shared
+):
+    edit = DUO(**WORDS, **settings, timesteps=(100, 400), training=training(batch=64))
+    objective = objective_of(edit, tiny_model, triplets)
+    draw(objective, tiny_model)
+    ((safe, unsafe, eps, t_safe, t_unsafe, start),) = compared
+    assert torch.equal(t_safe, t_unsafe) is is_shared
+    assert 100 <= min(t_safe.min(), t_unsafe.min()) < 115
+    assert 385 < max(t_safe.max(), t_unsafe.max()) < 400
+    assert not torch.equal(eps, start)
+    rows = [(objective.unsafe - z).abs().sum((1, 2, 3)).argmin() for z in unsafe]
+    assert torch.equal(objective.safe[rows], safe)
+    assert set(map(int, rows)) == set(range(6))
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "kto"])
+def test_without_weight_keep_there_is_one_loss(tiny_model, triplets, loss_type):
+    edit = DUO(**WORDS, loss_type=loss_type, weight_keep=0)
+    objective = objective_of(edit, tiny_model, triplets)
+    z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 9])
+    terms = objective.compare(tiny_model.denoiser, z, z, z, t, t, z)
+    assert objective.weights == {"L_dpo": 1.0}
+    assert terms.keys() == {"L_dpo"}
+    kept = objective_of(DUO(**WORDS, weight_keep=3.0), tiny_model, triplets)
+    assert kept.weights == {"L_dpo": 1.0, "L_o": 3.0}
+
+
+def test_timesteps_may_end_with_the_schedule(tiny_model, triplets):
+    objective_of(DUO(**WORDS, timesteps=(0, 1000)), tiny_model, triplets)
+    with pytest.raises(ConfigError, match="must end by 1000 on this model, got 1001"):
+        objective_of(DUO(**WORDS, timesteps=(0, 1001)), tiny_model, triplets)
+    with pytest.raises(ValueError, match="timesteps must be 0 <= first < last"):
+        DUO(timesteps=(-1, 5))
 
 
 def test_training_lowers_the_loss(make_model, triplets):
