@@ -39,7 +39,7 @@ def test_applying_a_patch_without_its_parents_warns(two, make_model):
     model = make_model()
     with pytest.warns(
         BaseMismatchWarning,
-        match=rf"with another patch on it \(uce, hash {below.hash[:12]}\), which is not on 'tiny': put that one",
+        match=rf"model with the patch uce \({below.hash[:12]}\), which is not on 'tiny'. Apply that one",
     ):
         above.apply(model).undo()
     with warnings.catch_warnings():
@@ -49,7 +49,7 @@ def test_applying_a_patch_without_its_parents_warns(two, make_model):
     assert model.patches == []
     with below.apply(model):
         pass
-    with pytest.warns(BaseMismatchWarning, match="put that one on first"):
+    with pytest.warns(BaseMismatchWarning, match="Apply that one first"):
         above.apply(model).undo()  # it was on, and is off again
 
 

@@ -20,7 +20,7 @@ from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
-from safegen.judges import Judge, judge_images, load_judge
+from safegen.judges import SCORE_FLOOR, Judge, judge_images, load_judge
 from safegen.models.model import Model
 
 RELEASED = Training(
@@ -75,7 +75,7 @@ class DUO(TrainedEdit):
     """
     labels: tuple[str, ...] = ()
     """Labels of the judge that make a twin unsafe. Default: those of the concept or the judge."""
-    threshold: float | None = None
+    threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection. Default: that of the concept or the judge."""
     max_attempts: int = Field(default=8, ge=1)
     """Attempts per twin. A pair without a safe twin is left out and listed in the patch."""
