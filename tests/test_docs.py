@@ -254,7 +254,7 @@ def test_every_result_names_how_it_was_measured(path):
 
 def test_make_bench_runs_every_script_and_each_is_named_where_its_figures_stand():
     text = "".join(read(path) for path in [*DOCUMENTS, *RESULTS])
-    names = {f"benchmarks/{path.name}" for path in SCRIPTS if path.stem != "baseline"}
+    names = {f"benchmarks/{path.name}" for path in SCRIPTS if path.stem not in ("baseline", "common")}
     assert len(names) >= 4
     in_make = {name for name in paths_in(read(MAKEFILE)) if name.startswith("benchmarks/")}
     assert names <= in_make
@@ -293,7 +293,7 @@ def test_the_edit_of_the_how_to_removes_keys_and_values_of_a_phrase(tiny_model):
 
 def test_the_guard_of_the_how_to_blocks_long_prompts():
     config = skeleton("add-a-guard.md")["MaxWordsConfig"]
-    results = config(limit=2).build(None).check(["a cat", "a very long cat"])
+    results = config(limit=2).build(None).check_prompts(["a cat", "a very long cat"])
     assert [result.action for result in results] == ["none", "block"]
 
 

@@ -1,6 +1,6 @@
 """The commands: generate, edit, apply, demo.
 
-Patch, export, evaluate, resilience ... have their own files.
+Patch, export, evaluate, attack ... have their own files.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli import attack as resilience
-from safegen.cli import demo, evaluate, triplets
+from safegen.cli import attack, demo, evaluate, triplets
 from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
 from safegen.cli.options import (
@@ -55,13 +54,13 @@ app.add_typer(
     name="patch",
     help="Look into patches, compare and merge them, turn them into LoRAs.",
 )
+app.add_typer(attack.app, name="attack", help="Test whether a removed concept can be brought back.")
 for command in (
     patch_cli.export,
     evaluate.evaluate,
     evaluate.score,
     evaluate.report,
     evaluate.verify,
-    resilience.resilience,
     demo.demo,
 ):
     app.command()(command)
@@ -133,7 +132,7 @@ def generate(
 ) -> None:
     """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet.
 
-    With guards, trail.jsonl says what they did.
+    With guards, trace.jsonl says what they did.
     """
     texts = _read_prompts(prompt, prompts)
     if (model is None) == (stack is None):
@@ -176,13 +175,13 @@ def generate(
                 strict=True,
             ):
                 facts = ask.model_dump() | said | {"base": ready.model.hash, "stack": ready.hash}
-                facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
+                facts |= {"guards": drawn.trace.to_json()} if recipe.guards else {}
                 pictures.append(ready.display_image(drawn))
-                if not drawn.trail.withheld:
+                if not drawn.trace.withheld:
                     save_image(pictures[-1], folder / f"{ask.index:04d}.png", facts)
                 lines.append(
                     json.dumps(
-                        {"index": ask.index, "seed": seed} | drawn.trail.to_json(), sort_keys=True
+                        {"index": ask.index, "seed": seed} | drawn.trace.to_json(), sort_keys=True
                     )
                     + "\n"
                 )
@@ -191,9 +190,9 @@ def generate(
             contact_sheet(pictures, cell=max(96, min(256, ready.model.size))), folder / SHEET
         )
         if recipe.guards:
-            (folder / "trail.jsonl").write_text("".join(lines), encoding="utf-8")
+            (folder / "trace.jsonl").write_text("".join(lines), encoding="utf-8")
     withheld = sum(not (out / f"{ask.index:04d}.png").exists() for ask in asks)
-    gone = f", {withheld} withheld (trail.jsonl says why)" if withheld else ""
+    gone = f", {withheld} withheld (trace.jsonl says why)" if withheld else ""
     typer.echo(f"{len(texts) - withheld} pictures and {SHEET} in {out}{gone}")
 
 
@@ -269,7 +268,7 @@ def edit(
         check_writable(work / "log")
     from safegen.data.triplets.triplets import Triplets
     from safegen.edits.base import check_inputs
-    from safegen.evaluation.report.model_card import check_new_directory
+    from safegen.evaluation.report.model_card import check_card_path
     from safegen.workflows.edit import (
         make_edit,
         refuse_idle_concept,
@@ -278,7 +277,7 @@ def edit(
     )
 
     if not no_card:
-        check_new_directory(out)
+        check_card_path(out)
     changes = read_settings(method, preset, set_ or [])
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **changes)

@@ -329,6 +329,7 @@ def metadata_of(
         base=model.hash,
         family=model.family,
         settings=edit.export_settings(),
+        description=edit.describe(),
         parents=tuple(model.parents),
         data=triplets.hash if triplets is not None else None,
         **more,
