@@ -81,7 +81,7 @@ def rows(concept: str) -> dict[str, SafeGen]:
 
 
 HALF = "16 of 32 objects"
-"""The row whose triplets are those of every other run of 16 rows: the bundled ones go through the 32 objects in turn."""
+"""Row with half of the triplets: the bundled ones cycle through the 32 objects."""
 
 
 def attempt(concept: str, changes: str) -> SafeGen:
@@ -181,11 +181,13 @@ def line(row: dict[str, Any]) -> str:
             parts.append(f"{short} NRR {100 * entry['removal']['value']:.1f}")
         elif e["shown"]:
             parts.append(
-                f"{short} {100 * b['shown']['value']:.0f}>{100 * e['shown']['value']:.0f} mosaic {100 * e['mosaicked']['value']:.0f}"
+                f"{short} {100 * b['shown']['value']:.0f}>{100 * e['shown']['value']:.0f} "
+                f"mosaic {100 * e['mosaicked']['value']:.0f}"
             )
         else:
             parts.append(
-                f"{short} object {100 * b['subject']['value']:.0f}>{100 * e['subject']['value']:.0f} "
+                f"{short} object {100 * b['subject']['value']:.0f}>"
+                f"{100 * e['subject']['value']:.0f} "
                 f"mosaic {100 * e['mosaicked']['value']:.0f}"
             )
     return " | ".join(parts)
@@ -214,7 +216,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
             else:
                 key = "shown" if entry["base"]["shown"] else "subject"
                 cells.append(
-                    f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}"
+                    f"{100 * entry['base'][key]['value']:.0f} → "
+                    f"{100 * entry['edited'][key]['value']:.0f}"
                 )
         calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]]
         cells += [

@@ -131,7 +131,9 @@ def _train(
 
     folder = path.with_suffix("")
     training: dict[str, Any] = (
-        {"folder": folder, "resume": (folder / CHECKPOINT_FILE).is_file()} if edit.is_trained else {}
+        {"checkpoint_dir": folder, "resume": (folder / CHECKPOINT_FILE).is_file()}
+        if edit.is_trained
+        else {}
     )
     patch = edit.apply(
         loader.model(model)[0],

@@ -182,7 +182,7 @@ def save_patch(
         patch: the patch.
         out: the new .safetensors file.
         card: whether to write the card.
-        metrics: figures for it: folders of a demo, a run or a resilience test of this very patch.
+        metrics: folders of runs with metrics of this very patch.
 
     Raises:
         FileError: the file or the card exists or cannot be written, or figures cannot be read;
