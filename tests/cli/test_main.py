@@ -394,17 +394,17 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
     shutil.copy(bundle.judge_file(), tmp_path / "other.safetensors")
     code, _, err = safegen("apply", tmp_path / "other.safetensors", "mini", "--out", tmp_path / "x")
     assert code == 2
-    assert "not a safegen patch" in err
+    assert "must be a safegen patch" in err
 
 
 @pytest.mark.parametrize(
     ("method", "words", "says"),
     [
-        ("uce", [], ("cross-attention layers", "and no pictures", "solved in closed form")),
+        ("uce", [], ("cross-attention layers", "not from images", "solved in closed form")),
         (
             "safegen-plus",
             ["--set", "training.updates=2", "--set", "training.warmup=0"],
-            (" attention layers", "It also erases the words", "<svg"),
+            (" attention layers", "It also erases the phrases", "<svg"),
         ),
     ],
 )
