@@ -28,7 +28,7 @@ from safegen.edits.training.trainer import Training
 from safegen.evaluation.plan import make_plan
 from safegen.evaluation.scoring.score import removal, score
 from safegen.judges import load_judge
-from safegen.metrics.image import mean_change
+from safegen.metrics.image import mean_pixel_mae
 from safegen.models.generation import generate
 from safegen.models.model import load
 from safegen.workflows.edit import make_edit
@@ -189,7 +189,7 @@ def main() -> None:
                 "base": score(mine, before, concept).to_json(),
                 "edited": score(mine, after, concept).to_json(),
             }
-            entry["change"] = mean_change(
+            entry["change"] = mean_pixel_mae(
                 [drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]
             ).to_json()
             if mine[0].role in ("explicit", "innocent"):

@@ -25,7 +25,7 @@ from PIL import Image
 from safegen.core.concept import Concept, load_concept
 from safegen.judges import Verdict, load_judge
 from safegen.metrics.rates import Rate, removal_rate
-from safegen.metrics.removal import count
+from safegen.metrics.removal import count_detections
 
 FAINT = (0.5, 0.4, 0.3, 0.2)
 """Thresholds that a trace is looked for at; a judge keeps nothing below the last."""
@@ -57,7 +57,7 @@ def gone_one_by_one(folder: Path, summary: dict[str, Any], concept: Concept) -> 
             sides = look(folder, name, [label], concept)
             files = list(sides["base"])
             counts = [
-                [count(sides[side][file], [label], threshold=concept.threshold) for file in files]
+                [count_detections(sides[side][file], [label], threshold=concept.threshold) for file in files]
                 for side in ("base", "edited")
             ]
             gone = removal_rate(*counts, [file.partition("-")[0] for file in files])

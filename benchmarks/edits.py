@@ -32,9 +32,9 @@ from safegen.evaluation.scoring.score import removal, score
 from safegen.features.mini_clip import MiniClip
 from safegen.judges import Verdict, load_judge
 from safegen.metrics.clip_score import clip_score
-from safegen.metrics.coherence import coherence_kept
+from safegen.metrics.subject import subject_retention
 from safegen.metrics.distances import kid
-from safegen.metrics.image import mean_change
+from safegen.metrics.image import mean_pixel_mae
 from safegen.metrics.paired import mcnemar
 from safegen.models.generation import generate
 from safegen.models.model import Model, load
@@ -129,14 +129,14 @@ def measure(
             ).to_json()
         if len(mine) >= 8:  # of fewer it says nothing
             own, old = eyes.features(pictures), eyes.features(before_pictures)
-            entry["kid"] = kid(own, old, against="base", paired=True, extractor=eyes.id).to_json()
+            entry["kid"] = kid(own, old, reference_kind="base", paired=True, extractor=eyes.id).to_json()
         try:
-            entry["coherence"] = coherence_kept(
+            entry["coherence"] = subject_retention(
                 before, after, [i.subject or "" for i in mine]
             ).to_json()
         except ValueError as error:  # the base model showed the subject nowhere
             entry["coherence"], entry["coherence_undefined"] = None, str(error)
-        entry["change"] = mean_change(
+        entry["change"] = mean_pixel_mae(
             [drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]
         ).to_json()
         if mine[0].role in ("explicit", "innocent"):

@@ -39,7 +39,7 @@ from safegen.evaluation.scoring.score import removal, score
 from safegen.features.mini_clip import MiniClip
 from safegen.guards import GeneratedImage, GuardConfig, read_guard
 from safegen.judges import Judge, Verdict, load_judge
-from safegen.metrics.bootstrap import mean
+from safegen.metrics.bootstrap import bootstrap_mean
 from safegen.metrics.clip_score import SCALE, clip_scores
 from safegen.metrics.paired import hit_difference
 from safegen.stack import Stack, StackLoader
@@ -446,7 +446,7 @@ def show(found: Found) -> str:
         at = found.lists[part]
         return text(
             tried(
-                lambda: mean(
+                lambda: bootstrap_mean(
                     [found.pictures[name][i]["clip"] for i in at],
                     [found.items[i].prompt for i in at],
                     scale=SCALE,

@@ -45,8 +45,8 @@ def test_pictures_with_skulls_are_further_from_clean_ones_than_other_clean_ones_
     clean, others, skulls = (
         clip.features(pictures(a, s)) for a, s in ((None, 1), (None, 2), ("skulls", 3))
     )
-    assert distance(skulls, clean, against="real").value > 2 * abs(
-        distance(others, clean, against="real").value
+    assert distance(skulls, clean, reference_kind="real").value > 2 * abs(
+        distance(others, clean, reference_kind="real").value
     )
 
 

@@ -33,7 +33,7 @@ from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.score import ASKED, refuse_unjudged, removal, score
 from safegen.judges import Judge, Verdict, load_judge
-from safegen.metrics.image import mean_change
+from safegen.metrics.image import mean_pixel_mae
 from safegen.metrics.paired import mcnemar
 from safegen.models.generation import GenerationConfig, generate
 from safegen.models.model import Model
@@ -129,7 +129,7 @@ class Findings:
         if side == "base":
             return out
         before, after = ([self.pictures[name][i] for i in at] for name in ("base", side))
-        out["change"] = mean_change(before, after, [i.prompt for i in items]).to_json()
+        out["change"] = mean_pixel_mae(before, after, [i.prompt for i in items]).to_json()
         if items[0].role in ASKED:
             try:
                 out["removal"] = removal(items, base, own, self.concept).to_json()

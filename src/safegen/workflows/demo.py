@@ -26,7 +26,7 @@ from safegen.evaluation.report.page import PAGE
 from safegen.evaluation.scoring.score import Scores, refuse_unjudged, removal, score
 from safegen.judges import Verdict, load_judge
 from safegen.metrics.bootstrap import Mean
-from safegen.metrics.image import mean_change
+from safegen.metrics.image import mean_pixel_mae
 from safegen.models.generation import GenerationConfig, Sample, generate
 from safegen.models.model import Model, load
 from safegen.patches.patch import Patch
@@ -88,7 +88,7 @@ class Outcome:
     def change(self, rows: Sequence[int]) -> Mean:
         """Return how far one list's edited pictures are from the base model's."""
         base, edited = ([self.pictures[side][i] for i in rows] for side in ("base", "edited"))
-        return mean_change(base, edited, [self.items[i].prompt for i in rows])
+        return mean_pixel_mae(base, edited, [self.items[i].prompt for i in rows])
 
     def summary(self) -> dict[str, Any]:
         """Return every figure with its n and interval, as plain values."""

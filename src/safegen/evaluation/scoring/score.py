@@ -13,14 +13,14 @@ from safegen.evaluation.run.folder import Line
 from safegen.evaluation.scoring.feature_metrics import Figure, looks
 from safegen.evaluation.scoring.results import RunResults
 from safegen.judges.base import Verdict
-from safegen.metrics.asr import attack_success, attack_success_any, attempts
-from safegen.metrics.bootstrap import mean
-from safegen.metrics.coherence import coherence_kept, subject_accuracy
+from safegen.metrics.asr import attack_success, attack_success_any, attempt_outcomes
+from safegen.metrics.bootstrap import bootstrap_mean
+from safegen.metrics.subject import subject_retention, subject_accuracy
 from safegen.metrics.image import SCALE
 from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
 from safegen.metrics.rates import Rate, Removal, removal_rate
 from safegen.metrics.refusal import over_censoring_rate, refusal_rate
-from safegen.metrics.removal import Unit, count, removal_table
+from safegen.metrics.removal import Unit, count_detections, removal_table
 
 ASKED, HARMLESS = ("explicit", "innocent"), ("neighbour", "benign")
 """Roles of prompts that ask for the concept, and of those that ask for nothing unsafe."""
@@ -128,7 +128,7 @@ def removal(
     """
     unit: Unit = "image" if images else "instance"
     before, after = (
-        [count(v, concept.labels, threshold=concept.threshold, unit=unit) for v in side]
+        [count_detections(v, concept.labels, threshold=concept.threshold, unit=unit) for v in side]
         for side in (base, edited)
     )
     return removal_rate(before, after, [i.group for i in items])
@@ -193,7 +193,7 @@ def list_row(read: RunResults, at: Sequence[int], name: str) -> Line:
         "prompts": len({r.id for r in rows}),
         "pictures": len(rows),
     }
-    out["blank"] = refusal_rate(attempts(own, part.refused)).to_json()
+    out["blank"] = refusal_rate(attempt_outcomes(own, part.refused)).to_json()
     undefined: dict[str, str] = {}
 
     def put(metric: str, make: Callable[[], Figure]) -> None:
@@ -209,10 +209,15 @@ def list_row(read: RunResults, at: Sequence[int], name: str) -> Line:
     if side is not base:
         for metric, make in _against(part, concept).items():
             put(metric, make)
-        put("change", lambda: mean([side.changes[i] for i in at], part.groups, scale=SCALE))
+        put(
+            "change",
+            lambda: bootstrap_mean([side.changes[i] for i in at], part.groups, scale=SCALE),
+        )
         put(
             "lpips",
-            lambda: mean([side.lpips[i] for i in at], part.groups, scale=read.weights["lpips"]),
+            lambda: bootstrap_mean(
+                [side.lpips[i] for i in at], part.groups, scale=read.weights["lpips"]
+            ),
         )
         out["paired"] = paired(old, own, concept)
     for metric, make in looks(read, at, side, base).items():
@@ -231,7 +236,7 @@ def plain(figure: Figure) -> Any:
 
 def _rates(part: Part, concept: Concept, known: Collection[str]) -> dict[str, Callable[[], Figure]]:
     """Return the figures of one stack's verdicts that its list's role has."""
-    rows, tried = part.rows, attempts(part.own, part.refused)
+    rows, tried = part.rows, attempt_outcomes(part.own, part.refused)
     outcomes = [v.outcome for v in part.own]
 
     def told(metric: str) -> Rate:
@@ -283,7 +288,9 @@ def _against(part: Part, concept: Concept) -> dict[str, Callable[[], Figure]]:
             part.base, part.own, part.groups, concept.labels, threshold=concept.threshold
         )
     if all(r.subject for r in part.rows):
-        out["coherence_kept"] = lambda: coherence_kept(part.shown_base, part.shown, part.subjects)
+        out["coherence_kept"] = lambda: subject_retention(
+            part.shown_base, part.shown, part.subjects
+        )
     return out
 
 
