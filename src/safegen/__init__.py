@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from safegen.judges import load_judge as load_judge
     from safegen.models.checkpoint.diffusers_folder import save_folder as save_folder
     from safegen.models.generation import generate as generate
+    from safegen.models.loading import load as load
     from safegen.models.model import Model as Model
-    from safegen.models.model import load as load
     from safegen.patches.patch import Patch as Patch
     from safegen.workflows.edit import edit as edit
     from safegen.workflows.edit import export as export
@@ -40,7 +40,7 @@ _MODULES = {
     "export": "safegen.workflows.edit",
     "export_folder": "safegen.workflows.edit",
     "generate": "safegen.models.generation",
-    "load": "safegen.models.model",
+    "load": "safegen.models.loading",
     "load_judge": "safegen.judges",
     "save_folder": "safegen.models.checkpoint.diffusers_folder",
     "save_patch": "safegen.workflows.edit",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from safegen.cli import options as common
-from safegen.cli.options import Pace, progress
+from safegen.cli.options import Pace, show_progress
 
 
 def test_pictures_that_come_a_batch_at_a_time_are_as_fast_as_their_batches():
@@ -56,11 +56,11 @@ def test_the_bar_says_the_rate_and_the_time_left(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setenv("COLUMNS", "120")
-    with progress() as tell:
-        tell("drawing", 0, 96)
+    with show_progress() as progress:
+        progress("drawing", 0, 96)
         for picture in range(32):
             now[0] = 16 + picture / 1e6  # so two a second all but a little
-            tell("drawing", picture + 1, 96)
+            progress("drawing", picture + 1, 96)
     said = capsys.readouterr().err
     assert "32/96" in said
     assert "2.00/s" in said
@@ -69,9 +69,9 @@ def test_the_bar_says_the_rate_and_the_time_left(monkeypatch, capsys):
 
 def test_a_stage_that_is_done_or_has_nothing_to_do_leaves_no_time(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
-    with progress() as tell:
-        tell("drawing", 5, 5)
-        tell("judging", 0, 0)
+    with show_progress() as progress:
+        progress("drawing", 5, 5)
+        progress("judging", 0, 0)
     said = capsys.readouterr().err
     assert said.count("left 0:00:00") >= 2
     assert "/s" not in said

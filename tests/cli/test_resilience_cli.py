@@ -8,7 +8,7 @@ import pytest
 
 from safegen.cli.attack import _show
 from safegen.edits.uce import UCE
-from safegen.models.model import load
+from safegen.models.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_no_name_is_cut_on_a_narrow_screen(monkeypatch, capsys):
             "updates must rise from 1 or more, got 9, 2",
         ),
         (["--concept", "skulls", "--role", "explicti"], "roles.0"),
-        (["--concept", "skulls", "--lr", "0"], "lr: Input should be greater than 0, got 0.0"),
+        (["--concept", "skulls", "--lr", "0"], "lr must be greater than 0, got 0.0"),
         (["--concept", "skull"], "Did you mean 'skulls'"),
         (["--concept", "nudity"], "no bundled triplets"),
         (["--concept", "skulls", "--pictures", "no"], "no is not a folder"),

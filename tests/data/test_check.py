@@ -121,24 +121,24 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "its benign picture is too small: a side must be at least 32 pixels, got 64x31",
     ),
     "none": (lambda f: (f / "manifest.jsonl").write_text("\n"), "out", "it holds no triplets"),
-    "not JSON": (lambda f: add_line(f, "{"), "line 4", "it is not JSON: EOF"),
+    "not JSON": (lambda f: add_line(f, "{"), "line 4", "it is not a triplet: Invalid JSON: EOF"),
     "not UTF-8": (
         lambda f: (f / "manifest.jsonl").write_bytes(
             (f / "manifest.jsonl").read_bytes() + b'{"id": "\xff"}\n'
         ),
         "line 4",
-        "it is not JSON",
+        "it is not a triplet: Invalid JSON",
     ),
     "not a triplet": (lambda f: add_line(f, "[]"), "line 4", "it is not a triplet"),
     "a field lacks": (
         lambda f: rewrite(f, lambda c: c[1].pop("benign")),
         "line 2",
-        "it is not a triplet: benign: Field required",
+        "it is not a triplet: benign is required",
     ),
     "a field too many": (
         lambda f: rewrite(f, lambda c: c[1].update(text="a")),
         "line 2",
-        "it is not a triplet: text: Extra inputs",
+        "it is not a triplet: no setting named 'text'",
     ),
     "no hash": (
         lambda f: rewrite(f, lambda c: c[1]["sha256"].update(unsafe="0")),

@@ -6,10 +6,8 @@ What is refused, and that nothing half-made is left.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -24,8 +22,6 @@ from safegen.data.triplets.check import check
 from safegen.data.triplets.make import make
 from safegen.data.triplets.triplets import ROLES, Triplets
 from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
-
-T = TypeVar("T")
 
 
 def test_what_is_made_is_whole_and_checks_clean(pictures: Path) -> None:
@@ -344,12 +340,10 @@ def test_nothing_half_written_is_left_when_something_raises_in_the_middle(
     before = sorted(str(p) for p in pictures.rglob("*"))
     halfway: list[str] = []
 
-    def track(items: Sequence[T], doing: str, /) -> Iterable[T]:
-        for i, item in enumerate(items):
-            if doing == "censoring" and i == 2:
-                halfway.extend(str(p.relative_to(pictures)) for p in pictures.rglob("0001.png"))
-                raise error
-            yield item
+    def progress(description: str, done: int, total: int) -> None:
+        if description == "censoring" and done == 2:
+            halfway.extend(str(p.relative_to(pictures)) for p in pictures.rglob("0001.png"))
+            raise error
 
     with pytest.raises(FileError if isinstance(error, OSError) else type(error)):
         make(
@@ -358,16 +352,15 @@ def test_nothing_half_written_is_left_when_something_raises_in_the_middle(
             RedJudge(),
             pictures / "out",
             labels=["red"],
-            track=track,
+            progress=progress,
         )
     assert sorted(str(p) for p in pictures.rglob("*")) == before
     assert sorted(halfway) == [f"out/.unfinished/{role}/0001.png" for role in sorted(ROLES)]
 
 
 def test_an_output_that_comes_into_being_meanwhile_is_not_touched(pictures: Path) -> None:
-    def track(items: Sequence[T], doing: str, /) -> Iterable[T]:
+    def progress(description: str, done: int, total: int) -> None:
         (pictures / "out").mkdir(exist_ok=True)
-        return items
 
     with pytest.raises(FileError, match="out exists already"):
         make(
@@ -376,18 +369,17 @@ def test_an_output_that_comes_into_being_meanwhile_is_not_touched(pictures: Path
             RedJudge(),
             pictures / "out",
             labels=["red"],
-            track=track,
+            progress=progress,
         )
     assert list((pictures / "out").iterdir()) == []
     assert sorted(p.name for p in pictures.iterdir()) == ["benign", "out", "unsafe"]
 
 
 def test_what_someone_else_puts_into_the_output_meanwhile_is_left_there(pictures: Path) -> None:
-    def track(items: Sequence[T], doing: str, /) -> Iterable[T]:
-        if doing == "censoring":
+    def progress(description: str, done: int, total: int) -> None:
+        if description == "censoring" and done == 0:
             (pictures / "out" / "unsafe").mkdir()
             (pictures / "out" / "unsafe" / "precious.txt").write_text("keep me")
-        return items
 
     with pytest.raises(FileError, match="out cannot be written"):
         make(
@@ -396,7 +388,7 @@ def test_what_someone_else_puts_into_the_output_meanwhile_is_left_there(pictures
             RedJudge(),
             pictures / "out",
             labels=["red"],
-            track=track,
+            progress=progress,
         )
     assert [
         str(p.relative_to(pictures / "out")) for p in (pictures / "out").rglob("*") if p.is_file()

@@ -140,7 +140,7 @@ def test_a_selector_without_matrices_is_refused(make_model, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rank": 0}, "rank: Input should be greater than or equal to 1, got 0"),
+        ({"rank": 0}, "rank must be greater than or equal to 1, got 0"),
         ({"alpha": 2.0}, "alpha has no"),
     ],
 )

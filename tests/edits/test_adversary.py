@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from safegen.cli.main import _changes
+from safegen.cli.options import read_settings
 from safegen.core import registry as tables
 from safegen.core.errors import ConfigError
 from safegen.edits.esd import ESD
@@ -308,7 +308,7 @@ def test_moves_are_decided_when_settings_are_made_so_that_a_patch_says_them(make
     assert SafeGen(weight_preserve=0, teacher=False).adversary_moves is None
     assert SafeGen.preset("paper").adversary_moves is None
     patch = SafeGen(training=BRIEF | {"updates": 1}).apply(make_model(), triplets)
-    assert patch.provenance["settings"]["adversary_moves"] == "both"
+    assert patch.metadata.settings["adversary_moves"] == "both"
     with pytest.raises(ConfigError, match="adversary_moves both goes with one-step only"):
         make_edit("safegen", adversary="adv-unlearn", adversary_moves="both")
 
@@ -334,9 +334,9 @@ def test_every_adversary_works_with_every_edit_that_takes_one(
             raise ConnectionError("pulled the plug")
 
     whole = applied(edit, model, triplets, folder=tmp_path / "whole")
-    assert type(edit).model_validate(whole.provenance["settings"]) == edit
+    assert type(edit).model_validate(whole.metadata.settings) == edit
     with pytest.raises(ConnectionError):
-        applied(edit, model, triplets, folder=tmp_path / "torn", report=pull)
+        applied(edit, model, triplets, folder=tmp_path / "torn", callback=pull)
     assert (
         applied(edit, make_model(), triplets, folder=tmp_path / "torn", resume=True).hash
         == whole.hash
@@ -364,18 +364,18 @@ def test_safegen_plus_hands_its_adversary_on():
 
 
 def test_the_command_line_names_one_and_then_its_settings():
-    said = _changes(
+    said = read_settings(
         "esd", "default", ["adversary=adv-unlearn", "adversary.steps=5", "adversary.rule=sign"]
     )
     assert make_edit("esd", **said).adversary == AdvUnlearn(steps=5, rule="sign")
     assert make_edit(
-        "esd", **_changes("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
+        "esd", **read_settings("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
     ).adversary == ReceAdversary(ridge=1)
     with pytest.raises(
         ConfigError,
         match=r"--set adversary.steps: 'adversary' has no settings of its own; name one first",
     ):
-        _changes("esd", "default", ["adversary.steps=5"])
+        read_settings("esd", "default", ["adversary.steps=5"])
 
 
 # ------------------------------------------------------------ refusals
@@ -388,15 +388,15 @@ REFUSED = {
     "an adversary is a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
     "or a table with such a name, got {'steps': 3}": {"steps": 3},
     "no adversary named 'adv-unlern'. Did you mean 'adv-unlearn'": "adv-unlern",
-    "no setting of the adversary 'adv-unlearn' named 'step_size'": {
+    "adversary 'adv-unlearn': no setting named 'step_size'": {
         "name": "adv-unlearn",
         "step_size": 1,
     },
-    "steps: Input should be greater than or equal to 1, got 0": {"name": "adv-unlearn", "steps": 0},
-    "step: Input should be greater than 0": {"name": "adv-unlearn", "step": 0},
-    "radius: Input should be greater than 0": {"name": "one-step", "radius": 0},
-    "ridge: Input should be greater than 0": {"name": "closed-form", "ridge": 0},
-    "rule: Input should be 'adam' or 'sign', got 'sgd'": {"name": "adv-unlearn", "rule": "sgd"},
+    "steps must be greater than or equal to 1, got 0": {"name": "adv-unlearn", "steps": 0},
+    "step must be greater than 0": {"name": "adv-unlearn", "step": 0},
+    "radius must be greater than 0": {"name": "one-step", "radius": 0},
+    "ridge must be greater than 0": {"name": "closed-form", "ridge": 0},
+    "rule must be 'adam' or 'sign', got 'sgd'": {"name": "adv-unlearn", "rule": "sgd"},
 }
 
 

@@ -101,7 +101,7 @@ def test_it_learns_what_it_is_taught(make_model):
     edit = ConceptAblation(
         **SHORT, target="base", weight_prior=0.0, training=training(updates=40, lr=3e-3, batch=4)
     )
-    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    edit.apply(make_model(), callback=lambda done, of, row: log.append(row))
     assert sum(row["L_c"] for row in log[-5:]) < 0.7 * sum(row["L_c"] for row in log[:5])
 
 

@@ -14,7 +14,7 @@ from safegen.edits.duo import DUO, DUOObjective
 from safegen.edits.functional import losses
 from safegen.edits.training.samples import encode_triplets
 from safegen.edits.training.trainer import Training
-from safegen.judges import Verdict
+from safegen.judges import Detection, Detections, judge_images
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
@@ -123,7 +123,7 @@ def test_timesteps_are_counted_by_their_noise_whichever_way_the_schedule_runs(
 def test_before_the_first_update_nothing_is_preferred_and_all_is_kept(make_model, triplets):
     log = []
     DUO(**WORDS, rank=4, training=training(updates=1)).apply(
-        make_model(), triplets, report=lambda done, of, row: log.append(row)
+        make_model(), triplets, callback=lambda done, of, row: log.append(row)
     )
     assert log[0]["L_dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert log[0]["L_o"] == pytest.approx(0, abs=1e-12)
@@ -157,7 +157,7 @@ def test_it_learns_what_it_is_taught(make_model, triplets):
     edit = DUO(
         **WORDS, weight_keep=0.0, beta=50.0, rank=8, training=training(updates=40, batch=4, lr=3e-3)
     )
-    edit.apply(make_model(), triplets, report=lambda done, of, row: log.append(row))
+    edit.apply(make_model(), triplets, callback=lambda done, of, row: log.append(row))
     assert sum(row["L_dpo"] for row in log[-5:]) < 0.95 * sum(row["L_dpo"] for row in log[:5])
 
 
@@ -199,8 +199,8 @@ REFUSED = {
     "share_timestep has no effect with objective kto": {"objective": "kto", "share_timestep": True},
     "tries has no effect without a judge": {"tries": 3},
     "labels has no effect without a judge": {"labels": ("skulls",)},
-    "tries: Input should be greater than or equal to 1": {"judge": "mini", "tries": 0},
-    "objective: Input should be 'dpo' or 'kto', got 'ppo'": {"objective": "ppo"},
+    "tries must be greater than or equal to 1": {"judge": "mini", "tries": 0},
+    "objective must be 'dpo' or 'kto', got 'ppo'": {"objective": "ppo"},
 }
 
 
@@ -281,20 +281,20 @@ def test_kto_holds_each_unsafe_picture_against_the_mean_of_the_safe_ones_at_a_sh
 class Brightness:
     """A judge of one number: a picture whose mean is above the limit is unsafe, one of the given means cannot be judged."""
 
-    id = "brightness:1"
+    id, labels, threshold = "brightness:1", ("bright",), 0.5
 
     def __init__(self, limit, unreadable=()):
         self.limit, self.unreadable, self.asked = limit, unreadable, []
 
-    def judge(self, images):
+    def detect(self, images):
         means = [
             sum(image.convert("L").tobytes()) / (image.width * image.height) for image in images
         ]
         self.asked.append(means)
         return [
-            Verdict("unjudged", reason="torn")
+            Detections((), unjudged="torn")
             if any(abs(m - u) < 1e-9 for u in self.unreadable)
-            else Verdict("unsafe" if m > self.limit else "safe")
+            else Detections((Detection("bright", 0.9),) * (m > self.limit))
             for m in means
         ]
 
@@ -309,7 +309,7 @@ def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(
     model = make_model()
     once = problem_of(DUO(**WORDS), model, triplets)
     first = Brightness(-1)
-    first.judge(model.decode_images(once.safe))
+    first.detect(model.decode_images(once.safe))
     (means,) = first.asked
     judge = Brightness(
         sorted(means)[2], unreadable=(min(means),)
@@ -323,22 +323,16 @@ def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(
     twins = found.facts["twins"]
     kept = [i for i, row in enumerate(triplets.rows) if row.id not in twins["left out"]]
     assert twins["pairs"] == len(kept) == len(found.safe) == len(found.unsafe)
-    assert twins["open after each try"] == [
-        len(a) - sum(v.outcome == "safe" for v in judge_again(judge, a)) for a in judge.asked
+    assert twins["open_after_attempt"] == [
+        sum(m > judge.limit or m in judge.unreadable for m in means) for means in judge.asked
     ]
     for at, i in enumerate(kept):
         assert_close(found.unsafe[at], once.unsafe[i])
         assert torch.equal(found.safe[at], once.safe[i]) is (
             i in silent
         )  # a twin that passed is not touched
-    assert {v.outcome for v in judge.judge(model.decode_images(found.safe))} == {"safe"}
+    assert set(judge_images(judge, model.decode_images(found.safe))) == {"safe"}
     assert torch.equal(problem_of(edit, model, triplets).safe, found.safe)
-
-
-def judge_again(judge, means):
-    return [
-        Verdict("unsafe" if m > judge.limit or m in judge.unreadable else "safe") for m in means
-    ]
 
 
 def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(
@@ -346,17 +340,17 @@ def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(
 ):
     model = make_model()
     means = Brightness(-1)
-    means.judge(model.decode_images(problem_of(DUO(**WORDS), model, triplets).safe))
+    means.detect(model.decode_images(problem_of(DUO(**WORDS), model, triplets).safe))
     (first,) = means.asked
     with_judge(monkeypatch, Brightness(sorted(first)[3]))
     patch = DUO(**WORDS, judge="mini", tries=1, rank=2, training=training(updates=1)).apply(
         model, triplets
     )
     bright = [row.id for row, m in zip(triplets.rows, first, strict=True) if m > sorted(first)[3]]
-    assert patch.provenance["twins"] == {
+    assert patch.metadata.twins == {
         "judge": "brightness:1",
         "pairs": 4,
-        "open after each try": [2],
+        "open_after_attempt": [2],
         "left out": bright,
     }
 

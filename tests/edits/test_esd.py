@@ -62,7 +62,7 @@ def test_the_loss_is_the_papers_by_plain_forwards(make_model, seen, rollout, str
     """|e(c) - (e0(blank) - eta (e0(c) - e0(blank)))|^2, at the first update, where e is e0, and for a changed network."""
     edit = ESD(**SHORT, rollout=rollout, strength=strength, training=training(updates=1))
     log = []
-    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    edit.apply(make_model(), callback=lambda done, of, row: log.append(row))
     (row,), net, tower = seen, make_model().denoiser, make_model()
     c, blank = (tower.encode_text([text] * 2) for text in ("red cube", ""))
     want = say(net, row, blank) - strength * (say(net, row, c) - say(net, row, blank))
@@ -194,7 +194,7 @@ def test_retaining_asks_for_what_the_untouched_model_says_of_captions(make_model
         training=training(updates=5),
     )
     log = []
-    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    edit.apply(make_model(), callback=lambda done, of, row: log.append(row))
     assert log[0]["L_r"] < 1e-10  # nothing has moved
     assert log[-1]["L_r"] > 1e-9
     assert all(
@@ -225,7 +225,7 @@ def test_it_learns_what_it_is_taught(make_model):
         **SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4)
     )
     log = []
-    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    edit.apply(make_model(), callback=lambda done, of, row: log.append(row))
     assert sum(row["L_e"] for row in log[-5:]) < 0.7 * sum(row["L_e"] for row in log[:5])
 
 

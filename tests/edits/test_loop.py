@@ -165,7 +165,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
             Denoise(),
             KEPT,
             folder=tmp_path / "run",
-            report=stop_at(update, number),
+            callback=stop_at(update, number),
         )
     found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "run", resume=True)
     same(found.tensors, whole.tensors)
@@ -177,7 +177,7 @@ def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(
     denoiser, names, whole, tmp_path, update
 ):
     with pytest.raises(ConnectionError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=break_at(update))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=break_at(update))
     found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
     same(found.tensors, whole.tensors)
     assert without_time(found.log) == without_time(whole.log)
@@ -193,7 +193,7 @@ def test_a_run_may_be_stopped_again_and_again(denoiser, names, whole, tmp_path):
                 KEPT,
                 folder=tmp_path,
                 resume=update > 1,
-                report=stop_at(update),
+                callback=stop_at(update),
             )
     same(
         train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True).tensors, whole.tensors
@@ -208,18 +208,18 @@ def test_a_finished_run_resumes_to_its_own_result(denoiser, names, whole, tmp_pa
 
 
 def test_a_stop_during_the_last_update_is_no_stop(denoiser, names, whole):
-    same(train(denoiser, names, Denoise(), QUICK, report=stop_at(6)).tensors, whole.tensors)
+    same(train(denoiser, names, Denoise(), QUICK, callback=stop_at(6)).tensors, whole.tensors)
 
 
 def test_a_stop_without_a_folder_says_that_nothing_was_kept(line):
     with pytest.raises(InterruptedRunError, match="no folder was given"):
-        train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
+        train(line, ["weight"], Line(), Training(updates=3), callback=stop_at(1))
 
 
 def test_signals_are_handled_as_before_when_the_loop_is_left(line):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(InterruptedRunError):
-        train(line, ["weight"], Line(), Training(updates=3), report=stop_at(1))
+        train(line, ["weight"], Line(), Training(updates=3), callback=stop_at(1))
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -256,7 +256,7 @@ def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
 )
 def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, change):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(1))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=stop_at(1))
     with pytest.raises(FileError, match="other settings"):
         train(
             denoiser,
@@ -278,7 +278,7 @@ def test_a_checkpoint_of_another_problem_is_refused(line, tmp_path):
 
 def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tmp_path):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, report=stop_at(2))
+        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=stop_at(2))
     found = train(
         denoiser,
         names,
@@ -355,7 +355,7 @@ def test_the_denoiser_comes_back_as_it_was(make_model, names, end, training, che
     settings = QUICK.model_copy(update={"gradient_checkpointing": checkpointing, "updates": 3})
     if error:
         with pytest.raises(error):
-            train(net, names, Denoise(), settings, report=report)
+            train(net, names, Denoise(), settings, callback=report)
     else:
         train(net, names, Denoise(), settings)
     same(state_of(net), before)
@@ -405,7 +405,7 @@ def test_only_the_named_weights_change(denoiser, names):
         names,
         Denoise(),
         QUICK,
-        report=lambda done, of, row: after.update(state_of(denoiser)) if done == of else None,
+        callback=lambda done, of, row: after.update(state_of(denoiser)) if done == of else None,
     )
     assert list(found.tensors) == names
     changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
@@ -479,7 +479,7 @@ def test_warm_up_works_on_the_weights_and_not_only_in_the_log(line):
         ["weight"],
         Line(),
         settings,
-        report=lambda *_: weights.append(line.weight.detach().clone()),
+        callback=lambda *_: weights.append(line.weight.detach().clone()),
     )
     assert [row["lr"] for row in found.log] == pytest.approx(
         [0.002, 0.004, 0.006, 0.008] + [0.01] * 6
@@ -520,7 +520,7 @@ def test_the_average_is_diffusers_ema(line, decay):
         ["weight"],
         Line(),
         Training(updates=12, lr=0.05, accumulation=1, ema=decay),
-        report=follow,
+        callback=follow,
     )
     assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
 
@@ -533,7 +533,7 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
         shadow = 0.9 * shadow + 0.1 * line.weight.detach()
 
     settings = Training(updates=12, lr=0.05, accumulation=1, ema=0.9, ema_ramp=False)
-    found = train(line, ["weight"], Line(), settings, report=follow)
+    found = train(line, ["weight"], Line(), settings, callback=follow)
     assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
 
     def stop(done, of, row):
@@ -542,7 +542,7 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
 
     kept = settings.model_copy(update={"checkpoint_every": 5})
     with pytest.raises(KeyboardInterrupt):
-        train(line, ["weight"], Line(), kept, folder=tmp_path / "work", report=stop)
+        train(line, ["weight"], Line(), kept, folder=tmp_path / "work", callback=stop)
     again = train(line, ["weight"], Line(), kept, folder=tmp_path / "work", resume=True)
     assert torch.equal(again.tensors["weight"], found.tensors["weight"])
     with pytest.raises(ConfigError, match="ema_ramp has no effect with ema 0"):
@@ -557,7 +557,7 @@ def test_no_average_means_the_last_weights(line):
         ["weight"],
         Line(),
         settings,
-        report=lambda *_: last.append(line.weight.detach().clone()),
+        callback=lambda *_: last.append(line.weight.detach().clone()),
     )
     assert torch.equal(found.tensors["weight"], last[-1])
 
@@ -703,7 +703,7 @@ def test_patience_counts_on_over_a_stop(line, tmp_path):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
     with pytest.raises(InterruptedRunError):
         train(
-            line, ["weight"], Line(looks=(3.0, 4.0)), settings, folder=tmp_path, report=stop_at(5)
+            line, ["weight"], Line(looks=(3.0, 4.0)), settings, folder=tmp_path, callback=stop_at(5)
         )
     found = train(line, ["weight"], Line(looks=(3.5,)), settings, folder=tmp_path, resume=True)
     assert found.stopped_early
@@ -758,7 +758,7 @@ def test_held_out_samples_are_looked_at_with_what_becomes_the_patch(line, ema):
         ["weight"],
         problem,
         settings,
-        report=lambda *_: last.append(line.weight.detach().clone()),
+        callback=lambda *_: last.append(line.weight.detach().clone()),
     )
     assert torch.equal(problem.seen, found.tensors["weight"])
     assert torch.equal(problem.seen, last[-1]) is (ema == 0.0)

@@ -43,7 +43,9 @@ def test_a_judge_that_is_not_here_is_said_and_not_passed_over(monkeypatch):
         raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
     monkeypatch.setattr(api, "load_judge", missing)
-    with pytest.warns(api.Unchecked, match="nobody looked whether the triplets show 'skulls'"):
+    with pytest.warns(
+        api.UncheckedTripletsWarning, match="nobody looked whether the triplets show 'skulls'"
+    ):
         api.refuse_other_pictures("skulls", Triplets.load("mini:skulls"))
 
 
@@ -56,21 +58,23 @@ def test_a_concept_whose_judge_asks_for_weights_that_only_its_user_can_name_is_t
 ):
     own = load_concept("skulls").model_copy(update={"judge": judge, "labels": (label,)})
     with pytest.warns(
-        api.Unchecked,
+        api.UncheckedTripletsWarning,
         match=f"nobody looked whether the triplets show 'skulls': the judge '{judge}' needs",
     ):
         api.refuse_other_pictures(own, Triplets.load("mini:skulls"))
 
 
 def test_pictures_that_nobody_can_judge_are_said_too(monkeypatch):
-    from safegen.judges import Verdict
+    from safegen.judges import Detections
 
     class Blind:
-        def judge(self, images):
-            return [Verdict("unjudged", reason="dark") for _ in images]
+        labels, threshold = ("skulls",), 0.5
+
+        def detect(self, images):
+            return [Detections((), unjudged="dark") for _ in images]
 
     monkeypatch.setattr(api, "load_judge", lambda *args, **kwargs: Blind())
-    with pytest.warns(api.Unchecked, match="all of them are unjudged"):
+    with pytest.warns(api.UncheckedTripletsWarning, match="all of them are unjudged"):
         api.refuse_other_pictures("skulls", Triplets.load("mini:skulls"))
 
 

@@ -19,7 +19,7 @@ from safegen.edits.functional.adversary import fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.samples import encode_triplets, to_pixels
 from safegen.edits.training.trainer import Training
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
@@ -148,7 +148,7 @@ def test_the_paper_preset_is_the_published_step(
             last.update(state_of(ours.denoiser))
 
     training = Training(updates=updates, batch=batch, accumulation=accumulation, lr=lr)
-    patch = SafeGen.preset("paper", training=training).apply(ours, triplets, report=watch)
+    patch = SafeGen.preset("paper", training=training).apply(ours, triplets, callback=watch)
 
     terms, norms, averaged = published_run(
         theirs, recorded, updates=updates, accumulation=accumulation, lr=lr
@@ -235,7 +235,7 @@ def test_held_out_triplets_are_never_trained_on(tiny_model, triplets, recorded):
     }
     assert (len(seen[True]), len(seen[False])) == (4, 2)
     assert not seen[True] & seen[False]
-    assert patch.provenance["updates"] == 12
+    assert patch.metadata.updates == 12
 
 
 def test_timesteps_stay_in_their_range_and_a_triplet_has_one(tiny_model, triplets, recorded):
@@ -376,7 +376,7 @@ def test_the_teachers_term_is_zero_before_the_first_update_and_grows_then(tiny_m
         **PLAIN,
         training=Training(updates=4, accumulation=1, lr=1e-3),
     )
-    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    settings.apply(tiny_model, triplets, callback=lambda done, of, row: log.append(row))
     assert log[0]["L_p"] < 1e-10
     assert log[-1]["L_p"] > 1e-8
     assert log[0]["L_m"] > 1e-3
@@ -393,7 +393,7 @@ def test_the_edit_learns_what_it_is_taught(tiny_model, triplets):
         validation_split=0.2,
     )
     log = []
-    settings.apply(tiny_model, triplets, report=lambda done, of, row: log.append(row))
+    settings.apply(tiny_model, triplets, callback=lambda done, of, row: log.append(row))
     assert sum(row["L_m"] for row in log[-5:]) < sum(row["L_m"] for row in log[:5])
 
 
@@ -406,7 +406,7 @@ def test_the_patch_says_where_it_comes_from(tiny_model, triplets, tmp_path):
         folder=tmp_path,
         training={"updates": 2, "accumulation": 1},
     )
-    facts = patch.provenance
+    facts = patch.metadata.to_json()
     assert (facts["method"], facts["model"], facts["updates"], facts["stopped_early"]) == (
         "safegen",
         "tiny",
@@ -464,7 +464,7 @@ def test_auto_is_what_the_device_computes_in_and_the_patch_says_which(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
     auto = run(make_model(3), triplets, training={"updates": 2, "precision": "auto"})
-    assert auto.provenance["settings"]["training"]["precision"] == want
+    assert auto.metadata.settings["training"]["precision"] == want
     said = run(make_model(3), triplets, training={"updates": 2, "precision": want})
     assert all(torch.equal(v, said.tensors[k]) for k, v in auto.tensors.items())
 
@@ -489,7 +489,7 @@ def test_auto_trains_a_model_in_bf16_under_bf16(tiny_folder, triplets, monkeypat
     patch = run(
         load(str(tiny_folder), dtype="bf16"), triplets, training={"updates": 1, "precision": "auto"}
     )
-    assert patch.provenance["settings"]["training"]["precision"] == "bf16"
+    assert patch.metadata.settings["training"]["precision"] == "bf16"
 
 
 def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
@@ -532,7 +532,7 @@ def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, rec
 REFUSED = {
     "clamp goes with target x0": {"target": "paper", "clamp": 3.0},
     "clamp goes with": {"target": "x0", "clamp": None},
-    "caption_share: Input should be greater than 0": {
+    "caption_share must be greater than 0": {
         "captions": ("mini:benign-train",),
         "caption_share": 0.0,
     },
@@ -547,7 +547,7 @@ REFUSED = {
         "teacher": False,
         "adversary_moves": "unsafe",
     },
-    "adversary_moves: Input should be 'unsafe' or 'both'": {"adversary_moves": "benign"},
+    "adversary_moves must be 'unsafe' or 'both'": {"adversary_moves": "benign"},
     "fade": {"fade": 1.0},
     "timesteps must rise": {"timesteps": (500, 500)},
     "rise from 0 or more": {"timesteps": (-1, 500)},
@@ -558,7 +558,7 @@ REFUSED = {
     "adversary and fade have no effect": {"weight_mosaic": 0, "adversary": 0},
     "training.lr": {"training": {"lr": -1}},
     "training.lrr": {"training": {"lrr": 1}},
-    "validation_split: Input should be less than 0.5, got 0.7": {
+    "validation_split must be less than 0.5, got 0.7": {
         "validation_split": 0.7,
         "training": {"validate_every": 1},
     },
@@ -743,7 +743,7 @@ def test_the_seconds_of_an_edit_are_those_of_its_preparation_too(tiny_model, tri
     patch = SafeGen(
         **PLAIN, adversary_moves=None, training=Training(updates=1, accumulation=1)
     ).apply(tiny_model, triplets)
-    assert 0.5 <= patch.provenance["seconds"] <= time.perf_counter() - began
+    assert 0.5 <= patch.metadata.seconds <= time.perf_counter() - began
 
 
 @pytest.mark.parametrize("why", sorted(IDLE))
@@ -761,7 +761,7 @@ def test_a_concept_that_lends_no_setting_has_its_judge_look_at_the_triplets(tiny
     with_it, without = (
         edit_model(tiny_model, triplets="mini:skulls", **s) for s in (settings, alone)
     )
-    assert with_it.provenance["settings"] == without.provenance["settings"]
+    assert with_it.metadata.settings == without.metadata.settings
 
 
 def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
@@ -771,7 +771,7 @@ def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
         concept="skulls",
         training={"updates": 1, "batch": 1, "warmup": 0},
     )
-    assert patch.provenance["settings"]["captions"] == list(load_concept("skulls").captions)
+    assert patch.metadata.settings["captions"] == list(load_concept("skulls").captions)
 
 
 def test_a_concept_lends_its_captions_but_not_to_the_paper():

@@ -49,16 +49,16 @@ def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
     assert found.tensors.keys() == text.tensors.keys() | seen.tensors.keys()
     for name, value in {**text.tensors, **seen.tensors}.items():
         assert torch.equal(found.tensors[name], value), name
-    assert found.provenance["base"] == make_model().hash  # of the model without either
-    assert found.provenance["text"]["method"] == side
-    assert "under" not in found.provenance
+    assert found.metadata.base == make_model().hash  # of the model without either
+    assert found.metadata.text["method"] == side
+    assert not found.metadata.parents
 
 
 def test_without_words_it_is_safegen(make_model, triplets):
     plain = SafeGen(**LIGHTER, training=BRIEF).apply(make_model(), triplets)
     found = SafeGenPlus(text="none", training=BRIEF).apply(make_model(), triplets)
     assert found.hash == plain.hash
-    assert "text" not in found.provenance
+    assert "text" not in found.metadata.to_json()
 
 
 @pytest.mark.parametrize("first", ["pictures", "words"])
@@ -94,7 +94,7 @@ def test_a_failure_in_training_takes_the_closed_form_off_again(make_model, tripl
     name = select_parameters(model.denoiser, "kv2")[0]
     with pytest.raises(ConnectionError):
         SafeGenPlus(erase=("red cube",), first="words", training=BRIEF).apply(
-            model, triplets, report=fail
+            model, triplets, callback=fail
         )
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
 
@@ -141,8 +141,8 @@ REFUSED = {
     "first has no effect with text none": {"text": "none", "first": "words"},
     "caption_share has no effect without captions": {"caption_share": 0.5},
     "timesteps must rise": {"timesteps": (5, 5)},
-    "weight_mosaic: Input should be greater than 0, got 0": {"weight_mosaic": 0},
-    "text: Input should be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},
+    "weight_mosaic must be greater than 0, got 0": {"weight_mosaic": 0},
+    "text must be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},
     "alpha has no effect without rank": {"alpha": 2.0},
     "Did you mean 'weight_mosaic'": {"weight_mosiac": 0.3},
 }

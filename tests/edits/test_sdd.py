@@ -110,7 +110,7 @@ def test_the_average_draws_and_is_what_is_saved(make_model, seen):
         kept.append({n: v.clone() for n, v in problem._average().items()})
         last.append({n: model.denoiser.get_parameter(n).detach().clone() for n in names})
 
-    found = train(model.denoiser, names, problem, edit.training, report=watch)
+    found = train(model.denoiser, names, problem, edit.training, callback=watch)
     assert all(torch.equal(v, kept[-1][n]) for n, v in found.tensors.items())
     g = torch.Generator("cpu").manual_seed(_mix(3, 2))  # the loop's own draws of the third batch
     stop = int(torch.randint(4, (2,), generator=g)[0])
@@ -174,7 +174,7 @@ def test_it_learns_what_it_is_taught(make_model):
     edit = SDD(
         **SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4)
     )
-    edit.apply(make_model(), report=lambda done, of, row: log.append(row))
+    edit.apply(make_model(), callback=lambda done, of, row: log.append(row))
     assert sum(row["L_d"] for row in log[-5:]) < 0.7 * sum(row["L_d"] for row in log[:5])
 
 

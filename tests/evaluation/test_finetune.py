@@ -93,7 +93,7 @@ def test_a_look_on_the_way_is_a_training_that_ends_there(make_model, unsafe):
     assert found.patches[1].hash != found.patches[3].hash
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert [n for n, _ in model.denoiser.named_parameters()] == list(before)
-    assert (found.patches[3].provenance["base"], found.patches[3].provenance["data"]) == (
+    assert (found.patches[3].metadata.base, found.patches[3].metadata.data) == (
         model.hash,
         unsafe.hash,
     )
@@ -176,7 +176,7 @@ def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measure
     subjects = {row.text: row.subject for row in prompt_list("mini:skulls-train")}
     assert len(found.pictures) + found.left_out == 100
     assert found.left_out < 5
-    seen = [v.subject for v in load_judge("mini").judge(list(found.pictures))]
+    seen = [v.subject for v in load_judge("mini").detect(list(found.pictures))]
     for subject, texts in zip(seen, found.texts, strict=True):
         assert {subjects[text] for text in texts} == {subject}
         assert not measured & set(texts)

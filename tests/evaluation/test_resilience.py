@@ -54,8 +54,8 @@ def done(make_model, triplets, tmp_path_factory):
 
 def test_base_edited_and_every_look_are_judged_on_the_same_prompts(done):
     model, before, _, found, out = done
-    assert list(found.verdicts) == SIDES
-    assert {len(v) for v in found.verdicts.values()} == {len(found.items)}
+    assert list(found.detections) == SIDES
+    assert {len(v) for v in found.detections.values()} == {len(found.items)}
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert {p.name for p in out.iterdir()} == {
         *("resilience.json", "verdicts.jsonl", "grid.png"),
@@ -106,10 +106,10 @@ def test_the_fine_tune_says_what_it_learnt_and_what_it_was_made_on(done):
         key: ["first", "1", "2"] for key in ("edited", "base")
     }
     tuned, control = (
-        Patch.load(out / f"{side}+1.safetensors").provenance for side in ("edited", "base")
+        Patch.load(out / f"{side}+1.safetensors").metadata.to_json() for side in ("edited", "base")
     )
-    assert tuned["under"] == [{"method": "uce", "hash": patch.hash}]
-    assert "under" not in control
+    assert tuned["parents"] == [{"method": "uce", "hash": patch.hash}]
+    assert "parents" not in control
     model = done[0]
     with (
         pytest.warns(BaseMismatchWarning, match="another patch on it \\(uce"),
@@ -137,7 +137,7 @@ def moments(done, triplets, tmp_path_factory):
         FineTuneDataset.of_triplets(triplets, "unsafe", skulls),
         BRIEF,
         out=out,
-        tell=copy,
+        progress=copy,
     )
     return seen, len(found.items), (model, patch)
 
@@ -145,7 +145,7 @@ def moments(done, triplets, tmp_path_factory):
 def contents(folder):
     """Every file's bytes.
 
-    Of a patch the values and the provenance, since the format's writer has no order for the header.
+    Of a patch the values and the metadata, since the format's writer has no order for the header.
     """
     out = {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -157,7 +157,7 @@ def contents(folder):
         for name in out
         if name.endswith(".safetensors") and not name.startswith(STAGING_DIR)
     }
-    return out | {name: (patch.hash, patch.provenance) for name, patch in patches.items()}
+    return out | {name: (patch.hash, patch.metadata) for name, patch in patches.items()}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_killed_test_goes_on_to_the_same_results_and_draws_no_finished_side_ag
             file.write('{"side": "edi')
     material = FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
     resilience(
-        model, [patch], SKULLS, material, BRIEF, out=out, tell=lambda *stage: told.append(stage)
+        model, [patch], SKULLS, material, BRIEF, out=out, progress=lambda *stage: told.append(stage)
     )
     assert contents(out) == contents(done[-1])
     drawn = [
@@ -200,7 +200,7 @@ def test_an_unfinished_test_of_something_else_is_refused_in_one_line_and_kept(
     out, material = tmp_path / "out", FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
     shutil.copytree(seen["drawing: edited", 3], out)
     before = contents(out)
-    other = Patch({name: 2 * value for name, value in patch.tensors.items()}, patch.provenance)
+    other = Patch({name: 2 * value for name, value in patch.tensors.items()}, patch.metadata)
     for settings, patches in ((BRIEF.model_copy(update={"prompts": 1}), [patch]), (BRIEF, [other])):
         with pytest.raises(
             FileError, match="is an unfinished test of other settings, data, weights or patches"
@@ -228,7 +228,7 @@ def test_a_finished_test_is_not_touched_and_one_that_fails_at_once_leaves_nothin
         raise ConnectionError("pulled the plug")
 
     with pytest.raises(ConnectionError):
-        resilience(model, [patch], SKULLS, material, BRIEF, out=tmp_path / "a" / "b", tell=fail)
+        resilience(model, [patch], SKULLS, material, BRIEF, out=tmp_path / "a" / "b", progress=fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,4 +281,4 @@ def test_patches_that_overlap_are_warned_about_and_one_that_lay_on_another_needs
         pytest.warns(PatchOverlapWarning, match="weights are changed by more than one patch"),
         pytest.raises(KeyboardInterrupt),
     ):
-        resilience(model, [one, other], SKULLS, material, brief, tell=stop)
+        resilience(model, [one, other], SKULLS, material, brief, progress=stop)

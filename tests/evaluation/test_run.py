@@ -39,7 +39,8 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.verify import verify
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
 
@@ -302,17 +303,17 @@ def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
 def test_another_judge_looks_without_drawing(copy, monkeypatch):
     """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
     from safegen.core import registry as tables
-    from safegen.judges import Detection, Verdict
+    from safegen.judges import Detection, Detections
 
     class Odd:
         def __init__(self, *, labels, threshold):
             self.id, self.label_space = "odd:1", ("odd",)
 
-        def judge(self, images):
+        def detect(self, images):
             return [
-                Verdict("unjudged", reason="too dark")
+                Detections((), unjudged="too dark")
                 if i == 0
-                else Verdict("safe", (Detection("odd", 0.9),) * (i % 2))
+                else Detections((Detection("odd", 0.9),) * (i % 2))
                 for i in range(len(images))
             ]
 
@@ -363,7 +364,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
             )
         return real(self, asks, generation_config)
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", tight)
+    monkeypatch.setattr(draw.LoadedStack, "generate", tight)
     folder = go(tmp_path / "tight").folder
     notes = [line for line in parse(folder / TIMINGS)[0] if line["stage"] == "memory"]
     assert notes == [{"stage": "memory", "stack": "mini", "batch": 0, "size": 2}]  # it stays halved
@@ -380,7 +381,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
     def none(self, asks, generation_config):
         raise MemoryError
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", none)
+    monkeypatch.setattr(draw.LoadedStack, "generate", none)
     with pytest.raises(ConfigError, match="not enough memory to draw a single picture"):
         go(tmp_path / "none")
 
@@ -389,7 +390,7 @@ def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch
     def broken(self, asks, generation_config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", broken)
+    monkeypatch.setattr(draw.LoadedStack, "generate", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         go(tmp_path / "broken")
 
@@ -463,7 +464,7 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
 ):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")

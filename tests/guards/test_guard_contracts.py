@@ -180,7 +180,7 @@ def test_a_word_means_a_guard_and_its_preset():
         (
             {"name": "sld", "threshold": float("nan")},
             ConfigError,
-            "threshold: Input should be a finite number, got nan",
+            "threshold must be a finite number, got nan",
         ),
         (
             {"name": "judge-filter", "judge": "mini", "threshold": float("nan")},
@@ -198,7 +198,7 @@ def test_a_word_means_a_guard_and_its_preset():
             ConfigError,
             "no effect on the guard 'sld'",
         ),
-        ("negative-prompt", ConfigError, "text: Field required"),
+        ("negative-prompt", ConfigError, "text is required"),
         ("sld-", UnknownNameError, "no preset of the guard 'sld' named ''"),
         ({"name": "sld", "preset": 3}, ConfigError, "guard 'sld': preset must be a name, got 3"),
         ({"name": "sld", "preset": ["max"]}, ConfigError, "preset must be a name"),

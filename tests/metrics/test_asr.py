@@ -7,7 +7,6 @@ import random
 
 import pytest
 
-from safegen.judges.base import Verdict
 from safegen.metrics.asr import attack_success, attack_success_any, attempt_outcomes
 from safegen.metrics.rates import Rate, wilson_interval
 
@@ -128,11 +127,13 @@ def test_prompts_of_one_target_are_one_cluster():
 
 
 def test_a_refusal_overrides_the_verdict_on_the_blank_image():
-    assert attempt_outcomes(
-        [Verdict("safe"), Verdict("unsafe"), Verdict("unjudged")], [True, False, False]
-    ) == ["refused", "unsafe", "unjudged"]
+    assert attempt_outcomes(["safe", "unsafe", "unjudged"], [True, False, False]) == [
+        "refused",
+        "unsafe",
+        "unjudged",
+    ]
     with pytest.raises(ValueError, match="equally long"):
-        attempt_outcomes([Verdict("safe")], [])
+        attempt_outcomes(["safe"], [])
 
 
 def test_to_json_has_plain_values():

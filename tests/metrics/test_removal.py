@@ -7,16 +7,16 @@ import random
 
 import pytest
 
-from safegen.judges.base import Detection, Verdict
+from safegen.judges.base import Detection, Detections
 from safegen.metrics.rates import Removal, removal_rate
 from safegen.metrics.removal import TOTAL_LABEL, Undefined, count_detections, removal_table
 
 LABELS = ("skulls", "fire")
-UNJUDGED = Verdict("unjudged", reason="not an image")
+UNJUDGED = Detections((), unjudged="not an image")
 
 
-def verdict(*found: tuple[str, float]) -> Verdict:
-    return Verdict("safe", tuple(Detection(label, score) for label, score in found))
+def detections(*items: tuple[str, float]) -> Detections:
+    return Detections(tuple(Detection(label, score) for label, score in items))
 
 
 def _table(base, edited, **options):
@@ -26,15 +26,15 @@ def _table(base, edited, **options):
 def _random(seed: int, n: int = 40):
     draw = random.Random(seed)
     return [
-        verdict(*((draw.choice(LABELS), draw.random()) for _ in range(draw.randrange(4))))
+        detections(*((draw.choice(LABELS), draw.random()) for _ in range(draw.randrange(4))))
         for _ in range(n)
     ]
 
 
 def test_units_instance_and_image_give_two_tables():
     base, edited = (
-        [verdict(("skulls", 0.9), ("skulls", 0.8), ("fire", 0.7))],
-        [verdict(("skulls", 0.6))],
+        [detections(("skulls", 0.9), ("skulls", 0.8), ("fire", 0.7))],
+        [detections(("skulls", 0.6))],
     )
     parts, images = _table(base, edited), _table(base, edited, unit="image")
     assert {k: v.value for k, v in parts.items()} == {
@@ -51,7 +51,7 @@ def test_each_row_is_the_removal_rate_of_its_counts(seed):
     table = _table(base, edited, seed=7)
     for name, labels in {"skulls": ["skulls"], "fire": ["fire"], TOTAL_LABEL: LABELS}.items():
         before, after = (
-            [sum(d.label in labels and d.score >= 0.5 for d in v.detections) for v in side]
+            [sum(d.label in labels and d.score >= 0.5 for d in v.items) for v in side]
             for side in (base, edited)
         )
         assert table[name] == removal_rate(before, after, range(len(base)), seed=7)
@@ -60,12 +60,12 @@ def test_each_row_is_the_removal_rate_of_its_counts(seed):
 
 def test_a_score_equal_to_the_threshold_counts():
     assert [
-        count_detections(verdict(("fire", 0.5)), ["fire"], threshold=t) for t in (0.4, 0.5, 0.6)
+        count_detections(detections(("fire", 0.5)), ["fire"], threshold=t) for t in (0.4, 0.5, 0.6)
     ] == [1, 1, 0]
 
 
 def test_a_label_that_the_base_never_shows_is_undefined_with_a_reason():
-    table = _table([verdict(("skulls", 0.9)), UNJUDGED], [verdict(("fire", 0.9)), UNJUDGED])
+    table = _table([detections(("skulls", 0.9)), UNJUDGED], [detections(("fire", 0.9)), UNJUDGED])
     assert isinstance(table["skulls"], Removal)
     assert table["fire"] == Undefined(
         "the base model shows fire in none of the 1 judged images", 1, 1
@@ -74,7 +74,9 @@ def test_a_label_that_the_base_never_shows_is_undefined_with_a_reason():
 
 
 def test_unjudged_pairs_count_in_no_row():
-    table = _table([verdict(("skulls", 0.9)), verdict(("fire", 0.9))], [verdict(), UNJUDGED])
+    table = _table(
+        [detections(("skulls", 0.9)), detections(("fire", 0.9))], [detections(), UNJUDGED]
+    )
     assert (table["skulls"].n, table["skulls"].unjudged) == (1, 1)
     assert isinstance(table["fire"], Undefined)
 
@@ -84,9 +86,9 @@ def test_unjudged_pairs_count_in_no_row():
     [
         ([], LABELS, "at least one pair"),
         ([UNJUDGED], LABELS, "at least one pair"),
-        ([verdict()], (), "at least one label"),
-        ([verdict()], ("fire", "fire"), "differ"),
-        ([verdict()], (TOTAL_LABEL,), "differ"),
+        ([detections()], (), "at least one label"),
+        ([detections()], ("fire", "fire"), "differ"),
+        ([detections()], (TOTAL_LABEL,), "differ"),
     ],
 )
 def test_an_empty_table_is_refused(base, labels, words):
@@ -96,4 +98,4 @@ def test_an_empty_table_is_refused(base, labels, words):
 
 def test_different_lengths_are_refused():
     with pytest.raises(ValueError, match="equally long, got 1, 2, 1"):
-        removal_table([verdict()], [verdict()] * 2, [0], LABELS, threshold=0.5)
+        removal_table([detections()], [detections()] * 2, [0], LABELS, threshold=0.5)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from safegen.judges.base import Verdict
+from safegen.judges.base import Detections
 from safegen.metrics.rates import Rate
 from safegen.metrics.subject import shows_subject, subject_accuracy, subject_retention
 
 CASTLE, SHIP, BLIND = (
-    Verdict("safe", subject="castle"),
-    Verdict("unsafe", subject="ship"),
-    Verdict("safe"),
+    Detections((), subject="castle"),
+    Detections((), subject="ship"),
+    Detections(()),
 )
-UNJUDGED = Verdict("unjudged", subject="castle", reason="not an image")
+UNJUDGED = Detections((), subject="castle", unjudged="not an image")
 
 
 @pytest.mark.parametrize(
-    ("verdict", "answer"),
+    ("detections", "answer"),
     [(CASTLE, True), (SHIP, False), (BLIND, None), (UNJUDGED, None), (None, False)],
 )
-def test_a_refused_image_shows_no_subject_and_an_unjudged_one_is_excluded(verdict, answer):
-    assert shows_subject(verdict, "castle") is answer
+def test_a_refused_image_shows_no_subject_and_an_unjudged_one_is_excluded(detections, answer):
+    assert shows_subject(detections, "castle") is answer
 
 
 def test_an_unsafe_image_may_show_its_subject():

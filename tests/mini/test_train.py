@@ -21,7 +21,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.mini import bundle, captions, world
 from safegen.mini.world import OBJECTS
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 from tools.mini.__main__ import app
 from tools.mini.denoiser import cache_latents
 from tools.mini.fit import fit
@@ -232,7 +232,7 @@ def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp
     path = tmp_path / "line-checkpoint.safetensors"
     with safe_open(path, "pt") as file:
         assert file.metadata()["step"] == "7"
-        kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        kept = {key: file.get_tensor(key) for key in file.keys()}
     assert {key.partition("/")[0] for key in kept} == {
         "model",
         "average",

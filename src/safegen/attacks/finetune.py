@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, DivergedError, FileError
 from safegen.data.triplets.triplets import Triplets, open_role, read_picture
-from safegen.edits.base import parents_of
 from safegen.edits.functional import losses
 from safegen.edits.training.checkpoint import FILE
 from safegen.edits.training.config import Precision, resolve_precision
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import to_pixels
-from safegen.edits.training.trainer import LogRow, Training, check, train
+from safegen.edits.training.trainer import LogRow, Training, TrainingCallback, check, train
 from safegen.judges import load_judge
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -174,8 +174,8 @@ def captions_for(
         by[row.subject] = (*by.get(row.subject, ()), row.text)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     return [
-        by.get(verdict.subject, ()) if verdict.subject else ()
-        for verdict in judge.judge(list(pictures))
+        by.get(detections.subject, ()) if detections.subject else ()
+        for detections in judge.detect(list(pictures))
     ]
 
 
@@ -202,9 +202,7 @@ class DenoisingObjective:
             [model.encode_text(known[i : i + 64]).float() for i in range(0, len(known), 64)]
         )
         self.rows = [[known.index(t) for t in row] for row in material.texts]
-        self.fingerprint = (
-            f"{settings.model_dump_json()} {model.hash} {model.components_hash} {material.hash}"
-        )
+        self.fingerprint = f"{settings.model_dump_json()} {model.pipeline_hash} {material.hash}"
 
     def training_step(
         self,
@@ -250,7 +248,7 @@ def fine_tune(
     settings: FineTune,
     *,
     folder: Path | None = None,
-    report: Callable[[int, int, LogRow], None] | None = None,
+    callback: TrainingCallback | None = None,
     **facts: Any,
 ) -> FineTuneResult:
     """Fine-tune a model as it stands, patches on it included; it is given back as it came.
@@ -261,7 +259,7 @@ def fine_tune(
         settings: how.
         folder: keeps checkpoints and patches; where there are some, of the same settings, weights
             and material, the fine-tune goes on.
-        report: called after every update with (done, of, row of the log).
+        callback: called after every update with (done, of, row of the log).
         facts: what else the patches say of themselves.
 
     Returns:
@@ -281,8 +279,7 @@ def fine_tune(
         "base": model.hash,
         "family": model.family,
     }
-    said |= {"base_rounded": model.cast_hashes}
-    said |= {"under": under} if (under := parents_of(model)) else {}
+    said |= {"parents": model.parents} if model.parents else {}
     with trainable_parameters(
         model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed
     ) as part:
@@ -296,14 +293,16 @@ def fine_tune(
                     raise DivergedError(
                         f"the fine-tuned weights are not finite after {done} updates; lower lr ({settings.lr})"
                     )
-                found[done] = Patch(values, said | {"data": material.hash, "updates": done} | facts)
+                found[done] = Patch(
+                    values, PatchMetadata(**said | {"data": material.hash, "updates": done} | facts)
+                )
                 if folder:
                     (folder / f"{done}.safetensors").unlink(
                         missing_ok=True
                     )  # of a run that was killed before its checkpoint
                     found[done].save(folder / f"{done}.safetensors")
-            if report:
-                report(done, of, row)
+            if callback:
+                callback(done, of, row)
 
         problem, resume = (
             DenoisingObjective(settings, model, material),
@@ -315,7 +314,13 @@ def fine_tune(
             else settings.training
         )
         log = train(
-            model.denoiser, part.names, problem, training, folder=folder, resume=resume, report=note
+            model.denoiser,
+            part.names,
+            problem,
+            training,
+            folder=folder,
+            resume=resume,
+            callback=note,
         ).log
     if folder:  # those from before a stop too
         found = {done: Patch.load(folder / f"{done}.safetensors") for done in settings.updates}

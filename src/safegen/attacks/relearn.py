@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,24 +25,23 @@ from safegen.attacks.kept import RESULTS, Kept
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
-from safegen.core.generation import preferred_precision
+from safegen.core.generation import GenerationConfig, preferred_precision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.trainer import LogRow
+from safegen.edits.training.trainer import TrainingCallback
 from safegen.evaluation.plan import Item, Role, make_plan
 from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.score import ASKED, refuse_unjudged, removal, score
-from safegen.judges import Judge, Verdict, load_judge
+from safegen.judges import Detections, Judge, load_judge
 from safegen.metrics.image import mean_pixel_mae
 from safegen.metrics.paired import mcnemar
-from safegen.models.generation import GenerationConfig, generate
+from safegen.models.generation import generate
 from safegen.models.model import Model
 from safegen.patches.arithmetic import merge, warn_of_overlap
 from safegen.patches.patch import Patch
 
 FORMAT = "safegen-resilience/1"
-Tell = Callable[[str, int, int], None]
-"""Called with (what is going on, how much is done, of how much)."""
 
 
 class Resilience(BaseModel):
@@ -82,7 +81,7 @@ class Findings:
     known: tuple[str, ...]
     """Every label of the judge; what is not among them has no rate."""
     pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
-    verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
+    detections: dict[str, list[Detections]] = field(default_factory=dict)
     tuned: dict[str, FineTuneResult] = field(default_factory=dict)
     """By what was fine-tuned: `edited`, and `base` where that was too."""
 
@@ -94,7 +93,7 @@ class Findings:
             "settings": self.settings.model_dump(mode="json"),
             "model": display_name(self.model.name),
             "base_hash": self.model.hash,
-            "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in self.patches],
+            "patches": [{"hash": p.hash, "metadata": p.metadata.to_json()} for p in self.patches],
             "concept": self.concept.model_dump(mode="json"),
             "judge": self.judge_id,
             "data": self.material.facts(),
@@ -102,7 +101,7 @@ class Findings:
                 name: _course(found, self.settings.finetune.updates)
                 for name, found in self.tuned.items()
             },
-            "sides": list(self.verdicts),
+            "sides": list(self.detections),
             "lists": {name: self._list(rows) for name, rows in self._lists().items()},
         }
 
@@ -118,12 +117,12 @@ class Findings:
             "role": items[0].role,
             "shows": items[0].shows,
             "prompts": len({i.prompt for i in items}),
-            "sides": {side: self._side(side, items, at) for side in self.verdicts},
+            "sides": {side: self._side(side, items, at) for side in self.detections},
         }
 
     def _side(self, side: str, items: Sequence[Item], at: Sequence[int]) -> dict[str, Any]:
         own, base, edited = (
-            [self.verdicts[name][i] for i in at] for name in (side, "base", "edited")
+            [self.detections[name][i] for i in at] for name in (side, "base", "edited")
         )
         out = score(items, own, self.concept, self.known).to_json()
         if side == "base":
@@ -144,18 +143,15 @@ class Findings:
                 out["against_edited"], out["against_edited_undefined"] = None, str(error)
         return out
 
-    def _seen(self, verdict: Verdict) -> bool | None:
-        return (
-            None
-            if verdict.outcome == "unjudged"
-            else verdict.contains(self.concept.labels, self.concept.threshold)
-        )
+    def _seen(self, detections: Detections) -> bool | None:
+        return detections.contains(self.concept.labels, self.concept.threshold)
 
     def lines(self) -> Iterable[str]:
         """Return every verdict as a line of JSON; prompts by list and number only."""
-        for side, verdicts in self.verdicts.items():
-            for item, verdict in zip(self.items, verdicts, strict=True):
-                found = [{"label": d.label, "score": round(d.score, 4)} for d in verdict.detections]
+        for side, results in self.detections.items():
+            for item, detections in zip(self.items, results, strict=True):
+                verdict = detections.verdict(self.concept.labels, self.concept.threshold)
+                found = [{"label": d.label, "score": round(d.score, 4)} for d in detections.items]
                 place = {
                     "side": side,
                     "list": item.list_name,
@@ -164,7 +160,7 @@ class Findings:
                 }
                 yield json.dumps(
                     place
-                    | {"outcome": verdict.outcome, "subject": verdict.subject, "detections": found},
+                    | {"outcome": verdict, "subject": detections.subject, "detections": found},
                     sort_keys=True,
                 )
 
@@ -207,7 +203,7 @@ def resilience(
     settings: Resilience,
     *,
     out: Path | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Findings:
     """Draw, fine-tune, draw again and judge; the model is given back as it came.
 
@@ -220,7 +216,7 @@ def resilience(
         out: new folder for resilience.json, verdicts.jsonl, grid.png and the fine-tuned patches, or
             that of a stopped test, which goes on: on a CPU to the same figures, verdicts and
             weights. Nothing is written when None.
-        tell: called with (stage, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         FileError: `out` exists and is no unfinished test of the same settings, data, weights and
@@ -235,11 +231,11 @@ def resilience(
         raise ConfigError("there is no edit whose resilience could be tested; name a patch")
     warn_of_overlap(patches)
     if settings.apart and (
-        below := _as_one(patches).provenance.get("under")
+        below := _as_one(patches).metadata.parents
     ):  # or adding up would fail after all the fine-tuning
         raise ConfigError(
-            f"apart adds a fine-tune of the base to the edit, which was made on a model with another patch on it ({below[0]['method']}, "
-            f"hash {below[0]['hash'][:12]}); name that one too"
+            f"apart adds a fine-tune of the base to the edit, which was made on a model with another patch on it ({below[0].method}, "
+            f"hash {below[0].hash[:12]}); name that one too"
         )
     settings = settings.model_copy(update={"finetune": settings.finetune.on(model.denoiser)})
     items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds, roles=settings.roles)
@@ -248,9 +244,9 @@ def resilience(
         settings, concept, model, patches, material, items, judge.id, tuple(judge.label_space)
     )
     if out is None:
-        return _run(found, judge, None, tell)
+        return _run(found, judge, None, progress)
     with Kept(out, _decides(found)) as kept:
-        _run(found, judge, kept, tell)
+        _run(found, judge, kept, progress)
         kept.finish(lambda folder: _write(found, folder))
     return found
 
@@ -263,7 +259,7 @@ def _decides(found: Findings) -> dict[str, Any]:
         "made_by": f"safegen {__version__}",
         "settings": found.settings.model_dump(mode="json"),
         "base": model.hash,
-        "around": model.components_hash,
+        "pipeline": model.pipeline_hash,
         "computes": f"{model.denoiser.dtype} on {model.device.type}",
         "patches": [p.hash for p in found.patches],
         "concept": found.concept.model_dump(mode="json"),
@@ -273,40 +269,35 @@ def _decides(found: Findings) -> dict[str, Any]:
     }
 
 
-def _run(found: Findings, judge: Judge, kept: Kept | None, tell: Tell) -> Findings:
+def _run(found: Findings, judge: Judge, kept: Kept | None, progress: ProgressCallback) -> Findings:
     model, patches, settings, items = found.model, found.patches, found.settings, found.items
 
     def look(side: str, *more: Patch) -> None:
         row = kept.row(side) if kept else None
         if row is None:
             drawn = []
-            tell(f"drawing: {side}", 0, len(items))
+            progress(f"drawing: {side}", 0, len(items))
             with ExitStack() as on:
                 for patch in more:
                     on.enter_context(patch.apply(model))
                 for picture in generate(model, [i.ask for i in items], settings.generation):
                     drawn.append(picture)
-                    tell(f"drawing: {side}", len(drawn), len(items))
-            row = drawn, judge.judge(drawn)
+                    progress(f"drawing: {side}", len(drawn), len(items))
+            row = drawn, judge.detect(drawn)
             refuse_unjudged(items, row[1])
             if kept:
                 kept.add(side, *row)
-        found.pictures[side], found.verdicts[side] = (
-            row[0],
-            [v.with_threshold(judge.labels, judge.threshold) for v in row[1]],
-        )
+        found.pictures[side], found.detections[side] = row
 
     def tune(side: str) -> FineTuneResult:
-        report: Callable[[int, int, LogRow], None] = lambda done, of, _: tell(
-            f"fine-tuning: {side}", done, of
-        )
+        callback: TrainingCallback = lambda done, of, _: progress(f"fine-tuning: {side}", done, of)
         folder = kept.tuning(side) if kept else None
         return fine_tune(
             model,
             found.material,
             settings.finetune,
             folder=folder,
-            report=report,
+            callback=callback,
             pictures=settings.on,
         )
 

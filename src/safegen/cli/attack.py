@@ -17,9 +17,9 @@ from safegen.cli.options import (
     Threads,
     load_model,
     one_line_warnings,
-    progress,
+    show_progress,
 )
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, explain
 
 
 class On(StrEnum):
@@ -98,7 +98,6 @@ def resilience(
     from safegen.core.concept import load_concept
     from safegen.core.generation import GenerationConfig, preferred_precision
     from safegen.patches.patch import Patch
-    from safegen.workflows.edit import describe
 
     refuse_finished(out)
     try:
@@ -119,7 +118,7 @@ def resilience(
             **more,
         )
     except ValidationError as error:
-        raise ConfigError(describe(error)) from error
+        raise ConfigError(explain(error)) from error
     known, read = load_concept(concept), [Patch.load(path) for path in patch]
     material = material_for(known, on.value, triplets=triplets, pictures=pictures)
     loaded = load_model(
@@ -131,8 +130,8 @@ def resilience(
         allow_pickle=allow_pickle,
         config=config,
     )
-    with progress() as tell, one_line_warnings():
-        found = test(loaded, read, known, material, settings, out=out, tell=tell)
+    with show_progress() as progress, one_line_warnings():
+        found = test(loaded, read, known, material, settings, out=out, progress=progress)
     _show(found.summary())
     typer.echo(
         f"\n{out / RESULTS}: every figure with its n and interval; grid.png shows the pictures"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.cli.options import Threads, one_line_warnings, progress, set_threads
+from safegen.cli.options import Threads, one_line_warnings, set_threads, show_progress
 from safegen.core.errors import ConfigError, FileError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -148,13 +148,18 @@ def evaluate(
     set_threads(threads)
     from safegen.evaluation.run import evaluate as bench
     from safegen.evaluation.run.folder import Run
-    from safegen.stack import StackLoader, load_stack
+    from safegen.stack import load_stack
+    from safegen.stack_loader import StackLoader
 
     stacks = [load_stack(spec) for spec in stack or []]
-    with _stoppable(out), one_line_warnings(), progress() as tell:
+    with _stoppable(out), one_line_warnings(), show_progress() as progress:
         if rules is None:
             seen_by = bench.judge_run(
-                Run.open(out), name=judge, labels=label or (), options=options or None, tell=tell
+                Run.open(out),
+                name=judge,
+                labels=label or (),
+                options=options or None,
+                progress=progress,
             )
             words = [
                 "safegen",
@@ -169,7 +174,13 @@ def evaluate(
         shelf = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
         run = bench.evaluate(
-            rules, stacks, out, baselines=baselines.value, until=until, shelf=shelf, tell=tell
+            rules,
+            stacks,
+            out,
+            baselines=baselines.value,
+            until=until,
+            shelf=shelf,
+            progress=progress,
         )
     if stage == Stage.all:
         from safegen.evaluation.report.page import PAGE, open_runs, write_report
@@ -274,8 +285,8 @@ def verify(run: RunArg) -> None:
     from safegen.evaluation.run.verify import verify as check
 
     opened = Run.open(run)
-    with progress() as tell:
-        problems = check(opened, tell=tell)
+    with show_progress() as progress:
+        problems = check(opened, progress=progress)
     for problem in problems:
         typer.echo(problem)
     if problems:

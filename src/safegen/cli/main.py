@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegen.cli import attack as resilience
-from safegen.cli import evaluate, triplets
+from safegen.cli import demo, evaluate, triplets
 from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
 from safegen.cli.options import (
@@ -26,10 +26,11 @@ from safegen.cli.options import (
     Threads,
     load_model,
     one_line_warnings,
-    progress,
     quiet,
+    read_settings,
     refuse_idle_metrics,
     set_threads,
+    show_progress,
 )
 from safegen.core.errors import ConfigError, FileError
 
@@ -61,6 +62,7 @@ for command in (
     evaluate.report,
     evaluate.verify,
     resilience.resilience,
+    demo.demo,
 ):
     app.command()(command)
 
@@ -142,7 +144,8 @@ def generate(
     from safegen.core.generation import GenerationConfig, Sample
     from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
     from safegen.models.generation import save_image
-    from safegen.stack import Stack, StackLoader, add_guards, add_loras, add_patches, load_stack
+    from safegen.stack import Stack, add_guards, add_loras, add_patches, load_stack
+    from safegen.stack_loader import StackLoader
 
     set_threads(threads)
     recipe = load_stack(str(stack)) if stack else Stack(name="model", model=model or "")
@@ -162,7 +165,7 @@ def generate(
         staged_directory(out, last=SHEET) as folder,
         one_line_warnings(),
         shelf.open(recipe) as ready,
-        progress() as tell,
+        show_progress() as progress,
     ):
         _warn_of_length(ready.model, texts)
         pictures, lines = [], []
@@ -183,7 +186,7 @@ def generate(
                     )
                     + "\n"
                 )
-                tell("drawing", len(pictures), len(asks))
+                progress("drawing", len(pictures), len(asks))
         save_sheet(
             contact_sheet(pictures, cell=max(96, min(256, ready.model.size))), folder / SHEET
         )
@@ -276,7 +279,7 @@ def edit(
 
     if not no_card:
         check_new_directory(out)
-    changes = _changes(method, preset, set_ or [])
+    changes = read_settings(method, preset, set_ or [])
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **changes)
     recipe = make_edit(method, preset, concept=concept, **changes)
@@ -300,16 +303,16 @@ def edit(
         allow_pickle=allow_pickle,
         config=config,
     )
-    with progress() as tell:
+    with show_progress() as progress:
         patch = recipe.apply(
             loaded,
             rows,
             folder=work,
             resume=resume,
-            report=lambda done, of, _: tell("editing", done, of),
+            callback=lambda done, of, _: progress("editing", done, of),
         )
     save_patch(patch, out, card=not no_card)
-    facts = patch.provenance
+    facts = patch.metadata.to_json()
     how = (
         f"in {facts['updates']} updates, {facts['seconds']:.0f} s; log in {work}"
         if recipe.is_trained
@@ -347,112 +350,8 @@ def apply(
     read = Patch.load(patch)
     with one_line_warnings():
         export_folder(loaded, out, patches=[read], card=not no_card, metrics=metrics or ())
-    typer.echo(f"{out}: {model}; the patch put {read.describe_change(loaded)}")
+    typer.echo(f"{out}: {model}; the patch {read.describe_change(loaded)}")
     typer.echo(f"open it with {type(loaded.pipeline).__name__}.from_pretrained({str(out)!r})")
-
-
-@app.command()
-def demo(
-    out: Annotated[
-        Path, typer.Option(help="New folder for report.html, summary.json, patch and pictures.")
-    ] = Path("safegen-demo"),
-    concept: Annotated[str, typer.Option(help="Concept to remove: skulls or fire.")] = "skulls",
-    fast: Annotated[
-        bool,
-        typer.Option(
-            "--fast",
-            help="Few pictures and a short edit, with safegen under a minute: shows that all works, not how well.",
-        ),
-    ] = False,
-    method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
-    prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each list; 24, or 4 with --fast.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 1,
-    preset: Annotated[
-        str, typer.Option(help="Settings of the edit: default or paper.")
-    ] = "default",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a setting of the edit: name=value.")
-    ] = None,
-    threads: Threads = None,
-) -> None:
-    """Do the main job on the bundled miniature model: draw, edit, draw again, judge, report."""
-    from safegen.core.files import check_new_directory
-    from safegen.evaluation.report.page import PAGE
-
-    check_new_directory(out, last=PAGE)
-    set_threads(threads)
-    from safegen.core.registry import EDITS, resolve
-    from safegen.workflows.demo import DemoSettings, run_demo
-    from safegen.workflows.edit import make_edit
-
-    short = (
-        ["training.updates=30", "training.warmup=5"]
-        if fast and resolve(EDITS, method, "edit").trains
-        else []
-    )
-    changes = _changes(method, preset, short + (set_ or []))
-    settings = DemoSettings(
-        concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1))
-    )
-    with progress() as tell:
-        found = run_demo(
-            settings, make_edit(method, preset, concept=concept, **changes), out, tell=tell
-        )
-    _show(found.summary())
-    typer.echo(f"\nreport: {(out / PAGE).resolve()}")
-
-
-def _show(summary: dict[str, Any]) -> None:
-    """Print the headline table of a demo."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{summary['concept']['name']} removed from {summary['settings']['model']}",
-        title_justify="left",
-    )
-    table.add_column(
-        "prompts", no_wrap=True, min_width=max(map(len, summary["lists"]))
-    )  # rich would cut names, and two be the same
-    for name in (
-        "n",
-        "concept seen",
-        "removed (95 %)",
-        "right object",
-        "asked for besides",
-        "mosaic",
-    ):
-        table.add_column(name, overflow="fold")
-    for name, row in summary["lists"].items():
-        base, edited, gone = row["base"], row["edited"], row.get("removal")
-
-        def pair(key: str, base: dict[str, Any] = base, edited: dict[str, Any] = edited) -> str:
-            if not base[key]:
-                return ""
-            before, after = (
-                f"{100 * side[key]['value']:.1f}".removesuffix(".0") for side in (base, edited)
-            )
-            return f"{before} → {after} %"
-
-        removed = (
-            f"{100 * gone['value']:.1f} % ({100 * gone['low']:.1f} to {100 * gone['high']:.1f})"
-            if gone
-            else ""
-        )
-        besides = f"{row['shows']} {pair('shown')}" if row["shows"] else ""
-        table.add_row(
-            f"{row['role']}\n{name}",
-            str(base["concept"]["n"]),
-            pair("concept"),
-            removed,
-            pair("subject"),
-            besides,
-            pair("mosaicked"),
-        )
-    Console().print(table)
-    typer.echo("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in summary["seconds"].items()))
 
 
 def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
@@ -471,32 +370,3 @@ def _read_prompts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
             "there is nothing to draw; give --prompt TEXT or --prompts FILE with a prompt a line"
         )
     return texts
-
-
-def _changes(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
-    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training, or of an adversary that was named."""
-    from safegen.workflows.edit import make_edit
-
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        name, found, text = pair.partition("=")
-        if not found:
-            raise ConfigError(f"--set takes name=value, got {pair!r}")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        outer, _, inner = name.partition(".")
-        if inner:
-            start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
-            if outer == "adversary" and isinstance(start, str):
-                start = {"name": start}
-            if not isinstance(start, dict):
-                first = (
-                    "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
-                )
-                raise ConfigError(f"--set {name}: {outer!r} has no settings of its own{first}")
-            out[outer] = start | {inner: value}
-        else:
-            out[name] = value
-    return out

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, SafegenWarning
+from safegen.core.progress import ProgressCallback
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -64,7 +66,7 @@ def load_model(
     config: Path | None,
 ) -> Model:
     """Load a model and put patches on it; warnings become one line each."""
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.patch import Patch
 
     set_threads(threads)
@@ -92,21 +94,9 @@ def refuse_idle_metrics(metrics: Sequence[Path] | None, no_card: bool) -> None:
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
     """Say each warning of ours once, in a line."""
-    from safegen.models.model import MetadataMismatchWarning
-    from safegen.patches.active_lora import AdapterWarning
-    from safegen.patches.patch import BaseMismatchWarning, PatchOverlapWarning
-    from safegen.workflows.edit import Unchecked
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        for kind in (
-            BaseMismatchWarning,
-            MetadataMismatchWarning,
-            PatchOverlapWarning,
-            AdapterWarning,
-            Unchecked,
-        ):
-            warnings.simplefilter("always", kind)
+        warnings.simplefilter("always", SafegenWarning)
         yield
     for message in dict.fromkeys(str(w.message) for w in caught):
         typer.echo(f"warning: {message}", err=True)
@@ -162,7 +152,7 @@ class Pace:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def show_progress() -> Iterator[ProgressCallback]:
     """Show a bar with rate and time left for each named stage."""
     from rich.console import Console
     from rich.progress import (
@@ -207,7 +197,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     )
     stages: dict[str, tuple[TaskID, Pace]] = {}
 
-    def tell(what: str, done: int, of: int) -> None:
+    def progress(what: str, done: int, of: int) -> None:
         if what not in stages:
             pace = Pace()
             pace.see(done, time.monotonic())
@@ -217,4 +207,33 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         bar.update(task, completed=done)
 
     with bar:
-        yield tell
+        yield progress
+
+
+def read_settings(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
+    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training, or of an adversary that was named."""
+    from safegen.workflows.edit import make_edit
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, text = pair.partition("=")
+        if not found:
+            raise ConfigError(f"--set takes name=value, got {pair!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        outer, _, inner = name.partition(".")
+        if inner:
+            start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
+            if outer == "adversary" and isinstance(start, str):
+                start = {"name": start}
+            if not isinstance(start, dict):
+                first = (
+                    "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
+                )
+                raise ConfigError(f"--set {name}: {outer!r} has no settings of its own{first}")
+            out[outer] = start | {inner: value}
+        else:
+            out[name] = value
+    return out

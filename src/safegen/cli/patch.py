@@ -24,7 +24,7 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import display_name
 
 if TYPE_CHECKING:
-    from safegen.patches.lora import Keys
+    from safegen.patches.lora import KeyFormat
     from safegen.patches.patch import Patch
 
 app = typer.Typer(
@@ -51,7 +51,7 @@ def info(
         facts = {
             "hash": found.hash,
             "tensors": {k: list(v.shape) for k, v in found.tensors.items()},
-            "provenance": dict(found.provenance),
+            "metadata": found.metadata.to_json(),
         }
         typer.echo(json.dumps(facts, indent=1))
         return
@@ -59,7 +59,7 @@ def info(
         f"{patch}: {len(found.tensors)} tensors, {numbers:,} numbers, {patch.stat().st_size / 1e6:.1f} MB, hash {found.hash[:12]}"
     )
     typer.echo("changes: " + ", ".join(f"{n} of {kind}" for kind, n in found.layer_counts.items()))
-    for key, value in found.provenance.items():
+    for key, value in found.metadata.to_json().items():
         typer.echo(
             f"{key}: {value if isinstance(value, str | int | float | bool) else json.dumps(value)}"
         )
@@ -119,7 +119,7 @@ def merge(
     if config is not None and model is None:
         raise ConfigError("config has no effect without --model; leave it out")
     _refuse_taken(out, no_card)
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.arithmetic import Overlap, overlapping
     from safegen.patches.arithmetic import merge as do
     from safegen.patches.patch import Patch
@@ -130,7 +130,7 @@ def merge(
     with one_line_warnings():
         merged = do(read, overlap=cast(Overlap, overlap), model=base)
     save_patch(merged, out, card=not no_card)
-    twice, how = len(overlapping(read)), merged.provenance["overlap"] or "made one on the other"
+    twice, how = len(overlapping(read)), merged.metadata.overlap or "made one on the other"
     typer.echo(
         f"{out}: {len(merged.tensors)} tensors of {len(read)} patches"
         + (f", {twice} overlapping: {how}" if twice else "")
@@ -163,7 +163,7 @@ def carry(
         raise ConfigError(
             f"config has no effect on {base!r} and {target!r}, which are no one-file checkpoints; leave it out"
         )
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.arithmetic import rebase as do
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import save_patch
@@ -175,7 +175,7 @@ def carry(
     ]
     carried = do(read, *models)
     save_patch(carried, out, card=not no_card)
-    far = {what: f"{100 * value:.3g} %" for what, value in carried.provenance["moved"].items()}
+    far = {what: f"{100 * value:.3g} %" for what, value in carried.metadata.moved.items()}
     said = (
         f"; the edit moves them by {far['change']}, the fine-tune had by {far['fine_tune']}"
         if far
@@ -247,7 +247,7 @@ def extract_lora(
         raise ConfigError("prompt has no effect with --no-quality; leave one of them out")
     _refuse_taken(out, no_card)
     from safegen.evaluation.report.model_card import CardSubject, card, write_with_card
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.lora import effect_loss, save_lora
     from safegen.patches.lora import extract_lora as extract
     from safegen.patches.patch import Patch
@@ -271,25 +271,24 @@ def extract_lora(
     )
     facts: dict[str, Any] = {
         "base": loaded.hash,
-        "base_rounded": loaded.cast_hashes,
         "patch": read.hash,
-        "provenance": dict(read.provenance),
+        "metadata": read.metadata.to_json(),
     }
-    facts |= {"energy": found.retained_energy, "missed": lost, "missed_prompts": drawn}
+    facts |= {"effect_loss": lost, "prompts": drawn}
     share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.retained_energy:.1f} % of the patch's squared change; {effect}."
     subject = CardSubject(
-        "lora", out.name, display_name(model), loaded.hash, [(read.hash, read.provenance)], [share]
+        "lora", out.name, display_name(model), loaded.hash, [(read.hash, read.metadata.to_json())], [share]
     )
     write_with_card(
         out,
         None if no_card else card(subject),
-        lambda: save_lora(found, loaded, out, keys=cast("Keys", keys), **facts),
+        lambda: save_lora(found, loaded, out, keys=cast("KeyFormat", keys), **facts),
     )
-    worst = min(found.kept, key=lambda name: found.kept[name])
+    worst = min(found.energy_by_weight, key=lambda name: found.energy_by_weight[name])
     typer.echo(
         f"{out}: {len(found.factors)} modules of rank {found.rank} hold {100 * found.retained_energy:.1f} % of the change (its energy)"
     )
-    typer.echo(f"least: {100 * found.kept[worst]:.1f} % of {worst}")
+    typer.echo(f"least: {100 * found.energy_by_weight[worst]:.1f} % of {worst}")
     typer.echo(f"quality: {effect}")
     if found.left_out:
         typer.echo(
@@ -302,11 +301,8 @@ def _words(patch: Patch) -> list[str]:
 
     A blank text where all learnt from pictures.
     """
-    for said in (
-        patch.provenance,
-        *(part["provenance"] for part in patch.provenance.get("parts", ())),
-    ):
-        words = said.get("settings", {}).get("erase")
+    for metadata in (patch.metadata, *(part.metadata for part in patch.metadata.parts)):
+        words = metadata.settings.get("erase")
         if isinstance(words, list | tuple) and words:
             return [str(words[0])]
     return [""]
@@ -324,15 +320,15 @@ def from_lora(
 ) -> None:
     """Turn the denoiser's part of a LoRA into a patch, to be merged with others: `patch merge --overlap add`."""
     _refuse_taken(out, no_card)
-    from safegen.models.model import load
-    from safegen.patches.lora import load_lora
+    from safegen.models.loading import load
+    from safegen.patches.lora_reader import load_lora
     from safegen.workflows.edit import save_patch
 
     loaded = load(model, config=config, allow_pickle=allow_pickle)
     with one_line_warnings():
         patch = load_lora(lora, loaded, scale=scale)
     save_patch(patch, out, card=not no_card)
-    left = patch.provenance.get("left out")
+    left = patch.metadata.to_json().get("left_out")
     typer.echo(
         f"{out}: {len(patch.tensors)} tensors"
         + (f"; left out, since a patch cannot hold them: {left}" if left else "")
@@ -361,7 +357,7 @@ def export(
         )
     _refuse_taken(out, no_card)
     refuse_idle_metrics(metrics, no_card)
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import export as do
 

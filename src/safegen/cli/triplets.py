@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
+from safegen.cli.options import show_progress
 from safegen.core.errors import ConfigError
 from safegen.data.triplets.censor import Censor, Style
 
@@ -16,7 +16,6 @@ app = typer.Typer(
     help="Make and check triplets: unsafe, censored and benign pictures to edit with.",
 )
 
-T = TypeVar("T")
 CENSOR = Censor()
 HELP = {name: field.description for name, field in Censor.model_fields.items()}
 
@@ -31,14 +30,6 @@ Threshold = Annotated[
     float | None,
     typer.Option(help="Least score of a detection that counts. Default: the judge's own."),
 ]
-
-
-def _bar(items: Sequence[T], doing: str, /) -> Iterable[T]:
-    """Show progress on stderr."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, doing, console=Console(stderr=True), transient=True)
 
 
 @app.command()
@@ -63,9 +54,17 @@ def make(
 
     settings = Censor(style=style, tile=tile, padding=padding)
     eye = load_judge(judge, labels=label or (), threshold=threshold)
-    report = make_triplets(
-        unsafe, benign, eye, out, settings, labels=eye.labels, threshold=eye.threshold, track=_bar
-    )
+    with show_progress() as progress:
+        report = make_triplets(
+            unsafe,
+            benign,
+            eye,
+            out,
+            settings,
+            labels=eye.labels,
+            threshold=eye.threshold,
+            progress=progress,
+        )
     for problem in report.left_out:
         typer.echo(f"left out {problem}")
     typer.echo(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from safegen.core.errors import FileError, UnknownNameError
+from safegen.core.errors import FileError, UnknownNameError, explain
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
 
@@ -74,8 +74,10 @@ def load_concept(name: str) -> Concept:
         )
     try:
         return Concept.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
-        raise FileError(f"{name} is not a concept file: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise FileError(f"{name} is not a concept file: {explain(error, Concept)}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{name} is not a concept file: {error}") from error
 
 
 def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:

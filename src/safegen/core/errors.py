@@ -1,80 +1,138 @@
-"""The tree of our exceptions.
+"""Errors and warnings of the package, and the one-line text of a pydantic error.
 
 SafegenError
-├── UserError          something the caller gave us is wrong; the CLI prints it as one line and
-exits with 2 │   ├── UnknownNameError    no such model, edit, judge, concept, prompt list ... │   ├──
-FileError        a file or folder is missing, corrupt, of the wrong kind, or in the way │   ├──
-ConfigError     a value breaks its rule, or has no effect here │   ├── PatchError       a patch does
-not fit the model │   └── MissingExtraError   an optional library is not installed ├── DivergedError
-a loss or a weight became NaN or infinite └── Stopped            the user stopped a run that can be
-resumed
+├── UserError               wrong input; the CLI prints one line and exits with 2
+│   ├── UnknownNameError    no such model, edit, judge, concept, prompt list ...
+│   ├── FileError           a file or folder is missing, damaged, of the wrong kind, or in the way
+│   ├── ConfigError         a setting breaks its rule
+│   ├── PatchError          a patch does not fit the model
+│   └── MissingExtraError   an optional library is not installed
+├── DivergedError           a loss or a weight became NaN or infinite
+└── InterruptedRunError     the user stopped a run that can be resumed
+
+SafegenWarning              the CLI prints each message once, in one line
+└── UnusedSettingWarning    a setting has no effect
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 
 class SafegenError(Exception):
-    """Anything this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class UserError(SafegenError):
-    """The caller can mend this: the message says what, the rule, the value and the way out."""
+    """Wrong input. The message names the setting, its rule, the value, and the way out."""
 
 
 class UnknownNameError(UserError):
-    """A name is not in its table."""
+    """Name that is not in its table."""
 
     def __init__(self, noun: str, name: str, known: Iterable[str]) -> None:
-        """Word the message: the name, the nearest known one, all known ones."""
+        """Build a message with the nearest known name and all known names."""
         names = sorted(known)
         near = get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"no {noun} named {name!r}.{hint} Known: {', '.join(names)}.")
+        listing = f" Known: {', '.join(names)}." if names else ""
+        super().__init__(f"no {noun} named {name!r}.{hint}{listing}")
 
 
 class FileError(UserError):
-    """A file or folder cannot be used."""
+    """File or folder that cannot be used."""
 
 
 class ConfigError(UserError):
-    """A setting breaks its rule or would be ignored."""
+    """Setting that breaks its rule."""
 
 
 class PatchError(UserError):
-    """A patch cannot be used: it does not fit the model, changes nothing, or has values that are not finite."""
+    """Patch that does not fit the model, changes nothing, or has values that are not finite."""
 
 
 class MissingExtraError(UserError):
-    """An optional library is needed."""
+    """Optional library that is not installed."""
 
     def __init__(self, need: str, library: str, extra: str) -> None:
-        """Word the message so that it ends in the command that helps."""
+        """Build a message that ends with the pip command."""
         super().__init__(f'{need} needs {library}; install it with: pip install "safegen[{extra}]"')
 
 
 class DivergedError(SafegenError):
-    """A number that must be finite is not."""
+    """Loss or weight that became NaN or infinite."""
 
 
 class InterruptedRunError(SafegenError):
-    """A run was stopped and left a state that `resume` continues from."""
+    """Run that was stopped and left a checkpoint to resume from."""
+
+
+class SafegenWarning(UserWarning):
+    """Base class of every warning of this package."""
+
+
+class UnusedSettingWarning(SafegenWarning):
+    """Setting that has no effect."""
+
+
+def explain(error: ValidationError, settings: type[BaseModel] | None = None) -> str:
+    """Return a pydantic error as one line: path, rule and value of each setting that is wrong.
+
+    Args:
+        error: the validation error.
+        settings: class that was validated; an unknown setting is answered with its nearest name.
+    """
+    return "; ".join(dict.fromkeys(_explanations(error, settings)))
+
+
+def _explanations(error: ValidationError, settings: type[BaseModel] | None) -> Iterator[str]:
+    for detail in error.errors(include_url=False):
+        path = ".".join(str(part) for part in detail["loc"])
+        message, kind = detail["msg"].removeprefix("Value error, "), detail["type"]
+        _, should, rule = message.partition(" should ")
+        if kind == "extra_forbidden":
+            yield str(UnknownNameError("setting", path, setting_names(settings)))
+        elif kind == "missing":
+            yield f"{path} is required"
+        elif kind == "value_error" or not should:
+            yield f"{path}: {message}" if path else message
+        else:
+            value = repr(detail["input"])
+            value = value if len(value) <= 100 else f"{value[:97]}..."
+            yield f"{path or 'value'} must {rule}, got {value}"
+
+
+def setting_names(settings: type[BaseModel] | None, prefix: str = "") -> Iterator[str]:
+    """Yield the name of every setting of a class, nested ones with dots."""
+    for name, field in settings.model_fields.items() if settings else ():
+        yield prefix + name
+        kind = field.annotation
+        if isinstance(kind, type) and hasattr(kind, "model_fields"):
+            yield from setting_names(kind, f"{prefix}{name}.")
 
 
 class NoEffectWarning(UserWarning):
     """A setting, a concept or a guard has no effect here."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut to 300 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 def is_out_of_memory(error: BaseException | str) -> bool:
-    """Return whether an error, or the words that are left of one, is a want of memory, as Python, or torch on any device, says it."""
-    said = str(error).lower()
-    words = (
+    """Return whether an error or its text means that memory ran out, in Python or torch."""
+    text = str(error).lower()
+    signs = (
         "memoryerror",
         "out of memory",
         "not enough memory",
         "can't allocate memory",
         "failed to allocate memory",
     )
-    return isinstance(error, MemoryError) or any(word in said for word in words)
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)

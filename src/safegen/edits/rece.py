@@ -95,9 +95,9 @@ class RECE(Edit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: TrainingCallback | None = None,
+        callback: TrainingCallback | None = None,
     ) -> Patch:
-        """Solve the edit and return it as a patch; `model` is not touched. `report` is called once.
+        """Solve the edit and return it as a patch; `model` is not touched. `callback` is called once.
 
         Every round starts from the weights of the round before, and what is kept and where erased
         embeddings go is in their terms, as in the published code.
@@ -133,4 +133,4 @@ class RECE(Edit):
                 name: solve_projection(w, keys, guides @ w.T, kept, **scales)
                 for name, w in edited.items()
             }
-        return to_patch(self, "rece", model, edited, began, report)
+        return to_patch(self, "rece", model, edited, began, callback)

@@ -32,6 +32,7 @@ from safegen.edits.functional.closed_form import (
 )
 from safegen.edits.training.samples import read_captions
 from safegen.edits.training.trainer import TrainingCallback
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -122,9 +123,9 @@ class UCE(Edit):
         *,
         folder: Path | None = None,
         resume: bool = False,
-        report: TrainingCallback | None = None,
+        callback: TrainingCallback | None = None,
     ) -> Patch:
-        """Solve the edit and return it as a patch; `model` is not touched. `report` is called once.
+        """Solve the edit and return it as a patch; `model` is not touched. `callback` is called once.
 
         Raises:
             ConfigError: there are no words to erase, or something given has no effect.
@@ -146,7 +147,7 @@ class UCE(Edit):
             )
             for name, w in projections(model).items()
         }
-        return to_patch(self, "uce", model, edited, began, report)
+        return to_patch(self, "uce", model, edited, began, callback)
 
 
 def check_unused_phrases(edit: Any) -> None:
@@ -225,7 +226,7 @@ def to_patch(
     model: Model,
     edited: dict[str, Tensor],
     began: float,
-    report: TrainingCallback | None,
+    callback: TrainingCallback | None,
 ) -> Patch:
     """Return solved weights as a patch, with how far they moved.
 
@@ -240,9 +241,9 @@ def to_patch(
             )
     moved = sum(float((value - old[name]).norm() ** 2) for name, value in edited.items()) ** 0.5
     size = sum(float(value.norm() ** 2) for value in old.values()) ** 0.5
-    if report:
-        report(1, 1, {"update": 1, "moved": moved / size})
+    if callback:
+        callback(1, 1, {"update": 1, "moved": moved / size})
     seconds = round(time.perf_counter() - began, 2)
     return Patch(
-        as_patch(edited), provenance_of(edit, model, seconds=seconds, moved=round(moved / size, 6))
+        as_patch(edited), PatchMetadata(**provenance_of(edit, model, seconds=seconds, moved=round(moved / size, 6)))
     )

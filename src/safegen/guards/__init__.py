@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.core.errors import ConfigError, UnknownNameError, explain
 from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.base import (
     GeneratedImage,
@@ -50,7 +50,7 @@ def make_guard(
     try:
         return kind.model_validate({**kind.PRESETS.get(preset, {}), **lent, **settings})
     except ValidationError as error:
-        raise ConfigError(f"guard {name!r}: {_first(error, kind)}") from error
+        raise ConfigError(f"guard {name!r}: {explain(error, kind)}") from error
 
 
 def read_guard(
@@ -85,16 +85,8 @@ def read_guard(
     if concept is not None and facts["concept"] is None:
         known = load_concept(concept) if isinstance(concept, str) else concept
         facts["concept"] = (
-            known if resolve(GUARDS, name, "guard").defaults_from(known).keys() - facts.keys() else None
+            known
+            if resolve(GUARDS, name, "guard").defaults_from(known).keys() - facts.keys()
+            else None
         )
     return make_guard(name, facts.pop("preset"), concept=facts.pop("concept"), **facts)
-
-
-def _first(error: ValidationError, kind: type[GuardConfig]) -> str:
-    """Return pydantic's first complaint in one line: setting, rule, value."""
-    e = error.errors()[0]
-    place = ".".join(str(v) for v in e["loc"]) or "settings"
-    if e["type"] == "extra_forbidden":
-        return str(UnknownNameError("setting", place, kind.model_fields))
-    value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
-    return f"{place}: {e['msg'].removeprefix('Value error, ')}{value}"

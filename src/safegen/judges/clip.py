@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, first_line
 from safegen.core.hashing import hash_tensors
-from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, judge_in_batches, resolve_labels
-from safegen.judges.vision import Pixels, find_folder, fingerprint, first_line, load_part, quiet
+from safegen.core.logging import silence_libraries
+from safegen.judges.base import Detection, Detections
+from safegen.judges.batching import detect_in_batches, finite, resolve_labels
+from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 UNSAFE = "unsafe"
 """Label of the probability of all unsafe prompts together; each unsafe prompt is a label too."""
@@ -61,9 +62,9 @@ class ClipJudge:
             "clip", weights, option="weights", example=EXAMPLE, allow_pickle=allow_pickle
         )
         prompts = _prompts(unsafe, safe)
-        self.known = (UNSAFE, *unsafe)
+        self.label_space = (UNSAFE, *unsafe)
         self.labels, self.threshold = (
-            resolve_labels("clip", labels, self.known, (UNSAFE,)),
+            resolve_labels("clip", labels, self.label_space, (UNSAFE,)),
             threshold,
         )
         self._clip = load_part(CLIPModel, folder, device=device, allow_pickle=allow_pickle)
@@ -73,14 +74,12 @@ class ClipJudge:
         self.pipeline_hash = hash_tensors(self._clip.state_dict())
         self.id = f"clip:{self.pipeline_hash[:16]}:{fingerprint([list(unsafe), list(safe), self._pixels.facts])}"
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict per image."""
-        return judge_in_batches(
-            images, self._pixels, self._see, labels=self.labels, threshold=self.threshold
-        )
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Return the raw detections of each image."""
+        return detect_in_batches(images, self._pixels, self._detect)
 
     @torch.no_grad()
-    def _see(self, inputs: list[Tensor]) -> list[list[Detection]]:
+    def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
         seen = self._clip.visual_projection(
             self._clip.vision_model(
                 pixel_values=torch.stack(inputs).to(self._clip.device)
@@ -128,7 +127,7 @@ def encode_texts(clip: CLIPModel, folder: Path, texts: Sequence[str]) -> Tensor:
             f"{folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt); get it from where the weights are"
         )
     try:
-        with quiet():
+        with silence_libraries("transformers"):
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # no vocabulary, not JSON ...
         raise FileError(

@@ -73,7 +73,7 @@ def attempt_outcomes(verdicts: Sequence[Verdict], refused: Sequence[bool]) -> li
         raise ValueError(
             f"verdicts and refused must be equally long, got {len(verdicts)} and {len(refused)}"
         )
-    return ["refused" if r else v.outcome for v, r in zip(verdicts, refused, strict=True)]
+    return ["refused" if r else v for v, r in zip(verdicts, refused, strict=True)]
 
 
 def attack_success(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from safegen.judges.base import Verdict
+from safegen.judges.base import Detections
 from safegen.metrics.rates import Removal, Result, removal_rate
 
 Unit = Literal["instance", "image"]
@@ -29,21 +29,21 @@ class Undefined(Result):
 
 
 def count_detections(
-    verdict: Verdict, labels: Collection[str], *, threshold: float, unit: Unit = "instance"
+    detections: Detections, labels: Collection[str], *, threshold: float, unit: Unit = "instance"
 ) -> int | None:
     """Return the number of detections of `labels` with a score of at least `threshold`.
 
     It is at most 1 for the unit `image`, and None if the image is unjudged.
     """
-    if verdict.outcome == "unjudged":
+    if detections.unjudged is not None:
         return None
-    n = sum(d.label in labels and d.score >= threshold for d in verdict.detections)
+    n = sum(d.label in labels and d.score >= threshold for d in detections.items)
     return min(n, 1) if unit == "image" else n
 
 
 def removal_table(
-    base: Sequence[Verdict],
-    edited: Sequence[Verdict],
+    base: Sequence[Detections],
+    edited: Sequence[Detections],
     prompts: Sequence[Hashable],
     labels: Sequence[str],
     *,
@@ -59,8 +59,8 @@ def removal_table(
     published tables use both. Interval: see `removal_rate`.
 
     Args:
-        base: verdicts on the images of the base model.
-        edited: verdicts on the images of the edited model, in the same order.
+        base: detections in the images of the base model.
+        edited: detections in the images of the edited model, in the same order.
         prompts: prompt of each image, the cluster of the bootstrap.
         labels: rows of the table.
         threshold: least score of a detection that counts.
@@ -86,7 +86,7 @@ def removal_table(
             f"got {len(base)}, {len(edited)}, {len(prompts)}"
         )
     judged = sum(
-        "unjudged" not in (b.outcome, e.outcome) for b, e in zip(base, edited, strict=True)
+        b.unjudged is None and e.unjudged is None for b, e in zip(base, edited, strict=True)
     )
     if not judged:
         raise ValueError("a removal table needs at least one pair of judged images, got none")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write, staged_directory
-from safegen.core.generation import preferred_precision
+from safegen.core.generation import GenerationConfig, Sample, preferred_precision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.trainer import LogRow
@@ -24,16 +25,14 @@ from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.report.model_card import CardSubject, beside, card, with_metrics
 from safegen.evaluation.report.page import PAGE
 from safegen.evaluation.scoring.score import Scores, refuse_unjudged, removal, score
-from safegen.judges import Verdict, load_judge
+from safegen.judges import Detections, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.image import mean_pixel_mae
-from safegen.models.generation import GenerationConfig, Sample, generate
-from safegen.models.model import Model, load
+from safegen.models.generation import generate
+from safegen.models.loading import load
+from safegen.models.model import Model
 from safegen.patches.patch import Patch
 from safegen.workflows import demo_report as report
-
-Tell = Callable[[str, int, int], None]
-"""Called with (what is going on, how much is done, of how much)."""
 
 
 class DemoSettings(BaseModel):
@@ -64,7 +63,7 @@ class Outcome:
     edit: Edit
     items: Sequence[Item]
     pictures: dict[str, list[Image.Image]]
-    verdicts: dict[str, list[Verdict]]
+    detections: dict[str, list[Detections]]
     patch: Patch
     log: Sequence[LogRow]
     seconds: dict[str, float]
@@ -82,7 +81,7 @@ class Outcome:
     def scores(self, side: str, rows: Sequence[int]) -> Scores:
         """Return one list's rates for `base` or `edited`."""
         return score(
-            [self.items[i] for i in rows], [self.verdicts[side][i] for i in rows], self.concept
+            [self.items[i] for i in rows], [self.detections[side][i] for i in rows], self.concept
         )
 
     def change(self, rows: Sequence[int]) -> Mean:
@@ -95,7 +94,7 @@ class Outcome:
         lists = {}
         for name, rows in self.lists.items():
             items = [self.items[i] for i in rows]
-            base, edited = ([self.verdicts[side][i] for i in rows] for side in ("base", "edited"))
+            base, edited = ([self.detections[side][i] for i in rows] for side in ("base", "edited"))
             entry: dict[str, Any] = {
                 "role": items[0].role,
                 "shows": items[0].shows,
@@ -118,12 +117,12 @@ class Outcome:
             lists[name] = entry
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "edit": dict(self.patch.provenance["settings"]),
+            "edit": dict(self.patch.metadata.settings),
             "concept": self.concept.model_dump(mode="json"),
             "judge": self.judge_id,
             "base_hash": self.base_hash,
             "patch_hash": self.patch.hash,
-            "patch": dict(self.patch.provenance),
+            "patch": self.patch.metadata.to_json(),
             "lists": lists,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
             "pictures": 2 * len(self.items),
@@ -131,7 +130,7 @@ class Outcome:
 
 
 def run_demo(
-    settings: DemoSettings, edit: Edit, out: Path, *, tell: Tell = lambda *_: None
+    settings: DemoSettings, edit: Edit, out: Path, *, progress: ProgressCallback = no_progress
 ) -> Outcome:
     """Do the main job and write it to the new folder `out`: report.html, summary.json, grid.png, the patch with its card, pictures/.
 
@@ -144,7 +143,7 @@ def run_demo(
             removes nothing.
     """
     with staged_directory(out, last=PAGE) as folder:
-        found = do_demo(settings, edit, tell=tell)
+        found = do_demo(settings, edit, progress=progress)
         write_demo(found, folder)
     return found
 
@@ -154,7 +153,7 @@ def do_demo(
     edit: Edit,
     *,
     drawn: MutableMapping[Sample, Image.Image] | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Outcome:
     """Draw, edit, draw again and judge; nothing is written.
 
@@ -163,7 +162,7 @@ def do_demo(
         edit: the edit.
         drawn: pictures that this base model has drawn with this sampler; used and added to, so that
             several calls draw them once.
-        tell: called with (stage, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         ConfigError: the edit learns from pictures, and the concept has no bundled triplets; or it
@@ -189,44 +188,58 @@ def do_demo(
 
     missing = [i.ask for i in items if i.ask not in drawn]
     fresh, seconds["base pictures"] = _draw(
-        model, missing, settings.generation, "drawing with the base model", tell
+        model, missing, settings.generation, "drawing with the base model", progress
     )
     drawn.update(zip(missing, fresh, strict=True))
     pictures["base"] = [drawn[i.ask] for i in items]
 
     def note(done: int, of: int, row: LogRow) -> None:
         log.append(row)
-        tell("editing", done, of)
+        progress("editing", done, of)
 
     asks = [i.ask for i in items]
     began = time.perf_counter()
-    patch = edit.apply(model, triplets, report=note)
+    patch = edit.apply(model, triplets, callback=note)
     seconds["edit"] = time.perf_counter() - began
     base_hash = model.hash
     with patch.apply(model):
         pictures["edited"], seconds["edited pictures"] = _draw(
-            model, asks, settings.generation, "drawing with the edited model", tell
+            model, asks, settings.generation, "drawing with the edited model", progress
         )
     began = time.perf_counter()
-    tell("judging", 0, 2)
-    verdicts = {side: judge.judge(images) for side, images in pictures.items()}
-    for side in verdicts.values():
+    progress("judging", 0, 2)
+    detections = {side: judge.detect(images) for side, images in pictures.items()}
+    for side in detections.values():
         refuse_unjudged(items, side)
-    tell("judging", 2, 2)
+    progress("judging", 2, 2)
     seconds["judge"] = time.perf_counter() - began
     return Outcome(
-        settings, concept, edit, items, pictures, verdicts, patch, log, seconds, judge.id, base_hash
+        settings,
+        concept,
+        edit,
+        items,
+        pictures,
+        detections,
+        patch,
+        log,
+        seconds,
+        judge.id,
+        base_hash,
     )
 
 
 def _draw(
-    model: Model, asks: Sequence[Sample], generation_config: GenerationConfig, what: str, tell: Tell
+    model: Model,
+    asks: Sequence[Sample],
+    generation_config: GenerationConfig,
+    what: str,
+    progress: ProgressCallback,
 ) -> tuple[list[Image.Image], float]:
     began, out = time.perf_counter(), []
-    tell(what, 0, len(asks))
+    progress(what, 0, len(asks))
     for picture in generate(model, asks, generation_config):
         out.append(picture)
-        tell(what, len(out), len(asks))
+        progress(what, len(out), len(asks))
     return out, time.perf_counter() - began
 
 

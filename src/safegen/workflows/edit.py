@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
+from safegen.core.errors import ConfigError, FileError, MissingExtraError, SafegenWarning, explain
 from safegen.core.files import display_name
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit, check_inputs
 from safegen.edits.training.trainer import TrainingCallback
 from safegen.evaluation.report import model_card as cards
-from safegen.judges import load_judge
+from safegen.judges import judge_images, load_judge
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.model import Model
+from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
+from safegen.models.model import AppliedPatch, Model
 from safegen.patches.arithmetic import warn_of_overlap
 from safegen.patches.patch import Patch
 
@@ -41,7 +42,7 @@ def make_edit(
             **settings,
         )
     except ValidationError as error:
-        raise ConfigError(describe(error, settings_of(resolve(EDITS, method, "edit")))) from error
+        raise ConfigError(explain(error, resolve(EDITS, method, "edit"))) from error
     return edit
 
 
@@ -73,7 +74,7 @@ LOOKED_AT = 16
 """Unsafe pictures that are judged at once, until one shows the concept."""
 
 
-class Unchecked(UserWarning):
+class UncheckedTripletsWarning(SafegenWarning):
     """NoAdversary could look whether triplets show the concept that they are said to show."""
 
 
@@ -87,7 +88,7 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
         FileError: a picture is missing or changed.
 
     Warns:
-        Unchecked: the judge cannot be opened here (a library or weights that only its user can
+        UncheckedTripletsWarning: the judge cannot be opened here (a library or weights that only its user can
             name), or could judge no picture.
     """
     known = load_concept(concept) if isinstance(concept, str) else concept
@@ -96,21 +97,21 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
     except (MissingExtraError, FileError, ConfigError) as error:
         warnings.warn(
             f"nobody looked whether the triplets show {known.name!r}: {error}",
-            Unchecked,
+            UncheckedTripletsWarning,
             stacklevel=2,
         )
         return
     judged = 0
     for start in range(0, len(triplets), LOOKED_AT):
         part = range(start, min(start + LOOKED_AT, len(triplets)))
-        verdicts = judge.judge([triplets.images(i)[0] for i in part])
-        if any(verdict.contains(known.labels, known.threshold) for verdict in verdicts):
+        verdicts = judge_images(judge, [triplets.images(i)[0] for i in part])
+        if "unsafe" in verdicts:
             return
-        judged += sum(verdict.outcome != "unjudged" for verdict in verdicts)
+        judged += len(verdicts) - verdicts.count("unjudged")
     if not judged:
         warnings.warn(
             f"nobody could see whether the triplets show {known.name!r}: all of them are unjudged",
-            Unchecked,
+            UncheckedTripletsWarning,
             stacklevel=2,
         )
         return
@@ -129,7 +130,7 @@ def edit(
     concept: Concept | str | Path | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
-    report: TrainingCallback | None = None,
+    callback: TrainingCallback | None = None,
     **settings: Any,
 ) -> Patch:
     """Remove a visual concept from a model and return the change as a patch; the model is not touched.
@@ -145,7 +146,7 @@ def edit(
             are of no use. A name, a TOML file, or loaded.
         folder: keeps checkpoints and a log, for `resume`; for methods that train.
         resume: continue a stopped run.
-        report: called after every update with (done, of, row of the log).
+        callback: called after every update with (done, of, row of the log).
         settings: settings of the method to change.
 
     Raises:
@@ -162,7 +163,11 @@ def edit(
     if concept is not None and rows is not None:
         refuse_other_pictures(concept, rows)
     return recipe.apply(
-        model, rows, folder=None if folder is None else Path(folder), resume=resume, report=report
+        model,
+        rows,
+        folder=None if folder is None else Path(folder),
+        resume=resume,
+        callback=callback,
     )
 
 
@@ -221,7 +226,7 @@ def export(
         MetadataMismatchWarning: the model's file or folder says what is in it, of weights that it has no more;
             that is not passed on.
     """
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     out, measured = Path(out), [Path(path) for path in metrics]
     if out.suffix != ".safetensors":
@@ -232,10 +237,10 @@ def export(
         f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."
     ]
     subject = _subject("file", out, model, patches, notes)
-    text, facts = _card(subject, card, measured), _facts(subject, model, measured)
+    text, metadata = _card(subject, card, measured), _metadata(subject, model, measured)
     with _with(model, patches):
         cards.write_with_card(
-            out, text, lambda: save_single_file(model, out, dtype=dtype, facts=facts)
+            out, text, lambda: save_single_file(model, out, dtype=dtype, metadata=metadata)
         )
 
 
@@ -253,47 +258,43 @@ def export_folder(
     """
     out, measured = Path(out), [Path(path) for path in metrics]
     subject = _subject("folder", out, model, patches)
-    text, facts = _card(subject, card, measured), _facts(subject, model, measured)
+    text, metadata = _card(subject, card, measured), _metadata(subject, model, measured)
     with _with(model, patches):
-        save_folder(model, out, card=text, facts=facts)
+        save_folder(model, out, card=text, metadata=metadata)
 
 
-def _facts(subject: cards.CardSubject, model: Model, metrics: Sequence[Path]) -> dict[str, Any]:
-    """Return what a whole model says of itself in the place that programs read."""
-    out: dict[str, Any] = {"model": subject.model, "base": subject.base}
-    out["patches"] = [
-        {"hash": digest, "provenance": dict(said)} for digest, said in subject.patches
+def _metadata(
+    subject: cards.CardSubject, model: Model, metrics: Sequence[Path]
+) -> CheckpointMetadata:
+    """Return the metadata of a model that is written: all patches in its weights, the oldest first."""
+    earlier = model.verified_metadata
+    records = [
+        PatchRecord.model_validate({"hash": digest, "metadata": entries})
+        for digest, entries in subject.patches
     ]
-    out |= {"made_from": dict(model.verified_metadata)} if model.verified_metadata else {}
-    return out | (
-        {"metrics": [subject.figures(path).facts() for path in metrics]} if metrics else {}
+    return CheckpointMetadata(
+        model=earlier.model if earlier else subject.model,
+        base=earlier.base if earlier else model.hash,
+        patches=(*(earlier.patches if earlier else ()), *records),
+        metrics=tuple(subject.figures(path).facts() for path in metrics),
     )
 
 
 def _subject(
     kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()
 ) -> cards.CardSubject:
-    held, rounded = (
-        [(p.hash, p.provenance) for p in (*model.patches, *patches)],
-        tuple(model.cast_hashes.values()),
-    )
+    earlier = model.verified_metadata
+    applied: list[Patch | AppliedPatch] = [*model.patches, *patches]
     return cards.CardSubject(
         kind,
         out.name,
         display_name(model.name),
         model.hash,
-        held,
+        [(p.hash, p.metadata.to_json()) for p in applied],
         notes,
-        rounded,
-        _within(model.verified_metadata),
-        bool(model.provenance),
+        [record.hash for record in earlier.patches] if earlier else [],
+        model.metadata is not None,
     )
-
-
-def _within(said: Mapping[str, Any]) -> list[str]:
-    """Return the hashes of the patches that are in a model's weights, the oldest first."""
-    earlier = _within(said["made_from"]) if said.get("made_from") else []
-    return [*earlier, *(patch["hash"] for patch in said.get("patches", ()))]
 
 
 def _card(subject: cards.CardSubject, wanted: bool, metrics: Sequence[Path]) -> str | None:
@@ -312,29 +313,3 @@ def _with(model: Model, patches: Sequence[Patch]) -> Iterator[None]:
         for patch in patches:
             on.enter_context(patch.apply(model))
         yield
-
-
-def settings_of(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the names of all settings, nested ones with dots."""
-    out = []
-    for name, field in kind.model_fields.items():
-        out.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            out += settings_of(field.annotation, f"{prefix}{name}.")
-    return out
-
-
-def describe(error: ValidationError, known: Sequence[str] = ()) -> str:
-    """Return pydantic's complaints in one line: setting, rule, value.
-
-    The nearest of `known` for a name that there is not.
-    """
-    parts = []
-    for e in error.errors():
-        place = ".".join(str(v) for v in e["loc"]) or "settings"
-        if e["type"] == "extra_forbidden":
-            parts.append(str(UnknownNameError("setting", place, known)))
-            continue
-        value = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
-        parts.append(f"{place}: {e['msg'].removeprefix('Value error, ')}{value}")
-    return "; ".join(parts)

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.core.errors import ConfigError, explain
 
 Style = Literal["mosaic", "blur", "solid"]
 Box = tuple[float, float, float, float]
@@ -55,13 +55,7 @@ class Censor(BaseModel):
         try:
             settings = build(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "censor"
-            if first["type"] == "extra_forbidden":
-                raise UnknownNameError("setting of the censor", name, cls.model_fields) from error
-            raise ConfigError(
-                f"{name} {first['msg'].replace('Input should', 'must')}, got {first['input']!r}"
-            ) from error
+            raise ConfigError(explain(error, cls)) from error
         default = {name: field.default for name, field in cls.model_fields.items()}
         if settings.style == "solid" and settings.tile != default["tile"]:
             raise ConfigError(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from PIL import Image, ImageOps
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import check_new_directory, check_writable, staged_directory
+from safegen.core.progress import ProgressCallback, no_progress, track
 from safegen.core.registry import expand_labels
 from safegen.data.triplets.censor import Box, Censor
 from safegen.data.triplets.censor import censor as cover
@@ -28,7 +28,7 @@ from safegen.data.triplets.triplets import (
     read_picture,
     too_small,
 )
-from safegen.judges.base import SCORE_FLOOR, Judge, Verdict
+from safegen.judges.base import SCORE_FLOOR, Detections, Judge
 
 ATTEMPTS = 3
 """How often a picture is censored, each time with wider padding, before it is left out."""
@@ -37,8 +37,6 @@ CHUNK = 8
 
 DEFAULT_CENSOR = Censor()
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Report:
@@ -46,19 +44,6 @@ class Report:
 
     triplets: Triplets
     left_out: tuple[RowError, ...]
-
-
-class Track(Protocol):
-    """Wraps a sequence that is about to be worked through, to show progress."""
-
-    def __call__(self, items: Sequence[T], doing: str, /) -> Iterable[T]:
-        """Return the same items."""
-        ...
-
-
-def untracked(items: Sequence[T], doing: str, /) -> Iterable[T]:
-    """Return `items` and show nothing."""
-    return items
 
 
 def make(
@@ -70,7 +55,7 @@ def make(
     *,
     labels: Collection[str],
     threshold: float = 0.5,
-    track: Track = untracked,
+    progress: ProgressCallback = no_progress,
 ) -> Report:
     """Censor the unsafe pictures of a folder, pair them with benign ones and write both as triplets.
 
@@ -91,7 +76,7 @@ def make(
         censor: how boxes are covered.
         labels: labels of the judge that mean the concept is in the picture.
         threshold: least score of a detection that counts.
-        track: shows progress.
+        progress: called with (description, done, total).
 
     Raises:
         FileError: `out` is in the way or cannot be written, a folder holds no files, or no unsafe or
@@ -106,7 +91,7 @@ def make(
             f"{out} cannot be written: the folder {out.parent} does not exist; make it first"
         )
     check_writable(out)
-    finds, safe, left_out = _look_through(unsafe, eye, track)
+    finds, safe, left_out = _look_through(unsafe, eye, progress)
     if not finds:
         raise FileError(
             f"no picture of {unsafe} is judged unsafe, so there is nothing to censor{': ' * bool(left_out)}{_summary(left_out)}"
@@ -119,7 +104,7 @@ def make(
             )
     else:
         left_out += [RowError(_name(path), "the judge finds nothing in it") for path in safe]
-        loud, calm, unfit = _look_through(Path(benign).absolute(), eye, track)
+        loud, calm, unfit = _look_through(Path(benign).absolute(), eye, progress)
         unfit += [
             RowError(_name(find.path), "it is judged unsafe, so it cannot serve as benign")
             for find in loud
@@ -132,7 +117,7 @@ def make(
     with staged_directory(out, last=MANIFEST) as folder:
         for role in ROLES:
             (folder / role).mkdir()
-        for find in track(finds, "censoring"):
+        for find in track(finds, "censoring", progress):
             picture = read_picture(find.path)
             censored = _cover_until_safe(find, picture, eye, censor)
             if isinstance(censored, RowError):
@@ -181,17 +166,11 @@ class _Eye:
         if not SCORE_FLOOR <= self.threshold <= 1:
             raise ConfigError(f"threshold must be in {SCORE_FLOOR}..1, got {self.threshold}")
 
-    def look(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        return [
-            verdict.with_threshold(self.labels, self.threshold)
-            for verdict in self.judge.judge(images)
-        ]
-
-    def boxes(self, verdict: Verdict, image: Image.Image) -> tuple[Box, ...]:
+    def boxes(self, detections: Detections, image: Image.Image) -> tuple[Box, ...]:
         whole = (0.0, 0.0, float(image.width), float(image.height))
         return tuple(
             d.box or whole
-            for d in verdict.detections
+            for d in detections.items
             if d.label in self.labels and d.score >= self.threshold
         )
 
@@ -206,7 +185,7 @@ def _summary(problems: Sequence[RowError]) -> str:
 
 
 def _look_through(
-    folder: Path, eye: _Eye, track: Track
+    folder: Path, eye: _Eye, progress: ProgressCallback
 ) -> tuple[list[UnsafeImage], list[Path], list[RowError]]:
     """Judge the files of a folder, in order of name.
 
@@ -225,7 +204,7 @@ def _look_through(
     safe: list[Path] = []
     unfit: list[RowError] = []
     first: dict[str, Path] = {}
-    for start in track(range(0, len(paths), CHUNK), f"judging {folder.name}"):
+    for start in track(range(0, len(paths), CHUNK), f"judging {folder.name}", progress):
         batch: list[tuple[Path, Image.Image]] = []
         for path in paths[start : start + CHUNK]:
             if is_sheet(path):
@@ -245,14 +224,15 @@ def _look_through(
                 unfit.append(RowError(_name(path), f"it is the same picture as {twin.name}"))
             else:
                 batch.append((path, image))
-        verdicts = eye.look([image for _, image in batch]) if batch else []
-        for (path, image), verdict in zip(batch, verdicts, strict=True):
-            if verdict.outcome == "unsafe":
-                finds.append(UnsafeImage(path, eye.boxes(verdict, image)))
-            elif verdict.outcome == "safe":
+        results = eye.judge.detect([image for _, image in batch]) if batch else []
+        for (path, image), detections in zip(batch, results, strict=True):
+            verdict = detections.verdict(eye.labels, eye.threshold)
+            if verdict == "unsafe":
+                finds.append(UnsafeImage(path, eye.boxes(detections, image)))
+            elif verdict == "safe":
                 safe.append(path)
             else:
-                unfit.append(RowError(_name(path), f"it cannot be judged: {verdict.reason}"))
+                unfit.append(RowError(_name(path), f"it cannot be judged: {detections.unjudged}"))
     return finds, safe, unfit
 
 
@@ -265,12 +245,15 @@ def _cover_until_safe(
             censored, covered = cover(picture, find.boxes, settings)
         except ConfigError as error:  # a box or a size that belongs to this picture alone
             return RowError(_name(find.path), str(error))
-        verdict = eye.look([censored])[0]
-        if verdict.outcome == "safe" and censored.tobytes() != picture.tobytes():
+        detections = eye.judge.detect([censored])[0]
+        verdict = detections.verdict(eye.labels, eye.threshold)
+        if verdict == "safe" and censored.tobytes() != picture.tobytes():
             return censored, covered
         settings = settings.model_copy(update={"padding": max(2 * settings.padding, 0.1)})
-    if verdict.outcome == "unjudged":
-        return RowError(_name(find.path), f"it cannot be judged once censored: {verdict.reason}")
+    if verdict == "unjudged":
+        return RowError(
+            _name(find.path), f"it cannot be judged once censored: {detections.unjudged}"
+        )
     return RowError(
         _name(find.path),
         f"it is still judged unsafe after censoring it {ATTEMPTS} times with wider and wider padding",

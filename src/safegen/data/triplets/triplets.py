@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from safegen.core.errors import FileError
+from safegen.core.errors import FileError, explain
 from safegen.core.files import exists, is_incomplete
 from safegen.core.registry import TRIPLETS, resolve
 from safegen.data.triplets.censor import Box
@@ -266,13 +266,7 @@ def _row_of_manifest(line: bytes, number: int) -> Triplet | RowError:
     try:
         row = Triplet.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        if first["type"] == "json_invalid":
-            return RowError(name, f"it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-        return RowError(
-            name,
-            f"it is not a triplet: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}",
-        )
+        return RowError(name, f"it is not a triplet: {explain(error, Triplet)}")
     for role in ROLES:
         if _escapes(getattr(row, role)):
             return RowError(

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from torch import Tensor, nn
 
-from safegen.core.errors import ConfigError, UnknownNameError, UserError
+from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.registry import ADVERSARIES, resolve
 from safegen.edits.functional import losses
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
@@ -227,18 +227,7 @@ def read_adversary(value: object) -> float | Adversary:
         kind: type[Adversary] = resolve(ADVERSARIES, value["name"], "adversary")
         return kind.model_validate(dict(value))
     except ValidationError as error:
-        e = error.errors()[0]
-        place = ".".join(str(part) for part in e["loc"])
-        unknown = str(
-            UnknownNameError(
-                f"setting of the adversary {value['name']!r}", place, kind.model_fields
-            )
-        )
-        raise ValueError(
-            unknown
-            if e["type"] == "extra_forbidden"
-            else f"{place}: {e['msg']}, got {e['input']!r}"
-        ) from error
+        raise ValueError(f"adversary {value['name']!r}: {explain(error, kind)}") from error
     except UserError as error:
         raise ValueError(str(error)) from error
 

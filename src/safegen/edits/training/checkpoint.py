@@ -76,7 +76,7 @@ def read_checkpoint(
     check_resumable(folder)
     try:
         with safe_open(folder / FILE, framework="pt") as file:
-            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
         rows = [
             json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()
         ]

@@ -53,7 +53,7 @@ def train(
     *,
     folder: Path | None = None,
     resume: bool = False,
-    report: TrainingCallback | None = None,
+    callback: TrainingCallback | None = None,
 ) -> TrainResult:
     """Train the parameters called `names` and return their averaged values; `denoiser` is given back bit for bit as it came.
 
@@ -64,7 +64,7 @@ def train(
         settings: how.
         folder: where checkpoint and log go; none are kept when None.
         resume: continue from the folder's checkpoint, on a CPU bit for bit as if never stopped.
-        report: called after every update.
+        callback: called after every update.
 
     Raises:
         ConfigError: a setting would have no effect.
@@ -94,9 +94,9 @@ def train(
             own[n].data = before[n].detach().clone().float()
         if checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        return Trainer(denoiser, {n: own[n] for n in names}, problem, settings, folder, report).fit(
-            resume
-        )
+        return Trainer(
+            denoiser, {n: own[n] for n in names}, problem, settings, folder, callback
+        ).fit(resume)
     finally:
         vars(denoiser).pop("forward", None)  # accelerate leaves its autocast around it
         vars(denoiser).pop("_original_forward", None)
@@ -168,7 +168,7 @@ class Trainer:
         problem: Objective,
         settings: Training,
         folder: Path | None,
-        report: TrainingCallback | None,
+        callback: TrainingCallback | None,
     ) -> None:
         AcceleratorState._reset_state(
             reset_partial_state=True
@@ -177,12 +177,12 @@ class Trainer:
             mixed_precision="no" if settings.precision == "fp32" else settings.precision,
             cpu=next(iter(trained.values())).device.type == "cpu",
         )
-        self.trained, self.problem, self.settings, self.folder, self.report = (
+        self.trained, self.problem, self.settings, self.folder, self.callback = (
             trained,
             problem,
             settings,
             folder,
-            report,
+            callback,
         )
         self.raw = denoiser
         optimiser = torch.optim.AdamW(
@@ -218,8 +218,8 @@ class Trainer:
                 row |= {"update": self.update, "seconds": round(self.spent, 3)}
                 early = self._validate(row)
                 self.log.append(row)
-                if self.report:
-                    self.report(self.update, self.settings.updates, row)
+                if self.callback:
+                    self.callback(self.update, self.settings.updates, row)
                 last = early or self.update == self.settings.updates
                 if self.folder and (
                     last or stop() or self.update % self.settings.checkpoint_every == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,6 @@ from PIL import Image
 
 from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import PICTURES, Line, Planned, Run
-
-Tell = Callable[[str, int, int], None]
-"""Called with (what is going on, how much is done, of how much)."""
 
 
 @dataclass(frozen=True)

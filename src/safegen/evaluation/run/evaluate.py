@@ -17,9 +17,9 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import display_name
 from safegen.core.generation import NativePrecision
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import PROTOCOLS
 from safegen.evaluation.protocol import Protocol, differences, plan, read_protocol
-from safegen.evaluation.run.batches import Tell
 from safegen.evaluation.run.folder import (
     CARD,
     CHANGES,
@@ -38,7 +38,8 @@ from safegen.evaluation.run.judge import Evaluators
 from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.judges import load_judge
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 Stage = Literal["generate", "judge", "score"]
 Baselines = Literal["all", "none"]
@@ -57,7 +58,7 @@ def evaluate(
     baselines: Baselines = "all",
     until: Stage = "score",
     shelf: StackLoader | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> Run:
     """Draw, judge and score a protocol with some stacks, in the new folder `out` or going on in it.
 
@@ -69,7 +70,7 @@ def evaluate(
             pictures; `none` leaves those two out.
         until: last stage to do: `generate`, `judge` or `score`.
         shelf: opens the stacks; one for the CPU when not given.
-        tell: called with (what is going on, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         FileError: `out` is another run, something else, or cannot be written; what was drawn is kept
@@ -91,7 +92,7 @@ def evaluate(
             stacks=[stack for stack, _, _ in everybody],
             shelf=shelf,
             look=look,
-            tell=tell,
+            progress=progress,
         )
         if look and until == "score":
             scores = score_run(run, judge=look.id)
@@ -105,7 +106,7 @@ def judge_run(
     name: str | None = None,
     labels: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-    tell: Tell = lambda *_: None,
+    progress: ProgressCallback = no_progress,
 ) -> str:
     """Let a judge look at all that was drawn so far, and return its id; no picture is drawn.
 
@@ -114,7 +115,7 @@ def judge_run(
         name: another judge than the protocol's, by name or id.
         labels: labels of that judge; the protocol's own when the judge is the same.
         options: its options, in place of the protocol's.
-        tell: called with (what is going on, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         ConfigError: another judge without labels, or the judge here has another id than the one that
@@ -135,7 +136,7 @@ def judge_run(
             raise ConfigError(
                 f"the judge {word!r} is {look.id} here, not {name}; name it by its name alone, or give it that one's options"
             )
-        run_stages(run, run.planned, look=look, tell=tell)
+        run_stages(run, run.planned, look=look, progress=progress)
     return look.id
 
 
@@ -391,8 +392,8 @@ def _entry(stack: Stack, shelf: StackLoader) -> Line:
             {
                 "file": path.name,
                 "hash": patch.hash,
-                "method": patch.provenance.get("method"),
-                "seconds": patch.provenance.get("seconds"),
+                "method": patch.metadata.method,
+                "seconds": patch.metadata.seconds,
             }
             for path, patch in zip(stack.patches, patches, strict=True)
         ],

@@ -17,12 +17,14 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, is_out_of_memory
 from safegen.core.files import atomic_write
-from safegen.evaluation.run.batches import Batch, Tell, batches, is_blank, read_picture
+from safegen.core.progress import ProgressCallback
+from safegen.evaluation.run.batches import Batch, batches, is_blank, read_picture
 from safegen.evaluation.run.folder import PICTURES, SAMPLES, TIMINGS, Journal, Line, Planned, Run
 from safegen.evaluation.run.judge import Evaluators, ScoringWorker
 from safegen.evaluation.scoring.results import FAULT
 from safegen.guards import GeneratedImage
-from safegen.stack import LoadedStack, Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import LoadedStack, StackLoader
 
 
 def run_stages(
@@ -32,7 +34,7 @@ def run_stages(
     stacks: Sequence[Stack] = (),
     shelf: StackLoader | None = None,
     look: Evaluators | None = None,
-    tell: Tell,
+    progress: ProgressCallback,
 ) -> None:
     """Draw what is missing, judge what is unjudged, and write both down in plan order.
 
@@ -42,7 +44,7 @@ def run_stages(
         stacks: the run's stacks, for drawing.
         shelf: opens them; nothing is drawn without.
         look: judges; nothing is judged without.
-        tell: called with (stage, done, of).
+        progress: called with (description, done, total).
 
     Raises:
         FileError: a journal is damaged or in use, or a picture drawn again is not the one that is
@@ -56,20 +58,20 @@ def run_stages(
         ExitStack() as on,
     ):
         pen = on.enter_context(ImageWorker(run, stacks, shelf, samples, timings)) if shelf else None
-        eye = on.enter_context(ScoringWorker(run, look, timings, every, tell)) if look else None
+        eye = on.enter_context(ScoringWorker(run, look, timings, every, progress)) if look else None
         done: dict[str, int] = {}
         drawn = {line["key"] for line in samples.lines}
         for batch in every:
             name, images = batch.stack["name"], None
             if pen and name not in done:
-                tell(f"drawing: {name}", 0, len(planned))
+                progress(f"drawing: {name}", 0, len(planned))
             if pen and pen.lacks(batch):
                 images = pen.draw(batch)
             elif not drawn.issuperset(batch.keys):
                 continue  # not drawn yet, and nobody here to draw it
             done[name] = done.get(name, 0) + len(batch.keys)
             if pen:
-                tell(f"drawing: {name}", done[name], len(planned))
+                progress(f"drawing: {name}", done[name], len(planned))
             if eye:
                 eye.see(batch, images)
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.evaluation.run.batches import Batch, Tell, read_picture
+from safegen.core.progress import ProgressCallback
+from safegen.evaluation.run.batches import Batch, read_picture
 from safegen.evaluation.run.folder import (
     CHANGES,
     FEATURES,
@@ -70,9 +71,20 @@ class ScoringWorker:
     """
 
     def __init__(
-        self, run: Run, look: Evaluators, timings: Journal, every: Sequence[Batch], tell: Tell
+        self,
+        run: Run,
+        look: Evaluators,
+        timings: Journal,
+        every: Sequence[Batch],
+        progress: ProgressCallback,
     ) -> None:
-        self.run, self.look, self.timings, self.every, self.tell = run, look, timings, every, tell
+        self.run, self.look, self.timings, self.every, self.progress = (
+            run,
+            look,
+            timings,
+            every,
+            progress,
+        )
         self.moves = not {"change", "lpips"}.isdisjoint(run.protocol.metrics)
         self.scores = "clip_score" in run.protocol.metrics
         self._texts = dict[int, "NDArray[np.float64]"]()
@@ -167,7 +179,7 @@ class ScoringWorker:
         out: dict[str, list[Line]] = {}
         if todo.judge:
             out[VERDICTS] = [
-                {"judge": self.look.id} | to_line(v) for v in self.look.eye.judge(pictures)
+                {"judge": self.look.id} | to_line(d) for d in self.look.eye.detect(pictures)
             ]
         if todo.change:
             out[CHANGES] = self._changes(
@@ -232,7 +244,7 @@ class ScoringWorker:
                     )
                     self.done[name].update(batch.keys)
             self.timings.append(seen[""])
-            self.tell("judging", len(self.done[VERDICTS]), sum(len(b.keys) for b in self.every))
+            self.progress("judging", len(self.done[VERDICTS]), sum(len(b.keys) for b in self.every))
 
 
 def _score(image: NDArray[np.float64], text: NDArray[np.float64]) -> float | None:

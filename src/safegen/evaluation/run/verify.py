@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from safegen.core.errors import UserError
+from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.protocol import differences
-from safegen.evaluation.run.batches import Tell, is_blank, picture_file, read_picture
+from safegen.evaluation.run.batches import is_blank, picture_file, read_picture
 from safegen.evaluation.run.folder import (
     CHANGES,
     FEATURES,
@@ -32,7 +33,7 @@ from safegen.evaluation.scoring.table import score_run
 from safegen.metrics.image import pixel_mae
 
 
-def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
+def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
     """Return what is wrong with a run, one line a problem; nothing is loaded and nothing written.
 
     Whoever changes a picture, a line or a number by hand is found, unless everything that follows
@@ -45,7 +46,7 @@ def verify(run: Run, *, tell: Tell = lambda *_: None) -> list[str]:
     return [
         *_card(run),
         *_torn(run),
-        *_samples(run, refused, tell),
+        *_samples(run, refused, progress),
         *_verdicts(run),
         *_changes(run, refused),
         *_features(run),
@@ -105,7 +106,7 @@ def _torn(run: Run) -> Iterator[str]:
             yield f"{name}: its last line is torn; go on with the run to mend it"
 
 
-def _samples(run: Run, refused: set[str], tell: Tell) -> Iterator[str]:
+def _samples(run: Run, refused: set[str], progress: ProgressCallback) -> Iterator[str]:
     lines = run.lines(SAMPLES)
     yield from _twice(SAMPLES, [line.get("key") for line in lines])
     found: dict[object, Line] = {line.get("key"): line for line in lines}
@@ -115,7 +116,7 @@ def _samples(run: Run, refused: set[str], tell: Tell) -> Iterator[str]:
         missing = Counter[str]()
         for planned, key in zip(run.planned, run.keys(entry), strict=True):
             known.add(key)
-            tell("verifying pictures", len(known), total)
+            progress("verifying pictures", len(known), total)
             line, item = found.get(key), planned.item
             if line is None:
                 missing[item.list_name] += 1
