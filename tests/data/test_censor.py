@@ -189,9 +189,7 @@ def test_a_bad_setting_is_refused_in_one_line(values: dict[str, Any], words: str
 
 
 def test_a_misspelt_setting_is_refused_with_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no setting named 'color'\. Did you mean 'colour'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"no setting named 'color'\. Did you mean 'colour'\?"):
         Censor.model_validate({"color": (0, 0, 0)})
 
 

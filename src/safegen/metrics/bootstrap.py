@@ -28,7 +28,7 @@ class Mean(Result):
     unjudged: int = 0
 
     @property
-    def differs(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether the interval exists and excludes zero: the difference is significant."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 

@@ -32,7 +32,8 @@ def subject_accuracy(detections: Sequence[Detections | None], subjects: Sequence
     """
     if len(detections) != len(subjects):
         raise ValueError(
-            f"detections and subjects must be equally long, got {len(detections)} and {len(subjects)}"
+            "detections and subjects must be equally long, "
+            f"got {len(detections)} and {len(subjects)}"
         )
     return Rate.from_outcomes(
         [shows_subject(v, s) for v, s in zip(detections, subjects, strict=True)]
