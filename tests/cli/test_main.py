@@ -292,9 +292,9 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
     assert code == 0, err
     assert "1 pictures and sheet.png" in text
-    assert "1 withheld (trail.jsonl says why)" in text
-    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trail.jsonl"]
-    gone, shown = (json.loads(line) for line in (out / "trail.jsonl").read_text().splitlines())
+    assert "1 withheld (trace.jsonl says why)" in text
+    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trace.jsonl"]
+    gone, shown = (json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines())
     assert (gone["index"], gone["action"], gone["reason"]) == (0, "block", "prompt-filter: word")
     assert (shown["action"], shown["reason"]) == ("edit", "sld: steered")
     with Image.open(out / "0001.png") as picture:
@@ -309,11 +309,11 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     [
         (["mini", "--guard", "sdl"], "no guard named 'sdl'. Did you mean 'sld'"),
         (["mini", "--guard", "sld-mx"], "Did you mean 'max'"),
-        (["mini", "--guard", "sld"], "this model's text encoder reads 32"),
+        (["mini", "--guard", "sld"], "text of the guard 'sld' must have at most 32 tokens"),
         (["mini", "--guard", "negative-prompt"], "text is required"),
         (
             ["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"],
-            "sld has no effect without guidance",
+            "guidance_scale must be > 1 with sld, got 1",
         ),
         (["mini", "--concept", "skulls"], "concept must be used by a guard"),
         (["mini", "--stack", "x.toml"], "a MODEL or with a --stack"),
