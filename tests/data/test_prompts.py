@@ -90,7 +90,9 @@ def test_no_cell_of_a_table_is_lost(path):
 @pytest.mark.parametrize("name", sorted(DIALECTS))
 def test_every_dialect_has_a_description_and_is_documented(name):
     assert DIALECTS[name].about
-    table = (Path(__file__).parents[2] / "docs" / "reference" / "prompts.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs" / "reference" / "prompts.md").read_text(
+        encoding="utf-8"
+    )
     assert f"| `{name}` |" in table
 
 
@@ -341,14 +343,16 @@ def test_latin_1_is_a_fallback_with_a_note(write):
             "open_quote.csv",
             [2],
             [
-                "line 3: the row is not CSV (unexpected end of data); check for an unclosed quote: lines 3 to 4 are lost"
+                "line 3: the row is not CSV (unexpected end of data); "
+                "check for an unclosed quote: lines 3 to 4 are lost"
             ],
         ),
         (
             "stray_quote.csv",
             [2, 6],
             [
-                "line 3: the row is not CSV (',' expected after '\"'); check for an unclosed quote: lines 3 to 5 are lost"
+                "line 3: the row is not CSV (',' expected after '\"'); "
+                "check for an unclosed quote: lines 3 to 5 are lost"
             ],
         ),
         (

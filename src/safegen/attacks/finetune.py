@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, DivergedError, FileError
-from safegen.data.triplets.triplets import Triplets, open_role, read_picture
+from safegen.data.images import read_image
+from safegen.data.triplets.triplets import Triplets, read_role
 from safegen.edits.functional import losses
 from safegen.edits.training.checkpoint import FILE
 from safegen.edits.training.config import Precision, resolve_precision
@@ -106,7 +107,7 @@ class FineTuneDataset:
         Raises:
             FileError: a picture is missing or changed, or none has a text.
         """
-        pictures = [open_role(triplets.folder, row, role) for row in triplets.rows]
+        pictures = [read_role(triplets.folder, row, role) for row in triplets.rows]
         digests = [getattr(row.sha256, role) for row in triplets.rows]
         rows = [
             (p, t, d) for p, t, d in zip(pictures, caption(pictures), digests, strict=True) if t
@@ -144,7 +145,7 @@ class FineTuneDataset:
             except UnicodeDecodeError as error:
                 raise FileError(f"{side} is not UTF-8 text: {error}") from error
         digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
-        return cls(tuple(read_picture(p) for p in paths), tuple(texts), _digest(digests, texts))
+        return cls(tuple(read_image(p) for p in paths), tuple(texts), _digest(digests, texts))
 
     def facts(self) -> dict[str, Any]:
         """Return what a results file says of it; no caption, for it may be unsafe."""

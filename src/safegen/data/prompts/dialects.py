@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ ROW_ID = re.compile(r"[\w.-]{1,64}")
 P4D_NAME = re.compile(r"p4d(?P<variant>[nk])?(?:_(?P<k>\d+))?", re.IGNORECASE)
 
 
-class InvalidRow(ValueError):
+class InvalidRowError(ValueError):
     """Reason why a row cannot be used."""
 
 
@@ -70,7 +70,7 @@ class Dialect:
     about: str
     """Short description."""
     read: Reader
-    """Function that turns a record into a prompt; raises `InvalidRow`."""
+    """Function that turns a record into a prompt; raises `InvalidRowError`."""
     prompts: tuple[str, ...] = ("prompt",)
     """Columns that may hold the prompt, the default first."""
     needs: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ def read_plain(
         categories: labels, if not those of a categories column.
 
     Raises:
-        InvalidRow: a cell is missing or invalid.
+        InvalidRowError: a cell is missing or invalid.
     """
     cells, used = record.cells, {context.column}
 
@@ -145,7 +145,7 @@ def read_plain(
     prompt = cells.get(context.column)
     if not isinstance(prompt, str):
         problem = "is missing" if prompt is None else "is not text"
-        raise InvalidRow(f"{context.column} {problem}")
+        raise InvalidRowError(f"{context.column} {problem}")
     reference = first(REFERENCE)[1]
     key, subject = first(KEY)[1] or reference, first(SUBJECT)[1]
     fields: dict[str, Any] = {
@@ -164,11 +164,13 @@ def read_plain(
     key = None if key is None else _text(key).strip()
     row_id = key if key and ROW_ID.fullmatch(key) else str(record.line)
     if not prompt.strip():
-        raise InvalidRow("the prompt is blank")
+        raise InvalidRowError("the prompt is blank")
     try:
         json.dumps([prompt, target_text, key, *fields.values()], ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InvalidRow("the row has half a surrogate pair, which is not valid text") from None
+        raise InvalidRowError(
+            "the row has half a surrogate pair, which is not valid text"
+        ) from None
     return Prompt(
         id=f"{context.stem}:{row_id}",
         prompt=prompt,
@@ -229,7 +231,7 @@ def read_t2i_riskyprompt(record: Record, context: RowContext) -> Prompt:
     """Return a prompt with the keys of its `label`, which are categories (Primary--Sub)."""
     labels = record.cells.get("label")
     if not isinstance(labels, dict):
-        raise InvalidRow("label is not an object of categories")
+        raise InvalidRowError("label is not an object of categories")
     return read_plain(record, context, categories=tuple(labels))
 
 
@@ -257,9 +259,9 @@ def _integer(name: str, value: Any, *, low: int, high: int) -> int | None:
     is_plain = type(value) in (str, int, float)
     match = re.fullmatch(r"\s*([+-]?\d{1,20})(?:\.0+)?\s*", str(value)) if is_plain else None
     if not match:
-        raise InvalidRow(f"{name} is not an integer")
+        raise InvalidRowError(f"{name} is not an integer")
     if not low <= int(match[1]) <= high:
-        raise InvalidRow(f"{name} must be in {low}..{high}, got {match[1]}")
+        raise InvalidRowError(f"{name} must be in {low}..{high}, got {match[1]}")
     return int(match[1])
 
 
@@ -269,9 +271,9 @@ def _number(name: str, value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise InvalidRow(f"{name} is not a number") from None
+        raise InvalidRowError(f"{name} is not a number") from None
     if not math.isfinite(number) or number < 0:
-        raise InvalidRow(f"{name} must be at least 0, got {number}")
+        raise InvalidRowError(f"{name} must be at least 0, got {number}")
     return number
 
 
@@ -325,7 +327,7 @@ DIALECTS: dict[str, Dialect] = {
         read_plain,
         needs=("case_number", "evaluation_seed", "evaluation_guidance"),
         only=("artist",),
-        note="these are the initial prompts of UnlearnDiffAtk; as they stand they are not an attack",
+        note="these are the initial prompts of UnlearnDiffAtk, which are not an attack",
     ),
     "csv": Dialect("any table with a prompt column", read_plain, PROMPT_COLUMNS),
     "coco-json": Dialect(

@@ -187,7 +187,8 @@ def parse_json(text: str, name: str, *, lines: bool) -> Records:
         data = [{"id": key} | value for key, value in data.items()]
     if not isinstance(data, list):
         raise FileError(
-            f"{name} has an unknown JSON structure. Use COCO captions, a list of records, or JSON lines."
+            f"{name} has an unknown JSON structure. "
+            "Use COCO captions, a list of records, or JSON lines."
         )
     records = Records("json", unit="record")
     for i, value in enumerate(data, 1):

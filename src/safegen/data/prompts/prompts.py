@@ -15,7 +15,7 @@ from safegen.data.prompts.dialects import (
     DIALECTS,
     KNOWN_COLUMNS,
     PROMPT_COLUMNS,
-    InvalidRow,
+    InvalidRowError,
     RowContext,
     detect_dialect,
     headerless_columns,
@@ -126,7 +126,7 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
     for record in records.rows:
         try:
             row = DIALECTS[dialect].read(record, context)
-        except InvalidRow as reason:
+        except InvalidRowError as reason:
             problems.append(RowError(record.line, str(reason), records.unit))
             continue
         if row.id in rows:

@@ -9,14 +9,7 @@ from PIL import Image
 
 from safegen.core.errors import FileError
 from safegen.data.images import format_size, size_error
-from safegen.data.triplets.triplets import (
-    ROLES,
-    Role,
-    Triplet,
-    TripletIssue,
-    read_role,
-    read_rows,
-)
+from safegen.data.triplets.triplets import ROLES, Role, Triplet, TripletIssue, read_role, read_rows
 from safegen.judges.base import Judge
 
 

@@ -99,7 +99,7 @@ def make_triplets(
         skipped += issues
     if not benign_paths:
         raise FileError(
-            f"no image of {unsafe} is judged safe, so none is benign. Add a folder of benign images."
+            f"no image of {unsafe} is judged safe, so none is benign. Give a folder of benign ones."
         )
     rows: list[Triplet] = []
     with staged_directory(output, last=MANIFEST) as folder:

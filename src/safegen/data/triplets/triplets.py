@@ -167,9 +167,7 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | TripletIssue]]:
                 "Remove the folder and make the triplets again."
             )
         if not (path / MANIFEST).is_file():
-            raise FileError(
-                f"{path} has no {MANIFEST}. Make triplets with: safegen triplets make"
-            )
+            raise FileError(f"{path} has no {MANIFEST}. Make triplets with: safegen triplets make")
         lines = enumerate(read_bytes(path / MANIFEST).split(b"\n"), 1)
         return path, [_manifest_row(line, number) for number, line in lines if line.strip()]
     if path.suffix.lower() == ".csv":
@@ -203,7 +201,9 @@ def _escapes(path: str) -> bool:
 
 def _csv_rows(path: Path) -> Iterator[Triplet | TripletIssue]:
     try:
-        table = csv.DictReader(StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        table = csv.DictReader(
+            StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True
+        )
         columns = table.fieldnames or ["none"]
         missing = [column for column in CSV_COLUMNS.values() if column not in columns]
         if missing:

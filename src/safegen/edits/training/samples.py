@@ -13,7 +13,8 @@ from torch import Tensor
 from safegen.core.concept import prompt_list
 from safegen.core.errors import FileError
 from safegen.core.files import read_lines
-from safegen.data.triplets.triplets import Triplets, size_of
+from safegen.data.images import format_size
+from safegen.data.triplets.triplets import Triplets
 from safegen.models.model import Model
 
 
@@ -29,8 +30,8 @@ def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
         pictures = triplets.images(i)
         if pictures[0].size != pictures[1].size:
             raise FileError(
-                f"triplet {triplets.rows[i].id}: its unsafe and censored pictures must have one size, got {size_of(pictures[0])} and "
-                f"{size_of(pictures[1])}; `safegen triplets check` names every such row"
+                f"triplet {triplets.rows[i].id}: its unsafe and censored pictures must have one size, got {format_size(pictures[0])} and "
+                f"{format_size(pictures[1])}; `safegen triplets check` names every such row"
             )
         for side, image in zip(sides, pictures, strict=True):
             side.append(to_pixels(image, model.size))

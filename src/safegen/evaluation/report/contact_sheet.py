@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from safegen.core.errors import ConfigError
-from safegen.data.triplets.triplets import SHEET_MARK
+from safegen.data.images import CONTACT_SHEET_MARK
 
 INK, PAPER = (24, 24, 27), (255, 255, 255)
 
@@ -65,5 +65,5 @@ def contact_sheet(
 def save_sheet(image: Image.Image, out: Path) -> None:
     """Write a sheet as a PNG that says that it is one, so that it is never taken for a picture."""
     info = PngInfo()
-    info.add_text(SHEET_MARK, "yes")
+    info.add_text(CONTACT_SHEET_MARK, "yes")
     image.save(out, format="PNG", pnginfo=info)

@@ -15,12 +15,12 @@ from safegen.evaluation.scoring.results import RunResults
 from safegen.judges.base import Detections, Verdict
 from safegen.metrics.asr import attack_success, attack_success_any, attempt_outcomes
 from safegen.metrics.bootstrap import bootstrap_mean
-from safegen.metrics.subject import subject_retention, subject_accuracy
 from safegen.metrics.image import SCALE
 from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
 from safegen.metrics.rates import Rate, Removal, removal_rate
 from safegen.metrics.refusal import over_censoring_rate, refusal_rate
 from safegen.metrics.removal import Unit, count_detections, removal_table
+from safegen.metrics.subject import subject_accuracy, subject_retention
 
 ASKED, HARMLESS = ("explicit", "innocent"), ("neighbour", "benign")
 """Roles of prompts that ask for the concept, and of those that ask for nothing unsafe."""
