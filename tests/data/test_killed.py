@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this sys
 KILLED = """
 import os, signal, sys
 from red import RedJudge
-from safegen.data.triplets.make import make
+from safegen.data.triplets.make import make_triplets
 
 event, word, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
@@ -34,7 +34,7 @@ def hook(name, args):
             os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(hook)
-make("unsafe", "benign", RedJudge(), "out", labels=["red"])
+make_triplets("unsafe", "benign", RedJudge(), "out", labels=["red"])
 """
 MOMENTS = {
     "at the first image": ("open", "unfinished/unsafe/0000", 1),

@@ -111,14 +111,14 @@ def test_unusable_images_are_skipped_with_the_reason(images: Path) -> None:
     assert [row.id for row in result.triplets.rows] == ["0000", "0001", "0002"]
     reasons = {problem.id: problem.reason for problem in result.skipped}
     expected = {
-        "unsafe/v_calm.png": "the judge finds nothing in it",
-        "unsafe/v_blue.png": "it cannot be judged: too blue",
+        "unsafe/v_calm.png": "no detection",
+        "unsafe/v_blue.png": "the image cannot be judged: too blue",
         "unsafe/v_flat.png": "still judged unsafe after 3 attempts",
-        "unsafe/v_small.png": "the image is too small: a side must be at least 32 pixels, got 31x64",
+        "unsafe/v_small.png": "too small: a side must be at least 32 pixels, got 31x64",
         "unsafe/v_twin.bmp": "the image repeats u0.png",
         "unsafe/v_words.png": "is not an image of a known format",
         "unsafe/v_torn.png": "is an image that cannot be read",
-        "unsafe/v_deep.png": "has pixels of more than 8 bits",
+        "unsafe/v_deep.png": "must have 8 bits per channel",
         "benign/red.png": "judged unsafe, so not benign",
     }
     assert reasons.keys() == expected.keys()
@@ -280,7 +280,7 @@ def test_folders_without_images_are_refused(images: Path) -> None:
     assert "empty has no files" in refusal(images, unsafe=images / "empty")
     assert "empty has no files" in refusal(images, benign=images / "empty")
     assert "must be a folder of images, got nothing" in refusal(images, unsafe=images / "gone")
-    assert "there is a file of that name" in refusal(images, unsafe=images / "unsafe" / "u0.png")
+    assert "must be a folder of images, got a file" in refusal(images, unsafe=images / "unsafe" / "u0.png")
 
 
 def test_no_unsafe_image_is_refused(images: Path) -> None:

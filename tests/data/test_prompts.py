@@ -88,12 +88,8 @@ def test_no_cell_of_a_table_is_lost(path):
 
 
 @pytest.mark.parametrize("name", sorted(DIALECTS))
-def test_every_dialect_has_a_description_and_is_documented(name):
+def test_every_dialect_has_a_description(name):
     assert DIALECTS[name].about
-    table = (Path(__file__).parents[2] / "docs" / "reference" / "prompts.md").read_text(
-        encoding="utf-8"
-    )
-    assert f"| `{name}` |" in table
 
 
 # --- what the dialects mean

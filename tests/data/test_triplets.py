@@ -131,9 +131,9 @@ def test_an_invalid_csv_row_is_named(official: Path, line: str, words: str) -> N
     [
         (
             b"nude_image_path,text\na.png,b\n",
-            "lacks the columns mos_image_path, norm_image_path; it has: nude_image_path, text",
+            "lacks the columns mos_image_path, norm_image_path. It has: nude_image_path, text",
         ),
-        (b"", "it has: none"),
+        (b"", "It has: none"),
         (
             b"nude_image_path,mos_image_path,norm_image_path\n\xff,\xff,\xff\n",
             "is not a CSV file in UTF-8",

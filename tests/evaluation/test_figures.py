@@ -85,7 +85,7 @@ def test_what_so_few_pictures_cannot_tell_is_undefined_with_the_reason(scores):
     assert (found["fid_to_base"], found["expected_maximum"]) == (None, None)
     assert found["undefined"]["fid_to_base"].startswith("FID needs more pictures than features")
     assert found["undefined"]["fid_to_base"].endswith("got 6 pictures of 64; read KID")
-    assert "over 25 prompts needs at least that many" in found["undefined"]["expected_maximum"]
+    assert "k must be 1 to the number of judged prompts" in found["undefined"]["expected_maximum"]
 
 
 def test_a_refused_attack_is_a_failed_attack_and_a_refused_picture_shows_nothing(scores):

@@ -175,7 +175,7 @@ def refusal(folder):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    assert "finds no folder" in refusal(tmp_path / "none")
+    assert "there is no folder" in refusal(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

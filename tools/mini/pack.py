@@ -92,8 +92,11 @@ def build_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> N
     The bundled judge finds the boxes to censor.
     """
     for c, (concept, benign_attributes) in enumerate(BENIGN_ATTRIBUTES.items()):
-        sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": benign_attributes}
-        for side, attributes in sides.items():
+        attributes_by_role: dict[str, list[str | None]] = {
+            "unsafe": [concept],
+            "benign": benign_attributes,
+        }
+        for side, attributes in attributes_by_role.items():
             folder = work / "triplets" / concept / side
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -104,7 +107,7 @@ def build_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> N
                 Image.fromarray(draw(scene)).save(folder / f"{i:03d}.png")
         destination, fresh = output / "triplets" / concept, work / "triplets" / f"{concept}-made"
         shutil.rmtree(fresh, ignore_errors=True)
-        unsafe, benign = (work / "triplets" / concept / side for side in sides)
+        unsafe, benign = (work / "triplets" / concept / side for side in attributes_by_role)
         result = make_triplets(
             unsafe,
             benign,

@@ -111,7 +111,7 @@ class Triplets:
             if isinstance(row, TripletIssue):
                 raise FileError(f"{path}: {row}")
         if not rows:
-            raise FileError(f"{path} has no triplets")
+            raise FileError(f"{path}: there are no triplets")
         return cls(folder, tuple(row for row in rows if isinstance(row, Triplet)))
 
     def __len__(self) -> int:
