@@ -33,7 +33,8 @@ from typing import Any
 
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.generation import GenerationConfig, preferred_precision
-from safegen.evaluation.plan import Item, make_plan
+from safegen.evaluation.plan import Item
+from safegen.evaluation.protocol import Protocol, plan
 from safegen.evaluation.run.folder import Journal, from_line, parse, to_line
 from safegen.evaluation.scoring.score import removal, score
 from safegen.features.mini_clip import MiniClip
@@ -246,7 +247,12 @@ def run(args: argparse.Namespace) -> None:
     if unknown := [t for t in titles if t not in known]:
         raise SystemExit(f"no row named {unknown[0]!r}; known: {', '.join(known)}")
     every = stacks({title: known[title][0] for title in titles}, concept, args.patch)
-    items = make_plan(concept, prompts=args.prompts, seeds=range(1, args.seeds + 1))
+    seeds = range(1, args.seeds + 1)
+    items = plan(
+        Protocol.from_concept(
+            concept, prompts=args.prompts, seeds=seeds, generation=GenerationConfig()
+        )
+    )
     generation_config = GenerationConfig(
         num_inference_steps=args.steps, precision=args.precision, batch_size=args.batch
     )
@@ -333,9 +339,14 @@ class Found:
             facts["names"],
             facts["sampler"]["batch"],
         )
-        plan = make_plan(self.concept, prompts=facts["prompts"], seeds=range(1, facts["seeds"] + 1))
+        seeds = range(1, facts["seeds"] + 1)
+        items = plan(
+            Protocol.from_concept(
+                self.concept, prompts=facts["prompts"], seeds=seeds, generation=GenerationConfig()
+            )
+        )
         self.items = [
-            item for number in whole for item in plan[number * size : (number + 1) * size]
+            item for number in whole for item in items[number * size : (number + 1) * size]
         ]
         self.pictures = {
             name: [p for of in whole.values() for p in of[name]["pictures"]] for name in self.names

@@ -147,32 +147,45 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def settings(model: type[BaseModel], *, of_method: bool = False) -> str:
-    """Return a table of a pydantic model's fields: type, default, description.
+    """Return a table of a pydantic model's settings.
 
     Settings of a method link to the pages of nested settings and of adversaries.
     """
+    rows = []
+    for name, form, default, text in fields(model):
+        annotation = model.model_fields[name].annotation
+        links = ""
+        if of_method and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            NESTED[annotation.__name__] = annotation
+            links += f" See [{annotation.__name__}](../training.md#{annotation.__name__.lower()})."
+        if of_method and name == "adversary":
+            links += " See [adversaries](../adversaries.md)."
+        rows.append((code(name), form, default, text + links))
+    return table(("setting", "type", "default", "what it does"), rows)
+
+
+def record(model: type[BaseModel]) -> str:
+    """Return a table of a stored record's fields."""
+    rows = [(code(name), form, text) for name, form, _, text in fields(model)]
+    return table(("field", "type", "meaning"), rows)
+
+
+def fields(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type, default and description of a pydantic model's fields, its own first."""
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
     if "$ref" in schema:  # a model that refers to itself
         schema = definitions[model.__name__]
     required = set(schema.get("required", ()))
-    rows = []
     own = inspect.get_annotations(model)
     for name, field in sorted(schema["properties"].items(), key=lambda item: item[0] not in own):
         if "const" in field:
             continue  # the name of a guard or adversary
         annotation = model.model_fields[name].annotation
         default = "required" if name in required else literal(field.get("default"))
-        text = field.get("description", "")
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             default = changed(model.model_fields[name].default, annotation)
-        if of_method and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            NESTED[annotation.__name__] = annotation
-            text += f" See [{annotation.__name__}](../training.md#{annotation.__name__.lower()})."
-        if of_method and name == "adversary":
-            text += " See [adversaries](../adversaries.md)."
-        rows.append((code(name), kind(field, definitions), default, text))
-    return table(("setting", "type", "default", "what it does"), rows)
+        yield name, kind(field, definitions), default, field.get("description", "")
 
 
 def changed(value: Any, model: type[BaseModel]) -> str:
@@ -210,7 +223,7 @@ def show(value: Any) -> str:
 def method(model: Any, name: str) -> str:
     """Return the page of one edit or guard."""
     return (
-        f"# {name}\n\n{description(model)}\n\n"
+        f"# {name}\n\n{linked(description(model))}\n\n"
         f"{sources(model)}\n## Settings\n\n{settings(model, of_method=True)}{presets(model)}"
     )
 
@@ -233,7 +246,7 @@ def sources(model: Any) -> str:
     if inputs := getattr(model, "inputs", ""):
         lines.append(f"- **Learns from**: {inputs}")
     if deviations := getattr(model, "deviations", ""):
-        items = [deviations] if isinstance(deviations, str) else list(deviations)
+        items = re.split(r"(?<=\.) (?=[A-Z`])", deviations)
         lines.append("\n## Deviations from the paper\n")
         lines += [f"- {linked(item)}" for item in items]
     return "\n".join(lines) + "\n"
@@ -371,7 +384,7 @@ def files() -> str:
             continue
         models = list(models_of(import_module(name)))
         parts.append(f"## {title} records\n\nDefined in `{name}`.\n")
-        parts += [f"### {m.__name__}\n\n{paragraphs(m.__doc__)}\n\n{settings(m)}" for m in models]
+        parts += [f"### {m.__name__}\n\n{paragraphs(m.__doc__)}\n\n{record(m)}" for m in models]
     return "\n".join(parts)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from typer.main import get_command
 import safegen
 from safegen.cli import app
 from safegen.core import registry
+from safegen.core.concept import Concept
+from safegen.evaluation.protocol import Protocol
 from safegen.judges.base import judge_images
 from test_vocabulary import ARCHAIC
 
@@ -191,7 +194,8 @@ def test_every_method_has_a_paper_and_a_page_with_its_description_and_settings(
     page = generated[f"docs/reference/{room}/{name}.md"]
     if not hasattr(method, "paper"):
         pytest.skip("the class does not name its paper yet")
-    assert re.search(r"arXiv:\d{4}\.\d{5}|ours|folklore|Stable Diffusion", method.paper), name
+    assert re.search(r"arXiv:\d{4}\.\d{5}|ours|common practice", method.paper), name
+    assert "abstract only" not in method.paper or "econstruction" in method.deviations, name
     assert method.paper.splitlines()[0][:20] in re.sub(r"[\[\]]|\(https\S+\)", "", page)
     description = page.split("\n\n")[1]
     assert len(description.split()) >= 4
@@ -251,7 +255,9 @@ def test_every_result_names_how_it_was_measured(path):
 
 def test_make_bench_runs_every_script_and_each_is_named_where_its_figures_stand():
     text = "".join(read(path) for path in [*DOCUMENTS, *RESULTS])
-    names = {f"benchmarks/{path.name}" for path in SCRIPTS if path.stem != "baseline"}
+    names = {
+        f"benchmarks/{path.name}" for path in SCRIPTS if path.stem not in ("baseline", "common")
+    }
     assert len(names) >= 4
     in_make = {name for name in paths_in(read(MAKEFILE)) if name.startswith("benchmarks/")}
     assert names <= in_make
@@ -306,3 +312,23 @@ def test_documents_use_the_words_of_the_libraries(path):
     prose = re.sub(r"```.*?```|`[^`]*`", " ", read(path).lower(), flags=re.DOTALL)
     text = f" {' '.join(re.sub(r'[^a-z ]+', ' ', prose.replace(chr(10), ' ')).split())} "
     assert [phrase for phrase in ARCHAIC if f" {phrase} " in text] == []
+
+
+def test_the_protocol_of_the_how_to_is_valid():
+    text = read(DOCS / "how-to" / "evaluate-and-compare.md")
+    (given,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert [part.role for part in Protocol.model_validate(tomllib.loads(given)).lists] == [
+        "explicit",
+        "benign",
+    ]
+
+
+def test_the_concept_of_the_tutorial_is_valid():
+    text = read(DOCS / "tutorials" / "own-concept.md")
+    (given,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert Concept.model_validate(tomllib.loads(given)).judge == "mini"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "how-to").glob("*.md")), ids=page_name)
+def test_a_how_to_page_is_short(path):
+    assert len(read(path).splitlines()) <= 60

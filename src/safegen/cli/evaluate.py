@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from safegen.cli.options import Threads, one_line_warnings, set_threads, show_progress
+from safegen.cli.scores import print_run, print_scores
 from safegen.core.errors import ConfigError, FileError, InterruptedRunError
 
 if TYPE_CHECKING:
     from safegen.evaluation.protocol import Protocol
-    from safegen.evaluation.run.folder import Run
 
 
 class Stage(StrEnum):
@@ -183,11 +183,10 @@ def evaluate(
             progress=progress,
         )
     if stage == Stage.all:
-        from safegen.evaluation.report.page import PAGE, open_runs, write_report
+        from safegen.evaluation.report.page import open_runs, write_report
 
-        _show(run)
         write_report(open_runs([out]), out)
-        typer.echo(f"report: {out / PAGE}")
+        print_run(out)
     typer.echo(
         f"{len(run.stacks) * len(run.planned)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})"
     )
@@ -222,7 +221,7 @@ def score(
     own = new == opened.protocol.id
     path = out or scores_file(opened, scores)
     write_json(path, scores)
-    _show(opened, scores)
+    print_scores(scores)
     typer.echo(
         f"{path}: protocol {scores['protocol']['name']} ({new}){'' if own else ', another than that of the run: compare like with like'}"
     )
@@ -371,57 +370,3 @@ def _stoppable(out: Path) -> Iterator[None]:
         raise InterruptedRunError(
             f"stopped; what was drawn is in {out}, and the same command goes on"
         ) from error
-
-
-def _show(run: Run, scores: dict[str, Any] | None = None) -> None:
-    """Print the headline table: a row for each stack and list."""
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from safegen.evaluation.run.folder import SCORES
-
-    scores = scores or json.loads((run.folder / SCORES).read_text(encoding="utf-8"))
-    rule = scores["protocol"]["decides"]["judge"]
-    table = Table(
-        title=f"{run.protocol.concept}: seen by {scores['judge']} from {rule['threshold']} on; protocol {scores['protocol']['id']}",
-        title_justify="left",
-    )
-    for head in (
-        "stack",
-        "list",
-        "n",
-        "seen (95 %)",
-        "removed (95 %)",
-        "right object",
-        "changed",
-        "blank",
-    ):
-        table.add_column(head)
-
-    def rate(value: dict[str, Any] | None, digits: int = 0) -> str:
-        if not value:
-            return ""
-        text = f"{100 * value['value']:.{digits}f} %"
-        if value["low"] is None:  # one prompt shows no spread
-            return text
-        low, high = (f"{100 * value[k]:.{digits}f}" for k in ("low", "high"))
-        return f"{text} ({low} to {high})"
-
-    for name, entry in scores["stacks"].items():
-        for part, row in entry["lists"].items():
-            seen = row.get("concept")
-            besides = [rate(row.get(key)) for key in ("subject", "change")]
-            blank = str(row["blank"]["hits"] or "")
-            table.add_row(
-                name,
-                part,
-                str(seen["n"] if seen else 0),
-                rate(seen),
-                rate(row.get("removal"), 1),
-                *besides,
-                blank,
-            )
-        table.add_section()
-    Console().print(table)

@@ -1,6 +1,6 @@
 """The commands: generate, edit, apply, demo.
 
-Patch, export, evaluate, resilience ... have their own files.
+Patch, export, evaluate, attack ... have their own files.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli import attack as resilience
-from safegen.cli import demo, evaluate, triplets
+from safegen.cli import attack, demo, evaluate, triplets
 from safegen.cli import patch as patch_cli
 from safegen.cli import prompts as prompts_cli
 from safegen.cli.options import (
@@ -55,13 +54,13 @@ app.add_typer(
     name="patch",
     help="Look into patches, compare and merge them, turn them into LoRAs.",
 )
+app.add_typer(attack.app, name="attack", help="Test whether a removed concept can be brought back.")
 for command in (
     patch_cli.export,
     evaluate.evaluate,
     evaluate.score,
     evaluate.report,
     evaluate.verify,
-    resilience.resilience,
     demo.demo,
 ):
     app.command()(command)
@@ -269,7 +268,7 @@ def edit(
         check_writable(work / "log")
     from safegen.data.triplets.triplets import Triplets
     from safegen.edits.base import check_inputs
-    from safegen.evaluation.report.model_card import check_new_directory
+    from safegen.evaluation.report.model_card import check_card_path
     from safegen.workflows.edit import (
         make_edit,
         refuse_idle_concept,
@@ -278,7 +277,7 @@ def edit(
     )
 
     if not no_card:
-        check_new_directory(out)
+        check_card_path(out)
     changes = read_settings(method, preset, set_ or [])
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **changes)

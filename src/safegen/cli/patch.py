@@ -200,13 +200,13 @@ def card_(
             f"out must end in .md, since a card is Markdown and is written anew over what is there, got {str(out)!r}"
         )
     from safegen.core.files import atomic_write
-    from safegen.evaluation.report.model_card import CardSubject, beside, card
+    from safegen.evaluation.report.model_card import CardSubject, card_path, model_card
     from safegen.patches.patch import Patch
 
-    text = card(CardSubject.of_patch(Patch.load(patch), patch.name), metrics or ())
-    with atomic_write(out or beside(patch), replace=True) as tmp:
+    text = model_card(CardSubject.of_patch(Patch.load(patch), patch.name), metrics or ())
+    with atomic_write(out or card_path(patch), replace=True) as tmp:
         tmp.write_text(text, encoding="utf-8")
-    typer.echo(str(out or beside(patch)))
+    typer.echo(str(out or card_path(patch)))
 
 
 @app.command("extract-lora")
@@ -246,7 +246,7 @@ def extract_lora(
     if prompt and no_quality:
         raise ConfigError("prompt has no effect with --no-quality; leave one of them out")
     _refuse_taken(out, no_card)
-    from safegen.evaluation.report.model_card import CardSubject, card, write_with_card
+    from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
     from safegen.models.loading import load
     from safegen.patches.lora import effect_loss, save_lora
     from safegen.patches.lora import extract_lora as extract
@@ -277,11 +277,16 @@ def extract_lora(
     facts |= {"effect_loss": lost, "prompts": drawn}
     share = f"Rank {found.rank}, in {keys}'s keys; it holds {100 * found.retained_energy:.1f} % of the patch's squared change; {effect}."
     subject = CardSubject(
-        "lora", out.name, display_name(model), loaded.hash, [(read.hash, read.metadata.to_json())], [share]
+        "lora",
+        out.name,
+        display_name(model),
+        loaded.hash,
+        [(read.hash, read.metadata.to_json())],
+        [share],
     )
     write_with_card(
         out,
-        None if no_card else card(subject),
+        None if no_card else model_card(subject),
         lambda: save_lora(found, loaded, out, keys=cast("KeyFormat", keys), **facts),
     )
     worst = min(found.energy_by_weight, key=lambda name: found.energy_by_weight[name])
@@ -372,6 +377,6 @@ def _refuse_taken(out: Path, no_card: bool) -> None:
     if out.exists():
         raise FileError(f"{out} exists already; name another file or remove it")
     if not no_card:
-        from safegen.evaluation.report.model_card import check_new_directory
+        from safegen.evaluation.report.model_card import check_card_path
 
-        check_new_directory(out)
+        check_card_path(out)

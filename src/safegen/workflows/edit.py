@@ -276,7 +276,7 @@ def _metadata(
         model=earlier.model if earlier else subject.model,
         base=earlier.base if earlier else model.hash,
         patches=(*(earlier.patches if earlier else ()), *records),
-        metrics=tuple(subject.figures(path).facts() for path in metrics),
+        metrics=tuple(subject.read_metrics(path).to_dict() for path in metrics),
     )
 
 
@@ -302,7 +302,7 @@ def _card(subject: cards.CardSubject, wanted: bool, metrics: Sequence[Path]) -> 
         raise ConfigError(
             "metrics have no effect without a card: they go into it; leave one of the two out"
         )
-    return cards.card(subject, metrics) if wanted else None
+    return cards.model_card(subject, metrics) if wanted else None
 
 
 @contextmanager
