@@ -198,7 +198,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 
 def test_preprocessing_that_gives_another_size_is_refused(folder, save_pixels):
     save_pixels(folder, 32)
-    assert "gives pictures of shape (3, 32, 32), the network takes (3, 64, 64)" in refusal(folder)
+    assert "must give finite images of shape (3, 64, 64), got (3, 32, 32)" in refusal(folder)
 
 
 @pytest.mark.parametrize("spoil", ["lacking", "nan"])

@@ -84,7 +84,7 @@ def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
     images = pictures("skulls", 24) + pictures(None, 24) + pictures("fire", 24)
     with torch.no_grad():
         seen = judge._tower(
-            pixel_values=torch.stack([judge._pixels(i) for i in images])
+            pixel_values=torch.stack([judge._preprocess(i) for i in images])
         ).image_embeds
     nearer = torch.cosine_similarity(seen[:, None], vectors.half().float()[None], dim=-1).argmax(
         dim=1

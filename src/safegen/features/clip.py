@@ -142,11 +142,11 @@ class ClipPreprocessor:
         if not path.is_file():
             raise FileError(f"{folder} has no preprocessor_config.json. Get it with the weights.")
         try:
-            with silence_libraries("transformers"):
+            with silence_libraries("transformers"), np.errstate(all="ignore"):
                 self._processor = CLIPImageProcessorPil.from_pretrained(
                     str(folder), local_files_only=True
                 )
-            output = self(Image.new("RGB", (size + 3, size)))
+                output = self(Image.new("RGB", (size + 3, size)))
         except Exception as error:  # not JSON, or a value of another type
             raise FileError(f"{path} cannot be read: {first_line(error)}") from error
         if tuple(output.shape) != (3, size, size) or not bool(output.isfinite().all()):

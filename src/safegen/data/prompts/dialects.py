@@ -32,9 +32,8 @@ FOREIGN = (
     "sensitive prompt",
     "normal prompt",
 )
-KNOWN_COLUMNS = frozenset(
-    (*PROMPT_COLUMNS, *SEED, *GUIDANCE, *WIDTH, *HEIGHT, *CATEGORIES, *REFERENCE, *KEY, *FOREIGN)
-)
+PUBLISHED = SEED + GUIDANCE + WIDTH + HEIGHT + CATEGORIES + REFERENCE + KEY
+KNOWN_COLUMNS = frozenset(PROMPT_COLUMNS + PUBLISHED + FOREIGN)
 """A first line with one of these columns is a header."""
 
 RING_A_BELL_NAME = re.compile(

@@ -83,24 +83,8 @@ def make_triplets(
     if not output.parent.is_dir():
         raise FileError(f"{output} cannot be written: {output.parent} does not exist. Create it.")
     check_writable(output)
-    unsafe_images, benign_paths, skipped = _judge_folder(unsafe, rule, progress)
-    if not unsafe_images:
-        reasons = f": {_summarize(skipped)}" if skipped else ""
-        raise FileError(f"no image of {unsafe} is judged unsafe, so none can be censored{reasons}")
-    if benign is not None:
-        skipped += [TripletIssue(_name(p), "no detection") for p in benign_paths]
-        benign = Path(benign).absolute()
-        not_benign, benign_paths, issues = _judge_folder(benign, rule, progress)
-        issues += [
-            TripletIssue(_name(image.path), "judged unsafe, so not benign") for image in not_benign
-        ]
-        if not benign_paths:
-            raise FileError(f"no image of {benign} can serve as benign: {_summarize(issues)}")
-        skipped += issues
-    if not benign_paths:
-        raise FileError(
-            f"no image of {unsafe} is judged safe, so none is benign. Give a folder of benign ones."
-        )
+    benign = None if benign is None else Path(benign).absolute()
+    unsafe_images, benign_paths, skipped = _select_images(unsafe, benign, rule, progress)
     rows: list[Triplet] = []
     with staged_directory(output, last=MANIFEST) as folder:
         for role in ROLES:
@@ -163,6 +147,30 @@ def _name(path: Path) -> str:
 def _summarize(issues: Sequence[TripletIssue]) -> str:
     more = f"; and {len(issues) - 3} more" if len(issues) > 3 else ""
     return "; ".join(str(issue) for issue in issues[:3]) + more
+
+
+def _select_images(
+    unsafe: Path, benign: Path | None, rule: _DetectionRule, progress: ProgressCallback
+) -> tuple[list[UnsafeImage], list[Path], list[TripletIssue]]:
+    """Return the unsafe images, the benign images, and the images that are skipped."""
+    unsafe_images, benign_paths, skipped = _judge_folder(unsafe, rule, progress)
+    if not unsafe_images:
+        reasons = f": {_summarize(skipped)}" if skipped else ""
+        raise FileError(f"no image of {unsafe} is judged unsafe, so none can be censored{reasons}")
+    if benign is not None:
+        skipped += [TripletIssue(_name(p), "no detection") for p in benign_paths]
+        not_benign, benign_paths, issues = _judge_folder(benign, rule, progress)
+        issues += [
+            TripletIssue(_name(image.path), "judged unsafe, so not benign") for image in not_benign
+        ]
+        if not benign_paths:
+            raise FileError(f"no image of {benign} can serve as benign: {_summarize(issues)}")
+        skipped += issues
+    if not benign_paths:
+        raise FileError(
+            f"no image of {unsafe} is judged safe, so none is benign. Give a folder of benign ones."
+        )
+    return unsafe_images, benign_paths, skipped
 
 
 def _judge_folder(
