@@ -254,7 +254,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
             else:
                 key = "shown" if entry["base"]["shown"] else "subject"
                 cells.append(
-                    f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}"
+                    f"{100 * entry['base'][key]['value']:.0f} → "
+                    f"{100 * entry['edited'][key]['value']:.0f}"
                 )
         calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]] or [
             row["lists"][n] for n in names
@@ -278,7 +279,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def compared(found: list[dict[str, Any]]) -> list[str]:
-    """Return, for each two rows on the same pictures, on how many only one of them lets the concept be seen, with the exact p."""
+    """Return the exact McNemar test of each pair of rows on the same images."""
 
     def seen(row: dict[str, Any]) -> list[bool | None]:
         return [hit for e in row["lists"].values() for hit in e.get("seen", [])]
@@ -305,7 +306,7 @@ def _peak(row: dict[str, Any]) -> str:
 
 
 def plot(found: list[dict[str, Any]], out: Path) -> None:
-    """Draw the front: what is left of the concept on innocent prompts against how much benign pictures changed; low and left is better."""
+    """Draw what is left on innocent prompts against the change of benign images, to a file."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4.5))

@@ -17,6 +17,7 @@ import safegen
 from safegen.cli import app
 from safegen.core import registry
 from safegen.core.concept import Concept
+from safegen.edits.functional.closed_form import embed
 from safegen.evaluation.protocol import Protocol
 from safegen.judges.base import judge_images
 from test_vocabulary import ARCHAIC
@@ -103,7 +104,9 @@ def broken_links(place: str, text: str, generated: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize("path", [*DOCUMENTS, *FRAGMENTS, *SCRIPTS, MAKEFILE], ids=page_name)
 def test_every_path_that_a_document_names_exists(path, generated):
     made = {name for name in paths_in(read(path)) if not (ROOT / name).exists()}
-    skeletons = {f"src/safegen/{room}" for room in ("guards", "judges", "attacks")} | {"tests"}
+    skeletons = {f"src/safegen/{room}" for room in ("edits", "guards", "judges", "attacks")} | {
+        "tests"
+    }
     if path.parent.name == "how-to" and path.name.startswith("add-"):
         made = {name for name in made if name.rsplit("/", 1)[0].split("tests/")[0] not in skeletons}
         made = {name for name in made if not name.startswith("tests/")}
@@ -285,6 +288,13 @@ def skeleton(name: str) -> dict[str, object]:
     scope: dict[str, object] = {"__name__": f"skeleton_{Path(name).stem.replace('-', '_')}"}
     exec(compile(code, name, "exec", dont_inherit=True), scope)
     return scope
+
+
+def test_the_edit_of_the_how_to_removes_keys_and_values_of_a_phrase(tiny_model):
+    edit = skeleton("add-an-edit.md")["ProjectOut"](erase=("red cube",))
+    key = embed(tiny_model, ["red cube"], tokens="last")[0][0]
+    for weight in edit.apply(tiny_model).tensors.values():
+        assert (weight.double() @ key).abs().max() < 1e-5
 
 
 def test_the_guard_of_the_how_to_blocks_long_prompts():

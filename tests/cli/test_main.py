@@ -400,11 +400,11 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
 @pytest.mark.parametrize(
     ("method", "words", "says"),
     [
-        ("uce", [], ("cross-attention layers", "and no pictures", "solved in closed form")),
+        ("uce", [], ("cross-attention layers", "not from images", "solved in closed form")),
         (
             "safegen-plus",
             ["--set", "training.updates=2", "--set", "training.warmup=0"],
-            (" attention layers", "It also erases the words", "<svg"),
+            (" attention layers", "It also erases the phrases", "<svg"),
         ),
     ],
 )

@@ -218,12 +218,10 @@ def test_a_stack_generates_with_an_sdxl(make_tiny):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
+def test_edits_refuse_an_sdxl(name, make_tiny, triplets, cubes):
     """SDXL is conditioned on more than one text embedding, which edits do not support."""
     model = make_tiny("sdxl")
-    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset(
-        "default", **({} if name == "safegen" else WORDS.get(name, ERASE))
-    )
+    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset("default", concept=cubes)
     before = {
         k: v.clone()
         for part in model.components
@@ -241,14 +239,6 @@ def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
     assert all(torch.equal(v, before[k]) for k, v in after.items())
     assert model.applied_patches == []
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
-
-
-ERASE = {"erase": ("red cube",)}
-WORDS = {
-    "esd": {"weight_retain": 0.0} | ERASE,
-    "duo": {"anchors": ("tree",)} | ERASE,
-    "concept_ablation": {"anchors": ("tree",)} | ERASE,
-}
 
 
 def test_the_header_has_the_configurations_of_both_text_encoders(make_tiny, tmp_path):
