@@ -394,7 +394,7 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
     shutil.copy(bundle.judge_file(), tmp_path / "other.safetensors")
     code, _, err = safegen("apply", tmp_path / "other.safetensors", "mini", "--out", tmp_path / "x")
     assert code == 2
-    assert "not a safegen patch" in err
+    assert "must be a safegen patch" in err
 
 
 @pytest.mark.parametrize(
