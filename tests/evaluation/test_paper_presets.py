@@ -12,7 +12,7 @@ import pytest
 import safegen
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import PROTOCOLS
-from safegen.data.prompts.prompts import cluster_of
+from safegen.data.prompts.prompt import cluster_of
 from safegen.evaluation.protocol import load_protocol, plan, read_protocol
 from safegen.evaluation.samples import hash_rows, read_rows
 
@@ -215,6 +215,6 @@ def test_a_file_of_the_hub_is_named_as_such():
     protocol = read_protocol("coco-10k")
     with pytest.raises(
         FileError,
-        match=r"a file of the hub is named hub:owner/name/path/in/repo\.csv, got 'hub:owner'",
+        match=r"a file of the hub must be named hub:owner/name/path/in/repo\.csv, got 'hub:owner'",
     ):
         load_protocol("coco-10k", prompts={protocol.lists[0].name: "hub:owner"})

@@ -131,6 +131,16 @@ def test_unanimous_hits_count_prompts_not_images(hit):
     assert (found.low, found.high) == wilson_interval(10 * hit, 10)
 
 
+@pytest.mark.parametrize("hits", [4, 5, 6])
+def test_the_bootstrap_needs_five_clusters_with_hits_and_five_with_misses(hits):
+    clusters = [c for c in range(10) for _ in range(4)]
+    rate = clustered_rate([c < hits for c in clusters], clusters)
+    if hits == 5:  # wider than Wilson's (0.24, 0.76) over clusters
+        assert (rate.low, rate.high) == pytest.approx((0.2, 0.8))
+    else:
+        assert (rate.low, rate.high) == pytest.approx(wilson_interval(hits, 10))
+
+
 def test_the_upper_bound_of_a_rare_event_grows_with_hits():
     prompts = [n // 10 for n in range(200)]
     highs = [

@@ -115,6 +115,14 @@ def test_few_survivors_count_one_trial_per_prompt():
         assert clustered_rate([e > 0 for e in edited], prompts).high <= 1 - found.low + 0.02
 
 
+def test_five_clusters_with_survivors_count_detections_and_four_count_clusters():
+    five, four = (
+        removal_rate([30] * 10, [int(c < k) for c in range(10)], range(10)) for k in (5, 4)
+    )
+    assert five.low == pytest.approx(1 - wilson_interval(5, 300)[1])
+    assert four.low == pytest.approx(1 - wilson_interval(4 / 300 * 10, 10)[1])
+
+
 @pytest.mark.parametrize("rate", [0.02, 0.05, 0.15])
 def test_the_interval_covers_the_truth_for_detections_that_survive_per_prompt(rate):
     """64 prompts with three detections each, which survive together or not at all."""
