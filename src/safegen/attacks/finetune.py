@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, DivergedError, FileError
-from safegen.data.triplets.triplets import Triplets, open_role, read_picture
+from safegen.data.images import read_image
+from safegen.data.triplets.triplets import Triplets, read_role
 from safegen.edits.functional import losses
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE
 from safegen.edits.training.config import (
@@ -114,7 +115,7 @@ class FineTuneDataset:
         Raises:
             FileError: an image is missing or changed, or none has a caption.
         """
-        images = [open_role(triplets.folder, row, role) for row in triplets.rows]
+        images = [read_role(triplets.folder, row, role) for row in triplets.rows]
         digests = [getattr(row.sha256, role) for row in triplets.rows]
         rows = [row for row in zip(images, caption(images), digests, strict=True) if row[1]]
         if not rows:
@@ -153,7 +154,7 @@ class FineTuneDataset:
             except UnicodeDecodeError as error:
                 raise FileError(f"{file} is not UTF-8 text: {error}") from error
         hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
-        images = tuple(read_picture(p) for p in paths)
+        images = tuple(read_image(p) for p in paths)
         return cls(images, tuple(captions), _digest(hashes, captions))
 
     def to_dict(self) -> dict[str, Any]:

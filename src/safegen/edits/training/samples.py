@@ -13,7 +13,8 @@ from torch import Tensor
 from safegen.core.concept import prompt_list
 from safegen.core.errors import FileError
 from safegen.core.files import read_lines
-from safegen.data.triplets.triplets import Triplets, size_of
+from safegen.data.images import format_size
+from safegen.data.triplets.triplets import Triplets
 from safegen.models.model import Model
 
 CAPTIONS_PER_LIST = 192
@@ -35,7 +36,7 @@ def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
         if images[0].size != images[1].size:
             raise FileError(
                 f"triplet {triplets.rows[i].id}: unsafe and censored image must have one size, "
-                f"got {size_of(images[0])} and {size_of(images[1])}. "
+                f"got {format_size(images[0])} and {format_size(images[1])}. "
                 "`safegen triplets check` lists every such row."
             )
         for pixels, image in zip(roles, images, strict=True):
