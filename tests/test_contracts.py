@@ -167,7 +167,7 @@ def test_every_trained_edit_checks_its_training_before_it_prepares_anything(
     half = make_model()
     half.pipeline.to(torch.bfloat16)
     data = data_for(brief(name, cubes), triplets)
-    with pytest.raises(ConfigError, match="training.precision fp32 needs a model loaded in fp32"):
+    with pytest.raises(ConfigError, match="precision fp32 needs a model loaded in fp32"):
         brief(name, cubes, training=BRIEF | {"precision": "fp32"}).apply(half, data)
     with pytest.raises(FileError, match="to resume"):
         brief(name, cubes).apply(half, data, checkpoint_dir=tmp_path, resume=True)

@@ -6,6 +6,8 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -195,8 +197,6 @@ def test_every_method_has_a_paper_and_a_page_with_its_description_and_settings(
 ):
     method = registry.resolve(ROOMS[room], name, room)
     page = generated[f"docs/reference/{room}/{name}.md"]
-    if not hasattr(method, "paper"):
-        pytest.skip("the class does not name its paper yet")
     assert re.search(r"arXiv:\d{4}\.\d{5}|ours|common practice", method.paper), name
     assert "abstract only" not in method.paper or "econstruction" in method.deviations, name
     assert method.paper.splitlines()[0][:20] in re.sub(r"[\[\]]|\(https\S+\)", "", page)
@@ -342,3 +342,13 @@ def test_the_concept_of_the_tutorial_is_valid():
 @pytest.mark.parametrize("path", sorted((DOCS / "how-to").glob("*.md")), ids=page_name)
 def test_a_how_to_page_is_short(path):
     assert len(read(path).splitlines()) <= 60
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="needs the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    given = [*command, "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "reference" / "edits" / "safegen.html").exists()

@@ -193,7 +193,7 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
 
 
 def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
-    """SafeGen's step with its one step of ascent, restated: 0.25 of the embedding's norm up the loss on the unsafe rows.
+    """SafeGen's losses with one gradient step of 0.25 on unsafe samples, written out.
 
     The benign texts go along by the same move if it is shared, and L_p asks for what the untouched
     model says to them there.
@@ -375,7 +375,7 @@ REFUSED = {
     "adversary: the radius of one step must be from 0 \\(none\\) to 2, got -0.1": -0.1,
     "to 2, got 2.5": 2.5,
     "to 2, got nan": float("nan"),
-    "an adversary must be a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
+    "must be a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
     "or a table with such a name, got {'steps': 3}": {"steps": 3},
     "no adversary named 'adv-unlern'. Did you mean 'adv-unlearn'": "adv-unlern",
     "adversary 'adv-unlearn': no setting named 'step_size'": {

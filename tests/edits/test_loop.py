@@ -515,7 +515,7 @@ def test_cosine_starts_at_the_rate_and_ends_near_zero(line):
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
 def test_the_average_is_diffusers_ema(line, decay):
-    """decay_s = min((1 + s) / (10 + s), decay) from the second update on, 0 at the first, as EMAModel has it."""
+    """The decay is 0 at the first update, then min((1 + s) / (10 + s), decay)."""
     shadow, s = torch.zeros(2, 3), 0
 
     def follow(done, of, row):
@@ -673,7 +673,7 @@ def test_a_new_weight_that_is_not_finite_is_caught_after_the_last_update_too(lin
         line.weight.fill_(1e10)
     before = state_of(line)
     with pytest.raises(
-        DivergedError, match="the new weight has values that are not finite. Lower lr"
+        DivergedError, match=r"the new weight has values that are not finite\. Lower lr"
     ):
         train(
             line,

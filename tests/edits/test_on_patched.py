@@ -39,7 +39,7 @@ def test_applying_a_patch_without_its_parents_warns(two, make_model):
     model = make_model()
     with pytest.warns(
         BaseMismatchWarning,
-        match=rf"model with the patch uce \({below.hash[:12]}\), which is not on 'tiny'. Apply that one",
+        match=rf"with the patch uce \({below.hash[:12]}\), which is not on 'tiny'. Apply that one",
     ):
         above.apply(model).undo()
     with warnings.catch_warnings():

@@ -64,7 +64,7 @@ def state_of(net):
 
 
 def published_run(model, rows, *, updates, accumulation, lr):
-    """The released training step (SafeGen_CCS2024, train_text_to_image_adjust_sal.py, l.625-1060), restated on recorded latents and draws.
+    """The released training step (train_text_to_image_adjust_sal.py) on recorded latents and noise.
 
     Left out: the third forward, on the censored latents, whose result the release never uses.
     """

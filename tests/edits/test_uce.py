@@ -132,7 +132,7 @@ def test_the_erased_phrase_gets_the_keys_and_values_of_the_guide(tiny_model):
 
 
 def test_the_edit_is_the_published_formula(tiny_model):
-    """The released step, in fp32 with an inverse, on one layer: last token, guide blank, lamb 0.5, both scales 1."""
+    """The released step, in fp32 with an inverse, on one layer."""
     settings = make_edit("uce", "paper", erase=("red cube", "ball"), preserve=("a tree",))
     patch = settings.apply(tiny_model)
 
@@ -226,8 +226,7 @@ def test_one_call_edits_by_the_name_of_a_concept(tiny_model, triplets):
     with pytest.raises(ConfigError, match="uce learns from phrases, and triplets have no effect"):
         edit_model(tiny_model, "uce", concept="skulls", triplets=triplets.folder)
     with pytest.raises(
-        ConfigError,
-        match=r"concept has no effect here: it lends words and captions, and uce .* takes none from 'skulls'",
+        ConfigError, match=r"concept has no effect here: .*, and uce .* takes none from 'skulls'"
     ):
         edit_model(tiny_model, "uce", preset="paper", concept="skulls", erase=("cube",))
 

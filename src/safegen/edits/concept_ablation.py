@@ -29,7 +29,7 @@ class ConceptAblation(TrainedEdit):
         "default": {"target": "base", "num_images": 64, "steps": 25, "training": SHORT},
         "paper": {},
     }
-    """`paper`: the released settings for nudity, but for `deviations`.
+    """`paper`: the released settings for nudity, except for `deviations`.
 
     `default`: ours, for the miniature model.
     """

@@ -179,11 +179,11 @@ class DUOObjective:
         self.safe, pending = torch.empty_like(self.unsafe), list(range(len(ids)))
         pending_after_attempt = []
         for attempt in range(self.edit.max_attempts):
-            twins = self._redraw(model, attempt, pending)
-            verdicts = judge_images(judge, model.decode_images(twins))
+            latents = self._redraw(model, attempt, pending)
+            verdicts = judge_images(judge, model.decode_images(latents))
             # A twin that cannot be judged counts as unsafe.
             is_safe = [verdict == "safe" for verdict in verdicts]
-            for row, twin, safe in zip(pending, twins, is_safe, strict=True):
+            for row, twin, safe in zip(pending, latents, is_safe, strict=True):
                 if safe:
                     self.safe[row] = twin
             pending = [row for row, safe in zip(pending, is_safe, strict=True) if not safe]
@@ -224,14 +224,14 @@ class DUOObjective:
         index = slice(None) if rows is None else list(rows)
         z, eps = self.unsafe[index], noise[index]
         abar = self.abar[timesteps[0].to(self.abar.device)].expand(len(z))
-        twins = []
+        latents = []
         with torch.no_grad(), rollout_autocast(model, edit.training.precision):
             for noised in losses.add_noise(z, eps, abar).split(16):
                 x, prompt = noised, text.expand(len(noised), -1, -1)
                 for t in timesteps:
                     x = rollout.step(t, x, *rollout.predict_cfg(t, x, prompt, predict))
-                twins.append(x)
-        return torch.cat(twins)
+                latents.append(x)
+        return torch.cat(latents)
 
     def training_step(
         self,

@@ -43,11 +43,11 @@ class RECE(ClosedFormEdit):
     )
 
     guide: str = " "
-    """Text whose keys and values the phrases get."""
+    """Text that provides the new keys and values of the phrases."""
     preserve: tuple[str, ...] = (" ",)
-    """Phrases whose keys and values stay; the published code preserves a blank."""
+    """Phrases that keep their keys and values; the published code preserves a blank."""
     captions: tuple[str, ...] = ()
-    """Prompt lists (`source:list`) and text files whose captions are preserved too (ours)."""
+    """Prompt lists (`source:list`) and text files with captions to preserve too (ours)."""
     tokens: Literal["last", "tail", "all"] = "all"
     """Positions that are edited: every one as published, the last token, or all from there on."""
     expand: bool = False

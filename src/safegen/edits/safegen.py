@@ -73,7 +73,7 @@ class SafeGen(TrainedEdit):
     """Adversary that moves the text embedding of unsafe samples: the relative size of one step
     (0 is none), a name, or a table with a name and settings."""
     adversary_moves: Literal["unsafe", "both"] | None = None
-    """Samples whose text is moved, by the same step (ours): unsafe ones, or benign ones too.
+    """Samples that get the move: unsafe ones, or by the same step benign ones too (ours).
 
     Default: `both` for additive adversaries, otherwise `unsafe`.
     """

@@ -60,7 +60,7 @@ class SafeGenPlus(TrainedEdit):
     """Adversary that moves the text embedding of unsafe samples: the relative size of one step
     (0 is none), a name, or a table with a name and settings."""
     adversary_moves: Literal["unsafe", "both"] | None = None
-    """Samples whose text is moved. Default: `both` for additive adversaries, otherwise `unsafe`."""
+    """Samples that get the move. Default: `both` for additive adversaries, otherwise `unsafe`."""
     fade: float = Field(default=0.8, ge=0, lt=1)
     """Maximum share of the censored latent mixed into an unsafe one; 0 is none."""
     flip: bool = False

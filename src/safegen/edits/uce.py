@@ -30,16 +30,16 @@ class UCE(ClosedFormEdit):
     )
 
     guide: str = ""
-    """Text whose keys and values the phrases get. The blank text is the published default."""
+    """Text that provides the new keys and values; the published default is the blank text."""
     debias: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Shares of attributes that each phrase moves toward, instead of a guide: `{"a woman": 0.3}`.
 
     Nothing is erased then: the phrases keep their meaning.
     """
     preserve: tuple[str, ...] = ()
-    """Phrases whose keys and values stay."""
+    """Phrases that keep their keys and values."""
     captions: tuple[str, ...] = ()
-    """Prompt lists (`source:list`) and text files whose captions are preserved too (ours)."""
+    """Prompt lists (`source:list`) and text files with captions to preserve too (ours)."""
     tokens: Literal["last", "tail", "all"] = "last"
     """Positions that are edited: the last token, all from there on (first code), or every one."""
     expand: bool = False

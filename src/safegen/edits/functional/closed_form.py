@@ -17,7 +17,8 @@ from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
 
-TEMPLATES = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}")
+KINDS = ("image", "photo", "portrait", "picture", "painting")
+TEMPLATES = tuple(f"{kind} of {{}}" for kind in KINDS)
 """Published prompt templates, in which `expand` erases each phrase too."""
 
 Weight = Float[Tensor, "out in"]
@@ -33,17 +34,17 @@ def solve_projection(
     preserve_scale: float,
     lamb: float,
 ) -> Weight:
-    """Return the weight that sends each key to its value and changes little else.
+    """Return the weight that maps each key to its value and changes little else.
 
-    Minimises a sum_i |W k_i - v_i|^2 + b sum_j |W c_j - W_old c_j|^2 + l |W - W_old|^2, whose
-    normal equations are W (l I + a K'K + b C'C) = l W_old + a V'K + b W_old C'C (Gandikota et al.
-    2023, arXiv:2308.14761, eq. 7).
+    Minimizes a sum_i |W k_i - v_i|^2 + b sum_j |W c_j - W_old c_j|^2 + l |W - W_old|^2. The normal
+    equations are W (l I + a K'K + b C'C) = l W_old + a V'K + b W_old C'C (Gandikota et al. 2023,
+    arXiv:2308.14761, eq. 7).
 
     Args:
         w_old: projection before the edit.
-        keys: text embeddings whose output changes, one per row.
+        keys: text embeddings with a new output, one per row.
         values: wanted output for each key, in the units of `w_old @ key`.
-        preserved: text embeddings whose output should stay, one per row; may be none.
+        preserved: text embeddings with an unchanged output, one per row; may be none.
         erase_scale: a, weight of the keys; unitless, >= 0.
         preserve_scale: b, weight of the preserved embeddings; unitless, >= 0.
         lamb: l, weight of the distance to `w_old`; unitless, > 0.
@@ -77,7 +78,7 @@ def adversarial_embeddings(
 ) -> Float[Tensor, "n in"]:
     """Return the embeddings that the edited weights map as the original weights map `keys`.
 
-    c' minimises sum_W |W c' - W_0 c|^2 + k |c'|^2, so c' = (k I + sum W'W)^-1 (sum W'W_0) c
+    c' minimizes sum_W |W c' - W_0 c|^2 + k |c'|^2, so c' = (k I + sum W'W)^-1 (sum W'W_0) c
     (Gong et al. 2024, RECE, arXiv:2407.12383, eq. 8).
 
     Args:
@@ -123,11 +124,11 @@ class ConceptEmbeddings(NamedTuple):
     """Text embeddings of a closed-form edit, one per row."""
 
     erased: Tensor
-    """Embeddings whose keys and values change, (n, width)."""
+    """Embeddings with new keys and values, (n, width)."""
     targets: Tensor
-    """Embeddings whose keys and values they get, (n, width)."""
+    """Embeddings that provide the new keys and values, (n, width)."""
     preserved: Tensor
-    """Embeddings whose keys and values stay, (m, width)."""
+    """Embeddings that keep their keys and values, (m, width)."""
 
 
 def embed_concept(
