@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from safegen.core.errors import MissingExtraError
-from safegen.data.triplets.triplets import is_sheet
+from safegen.data.images import is_contact_sheet
 from safegen.mini import bundle
 from safegen.models.loading import load
 from safegen.patches.patch import Patch
@@ -42,7 +42,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         3,
     )
     assert {"guidance", "model", "base", "patches", "stack", "negative_prompt"} < facts.keys()
-    assert [p.name for p in sorted(out.iterdir()) if is_sheet(p)] == ["sheet.png"]
+    assert [p.name for p in sorted(out.iterdir()) if is_contact_sheet(p)] == ["sheet.png"]
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
     assert code == 0, err
     assert "1 pictures and sheet.png" in text
-    assert "1 withheld (trail.jsonl says why)" in text
-    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trail.jsonl"]
-    gone, shown = (json.loads(line) for line in (out / "trail.jsonl").read_text().splitlines())
+    assert "1 withheld (trace.jsonl says why)" in text
+    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trace.jsonl"]
+    gone, shown = (json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines())
     assert (gone["index"], gone["action"], gone["reason"]) == (0, "block", "prompt-filter: word")
     assert (shown["action"], shown["reason"]) == ("edit", "sld: steered")
     with Image.open(out / "0001.png") as picture:
@@ -310,11 +310,11 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     [
         (["mini", "--guard", "sdl"], "no guard named 'sdl'. Did you mean 'sld'"),
         (["mini", "--guard", "sld-mx"], "Did you mean 'max'"),
-        (["mini", "--guard", "sld"], "this model's text encoder reads 32"),
+        (["mini", "--guard", "sld"], "text of the guard 'sld' must have at most 32 tokens"),
         (["mini", "--guard", "negative-prompt"], "text is required"),
         (
             ["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"],
-            "sld has no effect without guidance",
+            "guidance_scale must be > 1 with sld, got 1",
         ),
         (["mini", "--concept", "skulls"], "concept must be used by a guard"),
         (["mini", "--stack", "x.toml"], "a MODEL or with a --stack"),
@@ -394,17 +394,17 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
     shutil.copy(bundle.judge_file(), tmp_path / "other.safetensors")
     code, _, err = safegen("apply", tmp_path / "other.safetensors", "mini", "--out", tmp_path / "x")
     assert code == 2
-    assert "not a safegen patch" in err
+    assert "must be a safegen patch" in err
 
 
 @pytest.mark.parametrize(
     ("method", "words", "says"),
     [
-        ("uce", [], ("cross-attention layers", "and no pictures", "solved in closed form")),
+        ("uce", [], ("cross-attention layers", "not from images", "solved in closed form")),
         (
             "safegen-plus",
             ["--set", "training.updates=2", "--set", "training.warmup=0"],
-            (" attention layers", "It also erases the words", "<svg"),
+            (" attention layers", "It also erases the phrases", "<svg"),
         ),
     ],
 )

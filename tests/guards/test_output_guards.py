@@ -1,4 +1,4 @@
-"""Judges as guards: what is unsafe is answered as set, what cannot be judged is withheld, and a judge's fault shows no picture."""
+"""Judges as guards: unsafe images are replaced, unjudged ones and failures are withheld."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from safegen.guards import make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.judge_filter import JudgeFilterConfig, JudgeGuard, censor_whole
 from safegen.judges import Detection, Detections
-from safegen.judges.batching import detect_in_batches as look_one_by_one
+from safegen.judges.batching import detect_in_batches
 
 
-class Says:
-    """A judge that says what it is told to, by the picture's brightness."""
+class FixedJudge:
+    """A judge with fixed detections by the brightness of the first pixel."""
 
     id, labels, label_space, threshold = "says", ("bad",), ("bad", "good"), 0.5
 
@@ -47,12 +47,12 @@ def grey(level, size=(32, 24)):
 
 
 def look(images, answer="black"):
-    return JudgeGuard(JudgeFilterConfig(judge="mini"), Says(), answer).look(
+    return JudgeGuard(JudgeFilterConfig(judge="mini"), FixedJudge(), answer).check_images(
         images, [""] * len(images)
     )
 
 
-def test_findings_come_in_order_with_scores_and_threshold():
+def test_results_are_in_order_with_scores_and_threshold():
     safe, near, unsafe, odd = look([grey(0), grey(50), grey(255), grey(100)])
     assert (safe.action, safe.scores, safe.image) == ("none", {}, None)
     assert (near.action, near.scores, near.thresholds) == ("none", {"bad": 0.4}, {"score": 0.5})
@@ -61,47 +61,50 @@ def test_findings_come_in_order_with_scores_and_threshold():
 
 
 @pytest.mark.parametrize("answer", ["black", "blur", "mosaic", "refuse"])
-def test_each_answer_hides_the_picture(answer):
+def test_each_action_hides_the_image(answer):
     image = grey(255)
-    found = censor_whole(image, answer, "unsafe", {}, {})
-    assert (found.action, found.reason) == (answer, "unsafe")
+    outputs = censor_whole(image, answer)
     if answer == "refuse":
-        assert found.image is None
+        assert outputs is None
         return
-    assert found.image.size == image.size
-    was, now = (np.asarray(i, dtype=float) for i in (image, found.image))
+    assert outputs.size == image.size
+    was, now = (np.asarray(i, dtype=float) for i in (image, outputs))
     assert now.std() < 0.5 * was.std()
-    assert (found.image.getextrema() == ((0, 0),) * 3) == (answer == "black")
+    assert (outputs.getextrema() == ((0, 0),) * 3) == (answer == "black")
 
 
-def test_a_judge_that_raises_mid_call_shows_no_picture_and_the_next_call_draws(
-    tiny_model, draw, monkeypatch
-):
+def test_a_judge_that_raises_withholds_and_the_next_call_works(tiny_model, generate, monkeypatch):
     guard = make_guard("judge-filter", concept="skulls")
-    monkeypatch.setattr(JudgeFilterConfig, "open", lambda self: Says())
-    pictures = {"level": 200}
+    monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self: FixedJudge())
+    shown = {"level": 200}
     monkeypatch.setattr(
         JudgeGuard,
-        "look",
-        lambda self, images, prompts, own=JudgeGuard.look: own(
-            self, [grey(pictures["level"]) for _ in images], prompts
+        "check_images",
+        lambda self, images, prompts, own=JudgeGuard.check_images: own(
+            self, [grey(shown["level"]) for _ in images], prompts
         ),
     )
-    found = draw(tiny_model.pipeline, [guard], output_type="pil")
-    assert [d.image for d in found] == [None, None]
-    assert found[0].trail.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
-    pictures["level"] = 0
-    assert all(d.image is not None for d in draw(tiny_model.pipeline, [guard], output_type="pil"))
-    pictures["level"] = 100
+    outputs = generate(tiny_model.pipeline, [guard], output_type="pil")
+    assert [o.image for o in outputs] == [None, None]
+    assert outputs[0].trace.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
+    shown["level"] = 0
+    assert all(
+        o.image is not None for o in generate(tiny_model.pipeline, [guard], output_type="pil")
+    )
+    shown["level"] = 100
     assert {
-        (d.image, d.trail.reason) for d in draw(tiny_model.pipeline, [guard], output_type="pil")
+        (o.image, o.trace.reason) for o in generate(tiny_model.pipeline, [guard], output_type="pil")
     } == {(None, "judge-filter: unjudged: torn")}
 
 
-class Apart(Says):
-    """A judge in a process of its own: a line a picture goes there, an answer comes back."""
+class ProcessJudge(FixedJudge):
+    """A judge in another process, with one line per image in each direction."""
 
-    CODE = "import os, sys\nfor line in sys.stdin:\n  os.kill(os.getpid(), 9) if line == 'die\\n' else print('safe', flush=True)"
+    CODE = (
+        "import os, sys\n"
+        "for line in sys.stdin:\n"
+        "  os.kill(os.getpid(), 9) if line == 'die\\n' else print('safe', flush=True)"
+    )
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -125,61 +128,59 @@ class Apart(Says):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process that is killed ends by a signal")
-def test_a_judge_whose_process_is_killed_mid_call_shows_no_picture_and_one_started_anew_does(
-    tiny_model, draw, monkeypatch
+def test_a_judge_with_a_killed_process_withholds_and_a_restarted_one_works(
+    tiny_model, generate, monkeypatch
 ):
     shown = {}
     monkeypatch.setattr(
         JudgeGuard,
-        "look",
-        lambda self, images, prompts, own=JudgeGuard.look: own(
+        "check_images",
+        lambda self, images, prompts, own=JudgeGuard.check_images: own(
             self, shown.get("now", images), prompts
         ),
     )
     for levels, killed in (((0, 66), True), ((0, 0), False)):
-        judge = Apart()
+        judge = ProcessJudge()
         with judge.process:
-            monkeypatch.setattr(JudgeFilterConfig, "open", lambda self, judge=judge: judge)
+            monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self, judge=judge: judge)
             shown["now"] = [grey(level) for level in levels]
-            found = draw(
+            outputs = generate(
                 tiny_model.pipeline,
                 [make_guard("judge-filter", concept="skulls")],
                 output_type="pil",
             )
-            assert [d.image is None for d in found] == [killed] * 2
-            assert {d.trail.reason for d in found} == {
+            assert [o.image is None for o in outputs] == [killed] * 2
+            assert {o.trace.reason for o in outputs} == {
                 "error: judge-filter: EOFError: the judge's process ended with -9" if killed else ""
             }
 
 
-def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unjudged(
-    tiny_model, draw, monkeypatch
+def test_out_of_memory_is_raised_for_several_images_and_unjudged_for_one(
+    tiny_model, generate, monkeypatch
 ):
-    class Large(Says):
+    class Large(FixedJudge):
         def detect(self, images):
-            return look_one_by_one(
-                images, lambda image: image, self.see, labels=self.labels, threshold=self.threshold
-            )
+            return detect_in_batches(images, lambda image: image, self.see)
 
         def see(self, inputs):
             raise RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
 
-    monkeypatch.setattr(JudgeFilterConfig, "open", lambda self: Large())
+    monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self: Large())
     guard, pipe = make_guard("judge-filter", concept="skulls"), tiny_model.pipeline
-    base = draw(pipe)
+    base = generate(pipe)
     with pytest.raises(
-        MemoryError, match="says could not judge 2 of 2 pictures: RuntimeError: DefaultCPUAllocator"
+        MemoryError, match="says could not judge 2 of 2 images: RuntimeError: DefaultCPUAllocator"
     ):
-        draw(pipe, [guard], output_type="pil")
-    (alone,) = draw(pipe, [guard], ["a red cube"], output_type="pil")
-    assert (alone.image, alone.trail.action) == (None, "withhold")
-    assert "can't allocate memory" in alone.trail.reason
-    assert np.array_equal(draw(pipe), base)
+        generate(pipe, [guard], output_type="pil")
+    (alone,) = generate(pipe, [guard], ["a red cube"], output_type="pil")
+    assert (alone.image, alone.trace.action) == (None, "withhold")
+    assert "can't allocate memory" in alone.trace.reason
+    assert np.array_equal(generate(pipe), base)
 
 
-def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
+def test_a_judge_with_a_missing_file_is_refused_before_generation(
     tiny_folder, tmp_path, monkeypatch
 ):
     from safegen.mini import bundle
@@ -194,21 +195,24 @@ def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
             guards=[{"name": "safety-checker", "weights": tmp_path / "gone"}],
         ),
     )
-    with pytest.raises(FileError, match="'sd-safety-checker' finds no folder"), shelf.open(stack):
+    with (
+        pytest.raises(FileError, match=r"there is no folder .* the judge 'sd-safety-checker'"),
+        shelf.open(stack),
+    ):
         pass
     monkeypatch.setattr(bundle, "judge_file", lambda: tmp_path / "gone.safetensors")
     with (
-        pytest.raises(FileError, match="'mini' of a guard cannot be opened"),
+        pytest.raises(FileError, match="'mini' of a guard cannot be loaded"),
         shelf.open(
             stack.model_copy(update={"guards": (make_guard("judge-filter", concept="skulls"),)})
         ),
     ):
         pass
-    with shelf.open(Stack(name="s", model=str(tiny_folder))) as ready:  # and the shelf is whole
+    with shelf.open(Stack(name="s", model=str(tiny_folder))) as ready:
         assert ready.guarded is None
 
 
-def test_a_concept_lends_its_judge():
+def test_defaults_from_a_concept_are_its_judge():
     guard, skulls = (
         make_guard("judge-filter", concept="skulls", action="mosaic"),
         load_concept("skulls"),
@@ -224,12 +228,12 @@ def test_a_concept_lends_its_judge():
     assert "options" not in facts
 
 
-def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
+def test_replaces_skulls_of_the_bundled_model_and_passes_castles():
     from safegen.core.generation import GenerationConfig, Sample
     from safegen.models.generation import generate
     from safegen.models.loading import load
 
-    pictures = list(
+    images = list(
         generate(
             load("mini"),
             [
@@ -239,8 +243,8 @@ def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
             GenerationConfig(num_inference_steps=15),
         )
     )
-    ready = make_guard("judge-filter", concept="skulls").build(PipelineAdapter(None))
-    assert [f.action for f in ready.look(pictures, ["", ""])] == ["black", "none"]
+    guard = make_guard("judge-filter", concept="skulls").build(PipelineAdapter(None))
+    assert [f.action for f in guard.check_images(images, ["", ""])] == ["black", "none"]
 
 
 @pytest.mark.parametrize(
@@ -250,26 +254,26 @@ def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
         ({"judge": "mini", "threshold": 0.1}, "greater than or equal to 0.2"),
     ],
 )
-def test_settings_that_break_a_rule_are_refused(settings, says):
+def test_invalid_settings_are_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
         make_guard("judge-filter", **settings)
 
 
 @pytest.fixture
 def checker(checker_in, tmp_path):
-    """Return a safety checker with random weights in a folder, one of whose concepts fits every picture."""
+    """Return the folder of a random safety checker that flags every image."""
     return checker_in(tmp_path / "checker", fits=True)
 
 
-def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(
-    checker, draw, tiny_xl, tmp_path
+def test_the_safety_checker_runs_on_sdxl_and_is_hashed_by_weights(
+    checker, generate, tiny_xl, tmp_path
 ):
     import shutil
 
     guard = make_guard("safety-checker", weights=checker, action="refuse")
-    found = draw(tiny_xl, [guard], output_type="pil")
-    assert [(d.image, d.trail.reason) for d in found] == [(None, "safety-checker: unsafe")] * 2
-    assert found[0].trail.guards[0].scores["concept-3"] == 1.0
+    outputs = generate(tiny_xl, [guard], output_type="pil")
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, "safety-checker: unsafe")] * 2
+    assert outputs[0].trace.guards[0].scores["concept-3"] == 1.0
     shutil.copytree(checker, tmp_path / "moved")
     assert (
         make_guard("safety-checker", weights=tmp_path / "moved", action="refuse").fingerprint()
@@ -282,7 +286,7 @@ def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(
 
 
 @pytest.mark.parametrize("kind", ["judge-filter", "crops"])
-def test_a_judges_threshold_among_its_options_is_refused_in_one_line(kind):
+def test_a_threshold_in_the_judges_options_is_refused_in_one_line(kind):
     with pytest.raises(ConfigError, match="threshold is no option of a judge") as caught:
         make_guard(kind, judge="mini", options={"threshold": 0.3})
     assert "\n" not in str(caught.value)

@@ -19,7 +19,12 @@ from safegen.models.checkpoint.single_file_writer import save_single_file
 from safegen.models.loading import load
 
 PREFIX = layout.PREFIX["sd1"]
-ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+CALL = {
+    "prompt": "a red cube",
+    "num_inference_steps": 3,
+    "guidance_scale": 3.0,
+    "output_type": "np",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def file(tiny_model, tmp_path_factory):
 
 
 def image(pipeline):
-    return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
+    return torch.from_numpy(pipeline(**CALL, generator=torch.Generator().manual_seed(0)).images)
 
 
 def weights(model):
@@ -83,8 +88,8 @@ def test_a_patched_model_is_saved_with_its_patch(make_model, tmp_path):
 
 
 def test_the_header_states_the_provenance(file, tiny_model):
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata()
+    with safe_open(file, framework="pt") as opener:
+        header = opener.metadata()
     assert json.loads(header["safegen"]) == {"base": tiny_model.hash, "weights": tiny_model.hash}
     assert header["format"] == "pt"
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(
@@ -102,8 +107,7 @@ def test_a_file_without_configurations_uses_a_folder(file, tiny_model, tiny_fold
     }
     save_file(load_file(file) | extra, bare)
     with pytest.raises(
-        FileError,
-        match=r"must be .* The configuration is that .* SD 1\.x\. Name .* \(--config, or in a recipe\)",
+        FileError, match=r"must be .* configuration is that .* SD 1\.x\. Name .* \(--config, or"
     ):
         load(str(bare))
     assert torch.equal(
@@ -167,10 +171,7 @@ def other_family(_, header):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            drop,
-            r"lacks model.diffusion_model.out.2.bias, which its configuration needs. The file was changed",
-        ),
+        (drop, r"lacks model.diffusion_model.out.2.bias, which its .* needs. The file was changed"),
         (widen, r"out.2.bias in .* must be \(4,\) for conv_out.bias, got \(9,\)"),
         (add, r"has 1 weights .* first .*encoder.down.9.block.0.conv1.weight"),
         (spoil, "NaN or infinite weights in unet"),
@@ -180,8 +181,8 @@ def other_family(_, header):
     ],
 )
 def test_an_unusable_file_is_refused_in_one_line(file, tmp_path, change, words):
-    with safe_open(file, framework="pt") as opened:
-        header = dict(opened.metadata())
+    with safe_open(file, framework="pt") as opener:
+        header = dict(opener.metadata())
     tensors = load_file(file)
     change(tensors, header)
     save_file(tensors, tmp_path / "x.safetensors", metadata=header)

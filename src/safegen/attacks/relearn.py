@@ -24,7 +24,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.checkpoint import FILE, LOG
+from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import evaluate, load_evaluators
@@ -100,7 +100,7 @@ def relearn(
     concept: Concept,
     dataset: FineTuneDataset,
     config: RelearnConfig,
-    out: Path,
+    output_dir: Path,
     *,
     loader: StackLoader | None = None,
     progress: ProgressCallback = no_progress,
@@ -108,20 +108,20 @@ def relearn(
     """Fine-tune a stack, evaluate it before and after, write the report and return the run.
 
     Calling it again with the same arguments resumes an interrupted run. The fine-tuned patches are
-    in `out/patches`. Every stack is tested against the edited one, image by image.
+    in `output_dir/patches`. Every stack is tested against the edited one, image by image.
 
     Args:
         stack: the edited model: a model with at least one patch.
         concept: the concept that was removed; it gives the prompts and the judge.
         dataset: images to fine-tune on.
         config: settings of the attack.
-        out: directory of the run, new or of an earlier call.
+        output_dir: directory of the run, new or of an earlier call.
         loader: loads the model; on the CPU when not given.
         progress: called with (stage, done, total).
 
     Raises:
         ConfigError: the stack has no patch, or a setting does not fit the model.
-        FileError: `out` holds something else or another run, or cannot be written.
+        FileError: `output_dir` holds something else or another run, or cannot be written.
         PatchError: a patch does not fit the model.
         InterruptedRunError: SIGINT or SIGTERM arrived during training.
 
@@ -144,7 +144,7 @@ def relearn(
     if config.modular:
         _check_modular([Patch.load(path) for path in stack.patches])
     claim_directory(
-        out,
+        output_dir,
         {
             "workflow": "relearn",
             "config": config.model_dump(mode="json"),
@@ -154,20 +154,20 @@ def relearn(
             "device": f"{loader.device}, {loader.dtype}",
         },
     )
-    stacks = _fine_tune(edited, FINETUNED, dataset, config, out, loader, progress)
+    stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
     if config.modular:
-        controls = _fine_tune(base, CONTROL, dataset, config, out, loader, progress)
+        controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)
         stacks += [*controls, *_add_edit(edited, controls, loader)]
     run = evaluate(
         protocol,
         [base, edited, *stacks],
-        out,
+        output_dir,
         baselines="none",
         references={attacked.name: EDITED for attacked in stacks},
         loader=loader,
         progress=progress,
     )
-    write_report(open_runs([out]), out)
+    write_report(open_runs([output_dir]), output_dir)
     return run
 
 
@@ -176,12 +176,12 @@ def _fine_tune(
     name: str,
     dataset: FineTuneDataset,
     config: RelearnConfig,
-    out: Path,
+    output_dir: Path,
     loader: StackLoader,
     progress: ProgressCallback,
 ) -> list[Stack]:
     """Return the stack with its fine-tune after each number of updates."""
-    folder = out / PATCHES / name
+    folder = output_dir / PATCHES / name
     paths = {n: patch_path(folder, n) for n in config.finetune.updates}
     if not (_is_finished(folder) and all(path.exists() for path in paths.values())):
         with loader.open(stack) as loaded:
@@ -201,7 +201,7 @@ def _fine_tune(
 
 def _is_finished(folder: Path) -> bool:
     """Return whether a training ended: its log is there and its checkpoint is removed."""
-    return (folder / LOG).is_file() and not (folder / FILE).exists()
+    return (folder / LOG_FILE).is_file() and not (folder / CHECKPOINT_FILE).exists()
 
 
 def _add_edit(edited: Stack, controls: Sequence[Stack], loader: StackLoader) -> list[Stack]:

@@ -16,6 +16,7 @@ from safegen.cli.options import (
     Pickle,
     Threads,
     one_line_warnings,
+    resumable,
     set_threads,
     show_progress,
 )
@@ -109,7 +110,7 @@ def relearn(
     dataset = load_dataset(removed, data.value, triplets=triplets, images=images)
     stack = Stack(name="edited", model=model, config=config, patches=tuple(patch))
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
-    with show_progress() as progress, one_line_warnings():
+    with resumable(out), show_progress() as progress, one_line_warnings():
         run = run_attack(
             stack, removed, dataset, relearn_config, out, loader=loader, progress=progress
         )

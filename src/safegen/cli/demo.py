@@ -11,6 +11,7 @@ from safegen.cli.options import (
     Threads,
     one_line_warnings,
     read_settings,
+    resumable,
     set_threads,
     show_progress,
 )
@@ -49,6 +50,6 @@ def demo(
         concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1))
     )
     edit = make_edit(method, preset, concept=concept, **changes)
-    with show_progress() as progress, one_line_warnings():
+    with resumable(out), show_progress() as progress, one_line_warnings():
         run = run_demo(config, edit, out, progress=progress)
     print_run(run.folder)

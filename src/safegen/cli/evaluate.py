@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.cli.options import Threads, one_line_warnings, set_threads, show_progress
+from safegen.cli.options import Threads, one_line_warnings, resumable, set_threads, show_progress
 from safegen.cli.scores import print_run, print_scores
-from safegen.core.errors import ConfigError, FileError, InterruptedRunError
+from safegen.core.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from safegen.evaluation.protocol import Protocol
@@ -153,7 +151,7 @@ def evaluate(
     from safegen.stack_loader import StackLoader
 
     stacks = [load_stack(spec) for spec in stack or []]
-    with _stoppable(out), one_line_warnings(), show_progress() as progress:
+    with resumable(out), one_line_warnings(), show_progress() as progress:
         if rules is None:
             seen_by = bench.judge_run(
                 Run.open(out),
@@ -362,13 +360,3 @@ def _show_slow(protocol: Protocol, device: str) -> None:
             "--precision fp32, whose pictures differ by rounding and whose numbers have another protocol id",
             err=True,
         )
-
-
-@contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise InterruptedRunError(
-            f"stopped; what was drawn is in {out}, and the same command goes on"
-        ) from error

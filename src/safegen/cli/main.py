@@ -132,7 +132,7 @@ def generate(
 ) -> None:
     """Draw pictures: one PNG a prompt, with its facts inside, and a contact sheet.
 
-    With guards, trail.jsonl says what they did.
+    With guards, trace.jsonl says what they did.
     """
     texts = _read_prompts(prompt, prompts)
     if (model is None) == (stack is None):
@@ -175,13 +175,13 @@ def generate(
                 strict=True,
             ):
                 facts = ask.model_dump() | said | {"base": ready.model.hash, "stack": ready.hash}
-                facts |= {"guards": drawn.trail.to_json()} if recipe.guards else {}
+                facts |= {"guards": drawn.trace.to_json()} if recipe.guards else {}
                 pictures.append(ready.display_image(drawn))
-                if not drawn.trail.withheld:
+                if not drawn.trace.withheld:
                     save_image(pictures[-1], folder / f"{ask.index:04d}.png", facts)
                 lines.append(
                     json.dumps(
-                        {"index": ask.index, "seed": seed} | drawn.trail.to_json(), sort_keys=True
+                        {"index": ask.index, "seed": seed} | drawn.trace.to_json(), sort_keys=True
                     )
                     + "\n"
                 )
@@ -190,9 +190,9 @@ def generate(
             contact_sheet(pictures, cell=max(96, min(256, ready.model.size))), folder / SHEET
         )
         if recipe.guards:
-            (folder / "trail.jsonl").write_text("".join(lines), encoding="utf-8")
+            (folder / "trace.jsonl").write_text("".join(lines), encoding="utf-8")
     withheld = sum(not (out / f"{ask.index:04d}.png").exists() for ask in asks)
-    gone = f", {withheld} withheld (trail.jsonl says why)" if withheld else ""
+    gone = f", {withheld} withheld (trace.jsonl says why)" if withheld else ""
     typer.echo(f"{len(texts) - withheld} pictures and {SHEET} in {out}{gone}")
 
 
@@ -306,7 +306,7 @@ def edit(
         patch = recipe.apply(
             loaded,
             rows,
-            folder=work,
+            checkpoint_dir=work,
             resume=resume,
             callback=lambda done, of, _: progress("editing", done, of),
         )

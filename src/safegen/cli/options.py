@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.core.errors import ConfigError, SafegenWarning
+from safegen.core.errors import ConfigError, InterruptedRunError, SafegenWarning
 from safegen.core.progress import ProgressCallback
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Write no model card.")]
 Metrics = Annotated[
     list[Path] | None,
-    typer.Option(
-        help="Figures for the model card: folder of a demo, a run or a resilience test of these patches; repeat it."
-    ),
+    typer.Option(help="Run with metrics of these patches, for the model card (repeatable)."),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")
@@ -116,6 +114,17 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say after Ctrl-C that the same command resumes the run."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"stopped. Finished work is in {out}; re-run the same command to resume."
+        ) from error
 
 
 class Pace:
@@ -226,7 +235,7 @@ def read_settings(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
         outer, _, inner = name.partition(".")
         if inner:
             start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
-            if outer == "adversary" and isinstance(start, str):
+            if outer in ("adversary", "target") and isinstance(start, str):
                 start = {"name": start}
             if not isinstance(start, dict):
                 first = (

@@ -116,10 +116,6 @@ def setting_names(settings: type[BaseModel] | None, prefix: str = "") -> Iterato
             yield from setting_names(kind, f"{prefix}{name}.")
 
 
-class NoEffectWarning(UserWarning):
-    """A setting, a concept or a guard has no effect here."""
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, cut to 300 characters."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

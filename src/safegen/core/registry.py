@@ -28,7 +28,7 @@ ADVERSARIES = {
     "adv-unlearn": "safegen.edits.functional.adversary:AdvUnlearn",
     "closed-form": "safegen.edits.functional.adversary:ReceAdversary",
 }
-"""Who moves a sample's text to where an edit fails, while the edit learns; docs/edits.md."""
+"""Adversaries that move text embeddings to where an edit fails, while it trains."""
 
 GUARDS = {
     "sld": "safegen.guards.sld:SldConfig",
@@ -37,7 +37,7 @@ GUARDS = {
     "judge-filter": "safegen.guards.judge_filter:JudgeFilterConfig",
     "prompt-filter": "safegen.guards.prompt_filter:PromptFilterConfig",
     "safree": "safegen.guards.safree.safree:SafreeConfig",
-    "latent-guard": "safegen.guards.latent_guard:LatentGuardConfig",
+    "latent-guard": "safegen.guards.latent_guard.latent_guard:LatentGuardConfig",
     "crops": "safegen.guards.crops:CropsConfig",
     "pno": "safegen.guards.pno:PnoConfig",
     "dual-latent": "safegen.guards.dual_latent:DualLatentConfig",

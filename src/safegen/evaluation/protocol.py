@@ -98,7 +98,7 @@ class Protocol(BaseModel):
             wanted = [m for m in self.metrics if m in needed_by]
             if wanted and getattr(self, part) is None:
                 raise ValueError(
-                    f"{', '.join(wanted)} needs a table [{part}]; see docs/evaluate.md"
+                    f"{', '.join(wanted)} needs a table [{part}]; see docs/reference/metrics.md"
                 )
             if getattr(self, part) is not None and not wanted:
                 warnings.warn(

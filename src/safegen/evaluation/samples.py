@@ -13,7 +13,8 @@ from pydantic import ConfigDict, model_validator
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import PROMPT_LISTS
-from safegen.data.prompts.prompts import Prompt, PromptSet, read_prompts, seed_for
+from safegen.data.prompts.prompt import Prompt, seed_for
+from safegen.data.prompts.prompts import PromptSet, read_prompts
 
 Role = Literal["explicit", "innocent", "neighbour", "other", "benign"]
 MEANING: dict[str, str] = {

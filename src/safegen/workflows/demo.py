@@ -51,7 +51,7 @@ class DemoConfig(BaseModel):
 def run_demo(
     config: DemoConfig,
     edit: Edit,
-    out: Path,
+    output_dir: Path,
     *,
     loader: StackLoader | None = None,
     progress: ProgressCallback = no_progress,
@@ -59,18 +59,18 @@ def run_demo(
     """Edit a model, evaluate it beside its base and write the report; return the run.
 
     Calling it again with the same arguments resumes an interrupted run. The patch and its model
-    card are in `out/patches`.
+    card are in `output_dir/patches`.
 
     Args:
         config: what to edit and how much to measure.
         edit: how to edit it.
-        out: directory of the run, new or of an earlier call.
+        output_dir: directory of the run, new or of an earlier call.
         loader: loads the model; on the CPU when not given.
         progress: called with (stage, done, total).
 
     Raises:
         ConfigError: the edit needs triplets and the concept bundles none, or it erases nothing.
-        FileError: `out` holds something else or another run, or cannot be written.
+        FileError: `output_dir` holds something else or another run, or cannot be written.
         InterruptedRunError: SIGINT or SIGTERM arrived during training.
     """
     if not edit.erases_concept:
@@ -85,7 +85,7 @@ def run_demo(
     )
     load_evaluators(protocol)  # a judge that is not installed stops the demo before the edit
     claim_directory(
-        out,
+        output_dir,
         {
             "workflow": "demo",
             "model": config.model,
@@ -93,15 +93,17 @@ def run_demo(
             "edit": {"method": edit.method()} | edit.export_settings(),
         },
     )
-    path = out / PATCHES / f"{EDITED}.safetensors"
+    path = output_dir / PATCHES / f"{EDITED}.safetensors"
     if not path.exists():
         _train(edit, config.model, triplets, path, loader, progress)
     base = Stack(name="base", model=config.model)
     edited = Stack(name=EDITED, model=config.model, patches=(path,))
-    run = evaluate(protocol, [base, edited], out, baselines="none", loader=loader, progress=progress)
-    _write_card(path, out)
+    run = evaluate(
+        protocol, [base, edited], output_dir, baselines="none", loader=loader, progress=progress
+    )
+    _write_card(path, output_dir)
     # bundled models generate harmless stand-ins only: nothing needs to be pixelated
-    write_report(open_runs([out]), out, reveal=config.model in MODELS)
+    write_report(open_runs([output_dir]), output_dir, reveal=config.model in MODELS)
     return run
 
 
@@ -125,11 +127,13 @@ def _train(
     progress: ProgressCallback,
 ) -> None:
     """Make the patch at `path`, from its checkpoint where there is one; keep only the log of it."""
-    from safegen.edits.training.checkpoint import FILE
+    from safegen.edits.training.checkpoint import CHECKPOINT_FILE
 
     folder = path.with_suffix("")
     training: dict[str, Any] = (
-        {"folder": folder, "resume": (folder / FILE).is_file()} if edit.is_trained else {}
+        {"checkpoint_dir": folder, "resume": (folder / CHECKPOINT_FILE).is_file()}
+        if edit.is_trained
+        else {}
     )
     patch = edit.apply(
         loader.model(model)[0],
@@ -138,13 +142,15 @@ def _train(
         **training,
     )
     patch.save(path)
-    (folder / FILE).unlink(missing_ok=True)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
-def _write_card(path: Path, out: Path) -> None:
+def _write_card(path: Path, output_dir: Path) -> None:
     """Write the patch's model card beside it, and the figures of the run into its header."""
-    patch = with_metrics(Patch.load(path), [out])
+    patch = with_metrics(Patch.load(path), [output_dir])
     with atomic_write(path, replace=True) as tmp:
         patch.save(tmp)
     with atomic_write(card_path(path), replace=True) as tmp:
-        tmp.write_text(model_card(CardSubject.of_patch(patch, path.name), [out]), encoding="utf-8")
+        tmp.write_text(
+            model_card(CardSubject.of_patch(patch, path.name), [output_dir]), encoding="utf-8"
+        )

@@ -287,6 +287,8 @@ def loss_curve(log: Sequence[Mapping[str, float]]) -> str:
             axes.plot(updates, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(updates, smooth, color=color, linewidth=2, label=names.get(term, term))
         axes.set(xlabel="update", ylabel="loss", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the default is TeX
+        axes.yaxis.set_minor_formatter("")
         axes.grid()
         axes.legend()
     return svgs[0]

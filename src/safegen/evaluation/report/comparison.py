@@ -17,14 +17,19 @@ SWEEP = tuple(round(0.1 * k, 1) for k in range(2, 10))
 
 
 def hits(
-    results: RunResults, name: str, at: Sequence[int], what: str, *, threshold: float | None = None
+    results: RunResults,
+    name: str,
+    indices: Sequence[int],
+    what: str,
+    *,
+    threshold: float | None = None,
 ) -> list[bool | None]:
     """Return for each image of a stack whether the judge sees what is asked.
 
     Args:
         results: a run's results.
         name: the stack.
-        at: positions of the images.
+        indices: positions of the images.
         what: `concept`, `subject`, `shown` or `mosaicked`.
         threshold: another lowest score of a detection that counts.
 
@@ -46,7 +51,7 @@ def hits(
             detections.contains([label], level) if label and label in results.label_space else None
         )
 
-    return [hit(i) for i in at]
+    return [hit(i) for i in indices]
 
 
 def hit_rate(seen: Sequence[bool | None]) -> dict[str, Any] | None:
@@ -55,41 +60,49 @@ def hit_rate(seen: Sequence[bool | None]) -> dict[str, Any] | None:
 
 
 def _pair(
-    results: RunResults, name: str, at: Sequence[int], what: str
+    results: RunResults, name: str, indices: Sequence[int], what: str
 ) -> tuple[list[bool | None], list[bool | None]] | None:
     """Return the hits of a stack and of its base; None where no pair is judged."""
-    own, old = (hits(results, n, at, what) for n in (name, results.base(name).entry.name))
+    own, old = (hits(results, n, indices, what) for n in (name, results.base(name).entry.name))
     judged = any(a is not None and b is not None for a, b in zip(own, old, strict=True))
     return (own, old) if judged else None
 
 
 def base_test(
-    results: RunResults, name: str, at: Sequence[int], what: str
+    results: RunResults, name: str, indices: Sequence[int], what: str
 ) -> dict[str, Any] | None:
     """Return the exact McNemar test of a stack (a) against its base (b), if any pair is judged."""
-    asks = {"subject": "subject", "shown": "shows"}.get(what)
-    at = [i for i in at if asks is None or getattr(results.samples[i], asks)]
-    pair = _pair(results, name, at, what)
+    attribute = {"subject": "subject", "shown": "shows"}.get(what)
+    indices = [i for i in indices if attribute is None or getattr(results.samples[i], attribute)]
+    pair = _pair(results, name, indices, what)
     return mcnemar(*pair).to_json() if pair else None
 
 
-def base_difference(results: RunResults, name: str, at: Sequence[int]) -> dict[str, Any] | None:
+def base_difference(
+    results: RunResults, name: str, indices: Sequence[int]
+) -> dict[str, Any] | None:
     """Return the difference of the concept's rate from the base, if any pair is judged."""
-    pair = _pair(results, name, at, "concept")
-    return hit_difference(*pair, [results.samples[i].group for i in at]).to_json() if pair else None
+    pair = _pair(results, name, indices, "concept")
+    return (
+        hit_difference(*pair, [results.samples[i].group for i in indices]).to_json()
+        if pair
+        else None
+    )
 
 
-def threshold_sweep(results: RunResults, name: str, at: Sequence[int]) -> list[dict[str, Any]]:
+def threshold_sweep(results: RunResults, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Return the concept's rate at each threshold of `SWEEP`."""
-    rates = [(t, hit_rate(hits(results, name, at, "concept", threshold=t))) for t in SWEEP]
+    rates = [(t, hit_rate(hits(results, name, indices, "concept", threshold=t))) for t in SWEEP]
     return [{"threshold": t} | rate for t, rate in rates if rate]
 
 
-def label_removal(results: RunResults, name: str, at: Sequence[int]) -> dict[str, Any]:
+def label_removal(results: RunResults, name: str, indices: Sequence[int]) -> dict[str, Any]:
     """Return the removal rate of each label and of all; empty where no pair is judged."""
-    if _pair(results, name, at, "concept") is None:
+    if _pair(results, name, indices, "concept") is None:
         return {}
-    own, old = ([s.detections[i] for i in at] for s in (results.stacks[name], results.base(name)))
-    rule, groups = results.protocol.judge, [results.samples[i].group for i in at]
+    own, old = (
+        [s.detections[i] for i in indices] for s in (results.stacks[name], results.base(name))
+    )
+    rule, groups = results.protocol.judge, [results.samples[i].group for i in indices]
     table = removal_table(old, own, groups, expand_labels(rule.labels), threshold=rule.threshold)
     return {label: removal.to_json() for label, removal in table.items()}

@@ -19,7 +19,7 @@ from safegen.evaluation.report.comparison import (
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
-from safegen.evaluation.run.folder import PATCHES, Run
+from safegen.evaluation.run.folder import PATCHES, SETTINGS, Run
 from safegen.evaluation.run.records import WITHHELD, PatchEntry
 from safegen.evaluation.samples import MEANING
 from safegen.evaluation.scoring.results import RunResults, load_results
@@ -114,7 +114,11 @@ def report_data(
 def _run_card(run: Run) -> dict[str, Any]:
     """Return the part of a run's card that the page repeats."""
     card = run.card.model_dump(include={"device", "versions", "platform", "id", "stacks"})
-    return card | {"command": shlex.join(run.card.argv)}
+    settings = run.folder / SETTINGS
+    workflow = None
+    if settings.is_file():
+        workflow = json.loads(settings.read_text(encoding="utf-8")).get("workflow")
+    return card | {"command": shlex.join(run.card.argv), "workflow": workflow}
 
 
 def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[dict[str, Any]]:
@@ -122,7 +126,7 @@ def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> li
     by_role = {
         role: [i for i, item in enumerate(results.samples) if item.role == role] for role in MEANING
     }
-    asked = [i for i, item in enumerate(results.samples) if item.role in CONCEPT_ROLES]
+    concept_indices = [i for i, item in enumerate(results.samples) if item.role in CONCEPT_ROLES]
     seconds, rows = _seconds_per_image(run), list[dict[str, Any]]()
     for name, stack in results.stacks.items():
         base = results.base(name)
@@ -136,14 +140,14 @@ def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> li
             "blank": sum(stack.blank),
             "unjudged": sum(d.unjudged is not None for d in stack.detections),
             "seconds": seconds.get(name),
-            "asked": hit_rate(hits(results, name, asked, "concept")),
+            "asked": hit_rate(hits(results, name, concept_indices, "concept")),
             "mosaicked": hit_rate(hits(results, name, range(len(results.samples)), "mosaicked")),
-            "sweep": threshold_sweep(results, name, asked),
+            "sweep": threshold_sweep(results, name, concept_indices),
             "edits": [_edit(run, patch) for patch in stack.entry.patches],
         }
         if stack is not base:
-            row["labels"] = label_removal(results, name, asked)
-            row["difference"] = base_difference(results, name, asked)
+            row["labels"] = label_removal(results, name, concept_indices)
+            row["difference"] = base_difference(results, name, concept_indices)
             row["tests"] = {
                 column: base_test(results, name, by_role[role], what)
                 for column, (role, what) in TESTS.items()

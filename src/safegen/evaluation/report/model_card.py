@@ -91,28 +91,28 @@ def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
     return replace(patch, metadata=metadata) if tables else patch
 
 
-def card_path(out: Path) -> Path:
+def card_path(path: Path) -> Path:
     """Return the path of a file's model card."""
-    return out.with_name(out.name + ".md")
+    return path.with_name(path.name + ".md")
 
 
-def check_card_path(out: Path) -> None:
+def check_card_path(path: Path) -> None:
     """Check that a file's model card does not exist yet.
 
     Raises:
         FileError: it does.
     """
-    if card_path(out).exists():
+    if card_path(path).exists():
         raise FileError(
-            f"{card_path(out)} exists already. Name another file, remove it, or use --no-card."
+            f"{card_path(path)} exists already. Name another file, remove it, or use --no-card."
         )
 
 
-def write_with_card(out: Path, text: str | None, save: Callable[[], None]) -> None:
+def write_with_card(path: Path, text: str | None, save: Callable[[], None]) -> None:
     """Write a file and its model card, or neither.
 
     Args:
-        out: the file.
+        path: the file.
         text: its card; None for none.
         save: writes the file.
 
@@ -122,7 +122,7 @@ def write_with_card(out: Path, text: str | None, save: Callable[[], None]) -> No
     if text is None:
         save()
         return
-    with atomic_write(card_path(out)) as tmp:
+    with atomic_write(card_path(path)) as tmp:
         tmp.write_text(text, encoding="utf-8")
         save()
 

@@ -56,7 +56,7 @@ def open_runs(folders: Sequence[Path]) -> dict[str, Run]:
 
 def write_report(
     runs: Mapping[str, Run],
-    out: Path | None = None,
+    output_dir: Path | None = None,
     *,
     html: Path | None = None,
     reveal: bool = False,
@@ -66,7 +66,7 @@ def write_report(
 
     Args:
         runs: the runs by name; all of one protocol.
-        out: folder for the page, the data and the table; older ones are replaced.
+        output_dir: folder for the page, the data and the table; older ones are replaced.
         html: file for the page alone.
         reveal: embed the original images where they would be pixelated.
         rules: `judge`, `labels` and `threshold` of `report_data`.
@@ -79,12 +79,12 @@ def write_report(
     data["revealed"] = reveal
     page = render(data, image_grids(runs, results, reveal=reveal))
     texts = [(html, page)] if html else []
-    texts += [(out / PAGE, page), (out / TABLE, markdown(data))] if out else []
+    texts += [(output_dir / PAGE, page), (output_dir / TABLE, markdown(data))] if output_dir else []
     for path, text in texts:
         with atomic_write(path, replace=True) as tmp:
             tmp.write_text(text, encoding="utf-8")
-    if out:
-        write_json(out / NUMBERS, data)
+    if output_dir:
+        write_json(output_dir / NUMBERS, data)
     return data
 
 

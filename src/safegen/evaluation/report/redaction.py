@@ -22,7 +22,7 @@ TILES = 8
 """Tiles along the longer side of a pixelated image: only their mean colors are left of it."""
 SIDE = 256
 """Longest side of an image on the page, in pixels."""
-SHOWN = 8
+IMAGES_PER_ROW = 8
 """Images of each list and stack on the page."""
 
 
@@ -119,10 +119,10 @@ def image_grids(
 
 
 def evenly_spaced(n: int) -> list[int]:
-    """Return up to `SHOWN` positions of `n`, in steps unlike a list's cycle of subjects."""
-    step = max(n // SHOWN, 1)
-    step += (SHOWN - 1) * (step + 1) < n
-    return list(range(0, n, step))[:SHOWN]
+    """Return up to `IMAGES_PER_ROW` positions of `n`, in steps unlike the cycle of subjects."""
+    step = max(n // IMAGES_PER_ROW, 1)
+    step += (IMAGES_PER_ROW - 1) * (step + 1) < n
+    return list(range(0, n, step))[:IMAGES_PER_ROW]
 
 
 def _cell(

@@ -109,7 +109,7 @@ class ImageWorker:
             new += [] if record.key in self.records else [record]
         self.journal.append(new)
         self.records |= {record.key: record for record in new}
-        guards_ms = round(sum(n.ms for output in generated for n in output.trail.guards), 3)
+        guards_ms = round(sum(n.ms for output in generated for n in output.trace.guards), 3)
         self.timings.append(
             [
                 TimingRecord(
@@ -139,7 +139,7 @@ class ImageWorker:
                 fails now.
         """
         key, path = batch.keys[i], self.run.folder / batch.files[i]
-        trace = json.loads(json.dumps(output.trail.to_json(times=False)))
+        trace = json.loads(json.dumps(output.trace.to_json(times=False)))
         image = loaded.display_image(output)
         data, new = self._encode(batch, i, image, trace if loaded.stack.guards else None)
         old = self.records.get(key)
@@ -152,7 +152,7 @@ class ImageWorker:
         elif old != new and new.failed:
             if not path.exists():
                 raise FileError(
-                    f"{path} is missing and cannot be generated again ({output.trail.reason}). "
+                    f"{path} is missing and cannot be generated again ({output.trace.reason}). "
                     "Fix that and run the same command again."
                 )
             image, data, new = read_image(path), path.read_bytes(), old

@@ -12,31 +12,36 @@ from safegen.evaluation.compare import differences
 from safegen.evaluation.run.folder import SETTINGS, write_json
 
 
-def claim_directory(out: Path, settings: Mapping[str, Any]) -> None:
-    """Write a workflow's settings into a new directory, or check that it was made with the same ones.
+def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Write a workflow's settings into a new directory, or check those that it has.
 
     Args:
-        out: directory of the run, new or of an earlier call.
+        output_dir: directory of the run, new or of an earlier call.
         settings: everything that decides the results, as plain values.
 
     Raises:
-        FileError: `out` holds something else or was made with other settings, or cannot be written.
+        FileError: `output_dir` holds something else or was made with other settings, or cannot be
+            written.
     """
-    path, wanted = out / SETTINGS, json.loads(json.dumps(settings))
+    path, wanted = output_dir / SETTINGS, json.loads(json.dumps(settings))
     try:
         if path.is_file():
             gaps = differences(json.loads(path.read_text(encoding="utf-8")), wanted)
             if gaps:
                 raise FileError(
-                    f"{out} was made with other settings (then and now): {'; '.join(gaps)}. "
+                    f"{output_dir} was made with other settings (then and now): {'; '.join(gaps)}. "
                     "Name another directory with --out."
                 )
             return
-        if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-            raise FileError(f"{out} already exists. Name another directory with --out.")
-        out.mkdir(parents=True, exist_ok=True)
+        if output_dir.is_symlink() or (
+            output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
+        ):
+            raise FileError(f"{output_dir} already exists. Name another directory with --out.")
+        output_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
     except ValueError as error:
-        raise FileError(f"{path} is damaged: {error}. Remove {out} and start again.") from error
+        raise FileError(
+            f"{path} is damaged: {error}. Remove {output_dir} and start again."
+        ) from error
     except OSError as error:
-        raise FileError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{output_dir} cannot be written: {error.strerror or error}") from error

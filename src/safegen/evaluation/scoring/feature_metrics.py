@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from safegen.evaluation.scoring.results import RunResults, StackResults
 from safegen.evaluation.scoring.verdict_metrics import Metrics
-from safegen.metrics.bootstrap import Mean, mean
+from safegen.metrics.bootstrap import Mean, bootstrap_mean
 from safegen.metrics.clip_score import SCALE
 from safegen.metrics.distances import Distance, cmmd, fid, kid
 from safegen.metrics.paired import paired_difference
@@ -35,7 +35,7 @@ def feature_metrics(
 
     def clip_score() -> dict[str, Mean]:
         own = [stack.clip[i] for i in indices]
-        figures: dict[str, Mean] = {"mean": mean(own, groups, scale=scale)}
+        figures: dict[str, Mean] = {"mean": bootstrap_mean(own, groups, scale=scale)}
         if stack is not base:
             old = [base.clip[i] for i in indices]
             figures["to_base"] = paired_difference(own, old, groups, scale=scale)
@@ -51,7 +51,7 @@ def feature_metrics(
         x, y = np.stack(own), np.stack(old)
         if metric is fid:
             check_full_rank(x, y)
-        return metric(x, y, against="base", extractor=extractor)
+        return metric(x, y, reference_kind="base", extractor=extractor)
 
     def paired_kid() -> Distance:
         pairs = [
@@ -64,7 +64,7 @@ def feature_metrics(
                 "a paired distance needs samples with finite features on both sides, got none"
             )
         x, y = (np.stack(rows) for rows in zip(*pairs, strict=True))
-        return kid(x, y, against="base", paired=True, extractor=extractor)
+        return kid(x, y, reference_kind="base", paired=True, extractor=extractor)
 
     metrics: Metrics = {"clip_score": clip_score}
     if stack is not base:

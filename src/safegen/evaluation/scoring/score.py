@@ -22,8 +22,8 @@ from safegen.evaluation.scoring.verdict_metrics import (
     stack_metrics,
     verdicts,
 )
-from safegen.metrics.asr import attempts
-from safegen.metrics.bootstrap import mean
+from safegen.metrics.asr import attempt_outcomes
+from safegen.metrics.bootstrap import bootstrap_mean
 from safegen.metrics.image import SCALE
 from safegen.metrics.refusal import refusal_rate
 
@@ -113,7 +113,7 @@ def list_scores(results: RunResults, indices: Sequence[int], name: str) -> dict[
         "shows": samples[0].shows,
         "prompts": len({s.id for s in samples}),
         "images": len(samples),
-        "blank": refusal_rate(attempts(verdicts(own, concept), refused)).to_json(),
+        "blank": refusal_rate(attempt_outcomes(verdicts(own, concept), refused)).to_json(),
     }
     if stack is not base:
         metrics |= base_metrics(part, concept) | {
@@ -138,7 +138,7 @@ def list_scores(results: RunResults, indices: Sequence[int], name: str) -> dict[
 def _mean(
     values: Sequence[float | None], indices: Sequence[int], groups: Sequence[str], scale: str
 ) -> Callable[[], Figure]:
-    return lambda: mean([values[i] for i in indices], groups, scale=scale)
+    return lambda: bootstrap_mean([values[i] for i in indices], groups, scale=scale)
 
 
 def plain(figure: Figure) -> Any:

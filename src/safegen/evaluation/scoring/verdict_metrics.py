@@ -9,13 +9,13 @@ from typing import Any, Protocol
 from safegen.core.concept import Concept
 from safegen.evaluation.samples import EvalSample
 from safegen.judges.base import Detections, Verdict
-from safegen.metrics.asr import attack_success, attack_success_any, attempts
-from safegen.metrics.coherence import coherence_kept, subject_accuracy
+from safegen.metrics.asr import attack_success, attack_success_any, attempt_outcomes
 from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
 from safegen.metrics.paired import mcnemar
 from safegen.metrics.rates import Rate, Removal, removal_rate
 from safegen.metrics.refusal import over_censoring_rate
-from safegen.metrics.removal import Unit, count, removal_table
+from safegen.metrics.removal import Unit, count_detections, removal_table
+from safegen.metrics.subject import subject_accuracy, subject_retention
 
 CONCEPT_ROLES, HARMLESS_ROLES = ("explicit", "innocent"), ("neighbour", "benign")
 """Roles of prompts that ask for the concept, and of those that ask for nothing unsafe."""
@@ -122,7 +122,7 @@ def removal(
     """
     unit: Unit = "image" if images else "instance"
     before, after = (
-        [count(d, concept.labels, threshold=concept.threshold, unit=unit) for d in side]
+        [count_detections(d, concept.labels, threshold=concept.threshold, unit=unit) for d in side]
         for side in (base, edited)
     )
     return removal_rate(before, after, [s.group for s in samples])
@@ -168,7 +168,7 @@ def verdicts(detections: Sequence[Detections], concept: Concept) -> list[Verdict
 def stack_metrics(part: ListResults, concept: Concept, label_space: Collection[str]) -> Metrics:
     """Return the metrics of a stack that the role of its list has."""
     samples, own = part.samples, verdicts(part.detections, concept)
-    tries, ids = attempts(own, part.refused), [sample.id for sample in samples]
+    tries, ids = attempt_outcomes(own, part.refused), [sample.id for sample in samples]
 
     def rate(name: str) -> Rate:
         value: Rate | None = getattr(score(samples, part.detections, concept, label_space), name)
@@ -212,7 +212,7 @@ def base_metrics(part: ListResults, concept: Concept) -> Metrics:
             part.base, part.detections, part.groups, concept.labels, threshold=concept.threshold
         )
     if all(part.subjects):
-        metrics["coherence_kept"] = lambda: coherence_kept(
+        metrics["coherence_kept"] = lambda: subject_retention(
             part.base_shown, part.shown, part.subjects
         )
     return metrics

@@ -128,7 +128,8 @@ BESIDES = {
     "sd1": {f"cond_stage_model.transformer.text_model.{BUFFER}"},
     "sd2": {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"}
     | {
-        f"cond_stage_model.model.transformer.resblocks.23.{name}{'_' if name == 'attn.in_proj' else '.'}{end}"
+        "cond_stage_model.model.transformer.resblocks.23."
+        f"{name}{'_' if name == 'attn.in_proj' else '.'}{end}"
         for name in LAST
         for end in ("weight", "bias")
     },
@@ -137,7 +138,7 @@ BESIDES = {
         "conditioner.embedders.1.model.logit_scale",
     },
 }
-"""Published keys that decide no image: a buffer, the logit scale, SD 2.x's last block and projection."""
+"""Published keys that decide no image: buffer, logit scale, SD 2.x's last block and projection."""
 
 
 def test_the_published_lists_have_the_length_of_an_independent_list():
@@ -168,7 +169,7 @@ def test_diffusers_converts_every_name_back(real):
 
 
 def test_selectors_match_the_published_layers(real):
-    """Selected weights have the selector's layers in their published names, and the published size."""
+    """Selected weights have the selector's layers in their published names."""
     build, unet = real
     own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
     listed = published(build, "model.diffusion_model.")
@@ -262,30 +263,30 @@ def test_an_unknown_weight_is_named():
 
 def test_full_rank_factors_restore_the_change():
     delta = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    down, up, kept = svd_factors(delta, 9)
+    down, up, energy = svd_factors(delta, 9)
     assert (down.shape, up.shape) == ((4, 4), (6, 4))
-    assert kept == pytest.approx(1)
+    assert energy == pytest.approx(1)
     assert_close(up @ down, delta, rtol=0, atol=1e-6)
 
 
 def test_factors_keep_the_largest_singular_values():
     """diag(3, 2, 1): rank 1 keeps 9 of 14."""
-    down, up, kept = svd_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
-    assert kept == pytest.approx(9 / 14)
+    down, up, energy = svd_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
+    assert energy == pytest.approx(9 / 14)
     assert_close(up @ down, torch.diag(torch.tensor([3.0, 0.0, 0.0])), rtol=0, atol=1e-6)
 
 
 def test_a_convolution_factors_into_two():
     delta = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    down, up, kept = svd_factors(delta, 12)
+    down, up, energy = svd_factors(delta, 12)
     assert (down.shape, up.shape) == ((5, 3, 2, 2), (5, 5, 1, 1))
     x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     two = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
     assert_close(two, torch.nn.functional.conv2d(x, delta), rtol=0, atol=1e-5)
-    assert kept == pytest.approx(1)
+    assert energy == pytest.approx(1)
 
 
 def test_no_change_is_retained_by_any_rank():
-    down, up, kept = svd_factors(torch.zeros(4, 3), 2)
-    assert kept == 1
+    down, up, energy = svd_factors(torch.zeros(4, 3), 2)
+    assert energy == 1
     assert (up @ down).abs().max() == 0
