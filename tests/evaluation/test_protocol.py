@@ -12,7 +12,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError, Unused
 from safegen.core.files import display_name
 from safegen.core.generation import GenerationConfig
 from safegen.core.registry import LABEL_SETS, PROTOCOLS
-from safegen.data.prompts.prompts import Prompt, cluster_of, seed_for
+from safegen.data.prompts.prompt import Prompt, cluster_of, seed_for
 from safegen.evaluation.compare import differences, same_protocol
 from safegen.evaluation.protocol import Protocol, load_protocol, read_protocol
 from safegen.evaluation.samples import ROLES, hash_prompts, read_prompt_list

@@ -216,7 +216,7 @@ def edited_protocol(folder):
         (truncated_picture, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
         (
             truncated_picture_and_its_hash,
-            r"images/mini/\w+\.png: .* cannot be read: .*; Remove it and resume",
+            r"images/mini/\w+\.png: .* cannot be read: .*\. Remove it and resume",
         ),
         (resized_picture_and_its_hash, r"changes\.jsonl: \w+ cannot be measured again: "),
         (deleted_picture, r"images/mini/\w+\.png: missing"),
