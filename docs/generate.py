@@ -288,9 +288,7 @@ def training() -> str:
     """Return the page of settings that several methods share."""
     for name in registry.EDITS:
         settings(registry.resolve(registry.EDITS, name, "edit"), of_method=True)
-    parts = [
-        "# Nested settings\n\nChange one with a dot: `--set training.lr=1e-4`, `--set target.clamp=1`.\n"
-    ]
+    parts = ["# Nested settings\n\nChange one with a dot, as in `--set training.lr=1e-4`.\n"]
     parts += [f"## {n}\n\n{paragraphs(m.__doc__)}\n\n{settings(m)}" for n, m in NESTED.items()]
     return "\n".join(parts)
 
