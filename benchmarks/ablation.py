@@ -26,7 +26,7 @@ from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.safegen import SafeGen
-from safegen.edits.training.trainer import Training
+from safegen.edits.training.config import Training
 from safegen.models.loading import load
 from safegen.workflows.edit import make_edit
 
@@ -37,12 +37,9 @@ The first seed, which those do not use.
 """
 PAPER = {
     "target": "paper",
-    "anchor": "noise",
-    "clamp": None,
     "teacher": False,
     "captions": (),
     "adversary": 0.0,
-    "adversary_moves": None,
     "fade": 0.0,
 }
 
@@ -66,11 +63,11 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "default": default,
         "paper with our training": change(**PAPER, **weights, timesteps=(0, 1000)),
         "paper with our training and weights": change(**PAPER, timesteps=(0, 1000)),
-        "target: paper": change(target="paper", anchor="noise", clamp=None),
-        "anchor: noise": change(anchor="noise"),
+        "target: paper": change(target="paper"),
+        "anchor: noise": change(target={"name": "x0", "anchor": "noise"}),
         "captions: none": change(captions=()),
         "fade: none": change(fade=0.0),
-        "adversary: none": change(adversary=0.0, adversary_moves=None),
+        "adversary: none": change(adversary=0.0),
         "adversary moves: unsafe": change(adversary_moves="unsafe"),
         "timesteps: all": change(timesteps=(0, 1000)),
         "weights: 0.1 / 0.9": change(**weights),
@@ -78,7 +75,7 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "16 of 32 objects": default,
         "updates: half": change(training=train(updates=default.training.updates // 2)),
         "paper": SafeGen.preset("paper"),
-        "clamp: 1": change(clamp=1.0),
+        "clamp: 1": change(target={"name": "x0", "clamp": 1.0}),
         "lr: a quarter": change(training=train(lr=default.training.lr / 4)),
     }
 

@@ -29,9 +29,9 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.plan import Item
 from safegen.features.mini_clip import MiniClip
 from safegen.metrics.clip_score import clip_score
-from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
 from safegen.metrics.paired import mcnemar
+from safegen.metrics.subject import subject_retention
 from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
@@ -111,12 +111,12 @@ def measure(
         if len(part) >= 8:  # fewer images give no meaningful KID
             new, old = features["edited"], features["base"]
             row["kid"] = kid(
-                new, old, against="base", paired=True, extractor=extractor.id
+                new, old, reference_kind="base", paired=True, extractor=extractor.id
             ).to_json()
         before, after = ([side.detections[i] for i in at] for side in (base, edited))
         try:
             subjects = [s.subject or "" for s in part]
-            row["coherence"] = coherence_kept(before, after, subjects).to_json()
+            row["coherence"] = subject_retention(before, after, subjects).to_json()
         except ValueError as error:  # the base model never shows the subject
             row["coherence"], row["coherence_undefined"] = None, str(error)
         if row["role"] in ("explicit", "innocent"):

@@ -19,7 +19,7 @@ from safegen.core import registry as tables
 from safegen.core.concept import load_concept, prompt_list
 from safegen.core.errors import ConfigError, FileError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.samples import to_pixels
+from safegen.edits.training.samples import preprocess
 from safegen.edits.uce import UCE
 from safegen.judges import load_judge
 
@@ -54,7 +54,7 @@ def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
     loss = problem.training_step(silent, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
     x, t, text = silent.asked
     z, a = (
-        model.encode_images(to_pixels(picture, model.size)[None]),
+        model.encode_images(preprocess(picture, model.size)[None]),
         model.alphas_cumprod()[t].view(-1, 1, 1, 1),
     )
     noise = (x - a.sqrt() * z) / (1 - a).sqrt()

@@ -67,10 +67,10 @@ def test_clip_score_and_distances_are_those_of_the_images_that_lie_there(finishe
     )
     assert found["clip_score"]["mean"]["scale"] == f"100*cos, {eye.id}"
     assert found["kid_to_base"]["value"] == pytest.approx(
-        kid(own, base, against="base", paired=True).value, rel=1e-4, abs=1e-6
+        kid(own, base, reference_kind="base", paired=True).value, rel=1e-4, abs=1e-6
     )
     assert found["cmmd_to_base"]["value"] == pytest.approx(
-        cmmd(own, base, against="base").value, rel=1e-4, abs=1e-6
+        cmmd(own, base, reference_kind="base").value, rel=1e-4, abs=1e-6
     )
     assert (found["kid_to_base"]["n"], found["kid_to_base"]["extractor"]) == (6, eye.id)
     assert scores["weights"] == {"extractor": eye.id}
@@ -85,12 +85,12 @@ def test_what_so_few_images_cannot_tell_is_undefined_with_the_reason(scores):
     assert (found["fid_to_base"], found["expected_maximum"]) == (None, None)
     assert found["undefined"]["fid_to_base"].startswith("FID needs more pictures than features")
     assert found["undefined"]["fid_to_base"].endswith("got 6 pictures of 64; read KID")
-    assert "over 25 prompts needs at least that many" in found["undefined"]["expected_maximum"]
+    assert "k must be 1 to the number of judged prompts" in found["undefined"]["expected_maximum"]
 
 
 def test_a_refused_attack_is_a_failed_attack_and_a_refused_image_shows_nothing(scores):
     black = row(scores, "black-image")
-    assert (black["asr"]["refused"], black["asr"]["asr"]["value"], black["asr"]["shown"]) == (
+    assert (black["asr"]["refused"], black["asr"]["asr"]["value"], black["asr"]["without_refusals"]) == (
         6,
         0,
         None,

@@ -195,7 +195,10 @@ def test_a_judge_with_a_missing_file_is_refused_before_generation(
             guards=[{"name": "safety-checker", "weights": tmp_path / "gone"}],
         ),
     )
-    with pytest.raises(FileError, match="'sd-safety-checker' finds no folder"), shelf.open(stack):
+    with (
+        pytest.raises(FileError, match=r"there is no folder .* the judge 'sd-safety-checker'"),
+        shelf.open(stack),
+    ):
         pass
     monkeypatch.setattr(bundle, "judge_file", lambda: tmp_path / "gone.safetensors")
     with (

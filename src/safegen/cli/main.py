@@ -306,7 +306,7 @@ def edit(
         patch = recipe.apply(
             loaded,
             rows,
-            folder=work,
+            checkpoint_dir=work,
             resume=resume,
             callback=lambda done, of, _: progress("editing", done, of),
         )

@@ -235,7 +235,7 @@ def read_settings(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
         outer, _, inner = name.partition(".")
         if inner:
             start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
-            if outer == "adversary" and isinstance(start, str):
+            if outer in ("adversary", "target") and isinstance(start, str):
                 start = {"name": start}
             if not isinstance(start, dict):
                 first = (

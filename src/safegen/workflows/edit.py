@@ -16,7 +16,7 @@ from safegen.core.files import display_name
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit, check_inputs
-from safegen.edits.training.trainer import TrainingCallback
+from safegen.edits.training.config import TrainingCallback
 from safegen.evaluation.report import model_card as cards
 from safegen.judges import judge_images, load_judge
 from safegen.models.checkpoint.diffusers_folder import save_folder
@@ -128,7 +128,7 @@ def edit(
     triplets: Triplets | str | Path | None = None,
     preset: str = "default",
     concept: Concept | str | Path | None = None,
-    folder: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     callback: TrainingCallback | None = None,
     **settings: Any,
@@ -144,7 +144,7 @@ def edit(
         concept: lends its words to methods that erase words, its captions to presets that train
             with some, and its judge, which looks whether triplets show it; refused where all three
             are of no use. A name, a TOML file, or loaded.
-        folder: keeps checkpoints and a log, for `resume`; for methods that train.
+        checkpoint_dir: directory for checkpoints and log, for `resume`; for trained edits.
         resume: continue a stopped run.
         callback: called after every update with (done, of, row of the log).
         settings: settings of the method to change.
@@ -158,14 +158,14 @@ def edit(
     if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
         refuse_idle_concept(method, preset, concept, **settings)
     recipe = make_edit(method, preset, concept=concept, **settings)
-    check_inputs(recipe, triplets, folder, resume)
+    check_inputs(recipe, triplets, checkpoint_dir, resume)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
     if concept is not None and rows is not None:
         refuse_other_pictures(concept, rows)
     return recipe.apply(
         model,
         rows,
-        folder=None if folder is None else Path(folder),
+        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
         resume=resume,
         callback=callback,
     )
