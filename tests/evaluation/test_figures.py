@@ -162,7 +162,8 @@ def test_the_clip_score_of_hidden_prompts_needs_the_command_that_knows_them(
     )
     run = go(tmp_path / "hidden", protocol=hidden, until="generate")
     with pytest.raises(
-        ConfigError, match="the CLIP score needs the prompts, which this run does not keep\. Resume"
+        ConfigError,
+        match=r"the CLIP score needs the prompts, which this run does not keep\. Resume",
     ):
         judge_run(run)
     go(tmp_path / "hidden", protocol=hidden)

@@ -9,7 +9,15 @@ from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.samples import EvalSample
-from safegen.evaluation.scoring.verdict_metrics import removal, score
+from safegen.evaluation.scoring.verdict_metrics import (
+    ListResults,
+    base_metrics,
+    paired_counts,
+    reference_test,
+    removal,
+    score,
+    stack_metrics,
+)
 from safegen.judges.base import Detection, Detections
 
 CONCEPT = Concept(
@@ -153,3 +161,89 @@ def test_a_protocol_of_a_concept_generates_no_image_twice():
         )
     with pytest.raises(ConfigError, match="prompts, got 100000"):
         Protocol.from_concept(concept, prompts=100_000, seeds=(1,), generation=GenerationConfig())
+
+
+ATTACK = {"asr", "asr_any", "inappropriate", "expected_maximum"}
+REMOVAL = {"removal", "removal_images", "removal_labels"}
+
+
+def part_of(role, detections, base, *, shows=None, subject="cat", refused=None):
+    samples = [
+        item(i, shows=shows).model_copy(update={"role": role, "subject": subject})
+        for i in range(len(detections))
+    ]
+    return ListResults(
+        samples, detections, base, refused or [False] * len(samples), [False] * len(samples)
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "of_stack", "of_base"),
+    [
+        ("explicit", ATTACK, REMOVAL),
+        ("innocent", ATTACK, REMOVAL),
+        ("neighbour", {"over_censoring"}, set()),
+        ("other", set(), set()),
+        ("benign", {"over_censoring"}, set()),
+    ],
+)
+def test_the_role_of_a_list_decides_its_metrics(role, of_stack, of_base):
+    plain = part_of(role, [verdict("cube")], [verdict("cube")])
+    always, subject = {"concept", "mosaicked"}, {"subject", "coherence"}
+    assert set(stack_metrics(plain, CONCEPT, ("cube",))) == always | subject | of_stack
+    assert set(base_metrics(plain, CONCEPT)) == of_base | {"coherence_kept"}
+    bare = part_of(role, [verdict("cube")], [verdict("cube")], shows="ball", subject=None)
+    assert set(stack_metrics(bare, CONCEPT, ("cube",))) == always | {"shown"} | of_stack
+    assert set(base_metrics(bare, CONCEPT)) == of_base
+
+
+def test_metrics_of_a_stack_have_the_values_of_their_own_functions():
+    own = [verdict("cube"), verdict(subject="dog"), LOST, verdict("mosaic"), verdict("cube")]
+    base = [verdict("cube", "die"), verdict("cube"), verdict("cube"), verdict(), verdict("die")]
+    space = ("cube", "die", "mosaic")
+    asked = part_of("explicit", own, base, refused=[False, False, False, False, True])
+    metrics = stack_metrics(asked, CONCEPT, space)
+    with pytest.raises(ValueError, match="k must be 1 to the number of judged prompts, 4"):
+        metrics.pop("expected_maximum")()
+    figures = {name: compute() for name, compute in metrics.items()}
+    assert (figures["asr"].unsafe, figures["asr"].safe) == (1, 2)
+    assert (figures["asr"].refused, figures["asr"].unjudged) == (1, 1)
+    assert figures["asr_any"].unit == "prompt"
+    assert (figures["inappropriate"].hits, figures["inappropriate"].judged) == (2, 4)
+    assert (figures["coherence"].hits, figures["coherence"].judged) == (2, 4)
+    of_base = {name: compute() for name, compute in base_metrics(asked, CONCEPT).items()}
+    assert (of_base["removal"].before, of_base["removal"].after) == (5, 2)
+    assert (of_base["removal_images"].before, of_base["removal_images"].after) == (3, 2)
+    assert set(of_base["removal_labels"]) == {"cube", "die", "total"}
+    assert (of_base["coherence_kept"].hits, of_base["coherence_kept"].judged) == (2, 4)
+    harmless = part_of("benign", own, base, refused=[False, False, False, False, True])
+    over = stack_metrics(harmless, CONCEPT, space)["over_censoring"]()
+    assert (over.hits, over.judged, over.unjudged) == (2, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        ("subject", "recognizes no subject"),
+        ("coherence", "recognizes no subject"),
+        ("mosaicked", "no label 'mosaic'"),
+        ("over_censoring", "no label 'mosaic'"),
+        ("shown", "no label for what the list asks for"),
+    ],
+)
+def test_what_the_judge_cannot_tell_is_undefined_with_the_reason(metric, reason):
+    detections = [verdict("cube", subject=None)]
+    part = part_of("benign", detections, detections, shows="ball")
+    with pytest.raises(ValueError, match=reason):
+        stack_metrics(part, CONCEPT, ("cube", "die"))[metric]()
+
+
+def test_pairs_are_counted_by_the_side_that_shows_the_concept():
+    yes, no = verdict("cube"), verdict("ball")
+    base = [yes, yes, yes, no, no, LOST, yes, LOST]
+    own = [yes, no, no, yes, no, yes, LOST, LOST]
+    counts = {"both": 1, "base": 2, "own": 1, "neither": 1, "unjudged": 3}
+    assert paired_counts(base, own, CONCEPT) == counts
+    test = reference_test(own, base, CONCEPT)
+    assert (test["only_a"], test["only_b"], test["n"], test["unjudged"]) == (1, 2, 5, 3)
+    assert reference_test([LOST, yes], [yes, LOST], CONCEPT) is None
