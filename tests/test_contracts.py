@@ -75,7 +75,7 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
     seen = []
 
     first, second = (
-        edit.apply(model, data, report=lambda done, of, row: seen.append((done, of))),
+        edit.apply(model, data, callback=lambda done, of, row: seen.append((done, of))),
         edit.apply(model, data),
     )
 
@@ -122,7 +122,7 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
     patch = edit.apply(
         model,
         triplets if edit.inputs != "words" else None,
-        report=lambda done, of, row: log.append(row),
+        callback=lambda done, of, row: log.append(row),
     )
     items = make_plan(concept, prompts=1, seeds=(1,))
     pictures, verdicts = (
@@ -176,7 +176,7 @@ def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets
 
     whole = edit.apply(model, data)
     with pytest.raises(ConnectionError):
-        kept.apply(model, data, folder=tmp_path, report=pull)
+        kept.apply(model, data, folder=tmp_path, callback=pull)
     assert kept.apply(make_model(), data, folder=tmp_path, resume=True).hash == whole.hash
 
 
@@ -200,7 +200,7 @@ def test_edits_that_draw_with_what_they_train_continue_bit_for_bit_too(
 
     whole = edit.apply(make_model(), folder=tmp_path / "whole")
     with pytest.raises(ConnectionError):
-        edit.apply(make_model(), folder=tmp_path / "torn", report=pull)
+        edit.apply(make_model(), folder=tmp_path / "torn", callback=pull)
     assert edit.apply(make_model(), folder=tmp_path / "torn", resume=True).hash == whole.hash
 
 
