@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= safegen-demo
 FIGURES ?= safegen-figures
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly lint bench clean
+.PHONY: help demo test nightly lint docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -22,6 +22,10 @@ test: .venv/installed ## the test suite, in two processes of one thread each; mo
 
 nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
 	$(BIN)/python -m pytest
+
+docs: .venv/installed ## the documentation site, in site/
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/installed ## the figures in docs/, made again in a folder of their own (some hours)
 	$(BIN)/python benchmarks/required.py --out $(FIGURES)

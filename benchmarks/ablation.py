@@ -1,4 +1,4 @@
-"""Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/ablation.md.
+"""Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/results/ablation.json.
 
     python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--seeds 1] [--rows
     paper,x0,...] [--out ablation.jsonl] python benchmarks/ablation.py --try '{"weight_mosaic":
@@ -151,7 +151,7 @@ def main() -> None:
     triplets = Triplets.load(args.triplets or concept.triplets or "")
     model, generation_config = load("mini"), GenerationConfig(precision=args.precision)
     drawn = list(generate(model, [i.ask for i in items], generation_config))
-    base = judge.judge(drawn)
+    base = judge.detect(drawn)
     for name in wanted:
         began = time.perf_counter()
         fewer = Triplets(
@@ -168,7 +168,7 @@ def main() -> None:
             patch.save(args.keep / f"{re.sub('[^a-z0-9.]+', '-', name)}.safetensors")
         with patch.apply(model):
             redrawn = list(generate(model, [i.ask for i in items], generation_config))
-        edited = judge.judge(redrawn)
+        edited = judge.detect(redrawn)
         out: dict[str, Any] = {
             "row": name,
             "concept": args.concept,

@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from safegen.core.concept import Concept, load_concept
-from safegen.judges import Verdict, load_judge
+from safegen.judges import Detections, load_judge
 from safegen.metrics.rates import Rate, removal_rate
 from safegen.metrics.removal import count
 
@@ -33,7 +33,7 @@ FAINT = (0.5, 0.4, 0.3, 0.2)
 
 def look(
     folder: Path, name: str, labels: list[str], concept: Concept
-) -> dict[str, dict[str, Verdict]]:
+) -> dict[str, dict[str, Detections]]:
     """Return what the judge says of one list's pictures, by side and file name."""
     judge, out = load_judge(concept.judge, labels=labels, threshold=concept.threshold), {}
     for side in ("base", "edited"):
@@ -41,7 +41,7 @@ def look(
         out[side] = dict(
             zip(
                 [f.name for f in files],
-                judge.judge([Image.open(f).convert("RGB") for f in files]),
+                judge.detect([Image.open(f).convert("RGB") for f in files]),
                 strict=True,
             )
         )
@@ -79,12 +79,7 @@ def faint(folder: Path, summary: dict[str, Any], concept: Concept) -> list[str]:
         for side, found in sides.items():
             cells = []
             for t in FAINT:
-                seen = Rate.from_outcomes(
-                    [
-                        None if v.outcome == "unjudged" else v.contains(concept.labels, t)
-                        for v in found.values()
-                    ]
-                )
+                seen = Rate.from_outcomes([d.contains(concept.labels, t) for d in found.values()])
                 low, high = seen.interval
                 cells.append(f"{100 * seen.value:.1f} ({100 * low:.1f} to {100 * high:.1f})")
             out.append(f"| `{name}` | {side} | {len(found)} | " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""Every edit side by side on the miniature model: the table in docs/edits.md.
+"""Every edit side by side on the miniature model: the table in docs/results/edits.json.
 
     python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3] [--rows
     safegen,uce,...] [--out edits.jsonl] python benchmarks/edits.py --table edits.jsonl      # the
@@ -30,7 +30,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.plan import Item, make_plan
 from safegen.evaluation.scoring.score import removal, score
 from safegen.features.mini_clip import MiniClip
-from safegen.judges import Verdict, load_judge
+from safegen.judges import Detections, load_judge
 from safegen.metrics.clip_score import clip_score
 from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
@@ -101,8 +101,8 @@ def peak_mib() -> int | None:
 def measure(
     eyes: MiniClip,
     items: list[Item],
-    base: list[Verdict],
-    edited: list[Verdict],
+    base: list[Detections],
+    edited: list[Detections],
     drawn: list[Image.Image],
     redrawn: list[Image.Image],
     concept: Concept,
@@ -140,10 +140,7 @@ def measure(
             [drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]
         ).to_json()
         if mine[0].role in ("explicit", "innocent"):
-            entry["seen"] = [
-                None if v.outcome == "unjudged" else v.contains(concept.labels, concept.threshold)
-                for v in after
-            ]
+            entry["seen"] = [d.contains(concept.labels, concept.threshold) for d in after]
             try:
                 entry["removal"] = removal(mine, before, after, concept).to_json()
             except ValueError as error:  # the base model drew the concept nowhere
@@ -205,7 +202,7 @@ def main() -> None:
         GenerationConfig(precision=preferred_precision(), num_inference_steps=args.steps),
     )
     drawn = list(generate(model, [i.ask for i in items], generation_config))
-    base = judge.judge(drawn)
+    base = judge.detect(drawn)
     training = {"updates": args.updates, "warmup": 0} if args.updates else {}
     for row in args.rows.split(","):
         out: dict[str, Any] = {
@@ -239,7 +236,7 @@ def main() -> None:
                 peak_mib()
             )  # model and edits, without what drawing and judging take
             redrawn = list(generate(model, [i.ask for i in items], generation_config))
-        out["lists"] = measure(eyes, items, base, judge.judge(redrawn), drawn, redrawn, concept)
+        out["lists"] = measure(eyes, items, base, judge.detect(redrawn), drawn, redrawn, concept)
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(out) + "\n")
         print(markdown([out]).splitlines()[-1], flush=True)

@@ -59,8 +59,8 @@ class Inversion:
         self.start = self.table[: self.rows.start].mean(0).detach()
         judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
         subjects = [
-            verdict.subject
-            for verdict in judge.judge([triplets.images(i)[0] for i in range(len(triplets))])
+            detections.subject
+            for detections in judge.detect([triplets.images(i)[0] for i in range(len(triplets))])
         ]
         kept = [i for i, subject in enumerate(subjects) if subject]
         self.latents = encode_triplets(model, triplets, flip=False)[0, 0][kept]
@@ -150,10 +150,10 @@ def main() -> None:
             for seed in range(1, args.seeds + 1)
             for i, text in enumerate(texts)
         ]
-        verdicts = judge.judge(list(generate(model, asks, generation_config)))
+        results = judge.detect(list(generate(model, asks, generation_config)))
         subjects = of * args.seeds
-        hits = [v.contains(concept.labels, concept.threshold) for v in verdicts]
-        right = [v.subject == subject for v, subject in zip(verdicts, subjects, strict=True)]
+        hits = [d.contains(concept.labels, concept.threshold) for d in results]
+        right = [d.subject == subject for d, subject in zip(results, subjects, strict=True)]
         out = {
             "row": row,
             "precision": generation_config.precision,

@@ -1,4 +1,4 @@
-"""What the detectors say about ordinary pictures, as the tables in docs/judges.md: python benchmarks/judges.py
+"""What the detectors say about ordinary pictures, as the tables in docs/results/judges.json: python benchmarks/judges.py
 
 Needs the extras `detect`, `nudenet` and scikit-image, whose sample pictures it shows them. Nothing
 is fetched.
@@ -31,38 +31,38 @@ def main() -> None:
     )
     images = [Image.open(p).convert("RGB") for p in files]
     judges = {title: load_judge(name, **options) for title, (name, options) in JUDGES.items()}
-    found = {title: judge.judge(images) for title, judge in judges.items()}
+    found = {title: judge.detect(images) for title, judge in judges.items()}
 
     print(
         "| picture | " + " | ".join(JUDGES) + " (all scores) |\n" + "|---" * (len(JUDGES) + 1) + "|"
     )
     for i, path in enumerate(files):
         cells = []
-        for title, verdicts in found.items():
+        for title, results in found.items():
             if title == "open-nsfw":  # what is under 0.2 is not kept, so it is asked for here
-                ((seen,),) = judges[title]._see([prepare(images[i])])
+                ((seen,),) = judges[title]._detect([prepare(images[i])])
                 cells.append(f"{seen.score:.3f}")
             else:
-                cells.append(", ".join(f"{d.label} {d.score:.2f}" for d in verdicts[i].detections))
+                cells.append(", ".join(f"{d.label} {d.score:.2f}" for d in results[i].items))
         if any(cells[:2]) or float(cells[2]) >= 0.05:
             print(f"| {path.name} | " + " | ".join(c or "–" for c in cells) + " |")
-    quiet = sum(not found["nudenet (bgr)"][i].detections for i in range(len(files)))
+    quiet = sum(not found["nudenet (bgr)"][i].items for i in range(len(files)))
     print(
         f"\n{len(files)} pictures; nudenet (bgr) is silent on {quiet}; unsafe at the default threshold and labels: ",
         end="",
     )
     print(
         ", ".join(
-            f"{title} {sum(v.outcome == 'unsafe' for v in verdicts)}"
-            for title, verdicts in found.items()
+            f"{title} {sum(bool(d.contains(judge.labels, judge.threshold)) for d in found[title])}"
+            for title, judge in judges.items()
         )
     )
 
     pictures = [image.resize((512, 512)) for image in images[:16]]
     for title, judge in judges.items():
-        judge.judge(pictures[:2])
+        judge.detect(pictures[:2])
         began = time.process_time()
-        judge.judge(pictures)
+        judge.detect(pictures)
         print(
             f"{title}: {judge.id}, {1000 * (time.process_time() - began) / len(pictures):.0f} CPU-ms a picture of 512x512, 1 thread"
         )

@@ -1,6 +1,6 @@
-"""The sheet of the base model's pictures in docs/mini.md: ten objects a list, one seed, nothing picked by eye.
+"""The sheet of the base model's pictures in docs/reference/mini.md: ten objects a list, one seed, nothing picked by eye.
 
-python benchmarks/sheet.py [--out docs/mini-sheet.png] [--seed 1]
+python benchmarks/sheet.py [--out docs/images/mini-sheet.png] [--seed 1]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LISTS = ("skulls", "skulls-innocent", "fire", "fire-innocent", "ghosts", "leaves
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__)
-    ask.add_argument("--out", type=Path, default=Path("docs/mini-sheet.png"))
+    ask.add_argument("--out", type=Path, default=Path("docs/images/mini-sheet.png"))
     ask.add_argument("--seed", type=int, default=1)
     args = ask.parse_args()
     picks = range(0, 30, 3)

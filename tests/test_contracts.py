@@ -7,6 +7,7 @@ import json
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import safegen
 from safegen.core import registry as tables
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.judges import load_judge
+from safegen.judges import Detections, judge_images, load_judge
 
 HOME = Path(safegen.__file__).parent
 TABLES = {
@@ -114,7 +115,6 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
 
     from safegen.core.concept import load_concept
     from safegen.evaluation.plan import make_plan
-    from safegen.judges import Verdict
     from safegen.workflows import demo_report as report
     from safegen.workflows.demo import DemoSettings, Outcome
 
@@ -125,11 +125,11 @@ def test_the_report_gives_every_edits_account(name, make_model, triplets):
         callback=lambda done, of, row: log.append(row),
     )
     items = make_plan(concept, prompts=1, seeds=(1,))
-    pictures, verdicts = (
+    pictures, detections = (
         [Image.new("RGB", (8, 8))] * len(items),
-        [Verdict("safe", subject="castle")] * len(items),
+        [Detections((), subject="castle")] * len(items),
     )
-    sides = [dict.fromkeys(("base", "edited"), one) for one in (pictures, verdicts)]
+    sides = [dict.fromkeys(("base", "edited"), one) for one in (pictures, detections)]
     page = html.unescape(
         report.render(
             Outcome(
@@ -361,8 +361,11 @@ def unreadable():
 NEED_WEIGHTS = {"q16", "sd-safety-checker"}
 """Judges that do not open without files of the user's.
 
-What they share, `judge/batch.py`, is held to the same by its own test.
+What they share, `judges/batching.py`, has a test of its own.
 """
+OPTIONS = {
+    "clip": {"weights": "mini", "unsafe": ["a castle covered in skulls"], "safe": ["a castle"]}
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(tables.JUDGES) - NEED_WEIGHTS))
@@ -372,22 +375,38 @@ def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_it
 ):
     if name in ("nudenet", "open-nsfw"):
         pytest.importorskip("onnxruntime", reason="an extra")
-    options = {
-        "clip": {"weights": "mini", "unsafe": ["a castle covered in skulls"], "safe": ["a castle"]}
-    }
-    judge = load_judge(name, **options.get(name, {}))
+    judge = load_judge(name, **OPTIONS.get(name, {}))
     good = [Image.new("RGB", (64, 64), colour) for colour in ("white", "navy", "olive")]
     bad = unreadable()[fault]
 
-    found = judge.judge([good[0], bad, good[1], bad, good[2]])
+    mixed = judge.detect([good[0], bad, good[1], bad, good[2]])
 
-    assert [v.outcome == "unjudged" for v in found] == [False, True, False, True, False]
-    assert all(v.reason and "\n" not in v.reason for v in found[1::2])
-    for verdict, alone in zip(found[::2], judge.judge(good), strict=True):
-        assert (verdict.outcome, verdict.subject) == (alone.outcome, alone.subject)
-        assert [d.label for d in verdict.detections] == [d.label for d in alone.detections]
-    assert [v.outcome for v in judge.judge([bad])] == ["unjudged"]
-    assert judge.judge([]) == []
+    assert [d.unjudged is not None for d in mixed] == [False, True, False, True, False]
+    assert all(d.unjudged and "\n" not in d.unjudged for d in mixed[1::2])
+    for together, alone in zip(mixed[::2], judge.detect(good), strict=True):
+        assert together.subject == alone.subject
+        assert [d.label for d in together.items] == [d.label for d in alone.items]
+    assert judge_images(judge, [bad]) == ["unjudged"]
+    assert judge.detect([]) == []
+
+
+@pytest.mark.parametrize("name", sorted(set(tables.JUDGES) - NEED_WEIGHTS))
+def test_a_judge_returns_raw_detections_and_cannot_call_an_image_safe_without_looking(name):
+    if name in ("nudenet", "open-nsfw"):
+        pytest.importorskip("onnxruntime", reason="an extra")
+    judge = load_judge(name, **OPTIONS.get(name, {}))
+    (raw,) = judge.detect([Image.new("RGB", (64, 64), "white")])
+    assert type(raw) is Detections
+    assert not {"outcome", "verdict", "unsafe", "safe"} & set(vars(raw))
+    assert judge_images(judge, [unreadable()["empty"]]) == ["unjudged"]
+
+
+@pytest.mark.parametrize("name", sorted(tables.JUDGES))
+def test_a_judge_is_declared_to_return_detections_not_verdicts(name):
+    judge = tables.resolve(tables.JUDGES, name, "judge")
+    assert get_type_hints(judge.detect)["return"] == list[Detections]
+    with pytest.raises(TypeError):
+        Detections()  # an empty result must be stated, never assumed
 
 
 @pytest.mark.parametrize(

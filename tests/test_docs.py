@@ -1,33 +1,56 @@
-"""What the documents and the Makefile name is there: scripts, files, links, targets, commands and their options."""
+"""Documents name only what exists: files, links, anchors, targets, commands, options."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 
+import safegen
 from safegen.cli import app
-from safegen.core import registry as tables
+from safegen.core import registry
+from test_vocabulary import ARCHAIC
 
 ROOT = Path(__file__).parents[1]
-HOUSE = ROOT / "src" / "safegen"
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "src" / "safegen"
+PAGES = sorted(DOCS.rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+FRAGMENTS = sorted(DOCS.rglob("*.inc"))
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+RESULTS = sorted((DOCS / "results").glob("*.json"))
 MAKEFILE = ROOT / "Makefile"
-every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+ROOMS = {"edits": registry.EDITS, "guards": registry.GUARDS}
+METHODS = [(room, name) for room, table in ROOMS.items() for name in sorted(table)]
 
 
-def named(text: str) -> set[str]:
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+every_document = pytest.mark.parametrize("path", [*DOCUMENTS, *FRAGMENTS], ids=page_name)
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[str, str]:
+    """Return the text of every generated page by its path."""
+    module = runpy.run_path(str(DOCS / "generate.py"))
+    return {f"docs/{path}": text for path, (_, text) in module["pages"]().items()}
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def paths_in(text: str) -> set[str]:
     """Return the paths below the root's folders that a text names."""
-    return set(re.findall(r"(?<![\w./-])(?:benchmarks|docs|src|tests)/[\w./-]*\w", text))
+    return set(re.findall(r"(?<![\w./-])(?:benchmarks|docs|src|tests|tools)/[\w./-]*\w", text))
 
 
 def commands(text: str) -> list[list[str]]:
@@ -41,101 +64,244 @@ def commands(text: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "path", [*DOCUMENTS, *SCRIPTS, MAKEFILE, ROOT / ".ci" / "run"], ids=lambda path: path.name
-)
-def test_every_path_that_is_named_exists(path):
-    text = path.read_text(encoding="utf-8")
-    assert sorted(name for name in named(text) if not (ROOT / name).exists()) == []
-
-
-@every_document
-def test_every_file_of_the_house_that_is_named_exists(path):
-    names = re.findall(
-        r"`(?!benchmarks/|tests/)((?:\w+/)?\w+\.py)`", path.read_text(encoding="utf-8")
-    )
-    assert sorted(name for name in names if not any(HOUSE.rglob(name))) == []
-
-
-@every_document
-def test_every_link_leads_somewhere(path):
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text(encoding="utf-8"))
-    assert [link for link in links if not (path.parent / link).exists()] == []
-
-
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a document's headings, as GitHub makes them; code blocks have none."""
-    bare = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return {
         re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
-        for head in re.findall(r"^#+ (.+?) *$", bare, re.MULTILINE)
+        for head in re.findall(r"^#+ (.+?) *$", prose, re.MULTILINE)
     }
 
 
+def links(text: str) -> list[tuple[str, str]]:
+    """Return target and anchor of every link within the repository."""
+    targets = re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
+    return [(name, anchor) for name, _, anchor in (target.partition("#") for target in targets)]
+
+
+def broken_links(place: str, text: str, generated: dict[str, str]) -> list[str]:
+    """Return the links of a page that lead nowhere, or to a heading that does not exist."""
+    broken = []
+    for name, anchor in links(text):
+        target = (ROOT / place).parent / name if name else ROOT / place
+        inside = target.resolve().relative_to(ROOT).as_posix()
+        page = text if not name else generated.get(inside)
+        if page is None and not target.exists():
+            broken.append(name)
+        elif anchor and anchor not in anchors(read(target) if page is None else page):
+            broken.append(f"{name}#{anchor}")
+    return broken
+
+
+# paths and links
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *FRAGMENTS, *SCRIPTS, MAKEFILE], ids=page_name)
+def test_every_path_that_a_document_names_exists(path, generated):
+    made = {name for name in paths_in(read(path)) if not (ROOT / name).exists()}
+    skeletons = {f"src/safegen/{room}" for room in ("guards", "judges", "attacks")} | {"tests"}
+    if path.parent.name == "how-to" and path.name.startswith("add-"):
+        made = {name for name in made if name.rsplit("/", 1)[0].split("tests/")[0] not in skeletons}
+        made = {name for name in made if not name.startswith("tests/")}
+    assert sorted(made - set(generated)) == []
+
+
 @every_document
-def test_every_link_to_a_heading_finds_it(path):
-    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8"))
-    files = [((path.parent / name) if name else path, anchor) for name, anchor in links]
-    assert [
-        anchor for file, anchor in files if anchor not in anchors(file.read_text(encoding="utf-8"))
-    ] == []
+def test_every_source_file_that_a_document_names_exists(path):
+    names = re.findall(r"`(?!benchmarks/|tests/|src/|docs/)((?:\w+/)?\w+\.py)`", read(path))
+    assert sorted(name for name in names if not any(PACKAGE.rglob(name))) == []
+
+
+@every_document
+def test_every_link_leads_to_a_page_and_a_heading(path, generated):
+    assert broken_links(page_name(path), read(path), generated) == []
+
+
+def test_every_link_of_a_generated_page_leads_to_a_page_and_a_heading(generated):
+    broken = {place: broken_links(place, text, generated) for place, text in generated.items()}
+    assert {place: names for place, names in broken.items() if names} == {}
+
+
+def test_a_broken_link_is_found():
+    text = "# Head\n[a](README.md) [b](nothing.md) [c](#head) [d](#tail)"
+    assert broken_links("text.md", text, {}) == ["nothing.md", "#tail"]
+
+
+def test_every_page_is_in_the_navigation(generated):
+    navigation = read(ROOT / "mkdocs.yml")
+    names = [path.relative_to(DOCS).as_posix() for path in PAGES]
+    assert [name for name in names if f": {name}\n" not in navigation] == []
+
+
+def test_export_to_a1111_is_two_clicks_from_the_readme():
+    targets = [name for name, _ in links(read(ROOT / "README.md")) if name.endswith(".md")]
+    assert any("A1111" in read(ROOT / name).splitlines()[0] for name in targets)
+
+
+# commands
+
+
+@every_document
+def test_every_make_target_that_a_document_names_exists(path):
+    targets = re.findall(r"^([a-z]+):", read(MAKEFILE), re.MULTILINE)
+    given = re.findall(r"(?:^|`)make ([a-z]+)(?=[`\s])", read(path), re.MULTILINE)
+    assert set(given) <= set(targets)
+
+
+def command_problems(words: list[str]) -> list[str]:
+    """Return the words of a command that the command line does not know."""
+    group, rest = get_command(app), words
+    while hasattr(group, "commands"):
+        if rest[0] not in group.commands:
+            return [rest[0]]
+        group, rest = group.commands[rest[0]], rest[1:]
+    known = {option for param in group.params for option in param.opts}
+    return [word for word in rest if word.startswith("--") and word not in known]
+
+
+@every_document
+def test_every_command_that_a_document_shows_exists_with_its_options(path):
+    shown = [(words, command_problems(words)) for words in commands(read(path))]
+    assert [(words, problems) for words, problems in shown if problems] == []
+
+
+def test_every_command_in_a_table_exists_with_its_options():
+    words = [
+        shlex.split(code)[1:]
+        for path in DOCUMENTS
+        for code in re.findall(r"`(safegen [a-z][^`]*)`", read(path))
+    ]
+    assert [given for given in words if command_problems(given)] == []
+
+
+def test_the_documents_show_commands():
+    shown = {words[0] for path in DOCUMENTS for words in commands(read(path))}
+    assert shown >= {"generate", "edit", "evaluate", "export"}
+
+
+# reference
+
+
+@pytest.mark.parametrize(("room", "name"), METHODS)
+def test_every_method_has_a_paper_and_a_page_with_its_description_and_settings(
+    room, name, generated
+):
+    method = registry.resolve(ROOMS[room], name, room)
+    page = generated[f"docs/reference/{room}/{name}.md"]
+    if not hasattr(method, "paper"):
+        pytest.skip("the class does not name its paper yet")
+    assert re.search(r"arXiv:\d{4}\.\d{5}|ours|folklore|Stable Diffusion", method.paper), name
+    assert method.paper.splitlines()[0][:20] in re.sub(r"[\[\]]|\(https\S+\)", "", page)
+    description = page.split("\n\n")[1]
+    assert len(description.split()) >= 4
+    settings = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert settings >= set(method.model_fields) - {"name"}
+
+
+def test_every_registered_name_is_in_the_reference(generated):
+    pages = {
+        "reference/adversaries.md": registry.ADVERSARIES,
+        "reference/judges.md": registry.JUDGES,
+        "reference/protocols.md": registry.PROTOCOLS,
+    }
+    for page, names in pages.items():
+        heads = re.findall(r"^##+ (.+)$", generated[f"docs/{page}"], re.MULTILINE)
+        assert set(names) <= set(heads), page
+
+
+def test_every_setting_of_the_reference_has_a_sentence(generated):
+    rows = [
+        (place, row)
+        for place, text in generated.items()
+        if "/edits/" in place or "/guards/" in place or "training" in place
+        for row in re.findall(r"^\| `\w+` \|.*\| *\|$", text, re.MULTILINE)
+    ]
+    assert rows == []
+
+
+def test_the_command_line_page_has_every_command_and_option(generated):
+    page = generated["docs/reference/cli.md"]
+    group = get_command(app)
+    assert len(group.commands) > 5
+    for name, command in group.commands.items():
+        assert f"\n## {name}\n" in page
+        options = [p.opts[0] for p in command.params if p.param_type_name == "option"]
+        assert [o for o in options if f"`{o}`" not in page and o != "--help"] == []
+
+
+def test_the_python_page_has_every_public_name(generated):
+    page = generated["docs/reference/python.md"]
+    assert [name for name in safegen.__all__ if f".{name}\n" not in page] == []
+
+
+# results
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=page_name)
+def test_every_result_names_how_it_was_measured(path):
+    given = json.loads(read(path))
+    assert all(given.get(key) for key in ("title", "summary", "date", "machine", "command", "n"))
+    for table in given["tables"]:
+        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+        for value in (v for row in table["rows"] for v in row if isinstance(v, list)):
+            number, low, high = value
+            assert low <= number <= high
 
 
 def test_make_bench_runs_every_script_and_each_is_named_where_its_figures_stand():
-    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
-    names = {f"benchmarks/{path.name}" for path in SCRIPTS}
+    text = "".join(read(path) for path in [*DOCUMENTS, *RESULTS])
+    names = {f"benchmarks/{path.name}" for path in SCRIPTS if path.stem != "baseline"}
     assert len(names) >= 4
-    assert {
-        name
-        for name in named(MAKEFILE.read_text(encoding="utf-8"))
-        if name.startswith("benchmarks/")
-    } == names
-    assert {
-        name for name in named(text) if name.startswith("benchmarks/") and name.endswith(".py")
-    } == names
+    in_make = {name for name in paths_in(read(MAKEFILE)) if name.startswith("benchmarks/")}
+    assert names <= in_make
+    named = {n for n in paths_in(text) if n.startswith("benchmarks/") and n.endswith(".py")}
+    assert names <= named
 
 
-@pytest.mark.parametrize(("room", "table"), [("edit", tables.EDITS), ("guard", tables.GUARDS)])
-def test_every_method_has_a_row_among_the_papers(room, table):
-    """With the paper's number or `ours`, and the file that the table names.
-
-    What is rebuilt without its code is called so.
-    """
-    lines = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8").splitlines()
-    rows = {
-        cells[1]: cells[2:]
-        for line in lines
-        if len(cells := [c.strip() for c in line.split("|")]) == 7
-    }
-    for name, target in table.items():
-        paper, file, *rest = rows[f"`{name}`"]
-        assert re.search(r"arXiv:\d{4}\.\d{5}|ours|folklore", paper), name
-        assert f"`{room}/{target.partition(':')[0].rpartition('.')[2]}.py`" in file, name
-        assert all(rest[:2]), name
-        assert "abstract only" not in paper or "**reconstruction:**" in rest[0], name
+# glossary and code
 
 
-@every_document
-def test_every_make_target_that_is_named_exists(path):
-    targets = re.findall(r"^([a-z]+):", MAKEFILE.read_text(encoding="utf-8"), re.MULTILINE)
-    asked = re.findall(
-        r"(?:^|`)make ([a-z]+)(?=[`\s])", path.read_text(encoding="utf-8"), re.MULTILINE
+def test_every_word_of_the_glossary_has_a_reason_and_stands_once():
+    entries = re.findall(
+        r"^- \*\*`?([\w-]+)`?\*\*: (.+)$", read(DOCS / "glossary.md"), re.MULTILINE
     )
-    assert set(asked) <= set(targets)
+    words = [word for word, _ in entries]
+    assert len(words) == len(set(words)) >= 20
+    assert [word for word, reason in entries if len(reason.split()) < 4] == []
+
+
+def skeleton(name: str) -> dict[str, object]:
+    """Return the names that the first Python block of a how-to page defines."""
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", read(DOCS / "how-to" / name), re.MULTILINE | re.DOTALL
+    )[:1]
+    scope: dict[str, object] = {"__name__": f"skeleton_{Path(name).stem.replace('-', '_')}"}
+    exec(compile(code, name, "exec", dont_inherit=True), scope)
+    return scope
+
+
+def test_the_guard_of_the_how_to_blocks_long_prompts():
+    config = skeleton("add-a-guard.md")["MaxWordsConfig"]
+    results = config(limit=2).build(None).check(["a cat", "a very long cat"])
+    assert [result.action for result in results] == ["none", "block"]
+
+
+def test_the_judge_of_the_how_to_tells_bright_from_dark():
+    judge = skeleton("add-a-judge.md")["BrightnessJudge"]()
+    verdicts = judge.judge([Image.new("RGB", (8, 8), color) for color in ("white", "black")])
+    assert [verdict.outcome for verdict in verdicts] == ["unsafe", "safe"]
+
+
+def test_the_attack_of_the_how_to_rounds_the_weights_and_leaves_the_model_alone(make_model):
+    model = make_model()
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    patch = skeleton("add-an-attack.md")["QuantizationAttack"](bits=2).apply(model)
+    assert all(len(value.unique()) <= 3 for value in patch.tensors.values())
+    assert all((value == before[key]).all() for key, value in model.denoiser.state_dict().items())
 
 
 @every_document
-def test_every_command_that_is_shown_has_these_options(path):
-    for words in commands(path.read_text(encoding="utf-8")):
-        at, rest = get_command(app), words
-        while hasattr(at, "commands"):
-            assert rest[0] in at.commands, words
-            at, rest = at.commands[rest[0]], rest[1:]
-        known = {option for param in at.params for option in param.opts}
-        assert {word for word in rest if word.startswith("--")} <= known, words
-
-
-def test_the_documents_do_show_commands():
-    assert {
-        words[0] for path in DOCUMENTS for words in commands(path.read_text(encoding="utf-8"))
-    } >= {"generate", "edit", "evaluate"}
+def test_documents_use_the_words_of_the_libraries(path):
+    prose = re.sub(r"```.*?```|`[^`]*`", " ", read(path).lower(), flags=re.DOTALL)
+    text = f" {' '.join(re.sub(r'[^a-z ]+', ' ', prose.replace(chr(10), ' ')).split())} "
+    assert [phrase for phrase in ARCHAIC if f" {phrase} " in text] == []

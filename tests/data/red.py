@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from safegen.judges.base import Detection, Verdict
+from safegen.judges.base import Detection, Detections
 
 PATCH = (20, 24, 36, 40)
 """Where `unsafe_picture` is red, unless told."""
@@ -27,16 +27,16 @@ class RedJudge:
         self.label_space = ("red", "face")
         self._shrink, self._blind, self._score = shrink, blind, score
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         self.looks += len(images)
         return [self._look(np.asarray(image)) for image in images]
 
-    def _look(self, pixels: np.ndarray) -> Verdict:
+    def _look(self, pixels: np.ndarray) -> Detections:
         if (pixels[0, 0] == (0, 0, 255)).all():
-            return Verdict("unjudged", reason="too blue")
+            return Detections((), unjudged="too blue")
         ys, xs = (pixels == (255, 0, 0)).all(axis=-1).nonzero()
         if not len(ys):
-            return Verdict("safe", (Detection("face", 0.9, (0.0, 0.0, 9.0, 9.0)),))
+            return Detections((Detection("face", 0.9, (0.0, 0.0, 9.0, 9.0)),))
         s = self._shrink
         box = (
             float(xs.min() + s),
@@ -44,12 +44,11 @@ class RedJudge:
             float(xs.max() + 1 - s),
             float(ys.max() + 1 - s),
         )
-        return Verdict(
-            "unsafe",
+        return Detections(
             (
                 Detection("red", self._score, None if self._blind else box),
                 Detection("face", 0.9, (0.0, 0.0, 9.0, 9.0)),
-            ),
+            )
         )
 
 

@@ -14,7 +14,7 @@ from safegen.edits.duo import DUO, DUOObjective
 from safegen.edits.functional import losses
 from safegen.edits.training.samples import encode_triplets
 from safegen.edits.training.trainer import Training
-from safegen.judges import Verdict
+from safegen.judges import Detection, Detections, judge_images
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
@@ -281,20 +281,20 @@ def test_kto_holds_each_unsafe_picture_against_the_mean_of_the_safe_ones_at_a_sh
 class Brightness:
     """A judge of one number: a picture whose mean is above the limit is unsafe, one of the given means cannot be judged."""
 
-    id = "brightness:1"
+    id, labels, threshold = "brightness:1", ("bright",), 0.5
 
     def __init__(self, limit, unreadable=()):
         self.limit, self.unreadable, self.asked = limit, unreadable, []
 
-    def judge(self, images):
+    def detect(self, images):
         means = [
             sum(image.convert("L").tobytes()) / (image.width * image.height) for image in images
         ]
         self.asked.append(means)
         return [
-            Verdict("unjudged", reason="torn")
+            Detections((), unjudged="torn")
             if any(abs(m - u) < 1e-9 for u in self.unreadable)
-            else Verdict("unsafe" if m > self.limit else "safe")
+            else Detections((Detection("bright", 0.9),) * (m > self.limit))
             for m in means
         ]
 
@@ -309,7 +309,7 @@ def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(
     model = make_model()
     once = problem_of(DUO(**WORDS), model, triplets)
     first = Brightness(-1)
-    first.judge(model.decode_images(once.safe))
+    first.detect(model.decode_images(once.safe))
     (means,) = first.asked
     judge = Brightness(
         sorted(means)[2], unreadable=(min(means),)
@@ -324,21 +324,15 @@ def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(
     kept = [i for i, row in enumerate(triplets.rows) if row.id not in twins["left out"]]
     assert twins["pairs"] == len(kept) == len(found.safe) == len(found.unsafe)
     assert twins["open after each try"] == [
-        len(a) - sum(v.outcome == "safe" for v in judge_again(judge, a)) for a in judge.asked
+        sum(m > judge.limit or m in judge.unreadable for m in means) for means in judge.asked
     ]
     for at, i in enumerate(kept):
         assert_close(found.unsafe[at], once.unsafe[i])
         assert torch.equal(found.safe[at], once.safe[i]) is (
             i in silent
         )  # a twin that passed is not touched
-    assert {v.outcome for v in judge.judge(model.decode_images(found.safe))} == {"safe"}
+    assert set(judge_images(judge, model.decode_images(found.safe))) == {"safe"}
     assert torch.equal(problem_of(edit, model, triplets).safe, found.safe)
-
-
-def judge_again(judge, means):
-    return [
-        Verdict("unsafe" if m > judge.limit or m in judge.unreadable else "safe") for m in means
-    ]
 
 
 def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(
@@ -346,7 +340,7 @@ def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(
 ):
     model = make_model()
     means = Brightness(-1)
-    means.judge(model.decode_images(problem_of(DUO(**WORDS), model, triplets).safe))
+    means.detect(model.decode_images(problem_of(DUO(**WORDS), model, triplets).safe))
     (first,) = means.asked
     with_judge(monkeypatch, Brightness(sorted(first)[3]))
     patch = DUO(**WORDS, judge="mini", tries=1, rank=2, training=training(updates=1)).apply(

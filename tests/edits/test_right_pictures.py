@@ -65,11 +65,13 @@ def test_a_concept_whose_judge_asks_for_weights_that_only_its_user_can_name_is_t
 
 
 def test_pictures_that_nobody_can_judge_are_said_too(monkeypatch):
-    from safegen.judges import Verdict
+    from safegen.judges import Detections
 
     class Blind:
-        def judge(self, images):
-            return [Verdict("unjudged", reason="dark") for _ in images]
+        labels, threshold = ("skulls",), 0.5
+
+        def detect(self, images):
+            return [Detections((), unjudged="dark") for _ in images]
 
     monkeypatch.setattr(api, "load_judge", lambda *args, **kwargs: Blind())
     with pytest.warns(api.UncheckedTripletsWarning, match="all of them are unjudged"):

@@ -176,7 +176,7 @@ def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measure
     subjects = {row.text: row.subject for row in prompt_list("mini:skulls-train")}
     assert len(found.pictures) + found.left_out == 100
     assert found.left_out < 5
-    seen = [v.subject for v in load_judge("mini").judge(list(found.pictures))]
+    seen = [v.subject for v in load_judge("mini").detect(list(found.pictures))]
     for subject, texts in zip(seen, found.texts, strict=True):
         assert {subjects[text] for text in texts} == {subject}
         assert not measured & set(texts)

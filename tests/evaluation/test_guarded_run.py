@@ -12,7 +12,7 @@ from safegen.evaluation.report.page import PAGE, write_report
 from safegen.evaluation.run.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
 from safegen.evaluation.run.verify import verify
 from safegen.guards import prompt_filter
-from safegen.judges import Verdict
+from safegen.judges import Detections
 from safegen.stack import LoadedStack
 
 
@@ -26,7 +26,7 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
         given.extend(found if self.stack.guards else [])
         return found
 
-    monkeypatch.setattr(LoadedStack, "drawn", kept)
+    monkeypatch.setattr(LoadedStack, "generate", kept)
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
@@ -73,7 +73,7 @@ def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, mon
     def broken(self, prompts):
         raise RuntimeError("the word list is gone")
 
-    monkeypatch.setattr("safegen.guards.prompt_filter._Ready.check", broken)
+    monkeypatch.setattr("safegen.guards.prompt_filter.PromptFilterGuard.check", broken)
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
@@ -195,15 +195,15 @@ def test_a_picture_that_was_not_written_down_yet_gives_way_to_a_fault_and_a_faul
 
 def test_a_judge_without_memory_halves_the_batch_as_drawing_does(go, tmp_path, monkeypatch):
     class Large:
-        id, labels, known, threshold = "large", ("skulls",), ("skulls",), 0.5
+        id, labels, label_space, threshold = "large", ("skulls",), ("skulls",), 0.5
 
-        def judge(self, images):
-            short = Verdict(
-                "unjudged", reason="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes"
+        def detect(self, images):
+            short = Detections(
+                (), unjudged="OutOfMemoryError: CUDA out of memory. Tried to allocate 9 bytes"
             )
-            return [short if len(images) > 2 else Verdict("safe")] * len(images)
+            return [short if len(images) > 2 else Detections(())] * len(images)
 
-    monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilter.open", lambda self: Large())
+    monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilterConfig.open", lambda self: Large())
     recipe = tmp_path / "seen.toml"
     recipe.write_text(
         'name = "seen"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\njudge = "mini"\n'

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 import safegen
+from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.files import display_name
+from safegen.core.generation import GenerationConfig
 from safegen.core.registry import LABEL_SETS, PROTOCOLS
 from safegen.data.prompts.prompts import cluster_of
+from safegen.evaluation.plan import ROLES
 from safegen.evaluation.protocol import (
+    Protocol,
     differences,
     load_protocol,
     plan,
@@ -78,7 +82,7 @@ def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
     ("old", "new"),
     [
         ("steps = 2", "steps = 3"),
-        ("batch = 4", "batch = 5"),
+        ("batch_size = 4", "batch_size = 5"),
         ("seeds = [1, 2]", "seeds = [1, 3]"),
         ('labels = ["skulls"]', 'labels = ["skulls"]\nthreshold = 0.4'),
         ('labels = ["skulls"]', 'labels = ["skulls", "fire"]'),
@@ -193,8 +197,8 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
             r"clip_score, fid_to_base, .* needs a table \[features\]",
         ),
         (
-            "[generation_config]",
-            '[lpips]\ntrunk = "a"\nheads = "b"\n[generation_config]',
+            "[generation]",
+            '[lpips]\ntrunk = "a"\nheads = "b"\n[generation]',
             r"\[lpips\] has no effect, for no metric needs it",
         ),
         ("name", "nam", "not a protocol file"),
@@ -283,3 +287,38 @@ def test_differences_name_the_place():
         "c: 3 and null",
     ]
     assert differences({"a": [1]}, {"a": [1]}) == []
+
+
+def test_a_concept_gives_the_protocol_of_its_own_lists_and_judge():
+    concept = load_concept("skulls")
+    config = GenerationConfig(num_inference_steps=4)
+    protocol = Protocol.from_concept(concept, prompts=3, seeds=range(2), generation=config)
+    items = plan(protocol)
+    names = [name for role in ROLES for name in concept.lists.get(role, ())]
+    assert [i.list_name for i in items] == [name for name in names for _ in range(6)]
+    assert [(i.seed, i.index) for i in items[:6]] == [(s, i) for s in (0, 1) for i in range(3)]
+    assert {i.list_name: i.shows for i in items if i.shows} == concept.shows
+    assert (protocol.judge.labels, protocol.judge.threshold) == (concept.labels, concept.threshold)
+    assert (protocol.generation, protocol.concept) == (config, "skulls")
+    only = Protocol.from_concept(
+        concept, prompts=1, seeds=(1,), generation=config, roles=("benign",), metrics=("concept",)
+    )
+    assert {i.role for i in plan(only)} == {"benign"}
+    assert only.metrics == ("concept",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": 0}, "prompts"),
+        ({"prompts": 10**6}, "has .* prompts, got 1000000"),
+        ({"seeds": ()}, "seeds must be named once each"),
+        ({"seeds": (1, 1)}, "seeds must be named once each"),
+        ({"roles": ("benign", "benign")}, "lists must be named once each"),
+        ({"roles": ()}, "lists"),
+    ],
+)
+def test_a_concept_without_prompts_or_seeds_is_refused(changes, message):
+    settings = {"prompts": 1, "seeds": (1,), "generation": GenerationConfig()} | changes
+    with pytest.raises(ConfigError, match=message):
+        Protocol.from_concept(load_concept("skulls"), **settings)

@@ -54,8 +54,8 @@ def done(make_model, triplets, tmp_path_factory):
 
 def test_base_edited_and_every_look_are_judged_on_the_same_prompts(done):
     model, before, _, found, out = done
-    assert list(found.verdicts) == SIDES
-    assert {len(v) for v in found.verdicts.values()} == {len(found.items)}
+    assert list(found.detections) == SIDES
+    assert {len(v) for v in found.detections.values()} == {len(found.items)}
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert {p.name for p in out.iterdir()} == {
         *("resilience.json", "verdicts.jsonl", "grid.png"),

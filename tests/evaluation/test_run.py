@@ -302,17 +302,17 @@ def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
 def test_another_judge_looks_without_drawing(copy, monkeypatch):
     """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
     from safegen.core import registry as tables
-    from safegen.judges import Detection, Verdict
+    from safegen.judges import Detection, Detections
 
     class Odd:
         def __init__(self, *, labels, threshold):
             self.id, self.label_space = "odd:1", ("odd",)
 
-        def judge(self, images):
+        def detect(self, images):
             return [
-                Verdict("unjudged", reason="too dark")
+                Detections((), unjudged="too dark")
                 if i == 0
-                else Verdict("safe", (Detection("odd", 0.9),) * (i % 2))
+                else Detections((Detection("odd", 0.9),) * (i % 2))
                 for i in range(len(images))
             ]
 
@@ -363,7 +363,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
             )
         return real(self, asks, generation_config)
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", tight)
+    monkeypatch.setattr(draw.LoadedStack, "generate", tight)
     folder = go(tmp_path / "tight").folder
     notes = [line for line in parse(folder / TIMINGS)[0] if line["stage"] == "memory"]
     assert notes == [{"stage": "memory", "stack": "mini", "batch": 0, "size": 2}]  # it stays halved
@@ -380,7 +380,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
     def none(self, asks, generation_config):
         raise MemoryError
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", none)
+    monkeypatch.setattr(draw.LoadedStack, "generate", none)
     with pytest.raises(ConfigError, match="not enough memory to draw a single picture"):
         go(tmp_path / "none")
 
@@ -389,7 +389,7 @@ def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch
     def broken(self, asks, generation_config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(draw.LoadedStack, "drawn", broken)
+    monkeypatch.setattr(draw.LoadedStack, "generate", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         go(tmp_path / "broken")
 

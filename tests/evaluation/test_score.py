@@ -8,7 +8,7 @@ from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
 from safegen.evaluation.plan import Item, make_plan
 from safegen.evaluation.scoring.score import refuse_unjudged, removal, score
-from safegen.judges.base import Detection, Verdict
+from safegen.judges.base import Detection, Detections
 
 CONCEPT = Concept(
     name="cubes",
@@ -32,13 +32,11 @@ def item(i: int, *, shows: str | None = None) -> Item:
     )
 
 
-def verdict(*labels: str, subject: str | None = "cat", score: float = 0.9) -> Verdict:
-    return Verdict(
-        "unsafe" if labels else "safe", tuple(Detection(label, score) for label in labels), subject
-    )
+def verdict(*labels: str, subject: str | None = "cat", score: float = 0.9) -> Detections:
+    return Detections(tuple(Detection(label, score) for label in labels), subject)
 
 
-LOST = Verdict("unjudged", reason="too dark")
+LOST = Detections((), unjudged="too dark")
 
 
 def test_an_unjudged_picture_is_neither_seen_nor_missed():

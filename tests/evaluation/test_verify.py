@@ -239,7 +239,7 @@ def edited_protocol(folder):
         (shortened_features, r"features\.jsonl: pictures have 2 or 64 features"),
         (
             score_that_is_no_number,
-            r"verdicts\.jsonl: the verdict on '\w+' is damaged: .* not a finite number",
+            r"verdicts\.jsonl: the verdict on '\w+' is damaged: .* must be finite",
         ),
         (damaged_features, r"features\.jsonl: the features of '\w+' are damaged"),
         (raised_clip_score, r"scores\.json: not what scoring the run gives .*inputs\.features"),

@@ -15,17 +15,24 @@ from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.crops import CropsConfig, around
 from safegen.guards.pno import Score
-from safegen.judges import Verdict
+from safegen.judges import Detection, Detections
 
 PROMPTS = ["a red cube on a white table", "a blue ball in the grass"]
 CROPS = {"name": "crops", "judge": "mini", "probes": 4, "steps": 1}
+
+
+ANSWERS = {
+    "unsafe": Detections((Detection("bad", 0.9),)),
+    "safe": Detections(()),
+    "unjudged": Detections((), unjudged="torn"),
+}
 
 
 def judge_of(monkeypatch, outcomes):
     """Give the guard a judge whose answers on the first picture are `outcomes` in turn, and that keeps what it saw."""
 
     class Told:
-        id, labels, known, threshold, seen, turn = (
+        id, labels, label_space, threshold, seen, turn = (
             "told",
             ("bad",),
             ("bad",),
@@ -34,9 +41,9 @@ def judge_of(monkeypatch, outcomes):
             iter(outcomes),
         )
 
-        def judge(self, images):
+        def detect(self, images):
             self.seen.append([np.asarray(i, dtype=int) for i in images])
-            return [Verdict(next(self.turn)), *[Verdict("safe")] * (len(images) - 1)]
+            return [ANSWERS[next(self.turn)], *[ANSWERS["safe"]] * (len(images) - 1)]
 
     told = Told()
     monkeypatch.setattr(CropsConfig, "open", lambda self: told)
@@ -86,7 +93,7 @@ def test_the_share_of_unsafe_probes_decides_and_unjudged_is_not_safe(
 
 def test_a_judge_that_leaves_a_probe_out_shows_no_picture(tiny_model, draw, monkeypatch):
     told = judge_of(monkeypatch, ["safe"] * 4)
-    monkeypatch.setattr(type(told), "judge", lambda self, images: [Verdict("safe")])
+    monkeypatch.setattr(type(told), "detect", lambda self, images: [ANSWERS["safe"]])
     found = draw(tiny_model.pipeline, [CROPS], PROMPTS)
     assert [d.image for d in found] == [None, None]
     assert found[0].trail.reason.startswith("error: crops: ValueError")

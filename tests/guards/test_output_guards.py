@@ -15,27 +15,26 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.guards import make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.judge_filter import JudgeFilterConfig, JudgeGuard, censor_whole
-from safegen.judges import Detection, Verdict
-from safegen.judges.batching import judge_in_batches as look_one_by_one
+from safegen.judges import Detection, Detections
+from safegen.judges.batching import detect_in_batches as look_one_by_one
 
 
 class Says:
     """A judge that says what it is told to, by the picture's brightness."""
 
-    id, labels, known, threshold = "says", ("bad",), ("bad", "good"), 0.5
+    id, labels, label_space, threshold = "says", ("bad",), ("bad", "good"), 0.5
 
-    def judge(self, images):
+    def detect(self, images):
         if any(image.getpixel((0, 0))[0] == 200 for image in images):
             raise FileNotFoundError("weights.safetensors")
         out = {
-            0: Verdict("safe", (Detection("good", 0.9),)),
-            100: Verdict("unjudged", reason="torn"),
-            50: Verdict("safe", (Detection("bad", 0.4),)),
+            0: Detections((Detection("good", 0.9),)),
+            100: Detections((), unjudged="torn"),
+            50: Detections((Detection("bad", 0.4),)),
         }
         return [
             out.get(
-                i.getpixel((0, 0))[0],
-                Verdict("unsafe", (Detection("bad", 0.7), Detection("bad", 0.8))),
+                i.getpixel((0, 0))[0], Detections((Detection("bad", 0.7), Detection("bad", 0.8)))
             )
             for i in images
         ]
@@ -112,7 +111,7 @@ class Apart(Says):
             text=True,
         )
 
-    def judge(self, images):
+    def detect(self, images):
         out = []
         for image in images:
             self.process.stdin.write("die\n" if image.getpixel((0, 0))[0] == 66 else "look\n")
@@ -120,7 +119,8 @@ class Apart(Says):
             answer = self.process.stdout.readline().strip()
             if not answer:
                 raise EOFError(f"the judge's process ended with {self.process.wait()}")
-            out.append(Verdict(answer))
+            assert answer == "safe"
+            out.append(Detections(()))
         return out
 
 
@@ -156,7 +156,7 @@ def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unj
     tiny_model, draw, monkeypatch
 ):
     class Large(Says):
-        def judge(self, images):
+        def detect(self, images):
             return look_one_by_one(
                 images, lambda image: image, self.see, labels=self.labels, threshold=self.threshold
             )

@@ -13,7 +13,7 @@ from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.judge_filter import JudgeBackedConfig
 from safegen.guards.pno import PnoConfig, Score, decoded, regulariser
-from safegen.judges import Verdict
+from safegen.judges import Detection, Detections
 
 PNO = {
     "name": "pno",
@@ -32,10 +32,10 @@ FEW = {"num_inference_steps": 2, "output_type": "pil"}
 class Fine:
     """A judge with weights of its own that likes every picture."""
 
-    id, labels, known, threshold = "fine", ("bad",), ("bad",), 0.5
+    id, labels, label_space, threshold = "fine", ("bad",), ("bad",), 0.5
 
-    def judge(self, images):
-        return [Verdict("safe")] * len(images)
+    def detect(self, images):
+        return [Detections(())] * len(images)
 
 
 @pytest.fixture
@@ -156,8 +156,8 @@ def test_a_score_that_is_no_number_withholds_and_the_trail_is_plain_json(
 
 def test_the_judge_has_the_last_word(tiny_model, draw, level, monkeypatch):
     class Strict(Fine):
-        def judge(self, images):
-            return [Verdict("unsafe")] * len(images)
+        def detect(self, images):
+            return [Detections((Detection("bad", 0.9),))] * len(images)
 
     monkeypatch.setattr(JudgeBackedConfig, "open", lambda self: Strict())
     found = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
@@ -214,9 +214,7 @@ def test_the_score_is_the_judges_own_within_its_resizing():
         for _ in range(4)
     ]
     judge = load_judge("clip", weights="mini", unsafe=["a skull"], safe=["a castle"])
-    own = [
-        {d.label: d.score for d in v.detections}.get("unsafe", 0.0) for v in judge.judge(pictures)
-    ]
+    own = [{d.label: d.score for d in v.items}.get("unsafe", 0.0) for v in judge.detect(pictures)]
     x = torch.stack(
         [
             torch.from_numpy(np.asarray(p).astype(np.float32)).permute(2, 0, 1) / 255

@@ -12,7 +12,7 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.judges import load_judge
+from safegen.judges import judge_images, load_judge
 from safegen.judges.clip import UNSAFE, chances
 from safegen.metrics.rates import Rate
 from safegen.mini import bundle, world
@@ -52,12 +52,22 @@ def judge():
 
 
 def test_it_sees_the_skulls_that_the_prompts_ask_for(judge):
-    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures("skulls"))]).value >= 0.9
+    assert (
+        Rate.from_outcomes(
+            [v.contains(judge.labels, judge.threshold) for v in judge.detect(pictures("skulls"))]
+        ).value
+        >= 0.9
+    )
 
 
 @pytest.mark.parametrize("attribute", [None, "fire", "ghosts", "leaves"])
 def test_it_sees_none_where_there_are_none(judge, attribute):
-    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures(attribute))]).value <= 0.05
+    assert (
+        Rate.from_outcomes(
+            [v.contains(judge.labels, judge.threshold) for v in judge.detect(pictures(attribute))]
+        ).value
+        <= 0.05
+    )
 
 
 def test_its_probabilities_are_clips_own(judge):
@@ -76,8 +86,8 @@ def test_its_probabilities_are_clips_own(judge):
         oracle = clip(input_ids=ids, pixel_values=x).logits_per_image.softmax(dim=-1)[
             :, : len(PROMPTS["unsafe"])
         ]
-    for verdict, row in zip(judge.judge(images), oracle, strict=True):
-        scores = {d.label: d.score for d in verdict.detections}
+    for verdict, row in zip(judge.detect(images), oracle, strict=True):
+        scores = {d.label: d.score for d in verdict.items}
         assert scores[UNSAFE] == pytest.approx(float(row.sum()), abs=1e-4)
         for prompt, value in zip(PROMPTS["unsafe"], row.tolist(), strict=True):
             assert scores.get(prompt, value) == pytest.approx(value, abs=1e-4)
@@ -87,8 +97,10 @@ def test_its_probabilities_are_clips_own(judge):
 def test_one_of_the_prompts_can_be_the_label():
     owl = next(i for i, name in enumerate(OBJECTS) if name == "owl")
     judge = load_judge("clip", weights="mini", labels=[PROMPTS["unsafe"][owl]], **PROMPTS)
-    found = judge.judge(pictures("skulls"))
-    assert {OBJECTS[i % 32] for i, v in enumerate(found) if v.outcome == "unsafe"} <= {"owl"}
+    found = judge.detect(pictures("skulls"))
+    assert {
+        OBJECTS[i % 32] for i, v in enumerate(found) if v.contains(judge.labels, judge.threshold)
+    } <= {"owl"}
     with pytest.raises(UnknownNameError, match="no label of the judge 'clip' named 'nudity'"):
         load_judge("clip", weights="mini", labels=["nudity"], **PROMPTS)
 
@@ -115,7 +127,7 @@ def test_the_id_is_the_weights_and_the_prompts(judge):
 
 def test_a_picture_that_cannot_be_read_is_unjudged_among_others(judge):
     skulls, clean = pictures("skulls", 1)[0], pictures(None, 1)[0]
-    assert [v.outcome for v in judge.judge([skulls, Image.new("F", (64, 64)), clean])] == [
+    assert judge_images(judge, [skulls, Image.new("F", (64, 64)), clean]) == [
         "unsafe",
         "unjudged",
         "safe",
@@ -125,7 +137,7 @@ def test_a_picture_that_cannot_be_read_is_unjudged_among_others(judge):
 def test_a_network_that_answers_nan_leaves_pictures_unjudged():
     judge = load_judge("clip", weights="mini", unsafe=["skulls"], safe=["a castle"])
     judge._clip.visual_projection.weight.data.fill_(float("nan"))
-    assert {v.outcome for v in judge.judge(pictures("skulls", 3))} == {"unjudged"}
+    assert set(judge_images(judge, pictures("skulls", 3))) == {"unjudged"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safegen.core import registry as tables
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
 from safegen.core.registry import LABEL_SETS, expand_labels
-from safegen.judges import Detection, Verdict, load_judge
+from safegen.judges import Detection, Detections, judge_images, load_judge
 from safegen.judges.nudenet import LABELS
 
 
@@ -91,11 +91,15 @@ def test_sets_and_labels_mix_and_spelling_out_twice_changes_nothing():
     assert expand_labels(mixed) == mixed
 
 
-def test_a_label_set_can_be_given_to_a_verdict_and_to_a_concept(tmp_path):
-    verdict = Verdict("safe", (Detection("BELLY_EXPOSED", 0.6),))
-    assert verdict.contains(["exposed9"])
-    assert not verdict.contains(["i2p5"])
-    assert verdict.with_threshold(["exposed9"], 0.6).outcome == "unsafe"
+def test_a_label_set_can_be_given_to_detections_and_to_a_concept(tmp_path):
+    raw = Detections((Detection("BELLY_EXPOSED", 0.6),))
+    assert raw.contains(["exposed9"], 0.5)
+    assert not raw.contains(["i2p5"], 0.5)
+    assert raw.verdict(["exposed9"], 0.6) == "unsafe"
+    assert raw.verdict(["exposed9"], 0.61) == "safe"
+    for threshold in (0.19, 1.01):
+        with pytest.raises(ValueError, match=r"threshold must be in 0\.2\.\.1, got"):
+            raw.contains(["exposed9"], threshold)
     path = tmp_path / "bare.toml"
     path.write_text(
         'name = "bare"\nwords = []\ncounterpart = []\njudge = "nudenet"\nlabels = ["strict4"]\n',
@@ -156,9 +160,9 @@ def test_every_judge_that_opens_here_keeps_the_contract():
         assert set(judge.labels) <= set(judge.label_space)
         assert 0.2 <= judge.threshold <= 1
         grey = Image.new("RGB", (40, 30), (128, 128, 128))
-        first, second = judge.judge([grey, grey])
-        assert first.outcome in ("safe", "unsafe")
-        assert first.outcome == second.outcome
-        assert all(0.2 <= d.score <= 1 and d.label in judge.label_space for d in first.detections)
-        assert judge.judge([]) == []
+        first, second = judge.detect([grey, grey])
+        assert first.unjudged is None
+        assert judge_images(judge, [grey]) == [second.verdict(judge.labels, judge.threshold)]
+        assert all(0.2 <= d.score <= 1 and d.label in judge.label_space for d in first.items)
+        assert judge.detect([]) == []
     assert opened >= 2

@@ -4,7 +4,7 @@ from PIL import Image, ImageFilter
 
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.data.triplets.censor import Censor, censor
-from safegen.judges import load_judge
+from safegen.judges import judge_images, load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini import world
 from tools.mini import drawing
@@ -33,23 +33,25 @@ def judge():
 
 @pytest.mark.parametrize("label", ["skulls", "fire", "ghosts", "leaves"])
 def test_the_judge_sees_an_attribute_that_is_there_and_no_other(judge, label):
-    found = judge.judge(pictures(label))
-    assert Rate.from_outcomes([v.contains([label]) for v in found]).value >= 0.97
+    found = judge.detect(pictures(label))
+    assert Rate.from_outcomes([v.contains([label], 0.5) for v in found]).value >= 0.97
     others = {"skulls", "fire", "ghosts", "leaves", "mosaic"} - {label}
-    assert Rate.from_outcomes([v.contains(others) for v in found]).value <= 0.04
-    assert {v.outcome for v in found} == {"unsafe" if label in ("skulls", "fire") else "safe"}
+    assert Rate.from_outcomes([v.contains(others, 0.5) for v in found]).value <= 0.04
+    assert {v.verdict(judge.labels, 0.5) for v in found} == {
+        "unsafe" if label in ("skulls", "fire") else "safe"
+    }
 
 
 def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge):
     rows = scenes(None)
-    found = judge.judge([Image.fromarray(drawing.draw(s)) for s in rows])
+    found = judge.detect([Image.fromarray(drawing.draw(s)) for s in rows])
     assert (
         Rate.from_outcomes([v.subject == s.object for v, s in zip(found, rows, strict=True)]).value
         >= 0.97
     )
     assert (
         Rate.from_outcomes(
-            [bool(v.contains({"skulls", "fire", "ghosts", "leaves", "mosaic"})) for v in found]
+            [bool(v.contains({"skulls", "fire", "ghosts", "leaves", "mosaic"}, 0.5)) for v in found]
         ).value
         <= 0.03
     )
@@ -61,9 +63,9 @@ def test_a_mosaic_is_neither_skull_nor_fire_but_a_mosaic(judge, label):
         censor(Image.fromarray(drawing.draw(s)), drawing.mark_boxes(s), Censor())[0]
         for s in scenes(label)
     ]
-    found = judge.judge(covered)
-    assert Rate.from_outcomes([v.contains(["skulls", "fire"]) for v in found]).value <= 0.05
-    assert Rate.from_outcomes([v.contains(["mosaic"]) for v in found]).value >= 0.95
+    found = judge.detect(covered)
+    assert Rate.from_outcomes([v.contains(["skulls", "fire"], 0.5) for v in found]).value <= 0.05
+    assert Rate.from_outcomes([v.contains(["mosaic"], 0.5) for v in found]).value >= 0.95
 
 
 @pytest.mark.parametrize("spoil", ["noise", "blur"])
@@ -78,7 +80,10 @@ def test_a_spoilt_picture_is_still_judged(judge, spoil):
             )
             for p in pictures("skulls")
         ]
-    assert Rate.from_outcomes([v.contains(["skulls"]) for v in judge.judge(spoilt)]).value >= 0.95
+    assert (
+        Rate.from_outcomes([v.contains(["skulls"], 0.5) for v in judge.detect(spoilt)]).value
+        >= 0.95
+    )
 
 
 def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
@@ -87,13 +92,13 @@ def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
         Image.fromarray(drawing.draw(s)).resize((192, 192), Image.Resampling.NEAREST) for s in rows
     ]
     hits = total = 0
-    for scene, verdict in zip(rows, judge.judge(big), strict=True):
+    for scene, raw in zip(rows, judge.detect(big), strict=True):
         for left, top, right, bottom in drawing.mark_boxes(scene):
             x, y = (left + right) / 2 * 3, (top + bottom) / 2 * 3
             total += 1
             hits += any(
                 d.box[0] < x < d.box[2] and d.box[1] < y < d.box[3]
-                for d in verdict.detections
+                for d in raw.items
                 if d.label == "skulls"
             )
     assert hits / total > 0.9
@@ -101,7 +106,7 @@ def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
 
 def test_what_is_unsafe_and_from_which_score_can_be_chosen():
     fire = load_judge("mini", labels=["fire"])
-    assert {v.outcome for v in fire.judge(pictures("skulls")[:8])} == {"safe"}
+    assert set(judge_images(fire, pictures("skulls")[:8])) == {"safe"}
     with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):
         load_judge("mini", labels=["skull"])
     with pytest.raises(ConfigError, match=r"got 0\.1"):
@@ -111,7 +116,6 @@ def test_what_is_unsafe_and_from_which_score_can_be_chosen():
 def test_an_answer_that_is_not_a_number_leaves_the_picture_unjudged():
     judge = load_judge("mini")
     judge._net.heat.bias.data.fill_(float("nan"))
-    (verdict,) = judge.judge(pictures("skulls")[:1])
-    assert verdict.outcome == "unjudged"
-    assert "finite" in verdict.reason
-    assert verdict.with_threshold(["skulls"], 0.5).outcome == "unjudged"
+    (raw,) = judge.detect(pictures("skulls")[:1])
+    assert "finite" in raw.unjudged
+    assert raw.verdict(["skulls"], 0.5) == "unjudged"

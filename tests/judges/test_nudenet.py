@@ -141,8 +141,8 @@ def test_detections_agree_with_the_packages_own_on_photographs(photo, name, chan
     theirs = nudenet.NudeDetector().detect(
         np.ascontiguousarray(pixels[:, :, ::-1]) if channels == "bgr" else pixels
     )
-    (verdict,) = load_judge("nudenet", channels=channels, threads=1).judge([image])
-    ours = [d for d in verdict.detections if d.score >= 0.25]
+    (verdict,) = load_judge("nudenet", channels=channels, threads=1).detect([image])
+    ours = [d for d in verdict.items if d.score >= 0.25]
     assert [d.label for d in ours] == [t["class"] for t in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.score == pytest.approx(other["score"], abs=0.02)
@@ -154,42 +154,48 @@ def test_detections_agree_with_the_packages_own_on_photographs(photo, name, chan
 
 
 def test_what_it_sees_in_ordinary_photographs(judge, photo):
-    astronaut, camera, coffee, cat = judge.judge([photo(n) for n in PHOTOS[:4]])
-    assert [d.label for d in astronaut.detections] == ["FACE_FEMALE"]
-    assert astronaut.detections[0].score == pytest.approx(0.72, abs=0.02)
-    left, top, right, bottom = astronaut.detections[0].box
+    astronaut, camera, coffee, cat = judge.detect([photo(n) for n in PHOTOS[:4]])
+    assert [d.label for d in astronaut.items] == ["FACE_FEMALE"]
+    assert astronaut.items[0].score == pytest.approx(0.72, abs=0.02)
+    left, top, right, bottom = astronaut.items[0].box
     assert left < 225 < right
     assert top < 120 < bottom  # her face
-    assert [d.label for d in camera.detections] == ["FACE_MALE"]
-    assert {v.outcome for v in (astronaut, camera, coffee, cat)} == {"safe"}
+    assert [d.label for d in camera.items] == ["FACE_MALE"]
+    assert {v.verdict(judge.labels, judge.threshold) for v in (astronaut, camera, coffee, cat)} == {
+        "safe"
+    }
 
 
 @pytest.mark.parametrize("side", [64, 128, 256, 512])
 def test_the_colour_wheel_is_the_known_false_positive_and_can_be_scored_again(judge, photo, side):
-    (verdict,) = judge.judge([photo(WHEEL).resize((side, side))])
-    assert verdict.outcome == "unsafe"
-    assert verdict.detections[0].label == "BUTTOCKS_EXPOSED"
-    assert 0.7 < verdict.detections[0].score < 0.9
-    assert verdict.with_threshold(["i2p5"], 0.95).outcome == "safe"
-    assert verdict.with_threshold(["strict4"], 0.45).outcome == "safe"
-    assert verdict.with_threshold(["exposed9"], 0.45).outcome == "unsafe"
+    (verdict,) = judge.detect([photo(WHEEL).resize((side, side))])
+    assert verdict.verdict(judge.labels, judge.threshold) == "unsafe"
+    assert verdict.items[0].label == "BUTTOCKS_EXPOSED"
+    assert 0.7 < verdict.items[0].score < 0.9
+    assert verdict.verdict(["i2p5"], 0.95) == "safe"
+    assert verdict.verdict(["strict4"], 0.45) == "safe"
+    assert verdict.verdict(["exposed9"], 0.45) == "unsafe"
 
 
 def test_a_verdict_does_not_depend_on_the_batch(judge, photo):
     images = [photo(n) for n in PHOTOS]
     for alone, together in zip(
-        (judge.judge([i])[0] for i in images), judge.judge(images), strict=True
+        (judge.detect([i])[0] for i in images), judge.detect(images), strict=True
     ):
-        assert alone.outcome == together.outcome
-        assert [d.label for d in alone.detections] == [d.label for d in together.detections]
+        assert alone.verdict(judge.labels, 0.45) == together.verdict(judge.labels, 0.45)
+        assert [d.label for d in alone.items] == [d.label for d in together.items]
         np.testing.assert_allclose(
-            [d.score for d in alone.detections], [d.score for d in together.detections], atol=1e-4
+            [d.score for d in alone.items], [d.score for d in together.items], atol=1e-4
         )
 
 
 def test_a_picture_that_cannot_be_read_is_unjudged_among_others(judge, photo):
-    found = judge.judge([photo(WHEEL), Image.new("I;16", (64, 64)), photo("chelsea.png")])
-    assert [v.outcome for v in found] == ["unsafe", "unjudged", "safe"]
+    found = judge.detect([photo(WHEEL), Image.new("I;16", (64, 64)), photo("chelsea.png")])
+    assert [v.verdict(judge.labels, judge.threshold) for v in found] == [
+        "unsafe",
+        "unjudged",
+        "safe",
+    ]
 
 
 def test_labels_default_to_i2p5_and_sets_are_spelt_out(judge):

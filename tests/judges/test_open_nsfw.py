@@ -43,27 +43,25 @@ def test_the_input_is_blue_first_with_the_mean_off():
 def test_input_and_score_are_the_packages_own(package, judge, photo, name):
     image = photo(name).convert("RGB")
     np.testing.assert_array_equal(prepare(image), package.preprocess(image))
-    score = judge._see([prepare(image)])[0][0].score
+    score = judge._detect([prepare(image)])[0][0].score
     assert score == pytest.approx(package.Classifier(intra_op_threads=1).score(image), abs=1e-6)
 
 
 def test_ordinary_photographs_are_safe(judge, photo):
-    found = judge.judge([photo(n) for n in PHOTOS])
-    assert {v.outcome for v in found} == {"safe"}
-    assert {v.detections for v in found} == {
-        ()
-    }  # the highest, a retina, has 0.18: under what is kept
-    assert judge._see([prepare(photo("retina.jpg").convert("RGB"))])[0][0].score == pytest.approx(
+    found = judge.detect([photo(n) for n in PHOTOS])
+    assert {v.verdict(judge.labels, judge.threshold) for v in found} == {"safe"}
+    assert {v.items for v in found} == {()}  # the highest, a retina, has 0.18: under what is kept
+    assert judge._detect([prepare(photo("retina.jpg").convert("RGB"))])[0][0].score == pytest.approx(
         0.18, abs=0.02
     )
 
 
 def test_a_score_becomes_one_detection_without_a_box(judge, photo, monkeypatch):
     monkeypatch.setattr(judge, "_session", Half(judge._session))
-    (verdict,) = judge.judge([photo("retina.jpg")])
-    assert [(d.label, d.box) for d in verdict.detections] == [("nsfw", None)]
-    assert verdict.outcome == "safe"
-    assert verdict.with_threshold(["nsfw"], verdict.detections[0].score).outcome == "unsafe"
+    (verdict,) = judge.detect([photo("retina.jpg")])
+    assert [(d.label, d.box) for d in verdict.items] == [("nsfw", None)]
+    assert verdict.verdict(judge.labels, judge.threshold) == "safe"
+    assert verdict.verdict(["nsfw"], verdict.items[0].score) == "unsafe"
 
 
 class Half:
@@ -77,8 +75,8 @@ class Half:
 
 
 def test_a_picture_that_cannot_be_read_is_unjudged_among_others(judge, photo):
-    found = judge.judge([photo("coffee.png"), Image.new("F", (8, 8)), photo("chelsea.png")])
-    assert [v.outcome for v in found] == ["safe", "unjudged", "safe"]
+    found = judge.detect([photo("coffee.png"), Image.new("F", (8, 8)), photo("chelsea.png")])
+    assert [v.verdict(judge.labels, judge.threshold) for v in found] == ["safe", "unjudged", "safe"]
 
 
 def test_the_id_tells_the_file(judge):

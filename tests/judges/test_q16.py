@@ -66,8 +66,18 @@ def judge(file):
 
 
 def test_the_second_vector_is_the_inappropriate_one(judge):
-    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures("skulls"))]).value >= 0.9
-    assert Rate.from_outcomes([v.unsafe for v in judge.judge(pictures(None))]).value <= 0.1
+    assert (
+        Rate.from_outcomes(
+            [v.contains(judge.labels, judge.threshold) for v in judge.detect(pictures("skulls"))]
+        ).value
+        >= 0.9
+    )
+    assert (
+        Rate.from_outcomes(
+            [v.contains(judge.labels, judge.threshold) for v in judge.detect(pictures(None))]
+        ).value
+        <= 0.1
+    )
 
 
 def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
@@ -79,18 +89,19 @@ def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
     nearer = torch.cosine_similarity(seen[:, None], vectors.half().float()[None], dim=-1).argmax(
         dim=1
     )
-    assert [v.unsafe for v in judge.judge(images)] == [bool(n) for n in nearer]
+    assert [v.contains(judge.labels, judge.threshold) for v in judge.detect(images)] == [
+        bool(n) for n in nearer
+    ]
     assert 0 < int(nearer.sum()) < len(images)
 
 
 def test_a_higher_threshold_keeps_fewer(judge):
-    found = judge.judge(pictures("fire"))
+    found = judge.detect(pictures("fire"))
     unsafe = [
-        sum(v.with_threshold(["inappropriate"], t).outcome == "unsafe" for v in found)
-        for t in (0.2, 0.5, 0.9)
+        sum(v.verdict(["inappropriate"], t) == "unsafe" for v in found) for t in (0.2, 0.5, 0.9)
     ]
     assert unsafe == sorted(unsafe, reverse=True)
-    assert all(d.box is None for v in found for d in v.detections)
+    assert all(d.box is None for v in found for d in v.items)
 
 
 def test_the_id_is_the_weights_and_the_vectors(judge, vectors, tmp_path):

@@ -9,7 +9,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.judges import load_judge
+from safegen.judges import judge_images, load_judge
 from safegen.judges.safety_checker import margins
 
 N = 60
@@ -70,7 +70,7 @@ def test_it_flags_what_the_checkers_own_forward_flags(checker, folder):
     images = pictures()
     judge = load_judge("sd-safety-checker", weights=folder)
     own = own_answer(checker, judge, images)
-    assert [v.unsafe for v in judge.judge(images)] == own
+    assert [v.contains(judge.labels, judge.threshold) for v in judge.detect(images)] == own
     assert N / 5 < sum(own) < N * 4 / 5
     checker.special_care_embeds_weights.data.fill_(2.0)  # never reached
     assert own_answer(checker, judge, images) != own  # so special care decided some of them
@@ -79,11 +79,11 @@ def test_it_flags_what_the_checkers_own_forward_flags(checker, folder):
 @pytest.mark.parametrize("shift", [-0.02, -0.004, 0.003, 0.02])
 def test_moving_the_threshold_moves_every_concepts_threshold(checker, folder, shift):
     images = pictures()
-    found = load_judge("sd-safety-checker", weights=folder).judge(images)
+    found = load_judge("sd-safety-checker", weights=folder).detect(images)
     judge = load_judge("sd-safety-checker", weights=folder)
     checker.concept_embeds_weights.data += shift
     theirs = own_answer(checker, judge, images)
-    ours = [v.with_threshold(judge.labels, round(0.501 + shift, 3)).unsafe for v in found]
+    ours = [v.contains(judge.labels, round(0.501 + shift, 3)) for v in found]
     assert (
         sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1
     )  # a margin on the edge of the third decimal may fall either way
@@ -93,25 +93,32 @@ def test_moving_the_threshold_moves_every_concepts_threshold(checker, folder, sh
 def test_every_concepts_score_is_kept_with_0_5_at_its_threshold(folder):
     judge = load_judge("sd-safety-checker", weights=folder)
     assert judge.labels == tuple(f"concept-{i}" for i in range(17))
-    for verdict in judge.judge(pictures(8)):
-        assert len(verdict.detections) == 20
-        assert {d.box for d in verdict.detections} == {None}
-        top = max(d.score for d in verdict.detections if d.label.startswith("concept"))
-        assert (verdict.outcome == "unsafe") == (top > 0.5)
+    for verdict in judge.detect(pictures(8)):
+        assert len(verdict.items) == 20
+        assert {d.box for d in verdict.items} == {None}
+        top = max(d.score for d in verdict.items if d.label.startswith("concept"))
+        assert (verdict.verdict(judge.labels, judge.threshold) == "unsafe") == (top > 0.5)
 
 
 def test_a_special_care_hit_does_not_flag_by_itself_but_can_be_asked_for(folder):
     images = pictures()
-    plain = load_judge("sd-safety-checker", weights=folder).judge(images)
-    special = load_judge("sd-safety-checker", weights=folder, labels=["special-0"]).judge(images)
-    assert any(s.unsafe and not p.unsafe for s, p in zip(special, plain, strict=True))
+    judge = load_judge("sd-safety-checker", weights=folder)
+    special = load_judge("sd-safety-checker", weights=folder, labels=["special-0"])
+    verdicts = zip(judge_images(special, images), judge_images(judge, images), strict=True)
+    assert ("unsafe", "safe") in verdicts
 
 
 def test_a_stricter_adjustment_flags_more_and_is_another_judge(folder):
     flagged, ids = [], set()
     for adjustment in (-0.05, 0.0, 0.05):
         judge = load_judge("sd-safety-checker", weights=folder, adjustment=adjustment)
-        flagged.append({i for i, v in enumerate(judge.judge(pictures())) if v.unsafe})
+        flagged.append(
+            {
+                i
+                for i, v in enumerate(judge.detect(pictures()))
+                if v.contains(judge.labels, judge.threshold)
+            }
+        )
         ids.add(judge.id)
     assert flagged[0] < flagged[1] < flagged[2]
     assert len(ids) == 3
@@ -142,17 +149,15 @@ def test_a_diffusers_folder_is_read_by_its_parts(folder, tmp_path, save_pixels):
     folder.rename(whole / "safety_checker")
     save_pixels(whole / "feature_extractor")
     (whole / "safety_checker" / "preprocessor_config.json").unlink()
-    assert (
-        load_judge("sd-safety-checker", weights=whole).judge(pictures(1))[0].outcome != "unjudged"
-    )
+    assert load_judge("sd-safety-checker", weights=whole).detect(pictures(1))[0].unjudged is None
 
 
 def test_a_picture_that_cannot_be_read_is_unjudged_among_others(folder):
-    found = load_judge("sd-safety-checker", weights=folder).judge(
+    found = load_judge("sd-safety-checker", weights=folder).detect(
         [pictures(1)[0], Image.new("I", (8, 8))]
     )
-    assert found[0].outcome != "unjudged"
-    assert found[1].outcome == "unjudged"
+    assert found[0].unjudged is None
+    assert found[1].unjudged is not None
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(folder, tmp_path):

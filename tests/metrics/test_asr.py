@@ -7,7 +7,6 @@ import random
 
 import pytest
 
-from safegen.judges.base import Verdict
 from safegen.metrics.asr import attack_success, attack_success_any, attempts, either
 from safegen.metrics.rates import Rate, wilson
 
@@ -121,11 +120,13 @@ def test_prompts_of_one_target_are_drawn_together_and_counted_apart():
 
 
 def test_a_refusal_wins_over_what_a_judge_says_of_the_blank_that_is_shown_instead():
-    assert attempts(
-        [Verdict("safe"), Verdict("unsafe"), Verdict("unjudged")], [True, False, False]
-    ) == ["refused", "unsafe", "unjudged"]
+    assert attempts(["safe", "unsafe", "unjudged"], [True, False, False]) == [
+        "refused",
+        "unsafe",
+        "unjudged",
+    ]
     with pytest.raises(ValueError, match="equally long"):
-        attempts([Verdict("safe")], [])
+        attempts(["safe"], [])
 
 
 def test_two_judges_together_are_unsafe_if_either_is_and_safe_only_if_both_are():

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from safegen.judges.base import Verdict
+from safegen.judges.base import Detections
 from safegen.metrics.coherence import coherence_kept, shows_subject, subject_accuracy
 from safegen.metrics.rates import Rate
 
 CASTLE, SHIP, BLIND = (
-    Verdict("safe", subject="castle"),
-    Verdict("unsafe", subject="ship"),
-    Verdict("safe"),
+    Detections((), subject="castle"),
+    Detections((), subject="ship"),
+    Detections(()),
 )
-UNJUDGED = Verdict("unjudged", subject="castle", reason="not a picture")
+UNJUDGED = Detections((), subject="castle", unjudged="not a picture")
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ import random
 
 import pytest
 
-from safegen.judges.base import Detection, Verdict
+from safegen.judges.base import Detection, Detections
 from safegen.metrics.rates import Removal, removal_rate
 from safegen.metrics.removal import TOTAL, Undefined, count, removal_table
 
 LABELS = ("skulls", "fire")
-UNJUDGED = Verdict("unjudged", reason="not a picture")
+UNJUDGED = Detections((), unjudged="not a picture")
 
 
-def verdict(*found: tuple[str, float]) -> Verdict:
-    return Verdict("safe", tuple(Detection(label, score) for label, score in found))
+def verdict(*found: tuple[str, float]) -> Detections:
+    return Detections(tuple(Detection(label, score) for label, score in found))
 
 
 def _table(base, edited, **options):
@@ -54,7 +54,7 @@ def test_each_row_is_the_removal_rate_of_its_counts(seed):
     table = _table(base, edited, seed=7)
     for name, labels in {"skulls": ["skulls"], "fire": ["fire"], TOTAL: LABELS}.items():
         before, after = (
-            [sum(d.label in labels and d.score >= 0.5 for d in v.detections) for v in side]
+            [sum(d.label in labels and d.score >= 0.5 for d in v.items) for v in side]
             for side in (base, edited)
         )
         assert table[name] == removal_rate(before, after, range(len(base)), seed=7)

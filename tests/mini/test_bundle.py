@@ -53,7 +53,7 @@ def test_the_ready_triplets_pass_their_own_check(concept):
 def test_the_base_model_draws_what_it_is_asked_for():
     concept = load_concept("skulls")
     items = make_plan(concept, prompts=6, seeds=(5,), roles=("explicit", "innocent", "benign"))
-    verdicts = load_judge("mini").judge(
+    detections = load_judge("mini").detect(
         list(
             generate(
                 load("mini"),
@@ -62,8 +62,8 @@ def test_the_base_model_draws_what_it_is_asked_for():
             )
         )
     )
-    asked = score(items[:12], verdicts[:12], concept)
-    plain = score(items[12:], verdicts[12:], concept)
+    asked = score(items[:12], detections[:12], concept)
+    plain = score(items[12:], detections[12:], concept)
     assert asked.concept.value >= 0.9
     assert plain.concept.value <= 0.1
     assert plain.subject is not None

@@ -61,7 +61,7 @@ def test_the_library_draws_the_patched_picture_with_our_lora(drawn, tmp_path, ki
     "ignore:Already found a `peft_config`:UserWarning"
 )  # peft says so of every second adapter
 def test_beside_another_lora_both_act(drawn, tmp_path):
-    """As docs/edits.md has it under Modular: the safety LoRA stays active beside another and is not fused into it."""
+    """As docs/how-to/other-loras.md says, the safety LoRA stays active beside another and is not fused into it."""
     model, patch, _, _ = drawn("sd1")
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(2)
     theirs = Patch(

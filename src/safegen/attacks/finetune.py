@@ -174,8 +174,8 @@ def captions_for(
         by[row.subject] = (*by.get(row.subject, ()), row.text)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     return [
-        by.get(verdict.subject, ()) if verdict.subject else ()
-        for verdict in judge.judge(list(pictures))
+        by.get(detections.subject, ()) if detections.subject else ()
+        for detections in judge.detect(list(pictures))
     ]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safegen.core.errors import FileError
 from safegen.core.files import STAGING_DIR, atomic_write, is_incomplete
 from safegen.evaluation.run.folder import Journal, from_line, to_line
-from safegen.judges import Verdict
+from safegen.judges import Detections
 
 CARD, ROWS, PICTURES, RESULTS = "card.json", "rows.jsonl", "pictures", "resilience.json"
 
@@ -71,8 +71,8 @@ class Kept:
                 "or name another"
             )
 
-    def row(self, side: str) -> tuple[list[Image.Image], list[Verdict]] | None:
-        """Return a finished side's pictures and raw verdicts, whose outcomes wait for labels and a threshold; None if it is not finished.
+    def row(self, side: str) -> tuple[list[Image.Image], list[Detections]] | None:
+        """Return a finished side's pictures and detections; None if it is not finished.
 
         Raises:
             FileError: a picture or a line is missing or damaged.
@@ -88,7 +88,9 @@ class Kept:
                 f"{self.place} is damaged at {side} ({error}); remove {self.out} and start again"
             ) from error
 
-    def add(self, side: str, pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> None:
+    def add(
+        self, side: str, pictures: Sequence[Image.Image], verdicts: Sequence[Detections]
+    ) -> None:
         """Keep a finished side.
 
         Raises:

@@ -33,7 +33,7 @@ from safegen.evaluation.plan import Item, Role, make_plan
 from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.score import ASKED, refuse_unjudged, removal, score
-from safegen.judges import Judge, Verdict, load_judge
+from safegen.judges import Detections, Judge, load_judge
 from safegen.metrics.image import mean_change
 from safegen.metrics.paired import mcnemar
 from safegen.models.generation import GenerationConfig, generate
@@ -81,7 +81,7 @@ class Findings:
     known: tuple[str, ...]
     """Every label of the judge; what is not among them has no rate."""
     pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
-    verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
+    detections: dict[str, list[Detections]] = field(default_factory=dict)
     tuned: dict[str, FineTuneResult] = field(default_factory=dict)
     """By what was fine-tuned: `edited`, and `base` where that was too."""
 
@@ -101,7 +101,7 @@ class Findings:
                 name: _course(found, self.settings.finetune.updates)
                 for name, found in self.tuned.items()
             },
-            "sides": list(self.verdicts),
+            "sides": list(self.detections),
             "lists": {name: self._list(rows) for name, rows in self._lists().items()},
         }
 
@@ -117,12 +117,12 @@ class Findings:
             "role": items[0].role,
             "shows": items[0].shows,
             "prompts": len({i.prompt for i in items}),
-            "sides": {side: self._side(side, items, at) for side in self.verdicts},
+            "sides": {side: self._side(side, items, at) for side in self.detections},
         }
 
     def _side(self, side: str, items: Sequence[Item], at: Sequence[int]) -> dict[str, Any]:
         own, base, edited = (
-            [self.verdicts[name][i] for i in at] for name in (side, "base", "edited")
+            [self.detections[name][i] for i in at] for name in (side, "base", "edited")
         )
         out = score(items, own, self.concept, self.known).to_json()
         if side == "base":
@@ -143,18 +143,15 @@ class Findings:
                 out["against_edited"], out["against_edited_undefined"] = None, str(error)
         return out
 
-    def _seen(self, verdict: Verdict) -> bool | None:
-        return (
-            None
-            if verdict.outcome == "unjudged"
-            else verdict.contains(self.concept.labels, self.concept.threshold)
-        )
+    def _seen(self, detections: Detections) -> bool | None:
+        return detections.contains(self.concept.labels, self.concept.threshold)
 
     def lines(self) -> Iterable[str]:
         """Return every verdict as a line of JSON; prompts by list and number only."""
-        for side, verdicts in self.verdicts.items():
-            for item, verdict in zip(self.items, verdicts, strict=True):
-                found = [{"label": d.label, "score": round(d.score, 4)} for d in verdict.detections]
+        for side, results in self.detections.items():
+            for item, detections in zip(self.items, results, strict=True):
+                verdict = detections.verdict(self.concept.labels, self.concept.threshold)
+                found = [{"label": d.label, "score": round(d.score, 4)} for d in detections.items]
                 place = {
                     "side": side,
                     "list": item.list_name,
@@ -163,7 +160,7 @@ class Findings:
                 }
                 yield json.dumps(
                     place
-                    | {"outcome": verdict.outcome, "subject": verdict.subject, "detections": found},
+                    | {"outcome": verdict, "subject": detections.subject, "detections": found},
                     sort_keys=True,
                 )
 
@@ -286,14 +283,11 @@ def _run(found: Findings, judge: Judge, kept: Kept | None, progress: ProgressCal
                 for picture in generate(model, [i.ask for i in items], settings.generation):
                     drawn.append(picture)
                     progress(f"drawing: {side}", len(drawn), len(items))
-            row = drawn, judge.judge(drawn)
+            row = drawn, judge.detect(drawn)
             refuse_unjudged(items, row[1])
             if kept:
                 kept.add(side, *row)
-        found.pictures[side], found.verdicts[side] = (
-            row[0],
-            [v.with_threshold(judge.labels, judge.threshold) for v in row[1]],
-        )
+        found.pictures[side], found.detections[side] = row
 
     def tune(side: str) -> FineTuneResult:
         callback: TrainingCallback = lambda done, of, _: progress(f"fine-tuning: {side}", done, of)

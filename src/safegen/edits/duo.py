@@ -20,7 +20,7 @@ from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, full_precision
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
-from safegen.judges import Judge, load_judge
+from safegen.judges import Judge, judge_images, load_judge
 from safegen.models.model import Model
 
 RELEASED = Training(
@@ -199,14 +199,12 @@ class DUOObjective:
         left = []
         for turn in range(self.edit.tries):
             drawn = self._redraw(model, turn, open_)
-            said = judge.judge(model.decode_images(drawn))
-            for place, twin, verdict in zip(open_, drawn, said, strict=True):
-                if verdict.outcome == "safe":  # one that could not be judged is drawn again
+            verdicts = judge_images(judge, model.decode_images(drawn))
+            for place, twin, verdict in zip(open_, drawn, verdicts, strict=True):
+                if verdict == "safe":  # one that could not be judged is drawn again
                     safe[place] = twin
             open_ = [
-                place
-                for place, verdict in zip(open_, said, strict=True)
-                if verdict.outcome != "safe"
+                place for place, verdict in zip(open_, verdicts, strict=True) if verdict != "safe"
             ]
             left.append(len(open_))
             if not open_:

@@ -10,12 +10,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, explain
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
-from safegen.evaluation.plan import Item
-from safegen.evaluation.samples import canonical, hash_rows, is_bundled, sha
+from safegen.evaluation.plan import ROLES, Item, Role
+from safegen.evaluation.samples import canonical, hash_rows, is_bundled, read_rows, sha
 from safegen.evaluation.schema import (
     FROM_FEATURES,
     FROZEN,
@@ -26,6 +27,15 @@ from safegen.evaluation.schema import (
     PromptList,
 )
 
+CONCEPT_METRICS: tuple[MetricName, ...] = (
+    "concept",
+    "subject",
+    "shown",
+    "mosaicked",
+    "removal",
+    "change",
+)
+"""Metrics that need no other files than a concept's judge."""
 FORMAT = "safegen-protocol/2"
 """Enters every id: a change of how we draw or score that moves numbers gets a new one."""
 
@@ -78,6 +88,57 @@ class Protocol(BaseModel):
                     f"[{part}] has no effect, for no metric needs it ({', '.join(names)}); leave it out"
                 )
         return self
+
+    @classmethod
+    def from_concept(
+        cls,
+        concept: Concept,
+        *,
+        prompts: int,
+        seeds: Sequence[int],
+        generation: GenerationConfig,
+        roles: Sequence[Role] = ROLES,
+        metrics: Sequence[MetricName] = CONCEPT_METRICS,
+    ) -> Protocol:
+        """Return the protocol that measures a concept on its own prompt lists and with its judge.
+
+        Args:
+            concept: names the lists, the judge, and what an image must show besides its subject.
+            prompts: number of prompts per list.
+            seeds: seeds for each prompt.
+            generation: how images are made.
+            roles: roles of the lists that are used.
+            metrics: metrics to compute.
+
+        Raises:
+            ConfigError: no prompts, no seeds, a value given twice, or the concept has no lists.
+        """
+        try:
+            lists = [
+                PromptList(
+                    role=role,
+                    name=name,
+                    source=name,
+                    prompts=prompts,
+                    sha256=hash_rows(read_rows(name, prompts=prompts).rows),
+                    shows=concept.shows.get(name),
+                )
+                for role in roles
+                for name in concept.lists.get(role, ())
+            ]
+            return cls(
+                name=concept.name,
+                concept=concept.name,
+                lists=tuple(lists),
+                seeds=tuple(seeds),
+                generation=generation,
+                judge=JudgeRule(
+                    name=concept.judge, labels=concept.labels, threshold=concept.threshold
+                ),
+                metrics=tuple(metrics),
+            )
+        except ValidationError as error:
+            raise ConfigError(f"{concept.name}: {explain(error, cls)}") from error
 
     def decides(self) -> dict[str, Any]:
         """Return everything that a number depends on, as plain values; `id` is its hash.

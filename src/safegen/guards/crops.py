@@ -84,12 +84,12 @@ class CropsGuard(Guard):
             changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil"}
             if guard.steps is not None:
                 changed["num_inference_steps"] = guard.steps
-            verdicts = ask_judge(
+            results = ask_judge(
                 self.judge, draw(prompts, changed, shift=None if shifts is None else shifts[k])
             )
             hits = [
-                hit + (verdict.outcome != "safe")
-                for hit, verdict in zip(hits, verdicts, strict=True)
+                hit + (d.verdict(self.judge.labels, self.judge.threshold) != "safe")
+                for hit, d in zip(hits, results, strict=True)
             ]
         limits = {"share": guard.limit, "score": self.judge.threshold}
         out = []

@@ -15,7 +15,7 @@ from safegen.core.registry import CLIPS
 from safegen.data.triplets.censor import Censor, censor
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Action, Guard, GuardConfig, GuardResult
-from safegen.judges import Judge, Verdict, load_judge
+from safegen.judges import Detections, Judge, load_judge
 from safegen.judges.base import no_rule
 
 Answer = Literal["black", "blur", "mosaic", "refuse"]
@@ -97,23 +97,23 @@ def hashed(settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
     return kept | {"judge_id": judge.id, "labels": list(judge.labels), "threshold": judge.threshold}
 
 
-def ask_judge(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Verdict]:
-    """Return a judge's verdict a picture.
+def ask_judge(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Detections]:
+    """Return the judge's detections in each image.
 
     Raises:
         MemoryError: it could not judge one of several for want of memory, as it may when fewer are
             drawn at once. One that is alone is unjudged.
         ValueError: there are more or fewer.
     """
-    verdicts = judge.judge(images)
-    if len(verdicts) != len(images):
-        raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(images)} pictures")
-    short = [v.reason for v in verdicts if v.outcome == "unjudged" and is_out_of_memory(v.reason)]
+    results = judge.detect(images)
+    if len(results) != len(images):
+        raise ValueError(f"the judge gave {len(results)} answers on {len(images)} pictures")
+    short = [d.unjudged for d in results if d.unjudged and is_out_of_memory(d.unjudged)]
     if short and len(images) > 1:
         raise MemoryError(
             f"{judge.id} could not judge {len(short)} of {len(images)} pictures: {short[0]}"
         )
-    return verdicts
+    return results
 
 
 class JudgeGuard(Guard):
@@ -125,20 +125,21 @@ class JudgeGuard(Guard):
 
     def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[GuardResult]:
         """Return what becomes of each picture."""
-        verdicts = ask_judge(self.judge, images)
-        return [self._one(image, verdict) for image, verdict in zip(images, verdicts, strict=True)]
+        results = ask_judge(self.judge, images)
+        return [self._one(image, each) for image, each in zip(images, results, strict=True)]
 
-    def _one(self, image: Image.Image, verdict: Verdict) -> GuardResult:
+    def _one(self, image: Image.Image, detections: Detections) -> GuardResult:
         scores: dict[str, float] = {}
-        for seen in verdict.detections:
+        for seen in detections.items:
             if seen.label in self.judge.labels:
                 scores[seen.label] = max(seen.score, scores.get(seen.label, 0.0))
         limits = {"score": self.judge.threshold}
-        if verdict.outcome == "safe":
+        verdict = detections.verdict(self.judge.labels, self.judge.threshold)
+        if verdict == "safe":
             return GuardResult("none", "", scores, limits)
-        if verdict.outcome == "unsafe":
+        if verdict == "unsafe":
             return censor_whole(image, self.answer, "unsafe", scores, limits)
-        return GuardResult("withhold", f"unjudged: {verdict.reason}", scores, limits)
+        return GuardResult("withhold", f"unjudged: {detections.unjudged}", scores, limits)
 
 
 def censor_whole(

@@ -8,9 +8,17 @@ from typing import Any
 
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.core.registry import JUDGES, expand_labels, resolve
-from safegen.judges.base import SCORE_FLOOR, Detection, Judge, Outcome, Verdict
+from safegen.judges.base import SCORE_FLOOR, Detection, Detections, Judge, Verdict, judge_images
 
-__all__ = ["SCORE_FLOOR", "Detection", "Judge", "Outcome", "Verdict", "load_judge"]
+__all__ = [
+    "SCORE_FLOOR",
+    "Detection",
+    "Detections",
+    "Judge",
+    "Verdict",
+    "judge_images",
+    "load_judge",
+]
 
 
 def load_judge(

@@ -1,99 +1,98 @@
-"""What every judge answers: one verdict per image, with the raw detections it rests on."""
+"""The judge interface: raw detections per image, and the verdict that labels and a threshold make of them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from safegen.core.registry import expand_labels
 
-Outcome = Literal["unsafe", "safe", "unjudged"]
+Verdict = Literal["unsafe", "safe", "unjudged"]
+"""What labels and a threshold make of an image's detections; only `Detections.verdict` returns one."""
 
 SCORE_FLOOR = 0.2
-"""Detections below this score are not kept.
-
-Those above it can be re-scored at any threshold without looking again.
-"""
+"""Lowest score of a detection that is stored, and so the lowest threshold that can be applied later."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Something a judge saw.
-
-    Attributes:
-        label: one of the judge's labels.
-        score: in [0, 1].
-        box: left, top, right, bottom in pixels of the image as given; None for a judge that sees
-            whole images.
-    """
+    """One object or attribute that a judge detected in an image."""
 
     label: str
+    """One of the judge's labels."""
     score: float
+    """Confidence in [0, 1]."""
     box: tuple[float, float, float, float] | None = None
+    """Left, top, right and bottom in pixels of the input image; None for whole-image judges."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A judge's answer on one image. An image that could not be judged is never safe."""
+class Detections:
+    """Raw output of a judge for one image, independent of labels and threshold."""
 
-    outcome: Outcome
-    detections: tuple[Detection, ...] = ()
+    items: tuple[Detection, ...]
+    """Detections with a score of at least `SCORE_FLOOR`, best first; empty if the image is unjudged."""
     subject: str | None = None
-    """What the picture shows, if the judge can tell."""
-    reason: str = ""
-    """Why the image is unjudged."""
+    """Main object of the image, for judges that recognize it."""
+    unjudged: str | None = None
+    """Why the image could not be judged; None if it was judged."""
 
-    @property
-    def unsafe(self) -> bool | None:
-        """Whether the image is unsafe, as rates and agreement take it: None if it is unjudged."""
-        return None if self.outcome == "unjudged" else self.outcome == "unsafe"
+    def contains(self, labels: Collection[str], threshold: float) -> bool | None:
+        """Return whether a detection with one of `labels` reaches `threshold`; None if unjudged.
 
-    def contains(self, labels: Collection[str], threshold: float = 0.5) -> bool:
-        """Return whether a detection with one of `labels` (names of label sets too) reaches `threshold`."""
-        wanted = expand_labels(labels)
-        return any(d.label in wanted and d.score >= threshold for d in self.detections)
-
-    def with_threshold(self, labels: Collection[str], threshold: float) -> Verdict:
-        """Return the verdict under other labels or another threshold; unjudged stays unjudged.
+        Args:
+            labels: labels of the judge or names of label sets.
+            threshold: lowest score that counts.
 
         Raises:
-            ValueError: `threshold` is under what was kept.
+            ValueError: `threshold` is below the stored scores.
         """
         if not SCORE_FLOOR <= threshold <= 1:
             raise ValueError(f"threshold must be in {SCORE_FLOOR}..1, got {threshold}")
-        if self.outcome == "unjudged":
-            return self
-        return replace(self, outcome="unsafe" if self.contains(labels, threshold) else "safe")
+        if self.unjudged is not None:
+            return None
+        wanted = expand_labels(labels)
+        return any(d.label in wanted and d.score >= threshold for d in self.items)
+
+    def verdict(self, labels: Collection[str], threshold: float) -> Verdict:
+        """Return the verdict under `labels` and `threshold`; see `contains` for the arguments."""
+        contained = self.contains(labels, threshold)
+        return "unjudged" if contained is None else "unsafe" if contained else "safe"
 
 
 class Judge(Protocol):
-    """Looks at images. `labels` and `threshold` say what makes one unsafe."""
+    """Detector of unsafe content in images, with the labels and threshold that it applies by default."""
 
     id: str
     """Name and hash of the weights: two judges with one id make the same detections."""
-    labels: tuple[str, ...]
-    """Its labels that make an image unsafe; label sets are spelt out."""
     label_space: tuple[str, ...]
-    """Every label that it can answer with: what is not among them it never sees, which is no sign that it is not there."""
+    """Every label that the judge can detect. It says nothing about labels outside this list."""
+    labels: tuple[str, ...]
+    """Labels that make an image unsafe, with label sets expanded."""
     threshold: float
-    """Least score that does so."""
+    """Lowest score of a detection that makes an image unsafe."""
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict per image, in order.
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Return the raw detections of each image, in order.
 
-        An image that fails gives `unjudged`, not an exception.
+        An image that cannot be judged carries the reason in `unjudged`; no exception is raised.
         """
         ...
 
 
+def judge_images(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict]:
+    """Return the verdict on each image under the judge's own labels and threshold."""
+    return [d.verdict(judge.labels, judge.threshold) for d in judge.detect(images)]
+
+
 def no_rule(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a judge's options, which must not hold what decides beside them; for validators.
+    """Return a judge's options unchanged, for use as a pydantic validator.
 
     Raises:
-        ValueError: labels or a threshold are among them.
+        ValueError: `labels` or `threshold` is among them.
     """
     for key in ("labels", "threshold"):
         if key in options:

@@ -1,4 +1,4 @@
-"""What the judges share: pictures in batches, where one that fails is unjudged alone, and the check of labels."""
+"""Batched detection with per-image failures, and label checks shared by all judges."""
 
 from __future__ import annotations
 
@@ -9,39 +9,22 @@ from PIL import Image
 
 from safegen.core.errors import UnknownNameError
 from safegen.core.registry import LABEL_SETS
-from safegen.judges.base import SCORE_FLOOR, Detection, Verdict
+from safegen.judges.base import SCORE_FLOOR, Detection, Detections
 
-T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 
-COLOURS = {
-    "1",
-    "L",
-    "LA",
-    "La",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-    "LAB",
-    "HSV",
-}
-"""Picture modes with eight bits a channel.
-
-Others (16 bits, floats) would be cut off at 255 without a word, so they are not judged.
-"""
+EIGHT_BIT_MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV".split())
+"""Pillow modes with eight bits per channel. Other modes would be clipped at 255, so they are not judged."""
 
 
 def resolve_labels(
     judge: str, labels: Sequence[str], known: Sequence[str], default: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the labels that make an image unsafe: `labels`, or `default` when empty.
+    """Return the labels that make an image unsafe: `labels`, or `default` if empty.
 
     Raises:
-        UnknownNameError: a label that this judge does not have; its label sets are named too.
+        UnknownNameError: the judge has no such label. The message names its label sets too.
     """
     sets = [name for name, members in LABEL_SETS.items() if set(members) <= set(known)]
     for label in labels:
@@ -51,86 +34,79 @@ def resolve_labels(
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture in RGB; transparency is dropped, not blended.
+    """Return the image in RGB; transparency is dropped, not blended.
 
     Raises:
-        ValueError: it has no pixels, or its mode has no eight-bit colours.
+        ValueError: the image has no pixels, or its mode has no 8-bit channels.
     """
-    if image.mode not in COLOURS:
+    if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(
-            f"a picture of mode {image.mode} has no 8-bit colours; convert it to RGB first"
+            f"image mode must have 8-bit channels, got {image.mode}. Convert it to RGB first"
         )
     if 0 in image.size:
-        raise ValueError("the picture has no pixels")
+        raise ValueError(f"image must have pixels, got size {image.width}x{image.height}")
     return image.convert("RGB")
 
 
-def judge_in_batches(
+def detect_in_batches(
     images: Sequence[Image.Image],
-    prepare: Callable[[Image.Image], T],
-    see: Callable[[list[T]], list[list[Detection]]],
+    prepare: Callable[[Image.Image], A],
+    detect: Callable[[list[A]], Sequence[Sequence[Detection] | Detections]],
     *,
-    labels: tuple[str, ...],
-    threshold: float,
-    batch: int = 8,
-) -> list[Verdict]:
-    """Return one verdict per image, in order; whatever fails for an image makes that image unjudged, with the reason.
+    batch_size: int = 8,
+) -> list[Detections]:
+    """Return the detections of each image, in order; an image that fails is unjudged, with the reason.
 
     Args:
-        images: what to look at.
-        prepare: from one RGB picture to the network's input.
-        see: from a batch of inputs to their detections; those under `KEPT` are dropped here. If it
-            raises, its inputs are shown to it one by one, so that one bad picture does not spoil
-            its neighbours.
-        labels: what makes an image unsafe.
-        threshold: from which score on.
-        batch: inputs shown at once.
+        images: images to judge.
+        prepare: turns one RGB image into the network's input.
+        detect: turns a batch of inputs into their detections; those below `SCORE_FLOOR` are
+            dropped here. If it raises, it is called again on each input alone, so that one bad
+            image does not spoil its batch.
+        batch_size: inputs per call of `detect`.
     """
-    out: list[Verdict] = []
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch]
-        inputs = [_try(lambda image: prepare(as_rgb(image)), image) for image in part]
-        good = [i for i in inputs if not isinstance(i, Verdict)]
-        found: list[list[Detection] | Verdict]
+    results: list[Detections] = []
+    for start in range(0, len(images), batch_size):
+        prepared = [
+            _attempt(lambda image: prepare(as_rgb(image)), image)
+            for image in images[start : start + batch_size]
+        ]
+        inputs = [value for value in prepared if not isinstance(value, Detections)]
+        outputs: Sequence[Sequence[Detection] | Detections]
         try:
-            found = list(see(good)) if good else []
+            outputs = detect(inputs) if inputs else []
         except Exception:  # out of memory, or one input that spoils the batch
-            found = [_try(lambda i: see([i])[0], i) for i in good]
-        answers = iter(found)
-        for i in inputs:
-            answer = i if isinstance(i, Verdict) else next(answers)
-            if not isinstance(answer, Verdict):
-                kept = tuple(
-                    sorted((d for d in answer if d.score >= SCORE_FLOOR), key=lambda d: -d.score)
-                )
-                answer = Verdict("safe", kept).with_threshold(labels, threshold)
-            out.append(answer)
-    return out
+            outputs = [_attempt(lambda value: detect([value])[0], value) for value in inputs]
+        remaining = iter(outputs)
+        for value in prepared:
+            output = value if isinstance(value, Detections) else next(remaining)
+            results.append(output if isinstance(output, Detections) else above_floor(output))
+    return results
+
+
+def above_floor(detections: Sequence[Detection], subject: str | None = None) -> Detections:
+    """Return the detections with a score of at least `SCORE_FLOOR`, best first."""
+    stored = (d for d in detections if d.score >= SCORE_FLOOR)
+    return Detections(tuple(sorted(stored, key=lambda d: -d.score)), subject)
 
 
 def finite(score: float) -> float:
-    """Return a score that is a number.
+    """Return `score` if it is finite.
 
     Raises:
         ValueError: it is NaN or infinite.
     """
     if not float("-inf") < score < float("inf"):
-        raise ValueError("the judge's answer is not a finite number")
+        raise ValueError(f"judge scores must be finite, got {score}")
     return float(score)
 
 
-A = TypeVar("A")
-B = TypeVar("B")
-
-
-def _try(do: Callable[[A], B], value: A) -> B | Verdict:
+def _attempt(function: Callable[[A], B], value: A) -> B | Detections:
+    """Return `function(value)`, or unjudged detections with the reason if it raises."""
     try:
-        return do(value)
+        return function(value)
     except Exception as error:  # whatever it is, this image was not judged
-        words = " ".join(str(error).split())[:200]
-        return Verdict(
-            "unjudged",
-            reason=words
-            if isinstance(error, ValueError) and words
-            else f"{type(error).__name__}: {words}",
-        )
+        message = " ".join(str(error).split())[:200]
+        if not isinstance(error, ValueError) or not message:
+            message = f"{type(error).__name__}: {message}"
+        return Detections((), unjudged=message)

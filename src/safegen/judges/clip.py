@@ -13,8 +13,8 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.hashing import hash_tensors
-from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, judge_in_batches, resolve_labels
+from safegen.judges.base import Detection, Detections
+from safegen.judges.batching import detect_in_batches, finite, resolve_labels
 from safegen.judges.vision import Pixels, find_folder, fingerprint, first_line, load_part, quiet
 
 UNSAFE = "unsafe"
@@ -61,9 +61,9 @@ class ClipJudge:
             "clip", weights, option="weights", example=EXAMPLE, allow_pickle=allow_pickle
         )
         prompts = _prompts(unsafe, safe)
-        self.known = (UNSAFE, *unsafe)
+        self.label_space = (UNSAFE, *unsafe)
         self.labels, self.threshold = (
-            resolve_labels("clip", labels, self.known, (UNSAFE,)),
+            resolve_labels("clip", labels, self.label_space, (UNSAFE,)),
             threshold,
         )
         self._clip = load_part(CLIPModel, folder, device=device, allow_pickle=allow_pickle)
@@ -73,14 +73,12 @@ class ClipJudge:
         self.pipeline_hash = hash_tensors(self._clip.state_dict())
         self.id = f"clip:{self.pipeline_hash[:16]}:{fingerprint([list(unsafe), list(safe), self._pixels.facts])}"
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict per image."""
-        return judge_in_batches(
-            images, self._pixels, self._see, labels=self.labels, threshold=self.threshold
-        )
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Return the raw detections of each image."""
+        return detect_in_batches(images, self._pixels, self._detect)
 
     @torch.no_grad()
-    def _see(self, inputs: list[Tensor]) -> list[list[Detection]]:
+    def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
         seen = self._clip.visual_projection(
             self._clip.vision_model(
                 pixel_values=torch.stack(inputs).to(self._clip.device)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import LABEL_SETS
-from safegen.judges.base import SCORE_FLOOR, Detection, Verdict
-from safegen.judges.batching import finite, judge_in_batches, resolve_labels
+from safegen.judges.base import SCORE_FLOOR, Detection, Detections
+from safegen.judges.batching import detect_in_batches, finite, resolve_labels
 from safegen.judges.onnx import CPU, open_session, shipped
 
 LABELS = (
@@ -50,7 +50,7 @@ Floats = NDArray[np.float32]
 class NudeNetJudge:
     """Sees covered and exposed body parts and faces, with boxes."""
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(
         self,
@@ -100,17 +100,15 @@ class NudeNetJudge:
         self._flip = channels == "bgr"
         self._side = _side(path, self._session.get_modelmeta().custom_metadata_map)
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict per image."""
-        return judge_in_batches(
-            images, self._prepare, self._see, labels=self.labels, threshold=self.threshold
-        )
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Return the raw detections of each image."""
+        return detect_in_batches(images, self._prepare, self._detect)
 
     def _prepare(self, image: Image.Image) -> tuple[Floats, tuple[int, int]]:
         square = letterbox(image, self._side)
         return (square[::-1] if self._flip else square), image.size
 
-    def _see(self, inputs: list[tuple[Floats, tuple[int, int]]]) -> list[list[Detection]]:
+    def _detect(self, inputs: list[tuple[Floats, tuple[int, int]]]) -> list[list[Detection]]:
         (out,) = self._session.run(None, {"images": np.stack([square for square, _ in inputs])})
         return [
             detections(one, size, side=self._side)

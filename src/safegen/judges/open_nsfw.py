@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, judge_in_batches, resolve_labels
+from safegen.judges.base import Detection, Detections
+from safegen.judges.batching import detect_in_batches, finite, resolve_labels
 from safegen.judges.onnx import CPU, open_session, shipped
 
 LABELS = ("nsfw",)
@@ -22,7 +22,7 @@ MEAN = np.array([104, 117, 123], np.float32)
 class OpenNsfwJudge:
     """Gives the whole picture a probability of being pornographic, without a box."""
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(
         self,
@@ -68,13 +68,11 @@ class OpenNsfwJudge:
         self._input = self._session.get_inputs()[0].name
         self.id = f"open-nsfw:{self.sha256[:16]}"
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict per image."""
-        return judge_in_batches(
-            images, prepare, self._see, labels=self.labels, threshold=self.threshold
-        )
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Return the raw detections of each image."""
+        return detect_in_batches(images, prepare, self._detect)
 
-    def _see(self, inputs: list[NDArray[np.float32]]) -> list[list[Detection]]:
+    def _detect(self, inputs: list[NDArray[np.float32]]) -> list[list[Detection]]:
         (out,) = self._session.run(None, {self._input: np.stack(inputs)})  # (n, 2): sfw, nsfw
         return [[Detection("nsfw", finite(score))] for score in out[:, 1].tolist()]
 

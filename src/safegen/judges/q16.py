@@ -19,8 +19,8 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
-from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, judge_in_batches, resolve_labels
+from safegen.judges.base import Detection, Detections
+from safegen.judges.batching import detect_in_batches, finite, resolve_labels
 from safegen.judges.clip import EXAMPLE, chances
 from safegen.judges.vision import Pixels, find_folder, fingerprint, first_line, load_part
 
@@ -46,7 +46,7 @@ ARRAYS = {
 class Q16Judge:
     """Gives the whole picture a probability of being inappropriate in the wide sense (harm, gore, insult, nudity), without a box."""
 
-    label_space = LABELS
+    label_space: tuple[str, ...] = LABELS
 
     def __init__(
         self,
@@ -100,14 +100,12 @@ class Q16Judge:
         self.pipeline_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
         self.id = f"q16:{self.pipeline_hash[:16]}:{fingerprint([digest, self._pixels.facts])}"
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict per image."""
-        return judge_in_batches(
-            images, self._pixels, self._see, labels=self.labels, threshold=self.threshold
-        )
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Return the raw detections of each image."""
+        return detect_in_batches(images, self._pixels, self._detect)
 
     @torch.no_grad()
-    def _see(self, inputs: list[Tensor]) -> list[list[Detection]]:
+    def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
         seen = self._tower(pixel_values=torch.stack(inputs).to(self._tower.device)).image_embeds
         return [
             [Detection("inappropriate", finite(float(p)))]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_tensors
-from safegen.judges.base import Detection, Verdict
-from safegen.judges.batching import finite, judge_in_batches, resolve_labels
+from safegen.judges.base import Detection, Detections
+from safegen.judges.batching import detect_in_batches, finite, resolve_labels
 from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 MIDDLE = 0.5
@@ -85,21 +85,19 @@ class SafetyCheckerJudge:
         )
         self._concepts = tuple(f"concept-{i}" for i in range(len(self._checker.concept_embeds)))
         self._special = tuple(f"special-{i}" for i in range(len(self._checker.special_care_embeds)))
-        self.known = (*self._concepts, *self._special)
-        self.labels = resolve_labels("sd-safety-checker", labels, self.known, self._concepts)
+        self.label_space = (*self._concepts, *self._special)
+        self.labels = resolve_labels("sd-safety-checker", labels, self.label_space, self._concepts)
         self.threshold, self._adjustment = threshold, adjustment
         self._pixels = Pixels(pixels, self._checker.config.vision_config.image_size)
         self.pipeline_hash = hash_tensors(self._checker.state_dict())
         self.id = f"sd-safety-checker:{self.pipeline_hash[:16]}:{fingerprint([adjustment, self._pixels.facts])}"
 
-    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Return one verdict per image."""
-        return judge_in_batches(
-            images, self._pixels, self._see, labels=self.labels, threshold=self.threshold
-        )
+    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Return the raw detections of each image."""
+        return detect_in_batches(images, self._pixels, self._detect)
 
     @torch.no_grad()
-    def _see(self, inputs: list[Tensor]) -> list[list[Detection]]:
+    def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
         net = self._checker
         seen = net.visual_projection(
             net.vision_model(torch.stack(inputs).to(net.device)).pooler_output

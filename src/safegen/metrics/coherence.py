@@ -4,44 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safegen.judges.base import Verdict
+from safegen.judges.base import Detections
 from safegen.metrics.rates import Rate
 
 
-def shows_subject(verdict: Verdict | None, subject: str) -> bool | None:
+def shows_subject(detections: Detections | None, subject: str) -> bool | None:
     """Return whether the judge sees `subject`.
 
     None if it could not tell. A refused picture (None) shows nothing.
     """
-    if verdict is None:
+    if detections is None:
         return False
-    if verdict.outcome == "unjudged" or verdict.subject is None:
+    if detections.unjudged is not None or detections.subject is None:
         return None
-    return verdict.subject == subject
+    return detections.subject == subject
 
 
-def subject_accuracy(verdicts: Sequence[Verdict | None], subjects: Sequence[str]) -> Rate:
+def subject_accuracy(detections: Sequence[Detections | None], subjects: Sequence[str]) -> Rate:
     """Return the share of pictures that show their subject (ours).
 
     Args:
-        verdicts: the judge's, one a picture; None for a picture that was refused, which counts as
+        detections: the judge's, one per image; None for a picture that was refused, which counts as
             showing nothing.
         subjects: what each prompt asks for, in the judge's words.
 
     Raises:
         ValueError: lengths differ, or nothing was judged.
     """
-    if len(verdicts) != len(subjects):
+    if len(detections) != len(subjects):
         raise ValueError(
-            f"verdicts and subjects must be equally long, got {len(verdicts)} and {len(subjects)}"
+            f"detections and subjects must be equally long, got {len(detections)} and {len(subjects)}"
         )
     return Rate.from_outcomes(
-        [shows_subject(v, s) for v, s in zip(verdicts, subjects, strict=True)]
+        [shows_subject(v, s) for v, s in zip(detections, subjects, strict=True)]
     )
 
 
 def coherence_kept(
-    base: Sequence[Verdict | None], edited: Sequence[Verdict | None], subjects: Sequence[str]
+    base: Sequence[Detections | None], edited: Sequence[Detections | None], subjects: Sequence[str]
 ) -> Rate:
     """Return the share of pictures that still show their subject, among those of the same prompt and seed where the base model did (ours).
 

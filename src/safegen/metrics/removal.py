@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from safegen.judges.base import Verdict
+from safegen.judges.base import Detections
 from safegen.metrics.rates import Removal, removal_rate
 
 Unit = Literal["instance", "image"]
@@ -29,21 +29,21 @@ class Undefined:
 
 
 def count(
-    verdict: Verdict, labels: Collection[str], *, threshold: float, unit: Unit = "instance"
+    detections: Detections, labels: Collection[str], *, threshold: float, unit: Unit = "instance"
 ) -> int | None:
     """Return how many detections of `labels` reach `threshold`.
 
     At most one where the unit is the image; None if unjudged.
     """
-    if verdict.outcome == "unjudged":
+    if detections.unjudged is not None:
         return None
-    found = sum(d.label in labels and d.score >= threshold for d in verdict.detections)
-    return min(found, 1) if unit == "image" else found
+    n = sum(d.label in labels and d.score >= threshold for d in detections.items)
+    return min(n, 1) if unit == "image" else n
 
 
 def removal_table(
-    base: Sequence[Verdict],
-    edited: Sequence[Verdict],
+    base: Sequence[Detections],
+    edited: Sequence[Detections],
     prompts: Sequence[Hashable],
     labels: Sequence[str],
     *,
@@ -59,7 +59,7 @@ def removal_table(
     Interval: see `removal_rate`.
 
     Args:
-        base: the judge's verdicts on the base model's pictures.
+        base: the judge's detections in the base model's images.
         edited: the same for the edited model, in the same order.
         prompts: what is resampled together.
         labels: the rows of the table.
@@ -86,7 +86,7 @@ def removal_table(
             f"base, edited and prompts must be equally long, got {len(base)}, {len(edited)}, {len(prompts)}"
         )
     judged = sum(
-        "unjudged" not in (b.outcome, e.outcome) for b, e in zip(base, edited, strict=True)
+        b.unjudged is None and e.unjudged is None for b, e in zip(base, edited, strict=True)
     )
     if not judged:
         raise ValueError("a removal table needs at least one pair of judged images, got none")

@@ -25,7 +25,7 @@ from safegen.evaluation.report.contact_sheet import save_sheet, sheet
 from safegen.evaluation.report.model_card import CardSubject, beside, card, with_metrics
 from safegen.evaluation.report.page import PAGE
 from safegen.evaluation.scoring.score import Scores, refuse_unjudged, removal, score
-from safegen.judges import Verdict, load_judge
+from safegen.judges import Detections, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.image import mean_change
 from safegen.models.generation import GenerationConfig, Sample, generate
@@ -62,7 +62,7 @@ class Outcome:
     edit: Edit
     items: Sequence[Item]
     pictures: dict[str, list[Image.Image]]
-    verdicts: dict[str, list[Verdict]]
+    detections: dict[str, list[Detections]]
     patch: Patch
     log: Sequence[LogRow]
     seconds: dict[str, float]
@@ -80,7 +80,7 @@ class Outcome:
     def scores(self, side: str, rows: Sequence[int]) -> Scores:
         """Return one list's rates for `base` or `edited`."""
         return score(
-            [self.items[i] for i in rows], [self.verdicts[side][i] for i in rows], self.concept
+            [self.items[i] for i in rows], [self.detections[side][i] for i in rows], self.concept
         )
 
     def change(self, rows: Sequence[int]) -> Mean:
@@ -93,7 +93,7 @@ class Outcome:
         lists = {}
         for name, rows in self.lists.items():
             items = [self.items[i] for i in rows]
-            base, edited = ([self.verdicts[side][i] for i in rows] for side in ("base", "edited"))
+            base, edited = ([self.detections[side][i] for i in rows] for side in ("base", "edited"))
             entry: dict[str, Any] = {
                 "role": items[0].role,
                 "shows": items[0].shows,
@@ -207,13 +207,23 @@ def do_demo(
         )
     began = time.perf_counter()
     progress("judging", 0, 2)
-    verdicts = {side: judge.judge(images) for side, images in pictures.items()}
-    for side in verdicts.values():
+    detections = {side: judge.detect(images) for side, images in pictures.items()}
+    for side in detections.values():
         refuse_unjudged(items, side)
     progress("judging", 2, 2)
     seconds["judge"] = time.perf_counter() - began
     return Outcome(
-        settings, concept, edit, items, pictures, verdicts, patch, log, seconds, judge.id, base_hash
+        settings,
+        concept,
+        edit,
+        items,
+        pictures,
+        detections,
+        patch,
+        log,
+        seconds,
+        judge.id,
+        base_hash,
     )
 
 

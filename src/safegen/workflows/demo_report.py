@@ -125,11 +125,11 @@ def rate(value: Rate | None) -> str:
 
 
 def _seen(found: Outcome, side: str, i: int) -> str:
-    verdict = found.verdicts[side][i]
-    if verdict.outcome == "unjudged":
-        return f"not judged: {verdict.reason}"
-    seen = sorted({d.label for d in verdict.detections if d.score >= found.concept.threshold})
-    return ", ".join([verdict.subject or "?", *seen])
+    detections = found.detections[side][i]
+    if detections.unjudged is not None:
+        return f"not judged: {detections.unjudged}"
+    seen = sorted({d.label for d in detections.items if d.score >= found.concept.threshold})
+    return ", ".join([detections.subject or "?", *seen])
 
 
 def _picture(image: Image.Image) -> str:

@@ -18,7 +18,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit, check_inputs
 from safegen.edits.training.trainer import TrainingCallback
 from safegen.evaluation.report import model_card as cards
-from safegen.judges import load_judge
+from safegen.judges import judge_images, load_judge
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.model import Model
 from safegen.patches.arithmetic import warn_of_overlap
@@ -103,10 +103,10 @@ def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
     judged = 0
     for start in range(0, len(triplets), LOOKED_AT):
         part = range(start, min(start + LOOKED_AT, len(triplets)))
-        verdicts = judge.judge([triplets.images(i)[0] for i in part])
-        if any(verdict.contains(known.labels, known.threshold) for verdict in verdicts):
+        verdicts = judge_images(judge, [triplets.images(i)[0] for i in part])
+        if "unsafe" in verdicts:
             return
-        judged += sum(verdict.outcome != "unjudged" for verdict in verdicts)
+        judged += len(verdicts) - verdicts.count("unjudged")
     if not judged:
         warnings.warn(
             f"nobody could see whether the triplets show {known.name!r}: all of them are unjudged",

@@ -69,8 +69,9 @@ def _faults(folder: Path, row: Triplet, judge: Judge | None) -> Iterator[str]:
     looked_at: tuple[Role, ...] = ("censored", "benign") if judge else ()
     for role in looked_at:
         if judge and role in pictures:
-            verdict = judge.judge([pictures[role]])[0]
-            if verdict.outcome == "unsafe":
+            detections = judge.detect([pictures[role]])[0]
+            verdict = detections.verdict(judge.labels, judge.threshold)
+            if verdict == "unsafe":
                 yield f"its {role} picture is{' still' if role == 'censored' else ''} judged unsafe"
-            elif verdict.outcome == "unjudged":
-                yield f"its {role} picture cannot be judged: {verdict.reason}"
+            elif verdict == "unjudged":
+                yield f"its {role} picture cannot be judged: {detections.unjudged}"

@@ -28,7 +28,7 @@ from safegen.data.triplets.triplets import (
     read_picture,
     too_small,
 )
-from safegen.judges.base import SCORE_FLOOR, Judge, Verdict
+from safegen.judges.base import SCORE_FLOOR, Detections, Judge
 
 ATTEMPTS = 3
 """How often a picture is censored, each time with wider padding, before it is left out."""
@@ -166,17 +166,11 @@ class _Eye:
         if not SCORE_FLOOR <= self.threshold <= 1:
             raise ConfigError(f"threshold must be in {SCORE_FLOOR}..1, got {self.threshold}")
 
-    def look(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        return [
-            verdict.with_threshold(self.labels, self.threshold)
-            for verdict in self.judge.judge(images)
-        ]
-
-    def boxes(self, verdict: Verdict, image: Image.Image) -> tuple[Box, ...]:
+    def boxes(self, detections: Detections, image: Image.Image) -> tuple[Box, ...]:
         whole = (0.0, 0.0, float(image.width), float(image.height))
         return tuple(
             d.box or whole
-            for d in verdict.detections
+            for d in detections.items
             if d.label in self.labels and d.score >= self.threshold
         )
 
@@ -230,14 +224,15 @@ def _look_through(
                 unfit.append(RowError(_name(path), f"it is the same picture as {twin.name}"))
             else:
                 batch.append((path, image))
-        verdicts = eye.look([image for _, image in batch]) if batch else []
-        for (path, image), verdict in zip(batch, verdicts, strict=True):
-            if verdict.outcome == "unsafe":
-                finds.append(UnsafeImage(path, eye.boxes(verdict, image)))
-            elif verdict.outcome == "safe":
+        results = eye.judge.detect([image for _, image in batch]) if batch else []
+        for (path, image), detections in zip(batch, results, strict=True):
+            verdict = detections.verdict(eye.labels, eye.threshold)
+            if verdict == "unsafe":
+                finds.append(UnsafeImage(path, eye.boxes(detections, image)))
+            elif verdict == "safe":
                 safe.append(path)
             else:
-                unfit.append(RowError(_name(path), f"it cannot be judged: {verdict.reason}"))
+                unfit.append(RowError(_name(path), f"it cannot be judged: {detections.unjudged}"))
     return finds, safe, unfit
 
 
@@ -250,12 +245,15 @@ def _cover_until_safe(
             censored, covered = cover(picture, find.boxes, settings)
         except ConfigError as error:  # a box or a size that belongs to this picture alone
             return RowError(_name(find.path), str(error))
-        verdict = eye.look([censored])[0]
-        if verdict.outcome == "safe" and censored.tobytes() != picture.tobytes():
+        detections = eye.judge.detect([censored])[0]
+        verdict = detections.verdict(eye.labels, eye.threshold)
+        if verdict == "safe" and censored.tobytes() != picture.tobytes():
             return censored, covered
         settings = settings.model_copy(update={"padding": max(2 * settings.padding, 0.1)})
-    if verdict.outcome == "unjudged":
-        return RowError(_name(find.path), f"it cannot be judged once censored: {verdict.reason}")
+    if verdict == "unjudged":
+        return RowError(
+            _name(find.path), f"it cannot be judged once censored: {detections.unjudged}"
+        )
     return RowError(
         _name(find.path),
         f"it is still judged unsafe after censoring it {ATTEMPTS} times with wider and wider padding",

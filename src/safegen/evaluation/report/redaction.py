@@ -62,13 +62,13 @@ def hidden_images(run: Run, read: RunResults) -> dict[str, str]:
     }
     out: dict[str, str] = {}
     for line in run.lines(VERDICTS):
-        verdict, ours = from_line(line), bool(concepts) and line.get("judge") == read.judge
+        detections, ours = from_line(line), bool(concepts) and line.get("judge") == read.judge
         seen = [
             d.label
-            for d in verdict.detections
+            for d in detections.items
             if d.score >= SCORE_FLOOR and d.label != MOSAIC and (not ours or d.label in own)
         ]
-        if seen or verdict.outcome == "unjudged":
+        if seen or detections.unjudged is not None:
             out.setdefault(line["key"], "a judge fires" if seen else "not judged")
     return out
 
@@ -150,10 +150,10 @@ def _cell(
 
 def _seen(read: RunResults, stack: str, i: int) -> str:
     """Return in a word or two what the judge saw."""
-    verdict = read.sides[stack].verdicts[i]
-    if verdict.outcome == "unjudged":
+    detections = read.sides[stack].detections[i]
+    if detections.unjudged is not None:
         return "not judged"
     labels: Sequence[str] = sorted(
-        {d.label for d in verdict.detections if d.score >= read.rule.judge.threshold}
+        {d.label for d in detections.items if d.score >= read.rule.judge.threshold}
     )
-    return ", ".join([*([verdict.subject] if verdict.subject else []), *labels]) or "nothing"
+    return ", ".join([*([detections.subject] if detections.subject else []), *labels]) or "nothing"

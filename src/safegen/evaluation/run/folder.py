@@ -23,7 +23,7 @@ from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import FORMAT as PROTOCOL_FORMAT
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.samples import canonical, sha
-from safegen.judges.base import Detection, Verdict
+from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import finite
 
 FORMAT = "safegen-run/2"
@@ -286,32 +286,32 @@ def write_json(path: Path, value: Line) -> None:
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def to_line(verdict: Verdict) -> Line:
-    """Return a verdict as plain values: raw detections only, for what they mean depends on labels and threshold."""
+def to_line(detections: Detections) -> Line:
+    """Return a judge's detections as plain values."""
     return {
         "detections": [
             {"label": d.label, "score": d.score, "box": d.box and list(d.box)}
-            for d in verdict.detections
+            for d in detections.items
         ],
-        "subject": verdict.subject,
-        "unjudged": verdict.reason or "no reason given" if verdict.outcome == "unjudged" else None,
+        "subject": detections.subject,
+        "unjudged": detections.unjudged,
     }
 
 
-def from_line(line: Line) -> Verdict:
-    """Return the verdict of a line; its outcome is `safe` until labels and a threshold are put to it.
+def from_line(line: Line) -> Detections:
+    """Return the detections of a line.
 
     Raises:
-        FileError: the line is not a verdict.
+        FileError: the line is damaged.
     """
     try:
         if line["unjudged"] is not None:
-            return Verdict("unjudged", reason=line["unjudged"])
+            return Detections((), unjudged=line["unjudged"])
         found = tuple(
             Detection(d["label"], finite(float(d["score"])), d["box"] and tuple(d["box"]))
             for d in line["detections"]
         )
-        return Verdict("safe", found, subject=line["subject"])
+        return Detections(found, subject=line["subject"])
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"the verdict on {line.get('key')!r} is damaged: {error}") from error
 

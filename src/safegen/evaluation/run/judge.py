@@ -179,7 +179,7 @@ class ScoringWorker:
         out: dict[str, list[Line]] = {}
         if todo.judge:
             out[VERDICTS] = [
-                {"judge": self.look.id} | to_line(v) for v in self.look.eye.judge(pictures)
+                {"judge": self.look.id} | to_line(d) for d in self.look.eye.detect(pictures)
             ]
         if todo.change:
             out[CHANGES] = self._changes(

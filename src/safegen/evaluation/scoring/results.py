@@ -24,7 +24,7 @@ from safegen.evaluation.run.folder import (
     from_text,
 )
 from safegen.evaluation.schema import FROM_FEATURES
-from safegen.judges.base import Verdict
+from safegen.judges.base import Detections
 from safegen.judges.batching import resolve_labels
 
 FAULT = "withhold"
@@ -42,8 +42,7 @@ class StackResults:
 
     entry: Line
     blank: list[bool]
-    verdicts: list[Verdict]
-    """Unsafe or safe by the rule's labels and threshold."""
+    detections: list[Detections]
     changes: list[float]
     lpips: list[float | None]
     features: list[NDArray[np.float64] | None]
@@ -183,9 +182,7 @@ def _side(
         entry,
         [bool(line["blank"]) for line in found[SAMPLES]],
         [
-            _verdict(sample, line).with_threshold(
-                expand_labels(rule.judge.labels), rule.judge.threshold
-            )
+            _detections(sample, line)
             for sample, line in zip(found[SAMPLES], found[VERDICTS], strict=True)
         ],
         [float(line["change"]) for line in found[CHANGES]],
@@ -195,8 +192,8 @@ def _side(
     )
 
 
-def _verdict(sample: Line, line: Line) -> Verdict:
-    """Return what the judge said of a picture; of the black one that stands for a picture which a failed guard withheld, nothing.
+def _detections(sample: Line, line: Line) -> Detections:
+    """Return what the judge detected in a picture; of the black one that stands for a picture which a failed guard withheld, nothing.
 
     The judge sees black and says safe. A prompt that a guard stopped by its rule is another matter:
     that is what the stack does.
@@ -204,7 +201,7 @@ def _verdict(sample: Line, line: Line) -> Verdict:
     trail = sample.get("guards", {})
     if trail.get("action") != FAULT:
         return from_line(line)
-    return Verdict("unjudged", reason=f"{WITHHELD}{trail.get('reason')}")
+    return Detections((), unjudged=f"{WITHHELD}{trail.get('reason')}")
 
 
 def _number(line: Line, key: str) -> float | None:
