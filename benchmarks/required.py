@@ -133,7 +133,7 @@ def main() -> None:
     ask.add_argument("--precision", default=preferred_precision())
     args = ask.parse_args()
     if args.out.exists():
-        ask.error(f"{args.out} exists already; name another folder with --out, or remove it")
+        ask.error(f"{args.out} already exists; name another folder with --out, or remove it")
     args.out.mkdir(parents=True)
     results: dict[str, Any] = {}
     drawn: dict[Sample, Image.Image] = {}

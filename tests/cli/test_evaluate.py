@@ -58,7 +58,7 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
         held = taken.read_bytes()
         code, _, err = safegen("score", out, "--out", taken)
         assert (code, taken.read_bytes()) == (2, held)
-        assert "exists already; name another file with --out" in err
+        assert "already exists; name another file with --out" in err
     assert safegen("evaluate", "--stage", "judge", "--out", out)[0] == 0
     assert safegen("evaluate", "--stage", "score", "--out", out)[0] == 0
     assert (out / "scores.json").read_bytes() == before["scores.json"]

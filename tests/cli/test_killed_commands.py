@@ -96,6 +96,6 @@ def test_a_killed_command_leaves_pictures_in_the_named_folder_only_and_never_one
     assert (code, text) == (2, "")
     assert (
         err
-        == "safegen: out is unfinished: a run was killed there, or is still at work; remove that folder, or name another\n"
+        == "safegen: out is incomplete: a run was killed or is still working there. Remove the folder or choose another.\n"
     )
     assert sorted((killed / moment).rglob("*")) == before

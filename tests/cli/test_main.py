@@ -226,7 +226,7 @@ def test_an_output_that_exists_is_kept(safegen, tmp_path):
     ):
         code, _, err = safegen(*words, "--out", out)
         assert code == 2
-        assert "exists already" in err
+        assert "already exists" in err
     assert (out / "precious.txt").read_text() == "keep me"
 
 

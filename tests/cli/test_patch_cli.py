@@ -272,7 +272,7 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
     assert not (here / "bare.safetensors.md").exists()
     with pytest.raises(ConfigError, match="metrics have no effect without a card"):
         package.save_patch(patch, here / "q.safetensors", card=False, metrics=[here])
-    with pytest.raises(FileError, match=r"p.safetensors.md exists already"):
+    with pytest.raises(FileError, match=r"p.safetensors.md already exists"):
         package.save_patch(patch, here / "p.safetensors")
 
 

@@ -81,7 +81,7 @@ def test_a_killed_run_leaves_unsafe_pictures_in_the_named_folder_only_and_never_
             read(pictures / "out")
     with pytest.raises(
         FileError,
-        match=r"out is unfinished: a run was killed there, .*; remove that folder, or name another",
+        match=r"out is incomplete: a run was killed or is still working there",
     ):
         make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])
     shutil.rmtree(pictures / "out")

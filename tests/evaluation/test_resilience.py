@@ -220,7 +220,7 @@ def test_a_finished_test_is_not_touched_and_one_that_fails_at_once_leaves_nothin
 ):
     model, _, patch, _, out = done
     before, material = contents(out), FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
-    with pytest.raises(FileError, match="exists already"):
+    with pytest.raises(FileError, match="already exists"):
         resilience(model, [patch], SKULLS, material, BRIEF, out=out)
     assert contents(out) == before
 

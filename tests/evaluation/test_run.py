@@ -215,7 +215,7 @@ def test_a_run_does_not_go_on_under_another_protocol_or_stack(
 def test_a_folder_that_is_not_a_run_is_left_alone(go, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("keep me")
-    with pytest.raises(FileError, match="exists already and is not a run"):
+    with pytest.raises(FileError, match="already exists and is not a run"):
         go(tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious.txt"]
 

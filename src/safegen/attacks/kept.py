@@ -158,7 +158,7 @@ def refuse_finished(out: Path) -> None:
         FileError: it is.
     """
     if os.path.lexists(out) and not is_incomplete(out, last=RESULTS):
-        raise FileError(f"{out} exists already; name another folder or remove it")
+        raise FileError(f"{out} already exists; name another folder or remove it")
 
 
 def _read(path: Path) -> Image.Image:

@@ -16,9 +16,8 @@ from safegen.cli.options import (
     Pickle,
     Threads,
     load_model,
-    one_line_warnings,
-    show_progress,
 )
+from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, explain
 
 
@@ -121,16 +120,8 @@ def resilience(
         raise ConfigError(explain(error)) from error
     known, read = load_concept(concept), [Patch.load(path) for path in patch]
     material = material_for(known, on.value, triplets=triplets, pictures=pictures)
-    loaded = load_model(
-        model,
-        [],
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        allow_pickle=allow_pickle,
-        config=config,
-    )
-    with show_progress() as progress, one_line_warnings():
+    loaded = load_model(model, device, dtype, threads, allow_pickle, config)
+    with show_progress() as progress:
         found = test(loaded, read, known, material, settings, out=out, progress=progress)
     _show(found.summary())
     typer.echo(

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from safegen.cli.options import Threads, read_settings, set_threads, show_progress
+from safegen.cli.options import Threads, read_settings, set_threads
+from safegen.cli.progress import show_progress
 
 
 def demo(
@@ -36,10 +37,10 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Do the main job on the bundled miniature model: draw, edit, draw again, judge, report."""
-    from safegen.core.files import check_new_directory
+    from safegen.core.files import check_output
     from safegen.evaluation.report.page import PAGE
 
-    check_new_directory(out, last=PAGE)
+    check_output(out, last=PAGE)
     set_threads(threads)
     from safegen.core.registry import EDITS, resolve
     from safegen.workflows.demo import DemoSettings, run_demo

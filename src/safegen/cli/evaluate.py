@@ -214,7 +214,7 @@ def score(
     from safegen.evaluation.scoring.table import score_run, scores_file
 
     if out and out.exists():
-        raise FileError(f"{out} exists already; name another file with --out")
+        raise FileError(f"{out} already exists; name another file with --out")
     opened = Run.open(run)
     scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
     new = scores["protocol"]["id"]

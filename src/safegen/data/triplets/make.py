@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import check_new_directory, check_writable, staged_directory
+from safegen.core.files import check_output, staged_directory
 from safegen.core.progress import ProgressCallback, no_progress, track
 from safegen.core.registry import expand_labels
 from safegen.data.triplets.censor import Box, Censor
@@ -85,12 +85,9 @@ def make(
     """
     unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
     eye = _Eye(judge, frozenset(expand_labels(labels)), threshold)
-    check_new_directory(out, last=MANIFEST)
+    check_output(out, last=MANIFEST)
     if not out.parent.is_dir():
-        raise FileError(
-            f"{out} cannot be written: the folder {out.parent} does not exist; make it first"
-        )
-    check_writable(out)
+        raise FileError(f"{out.parent} must exist. Create the folder first.")
     finds, safe, left_out = _look_through(unsafe, eye, progress)
     if not finds:
         raise FileError(

@@ -148,7 +148,7 @@ def check_new_directory(out: Path) -> None:
     """
     if beside(out).exists():
         raise FileError(
-            f"{beside(out)} exists already; name another file, remove it, or write none with --no-card"
+            f"{beside(out)} already exists; name another file, remove it, or write none with --no-card"
         )
 
 

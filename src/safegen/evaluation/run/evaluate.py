@@ -271,7 +271,7 @@ def prepare(
     if out.exists() and (
         not out.is_dir() or any(p.name != PLAN and ".tmp-" not in p.name for p in out.iterdir())
     ):
-        raise FileError(f"{out} exists already and is not a run; name another folder with --out")
+        raise FileError(f"{out} already exists and is not a run; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     write_plan(
         out, [Planned.of(i) for i in items], {part.name: part.unsafe for part in protocol.lists}

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 
 from safegen.core.errors import FileError
-from safegen.core.files import atomic_directory
+from safegen.core.files import staged_directory
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -72,7 +72,7 @@ def save_folder(
     Raises:
         FileError: `out` exists or cannot be written.
     """
-    with atomic_directory(Path(out)) as tmp:
+    with staged_directory(Path(out), last="model_index.json") as tmp:
         tower = model.pipeline.text_encoder
         state = tower.state_dict()
         try:
