@@ -30,7 +30,7 @@ from safegen.evaluation.scoring.score import removal, score
 from safegen.judges import load_judge
 from safegen.metrics.image import mean_change
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.workflows.edit import make_edit
 
 SKIPPED, SEED = 128, 11

@@ -37,7 +37,8 @@ from safegen.metrics.distances import kid
 from safegen.metrics.image import mean_change
 from safegen.metrics.paired import mcnemar
 from safegen.models.generation import generate
-from safegen.models.model import Model, load
+from safegen.models.loading import load
+from safegen.models.model import Model
 from safegen.patches.patch import Patch
 from safegen.workflows.edit import make_edit
 
@@ -51,8 +52,8 @@ def make_patch(
     """
     if row.endswith(".safetensors"):
         patch = Patch.load(Path(row))
-        parts = [part["provenance"] for part in patch.provenance.get("parts", ())] or [
-            patch.provenance
+        parts = [part.metadata.to_json() for part in patch.metadata.parts] or [
+            patch.metadata.to_json()
         ]
         settings = [dict(part.get("settings", {})) for part in parts]
         told = [part.get("seconds") for part in parts]
@@ -224,7 +225,7 @@ def main() -> None:
                     )
                 on.enter_context(patch.apply(model))
                 out["edits"].append(
-                    {"method": part, "settings": settings, "provenance": dict(patch.provenance)}
+                    {"method": part, "settings": settings, "metadata": patch.metadata.to_json()}
                 )
                 out["seconds"] = (
                     None

@@ -42,7 +42,8 @@ from safegen.judges import Detections, Judge, load_judge
 from safegen.metrics.bootstrap import mean
 from safegen.metrics.clip_score import SCALE, clip_scores
 from safegen.metrics.paired import hit_difference
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 Word = str | dict[str, Any]
 KINDS = ("skulls", "fire", "ghosts", "leaves")

@@ -35,7 +35,8 @@ from safegen.judges import load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini.world import OBJECTS
 from safegen.models.generation import generate
-from safegen.models.model import Model, load
+from safegen.models.loading import load
+from safegen.models.model import Model
 
 
 def article(word: str) -> str:

@@ -12,7 +12,7 @@ from safegen.core.concept import prompt_list
 from safegen.core.generation import GenerationConfig, Sample, preferred_precision
 from safegen.evaluation.report.contact_sheet import sheet
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 
 LISTS = ("skulls", "skulls-innocent", "fire", "fire-innocent", "ghosts", "leaves", "benign")
 

@@ -115,7 +115,7 @@ def make_model():
 @pytest.fixture(scope="session")
 def tiny_model(make_model):
     """Return the tiny model that all share; at the end of the session no test has changed it."""
-    from safegen.models.model import hash_tensors
+    from safegen.core.hashing import hash_tensors
 
     def state():
         return [

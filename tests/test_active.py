@@ -1,4 +1,4 @@
-"""LoRAs beside a model's weights: the same pictures as fused, no weight touched, in facts and hashes, and never fused unasked."""
+"""Active LoRAs: equal to fused ones without a change of weights, and part of a stack's hash."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from safegen.active import LoraSpec
 from safegen.cli import main as run
 from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.uce import UCE
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.active_lora import AdapterWarning, active_loras, lora_forward
 from safegen.patches.arithmetic import merge
-from safegen.patches.lora import extract_lora, load_lora, read_factors, save_lora
+from safegen.patches.lora import extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora, read_lora
+from safegen.patches.lora_spec import LoraSpec
 from safegen.patches.patch import Patch
-from safegen.stack import Stack, StackLoader, add_loras, load_stack, pipeline_hash
+from safegen.stack import Stack, add_loras, load_stack
+from safegen.stack_loader import StackLoader
 
-ASKS, SAMPLER = (
+SAMPLES, GENERATION_CONFIG = (
     [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],
     GenerationConfig(num_inference_steps=2),
 )
@@ -35,7 +37,7 @@ ASKS, SAMPLER = (
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_folder):
-    """Return two LoRAs of the tiny model, a user's and a safety LoRA, that share the values of cross-attention."""
+    """Return a user's and a safety LoRA of the tiny model, which share weights."""
     folder, model = tmp_path_factory.mktemp("loras"), load(str(tiny_folder))
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(0)
     names = [
@@ -69,7 +71,7 @@ def said(model, text="a red cube"):
 
 @pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
 @pytest.mark.parametrize("scales", [(1.0, None), (-0.5, None), (1.0, 0.8), (0.3, 2.0)])
-def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
+def test_active_loras_equal_fused_ones(make_model, files, scales):
     model = make_model()
     plain = said(model)
     active = [(file, scale) for file, scale in zip(files, scales, strict=True) if scale]
@@ -77,12 +79,12 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
     with (merge(fused, overlap="add", model=model) if len(fused) > 1 else fused[0]).apply(model):
         want = said(model)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-    read = [(read_factors(file, model), scale) for file, scale in active]
+    read = [(read_lora(file, model), scale) for file, scale in active]
     with active_loras(model, read):
         found = said(model)
         assert all(
             torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items()
-        )  # also while they act
+        )  # also inside the block
     with active_loras(model, read[::-1]):
         assert_close(said(model), found, rtol=0, atol=1e-5)  # any order
     assert_close(found, want, rtol=0, atol=1e-4)
@@ -90,7 +92,7 @@ def test_active_loras_say_what_fused_ones_say(make_model, files, scales):
     assert torch.equal(said(model), plain)  # nothing is left of them
 
 
-def test_a_module_gets_the_product_of_its_factors_added_by_hand():
+def test_lora_forward_by_hand():
     """down (1, 2) . (3, 4) = 11; up (5, 6): 55 and 66."""
     line = nn.Linear(2, 2)
     assert lora_forward(
@@ -101,11 +103,11 @@ def test_a_module_gets_the_product_of_its_factors_added_by_hand():
     assert_close(lora_forward(net, x, down, up), nn.functional.conv2d(x, down * up, None, 2, 1))
 
 
-def test_a_patch_beneath_counts_as_the_weights_do(make_model, files):
+def test_active_loras_act_on_the_patched_weights(make_model, files):
     model = make_model()
     own = dict(model.denoiser.named_parameters())
     patch = Patch({n: own[n] * 1.5 for n in select_parameters(model.denoiser, "kv2")})
-    read = read_factors(files[1], model)
+    read = read_lora(files[1], model)
     with patch.apply(model):
         fused = load_lora(files[1], model)
         with fused.apply(model):
@@ -114,12 +116,12 @@ def test_a_patch_beneath_counts_as_the_weights_do(make_model, files):
             assert_close(said(model), want, rtol=0, atol=1e-4)
 
 
-def test_a_gradient_goes_through_what_is_added(make_model, files):
-    """Guards that move latents need the slope of what draws."""
+def test_gradients_flow_through_active_loras(make_model, files):
+    """Guards that optimize latents need it."""
     model = make_model()
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode_text(["a"])
     slopes = []
-    read = read_factors(files[0], model)
+    read = read_lora(files[0], model)
     for scale in (1.0, 0.0):
         start = x.clone().requires_grad_()
         with active_loras(model, [(read, scale)]):
@@ -128,24 +130,21 @@ def test_a_gradient_goes_through_what_is_added(make_model, files):
     assert (slopes[0] - slopes[1]).abs().max() > 1e-3
 
 
-def test_they_come_off_when_drawing_fails(make_model, files):
+def test_active_loras_are_removed_on_errors(make_model, files):
     model = make_model()
     plain = said(model)
-    with (
-        pytest.raises(ZeroDivisionError),
-        active_loras(model, [(read_factors(files[0], model), 1.0)]),
-    ):
+    with pytest.raises(ZeroDivisionError), active_loras(model, [(read_lora(files[0], model), 1.0)]):
         _ = 1 / 0
     assert torch.equal(said(model), plain)
 
 
-def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files, tmp_path):
+def test_shared_weights_and_text_encoder_tensors_are_warned_about(make_model, files, tmp_path):
     model = make_model()
-    user, safe = (read_factors(file, model) for file in files)
-    shared = len(user.change.keys() & safe.change.keys())
+    user, safe = (read_lora(file, model) for file in files)
+    shared = len(user.factors.keys() & safe.factors.keys())
     with pytest.warns(
         AdapterWarning,
-        match=f"{shared} weights are changed by more than one LoRA, .*the changes add up",
+        match=f"{shared} weights are changed by more than one LoRA, .*The changes add up",
     ):
         with active_loras(model, [(user, 1.0), (safe, 1.0)]):
             pass
@@ -161,14 +160,14 @@ def test_shared_weights_and_what_is_left_out_are_warned_about(make_model, files,
         AdapterWarning,
         match=r"with text.safetensors also has 1 tensors for the text encoder; they are left out",
     ):
-        with active_loras(model, [(read_factors(tmp_path / "with text.safetensors", model), 1.0)]):
+        with active_loras(model, [(read_lora(tmp_path / "with text.safetensors", model), 1.0)]):
             pass
 
 
 # ------------------------------------------------------------ on stacks
 
 
-def test_a_recipe_and_words_can_mean_the_same(tmp_path):
+def test_loras_of_a_recipe_and_of_words_can_be_equal(tmp_path):
     (tmp_path / "s.toml").write_text(
         'model = "mini"\nloras = ["a.safetensors", {file = "b.safetensors", scale = 0.8}]\n'
     )
@@ -188,33 +187,33 @@ def test_a_recipe_and_words_can_mean_the_same(tmp_path):
     )
 
 
-def test_a_hash_rests_on_the_file_its_scale_and_the_order(tiny_folder, files):
-    shelf, name = StackLoader(), str(tiny_folder)
+def test_the_hash_depends_on_lora_file_scale_and_order(tiny_folder, files):
+    loader, name = StackLoader(), str(tiny_folder)
     user, safe = (str(file) for file in files)
     stacks = [
         Stack(name="s", model=name, loras=loras)
         for loras in ((), (user,), (f"{user}:0.5",), (user, safe), (safe, user))
     ]
-    assert len({shelf.hash(stack) for stack in stacks}) == len(stacks)
+    assert len({loader.hash(stack) for stack in stacks}) == len(stacks)
 
 
 @pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
-def test_a_stack_draws_with_its_loras_and_the_model_comes_back(tiny_folder, files):
-    shelf, name = StackLoader(), str(tiny_folder)
-    _, weights = shelf.model(name)
+def test_a_stack_generates_with_its_loras_and_restores_the_model(tiny_folder, files):
+    loader, name = StackLoader(), str(tiny_folder)
     plain, both = (
         Stack(name="p", model=name),
         Stack(name="s", model=name, loras=tuple(str(file) for file in files)),
     )
-    pictures = []
+    images = []
     for stack in (plain, both, plain):
-        with shelf.open(stack) as ready:
-            pictures.append([p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)])
-    assert pictures[0] == pictures[2] != pictures[1]
-    assert pipeline_hash(shelf.model(name)[0]) == weights
+        with loader.open(stack) as loaded:
+            images.append([p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)])
+    assert images[0] == images[2] != images[1]
+    model = loader.model(name)[0]
+    assert model.hash_denoiser() == model.hash
 
 
-def test_generate_keeps_both_active_and_its_pictures_name_them(
+def test_generate_records_its_loras_in_the_images(
     tiny_folder, files, tmp_path, monkeypatch, capsys
 ):
     words = [
@@ -236,8 +235,8 @@ def test_generate_keeps_both_active_and_its_pictures_name_them(
     assert not end.value.code
     assert "warning: " in (err := capsys.readouterr().err)
     assert "changed by more than one LoRA" in err
-    with Image.open(tmp_path / "out" / "0000.png") as picture:
-        facts = json.loads(picture.text["safegen"])
+    with Image.open(tmp_path / "out" / "0000.png") as image:
+        facts = json.loads(image.text["safegen"])
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     assert facts["loras"] == [
         {"file": f.name, "hash": d, "scale": s}
@@ -249,23 +248,20 @@ def test_generate_keeps_both_active_and_its_pictures_name_them(
 # ------------------------------------------------------------ refusals
 
 
-def test_nothing_is_fused_unasked_and_nothing_taken_for_what_it_is_not(
-    tiny_folder, files, make_model, tmp_path
-):
+def test_patches_and_loras_are_not_confused(tiny_folder, files, make_model, tmp_path):
     with pytest.raises(
-        FileError,
-        match="is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps",
+        FileError, match=r"must be a safegen patch, got a LoRA\. Use it with `generate --lora`"
     ):
         Patch.load(files[0])
     model = make_model()
     UCE(erase=("red cube",)).apply(model).save(tmp_path / "p.safetensors")
-    with pytest.raises(FileError, match=r"is a safegen patch, not a LoRA; put it on with --patch"):
-        read_factors(tmp_path / "p.safetensors", model)
+    with pytest.raises(FileError, match=r"must be a LoRA, got a safegen patch"):
+        read_lora(tmp_path / "p.safetensors", model)
     bad = load_file(files[0])
     bad[next(k for k in bad if "lora_up" in k)][0] = float("nan")
     save_file(bad, tmp_path / "nan.safetensors")
     with pytest.raises(FileError, match="has NaN or infinite values in lora_unet_"):
-        read_factors(tmp_path / "nan.safetensors", model)
+        read_lora(tmp_path / "nan.safetensors", model)
     with (
         pytest.raises(PatchError, match="does not fit the model"),
         StackLoader().open(
@@ -283,22 +279,20 @@ def _wider(file, folder):
     return folder / "wide.safetensors"
 
 
-def test_words_that_mean_no_lora_are_refused_in_one_line(tmp_path, tiny_folder):
+def test_invalid_lora_words_are_refused(tmp_path, tiny_folder):
     stack = Stack(name="s", model="mini")
     for word, says in (
-        ("a.safetensors:0", "a LoRA of scale 0 has no effect"),
+        ("a.safetensors:0", "scale of a LoRA must not be 0"),
         ("a.safetensors:nan", "finite"),
         ("a:inf", "finite"),
     ):
         with pytest.raises(ConfigError, match=says) as caught:
             add_loras(stack, [word])
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="LoRAs have no effect on the blank stack 's'"):
+    with pytest.raises(ConfigError, match="a blank stack must have no patches, LoRAs"):
         add_loras(Stack(name="s", model="mini", blank=True), ["a"])
     with pytest.raises(FileError, match=r"the LoRA 'no.safetensors' does not exist"):
         StackLoader().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
     (tmp_path / "s.toml").write_text('model = "mini"\nblank = true\nloras = ["a"]\n')
-    with pytest.raises(
-        FileError, match="LoRAs, guards and a negative prompt have no effect on a blank stack"
-    ):
+    with pytest.raises(FileError, match="a blank stack must have no patches, LoRAs"):
         load_stack(str(tmp_path / "s.toml"))

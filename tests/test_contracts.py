@@ -91,7 +91,7 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
     own = dict(model.denoiser.named_parameters())
     assert all(bool(v.isfinite().all()) for v in first.tensors.values())
     assert any(not torch.equal(v, own[k]) for k, v in first.tensors.items())
-    facts = json.loads(json.dumps(first.provenance))
+    facts = json.loads(json.dumps(first.metadata.to_json()))
     assert (facts["method"], facts["base"], facts["model"]) == (name, model.hash, "tiny")
     assert facts.get("data") == (triplets.hash if data else None)
     assert type(edit).model_validate(facts["settings"]) == decided(edit, model)

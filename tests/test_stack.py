@@ -1,4 +1,4 @@
-"""Stacks: what a word means, what a hash rests on, and that a model comes back as it was."""
+"""Stacks: parsing, hashing, loading and generating."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig, Sample
-from safegen.stack import Stack, StackLoader, add_guards, add_patches, load_stack, pipeline_hash
+from safegen.stack import Stack, add_guards, add_patches, load_stack
+from safegen.stack_loader import StackLoader
 
-ASKS, SAMPLER = (
+SAMPLES, GENERATION_CONFIG = (
     [Sample(prompt="a red cube", seed=1), Sample(prompt="a blue ball", seed=1, index=1)],
     GenerationConfig(num_inference_steps=2),
 )
@@ -21,7 +22,8 @@ ASKS, SAMPLER = (
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory, tiny_folder):
     """Return two patches that change the same tensors of the tiny model."""
-    from safegen.models.model import load
+    from safegen.models.checkpoint.metadata import PatchMetadata
+    from safegen.models.loading import load
     from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
 
@@ -32,12 +34,12 @@ def patches(tmp_path_factory, tiny_folder):
         paths.append(tmp_path_factory.mktemp("patches") / f"{name}.safetensors")
         Patch(
             {k: own[k] * by for k in select_parameters(model.denoiser, "attn1")},
-            {"base": model.hash},
+            PatchMetadata(base=model.hash),
         ).save(paths[-1])
     return paths
 
 
-def test_a_model_a_recipe_and_a_spec_can_mean_the_same(tmp_path, tiny_folder, patches):
+def test_a_recipe_and_a_spec_can_be_equal(tmp_path, tiny_folder, patches):
     (tmp_path / "model").symlink_to(tiny_folder)
     (tmp_path / "p.safetensors").symlink_to(patches[0])
     recipe = tmp_path / "calm.toml"
@@ -60,10 +62,10 @@ def test_a_model_a_recipe_and_a_spec_can_mean_the_same(tmp_path, tiny_folder, pa
         ("../x=mini", ConfigError, "NAME=model"),
         ("x=", ConfigError, "NAME=model"),
         ("x=mini+", ConfigError, "NAME=model"),
-        ("x=r.toml", ConfigError, "a recipe says its own name"),
+        ("x=r.toml", ConfigError, "a recipe must be given without a name"),
     ],
 )
-def test_a_spec_that_means_nothing_is_refused(spec, error, says):
+def test_an_invalid_spec_is_refused(spec, error, says):
     with pytest.raises(error, match=says):
         load_stack(spec)
 
@@ -88,43 +90,41 @@ def test_a_spec_that_means_nothing_is_refused(spec, error, says):
             'model = "mini"\n[[guards]]\nname = "sld"\nconcept = "no.toml"',
             "no.toml' does not exist",
         ),
-        ('model = "mini"\nblank = true\nguards = ["sld"]', "no effect on a blank stack"),
-        ('model = "mini"\nblank = true\nnegative_prompt = "x"', "no effect on a blank stack"),
+        ('model = "mini"\nblank = true\nguards = ["sld"]', "a blank stack must have no"),
+        ('model = "mini"\nblank = true\nnegative_prompt = "x"', "a blank stack must have no"),
         ('model = "mini"\nnum_inference_steps = 3', "steps"),
         ("patches = []", "model"),
         ("model", "not a stack file"),
     ],
 )
-def test_a_recipe_with_an_idle_or_unknown_setting_is_refused(tmp_path, text, says):
+def test_a_recipe_with_invalid_settings_is_refused(tmp_path, text, says):
     (tmp_path / "s.toml").write_text(text)
     with pytest.raises(FileError, match=says) as caught:
         load_stack(str(tmp_path / "s.toml"))
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_names_the_small_files_that_a_one_file_checkpoint_lacks(
-    tiny_model, tiny_folder, tmp_path
-):
+def test_a_recipe_can_name_a_configuration_folder(tiny_model, tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")
     (tmp_path / "small").symlink_to(tiny_folder)
     (tmp_path / "s.toml").write_text('model = "bare.safetensors"\nconfig = "small"')
-    stack, shelf = load_stack(str(tmp_path / "s.toml")), StackLoader()
+    stack, loader = load_stack(str(tmp_path / "s.toml")), StackLoader()
     assert stack.is_base
-    assert shelf.hash(stack) == StackLoader().hash(Stack(name="t", model=str(tiny_folder)))
+    assert loader.hash(stack) == StackLoader().hash(Stack(name="t", model=str(tiny_folder)))
     with pytest.raises(FileError, match="--config"):
-        shelf.hash(
+        loader.hash(
             stack.model_copy(update={"config": None})
-        )  # what is kept was loaded with the folder
-    with pytest.raises(ConfigError, match="config has no effect on 'mini'"):
-        shelf.hash(Stack(name="t", model="mini", config=tiny_folder))
+        )  # the cached model was loaded with the folder
+    with pytest.raises(ConfigError, match="config must go with a one-file checkpoint, got 'mini'"):
+        loader.hash(Stack(name="t", model="mini", config=tiny_folder))
 
 
-def test_a_concepts_file_is_looked_for_beside_its_recipe(tmp_path, monkeypatch):
+def test_a_concept_file_is_relative_to_the_recipe(tmp_path, monkeypatch):
     from safegen.core import concept
 
     (tmp_path / "away").mkdir()
@@ -137,10 +137,10 @@ def test_a_concepts_file_is_looked_for_beside_its_recipe(tmp_path, monkeypatch):
     assert load_stack("away/s.toml").guards[0].text == "fire, flames, burning"
 
 
-def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(
+def test_the_hash_depends_on_weights_patches_order_and_negative_prompt(
     make_model, tiny_folder, patches
 ):
-    shelf, name = StackLoader(), str(tiny_folder)
+    loader, name = StackLoader(), str(tiny_folder)
     stacks = [
         Stack(name="s", model=name),
         Stack(name="s", model=name, patches=(patches[0],)),
@@ -150,102 +150,102 @@ def test_a_hash_rests_on_weights_patches_their_order_and_the_negative_prompt(
         Stack(name="s", model=name, negative_prompt="cube"),
         Stack(name="s", model=name, blank=True),
     ]
-    hashes = [shelf.hash(s) for s in stacks]
+    hashes = [loader.hash(s) for s in stacks]
     assert len(set(hashes)) == len(stacks)
-    assert shelf.hash(Stack(name="t", model=name)) == hashes[0]  # a name decides no picture
+    assert loader.hash(Stack(name="t", model=name)) == hashes[0]  # a name decides no image
     assert stacks[0].hash(make_model(1)) != stacks[0].hash(make_model(2))
-    assert pipeline_hash(make_model(1)) != pipeline_hash(make_model(1, beta_end=0.02))
+    assert make_model(1).pipeline_hash != make_model(1, beta_end=0.02).pipeline_hash
     other = make_model(1)
     other.vae.register_to_config(scaling_factor=0.5)
-    assert pipeline_hash(other) != pipeline_hash(make_model(1))
+    assert other.pipeline_hash != make_model(1).pipeline_hash
     other = make_model(1)
     other.denoiser.register_to_config(attention_head_dim=1)
-    assert pipeline_hash(other) != pipeline_hash(make_model(1))
+    assert other.pipeline_hash != make_model(1).pipeline_hash
     other = make_model(1)
     other.denoiser.register_to_config(sample_size=16)
-    assert pipeline_hash(other) != pipeline_hash(make_model(1))
+    assert other.pipeline_hash != make_model(1).pipeline_hash
     other = make_model(1)
     other.pipeline.tokenizer.model_max_length -= 1
-    assert pipeline_hash(other) != pipeline_hash(make_model(1))
+    assert other.pipeline_hash != make_model(1).pipeline_hash
     other = make_model(1)
     other.pipeline.scheduler = DDPMScheduler.from_config(other.pipeline.scheduler.config)
-    assert pipeline_hash(other) != pipeline_hash(make_model(1))
+    assert other.pipeline_hash != make_model(1).pipeline_hash
 
 
-def test_a_shelf_loads_a_model_once_and_patches_come_off_exactly(tiny_folder, patches):
+def test_the_loader_caches_the_model_and_undoes_patches(tiny_folder, patches):
     from safegen.patches.patch import PatchOverlapWarning
 
-    shelf, name = StackLoader(), str(tiny_folder)
+    loader, name = StackLoader(), str(tiny_folder)
     plain, both = (
         Stack(name="plain", model=name),
         Stack(name="both", model=name, patches=tuple(patches)),
     )
-    model, weights = shelf.model(name)
-    with shelf.open(plain) as ready:
-        before = ready.generate_images(ASKS, SAMPLER)
+    model, _ = loader.model(name)
+    with loader.open(plain) as loaded:
+        before = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
     with ExitStack() as on:
         with pytest.warns(PatchOverlapWarning, match="the last patch counts"):
-            ready = on.enter_context(shelf.open(both))
-        assert ready.model is model
-        assert ready.hash == shelf.hash(both)
-        edited = ready.generate_images(ASKS, SAMPLER)
-    with shelf.open(plain) as ready:
-        after = ready.generate_images(ASKS, SAMPLER)
-    assert pipeline_hash(model) == weights
+            loaded = on.enter_context(loader.open(both))
+        assert loaded.model is model
+        assert loaded.hash == loader.hash(both)
+        edited = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
+    with loader.open(plain) as loaded:
+        after = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
+    assert model.hash_denoiser() == model.hash
     assert [p.tobytes() for p in after] == [p.tobytes() for p in before]
     assert [p.tobytes() for p in edited] != [p.tobytes() for p in before]
 
 
-def test_a_patch_comes_off_when_drawing_fails_or_the_next_patch_does_not_fit(
-    tiny_folder, patches, tmp_path
-):
+def test_patches_are_undone_on_errors(tiny_folder, patches, tmp_path):
     import torch
 
     from safegen.core.errors import PatchError
     from safegen.patches.patch import Patch
 
-    shelf, name = StackLoader(), str(tiny_folder)
-    model, weights = shelf.model(name)
+    loader, name = StackLoader(), str(tiny_folder)
+    model, _ = loader.model(name)
     with (
         pytest.raises(ZeroDivisionError),
-        shelf.open(Stack(name="s", model=name, patches=(patches[0],))),
+        loader.open(Stack(name="s", model=name, patches=(patches[0],))),
     ):
         _ = 1 / 0
-    assert pipeline_hash(model) == weights
+    assert model.hash_denoiser() == model.hash
     odd = tmp_path / "odd.safetensors"
     Patch({"nothing.here": torch.zeros(1)}).save(odd)
     with (
         pytest.raises(PatchError),
-        shelf.open(Stack(name="s", model=name, patches=(patches[0], odd))),
+        loader.open(Stack(name="s", model=name, patches=(patches[0], odd))),
     ):
         pass
-    assert pipeline_hash(model) == weights
-    with shelf.open(Stack(name="s", model=name)):
+    assert model.hash_denoiser() == model.hash
+    with loader.open(Stack(name="s", model=name)):
         pass
 
 
-def test_a_negative_prompt_changes_pictures_and_needs_guidance(tiny_folder):
-    shelf, name = StackLoader(), str(tiny_folder)
-    with shelf.open(Stack(name="s", model=name)) as ready:
-        plain = ready.generate_images(ASKS, SAMPLER)
-    with shelf.open(Stack(name="s", model=name, negative_prompt="")) as ready:
-        assert [p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)] == [
+def test_a_negative_prompt_changes_images_and_needs_guidance(tiny_folder):
+    loader, name = StackLoader(), str(tiny_folder)
+    with loader.open(Stack(name="s", model=name)) as loaded:
+        plain = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
+    with loader.open(Stack(name="s", model=name, negative_prompt="")) as loaded:
+        assert [p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)] == [
             p.tobytes() for p in plain
-        ]  # blank is what guidance uses anyway
-    with shelf.open(Stack(name="s", model=name, negative_prompt="a red cube")) as ready:
-        assert [p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)] != [
+        ]  # guidance uses the empty prompt by default
+    with loader.open(Stack(name="s", model=name, negative_prompt="a red cube")) as loaded:
+        assert [p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)] != [
             p.tobytes() for p in plain
         ]
-        with pytest.raises(ConfigError, match="no effect without guidance"):
-            ready.generate_images(ASKS, GenerationConfig(num_inference_steps=2, guidance_scale=1))
+        with pytest.raises(ConfigError, match="guidance_scale must be > 1"):
+            loaded.generate_images(
+                SAMPLES, GenerationConfig(num_inference_steps=2, guidance_scale=1)
+            )
 
 
-def test_a_blank_stack_draws_black_pictures_of_the_models_size(tiny_folder):
-    shelf = StackLoader()
-    with shelf.open(Stack(name="black", model=str(tiny_folder), blank=True)) as ready:
-        (picture, _) = ready.generate_images(ASKS, SAMPLER)
-    assert picture.size == (ready.model.size, ready.model.size)
-    assert picture.getextrema() == ((0, 0), (0, 0), (0, 0))
+def test_a_blank_stack_generates_black_images(tiny_folder):
+    loader = StackLoader()
+    with loader.open(Stack(name="black", model=str(tiny_folder), blank=True)) as loaded:
+        (image, _) = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
+    assert image.size == (loaded.model.size, loaded.model.size)
+    assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
 GUARDS = (
@@ -254,8 +254,8 @@ GUARDS = (
 )
 
 
-def test_guards_decide_the_hash_by_their_settings_and_order(tiny_folder):
-    shelf, name = StackLoader(), str(tiny_folder)
+def test_the_hash_depends_on_guards_and_their_order(tiny_folder):
+    loader, name = StackLoader(), str(tiny_folder)
     stacks = [
         Stack(name="s", model=name),
         Stack(name="s", model=name, guards=GUARDS),
@@ -263,53 +263,51 @@ def test_guards_decide_the_hash_by_their_settings_and_order(tiny_folder):
         Stack(name="s", model=name, guards=GUARDS[:1]),
         Stack(name="s", model=name, guards=({**GUARDS[0], "scale": 1.0},)),
     ]
-    assert len({shelf.hash(s) for s in stacks}) == len(stacks)
+    assert len({loader.hash(s) for s in stacks}) == len(stacks)
     assert [s.is_base for s in stacks] == [True, False, False, False, False]
     again = Stack.model_validate_json(stacks[1].model_dump_json())
     assert again == stacks[1]
-    assert shelf.hash(again) == shelf.hash(stacks[1])
+    assert loader.hash(again) == loader.hash(stacks[1])
 
 
-def test_a_recipe_of_guards_draws_with_them_and_its_pictures_carry_a_trail(tmp_path, tiny_folder):
+def test_a_recipe_with_guards_generates_images_with_traces(tmp_path, tiny_folder):
     (tmp_path / "model").symlink_to(tiny_folder)
     recipe = tmp_path / "safe.toml"
     recipe.write_text(
         'model = "model"\n[[guards]]\nname = "sld"\npreset = "max"\ntext = "a green cone"\n'
         '[[guards]]\nname = "prompt-filter"\nwords = ["blue ball"]\n'
     )
-    shelf, stack = StackLoader(), load_stack(str(recipe))
+    loader, stack = StackLoader(), load_stack(str(recipe))
     assert [g.name for g in stack.guards] == ["sld", "prompt-filter"]
-    with shelf.open(Stack(name="plain", model=stack.model)) as ready:
-        plain = ready.generate_images(ASKS, SAMPLER)
-    with shelf.open(stack) as ready:
-        shown, gone = ready.generate(ASKS, SAMPLER)
-        pictures = ready.generate_images(ASKS, SAMPLER)
+    with loader.open(Stack(name="plain", model=stack.model)) as loaded:
+        plain = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
+    with loader.open(stack) as loaded:
+        shown, gone = loaded.generate(SAMPLES, GENERATION_CONFIG)
+        images = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
     assert (shown.trail.action, shown.trail.reason) == ("edit", "sld: steered")
     assert (gone.image, gone.trail.action, gone.trail.reason) == (
         None,
         "block",
         "prompt-filter: word",
     )
-    assert pictures[0].tobytes() == shown.image.tobytes() != plain[0].tobytes()
-    assert (
-        pictures[1].getextrema() == ((0, 0),) * 3
-    )  # what was withheld is black where a picture must be
-    with shelf.open(Stack(name="plain", model=stack.model)) as ready:
-        assert [p.tobytes() for p in ready.generate_images(ASKS, SAMPLER)] == [
+    assert images[0].tobytes() == shown.image.tobytes() != plain[0].tobytes()
+    assert images[1].getextrema() == ((0, 0),) * 3  # a withheld image is shown as black
+    with loader.open(Stack(name="plain", model=stack.model)) as loaded:
+        assert [p.tobytes() for p in loaded.generate_images(SAMPLES, GENERATION_CONFIG)] == [
             p.tobytes() for p in plain
         ]
 
 
-def test_a_guard_on_a_patch_sees_the_patched_model(tiny_folder, patches):
-    shelf, name = StackLoader(), str(tiny_folder)
+def test_a_guard_uses_the_patched_model(tiny_folder, patches):
+    loader, name = StackLoader(), str(tiny_folder)
     found = []
     for own in ((), (patches[0],)):
-        with shelf.open(Stack(name="s", model=name, patches=own, guards=GUARDS[:1])) as ready:
-            found.append(ready.generate_images(ASKS, SAMPLER)[0].tobytes())
+        with loader.open(Stack(name="s", model=name, patches=own, guards=GUARDS[:1])) as loaded:
+            found.append(loaded.generate_images(SAMPLES, GENERATION_CONFIG)[0].tobytes())
     assert found[0] != found[1]
 
 
-def test_weights_of_a_guard_are_beside_its_recipe(tmp_path):
+def test_guard_weights_are_relative_to_the_recipe(tmp_path):
     (tmp_path / "s.toml").write_text(
         'model = "mini"\nguards = [{name = "safety-checker", weights = "checker"}]\n'
     )
@@ -321,7 +319,7 @@ def test_weights_of_a_guard_are_beside_its_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["judge-filter", "crops", "pno"])
-def test_files_of_a_guards_judge_are_beside_its_recipe(tmp_path, name):
+def test_judge_files_of_a_guard_are_relative_to_the_recipe(tmp_path, name):
     own = ', unsafe = ["a"], safe = ["b"], weights = "clip"' if name == "pno" else ""
     for word, want in (
         ("tower", str(tmp_path / "tower")),
@@ -343,7 +341,7 @@ def test_files_of_a_guards_judge_are_beside_its_recipe(tmp_path, name):
         )
 
 
-def test_words_of_the_command_line_become_guards():
+def test_command_line_words_become_guards():
     mini = Stack(name="s", model="mini")
     stack = add_guards(mini, ["sld-max", "prompt-filter"], "skulls")
     assert [(g.name, getattr(g, "text", None)) for g in stack.guards] == [
@@ -351,16 +349,14 @@ def test_words_of_the_command_line_become_guards():
         ("prompt-filter", None),
     ]
     assert add_guards(mini, []) == mini
-    with pytest.raises(ConfigError, match="no guard takes anything from it"):
+    with pytest.raises(ConfigError, match="concept must be used by a guard"):
         add_guards(mini, [], "skulls")
-    with pytest.raises(ConfigError, match="no effect on the blank stack"):
+    with pytest.raises(ConfigError, match="a blank stack must have no"):
         add_guards(Stack(name="s", model="mini", blank=True), ["sld"])
 
 
-def test_patches_come_after_a_stacks_own_and_a_blank_one_takes_none():
+def test_added_patches_come_last_and_blank_stacks_refuse_them():
     stack = Stack(name="s", model="mini", patches=(Path("a"),))
     assert add_patches(stack, [Path("b")]).patches == (Path("a"), Path("b"))
-    with pytest.raises(
-        ConfigError, match="patches have no effect on the blank stack 's'; leave them out"
-    ):
+    with pytest.raises(ConfigError, match="a blank stack must have no patches"):
         add_patches(Stack(name="s", model="mini", blank=True), [Path("b")])

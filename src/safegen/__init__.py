@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from safegen.data.triplets.triplets import Triplets as Triplets
     from safegen.judges import load_judge as load_judge
     from safegen.models.generation import generate as generate
+    from safegen.models.loading import load as load
     from safegen.models.model import Model as Model
-    from safegen.models.model import load as load
     from safegen.patches.patch import Patch as Patch
     from safegen.workflows.edit import edit as edit
     from safegen.workflows.export import export as export
@@ -37,7 +37,7 @@ _MODULES = {
     "edit": "safegen.workflows.edit",
     "export": "safegen.workflows.export",
     "generate": "safegen.models.generation",
-    "load": "safegen.models.model",
+    "load": "safegen.models.loading",
     "load_judge": "safegen.judges",
     "save_patch": "safegen.workflows.export",
 }

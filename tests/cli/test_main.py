@@ -10,7 +10,7 @@ from PIL import Image
 from safegen.core.errors import MissingExtraError
 from safegen.data.triplets.triplets import is_sheet
 from safegen.mini import bundle
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.patches.patch import Patch
 
 
@@ -56,7 +56,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         ),
         (
             ["generate", "mini", "--prompt", "x", "--steps", "1000", "--out", "OUT"],
-            "steps must be at most 999 on this model",
+            "steps must be <= 999 on this model's schedule",
         ),
         (["edit", "mini", "--triplets", "nowhere", "--out", "OUT"], "nowhere"),
         (["edit", "mini", "--triplets", "mini:skulll", "--out", "OUT"], "Did you mean 'skulls'"),
@@ -315,7 +315,7 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
             ["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"],
             "sld has no effect without guidance",
         ),
-        (["mini", "--concept", "skulls"], "no guard takes anything from it"),
+        (["mini", "--concept", "skulls"], "concept must be used by a guard"),
         (["mini", "--stack", "x.toml"], "a MODEL or with a --stack"),
         ([], "a MODEL or with a --stack"),
         (["--stack", "no.toml"], "does not exist"),
@@ -334,7 +334,7 @@ def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words
 def test_a_config_is_said_once(safegen, tiny_model, tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     bare, recipe, base = (
@@ -418,7 +418,7 @@ def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(
     page = " ".join((out / "report.html").read_text().split())
     assert all(text in page for text in says)
     assert "never reads a word of the concept" not in page
-    assert Patch.load(out / "patch.safetensors").provenance["method"] == method
+    assert Patch.load(out / "patch.safetensors").metadata.method == method
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
     assert page.count("data:image/png;base64,") >= 2 * prompts * len(summary["lists"])
-    (figures,) = Patch.load(out / "patch.safetensors").provenance["metrics"]
+    (figures,) = Patch.load(out / "patch.safetensors").metadata.metrics
     removed = {name: entry["removal"] for name, entry in figures["lists"].items()}
     assert removed == {
         f"{name} ({row['role']})": row.get("removal") for name, row in summary["lists"].items()

@@ -13,10 +13,11 @@ from torch.testing import assert_close
 
 import safegen as package
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.hashing import hash_tensors
 from safegen.edits.uce import UCE
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.model import load
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.loading import load
+from safegen.models.model import MetadataMismatchWarning
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
 
@@ -28,7 +29,7 @@ def files(tmp_path_factory):
     UCE(erase=("skulls",)).apply(model).save(folder / "text.safetensors")
     name = select_parameters(model.denoiser, "attn1")[0]
     value = model.denoiser.get_parameter(name).detach() * 2
-    Patch({name: value}, {"base": model.hash}).save(folder / "look.safetensors")
+    Patch({name: value}, PatchMetadata(base=model.hash)).save(folder / "look.safetensors")
     return folder
 
 
@@ -38,7 +39,7 @@ def test_info_says_what_changes_and_where_it_comes_from(safegen, files):
     assert "method: uce" in out
     assert "of attn2" in out
     code, out, _ = safegen("patch", "info", files / "text.safetensors", "--json")
-    assert json.loads(out)["provenance"]["settings"]["erase"] == ["skulls"]
+    assert json.loads(out)["metadata"]["settings"]["erase"] == ["skulls"]
 
 
 def test_diff_tells_by_its_exit_code(safegen, files):
@@ -119,11 +120,11 @@ def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does
     (name, value), own = next(iter(patch.tensors.items())), dict(tuned.denoiser.named_parameters())
     far = 100 * float((value - own[name]).norm() / own[name].norm())
     assert 90 < far < 100  # twice the base's value in the place of 1.02 times it: 0.98 / 1.02
-    moved = f"new values for 1 tensors (1 of attn1) into it, 1 of them unlike its own, by {far:.3g} % in all"
+    moved = f"changes 1 of 1 tensors (1 of attn1), by {far:.3g} % in all"
     base, here = load("mini").hash[:12], tuned.hash[:12]
-    warning = f"warning: the patch was made on weights {base}, the model {str(fine_tune)!r} has {here}: it puts {moved}"
+    warning = f"warning: the patch was made on weights {base}, the model {str(fine_tune)!r} has {here}. It {moved}"
     assert [line for line in err.splitlines() if line.startswith("warning:")] == [
-        f"{warning}; measure the result before you trust it"
+        f"{warning}. Measure the result before you trust it"
     ]
     assert moved in text
     for key, held in load(str(tmp_path / "out")).denoiser.named_parameters():
@@ -170,7 +171,7 @@ def test_a_patch_is_carried_to_another_fine_tune_which_keeps_its_own_change(
         rtol=1e-4,
         atol=1e-6,
     )
-    assert (carried.provenance["base"], carried.provenance["parts"][0]["hash"]) == (
+    assert (carried.metadata.base, carried.metadata.parts[0].hash) == (
         tuned.hash,
         patch.hash,
     )
@@ -188,15 +189,15 @@ def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(
     for words, says in (
         (
             (files / "look.safetensors", fine_tune, "mini"),
-            "so its change is not known; name the model that it was made on",
+            "that the patch was made on, got",
         ),
         (
             (files / "look.safetensors", "mini", "mini"),
-            "have the same weights: the patch fits as it is",
+            "base and target must have different weights",
         ),
         (
             (tmp_path / "above.safetensors", "mini", fine_tune),
-            "was made on a model with another patch on it",
+            "patch must have no parents, got uce",
         ),
         ((files / "look.safetensors", "mini", "minni"), "Did you mean 'mini'"),
     ):
@@ -213,7 +214,7 @@ def test_on_its_own_base_a_patch_warns_of_nothing_and_says_what_it_does(safegen,
     )
     assert (code, "warning" in err) == (0, False)
     assert (
-        "new values for 1 tensors (1 of attn1) into it, 1 of them unlike its own, by 100 % in all"
+        "changes 1 of 1 tensors (1 of attn1), by 100 % in all"
         in text
     )
 
@@ -343,7 +344,7 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
         name: model.denoiser.get_parameter(name).detach() * 1.5
         for name in (select_parameters(model.denoiser, "attn1")[0], shared)
     }
-    Patch(user, {"base": model.hash}).save(tmp_path / "user.safetensors")
+    Patch(user, PatchMetadata(base=model.hash)).save(tmp_path / "user.safetensors")
     for name, folder in (("text", files), ("user", tmp_path)):
         lora = tmp_path / f"{name}-lora.safetensors"
         assert (
@@ -394,7 +395,7 @@ def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tm
     )
     code, _, err = safegen(*words, "--out", tmp_path / "both.safetensors")
     assert code == 2
-    assert "so its change is not known; name the model that it was made on" in err
+    assert "that the patch was made on, got" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -403,10 +404,10 @@ def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tm
     [
         (
             ["patch", "from-lora", "TEXT", "mini", "--out", "OUT.safetensors"],
-            "is a safegen patch, not a LoRA",
+            "must be a LoRA, got a safegen patch",
         ),
         (["patch", "info", "no.safetensors"], "'no.safetensors' does not exist"),
-        (["patch", "merge", "TEXT", "--out", "OUT.safetensors"], "at least two patches, got 1"),
+        (["patch", "merge", "TEXT", "--out", "OUT.safetensors"], "must be >= 2, got 1"),
         (
             ["patch", "merge", "TEXT", "TEXT", "--out", "OUT.safetensors"],
             "changed by more than one patch",
@@ -456,7 +457,7 @@ def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tm
         ),
         (
             ["export", "mini", "--config", ".", "--out", "OUT.safetensors"],
-            "config has no effect on 'mini'",
+            "config must go with a one-file checkpoint",
         ),
     ],
 )
@@ -489,8 +490,8 @@ def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, f
     digest = Patch.load(files / "text.safetensors").hash
     with safe_open(two, framework="pt") as file:
         facts = json.loads(file.metadata()["safegen"])
-    assert facts["made_from"]["patches"][0]["hash"] == digest
-    assert facts["made_from"]["patches"][0]["provenance"]["settings"]["erase"] == ["skulls"]
+    assert facts["patches"][0]["hash"] == digest
+    assert facts["patches"][0]["metadata"]["settings"]["erase"] == ["skulls"]
     assert (
         f"has patches in its weights already: `{digest[:12]}`"
         in (tmp_path / "two.safetensors.md").read_text()
@@ -512,16 +513,12 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     held = {
         "base": load("mini").hash,
         "model": "mini",
-        "patches": [{"hash": patch.hash, "provenance": dict(patch.provenance)}],
+        "patches": [{"hash": patch.hash, "metadata": patch.metadata.to_json()}],
     }
-    kinds = [
-        hash_tensors(load(folder, dtype=dtype).denoiser.state_dict(), dtype=torch.float32)
-        for dtype in ("fp32", "fp16", "bf16")
-    ]
-    assert facts == held | {"weights": kinds}
+    assert facts == held | {"weights": load(folder).hash}
     assert safegen("export", folder, "--dtype", "fp32", "--out", again)[0] == 0
     with safe_open(again, framework="pt") as file:
-        assert json.loads(file.metadata()["safegen"])["made_from"] == facts
+        assert json.loads(file.metadata()["safegen"]) == facts
     assert safegen("apply", files / "look.safetensors", folder, "--out", tmp_path / "both")[0] == 0
     assert (
         safegen(
@@ -534,10 +531,10 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
         f"has patches in its weights already: `{'`, `'.join(held)}`."
         in (tmp_path / "thrice" / "README.md").read_text()
     )
-    other = '{"base": "%s", "weights": [], "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)
+    other = '{"base": "%s", "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)
     for damage in ("[1]", "{", "\udcff", "[" * 200_000, '{"home": "/home/me"}', other):
         (folder / "safegen.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
-        assert load(folder).provenance == {}
+        assert load(folder).metadata is None
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -570,26 +567,29 @@ def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path
     path = ours if kind == "file" else ours / "unet" / "diffusion_pytorch_model.safetensors"
     with safe_open(path, framework="pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    for dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):  # the same weights, however somebody keeps them
-        save_file({name: value.to(dtype) for name, value in tensors.items()}, path, metadata=header)
-        for name in ("fp32", "bf16", "fp16") if dtype == torch.float32 else ("fp32",):
-            assert (
-                load(ours, dtype=name).verified_metadata["patches"][0]["hash"]
-                == Patch.load(files / "text.safetensors").hash
-            )
+    digest = Patch.load(files / "text.safetensors").hash
+    assert load(ours).verified_metadata.patches[0].hash == digest
+    with pytest.warns(MetadataMismatchWarning, match="loaded as bf16; load it as fp32"):
+        assert load(ours, dtype="bf16").verified_metadata is None
     next(value for name, value in tensors.items() if name.endswith("attn1.to_q.weight"))[0, 0] += 1
     save_file(tensors, path, metadata=header)
     code, _, err = safegen("export", ours, "--out", again)
-    assert (code, err.count("says what is in it, and not of the weights that it has")) == (0, 1)
+    assert (code, err.count("must match its weights, and does not: they were trained or merged since")) == (0, 1)
     with safe_open(again, framework="pt") as file:
-        assert "made_from" not in json.loads(file.metadata()["safegen"])
+        assert "patches" not in json.loads(file.metadata()["safegen"])
     assert (
         "has patches in its weights already" not in (tmp_path / "again.safetensors.md").read_text()
     )
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_our_half_precision_export_is_recognized(safegen, files, tmp_path, dtype):
+    ours = tmp_path / "ours.safetensors"
+    words = ("export", "mini", "--patch", files / "text.safetensors", "--dtype", dtype)
+    assert safegen(*words, "--out", ours)[0] == 0
+    for loaded in (load(ours, dtype=name) for name in ("fp32", dtype)):
+        assert loaded.verified_metadata.base == load("mini").hash
+        assert loaded.verified_metadata.weights == loaded.hash
 
 
 def test_a_card_is_written_over_nothing_but_markdown(safegen, files, tmp_path):

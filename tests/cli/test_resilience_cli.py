@@ -8,7 +8,7 @@ import pytest
 
 from safegen.cli.attack import _show
 from safegen.edits.uce import UCE
-from safegen.models.model import load
+from safegen.models.loading import load
 
 
 @pytest.fixture(scope="module")

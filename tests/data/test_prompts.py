@@ -590,11 +590,11 @@ def test_the_hub_is_asked_only_by_name_and_fails_in_one_line(monkeypatch, tmp_pa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileError) as caught:
         read_prompts("hub:owner/name/folder/castles.csv")
-    assert str(caught.value).startswith("hub:owner/name/folder/castles.csv cannot be fetched: ")
-    assert "log in with: hf auth login" in str(caught.value)
+    assert str(caught.value).startswith("hub:owner/name/folder/castles.csv is not in the cache ")
+    assert "run: hf auth login" in str(caught.value)
     assert "\n" not in str(caught.value)
     for name in ("hub:", "hub:castles.csv", "hub:owner/name", "hub:owner//castles.csv"):
-        with pytest.raises(FileError, match="is named hub:owner/name/path"):
+        with pytest.raises(FileError, match="must be named hub:owner/name/path"):
             read_prompts(name)
 
 

@@ -308,7 +308,7 @@ def test_moves_are_decided_when_settings_are_made_so_that_a_patch_says_them(make
     assert SafeGen(weight_preserve=0, teacher=False).adversary_moves is None
     assert SafeGen.preset("paper").adversary_moves is None
     patch = SafeGen(training=BRIEF | {"updates": 1}).apply(make_model(), triplets)
-    assert patch.provenance["settings"]["adversary_moves"] == "both"
+    assert patch.metadata.settings["adversary_moves"] == "both"
     with pytest.raises(ConfigError, match="adversary_moves both goes with one-step only"):
         make_edit("safegen", adversary="adv-unlearn", adversary_moves="both")
 
@@ -334,7 +334,7 @@ def test_every_adversary_works_with_every_edit_that_takes_one(
             raise ConnectionError("pulled the plug")
 
     whole = applied(edit, model, triplets, folder=tmp_path / "whole")
-    assert type(edit).model_validate(whole.provenance["settings"]) == edit
+    assert type(edit).model_validate(whole.metadata.settings) == edit
     with pytest.raises(ConnectionError):
         applied(edit, model, triplets, folder=tmp_path / "torn", callback=pull)
     assert (

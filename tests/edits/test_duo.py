@@ -323,7 +323,7 @@ def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(
     twins = found.facts["twins"]
     kept = [i for i, row in enumerate(triplets.rows) if row.id not in twins["left out"]]
     assert twins["pairs"] == len(kept) == len(found.safe) == len(found.unsafe)
-    assert twins["open after each try"] == [
+    assert twins["open_after_attempt"] == [
         sum(m > judge.limit or m in judge.unreadable for m in means) for means in judge.asked
     ]
     for at, i in enumerate(kept):
@@ -347,10 +347,10 @@ def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(
         model, triplets
     )
     bright = [row.id for row, m in zip(triplets.rows, first, strict=True) if m > sorted(first)[3]]
-    assert patch.provenance["twins"] == {
+    assert patch.metadata.twins == {
         "judge": "brightness:1",
         "pairs": 4,
-        "open after each try": [2],
+        "open_after_attempt": [2],
         "left out": bright,
     }
 

@@ -31,9 +31,9 @@ def test_a_patch_says_which_patches_lay_under_it_and_its_base_is_the_model_witho
     two, make_model
 ):
     below, above = two
-    assert above.provenance["base"] == below.provenance["base"] == make_model().hash
-    assert above.provenance["under"] == [{"method": "uce", "hash": below.hash}]
-    assert "under" not in below.provenance
+    assert above.metadata.base == below.metadata.base == make_model().hash
+    assert above.metadata.to_json()["parents"] == [{"method": "uce", "hash": below.hash}]
+    assert not below.metadata.parents
 
 
 def test_it_is_warned_about_where_they_are_missing_or_on_too_late_and_only_there(two, make_model):
@@ -61,24 +61,24 @@ def test_a_base_is_the_untouched_model_though_nobody_asked_for_its_hash_before(t
     type(below)(below.tensors).apply(
         model
     )  # a patch that names no base, so that nothing is compared
-    assert UCE(erase=("ball",)).apply(model).provenance["base"] == make_model().hash
+    assert UCE(erase=("ball",)).apply(model).metadata.base == make_model().hash
 
 
 def test_merging_both_leaves_nothing_to_be_asked_for_and_merging_one_does(two, make_model):
     below, above = two
     other = UCE(erase=("ball",)).apply(make_model())
-    assert "under" not in merge([below, above]).provenance
-    assert merge([other, above]).provenance["under"] == above.provenance["under"]
+    assert not merge([below, above]).metadata.parents
+    assert merge([other, above]).metadata.parents == above.metadata.parents
 
 
 def test_the_composed_edit_does_not_ask_for_its_own_words(two, make_model, triplets):
     model, (below, _) = make_model(), two
     plain = SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets)
-    assert "under" not in plain.provenance
+    assert not plain.metadata.parents
     assert model.patches == []
     with below.apply(model):
-        assert SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets).provenance[
-            "under"
+        assert SafeGenPlus(erase=("ball",), training=BRIEF).apply(model, triplets).metadata.to_json()[
+            "parents"
         ] == [{"method": "uce", "hash": below.hash}]
 
 

@@ -113,6 +113,6 @@ def test_looking_under_autocast_leaves_the_gradient_of_what_follows(make_model, 
 def test_more_steps_than_the_schedule_has_are_refused(make_model):
     with pytest.raises(
         ConfigError,
-        match="steps must be at most 99 on this model, whose schedule has 100 timesteps, got 100",
+        match="steps must be <= 99 on this model's schedule, got 100",
     ):
         DdimRollout(make_model(num_train_timesteps=100), steps=100, guidance=3.0)

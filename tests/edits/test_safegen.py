@@ -19,7 +19,7 @@ from safegen.edits.functional.adversary import fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.samples import encode_triplets, to_pixels
 from safegen.edits.training.trainer import Training
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
@@ -235,7 +235,7 @@ def test_held_out_triplets_are_never_trained_on(tiny_model, triplets, recorded):
     }
     assert (len(seen[True]), len(seen[False])) == (4, 2)
     assert not seen[True] & seen[False]
-    assert patch.provenance["updates"] == 12
+    assert patch.metadata.updates == 12
 
 
 def test_timesteps_stay_in_their_range_and_a_triplet_has_one(tiny_model, triplets, recorded):
@@ -406,7 +406,7 @@ def test_the_patch_says_where_it_comes_from(tiny_model, triplets, tmp_path):
         folder=tmp_path,
         training={"updates": 2, "accumulation": 1},
     )
-    facts = patch.provenance
+    facts = patch.metadata.to_json()
     assert (facts["method"], facts["model"], facts["updates"], facts["stopped_early"]) == (
         "safegen",
         "tiny",
@@ -464,7 +464,7 @@ def test_auto_is_what_the_device_computes_in_and_the_patch_says_which(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
     auto = run(make_model(3), triplets, training={"updates": 2, "precision": "auto"})
-    assert auto.provenance["settings"]["training"]["precision"] == want
+    assert auto.metadata.settings["training"]["precision"] == want
     said = run(make_model(3), triplets, training={"updates": 2, "precision": want})
     assert all(torch.equal(v, said.tensors[k]) for k, v in auto.tensors.items())
 
@@ -489,7 +489,7 @@ def test_auto_trains_a_model_in_bf16_under_bf16(tiny_folder, triplets, monkeypat
     patch = run(
         load(str(tiny_folder), dtype="bf16"), triplets, training={"updates": 1, "precision": "auto"}
     )
-    assert patch.provenance["settings"]["training"]["precision"] == "bf16"
+    assert patch.metadata.settings["training"]["precision"] == "bf16"
 
 
 def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
@@ -743,7 +743,7 @@ def test_the_seconds_of_an_edit_are_those_of_its_preparation_too(tiny_model, tri
     patch = SafeGen(
         **PLAIN, adversary_moves=None, training=Training(updates=1, accumulation=1)
     ).apply(tiny_model, triplets)
-    assert 0.5 <= patch.provenance["seconds"] <= time.perf_counter() - began
+    assert 0.5 <= patch.metadata.seconds <= time.perf_counter() - began
 
 
 @pytest.mark.parametrize("why", sorted(IDLE))
@@ -761,7 +761,7 @@ def test_a_concept_that_lends_no_setting_has_its_judge_look_at_the_triplets(tiny
     with_it, without = (
         edit_model(tiny_model, triplets="mini:skulls", **s) for s in (settings, alone)
     )
-    assert with_it.provenance["settings"] == without.provenance["settings"]
+    assert with_it.metadata.settings == without.metadata.settings
 
 
 def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
@@ -771,7 +771,7 @@ def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
         concept="skulls",
         training={"updates": 1, "batch": 1, "warmup": 0},
     )
-    assert patch.provenance["settings"]["captions"] == list(load_concept("skulls").captions)
+    assert patch.metadata.settings["captions"] == list(load_concept("skulls").captions)
 
 
 def test_a_concept_lends_its_captions_but_not_to_the_paper():

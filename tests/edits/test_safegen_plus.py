@@ -49,16 +49,16 @@ def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
     assert found.tensors.keys() == text.tensors.keys() | seen.tensors.keys()
     for name, value in {**text.tensors, **seen.tensors}.items():
         assert torch.equal(found.tensors[name], value), name
-    assert found.provenance["base"] == make_model().hash  # of the model without either
-    assert found.provenance["text"]["method"] == side
-    assert "under" not in found.provenance
+    assert found.metadata.base == make_model().hash  # of the model without either
+    assert found.metadata.text["method"] == side
+    assert not found.metadata.parents
 
 
 def test_without_words_it_is_safegen(make_model, triplets):
     plain = SafeGen(**LIGHTER, training=BRIEF).apply(make_model(), triplets)
     found = SafeGenPlus(text="none", training=BRIEF).apply(make_model(), triplets)
     assert found.hash == plain.hash
-    assert "text" not in found.provenance
+    assert "text" not in found.metadata.to_json()
 
 
 @pytest.mark.parametrize("first", ["pictures", "words"])

@@ -111,7 +111,7 @@ def test_only_what_reads_the_text_changes(tiny_model):
     }
     assert set(patch.tensors) == names == set(projections(tiny_model))
     assert {v.dtype for v in patch.tensors.values()} == {torch.float32}
-    assert 0 < patch.provenance["moved"] < 1
+    assert 0 < patch.metadata.moved < 1
 
 
 def test_the_erased_word_gets_the_keys_and_values_of_the_guide(tiny_model):
@@ -214,7 +214,7 @@ def test_a_concept_lends_its_words_and_its_captions_but_these_not_to_the_paper(m
 
 
 def test_one_call_edits_by_a_concepts_name(tiny_model, triplets):
-    assert edit_model(tiny_model, "uce", concept="skulls").provenance["settings"]["erase"] == [
+    assert edit_model(tiny_model, "uce", concept="skulls").metadata.settings["erase"] == [
         "skulls",
         "a skull",
     ]
@@ -339,7 +339,7 @@ def test_debiasing_is_a_setting_like_others(tiny_model):
     edit = make_edit("uce", erase=("ball",), debias={"a tree": 0.3})
     assert UCE.model_validate_json(edit.model_dump_json()) == edit
     assert edit.apply(tiny_model).hash != make_edit("uce", erase=("ball",)).apply(tiny_model).hash
-    assert "debias" in edit.apply(tiny_model).provenance["settings"]
+    assert "debias" in edit.apply(tiny_model).metadata.settings
     for words, more in {
         "guide has no effect with debias": {"guide": "art"},
         "the attribute 'grass' has a share of 0": {"debias": {"grass": 0}},
@@ -355,4 +355,4 @@ def test_debiasing_is_a_setting_like_others(tiny_model):
 def test_a_patch_names_a_file_of_captions_by_its_last_name(tiny_model, tmp_path):
     (tmp_path / "calm.txt").write_text("a blue ball in the grass")
     edit = UCE(erase=("red cube",), captions=(str(tmp_path / "calm.txt"), "mini:benign"))
-    assert edit.apply(tiny_model).provenance["settings"]["captions"] == ["calm.txt", "mini:benign"]
+    assert edit.apply(tiny_model).metadata.settings["captions"] == ["calm.txt", "mini:benign"]

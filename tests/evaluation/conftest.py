@@ -36,7 +36,7 @@ def quick(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shelf():
     """Return a shelf that keeps the bundled model loaded."""
-    from safegen.stack import StackLoader
+    from safegen.stack_loader import StackLoader
 
     return StackLoader()
 
@@ -44,6 +44,7 @@ def shelf():
 @pytest.fixture(scope="session")
 def patch_file(tmp_path_factory, shelf):
     """Return a patch for the bundled model that changes its pictures a little."""
+    from safegen.models.checkpoint.metadata import PatchMetadata
     from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
 
@@ -52,7 +53,7 @@ def patch_file(tmp_path_factory, shelf):
     path = tmp_path_factory.mktemp("patch") / "calm.safetensors"
     Patch(
         {k: own[k] * 0.7 for k in select_parameters(model.denoiser, "attn1")},
-        {"base": model.hash, "method": "test", "seconds": 1.5},
+        PatchMetadata(base=model.hash, method="test", seconds=1.5),
     ).save(path)
     return path
 

@@ -93,7 +93,7 @@ def test_a_look_on_the_way_is_a_training_that_ends_there(make_model, unsafe):
     assert found.patches[1].hash != found.patches[3].hash
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert [n for n, _ in model.denoiser.named_parameters()] == list(before)
-    assert (found.patches[3].provenance["base"], found.patches[3].provenance["data"]) == (
+    assert (found.patches[3].metadata.base, found.patches[3].metadata.data) == (
         model.hash,
         unsafe.hash,
     )

@@ -13,7 +13,7 @@ from safegen.evaluation.run.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
 from safegen.evaluation.run.verify import verify
 from safegen.guards import prompt_filter
 from safegen.judges import Detections
-from safegen.stack import LoadedStack
+from safegen.stack_loader import LoadedStack
 
 
 def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_and_made_again(

@@ -106,10 +106,10 @@ def test_the_fine_tune_says_what_it_learnt_and_what_it_was_made_on(done):
         key: ["first", "1", "2"] for key in ("edited", "base")
     }
     tuned, control = (
-        Patch.load(out / f"{side}+1.safetensors").provenance for side in ("edited", "base")
+        Patch.load(out / f"{side}+1.safetensors").metadata.to_json() for side in ("edited", "base")
     )
-    assert tuned["under"] == [{"method": "uce", "hash": patch.hash}]
-    assert "under" not in control
+    assert tuned["parents"] == [{"method": "uce", "hash": patch.hash}]
+    assert "parents" not in control
     model = done[0]
     with (
         pytest.warns(BaseMismatchWarning, match="another patch on it \\(uce"),
@@ -145,7 +145,7 @@ def moments(done, triplets, tmp_path_factory):
 def contents(folder):
     """Every file's bytes.
 
-    Of a patch the values and the provenance, since the format's writer has no order for the header.
+    Of a patch the values and the metadata, since the format's writer has no order for the header.
     """
     out = {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -157,7 +157,7 @@ def contents(folder):
         for name in out
         if name.endswith(".safetensors") and not name.startswith(STAGING_DIR)
     }
-    return out | {name: (patch.hash, patch.provenance) for name, patch in patches.items()}
+    return out | {name: (patch.hash, patch.metadata) for name, patch in patches.items()}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_an_unfinished_test_of_something_else_is_refused_in_one_line_and_kept(
     out, material = tmp_path / "out", FineTuneDataset.of_triplets(triplets, "unsafe", skulls)
     shutil.copytree(seen["drawing: edited", 3], out)
     before = contents(out)
-    other = Patch({name: 2 * value for name, value in patch.tensors.items()}, patch.provenance)
+    other = Patch({name: 2 * value for name, value in patch.tensors.items()}, patch.metadata)
     for settings, patches in ((BRIEF.model_copy(update={"prompts": 1}), [patch]), (BRIEF, [other])):
         with pytest.raises(
             FileError, match="is an unfinished test of other settings, data, weights or patches"

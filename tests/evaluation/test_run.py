@@ -39,7 +39,8 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.verify import verify
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
 
@@ -463,7 +464,7 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
 ):
     from safetensors.torch import load_file, save_file
 
-    from safegen.models.checkpoint.single_file import save_single_file
+    from safegen.models.checkpoint.single_file_writer import save_single_file
 
     save_single_file(tiny_model, tmp_path / "whole.safetensors", dtype="fp32")
     save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")

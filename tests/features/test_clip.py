@@ -113,7 +113,7 @@ def test_a_folder_that_is_no_whole_clip_model_is_refused(folder, tmp_path):
         Clip()
     with pytest.raises(FileError, match="is not a CLIP model"):
         Clip(weights=str(tmp_path / "nowhere"))
-    with pytest.raises(FileError, match="cannot be fetched"):
+    with pytest.raises(FileError, match="must be named hub:owner/name"):
         Clip(weights="hub:no such name")
     other = tmp_path / "clip"
     shutil.copytree(folder, other)

@@ -183,7 +183,8 @@ def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
     tiny_folder, tmp_path, monkeypatch
 ):
     from safegen.mini import bundle
-    from safegen.stack import Stack, StackLoader
+    from safegen.stack import Stack
+    from safegen.stack_loader import StackLoader
 
     shelf, stack = (
         StackLoader(),
@@ -226,7 +227,7 @@ def test_a_concept_lends_its_judge():
 def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
     from safegen.core.generation import GenerationConfig, Sample
     from safegen.models.generation import generate
-    from safegen.models.model import load
+    from safegen.models.loading import load
 
     pictures = list(
         generate(

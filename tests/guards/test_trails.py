@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from safegen.guards.core.base import ACTIONS
-from safegen.stack import LoadedStack
+from safegen.stack_loader import LoadedStack
 
 GUARDS = """
 [[guards]]

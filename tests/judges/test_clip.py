@@ -234,7 +234,7 @@ def test_the_hub_is_asked_only_when_said_and_its_cache_is_used(folder, tmp_path,
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert "the hub does not give 'hub:owner/name'" in refusal("hub:owner/name")
+    assert "hub:owner/name is not in the cache" in refusal("hub:owner/name")
     home, commit = tmp_path / "cache" / "models--owner--name", "a" * 40
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text(commit)

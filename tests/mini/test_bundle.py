@@ -13,7 +13,7 @@ from safegen.evaluation.scoring.score import score
 from safegen.judges import load_judge
 from safegen.mini import bundle
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.workflows.demo import DemoSettings
 
 

@@ -21,7 +21,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.mini import bundle, captions, world
 from safegen.mini.world import OBJECTS
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 from tools.mini.__main__ import app
 from tools.mini.denoiser import cache_latents
 from tools.mini.fit import fit

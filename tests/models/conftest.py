@@ -1,4 +1,4 @@
-"""Tiny random models of the builds that the tiny SD 1.x above is not: SD 2.x, predicting v, and SDXL."""
+"""Tiny random models of SD 2.x (v-prediction) and SDXL."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green c
 
 @pytest.fixture(scope="session")
 def make_tiny():
-    """Return a builder of a tiny random model by build, `sd2` or `sdxl`.
+    """Return a builder of tiny random models by architecture, `sd2` or `sdxl`.
 
-    Further arguments go to its schedule.
+    More arguments go to the schedule.
     """
     import torch
     from diffusers import (
@@ -122,7 +122,7 @@ def make_tiny():
                 )
         pipe.set_progress_bar_config(disable=True)
         model = Model(kind, pipe)
-        for part in model.parts:
+        for part in model.components:
             getattr(pipe, part).eval().requires_grad_(False)
         return model
 
@@ -131,13 +131,13 @@ def make_tiny():
 
 @pytest.fixture(scope="session", params=["sd2", "sdxl"])
 def other_build(request, make_tiny):
-    """Return a tiny SD 2.x, then a tiny SDXL, to be read only."""
+    """Return a tiny SD 2.x, then a tiny SDXL, both read-only."""
     return make_tiny(request.param)
 
 
 @pytest.fixture(scope="module", params=sorted(UNETS))
 def real(request):
-    """Return the name of a build and a UNet of its real size, without weights."""
+    """Return an architecture and its UNet of real size, without weights."""
     import torch
     from diffusers import UNet2DConditionModel
 

@@ -1,4 +1,4 @@
-"""UNets of real size, and the published lists of keys that they are held to, each with its source in its head."""
+"""UNets of real size, and published lists of their keys; each list states its source."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNETS = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
 
 def published(name, prefix=""):
-    """The lines of a list in `keys/` below a prefix, without it: name and shape."""
+    """Return shapes by name from a list in `keys/`, below a prefix and without it."""
     text = gzip.decompress(
         (Path(__file__).parent / "keys" / f"{name}.txt.gz").read_bytes()
     ).decode()
@@ -54,5 +54,5 @@ def published(name, prefix=""):
 
 
 def lines(named):
-    """A list in the published form."""
+    """Return a list in the published form."""
     return sorted(f"{name} [{','.join(map(str, shape))}]" for name, shape in named.items())

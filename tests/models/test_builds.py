@@ -1,4 +1,4 @@
-"""The small files of published builds: their vocabulary, their key lists, and one-file checkpoints that bring weights alone."""
+"""Configurations of published models: vocabulary, keys, and one-file checkpoints without them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from safegen.core.errors import FileError
-from safegen.models.checkpoint import configs as builds
+from safegen.models.checkpoint import configs
 from safegen.models.checkpoint import key_map as layout
-from safegen.models.checkpoint.single_file import CONFIGS, save_single_file
-from safegen.models.model import load
+from safegen.models.checkpoint.single_file import CONFIGS_KEY
+from safegen.models.checkpoint.single_file_writer import save_single_file
+from safegen.models.loading import load
 
 ASK = {
     "prompt": "a red cube",
@@ -29,14 +30,14 @@ ASK = {
 TWO = ("text_encoder", "text_encoder_2")
 
 
-def picture(pipeline):
+def image(pipeline):
     return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
 
 
-def test_the_vocabulary_is_clips(tmp_path):
-    """The numbers are those that OpenAI's tokenizer gives."""
-    builds.write_small_files("sdxl", tmp_path, prediction="epsilon")
-    assert (len(builds.merges()), len(builds.vocabulary())) == (48894, 49408)
+def test_the_vocabulary_is_that_of_clip(tmp_path):
+    """The ids are those of OpenAI's tokenizer."""
+    configs.write_config_files("sdxl", tmp_path, prediction="epsilon")
+    assert (len(configs.merges()), len(configs.vocabulary())) == (48894, 49408)
     first, second = (
         CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2")
     )
@@ -51,7 +52,7 @@ def test_the_vocabulary_is_clips(tmp_path):
 
 
 def parts(build, folder):
-    """Every part with weights, from a folder's configurations."""
+    """Return the components of a folder's configurations."""
     out = {
         "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
         "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
@@ -62,9 +63,9 @@ def parts(build, folder):
     return out
 
 
-@pytest.mark.parametrize("build", sorted(builds.KEY_PREFIXES))
-def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_path):
-    builds.write_small_files(build, tmp_path, prediction="epsilon")
+@pytest.mark.parametrize("build", sorted(configs.KEY_PREFIXES))
+def test_the_configurations_have_the_published_weight_names(build, tmp_path):
+    configs.write_config_files(build, tmp_path, prediction="epsilon")
     with torch.device("meta"):
         made = parts(build, tmp_path)
     names = {}
@@ -74,37 +75,37 @@ def test_the_configurations_have_the_published_weights_name_for_name(build, tmp_
             for name, value in layout.pack(build, part, module.state_dict()).items()
         }
     theirs = published(build)
-    assert builds.detect_architecture(theirs) == build
+    assert configs.detect_architecture(theirs) == build
     spare = (
         "logit_scale",
         "position_ids",
-    )  # what no reader needs; of SD 2.x also the projection and the last block
+    )  # unused; SD 2.x has an unused projection and last block too
     spare += ("model.text_projection",) if build == "sd2" else ()
     last = ".resblocks.23." if build == "sd2" else "none"
     theirs = {k: v for k, v in theirs.items() if not k.endswith(spare) and last not in k}
     assert names == theirs
 
 
-def test_what_is_no_whole_model_is_told_by_nothing():
+def test_partial_models_have_no_architecture():
     assert (
-        builds.detect_architecture(
+        configs.detect_architecture(
             ["lora_unet_down_blocks_0.alpha", "model.diffusion_model.out.2.bias"]
         )
         is None
     )
     assert (
-        builds.detect_architecture(["conditioner.embedders.0.model.ln_final.bias"]) is None
+        configs.detect_architecture(["conditioner.embedders.0.model.ln_final.bias"]) is None
     )  # SDXL's refiner
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """The published builds, a few channels wide: everything else of them stays."""
-    for build in builds.KEY_PREFIXES:
-        config, n = builds.UNET[build], len(builds.UNET[build]["block_out_channels"])
+    """Narrow the published models to a few channels."""
+    for build in configs.KEY_PREFIXES:
+        config, n = configs.UNET[build], len(configs.UNET[build]["block_out_channels"])
         narrow = {
             "block_out_channels": [32] * n,
-            "cross_attention_dim": 16 * len(builds.TEXT[build]),
+            "cross_attention_dim": 16 * len(configs.TEXT[build]),
             "attention_head_dim": 4,
         }
         narrow |= {"layers_per_block": 1, "sample_size": 8}
@@ -114,11 +115,11 @@ def small(monkeypatch):
                 "projection_class_embeddings_input_dim": 6 * 8 + 16,
                 "transformer_layers_per_block": 1,
             }
-        monkeypatch.setitem(builds.UNET, build, config | narrow)
+        monkeypatch.setitem(configs.UNET, build, config | narrow)
         monkeypatch.setitem(
-            builds.VAE,
+            configs.VAE,
             build,
-            builds.VAE[build] | {"block_out_channels": [32] * 4, "layers_per_block": 1},
+            configs.VAE[build] | {"block_out_channels": [32] * 4, "layers_per_block": 1},
         )
         text = {
             "hidden_size": 16,
@@ -127,12 +128,14 @@ def small(monkeypatch):
             "intermediate_size": 32,
             "projection_dim": 16,
         }
-        monkeypatch.setitem(builds.TEXT, build, tuple(tower | text for tower in builds.TEXT[build]))
+        monkeypatch.setitem(
+            configs.TEXT, build, tuple(tower | text for tower in configs.TEXT[build])
+        )
 
 
 def theirs(build, folder, header=None, more=()):
-    """A file of somebody else's, weights alone, and those weights by part."""
-    builds.write_small_files(build, folder / "folder", prediction="epsilon")
+    """Return a file of weights only, as other tools write it, and its components."""
+    configs.write_config_files(build, folder / "folder", prediction="epsilon")
     with torch.random.fork_rng():
         torch.manual_seed(1)
         made = parts(build, folder / "folder")
@@ -161,12 +164,10 @@ def theirs(build, folder, header=None, more=()):
         ("sdxl", None, ("v_pred", "ztsnr"), "v_prediction", True),
     ],
 )
-def test_a_file_with_weights_alone_opens_by_itself(
-    small, tmp_path, build, header, marks, predicts, ends
-):
+def test_a_file_without_configurations_loads(small, tmp_path, build, header, marks, predicts, ends):
     file, made = theirs(build, tmp_path, header, {name: torch.zeros(1) for name in marks}.items())
     model = load(str(file))
-    assert model.parts == tuple(
+    assert model.components == tuple(
         part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in made
     )
     for part, module in made.items():
@@ -176,16 +177,16 @@ def test_a_file_with_weights_alone_opens_by_itself(
     model.pipeline.scheduler.set_timesteps(25)
     assert (
         not ends or int(model.pipeline.scheduler.timesteps[0]) == 999
-    )  # pure noise is where it starts
+    )  # generation starts from pure noise
     assert model.pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
-    assert picture(model.pipeline).isfinite().all()
+    assert image(model.pipeline).isfinite().all()
 
 
-def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(small, tmp_path):
+def test_an_sd2_file_without_a_prediction_type_is_refused(small, tmp_path):
     file, _ = theirs("sd2", tmp_path)
     with pytest.raises(
         FileError,
-        match=r"does not say whether it predicts epsilon or v.*\(--config, or in a recipe\)",
+        match=r"must state whether it predicts epsilon or v.*\(--config, or in a recipe\)",
     ) as caught:
         load(str(file))
     assert "\n" not in str(caught.value)
@@ -199,39 +200,42 @@ def test_an_sd2_file_that_does_not_say_what_it_predicts_is_refused_in_one_line(s
             "sdxl",
             None,
             {"edm_mean": [4], "edm_std": [4]},
-            r"trained on the EDM schedule \(it has edm_mean\)",
+            r"schedule of .* must not be EDM, got the tensor edm_mean",
         ),
-        ("sdxl", None, {"edm_vpred.sigma_max": []}, r"trained on the EDM schedule"),
-        ("sdxl", {"modelspec.prediction_type": "flow"}, {}, "says that it predicts 'flow'"),
+        ("sdxl", None, {"edm_vpred.sigma_max": []}, "must not be EDM"),
+        (
+            "sdxl",
+            {"modelspec.prediction_type": "flow"},
+            {},
+            "prediction of .* must be one of .*, got 'flow'",
+        ),
         (
             "sdxl",
             {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"},
             {},
-            r"is a stable-diffusion-xl-turbo-v1.*--config",
+            r"must be SDXL, as its weights are, got stable-diffusion-xl-turbo-v1.*--config",
         ),
         (
             "sd1",
             {"modelspec.architecture": "stable-diffusion-v1/inpainting"},
             {},
-            r"says that it is a stable-diffusion-v1/inpainting",
+            r"must be SD 1.x, as its weights are, got stable-diffusion-v1/inpainting",
         ),
         (
             "sd1",
             None,
             {"model.diffusion_model.input_blocks.0.0.weight": [32, 9, 3, 3]},
-            "takes 9 channels, as inpainting",
+            "must be 4, got 9",
         ),
         (
             "sd1",
             None,
             {"model.diffusion_model.time_embed.cond_proj.weight": [32, 32]},
-            r"cond_proj.weight and 0 others .* \(--config, or",
+            r"first model.*cond_proj.weight.*\(--config, or",
         ),
     ],
 )
-def test_a_variant_is_refused_in_one_line_that_says_which(
-    small, tmp_path, build, header, marks, words
-):
+def test_a_variant_is_refused_by_name(small, tmp_path, build, header, marks, words):
     file, _ = theirs(
         build, tmp_path, header, {name: torch.zeros(shape) for name, shape in marks.items()}.items()
     )
@@ -241,12 +245,12 @@ def test_a_variant_is_refused_in_one_line_that_says_which(
     assert str(caught.value).count("--config") <= 1
 
 
-def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
+def test_unsupported_files_are_refused_with_a_folder_too(small, tmp_path):
     file, _ = theirs("sdxl", tmp_path, None, {"edm_mean": torch.zeros(4)}.items())
     with pytest.raises(FileError, match="EDM"):
         load(str(file), config=tmp_path / "folder")
     save_file(load_file(file) | {"ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
-    builds.write_small_files("sd1", tmp_path / "pndm", prediction="epsilon")
+    configs.write_config_files("sd1", tmp_path / "pndm", prediction="epsilon")
     told = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {
         "rescale_betas_zero_snr": True
     }
@@ -255,23 +259,21 @@ def test_what_is_not_read_is_not_read_with_a_folder_either(small, tmp_path):
     )  # a key that PNDM does not know
     (tmp_path / "one").mkdir()
     plain, _ = theirs("sd1", tmp_path / "one", None, {"ztsnr": torch.zeros(1)}.items())
-    with pytest.raises(FileError, match="ends in pure noise"):
+    with pytest.raises(FileError, match="must end in pure noise"):
         load(str(plain), config=tmp_path / "pndm")
 
 
-def test_a_file_without_a_part_is_refused_by_its_name(small, tmp_path):
+def test_a_missing_component_is_named(small, tmp_path):
     file, _ = theirs("sd1", tmp_path)
     save_file(
         {k: v for k, v in load_file(file).items() if not k.startswith("first_stage")},
         tmp_path / "no-vae.safetensors",
     )
-    with pytest.raises(
-        FileError, match=r"lacks a whole part of SD 1.x, the vae; get a file that holds it"
-    ):
+    with pytest.raises(FileError, match=r"lacks the vae of SD 1.x. Get a complete file"):
         load(str(tmp_path / "no-vae.safetensors"))
 
 
-def test_merges_of_2022_name_the_text_encoder_otherwise(small, tmp_path):
+def test_text_encoder_keys_of_2022_are_read(small, tmp_path):
     file, made = theirs("sd1", tmp_path)
     old = {
         k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(file).items()
@@ -282,44 +284,44 @@ def test_merges_of_2022_name_the_text_encoder_otherwise(small, tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in made["text_encoder"].state_dict().items())
 
 
-def test_a_header_whose_small_files_lie_on_each_other_is_refused_in_one_line(small, tmp_path):
+def test_a_header_with_conflicting_file_names_is_refused(small, tmp_path):
     file, _ = theirs("sd1", tmp_path)
     save_file(
         load_file(file),
         tmp_path / "x.safetensors",
-        metadata={CONFIGS: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})},
+        metadata={CONFIGS_KEY: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})},
     )
     with pytest.raises(
-        FileError, match="is damaged: its header's safegen_configs cannot be laid out"
+        FileError, match="is damaged: its header's safegen_configs cannot be written"
     ):
         load(str(tmp_path / "x.safetensors"))
 
 
-def test_a_file_that_holds_no_model_is_refused_in_one_line(tmp_path):
+def test_a_file_without_a_model_is_refused(tmp_path):
     save_file({"lora_unet_mid.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(
-        FileError, match=r"holds no whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"
+        FileError, match=r"must hold a whole model in the original layout of SD 1\.x, SD 2\.x, SDXL"
     ):
         load(str(tmp_path / "lora.safetensors"))
 
 
-def test_a_file_that_we_write_opens_alone_and_leaves_clips_vocabulary_out(small, tmp_path):
+def test_our_file_loads_without_a_folder_and_omits_the_clip_vocabulary(small, tmp_path):
     model = load(str(theirs("sdxl", tmp_path)[0]))
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
     with safe_open(tmp_path / "ours.safetensors", framework="pt") as opened:
         header = opened.metadata()
-    assert len(header[CONFIGS]) < 20_000
-    assert {n for n in json.loads(header[CONFIGS]) if n.startswith("tokenizer")} == {
+    assert len(header[CONFIGS_KEY]) < 20_000
+    assert {n for n in json.loads(header[CONFIGS_KEY]) if n.startswith("tokenizer")} == {
         "tokenizer/tokenizer_config.json",
         "tokenizer_2/tokenizer_config.json",
     }
     again = load(str(tmp_path / "ours.safetensors"))
-    assert torch.equal(picture(again.pipeline), picture(model.pipeline))
+    assert torch.equal(image(again.pipeline), image(model.pipeline))
     assert again.pipeline.tokenizer_2.pad_token_id == 0
 
 
-def test_a_token_that_is_read_otherwise_goes_along(small, tmp_path):
-    """An added token whose text is in CLIP's vocabulary too: "cat" was `cat</w>` before."""
+def test_a_redefined_token_is_stored(small, tmp_path):
+    """The text of the added token is in CLIP's vocabulary too: "cat" was `cat</w>` before."""
     model = load(str(theirs("sd1", tmp_path)[0]))
     model.pipeline.tokenizer.add_tokens(["cat"])
     ids = model.pipeline.tokenizer("a cat").input_ids
@@ -328,14 +330,14 @@ def test_a_token_that_is_read_otherwise_goes_along(small, tmp_path):
     assert load(str(tmp_path / "ours.safetensors")).pipeline.tokenizer("a cat").input_ids == ids
 
 
-def test_a_vocabulary_with_a_token_more_goes_along(small, tmp_path):
-    """As textual inversion adds one: CLIP's own would cut it into pieces."""
+def test_an_added_token_is_stored(small, tmp_path):
+    """Textual inversion adds tokens that CLIP's vocabulary would split."""
     model = load(str(theirs("sd1", tmp_path)[0]))
     model.pipeline.tokenizer.add_tokens(["<my-cat>"])
     model.pipeline.text_encoder.resize_token_embeddings(49409)
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
     again = load(str(tmp_path / "ours.safetensors"))
-    assert torch.equal(picture(again.pipeline), picture(model.pipeline))
+    assert torch.equal(image(again.pipeline), image(model.pipeline))
     assert again.pipeline.tokenizer("<my-cat>").input_ids == [49406, 49408, 49407]
     assert set(load_file(tmp_path / "ours.safetensors")) == set(
         load_file(tmp_path / "theirs.safetensors")

@@ -21,7 +21,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from safegen.models.checkpoint.key_map import (
     PREFIX,
-    lora_factors,
     open_clip_names,
     original_names,
     pack,
@@ -30,6 +29,7 @@ from safegen.models.checkpoint.key_map import (
     vae_names,
 )
 from safegen.models.selectors import SELECTORS, select_parameters
+from safegen.patches.lora import svd_factors
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -93,7 +93,7 @@ SELECTED = {
         "all": (1680, 2_567_463_684),
     },
 }
-"""Build: tensors and parameters of a patch of each selector, by hand; of all of it, the known size of these UNets.
+"""Architecture: tensors and parameters of each selector, by hand, and of the whole UNet.
 
 A block of width c with text of width d has 4 c^2 + c in attn1, 2 c^2 + c + 2 c d in attn2, of which
 2 c d in kv2. SD 1.x and 2.x have 5, 5 and 6 blocks of 320, 640 and 1280 (d 768 and 1024), SDXL 10
@@ -103,10 +103,7 @@ parameters of the last layers and the time embedding.
 
 
 def test_a_whole_checkpoint_has_the_published_keys_and_shapes(real):
-    """Name for name, from real sizes on the meta device.
-
-    What the published files have besides is listed here and decides no picture.
-    """
+    """Models of real size are built on the meta device; `UNUSED` lists the other published keys."""
     build, unet = real
     with torch.device("meta"):
         parts = {"unet": unet, "vae": AutoencoderKL(**VAE)} | {
@@ -140,11 +137,11 @@ BESIDES = {
         "conditioner.embedders.1.model.logit_scale",
     },
 }
-"""A buffer, a scale that only training reads, and SD 2.x's last block and projection: it draws with the block before the last."""
+"""Published keys that decide no image: a buffer, the logit scale, SD 2.x's last block and projection."""
 
 
-def test_the_published_lists_are_as_long_as_those_of_somebody_else():
-    """Lengths in characters of arenasys' component files: two lists of one file that nobody made together."""
+def test_the_published_lists_have_the_length_of_an_independent_list():
+    """Lengths in characters of arenasys' component files, made independently."""
     for build, part, characters in (
         ("sd1", "unet", 36_314),
         ("sd2", "unet", 36_218),
@@ -156,8 +153,8 @@ def test_the_published_lists_are_as_long_as_those_of_somebody_else():
         assert len("\n".join(lines(published(build, PREFIX[build][part])))) == characters
 
 
-def test_the_library_reads_every_name_back(real):
-    """diffusers' own conversion of our names gives exactly the names we began with, each from its own tensor."""
+def test_diffusers_converts_every_name_back(real):
+    """diffusers' conversion of our names restores the original names."""
     _, unet = real
     names = unet_names(unet.state_dict())
     marked = {
@@ -170,8 +167,8 @@ def test_the_library_reads_every_name_back(real):
     }
 
 
-def test_the_selectors_pick_the_published_layers(real):
-    """A selector's weights are those whose published names have its layers, and a patch of them holds the published numbers."""
+def test_selectors_match_the_published_layers(real):
+    """Selected weights have the selector's layers in their published names, and the published size."""
     build, unet = real
     own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
     listed = published(build, "model.diffusion_model.")
@@ -207,7 +204,7 @@ def vae():
         return AutoencoderKL(**VAE)
 
 
-def test_the_library_reads_the_autoencoder_back():
+def test_diffusers_converts_the_autoencoder_back():
     net = vae()
     names = vae_names(net.state_dict())
     marked = {
@@ -221,8 +218,8 @@ def test_the_library_reads_the_autoencoder_back():
 
 
 @pytest.mark.parametrize(("build", "part"), OPEN_CLIP.items())
-def test_the_library_reads_an_open_clip_tower_back(build, part):
-    """Real names and depth at width 4: diffusers' own conversion gives every weight back, and so does ours."""
+def test_diffusers_converts_an_open_clip_encoder_back(build, part):
+    """Models have real names and depth at width 4."""
     kind, config = TEXT[build, part]
     small = {
         "hidden_size": 4,
@@ -249,7 +246,7 @@ def test_the_library_reads_an_open_clip_tower_back(build, part):
     )
 
 
-def test_a_weight_without_a_place_is_named():
+def test_an_unknown_weight_is_named():
     with pytest.raises(ValueError, match=r"UNet's weight controlnet.w.weight has no place"):
         unet_names(["controlnet.w.weight"])
     with pytest.raises(ValueError, match=r"autoencoder's weight extra.weight has no place"):
@@ -263,24 +260,24 @@ def test_a_weight_without_a_place_is_named():
 # ------------------------------------------------------------ factors
 
 
-def test_all_ranks_give_the_change_back_exactly():
+def test_full_rank_factors_restore_the_change():
     delta = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    down, up, kept = lora_factors(delta, 9)
+    down, up, kept = svd_factors(delta, 9)
     assert (down.shape, up.shape) == ((4, 4), (6, 4))
     assert kept == pytest.approx(1)
     assert_close(up @ down, delta, rtol=0, atol=1e-6)
 
 
-def test_a_rank_keeps_the_largest_singular_values_and_says_how_much_that_is():
+def test_factors_keep_the_largest_singular_values():
     """diag(3, 2, 1): rank 1 keeps 9 of 14."""
-    down, up, kept = lora_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
+    down, up, kept = svd_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
     assert kept == pytest.approx(9 / 14)
     assert_close(up @ down, torch.diag(torch.tensor([3.0, 0.0, 0.0])), rtol=0, atol=1e-6)
 
 
-def test_a_convolution_is_two_convolutions():
+def test_a_convolution_factors_into_two():
     delta = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    down, up, kept = lora_factors(delta, 12)
+    down, up, kept = svd_factors(delta, 12)
     assert (down.shape, up.shape) == ((5, 3, 2, 2), (5, 5, 1, 1))
     x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     two = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
@@ -288,7 +285,7 @@ def test_a_convolution_is_two_convolutions():
     assert kept == pytest.approx(1)
 
 
-def test_no_change_is_held_by_anything():
-    down, up, kept = lora_factors(torch.zeros(4, 3), 2)
+def test_no_change_is_retained_by_any_rank():
+    down, up, kept = svd_factors(torch.zeros(4, 3), 2)
     assert kept == 1
     assert (up @ down).abs().max() == 0

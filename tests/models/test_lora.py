@@ -1,4 +1,4 @@
-"""A patch as a LoRA and back: nothing is lost at full rank, what is lost is said, and the keys are those that others read."""
+"""LoRAs: extraction from patches, loss of effect, saving and reading."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.edits.uce import UCE
 from safegen.models.selectors import select_parameters
 from safegen.patches.active_lora import active_loras
-from safegen.patches.lora import Lora, effect_loss, extract_lora, load_lora, read_factors, save_lora
+from safegen.patches.lora import Lora, effect_loss, extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora, read_lora
 from safegen.patches.patch import BaseMismatchWarning, Patch
 
 
 @pytest.fixture(scope="module")
 def patch(tiny_model):
-    """A text edit: two factors of rank 1 would nearly do, as it erases one word."""
+    """Return an edit of one phrase, which has nearly rank 1."""
     return UCE(erase=("red cube",)).apply(tiny_model)
 
 
-def picture(model):
+def image(model):
     ask = {
         "prompt": "a red cube",
         "num_inference_steps": 3,
@@ -40,10 +41,8 @@ def picture(model):
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 @pytest.mark.parametrize(
     ("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 1e-3)]
-)  # a file's factors are fp16 unless told
-def test_at_full_rank_the_round_trip_gives_the_picture_back(
-    make_model, patch, tmp_path, keys, dtype, near
-):
+)  # fp16 is the default
+def test_a_full_rank_round_trip_restores_the_image(make_model, patch, tmp_path, keys, dtype, near):
     model, out = make_model(), tmp_path / "lora.safetensors"
     lora = extract_lora(patch, model, 32)
     assert (lora.retained_energy, lora.left_out) == (pytest.approx(1), ())
@@ -53,15 +52,13 @@ def test_at_full_rank_the_round_trip_gives_the_picture_back(
     for name, value in patch.tensors.items():
         assert_close(again.tensors[name], value, rtol=0, atol=near)
     with patch.apply(model):
-        want = picture(model)
+        want = image(model)
     with again.apply(model):
-        assert_close(picture(model), want, rtol=0, atol=1e-3)
-    assert (
-        picture(model) - want
-    ).abs().max() > 1e-3  # the patch is off again, and it did something
+        assert_close(image(model), want, rtol=0, atol=1e-3)
+    assert (image(model) - want).abs().max() > 1e-3  # the patch is undone, and had an effect
 
 
-def test_less_rank_holds_less_and_says_so(tiny_model):
+def test_lower_rank_retains_less_energy(tiny_model):
     g = torch.Generator().manual_seed(0)
     own = dict(tiny_model.denoiser.named_parameters())
     wild = Patch(
@@ -76,10 +73,8 @@ def test_less_rank_holds_less_and_says_so(tiny_model):
     assert energies[-1] == pytest.approx(1)
 
 
-def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that_are_drawn(
-    make_model,
-):
-    """|e_lora - e_patch| / |e_base - e_patch|: nothing at full rank, all of it where the factors are nothing."""
+def test_effect_loss_falls_with_the_rank_and_depends_on_the_prompts(make_model):
+    """|e_lora - e_patch| / |e_base - e_patch| is 0 at full rank and 1 for zero factors."""
     model = make_model()
     g = torch.Generator().manual_seed(0)
     own = dict(model.denoiser.named_parameters())
@@ -89,16 +84,18 @@ def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that
             for n in select_parameters(model.denoiser, "kv2")
         }
     )
-    before, picture_before = (
+    before, image_before = (
         {k: v.clone() for k, v in model.denoiser.state_dict().items()},
-        picture(model),
+        image(model),
     )
     lost = [effect_loss(extract_lora(wild, model, r), wild, model, steps=3) for r in (1, 4, 16, 32)]
     assert lost == sorted(lost, reverse=True)
     assert 0.3 < lost[0] < 1.2
     assert lost[-1] < 1e-3
     lora = extract_lora(wild, model, 4)
-    nothing = Lora({n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.kept, (), 0.0)
+    nothing = Lora(
+        {n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.energy_by_weight, (), 0.0
+    )
     assert effect_loss(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
     said = [
         effect_loss(lora, wild, model, prompts=p, steps=3)
@@ -106,12 +103,12 @@ def test_what_predictions_lose_falls_with_the_rank_and_is_that_of_the_words_that
     ]
     assert len(set(said)) == 3
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
-    assert torch.equal(picture(model), picture_before)
-    assert not model.applied
+    assert torch.equal(image(model), image_before)
+    assert not model.applied_patches
 
 
-def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(make_model):
-    """Where to_out is zero, no prediction knows of a query."""
+def test_effect_loss_is_none_if_no_prediction_changes(make_model):
+    """If to_out is zero, queries have no effect."""
     model = make_model()
     own = dict(model.denoiser.named_parameters())
     name = next(n for n in select_parameters(model.denoiser, "attn1") if n.endswith("to_q.weight"))
@@ -121,12 +118,10 @@ def test_a_patch_that_changes_no_prediction_has_nothing_to_lose(make_model):
     assert effect_loss(extract_lora(change, model, 4), change, model, steps=2) is None
 
 
-def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
-    make_model, patch, monkeypatch
-):
+def test_effect_loss_restores_the_model_on_errors(make_model, patch, monkeypatch):
     model = make_model()
-    lora, before = extract_lora(patch, model, 2), picture(model)
-    with pytest.raises(ConfigError, match="fp32 only"):
+    lora, before = extract_lora(patch, model, 2), image(model)
+    with pytest.raises(ConfigError, match="needs an fp32 model, got bf16"):
         effect_loss(lora, patch, make_half(make_model()))
     calls = []
 
@@ -139,9 +134,9 @@ def test_what_cannot_be_measured_is_refused_and_the_model_comes_back(
         with pytest.raises(MemoryError):
             effect_loss(lora, patch, model)
     assert calls
-    assert not model.applied
+    assert not model.applied_patches
     assert not model.denoiser._forward_hooks
-    assert torch.equal(picture(model), before)
+    assert torch.equal(image(model), before)
 
 
 def make_half(model):
@@ -150,7 +145,7 @@ def make_half(model):
 
 
 @pytest.mark.parametrize("build", ["sd2", "sdxl"])
-def test_what_predictions_lose_is_told_of_other_builds(make_tiny, build):
+def test_effect_loss_of_other_architectures(make_tiny, build):
     model = make_tiny(build)
     own = dict(model.denoiser.named_parameters())
     wild = Patch({n: own[n] * 3 for n in select_parameters(model.denoiser, "kv2")})
@@ -158,18 +153,20 @@ def test_what_predictions_lose_is_told_of_other_builds(make_tiny, build):
     assert whole < 1e-3 < part < 1.2
 
 
-def test_a_bare_peft_adapter_is_refused_for_what_it_is(tiny_model, tmp_path):
+def test_a_bare_peft_adapter_is_refused(tiny_model, tmp_path):
     name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     save_file(
         {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)},
         tmp_path / "adapter.safetensors",
     )
-    with pytest.raises(FileError, match=r"is a bare peft adapter .* save it by save_lora_weights"):
+    with pytest.raises(
+        FileError, match=r"must be saved by save_lora_weights, got a bare peft adapter"
+    ):
         load_lora(tmp_path / "adapter.safetensors", tiny_model)
 
 
-def test_what_a_lora_cannot_hold_is_counted_as_lost(tiny_model):
-    """A bias takes half of the squared change with it."""
+def test_biases_count_as_lost_energy(tiny_model):
+    """Half of the squared change is in a bias."""
     own = dict(tiny_model.denoiser.named_parameters())
     weight = next(
         n for n in select_parameters(tiny_model.denoiser, "attn1") if n.endswith("to_q.weight")
@@ -186,7 +183,7 @@ def test_what_a_lora_cannot_hold_is_counted_as_lost(tiny_model):
     assert found.retained_energy == pytest.approx(0.5, abs=1e-5)
 
 
-def test_convolutions_go_too(make_model):
+def test_convolutions_are_extracted(make_model):
     model = make_model()
     own = dict(model.denoiser.named_parameters())
     name = next(n for n in own if n.endswith("conv1.weight"))
@@ -198,8 +195,8 @@ def test_convolutions_go_too(make_model):
     assert lora.retained_energy == pytest.approx(1)
 
 
-def test_the_library_takes_our_web_ui_keys_for_its_own(tiny_model, patch, tmp_path):
-    """diffusers' conversion of kohya's form gives the names of the modules we began with, and our alphas."""
+def test_diffusers_converts_our_kohya_keys(tiny_model, patch, tmp_path):
+    """diffusers' conversion restores the module names and alphas."""
     out = tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, tiny_model, 3), tiny_model, out)
     names, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(out))
@@ -216,7 +213,7 @@ def test_the_library_takes_our_web_ui_keys_for_its_own(tiny_model, patch, tmp_pa
     assert len(names) == 2 * len(stems)
 
 
-def test_strength_scales_the_change(tiny_model, patch, tmp_path):
+def test_scale_multiplies_the_change(tiny_model, patch, tmp_path):
     out = tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, tiny_model, 32), tiny_model, out, dtype=torch.float32)
     own = dict(tiny_model.denoiser.named_parameters())
@@ -225,7 +222,7 @@ def test_strength_scales_the_change(tiny_model, patch, tmp_path):
         assert_close(half.tensors[name] - own[name], 0.5 * (value - own[name]), rtol=0, atol=1e-5)
 
 
-def test_another_alpha_is_obeyed(tiny_model, patch, tmp_path):
+def test_alpha_scales_the_change(tiny_model, patch, tmp_path):
     """Trained files have an alpha below their rank: the change is up @ down * alpha / rank."""
     out = tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, tiny_model, 4), tiny_model, out, dtype=torch.float32)
@@ -247,12 +244,12 @@ def test_the_header_names_rank_and_energy(tiny_model, patch, tmp_path):
     assert '"method": "uce"' in header["safegen"]
 
 
-def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
+def test_unusable_loras_are_refused(tiny_model, make_model, patch, tmp_path):
     with pytest.raises(ConfigError, match="rank of a LoRA must be >= 1, got 0"):
         extract_lora(patch, tiny_model, 0)
     own = dict(tiny_model.denoiser.named_parameters())
     bias = next(n for n in own if n.endswith("bias"))
-    with pytest.raises(ConfigError, match="changes nothing that a LoRA can hold"):
+    with pytest.raises(ConfigError, match="must change a matrix or a convolution"):
         extract_lora(Patch({bias: own[bias] + 1}), tiny_model, 1)
     out = tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, tiny_model, 2), tiny_model, out)
@@ -264,7 +261,7 @@ def test_refusals_are_one_line(tiny_model, make_model, patch, tmp_path):
     with pytest.raises(FileError, match="is damaged"):
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(FileError, match="is not a LoRA of a denoiser"):
+    with pytest.raises(FileError, match="must be a LoRA of a denoiser"):
         load_lora(tmp_path / "other.safetensors", tiny_model)
     save_file(
         {"lora_unet_nothing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "foreign.safetensors"
@@ -289,18 +286,18 @@ def lora_file(tiny_model, patch, tmp_path):
     return out
 
 
-def test_the_patch_is_made_on_the_model_that_it_was_added_to(lora_file, tiny_model, make_model):
-    """The new values hold the model's own weights: on the LoRA's base they would be another model's."""
+def test_the_base_of_a_loaded_lora_is_the_model(lora_file, tiny_model, make_model):
+    """The new values contain the model's weights, not those of the LoRA's base."""
     other = make_model(5)
     with pytest.warns(BaseMismatchWarning, match="the LoRA was made on weights"):
         patch = load_lora(lora_file, other)
-    assert patch.provenance["base"] == other.hash
-    patch.apply(other)  # no warning, and warnings are errors
+    assert patch.metadata.base == other.hash
+    patch.apply(other)  # warnings are errors
     with pytest.warns(BaseMismatchWarning, match="the patch was made on weights"):
         patch.check_compatible(tiny_model)
 
 
-def test_a_lora_of_another_family_is_refused_though_every_shape_fits(lora_file, make_model):
+def test_a_lora_of_another_family_is_refused_even_if_shapes_fit(lora_file, make_model):
     other = make_model()
     other.denoiser.register_to_config(attention_head_dim=(4, 4))
     with pytest.raises(PatchError, match="it was made for another family"):
@@ -314,10 +311,8 @@ def test_a_lora_of_another_family_is_refused_though_every_shape_fits(lora_file, 
         "text_encoder.text_model.encoder.layers.0.mlp.fc1",
     ],
 )
-def test_what_changes_the_text_encoder_is_left_out_and_counted(
-    lora_file, tiny_model, tmp_path, stem
-):
-    """Most LoRAs that users have change it too."""
+def test_text_encoder_tensors_are_left_out_and_counted(lora_file, tiny_model, tmp_path, stem):
+    """Most published LoRAs have them."""
     ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
     both = load_file(lora_file) | {
         stem + end: torch.ones(1, 1) if end != ".alpha" else torch.tensor(1.0) for end in ends
@@ -328,22 +323,22 @@ def test_what_changes_the_text_encoder_is_left_out_and_counted(
         load_lora(lora_file, tiny_model),
     )
     assert patch.hash == plain.hash
-    assert patch.provenance["left out"] == "3 tensors of the text encoder"
-    assert "left out" not in plain.provenance
+    assert patch.metadata.left_out == "3 tensors of the text encoder"
+    assert "left_out" not in plain.metadata.to_json()
 
 
 @pytest.mark.parametrize("end", [".dora_scale", ".lora_mid.weight", ".hada_w1_a"])
-def test_a_file_that_would_be_half_read_is_refused(lora_file, tiny_model, tmp_path, end):
+def test_files_with_more_than_plain_factors_are_refused(lora_file, tiny_model, tmp_path, end):
     tensors = load_file(lora_file)
     stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
     save_file(tensors | {stem + end: torch.ones(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(FileError, match=rf"has {stem}{end}, which a plain LoRA has not") as caught:
+    with pytest.raises(FileError, match=rf"must be a plain LoRA, got {stem}{end}") as caught:
         load_lora(tmp_path / "more.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
 
-def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_path):
-    """diffusers' own files have no alphas beside the factors: one number in the header stands for all."""
+def test_alpha_in_the_header_scales_the_change(tiny_model, patch, tmp_path):
+    """diffusers' files have one alpha for all modules in the header."""
     out = tmp_path / "plain.safetensors"
     save_lora(
         extract_lora(patch, tiny_model, 4), tiny_model, out, keys="diffusers", dtype=torch.float32
@@ -351,7 +346,7 @@ def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_pa
     plain, own = load_lora(out, tiny_model), dict(tiny_model.denoiser.named_parameters())
     for said, words in (
         ({"unet.lora_alpha": 2, "unet.alpha_pattern": {}}, None),
-        ({"unet.alpha_pattern": {"x": 1}}, "several strengths"),
+        ({"unet.alpha_pattern": {"x": 1}}, "one alpha for all modules"),
     ):
         save_file(
             load_file(out),
@@ -368,7 +363,7 @@ def test_the_strength_in_the_librarys_header_is_obeyed(tiny_model, patch, tmp_pa
             )
 
 
-def test_a_header_that_cannot_be_read_is_one_line(lora_file, tiny_model, tmp_path):
+def test_an_unreadable_header_is_refused(lora_file, tiny_model, tmp_path):
     save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={"safegen": "{"})
     with pytest.raises(FileError, match="its header cannot be read") as caught:
         load_lora(tmp_path / "torn.safetensors", tiny_model)
@@ -385,18 +380,14 @@ def test_a_header_that_cannot_be_read_is_one_line(lora_file, tiny_model, tmp_pat
         ("lora_adapter_metadata", '{"unet.lora_alpha": "x"}'),
     ],
 )
-def test_a_header_that_says_something_else_is_one_line_too(
-    lora_file, tiny_model, tmp_path, key, text
-):
+def test_an_invalid_header_is_refused(lora_file, tiny_model, tmp_path, key, text):
     save_file(load_file(lora_file), tmp_path / "torn.safetensors", metadata={key: text})
     with pytest.raises(FileError, match="its header cannot be read") as caught:
         load_lora(tmp_path / "torn.safetensors", tiny_model)
     assert "\n" not in str(caught.value)
 
 
-def test_factors_of_no_rank_and_strengths_that_are_no_number_are_refused(
-    lora_file, tiny_model, tmp_path
-):
+def test_factors_of_rank_0_and_nan_are_refused(lora_file, tiny_model, tmp_path):
     tensors = load_file(lora_file)
     stem = next(k for k in tensors if k.endswith(".alpha")).removesuffix(".alpha")
     down, up = tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"]
@@ -411,14 +402,13 @@ def test_factors_of_no_rank_and_strengths_that_are_no_number_are_refused(
         load_lora(tmp_path / "nan.safetensors", tiny_model)
     for scale in (float("nan"), float("inf"), 0.0):
         with pytest.raises(
-            ConfigError,
-            match=f"scale of a LoRA must be a finite number other than 0, got {scale:g}",
+            ConfigError, match=f"scale of a LoRA must be finite and not 0, got {scale:g}"
         ):
             load_lora(lora_file, tiny_model, scale=scale)
 
 
-def test_a_rank_beyond_every_weight_is_the_largest_that_there_is(tiny_model, patch, tmp_path):
-    """In 16 bits an alpha of 100,000 is infinite, and the factors that are to make up for it are nearly nothing."""
+def test_the_rank_is_limited_by_the_weights(tiny_model, patch, tmp_path):
+    """In fp16 an alpha of 100,000 would overflow."""
     lora = extract_lora(patch, tiny_model, 100_000)
     assert lora.rank == max(len(down) for down, _ in lora.factors.values()) == 32
     save_lora(lora, tiny_model, tmp_path / "l.safetensors")
@@ -435,8 +425,8 @@ def test_a_rank_beyond_every_weight_is_the_largest_that_there_is(tiny_model, pat
         (("sdxl", "epsilon"), ("sdxl_base_v1-0", "False")),
     ],
 )
-def test_the_header_says_which_models_it_is_for(tiny_model, make_tiny, tmp_path, build, says):
-    """A1111 takes a file that does not for one of SD 1.x, and shows it beside no other model."""
+def test_the_header_states_the_base_model_version(tiny_model, make_tiny, tmp_path, build, says):
+    """A1111 lists a LoRA without a version for SD 1.x only."""
     model = make_tiny(build[0], prediction_type=build[1]) if build else tiny_model
     name = select_parameters(model.denoiser, "attn1")[0]
     change = Patch({name: model.denoiser.get_parameter(name).detach() + 1})
@@ -446,21 +436,17 @@ def test_the_header_says_which_models_it_is_for(tiny_model, make_tiny, tmp_path,
     assert (header["ss_base_model_version"], header["ss_v2"]) == says
 
 
-def test_a_lora_of_a_patch_that_was_made_on_another_says_so(make_model, patch):
-    """Only its own change is in it."""
+def test_extracting_from_a_patch_with_parents_warns(make_model, patch):
     model = make_model()
     with patch.apply(model):
         above = UCE(erase=("blue ball",)).apply(model)
-    with pytest.warns(BaseMismatchWarning, match="was made on a model with another patch on it"):
+    with pytest.warns(BaseMismatchWarning, match="was made on a model with the patch"):
         extract_lora(above, model, 4)
 
 
 @pytest.mark.parametrize("shaped", ["matrix", "convolution"])
 def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path, shaped):
-    """kohya's scripts turn the matrices of SD 2.x's projections into convolutions.
-
-    A1111 takes either.
-    """
+    """kohya's scripts write the projections of SD 2.x as convolutions."""
     model, out, own = make_model(), tmp_path / "lora.safetensors", tmp_path / "own.safetensors"
     save_lora(extract_lora(patch, model, 32), model, own, dtype=torch.float32)
     tensors = {
@@ -470,10 +456,10 @@ def test_factors_of_matrices_may_be_1x1_convolutions(make_model, patch, tmp_path
     save_file(tensors, out, metadata={"format": "pt"})
     want, found = load_lora(own, model), load_lora(out, model)
     assert all(torch.equal(found.tensors[name], value) for name, value in want.tensors.items())
-    with active_loras(model, [(read_factors(out, model), 1.0)]):
-        active = picture(model)
+    with active_loras(model, [(read_lora(out, model), 1.0)]):
+        active = image(model)
     with want.apply(model):
-        assert_close(active, picture(model), rtol=0, atol=1e-4)
+        assert_close(active, image(model), rtol=0, atol=1e-4)
 
 
 MISSHAPEN = {
@@ -495,7 +481,7 @@ MISSHAPEN = {
 
 
 @pytest.mark.parametrize("how", sorted(MISSHAPEN))
-def test_factors_of_no_shape_that_fits_are_refused_in_one_line(make_model, patch, tmp_path, how):
+def test_factors_of_another_shape_are_refused(make_model, patch, tmp_path, how):
     model, own, out = make_model(), tmp_path / "own.safetensors", tmp_path / "lora.safetensors"
     save_lora(extract_lora(patch, model, 4), model, own)
     tensors = load_file(own)

@@ -1,4 +1,4 @@
-"""Our LoRA files in the hands of others: diffusers' own `load_lora_weights`, with peft behind it, draws the patched model's picture."""
+"""Our LoRA files in diffusers' `load_lora_weights`, and diffusers' files in ours."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from safegen.models.selectors import select_parameters
-from safegen.patches.lora import extract_lora, load_lora, save_lora
+from safegen.patches.lora import extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora
 from safegen.patches.patch import Patch
 
 
-def picture(pipeline):
+def image(pipeline):
     ask = {
         "prompt": "a red cube",
         "num_inference_steps": 3,
@@ -23,17 +24,17 @@ def picture(pipeline):
 
 @pytest.fixture
 def drawn(make_model, make_tiny):
-    """Return a builder: a fresh model of a build, a patch of all its attention matrices, and what it draws before and with the patch."""
+    """Return a builder of a model, a patch of its attention, and images without and with the patch."""
 
     def build(kind):
         model = make_model() if kind == "sd1" else make_tiny(kind)
         own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(1)
         names = [n for n in select_parameters(model.denoiser, "attention") if own[n].ndim == 2]
         patch = Patch({n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g) for n in names})
-        before = picture(model.pipeline)
+        before = image(model.pipeline)
         with patch.apply(model):
-            after = picture(model.pipeline)
-        assert (after - before).abs().max() > 1e-2  # or nothing would be shown
+            after = image(model.pipeline)
+        assert (after - before).abs().max() > 1e-2  # the patch has an effect
         return model, patch, before, after
 
     return build
@@ -41,7 +42,7 @@ def drawn(make_model, make_tiny):
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_the_library_draws_the_patched_picture_with_our_lora(drawn, tmp_path, kind, keys):
+def test_diffusers_generates_the_patched_image_with_our_lora(drawn, tmp_path, kind, keys):
     model, patch, before, after = drawn(kind)
     save_lora(
         extract_lora(patch, model, 56),
@@ -52,16 +53,16 @@ def test_the_library_draws_the_patched_picture_with_our_lora(drawn, tmp_path, ki
     )
     pipe = model.pipeline
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="safety")
-    assert_close(picture(pipe), after, rtol=0, atol=1e-3)
+    assert_close(image(pipe), after, rtol=0, atol=1e-3)
     pipe.disable_lora()
-    assert_close(picture(pipe), before, rtol=0, atol=1e-3)
+    assert_close(image(pipe), before, rtol=0, atol=1e-3)
 
 
 @pytest.mark.filterwarnings(
     "ignore:Already found a `peft_config`:UserWarning"
-)  # peft says so of every second adapter
-def test_beside_another_lora_both_act(drawn, tmp_path):
-    """As docs/how-to/other-loras.md says, the safety LoRA stays active beside another and is not fused into it."""
+)  # peft warns at every second adapter
+def test_diffusers_combines_our_lora_with_another(drawn, tmp_path):
+    """The safety LoRA stays active beside another and is not fused."""
     model, patch, _, _ = drawn("sd1")
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(2)
     theirs = Patch(
@@ -76,15 +77,15 @@ def test_beside_another_lora_both_act(drawn, tmp_path):
         )
     both = Patch({n: patch.tensors[n] + theirs.tensors[n] - own[n] for n in patch.tensors})
     with both.apply(model):
-        want = picture(model.pipeline)
+        want = image(model.pipeline)
     pipe = model.pipeline
     for name in ("safety", "theirs"):
         pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
     pipe.set_adapters(["theirs", "safety"])
-    assert_close(picture(pipe), want, rtol=0, atol=1e-3)
+    assert_close(image(pipe), want, rtol=0, atol=1e-3)
 
 
-def test_what_the_library_saves_we_read(drawn, tmp_path):
+def test_loras_saved_by_diffusers_are_read(drawn, tmp_path):
     model, patch, _, after = drawn("sd1")
     save_lora(
         extract_lora(patch, model, 56),
@@ -104,4 +105,4 @@ def test_what_the_library_saves_we_read(drawn, tmp_path):
     pipe.save_lora_weights(tmp_path / "theirs", unet_lora_layers=layers)
     pipe.unload_lora_weights()
     with load_lora(tmp_path / "theirs" / "pytorch_lora_weights.safetensors", model).apply(model):
-        assert_close(picture(pipe), after, rtol=0, atol=1e-3)
+        assert_close(image(pipe), after, rtol=0, atol=1e-3)

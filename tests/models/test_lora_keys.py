@@ -1,4 +1,4 @@
-"""Keys and shapes of LoRA files for models of real size, against the published lists in `keys/`, name for name."""
+"""Keys and shapes of LoRA files for models of real size, against the published lists in `keys/`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from safegen.core.errors import FileError
-from safegen.models.checkpoint.key_map import lora_name, unet_names
+from safegen.models.checkpoint.key_map import kohya_name, unet_names
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
-from safegen.patches.lora import Lora, extract_lora, load_lora, save_lora
+from safegen.patches.lora import Lora, extract_lora, save_lora
+from safegen.patches.lora_reader import load_lora
 from safegen.patches.patch import Patch
 
 SELECTED = {"attn1": (".attn1.", "_attn1_"), "attention": (".attn", "_attn")}
-"""Selector: what the modules of its weights have in their names, in either form."""
+"""Selector: a part of its modules' names in diffusers' and kohya's form."""
 
 
 @pytest.fixture(scope="module")
 def written(real, tmp_path_factory):
-    """Return a writer of the file that an edit of real size becomes: its keys and shapes, with -1 for the rank."""
+    """Return a function that saves a LoRA of real size and returns its shapes by key, -1 for the rank."""
     build, unet = real
     schedule = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
     model = Model(build, SimpleNamespace(unet=unet, scheduler=schedule))
@@ -76,10 +77,7 @@ def test_a_lora_of_a_selector_has_the_published_keys_and_shapes(real, written, k
 
 
 def test_a_lora_of_everything_has_every_published_key(real, written):
-    """Edits change more than kohya's trainer does.
-
-    These modules others read by the same rule, but no list was found that has them.
-    """
+    """Edits change modules that kohya's trainer does not; no published list has them."""
     build, _ = real
     ours, listed = written("all", "kohya"), published(f"lora-kohya-{build}")
     assert {key: ours[key] for key in listed} == listed
@@ -99,7 +97,7 @@ def test_a_lora_of_everything_has_every_published_key(real, written):
         }
 
 
-def test_the_published_lists_are_as_long_as_those_of_somebody_else():
+def test_the_published_lists_have_the_length_of_an_independent_list():
     """Lengths in characters of arenasys' component files, LoRA-v1A-UNET.txt and LoRA-XL-UNET.txt."""
     for build, characters in (("sd1", 48_869), ("sdxl", 184_846)):
         assert len("\n".join(lines(published(f"lora-kohya-{build}")))) == characters
@@ -107,9 +105,7 @@ def test_the_published_lists_are_as_long_as_those_of_somebody_else():
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tmp_path, keys):
-    """diffusers gives every module of kohya's form the commonest alpha (0.42.1 with peft), and older ones, without alphas, the first
-    module's rank as alpha: whatever a reader divides by what, equal ranks are read right.
-    """
+    """diffusers 0.42 reads a kohya file with its most common alpha; older releases use the first rank."""
     own = dict(tiny_model.denoiser.named_parameters())
     names = [n for n in select_parameters(tiny_model.denoiser, "kv2") if n.endswith("to_k.weight")]
     patch = Patch(
@@ -126,7 +122,7 @@ def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tm
         {24.0} if keys == "kohya" else set()
     )
     for name in names:
-        stem, ends = lora_name(name), ("lora_down", "lora_up")
+        stem, ends = kohya_name(name), ("lora_down", "lora_up")
         if keys == "diffusers":
             stem, ends = "unet." + name.removesuffix(".weight"), ("lora_A", "lora_B")
         down, up = (state[f"{stem}.{end}.weight"] for end in ends)
@@ -139,7 +135,7 @@ def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tm
 
 @pytest.fixture(scope="module")
 def ours(tiny_model, tmp_path_factory):
-    """A LoRA of every attention matrix of the tiny model, as it is and in diffusers' newest keys."""
+    """Return a LoRA of every attention matrix of the tiny model in diffusers' keys."""
     g, own = torch.Generator().manual_seed(0), dict(tiny_model.denoiser.named_parameters())
     names = [
         n for n in select_parameters(tiny_model.denoiser, "attention") if n.endswith(".weight")
@@ -153,7 +149,7 @@ def ours(tiny_model, tmp_path_factory):
 
 
 def processors(key):
-    """Write a key as diffusers did in 2023, when attention processors held the factors."""
+    """Return a key in the form of 2023, when attention processors held the factors."""
     key = key.replace(".to_out.0.", ".to_out.")
     for kind in ("q", "k", "v", "out"):
         key = key.replace(f".to_{kind}.lora_A.", f".processor.to_{kind}_lora.down.")
@@ -163,7 +159,7 @@ def processors(key):
 
 @pytest.mark.parametrize("form", ["scripts", "processors"])
 def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
-    """What its training scripts write (`convert_state_dict_to_diffusers`), and what they wrote before: the library reads them as ours."""
+    """Files of diffusers' training scripts, old and new, are read as diffusers reads them."""
     state = load_file(ours)
     old = (
         convert_state_dict_to_diffusers(state)
@@ -173,7 +169,7 @@ def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
     assert not old.keys() & state.keys()
     assert (
         convert_unet_state_dict_to_peft(dict(old)).keys() == state.keys()
-    )  # the library's own reading
+    )  # diffusers' own reading
     save_file(old, tmp_path / "old.safetensors")
     assert (
         load_lora(tmp_path / "old.safetensors", tiny_model).hash == load_lora(ours, tiny_model).hash
@@ -182,19 +178,19 @@ def test_older_diffusers_files_are_read_too(ours, tiny_model, tmp_path, form):
     save_file(
         {key: value for key, value in old.items() if key != gone}, tmp_path / "torn.safetensors"
     )
-    with pytest.raises(FileError, match=r"is damaged: it has .*down\.weight and not .*up\.weight"):
+    with pytest.raises(FileError, match=r"is damaged: it has .*down\.weight without .*up\.weight"):
         load_lora(tmp_path / "torn.safetensors", tiny_model)
 
 
 def test_a_lora_of_an_sdxl_may_have_either_names(make_tiny, tmp_path):
-    """kohya's trainer writes those of the original layout, others write diffusers' with the same prefix."""
+    """kohya's trainer writes original names, other tools diffusers' names with the same prefix."""
     model = make_tiny("sdxl")
     own = dict(model.denoiser.named_parameters())
     names = [n for n in select_parameters(model.denoiser, "attn1") if n.endswith(".weight")]
     lora = extract_lora(Patch({n: own[n] * 2 for n in names}), model, 2)
     save_lora(lora, model, tmp_path / "kohya.safetensors", dtype=torch.float32)
     to = unet_names(own)
-    renamed = {lora_name(n, to[n]): lora_name(n) for n in names}
+    renamed = {kohya_name(n, to[n]): kohya_name(n) for n in names}
     theirs = load_file(tmp_path / "kohya.safetensors")
     split = {key: key.partition(".") for key in theirs}
     state = {

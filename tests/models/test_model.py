@@ -1,9 +1,12 @@
-"""Loading and saving: the same pictures from a saved folder, one line for what cannot be read."""
+"""Loading and saving of models, and errors of unusable folders."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,10 @@ from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.generation import generate, generator
-from safegen.models.model import hash_tensors, load
+from safegen.models.loading import load
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -26,7 +30,7 @@ TEXT = "text_encoder/model.safetensors"
 
 @pytest.fixture
 def folder(tiny_folder, tmp_path):
-    """A copy of the tiny model's folder, to be spoilt."""
+    """Return a copy of the tiny model's folder that may be changed."""
     return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
@@ -104,7 +108,7 @@ def test_a_saved_folder_holds_no_pickles_and_no_leftovers(tiny_folder):
     }
 
 
-def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
+def test_an_existing_output_is_not_overwritten(tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(FileError, match="already exists"):
@@ -115,7 +119,7 @@ def test_an_output_that_exists_is_kept(tiny_model, tmp_path):
     ]
 
 
-def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(
+def test_a_path_object_is_a_folder_even_with_a_registered_name(
     tiny_model, tiny_folder, tmp_path, monkeypatch
 ):
     shutil.copytree(tiny_folder, tmp_path / "mini")
@@ -129,7 +133,7 @@ def test_a_path_is_a_folder_though_a_model_of_the_table_is_called_so(
     )
 
 
-def test_what_a_folder_says_of_itself_cannot_be_read(tiny_folder, tmp_path):
+def test_unreadable_metadata_is_one_line(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "m")
     (tmp_path / "m" / "safegen.json").mkdir()
     with pytest.raises(FileError, match="cannot be read"):
@@ -146,7 +150,7 @@ def test_a_loaded_model_is_not_in_training(tiny_folder):
 @pytest.mark.parametrize(
     ("dtype", "want"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_a_model_is_loaded_in_the_precision_asked_for(tiny_folder, dtype, want):
+def test_a_model_loads_in_the_requested_dtype(tiny_folder, dtype, want):
     model = load(str(tiny_folder), dtype=dtype)
     assert {model.denoiser.dtype, model.vae.dtype, model.pipeline.text_encoder.dtype} == {want}
 
@@ -169,19 +173,19 @@ def test_latents_are_the_scaled_posterior_mean_and_do_not_depend_on_the_batch(ti
     assert torch.equal(tiny_model.encode_images(images), tiny_model.encode_images(images))
 
 
-def test_the_border_says_size_schedule_and_prediction(make_model, tiny_model):
+def test_size_schedule_and_prediction(make_model, tiny_model):
     assert tiny_model.size == 32
     assert tiny_model.alphas_cumprod().shape == (1000,)
     assert tiny_model.prediction == "epsilon"
     assert make_model(prediction_type="v_prediction").prediction == "v_prediction"
 
 
-def test_the_hash_names_the_denoisers_weights(make_model):
+def test_the_hash_depends_on_the_denoisers_weights(make_model):
     assert make_model(1).hash == make_model(1).hash
     assert make_model(1).hash != make_model(2).hash
 
 
-def test_a_hash_of_tensors_sees_names_shapes_types_and_bits():
+def test_hash_tensors_depends_on_names_shapes_types_and_bits():
     w = torch.arange(6.0)
     kinds = [
         {"w": w},
@@ -232,19 +236,25 @@ def _index(folder, **changes):
 
 
 DAMAGE = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
-    "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{"), "is not JSON"),
-    "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]"), "is not JSON"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "must be a diffusers folder"),
+    "an index that is no JSON": (
+        lambda f: (f / "model_index.json").write_text("{"),
+        "must be JSON",
+    ),
+    "an index that is a list": (
+        lambda f: (f / "model_index.json").write_text("[]"),
+        "must be JSON",
+    ),
     "an index of bytes": (
         lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe"),
-        "is not JSON",
+        "must be JSON",
     ),
     "another family": (
         lambda f: _index(f, _class_name="FluxPipeline"),
-        "is a FluxPipeline; this version reads: StableDiffusionPipeline",
+        "must be one of StableDiffusionPipeline.* got FluxPipeline",
     ),
-    "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "no weights"),
-    "no denoiser weights": (lambda f: (f / UNET).unlink(), "no weights"),
+    "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "there is no .safetensors"),
+    "no denoiser weights": (lambda f: (f / UNET).unlink(), "there is no .safetensors"),
     "no autoencoder": (lambda f: shutil.rmtree(f / "vae"), "cannot be read"),
     "no text encoder weights": (lambda f: (f / TEXT).unlink(), "cannot be read"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be read"),
@@ -268,7 +278,7 @@ DAMAGE = {
     ),
     "a tensor less in the text encoder": (
         lambda f: _without(f / TEXT, "mlp.fc1.weight"),
-        "lacks weights in text_encoder: .*fc1.weight",
+        "lacks 1 weights in text_encoder, first .*fc1.weight",
     ),
     "a pickled denoiser": (lambda f: _pickle(f, UNET), "--allow-pickle"),
     "a pickled autoencoder": (lambda f: _pickle(f, VAE), "--allow-pickle"),
@@ -277,7 +287,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, damage):
+def test_an_unusable_folder_is_refused_in_one_line(folder, damage):
     spoil, words = DAMAGE[damage]
     spoil(folder)
     with pytest.raises(FileError, match=words) as caught:
@@ -295,7 +305,7 @@ def test_the_library_is_silent(folder, capfd):
 
 
 @pytest.mark.parametrize("pickled", [(UNET,), (TEXT,), (UNET, VAE, TEXT)])
-def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
+def test_pickles_are_opened_if_allowed(folder, tiny_model, pickled):
     for safe in pickled:
         _pickle(folder, safe)
     model = load(str(folder), allow_pickle=True)
@@ -306,13 +316,13 @@ def test_pickles_are_opened_when_the_user_says_so(folder, tiny_model, pickled):
 @pytest.mark.parametrize(
     ("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "one-file checkpoint")]
 )
-def test_a_single_file_that_is_none_is_refused(tmp_path, name, words):
+def test_an_invalid_single_file_is_refused(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(FileError, match=words):
         load(str(tmp_path / name))
 
 
-def test_an_unknown_name_comes_with_the_known_and_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Did you mean 'mini'.*Known: mini"):
         load("minni")
     with pytest.raises(UnknownNameError, match="Known: bf16, fp16, fp32"):
@@ -322,7 +332,7 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest():
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu:7"])
-def test_a_device_that_is_not_here_is_one_line(device):
+def test_an_unavailable_device_is_one_line(device):
     with pytest.raises(
         ConfigError, match=rf"device must be one that torch can use here .*, got '{device}'"
     ) as caught:
@@ -330,7 +340,7 @@ def test_a_device_that_is_not_here_is_one_line(device):
     assert "\n" not in str(caught.value)
 
 
-def test_a_safety_checker_that_we_do_not_load_is_not_lost(tiny_folder, tmp_path):
+def test_the_safety_checker_is_copied(tiny_folder, tmp_path):
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers.models.clip.configuration_clip import CLIPConfig
 
@@ -356,3 +366,28 @@ def test_a_safety_checker_that_we_do_not_load_is_not_lost(tiny_folder, tmp_path)
     assert (again["safety_checker"], again["requires_safety_checker"]) == (entry, True)
     kept = StableDiffusionSafetyChecker.from_pretrained(out / "safety_checker").state_dict()
     assert all(torch.equal(kept[k], v) for k, v in checker.state_dict().items())
+
+
+SILENT = """
+import safegen
+safegen.load("mini")
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+assert diffusers_logging.get_verbosity() == transformers_logging.get_verbosity() == 30
+assert transformers_logging.is_progress_bar_enabled()
+"""
+
+
+def test_importing_and_loading_print_nothing_and_change_no_logging_level():
+    environment = {
+        k: v for k, v in os.environ.items() if "VERBOSITY" not in k and "HF_HUB" not in k
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,4 @@
-"""A patch is saved, put on and taken off exactly, and refused where it does not fit."""
+"""Patches: files, apply and undo, and errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from safegen.core.errors import FileError, PatchError
 from safegen.edits.uce import UCE
-from safegen.models.model import load
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
-from safegen.patches.arithmetic import merge
 from safegen.patches.patch import FORMAT, BaseMismatchWarning, Patch
 
 
@@ -26,7 +26,7 @@ def patch(tiny_model):
     }
     return Patch(
         tensors,
-        {"method": "random", "base": tiny_model.hash, "settings": {"größe": 1.5, "none": None}},
+        PatchMetadata(method="random", base=tiny_model.hash, settings={"größe": 1.5, "none": None}),
     )
 
 
@@ -42,11 +42,11 @@ def same(a, b):
 # ------------------------------------------------------------ files
 
 
-def test_a_patch_comes_back_from_its_file(patch, tmp_path):
+def test_a_patch_round_trips_through_its_file(patch, tmp_path):
     patch.save(tmp_path / "deep" / "p.safetensors")
     found = Patch.load(tmp_path / "deep" / "p.safetensors")
     same(dict(found.tensors), dict(patch.tensors))
-    assert found.provenance == patch.provenance
+    assert found.metadata == patch.metadata
     assert found.hash == patch.hash
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["p.safetensors"]
 
@@ -56,7 +56,7 @@ def test_a_patch_is_a_plain_safetensors_file(patch, tmp_path):
     same(load_file(tmp_path / "p.safetensors"), dict(patch.tensors))
 
 
-def test_the_hash_is_of_names_and_values_in_any_order(patch):
+def test_the_hash_ignores_the_order_of_tensors(patch):
     tensors = dict(patch.tensors)
     assert Patch(dict(reversed(tensors.items()))).hash == patch.hash
     first = next(iter(tensors))
@@ -64,7 +64,7 @@ def test_the_hash_is_of_names_and_values_in_any_order(patch):
     assert Patch({("x" + k if k == first else k): v for k, v in tensors.items()}).hash != patch.hash
 
 
-def test_an_output_that_exists_is_kept(patch, tmp_path):
+def test_an_existing_output_is_not_overwritten(patch, tmp_path):
     out = tmp_path / "p.safetensors"
     out.write_text("mine")
     with pytest.raises(FileError, match="already exists"):
@@ -75,7 +75,7 @@ def test_an_output_that_exists_is_kept(patch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-def test_an_output_that_cannot_be_written_is_refused_in_one_line(patch, tmp_path):
+def test_an_unwritable_output_is_refused_in_one_line(patch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match="cannot be written") as caught:
         patch.save(tmp_path / "file" / "p.safetensors")
@@ -92,7 +92,7 @@ def _resave(path, change, header=None):
     save_file(
         tensors,
         path,
-        metadata=header if header is not None else {"format": FORMAT, "provenance": "{}"},
+        metadata=header if header is not None else {"format": FORMAT, "metadata": "{}"},
     )
 
 
@@ -104,7 +104,7 @@ def _nan(value):
 
 
 def _says(text):
-    return {"format": FORMAT, "provenance": text}
+    return {"format": FORMAT, "metadata": text}
 
 
 def _nothing(tensors):
@@ -118,43 +118,46 @@ DAMAGE = {
     "a pickle": (lambda p: torch.save({"w": torch.zeros(1)}, p), "not a readable safetensors file"),
     "other safetensors": (
         lambda p: _resave(p, _nothing, {"format": "pt"}),
-        "is not a safegen patch",
+        "must be a safegen patch",
     ),
-    "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "is not a safegen patch"),
+    "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "must be a safegen patch"),
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
-    "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch of nothing"),
-    "no provenance": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "provenance"),
-    "provenance no object": (
+    "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch without tensors"),
+    "no metadata": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "metadata"),
+    "metadata no object": (
         lambda p: _resave(p, _nothing, _says("[]")),
-        "provenance cannot be used",
+        "damaged safegen patch: metadata",
     ),
-    "provenance null": (lambda p: _resave(p, _nothing, _says("null")), "provenance cannot be used"),
+    "metadata null": (
+        lambda p: _resave(p, _nothing, _says("null")),
+        "damaged safegen patch: metadata",
+    ),
     "a base that is a number": (
         lambda p: _resave(p, _nothing, _says('{"base": 3}')),
-        r"provenance cannot be used \(base",
+        "damaged safegen patch: metadata: base",
     ),
-    "under no list": (
-        lambda p: _resave(p, _nothing, _says('{"under": 3}')),
-        r"provenance cannot be used \(under",
+    "parents no list": (
+        lambda p: _resave(p, _nothing, _says('{"parents": 3}')),
+        "damaged safegen patch: metadata: parents",
     ),
-    "under without a hash": (
-        lambda p: _resave(p, _nothing, _says('{"under": [{"method": "uce"}]}')),
-        r"cannot be used \(under.0.hash",
+    "parents without a hash": (
+        lambda p: _resave(p, _nothing, _says('{"parents": [{"method": "uce"}]}')),
+        r"damaged safegen patch: metadata: parents\.0\.hash",
     ),
     "parts without a hash": (
         lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')),
-        r"provenance cannot be used \(parts.0.hash",
+        r"damaged safegen patch: metadata: parts\.0\.hash",
     ),
-    "provenance cut off": (
-        lambda p: _resave(p, _nothing, {"format": FORMAT, "provenance": '{"method": '}),
-        "provenance",
+    "metadata cut off": (
+        lambda p: _resave(p, _nothing, {"format": FORMAT, "metadata": '{"method": '}),
+        "metadata",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, damage):
+def test_a_damaged_patch_is_refused_in_one_line(patch, tmp_path, damage):
     spoil, words = DAMAGE[damage]
     path = tmp_path / "p.safetensors"
     patch.save(path)
@@ -166,7 +169,7 @@ def test_a_file_that_is_no_good_patch_is_refused_in_one_line(patch, tmp_path, da
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
+def test_an_unreadable_patch_is_not_written(patch, tmp_path, value):
     name = next(iter(patch.tensors))
     with pytest.raises(
         PatchError, match=f"is not written: the patch has NaN or infinite values in {name}"
@@ -174,7 +177,7 @@ def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
         Patch(dict(patch.tensors) | {name: torch.full_like(patch.tensors[name], value)}).save(
             tmp_path / "p.safetensors"
         )
-    with pytest.raises(PatchError, match="is not written: the patch changes nothing"):
+    with pytest.raises(PatchError, match="is not written: the patch has no tensors"):
         Patch({}).save(tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -182,7 +185,7 @@ def test_what_could_not_be_read_again_is_not_written(patch, tmp_path, value):
 # ------------------------------------------------------------ on and off
 
 
-def test_undo_gives_the_model_back_bit_for_bit(make_model, patch):
+def test_undo_restores_the_model_bit_for_bit(make_model, patch):
     model = make_model()
     before = state_of(model)
     applied = patch.apply(model)
@@ -193,7 +196,7 @@ def test_undo_gives_the_model_back_bit_for_bit(make_model, patch):
     same(state_of(model), before)
 
 
-def test_a_with_block_takes_the_patch_off_also_when_it_fails(make_model, patch):
+def test_the_context_manager_undoes_the_patch_on_errors(make_model, patch):
     model, during = make_model(), {}
 
     def fail_under_the_patch():
@@ -208,7 +211,7 @@ def test_a_with_block_takes_the_patch_off_also_when_it_fails(make_model, patch):
     same(state_of(model), before)
 
 
-def test_patches_come_off_in_the_reverse_order(make_model, patch):
+def test_patches_are_undone_in_reverse_order(make_model, patch):
     model = make_model()
     before = state_of(model)
     first, second = (
@@ -221,8 +224,8 @@ def test_patches_come_off_in_the_reverse_order(make_model, patch):
     same(state_of(model), before)
 
 
-def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
-    """What is under a patch when it comes off is what was there without it, not what lay under it when it was put on."""
+def test_patches_are_undone_in_any_order(make_model, patch):
+    """Undoing a patch restores the values without it, even if another is applied on top."""
     model = make_model()
     before = state_of(model)
     higher = Patch({k: v + 1 for k, v in patch.tensors.items()})
@@ -235,7 +238,7 @@ def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
     second.undo()
     first.undo()
     assert all(torch.equal(state_of(model)[k], v + 2) for k, v in patch.tensors.items())
-    assert [one.patch for one in model.applied] == [third.patch]
+    assert model.applied_patches == [third]
     third.undo()
     same(state_of(model), before)
     with patch.apply(model) as again:
@@ -248,7 +251,7 @@ def test_patches_come_off_in_any_order_and_each_once(make_model, patch):
     assert model.patches == []
 
 
-def test_a_patch_that_fails_half_way_leaves_the_model_as_it_was(make_model, patch, monkeypatch):
+def test_a_failed_apply_restores_the_model(make_model, patch, monkeypatch):
     model, copied = make_model(), []
     before, copy_ = state_of(model), torch.Tensor.copy_
 
@@ -266,60 +269,58 @@ def test_a_patch_that_fails_half_way_leaves_the_model_as_it_was(make_model, patc
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, torch.float16), (float("nan"), torch.float32)])
-def test_values_that_the_model_cannot_hold_are_refused_and_change_nothing(make_model, value, dtype):
+def test_values_that_overflow_the_models_dtype_are_refused(make_model, value, dtype):
     model = make_model()
     model.pipeline.to(dtype)
     before, name = state_of(model), select_parameters(model.denoiser, "attn1")[0]
     wild = Patch({name: torch.full(before[name].shape, value)})
-    with pytest.raises(PatchError, match=f"not finite as {str(dtype).removeprefix('torch.')}"):
+    name_of = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    with pytest.raises(PatchError, match=f"must be finite in {name_of}"):
         wild.apply(model)
     same(state_of(model), before)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_patch_knows_its_base_in_fewer_bits_and_no_other_model(tiny_folder, make_model, dtype):
-    """`load --dtype fp16` is what users of a graphics card do: nothing to warn of."""
-    made = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
-    same, other = load(str(tiny_folder), dtype=dtype), make_model(9)
-    assert made.provenance["base_rounded"][dtype] == same.hash
+def test_a_base_loaded_in_half_precision_is_warned_about(tiny_folder, dtype):
+    """Rounding changes the weights, so that the hash cannot tell the base from another model."""
+    patch = UCE(erase=("red cube",)).apply(load(str(tiny_folder)))
+    rounded = load(str(tiny_folder), dtype=dtype)
+    with pytest.warns(
+        BaseMismatchWarning, match=f"is loaded as {dtype}, which alone changes the hash"
+    ):
+        patch.apply(rounded).undo()
+    made_on_rounded = UCE(erase=("red cube",)).apply(rounded)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made.apply(same).undo()
-        merge([made, made], overlap="last").check_compatible(same)
-    other.pipeline.to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
-    with pytest.warns(
-        BaseMismatchWarning, match=r"has [0-9a-f]{12}: it puts"
-    ):  # and no word of the type, which explains nothing here
-        made.apply(other)
+        made_on_rounded.apply(load(str(tiny_folder), dtype=dtype))
 
 
-def test_a_base_that_has_patches_on_it_is_not_rounded_for_itself(make_model, patch):
+def test_a_base_stored_as_fp16_has_one_hash_in_fp16_and_fp32(make_model, tmp_path):
+    from safegen.models.checkpoint.diffusers_folder import save_folder
+
+    model = make_model()
+    model.pipeline.to(torch.float16)
+    save_folder(model, tmp_path / "half")
+    hashes = {load(tmp_path / "half", dtype=dtype).hash for dtype in ("fp32", "fp16")}
+    assert hashes == {model.hash}
+    assert load(tmp_path / "half", dtype="bf16").hash != model.hash
+
+
+def test_the_hash_is_of_the_weights_without_patches(make_model, patch):
     model = make_model()
     with patch.apply(model):
-        assert model.rounded == {}
-    assert model.rounded == make_model().rounded != {}
-    with patch.apply(model):
-        assert model.rounded == make_model().rounded
+        assert model.hash == make_model().hash != model.hash_denoiser()
 
 
-def test_a_model_of_another_type_is_not_taken_for_another_fine_tune_without_a_word(
-    make_model, patch
-):
-    model = make_model()
-    model.pipeline.to(torch.bfloat16)
-    with pytest.warns(BaseMismatchWarning, match=r"loaded as bfloat16, which alone changes that"):
-        patch.apply(model)
-
-
-def test_the_models_hash_is_that_of_its_base_also_under_a_patch(make_model, patch):
+def test_the_hash_stays_that_of_the_base(make_model, patch):
     model = make_model()
     base = model.hash
     patch.apply(model)
     assert model.hash == base
-    patch.apply(model)  # the same base: no warning, and warnings are errors
+    patch.apply(model)  # warnings are errors
 
 
-def test_a_patch_with_a_wrong_shape_is_refused_and_changes_nothing(make_model, patch):
+def test_a_patch_with_a_wrong_shape_is_refused(make_model, patch):
     model = make_model()
     before, last = state_of(model), list(patch.tensors)[-1]
     with pytest.raises(PatchError, match="in the patch and") as caught:
@@ -329,7 +330,7 @@ def test_a_patch_with_a_wrong_shape_is_refused_and_changes_nothing(make_model, p
     same(state_of(model), before)
 
 
-def test_a_patch_with_a_strange_name_is_refused_and_changes_nothing(make_model, patch):
+def test_a_patch_with_an_unknown_weight_is_refused(make_model, patch):
     model = make_model()
     before = state_of(model)
     with pytest.raises(PatchError, match=r"it has no weight transformer.w"):
@@ -344,25 +345,25 @@ def test_a_wider_model_refuses_the_patch(make_model, patch):
 
 def test_another_base_of_the_same_shape_is_warned_about(make_model, patch):
     model = make_model(5)
-    with pytest.warns(BaseMismatchWarning, match="measure the result") as caught:
+    with pytest.warns(BaseMismatchWarning, match="Measure the result") as caught:
         applied = patch.apply(model)
     assert len(caught) == 1
     assert all(torch.equal(model.denoiser.get_parameter(k), v) for k, v in patch.tensors.items())
     applied.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Patch(patch.tensors).apply(model)  # a patch that does not say what it was made on
+        Patch(patch.tensors).apply(model)  # a patch without a base
 
 
-def test_provenance_is_plain_json(patch):
-    assert json.loads(json.dumps(dict(patch.provenance))) == patch.provenance
+def test_metadata_is_plain_json(patch):
+    assert json.loads(json.dumps(patch.metadata.to_json())) == patch.metadata.to_json()
 
 
-def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model, patch):
+def test_a_patch_of_another_family_is_refused_even_if_shapes_fit(make_model, patch):
     """Self-attention of SD 1.x and 2.x has equal shapes and unequal heads."""
     model, other = make_model(), make_model()
     other.denoiser.register_to_config(attention_head_dim=(4, 4))
-    made = Patch(patch.tensors, dict(patch.provenance) | {"family": model.family})
+    made = Patch(patch.tensors, patch.metadata.model_copy(update={"family": model.family}))
     made.apply(model).undo()
     before = state_of(other)
     with pytest.raises(
@@ -373,7 +374,7 @@ def test_a_patch_of_another_family_is_refused_though_every_shape_fits(make_model
     same(state_of(other), before)
 
 
-def test_one_number_of_heads_means_every_level(make_model):
+def test_family_expands_one_number_of_heads(make_model):
     model = make_model()
     said = model.family
     model.denoiser.register_to_config(attention_head_dim=(2, 2))

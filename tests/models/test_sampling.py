@@ -1,4 +1,4 @@
-"""A picture is a matter of its prompt, seed and index, whatever is drawn beside it."""
+"""Generation: an image depends on prompt, seed and index only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safegen.core.errors import FileError
 from safegen.core.generation import GenerationConfig, Sample, preferred_precision
 from safegen.models.generation import generate, generator, save_image
 
-ASKS = [
+SAMPLES = [
     Sample(prompt=p, seed=s, index=i)
     for p, s, i in [
         ("a red cube", 1, 0),
@@ -27,59 +27,59 @@ ASKS = [
 ]
 
 
-def draw(model, asks, **generation_config):
+def draw(model, samples, **generation_config):
     return [
         np.asarray(p).astype(int)
         for p in generate(
-            model, asks, GenerationConfig(**({"num_inference_steps": 4} | generation_config))
+            model, samples, GenerationConfig(**({"num_inference_steps": 4} | generation_config))
         )
     ]
 
 
 @pytest.fixture(scope="module")
-def pictures(tiny_model):
-    return draw(tiny_model, ASKS)
+def images(tiny_model):
+    return draw(tiny_model, SAMPLES)
 
 
-def test_pictures_come_in_the_order_of_the_asks_at_the_models_size(pictures):
-    assert [p.shape for p in pictures] == [(32, 32, 3)] * 5
-    assert (
-        min(p.std() for p in pictures) > 1
-    )  # they show something, so that comparing them says something
+def test_images_have_the_order_of_the_samples_and_the_models_size(images):
+    assert [p.shape for p in images] == [(32, 32, 3)] * 5
+    assert min(p.std() for p in images) > 1  # not constant, so that a comparison is meaningful
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_the_batch_size_changes_a_picture_by_no_more_than_rounding(tiny_model, pictures, batch):
-    for one, other in zip(draw(tiny_model, ASKS, batch_size=batch), pictures, strict=True):
+def test_the_batch_size_changes_an_image_by_rounding_only(tiny_model, images, batch):
+    for one, other in zip(draw(tiny_model, SAMPLES, batch_size=batch), images, strict=True):
         assert abs(one - other).max() <= 2
 
 
-def test_what_is_drawn_beside_a_picture_does_not_change_it(tiny_model, pictures):
-    mixed = draw(tiny_model, [ASKS[3], Sample(prompt="a tree", seed=9), ASKS[0]], batch_size=3)
-    assert abs(mixed[0] - pictures[3]).max() <= 2
-    assert abs(mixed[2] - pictures[0]).max() <= 2
+def test_other_samples_in_a_batch_do_not_change_an_image(tiny_model, images):
+    mixed = draw(
+        tiny_model, [SAMPLES[3], Sample(prompt="a tree", seed=9), SAMPLES[0]], batch_size=3
+    )
+    assert abs(mixed[0] - images[3]).max() <= 2
+    assert abs(mixed[2] - images[0]).max() <= 2
 
 
-def test_a_repeated_run_draws_the_same_bytes_whatever_the_worlds_random_state(tiny_model, pictures):
+def test_generation_ignores_the_global_random_state(tiny_model, images):
     with torch.random.fork_rng():
         torch.manual_seed(123)
         assert all(
-            np.array_equal(a, b) for a, b in zip(draw(tiny_model, ASKS), pictures, strict=True)
+            np.array_equal(a, b) for a, b in zip(draw(tiny_model, SAMPLES), images, strict=True)
         )
 
 
-def test_seed_index_and_prompt_each_make_another_picture(tiny_model):
-    asks = [
+def test_seed_index_and_prompt_each_change_the_image(tiny_model):
+    samples = [
         Sample(prompt="a red cube", seed=1),
         Sample(prompt="a red cube", seed=2),
         Sample(prompt="a red cube", seed=1, index=1),
         Sample(prompt="a blue ball", seed=1),
     ]
-    found = [p.tobytes() for p in draw(tiny_model, asks, guidance=20.0)]
+    found = [p.tobytes() for p in draw(tiny_model, samples, guidance_scale=20.0)]
     assert len(set(found)) == 4
 
 
-def test_the_noise_is_a_matter_of_seed_and_index_alone():
+def test_the_noise_depends_on_seed_and_index_only():
     pairs = [(s, i) for s in range(12) for i in range(12)] + [(-1, 0), (10**20, 0)]
     noises = [tuple(torch.randn(4, generator=generator(s, i)).tolist()) for s, i in pairs]
     assert len(set(noises)) == len(pairs)
@@ -93,16 +93,16 @@ def test_guidance_of_one_is_no_guidance(tiny_model):
     hook = tiny_model.denoiser.conv_in.register_forward_hook(
         lambda m, inputs, out: model_calls.append(len(inputs[0]))
     )
-    draw(tiny_model, ASKS[:2], steps=2, guidance=1.0)
-    draw(tiny_model, ASKS[:2], steps=2, guidance=2.0)
+    draw(tiny_model, SAMPLES[:2], num_inference_steps=2, guidance_scale=1.0)
+    draw(tiny_model, SAMPLES[:2], num_inference_steps=2, guidance_scale=2.0)
     hook.remove()
     assert model_calls == [2, 2, 4, 4]
 
 
-def test_pictures_are_drawn_as_they_are_taken(tiny_model):
+def test_images_are_generated_lazily(tiny_model):
     calls = []
     hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
-    rows = generate(tiny_model, ASKS, GenerationConfig(num_inference_steps=1, batch_size=2))
+    rows = generate(tiny_model, SAMPLES, GenerationConfig(num_inference_steps=1, batch_size=2))
     assert not calls
     next(rows)
     assert len(calls) == 1
@@ -110,7 +110,7 @@ def test_pictures_are_drawn_as_they_are_taken(tiny_model):
     rows.close()
 
 
-def test_nothing_asked_nothing_drawn(tiny_model):
+def test_no_samples_give_no_images(tiny_model):
     assert list(generate(tiny_model, [], GenerationConfig())) == []
 
 
@@ -124,12 +124,12 @@ def test_nothing_asked_nothing_drawn(tiny_model):
         {"stepz": 3},
     ],
 )
-def test_a_setting_that_breaks_its_rule_is_refused(change):
+def test_invalid_settings_are_refused(change):
     with pytest.raises(ValidationError, match=next(iter(change))):
         GenerationConfig(**change)
 
 
-def test_a_png_carries_how_it_was_made(tmp_path):
+def test_a_png_stores_its_metadata(tmp_path):
     image = Image.effect_noise((32, 32), 90).convert("RGB")
     facts = {"prompt": 'a "red" cube,\nécrit en français 红', "seed": 3, "patches": ["ab12"]}
     save_image(image, tmp_path / "new" / "0.png", facts)
@@ -140,7 +140,7 @@ def test_a_png_carries_how_it_was_made(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["0.png"]
 
 
-def test_a_png_that_exists_is_kept(tmp_path):
+def test_an_existing_png_is_not_overwritten(tmp_path):
     (tmp_path / "0.png").write_text("mine")
     with pytest.raises(FileError, match="already exists"):
         save_image(Image.new("RGB", (8, 8)), tmp_path / "0.png", {})
@@ -151,18 +151,18 @@ def test_a_png_that_exists_is_kept(tmp_path):
     ("able", "want"),
     [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512_f", "fp32"), ("", "fp32")],
 )
-def test_a_processor_that_would_put_bf16_together_by_software_gets_fp32(monkeypatch, able, want):
+def test_cpus_without_bf16_instructions_prefer_fp32(monkeypatch, able, want):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
     assert preferred_precision() == want
 
 
-def test_a_torch_that_does_not_tell_and_other_devices_get_fp32(monkeypatch):
+def test_unknown_capabilities_prefer_fp32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert preferred_precision() == preferred_precision("mps") == "fp32"
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_a_graphics_card_is_asked_whether_it_computes_in_bf16_itself(monkeypatch, able):
+def test_gpus_prefer_bf16_if_supported_natively(monkeypatch, able):
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda which: nullcontext(asked.append(which)))
     monkeypatch.setattr(

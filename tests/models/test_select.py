@@ -1,4 +1,4 @@
-"""Which weights the selector names."""
+"""Selectors match weights by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.models.selectors import select_parameters
 
 
-def test_attn1_names_80_tensors_of_49574080_parameters_on_sd_1():
+def test_attn1_matches_80_tensors_of_49574080_parameters_on_sd_1():
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=64,
@@ -35,14 +35,14 @@ def test_attn1_names_80_tensors_of_49574080_parameters_on_sd_1():
     }
 
 
-def test_attn1_names_self_attention_of_every_block_in_order(tiny_model):
+def test_attn1_matches_self_attention_of_every_block_in_order(tiny_model):
     names = select_parameters(tiny_model.denoiser, "attn1")
     assert names == [n for n, _ in tiny_model.denoiser.named_parameters() if "attn1" in n]
     assert {n.split(".")[0] for n in names} == {"down_blocks", "mid_block", "up_blocks"}
     assert not [n for n in names if "attn2" in n or "norm" in n or "ff" in n]
 
 
-def test_self_attention_that_is_really_cross_attention_is_refused():
+def test_only_cross_attention_models_are_refused_for_attn1():
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -54,15 +54,15 @@ def test_self_attention_that_is_really_cross_attention_is_refused():
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         only_cross_attention=True,
     )
-    with pytest.raises(ConfigError, match="attn1 is cross-attention in this model"):
+    with pytest.raises(ConfigError, match="must match self-attention, got cross-attention"):
         select_parameters(unet, "attn1")
 
 
-def test_a_model_without_such_weights_is_refused(tiny_model):
-    with pytest.raises(ConfigError, match="picks no weight of a AutoencoderKL"):
+def test_a_model_without_attention_is_refused(tiny_model):
+    with pytest.raises(ConfigError, match="must match a weight of the AutoencoderKL, got none"):
         select_parameters(tiny_model.vae, "attn1")
 
 
-def test_an_unknown_selector_comes_with_the_nearest(tiny_model):
+def test_an_unknown_selector_suggests_the_nearest(tiny_model):
     with pytest.raises(UnknownNameError, match="Did you mean 'attn1'"):
         select_parameters(tiny_model.denoiser, "atn1")

@@ -1,4 +1,4 @@
-"""A one-file checkpoint: the library opens it, the same seed gives the same picture, and what is no such file is refused."""
+"""One-file checkpoints of SD 1.x: round trip, diffusers' reader, and errors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint import key_map as layout
-from safegen.models.checkpoint.single_file import CONFIGS, load_single_file, save_single_file
-from safegen.models.model import load
+from safegen.models.checkpoint.metadata import CheckpointMetadata
+from safegen.models.checkpoint.single_file import CONFIGS_KEY
+from safegen.models.checkpoint.single_file_writer import save_single_file
+from safegen.models.loading import load
 
 PREFIX = layout.PREFIX["sd1"]
 ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -24,11 +25,13 @@ ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, 
 @pytest.fixture(scope="module")
 def file(tiny_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    save_single_file(tiny_model, out, dtype="fp32", facts={"method": "uce"})
+    save_single_file(
+        tiny_model, out, dtype="fp32", metadata=CheckpointMetadata(base=tiny_model.hash)
+    )
     return out
 
 
-def picture(pipeline):
+def image(pipeline):
     return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
 
 
@@ -36,22 +39,19 @@ def weights(model):
     return [part.state_dict() for part in (model.denoiser, model.vae, model.pipeline.text_encoder)]
 
 
-def test_the_round_trip_gives_every_weight_and_the_picture_back(file, tiny_model):
+def test_the_round_trip_restores_weights_and_image(file, tiny_model):
     again = load(str(file))
     for a, b in zip(weights(again), weights(tiny_model), strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(value, b[name]) for name, value in a.items())
     assert again.hash == tiny_model.hash
-    assert torch.equal(picture(again.pipeline), picture(tiny_model.pipeline))
+    assert torch.equal(image(again.pipeline), image(tiny_model.pipeline))
     assert type(again.pipeline.scheduler) is type(tiny_model.pipeline.scheduler)
     assert not any(p.requires_grad for p in again.denoiser.parameters())
 
 
-def test_the_library_opens_the_file_and_draws_the_same_picture(file, tiny_model, tiny_folder):
-    """What A1111, ComfyUI and InvokeAI rest on: the file is read by its keys alone.
-
-    Within 1e-3, as rounding goes; it is exact here.
-    """
+def test_diffusers_loads_the_file_and_generates_the_same_image(file, tiny_model, tiny_folder):
+    """diffusers reads the file by its keys alone, as A1111, ComfyUI and InvokeAI do."""
     other = StableDiffusionPipeline.from_single_file(
         str(file),
         config=str(tiny_folder),
@@ -60,48 +60,40 @@ def test_the_library_opens_the_file_and_draws_the_same_picture(file, tiny_model,
         requires_safety_checker=False,
     )
     other.set_progress_bar_config(disable=True)
-    assert_close(picture(other), picture(tiny_model.pipeline), rtol=0, atol=1e-3)
+    assert_close(image(other), image(tiny_model.pipeline), rtol=0, atol=1e-3)
 
 
-def test_half_precision_keeps_the_picture_nearly(tiny_model, tmp_path):
+def test_fp16_changes_the_image_slightly(tiny_model, tmp_path):
     out = tmp_path / "half.safetensors"
     save_single_file(tiny_model, out)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
-    assert_close(picture(load(str(out)).pipeline), picture(tiny_model.pipeline), rtol=0, atol=2e-2)
+    assert_close(image(load(str(out)).pipeline), image(tiny_model.pipeline), rtol=0, atol=2e-2)
 
 
-def test_a_patched_model_goes_out_with_its_patch(make_model, tmp_path):
+def test_a_patched_model_is_saved_with_its_patch(make_model, tmp_path):
     from safegen.edits.uce import UCE
 
     model = make_model()
     with UCE(erase=("red cube",)).apply(model).apply(model):
         save_single_file(model, tmp_path / "edited.safetensors", dtype="fp32")
-        edited = picture(model.pipeline)
+        edited = image(model.pipeline)
     again = load(str(tmp_path / "edited.safetensors"))
-    assert torch.equal(picture(again.pipeline), edited)
-    assert (edited - picture(model.pipeline)).abs().max() > 1e-3
+    assert torch.equal(image(again.pipeline), edited)
+    assert (edited - image(model.pipeline)).abs().max() > 1e-3
 
 
-def test_the_header_says_where_the_weights_come_from(file):
+def test_the_header_states_the_provenance(file, tiny_model):
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()
-    assert json.loads(header["safegen"]) == {
-        "method": "uce",
-        "weights": [
-            hash_tensors(load(file, dtype=d).denoiser.state_dict(), dtype=torch.float32)
-            for d in ("fp32", "fp16", "bf16")
-        ],
-    }
+    assert json.loads(header["safegen"]) == {"base": tiny_model.hash, "weights": tiny_model.hash}
     assert header["format"] == "pt"
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(
-        header[CONFIGS]
+        header[CONFIGS_KEY]
     ).keys()
 
 
-def test_a_file_without_small_files_takes_those_of_a_folder(
-    file, tiny_model, tiny_folder, tmp_path
-):
-    """As every file of somebody else's is; the buffer that older encoders keep is no obstacle."""
+def test_a_file_without_configurations_uses_a_folder(file, tiny_model, tiny_folder, tmp_path):
+    """Files of other tools have no configurations, and old ones have an extra buffer."""
     bare = tmp_path / "bare.safetensors"
     extra = {
         PREFIX["text_encoder"] + "embeddings.position_ids": torch.arange(4),
@@ -111,15 +103,15 @@ def test_a_file_without_small_files_takes_those_of_a_folder(
     save_file(load_file(file) | extra, bare)
     with pytest.raises(
         FileError,
-        match=r"its configuration says .*; the configuration is that .* SD 1\.x: name .* \(--config, or in a recipe\)",
+        match=r"must be .* The configuration is that .* SD 1\.x\. Name .* \(--config, or in a recipe\)",
     ):
         load(str(bare))
     assert torch.equal(
-        picture(load(str(bare), config=tiny_folder).pipeline), picture(tiny_model.pipeline)
+        image(load(str(bare), config=tiny_folder).pipeline), image(tiny_model.pipeline)
     )
 
 
-def test_a_pickle_is_opened_only_when_the_user_says_so(file, tiny_model, tiny_folder, tmp_path):
+def test_a_pickle_is_opened_only_if_allowed(file, tiny_model, tiny_folder, tmp_path):
     path = tmp_path / "old.ckpt"
     torch.save({"state_dict": load_file(file), "global_step": 7}, path)
     with pytest.raises(FileError, match="--allow-pickle"):
@@ -133,7 +125,7 @@ class Harm:
         return (print, ("harm",))
 
 
-def test_a_pickle_that_would_run_code_is_refused_even_then(tiny_folder, tmp_path, capsys):
+def test_a_pickle_with_code_is_refused(tiny_folder, tmp_path, capsys):
     path = tmp_path / "bad.ckpt"
     torch.save({"state_dict": Harm()}, path)
     with pytest.raises(FileError, match="cannot be read as a one-file checkpoint"):
@@ -158,16 +150,16 @@ def spoil(tensors, _):
 
 
 def climb(_, header):
-    header[CONFIGS] = json.dumps({"../../out.txt": "x"})
+    header[CONFIGS_KEY] = json.dumps({"../../out.txt": "x"})
 
 
 def break_header(_, header):
-    header[CONFIGS] = "{"
+    header[CONFIGS_KEY] = "{"
 
 
 def other_family(_, header):
-    files = json.loads(header[CONFIGS])
-    header[CONFIGS] = json.dumps(
+    files = json.loads(header[CONFIGS_KEY])
+    header[CONFIGS_KEY] = json.dumps(
         files | {"model_index.json": json.dumps({"_class_name": "FluxPipeline"})}
     )
 
@@ -177,17 +169,17 @@ def other_family(_, header):
     [
         (
             drop,
-            r"has no model.diffusion_model.out.2.bias, which its configuration wants; the file was changed",
+            r"lacks model.diffusion_model.out.2.bias, which its configuration needs. The file was changed",
         ),
-        (widen, r"out.2.bias of shape \(9,\), its configuration says \(4,\)"),
-        (add, r"encoder.down.9.block.0.conv1.weight and 0 others"),
+        (widen, r"out.2.bias in .* must be \(4,\) for conv_out.bias, got \(9,\)"),
+        (add, r"has 1 weights .* first .*encoder.down.9.block.0.conv1.weight"),
         (spoil, "NaN or infinite weights in unet"),
-        (climb, "not to be trusted"),
+        (climb, "must lie in its folder"),
         (break_header, "damaged"),
-        (other_family, "is a FluxPipeline"),
+        (other_family, "must be one of .* got FluxPipeline"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_in_one_line(file, tmp_path, change, words):
+def test_an_unusable_file_is_refused_in_one_line(file, tmp_path, change, words):
     with safe_open(file, framework="pt") as opened:
         header = dict(opened.metadata())
     tensors = load_file(file)
@@ -198,25 +190,23 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(file, tmp_path, change,
     assert "\n" not in str(caught.value)
 
 
-def test_what_has_no_effect_or_no_room_is_refused(make_model, tiny_folder, tmp_path, file):
-    with pytest.raises(ConfigError, match="config has no effect on 'mini'"):
+def test_invalid_arguments_are_refused(make_model, tiny_folder, tmp_path, file):
+    with pytest.raises(ConfigError, match="config must go with a one-file checkpoint, got 'mini'"):
         load("mini", config=tiny_folder)
     with pytest.raises(ConfigError, match="dtype must be one of fp32, bf16, fp16"):
         save_single_file(make_model(), tmp_path / "x.safetensors", dtype="int8")
     big = make_model()
     with torch.no_grad():
         big.denoiser.conv_out.bias.fill_(1e6)
-    with pytest.raises(
-        ConfigError, match=r"unet.conv_out.bias does not fit into fp16; choose bf16 or fp32"
-    ):
+    with pytest.raises(ConfigError, match=r"got fp16, which overflows in unet.conv_out.bias"):
         save_single_file(big, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
-    with pytest.raises(FileError, match="is not a diffusers folder"):
-        load_single_file(file, config=tmp_path)
+    with pytest.raises(FileError, match="must be a diffusers folder"):
+        load(file, config=tmp_path)
 
 
-def test_a_folder_whose_index_is_damaged_is_refused_in_one_line(file, tmp_path):
+def test_a_folder_with_a_damaged_index_is_refused_in_one_line(file, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(FileError, match=r"model_index.json is not JSON") as caught:
-        load_single_file(file, config=tmp_path)
+    with pytest.raises(FileError, match=r"model_index.json must be JSON") as caught:
+        load(file, config=tmp_path)
     assert "\n" not in str(caught.value)

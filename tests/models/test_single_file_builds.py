@@ -1,4 +1,4 @@
-"""One-file SD 2.x and SDXL: the round trip, the library's own reader, prediction of v, and what does not fit."""
+"""One-file checkpoints of SD 2.x and SDXL: round trip, diffusers' reader, v-prediction, and errors."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.base import Edit
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.checkpoint.single_file import CONFIGS, save_single_file
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.checkpoint.single_file import CONFIGS_KEY
+from safegen.models.checkpoint.single_file_writer import save_single_file
 from safegen.models.generation import generate
-from safegen.models.model import load
+from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
-from safegen.stack import pipeline_hash
 
 ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 CLASSES = {"sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
-def picture(pipeline):
+def image(pipeline):
     return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
 
 
@@ -37,10 +38,10 @@ def file(other_build, tmp_path):
     return tmp_path / "tiny.safetensors"
 
 
-def test_the_round_trip_gives_every_weight_and_the_picture_back(file, other_build):
+def test_the_round_trip_restores_weights_and_image(file, other_build):
     again = load(str(file))
-    assert again.parts == other_build.parts
-    for part in other_build.parts:
+    assert again.components == other_build.components
+    for part in other_build.components:
         a, b = (getattr(model.pipeline, part).state_dict() for model in (again, other_build))
         assert a.keys() == b.keys()
         assert all(torch.equal(value, b[name]) for name, value in a.items())
@@ -49,34 +50,32 @@ def test_the_round_trip_gives_every_weight_and_the_picture_back(file, other_buil
         other_build.family,
         other_build.hash,
     )
-    assert pipeline_hash(again) == pipeline_hash(other_build)
-    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
+    assert again.pipeline_hash == other_build.pipeline_hash
+    assert torch.equal(image(again.pipeline), image(other_build.pipeline))
 
 
-def test_the_library_opens_the_file_and_draws_the_same_picture(file, other_build, tmp_path):
-    """By the file's keys alone, with a folder's configurations. Within 1e-3, as rounding goes."""
+def test_diffusers_loads_the_file_and_generates_the_same_image(file, other_build, tmp_path):
+    """diffusers reads the file by its keys alone, with a folder's configurations."""
     save_folder(other_build, tmp_path / "folder")
     kind = CLASSES[other_build.name]
     other = kind.from_single_file(str(file), config=str(tmp_path / "folder"), local_files_only=True)
-    other.scheduler = (
-        other_build.pipeline.scheduler
-    )  # what the reader takes for SD 2.x rests on its size
+    other.scheduler = other_build.pipeline.scheduler  # diffusers detects SD 2.x by its size
     other.set_progress_bar_config(disable=True)
-    assert_close(picture(other), picture(other_build.pipeline), rtol=0, atol=1e-3)
+    assert_close(image(other), image(other_build.pipeline), rtol=0, atol=1e-3)
 
 
-def test_a_folder_is_read_and_written_too(other_build, tmp_path):
+def test_a_folder_round_trips(other_build, tmp_path):
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "folder"))
-    assert pipeline_hash(again) == pipeline_hash(other_build)
-    # a processor without AVX-512 rounds by where in memory a file's weights lie
-    assert_close(picture(again.pipeline), picture(other_build.pipeline), rtol=0, atol=1e-5)
+    assert again.pipeline_hash == other_build.pipeline_hash
+    # without AVX-512, rounding depends on the alignment of the weights in memory
+    assert_close(image(again.pipeline), image(other_build.pipeline), rtol=0, atol=1e-5)
     theirs = CLASSES[other_build.name].from_pretrained(tmp_path / "folder")
-    assert_close(picture(theirs), picture(other_build.pipeline), rtol=0, atol=1e-5)
+    assert_close(image(theirs), image(other_build.pipeline), rtol=0, atol=1e-5)
 
 
-def test_a_file_of_somebody_elses_has_more_that_decides_nothing(file, other_build, tmp_path):
-    """Buffers, scales, and of SD 2.x the block after the last that is read."""
+def test_unused_tensors_are_ignored(file, other_build, tmp_path):
+    """Buffers, scales, and SD 2.x's unused last block."""
     tensors = load_file(file)
     if other_build.name == "sd2":
         prefix = "cond_stage_model.model."
@@ -96,12 +95,12 @@ def test_a_file_of_somebody_elses_has_more_that_decides_nothing(file, other_buil
     )
     save_folder(other_build, tmp_path / "folder")
     again = load(str(tmp_path / "theirs.safetensors"), config=tmp_path / "folder")
-    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
+    assert torch.equal(image(again.pipeline), image(other_build.pipeline))
     wrong = {prefix + "transformer.resblocks.3.ln_1.weight": torch.ones(32)}
     save_file(tensors | wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(
         FileError,
-        match=r"resblocks.3.ln_1.weight and 0 others that its configuration does not know",
+        match=r"has 1 weights that its configuration does not know, first .*resblocks.3.ln_1.weight",
     ):
         load(str(tmp_path / "wrong.safetensors"), config=tmp_path / "folder")
 
@@ -111,23 +110,21 @@ class Harm:
         return (print, ("harm",))
 
 
-def test_a_pickle_is_opened_only_when_the_user_says_so_and_never_runs(
-    file, other_build, tmp_path, capsys
-):
+def test_a_pickle_is_opened_only_if_allowed_and_runs_no_code(file, other_build, tmp_path, capsys):
     save_folder(other_build, tmp_path / "folder")
     torch.save({"state_dict": load_file(file), "global_step": 7}, tmp_path / "old.ckpt")
-    with pytest.raises(FileError, match=r"old.ckpt is a pickle, .* say --allow-pickle"):
+    with pytest.raises(FileError, match=r"old.ckpt is a pickle, .* pass --allow-pickle"):
         load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder")
     again = load(str(tmp_path / "old.ckpt"), config=tmp_path / "folder", allow_pickle=True)
-    assert (again.parts, again.hash) == (other_build.parts, other_build.hash)
-    assert torch.equal(picture(again.pipeline), picture(other_build.pipeline))
+    assert (again.components, again.hash) == (other_build.components, other_build.hash)
+    assert torch.equal(image(again.pipeline), image(other_build.pipeline))
     torch.save({"state_dict": Harm()}, tmp_path / "bad.ckpt")
     with pytest.raises(FileError, match="cannot be read as a one-file checkpoint"):
         load(str(tmp_path / "bad.ckpt"), config=tmp_path / "folder", allow_pickle=True)
     assert capsys.readouterr().out == ""
 
 
-def test_a_fused_tensor_of_another_size_is_refused(file, other_build, tmp_path):
+def test_a_fused_tensor_of_another_shape_is_refused(file, other_build, tmp_path):
     with safe_open(file, framework="pt") as opened:
         header = dict(opened.metadata())
     tensors = load_file(file)
@@ -136,7 +133,7 @@ def test_a_fused_tensor_of_another_size_is_refused(file, other_build, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", metadata=header)
     with pytest.raises(
         FileError,
-        match=r"in_proj_weight of shape \(\d+, \d+\), its configuration says \(\d+, \d+\) for .*[qkv]_proj.weight",
+        match=r"shape of .*in_proj_weight in .* must be \(\d+, \d+\) for .*[qkv]_proj.weight, got \(\d+, \d+\)",
     ):
         load(str(tmp_path / "x.safetensors"))
 
@@ -145,7 +142,7 @@ def test_a_fused_tensor_of_another_size_is_refused(file, other_build, tmp_path):
 @pytest.mark.parametrize(
     ("predicts", "ends"), [("v_prediction", True), ("v_prediction", False), ("epsilon", False)]
 )
-def test_what_is_predicted_is_marked_and_comes_back(make_tiny, tmp_path, build, predicts, ends):
+def test_prediction_markers_round_trip(make_tiny, tmp_path, build, predicts, ends):
     model = make_tiny(build, prediction_type=predicts, rescale_betas_zero_snr=ends)
     save_single_file(model, tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as opened:
@@ -163,8 +160,8 @@ def test_what_is_predicted_is_marked_and_comes_back(make_tiny, tmp_path, build, 
     )
 
 
-def test_a_configuration_that_contradicts_the_file_is_refused_in_one_line(make_tiny, tmp_path):
-    """A v-prediction file under an epsilon schedule loads and draws noise: it must not load."""
+def test_a_contradicting_configuration_is_refused(make_tiny, tmp_path):
+    """A v-prediction file with an epsilon schedule would generate noise."""
     for name, schedule in {
         "v": {},
         "eps": {"prediction_type": "epsilon"},
@@ -175,44 +172,42 @@ def test_a_configuration_that_contradicts_the_file_is_refused_in_one_line(make_t
         save_folder(model, tmp_path / name)
     load(str(tmp_path / "v.safetensors"), config=tmp_path / "v")
     for file, folder, words in (
-        ("v", "eps", "says that it predicts v_prediction, its configuration says epsilon"),
-        ("eps", "v", "says that it predicts epsilon, its configuration says v_prediction"),
-        ("snr", "v", "says that its schedule ends in pure noise"),
+        ("v", "eps", "must be v_prediction, which .* states, got epsilon"),
+        ("eps", "v", "must be epsilon, which .* states, got v_prediction"),
+        ("snr", "v", "must end in pure noise"),
     ):
         with pytest.raises(FileError, match=words) as caught:
             load(str(tmp_path / f"{file}.safetensors"), config=tmp_path / folder)
         assert "\n" not in str(caught.value)
     bare = {k: v for k, v in load_file(tmp_path / "v.safetensors").items() if k != "v_pred"}
-    save_file(bare, tmp_path / "bare.safetensors")  # says nothing: the folder decides
+    save_file(bare, tmp_path / "bare.safetensors")  # without a statement the folder decides
     assert load(str(tmp_path / "bare.safetensors"), config=tmp_path / "eps").prediction == "epsilon"
 
 
-def test_a_model_that_predicts_what_a_file_cannot_say_is_not_written(make_tiny, tmp_path):
-    with pytest.raises(
-        ConfigError, match="predicts sample, and one file can say epsilon or v_prediction only"
-    ):
+def test_an_unsupported_prediction_is_not_written(make_tiny, tmp_path):
+    with pytest.raises(ConfigError, match="must be epsilon or v_prediction, got sample"):
         save_single_file(make_tiny("sd2", prediction_type="sample"), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_patch_goes_out_with_the_model(make_tiny, tmp_path):
+def test_a_patched_model_of_another_architecture_is_saved(make_tiny, tmp_path):
     for build in ("sd2", "sdxl"):
         model = make_tiny(build)
         names = select_parameters(model.denoiser, "attn1")
         patch = Patch(
             {n: model.denoiser.get_parameter(n) * 3 for n in names},
-            {"base": model.hash, "family": model.family},
+            PatchMetadata(base=model.hash, family=model.family),
         )
-        before = picture(model.pipeline)
+        before = image(model.pipeline)
         with patch.apply(model):
             save_single_file(model, tmp_path / f"{build}.safetensors", dtype="fp32")
-            edited = picture(model.pipeline)
-        assert torch.equal(picture(load(str(tmp_path / f"{build}.safetensors")).pipeline), edited)
+            edited = image(model.pipeline)
+        assert torch.equal(image(load(str(tmp_path / f"{build}.safetensors")).pipeline), edited)
         assert (edited - before).abs().max() > 1e-3
-        assert torch.equal(picture(model.pipeline), before)
+        assert torch.equal(image(model.pipeline), before)
 
 
-def test_a_stack_draws_with_an_sdxl(make_tiny):
+def test_a_stack_generates_with_an_sdxl(make_tiny):
     model = make_tiny("sdxl")
     one, two = generate(
         model,
@@ -224,28 +219,28 @@ def test_a_stack_draws_with_an_sdxl(make_tiny):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_no_edit_half_works_on_an_sdxl(name, make_tiny, triplets):
-    """Its denoiser wants more than one text embedding: each edit says so in a line and leaves the model alone."""
+def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
+    """SDXL is conditioned on more than one text embedding, which edits do not support."""
     model = make_tiny("sdxl")
     edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset(
         "default", **({} if name == "safegen" else WORDS.get(name, ERASE))
     )
     before = {
         k: v.clone()
-        for part in model.parts
+        for part in model.components
         for k, v in getattr(model.pipeline, part).state_dict().items()
     }
-    with pytest.raises(
-        ConfigError, match=r"'sdxl' is an SDXL.*edits and fine-tuning know SD 1.x and 2.x only"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"need an SD 1.x or 2.x, got the SDXL 'sdxl'") as caught:
         edit.apply(model, triplets if edit.inputs != "words" else None)
     assert "\n" not in str(caught.value)
     after = {
-        k: v for part in model.parts for k, v in getattr(model.pipeline, part).state_dict().items()
+        k: v
+        for part in model.components
+        for k, v in getattr(model.pipeline, part).state_dict().items()
     }
     assert after.keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in after.items())
-    assert model.applied == []
+    assert model.applied_patches == []
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
 
 
@@ -257,10 +252,10 @@ WORDS = {
 }
 
 
-def test_the_header_holds_the_small_files_of_both_text_encoders(make_tiny, tmp_path):
+def test_the_header_has_the_configurations_of_both_text_encoders(make_tiny, tmp_path):
     save_single_file(make_tiny("sdxl"), tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as opened:
-        files = json.loads(opened.metadata()[CONFIGS])
+        files = json.loads(opened.metadata()[CONFIGS_KEY])
     assert {
         "text_encoder_2/config.json",
         "tokenizer_2/vocab.json",

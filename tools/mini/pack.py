@@ -24,7 +24,7 @@ from safegen.data.triplets.make import make
 from safegen.judges.mini import MiniJudge
 from safegen.mini import bundle
 from safegen.mini.world import IMAGE_SIZE, OBJECTS
-from safegen.models.checkpoint.diffusers_folder import forget_places, save_folder
+from safegen.models.checkpoint.diffusers_folder import remove_local_paths, save_folder
 from safegen.models.model import Model
 from tools.mini.denoiser import SCHEDULE
 from tools.mini.drawing import draw, sample_scene
@@ -74,7 +74,7 @@ def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
             {k: v.half() if v.ndim == 4 else v for k, v in judge.items()},
             target[bundle.judge_file()],
         )
-        forget_places(staged)
+        remove_local_paths(staged)
         print(
             f"pack: {sum(p.stat().st_size for p in staged.rglob('*') if p.is_file()) / 1e6:.1f} MB",
             flush=True,

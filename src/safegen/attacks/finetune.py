@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, DivergedError, FileError
 from safegen.data.triplets.triplets import Triplets, open_role, read_picture
-from safegen.edits.base import parents_of
 from safegen.edits.functional import losses
 from safegen.edits.training.checkpoint import FILE
 from safegen.edits.training.config import Precision, resolve_precision
@@ -24,6 +23,7 @@ from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import to_pixels
 from safegen.edits.training.trainer import LogRow, Training, TrainingCallback, check, train
 from safegen.judges import load_judge
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -203,7 +203,7 @@ class DenoisingObjective:
         )
         self.rows = [[known.index(t) for t in row] for row in material.texts]
         self.fingerprint = (
-            f"{settings.model_dump_json()} {model.hash} {model.components_hash} {material.hash}"
+            f"{settings.model_dump_json()} {model.pipeline_hash} {material.hash}"
         )
 
     def training_step(
@@ -281,8 +281,7 @@ def fine_tune(
         "base": model.hash,
         "family": model.family,
     }
-    said |= {"base_rounded": model.cast_hashes}
-    said |= {"under": under} if (under := parents_of(model)) else {}
+    said |= {"parents": model.parents} if model.parents else {}
     with trainable_parameters(
         model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed
     ) as part:
@@ -296,7 +295,7 @@ def fine_tune(
                     raise DivergedError(
                         f"the fine-tuned weights are not finite after {done} updates; lower lr ({settings.lr})"
                     )
-                found[done] = Patch(values, said | {"data": material.hash, "updates": done} | facts)
+                found[done] = Patch(values, PatchMetadata(**said | {"data": material.hash, "updates": done} | facts))
                 if folder:
                     (folder / f"{done}.safetensors").unlink(
                         missing_ok=True

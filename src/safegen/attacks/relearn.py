@@ -25,7 +25,7 @@ from safegen.attacks.kept import RESULTS, Kept
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
-from safegen.core.generation import preferred_precision
+from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.trainer import TrainingCallback
@@ -36,7 +36,7 @@ from safegen.evaluation.scoring.score import ASKED, refuse_unjudged, removal, sc
 from safegen.judges import Detections, Judge, load_judge
 from safegen.metrics.image import mean_change
 from safegen.metrics.paired import mcnemar
-from safegen.models.generation import GenerationConfig, generate
+from safegen.models.generation import generate
 from safegen.models.model import Model
 from safegen.patches.arithmetic import merge, warn_of_overlap
 from safegen.patches.patch import Patch
@@ -93,7 +93,7 @@ class Findings:
             "settings": self.settings.model_dump(mode="json"),
             "model": display_name(self.model.name),
             "base_hash": self.model.hash,
-            "patches": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in self.patches],
+            "patches": [{"hash": p.hash, "metadata": p.metadata.to_json()} for p in self.patches],
             "concept": self.concept.model_dump(mode="json"),
             "judge": self.judge_id,
             "data": self.material.facts(),
@@ -231,11 +231,11 @@ def resilience(
         raise ConfigError("there is no edit whose resilience could be tested; name a patch")
     warn_of_overlap(patches)
     if settings.apart and (
-        below := _as_one(patches).provenance.get("under")
+        below := _as_one(patches).metadata.parents
     ):  # or adding up would fail after all the fine-tuning
         raise ConfigError(
-            f"apart adds a fine-tune of the base to the edit, which was made on a model with another patch on it ({below[0]['method']}, "
-            f"hash {below[0]['hash'][:12]}); name that one too"
+            f"apart adds a fine-tune of the base to the edit, which was made on a model with another patch on it ({below[0].method}, "
+            f"hash {below[0].hash[:12]}); name that one too"
         )
     settings = settings.model_copy(update={"finetune": settings.finetune.on(model.denoiser)})
     items = make_plan(concept, prompts=settings.prompts, seeds=settings.seeds, roles=settings.roles)
@@ -259,7 +259,7 @@ def _decides(found: Findings) -> dict[str, Any]:
         "made_by": f"safegen {__version__}",
         "settings": found.settings.model_dump(mode="json"),
         "base": model.hash,
-        "around": model.components_hash,
+        "pipeline": model.pipeline_hash,
         "computes": f"{model.denoiser.dtype} on {model.device.type}",
         "patches": [p.hash for p in found.patches],
         "concept": found.concept.model_dump(mode="json"),

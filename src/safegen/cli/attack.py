@@ -8,15 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safegen.cli.options import (
-    Config,
-    Device,
-    Dtype,
-    ModelArg,
-    Pickle,
-    Threads,
-    load_model,
-)
+from safegen.cli.options import Config, Device, Dtype, ModelArg, Pickle, Threads, load_model
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, explain
 

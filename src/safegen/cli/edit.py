@@ -81,9 +81,9 @@ def edit(
             callback=lambda done, total, _: progress("editing", done, total),
         )
     save_patch(patch, out, card=not no_card)
-    seconds = f"{patch.provenance['seconds']:.1f} s"
+    seconds = f"{patch.metadata.seconds:.1f} s"
     if settings.is_trained:
-        seconds = f"{patch.provenance['updates']} updates, {seconds}. Log: {checkpoint_dir}"
+        seconds = f"{patch.metadata.updates} updates, {seconds}. Log: {checkpoint_dir}"
     typer.echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
 
 

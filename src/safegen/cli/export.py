@@ -36,8 +36,7 @@ def export(
         typer.Option("--format", help="single-file for A1111 and ComfyUI, or a diffusers folder."),
     ] = Format.single_file,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="Weight type of a single file: fp16 (default), bf16 or fp32."),
+        str | None, typer.Option(help="Weight type of a single file: fp16 (default), bf16 or fp32.")
     ] = None,
     metrics: Metrics = None,
     no_card: NoCard = False,

@@ -16,7 +16,8 @@ from safegen.core.errors import ConfigError, FileError
 if TYPE_CHECKING:
     from safegen.core.generation import GenerationConfig
     from safegen.models.model import Model
-    from safegen.stack import LoadedStack, Stack
+    from safegen.stack import Stack
+    from safegen.stack_loader import LoadedStack, StackLoader
 
 SHEET = "sheet.png"
 """Contact sheet of the images; it is written last."""
@@ -68,7 +69,8 @@ def generate(
     texts = _read_prompts(prompt or [], prompts)
     recipe = _build_stack(model, stack, config)
     from safegen.core.generation import GenerationConfig
-    from safegen.stack import StackLoader, add_guards, add_loras, add_patches
+    from safegen.stack import add_guards, add_loras, add_patches
+    from safegen.stack_loader import StackLoader
 
     set_threads(threads)
     recipe = add_loras(add_patches(recipe, patch or []), lora or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,7 +53,7 @@ def extract_lora(
     if prompt and skip_quality:
         warn_unused("--prompt", "with --skip-quality")
     from safegen.evaluation.report.model_card import CardSubject, card, write_with_card
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches import lora as loras
     from safegen.patches.patch import Patch
 
@@ -68,26 +68,24 @@ def extract_lora(
         out.name,
         display_name(model),
         base.hash,
-        [(loaded.hash, loaded.provenance)],
+        [(loaded.hash, loaded.metadata.to_json())],
         [note],
     )
-    metadata = {
+    metadata: dict[str, Any] = {
         "base": base.hash,
-        "base_rounded": base.cast_hashes,
         "patch": loaded.hash,
-        "provenance": dict(loaded.provenance),
-        "energy": lora.retained_energy,
-        "missed": loss,
-        "missed_prompts": prompts,
+        "metadata": loaded.metadata.to_json(),
+        "effect_loss": loss,
+        "prompts": prompts,
     }
     write_with_card(
         out,
         None if no_card else card(subject),
         lambda: loras.save_lora(lora, base, out, keys=keys.value, **metadata),
     )
-    worst = min(lora.kept, key=lambda name: lora.kept[name])
+    worst = min(lora.energy_by_weight, key=lambda name: lora.energy_by_weight[name])
     typer.echo(f"{out}: {len(lora.factors)} modules of rank {lora.rank} keep {energy} (energy)")
-    typer.echo(f"least: {100 * lora.kept[worst]:.1f} % of {worst}")
+    typer.echo(f"least: {100 * lora.energy_by_weight[worst]:.1f} % of {worst}")
     typer.echo(f"quality: {quality}")
     if lora.left_out:
         typer.echo(
@@ -107,13 +105,13 @@ def from_lora(
 ) -> None:
     """Convert the denoiser's part of a LoRA to a patch, for `patch merge --overlap add`."""
     check_outputs(out, no_card)
-    from safegen.models.model import load
-    from safegen.patches.lora import load_lora
+    from safegen.models.loading import load
+    from safegen.patches.lora_reader import load_lora
     from safegen.workflows.export import save_patch
 
     patch = load_lora(lora, load(model, config=config, allow_pickle=allow_pickle), scale=scale)
     save_patch(patch, out, card=not no_card)
-    left_out = patch.provenance.get("left out")
+    left_out = patch.metadata.to_json().get("left_out")
     note = f"; left out, since a patch cannot hold them: {left_out}" if left_out else ""
     typer.echo(f"{out}: {len(patch.tensors)} tensors{note}")
 
@@ -132,9 +130,8 @@ def _describe_loss(prompts: list[str], loss: float | None) -> str:
 
 def _erased_phrase(patch: Patch) -> str:
     """Return the first phrase that a patch or one of its parts erases, or an empty prompt."""
-    parts = (part["provenance"] for part in patch.provenance.get("parts", ()))
-    for provenance in (patch.provenance, *parts):
-        phrases = provenance.get("settings", {}).get("erase")
+    for metadata in (patch.metadata, *(part.metadata for part in patch.metadata.parts)):
+        phrases = metadata.settings.get("erase")
         if isinstance(phrases, list | tuple) and phrases:
             return str(phrases[0])
     return ""

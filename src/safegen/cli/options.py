@@ -33,8 +33,7 @@ Pickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
 ]
 Config = Annotated[
-    Path | None,
-    typer.Option(help="Diffusers folder with the configs of a single-file checkpoint."),
+    Path | None, typer.Option(help="Diffusers folder with the configs of a single-file checkpoint.")
 ]
 Patches = Annotated[
     list[Path] | None, typer.Option("--patch", help="Patch to apply to the model. Repeatable.")
@@ -54,7 +53,7 @@ def load_model(
     name: str, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
 ) -> Model:
     """Return the model that the shared options describe."""
-    from safegen.models.model import load
+    from safegen.models.loading import load
 
     set_threads(threads)
     return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)

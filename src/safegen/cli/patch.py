@@ -44,7 +44,7 @@ def info(
         values = {
             "hash": loaded.hash,
             "tensors": {name: list(value.shape) for name, value in loaded.tensors.items()},
-            "provenance": dict(loaded.provenance),
+            "metadata": loaded.metadata.to_json(),
         }
         typer.echo(json.dumps(values, indent=1))
         return
@@ -56,7 +56,7 @@ def info(
     )
     layers = ", ".join(f"{count} of {kind}" for kind, count in loaded.layer_counts.items())
     typer.echo(f"changes: {layers}")
-    for key, value in loaded.provenance.items():
+    for key, value in loaded.metadata.to_json().items():
         text = value if isinstance(value, str | int | float | bool) else json.dumps(value)
         typer.echo(f"{key}: {text}")
 
@@ -109,7 +109,7 @@ def merge(
 ) -> None:
     """Merge several patches into one."""
     check_outputs(out, no_card)
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.arithmetic import merge as merge_patches
     from safegen.patches.arithmetic import overlapping
     from safegen.patches.patch import Patch
@@ -122,7 +122,7 @@ def merge(
     merged = merge_patches(loaded, overlap=overlap.value, model=base)
     save_patch(merged, out, card=not no_card)
     shared = len(overlapping(loaded))
-    how = merged.provenance["overlap"] or "each made on the one before"
+    how = merged.metadata.overlap or "each made on the one before"
     note = f", {shared} overlapping: {how}" if shared else ""
     typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(loaded)} patches{note}")
 
@@ -145,7 +145,7 @@ def rebase(
     """
     check_outputs(out, no_card)
     from safegen.core.files import exists
-    from safegen.models.model import load
+    from safegen.models.loading import load
     from safegen.patches.arithmetic import rebase as rebase_patch
     from safegen.patches.patch import Patch
     from safegen.workflows.export import save_patch
@@ -160,7 +160,7 @@ def rebase(
     ]
     rebased = rebase_patch(loaded, *models)
     save_patch(rebased, out, card=not no_card)
-    moved = {name: f"{100 * value:.3g} %" for name, value in rebased.provenance["moved"].items()}
+    moved = {name: f"{100 * value:.3g} %" for name, value in (rebased.metadata.moved or {}).items()}
     note = (
         f"; the edit moves them by {moved['change']}, the fine-tune by {moved['fine_tune']}"
         if moved

@@ -77,7 +77,7 @@ class SafegenWarning(UserWarning):
 
 
 class UnusedSettingWarning(SafegenWarning):
-    """Setting that has no effect."""
+    """Setting, concept or guard that has no effect."""
 
 
 def explain(error: ValidationError, settings: type[BaseModel] | None = None) -> str:
@@ -116,8 +116,9 @@ def setting_names(settings: type[BaseModel] | None, prefix: str = "") -> Iterato
             yield from setting_names(kind, f"{prefix}{name}.")
 
 
-class NoEffectWarning(UserWarning):
-    """A setting, a concept or a guard has no effect here."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut to 300 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def is_out_of_memory(error: BaseException | str) -> bool:

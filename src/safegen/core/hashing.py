@@ -1,26 +1,25 @@
-"""The identity of weights.
-
-Apart from the models, so that a judge need not load diffusers for it.
-"""
+"""SHA-256 digests of weights, without an import of diffusers."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 
-def hash_tensors(tensors: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
-    """Return a SHA-256 over names, shapes, types and bytes, whatever the order.
+def hash_tensors(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
+    """Return the SHA-256 over names, shapes, types and bytes of tensors, sorted by name.
 
-    With `dtype`, as if all were of that type.
+    Args:
+        tensors: values by name.
+        dtype: type to convert each tensor to first, so that equal values of two types agree.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().to(dtype).contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(
-            value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        )
+        if value.numel():
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,59 +1,73 @@
-"""Where a prompt file comes from: a path, or, when its name says so, the hub.
-
-Nothing is fetched behind anybody's back.
-"""
+"""Files of the Hugging Face hub. They are fetched only where the user writes `hub:`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from safegen.core.errors import FileError
+from safegen.core.errors import FileError, first_line
 
 HUB = "hub:"
-"""Starts the name of a file that is fetched; no other is."""
+"""Prefix of the names that are fetched from the hub."""
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find(source: str | Path) -> Path:
-    """Return the path of a source, fetched first if it is `hub:owner/name/path/in/repo.csv`.
+def is_repo_id(name: str) -> bool:
+    """Return whether a name has the form owner/name of the hub's repositories."""
+    return bool(_REPO_ID.fullmatch(name))
+
+
+def fetch_snapshot(name: str, *, allow_patterns: Sequence[str]) -> Path:
+    """Return the local folder of a model repository, downloaded unless it is in the hub's cache.
+
+    Args:
+        name: `hub:owner/name`.
+        allow_patterns: glob patterns of the files to download.
 
     Raises:
-        FileError: the name is no such name, or the file cannot be fetched.
+        FileError: the name has another form, or the files are neither cached nor available.
     """
-    return _fetch(source) if isinstance(source, str) and source.startswith(HUB) else Path(source)
+    repo_id = name.removeprefix(HUB)
+    if not is_repo_id(repo_id):
+        raise FileError(f"a model of the hub must be named hub:owner/name, got {name!r}")
+    from huggingface_hub import snapshot_download
 
-
-def read(path: Path, name: str) -> bytes:
-    """Return a file's bytes; `name` is what the user called it.
-
-    Raises:
-        FileError: it is missing, a folder, or cannot be read.
-    """
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileError(
-            f"there are no prompts named {name!r}; name a file, a bundled list such as mini:skulls, or hub:owner/name/path/in/repo.csv"
-        ) from error
-    except IsADirectoryError as error:
-        raise FileError(f"{name} is a folder; name a file in it") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise FileError(
-            f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        return Path(snapshot_download(repo_id, allow_patterns=list(allow_patterns)))
+    except Exception as error:
+        raise _fetch_error(name, error) from error
 
 
-def _fetch(source: str) -> Path:
-    parts = source.removeprefix(HUB).split("/", 2)
+def fetch_file(name: str) -> Path:
+    """Return the local path of one file of a data-set repository, downloaded unless it is cached.
+
+    Args:
+        name: `hub:owner/name/path/in/repo.csv`.
+
+    Raises:
+        FileError: the name has another form, or the file is neither cached nor available.
+    """
+    parts = name.removeprefix(HUB).split("/", 2)
     if len(parts) != 3 or not all(parts):
         raise FileError(
-            f"a file of the hub is named hub:owner/name/path/in/repo.csv, got {source!r}"
+            f"a file of the hub must be named hub:owner/name/path/in/repo.csv, got {name!r}"
         )
-    try:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
 
+    try:
         return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2], repo_type="dataset"))
-    except Exception as error:  # the hub's client and what lies below it raise a dozen kinds; all mean that there is no file
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        raise FileError(
-            f"{source} cannot be fetched: {line}; if the data set is gated, accept its terms on the hub and log in with: hf auth login"
-        ) from error
+    except Exception as error:
+        raise _fetch_error(name, error) from error
+
+
+def _fetch_error(name: str, error: Exception) -> FileError:
+    """Return the one error for all failures of the hub's client, which raises a dozen types."""
+    from huggingface_hub import constants
+
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
+    return FileError(
+        f"{name} is not in the cache {constants.HF_HUB_CACHE} and cannot be fetched: {reason}. "
+        "Fetch it where there is a network; "
+        "if it is gated, accept its terms and run: hf auth login"
+    )

@@ -17,6 +17,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.config import HasMetadata
 from safegen.edits.training.lora import check_alpha, trainable_parameters
 from safegen.edits.training.trainer import Objective, Training, TrainingCallback, check, train
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -178,9 +179,9 @@ class TrainedEdit(Edit):
         ) as part:
             check(model.denoiser, part.names, training, folder=folder, resume=resume)
             problem = edit.build_objective(model, triplets, part.names)
-            problem.fingerprint += f" beside {model.components_hash}"
-            if model.patches:
-                problem.fingerprint += f" on {parents_of(model)}"
+            problem.fingerprint += f" on {model.pipeline_hash}"
+            if model.parents:
+                problem.fingerprint += f" with {model.parents}"
             ready = (
                 time.perf_counter() - began
             )  # latents, rollouts, twins: all that is made before the first update
@@ -196,7 +197,7 @@ class TrainedEdit(Edit):
         more = problem.facts if isinstance(problem, HasMetadata) else {}
         facts = provenance_of(edit, model, triplets) | found.facts(problem.weights)
         facts["seconds"] = round(facts["seconds"] + ready, 2)
-        return Patch(part.weights(found.tensors), facts | dict(more))
+        return Patch(part.weights(found.tensors), PatchMetadata(**facts, **more))
 
 
 def join_quoted(words: Sequence[str]) -> str:
@@ -265,14 +266,6 @@ def require_phrases(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
     return erase
 
 
-def parents_of(model: Model) -> list[dict[str, str]]:
-    """Return method and hash of each patch that is on a model, in order: what an edit trained on it presupposes."""
-    return [
-        {"method": str(patch.provenance.get("method")), "hash": patch.hash}
-        for patch in model.patches
-    ]
-
-
 def provenance_of(
     edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -281,9 +274,8 @@ def provenance_of(
         "method": edit.method(),
         "settings": edit.export_settings(),
         "base": model.hash,
-        "base_rounded": model.cast_hashes,
         "family": model.family,
         "model": display_name(model.name),
     }
-    out |= {"under": under} if (under := parents_of(model)) else {}
+    out |= {"parents": model.parents} if model.parents else {}
     return out | ({"data": triplets.hash} if triplets is not None else {}) | more

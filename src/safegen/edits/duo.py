@@ -220,7 +220,7 @@ class DUOObjective:
             "twins": {
                 "judge": judge.id,
                 "pairs": len(kept),
-                "open after each try": left,
+                "open_after_attempt": left,
                 "left out": out,
             }
         }

@@ -31,6 +31,7 @@ from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.config import Objective, Training, TrainingCallback
 from safegen.edits.training.trainer import check
 from safegen.edits.uce import UCE
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
@@ -172,7 +173,7 @@ class SafeGenPlus(TrainedEdit):
         """
         check_inputs(self, triplets, folder, resume)
         words = self.words()
-        _ = model.hash, model.cast_hashes  # of the untouched weights: what the patch refers to
+        _ = model.hash  # taken before a weight changes: what the patch refers to
         check(
             model.denoiser,
             select_parameters(model.denoiser, self.selector),
@@ -186,15 +187,16 @@ class SafeGenPlus(TrainedEdit):
             model
         )  # also where it comes second: words that cannot be solved stop it before it trains
         before = self.first == "words"
-        with text.apply(model, named=False) if before else nullcontext():
+        with text.apply(model, hidden=True) if before else nullcontext():
             seen = super().apply(model, triplets, folder=folder, resume=resume, callback=callback)
         if not before:
-            with seen.apply(model, named=False):
+            with seen.apply(model, hidden=True):
                 text = words.apply(model)
         made = (text, seen) if before else (seen, text)
-        spent = round(seen.provenance["seconds"] + text.provenance["seconds"], 2)
-        said = {key: text.provenance[key] for key in ("method", "settings", "seconds", "moved")}
+        seen_metadata, text_metadata = seen.metadata.to_json(), text.metadata.to_json()
+        spent = round(seen_metadata["seconds"] + text_metadata["seconds"], 2)
+        said = {key: text_metadata[key] for key in ("method", "settings", "seconds", "moved")}
         return Patch(
             {**made[0].tensors, **made[1].tensors},
-            {**seen.provenance, "text": said, "seconds": spent},
+            PatchMetadata(**seen_metadata | {"text": said, "seconds": spent}),
         )

@@ -32,6 +32,7 @@ from safegen.edits.functional.closed_form import (
 )
 from safegen.edits.training.samples import read_captions
 from safegen.edits.training.trainer import TrainingCallback
+from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -244,5 +245,5 @@ def to_patch(
         callback(1, 1, {"update": 1, "moved": moved / size})
     seconds = round(time.perf_counter() - began, 2)
     return Patch(
-        as_patch(edited), provenance_of(edit, model, seconds=seconds, moved=round(moved / size, 6))
+        as_patch(edited), PatchMetadata(**provenance_of(edit, model, seconds=seconds, moved=round(moved / size, 6)))
     )

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from logging import CRITICAL
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
-from transformers.utils import logging
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, first_line
+from safegen.core.hub import HUB, fetch_snapshot
+from safegen.core.logging import silence_libraries
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 SPREAD = (0.26862954, 0.26130258, 0.27577711)
@@ -55,7 +53,9 @@ class Clip:
                 "the extractor 'clip' needs weights: name a folder with a CLIP model, or hub:openai/clip-vit-large-patch14"
             )
         folder = (
-            _fetched(weights.removeprefix("hub:")) if weights.startswith("hub:") else Path(weights)
+            fetch_snapshot(weights, allow_patterns=WANTED)
+            if weights.startswith(HUB)
+            else Path(weights)
         )
         self._net, digest = open_towers(folder, device)
         self._folder = folder
@@ -114,7 +114,7 @@ def open_towers(folder: Path, device: str) -> tuple[CLIPModel, str]:
             f"{folder} is not a CLIP model: it must be a folder with config.json and model.safetensors (no pickles)"
         )
     try:
-        with silence():
+        with silence_libraries("transformers"):
             net, facts = CLIPModel.from_pretrained(
                 str(folder),
                 local_files_only=True,
@@ -123,8 +123,7 @@ def open_towers(folder: Path, device: str) -> tuple[CLIPModel, str]:
                 output_loading_info=True,
             )
     except Exception as error:  # transformers and safetensors raise a dozen kinds; all mean that these files cannot be used
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise FileError(f"the CLIP model {str(folder)!r} cannot be read: {first}") from error
+        raise FileError(f"the CLIP model {str(folder)!r} cannot be read: {first_line(error)}") from error
     if facts["missing_keys"]:
         raise FileError(
             f"{folder} does not hold a whole CLIP model: it lacks {min(facts['missing_keys'])}; get both towers"
@@ -151,11 +150,10 @@ def open_tokenizer(folder: Path) -> CLIPTokenizer:
             f"{folder} has no tokenizer: it must hold tokenizer.json, or vocab.json and merges.txt"
         )
     try:
-        with silence():
+        with silence_libraries("transformers"):
             return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # as above
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise FileError(f"the tokenizer in {str(folder)!r} cannot be read: {first}") from error
+        raise FileError(f"the tokenizer in {str(folder)!r} cannot be read: {first_line(error)}") from error
 
 
 @torch.no_grad()
@@ -189,30 +187,6 @@ def embed_texts(
             net.get_text_features(**part.to(net.device)).pooler_output.double().cpu().numpy()
         )
     return np.concatenate(rows) if rows else np.empty((0, width))
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep transformers from printing bars and messages; what it raises says it all."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _fetched(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
-    except (
-        Exception
-    ) as error:  # the hub's client raises a dozen kinds; all mean that it is not to be had
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise FileError(f"hub:{name} cannot be fetched: {first}") from error
 
 
 def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

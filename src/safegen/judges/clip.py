@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, first_line
 from safegen.core.hashing import hash_tensors
+from safegen.core.logging import silence_libraries
 from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import detect_in_batches, finite, resolve_labels
-from safegen.judges.vision import Pixels, find_folder, fingerprint, first_line, load_part, quiet
+from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 UNSAFE = "unsafe"
 """Label of the probability of all unsafe prompts together; each unsafe prompt is a label too."""
@@ -126,7 +127,7 @@ def encode_texts(clip: CLIPModel, folder: Path, texts: Sequence[str]) -> Tensor:
             f"{folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt); get it from where the weights are"
         )
     try:
-        with quiet():
+        with silence_libraries("transformers"):
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # no vocabulary, not JSON ...
         raise FileError(

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, first_line
 from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
 from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import detect_in_batches, finite, resolve_labels
 from safegen.judges.clip import EXAMPLE, chances
-from safegen.judges.vision import Pixels, find_folder, fingerprint, first_line, load_part
+from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 LABELS = ("inappropriate",)
 KEY = "prompts"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from logging import CRITICAL
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import logging as transformers_logging
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, first_line
+from safegen.core.hub import HUB, fetch_snapshot
+from safegen.core.logging import silence_libraries
 from safegen.core.registry import CLIPS, resolve
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,15 +48,10 @@ def find_folder(
     if name in CLIPS:
         folder: Path = resolve(CLIPS, name, "CLIP")()
         return folder
-    if name.startswith("hub:"):
-        from huggingface_hub import snapshot_download
-
-        kinds = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
-        try:
-            with quiet():
-                return Path(snapshot_download(name.removeprefix("hub:"), allow_patterns=kinds))
-        except Exception as error:  # offline, no such repository, no rights: a dozen kinds
-            raise FileError(f"the hub does not give {name!r}: {first_line(error)}") from error
+    if name.startswith(HUB):
+        patterns = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
+        with silence_libraries("transformers"):
+            return fetch_snapshot(name, allow_patterns=patterns)
     if not Path(name).is_dir():
         raise FileError(
             f"the judge {judge!r} finds no folder {name!r}; give {option}=FOLDER or {option}={example!r}"
@@ -75,7 +68,7 @@ def load_part(kind: type[M], folder: Path, *, device: str = "cpu", allow_pickle:
     """
     way_out = "" if allow_pickle else "; pickled weights are opened only with allow_pickle=True"
     try:
-        with quiet():
+        with silence_libraries("transformers"):
             network, facts = kind.from_pretrained(  # type: ignore[attr-defined]
                 str(folder),
                 dtype=torch.float32,
@@ -113,7 +106,7 @@ class Pixels:
                 f"{folder} has no preprocessor_config.json, so how to scale pictures is unknown; get it from where the weights are"
             )
         try:
-            with quiet():
+            with silence_libraries("transformers"):
                 self._processor = CLIPImageProcessorPil.from_pretrained(
                     str(folder), local_files_only=True
                 )
@@ -142,23 +135,3 @@ class Pixels:
 def fingerprint(facts: object) -> str:
     """Return a short hash of plain values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, cut to a readable length."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from printing bars and messages; what it raises says it all."""
-    lib = transformers_logging
-    verbosity, bar = lib.get_verbosity(), lib.is_progress_bar_enabled()
-    lib.set_verbosity(CRITICAL)
-    lib.disable_progress_bar()
-    try:
-        yield
-    finally:
-        lib.set_verbosity(verbosity)
-        if bar:
-            lib.enable_progress_bar()

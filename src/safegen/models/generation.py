@@ -1,4 +1,4 @@
-"""Making pictures: the pipeline's own call, one generator per picture, batches fixed by the plan."""
+"""Image generation: the pipeline's own call, with one random generator per image."""
 
 from __future__ import annotations
 
@@ -19,107 +19,90 @@ from safegen.core.files import atomic_write
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.models.model import Model
 
-__all__ = [
-    "Sample",
-    "GenerationConfig",
-    "autocast_for",
-    "batches",
-    "truncated_prompts",
-    "encode_image",
-    "generate",
-    "generator",
-    "check_num_steps",
-    "save_image",
-]
-
 
 def generator(seed: int, index: int) -> torch.Generator:
-    """Return the CPU generator of one picture.
-
-    Neighbouring seeds and indices share nothing (SHA-256 of the pair).
-    """
-    word = hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]
-    return torch.Generator("cpu").manual_seed(int.from_bytes(word, "little") >> 1)
+    """Return the CPU random generator of one image, seeded by the SHA-256 of seed and index."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def generate(
     model: Model,
-    asks: Sequence[Sample],
+    samples: Sequence[Sample],
     generation_config: GenerationConfig,
     *,
     negative: str | None = None,
 ) -> Iterator[Image.Image]:
-    """Yield one picture per ask, in order.
+    """Yield one image per sample, in order.
 
     Args:
-        model: what draws.
-        asks: the pictures.
-        generation_config: how they are made.
-        negative: a text that guidance pushes every picture away from, in place of the blank one.
+        model: the model.
+        samples: prompts and seeds.
+        generation_config: steps, guidance, batch size and precision.
+        negative: negative prompt for every image. Default: the empty prompt.
 
     Raises:
-        ConfigError: more steps than the model's schedule has room for, or a negative text without
-            guidance, which would have no effect.
+        ConfigError: there are more steps than the schedule has, or a negative prompt and no
+            guidance.
     """
     check_num_steps(model, generation_config.num_inference_steps)
-    for prompts, options in batches(asks, generation_config, negative=negative):
+    for prompts, options in batches(samples, generation_config, negative=negative):
         with autocast_for(model, generation_config):
-            out = model.pipeline(prompt=prompts, **options)
-        yield from out.images
+            output = model.pipeline(prompt=prompts, **options)
+        yield from output.images
 
 
 def batches(
-    asks: Sequence[Sample], generation_config: GenerationConfig, *, negative: str | None = None
+    samples: Sequence[Sample], generation_config: GenerationConfig, *, negative: str | None = None
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Yield the prompts of each batch, and the other arguments for a pipeline.
+    """Yield the prompts of each batch, with the other arguments of the pipeline's call.
 
     Raises:
-        ConfigError: a negative text without guidance, which would have no effect.
+        ConfigError: there is a negative prompt and no guidance, which it acts through.
     """
     if negative is not None and generation_config.guidance_scale <= 1:
         raise ConfigError(
-            f"a negative prompt has no effect without guidance; guidance must be > 1, got {generation_config.guidance_scale}"
+            "guidance_scale must be > 1 with a negative prompt, got "
+            f"{generation_config.guidance_scale}"
         )
-    for start in range(0, len(asks), generation_config.batch_size):
-        part = asks[start : start + generation_config.batch_size]
+    for start in range(0, len(samples), generation_config.batch_size):
+        batch = samples[start : start + generation_config.batch_size]
         options: dict[str, Any] = {
-            "generator": [generator(a.seed, a.index) for a in part],
+            "generator": [generator(sample.seed, sample.index) for sample in batch],
             "num_inference_steps": generation_config.num_inference_steps,
             "guidance_scale": generation_config.guidance_scale,
             "output_type": "pil",
         }
-        yield (
-            [a.prompt for a in part],
-            options | ({} if negative is None else {"negative_prompt": [negative] * len(part)}),
-        )
+        if negative is not None:
+            options["negative_prompt"] = [negative] * len(batch)
+        yield [sample.prompt for sample in batch], options
 
 
 def check_num_steps(model: Model, steps: int) -> None:
-    """Refuse more steps than a model's schedule has room for: 999 of 1000 where its steps are counted from 1, as in Stable Diffusion.
+    """Check that a model's schedule has as many steps.
+
+    With leading spacing and an offset, as in Stable Diffusion, it has fewer than timesteps.
 
     Raises:
-        ConfigError: there are more.
+        ConfigError: it has fewer.
     """
     config = model.pipeline.scheduler.config
-    timesteps = int(config.get("num_train_timesteps", 1000))
-    room = timesteps - (
-        int(config.get("steps_offset", 0)) if config.get("timestep_spacing") == "leading" else 0
-    )
-    if steps > room:
-        raise ConfigError(
-            f"steps must be at most {room} on this model, whose schedule has {timesteps} timesteps, got {steps}"
-        )
+    limit = int(config.get("num_train_timesteps", 1000))
+    if config.get("timestep_spacing") == "leading":
+        limit -= int(config.get("steps_offset", 0))
+    if steps > limit:
+        raise ConfigError(f"steps must be <= {limit} on this model's schedule, got {steps}")
 
 
 def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
-    """Return which prompts have more tokens than the text encoder reads.
+    """Return the indices of prompts with more tokens than the text encoder reads.
 
-    Diffusers draws what comes before, and tells nobody here.
+    Diffusers silently ignores the tokens beyond.
     """
     tokenizer = model.pipeline.tokenizer
     return [
-        i
-        for i, prompt in enumerate(prompts)
+        index
+        for index, prompt in enumerate(prompts)
         if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
     ]
 
@@ -127,28 +110,25 @@ def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
 def autocast_for(
     model: Model, generation_config: GenerationConfig
 ) -> AbstractContextManager[object]:
-    """Return the context in which a pipeline computes as the sampler says."""
+    """Return the autocast context for the configured precision."""
     return torch.autocast(
         model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16"
     )
 
 
-def encode_image(image: Image.Image, facts: dict[str, Any]) -> bytes:
-    """Return a PNG that carries how it was made under the text key `safegen`.
-
-    Equal inputs give equal bytes.
-    """
-    info, out = PngInfo(), io.BytesIO()
-    info.add_text("safegen", json.dumps(facts, sort_keys=True))
-    image.save(out, format="PNG", pnginfo=info)
-    return out.getvalue()
+def encode_image(image: Image.Image, metadata: dict[str, Any]) -> bytes:
+    """Return a PNG with metadata under the text key `safegen`. Equal inputs give equal bytes."""
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text("safegen", json.dumps(metadata, sort_keys=True))
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
-def save_image(image: Image.Image, out: Path, facts: dict[str, Any]) -> None:
-    """Write a PNG that carries how it was made.
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
+    """Write a PNG with metadata (`encode_image`).
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `path` exists or cannot be written.
     """
-    with atomic_write(out) as tmp:
-        tmp.write_bytes(encode_image(image, facts))
+    with atomic_write(path) as tmp:
+        tmp.write_bytes(encode_image(image, metadata))

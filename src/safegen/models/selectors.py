@@ -1,4 +1,4 @@
-"""Which weights of a denoiser an edit may change, by name."""
+"""Selectors: the weights of a denoiser that an edit may change, by name."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ SELECTORS = {
 }
 """Selector: regular expression over the denoiser's parameter names.
 
-`attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values, all that
-reads the text (ESD-x-strict, UCE); `noxattn` is everything else but the last layers and the time
-embedding, as ESD-u was published (arXiv:2303.07345, first code).
+`attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values (ESD-x-strict,
+UCE); `noxattn` is everything but cross-attention, the last layers and the time embedding, as in the
+first code of ESD-u (arXiv:2303.07345).
 """
 
 
 def select_parameters(denoiser: nn.Module, selector: str) -> list[str]:
-    """Return the names of the parameters that `selector` picks, in the denoiser's own order.
+    """Return the names of the parameters that a selector matches, in the denoiser's order.
 
     On SD 1.x `attn1` (every self-attention layer) names 80 tensors of 49,574,080 parameters.
 
     Raises:
-        UnknownNameError: no such selector.
-        ConfigError: it picks nothing, or its self-attention is really cross-attention
+        UnknownNameError: there is no such selector.
+        ConfigError: it matches nothing, or the model's self-attention is cross-attention
             (`only_cross_attention` models).
     """
     if selector not in SELECTORS:
@@ -39,12 +39,14 @@ def select_parameters(denoiser: nn.Module, selector: str) -> list[str]:
     names = [n for n, _ in denoiser.named_parameters() if re.search(SELECTORS[selector], n)]
     if not names:
         raise ConfigError(
-            f"the selector {selector!r} picks no weight of a {type(denoiser).__name__}; it needs one with attn1/attn2 blocks"
+            f"selector {selector!r} must match a weight of the {type(denoiser).__name__}, got "
+            "none. It needs attn1/attn2 blocks"
         )
     if selector == "attn1":
         for name, module in denoiser.named_modules():
             if name.endswith(".attn1") and getattr(module, "is_cross_attention", False):
                 raise ConfigError(
-                    f"{name} is cross-attention in this model (only_cross_attention), so editing it would not be text-agnostic"
+                    f"selector 'attn1' must match self-attention, got cross-attention in {name} "
+                    "(only_cross_attention)"
                 )
     return names

@@ -1,4 +1,4 @@
-"""Several patches as one, and how two differ."""
+"""Arithmetic on patches: merge several into one, rebase one on a fine-tuned model, compare two."""
 
 from __future__ import annotations
 
@@ -10,50 +10,49 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import ConfigError, PatchError
-from safegen.models.model import Model
+from safegen.models.checkpoint.metadata import ParentRef, PatchMetadata, PatchRecord
+from safegen.models.model import AppliedPatch, Model
 from safegen.patches.patch import BaseMismatchWarning, Patch, PatchOverlapWarning
 
 Overlap = Literal["refuse", "add", "last"]
 
 
 def overlapping(patches: Sequence[Patch]) -> list[str]:
-    """Return the weights that more than one patch changes, sorted."""
+    """Return the sorted names of the weights that more than one patch changes."""
     seen: set[str] = set()
-    twice: set[str] = set()
+    repeated: set[str] = set()
     for patch in patches:
-        twice |= seen & patch.tensors.keys()
-        seen |= patch.tensors.keys()
-    return sorted(twice)
+        repeated |= seen & patch.names
+        seen |= patch.names
+    return sorted(repeated)
 
 
-def conflicting(patches: Sequence[Patch]) -> list[str]:
-    """Return the weights that a patch changes though one before it does and it was not made on that one, sorted.
+def conflicting(patches: Sequence[Patch | AppliedPatch]) -> list[str]:
+    """Return the sorted names of the weights at which a patch overwrites an unrelated earlier one.
 
-    What was made on a model with the patch before it on has its change within: there the last one
-    is what both do.
+    A patch that was made on a model with the earlier one contains its change, so that nothing is
+    lost when it counts.
     """
-    twice: set[str] = set()
+    repeated: set[str] = set()
     for i, patch in enumerate(patches):
-        below = {b["hash"] for b in patch.provenance.get("under", ())}
-        twice |= {
-            name
-            for other in patches[:i]
-            if other.hash not in below
-            for name in patch.tensors.keys() & other.tensors.keys()
-        }
-    return sorted(twice)
+        parents = {parent.hash for parent in patch.metadata.parents}
+        for earlier in patches[:i]:
+            if earlier.hash not in parents:
+                repeated |= patch.names & earlier.names
+    return sorted(repeated)
 
 
-def warn_of_overlap(patches: Sequence[Patch]) -> None:
-    """Warn where patches that are put on one after the other change the same weights, unknown to each other: only the last change is left.
+def warn_of_overlap(patches: Sequence[Patch | AppliedPatch]) -> None:
+    """Warn if patches that are applied in order overwrite each other's changes.
 
     Warns:
-        PatchOverlapWarning: they do.
+        PatchOverlapWarning: they do; only the last change counts.
     """
-    if twice := conflicting(patches):
+    if names := conflicting(patches):
         warnings.warn(
-            f"{len(twice)} weights are changed by more than one patch, {twice[0]} first, and the last patch counts; "
-            "`safegen patch merge --overlap add` adds the changes up",
+            f"{len(names)} weights are changed by more than one patch, first {names[0]}, and the "
+            "last patch counts. "
+            "To add the changes up, use `safegen patch merge --overlap add`",
             PatchOverlapWarning,
             stacklevel=3,
         )
@@ -63,199 +62,210 @@ def warn_of_overlap(patches: Sequence[Patch]) -> None:
 def merge(
     patches: Sequence[Patch], *, overlap: Overlap = "refuse", model: Model | None = None
 ) -> Patch:
-    """Return one patch that does what several do, put on one after the other.
+    """Return one patch with the effect of several that are applied in order.
 
     Args:
         patches: at least two, made on one base.
-        overlap: for weights that several change, unknown to each other (`conflicting`): `refuse`,
-            `add` the changes up (needs the model that they are changes of), or keep the `last`. A
-            patch that was made on another has that one's change within, which counts once.
-        model: the base, without patches on it; needed to add. Given, every patch must fit it.
+        overlap: treatment of `conflicting` weights: `refuse`, `add` the changes up (needs the base
+            model), or keep the `last`. A patch that was made on another contains its change, which
+            counts once.
+        model: the base without patches; needed to add. If given, every patch must fit it.
 
     Raises:
-        ConfigError: fewer than two patches, weights overlap and that is refused, `add` has no model,
-            or what lay under a patch whose change is to be added is not among them.
-        PatchError: the patches are of different bases or families, one does not fit the model, or
-            changes of other weights than the model's are to be added.
+        ConfigError: there are fewer than two patches, weights conflict and `overlap` refuses, or
+            `add` lacks the model or a patch's parent.
+        PatchError: the patches have different bases or families, do not fit the model, or `add` is
+            given another model than their base.
     """
     if len(patches) < 2:
-        raise ConfigError(f"merging needs at least two patches, got {len(patches)}")
-    bases = {str(base) for p in patches if (base := p.provenance.get("base")) is not None}
-    if len(bases) > 1:
-        raise PatchError(
-            f"the patches were made on different weights ({', '.join(sorted(b[:12] for b in bases))}); merge those of one base"
-        )
-    families = {str(family) for p in patches if (family := p.provenance.get("family")) is not None}
-    if len(families) > 1:
-        raise PatchError(
-            f"the patches were made for different families ({'; '.join(sorted(families))}); merge those of one"
-        )
+        raise ConfigError(f"number of patches to merge must be >= 2, got {len(patches)}")
+    base = _common("base weights", [patch.metadata.base for patch in patches])
+    family = _common("family", [patch.metadata.family for patch in patches])
     if model is not None:
         for patch in patches:
             patch.check_compatible(model)
-    twice = conflicting(patches)
-    if twice and overlap == "refuse":
+    conflicts = conflicting(patches)
+    if conflicts and overlap == "refuse":
         raise ConfigError(
-            f"{len(twice)} weights are changed by more than one patch, {twice[0]} first; choose what becomes of them: add or last"
+            f"{len(conflicts)} weights are changed by more than one patch, first {conflicts[0]}. "
+            "Set overlap to add or last"
         )
-    out = {name: value for patch in patches for name, value in patch.tensors.items()}
-    if twice and overlap == "add":
+    tensors = {name: value for patch in patches for name, value in patch.tensors.items()}
+    if conflicts and overlap == "add":
         if model is None:
-            raise ConfigError("adding changes up needs the model that they are changes of; name it")
-        _refuse_other_base(next(iter(bases), model.hash), model)
-        own = dict(model.denoiser.named_parameters())
-        for name in twice:
-            moves = [
-                _delta(patch, name, own[name], patches)
-                for patch in patches
-                if name in patch.tensors
-            ]
-            out[name] = (own[name].detach().cpu().double() + torch.stack(moves).sum(0)).float()
-    facts: dict[str, Any] = {
-        "method": "merge",
-        "overlap": overlap if twice else None,
-        "overlapping": len(overlapping(patches)),
-    }
-    facts |= {"base": bases.pop()} if bases else {}
-    facts |= next(
-        (
-            {"base_rounded": p.provenance["base_rounded"]}
-            for p in patches
-            if p.provenance.get("base_rounded")
-        ),
-        {},
+            raise ConfigError("overlap add needs the base model of the patches, got none. Name it")
+        _check_base(base or model.hash, model)
+        tensors |= _summed(conflicts, patches, model)
+    metadata = PatchMetadata(
+        method="merge",
+        base=base,
+        family=family,
+        parents=_outer_parents(patches),
+        parts=tuple(PatchRecord(hash=p.hash, metadata=p.metadata) for p in patches),
+        overlap=overlap if conflicts else None,
     )
-    facts |= {"family": families.pop()} if families else {}
-    merged = {p.hash for p in patches}
-    under = {
-        b["hash"]: b
-        for p in patches
-        for b in p.provenance.get("under", ())
-        if b["hash"] not in merged
-    }
-    facts |= {"under": list(under.values())} if under else {}
-    return Patch(
-        out,
-        facts | {"parts": [{"hash": p.hash, "provenance": dict(p.provenance)} for p in patches]},
-    )
+    return Patch(tensors, metadata)
 
 
-def _refuse_other_base(base: str, model: Model) -> None:
-    """Refuse a model whose weights are not those that a patch was made on, as they are or rounded: what it changes is not known then.
+def _common(what: str, values: Sequence[str | None]) -> str | None:
+    """Return the one value that patches have in common; None if none states it.
 
     Raises:
-        PatchError: they are others.
-        ConfigError: a patch is on the model.
+        PatchError: there are several.
+    """
+    stated = sorted({value for value in values if value is not None})
+    if len(stated) > 1:
+        raise PatchError(
+            f"{what} of patches to merge must be the same, got "
+            f"{'; '.join(value[:60] for value in stated)}"
+        )
+    return stated[0] if stated else None
+
+
+def _outer_parents(patches: Sequence[Patch]) -> tuple[ParentRef, ...]:
+    """Return the parents of patches that are not among the patches themselves."""
+    hashes = {patch.hash for patch in patches}
+    parents = {
+        parent.hash: parent
+        for patch in patches
+        for parent in patch.metadata.parents
+        if parent.hash not in hashes
+    }
+    return tuple(parents.values())
+
+
+def _summed(names: Sequence[str], patches: Sequence[Patch], model: Model) -> dict[str, Tensor]:
+    """Return the base's weights with the changes of all patches added."""
+    parameters = dict(model.denoiser.named_parameters())
+    tensors = {}
+    for name in names:
+        deltas = [
+            _delta(patch, name, parameters[name], patches)
+            for patch in patches
+            if name in patch.tensors
+        ]
+        total = parameters[name].detach().cpu().double() + torch.stack(deltas).sum(0)
+        tensors[name] = total.float()
+    return tensors
+
+
+def _check_base(base: str, model: Model) -> None:
+    """Check that a model has the weights of a base and no patch on it.
+
+    Raises:
+        PatchError: it has others.
+        ConfigError: a patch is on it.
     """
     if model.patches:
         raise ConfigError(
-            f"changes are told from a model as it is, and {model.name!r} has a patch on it; take it off"
+            f"model must have no patch applied, got {len(model.patches)} on {model.name!r}. Load a "
+            "clean model"
         )
-    if base not in (model.hash, *model.cast_hashes.values()):
+    if base != model.hash:
         raise PatchError(
-            f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}, so its change is not known; "
-            "name the model that it was made on"
+            f"model must have the weights {base[:12]} that the patch was made on, got "
+            f"{model.hash[:12]} of {model.name!r} as {model.dtype}"
         )
 
 
-def _delta(patch: Patch, name: str, own: Tensor, patches: Sequence[Patch]) -> Tensor:
-    """Return how far a patch moves a weight from what that was when the patch was made: from the base's, or a patch's that lay under it.
+def _delta(patch: Patch, name: str, base: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """Return the change of one weight by a patch: from its parent's value, else from the base's.
 
     Raises:
-        ConfigError: one lay under it that is not among `patches`, so that this is not known.
+        ConfigError: a parent is not among `patches`, so that its value is not known.
     """
-    before, given = own, {p.hash: p for p in patches}
-    for below in patch.provenance.get("under", ()):
-        if below["hash"] not in given:
+    before, by_hash = base, {other.hash: other for other in patches}
+    for parent in patch.metadata.parents:
+        if parent.hash not in by_hash:
             raise ConfigError(
-                f"the change of {patch.provenance.get('method')} cannot be added: it was made on a model with another patch on it "
-                f"({below['method']}, hash {below['hash'][:12]}); merge that one too"
+                f"patches to add must include the parents of each, got {patch.metadata.method} "
+                f"without {parent.method} ({parent.hash[:12]}). "
+                "Merge that one too"
             )
-        before = given[below["hash"]].tensors.get(name, before)
+        before = by_hash[parent.hash].tensors.get(name, before)
     return patch.tensors[name].detach().cpu().double() - before.detach().cpu().double()
 
 
 @torch.no_grad()
 def rebase(patch: Patch, base: Model, target: Model) -> Patch:
-    """Return a patch for another fine-tune of a patch's base that changes it by as much: target + (patch - base), weight by weight (ours).
+    """Return a patch that adds the change to a fine-tune of its base: target + (patch - base).
 
-    The patch itself would put its own values in, and so take the fine-tune's away. What the change
-    does on other weights is not known.
+    The patch itself would overwrite the fine-tune. What the change does on other weights is not
+    known.
 
     Args:
-        patch: made on `base`, with no patch under it.
+        patch: made on `base`, without parents.
         base: the very model that it was made on, without patches on it.
-        target: of the same family, without patches on it.
+        target: a model of the same family, without patches on it.
 
     Raises:
         PatchError: the patch was made on other weights than the base's, does not fit, or the sum is
             not finite.
-        ConfigError: a patch lay under it when it was made, a patch is on a model, or base and target
-            have the same weights.
+        ConfigError: the patch has parents, a patch is on a model, or base and target are equal.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", BaseMismatchWarning
-        )  # of the base it is refused below, of the target it is what is asked for
+        warnings.simplefilter("ignore", BaseMismatchWarning)  # checked below, or intended
         for model in (base, target):
             patch.check_compatible(model)
-    _refuse_other_base(str(patch.provenance.get("base") or base.hash), base)
-    _refuse_other_base(target.hash, target)
-    if below := patch.provenance.get("under"):
+    _check_base(patch.metadata.base or base.hash, base)
+    _check_base(target.hash, target)
+    if parents := patch.metadata.parents:
         raise ConfigError(
-            f"the patch was made on a model with another patch on it ({below[0]['method']}, hash {below[0]['hash'][:12]}); merge the two "
-            "first (`safegen patch merge`), and carry that"
+            f"patch must have no parents, got {parents[0].method} ({parents[0].hash[:12]}). Merge "
+            "the two (`safegen patch merge`), and rebase that"
         )
     if base.hash == target.hash:
         raise ConfigError(
-            f"{base.name!r} and {target.name!r} have the same weights: the patch fits as it is"
+            f"base and target must have different weights, got {base.name!r} and {target.name!r}. "
+            "Apply the patch itself"
         )
-    own, there = (dict(model.denoiser.named_parameters()) for model in (base, target))
-    out, change, drift, size = {}, 0.0, 0.0, 0.0
+    old, new = (dict(model.denoiser.named_parameters()) for model in (base, target))
+    tensors, change, drift, size = {}, 0.0, 0.0, 0.0
     for name, value in patch.tensors.items():
-        old, new, their = (x.detach().cpu().double() for x in (own[name], value, there[name]))
-        out[name] = (their + (new - old)).float()
-        if not bool(out[name].isfinite().all()):
+        before, after, tuned = (x.detach().cpu().double() for x in (old[name], value, new[name]))
+        tensors[name] = (tuned + (after - before)).float()
+        if not bool(tensors[name].isfinite().all()):
             raise PatchError(
-                f"the carried {name} has values that are not finite; look at the weights of {target.name!r}"
+                f"the rebased {name} is not finite. Check the weights of {target.name!r}"
             )
-        change, drift, size = (
-            total + float(x.pow(2).sum())
-            for total, x in ((change, new - old), (drift, their - old), (size, old))
-        )
-    far = {"change": (change / size) ** 0.5, "fine_tune": (drift / size) ** 0.5} if size else {}
-    facts: dict[str, Any] = {
-        "method": "carry",
-        "base": target.hash,
-        "base_rounded": target.cast_hashes,
-        "family": target.family,
-    }
-    return Patch(
-        out,
-        facts
-        | {"moved": far, "parts": [{"hash": patch.hash, "provenance": dict(patch.provenance)}]},
+        change += float((after - before).pow(2).sum())
+        drift += float((tuned - before).pow(2).sum())
+        size += float(before.pow(2).sum())
+    metadata = PatchMetadata(
+        method="rebase",
+        base=target.hash,
+        family=target.family,
+        parts=(PatchRecord(hash=patch.hash, metadata=patch.metadata),),
+        moved={"change": (change / size) ** 0.5, "fine_tune": (drift / size) ** 0.5}
+        if size
+        else {},
     )
+    return Patch(tensors, metadata)
 
 
-def compare(one: Patch, other: Patch) -> Mapping[str, Any]:
+def compare(first: Patch, second: Patch) -> Mapping[str, Any]:
     """Return how two patches differ, as plain values.
 
     Returns:
-        `same` (whether all values are equal), `only_first`, `only_second` and `both` (counts of
-        weights), `unequal` (how many of both), `distance` (|a - b| / |a| over the weights of both,
-        norms over all their values), `shapes` (weights whose shapes differ), `base` (whether they
-        were made on the same weights; None where one does not say).
+        `same` (all values are equal), `only_first`, `only_second` and `both` (numbers of weights),
+        `unequal` (how many of both), `distance` (|a - b| / |a| over the weights of both), `shapes`
+        (weights of unequal shape), `base` (both were made on the same weights; None if one does not
+        state them).
     """
-    both = sorted(one.tensors.keys() & other.tensors.keys())
-    shapes = [n for n in both if one.tensors[n].shape != other.tensors[n].shape]
-    pairs = [(one.tensors[n].double(), other.tensors[n].double()) for n in both if n not in shapes]
+    both = sorted(first.names & second.names)
+    shapes = [name for name in both if first.tensors[name].shape != second.tensors[name].shape]
+    pairs = [
+        (first.tensors[name].double(), second.tensors[name].double())
+        for name in both
+        if name not in shapes
+    ]
     size = sum(float(a.pow(2).sum()) for a, _ in pairs) ** 0.5
     gap = sum(float((a - b).pow(2).sum()) for a, b in pairs) ** 0.5
-    bases = [p.provenance.get("base") for p in (one, other)]
+    bases = [patch.metadata.base for patch in (first, second)]
     return {
-        "same": one.hash == other.hash,
-        "only_first": len(one.tensors.keys() - other.tensors.keys()),
-        "only_second": len(other.tensors.keys() - one.tensors.keys()),
+        "same": first.hash == second.hash,
+        "only_first": len(first.names - second.names),
+        "only_second": len(second.names - first.names),
         "both": len(both),
         "unequal": sum(not torch.equal(a, b) for a, b in pairs) + len(shapes),
         "distance": gap / size if size else None,

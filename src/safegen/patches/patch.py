@@ -1,4 +1,4 @@
-"""A patch: new values for some weights of a denoiser, in one safetensors file with its provenance."""
+"""Patches: new values for some weights of a denoiser, with metadata."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,94 +18,76 @@ from torch import Tensor
 from safegen.core.errors import FileError, PatchError, SafegenWarning, explain
 from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
-from safegen.models.model import Model
+from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.model import AppliedPatch, Model
 
 FORMAT = "safegen-patch/1"
+LORA_SUFFIXES = (".lora_down.weight", ".lora_A.weight")
 
 
 class BaseMismatchWarning(SafegenWarning):
-    """A patch is put on a model whose weights are not those it was made for."""
+    """A patch or LoRA is used on other weights than it was made on."""
 
 
 class PatchOverlapWarning(SafegenWarning):
     """Several patches on one model change the same weights, and the last one counts."""
 
 
-class _Named(BaseModel):
-    """A patch by method and hash."""
-
-    method: str
-    hash: str
-
-
-class _Part(BaseModel):
-    """A patch that another was merged of."""
-
-    hash: str
-    provenance: dict[str, Any]
-
-
-class PatchMetadata(BaseModel):
-    """What is read of a file's provenance, wherever that comes from.
-
-    Whatever else it says is kept as it is.
-    """
-
-    base: str | None = None
-    base_rounded: dict[str, str] = Field(default_factory=dict)
-    family: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    under: list[_Named] = Field(default_factory=list)
-    parts: list[_Part] = Field(default_factory=list)
-
-
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """New values by parameter name of the denoiser, and where they come from."""
+    """New values by parameter name of the denoiser, with their metadata."""
 
     tensors: Mapping[str, Tensor]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """method, settings, base (model hash), under (method and hash of each patch that lay under it when it was made), family, data (triplets
-    hash), metrics (what `save_patch` was given): plain JSON values."""
+    metadata: PatchMetadata = field(default_factory=PatchMetadata)
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 over the new values."""
-        return hash_tensors(dict(self.tensors))
+        return hash_tensors(self.tensors)
 
-    def save(self, out: str | Path) -> None:
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the weights it changes."""
+        return frozenset(self.tensors)
+
+    @property
+    def layer_counts(self) -> dict[str, int]:
+        """Number of changed tensors by kind of layer: `attn1`, `attn2` and `other`."""
+        counts: dict[str, int] = {}
+        for name in self.tensors:
+            kind = next((kind for kind in ("attn1", "attn2") if f".{kind}." in name), "other")
+            counts[kind] = counts.get(kind, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def save(self, path: str | Path) -> None:
         """Write the patch to a new file.
 
         Raises:
-            PatchError: it changes nothing, or has values that are not finite, so that it could not be
-                read again.
-            FileError: `out` exists or cannot be written.
+            PatchError: it has no tensors, or values that are not finite.
+            FileError: `path` exists or cannot be written.
         """
-        out = Path(out)
+        path = Path(path)
         if not self.tensors:
-            raise PatchError(f"{out} is not written: the patch changes nothing")
-        for key, value in self.tensors.items():
+            raise PatchError(f"{path} is not written: the patch has no tensors")
+        for name, value in self.tensors.items():
             if not bool(value.isfinite().all()):
                 raise PatchError(
-                    f"{out} is not written: the patch has NaN or infinite values in {key}; make it again"
+                    f"{path} is not written: the patch has NaN or infinite values in {name}"
                 )
-        header = {"format": FORMAT, "provenance": json.dumps(dict(self.provenance), sort_keys=True)}
-        with atomic_write(out) as tmp:
+        header = {"format": FORMAT, "metadata": json.dumps(self.metadata.to_json(), sort_keys=True)}
+        tensors = {name: v.detach().cpu().contiguous() for name, v in self.tensors.items()}
+        with atomic_write(path) as tmp:
             try:
-                save_file(
-                    {k: v.detach().cpu().contiguous() for k, v in self.tensors.items()},
-                    tmp,
-                    metadata=header,
-                )
+                save_file(tensors, tmp, metadata=header)
             except SafetensorError as error:
-                raise FileError(f"{out} cannot be written: {error}") from error
+                raise FileError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Read a patch.
+        """Return the patch in a file.
 
         Raises:
-            FileError: missing, truncated, not a patch, one of nothing, or with NaN in its values.
+            FileError: the file is missing, damaged or no patch, or has no tensors or NaN values.
         """
         path = Path(path)
         if not path.is_file():
@@ -114,201 +95,173 @@ class Patch:
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise FileError(
-                f"{path} is not a readable safetensors file ({error}); make or fetch it again"
-            ) from error
-        if header.get("format") != FORMAT and any(
-            k.endswith((".lora_down.weight", ".lora_A.weight")) for k in tensors
-        ):
-            raise FileError(
-                f"{path} is a LoRA, not a safegen patch, and is not fused unasked: `generate --lora` keeps it active beside the weights, "
-                "`safegen patch from-lora` makes a patch of it"
-            )
-        if header.get("format") != FORMAT:
-            raise FileError(
-                f"{path} is not a safegen patch: its header says format {header.get('format')!r}, a patch says {FORMAT!r}"
-            )
+            raise FileError(f"{path} is not a readable safetensors file: {error}") from error
+        _check_format(path, header, tensors)
         if not tensors:
-            raise FileError(
-                f"{path} is a safegen patch of nothing: it has no tensors; make or fetch it again"
-            )
-        for key, value in tensors.items():
+            raise FileError(f"{path} is a safegen patch without tensors. Make or fetch it again")
+        for name, value in tensors.items():
             if not bool(value.isfinite().all()):
-                raise FileError(f"{path} has NaN or infinite values in {key}; make it again")
+                raise FileError(f"{path} has NaN or infinite values in {name}. Make it again")
         try:
-            provenance = json.loads(header.get("provenance", ""))
-            PatchMetadata.model_validate(provenance)
+            metadata = PatchMetadata.model_validate_json(header.get("metadata", ""))
         except ValidationError as error:
             raise FileError(
-                f"{path} is a damaged safegen patch: its provenance cannot be used "
-                f"({explain(error, PatchMetadata)}); make or fetch it again"
+                f"{path} is a damaged safegen patch: metadata: {explain(error, PatchMetadata)}. "
+                "Make or fetch it again"
             ) from error
-        except json.JSONDecodeError as error:
-            raise FileError(
-                f"{path} is a damaged safegen patch: its provenance cannot be read ({error}); make or fetch it again"
-            ) from error
-        return cls(tensors, provenance)
-
-    @property
-    def layer_counts(self) -> dict[str, int]:
-        """How many tensors of each kind of layer are new: `attn1`, `attn2` and `other`."""
-        groups: dict[str, int] = {}
-        for name in self.tensors:
-            kind = next((k for k in ("attn1", "attn2") if f".{k}." in name), "other")
-            groups[kind] = groups.get(kind, 0) + 1
-        return dict(sorted(groups.items()))
+        return cls(tensors, metadata)
 
     @torch.no_grad()
     def describe_change(self, model: Model) -> str:
-        """Return in words what the patch puts in the place of a model's own values, and how far those move: |new - own| / |own|."""
-        own, gap, size, moved = dict(model.denoiser.named_parameters()), 0.0, 0.0, 0
+        """Return in words how many weights of a model change, and how far: |new - old| / |old|."""
+        parameters = dict(model.denoiser.named_parameters())
+        gap, size, changed = 0.0, 0.0, 0
         for name, value in self.tensors.items():
-            new, old = value.detach().cpu().float(), own[name].detach().cpu().float()
-            gap, size = (
-                gap + float((new - old).double().pow(2).sum()),
-                size + float(old.double().pow(2).sum()),
-            )
-            moved += not torch.equal(new, old)
-        kinds = ", ".join(f"{n} of {kind}" for kind, n in self.layer_counts.items())
-        far = f", by {100 * (gap / size) ** 0.5:.3g} % in all" if size else ""
-        return f"new values for {len(self.tensors)} tensors ({kinds}) into it, {moved} of them unlike its own{far}"
+            new, old = value.detach().cpu().float(), parameters[name].detach().cpu().float()
+            gap += float((new - old).double().pow(2).sum())
+            size += float(old.double().pow(2).sum())
+            changed += not torch.equal(new, old)
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in self.layer_counts.items())
+        distance = f", by {100 * (gap / size) ** 0.5:.3g} % in all" if size else ""
+        return f"changes {changed} of {len(self.tensors)} tensors ({kinds}){distance}"
 
     def check_compatible(self, model: Model) -> None:
-        """Check names, shapes and family against the model.
+        """Check names, shapes, family and base of the patch against a model.
 
         Raises:
-            PatchError: a tensor has no counterpart of its shape, or the patch says that it was made
-                for another family.
+            PatchError: a tensor has no counterpart of its shape, or the family is another.
 
         Warns:
-            BaseMismatchWarning: the shapes fit but the weights are not those that the patch was made on.
+            BaseMismatchWarning: the patch was made on other weights.
         """
-        own = dict(model.denoiser.named_parameters())
-        for key, value in self.tensors.items():
-            if key not in own:
+        parameters = dict(model.denoiser.named_parameters())
+        prefix = f"the patch does not fit the model {model.name!r}"
+        for name, value in self.tensors.items():
+            if name not in parameters:
                 raise PatchError(
-                    f"the patch does not fit the model {model.name!r}: it has no weight {key}; it was made for another family"
+                    f"{prefix}: it has no weight {name}. It was made for another family"
                 )
-            if own[key].shape != value.shape:
+            if parameters[name].shape != value.shape:
                 raise PatchError(
-                    f"the patch does not fit the model {model.name!r}: {key} is {tuple(value.shape)} in the patch "
-                    f"and {tuple(own[key].shape)} in the model"
+                    f"{prefix}: {name} is {tuple(value.shape)} in the patch and "
+                    f"{tuple(parameters[name].shape)} in the model"
                 )
-        family = self.provenance.get("family")
-        if family is not None and family != model.family:
-            raise PatchError(
-                f"the patch does not fit the model {model.name!r}: it was made for another family ({family}), this one is {model.family}"
-            )
-        base = self.provenance.get("base")
-        rounded_then = self.provenance.get("base_rounded", {}).values()
-        if (
-            base is not None
-            and model.hash not in (base, *rounded_then)
-            and base not in model.cast_hashes.values()
-        ):
-            rounded = model.denoiser.dtype
-            known = rounded == torch.float32 or self.provenance.get("base_rounded")
-            why = (
-                ""
-                if known
-                else f" (loaded as {str(rounded).removeprefix('torch.')}, which alone changes that)"
-            )
-            warnings.warn(
-                f"the patch was made on weights {base[:12]}, the model {model.name!r} has {model.hash[:12]}{why}: it puts "
-                f"{self.describe_change(model)}; measure the result before you trust it",
-                BaseMismatchWarning,
-                stacklevel=3,
+        check_family(prefix, self.metadata.family, model)
+        if self.metadata.base not in (None, model.hash):
+            warn_base_mismatch(
+                "patch", self.metadata.base, model, f" It {self.describe_change(model)}."
             )
 
     def warn_missing_parents(self, model: Model) -> None:
-        """Warn of each patch that lay under this one when it was made and is not on a model.
+        """Warn of each parent of the patch that is not on a model.
 
         Warns:
             BaseMismatchWarning: there is one.
         """
-        there = {patch.hash for patch in model.patches} if self.provenance.get("under") else set()
-        for below in self.provenance.get("under", ()):
-            if below["hash"] not in there:
+        applied = {parent.hash for parent in model.parents}
+        for parent in self.metadata.parents:
+            if parent.hash not in applied:
                 warnings.warn(
-                    f"the patch was made on a model with another patch on it ({below['method']}, hash {below['hash'][:12]}), which is not "
-                    f"on {model.name!r}: put that one on first, or measure the result before you trust it",
+                    f"the patch was made on a model with the patch {parent.method} "
+                    f"({parent.hash[:12]}), which is not on {model.name!r}. "
+                    "Apply that one first, or measure the result",
                     BaseMismatchWarning,
                     stacklevel=3,
                 )
 
     @torch.no_grad()
-    def apply(self, model: Model, *, named: bool = True) -> AppliedPatch:
-        """Put the new values into the model, in memory; the answer takes them out again exactly, whatever was put on after it.
+    def apply(self, model: Model, *, hidden: bool = False) -> AppliedPatch:
+        """Write the new values into a model in memory; `undo()` restores the old ones exactly.
 
         Args:
             model: the model.
-            named: whether what is made of the model meanwhile says that this patch lay under it.
+            hidden: do not list this patch as a parent of patches that are made on the model
+                meanwhile.
 
         Raises:
-            PatchError: see `fits`, or a value is not finite in the model's type; then nothing was
-                changed.
+            PatchError: see `check_compatible`, or a value is not finite in the model's type.
 
         Warns:
-            BaseMismatchWarning: see `fits`; or a patch that lay under it when it was made is not on the
-                model.
+            BaseMismatchWarning: see `check_compatible` and `warn_missing_parents`.
         """
-        _ = model.hash  # of the untouched weights: what patches refer to
+        _ = model.hash  # taken before any weight changes
         self.check_compatible(model)
-        own = dict(model.denoiser.named_parameters())
-        for key, value in self.tensors.items():
-            if not bool(value.to(own[key].dtype).isfinite().all()):
+        parameters = dict(model.denoiser.named_parameters())
+        for name, value in self.tensors.items():
+            if not bool(value.to(parameters[name].dtype).isfinite().all()):
                 raise PatchError(
-                    f"the patch has values in {key} that are not finite as {str(own[key].dtype).removeprefix('torch.')}, the type of the "
-                    f"model {model.name!r}; load the model as fp32 or bf16, or make the patch again"
+                    f"values of the patch must be finite in {model.dtype}, the type of "
+                    f"{model.name!r}, got others in {name}. "
+                    "Load the model as fp32 or bf16"
                 )
         self.warn_missing_parents(model)
-        applied = AppliedPatch(
-            model, {k: own[k].detach().clone() for k in self.tensors}, self, named
-        )
+        before = {name: parameters[name].detach().clone() for name in self.tensors}
+        applied = AppliedPatch(model, before, self.hash, self.metadata, hidden)
         model.applied_patches.append(applied)
         try:
-            for key, value in self.tensors.items():
-                own[key].copy_(value)
+            for name, value in self.tensors.items():
+                parameters[name].copy_(value)
         except BaseException:
             applied.undo()
             raise
         return applied
 
 
-@dataclass(frozen=True, eq=False)
-class AppliedPatch:
-    """A patch that is on a model. `undo()` takes it off bit for bit; also usable in a `with`."""
+def check_family(prefix: str, family: str | None, model: Model) -> None:
+    """Check that the family in a patch's or LoRA's metadata is the model's.
 
-    model: Model
-    before: dict[str, Tensor]
-    """What lies under it."""
-    patch: Patch
-    named: bool = True
+    Raises:
+        PatchError: it is another. The message begins with `prefix`.
+    """
+    if family not in (None, model.family):
+        raise PatchError(
+            f"{prefix}: it was made for another family ({family}), this one is {model.family}"
+        )
 
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Put the old values back; where another patch was put on after it, that one keeps its own and has these under it now.
 
-        A patch that is off already stays off.
-        """
-        if self not in self.model.applied_patches:
-            return
-        above = self.model.applied_patches[self.model.applied_patches.index(self) + 1 :]
-        own = dict(self.model.denoiser.named_parameters())
-        for key, value in self.before.items():
-            on_it = next((one for one in above if key in one.before), None)
-            if on_it is None:
-                own[key].copy_(value)
-            else:
-                on_it.before[key] = value
-        self.model.applied_patches.remove(self)
+def warn_base_mismatch(kind: str, base: str | None, model: Model, change: str = "") -> None:
+    """Warn that a patch or LoRA was made on other weights than a model's.
 
-    def __enter__(self) -> AppliedPatch:
-        """Return itself."""
-        return self
+    Args:
+        kind: `patch` or `LoRA`.
+        base: hash of the weights that it was made on.
+        model: the model.
+        change: a sentence on what it changes.
 
-    def __exit__(self, *_: object) -> None:
-        """Undo."""
-        self.undo()
+    Warns:
+        BaseMismatchWarning: always.
+    """
+    rounded = (
+        f" The model is loaded as {model.dtype}, which alone changes the hash of weights stored as "
+        "fp32."
+        if model.dtype != "fp32"
+        else ""
+    )
+    warnings.warn(
+        f"the {kind} was made on weights {str(base)[:12]}, the model {model.name!r} has "
+        f"{model.hash[:12]}.{rounded}{change} "
+        "Measure the result before you trust it",
+        BaseMismatchWarning,
+        stacklevel=4,
+    )
+
+
+def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Check that a safetensors file is a patch.
+
+    Raises:
+        FileError: it is a LoRA or another file.
+    """
+    if header.get("format") == FORMAT:
+        return
+    if any(name.endswith(LORA_SUFFIXES) for name in tensors):
+        raise FileError(
+            f"{path} must be a safegen patch, got a LoRA. Use it with `generate --lora`, or "
+            "convert it with `safegen patch from-lora`"
+        )
+    raise FileError(
+        f"{path} must be a safegen patch with the format {FORMAT!r} in its header, got "
+        f"{header.get('format')!r}"
+    )

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write, staged_directory
-from safegen.core.generation import preferred_precision
+from safegen.core.generation import GenerationConfig, Sample, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
@@ -28,8 +28,9 @@ from safegen.evaluation.scoring.score import Scores, refuse_unjudged, removal, s
 from safegen.judges import Detections, load_judge
 from safegen.metrics.bootstrap import Mean
 from safegen.metrics.image import mean_change
-from safegen.models.generation import GenerationConfig, Sample, generate
-from safegen.models.model import Model, load
+from safegen.models.generation import generate
+from safegen.models.loading import load
+from safegen.models.model import Model
 from safegen.patches.patch import Patch
 from safegen.workflows import demo_report as report
 
@@ -116,12 +117,12 @@ class Outcome:
             lists[name] = entry
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "edit": dict(self.patch.provenance["settings"]),
+            "edit": dict(self.patch.metadata.settings),
             "concept": self.concept.model_dump(mode="json"),
             "judge": self.judge_id,
             "base_hash": self.base_hash,
             "patch_hash": self.patch.hash,
-            "patch": dict(self.patch.provenance),
+            "patch": self.patch.metadata.to_json(),
             "lists": lists,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
             "pictures": 2 * len(self.items),

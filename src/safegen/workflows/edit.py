@@ -139,7 +139,7 @@ def make_edit(
 
 
 def check_triplets(concept: Concept, triplets: Triplets) -> None:
-    """Raise if the concept's judge sees it in no unsafe image; the edit would remove something else.
+    """Raise if no unsafe image shows the concept; the edit would remove something else.
 
     Raises:
         ConfigError: no image that could be judged shows the concept.
@@ -169,6 +169,4 @@ def check_triplets(concept: Concept, triplets: Triplets) -> None:
 
 
 def _warn_unchecked(reason: str) -> None:
-    warnings.warn(
-        f"triplets were not checked: {reason}", UncheckedTripletsWarning, stacklevel=4
-    )
+    warnings.warn(f"triplets were not checked: {reason}", UncheckedTripletsWarning, stacklevel=4)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.core.files import display_name
 from safegen.evaluation.report import model_card as cards
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.checkpoint.single_file import save_single_file
-from safegen.models.model import Model
+from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
+from safegen.models.checkpoint.single_file_writer import save_single_file
+from safegen.models.model import AppliedPatch, Model
 from safegen.patches.arithmetic import warn_of_overlap
 from safegen.patches.patch import Patch
 
@@ -104,10 +105,10 @@ def export(
             cards.write_with_card(
                 out,
                 text,
-                lambda: save_single_file(model, out, dtype=dtype or "fp16", facts=metadata),
+                lambda: save_single_file(model, out, dtype=dtype or "fp16", metadata=metadata),
             )
         else:
-            save_folder(model, out, card=text, facts=metadata)
+            save_folder(model, out, card=text, metadata=metadata)
 
 
 def check_suffix(out: Path, format: ExportFormat) -> None:
@@ -122,33 +123,32 @@ def check_suffix(out: Path, format: ExportFormat) -> None:
 def _card_subject(
     model: Model, out: Path, kind: str, patches: Sequence[Patch], notes: Sequence[str]
 ) -> cards.CardSubject:
+    earlier = model.verified_metadata
+    applied: list[Patch | AppliedPatch] = [*model.patches, *patches]
     return cards.CardSubject(
         kind,
         out.name,
         display_name(model.name),
         model.hash,
-        [(patch.hash, patch.provenance) for patch in (*model.patches, *patches)],
+        [(patch.hash, patch.metadata.to_json()) for patch in applied],
         notes,
-        tuple(model.cast_hashes.values()),
-        _merged_patches(model.verified_metadata),
-        bool(model.provenance),
+        [record.hash for record in earlier.patches] if earlier else [],
+        model.metadata is not None,
     )
 
 
-def _merged_patches(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the hashes of the patches that are merged into a model's weights, the oldest first."""
-    earlier = _merged_patches(metadata["made_from"]) if metadata.get("made_from") else []
-    return [*earlier, *(patch["hash"] for patch in metadata.get("patches", ()))]
-
-
-def _metadata(model: Model, subject: cards.CardSubject, results: Sequence[Path]) -> dict[str, Any]:
-    """Return the metadata of a whole model: its base, patches, source and results."""
-    metadata: dict[str, Any] = {"model": subject.model, "base": subject.base}
-    metadata["patches"] = [
-        {"hash": digest, "provenance": dict(provenance)} for digest, provenance in subject.patches
+def _metadata(
+    model: Model, subject: cards.CardSubject, results: Sequence[Path]
+) -> CheckpointMetadata:
+    """Return the metadata of the exported model and of all patches in its weights."""
+    earlier = model.verified_metadata
+    records = [
+        PatchRecord.model_validate({"hash": digest, "metadata": entries})
+        for digest, entries in subject.patches
     ]
-    if model.verified_metadata:
-        metadata["made_from"] = dict(model.verified_metadata)
-    if results:
-        metadata["metrics"] = [subject.figures(path).facts() for path in results]
-    return metadata
+    return CheckpointMetadata(
+        model=earlier.model if earlier else subject.model,
+        base=earlier.base if earlier else model.hash,
+        patches=(*(earlier.patches if earlier else ()), *records),
+        metrics=tuple(subject.figures(path).facts() for path in results),
+    )

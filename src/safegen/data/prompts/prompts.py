@@ -17,9 +17,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safegen.core import hub as sources
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.hub import HUB, fetch_file
 from safegen.core.registry import PROMPT_LISTS
 from safegen.data.prompts.dialects import (
     DIALECTS,
@@ -219,6 +219,26 @@ def _listed(name: str, limit: int | None, shows: str | None) -> PromptSet:
     return PromptSet(name, "list", digest, rows[:limit], found=len(rows))
 
 
+def _read_bytes(path: Path, name: str) -> bytes:
+    """Return the bytes of a prompt file.
+
+    Raises:
+        FileError: it is missing, a folder, or cannot be read. The message calls it `name`.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileError(
+            f"there are no prompts named {name!r}; name a file, a bundled list such as mini:skulls, or hub:owner/name/path/in/repo.csv"
+        ) from error
+    except IsADirectoryError as error:
+        raise FileError(f"{name} is a folder; name a file in it") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise FileError(
+            f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
 def _filed(
     source: str | Path,
     dialect: str | None,
@@ -226,12 +246,13 @@ def _filed(
     limit: int | None,
     shows: str | None,
 ) -> PromptSet:
-    name, path = str(source), sources.find(source)
-    data = sources.read(path, name)
+    name = str(source)
+    path = fetch_file(name) if name.startswith(HUB) else Path(source)
+    data = _read_bytes(path, name)
     text, notes = decode(data, name)
     records = _records(text, path, name, dialect, column)
     origin = _Origin(
-        name if name.startswith(sources.HUB) else path.name,
+        name if name.startswith(HUB) else path.name,
         sha256(data).hexdigest(),
         path.stem,
         shows,

@@ -82,7 +82,7 @@ def trainable_parameters(
     Raises:
         ConfigError: the selector picks no matrix and no convolution.
     """
-    _ = model.hash, model.cast_hashes  # of the untouched weights, without anything beside them
+    _ = model.hash  # taken before adapters are added
     names = select_parameters(model.denoiser, selector)
     if rank is None:
         yield Trainable(tuple(names), {}, {})

@@ -30,8 +30,6 @@ FACTS = {
     "seconds": "seconds it took",
     "losses": "last losses",
     "family": "family",
-    "made_by": "made by",
-    "date": "date",
 }
 """Entries of a provenance that a card has a line for, in order."""
 
@@ -52,8 +50,6 @@ class CardSubject:
     """Hash and provenance of each patch in it, in order."""
     notes: Sequence[str] = ()
     """What else the reader must know: the type of the weights, what was left out."""
-    rounded: Sequence[str] = ()
-    """What `base` is when the same weights are loaded as fp16 or bf16."""
     within: Sequence[str] = ()
     """Hashes of the patches that its file or folder says to be in the base's weights already, the oldest first."""
     by_name: bool = False
@@ -62,26 +58,19 @@ class CardSubject:
     @classmethod
     def of_patch(cls, patch: Patch, name: str) -> CardSubject:
         """Return a patch as the subject of its card."""
-        said = patch.provenance
-        rounded = tuple(said.get("base_rounded", {}).values())
+        said = patch.metadata.to_json()
         return cls(
             "patch",
             name,
             said.get("model"),
             said.get("base"),
             [(patch.hash, said)],
-            rounded=rounded,
         )
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """The hashes under which figures may know its base; none where that is not known."""
-        return (self.base, *self.rounded) if self.base else ()
 
     def figures(self, path: Path) -> ModelIndex:
         """Return the figures at a path, which must be of it; errors as `read_figures` has them."""
         named = self.model if self.by_name else None
-        return read_figures(path, [digest for digest, _ in self.patches], self.bases, model=named)
+        return read_figures(path, [digest for digest, _ in self.patches], self.base, model=named)
 
 
 @dataclass(frozen=True)
@@ -131,8 +120,9 @@ def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
         ConfigError: they are figures of other patches.
     """
     subject = CardSubject.of_patch(patch, "")
-    found = [subject.figures(path).facts() for path in metrics]
-    return replace(patch, provenance={**patch.provenance, "metrics": found}) if found else patch
+    found = tuple(subject.figures(path).facts() for path in metrics)
+    metadata = patch.metadata.model_copy(update={"metrics": found})
+    return replace(patch, metadata=metadata) if found else patch
 
 
 def beside(out: Path) -> Path:
@@ -242,7 +232,7 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
     """Yield the paragraphs of a patch, and of those that it was merged of."""
     method, settings = str(said.get("method", "not said")), said.get("settings", {})
     yield f"### {method}, patch `{digest[:12]}`\n"
-    if below := said.get("under"):
+    if below := said.get("parents"):
         lay = ", then ".join(
             f"{_plain(str(one['method']))} `{str(one['hash'])[:12]}`" for one in below
         )
@@ -265,7 +255,7 @@ def _edit(digest: str, said: Mapping[str, Any]) -> Iterator[str]:
     if settings:
         yield f"Settings:\n\n```json\n{json.dumps(settings, indent=1, sort_keys=True)}\n```\n"
     for part in said.get("parts", ()):
-        yield from _edit(str(part["hash"]), part["provenance"])
+        yield from _edit(str(part["hash"]), part["metadata"])
 
 
 def _unmeasured(subject: CardSubject) -> str:
@@ -304,7 +294,7 @@ def _told(subject: CardSubject) -> list[ModelIndex]:
     if len(subject.patches) != 1 or subject.kind == "lora":
         return []
     ((_, said),) = subject.patches
-    if subject.kind != "patch" and said.get("base") not in subject.bases:
+    if subject.kind != "patch" and said.get("base") != subject.base:
         return []
     try:
         tables = [ModelIndex.of_facts(facts) for facts in said.get("metrics", ())]
@@ -315,15 +305,15 @@ def _told(subject: CardSubject) -> list[ModelIndex]:
 
 
 def read_figures(
-    path: Path, patches: Sequence[str], bases: Sequence[str] = (), *, model: str | None = None
+    path: Path, patches: Sequence[str], base: str | None = None, *, model: str | None = None
 ) -> ModelIndex:
     """Return the figures of a demo, a run or a resilience test that are of these patches.
 
     Args:
         path: a JSON file, or a folder with one.
         patches: their hashes, in order.
-        bases: hashes of the model that they are on, as it may have been loaded; figures of another
-            are refused where they say (a run does not: its table names the model).
+        base: hash of the model that they are on; figures of another are refused where they state
+            theirs (a run does not: its table names the model).
         model: the model by the name that a run must call it; any when not given.
 
     Raises:
@@ -342,9 +332,9 @@ def read_figures(
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if bases and (theirs := found.get("base_hash")) not in (*bases, None):
+        if base and (theirs := found.get("base_hash")) not in (base, None):
             raise ConfigError(
-                f"{file} has figures of these patches on other weights ({theirs[:12]}) than this card's ({bases[0][:12]}); name figures "
+                f"{file} has figures of these patches on other weights ({theirs[:12]}) than this card's ({base[:12]}); name figures "
                 "that were taken on this model"
             )
         if "stacks" in found:

@@ -38,7 +38,8 @@ from safegen.evaluation.run.judge import Evaluators
 from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.table import score_run, scores_file
 from safegen.judges import load_judge
-from safegen.stack import Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
 
 Stage = Literal["generate", "judge", "score"]
 Baselines = Literal["all", "none"]
@@ -391,8 +392,8 @@ def _entry(stack: Stack, shelf: StackLoader) -> Line:
             {
                 "file": path.name,
                 "hash": patch.hash,
-                "method": patch.provenance.get("method"),
-                "seconds": patch.provenance.get("seconds"),
+                "method": patch.metadata.method,
+                "seconds": patch.metadata.seconds,
             }
             for path, patch in zip(stack.patches, patches, strict=True)
         ],

@@ -23,7 +23,8 @@ from safegen.evaluation.run.folder import PICTURES, SAMPLES, TIMINGS, Journal, L
 from safegen.evaluation.run.judge import Evaluators, ScoringWorker
 from safegen.evaluation.scoring.results import FAULT
 from safegen.guards import GeneratedImage
-from safegen.stack import LoadedStack, Stack, StackLoader
+from safegen.stack import Stack
+from safegen.stack_loader import LoadedStack, StackLoader
 
 
 def run_stages(

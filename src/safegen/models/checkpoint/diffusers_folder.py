@@ -1,4 +1,4 @@
-"""A plain diffusers folder as we write it, and what it says of itself."""
+"""Diffusers folders: reading with strict checks, and writing what old and new releases open."""
 
 from __future__ import annotations
 
@@ -6,136 +6,215 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import BaseModel, Field
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
 from safetensors import SafetensorError
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-from safegen.core.errors import FileError
-from safegen.core.files import staged_directory
+from safegen.core.errors import FileError, first_line
+from safegen.core.files import exists, staged_directory
+from safegen.core.logging import silence_libraries
+from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
+from safegen.models.model import COMPONENTS, Model, Pipeline
 
-if TYPE_CHECKING:
-    from safegen.models.model import Model
+SDXL = "StableDiffusionXLPipeline"
+PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "StableDiffusionPipeline": (
+        StableDiffusionPipeline,
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    ),
+    SDXL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
+}
+"""Pipeline class by name in model_index.json, and the arguments that skip the safety checker."""
+TEXT_ENCODERS = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
+"""Text encoder class by the name in model_index.json."""
+UNLOADED = ("safety_checker", "feature_extractor")
+"""Components that are copied and never loaded."""
 
-METADATA_FILE = "safegen.json"
-"""What a folder of ours says of itself, for programs."""
 
+def read_folder(
+    name: str, folder: Path, *, dtype: torch.dtype, allow_pickle: bool
+) -> tuple[Pipeline, CheckpointMetadata | None]:
+    """Return the pipeline in a diffusers folder, and its metadata if safegen wrote it.
 
-class _Held(BaseModel):
-    hash: str = Field(pattern="^[0-9a-f]{64}$")
+    Args:
+        name: what the user called it, for messages.
+        folder: the folder.
+        dtype: type of the weights.
+        allow_pickle: also open pickled weights.
 
-
-class _Whole(BaseModel):
-    """What is read of what a file or folder of ours says of itself.
-
-    Whatever else it says is kept as it is.
+    Raises:
+        FileError: it is no diffusers folder of a known pipeline, lacks weights, or has files that
+            are pickled or damaged.
     """
-
-    base: str = Field(pattern="^[0-9a-f]{64}$")
-    weights: list[str] = Field(default_factory=list)
-    patches: list[_Held]
-    made_from: _Whole | None = None
-
-
-def parse_metadata(text: str) -> dict[str, Any]:
-    """Return what a model of ours says of itself; nothing of another's, or where it is not what we write.
-
-    It is a statement: `Model.told` asks whether the weights beside it are those that it is of.
-    """
+    cls, options = PIPELINES[_check_folder(name, folder, allow_pickle)]
+    options = options | {"dtype": dtype, "use_safetensors": None if allow_pickle else True}
     try:
-        _Whole.model_validate_json(text)
-        return dict(json.loads(text))
-    except (ValueError, RecursionError):
-        return {}
+        with silence_libraries():
+            options |= _load_text_encoders(folder, dtype, allow_pickle)
+            pipeline: Pipeline = cls.from_pretrained(str(folder), **options, local_files_only=True)
+        text = ""
+        if exists(folder / METADATA_FILE):
+            text = (folder / METADATA_FILE).read_text(encoding="utf-8", errors="replace")
+    except FileError as error:
+        raise FileError(f"the model {name!r} {error}") from error
+    except Exception as error:  # diffusers and safetensors raise a dozen types
+        raise FileError(f"the model {name!r} cannot be read: {first_line(error)}") from error
+    return pipeline, parse_metadata(text)
+
+
+def _check_folder(name: str, folder: Path, allow_pickle: bool) -> str:
+    """Check a model folder before anything is opened, and return the name of its pipeline class.
+
+    Raises:
+        FileError: see `read_folder`.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileError(f"{name} must be a diffusers folder, got one without model_index.json")
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise FileError(f"{index} must be JSON, got: {first_line(error)}") from error
+    if class_name not in PIPELINES:
+        raise FileError(f"{name} must be one of {', '.join(PIPELINES)}, got {class_name}")
+    for component in (*COMPONENTS, "text_encoder_2") if class_name == SDXL else COMPONENTS:
+        if any((folder / component).glob("*.safetensors")):
+            continue
+        if not any((folder / component).glob("*.bin")):
+            raise FileError(
+                f"{name} cannot be read: there is no .safetensors file in {folder / component}"
+            )
+        if not allow_pickle:
+            raise FileError(
+                f"{name} has pickled weights in {component}, which can run code. Get it as "
+                "safetensors, or pass --allow-pickle if you trust it"
+            )
+    return str(class_name)
+
+
+def _load_text_encoders(
+    folder: Path, dtype: torch.dtype, allow_pickle: bool
+) -> dict[str, nn.Module]:
+    """Return a folder's text encoders by component name.
+
+    A pipeline would silently initialize missing weights at random.
+
+    Raises:
+        FileError: a file lacks weights.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    encoders: dict[str, nn.Module] = {}
+    for component, entry in index.items():
+        if not component.startswith("text_encoder") or not isinstance(entry, list):
+            continue
+        if entry[-1] not in TEXT_ENCODERS:
+            continue
+        encoder, report = TEXT_ENCODERS[entry[-1]].from_pretrained(
+            str(folder / component),
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise FileError(
+                f"lacks {len(missing)} weights in {component}, first {missing[0]}. Get a complete "
+                "copy"
+            )
+        encoders[component] = encoder
+    return encoders
 
 
 def save_folder(
     model: Model,
-    out: str | Path,
+    path: str | Path,
     *,
     card: str | None = None,
-    facts: Mapping[str, Any] | None = None,
+    metadata: CheckpointMetadata | None = None,
 ) -> None:
-    """Write a plain diffusers folder that `from_pretrained` of old and new releases opens.
+    """Write a diffusers folder that `from_pretrained` of old and new releases opens.
 
-    Mends three things that today's libraries write and yesterday's cannot read: text-encoder keys
-    without `text_model.`, a tokenizer without vocab.json and merges.txt, and the image processor's
-    new name.
+    Current libraries write three things that earlier ones cannot read, which are converted: text
+    encoder keys without `text_model.`, a tokenizer without vocab.json and merges.txt, and the new
+    name of the image processor.
 
     Args:
         model: the model, with or without patches on it.
-        out: the new folder.
-        card: text of its README.md; none is written without.
-        facts: content of its safegen.json, to which the hashes of what is written are added; none
-            is written without. `safegen.export_folder` makes it.
+        path: the new folder.
+        card: text of its README.md. Default: none is written.
+        metadata: content of its safegen.json, completed by the hash of the weights. Default: none
+            is written.
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `path` exists or cannot be written.
     """
-    with staged_directory(Path(out), last="model_index.json") as tmp:
-        tower = model.pipeline.text_encoder
-        state = tower.state_dict()
+    with staged_directory(Path(path), last="model_index.json") as tmp:
         try:
-            model.pipeline.save_pretrained(tmp)
-            if not any(k.startswith("text_model.") for k in state):
-                shutil.rmtree(tmp / "text_encoder")
-                tower.save_pretrained(
-                    tmp / "text_encoder",
-                    state_dict={"text_model." + k: v for k, v in state.items()},
-                )
+            _save_pipeline(model, tmp)
         except Exception as error:
-            if (
-                isinstance(error, SafetensorError) or type(error) is Exception
-            ):  # the latter is tokenizers' word for a full disk
-                raise FileError(f"{out} cannot be written: {error}") from error
+            if isinstance(error, SafetensorError) or type(error) is Exception:
+                # tokenizers raises a plain Exception on a full disk
+                raise FileError(f"{path} cannot be written: {error}") from error
             raise
-        for folder in tmp.glob("tokenizer*"):
-            save_vocabulary(folder)
-        forget_places(tmp)
+        for tokenizer in tmp.glob("tokenizer*"):
+            save_vocabulary(tokenizer)
+        remove_local_paths(tmp)
         index = tmp / "model_index.json"
-        parts = json.dumps(
-            json.loads(index.read_text(encoding="utf-8")) | _keep_unloaded(model, tmp), indent=2
-        )
-        index.write_text(
-            parts.replace("CLIPImageProcessorPil", "CLIPImageProcessor") + "\n", encoding="utf-8"
-        )
+        entries = json.loads(index.read_text(encoding="utf-8")) | _copy_unloaded(model, tmp)
+        text = json.dumps(entries, indent=2).replace("CLIPImageProcessorPil", "CLIPImageProcessor")
+        index.write_text(text + "\n", encoding="utf-8")
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
-        if facts:
-            (tmp / METADATA_FILE).write_text(
-                json.dumps(dict(facts) | {"weights": model.weights}, indent=1, sort_keys=True)
-                + "\n",
-                encoding="utf-8",
-            )
+        if metadata is not None:
+            metadata = metadata.model_copy(update={"weights": model.hash_denoiser()})
+            text = json.dumps(metadata.to_json(), indent=1, sort_keys=True)
+            (tmp / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _keep_unloaded(model: Model, out: Path) -> dict[str, Any]:
-    """Copy the safety checker and its image processor, which we never load, and return their entries of model_index.json."""
+def _save_pipeline(model: Model, folder: Path) -> None:
+    """Write a pipeline's components, the text encoder with the keys that earlier releases read."""
+    model.pipeline.save_pretrained(folder)
+    encoder = model.pipeline.text_encoder
+    state = encoder.state_dict()
+    if not any(key.startswith("text_model.") for key in state):
+        shutil.rmtree(folder / "text_encoder")
+        encoder.save_pretrained(
+            folder / "text_encoder", state_dict={f"text_model.{k}": v for k, v in state.items()}
+        )
+
+
+def _copy_unloaded(model: Model, target: Path) -> Mapping[str, Any]:
+    """Copy the `UNLOADED` components and return their entries of model_index.json."""
     if model.folder is None or not (model.folder / "model_index.json").is_file():
         return {}
-    was = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
-    kept = [
-        part
-        for part in ("safety_checker", "feature_extractor")
-        if (model.folder / part).is_dir() and was.get(part, [None])[0]
-    ]
-    for part in kept:
-        shutil.copytree(model.folder / part, out / part, dirs_exist_ok=True)
-    return {part: was[part] for part in kept} | (
-        {"requires_safety_checker": True} if "safety_checker" in kept else {}
-    )
+    index = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
+    entries = {
+        component: index[component]
+        for component in UNLOADED
+        if (model.folder / component).is_dir() and index.get(component, [None])[0]
+    }
+    for component in entries:
+        shutil.copytree(model.folder / component, target / component, dirs_exist_ok=True)
+    return entries | ({"requires_safety_checker": True} if "safety_checker" in entries else {})
 
 
-def forget_places(folder: Path) -> None:
-    """Take out of a folder's configurations where their writer read them from: no fact about the model, and a name of the machine."""
+def remove_local_paths(folder: Path) -> None:
+    """Remove `_name_or_path`, a path on the writer's machine, from a folder's configurations."""
     for path in folder.rglob("*.json"):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(facts, dict) and facts.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_vocabulary(folder: Path) -> None:
-    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that do not read the latter."""
+    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that need them."""
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     (folder / "vocab.json").write_text(

@@ -1,7 +1,6 @@
-"""The original Stable Diffusion layout: what a weight of a diffusers part is called in a one-file checkpoint, and in a LoRA file.
+"""Names of diffusers weights in the original Stable Diffusion layout and in LoRA files.
 
-Names only, so that it holds for every size of the family: the block counts are read off the names
-themselves.
+Block counts are read off the names, so that the map holds for every size of an architecture.
 """
 
 from __future__ import annotations
@@ -10,21 +9,21 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_BOTH = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+_SHARED = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 PREFIX = {
-    "sd1": _BOTH | {"text_encoder": "cond_stage_model.transformer.text_model."},
-    "sd2": _BOTH | {"text_encoder": "cond_stage_model.model."},
-    "sdxl": _BOTH
+    "sd1": _SHARED | {"text_encoder": "cond_stage_model.transformer.text_model."},
+    "sd2": _SHARED | {"text_encoder": "cond_stage_model.model."},
+    "sdxl": _SHARED
     | {
         "text_encoder": "conditioner.embedders.0.transformer.text_model.",
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
 }
-"""Build of a model, part of its pipeline: where that lies in the file."""
+"""Architecture, component: prefix of its weights in the file."""
 OPEN_CLIP = {("sd2", "text_encoder"), ("sdxl", "text_encoder_2")}
-"""Text encoders that lie in the file as OpenCLIP has them."""
+"""Text encoders that are stored in OpenCLIP's layout."""
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -61,225 +60,226 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """Return, for each weight of a UNet, its name in the original layout, without prefix.
+    """Return the original name of each weight of a UNet, without prefix.
 
-    The original numbers its blocks in one row: down, a resnet with its attention is one block and
-    so is a downsampler; up, an upsampler is the last layer of the block before it.
+    The original layout numbers blocks in one sequence. On the way down, a resnet with its attention
+    is one block and a downsampler another; on the way up, an upsampler is the last layer of the
+    block before it.
 
     Raises:
-        ValueError: a name is of no known kind.
+        ValueError: a name is unknown.
     """
     names = list(names)
     resnets = {
         side: _counts(names, rf"{side}_blocks\.(\d+)\.resnets\.(\d+)\.") for side in ("down", "up")
     }
-    tall = {int(m[1]) for n in names if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", n))}
-    out = {}
+    attention_levels = {
+        int(m[1]) for n in names if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", n))
+    }
+    renamed = {}
     for name in names:
         stem, _, end = name.rpartition(".")
         if stem in _ENDS:
-            out[name] = f"{_ENDS[stem]}.{end}"
+            renamed[name] = f"{_ENDS[stem]}.{end}"
         elif m := re.match(
             r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)\.(weight|bias)$", name
         ):
             side, level, kind, j, inner, end = m[1], int(m[2]), m[3], int(m[4]), m[5], m[6]
-            place = _place(resnets[side], side, level) + j
+            block = _first_block(resnets[side], side, level) + j
             inner = _RESNET[inner] if kind == "resnets" else inner
-            out[name] = (
-                f"{'input' if side == 'down' else 'output'}_blocks.{place}.{int(kind == 'attentions')}.{inner}.{end}"
-            )
+            blocks = "input_blocks" if side == "down" else "output_blocks"
+            renamed[name] = f"{blocks}.{block}.{int(kind == 'attentions')}.{inner}.{end}"
         elif m := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)$", name):
             level = int(m[1])
-            out[name] = (
-                f"input_blocks.{_place(resnets['down'], 'down', level) + resnets['down'][level]}.0.op.{m[2]}"
-            )
+            block = _first_block(resnets["down"], "down", level) + resnets["down"][level]
+            renamed[name] = f"input_blocks.{block}.0.op.{m[2]}"
         elif m := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)$", name):
             level = int(m[1])
-            place = _place(resnets["up"], "up", level) + resnets["up"][level] - 1
-            out[name] = f"output_blocks.{place}.{2 if level in tall else 1}.conv.{m[2]}"
+            block = _first_block(resnets["up"], "up", level) + resnets["up"][level] - 1
+            renamed[name] = (
+                f"output_blocks.{block}.{2 if level in attention_levels else 1}.conv.{m[2]}"
+            )
         elif m := re.match(r"mid_block\.resnets\.(\d+)\.(.+)\.(weight|bias)$", name):
-            out[name] = f"middle_block.{2 * int(m[1])}.{_RESNET[m[2]]}.{m[3]}"
+            renamed[name] = f"middle_block.{2 * int(m[1])}.{_RESNET[m[2]]}.{m[3]}"
         elif m := re.match(r"mid_block\.attentions\.0\.(.+)$", name):
-            out[name] = f"middle_block.1.{m[1]}"
+            renamed[name] = f"middle_block.1.{m[1]}"
         else:
             raise ValueError(f"the UNet's weight {name} has no place in the original layout")
-    return out
+    return renamed
 
 
 def vae_names(names: Iterable[str]) -> dict[str, str]:
-    """Return, for each weight of an autoencoder, its name in the original layout, without prefix; the decoder's levels count backwards.
+    """Return the original name of each weight of an autoencoder, without prefix.
+
+    The decoder's levels count backwards.
 
     Raises:
-        ValueError: a name is of no known kind.
+        ValueError: a name is unknown.
     """
     names = list(names)
     top = max(_counts(names, r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\."))
-    out = {}
+    renamed = {}
     for name in names:
         if m := re.match(
             r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)$",
             name,
         ):
             side, level = m[1], int(m[2]) if m[1] == "encoder" else top - int(m[2])
-            way = "down" if side == "encoder" else "up"
+            direction = "down" if side == "encoder" else "up"
             inner = m[5].replace("conv_shortcut", "nin_shortcut")
-            out[name] = f"{side}.{way}.{level}." + (
-                f"block.{m[4]}.{inner}" if m[3] == "resnets" else f"{way}sample.{inner}"
+            renamed[name] = f"{side}.{direction}.{level}." + (
+                f"block.{m[4]}.{inner}" if m[3] == "resnets" else f"{direction}sample.{inner}"
             )
         elif m := re.match(r"(encoder|decoder)\.mid_block\.resnets\.(\d+)\.(.+)$", name):
-            out[name] = (
+            renamed[name] = (
                 f"{m[1]}.mid.block_{int(m[2]) + 1}.{m[3].replace('conv_shortcut', 'nin_shortcut')}"
             )
         elif m := re.match(
             r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)$", name
         ):
-            out[name] = f"{m[1]}.mid.attn_1.{_ATTENTION[m[2]]}.{m[3]}"
+            renamed[name] = f"{m[1]}.mid.attn_1.{_ATTENTION[m[2]]}.{m[3]}"
         elif m := re.match(
             r"(?:(?:encoder|decoder)\.)?(?:conv_in|conv_out|conv_norm_out|quant_conv|post_quant_conv)\.",
             name,
         ):
-            out[name] = name.replace("conv_norm_out", "norm_out")
+            renamed[name] = name.replace("conv_norm_out", "norm_out")
         else:
             raise ValueError(f"the autoencoder's weight {name} has no place in the original layout")
-    return out
+    return renamed
 
 
 def open_clip_names(names: Iterable[str]) -> dict[str, str]:
-    """Return, for each weight of a text encoder, its name in OpenCLIP's layout, without prefix; queries, keys and values share one.
+    """Return the OpenCLIP name of each weight of a text encoder, without prefix.
+
+    Queries, keys and values share one tensor.
 
     Raises:
-        ValueError: a name is of no known kind.
+        ValueError: a name is unknown.
     """
-    out = {}
+    renamed = {}
     for name in names:
         bare = name.removeprefix("text_model.")
         if bare in _OPEN_CLIP_ENDS:
-            out[name] = _OPEN_CLIP_ENDS[bare]
+            renamed[name] = _OPEN_CLIP_ENDS[bare]
         elif m := re.match(r"encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)$", bare):
-            out[name] = f"transformer.resblocks.{m[1]}.attn.in_proj_{m[2]}"
+            renamed[name] = f"transformer.resblocks.{m[1]}.attn.in_proj_{m[2]}"
         elif (m := re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", bare)) and m[
             2
         ] in _OPEN_CLIP:
-            out[name] = f"transformer.resblocks.{m[1]}.{_OPEN_CLIP[m[2]]}.{m[3]}"
+            renamed[name] = f"transformer.resblocks.{m[1]}.{_OPEN_CLIP[m[2]]}.{m[3]}"
         else:
             raise ValueError(f"the text encoder's weight {name} has no place in OpenCLIP's layout")
-    return out
+    return renamed
 
 
-def original_names(build: str, part: str, names: Iterable[str]) -> dict[str, str]:
-    """Return, for each weight of a pipeline's part, its name in a one-file checkpoint of a build.
+def original_names(architecture: str, component: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the name in a one-file checkpoint of each weight of a component.
 
-    Several may share one (`pack`).
+    Several weights may share one (`pack`).
     """
-    names, prefix = list(names), PREFIX[build][part]
-    if part in _BOTH:
+    names, prefix = list(names), PREFIX[architecture][component]
+    if component in _SHARED:
         return {
-            n: prefix + to for n, to in (unet_names if part == "unet" else vae_names)(names).items()
+            n: prefix + original
+            for n, original in (unet_names if component == "unet" else vae_names)(names).items()
         }
-    if (build, part) in OPEN_CLIP:
-        return {n: prefix + to for n, to in open_clip_names(names).items()}
+    if (architecture, component) in OPEN_CLIP:
+        return {n: prefix + original for n, original in open_clip_names(names).items()}
     return {n: prefix + n.removeprefix("text_model.") for n in names}
 
 
-def pack(build: str, part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a part's weights as a one-file checkpoint holds them.
+def pack(architecture: str, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a component as a one-file checkpoint stores them.
 
-    The autoencoder's attention was made of 1x1 convolutions; OpenCLIP has queries, keys and values
-    in one tensor, in this order, and its text projection multiplies from the right.
+    The autoencoder's attention has 1x1 convolutions; OpenCLIP stores queries, keys and values in
+    one tensor, and transposes its text projection.
     """
     shared: dict[str, list[str]] = {}
-    for name, to in original_names(build, part, state).items():
-        shared.setdefault(to, []).append(name)
-    out = {}
-    for to, names in shared.items():
+    for name, original in original_names(architecture, component, state).items():
+        shared.setdefault(original, []).append(name)
+    packed = {}
+    for original, names in shared.items():
         value = (
             torch.cat([state[name] for name in sorted(names, key=_qkv)])
             if len(names) > 1
             else state[names[0]]
         )
-        if part == "vae" and ".mid_block.attentions." in names[0] and value.ndim == 2:
+        if component == "vae" and ".mid_block.attentions." in names[0] and value.ndim == 2:
             value = value[:, :, None, None]
-        out[to] = value.T if _turned(build, part, to) else value
-    return out
+        packed[original] = value.T if _is_transposed(architecture, component, original) else value
+    return packed
 
 
-def unpack(build: str, part: str, name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """Return the part of a one-file checkpoint's tensor that is one weight: the inverse of `pack`, weight by weight.
+def unpack(
+    architecture: str, component: str, name: str, value: Tensor, shape: torch.Size
+) -> Tensor:
+    """Return one weight from a one-file checkpoint's tensor: the inverse of `pack`.
 
     Args:
-        build: of the model.
-        part: of its pipeline.
-        name: of the weight in diffusers.
-        value: the tensor under its `original_names`.
-        shape: of the weight; an answer of another shape means that the file does not fit.
+        architecture: key of `PREFIX`.
+        component: key of `PREFIX[architecture]`.
+        name: name of the weight in diffusers.
+        value: the tensor of its name in `original_names`.
+        shape: shape of the weight. A result of another shape means that the file does not fit.
     """
-    if part == "vae" and value.ndim == 4 and len(shape) == 2:
+    if component == "vae" and value.ndim == 4 and len(shape) == 2:
         return value[:, :, 0, 0]
-    if (build, part) in OPEN_CLIP and (at := _qkv(name)) < len(_QKV):
+    if (architecture, component) in OPEN_CLIP and (index := _qkv(name)) < len(_QKV):
         return (
-            value[at * shape[0] : (at + 1) * shape[0]]
+            value[index * shape[0] : (index + 1) * shape[0]]
             if len(value) == len(_QKV) * shape[0]
             else value
         )
-    return value.T if _turned(build, part, name) else value
+    return value.T if _is_transposed(architecture, component, name) else value
 
 
 def _qkv(name: str) -> int:
-    """Return the place of a projection in OpenCLIP's fused tensor; 3 for what is not in it."""
+    """Return the index of a projection in OpenCLIP's fused tensor; 3 for other weights."""
     return next((i for i, kind in enumerate(_QKV) if f".{kind}." in name), len(_QKV))
 
 
-def _turned(build: str, part: str, name: str) -> bool:
-    return (build, part) in OPEN_CLIP and name.removesuffix(".weight").endswith("text_projection")
+def _is_transposed(architecture: str, component: str, name: str) -> bool:
+    return (architecture, component) in OPEN_CLIP and name.removesuffix(".weight").endswith(
+        "text_projection"
+    )
 
 
-def lora_name(name: str, original: str | None = None) -> str:
-    """Return the module of a UNet's weight as LoRA files of the web UIs name it (kohya's form).
+def kohya_name(name: str, original: str | None = None) -> str:
+    """Return the module name of a UNet's weight in the LoRA files of web UIs (kohya's form).
 
     Args:
-        name: of the weight. On SD 1.x and 2.x the form keeps the diffusers names.
-        original: its name in the original layout, which is what the form uses on SDXL.
+        name: name of the weight. On SD 1.x and 2.x the form keeps diffusers' names.
+        original: its name in the original layout, which the form uses on SDXL.
     """
     return "lora_unet_" + (original or name).removesuffix(".weight").replace(".", "_")
 
 
-def lora_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best factors of a rank for a change of weights, and how much of it they hold.
+def sdxl_unet_names(unet: nn.Module) -> dict[str, str]:
+    """Return the original names of an SDXL UNet's weights, which its LoRAs use.
 
-    Truncated singular value decomposition, each factor with the root of the singular values (Eckart
-    and Young 1936), in float64.
-
-    Args:
-        delta: change of a linear weight, (out, in), or of a convolution, (out, in, h, w).
-        rank: columns to keep; more than there are is all of them.
-
-    Returns:
-        `down` (r, in[, h, w]) and `up` (out, r[, 1, 1]), float32, with up @ down nearest to delta;
-        the share of its squared norm that they hold, in [0, 1], 1 for no change at all.
+    Empty for other UNets. The extra weight of a guidance-distilled UNet (LCM) has no such name, and
+    no LoRA changes it.
     """
-    flat = delta.detach().cpu().double().flatten(1)
-    u, s, v = torch.linalg.svd(flat, full_matrices=False)
-    r = min(rank, len(s))
-    root = s[:r].sqrt()
-    down, up = (
-        (root[:, None] * v[:r]).reshape(r, *delta.shape[1:]),
-        (u[:, :r] * root).reshape(-1, r, *(1,) * (delta.ndim - 2)),
-    )
-    total = float(s.pow(2).sum())
-    return (
-        down.float().contiguous(),
-        up.float().contiguous(),
-        float(s[:r].pow(2).sum()) / total if total else 1.0,
+    if not hasattr(unet, "add_embedding"):
+        return {}
+    return unet_names(
+        name for name in unet.state_dict() if not name.startswith("time_embedding.cond_proj")
     )
 
 
 def _counts(names: Iterable[str], pattern: str) -> dict[int, int]:
-    """Return how many of the second number there are for each first one."""
-    found = {(int(m[1]), int(m[2])) for n in names if (m := re.match(pattern, n))}
-    return {level: sum(at == level for at, _ in found) for level in sorted({at for at, _ in found})}
+    """Return the number of blocks of each level."""
+    pairs = {(int(m[1]), int(m[2])) for n in names if (m := re.match(pattern, n))}
+    return {
+        level: sum(first == level for first, _ in pairs)
+        for level in sorted({first for first, _ in pairs})
+    }
 
 
-def _place(resnets: dict[int, int], side: str, level: int) -> int:
-    """Return the number of a level's first block: down, after the first convolution and a downsampler for each level above."""
-    before = sum(n for at, n in resnets.items() if at < level)
+def _first_block(resnets: dict[int, int], side: str, level: int) -> int:
+    """Return the number of a level's first block.
+
+    On the way down, the first convolution and a downsampler per level come before it.
+    """
+    before = sum(count for other, count in resnets.items() if other < level)
     return 1 + before + level if side == "down" else before

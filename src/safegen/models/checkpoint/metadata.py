@@ -1,0 +1,105 @@
+"""Metadata schema of patches and checkpoints, for writing and reading."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+METADATA_FILE = "safegen.json"
+"""File with the metadata of a diffusers folder that safegen wrote."""
+METADATA_KEY = "safegen"
+"""Header key with the metadata of a safetensors checkpoint or LoRA that safegen wrote."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class ParentRef(BaseModel):
+    """A patch that was on the model when another was made."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    """Name of the edit that made it."""
+    hash: Sha256
+    """SHA-256 over its values."""
+
+
+class PatchMetadata(BaseModel):
+    """Provenance of a patch, stored in the header of its file.
+
+    Extra keys are kept: methods add figures of their own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    method: str | None = None
+    """Name of the edit, or of the operation on patches."""
+    model: str | None = None
+    """Name of the model that it was made on, without folders."""
+    base: Sha256 | None = None
+    """Hash of that model's denoiser without patches (`Model.hash`)."""
+    family: str | None = None
+    """Architecture of the denoiser (`Model.family`)."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the edit."""
+    parents: tuple[ParentRef, ...] = ()
+    """Patches that were on the model when this one was made, in order."""
+    data: str | None = None
+    """Hash of the training images."""
+    updates: int | None = None
+    """Training updates."""
+    seconds: float | None = None
+    """Time that the edit took."""
+    metrics: tuple[dict[str, Any], ...] = ()
+    """Results of evaluations of this very patch."""
+    parts: tuple[PatchRecord, ...] = ()
+    """Patches that this one was computed from."""
+    overlap: str | None = None
+    """How a merge treated weights that several patches change."""
+    moved: Any = None
+    """Relative size of the change, as the method defines it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the metadata as plain values, without entries that are not set."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+class PatchRecord(BaseModel):
+    """Hash and metadata of a patch."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hash: Sha256
+    metadata: PatchMetadata = Field(default_factory=lambda: PatchMetadata())
+
+
+class CheckpointMetadata(BaseModel):
+    """Provenance of a whole model, stored in the header of its file or in `METADATA_FILE`."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    model: str | None = None
+    """Name of the base model, without folders."""
+    base: Sha256
+    """Hash of the denoiser without the patches below."""
+    weights: Sha256 | None = None
+    """Hash of the denoiser as stored, patches included. Set when the checkpoint is written."""
+    patches: tuple[PatchRecord, ...] = ()
+    """Patches in the weights, the oldest first."""
+    metrics: tuple[dict[str, Any], ...] = ()
+    """Results of evaluations of this very model."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the metadata as plain values, without entries that are not set."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def parse_metadata(text: str) -> CheckpointMetadata | None:
+    """Return the metadata of a checkpoint, or None if the text does not follow the schema.
+
+    It is a claim about the weights beside it: `Model.verified_metadata` checks it.
+    """
+    try:
+        return CheckpointMetadata.model_validate_json(text)
+    except (ValidationError, RecursionError):
+        return None

@@ -1,0 +1,294 @@
+"""Reading of one-file checkpoints in the original Stable Diffusion layout: SD 1.x, 2.x and XL."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+
+from safegen.core.errors import FileError, first_line
+from safegen.core.logging import silence_libraries
+from safegen.models.checkpoint import configs
+from safegen.models.checkpoint.diffusers_folder import PIPELINES, SDXL
+from safegen.models.checkpoint.key_map import PREFIX, original_names, unpack
+from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata, parse_metadata
+from safegen.models.checkpoint.single_file import (
+    CONFIGS_KEY,
+    EDM_PREFIXES,
+    HEADER_PREDICTIONS,
+    ZERO_SNR_ABAR,
+    ZERO_SNR_TENSOR,
+    SingleFile,
+    open_single_file,
+)
+from safegen.models.model import Pipeline
+
+NAME_FOLDER = "Name the model's own diffusers folder (--config, or in a recipe)"
+
+
+def read_single_file(
+    path: Path,
+    *,
+    config: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+) -> tuple[Pipeline, CheckpointMetadata | None]:
+    """Return the pipeline in a one-file checkpoint, and its metadata if safegen wrote it.
+
+    Nothing is downloaded.
+
+    Args:
+        path: .safetensors, or with `allow_pickle` .ckpt.
+        config: a diffusers folder of the same family, for its configuration files and vocabulary.
+            Default: those in the header of a file that safegen wrote, or those of the published
+            model with these weight names.
+        dtype: type of the weights.
+        allow_pickle: also open pickles. They are opened with `weights_only=True`, in which torch
+            runs no code of the file.
+
+    Raises:
+        FileError: the file cannot be read, has an unknown architecture, or contradicts its
+            configuration; or it is an SD 2.x that does not state what it predicts.
+    """
+    checkpoint = open_single_file(path, allow_pickle)
+    if edm := sorted(name for name in checkpoint.tensors if name.startswith(EDM_PREFIXES)):
+        raise FileError(
+            f"schedule of {path} must not be EDM, got the tensor {edm[0]}. Use another model"
+        )
+    with tempfile.TemporaryDirectory() as tmp:
+        if config is not None:
+            hint = "Name the folder of this very model (--config, or in a recipe)"
+        else:
+            config = Path(tmp)
+            if CONFIGS_KEY in checkpoint.header:
+                hint = "The file was changed after it was written; export it again"
+                _write_header_configs(checkpoint, config)
+            else:
+                title = _write_published_configs(checkpoint, config)
+                hint = f"The configuration is that of the published {title}. {NAME_FOLDER}"
+        if not (config / "model_index.json").is_file():
+            raise FileError(
+                f"{config} must be a diffusers folder, got one without model_index.json"
+            )
+        pipeline = _build_pipeline(checkpoint, config, hint)
+        _check_scheduler(checkpoint, pipeline.scheduler)
+        with silence_libraries():
+            pipeline.to(dtype=dtype)
+    return pipeline, parse_metadata(checkpoint.header.get(METADATA_KEY, ""))
+
+
+def _write_header_configs(checkpoint: SingleFile, folder: Path) -> None:
+    """Write the configuration files in a checkpoint's header to a folder.
+
+    Raises:
+        FileError: they are damaged, or one would lie outside the folder.
+    """
+    path = checkpoint.path
+    try:
+        entries = json.loads(checkpoint.header[CONFIGS_KEY]).items()
+        files = {name: str(text) for name, text in entries}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise FileError(
+            f"{path} is damaged: its header's {CONFIGS_KEY} is not JSON. {NAME_FOLDER}"
+        ) from error
+    for name, text in files.items():
+        target = folder / name
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise FileError(
+                f"files in the header of {path} must lie in its folder, got {name!r}. Do not trust "
+                "this file"
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:  # one name is a file and a folder
+            raise FileError(
+                f"{path} is damaged: its header's {CONFIGS_KEY} cannot be written "
+                f"({error.strerror}: {name!r})"
+            ) from error
+    for tokenizer in {"tokenizer", "tokenizer_2"} & {name.partition("/")[0] for name in files}:
+        configs.add_vocabulary(folder / tokenizer)
+
+
+def _write_published_configs(checkpoint: SingleFile, folder: Path) -> str:
+    """Write the configuration files of the published model with these names; return its title.
+
+    Raises:
+        FileError: no published model has such names, a component is missing, the file is a variant
+            (inpainting, few steps), or it is an SD 2.x that does not state what it predicts.
+    """
+    path, tensors = checkpoint.path, checkpoint.tensors
+    architecture = configs.detect_architecture(tensors)
+    if architecture is None:
+        raise FileError(
+            f"{path} must hold a whole model in the original layout of "
+            f"{', '.join(configs.TITLES.values())}, got other weights. "
+            "A refiner is not read; a LoRA goes with --lora"
+        )
+    title = configs.TITLES[architecture]
+    for component, prefix in PREFIX[architecture].items():
+        if not any(name.startswith(prefix) for name in tensors):
+            raise FileError(f"{path} lacks the {component} of {title}. Get a complete file")
+    conv_in = tensors.get(PREFIX[architecture]["unet"] + "input_blocks.0.0.weight")
+    if conv_in is not None and conv_in.shape[1] != 4:
+        raise FileError(
+            f"input channels of {path} must be 4, got {conv_in.shape[1]}. Inpainting and depth "
+            "models are not read"
+        )
+    stated = checkpoint.architecture_name
+    if stated and stated not in HEADER_PREDICTIONS[architecture]:
+        raise FileError(
+            f"architecture in the header of {path} must be {title}, as its weights are, got "
+            f"{stated}. {NAME_FOLDER}"
+        )
+    prediction = checkpoint.prediction
+    if prediction is None and architecture == "sd2":
+        raise FileError(
+            f"{path} must state whether it predicts epsilon or v, since SD 2.x has both kinds. "
+            f"{NAME_FOLDER}"
+        )
+    configs.write_config_files(
+        architecture,
+        folder,
+        prediction=prediction or "epsilon",
+        zero_snr=ZERO_SNR_TENSOR in tensors,
+    )
+    return title
+
+
+def _check_scheduler(checkpoint: SingleFile, scheduler: Any) -> None:
+    """Check that the configured schedule is the one that a file states.
+
+    Raises:
+        FileError: it predicts something else, or must end in pure noise and does not.
+    """
+    configured = str(scheduler.config["prediction_type"])
+    if checkpoint.prediction not in (None, configured):
+        raise FileError(
+            f"prediction in the configuration must be {checkpoint.prediction}, which "
+            f"{checkpoint.path} states, got {configured}. {NAME_FOLDER}"
+        )
+    if (
+        ZERO_SNR_TENSOR in checkpoint.tensors
+        and float(scheduler.alphas_cumprod[-1]) >= ZERO_SNR_ABAR
+    ):
+        raise FileError(
+            "schedule in the configuration must end in pure noise (rescale_betas_zero_snr), which "
+            f"{checkpoint.path} states. {NAME_FOLDER}"
+        )
+
+
+def _build_pipeline(checkpoint: SingleFile, config: Path, hint: str) -> Pipeline:
+    """Return a pipeline built from configuration files, with a file's weights in it.
+
+    Args:
+        checkpoint: the file.
+        config: folder of the configuration files.
+        hint: way out for error messages.
+
+    Raises:
+        FileError: they do not go together.
+    """
+    try:
+        index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise FileError(f"{config}/model_index.json must be JSON: {first_line(error)}") from error
+    class_name = index.get("_class_name")
+    if class_name not in PIPELINES:
+        raise FileError(f"{config} must be one of {', '.join(PIPELINES)}, got {class_name}")
+    try:
+        with silence_libraries():
+            components = _empty_components(config, class_name)
+            linear = components["unet"].config.use_linear_projection
+            architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
+            for component, module in components.items():
+                _load_weights(checkpoint, architecture, component, module.float(), hint)
+            cls, options = PIPELINES[class_name]
+            pipeline: Pipeline = cls.from_pretrained(
+                config, **components, **options, local_files_only=True
+            )
+    except FileError:
+        raise
+    except Exception as error:  # diffusers and transformers raise a dozen types
+        raise FileError(
+            f"the configuration files in {config} cannot be used: {first_line(error)}"
+        ) from error
+    return pipeline
+
+
+def _empty_components(config: Path, class_name: str) -> dict[str, Any]:
+    """Return a pipeline's components on the meta device: their weights come from the file."""
+    with init_empty_weights(include_buffers=False):
+        components: dict[str, Any] = {
+            "unet": UNet2DConditionModel.from_config(
+                UNet2DConditionModel.load_config(config / "unet")
+            ),
+            "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(config / "vae")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(config / "text_encoder")),
+        }
+        if class_name == SDXL:
+            components["text_encoder_2"] = CLIPTextModelWithProjection(
+                CLIPTextConfig.from_pretrained(config / "text_encoder_2")
+            )
+    return components
+
+
+def _load_weights(
+    checkpoint: SingleFile, architecture: str, component: str, module: nn.Module, hint: str
+) -> None:
+    """Load a file's weights into a component; every weight must be in the file, and no other.
+
+    Raises:
+        FileError: a weight is missing, has another shape, or is not in the component.
+    """
+    path, tensors = checkpoint.path, checkpoint.tensors
+    state = module.state_dict()
+    names = original_names(architecture, component, state)
+    weights = {}
+    for name, original in names.items():
+        if original not in tensors:
+            raise FileError(f"{path} lacks {original}, which its configuration needs. {hint}")
+        value = unpack(architecture, component, name, tensors[original], state[name].shape)
+        if value.shape != state[name].shape:
+            raise FileError(
+                f"shape of {original} in {path} must be {tuple(state[name].shape)} for {name}, got "
+                f"{tuple(tensors[original].shape)}. {hint}"
+            )
+        # a copy, since the alignment of memory-mapped tensors changes how sums are rounded
+        weights[name] = value.to(state[name].dtype, copy=True).contiguous()
+    prefix = PREFIX[architecture][component]
+    unknown = {
+        key
+        for key in tensors
+        if key.startswith(prefix)
+        and not _is_unused(architecture, component, key.removeprefix(prefix), module)
+    } - set(names.values())
+    if unknown:
+        raise FileError(
+            f"{path} has {len(unknown)} weights that its configuration does not know, first "
+            f"{min(unknown)}. {hint}"
+        )
+    module.load_state_dict(weights, assign=True)
+
+
+def _is_unused(architecture: str, component: str, name: str, module: Any) -> bool:
+    """Return whether a text encoder's tensor decides no image.
+
+    Those are buffers, the logit scale, and, in SD 2.x, which reads the last block but one, the
+    projection and the last block.
+    """
+    if name in ("embeddings.position_ids", "logit_scale", "attn_mask"):
+        return True
+    if (architecture, component) != ("sd2", "text_encoder"):
+        return False
+    last_block = f"transformer.resblocks.{module.config.num_hidden_layers}."
+    return name == "text_projection" or name.startswith(last_block)

@@ -1,0 +1,156 @@
+"""Writing of one-file checkpoints for A1111, ComfyUI and InvokeAI."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import atomic_write
+from safegen.core.hashing import hash_tensors
+from safegen.core.logging import silence_libraries
+from safegen.models.checkpoint import configs
+from safegen.models.checkpoint.diffusers_folder import remove_local_paths, save_vocabulary
+from safegen.models.checkpoint.key_map import PREFIX, pack
+from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
+from safegen.models.checkpoint.single_file import (
+    CONFIGS_KEY,
+    PREDICTION_KEY,
+    V_PREDICTION_TENSOR,
+    ZERO_SNR_ABAR,
+    ZERO_SNR_TENSOR,
+)
+from safegen.models.model import DTYPES, Model
+
+MODELSPEC_NAMES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+"""Architecture: its name in the header, after the ModelSpec of Stability AI."""
+
+
+def save_single_file(
+    model: Model, path: Path, *, dtype: str = "fp16", metadata: CheckpointMetadata | None = None
+) -> None:
+    """Write a model as one safetensors file in the original layout.
+
+    Args:
+        model: an SD 1.x, 2.x or XL model, with or without patches on it.
+        path: the new file.
+        dtype: type of the weights in the file: fp16 (what most web UIs want), bf16 or fp32.
+        metadata: provenance for the header, completed by the hash of the weights as stored.
+            Default: none is written.
+
+    Raises:
+        FileError: `path` exists or cannot be written.
+        ConfigError: the dtype is unknown or cannot hold a weight, or the layout has no place for a
+            weight or for what the model predicts.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    architecture, tensors = architecture_of(model.pipeline), _marker_tensors(model)
+    header = _header(model, architecture, path.stem)
+    for component in PREFIX[architecture]:
+        state = _cast_state(getattr(model.pipeline, component), component, dtype)
+        if component == "unet" and metadata is not None:
+            stored = metadata.model_copy(
+                update={"weights": hash_tensors(state, dtype=torch.float32)}
+            )
+            header[METADATA_KEY] = json.dumps(stored.to_json(), sort_keys=True)
+        try:
+            packed = pack(architecture, component, state)
+        except ValueError as error:
+            raise ConfigError(
+                f"{model.name!r} cannot be written as one file: {error}. Write a folder: safegen "
+                "apply"
+            ) from error
+        tensors |= {name: value.contiguous() for name, value in packed.items()}
+    with atomic_write(path) as tmp:
+        try:
+            save_file(tensors, tmp, metadata=header)
+        except SafetensorError as error:
+            raise FileError(f"{path} cannot be written: {error}") from error
+
+
+def architecture_of(pipeline: Any) -> str:
+    """Return a pipeline's architecture, a key of `PREFIX`. SD 2.x has linear projections."""
+    if hasattr(pipeline, "text_encoder_2"):
+        return "sdxl"
+    return "sd2" if pipeline.unet.config.use_linear_projection else "sd1"
+
+
+def _cast_state(module: torch.nn.Module, component: str, dtype: str) -> dict[str, Tensor]:
+    """Return a component's weights in a type, on the CPU.
+
+    Raises:
+        ConfigError: a value is not finite in that type.
+    """
+    state = {}
+    for name, value in module.state_dict().items():
+        state[name] = value.detach().cpu().to(DTYPES[dtype])
+        if not bool(state[name].isfinite().all()):
+            raise ConfigError(
+                f"dtype must hold all weights, got {dtype}, which overflows in {component}.{name}. "
+                "Use bf16 or fp32"
+            )
+    return state
+
+
+def _marker_tensors(model: Model) -> dict[str, Tensor]:
+    """Return ComfyUI's marker tensors of v-prediction and of a schedule that ends in pure noise.
+
+    Raises:
+        ConfigError: the model predicts something else than epsilon or v.
+    """
+    if model.prediction not in ("epsilon", "v_prediction"):
+        raise ConfigError(
+            "prediction of a one-file checkpoint must be epsilon or v_prediction, got "
+            f"{model.prediction}. Write a folder"
+        )
+    names = [V_PREDICTION_TENSOR] if model.prediction == "v_prediction" else []
+    names += [ZERO_SNR_TENSOR] if float(model.alphas_cumprod()[-1]) < ZERO_SNR_ABAR else []
+    return {name: torch.zeros(1) for name in names}
+
+
+def _header(model: Model, architecture: str, title: str) -> dict[str, str]:
+    """Return the header: ModelSpec entries, and the pipeline's configuration files."""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": MODELSPEC_NAMES[architecture],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        PREDICTION_KEY: "v" if model.prediction == "v_prediction" else "epsilon",
+        CONFIGS_KEY: json.dumps(_config_files(model)),
+    }
+
+
+def _config_files(model: Model) -> dict[str, str]:
+    """Return a pipeline's configuration files by path, without CLIP's published vocabulary."""
+    pipeline = model.pipeline
+    with tempfile.TemporaryDirectory() as tmp, silence_libraries():
+        folder = Path(tmp)
+        pipeline.save_config(folder)
+        pipeline.unet.save_config(folder / "unet")
+        pipeline.vae.save_config(folder / "vae")
+        for suffix in ("", "_2") if hasattr(pipeline, "text_encoder_2") else ("",):
+            encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
+            getattr(pipeline, encoder).config.save_pretrained(folder / encoder)
+            getattr(pipeline, tokenizer).save_pretrained(folder / tokenizer)
+            if not configs.remove_vocabulary(folder / tokenizer):
+                save_vocabulary(folder / tokenizer)
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        remove_local_paths(folder)
+        return {
+            path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }

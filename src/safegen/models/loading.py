@@ -1,0 +1,168 @@
+"""Loading of models by name, from a diffusers folder, a one-file checkpoint, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, first_line
+from safegen.core.files import exists
+from safegen.core.hub import HUB, fetch_snapshot, is_repo_id
+from safegen.core.logging import silence_libraries
+from safegen.core.registry import MODELS, resolve
+from safegen.models.checkpoint.diffusers_folder import read_folder
+from safegen.models.checkpoint.metadata import CheckpointMetadata
+from safegen.models.checkpoint.single_file_reader import read_single_file
+from safegen.models.model import DTYPES, Model, Pipeline, components_of
+
+_SMALL_FILES = (
+    "model_index.json",
+    "safegen.json",
+    "scheduler/*",
+    "tokenizer*/*",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder*/config.json",
+)
+_WEIGHTS = {
+    "safetensors": (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder*/model",
+    ),
+    "bin": (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder*/pytorch_model",
+    ),
+}
+"""Suffix: the weights that a pipeline opens by default, without variants and averages."""
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    config: str | Path | None = None,
+) -> Model:
+    """Return a model loaded by name, from a diffusers folder, a one-file checkpoint, or the hub.
+
+    Args:
+        name: `mini`, a folder with a model_index.json, a .safetensors (or .ckpt) file, or
+            `hub:owner/name`. Only the last downloads anything.
+        dtype: fp32, bf16 or fp16.
+        device: a torch device.
+        allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code.
+        config: for a one-file checkpoint, a diffusers folder of the same family with the
+            configuration files that the checkpoint lacks.
+
+    Raises:
+        ConfigError: `config` is given for something other than a one-file checkpoint, or torch
+            cannot use the device.
+        UnknownNameError: `name` is neither a known model nor a path, or the dtype is unknown.
+        FileError: a file is missing, pickled, damaged or has NaN weights, or the hub's model is not
+            available.
+    """
+    name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
+    if dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    check_device(device)
+    if name not in MODELS and exists(name, file=True):
+        pipeline, metadata = read_single_file(
+            Path(name),
+            config=None if config is None else Path(config),
+            dtype=DTYPES[dtype],
+            allow_pickle=allow_pickle,
+        )
+        return finish_loading(name, pipeline, device, metadata=metadata)
+    if config is not None:
+        raise ConfigError(f"config must go with a one-file checkpoint, got {name!r}. Leave it out")
+    folder = _find_folder(name, allow_pickle)
+    pipeline, metadata = read_folder(name, folder, dtype=DTYPES[dtype], allow_pickle=allow_pickle)
+    return finish_loading(name, pipeline, device, folder=folder, metadata=metadata)
+
+
+def check_device(device: str) -> None:
+    """Check that torch can use a device, before anything is loaded.
+
+    Raises:
+        ConfigError: torch does not know it, or cannot use it on this machine.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device must be one that torch can use here (cpu, cuda, mps ...), got {device!r}: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def finish_loading(
+    name: str,
+    pipeline: Pipeline,
+    device: str,
+    *,
+    folder: Path | None = None,
+    metadata: CheckpointMetadata | None = None,
+) -> Model:
+    """Return a pipeline as a model: checked, on its device, without gradients and progress bars.
+
+    Raises:
+        FileError: a weight is missing, or NaN or infinite.
+    """
+    for component in components_of(pipeline):
+        for key, value in getattr(pipeline, component).state_dict().items():
+            if value.is_meta:
+                raise FileError(
+                    f"the model {name!r} lacks weights in {component}: {key} first. Get a complete "
+                    "copy"
+                )
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise FileError(
+                    f"the model {name!r} has NaN or infinite weights in {component}.{key}. Get an "
+                    "undamaged copy"
+                )
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for component in components_of(pipeline):
+        getattr(pipeline, component).eval().requires_grad_(False)
+    return Model(name, pipeline, folder, metadata)
+
+
+def _find_folder(name: str, allow_pickle: bool) -> Path:
+    """Return the diffusers folder that a name stands for, downloaded if it is the hub's.
+
+    Raises:
+        UnknownNameError: there is no such model or folder.
+        FileError: there is none, and the name looks like one of the hub's.
+    """
+    if name in MODELS:
+        folder: Path = resolve(MODELS, name, "model")()
+        return folder
+    if name.startswith(HUB):
+        with silence_libraries():
+            return fetch_snapshot(name, allow_patterns=hub_patterns(allow_pickle))
+    if not exists(name):
+        if is_repo_id(name):
+            raise FileError(
+                f"the folder {name!r} does not exist. To download a model of the hub, name it "
+                f"{HUB}{name}"
+            )
+        raise UnknownNameError("model (nor a folder of that name)", name, MODELS)
+    return Path(name)
+
+
+def hub_patterns(allow_pickle: bool) -> list[str]:
+    """Return the glob patterns of the files that are downloaded for a model."""
+    suffixes = ["safetensors", *(["bin"] if allow_pickle else [])]
+    tails = (".{}", "-*-of-*.{}", ".{}.index.json")
+    weights = [
+        stem + tail.format(suffix)
+        for suffix in suffixes
+        for stem in _WEIGHTS[suffix]
+        for tail in tails
+    ]
+    return [*_SMALL_FILES, *weights]

@@ -1,0 +1,245 @@
+"""Reading of LoRA files in kohya's and diffusers' keys, with every tensor accounted for.
+
+diffusers' own `load_lora_weights` (0.42) gives equal images for plain files, but reads kohya files
+of several ranks or alphas with one alpha, and skips unknown modules and missing factors with a log
+message. A measured image must not depend on that, so that files are read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from safegen.core.errors import ConfigError, FileError, PatchError
+from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
+from safegen.models.checkpoint.metadata import METADATA_KEY, PatchMetadata
+from safegen.models.model import Model
+from safegen.patches.lora import add_factors
+from safegen.patches.patch import FORMAT, Patch, check_family, warn_base_mismatch
+
+TEXT_ENCODER_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
+"""Prefixes of a text encoder's modules in a LoRA file."""
+PEFT_PREFIX = "base_model.model."
+"""Prefix of every module in an adapter that peft itself writes."""
+FACTOR_SUFFIXES = {
+    ".lora_down.weight": ".lora_up.weight",
+    ".lora_A.weight": ".lora_B.weight",
+    ".lora.down.weight": ".lora.up.weight",
+}
+"""Suffixes of a module's two factors: in kohya's form, and in new and old files of diffusers."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """The denoiser's part of a LoRA file."""
+
+    file: str
+    """File name, without folders."""
+    factors: Mapping[str, tuple[Tensor, Tensor, float]]
+    """By weight of the denoiser: down (r, in[, h, w]), up (out, r[, 1, 1]), and scale."""
+    text_encoder_tensors: int
+    """Number of tensors for a text encoder, which are left out."""
+    metadata: PatchMetadata
+    """Metadata of a file that safegen wrote."""
+
+
+@torch.no_grad()
+def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
+    """Return the denoiser's part of a LoRA file as a patch of a model.
+
+    Tensors for the text encoder are left out, and counted in the patch's metadata.
+
+    Args:
+        path: a safetensors file in kohya's or diffusers' keys.
+        model: the model that the patch is for. It is the base of the patch, even if the LoRA was
+            made on another.
+        scale: strength; 1 is as trained.
+
+    Raises:
+        ConfigError: the scale is 0 or not finite.
+        FileError: see `read_lora`.
+        PatchError: see `read_lora`.
+
+    Warns:
+        BaseMismatchWarning: the LoRA was made on other weights.
+    """
+    if not math.isfinite(scale) or not scale:
+        raise ConfigError(f"scale of a LoRA must be finite and not 0, got {scale:g}")
+    lora = read_lora(path, model)
+    parameters = dict(model.denoiser.named_parameters())
+    tensors = {
+        name: add_factors(parameters[name], down, up, scale * strength)
+        for name, (down, up, strength) in lora.factors.items()
+    }
+    entries: dict[str, Any] = {
+        "method": "lora",
+        "base": model.hash,
+        "family": model.family,
+        "file": path.name,
+        "scale": scale,
+        "lora": lora.metadata.to_json(),
+    }
+    if lora.text_encoder_tensors:
+        entries["left_out"] = f"{lora.text_encoder_tensors} tensors of the text encoder"
+    return Patch(tensors, PatchMetadata(**entries))
+
+
+def read_lora(path: Path, model: Model) -> LoraFactors:
+    """Return the factors in a LoRA file by the weights of a model.
+
+    Args:
+        path: a safetensors file in kohya's or diffusers' keys.
+        model: the model that they change.
+
+    Raises:
+        FileError: the file cannot be read, is incomplete or not finite, or has more in it than
+            plain factors.
+        PatchError: a module has no counterpart of its shape, or the family is another.
+
+    Warns:
+        BaseMismatchWarning: the LoRA was made on other weights.
+    """
+    tensors, metadata, default_alpha = _open(path)
+    prefix = f"the LoRA does not fit the model {model.name!r}"
+    check_family(prefix, metadata.family, model)
+    weights = _weights_by_module(model)
+    shapes = {name: tuple(p.shape) for name, p in model.denoiser.named_parameters()}
+    text_encoder = [key for key in tensors if key.startswith(TEXT_ENCODER_PREFIXES)]
+    factors, used = dict[str, tuple[Tensor, Tensor, float]](), set(text_encoder)
+    for key, down in tensors.items():
+        suffix = next((suffix for suffix in FACTOR_SUFFIXES if key.endswith(suffix)), None)
+        if suffix is None or key in used:
+            continue
+        module = key.removesuffix(suffix)
+        if module not in weights:
+            raise PatchError(f"{prefix}: it has no module {module}. It was made for another family")
+        up_key, alpha_key = module + FACTOR_SUFFIXES[suffix], f"{module}.alpha"
+        if up_key not in tensors:
+            raise FileError(f"{path} is damaged: it has {key} without {up_key}")
+        name, alpha = weights[module], tensors.get(alpha_key, default_alpha)
+        try:
+            factors[name] = _fit_factors(down, tensors[up_key], alpha, shapes[name])
+        except ValueError as error:
+            raise FileError(f"{path} has {error} in {module}. Make or fetch it again") from error
+        except PatchError as error:
+            raise PatchError(f"{prefix}: the factors of {module} are {error}") from error
+        used |= {key, up_key, alpha_key}
+    if not factors:
+        raise FileError(
+            f"{path} must be a LoRA of a denoiser, got no tensor that ends in "
+            f"{', '.join(FACTOR_SUFFIXES)}"
+        )
+    if unknown := sorted(tensors.keys() - used):
+        raise FileError(
+            f"{path} must be a plain LoRA, got {unknown[0]}. LoHa, LoKr, DoRA and the like are not "
+            "read, since half of them would be lost"
+        )
+    if metadata.base not in (None, model.hash):
+        warn_base_mismatch("LoRA", metadata.base, model)
+    return LoraFactors(path.name, factors, len(text_encoder), metadata)
+
+
+def _weights_by_module(model: Model) -> dict[str, str]:
+    """Return the weights of a denoiser by the names that LoRA files give to their modules."""
+    original = sdxl_unet_names(model.denoiser)
+    weights = {}
+    for name, _ in model.denoiser.named_parameters():
+        if name.endswith(".weight"):
+            weights[kohya_name(name)] = name
+            weights["unet." + name.removesuffix(".weight")] = name
+            if name in original:
+                weights[kohya_name(name, original[name])] = name
+    return weights
+
+
+def _fit_factors(
+    down: Tensor, up: Tensor, alpha: Tensor | float | None, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, float]:
+    """Return factors with the dimensions of their weight, and the scale of their product.
+
+    Raises:
+        PatchError: they are not factors of a weight of this shape, or alpha is not one number.
+        ValueError: they are of rank 0, or not finite.
+    """
+    shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+    down, up = _match_dimensions(down, len(shape)), _match_dimensions(up, len(shape))
+    fits = (
+        down.ndim == up.ndim == len(shape) >= 2
+        and set(up.shape[2:]) <= {1}
+        and (len(up), *down.shape[1:]) == shape
+        and up.shape[1] == len(down)
+    )
+    if not fits or (isinstance(alpha, Tensor) and alpha.numel() != 1):
+        raise PatchError(f"{shapes} in the file, the weight is {shape} in the model")
+    rank = len(down)
+    if not rank:
+        raise ValueError("factors of rank 0")
+    strength = float(rank if alpha is None else alpha)
+    if not bool(down.isfinite().all() and up.isfinite().all()) or not math.isfinite(strength):
+        raise ValueError("NaN or infinite values")
+    return down, up, strength / rank
+
+
+def _match_dimensions(factor: Tensor, dimensions: int) -> Tensor:
+    """Return a factor with the dimensions of its weight; some tools write 1x1 convolutions."""
+    if dimensions == 2 and factor.ndim == 4 and factor.shape[2:] == (1, 1):
+        return factor.flatten(1)
+    return factor[:, :, None, None] if dimensions == 4 and factor.ndim == 2 else factor
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
+    """Return a LoRA file's tensors, its metadata, and the alpha of modules without their own.
+
+    Raises:
+        FileError: the file cannot be read, is a patch, or states several alphas in its header.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {_modern_key(key): file.get_tensor(key) for key in file.keys()}
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} is not a readable safetensors file: {error}") from error
+    if header.get("format") == FORMAT:
+        raise FileError(
+            f"{path} must be a LoRA, got a safegen patch. Use it with --patch, or convert it: "
+            "safegen patch extract-lora"
+        )
+    try:
+        metadata = PatchMetadata.model_validate_json(header.get(METADATA_KEY, "{}"))
+        adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
+        if not isinstance(adapter, dict):
+            raise ValueError(f"lora_adapter_metadata is {adapter!r}")
+        alpha = adapter.get("unet.lora_alpha")
+        if alpha is not None and not isinstance(alpha, int | float):
+            raise ValueError(f"unet.lora_alpha is {alpha!r}")
+    except (ValidationError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileError(f"{path} is a damaged LoRA: its header cannot be read: {reason}") from error
+    if adapter.get("unet.alpha_pattern") or adapter.get("unet.use_rslora"):
+        raise FileError(
+            f"{path} must have one alpha for all modules in its header, got several, or "
+            "rank-stabilized ones"
+        )
+    if bare := next((key for key in tensors if key.startswith(PEFT_PREFIX)), None):
+        raise FileError(
+            f"{path} must be saved by save_lora_weights, got a bare peft adapter "
+            f"({bare}), which lacks alpha"
+        )
+    return tensors, metadata, alpha
+
+
+def _modern_key(key: str) -> str:
+    """Return a key in diffusers' form of today; in 2023 attention processors held the factors."""
+    if ".processor.to_" not in key:
+        return key
+    key = key.replace(".processor.", ".").replace("_lora.", ".lora.")
+    return key.replace(".to_out.lora.", ".to_out.0.lora.")

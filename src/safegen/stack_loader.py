@@ -1,0 +1,158 @@
+"""Loading of stacks: their model, with patches, LoRAs and guards active, generates images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from safegen.core.generation import GenerationConfig, Sample
+from safegen.guards import GeneratedImage, GuardTrace
+from safegen.stack import Stack
+
+if TYPE_CHECKING:
+    from safegen.guards.core.pipeline import GuardedPipeline
+    from safegen.models.model import Model
+
+
+@dataclass(frozen=True)
+class LoadedStack:
+    """A stack with its model loaded and its patches, LoRAs and guards active."""
+
+    stack: Stack
+    model: Model
+    hash: str
+    """Hash of the stack (`Stack.hash`)."""
+    guarded: GuardedPipeline | None = None
+    """The model's pipeline with the stack's guards; None without guards."""
+
+    def generate_images(
+        self, samples: Sequence[Sample], generation_config: GenerationConfig
+    ) -> list[Image.Image]:
+        """Return one image per sample, in order; a black one where a guard withheld it.
+
+        Raises:
+            ConfigError: see `generate`.
+        """
+        return [self.display_image(image) for image in self.generate(samples, generation_config)]
+
+    def generate(
+        self, samples: Sequence[Sample], generation_config: GenerationConfig
+    ) -> list[GeneratedImage]:
+        """Return one image per sample with the guards' trace, in order; None if it was withheld.
+
+        Raises:
+            ConfigError: there is a negative prompt or a guard and no guidance, or too many steps.
+        """
+        if self.stack.blank:
+            return [GeneratedImage(self.black(), GuardTrace("none", "")) for _ in samples]
+        from safegen.models.generation import autocast_for, batches, check_num_steps, generate
+
+        negative = self.stack.negative_prompt
+        if self.guarded is None:
+            images = generate(self.model, samples, generation_config, negative=negative)
+            return [GeneratedImage(image, GuardTrace("none", "")) for image in images]
+        generated: list[GeneratedImage] = []
+        check_num_steps(self.model, generation_config.num_inference_steps)
+        for prompts, options in batches(samples, generation_config, negative=negative):
+            with autocast_for(self.model, generation_config):
+                generated += self.guarded.draw(prompts, **options)
+        return generated
+
+    def display_image(self, generated: GeneratedImage) -> Image.Image:
+        """Return the image, or a black one if it was withheld."""
+        return generated.image or self.black()
+
+    def black(self) -> Image.Image:
+        """Return a black image of the model's size."""
+        return Image.new("RGB", (self.model.size, self.model.size))
+
+    def free(self) -> None:
+        """Release the accelerator's unused memory."""
+        if self.model.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+class StackLoader:
+    """Loads stacks, and keeps the last model for the next stack on it."""
+
+    def __init__(
+        self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False
+    ) -> None:
+        self.device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+        self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
+        self._is_open = False
+
+    def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
+        """Return a model without patches, and its `Model.pipeline_hash`.
+
+        Args:
+            name: `Stack.model`.
+            config: `Stack.config`.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        if self._cached is None or self._cached[0] != (name, config):
+            from safegen.models.loading import load
+
+            self._cached = None  # two models need not fit in memory
+            model = load(
+                name,
+                dtype=self.dtype,
+                device=self.device,
+                allow_pickle=self.allow_pickle,
+                config=config,
+            )
+            self._cached = ((name, config), model, model.pipeline_hash)
+        return self._cached[1:]
+
+    def hash(self, stack: Stack) -> str:
+        """Return a stack's hash without opening it."""
+        model, weights = self.model(stack.model, stack.config)
+        return stack.hash(model, weights=weights)
+
+    @contextmanager
+    def open(self, stack: Stack) -> Iterator[LoadedStack]:
+        """Yield a loaded stack, and restore the model's weights afterwards. One is open at a time.
+
+        Raises:
+            UserError: the model, a patch, a LoRA or a guard cannot be loaded or does not fit.
+
+        Warns:
+            PatchOverlapWarning: several patches change the same weights.
+            AdapterWarning: several LoRAs do, or a part of one is left out.
+        """
+        from safegen.patches.active_lora import active_loras
+        from safegen.patches.arithmetic import warn_of_overlap
+        from safegen.patches.lora_reader import read_lora
+        from safegen.patches.patch import Patch
+
+        assert not self._is_open, "another stack is open"
+        model, weights = self.model(stack.model, stack.config)
+        digest = stack.hash(model, weights=weights)
+        with ExitStack() as resources:
+            self._is_open = True
+            resources.callback(setattr, self, "_is_open", False)
+            patches = [Patch.load(path) for path in stack.patches]
+            warn_of_overlap(patches)
+            for patch in patches:
+                resources.enter_context(patch.apply(model))
+            loras = [(read_lora(lora.file, model), lora.scale) for lora in stack.loras]
+            resources.enter_context(active_loras(model, loras))
+            yield LoadedStack(stack, model, digest, _guarded_pipeline(stack, model))
+
+
+def _guarded_pipeline(stack: Stack, model: Model) -> GuardedPipeline | None:
+    """Return a model's pipeline with a stack's guards; None without any."""
+    if not stack.guards:
+        return None
+    from safegen.guards.core.pipeline import GuardedPipeline
+
+    return GuardedPipeline(model.pipeline, stack.guards, negative=stack.negative_prompt or "")
