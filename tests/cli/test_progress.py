@@ -60,7 +60,7 @@ def test_the_bar_shows_the_rate_and_the_time_left(monkeypatch, capsys):
         progress("generating", 0, 96)
         for image in range(32):
             now[0] = 16 + image / 1e6  # just under two per second
-            progress("generating", picture + 1, 96)
+            progress("generating", image + 1, 96)
     text = capsys.readouterr().err
     assert "32/96" in text
     assert "2.00/s" in text

@@ -403,7 +403,7 @@ def test_the_patch_says_where_it_comes_from(tiny_model, triplets, tmp_path):
         "safegen",
         triplets=triplets.folder,
         preset="paper",
-        folder=tmp_path,
+        checkpoint_dir=tmp_path,
         training={"updates": 2, "accumulation": 1},
     )
     facts = patch.metadata.to_json()

@@ -119,6 +119,8 @@ def evaluate(
         set_threads(threads)
         _judge(out, judge, label or [], judge_option or [])
     else:
+        if not stack:
+            raise ConfigError("no stack is given. Use --stack.")
         rules = _load_protocol(protocol, prompts or [], precision)
         _print_notes(rules, device)
         set_threads(threads)
@@ -126,8 +128,6 @@ def evaluate(
         from safegen.stack import load_stack
         from safegen.stack_loader import StackLoader
 
-        if not stack:
-            raise ConfigError("no stack is given. Use --stack.")
         stacks = [load_stack(spec) for spec in stack]
         loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
         with _resumable(out), show_progress() as progress:
