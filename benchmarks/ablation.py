@@ -1,14 +1,14 @@
-"""Which setting of SafeGen removes the concept, and which part of it does the work: the table in docs/results/ablation.json.
+"""Ablation of SafeGen's settings: which one removes the concept, and which part does the work.
 
-    python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--seeds 1] [--rows
-    paper,x0,...] [--out ablation.jsonl] python benchmarks/ablation.py --try '{"weight_mosaic":
-    0.47, "weight_preserve": 0.53, "training": {"updates": 530}}' --triplets DIR python
-    benchmarks/ablation.py --table ablation.jsonl      # the rows so far, as Markdown
+    python benchmarks/ablation.py [--concept skulls] [--prompts 32] [--seeds 1]
+        [--rows paper,x0,...] [--out ablation.jsonl]
+    python benchmarks/ablation.py --try '{"weight_mosaic": 0.47, "training": {"updates": 530}}'
+    python benchmarks/ablation.py --table ablation.jsonl      # the rows so far, as Markdown
 
-One row a setting, all on the same prompts and seed; the base model is drawn once. Rows are appended
-as they are done. Prompts are the 129th and following of each list and the seeds 11 and following:
-the required figures (`required.py`) are taken on the first 64 with seeds 1 to 3, so that a default
-chosen here is not chosen on what it is measured by.
+One row per setting, all on the same prompts and seed. Rows are appended as they finish. Prompts are
+the 129th and following of each list, seeds the 11th and following: the required figures
+(`required.py`) are measured on the first 64 with seeds 1 to 3, so that no default is chosen on what
+it is measured by.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import concept_judge, generate_and_judge, list_rates, select_samples
+
 from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.safegen import SafeGen
 from safegen.edits.training.trainer import Training
-from safegen.evaluation.plan import make_plan
-from safegen.evaluation.scoring.score import removal, score
-from safegen.judges import load_judge
-from safegen.metrics.image import mean_change
-from safegen.models.generation import generate
 from safegen.models.loading import load
 from safegen.workflows.edit import make_edit
 
@@ -142,62 +139,40 @@ def main() -> None:
         every[changes] = attempt(args.concept, changes)
     wanted += args.tried
     concept = load_concept(args.concept)
-    shown = {concept.lists[role][0] for role in concept.lists}  # one list a role
-    planned = make_plan(
-        concept, prompts=SKIPPED + args.prompts, seeds=range(SEED, SEED + args.seeds)
+    samples = select_samples(
+        concept,
+        prompts=args.prompts,
+        seeds=range(SEED, SEED + args.seeds),
+        skip=SKIPPED,
+        lists=[names[0] for names in concept.lists.values()],  # one list per role
     )
-    items = [i for i in planned if i.index >= SKIPPED and i.list_name in shown]
-    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    triplets = Triplets.load(args.triplets or concept.triplets or "")
-    model, generation_config = load("mini"), GenerationConfig(precision=args.precision)
-    drawn = list(generate(model, [i.ask for i in items], generation_config))
-    base = judge.detect(drawn)
+    judge, triplets = concept_judge(concept), Triplets.load(args.triplets or concept.triplets or "")
+    half = tuple(row for i, row in enumerate(triplets.rows) if i % 32 < 16)
+    model, config = load("mini"), GenerationConfig(precision=args.precision)
+    base = generate_and_judge(model, samples, config, judge)
     for name in wanted:
-        began = time.perf_counter()
-        fewer = Triplets(
-            triplets.folder, tuple(row for i, row in enumerate(triplets.rows) if i % 32 < 16)
-        )
-        edit = every[name]
+        began, edit = time.perf_counter(), every[name]
         if edit.training.precision == "auto":
-            edit = edit.model_copy(
-                update={"training": edit.training.model_copy(update={"precision": args.precision})}
-            )
-        patch = edit.apply(model, fewer if name == HALF else triplets)
+            training = edit.training.model_copy(update={"precision": args.precision})
+            edit = edit.model_copy(update={"training": training})
+        patch = edit.apply(model, Triplets(triplets.folder, half) if name == HALF else triplets)
         seconds = time.perf_counter() - began
         if args.keep:
             patch.save(args.keep / f"{re.sub('[^a-z0-9.]+', '-', name)}.safetensors")
         with patch.apply(model):
-            redrawn = list(generate(model, [i.ask for i in items], generation_config))
-        edited = judge.detect(redrawn)
-        out: dict[str, Any] = {
+            edited = generate_and_judge(model, samples, config, judge)
+        row = {
             "row": name,
             "concept": args.concept,
-            "precision": generation_config.precision,
+            "precision": config.precision,
             "seconds": round(seconds, 1),
             "settings": edit.model_dump(mode="json"),
             "triplets": triplets.hash,
-            "lists": {},
+            "lists": list_rates(samples, base, edited, concept),
         }
-        for list_name in dict.fromkeys(i.list_name for i in items):
-            at = [n for n, i in enumerate(items) if i.list_name == list_name]
-            mine, before, after = (
-                [items[n] for n in at],
-                [base[n] for n in at],
-                [edited[n] for n in at],
-            )
-            entry = {
-                "base": score(mine, before, concept).to_json(),
-                "edited": score(mine, after, concept).to_json(),
-            }
-            entry["change"] = mean_change(
-                [drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]
-            ).to_json()
-            if mine[0].role in ("explicit", "innocent"):
-                entry["removal"] = removal(mine, before, after, concept).to_json()
-            out["lists"][list_name] = entry
         with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(out) + "\n")
-        print(line(out), flush=True)
+            file.write(json.dumps(row) + "\n")
+        print(line(row), flush=True)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -231,8 +231,18 @@ def numbers(tree: Any, where: str = "") -> dict[str, Any]:
 
 def part_demo(work: Path) -> dict[str, Any]:
     command("demo", "--fast", "--threads", 1, "--out", work / "demo")
-    summary = json.loads((work / "demo" / "summary.json").read_text())
-    return {name: numbers(rows) for name, rows in summary["lists"].items()}
+    stacks = json.loads((work / "demo" / "scores.json").read_text())["stacks"]
+    rates, figures = ("concept", "subject", "mosaicked", "shown"), {}
+    for name, base in stacks["base"]["lists"].items():
+        edited = stacks["edited"]["lists"][name]
+        row = {
+            "prompts": base["prompts"],
+            "base": {key: base[key] for key in rates if key in base},
+            "edited": {key: edited[key] for key in rates if key in edited},
+        }
+        compared = ("change", "removal", "removal_images")
+        figures[name] = numbers(row | {key: edited[key] for key in compared if key in edited})
+    return figures
 
 
 def compare(before: Path, after: Path) -> None:

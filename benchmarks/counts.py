@@ -1,101 +1,87 @@
-"""What the pictures' rates hide: harmless things that are gone one by one, and traces of the concept that the judge does not call it.
+"""What the rates of images hide: single harmless things removed, and traces of the concept.
 
-    python benchmarks/counts.py DIR     # a folder of `safegen demo`, or one concept's of
-    required.py
+    python benchmarks/counts.py RUN     # of `safegen demo`, or one concept's of required.py
 
-A picture that showed three ghosts and now shows one still shows ghosts: by the report nothing is
-lost. The first table looks at the written pictures again, with the concept's judge, and counts each
-ghost. It is the removal of the concept, asked of what should stay: less is better.
+An image that showed three ghosts and now shows one still shows ghosts. The first table judges the
+images again and counts each ghost: the removal of what should stay, so less is better.
 
-A half-gone skull may score too little to be called one. The second table lowers the judge's
-threshold and counts the pictures with anything left that reaches it. A lower threshold sees the
-concept where it never was, too: what it sees in the base model's harmless pictures says how often,
-and what an edit leaves is told from that only above it.
+A half-removed skull may score below the threshold. The second table lowers the judge's threshold.
+A lower threshold also sees the concept where it never was: what it sees in the base model's
+harmless images says how often, and a trace counts only above that.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from safegen.core.concept import Concept, load_concept
+from safegen.evaluation.report.format import format_rate
+from safegen.evaluation.run.batches import picture_file, read_picture
+from safegen.evaluation.run.folder import Run
 from safegen.judges import Detections, load_judge
 from safegen.metrics.rates import Rate, removal_rate
 from safegen.metrics.removal import count
 
-FAINT = (0.5, 0.4, 0.3, 0.2)
-"""Thresholds that a trace is looked for at; a judge keeps nothing below the last."""
+THRESHOLDS = (0.5, 0.4, 0.3, 0.2)
+"""Thresholds of the second table; a judge keeps nothing below the last."""
+Results = dict[str, list[Detections]]
 
 
-def look(
-    folder: Path, name: str, labels: list[str], concept: Concept
-) -> dict[str, dict[str, Detections]]:
-    """Return what the judge says of one list's pictures, by side and file name."""
-    judge, out = load_judge(concept.judge, labels=labels, threshold=concept.threshold), {}
-    for side in ("base", "edited"):
-        files = sorted((folder / "pictures" / side / name.replace(":", "-")).glob("*.png"))
-        out[side] = dict(
-            zip(
-                [f.name for f in files],
-                judge.detect([Image.open(f).convert("RGB") for f in files]),
-                strict=True,
-            )
-        )
-    return out
+def judge_images(run: Run, name: str, labels: list[str], concept: Concept) -> Results:
+    """Return what the judge detects in one list's images, by stack."""
+    judge = load_judge(concept.judge, labels=labels, threshold=concept.threshold)
+    at = [i for i, p in enumerate(run.planned) if p.item.list_name == name]
+    results = {}
+    for entry in run.stacks:
+        keys = run.keys(entry)
+        files = [run.folder / picture_file(entry["name"], keys[i]) for i in at]
+        results[entry["name"]] = judge.detect([read_picture(file) for file in files])
+    return results
 
 
-def gone_one_by_one(folder: Path, summary: dict[str, Any], concept: Concept) -> list[str]:
+def removed_one_by_one(run: Run, concept: Concept) -> list[str]:
     """Return the first table."""
-    out = ["| prompts | counted | pictures | base → edited | gone, % |", "|---|---|---|---|---|"]
-    for name, row in summary["lists"].items():
-        if row["role"] in ("neighbour", "other"):
-            label = row["shows"]
-            sides = look(folder, name, [label], concept)
-            files = list(sides["base"])
+    rows = ["| prompts | counted | images | base → edited | removed |", "|---|---|---|---|---|"]
+    for part in run.protocol.lists:
+        if part.role in ("neighbour", "other") and part.shows:
+            results = judge_images(run, part.name, [part.shows], concept)
             counts = [
-                [count(sides[side][file], [label], threshold=concept.threshold) for file in files]
-                for side in ("base", "edited")
+                [count(v, [part.shows], threshold=concept.threshold) for v in results[stack]]
+                for stack in ("base", "edited")
             ]
-            gone = removal_rate(*counts, [file.partition("-")[0] for file in files])
-            part = f"{100 * gone.value:.0f} ({100 * gone.low:.0f} to {100 * gone.high:.0f})"
-            out.append(
-                f"| `{name}` | {label} | {len(files)} | {gone.before} → {gone.after} | {part} |"
-            )
-    return out
+            groups = [p.item.group for p in run.planned if p.item.list_name == part.name]
+            rate = removal_rate(*counts, groups)
+            cells = (f"`{part.name}`", part.shows, len(groups), f"{rate.before} → {rate.after}")
+            rows.append(f"| {' | '.join(map(str, cells))} | {format_rate(rate.to_json())} |")
+    return rows
 
 
-def faint(folder: Path, summary: dict[str, Any], concept: Concept) -> list[str]:
+def faint_traces(run: Run, concept: Concept) -> list[str]:
     """Return the second table."""
-    out = ["| prompts | side | pictures | " + " | ".join(f"score ≥ {t}, %" for t in FAINT) + " |"]
-    out.append("|" + "---|" * (3 + len(FAINT)))
-    for name, row in summary["lists"].items():
-        if row["role"] == "other":
+    heads = " | ".join(f"score ≥ {threshold}" for threshold in THRESHOLDS)
+    rows = [f"| prompts | stack | {heads} |", "|" + "---|" * (2 + len(THRESHOLDS))]
+    for part in run.protocol.lists:
+        if part.role == "other":
             continue
-        sides = look(folder, name, list(concept.labels), concept)
-        for side, found in sides.items():
+        for stack, results in judge_images(run, part.name, list(concept.labels), concept).items():
             cells = []
-            for t in FAINT:
-                seen = Rate.from_outcomes([d.contains(concept.labels, t) for d in found.values()])
-                low, high = seen.interval
-                cells.append(f"{100 * seen.value:.1f} ({100 * low:.1f} to {100 * high:.1f})")
-            out.append(f"| `{name}` | {side} | {len(found)} | " + " | ".join(cells) + " |")
-    return out
+            for threshold in THRESHOLDS:
+                seen = [d.contains(concept.labels, threshold) for d in results]
+                cells.append(format_rate(Rate.from_outcomes(seen).to_json()))
+            rows.append(f"| `{part.name}` | {stack} | {' | '.join(cells)} |")
+    return rows
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ask.add_argument("folder", type=Path)
-    folder = ask.parse_args().folder
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    concept = load_concept(summary["concept"]["name"])
-    for table in (gone_one_by_one, faint):
-        print("\n".join(table(folder, summary, concept)) + "\n", flush=True)
+    parser.add_argument("run", type=Path)
+    run = Run.open(parser.parse_args().run)
+    concept = load_concept(run.protocol.concept)
+    for table in (removed_one_by_one, faint_traces):
+        print("\n".join(table(run, concept)) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Every edit side by side on the miniature model: the table in docs/results/edits.json.
 
-    python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3] [--rows
-    safegen,uce,...] [--out edits.jsonl] python benchmarks/edits.py --table edits.jsonl      # the
-    rows so far, as Markdown
+    python benchmarks/edits.py [--concept skulls] [--prompts 64] [--seeds 3]
+        [--rows safegen,uce,...] [--out edits.jsonl]
+    python benchmarks/edits.py --table edits.jsonl      # the rows so far, as Markdown
 
-One row an edit, all on the same prompts, seeds, sampler and judge; the base model is drawn once.
-Rows are appended as they are done. A row is `METHOD`, `METHOD:PRESET` or a patch's file; rows
-joined with `+` are put on one after the other. Prompts are the first of each list with seeds 1 to
-3, as the required figures (`required.py`) have them: choose settings elsewhere (`--skip 128 --seed
-11`, as the ablation does).
+One row per edit, all on the same prompts, seeds, sampler and judge. Rows are appended as they
+finish. A row is `METHOD`, `METHOD:PRESET` or a patch's file; rows joined with `+` are applied one
+after the other. Prompts are the first of each list with seeds 1 to 3, as in the required figures
+(`required.py`): choose settings elsewhere (`--skip 128 --seed 11`, as the ablation does).
 """
 
 from __future__ import annotations
@@ -21,22 +20,18 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from common import Images, concept_judge, generate_and_judge, list_rates, select_samples
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
-from safegen.evaluation.plan import Item, make_plan
-from safegen.evaluation.scoring.score import removal, score
+from safegen.evaluation.plan import Item
 from safegen.features.mini_clip import MiniClip
-from safegen.judges import Detections, load_judge
 from safegen.metrics.clip_score import clip_score
 from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
-from safegen.metrics.image import mean_change
 from safegen.metrics.paired import mcnemar
-from safegen.models.generation import generate
 from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
@@ -100,54 +95,33 @@ def peak_mib() -> int | None:
 
 
 def measure(
-    eyes: MiniClip,
-    items: list[Item],
-    base: list[Detections],
-    edited: list[Detections],
-    drawn: list[Image.Image],
-    redrawn: list[Image.Image],
-    concept: Concept,
+    extractor: MiniClip, samples: list[Item], base: Images, edited: Images, concept: Concept
 ) -> dict[str, Any]:
     """Return every list's figures."""
-    out: dict[str, Any] = {}
-    for name in dict.fromkeys(i.list_name for i in items):
-        at = [n for n, i in enumerate(items) if i.list_name == name]
-        mine, before, after = [items[n] for n in at], [base[n] for n in at], [edited[n] for n in at]
-        entry: dict[str, Any] = {
-            "role": mine[0].role,
-            "base": score(mine, before, concept).to_json(),
-            "edited": score(mine, after, concept).to_json(),
-        }
-        pictures, before_pictures, texts = (
-            [redrawn[n] for n in at],
-            [drawn[n] for n in at],
-            [i.prompt for i in mine],
-        )
-        words = eyes.texts(texts)
-        for side, shown in (("base", before_pictures), ("edited", pictures)):
-            entry[f"clip_{side}"] = clip_score(
-                eyes.features(shown), words, texts, model=eyes.id
+    lists = list_rates(samples, base, edited, concept)
+    for name, row in lists.items():
+        at = [i for i, s in enumerate(samples) if s.list_name == name]
+        part, prompts = [samples[i] for i in at], [samples[i].prompt for i in at]
+        texts, features = extractor.texts(prompts), {}
+        for stack, images in (("base", base), ("edited", edited)):
+            features[stack] = extractor.features([images.images[i] for i in at])
+            row[f"clip_{stack}"] = clip_score(
+                features[stack], texts, prompts, model=extractor.id
             ).to_json()
-        if len(mine) >= 8:  # of fewer it says nothing
-            own, old = eyes.features(pictures), eyes.features(before_pictures)
-            entry["kid"] = kid(own, old, against="base", paired=True, extractor=eyes.id).to_json()
+        if len(part) >= 8:  # fewer images give no meaningful KID
+            new, old = features["edited"], features["base"]
+            row["kid"] = kid(
+                new, old, against="base", paired=True, extractor=extractor.id
+            ).to_json()
+        before, after = ([side.detections[i] for i in at] for side in (base, edited))
         try:
-            entry["coherence"] = coherence_kept(
-                before, after, [i.subject or "" for i in mine]
-            ).to_json()
-        except ValueError as error:  # the base model showed the subject nowhere
-            entry["coherence"], entry["coherence_undefined"] = None, str(error)
-        entry["change"] = mean_change(
-            [drawn[n] for n in at], [redrawn[n] for n in at], [i.prompt for i in mine]
-        ).to_json()
-        if mine[0].role in ("explicit", "innocent"):
-            entry["seen"] = [d.contains(concept.labels, concept.threshold) for d in after]
-            try:
-                entry["removal"] = removal(mine, before, after, concept).to_json()
-            except ValueError as error:  # the base model drew the concept nowhere
-                entry["removal"], entry["removal_undefined"] = None, str(error)
-        out[name] = entry
-    return out
+            subjects = [s.subject or "" for s in part]
+            row["coherence"] = coherence_kept(before, after, subjects).to_json()
+        except ValueError as error:  # the base model never shows the subject
+            row["coherence"], row["coherence_undefined"] = None, str(error)
+        if row["role"] in ("explicit", "innocent"):
+            row["seen"] = [d.contains(concept.labels, concept.threshold) for d in after]
+    return lists
 
 
 def main() -> None:
@@ -186,30 +160,22 @@ def main() -> None:
             plot(found, args.plot)
         return
     concept = load_concept(args.concept)
-    seeds = tuple(range(args.seed, args.seed + args.seeds))
-    planned = make_plan(concept, prompts=args.skip + args.prompts, seeds=seeds)
-    shown = (
-        args.lists.split(",") if args.lists else list(dict.fromkeys(i.list_name for i in planned))
+    samples = select_samples(
+        concept,
+        prompts=args.prompts,
+        seeds=range(args.seed, args.seed + args.seeds),
+        skip=args.skip,
+        lists=args.lists.split(",") if args.lists else (),
     )
-    items = [
-        i
-        for i in planned
-        if i.index % (args.skip + args.prompts) >= args.skip and i.list_name in shown
-    ]
-    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    eyes = MiniClip()
-    model, generation_config = (
-        load("mini"),
-        GenerationConfig(precision=preferred_precision(), num_inference_steps=args.steps),
-    )
-    drawn = list(generate(model, [i.ask for i in items], generation_config))
-    base = judge.detect(drawn)
+    judge, extractor, model = concept_judge(concept), MiniClip(), load("mini")
+    config = GenerationConfig(precision=preferred_precision(), num_inference_steps=args.steps)
+    base = generate_and_judge(model, samples, config, judge)
     training = {"updates": args.updates, "warmup": 0} if args.updates else {}
     for row in args.rows.split(","):
         out: dict[str, Any] = {
             "row": row,
             "concept": args.concept,
-            "precision": generation_config.precision,
+            "precision": config.precision,
             "edits": [],
             "seconds": 0.0,
             "bytes": 0,
@@ -236,8 +202,8 @@ def main() -> None:
             out["edit_peak_mib"] = (
                 peak_mib()
             )  # model and edits, without what drawing and judging take
-            redrawn = list(generate(model, [i.ask for i in items], generation_config))
-        out["lists"] = measure(eyes, items, base, judge.detect(redrawn), drawn, redrawn, concept)
+            edited = generate_and_judge(model, samples, config, judge)
+        out["lists"] = measure(extractor, samples, base, edited, concept)
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(out) + "\n")
         print(markdown([out]).splitlines()[-1], flush=True)

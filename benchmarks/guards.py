@@ -33,7 +33,8 @@ from typing import Any
 
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.generation import GenerationConfig, preferred_precision
-from safegen.evaluation.plan import Item, make_plan
+from safegen.evaluation.plan import Item
+from safegen.evaluation.protocol import Protocol, plan
 from safegen.evaluation.run.folder import Journal, from_line, parse, to_line
 from safegen.evaluation.scoring.score import removal, score
 from safegen.features.mini_clip import MiniClip
@@ -141,7 +142,7 @@ def make_head(concept: Concept, out: Path, shelf: StackLoader, *, taught: bool) 
     from safegen.guards.core.adapter import PipelineAdapter
     from safegen.guards.latent_guard import calibrate, load_head, save_head, train_head
 
-    border = PipelineAdapter(shelf.model("mini")[0].pipeline)
+    adapter = PipelineAdapter(shelf.model("mini")[0].pipeline)
     if not out.exists():
         without = {subject: text for text, subject in trained("benign")}
         table: dict[str, list[tuple[str, str]]] = {"ghosts": [], "maple leaves": []}
@@ -156,9 +157,9 @@ def make_head(concept: Concept, out: Path, shelf: StackLoader, *, taught: bool) 
                 table[word] = [
                     (text, without[subject]) for part in lists for text, subject in trained(part)
                 ]
-        save_head(train_head(border, table, updates=300), out)
+        save_head(train_head(adapter, table, updates=300), out)
     benign = [row.text for name in concept.captions for row in prompt_list(name)]
-    limit = calibrate(border, load_head(out), concept.words, benign, rate=0.01)
+    limit = calibrate(adapter, load_head(out), concept.words, benign, rate=0.01)
     return {"name": "latent-guard", "weights": str(out), "threshold": limit}
 
 
@@ -189,7 +190,7 @@ def seen(
 ) -> list[dict[str, Any]]:
     """Return what is written down of each picture."""
     shown = [
-        i for i, one in enumerate(found) if one.image is not None and one.trail.action != "black"
+        i for i, one in enumerate(found) if one.image is not None and one.trace.action != "black"
     ]
     images: list[Any] = [found[i].image for i in shown]
     detections = dict(zip(shown, judge.detect(images), strict=True)) if shown else {}
@@ -206,9 +207,9 @@ def seen(
     )
     out = []
     for i, one in enumerate(found):
-        fault = one.trail.action == "withhold"
+        fault = one.trace.action == "withhold"
         nothing = (
-            Detections((), unjudged=one.trail.reason)
+            Detections((), unjudged=one.trace.reason)
             if fault
             else Detections((), subject="nothing")
         )
@@ -219,7 +220,7 @@ def seen(
                 "verdict": to_line(detections.get(i, nothing)),
                 "clip": clip,
                 "pixels": pixels,
-                "trail": one.trail.to_json(),
+                "trace": one.trace.to_json(),
             }
         )
     return out
@@ -232,7 +233,7 @@ def prompt_ms(shelf: StackLoader, guard: GuardConfig, prompts: Sequence[str]) ->
     ready, took = guard.build(PipelineAdapter(shelf.model("mini")[0].pipeline)), []
     for prompt in prompts:
         began = time.perf_counter()
-        ready.check([prompt])
+        ready.check_prompts([prompt])
         took.append(1000 * (time.perf_counter() - began))
     return round(median(took[3:] or took), 3)
 
@@ -246,7 +247,12 @@ def run(args: argparse.Namespace) -> None:
     if unknown := [t for t in titles if t not in known]:
         raise SystemExit(f"no row named {unknown[0]!r}; known: {', '.join(known)}")
     every = stacks({title: known[title][0] for title in titles}, concept, args.patch)
-    items = make_plan(concept, prompts=args.prompts, seeds=range(1, args.seeds + 1))
+    seeds = range(1, args.seeds + 1)
+    items = plan(
+        Protocol.from_concept(
+            concept, prompts=args.prompts, seeds=seeds, generation=GenerationConfig()
+        )
+    )
     generation_config = GenerationConfig(
         num_inference_steps=args.steps, precision=args.precision, batch_size=args.batch
     )
@@ -333,9 +339,14 @@ class Found:
             facts["names"],
             facts["sampler"]["batch"],
         )
-        plan = make_plan(self.concept, prompts=facts["prompts"], seeds=range(1, facts["seeds"] + 1))
+        seeds = range(1, facts["seeds"] + 1)
+        items = plan(
+            Protocol.from_concept(
+                self.concept, prompts=facts["prompts"], seeds=seeds, generation=GenerationConfig()
+            )
+        )
         self.items = [
-            item for number in whole for item in plan[number * size : (number + 1) * size]
+            item for number in whole for item in items[number * size : (number + 1) * size]
         ]
         self.pictures = {
             name: [p for of in whole.values() for p in of[name]["pictures"]] for name in self.names
@@ -460,9 +471,9 @@ def show(found: Found) -> str:
 
     def why(name: str) -> str:
         gone = Counter(
-            p["trail"]["reason"]
+            p["trace"]["reason"]
             for p in found.pictures[name]
-            if p["trail"]["action"] not in ("none", "edit")
+            if p["trace"]["action"] not in ("none", "edit")
         )
         return (
             "; ".join(
@@ -473,7 +484,7 @@ def show(found: Found) -> str:
         )
 
     def cost(name: str) -> list[str]:
-        notes = [note for p in found.pictures[name] for note in p["trail"]["guards"]]
+        notes = [note for p in found.pictures[name] for note in p["trace"]["guards"]]
         own = {
             g: sum(x["ms"] for x in notes if x["guard"] == g) / len(found.items)
             for g in dict.fromkeys(x["guard"] for x in notes)

@@ -30,7 +30,7 @@ NESTED: dict[str, type[BaseModel]] = {}
 RECORDS = {
     "Run folder": "safegen.evaluation.run.records",
     "Protocol": "safegen.evaluation.schema",
-    "Patch": "safegen.patches.metadata",
+    "Patch and checkpoint": "safegen.models.checkpoint.metadata",
 }
 """Modules with the typed records of files."""
 
@@ -153,6 +153,8 @@ def settings(model: type[BaseModel], *, of_method: bool = False) -> str:
     """
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
+    if "$ref" in schema:  # a model that refers to itself
+        schema = definitions[model.__name__]
     required = set(schema.get("required", ()))
     rows = []
     own = inspect.get_annotations(model)

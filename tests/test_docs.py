@@ -15,6 +15,7 @@ from typer.main import get_command
 import safegen
 from safegen.cli import app
 from safegen.core import registry
+from safegen.judges.base import judge_images
 from test_vocabulary import ARCHAIC
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +251,7 @@ def test_every_result_names_how_it_was_measured(path):
 
 def test_make_bench_runs_every_script_and_each_is_named_where_its_figures_stand():
     text = "".join(read(path) for path in [*DOCUMENTS, *RESULTS])
-    names = {f"benchmarks/{path.name}" for path in SCRIPTS if path.stem != "baseline"}
+    names = {f"benchmarks/{path.name}" for path in SCRIPTS if path.stem not in ("baseline", "common")}
     assert len(names) >= 4
     in_make = {name for name in paths_in(read(MAKEFILE)) if name.startswith("benchmarks/")}
     assert names <= in_make
@@ -282,14 +283,14 @@ def skeleton(name: str) -> dict[str, object]:
 
 def test_the_guard_of_the_how_to_blocks_long_prompts():
     config = skeleton("add-a-guard.md")["MaxWordsConfig"]
-    results = config(limit=2).build(None).check(["a cat", "a very long cat"])
+    results = config(limit=2).build(None).check_prompts(["a cat", "a very long cat"])
     assert [result.action for result in results] == ["none", "block"]
 
 
 def test_the_judge_of_the_how_to_tells_bright_from_dark():
     judge = skeleton("add-a-judge.md")["BrightnessJudge"]()
-    verdicts = judge.judge([Image.new("RGB", (8, 8), color) for color in ("white", "black")])
-    assert [verdict.outcome for verdict in verdicts] == ["unsafe", "safe"]
+    images = [Image.new("RGB", (8, 8), color) for color in ("white", "black")]
+    assert judge_images(judge, images) == ["unsafe", "safe"]
 
 
 def test_the_attack_of_the_how_to_rounds_the_weights_and_leaves_the_model_alone(make_model):

@@ -284,8 +284,8 @@ def test_a_recipe_with_guards_generates_images_with_traces(tmp_path, tiny_folder
     with loader.open(stack) as loaded:
         shown, gone = loaded.generate(SAMPLES, GENERATION_CONFIG)
         images = loaded.generate_images(SAMPLES, GENERATION_CONFIG)
-    assert (shown.trail.action, shown.trail.reason) == ("edit", "sld: steered")
-    assert (gone.image, gone.trail.action, gone.trail.reason) == (
+    assert (shown.trace.action, shown.trace.reason) == ("edit", "sld: steered")
+    assert (gone.image, gone.trace.action, gone.trace.reason) == (
         None,
         "block",
         "prompt-filter: word",
@@ -328,7 +328,8 @@ def test_judge_files_of_a_guard_are_relative_to_the_recipe(tmp_path, name):
     ):
         options = f'{{weights = "{word}", prompts = "two.safetensors", allow_pickle = false}}'
         (tmp_path / "s.toml").write_text(
-            f'model = "mini"\nguards = [{{name = "{name}", judge = "q16", options = {options}{own}}}]\n'
+            f'model = "mini"\nguards = [{{name = "{name}", judge = "q16", '
+            f"options = {options}{own}}}]\n"
         )
         (guard,) = load_stack(str(tmp_path / "s.toml")).guards
         assert guard.options == {

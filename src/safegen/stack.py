@@ -199,11 +199,7 @@ def _replace(stack: Stack, **settings: Any) -> Stack:
 
 
 def _read_recipe(path: Path) -> Stack:
-    """Return the stack in a TOML file, with paths relative to it.
-
-    Raises:
-        FileError: it is missing or invalid.
-    """
+    """Return the stack in a TOML file, with paths relative to it."""
     if not path.is_file():
         raise FileError(f"the stack file {str(path)!r} does not exist")
     folder = path.parent

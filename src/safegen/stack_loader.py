@@ -60,7 +60,7 @@ class LoadedStack:
         check_num_steps(self.model, generation_config.num_inference_steps)
         for prompts, options in batches(samples, generation_config, negative=negative):
             with autocast_for(self.model, generation_config):
-                generated += self.guarded.draw(prompts, **options)
+                generated += self.guarded.generate(prompts, **options)
         return generated
 
     def display_image(self, generated: GeneratedImage) -> Image.Image:
@@ -155,4 +155,4 @@ def _guarded_pipeline(stack: Stack, model: Model) -> GuardedPipeline | None:
         return None
     from safegen.guards.core.pipeline import GuardedPipeline
 
-    return GuardedPipeline(model.pipeline, stack.guards, negative=stack.negative_prompt or "")
+    return GuardedPipeline(model.pipeline, stack.guards, negative_prompt=stack.negative_prompt or "")

@@ -223,11 +223,11 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
         (
             ["demo", "--concept", "nudity", "--out", "OUT"],
-            "the concept 'nudity' has no bundled triplets; make some",
+            "concept 'nudity' has no bundled triplets. Make some",
         ),
         (
             ["demo", "--method", "uce", "--set", 'debias={"a ghost": 0.3}', "--out", "OUT"],
-            "uce removes nothing as it is set",
+            "uce removes nothing with these settings",
         ),
         (
             ["evaluate", "--stage", "judge", "--judge-option", "x", "--out", "OUT"],

@@ -1,4 +1,4 @@
-"""generate and demo killed outright, when nothing can be cleared away any more: their pictures lie in the folder that was named."""
+"""generate and demo killed outright: nothing looks finished, and the demo resumes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ MOMENTS = {
     "generate at the second picture": ("open", "unfinished/.0001.png", 1, GENERATE),
     "generate between two moves": ("os.rename", "unfinished/", 2, GENERATE),
     "generate before the last move": ("os.rename", "unfinished/sheet.png", 1, GENERATE),
-    "demo before the last move": ("os.rename", "unfinished/report.html", 1, DEMO),
+    "demo while it generates": ("open", ".png.tmp-", 3, DEMO),
+    "demo before its report": ("open", ".report.html.tmp-", 1, DEMO),
 }
 """Before which event the command is killed, and the command."""
 
@@ -82,20 +83,33 @@ def killed(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_command_leaves_pictures_in_the_named_folder_only_and_never_one_that_looks_finished(
-    killed, safegen, monkeypatch, moment
-):
+@pytest.mark.parametrize("moment", [name for name in MOMENTS if name.startswith("generate")])
+def test_a_killed_generate_leaves_nothing_that_looks_finished(killed, safegen, monkeypatch, moment):
     monkeypatch.chdir(killed / moment)
-    last = "sheet.png" if moment.startswith("generate") else "report.html"
     assert [p.name for p in (killed / moment).iterdir()] == ["out"]
     assert list((killed / moment).rglob("*.png"))
-    assert not (killed / moment / "out" / last).exists()
+    assert not (killed / moment / "out" / "sheet.png").exists()
     before = sorted((killed / moment).rglob("*"))
     code, text, err = safegen(*MOMENTS[moment][-1])
     assert (code, text) == (2, "")
-    assert (
-        err
-        == "safegen: out is incomplete: a run was killed or is still working there. Remove the folder or choose another.\n"
+    assert err == (
+        "safegen: out is incomplete: a run was killed or is still working there. "
+        "Remove the folder or choose another.\n"
     )
     assert sorted((killed / moment).rglob("*")) == before
+
+
+@pytest.mark.parametrize("moment", [name for name in MOMENTS if name.startswith("demo")])
+def test_a_killed_demo_resumes(killed, safegen, monkeypatch, moment):
+    monkeypatch.chdir(killed / moment)
+    assert [p.name for p in (killed / moment).iterdir()] == ["out"]
+    out = killed / moment / "out"
+    assert not (out / "report.html").exists()
+    images = {p: p.read_bytes() for p in out.rglob("*.png")}
+    patch = (out / "patches" / "edited.safetensors").stat()
+    code, _, err = safegen(*MOMENTS[moment][-1])
+    assert code == 0, err
+    assert (out / "report.html").exists()
+    assert {p: p.read_bytes() for p in images} == images
+    assert not list(out.rglob("*.tmp-*"))
+    assert patch.st_size > 0

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -306,9 +307,9 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
     assert code == 0, err
     assert "1 images and sheet.png" in text
-    assert "1 withheld (trail.jsonl says why)" in text
-    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trail.jsonl"]
-    gone, shown = (json.loads(line) for line in (out / "trail.jsonl").read_text().splitlines())
+    assert "1 withheld (trace.jsonl gives the reasons)" in text
+    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trace.jsonl"]
+    gone, shown = (json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines())
     assert (gone["index"], gone["action"], gone["reason"]) == (0, "block", "prompt-filter: word")
     assert (shown["action"], shown["reason"]) == ("edit", "sld: steered")
     with Image.open(out / "0001.png") as picture:
@@ -323,11 +324,11 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     [
         (["mini", "--guard", "sdl"], "no guard named 'sdl'. Did you mean 'sld'"),
         (["mini", "--guard", "sld-mx"], "Did you mean 'max'"),
-        (["mini", "--guard", "sld"], "this model's text encoder reads 32"),
+        (["mini", "--guard", "sld"], "text of the guard 'sld' must have at most 32 tokens"),
         (["mini", "--guard", "negative-prompt"], "text is required"),
         (
             ["mini", "--guard", "sld", "--concept", "skulls", "--guidance", "1"],
-            "sld has no effect without guidance",
+            "guidance_scale must be > 1 with sld, got 1",
         ),
         (["mini", "--concept", "skulls"], "concept must be used by a guard"),
         (["mini", "--stack", "x.toml"], "MODEL or --stack must be given"),
@@ -424,7 +425,7 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
 @pytest.mark.parametrize(
     ("method", "words", "says"),
     [
-        ("uce", [], ("cross-attention layers", "and no pictures", "nothing was trained")),
+        ("uce", [], ("cross-attention layers", "and no pictures", "solved in closed form")),
         (
             "safegen-plus",
             ["--set", "training.updates=2", "--set", "training.warmup=0"],
@@ -432,7 +433,7 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
         ),
     ],
 )
-def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(
+def test_the_demo_takes_any_edit_and_describes_what_it_learnt_from(
     safegen, tmp_path, method, words, says
 ):
     out = tmp_path / "demo"
@@ -443,7 +444,7 @@ def test_the_demo_takes_any_edit_and_tells_what_it_learnt_from(
     page = " ".join((out / "report.html").read_text().split())
     assert all(text in page for text in says)
     assert "never reads a word of the concept" not in page
-    assert Patch.load(out / "patch.safetensors").metadata.method == method
+    assert Patch.load(out / "patches" / "edited.safetensors").metadata.method == method
 
 
 @pytest.mark.parametrize(
@@ -456,43 +457,35 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(
         monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     out = tmp_path / "demo"
     few = ["--prompts", str(prompts), "--set", "training.updates=4", "--set", "training.warmup=0"]
-    code, text, err = safegen("demo", "--fast", "--preset", preset, *few, "--out", out)
+    words = ["demo", "--fast", "--preset", preset, *few, "--out", out]
+    code, text, err = safegen(*words)
     assert code == 0, err
     assert "report.html" in text
-    assert {p.name for p in out.iterdir()} == {
-        "report.html",
-        "summary.json",
-        "grid.png",
-        "patch.safetensors",
-        "patch.safetensors.md",
-        "pictures",
+    assert {p.name for p in out.iterdir()} >= {"report.html", "scores.json", "patches", "pictures"}
+    assert {p.name for p in (out / "patches").iterdir()} == {
+        "edited",
+        "edited.safetensors",
+        "edited.safetensors.md",
     }
-    summary = json.loads((out / "summary.json").read_text())
-    assert all(f" {name} " in text for name in summary["lists"])  # in eighty columns, whole
-    for row in summary["lists"].values():
-        for side in ("base", "edited"):
-            assert row[side]["concept"]["n"] == prompts
-            assert (
-                row[side]["concept"]["low"]
-                <= row[side]["concept"]["value"]
-                <= row[side]["concept"]["high"]
-            )
+    scores = json.loads((out / "scores.json").read_text())
+    lists = scores["stacks"]["edited"]["lists"]
+    assert all(name in text for name in lists)  # in eighty columns, whole
+    for stack in ("base", "edited"):
+        for row in scores["stacks"][stack]["lists"].values():
+            assert row["concept"]["n"] == prompts
+            assert row["concept"]["low"] <= row["concept"]["value"] <= row["concept"]["high"]
     page = (out / "report.html").read_text()
-    assert ("<svg" in page, "the chart of the losses needs matplotlib" in page) == (
-        charts,
-        not charts,
-    )
-    assert all(
-        text in page for text in ("self-attention layers", "it never reads a word of the concept")
-    )
-    assert "http://" not in page.replace("http://www.w3.org", "").replace(
-        "http://purl.org", ""
-    ).replace("http://creativecommons.org", "")
-    assert page.count("data:image/png;base64,") >= 2 * prompts * len(summary["lists"])
-    (figures,) = Patch.load(out / "patch.safetensors").metadata.metrics
+    assert ("<svg" in page, "a chart needs matplotlib" in page) == (charts, not charts)
+    for text in ("self-attention layers", "it never reads a word of the concept"):
+        assert text in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert page.count("data:image/png;base64,") >= 2 * prompts * len(lists)
+    patch = Patch.load(out / "patches" / "edited.safetensors")
+    (figures,) = patch.metadata.metrics
     removed = {name: entry["removal"] for name, entry in figures["lists"].items()}
-    assert removed == {
-        f"{name} ({row['role']})": row.get("removal") for name, row in summary["lists"].items()
-    }
-    with Image.open(out / "grid.png") as grid:
-        assert grid.width > 100
+    assert removed == {f"{name} ({row['role']})": row.get("removal") for name, row in lists.items()}
+    before = {p: p.read_bytes() for p in out.rglob("*.png")}
+    assert safegen(*words)[0] == 0  # the same command resumes, here with nothing left to do
+    assert {p: p.read_bytes() for p in out.rglob("*.png")} == before
+    code, _, err = safegen(*words[:-2], "--seeds", "2", "--out", out)
+    assert (code, "was made with other settings" in err) == (2, True)

@@ -446,7 +446,7 @@ def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tm
         (["export", "mini", "--dtype", "int8", "--out", "OUT.safetensors"], "dtype must be one of"),
         (
             ["export", "mini", "--metrics", ".", "--out", "OUT.safetensors"],
-            "has no figures: neither a demo's summary.json",
+            "has no scores.json. Name the folder of a run.",
         ),
         (
             ["export", "mini", "--config", ".", "--out", "OUT.safetensors"],

@@ -9,18 +9,13 @@ import pytest
 import torch
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.evaluation.report.model_card import (
-    CardSubject,
-    beside,
-    card,
-    read_figures,
-    write_with_card,
-)
+from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, write_with_card
+from safegen.evaluation.report.model_index import read_metrics
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.loading import load
 from safegen.patches.patch import Patch
-from safegen.workflows.export import save_patch
+from safegen.workflows.edit import save_patch
 
 SAID = {
     "method": "uce",
@@ -38,43 +33,65 @@ def rate(hits, n, **more):
 
 def test_words_that_are_debiased_are_not_called_erased():
     said = SAID | {"settings": {"erase": ["a doctor"], "debias": {"a woman": 0.3}}}
-    text = card(CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
+    text = model_card(CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
     assert "Nothing was erased: `a doctor` leans toward `a woman` by 0.3." in text
     assert "Erased words" not in text
 
 
-@pytest.fixture
-def demo(tmp_path):
-    """A demo's figures of the patch."""
-    rows = {
-        "role": "explicit",
-        "base": {"concept": rate(24, 24)},
-        "edited": {"concept": rate(1, 20, unjudged=4)},
-        "removal": rate(19, 20),
-    }
-    calm = {
-        "role": "neighbour",
-        "base": {"concept": rate(0, 8), "subject": rate(8, 8), "shown": rate(8, 8)},
-        "edited": {"concept": rate(0, 8), "subject": rate(4, 8), "shown": rate(6, 8)},
-    }
-    facts = {
-        "patch_hash": "c" * 64,
-        "concept": {"name": "skulls"},
-        "judge": "mini:1",
-        "lists": {"mini:skulls": rows, "mini:ghosts": calm},
-    }
-    folder = tmp_path / "demo"
+def write_run(folder, stacks, *, digest="c" * 64, base="b" * 64):
+    """Write the card and scores of a run of `stacks`: name, and the scores of each list."""
     folder.mkdir()
-    (folder / "summary.json").write_text(
-        json.dumps(
-            facts | {"settings": {"generation": {"num_inference_steps": 25}, "seeds": [1, 2]}}
-        )
-    )
+    entries = [
+        {
+            "name": name,
+            "model": "mini",
+            "base": base,
+            "patches": [] if name == "base" else [{"hash": digest}],
+        }
+        for name in stacks
+    ]
+    (folder / "protocol.json").write_text(json.dumps({"stacks": entries}))
+    scores = {
+        "protocol": {"name": "quick", "id": "1234"},
+        "judge": "mini:1",
+        "stacks": {name: {"against": "base", "lists": lists} for name, lists in stacks.items()},
+    }
+    (folder / "scores.json").write_text(json.dumps(scores))
     return folder
 
 
+BASE = {
+    "mini:skulls": {"role": "explicit", "concept": rate(24, 24)},
+    "mini:ghosts": {
+        "role": "neighbour",
+        "concept": rate(0, 8),
+        "subject": rate(8, 8),
+        "shown": rate(8, 8),
+    },
+}
+EDITED = {
+    "mini:skulls": {
+        "role": "explicit",
+        "concept": rate(1, 20, unjudged=4),
+        "removal": rate(19, 20),
+    },
+    "mini:ghosts": {
+        "role": "neighbour",
+        "concept": rate(0, 8),
+        "subject": rate(4, 8),
+        "shown": rate(6, 8),
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with metrics of the patch."""
+    return write_run(tmp_path / "run", {"base": BASE, "edited": EDITED})
+
+
 def test_it_says_what_was_done_and_that_nothing_was_measured():
-    text = card(SUBJECT)
+    text = model_card(SUBJECT)
     for words in (
         "# p.safetensors",
         "`mini`",
@@ -95,95 +112,106 @@ def test_it_says_what_was_done_and_that_nothing_was_measured():
         assert words in text, words
 
 
-def test_figures_come_with_their_n_interval_and_what_was_not_judged(demo):
-    text = card(SUBJECT, [demo])
+def test_metrics_come_with_their_n_interval_and_what_was_not_judged(run):
+    text = model_card(SUBJECT, [run])
     assert (
-        "| mini:skulls (explicit) | 100.0 % (0.0 to 100.0; n = 24) | 5.0 % (0.0 to 100.0; n = 20, 4 unjudged) | 95.0 %"
-        in text
-    )
-    harm = [line.split(" | ")[-2:] for line in text.splitlines() if line.startswith("| mini:")]
-    assert harm[0] == ["", " |"]  # the demo says nothing of it
-    assert harm[1] == [
-        "100.0 % (0.0 to 100.0; n = 8)",
-        "75.0 % (0.0 to 100.0; n = 8) |",
+        "| mini:skulls (explicit) | 100 % (0.0 to 100.0 %; n = 24) "
+        "| 5 % (0.0 to 100.0 %; n = 20, 4 unjudged) | 95 %"
+    ) in text
+    asked = [line.split(" | ")[-2:] for line in text.splitlines() if line.startswith("| mini:")]
+    assert asked[0] == ["", " |"]  # the run says nothing of it
+    assert asked[1] == [
+        "100 % (0.0 to 100.0 %; n = 8)",
+        "75 % (0.0 to 100.0 %; n = 8) |",
     ]  # ghosts, not the object
-    assert "judge `mini:1`, 25 steps, seeds 1, 2" in text
+    assert "Protocol `quick` (id `1234`), judge `mini:1`, stack edited, model `mini`" in text
     assert "Not measured" not in text
 
 
-def test_figures_go_into_the_header_of_the_file_too(demo, tmp_path):
-    """A patch that leaves its card behind still says what was measured."""
-    patch = Patch({"w": torch.ones(2)}, PatchMetadata(**SAID))
-    facts = json.loads((demo / "summary.json").read_text())
-    (demo / "summary.json").write_text(json.dumps(facts | {"patch_hash": patch.hash}))
-    save_patch(patch, tmp_path / "p.safetensors", metrics=[demo])
-    found = Patch.load(tmp_path / "p.safetensors")
-    (figures,) = found.metadata.metrics
-    assert figures["lists"]["mini:skulls (explicit)"] == {
-        "removal": rate(19, 20),
-        "base": {"concept": rate(24, 24)},
-        "this": {"concept": rate(1, 20, unjudged=4)},
+def test_the_hub_reads_the_metrics_of_each_list(run):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(model_card(SUBJECT, [run]))
+    assert card.data.model_name == "p.safetensors"
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert found == {
+        ("mini:skulls (explicit)", "concept_rate"): 0.05,
+        ("mini:skulls (explicit)", "removal"): 0.95,
+        ("mini:ghosts (neighbour)", "concept_rate"): 0.0,
     }
-    assert "skulls, judge `mini:1`, 25 steps" in figures["about"]
-    assert (found.hash, {k: v for k, v in found.metadata.to_json().items() if k != "metrics"}) == (
-        patch.hash,
-        SAID,
-    )
 
 
-def test_figures_of_another_patch_are_refused(demo):
-    with pytest.raises(
-        ConfigError,
-        match=r"has figures of patch cccccccccccc, and this card is of patch dddddddddddd",
-    ):
-        read_figures(demo, ["d" * 64])
+def test_an_attack_on_the_patch_stands_in_its_card(tmp_path):
+    attacked = {name: row | {"concept": rate(5, 8)} for name, row in EDITED.items()}
+    run = write_run(tmp_path / "run", {"base": BASE, "edited": EDITED, "finetuned-9": attacked})
+    card = json.loads((run / "protocol.json").read_text())
+    card["stacks"][2] |= {"reference": "edited", "patches": [{"hash": "c" * 64}, {"hash": "9"}]}
+    (run / "protocol.json").write_text(json.dumps(card))
+    text = model_card(SUBJECT, [run])
+    assert "| prompts | seen, base | seen, this | seen, finetuned-9 | removed |" in text
+    assert "62.5 % (0.0 to 100.0 %; n = 8)" in text
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"patch_hash": 3}', '{"stacks": {}}', '{"sides": []}']
-)
-def test_what_holds_no_figures_is_refused_in_one_line(tmp_path, text):
-    with pytest.raises(FileError, match=r"has no figures: neither a demo's summary.json") as caught:
-        read_figures(tmp_path, [])
+def test_metrics_go_into_the_header_of_the_file_too(tmp_path):
+    """A patch that leaves its card behind still holds its metrics."""
+    patch = Patch({"w": torch.ones(2)}, PatchMetadata(**SAID))
+    run = write_run(tmp_path / "run", {"base": BASE, "edited": EDITED}, digest=patch.hash)
+    save_patch(patch, tmp_path / "p.safetensors", metrics=[run])
+    found = Patch.load(tmp_path / "p.safetensors")
+    (metrics,) = found.metadata.metrics
+    skulls = metrics["lists"]["mini:skulls (explicit)"]
+    assert skulls["removal"] == rate(19, 20)
+    assert skulls["this"]["concept"] == rate(1, 20, unjudged=4)
+    assert "Protocol `quick`" in metrics["about"]
+    assert found.hash == patch.hash
+    assert {k: v for k, v in found.metadata.to_json().items() if k != "metrics"} == SAID
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"stacks": {}}'])
+def test_what_holds_no_metrics_is_refused_in_one_line(tmp_path, text):
+    with pytest.raises(FileError, match=r"has no scores.json. Name the folder of a run"):
+        read_metrics(tmp_path, [])
     (tmp_path / "x.json").write_text(text)
+    (tmp_path / "protocol.json").write_text('{"stacks": []}')
     with pytest.raises((FileError, ConfigError)) as caught:
-        read_figures(tmp_path / "x.json", [])
+        read_metrics(tmp_path / "x.json", [])
     assert "\n" not in str(caught.value)
 
 
 def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, patch_file):
-    found = read_figures(finished, [Patch.load(patch_file).hash])
+    found = read_metrics(finished, [Patch.load(patch_file).hash])
     scores = json.loads((finished / "scores.json").read_text())
     assert "stack calm" in found.about
-    for (name, removal, sides), (part, row) in zip(
+    for (name, removal, lists), (part, row) in zip(
         found.rows, scores["stacks"]["calm"]["lists"].items(), strict=True
     ):
         assert name == f"{part} ({row['role']})"
         assert removal == row.get("removal")
-        assert sides == [scores["stacks"][side]["lists"][part] for side in ("mini", "calm")]
+        assert lists == [scores["stacks"][side]["lists"][part] for side in ("mini", "calm")]
     with pytest.raises(
         ConfigError,
-        match=r"has no stack of patch dddddddddddd alone; it has mini \(mini\): none; calm \(mini\): ",
+        match=r"has no stack of patch dddddddddddd alone. It has mini \(mini\): none; calm \(mini\): ",
     ):
-        read_figures(finished, ["d" * 64])
+        read_metrics(finished, ["d" * 64])
 
 
 def test_a_model_that_holds_patches_already_takes_no_figures_of_its_plain_base(finished):
+    base = json.loads((finished / "protocol.json").read_text())["stacks"][0]["base"]
     plain, edited = (
-        CardSubject("folder", "out", "mini", "b" * 64, [], within=w, by_name=bool(w))
+        CardSubject("folder", "out", "mini", base, [], embedded_patches=w, match_name=bool(w))
         for w in ((), ("e" * 64,))
     )
-    assert "stack mini" in plain.figures(finished).about
+    assert "stack mini" in plain.read_metrics(finished).about
     assert (
-        "stack mini" in edited.figures(finished).about
+        "stack mini" in edited.read_metrics(finished).about
     )  # a run says that it drew with a model of this name
     with pytest.raises(
-        ConfigError, match=r"has no stack of no patch alone on folder; it has mini \(mini\): none"
+        ConfigError, match=r"has no stack of no patch on folder alone. It has mini \(mini\): none"
     ):
-        replace(edited, model="folder").figures(finished)
-    text = card(edited)
-    assert f"has patches in its weights already: `{'e' * 12}`" in text
-    assert "What was done to the base model before is not known" not in text
+        replace(edited, model="folder").read_metrics(finished)
+    text = model_card(edited)
+    assert f"Its weights held patches before: `{'e' * 12}`" in text
+    assert "Earlier changes to the base are not known" not in text
 
 
 def test_a_merged_patch_names_its_parts():
@@ -191,7 +219,7 @@ def test_a_merged_patch_names_its_parts():
         {"hash": "1" * 64, "metadata": SAID},
         {"hash": "2" * 64, "metadata": {"method": "safegen", "data": "e" * 64}},
     ]
-    text = card(
+    text = model_card(
         CardSubject("patch", "m", None, None, [("3" * 64, {"method": "merge", "parts": parts})])
     )
     assert [line for line in text.splitlines() if line.startswith("### ")] == [
@@ -199,19 +227,19 @@ def test_a_merged_patch_names_its_parts():
         f"### uce, patch `{'1' * 12}`",
         f"### safegen, patch `{'2' * 12}`",
     ]
-    assert "The concept was shown in pictures, not named" in text
+    assert "The concept was given as images: no word of it is in the patch" in text
     assert "The base weights are not named" in text
 
 
 def test_a_model_without_a_patch_of_ours_is_not_called_untouched():
-    text = card(CardSubject("file", "m.safetensors", "other", "b" * 64, []))
-    assert "What was done to the base model before is not known" in text
+    text = model_card(CardSubject("file", "m.safetensors", "other", "b" * 64, []))
+    assert "Earlier changes to the base are not known" in text
 
 
 def test_a_folder_has_its_card_as_readme(tmp_path):
     model = load("mini")
     save_folder(
-        model, tmp_path / "m", card=card(CardSubject("folder", "m", "mini", model.hash, []))
+        model, tmp_path / "m", card=model_card(CardSubject("folder", "m", "mini", model.hash, []))
     )
     assert (tmp_path / "m" / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
     save_folder(model, tmp_path / "n")
@@ -227,46 +255,44 @@ def test_a_card_is_never_there_without_its_file(tmp_path):
     with pytest.raises(FileError, match="no room"):
         write_with_card(out, "text", fail)
     assert list(tmp_path.iterdir()) == []
-    beside(out).write_text("mine")
+    card_path(out).write_text("mine")
     with pytest.raises(FileError, match="already exists"):
         write_with_card(out, "text", lambda: out.write_text("weights"))
     assert not out.exists()
 
 
-def test_figures_of_the_same_patches_on_another_model_are_refused(demo):
-    facts = json.loads((demo / "summary.json").read_text())
-    (demo / "summary.json").write_text(json.dumps(facts | {"base_hash": "d" * 64}))
+def test_metrics_of_the_same_patches_on_another_model_are_refused(tmp_path):
+    other = write_run(tmp_path / "other", {"base": BASE, "edited": EDITED}, base="d" * 64)
     with pytest.raises(
-        ConfigError,
-        match=r"figures of these patches on other weights \(dddddddddddd\) than this card's \(bbbbbbbbbbbb\)",
+        ConfigError, match=r"on other weights \(dddddddddddd\) than this model's \(bbbbbbbbbbbb\)"
     ):
-        card(SUBJECT, [demo])
-    (demo / "summary.json").write_text(json.dumps(facts | {"base_hash": "b" * 64}))
-    assert "Not measured" not in card(SUBJECT, [demo])
+        model_card(SUBJECT, [other])
+    same = replace(SUBJECT, base="d" * 64)
+    assert "Not measured" not in model_card(same, [other])
 
 
-def test_figures_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_model(demo):
-    (figures,) = [read_figures(demo, ["c" * 64]).facts()]
-    held = [("c" * 64, SAID | {"metrics": [figures]})]
-    want = [line for line in card(SUBJECT, [demo]).splitlines() if line.startswith("| mini:")]
-    for kind, base, told in (
+def test_metrics_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_model(run):
+    metrics = read_metrics(run, ["c" * 64]).to_dict()
+    held = [("c" * 64, SAID | {"metrics": [metrics]})]
+    rows = [line for line in model_card(SUBJECT, [run]).splitlines() if line.startswith("| mini:")]
+    for kind, base, shown in (
         ("patch", "b", True),
         ("folder", "b", True),
         ("file", "d", False),
         ("lora", "b", False),
     ):
-        text = card(CardSubject(kind, "p", "mini", base * 64, held))
-        assert [line for line in text.splitlines() if line.startswith("| mini:")] == (
-            want if told else []
-        ), kind
-        assert ("**Not measured.**" in text) is not told
+        text = model_card(CardSubject(kind, "p", "mini", base * 64, held))
+        found = [line for line in text.splitlines() if line.startswith("| mini:")]
+        assert found == (rows if shown else []), kind
+        assert ("**Not measured.**" in text) is not shown
     for wrong in ({"about": 1}, {"about": "x", "lists": {"a": {"removal": 1, "this": "much"}}}, 7):
         broken = [("c" * 64, SAID | {"metrics": [wrong]})]
-        assert "**Not measured.**" in card(CardSubject("patch", "p", "mini", "b" * 64, broken))
-    baseless = [("c" * 64, {k: v for k, v in SAID.items() if k != "base"} | {"metrics": [figures]})]
-    assert "**Not measured.**" in card(
-        CardSubject("folder", "p", "mini", "b" * 64, baseless)
-    )  # of which model they are is not said
+        assert "**Not measured.**" in model_card(
+            CardSubject("patch", "p", "mini", "b" * 64, broken)
+        )
+    baseless = {k: v for k, v in SAID.items() if k != "base"} | {"metrics": [metrics]}
+    subject = CardSubject("folder", "p", "mini", "b" * 64, [("c" * 64, baseless)])
+    assert "**Not measured.**" in model_card(subject)  # the metrics name no base
 
 
 def test_a_fine_tune_is_called_no_removal():
@@ -276,6 +302,6 @@ def test_a_fine_tune_is_called_no_removal():
         "base": "b" * 64,
         "data": "d" * 64,
     }
-    text = card(CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
+    text = model_card(CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
     assert "Nothing was removed: this is a fine-tune" in text
-    assert "was shown in pictures" not in text
+    assert "was given as images" not in text

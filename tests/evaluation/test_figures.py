@@ -14,7 +14,7 @@ from PIL import Image
 import safegen
 from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.protocol import load_protocol
-from safegen.evaluation.report.further import split_cell
+from safegen.evaluation.report.format import split_cell
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import judge_run
 from safegen.evaluation.run.folder import (
@@ -243,24 +243,24 @@ def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):
 def test_page_and_table_show_every_figure_with_its_n_and_why_one_is_missing(copy, tmp_path):
     facts = write_report(open_runs([copy]), tmp_path)
     page, table = ((tmp_path / f"report.{end}").read_text() for end in ("html", "md"))
-    heads = facts["further"]["heads"]
-    assert heads[:2] == ["attack success, a picture", "attack success, any of N"]
+    heads = facts["metrics"]["heads"]
+    assert heads[:2] == ["attack success, per image", "attack success, any of N"]
     assert {"CLIP score, 100 cos", "KID to base", "over-censored", "coherence kept"} <= set(heads)
     assert all(head in page and head in table for head in heads)
     cells = {
         (r["stack"], r["list"]): dict(zip(heads, r["cells"], strict=True))
-        for r in facts["further"]["rows"]
+        for r in facts["metrics"]["rows"]
     }
     assert re.fullmatch(r"\S+ \(n = 6, 6\)", cells["calm", "mini:skulls"]["KID to base"])
     assert re.fullmatch(
         r"\S+ \(\S+ to \S+; n = 6\); minus base [+-]\S+ \(\S+ to \S+\)",
         cells["calm", "mini:skulls"]["CLIP score, 100 cos"],
     )
-    assert "; 6 refused" in cells["black-image", "mini:skulls"]["attack success, a picture"]
+    assert "; 6 refused" in cells["black-image", "mini:skulls"]["attack success, per image"]
     why = "FID to base, calm, mini:skulls: FID needs more pictures than features"
     assert why in page
     assert why in table
-    assert "Further numbers" in page
+    assert "Other metrics" in page
 
 
 def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tmp_path):

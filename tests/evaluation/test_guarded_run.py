@@ -38,7 +38,7 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
     plain, kept = ([line for line in lines if line["stack"] == name] for name in ("mini", "kept"))
     assert not any("guards" in line for line in plain)
     assert [line["guards"] for line in kept] == [
-        drawn.trail.to_json(times=False) for drawn in given
+        drawn.trace.to_json(times=False) for drawn in given
     ]  # Python's, the line's, the PNG's
     for line in kept:
         gone = line["list"] == "mini:skulls"
@@ -73,7 +73,7 @@ def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, mon
     def broken(self, prompts):
         raise RuntimeError("the word list is gone")
 
-    monkeypatch.setattr("safegen.guards.prompt_filter.PromptFilterGuard.check", broken)
+    monkeypatch.setattr("safegen.guards.prompt_filter.PromptFilterGuard.check_prompts", broken)
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconcept = "skulls"\n'
@@ -131,7 +131,7 @@ def samples(folder):
 
 def break_filter(monkeypatch, *, calls=99):
     """Let the prompt filter fail in the next calls."""
-    real, left = prompt_filter.PromptFilterGuard.check, [None] * calls
+    real, left = prompt_filter.PromptFilterGuard.check_prompts, [None] * calls
 
     def broken(self, prompts):
         if left:
@@ -139,7 +139,7 @@ def break_filter(monkeypatch, *, calls=99):
             raise ConnectionError(f"no answer at {id(left)}")
         return real(self, prompts)
 
-    monkeypatch.setattr(prompt_filter.PromptFilterGuard, "check", broken)
+    monkeypatch.setattr(prompt_filter.PromptFilterGuard, "check_prompts", broken)
 
 
 def test_a_fault_that_is_written_down_stands_when_it_does_not_come_again(drawn, monkeypatch):
@@ -203,7 +203,7 @@ def test_a_judge_without_memory_halves_the_batch_as_drawing_does(go, tmp_path, m
             )
             return [short if len(images) > 2 else Detections(())] * len(images)
 
-    monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilterConfig.open", lambda self: Large())
+    monkeypatch.setattr("safegen.guards.judge_filter.JudgeFilterConfig.load_judge", lambda self: Large())
     recipe = tmp_path / "seen.toml"
     recipe.write_text(
         'name = "seen"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\njudge = "mini"\n'

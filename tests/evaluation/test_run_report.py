@@ -17,9 +17,16 @@ import pytest
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.evaluation.report.data import report_facts
+from safegen.evaluation.report.data import report_data
+from safegen.evaluation.report.format import percent
 from safegen.evaluation.report.page import NUMBERS, PAGE, TABLE, markdown, open_runs, write_report
-from safegen.evaluation.report.redaction import SHOWN, TILES, data_uri, evenly_spaced, pixelated
+from safegen.evaluation.report.redaction import (
+    IMAGES_PER_ROW,
+    TILES,
+    data_uri,
+    evenly_spaced,
+    pixelate,
+)
 from safegen.evaluation.run.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
 from safegen.evaluation.scoring.table import score_run
 
@@ -72,7 +79,7 @@ def test_three_files_are_written_the_same_twice_and_need_nothing_else(copy, tmp_
     for name in (PAGE, NUMBERS, TABLE):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert page.count("<svg") == 4  # the mini lists here have no benign prompts, so no Pareto chart
-    assert "Not drawn: no stack has both" in page
+    assert "No chart: no stack has both" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert not re.search(r"<script|@import|url\((?!#)", page)
     assert json.loads((tmp_path / "one" / NUMBERS).read_text())["scores"][copy.name] == json.loads(
@@ -117,7 +124,7 @@ def test_a_picture_at_which_a_judge_fires_is_not_in_the_file(copy, tmp_path, lin
     assert sorted({max(p.size) for p in found}) == [TILES, 64]
     assert sum(p.size == (64, 64) for p in found) == 1  # the one at which none fires
     page = page_of(copy, tmp_path, reveal=True)
-    assert "This page holds the original pictures" in page
+    assert "This page holds the original images" in page
     assert {np.asarray(p).tobytes() for p in pictures(page)} <= originals(copy)
 
 
@@ -166,7 +173,7 @@ def test_what_a_judge_cannot_tell_is_not_tested(copy, finished):
     edit_card(copy, lambda card: [part.update(role="benign") for part in card["protocol"]["lists"]])
     rewrite(copy, PLAN, lambda line: line | {"role": "benign"})
     told, untold = (
-        next(r for r in report_facts(open_runs([f]))[0]["stacks"] if r["name"] == "calm")
+        next(r for r in report_data(open_runs([f]))[0]["stacks"] if r["name"] == "calm")
         for f in (finished, copy)
     )
     assert untold["tests"]["object"] is None
@@ -178,9 +185,9 @@ def test_what_a_judge_cannot_tell_is_not_tested(copy, finished):
         ],
     )
     rewrite(copy, PLAN, lambda line: line | {"role": "other", "shows": "leaves"})
-    leaves = report_facts(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]
+    leaves = report_data(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]
     rewrite(copy, JUDGES, lambda line: line | {"known": ["skulls"]})
-    assert (leaves["n"], report_facts(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]) == (
+    assert (leaves["n"], report_data(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]) == (
         12,
         None,
     )
@@ -214,7 +221,7 @@ def test_pixelating_leaves_at_most_the_mean_colours_of_the_tiles(size):
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     )
-    small = Image.open(io.BytesIO(base64.b64decode(data_uri(pixelated(picture)).partition(",")[2])))
+    small = Image.open(io.BytesIO(base64.b64decode(data_uri(pixelate(picture)).partition(",")[2])))
     assert max(small.size) == TILES
     assert small.info == {}
     if size == (512, 512):
@@ -248,7 +255,7 @@ def test_bold_needs_the_paired_test_and_its_correction_for_the_number_of_stacks(
         copy, lambda line: [SKULL] if line["stack"] != "calm" else []
     )  # six pairs of six: p = 0.031
     name = copy.name
-    facts, _ = report_facts({name: Run.open(copy)})
+    facts, _ = report_data({name: Run.open(copy)})
     test = next(r for r in facts["stacks"] if r["name"] == "calm")["tests"]["explicit"]
     assert (test["only_a"], test["only_b"], test["n"], test["direction"]) == (0, 6, 6, -1)
     assert test["p"] == pytest.approx(2 / 64)
@@ -262,7 +269,7 @@ def test_bold_needs_the_paired_test_and_its_correction_for_the_number_of_stacks(
     page = page_of(copy, tmp_path)
     assert "<b>0 %</b>" in page
     assert "**0 %** (0.0 to 39.0 %; n = 6)" in (tmp_path / TABLE).read_text()
-    assert "without the baselines negative prompt and black image" in page
+    assert "compares with neither a negative prompt nor black images" in page
 
 
 def test_the_correction_is_for_all_stacks_of_the_page(copy, tmp_path):
@@ -274,7 +281,7 @@ def test_the_correction_is_for_all_stacks_of_the_page(copy, tmp_path):
     )
     other = tmp_path / "other"
     shutil.copytree(copy, other)
-    facts, _ = report_facts({"one": Run.open(copy), "two": Run.open(other)})
+    facts, _ = report_data({"one": Run.open(copy), "two": Run.open(other)})
     tests = [r["tests"]["explicit"] for r in facts["stacks"] if r.get("tests", {}).get("explicit")]
     assert len(tests) >= 2
     assert all(
@@ -290,7 +297,7 @@ def test_a_stack_that_shows_it_more_often_is_never_bold(copy):
         copy,
         lambda card: card.update(stacks=[s for s in card["stacks"] if s["kind"] != "baseline"]),
     )
-    facts, _ = report_facts({"run": Run.open(copy)})
+    facts, _ = report_data({"run": Run.open(copy)})
     assert facts["stacks"][1]["tests"]["explicit"]["differs"]
     assert "**" not in markdown(facts)
 
@@ -299,7 +306,7 @@ def test_the_sweep_is_what_scoring_at_each_threshold_gives(copy):
     scores = iter(np.random.default_rng(3).uniform(0.2, 1, 1000))
     judged(copy, lambda _: [SKULL | {"score": float(next(scores))}])
     run = Run.open(copy)
-    facts, _ = report_facts({"run": run})
+    facts, _ = report_data({"run": run})
     for row in facts["stacks"]:
         assert [p["threshold"] for p in row["sweep"]] == [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
         for point in row["sweep"]:
@@ -312,7 +319,7 @@ def test_the_sweep_is_what_scoring_at_each_threshold_gives(copy):
 def test_unjudged_pictures_are_in_view_and_in_no_rate(copy, tmp_path):
     rewrite(copy, VERDICTS, lambda line: line | {"unjudged": "it failed"})
     page = page_of(copy, tmp_path)
-    assert "48 pictures could not be judged" in page
+    assert "48 images are unjudged" in page
     facts = json.loads((tmp_path / NUMBERS).read_text())
     assert all(
         r["asked"] is None and r["unjudged"] == 12 and r["sweep"] == [] for r in facts["stacks"]
@@ -332,14 +339,14 @@ def test_runs_of_one_protocol_stand_side_by_side_and_others_are_refused(copy, fi
     ):
         write_report(open_runs([finished, copy]), tmp_path / "no")
     assert not (tmp_path / "no").exists()
-    with pytest.raises(ConfigError, match="told apart by their folders' names"):
+    with pytest.raises(ConfigError, match="must have different folder names"):
         open_runs([copy, copy])
 
 
 def test_a_picture_that_is_not_the_one_that_was_judged_is_refused(copy, tmp_path):
     file = copy / json.loads((copy / SAMPLES).read_text().splitlines()[0])["file"]
     Image.new("RGB", (64, 64), "red").save(file)
-    with pytest.raises(FileError, match="not the picture that was judged"):
+    with pytest.raises(FileError, match="not the image that was judged"):
         write_report(open_runs([copy]), tmp_path)
     assert not (tmp_path / PAGE).exists()
 
@@ -349,7 +356,7 @@ def test_without_matplotlib_the_page_says_what_to_install(copy, tmp_path, monkey
     page = page_of(copy, tmp_path)
     assert "<svg" not in page
     assert (
-        "Not drawn: a chart needs matplotlib; install it with: pip install &#34;safegen[report]&#34;."
+        "No chart: a chart needs matplotlib; install it with: pip install &#34;safegen[report]&#34;."
         in page
     )
 
@@ -402,9 +409,54 @@ def test_a_browser_shows_it_without_a_complaint_and_without_a_network(copy, tmp_
 @pytest.mark.parametrize("n", [1, 5, 6, 7, 16, 112, 192])
 def test_the_pictures_shown_are_of_unlike_subjects(n):
     places = evenly_spaced(n)
-    assert len(places) == min(n, SHOWN)
+    assert len(places) == min(n, IMAGES_PER_ROW)
     assert places == sorted(set(places))
     assert places[-1] < n
     assert (
-        n != 192 or len({place % 32 for place in places}) == SHOWN
+        n != 192 or len({place % 32 for place in places}) == IMAGES_PER_ROW
     )  # the miniature's lists go through 32 objects in turn
+
+
+def test_an_edit_is_described_with_its_loss_curve(copy, tmp_path):
+    """The description is in the patch's metadata, the training log in the run's folder."""
+
+    def describe(card):
+        entry = next(e for e in card["stacks"] if e["name"] == "calm")
+        entry["patches"][0] |= {"description": "It learns from <nothing>.", "updates": 3}
+
+    edit_card(copy, describe)
+    log = copy / "patches" / "calm" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    rows = [{"update": i + 1, "L_m": 2.0**-i, "L_p": 0.1, "lr": 1e-4} for i in range(3)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(copy, tmp_path)
+    assert "It learns from &lt;nothing&gt;." in page
+    assert page.count("<svg") == 5
+    assert "L_m: unsafe image to its censored image" in page
+    assert "mathdefault" not in page  # a tick label that nobody rendered
+    log.write_text("{")
+    with pytest.raises(FileError, match=r"log.jsonl cannot be read"):
+        page_of(copy, tmp_path)
+
+
+def test_the_cards_of_the_one_measured_stack_are_its_scores(copy, tmp_path):
+    judged(copy, lambda line: [SKULL] if line["stack"] != "calm" else [])
+    edit_card(copy, lambda card: [p.update(role="benign") for p in card["protocol"]["lists"][1:]])
+    rewrite(
+        copy, PLAN, lambda p: p | ({"role": "benign"} if p["list_name"] == "mini:ghosts" else {})
+    )
+    data = write_report(open_runs([copy]), tmp_path)
+    cards = {card["title"]: card for card in data["headline"]}
+    scores = data["scores"][copy.name]["stacks"]["calm"]["lists"]
+    removal = scores["mini:skulls"]["removal"]
+    assert cards["removed, explicit prompts"]["value"] == "100 %"
+    assert (
+        f"{removal['before']} detections before, 0 after, 6 images"
+        in (cards["removed, explicit prompts"]["detail"])
+    )
+    assert cards["right object, benign prompts"]["value"] == percent(
+        scores["mini:ghosts"]["subject"]["value"]
+    )
+    assert cards["time for the edit"]["value"] == "1.5 s"
+    page = (tmp_path / PAGE).read_text()
+    assert all(card["detail"] in page for card in data["headline"])

@@ -6,8 +6,10 @@ import pytest
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
-from safegen.evaluation.plan import Item, make_plan
-from safegen.evaluation.scoring.score import refuse_unjudged, removal, score
+from safegen.core.generation import GenerationConfig
+from safegen.evaluation.plan import Item
+from safegen.evaluation.protocol import Protocol, plan
+from safegen.evaluation.scoring.score import removal, score
 from safegen.judges.base import Detection, Detections
 
 CONCEPT = Concept(
@@ -119,32 +121,35 @@ def test_removal_leaves_out_a_pair_with_an_unjudged_side():
     assert (found.before, found.after, found.unjudged) == (1, 0, 1)
 
 
-def test_a_list_of_which_nothing_could_be_judged_is_named_with_the_reason():
-    refuse_unjudged([item(0), item(1)], [LOST, verdict()])
-    with pytest.raises(ConfigError, match=r"none of the 2 pictures of tiny:cubes \(too dark\)"):
-        refuse_unjudged([item(0), item(1)], [LOST, LOST])
+def test_a_list_with_no_judged_image_has_no_rate():
+    with pytest.raises(ValueError, match="judged"):
+        score([item(0), item(1)], [LOST, LOST], CONCEPT)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"seeds": (1, 2, 1)}, "each seed once, .*got 1 more than once"),
-        (
-            {"roles": ("explicit", "benign", "explicit")},
-            "each role once, .*got explicit more than once",
-        ),
-    ],
-)
-def test_a_plan_draws_no_picture_twice(changes, words):
-    with pytest.raises(ConfigError, match=words):
-        make_plan(
-            load_concept("skulls"),
-            **{"prompts": 2, "seeds": (1,), "roles": ("explicit",)} | changes,
-        )
-    twice = load_concept("skulls").model_copy(
+def test_a_protocol_of_a_concept_generates_no_image_twice():
+    concept = load_concept("skulls")
+    protocol = Protocol.from_concept(
+        concept, prompts=2, seeds=(1, 3), generation=GenerationConfig(), roles=("explicit",)
+    )
+    assert [(i.seed, i.index) for i in plan(protocol)] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert protocol.id == protocol.model_copy(update={"about": "else"}).id
+    twice = concept.model_copy(
         update={"lists": {"explicit": ("mini:skulls",), "innocent": ("mini:skulls",)}}
     )
-    with pytest.raises(
-        ConfigError, match=r"each prompt list once, .*got mini:skulls more than once"
-    ):
-        make_plan(twice, prompts=2, seeds=(1,))
+    for changes in ({"seeds": (1, 2, 1)}, {"concept": twice}):
+        with pytest.raises(ConfigError, match="must be named once each"):
+            Protocol.from_concept(
+                **{
+                    "concept": concept,
+                    "prompts": 2,
+                    "seeds": (1,),
+                    "generation": GenerationConfig(),
+                }
+                | changes
+            )
+    with pytest.raises(ConfigError, match="lists"):
+        Protocol.from_concept(
+            load_concept("nudity"), prompts=2, seeds=(1,), generation=GenerationConfig()
+        )
+    with pytest.raises(ConfigError, match="prompts, got 100000"):
+        Protocol.from_concept(concept, prompts=100_000, seeds=(1,), generation=GenerationConfig())

@@ -57,7 +57,7 @@ def quiet(tmp_path_factory, checker_in):
     """Return settings under which each guard of the table runs on the tiny models and stops nothing."""
     import torch
 
-    from safegen.guards.latent_guard import LatentGuardHead, save_head
+    from safegen.guards.latent_guard.head import LatentGuardHead, save_head
 
     folder = tmp_path_factory.mktemp("guards")
     with torch.random.fork_rng():
@@ -93,7 +93,7 @@ def quiet(tmp_path_factory, checker_in):
 
 
 @pytest.fixture(scope="session")
-def draw():
+def generate():
     """Return a function that draws with guards, or with the pipeline's own call where there are none: pictures and trails."""
     import torch
 
@@ -107,7 +107,7 @@ def draw():
         *,
         seed=0,
         max_rows=None,
-        copies=1,
+        num_images_per_prompt=1,
         engine=None,
         **options,
     ):
@@ -115,15 +115,17 @@ def draw():
         options["generator"] = [
             torch.Generator().manual_seed(seed + i) for i in range(len(prompts))
         ]
-        if copies > 1:
+        if num_images_per_prompt > 1:
             options["generator"] = torch.Generator().manual_seed(seed)
         if guards is None and engine is None:
-            if copies > 1:
-                options["num_images_per_prompt"] = copies
+            if num_images_per_prompt > 1:
+                options["num_images_per_prompt"] = num_images_per_prompt
             out = pipe(prompt=list(prompts), **options)
             return out.images if hasattr(out, "images") else out.frames
         engine = engine or GuardedPipeline(pipe, [read_guard(g) for g in guards], max_rows=max_rows)
-        return engine.draw(list(prompts), copies=copies, **options)
+        return engine.generate(
+            list(prompts), num_images_per_prompt=num_images_per_prompt, **options
+        )
 
     return go
 

@@ -13,8 +13,8 @@ from safegen.guards import GuardConfig, GuardResult, make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
-from safegen.guards.crops import CropsConfig, around
-from safegen.guards.pno import Score
+from safegen.guards.crops import CropsConfig, neighbors
+from safegen.guards.pno import ClipScore
 from safegen.judges import Detection, Detections
 
 PROMPTS = ["a red cube on a white table", "a blue ball in the grass"]
@@ -46,7 +46,7 @@ def judge_of(monkeypatch, outcomes):
             return [ANSWERS[next(self.turn)], *[ANSWERS["safe"]] * (len(images) - 1)]
 
     told = Told()
-    monkeypatch.setattr(CropsConfig, "open", lambda self: told)
+    monkeypatch.setattr(CropsConfig, "load_judge", lambda self: told)
     return told
 
 
@@ -54,7 +54,7 @@ def judge_of(monkeypatch, outcomes):
 def test_probes_lie_at_their_angle_and_are_as_long_as_the_start(shape):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 8, 8, generator=g)
-    found = around(x, g, angle=0.4, n=6, shape=shape).flatten(1).double()
+    found = neighbors(x, g, angle=0.4, n=6, shape=shape).flatten(1).double()
     start = x.flatten().double()
     assert torch.allclose(found.norm(dim=1), start.norm().expand(6), rtol=1e-5)
     assert torch.allclose(
@@ -81,30 +81,32 @@ def test_probes_lie_at_their_angle_and_are_as_long_as_the_start(shape):
     ],
 )
 def test_the_share_of_unsafe_probes_decides_and_unjudged_is_not_safe(
-    tiny_model, draw, monkeypatch, outcomes, stopped
+    tiny_model, generate, monkeypatch, outcomes, stopped
 ):
     judge_of(monkeypatch, outcomes)
-    one, other = draw(tiny_model.pipeline, [CROPS], PROMPTS)
+    one, other = generate(tiny_model.pipeline, [CROPS], PROMPTS)
     share = sum(o != "safe" for o in outcomes) / 4
-    assert one.trail.guards[0].scores == {"share": share}
-    assert (one.image is None, one.trail.action) == (stopped, "block" if stopped else "none")
+    assert one.trace.guards[0].scores == {"share": share}
+    assert (one.image is None, one.trace.action) == (stopped, "block" if stopped else "none")
     assert other.image is not None
 
 
-def test_a_judge_that_leaves_a_probe_out_shows_no_picture(tiny_model, draw, monkeypatch):
+def test_a_judge_that_leaves_a_probe_out_shows_no_picture(tiny_model, generate, monkeypatch):
     told = judge_of(monkeypatch, ["safe"] * 4)
     monkeypatch.setattr(type(told), "detect", lambda self, images: [ANSWERS["safe"]])
-    found = draw(tiny_model.pipeline, [CROPS], PROMPTS)
+    found = generate(tiny_model.pipeline, [CROPS], PROMPTS)
     assert [d.image for d in found] == [None, None]
-    assert found[0].trail.reason.startswith("error: crops: ValueError")
+    assert found[0].trace.reason.startswith("error: crops: ValueError")
 
 
 @pytest.mark.parametrize("moves", ["start", "embedding"])
-def test_the_picture_is_the_one_that_would_have_been_drawn(tiny_model, draw, monkeypatch, moves):
+def test_the_picture_is_the_one_that_would_have_been_drawn(
+    tiny_model, generate, monkeypatch, moves
+):
     told = judge_of(monkeypatch, ["safe"] * 4)
-    found = draw(tiny_model.pipeline, [CROPS | {"moves": moves}], PROMPTS)
+    found = generate(tiny_model.pipeline, [CROPS | {"moves": moves}], PROMPTS)
     assert np.array_equal(
-        np.stack([d.image for d in found]), draw(tiny_model.pipeline, None, PROMPTS)
+        np.stack([d.image for d in found]), generate(tiny_model.pipeline, None, PROMPTS)
     )
     assert len(told.seen) == 4
     assert all(len(images) == 2 for images in told.seen)
@@ -114,37 +116,37 @@ NEAR = CROPS | {"probes": 1, "steps": None, "angle": 1e-4}
 
 
 @pytest.mark.parametrize("moves", ["start", "embedding"])
-def test_a_probe_at_no_distance_is_the_picture(tiny_model, draw, monkeypatch, moves):
+def test_a_probe_at_no_distance_is_the_picture(tiny_model, generate, monkeypatch, moves):
     told = judge_of(monkeypatch, ["safe"])
-    (found,) = draw(tiny_model.pipeline, [NEAR | {"moves": moves}], PROMPTS[:1], output_type="pil")
+    (found,) = generate(
+        tiny_model.pipeline, [NEAR | {"moves": moves}], PROMPTS[:1], output_type="pil"
+    )
     assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
 
 
-def test_probes_are_drawn_with_the_stacks_other_guards(tiny_model, draw, monkeypatch):
+def test_probes_are_drawn_with_the_stacks_other_guards(tiny_model, generate, monkeypatch):
     plain, guarded = (judge_of(monkeypatch, ["safe"]) for _ in range(2))
     for told, more in (
         (plain, []),
         (guarded, [{"name": "sld", "preset": "max", "text": "a green cone"}]),
     ):
-        monkeypatch.setattr(CropsConfig, "open", lambda self, told=told: told)
+        monkeypatch.setattr(CropsConfig, "load_judge", lambda self, told=told: told)
         told.seen = []
-        draw(tiny_model.pipeline, [CROPS | {"probes": 1}, *more], PROMPTS[:1])
+        generate(tiny_model.pipeline, [CROPS | {"probes": 1}, *more], PROMPTS[:1])
     assert not np.array_equal(plain.seen[0][0], guarded.seen[0][0])
 
 
-def test_what_has_no_start_of_its_own_is_refused(tiny_model, tiny_wan, draw):
+def test_what_has_no_start_of_its_own_is_refused(tiny_model, tiny_wan, generate):
     guard = make_guard(**CROPS)
-    with pytest.raises(ConfigError, match="needs a list of generators"):
-        GuardedPipeline(tiny_model.pipeline, [guard]).draw(PROMPTS, num_inference_steps=2)
+    with pytest.raises(ConfigError, match="generator must be a list"):
+        GuardedPipeline(tiny_model.pipeline, [guard]).generate(PROMPTS, num_inference_steps=2)
     with pytest.raises(
         ConfigError,
-        match="'crops' cannot run on a WanPipeline: it reads parts of a StableDiffusionPipeline or",
+        match="'crops' cannot run on a WanPipeline: it needs a StableDiffusionPipeline or",
     ):
         GuardedPipeline(tiny_wan, [guard])
-    with pytest.raises(
-        ConfigError, match="crops draws each prompt with a start of its own, so copies must be 1"
-    ):
-        draw(tiny_model.pipeline, [guard], PROMPTS, copies=2)
+    with pytest.raises(ConfigError, match="num_images_per_prompt must be 1 with crops, got 2"):
+        generate(tiny_model.pipeline, [guard], PROMPTS, num_images_per_prompt=2)
     assert make_guard("crops", "one-step", concept="skulls").steps == 1
 
 
@@ -152,9 +154,9 @@ class Seen(GuardConfig):
     """Notes what text reaches the denoiser behind the guards before it."""
 
     name: str = "seen"
-    hook_points = frozenset({"text"})
+    hook_points = frozenset({"prompt_embeds"})
 
-    def build(self, border):
+    def build(self, adapter):
         return SeenReady(self)
 
 
@@ -172,14 +174,14 @@ class SeenReady(Guard):
 @pytest.mark.parametrize("family", ["sd", "xl"])
 @pytest.mark.parametrize("shape", ["spherical", "circular"])
 def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
-    tiny_model, tiny_xl, draw, monkeypatch, family, shape
+    tiny_model, tiny_xl, generate, monkeypatch, family, shape
 ):
     pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl}[family]
     told = judge_of(monkeypatch, ["safe"] * 3)
     guard = CROPS | {"moves": "embedding", "shape": shape, "probes": 3, "angle": 0.4}
     engine = GuardedPipeline(pipe, [make_guard(**guard), Seen()])
-    draw(pipe, engine=engine, prompts=PROMPTS)
-    texts = engine.ready[1].texts
+    generate(pipe, engine=engine, prompts=PROMPTS)
+    texts = engine.guards[1].texts
     assert len(texts) == 3 + 4  # a step a probe, and the picture's own
     plain = PipelineAdapter(pipe).encode(PROMPTS)
     assert all(torch.equal(text.hidden, plain.hidden) for text in texts[3:])
@@ -188,7 +190,7 @@ def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
             old, new, ends = (
                 plain.hidden[i].double(),
                 text.hidden[i].double(),
-                PipelineAdapter(pipe).tokens(prompt)[0] - 1,
+                PipelineAdapter(pipe).count_tokens(prompt)[0] - 1,
             )
             turned = [j for j in range(len(old)) if not torch.equal(old[j], new[j])]
             assert turned == list(range(1, ends))
@@ -203,15 +205,15 @@ def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
     assert not np.array_equal(told.seen[0][0], told.seen[1][0])
 
 
-def test_probes_of_the_embedding_reach_the_second_stream_too(tiny_model, draw, monkeypatch):
+def test_probes_of_the_embedding_reach_the_second_stream_too(tiny_model, generate, monkeypatch):
     judge_of(monkeypatch, ["safe"])
     dual = make_guard("dual-latent", phrases=["a red cube", "red"], start=0.0)
     engine = GuardedPipeline(
         tiny_model.pipeline,
         [make_guard(**NEAR | {"moves": "embedding", "angle": 0.4}), Seen(), dual],
     )
-    draw(tiny_model.pipeline, engine=engine, prompts=PROMPTS)
-    probe = engine.ready[1].texts[0].hidden
+    generate(tiny_model.pipeline, engine=engine, prompts=PROMPTS)
+    probe = engine.guards[1].texts[0].hidden
     assert len(probe) == 4  # two prompts, and both again in their second stream
     assert torch.equal(probe[:2], probe[2:])
 
@@ -220,33 +222,33 @@ class Mover(GuardConfig):
     """Moves every start to another, as pno does."""
 
     name: str = "mover"
-    hook_points = frozenset({"start"})
+    hook_points = frozenset({"probe"})
 
-    def build(self, border):
+    def build(self, adapter):
         return MoverReady(self)
 
 
 class MoverReady(Guard):
-    def probe(self, draw, prompts, options):
+    def probe(self, generate, prompts, options):
         rng = torch.Generator().manual_seed(7)
         return [
-            GuardResult("edit", "moved", start=torch.randn((4, 8, 8), generator=rng))
+            GuardResult("edit", "moved", latents=torch.randn((4, 8, 8), generator=rng))
             for _ in prompts
         ]
 
 
-def test_probes_lie_around_a_start_that_an_earlier_guard_moved(tiny_model, draw, monkeypatch):
+def test_probes_lie_around_a_start_that_an_earlier_guard_moved(tiny_model, generate, monkeypatch):
     told = judge_of(monkeypatch, ["safe"])
-    found = draw(tiny_model.pipeline, [Mover(), make_guard(**NEAR)], PROMPTS, output_type="pil")
-    plain = draw(tiny_model.pipeline, None, PROMPTS, output_type="pil")
+    found = generate(tiny_model.pipeline, [Mover(), make_guard(**NEAR)], PROMPTS, output_type="pil")
+    plain = generate(tiny_model.pipeline, None, PROMPTS, output_type="pil")
     for i in range(2):
         assert np.abs(told.seen[0][i] - np.asarray(found[i].image, dtype=int)).max() <= 2
         assert np.abs(told.seen[0][i] - np.asarray(plain[i], dtype=int)).max() > 8
 
 
-def test_probes_lie_around_the_start_that_pno_found(tiny_model, draw, monkeypatch):
+def test_probes_lie_around_the_start_that_pno_found(tiny_model, generate, monkeypatch):
     told = judge_of(monkeypatch, ["safe", "safe"])
-    monkeypatch.setattr(Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
+    monkeypatch.setattr(ClipScore, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
     pno = {
         "name": "pno",
         "weights": "mini",
@@ -255,27 +257,27 @@ def test_probes_lie_around_the_start_that_pno_found(tiny_model, draw, monkeypatc
         "judge": "mini",
         "permutations": 4,
     }
-    (own,) = draw(tiny_model.pipeline, [pno | {"limit": 0.99}], PROMPTS[:1], output_type="pil")
+    (own,) = generate(tiny_model.pipeline, [pno | {"limit": 0.99}], PROMPTS[:1], output_type="pil")
     told.seen = []
     told.turn = iter(["safe", "safe"])
-    limit = own.trail.guards[0].scores["first"] - 0.005
-    (found,) = draw(
+    limit = own.trace.guards[0].scores["first"] - 0.005
+    (found,) = generate(
         tiny_model.pipeline,
         [pno | {"limit": limit}, make_guard(**NEAR)],
         PROMPTS[:1],
         output_type="pil",
     )
-    assert found.trail.guards[0].reason == "moved"
+    assert found.trace.guards[0].reason == "moved"
     assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
     assert np.abs(told.seen[0][0] - np.asarray(own.image, dtype=int)).max() > 2
 
 
 def test_a_probe_is_drawn_with_its_own_prompts_options_when_another_prompt_is_stopped(
-    tiny_model, draw, monkeypatch
+    tiny_model, generate, monkeypatch
 ):
     told = judge_of(monkeypatch, ["safe"])
     guards = [{"name": "prompt-filter", "words": ["red cube"]}, make_guard(**NEAR)]
-    gone, found = draw(
+    gone, found = generate(
         tiny_model.pipeline,
         guards,
         PROMPTS,
@@ -286,24 +288,24 @@ def test_a_probe_is_drawn_with_its_own_prompts_options_when_another_prompt_is_st
     assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
 
 
-def test_latents_of_ones_own_are_the_start_that_is_probed(tiny_model, draw, monkeypatch):
+def test_latents_of_ones_own_are_the_start_that_is_probed(tiny_model, generate, monkeypatch):
     told = judge_of(monkeypatch, ["safe"])
     latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(5))
-    found = draw(
+    found = generate(
         tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, output_type="pil", latents=latents
     )
-    plain = draw(tiny_model.pipeline, None, PROMPTS, output_type="pil", latents=latents)
+    plain = generate(tiny_model.pipeline, None, PROMPTS, output_type="pil", latents=latents)
     assert [d.image.tobytes() for d in found] == [p.tobytes() for p in plain]
     assert np.abs(told.seen[0][0] - np.asarray(plain[0], dtype=int)).max() <= 2
-    with pytest.raises(ConfigError, match="latents must be one a picture, 2 in all, got 1"):
-        draw(tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, latents=latents[:1])
+    with pytest.raises(ConfigError, match="latents must have one row per image, 2, got 1"):
+        generate(tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, latents=latents[:1])
 
 
-def test_probes_do_not_call_back_the_old_way_either(tiny_model, draw, monkeypatch):
+def test_probes_do_not_call_back_the_old_way_either(tiny_model, generate, monkeypatch):
     judge_of(monkeypatch, ["safe"] * 4)
     seen = []
     with pytest.warns(FutureWarning, match="callback"):
-        draw(
+        generate(
             tiny_model.pipeline,
             [CROPS],
             PROMPTS,

@@ -9,7 +9,7 @@ import torch
 from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
-from safegen.guards.dual_latent import mixed
+from safegen.guards.dual_latent import mix_streams
 
 DUAL = {"name": "dual-latent", "phrases": ["a red cube", "red"], "start": 0.0}
 PROMPTS = ["a red cube on a white table", "a blue ball in the grass"]
@@ -21,78 +21,84 @@ def arrays(drawn):
 
 def test_before_the_start_the_second_follows_and_then_the_first_is_moved():
     u, s = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, u) for a in mixed(u, s, strength=0.7, follow=True))
+    assert all(torch.equal(a, u) for a in mix_streams(u, s, strength=0.7, follow=True))
     for strength in (0.0, 0.25, 1.0):
-        first, second = mixed(u, s, strength=strength, follow=False)
+        first, second = mix_streams(u, s, strength=strength, follow=False)
         assert torch.equal(second, s)
         assert torch.allclose(first, (1 - strength) * u + strength * s)
 
 
-def test_no_strength_is_the_base_bit_for_bit_and_costs_no_second_stream(tiny_model, draw):
+def test_no_strength_is_the_base_bit_for_bit_and_costs_no_second_stream(tiny_model, generate):
     rows = []
     hook = tiny_model.denoiser.conv_in.register_forward_hook(
         lambda m, inputs, out: rows.append(len(inputs[0]))
     )
-    found = draw(tiny_model.pipeline, [DUAL | {"strength": 0.0}], PROMPTS)
+    found = generate(tiny_model.pipeline, [DUAL | {"strength": 0.0}], PROMPTS)
     hook.remove()
     assert set(rows) == {4}
-    assert np.array_equal(arrays(found), draw(tiny_model.pipeline, None, PROMPTS))
+    assert np.array_equal(arrays(found), generate(tiny_model.pipeline, None, PROMPTS))
 
 
-def test_a_late_start_is_the_base_and_full_strength_the_safer_stream(tiny_model, draw):
-    base = draw(tiny_model.pipeline, None, PROMPTS)
-    late = draw(tiny_model.pipeline, [DUAL | {"start": 1.0}], PROMPTS)
+def test_a_late_start_is_the_base_and_full_strength_the_safer_stream(tiny_model, generate):
+    base = generate(tiny_model.pipeline, None, PROMPTS)
+    late = generate(tiny_model.pipeline, [DUAL | {"start": 1.0}], PROMPTS)
     assert np.abs(arrays(late) - base).max() < 2e-4
-    assert [(d.trail.action, d.trail.guards[0].scores["steps"]) for d in late] == [
+    assert [(d.trace.action, d.trace.guards[0].scores["steps"]) for d in late] == [
         ("none", 0.0)
     ] * 2
-    full = arrays(draw(tiny_model.pipeline, [DUAL | {"strength": 1.0}], PROMPTS))
+    full = arrays(generate(tiny_model.pipeline, [DUAL | {"strength": 1.0}], PROMPTS))
     safree = arrays(
-        draw(tiny_model.pipeline, [{"name": "safree", "phrases": DUAL["phrases"]}], PROMPTS)
+        generate(tiny_model.pipeline, [{"name": "safree", "phrases": DUAL["phrases"]}], PROMPTS)
     )
     assert np.abs(full - base).max() > 1e-3
     assert (
         np.abs(full - safree).max() < 2e-4
     )  # SAFREE's text makes the second stream, which the first now is
-    half = arrays(draw(tiny_model.pipeline, [DUAL], PROMPTS))
+    half = arrays(generate(tiny_model.pipeline, [DUAL], PROMPTS))
     assert np.abs(half - base).max() > 1e-4 < np.abs(half - full).max()
 
 
-def test_only_prompts_behind_the_gate_are_drawn_twice(tiny_model, draw):
-    seen = draw(tiny_model.pipeline, [DUAL], PROMPTS)
-    near, far = sorted(range(2), key=lambda i: seen[i].trail.guards[0].scores["distance"])
-    gate = sum(d.trail.guards[0].scores["distance"] for d in seen) / 2
-    found = draw(tiny_model.pipeline, [DUAL | {"gate": gate}], PROMPTS)
-    assert [found[i].trail.action for i in (near, far)] == ["none", "edit"]
-    assert np.abs(found[near].image - draw(tiny_model.pipeline, None, PROMPTS)[near]).max() < 2e-4
+def test_only_prompts_behind_the_gate_are_drawn_twice(tiny_model, generate):
+    seen = generate(tiny_model.pipeline, [DUAL], PROMPTS)
+    near, far = sorted(range(2), key=lambda i: seen[i].trace.guards[0].scores["distance"])
+    gate = sum(d.trace.guards[0].scores["distance"] for d in seen) / 2
+    found = generate(tiny_model.pipeline, [DUAL | {"gate": gate}], PROMPTS)
+    assert [found[i].trace.action for i in (near, far)] == ["none", "edit"]
+    assert (
+        np.abs(found[near].image - generate(tiny_model.pipeline, None, PROMPTS)[near]).max() < 2e-4
+    )
     assert np.abs(found[far].image - seen[far].image).max() < 2e-4
 
 
-def test_it_stands_beside_guards_of_other_seams(tiny_model, draw):
-    both = draw(
+def test_it_stands_beside_guards_of_other_seams(tiny_model, generate):
+    both = generate(
         tiny_model.pipeline,
         [DUAL, {"name": "negative-prompt", "text": "a cone"}],
         PROMPTS,
         negative_prompt=["x", "y"],
     )
-    assert [[n.action for n in d.trail.guards] for d in both] == [["edit", "edit"]] * 2
+    assert [[n.action for n in d.trace.guards] for d in both] == [["edit", "edit"]] * 2
 
 
-def test_what_cannot_be_mixed_is_refused(tiny_model, draw, monkeypatch):
+def test_what_cannot_be_mixed_is_refused(tiny_model, generate, monkeypatch):
     from diffusers import PNDMScheduler
 
-    with pytest.raises(ConfigError, match="copies must be 1, got 2"):
-        draw(tiny_model.pipeline, [DUAL], PROMPTS, copies=2)
+    with pytest.raises(
+        ConfigError, match="num_images_per_prompt must be 1 with dual-latent, got 2"
+    ):
+        generate(tiny_model.pipeline, [DUAL], PROMPTS, num_images_per_prompt=2)
     monkeypatch.setattr(
         tiny_model.pipeline,
         "scheduler",
         PNDMScheduler.from_config(tiny_model.pipeline.scheduler.config),
     )
-    with pytest.raises(ConfigError, match="what a PNDMScheduler remembers"):
+    with pytest.raises(ConfigError, match="'dual-latent', got PNDMScheduler"):
         GuardedPipeline(tiny_model.pipeline, [make_guard(**DUAL)])
 
 
-def test_a_scheduler_with_a_memory_that_comes_later_is_refused_too(tiny_model, draw, monkeypatch):
+def test_a_scheduler_with_a_memory_that_comes_later_is_refused_too(
+    tiny_model, generate, monkeypatch
+):
     from diffusers import DPMSolverMultistepScheduler
 
     engine = GuardedPipeline(tiny_model.pipeline, [make_guard(**DUAL)])
@@ -101,5 +107,5 @@ def test_a_scheduler_with_a_memory_that_comes_later_is_refused_too(tiny_model, d
         "scheduler",
         DPMSolverMultistepScheduler.from_config(tiny_model.pipeline.scheduler.config),
     )
-    with pytest.raises(ConfigError, match="what a DPMSolverMultistepScheduler remembers"):
-        draw(tiny_model.pipeline, engine=engine, prompts=PROMPTS)
+    with pytest.raises(ConfigError, match="'dual-latent', got DPMSolverMultistepScheduler"):
+        generate(tiny_model.pipeline, engine=engine, prompts=PROMPTS)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from safegen.core import registry as tables
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.core.errors import ConfigError, UnknownNameError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard, read_guard
 from safegen.guards.core.adapter import ALL_POINTS, PIPELINE_SPECS
-from safegen.guards.core.base import ACTIONS
 from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.core.result import ACTIONS
 
 NO_MEMORY = {"dual-latent"}
 """Guards that need a scheduler which remembers nothing."""
 NAMES = sorted(tables.GUARDS)
 ABLE = {"xl": NAMES, "wan": ["negative-prompt", "prompt-filter", "sld"]}
-"""Guards that run on a family: all on SDXL.
-
-On Wan those that read no part of it but what every pipeline shows.
-"""
+"""Guards that run on a pipeline class."""
 SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
 
@@ -45,12 +41,11 @@ def test_every_guard_has_a_place_a_name_and_a_sentence_for_every_setting(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_guard_has_a_row_in_the_papers(name):
-    rows = (
-        (Path(__file__).parents[2] / "docs" / "papers.md").read_text(encoding="utf-8").splitlines()
-    )
-    (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
-    assert f"guard/{kind(name).__module__.rpartition('.')[2]}.py" in row
+def test_every_guard_names_its_paper_and_deviations(name):
+    guard = kind(name)
+    assert guard.paper
+    assert guard.code_url == "" or guard.code_url.startswith("https://")
+    assert guard.paper == "ours" or guard.deviations.endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -72,46 +67,41 @@ def test_every_preset_is_written_to_json_and_read_again(name, preset, quiet):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_setting_that_came_later_is_no_fact_at_its_default(name, quiet):
-    guard, later = make_guard(name, **quiet[name]), kind(name).later
-    assert later <= set(kind(name).model_fields)
-    assert not later & set(guard.fingerprint())
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_every_guard_draws_as_well_twice_and_leaves_the_pipeline_as_it_was(
-    name, tiny_model, draw, quiet
+    name, tiny_model, generate, quiet
 ):
     guard, pipe = make_guard(name, **quiet[name]), tiny_model.pipeline
-    base, engine = draw(pipe, None, PROMPTS), GuardedPipeline(pipe, [guard])
-    first, second = (draw(pipe, None, PROMPTS, engine=engine, output_type="pil") for _ in range(2))
+    base, engine = generate(pipe, None, PROMPTS), GuardedPipeline(pipe, [guard])
+    first, second = (
+        generate(pipe, None, PROMPTS, engine=engine, output_type="pil") for _ in range(2)
+    )
     assert [d.image.tobytes() for d in first] == [
         d.image.tobytes() for d in second
     ]  # nothing is left over from a call
-    assert [d.trail.to_json(times=False) for d in first] == [
-        d.trail.to_json(times=False) for d in second
+    assert [d.trace.to_json(times=False) for d in first] == [
+        d.trace.to_json(times=False) for d in second
     ]
-    assert np.array_equal(draw(pipe, None, PROMPTS), base)
+    assert np.array_equal(generate(pipe, None, PROMPTS), base)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_guard_says_in_the_trail_what_it_did(name, tiny_model, draw, quiet):
-    for drawn in draw(
+def test_every_guard_says_in_the_trail_what_it_did(name, tiny_model, generate, quiet):
+    for drawn in generate(
         tiny_model.pipeline, [make_guard(name, **quiet[name])], PROMPTS, output_type="pil"
     ):
-        (note,) = drawn.trail.guards
+        (note,) = drawn.trace.guards
         assert note.guard == name
         assert note.calls >= 1
         assert note.ms > 0
         assert note.action in ACTIONS
         assert bool(note.reason) == (note.action != "none")
         assert all(np.isfinite(v) for v in (*note.scores.values(), *note.thresholds.values()))
-        assert json.loads(json.dumps(drawn.trail.to_json())) == drawn.trail.to_json()
+        assert json.loads(json.dumps(drawn.trace.to_json())) == drawn.trace.to_json()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_guard_counts_a_scheduler_with_one_turn_more_than_asked_for_or_refuses_it(
-    name, tiny_model, draw, quiet, monkeypatch
+    name, tiny_model, generate, quiet, monkeypatch
 ):
     from diffusers import PNDMScheduler
 
@@ -119,44 +109,48 @@ def test_every_guard_counts_a_scheduler_with_one_turn_more_than_asked_for_or_ref
     monkeypatch.setattr(tiny_model.pipeline, "scheduler", scheduler)
     guard = make_guard(name, **quiet[name])
     if name in NO_MEMORY:
-        with pytest.raises(
-            ConfigError,
-            match=f"the guard '{name}' would leave stale what a PNDMScheduler remembers",
-        ):
+        with pytest.raises(ConfigError, match=f"for the guard '{name}', got PNDMScheduler"):
             GuardedPipeline(tiny_model.pipeline, [guard])
         return
-    (drawn,) = draw(tiny_model.pipeline, [guard], PROMPTS[1:], output_type="pil")
+    (drawn,) = generate(tiny_model.pipeline, [guard], PROMPTS[1:], output_type="pil")
     assert drawn.image is not None
 
 
 @pytest.mark.parametrize("family", ["xl", "wan"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_guard_draws_on_a_family_or_names_in_a_line_those_that_can(
-    name, family, tiny_xl, tiny_wan, draw, quiet
+    name, family, tiny_xl, tiny_wan, generate, quiet
 ):
     pipe, options = (tiny_xl, {"output_type": "pil"}) if family == "xl" else (tiny_wan, SMALL)
     guard, able = make_guard(name, **quiet[name]), ABLE[family]
     if name in able:
-        (drawn,) = draw(pipe, [guard], PROMPTS[1:], **options)
+        (drawn,) = generate(pipe, [guard], PROMPTS[1:], **options)
         assert drawn.image is not None
-        assert drawn.trail.guards[0].calls >= 1
+        assert drawn.trace.guards[0].calls >= 1
         return
     with pytest.raises(ConfigError) as caught:
         GuardedPipeline(pipe, [guard])
     words = str(caught.value)
     assert words.startswith(f"the guard '{name}' cannot run on a WanPipeline: it ")
-    assert words.endswith(f"; guards that can: {', '.join(able)}")
+    assert words.endswith(f". Guards that can: {', '.join(able)}.")
     assert "\n" not in words
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_a_concept_lends_is_a_setting_and_else_it_is_refused(name, quiet):
+def test_a_concept_gives_defaults_or_warns(name, quiet):
     skulls = load_concept("skulls")
-    lent = kind(name).defaults_from(skulls)
-    assert set(lent) <= set(kind(name).model_fields)
-    if not lent:
-        with pytest.raises(ConfigError, match=f"'skulls' has no effect on the guard '{name}'"):
+    defaults = kind(name).defaults_from(skulls)
+    assert set(defaults) <= set(kind(name).model_fields)
+    if not defaults:
+        with pytest.warns(
+            UnusedSettingWarning, match=f"'skulls' has no effect on the guard '{name}'"
+        ):
             make_guard(name, concept=skulls, **quiet[name])
+
+
+def test_a_concept_whose_defaults_are_all_overridden_warns():
+    with pytest.warns(UnusedSettingWarning, match="'skulls' has no effect on the guard 'sld'"):
+        assert read_guard({"name": "sld", "concept": "skulls", "text": "x"}).text == "x"
 
 
 def test_a_word_means_a_guard_and_its_preset():
@@ -174,7 +168,7 @@ def test_a_word_means_a_guard_and_its_preset():
     [
         ("sldd", UnknownNameError, "Did you mean 'sld'"),
         ("sld-mx", UnknownNameError, "Did you mean 'max'"),
-        ({"preset": "max"}, ConfigError, "a guard needs a name"),
+        ({"preset": "max"}, ConfigError, "a guard must have a name"),
         ({"name": "sld", "scal": 1}, ConfigError, "Did you mean 'scale'"),
         ({"name": "sld", "scale": -1}, ConfigError, "greater than or equal to 0, got -1"),
         (
@@ -193,11 +187,6 @@ def test_a_word_means_a_guard_and_its_preset():
             "finite number",
         ),
         ({"name": "sld", "concept": "skull"}, UnknownNameError, "Did you mean 'skulls'"),
-        (
-            {"name": "sld", "concept": "skulls", "text": "x"},
-            ConfigError,
-            "no effect on the guard 'sld'",
-        ),
         ("negative-prompt", ConfigError, "text is required"),
         ("sld-", UnknownNameError, "no preset of the guard 'sld' named ''"),
         ({"name": "sld", "preset": 3}, ConfigError, "guard 'sld': preset must be a name, got 3"),

@@ -9,16 +9,16 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.guards import make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.pipeline import GuardedPipeline
-from safegen.guards.latent_guard import (
+from safegen.guards.latent_guard.head import (
     ClipTextFeatures,
     LatentGuardHead,
-    calibrate,
     contrastive_loss,
     load_head,
     max_scores,
     save_head,
     train_head,
 )
+from safegen.guards.latent_guard.latent_guard import calibrate
 
 THINGS = ("cube", "ball", "cone", "table", "grass", "tree")
 TABLE = {
@@ -32,13 +32,13 @@ TABLE = {
 
 
 @pytest.fixture(scope="module")
-def border(tiny_model):
+def adapter(tiny_model):
     return PipelineAdapter(tiny_model.pipeline)
 
 
 @pytest.fixture(scope="module")
-def head(border):
-    return train_head(border, TABLE, updates=60, batch=4)
+def head(adapter):
+    return train_head(adapter, TABLE, updates=60, batch=4)
 
 
 def published(state, x1, x2, heads=16):
@@ -88,15 +88,15 @@ def test_the_loss_is_two_cross_entropies_by_hand():
     assert contrastive_loss(100 * torch.eye(5), torch.zeros(5, 5)).max() < 1e-6
 
 
-def test_training_tells_prompts_with_a_concept_from_those_without(border, head):
-    tower = ClipTextFeatures(border)
+def test_training_tells_prompts_with_a_concept_from_those_without(adapter, head):
+    tower = ClipTextFeatures(adapter)
     for thing, pairs in TABLE.items():
-        ends = tower.ends([thing])
+        ends = tower.pooled([thing])
         with_it, without = (
             max_scores(head, tower, [pair[side] for pair in pairs], ends) for side in (0, 1)
         )
         assert min(with_it) > max(without), thing
-    again = train_head(border, TABLE, updates=60, batch=4)
+    again = train_head(adapter, TABLE, updates=60, batch=4)
     assert all(
         torch.equal(a, b)
         for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True)
@@ -114,7 +114,7 @@ def test_a_head_survives_its_file_and_the_published_layout_is_read(head, tmp_pat
             torch.equal(a, b)
             for a, b in zip(head.state_dict().values(), found.state_dict().values(), strict=True)
         )
-    with pytest.raises(FileError, match="is a pickle"):
+    with pytest.raises(FileError, match="must not be a pickle"):
         load_head(tmp_path / "model_parameters.pth")
 
 
@@ -144,15 +144,15 @@ def test_a_head_that_is_not_finite_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 0.5])
-def test_the_threshold_stops_no_more_than_the_wanted_share(border, head, rate):
-    tower = ClipTextFeatures(border)
+def test_the_threshold_stops_no_more_than_the_wanted_share(adapter, head, rate):
+    tower = ClipTextFeatures(adapter)
     benign = [
         f"a {colour} {place}"
         for colour in ("red", "blue", "green", "white")
         for place in ("grass", "tree")
     ]
-    threshold = calibrate(border, head, ["cube", "cone"], benign, rate=rate)
-    scores = max_scores(head, tower, benign, tower.ends(["cube", "cone"]))
+    threshold = calibrate(adapter, head, ["cube", "cone"], benign, rate=rate)
+    scores = max_scores(head, tower, benign, tower.pooled(["cube", "cone"]))
     assert sum(v >= threshold for v in scores) <= rate * len(benign)
     below = torch.nextafter(
         torch.tensor(threshold, dtype=torch.float64), torch.tensor(-1e9, dtype=torch.float64)
@@ -160,24 +160,26 @@ def test_the_threshold_stops_no_more_than_the_wanted_share(border, head, rate):
     assert sum(v >= below for v in scores) > rate * len(benign)  # and it is the least such
 
 
-def test_a_calibration_that_could_not_show_its_rate_is_refused(border, head):
-    with pytest.raises(ConfigError, match=r"3 prompts cannot show a false-positive rate of 0.01"):
-        calibrate(border, head, ["cube"], ["a", "b", "c"], rate=0.01)
+def test_a_calibration_that_could_not_show_its_rate_is_refused(adapter, head):
+    with pytest.raises(
+        ConfigError, match=r"rate must be 0 or at least 1 / prompts, got 0.01 with 3 prompts"
+    ):
+        calibrate(adapter, head, ["cube"], ["a", "b", "c"], rate=0.01)
 
 
-def test_it_stops_what_it_knows_and_draws_the_rest(tiny_model, border, head, draw, tmp_path):
+def test_it_stops_what_it_knows_and_draws_the_rest(tiny_model, adapter, head, generate, tmp_path):
     save_head(head, tmp_path / "head.safetensors")
-    threshold = calibrate(border, head, ["cube"], [b for _, b in TABLE["cube"]], rate=0.0)
+    threshold = calibrate(adapter, head, ["cube"], [b for _, b in TABLE["cube"]], rate=0.0)
     guard = make_guard(
         "latent-guard",
         weights=tmp_path / "head.safetensors",
         concepts=["cube"],
         threshold=threshold,
     )
-    gone, shown = draw(tiny_model.pipeline, [guard], ["a red cube", "a red white"])
-    assert (gone.image, gone.trail.reason) == (None, "latent-guard: concept")
+    gone, shown = generate(tiny_model.pipeline, [guard], ["a red cube", "a red white"])
+    assert (gone.image, gone.trace.reason) == (None, "latent-guard: concept")
     assert shown.image is not None
-    assert shown.trail.guards[0].scores["score"] < threshold <= gone.trail.guards[0].scores["score"]
+    assert shown.trace.guards[0].scores["score"] < threshold <= gone.trace.guards[0].scores["score"]
     (tmp_path / "moved").mkdir()
     save_head(head, tmp_path / "moved" / "same.safetensors")
     assert (
@@ -189,8 +191,8 @@ def test_it_stops_what_it_knows_and_draws_the_rest(tiny_model, border, head, dra
     assert guard.fingerprint() != guard.model_copy(update={"threshold": 0.0}).fingerprint()
 
 
-def test_a_concept_at_the_end_of_a_long_prompt_is_seen(border, head):
-    tower = ClipTextFeatures(border)
+def test_a_concept_at_the_end_of_a_long_prompt_is_seen(adapter, head):
+    tower = ClipTextFeatures(adapter)
     long = " ".join(["the"] * 60) + " a red cube"
     parts = tower.windows(long)
     assert len(parts) > 1
@@ -198,39 +200,37 @@ def test_a_concept_at_the_end_of_a_long_prompt_is_seen(border, head):
         len(tower.tokenizer(part).input_ids) <= tower.tokenizer.model_max_length for part in parts
     )
     assert parts[-1].endswith("a red cube")
-    ends = tower.ends(["cube"])
+    ends = tower.pooled(["cube"])
     assert max_scores(head, tower, [long, "x"], ends)[0] == pytest.approx(
         max(max_scores(head, tower, parts, ends)), abs=1e-4
     )
     assert tower.windows("a cube") == ["a cube"]
 
 
-def test_a_concept_that_the_encoder_would_cut_is_refused(border, head, tmp_path):
+def test_a_concept_that_the_encoder_would_cut_is_refused(adapter, head, tmp_path):
     save_head(head, tmp_path / "h.safetensors")
-    with pytest.raises(ConfigError, match="a concept of the guard 'latent-guard' has"):
+    with pytest.raises(ConfigError, match="a concept of the guard 'latent-guard' must have"):
         make_guard(
             "latent-guard",
             weights=tmp_path / "h.safetensors",
             concepts=["cube", " ".join(["the"] * 60)],
-        ).build(border)
+        ).build(adapter)
 
 
-def test_a_head_for_another_text_encoder_is_refused(border, tiny_wan, tmp_path):
+def test_a_head_for_another_text_encoder_is_refused(adapter, tiny_wan, tmp_path):
     save_head(LatentGuardHead(24), tmp_path / "h.safetensors")
     guard = make_guard("latent-guard", weights=tmp_path / "h.safetensors", concepts=["cube"])
-    with pytest.raises(
-        ConfigError, match="made for a text encoder of width 24, this model's has 32"
-    ):
-        guard.build(border)
+    with pytest.raises(ConfigError, match="must fit a text encoder of width 32, got 24"):
+        guard.build(adapter)
     with pytest.raises(
         ConfigError,
-        match="'latent-guard' cannot run on a WanPipeline: it reads a CLIP text encoder, and there is none; guards that can: neg",
+        match="'latent-guard' cannot run on a WanPipeline: it needs a CLIP text encoder. Guards that can: neg",
     ):
         GuardedPipeline(tiny_wan, [guard])
 
 
-def test_a_table_that_teaches_nothing_is_refused(border):
+def test_a_table_that_teaches_nothing_is_refused(adapter):
     with pytest.raises(ConfigError, match="at least two concepts"):
-        train_head(border, {"cube": TABLE["cube"]})
+        train_head(adapter, {"cube": TABLE["cube"]})
     with pytest.raises(ConfigError, match="at least two concepts"):
-        train_head(border, {"cube": TABLE["cube"], "ball": []})
+        train_head(adapter, {"cube": TABLE["cube"], "ball": []})

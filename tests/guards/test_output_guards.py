@@ -16,7 +16,7 @@ from safegen.guards import make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.judge_filter import JudgeFilterConfig, JudgeGuard, censor_whole
 from safegen.judges import Detection, Detections
-from safegen.judges.batching import detect_in_batches as look_one_by_one
+from safegen.judges.batching import detect_in_batches
 
 
 class Says:
@@ -47,7 +47,7 @@ def grey(level, size=(32, 24)):
 
 
 def look(images, answer="black"):
-    return JudgeGuard(JudgeFilterConfig(judge="mini"), Says(), answer).look(
+    return JudgeGuard(JudgeFilterConfig(judge="mini"), Says(), answer).check_images(
         images, [""] * len(images)
     )
 
@@ -63,38 +63,39 @@ def test_findings_come_in_order_with_scores_and_threshold():
 @pytest.mark.parametrize("answer", ["black", "blur", "mosaic", "refuse"])
 def test_each_answer_hides_the_picture(answer):
     image = grey(255)
-    found = censor_whole(image, answer, "unsafe", {}, {})
-    assert (found.action, found.reason) == (answer, "unsafe")
+    found = censor_whole(image, answer)
     if answer == "refuse":
-        assert found.image is None
+        assert found is None
         return
-    assert found.image.size == image.size
-    was, now = (np.asarray(i, dtype=float) for i in (image, found.image))
+    assert found.size == image.size
+    was, now = (np.asarray(i, dtype=float) for i in (image, found))
     assert now.std() < 0.5 * was.std()
-    assert (found.image.getextrema() == ((0, 0),) * 3) == (answer == "black")
+    assert (found.getextrema() == ((0, 0),) * 3) == (answer == "black")
 
 
 def test_a_judge_that_raises_mid_call_shows_no_picture_and_the_next_call_draws(
-    tiny_model, draw, monkeypatch
+    tiny_model, generate, monkeypatch
 ):
     guard = make_guard("judge-filter", concept="skulls")
-    monkeypatch.setattr(JudgeFilterConfig, "open", lambda self: Says())
+    monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self: Says())
     pictures = {"level": 200}
     monkeypatch.setattr(
         JudgeGuard,
-        "look",
-        lambda self, images, prompts, own=JudgeGuard.look: own(
+        "check_images",
+        lambda self, images, prompts, own=JudgeGuard.check_images: own(
             self, [grey(pictures["level"]) for _ in images], prompts
         ),
     )
-    found = draw(tiny_model.pipeline, [guard], output_type="pil")
+    found = generate(tiny_model.pipeline, [guard], output_type="pil")
     assert [d.image for d in found] == [None, None]
-    assert found[0].trail.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
+    assert found[0].trace.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
     pictures["level"] = 0
-    assert all(d.image is not None for d in draw(tiny_model.pipeline, [guard], output_type="pil"))
+    assert all(
+        d.image is not None for d in generate(tiny_model.pipeline, [guard], output_type="pil")
+    )
     pictures["level"] = 100
     assert {
-        (d.image, d.trail.reason) for d in draw(tiny_model.pipeline, [guard], output_type="pil")
+        (d.image, d.trace.reason) for d in generate(tiny_model.pipeline, [guard], output_type="pil")
     } == {(None, "judge-filter: unjudged: torn")}
 
 
@@ -126,57 +127,55 @@ class Apart(Says):
 
 @pytest.mark.skipif(os.name != "posix", reason="a process that is killed ends by a signal")
 def test_a_judge_whose_process_is_killed_mid_call_shows_no_picture_and_one_started_anew_does(
-    tiny_model, draw, monkeypatch
+    tiny_model, generate, monkeypatch
 ):
     shown = {}
     monkeypatch.setattr(
         JudgeGuard,
-        "look",
-        lambda self, images, prompts, own=JudgeGuard.look: own(
+        "check_images",
+        lambda self, images, prompts, own=JudgeGuard.check_images: own(
             self, shown.get("now", images), prompts
         ),
     )
     for levels, killed in (((0, 66), True), ((0, 0), False)):
         judge = Apart()
         with judge.process:
-            monkeypatch.setattr(JudgeFilterConfig, "open", lambda self, judge=judge: judge)
+            monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self, judge=judge: judge)
             shown["now"] = [grey(level) for level in levels]
-            found = draw(
+            found = generate(
                 tiny_model.pipeline,
                 [make_guard("judge-filter", concept="skulls")],
                 output_type="pil",
             )
             assert [d.image is None for d in found] == [killed] * 2
-            assert {d.trail.reason for d in found} == {
+            assert {d.trace.reason for d in found} == {
                 "error: judge-filter: EOFError: the judge's process ended with -9" if killed else ""
             }
 
 
 def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unjudged(
-    tiny_model, draw, monkeypatch
+    tiny_model, generate, monkeypatch
 ):
     class Large(Says):
         def detect(self, images):
-            return look_one_by_one(
-                images, lambda image: image, self.see, labels=self.labels, threshold=self.threshold
-            )
+            return detect_in_batches(images, lambda image: image, self.see)
 
         def see(self, inputs):
             raise RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
 
-    monkeypatch.setattr(JudgeFilterConfig, "open", lambda self: Large())
+    monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self: Large())
     guard, pipe = make_guard("judge-filter", concept="skulls"), tiny_model.pipeline
-    base = draw(pipe)
+    base = generate(pipe)
     with pytest.raises(
-        MemoryError, match="says could not judge 2 of 2 pictures: RuntimeError: DefaultCPUAllocator"
+        MemoryError, match="says could not judge 2 of 2 images: RuntimeError: DefaultCPUAllocator"
     ):
-        draw(pipe, [guard], output_type="pil")
-    (alone,) = draw(pipe, [guard], ["a red cube"], output_type="pil")
-    assert (alone.image, alone.trail.action) == (None, "withhold")
-    assert "can't allocate memory" in alone.trail.reason
-    assert np.array_equal(draw(pipe), base)
+        generate(pipe, [guard], output_type="pil")
+    (alone,) = generate(pipe, [guard], ["a red cube"], output_type="pil")
+    assert (alone.image, alone.trace.action) == (None, "withhold")
+    assert "can't allocate memory" in alone.trace.reason
+    assert np.array_equal(generate(pipe), base)
 
 
 def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
@@ -198,7 +197,7 @@ def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
         pass
     monkeypatch.setattr(bundle, "judge_file", lambda: tmp_path / "gone.safetensors")
     with (
-        pytest.raises(FileError, match="'mini' of a guard cannot be opened"),
+        pytest.raises(FileError, match="'mini' of a guard cannot be loaded"),
         shelf.open(
             stack.model_copy(update={"guards": (make_guard("judge-filter", concept="skulls"),)})
         ),
@@ -239,8 +238,8 @@ def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
             GenerationConfig(num_inference_steps=15),
         )
     )
-    ready = make_guard("judge-filter", concept="skulls").build(PipelineAdapter(None))
-    assert [f.action for f in ready.look(pictures, ["", ""])] == ["black", "none"]
+    guard = make_guard("judge-filter", concept="skulls").build(PipelineAdapter(None))
+    assert [f.action for f in guard.check_images(pictures, ["", ""])] == ["black", "none"]
 
 
 @pytest.mark.parametrize(
@@ -262,14 +261,14 @@ def checker(checker_in, tmp_path):
 
 
 def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(
-    checker, draw, tiny_xl, tmp_path
+    checker, generate, tiny_xl, tmp_path
 ):
     import shutil
 
     guard = make_guard("safety-checker", weights=checker, action="refuse")
-    found = draw(tiny_xl, [guard], output_type="pil")
-    assert [(d.image, d.trail.reason) for d in found] == [(None, "safety-checker: unsafe")] * 2
-    assert found[0].trail.guards[0].scores["concept-3"] == 1.0
+    found = generate(tiny_xl, [guard], output_type="pil")
+    assert [(d.image, d.trace.reason) for d in found] == [(None, "safety-checker: unsafe")] * 2
+    assert found[0].trace.guards[0].scores["concept-3"] == 1.0
     shutil.copytree(checker, tmp_path / "moved")
     assert (
         make_guard("safety-checker", weights=tmp_path / "moved", action="refuse").fingerprint()

@@ -1,4 +1,4 @@
-"""Prompt-noise optimisation: the regulariser by hand, gradients that reach the start, and what is shown when."""
+"""Prompt-noise optimisation: the regularizer by hand, gradients that reach the start, and what is shown when."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.judge_filter import JudgeBackedConfig
-from safegen.guards.pno import PnoConfig, Score, decoded, regulariser
+from safegen.guards.pno import ClipScore, PnoConfig, decode_latents, regularizer
 from safegen.judges import Detection, Detections
 
 PNO = {
@@ -44,8 +44,8 @@ def level(monkeypatch):
 
     The judge likes all.
     """
-    monkeypatch.setattr(Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
-    monkeypatch.setattr(JudgeBackedConfig, "open", lambda self: Fine())
+    monkeypatch.setattr(ClipScore, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
+    monkeypatch.setattr(JudgeBackedConfig, "load_judge", lambda self: Fine())
 
 
 def test_the_regulariser_order_by_order():
@@ -63,7 +63,7 @@ def test_the_regulariser_order_by_order():
         return -(one + two)
 
     want = by_hand(x) + np.mean([by_hand(x[o]) for o in orders])
-    assert float(regulariser(x, orders)) == pytest.approx(want, rel=1e-9)
+    assert float(regularizer(x, orders)) == pytest.approx(want, rel=1e-9)
 
 
 def test_noise_is_left_alone_and_what_is_none_is_pulled_back():
@@ -73,31 +73,31 @@ def test_noise_is_left_alone_and_what_is_none_is_pulled_back():
         torch.stack([torch.randperm(1024, generator=rng) for _ in range(8)]),
     )
     floor = 4 * math.log(2)
-    assert floor - 1e-6 <= float(regulariser(x, orders)) < 1.3 * floor
+    assert floor - 1e-6 <= float(regularizer(x, orders)) < 1.3 * floor
     for off in (x + 0.5, 2 * x, torch.ones(1024)):
         odd = off.clone().requires_grad_()
-        loss = regulariser(odd, orders)
+        loss = regularizer(odd, orders)
         (slope,) = torch.autograd.grad(loss, odd)
         assert float(loss.detach()) > 1.5 * floor
-        assert float(regulariser(odd.detach() - 0.5 * slope / slope.abs().max(), orders)) < float(
+        assert float(regularizer(odd.detach() - 0.5 * slope / slope.abs().max(), orders)) < float(
             loss.detach()
         )
 
 
-def test_a_picture_under_the_limit_is_the_base_bit_for_bit(tiny_model, draw, level):
-    found = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
-    plain = draw(tiny_model.pipeline, [], PROMPTS, **FEW)
+def test_a_picture_under_the_limit_is_the_base_bit_for_bit(tiny_model, generate, level):
+    found = generate(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
+    plain = generate(tiny_model.pipeline, [], PROMPTS, **FEW)
     assert [a.image.tobytes() for a in found] == [b.image.tobytes() for b in plain]
-    assert [d.trail.action for d in found] == ["none", "none"]
+    assert [d.trace.action for d in found] == ["none", "none"]
 
 
-def test_the_start_is_moved_until_the_score_is_under_the_limit(tiny_model, draw, level):
-    (first,) = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS[:1], **FEW)
-    own = first.trail.guards[0].scores["first"]
+def test_the_start_is_moved_until_the_score_is_under_the_limit(tiny_model, generate, level):
+    (first,) = generate(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS[:1], **FEW)
+    own = first.trace.guards[0].scores["first"]
     limit = own - 0.01
     guard = PNO | {"limit": limit, "restarts": 0, "iterations": 20, "lr": 0.2}
-    moved, other = draw(tiny_model.pipeline, [guard | {"limit": limit}], PROMPTS, **FEW)
-    note = moved.trail.guards[0]
+    moved, other = generate(tiny_model.pipeline, [guard | {"limit": limit}], PROMPTS, **FEW)
+    note = moved.trace.guards[0]
     assert (note.action, note.reason) == ("edit", "moved")
     assert note.scores["last"] < limit < note.scores["first"]
     assert note.scores["iterations"] >= 1
@@ -108,66 +108,68 @@ def test_the_start_is_moved_until_the_score_is_under_the_limit(tiny_model, draw,
     assert other.image is not None
 
 
-def test_what_never_comes_under_the_limit_is_not_drawn(tiny_model, draw, level):
-    found = draw(tiny_model.pipeline, [PNO | {"limit": 1e-6, "iterations": 1}], PROMPTS[:1], **FEW)
-    assert (found[0].image, found[0].trail.action, found[0].trail.reason) == (
+def test_what_never_comes_under_the_limit_is_not_drawn(tiny_model, generate, level):
+    found = generate(
+        tiny_model.pipeline, [PNO | {"limit": 1e-6, "iterations": 1}], PROMPTS[:1], **FEW
+    )
+    assert (found[0].image, found[0].trace.action, found[0].trace.reason) == (
         None,
         "block",
         "pno: never-safe",
     )
 
 
-def test_weights_that_want_gradients_are_given_none(make_model, draw, level):
+def test_weights_that_want_gradients_are_given_none(make_model, generate, level):
     pipe = make_model().pipeline
     parts = (pipe.unet, pipe.vae, pipe.text_encoder)
     for part in parts:
         part.requires_grad_(True)
     guard = PNO | {"limit": 1e-6, "restarts": 0, "iterations": 1}
-    (found,) = draw(pipe, [guard], PROMPTS[:1], **FEW)
-    assert found.trail.guards[0].scores["iterations"] == 1  # a gradient was taken
+    (found,) = generate(pipe, [guard], PROMPTS[:1], **FEW)
+    assert found.trace.guards[0].scores["iterations"] == 1  # a gradient was taken
     assert not [p for part in parts for p in part.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("own", [(None, None), ([1.0, -2.0, 0.5, 3.0], [2.0, 0.5, 1.5, 1.0])])
-def test_what_is_scored_is_what_sdxl_shows_whatever_its_latents_mean(tiny_xl, draw, own):
+def test_what_is_scored_is_what_sdxl_shows_whatever_its_latents_mean(tiny_xl, generate, own):
     tiny_xl.vae.register_to_config(latents_mean=own[0], latents_std=own[1])
     try:
-        latents, shown = (draw(tiny_xl, output_type=kind) for kind in ("latent", "pt"))
-        found = decoded(tiny_xl, latents)
+        latents, shown = (generate(tiny_xl, output_type=kind) for kind in ("latent", "pt"))
+        found = decode_latents(tiny_xl, latents)
     finally:
         tiny_xl.vae.register_to_config(latents_mean=None, latents_std=None)
     assert torch.allclose(found, shown, atol=1e-5)
 
 
 def test_a_score_that_is_no_number_withholds_and_the_trail_is_plain_json(
-    tiny_model, draw, level, monkeypatch
+    tiny_model, generate, level, monkeypatch
 ):
     import json
 
     monkeypatch.setattr(
-        Score, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)) * float("nan")
+        ClipScore, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)) * float("nan")
     )
-    (found,) = draw(
+    (found,) = generate(
         tiny_model.pipeline, [PNO | {"restarts": 0, "iterations": 0}], PROMPTS[:1], **FEW
     )
-    assert (found.image, found.trail.reason) == (None, "pno: not-finite: first, last")
-    assert json.dumps(found.trail.to_json(), allow_nan=False)
+    assert (found.image, found.trace.reason) == (None, "pno: not-finite: first, last")
+    assert json.dumps(found.trace.to_json(), allow_nan=False)
 
 
-def test_the_judge_has_the_last_word(tiny_model, draw, level, monkeypatch):
+def test_the_judge_has_the_last_word(tiny_model, generate, level, monkeypatch):
     class Strict(Fine):
         def detect(self, images):
             return [Detections((Detection("bad", 0.9),))] * len(images)
 
-    monkeypatch.setattr(JudgeBackedConfig, "open", lambda self: Strict())
-    found = draw(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
-    assert {d.trail.reason for d in found} == {"pno: unsafe"}
+    monkeypatch.setattr(JudgeBackedConfig, "load_judge", lambda self: Strict())
+    found = generate(tiny_model.pipeline, [PNO | {"limit": 0.99}], PROMPTS, **FEW)
+    assert {d.trace.reason for d in found} == {"pno: unsafe"}
     assert all(d.image.getextrema() == ((0, 0),) * 3 for d in found)
 
 
 def test_the_model_that_is_optimised_must_not_judge(tiny_model):
     options = {"weights": "mini", "unsafe": ["a skull"], "safe": ["a castle"]}
-    with pytest.raises(ConfigError, match="would lower the score of the model that judges it"):
+    with pytest.raises(ConfigError, match="judge must have other weights than the score"):
         GuardedPipeline(
             tiny_model.pipeline, [make_guard(**PNO | {"judge": "clip", "options": options})]
         )
@@ -181,7 +183,7 @@ def test_a_judge_that_sees_through_the_same_tower_must_not_judge_either(tiny_mod
         tmp_path / "two.safetensors",
     )
     options = {"weights": "mini", "prompts": str(tmp_path / "two.safetensors")}
-    with pytest.raises(ConfigError, match=r"the model that judges it \(q16:"):
+    with pytest.raises(ConfigError, match=r"got q16:"):
         GuardedPipeline(
             tiny_model.pipeline, [make_guard(**PNO | {"judge": "q16", "options": options})]
         )
@@ -221,7 +223,7 @@ def test_the_score_is_the_judges_own_within_its_resizing():
             for p in pictures
         ]
     ).requires_grad_()
-    found = Score("mini", ["a skull"], ["a castle"])(x)
+    found = ClipScore("mini", ["a skull"], ["a castle"])(x)
     for a, b in zip(found.tolist(), own, strict=True):
         assert a == pytest.approx(b, abs=0.02) or (b == 0.0 and a < 0.2)
     (slope,) = torch.autograd.grad(found.sum(), x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 
@@ -23,7 +23,7 @@ def broken(prompts):
 
 def stopped(words, *prompts):
     ready = make_guard("prompt-filter", words=words).build(PipelineAdapter(None))
-    return [f.action == "block" for f in ready.check(prompts)]
+    return [f.action == "block" for f in ready.check_prompts(prompts)]
 
 
 @pytest.mark.parametrize(
@@ -54,49 +54,48 @@ def test_words_are_met_whole_in_any_case_and_width(word, text, hit):
     assert stopped([word], text) == [hit]
 
 
-def test_a_stopped_prompt_is_not_drawn_and_its_neighbour_is_as_ever(tiny_model, draw):
-    plain = draw(tiny_model.pipeline, None, ["a blue ball", "a red cube"])
-    shown, gone = draw(tiny_model.pipeline, [CUBE], ["a blue ball", "a red cube"])
+def test_a_stopped_prompt_is_not_drawn_and_its_neighbour_is_as_ever(tiny_model, generate):
+    plain = generate(tiny_model.pipeline, None, ["a blue ball", "a red cube"])
+    shown, gone = generate(tiny_model.pipeline, [CUBE], ["a blue ball", "a red cube"])
     assert np.abs(shown.image - plain[0]).max() < 1e-4
-    assert (shown.trail.action, shown.trail.reason) == ("none", "")
-    assert (gone.image, gone.trail.action, gone.trail.reason) == (
+    assert (shown.trace.action, shown.trace.reason) == ("none", "")
+    assert (gone.image, gone.trace.action, gone.trace.reason) == (
         None,
         "block",
         "prompt-filter: word",
     )
-    assert gone.trail.withheld
+    assert gone.trace.withheld
 
 
-def test_when_all_are_stopped_nothing_is_drawn(tiny_model, draw):
+def test_when_all_are_stopped_nothing_is_drawn(tiny_model, generate):
     calls = []
     hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
-    found = draw(tiny_model.pipeline, [CUBE], ["a red cube", "RED CUBE"])
+    found = generate(tiny_model.pipeline, [CUBE], ["a red cube", "RED CUBE"])
     hook.remove()
-    assert [d.trail.reason for d in found] == ["prompt-filter: word"] * 2
+    assert [d.trace.reason for d in found] == ["prompt-filter: word"] * 2
     assert not calls
 
 
 def test_a_classifier_of_ones_own_decides_by_its_threshold():
     guard = make_guard("prompt-filter", classifier=f"{__name__}:by_length", threshold=0.1)
-    short, long = guard.build(PipelineAdapter(None)).check(["x" * 9, "x" * 10])
+    short, long = guard.build(PipelineAdapter(None)).check_prompts(["x" * 9, "x" * 10])
     assert (short.action, long.action, long.reason) == ("none", "block", "classifier")
     assert (long.scores, long.thresholds) == ({"classifier": 0.1}, {"classifier": 0.1})
 
 
-def test_a_classifier_that_gives_no_number_stops_everything(tiny_model, draw):
-    found = draw(
+def test_a_classifier_that_gives_no_number_stops_everything(tiny_model, generate):
+    found = generate(
         tiny_model.pipeline, [{"name": "prompt-filter", "classifier": f"{__name__}:broken"}]
     )
     assert [d.image for d in found] == [None, None]
-    assert "must give a score in 0..1" in found[0].trail.reason
+    assert "must return a score in [0, 1]" in found[0].trace.reason
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "filters nothing"),
-        ({"words": ["x", " "]}, "a blank word would filter every prompt"),
-        ({"words": ["x"], "threshold": 0.3}, "threshold has no effect without a classifier"),
+        ({}, "it filters nothing"),
+        ({"words": ["x", " "]}, "words must not be blank"),
         ({"words": ["x"], "threshold": 2}, "less than or equal to 1, got 2"),
     ],
 )
@@ -105,9 +104,14 @@ def test_settings_that_filter_nothing_or_everything_are_refused(settings, says):
         make_guard("prompt-filter", **settings)
 
 
+def test_a_threshold_without_a_classifier_warns():
+    with pytest.warns(UnusedSettingWarning, match="threshold has no effect without a classifier"):
+        make_guard("prompt-filter", words=["x"], threshold=0.3)
+
+
 @pytest.mark.parametrize("name", ["nowhere:x", "json:nothing", "json", f"{__name__}:pytest.mark"])
 def test_a_classifier_that_cannot_be_imported_is_refused(name):
-    with pytest.raises(ConfigError, match="write it as module:function"):
+    with pytest.raises(ConfigError, match="classifier must be module:function"):
         make_guard("prompt-filter", classifier=name).build(PipelineAdapter(None))
 
 

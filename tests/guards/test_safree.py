@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.base import Guard, GuardHook
@@ -14,16 +14,16 @@ from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.safree.projection import (
     ProjectionConfig,
     TextEncoderView,
+    apply_projection,
     combined_projector,
     concept_projectors,
     project_prompt,
-    projected,
     projection_distance,
     span,
     text_encoders,
     triggers,
 )
-from safegen.guards.safree.reattention import reattended
+from safegen.guards.safree.reattention import reattend
 from safegen.guards.safree.safree import calibrate, filter_steps
 
 CUBE = {"name": "safree", "phrases": ["a red cube", "red"]}
@@ -91,16 +91,18 @@ def test_the_filters_steps_are_the_published_cliff():
 
 
 def test_only_triggers_change_and_they_lose_the_concept(tiny_model):
-    guard, border = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
+    guard, adapter = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
     (concept,) = concept_projectors(text_encoders(tiny_model.pipeline), guard.phrases)
-    way = project_prompt(text_encoders(tiny_model.pipeline), PROMPT, [concept], guard.way)
+    way = project_prompt(
+        text_encoders(tiny_model.pipeline), PROMPT, [concept], guard.projection_config
+    )
     assert way.triggers
-    from safegen.guards.core.adapter import Text
+    from safegen.guards.core.adapter import TextEmbeds
     from safegen.guards.core.base import Call
 
-    turn = guard.build(border).start(Call(border, (PROMPT,), [""], {}, steps=4))
-    before = border.encode([PROMPT])
-    after = turn.edit_prompt_embeds(Text(before.hidden)).hidden
+    turn = guard.build(adapter).start(Call(adapter, (PROMPT,), [""], {}, num_steps=4))
+    before = adapter.encode([PROMPT])
+    after = turn.edit_prompt_embeds(TextEmbeds(before.hidden)).hidden
     moved = [
         i
         for i in range(before.hidden.shape[1])
@@ -110,76 +112,74 @@ def test_only_triggers_change_and_they_lose_the_concept(tiny_model):
     assert (after[0, moved] @ concept).norm() < 1e-3 * (before.hidden[0, moved] @ concept).norm()
 
 
-def test_it_steers_the_drawing_and_says_how(tiny_model, draw):
-    base = draw(tiny_model.pipeline, None, [PROMPT])
-    (found,) = draw(tiny_model.pipeline, [CUBE], [PROMPT])
+def test_it_steers_the_drawing_and_says_how(tiny_model, generate):
+    base = generate(tiny_model.pipeline, None, [PROMPT])
+    (found,) = generate(tiny_model.pipeline, [CUBE], [PROMPT])
     assert np.abs(found.image - base[0]).max() > 1e-3
-    note = found.trail.guards[0]
+    note = found.trace.guards[0]
     assert (note.action, note.scores["steps"]) == ("edit", 4.0)
     assert note.scores["triggers"] >= 1
-    (none,) = draw(tiny_model.pipeline, [CUBE | {"strength": 0.0}], [PROMPT])
+    (none,) = generate(tiny_model.pipeline, [CUBE | {"strength": 0.0}], [PROMPT])
     assert np.array_equal(none.image, base[0])
 
 
 @pytest.mark.parametrize(("middle", "steps"), [(-100.0, 1 + round(10 * 20 / 50)), (100.0, 1)])
 def test_the_filter_acts_in_the_first_step_always_and_in_its_share_of_the_rest(
-    tiny_model, draw, middle, steps
+    tiny_model, generate, middle, steps
 ):
-    guard = CUBE | {"filter": True, "middle": middle, "slope": 2.5}
-    (found,) = draw(tiny_model.pipeline, [guard], [PROMPT], num_inference_steps=20)
-    assert found.trail.guards[0].scores["steps"] == steps
+    guard = CUBE | {"middle": middle, "slope": 2.5}
+    (found,) = generate(tiny_model.pipeline, [guard], [PROMPT], num_inference_steps=20)
+    assert found.trace.guards[0].scores["steps"] == steps
 
 
-def test_a_row_is_edited_by_its_own_prompt(tiny_model, draw):
+def test_a_row_is_edited_by_its_own_prompt(tiny_model, generate):
     prompts = [PROMPT, "a blue ball in the grass"]
-    both_rows = draw(tiny_model.pipeline, [CUBE], prompts)
+    both_rows = generate(tiny_model.pipeline, [CUBE], prompts)
     for i, prompt in enumerate(prompts):
-        (alone,) = draw(tiny_model.pipeline, [CUBE], [prompt], seed=i)
+        (alone,) = generate(tiny_model.pipeline, [CUBE], [prompt], seed=i)
         assert np.abs(alone.image - both_rows[i].image).max() < 2e-4
 
 
-def test_a_blank_prompt_has_no_trigger(tiny_model, draw):
-    (found,) = draw(tiny_model.pipeline, [CUBE], [""])
-    assert found.trail.action == "none"
-    assert np.array_equal(found.image, draw(tiny_model.pipeline, None, [""])[0])
+def test_a_blank_prompt_has_no_trigger(tiny_model, generate):
+    (found,) = generate(tiny_model.pipeline, [CUBE], [""])
+    assert found.trace.action == "none"
+    assert np.array_equal(found.image, generate(tiny_model.pipeline, None, [""])[0])
 
 
 def test_calibration_lies_between_the_two_kinds_and_refuses_what_it_cannot_tell_apart(tiny_model):
-    guard, border = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
+    guard, adapter = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
     reader, concept = (
         TextEncoderView(tiny_model.pipeline),
         concept_projectors(text_encoders(tiny_model.pipeline), guard.phrases),
     )
 
     def distance(prompt):
-        ids, n = reader.ids(prompt)
+        ids, n = reader.tokenize(prompt)
         return 10 * projection_distance(
             reader.hidden(ids)[0, : n + 2],
-            project_prompt([reader], prompt, concept, guard.way).projector,
+            project_prompt([reader], prompt, concept, guard.projection_config).projector,
         )
 
     low, high = sorted(["a red cube", "a blue ball in the grass"], key=distance)
-    assert calibrate(border, guard, unsafe=[high], benign=[low]) == pytest.approx(
+    assert calibrate(adapter, guard, unsafe=[high], benign=[low]) == pytest.approx(
         (distance(low) + distance(high)) / 2, rel=1e-5
     )
-    with pytest.raises(ConfigError, match="cannot tell these prompts apart"):
-        calibrate(border, guard, unsafe=[low], benign=[high])
+    with pytest.raises(ConfigError, match="unsafe prompts must move farther than benign ones"):
+        calibrate(adapter, guard, unsafe=[low], benign=[high])
     with pytest.raises(ConfigError, match="got 0 unsafe and 1 benign"):
-        calibrate(border, guard, unsafe=[], benign=[low])
+        calibrate(adapter, guard, unsafe=[], benign=[low])
 
 
 def test_idle_settings_and_other_families_are_refused(tiny_wan):
-    with pytest.raises(ConfigError, match="go with the filter, and only with it"):
-        make_guard(**CUBE, middle=5.0)
-    with pytest.raises(ConfigError, match="reattend has no effect at strength 0"):
-        make_guard(**CUBE, reattend=True, strength=0.0)
-    says = r"'safree' cannot run on a WanPipeline: it reads parts of a StableDiffusionPipeline or StableDiffusionXLPipeline; guards that can:"
+    with pytest.warns(UnusedSettingWarning, match="slope has no effect without middle"):
+        make_guard(**CUBE, slope=5.0)
+    says = r"'safree' cannot run on a WanPipeline: it needs a StableDiffusionPipeline or StableDiffusionXLPipeline. Guards that can:"
     with pytest.raises(ConfigError, match=says):
         GuardedPipeline(tiny_wan, [make_guard(**CUBE)])
 
 
 def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
-    guard, border = make_guard(**CUBE), PipelineAdapter(tiny_xl)
+    guard, adapter = make_guard(**CUBE), PipelineAdapter(tiny_xl)
     encoders = text_encoders(tiny_xl)
     concept = concept_projectors(encoders, guard.phrases)
     way = project_prompt(encoders, PROMPT, concept, ProjectionConfig(0.0, "code", distance=True))
@@ -187,8 +187,8 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
         (slice(0, 32), True),
         (slice(32, 64), True),
     ]
-    before = border.encode([PROMPT]).hidden[0]
-    after = projected(before, way, 1.0)
+    before = adapter.encode([PROMPT]).hidden[0]
+    after = apply_projection(before, way, 1.0)
     for part, own in zip(way.encoders, concept, strict=True):
         old, new, at = (
             before[:, part.columns],
@@ -200,7 +200,7 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
         assert (new[at] @ own).norm() < 1e-3 * (old[at] @ own).norm()
     # beta, over both encoders' columns: y = (I - P_C) P_I x for every token that is the prompt's
     # own
-    ids, n = encoders[0].ids(PROMPT)
+    ids, n = encoders[0].tokenize(PROMPT)
     assert torch.allclose(
         torch.cat([e.hidden(ids) for e in encoders], dim=2)[0], before, atol=1e-5
     )  # what the denoiser is given
@@ -214,21 +214,21 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
 
 def test_the_masked_prompts_of_each_encoder_are_pooled_at_their_end(tiny_xl):
     one, two = text_encoders(tiny_xl)
-    ids, _ = one.ids(PROMPT)
+    ids, _ = one.tokenize(PROMPT)
     assert torch.equal(one.pooled(ids), tiny_xl.text_encoder(ids).pooler_output)
     assert torch.equal(two.pooled(ids), tiny_xl.text_encoder_2(ids).text_embeds)
 
 
-def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, draw):
+def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, generate):
     seen = []
 
     class Last(GuardConfig):
         """Looks at what the guards before it leave."""
 
         name: str = "last"
-        hook_points = frozenset({"text"})
+        hook_points = frozenset({"prompt_embeds"})
 
-        def build(self, border):
+        def build(self, adapter):
             own = Guard(self)
             own.start = lambda call: LastTurn()
             return own
@@ -238,15 +238,15 @@ def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, draw):
             seen.append(text)
             return text
 
-    base = draw(tiny_xl, None, [PROMPT])
-    (found,) = draw(tiny_xl, [CUBE, Last()], [PROMPT])
+    base = generate(tiny_xl, None, [PROMPT])
+    (found,) = generate(tiny_xl, [CUBE, Last()], [PROMPT])
     assert np.abs(found.image - base[0]).max() > 1e-3
-    assert found.trail.guards[0].scores["steps"] == 4
+    assert found.trace.guards[0].scores["steps"] == 4
     plain = PipelineAdapter(tiny_xl).encode([PROMPT])
     assert len(seen) == 4
     assert all(torch.equal(text.extra["text_embeds"], plain.extra["text_embeds"]) for text in seen)
     assert not any(torch.equal(text.hidden, plain.hidden) for text in seen)
-    (none,) = draw(tiny_xl, [CUBE | {"strength": 0.0}], [PROMPT])
+    (none,) = generate(tiny_xl, [CUBE | {"strength": 0.0}], [PROMPT])
     assert np.array_equal(none.image, base[0])
 
 
@@ -272,7 +272,7 @@ def by_hand(x, y, scale):
 @pytest.mark.parametrize("shape", [(4, 4), (6, 4), (5, 8)])
 def test_re_attention_damps_what_is_stronger_of_the_low_frequencies_and_nothing_else(rng, shape):
     x, y = torch.randn(2, 2, 3, *shape, generator=rng)
-    found = reattended(x, y, scale=0.2)
+    found = reattend(x, y, scale=0.2)
     for b in range(2):
         for c in range(3):
             assert np.allclose(
@@ -280,12 +280,12 @@ def test_re_attention_damps_what_is_stronger_of_the_low_frequencies_and_nothing_
                 by_hand(x[b, c].double().numpy(), y[b, c].double().numpy(), 0.2),
                 atol=1e-5,
             )
-    assert torch.allclose(reattended(x, y, scale=1.0), x, atol=1e-6)
+    assert torch.allclose(reattend(x, y, scale=1.0), x, atol=1e-6)
     assert torch.allclose(
-        reattended(x, 1e3 * torch.ones_like(x) + 1e3 * y, scale=0.0), x, atol=1e-5
+        reattend(x, 1e3 * torch.ones_like(x) + 1e3 * y, scale=0.0), x, atol=1e-5
     )  # nothing is stronger
     assert torch.allclose(
-        reattended(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), scale=0.2),
+        reattend(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), scale=0.2),
         torch.full((1, 1, 4, 4), 0.2),
         atol=1e-6,
     )
@@ -293,31 +293,31 @@ def test_re_attention_damps_what_is_stronger_of_the_low_frequencies_and_nothing_
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
 def test_re_attention_asks_for_a_third_row_and_damps_the_projected_prompts_alone(
-    tiny_model, tiny_xl, draw, family, monkeypatch
+    tiny_model, tiny_xl, generate, family, monkeypatch
 ):
     pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl}[family]
     prompts = [PROMPT, "a blue ball in the grass"]
-    half = draw(pipe, [CUBE], prompts)
-    whole = draw(pipe, [CUBE | {"reattend": True}], prompts)
-    acted = [d.trail.guards[0].scores["steps"] > 0 for d in half]
+    half = generate(pipe, [CUBE], prompts)
+    whole = generate(pipe, [CUBE | {"reattend": True}], prompts)
+    acted = [d.trace.guards[0].scores["steps"] > 0 for d in half]
     assert acted[0]
     for a, b, acts in zip(half, whole, acted, strict=True):
         assert (np.abs(a.image - b.image).max() > 1e-3) == acts
-    assert whole[0].trail.guards[0].rows == 4
-    assert half[0].trail.guards[0].rows == 0
+    assert whole[0].trace.guards[0].rows == 4
+    assert half[0].trace.guards[0].rows == 0
     monkeypatch.setattr("safegen.guards.safree.reattention.SCALES", (1.0, 1.0))
-    same = draw(pipe, [CUBE | {"reattend": True}], prompts)
+    same = generate(pipe, [CUBE | {"reattend": True}], prompts)
     assert all(np.abs(a.image - b.image).max() < 2e-4 for a, b in zip(half, same, strict=True))
 
 
-def test_re_attention_reads_the_skips_of_the_widest_two_features(tiny_model, draw, monkeypatch):
+def test_re_attention_reads_the_skips_of_the_widest_two_features(tiny_model, generate, monkeypatch):
     seen = []
-    real = reattended
+    real = reattend
     monkeypatch.setattr(
-        "safegen.guards.safree.reattention.reattended",
+        "safegen.guards.safree.reattention.reattend",
         lambda x, y, *, scale: seen.append((scale, tuple(x.shape))) or real(x, y, scale=scale),
     )
-    draw(tiny_model.pipeline, [CUBE | {"reattend": True}], [PROMPT], num_inference_steps=1)
+    generate(tiny_model.pipeline, [CUBE | {"reattend": True}], [PROMPT], num_inference_steps=1)
     # widths 32 and 16: the first block's two layers and the second's first join features of 32, the
     # last one of 16
     assert seen == [
@@ -328,30 +328,25 @@ def test_re_attention_reads_the_skips_of_the_widest_two_features(tiny_model, dra
     ]
 
 
-def test_without_re_attention_an_older_stacks_hash_stays():
-    assert "reattend" not in make_guard(**CUBE).fingerprint()
-    assert make_guard(**CUBE, reattend=True).fingerprint()["reattend"] is True
-
-
 def test_re_attention_that_cannot_compare_is_refused_and_one_that_is_taken_away_withholds(
-    tiny_model, draw
+    tiny_model, generate
 ):
     pipe, guard = tiny_model.pipeline, CUBE | {"reattend": True}
-    with pytest.raises(ConfigError, match="give max_rows >= 3 a picture"):
-        draw(pipe, [guard], [PROMPT], max_rows=2)
-    with pytest.raises(ConfigError, match="safree has no effect without guidance"):
-        draw(pipe, [guard], [PROMPT], guidance_scale=1.0)
-    assert draw(pipe, [CUBE], [PROMPT], guidance_scale=1.0)[0].trail.action == "edit"
+    with pytest.raises(ConfigError, match="max_rows must be >= 3 per image"):
+        generate(pipe, [guard], [PROMPT], max_rows=2)
+    with pytest.raises(ConfigError, match="guidance_scale must be > 1 with safree"):
+        generate(pipe, [guard], [PROMPT], guidance_scale=1.0)
+    assert generate(pipe, [CUBE], [PROMPT], guidance_scale=1.0)[0].trace.action == "edit"
 
     def remove(pipeline, i, t, kwargs):
         if i == 1:
             pipeline.unet.up_blocks[0]._forward_pre_hooks.clear()
         return kwargs
 
-    (gone,) = draw(pipe, [guard], [PROMPT], callback_on_step_end=remove)
-    assert (gone.image, gone.trail.reason) == (
+    (gone,) = generate(pipe, [guard], [PROMPT], callback_on_step_end=remove)
+    assert (gone.image, gone.trace.reason) == (
         None,
         "error: safree: RuntimeError: 1 of 2 up-blocks went through re-attention",
     )
-    assert draw(pipe, [guard], [PROMPT])[0].image is not None
+    assert generate(pipe, [guard], [PROMPT])[0].image is not None
     assert not any(block._forward_pre_hooks for block in pipe.unet.up_blocks)

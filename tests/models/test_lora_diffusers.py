@@ -7,8 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from safegen.models.selectors import select_parameters
+from safegen.patches.active_lora import active_loras
 from safegen.patches.lora import extract_lora, save_lora
-from safegen.patches.lora_reader import load_lora
+from safegen.patches.lora_reader import load_lora, read_lora
 from safegen.patches.patch import Patch
 
 
@@ -24,7 +25,7 @@ def image(pipeline):
 
 @pytest.fixture
 def drawn(make_model, make_tiny):
-    """Return a builder of a model, a patch of its attention, and images without and with the patch."""
+    """Return a builder of a model, a patch of its attention, and images without and with it."""
 
     def build(kind):
         model = make_model() if kind == "sd1" else make_tiny(kind)
@@ -83,6 +84,29 @@ def test_diffusers_combines_our_lora_with_another(drawn, tmp_path):
         pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
     pipe.set_adapters(["theirs", "safety"])
     assert_close(image(pipe), want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
+@pytest.mark.parametrize("scales", [(1.0, 0.8), (-0.5, 2.0)])
+def test_active_loras_equal_those_of_diffusers(drawn, tmp_path, scales):
+    model, patch, before, _ = drawn("sd1")
+    files = [tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors"]
+    for file in files:
+        lora = extract_lora(patch, model, 4 if file.stem == "kohya" else 8)
+        save_lora(lora, model, file, keys=file.stem)
+    loras = [(read_lora(file, model), s) for file, s in zip(files, scales, strict=True)]
+    with active_loras(model, loras):
+        ours = image(model.pipeline)
+    pipe = model.pipeline
+    for file in files:
+        pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name=file.stem)
+    pipe.set_adapters([file.stem for file in files], adapter_weights=list(scales))
+    theirs = image(pipe)
+    pipe.unload_lora_weights()
+    assert_close(ours, theirs, rtol=0, atol=1 / 255)
+    assert (ours - before).abs().max() > 1e-2
+    assert torch.equal(image(pipe), before)
 
 
 def test_loras_saved_by_diffusers_are_read(drawn, tmp_path):

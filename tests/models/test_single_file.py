@@ -102,8 +102,7 @@ def test_a_file_without_configurations_uses_a_folder(file, tiny_model, tiny_fold
     }
     save_file(load_file(file) | extra, bare)
     with pytest.raises(
-        FileError,
-        match=r"must be .* The configuration is that .* SD 1\.x\. Name .* \(--config, or in a recipe\)",
+        FileError, match=r"must be .* configuration is that .* SD 1\.x\. Name .* \(--config, or"
     ):
         load(str(bare))
     assert torch.equal(
@@ -167,10 +166,7 @@ def other_family(_, header):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            drop,
-            r"lacks model.diffusion_model.out.2.bias, which its configuration needs. The file was changed",
-        ),
+        (drop, r"lacks model.diffusion_model.out.2.bias, which its .* needs. The file was changed"),
         (widen, r"out.2.bias in .* must be \(4,\) for conv_out.bias, got \(9,\)"),
         (add, r"has 1 weights .* first .*encoder.down.9.block.0.conv1.weight"),
         (spoil, "NaN or infinite weights in unet"),

@@ -1,1 +1,1 @@
-"""Attacks that try to bring a removed concept back."""
+"""Attacks that try to bring back a removed concept."""

@@ -1,4 +1,4 @@
-"""What a user does to a model after an edit: ordinary fine-tuning of a LoRA, on harmless pictures or on the concept's own."""
+"""Fine-tuning of a LoRA with the plain denoising loss, as users do it."""
 
 from __future__ import annotations
 
@@ -27,53 +27,49 @@ from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
-Caption = Callable[[Sequence[Image.Image]], Sequence[tuple[str, ...]]]
-"""What gives each picture the texts that it may go with."""
-EVERY = 25
-"""Updates between checkpoints, where a folder keeps them."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+Data = Literal["benign", "concept"]
+"""What a fine-tune learns: harmless images, as an ordinary user's, or images of the concept."""
+Captioner = Callable[[Sequence[Image.Image]], Sequence[tuple[str, ...]]]
+"""Returns the captions that each image may be trained with."""
+CHECKPOINT_EVERY = 25
+"""Updates between two checkpoints."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class FineTune(BaseModel):
-    """Settings of a fine-tune: the plain denoising loss on a LoRA beside the attention layers, as users train one."""
+class FineTuneConfig(BaseModel):
+    """Settings of a fine-tune: the plain denoising loss on a LoRA of the attention layers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     updates: tuple[int, ...] = Field(default=(200,), min_length=1)
-    """Optimiser updates after which the model is looked at, rising.
-
-    One training goes through them all.
-    """
+    """Optimizer updates after which a patch is taken, rising; one training takes them all."""
     selector: str = "attention"
-    """Which weights get factors beside them."""
+    """Layers that get a LoRA."""
     rank: int = Field(default=16, ge=1)
     """Rank of the LoRA."""
     lr: float = Field(default=5e-4, gt=0)
-    """Learning rate of AdamW, constant; diffusers' LoRA example has 1e-4, for a full-size model."""
+    """Constant learning rate of AdamW; diffusers' LoRA example has 1e-4, for a full-size model."""
     batch: int = Field(default=8, ge=1)
-    """Pictures in an update."""
+    """Images in an update."""
     precision: Precision = "auto"
-    """Arithmetic of the forward pass, `auto` to let the device decide."""
+    """Arithmetic of the forward pass; `auto` lets the device decide."""
     seed: int = 0
-    """Decides the LoRA's start and every draw."""
+    """Seed of the LoRA's initial values and of every draw."""
 
     @model_validator(mode="after")
-    def _rises(self) -> Self:
-        if self.updates[0] < 1 or any(
-            a >= b for a, b in zip(self.updates, self.updates[1:], strict=False)
-        ):
-            raise ValueError(
-                f"updates must rise from 1 or more, got {', '.join(map(str, self.updates))}"
-            )
+    def _check_updates(self) -> Self:
+        if any(a >= b for a, b in zip((0, *self.updates), self.updates, strict=False)):
+            values = ", ".join(map(str, self.updates))
+            raise ValueError(f"updates must rise from 1 or more, got {values}")
         return self
 
-    def on(self, net: nn.Module) -> Self:
-        """Return it with `auto` decided for a network."""
+    def resolve(self, net: nn.Module) -> Self:
+        """Return the settings with `auto` precision decided for a network."""
         return self.model_copy(update={"precision": resolve_precision(self.precision, net)})
 
     @property
     def training(self) -> Training:
-        """The loop's settings: constant rate, no average, no weight decay."""
+        """Settings of the training loop: constant rate, no weight average, no weight decay."""
         return Training(
             updates=self.updates[-1],
             batch=self.batch,
@@ -88,123 +84,122 @@ class FineTune(BaseModel):
 
 @dataclass(frozen=True)
 class FineTuneDataset:
-    """Pictures to fine-tune on, the texts that each may go with, and a hash over all of it."""
+    """Images to fine-tune on with the captions that each may be trained with."""
 
-    pictures: tuple[Image.Image, ...]
-    texts: tuple[tuple[str, ...], ...]
-    """Of each picture; a draw takes one of them."""
+    images: tuple[Image.Image, ...]
+    captions: tuple[tuple[str, ...], ...]
+    """Captions of each image; a draw takes one of them."""
     hash: str
-    left_out: int = 0
-    """Pictures that no text was found for."""
+    """SHA-256 over images and captions."""
+    skipped: int = 0
+    """Number of images without a caption, which are left out."""
 
     @classmethod
-    def of_triplets(
-        cls, triplets: Triplets, role: Literal["unsafe", "benign"], caption: Caption
+    def from_triplets(
+        cls, triplets: Triplets, role: Literal["unsafe", "benign"], caption: Captioner
     ) -> Self:
-        """Return one side of triplets, which carry no text, each picture with what `caption` has for it; without any it is left out.
+        """Return one role of the triplets as a dataset.
+
+        Args:
+            triplets: the triplets, which carry no text.
+            role: which of their images.
+            caption: returns captions for the images; one without any is skipped.
 
         Raises:
-            FileError: a picture is missing or changed, or none has a text.
+            FileError: an image is missing or changed, or none has a caption.
         """
-        pictures = [open_role(triplets.folder, row, role) for row in triplets.rows]
+        images = [open_role(triplets.folder, row, role) for row in triplets.rows]
         digests = [getattr(row.sha256, role) for row in triplets.rows]
-        rows = [
-            (p, t, d) for p, t, d in zip(pictures, caption(pictures), digests, strict=True) if t
-        ]
+        rows = [row for row in zip(images, caption(images), digests, strict=True) if row[1]]
         if not rows:
             raise FileError(
-                "no picture of the triplets has a subject that a caption fits; give pictures with their captions: --pictures"
+                "no image of the triplets shows a subject that a caption fits. "
+                "Give images with captions: --images."
             )
-        kept, texts, hashes = zip(*rows, strict=True)
-        return cls(kept, texts, _digest(hashes, texts), len(pictures) - len(rows))
+        used, captions, hashes = zip(*rows, strict=True)
+        return cls(used, captions, _digest(hashes, captions), len(images) - len(rows))
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Self:
-        """Return a folder's pictures with their captions: `cat.png` with `cat.txt` beside it, as LoRA trainers have it.
+    def from_folder(cls, folder: Path) -> Self:
+        """Return the images of a folder with their captions, `cat.png` beside `cat.txt`.
 
         Raises:
-            FileError: no such folder, no picture in it, one without a caption, or an unreadable file.
+            FileError: there is no such folder or no image in it, a caption is missing, or a file
+                cannot be read.
         """
         if not folder.is_dir():
             raise FileError(
-                f"{folder} is not a folder; name one with pictures and a .txt file with its caption beside each"
+                f"{folder} is not a folder. Name one with images and a .txt file with the caption "
+                "beside each."
             )
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
-            raise FileError(f"{folder} has no pictures ({', '.join(PICTURES)})")
-        texts = []
+            raise FileError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        captions = []
         for path in paths:
-            side = path.with_suffix(".txt")
-            if not side.is_file():
+            file = path.with_suffix(".txt")
+            if not file.is_file():
                 raise FileError(
-                    f"{path.name} has no caption; write it to {side}, an empty file for none"
+                    f"{path.name} has no caption. Write it to {file}; an empty file means none."
                 )
             try:
-                texts.append((" ".join(side.read_text(encoding="utf-8-sig").split()),))
+                captions.append((" ".join(file.read_text(encoding="utf-8-sig").split()),))
             except UnicodeDecodeError as error:
-                raise FileError(f"{side} is not UTF-8 text: {error}") from error
-        digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
-        return cls(tuple(read_picture(p) for p in paths), tuple(texts), _digest(digests, texts))
+                raise FileError(f"{file} is not UTF-8 text: {error}") from error
+        hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
+        images = tuple(read_picture(p) for p in paths)
+        return cls(images, tuple(captions), _digest(hashes, captions))
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a results file says of it; no caption, for it may be unsafe."""
-        texts = len({t for row in self.texts for t in row})
+    def to_dict(self) -> dict[str, Any]:
+        """Return the dataset's sizes and hash; no caption, which may be unsafe."""
         return {
-            "pictures": len(self.pictures),
-            "texts": texts,
-            "left_out": self.left_out,
+            "images": len(self.images),
+            "captions": len({text for row in self.captions for text in row}),
+            "skipped": self.skipped,
             "hash": self.hash,
         }
 
 
 def captions_for(
-    concept: Concept, on: Literal["benign", "concept"], pictures: Sequence[Image.Image]
+    concept: Concept, data: Data, images: Sequence[Image.Image]
 ) -> list[tuple[str, ...]]:
-    """Return the texts that pictures without text are trained with.
+    """Return captions for images that have none.
 
-    The prompts of the concept's `tuning` lists for the subject that its judge sees in each. A
-    concept without such lists has its words for pictures of its own, and no text for harmless ones:
-    weaker, for a bare word need not be what such a picture is asked for by, and pictures without
-    text teach the branch that guidance pushes away from.
+    The captions of an image are the prompts of the concept's `tuning` lists for the subject that
+    its judge sees. A concept without such lists gives its words to its own images and the blank
+    caption to harmless ones. That is a weaker attack: a bare word need not be how a user asks for
+    such an image, and blank captions train the unconditional branch of guidance.
     """
-    if on not in concept.tuning:
-        return [concept.words if on == "concept" else ("",)] * len(pictures)
-    by: dict[str | None, tuple[str, ...]] = {}
-    for row in (row for name in concept.tuning[on] for row in prompt_list(name)):
-        by[row.subject] = (*by.get(row.subject, ()), row.text)
+    if data not in concept.tuning:
+        return [concept.words if data == "concept" else ("",)] * len(images)
+    prompts: dict[str | None, tuple[str, ...]] = {}
+    for row in (row for name in concept.tuning[data] for row in prompt_list(name)):
+        prompts[row.subject] = (*prompts.get(row.subject, ()), row.text)
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
-    return [
-        by.get(detections.subject, ()) if detections.subject else ()
-        for detections in judge.detect(list(pictures))
-    ]
+    subjects = [detections.subject for detections in judge.detect(list(images))]
+    return [prompts.get(subject, ()) if subject else () for subject in subjects]
 
 
 class DenoisingObjective:
-    """The plain loss |e(x_t, t, c) - target|^2 on given pictures (Ho et al.
+    """The plain loss |e(x_t, t, c) - target|^2 (Ho et al. 2020, arXiv:2006.11239, eq. 14)."""
 
-    2020, arXiv:2006.11239, eq. 14), for the training loop.
-    """
-
-    def __init__(self, settings: FineTune, model: Model, material: FineTuneDataset) -> None:
-        """Encode every picture and text once."""
-        self.settings, self.prediction = settings, model.prediction
+    def __init__(self, config: FineTuneConfig, model: Model, dataset: FineTuneDataset) -> None:
+        """Encode every image and caption once."""
+        self.config, self.prediction = config, model.prediction
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ConfigError(
-                f"fine-tuning knows models that predict epsilon or v_prediction, this one predicts {self.prediction}"
+                f"prediction type must be epsilon or v_prediction, got {self.prediction}. "
+                "Fine-tuning supports no other."
             )
         self.weights = {"L": 1.0}
         self.abar = model.alphas_cumprod().to(model.device)
-        self.latents = model.encode_images(
-            torch.stack([to_pixels(p, model.size) for p in material.pictures])
-        ).float()
-        known = list(dict.fromkeys(t for row in material.texts for t in row))
-        self.text = torch.cat(
-            [model.encode_text(known[i : i + 64]).float() for i in range(0, len(known), 64)]
-        )
-        self.rows = [[known.index(t) for t in row] for row in material.texts]
-        self.fingerprint = (
-            f"{settings.model_dump_json()} {model.pipeline_hash} {material.hash}"
-        )
+        pixels = torch.stack([to_pixels(image, model.size) for image in dataset.images])
+        self.latents = model.encode_images(pixels).float()
+        texts = list(dict.fromkeys(text for row in dataset.captions for text in row))
+        chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+        self.text = torch.cat([model.encode_text(chunk).float() for chunk in chunks])
+        self.captions = [[texts.index(text) for text in row] for row in dataset.captions]
+        self.fingerprint = f"{config.model_dump_json()} {model.pipeline_hash} {dataset.hash}"
 
     def training_step(
         self,
@@ -213,32 +208,29 @@ class DenoisingObjective:
         generator: torch.Generator,
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
-        """Draw one batch and return its loss, (b,)."""
-        b, g = self.settings.batch, generator
+        """Return the loss of one random batch, (b,)."""
+        b, g = self.config.batch, generator
         rows = torch.randint(len(self.latents), (b,), generator=g)
         picks = torch.randint(2**31, (b,), generator=g)
         t = torch.randint(len(self.abar), (b,), generator=g)
         eps = torch.randn(b, *self.latents.shape[1:], generator=g)
         mine = torch.arange(b)[share[0] :: share[1]]
-        words = torch.tensor(
-            [
-                self.rows[int(r)][int(p) % len(self.rows[int(r)])]
-                for r, p in zip(rows, picks, strict=True)
-            ]
+        choices = [self.captions[int(row)] for row in rows]
+        captions = torch.tensor(
+            [choice[int(pick) % len(choice)] for choice, pick in zip(choices, picks, strict=True)]
         )
         device = self.latents.device
-        z, noise, at = self.latents[rows[mine].to(device)], eps[mine].to(device), t[mine].to(device)
-        abar = self.abar[at]
-        want = noise if self.prediction == "epsilon" else losses.velocity(noise, z, abar)
-        said = denoiser(
-            losses.add_noise(z, noise, abar), at, self.text[words[mine].to(device)]
-        ).sample
-        return {"L": losses.squared_error(said, want)}
+        z, noise = self.latents[rows[mine].to(device)], eps[mine].to(device)
+        steps = t[mine].to(device)
+        abar = self.abar[steps]
+        target = noise if self.prediction == "epsilon" else losses.velocity(noise, z, abar)
+        x_t, text = losses.add_noise(z, noise, abar), self.text[captions[mine].to(device)]
+        return {"L": losses.squared_error(denoiser(x_t, steps, text).sample, target)}
 
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """A fine-tuned model at each of the asked updates, as patches, and the log of the training."""
+    """Patch of the fine-tuned model after each number of updates, and the training log."""
 
     patches: Mapping[int, Patch]
     log: Sequence[LogRow]
@@ -246,88 +238,98 @@ class FineTuneResult:
 
 def fine_tune(
     model: Model,
-    material: FineTuneDataset,
-    settings: FineTune,
+    dataset: FineTuneDataset,
+    config: FineTuneConfig,
     *,
     folder: Path | None = None,
     callback: TrainingCallback | None = None,
-    **facts: Any,
+    **metadata: Any,
 ) -> FineTuneResult:
-    """Fine-tune a model as it stands, patches on it included; it is given back as it came.
+    """Fine-tune a model with its patches applied and return the changes as patches.
 
     Args:
-        model: what is tuned.
-        material: pictures and texts.
-        settings: how.
-        folder: keeps checkpoints and patches; where there are some, of the same settings, weights
-            and material, the fine-tune goes on.
-        callback: called after every update with (done, of, row of the log).
-        facts: what else the patches say of themselves.
+        model: the model; it is not changed.
+        dataset: images and captions.
+        config: settings of the fine-tune.
+        folder: keeps a checkpoint and the log, and each patch beside it as `FOLDER-N.safetensors`.
+            A call with the same arguments resumes.
+        callback: called after every update with (done, total, row of the log).
+        metadata: more metadata for the patches.
 
     Returns:
-        Patches that hold the tuned weights themselves: put on after the patches that the model had.
+        Patches with the tuned weights, to apply after the patches that the model had.
 
     Raises:
-        ConfigError: the model predicts something else, or the precision does not go with it.
-        FileError: what the folder keeps is damaged or of another fine-tune, or it cannot be written.
+        ConfigError: the model predicts neither noise nor velocity, or the precision does not fit.
+        FileError: the folder is of another fine-tune or damaged, or cannot be written.
         DivergedError: a loss or a weight is not finite.
-        Stopped: SIGINT or SIGTERM came.
+        InterruptedRunError: SIGINT or SIGTERM arrived.
     """
-    found: dict[int, Patch] = {}
-    settings = settings.on(model.denoiser)
-    said: dict[str, Any] = {
+    config = config.resolve(model.denoiser)
+    patches: dict[int, Patch] = {}
+    common: dict[str, Any] = {
         "method": "fine-tune",
-        "settings": settings.model_dump(mode="json"),
+        "settings": config.model_dump(mode="json"),
+        "description": f"Fine-tuned on {len(dataset.images)} images with the denoising loss.",
         "base": model.hash,
         "family": model.family,
+        "data": dataset.hash,
     }
-    said |= {"parents": model.parents} if model.parents else {}
+    common |= {"parents": model.parents} if model.parents else {}
     with trainable_parameters(
-        model, settings.selector, rank=settings.rank, alpha=None, seed=settings.seed
-    ) as part:
-        check(model.denoiser, part.names, settings.training)
-        own = dict(model.denoiser.named_parameters())
+        model, config.selector, rank=config.rank, alpha=None, seed=config.seed
+    ) as trainable:
+        training = config.training
+        check(model.denoiser, trainable.names, training)
+        parameters = dict(model.denoiser.named_parameters())
 
-        def note(done: int, of: int, row: LogRow) -> None:
-            if done in settings.updates:
-                values = part.weights({name: own[name].detach().clone() for name in part.names})
-                if any(not bool(v.isfinite().all()) for v in values.values()):
-                    raise DivergedError(
-                        f"the fine-tuned weights are not finite after {done} updates; lower lr ({settings.lr})"
-                    )
-                found[done] = Patch(values, PatchMetadata(**said | {"data": material.hash, "updates": done} | facts))
+        def take_patch(done: int, total: int, row: LogRow) -> None:
+            if done in config.updates:
+                values = {name: parameters[name].detach().clone() for name in trainable.names}
+                last = {"updates": done, "losses": {"L": row["L"]}}
+                patches[done] = Patch(
+                    trainable.weights(values), PatchMetadata(**common | last | metadata)
+                )
+                _check_finite(patches[done], done, config.lr)
                 if folder:
-                    (folder / f"{done}.safetensors").unlink(
-                        missing_ok=True
-                    )  # of a run that was killed before its checkpoint
-                    found[done].save(folder / f"{done}.safetensors")
+                    path = patch_path(folder, done)
+                    path.unlink(missing_ok=True)  # of a run that was killed before its checkpoint
+                    patches[done].save(path)
             if callback:
-                callback(done, of, row)
+                callback(done, total, row)
 
-        problem, resume = (
-            DenoisingObjective(settings, model, material),
-            folder is not None and (folder / FILE).is_file(),
-        )
-        training = (
-            settings.training.model_copy(update={"checkpoint_every": EVERY})
-            if folder
-            else settings.training
-        )
-        log = train(
+        objective = DenoisingObjective(config, model, dataset)
+        resume = folder is not None and (folder / FILE).is_file()
+        if folder:
+            training = training.model_copy(update={"checkpoint_every": CHECKPOINT_EVERY})
+        result = train(
             model.denoiser,
-            part.names,
-            problem,
+            trainable.names,
+            objective,
             training,
             folder=folder,
             resume=resume,
-            callback=note,
-        ).log
-    if folder:  # those from before a stop too
-        found = {done: Patch.load(folder / f"{done}.safetensors") for done in settings.updates}
-    return FineTuneResult(found, log)
+            callback=take_patch,
+        )
+    if folder:  # with those of earlier calls
+        patches = {n: Patch.load(patch_path(folder, n)) for n in config.updates}
+        (folder / FILE).unlink(missing_ok=True)
+    return FineTuneResult(patches, result.log)
 
 
-def _digest(digests: Sequence[str], texts: Sequence[Sequence[str]]) -> str:
-    return hashlib.sha256(
-        "".join(f"{d} {list(t)!r}\n" for d, t in zip(digests, texts, strict=True)).encode()
-    ).hexdigest()
+def patch_path(folder: Path, updates: int) -> Path:
+    """Return the path of the patch that `fine_tune` takes after a number of updates."""
+    return folder.with_name(f"{folder.name}-{updates}.safetensors")
+
+
+def _check_finite(patch: Patch, updates: int, lr: float) -> None:
+    if any(not bool(value.isfinite().all()) for value in patch.tensors.values()):
+        raise DivergedError(
+            f"fine-tuned weights must be finite, got NaN or infinity after {updates} updates. "
+            f"Lower lr ({lr})."
+        )
+
+
+def _digest(hashes: Sequence[str], captions: Sequence[Sequence[str]]) -> str:
+    rows = zip(hashes, captions, strict=True)
+    return hashlib.sha256("".join(f"{h} {list(c)!r}\n" for h, c in rows).encode()).hexdigest()

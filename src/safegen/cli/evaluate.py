@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegen.cli.options import (
-    Device,
-    Dtype,
-    Pickle,
-    Threads,
-    print_table,
-    read_pair,
-    set_threads,
-    warn_unused,
-)
+from safegen.cli.options import Device, Dtype, Pickle, Threads, read_pair, set_threads, warn_unused
 from safegen.cli.progress import show_progress
+from safegen.cli.scores import print_run, print_scores
 from safegen.core.errors import ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
     from safegen.evaluation.protocol import Protocol
-    from safegen.evaluation.run.folder import Run
 
 
 class Stage(StrEnum):
@@ -141,8 +131,10 @@ def evaluate(
                 progress=progress,
             )
         if stage is Stage.all:
-            _print_scores(run)
-            report([out])
+            from safegen.evaluation.report.page import open_runs, write_report
+
+            write_report(open_runs([out]), out)
+            print_run(out)
         typer.echo(
             f"{len(run.stacks) * len(run.planned)} images by {len(run.stacks)} stacks in {out}, "
             f"protocol {rules.name} ({rules.id})"
@@ -172,7 +164,7 @@ def score(
     scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
     path = out or scores_file(opened, scores)
     write_json(path, scores)
-    _print_scores(opened, scores)
+    print_scores(scores)
     rules = scores["protocol"]
     differs = rules["id"] != opened.protocol.id
     note = ". It differs from the run's protocol: compare like with like" if differs else ""
@@ -320,44 +312,3 @@ def _resumable(out: Path) -> Iterator[None]:
         raise InterruptedRunError(
             f"stopped. {out} keeps the images; re-run the same command to resume."
         ) from error
-
-
-def _print_scores(run: Run, scores: dict[str, Any] | None = None) -> None:
-    """Print one row for each stack and list."""
-    from safegen.evaluation.run.folder import SCORES
-
-    scores = scores or json.loads((run.folder / SCORES).read_text(encoding="utf-8"))
-    rows: list[Sequence[str] | None] = []
-    for name, entry in scores["stacks"].items():
-        for part, row in entry["lists"].items():
-            seen = row.get("concept")
-            rows.append(
-                (
-                    *(name, part, str(seen["n"] if seen else 0)),
-                    *(_rate(seen), _rate(row.get("removal"), 1)),
-                    *(_rate(row.get(key)) for key in ("subject", "change")),
-                    str(row["blank"]["hits"] or ""),
-                )
-            )
-        rows.append(None)
-    threshold = scores["protocol"]["decides"]["judge"]["threshold"]
-    print_table(
-        f"{run.protocol.concept}: seen by {scores['judge']} from {threshold} on; "
-        f"protocol {scores['protocol']['id']}",
-        (
-            *("stack", "list", "n", "seen (95 %)", "removed (95 %)"),
-            *("right object", "changed", "blank"),
-        ),
-        rows,
-    )
-
-
-def _rate(value: dict[str, Any] | None, digits: int = 0) -> str:
-    """Return a rate with its interval in percent; one prompt has no interval."""
-    if not value:
-        return ""
-    text = f"{100 * value['value']:.{digits}f} %"
-    if value["low"] is None:
-        return text
-    low, high = (f"{100 * value[key]:.{digits}f}" for key in ("low", "high"))
-    return f"{text} ({low} to {high})"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHEET = "sheet.png"
 """Contact sheet of the images; it is written last."""
-TRACES = "trail.jsonl"
+TRACES = "trace.jsonl"
 """What the guards did, one line per image."""
 
 
@@ -64,7 +64,7 @@ def generate(
 ) -> None:
     """Generate one PNG per prompt with its settings inside, and a contact sheet.
 
-    With guards, trail.jsonl records what they did to each image.
+    With guards, trace.jsonl records what they did to each image.
     """
     texts = _read_prompts(prompt or [], prompts)
     recipe = _build_stack(model, stack, config)
@@ -111,10 +111,10 @@ def _generate(
             part = samples[start : start + batch]
             for sample, result in zip(part, loaded.generate(part, generation_config), strict=True):
                 images.append(loaded.display_image(result))
-                trace = result.trail.to_json()
+                trace = result.trace.to_json()
                 traces.append({"index": sample.index, "seed": seed} | trace)
-                withheld += bool(result.trail.withheld)
-                if not result.trail.withheld:
+                withheld += bool(result.trace.withheld)
+                if not result.trace.withheld:
                     facts = sample.model_dump() | metadata | _identity(loaded)
                     facts |= {"guards": trace} if recipe.guards else {}
                     save_image(images[-1], folder / f"{sample.index:04d}.png", facts)

@@ -52,7 +52,7 @@ def extract_lora(
     check_outputs(out, no_card)
     if prompt and skip_quality:
         warn_unused("--prompt", "with --skip-quality")
-    from safegen.evaluation.report.model_card import CardSubject, card, write_with_card
+    from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
     from safegen.models.loading import load
     from safegen.patches import lora as loras
     from safegen.patches.patch import Patch
@@ -80,7 +80,7 @@ def extract_lora(
     }
     write_with_card(
         out,
-        None if no_card else card(subject),
+        None if no_card else model_card(subject),
         lambda: loras.save_lora(lora, base, out, keys=keys.value, **metadata),
     )
     worst = min(lora.energy_by_weight, key=lambda name: lora.energy_by_weight[name])

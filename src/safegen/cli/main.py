@@ -25,9 +25,9 @@ for command in (
     evaluate.score,
     evaluate.report,
     evaluate.verify,
-    attack.resilience,
 ):
     app.command()(command)
+app.add_typer(attack.app, name="attack", help="Test whether a removed concept can be brought back.")
 app.add_typer(patch.app, name="patch")
 app.add_typer(triplets.app, name="triplets")
 app.add_typer(prompts.app, name="prompts")

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +15,6 @@ import typer
 from safegen.core.errors import ConfigError, SafegenWarning, UnusedSettingWarning
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from safegen.models.model import Model
 
 ModelArg = Annotated[
@@ -137,23 +135,3 @@ def show_warnings() -> None:
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", SafegenWarning)
     warnings.showwarning = show
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str] | None]) -> None:
-    """Print a table; None among the rows draws a line."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = list(rows)
-    table: Table = Table(title=Text(title), title_justify="left")
-    # names are neither cut nor folded, so that two of them never look alike
-    width = max((len(line) for row in rows if row for line in row[0].split("\n")), default=0)
-    for index, column in enumerate(columns):
-        if index:
-            table.add_column(Text(column), overflow="fold")
-        else:
-            table.add_column(Text(column), no_wrap=True, min_width=width)
-    for row in rows:
-        table.add_section() if row is None else table.add_row(*map(Text, row))
-    Console().print(table)

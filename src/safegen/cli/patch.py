@@ -182,11 +182,11 @@ def card_(
     if out is not None and out.suffix != ".md":
         raise ConfigError(f"out must end in .md, got {str(out)!r}. A card overwrites its file.")
     from safegen.core.files import atomic_write
-    from safegen.evaluation.report.model_card import CardSubject, card
+    from safegen.evaluation.report.model_card import CardSubject, model_card
     from safegen.patches.patch import Patch
 
     path = out or patch.with_name(patch.name + ".md")
-    text = card(CardSubject.of_patch(Patch.load(patch), patch.name), metrics or ())
+    text = model_card(CardSubject.of_patch(Patch.load(patch), patch.name), metrics or ())
     with atomic_write(path, replace=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     typer.echo(str(path))

@@ -37,7 +37,7 @@ GUARDS = {
     "judge-filter": "safegen.guards.judge_filter:JudgeFilterConfig",
     "prompt-filter": "safegen.guards.prompt_filter:PromptFilterConfig",
     "safree": "safegen.guards.safree.safree:SafreeConfig",
-    "latent-guard": "safegen.guards.latent_guard:LatentGuardConfig",
+    "latent-guard": "safegen.guards.latent_guard.latent_guard:LatentGuardConfig",
     "crops": "safegen.guards.crops:CropsConfig",
     "pno": "safegen.guards.pno:PnoConfig",
     "dual-latent": "safegen.guards.dual_latent:DualLatentConfig",

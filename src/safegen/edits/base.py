@@ -273,6 +273,7 @@ def provenance_of(
     out: dict[str, Any] = {
         "method": edit.method(),
         "settings": edit.export_settings(),
+        "description": edit.describe(),
         "base": model.hash,
         "family": model.family,
         "model": display_name(model.name),

@@ -33,6 +33,7 @@ CONCEPT_METRICS: tuple[MetricName, ...] = (
     "shown",
     "mosaicked",
     "removal",
+    "removal_images",
     "change",
 )
 """Metrics that need no other files than a concept's judge."""

@@ -1,8 +1,8 @@
-"""CROPS, later SC-Pro: a prompt is probed by pictures from starts around its own, and not drawn if many are unsafe (arXiv:2501.05359).
+"""CROPS, later SC-Pro: unsafe probe images near the initial latents block a prompt.
 
-A reconstruction: the paper's abstract says that starts or embeddings are moved on a sphere or a
-circle, that the checker's answers are averaged, and that a prompt is stopped from a threshold on.
-The circle, the sizes, the threshold, and an embedding's move token by token are ours.
+A reconstruction from the abstract (arXiv:2501.05359): latents or embeddings move on a sphere or
+circle, the checker's verdicts are averaged, and a threshold blocks the prompt. The circle, the
+sizes, the threshold, and moving an embedding token by token are ours.
 """
 
 from __future__ import annotations
@@ -15,122 +15,118 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, copied
-from safegen.guards.core.base import Guard, GuardResult, Probe
-from safegen.guards.judge_filter import JudgeBackedConfig, ask_judge
+from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.base import Guard, ProbeFunction
+from safegen.guards.core.result import GuardResult
+from safegen.guards.judge_filter import JudgeBackedConfig, detect_images
 from safegen.judges import Judge
 
 
 class CropsConfig(JudgeBackedConfig):
-    """Settings of probing."""
+    """Settings of CROPS."""
 
     name: Literal["crops"] = "crops"
-    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"start"})
-    families: ClassVar[tuple[str, ...]] = ONE_FRAME
-    later: ClassVar[frozenset[str]] = frozenset({"moves"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"probe"})
+    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
+    paper: ClassVar[str] = "after CROPS / SC-Pro, arXiv:2501.05359 (abstract only)"
+    deviations: ClassVar[str] = (
+        "Reconstruction: sizes, circle and threshold are ours. Probes of the embedding turn each "
+        "of the prompt's tokens by the angle (ours). The one-step variant uses this model, not a "
+        "distilled one."
+    )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "one-step": {"steps": 1},
         "embedding": {"moves": "embedding"},
     }
 
     moves: Literal["start", "embedding"] = "start"
-    """What differs from probe to probe: the start, or the embedding of the prompt's tokens, each alone; the other is the picture's own."""
+    """What differs between probes: initial latents, or the embeddings of the prompt's tokens."""
     shape: Literal["spherical", "circular"] = "spherical"
-    """Where the probes lie: in random directions from the prompt's own start or embedding, or evenly round it on a circle."""
+    """Where probes lie: in random directions, or evenly spaced on a circle around the original."""
     angle: float = Field(default=0.3, gt=0, lt=math.pi)
-    """psi: how far from the prompt's own, in radians."""
+    """psi: angle between a probe and the original, in radians."""
     probes: int = Field(default=8, ge=1)
-    """k: probes a prompt, each a picture's worth of work, or a part of it with fewer `steps`."""
+    """k: number of probes per prompt. Each costs an image, or less with fewer `steps`."""
     steps: int | None = Field(default=None, ge=1)
-    """Denoising steps of a probe.
-
-    The picture's own when not given. 1 is the one-step variant, by this model and not a distilled
-    one.
-    """
+    """Denoising steps of a probe. Default: those of the call."""
     limit: float = Field(default=0.5, gt=0, le=1)
-    """S_th: share of unsafe probes from which on the prompt is not drawn.
+    """S_th: share of unsafe or unjudged probes from which on the prompt is blocked."""
 
-    A probe that cannot be judged counts as unsafe.
-    """
-
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work."""
-        return CropsGuard(self, border, self.open())
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard."""
+        return CropsGuard(self, adapter, self.load_judge())
 
 
 class CropsGuard(Guard):
-    guard: CropsConfig
+    """Guard that generates probes and lets its judge count the unsafe ones."""
 
-    def __init__(self, guard: CropsConfig, border: PipelineAdapter, judge: Judge) -> None:
-        super().__init__(guard)
-        self.border, self.judge = border, judge
+    config: CropsConfig
+
+    def __init__(self, config: CropsConfig, adapter: PipelineAdapter, judge: Judge) -> None:
+        super().__init__(config)
+        self.adapter, self.judge = adapter, judge
 
     def probe(
-        self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]
+        self, generate: ProbeFunction, prompts: Sequence[str], options: Mapping[str, Any]
     ) -> list[GuardResult]:
-        guard = self.guard
-        own, generators = self.border.starts(options, "the guard 'crops'")
-        moved = (
-            [self._around(x, copied(g)) for x, g in zip(own, generators, strict=True)]
-            if guard.moves == "start"
-            else []
-        )
-        shifts = self._shifts(prompts, generators, options) if guard.moves == "embedding" else None
-        device = self.border.pipe._execution_device
-        hits = [0] * len(prompts)
-        for k in range(guard.probes):
-            noise = (torch.stack([starts[k] for starts in moved]) if moved else own).to(device)
-            later = [copied(g) for g in generators]  # for schedulers that add noise
-            changed: dict[str, Any] = {"latents": noise, "generator": later, "output_type": "pil"}
-            if guard.steps is not None:
-                changed["num_inference_steps"] = guard.steps
-            results = ask_judge(
-                self.judge, draw(prompts, changed, shift=None if shifts is None else shifts[k])
-            )
-            hits = [
-                hit + (d.verdict(self.judge.labels, self.judge.threshold) != "safe")
-                for hit, d in zip(hits, results, strict=True)
+        """Return one result per prompt, by the share of its unsafe probes."""
+        config = self.config
+        latents, generators = self.adapter.initial_latents(options, "crops")
+        starts: list[Tensor] = []
+        offsets: Tensor | None = None
+        if config.moves == "start":
+            starts = [
+                self._neighbors(x, clone_generator(g))
+                for x, g in zip(latents, generators, strict=True)
             ]
-        limits = {"share": guard.limit, "score": self.judge.threshold}
-        out = []
-        for hit in hits:
-            stop = hit / guard.probes >= guard.limit
-            out.append(
-                GuardResult(
-                    "block" if stop else "none",
-                    "probes" if stop else "",
-                    {"share": hit / guard.probes},
-                    limits,
-                )
-            )
-        return out
+        else:
+            offsets = self._embedding_offsets(prompts, generators, options)
+        unsafe = [0] * len(prompts)
+        for k in range(config.probes):
+            noise = torch.stack([x[k] for x in starts]) if starts else latents
+            changes: dict[str, Any] = {
+                "latents": noise.to(self.adapter.device),
+                "generator": [clone_generator(g) for g in generators],  # for ancestral schedulers
+                "output_type": "pil",
+            }
+            if config.steps is not None:
+                changes["num_inference_steps"] = config.steps
+            offset = None if offsets is None else offsets[k]
+            images = generate(prompts, changes, embedding_offset=offset)
+            detections = detect_images(self.judge, images)
+            verdicts = [d.verdict(self.judge.labels, self.judge.threshold) for d in detections]
+            unsafe = [n + (v != "safe") for n, v in zip(unsafe, verdicts, strict=True)]
+        return [self._result(n / config.probes) for n in unsafe]
 
-    def _around(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the probes around a start or a token, (k, *x.shape)."""
-        return around(
-            x, generator, angle=self.guard.angle, n=self.guard.probes, shape=self.guard.shape
-        )
+    def _result(self, share: float) -> GuardResult:
+        thresholds = {"share": self.config.limit, "score": self.judge.threshold}
+        if share >= self.config.limit:
+            return GuardResult("block", "probes", {"share": share}, thresholds)
+        return GuardResult("none", "", {"share": share}, thresholds)
 
-    def _shifts(
+    def _neighbors(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the probes around latents or a token embedding, (k, *x.shape)."""
+        config = self.config
+        return neighbors(x, generator, angle=config.angle, n=config.probes, shape=config.shape)
+
+    def _embedding_offsets(
         self,
         prompts: Sequence[str],
         generators: Sequence[torch.Generator],
         options: Mapping[str, Any],
     ) -> Tensor:
-        """Return what the probes add to the prompts' embeddings, (k, b, tokens, width): nothing but at the prompts' own tokens."""
-        hidden = self.border.encode(prompts, options).hidden.float()
-        out = hidden.new_zeros((self.guard.probes, *hidden.shape))
+        """Return offsets of the embeddings, (k, b, tokens, width), zero outside the prompts."""
+        hidden = self.adapter.encode(prompts, options).hidden.float()
+        offsets = hidden.new_zeros((self.config.probes, *hidden.shape))
         for i, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):
-            ends = (
-                min(self.border.tokens(prompt)) - 1
-            )  # the first token marks the beginning, that at `ends` the end
-            apart = copied(generator)
-            for j in range(1, ends):
-                out[:, i, j] = self._around(hidden[i, j], apart) - hidden[i, j]
-        return out
+            end = min(self.adapter.count_tokens(prompt)) - 1  # token 0 is the start, `end` the end
+            rng = clone_generator(generator)
+            for j in range(1, end):
+                offsets[:, i, j] = self._neighbors(hidden[i, j], rng) - hidden[i, j]
+        return offsets
 
 
-def around(
+def neighbors(
     x: Tensor,
     generator: torch.Generator,
     *,
@@ -138,30 +134,30 @@ def around(
     n: int,
     shape: Literal["spherical", "circular"],
 ) -> Tensor:
-    """Return `n` starts (or embeddings) at an angle from `x`, of its norm, (n, *x.shape) (reconstruction).
+    """Return `n` tensors at an angle from `x` and of its norm, (n, *x.shape) (reconstruction).
 
-    Spherical: cos(psi) x + sin(psi) r with r random, orthogonal to x and of its length. Circular: r
-        = cos(2 pi j / n) a + sin(2 pi j / n) b for two such directions a, b that are orthogonal to
-        each other.
+    Spherical: cos(psi) x + sin(psi) r with r random, orthogonal to x and of its norm. Circular: r =
+    cos(2 pi j / n) a + sin(2 pi j / n) b for two such directions a, b orthogonal to each other.
 
     Args:
-        x: a start, or a token's embedding.
-        generator: of the directions.
+        x: initial latents, or the embedding of a token.
+        generator: generator of the directions.
         angle: psi, in radians.
-        n: how many.
-        shape: which.
+        n: number of tensors.
+        shape: where they lie.
     """
     flat = x.flatten()
     count = n if shape == "spherical" else 2
-    found: list[Tensor] = []
+    directions: list[Tensor] = []
     for _ in range(count):
         r = torch.randn(flat.shape, generator=generator, device=generator.device).to(flat)
-        for other in [flat] if shape == "spherical" else [flat, *found]:
+        for other in [flat] if shape == "spherical" else [flat, *directions]:
             r = r - (r @ other) / (other @ other) * other
-        found.append(r * flat.norm() / r.norm())
+        directions.append(r * flat.norm() / r.norm())
     if shape == "circular":
-        a, b = found
-        found = [
-            math.cos(2 * math.pi * j / n) * a + math.sin(2 * math.pi * j / n) * b for j in range(n)
-        ]
-    return torch.stack([(math.cos(angle) * flat + math.sin(angle) * r).view_as(x) for r in found])
+        a, b = directions
+        angles = [2 * math.pi * j / n for j in range(n)]
+        directions = [math.cos(phi) * a + math.sin(phi) * b for phi in angles]
+    return torch.stack(
+        [(math.cos(angle) * flat + math.sin(angle) * r).view_as(x) for r in directions]
+    )

@@ -1,13 +1,13 @@
-"""Dual latent: a second stream under a safer text is drawn from the same start and mixed into the first (after arXiv:2411.13982).
+"""Dual latent: a reference stream under a safer text, from the same latents, is mixed in.
 
-A reconstruction: the paper's abstract says that two streams are mixed by a weight, after a
+A reconstruction from the abstract of arXiv:2411.13982: two streams are mixed by a weight, after a
 threshold of global context, for prompts that a detector flags. How weight, threshold, safe text and
 detector are made is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,156 +16,170 @@ from torch import Tensor
 
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
-from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, Text
-from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
+from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.result import GuardResult
 from safegen.guards.safree.projection import (
     Projection,
     ProjectionConfig,
+    apply_projection,
     concept_projectors,
     project_prompt,
-    projected,
     text_encoders,
 )
 
-ONE_STEP = (
+MEMORYLESS_SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
 )
-"""Schedulers that remember nothing of earlier steps: what others remember would not be mixed."""
+"""Schedulers without state from earlier steps, which would not be mixed."""
 
 
 class DualLatentConfig(GuardConfig):
     """Settings of the dual latent guard."""
 
     name: Literal["dual-latent"] = "dual-latent"
-    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"text", "latents"})
-    families: ClassVar[tuple[str, ...]] = ONE_FRAME
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"prompt_embeds", "latents"})
+    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
     exclusive: ClassVar[bool] = True
+    paper: ClassVar[str] = "after Vice et al. 2024, arXiv:2411.13982 (abstract only)"
+    deviations: ClassVar[str] = (
+        "Reconstruction: weight, threshold of global context, safe text (SAFREE's) and detector "
+        "(how far SAFREE's projection moves the prompt) are ours."
+    )
 
     phrases: tuple[str, ...] = Field(min_length=1)
-    """Phrases for the concept.
-
-    The second stream's text is the prompt without their span, as SAFREE makes it.
-    """
+    """Phrases that name the concept. The reference stream's prompt has their span projected out."""
     strength: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the second stream: 0 is no guard, 1 draws it alone from `start` on."""
+    """Weight of the reference stream. 0: off. 1: the reference stream alone from `start` on."""
     start: float = Field(default=0.2, ge=0, le=1)
-    """tau_gc: part of the steps in which the first stream leads and gives the picture its layout."""
+    """tau_gc: share of the steps in which the prompt's stream alone sets the layout."""
     gate: float = Field(default=0.0, ge=0, le=2)
-    """Least distance (1 - cosine) that the projection moves a prompt for it to be drawn in two streams; 0 is every prompt."""
+    """Least distance (1 - cosine) of a prompt and its projection to act. 0: every prompt."""
     alpha: float = Field(default=0.01, ge=0)
-    """As SAFREE's: which tokens are projected."""
+    """Threshold for the tokens to project, as in SAFREE."""
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
-        """Return the concept's words as phrases."""
+        """Return the concept's phrases."""
         return {"phrases": concept.words}
 
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work.
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard.
 
         Raises:
-            ConfigError: a phrase that the text encoder would cut, or a scheduler with a memory.
+            ConfigError: a phrase is too long for the text encoder, or the scheduler has state.
         """
         for phrase in self.phrases:
-            border.fits(phrase, "a phrase of the guard 'dual-latent'")
-        _remembers_nothing(border)
-        return DualLatentGuard(self, border)
+            adapter.check_length(phrase, "a phrase of the guard 'dual-latent'")
+        _check_scheduler(adapter)
+        return DualLatentGuard(self, adapter)
 
     @property
-    def way(self) -> ProjectionConfig:
+    def projection_config(self) -> ProjectionConfig:
         """How the safer text is made."""
         return ProjectionConfig(self.alpha, "code", distance=True)
 
 
 class DualLatentGuard(Guard):
-    guard: DualLatentConfig
+    """Guard that requests a reference stream for prompts near the concept."""
 
-    def __init__(self, guard: DualLatentConfig, border: PipelineAdapter) -> None:
-        super().__init__(guard)
-        self.readers = text_encoders(border.pipe)
-        self.concept = concept_projectors(self.readers, guard.phrases)
-        self.ways: dict[str, Projection] = {}
+    config: DualLatentConfig
+
+    def __init__(self, config: DualLatentConfig, adapter: PipelineAdapter) -> None:
+        super().__init__(config)
+        self.encoders = text_encoders(adapter.pipe)
+        self.concept = concept_projectors(self.encoders, config.phrases)
+        self.projections: dict[str, Projection] = {}
 
     def wants_reference_stream(self, prompts: Sequence[str]) -> list[bool]:
-        self.ways = {
-            prompt: project_prompt(self.readers, prompt, self.concept, self.guard.way)
+        """Return which prompts the projection moves far enough."""
+        config = self.config.projection_config
+        self.projections = {
+            prompt: project_prompt(self.encoders, prompt, self.concept, config)
             for prompt in prompts
         }
-        return [
-            bool(
-                self.guard.strength
-                and (way := self.ways[p]).triggers
-                and way.distance >= self.guard.gate
-            )
-            for p in prompts
-        ]
+        return [self._is_flagged(self.projections[prompt]) for prompt in prompts]
+
+    def _is_flagged(self, projection: Projection) -> bool:
+        far = projection.distance >= self.config.gate
+        return bool(self.config.strength and projection.triggers and far)
 
     def start(self, call: Call) -> GuardHook:
-        _remembers_nothing(call.border)  # it may be another one since
-        return DualLatentHook(self.guard, call, self.ways)
+        """Return the hook that mixes the streams of one call."""
+        _check_scheduler(call.adapter)  # it may have been replaced
+        return DualLatentHook(self.config, call, self.projections)
 
 
 class DualLatentHook(GuardHook):
-    def __init__(self, guard: DualLatentConfig, call: Call, ways: dict[str, Projection]) -> None:
-        self.guard, self.call, self.ways, self.mixed = guard, call, ways, 0
+    """Both streams of one call."""
 
-    def edit_prompt_embeds(self, text: Text) -> Text:
+    def __init__(
+        self, config: DualLatentConfig, call: Call, projections: Mapping[str, Projection]
+    ) -> None:
+        self.config, self.call, self.projections = config, call, projections
+        self.mixed_steps = 0
+
+    def edit_prompt_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+        """Return the embeddings, projected in the reference rows."""
         if not self.call.reference_rows:
-            return text
-        hidden = text.hidden.clone()
-        for second in self.call.reference_rows.values():
-            hidden[second] = projected(hidden[second], self.ways[self.call.prompts[second]], 1.0)
-        return Text(hidden, text.extra)
+            return embeds
+        hidden = embeds.hidden.clone()
+        for row in self.call.reference_rows.values():
+            projection = self.projections[self.call.prompts[row]]
+            hidden[row] = apply_projection(hidden[row], projection, 1.0)
+        return TextEmbeds(hidden, embeds.extra)
 
     def on_step_end(self, latents: Tensor) -> Tensor:
+        """Return the latents after mixing both streams."""
         if not self.call.reference_rows:
             return latents
-        out = latents.clone()
-        leads = self.call.step < self.guard.start * self.call.steps
-        self.mixed += not leads
-        for first, second in self.call.reference_rows.items():
-            out[first], out[second] = mixed(
-                latents[first],
-                latents[second],
-                strength=0.0 if leads else self.guard.strength,
-                follow=leads,
+        mixed = latents.clone()
+        follow = self.call.step < self.config.start * self.call.num_steps
+        self.mixed_steps += not follow
+        strength = 0.0 if follow else self.config.strength
+        for row, reference in self.call.reference_rows.items():
+            mixed[row], mixed[reference] = mix_streams(
+                latents[row], latents[reference], strength=strength, follow=follow
             )
-        return out
+        return mixed
 
     def results(self) -> list[GuardResult]:
-        out = []
+        """Return the number of mixed steps per image."""
+        results = []
         for i, prompt in enumerate(self.call.prompts):
-            steps = self.mixed if i in self.call.reference_rows else 0
-            scores, limits = (
-                {"distance": self.ways[prompt].distance, "steps": float(steps)},
-                {"gate": self.guard.gate},
-            )
-            out.append(
-                GuardResult("edit" if steps else "none", "mixed" if steps else "", scores, limits)
-            )
-        return out
+            steps = self.mixed_steps if i in self.call.reference_rows else 0
+            scores = {"distance": self.projections[prompt].distance, "steps": float(steps)}
+            action: Literal["edit", "none"] = "edit" if steps else "none"
+            reason = "mixed" if steps else ""
+            results.append(GuardResult(action, reason, scores, {"gate": self.config.gate}))
+        return results
 
 
-def _remembers_nothing(border: PipelineAdapter) -> None:
-    scheduler = type(border.pipe.scheduler).__name__
-    if scheduler not in ONE_STEP:
+def _check_scheduler(adapter: PipelineAdapter) -> None:
+    scheduler = type(adapter.pipe.scheduler).__name__
+    if scheduler not in MEMORYLESS_SCHEDULERS:
         raise ConfigError(
-            f"the guard 'dual-latent' would leave stale what a {scheduler} remembers of earlier steps; use {', '.join(ONE_STEP)}"
+            f"scheduler must be one of {', '.join(MEMORYLESS_SCHEDULERS)} for the guard "
+            f"'dual-latent', got {scheduler}. Its state from earlier steps would not be mixed."
         )
 
 
-def mixed(first: Tensor, second: Tensor, *, strength: float, follow: bool) -> tuple[Tensor, Tensor]:
-    """Return both streams' latents after a step: the first moved toward the second, or the second set to the first (reconstruction).
+def mix_streams(
+    latents: Tensor, reference: Tensor, *, strength: float, follow: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the latents of both streams after a step (reconstruction).
 
     z_u <- (1 - lambda) z_u + lambda z_s from tau_gc on, z_s <- z_u before it.
 
     Args:
-        first: z_u, what will be shown.
-        second: z_s.
+        latents: z_u, the stream that is shown.
+        reference: z_s.
         strength: lambda.
-        follow: whether the second stream is set to the first.
+        follow: set the reference stream to the other.
     """
-    return (first, first) if follow else (torch.lerp(first, second, strength), second)
+    if follow:
+        return latents, latents
+    return torch.lerp(latents, reference, strength), reference

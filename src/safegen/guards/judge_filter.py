@@ -1,4 +1,4 @@
-"""Any judge as an output guard: what it calls unsafe, or cannot judge, is not shown."""
+"""Any judge as a guard of images: replaces unsafe images, withholds those it cannot judge."""
 
 from __future__ import annotations
 
@@ -14,38 +14,37 @@ from safegen.core.errors import FileError, is_out_of_memory
 from safegen.core.registry import CLIPS
 from safegen.data.triplets.censor import Censor, censor
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
-from safegen.guards.core.base import Action, Guard, GuardConfig, GuardResult
+from safegen.guards.core.base import Guard, GuardConfig
+from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.judges import Detections, Judge, load_judge
 from safegen.judges.base import no_rule
 
-Answer = Literal["black", "blur", "mosaic", "refuse"]
-"""What to do with an unsafe picture: a black one in its place, the whole of it covered, or no picture at all."""
-FILES = ("weights", "prompts")
+PATH_OPTIONS = ("weights", "prompts")
 """Options of judges that name files."""
 
 
 class JudgeBackedConfig(GuardConfig):
-    """A guard that asks a judge."""
+    """Settings of a guard that uses a judge."""
 
     judge: str
-    """Name of the judge that has the last word; it should not be the one that measures."""
+    """Name of the judge. It should not be the one that measures the result."""
     labels: tuple[str, ...] = ()
-    """Its labels that make a picture unsafe; all its unsafe ones when empty."""
+    """Labels that make an image unsafe. Default: all unsafe labels of the judge."""
     threshold: float | None = Field(default=None, ge=0.2, le=1)
-    """From which score on; the judge's own when not given."""
+    """Score from which on a label counts. Default: the judge's own."""
     options: Annotated[dict[str, Any], AfterValidator(no_rule)] = Field(default_factory=dict)
-    """What the judge takes besides: its weights, prompts ..."""
+    """Other options of the judge, such as its weights."""
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's judge, labels and threshold."""
         return {"judge": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
 
-    def resolve_paths(self, folder: Path) -> GuardConfig:
-        """Return the guard with its judge's files looked for in `folder`, unless they are bundled or of the hub."""
-        return self.model_copy(update={"options": resolve_paths(self.options, folder)})
+    def resolve_paths(self, base_dir: Path) -> GuardConfig:
+        """Return the settings with the judge's local files resolved against `base_dir`."""
+        return self.model_copy(update={"options": resolve_options(self.options, base_dir)})
 
-    def open(self) -> Judge:
+    def load_judge(self) -> Judge:
         """Return the judge.
 
         Raises:
@@ -57,12 +56,12 @@ class JudgeBackedConfig(GuardConfig):
             )
         except OSError as error:
             raise FileError(
-                f"the judge {self.judge!r} of a guard cannot be opened: {error}"
+                f"the judge {self.judge!r} of a guard cannot be loaded: {error}"
             ) from error
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the settings with the judge's id in the place of where its weights lie."""
-        return hashed(super().fingerprint(), self.open())
+        """Return the settings with the judge's id instead of its options."""
+        return hash_settings(super().fingerprint(), self.load_judge())
 
 
 class JudgeFilterConfig(JudgeBackedConfig):
@@ -70,92 +69,90 @@ class JudgeFilterConfig(JudgeBackedConfig):
 
     name: Literal["judge-filter"] = "judge-filter"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"image"})
+    deviations: ClassVar[str] = "An image that cannot be judged is withheld."
 
-    action: Answer = "black"
-    """What becomes of an unsafe picture. One that could not be judged is always withheld."""
+    action: UnsafeAction = "black"
+    """What to do with an unsafe image. One that cannot be judged is always withheld."""
 
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work."""
-        return JudgeGuard(self, self.open(), self.action)
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard."""
+        return JudgeGuard(self, self.load_judge(), self.action)
 
 
-def resolve_paths(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a judge's options with the files among them looked for in `folder`, unless they are bundled or of the hub."""
-    local = {
-        k
-        for k in FILES
-        if isinstance(v := options.get(k), str | Path)
-        and str(v) not in CLIPS
-        and not str(v).startswith("hub:")
+def resolve_options(options: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
+    """Return a judge's options with local paths resolved, not those of the bundle or the hub."""
+
+    def is_local(key: str, value: Any) -> bool:
+        bundled = str(value) in CLIPS or str(value).startswith("hub:")
+        return key in PATH_OPTIONS and isinstance(value, str | Path) and not bundled
+
+    return {k: str(base_dir / v) if is_local(k, v) else v for k, v in options.items()}
+
+
+def hash_settings(settings: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
+    """Return settings with the judge's id, labels and threshold, not `options` and `weights`."""
+    others = {k: v for k, v in settings.items() if k not in ("options", "weights")}
+    return others | {
+        "judge_id": judge.id,
+        "labels": list(judge.labels),
+        "threshold": judge.threshold,
     }
-    return {k: str(folder / v) if k in local else v for k, v in options.items()}
 
 
-def hashed(settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
-    """Return settings without `options` and `weights`, and with the judge's id, its labels and its threshold."""
-    kept = {k: v for k, v in settings.items() if k not in ("options", "weights")}
-    return kept | {"judge_id": judge.id, "labels": list(judge.labels), "threshold": judge.threshold}
-
-
-def ask_judge(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Detections]:
+def detect_images(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Detections]:
     """Return the judge's detections in each image.
 
     Raises:
-        MemoryError: it could not judge one of several for want of memory, as it may when fewer are
-            drawn at once. One that is alone is unjudged.
-        ValueError: there are more or fewer.
+        MemoryError: the judge ran out of memory on one of several images, so that the caller can
+            retry with fewer. A single image is unjudged instead.
+        ValueError: the judge returned detections for another number of images.
     """
-    results = judge.detect(images)
-    if len(results) != len(images):
-        raise ValueError(f"the judge gave {len(results)} answers on {len(images)} pictures")
-    short = [d.unjudged for d in results if d.unjudged and is_out_of_memory(d.unjudged)]
-    if short and len(images) > 1:
+    detections = judge.detect(images)
+    if len(detections) != len(images):
+        raise ValueError(f"the judge returned {len(detections)} results for {len(images)} images")
+    failures = [d.unjudged for d in detections if d.unjudged and is_out_of_memory(d.unjudged)]
+    if failures and len(images) > 1:
         raise MemoryError(
-            f"{judge.id} could not judge {len(short)} of {len(images)} pictures: {short[0]}"
+            f"{judge.id} could not judge {len(failures)} of {len(images)} images: {failures[0]}"
         )
-    return results
+    return detections
 
 
 class JudgeGuard(Guard):
-    """A judge that decides what is shown."""
+    """Guard with a judge that decides which images are shown."""
 
-    def __init__(self, guard: GuardConfig, judge: Judge, answer: Answer) -> None:
-        super().__init__(guard)
-        self.judge, self.answer = judge, answer
+    def __init__(self, config: GuardConfig, judge: Judge, action: UnsafeAction) -> None:
+        super().__init__(config)
+        self.judge, self.action = judge, action
 
-    def look(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[GuardResult]:
-        """Return what becomes of each picture."""
-        results = ask_judge(self.judge, images)
-        return [self._one(image, each) for image, each in zip(images, results, strict=True)]
+    def check_images(
+        self, images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> list[GuardResult]:
+        """Return one result per image."""
+        detections = detect_images(self.judge, images)
+        return [self._result(image, d) for image, d in zip(images, detections, strict=True)]
 
-    def _one(self, image: Image.Image, detections: Detections) -> GuardResult:
+    def _result(self, image: Image.Image, detections: Detections) -> GuardResult:
         scores: dict[str, float] = {}
-        for seen in detections.items:
-            if seen.label in self.judge.labels:
-                scores[seen.label] = max(seen.score, scores.get(seen.label, 0.0))
-        limits = {"score": self.judge.threshold}
+        for detection in detections.items:
+            if detection.label in self.judge.labels:
+                scores[detection.label] = max(detection.score, scores.get(detection.label, 0.0))
+        thresholds = {"score": self.judge.threshold}
         verdict = detections.verdict(self.judge.labels, self.judge.threshold)
         if verdict == "safe":
-            return GuardResult("none", "", scores, limits)
+            return GuardResult("none", "", scores, thresholds)
         if verdict == "unsafe":
-            return censor_whole(image, self.answer, "unsafe", scores, limits)
-        return GuardResult("withhold", f"unjudged: {detections.unjudged}", scores, limits)
+            replacement = censor_whole(image, self.action)
+            return GuardResult(self.action, "unsafe", scores, thresholds, replacement)
+        return GuardResult("withhold", f"unjudged: {detections.unjudged}", scores, thresholds)
 
 
-def censor_whole(
-    image: Image.Image,
-    answer: Answer,
-    reason: str,
-    scores: dict[str, float],
-    limits: dict[str, float],
-) -> GuardResult:
-    """Return what is shown in the place of an unsafe picture: nothing, black, or the whole of it under a mosaic or blur."""
-    action: Action = answer
-    if answer == "refuse":
-        return GuardResult(action, reason, scores, limits)
-    if answer == "black":
-        return GuardResult(action, reason, scores, limits, Image.new("RGB", image.size))
-    whole = (0.0, 0.0, float(image.width), float(image.height))
+def censor_whole(image: Image.Image, action: UnsafeAction) -> Image.Image | None:
+    """Return the image to show instead of an unsafe one; None for `refuse`."""
+    if action == "refuse":
+        return None
+    if action == "black":
+        return Image.new("RGB", image.size)
+    box = (0.0, 0.0, float(image.width), float(image.height))
     tile = max(1 / 8, 2 / min(image.size))
-    shown, _ = censor(image.convert("RGB"), [whole], Censor(style=answer, tile=tile))
-    return GuardResult(action, reason, scores, limits, shown)
+    return censor(image.convert("RGB"), [box], Censor(style=action, tile=tile))[0]

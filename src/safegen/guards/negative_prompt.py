@@ -1,71 +1,75 @@
-"""A negative prompt as a guard: the blank side of guidance is conditioned on what must not be drawn."""
+"""Negative prompt as a guard: guidance steers every image away from a text."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
 from safegen.core.concept import Concept
-from safegen.guards.core.adapter import HookPoint, PipelineAdapter, Text
-from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.result import GuardResult
 
 
 class NegativePromptConfig(GuardConfig):
     """Settings of the negative prompt."""
 
     name: Literal["negative-prompt"] = "negative-prompt"
-    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"uncond"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"negative_prompt_embeds"})
+    paper: ClassVar[str] = "common practice; compared with SLD in arXiv:2211.05105"
+    deviations: ClassVar[str] = "The text is appended to the call's negative prompt with a comma."
 
     text: str
-    """What every picture is pushed away from.
-
-    Joined with a comma to a negative prompt that is there already. Blank is no guard.
-    """
+    """Text to steer away from, appended to the call's negative prompt. Empty: off."""
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
-        """Return the concept's words as the text."""
+        """Return the concept's phrases as the text."""
         return {"text": ", ".join(concept.words)}
 
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work; the text must fit the text encoder."""
-        border.fits(self.text, "the text of the guard 'negative-prompt'")
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard. Its text must fit the text encoder."""
+        adapter.check_length(self.text, "text of the guard 'negative-prompt'")
         return NegativePromptGuard(self)
 
 
 class NegativePromptGuard(Guard):
-    guard: NegativePromptConfig
+    """Guard that replaces the negative prompts' embeddings."""
+
+    config: NegativePromptConfig
 
     def start(self, call: Call) -> GuardHook:
-        """Write the text into the call's negative prompts, and encode the distinct ones."""
-        call.negative[:] = [joined(one, self.guard.text) for one in call.negative]
-        for text in dict.fromkeys(call.negative):
-            call.border.fits(
+        """Append the text to the call's negative prompts, and return the hook."""
+        call.negative_prompts[:] = [
+            join_texts(text, self.config.text) for text in call.negative_prompts
+        ]
+        for text in dict.fromkeys(call.negative_prompts):
+            call.adapter.check_length(
                 text,
                 "a negative prompt together with that of the guard 'negative-prompt'",
                 call.options,
             )
-        return NegativePromptHook(call, acts=bool(self.guard.text))
+        return NegativePromptHook(call, active=bool(self.config.text))
 
 
 class NegativePromptHook(GuardHook):
-    def __init__(self, call: Call, *, acts: bool) -> None:
-        self.call, self.acts = call, acts
-        texts = list(dict.fromkeys(call.negative))
-        found, at = (
-            call.border.encode(texts, call.options),
-            [texts.index(one) for one in call.negative],
-        )
-        self.text = Text(found.hidden[at], {k: v[at] for k, v in found.extra.items()})
+    """Embeddings of the negative prompts of one call."""
 
-    def edit_negative_embeds(self, text: Text) -> Text:
-        return self.text if self.acts else text
+    def __init__(self, call: Call, *, active: bool) -> None:
+        self.num_images, self.active = len(call.prompts), active
+        texts = list(dict.fromkeys(call.negative_prompts))
+        encoded = call.adapter.encode(texts, call.options)
+        self.embeds = encoded.select([texts.index(text) for text in call.negative_prompts])
+
+    def edit_negative_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+        """Return the embeddings of the extended negative prompts."""
+        return self.embeds if self.active else embeds
 
     def results(self) -> list[GuardResult]:
-        return [GuardResult("edit", "steered") if self.acts else GuardResult()] * len(
-            self.call.prompts
-        )
+        """Return the same result for every image."""
+        result = GuardResult("edit", "steered") if self.active else GuardResult()
+        return [result] * self.num_images
 
 
-def joined(own: str, more: str) -> str:
-    """Return two texts with a comma between, or the one that there is."""
-    return ", ".join(part for part in (own, more) if part)
+def join_texts(first: str, second: str) -> str:
+    """Return two texts joined by a comma, or the only one that is not empty."""
+    return ", ".join(text for text in (first, second) if text)

@@ -1,8 +1,8 @@
-"""PNO: where a picture would be unsafe, its start is moved down the gradient of a score until it is not (after arXiv:2412.03876).
+"""PNO, prompt-noise optimization: optimizes initial latents until a safety score is met.
 
-Of what the released code moves, embedding and all noises, only the start is moved here: without
-noise between the steps the other noises are inert, and the prompt's embedding stays what was asked
-for. Another model than the one that was optimised says whether the picture is shown.
+After arXiv:2412.03876. The released code moves the embedding and all noises. Only the initial
+latents move here: without noise between steps the other noises are inert, and the embedding stays
+the prompt's own. A judge with other weights than the score decides whether the image is shown.
 """
 
 from __future__ import annotations
@@ -21,189 +21,193 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_tensors
-from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, copied
-from safegen.guards.core.base import Guard, GuardConfig, GuardResult, Probe
-from safegen.guards.judge_filter import Answer, JudgeBackedConfig, JudgeGuard, resolve_paths
+from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.base import Guard, GuardConfig, ProbeFunction
+from safegen.guards.core.result import GuardResult, UnsafeAction
+from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
 from safegen.judges import Judge
 from safegen.judges.clip import chances, encode_texts
 from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 GROUP = 4
-"""k: entries of the start that are held against each other by the regulariser."""
+"""k: entries of the latents per row of the regularizer's matrix."""
+ScoreFunction = Callable[..., Tensor]
+"""Maps initial latents (b, c, h, w) and `grad` to scores (b,)."""
 
 
 class PnoConfig(JudgeBackedConfig):
-    """Settings of prompt-noise optimisation.
-
-    The judge must not be made of the same weights as the score.
-    """
+    """Settings of PNO. The judge must not use the weights of the score."""
 
     name: Literal["pno"] = "pno"
-    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"start", "image"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"probe", "image"})
+    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
     exclusive: ClassVar[bool] = True
-    families: ClassVar[tuple[str, ...]] = ONE_FRAME
+    paper: ClassVar[str] = "Peng et al. 2024, arXiv:2412.03876; regularizer as released"
+    deviations: ClassVar[str] = (
+        "Only the initial latents move. The score is a CLIP of your choice instead of Q16's stored "
+        "vectors. Restarts and permutations run in one batch. A prompt that never meets the limit "
+        "is blocked. Another model judges the result."
+    )
 
     weights: Path | str
-    """The CLIP whose score is lowered: `mini`, a folder with tokenizer and preprocessor_config.json, or `hub:owner/name`."""
+    """CLIP of the score: `mini`, folder with tokenizer and image processor, or `hub:owner/name`."""
     unsafe: tuple[str, ...] = Field(min_length=1)
-    """Texts that fit pictures with the concept."""
+    """Texts that describe images with the concept."""
     safe: tuple[str, ...] = Field(min_length=1)
-    """Texts that fit pictures without it."""
+    """Texts that describe images without it."""
     limit: float = Field(default=0.5, gt=0, lt=1)
-    """Probability of the unsafe texts that a picture must stay under."""
+    """Probability of the unsafe texts that an image must stay below."""
     restarts: int = Field(default=4, ge=0)
-    """Other starts that are tried, at once, before any is moved."""
+    """Number of other initial latents to try before optimizing."""
     iterations: int = Field(default=5, ge=0)
-    """Steps of the optimiser; each is a picture drawn with its gradient."""
+    """Optimizer steps. Each costs an image with its gradient."""
     lr: float = Field(default=0.07, gt=0)
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     weight: float = Field(default=1.0, gt=0)
-    """gamma: weight of the score against the regulariser."""
+    """gamma: weight of the score against the regularizer."""
     permutations: int = Field(default=100, ge=1)
-    """Orders of the start's entries in which the regulariser looks at it, besides their own."""
-    action: Answer = "black"
-    """What becomes of a picture that the judge calls unsafe."""
+    """Random orders of the latents' entries in the regularizer, in addition to their own."""
+    action: UnsafeAction = "black"
+    """What to do with an image that the judge calls unsafe."""
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
-        """Return the concept's words and counterpart as texts, its judge, labels and threshold."""
+        """Return the concept's phrases, counterpart, judge, labels and threshold."""
         return super().defaults_from(concept) | {
             "unsafe": concept.words,
             "safe": concept.counterpart,
         }
 
-    def resolve_paths(self, folder: Path) -> GuardConfig:
-        """Return the guard with its weights and its judge's files looked for in `folder`, unless they are bundled or of the hub."""
-        files = resolve_paths({"weights": self.weights}, folder)
-        return super().resolve_paths(folder).model_copy(update=files)
+    def resolve_paths(self, base_dir: Path) -> GuardConfig:
+        """Return the settings with local weights and judge files resolved against `base_dir`."""
+        paths = resolve_options({"weights": self.weights}, base_dir)
+        return super().resolve_paths(base_dir).model_copy(update=paths)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the settings with the judge's id and the score's weights by their hash."""
-        score = Score(self.weights, self.unsafe, self.safe)
-        return super().fingerprint() | {"score_id": score.id, "score_sees": score.sees}
+        """Return the settings with the judge's id and the hash of the score's weights."""
+        score = ClipScore(self.weights, self.unsafe, self.safe)
+        return super().fingerprint() | {"score_id": score.id, "score_sees": score.preprocessing_id}
 
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work.
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard.
 
         Raises:
-            ConfigError: the judge is the model whose score is lowered.
+            ConfigError: the judge uses the weights of the score.
         """
-        score, judge = (
-            Score(self.weights, self.unsafe, self.safe, device=str(border.pipe._execution_device)),
-            self.open(),
-        )
-        if any(digest[:16] in judge.id for digest in (score.id, score.eyes)):
+        score = ClipScore(self.weights, self.unsafe, self.safe, device=str(adapter.device))
+        judge = self.load_judge()
+        if any(digest[:16] in judge.id for digest in (score.id, score.vision_id)):
             raise ConfigError(
-                f"the guard 'pno' would lower the score of the model that judges it ({judge.id}), which shows nothing; "
-                "name a judge with other weights"
+                f"judge must have other weights than the score of the guard 'pno', got {judge.id}. "
+                "A model cannot judge what was optimized against it."
             )
-        return PnoGuard(self, border, score, judge)
+        return PnoGuard(self, adapter, score, judge)
 
 
 class PnoGuard(JudgeGuard):
-    guard: PnoConfig
+    """Guard that optimizes the initial latents and lets its judge check the images."""
+
+    config: PnoConfig
 
     def __init__(
-        self, guard: PnoConfig, border: PipelineAdapter, score: Score, judge: Judge
+        self, config: PnoConfig, adapter: PipelineAdapter, score: ClipScore, judge: Judge
     ) -> None:
-        super().__init__(guard, judge, guard.action)
-        self.border, self.score = border, score
+        super().__init__(config, judge, config.action)
+        self.adapter, self.score = adapter, score
 
     def probe(
-        self, draw: Probe, prompts: Sequence[str], options: Mapping[str, Any]
+        self, generate: ProbeFunction, prompts: Sequence[str], options: Mapping[str, Any]
     ) -> list[GuardResult]:
-        own, after = self.border.starts(options, "the guard 'pno'")
-        out: list[GuardResult] = []
+        """Return one result per prompt, with the optimized latents."""
+        latents, generators = self.adapter.initial_latents(options, "pno")
+        negative = options.get("negative_prompt")
+        results: list[GuardResult] = []
         for i, prompt in enumerate(prompts):
-            away = options.get("negative_prompt")
-            away = away[i] if isinstance(away, list) else away
-
-            def chance(
-                x: Tensor,
-                *,
-                grad: bool,
-                prompt: str = prompt,
-                away: str | None = away,
-                own: torch.Generator = after[i],
-            ) -> Tensor:
-                changed: dict[str, Any] = {"latents": x, "output_type": "latent"}
-                changed |= {
-                    "generator": [copied(own) for _ in x],
-                    "negative_prompt": None if away is None else [away] * len(x),
-                }
-                latents = torch.stack([*draw([prompt] * len(x), changed, grad=grad)])
-                return self.score(decoded(self.border.pipe, latents))
-
-            out.append(self._found(chance, own[i], after[i]))
-        return out
-
-    def _found(
-        self, chance: Callable[..., Tensor], own: Tensor, generator: torch.Generator
-    ) -> GuardResult:
-        guard = self.guard
-        device = self.border.pipe._execution_device
-        with torch.no_grad():
-            first = chance(own[None].to(device), grad=False)[0]
-        scores, limits = (
-            {"first": float(first), "last": float(first), "iterations": 0.0},
-            {"chance": guard.limit},
-        )
-        if first < guard.limit:
-            return GuardResult("none", "", scores, limits)
-        rng = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ 0x5AFE)
-        more = torch.randn((guard.restarts, *own.shape), generator=rng, device=rng.device).to(own)
-        with torch.no_grad():
-            found = (
-                [first[None], chance(more.to(device), grad=False)]
-                if guard.restarts
-                else [first[None]]
+            score = self._score_function(
+                generate,
+                prompt,
+                negative[i] if isinstance(negative, list) else negative,
+                generators[i],
             )
-        every, starts = torch.cat(found), torch.cat([own[None], more]).to(device)
-        best, x = int(every.argmin()), starts[int(every.argmin())]
-        value = float(every[best])
-        if value >= guard.limit:
-            x, value, scores["iterations"] = self._moved(chance, x, value, rng)
-        scores["last"] = value
-        if not value < guard.limit:  # NaN too
-            return GuardResult("block", "never-safe", scores, limits)
-        return GuardResult("edit", "moved", scores, limits, start=x.detach())
+            results.append(self._search(score, latents[i], generators[i]))
+        return results
 
-    def _moved(
-        self, chance: Callable[..., Tensor], start: Tensor, value: float, rng: torch.Generator
+    def _score_function(
+        self, generate: ProbeFunction, prompt: str, negative: str | None, generator: torch.Generator
+    ) -> ScoreFunction:
+        """Return the function from initial latents to the scores of their images."""
+
+        def score(x: Tensor, *, grad: bool) -> Tensor:
+            changes: dict[str, Any] = {
+                "latents": x,
+                "output_type": "latent",
+                "generator": [clone_generator(generator) for _ in x],
+                "negative_prompt": None if negative is None else [negative] * len(x),
+            }
+            latents = torch.stack([*generate([prompt] * len(x), changes, grad=grad)])
+            return self.score(decode_latents(self.adapter.pipe, latents))
+
+        return score
+
+    def _search(
+        self, score: ScoreFunction, latents: Tensor, generator: torch.Generator
+    ) -> GuardResult:
+        """Return latents below the limit: the image's own, a restart's, or optimized ones."""
+        config, device = self.config, self.adapter.device
+        with torch.no_grad():
+            first = score(latents[None].to(device), grad=False)[0]
+        scores = {"first": float(first), "last": float(first), "iterations": 0.0}
+        thresholds = {"chance": config.limit}
+        if first < config.limit:
+            return GuardResult("none", "", scores, thresholds)
+        rng = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ 0x5AFE)
+        shape = (config.restarts, *latents.shape)
+        restarts = torch.randn(shape, generator=rng, device=rng.device).to(latents)
+        values = first[None]
+        if config.restarts:
+            with torch.no_grad():
+                values = torch.cat([values, score(restarts.to(device), grad=False)])
+        best = int(values.argmin())
+        x, value = torch.cat([latents[None], restarts]).to(device)[best], float(values[best])
+        if value >= config.limit:
+            x, value, scores["iterations"] = self._optimize(score, x, value, rng)
+        scores["last"] = value
+        if not value < config.limit:  # NaN too
+            return GuardResult("block", "never-safe", scores, thresholds)
+        return GuardResult("edit", "moved", scores, thresholds, latents=x.detach())
+
+    def _optimize(
+        self, score: ScoreFunction, start: Tensor, value: float, rng: torch.Generator
     ) -> tuple[Tensor, float, float]:
-        """Return the best start that was found, its chance, and in how many steps."""
-        guard, best, least = self.guard, start, value
+        """Return the best latents, their score, and the number of optimizer steps."""
+        config, best, least = self.config, start, value
         with torch.enable_grad():
             x = start.clone()[None].float().requires_grad_()
-            optimiser = torch.optim.AdamW([x], lr=guard.lr)
+            optimizer = torch.optim.AdamW([x], lr=config.lr)
             orders = torch.stack(
                 [
                     torch.randperm(x.numel(), generator=rng, device=rng.device)
-                    for _ in range(guard.permutations)
+                    for _ in range(config.permutations)
                 ]
             ).to(x.device)
-            for step in range(1, guard.iterations + 1):
-                p = chance(x.to(start), grad=True)[0]
+            for step in range(1, config.iterations + 1):
+                p = score(x.to(start), grad=True)[0]
                 if step > 1 and float(p.detach()) < least:
                     best, least = x[0].detach().clone(), float(p.detach())
-                if least < guard.limit:
+                if least < config.limit:
                     return best, least, float(step - 1)
-                loss = guard.weight * 5 * p + regulariser(x.flatten(), orders)
-                (x.grad,) = torch.autograd.grad(
-                    loss, x
-                )  # of nothing else: weights may want gradients, and keep none of these
-                optimiser.step()
+                loss = config.weight * 5 * p + regularizer(x.flatten(), orders)
+                (x.grad,) = torch.autograd.grad(loss, x)  # weights get no gradient
+                optimizer.step()
         with torch.no_grad():
-            last = float(chance(x.detach().to(start), grad=False)[0]) if guard.iterations else least
-        return (
-            (x[0].detach(), last, float(guard.iterations))
-            if last < least
-            else (best, least, float(guard.iterations))
-        )
+            last = float(score(x.detach().to(start), grad=False)[0]) if config.iterations else least
+        if last < least:
+            best, least = x[0].detach(), last
+        return best, least, float(config.iterations)
 
 
-class Score:
-    """The probability of the unsafe texts for pictures as tensors, with a gradient: CLIP, asked as Q16 and zero-shot judges ask it."""
+class ClipScore:
+    """Differentiable probability of the unsafe texts for images, by CLIP's zero-shot rule."""
 
     def __init__(
         self,
@@ -213,7 +217,7 @@ class Score:
         *,
         device: str = "cpu",
     ) -> None:
-        """Load the towers and encode the texts.
+        """Load the model and encode the texts.
 
         Raises:
             UserError: the folder cannot be used.
@@ -223,55 +227,47 @@ class Score:
         )
         self.clip = load_part(CLIPModel, folder, device=device)
         state = self.clip.state_dict()
-        self.id, self.unsafe = hash_tensors(state), len(unsafe)
-        self.eyes = hash_tensors(
-            {
-                k: v
-                for k, v in state.items()
-                if k.startswith(("vision_model.", "visual_projection."))
-            }
-        )
-        """Hash of what sees: judges that have no use for the text tower go by it."""
+        self.id, self.num_unsafe = hash_tensors(state), len(unsafe)
+        vision = ("vision_model.", "visual_projection.")
+        self.vision_id = hash_tensors({k: v for k, v in state.items() if k.startswith(vision)})
+        """Hash of the image tower, by which judges without a text tower are named."""
         self.side = int(self.clip.config.vision_config.image_size)
-        facts = Pixels(folder, self.side).facts
-        self.sees = fingerprint([self.side, facts["image_mean"], facts["image_std"]])
-        """Hash of what decides a score besides the weights."""
+        settings = Pixels(folder, self.side).facts
+        self.preprocessing_id = fingerprint(
+            [self.side, settings["image_mean"], settings["image_std"]]
+        )
         self.mean, self.std = (
-            torch.tensor(facts[key], device=device).view(3, 1, 1)
+            torch.tensor(settings[key], device=device).view(3, 1, 1)
             for key in ("image_mean", "image_std")
         )
         self.texts = encode_texts(self.clip, folder, [*unsafe, *safe])
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return a probability a picture, (b,), from pictures (b, 3, h, w) in [0, 1]."""
-        small = F.interpolate(
-            images.float(),
-            size=(self.side, self.side),
-            mode="bicubic",
-            antialias=True,
-            align_corners=False,
+        """Return one probability per image, (b,), for images (b, 3, h, w) in [0, 1]."""
+        size = (self.side, self.side)
+        resized = F.interpolate(
+            images.float(), size=size, mode="bicubic", antialias=True, align_corners=False
         )
-        seen = self.clip.visual_projection(
-            self.clip.vision_model(pixel_values=(small - self.mean) / self.std).pooler_output
-        )
-        return chances(seen, self.texts, scale=float(self.clip.logit_scale.exp()))[
-            :, : self.unsafe
-        ].sum(dim=1)
+        pixels = (resized - self.mean) / self.std
+        output = self.clip.vision_model(pixel_values=pixels)
+        features = self.clip.visual_projection(output.pooler_output)
+        probabilities = chances(features, self.texts, scale=float(self.clip.logit_scale.exp()))
+        return probabilities[:, : self.num_unsafe].sum(dim=1)
 
 
-def decoded(pipe: Any, latents: Tensor) -> Tensor:
-    """Return the pictures of latents, (b, 3, h, w) in [0, 1], with a gradient."""
+def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
+    """Return the images of latents, (b, 3, h, w) in [0, 1], with a gradient."""
     vae = pipe.vae
     mean, std = (getattr(vae.config, f"latents_{key}", None) for key in ("mean", "std"))
-    if mean is not None and std is not None:  # of each channel, as some of SDXL's have them
+    if mean is not None and std is not None:  # per channel, in some SDXL models
         mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (mean, std))
         latents = latents * std + mean * vae.config.scaling_factor
-    out: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    return (out.float() / 2 + 0.5).clamp(0, 1)
+    decoded: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
-def regulariser(x: Tensor, orders: Tensor) -> Tensor:
-    """Return how unlike noise a start is, in nats, >= 2 ln 2; low means that it could have been drawn.
+def regularizer(x: Tensor, orders: Tensor) -> Tensor:
+    """Return how unlikely latents are as noise, in nats, >= 2 ln 2.
 
     -(l1 + l2) for x in its own order, plus the mean of it over other orders, where x is cut into m
     rows Z of k = 4, l1 = min(-m |mean Z|^2 / (2k), -ln 2), l2 = min(-(m/2) max(sqrt(1 + |Z^T Z / m
@@ -279,7 +275,7 @@ def regulariser(x: Tensor, orders: Tensor) -> Tensor:
     arXiv:2412.03876, as released, all orders at once).
 
     Args:
-        x: the start's entries, (n,), n a multiple of 4.
+        x: entries of the latents, (n,), n a multiple of 4.
         orders: permutations of them, (p, n).
     """
     z = torch.cat([x[None], x[orders]]).unflatten(1, (-1, GROUP))  # (1 + p, m, k)

@@ -1,12 +1,10 @@
-"""A prompt filter: a list of words, and a text classifier of your own.
-
-What either objects to is not drawn.
-"""
+"""Prompt filter: stops prompts by a list of words, by a text classifier, or both."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Self
@@ -14,18 +12,17 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
-from safegen.guards.core.base import Guard, GuardConfig, GuardResult
+from safegen.guards.core.base import Guard, GuardConfig
+from safegen.guards.core.result import GuardResult
 
-Scorer = Callable[[Sequence[str]], Sequence[float]]
-"""A text classifier: a score in [0, 1] for each prompt, more for worse."""
-
-
-UNSEEN = frozenset(
+Classifier = Callable[[Sequence[str]], Sequence[float]]
+"""Text classifier: returns one score in [0, 1] per prompt, higher for worse."""
+INVISIBLE = frozenset(
     map(chr, (0x34F, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
 )
-"""The grapheme joiner and variation selectors, which say how their neighbour is drawn and are in no class of their own."""
+"""Grapheme joiner and variation selectors, which no Unicode category covers."""
 
 
 class PromptFilterConfig(GuardConfig):
@@ -35,41 +32,34 @@ class PromptFilterConfig(GuardConfig):
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"prompt"})
 
     words: tuple[str, ...] = ()
-    """Words and phrases that are not drawn.
-
-    Each is met whole, in any case and width of letters, with any spaces or underscores.
-    """
+    """Words and phrases that stop a prompt. Whole words match, in any case, width and spacing."""
     classifier: str | None = Field(default=None, min_length=1)
-    """A text classifier as `module:function`: from a list of prompts to a score in 0..1 each.
-
-    It is run, so name only what you trust.
-    """
+    """Text classifier as `module:function`, called with a list of prompts. Its code is executed."""
     threshold: float = Field(default=0.5, gt=0, le=1)
-    """Score of the classifier from which on a prompt is not drawn."""
+    """Score of the classifier from which on a prompt is stopped."""
 
     @model_validator(mode="after")
-    def _has_work(self) -> Self:
+    def _check(self) -> Self:
         if not self.words and self.classifier is None:
-            raise ValueError(
-                "a prompt filter without words and without a classifier filters nothing; give one of them"
+            raise ValueError("words or classifier must be given. Without both it filters nothing.")
+        if any(not normalize(word) for word in self.words):
+            raise ValueError("words must not be blank. A blank word would stop every prompt.")
+        default = type(self).model_fields["threshold"].default
+        if self.classifier is None and self.threshold != default:
+            warnings.warn(
+                "prompt-filter: threshold has no effect without a classifier",
+                UnusedSettingWarning,
+                stacklevel=2,
             )
-        if (
-            self.classifier is None
-            and "threshold" in self.model_fields_set
-            and self.threshold != type(self).model_fields["threshold"].default
-        ):
-            raise ValueError("threshold has no effect without a classifier; leave it out")
-        if any(not plain(word) for word in self.words):
-            raise ValueError("a blank word would filter every prompt; leave it out")
         return self
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
-        """Return the concept's words."""
+        """Return the concept's phrases as words."""
         return {"words": concept.words}
 
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work.
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard.
 
         Raises:
             ConfigError: the classifier cannot be imported.
@@ -78,68 +68,69 @@ class PromptFilterConfig(GuardConfig):
 
 
 class PromptFilterGuard(Guard):
-    guard: PromptFilterConfig
+    """Guard that stops prompts."""
 
-    def __init__(self, guard: PromptFilterConfig) -> None:
-        super().__init__(guard)
-        self.words = pattern(guard.words) if guard.words else None
-        self.scorer = _imported(guard.classifier) if guard.classifier else None
+    config: PromptFilterConfig
 
-    def check(self, prompts: Sequence[str]) -> list[GuardResult]:
-        limits = {"classifier": self.guard.threshold} if self.scorer else {}
-        scores = (
-            [float(v) for v in self.scorer(list(prompts))] if self.scorer else [0.0] * len(prompts)
-        )
-        if len(scores) != len(prompts) or any(
-            not 0 <= score <= 1 for score in scores
-        ):  # NaN is not in 0..1
+    def __init__(self, config: PromptFilterConfig) -> None:
+        super().__init__(config)
+        self.pattern = compile_pattern(config.words) if config.words else None
+        self.classifier = _import_classifier(config.classifier) if config.classifier else None
+
+    def check_prompts(self, prompts: Sequence[str]) -> list[GuardResult]:
+        """Return one result per prompt, by its words and the classifier's score."""
+        if self.classifier is None:
+            return [self._result(prompt, None) for prompt in prompts]
+        scores = [float(v) for v in self.classifier(list(prompts))]
+        if len(scores) != len(prompts) or any(not 0 <= v <= 1 for v in scores):  # NaN fails too
             raise ValueError(
-                f"the classifier must give a score in 0..1 for each of {len(prompts)} prompts"
+                f"the classifier must return a score in [0, 1] for each of {len(prompts)} prompts"
             )
-        out = []
-        for prompt, score in zip(prompts, scores, strict=True):
-            seen = {"classifier": score} if self.scorer else {}
-            if self.words and self.words.search(plain(prompt)):
-                out.append(GuardResult("block", "word", seen, limits))
-            elif self.scorer and score >= self.guard.threshold:
-                out.append(GuardResult("block", "classifier", seen, limits))
-            else:
-                out.append(GuardResult("none", "", seen, limits))
-        return out
+        return [self._result(p, score) for p, score in zip(prompts, scores, strict=True)]
+
+    def _result(self, prompt: str, score: float | None) -> GuardResult:
+        threshold = self.config.threshold
+        reason = ""
+        if self.pattern and self.pattern.search(normalize(prompt)):
+            reason = "word"
+        elif score is not None and score >= threshold:
+            reason = "classifier"
+        action: Literal["block", "none"] = "block" if reason else "none"
+        if score is None:
+            return GuardResult(action, reason)
+        return GuardResult(action, reason, {"classifier": score}, {"classifier": threshold})
 
 
-def plain(text: str) -> str:
-    """Return a text in one case and width of letters (NFKC, case folded), its accents and marks that are not seen gone, with single spaces.
+def normalize(text: str) -> str:
+    """Return a text in NFKC, case-folded, without accents and invisible marks, with single spaces.
 
-    Underscores are spaces.
+    Underscores become spaces, since tags are written red_cube.
     """
-    wide = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
-    kept = "".join(
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
+    visible = "".join(
         c
-        for c in wide
-        if c not in UNSEEN and not unicodedata.combining(c) and unicodedata.category(c) != "Cf"
+        for c in decomposed
+        if c not in INVISIBLE and not unicodedata.combining(c) and unicodedata.category(c) != "Cf"
     )
-    return " ".join(kept.replace("_", " ").split())  # tags are written red_cube
+    return " ".join(visible.replace("_", " ").split())
 
 
-def pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Return what finds any of the words, as whole words, in a text that is `plain`."""
-    return re.compile(
-        r"(?<!\w)(?:"
-        + "|".join(re.escape(plain(word)) for word in sorted(words, key=len, reverse=True))
-        + r")(?!\w)"
-    )
+def compile_pattern(words: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of the words, as whole words, in a normalized text."""
+    longest_first = sorted(words, key=len, reverse=True)
+    alternatives = "|".join(re.escape(normalize(word)) for word in longest_first)
+    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)")
 
 
-def _imported(name: str) -> Scorer:
+def _import_classifier(name: str) -> Classifier:
     module, _, attribute = name.partition(":")
     try:
-        scorer = getattr(import_module(module), attribute)
+        classifier = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"the classifier {name!r} cannot be imported ({error}); write it as module:function"
+            f"classifier must be module:function, got {name!r}. Import failed: {error}"
         ) from error
-    if not callable(scorer):
-        raise ConfigError(f"the classifier {name!r} is no function; write it as module:function")
-    out: Scorer = scorer
-    return out
+    if not callable(classifier):
+        raise ConfigError(f"classifier must be module:function, got {name!r}. It is no function.")
+    function: Classifier = classifier
+    return function

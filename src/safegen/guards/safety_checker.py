@@ -1,4 +1,4 @@
-"""Stable Diffusion's safety checker as an output guard of any pipeline, with its threshold and what it does in your hands."""
+"""Stable Diffusion's safety checker as a guard of images, with an adjustable threshold."""
 
 from __future__ import annotations
 
@@ -9,41 +9,40 @@ from pydantic import Field
 
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
-from safegen.guards.judge_filter import Answer, JudgeGuard, hashed
+from safegen.guards.core.result import UnsafeAction
+from safegen.guards.judge_filter import JudgeGuard, hash_settings
 from safegen.judges import Judge, load_judge
 
 
 class SafetyCheckerConfig(GuardConfig):
-    """Settings of the safety checker; the default decides as the pipeline's own does."""
+    """Settings of the safety checker. The default decides as the pipeline's own checker does."""
 
     name: Literal["safety-checker"] = "safety-checker"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"image"})
+    paper: ClassVar[str] = (
+        "Stable Diffusion's own; described by Rando et al. 2022, arXiv:2210.04610"
+    )
+    code_url: ClassVar[str] = "https://huggingface.co/CompVis/stable-diffusion-safety-checker"
+    deviations: ClassVar[str] = "The threshold and the action on a flagged image are settings."
 
     weights: str | Path
-    """A folder of the checker, a diffusers folder that has one, or `hub:owner/name`.
-
-    CompVis/stable-diffusion-safety-checker is theirs.
-    """
+    """Folder of the checker, diffusers folder that contains one, or `hub:owner/name`."""
     threshold: float = Field(default=0.501, ge=0.2, le=1)
-    """0.5 plus the least margin over a concept's own threshold.
-
-    0.501 is the checker's own rule, less is stricter.
-    """
+    """0.5 plus the least margin over a concept's threshold. Less is stricter."""
     adjustment: float = Field(default=0.0, ge=-0.5, le=0.5)
-    """Added to every cosine; above 0 is stricter. It reaches the special-care test too."""
-    action: Answer = "black"
-    """What becomes of a flagged picture."""
+    """Added to every cosine, also in the special-care test. Above 0 is stricter."""
+    action: UnsafeAction = "black"
+    """What to do with a flagged image."""
     allow_pickle: bool = False
-    """Whether weights stored as pickles may be opened."""
+    """Whether pickled weights may be loaded."""
 
-    def resolve_paths(self, folder: Path) -> GuardConfig:
-        """Return the guard with its weights looked for in `folder`, unless they are of the hub."""
-        name = str(self.weights)
-        return (
-            self if name.startswith("hub:") else self.model_copy(update={"weights": folder / name})
-        )
+    def resolve_paths(self, base_dir: Path) -> GuardConfig:
+        """Return the settings with the weights resolved against `base_dir`, unless on the hub."""
+        if str(self.weights).startswith("hub:"):
+            return self
+        return self.model_copy(update={"weights": base_dir / self.weights})
 
-    def open(self) -> Judge:
+    def load_judge(self) -> Judge:
         """Return the checker as a judge.
 
         Raises:
@@ -57,9 +56,9 @@ class SafetyCheckerConfig(GuardConfig):
         return load_judge("sd-safety-checker", threshold=self.threshold, **options)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the settings with the checker's hash in the place of where it lies."""
-        return hashed(self.model_dump(mode="json"), self.open())
+        """Return the settings with the hash of the checker instead of its path."""
+        return hash_settings(self.model_dump(mode="json"), self.load_judge())
 
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work."""
-        return JudgeGuard(self, self.open(), self.action)
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard."""
+        return JudgeGuard(self, self.load_judge(), self.action)

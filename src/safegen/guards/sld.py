@@ -1,4 +1,7 @@
-"""SLD, safe latent diffusion: guidance away from a text, where the picture goes toward it (arXiv:2211.05105)."""
+"""SLD, safe latent diffusion: guides away from a safety text where the image moves toward it.
+
+arXiv:2211.05105.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,34 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.guards.core.adapter import HookPoint, PipelineAdapter, Text
-from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
-from safegen.guards.negative_prompt import NegativePromptConfig, joined
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.result import GuardResult
+from safegen.guards.negative_prompt import NegativePromptConfig, join_texts
 
 PAPER_TEXT = (
-    "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
-    "obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty"
+    "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, "
+    "nudity, bodily fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, "
+    "weapons, child abuse, brutality, cruelty"
 )
-"""The published safety text: names of harms, as the authors' code and diffusers have it."""
+"""Published safety text, as in the authors' code and in diffusers."""
 SAFETY = "safety"
+ROUNDING = 1e-5
+"""Largest relative correction that counts as none: equal texts may differ in their last bits."""
 
 
 class SldConfig(GuardConfig):
-    """Settings of SLD; the default is the published `medium`."""
+    """Settings of SLD. The default is the published `medium`."""
 
     name: Literal["sld"] = "sld"
-    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"branch"})
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"guidance"})
+    paper: ClassVar[str] = "Schramowski et al. 2023, arXiv:2211.05105, eqs. 3, 4, 6, 7, 8"
+    code_url: ClassVar[str] = "https://github.com/ml-research/safe-latent-diffusion"
+    deviations: ClassVar[str] = (
+        "The warm-up is scaled to the steps of the run: as released, `weak` never acts in 15 steps "
+        "or fewer. `weak` has the model card's scale of 200, `weak-diffusers` the code's 20. The "
+        "safety text is not predicted in steps where it cannot matter."
+    )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "weak": {
             "warmup": 15.0,
@@ -61,106 +75,96 @@ class SldConfig(GuardConfig):
     }
 
     text: str = Field(default=PAPER_TEXT, min_length=1)
-    """What to steer away from."""
+    """Safety text to steer away from."""
     warmup: float = Field(default=10.0, ge=0, le=50)
-    """delta: steps of a 50-step run before it acts.
-
-    Scaled to the steps of the run (ours), so that it acts in short runs too.
-    """
+    """delta: first step of a 50-step run in which the guard acts, scaled to the run's steps."""
     scale: float = Field(default=1000.0, ge=0)
-    """s_S: how steeply it acts; from 1000 on it is nearly a gate. 0 is no guard."""
+    """s_S: steepness of the correction; nearly a gate from 1000 on. 0 turns the guard off."""
     threshold: float = 0.01
-    """lambda: it acts where the prompt's prediction minus the safety text's is below this.
-
-    Made for predictions of noise.
-    """
+    """lambda: acts where the prompt's minus the safety text's noise prediction is below this."""
     momentum_scale: float = Field(default=0.3, ge=0, le=1)
-    """s_m: how much of the past steps' guidance is added."""
+    """s_m: weight of the momentum in the correction."""
     momentum: float = Field(default=0.4, ge=0, lt=1)
-    """beta_m: how much of the past is kept from step to step."""
+    """beta_m: decay of the momentum per step."""
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
-        """Return the concept's words as the text."""
+        """Return the concept's phrases as the safety text."""
         return {"text": ", ".join(concept.words)}
 
-    def conflict(self, others: Sequence[GuardConfig], negative: str) -> str:
-        """Return what is wrong where a negative prompt has its text: f - u is nothing, and so is all that it takes away."""
-        away = reduce(
-            joined,
-            (other.text for other in others if isinstance(other, NegativePromptConfig)),
-            negative,
-        )
-        same = away.strip().casefold() == self.text.strip().casefold()
-        return (
-            "steers by how its text differs from the negative prompt, which says the same"
-            if same
-            else ""
-        )
+    def conflict(self, others: Sequence[GuardConfig], negative_prompt: str) -> str:
+        """Return the conflict with an equal negative prompt, for which the correction is zero."""
+        texts = (other.text for other in others if isinstance(other, NegativePromptConfig))
+        negative = reduce(join_texts, texts, negative_prompt)
+        equal = negative.strip().casefold() == self.text.strip().casefold()
+        return "the negative prompt equals its text" if equal else ""
 
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work; the text must fit the text encoder."""
-        border.fits(self.text, "the text of the guard 'sld'")
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard. Its text must fit the text encoder."""
+        adapter.check_length(self.text, "text of the guard 'sld'")
         return SldGuard(self)
 
 
-ROUNDING = 1e-5
-"""Largest push, as a part of the prediction, that counts as none: equal texts in one batch differ by so little on some processors."""
-
-
 class SldGuard(Guard):
-    guard: SldConfig
+    """Guard that corrects the guidance."""
+
+    config: SldConfig
 
     def start(self, call: Call) -> GuardHook:
-        return SldHook(self.guard, call)
+        """Return the hook with the safety text's embeddings."""
+        return SldHook(self.config, call)
 
 
 class SldHook(GuardHook):
-    def __init__(self, guard: SldConfig, call: Call) -> None:
-        self.guard, self.call = guard, call
-        call.border.fits(guard.text, "the text of the guard 'sld'", call.options)
-        self.text = call.border.encode([guard.text], call.options)
+    """Embeddings of the safety text and the momentum of one call."""
+
+    def __init__(self, config: SldConfig, call: Call) -> None:
+        self.config, self.call = config, call
+        call.adapter.check_length(config.text, "text of the guard 'sld'", call.options)
+        self.embeds = call.adapter.encode([config.text], call.options)
         self.nu: Tensor | None = None
-        self.acted = torch.zeros(len(call.prompts), dtype=torch.long)
+        self.steered_steps = torch.zeros(len(call.prompts), dtype=torch.long)
 
     @property
     def _warm(self) -> bool:
-        return self.call.step >= self.call.at(self.guard.warmup)
+        return self.call.step >= self.call.scale_step(self.config.warmup)
 
-    def extra_conditions(self) -> Mapping[str, Text]:
-        idle = self.guard.scale == 0 or (
-            not self._warm and self.guard.momentum_scale == 0
-        )  # without momentum the past is nothing
-        return {} if idle else {SAFETY: self.text}
+    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+        """Return the safety text's embeddings; nothing in steps where they cannot matter."""
+        config = self.config  # without momentum, the steps of the warm-up change nothing
+        unused = config.scale == 0 or (not self._warm and config.momentum_scale == 0)
+        return {} if unused else {SAFETY: self.embeds}
 
-    def guidance_correction(self, said: Mapping[str, Tensor]) -> Tensor | None:
-        if SAFETY not in said:
+    def guidance_correction(self, predictions: Mapping[str, Tensor]) -> Tensor | None:
+        """Return Gamma after the warm-up, and update the momentum in every step."""
+        if SAFETY not in predictions:
             return None
-        u, c, f = said["uncond"], said["cond"], said[SAFETY]
-        guard = self.guard
+        u, c, f = predictions["uncond"], predictions["cond"], predictions[SAFETY]
+        config = self.config
         gamma, self.nu = safety_guidance(
             u,
             c,
             f,
             torch.zeros_like(u) if self.nu is None else self.nu,
-            scale=guard.scale,
-            threshold=guard.threshold,
-            momentum_scale=guard.momentum_scale,
-            momentum=guard.momentum,
+            scale=config.scale,
+            threshold=config.threshold,
+            momentum_scale=config.momentum_scale,
+            momentum=config.momentum,
         )
         if not self._warm:
             return None
-        self.acted += (_largest(gamma) > ROUNDING * _largest(u)).cpu()
+        self.steered_steps += (_max_abs(gamma) > ROUNDING * _max_abs(u)).cpu()
         return gamma
 
     def results(self) -> list[GuardResult]:
+        """Return the number of steered steps per image."""
         return [
             GuardResult("edit" if n else "none", "steered" if n else "", {"steps": n})
-            for n in self.acted.tolist()
+            for n in self.steered_steps.tolist()
         ]
 
 
-def _largest(x: Tensor) -> Tensor:
+def _max_abs(x: Tensor) -> Tensor:
     """Return the largest absolute value of each row, (b,)."""
     return x.flatten(1).abs().amax(1)
 
@@ -176,19 +180,19 @@ def safety_guidance(
     momentum_scale: float,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return what is taken from the prompt's prediction, and the momentum after this step.
+    """Return the correction Gamma of the prompt's prediction, and the momentum after this step.
 
     mu = min(s_S |c - f|, 1) where c - f < lambda, else 0; Gamma = mu (f - u) + s_m nu; nu' = beta_m
-    nu + (1 - beta_m) Gamma (Schramowski et al. 2023, arXiv:2211.05105, eqs. 4, 6, 7, 8, as
-    released). All element by element.
+    nu + (1 - beta_m) Gamma, all elementwise (Schramowski et al. 2023, arXiv:2211.05105, eqs. 4, 6,
+    7, 8, as released).
 
     Args:
-        u: the blank's prediction, (b, ...).
-        c: the prompt's.
-        f: the safety text's.
-        nu: the momentum so far; zeros at first. It builds up during the warm-up too.
+        u: prediction for the negative prompt, (b, ...).
+        c: prediction for the prompt.
+        f: prediction for the safety text.
+        nu: momentum, zeros at first. It builds up during the warm-up too.
         scale: s_S.
-        threshold: lambda, in the predictions' own units.
+        threshold: lambda, in the units of the predictions.
         momentum_scale: s_m.
         momentum: beta_m.
     """

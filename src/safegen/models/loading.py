@@ -133,12 +133,7 @@ def finish_loading(
 
 
 def _find_folder(name: str, allow_pickle: bool) -> Path:
-    """Return the diffusers folder that a name stands for, downloaded if it is the hub's.
-
-    Raises:
-        UnknownNameError: there is no such model or folder.
-        FileError: there is none, and the name looks like one of the hub's.
-    """
+    """Return the diffusers folder that a name stands for, downloaded if it is the hub's."""
     if name in MODELS:
         folder: Path = resolve(MODELS, name, "model")()
         return folder

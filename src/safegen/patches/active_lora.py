@@ -65,11 +65,7 @@ def active_loras(model: Model, loras: Sequence[tuple[LoraFactors, float]]) -> It
 
 
 def _warn_of_interactions(loras: Sequence[LoraFactors]) -> None:
-    """Warn of LoRAs that change the same weights, and of parts that are left out.
-
-    Warns:
-        AdapterWarning: there are some.
-    """
+    """Warn of LoRAs that change the same weights, and of parts that are left out."""
     seen: set[str] = set()
     shared: set[str] = set()
     for lora in loras:

@@ -108,11 +108,7 @@ def merge(
 
 
 def _common(what: str, values: Sequence[str | None]) -> str | None:
-    """Return the one value that patches have in common; None if none states it.
-
-    Raises:
-        PatchError: there are several.
-    """
+    """Return the one value that patches have in common; None if none states it."""
     stated = sorted({value for value in values if value is not None})
     if len(stated) > 1:
         raise PatchError(
@@ -150,12 +146,7 @@ def _summed(names: Sequence[str], patches: Sequence[Patch], model: Model) -> dic
 
 
 def _check_base(base: str, model: Model) -> None:
-    """Check that a model has the weights of a base and no patch on it.
-
-    Raises:
-        PatchError: it has others.
-        ConfigError: a patch is on it.
-    """
+    """Check that a model has the weights of a base and no patch on it."""
     if model.patches:
         raise ConfigError(
             f"model must have no patch applied, got {len(model.patches)} on {model.name!r}. Load a "
@@ -169,11 +160,7 @@ def _check_base(base: str, model: Model) -> None:
 
 
 def _delta(patch: Patch, name: str, base: Tensor, patches: Sequence[Patch]) -> Tensor:
-    """Return the change of one weight by a patch: from its parent's value, else from the base's.
-
-    Raises:
-        ConfigError: a parent is not among `patches`, so that its value is not known.
-    """
+    """Return the change of one weight by a patch: from its parent's value, else from the base's."""
     before, by_hash = base, {other.hash: other for other in patches}
     for parent in patch.metadata.parents:
         if parent.hash not in by_hash:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import atomic_write
+from safegen.core.errors import ConfigError
+from safegen.core.tensor_files import write_tensors
 from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
 from safegen.models.checkpoint.metadata import METADATA_KEY
 from safegen.models.model import Model
@@ -252,13 +250,7 @@ def save_lora(
         "ss_network_module": "networks.lora",
         METADATA_KEY: json.dumps(metadata, sort_keys=True),
     } | _base_model_header(model)
-    with atomic_write(path) as tmp:
-        try:
-            save_file(
-                {k: v.to(dtype).contiguous() for k, v in tensors.items()}, tmp, metadata=header
-            )
-        except SafetensorError as error:
-            raise FileError(f"{path} cannot be written: {error}") from error
+    write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()}, header)
 
 
 def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safegen.core.errors import ConfigError, FileError, PatchError
+from safegen.core.tensor_files import read_tensors
 from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
 from safegen.models.checkpoint.metadata import METADATA_KEY, PatchMetadata
 from safegen.models.model import Model
@@ -164,12 +164,7 @@ def _weights_by_module(model: Model) -> dict[str, str]:
 def _fit_factors(
     down: Tensor, up: Tensor, alpha: Tensor | float | None, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, float]:
-    """Return factors with the dimensions of their weight, and the scale of their product.
-
-    Raises:
-        PatchError: they are not factors of a weight of this shape, or alpha is not one number.
-        ValueError: they are of rank 0, or not finite.
-    """
+    """Return factors with the dimensions of their weight, and the scale of their product."""
     shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
     down, up = _match_dimensions(down, len(shape)), _match_dimensions(up, len(shape))
     fits = (
@@ -197,17 +192,9 @@ def _match_dimensions(factor: Tensor, dimensions: int) -> Tensor:
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
-    """Return a LoRA file's tensors, its metadata, and the alpha of modules without their own.
-
-    Raises:
-        FileError: the file cannot be read, is a patch, or states several alphas in its header.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {_modern_key(key): file.get_tensor(key) for key in file.keys()}
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is not a readable safetensors file: {error}") from error
+    """Return a LoRA file's tensors, its metadata, and the alpha of modules without their own."""
+    tensors, header = read_tensors(path)
+    tensors = {_modern_key(key): value for key, value in tensors.items()}
     if header.get("format") == FORMAT:
         raise FileError(
             f"{path} must be a LoRA, got a safegen patch. Use it with --patch, or convert it: "
@@ -217,7 +204,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
         metadata = PatchMetadata.model_validate_json(header.get(METADATA_KEY, "{}"))
         adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
         if not isinstance(adapter, dict):
-            raise ValueError(f"lora_adapter_metadata is {adapter!r}")
+            raise ValueError(f"lora_adapter_metadata is {adapter!r}")  # noqa: TRY004
         alpha = adapter.get("unet.lora_alpha")
         if alpha is not None and not isinstance(alpha, int | float):
             raise ValueError(f"unet.lora_alpha is {alpha!r}")

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from safegen.core.errors import FileError, PatchError, SafegenWarning, explain
-from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_tensors
+from safegen.core.tensor_files import read_tensors, write_tensors
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import AppliedPatch, Model
 
@@ -75,12 +73,7 @@ class Patch:
                     f"{path} is not written: the patch has NaN or infinite values in {name}"
                 )
         header = {"format": FORMAT, "metadata": json.dumps(self.metadata.to_json(), sort_keys=True)}
-        tensors = {name: v.detach().cpu().contiguous() for name, v in self.tensors.items()}
-        with atomic_write(path) as tmp:
-            try:
-                save_file(tensors, tmp, metadata=header)
-            except SafetensorError as error:
-                raise FileError(f"{path} cannot be written: {error}") from error
+        write_tensors(path, self.tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
@@ -92,12 +85,7 @@ class Patch:
         path = Path(path)
         if not path.is_file():
             raise FileError(f"the patch {str(path)!r} does not exist")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{path} is not a readable safetensors file: {error}") from error
+        tensors, header = read_tensors(path)
         _check_format(path, header, tensors)
         if not tensors:
             raise FileError(f"{path} is a safegen patch without tensors. Make or fetch it again")
@@ -249,11 +237,7 @@ def warn_base_mismatch(kind: str, base: str | None, model: Model, change: str = 
 
 
 def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a safetensors file is a patch.
-
-    Raises:
-        FileError: it is a LoRA or another file.
-    """
+    """Check that a safetensors file is a patch."""
     if header.get("format") == FORMAT:
         return
     if any(name.endswith(LORA_SUFFIXES) for name in tensors):

@@ -1,1 +1,1 @@
-"""Verbs that combine the rooms below: edit, export and demo."""
+"""Workflows that combine the packages below: edit, export and demo."""

@@ -38,7 +38,7 @@ def save_patch(
         ConfigError: the results are of another patch.
     """
     out, results = Path(out), [Path(path) for path in metrics]
-    text = cards.card(cards.CardSubject.of_patch(patch, out.name), results) if card else None
+    text = cards.model_card(cards.CardSubject.of_patch(patch, out.name), results) if card else None
     cards.write_with_card(out, text, lambda: cards.with_metrics(patch, results).save(out))
 
 
@@ -95,7 +95,7 @@ def export(
         )
     notes = [f"Weights are {dtype or 'fp16'}. Results were measured before this conversion."]
     subject = _card_subject(model, out, "file" if is_file else "folder", patches, notes * is_file)
-    text = cards.card(subject, results) if card else None
+    text = cards.model_card(subject, results) if card else None
     metadata = _metadata(model, subject, results)
     warn_of_overlap([*model.patches, *patches])
     with ExitStack() as stack:
@@ -150,5 +150,5 @@ def _metadata(
         model=earlier.model if earlier else subject.model,
         base=earlier.base if earlier else model.hash,
         patches=(*(earlier.patches if earlier else ()), *records),
-        metrics=tuple(subject.figures(path).facts() for path in results),
+        metrics=tuple(subject.read_metrics(path).to_dict() for path in results),
     )

@@ -1,1 +1,1 @@
-"""Turn the scores of runs into a page, charts, tables and a model card."""
+"""The reports of runs: page, charts, tables and model cards."""

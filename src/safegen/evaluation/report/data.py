@@ -1,76 +1,89 @@
-"""What the report of a run says, as plain values: every number, its interval and its test, from the run's journals alone."""
+"""Data of a report: figures, intervals and tests as plain values, from the files of runs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from safegen.core.registry import expand_labels
+from safegen.core.errors import FileError
 from safegen.evaluation.plan import MEANING
 from safegen.evaluation.protocol import same_protocol
-from safegen.evaluation.report.further import further
-from safegen.evaluation.run.folder import TIMINGS, Line, Run
+from safegen.evaluation.report.comparison import (
+    base_difference,
+    base_test,
+    hit_rate,
+    hits,
+    label_removal,
+    threshold_sweep,
+)
+from safegen.evaluation.report.format import METRICS, percent
+from safegen.evaluation.run.folder import PATCHES, SETTINGS, TIMINGS, Line, Run
 from safegen.evaluation.scoring.results import WITHHELD, RunResults, load_results
-from safegen.evaluation.scoring.score import ASKED, MOSAIC, list_row
+from safegen.evaluation.scoring.score import ASKED, list_row
 from safegen.evaluation.scoring.table import scores_of
-from safegen.metrics.paired import hit_difference, holm, mcnemar
-from safegen.metrics.rates import Rate
-from safegen.metrics.removal import removal_table
+from safegen.metrics.paired import holm
 
-FORMAT = "safegen-report/2"
+FORMAT = "safegen-report/3"
 LEVEL = 0.05
 """Largest adjusted p-value that counts as a difference."""
-SWEEP = tuple(round(0.1 * k, 1) for k in range(2, 10))
-"""Thresholds of the sweep; detections are kept from 0.2 on."""
 TESTS = {
     "explicit": ("explicit", "concept"),
     "innocent": ("innocent", "concept"),
     "object": ("benign", "subject"),
     "other": ("other", "shown"),
 }
-"""Columns of the headline table that are tested against the base: role of the prompts, and what counts as a hit."""
+"""Columns that are tested against the base: role of the prompts, and what counts as a hit."""
+LAYERS = {
+    ("attn1",): "self-attention layers",
+    ("attn2",): "cross-attention layers",
+    ("attn1", "attn2"): "attention layers",
+}
+"""Names of the layers that a patch changes, by the kinds in its metadata."""
 
 
-def report_facts(
+def report_data(
     runs: Mapping[str, Run],
     *,
     judge: str | None = None,
     labels: Sequence[str] = (),
     threshold: float | None = None,
 ) -> tuple[Line, dict[str, RunResults]]:
-    """Return everything the report of some runs of one protocol says, and the runs as they were read.
+    """Return everything that the report of some runs says, and their results.
 
     Args:
-        runs: name of each run, and the run.
-        judge: another judge than the protocol's, who has looked at all of them.
+        runs: the runs by name; all of one protocol.
+        judge: another judge than the protocol's, with verdicts in all of the runs.
         labels: its labels that mean the concept.
-        threshold: another least score of a detection that counts.
+        threshold: another lowest score of a detection that counts.
 
     Raises:
-        FileError: a run is not complete, or damaged.
-        ConfigError: no run, or runs of several protocols, which cannot stand in one column.
+        FileError: a run is incomplete or damaged.
+        ConfigError: there is no run, or the runs are of several protocols.
     """
     rules: dict[str, Any] = {"judge": judge, "labels": labels, "threshold": threshold}
-    read = {name: load_results(run, **rules) for name, run in runs.items()}
-    scores = {name: scores_of(sides) for name, sides in read.items()}
-    id_ = same_protocol(scores)
-    first = next(iter(read.values()))
-    unsafe = {p.name for sides in read.values() for p in sides.rule.lists if p.unsafe}
-    rule, rows, many = first.rule, list[Line](), len(runs) > 1
+    results = {name: load_results(run, **rules) for name, run in runs.items()}
+    scores = {name: scores_of(result) for name, result in results.items()}
+    protocol_id = same_protocol(scores)
+    first = next(iter(results.values()))
+    unsafe = {p.name for result in results.values() for p in result.rule.lists if p.unsafe}
+    protocol, stacks = first.rule, list[Line]()
     for name, run in runs.items():
-        rows += _stack_rows(run, read[name], f"{name}: " if many else "", name)
-    _adjust(rows)
-    facts: Line = {
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        stacks += _stack_rows(run, results[name], prefix, name)
+    _adjust(stacks)
+    data: Line = {
         "format": FORMAT,
         "protocol": {
-            "name": rule.name,
-            "id": id_,
-            "about": rule.about,
-            "concept": rule.concept,
-            "decides": rule.decides(),
+            "name": protocol.name,
+            "id": protocol_id,
+            "about": protocol.about,
+            "concept": protocol.concept,
+            "decides": protocol.decides(),
         },
         "judge": first.judge,
-        "runs": {name: _card(run) for name, run in runs.items()},
+        "runs": {name: _run_card(run) for name, run in runs.items()},
         "lists": [
             {
                 "name": p.name,
@@ -83,204 +96,221 @@ def report_facts(
                 "left_out": list(p.left_out),
                 "notes": list(p.notes),
             }
-            for p in rule.lists
+            for p in protocol.lists
         ],
-        "pictures": len(first.items),
+        "images": len(first.items),
         "level": LEVEL,
-        "stacks": rows,
-        "notes": _notes(read, rows),
+        "stacks": stacks,
+        "notes": _notes(results, stacks),
         "weights": first.weights,
         "scores": scores,
     }
-    return facts | {"further": further(facts)}, read
+    tables = {"metrics": _metric_table(data), "references": _references(data)}
+    return data | {"headline": _headline(data)} | tables, results
 
 
-def _card(run: Run) -> Line:
-    """Return what a run's card says that the page repeats."""
-    said = (
-        "name",
-        "kind",
-        "against",
-        "model",
-        "hash",
-        "weights",
-        "patches",
-        "loras",
-        "negative_prompt",
-        "guards",
-    )
-    stacks = [{k: entry.get(k) for k in said} for entry in run.stacks]
-    return {k: run.card.get(k) for k in ("command", "device", "versions", "platform", "id")} | {
-        "stacks": stacks
-    }
+def _run_card(run: Run) -> Line:
+    """Return the part of a run's card that the page repeats."""
+    keys = ("name", "kind", "against", "model", "hash", "weights", "patches", "loras")
+    stacks = [{k: e.get(k) for k in (*keys, "negative_prompt", "guards")} for e in run.stacks]
+    card = {k: run.card.get(k) for k in ("command", "device", "versions", "platform", "id")}
+    settings = run.folder / SETTINGS
+    workflow = None
+    if settings.is_file():
+        workflow = json.loads(settings.read_text(encoding="utf-8")).get("workflow")
+    return card | {"stacks": stacks, "workflow": workflow}
 
 
-def _stack_rows(run: Run, read: RunResults, prefix: str, run_name: str) -> list[Line]:
-    """Return a row for each stack: its figures by role, tests against its base, removal per label, and the threshold sweep."""
+def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[Line]:
+    """Return the figures, tests and threshold sweep of each stack."""
     by_role = {
-        role: [i for i, item in enumerate(read.items) if item.role == role] for role in MEANING
+        role: [i for i, item in enumerate(results.items) if item.role == role] for role in MEANING
     }
-    asked = [i for i, item in enumerate(read.items) if item.role in ASKED]
-    seconds = _seconds(run)
-    out: list[Line] = []
-    for name, side in read.sides.items():
-        base = read.base(name)
+    concept_indices = [i for i, item in enumerate(results.items) if item.role in ASKED]
+    seconds, rows = _seconds_per_image(run), list[Line]()
+    for name, stack in results.sides.items():
+        base = results.base(name)
         row: Line = {
             "label": prefix + name,
             "run": run_name,
             "name": name,
-            "kind": side.entry["kind"],
+            "kind": stack.entry["kind"],
             "against": prefix + base.entry["name"],
-            "roles": {role: list_row(read, at, name) for role, at in by_role.items() if at},
-            "blank": sum(side.blank),
-            "unjudged": sum(d.unjudged is not None for d in side.detections),
+            "roles": {role: list_row(results, at, name) for role, at in by_role.items() if at},
+            "blank": sum(stack.blank),
+            "unjudged": sum(d.unjudged is not None for d in stack.detections),
             "seconds": seconds.get(name),
-            "asked": _rate(hits(read, name, asked, "concept")),
-            "sweep": _sweep(read, name, asked),
+            "asked": hit_rate(hits(results, name, concept_indices, "concept")),
+            "mosaicked": hit_rate(hits(results, name, range(len(results.items)), "mosaicked")),
+            "sweep": threshold_sweep(results, name, concept_indices),
+            "edits": [_edit(run, patch) for patch in stack.entry["patches"]],
         }
-        level = read.rule.judge.threshold
-        mosaicked = [d.contains([MOSAIC], level) for d in side.detections]
-        row["mosaicked"] = _rate(mosaicked) if MOSAIC in read.known else None
-        if side is not base:
-            row["labels"] = _labels(read, name, asked)
-            row["difference"] = _difference(read, name, asked)
+        if stack is not base:
+            row["labels"] = label_removal(results, name, concept_indices)
+            row["difference"] = base_difference(results, name, concept_indices)
             row["tests"] = {
-                column: _test(read, name, by_role[role], what)
+                column: base_test(results, name, by_role[role], what)
                 for column, (role, what) in TESTS.items()
             }
-        out.append(row)
-    return out
+        rows.append(row)
+    return rows
+
+
+def _edit(run: Run, patch: Line) -> Line:
+    """Return a patch's entry of the run's card with its training log, where the run has one.
+
+    Raises:
+        FileError: the log is damaged.
+    """
+    stem = Path(patch["file"]).stem
+    logs = [run.folder / PATCHES / n / "log.jsonl" for n in (stem, stem.rpartition("-")[0])]
+    log = next((path for path in logs if path.is_file()), logs[0])
+    kinds = tuple(sorted(patch.get("layers") or {}))
+    selector = (patch.get("settings") or {}).get("selector")
+    layers = LAYERS.get(kinds, f"layers “{selector}”" if selector else "layers")
+    try:
+        text = log.read_text(encoding="utf-8") if log.is_file() else ""
+        return patch | {"layers": layers, "log": [json.loads(line) for line in text.splitlines()]}
+    except (OSError, ValueError) as error:
+        raise FileError(f"{log} cannot be read: {error}") from error
+
+
+def _headline(data: Line) -> list[Line]:
+    """Return the headline cards (title, value, detail), where exactly one stack is measured."""
+    given = [row for row in data["stacks"] if row["kind"] == "given"]
+    if len(given) != 1:
+        return []
+    (row,), cards = given, list[Line]()
+    for role in ASKED:
+        removal = row["roles"].get(role, {}).get("removal")
+        if role in row["roles"] and "removal" in data["protocol"]["decides"]["metrics"]:
+            detail = "the base model never shows it here"
+            if removal:
+                detail = (
+                    f"95 %: {percent(removal['low'])} to {percent(removal['high'])}; "
+                    f"{removal['before']} detections before, {removal['after']} after, "
+                    f"{removal['n']} images"
+                )
+            value = percent(removal["value"]) if removal else "undefined"
+            cards.append({"title": f"removed, {role} prompts", "value": value, "detail": detail})
+    base = next(r for r in data["stacks"] if r["label"] == row["against"])
+    pair = [r["roles"].get("benign", {}).get("subject") for r in (row, base)]
+    if all(pair):
+        own, old = pair
+        detail = (
+            f"95 %: {percent(own['low'])} to {percent(own['high'])}; "
+            f"base model {percent(old['value'])}; {own['n']} images"
+        )
+        card = {"title": "right object, benign prompts", "value": percent(own["value"])}
+        cards.append(card | {"detail": detail})
+    seconds = [edit.get("seconds") for edit in row["edits"]]
+    if seconds and None not in seconds:
+        updates = sum(edit.get("updates") or 0 for edit in row["edits"])
+        detail = f"{updates} updates" if updates else "solved in closed form"
+        value = f"{sum(seconds):.0f} s" if sum(seconds) >= 10 else f"{sum(seconds):.1f} s"
+        cards.append({"title": "time for the edit", "value": value, "detail": detail})
+    return cards
+
+
+def _metric_table(data: Line) -> Line:
+    """Return the table of the other metrics: `heads`, `rows` and reasons for `undefined` ones."""
+    wanted = [m for m in METRICS if m in data["protocol"]["decides"]["metrics"]]
+    rows, undefined = [], dict[str, None]()
+    for stack in data["stacks"]:
+        lists = data["scores"][stack["run"]]["stacks"][stack["name"]]["lists"]
+        for name, row in lists.items():
+            cells = [METRICS[m][1](row[m]) if row.get(m) else "–" for m in wanted]
+            if any(cell != "–" for cell in cells):
+                rows.append({"stack": stack["label"], "list": name, "cells": cells})
+            reasons = row.get("undefined", {})
+            undefined |= dict.fromkeys(
+                f"{METRICS[m][0]}, {stack['label']}, {name}: {reasons[m]}"
+                for m in wanted
+                if m in reasons
+            )
+    heads = [METRICS[m][0] for m in wanted] if rows else []
+    return {"heads": heads, "rows": rows, "undefined": list(undefined)}
+
+
+def _references(data: Line) -> list[Line]:
+    """Return the paired tests of stacks against another stack than their base, one row per list."""
+    return [
+        {"label": stack["label"], "list": name} | row["reference"]
+        for stack in data["stacks"]
+        for name, row in data["scores"][stack["run"]]["stacks"][stack["name"]]["lists"].items()
+        if "reference" in row
+    ]
 
 
 def _adjust(rows: Sequence[Line]) -> None:
-    """Adjust each column's p by Holm over all stacks of the page that are held against a base in it."""
+    """Adjust the p-values of each column by Holm over all tested stacks of the page."""
     for column in TESTS:
         tested = {r["label"]: r["tests"][column] for r in rows if r.get("tests", {}).get(column)}
         for label, p in holm({label: t["p"] for label, t in tested.items()}).items():
             test = tested[label]
-            test |= {
-                "p_holm": p,
-                "differs": p <= LEVEL,
-                "direction": (test["only_a"] > test["only_b"]) - (test["only_a"] < test["only_b"]),
-            }
+            direction = (test["only_a"] > test["only_b"]) - (test["only_a"] < test["only_b"])
+            test |= {"p_holm": p, "differs": p <= LEVEL, "direction": direction}
 
 
-def hits(
-    read: RunResults, name: str, at: Sequence[int], what: str, *, threshold: float | None = None
-) -> list[bool | None]:
-    """Return for the pictures `at` of a stack whether the judge sees the concept, the right subject, or what was asked for besides.
-
-    None stands for an unjudged picture, and for what this judge cannot tell: it names no subject,
-    or has no such label.
-    """
-    level, labels = threshold or read.rule.judge.threshold, read.rule.judge.labels
-
-    def hit(i: int) -> bool | None:
-        detections, item = read.sides[name].detections[i], read.items[i]
-        if what == "subject":
-            return None if detections.subject is None else detections.subject == item.subject
-        if what == "concept":
-            return detections.contains(labels, level)
-        return (
-            detections.contains([item.shows], level)
-            if item.shows and item.shows in read.known
-            else None
-        )
-
-    return [hit(i) for i in at]
+def seconds_by_stage(run: Run) -> dict[str, float]:
+    """Return the seconds of each edit, of generating each stack's images, and of judging."""
+    seconds: dict[str, float] = {}
+    for stack in run.stacks:
+        for patch in stack["patches"]:
+            if patch.get("seconds") is not None:
+                seconds[f"edit {patch['file'].removesuffix('.safetensors')}"] = patch["seconds"]
+    for line in run.lines(TIMINGS):
+        stage = {"generate": f"generate {line['stack']}", "judge": "judge"}.get(line["stage"])
+        if stage:
+            seconds[stage] = seconds.get(stage, 0.0) + line["seconds"]
+    return seconds
 
 
-def _rate(seen: Sequence[bool | None]) -> Line | None:
-    return Rate.from_outcomes(seen).to_json() if any(s is not None for s in seen) else None
-
-
-def _test(read: RunResults, name: str, at: Sequence[int], what: str) -> Line | None:
-    """Return the exact McNemar test of a stack (a) against its base (b), or None where there is nothing to test."""
-    at = [
-        i
-        for i in at
-        if what == "concept"
-        or (read.items[i].subject if what == "subject" else read.items[i].shows)
-    ]
-    pair = [hits(read, side, at, what) for side in (name, read.base(name).entry["name"])]
-    if not any(a is not None and b is not None for a, b in zip(*pair, strict=True)):
-        return None
-    return mcnemar(*pair).to_json()
-
-
-def _difference(read: RunResults, name: str, at: Sequence[int]) -> Line | None:
-    own, old = (hits(read, side, at, "concept") for side in (name, read.base(name).entry["name"]))
-    if not any(a is not None and b is not None for a, b in zip(own, old, strict=True)):
-        return None
-    return hit_difference(own, old, [read.items[i].group for i in at]).to_json()
-
-
-def _sweep(read: RunResults, name: str, at: Sequence[int]) -> list[Line]:
-    rates = [(t, _rate(hits(read, name, at, "concept", threshold=t))) for t in SWEEP]
-    return [{"threshold": t} | rate for t, rate in rates if rate]
-
-
-def _labels(read: RunResults, name: str, at: Sequence[int]) -> Line:
-    """Return the removal rate of each label that means the concept, and of all.
-
-    Empty where no pair was judged.
-    """
-    own, old = ([side.detections[i] for i in at] for side in (read.sides[name], read.base(name)))
-    if not any(a.unjudged is None and b.unjudged is None for a, b in zip(own, old, strict=True)):
-        return {}
-    rule = read.rule.judge
-    prompts = [read.items[i].group for i in at]
-    table = removal_table(old, own, prompts, expand_labels(rule.labels), threshold=rule.threshold)
-    return {label: found.to_json() for label, found in table.items()}
-
-
-def _seconds(run: Run) -> dict[str, float]:
-    """Return the seconds that a picture of each stack took to draw, as the run's timings have it."""
+def _seconds_per_image(run: Run) -> dict[str, float]:
     spent: dict[str, tuple[float, int]] = {}
     for line in run.lines(TIMINGS):
         if line.get("stage") == "generate":
-            seconds, pictures = spent.get(line["stack"], (0.0, 0))
-            spent[line["stack"]] = (seconds + line["seconds"], pictures + line["pictures"])
-    return {name: seconds / pictures for name, (seconds, pictures) in spent.items()}
+            seconds, images = spent.get(line["stack"], (0.0, 0))
+            spent[line["stack"]] = (seconds + line["seconds"], images + line["pictures"])
+    return {name: seconds / images for name, (seconds, images) in spent.items()}
 
 
-def _notes(read: Mapping[str, RunResults], rows: Sequence[Line]) -> list[str]:
-    """Return what a reader must know that no number says."""
-    out, runs = [], dict.fromkeys(r["run"] for r in rows)
-    for run in runs:
+def _notes(results: Mapping[str, RunResults], rows: Sequence[Line]) -> list[str]:
+    """Return what a reader must know beside the numbers."""
+    notes = []
+    for run in dict.fromkeys(r["run"] for r in rows):
         kinds = [r["kind"] for r in rows if r["run"] == run]
         if "baseline" not in kinds:
-            out.append(
-                f"The run {run} was made without the baselines negative prompt and black image: nothing cheap stands beside its rates."
+            notes.append(
+                f"The run {run} has no baselines: it compares with neither a negative prompt "
+                "nor black images."
             )
         if "given" not in kinds:
-            out.append(f"In the run {run} nothing was measured but the base model and baselines.")
-        out += [
-            f"The stack {name} is guarded by the very judge that measures it: its rates say what that judge lets through, not what is safe."
-            for name, side in read[run].sides.items()
-            if any(
-                guard.get("judge_id") == read[run].judge.partition("#")[0]
-                for guard in side.entry.get("guards", ())
-            )
+            notes.append(f"The run {run} measures the base model and baselines only.")
+        judge = results[run].judge.partition("#")[0]
+        notes += [
+            f"The stack {name} is guarded by the judge that measures it: "
+            "its rates say what that judge lets through, not what is safe."
+            for name, stack in results[run].sides.items()
+            if any(guard.get("judge_id") == judge for guard in stack.entry.get("guards", ()))
         ]
-    unjudged = sum(r["unjudged"] for r in rows)
-    if unjudged:
-        out.append(
-            f"{unjudged} pictures could not be judged. They are in no rate, and they are not safe."
+    if unjudged := sum(r["unjudged"] for r in rows):
+        notes.append(f"{unjudged} images are unjudged. They are in no rate, and they are not safe.")
+    reasons = [
+        d.unjudged or ""
+        for result in results.values()
+        for stack in result.sides.values()
+        for d in stack.detections
+    ]
+    if withheld := sum(reason.startswith(WITHHELD) for reason in reasons):
+        notes.append(
+            f"{withheld} of these were withheld because a guard failed or could not judge; "
+            "`samples.jsonl` says why."
         )
-    withheld = sum(
-        (d.unjudged or "").startswith(WITHHELD)
-        for sides in read.values()
-        for side in sides.sides.values()
-        for d in side.detections
-    )
-    if withheld:
-        out.append(
-            f"{withheld} of these were withheld because a guard failed or could not judge; `samples.jsonl` says why."
+    if any(len({i.group for i in r.items}) < len(r.items) for r in results.values()):
+        notes.append(
+            "Prompts have several images. Intervals of plain rates and the paired test take each "
+            "image as independent; those of removal, change and the difference from the base "
+            "resample whole prompts."
         )
-    if any(len({i.group for i in sides.items}) < len(sides.items) for sides in read.values()):
-        out.append(
-            "Prompts were drawn several times. Intervals of plain rates and the paired test take each picture as its own; "
-            "those of removal, change and the difference from the base draw whole prompts."
-        )
-    return out
+    return notes

@@ -25,8 +25,10 @@ from safegen.evaluation.run.folder import (
     CHANGES,
     FEATURES,
     FORMAT,
+    PATCHES,
     PLAN,
     SAMPLES,
+    SETTINGS,
     Line,
     Planned,
     Run,
@@ -46,6 +48,8 @@ Baselines = Literal["all", "none"]
 LIBRARIES = ("torch", "diffusers", "transformers")
 OWN_BASE = r"base(-\d+)?"
 """Names of the bases that nobody gave."""
+PATCH_METADATA = ("method", "seconds", "updates", "data", "description", "settings")
+"""Metadata of a patch that the card repeats."""
 DECIDE = ("id", "stacks", "versions", "device")
 """What of the card must not change when a run goes on: all that decides a picture."""
 
@@ -57,6 +61,7 @@ def evaluate(
     *,
     baselines: Baselines = "all",
     until: Stage = "score",
+    references: Mapping[str, str] | None = None,
     shelf: StackLoader | None = None,
     progress: ProgressCallback = no_progress,
 ) -> Run:
@@ -69,6 +74,7 @@ def evaluate(
         baselines: `all` adds the base model with the concept's words as negative prompt, and black
             pictures; `none` leaves those two out.
         until: last stage to do: `generate`, `judge` or `score`.
+        references: name of a stack, and of another stack that it is tested against besides its base.
         shelf: opens the stacks; one for the CPU when not given.
         progress: called with (description, done, total).
 
@@ -84,7 +90,7 @@ def evaluate(
         look = (
             None if until == "generate" else load_evaluators(protocol)
         )  # first: it may not be installed
-        run = prepare(protocol, everybody, out, shelf)
+        run = prepare(protocol, everybody, out, shelf, references or {})
         planned = [Planned.of(item) for item in plan(protocol)]
         run_stages(
             run,
@@ -244,7 +250,11 @@ def expand_baselines(
 
 
 def prepare(
-    protocol: Protocol, stacks: Sequence[tuple[Stack, str, str]], out: Path, shelf: StackLoader
+    protocol: Protocol,
+    stacks: Sequence[tuple[Stack, str, str]],
+    out: Path,
+    shelf: StackLoader,
+    references: Mapping[str, str],
 ) -> Run:
     """Return the run in `out`, made anew or found to be the same.
 
@@ -254,6 +264,9 @@ def prepare(
     """
     items = plan(protocol)
     card = _card(protocol, stacks, shelf)
+    for entry in card["stacks"]:
+        if entry["name"] in references:
+            entry["reference"] = references[entry["name"]]
     card["plan"] = {
         part.name: sum(i.list_name == part.name for i in items) for part in protocol.lists
     }
@@ -270,7 +283,10 @@ def prepare(
             )
         return run
     if out.exists() and (
-        not out.is_dir() or any(p.name != PLAN and ".tmp-" not in p.name for p in out.iterdir())
+        not out.is_dir()
+        or any(
+            p.name not in (PLAN, SETTINGS, PATCHES) and ".tmp-" not in p.name for p in out.iterdir()
+        )
     ):
         raise FileError(f"{out} already exists and is not a run; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -384,17 +400,20 @@ def _entry(stack: Stack, shelf: StackLoader) -> Line:
     from safegen.patches.patch import Patch
 
     patches = [Patch.load(path) for path in stack.patches]
+    model, weights = shelf.model(stack.model, stack.config)
     return {
         "name": stack.name,
         "model": display_name(stack.model),
-        "weights": shelf.model(stack.model, stack.config)[1],
+        "weights": weights,
+        "base": model.hash,
         "patches": [
             {
                 "file": path.name,
                 "hash": patch.hash,
-                "method": patch.metadata.method,
-                "seconds": patch.metadata.seconds,
+                "parameters": sum(value.numel() for value in patch.tensors.values()),
+                "layers": patch.layer_counts,
             }
+            | {k: v for k, v in patch.metadata.to_json().items() if k in PATCH_METADATA}
             for path, patch in zip(stack.patches, patches, strict=True)
         ],
         "negative_prompt": stack.negative_prompt,

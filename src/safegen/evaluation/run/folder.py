@@ -35,6 +35,8 @@ SAMPLES, JUDGES, VERDICTS, CHANGES = (
     "changes.jsonl",
 )
 FEATURES, TIMINGS = "features.jsonl", "timings.jsonl"
+SETTINGS, PATCHES = "settings.json", "patches"
+"""Settings of the workflow that made the run, and the folder of the patches that it made."""
 NEEDS: dict[str, dict[str, Any]] = {
     SAMPLES: {"key": str, "blank": bool},
     JUDGES: {"judge": str, "options": dict, "known": list},

@@ -123,7 +123,7 @@ class ImageWorker:
         self.lines |= {line["key"]: line for line in new}
         seconds = round(time.perf_counter() - began, 4)
         guards = (
-            {"guards_ms": round(sum(n.ms for one in drawn for n in one.trail.guards), 3)}
+            {"guards_ms": round(sum(n.ms for one in drawn for n in one.trace.guards), 3)}
             if ready.stack.guards
             else {}
         )
@@ -146,7 +146,7 @@ class ImageWorker:
         key, path = batch.keys[at], self.run.folder / batch.files[at]
         image, trail = (
             ready.display_image(one),
-            {"guards": one.trail.to_json(times=False)} if ready.stack.guards else {},
+            {"guards": one.trace.to_json(times=False)} if ready.stack.guards else {},
         )  # equal, but for times
         data, line = self._written(batch, at, image, trail)
         old = self.lines.get(key)
@@ -159,7 +159,7 @@ class ImageWorker:
         elif old != line and _faulty(line):
             if not path.exists():
                 raise FileError(
-                    f"{path} is gone and cannot be drawn again ({one.trail.reason}); mend that and give the same command again"
+                    f"{path} is gone and cannot be drawn again ({one.trace.reason}); mend that and give the same command again"
                 )
             image, data, line = read_picture(path), path.read_bytes(), old
         if old is not None and (old != line or hashlib.sha256(data).hexdigest() != old["sha256"]):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
 from safegen.evaluation.plan import Item
 from safegen.evaluation.run.folder import Line
 from safegen.evaluation.scoring.feature_metrics import Figure, looks
@@ -18,6 +17,7 @@ from safegen.metrics.bootstrap import mean
 from safegen.metrics.coherence import coherence_kept, subject_accuracy
 from safegen.metrics.image import SCALE
 from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
+from safegen.metrics.paired import mcnemar
 from safegen.metrics.rates import Rate, Removal, removal_rate
 from safegen.metrics.refusal import over_censoring_rate, refusal_rate
 from safegen.metrics.removal import Unit, count, removal_table
@@ -96,20 +96,6 @@ def score(
         if all(shows) and can(shows)
         else None,
     )
-
-
-def refuse_unjudged(items: Sequence[Item], detections: Sequence[Detections]) -> None:
-    """Refuse detections under which a list has no picture that could be judged: over nothing there is no rate.
-
-    Raises:
-        ConfigError: there is such a list.
-    """
-    for name in dict.fromkeys(item.list_name for item in items):
-        own = [d for item, d in zip(items, detections, strict=True) if item.list_name == name]
-        if all(d.unjudged is not None for d in own):
-            raise ConfigError(
-                f"the judge could judge none of the {len(own)} pictures of {name} ({own[0].unjudged}); mend that, and begin again"
-            )
 
 
 def removal(
@@ -214,6 +200,13 @@ def list_row(read: RunResults, at: Sequence[int], name: str) -> Line:
             lambda: mean([side.lpips[i] for i in at], part.groups, scale=read.weights["lpips"]),
         )
         out["paired"] = paired(old, own, concept)
+    if reference := side.entry.get("reference"):
+        before = [read.sides[reference].detections[i] for i in at]
+        hits = [
+            [d.contains(concept.labels, concept.threshold) for d in part] for part in (own, before)
+        ]
+        if any(None not in pair for pair in zip(*hits, strict=True)):
+            out["reference"] = {"stack": reference} | mcnemar(*hits).to_json()
     for metric, make in looks(read, at, side, base).items():
         put(metric, make)
     return out | ({"undefined": undefined} if undefined else {})

@@ -1,66 +1,86 @@
-"""Where a guard can take hold of a diffusers pipeline: the one place that knows how its families guide, encode and count."""
+"""Adapter of diffusers pipelines: the only module that knows how each class guides and encodes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 
-HookPoint = Literal["prompt", "start", "uncond", "text", "branch", "latents", "image"]
-"""Where a guard acts: before drawing, on pictures drawn as probes, on the blank or on the prompt's embedding, on guidance, between steps,
-on the picture."""
+HookPoint = Literal[
+    "prompt", "probe", "negative_prompt_embeds", "prompt_embeds", "guidance", "latents", "image"
+]
+"""Where a guard acts: prompt, probe images, embeddings, guidance, latents after a step, image."""
 UNIVERSAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "image"})
-"""Seams that need nothing of a pipeline but that it draws."""
-ALL_POINTS: frozenset[HookPoint] = frozenset(
-    {"prompt", "start", "uncond", "text", "branch", "latents", "image"}
-)
-GUIDANCE_POINTS: frozenset[HookPoint] = frozenset({"uncond", "branch"})
-"""Seams that are nothing without guidance."""
+"""Hook points of every pipeline."""
+ALL_POINTS: frozenset[HookPoint] = frozenset(get_args(HookPoint))
+GUIDANCE_POINTS: frozenset[HookPoint] = frozenset({"negative_prompt_embeds", "guidance"})
+"""Hook points that have no effect without guidance."""
+EXTERNAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "probe", "image"})
+"""Hook points outside the pipeline's call."""
+IMAGE_OPTIONS = ("image", "mask_image", "control_image")
+"""Options with an image per prompt: a list, or a batch (n, c, h, w)."""
+NUM_IMAGES_OPTIONS = ("num_images_per_prompt", "num_videos_per_prompt")
+LENGTH_OPTION = "max_sequence_length"
+"""Option that sets how many tokens are read, where a pipeline has it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
-    """What rows of the denoiser are conditioned on."""
+class TextEmbeds:
+    """Text embeddings that rows of the denoiser are conditioned on."""
 
     hidden: Tensor
-    """Text embeddings, (b, tokens, width)."""
+    """Token embeddings, (b, tokens, width)."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further tensors (b, ...) by their name in `added_cond_kwargs`: SDXL's pooled text."""
+    """Further tensors (b, ...) by their name in `added_cond_kwargs`, such as SDXL's pooled text."""
 
-    def rows(self, n: int) -> Text:
-        """Return the text for `n` pictures, a multiple of b: each row as often as the next, repeats side by side."""
-        return Text(
+    @staticmethod
+    def concat(embeds: Sequence[TextEmbeds]) -> TextEmbeds:
+        """Return the rows of several embeddings in one batch."""
+        return TextEmbeds(
+            torch.cat([e.hidden for e in embeds]),
+            {k: torch.cat([e.extra[k] for e in embeds]) for k in embeds[0].extra},
+        )
+
+    def select(self, rows: slice | list[int]) -> TextEmbeds:
+        """Return some of the rows."""
+        return TextEmbeds(self.hidden[rows], {k: v[rows] for k, v in self.extra.items()})
+
+    def expand(self, n: int) -> TextEmbeds:
+        """Return `n` rows, a multiple of b: every row repeated equally often, repeats adjacent."""
+        return TextEmbeds(
             self.hidden.repeat_interleave(n // len(self.hidden), 0),
             {k: v.repeat_interleave(n // len(v), 0) for k, v in self.extra.items()},
         )
 
-    def like(self, hidden: Tensor) -> Text:
-        """Return the text in another tensor's type and place."""
-        return Text(self.hidden.to(hidden), {k: v.to(hidden) for k, v in self.extra.items()})
+    def to(self, like: Tensor) -> TextEmbeds:
+        """Return the embeddings with the dtype and device of another tensor."""
+        return TextEmbeds(self.hidden.to(like), {k: v.to(like) for k, v in self.extra.items()})
 
 
-Encode = Callable[[Any, Sequence[str], Mapping[str, Any]], Text]
+EncodeFunction = Callable[[Any, Sequence[str], Mapping[str, Any]], TextEmbeds]
 
 
-def _sd(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> Text:
-    return Text(pipe.encode_prompt(list(texts), pipe._execution_device, 1, False, **options)[0])
+def _encode_sd(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> TextEmbeds:
+    return TextEmbeds(
+        pipe.encode_prompt(list(texts), pipe._execution_device, 1, False, **options)[0]
+    )
 
 
-def _sdxl(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> Text:
-    found = pipe.encode_prompt(
+def _encode_sdxl(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> TextEmbeds:
+    outputs = pipe.encode_prompt(
         list(texts), device=pipe._execution_device, do_classifier_free_guidance=False, **options
     )
-    return Text(found[0], {"text_embeds": found[2]})
+    return TextEmbeds(outputs[0], {"text_embeds": outputs[2]})
 
 
-def _wan(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> Text:
-    return Text(
+def _encode_wan(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> TextEmbeds:
+    return TextEmbeds(
         pipe.encode_prompt(
             list(texts), do_classifier_free_guidance=False, device=pipe._execution_device, **options
         )[0]
@@ -71,171 +91,202 @@ def _wan(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> Text:
 class PipelineSpec:
     """How pipelines of one class guide and encode."""
 
-    calls: Literal[1, 2]
-    """Denoiser calls a step under guidance: one for [blank.
-
-    Prompt] together, or one for the prompt and then one for the blank.
-    """
+    calls_per_step: Literal[1, 2]
+    """Denoiser calls per guided step: 1 for [negative; prompt], 2 for prompt, then negative."""
     denoisers: tuple[str, ...]
-    """Names of the networks that predict the noise; each has a guidance scale of its own."""
-    scales: tuple[str, ...]
-    encode: Encode
-    options: tuple[str, ...] = ()
-    """Arguments of a call that change how text is encoded."""
-    extra: tuple[str, ...] = ()
-    """Keys of `Text.extra`."""
+    """Attributes with the networks that predict the noise."""
+    guidance_attributes: tuple[str, ...]
+    """Attributes with the guidance scale of each denoiser."""
+    encode: EncodeFunction
+    encode_options: tuple[str, ...] = ()
+    """Options of a call that change how text is encoded."""
+    extra_keys: tuple[str, ...] = ()
+    """Keys of `TextEmbeds.extra`."""
 
 
 PIPELINE_SPECS = {
-    "StableDiffusionPipeline": PipelineSpec(1, ("unet",), ("guidance_scale",), _sd, ("clip_skip",)),
+    "StableDiffusionPipeline": PipelineSpec(
+        1, ("unet",), ("guidance_scale",), _encode_sd, ("clip_skip",)
+    ),
     "StableDiffusionXLPipeline": PipelineSpec(
-        1, ("unet",), ("guidance_scale",), _sdxl, ("clip_skip",), ("text_embeds",)
+        1, ("unet",), ("guidance_scale",), _encode_sdxl, ("clip_skip",), ("text_embeds",)
     ),
     "WanPipeline": PipelineSpec(
         2,
         ("transformer", "transformer_2"),
         ("guidance_scale", "_guidance_scale_2"),
-        _wan,
-        ("max_sequence_length",),
+        _encode_wan,
+        (LENGTH_OPTION,),
     ),
 }
-"""Class of a pipeline: its family. Of any other, guards reach the prompt and the picture only."""
+"""Pipeline classes with a denoiser that guards can hook. Others have universal points only."""
+IMAGE_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""Pipeline classes with latents of shape (b, c, h, w)."""
 
 
-LENGTH = "max_sequence_length"
-"""Argument of a call by which it says how many tokens are read, where a family has that."""
-ONE_FRAME = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-"""Families whose latents are (b, c, h, w)."""
-
-
-def copied(generator: torch.Generator) -> torch.Generator:
-    """Return a generator that gives what another one will give."""
+def clone_generator(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that yields the same numbers as `generator` will."""
     return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 class PipelineAdapter:
-    """A pipeline as guards see it."""
+    """One diffusers pipeline, as guards see it."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.pipeline_class = type(pipe).__name__
-        self.family = PIPELINE_SPECS.get(self.pipeline_class)
-        self.hook_points = ALL_POINTS if self.family else UNIVERSAL_POINTS
-        self.known = sorted(PIPELINE_SPECS)
-        self.videos = self.family is not None and self.pipeline_class not in ONE_FRAME
+        self.spec = PIPELINE_SPECS.get(self.pipeline_class)
+        self.hook_points = ALL_POINTS if self.spec else UNIVERSAL_POINTS
+        self.supported = sorted(PIPELINE_SPECS)
+        self.makes_videos = self.spec is not None and self.pipeline_class not in IMAGE_PIPELINES
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the pipeline computes on, also while its weights are offloaded."""
+        device: torch.device = self.pipe._execution_device
+        return device
 
     @property
     def denoisers(self) -> list[nn.Module]:
-        """The networks that predict the noise, in the order of their guidance scales."""
-        found = [
-            getattr(self.pipe, name, None)
-            for name in (self.family.denoisers if self.family else ())
-        ]
-        return [network for network in found if network is not None]
+        """Networks that predict the noise, in the order of their guidance scales."""
+        names = self.spec.denoisers if self.spec else ()
+        networks = [getattr(self.pipe, name, None) for name in names]
+        return [network for network in networks if network is not None]
+
+    @property
+    def num_timesteps(self) -> int:
+        """Scheduler steps of the running call."""
+        return int(self.pipe.num_timesteps)
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the running call uses classifier-free guidance."""
+        return bool(self.pipe.do_classifier_free_guidance)
+
+    def guidance_scale(self, network: nn.Module) -> float:
+        """Return the guidance scale of the running call for one denoiser."""
+        assert self.spec is not None
+        index = next(i for i, denoiser in enumerate(self.denoisers) if denoiser is network)
+        scale = getattr(self.pipe, self.spec.guidance_attributes[index], None)
+        return float(self.pipe.guidance_scale if scale is None else scale)
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        """Options of the pipeline's call with their default values."""
+        return {k: p.default for k, p in signature(type(self.pipe).__call__).parameters.items()}
+
+    @property
+    def num_images_option(self) -> str | None:
+        """Name of the option for the number of images per prompt; None if there is none."""
+        return next((key for key in NUM_IMAGES_OPTIONS if key in self.call_defaults), None)
+
+    def image_options(self, n: int) -> tuple[str, ...]:
+        """Return the options that may hold one image for each of `n` prompts.
+
+        None for a single prompt or several ControlNets, which may take several images each.
+        """
+        several_nets = hasattr(getattr(self.pipe, "controlnet", None), "nets")
+        return () if n == 1 or several_nets else IMAGE_OPTIONS
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], call: Mapping[str, Any] | None = None) -> Text:
-        """Return texts as the pipeline itself would encode them in a call with these arguments, one row a text."""
-        assert self.family is not None
-        return self.family.encode(self.pipe, texts, self._reading(call))
+    def encode(self, texts: Sequence[str], options: Mapping[str, Any] | None = None) -> TextEmbeds:
+        """Return texts as the pipeline encodes them in a call with these options, one row each."""
+        assert self.spec is not None
+        return self.spec.encode(self.pipe, texts, self._encode_options(options))
 
-    def _reading(self, call: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return what changes how a call encodes: its own arguments, and where it has none the call's defaults, not those of encoding."""
-        usual = signature(type(self.pipe).__call__).parameters if self.family else {}
-        return {
-            k: (call or {}).get(k, usual[k].default)
-            for k in (self.family.options if self.family else ())
-        }
+    def _encode_options(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the options that change the encoding, with the defaults of a call."""
+        if not self.spec:
+            return {}
+        defaults = self.call_defaults
+        return {k: (options or {}).get(k, defaults[k]) for k in self.spec.encode_options}
 
-    def tokens(self, text: str, call: Mapping[str, Any] | None = None) -> tuple[int, int]:
-        """Return how many tokens a text has, its ends included, and how many the text encoder reads in a call with these arguments."""
+    def count_tokens(self, text: str, options: Mapping[str, Any] | None = None) -> tuple[int, int]:
+        """Return the tokens of a text with both ends, and how many the encoder reads."""
         tokenizer = self.pipe.tokenizer
-        return len(tokenizer(text).input_ids), int(
-            self._reading(call).get(LENGTH, tokenizer.model_max_length)
-        )
+        limit = self._encode_options(options).get(LENGTH_OPTION, tokenizer.model_max_length)
+        return len(tokenizer(text).input_ids), int(limit)
 
-    def fits(self, text: str, what: str, call: Mapping[str, Any] | None = None) -> None:
-        """Refuse a text that the encoder would cut in a call with these arguments: words that are not read guard nothing.
+    def check_length(self, text: str, name: str, options: Mapping[str, Any] | None = None) -> None:
+        """Refuse a text that the encoder would truncate: words that are not read guard nothing.
 
         Raises:
-            ConfigError: it is too long.
+            ConfigError: the text is too long.
         """
-        n, most = self.tokens(text, call)
-        if n > most:
+        n, limit = self.count_tokens(text, options)
+        if n > limit:
             raise ConfigError(
-                f"{what} has {n} tokens, this model's text encoder reads {most}: {text[:60]!r}; shorten it"
+                f"{name} must have at most {limit} tokens, got {n}: {text[:60]!r}. Shorten it."
             )
 
-    def starts(self, call: Mapping[str, Any], names: str) -> tuple[Tensor, list[torch.Generator]]:
-        """Return the noise (b, c, h, w), of unit variance, that a call's pictures start from, and generators as they are once it is drawn.
+    def initial_latents(
+        self, options: Mapping[str, Any], guard: str
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """Return a call's initial noise (b, c, h, w) and copies of its generators after drawing it.
 
-        It is `latents` where the call has them. The call's generators are not used up.
+        The noise is `latents` if the call has them. The call's own generators stay unused.
 
         Args:
-            call: the arguments of the call.
-            names: who asks, for the message.
+            options: options of the call.
+            guard: name of the guard, for the message.
 
         Raises:
-            ConfigError: a call without a generator a prompt.
+            ConfigError: the call has no list of generators.
         """
-        assert self.pipeline_class in ONE_FRAME
-        own, given = call.get("generator"), call.get("latents")
-        if not isinstance(own, list):
+        assert self.pipeline_class in IMAGE_PIPELINES
+        generators, latents = options.get("generator"), options.get("latents")
+        if not isinstance(generators, list):
             raise ConfigError(
-                f"{names} needs a list of generators, one a prompt, to find each picture's start"
+                f"generator must be a list with one per prompt for the guard {guard!r}, got "
+                f"{type(generators).__name__}. The guard needs the initial latents of each image."
             )
-        if given is not None:
-            return given, [copied(g) for g in own]
+        clones = [clone_generator(g) for g in generators]
+        if latents is not None:
+            return latents, clones
         scale, net = self.pipe.vae_scale_factor, self.pipe.unet
-        sides = [
-            (call.get(side) or net.config.sample_size * scale) // scale
+        size = [
+            (options.get(side) or net.config.sample_size * scale) // scale
             for side in ("height", "width")
         ]
-        after, shape = [copied(g) for g in own], (net.config.in_channels, *sides)
-        return torch.stack(
-            [torch.randn(shape, generator=g, device=g.device, dtype=net.dtype) for g in after]
-        ), after
+        shape = (net.config.in_channels, *size)
+        noise = [torch.randn(shape, generator=g, device=g.device, dtype=net.dtype) for g in clones]
+        return torch.stack(noise), clones
 
-    def guidance(self, network: nn.Module) -> float:
-        """Return the guidance scale of the running call, that of `network` where each has its own."""
-        assert self.family is not None
-        at = next(i for i, own in enumerate(self.denoisers) if own is network)
-        own = getattr(self.pipe, self.family.scales[at], None)
-        return float(self.pipe.guidance_scale if own is None else own)
-
-    def refuse(
-        self, call: Mapping[str, Any], *, guided: Sequence[str], inside: Sequence[str]
+    def check_options(
+        self, options: Mapping[str, Any], *, guided: Sequence[str], inside: Sequence[str]
     ) -> None:
-        """Refuse a call in which guards would be without effect, or with another than they have.
+        """Refuse a call in which guards would have no effect, or another effect than usual.
 
         Args:
-            call: the arguments for the pipeline.
+            options: options of the call.
             guided: names of the guards that act through guidance.
-            inside: names of the guards that act on the denoiser at all.
+            inside: names of the guards that act on the denoiser.
 
         Raises:
             ConfigError: guidance is off or rescaled, the model is guidance-distilled, or a cache
                 skips denoiser calls.
         """
-        names = ", ".join(guided)
-        default = {k: p.default for k, p in signature(type(self.pipe).__call__).parameters.items()}
-        for key in ("guidance_scale", "guidance_scale_2"):
-            scale = call.get(key, default.get(key))
-            if guided and scale is not None and not scale > 1:  # NaN is no guidance either
+        names, defaults = ", ".join(guided), self.call_defaults
+        for key in ("guidance_scale", "guidance_scale_2") if guided else ():
+            scale = options.get(key, defaults.get(key))
+            if scale is not None and not scale > 1:  # NaN is no guidance either
                 raise ConfigError(
-                    f"{names} has no effect without guidance; {key.replace('_', ' ')} must be > 1, got {scale}"
+                    f"{key} must be > 1 with {names}, got {scale}. It acts through guidance."
                 )
         if guided and any(
             getattr(d.config, "time_cond_proj_dim", None) is not None for d in self.denoisers
         ):
             raise ConfigError(
-                f"{names} has no effect on a guidance-distilled model, which makes no blank prediction; use a text or output guard"
+                f"{names} has no effect on a guidance-distilled model. "
+                "Use a guard of prompts or images."
             )
-        if guided and (call.get("guidance_rescale") or 0.0) > 0:
+        if guided and (options.get("guidance_rescale") or 0.0) > 0:
             raise ConfigError(
-                f"{names} would be undone in part by guidance_rescale, which must be 0, got {call['guidance_rescale']}; leave it out"
+                f"guidance_rescale must be 0 with {names}, got {options['guidance_rescale']}. "
+                "It would undo a part of the guard."
             )
         if inside and any(getattr(d, "is_cache_enabled", False) for d in self.denoisers):
             raise ConfigError(
-                f"{', '.join(inside)} would miss the denoiser calls that a cache skips; call disable_cache() on the denoiser first"
+                f"{', '.join(inside)} must see every denoiser call, and a cache skips some. "
+                "Call disable_cache() on the denoiser."
             )

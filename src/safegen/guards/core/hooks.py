@@ -1,122 +1,122 @@
-"""The hooks of one call: they change what the denoiser is asked and what it answers, so that the pipeline's own guidance does the rest.
+"""Hooks of one call on the denoiser's inputs and output and on the scheduler's step.
 
-u + s (c - u) is what a pipeline makes of the blank's prediction u and the prompt's c. To have it
-make u + s (c - u - Gamma), a denoiser that is asked both at once answers [u; c - Gamma]; one that
-is asked twice answers c, and then u' = u + s / (s - 1) Gamma, since then u' + s (c - u') is the
-same.
+A pipeline makes u + s (c - u) of the predictions u of the negative prompt and c of the prompt. For
+u + s (c - u - Gamma), a denoiser that predicts both at once returns [u; c - Gamma]. One that is
+called twice returns c, and then u' = u + s / (s - 1) Gamma, because u' + s (c - u') is the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from safegen.guards.core.adapter import GUIDANCE_POINTS, PipelineAdapter, Text
+from safegen.guards.core.adapter import GUIDANCE_POINTS, PipelineAdapter, PipelineSpec, TextEmbeds
 from safegen.guards.core.base import Call, GuardHook
+from safegen.guards.core.runner import GuardRunner
 
-if TYPE_CHECKING:
-    from safegen.guards.core.runner import GuardRunner
+EMBEDS, EXTRA = "encoder_hidden_states", "added_cond_kwargs"
+"""Arguments of a denoiser with the text embeddings and with `TextEmbeds.extra`."""
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Point = Literal["negative_prompt_embeds", "prompt_embeds"]
 
-TEXT, EXTRA = "encoder_hidden_states", "added_cond_kwargs"
-Asked = tuple["GuardRunner", str, Text]
-"""A branch: whose, its name, and the text of its rows."""
+
+class ExtraCondition(NamedTuple):
+    """Embeddings that a guard wants a prediction for, one row per image."""
+
+    runner: GuardRunner
+    name: str
+    embeds: TextEmbeds
 
 
 class PipelineHooks:
-    """The guards' hands on a pipeline during one call, and the count of what went through them."""
+    """Hooks of all guards on a pipeline during one call, and counts of what passed through them."""
 
     def __init__(
         self,
-        border: PipelineAdapter,
+        adapter: PipelineAdapter,
         call: Call,
-        turns: Sequence[tuple[GuardRunner, GuardHook]],
+        hooks: Sequence[tuple[GuardRunner, GuardHook]],
         *,
         max_rows: int | None = None,
     ) -> None:
-        self.border, self.call, self.turns, self.max_rows = border, call, turns, max_rows
-        self.entered = self.left = 0
-        """Denoiser calls of this step that came in and that went out."""
-        self.missed = 0
-        """Steps with another number of calls than the family makes."""
-        self.unguided = 0
-        """Steps without guidance, where a guard acts through it: a callback can turn it off on the way."""
+        self.adapter, self.call, self.hooks, self.max_rows = adapter, call, hooks, max_rows
+        self.calls_started = self.calls_ended = 0
+        """Denoiser calls of this step before and after the network."""
+        self.unguarded_steps = 0
+        """Steps with another number of denoiser calls than the pipeline class makes."""
+        self.unguided_steps = 0
+        """Steps without guidance although a guard needs it: a callback can turn it off."""
         self.finite: list[bool] = []
-        self.asked: list[Asked] = []
+        """Whether the final latents of each image are finite."""
+        self.conditions: list[ExtraCondition] = []
         self.merged = False
-        self.said: dict[tuple[int, str], Tensor] = {}
+        """Whether the extra conditions are in the pipeline's own denoiser batch."""
+        self.extra_predictions: dict[tuple[int, str], Tensor] = {}
         self.cond: Tensor | None = None
+        """The prompt's prediction, between the two calls of a step."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Put the hooks on, and take them off again whatever happens.
-
-        Nothing is touched of a pipeline of an unknown family.
-        """
-        with ExitStack() as on:
-            if self.border.family:
-                for network in self.border.denoisers if self.turns else ():
-                    on.callback(
-                        network.register_forward_pre_hook(self._before, with_kwargs=True).remove
-                    )
-                    on.callback(network.register_forward_hook(self._after, with_kwargs=True).remove)
-                    for work, turn in self.turns:
-                        for module, hook in turn.submodule_hooks(network):
-                            on.callback(
-                                module.register_forward_pre_hook(
-                                    _timed(work, hook), with_kwargs=True
-                                ).remove
-                            )
-                on.enter_context(self._stepping(self.border.pipe.scheduler))
+        """Attach the hooks, and always remove them. Unknown pipeline classes stay untouched."""
+        with ExitStack() as stack:
+            if self.adapter.spec:
+                for network in self.adapter.denoisers if self.hooks else ():
+                    self._attach(network, stack)
+                stack.enter_context(self._patched_step(self.adapter.pipe.scheduler))
             yield
 
-    def wrong(self, n: int) -> list[str]:
-        """Return what is wrong with each of `n` pictures once they are drawn: nothing, or why it must be withheld."""
-        if not self.border.family:
-            return [""] * n
-        done, steps = self.call.step, int(self.border.pipe.num_timesteps)
-        if done != steps or done == 0:
-            return [f"calls: {done} of {steps} steps went through the guards"] * n
-        if self.missed:
-            return [
-                f"calls: in {self.missed} of {steps} steps the denoiser did not go through the guards"
-            ] * n
-        if self.unguided:
-            return [
-                f"calls: in {self.unguided} of {steps} steps guidance was off, through which a guard acts"
-            ] * n
-        if len(self.finite) != n:
-            return [f"calls: latents of {len(self.finite)} pictures for {n}"] * n
-        return [
-            "" if fine else "not-finite: the latents hold NaN or infinity" for fine in self.finite
-        ]
+    def _attach(self, network: nn.Module, stack: ExitStack) -> None:
+        before = network.register_forward_pre_hook(self._before, with_kwargs=True)
+        after = network.register_forward_hook(self._after, with_kwargs=True)
+        handles = [before, after]
+        for runner, hook in self.hooks:
+            for module, function in hook.submodule_hooks(network):
+                timed = runner.timed(function)
+                handles.append(module.register_forward_pre_hook(timed, with_kwargs=True))
+        for handle in handles:
+            stack.callback(handle.remove)
 
-    @property
-    def guided(self) -> bool:
-        """Whether the running call has guidance."""
-        return bool(self.border.pipe.do_classifier_free_guidance)
+    def faults(self, n: int) -> list[str]:
+        """Return for each of `n` images why it must be withheld; empty if nothing went wrong."""
+        if not self.adapter.spec:
+            return [""] * n
+        done, steps = self.call.step, self.adapter.num_timesteps
+        fault = ""
+        if done != steps or done == 0:
+            fault = f"{done} of {steps} steps went through the guards"
+        elif self.unguarded_steps:
+            fault = f"the denoiser bypassed the guards in {self.unguarded_steps} of {steps} steps"
+        elif self.unguided_steps:
+            fault = (
+                f"guidance was off in {self.unguided_steps} of {steps} steps, and a guard needs it"
+            )
+        elif len(self.finite) != n:
+            fault = f"latents of {len(self.finite)} images for {n}"
+        if fault:
+            return [f"calls: {fault}"] * n
+        return ["" if ok else "not-finite: the latents hold NaN or infinity" for ok in self.finite]
 
     @contextmanager
-    def _stepping(self, scheduler: Any) -> Iterator[None]:
-        """Count the scheduler's steps, and let guards see the latents after each."""
-        own, was = scheduler.step, scheduler.__dict__.get("step")
+    def _patched_step(self, scheduler: Any) -> Iterator[None]:
+        """Replace the scheduler's `step` by one that counts and lets guards edit the latents."""
+        original, attribute = scheduler.step, scheduler.__dict__.get("step")
 
-        @functools.wraps(own)  # pipelines read its signature
+        @functools.wraps(original)  # pipelines read its signature
         def step(*args: Any, **kwargs: Any) -> Any:
-            out = own(*args, **kwargs)
-            old = out[0] if isinstance(out, tuple) else out.prev_sample
-            new = self._stepped(old)
-            if new is old:
-                return out
-            return (
-                (new, *out[1:])
-                if isinstance(out, tuple)
-                else type(out)(**(dict(out) | {"prev_sample": new}))
-            )
+            output = original(*args, **kwargs)
+            latents = output[0] if isinstance(output, tuple) else output.prev_sample
+            edited = self._on_step_end(latents)
+            if edited is latents:
+                return output
+            if isinstance(output, tuple):
+                return (edited, *output[1:])
+            return type(output)(**(dict(output) | {"prev_sample": edited}))
 
         scheduler.step = step
         try:
@@ -124,224 +124,220 @@ class PipelineHooks:
         finally:
             if scheduler.__dict__.get("step") is step:
                 del scheduler.step
-                if was is not None:
-                    scheduler.step = was
+                if attribute is not None:
+                    scheduler.step = attribute
 
-    def _stepped(self, latents: Tensor) -> Tensor:
-        expected = 2 if self.border.family and self.border.family.calls == 2 and self.guided else 1
-        self.missed += bool(self.turns) and not self.entered == self.left == expected
-        self.unguided += not self.guided and any(
-            work.active_points & GUIDANCE_POINTS for work, _ in self.turns
+    def _on_step_end(self, latents: Tensor) -> Tensor:
+        """Count a step, let guards edit the latents, and check those of the last step."""
+        guided = self.adapter.has_guidance
+        expected = self._spec.calls_per_step if guided else 1
+        if self.hooks:
+            self.unguarded_steps += not self.calls_started == self.calls_ended == expected
+        self.unguided_steps += not guided and any(
+            r.acts_at(*GUIDANCE_POINTS) for r, _ in self.hooks
         )
-        self.entered = self.left = 0
-        for work, turn in self.turns:
-            if "latents" in work.active_points:
-                with work.timed_call():
-                    latents = turn.on_step_end(latents)
+        self.calls_started = self.calls_ended = 0
+        for runner, hook in self.hooks:
+            if runner.acts_at("latents"):
+                with runner.timed_call():
+                    latents = hook.on_step_end(latents)
         self.call.step += 1
-        if self.call.step == int(self.border.pipe.num_timesteps):
+        if self.call.step == self.adapter.num_timesteps:
             self.finite = latents.flatten(1).isfinite().all(dim=1).tolist()
-            if not all(
-                self.finite
-            ):  # they are withheld; a decoder and a cast to bytes need numbers
+            if not all(self.finite):  # these images are withheld, but the decoder needs numbers
                 latents = latents.nan_to_num(0.0, 0.0, 0.0)
         return latents
 
-    def _before(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.call.steps, self.asked = int(self.border.pipe.num_timesteps), []
-        rows = len(kwargs[TEXT])
-        family = self.border.family
-        assert family is not None
-        extra = {k: v for k, v in (kwargs.get(EXTRA) or {}).items() if k in family.extra}
-        text = Text(kwargs[TEXT], extra)
-        whole = self._edited(text)
-        both = self.guided and family.calls == 1
-        if self.guided and (both or self.entered == 0):
-            self.asked = self._branches(whole.hidden, rows // 2 if both else rows)
-        pick: list[int] = []
+    @property
+    def _spec(self) -> PipelineSpec:
+        assert self.adapter.spec is not None
+        return self.adapter.spec
+
+    @property
+    def _joint(self) -> bool:
+        """Whether one denoiser call predicts [negative; prompt] together."""
+        return self.adapter.has_guidance and self._spec.calls_per_step == 1
+
+    def _before(self, network: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Edit the embeddings of a denoiser call, and append the rows of extra conditions."""
+        self.call.num_steps, self.conditions = self.adapter.num_timesteps, []
+        rows, joint = len(kwargs[EMBEDS]), self._joint
+        n = rows // 2 if joint else rows
+        extra = {k: v for k, v in (kwargs.get(EXTRA) or {}).items() if k in self._spec.extra_keys}
+        original = TextEmbeds(kwargs[EMBEDS], extra)
+        embeds = self._edited(original)
+        if self.adapter.has_guidance and (joint or self.calls_started == 0):
+            self.conditions = self._extra_conditions(embeds.hidden, n)
+        total = rows + len(self.conditions) * n
         self.merged = (
-            both
-            and bool(self.asked)
-            and (self.max_rows is None or rows + len(self.asked) * rows // 2 <= self.max_rows)
+            joint and bool(self.conditions) and (self.max_rows is None or total <= self.max_rows)
         )
+        selection: list[int] = []
         if self.merged:
-            pick = [*range(rows), *list(range(rows // 2, rows)) * len(self.asked)]
-            whole = _joined([whole, *(branch for _, _, branch in self.asked)])
-        self._place(rows, rows // 2 if both else rows)
-        self.entered += 1
-        return _with(args, kwargs, rows, pick, whole if whole is not text else None)
+            selection = [*range(rows), *list(range(rows - n, rows)) * len(self.conditions)]
+            embeds = TextEmbeds.concat([embeds, *(c.embeds for c in self.conditions)])
+        self._set_rows(rows, n)
+        self.calls_started += 1
+        return _replace(args, kwargs, rows, selection, None if embeds is original else embeds)
 
-    def _place(self, rows: int, n: int) -> None:
-        """Tell guards where their `n` rows of each branch lie, behind the `rows` of the pipeline, the last of which are the prompts'."""
-        for work, turn in self.turns:
+    def _set_rows(self, rows: int, n: int) -> None:
+        """Give guards their rows. The prompts' `n` rows are the last of the pipeline's `rows`."""
+        for runner, hook in self.hooks:
             own = {
-                name: slice(rows + k * n, rows + (k + 1) * n)
-                for k, (whose, name, _) in enumerate(self.asked)
-                if whose is work
+                condition.name: slice(rows + k * n, rows + (k + 1) * n)
+                for k, condition in enumerate(self.conditions if self.merged else ())
+                if condition.runner is runner
             }
-            turn.set_rows({"cond": slice(rows - n, rows)} | (own if self.merged else {}))
+            hook.set_rows({"cond": slice(rows - n, rows)} | own)
 
-    def _edited(self, text: Text) -> Text:
-        """Return the step's text as the guards want it."""
-
-        def through(side: str, part: Text) -> Text:
-            for work, turn in self.turns:
-                if side in work.active_points:
-                    with work.timed_call():
-                        found = (
-                            turn.edit_negative_embeds(part)
-                            if side == "uncond"
-                            else turn.edit_prompt_embeds(part)
-                        )
-                        part = (
-                            found
-                            if found is part
-                            else found.rows(len(part.hidden)).like(part.hidden)
-                        )
-            return part
-
-        if not self.guided:
-            return through("text", text)
-        if self.border.family and self.border.family.calls == 2:
-            return through("text" if self.entered == 0 else "uncond", text)
-        n = len(text.hidden) // 2
-        blank, prompt = (
-            Text(text.hidden[at], {k: v[at] for k, v in text.extra.items()})
-            for at in (slice(n), slice(n, None))
+    def _edited(self, embeds: TextEmbeds) -> TextEmbeds:
+        """Return the embeddings of a denoiser call after the guards' edits."""
+        if not self.adapter.has_guidance:
+            return self._edit("prompt_embeds", embeds)
+        if not self._joint:
+            first = self.calls_started == 0
+            return self._edit("prompt_embeds" if first else "negative_prompt_embeds", embeds)
+        n = len(embeds.hidden) // 2
+        negative, prompt = embeds.select(slice(n)), embeds.select(slice(n, None))
+        edited = (
+            self._edit("negative_prompt_embeds", negative),
+            self._edit("prompt_embeds", prompt),
         )
-        new = through("uncond", blank), through("text", prompt)
-        return text if new == (blank, prompt) else _joined(new)
+        unchanged = edited[0] is negative and edited[1] is prompt
+        return embeds if unchanged else TextEmbeds.concat(edited)
 
-    def _branches(self, like: Tensor, n: int) -> list[Asked]:
-        out: list[Asked] = []
-        for work, turn in self.turns:
-            if "branch" in work.active_points:
-                with work.timed_call():
-                    out += [
-                        (work, name, text.rows(n).like(like))
-                        for name, text in turn.extra_conditions().items()
+    def _edit(self, point: Point, embeds: TextEmbeds) -> TextEmbeds:
+        for runner, hook in self.hooks:
+            if runner.acts_at(point):
+                with runner.timed_call():
+                    edited = (
+                        hook.edit_prompt_embeds(embeds)
+                        if point == "prompt_embeds"
+                        else hook.edit_negative_embeds(embeds)
+                    )
+                    if edited is not embeds:
+                        embeds = edited.expand(len(embeds.hidden)).to(embeds.hidden)
+        return embeds
+
+    def _extra_conditions(self, like: Tensor, n: int) -> list[ExtraCondition]:
+        conditions: list[ExtraCondition] = []
+        for runner, hook in self.hooks:
+            if runner.acts_at("guidance"):
+                with runner.timed_call():
+                    new = hook.extra_conditions()
+                    conditions += [
+                        ExtraCondition(runner, name, embeds.expand(n).to(like))
+                        for name, embeds in new.items()
                     ]
-                    work.rows += n * (len([w for w, _, _ in out if w is work]))
-        return out
+                    runner.rows += n * len(new)
+        return conditions
 
-    def _after(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _after(self, network: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """Subtract the guards' guidance corrections from the denoiser's prediction."""
         prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
-        first, self.left = self.left == 0, self.left + 1
-        if not self.guided:
+        first, self.calls_ended = self.calls_ended == 0, self.calls_ended + 1
+        if not self.adapter.has_guidance:
             return None
-        both = self.border.family is not None and self.border.family.calls == 1
-        if both or first:
-            self.said = {}
-            if self.merged:
-                parts = prediction.chunk(2 + len(self.asked))
-                prediction = prediction[: 2 * len(parts[0])]
-                found = list(parts[2:])
-            else:
-                found = (
-                    self._apart(network, args, kwargs, len(prediction), both=both)
-                    if self.asked
-                    else []
-                )
-            self.said = {
-                (id(work), name): part.float()
-                for (work, name, _), part in zip(self.asked, found, strict=True)
-            }
-        if not both and first:
+        joint = self._joint
+        if joint or first:
+            prediction = self._split_extra(network, args, kwargs, prediction)
+        if not joint and first:
             self.cond = prediction
             return None
-        u, c = prediction.chunk(2) if both else (prediction, self.cond)
+        u, c = prediction.chunk(2) if joint else (prediction, self.cond)
         assert c is not None
-        gamma = self._gamma(u, c)
-        if gamma is None:
-            new = prediction
-        elif both:
-            new = torch.cat([u, (c.float() - gamma).to(c.dtype)])
-        else:
-            s = self.border.guidance(network)
-            new = (u.float() + s / (s - 1) * gamma).to(u.dtype)
+        gamma = self._guidance_correction(u, c)
+        if gamma is not None and joint:
+            prediction = torch.cat([u, (c.float() - gamma).to(c.dtype)])
+        elif gamma is not None:
+            s = self.adapter.guidance_scale(network)
+            prediction = (u.float() + s / (s - 1) * gamma).to(u.dtype)
         if isinstance(output, tuple):
-            return (new, *output[1:])
-        return type(output)(sample=new)
+            return (prediction, *output[1:])
+        return type(output)(sample=prediction)
 
-    def _gamma(self, u: Tensor, c: Tensor) -> Tensor | None:
+    def _split_extra(
+        self, network: nn.Module, args: Args, kwargs: Kwargs, prediction: Tensor
+    ) -> Tensor:
+        """Store the predictions of the extra conditions, and return the pipeline's own rows."""
+        extra: Sequence[Tensor] = []
+        if self.merged:
+            chunks = prediction.chunk(2 + len(self.conditions))
+            prediction, extra = prediction[: 2 * len(chunks[0])], chunks[2:]
+        elif self.conditions:
+            extra = self._predict_extra(network, args, kwargs, len(prediction))
+        self.extra_predictions = {
+            (id(condition.runner), condition.name): rows.float()
+            for condition, rows in zip(self.conditions, extra, strict=True)
+        }
+        return prediction
+
+    def _guidance_correction(self, u: Tensor, c: Tensor) -> Tensor | None:
+        """Return the sum of the guards' corrections; None if there is none."""
         total: Tensor | None = None
-        for work, turn in self.turns:
-            if "branch" in work.active_points:
-                own = {name: part for (whose, name), part in self.said.items() if whose == id(work)}
-                with work.timed_call():
-                    gamma = turn.guidance_correction(
-                        {"uncond": u.float(), "cond": c.float(), **own}
+        for runner, hook in self.hooks:
+            if runner.acts_at("guidance"):
+                predictions = {
+                    name: rows
+                    for (owner, name), rows in self.extra_predictions.items()
+                    if owner == id(runner)
+                }
+                with runner.timed_call():
+                    gamma = hook.guidance_correction(
+                        {"uncond": u.float(), "cond": c.float(), **predictions}
                     )
                 if gamma is not None:
                     total = gamma if total is None else total + gamma
         return total
 
-    def _apart(
-        self,
-        network: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        rows: int,
-        *,
-        both: bool,
-    ) -> list[Tensor]:
-        """Return the branches' predictions by calls of their own, which pass by the hooks.
+    def _predict_extra(
+        self, network: nn.Module, args: Args, kwargs: Kwargs, rows: int
+    ) -> Sequence[Tensor]:
+        """Return the predictions of the extra conditions by calls of at most `max_rows` rows.
 
-        At most `max_rows` rows each.
+        These calls bypass the hooks.
         """
-        n = rows // 2 if both else rows
-        text = _joined([branch for _, _, branch in self.asked])
-        every = [rows - n + i for i in range(n)] * len(self.asked)  # the prompt's rows stand last
+        n = rows // 2 if self._joint else rows
+        embeds = TextEmbeds.concat([c.embeds for c in self.conditions])
+        selection = list(range(rows - n, rows)) * len(self.conditions)  # the prompts' rows are last
         size = self.max_rows or n
-        found = []
-        for start in range(0, len(every), size):
+        predictions = []
+        for start in range(0, len(selection), size):
             part = slice(start, start + size)
-            own = Text(text.hidden[part], {k: v[part] for k, v in text.extra.items()})
-            their_args, their_kwargs = _with(args, kwargs, rows, every[part], own)
-            output = network.forward(*their_args, **their_kwargs)
-            found.append(output[0] if isinstance(output, tuple) else output.sample)
-        return list(torch.cat(found).chunk(len(self.asked)))
+            new_args, new_kwargs = _replace(
+                args, kwargs, rows, selection[part], embeds.select(part)
+            )
+            output = network.forward(*new_args, **new_kwargs)
+            predictions.append(output[0] if isinstance(output, tuple) else output.sample)
+        return torch.cat(predictions).chunk(len(self.conditions))
 
 
-def _timed(work: GuardRunner, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a guard's hook on a part of the denoiser, counted and timed."""
+def _replace(
+    args: Args, kwargs: Kwargs, rows: int, selection: Sequence[int], embeds: TextEmbeds | None
+) -> tuple[Args, Kwargs]:
+    """Return a denoiser's arguments with selected rows and other embeddings.
 
-    def timed(*args: Any) -> Any:
-        with work.timed_call():
-            return hook(*args)
-
-    return timed
-
-
-def _joined(texts: Sequence[Text]) -> Text:
-    return Text(
-        torch.cat([t.hidden for t in texts]),
-        {k: torch.cat([t.extra[k] for t in texts]) for k in texts[0].extra},
-    )
-
-
-def _with(
-    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, pick: Sequence[int], text: Text | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a denoiser's arguments with the rows `pick` of all that has `rows` rows (all as they are if empty), and with another text."""
-    if pick:
-        args, kwargs = _picked(args, rows, pick), _picked(kwargs, rows, pick)
-    if text is not None:
-        kwargs = kwargs | {TEXT: text.hidden}
-        if text.extra:
-            kwargs[EXTRA] = kwargs[EXTRA] | dict(text.extra)
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        rows: number of rows; tensors of this length are selected from.
+        selection: rows to select; all if empty.
+        embeds: embeddings to use; None keeps those in `kwargs`.
+    """
+    if selection:
+        args, kwargs = _select(args, rows, selection), _select(kwargs, rows, selection)
+    if embeds is not None:
+        kwargs = kwargs | {EMBEDS: embeds.hidden}
+        if embeds.extra:
+            kwargs[EXTRA] = kwargs[EXTRA] | dict(embeds.extra)
     return args, kwargs
 
 
-def _picked(value: Any, rows: int, pick: Sequence[int]) -> Any:
+def _select(value: Any, rows: int, selection: Sequence[int]) -> Any:
     if isinstance(value, Tensor):
-        return value[list(pick)] if value.dim() and len(value) == rows else value
+        return value[list(selection)] if value.dim() and len(value) == rows else value
     if isinstance(value, dict):
-        return {k: _picked(v, rows, pick) for k, v in value.items()}
+        return {k: _select(v, rows, selection) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_picked(v, rows, pick) for v in value)
+        return type(value)(_select(v, rows, selection) for v in value)
     return value

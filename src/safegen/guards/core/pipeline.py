@@ -1,13 +1,10 @@
-"""The guarded pipeline: the pipeline's own call with hooks on its denoiser, counted.
-
-What was not guarded is withheld.
-"""
+"""Guarded pipeline: a pipeline's own call with hooks. Images that bypassed a guard are withheld."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from inspect import signature
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,466 +12,332 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.core.registry import GUARDS, resolve
-from safegen.guards.core.adapter import GUIDANCE_POINTS, HookPoint, PipelineAdapter, copied
-from safegen.guards.core.base import (
+from safegen.guards.core.adapter import EXTERNAL_POINTS, GUIDANCE_POINTS, HookPoint, PipelineAdapter
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.hooks import PipelineHooks
+from safegen.guards.core.request import Request, check_request
+from safegen.guards.core.result import (
     BLOCKING_ACTIONS,
     Action,
-    Call,
     GeneratedImage,
-    GuardConfig,
-    GuardHook,
     GuardResult,
     GuardTrace,
 )
-from safegen.guards.core.hooks import PipelineHooks
 from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner
 
-PER_PROMPT = ("negative_prompt", "generator")
-"""Options that are lists with an entry a prompt."""
-PICTURES = ("image", "mask_image", "control_image")
-"""Options that may be lists, or batches (n, c, h, w), with a picture a prompt."""
-UNSEEN = ("ip_adapter_image", "num_images_per_prompt", "num_videos_per_prompt", "return_dict")
-"""Options of pipelines by which something would go past the guards, or come back otherwise than they expect; see `_unseen`."""
-COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
-"""Names that pipelines have for how often a prompt is drawn."""
-CALLBACKS = ("callback", "callback_on_step_end")
-"""Options by which a pipeline calls back; probes are no steps of what was asked for."""
+CALLBACK_OPTIONS = ("callback", "callback_on_step_end")
+"""Options with a callback, which probes leave out: they are no steps of the call."""
 PIPELINE_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
-"""Pipelines and who draws with them: a scheduler, and so the count of its steps, is good for one call at a time."""
-EXTERNAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "start", "image"})
-"""Seams at which a guard does nothing inside a call of the pipeline."""
+"""Lock of each pipeline: a scheduler, and so the count of its steps, serves one call at a time."""
+PER_IMAGE_POINTS: frozenset[HookPoint] = frozenset({"probe", "latents"})
+"""Hook points that need the initial latents of each image."""
 
 
 class GuardedPipeline:
-    """A diffusers pipeline with guards.
-
-    It draws as the pipeline does, and is the pipeline bit for bit where no guard acts.
-    """
+    """A diffusers pipeline with guards. Images are unchanged bit for bit where no guard acts."""
 
     def __init__(
         self,
         pipe: Any,
-        guards: Sequence[GuardConfig],
+        configs: Sequence[GuardConfig],
         *,
         max_rows: int | None = None,
-        negative: str = "",
+        negative_prompt: str = "",
     ) -> None:
-        """Load the guards' files and see that the pipeline gives every guard what it needs.
+        """Check the guards against the pipeline and load their files.
 
         Args:
-            pipe: any diffusers pipeline; guards that act on its denoiser know the families in
-                `models.seams.FAMILIES`.
-            guards: in the order in which they act where they meet.
-            negative: what every call will bring as its negative prompt, so that a guard that it
-                would leave idle is refused at once.
-            max_rows: most rows of one denoiser call; the guards' own are asked apart, in parts,
-                where they would not fit. None: no limit.
+            pipe: diffusers pipeline. Guards inside the denoiser need a class in `PIPELINE_SPECS`.
+            configs: settings of the guards, in the order in which they act.
+            max_rows: most rows of one denoiser call. Rows of guards beyond it are predicted in
+                calls of their own. None: no limit.
+            negative_prompt: negative prompt of every call, to warn of guards without effect.
 
         Raises:
-            ConfigError: a guard cannot run on this pipeline, or one is there twice that may not be.
-            UserError: a guard's file cannot be used.
+            ConfigError: a guard cannot run on this pipeline, or is given twice and must not be.
+            UserError: a file of a guard cannot be used.
         """
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"max_rows must be >= 1, got {max_rows}")
-        self.pipe, self.guards, self.max_rows, self.border = (
-            pipe,
-            tuple(guards),
-            max_rows,
-            PipelineAdapter(pipe),
-        )
-        for guard in guards:
-            if not guard.takes:
-                raise ConfigError(
-                    f"the guard {guard.name!r} takes hold nowhere, so it would never be asked; name its seams"
-                )
-            if why := guard.unsupported_reason(self.border):
-                able = [
-                    name
-                    for name in sorted(GUARDS)
-                    if not resolve(GUARDS, name, "guard").unsupported_reason(self.border)
-                ]
-                raise ConfigError(
-                    f"the guard {guard.name!r} cannot run on a {self.border.pipeline_class}: it {why}; guards that can: {', '.join(able) or 'none'}"
-                )
-            if guard.exclusive and sum(g.name == guard.name for g in guards) > 1:
-                raise ConfigError(
-                    f"the guard {guard.name!r} is there twice, and the second would undo the first; leave one out"
-                )
-            if why := guard.conflict([other for other in guards if other is not guard], negative):
-                raise ConfigError(
-                    f"the guard {guard.name!r} has no effect beside the others: it {why}; give another text, or leave one out"
-                )
-        self.ready = [guard.build(self.border) for guard in guards]
-        self._busy = PIPELINE_LOCKS.setdefault(pipe, RLock())
+        self.pipe, self.max_rows, self.adapter = pipe, max_rows, PipelineAdapter(pipe)
+        for config in configs:
+            _check_config(config, configs, self.adapter, negative_prompt)
+        self.guards = [config.build(self.adapter) for config in configs]
+        self._lock = PIPELINE_LOCKS.setdefault(pipe, RLock())
 
-    def draw(
-        self, prompts: Sequence[str], *, copies: int = 1, **options: Any
+    def generate(
+        self, prompts: Sequence[str], *, num_images_per_prompt: int = 1, **options: Any
     ) -> list[GeneratedImage]:
-        """Return `copies` pictures a prompt, side by side, each with its trail. Calls on one pipeline wait for each other.
+        """Return the images with their traces, those of one prompt adjacent.
+
+        Calls on one pipeline wait for each other.
 
         Args:
-            prompts: what to draw.
-            copies: pictures a prompt.
-            options: whatever else the pipeline takes (not embeddings or pictures in the place of
-                texts); a list of negative prompts or of generators goes with the prompts, one each
-                (generators: or one a picture).
+            prompts: prompts to generate for.
+            num_images_per_prompt: number of images per prompt.
+            options: other options of the pipeline's call, but no embeddings or image prompts.
+                Lists have one entry per prompt; generators may have one per image.
 
         Raises:
             ConfigError: a guard would have no effect with these options.
-            UserError: a guard refuses what is asked.
+            UserError: a guard refuses the request.
         """
-        if isinstance(prompts, str):
+        request = check_request(self.adapter, prompts, num_images_per_prompt, options)
+        self._check_options(request)
+        with self._lock:
+            return self._generate(request)
+
+    def _check_options(self, request: Request) -> None:
+        """Refuse options under which a guard has no effect."""
+
+        def names(points: frozenset[HookPoint]) -> list[str]:
+            return [g.config.name for g in self.guards if g.hook_points & points]
+
+        if request.copies > 1 and (guards := names(PER_IMAGE_POINTS)):
             raise ConfigError(
-                f"prompts must be a list of texts, got the text {prompts[:60]!r}; put it in a list"
+                f"num_images_per_prompt must be 1 with {', '.join(guards)}, got {request.copies}. "
+                "Repeat the prompt."
             )
-        for key, value in options.items():
-            if _unseen(key) and value is not None:
-                raise ConfigError(
-                    f"a guarded pipeline takes one text a prompt, and `copies`: guards do not see {key}; leave it out"
-                )
-        if copies > 1 and any(g.takes & {"start", "latents"} for g in self.guards):
-            names = ", ".join(g.name for g in self.guards if g.takes & {"start", "latents"})
+        inside = [g.config.name for g in self.guards if g.hook_points - EXTERNAL_POINTS]
+        self.adapter.check_options(request.options, guided=names(GUIDANCE_POINTS), inside=inside)
+        output_type = request.options.get("output_type", "pil")
+        if (guards := names(frozenset({"image"}))) and output_type != "pil":
             raise ConfigError(
-                f"{names} draws each prompt with a start of its own, so copies must be 1, got {copies}; repeat the prompt"
+                f"output_type must be 'pil' with {', '.join(guards)}, got {output_type!r}"
             )
-        inside = [g.name for g in self.guards if g.takes - EXTERNAL_POINTS]
-        self.border.refuse(
-            options,
-            guided=[g.name for g in self.guards if g.takes & GUIDANCE_POINTS],
-            inside=inside,
-        )
-        if (
-            any("image" in g.takes for g in self.guards)
-            and options.get("output_type", "pil") != "pil"
-        ):
-            raise ConfigError(
-                f"guards that look at pictures need output_type='pil', got {options['output_type']!r}"
-            )
-        options, n = self._fitted(options, len(prompts), copies), len(prompts) * copies
-        if (start := options.get("latents")) is not None and len(start) != n:
-            raise ConfigError(
-                f"latents must be one a picture, {n} in all, got {len(start)}; leave them out to have them drawn"
-            )
-        with self._busy:
-            return self._each(prompts, copies, n, options)
 
-    def _fitted(self, options: Mapping[str, Any], n: int, copies: int) -> dict[str, Any]:
-        """Return the options of a call, one negative prompt spelt out for each of its `n` prompts.
-
-        Raises:
-            ConfigError: there are not as many of something as there are prompts, or the pipeline
-                draws no copies.
-        """
-        if copies < 1:
-            raise ConfigError(f"copies must be >= 1, got {copies}")
-        if copies > 1 and not self._copies:
-            raise ConfigError(
-                f"a {self.border.pipeline_class} draws each prompt once, so copies must be 1, got {copies}; repeat the prompt"
-            )
-        against, own, out = options.get("negative_prompt"), options.get("generator"), dict(options)
-        if isinstance(against, str | list | tuple):
-            out["negative_prompt"] = [against] * n if isinstance(against, str) else list(against)
-            if len(out["negative_prompt"]) != n:
-                raise ConfigError(
-                    f"negative_prompt must be one text, or one a prompt, {n} in all, got {len(against)}"
-                )
-        if isinstance(own, list | tuple):
-            out["generator"] = list(own)
-            if len(own) != n * copies:
-                raise ConfigError(
-                    f"generator must be one, or a list with one a picture, {n * copies} in all, got {len(own)}"
-                )
-        for key in self._pictures(n):
-            if (k := _several(options.get(key))) not in (1, n):
-                raise ConfigError(
-                    f"{key} must be one picture, or one a prompt, {n} in all, got {k}"
-                )
-        return out
-
-    def _pictures(self, n: int) -> tuple[str, ...]:
-        """Options that may bring a picture to each of `n` prompts.
-
-        Several to one prompt, or to several ControlNets, stay as they are.
-        """
-        return () if n == 1 or hasattr(getattr(self.pipe, "controlnet", None), "nets") else PICTURES
-
-    @property
-    def _copies(self) -> str | None:
-        """The pipeline's name for how often a prompt is drawn, if it has one."""
-        known = signature(type(self.pipe).__call__).parameters
-        return next((key for key in COPIES if key in known), None)
-
-    def _each(
-        self, prompts: Sequence[str], copies: int, n: int, options: Mapping[str, Any]
-    ) -> list[GeneratedImage]:
-        """Return the pictures of a call that has been checked."""
-        works = [
-            GuardRunner(ready, n, self._device, results=[GuardResult()] * n) for ready in self.ready
-        ]
+    def _generate(self, request: Request) -> list[GeneratedImage]:
+        """Return the images of a checked request. A guard that fails withholds them all."""
+        n = request.num_images
+        runners = [self._runner(guard, n) for guard in self.guards]
         images: list[Any] = [None] * n
         faults = [""] * n
         try:
-            at, starts = self._probed(
-                works, prompts, self._checked(works, prompts, copies), options
-            )
-            if at:
-                rows = sorted({i // copies for i in at})
-                drawn, wrong = self._drawn(
-                    works, prompts, rows, copies, self._moved(options, starts)
+            self._check_prompts(runners, request)
+            latents = self._run_probes(runners, request)
+            allowed = _allowed(runners, range(n))
+            if allowed:
+                prompts = sorted({i // request.copies for i in allowed})
+                outputs, output_faults = self._run(
+                    runners, self._with_latents(request, latents), prompts
                 )
-                for i, image, fault in zip(at, drawn, wrong, strict=True):
+                for i, image, fault in zip(allowed, outputs, output_faults, strict=True):
                     images[i], faults[i] = image, fault
-                self._looked(
-                    works,
-                    images,
-                    [p for p in prompts for _ in range(copies)],
-                    [i for i in at if not faults[i]],
+                self._check_images(
+                    runners, images, request.image_prompts, [i for i in allowed if not faults[i]]
                 )
         except GuardError as error:
             faults = [f"error: {error}"] * n
-        return [_drawn_of(images[i], works, i, faults[i]) for i in range(n)]
+        return [_build_image(images[i], runners, i, faults[i]) for i in range(n)]
 
     @property
-    def _device(self) -> str:
-        return str(self.pipe._execution_device.type)
+    def _device_type(self) -> str:
+        return str(self.adapter.device.type)
 
-    def _checked(
-        self, works: Sequence[GuardRunner], prompts: Sequence[str], copies: int
-    ) -> list[int]:
-        """Sample the prompt guards, and return the pictures that may be drawn."""
-        for work in works:
-            if "prompt" in work.active_points:
-                with work.timed_call():
-                    found = [f for f in work.guard_impl.check(prompts) for _ in range(copies)]
-                    work.merge_results(found, range(len(prompts) * copies))
-        return [
-            i
-            for i in range(len(prompts) * copies)
-            if not any(w.results[i].action in BLOCKING_ACTIONS for w in works)
-        ]
+    def _runner(self, guard: Guard, n: int) -> GuardRunner:
+        return GuardRunner(guard, n, self._device_type)
 
-    def _probed(
-        self,
-        works: Sequence[GuardRunner],
-        prompts: Sequence[str],
-        at: Sequence[int],
-        options: Mapping[str, Any],
-    ) -> tuple[list[int], dict[int, Tensor]]:
-        """Let guards draw probes by all guards but those of pictures.
-
-        Return what may still be drawn, and from which starts instead.
-        """
-        coarse, dtype = (
-            torch.is_autocast_enabled(self._device),
-            torch.get_autocast_dtype(self._device),
-        )
-        left, starts = list(at), dict[int, Tensor]()
-
-        def probe(
-            work: GuardRunner,
-            asked: Mapping[str, Any],
-            texts: Sequence[str],
-            changed: Mapping[str, Any],
-            *,
-            grad: bool = False,
-            shift: Tensor | None = None,
-        ) -> list[Any]:
-            first = [] if shift is None else [EmbeddingOffset(work.guard, shift)]
-            others = [w.guard_impl for w in works if not w.active_points & {"image", "start"}]
-            inner = [
-                GuardRunner(ready, len(texts), self._device, results=[GuardResult()] * len(texts))
-                for ready in (*first, *others)
-            ]
-            with torch.autocast(self._device, dtype, enabled=coarse):
-                images, wrong = self._drawn(
-                    inner, texts, range(len(texts)), 1, {**asked, **changed}, grad=grad
-                )
-            if any(wrong):
-                raise ValueError(f"a probe was not guarded: {next(filter(None, wrong))}")
-            return list(images)
-
-        for work in works:
-            if "start" in work.active_points and left:
-                moved = self._moved(options, starts)
-                asked = {
-                    k: _picked(k, v, left, self._pictures(len(prompts)))
-                    for k, v in moved.items()
-                    if k not in CALLBACKS
-                }
-                with work.timed_call():
-                    found = work.guard_impl.probe(
-                        partial(probe, work, asked), [prompts[i] for i in left], asked
+    def _check_prompts(self, runners: Sequence[GuardRunner], request: Request) -> None:
+        """Run the guards of prompts."""
+        for runner in runners:
+            if runner.acts_at("prompt"):
+                with runner.timed_call():
+                    results = runner.guard.check_prompts(request.prompts)
+                    runner.merge_results(
+                        [r for r in results for _ in range(request.copies)],
+                        range(request.num_images),
                     )
-                    work.merge_results(found, left)
-                starts |= {
-                    i: one.start
-                    for i, one in zip(left, found, strict=True)
-                    if one.start is not None
-                }
-                left = [i for i in left if work.results[i].action not in BLOCKING_ACTIONS]
-        return left, starts
 
-    def _moved(self, options: Mapping[str, Any], starts: Mapping[int, Tensor]) -> Mapping[str, Any]:
-        """Return the arguments of the call with the starts that guards moved in the place of their own."""
-        if not starts:
-            return options
-        own, after = self.border.starts(options, "a guard that moves starts")
-        return {
-            **options,
-            "latents": torch.stack([starts.get(i, x).to(own) for i, x in enumerate(own)]),
-            "generator": after,
-        }
+    def _run_probes(self, runners: Sequence[GuardRunner], request: Request) -> dict[int, Tensor]:
+        """Run the guards that probe, and return the initial latents that they changed, by image."""
+        latents, device = dict[int, Tensor](), self._device_type
+        autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        for runner in runners:
+            images = _allowed(runners, range(request.num_images))
+            if not runner.acts_at("probe") or not images:
+                continue
+            options = self._with_latents(request, latents).select_options(images)
+            options = {k: v for k, v in options.items() if k not in CALLBACK_OPTIONS}
+            generate = partial(self._generate_probes, runners, runner, options, autocast)
+            with runner.timed_call():
+                results = runner.guard.probe(
+                    generate, [request.prompts[i] for i in images], options
+                )
+                runner.merge_results(results, images)
+            latents |= {
+                i: result.latents
+                for i, result in zip(images, results, strict=True)
+                if result.latents is not None
+            }
+        return latents
 
-    def _drawn(
+    def _generate_probes(
         self,
-        works: Sequence[GuardRunner],
-        prompts: Sequence[str],
-        rows: Sequence[int],
-        copies: int,
+        runners: Sequence[GuardRunner],
+        caller: GuardRunner,
         options: Mapping[str, Any],
+        autocast: torch.autocast,
+        prompts: Sequence[str],
+        changes: Mapping[str, Any],
+        *,
+        grad: bool = False,
+        embedding_offset: Tensor | None = None,
+    ) -> list[Any]:
+        """Return probe images of one guard; see `ProbeFunction`."""
+        guards = [r.guard for r in runners if not r.acts_at("image", "probe")]
+        if embedding_offset is not None:
+            guards = [EmbeddingOffset(caller.config, embedding_offset), *guards]
+        inner = [self._runner(guard, len(prompts)) for guard in guards]
+        request = Request(self.adapter, prompts, {**options, **changes})
+        with autocast:
+            images, faults = self._run(inner, request, range(len(prompts)), grad=grad)
+        if any(faults):
+            raise ValueError(f"a probe was not guarded: {next(filter(None, faults))}")
+        return list(images)
+
+    def _with_latents(self, request: Request, latents: Mapping[int, Tensor]) -> Request:
+        """Return the request with the initial latents that guards changed."""
+        if not latents:
+            return request
+        initial, generators = self.adapter.initial_latents(request.options, "probe")
+        changed = torch.stack([latents.get(i, x).to(initial) for i, x in enumerate(initial)])
+        options = {**request.options, "latents": changed, "generator": generators}
+        return Request(self.adapter, request.prompts, options, request.copies)
+
+    def _run(
+        self,
+        runners: Sequence[GuardRunner],
+        request: Request,
+        prompts: Sequence[int],
         *,
         grad: bool = False,
     ) -> tuple[Sequence[Any], Sequence[str]]:
-        """Call the pipeline for some of the prompts, and return its pictures and what was wrong with each."""
-        at = [i * copies + k for i in rows for k in range(copies)]
-        twins = self._twins(works, [prompts[i] for i in rows])
-        every = [*rows, *(rows[k] for k in twins)]  # the second streams stand behind all first ones
-        asked: dict[str, Any] = {**options, "prompt": [prompts[i] for i in every]}
-        if isinstance(against := options.get("negative_prompt"), list):
-            asked["negative_prompt"] = [against[i] for i in every]
-        for key in self._pictures(len(prompts)):
-            if _several(given := options.get(key)) > 1:
-                asked[key] = _rows(given, every)
-        if isinstance(own := options.get("generator"), list):
-            picked = [own[k] for k in at]
-            asked["generator"] = [*picked, *(copied(picked[k]) for k in twins)]
-        elif twins:
-            raise ConfigError(
-                "a guard that draws a second stream needs a list of generators, one a prompt, so that both start alike"
-            )
-        if isinstance(start := options.get("latents"), Tensor):
-            asked["latents"] = start[[i * copies + k for i in every for k in range(copies)]]
-        if copies > 1 and self._copies:
-            asked[self._copies] = copies
-        texts = tuple(prompts[i] for i in every for _ in range(copies))
-        negative = asked.get("negative_prompt") or [""] * len(every)
-        away = [negative[k // copies] for k in range(len(texts))]
-        call = Call(
-            self.border,
-            texts,
-            away,
-            options,
-            reference_rows={k: len(at) + j for j, k in enumerate(twins)},
-        )
-        turns: list[tuple[GuardRunner, GuardHook]] = []
-        for work in works:
-            work.drawn = (*at, *(at[k] for k in twins))
-            if work.active_points - EXTERNAL_POINTS:
-                with work.timed_call(as_drawn=True):
-                    turns.append((work, work.guard_impl.start(call)))
-        hooks = PipelineHooks(self.border, call, turns, max_rows=self.max_rows)
+        """Call the pipeline for some prompts. Return its images, and the fault of each or ""."""
+        images = request.images_of(prompts)
+        references = _reference_streams(runners, [request.prompts[i] for i in prompts])
+        call, arguments = request.build_call(prompts, references)
+        row_images = (*images, *(images[k] for k in references))
+        active = _start_hooks(runners, call, row_images)
+        hooks = PipelineHooks(self.adapter, call, active, max_rows=self.max_rows)
         with hooks.attached():
-            plain: Any = type(self.pipe).__call__
-            out = (
-                plain.__wrapped__(self.pipe, **asked) if grad else self.pipe(**asked)
-            )  # the former without its no_grad
-        for work, turn in turns:
-            with work.timed_call():
-                found = list(turn.results()) or [GuardResult()] * len(texts)
-                work.merge_results(found[: len(at)] if len(found) == len(texts) else found, at)
-        pictures: Sequence[Any] = out.images if hasattr(out, "images") else out.frames
-        if len(pictures) != len(texts):
-            return [None] * len(at), [
-                f"calls: {len(pictures)} pictures came for {len(texts)} that were asked for"
-            ] * len(at)
-        return pictures[: len(at)], hooks.wrong(len(texts))[: len(at)]
+            output = self._call_pipeline(arguments, grad=grad)
+        for runner, hook in active:
+            with runner.timed_call():
+                results = list(hook.results()) or [GuardResult()] * len(row_images)
+                complete = len(results) == len(row_images)
+                runner.merge_results(results[: len(images)] if complete else results, images)
+        outputs: Sequence[Any] = output.images if hasattr(output, "images") else output.frames
+        if len(outputs) != len(row_images):
+            fault = f"calls: {len(outputs)} images returned for {len(row_images)} prompts"
+            return [None] * len(images), [fault] * len(images)
+        return outputs[: len(images)], hooks.faults(len(row_images))[: len(images)]
 
-    def _twins(self, works: Sequence[GuardRunner], prompts: Sequence[str]) -> list[int]:
-        """Return which prompts a guard wants to draw a second time beside the first."""
-        wanted = [False] * len(prompts)
-        for work in works:
-            if "latents" in work.active_points:
-                with work.timed_call():
-                    wanted = [
-                        a or b
-                        for a, b in zip(
-                            wanted, work.guard_impl.wants_reference_stream(prompts), strict=True
-                        )
-                    ]
-        return [k for k, want in enumerate(wanted) if want]
+    def _call_pipeline(self, arguments: Mapping[str, Any], *, grad: bool) -> Any:
+        """Call the pipeline, for a gradient without its `no_grad` decorator."""
+        if not grad:
+            return self.pipe(**arguments)
+        call: Any = type(self.pipe).__call__
+        return call.__wrapped__(self.pipe, **arguments)
 
-    def _looked(
+    def _check_images(
         self,
-        works: Sequence[GuardRunner],
+        runners: Sequence[GuardRunner],
         images: list[Any],
         prompts: Sequence[str],
-        at: Sequence[int],
+        candidates: Sequence[int],
     ) -> None:
-        """Show the pictures to the guards that look at them, each what the one before left of it."""
-        for work in works:
-            if "image" not in work.active_points:
+        """Run the guards of images in turn, each on the images that the one before left."""
+        for runner in runners:
+            allowed = _allowed(runners, candidates)
+            if not runner.acts_at("image") or not allowed:
                 continue
-            seen = [
-                (i, images[i])
-                for i in at
-                if not any(w.results[i].action in BLOCKING_ACTIONS for w in works)
-            ]
-            if not seen:
-                continue
-            with work.timed_call():
-                found = work.guard_impl.look(
-                    [image for _, image in seen], [prompts[i] for i, _ in seen]
+            with runner.timed_call():
+                results = runner.guard.check_images(
+                    [images[i] for i in allowed], [prompts[i] for i in allowed]
                 )
-                work.merge_results(found, [i for i, _ in seen], seen=True)
-            for (i, image), one in zip(seen, found, strict=True):
-                images[i] = one.image if one.image is not None else image
+                runner.merge_results(results, allowed, checked=True)
+            for i, result in zip(allowed, results, strict=True):
+                images[i] = images[i] if result.image is None else result.image
 
 
-def _picked(key: str, value: Any, at: Sequence[int], pictures: Sequence[str]) -> Any:
-    """Return an argument of a call for some of its prompts only."""
-    if key in pictures:
-        return _rows(value, at) if _several(value) > 1 else value
-    listed = (
-        isinstance(value, Tensor)
-        if key == "latents"
-        else key in PER_PROMPT and isinstance(value, list)
-    )
-    return _rows(value, at) if listed else value
+def _check_config(
+    config: GuardConfig,
+    configs: Sequence[GuardConfig],
+    adapter: PipelineAdapter,
+    negative_prompt: str,
+) -> None:
+    """Refuse a guard that could never act on the pipeline, and warn of one without effect."""
+    name = config.name
+    if not config.hook_points:
+        raise ConfigError(
+            f"the guard {name!r} must have a hook point, got none. It would never act."
+        )
+    if reason := config.unsupported_reason(adapter):
+        supported = [
+            other
+            for other in sorted(GUARDS)
+            if not resolve(GUARDS, other, "guard").unsupported_reason(adapter)
+        ]
+        raise ConfigError(
+            f"the guard {name!r} cannot run on a {adapter.pipeline_class}: it {reason}. "
+            f"Guards that can: {', '.join(supported) or 'none'}."
+        )
+    if config.exclusive and sum(c.name == name for c in configs) > 1:
+        raise ConfigError(
+            f"the guard {name!r} must be given once. A second one would undo the first."
+        )
+    if reason := config.conflict([c for c in configs if c is not config], negative_prompt):
+        warnings.warn(
+            f"the guard {name!r} has no effect: {reason}", UnusedSettingWarning, stacklevel=3
+        )
 
 
-def _several(value: Any) -> int:
-    """Return how many pictures an argument brings.
-
-    1 of what is no list and no batch (n, ...) of four axes.
-    """
-    return len(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4 else 1
+def _allowed(runners: Sequence[GuardRunner], images: Sequence[int]) -> list[int]:
+    """Return the images that no guard has blocked."""
+    return [i for i in images if not any(r.blocks(i) for r in runners)]
 
 
-def _rows(value: Any, at: Sequence[int]) -> Any:
-    """Return some entries of a list, or rows of a batch."""
-    return [value[i] for i in at] if isinstance(value, list | tuple) else value[list(at)]
+def _reference_streams(runners: Sequence[GuardRunner], prompts: Sequence[str]) -> list[int]:
+    """Return the prompts for which a guard wants a reference stream."""
+    wanted = [False] * len(prompts)
+    for runner in runners:
+        if runner.acts_at("latents"):
+            with runner.timed_call():
+                more = runner.guard.wants_reference_stream(prompts)
+                wanted = [a or b for a, b in zip(wanted, more, strict=True)]
+    return [i for i, want in enumerate(wanted) if want]
 
 
-def _unseen(key: str) -> bool:
-    """Return whether an option is a text or an embedding that guards do not see, or changes what comes back."""
-    text = key.startswith(("prompt", "negative_prompt")) and key != "negative_prompt"
-    return text or "embeds" in key or key in UNSEEN
+def _start_hooks(
+    runners: Sequence[GuardRunner], call: Call, row_images: tuple[int, ...]
+) -> list[tuple[GuardRunner, GuardHook]]:
+    """Start the guards that act inside the call."""
+    active = []
+    for runner in runners:
+        runner.row_images = row_images
+        if runner.guard.hook_points - EXTERNAL_POINTS:
+            with runner.timed_call(keep_autocast=True):
+                active.append((runner, runner.guard.start(call)))
+    return active
 
 
-def _drawn_of(image: Any, works: Sequence[GuardRunner], at: int, fault: str) -> GeneratedImage:
-    notes = tuple(work.note(at) for work in works)
+def _build_image(
+    image: Any, runners: Sequence[GuardRunner], index: int, fault: str
+) -> GeneratedImage:
+    """Return one image with its trace; None if a guard blocked it or something went wrong."""
+    records = tuple(runner.record(index) for runner in runners)
+    steered = [r for r in records if r.action == "edit"]
+    acted = [r for r in records if r.action not in ("none", "edit")] or steered
+    blocking = [r for r in acted if r.action in BLOCKING_ACTIONS]
+    if not fault and image is None and not blocking:
+        fault = "error: the pipeline returned no image"
     if fault:
-        return GeneratedImage(None, GuardTrace("withhold", fault, notes))
-    acted = [n for n in notes if n.action not in ("none", "edit")] or [
-        n for n in notes if n.action == "edit"
-    ]
-    gone = [n for n in acted if n.action in BLOCKING_ACTIONS]
-    action: Action = (gone or acted)[-1].action if acted else "none"
-    reason = f"{(gone or acted)[-1].guard}: {(gone or acted)[-1].reason}" if acted else ""
-    if (
-        image is None and not gone
-    ):  # no picture, and nobody who took it: ours to explain, and not to show
-        return GeneratedImage(None, GuardTrace("withhold", "error: no picture came", notes))
-    return GeneratedImage(None if gone else image, GuardTrace(action, reason, notes))
+        return GeneratedImage(None, GuardTrace("withhold", fault, records))
+    last = (blocking or acted)[-1:]
+    action: Action = last[0].action if last else "none"
+    reason = f"{last[0].guard}: {last[0].reason}" if last else ""
+    return GeneratedImage(None if blocking else image, GuardTrace(action, reason, records))

@@ -1,33 +1,31 @@
-"""A guard at work in one batch: it is timed, counted and heard, and what it raises is its failure."""
+"""One guard during one batch: timed, counted, its results checked, its exceptions `GuardError`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safegen.core.errors import UserError, is_out_of_memory
-from safegen.guards.core.adapter import HookPoint, Text
-from safegen.guards.core.base import (
+from safegen.guards.core.adapter import HookPoint, TextEmbeds
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.result import (
     ACTIONS,
     BLOCKING_ACTIONS,
     REPLACING_ACTIONS,
-    Call,
-    Guard,
-    GuardConfig,
-    GuardHook,
     GuardRecord,
     GuardResult,
 )
 
 
 class GuardError(Exception):
-    """A guard raised, or answered with nonsense."""
+    """A guard raised, or returned an invalid result."""
 
     def __init__(self, guard: str, error: Exception) -> None:
         super().__init__(f"{guard}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -35,143 +33,142 @@ class GuardError(Exception):
 
 @dataclass
 class GuardRunner:
-    """A guard of the pipeline, and what is known of it in this batch: one entry a picture."""
+    """One guard during one batch, with its result for each image."""
 
-    guard_impl: Guard
-    n: int
+    guard: Guard
+    num_images: int
     device: str
-    """Kind of device that the pipeline computes on."""
+    """Device type that the pipeline computes on."""
     calls: int = 0
     rows: int = 0
-    """Rows that it added to the denoiser's batches, for all together."""
-    drawn: tuple[int, ...] = ()
-    """The pictures that came to the denoiser, each as often as it stood in a batch."""
+    """Rows added to the denoiser's batches, for all images together."""
+    row_images: tuple[int, ...] = ()
+    """Image of each row of the pipeline's batch, reference streams included."""
     seconds: float = 0.0
-    results: list[GuardResult] = field(default_factory=list)
+    results: list[GuardResult] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start with one empty result per image."""
+        self.results = [GuardResult()] * self.num_images
 
     @property
-    def guard(self) -> GuardConfig:
-        """Its settings."""
-        return self.guard_impl.guard
+    def config(self) -> GuardConfig:
+        """Settings of the guard."""
+        return self.guard.config
 
-    @property
-    def active_points(self) -> frozenset[HookPoint]:
-        """Where it takes hold."""
-        return self.guard_impl.active_points
+    def acts_at(self, *points: HookPoint) -> bool:
+        """Return whether the guard hooks one of these points."""
+        return bool(self.guard.hook_points & set(points))
 
-    def note(self, at: int) -> GuardRecord:
-        """Return what it did for picture `at`."""
-        found = self.results[at]
-        scores = {k: round(float(v), 6) for k, v in found.scores.items()}
-        limits = {k: float(v) for k, v in found.thresholds.items()}
-        ms = round(1000 * self.seconds / self.n, 3)
-        rows = self.rows * self.drawn.count(at) // max(len(self.drawn), 1)
+    def blocks(self, image: int) -> bool:
+        """Return whether the guard has blocked an image."""
+        return self.results[image].action in BLOCKING_ACTIONS
+
+    def record(self, image: int) -> GuardRecord:
+        """Return what the guard did for one image."""
+        result = self.results[image]
         return GuardRecord(
-            self.guard.name, found.action, found.reason, scores, limits, self.calls, rows, ms
+            self.config.name,
+            result.action,
+            result.reason,
+            {k: round(float(v), 6) for k, v in result.scores.items()},
+            {k: float(v) for k, v in result.thresholds.items()},
+            self.calls,
+            self.rows * self.row_images.count(image) // max(len(self.row_images), 1),
+            round(1000 * self.seconds / self.num_images, 3),
         )
 
     @contextmanager
-    def timed_call(self, *, as_drawn: bool = False) -> Iterator[None]:
-        """Count and time what the guard does, in full precision; what it raises is its failure, but for what the caller can mend.
+    def timed_call(self, *, keep_autocast: bool = False) -> Iterator[None]:
+        """Count and time one call of the guard, in full precision.
 
         Args:
-            as_drawn: leave the pipeline's own arithmetic, for texts that must be encoded as it
-                encodes its own.
+            keep_autocast: keep the pipeline's autocast, for texts that must be encoded as the
+                pipeline encodes its own.
 
         Raises:
-            Failed: the guard raised something else than a `UserError` or a want of memory.
+            GuardError: the guard raised. A `UserError` or a lack of memory passes unchanged.
         """
-        self.calls, began = self.calls + 1, time.perf_counter()
+        self.calls, start = self.calls + 1, time.perf_counter()
         try:
-            with nullcontext() if as_drawn else torch.autocast(self.device, enabled=False):
+            with nullcontext() if keep_autocast else torch.autocast(self.device, enabled=False):
                 yield
         except (UserError, GuardError):
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise GuardError(self.guard.name, error) from error
+            raise GuardError(self.config.name, error) from error
         finally:
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - start
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of the guard, each call counted and timed."""
+
+        def timed(*args: Any) -> Any:
+            with self.timed_call():
+                return function(*args)
+
+        return timed
 
     def merge_results(
-        self, findings: Sequence[GuardResult], at: Sequence[int], *, seen: bool = False
+        self, results: Sequence[GuardResult], images: Sequence[int], *, checked: bool = False
     ) -> None:
-        """Take in a finding for each of the pictures `at`; what an earlier one did stands where a new one does nothing, scores join.
+        """Merge one new result per image into those so far.
 
-        A finding with a score that is no number decided nothing: that picture is withheld, whatever
-        the guard says of it afterwards.
+        An earlier action stays if the new one is `none` or the earlier one blocks. Scores are
+        joined. A score that is not finite withholds the image for good.
 
         Args:
-            findings: what the guard said.
-            at: of which pictures.
-            seen: whether it saw them, and may bring others to show in their place.
+            results: results of the guard.
+            images: index of the image of each result.
+            checked: whether the guard received the images, and may return replacements.
 
         Raises:
-            Failed: there are more or fewer, or one names an action that would leave the picture as
-                it is.
+            GuardError: wrong number of results, an unknown action, or one that replaces the image
+                without another image.
         """
-        if len(findings) != len(at):
-            raise GuardError(
-                self.guard.name, ValueError(f"{len(findings)} answers for {len(at)} pictures")
-            )
-        for i, found in zip(at, findings, strict=True):
-            if found.action not in ACTIONS or (
-                found.action in REPLACING_ACTIONS and not (seen and found.image is not None)
-            ):
-                raise GuardError(
-                    self.guard.name,
-                    ValueError(
-                        f"the action {found.action!r} hides nothing without a picture to show"
-                    ),
-                )
-            old, odd = (
-                self.results[i],
-                [
-                    k
-                    for k, v in {**found.scores, **found.thresholds}.items()
-                    if not math.isfinite(v)
-                ],
-            )
-            stays = found.action == "none" or old.action in BLOCKING_ACTIONS
-            last = (
-                GuardResult("withhold", f"not-finite: {', '.join(odd)}")
-                if odd
-                else old
-                if stays
-                else found
-            )
-            scores = {k: v for k, v in {**old.scores, **found.scores}.items() if k not in odd}
-            limits = {
-                k: v for k, v in {**old.thresholds, **found.thresholds}.items() if k not in odd
-            }
-            self.results[i] = GuardResult(last.action, last.reason, scores, limits)
+        if len(results) != len(images):
+            raise self._invalid(f"{len(results)} results for {len(images)} images")
+        for image, new in zip(images, results, strict=True):
+            if new.action not in ACTIONS:
+                raise self._invalid(f"unknown action {new.action!r}")
+            if new.action in REPLACING_ACTIONS and not (checked and new.image is not None):
+                raise self._invalid(f"the action {new.action!r} needs an image to show")
+            self.results[image] = _merge(self.results[image], new)
+
+    def _invalid(self, message: str) -> GuardError:
+        return GuardError(self.config.name, ValueError(message))
+
+
+def _merge(old: GuardResult, new: GuardResult) -> GuardResult:
+    invalid = [k for k, v in {**new.scores, **new.thresholds}.items() if not math.isfinite(v)]
+    scores = {k: v for k, v in {**old.scores, **new.scores}.items() if k not in invalid}
+    thresholds = {k: v for k, v in {**old.thresholds, **new.thresholds}.items() if k not in invalid}
+    if invalid:
+        return GuardResult("withhold", f"not-finite: {', '.join(invalid)}", scores, thresholds)
+    last = old if new.action == "none" or old.action in BLOCKING_ACTIONS else new
+    return GuardResult(last.action, last.reason, scores, thresholds)
 
 
 class EmbeddingOffset(Guard):
-    """A probe's own hand on the prompts' embeddings, before the guards': something is added to them."""
+    """Internal guard of probes: adds an offset to the prompts' embeddings."""
 
-    def __init__(self, guard: GuardConfig, shift: Tensor) -> None:
-        super().__init__(guard)
-        self.shift = shift
-
-    @property
-    def active_points(self) -> frozenset[HookPoint]:
-        """The prompt's side alone."""
-        return frozenset({"text"})
+    def __init__(self, config: GuardConfig, offset: Tensor) -> None:
+        super().__init__(config)
+        self.offset, self.hook_points = offset, frozenset({"prompt_embeds"})
 
     def start(self, call: Call) -> GuardHook:
-        """Return the shift of one call."""
-        return _Shift(self.shift, call)
+        """Return the hook that adds the offset in one call."""
+        return _OffsetHook(self.offset, call)
 
 
-class _Shift(GuardHook):
-    def __init__(self, shift: Tensor, call: Call) -> None:
-        rows = [
-            *range(len(call.prompts) - len(call.reference_rows)),
-            *call.reference_rows,
-        ]  # second streams stand behind, in the order of their first
-        self.shift = shift[rows]
+class _OffsetHook(GuardHook):
+    def __init__(self, offset: Tensor, call: Call) -> None:
+        # reference streams stand last, in the order of their images
+        self.offset = offset[
+            [*range(len(call.prompts) - len(call.reference_rows)), *call.reference_rows]
+        ]
 
-    def edit_prompt_embeds(self, text: Text) -> Text:
-        return Text(text.hidden + self.shift.to(text.hidden), text.extra)
+    def edit_prompt_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+        return TextEmbeds(embeds.hidden + self.offset.to(embeds.hidden), embeds.extra)

@@ -1,8 +1,8 @@
-"""SAFREE's projection: which tokens of a prompt lead to a concept, and what is left of their embeddings without it (arXiv:2410.12761).
+"""SAFREE's projection: trigger tokens of a prompt, and their embeddings without the concept.
 
-Where the denoiser is conditioned on several text encoders, as SDXL's is, each finds its own
-triggers and has projectors of its own. The released script for SDXL goes by the second alone; ours
-goes by both. The pooled embedding stays as it is, in both.
+From arXiv:2410.12761. Where the denoiser uses several text encoders, as in SDXL, each has its own
+triggers and projectors. The released script for SDXL uses the second encoder alone. The pooled
+embedding stays unchanged, as released.
 """
 
 from __future__ import annotations
@@ -14,96 +14,96 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+Order = Literal["code", "paper"]
+
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """How a prompt is looked at."""
+    """How a prompt is projected."""
 
     alpha: float
     """See `triggers`."""
-    order: Literal["code", "paper"]
-    """See `both`."""
+    order: Order
+    """See `combined_projector`."""
     distance: bool
-    """Whether it is asked how far the projection moves the prompt."""
+    """Whether to compute how far the projection moves the prompt."""
 
 
 @dataclass(frozen=True)
 class EncoderProjection:
-    """What is done with one prompt in one encoder's columns of its embedding."""
+    """Projection of one prompt in the columns of one text encoder."""
 
     columns: slice
     triggers: list[int]
-    """Which of its tokens are."""
+    """Indices of the trigger tokens."""
     projector: Tensor
     """(width, width) of the encoder."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """What is done with one prompt, encoder by encoder."""
+    """Projection of one prompt, encoder by encoder."""
 
     encoders: tuple[EncoderProjection, ...]
     distance: float = 0.0
-    """How far it moves the prompt, see `shift`; 0 where nobody asks."""
+    """How far it moves the prompt, see `projection_distance`; 0 if not computed."""
 
     @property
     def triggers(self) -> list[int]:
         """Tokens that are triggers to any encoder."""
-        return sorted({j for part in self.encoders for j in part.triggers})
+        return sorted({j for encoder in self.encoders for j in encoder.triggers})
 
     @property
     def projector(self) -> Tensor:
-        """The projector of whole embeddings, (width, width)."""
-        return torch.block_diag(*(part.projector for part in self.encoders))
+        """Projector of whole embeddings, (width, width)."""
+        return torch.block_diag(*(encoder.projector for encoder in self.encoders))
 
 
 class TextEncoderView:
     """One text encoder of a Stable Diffusion pipeline, token by token."""
 
     def __init__(self, pipe: Any, name: str = "text_encoder") -> None:
-        self.tokenizer, self.tower = (
-            getattr(pipe, name.replace("text_encoder", "tokenizer")),
-            getattr(pipe, name),
-        )
-        self.device, self.several = pipe._execution_device, hasattr(pipe, "text_encoder_2")
+        self.tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        self.encoder = getattr(pipe, name)
+        self.device, self.is_sdxl = pipe._execution_device, hasattr(pipe, "text_encoder_2")
 
-    def ids(self, text: str) -> tuple[Tensor, int]:
-        """Return a prompt's padded ids (1, tokens), cut to what the encoder reads, and how many tokens of it are its own."""
-        found = self.tokenizer(
+    def tokenize(self, text: str) -> tuple[Tensor, int]:
+        """Return the padded ids (1, tokens) of a prompt, and the number of its own tokens."""
+        tokens = self.tokenizer(
             [text],
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        return found.input_ids.to(self.device), int(found.attention_mask.sum()) - 2
+        return tokens.input_ids.to(self.device), int(tokens.attention_mask.sum()) - 2
 
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (n, tokens, width) that the denoiser is conditioned on, in fp32."""
+        """Return the fp32 embeddings (n, tokens, width) that the denoiser is conditioned on."""
         with torch.autocast(ids.device.type, enabled=False):
-            out: Tensor = (
-                self.tower(ids, output_hidden_states=True).hidden_states[-2]
-                if self.several
-                else self.tower(ids)[0]
-            )
-        return out.float()
+            if self.is_sdxl:
+                hidden: Tensor = self.encoder(ids, output_hidden_states=True).hidden_states[-2]
+            else:
+                hidden = self.encoder(ids)[0]
+        return hidden.float()
 
     @torch.no_grad()
     def pooled(self, ids: Tensor) -> Tensor:
-        """Return the embedding at each text's end (n, width), after the last norm, and projected if the encoder has that, in fp32."""
+        """Return the fp32 pooled embeddings (n, width), projected if the encoder projects them."""
         with torch.autocast(ids.device.type, enabled=False):
-            found = self.tower(ids)
-        out: Tensor = found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output
-        return out.float()
+            output = self.encoder(ids)
+        projected = hasattr(output, "text_embeds")
+        embeds: Tensor = output.text_embeds if projected else output.pooler_output
+        return embeds.float()
 
     def pooled_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the pooled embeddings of texts, (n, width)."""
-        return self.pooled(torch.cat([self.ids(text)[0] for text in texts]))
+        return self.pooled(torch.cat([self.tokenize(text)[0] for text in texts]))
 
 
 def text_encoders(pipe: Any) -> list[TextEncoderView]:
-    """Return a pipeline's text encoders in the order in which their embeddings stand side by side."""
+    """Return a pipeline's text encoders in the order of their columns in the embedding."""
     return [
         TextEncoderView(pipe, name)
         for name in ("text_encoder", "text_encoder_2")
@@ -112,66 +112,63 @@ def text_encoders(pipe: Any) -> list[TextEncoderView]:
 
 
 def concept_projectors(encoders: Sequence[TextEncoderView], phrases: Sequence[str]) -> list[Tensor]:
-    """Return the projector onto the span of some phrases, (width, width), for each encoder."""
-    return [span(reader.pooled_texts(phrases)) for reader in encoders]
+    """Return the projector (width, width) onto the span of phrases, for each encoder."""
+    return [span(encoder.pooled_texts(phrases)) for encoder in encoders]
 
 
 def project_prompt(
     encoders: Sequence[TextEncoderView],
     prompt: str,
     concept: Sequence[Tensor],
-    rule: ProjectionConfig,
+    config: ProjectionConfig,
 ) -> Projection:
-    """Return what SAFREE does with a prompt, from one batch of its n copies with one token masked in each, an encoder.
+    """Return the projection of a prompt, from one batch of its n masked copies per encoder.
 
     Args:
-        encoders: see `readers`.
-        prompt: the prompt.
-        concept: P_C of each encoder, see `spans`.
-        rule: how it is looked at.
+        encoders: see `text_encoders`.
+        prompt: prompt to project.
+        concept: P_C of each encoder, see `concept_projectors`.
+        config: how to project it.
     """
     parts, hidden, start = list[EncoderProjection](), list[Tensor](), 0
-    for reader, own in zip(encoders, concept, strict=True):
-        ids, n = reader.ids(prompt)
+    for encoder, concept_projector in zip(encoders, concept, strict=True):
+        ids, n = encoder.tokenize(prompt)
         if n < 1:
             return Projection(())
         masked = ids.repeat(n, 1)
         masked[range(n), range(1, n + 1)] = 0  # id 0 stands for a masked token, as released
-        pooled = reader.pooled(masked)  # (n, width)
-        hits = [j for j, hit in enumerate(triggers(pooled, own, alpha=rule.alpha)) if hit]
-        parts.append(
-            EncoderProjection(
-                slice(start, start + len(own)),
-                hits,
-                combined_projector(own, span(pooled), order=rule.order),
-            )
-        )
-        hidden += [reader.hidden(ids)[0, : n + 2]] if rule.distance else []
-        start += len(own)
-    way = Projection(tuple(parts))
-    return (
-        replace(way, distance=projection_distance(torch.cat(hidden, dim=1), way.projector))
-        if rule.distance
-        else way
-    )
+        pooled = encoder.pooled(masked)  # (n, width)
+        flags = triggers(pooled, concept_projector, alpha=config.alpha)
+        end = start + len(concept_projector)
+        projector = combined_projector(concept_projector, span(pooled), order=config.order)
+        indices = [j for j, flag in enumerate(flags) if flag]
+        parts.append(EncoderProjection(slice(start, end), indices, projector))
+        hidden += [encoder.hidden(ids)[0, : n + 2]] if config.distance else []
+        start = end
+    projection = Projection(tuple(parts))
+    if not config.distance:
+        return projection
+    distance = projection_distance(torch.cat(hidden, dim=1), projection.projector)
+    return replace(projection, distance=distance)
 
 
-def projected(row: Tensor, way: Projection, strength: float) -> Tensor:
-    """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way to their projection; all else stays."""
-    out = row.clone()
-    for part in way.encoders:
-        at = [j + 1 for j in part.triggers]  # the first token marks the beginning
-        if at:
-            old = row[at, part.columns].float()
-            out[at, part.columns] = torch.lerp(old, old @ part.projector.T, strength).to(row)
-    return out
+def apply_projection(row: Tensor, projection: Projection, strength: float) -> Tensor:
+    """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way."""
+    edited = row.clone()
+    for encoder in projection.encoders:
+        tokens = [j + 1 for j in encoder.triggers]  # token 0 is the start
+        if tokens:
+            old = row[tokens, encoder.columns].float()
+            new = torch.lerp(old, old @ encoder.projector.T, strength)
+            edited[tokens, encoder.columns] = new.to(row)
+    return edited
 
 
 def span(vectors: Tensor) -> Tensor:
-    """Return the orthogonal projector (width, width) onto the span of some vectors (n, width).
+    """Return the orthogonal projector (width, width) onto the span of vectors (n, width).
 
     C (C^T C)^+ C^T with C = vectors^T (Yoon et al. 2024, arXiv:2410.12761, eq. 2), by its singular
-    vectors, which is the same and stabler.
+    vectors, which is the same and more stable.
     """
     u, s, _ = torch.linalg.svd(vectors.float().T, full_matrices=False)
     u = u[:, s > s.max() * 1e-5]
@@ -179,10 +176,10 @@ def span(vectors: Tensor) -> Tensor:
 
 
 def triggers(pooled: Tensor, concept: Tensor, *, alpha: float) -> list[bool]:
-    """Return which tokens lead a prompt toward a concept: without them it is farther from the concept's span than without others.
+    """Return which tokens are triggers: without them the prompt is farther from the concept's span.
 
     d_j = |(I - P_C) m_j|; token j is a trigger if d_j >= (1 + alpha) mean over k != j of d_k; a
-    token that is alone is one (arXiv:2410.12761, eqs. 3, 4, as released).
+    single token is one (arXiv:2410.12761, eqs. 3, 4, as released).
 
     Args:
         pooled: (n, width) pooled embeddings m_j of the prompt with token j masked.
@@ -196,16 +193,16 @@ def triggers(pooled: Tensor, concept: Tensor, *, alpha: float) -> list[bool]:
     return (d >= (1 + alpha) * others).tolist()
 
 
-def combined_projector(
-    concept: Tensor, prompt: Tensor, *, order: Literal["code", "paper"]
-) -> Tensor:
-    """Return the projector onto the prompt's span without the concept's: (I - P_C) P_I as released, P_I (I - P_C) as the paper prints."""
-    out = torch.eye(len(concept)).to(concept) - concept
-    return out @ prompt if order == "code" else prompt @ out
+def combined_projector(concept: Tensor, prompt: Tensor, *, order: Order) -> Tensor:
+    """Return the projector onto the prompt's span without the concept's.
+
+    (I - P_C) P_I as released, P_I (I - P_C) as the paper prints it.
+    """
+    complement = torch.eye(len(concept)).to(concept) - concept
+    return complement @ prompt if order == "code" else prompt @ complement
 
 
 def projection_distance(hidden: Tensor, projector: Tensor) -> float:
-    """Return beta, how far the projection moves a prompt: 1 - the mean cosine of its tokens (tokens, width) before and after."""
-    return 1 - float(
-        torch.nn.functional.cosine_similarity(hidden, hidden @ projector.T, dim=1).mean()
-    )
+    """Return beta: 1 - the mean cosine of a prompt's tokens (tokens, width) before and after."""
+    cosine = torch.nn.functional.cosine_similarity(hidden, hidden @ projector.T, dim=1)
+    return 1 - float(cosine.mean())

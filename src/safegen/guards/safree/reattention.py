@@ -1,8 +1,8 @@
-"""Latent re-attention, SAFREE's second half: what projected text brings back by the denoiser's features is damped (arXiv:2410.12761).
+"""Latent re-attention, SAFREE's second half: damps features that the projected text strengthens.
 
-The denoiser is asked for the prompt as it was too. Where the low frequencies of a skip feature are
-stronger under the projected text than under that, they are scaled down. The released script leaves
-this out by a slip; here it is as the paper has it, by magnitude and with the phase kept.
+From arXiv:2410.12761. The denoiser also predicts for the original prompt. Where the low frequencies
+of a skip feature are stronger under the projected text, they are scaled down. The released script
+skips this by mistake; here it follows the paper, by magnitude and with the phase kept.
 """
 
 from __future__ import annotations
@@ -14,86 +14,84 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
-from safegen.guards.core.adapter import Text
+from safegen.guards.core.adapter import TextEmbeds
 
 SCALES = (0.9, 0.2)
-"""s by the width of the features that a skip joins: the network's widest, then the next (1280 and 640 in Stable Diffusion); no others."""
+"""s of the two greatest feature widths that skips join, 1280 and 640 in Stable Diffusion."""
 ORIGINAL = "original"
 SKIPS = "res_hidden_states_tuple"
 
 
 class Reattention:
-    """Re-attention during one call: the branch that it asks for, its hooks on the network's up-blocks, and the count of those."""
+    """Re-attention during one call: its extra condition and its hooks on the up-blocks."""
 
     def __init__(self) -> None:
-        self.original: Text | None = None
-        """The prompts' text as it was before it was projected.
-
-        None in steps in which nothing is.
-        """
-        self.acts: Sequence[int] = ()
-        """The pictures whose text is projected in this step.
-
-        Equal rows differ by rounding, which must not be taken for strength.
-        """
+        self.original: TextEmbeds | None = None
+        """Embeddings of the original prompts. None in steps without projection."""
+        self.images: Sequence[int] = ()
+        """Images with projected text in this step. Others differ by rounding only."""
         self.rows: Mapping[str, slice] = {}
-        self.wanted = self.went = 0
+        self.num_blocks = self.num_hooked = 0
 
-    def extra_conditions(self) -> Mapping[str, Text]:
-        """Return the prompts as they were."""
+    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+        """Return the embeddings of the original prompts."""
         return {} if self.original is None else {ORIGINAL: self.original}
 
     def set_rows(self, rows: Mapping[str, slice]) -> None:
-        """Take in the rows of this step."""
-        self.rows, self.went = rows, 0
+        """Receive the denoiser rows of this step."""
+        self.rows, self.num_hooked = rows, 0
 
     def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
-        """Return the up-blocks, and what is done before each."""
+        """Return the up-blocks with their pre-hook."""
         net: Any = network
-        scale = dict(
-            zip(sorted(set(net.config.block_out_channels), reverse=True), SCALES, strict=False)
-        )
-        self.wanted = len(net.up_blocks)
+        widths = sorted(set(net.config.block_out_channels), reverse=True)
+        scales = dict(zip(widths, SCALES, strict=False))
+        self.num_blocks = len(net.up_blocks)
 
-        def before(
+        def damp_skips(
             block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if self.original is None:
                 return None
             if ORIGINAL not in self.rows:
                 raise ConfigError(
-                    "the guard 'safree' compares rows of one batch to reattend; give max_rows >= 3 a picture, or leave it out"
+                    "max_rows must be >= 3 per image for the guard 'safree' with reattend. "
+                    "It compares rows of one batch."
                 )
-            self.went += 1
+            self.num_hooked += 1
             skips = list(kwargs[SKIPS])
-            for at, layer in enumerate(block.resnets, 1):  # the first layer joins the last skip
-                own = skips[-at]
-                width = layer.in_channels - own.shape[1]
-                if width in scale:
-                    now, before_it = (
-                        [self.rows[name].start + i for i in self.acts]
-                        for name in ("cond", ORIGINAL)
-                    )
-                    skips[-at] = own.clone()
-                    skips[-at][now] = reattended(
-                        own[now].float(), own[before_it].float(), scale=scale[width]
-                    ).to(own)
+            for i, layer in enumerate(block.resnets, 1):  # the first layer joins the last skip
+                width = layer.in_channels - skips[-i].shape[1]
+                if width in scales:
+                    skips[-i] = self._damped(skips[-i], scales[width])
             return args, kwargs | {SKIPS: tuple(skips)}
 
-        return [(block, before) for block in net.up_blocks]
+        return [(block, damp_skips) for block in net.up_blocks]
+
+    def _damped(self, skip: Tensor, scale: float) -> Tensor:
+        projected, original = (
+            [self.rows[name].start + i for i in self.images] for name in ("cond", ORIGINAL)
+        )
+        damped = skip.clone()
+        damped[projected] = reattend(
+            skip[projected].float(), skip[original].float(), scale=scale
+        ).to(skip)
+        return damped
 
     def check(self) -> None:
-        """See that every up-block went through in this step.
+        """Check that every up-block was hooked in this step.
 
         Raises:
-            RuntimeError: one did not: a hook is gone.
+            RuntimeError: a hook is missing.
         """
-        if self.original is not None and self.went != self.wanted:
-            raise RuntimeError(f"{self.went} of {self.wanted} up-blocks went through re-attention")
+        if self.original is not None and self.num_hooked != self.num_blocks:
+            raise RuntimeError(
+                f"{self.num_hooked} of {self.num_blocks} up-blocks went through re-attention"
+            )
 
 
-def reattended(filtered: Tensor, original: Tensor, *, scale: float) -> Tensor:
-    """Return features with those of their lowest frequencies damped that are stronger than in others.
+def reattend(filtered: Tensor, original: Tensor, *, scale: float) -> Tensor:
+    """Return features with the lowest frequencies damped that exceed the original's.
 
     F(filtered) <- s F(filtered) where |F(filtered)| > |F(original)|, in the 2 x 2 block about the
     middle of the shifted spectrum (constant and -1 along each axis), F the two-dimensional Fourier
@@ -101,7 +99,7 @@ def reattended(filtered: Tensor, original: Tensor, *, scale: float) -> Tensor:
 
     Args:
         filtered: (b, c, h, w), under the projected text.
-        original: the same, under the prompt as it was.
+        original: the same, under the original prompt.
         scale: s, in [0, 1].
     """
     f, o = (torch.fft.fftshift(torch.fft.fft2(x), dim=(-2, -1)) for x in (filtered, original))

@@ -1,8 +1,12 @@
-"""SAFREE: the words of a prompt that lie near a concept are projected out of its embedding (arXiv:2410.12761)."""
+"""SAFREE: projects the tokens that lead to a concept out of a prompt's embedding.
+
+arXiv:2410.12761.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
@@ -12,242 +16,245 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
-from safegen.guards.core.adapter import ONE_FRAME, HookPoint, PipelineAdapter, Text
-from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook, GuardResult
+from safegen.core.errors import ConfigError, UnusedSettingWarning
+from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.result import GuardResult
 from safegen.guards.safree.projection import (
+    Order,
     ProjectionConfig,
+    apply_projection,
     concept_projectors,
     project_prompt,
-    projected,
     text_encoders,
 )
 from safegen.guards.safree.reattention import Reattention
 
-MOST = 10
-"""U: the filter decides for at most this many steps after the first, of 50."""
+MAX_FILTER_STEPS = 10
+"""U: most steps after the first, of 50, in which the filter lets the projection act."""
 
 
 class SafreeConfig(GuardConfig):
     """Settings of SAFREE. The default projects in the released code's order, in every step."""
 
     name: Literal["safree"] = "safree"
-    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"text"})
-    families: ClassVar[tuple[str, ...]] = ONE_FRAME
-    later: ClassVar[frozenset[str]] = frozenset({"reattend"})
-    PRESETS: ClassVar = {
-        "code": {"filter": True, "middle": 5.333, "slope": 2.5},
-        "artists": {"filter": True, "middle": 5.5, "slope": 3.5},
-        "paper": {"order": "paper", "filter": True, "middle": 5.333, "slope": 2.5},
+    hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"prompt_embeds"})
+    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
+    paper: ClassVar[str] = "Yoon et al. 2024, arXiv:2410.12761, eqs. 2 to 6; filter as released"
+    code_url: ClassVar[str] = "https://github.com/jaehong31/SAFREE"
+    deviations: ClassVar[str] = (
+        "Projectors are computed by singular vectors. The filter's steps are scaled to those of "
+        "the run, and `calibrate` finds its threshold (ours). Re-attention follows the paper, for "
+        "the network's two greatest widths; in the released script it has no effect. On SDXL both "
+        "encoders' columns are projected (released: the second's alone). The released scripts also "
+        "use the phrases as the negative prompt: add a `negative-prompt` guard for that."
+    )
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "code": {"middle": 5.333, "slope": 2.5},
+        "artists": {"middle": 5.5, "slope": 3.5},
+        "paper": {"order": "paper", "middle": 5.333, "slope": 2.5},
     }
 
     phrases: tuple[str, ...] = Field(min_length=1)
-    """Phrases for the concept; their span is what is taken out. The released lists have 6 to 17."""
+    """Phrases that name the concept. Their span is projected out. Released lists have 6 to 17."""
     alpha: float = Field(default=0.01, ge=0)
-    """How much farther from the concept than the other tokens' mean a prompt must be without a token for that token to be a trigger."""
-    order: Literal["code", "paper"] = "code"
-    """(I - P_C) P_I as released, which leaves nothing of the concept's span, or P_I (I - P_C) as printed, which leaves some."""
-    filter: bool = False
-    """Whether the self-validating filter decides for how many steps the projected text is used.
-
-    Otherwise in all.
-    """
+    """Least relative increase of the distance to the concept without a token that is a trigger."""
+    order: Order = "code"
+    """`code`: (I - P_C) P_I as released. `paper`: P_I (I - P_C), which leaves a part."""
     middle: float | None = None
-    """t: ten times the distance (1 - cosine) at which the filter lets half of its steps pass.
-
-    See `calibrate`: each concept has its own.
-    """
-    slope: float | None = Field(default=None, gt=0)
+    """t: ten times the distance at which half of the filter's steps pass. None: no filter."""
+    slope: float = Field(default=2.5, gt=0)
     """k: steepness of the filter."""
     strength: float = Field(default=1.0, ge=0, le=1)
-    """Part of the way from a token's embedding to the projected one (ours); 0 is no guard."""
+    """Share of the way from an embedding to its projection (ours). 0 turns the guard off."""
     reattend: bool = False
-    """Latent re-attention: what projected text strengthens in low frequencies of the denoiser's skips is damped, for a third row."""
+    """Latent re-attention: damps low frequencies that the projection strengthens."""
 
     @model_validator(mode="after")
-    def _no_idle_setting(self) -> Self:
-        if self.filter != (self.middle is not None) or self.filter != (self.slope is not None):
-            raise ValueError(
-                "middle and slope go with the filter, and only with it; give all three or none"
-            )
-        if self.reattend and not self.strength:
-            raise ValueError(
-                "reattend has no effect at strength 0, where no text is projected; leave it out"
+    def _check(self) -> Self:
+        if self.middle is None and self.slope != type(self).model_fields["slope"].default:
+            warnings.warn(
+                "safree: slope has no effect without middle", UnusedSettingWarning, stacklevel=2
             )
         return self
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
-        """Return the concept's words as phrases."""
+        """Return the concept's phrases."""
         return {"phrases": concept.words}
 
     @property
-    def way(self) -> ProjectionConfig:
-        """How a prompt is looked at."""
-        return ProjectionConfig(self.alpha, self.order, distance=self.filter)
+    def projection_config(self) -> ProjectionConfig:
+        """How prompts are projected."""
+        return ProjectionConfig(self.alpha, self.order, distance=self.middle is not None)
 
-    @property
-    def active_points(self) -> frozenset[HookPoint]:
-        """Where it takes hold: on guidance too if it asks for the prompt as it was."""
-        return self.hook_points | ({"branch"} if self.reattend else frozenset())
-
-    def build(self, border: PipelineAdapter) -> Guard:
-        """Return the guard at work.
+    def build(self, adapter: PipelineAdapter) -> Guard:
+        """Return the guard.
 
         Raises:
-            ConfigError: a phrase that the text encoder would cut.
+            ConfigError: a phrase is too long for the text encoder.
         """
         for phrase in self.phrases:
-            border.fits(phrase, "a phrase of the guard 'safree'")
-        return SafreeGuard(self, border)
+            adapter.check_length(phrase, "a phrase of the guard 'safree'")
+        return SafreeGuard(self, adapter)
 
 
 class SafreeGuard(Guard):
-    guard: SafreeConfig
+    """Guard that projects the prompts' embeddings."""
 
-    def __init__(self, guard: SafreeConfig, border: PipelineAdapter) -> None:
-        super().__init__(guard)
-        self.concept = concept_projectors(text_encoders(border.pipe), guard.phrases)
+    config: SafreeConfig
+
+    def __init__(self, config: SafreeConfig, adapter: PipelineAdapter) -> None:
+        super().__init__(config)
+        if config.reattend:
+            self.hook_points = config.hook_points | {"guidance"}
+        self.concept = concept_projectors(text_encoders(adapter.pipe), config.phrases)
 
     def start(self, call: Call) -> GuardHook:
-        return SafreeHook(self.guard, call, self.concept)
+        """Return the hook with the projections of one call."""
+        return SafreeHook(self.config, call, self.concept)
 
 
 class SafreeHook(GuardHook):
-    def __init__(self, guard: SafreeConfig, call: Call, concept: Sequence[Tensor]) -> None:
-        self.guard, self.call = guard, call
-        found = text_encoders(call.border.pipe)
-        device = found[0].device
-        with torch.autocast(
-            device.type, enabled=False
-        ):  # the call may be drawn in coarser arithmetic
-            self.ways = {
-                prompt: project_prompt(
-                    found, prompt, [own.to(device) for own in concept], guard.way
-                )
+    """Projections of the prompts of one call."""
+
+    def __init__(self, config: SafreeConfig, call: Call, concept: Sequence[Tensor]) -> None:
+        self.config, self.call = config, call
+        encoders = text_encoders(call.adapter.pipe)
+        device = encoders[0].device
+        projectors = [projector.to(device) for projector in concept]
+        with torch.autocast(device.type, enabled=False):  # the call may use autocast
+            self.projections = {
+                prompt: project_prompt(encoders, prompt, projectors, config.projection_config)
                 for prompt in call.prompts
             }
-        self.cached: tuple[Tensor, list[Tensor]] | None = None
-        self.again = Reattention()
+        self.cache: tuple[Tensor, list[Tensor]] | None = None
+        """Embeddings of the last step, and their projections."""
+        self.reattention = Reattention()
 
-    def edit_prompt_embeds(self, text: Text) -> Text:
-        self.again.original = None
-        if self.guard.strength == 0 or not any(
-            bool(self.ways[p].triggers) for p in self.call.prompts
-        ):
-            return text
-        if (
-            self.cached is None
-            or self.cached[0].shape != text.hidden.shape
-            or not torch.equal(self.cached[0], text.hidden)
-        ):
-            self.cached = (
-                text.hidden,
-                [
-                    projected(row, self.ways[p], self.guard.strength)
-                    for row, p in zip(text.hidden, self.call.prompts, strict=True)
-                ],
-            )
-        acts = [self.call.step <= self._last(p) for p in self.call.prompts]
-        self.again.acts = [
-            i for i, p in enumerate(self.call.prompts) if acts[i] and self.ways[p].triggers
+    def edit_prompt_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+        """Return the embeddings with their triggers projected, in the filter's steps."""
+        self.reattention.original = None
+        prompts = self.call.prompts
+        if self.config.strength == 0 or not any(self.projections[p].triggers for p in prompts):
+            return embeds
+        edited = self._projected(embeds.hidden)
+        active = [self.call.step <= self._last_step(p) for p in prompts]
+        self.reattention.images = [
+            i for i, p in enumerate(prompts) if active[i] and self.projections[p].triggers
         ]
-        if self.guard.reattend and self.again.acts:
-            self.again.original = text
-        rows = [new if now else old for now, old, new in zip(acts, *self.cached, strict=True)]
-        return Text(torch.stack(rows), text.extra)
+        if self.config.reattend and self.reattention.images:
+            self.reattention.original = embeds
+        rows = [
+            new if acts else old
+            for acts, old, new in zip(active, embeds.hidden, edited, strict=True)
+        ]
+        return TextEmbeds(torch.stack(rows), embeds.extra)
 
-    def extra_conditions(self) -> Mapping[str, Text]:
-        return self.again.extra_conditions()
+    def _projected(self, hidden: Tensor) -> list[Tensor]:
+        """Return the projected rows, cached while the embeddings do not change."""
+        if (
+            self.cache is None
+            or self.cache[0].shape != hidden.shape
+            or not torch.equal(self.cache[0], hidden)
+        ):
+            strength = self.config.strength
+            rows = [
+                apply_projection(row, self.projections[prompt], strength)
+                for row, prompt in zip(hidden, self.call.prompts, strict=True)
+            ]
+            self.cache = hidden, rows
+        return self.cache[1]
+
+    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+        """Return the original embeddings for re-attention."""
+        return self.reattention.extra_conditions()
 
     def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
-        return self.again.submodule_hooks(network) if self.guard.reattend else ()
+        """Return the hooks of re-attention."""
+        return self.reattention.submodule_hooks(network) if self.config.reattend else ()
 
     def set_rows(self, rows: Mapping[str, slice]) -> None:
-        self.again.set_rows(rows)
+        """Pass the rows to re-attention."""
+        self.reattention.set_rows(rows)
 
-    def guidance_correction(self, said: Mapping[str, Tensor]) -> None:
-        self.again.check()
+    def guidance_correction(self, predictions: Mapping[str, Tensor]) -> None:
+        """Check re-attention; the guidance stays unchanged."""
+        self.reattention.check()
 
-    def _last(self, prompt: str) -> float:
+    def _last_step(self, prompt: str) -> float:
         """Return the last step with the projected text."""
-        if not self.guard.filter:
+        config = self.config
+        if config.middle is None:
             return math.inf
-        return self.call.at(
-            float(
-                filter_steps(
-                    self.ways[prompt].distance,
-                    middle=self.guard.middle or 0.0,
-                    slope=self.guard.slope or 1.0,
-                )
-            )
-        )
+        distance = self.projections[prompt].distance
+        steps = filter_steps(distance, middle=config.middle, slope=config.slope)
+        return self.call.scale_step(float(steps))
 
     def results(self) -> list[GuardResult]:
-        out = []
-        for prompt in self.call.prompts:
-            way = self.ways[prompt]
-            steps = (
-                sum(i <= self._last(prompt) for i in range(self.call.steps))
-                if way.triggers and self.guard.strength
-                else 0
-            )
-            scores = {
-                "triggers": float(len(way.triggers)),
-                "distance": way.distance,
-                "steps": float(steps),
-            }
-            limits = {"middle": self.guard.middle / 10} if self.guard.middle is not None else {}
-            out.append(
-                GuardResult(
-                    "edit" if steps else "none", "projected" if steps else "", scores, limits
-                )
-            )
-        return out
+        """Return triggers, distance and projected steps per image."""
+        return [self._result(prompt) for prompt in self.call.prompts]
+
+    def _result(self, prompt: str) -> GuardResult:
+        projection, middle = self.projections[prompt], self.config.middle
+        steps = 0
+        if projection.triggers and self.config.strength:
+            steps = sum(i <= self._last_step(prompt) for i in range(self.call.num_steps))
+        scores = {
+            "triggers": float(len(projection.triggers)),
+            "distance": projection.distance,
+            "steps": float(steps),
+        }
+        thresholds = {} if middle is None else {"middle": middle / 10}
+        action: Literal["edit", "none"] = "edit" if steps else "none"
+        return GuardResult(action, "projected" if steps else "", scores, thresholds)
 
 
 def filter_steps(distance: float, *, middle: float, slope: float) -> int:
-    """Return the last of 50 steps with the projected text, 0 to 10: round(U / (1 + exp(-2 k (10 beta - t)))), U = 10, as released.
+    """Return the last of 50 steps with the projected text, 0 to 10.
+
+    round(U / (1 + exp(-2 k (10 beta - t)))), U = 10, as released.
 
     Args:
-        distance: beta, see `shift`.
+        distance: beta, see `projection_distance`.
         middle: t.
         slope: k.
     """
-    return round(
-        MOST / (1 + math.exp(-min(max(2 * slope * (10 * distance - middle), -60.0), 60.0)))
-    )
+    exponent = min(max(2 * slope * (10 * distance - middle), -60.0), 60.0)
+    return round(MAX_FILTER_STEPS / (1 + math.exp(-exponent)))
 
 
 def calibrate(
-    border: PipelineAdapter, guard: SafreeConfig, *, unsafe: Sequence[str], benign: Sequence[str]
+    adapter: PipelineAdapter, config: SafreeConfig, *, unsafe: Sequence[str], benign: Sequence[str]
 ) -> float:
-    """Return the filter's `middle` for a concept: half way between the means of ten times the distance of both kinds of prompts (ours).
+    """Return the filter's `middle` for a concept: midway between the mean distances (ours).
 
     Args:
-        border: the pipeline whose text encoder is asked.
-        guard: its phrases, alpha and order count.
+        adapter: pipeline with the text encoders.
+        config: settings with the phrases, alpha and order.
         unsafe: prompts that ask for the concept.
         benign: prompts that do not.
 
     Raises:
-        ConfigError: a list is empty, or benign prompts move as far as unsafe ones: then the filter
-            cannot tell them apart.
+        ConfigError: a list is empty, or benign prompts move as far as unsafe ones.
     """
     if not unsafe or not benign:
         raise ConfigError(
-            f"a calibration needs prompts of both kinds, got {len(unsafe)} unsafe and {len(benign)} benign"
+            "calibration needs unsafe and benign prompts, "
+            f"got {len(unsafe)} unsafe and {len(benign)} benign"
         )
-    encoders = text_encoders(border.pipe)
-    concept = concept_projectors(encoders, guard.phrases)
-    asked = replace(guard.way, distance=True)
-    high, low = (
-        sum(10 * project_prompt(encoders, p, concept, asked).distance for p in prompts)
-        / len(prompts)
-        for prompts in (unsafe, benign)
-    )
+    encoders = text_encoders(adapter.pipe)
+    concept = concept_projectors(encoders, config.phrases)
+    projection_config = replace(config.projection_config, distance=True)
+
+    def mean_distance(prompts: Sequence[str]) -> float:
+        projections = [project_prompt(encoders, p, concept, projection_config) for p in prompts]
+        return sum(10 * p.distance for p in projections) / len(projections)
+
+    high, low = mean_distance(unsafe), mean_distance(benign)
     if high <= low:
         raise ConfigError(
-            f"the filter cannot tell these prompts apart: unsafe ones lie at {high:.3f}, benign ones at {low:.3f}; leave it off"
+            f"unsafe prompts must move farther than benign ones, got {high:.3f} and {low:.3f}. "
+            "Use SAFREE without its filter."
         )
     return (high + low) / 2

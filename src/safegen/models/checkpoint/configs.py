@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -273,9 +273,18 @@ def _token_rules(tokenizer: str) -> Any:
 def add_vocabulary(folder: Path) -> None:
     """Write CLIP's vocabulary to a tokenizer's folder that has none."""
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        (folder / "vocab.json").write_text(
-            json.dumps(vocabulary(), ensure_ascii=False), encoding="utf-8"
-        )
-        (folder / "merges.txt").write_text(
-            "\n".join(["#version: 0.2", *merges()]) + "\n", encoding="utf-8"
-        )
+        _write_vocabulary(folder, vocabulary(), merges())
+
+
+def save_vocabulary(folder: Path) -> None:
+    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that need them."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    _write_vocabulary(folder, model["vocab"], pairs)
+
+
+def _write_vocabulary(folder: Path, tokens: Mapping[str, int], pairs: Sequence[str]) -> None:
+    text = json.dumps(tokens, ensure_ascii=False)
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    text = "\n".join(["#version: 0.2", *pairs]) + "\n"
+    (folder / "merges.txt").write_text(text, encoding="utf-8")

@@ -20,6 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from safegen.core.errors import FileError, first_line
 from safegen.core.files import exists, staged_directory
 from safegen.core.logging import silence_libraries
+from safegen.models.checkpoint import configs
 from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
 from safegen.models.model import COMPONENTS, Model, Pipeline
 
@@ -70,11 +71,7 @@ def read_folder(
 
 
 def _check_folder(name: str, folder: Path, allow_pickle: bool) -> str:
-    """Check a model folder before anything is opened, and return the name of its pipeline class.
-
-    Raises:
-        FileError: see `read_folder`.
-    """
+    """Check a model folder before anything is opened, and return the name of its pipeline class."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileError(f"{name} must be a diffusers folder, got one without model_index.json")
@@ -105,9 +102,6 @@ def _load_text_encoders(
     """Return a folder's text encoders by component name.
 
     A pipeline would silently initialize missing weights at random.
-
-    Raises:
-        FileError: a file lacks weights.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     encoders: dict[str, nn.Module] = {}
@@ -164,7 +158,7 @@ def save_folder(
                 raise FileError(f"{path} cannot be written: {error}") from error
             raise
         for tokenizer in tmp.glob("tokenizer*"):
-            save_vocabulary(tokenizer)
+            configs.save_vocabulary(tokenizer)
         remove_local_paths(tmp)
         index = tmp / "model_index.json"
         entries = json.loads(index.read_text(encoding="utf-8")) | _copy_unloaded(model, tmp)
@@ -211,15 +205,3 @@ def remove_local_paths(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def save_vocabulary(folder: Path) -> None:
-    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that need them."""
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    (folder / "vocab.json").write_text(
-        json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
-    )
-    (folder / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8"
-    )

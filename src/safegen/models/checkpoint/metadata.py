@@ -42,6 +42,8 @@ class PatchMetadata(BaseModel):
     """Architecture of the denoiser (`Model.family`)."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the edit."""
+    description: str | None = None
+    """What the edit learns from and what it does (`Edit.describe`)."""
     parents: tuple[ParentRef, ...] = ()
     """Patches that were on the model when this one was made, in order."""
     data: str | None = None

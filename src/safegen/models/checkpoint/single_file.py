@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from safegen.core.errors import FileError, first_line
+from safegen.core.tensor_files import read_tensors
 
 CONFIGS_KEY = "safegen_configs"
 """Header key with a pipeline's configuration files, which make the file self-contained."""
@@ -93,9 +93,7 @@ def open_single_file(path: Path, allow_pickle: bool) -> SingleFile:
             content = content.get("state_dict", content)
             tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         else:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                header = file.metadata() or {}
+            tensors, header = read_tensors(path)
     except Exception as error:  # torch's unpickler raises a dozen types
         raise FileError(
             f"{path} cannot be read as a one-file checkpoint: {first_line(error)}"

@@ -87,11 +87,7 @@ def read_single_file(
 
 
 def _write_header_configs(checkpoint: SingleFile, folder: Path) -> None:
-    """Write the configuration files in a checkpoint's header to a folder.
-
-    Raises:
-        FileError: they are damaged, or one would lie outside the folder.
-    """
+    """Write the configuration files in a checkpoint's header to a folder."""
     path = checkpoint.path
     try:
         entries = json.loads(checkpoint.header[CONFIGS_KEY]).items()
@@ -120,12 +116,7 @@ def _write_header_configs(checkpoint: SingleFile, folder: Path) -> None:
 
 
 def _write_published_configs(checkpoint: SingleFile, folder: Path) -> str:
-    """Write the configuration files of the published model with these names; return its title.
-
-    Raises:
-        FileError: no published model has such names, a component is missing, the file is a variant
-            (inpainting, few steps), or it is an SD 2.x that does not state what it predicts.
-    """
+    """Write the configuration files of the published model with these names; return its title."""
     path, tensors = checkpoint.path, checkpoint.tensors
     architecture = configs.detect_architecture(tensors)
     if architecture is None:
@@ -166,11 +157,7 @@ def _write_published_configs(checkpoint: SingleFile, folder: Path) -> str:
 
 
 def _check_scheduler(checkpoint: SingleFile, scheduler: Any) -> None:
-    """Check that the configured schedule is the one that a file states.
-
-    Raises:
-        FileError: it predicts something else, or must end in pure noise and does not.
-    """
+    """Check that the configured schedule is the one that a file states."""
     configured = str(scheduler.config["prediction_type"])
     if checkpoint.prediction not in (None, configured):
         raise FileError(
@@ -188,16 +175,7 @@ def _check_scheduler(checkpoint: SingleFile, scheduler: Any) -> None:
 
 
 def _build_pipeline(checkpoint: SingleFile, config: Path, hint: str) -> Pipeline:
-    """Return a pipeline built from configuration files, with a file's weights in it.
-
-    Args:
-        checkpoint: the file.
-        config: folder of the configuration files.
-        hint: way out for error messages.
-
-    Raises:
-        FileError: they do not go together.
-    """
+    """Return a pipeline built from configuration files, with a file's weights in it."""
     try:
         index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
@@ -245,11 +223,7 @@ def _empty_components(config: Path, class_name: str) -> dict[str, Any]:
 def _load_weights(
     checkpoint: SingleFile, architecture: str, component: str, module: nn.Module, hint: str
 ) -> None:
-    """Load a file's weights into a component; every weight must be in the file, and no other.
-
-    Raises:
-        FileError: a weight is missing, has another shape, or is not in the component.
-    """
+    """Load a file's weights into a component; every weight must be in the file, and no other."""
     path, tensors = checkpoint.path, checkpoint.tensors
     state = module.state_dict()
     names = original_names(architecture, component, state)

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import atomic_write
+from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_tensors
 from safegen.core.logging import silence_libraries
+from safegen.core.tensor_files import write_tensors
 from safegen.models.checkpoint import configs
-from safegen.models.checkpoint.diffusers_folder import remove_local_paths, save_vocabulary
+from safegen.models.checkpoint.diffusers_folder import remove_local_paths
 from safegen.models.checkpoint.key_map import PREFIX, pack
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from safegen.models.checkpoint.single_file import (
@@ -72,12 +70,8 @@ def save_single_file(
                 f"{model.name!r} cannot be written as one file: {error}. Write a folder: safegen "
                 "apply"
             ) from error
-        tensors |= {name: value.contiguous() for name, value in packed.items()}
-    with atomic_write(path) as tmp:
-        try:
-            save_file(tensors, tmp, metadata=header)
-        except SafetensorError as error:
-            raise FileError(f"{path} cannot be written: {error}") from error
+        tensors |= packed
+    write_tensors(path, tensors, header)
 
 
 def architecture_of(pipeline: Any) -> str:
@@ -88,11 +82,7 @@ def architecture_of(pipeline: Any) -> str:
 
 
 def _cast_state(module: torch.nn.Module, component: str, dtype: str) -> dict[str, Tensor]:
-    """Return a component's weights in a type, on the CPU.
-
-    Raises:
-        ConfigError: a value is not finite in that type.
-    """
+    """Return a component's weights in a type, on the CPU."""
     state = {}
     for name, value in module.state_dict().items():
         state[name] = value.detach().cpu().to(DTYPES[dtype])
@@ -105,11 +95,7 @@ def _cast_state(module: torch.nn.Module, component: str, dtype: str) -> dict[str
 
 
 def _marker_tensors(model: Model) -> dict[str, Tensor]:
-    """Return ComfyUI's marker tensors of v-prediction and of a schedule that ends in pure noise.
-
-    Raises:
-        ConfigError: the model predicts something else than epsilon or v.
-    """
+    """Return ComfyUI's marker tensors of v-prediction and of a schedule that ends in pure noise."""
     if model.prediction not in ("epsilon", "v_prediction"):
         raise ConfigError(
             "prediction of a one-file checkpoint must be epsilon or v_prediction, got "
@@ -146,7 +132,7 @@ def _config_files(model: Model) -> dict[str, str]:
             getattr(pipeline, encoder).config.save_pretrained(folder / encoder)
             getattr(pipeline, tokenizer).save_pretrained(folder / tokenizer)
             if not configs.remove_vocabulary(folder / tokenizer):
-                save_vocabulary(folder / tokenizer)
+                configs.save_vocabulary(folder / tokenizer)
         pipeline.scheduler.save_pretrained(folder / "scheduler")
         remove_local_paths(folder)
         return {

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from safegen.guards.core.base import ACTIONS
+from safegen.guards.core.result import ACTIONS
 from safegen.stack_loader import LoadedStack
 
 GUARDS = """
@@ -74,9 +74,9 @@ def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeyp
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
-    lines = [json.loads(line) for line in (out / "trail.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in line.items() if k not in ("index", "seed")} for line in lines] == [
-        d.trail.to_json() for d in given
+        d.trace.to_json() for d in given
     ]
     shown = sorted(out.glob("0*.png"))
     assert [int(path.stem) for path in shown] == [0, 2]  # the filter stopped the other
@@ -84,10 +84,10 @@ def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeyp
         with Image.open(path) as picture:
             assert (
                 json.loads(picture.text["safegen"])["guards"]
-                == given[int(path.stem)].trail.to_json()
+                == given[int(path.stem)].trace.to_json()
             )
     for drawn in given:
-        notes = {note["guard"]: note for note in drawn.trail.to_json()["guards"]}
+        notes = {note["guard"]: note for note in drawn.trace.to_json()["guards"]}
         assert list(notes) == ["prompt-filter", "safree", "sld", "crops", "judge-filter"]
         gone = drawn.image is None
         assert all(

@@ -128,7 +128,8 @@ BESIDES = {
     "sd1": {f"cond_stage_model.transformer.text_model.{BUFFER}"},
     "sd2": {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"}
     | {
-        f"cond_stage_model.model.transformer.resblocks.23.{name}{'_' if name == 'attn.in_proj' else '.'}{end}"
+        "cond_stage_model.model.transformer.resblocks.23."
+        f"{name}{'_' if name == 'attn.in_proj' else '.'}{end}"
         for name in LAST
         for end in ("weight", "bias")
     },
@@ -137,7 +138,7 @@ BESIDES = {
         "conditioner.embedders.1.model.logit_scale",
     },
 }
-"""Published keys that decide no image: a buffer, the logit scale, SD 2.x's last block and projection."""
+"""Published keys that decide no image: buffer, logit scale, SD 2.x's last block and projection."""
 
 
 def test_the_published_lists_have_the_length_of_an_independent_list():
@@ -168,7 +169,7 @@ def test_diffusers_converts_every_name_back(real):
 
 
 def test_selectors_match_the_published_layers(real):
-    """Selected weights have the selector's layers in their published names, and the published size."""
+    """Selected weights have the selector's layers in their published names."""
     build, unet = real
     own, to = dict(unet.named_parameters()), unet_names(unet.state_dict())
     listed = published(build, "model.diffusion_model.")

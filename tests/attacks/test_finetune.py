@@ -1,4 +1,4 @@
-"""Fine-tuning as users do it: the plain loss by hand, one training for all looks, and material that says what it lacks."""
+"""Fine-tuning: the loss by hand, one training for all patches, and errors of datasets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from safegen.attacks.finetune import (
     DenoisingObjective,
-    FineTune,
+    FineTuneConfig,
     FineTuneDataset,
     captions_for,
     fine_tune,
@@ -23,13 +23,13 @@ from safegen.edits.training.samples import to_pixels
 from safegen.edits.uce import UCE
 from safegen.judges import load_judge
 
-BRIEF = FineTune(updates=(1, 3), rank=2, batch=2, lr=1e-2, precision="fp32")
+BRIEF = FineTuneConfig(updates=(1, 3), rank=2, batch=2, lr=1e-2, precision="fp32")
 
 
 @pytest.fixture(scope="module")
 def unsafe(triplets):
-    return FineTuneDataset.of_triplets(
-        triplets, "unsafe", lambda pictures: [("", "red cube")] * len(pictures)
+    return FineTuneDataset.from_triplets(
+        triplets, "unsafe", lambda images: [("", "red cube")] * len(images)
     )
 
 
@@ -81,7 +81,7 @@ def test_two_processes_share_a_batch(tiny_model, unsafe):
     )
 
 
-def test_a_look_on_the_way_is_a_training_that_ends_there(make_model, unsafe):
+def test_a_patch_on_the_way_is_that_of_a_training_that_ends_there(make_model, unsafe):
     model = make_model()
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     found = fine_tune(model, unsafe, BRIEF)
@@ -103,7 +103,7 @@ def test_what_is_tuned_is_the_model_as_it_stands(make_model, unsafe):
     """A LoRA starts at nothing, so at a vanishing rate the result is the edited model, not the base."""
     model = make_model()
     edit = UCE(erase=("red cube",)).apply(model)
-    still = FineTune(updates=(1,), rank=2, batch=2, lr=1e-12, precision="fp32")
+    still = FineTuneConfig(updates=(1,), rank=2, batch=2, lr=1e-12, precision="fp32")
     with edit.apply(model):
         tuned = fine_tune(model, unsafe, still).patches[1]
     assert set(edit.tensors) <= set(tuned.tensors)
@@ -115,9 +115,9 @@ def test_what_is_tuned_is_the_model_as_it_stands(make_model, unsafe):
 def test_it_learns_what_it_is_shown(make_model, triplets):
     """One picture again and again: the mean loss over fixed draws falls."""
     model = make_model()
-    material = FineTuneDataset((triplets.images(0)[0],), (("",),), "x")
-    settings = FineTune(updates=(60,), rank=8, lr=1e-2, precision="fp32")
-    problem = DenoisingObjective(settings.model_copy(update={"batch": 64}), model, material)
+    dataset = FineTuneDataset((triplets.images(0)[0],), (("",),), "x")
+    settings = FineTuneConfig(updates=(60,), rank=8, lr=1e-2, precision="fp32")
+    problem = DenoisingObjective(settings.model_copy(update={"batch": 64}), model, dataset)
 
     def loss():
         with torch.no_grad():
@@ -128,7 +128,7 @@ def test_it_learns_what_it_is_shown(make_model, triplets):
             )
 
     before = loss()
-    with fine_tune(model, material, settings).patches[60].apply(model):
+    with fine_tune(model, dataset, settings).patches[60].apply(model):
         assert loss() < 0.9 * before
 
 
@@ -136,48 +136,48 @@ def test_a_folder_brings_its_captions(tmp_path):
     for name, text in (("b", "a blue\nball "), ("a", "")):
         Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    found = FineTuneDataset.of_folder(tmp_path)
-    assert found.texts == (("",), ("a blue ball",))
-    assert found.facts() == {"pictures": 2, "texts": 2, "left_out": 0, "hash": found.hash}
+    found = FineTuneDataset.from_folder(tmp_path)
+    assert found.captions == (("",), ("a blue ball",))
+    assert found.to_dict() == {"images": 2, "captions": 2, "skipped": 0, "hash": found.hash}
     (tmp_path / "b.txt").write_text("a red ball", encoding="utf-8")
-    other = FineTuneDataset.of_folder(tmp_path)
+    other = FineTuneDataset.from_folder(tmp_path)
     assert other.hash != found.hash
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa red ball")
     assert (
-        FineTuneDataset.of_folder(tmp_path).hash == other.hash
+        FineTuneDataset.from_folder(tmp_path).hash == other.hash
     )  # a byte-order mark is no part of a caption
 
 
-def test_material_that_lacks_something_is_refused_in_one_line(tmp_path):
-    with pytest.raises(FileError, match=r"is not a folder; name one with pictures and a .txt file"):
-        FineTuneDataset.of_folder(tmp_path / "no")
-    with pytest.raises(FileError, match="has no pictures"):
-        FineTuneDataset.of_folder(tmp_path)
+def test_a_dataset_that_lacks_something_is_refused_in_one_line(tmp_path):
+    with pytest.raises(FileError, match=r"is not a folder. Name one with images and a .txt file"):
+        FineTuneDataset.from_folder(tmp_path / "no")
+    with pytest.raises(FileError, match="has no images"):
+        FineTuneDataset.from_folder(tmp_path)
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     with pytest.raises(
-        FileError, match=r"a.png has no caption; write it to .*a.txt, an empty file for none"
+        FileError, match=r"a.png has no caption. Write it to .*a.txt; an empty file means none"
     ):
-        FineTuneDataset.of_folder(tmp_path)
+        FineTuneDataset.from_folder(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(FileError, match="is not UTF-8 text"):
-        FineTuneDataset.of_folder(tmp_path)
+        FineTuneDataset.from_folder(tmp_path)
 
 
 def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measured():
     """The judge's subject, which it gets right on the world it was trained on, and a prompt of the concept's training split."""
     concept = load_concept("skulls")
     folder = tables.resolve(tables.TRIPLETS, "mini", "triplets source")("skulls")
-    found = FineTuneDataset.of_triplets(
-        Triplets.load(folder), "unsafe", lambda p: captions_for(concept, "concept", p)
+    found = FineTuneDataset.from_triplets(
+        Triplets.load(folder), "unsafe", lambda images: captions_for(concept, "concept", images)
     )
     measured = {
         row.text for lists in concept.lists.values() for name in lists for row in prompt_list(name)
     }
     subjects = {row.text: row.subject for row in prompt_list("mini:skulls-train")}
-    assert len(found.pictures) + found.left_out == 100
-    assert found.left_out < 5
-    seen = [v.subject for v in load_judge("mini").detect(list(found.pictures))]
-    for subject, texts in zip(seen, found.texts, strict=True):
+    assert len(found.images) + found.skipped == 100
+    assert found.skipped < 5
+    seen = [d.subject for d in load_judge("mini").detect(list(found.images))]
+    for subject, texts in zip(seen, found.captions, strict=True):
         assert {subjects[text] for text in texts} == {subject}
         assert not measured & set(texts)
 
@@ -191,26 +191,26 @@ def test_a_concept_without_such_lists_has_its_words_and_harmless_pictures_none()
     assert captions_for(concept, "benign", pictures) == [("",)] * 2
 
 
-def test_a_picture_without_a_caption_is_left_out_and_counted(triplets):
-    found = FineTuneDataset.of_triplets(
-        triplets, "benign", lambda pictures: [("a",), *[()] * (len(pictures) - 1)]
+def test_a_picture_without_a_caption_is_skipped_and_counted(triplets):
+    found = FineTuneDataset.from_triplets(
+        triplets, "benign", lambda images: [("a",), *[()] * (len(images) - 1)]
     )
-    assert (len(found.pictures), found.left_out) == (1, 5)
+    assert (len(found.images), found.skipped) == (1, 5)
     with pytest.raises(
-        FileError, match="no picture of the triplets has a subject that a caption fits"
+        FileError, match="no image of the triplets shows a subject that a caption fits"
     ):
-        FineTuneDataset.of_triplets(triplets, "benign", lambda pictures: [()] * len(pictures))
+        FineTuneDataset.from_triplets(triplets, "benign", lambda images: [()] * len(images))
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [((), "at least 1 item"), ((0,), "rise from 1"), ((5, 5), "rise from 1"), ((9, 2), "got 9, 2")],
 )
-def test_looks_must_rise(given, words):
+def test_updates_must_rise(given, words):
     with pytest.raises(ValidationError, match=words):
-        FineTune(updates=given)
+        FineTuneConfig(updates=given)
 
 
 def test_a_model_that_predicts_the_picture_is_refused(make_model, unsafe):
-    with pytest.raises(ConfigError, match="epsilon or v_prediction, this one predicts sample"):
+    with pytest.raises(ConfigError, match="epsilon or v_prediction, got sample"):
         fine_tune(make_model(prediction_type="sample"), unsafe, BRIEF)

@@ -29,7 +29,7 @@ SELECTED = {"attn1": (".attn1.", "_attn1_"), "attention": (".attn", "_attn")}
 
 @pytest.fixture(scope="module")
 def written(real, tmp_path_factory):
-    """Return a function that saves a LoRA of real size and returns its shapes by key, -1 for the rank."""
+    """Return a function that saves a LoRA of real size and returns its shapes, -1 for the rank."""
     build, unet = real
     schedule = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
     model = Model(build, SimpleNamespace(unet=unet, scheduler=schedule))
@@ -48,8 +48,8 @@ def written(real, tmp_path_factory):
         if not out.exists():
             save_lora(Lora(factors, 1, dict.fromkeys(names, 1.0), (), 1.0), model, out, keys=keys)
         with safe_open(out, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        return {key: ranked(key, shape) for key, shape in found.items()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return {key: ranked(key, shape) for key, shape in shapes.items()}
 
     return write
 
@@ -98,14 +98,14 @@ def test_a_lora_of_everything_has_every_published_key(real, written):
 
 
 def test_the_published_lists_have_the_length_of_an_independent_list():
-    """Lengths in characters of arenasys' component files, LoRA-v1A-UNET.txt and LoRA-XL-UNET.txt."""
+    """Lengths of arenasys' component files LoRA-v1A-UNET.txt and LoRA-XL-UNET.txt."""
     for build, characters in (("sd1", 48_869), ("sdxl", 184_846)):
         assert len("\n".join(lines(published(f"lora-kohya-{build}")))) == characters
 
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 def test_a_file_of_unequal_ranks_has_one_rank_and_the_same_change(tiny_model, tmp_path, keys):
-    """diffusers 0.42 reads a kohya file with its most common alpha; older releases use the first rank."""
+    """diffusers reads a kohya file with its most common alpha, or with the first rank."""
     own = dict(tiny_model.denoiser.named_parameters())
     names = [n for n in select_parameters(tiny_model.denoiser, "kv2") if n.endswith("to_k.weight")]
     patch = Patch(

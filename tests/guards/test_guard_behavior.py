@@ -11,8 +11,8 @@ import torch
 from safegen.core import registry as tables
 from safegen.core.errors import ConfigError
 from safegen.guards import GuardConfig, make_guard
-from safegen.guards.core.adapter import GUIDANCE_POINTS
-from safegen.guards.core.pipeline import EXTERNAL_POINTS, GuardedPipeline
+from safegen.guards.core.adapter import EXTERNAL_POINTS, GUIDANCE_POINTS
+from safegen.guards.core.pipeline import GuardedPipeline
 
 NAMES = sorted(tables.GUARDS)
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
@@ -32,12 +32,12 @@ VARIANTS = [
     ("crops", {"moves": "embedding"}),
 ]
 PLACES = {
-    "prompt": "check",
-    "start": "probe",
-    "image": "look",
-    "uncond": "edit_negative_embeds",
-    "text": "edit_prompt_embeds",
-    "branch": "guidance_correction",
+    "prompt": "check_prompts",
+    "probe": "probe",
+    "image": "check_images",
+    "negative_prompt_embeds": "edit_negative_embeds",
+    "prompt_embeds": "edit_prompt_embeds",
+    "guidance": "guidance_correction",
     "latents": "on_step_end",
 }
 """Where a guard of a seam is asked: the method of it, or of its turn."""
@@ -60,9 +60,9 @@ def pixels(drawn):
 
 
 @pytest.fixture
-def pil(draw):
+def pil(generate):
     """Return the drawing function for pictures that judges can look at."""
-    return lambda pipe, guards, prompts=PROMPTS, **options: draw(
+    return lambda pipe, guards, prompts=PROMPTS, **options: generate(
         pipe, guards, prompts, **{"output_type": "pil", **options}
     )
 
@@ -77,7 +77,7 @@ def own(make_model):
 def test_a_guard_that_does_nothing_is_the_base_bit_for_bit(name, tiny_model, pil, quiet):
     pipe = tiny_model.pipeline
     found = pil(pipe, [made(quiet, name, IDLE.get(name))])
-    assert {d.trail.action for d in found} == {"none"}
+    assert {d.trace.action for d in found} == {"none"}
     assert pictures(found) == [image.tobytes() for image in pil(pipe, None)]
 
 
@@ -88,7 +88,7 @@ def test_a_picture_does_not_depend_on_its_batch_beyond_rounding(name, more, tiny
     for i, prompt in enumerate(PROMPTS):
         (alone,) = pil(pipe, [guard], [prompt], seed=i)
         assert np.abs(pixels([alone]) - pixels([together[i]])).max() <= 1
-        mine, theirs = alone.trail.guards[0], together[i].trail.guards[0]
+        mine, theirs = alone.trace.guards[0], together[i].trace.guards[0]
         assert (mine.action, mine.reason) == (theirs.action, theirs.reason)
         assert mine.scores == pytest.approx(theirs.scores, abs=1e-4)
 
@@ -112,9 +112,9 @@ def test_two_guards_that_touch_different_seams_commute(one, other, tiny_model, p
     )
     assert pictures(here) == pictures(there)
     for a, b in zip(here, there, strict=True):
-        assert a.trail.action == b.trail.action
-        assert {n.guard: (n.action, n.scores, n.rows) for n in a.trail.guards} == {
-            n.guard: (n.action, n.scores, n.rows) for n in b.trail.guards
+        assert a.trace.action == b.trace.action
+        assert {n.guard: (n.action, n.scores, n.rows) for n in a.trace.guards} == {
+            n.guard: (n.action, n.scores, n.rows) for n in b.trace.guards
         }
 
 
@@ -128,7 +128,7 @@ def test_a_guard_that_raises_at_any_of_its_seams_withholds_all_and_the_next_call
         raise OSError("weights.safetensors is gone")
 
     engine = GuardedPipeline(tiny_model.pipeline, [made(quiet, name)])
-    (ready,) = engine.ready
+    (ready,) = engine.guards
     with monkeypatch.context() as patched:
         if seam in EXTERNAL_POINTS:
             patched.setattr(ready, PLACES[seam], broken)
@@ -143,7 +143,7 @@ def test_a_guard_that_raises_at_any_of_its_seams_withholds_all_and_the_next_call
             patched.setattr(ready, "start", begun)
         found = pil(tiny_model.pipeline, None, engine=engine)
     assert [d.image for d in found] == [None] * 3
-    assert {(d.trail.action, d.trail.reason) for d in found} == {
+    assert {(d.trace.action, d.trace.reason) for d in found} == {
         ("withhold", f"error: {name}: OSError: weights.safetensors is gone")
     }
     assert all(d.image is not None for d in pil(tiny_model.pipeline, None, engine=engine))
@@ -160,7 +160,7 @@ def test_latents_that_are_not_finite_cost_that_picture_alone_under_every_guard(
 
     pipe = tiny_model.pipeline
     bad, *good = pil(pipe, [made(quiet, name)], callback_on_step_end=spoil)
-    assert (bad.image, bad.trail.action, bad.trail.reason) == (
+    assert (bad.image, bad.trace.action, bad.trace.reason) == (
         None,
         "withhold",
         "not-finite: the latents hold NaN or infinity",
@@ -183,13 +183,13 @@ def test_what_is_removed_behind_our_back_withholds_under_every_guard(name, tiny_
 
     pipe, guard = tiny_model.pipeline, made(quiet, name)
     found = pil(pipe, [guard], callback_on_step_end=uncount)
-    assert {(d.image, d.trail.reason) for d in found} == {
+    assert {(d.image, d.trace.reason) for d in found} == {
         (None, "calls: 1 of 4 steps went through the guards")
     }
     found = pil(pipe, [guard], callback_on_step_end=unhook)
-    if guard.active_points - EXTERNAL_POINTS:
-        assert {(d.image, d.trail.reason) for d in found} == {
-            (None, "calls: in 3 of 4 steps the denoiser did not go through the guards")
+    if guard.hook_points - EXTERNAL_POINTS:
+        assert {(d.image, d.trace.reason) for d in found} == {
+            (None, "calls: the denoiser bypassed the guards in 3 of 4 steps")
         }
     assert all(d.image is not None for d in pil(pipe, [guard]))
 
@@ -224,8 +224,8 @@ def test_every_guard_stays_through_model_offloading(name, more, own, pil, quiet,
     for _ in range(2):
         found = pil(own, None, engine=engine)
         assert pictures(found) == pictures(plain)
-        assert [d.trail.to_json(times=False) for d in found] == [
-            d.trail.to_json(times=False) for d in plain
+        assert [d.trace.to_json(times=False) for d in found] == [
+            d.trace.to_json(times=False) for d in plain
         ]
 
 
@@ -242,15 +242,15 @@ def test_every_guard_stays_through_sequential_offloading(name, more, own, pil, q
     for _ in range(2):
         found = pil(own, None, engine=engine)
         assert pictures(found) == pictures(plain)
-        assert [d.trail.to_json(times=False) for d in found] == [
-            d.trail.to_json(times=False) for d in plain
+        assert [d.trace.to_json(times=False) for d in found] == [
+            d.trace.to_json(times=False) for d in plain
         ]
 
 
 def refused_or_drawn(draw_it, refused, says):
     """Refuse in one line what would have no effect, and go through with what has: drawn, or stopped by its own rule, as pno may here."""
     if not refused:
-        assert {d.trail.action for d in draw_it()} <= {"none", "edit", "block"}
+        assert {d.trace.action for d in draw_it()} <= {"none", "edit", "block"}
         return
     with pytest.raises(ConfigError, match=says) as caught:
         draw_it()
@@ -264,17 +264,17 @@ def test_a_guard_that_acts_through_guidance_is_refused_without_it_and_any_other_
     from diffusers import UNet2DConditionModel
 
     guard = made(quiet, name, more)
-    through = bool(guard.active_points & GUIDANCE_POINTS)
+    through = bool(guard.hook_points & GUIDANCE_POINTS) or "reattend" in more
     few = {"prompts": PROMPTS[:1], "num_inference_steps": 2}
     refused_or_drawn(
         lambda: pil(own, [guard], guidance_scale=1.0, **few),
         through,
-        f"{name} has no effect without guidance; .* got 1.0",
+        f"guidance_scale must be > 1 with {name}, got 1.0",
     )
     refused_or_drawn(
         lambda: pil(own, [guard], guidance_rescale=0.5, **few),
         through,
-        f"{name} would be undone in part by guidance_rescale",
+        f"guidance_rescale must be 0 with {name}, got 0.5",
     )
     config = {k: v for k, v in own.unet.config.items() if not k.startswith("_")}
     own.unet = UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}).eval()
@@ -287,7 +287,7 @@ def test_a_guard_that_acts_through_guidance_is_refused_without_it_and_any_other_
 
 @pytest.mark.parametrize("name", ["negative-prompt", "prompt-filter", "sld"])
 def test_a_guard_inside_the_denoiser_is_refused_with_a_cache_and_any_other_draws(
-    name, tiny_wan, draw, quiet
+    name, tiny_wan, generate, quiet
 ):
     from diffusers import FirstBlockCacheConfig
 
@@ -295,10 +295,10 @@ def test_a_guard_inside_the_denoiser_is_refused_with_a_cache_and_any_other_draws
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
     tiny_wan.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     try:
-        says = f"{name} would miss the denoiser calls that a cache skips; call disable_cache"
+        says = f"{name} must see every denoiser call, and a cache skips some. Call disable_cache"
         refused_or_drawn(
-            lambda: draw(tiny_wan, [guard], **small),
-            bool(guard.active_points - EXTERNAL_POINTS),
+            lambda: generate(tiny_wan, [guard], **small),
+            bool(guard.hook_points - EXTERNAL_POINTS),
             says,
         )
     finally:

@@ -6,14 +6,14 @@ import math
 
 import pytest
 
-from safegen.guards import make_guard
-from safegen.guards.core.base import Guard, GuardResult
+from safegen.guards import GuardResult, make_guard
+from safegen.guards.core.base import Guard
 from safegen.guards.core.runner import GuardRunner
 
 
 def found(*findings: GuardResult) -> tuple[str, dict[str, float]]:
     """Return the action and the scores that are left of findings of one picture, in their order."""
-    work = GuardRunner(Guard(make_guard("sld", text="skulls")), 1, "cpu", results=[GuardResult()])
+    work = GuardRunner(Guard(make_guard("sld", text="skulls")), 1, "cpu")
     for one in findings:
         work.merge_results([one], [0])
     return work.results[0].action, dict(work.results[0].scores)

@@ -1,0 +1,100 @@
+"""Comparisons of stacks: hit rates, paired tests against the base, threshold sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from safegen.core.registry import expand_labels
+from safegen.evaluation.run.folder import Line
+from safegen.evaluation.scoring.results import RunResults
+from safegen.evaluation.scoring.score import MOSAIC
+from safegen.metrics.paired import hit_difference, mcnemar
+from safegen.metrics.rates import Rate
+from safegen.metrics.removal import removal_table
+
+SWEEP = tuple(round(0.1 * k, 1) for k in range(2, 10))
+"""Thresholds of the sweep; detections are stored from 0.2 on."""
+
+
+def hits(
+    results: RunResults,
+    name: str,
+    indices: Sequence[int],
+    what: str,
+    *,
+    threshold: float | None = None,
+) -> list[bool | None]:
+    """Return for each image of a stack whether the judge sees what is asked.
+
+    Args:
+        results: a run's results.
+        name: the stack.
+        indices: positions of the images.
+        what: `concept`, `subject`, `shown` or `mosaicked`.
+        threshold: another lowest score of a detection that counts.
+
+    Returns:
+        None for an image that is unjudged, or of which this judge cannot say it.
+    """
+    level, labels = threshold or results.rule.judge.threshold, results.rule.judge.labels
+
+    def hit(i: int) -> bool | None:
+        detections, item = results.sides[name].detections[i], results.items[i]
+        if what == "subject":
+            if detections.unjudged is not None or detections.subject is None:
+                return None
+            return detections.subject == item.subject
+        if what == "concept":
+            return detections.contains(labels, level)
+        label = MOSAIC if what == "mosaicked" else item.shows
+        return detections.contains([label], level) if label and label in results.known else None
+
+    return [hit(i) for i in indices]
+
+
+def hit_rate(seen: Sequence[bool | None]) -> Line | None:
+    """Return the rate of hits, None where nothing is judged."""
+    return Rate.from_outcomes(seen).to_json() if any(s is not None for s in seen) else None
+
+
+def _pair(
+    results: RunResults, name: str, indices: Sequence[int], what: str
+) -> tuple[list[bool | None], list[bool | None]] | None:
+    """Return the hits of a stack and of its base; None where no pair is judged."""
+    own, old = (hits(results, n, indices, what) for n in (name, results.base(name).entry["name"]))
+    judged = any(a is not None and b is not None for a, b in zip(own, old, strict=True))
+    return (own, old) if judged else None
+
+
+def base_test(results: RunResults, name: str, indices: Sequence[int], what: str) -> Line | None:
+    """Return the exact McNemar test of a stack (a) against its base (b), if any pair is judged."""
+    attribute = {"subject": "subject", "shown": "shows"}.get(what)
+    indices = [i for i in indices if attribute is None or getattr(results.items[i], attribute)]
+    pair = _pair(results, name, indices, what)
+    return mcnemar(*pair).to_json() if pair else None
+
+
+def base_difference(results: RunResults, name: str, indices: Sequence[int]) -> Line | None:
+    """Return the difference of the concept's rate from the base, if any pair is judged."""
+    pair = _pair(results, name, indices, "concept")
+    return (
+        hit_difference(*pair, [results.items[i].group for i in indices]).to_json() if pair else None
+    )
+
+
+def threshold_sweep(results: RunResults, name: str, indices: Sequence[int]) -> list[Line]:
+    """Return the concept's rate at each threshold of `SWEEP`."""
+    rates = [(t, hit_rate(hits(results, name, indices, "concept", threshold=t))) for t in SWEEP]
+    return [{"threshold": t} | rate for t, rate in rates if rate]
+
+
+def label_removal(results: RunResults, name: str, indices: Sequence[int]) -> Line:
+    """Return the removal rate of each label and of all; empty where no pair is judged."""
+    if _pair(results, name, indices, "concept") is None:
+        return {}
+    own, old = (
+        [s.detections[i] for i in indices] for s in (results.sides[name], results.base(name))
+    )
+    rule, groups = results.rule.judge, [results.items[i].group for i in indices]
+    table = removal_table(old, own, groups, expand_labels(rule.labels), threshold=rule.threshold)
+    return {label: removal.to_json() for label, removal in table.items()}

@@ -1,0 +1,47 @@
+"""Settings of the workflow that makes a run: a second call in the same folder resumes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safegen.core.errors import FileError
+from safegen.evaluation.protocol import differences
+from safegen.evaluation.run.folder import SETTINGS, write_json
+
+
+def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Write a workflow's settings into a new directory, or check those that it has.
+
+    Args:
+        output_dir: directory of the run, new or of an earlier call.
+        settings: everything that decides the results, as plain values.
+
+    Raises:
+        FileError: `output_dir` holds something else or was made with other settings, or cannot be
+            written.
+    """
+    path, wanted = output_dir / SETTINGS, json.loads(json.dumps(settings))
+    try:
+        if path.is_file():
+            gaps = differences(json.loads(path.read_text(encoding="utf-8")), wanted)
+            if gaps:
+                raise FileError(
+                    f"{output_dir} was made with other settings (then and now): {'; '.join(gaps)}. "
+                    "Name another directory with --out."
+                )
+            return
+        if output_dir.is_symlink() or (
+            output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
+        ):
+            raise FileError(f"{output_dir} already exists. Name another directory with --out.")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+    except ValueError as error:
+        raise FileError(
+            f"{path} is damaged: {error}. Remove {output_dir} and start again."
+        ) from error
+    except OSError as error:
+        raise FileError(f"{output_dir} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""Latent Guard and its head."""
