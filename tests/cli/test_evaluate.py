@@ -14,8 +14,8 @@ concept = "skulls"
 seeds = [1]
 metrics = ["concept", "removal", "subject", "change"]
 [generation]
-steps = 2
-batch = 3
+num_inference_steps = 2
+batch_size = 3
 [judge]
 name = "mini"
 labels = ["skulls"]
