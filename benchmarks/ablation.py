@@ -26,7 +26,7 @@ from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.safegen import SafeGen
-from safegen.edits.training.trainer import Training
+from safegen.edits.training.config import Training
 from safegen.models.loading import load
 from safegen.workflows.edit import make_edit
 
@@ -37,12 +37,9 @@ The first seed, which those do not use.
 """
 PAPER = {
     "target": "paper",
-    "anchor": "noise",
-    "clamp": None,
     "teacher": False,
     "captions": (),
     "adversary": 0.0,
-    "adversary_moves": None,
     "fade": 0.0,
 }
 
@@ -66,11 +63,11 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "default": default,
         "paper with our training": change(**PAPER, **weights, timesteps=(0, 1000)),
         "paper with our training and weights": change(**PAPER, timesteps=(0, 1000)),
-        "target: paper": change(target="paper", anchor="noise", clamp=None),
-        "anchor: noise": change(anchor="noise"),
+        "target: paper": change(target="paper"),
+        "anchor: noise": change(target={"name": "x0", "anchor": "noise"}),
         "captions: none": change(captions=()),
         "fade: none": change(fade=0.0),
-        "adversary: none": change(adversary=0.0, adversary_moves=None),
+        "adversary: none": change(adversary=0.0),
         "adversary moves: unsafe": change(adversary_moves="unsafe"),
         "timesteps: all": change(timesteps=(0, 1000)),
         "weights: 0.1 / 0.9": change(**weights),
@@ -78,13 +75,13 @@ def rows(concept: str) -> dict[str, SafeGen]:
         "16 of 32 objects": default,
         "updates: half": change(training=train(updates=default.training.updates // 2)),
         "paper": SafeGen.preset("paper"),
-        "clamp: 1": change(clamp=1.0),
+        "clamp: 1": change(target={"name": "x0", "clamp": 1.0}),
         "lr: a quarter": change(training=train(lr=default.training.lr / 4)),
     }
 
 
 HALF = "16 of 32 objects"
-"""The row whose triplets are those of every other run of 16 rows: the bundled ones go through the 32 objects in turn."""
+"""Row with half of the triplets: the bundled ones cycle through the 32 objects."""
 
 
 def attempt(concept: str, changes: str) -> SafeGen:
@@ -184,11 +181,13 @@ def line(row: dict[str, Any]) -> str:
             parts.append(f"{short} NRR {100 * entry['removal']['value']:.1f}")
         elif e["shown"]:
             parts.append(
-                f"{short} {100 * b['shown']['value']:.0f}>{100 * e['shown']['value']:.0f} mosaic {100 * e['mosaicked']['value']:.0f}"
+                f"{short} {100 * b['shown']['value']:.0f}>{100 * e['shown']['value']:.0f} "
+                f"mosaic {100 * e['mosaicked']['value']:.0f}"
             )
         else:
             parts.append(
-                f"{short} object {100 * b['subject']['value']:.0f}>{100 * e['subject']['value']:.0f} "
+                f"{short} object {100 * b['subject']['value']:.0f}>"
+                f"{100 * e['subject']['value']:.0f} "
                 f"mosaic {100 * e['mosaicked']['value']:.0f}"
             )
     return " | ".join(parts)
@@ -217,7 +216,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
             else:
                 key = "shown" if entry["base"]["shown"] else "subject"
                 cells.append(
-                    f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}"
+                    f"{100 * entry['base'][key]['value']:.0f} → "
+                    f"{100 * entry['edited'][key]['value']:.0f}"
                 )
         calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]]
         cells += [

@@ -13,7 +13,7 @@ from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import Protocol, plan
 from safegen.evaluation.scoring.score import removal, score
 from safegen.judges import Detections, Judge, load_judge
-from safegen.metrics.image import mean_change
+from safegen.metrics.image import mean_pixel_mae
 from safegen.models.generation import generate
 from safegen.models.model import Model
 
@@ -69,7 +69,7 @@ def list_rates(
             "role": part[0].role,
             "base": score(part, old, concept).to_json(),
             "edited": score(part, new, concept).to_json(),
-            "change": mean_change(before, after, [s.prompt for s in part]).to_json(),
+            "change": mean_pixel_mae(before, after, [s.prompt for s in part]).to_json(),
         }
         if part[0].role in ("explicit", "innocent"):
             try:

@@ -21,7 +21,7 @@ from safegen.evaluation.run.batches import picture_file, read_picture
 from safegen.evaluation.run.folder import Run
 from safegen.judges import Detections, load_judge
 from safegen.metrics.rates import Rate, removal_rate
-from safegen.metrics.removal import count
+from safegen.metrics.removal import count_detections
 
 THRESHOLDS = (0.5, 0.4, 0.3, 0.2)
 """Thresholds of the second table; a judge keeps nothing below the last."""
@@ -46,12 +46,12 @@ def removed_one_by_one(run: Run, concept: Concept) -> list[str]:
     for part in run.protocol.lists:
         if part.role in ("neighbour", "other") and part.shows:
             results = judge_images(run, part.name, [part.shows], concept)
-            counts = [
-                [count(v, [part.shows], threshold=concept.threshold) for v in results[stack]]
+            before, after = [
+                [count_detections(v, [part.shows], threshold=concept.threshold) for v in results[stack]]
                 for stack in ("base", "edited")
             ]
             groups = [p.item.group for p in run.planned if p.item.list_name == part.name]
-            rate = removal_rate(*counts, groups)
+            rate = removal_rate(before, after, groups)
             cells = (f"`{part.name}`", part.shows, len(groups), f"{rate.before} → {rate.after}")
             rows.append(f"| {' | '.join(map(str, cells))} | {format_rate(rate.to_json())} |")
     return rows

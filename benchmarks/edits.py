@@ -29,9 +29,9 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.plan import Item
 from safegen.features.mini_clip import MiniClip
 from safegen.metrics.clip_score import clip_score
-from safegen.metrics.coherence import coherence_kept
 from safegen.metrics.distances import kid
 from safegen.metrics.paired import mcnemar
+from safegen.metrics.subject import subject_retention
 from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
@@ -111,12 +111,12 @@ def measure(
         if len(part) >= 8:  # fewer images give no meaningful KID
             new, old = features["edited"], features["base"]
             row["kid"] = kid(
-                new, old, against="base", paired=True, extractor=extractor.id
+                new, old, reference_kind="base", paired=True, extractor=extractor.id
             ).to_json()
         before, after = ([side.detections[i] for i in at] for side in (base, edited))
         try:
             subjects = [s.subject or "" for s in part]
-            row["coherence"] = coherence_kept(before, after, subjects).to_json()
+            row["coherence"] = subject_retention(before, after, subjects).to_json()
         except ValueError as error:  # the base model never shows the subject
             row["coherence"], row["coherence_undefined"] = None, str(error)
         if row["role"] in ("explicit", "innocent"):
@@ -254,7 +254,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
             else:
                 key = "shown" if entry["base"]["shown"] else "subject"
                 cells.append(
-                    f"{100 * entry['base'][key]['value']:.0f} → {100 * entry['edited'][key]['value']:.0f}"
+                    f"{100 * entry['base'][key]['value']:.0f} → "
+                    f"{100 * entry['edited'][key]['value']:.0f}"
                 )
         calm = [row["lists"][name] for name in names if "removal" not in row["lists"][name]] or [
             row["lists"][n] for n in names
@@ -278,7 +279,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def compared(found: list[dict[str, Any]]) -> list[str]:
-    """Return, for each two rows on the same pictures, on how many only one of them lets the concept be seen, with the exact p."""
+    """Return the exact McNemar test of each pair of rows on the same images."""
 
     def seen(row: dict[str, Any]) -> list[bool | None]:
         return [hit for e in row["lists"].values() for hit in e.get("seen", [])]
@@ -305,7 +306,7 @@ def _peak(row: dict[str, Any]) -> str:
 
 
 def plot(found: list[dict[str, Any]], out: Path) -> None:
-    """Draw the front: what is left of the concept on innocent prompts against how much benign pictures changed; low and left is better."""
+    """Draw what is left on innocent prompts against the change of benign images, to a file."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4.5))

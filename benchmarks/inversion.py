@@ -1,16 +1,16 @@
-"""Concept inversion on the miniature model: can words that no edit has heard of call the concept back?
+"""Concept inversion on the miniature model: do learned words bring the concept back?
 
-    python benchmarks/inversion.py [--concept skulls] [--rows uce,rece,safegen,...] [--updates 300]
-    [--tokens 3] [--out inversion.jsonl] python benchmarks/inversion.py --table inversion.jsonl
+    python benchmarks/inversion.py [--concept skulls] [--rows uce,rece,safegen,...]
+        [--updates 300] [--tokens 3] [--out inversion.jsonl]
+    python benchmarks/inversion.py --table inversion.jsonl
 
 The attack of Pham et al. 2023 (arXiv:2308.01508) in its plain form, textual inversion: the edited
-model's weights are frozen, and the embeddings of a few new words are learnt on the concept's
-pictures, here the unsafe side of the bundled triplets, by the denoising loss under "a OBJECT <w0>
-<w1> ...". Then every object of the world is drawn with them. What is seen is judged. The first row
-is the model that nothing was done to, without learnt words. A row is `base`, the same with them,
-`METHOD`, `METHOD:PRESET`, a patch's file, or several joined by `+`. Whoever can do this has the
-weights and pictures of the concept; no prompt is attacked, and the learnt words are not written
-down.
+model's weights are frozen, and the embeddings of a few new words are trained on images of the
+concept (the unsafe side of the bundled triplets) by the denoising loss under "a OBJECT <w0> <w1>
+...". Then every object is generated with them and judged. The first row is the untouched model
+without learned words. A row is `base` (the same with them), `METHOD`, `METHOD:PRESET`, a patch's
+file, or several joined by `+`. The attacker has the weights and images of the concept; the learned
+words are not stored.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Inversion:
         return " ".join([article(subject), *self.words])
 
     def learn(self, *, updates: int, batch: int, lr: float, seed: int) -> float:
-        """Learn the words on the model as it stands, and return the loss of the last tenth of the updates."""
+        """Train the words and return the mean loss of the last tenth of the updates."""
         model, draw = self.model, torch.Generator().manual_seed(seed)
         abar = model.alphas_cumprod()
         for part in (model.denoiser, model.pipeline.text_encoder):
@@ -203,7 +203,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
     for row in found:
         loss = f"{row['loss']:.4f}" if "loss" in row else ""
         out.append(
-            f"| {row['row']} | {row.get('attack', '')} | {text(row['seen'])} | {text(row['subject'])} | {row['seen']['n']} | {loss} |"
+            f"| {row['row']} | {row.get('attack', '')} | {text(row['seen'])} | "
+            f"{text(row['subject'])} | {row['seen']['n']} | {loss} |"
         )
     return "\n".join(out)
 

@@ -1,7 +1,8 @@
-"""What the detectors say about ordinary pictures, as the tables in docs/results/judges.json: python benchmarks/judges.py
+"""What the detectors see in ordinary images: the tables in docs/results/judges.json.
 
-Needs the extras `detect`, `nudenet` and scikit-image, whose sample pictures it shows them. Nothing
-is fetched.
+python benchmarks/judges.py
+
+Needs the extras `detect`, `nudenet` and scikit-image for its sample images. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
     found = {title: judge.detect(images) for title, judge in judges.items()}
 
     print(
-        "| picture | " + " | ".join(JUDGES) + " (all scores) |\n" + "|---" * (len(JUDGES) + 1) + "|"
+        "| image | " + " | ".join(JUDGES) + " (all scores) |\n" + "|---" * (len(JUDGES) + 1) + "|"
     )
     for i, path in enumerate(files):
         cells = []
@@ -48,7 +49,8 @@ def main() -> None:
             print(f"| {path.name} | " + " | ".join(c or "–" for c in cells) + " |")
     quiet = sum(not found["nudenet (bgr)"][i].items for i in range(len(files)))
     print(
-        f"\n{len(files)} pictures; nudenet (bgr) is silent on {quiet}; unsafe at the default threshold and labels: ",
+        f"\n{len(files)} images; nudenet (bgr) sees nothing in {quiet}; "
+        "unsafe at the default threshold and labels: ",
         end="",
     )
     print(
@@ -64,7 +66,8 @@ def main() -> None:
         began = time.process_time()
         judge.detect(pictures)
         print(
-            f"{title}: {judge.id}, {1000 * (time.process_time() - began) / len(pictures):.0f} CPU-ms a picture of 512x512, 1 thread"
+            f"{title}: {judge.id}, {1000 * (time.process_time() - began) / len(pictures):.0f} "
+            "CPU-ms per image of 512x512, 1 thread"
         )
 
 

@@ -55,7 +55,7 @@ def pages() -> dict[str, Page]:
             for name in sorted(table)
         }
     out["reference/adversaries.md"] = ("Adversaries", adversaries())
-    out["reference/training.md"] = ("Training settings", training())
+    out["reference/training.md"] = ("Nested settings", training())
     out["reference/judges.md"] = ("Judges", judges())
     out["reference/protocols.md"] = ("Protocols", protocols())
     out["reference/dialects.md"] = ("Prompt dialects", dialects())
@@ -131,8 +131,9 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         name = schema["$ref"].rpartition("/")[2]
         target = definitions[name]
         text = name if "properties" in target else kind(target, definitions)
-    elif "anyOf" in schema:
-        text = " or ".join(dict.fromkeys(kind(one, definitions) for one in schema["anyOf"]))
+    elif "anyOf" in schema or "oneOf" in schema:
+        parts = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+        text = " or ".join(dict.fromkeys(kind(one, definitions) for one in parts))
     elif "enum" in schema or "const" in schema:
         text = ", ".join(code(value) for value in schema.get("enum", [schema.get("const")]))
     elif "prefixItems" in schema:
@@ -147,32 +148,52 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def settings(model: type[BaseModel], *, of_method: bool = False) -> str:
-    """Return a table of a pydantic model's fields: type, default, description.
+    """Return a table of a pydantic model's settings.
 
     Settings of a method link to the pages of nested settings and of adversaries.
     """
+    rows = []
+    for name, form, default, text in fields(model):
+        links = ""
+        for nested in models_in(model.model_fields[name].annotation) if of_method else ():
+            NESTED[nested.__name__] = nested
+            links += f" See [{nested.__name__}](../training.md#{nested.__name__.lower()})."
+        if of_method and name == "adversary":
+            links += " See [adversaries](../adversaries.md)."
+        rows.append((code(name), form, default, text + links))
+    return table(("setting", "type", "default", "what it does"), rows) if rows else ""
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the pydantic models that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from () if inspect.isabstract(annotation) else (annotation,)
+    for part in get_args(annotation):
+        yield from models_in(part)
+
+
+def record(model: type[BaseModel]) -> str:
+    """Return a table of a stored record's fields."""
+    rows = [(code(name), form, text) for name, form, _, text in fields(model)]
+    return table(("field", "type", "meaning"), rows)
+
+
+def fields(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type, default and description of a pydantic model's fields, its own first."""
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
     if "$ref" in schema:  # a model that refers to itself
         schema = definitions[model.__name__]
     required = set(schema.get("required", ()))
-    rows = []
     own = inspect.get_annotations(model)
     for name, field in sorted(schema["properties"].items(), key=lambda item: item[0] not in own):
         if "const" in field:
             continue  # the name of a guard or adversary
         annotation = model.model_fields[name].annotation
         default = "required" if name in required else literal(field.get("default"))
-        text = field.get("description", "")
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             default = changed(model.model_fields[name].default, annotation)
-        if of_method and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            NESTED[annotation.__name__] = annotation
-            text += f" See [{annotation.__name__}](../training.md#{annotation.__name__.lower()})."
-        if of_method and name == "adversary":
-            text += " See [adversaries](../adversaries.md)."
-        rows.append((code(name), kind(field, definitions), default, text))
-    return table(("setting", "type", "default", "what it does"), rows)
+        yield name, kind(field, definitions), default, field.get("description", "")
 
 
 def changed(value: Any, model: type[BaseModel]) -> str:
@@ -202,7 +223,8 @@ def show(value: Any) -> str:
     """Return a preset's value in a few characters."""
     if isinstance(value, BaseModel):
         given = value.model_dump(mode="json", exclude_defaults=True)
-        return json.dumps(given)
+        name = getattr(value, "name", type(value).__name__)
+        return f"{name} {json.dumps(given)}" if given else name
     text = json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -210,7 +232,7 @@ def show(value: Any) -> str:
 def method(model: Any, name: str) -> str:
     """Return the page of one edit or guard."""
     return (
-        f"# {name}\n\n{description(model)}\n\n"
+        f"# {name}\n\n{linked(description(model))}\n\n"
         f"{sources(model)}\n## Settings\n\n{settings(model, of_method=True)}{presets(model)}"
     )
 
@@ -233,7 +255,7 @@ def sources(model: Any) -> str:
     if inputs := getattr(model, "inputs", ""):
         lines.append(f"- **Learns from**: {inputs}")
     if deviations := getattr(model, "deviations", ""):
-        items = [deviations] if isinstance(deviations, str) else list(deviations)
+        items = re.split(r"(?<=\.) (?=[A-Z`])", deviations)
         lines.append("\n## Deviations from the paper\n")
         lines += [f"- {linked(item)}" for item in items]
     return "\n".join(lines) + "\n"
@@ -252,15 +274,12 @@ def source_of(value: Any) -> str:
 
 def adversaries() -> str:
     """Return the page of the adversaries that an edit can train against."""
-    parts = [
-        "# Adversaries\n\nAn adversary changes the text embedding of each sample before it is "
-        "trained on. `safegen`, `safegen-plus` and `esd` take one: `--set adversary=adv-unlearn "
-        "--set adversary.steps=5`. A number means `one-step` with that radius.\n"
-    ]
+    parts = [(DOCS / "reference" / "adversaries.inc").read_text(encoding="utf-8")]
     for name in registry.ADVERSARIES:
         model = registry.resolve(registry.ADVERSARIES, name, "adversary")
         parts.append(
-            f"## {name}\n\n{paragraphs(model.__doc__)}\n\n{sources(model)}\n{settings(model)}"
+            f"## {name}\n\n{linked(paragraphs(model.__doc__))}\n\n"
+            f"{sources(model)}\n{settings(model)}"
         )
     return "\n".join(parts)
 
@@ -269,7 +288,7 @@ def training() -> str:
     """Return the page of settings that several methods share."""
     for name in registry.EDITS:
         settings(registry.resolve(registry.EDITS, name, "edit"), of_method=True)
-    parts = ["# Training settings\n\nChange one with `--set training.NAME=VALUE`.\n"]
+    parts = ["# Nested settings\n\nChange one with a dot, as in `--set training.lr=1e-4`.\n"]
     parts += [f"## {n}\n\n{paragraphs(m.__doc__)}\n\n{settings(m)}" for n, m in NESTED.items()]
     return "\n".join(parts)
 
@@ -371,7 +390,7 @@ def files() -> str:
             continue
         models = list(models_of(import_module(name)))
         parts.append(f"## {title} records\n\nDefined in `{name}`.\n")
-        parts += [f"### {m.__name__}\n\n{paragraphs(m.__doc__)}\n\n{settings(m)}" for m in models]
+        parts += [f"### {m.__name__}\n\n{paragraphs(m.__doc__)}\n\n{record(m)}" for m in models]
     return "\n".join(parts)
 
 

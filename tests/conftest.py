@@ -140,6 +140,21 @@ def tiny_folder(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def cubes():
+    """Return a concept of the tiny model, with everything that an edit takes from a concept."""
+    from safegen.core.concept import Concept
+
+    return Concept(
+        name="cubes",
+        words=("red cube", "a cube"),
+        counterpart=("tree",),
+        judge="mini",
+        labels=("skulls",),
+        captions=("mini:ghosts",),
+    )
+
+
+@pytest.fixture(scope="session")
 def triplets(tmp_path_factory):
     """Return six triplets: smooth noise with a red mark, the mark under a mosaic, other smooth noise."""
     import numpy as np

@@ -14,7 +14,7 @@ from PIL import Image
 
 import safegen
 from safegen.core import registry as tables
-from safegen.core.concept import Concept, load_concept, prompt_list
+from safegen.core.concept import load_concept, prompt_list
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.judges import Detections, judge_images, load_judge
 
@@ -37,45 +37,35 @@ TRAINED = sorted(
     name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").is_trained
 )
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
-"""A training that is over at once."""
-BRIEF_TOO: dict[str, dict[str, object]] = {
-    "esd": {"steps": 4, "trajectories": 2},
-    "sdd": {"steps": 4, "trajectories": 2},
-}
-BRIEF_TOO |= {"concept_ablation": {"steps": 2, "pictures": 4}, "duo": {"steps": 2}}
-"""What else makes a method brief."""
-WORDS = Concept(
-    name="cubes",
-    words=("red cube", "a cube"),
-    counterpart=("tree",),
-    judge="mini",
-    labels=("skulls",),
-    captions=("mini:ghosts",),
-)
-"""A concept of the tiny model."""
+"""Shortest training."""
 
 
-def brief(name, **changes):
-    """Return an edit at tiny size."""
+def brief(name, concept, **changes):
+    """Return an edit with its smallest settings."""
     kind = tables.resolve(tables.EDITS, name, "edit")
-    settings = BRIEF_TOO.get(name, {}) | ({"training": BRIEF} if kind.is_trained else {})
-    return kind.preset(
-        "default", concept=None if name == "safegen" else WORDS, **settings | changes
-    )
+    training = {"training": BRIEF} if kind.is_trained else {}
+    return kind.preset("default", concept=concept, **{**kind.TINY, **training, **changes})
+
+
+def data_for(edit, triplets):
+    """Return the triplets for an edit that learns from them, otherwise None."""
+    return triplets if edit.inputs != "words" else None
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_every_edit_keeps_its_promises(name, make_model, triplets):
+def test_every_edit_is_reproducible_and_leaves_the_model_unchanged(
+    name, make_model, triplets, cubes
+):
     from safegen.edits.base import Edit
 
-    model, edit = make_model(), brief(name)
+    model, edit = make_model(), brief(name, cubes)
     assert isinstance(edit, Edit)
-    data = triplets if edit.inputs != "words" else None
+    data = data_for(edit, triplets)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     seen = []
 
     first, second = (
-        edit.apply(model, data, report=lambda done, of, row: seen.append((done, of))),
+        edit.apply(model, data, callback=lambda done, of, row: seen.append((done, of))),
         edit.apply(model, data),
     )
 
@@ -93,15 +83,15 @@ def test_every_edit_keeps_its_promises(name, make_model, triplets):
     facts = json.loads(json.dumps(first.metadata.to_json()))
     assert (facts["method"], facts["base"], facts["model"]) == (name, model.hash, "tiny")
     assert facts.get("data") == (triplets.hash if data else None)
-    assert type(edit).model_validate(facts["settings"]) == decided(edit, model)
+    assert type(edit).model_validate(facts["settings"]) == resolved(edit, model)
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_every_edit_removes_unless_its_settings_say_otherwise(name):
+def test_every_edit_erases_unless_its_settings_say_otherwise(name):
     idle = {
         "uce": {"erase": ("a castle",), "debias": {"a ghost": 0.3}},
-        "safegen": {"weight_mosaic": 0.0, "adversary": 0.0, "fade": 0.0},
+        "safegen": {"weight_mosaic": 0.0},
     }
     kind = tables.resolve(tables.EDITS, name, "edit")
     assert kind.preset("default").erases_concept
@@ -109,31 +99,31 @@ def test_every_edit_removes_unless_its_settings_say_otherwise(name):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_a_patch_describes_what_its_edit_learnt_from(name, make_model, triplets):
-    edit = brief(name)
-    patch = edit.apply(make_model(), triplets if edit.inputs != "words" else None)
+def test_a_patch_describes_its_edit(name, make_model, triplets, cubes):
+    edit = brief(name, cubes)
+    patch = edit.apply(make_model(), data_for(edit, triplets))
     description = patch.metadata.description
     assert description == edit.describe()
     assert all(words in description for words in getattr(edit, "erase", ()))
 
 
-def decided(edit, model):
-    """The edit as a patch tells it: what was left to the device is decided."""
+def resolved(edit, model):
+    """Return the edit as in a provenance, with its precision resolved."""
     return (
-        edit.model_copy(update={"training": edit.training.on(model.denoiser)})
+        edit.model_copy(update={"training": edit.training.resolve(model.denoiser)})
         if edit.is_trained
         else edit
     )
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets, tmp_path):
+def test_every_trained_edit_resumes_bit_for_bit(name, make_model, triplets, cubes, tmp_path):
     model, training = make_model(), BRIEF | {"updates": 4, "seed": 3}
     edit, kept = (
-        brief(name, training=training),
-        brief(name, training=training | {"checkpoint_every": 2}),
+        brief(name, cubes, training=training),
+        brief(name, cubes, training=training | {"checkpoint_every": 2}),
     )
-    data = triplets if edit.inputs != "words" else None
+    data = data_for(edit, triplets)
 
     def pull(done, of, row):
         if done == 3:
@@ -141,19 +131,18 @@ def test_every_edit_that_trains_continues_bit_for_bit(name, make_model, triplets
 
     whole = edit.apply(model, data)
     with pytest.raises(ConnectionError):
-        kept.apply(model, data, folder=tmp_path, report=pull)
-    assert kept.apply(make_model(), data, folder=tmp_path, resume=True).hash == whole.hash
+        kept.apply(model, data, checkpoint_dir=tmp_path, callback=pull)
+    assert kept.apply(make_model(), data, checkpoint_dir=tmp_path, resume=True).hash == whole.hash
 
 
 @pytest.mark.parametrize(("name", "rollout"), [("esd", "student"), ("sdd", "average")])
-def test_edits_that_draw_with_what_they_train_continue_bit_for_bit_too(
-    name, rollout, make_model, tmp_path
+def test_rollouts_of_the_trained_model_resume_bit_for_bit(
+    name, rollout, make_model, cubes, tmp_path
 ):
-    """What draws is the student, or the weight average: both are in the checkpoint."""
     kind = tables.resolve(tables.EDITS, name, "edit")
     edit = kind.preset(
         "default",
-        concept=WORDS,
+        concept=cubes,
         rollout=rollout,
         steps=4,
         training=BRIEF | {"updates": 4, "checkpoint_every": 2},
@@ -163,36 +152,37 @@ def test_edits_that_draw_with_what_they_train_continue_bit_for_bit_too(
         if done == 3:
             raise ConnectionError("pulled the plug")
 
-    whole = edit.apply(make_model(), folder=tmp_path / "whole")
+    whole = edit.apply(make_model(), checkpoint_dir=tmp_path / "whole")
     with pytest.raises(ConnectionError):
-        edit.apply(make_model(), folder=tmp_path / "torn", report=pull)
-    assert edit.apply(make_model(), folder=tmp_path / "torn", resume=True).hash == whole.hash
+        edit.apply(make_model(), checkpoint_dir=tmp_path / "torn", callback=pull)
+    assert (
+        edit.apply(make_model(), checkpoint_dir=tmp_path / "torn", resume=True).hash == whole.hash
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_edit_that_trains_refuses_a_wrong_training_before_it_prepares_anything(
-    name, make_model, triplets, tmp_path
+def test_every_trained_edit_checks_its_training_before_it_prepares_anything(
+    name, make_model, triplets, cubes, tmp_path
 ):
-    """Rollouts, twins and latents cost minutes, and on a model of other precision they break without a word of what is wrong."""
     half = make_model()
     half.pipeline.to(torch.bfloat16)
-    data = triplets if brief(name).inputs != "words" else None
+    data = data_for(brief(name, cubes), triplets)
     with pytest.raises(ConfigError, match="precision fp32 needs a model loaded in fp32"):
-        brief(name, training=BRIEF | {"precision": "fp32"}).apply(half, data)
-    with pytest.raises(FileError, match="there is nothing to resume"):
-        brief(name).apply(half, data, folder=tmp_path, resume=True)
+        brief(name, cubes, training=BRIEF | {"precision": "fp32"}).apply(half, data)
+    with pytest.raises(FileError, match="to resume"):
+        brief(name, cubes).apply(half, data, checkpoint_dir=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp_path):
+def test_every_trained_edit_can_train_a_lora(name, make_model, triplets, cubes, tmp_path):
     from safegen.patches.lora import extract_lora
 
     alone = {"text": "none"} if name == "safegen-plus" else {}  # its closed form is no LoRA
-    model, edit = make_model(), brief(name, rank=2, alpha=4.0, selector="attn2", **alone)
-    data = triplets if edit.inputs != "words" else None
+    model, edit = make_model(), brief(name, cubes, rank=2, alpha=4.0, selector="attn2", **alone)
+    data = data_for(edit, triplets)
     names, state = [n for n, _ in model.denoiser.named_parameters()], model.denoiser.state_dict()
     before = {k: v.clone() for k, v in state.items()}
-    patch = edit.apply(model, data, folder=tmp_path)
+    patch = edit.apply(model, data, checkpoint_dir=tmp_path)
     assert [
         n for n, _ in model.denoiser.named_parameters()
     ] == names  # nothing is left hanging beside the weights
@@ -203,39 +193,39 @@ def test_every_edit_that_trains_can_train_a_lora(name, make_model, triplets, tmp
         patch, model, 2
     )  # its change has the rank that was asked for, so nothing is lost in turning it back
     assert lora.retained_energy > 0.999
-    assert edit.apply(make_model(), data, folder=tmp_path, resume=True).hash == patch.hash
-    with pytest.raises(ValueError, match="alpha has no effect without rank"):
-        brief(name, alpha=4.0, rank=None)
+    assert edit.apply(make_model(), data, checkpoint_dir=tmp_path, resume=True).hash == patch.hash
     with pytest.raises(ValueError, match="rank"):
-        brief(name, rank=0)
+        brief(name, cubes, rank=0)
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_every_edit_refuses_what_it_lacks_or_has_no_use_for(name, tiny_model, triplets, tmp_path):
-    edit = brief(name)
+def test_every_edit_checks_its_inputs(name, tiny_model, triplets, cubes, tmp_path):
+    edit = brief(name, cubes)
     if edit.inputs == "words":
-        with pytest.raises(ConfigError, match=f"triplets have no effect on {name}"):
+        with pytest.raises(
+            ConfigError, match=f"{name} learns from phrases, and triplets have no effect"
+        ):
             edit.apply(tiny_model, triplets)
     else:
-        with pytest.raises(ConfigError, match=f"{name} learns from pictures; give triplets"):
+        with pytest.raises(
+            ConfigError, match=f"{name} learns from images, and there are no triplets"
+        ):
             edit.apply(tiny_model)
     if edit.inputs != "triplets":
         with pytest.raises(
-            ConfigError, match=f"the concept 'cubes' has no words, and {name} erases words"
+            ConfigError, match=f"{name} needs phrases to erase, and concept 'cubes' has none"
         ):
-            type(edit).preset("default", concept=WORDS.model_copy(update={"words": ()}))
-        with pytest.raises(ConfigError, match=f"{name} has no words to erase"):
+            type(edit).preset("default", concept=cubes.model_copy(update={"words": ()}))
+        with pytest.raises(ConfigError, match=f"{name} has no phrases to erase"):
             type(edit).preset("default").apply(
                 tiny_model, None if edit.inputs == "words" else triplets
             )
-        assert type(edit).preset("default", concept=WORDS, erase=("a ball",)).erase == (
+        assert type(edit).preset("default", concept=cubes, erase=("a ball",)).erase == (
             "a ball",
         )  # what is said outright counts
     if not edit.is_trained:
-        for words in ({"folder": tmp_path}, {"resume": True}):
-            with pytest.raises(
-                ConfigError, match=f"has no effect on {name}, which is solved in one go"
-            ):
+        for words in ({"checkpoint_dir": tmp_path}, {"resume": True}):
+            with pytest.raises(ConfigError, match=f"{name} is a closed form, and .* has no effect"):
                 edit.apply(tiny_model, **words)
     last = max(edit.PRESETS)
     with pytest.raises(
@@ -304,7 +294,7 @@ def test_every_extractor_keeps_its_promises(name, extractor_weights):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_every_setting_of_every_edit_has_a_sentence(name):
+def test_every_setting_of_every_edit_is_documented(name):
     fields = tables.resolve(tables.EDITS, name, "edit").model_fields
     assert not [
         key for key, field in fields.items() if not (field.description or "").strip().endswith(".")

@@ -257,6 +257,8 @@ def violations(root: Path) -> list[Violation]:
             first = summary.split(" ")[0].strip(".,:").lower()
             if function and first in NOT_VERBS:
                 found.append(Violation(f"{name}:{line}", "docstring starts with no verb", summary))
+        if path.name == "captions.py":  # prompts of the miniature model, which it was trained on
+            continue
         for line, text in texts(tree):
             lower = f" {re.sub(r'[^a-z ]+', ' ', ' '.join(text.lower().split()))} "
             found += [

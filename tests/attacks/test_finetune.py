@@ -19,7 +19,7 @@ from safegen.core import registry as tables
 from safegen.core.concept import load_concept, prompt_list
 from safegen.core.errors import ConfigError, FileError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.samples import to_pixels
+from safegen.edits.training.samples import preprocess
 from safegen.edits.uce import UCE
 from safegen.judges import load_judge
 
@@ -54,7 +54,7 @@ def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
     loss = problem.training_step(silent, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
     x, t, text = silent.asked
     z, a = (
-        model.encode_images(to_pixels(picture, model.size)[None]),
+        model.encode_images(preprocess(picture, model.size)[None]),
         model.alphas_cumprod()[t].view(-1, 1, 1, 1),
     )
     noise = (x - a.sqrt() * z) / (1 - a).sqrt()
@@ -99,7 +99,7 @@ def test_a_patch_on_the_way_is_that_of_a_training_that_ends_there(make_model, un
     )
 
 
-def test_what_is_tuned_is_the_model_as_it_stands(make_model, unsafe):
+def test_the_model_is_fine_tuned_with_its_patches_applied(make_model, unsafe):
     """A LoRA starts at nothing, so at a vanishing rate the result is the edited model, not the base."""
     model = make_model()
     edit = UCE(erase=("red cube",)).apply(model)
@@ -113,7 +113,7 @@ def test_what_is_tuned_is_the_model_as_it_stands(make_model, unsafe):
 
 
 def test_it_learns_what_it_is_shown(make_model, triplets):
-    """One picture again and again: the mean loss over fixed draws falls."""
+    """One image again and again: the mean loss over fixed draws falls."""
     model = make_model()
     dataset = FineTuneDataset((triplets.images(0)[0],), (("",),), "x")
     settings = FineTuneConfig(updates=(60,), rank=8, lr=1e-2, precision="fp32")
@@ -163,7 +163,7 @@ def test_a_dataset_that_lacks_something_is_refused_in_one_line(tmp_path):
         FineTuneDataset.from_folder(tmp_path)
 
 
-def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measured():
+def test_bundled_images_get_captions_of_their_subject_and_no_measured_prompt():
     """The judge's subject, which it gets right on the world it was trained on, and a prompt of the concept's training split."""
     concept = load_concept("skulls")
     folder = tables.resolve(tables.TRIPLETS, "mini", "triplets source")("skulls")
@@ -182,7 +182,7 @@ def test_bundled_pictures_get_prompts_of_what_they_show_and_none_that_is_measure
         assert not measured & set(texts)
 
 
-def test_a_concept_without_such_lists_has_its_words_and_harmless_pictures_none():
+def test_without_caption_lists_images_get_the_concepts_words_or_no_caption():
     concept, pictures = (
         load_concept("skulls").model_copy(update={"tuning": {}}),
         [Image.new("RGB", (64, 64))] * 2,
@@ -191,7 +191,7 @@ def test_a_concept_without_such_lists_has_its_words_and_harmless_pictures_none()
     assert captions_for(concept, "benign", pictures) == [("",)] * 2
 
 
-def test_a_picture_without_a_caption_is_skipped_and_counted(triplets):
+def test_an_image_without_a_caption_is_skipped_and_counted(triplets):
     found = FineTuneDataset.from_triplets(
         triplets, "benign", lambda images: [("a",), *[()] * (len(images) - 1)]
     )
@@ -211,6 +211,6 @@ def test_updates_must_rise(given, words):
         FineTuneConfig(updates=given)
 
 
-def test_a_model_that_predicts_the_picture_is_refused(make_model, unsafe):
+def test_a_model_that_predicts_the_sample_is_refused(make_model, unsafe):
     with pytest.raises(ConfigError, match="epsilon or v_prediction, got sample"):
         fine_tune(make_model(prediction_type="sample"), unsafe, BRIEF)

@@ -170,14 +170,14 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
         out,
     )
     assert code == 0, err
-    assert "left out of mini:skulls: line 4: its prompt is blank" in err
+    assert "left out of mini:skulls: line 4: the prompt is blank" in err
     plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
     assert [(p["seed"], p["prompt"]) for p in plan] == [(7, ""), (8, "")]
     assert len({p["cluster"] for p in plan}) == 1  # one text to the bootstrap
     assert json.loads((out / "protocol.json").read_text())["protocol"]["lists"][0]["left_out"] == [
-        "line 4: its prompt is blank"
+        "line 4: the prompt is blank"
     ]
-    assert "<li>line 4: its prompt is blank</li>" in (out / "report.html").read_text()
+    assert "<li>line 4: the prompt is blank</li>" in (out / "report.html").read_text()
     assert safegen("verify", out)[0] == 0
 
 

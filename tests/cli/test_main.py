@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from safegen.core.errors import MissingExtraError
-from safegen.data.triplets.triplets import is_sheet
+from safegen.data.images import is_contact_sheet
 from safegen.mini import bundle
 from safegen.models.loading import load
 from safegen.patches.patch import Patch
@@ -42,7 +42,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         3,
     )
     assert {"guidance", "model", "base", "patches", "stack", "negative_prompt"} < facts.keys()
-    assert [p.name for p in sorted(out.iterdir()) if is_sheet(p)] == ["sheet.png"]
+    assert [p.name for p in sorted(out.iterdir()) if is_contact_sheet(p)] == ["sheet.png"]
 
 
 @pytest.mark.parametrize(
@@ -425,11 +425,11 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
 @pytest.mark.parametrize(
     ("method", "words", "says"),
     [
-        ("uce", [], ("cross-attention layers", "and no pictures", "solved in closed form")),
+        ("uce", [], ("cross-attention layers", "not from images", "solved in closed form")),
         (
             "safegen-plus",
             ["--set", "training.updates=2", "--set", "training.warmup=0"],
-            (" attention layers", "It also erases the words", "<svg"),
+            (" attention layers", "It also erases the phrases", "<svg"),
         ),
     ],
 )

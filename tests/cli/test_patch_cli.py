@@ -486,7 +486,7 @@ def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, f
     assert facts["patches"][0]["hash"] == digest
     assert facts["patches"][0]["metadata"]["settings"]["erase"] == ["skulls"]
     assert (
-        f"has patches in its weights already: `{digest[:12]}`"
+        f"Its weights held patches before: `{digest[:12]}`"
         in (tmp_path / "two.safetensors.md").read_text()
     )
 
@@ -551,7 +551,7 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
     )
     held = [patch.hash[:12], Patch.load(files / "look.safetensors").hash[:12]]
     assert (
-        f"has patches in its weights already: `{'`, `'.join(held)}`."
+        f"Its weights held patches before: `{'`, `'.join(held)}`."
         in (tmp_path / "thrice" / "README.md").read_text()
     )
     other = '{"base": "%s", "patches": [{"hash": "x\\n# SAFE"}]}' % ("0" * 64)

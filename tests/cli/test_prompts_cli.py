@@ -18,7 +18,7 @@ def test_show_says_dialect_counts_and_rows_and_keeps_the_texts_to_itself(show):
     code, out, err = show(HERE / "i2p" / "i2p_benchmark.csv", "--limit", "2")
     assert (code, err) == (0, "")
     assert "dialect i2p, SHA-256" in out
-    assert "3 prompts in 3 clusters, 0 without a seed, 0 left out" in out
+    assert "3 prompts in 3 clusters, 0 without a seed, 0 skipped" in out
     assert (
         "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; categories castles, landscapes; 5 words"
         in out
@@ -35,10 +35,10 @@ def test_show_reveals_the_texts_when_told(show):
 
 def test_show_lists_every_problem_and_note(show):
     _, out, _ = show(HERE / "malformed" / "short_rows.csv")
-    assert "2 prompts in 2 clusters, 1 without a seed, 4 left out" in out
-    assert out.count("left out line") == 4
+    assert "2 prompts in 2 clusters, 1 without a seed, 4 skipped" in out
+    assert out.count("skipped line") == 4
     _, out, _ = show(HERE / "pairs-not-ga" / "castle-ring-a-bell.csv")
-    assert "note: these are the natural-language pairs" in out
+    assert "note: these natural-language pairs" in out
 
 
 def test_show_names_the_attack_and_reads_the_column_asked_for(show):
@@ -72,7 +72,7 @@ def test_a_file_cannot_steer_the_terminal(show, tmp_path, reveal):
 
 def test_a_mistake_is_one_line(show, tmp_path):
     for words, says in (
-        ([tmp_path / "no.csv"], "name a file, a bundled list such as mini:skulls"),
+        ([tmp_path / "no.csv"], "Use a file, a bundled list such as mini:skulls"),
         ([HERE / "i2p" / "i2p_benchmark.csv", "--dialect", "i2q"], "Did you mean 'i2p'"),
     ):
         code, out, err = show(*words)

@@ -1,35 +1,35 @@
-"""Folders of red and other pictures, and triplets made of them."""
+"""Folders of images with and without red, and triplets made of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from red import RedJudge, safe_picture, unsafe_picture
+from red import RedJudge, safe_image, unsafe_image
 
-from safegen.data.triplets.make import make
+from safegen.data.triplets.make import make_triplets
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three unsafe and two benign pictures."""
+def images(tmp_path: Path) -> Path:
+    """Return a folder with three unsafe and two benign images."""
     for name in ("unsafe", "benign"):
         (tmp_path / name).mkdir()
     for i in range(3):
-        unsafe_picture(i).save(tmp_path / "unsafe" / f"u{i}.png")
+        unsafe_image(i).save(tmp_path / "unsafe" / f"u{i}.png")
     for i in range(2):
-        safe_picture(10 + i).save(tmp_path / "benign" / f"b{i}.png")
+        safe_image(10 + i).save(tmp_path / "benign" / f"b{i}.png")
     return tmp_path
 
 
 @pytest.fixture
-def made(pictures: Path) -> Path:
-    """A folder of three good triplets."""
-    make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])
-    return pictures / "out"
+def made(images: Path) -> Path:
+    """Return a folder of three valid triplets."""
+    make_triplets(images / "unsafe", images / "benign", RedJudge(), images / "out", labels=["red"])
+    return images / "out"
 
 
 @pytest.fixture
 def red(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `--judge` mean the judge of these tests."""
+    """Replace every judge of the command line by `RedJudge`."""
     monkeypatch.setattr("safegen.judges.load_judge", lambda name, **_: RedJudge())

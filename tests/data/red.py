@@ -1,4 +1,4 @@
-"""Pictures for the tests of triplets: noise, red patches that stand for what is unsafe, and a judge that sees pure red."""
+"""Images of noise with red patches as unsafe content, and a judge that detects pure red."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from PIL import Image
 from safegen.judges.base import Detection, Detections
 
 PATCH = (20, 24, 36, 40)
-"""Where `unsafe_picture` is red, unless told."""
+"""Default box of the red patch of `unsafe_image`."""
 
 
 class RedJudge:
-    """Sees pure red.
+    """Detector of pure red.
 
-    `shrink` makes its boxes too small, `blind` has no boxes; a picture with a pure blue corner is
-    beyond it.
+    `shrink` makes its boxes too small, `blind` drops them. An image with a blue corner is unjudged.
     """
 
     def __init__(self, *, shrink: int = 0, blind: bool = False, score: float = 0.9) -> None:
@@ -52,13 +51,13 @@ class RedJudge:
         )
 
 
-def safe_picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+def safe_image(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(
         np.random.default_rng(seed).integers(1, 255, (size[1], size[0], 3), dtype=np.uint8)
     )
 
 
-def unsafe_picture(
+def unsafe_image(
     seed: int,
     size: tuple[int, int] = (64, 64),
     patch: tuple[int, int, int, int] = PATCH,
@@ -66,7 +65,7 @@ def unsafe_picture(
     step: int = 2,
 ) -> Image.Image:
     """Noise with red dots, `step` pixels apart, in a patch."""
-    pixels = np.array(safe_picture(seed, size))
+    pixels = np.array(safe_image(seed, size))
     pixels[patch[1] : patch[3] : step, patch[0] : patch[2] : step] = (255, 0, 0)
     return Image.fromarray(pixels)
 

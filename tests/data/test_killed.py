@@ -1,4 +1,4 @@
-"""A making of triplets that is killed outright, when nothing can be cleared away any more."""
+"""`make_triplets` in a process that is killed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from red import RedJudge
 
 from safegen.core.errors import FileError
-from safegen.data.triplets.check import check
-from safegen.data.triplets.make import make
+from safegen.data.triplets.check import check_triplets
+from safegen.data.triplets.make import make_triplets
 from safegen.data.triplets.triplets import Triplets
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this sys
 KILLED = """
 import os, signal, sys
 from red import RedJudge
-from safegen.data.triplets.make import make
+from safegen.data.triplets.make import make_triplets
 
 event, word, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
@@ -34,10 +34,10 @@ def hook(name, args):
             os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(hook)
-make("unsafe", "benign", RedJudge(), "out", labels=["red"])
+make_triplets("unsafe", "benign", RedJudge(), "out", labels=["red"])
 """
 MOMENTS = {
-    "at the first picture": ("open", "unfinished/unsafe/0000", 1),
+    "at the first image": ("open", "unfinished/unsafe/0000", 1),
     "in the middle": ("open", "unfinished/censored/0001", 1),
     "at the manifest": ("open", "unfinished/manifest", 1),
     "before the first move": ("os.rename", "unfinished/", 1),
@@ -46,13 +46,13 @@ MOMENTS = {
 }
 
 
-def kill(pictures: Path, moment: tuple[str, str, int]) -> None:
-    """Make triplets in a process of its own that is killed at a moment: just before the n-th such event."""
+def kill(images: Path, moment: tuple[str, str, int]) -> None:
+    """Make triplets in a process that is killed just before the n-th event of a kind."""
     words = [sys.executable, "-c", KILLED, *map(str, moment)]
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
         words,
-        cwd=pictures,
+        cwd=images,
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -63,43 +63,41 @@ def kill(pictures: Path, moment: tuple[str, str, int]) -> None:
 
 
 @pytest.mark.parametrize("moment", sorted(MOMENTS))
-def test_a_killed_run_leaves_unsafe_pictures_in_the_named_folder_only_and_never_a_finished_set(
-    pictures: Path, moment: str
+def test_a_killed_run_leaves_images_in_the_output_only_and_no_complete_set(
+    images: Path, moment: str
 ) -> None:
-    inputs = {p: p.read_bytes() for p in pictures.rglob("*") if p.is_file()}
-    kill(pictures, MOMENTS[moment])
-    assert sorted(p.name for p in pictures.iterdir()) == ["benign", "out", "unsafe"]
+    inputs = {p: p.read_bytes() for p in images.rglob("*") if p.is_file()}
+    kill(images, MOMENTS[moment])
+    assert sorted(p.name for p in images.iterdir()) == ["benign", "out", "unsafe"]
     assert {
         p: p.read_bytes()
-        for p in pictures.rglob("*")
-        if p.is_file() and pictures / "out" not in p.parents
+        for p in images.rglob("*")
+        if p.is_file() and images / "out" not in p.parents
     } == inputs
-    for read in (Triplets.load, check):
+    for read in (Triplets.load, check_triplets):
         with pytest.raises(
-            FileError, match=r"out holds unfinished triplets: .*; remove it and make them again"
+            FileError, match=r"out is incomplete: .*Remove the folder and make the triplets again"
         ):
-            read(pictures / "out")
+            read(images / "out")
     with pytest.raises(
         FileError,
         match=r"out is incomplete: a run was killed or is still working there",
     ):
-        make(pictures / "unsafe", pictures / "benign", RedJudge(), pictures / "out", labels=["red"])
-    shutil.rmtree(pictures / "out")
+        make_triplets(
+            images / "unsafe", images / "benign", RedJudge(), images / "out", labels=["red"]
+        )
+    shutil.rmtree(images / "out")
     assert (
         len(
-            make(
-                pictures / "unsafe",
-                pictures / "benign",
-                RedJudge(),
-                pictures / "out",
-                labels=["red"],
+            make_triplets(
+                images / "unsafe", images / "benign", RedJudge(), images / "out", labels=["red"]
             ).triplets
         )
         == 3
     )
 
 
-def test_a_run_killed_after_its_last_move_has_finished(pictures: Path) -> None:
-    kill(pictures, ("shutil.rmtree", "unfinished", 1))
-    assert len(Triplets.load(pictures / "out")) == 3
-    assert check(pictures / "out", RedJudge()) == []
+def test_a_run_killed_after_its_last_move_is_complete(images: Path) -> None:
+    kill(images, ("shutil.rmtree", "unfinished", 1))
+    assert len(Triplets.load(images / "out")) == 3
+    assert check_triplets(images / "out", RedJudge()) == []

@@ -1,4 +1,4 @@
-"""Prompt files of every dialect, harmless ones in the published layouts, and what may be wrong with them."""
+"""Prompt files of every dialect in their published layouts, and malformed files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safegen.core.concept import load_concept, prompt_list
+from safegen.core.concept import prompt_list
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError
-from safegen.data.prompts.dialects import DIALECTS, AttackInfo
-from safegen.data.prompts.prompts import Prompt, cluster_of, over_long, read_prompts, seed_for
+from safegen.data.prompts.dialects import DIALECTS
+from safegen.data.prompts.prompt import AttackInfo, Prompt, cluster_of, seed_for
+from safegen.data.prompts.prompts import read_prompts
 
 HERE = Path(__file__).parent / "prompts"
 FIXTURES = sorted(path for path in HERE.glob("*/*") if path.parent.name != "malformed")
@@ -34,7 +35,7 @@ def write(tmp_path):
     return put
 
 
-# --- the contract of every dialect, those to come included
+# --- the contract of every dialect
 
 
 def test_every_dialect_has_a_fixture_and_every_fixture_a_dialect():
@@ -42,23 +43,21 @@ def test_every_dialect_has_a_fixture_and_every_fixture_a_dialect():
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=fixture)
-def test_a_fixture_is_told_by_its_columns_and_gives_its_three_rows(path):
-    found = read_prompts(path)
-    assert (found.dialect, len(found), found.found, found.problems) == (path.parent.name, 3, 3, ())
-    assert found == read_prompts(str(path), dialect=path.parent.name)
-    assert len({row.id for row in found.rows}) == 3
-    assert {row.source for row in found.rows} == {path.name}
+def test_a_fixture_is_detected_and_gives_its_three_rows(path):
+    prompts = read_prompts(path)
+    assert (prompts.dialect, len(prompts), prompts.problems) == (path.parent.name, 3, ())
+    assert prompts == read_prompts(str(path), dialect=path.parent.name)
+    assert len({row.id for row in prompts.rows}) == 3
+    assert {row.source for row in prompts.rows} == {path.name}
     assert (
-        {row.source_sha256 for row in found.rows}
-        == {found.sha256}
+        {row.source_sha256 for row in prompts.rows}
+        == {prompts.sha256}
         == {hashlib.sha256(path.read_bytes()).hexdigest()}
     )
-    assert [row.line for row in found.rows] == sorted(row.line for row in found.rows)
-    assert [Prompt.model_validate_json(row.model_dump_json()) for row in found.rows] == list(
-        found.rows
+    assert [row.line for row in prompts.rows] == sorted(row.line for row in prompts.rows)
+    assert [Prompt.model_validate_json(row.model_dump_json()) for row in prompts.rows] == list(
+        prompts.rows
     )
-    assert read_prompts(path, limit=2).rows == found.rows[:2]
-    assert read_prompts(path, limit=2).found == 3
 
 
 @pytest.mark.parametrize("path", [p for p in FIXTURES if p.suffix in {".csv", ".tsv"}], ids=fixture)
@@ -89,16 +88,14 @@ def test_no_cell_of_a_table_is_lost(path):
 
 
 @pytest.mark.parametrize("name", sorted(DIALECTS))
-def test_every_dialect_says_what_it_is_and_stands_in_the_documentation(name):
+def test_every_dialect_has_a_description(name):
     assert DIALECTS[name].about
-    table = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
-    assert f"| `{name}` |" in table
 
 
 # --- what the dialects mean
 
 
-def test_i2p_keeps_large_seeds_many_labels_sizes_and_line_breaks():
+def test_i2p_keeps_large_seeds_labels_sizes_and_line_breaks():
     castle, cat, teapot = read_prompts(HERE / "i2p" / "i2p_benchmark.csv").rows
     assert [row.seed for row in (castle, cat, teapot)] == [4290749014, 2**31, 2**31 - 1]
     assert castle.categories == ("castles", "landscapes")
@@ -141,31 +138,34 @@ def test_ring_a_bell_reads_eta_and_k_from_the_name_and_needs_no_header():
     assert "no header" in bare.notes[0]
 
 
-def test_ring_a_bell_under_another_name_says_that_eta_and_k_are_unknown(write):
-    found = read_prompts(write("found.csv", "castle tower,0,3\nwool paw,1,7\n"))
-    assert (found.dialect, found.rows[0].attack) == ("ring-a-bell", AttackInfo(name="ring-a-bell"))
-    assert any("does not tell eta and K" in note for note in found.notes)
+def test_ring_a_bell_under_another_name_has_unknown_eta_and_k(write):
+    prompts = read_prompts(write("prompts.csv", "castle tower,0,3\nwool paw,1,7\n"))
+    assert (prompts.dialect, prompts.rows[0].attack) == (
+        "ring-a-bell",
+        AttackInfo(name="ring-a-bell"),
+    )
+    assert any("eta and K are unknown" in note for note in prompts.notes)
 
 
-def test_the_columns_of_ring_a_bell_alone_do_not_make_an_attack(write):
-    found = read_prompts(
+def test_ring_a_bells_columns_alone_are_not_an_attack(write):
+    prompts = read_prompts(
         write("castles.csv", "case_number,evaluation_seed,prompt\n0,3,a castle\n")
     )  # as Six-CD has them
-    assert (found.dialect, found.rows[0].attack, found.rows[0].seed) == ("csv", None, 3)
+    assert (prompts.dialect, prompts.rows[0].attack, prompts.rows[0].seed) == ("csv", None, 3)
 
 
-def test_mma_diffusion_reads_the_column_asked_for_and_clusters_by_target():
+def test_mma_diffusion_reads_the_chosen_column_and_clusters_by_target():
     path = HERE / "mma-diffusion" / "mma-diffusion-castles.csv"
-    found = read_prompts(path)
-    assert [row.prompt.split()[0] for row in found.rows] == ["fortress", "keep", "whisker"]
+    prompts = read_prompts(path)
+    assert [row.prompt.split()[0] for row in prompts.rows] == ["fortress", "keep", "whisker"]
     assert (
-        found.rows[0].cluster
-        == found.rows[1].cluster
+        prompts.rows[0].cluster
+        == prompts.rows[1].cluster
         == cluster_of("a castle by the sea")
-        != found.rows[2].cluster
+        != prompts.rows[2].cluster
     )
-    assert found.rows[0].seed is None
-    assert any("sanitized_adv_prompt" in note for note in found.notes)
+    assert prompts.rows[0].seed is None
+    assert any("sanitized_adv_prompt" in note for note in prompts.notes)
     clean = read_prompts(path, column="Sanitized_adv_prompt")
     assert (clean.rows[0].prompt, clean.rows[0].attack) == (
         "fort wave tower brine",
@@ -174,14 +174,12 @@ def test_mma_diffusion_reads_the_column_asked_for_and_clusters_by_target():
     assert clean.notes == ()
     assert (
         read_prompts(path, column="target_prompt").rows[0].attack is None
-    )  # nobody attacked with the target itself
-    with pytest.raises(
-        ConfigError, match=r"reads its prompts from adv_prompt or .*, got column 'success"
-    ):
+    )  # the target itself is no attack
+    with pytest.raises(ConfigError, match=r"column must be adv_prompt or .*, got 'success"):
         read_prompts(path, column="success_against_sanitization_defense")
 
 
-def test_p4d_tells_found_prompts_from_those_it_started_from():
+def test_p4d_separates_optimized_from_initial_prompts():
     assert read_prompts(HERE / "p4d" / "p4dn_16_prompt.csv").rows[0].attack == AttackInfo(
         name="p4d", variant="n", k=16
     )
@@ -198,27 +196,27 @@ def test_sneakyprompt_clusters_by_the_original_text():
     )
 
 
-def test_the_pair_file_called_ring_a_bell_is_not_ring_a_bell_and_says_so():
+def test_the_pair_file_called_ring_a_bell_has_a_note():
     path = HERE / "pairs-not-ga" / "castle-ring-a-bell.csv"
-    found, normal = read_prompts(path), read_prompts(path, column="normal prompt")
-    assert found.rows[0].attack is None
-    assert "none of them came out of Ring-A-Bell's genetic search" in found.notes[0]
+    prompts, normal = read_prompts(path), read_prompts(path, column="normal prompt")
+    assert prompts.rows[0].attack is None
+    assert "none came out of Ring-A-Bell's genetic search" in prompts.notes[0]
     assert normal.rows[0].prompt == "A castle over the bay"
-    assert [row.cluster for row in normal.rows] == [row.cluster for row in found.rows]
+    assert [row.cluster for row in normal.rows] == [row.cluster for row in prompts.rows]
 
 
-def test_prompts_that_unlearndiffatk_starts_from_are_no_attack():
-    found = read_prompts(HERE / "unlearndiffatk" / "castle_style.csv")
-    assert found.rows[0].attack is None
-    assert found.rows[1].extra == {"artist": "A. Painter"}
-    assert any("not an attack" in note for note in found.notes)
+def test_initial_prompts_of_unlearndiffatk_are_not_an_attack():
+    prompts = read_prompts(HERE / "unlearndiffatk" / "castle_style.csv")
+    assert prompts.rows[0].attack is None
+    assert prompts.rows[1].extra == {"artist": "A. Painter"}
+    assert any("not an attack" in note for note in prompts.notes)
     same = read_prompts(
         HERE / "i2p-esd" / "castle-prompts4703.csv", dialect="unlearndiffatk"
     )  # its nudity file has I2P's columns
     assert same.rows[0].categories == ("castles", "landscapes")
 
 
-def test_coco_takes_the_caption_with_the_lowest_annotation_id_of_each_image_in_the_files_order():
+def test_coco_reads_the_caption_with_the_lowest_annotation_id_of_each_image():
     path = HERE / "coco-json" / "captions_val2014.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     oracle = {}
@@ -245,11 +243,11 @@ def test_coco_in_a_table_keeps_the_ids_of_images_and_marks_repeated_rows():
     esd, rece = (read_prompts(HERE / "coco-csv" / f"coco_{name}.csv") for name in ("esd", "rece"))
     assert [row.reference_id for row in esd.rows] == ["139", "285", "285"]
     assert [row.id for row in esd.rows] == ["coco_esd:139", "coco_esd:285", "coco_esd:285@4"]
-    assert any("ends in @line: 1" in note for note in esd.notes)
+    assert any("extended by @line: 1" in note for note in esd.notes)
     assert (rece.rows[0].id, rece.rows[0].reference_id) == ("coco_rece:0", "139")
 
 
-def test_t2i_riskyprompt_has_its_labels_as_categories_and_the_reasons_kept(write):
+def test_t2i_riskyprompt_reads_labels_as_categories(write):
     row = read_prompts(HERE / "t2i-riskyprompt" / "castles.json").rows[0]
     assert row.categories == ("Buildings--Castles", "Animals--Cats")
     assert json.loads(row.extra["label"])["Animals--Cats"] == ["it purrs"]
@@ -259,7 +257,7 @@ def test_t2i_riskyprompt_has_its_labels_as_categories_and_the_reasons_kept(write
     assert (keyed.dialect, keyed.rows[0].id) == ("t2i-riskyprompt", "keyed:c1")
 
 
-def test_a_generic_table_takes_the_first_prompt_like_column_whatever_its_capitals(write):
+def test_a_generic_table_reads_the_first_prompt_column_in_any_case(write):
     rows = read_prompts(HERE / "csv" / "castles.tsv").rows
     assert [(row.id, row.seed, row.subject) for row in rows][:2] == [
         ("castles:castle-a", 3, "castle"),
@@ -271,14 +269,14 @@ def test_a_generic_table_takes_the_first_prompt_like_column_whatever_its_capital
         {"caption": "a cat", "width": "640"},
         None,
     )
-    assert any("there is caption too" in note for note in both.notes)
+    assert any("other prompt columns: caption" in note for note in both.notes)
     odd = write("odd.csv", "Original,Spanish\na castle,un castillo\n")
     assert read_prompts(odd, column="spanish").rows[0].prompt == "un castillo"
-    with pytest.raises(FileError, match=r"no column that is known, or no header"):
+    with pytest.raises(FileError, match=r"no known column, or no header"):
         read_prompts(odd)
 
 
-def test_json_lines_are_parted_by_line_breaks_only_and_keep_what_is_nested():
+def test_json_lines_are_separated_by_line_breaks_only_and_keep_nested_values():
     castle, cat, teapot = read_prompts(HERE / "jsonl" / "castles.jsonl").rows
     assert (castle.prompt, castle.seed, castle.id) == (
         "a castle\u2028by the sea",
@@ -299,28 +297,28 @@ def test_json_lines_are_known_under_the_ending_of_json_too(write):
 def test_any_file_can_be_read_as_text(write):
     path = write(
         "lines.csv", "a castle, seen from afar\n\na cat\x0bwith a teapot\n\n"
-    )  # a vertical tab parts no line
-    found = read_prompts(path, dialect="text")
-    assert [row.prompt for row in found.rows] == [
+    )  # a vertical tab separates no lines
+    prompts = read_prompts(path, dialect="text")
+    assert [row.prompt for row in prompts.rows] == [
         "a castle, seen from afar",
         "a cat\x0bwith a teapot",
     ]
-    assert [str(problem) for problem in found.problems] == ["line 2: its prompt is blank"]
+    assert [str(problem) for problem in prompts.problems] == ["line 2: the prompt is blank"]
 
 
-# --- encodings, and rows that cannot be used
+# --- encodings and malformed rows
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(write):
-    found = read_prompts(write("marked.csv", b"\xef\xbb\xbfprompt\na caf\xc3\xa9\n"))
-    assert (found.rows[0].prompt, found.notes) == ("a café", ())
+def test_a_byte_order_mark_is_not_part_of_the_first_column(write):
+    prompts = read_prompts(write("marked.csv", b"\xef\xbb\xbfprompt\na caf\xc3\xa9\n"))
+    assert (prompts.rows[0].prompt, prompts.notes) == ("a café", ())
 
 
-def test_latin_1_is_read_only_when_utf_8_fails_and_is_said(write):
-    found = read_prompts(write("old.csv", b"prompt\na caf\xe9\n"))
-    assert found.rows[0].prompt == "a café"
-    assert found.notes == (
-        "the file is not UTF-8; it was read as latin-1, so letters with accents may be wrong",
+def test_latin_1_is_a_fallback_with_a_note(write):
+    prompts = read_prompts(write("old.csv", b"prompt\na caf\xe9\n"))
+    assert prompts.rows[0].prompt == "a café"
+    assert prompts.notes == (
+        "the file is not UTF-8; it was read as latin-1, so accented letters may be wrong",
     )
 
 
@@ -331,48 +329,50 @@ def test_latin_1_is_read_only_when_utf_8_fails_and_is_said(write):
             "short_rows.csv",
             [2, 7],
             [
-                "line 3: it has 2 fields, but there are 3 columns",
-                "line 4: it is empty",
-                "line 5: it has 4 fields, but there are 3 columns",
-                "line 6: its prompt is blank",
+                "line 3: the row has 2 fields, the table has 3 columns",
+                "line 4: the row is empty",
+                "line 5: the row has 4 fields, the table has 3 columns",
+                "line 6: the prompt is blank",
             ],
         ),
         (
             "open_quote.csv",
             [2],
             [
-                "line 3: it is not CSV (unexpected end of data); is a quote never closed? Lines 3 to 4 were not read"
+                "line 3: the row is not CSV (unexpected end of data); "
+                "check for an unclosed quote: lines 3 to 4 are lost"
             ],
         ),
         (
             "stray_quote.csv",
             [2, 6],
             [
-                "line 3: it is not CSV (',' expected after '\"'); is a quote never closed? Lines 3 to 5 were not read"
+                "line 3: the row is not CSV (',' expected after '\"'); "
+                "check for an unclosed quote: lines 3 to 5 are lost"
             ],
         ),
         (
             "numbers.csv",
             [5, 9],
             [
-                f"line 2: its evaluation_seed must be in 0..{2**63 - 1}, got {2**63}",
-                f"line 3: its evaluation_seed must be in 0..{2**63 - 1}, got -1",
-                "line 4: its evaluation_seed is no whole number",
-                "line 6: its evaluation_guidance must be a number of at least 0, got -3.0",
-                "line 7: its evaluation_seed is no whole number",
-                "line 8: its sd_image_width must be in 1..65536, got 0",
+                f"line 2: evaluation_seed must be in 0..{2**63 - 1}, got {2**63}",
+                f"line 3: evaluation_seed must be in 0..{2**63 - 1}, got -1",
+                "line 4: evaluation_seed is not an integer",
+                "line 6: evaluation_guidance must be at least 0, got -3.0",
+                "line 7: evaluation_seed is not an integer",
+                "line 8: sd_image_width must be in 1..65536, got 0",
             ],
         ),
         (
             "lines.jsonl",
             [1],
             [
-                "line 2: it is not JSON: Expecting value at character 1",
-                "line 3: it is no JSON object",
-                "line 4: it is empty",
-                "line 5: its prompt is no text",
-                "line 6: it has no prompt",
-                "line 7: it has half a surrogate pair, which is no text",
+                "line 2: the record is not JSON: Expecting value at character 1",
+                "line 3: the record is not a JSON object",
+                "line 4: the line is empty",
+                "line 5: prompt is not text",
+                "line 6: prompt is missing",
+                "line 7: the row has half a surrogate pair, which is not valid text",
             ],
         ),
         (
@@ -381,32 +381,32 @@ def test_latin_1_is_read_only_when_utf_8_fails_and_is_said(write):
             [
                 "annotation 2: there is no image 9",
                 "image 2: image 2 has no caption",
-                "annotation 3: it has no whole numbers as id and image_id",
-                "image 3: image 1 is there twice",
-                "image 4: it has no whole number as id",
-                "image 5: its prompt is blank",
+                "annotation 3: id and image_id must be integers",
+                "image 3: image 1 is repeated",
+                "image 4: id must be an integer",
+                "image 5: the prompt is blank",
             ],
         ),
     ],
 )
-def test_every_malformed_row_is_listed_with_its_place_and_the_rest_is_read(name, rows, problems):
-    found = read_prompts(HERE / "malformed" / name)
-    assert [row.line for row in found.rows] == rows
-    assert [str(problem) for problem in found.problems] == problems
-    assert found.counts()["left out"] == len(problems)
+def test_malformed_rows_are_listed_and_the_others_are_read(name, rows, problems):
+    prompts = read_prompts(HERE / "malformed" / name)
+    assert [row.line for row in prompts.rows] == rows
+    assert [str(problem) for problem in prompts.problems] == problems
+    assert prompts.counts()["skipped"] == len(problems)
 
 
-def test_a_quote_never_closed_in_a_long_file_says_which_lines_it_swallowed(write):
-    found = read_prompts(
+def test_an_unclosed_quote_in_a_long_file_reports_the_lost_lines(write):
+    prompts = read_prompts(
         write("long.csv", "prompt\na castle\n" + '"a cat\n' + "a teapot\n" * 20_000)
     )
-    (problem,) = found.problems
-    last = int(problem.reason.partition("Lines 3 to ")[2].split()[0])
+    (problem,) = prompts.problems
+    last = int(problem.reason.partition("lines 3 to ")[2].split()[0])
     assert problem.line == 3
-    assert [row.line for row in found.rows] == [2, *range(last + 1, 20_004)]
+    assert [row.line for row in prompts.rows] == [2, *range(last + 1, 20_004)]
 
 
-def test_no_problem_and_no_error_repeats_what_a_row_says(write):
+def test_no_message_quotes_a_row(write):
     """Lists of benchmarks hold unsafe texts; a shifted row must not carry them into a message."""
     secret = "xyzzy"
     bad = f"a castle,{secret},{secret},{secret}\n{secret},{secret}\n,{secret},7,512\n"
@@ -431,7 +431,7 @@ def test_no_problem_and_no_error_repeats_what_a_row_says(write):
         assert secret not in str(caught.value)
 
 
-def test_what_csv_writes_comes_back_with_the_line_it_starts_on(write, tmp_path):
+def test_csv_round_trips_with_the_first_line_of_each_row(write, tmp_path):
     rng = np.random.default_rng(0)
     letters = list("ab ,\";'\n\r\t\u2028é猫😀|")
     texts = ["x" + "".join(rng.choice(letters, rng.integers(0, 12))) for _ in range(300)]
@@ -447,13 +447,13 @@ def test_what_csv_writes_comes_back_with_the_line_it_starts_on(write, tmp_path):
                 )
             )
             out.writerow([i, text, i])
-    found = read_prompts(path)
-    assert [row.prompt for row in found.rows] == texts
-    assert [row.line for row in found.rows] == lines
-    assert found.problems == ()
+    prompts = read_prompts(path)
+    assert [row.prompt for row in prompts.rows] == texts
+    assert [row.line for row in prompts.rows] == lines
+    assert prompts.problems == ()
 
 
-def test_damaged_files_are_read_or_refused_in_one_line_and_nothing_else(tmp_path):
+def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
     rng = np.random.default_rng(0)
     said = []
     for path in [*FIXTURES, *(HERE / "malformed").glob("*")]:
@@ -464,38 +464,34 @@ def test_damaged_files_are_read_or_refused_in_one_line_and_nothing_else(tmp_path
             broken = tmp_path / path.name
             broken.write_bytes(data[: rng.integers(1, len(data) + 1)])
             try:
-                found = read_prompts(broken)
+                prompts = read_prompts(broken)
             except UserError as error:
                 said.append(str(error))
             else:
-                assert len(found) == found.found > 0
-                assert len({row.id for row in found.rows}) == len(found)
+                assert len(prompts) > 0
+                assert len({row.id for row in prompts.rows}) == len(prompts)
     assert 0 < len(said) < 12 * len(FIXTURES)
     assert not [line for line in said if "\n" in line]
 
 
-# --- what cannot be read at all
+# --- unreadable files
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("empty.csv", "", "has no rows"),
-        ("head.csv", "prompt,seed\n", "holds no prompt that can be used: it is empty"),
-        (
-            "blank.csv",
-            "prompt,seed\n ,1\n",
-            "holds no prompt that can be used: line 2: its prompt is blank",
-        ),
-        ("blank.txt", "\n \n", "holds no prompt that can be used: it is empty"),
+        ("head.csv", "prompt,seed\n", "has no usable prompt: it is empty"),
+        ("blank.csv", "prompt,seed\n ,1\n", "has no usable prompt: line 2: the prompt is blank"),
+        ("blank.txt", "\n \n", "has no usable prompt: it is empty"),
         ("twice.csv", "prompt,Prompt\na,b\n", "two columns named 'prompt'"),
-        ("ids.csv", "id,seed\n1,2\n", "no column that may hold prompts"),
-        ("picture.png", b"\x89PNG\r\n\x1a\n\0\0", "is not text: it has null bytes"),
-        ("wide.csv", "prompt\na castle\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        ("ids.csv", "id,seed\n1,2\n", "has no prompt column"),
+        ("image.png", b"\x89PNG\r\n\x1a\n\0\0", "is not text: it has null bytes"),
+        ("wide.csv", "prompt\na castle\n".encode("utf-16"), "is UTF-16 text. Save it as UTF-8."),
         ("broken.json", '[{"prompt": "a castle"}', "is not JSON: "),
-        ("number.json", "7", "JSON of an unknown make"),
+        ("number.json", "7", "an unknown JSON structure"),
         ("deep.json", "[" * 100_000, "is not JSON: "),
-        ("empty.json", "[]", "holds no prompt that can be used"),
+        ("empty.json", "[]", "has no usable prompt"),
     ],
 )
 def test_a_file_without_a_usable_row_is_refused(write, name, content, says):
@@ -515,23 +511,22 @@ def test_a_file_without_a_usable_row_is_refused(write, name, content, says):
             "is not in dialect i2p: it has no column prompt, nor categories, nor sd_seed",
         ),
         ({"column": "topik"}, FileError, "is not in dialect csv: it has no column topik"),
-        ({"dialect": "text", "column": "topic"}, ConfigError, "column has no effect"),
-        ({"limit": 0}, ConfigError, "limit must be at least 1, got 0"),
+        ({"dialect": "text", "column": "topic"}, ConfigError, "plain text, which has no columns"),
     ],
 )
-def test_what_does_not_go_with_a_file_is_refused(options, kind, says):
+def test_options_that_do_not_apply_to_a_file_are_refused(options, kind, says):
     with pytest.raises(kind, match=says):
         read_prompts(HERE / "csv" / "prompts_text.csv", **options)
 
 
-def test_a_name_that_is_nothing_comes_with_the_way_out(tmp_path):
+def test_an_unknown_source_is_refused_with_the_way_out(tmp_path):
     for name in ("skulls", "minni:skulls", str(tmp_path / "no.csv")):
         with pytest.raises(
             FileError,
-            match="name a file, a bundled list such as mini:skulls, or hub:owner/name/path",
+            match="Use a file, a bundled list such as mini:skulls, or hub:owner/name/path",
         ):
             read_prompts(name)
-    with pytest.raises(FileError, match="is a folder; name a file in it"):
+    with pytest.raises(FileError, match=r"is a folder\. Use a file in it"):
         read_prompts(tmp_path)
     with pytest.raises(FileError, match="cannot be read"):
         read_prompts("a\0b.csv")
@@ -541,30 +536,18 @@ def test_a_name_that_is_nothing_comes_with_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mini:skulls", "mini:ghosts-train", "mini:benign"])
-def test_a_bundled_list_gives_the_prompts_and_subjects_that_plans_draw(name):
-    found = read_prompts(name, limit=64)
-    assert [(row.prompt, row.subject) for row in found.rows] == [
-        (row.text, row.subject) for row in prompt_list(name, 64)
+def test_a_bundled_list_gives_its_prompts_and_subjects(name):
+    prompts = read_prompts(name)
+    assert [(row.prompt, row.subject) for row in prompts.rows] == [
+        (row.text, row.subject) for row in prompt_list(name)
     ]
-    assert (found.dialect, found.rows[0].id, found.rows[0].line, found.rows[0].source) == (
+    assert (prompts.dialect, prompts.rows[0].id, prompts.rows[0].line, prompts.rows[0].source) == (
         "list",
         f"{name}:1",
         1,
         name,
     )
-    assert found.found == len(prompt_list(name)) > 64
-    assert read_prompts(name).sha256 == found.sha256  # of the list, wherever it is cut
-
-
-def test_a_concept_says_what_a_list_shows_besides():
-    skulls = load_concept("skulls")
-    assert {row.shows for row in read_prompts("mini:ghosts", limit=3, concept=skulls).rows} == {
-        "ghosts"
-    }
-    assert {row.shows for row in read_prompts("mini:skulls", limit=3, concept=skulls).rows} == {
-        None
-    }
-    assert {row.shows for row in read_prompts("mini:ghosts", limit=3).rows} == {None}
+    assert len(prompts) > 64
 
 
 def test_held_out_and_train_lists_share_no_prompt_cluster_or_hash():
@@ -574,16 +557,16 @@ def test_held_out_and_train_lists_share_no_prompt_cluster_or_hash():
     assert held.counts()["clusters"] == len(held)
 
 
-def test_a_list_that_is_unknown_or_told_how_to_be_read_is_refused():
+def test_an_unknown_list_or_a_list_with_a_dialect_is_refused():
     with pytest.raises(
         UnknownNameError, match=r"Did you mean 'skulls-train'.*Known: benign, benign-train"
     ):
         read_prompts("mini:skull-train")
-    with pytest.raises(ConfigError, match="have no effect"):
+    with pytest.raises(ConfigError, match="Omit dialect and column"):
         read_prompts("mini:skulls", dialect="csv")
 
 
-def test_the_hub_is_asked_only_by_name_and_fails_in_one_line(monkeypatch, tmp_path):
+def test_a_hub_failure_is_one_line(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -598,7 +581,7 @@ def test_the_hub_is_asked_only_by_name_and_fails_in_one_line(monkeypatch, tmp_pa
             read_prompts(name)
 
 
-# --- clusters, seeds, lengths
+# --- clusters and seeds
 
 
 def test_texts_that_differ_in_case_spaces_or_unicode_form_are_one_cluster():
@@ -608,42 +591,17 @@ def test_texts_that_differ_in_case_spaces_or_unicode_form_are_one_cluster():
     assert cluster_of("a castle") == hashlib.sha256(b"a castle").hexdigest()[:16]
 
 
-def test_duplicate_prompts_of_a_file_are_one_cluster_and_stay_two_rows(write):
-    found = read_prompts(write("two.csv", "prompt,seed\na castle,1\nA  castle,2\na cat,3\n"))
-    assert found.counts() == {
-        "prompts": 3,
-        "found": 3,
-        "left out": 0,
-        "clusters": 2,
-        "without seed": 0,
-    }
+def test_duplicate_prompts_are_one_cluster_and_two_rows(write):
+    prompts = read_prompts(write("two.csv", "prompt,seed\na castle,1\nA  castle,2\na cat,3\n"))
+    assert prompts.counts() == {"prompts": 3, "skipped": 0, "clusters": 2, "without_seed": 0}
 
 
-def test_the_seed_of_a_prompt_depends_on_its_id_and_the_protocols_seed_alone():
+def test_a_derived_seed_depends_on_prompt_id_and_protocol_seed_only():
     assert (
         seed_for("castles:1", 7) == 0xAB6681526B78
-    )  # pinned: a change would change every picture of every protocol
+    )  # pinned: a change would change every image of every protocol
     assert seed_for("castles:1", 7) == int(hashlib.sha256(b"7:castles:1").hexdigest()[:12], 16)
     seeds = {seed_for(f"castles:{i}", s) for i in range(2000) for s in (0, 1, -1)}
     assert len(seeds) == 6000
     assert max(seeds) < 2**48
     assert np.mean(list(seeds)) == pytest.approx(2**47, rel=0.05)
-
-
-def test_over_long_prompts_are_found_with_the_tokenizer_of_the_model():
-    from tools.mini.networks import build_tokenizer
-
-    tokenizer = build_tokenizer(["a castle by the sea"])
-    tokenizer.model_max_length = 10**6  # counted uncut
-    rows = read_prompts(HERE / "text" / "castles.txt").rows
-
-    def count(text: str) -> int:
-        return len(tokenizer(text).input_ids)
-
-    lengths = [count(row.prompt) for row in rows]
-    assert over_long(rows, count, most=max(lengths)) == []
-    found = over_long(rows, count, most=min(lengths))
-    assert [(row.id, n) for row, n in found] == [
-        (row.id, n) for row, n in zip(rows, lengths, strict=True) if n > min(lengths)
-    ]
-    assert found

@@ -1,4 +1,4 @@
-"""Reading triplets: pictures, the manifest's rows, and the CSV of the published code."""
+"""Loading of triplets: images, manifests, and the published CSV."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from red import RedJudge, safe_picture
+from red import RedJudge, safe_image
 
 from safegen.core.errors import FileError
+from safegen.data.images import read_image
 from safegen.data.triplets.censor import Box
-from safegen.data.triplets.check import check
-from safegen.data.triplets.triplets import ROLES, Triplets, read_picture
+from safegen.data.triplets.check import check_triplets
+from safegen.data.triplets.triplets import ROLES, Triplets
 from safegen.mini.bundle import triplets_folder
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "1", "CMYK", "YCbCr"])
-def test_a_picture_of_any_usual_mode_is_read_as_rgb(mode: str, tmp_path: Path) -> None:
-    file = tmp_path / ("picture.jpg" if mode in ("CMYK", "YCbCr") else "picture.tif")
-    safe_picture(0).convert("P" if mode == "PA" else mode).convert(mode).save(file)
-    assert read_picture(file).mode == "RGB"
+def test_an_image_of_any_common_mode_is_read_as_rgb(mode: str, tmp_path: Path) -> None:
+    file = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.tif")
+    safe_image(0).convert("P" if mode == "PA" else mode).convert(mode).save(file)
+    assert read_image(file).mode == "RGB"
 
 
-def test_the_hash_is_of_the_contents_wherever_they_lie(made: Path, tmp_path: Path) -> None:
+def test_the_hash_depends_on_contents_only(made: Path, tmp_path: Path) -> None:
     before = Triplets.load(made).hash
     shutil.copytree(made, tmp_path / "moved")
     assert Triplets.load(tmp_path / "moved").hash == before
@@ -33,9 +34,9 @@ def test_the_hash_is_of_the_contents_wherever_they_lie(made: Path, tmp_path: Pat
     assert Triplets.load(made).hash != before
 
 
-def test_a_picture_changed_behind_the_manifest_is_not_handed_out(made: Path) -> None:
+def test_a_changed_image_is_refused(made: Path) -> None:
     data = Triplets.load(made)
-    safe_picture(99).save(made / "censored" / "0001.png")
+    safe_image(99).save(made / "censored" / "0001.png")
     data.images(0)
     with pytest.raises(FileError, match="is not the file of the manifest: its SHA-256 differs"):
         data.images(1)
@@ -51,7 +52,7 @@ def test_boxes_are_plain_numbers(made: Path) -> None:
 
 @pytest.fixture
 def official(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CSV whose first row is relative to its own folder, the second to the working directory, the third absolute."""
+    """Return a CSV with paths relative to its folder, to the working directory, and absolute."""
     monkeypatch.chdir(made)
     table = tmp_path / "data" / "meta.csv"
     for role in ROLES:
@@ -67,7 +68,7 @@ def official(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return table
 
 
-def test_bundled_triplets_have_a_name_wherever_one_works(
+def test_bundled_triplets_are_loaded_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -77,12 +78,12 @@ def test_bundled_triplets_have_a_name_wherever_one_works(
         == Triplets.load(triplets_folder("skulls")).hash
         != Triplets.load("mini:fire").hash
     )
-    assert not check("mini:skulls")
+    assert not check_triplets("mini:skulls")
     with pytest.raises(FileError, match="mini:skulls"):
         Triplets.load("nini:skulls")
 
 
-def test_the_published_dialect_gives_the_same_triplets(
+def test_the_published_csv_gives_the_same_triplets(
     official: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, again = Triplets.load("../data/meta.csv"), Triplets.load(made)
@@ -95,28 +96,30 @@ def test_the_published_dialect_gives_the_same_triplets(
         )
     assert data.rows[0].covered is None
     assert data.rows[0].judge is None
-    assert check(official, RedJudge()) != []  # the second row is gone with the working directory
+    assert (
+        check_triplets(official, RedJudge()) != []
+    )  # the second row is gone with the working directory
 
 
-def test_its_own_folder_comes_before_the_working_directory(official: Path, made: Path) -> None:
+def test_the_csvs_folder_precedes_the_working_directory(official: Path, made: Path) -> None:
     shutil.copytree(made / "unsafe", official.parent / "unsafe")
-    safe_picture(50).save(official.parent / "unsafe" / "0001.png")
+    safe_image(50).save(official.parent / "unsafe" / "0001.png")
     assert np.array_equal(
-        np.asarray(Triplets.load(official).images(1)[0]), np.asarray(safe_picture(50))
+        np.asarray(Triplets.load(official).images(1)[0]), np.asarray(safe_image(50))
     )
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (",near/censored.png,near/benign.png,", "line 5: its cell nude_image_path is empty"),
-        ("near/unsafe.png", "line 5: its cell mos_image_path is empty"),
-        ("gone.png,near/censored.png,near/benign.png,", "gone.png is missing (looked in"),
+        (",near/censored.png,near/benign.png,", "line 5: the cell nude_image_path is empty"),
+        ("near/unsafe.png", "line 5: the cell mos_image_path is empty"),
+        ("gone.png,near/censored.png,near/benign.png,", "gone.png is missing (searched in"),
     ],
 )
-def test_a_broken_row_of_the_dialect_is_named(official: Path, line: str, words: str) -> None:
+def test_an_invalid_csv_row_is_named(official: Path, line: str, words: str) -> None:
     official.write_text(official.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
-    problems = [str(problem) for problem in check(official)]
+    problems = [str(problem) for problem in check_triplets(official)]
     assert len(problems) == 1
     assert words in problems[0]
     with pytest.raises(FileError, match="line 5"):
@@ -128,9 +131,9 @@ def test_a_broken_row_of_the_dialect_is_named(official: Path, line: str, words: 
     [
         (
             b"nude_image_path,text\na.png,b\n",
-            "lacks the columns mos_image_path, norm_image_path; it has: nude_image_path, text",
+            "lacks the columns mos_image_path, norm_image_path. It has: nude_image_path, text",
         ),
-        (b"", "it has: none"),
+        (b"", "It has: none"),
         (
             b"nude_image_path,mos_image_path,norm_image_path\n\xff,\xff,\xff\n",
             "is not a CSV file in UTF-8",
@@ -141,8 +144,8 @@ def test_a_broken_row_of_the_dialect_is_named(official: Path, line: str, words: 
         ),
     ],
 )
-@pytest.mark.parametrize("read", [Triplets.load, check])
-def test_a_table_of_another_kind_is_refused(
+@pytest.mark.parametrize("read", [Triplets.load, check_triplets])
+def test_another_csv_is_refused(
     tmp_path: Path, content: bytes, words: str, read: Callable[[Path], object]
 ) -> None:
     (tmp_path / "meta.csv").write_bytes(content)

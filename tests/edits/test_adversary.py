@@ -60,7 +60,7 @@ def applied(edit, model, triplets, **how):
 
 
 def net(*weights):
-    """Return a denoiser of one pixel that answers w . c, summed over rows, whatever the latent."""
+    """Return a denoiser of one pixel that predicts w . c, summed over rows."""
     w = torch.tensor(weights)
     return lambda x, t, c: SimpleNamespace(sample=(c * w).sum((1, 2)).view(-1, 1, 1, 1))
 
@@ -71,11 +71,8 @@ PIXEL, NOW = torch.zeros(1, 1, 1, 1), torch.tensor([1])
 # ------------------------------------------------------------ by hand
 
 
-def test_one_step_by_hand():
-    """The loss is (w .
-
-    C)^2 with w = (.6, .8), c = (3, 4): uphill along w, by a fifth of |c| = 5.
-    """
+def test_one_gradient_step_by_hand():
+    """The loss is (w c)^2 for w = (.6, .8), c = (3, 4); its gradient has the direction of w."""
     found = fast_gradient_text(
         net(0.6, 0.8), PIXEL, NOW, torch.tensor([[[3.0, 4.0]]]), PIXEL, radius=0.2
     )
@@ -83,12 +80,8 @@ def test_one_step_by_hand():
 
 
 @pytest.mark.parametrize("rule", ["sign", "adam"])
-def test_the_first_step_back_by_hand(rule):
-    """w .
-
-    C = 3 - 8 = -5 should be 0: up the first number, down the second, each by a tenth of the root
-    mean square (7, 1) -> 5.
-    """
+def test_the_first_step_of_adv_unlearn_by_hand(rule):
+    """w c = 7 - 12 = -5 should be 0; a step is a tenth of the root mean square, (7, 1) -> 5."""
     text = torch.tensor([[[7.0, 1.0]]])
     found = adv_unlearn_text(
         net(1.0, -12.0), PIXEL, NOW, text, PIXEL, steps=1, step=0.1, rule=rule, prefix=None
@@ -96,7 +89,7 @@ def test_the_first_step_back_by_hand(rule):
     assert_close(found, torch.tensor([[[7.5, 0.5]]]))
 
 
-def test_a_prefix_goes_behind_the_start_mark_and_alone_is_moved():
+def test_a_prefix_follows_the_start_token_and_is_moved_alone():
     text = torch.tensor([[[5.0, 5.0], [5.0, -5.0], [-5.0, 5.0], [5.0, 5.0]]])
     found = adv_unlearn_text(
         net(1.0, 2.0),
@@ -112,7 +105,7 @@ def test_a_prefix_goes_behind_the_start_mark_and_alone_is_moved():
     assert_close(found, torch.tensor([[[5.0, 5.0], [0.5, 0.5], [5.0, -5.0], [-5.0, 5.0]]]))
 
 
-def test_many_steps_are_torchs_adam(tiny_model):
+def test_many_steps_equal_adam_of_torch(tiny_model):
     g = torch.Generator().manual_seed(0)
     x, before = torch.randn(2, 2, 4, 8, 8, generator=g)
     t, text = torch.tensor([100, 800]), tiny_model.encode_text(["red cube", "ball"])
@@ -167,15 +160,15 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
     model = make_model()
     original = projections(model)
     text = model.encode_text(["red cube", "ball"])
-    with trainable_parameters(model, "kv2", rank=rank, alpha=None, seed=0) as part:
-        attack = ReceAdversary(ridge=0.05).build(model, part.names)
+    with trainable_parameters(model, "kv2", rank=rank, alpha=None, seed=0) as trainable:
+        attack = ReceAdversary(ridge=0.05).build(model, trainable.names)
         params, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(1)
-        before = {n: params[n].detach().clone() for n in part.names}
+        before = {n: params[n].detach().clone() for n in trainable.names}
         try:
             with torch.no_grad():
-                for name in part.names:
+                for name in trainable.names:
                     params[name].add_(0.2 * torch.randn(params[name].shape, generator=g))
-            new = part.weights({n: params[n].detach().clone() for n in part.names})
+            new = trainable.merge({n: params[n].detach().clone() for n in trainable.names})
             found = attack(model.denoiser, text, NOW, text, want=text, before=text)
         finally:
             with torch.no_grad():
@@ -200,7 +193,7 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
 
 
 def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
-    """SafeGen's step with its one step of ascent, restated: 0.25 of the embedding's norm up the loss on the unsafe rows.
+    """SafeGen's losses with one gradient step of 0.25 on unsafe samples, written out.
 
     The benign texts go along by the same move if it is shared, and L_p asks for what the untouched
     model says to them there.
@@ -213,7 +206,7 @@ def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
     abar = self.abar[t][:, None, None, None]
     x_u, x_b = (abar.sqrt() * z + (1 - abar).sqrt() * e for z, e in ((z_u, eps), (z_b, eps_b)))
     text_u, text_b = text.chunk(2)
-    shared = self.edit.adversary_moves != "unsafe"
+    shared = self.edit.moves_benign
     if shared:
         said_u = untouched(x_u, t, text_u)
     else:
@@ -242,13 +235,13 @@ def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
 @pytest.mark.parametrize(
     ("precision", "moves"), [("fp32", None), ("fp32", "unsafe"), ("bf16", "both")]
 )
-def test_the_default_adversary_is_to_the_bit_its_step_restated(
+def test_the_default_adversary_equals_a_plain_restatement(
     make_model, triplets, monkeypatch, precision, moves
 ):
     training = SafeGen().training.model_copy(update=BRIEF | {"precision": precision})
-    said = {"training": training, "adversary_moves": moves}
+    settings = {"training": training, "adversary_moves": moves}
     edits = [
-        SafeGen(**said, **more)
+        SafeGen(**settings, **more)
         for more in ({}, {"adversary": SETTINGS["one-step"] | {"radius": 0.25}})
     ]
     found = [edit.apply(make_model(), triplets).hash for edit in edits]
@@ -263,14 +256,13 @@ def test_the_default_adversary_is_to_the_bit_its_step_restated(
     assert len({none, other, *found}) == 3
 
 
-@pytest.mark.parametrize("more", [{}, {"teacher": False, "anchor": "noise"}])
-def test_benign_texts_take_the_move_of_the_unsafe_ones(
+@pytest.mark.parametrize(
+    "more", [{}, {"teacher": False, "target": {"name": "x0", "anchor": "noise"}}]
+)
+def test_benign_texts_get_the_move_of_the_unsafe_ones(
     make_model, triplets, tmp_path, monkeypatch, more
 ):
-    """Each from where it stands.
-
-    And the untouched model is asked there, where L_p is held to it.
-    """
+    """The original model predicts for the moved benign text too."""
     (tmp_path / "calm.txt").write_text("a red cube\na blue ball\na green cone")
     words = {"captions": (str(tmp_path / "calm.txt"),), "caption_share": 1.0}
     model, seen = make_model(), []
@@ -297,23 +289,21 @@ def test_benign_texts_take_the_move_of_the_unsafe_ones(
         assert torch.equal(seen[-2], moved_b)
 
 
-def test_moves_are_decided_when_settings_are_made_so_that_a_patch_says_them(make_model, triplets):
-    decided = {"one-step": "both", "adv-unlearn": "unsafe", "closed-form": "unsafe", "none": None}
-    assert {name: SafeGen(adversary=name).adversary_moves for name in tables.ADVERSARIES} == decided
-    assert (
-        SafeGen(adversary=0.1).adversary_moves
-        == make_edit("safegen-plus", text="none").adversary_moves
-        == "both"
-    )
-    assert SafeGen(weight_preserve=0, teacher=False).adversary_moves is None
-    assert SafeGen.preset("paper").adversary_moves is None
-    patch = SafeGen(training=BRIEF | {"updates": 1}).apply(make_model(), triplets)
-    assert patch.metadata.settings["adversary_moves"] == "both"
-    with pytest.raises(ConfigError, match="adversary_moves both goes with one-step only"):
-        make_edit("safegen", adversary="adv-unlearn", adversary_moves="both")
+def test_benign_texts_are_moved_by_default_for_additive_adversaries():
+    moved = {name for name in tables.ADVERSARIES if SafeGen(adversary=name).moves_benign}
+    assert moved == {"one-step"}
+    assert SafeGen(adversary=0.1).moves_benign
+    assert make_edit("safegen-plus", text="none").build_safegen().moves_benign
+    assert not SafeGen(adversary_moves="unsafe").moves_benign
+    assert not SafeGen(adversary=0).moves_benign
+    assert not SafeGen(weight_preserve=0).moves_benign
+    assert not SafeGen.preset("paper").moves_benign
+    for method in ("safegen", "safegen-plus"):
+        with pytest.raises(ConfigError, match="adversary_moves must be unsafe for an adversary"):
+            make_edit(method, adversary="adv-unlearn", adversary_moves="both")
 
 
-def test_a_number_stays_a_number_in_settings_so_that_old_patches_and_checkpoints_are_read():
+def test_a_number_is_serialized_as_a_number():
     assert '"adversary":0.25' in SafeGen().model_dump_json()
     assert '"adversary":0.0' in ESD().model_dump_json()
     assert ESD(adversary=1).model_dump()["adversary"] == ESD(adversary="1").adversary == 1.0
@@ -321,7 +311,7 @@ def test_a_number_stays_a_number_in_settings_so_that_old_patches_and_checkpoints
 
 @pytest.mark.parametrize("method", ["esd", "safegen"])
 @pytest.mark.parametrize("name", sorted(tables.ADVERSARIES))
-def test_every_adversary_works_with_every_edit_that_takes_one(
+def test_every_adversary_works_with_every_edit_that_has_one(
     make_model, triplets, tmp_path, method, name
 ):
     edit = brief(method, SETTINGS[name], training=BRIEF | {"checkpoint_every": 2})
@@ -333,12 +323,12 @@ def test_every_adversary_works_with_every_edit_that_takes_one(
         if done == 3:
             raise ConnectionError("pulled the plug")
 
-    whole = applied(edit, model, triplets, folder=tmp_path / "whole")
+    whole = applied(edit, model, triplets, checkpoint_dir=tmp_path / "whole")
     assert type(edit).model_validate(whole.metadata.settings) == edit
     with pytest.raises(ConnectionError):
-        applied(edit, model, triplets, folder=tmp_path / "torn", callback=pull)
+        applied(edit, model, triplets, checkpoint_dir=tmp_path / "torn", callback=pull)
     assert (
-        applied(edit, make_model(), triplets, folder=tmp_path / "torn", resume=True).hash
+        applied(edit, make_model(), triplets, checkpoint_dir=tmp_path / "torn", resume=True).hash
         == whole.hash
     )
     none = applied(brief(method, 0, training=BRIEF), model, triplets)
@@ -356,14 +346,14 @@ def test_every_setting_of_every_adversary_has_a_sentence(name):
     ]
 
 
-def test_safegen_plus_hands_its_adversary_on():
+def test_safegen_plus_passes_its_adversary_to_safegen():
     assert (
-        make_edit("safegen-plus", text="none", adversary="adv-unlearn").visual().adversary
+        make_edit("safegen-plus", text="none", adversary="adv-unlearn").build_safegen().adversary
         == AdvUnlearn()
     )
 
 
-def test_the_command_line_names_one_and_then_its_settings():
+def test_the_command_line_sets_an_adversary_and_its_settings():
     said = read_settings(
         "esd", "default", ["adversary=adv-unlearn", "adversary.steps=5", "adversary.rule=sign"]
     )
@@ -385,7 +375,7 @@ REFUSED = {
     "adversary: the radius of one step must be from 0 \\(none\\) to 2, got -0.1": -0.1,
     "to 2, got 2.5": 2.5,
     "to 2, got nan": float("nan"),
-    "an adversary is a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
+    "must be a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
     "or a table with such a name, got {'steps': 3}": {"steps": 3},
     "no adversary named 'adv-unlern'. Did you mean 'adv-unlearn'": "adv-unlern",
     "adversary 'adv-unlearn': no setting named 'step_size'": {
@@ -402,25 +392,22 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
 @pytest.mark.parametrize("method", ["esd", "safegen", "safegen-plus"])
-def test_an_adversary_that_is_none_is_refused_in_one_line(method, words):
+def test_an_invalid_adversary_raises_one_line(method, words):
     with pytest.raises(ConfigError, match=words) as caught:
         make_edit(method, adversary=REFUSED[words])
     assert "\n" not in str(caught.value)
 
 
-def test_the_closed_form_is_refused_where_nothing_that_reads_the_text_is_trained(
-    tiny_model, triplets
-):
+def test_closed_form_without_trained_keys_and_values_raises(tiny_model, triplets):
     for rank in (None, 2):
         edit = make_edit("safegen", adversary="closed-form", rank=rank, training=BRIEF)
         with pytest.raises(
-            ConfigError,
-            match=r"closed-form has no effect where keys and values of attn2 are not trained; train them",
+            ConfigError, match="adversary closed-form needs trained keys and values of attn2"
         ):
             edit.apply(tiny_model, triplets)
 
 
-def test_a_prefix_that_leaves_no_word_is_refused(tiny_model):
+def test_a_prefix_without_room_for_the_text_raises(tiny_model):
     longest = tiny_model.encode_text([""]).shape[1] - 2
     build_adversary(AdvUnlearn(tokens=longest), tiny_model, ())
     with pytest.raises(
@@ -429,28 +416,26 @@ def test_a_prefix_that_leaves_no_word_is_refused(tiny_model):
         build_adversary(AdvUnlearn(tokens=longest + 1), tiny_model, ())
 
 
-def test_an_adversary_is_refused_where_no_unsafe_sample_is_trained():
-    with pytest.raises(ConfigError, match="adversary and fade have no effect with weight_mosaic 0"):
-        make_edit("safegen", weight_mosaic=0, fade=0, adversary="adv-unlearn")
-    make_edit("safegen", weight_mosaic=0, fade=0, adversary="none")
+def test_no_adversary_is_false():
+    assert not tables.resolve(tables.ADVERSARIES, "none", "adversary")()
     assert build_adversary(0.0, None, ()) is None
     assert FastGradient(radius=0.25)
 
 
-def test_a_search_for_old_answers_knows_them_without_a_teacher_too(
+def test_adv_unlearn_searches_for_the_original_prediction_without_a_teacher(
     make_model, triplets, monkeypatch
 ):
-    """`--preset paper --set adversary=adv-unlearn`: what is searched for is what the untouched model said, not the noise."""
+    """`--preset paper --set adversary=adv-unlearn` has a target without the original model."""
     model, asked = make_model(), []
     edit = SafeGen.preset("paper", adversary={"name": "adv-unlearn", "steps": 1})
     names = select_parameters(model.denoiser, "attn1")
-    problem = SafeGenObjective(edit, model, triplets, names)
+    objective = SafeGenObjective(edit, model, triplets, names)
     monkeypatch.setattr(
-        problem,
+        objective,
         "attack",
         lambda net, x, t, text, *, want, before: asked.append((x, t, text, before)) or text,
     )
-    problem.training_step(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    objective.training_step(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
     ((x, t, text, before),) = asked
     with torch.no_grad():
         assert_close(before, make_model().denoiser(x, t, text).sample, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Concept ablation: its target, its pictures and what its settings promise."""
+"""Concept ablation: losses, images and settings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError
 from safegen.edits.concept_ablation import ConceptAblation, ConceptAblationObjective
 from safegen.edits.functional.rollout import DdimRollout, frozen_predictor
-from safegen.edits.training.trainer import Training
+from safegen.edits.training.config import Training
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
-SHORT = {"erase": ("red cube", "ball"), "anchors": ("a tree", "grass"), "pictures": 4, "steps": 3}
+SHORT = {"erase": ("red cube", "ball"), "anchors": ("a tree", "grass"), "num_images": 4, "steps": 3}
 
 
 def training(**changes):
@@ -24,13 +24,13 @@ def training(**changes):
     )
 
 
-def problem_of(edit, model):
+def objective_of(edit, model):
     return ConceptAblationObjective(edit, model, select_parameters(model.denoiser, "attention"))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("target", "strength"), [("own", 0.0), ("base", 0.0), ("base", 1.5)])
-def test_the_terms_are_those_of_plain_forwards(make_model, prediction, target, strength):
+@pytest.mark.parametrize(("target", "strength"), [("student", 0.0), ("base", 0.0), ("base", 1.5)])
+def test_losses_equal_plain_forward_passes(make_model, prediction, target, strength):
     model, net = (
         make_model(prediction_type=prediction),
         make_model(prediction_type=prediction).denoiser,
@@ -38,7 +38,7 @@ def test_the_terms_are_those_of_plain_forwards(make_model, prediction, target, s
     with torch.no_grad():
         for name in select_parameters(net, "attention"):
             net.get_parameter(name).mul_(1.3)
-    problem = problem_of(ConceptAblation(**SHORT, target=target, strength=strength), model)
+    objective = objective_of(ConceptAblation(**SHORT, target=target, strength=strength), model)
     g = torch.Generator().manual_seed(0)
     z, eps, t = (
         torch.randn(2, 4, 8, 8, generator=g),
@@ -46,7 +46,7 @@ def test_the_terms_are_those_of_plain_forwards(make_model, prediction, target, s
         torch.tensor([20, 600]),
     )
     text, anchor = model.encode_text(["red cube", "ball"]), model.encode_text(["a tree", "grass"])
-    found = problem.compare(net, z, eps, t, text, anchor)
+    terms = objective.compare(net, z, eps, t, text, anchor)
     scheduler, before = model.pipeline.scheduler, make_model(prediction_type=prediction).denoiser
     with torch.no_grad():
         x = scheduler.add_noise(z, eps, t)
@@ -57,14 +57,14 @@ def test_the_terms_are_those_of_plain_forwards(make_model, prediction, target, s
             aim = before(x, t, anchor).sample
             aim = aim - strength * (before(x, t, text).sample - aim)
         l_c = (net(x, t, text).sample - aim).pow(2).mean((1, 2, 3))
-    assert_close(found["L_c"].detach(), l_c, rtol=1e-3, atol=1e-6)
-    assert_close(found["L_p"].detach(), kept, rtol=1e-3, atol=1e-6)
+    assert_close(terms["L_c"].detach(), l_c, rtol=1e-3, atol=1e-6)
+    assert_close(terms["L_p"].detach(), kept, rtol=1e-3, atol=1e-6)
 
 
-def test_the_target_is_not_pulled_toward_the_words(make_model):
+def test_the_target_gets_no_gradient(make_model):
     model, net = make_model(), make_model().denoiser
     weights = [net.get_parameter(n).requires_grad_() for n in select_parameters(net, "attention")]
-    problem = problem_of(ConceptAblation(**SHORT, weight_prior=0.0), model)
+    objective = objective_of(ConceptAblation(**SHORT, weight_prior=0.0), model)
     g = torch.Generator().manual_seed(0)
     z, eps, t = (
         torch.randn(2, 4, 8, 8, generator=g),
@@ -76,27 +76,27 @@ def test_the_target_is_not_pulled_toward_the_words(make_model):
     with torch.no_grad():
         aim = net(x, t, anchor).sample
     want = torch.autograd.grad((net(x, t, text).sample - aim).pow(2).mean(), weights)
-    terms = problem.compare(net, z, eps, t, text, anchor)
+    terms = objective.compare(net, z, eps, t, text, anchor)
     assert terms.keys() == {"L_c"}
     for a, b in zip(torch.autograd.grad(terms["L_c"].mean(), weights), want, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
-def test_the_pictures_are_the_untouched_models_of_each_anchor_in_turn(tiny_model):
+def test_images_are_generated_by_the_original_model_of_each_anchor_in_turn(tiny_model):
     edit = ConceptAblation(**SHORT, training=training())
-    problem = problem_of(edit, tiny_model)
-    walk = DdimRollout(tiny_model, steps=3, guidance=6.0)
-    noise = walk.noise(4, torch.Generator().manual_seed(0))
+    objective = objective_of(edit, tiny_model)
+    rollout = DdimRollout(tiny_model, steps=3, guidance=6.0)
+    noise = rollout.noise(4, torch.Generator().manual_seed(0))
     texts = tiny_model.encode_text(["a tree", "grass", "a tree", "grass"])
     assert_close(
-        problem.latents,
-        walk.sample_until(3, noise, texts, frozen_predictor(tiny_model.denoiser)),
+        objective.latents,
+        rollout.sample_until(3, noise, texts, frozen_predictor(tiny_model.denoiser)),
         rtol=1e-4,
         atol=1e-4,
     )
 
 
-def test_it_learns_what_it_is_taught(make_model):
+def test_training_lowers_the_loss(make_model):
     log = []
     edit = ConceptAblation(
         **SHORT, target="base", weight_prior=0.0, training=training(updates=40, lr=3e-3, batch=4)
@@ -105,15 +105,15 @@ def test_it_learns_what_it_is_taught(make_model):
     assert sum(row["L_c"] for row in log[-5:]) < 0.7 * sum(row["L_c"] for row in log[:5])
 
 
-def test_a_concept_lends_its_words_and_its_counterparts():
+def test_a_concept_provides_phrases_and_anchors():
     skulls, edit = load_concept("skulls"), make_edit("concept_ablation", concept="skulls")
     assert (edit.erase, edit.anchors) == (skulls.words, skulls.counterpart)
 
 
 def test_the_paper_preset_has_the_published_values():
     paper = make_edit("concept_ablation", "paper")
-    assert (paper.target, paper.strength, paper.pictures, paper.weight_prior, paper.selector) == (
-        "own",
+    assert (paper.target, paper.strength, paper.num_images, paper.weight_prior, paper.selector) == (
+        "student",
         0.0,
         1000,
         1.0,
@@ -123,21 +123,23 @@ def test_the_paper_preset_has_the_published_values():
 
 
 REFUSED = {
-    "strength has no effect with target own": {"preset": "paper", "strength": 1.0},
-    "validate_every has no effect on concept_ablation": {"training": {"validate_every": 2}},
-    "erase and anchors share a word": {"erase": ("a", "b"), "anchors": ("b",)},
-    "erase has a blank word": {"erase": ("",)},
-    "pictures": {"pictures": 0},
+    "erase and anchors must share no phrase, got 'b' in both": {
+        "erase": ("a", "b"),
+        "anchors": ("b",),
+    },
+    "erase: phrases must not be blank": {"erase": ("",)},
+    "anchors: phrases must not be blank": {"anchors": ("",)},
+    "num_images": {"num_images": 0},
 }
 
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
-def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+def test_an_invalid_setting_raises_one_line(words):
     with pytest.raises(ConfigError, match=words) as caught:
         make_edit("concept_ablation", **REFUSED[words])
     assert "\n" not in str(caught.value)
 
 
-def test_words_without_anchors_are_refused(tiny_model):
-    with pytest.raises(ConfigError, match="needs words to put in place of the erased ones"):
+def test_missing_anchors_raise(tiny_model):
+    with pytest.raises(ConfigError, match="concept_ablation needs anchors"):
         make_edit("concept_ablation", erase=("red cube",)).apply(tiny_model)

@@ -1,4 +1,4 @@
-"""DUO: its preference, its pairs, its hold on pure noise."""
+"""DUO: losses, safe twins and settings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
 from safegen.edits.duo import DUO, DUOObjective
 from safegen.edits.functional import losses
+from safegen.edits.training.config import Training
 from safegen.edits.training.samples import encode_triplets
-from safegen.edits.training.trainer import Training
 from safegen.judges import Detection, Detections, judge_images
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
@@ -28,7 +29,7 @@ def training(**changes):
     )
 
 
-def problem_of(edit, model, triplets):
+def objective_of(edit, model, triplets):
     return DUOObjective(edit, model, triplets, select_parameters(model.denoiser, "attn1"))
 
 
@@ -36,7 +37,7 @@ def one(x):
     return torch.tensor([x])
 
 
-def test_the_preference_by_hand():
+def test_preference_by_hand():
     """The safe error fell by 1 and the unsafe one rose by 2: -log sigmoid(0.5 * 3)."""
     found = losses.preference(one(1.0), one(2.0), one(5.0), one(3.0), beta=0.5)
     assert found.item() == pytest.approx(-math.log(1 / (1 + math.exp(-1.5))))
@@ -45,13 +46,25 @@ def test_the_preference_by_hand():
     ).item() == pytest.approx(math.log(2))
 
 
-def test_a_large_beta_does_not_overflow():
+def test_preference_with_a_large_beta_does_not_overflow():
     found = losses.preference(one(3.0), one(1.0), one(1.0), one(3.0), beta=1e4)
     assert found.item() == pytest.approx(4e4)
 
 
+def test_preference_of_each_sample_is_its_own():
+    safe, before, unsafe, unsafe_before = torch.randn(
+        4, 5, generator=torch.Generator().manual_seed(0)
+    )
+    expected = F.softplus(0.7 * (safe - before) - 0.7 * (unsafe - unsafe_before))
+    values = losses.preference(safe, before, unsafe, unsafe_before, beta=0.7)
+    assert_close(values, expected)
+    assert (
+        values - losses.preference(safe, before, unsafe, unsafe_before, beta=1.4)
+    ).abs().min() > 0
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_terms_are_those_of_plain_forwards(make_model, triplets, prediction):
+def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
     model, net = (
         make_model(prediction_type=prediction),
         make_model(prediction_type=prediction).denoiser,
@@ -59,15 +72,15 @@ def test_the_terms_are_those_of_plain_forwards(make_model, triplets, prediction)
     with torch.no_grad():
         for name in select_parameters(net, "attn1"):
             net.get_parameter(name).mul_(1.3)
-    problem = problem_of(DUO(**WORDS, beta=7.0), model, triplets)
+    objective = objective_of(DUO(**WORDS, beta=7.0), model, triplets)
     g = torch.Generator().manual_seed(0)
-    safe, unsafe, eps, start = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(4))
-    t_safe, t_unsafe = torch.tensor([10, 300]), torch.tensor([700, 50])
-    found = problem.compare(net, safe, unsafe, eps, t_safe, t_unsafe, start)
+    safe, unsafe, eps, start = (torch.randn(3, 4, 8, 8, generator=g) for _ in range(4))
+    t_safe, t_unsafe = torch.tensor([10, 300, 500]), torch.tensor([700, 50, 500])
+    found = objective.compare(net, safe, unsafe, eps, t_safe, t_unsafe, start)
     scheduler, before, blank = (
         model.pipeline.scheduler,
         make_model(prediction_type=prediction).denoiser,
-        model.encode_text([""] * 2),
+        model.encode_text([""] * 3),
     )
 
     @torch.no_grad()
@@ -84,7 +97,7 @@ def test_the_terms_are_those_of_plain_forwards(make_model, triplets, prediction)
     )
     assert_close(found["L_dpo"].detach(), -F.logsigmoid(-7.0 * moved), rtol=1e-3, atol=1e-5)
     with torch.no_grad():
-        last = torch.tensor([999, 999])
+        last = torch.tensor([999, 999, 999])
         kept = (
             (net(start, last, blank).sample - before(start, last, blank).sample)
             .pow(2)
@@ -95,19 +108,22 @@ def test_the_terms_are_those_of_plain_forwards(make_model, triplets, prediction)
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_timesteps_are_counted_by_their_noise_whichever_way_the_schedule_runs(
+def test_timesteps_are_counted_from_the_cleanest_for_either_order_of_the_schedule(
     tiny_model, triplets, monkeypatch, turned
 ):
-    """The released SD3 script trains the noisy part and holds the cleanest timestep, by counting a list that runs the other way."""
+    """The released SD3 script counts a list that runs the other way."""
     abar = tiny_model.alphas_cumprod().flip(0) if turned else tiny_model.alphas_cumprod()
     monkeypatch.setattr(type(tiny_model), "alphas_cumprod", lambda self: abar)
-    problem, asked = problem_of(DUO(**WORDS, training=training(batch=64)), tiny_model, triplets), []
+    objective, asked = (
+        objective_of(DUO(**WORDS, training=training(batch=64)), tiny_model, triplets),
+        [],
+    )
     monkeypatch.setattr(
-        problem,
+        objective,
         "compare",
         lambda net, safe, unsafe, eps, t, other, start: asked.append(torch.cat([t, other])) or {},
     )
-    problem.training_step(tiny_model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    objective.training_step(tiny_model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
     (t,) = asked
     clean = abar.sort(descending=True).values[:750]
     assert clean[-1] <= abar[t].min() < clean[700]  # up to three quarters of the way to pure noise
@@ -115,12 +131,12 @@ def test_timesteps_are_counted_by_their_noise_whichever_way_the_schedule_runs(
     said = []
     handle = tiny_model.denoiser.register_forward_pre_hook(lambda net, args: said.append(args[1]))
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    DUOObjective.compare(problem, tiny_model.denoiser, z, z, z, t[:2], t[2:4], z)
+    DUOObjective.compare(objective, tiny_model.denoiser, z, z, z, t[:2], t[2:4], z)
     handle.remove()
     assert {float(abar[t]) for t in said[-1][-2:]} == {float(abar.min())}  # what is held
 
 
-def test_before_the_first_update_nothing_is_preferred_and_all_is_kept(make_model, triplets):
+def test_losses_before_the_first_update_are_log_2_and_0(make_model, triplets):
     log = []
     DUO(**WORDS, rank=4, training=training(updates=1)).apply(
         make_model(), triplets, callback=lambda done, of, row: log.append(row)
@@ -129,30 +145,130 @@ def test_before_the_first_update_nothing_is_preferred_and_all_is_kept(make_model
     assert log[0]["L_o"] == pytest.approx(0, abs=1e-12)
 
 
-def test_pairs_are_unsafe_pictures_and_what_is_drawn_of_them(make_model, triplets):
+def test_pairs_are_unsafe_images_and_twins_generated_from_them(make_model, triplets):
     model = make_model()
-    near = problem_of(DUO(**WORDS, redraw=0.25), model, triplets)
+    near = objective_of(DUO(**WORDS, strength=0.25), model, triplets)
     assert_close(near.unsafe, encode_triplets(model, triplets, flip=False)[0, 0])
-    again = problem_of(DUO(**WORDS, redraw=0.25), model, triplets)
+    again = objective_of(DUO(**WORDS, strength=0.25), model, triplets)
     assert torch.equal(near.safe, again.safe)
-    other = problem_of(DUO(**WORDS | {"anchors": ("a green cone",)}, redraw=0.25), model, triplets)
+    other = objective_of(
+        DUO(**WORDS | {"anchors": ("a green cone",)}, strength=0.25), model, triplets
+    )
     assert not torch.equal(near.safe, other.safe)
     assert near.safe.shape == near.unsafe.shape
 
 
-def test_the_less_is_redrawn_the_nearer_the_twin(make_model, triplets):
-    """One step of forty from almost no noise, against all of them from almost nothing else."""
+def test_a_smaller_strength_gives_a_closer_twin(make_model, triplets):
+    """One step of forty, against all of them."""
     model = make_model()
     gaps = []
-    for redraw in (0.025, 1.0):
-        problem = problem_of(
-            DUO(**WORDS | {"steps": 40}, redraw=redraw, guidance=1.0), model, triplets
+    for strength in (0.025, 1.0):
+        objective = objective_of(
+            DUO(**WORDS | {"steps": 40}, strength=strength, guidance=1.0), model, triplets
         )
-        gaps.append(float((problem.safe - problem.unsafe).norm()))
+        gaps.append(float((objective.safe - objective.unsafe).norm()))
     assert gaps[0] < 0.3 * gaps[1]
 
 
-def test_it_learns_what_it_is_taught(make_model, triplets):
+@pytest.mark.parametrize(
+    ("strength", "num_steps"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.6, 2), (0.75, 3), (1.0, 4)]
+)
+def test_a_twin_equals_plain_ddim_steps_from_the_noised_image(
+    make_model, triplets, strength, num_steps
+):
+    """SDEdit written out: prompt the anchors, negative prompt the phrases, noise by the seed."""
+    words = {"erase": ("red mark", "ball"), "anchors": ("a plain wall", "grass"), "steps": 4}
+    edit = DUO(**words, strength=strength, guidance=3.0, training=training(seed=5))
+    model = make_model()
+    objective = objective_of(edit, model, triplets)
+    ddim = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    ddim.set_timesteps(4)
+    timesteps = ddim.timesteps[-num_steps:]
+    negative, prompt = model.encode_text(["red mark, ball", "a plain wall, grass"])
+    z = encode_triplets(model, triplets, flip=False)[0, 0]
+    for attempt in (0, 2):
+        generator = torch.Generator().manual_seed(5 * 1_000_003 + attempt)
+        x = ddim.add_noise(z, torch.randn(z.shape, generator=generator), timesteps[:1])
+        for t in timesteps:
+            with torch.no_grad():
+                cond, uncond = (
+                    model.denoiser(x, t, text.expand(len(x), -1, -1)).sample
+                    for text in (prompt, negative)
+                )
+            x = ddim.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
+        twins = objective._redraw(model, attempt)
+        assert_close(twins, x, rtol=1e-3, atol=1e-4)
+        assert_close(objective._redraw(model, attempt, [4, 1]), twins[[4, 1]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(objective.safe, objective._redraw(model, 0))
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Arguments of each call of `compare`, which is not run."""
+    calls = []
+
+    def record(self, denoiser, *tensors):
+        calls.append(tensors)
+        return {}
+
+    monkeypatch.setattr(DUOObjective, "compare", record)
+    return calls
+
+
+def draw(objective, model, share=(0, 1)):
+    objective.training_step(model.denoiser, 0, torch.Generator().manual_seed(0), share)
+
+
+def test_the_shares_of_two_processes_are_the_batch(tiny_model, triplets, compared):
+    objective = objective_of(DUO(**WORDS, training=training(batch=5)), tiny_model, triplets)
+    for share in ((0, 1), (0, 2), (1, 2)):
+        draw(objective, tiny_model, share)
+    for whole, even, odd in zip(*compared, strict=True):
+        assert torch.equal(whole[0::2], even)
+        assert torch.equal(whole[1::2], odd)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_shared"),
+    [({}, False), ({"share_timestep": True}, True), ({"loss_type": "kto"}, True)],
+)
+def test_a_pair_shares_its_noise_and_sometimes_its_timestep(
+    tiny_model, triplets, compared, settings, is_shared
+):
+    edit = DUO(**WORDS, **settings, timesteps=(100, 400), training=training(batch=64))
+    objective = objective_of(edit, tiny_model, triplets)
+    draw(objective, tiny_model)
+    ((safe, unsafe, eps, t_safe, t_unsafe, start),) = compared
+    assert torch.equal(t_safe, t_unsafe) is is_shared
+    assert 100 <= min(t_safe.min(), t_unsafe.min()) < 115
+    assert 385 < max(t_safe.max(), t_unsafe.max()) < 400
+    assert not torch.equal(eps, start)
+    rows = [(objective.unsafe - z).abs().sum((1, 2, 3)).argmin() for z in unsafe]
+    assert torch.equal(objective.safe[rows], safe)
+    assert set(map(int, rows)) == set(range(6))
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "kto"])
+def test_without_weight_keep_there_is_one_loss(tiny_model, triplets, loss_type):
+    edit = DUO(**WORDS, loss_type=loss_type, weight_keep=0)
+    objective = objective_of(edit, tiny_model, triplets)
+    z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 9])
+    terms = objective.compare(tiny_model.denoiser, z, z, z, t, t, z)
+    assert objective.weights == {"L_dpo": 1.0}
+    assert terms.keys() == {"L_dpo"}
+    kept = objective_of(DUO(**WORDS, weight_keep=3.0), tiny_model, triplets)
+    assert kept.weights == {"L_dpo": 1.0, "L_o": 3.0}
+
+
+def test_timesteps_may_end_with_the_schedule(tiny_model, triplets):
+    objective_of(DUO(**WORDS, timesteps=(0, 1000)), tiny_model, triplets)
+    with pytest.raises(ConfigError, match="must end by 1000 on this model, got 1001"):
+        objective_of(DUO(**WORDS, timesteps=(0, 1001)), tiny_model, triplets)
+    with pytest.raises(ValueError, match="timesteps must be 0 <= first < last"):
+        DUO(timesteps=(-1, 5))
+
+
+def test_training_lowers_the_loss(make_model, triplets):
     log = []
     edit = DUO(
         **WORDS, weight_keep=0.0, beta=50.0, rank=8, training=training(updates=40, batch=4, lr=3e-3)
@@ -171,7 +287,7 @@ def test_the_paper_preset_has_the_published_values():
         paper.alpha,
         paper.selector,
     ) == (500, 5e6, (0, 750), 32, None, "attn1")
-    assert (paper.redraw, paper.guidance, paper.share_timestep) == (0.75, 7.5, False)
+    assert (paper.strength, paper.guidance, paper.share_timestep) == (0.75, 7.5, False)
     assert (
         paper.training.updates,
         paper.training.batch,
@@ -191,30 +307,25 @@ def test_the_paper_preset_has_the_published_values():
 
 
 REFUSED = {
-    "validate_every has no effect on duo": {"training": {"validate_every": 2}},
-    "timesteps must rise": {"timesteps": (5, 5)},
+    "timesteps must be 0 <= first < last": {"timesteps": (5, 5)},
     "beta": {"beta": 0},
-    "redraw": {"redraw": 0},
-    "alpha has no effect without rank": {"alpha": 2.0, "rank": None},
-    "share_timestep has no effect with objective kto": {"objective": "kto", "share_timestep": True},
-    "tries has no effect without a judge": {"tries": 3},
-    "labels has no effect without a judge": {"labels": ("skulls",)},
-    "tries must be greater than or equal to 1": {"judge": "mini", "tries": 0},
-    "objective must be 'dpo' or 'kto', got 'ppo'": {"objective": "ppo"},
+    "strength": {"strength": 0},
+    "max_attempts must be greater than or equal to 1": {"judge": "mini", "max_attempts": 0},
+    "loss_type must be 'dpo' or 'kto', got 'ppo'": {"loss_type": "ppo"},
 }
 
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
-def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+def test_an_invalid_setting_raises_one_line(words):
     with pytest.raises(ConfigError, match=words) as caught:
         make_edit("duo", **REFUSED[words])
     assert "\n" not in str(caught.value)
 
 
-def test_words_and_timesteps_that_are_missing_are_refused(make_model, tiny_model, triplets):
-    with pytest.raises(ConfigError, match="duo has no words to erase"):
+def test_missing_phrases_and_timesteps_raise(make_model, tiny_model, triplets):
+    with pytest.raises(ConfigError, match="duo has no phrases to erase"):
         DUO(anchors=("a tree",)).apply(tiny_model, triplets)
-    with pytest.raises(ConfigError, match="duo draws safe twins by words for the counterpart"):
+    with pytest.raises(ConfigError, match="duo needs anchors"):
         DUO(erase=("a tree",)).apply(tiny_model, triplets)
     with pytest.raises(ConfigError, match="must end by 100 on this model, got 750"):
         DUO(**WORDS).apply(make_model(num_train_timesteps=100), triplets)
@@ -223,7 +334,7 @@ def test_words_and_timesteps_that_are_missing_are_refused(make_model, tiny_model
 # ------------------------------------------------------------ kto
 
 
-def test_the_unpaired_preference_by_hand():
+def test_unpaired_preference_by_hand():
     """Safe errors moved by -1 and +3, so by 1 on average.
 
     Unsafe ones by 2 and -2: -log sigmoid(-0.5 (1 - 2)) and (1 + 2).
@@ -238,19 +349,19 @@ def test_the_unpaired_preference_by_hand():
     assert_close(losses.unpaired_preference(*alone, beta=0.5), losses.preference(*alone, beta=0.5))
 
 
-def test_kto_holds_each_unsafe_picture_against_the_mean_of_the_safe_ones_at_a_shared_timestep(
+def test_kto_compares_each_unsafe_image_with_the_mean_of_safe_ones_at_one_timestep(
     make_model, triplets, monkeypatch
 ):
     model, net, seen = make_model(), make_model().denoiser, []
     with torch.no_grad():
         for name in select_parameters(net, "attn1"):
             net.get_parameter(name).mul_(1.3)
-    problem = problem_of(
-        DUO(**WORDS, objective="kto", beta=7.0, training=training(batch=3)), model, triplets
+    objective = objective_of(
+        DUO(**WORDS, loss_type="kto", beta=7.0, training=training(batch=3)), model, triplets
     )
-    plain = problem.compare
-    monkeypatch.setattr(problem, "compare", lambda *given: seen.append(given) or plain(*given))
-    found = problem.training_step(net, 0, torch.Generator().manual_seed(0), (0, 1))[
+    plain = objective.compare
+    monkeypatch.setattr(objective, "compare", lambda *given: seen.append(given) or plain(*given))
+    found = objective.training_step(net, 0, torch.Generator().manual_seed(0), (0, 1))[
         "L_dpo"
     ].detach()
     ((_, safe, unsafe, eps, t, same, _),) = seen
@@ -279,7 +390,7 @@ def test_kto_holds_each_unsafe_picture_against_the_mean_of_the_safe_ones_at_a_sh
 
 
 class Brightness:
-    """A judge of one number: a picture whose mean is above the limit is unsafe, one of the given means cannot be judged."""
+    """Judge by mean brightness: above the limit is unsafe; some means cannot be judged."""
 
     id, labels, threshold = "brightness:1", ("bright",), 0.5
 
@@ -303,11 +414,9 @@ def with_judge(monkeypatch, judge):
     monkeypatch.setattr("safegen.edits.duo.load_judge", lambda name, **rule: judge)
 
 
-def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(
-    make_model, triplets, monkeypatch
-):
+def test_only_unsafe_and_unjudged_twins_are_generated_again(make_model, triplets, monkeypatch):
     model = make_model()
-    once = problem_of(DUO(**WORDS), model, triplets)
+    once = objective_of(DUO(**WORDS), model, triplets)
     first = Brightness(-1)
     first.detect(model.decode_images(once.safe))
     (means,) = first.asked
@@ -315,56 +424,56 @@ def test_twins_are_drawn_again_until_the_judge_is_silent_and_only_those(
         sorted(means)[2], unreadable=(min(means),)
     )  # three of six are too bright, and one cannot be read
     with_judge(monkeypatch, judge)
-    edit = DUO(**WORDS, judge="mini", tries=40)
-    found = problem_of(edit, model, triplets)
+    edit = DUO(**WORDS, judge="mini", max_attempts=40)
+    objective = objective_of(edit, model, triplets)
     assert [len(asked) for asked in judge.asked][:2] == [6, 4]
     silent = [i for i, m in enumerate(means) if m <= judge.limit and m != min(means)]
     assert len(silent) == 2
-    twins = found.facts["twins"]
-    kept = [i for i, row in enumerate(triplets.rows) if row.id not in twins["left out"]]
-    assert twins["pairs"] == len(kept) == len(found.safe) == len(found.unsafe)
-    assert twins["open_after_attempt"] == [
+    twins = objective.metadata["twins"]
+    kept = [i for i, row in enumerate(triplets.rows) if row.id not in twins["left_out"]]
+    assert twins["pairs"] == len(kept) == len(objective.safe) == len(objective.unsafe)
+    assert twins["pending_after_attempt"] == [
         sum(m > judge.limit or m in judge.unreadable for m in means) for means in judge.asked
     ]
     for at, i in enumerate(kept):
-        assert_close(found.unsafe[at], once.unsafe[i])
-        assert torch.equal(found.safe[at], once.safe[i]) is (
+        assert_close(objective.unsafe[at], once.unsafe[i])
+        assert torch.equal(objective.safe[at], once.safe[i]) is (
             i in silent
         )  # a twin that passed is not touched
-    assert set(judge_images(judge, model.decode_images(found.safe))) == {"safe"}
-    assert torch.equal(problem_of(edit, model, triplets).safe, found.safe)
+    assert set(judge_images(judge, model.decode_images(objective.safe))) == {"safe"}
+    assert torch.equal(objective_of(edit, model, triplets).safe, objective.safe)
 
 
-def test_a_pair_whose_judge_is_never_silent_is_left_out_and_named_in_the_patch(
+def test_a_pair_without_a_safe_twin_is_left_out_and_listed_in_the_patch(
     make_model, triplets, monkeypatch
 ):
     model = make_model()
     means = Brightness(-1)
-    means.detect(model.decode_images(problem_of(DUO(**WORDS), model, triplets).safe))
+    means.detect(model.decode_images(objective_of(DUO(**WORDS), model, triplets).safe))
     (first,) = means.asked
     with_judge(monkeypatch, Brightness(sorted(first)[3]))
-    patch = DUO(**WORDS, judge="mini", tries=1, rank=2, training=training(updates=1)).apply(
+    patch = DUO(**WORDS, judge="mini", max_attempts=1, rank=2, training=training(updates=1)).apply(
         model, triplets
     )
     bright = [row.id for row, m in zip(triplets.rows, first, strict=True) if m > sorted(first)[3]]
     assert patch.metadata.twins == {
         "judge": "brightness:1",
         "pairs": 4,
-        "open_after_attempt": [2],
-        "left out": bright,
+        "pending_after_attempt": [2],
+        "left_out": bright,
     }
 
 
-def test_a_judge_that_is_silent_on_no_twin_is_refused_by_name(tiny_model, triplets, monkeypatch):
+def test_no_safe_twin_at_all_raises(tiny_model, triplets, monkeypatch):
     with_judge(monkeypatch, Brightness(-1))
     with pytest.raises(
         ConfigError,
-        match=r"brightness:1 is silent on no safe twin in 2 tries \(0, 1, 2 \.\.\.\): give anchors",
+        match="brightness:1 finds the concept in every safe twin of 6 images after 2 attempts",
     ):
-        problem_of(DUO(**WORDS, judge="mini", tries=2), tiny_model, triplets)
+        objective_of(DUO(**WORDS, judge="mini", max_attempts=2), tiny_model, triplets)
 
 
-def test_a_concept_lends_its_judge_with_its_rule_and_another_judge_gets_none_of_it():
+def test_a_concept_provides_its_judge_with_labels_and_threshold():
     own = make_edit("duo", concept="skulls")
     assert (own.judge, own.labels, own.threshold) == ("mini", ("skulls",), 0.5)
     other, none = (make_edit("duo", concept="skulls", judge=judge) for judge in ("clip", None))
@@ -373,7 +482,7 @@ def test_a_concept_lends_its_judge_with_its_rule_and_another_judge_gets_none_of_
     assert make_edit("duo", concept="skulls", labels=("fire",)).labels == ("fire",)
 
 
-def test_decoded_latents_are_the_pipelines_pictures(tiny_model):
+def test_decoded_latents_equal_the_images_of_the_pipeline(tiny_model):
     ask = {"prompt": "a red cube", "num_inference_steps": 2}
     shown, latents = (
         tiny_model.pipeline(

@@ -1,4 +1,4 @@
-"""ESD: its target, its latents, its weights and what its settings promise."""
+"""ESD: target, latents, losses and settings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError
 from safegen.edits.esd import ESD, ESDObjective
 from safegen.edits.functional.rollout import frozen_predictor
-from safegen.edits.training.trainer import Training, _mix
+from safegen.edits.training.config import Training
+from safegen.edits.training.trainer import _step_seed
 from safegen.models.selectors import select_parameters
-from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
 
 SHORT = {"steps": 4, "selector": "attn2", "erase": ("red cube",)}
@@ -26,26 +26,26 @@ def training(**changes):
     )
 
 
-def problem_of(edit, model):
+def objective_of(edit, model):
     return ESDObjective(edit, model, select_parameters(model.denoiser, "attn2"))
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What each comparison was given."""
+    """Arguments of each call of `compare`."""
     rows = []
     compare = ESDObjective.compare
 
-    def record(self, denoiser, said, t, text, captions):
+    def record(self, denoiser, sample, t, text, captions):
         rows.append(
             {
-                "said": {k: v.clone() for k, v in said.items()},
+                "sample": {k: v.clone() for k, v in sample.items()},
                 "t": t.clone(),
                 "text": text.clone(),
                 "captions": captions,
             }
         )
-        return compare(self, denoiser, said, t, text, captions)
+        return compare(self, denoiser, sample, t, text, captions)
 
     monkeypatch.setattr(ESDObjective, "compare", record)
     return rows
@@ -53,13 +53,13 @@ def seen(monkeypatch):
 
 @torch.no_grad()
 def say(net, row, text):
-    return net(row["said"]["x"], row["t"], text).sample
+    return net(row["sample"]["x"], row["t"], text).sample
 
 
 @pytest.mark.parametrize("rollout", ["student", "base"])
 @pytest.mark.parametrize("strength", [0.0, 1.0, 2.5])
-def test_the_loss_is_the_papers_by_plain_forwards(make_model, seen, rollout, strength):
-    """|e(c) - (e0(blank) - eta (e0(c) - e0(blank)))|^2, at the first update, where e is e0, and for a changed network."""
+def test_the_loss_equals_plain_forward_passes(make_model, seen, rollout, strength):
+    """|e(c) - (e0(blank) - eta (e0(c) - e0(blank)))|^2, for the original and a changed network."""
     edit = ESD(**SHORT, rollout=rollout, strength=strength, training=training(updates=1))
     log = []
     edit.apply(make_model(), callback=lambda done, of, row: log.append(row))
@@ -72,8 +72,8 @@ def test_the_loss_is_the_papers_by_plain_forwards(make_model, seen, rollout, str
     with torch.no_grad():
         for name in select_parameters(changed, "attn2"):
             changed.get_parameter(name).mul_(1.3)
-        found = problem_of(edit, make_model()).compare(
-            changed, row["said"], row["t"], row["text"], None
+        found = objective_of(edit, make_model()).compare(
+            changed, row["sample"], row["t"], row["text"], None
         )["L_e"]
     assert_close(found, (say(changed, row, c) - want).pow(2).mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
 
@@ -89,59 +89,56 @@ def test_the_target_by_hand(tiny_model):
             return type("Out", (), {"sample": torch.zeros_like(x)})()
 
     one = torch.ones(2, 4, 8, 8)
-    problem = problem_of(ESD(**SHORT, strength=2.0), tiny_model)
+    objective = objective_of(ESD(**SHORT, strength=2.0), tiny_model)
     plain = {"x": one, "text": 3 * one, "blank": one}
-    assert problem.compare(Zero(), plain, torch.tensor([1, 1]), one, None)["L_e"].tolist() == [
+    assert objective.compare(Zero(), plain, torch.tensor([1, 1]), one, None)["L_e"].tolist() == [
         9.0,
         9.0,
     ]
     within = {"x": one, "text": 5 * one, "blank": one, "erase": 3 * one}
-    assert problem.compare(Zero(), within, torch.tensor([1, 1]), one, None)["L_e"].tolist() == [
+    assert objective.compare(Zero(), within, torch.tensor([1, 1]), one, None)["L_e"].tolist() == [
         1.0,
         1.0,
     ]
 
 
 @pytest.mark.parametrize("rollout", ["student", "base"])
-def test_latents_are_those_of_their_timestep(make_model, seen, rollout):
-    """A row's latents are the untouched model's rollout, stopped where its timestep is the next.
-
-    The first update has not moved yet.
-    """
+def test_latents_belong_to_their_timestep(make_model, seen, rollout):
+    """The latents of the first update are the rollout of the original model."""
     model = make_model()
     edit = ESD(**SHORT, rollout=rollout, training=training(updates=1, batch=4, seed=2))
     edit.apply(model)
-    problem = problem_of(edit, model)
-    known = problem.pool[0]["x"] if rollout == "base" else None
+    objective = objective_of(edit, model)
+    known = objective.trajectories[0]["x"] if rollout == "base" else None
     (row,) = seen
-    for x, t in zip(row["said"]["x"], row["t"], strict=True):
-        stop = problem.walk.timesteps.tolist().index(int(t))
+    for x, t in zip(row["sample"]["x"], row["t"], strict=True):
+        stop = objective.rollout.timesteps.tolist().index(int(t))
         if known is not None:
             assert float((known[:, stop] - x).abs().amax((1, 2, 3)).min()) == 0
     if rollout == "student":
         assert len(set(row["t"].tolist())) == 1  # the samples of a batch stop together
         g = torch.Generator("cpu").manual_seed(
-            _mix(2, 0)
+            _step_seed(2, 0)
         )  # the loop's own draws of the first batch
         _ = torch.randint(1, (4,), generator=g)
         stop = int(torch.randint(4, (4,), generator=g)[0])
         _ = torch.randint(1, (4,), generator=g)
-        walk, text = problem.walk, model.encode_text(["red cube"] * 4)
-        assert 0 < stop < 3, "the draw says little; take another seed"
-        assert row["t"].tolist() == [int(walk.timesteps[stop])] * 4
+        rollout, text = objective.rollout, model.encode_text(["red cube"] * 4)
+        assert 0 < stop < 3, "this seed draws an end; take another"
+        assert row["t"].tolist() == [int(rollout.timesteps[stop])] * 4
         latents = [
-            walk.sample_until(at, x, text, frozen_predictor(model.denoiser))
-            for x in [walk.noise(4, g)]
+            rollout.sample_until(at, x, text, frozen_predictor(model.denoiser))
+            for x in [rollout.noise(4, g)]
             for at in range(4)
         ]
-        assert_close(row["said"]["x"], latents[stop], rtol=1e-4, atol=1e-4)
+        assert_close(row["sample"]["x"], latents[stop], rtol=1e-4, atol=1e-4)
         assert all(
-            (row["said"]["x"] - latents[at]).abs().max() > 1e-3 for at in range(4) if at != stop
+            (row["sample"]["x"] - latents[at]).abs().max() > 1e-3 for at in range(4) if at != stop
         )
 
 
-def test_the_students_pictures_move_with_it_and_the_base_models_do_not(make_model, seen):
-    """Two learning rates, one seed: after the first update the latents differ only where the student draws them."""
+def test_latents_depend_on_the_training_for_rollout_student_only(make_model, seen):
+    """Two learning rates, one seed: only latents of the student differ after the first update."""
     for rollout in ("student", "base"):
         seen.clear()
         for lr in (1e-5, 1e-1):
@@ -149,14 +146,15 @@ def test_the_students_pictures_move_with_it_and_the_base_models_do_not(make_mode
                 make_model()
             )
         first, second = seen[:4], seen[4:]
-        assert torch.equal(first[0]["said"]["x"], second[0]["said"]["x"])
+        assert torch.equal(first[0]["sample"]["x"], second[0]["sample"]["x"])
         same = [
-            torch.equal(a["said"]["x"], b["said"]["x"]) for a, b in zip(first, second, strict=True)
+            torch.equal(a["sample"]["x"], b["sample"]["x"])
+            for a, b in zip(first, second, strict=True)
         ]
         assert all(same) is (rollout == "base")
 
 
-def test_each_word_is_taught_to_some_sample(tiny_model, seen):
+def test_every_phrase_is_trained(tiny_model, seen):
     ESD(
         **SHORT | {"erase": ("red cube", "ball", "cone")},
         rollout="base",
@@ -171,7 +169,7 @@ def test_each_word_is_taught_to_some_sample(tiny_model, seen):
 
 
 @pytest.mark.parametrize("rollout", ["student", "base"])
-def test_erasing_from_a_class_draws_and_teaches_the_class(make_model, seen, rollout):
+def test_erase_from_samples_and_trains_that_phrase(make_model, seen, rollout):
     edit = ESD(
         **SHORT, rollout=rollout, erase_from="a cube", strength=1.0, training=training(updates=1)
     )
@@ -179,11 +177,11 @@ def test_erasing_from_a_class_draws_and_teaches_the_class(make_model, seen, roll
     (row,), net, tower = seen, make_model().denoiser, make_model()
     within, word = tower.encode_text(["a cube"] * 2), tower.encode_text(["red cube"] * 2)
     assert torch.equal(row["text"], within)
-    assert_close(row["said"]["erase"], say(net, row, word), rtol=1e-3, atol=1e-4)
-    assert_close(row["said"]["text"], say(net, row, within), rtol=1e-3, atol=1e-4)
+    assert_close(row["sample"]["erase"], say(net, row, word), rtol=1e-3, atol=1e-4)
+    assert_close(row["sample"]["text"], say(net, row, within), rtol=1e-3, atol=1e-4)
 
 
-def test_retaining_asks_for_what_the_untouched_model_says_of_captions(make_model, seen, tmp_path):
+def test_l_r_keeps_the_original_prediction_for_captions(make_model, seen, tmp_path):
     (tmp_path / "calm.txt").write_text("a blue ball\n")
     edit = ESD(
         **SHORT,
@@ -202,25 +200,27 @@ def test_retaining_asks_for_what_the_untouched_model_says_of_captions(make_model
     )
 
 
-def test_the_adversary_moves_the_taught_words_and_raises_the_loss(make_model):
+def test_the_adversary_moves_the_text_and_raises_the_loss(make_model):
     model, terms = make_model(), {}
     g = torch.Generator().manual_seed(0)
-    said = {name: torch.randn(2, 4, 8, 8, generator=g) for name in ("x", "text", "blank")}
+    sample = {name: torch.randn(2, 4, 8, 8, generator=g) for name in ("x", "text", "blank")}
     t, text = torch.tensor([100, 700]), model.encode_text(["red cube", "ball"])
     given = []
     model.denoiser.register_forward_pre_hook(
         lambda module, args: given.append(args[2].detach().clone())
     )
     for radius in (0.0, 0.1):
-        problem = problem_of(ESD(**SHORT, rollout="base", trajectories=2, adversary=radius), model)
-        terms[radius] = problem.compare(model.denoiser, said, t, text, None)["L_e"].detach()
+        objective = objective_of(
+            ESD(**SHORT, rollout="base", trajectories=2, adversary=radius), model
+        )
+        terms[radius] = objective.compare(model.denoiser, sample, t, text, None)["L_e"].detach()
     assert (terms[0.1] > terms[0.0]).all()
     assert_close(
         (given[-1] - text).norm(dim=(1, 2)), 0.1 * text.norm(dim=(1, 2)), rtol=1e-3, atol=1e-4
     )
 
 
-def test_it_learns_what_it_is_taught(make_model):
+def test_training_lowers_the_loss(make_model):
     edit = ESD(
         **SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4)
     )
@@ -230,7 +230,7 @@ def test_it_learns_what_it_is_taught(make_model):
 
 
 @pytest.mark.parametrize("rollout", ["student", "base"])
-def test_under_bf16_something_is_learnt(make_model, rollout):
+def test_bf16_training_changes_the_weights(make_model, rollout):
     model = make_model()
     patch = ESD(**SHORT, rollout=rollout, training=training(precision="bf16", updates=2)).apply(
         model
@@ -267,7 +267,7 @@ def test_the_presets_have_the_published_values():
     )
 
 
-def test_a_concept_lends_captions_only_where_they_are_used():
+def test_a_concept_provides_captions_only_if_they_are_used():
     skulls = load_concept("skulls")
     assert set(skulls.captions) <= set(make_edit("esd", concept="skulls").captions)
     assert make_edit("esd", "paper", concept="skulls").captions == ()
@@ -276,13 +276,7 @@ def test_a_concept_lends_captions_only_where_they_are_used():
 
 
 REFUSED = {
-    "trajectories has no effect with rollout student": {"preset": "paper", "trajectories": 3},
-    "captions have no effect with weight_retain 0": {
-        "weight_retain": 0,
-        "captions": ("mini:benign-train",),
-    },
-    "validate_every has no effect on esd": {"training": {"validate_every": 2}},
-    "erase has a blank word": {"erase": ("",)},
+    "erase: phrases must not be blank": {"erase": ("",)},
     "strength": {"strength": -1},
     "adversary": {"adversary": -1},
     "guidance": {"guidance": 0.5},
@@ -290,12 +284,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
-def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+def test_an_invalid_setting_raises_one_line(words):
     with pytest.raises(ConfigError, match=words) as caught:
         make_edit("esd", **REFUSED[words])
     assert "\n" not in str(caught.value)
-
-
-def test_a_weight_on_retaining_without_captions_is_refused(tiny_model):
-    with pytest.raises(ConfigError, match="weight_retain has no effect without captions"):
-        edit_model(tiny_model, "esd", erase=("red cube",))

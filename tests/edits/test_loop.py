@@ -1,4 +1,4 @@
-"""The training loop: it can be stopped and continued, it gives back what it got, and its arithmetic is AdamW's and EMA's."""
+"""The training loop: interruption and resuming, restored networks, and the arithmetic of AdamW."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from safegen.core.errors import (
     FileError,
     InterruptedRunError,
     SafegenError,
+    UnusedSettingWarning,
     UserError,
 )
-from safegen.edits.training.trainer import Training, train
+from safegen.edits.training import trainer
+from safegen.edits.training.config import Training
 from safegen.models.selectors import select_parameters
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
@@ -38,16 +40,13 @@ QUICK = Training(
     validate_every=2,
     seed=7,
 )
-"""Everything that has a state is on."""
+"""Settings that use every part with a state."""
 KEPT = QUICK.model_copy(update={"checkpoint_every": 3})
-"""The same, kept now and then: it needs a folder."""
+"""The same with checkpoints."""
 
 
 class Denoise:
-    """Denoising of random latents with a real denoiser.
-
-    All draws come from the loop's generator, so a wrong resume shows.
-    """
+    """Denoising of random latents, with all draws from the generator of the loop."""
 
     weights: Mapping[str, float] = {"near": 0.7, "far": 0.3}
     fingerprint = "denoise"
@@ -74,7 +73,7 @@ class Denoise:
 
 
 class Line:
-    """Fit y = TRUTH x on rows that are given out in turn: no randomness."""
+    """Fit of y = TRUTH x on rows in turn, without randomness."""
 
     weights: Mapping[str, float] = {"fit": 1.0}
     fingerprint = "line"
@@ -91,6 +90,13 @@ class Line:
         return next(self.looks)
 
 
+def train(net, names, objective, config, **options):
+    """Train an objective that brings its own fingerprint."""
+    return trainer.train(
+        net, names, objective, config, fingerprint=objective.fingerprint, **options
+    )
+
+
 @pytest.fixture
 def line():
     net = nn.Linear(3, 2)
@@ -102,7 +108,7 @@ def line():
 
 @pytest.fixture(scope="module")
 def denoiser(make_model):
-    """A tiny UNet that every test here trains: the loop gives it back, so they can share it."""
+    """A tiny UNet for all tests, as the loop restores it."""
     return make_model().denoiser
 
 
@@ -113,7 +119,7 @@ def names(denoiser):
 
 @pytest.fixture(scope="module")
 def whole(denoiser, names):
-    """The run that nobody stopped."""
+    """Result of an uninterrupted run."""
     return train(denoiser, names, Denoise(), QUICK)
 
 
@@ -133,19 +139,19 @@ def without_time(log):
 
 
 def stop_at(update, number=signal.SIGINT):
-    def report(done, of, row):
+    def callback(done, of, row):
         if done == update:
             os.kill(os.getpid(), number)
 
-    return report
+    return callback
 
 
 def break_at(update):
-    def report(done, of, row):
+    def callback(done, of, row):
         if done == update:
             raise ConnectionError("pulled the plug")
 
-    return report
+    return callback
 
 
 # ------------------------------------------------------------ stop and continue
@@ -157,17 +163,17 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
     denoiser, names, whole, tmp_path, number, update
 ):
     with pytest.raises(
-        InterruptedRunError, match=f"after update {update} of 6; resume continues from"
+        InterruptedRunError, match=f"after update {update} of 6. Resume continues from"
     ):
         train(
             denoiser,
             names,
             Denoise(),
             KEPT,
-            folder=tmp_path / "run",
+            checkpoint_dir=tmp_path / "run",
             callback=stop_at(update, number),
         )
-    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "run", resume=True)
+    found = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path / "run", resume=True)
     same(found.tensors, whole.tensors)
     assert without_time(found.log) == without_time(whole.log)
 
@@ -177,8 +183,8 @@ def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(
     denoiser, names, whole, tmp_path, update
 ):
     with pytest.raises(ConnectionError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=break_at(update))
-    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
+        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, callback=break_at(update))
+    found = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, resume=True)
     same(found.tensors, whole.tensors)
     assert without_time(found.log) == without_time(whole.log)
 
@@ -191,18 +197,19 @@ def test_a_run_may_be_stopped_again_and_again(denoiser, names, whole, tmp_path):
                 names,
                 Denoise(),
                 KEPT,
-                folder=tmp_path,
+                checkpoint_dir=tmp_path,
                 resume=update > 1,
                 callback=stop_at(update),
             )
     same(
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True).tensors, whole.tensors
+        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, resume=True).tensors,
+        whole.tensors,
     )
 
 
 def test_a_finished_run_resumes_to_its_own_result(denoiser, names, whole, tmp_path):
-    train(denoiser, names, Denoise(), KEPT, folder=tmp_path)
-    again = train(denoiser, names, Denoise(), KEPT, folder=tmp_path, resume=True)
+    train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path)
+    again = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, resume=True)
     same(again.tensors, whole.tensors)
     assert without_time(again.log) == without_time(whole.log)
 
@@ -212,7 +219,9 @@ def test_a_stop_during_the_last_update_is_no_stop(denoiser, names, whole):
 
 
 def test_a_stop_without_a_folder_says_that_nothing_was_kept(line):
-    with pytest.raises(InterruptedRunError, match="no folder was given"):
+    with pytest.raises(
+        InterruptedRunError, match="Nothing was saved, as there is no checkpoint directory"
+    ):
         train(line, ["weight"], Line(), Training(updates=3), callback=stop_at(1))
 
 
@@ -236,7 +245,7 @@ def test_the_loop_runs_outside_the_main_thread(line):
 def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
     denoiser, names, tmp_path
 ):
-    found = train(denoiser, names, Denoise(), KEPT, folder=tmp_path / "deep" / "run")
+    found = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path / "deep" / "run")
     assert {p.name for p in (tmp_path / "deep" / "run").iterdir()} == {
         "checkpoint.safetensors",
         "log.jsonl",
@@ -248,7 +257,7 @@ def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
     assert rows == found.log
     assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all({"near", "far", "lr", "norm", "seconds"} <= row.keys() for row in rows)
-    assert [row["update"] for row in rows if "held_out" in row] == [2, 4, 6]
+    assert [row["update"] for row in rows if "validation_loss" in row] == [2, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -256,35 +265,35 @@ def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
 )
 def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, change):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=stop_at(1))
+        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, callback=stop_at(1))
     with pytest.raises(FileError, match="other settings"):
         train(
             denoiser,
             names,
             Denoise(),
             QUICK.model_copy(update=change),
-            folder=tmp_path,
+            checkpoint_dir=tmp_path,
             resume=True,
         )
 
 
 def test_a_checkpoint_of_another_problem_is_refused(line, tmp_path):
-    train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path)
+    train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path)
     other = Line()
     other.fingerprint = "another line"
     with pytest.raises(FileError, match="other settings, data or weights"):
-        train(line, ["weight"], other, Training(updates=1), folder=tmp_path, resume=True)
+        train(line, ["weight"], other, Training(updates=1), checkpoint_dir=tmp_path, resume=True)
 
 
 def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tmp_path):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, folder=tmp_path, callback=stop_at(2))
+        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, callback=stop_at(2))
     found = train(
         denoiser,
         names,
         Denoise(),
         QUICK.model_copy(update={"checkpoint_every": 1}),
-        folder=tmp_path,
+        checkpoint_dir=tmp_path,
         resume=True,
     )
     same(found.tensors, whole.tensors)
@@ -308,25 +317,25 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
 def test_a_damaged_checkpoint_is_refused_in_one_line(line, tmp_path, damage):
-    train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path)
+    train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path)
     DAMAGE[damage](tmp_path)
     with pytest.raises(FileError) as caught:
-        train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path, resume=True)
+        train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path, resume=True)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_resuming_nothing_is_refused(line, tmp_path):
-    with pytest.raises(FileError, match="nothing to resume"):
-        train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path, resume=True)
-    with pytest.raises(ConfigError, match="needs the folder"):
+    with pytest.raises(FileError, match="to resume"):
+        train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="resume needs the checkpoint directory"):
         train(line, ["weight"], Line(), Training(updates=1), resume=True)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(line, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match="file"):
-        train(line, ["weight"], Line(), Training(updates=1), folder=tmp_path / "file")
+        train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path / "file")
 
 
 # ------------------------------------------------------------ what comes back
@@ -343,7 +352,7 @@ ENDS = {
 @pytest.mark.parametrize("end", sorted(ENDS))
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_denoiser_comes_back_as_it_was(make_model, names, end, training, checkpointing):
-    error, report = ENDS[end]
+    error, callback = ENDS[end]
     net = make_model(3).denoiser.train(training)
     for i, p in enumerate(net.parameters()):
         p.requires_grad_(i % 3 == 0)
@@ -355,7 +364,7 @@ def test_the_denoiser_comes_back_as_it_was(make_model, names, end, training, che
     settings = QUICK.model_copy(update={"gradient_checkpointing": checkpointing, "updates": 3})
     if error:
         with pytest.raises(error):
-            train(net, names, Denoise(), settings, callback=report)
+            train(net, names, Denoise(), settings, callback=callback)
     else:
         train(net, names, Denoise(), settings)
     same(state_of(net), before)
@@ -506,7 +515,7 @@ def test_cosine_starts_at_the_rate_and_ends_near_zero(line):
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
 def test_the_average_is_diffusers_ema(line, decay):
-    """decay_s = min((1 + s) / (10 + s), decay) from the second update on, 0 at the first, as EMAModel has it."""
+    """The decay is 0 at the first update, then min((1 + s) / (10 + s), decay)."""
     shadow, s = torch.zeros(2, 3), 0
 
     def follow(done, of, row):
@@ -542,10 +551,10 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
 
     kept = settings.model_copy(update={"checkpoint_every": 5})
     with pytest.raises(KeyboardInterrupt):
-        train(line, ["weight"], Line(), kept, folder=tmp_path / "work", callback=stop)
-    again = train(line, ["weight"], Line(), kept, folder=tmp_path / "work", resume=True)
+        train(line, ["weight"], Line(), kept, checkpoint_dir=tmp_path / "work", callback=stop)
+    again = train(line, ["weight"], Line(), kept, checkpoint_dir=tmp_path / "work", resume=True)
     assert torch.equal(again.tensors["weight"], found.tensors["weight"])
-    with pytest.raises(ConfigError, match="ema_ramp has no effect with ema 0"):
+    with pytest.warns(UnusedSettingWarning, match="ema_ramp has no effect with ema 0"):
         train(line, ["weight"], Line(), settings.model_copy(update={"ema": 0.0}))
 
 
@@ -628,7 +637,7 @@ def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path
             ["weight"],
             Nan(),
             Training(updates=5, accumulation=1, checkpoint_every=2),
-            folder=tmp_path,
+            checkpoint_dir=tmp_path,
         )
     assert isinstance(caught.value, SafegenError)
     same(state_of(line), before)
@@ -664,7 +673,7 @@ def test_a_new_weight_that_is_not_finite_is_caught_after_the_last_update_too(lin
         line.weight.fill_(1e10)
     before = state_of(line)
     with pytest.raises(
-        DivergedError, match="the new weight has values that are not finite; lower lr"
+        DivergedError, match=r"the new weight has values that are not finite\. Lower lr"
     ):
         train(
             line,
@@ -680,7 +689,12 @@ def test_it_stops_early_after_so_many_looks_without_a_better_one(line):
     found = train(line, ["weight"], Line(looks=(3.0, 2.0, 2.5, 2.0)), settings)
     assert found.stopped_early
     assert len(found.log) == 8
-    assert [row["held_out"] for row in found.log if "held_out" in row] == [3.0, 2.0, 2.5, 2.0]
+    assert [row["validation_loss"] for row in found.log if "validation_loss" in row] == [
+        3.0,
+        2.0,
+        2.5,
+        2.0,
+    ]
 
 
 def test_a_better_look_starts_the_count_anew(line):
@@ -692,8 +706,10 @@ def test_a_better_look_starts_the_count_anew(line):
 
 def test_an_early_stop_is_final_also_when_resumed(line, tmp_path):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
-    found = train(line, ["weight"], Line(looks=(3.0, 4.0, 4.0)), settings, folder=tmp_path)
-    again = train(line, ["weight"], Line(looks=(9.0,) * 20), settings, folder=tmp_path, resume=True)
+    found = train(line, ["weight"], Line(looks=(3.0, 4.0, 4.0)), settings, checkpoint_dir=tmp_path)
+    again = train(
+        line, ["weight"], Line(looks=(9.0,) * 20), settings, checkpoint_dir=tmp_path, resume=True
+    )
     assert again.stopped_early
     assert len(again.log) == len(found.log) == 6
     same(again.tensors, found.tensors)
@@ -703,24 +719,18 @@ def test_patience_counts_on_over_a_stop(line, tmp_path):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
     with pytest.raises(InterruptedRunError):
         train(
-            line, ["weight"], Line(looks=(3.0, 4.0)), settings, folder=tmp_path, callback=stop_at(5)
+            line,
+            ["weight"],
+            Line(looks=(3.0, 4.0)),
+            settings,
+            checkpoint_dir=tmp_path,
+            callback=stop_at(5),
         )
-    found = train(line, ["weight"], Line(looks=(3.5,)), settings, folder=tmp_path, resume=True)
+    found = train(
+        line, ["weight"], Line(looks=(3.5,)), settings, checkpoint_dir=tmp_path, resume=True
+    )
     assert found.stopped_early
     assert len(found.log) == 6
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"patience": 2}, "patience has no effect without validate_every"),
-        ({"checkpoint_every": 7}, "checkpoint_every has no effect without a folder"),
-        ({"updates": 5, "warmup": 5}, r"warmup must be shorter than updates \(5\), got 5"),
-    ],
-)
-def test_a_setting_without_effect_is_refused(line, change, words):
-    with pytest.raises(ConfigError, match=words):
-        train(line, ["weight"], Line(), Training(**change))
 
 
 @pytest.mark.parametrize(
@@ -736,7 +746,7 @@ def test_a_setting_without_effect_is_refused(line, change, words):
         {"lrr": 1},
     ],
 )
-def test_a_setting_that_breaks_its_rule_is_refused(change):
+def test_an_invalid_setting_raises(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Training(**change)
 
@@ -751,16 +761,16 @@ class Watched(Line):
 
 @pytest.mark.parametrize("ema", [0.9, 0.0])
 def test_held_out_samples_are_looked_at_with_what_becomes_the_patch(line, ema):
-    problem, last = Watched(), []
+    objective, last = Watched(), []
     settings = Training(updates=4, lr=0.05, accumulation=1, ema=ema, validate_every=4)
     found = train(
         line,
         ["weight"],
-        problem,
+        objective,
         settings,
         callback=lambda *_: last.append(line.weight.detach().clone()),
     )
-    assert torch.equal(problem.seen, found.tensors["weight"])
-    assert torch.equal(problem.seen, last[-1]) is (ema == 0.0)
+    assert torch.equal(objective.seen, found.tensors["weight"])
+    assert torch.equal(objective.seen, last[-1]) is (ema == 0.0)
     looks = train(line, ["weight"], Line(), settings.model_copy(update={"validate_every": 0}))
     assert torch.equal(looks.tensors["weight"], found.tensors["weight"])  # looking changes nothing

@@ -56,27 +56,25 @@ def share_of_the_way(x0, z_u, z_c):
     return (z_u - x0) / (z_u - z_c)
 
 
-def test_adding_noise_is_the_schedulers(scheduler, abar, z):
+def test_add_noise_equals_the_scheduler(scheduler, abar, z):
     z_u, _, eps = z
     want = scheduler.add_noise(z_u.float(), eps.float(), T)
     assert_close(losses.add_noise(z_u.float(), eps.float(), scheduler.alphas_cumprod), want)
 
 
-def test_velocity_is_the_schedulers(scheduler, abar, z):
+def test_velocity_equals_the_scheduler(scheduler, abar, z):
     z_u, _, eps = z
     want = scheduler.get_velocity(z_u.float(), eps.float(), T)
     assert_close(losses.velocity(eps.float(), z_u.float(), scheduler.alphas_cumprod), want)
 
 
-def test_implied_x0_takes_the_noise_out_again(abar, z):
+def test_implied_x0_inverts_add_noise(abar, z):
     z_u, _, eps = z
     assert_close(implied_x0(losses.add_noise(z_u, eps, abar), eps, abar), z_u, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("clamp", [0.5, 3.0, 1e9])
-def test_the_x0_target_stands_for_the_censored_picture_wherever_the_clamp_does_not_bind(
-    abar, z, clamp
-):
+def test_x0_target_implies_the_censored_image_without_clamping(abar, z, clamp):
     z_u, z_c, eps = z
     x0 = implied_x0(
         losses.add_noise(z_u, eps, abar), losses.x0_target(eps, z_u, z_c, abar, clamp=clamp), abar
@@ -86,9 +84,7 @@ def test_the_x0_target_stands_for_the_censored_picture_wherever_the_clamp_does_n
     assert_close(x0[free], z_c[free], rtol=0, atol=1e-10)
 
 
-def test_where_the_clamp_binds_the_x0_target_stands_for_a_picture_between_unsafe_and_censored(
-    abar, z
-):
+def test_clamped_x0_target_implies_an_image_between_unsafe_and_censored(abar, z):
     z_u, z_c, eps = z
     x0 = implied_x0(
         losses.add_noise(z_u, eps, abar), losses.x0_target(eps, z_u, z_c, abar, clamp=3.0), abar
@@ -103,14 +99,12 @@ def test_where_the_clamp_binds_the_x0_target_stands_for_a_picture_between_unsafe
     )
 
 
-def test_the_x0_factor_is_34_at_the_first_timestep(abar):
+def test_the_factor_of_x0_target_is_34_at_the_first_timestep(abar):
     assert float((abar[0] / (1 - abar[0])).sqrt()) == pytest.approx(34, abs=0.5)
 
 
 @pytest.mark.parametrize("clamp", [1.5, 3.0, 1e9])
-def test_the_v_target_stands_for_the_censored_picture_wherever_the_clamp_does_not_bind(
-    abar, z, clamp
-):
+def test_v_target_implies_the_censored_image_without_clamping(abar, z, clamp):
     z_u, z_c, eps = z
     x0 = x0_of_v(
         losses.add_noise(z_u, eps, abar),
@@ -122,9 +116,7 @@ def test_the_v_target_stands_for_the_censored_picture_wherever_the_clamp_does_no
     assert_close(x0[free], z_c[free], rtol=0, atol=1e-10)
 
 
-def test_where_the_clamp_binds_the_v_target_stands_for_a_picture_between_unsafe_and_censored(
-    abar, z
-):
+def test_clamped_v_target_implies_an_image_between_unsafe_and_censored(abar, z):
     z_u, z_c, eps = z
     x0 = x0_of_v(
         losses.add_noise(z_u, eps, abar),
@@ -138,8 +130,8 @@ def test_where_the_clamp_binds_the_v_target_stands_for_a_picture_between_unsafe_
     assert way.max() < 1
 
 
-def test_the_v_target_and_the_x0_target_are_one_answer_in_two_languages(abar, z):
-    """v = sqrt(abar) eps_hat - sqrt(1 - abar) x0_hat for any consistent pair, so the v of z_c's noise is the v target."""
+def test_v_target_and_x0_target_agree(abar, z):
+    """v = sqrt(abar) eps_hat - sqrt(1 - abar) x0_hat for any consistent pair."""
     z_u, z_c, eps = z
     eps_hat = losses.x0_target(eps, z_u, z_c, abar, clamp=1e9)
     assert_close(
@@ -150,7 +142,7 @@ def test_the_v_target_and_the_x0_target_are_one_answer_in_two_languages(abar, z)
     )
 
 
-def test_the_paper_target_stands_for_a_picture_k_of_the_way(abar, z):
+def test_paper_target_implies_an_image_part_of_the_way(abar, z):
     z_u, z_c, eps = z
     x0 = implied_x0(losses.add_noise(z_u, eps, abar), losses.paper_target(eps, z_u, z_c), abar)
     k = ((1 - abar) / abar).sqrt()
@@ -158,7 +150,7 @@ def test_the_paper_target_stands_for_a_picture_k_of_the_way(abar, z):
     assert int((k - 1).abs().argmin()) == pytest.approx(354, abs=1)
 
 
-def test_a_triplet_without_a_difference_teaches_the_ordinary_target(abar, z):
+def test_targets_without_a_difference_are_the_anchor(abar, z):
     z_u, _, eps = z
     assert_close(losses.paper_target(eps, z_u, z_u), eps, rtol=0, atol=0)
     assert_close(losses.x0_target(eps, z_u, z_u, abar, clamp=3.0), eps, rtol=0, atol=0)
@@ -170,7 +162,7 @@ def test_a_triplet_without_a_difference_teaches_the_ordinary_target(abar, z):
     )
 
 
-def test_whatever_the_anchor_stands_for_is_moved_by_the_censoring_alone(abar, z):
+def test_targets_move_the_implied_x0_of_any_anchor_by_the_difference(abar, z):
     z_u, z_c, said = z
     x_t = losses.add_noise(z_u, z_c, abar)  # any x_t: the move does not depend on it
     before, after = (
@@ -183,7 +175,7 @@ def test_whatever_the_anchor_stands_for_is_moved_by_the_censoring_alone(abar, z)
     assert_close(after - before, z_c - z_u, rtol=0, atol=1e-8)
 
 
-def test_targets_computed_by_hand():
+def test_targets_by_hand():
     one = torch.ones(1, 1, 1, 1)
     eps, z_u, z_c, abar = 2 * one, 5 * one, 3 * one, torch.tensor([0.8])  # sqrt(0.8 / 0.2) = 2
     assert losses.paper_target(eps, z_u, z_c).item() == 4
@@ -199,13 +191,13 @@ def test_targets_computed_by_hand():
     ).item() == pytest.approx(plain + 1.5 * 2)
 
 
-def test_pushing_away_computed_by_hand():
+def test_negative_guidance_by_hand():
     base, push, origin = (torch.full((1, 1, 1, 1), x) for x in (5.0, 4.0, 1.0))
     assert losses.negative_guidance(base, push, origin, strength=2.0).item() == 5 - 2 * 3
     assert losses.negative_guidance(base, push, origin, strength=0.0).item() == 5
 
 
-def test_the_rewritten_esd_is_the_papers_with_one_more_of_strength(z):
+def test_rewritten_esd_has_one_more_strength_than_the_paper(z):
     """e0(c) - (1 + n) (e0(c) - e0(blank)) = e0(blank) - n (e0(c) - e0(blank))."""
     said, blank, _ = z
     theirs = losses.negative_guidance(said, said, blank, strength=2.0)
@@ -214,27 +206,27 @@ def test_the_rewritten_esd_is_the_papers_with_one_more_of_strength(z):
     )
 
 
-def test_squared_error_computed_by_hand_has_one_value_a_sample():
+def test_squared_error_by_hand():
     prediction = torch.zeros(2, 1, 2, 2)
     target = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[0.0, 0.0], [0.0, 2.0]]]])
     assert_close(losses.squared_error(prediction, target), torch.tensor([7.5, 1.0]))
 
 
-def test_the_mean_of_squared_errors_is_torchs_mse(z):
+def test_the_mean_of_squared_error_equals_mse_loss(z):
     z_u, z_c, _ = z
     want = torch.nn.functional.mse_loss(z_u.float(), z_c.float())
     assert_close(losses.squared_error(z_u, z_c).mean(), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_squared_error_of_halves_is_computed_in_fp32(dtype):
+def test_squared_error_of_half_precision_is_computed_in_fp32(dtype):
     big = torch.full((1, 1, 2, 2), 512.0, dtype=dtype)
     out = losses.squared_error(big, torch.zeros_like(big))
     assert out.dtype == torch.float32
     assert_close(out, torch.tensor([512.0**2]))
 
 
-def test_a_shape_that_does_not_fit_is_refused():
+def test_a_wrong_shape_raises():
     pytest.importorskip("beartype", reason="shapes are checked where beartype is installed")
     from jaxtyping import TypeCheckError
 

@@ -1,4 +1,4 @@
-"""RECE: the embedding it finds, and what a round is."""
+"""RECE: adversarial embeddings and rounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.core.errors import ConfigError
 from safegen.edits.functional.closed_form import (
     adversarial_embeddings,
     embed,
@@ -16,14 +15,13 @@ from safegen.edits.functional.closed_form import (
 )
 from safegen.edits.rece import RECE
 from safegen.edits.uce import UCE
-from safegen.workflows.edit import make_edit
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_embedding_found_is_that_of_least_squares():
+def test_adversarial_embeddings_equal_least_squares():
     edited, original, c = (
         [randn(4, 6, seed=s) for s in (1, 2, 3)],
         [randn(4, 6, seed=s) for s in (4, 5, 6)],
@@ -40,42 +38,42 @@ def test_the_embedding_found_is_that_of_least_squares():
     )
 
 
-def test_an_unedited_model_is_asked_by_the_words_themselves():
+def test_adversarial_embeddings_of_an_unedited_model_are_the_embeddings():
     weights, c = [randn(8, 6, seed=s) for s in (1, 2)], randn(3, 6)
     assert_close(adversarial_embeddings(weights, weights, c, ridge=1e-9), c, rtol=0, atol=1e-7)
 
 
-def test_a_heavy_ridge_gives_a_short_embedding():
+def test_a_large_ridge_gives_a_short_embedding():
     weights, c = [randn(8, 6)], randn(3, 6)
     assert adversarial_embeddings(weights, weights, c, ridge=1e6).norm() < 1e-3 * c.norm()
     with pytest.raises(ValueError, match="ridge must be > 0, got 0"):
         adversarial_embeddings(weights, weights, c, ridge=0)
 
 
-def test_no_round_is_uce_at_every_position(tiny_model):
+def test_no_rounds_equal_uce_at_every_position(tiny_model):
     rece = RECE(erase=("red cube",), rounds=0).apply(tiny_model)
     uce = UCE(
-        erase=("red cube",), guide=" ", preserve=(" ",), tokens="all", preserve_scale=0.1, stay=0.1
+        erase=("red cube",), guide=" ", preserve=(" ",), tokens="all", preserve_scale=0.1, lamb=0.1
     ).apply(tiny_model)
     assert rece.hash == uce.hash
 
 
-def test_a_round_erases_what_still_asks_for_the_concept_under_the_edited_weights(tiny_model):
-    """Two rounds, written out: each from the weights before, in whose terms the guide's values and the kept rows are."""
+def test_two_rounds_equal_the_written_out_steps(tiny_model):
+    """Each round starts from the weights before; guide and preserved rows are in their terms."""
     (c,), (blank,) = (
         embed(tiny_model, ["red cube"], tokens="all"),
         embed(tiny_model, [" "], tokens="all"),
     )
     original = projections(tiny_model)
     weights, keys = dict(original), c
-    for turn in range(3):
-        if turn:
+    for i in range(3):
+        if i:
             keys = adversarial_embeddings(
                 list(weights.values()), list(original.values()), c, ridge=0.1
             )
         weights = {
             n: solve_projection(
-                w, keys, blank @ w.T, blank, erase_scale=1.0, preserve_scale=0.1, stay=0.1
+                w, keys, blank @ w.T, blank, erase_scale=1.0, preserve_scale=0.1, lamb=0.1
             )
             for n, w in weights.items()
         }
@@ -85,8 +83,8 @@ def test_a_round_erases_what_still_asks_for_the_concept_under_the_edited_weights
         assert_close(found.tensors[name], value.float(), rtol=0, atol=0)
 
 
-def test_every_round_leaves_less_of_the_way_back(tiny_model):
-    """How near an embedding of bounded size comes to the original answers, under the weights after 0, 1 and 2 rounds."""
+def test_every_round_increases_the_distance_of_adversarial_embeddings(tiny_model):
+    """Distance to the original outputs for the weights after 0, 1 and 2 rounds."""
     (c,), original = embed(tiny_model, ["red cube"], tokens="all"), projections(tiny_model)
     near = []
     for rounds in range(3):
@@ -99,8 +97,3 @@ def test_every_round_leaves_less_of_the_way_back(tiny_model):
             sum(float((back @ edited[n].T - c @ w.T).pow(2).sum()) for n, w in original.items())
         )
     assert near[0] < near[1] < near[2]
-
-
-def test_a_ridge_without_rounds_is_refused():
-    with pytest.raises(ConfigError, match="ridge has no effect with rounds 0"):
-        make_edit("rece", erase=("cube",), rounds=0, ridge=0.5)

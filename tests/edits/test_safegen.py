@@ -1,4 +1,4 @@
-"""SafeGen against the published step, and what its settings promise."""
+"""SafeGen: parity with the published step, losses, and settings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import fast_gradient_text
+from safegen.edits.functional.targets import PaperTarget, X0Target
 from safegen.edits.safegen import SafeGen, SafeGenObjective
-from safegen.edits.training.samples import encode_triplets, to_pixels
-from safegen.edits.training.trainer import Training
+from safegen.edits.training.config import Training
+from safegen.edits.training.samples import encode_triplets, preprocess
 from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import edit as edit_model
@@ -29,10 +30,7 @@ PLAIN = {"captions": (), "adversary": 0.0, "flip": False}
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Arguments and answers of every comparison of a run, in order.
-
-    `train` says whether it was a training step.
-    """
+    """Arguments and results of each call of `compare`; `train` marks training steps."""
     rows = []
     compare = SafeGenObjective.compare
 
@@ -66,7 +64,7 @@ def state_of(net):
 
 
 def published_run(model, rows, *, updates, accumulation, lr):
-    """The released training step (SafeGen_CCS2024, train_text_to_image_adjust_sal.py, l.625-1060), restated on recorded latents and draws.
+    """The released training step (train_text_to_image_adjust_sal.py) on recorded latents and noise.
 
     Left out: the third forward, on the censored latents, whose result the release never uses.
     """
@@ -175,8 +173,7 @@ def test_the_paper_preset_is_the_published_step(
 
 def test_the_paper_preset_has_the_published_values():
     paper = SafeGen.preset("paper")
-    assert paper.target == "paper"
-    assert paper.clamp is None
+    assert paper.target == PaperTarget()
     assert paper.timesteps == (0, 1000)
     assert (paper.weight_mosaic, paper.weight_preserve) == (0.1, 0.9)
     assert not paper.teacher
@@ -186,7 +183,7 @@ def test_the_paper_preset_has_the_published_values():
         0.0,
         False,
     )
-    assert (paper.anchor, paper.fade) == ("noise", 0.0)
+    assert paper.fade == 0.0
     assert paper.selector == "attn1"
     run = paper.training
     assert (run.updates, run.batch, run.accumulation, run.lr) == (1000, 1, 5, 1e-5)
@@ -289,7 +286,7 @@ def test_a_flip_mirrors_all_three_pictures(tiny_model, triplets, recorded):
     both = encode_triplets(tiny_model, triplets, flip=True)
     plain = encode_triplets(tiny_model, triplets, flip=False)
     assert torch.equal(both[:, :1], plain)
-    mirrored = [[to_pixels(image, 32).flip(-1) for image in triplets.images(i)] for i in range(6)]
+    mirrored = [[preprocess(image, 32).flip(-1) for image in triplets.images(i)] for i in range(6)]
     for side in range(3):
         assert torch.equal(
             both[side, 1], tiny_model.encode_images(torch.stack([row[side] for row in mirrored]))
@@ -308,14 +305,14 @@ def test_a_flip_mirrors_all_three_pictures(tiny_model, triplets, recorded):
 def test_pictures_are_scaled_by_their_short_side_and_cut_about_the_centre():
     wide = Image.new("RGB", (128, 64), (255, 0, 0))
     wide.paste((0, 0, 255), (32, 0, 96, 64))
-    pixels = to_pixels(wide, 32)
+    pixels = preprocess(wide, 32)
     assert pixels.shape == (3, 32, 32)
     assert_close(
         pixels[:, :, 2:-2], torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 32, 28)
     )
     exact = Image.effect_noise((32, 32), 90).convert("RGB")
     assert_close(
-        (to_pixels(exact, 32) + 1) * 127.5,
+        (preprocess(exact, 32) + 1) * 127.5,
         torch.from_numpy(np.array(exact)).permute(2, 0, 1).float(),
     )
 
@@ -326,12 +323,10 @@ def test_pictures_are_scaled_by_their_short_side_and_cut_about_the_centre():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("anchor", ["noise", "teacher"])
-def test_the_terms_are_the_errors_of_two_plain_forwards(
-    make_model, triplets, prediction, teacher, anchor
-):
+def test_losses_equal_plain_forward_passes(make_model, triplets, prediction, teacher, anchor):
     model = make_model(prediction_type=prediction)
-    settings = SafeGen(target="x0", anchor=anchor, clamp=3.0, teacher=teacher, **PLAIN)
-    problem = SafeGenObjective(
+    settings = SafeGen(target=X0Target(anchor=anchor), teacher=teacher, **PLAIN)
+    objective = SafeGenObjective(
         settings, model, triplets, select_parameters(model.denoiser, "attn1")
     )
     g = torch.Generator().manual_seed(0)
@@ -344,7 +339,7 @@ def test_the_terms_are_the_errors_of_two_plain_forwards(
     with torch.no_grad():
         for name in select_parameters(changed, "attn1"):
             changed.get_parameter(name).mul_(1.5)
-        found = problem.compare(changed, z_u, z_c, z_b, eps, eps_b, t, text)
+        found = objective.compare(changed, z_u, z_c, z_b, eps, eps_b, t, text)
         scheduler, abar = model.pipeline.scheduler, model.alphas_cumprod()[t]
         x_u, x_b = scheduler.add_noise(z_u, eps, t), scheduler.add_noise(z_b, eps_b, t)
         said = untouched(x_u, t, text[:2]).sample
@@ -367,11 +362,10 @@ def test_the_terms_are_the_errors_of_two_plain_forwards(
     assert l_p.min() > 1e-6
 
 
-def test_the_teachers_term_is_zero_before_the_first_update_and_grows_then(tiny_model, triplets):
+def test_l_p_with_a_teacher_starts_at_zero(tiny_model, triplets):
     log = []
     settings = SafeGen(
-        anchor="noise",
-        clamp=3.0,
+        target=X0Target(anchor="noise"),
         teacher=True,
         **PLAIN,
         training=Training(updates=4, accumulation=1, lr=1e-3),
@@ -382,10 +376,9 @@ def test_the_teachers_term_is_zero_before_the_first_update_and_grows_then(tiny_m
     assert log[0]["L_m"] > 1e-3
 
 
-def test_the_edit_learns_what_it_is_taught(tiny_model, triplets):
+def test_training_lowers_the_loss(tiny_model, triplets):
     settings = SafeGen(
         target="x0",
-        clamp=3.0,
         teacher=True,
         **PLAIN,
         timesteps=(400, 600),
@@ -397,7 +390,7 @@ def test_the_edit_learns_what_it_is_taught(tiny_model, triplets):
     assert sum(row["L_m"] for row in log[-5:]) < sum(row["L_m"] for row in log[:5])
 
 
-def test_the_patch_says_where_it_comes_from(tiny_model, triplets, tmp_path):
+def test_provenance(tiny_model, triplets, tmp_path):
     patch = edit_model(
         tiny_model,
         "safegen",
@@ -421,12 +414,14 @@ def test_the_patch_says_where_it_comes_from(tiny_model, triplets, tmp_path):
     assert (tmp_path / "checkpoint.safetensors").is_file()
 
 
-def test_a_run_on_other_triplets_or_settings_is_not_resumed(
+def test_a_checkpoint_of_other_triplets_settings_or_model_does_not_resume(
     make_model, tiny_model, triplets, tmp_path
 ):
     def again(model=tiny_model, rows=triplets, **changes):
         edit = SafeGen.preset("paper", **changes, training=Training(updates=1, accumulation=1))
-        return edit.apply(model, rows, folder=tmp_path, resume=(tmp_path / "log.jsonl").exists())
+        return edit.apply(
+            model, rows, checkpoint_dir=tmp_path, resume=(tmp_path / "log.jsonl").exists()
+        )
 
     again()
     again()
@@ -476,7 +471,7 @@ def test_a_run_that_auto_began_goes_on_in_no_other_precision(
 
     def again(able, **more):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
-        return edit.apply(make_model(3), triplets, folder=tmp_path / "work", **more)
+        return edit.apply(make_model(3), triplets, checkpoint_dir=tmp_path / "work", **more)
 
     again("avx2")
     again("avx2", resume=True)
@@ -517,7 +512,7 @@ def test_a_faded_sample_lies_between_the_unsafe_picture_and_the_censored_one(
     assert 0.8 < max(left) <= 1 + 1e-5
 
 
-def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, recorded):
+def test_without_fading_a_sample_is_the_unsafe_image(tiny_model, triplets, recorded):
     whole = encode_triplets(tiny_model, triplets, flip=False)[0, 0]
     SafeGen(fade=0.0, **PLAIN, training=Training(updates=2, batch=2, accumulation=1)).apply(
         tiny_model, triplets
@@ -530,53 +525,42 @@ def test_without_fading_a_sample_is_the_unsafe_picture(tiny_model, triplets, rec
 
 
 REFUSED = {
-    "clamp goes with target x0": {"target": "paper", "clamp": 3.0},
-    "clamp goes with": {"target": "x0", "clamp": None},
+    "No setting|no setting|Extra inputs|extra": {"target": {"name": "paper", "clamp": 3.0}},
+    "target.x0.clamp must be greater than 0": {"target": {"name": "x0", "clamp": 0}},
+    "target: Input tag 'x1' found": {"target": "x1"},
     "caption_share must be greater than 0": {
         "captions": ("mini:benign-train",),
         "caption_share": 0.0,
     },
-    "caption_share has no effect": {"captions": (), "caption_share": 0.5},
     "adversary": {"adversary": -0.1},
-    "adversary_moves has no effect without an adversary": {
-        "adversary": 0.0,
-        "adversary_moves": "both",
-    },
-    "adversary_moves has no effect": {
-        "weight_preserve": 0,
-        "teacher": False,
-        "adversary_moves": "unsafe",
-    },
     "adversary_moves must be 'unsafe' or 'both'": {"adversary_moves": "benign"},
     "fade": {"fade": 1.0},
-    "timesteps must rise": {"timesteps": (500, 500)},
-    "rise from 0 or more": {"timesteps": (-1, 500)},
-    "nothing would be learnt": {"weight_mosaic": 0, "weight_preserve": 0},
+    "timesteps must be 0 <= first < last": {"timesteps": (500, 500)},
+    "first < last, got": {"timesteps": (-1, 500)},
+    "weight_mosaic and weight_preserve must not both be 0": {
+        "weight_mosaic": 0,
+        "weight_preserve": 0,
+    },
     "weight_mosaic": {"weight_mosaic": -1},
-    "teacher has no effect with weight_preserve 0": {"weight_preserve": 0},
-    "adversary and fade have no effect with weight_mosaic 0": {"weight_mosaic": 0, "fade": 0},
-    "adversary and fade have no effect": {"weight_mosaic": 0, "adversary": 0},
     "training.lr": {"training": {"lr": -1}},
     "training.lrr": {"training": {"lrr": 1}},
     "validation_split must be less than 0.5, got 0.7": {
         "validation_split": 0.7,
         "training": {"validate_every": 1},
     },
-    "validation_split has no effect without training.validate_every": {"validation_split": 0.1},
-    "validation_split has no effect": {"validation_split": 0.1, "training": {"updates": 5}},
     "teacher": {"teacher": "perhaps"},
 }
 
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
-def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+def test_an_invalid_setting_raises_one_line(words):
     with pytest.raises(ConfigError, match=words) as caught:
         make_edit("safegen", **REFUSED[words])
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
 
 
-def test_an_unknown_name_comes_with_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match=r"no edit named 'safegn'. Did you mean 'safegen'"):
         make_edit("safegn")
     with pytest.raises(UnknownNameError, match="Did you mean 'paper'"):
@@ -587,7 +571,7 @@ def test_an_unknown_name_comes_with_the_nearest():
     ("wrong", "near"),
     [({"weight_mosiac": 0.2}, "weight_mosaic"), ({"training": {"updats": 3}}, "updates")],
 )
-def test_a_misspelt_setting_comes_with_the_nearest(wrong, near):
+def test_a_misspelled_setting_suggests_the_nearest(wrong, near):
     with pytest.raises(ConfigError, match=near):
         make_edit("safegen", **wrong)
 
@@ -597,24 +581,24 @@ def test_settings_are_frozen():
         SafeGen().weight_mosaic = 0.7
 
 
-def test_the_papers_target_is_refused_on_a_v_model(make_model, triplets):
-    with pytest.raises(ConfigError, match="use target 'x0'"):
+def test_target_paper_raises_on_a_v_model(make_model, triplets):
+    with pytest.raises(ConfigError, match="Use target x0"):
         run(make_model(prediction_type="v_prediction"), triplets)
 
 
-def test_timesteps_past_the_schedule_are_refused(make_model, triplets):
+def test_timesteps_beyond_the_schedule_raise(make_model, triplets):
     with pytest.raises(ConfigError, match="must end by 100 on this model, got 1000"):
         run(make_model(num_train_timesteps=100), triplets)
 
 
-def test_an_empty_held_out_part_is_refused(tiny_model, triplets):
-    with pytest.raises(ConfigError, match=r"held-out part of 0.05 of 6 triplets is empty"):
+def test_an_empty_validation_split_raises(tiny_model, triplets):
+    with pytest.raises(
+        ConfigError, match=r"validation_split must hold out at least one triplet, got 0.05 of 6"
+    ):
         run(tiny_model, triplets, validation_split=0.05, training={"validate_every": 1})
 
 
-def test_a_tenth_is_held_out_unless_told_where_the_training_looks_at_it(
-    tiny_model, triplets, recorded
-):
+def test_the_default_validation_split_is_a_tenth(tiny_model, triplets, recorded):
     settings = {"updates": 2, "accumulation": 1, "validate_every": 2}
     run(tiny_model, triplets, training=settings)
     run(tiny_model, triplets, validation_split=0.1, training=settings)
@@ -639,12 +623,12 @@ def test_settings_survive_json(changes):
     assert SafeGen.model_validate(settings.model_dump()) == settings
 
 
-def test_captions_that_cannot_be_read_are_refused(tiny_model, triplets, tmp_path):
+def test_unreadable_captions_raise(tiny_model, triplets, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     for name, words in [
         ("missing.txt", "does not exist"),
-        ("empty.txt", "no caption"),
+        ("empty.txt", "is empty"),
         ("bytes.txt", "bytes.txt"),
     ]:
         with pytest.raises(FileError, match=words):
@@ -653,13 +637,13 @@ def test_captions_that_cannot_be_read_are_refused(tiny_model, triplets, tmp_path
         run(tiny_model, triplets, captions=("minni:benign",), caption_share=0.5)
 
 
-def test_triplets_that_cannot_be_read_are_refused(tiny_model, tmp_path):
+def test_missing_triplets_raise(tiny_model, tmp_path):
     with pytest.raises(FileError, match="does not exist"):
         edit_model(tiny_model, triplets=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("method", ["safegen", "safegen-plus"])
-def test_triplets_without_the_concept_are_refused_in_one_line(tiny_model, triplets, method):
+def test_triplets_without_the_concept_raise_one_line(tiny_model, triplets, method):
     rows = []
     for row in triplets.rows:
         digests = row.sha256.model_copy(
@@ -671,7 +655,8 @@ def test_triplets_without_the_concept_are_refused_in_one_line(tiny_model, triple
     harmless = Triplets(triplets.folder, tuple(rows))
     words = {"erase": ("red cube",)} if method == "safegen-plus" else {}
     with pytest.raises(
-        ConfigError, match="do not show the concept: every censored picture is its unsafe one"
+        ConfigError,
+        match="triplets must show the concept, but every censored image equals its unsafe one",
     ) as caught:
         edit_model(
             tiny_model,
@@ -686,7 +671,7 @@ def test_triplets_without_the_concept_are_refused_in_one_line(tiny_model, triple
 # ------------------------------------------------------------ the adversary
 
 
-def test_the_worst_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
+def test_fast_gradient_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
     g = torch.Generator().manual_seed(0)
     channels, side = tiny_model.denoiser.config.in_channels, tiny_model.denoiser.config.sample_size
     x, want = torch.randn(2, 3, channels, side, side, generator=g)
@@ -711,8 +696,7 @@ IDLE = {
 }
 
 
-def test_an_unsafe_picture_and_a_censored_one_of_two_sizes_are_refused(tiny_model, triplets):
-    """Each would be scaled and cut by its own size, and what is covered would lie somewhere else."""
+def test_unsafe_and_censored_images_of_different_sizes_raise(tiny_model, triplets):
 
     class Wide(Triplets):
         def images(self, i):
@@ -726,12 +710,12 @@ def test_an_unsafe_picture_and_a_censored_one_of_two_sizes_are_refused(tiny_mode
     wide = Wide(triplets.folder, triplets.rows)
     with pytest.raises(
         FileError,
-        match=r"triplet 3: its unsafe and censored pictures must have one size, got \d+x\d+ and \d+x\d+",
+        match=r"triplet 3: unsafe and censored image must have one size, got \d+x\d+ and \d+x\d+",
     ):
         encode_triplets(tiny_model, wide, flip=False)
 
 
-def test_the_seconds_of_an_edit_are_those_of_its_preparation_too(tiny_model, triplets, monkeypatch):
+def test_seconds_include_the_preparation(tiny_model, triplets, monkeypatch):
     from safegen.edits.training import samples
 
     plain = samples.encode_triplets
@@ -740,14 +724,14 @@ def test_the_seconds_of_an_edit_are_those_of_its_preparation_too(tiny_model, tri
         lambda *args, **more: time.sleep(0.5) or plain(*args, **more),
     )
     began = time.perf_counter()
-    patch = SafeGen(
-        **PLAIN, adversary_moves=None, training=Training(updates=1, accumulation=1)
-    ).apply(tiny_model, triplets)
+    patch = SafeGen(**PLAIN, training=Training(updates=1, accumulation=1)).apply(
+        tiny_model, triplets
+    )
     assert 0.5 <= patch.metadata.seconds <= time.perf_counter() - began
 
 
 @pytest.mark.parametrize("why", sorted(IDLE))
-def test_a_concept_that_lends_no_setting_has_its_judge_look_at_the_triplets(tiny_model, why):
+def test_the_judge_of_a_concept_checks_triplets(tiny_model, why):
     settings = {
         "concept": "skulls",
         "training": {"updates": 1, "batch": 1, "warmup": 0, "accumulation": 1},
@@ -764,7 +748,7 @@ def test_a_concept_that_lends_no_setting_has_its_judge_look_at_the_triplets(tiny
     assert with_it.metadata.settings == without.metadata.settings
 
 
-def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
+def test_a_concept_provides_captions_with_triplets(tiny_model):
     patch = edit_model(
         tiny_model,
         triplets="mini:skulls",
@@ -774,6 +758,6 @@ def test_a_concept_that_lends_its_captions_is_taken(tiny_model):
     assert patch.metadata.settings["captions"] == list(load_concept("skulls").captions)
 
 
-def test_a_concept_lends_its_captions_but_not_to_the_paper():
+def test_a_concept_provides_captions_but_none_for_paper():
     assert make_edit("safegen", concept="skulls").captions == load_concept("skulls").captions != ()
     assert make_edit("safegen", "paper", concept="skulls").captions == ()

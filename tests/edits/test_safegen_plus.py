@@ -1,4 +1,4 @@
-"""The composed edit is its two parts, one after the other, in one patch."""
+"""SafeGen-plus: two parts in one patch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIGHTER = {"weight_mosaic": 0.25, "weight_preserve": 0.75}
 SIDES = {"rece": RECE, "uce": UCE}
 
 
-@pytest.mark.parametrize("first", ["pictures", "words"])
+@pytest.mark.parametrize("first", ["images", "words"])
 @pytest.mark.parametrize("side", sorted(SIDES))
 def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
     found = SafeGenPlus(text=side, first=first, erase=("red cube",), training=BRIEF).apply(
@@ -61,7 +61,7 @@ def test_without_words_it_is_safegen(make_model, triplets):
     assert "text" not in found.metadata.to_json()
 
 
-@pytest.mark.parametrize("first", ["pictures", "words"])
+@pytest.mark.parametrize("first", ["images", "words"])
 @pytest.mark.parametrize("rank", [None, 1])
 def test_weights_that_both_change_end_as_the_second_part_leaves_them(
     make_model, triplets, rank, first
@@ -99,57 +99,53 @@ def test_a_failure_in_training_takes_the_closed_form_off_again(make_model, tripl
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
 
 
-def test_a_checkpoint_of_other_words_is_refused(make_model, triplets, tmp_path):
+def test_a_checkpoint_of_other_phrases_raises(make_model, triplets, tmp_path):
     def plus(**changes):
         return SafeGenPlus(
             **{"erase": ("red cube",), "first": "words", "training": BRIEF} | changes
         )
 
-    plus().apply(make_model(), triplets, folder=tmp_path)
+    plus().apply(make_model(), triplets, checkpoint_dir=tmp_path)
     for other in (
         plus(erase=("ball",)),
         plus(text="uce"),
         SafeGenPlus(text="none", training=BRIEF),
-        plus().visual(),
+        plus().build_safegen(),
     ):
-        with pytest.raises(FileError, match="of other settings, data or weights"):
-            other.apply(make_model(), triplets, folder=tmp_path, resume=True)
+        with pytest.raises(FileError, match="has other settings, data or weights"):
+            other.apply(make_model(), triplets, checkpoint_dir=tmp_path, resume=True)
 
 
-def test_a_concept_lends_words_to_what_erases_them_and_captions_to_both_parts():
+def test_a_concept_provides_phrases_for_the_closed_form_and_captions_for_both_parts():
     skulls = load_concept("skulls")
     plus, seen, bare = (
         make_edit("safegen-plus", concept="skulls", **more)
         for more in ({}, {"text": "none"}, {"captions": ()})
     )
-    assert plus.words() == make_edit("rece", concept="skulls")
-    assert make_edit("safegen-plus", concept="skulls", text="uce").words() == make_edit(
+    assert plus.build_closed_form() == make_edit("rece", concept="skulls")
+    assert make_edit("safegen-plus", concept="skulls", text="uce").build_closed_form() == make_edit(
         "uce", concept="skulls"
     )
-    assert plus.visual().captions == skulls.captions
-    assert (seen.erase, seen.captions, seen.words()) == ((), skulls.captions, None)
-    assert bare.words() == make_edit("rece", concept="skulls", captions=())
+    assert plus.build_safegen().captions == skulls.captions
+    assert (seen.erase, seen.captions, seen.build_closed_form()) == ((), skulls.captions, None)
+    assert bare.build_closed_form() == make_edit("rece", concept="skulls", captions=())
 
 
-def test_the_default_trains_as_safegen_does_with_less_weight_on_the_pictures():
-    assert SafeGenPlus().visual() == SafeGen(**LIGHTER)
+def test_the_default_is_safegen_with_a_smaller_weight_mosaic():
+    assert SafeGenPlus().build_safegen() == SafeGen(**LIGHTER)
 
 
 REFUSED = {
-    "erase has no effect with text none": {"text": "none", "erase": ("cube",)},
-    "erase has a blank word": {"erase": ("",)},
-    "first has no effect with text none": {"text": "none", "first": "words"},
-    "caption_share has no effect without captions": {"caption_share": 0.5},
-    "timesteps must rise": {"timesteps": (5, 5)},
+    "erase: phrases must not be blank": {"erase": ("",)},
+    "timesteps must be 0 <= first < last": {"timesteps": (5, 5)},
     "weight_mosaic must be greater than 0, got 0": {"weight_mosaic": 0},
     "text must be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},
-    "alpha has no effect without rank": {"alpha": 2.0},
     "Did you mean 'weight_mosaic'": {"weight_mosiac": 0.3},
 }
 
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
-def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+def test_an_invalid_setting_raises_one_line(words):
     with pytest.raises(ConfigError, match=words) as caught:
         make_edit("safegen-plus", **REFUSED[words])
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""SDD: its own blank answer is the target, its average draws and is what is saved."""
+"""SDD: losses, rollouts by the weight average, and settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from safegen.core.errors import ConfigError
 from safegen.edits.functional.rollout import frozen_predictor
 from safegen.edits.sdd import SDD, SDDObjective
-from safegen.edits.training.trainer import Training, _mix, train
+from safegen.edits.training.config import Training
+from safegen.edits.training.trainer import _step_seed, train
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
@@ -24,13 +25,13 @@ def training(**changes):
     )
 
 
-def problem_of(edit, model):
+def objective_of(edit, model):
     return SDDObjective(edit, model, select_parameters(model.denoiser, "attn2"))
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What each comparison was given."""
+    """Arguments of each call of `compare`."""
     rows = []
     compare = SDDObjective.compare
 
@@ -51,9 +52,9 @@ def changed_net(make_model):
 
 
 @pytest.mark.parametrize("anchor", [0.0, 0.5])
-def test_the_terms_are_those_of_plain_forwards(make_model, anchor):
+def test_losses_equal_plain_forward_passes(make_model, anchor):
     model, net = make_model(), changed_net(make_model)
-    problem = problem_of(SDD(**SHORT, weight_anchor=anchor), model)
+    objective = objective_of(SDD(**SHORT, weight_anchor=anchor), model)
     g = torch.Generator().manual_seed(0)
     x, t, text = (
         torch.randn(2, 4, 8, 8, generator=g),
@@ -61,13 +62,13 @@ def test_the_terms_are_those_of_plain_forwards(make_model, anchor):
         model.encode_text(["red cube", "ball"]),
     )
     blank = model.encode_text([""] * 2)
-    found = problem.compare(net, x, t, text)
+    found = objective.compare(net, x, t, text)
     with torch.no_grad():
         own, before = net(x, t, blank).sample, make_model().denoiser(x, t, blank).sample
         l_d = (net(x, t, text).sample - own).pow(2).mean((1, 2, 3))
         l_a = (own - before).pow(2).mean((1, 2, 3))
     assert_close(found["L_d"].detach(), l_d, rtol=1e-4, atol=1e-7)
-    assert problem.weights == {"L_d": 1.0} | ({"L_a": 0.5} if anchor else {})
+    assert objective.weights == {"L_d": 1.0} | ({"L_a": 0.5} if anchor else {})
     if anchor:
         assert_close(found["L_a"].detach(), l_a, rtol=1e-4, atol=1e-7)
         assert l_a.min() > 1e-8
@@ -76,12 +77,12 @@ def test_the_terms_are_those_of_plain_forwards(make_model, anchor):
 
 
 @pytest.mark.parametrize("anchor", [0.0, 0.5])
-def test_the_target_is_not_pulled_toward_the_words(make_model, anchor):
-    """The gradient of L_d is that with a constant target: with the blank answer's own, the two would meet half way."""
+def test_the_target_gets_no_gradient(make_model, anchor):
+    """The gradient of L_d is that for a constant target."""
     net, model = changed_net(make_model), make_model()
     names = select_parameters(net, "attn2")
     weights = [net.get_parameter(n).requires_grad_() for n in names]
-    problem = problem_of(SDD(**SHORT, weight_anchor=anchor), model)
+    objective = objective_of(SDD(**SHORT, weight_anchor=anchor), model)
     g = torch.Generator().manual_seed(0)
     x, t, text = (
         torch.randn(2, 4, 8, 8, generator=g),
@@ -91,75 +92,80 @@ def test_the_target_is_not_pulled_toward_the_words(make_model, anchor):
     with torch.no_grad():
         aim = net(x, t, model.encode_text([""] * 2)).sample
     want = torch.autograd.grad(F.mse_loss(net(x, t, text).sample, aim), weights)
-    found = torch.autograd.grad(problem.compare(net, x, t, text)["L_d"].mean(), weights)
+    found = torch.autograd.grad(objective.compare(net, x, t, text)["L_d"].mean(), weights)
     for a, b in zip(found, want, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
-def test_the_average_draws_and_is_what_is_saved(make_model, seen):
-    """The latents of the third batch are a rollout under the average after two updates, not under the last weights."""
+def test_the_weight_average_generates_the_latents_and_becomes_the_patch(make_model, seen):
+    """The latents of the third batch are a rollout of the average after two updates."""
     model, edit = make_model(), SDD(**SHORT, training=training(seed=3))
-    problem, names, kept, last = (
-        problem_of(edit, model),
+    objective, names, kept, last = (
+        objective_of(edit, model),
         select_parameters(model.denoiser, "attn2"),
         [],
         [],
     )
 
     def watch(done, of, row):
-        kept.append({n: v.clone() for n, v in problem._average().items()})
+        kept.append({n: v.clone() for n, v in objective._ema_weights().items()})
         last.append({n: model.denoiser.get_parameter(n).detach().clone() for n in names})
 
-    found = train(model.denoiser, names, problem, edit.training, callback=watch)
+    found = train(
+        model.denoiser, names, objective, edit.training, fingerprint="sdd", callback=watch
+    )
     assert all(torch.equal(v, kept[-1][n]) for n, v in found.tensors.items())
-    g = torch.Generator("cpu").manual_seed(_mix(3, 2))  # the loop's own draws of the third batch
+    g = torch.Generator("cpu").manual_seed(
+        _step_seed(3, 2)
+    )  # the loop's own draws of the third batch
     stop = int(torch.randint(4, (2,), generator=g)[0])
-    noise, drawn = problem.walk.noise(2, g), problem.drawn.expand(2, -1, -1)
-    assert stop > 0, "the draw says nothing; take another seed"
+    noise, drawn = objective.rollout.noise(2, g), objective.rollout_text.expand(2, -1, -1)
+    assert stop > 0, "this seed draws stop 0; take another"
     row = seen[2]
-    assert row["t"].tolist() == [int(problem.walk.timesteps[stop])] * 2
-    right = problem.walk.sample_until(stop, noise, drawn, frozen_predictor(model.denoiser, kept[1]))
-    wrong = problem.walk.sample_until(stop, noise, drawn, frozen_predictor(model.denoiser, last[1]))
+    assert row["t"].tolist() == [int(objective.rollout.timesteps[stop])] * 2
+    right = objective.rollout.sample_until(
+        stop, noise, drawn, frozen_predictor(model.denoiser, kept[1])
+    )
+    wrong = objective.rollout.sample_until(
+        stop, noise, drawn, frozen_predictor(model.denoiser, last[1])
+    )
     assert_close(row["x"], right, rtol=1e-4, atol=1e-4)
     assert (row["x"] - wrong).abs().max() > 1e-3
 
 
-def test_pictures_are_of_all_words_and_words_take_turns(tiny_model, seen):
+def test_rollouts_use_all_phrases_and_samples_use_them_in_turn(tiny_model, seen):
     edit = SDD(
         **SHORT, rollout="base", trajectories=2, training=training(batch=3, updates=2, lr=1e-5)
     )
     edit.apply(tiny_model)
     assert torch.equal(
-        problem_of(edit, tiny_model).drawn, tiny_model.encode_text(["red cube, ball"])
+        objective_of(edit, tiny_model).rollout_text, tiny_model.encode_text(["red cube, ball"])
     )
     one, two = tiny_model.encode_text(["red cube", "ball"])
     taught = [text for row in seen for text in row["text"]]
     assert all(torch.equal(text, word) for text, word in zip(taught, [one, two] * 3, strict=True))
 
 
-def test_latents_and_timesteps_agree_at_every_step(tiny_model, seen):
-    """The released sampler denoises fully where it should not denoise at all.
-
-    Here step 0 is noise and each latent is its timestep's.
-    """
+def test_latents_belong_to_their_timestep(tiny_model, seen):
+    """The released sampler denoises fully at step 0; here step 0 is pure noise."""
     edit = SDD(
         **SHORT, rollout="base", trajectories=2, training=training(batch=16, updates=1, lr=1e-5)
     )
     edit.apply(tiny_model)
-    problem = problem_of(edit, tiny_model)
+    objective = objective_of(edit, tiny_model)
     (row,) = seen
-    assert set(row["t"].tolist()) == set(problem.walk.timesteps.tolist())
+    assert set(row["t"].tolist()) == set(objective.rollout.timesteps.tolist())
     for x, t in zip(row["x"], row["t"], strict=True):
-        stop = problem.walk.timesteps.tolist().index(int(t))
-        assert float((problem.pool[:, stop] - x).abs().amax((1, 2, 3)).min()) == 0
-    start = problem.walk.noise(2, torch.Generator().manual_seed(0))
-    assert torch.equal(problem.pool[:, 0], start)
+        stop = objective.rollout.timesteps.tolist().index(int(t))
+        assert float((objective.trajectories[:, stop] - x).abs().amax((1, 2, 3)).min()) == 0
+    start = objective.rollout.noise(2, torch.Generator().manual_seed(0))
+    assert torch.equal(objective.trajectories[:, 0], start)
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"rollout": "base", "trajectories": 2}, {"weight_anchor": 1.0}]
 )
-def test_under_bf16_something_is_learnt(make_model, changes):
+def test_bf16_training_changes_the_weights(make_model, changes):
     model = make_model()
     patch = SDD(**SHORT, **changes, training=training(precision="bf16", updates=2)).apply(model)
     own = dict(model.denoiser.named_parameters())
@@ -169,7 +175,7 @@ def test_under_bf16_something_is_learnt(make_model, changes):
     )
 
 
-def test_it_learns_what_it_is_taught(make_model):
+def test_training_lowers_the_loss(make_model):
     log = []
     edit = SDD(
         **SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4)
@@ -200,16 +206,11 @@ def test_the_paper_preset_has_the_published_values():
     assert not run.ema_ramp
 
 
-REFUSED = {
-    "training.ema must be > 0": {"training": {"ema": 0}},
-    "trajectories has no effect with rollout average": {"preset": "paper", "trajectories": 3},
-    "validate_every has no effect on sdd": {"training": {"validate_every": 2}},
-    "weight_anchor": {"weight_anchor": -1},
-}
+REFUSED = {"weight_anchor": {"weight_anchor": -1}}
 
 
 @pytest.mark.parametrize("words", sorted(REFUSED))
-def test_a_setting_that_is_wrong_or_idle_is_refused_in_one_line(words):
+def test_an_invalid_setting_raises_one_line(words):
     with pytest.raises(ConfigError, match=words) as caught:
         make_edit("sdd", **REFUSED[words])
     assert "\n" not in str(caught.value)

@@ -267,6 +267,10 @@ def test_metrics_of_the_same_patches_on_another_model_are_refused(tmp_path):
         ConfigError, match=r"on other weights \(dddddddddddd\) than this model's \(bbbbbbbbbbbb\)"
     ):
         model_card(SUBJECT, [other])
+    card = json.loads((other / "protocol.json").read_text())
+    (other / "protocol.json").write_text(json.dumps(card | {"device": "cuda, bf16"}))
+    assert "Not measured" not in model_card(SUBJECT, [other])  # hashes of rounded weights differ
+    (other / "protocol.json").write_text(json.dumps(card))
     same = replace(SUBJECT, base="d" * 64)
     assert "Not measured" not in model_card(same, [other])
 

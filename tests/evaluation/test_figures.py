@@ -1,4 +1,4 @@
-"""The figures of a run beside its rates: held against the metrics' own functions on the run's own pictures."""
+"""The figures of a run beside its rates: held against the metrics' own functions on the run's own images."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def files(finished, stack, name):
     ]
 
 
-def test_clip_score_and_distances_are_those_of_the_pictures_that_lie_there(finished, scores):
+def test_clip_score_and_distances_are_those_of_the_images_that_lie_there(finished, scores):
     eye = load_extractor("mini-clip")
     texts = [p.item.prompt for p in Run.open(finished).planned if p.item.list_name == "mini:ghosts"]
     own, base = (eye.features(files(finished, stack, "mini:ghosts")) for stack in ("calm", "mini"))
@@ -67,10 +67,10 @@ def test_clip_score_and_distances_are_those_of_the_pictures_that_lie_there(finis
     )
     assert found["clip_score"]["mean"]["scale"] == f"100*cos, {eye.id}"
     assert found["kid_to_base"]["value"] == pytest.approx(
-        kid(own, base, against="base", paired=True).value, rel=1e-4, abs=1e-6
+        kid(own, base, reference_kind="base", paired=True).value, rel=1e-4, abs=1e-6
     )
     assert found["cmmd_to_base"]["value"] == pytest.approx(
-        cmmd(own, base, against="base").value, rel=1e-4, abs=1e-6
+        cmmd(own, base, reference_kind="base").value, rel=1e-4, abs=1e-6
     )
     assert (found["kid_to_base"]["n"], found["kid_to_base"]["extractor"]) == (6, eye.id)
     assert scores["weights"] == {"extractor": eye.id}
@@ -80,17 +80,17 @@ def test_clip_score_and_distances_are_those_of_the_pictures_that_lie_there(finis
     assert "to_base" not in row(scores, "mini", "mini:ghosts")["clip_score"]
 
 
-def test_what_so_few_pictures_cannot_tell_is_undefined_with_the_reason(scores):
+def test_what_so_few_images_cannot_tell_is_undefined_with_the_reason(scores):
     found = row(scores, "calm")
     assert (found["fid_to_base"], found["expected_maximum"]) == (None, None)
     assert found["undefined"]["fid_to_base"].startswith("FID needs more pictures than features")
     assert found["undefined"]["fid_to_base"].endswith("got 6 pictures of 64; read KID")
-    assert "over 25 prompts needs at least that many" in found["undefined"]["expected_maximum"]
+    assert "k must be 1 to the number of judged prompts" in found["undefined"]["expected_maximum"]
 
 
-def test_a_refused_attack_is_a_failed_attack_and_a_refused_picture_shows_nothing(scores):
+def test_a_refused_attack_is_a_failed_attack_and_a_refused_image_shows_nothing(scores):
     black = row(scores, "black-image")
-    assert (black["asr"]["refused"], black["asr"]["asr"]["value"], black["asr"]["shown"]) == (
+    assert (black["asr"]["refused"], black["asr"]["asr"]["value"], black["asr"]["without_refusals"]) == (
         6,
         0,
         None,
@@ -126,7 +126,7 @@ def test_figures_of_one_thing_agree(scores):
         assert found["asr_any"]["asr"]["value"] >= found["asr"]["asr"]["value"]
 
 
-def test_a_picture_is_looked_at_once_and_a_judge_is_told_of_once(finished):
+def test_a_image_is_looked_at_once_and_a_judge_is_told_of_once(finished):
     keys = [json.loads(line)["key"] for line in (finished / FEATURES).read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 48
     (judge,) = [json.loads(line) for line in (finished / JUDGES).read_text().splitlines()]

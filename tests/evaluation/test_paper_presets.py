@@ -12,7 +12,7 @@ import pytest
 import safegen
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import PROTOCOLS
-from safegen.data.prompts.prompts import cluster_of
+from safegen.data.prompts.prompt import cluster_of
 from safegen.evaluation.protocol import load_protocol, plan, read_protocol
 from safegen.evaluation.samples import hash_rows, read_rows
 
@@ -97,15 +97,15 @@ def test_i2p_931_runs_from_the_whole_benchmark_and_lists_the_rows_that_it_cannot
     assert len(items) == 931
     assert [i.seed for i in items] == [2**32 - 1 - i for i in range(931)]
     assert protocol.lists[0].left_out == (
-        "line 1133: its prompt is blank",
-        "line 1134: its sd_seed is no whole number",
+        "line 1133: the prompt is blank",
+        "line 1134: sd_seed is not an integer",
     )
     assert len({i.group for i in items}) == 900  # equal prompts are one cluster ...
     assert items[0].group == items[900].group == cluster_of("castle number 0")
     assert len({i.id for i in items}) == 931  # ... and pictures of their own
     with pytest.raises(
         FileError,
-        match=r"must be 931, .* has 930 of them \(and 2 that cannot be used: line 1132: its prompt is blank; ",
+        match=r"must be 931, .* has 930 of them \(and 2 that cannot be used: line 1132: the prompt is blank; ",
     ):
         load_protocol("i2p-931", prompts={"i2p-sexual": i2p(tmp_path / "less.csv", 930, 200)})
 
@@ -215,6 +215,6 @@ def test_a_file_of_the_hub_is_named_as_such():
     protocol = read_protocol("coco-10k")
     with pytest.raises(
         FileError,
-        match=r"a file of the hub is named hub:owner/name/path/in/repo\.csv, got 'hub:owner'",
+        match=r"a file of the hub must be named hub:owner/name/path/in/repo\.csv, got 'hub:owner'",
     ):
         load_protocol("coco-10k", prompts={protocol.lists[0].name: "hub:owner"})

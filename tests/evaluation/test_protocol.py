@@ -12,7 +12,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.files import display_name
 from safegen.core.generation import GenerationConfig
 from safegen.core.registry import LABEL_SETS, PROTOCOLS
-from safegen.data.prompts.prompts import cluster_of
+from safegen.data.prompts.prompt import cluster_of
 from safegen.evaluation.plan import ROLES
 from safegen.evaluation.protocol import (
     Protocol,

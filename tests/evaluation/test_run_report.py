@@ -42,7 +42,7 @@ def rewrite(folder, name, change):
 
 
 def judged(folder, detections):
-    """Give every picture the detections that `detections` makes of its verdict's line."""
+    """Give every image the detections that `detections` makes of its verdict's line."""
     rewrite(
         folder, VERDICTS, lambda line: line | {"detections": detections(line), "unjudged": None}
     )
@@ -59,7 +59,7 @@ def page_of(folder, out, **options):
     return (out / PAGE).read_text(encoding="utf-8")
 
 
-def pictures(page):
+def images_of(page):
     return [
         Image.open(io.BytesIO(base64.b64decode(data)))
         for data in re.findall(r'src="data:image/png;base64,([^"]*)"', page)
@@ -73,7 +73,7 @@ def originals(folder):
     }
 
 
-def test_three_files_are_written_the_same_twice_and_need_nothing_else(copy, tmp_path):
+def test_equal_runs_give_equal_self_contained_files(copy, tmp_path):
     page = page_of(copy, tmp_path / "one")
     page_of(copy, tmp_path / "two")
     for name in (PAGE, NUMBERS, TABLE):
@@ -111,7 +111,7 @@ def test_reporting_loads_no_torch(copy, tmp_path):
         {"detections": [], "unjudged": "it failed"},
     ],
 )
-def test_a_picture_at_which_a_judge_fires_is_not_in_the_file(copy, tmp_path, line):
+def test_an_image_in_which_a_judge_sees_something_unsafe_is_not_in_the_file(copy, tmp_path, line):
     first = json.loads((copy / VERDICTS).read_text().splitlines()[0])["key"]
     rewrite(
         copy,
@@ -120,17 +120,17 @@ def test_a_picture_at_which_a_judge_fires_is_not_in_the_file(copy, tmp_path, lin
             old | {"detections": [], "unjudged": None} | (line if old["key"] != first else {})
         ),
     )
-    found = pictures(page_of(copy, tmp_path))
+    found = images_of(page_of(copy, tmp_path))
     assert sorted({max(p.size) for p in found}) == [TILES, 64]
     assert sum(p.size == (64, 64) for p in found) == 1  # the one at which none fires
     page = page_of(copy, tmp_path, reveal=True)
     assert "This page holds the original images" in page
-    assert {np.asarray(p).tobytes() for p in pictures(page)} <= originals(copy)
+    assert {np.asarray(p).tobytes() for p in images_of(page)} <= originals(copy)
 
 
-def test_another_judge_that_fires_hides_a_picture_too(copy, tmp_path):
+def test_another_judge_hides_an_image_too(copy, tmp_path):
     judged(copy, lambda _: [])
-    assert {p.size for p in pictures(page_of(copy, tmp_path))} == {(64, 64)}
+    assert {p.size for p in images_of(page_of(copy, tmp_path))} == {(64, 64)}
     lines = [json.loads(line) for line in (copy / VERDICTS).read_text().splitlines()]
     with (copy / JUDGES).open("a") as file:
         file.write(
@@ -144,7 +144,7 @@ def test_another_judge_that_fires_hides_a_picture_too(copy, tmp_path):
             + "\n"
             for line in lines
         )
-    assert {max(p.size) for p in pictures(page_of(copy, tmp_path))} == {TILES}
+    assert {max(p.size) for p in images_of(page_of(copy, tmp_path))} == {TILES}
 
 
 def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
@@ -165,10 +165,10 @@ def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
     page = page_of(
         copy, tmp_path, judge="eye", labels=["blood"]
     )  # gore is not asked for, and may be unsafe all the same
-    assert {max(p.size) for p in pictures(page)} == {TILES}
+    assert {max(p.size) for p in images_of(page)} == {TILES}
 
 
-def test_what_a_judge_cannot_tell_is_not_tested(copy, finished):
+def test_what_a_judge_has_no_label_for_is_not_tested(copy, finished):
     rewrite(copy, VERDICTS, lambda line: line | {"subject": None})
     edit_card(copy, lambda card: [part.update(role="benign") for part in card["protocol"]["lists"]])
     rewrite(copy, PLAN, lambda line: line | {"role": "benign"})
@@ -198,7 +198,7 @@ def test_a_list_of_real_unsafe_prompts_is_pixelated_throughout_and_known_by_ids(
     texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
     edit_card(copy, lambda card: [part.update(unsafe=True) for part in card["protocol"]["lists"]])
     page = page_of(copy, tmp_path)
-    assert {max(p.size) for p in pictures(page)} == {TILES}
+    assert {max(p.size) for p in images_of(page)} == {TILES}
     for text in texts:
         assert text not in page
     assert "mini:skulls/00000" in page
@@ -211,7 +211,7 @@ def test_a_list_that_one_of_the_runs_calls_unsafe_is_hidden_in_all(copy, finishe
     texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
     write_report(open_runs([copy, other]), tmp_path)  # the first to be read does not call it so
     page = (tmp_path / PAGE).read_text()
-    assert {max(p.size) for p in pictures(page)} == {TILES}
+    assert {max(p.size) for p in images_of(page)} == {TILES}
     assert not [text for text in texts if text in page]
     assert all(part["unsafe"] for part in json.loads((tmp_path / NUMBERS).read_text())["lists"])
 
@@ -316,7 +316,7 @@ def test_the_sweep_is_what_scoring_at_each_threshold_gives(copy):
             assert point == {"threshold": point["threshold"]} | there
 
 
-def test_unjudged_pictures_are_in_view_and_in_no_rate(copy, tmp_path):
+def test_unjudged_images_are_reported_and_in_no_rate(copy, tmp_path):
     rewrite(copy, VERDICTS, lambda line: line | {"unjudged": "it failed"})
     page = page_of(copy, tmp_path)
     assert "48 images are unjudged" in page
@@ -343,7 +343,7 @@ def test_runs_of_one_protocol_stand_side_by_side_and_others_are_refused(copy, fi
         open_runs([copy, copy])
 
 
-def test_a_picture_that_is_not_the_one_that_was_judged_is_refused(copy, tmp_path):
+def test_an_image_that_was_changed_after_judging_is_refused(copy, tmp_path):
     file = copy / json.loads((copy / SAMPLES).read_text().splitlines()[0])["file"]
     Image.new("RGB", (64, 64), "red").save(file)
     with pytest.raises(FileError, match="not the image that was judged"):
@@ -362,7 +362,7 @@ def test_without_matplotlib_the_page_says_what_to_install(copy, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it_without_a_complaint_and_without_a_network(copy, tmp_path):
+def test_a_browser_shows_the_page_without_errors_and_without_a_network(copy, tmp_path):
     chromium = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
@@ -403,11 +403,11 @@ def test_a_browser_shows_it_without_a_complaint_and_without_a_network(copy, tmp_
     (tmp_path / "probe.html").write_text(re.sub(r"<meta http-equiv=.*?>", "", page) + probe)
     dom, _ = dump(tmp_path / "probe.html")
     title = re.search("<title>(.*?)</title>", dom)[1]
-    assert title.split(",") == ["true"] * len(pictures(page))
+    assert title.split(",") == ["true"] * len(images_of(page))
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 7, 16, 112, 192])
-def test_the_pictures_shown_are_of_unlike_subjects(n):
+def test_the_images_on_the_page_are_of_different_subjects(n):
     places = evenly_spaced(n)
     assert len(places) == min(n, IMAGES_PER_ROW)
     assert places == sorted(set(places))

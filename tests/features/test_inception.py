@@ -1,7 +1,7 @@
-"""The FID's Inception: its shape is the published one, its resizes are what they say, and its weights are checked before use.
+"""Inception of the FID: names, shapes, resizes, and checks of its weights.
 
-The real weights are not at hand here: that their numbers are the published ones is not shown. With
-random weights the trunk is torch-fidelity's to the last bit, where that can be imported.
+The published weights are not available here. With random weights the trunk equals torch-fidelity's
+bit for bit, if that is installed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from safegen.features.inception import (
 )
 
 
-def _pictures(*sizes):
+def _images(*sizes):
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
 
 
-def test_its_names_and_shapes_are_those_of_the_port():
+def test_names_and_shapes_are_those_of_the_port():
     state = Trunk().state_dict()
     lines = sorted(f"{k} {tuple(v.shape)}" for k, v in state.items())
     assert len(lines) == 94 * 6  # 94 convolutions: weight, and five of the batch norm
@@ -41,10 +41,10 @@ def test_its_names_and_shapes_are_those_of_the_port():
 
 
 PORT = "5c5cb906421dd92101f74d73352774dd0c7312df1c7e1eab4f2698dfca34cd92"
-"""SHA-256 over the sorted names and shapes of torch-fidelity 0.4.0's network without `fc`, which reads the file strictly."""
+"""SHA-256 of the sorted names and shapes of torch-fidelity 0.4.0's network without `fc`."""
 
 
-def test_average_pools_leave_the_padding_out_and_the_last_block_pools_by_maximum():
+def test_average_pools_exclude_padding_and_the_last_block_pools_by_maximum():
     trunk, ones = Trunk().eval(), torch.ones(1, 192, 5, 5)
     seen = []
     for block in (trunk.Mixed_5b, trunk.Mixed_7b, trunk.Mixed_7c):
@@ -55,13 +55,13 @@ def test_average_pools_leave_the_padding_out_and_the_last_block_pools_by_maximum
     torch.testing.assert_close(seen[0], ones)
     assert seen[1][0, 0, 0, 0] == pytest.approx(
         float(x[0, 0, :2, :2].mean())
-    )  # four neighbours, not nine
+    )  # four neighbors, not nine
     assert torch.equal(seen[2][:, :1280], F.max_pool2d(x, 3, 1, 1))
 
 
 @pytest.mark.parametrize("size", [(7, 5), (299, 299), (640, 333)])
 def test_the_tf1_resize_reads_at_i_times_scale(size):
-    pixels = np.asarray(_pictures(size)[0])
+    pixels = np.asarray(_images(size)[0])
     h, w = pixels.shape[:2]
     found = resize_tf1(pixels)
     assert found.shape == (3, 299, 299)
@@ -80,8 +80,8 @@ def test_the_tf1_resize_reads_at_i_times_scale(size):
         )
 
 
-def test_at_its_own_size_every_resize_leaves_the_picture_alone():
-    pixels = np.asarray(_pictures((299, 299))[0])
+def test_no_resize_changes_an_image_of_299_pixels():
+    pixels = np.asarray(_images((299, 299))[0])
     for resize in (resize_tf1, resize_torch, resize_clean):
         assert np.abs(resize(pixels).numpy().transpose(1, 2, 0) - pixels).max() < 1e-3
 
@@ -95,7 +95,7 @@ def test_only_the_clean_resize_smooths_before_it_shrinks():
 
 @pytest.fixture(scope="module")
 def tensors():
-    """Return random weights that keep the activations alive, under the names of the port, its unused last layer included."""
+    """Return random weights with nonzero activations under the names of the port, with `fc`."""
     g = torch.Generator().manual_seed(0)
     out = {}
     for key, value in Trunk().state_dict().items():
@@ -122,7 +122,7 @@ def files(tensors, tmp_path_factory):
 
 
 def test_both_kinds_of_file_give_the_same_features_and_their_own_hash(files):
-    images = _pictures((64, 64), (80, 50))
+    images = _images((64, 64), (80, 50))
     one, two = (Inception(weights=str(files / name)) for name in ("w.safetensors", "w.pth"))
     found = one.features(images)
     assert found.shape == (2, 2048)
@@ -135,7 +135,7 @@ def test_both_kinds_of_file_give_the_same_features_and_their_own_hash(files):
 
 
 def test_the_resize_changes_the_numbers_and_the_id(files):
-    images = _pictures((64, 64))
+    images = _images((64, 64))
     made = [
         build(weights=str(files / "w.safetensors"))
         for build in (Inception, inception_torch, inception_clean)
@@ -148,29 +148,29 @@ def test_the_resize_changes_the_numbers_and_the_id(files):
     )
 
 
-def test_torchvisions_weights_are_refused_since_they_are_another_network(tensors, tmp_path):
+def test_torchvisions_weights_are_refused(tensors, tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(tensors | {"fc.weight": torch.zeros(1000, 2048)}, path)
-    with pytest.raises(FileError, match="it has 1000 classes"):
+    with pytest.raises(FileError, match="got 1000 classes"):
         Inception(weights=str(path))
     save_file({k: v for k, v in tensors.items() if not k.startswith("fc.")}, path)
-    with pytest.raises(FileError, match=r"it has no fc\.weight"):
+    with pytest.raises(FileError, match=r"got no fc\.weight"):
         Inception(weights=str(path))
     save_file({k: v for k, v in tensors.items() if not k.startswith("Mixed_7c")}, path)
-    with pytest.raises(FileError, match="does not hold the FID's Inception"):
+    with pytest.raises(FileError, match="does not have the weights of the FID's Inception"):
         Inception(weights=str(path))
     with pytest.raises(ConfigError, match="needs weights"):
         Inception()
 
 
-def test_the_trunk_is_torch_fidelitys_to_the_last_bit(files):
+def test_the_trunk_equals_torch_fidelitys_bit_for_bit(files):
     package = pytest.importorskip(
         "torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError
     )  # needs torchvision; not in our extras
     oracle = package.FeatureExtractorInceptionV3(
         "fid", ["2048"], feature_extractor_weights_path=str(files / "w.pth")
     )
-    images = _pictures((64, 64), (333, 200))
+    images = _images((64, 64), (333, 200))
     found = Inception(weights=str(files / "w.pth")).features(images)
     for row, image in zip(found, images, strict=True):
         assert np.array_equal(

@@ -1,4 +1,4 @@
-"""LPIPS with random weights: a plain restatement, laws, and the `lpips` package where it can be imported."""
+"""LPIPS with random weights against a plain restatement and the `lpips` package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safegen.features.weights import read_weights
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a trunk file (as torchvision's, with a classifier) and a heads file (as the package's)."""
+    """Return a trunk file like torchvision's and a heads file like the package's."""
     folder, g = tmp_path_factory.mktemp("lpips"), torch.Generator().manual_seed(0)
     trunk = {
         k: torch.randn(v.shape, generator=g) * (1.4 / v[0].numel() ** 0.5 if v.ndim > 1 else 0.1)
@@ -40,13 +40,13 @@ def metric(files):
     return Lpips(**files)
 
 
-def _pictures(n: int, seed: int = 0, size=(40, 33)):
+def _images(n: int, seed: int = 0, size=(40, 33)):
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(n)]
 
 
 def _plain(files, a: Image.Image, b: Image.Image) -> float:
-    """Say LPIPS again, one step after the other, in float64."""
+    """Return LPIPS step by step in float64."""
     w, heads = (
         {k: v.double() for k, v in read_weights(Path(files[k]))[0].items()}
         for k in ("trunk", "heads")
@@ -79,22 +79,22 @@ def _plain(files, a: Image.Image, b: Image.Image) -> float:
     return total
 
 
-def test_it_is_its_plain_restatement(metric, files):
-    a, b = _pictures(3), _pictures(3, seed=1)
+def test_distances_equal_the_plain_restatement(metric, files):
+    a, b = _images(3), _images(3, seed=1)
     assert metric.distances(a, b) == pytest.approx(
         [_plain(files, x, y) for x, y in zip(a, b, strict=True)], rel=1e-5
     )
 
 
-def test_equal_pictures_are_at_no_distance_and_distances_go_both_ways(metric):
-    a, b = _pictures(2), _pictures(2, seed=1)
+def test_distances_are_zero_for_equal_images_and_symmetric(metric):
+    a, b = _images(2), _images(2, seed=1)
     assert metric.distances(a, a).tolist() == [0, 0]
     assert metric.distances(a, b) == pytest.approx(metric.distances(b, a))
     assert (metric.distances(a, b) > 0).all()
 
 
-def test_more_change_is_further_away(metric):
-    (a,), (b,) = _pictures(1), _pictures(1, seed=1)
+def test_more_change_gives_a_larger_distance(metric):
+    (a,), (b,) = _images(1), _images(1, seed=1)
     steps = [Image.blend(a, b, t) for t in (0.1, 0.4, 1.0)]
     found = metric.distances([a] * 3, steps)
     assert found.tolist() == sorted(found)
@@ -102,15 +102,15 @@ def test_more_change_is_further_away(metric):
 
 def test_a_pair_does_not_depend_on_its_batch_and_sizes_may_mix(metric):
     a, b = (
-        _pictures(3) + _pictures(2, size=(50, 50)),
-        _pictures(3, seed=1) + _pictures(2, seed=1, size=(50, 50)),
+        _images(3) + _images(2, size=(50, 50)),
+        _images(3, seed=1) + _images(2, seed=1, size=(50, 50)),
     )
     alone = [metric.distances([x], [y])[0] for x, y in zip(a, b, strict=True)]
     assert metric.distances(a[::-1], b[::-1], batch=2)[::-1] == pytest.approx(alone, rel=1e-5)
     assert metric.distances([], []).shape == (0,)
 
 
-def test_a_layer_is_blind_to_the_length_of_its_activations_and_linear_in_its_head():
+def test_a_layer_ignores_the_norm_of_activations_and_is_linear_in_its_head():
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 5, 3, 4, generator=g) for _ in range(2))
     one, two = torch.rand(5, generator=g), torch.rand(5, generator=g)
@@ -124,38 +124,38 @@ def test_a_layer_is_blind_to_the_length_of_its_activations_and_linear_in_its_hea
 def test_the_side_is_part_of_the_id(files, metric):
     small = Lpips(**files, side=64)
     assert small.id == metric.id + ":side64"
-    a, b = _pictures(1), _pictures(1, seed=1)
+    a, b = _images(1), _images(1, seed=1)
     assert small.distances(a, b) != pytest.approx(metric.distances(a, b))
 
 
 @pytest.mark.parametrize(
     ("a", "b", "words"),
     [
-        (_pictures(2), _pictures(1), "equally long, got 2 and 1"),
-        (_pictures(1), _pictures(1, size=(50, 50)), "one size"),
-        (_pictures(1, size=(40, 30)), _pictures(1, size=(40, 30)), "31 pixels or more"),
+        (_images(2), _images(1), "equally long, got 2 and 1"),
+        (_images(1), _images(1, size=(50, 50)), "must have one size"),
+        (_images(1, size=(40, 30)), _images(1, size=(40, 30)), "at least 31 pixels"),
     ],
 )
-def test_pairs_that_do_not_compare_are_refused(metric, a, b, words):
+def test_invalid_pairs_are_refused(metric, a, b, words):
     with pytest.raises(ConfigError, match=words):
         metric.distances(a, b)
 
 
-def test_files_of_something_else_are_refused(files, tmp_path):
-    with pytest.raises(FileError, match="does not hold AlexNet's convolutions"):
+def test_other_weights_are_refused(files, tmp_path):
+    with pytest.raises(FileError, match="does not have the weights of AlexNet's convolutions"):
         Lpips(trunk=files["heads"], heads=files["heads"])
     with pytest.raises(
         FileError, match=r"lin0\.model\.1\.weight must be \(1, 64, 1, 1\), got nothing"
     ):
         Lpips(trunk=files["trunk"], heads=files["trunk"])
-    with pytest.raises(ConfigError, match="got side 16"):
+    with pytest.raises(ConfigError, match="side must be at least 31 for LPIPS, got 16"):
         Lpips(**files, side=16)
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*pretrained.*:UserWarning", "ignore:Arguments other than a weight enum.*:UserWarning"
 )
-def test_it_is_the_lpips_packages_with_the_same_weights(files, metric):
+def test_distances_equal_the_lpips_packages(files, metric):
     package = pytest.importorskip(
         "lpips", exc_type=ImportError
     )  # needs torchvision; not in our extras
@@ -172,7 +172,7 @@ def test_it_is_the_lpips_packages_with_the_same_weights(files, metric):
     ):
         for index, layer in part.named_children():
             layer.load_state_dict(trunk.features[int(index)].state_dict())
-    a, b = _pictures(3), _pictures(3, seed=1)
+    a, b = _images(3), _images(3, seed=1)
     x, y = (
         torch.from_numpy(np.stack([np.asarray(i, np.float32) for i in s])).permute(0, 3, 1, 2)
         / 127.5

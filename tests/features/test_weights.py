@@ -1,4 +1,4 @@
-"""Weights are read from files only, without running what is in them, and what cannot be used is said in one line."""
+"""Weights are read from files without running code, and invalid files are refused in one line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from safegen.core.errors import FileError
-from safegen.features.weights import fill, read_weights
+from safegen.features.weights import load_weights, read_weights
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.zeros(2)}
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt", "w.bin"])
-def test_either_kind_of_file_gives_the_tensors_and_the_hash_of_its_bytes(tmp_path, name):
+def test_every_format_gives_the_tensors_and_the_hash_of_the_bytes(tmp_path, name):
     path = tmp_path / name
     save_file(TENSORS, path) if name.endswith("safetensors") else torch.save(TENSORS, path)
     found, digest = read_weights(path)
@@ -46,7 +46,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, name, content):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_weights_file_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileError, match="do not exist"):
         read_weights(tmp_path / "w.pth")
     (tmp_path / "w.txt").write_text("weights")
@@ -60,9 +60,9 @@ def test_what_is_no_weights_file_is_refused(tmp_path):
         read_weights(tmp_path / "nan.safetensors")
 
 
-def test_a_network_is_filled_whole_or_not_at_all(tmp_path):
+def test_a_network_is_loaded_completely_or_not_at_all(tmp_path):
     net = torch.nn.Linear(3, 2)
-    fill(net, TENSORS, source=tmp_path, what="a layer")
+    load_weights(net, TENSORS, source=tmp_path, what="a layer")
     assert torch.equal(net.weight, TENSORS["weight"])
     assert not net.training
     for wrong in (
@@ -70,6 +70,6 @@ def test_a_network_is_filled_whole_or_not_at_all(tmp_path):
         TENSORS | {"more": torch.zeros(1)},
         TENSORS | {"bias": torch.zeros(3)},
     ):
-        with pytest.raises(FileError, match="does not hold a layer: ") as caught:
-            fill(torch.nn.Linear(3, 2), wrong, source=tmp_path, what="a layer")
+        with pytest.raises(FileError, match="does not have the weights of a layer: ") as caught:
+            load_weights(torch.nn.Linear(3, 2), wrong, source=tmp_path, what="a layer")
         assert "\n" not in str(caught.value)

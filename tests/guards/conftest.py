@@ -1,11 +1,11 @@
-"""Tiny pipelines of the families that guards reach into, and drawing with them."""
+"""Tiny pipelines, settings of every guard, and a function that generates."""
 
 from __future__ import annotations
 
 import pytest
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
-"""What the tiny tokenizer was made of, as in the conftest above."""
+"""Texts that the tiny tokenizer was built from."""
 
 
 TEXT = "a red cube"
@@ -15,7 +15,7 @@ TEXT = "a red cube"
 def checker_in():
     """Return a function that writes a safety checker with random weights.
 
-    With `fits`, one of its concepts fits every picture.
+    With `fits`, one of its concepts fits every image.
     """
     import torch
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -53,17 +53,18 @@ def checker_in():
 
 
 @pytest.fixture(scope="session")
-def quiet(tmp_path_factory, checker_in):
-    """Return settings under which each guard of the table runs on the tiny models and stops nothing."""
+def passing_settings(tmp_path_factory, checker_in):
+    """Return settings of every guard (default: none) that block nothing on the tiny models."""
     import torch
 
+    from safegen.core.registry import GUARDS
     from safegen.guards.latent_guard.head import LatentGuardHead, save_head
 
     folder = tmp_path_factory.mktemp("guards")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_head(LatentGuardHead(32), folder / "head.safetensors")
-    return {
+    return {name: {} for name in GUARDS} | {
         "sld": {"preset": "max", "text": TEXT},
         "negative-prompt": {
             "text": "a green cone"
@@ -94,7 +95,7 @@ def quiet(tmp_path_factory, checker_in):
 
 @pytest.fixture(scope="session")
 def generate():
-    """Return a function that draws with guards, or with the pipeline's own call where there are none: pictures and trails."""
+    """Return a function that generates with guards, or by the pipeline's own call without any."""
     import torch
 
     from safegen.guards import read_guard
@@ -211,7 +212,7 @@ def tiny_xl():
 
 @pytest.fixture(scope="session")
 def tiny_wan():
-    """Return a tiny random Wan: guidance in two calls, pictures of one frame."""
+    """Return a tiny random Wan, with two denoiser calls per step."""
     import torch
     from diffusers import (
         AutoencoderKLWan,

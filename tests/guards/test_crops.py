@@ -1,4 +1,4 @@
-"""Probes: where they start, that their share decides, and that the picture is the one that would have been drawn."""
+"""CROPS: where probes lie, how their share decides, and that they do not change the image."""
 
 from __future__ import annotations
 
@@ -29,38 +29,34 @@ ANSWERS = {
 
 
 def judge_of(monkeypatch, outcomes):
-    """Give the guard a judge whose answers on the first picture are `outcomes` in turn, and that keeps what it saw."""
+    """Give the guard a judge with `outcomes` in turn for the first image, that stores images."""
 
-    class Told:
-        id, labels, label_space, threshold, seen, turn = (
-            "told",
-            ("bad",),
-            ("bad",),
-            0.5,
-            [],
-            iter(outcomes),
-        )
+    class FixedJudge:
+        id, labels, label_space, threshold = "fixed", ("bad",), ("bad",), 0.5
+
+        def __init__(self):
+            self.seen, self.outcomes = [], iter(outcomes)
 
         def detect(self, images):
             self.seen.append([np.asarray(i, dtype=int) for i in images])
-            return [ANSWERS[next(self.turn)], *[ANSWERS["safe"]] * (len(images) - 1)]
+            return [ANSWERS[next(self.outcomes)], *[ANSWERS["safe"]] * (len(images) - 1)]
 
-    told = Told()
-    monkeypatch.setattr(CropsConfig, "load_judge", lambda self: told)
-    return told
+    judge = FixedJudge()
+    monkeypatch.setattr(CropsConfig, "load_judge", lambda self: judge)
+    return judge
 
 
 @pytest.mark.parametrize("shape", ["spherical", "circular"])
-def test_probes_lie_at_their_angle_and_are_as_long_as_the_start(shape):
+def test_neighbors_have_the_angle_and_norm(shape):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 8, 8, generator=g)
-    found = neighbors(x, g, angle=0.4, n=6, shape=shape).flatten(1).double()
+    outputs = neighbors(x, g, angle=0.4, n=6, shape=shape).flatten(1).double()
     start = x.flatten().double()
-    assert torch.allclose(found.norm(dim=1), start.norm().expand(6), rtol=1e-5)
+    assert torch.allclose(outputs.norm(dim=1), start.norm().expand(6), rtol=1e-5)
     assert torch.allclose(
-        found @ start / start.norm() ** 2, torch.full((6,), math.cos(0.4)).double(), rtol=1e-4
+        outputs @ start / start.norm() ** 2, torch.full((6,), math.cos(0.4)).double(), rtol=1e-4
     )
-    off = found - math.cos(0.4) * start
+    off = outputs - math.cos(0.4) * start
     between = (off @ off.T) / (off.norm(dim=1)[:, None] * off.norm(dim=1))
     if shape == "circular":  # neighbours are as far from each other as the next
         assert all(
@@ -80,7 +76,7 @@ def test_probes_lie_at_their_angle_and_are_as_long_as_the_start(shape):
         (["unjudged"] * 2 + ["safe"] * 2, True),
     ],
 )
-def test_the_share_of_unsafe_probes_decides_and_unjudged_is_not_safe(
+def test_blocks_by_the_share_of_unsafe_and_unjudged_probes(
     tiny_model, generate, monkeypatch, outcomes, stopped
 ):
     judge_of(monkeypatch, outcomes)
@@ -91,52 +87,50 @@ def test_the_share_of_unsafe_probes_decides_and_unjudged_is_not_safe(
     assert other.image is not None
 
 
-def test_a_judge_that_leaves_a_probe_out_shows_no_picture(tiny_model, generate, monkeypatch):
-    told = judge_of(monkeypatch, ["safe"] * 4)
-    monkeypatch.setattr(type(told), "detect", lambda self, images: [ANSWERS["safe"]])
-    found = generate(tiny_model.pipeline, [CROPS], PROMPTS)
-    assert [d.image for d in found] == [None, None]
-    assert found[0].trace.reason.startswith("error: crops: ValueError")
+def test_a_judge_with_a_missing_result_withholds(tiny_model, generate, monkeypatch):
+    judge = judge_of(monkeypatch, ["safe"] * 4)
+    monkeypatch.setattr(type(judge), "detect", lambda self, images: [ANSWERS["safe"]])
+    outputs = generate(tiny_model.pipeline, [CROPS], PROMPTS)
+    assert [o.image for o in outputs] == [None, None]
+    assert outputs[0].trace.reason.startswith("error: crops: ValueError")
 
 
 @pytest.mark.parametrize("moves", ["start", "embedding"])
-def test_the_picture_is_the_one_that_would_have_been_drawn(
-    tiny_model, generate, monkeypatch, moves
-):
-    told = judge_of(monkeypatch, ["safe"] * 4)
-    found = generate(tiny_model.pipeline, [CROPS | {"moves": moves}], PROMPTS)
+def test_probes_do_not_change_the_image(tiny_model, generate, monkeypatch, moves):
+    judge = judge_of(monkeypatch, ["safe"] * 4)
+    outputs = generate(tiny_model.pipeline, [CROPS | {"moves": moves}], PROMPTS)
     assert np.array_equal(
-        np.stack([d.image for d in found]), generate(tiny_model.pipeline, None, PROMPTS)
+        np.stack([o.image for o in outputs]), generate(tiny_model.pipeline, None, PROMPTS)
     )
-    assert len(told.seen) == 4
-    assert all(len(images) == 2 for images in told.seen)
+    assert len(judge.seen) == 4
+    assert all(len(images) == 2 for images in judge.seen)
 
 
 NEAR = CROPS | {"probes": 1, "steps": None, "angle": 1e-4}
 
 
 @pytest.mark.parametrize("moves", ["start", "embedding"])
-def test_a_probe_at_no_distance_is_the_picture(tiny_model, generate, monkeypatch, moves):
-    told = judge_of(monkeypatch, ["safe"])
-    (found,) = generate(
+def test_a_probe_at_a_tiny_angle_equals_the_image(tiny_model, generate, monkeypatch, moves):
+    judge = judge_of(monkeypatch, ["safe"])
+    (output,) = generate(
         tiny_model.pipeline, [NEAR | {"moves": moves}], PROMPTS[:1], output_type="pil"
     )
-    assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
+    assert np.abs(judge.seen[0][0] - np.asarray(output.image, dtype=int)).max() <= 2
 
 
-def test_probes_are_drawn_with_the_stacks_other_guards(tiny_model, generate, monkeypatch):
+def test_probes_use_the_other_guards_of_the_stack(tiny_model, generate, monkeypatch):
     plain, guarded = (judge_of(monkeypatch, ["safe"]) for _ in range(2))
-    for told, more in (
+    for judge, more in (
         (plain, []),
         (guarded, [{"name": "sld", "preset": "max", "text": "a green cone"}]),
     ):
-        monkeypatch.setattr(CropsConfig, "load_judge", lambda self, told=told: told)
-        told.seen = []
+        monkeypatch.setattr(CropsConfig, "load_judge", lambda self, judge=judge: judge)
+        judge.seen = []
         generate(tiny_model.pipeline, [CROPS | {"probes": 1}, *more], PROMPTS[:1])
     assert not np.array_equal(plain.seen[0][0], guarded.seen[0][0])
 
 
-def test_what_has_no_start_of_its_own_is_refused(tiny_model, tiny_wan, generate):
+def test_refuses_calls_without_initial_latents_per_image(tiny_model, tiny_wan, generate):
     guard = make_guard(**CROPS)
     with pytest.raises(ConfigError, match="generator must be a list"):
         GuardedPipeline(tiny_model.pipeline, [guard]).generate(PROMPTS, num_inference_steps=2)
@@ -150,39 +144,39 @@ def test_what_has_no_start_of_its_own_is_refused(tiny_model, tiny_wan, generate)
     assert make_guard("crops", "one-step", concept="skulls").steps == 1
 
 
-class Seen(GuardConfig):
-    """Notes what text reaches the denoiser behind the guards before it."""
+class RecorderConfig(GuardConfig):
+    """Settings of a guard that stores the embeddings left by the guards before it."""
 
     name: str = "seen"
     hook_points = frozenset({"prompt_embeds"})
 
     def build(self, adapter):
-        return SeenReady(self)
+        return RecorderGuard(self)
 
 
-class SeenReady(Guard):
+class RecorderGuard(Guard):
     def __init__(self, guard):
         super().__init__(guard)
         self.texts = []
 
     def start(self, call):
-        turn = GuardHook()
-        turn.edit_prompt_embeds = lambda text: self.texts.append(text) or text
-        return turn
+        hook = GuardHook()
+        hook.edit_prompt_embeds = lambda text: self.texts.append(text) or text
+        return hook
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
 @pytest.mark.parametrize("shape", ["spherical", "circular"])
-def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
+def test_embedding_probes_rotate_the_prompts_tokens_only(
     tiny_model, tiny_xl, generate, monkeypatch, family, shape
 ):
     pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl}[family]
-    told = judge_of(monkeypatch, ["safe"] * 3)
+    judge = judge_of(monkeypatch, ["safe"] * 3)
     guard = CROPS | {"moves": "embedding", "shape": shape, "probes": 3, "angle": 0.4}
-    engine = GuardedPipeline(pipe, [make_guard(**guard), Seen()])
+    engine = GuardedPipeline(pipe, [make_guard(**guard), RecorderConfig()])
     generate(pipe, engine=engine, prompts=PROMPTS)
     texts = engine.guards[1].texts
-    assert len(texts) == 3 + 4  # a step a probe, and the picture's own
+    assert len(texts) == 3 + 4  # a step a probe, and the image's own
     plain = PipelineAdapter(pipe).encode(PROMPTS)
     assert all(torch.equal(text.hidden, plain.hidden) for text in texts[3:])
     for text in texts[:3]:
@@ -202,15 +196,15 @@ def test_probes_of_the_embedding_turn_each_token_of_the_prompt_and_nothing_else(
             )
         assert all(torch.equal(text.extra[key], plain.extra[key]) for key in plain.extra)
     assert not torch.equal(texts[0].hidden, texts[1].hidden)
-    assert not np.array_equal(told.seen[0][0], told.seen[1][0])
+    assert not np.array_equal(judge.seen[0][0], judge.seen[1][0])
 
 
-def test_probes_of_the_embedding_reach_the_second_stream_too(tiny_model, generate, monkeypatch):
+def test_embedding_probes_reach_the_reference_stream(tiny_model, generate, monkeypatch):
     judge_of(monkeypatch, ["safe"])
     dual = make_guard("dual-latent", phrases=["a red cube", "red"], start=0.0)
     engine = GuardedPipeline(
         tiny_model.pipeline,
-        [make_guard(**NEAR | {"moves": "embedding", "angle": 0.4}), Seen(), dual],
+        [make_guard(**NEAR | {"moves": "embedding", "angle": 0.4}), RecorderConfig(), dual],
     )
     generate(tiny_model.pipeline, engine=engine, prompts=PROMPTS)
     probe = engine.guards[1].texts[0].hidden
@@ -218,17 +212,17 @@ def test_probes_of_the_embedding_reach_the_second_stream_too(tiny_model, generat
     assert torch.equal(probe[:2], probe[2:])
 
 
-class Mover(GuardConfig):
-    """Moves every start to another, as pno does."""
+class MoverConfig(GuardConfig):
+    """Settings of a guard that replaces the initial latents, as pno does."""
 
     name: str = "mover"
     hook_points = frozenset({"probe"})
 
     def build(self, adapter):
-        return MoverReady(self)
+        return MoverGuard(self)
 
 
-class MoverReady(Guard):
+class MoverGuard(Guard):
     def probe(self, generate, prompts, options):
         rng = torch.Generator().manual_seed(7)
         return [
@@ -237,17 +231,19 @@ class MoverReady(Guard):
         ]
 
 
-def test_probes_lie_around_a_start_that_an_earlier_guard_moved(tiny_model, generate, monkeypatch):
-    told = judge_of(monkeypatch, ["safe"])
-    found = generate(tiny_model.pipeline, [Mover(), make_guard(**NEAR)], PROMPTS, output_type="pil")
+def test_probes_start_from_latents_of_an_earlier_guard(tiny_model, generate, monkeypatch):
+    judge = judge_of(monkeypatch, ["safe"])
+    outputs = generate(
+        tiny_model.pipeline, [MoverConfig(), make_guard(**NEAR)], PROMPTS, output_type="pil"
+    )
     plain = generate(tiny_model.pipeline, None, PROMPTS, output_type="pil")
     for i in range(2):
-        assert np.abs(told.seen[0][i] - np.asarray(found[i].image, dtype=int)).max() <= 2
-        assert np.abs(told.seen[0][i] - np.asarray(plain[i], dtype=int)).max() > 8
+        assert np.abs(judge.seen[0][i] - np.asarray(outputs[i].image, dtype=int)).max() <= 2
+        assert np.abs(judge.seen[0][i] - np.asarray(plain[i], dtype=int)).max() > 8
 
 
-def test_probes_lie_around_the_start_that_pno_found(tiny_model, generate, monkeypatch):
-    told = judge_of(monkeypatch, ["safe", "safe"])
+def test_probes_start_from_latents_of_pno(tiny_model, generate, monkeypatch):
+    judge = judge_of(monkeypatch, ["safe", "safe"])
     monkeypatch.setattr(ClipScore, "__call__", lambda self, images: images[:, 0].mean(dim=(1, 2)))
     pno = {
         "name": "pno",
@@ -258,26 +254,24 @@ def test_probes_lie_around_the_start_that_pno_found(tiny_model, generate, monkey
         "permutations": 4,
     }
     (own,) = generate(tiny_model.pipeline, [pno | {"limit": 0.99}], PROMPTS[:1], output_type="pil")
-    told.seen = []
-    told.turn = iter(["safe", "safe"])
+    judge.seen = []
+    judge.outcomes = iter(["safe", "safe"])
     limit = own.trace.guards[0].scores["first"] - 0.005
-    (found,) = generate(
+    (output,) = generate(
         tiny_model.pipeline,
         [pno | {"limit": limit}, make_guard(**NEAR)],
         PROMPTS[:1],
         output_type="pil",
     )
-    assert found.trace.guards[0].reason == "moved"
-    assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
-    assert np.abs(told.seen[0][0] - np.asarray(own.image, dtype=int)).max() > 2
+    assert output.trace.guards[0].reason == "moved"
+    assert np.abs(judge.seen[0][0] - np.asarray(output.image, dtype=int)).max() <= 2
+    assert np.abs(judge.seen[0][0] - np.asarray(own.image, dtype=int)).max() > 2
 
 
-def test_a_probe_is_drawn_with_its_own_prompts_options_when_another_prompt_is_stopped(
-    tiny_model, generate, monkeypatch
-):
-    told = judge_of(monkeypatch, ["safe"])
+def test_probes_keep_their_options_if_another_prompt_is_blocked(tiny_model, generate, monkeypatch):
+    judge = judge_of(monkeypatch, ["safe"])
     guards = [{"name": "prompt-filter", "words": ["red cube"]}, make_guard(**NEAR)]
-    gone, found = generate(
+    gone, output = generate(
         tiny_model.pipeline,
         guards,
         PROMPTS,
@@ -285,23 +279,23 @@ def test_a_probe_is_drawn_with_its_own_prompts_options_when_another_prompt_is_st
         negative_prompt=["a green cone", "a red cube in the grass"],
     )
     assert gone.image is None
-    assert np.abs(told.seen[0][0] - np.asarray(found.image, dtype=int)).max() <= 2
+    assert np.abs(judge.seen[0][0] - np.asarray(output.image, dtype=int)).max() <= 2
 
 
-def test_latents_of_ones_own_are_the_start_that_is_probed(tiny_model, generate, monkeypatch):
-    told = judge_of(monkeypatch, ["safe"])
+def test_probes_start_from_the_latents_of_the_call(tiny_model, generate, monkeypatch):
+    judge = judge_of(monkeypatch, ["safe"])
     latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(5))
-    found = generate(
+    outputs = generate(
         tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, output_type="pil", latents=latents
     )
     plain = generate(tiny_model.pipeline, None, PROMPTS, output_type="pil", latents=latents)
-    assert [d.image.tobytes() for d in found] == [p.tobytes() for p in plain]
-    assert np.abs(told.seen[0][0] - np.asarray(plain[0], dtype=int)).max() <= 2
+    assert [o.image.tobytes() for o in outputs] == [p.tobytes() for p in plain]
+    assert np.abs(judge.seen[0][0] - np.asarray(plain[0], dtype=int)).max() <= 2
     with pytest.raises(ConfigError, match="latents must have one row per image, 2, got 1"):
         generate(tiny_model.pipeline, [make_guard(**NEAR)], PROMPTS, latents=latents[:1])
 
 
-def test_probes_do_not_call_back_the_old_way_either(tiny_model, generate, monkeypatch):
+def test_probes_do_not_run_the_deprecated_callback(tiny_model, generate, monkeypatch):
     judge_of(monkeypatch, ["safe"] * 4)
     seen = []
     with pytest.warns(FutureWarning, match="callback"):

@@ -1,4 +1,4 @@
-"""Two streams from one start: its ends, what is mixed when, and that the second stream is never shown."""
+"""Dual latent: its limits, when streams are mixed, and which prompts have two."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DUAL = {"name": "dual-latent", "phrases": ["a red cube", "red"], "start": 0.0}
 PROMPTS = ["a red cube on a white table", "a blue ball in the grass"]
 
 
-def arrays(drawn):
-    return np.stack([d.image for d in drawn])
+def arrays(outputs):
+    return np.stack([o.image for o in outputs])
 
 
-def test_before_the_start_the_second_follows_and_then_the_first_is_moved():
+def test_mix_streams_follows_then_interpolates():
     u, s = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(a, u) for a in mix_streams(u, s, strength=0.7, follow=True))
     for strength in (0.0, 0.25, 1.0):
@@ -28,22 +28,22 @@ def test_before_the_start_the_second_follows_and_then_the_first_is_moved():
         assert torch.allclose(first, (1 - strength) * u + strength * s)
 
 
-def test_no_strength_is_the_base_bit_for_bit_and_costs_no_second_stream(tiny_model, generate):
+def test_zero_strength_is_bit_equal_to_base_without_a_reference_stream(tiny_model, generate):
     rows = []
     hook = tiny_model.denoiser.conv_in.register_forward_hook(
         lambda m, inputs, out: rows.append(len(inputs[0]))
     )
-    found = generate(tiny_model.pipeline, [DUAL | {"strength": 0.0}], PROMPTS)
+    outputs = generate(tiny_model.pipeline, [DUAL | {"strength": 0.0}], PROMPTS)
     hook.remove()
     assert set(rows) == {4}
-    assert np.array_equal(arrays(found), generate(tiny_model.pipeline, None, PROMPTS))
+    assert np.array_equal(arrays(outputs), generate(tiny_model.pipeline, None, PROMPTS))
 
 
-def test_a_late_start_is_the_base_and_full_strength_the_safer_stream(tiny_model, generate):
+def test_start_1_equals_base_and_strength_1_equals_safree(tiny_model, generate):
     base = generate(tiny_model.pipeline, None, PROMPTS)
     late = generate(tiny_model.pipeline, [DUAL | {"start": 1.0}], PROMPTS)
     assert np.abs(arrays(late) - base).max() < 2e-4
-    assert [(d.trace.action, d.trace.guards[0].scores["steps"]) for d in late] == [
+    assert [(o.trace.action, o.trace.guards[0].scores["steps"]) for o in late] == [
         ("none", 0.0)
     ] * 2
     full = arrays(generate(tiny_model.pipeline, [DUAL | {"strength": 1.0}], PROMPTS))
@@ -58,29 +58,32 @@ def test_a_late_start_is_the_base_and_full_strength_the_safer_stream(tiny_model,
     assert np.abs(half - base).max() > 1e-4 < np.abs(half - full).max()
 
 
-def test_only_prompts_behind_the_gate_are_drawn_twice(tiny_model, generate):
+def test_only_prompts_beyond_the_gate_get_a_reference_stream(tiny_model, generate):
     seen = generate(tiny_model.pipeline, [DUAL], PROMPTS)
     near, far = sorted(range(2), key=lambda i: seen[i].trace.guards[0].scores["distance"])
-    gate = sum(d.trace.guards[0].scores["distance"] for d in seen) / 2
-    found = generate(tiny_model.pipeline, [DUAL | {"gate": gate}], PROMPTS)
-    assert [found[i].trace.action for i in (near, far)] == ["none", "edit"]
+    gate = sum(o.trace.guards[0].scores["distance"] for o in seen) / 2
+    outputs = generate(tiny_model.pipeline, [DUAL | {"gate": gate}], PROMPTS)
+    assert [outputs[i].trace.action for i in (near, far)] == ["none", "edit"]
     assert (
-        np.abs(found[near].image - generate(tiny_model.pipeline, None, PROMPTS)[near]).max() < 2e-4
+        np.abs(outputs[near].image - generate(tiny_model.pipeline, None, PROMPTS)[near]).max()
+        < 2e-4
     )
-    assert np.abs(found[far].image - seen[far].image).max() < 2e-4
+    assert np.abs(outputs[far].image - seen[far].image).max() < 2e-4
 
 
-def test_it_stands_beside_guards_of_other_seams(tiny_model, generate):
+def test_combines_with_a_negative_prompt(tiny_model, generate):
     both = generate(
         tiny_model.pipeline,
         [DUAL, {"name": "negative-prompt", "text": "a cone"}],
         PROMPTS,
         negative_prompt=["x", "y"],
     )
-    assert [[n.action for n in d.trace.guards] for d in both] == [["edit", "edit"]] * 2
+    assert [[n.action for n in o.trace.guards] for o in both] == [["edit", "edit"]] * 2
 
 
-def test_what_cannot_be_mixed_is_refused(tiny_model, generate, monkeypatch):
+def test_refuses_several_images_per_prompt_and_schedulers_with_state(
+    tiny_model, generate, monkeypatch
+):
     from diffusers import PNDMScheduler
 
     with pytest.raises(
@@ -96,9 +99,7 @@ def test_what_cannot_be_mixed_is_refused(tiny_model, generate, monkeypatch):
         GuardedPipeline(tiny_model.pipeline, [make_guard(**DUAL)])
 
 
-def test_a_scheduler_with_a_memory_that_comes_later_is_refused_too(
-    tiny_model, generate, monkeypatch
-):
+def test_refuses_a_scheduler_with_state_at_call_time(tiny_model, generate, monkeypatch):
     from diffusers import DPMSolverMultistepScheduler
 
     engine = GuardedPipeline(tiny_model.pipeline, [make_guard(**DUAL)])

@@ -1,4 +1,4 @@
-"""What is promised of every guard: doing nothing is the base, a batch changes nothing, faults show no picture and the next call draws."""
+"""Behavior of every guard: off is equal to base, batches do not matter, failures withhold."""
 
 from __future__ import annotations
 
@@ -16,22 +16,19 @@ from safegen.guards.core.pipeline import GuardedPipeline
 
 NAMES = sorted(tables.GUARDS)
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
-IDLE = {
+OFF = {
     "sld": {"scale": 0.0},
     "negative-prompt": {"text": ""},
     "safree": {"strength": 0.0},
     "dual-latent": {"strength": 0.0},
 }
-"""Settings under which a guard of no strength does nothing.
-
-The others do nothing where they stop nothing.
-"""
+"""Settings that turn a guard off. The others have no effect while they block nothing."""
 VARIANTS = [
     *((name, {}) for name in NAMES),
     ("safree", {"reattend": True}),
     ("crops", {"moves": "embedding"}),
 ]
-PLACES = {
+METHODS = {
     "prompt": "check_prompts",
     "probe": "probe",
     "image": "check_images",
@@ -40,50 +37,52 @@ PLACES = {
     "guidance": "guidance_correction",
     "latents": "on_step_end",
 }
-"""Where a guard of a seam is asked: the method of it, or of its turn."""
+"""Method of the guard or of its hook that runs at a hook point."""
 
 
-def kind(name) -> type[GuardConfig]:
+def config_class(name) -> type[GuardConfig]:
     return tables.resolve(tables.GUARDS, name, "guard")
 
 
-def made(quiet, name, more=None):
-    return make_guard(name, **(quiet[name] | (more or {})))
+def made(passing_settings, name, more=None):
+    return make_guard(name, **(passing_settings[name] | (more or {})))
 
 
-def pictures(drawn):
-    return [d.image and d.image.tobytes() for d in drawn]
+def images_of(outputs):
+    return [o.image and o.image.tobytes() for o in outputs]
 
 
-def pixels(drawn):
-    return np.stack([np.asarray(d.image, dtype=int) for d in drawn])
+def pixels(outputs):
+    return np.stack([np.asarray(o.image, dtype=int) for o in outputs])
 
 
 @pytest.fixture
 def pil(generate):
-    """Return the drawing function for pictures that judges can look at."""
+    """Return the function that generates PIL images, which judges need."""
     return lambda pipe, guards, prompts=PROMPTS, **options: generate(
         pipe, guards, prompts, **{"output_type": "pil", **options}
     )
 
 
 @pytest.fixture
-def own(make_model):
-    """Return the tiny pipeline, to be changed."""
+def own_pipeline(make_model):
+    """Return a tiny pipeline of its own for a test that changes it."""
     return make_model().pipeline
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_guard_that_does_nothing_is_the_base_bit_for_bit(name, tiny_model, pil, quiet):
+def test_a_guard_without_effect_is_bit_equal_to_base(name, tiny_model, pil, passing_settings):
     pipe = tiny_model.pipeline
-    found = pil(pipe, [made(quiet, name, IDLE.get(name))])
-    assert {d.trace.action for d in found} == {"none"}
-    assert pictures(found) == [image.tobytes() for image in pil(pipe, None)]
+    outputs = pil(pipe, [made(passing_settings, name, OFF.get(name))])
+    assert {o.trace.action for o in outputs} == {"none"}
+    assert images_of(outputs) == [image.tobytes() for image in pil(pipe, None)]
 
 
 @pytest.mark.parametrize(("name", "more"), VARIANTS)
-def test_a_picture_does_not_depend_on_its_batch_beyond_rounding(name, more, tiny_model, pil, quiet):
-    pipe, guard = tiny_model.pipeline, made(quiet, name, more)
+def test_an_image_does_not_depend_on_its_batch_beyond_rounding(
+    name, more, tiny_model, pil, passing_settings
+):
+    pipe, guard = tiny_model.pipeline, made(passing_settings, name, more)
     together = pil(pipe, [guard])
     for i, prompt in enumerate(PROMPTS):
         (alone,) = pil(pipe, [guard], [prompt], seed=i)
@@ -93,25 +92,27 @@ def test_a_picture_does_not_depend_on_its_batch_beyond_rounding(name, more, tiny
         assert mine.scores == pytest.approx(theirs.scores, abs=1e-4)
 
 
-APART = [
+INDEPENDENT_PAIRS = [
     (a, b)
     for a, b in itertools.combinations(NAMES, 2)
-    if not kind(a).hook_points & kind(b).hook_points
+    if not config_class(a).hook_points & config_class(b).hook_points
 ]
 
 
-def test_most_pairs_of_guards_touch_different_seams():
-    assert len(APART) > 30
+def test_most_pairs_of_guards_have_different_hook_points():
+    assert len(INDEPENDENT_PAIRS) > 30
 
 
-@pytest.mark.parametrize(("one", "other"), APART)
-def test_two_guards_that_touch_different_seams_commute(one, other, tiny_model, pil, quiet):
-    pipe, pair = tiny_model.pipeline, [made(quiet, one), made(quiet, other)]
-    here, there = (
+@pytest.mark.parametrize(("one", "other"), INDEPENDENT_PAIRS)
+def test_two_guards_with_different_hook_points_commute(
+    one, other, tiny_model, pil, passing_settings
+):
+    pipe, pair = tiny_model.pipeline, [made(passing_settings, one), made(passing_settings, other)]
+    first, second = (
         pil(pipe, guards, PROMPTS[:2], num_inference_steps=2) for guards in (pair, pair[::-1])
     )
-    assert pictures(here) == pictures(there)
-    for a, b in zip(here, there, strict=True):
+    assert images_of(first) == images_of(second)
+    for a, b in zip(first, second, strict=True):
         assert a.trace.action == b.trace.action
         assert {n.guard: (n.action, n.scores, n.rows) for n in a.trace.guards} == {
             n.guard: (n.action, n.scores, n.rows) for n in b.trace.guards
@@ -119,39 +120,40 @@ def test_two_guards_that_touch_different_seams_commute(one, other, tiny_model, p
 
 
 @pytest.mark.parametrize(
-    ("name", "seam"), [(name, seam) for name in NAMES for seam in sorted(kind(name).hook_points)]
+    ("name", "point"),
+    [(name, point) for name in NAMES for point in sorted(config_class(name).hook_points)],
 )
-def test_a_guard_that_raises_at_any_of_its_seams_withholds_all_and_the_next_call_draws(
-    name, seam, tiny_model, pil, quiet, monkeypatch
+def test_a_guard_that_raises_at_a_hook_point_withholds_and_the_next_call_works(
+    name, point, tiny_model, pil, passing_settings, monkeypatch
 ):
     def broken(*_):
         raise OSError("weights.safetensors is gone")
 
-    engine = GuardedPipeline(tiny_model.pipeline, [made(quiet, name)])
-    (ready,) = engine.guards
+    engine = GuardedPipeline(tiny_model.pipeline, [made(passing_settings, name)])
+    (guard,) = engine.guards
     with monkeypatch.context() as patched:
-        if seam in EXTERNAL_POINTS:
-            patched.setattr(ready, PLACES[seam], broken)
+        if point in EXTERNAL_POINTS:
+            patched.setattr(guard, METHODS[point], broken)
         else:
-            begin = ready.start
+            start = guard.start
 
-            def begun(call):
-                turn = begin(call)
-                setattr(turn, PLACES[seam], broken)
-                return turn
+            def start_broken(call):
+                hook = start(call)
+                setattr(hook, METHODS[point], broken)
+                return hook
 
-            patched.setattr(ready, "start", begun)
-        found = pil(tiny_model.pipeline, None, engine=engine)
-    assert [d.image for d in found] == [None] * 3
-    assert {(d.trace.action, d.trace.reason) for d in found} == {
+            patched.setattr(guard, "start", start_broken)
+        outputs = pil(tiny_model.pipeline, None, engine=engine)
+    assert [o.image for o in outputs] == [None] * 3
+    assert {(o.trace.action, o.trace.reason) for o in outputs} == {
         ("withhold", f"error: {name}: OSError: weights.safetensors is gone")
     }
-    assert all(d.image is not None for d in pil(tiny_model.pipeline, None, engine=engine))
+    assert all(o.image is not None for o in pil(tiny_model.pipeline, None, engine=engine))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_latents_that_are_not_finite_cost_that_picture_alone_under_every_guard(
-    name, tiny_model, pil, quiet
+def test_latents_that_are_not_finite_withhold_that_image_only(
+    name, tiny_model, pil, passing_settings
 ):
     def spoil(pipeline, i, t, kwargs):
         if i == 1:
@@ -159,19 +161,19 @@ def test_latents_that_are_not_finite_cost_that_picture_alone_under_every_guard(
         return kwargs
 
     pipe = tiny_model.pipeline
-    bad, *good = pil(pipe, [made(quiet, name)], callback_on_step_end=spoil)
+    bad, *good = pil(pipe, [made(passing_settings, name)], callback_on_step_end=spoil)
     assert (bad.image, bad.trace.action, bad.trace.reason) == (
         None,
         "withhold",
         "not-finite: the latents hold NaN or infinity",
     )
-    fine = pil(pipe, [made(quiet, name)])
-    assert all(d.image is not None for d in fine)
+    fine = pil(pipe, [made(passing_settings, name)])
+    assert all(o.image is not None for o in fine)
     assert np.abs(pixels(good) - pixels(fine[1:])).max() <= 1
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_removed_behind_our_back_withholds_under_every_guard(name, tiny_model, pil, quiet):
+def test_removed_hooks_withhold_under_every_guard(name, tiny_model, pil, passing_settings):
     def uncount(pipeline, i, t, kwargs):
         vars(pipeline.scheduler).pop("step", None)
         return kwargs
@@ -181,122 +183,126 @@ def test_what_is_removed_behind_our_back_withholds_under_every_guard(name, tiny_
         pipeline.unet._forward_hooks.clear()
         return kwargs
 
-    pipe, guard = tiny_model.pipeline, made(quiet, name)
-    found = pil(pipe, [guard], callback_on_step_end=uncount)
-    assert {(d.image, d.trace.reason) for d in found} == {
+    pipe, guard = tiny_model.pipeline, made(passing_settings, name)
+    outputs = pil(pipe, [guard], callback_on_step_end=uncount)
+    assert {(o.image, o.trace.reason) for o in outputs} == {
         (None, "calls: 1 of 4 steps went through the guards")
     }
-    found = pil(pipe, [guard], callback_on_step_end=unhook)
+    outputs = pil(pipe, [guard], callback_on_step_end=unhook)
     if guard.hook_points - EXTERNAL_POINTS:
-        assert {(d.image, d.trace.reason) for d in found} == {
+        assert {(o.image, o.trace.reason) for o in outputs} == {
             (None, "calls: the denoiser bypassed the guards in 3 of 4 steps")
         }
-    assert all(d.image is not None for d in pil(pipe, [guard]))
+    assert all(o.image is not None for o in pil(pipe, [guard]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_users_callback_runs_once_a_step_under_every_guard(name, tiny_model, pil, quiet):
+def test_a_callback_runs_once_per_step_under_every_guard(name, tiny_model, pil, passing_settings):
     seen = []
     pil(
         tiny_model.pipeline,
-        [made(quiet, name)],
+        [made(passing_settings, name)],
         callback_on_step_end=lambda pipe, i, t, kwargs: seen.append(i) or kwargs,
     )
     assert seen == [0, 1, 2, 3]  # and not for probes
 
 
 @pytest.mark.parametrize(("name", "more"), VARIANTS)
-def test_every_guard_stays_through_model_offloading(name, more, own, pil, quiet, monkeypatch):
-    """What `enable_model_cpu_offload` does, with the CPU in the accelerator's place: hooks come and go around every call."""
+def test_every_guard_works_with_model_offloading(
+    name, more, own_pipeline, pil, passing_settings, monkeypatch
+):
+    """As `enable_model_cpu_offload`, on the CPU: hooks are replaced around every call."""
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module
 
-    plain = pil(own, [made(quiet, name, more)])
+    plain = pil(own_pipeline, [made(passing_settings, name, more)])
 
     def offload():
-        for part in (own.text_encoder, own.unet, own.vae):
+        for part in (own_pipeline.text_encoder, own_pipeline.unet, own_pipeline.vae):
             remove_hook_from_module(part)
             cpu_offload_with_hook(part, "cpu")
 
-    monkeypatch.setattr(own, "maybe_free_model_hooks", offload)
+    monkeypatch.setattr(own_pipeline, "maybe_free_model_hooks", offload)
     offload()
-    engine = GuardedPipeline(own, [made(quiet, name, more)])
+    engine = GuardedPipeline(own_pipeline, [made(passing_settings, name, more)])
     for _ in range(2):
-        found = pil(own, None, engine=engine)
-        assert pictures(found) == pictures(plain)
-        assert [d.trace.to_json(times=False) for d in found] == [
-            d.trace.to_json(times=False) for d in plain
+        outputs = pil(own_pipeline, None, engine=engine)
+        assert images_of(outputs) == images_of(plain)
+        assert [o.trace.to_json(times=False) for o in outputs] == [
+            o.trace.to_json(times=False) for o in plain
         ]
 
 
 @pytest.mark.parametrize(("name", "more"), VARIANTS)
-def test_every_guard_stays_through_sequential_offloading(name, more, own, pil, quiet):
-    """What `enable_sequential_cpu_offload` does, with the CPU in the accelerator's place: weights are nowhere but while a layer runs."""
+def test_every_guard_works_with_sequential_offloading(
+    name, more, own_pipeline, pil, passing_settings
+):
+    """As `enable_sequential_cpu_offload`, on the CPU: weights exist only while a layer runs."""
     from accelerate import cpu_offload
 
-    plain = pil(own, [made(quiet, name, more)])
-    for part in (own.text_encoder, own.unet, own.vae):
+    plain = pil(own_pipeline, [made(passing_settings, name, more)])
+    for part in (own_pipeline.text_encoder, own_pipeline.unet, own_pipeline.vae):
         cpu_offload(part, torch.device("cpu"), offload_buffers=bool(part._parameters))
-    assert {p.device.type for p in own.unet.parameters()} == {"meta"}
-    engine = GuardedPipeline(own, [made(quiet, name, more)])
+    assert {p.device.type for p in own_pipeline.unet.parameters()} == {"meta"}
+    engine = GuardedPipeline(own_pipeline, [made(passing_settings, name, more)])
     for _ in range(2):
-        found = pil(own, None, engine=engine)
-        assert pictures(found) == pictures(plain)
-        assert [d.trace.to_json(times=False) for d in found] == [
-            d.trace.to_json(times=False) for d in plain
+        outputs = pil(own_pipeline, None, engine=engine)
+        assert images_of(outputs) == images_of(plain)
+        assert [o.trace.to_json(times=False) for o in outputs] == [
+            o.trace.to_json(times=False) for o in plain
         ]
 
 
-def refused_or_drawn(draw_it, refused, says):
-    """Refuse in one line what would have no effect, and go through with what has: drawn, or stopped by its own rule, as pno may here."""
+def check_refused(call, refused, says):
+    """Check that a call is refused in one line, or else generates or is blocked."""
     if not refused:
-        assert {d.trace.action for d in draw_it()} <= {"none", "edit", "block"}
+        assert {o.trace.action for o in call()} <= {"none", "edit", "block"}
         return
     with pytest.raises(ConfigError, match=says) as caught:
-        draw_it()
+        call()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "more"), VARIANTS)
-def test_a_guard_that_acts_through_guidance_is_refused_without_it_and_any_other_draws(
-    name, more, own, pil, quiet
+def test_only_guards_through_guidance_are_refused_without_it(
+    name, more, own_pipeline, pil, passing_settings
 ):
     from diffusers import UNet2DConditionModel
 
-    guard = made(quiet, name, more)
+    guard = made(passing_settings, name, more)
     through = bool(guard.hook_points & GUIDANCE_POINTS) or "reattend" in more
     few = {"prompts": PROMPTS[:1], "num_inference_steps": 2}
-    refused_or_drawn(
-        lambda: pil(own, [guard], guidance_scale=1.0, **few),
+    check_refused(
+        lambda: pil(own_pipeline, [guard], guidance_scale=1.0, **few),
         through,
         f"guidance_scale must be > 1 with {name}, got 1.0",
     )
-    refused_or_drawn(
-        lambda: pil(own, [guard], guidance_rescale=0.5, **few),
+    check_refused(
+        lambda: pil(own_pipeline, [guard], guidance_rescale=0.5, **few),
         through,
         f"guidance_rescale must be 0 with {name}, got 0.5",
     )
-    config = {k: v for k, v in own.unet.config.items() if not k.startswith("_")}
-    own.unet = UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}).eval()
-    refused_or_drawn(
-        lambda: pil(own, [guard], **few),
+    config = {k: v for k, v in own_pipeline.unet.config.items() if not k.startswith("_")}
+    own_pipeline.unet = UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}).eval()
+    check_refused(
+        lambda: pil(own_pipeline, [guard], **few),
         through,
         f"{name} has no effect on a guidance-distilled model",
     )
 
 
 @pytest.mark.parametrize("name", ["negative-prompt", "prompt-filter", "sld"])
-def test_a_guard_inside_the_denoiser_is_refused_with_a_cache_and_any_other_draws(
-    name, tiny_wan, generate, quiet
+def test_only_guards_inside_the_denoiser_are_refused_with_a_cache(
+    name, tiny_wan, generate, passing_settings
 ):
     from diffusers import FirstBlockCacheConfig
 
-    guard = made(quiet, name)
+    guard = made(passing_settings, name)
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
     tiny_wan.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     try:
         says = f"{name} must see every denoiser call, and a cache skips some. Call disable_cache"
-        refused_or_drawn(
+        check_refused(
             lambda: generate(tiny_wan, [guard], **small),
             bool(guard.hook_points - EXTERNAL_POINTS),
             says,

@@ -1,4 +1,4 @@
-"""The negative prompt as a guard is the pipeline's own, and joins the user's."""
+"""The negative prompt as a guard equals the pipeline's own, and extends the call's."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from safegen.guards.negative_prompt import join_texts
 TEXT = {"name": "negative-prompt", "text": "a green cone"}
 
 
-def arrays(drawn):
-    return np.stack([np.asarray(d.image, dtype=np.float32) for d in drawn])
+def arrays(outputs):
+    return np.stack([np.asarray(o.image, dtype=np.float32) for o in outputs])
 
 
 def near(one, other):
-    """Equal but for rounding: a text that several pictures share is encoded once."""
+    """Return whether images are equal up to rounding: a shared text is encoded once."""
     return np.abs(one - other).max() < 1e-5
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
-def test_it_draws_what_the_pipelines_own_negative_prompt_draws(
-    family, tiny_model, tiny_xl, generate
-):
+def test_equals_the_pipelines_negative_prompt(family, tiny_model, tiny_xl, generate):
     pipe = tiny_model.pipeline if family == "sd" else tiny_xl
     assert near(
         arrays(generate(pipe, [TEXT])), generate(pipe, negative_prompt=["a green cone"] * 2)
@@ -34,7 +32,7 @@ def test_it_draws_what_the_pipelines_own_negative_prompt_draws(
     )
 
 
-def test_it_draws_what_the_pipelines_own_does_in_two_calls(tiny_wan, generate):
+def test_equals_the_pipelines_negative_prompt_with_two_calls_per_step(tiny_wan, generate):
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
     assert near(
         arrays(generate(tiny_wan, [TEXT], **small)),
@@ -42,7 +40,7 @@ def test_it_draws_what_the_pipelines_own_does_in_two_calls(tiny_wan, generate):
     )
 
 
-def test_it_is_as_long_as_the_pipelines_own_by_default_too(tiny_wan, generate):
+def test_uses_the_default_length_of_a_call(tiny_wan, generate):
     small = {
         "height": 16,
         "width": 16,
@@ -55,7 +53,7 @@ def test_it_is_as_long_as_the_pipelines_own_by_default_too(tiny_wan, generate):
 
 
 @pytest.mark.parametrize("guard", [TEXT, {"name": "sld", "preset": "max", "text": "a green cone"}])
-def test_a_text_that_a_call_would_cut_is_refused(tiny_wan, generate, guard):
+def test_a_text_longer_than_a_call_reads_is_refused(tiny_wan, generate, guard):
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 3}
     with pytest.raises(
         ConfigError, match=rf"of the guard '{guard['name']}' must have at most 3 tokens, got \d"
@@ -63,20 +61,20 @@ def test_a_text_that_a_call_would_cut_is_refused(tiny_wan, generate, guard):
         generate(tiny_wan, [guard], **small)
 
 
-def test_two_of_them_join(tiny_model, generate):
+def test_two_negative_prompts_are_joined(tiny_model, generate):
     two = generate(tiny_model.pipeline, [TEXT, {"name": "negative-prompt", "text": "grass"}])
     assert near(
         arrays(two), generate(tiny_model.pipeline, negative_prompt=["a green cone, grass"] * 2)
     )
 
 
-def test_it_adds_no_row_to_the_denoiser(tiny_model, generate):
-    note = generate(tiny_model.pipeline, [TEXT])[0].trace.guards[0]
-    assert (note.rows, note.action, note.reason) == (0, "edit", "steered")
+def test_adds_no_denoiser_rows(tiny_model, generate):
+    record = generate(tiny_model.pipeline, [TEXT])[0].trace.guards[0]
+    assert (record.rows, record.action, record.reason) == (0, "edit", "steered")
 
 
 @pytest.mark.parametrize(
     ("own", "more", "both"), [("", "b", "b"), ("a", "", "a"), ("a", "b", "a, b"), ("", "", "")]
 )
-def test_texts_are_joined_by_a_comma(own, more, both):
+def test_join_texts_uses_a_comma(own, more, both):
     assert join_texts(own, more) == both

@@ -1,4 +1,4 @@
-"""Judges as guards: what is unsafe is answered as set, what cannot be judged is withheld, and a judge's fault shows no picture."""
+"""Judges as guards: unsafe images are replaced, unjudged ones and failures are withheld."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from safegen.judges import Detection, Detections
 from safegen.judges.batching import detect_in_batches
 
 
-class Says:
-    """A judge that says what it is told to, by the picture's brightness."""
+class FixedJudge:
+    """A judge with fixed detections by the brightness of the first pixel."""
 
     id, labels, label_space, threshold = "says", ("bad",), ("bad", "good"), 0.5
 
@@ -47,12 +47,12 @@ def grey(level, size=(32, 24)):
 
 
 def look(images, answer="black"):
-    return JudgeGuard(JudgeFilterConfig(judge="mini"), Says(), answer).check_images(
+    return JudgeGuard(JudgeFilterConfig(judge="mini"), FixedJudge(), answer).check_images(
         images, [""] * len(images)
     )
 
 
-def test_findings_come_in_order_with_scores_and_threshold():
+def test_results_are_in_order_with_scores_and_threshold():
     safe, near, unsafe, odd = look([grey(0), grey(50), grey(255), grey(100)])
     assert (safe.action, safe.scores, safe.image) == ("none", {}, None)
     assert (near.action, near.scores, near.thresholds) == ("none", {"bad": 0.4}, {"score": 0.5})
@@ -61,48 +61,50 @@ def test_findings_come_in_order_with_scores_and_threshold():
 
 
 @pytest.mark.parametrize("answer", ["black", "blur", "mosaic", "refuse"])
-def test_each_answer_hides_the_picture(answer):
+def test_each_action_hides_the_image(answer):
     image = grey(255)
-    found = censor_whole(image, answer)
+    outputs = censor_whole(image, answer)
     if answer == "refuse":
-        assert found is None
+        assert outputs is None
         return
-    assert found.size == image.size
-    was, now = (np.asarray(i, dtype=float) for i in (image, found))
+    assert outputs.size == image.size
+    was, now = (np.asarray(i, dtype=float) for i in (image, outputs))
     assert now.std() < 0.5 * was.std()
-    assert (found.getextrema() == ((0, 0),) * 3) == (answer == "black")
+    assert (outputs.getextrema() == ((0, 0),) * 3) == (answer == "black")
 
 
-def test_a_judge_that_raises_mid_call_shows_no_picture_and_the_next_call_draws(
-    tiny_model, generate, monkeypatch
-):
+def test_a_judge_that_raises_withholds_and_the_next_call_works(tiny_model, generate, monkeypatch):
     guard = make_guard("judge-filter", concept="skulls")
-    monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self: Says())
-    pictures = {"level": 200}
+    monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self: FixedJudge())
+    shown = {"level": 200}
     monkeypatch.setattr(
         JudgeGuard,
         "check_images",
         lambda self, images, prompts, own=JudgeGuard.check_images: own(
-            self, [grey(pictures["level"]) for _ in images], prompts
+            self, [grey(shown["level"]) for _ in images], prompts
         ),
     )
-    found = generate(tiny_model.pipeline, [guard], output_type="pil")
-    assert [d.image for d in found] == [None, None]
-    assert found[0].trace.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
-    pictures["level"] = 0
+    outputs = generate(tiny_model.pipeline, [guard], output_type="pil")
+    assert [o.image for o in outputs] == [None, None]
+    assert outputs[0].trace.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
+    shown["level"] = 0
     assert all(
-        d.image is not None for d in generate(tiny_model.pipeline, [guard], output_type="pil")
+        o.image is not None for o in generate(tiny_model.pipeline, [guard], output_type="pil")
     )
-    pictures["level"] = 100
+    shown["level"] = 100
     assert {
-        (d.image, d.trace.reason) for d in generate(tiny_model.pipeline, [guard], output_type="pil")
+        (o.image, o.trace.reason) for o in generate(tiny_model.pipeline, [guard], output_type="pil")
     } == {(None, "judge-filter: unjudged: torn")}
 
 
-class Apart(Says):
-    """A judge in a process of its own: a line a picture goes there, an answer comes back."""
+class ProcessJudge(FixedJudge):
+    """A judge in another process, with one line per image in each direction."""
 
-    CODE = "import os, sys\nfor line in sys.stdin:\n  os.kill(os.getpid(), 9) if line == 'die\\n' else print('safe', flush=True)"
+    CODE = (
+        "import os, sys\n"
+        "for line in sys.stdin:\n"
+        "  os.kill(os.getpid(), 9) if line == 'die\\n' else print('safe', flush=True)"
+    )
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -126,7 +128,7 @@ class Apart(Says):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process that is killed ends by a signal")
-def test_a_judge_whose_process_is_killed_mid_call_shows_no_picture_and_one_started_anew_does(
+def test_a_judge_with_a_killed_process_withholds_and_a_restarted_one_works(
     tiny_model, generate, monkeypatch
 ):
     shown = {}
@@ -138,25 +140,25 @@ def test_a_judge_whose_process_is_killed_mid_call_shows_no_picture_and_one_start
         ),
     )
     for levels, killed in (((0, 66), True), ((0, 0), False)):
-        judge = Apart()
+        judge = ProcessJudge()
         with judge.process:
             monkeypatch.setattr(JudgeFilterConfig, "load_judge", lambda self, judge=judge: judge)
             shown["now"] = [grey(level) for level in levels]
-            found = generate(
+            outputs = generate(
                 tiny_model.pipeline,
                 [make_guard("judge-filter", concept="skulls")],
                 output_type="pil",
             )
-            assert [d.image is None for d in found] == [killed] * 2
-            assert {d.trace.reason for d in found} == {
+            assert [o.image is None for o in outputs] == [killed] * 2
+            assert {o.trace.reason for o in outputs} == {
                 "error: judge-filter: EOFError: the judge's process ended with -9" if killed else ""
             }
 
 
-def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unjudged(
+def test_out_of_memory_is_raised_for_several_images_and_unjudged_for_one(
     tiny_model, generate, monkeypatch
 ):
-    class Large(Says):
+    class Large(FixedJudge):
         def detect(self, images):
             return detect_in_batches(images, lambda image: image, self.see)
 
@@ -178,7 +180,7 @@ def test_a_want_of_memory_while_judging_several_is_passed_on_and_alone_it_is_unj
     assert np.array_equal(generate(pipe), base)
 
 
-def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
+def test_a_judge_with_a_missing_file_is_refused_before_generation(
     tiny_folder, tmp_path, monkeypatch
 ):
     from safegen.mini import bundle
@@ -193,7 +195,10 @@ def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
             guards=[{"name": "safety-checker", "weights": tmp_path / "gone"}],
         ),
     )
-    with pytest.raises(FileError, match="'sd-safety-checker' finds no folder"), shelf.open(stack):
+    with (
+        pytest.raises(FileError, match=r"there is no folder .* the judge 'sd-safety-checker'"),
+        shelf.open(stack),
+    ):
         pass
     monkeypatch.setattr(bundle, "judge_file", lambda: tmp_path / "gone.safetensors")
     with (
@@ -207,7 +212,7 @@ def test_a_judge_whose_file_is_gone_stops_the_stack_before_anything_is_drawn(
         assert ready.guarded is None
 
 
-def test_a_concept_lends_its_judge():
+def test_defaults_from_a_concept_are_its_judge():
     guard, skulls = (
         make_guard("judge-filter", concept="skulls", action="mosaic"),
         load_concept("skulls"),
@@ -223,12 +228,12 @@ def test_a_concept_lends_its_judge():
     assert "options" not in facts
 
 
-def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
+def test_replaces_skulls_of_the_bundled_model_and_passes_castles():
     from safegen.core.generation import GenerationConfig, Sample
     from safegen.models.generation import generate
     from safegen.models.loading import load
 
-    pictures = list(
+    images = list(
         generate(
             load("mini"),
             [
@@ -239,7 +244,7 @@ def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
         )
     )
     guard = make_guard("judge-filter", concept="skulls").build(PipelineAdapter(None))
-    assert [f.action for f in guard.check_images(pictures, ["", ""])] == ["black", "none"]
+    assert [f.action for f in guard.check_images(images, ["", ""])] == ["black", "none"]
 
 
 @pytest.mark.parametrize(
@@ -249,26 +254,26 @@ def test_it_stops_the_bundled_models_skulls_and_passes_its_castles():
         ({"judge": "mini", "threshold": 0.1}, "greater than or equal to 0.2"),
     ],
 )
-def test_settings_that_break_a_rule_are_refused(settings, says):
+def test_invalid_settings_are_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
         make_guard("judge-filter", **settings)
 
 
 @pytest.fixture
 def checker(checker_in, tmp_path):
-    """Return a safety checker with random weights in a folder, one of whose concepts fits every picture."""
+    """Return the folder of a random safety checker that flags every image."""
     return checker_in(tmp_path / "checker", fits=True)
 
 
-def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(
+def test_the_safety_checker_runs_on_sdxl_and_is_hashed_by_weights(
     checker, generate, tiny_xl, tmp_path
 ):
     import shutil
 
     guard = make_guard("safety-checker", weights=checker, action="refuse")
-    found = generate(tiny_xl, [guard], output_type="pil")
-    assert [(d.image, d.trace.reason) for d in found] == [(None, "safety-checker: unsafe")] * 2
-    assert found[0].trace.guards[0].scores["concept-3"] == 1.0
+    outputs = generate(tiny_xl, [guard], output_type="pil")
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, "safety-checker: unsafe")] * 2
+    assert outputs[0].trace.guards[0].scores["concept-3"] == 1.0
     shutil.copytree(checker, tmp_path / "moved")
     assert (
         make_guard("safety-checker", weights=tmp_path / "moved", action="refuse").fingerprint()
@@ -281,7 +286,7 @@ def test_the_safety_checker_runs_on_any_pipeline_and_is_known_by_its_weights(
 
 
 @pytest.mark.parametrize("kind", ["judge-filter", "crops"])
-def test_a_judges_threshold_among_its_options_is_refused_in_one_line(kind):
+def test_a_threshold_in_the_judges_options_is_refused_in_one_line(kind):
     with pytest.raises(ConfigError, match="threshold is no option of a judge") as caught:
         make_guard(kind, judge="mini", options={"threshold": 0.3})
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The guarded pipeline: it is the pipeline where no guard acts, and whatever went by a guard is withheld."""
+"""GuardedPipeline: equal to the pipeline without acting guards, and faults withhold the images."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class AutocastConfig(FaultyConfig):
         return guard
 
 
-def arrays(drawn):
-    return np.stack([np.asarray(d.image, dtype=np.float32) for d in drawn])
+def arrays(outputs):
+    return np.stack([np.asarray(o.image, dtype=np.float32) for o in outputs])
 
 
 @pytest.fixture
@@ -114,21 +114,19 @@ def pipe(tiny_model):
 
 
 @pytest.mark.parametrize("guards", [[], [ZERO, {"name": "negative-prompt", "text": ""}]])
-def test_a_guard_of_no_strength_is_the_base_bit_for_bit(pipe, generate, guards):
-    drawn = generate(pipe, guards)
-    assert np.array_equal(arrays(drawn), generate(pipe))
-    assert [d.trace.action for d in drawn] == ["none", "none"]
+def test_guards_without_strength_are_bit_equal_to_base(pipe, generate, guards):
+    outputs = generate(pipe, guards)
+    assert np.array_equal(arrays(outputs), generate(pipe))
+    assert [o.trace.action for o in outputs] == ["none", "none"]
 
 
-def test_a_guard_of_no_strength_is_the_base_bit_for_bit_on_other_families(
-    tiny_xl, tiny_wan, generate
-):
+def test_guards_without_strength_are_bit_equal_to_base_on_sdxl_and_wan(tiny_xl, tiny_wan, generate):
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
     assert np.array_equal(arrays(generate(tiny_xl, [ZERO])), generate(tiny_xl))
     assert np.array_equal(arrays(generate(tiny_wan, [ZERO], **small)), generate(tiny_wan, **small))
 
 
-def test_after_a_guarded_call_the_pipeline_is_as_it_was(pipe, generate):
+def test_a_call_restores_the_pipeline(pipe, generate):
     base = generate(pipe)
     assert np.abs(arrays(generate(pipe, [SLD, NEGATIVE])) - base).max() > 0.01
     assert np.array_equal(generate(pipe), base)
@@ -137,7 +135,7 @@ def test_after_a_guarded_call_the_pipeline_is_as_it_was(pipe, generate):
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_the_pipeline_is_as_it_was_after_a_fault_too(pipe, generate):
+def test_a_failed_call_restores_the_pipeline(pipe, generate):
     base = generate(pipe)
     generate(pipe, [FaultyConfig(fault="guidance_correction")], output_type="pil")
     with pytest.raises(
@@ -150,13 +148,13 @@ def test_the_pipeline_is_as_it_was_after_a_fault_too(pipe, generate):
 
 
 @pytest.mark.parametrize("guards", [[SLD, NEGATIVE]])
-def test_a_picture_does_not_depend_on_its_batch(pipe, generate, guards):
+def test_an_image_does_not_depend_on_its_batch(pipe, generate, guards):
     both = arrays(generate(pipe, guards, PROMPTS))
     for i, prompt in enumerate(PROMPTS):
         assert np.abs(arrays(generate(pipe, guards, [prompt], seed=i))[0] - both[i]).max() < 2e-4
 
 
-def test_a_short_batch_of_rows_changes_no_more_than_rounding(pipe, generate):
+def test_max_rows_changes_no_more_than_rounding(pipe, generate):
     whole = arrays(generate(pipe, [SLD]))
     for most in (1, 3):
         parted = generate(pipe, [SLD], max_rows=most)
@@ -164,7 +162,7 @@ def test_a_short_batch_of_rows_changes_no_more_than_rounding(pipe, generate):
         assert parted[0].trace.guards[0].rows == 4  # one a step, however they were asked
 
 
-def test_max_rows_bounds_the_rows_that_are_asked_at_once(pipe, generate):
+def test_max_rows_bounds_the_rows_of_guards(pipe, generate):
     def most(max_rows):
         seen = []
         hook = pipe.unet.conv_in.register_forward_hook(
@@ -174,7 +172,7 @@ def test_max_rows_bounds_the_rows_that_are_asked_at_once(pipe, generate):
         hook.remove()
         return sorted(set(seen))
 
-    assert most(None) == [9]  # blank, prompt and safety text of three pictures
+    assert most(None) == [9]  # blank, prompt and safety text of three images
     assert most(8) == [3, 6]
     assert most(2) == [1, 2, 6]  # the pipeline's own six rows are not ours to cut
     with pytest.raises(ConfigError, match="max_rows must be >= 1, got 0"):
@@ -182,7 +180,7 @@ def test_max_rows_bounds_the_rows_that_are_asked_at_once(pipe, generate):
 
 
 @pytest.mark.parametrize("pair", [(SLD, NEGATIVE), (NEGATIVE, JUDGE), (SLD, JUDGE)])
-def test_guards_on_different_seams_commute(pipe, generate, pair):
+def test_guards_with_different_hook_points_commute(pipe, generate, pair):
     one, other = (generate(pipe, guards, output_type="pil") for guards in (pair, pair[::-1]))
     for a, b in zip(one, other, strict=True):
         assert a.image.tobytes() == b.image.tobytes()
@@ -191,7 +189,7 @@ def test_guards_on_different_seams_commute(pipe, generate, pair):
         }
 
 
-def test_copies_of_a_prompt_stand_side_by_side_as_the_pipeline_puts_them(pipe, tiny_xl, generate):
+def test_images_of_one_prompt_are_adjacent_as_in_the_pipeline(pipe, tiny_xl, generate):
     for each in (pipe, tiny_xl):
         assert np.array_equal(
             arrays(generate(each, [ZERO], num_images_per_prompt=2)),
@@ -203,21 +201,21 @@ def test_copies_of_a_prompt_stand_side_by_side_as_the_pipeline_puts_them(pipe, t
         )
 
 
-def test_a_users_own_callback_still_runs_and_sees_every_step(pipe, generate):
+def test_a_callback_sees_every_step(pipe, generate):
     seen = []
 
-    def note(pipeline, i, t, kwargs):
+    def record(pipeline, i, t, kwargs):
         seen.append((i, tuple(kwargs["latents"].shape)))
         return kwargs
 
-    assert generate(pipe, [SLD], callback_on_step_end=note)[0].image is not None
+    assert generate(pipe, [SLD], callback_on_step_end=record)[0].image is not None
     assert seen == [(i, (2, 4, 8, 8)) for i in range(4)]
 
 
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # diffusers' own, with numpy 2
-def test_a_second_order_scheduler_is_counted_by_its_own_turns(pipe, generate, monkeypatch):
+def test_a_second_order_scheduler_is_counted_by_its_own_steps(pipe, generate, monkeypatch):
     from diffusers import HeunDiscreteScheduler
 
     monkeypatch.setattr(pipe, "scheduler", HeunDiscreteScheduler.from_config(pipe.scheduler.config))
@@ -226,11 +224,8 @@ def test_a_second_order_scheduler_is_counted_by_its_own_turns(pipe, generate, mo
     assert one.trace.guards[0].scores["steps"] == len(pipe.scheduler.timesteps) > 4
 
 
-def test_guards_stay_through_model_offloading(pipe, generate, monkeypatch):
-    """Accelerate gives modules back their old `forward` at the end of each call, and takes it again.
-
-    See its hooks.py.
-    """
+def test_guards_work_with_model_offloading(pipe, generate, monkeypatch):
+    """Accelerate restores `forward` of modules at the end of each call, see its hooks.py."""
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module
 
@@ -244,9 +239,9 @@ def test_guards_stay_through_model_offloading(pipe, generate, monkeypatch):
     offload()
     engine = GuardedPipeline(pipe, [read_guard(SLD)])
     for _ in range(3):
-        drawn = generate(pipe, engine=engine)
-        assert [d.trace.guards[0].scores["steps"] for d in drawn] == [4, 4]
-        assert np.array_equal(arrays(drawn), plain)
+        outputs = generate(pipe, engine=engine)
+        assert [o.trace.guards[0].scores["steps"] for o in outputs] == [4, 4]
+        assert np.array_equal(arrays(outputs), plain)
     for part in (pipe.text_encoder, pipe.unet, pipe.vae):
         remove_hook_from_module(part)
 
@@ -301,9 +296,7 @@ def test_a_replacement_without_an_image_withholds(pipe, generate, fault, reason)
 
 
 @pytest.mark.parametrize("guard", [SLD, NEGATIVE])
-def test_guidance_that_a_callback_turns_off_on_the_way_withholds_the_pictures(
-    pipe, generate, guard
-):
+def test_guidance_turned_off_by_a_callback_withholds(pipe, generate, guard):
     def off(pipeline, i, t, kwargs):
         if i == 1:
             pipeline._guidance_scale, kwargs["prompt_embeds"] = (
@@ -312,17 +305,19 @@ def test_guidance_that_a_callback_turns_off_on_the_way_withholds_the_pictures(
             )
         return kwargs
 
-    found = generate(
+    outputs = generate(
         pipe,
         [guard],
         callback_on_step_end=off,
         callback_on_step_end_tensor_inputs=["prompt_embeds"],
     )
-    assert [d.image for d in found] == [None, None]
-    assert found[0].trace.reason == "calls: guidance was off in 2 of 4 steps, and a guard needs it"
+    assert [o.image for o in outputs] == [None, None]
+    assert (
+        outputs[0].trace.reason == "calls: guidance was off in 2 of 4 steps, and a guard needs it"
+    )
 
 
-def test_a_guard_that_would_never_be_asked_is_refused(pipe):
+def test_a_guard_without_hook_points_is_refused(pipe):
     class Idle(FaultyConfig):
         hook_points = frozenset()
 
@@ -330,67 +325,67 @@ def test_a_guard_that_would_never_be_asked_is_refused(pipe):
         GuardedPipeline(pipe, [Idle()])
 
 
-def test_a_guard_of_pictures_is_refused_where_videos_are_drawn(tiny_wan):
+def test_a_guard_of_images_is_refused_on_a_video_pipeline(tiny_wan):
     with pytest.raises(
         ConfigError,
-        match="'judge-filter' cannot run on a WanPipeline: it checks images, and this pipeline makes videos. Guards that can: negative-prompt, ",
+        match=r"it checks images, and .* makes videos\. Guards that can: negative-prompt, ",
     ):
         GuardedPipeline(tiny_wan, [read_guard(JUDGE)])
 
 
-def test_a_text_in_the_place_of_a_list_is_refused(pipe):
+def test_a_text_instead_of_a_list_is_refused(pipe):
     with pytest.raises(
         ConfigError, match="prompts must be a list of texts, got the text 'a castle'"
     ):
         GuardedPipeline(pipe, []).generate("a castle")
 
 
-def test_rows_are_those_of_the_pictures_that_were_drawn(pipe, generate):
+def test_rows_count_generated_images_only(pipe, generate):
     gone, *shown = generate(pipe, [{"name": "prompt-filter", "words": ["red cube"]}, SLD], PROMPTS)
     assert gone.image is None
-    assert [d.trace.guards[1].rows for d in (gone, *shown)] == [0, 4, 4]
+    assert [o.trace.guards[1].rows for o in (gone, *shown)] == [0, 4, 4]
 
 
 @pytest.mark.parametrize("when", [0, 2, 3])
-def test_a_hook_that_is_removed_behind_our_back_withholds_the_pictures(pipe, generate, when):
+def test_removed_denoiser_hooks_withhold(pipe, generate, when):
     def remove(pipeline, i, t, kwargs):
         if i == when:
             pipeline.unet._forward_pre_hooks.clear()
             pipeline.unet._forward_hooks.clear()
         return kwargs
 
-    found = generate(pipe, [NEGATIVE], callback_on_step_end=remove)
+    outputs = generate(pipe, [NEGATIVE], callback_on_step_end=remove)
     if when == 3:  # the last step was guarded
-        assert all(d.image is not None for d in found)
+        assert all(o.image is not None for o in outputs)
     else:
-        assert [d.image for d in found] == [None, None]
+        assert [o.image for o in outputs] == [None, None]
         assert (
-            found[0].trace.reason
+            outputs[0].trace.reason
             == f"calls: the denoiser bypassed the guards in {3 - when} of 4 steps"
         )
-    assert all(d.image is not None for d in generate(pipe, [NEGATIVE]))
+    assert all(o.image is not None for o in generate(pipe, [NEGATIVE]))
 
 
-def test_a_counter_that_is_removed_withholds_the_pictures(pipe, generate):
+def test_a_removed_scheduler_patch_withholds(pipe, generate):
     def remove(pipeline, i, t, kwargs):
         vars(pipeline.scheduler).pop("step", None)
         return kwargs
 
-    found = generate(pipe, [NEGATIVE], callback_on_step_end=remove)
-    assert [d.image for d in found] == [None, None]
-    assert found[0].trace.reason == "calls: 1 of 4 steps went through the guards"
+    outputs = generate(pipe, [NEGATIVE], callback_on_step_end=remove)
+    assert [o.image for o in outputs] == [None, None]
+    assert outputs[0].trace.reason == "calls: 1 of 4 steps went through the guards"
 
 
-def test_a_call_that_is_interrupted_is_withheld(pipe, generate):
+def test_an_interrupted_call_withholds(pipe, generate):
     def stop(pipeline, i, t, kwargs):
         pipeline._interrupt = i == 1
         return kwargs
 
-    found = generate(pipe, [SLD], callback_on_step_end=stop)
-    assert [d.trace.reason for d in found] == ["calls: 2 of 4 steps went through the guards"] * 2
+    outputs = generate(pipe, [SLD], callback_on_step_end=stop)
+    assert [o.trace.reason for o in outputs] == ["calls: 2 of 4 steps went through the guards"] * 2
 
 
-def test_latents_that_are_not_finite_cost_no_other_picture(pipe, generate):
+def test_latents_that_are_not_finite_withhold_one_image_only(pipe, generate):
     bad, good = generate(pipe, [FaultyConfig(fault="nan")], output_type="pil")
     assert (bad.image, bad.trace.action, bad.trace.reason) == (
         None,
@@ -437,7 +432,7 @@ def test_latents_that_are_not_finite_cost_no_other_picture(pipe, generate):
         ),
     ],
 )
-def test_settings_under_which_a_guard_has_no_effect_are_refused_in_one_line(
+def test_options_without_effect_of_a_guard_are_refused_in_one_line(
     pipe, generate, guard, options, says
 ):
     with pytest.raises(ConfigError, match=says) as caught:
@@ -445,7 +440,7 @@ def test_settings_under_which_a_guard_has_no_effect_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_distilled_model_is_refused(pipe, generate):
+def test_a_guidance_distilled_model_is_refused(pipe, generate):
     pipe.unet.register_to_config(time_cond_proj_dim=8)
     try:
         with pytest.raises(ConfigError, match="guidance-distilled"):
@@ -469,7 +464,7 @@ def test_a_denoiser_with_a_cache_is_refused(tiny_wan, generate):
     assert generate(tiny_wan, [SLD], **small)[0].image is not None
 
 
-def test_a_pipeline_of_an_unknown_family_is_told_which_guards_can_run(generate):
+def test_an_unknown_pipeline_class_names_the_guards_that_can_run(generate):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     odd = DDPMPipeline(
@@ -485,28 +480,37 @@ def test_a_pipeline_of_an_unknown_family_is_told_which_guards_can_run(generate):
     )
     with pytest.raises(
         ConfigError,
-        match=r"'sld' cannot run on a DDPMPipeline: it acts inside the denoiser.*Guards that can: judge-filter",
+        match=r"'sld' cannot run on a DDPMPipeline: it acts inside .*Guards that can: judge-filter",
     ) as caught:
         GuardedPipeline(odd, [read_guard(SLD)])
     assert "negative-prompt," not in str(caught.value)
     assert GuardedPipeline(odd, [read_guard(JUDGE)]).guards
 
 
-def test_a_trail_is_the_same_for_equal_pictures_but_for_its_times(pipe, generate):
+def test_equal_images_have_equal_traces_without_times(pipe, generate):
     one, other = (generate(pipe, [SLD, JUDGE], output_type="pil")[0].trace for _ in range(2))
     assert one.to_json(times=False) == other.to_json(times=False)
-    note = one.to_json()["guards"][1]
-    assert set(note) == {"guard", "action", "reason", "scores", "thresholds", "calls", "rows", "ms"}
-    assert (note["guard"], note["calls"], note["rows"], note["thresholds"]) == (
+    record = one.to_json()["guards"][1]
+    assert set(record) == {
+        "guard",
+        "action",
+        "reason",
+        "scores",
+        "thresholds",
+        "calls",
+        "rows",
+        "ms",
+    }
+    assert (record["guard"], record["calls"], record["rows"], record["thresholds"]) == (
         "judge-filter",
         1,
         0,
         {"score": 0.5},
     )
-    assert note["ms"] > 0
+    assert record["ms"] > 0
 
 
-def test_a_users_error_inside_a_guard_is_the_users(pipe, generate):
+def test_a_user_error_in_a_guard_is_raised(pipe, generate):
     long = " ".join(["cube"] * 40)
     with pytest.raises(
         UserError,
@@ -515,25 +519,27 @@ def test_a_users_error_inside_a_guard_is_the_users(pipe, generate):
         generate(pipe, [NEGATIVE], negative_prompt=[long, "x"])
 
 
-def test_pictures_are_plain_images_of_the_pipelines_size(pipe, generate):
+def test_images_have_the_pipelines_size(pipe, generate):
     assert all(
-        isinstance(d.image, Image.Image) and d.image.size == (32, 32)
-        for d in generate(pipe, [SLD], output_type="pil")
+        isinstance(o.image, Image.Image) and o.image.size == (32, 32)
+        for o in generate(pipe, [SLD], output_type="pil")
     )
 
 
 def test_calls_on_one_pipeline_wait_for_each_other(pipe, generate):
-    """One scheduler counts for one call: a second that came between would cost the first its pictures, or leave its hand on the step."""
+    """The scheduler counts the steps of one call; a call in between would break both."""
     from threading import Thread
 
     first, second = (generate(pipe, [SLD], num_inference_steps=n) for n in (4, 5))
-    found, others = {}, []
+    outputs, others = {}, []
 
     def between(pipeline, i, t, kwargs):
         if i == 1:
             others.append(
                 Thread(
-                    target=lambda: found.update(other=generate(pipe, [SLD], num_inference_steps=5))
+                    target=lambda: outputs.update(
+                        other=generate(pipe, [SLD], num_inference_steps=5)
+                    )
                 )
             )
             others[0].start()
@@ -543,7 +549,7 @@ def test_calls_on_one_pipeline_wait_for_each_other(pipe, generate):
     own = generate(pipe, [SLD], callback_on_step_end=between)
     others[0].join()
     assert np.array_equal(arrays(own), arrays(first))
-    assert np.array_equal(arrays(found["other"]), arrays(second))
+    assert np.array_equal(arrays(outputs["other"]), arrays(second))
     assert "step" not in vars(pipe.scheduler)
     assert not pipe.unet._forward_hooks
 
@@ -571,7 +577,7 @@ def test_calls_on_one_pipeline_wait_for_each_other(pipe, generate):
         ),
     ],
 )
-def test_what_does_not_go_with_the_prompts_is_refused_in_one_line(pipe, options, says):
+def test_options_of_a_wrong_length_are_refused_in_one_line(pipe, options, says):
     with pytest.raises(ConfigError, match=says) as caught:
         GuardedPipeline(pipe, [read_guard(SLD)]).generate(
             PROMPTS[:2], num_inference_steps=1, **options
@@ -580,24 +586,24 @@ def test_what_does_not_go_with_the_prompts_is_refused_in_one_line(pipe, options,
 
 
 @pytest.fixture(scope="module")
-def redraws(tiny_folder):
-    """Return a tiny pipeline that draws over pictures."""
+def image_to_image(tiny_folder):
+    """Return a tiny image-to-image pipeline."""
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    found = StableDiffusionImg2ImgPipeline.from_pretrained(
+    outputs = StableDiffusionImg2ImgPipeline.from_pretrained(
         tiny_folder, safety_checker=None, feature_extractor=None
     )
-    found.set_progress_bar_config(disable=True)
-    return found
+    outputs.set_progress_bar_config(disable=True)
+    return outputs
 
 
 @pytest.mark.parametrize("kind", ["list", "batch", "array"])
-def test_pictures_to_draw_over_go_with_the_prompts_that_are_drawn(redraws, generate, kind):
-    given = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+def test_input_images_follow_their_prompts(image_to_image, generate, kind):
+    given = [Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue")]
     batch = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in given])
     own = {"list": given, "batch": batch, "array": batch.permute(0, 2, 3, 1).numpy()}[kind]
     gone, *shown = generate(
-        redraws,
+        image_to_image,
         [{"name": "prompt-filter", "words": ["red cube"]}],
         PROMPTS,
         image=own,
@@ -606,26 +612,26 @@ def test_pictures_to_draw_over_go_with_the_prompts_that_are_drawn(redraws, gener
     assert gone.image is None
     assert gone.trace.action == "block"
     assert [one.trace.action for one in shown] == ["none", "none"]
-    alone = generate(redraws, [], PROMPTS, image=own, strength=0.5)
+    alone = generate(image_to_image, [], PROMPTS, image=own, strength=0.5)
     assert np.allclose(arrays(shown), arrays(alone)[1:], atol=1e-4)
-    swapped = generate(redraws, [], PROMPTS, image=given[:1] * 3, strength=0.5)
+    swapped = generate(image_to_image, [], PROMPTS, image=given[:1] * 3, strength=0.5)
     assert not np.allclose(arrays(shown), arrays(swapped)[1:], atol=1e-2)
 
 
-def test_several_pictures_to_one_prompt_are_the_pipelines_own_affair(redraws, generate):
+def test_several_input_images_of_one_prompt_are_passed_unchanged(image_to_image, generate):
     seen = []
 
-    class Several(type(redraws)):
-        """A pipeline that takes several pictures to a prompt, as those that edit pictures do."""
+    class Several(type(image_to_image)):
+        """A pipeline that takes several images per prompt, as image-editing pipelines do."""
 
         @torch.no_grad()
         def __call__(self, prompt=None, image=None, **rest):
             seen.append(list(image))
             return super().__call__(prompt=prompt, image=image[0], **rest)
 
-    pipe = Several(**redraws.components, requires_safety_checker=False)
+    pipe = Several(**image_to_image.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    given = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green")]
+    given = [Image.new("RGB", (32, 32), color) for color in ("red", "green")]
     (one,) = generate(
         pipe,
         [{"name": "prompt-filter", "words": ["red cube"]}],
@@ -637,9 +643,9 @@ def test_several_pictures_to_one_prompt_are_the_pipelines_own_affair(redraws, ge
     assert seen == [given]
 
 
-def test_pictures_that_do_not_go_with_the_prompts_are_refused_in_one_line(redraws):
+def test_a_wrong_number_of_input_images_is_refused_in_one_line(image_to_image):
     with pytest.raises(ConfigError, match="image must be one value or one per prompt, 3, got 2"):
-        GuardedPipeline(redraws, []).generate(
+        GuardedPipeline(image_to_image, []).generate(
             PROMPTS, image=[Image.new("RGB", (32, 32))] * 2, num_inference_steps=2
         )
 
@@ -648,9 +654,7 @@ def test_pictures_that_do_not_go_with_the_prompts_are_refused_in_one_line(redraw
     "guard",
     [NEGATIVE, {"name": "crops", "judge": "mini", "threshold": 1.0, "probes": 1, "steps": 1}],
 )
-def test_one_negative_prompt_is_that_of_every_prompt_and_any_sequence_goes_with_them(
-    pipe, generate, guard
-):
+def test_negative_prompts_may_be_one_text_a_list_or_a_tuple(pipe, generate, guard):
     one, each, pair = (
         generate(pipe, [guard], negative_prompt=away)
         for away in ("a tree", ["a tree"] * 2, ("a tree", "a tree"))
@@ -659,9 +663,7 @@ def test_one_negative_prompt_is_that_of_every_prompt_and_any_sequence_goes_with_
     assert np.array_equal(arrays(pair), arrays(each))
 
 
-def test_copies_stand_side_by_side_where_they_are_called_videos_and_are_refused_where_there_are_none(
-    tiny_wan, pipe
-):
+def test_several_images_per_prompt_on_wan_and_on_a_pipeline_without_them(tiny_wan, pipe):
     small = {
         "height": 16,
         "width": 16,
@@ -674,28 +676,28 @@ def test_copies_stand_side_by_side_where_they_are_called_videos_and_are_refused_
     base = tiny_wan(
         prompt=list(PROMPTS[:2]), num_videos_per_prompt=2, generator=rng.manual_seed(0), **small
     ).frames
-    found = GuardedPipeline(tiny_wan, [read_guard(ZERO)]).generate(
+    outputs = GuardedPipeline(tiny_wan, [read_guard(ZERO)]).generate(
         PROMPTS[:2], num_images_per_prompt=2, generator=rng.manual_seed(0), **small
     )
-    assert np.array_equal(arrays(found), base)
+    assert np.array_equal(arrays(outputs), base)
 
     class Single(type(pipe)):
         def __call__(self, prompt):
             raise AssertionError
 
-    own = Single(**pipe.components, requires_safety_checker=False)
+    single = Single(**pipe.components, requires_safety_checker=False)
     with pytest.raises(
-        ConfigError, match="num_images_per_prompt must be 1 on a Single, got 2. Repeat the prompt"
+        ConfigError, match=r"num_images_per_prompt must be 1 on a Single, got 2\. Repeat the prompt"
     ):
-        GuardedPipeline(own, [read_guard(JUDGE)]).generate(PROMPTS[:2], num_images_per_prompt=2)
+        GuardedPipeline(single, [read_guard(JUDGE)]).generate(PROMPTS[:2], num_images_per_prompt=2)
 
 
-def test_a_rescaling_of_none_is_no_rescaling(pipe, generate):
+def test_guidance_rescale_none_is_allowed(pipe, generate):
     engine = GuardedPipeline(pipe, [read_guard(SLD)])
     engine.adapter.check_options({"guidance_rescale": None}, guided=["sld"], inside=["sld"])
 
 
-def test_the_pipeline_is_as_it_was_after_an_interrupt_from_the_keyboard(pipe, generate):
+def test_a_keyboard_interrupt_restores_the_pipeline(pipe, generate):
     def stop(pipeline, i, t, kwargs):
         raise KeyboardInterrupt
 

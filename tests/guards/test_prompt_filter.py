@@ -1,4 +1,4 @@
-"""Which prompts the filter stops, and that stopped ones cost nothing and their neighbours nothing."""
+"""Prompt filter: which prompts it blocks, and that they do not affect the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CUBE = {"name": "prompt-filter", "words": ["red cube"]}
 
 
 def by_length(prompts):
-    """A classifier: the longer, the worse."""
+    """Return scores that grow with the length of a prompt."""
     return [min(len(p) / 100, 1.0) for p in prompts]
 
 
@@ -22,8 +22,8 @@ def broken(prompts):
 
 
 def stopped(words, *prompts):
-    ready = make_guard("prompt-filter", words=words).build(PipelineAdapter(None))
-    return [f.action == "block" for f in ready.check_prompts(prompts)]
+    guard = make_guard("prompt-filter", words=words).build(PipelineAdapter(None))
+    return [f.action == "block" for f in guard.check_prompts(prompts)]
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def stopped(words, *prompts):
         ("red_cube", "a red cube", True),
     ],
 )
-def test_words_are_met_whole_in_any_case_and_width(word, text, hit):
+def test_whole_words_match_in_any_case_and_width(word, text, hit):
     assert stopped([word], text) == [hit]
 
 
-def test_a_stopped_prompt_is_not_drawn_and_its_neighbour_is_as_ever(tiny_model, generate):
+def test_a_blocked_prompt_does_not_change_the_others(tiny_model, generate):
     plain = generate(tiny_model.pipeline, None, ["a blue ball", "a red cube"])
     shown, gone = generate(tiny_model.pipeline, [CUBE], ["a blue ball", "a red cube"])
     assert np.abs(shown.image - plain[0]).max() < 1e-4
@@ -67,28 +67,28 @@ def test_a_stopped_prompt_is_not_drawn_and_its_neighbour_is_as_ever(tiny_model, 
     assert gone.trace.withheld
 
 
-def test_when_all_are_stopped_nothing_is_drawn(tiny_model, generate):
+def test_nothing_is_generated_if_every_prompt_is_blocked(tiny_model, generate):
     calls = []
     hook = tiny_model.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
-    found = generate(tiny_model.pipeline, [CUBE], ["a red cube", "RED CUBE"])
+    outputs = generate(tiny_model.pipeline, [CUBE], ["a red cube", "RED CUBE"])
     hook.remove()
-    assert [d.trace.reason for d in found] == ["prompt-filter: word"] * 2
+    assert [o.trace.reason for o in outputs] == ["prompt-filter: word"] * 2
     assert not calls
 
 
-def test_a_classifier_of_ones_own_decides_by_its_threshold():
+def test_a_classifier_blocks_from_the_threshold_on():
     guard = make_guard("prompt-filter", classifier=f"{__name__}:by_length", threshold=0.1)
     short, long = guard.build(PipelineAdapter(None)).check_prompts(["x" * 9, "x" * 10])
     assert (short.action, long.action, long.reason) == ("none", "block", "classifier")
     assert (long.scores, long.thresholds) == ({"classifier": 0.1}, {"classifier": 0.1})
 
 
-def test_a_classifier_that_gives_no_number_stops_everything(tiny_model, generate):
-    found = generate(
+def test_a_classifier_without_a_finite_score_withholds(tiny_model, generate):
+    outputs = generate(
         tiny_model.pipeline, [{"name": "prompt-filter", "classifier": f"{__name__}:broken"}]
     )
-    assert [d.image for d in found] == [None, None]
-    assert "must return a score in [0, 1]" in found[0].trace.reason
+    assert [o.image for o in outputs] == [None, None]
+    assert "must return a score in [0, 1]" in outputs[0].trace.reason
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_classifier_that_gives_no_number_stops_everything(tiny_model, generate
         ({"words": ["x"], "threshold": 2}, "less than or equal to 1, got 2"),
     ],
 )
-def test_settings_that_filter_nothing_or_everything_are_refused(settings, says):
+def test_filters_of_nothing_or_everything_are_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
         make_guard("prompt-filter", **settings)
 
@@ -115,8 +115,6 @@ def test_a_classifier_that_cannot_be_imported_is_refused(name):
         make_guard("prompt-filter", classifier=name).build(PipelineAdapter(None))
 
 
-def test_a_blank_classifier_is_refused_where_it_would_filter_nothing():
-    with pytest.raises(
-        ConfigError, match="classifier: String should have at least 1 character, got ''"
-    ):
+def test_an_empty_classifier_is_refused():
+    with pytest.raises(ConfigError, match="classifier must have at least 1 character, got ''"):
         make_guard("prompt-filter", classifier="")

@@ -1,4 +1,4 @@
-"""What a guard found of a picture, as it comes in bit by bit."""
+"""Merging the results of one guard on one image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from safegen.guards.core.base import Guard
 from safegen.guards.core.runner import GuardRunner
 
 
-def found(*findings: GuardResult) -> tuple[str, dict[str, float]]:
-    """Return the action and the scores that are left of findings of one picture, in their order."""
+def outputs(*findings: GuardResult) -> tuple[str, dict[str, float]]:
+    """Return the action and the scores after merging results of one image in order."""
     work = GuardRunner(Guard(make_guard("sld", text="skulls")), 1, "cpu")
     for one in findings:
         work.merge_results([one], [0])
@@ -27,17 +27,17 @@ def found(*findings: GuardResult) -> tuple[str, dict[str, float]]:
         GuardResult("edit", "moved", {"a": 0.5}),
     ],
 )
-def test_a_score_that_is_no_number_withholds_whatever_the_guard_says_afterwards(later):
-    action, scores = found(GuardResult("edit", "moved", {"a": math.nan}), later)
+def test_a_score_that_is_not_finite_withholds_for_good(later):
+    action, scores = outputs(GuardResult("edit", "moved", {"a": math.nan}), later)
     assert action == "withhold"
     assert scores == dict(later.scores)
 
 
 @pytest.mark.parametrize("first", ["block", "refuse", "withhold"])
-def test_what_was_taken_is_not_given_back(first):
-    assert found(GuardResult(first, "seen"), GuardResult("edit", "moved"))[0] == first
+def test_a_blocked_image_stays_blocked(first):
+    assert outputs(GuardResult(first, "seen"), GuardResult("edit", "moved"))[0] == first
 
 
-def test_what_was_done_stands_where_nothing_more_is_and_gives_way_where_something_is():
-    assert found(GuardResult("edit", "one"), GuardResult())[0] == "edit"
-    assert found(GuardResult("edit", "one"), GuardResult("block", "two"))[0] == "block"
+def test_an_action_stays_until_another_one():
+    assert outputs(GuardResult("edit", "one"), GuardResult())[0] == "edit"
+    assert outputs(GuardResult("edit", "one"), GuardResult("block", "two"))[0] == "block"

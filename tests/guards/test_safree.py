@@ -1,4 +1,4 @@
-"""SAFREE: what projectors do by algebra, which tokens are found, how long the filter acts, and what re-attention damps."""
+"""SAFREE: projectors by algebra, triggers, the filter, calibration, and re-attention by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rng():
     return torch.Generator().manual_seed(0)
 
 
-def test_a_span_is_what_the_paper_writes(rng):
+def test_span_equals_the_formula_of_the_paper(rng):
     c = torch.randn(5, 16, generator=rng)
     wide = c.T.double()
     assert torch.allclose(
@@ -47,7 +47,7 @@ def test_a_span_is_what_the_paper_writes(rng):
     )  # phrases that say the same twice
 
 
-def test_only_the_codes_order_leaves_nothing_of_the_concept(rng):
+def test_only_the_released_order_removes_the_whole_concept(rng):
     concept, prompt = (span(torch.randn(n, 16, generator=rng)) for n in (3, 8))
     x = torch.randn(4, 16, generator=rng)
     left = [
@@ -61,7 +61,7 @@ def test_only_the_codes_order_leaves_nothing_of_the_concept(rng):
     )  # the paper's keeps to the prompt's span instead
 
 
-def test_triggers_are_the_tokens_without_which_a_prompt_is_farther_away(rng):
+def test_triggers_equal_the_definition_token_by_token(rng):
     concept = span(torch.eye(6)[:2])
     near = torch.tensor([5.0, 5, 1, 0, 0, 0]) + 0.01 * torch.randn(5, 6, generator=rng)
     near[3] = torch.tensor([1.0, 0, 3, 3, 0, 0])
@@ -75,7 +75,7 @@ def test_triggers_are_the_tokens_without_which_a_prompt_is_farther_away(rng):
         ]
 
 
-def test_the_filters_steps_are_the_published_cliff():
+def test_filter_steps_equal_the_published_curve():
     assert [filter_steps(b, middle=5.333, slope=2.5) for b in (0.45, 0.5, 0.55, 0.6)] == [
         0,
         2,
@@ -90,49 +90,49 @@ def test_the_filters_steps_are_the_published_cliff():
     ]
 
 
-def test_only_triggers_change_and_they_lose_the_concept(tiny_model):
+def test_only_triggers_change_and_lose_the_concept(tiny_model):
     guard, adapter = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
     (concept,) = concept_projectors(text_encoders(tiny_model.pipeline), guard.phrases)
-    way = project_prompt(
+    projection = project_prompt(
         text_encoders(tiny_model.pipeline), PROMPT, [concept], guard.projection_config
     )
-    assert way.triggers
+    assert projection.triggers
     from safegen.guards.core.adapter import TextEmbeds
     from safegen.guards.core.base import Call
 
-    turn = guard.build(adapter).start(Call(adapter, (PROMPT,), [""], {}, num_steps=4))
+    hook = guard.build(adapter).start(Call(adapter, (PROMPT,), [""], {}, num_steps=4))
     before = adapter.encode([PROMPT])
-    after = turn.edit_prompt_embeds(TextEmbeds(before.hidden)).hidden
+    after = hook.edit_prompt_embeds(TextEmbeds(before.hidden)).hidden
     moved = [
         i
         for i in range(before.hidden.shape[1])
         if not torch.equal(before.hidden[0, i], after[0, i])
     ]
-    assert moved == [j + 1 for j in way.triggers]  # the beginning, the end and the padding stay
+    assert moved == [
+        j + 1 for j in projection.triggers
+    ]  # the beginning, the end and the padding stay
     assert (after[0, moved] @ concept).norm() < 1e-3 * (before.hidden[0, moved] @ concept).norm()
 
 
-def test_it_steers_the_drawing_and_says_how(tiny_model, generate):
+def test_changes_the_image_and_reports_how(tiny_model, generate):
     base = generate(tiny_model.pipeline, None, [PROMPT])
-    (found,) = generate(tiny_model.pipeline, [CUBE], [PROMPT])
-    assert np.abs(found.image - base[0]).max() > 1e-3
-    note = found.trace.guards[0]
-    assert (note.action, note.scores["steps"]) == ("edit", 4.0)
-    assert note.scores["triggers"] >= 1
+    (output,) = generate(tiny_model.pipeline, [CUBE], [PROMPT])
+    assert np.abs(output.image - base[0]).max() > 1e-3
+    record = output.trace.guards[0]
+    assert (record.action, record.scores["steps"]) == ("edit", 4.0)
+    assert record.scores["triggers"] >= 1
     (none,) = generate(tiny_model.pipeline, [CUBE | {"strength": 0.0}], [PROMPT])
     assert np.array_equal(none.image, base[0])
 
 
 @pytest.mark.parametrize(("middle", "steps"), [(-100.0, 1 + round(10 * 20 / 50)), (100.0, 1)])
-def test_the_filter_acts_in_the_first_step_always_and_in_its_share_of_the_rest(
-    tiny_model, generate, middle, steps
-):
+def test_the_filter_always_passes_the_first_step(tiny_model, generate, middle, steps):
     guard = CUBE | {"middle": middle, "slope": 2.5}
-    (found,) = generate(tiny_model.pipeline, [guard], [PROMPT], num_inference_steps=20)
-    assert found.trace.guards[0].scores["steps"] == steps
+    (output,) = generate(tiny_model.pipeline, [guard], [PROMPT], num_inference_steps=20)
+    assert output.trace.guards[0].scores["steps"] == steps
 
 
-def test_a_row_is_edited_by_its_own_prompt(tiny_model, generate):
+def test_each_row_is_projected_by_its_own_prompt(tiny_model, generate):
     prompts = [PROMPT, "a blue ball in the grass"]
     both_rows = generate(tiny_model.pipeline, [CUBE], prompts)
     for i, prompt in enumerate(prompts):
@@ -140,13 +140,13 @@ def test_a_row_is_edited_by_its_own_prompt(tiny_model, generate):
         assert np.abs(alone.image - both_rows[i].image).max() < 2e-4
 
 
-def test_a_blank_prompt_has_no_trigger(tiny_model, generate):
-    (found,) = generate(tiny_model.pipeline, [CUBE], [""])
-    assert found.trace.action == "none"
-    assert np.array_equal(found.image, generate(tiny_model.pipeline, None, [""])[0])
+def test_an_empty_prompt_has_no_trigger(tiny_model, generate):
+    (output,) = generate(tiny_model.pipeline, [CUBE], [""])
+    assert output.trace.action == "none"
+    assert np.array_equal(output.image, generate(tiny_model.pipeline, None, [""])[0])
 
 
-def test_calibration_lies_between_the_two_kinds_and_refuses_what_it_cannot_tell_apart(tiny_model):
+def test_calibrate_returns_the_midpoint_or_refuses(tiny_model):
     guard, adapter = make_guard(**CUBE), PipelineAdapter(tiny_model.pipeline)
     reader, concept = (
         TextEncoderView(tiny_model.pipeline),
@@ -170,26 +170,28 @@ def test_calibration_lies_between_the_two_kinds_and_refuses_what_it_cannot_tell_
         calibrate(adapter, guard, unsafe=[], benign=[low])
 
 
-def test_idle_settings_and_other_families_are_refused(tiny_wan):
+def test_warns_of_slope_without_filter_and_refuses_wan(tiny_wan):
     with pytest.warns(UnusedSettingWarning, match="slope has no effect without middle"):
         make_guard(**CUBE, slope=5.0)
-    says = r"'safree' cannot run on a WanPipeline: it needs a StableDiffusionPipeline or StableDiffusionXLPipeline. Guards that can:"
+    says = "it needs a StableDiffusionPipeline or StableDiffusionXLPipeline"
     with pytest.raises(ConfigError, match=says):
         GuardedPipeline(tiny_wan, [make_guard(**CUBE)])
 
 
-def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
+def test_each_encoder_of_sdxl_projects_by_its_own_span(tiny_xl):
     guard, adapter = make_guard(**CUBE), PipelineAdapter(tiny_xl)
     encoders = text_encoders(tiny_xl)
     concept = concept_projectors(encoders, guard.phrases)
-    way = project_prompt(encoders, PROMPT, concept, ProjectionConfig(0.0, "code", distance=True))
-    assert [(part.columns, bool(part.triggers)) for part in way.encoders] == [
+    projection = project_prompt(
+        encoders, PROMPT, concept, ProjectionConfig(0.0, "code", distance=True)
+    )
+    assert [(part.columns, bool(part.triggers)) for part in projection.encoders] == [
         (slice(0, 32), True),
         (slice(32, 64), True),
     ]
     before = adapter.encode([PROMPT]).hidden[0]
-    after = apply_projection(before, way, 1.0)
-    for part, own in zip(way.encoders, concept, strict=True):
+    after = apply_projection(before, projection, 1.0)
+    for part, own in zip(projection.encoders, concept, strict=True):
         old, new, at = (
             before[:, part.columns],
             after[:, part.columns],
@@ -205,25 +207,25 @@ def test_each_encoder_of_sdxl_loses_the_concept_by_its_own_span(tiny_xl):
         torch.cat([e.hidden(ids) for e in encoders], dim=2)[0], before, atol=1e-5
     )  # what the denoiser is given
     whole = torch.cat(
-        [before[: n + 2, part.columns] @ part.projector.T for part in way.encoders], dim=1
+        [before[: n + 2, part.columns] @ part.projector.T for part in projection.encoders], dim=1
     )
-    assert way.distance == pytest.approx(
+    assert projection.distance == pytest.approx(
         1 - float(torch.cosine_similarity(before[: n + 2], whole, dim=1).mean()), abs=1e-5
     )
 
 
-def test_the_masked_prompts_of_each_encoder_are_pooled_at_their_end(tiny_xl):
+def test_pooled_equals_each_encoders_pooled_output(tiny_xl):
     one, two = text_encoders(tiny_xl)
     ids, _ = one.tokenize(PROMPT)
     assert torch.equal(one.pooled(ids), tiny_xl.text_encoder(ids).pooler_output)
     assert torch.equal(two.pooled(ids), tiny_xl.text_encoder_2(ids).text_embeds)
 
 
-def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, generate):
+def test_changes_sdxl_but_not_its_pooled_embeddings(tiny_xl, generate):
     seen = []
 
     class Last(GuardConfig):
-        """Looks at what the guards before it leave."""
+        """Settings of a guard that stores the embeddings left by the guards before it."""
 
         name: str = "last"
         hook_points = frozenset({"prompt_embeds"})
@@ -239,9 +241,9 @@ def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, generate):
             return text
 
     base = generate(tiny_xl, None, [PROMPT])
-    (found,) = generate(tiny_xl, [CUBE, Last()], [PROMPT])
-    assert np.abs(found.image - base[0]).max() > 1e-3
-    assert found.trace.guards[0].scores["steps"] == 4
+    (output,) = generate(tiny_xl, [CUBE, Last()], [PROMPT])
+    assert np.abs(output.image - base[0]).max() > 1e-3
+    assert output.trace.guards[0].scores["steps"] == 4
     plain = PipelineAdapter(tiny_xl).encode([PROMPT])
     assert len(seen) == 4
     assert all(torch.equal(text.extra["text_embeds"], plain.extra["text_embeds"]) for text in seen)
@@ -251,7 +253,7 @@ def test_it_steers_sdxl_and_leaves_the_pooled_text_alone(tiny_xl, generate):
 
 
 def by_hand(x, y, scale):
-    """Return what re-attention does to one map, frequency by frequency."""
+    """Return the re-attention of one map, frequency by frequency."""
     h, w = x.shape
     rows, columns = np.arange(h)[:, None], np.arange(w)[None]
     out = np.zeros((h, w), dtype=complex)
@@ -270,13 +272,13 @@ def by_hand(x, y, scale):
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (6, 4), (5, 8)])
-def test_re_attention_damps_what_is_stronger_of_the_low_frequencies_and_nothing_else(rng, shape):
+def test_reattend_equals_the_formula_frequency_by_frequency(rng, shape):
     x, y = torch.randn(2, 2, 3, *shape, generator=rng)
-    found = reattend(x, y, scale=0.2)
+    outputs = reattend(x, y, scale=0.2)
     for b in range(2):
         for c in range(3):
             assert np.allclose(
-                found[b, c].numpy(),
+                outputs[b, c].numpy(),
                 by_hand(x[b, c].double().numpy(), y[b, c].double().numpy(), 0.2),
                 atol=1e-5,
             )
@@ -292,14 +294,14 @@ def test_re_attention_damps_what_is_stronger_of_the_low_frequencies_and_nothing_
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
-def test_re_attention_asks_for_a_third_row_and_damps_the_projected_prompts_alone(
+def test_reattention_adds_a_row_and_changes_projected_prompts_only(
     tiny_model, tiny_xl, generate, family, monkeypatch
 ):
     pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl}[family]
     prompts = [PROMPT, "a blue ball in the grass"]
     half = generate(pipe, [CUBE], prompts)
     whole = generate(pipe, [CUBE | {"reattend": True}], prompts)
-    acted = [d.trace.guards[0].scores["steps"] > 0 for d in half]
+    acted = [o.trace.guards[0].scores["steps"] > 0 for o in half]
     assert acted[0]
     for a, b, acts in zip(half, whole, acted, strict=True):
         assert (np.abs(a.image - b.image).max() > 1e-3) == acts
@@ -310,7 +312,7 @@ def test_re_attention_asks_for_a_third_row_and_damps_the_projected_prompts_alone
     assert all(np.abs(a.image - b.image).max() < 2e-4 for a, b in zip(half, same, strict=True))
 
 
-def test_re_attention_reads_the_skips_of_the_widest_two_features(tiny_model, generate, monkeypatch):
+def test_reattention_scales_the_skips_of_the_two_greatest_widths(tiny_model, generate, monkeypatch):
     seen = []
     real = reattend
     monkeypatch.setattr(
@@ -328,9 +330,7 @@ def test_re_attention_reads_the_skips_of_the_widest_two_features(tiny_model, gen
     ]
 
 
-def test_re_attention_that_cannot_compare_is_refused_and_one_that_is_taken_away_withholds(
-    tiny_model, generate
-):
+def test_reattention_is_refused_without_shared_rows_and_withholds_if_removed(tiny_model, generate):
     pipe, guard = tiny_model.pipeline, CUBE | {"reattend": True}
     with pytest.raises(ConfigError, match="max_rows must be >= 3 per image"):
         generate(pipe, [guard], [PROMPT], max_rows=2)

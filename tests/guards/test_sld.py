@@ -1,4 +1,4 @@
-"""SLD against diffusers' own pipeline for it, and its formula in double precision."""
+"""SLD against diffusers' pipeline for it, and its formula in double precision."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PUBLISHED = {"weak-diffusers": "WEAK", "medium": "MEDIUM", "strong": "STRONG", "
 SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
 
 
-def arrays(drawn):
-    return np.stack([np.asarray(d.image, dtype=np.float32) for d in drawn])
+def arrays(outputs):
+    return np.stack([np.asarray(o.image, dtype=np.float32) for o in outputs])
 
 
 @pytest.fixture(scope="module")
 def safe(tiny_model):
-    """Return diffusers' pipeline of the paper, on the tiny model's own parts."""
+    """Return diffusers' pipeline of the paper, with the parts of the tiny model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import StableDiffusionPipelineSafe
@@ -40,7 +40,7 @@ def safe(tiny_model):
 @pytest.mark.parametrize(
     ("preset", "negative"), [*((name, None) for name in PUBLISHED), ("max", "a green cone")]
 )
-def test_it_draws_what_the_published_pipeline_draws(tiny_model, safe, generate, preset, negative):
+def test_equals_the_published_pipeline(tiny_model, safe, generate, preset, negative):
     from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
 
     steps, more = 5, {} if negative is None else {"negative_prompt": [negative] * 2}
@@ -86,36 +86,38 @@ def test_warns_if_the_negative_prompt_equals_its_text(tiny_model):
     )  # what is joined says more
 
 
-def test_the_trail_says_of_each_picture_whether_it_was_steered(tiny_model, generate):
+def test_the_trace_reports_for_each_image_whether_it_was_steered(tiny_model, generate):
     guards = [make_guard("sld", "max", text=TEXT)]
-    drawn = generate(tiny_model.pipeline, guards, negative_prompt=[TEXT, ""])
+    outputs = generate(tiny_model.pipeline, guards, negative_prompt=[TEXT, ""])
     plain = generate(tiny_model.pipeline, negative_prompt=[TEXT, ""])
     np.testing.assert_allclose(
-        arrays(drawn)[0], plain[0], rtol=0, atol=1e-5
+        arrays(outputs)[0], plain[0], rtol=0, atol=1e-5
     )  # away from its own text by the user's wish: no push is left
-    assert not np.allclose(arrays(drawn)[1], plain[1], atol=1e-3)
-    assert [(d.trace.action, d.trace.guards[0].scores["steps"] > 0) for d in drawn] == [
+    assert not np.allclose(arrays(outputs)[1], plain[1], atol=1e-3)
+    assert [(o.trace.action, o.trace.guards[0].scores["steps"] > 0) for o in outputs] == [
         ("none", False),
         ("edit", True),
     ]
 
 
 @pytest.mark.parametrize(("apart", "steered"), [(0.0, False), (1e-6, False), (1e-2, True)])
-def test_a_push_as_small_as_rounding_is_none(tiny_model, generate, monkeypatch, apart, steered):
-    """A processor may give equal texts of one batch predictions that differ in their last bits."""
+def test_a_correction_as_small_as_rounding_is_not_reported(
+    tiny_model, generate, monkeypatch, apart, steered
+):
+    """Predictions for equal texts of one batch may differ in their last bits."""
     import safegen.guards.sld as sld
 
     own = sld.safety_guidance
     monkeypatch.setattr(
         sld,
         "safety_guidance",
-        lambda u, c, f, nu, **told: own(u, c, u + apart * u.abs().amax(), nu, **told),
+        lambda u, c, f, nu, **settings: own(u, c, u + apart * u.abs().amax(), nu, **settings),
     )
-    (drawn,) = generate(tiny_model.pipeline, [make_guard("sld", "max", text=TEXT)], ["a red cube"])
-    assert (drawn.trace.guards[0].scores["steps"] > 0) == steered
+    (output,) = generate(tiny_model.pipeline, [make_guard("sld", "max", text=TEXT)], ["a red cube"])
+    assert (output.trace.guards[0].scores["steps"] > 0) == steered
 
 
-def test_presets_have_the_published_numbers():
+def test_presets_equal_the_published_numbers():
     from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
 
     for name, theirs in PUBLISHED.items():
@@ -131,7 +133,7 @@ def test_presets_have_the_published_numbers():
     assert make_guard("sld", "weak").scale == 200  # the model card's number, where the code has 20
 
 
-def test_the_default_text_is_the_published_one():
+def test_the_default_text_equals_the_published_one():
     import inspect
 
     from diffusers import StableDiffusionPipelineSafe
@@ -143,7 +145,7 @@ def test_the_default_text_is_the_published_one():
     assert SldConfig().text.replace(" ", "") in code.replace(" ", "").replace('"', "")
 
 
-def test_two_calls_give_what_an_explicit_loop_gives(tiny_wan, generate):
+def test_two_calls_per_step_equal_an_explicit_loop(tiny_wan, generate):
     from safegen.guards.core.adapter import PipelineAdapter
 
     guard, s, n = make_guard("sld", "strong", text=TEXT, warmup=20.0), 5.0, 5
@@ -163,14 +165,14 @@ def test_two_calls_give_what_an_explicit_loop_gives(tiny_wan, generate):
     )
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
-            said = [
+            predictions = [
                 tiny_wan.transformer(x, t.expand(2), text, return_dict=False)[0]
                 for text in (u, c, f)
             ]
             gamma, nu = safety_guidance(
-                *said, nu, scale=2000, threshold=0.025, momentum_scale=0.5, momentum=0.7
+                *predictions, nu, scale=2000, threshold=0.025, momentum_scale=0.5, momentum=0.7
             )
-            e = said[0] + s * (said[1] - said[0] - (gamma if i >= 2 else 0))
+            e = predictions[0] + s * (predictions[1] - predictions[0] - (gamma if i >= 2 else 0))
             x = scheduler.step(e, t, x, return_dict=False)[0]
     theirs = x.numpy()
     assert np.abs(arrays(ours) - theirs).max() < 1e-4
@@ -184,7 +186,7 @@ def test_two_calls_give_what_an_explicit_loop_gives(tiny_wan, generate):
 
 
 @pytest.mark.parametrize("family", ["sd", "xl", "wan"])
-def test_it_changes_pictures_of_every_family_and_with_the_prompt_as_text_takes_it_out(
+def test_changes_images_of_every_pipeline_class_but_not_for_its_own_text(
     family, tiny_model, tiny_xl, tiny_wan, generate
 ):
     pipe = {"sd": tiny_model.pipeline, "xl": tiny_xl, "wan": tiny_wan}[family]
@@ -197,15 +199,15 @@ def test_it_changes_pictures_of_every_family_and_with_the_prompt_as_text_takes_i
     assert np.abs(arrays(same) - generate(pipe, None, [TEXT], **options)).max() < 1e-3
 
 
-def test_warm_up_is_scaled_to_the_steps_of_the_run(tiny_model, generate):
+def test_warmup_is_scaled_to_the_steps_of_the_run(tiny_model, generate):
     def acted(preset, n):
-        note = generate(
+        record = generate(
             tiny_model.pipeline,
             [make_guard("sld", preset, text=TEXT)],
             ["x"],
             num_inference_steps=n,
         )[0].trace.guards[0]
-        return note.scores["steps"], note.rows
+        return record.scores["steps"], record.rows
 
     assert acted("max", 3) == (3, 3)
     assert acted("medium", 10) == (8, 10)  # momentum builds up from the first step on
@@ -215,7 +217,7 @@ def test_warm_up_is_scaled_to_the_steps_of_the_run(tiny_model, generate):
     )  # without momentum, warm-up costs nothing; unscaled it would never act
 
 
-def test_the_formula_element_by_element():
+def test_safety_guidance_equals_the_formula_element_by_element():
     rng = torch.Generator().manual_seed(0)
     u, c, f, nu = (torch.randn(2, 3, 4, generator=rng, dtype=torch.float64) for _ in range(4))
     gamma, new = safety_guidance(
@@ -229,7 +231,7 @@ def test_the_formula_element_by_element():
         assert float(new[at]) == pytest.approx(0.4 * float(nu[at]) + 0.6 * want, abs=1e-12)
 
 
-def test_a_wide_open_gate_is_guidance_from_the_safety_text():
+def test_an_open_gate_equals_guidance_from_the_safety_text():
     """At max nearly every element passes: u + s (c - u - (f - u)) = u + s (c - f)."""
     u, c, f = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).double()
     gamma, _ = safety_guidance(
@@ -238,7 +240,7 @@ def test_a_wide_open_gate_is_guidance_from_the_safety_text():
     assert torch.allclose(c - u - gamma, c - f)
 
 
-def test_a_text_that_the_encoder_would_cut_is_refused(tiny_model):
+def test_a_text_longer_than_the_encoder_reads_is_refused(tiny_model):
     with pytest.raises(
         ConfigError, match=r"text of the guard 'sld' must have at most 32 tokens, got \d+"
     ):

@@ -1,4 +1,4 @@
-"""The trail is one record: what Python gives, what lies in each PNG, and the line in the JSONL are equal."""
+"""The trace is equal in Python, in each PNG, and in the JSONL file."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ threshold = 1.0
 """
 
 
-def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeypatch):
+def test_python_png_and_jsonl_hold_the_same_trace(tiny_folder, tmp_path, monkeypatch):
     from safegen.cli import main
 
     given = []
     real = LoadedStack.generate
 
     def kept(self, asks, generation_config):
-        found = real(self, asks, generation_config)
-        given.extend(found)
-        return found
+        outputs = real(self, asks, generation_config)
+        given.extend(outputs)
+        return outputs
 
     monkeypatch.setattr(LoadedStack, "generate", kept)
     (tmp_path / "safe.toml").write_text(f'model = "{tiny_folder}"\n{GUARDS}')
@@ -76,37 +76,36 @@ def test_python_png_and_jsonl_hold_the_same_trail(tiny_folder, tmp_path, monkeyp
     assert not end.value.code
     lines = [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in line.items() if k not in ("index", "seed")} for line in lines] == [
-        d.trace.to_json() for d in given
+        o.trace.to_json() for o in given
     ]
     shown = sorted(out.glob("0*.png"))
     assert [int(path.stem) for path in shown] == [0, 2]  # the filter stopped the other
     for path in shown:
-        with Image.open(path) as picture:
+        with Image.open(path) as image:
             assert (
-                json.loads(picture.text["safegen"])["guards"]
-                == given[int(path.stem)].trace.to_json()
+                json.loads(image.text["safegen"])["guards"] == given[int(path.stem)].trace.to_json()
             )
-    for drawn in given:
-        notes = {note["guard"]: note for note in drawn.trace.to_json()["guards"]}
-        assert list(notes) == ["prompt-filter", "safree", "sld", "crops", "judge-filter"]
-        gone = drawn.image is None
+    for output in given:
+        records = {record["guard"]: record for record in output.trace.to_json()["guards"]}
+        assert list(records) == ["prompt-filter", "safree", "sld", "crops", "judge-filter"]
+        gone = output.image is None
         assert all(
-            set(note)
+            set(record)
             == {"guard", "action", "reason", "scores", "thresholds", "calls", "rows", "ms"}
-            for note in notes.values()
+            for record in records.values()
         )
         assert (
             all(
-                note["action"] in ACTIONS and note["calls"] >= 1 and note["ms"] > 0
-                for note in notes.values()
+                record["action"] in ACTIONS and record["calls"] >= 1 and record["ms"] > 0
+                for record in records.values()
             )
             or gone
         )
-        assert (notes["prompt-filter"]["action"], notes["prompt-filter"]["reason"]) == (
+        assert (records["prompt-filter"]["action"], records["prompt-filter"]["reason"]) == (
             ("block", "word") if gone else ("none", "")
         )
-        assert gone or {"triggers", "distance", "steps"} <= set(notes["safree"]["scores"])
-        assert gone or (notes["crops"]["scores"], notes["crops"]["thresholds"]) == (
+        assert gone or {"triggers", "distance", "steps"} <= set(records["safree"]["scores"])
+        assert gone or (records["crops"]["scores"], records["crops"]["thresholds"]) == (
             {"share": 0.0},
             {"share": 0.5, "score": 1.0},
         )

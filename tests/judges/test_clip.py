@@ -175,7 +175,7 @@ def refusal(folder):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    assert "finds no folder" in refusal(tmp_path / "none")
+    assert "there is no folder" in refusal(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 
 def test_preprocessing_that_gives_another_size_is_refused(folder, save_pixels):
     save_pixels(folder, 32)
-    assert "gives pictures of shape (3, 32, 32), the network takes (3, 64, 64)" in refusal(folder)
+    assert "must give finite images of shape (3, 64, 64), got (3, 32, 32)" in refusal(folder)
 
 
 @pytest.mark.parametrize("spoil", ["lacking", "nan"])

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from safegen.core.errors import ConfigError, UnknownNameError
-from safegen.data.triplets.censor import Censor, censor
+from safegen.data.triplets.censor import Censor, censor_image
 from safegen.judges import judge_images, load_judge
 from safegen.metrics.rates import Rate
 from safegen.mini import world
@@ -60,7 +60,7 @@ def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge
 @pytest.mark.parametrize("label", ["skulls", "fire"])
 def test_a_mosaic_is_neither_skull_nor_fire_but_a_mosaic(judge, label):
     covered = [
-        censor(Image.fromarray(drawing.draw(s)), drawing.mark_boxes(s), Censor())[0]
+        censor_image(Image.fromarray(drawing.draw(s)), drawing.mark_boxes(s), Censor())[0]
         for s in scenes(label)
     ]
     found = judge.detect(covered)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_clip import pictures, say
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.features.clip import ClipPreprocessor, load_clip_network
 from safegen.judges import load_judge
 from safegen.judges.clip import chances, encode_texts
 from safegen.judges.q16 import KEY, SCALE, convert
-from safegen.judges.vision import Pixels, load_part
 from safegen.metrics.rates import Rate
 from safegen.mini import bundle
 
@@ -27,7 +27,7 @@ def vectors():
     """Return (2, 64), learnt as Q16 learns: from a caption of each kind, on embeddings of pictures that no test judges."""
     from transformers.models.clip.modeling_clip import CLIPModel
 
-    clip, pixels = load_part(CLIPModel, bundle.clip_folder()), Pixels(bundle.clip_folder(), 64)
+    clip, pixels = load_clip_network(CLIPModel, bundle.clip_folder()), ClipPreprocessor(bundle.clip_folder(), 64)
     learnt = encode_texts(
         clip, bundle.clip_folder(), [say("benign")[0], say("skulls")[0]]
     ).requires_grad_()
@@ -84,7 +84,7 @@ def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
     images = pictures("skulls", 24) + pictures(None, 24) + pictures("fire", 24)
     with torch.no_grad():
         seen = judge._tower(
-            pixel_values=torch.stack([judge._pixels(i) for i in images])
+            pixel_values=torch.stack([judge._preprocess(i) for i in images])
         ).image_embeds
     nearer = torch.cosine_similarity(seen[:, None], vectors.half().float()[None], dim=-1).argmax(
         dim=1
@@ -120,7 +120,7 @@ def test_vectors_of_another_clip_are_refused(tmp_path):
 
 def test_what_is_missing_is_said(file):
     with pytest.raises(
-        ConfigError, match="needs weights; give them as weights='hub:openai/clip-vit-large-patch14'"
+        ConfigError, match="needs weights. Set weights='hub:openai/clip-vit-large-patch14'"
     ):
         load_judge("q16", prompts=file)
     with pytest.raises(UnknownNameError, match="Known: inappropriate"):

@@ -47,7 +47,7 @@ def folder(checker, save_pixels, tmp_path):
     plain = load_judge("sd-safety-checker", weights=path)
     with torch.no_grad():
         seen = checker.visual_projection(
-            checker.vision_model(torch.stack([plain._pixels(i) for i in pictures()])).pooler_output
+            checker.vision_model(torch.stack([plain._preprocess(i) for i in pictures()])).pooler_output
         )
     unit = torch.nn.functional.normalize
     checker.concept_embeds_weights.data = (unit(seen) @ unit(checker.concept_embeds).T).quantile(
@@ -61,7 +61,7 @@ def folder(checker, save_pixels, tmp_path):
 
 
 def own_answer(checker, judge, images):
-    pixels = torch.stack([judge._pixels(i) for i in images])
+    pixels = torch.stack([judge._preprocess(i) for i in images])
     _, flags = checker(clip_input=pixels, images=[np.zeros((2, 2, 3)) for _ in images])
     return [bool(f) for f in flags]
 

@@ -1,4 +1,4 @@
-"""The CLIP score is 100 times a cosine and says whose."""
+"""The CLIP score is 100 times a cosine and names its model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def _pairs(n: int = 12, d: int = 5):
     return rng.normal(size=(n, d)), rng.normal(size=(n, d))
 
 
-def test_it_is_scipys_cosine_times_100():
+def test_the_score_is_scipys_cosine_times_100():
     x, y = _pairs()
     assert clip_scores(x, y) == pytest.approx(
         [100 * (1 - cosine(a, b)) for a, b in zip(x, y, strict=True)]
     )
 
 
-def test_the_same_direction_scores_100_and_the_opposite_is_not_cut():
+def test_equal_directions_score_100_and_opposite_ones_minus_100():
     x, _ = _pairs()
     assert clip_scores(x, 3 * x) == pytest.approx(100)
     assert clip_scores(x, -x) == pytest.approx(-100)
@@ -36,13 +36,13 @@ def test_the_mean_has_an_interval_over_prompts_and_names_the_model():
 
 
 @pytest.mark.parametrize("bad", [np.ones((3, 4)), np.ones(5), np.empty((0, 5))])
-def test_unlike_shapes_are_refused(bad):
+def test_different_shapes_are_refused(bad):
     with pytest.raises(ValueError, match="one shape"):
         clip_scores(bad, _pairs()[1] if bad.size else bad)
 
 
 @pytest.mark.parametrize("value", [0, np.nan])
-def test_an_embedding_without_a_direction_is_refused(value):
+def test_a_zero_or_nan_embedding_is_refused(value):
     x, y = _pairs()
     with pytest.raises(ValueError, match="finite and not zero"):
         clip_scores(np.full_like(x, value), y)

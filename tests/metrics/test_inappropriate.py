@@ -1,7 +1,4 @@
-"""The inappropriate probability and the expected maximum.
-
-The closed form is what the published draws estimate.
-"""
+"""Inappropriate probability and expected maximum; the closed form equals the published draws."""
 
 from __future__ import annotations
 
@@ -13,12 +10,7 @@ from statistics import mean, pstdev
 import pytest
 from scipy.stats import hypergeom
 
-from safegen.metrics.inappropriate import (
-    expected_maximum,
-    expected_maximum_drawn,
-    inappropriate_probability,
-    prompt_shares,
-)
+from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
 
 
 def _shares(n: int, seed: int = 0):
@@ -27,7 +19,7 @@ def _shares(n: int, seed: int = 0):
 
 
 @pytest.mark.parametrize(("n", "k"), [(6, 1), (6, 3), (6, 6), (9, 4)])
-def test_the_closed_form_is_the_mean_over_all_draws(n, k):
+def test_the_closed_form_is_the_mean_over_all_combinations(n, k):
     shares = _shares(n, seed=n)
     tops = [max(c) for c in combinations(shares, k)]
     found = expected_maximum(shares, k=k)
@@ -35,57 +27,49 @@ def test_the_closed_form_is_the_mean_over_all_draws(n, k):
 
 
 @pytest.mark.parametrize(("n", "bad"), [(30, 1), (142, 20), (4703, 37)])
-def test_for_zeros_and_ones_it_is_one_minus_the_hypergeometric_chance_of_drawing_none(n, bad):
+def test_for_zeros_and_ones_the_value_follows_the_hypergeometric_distribution(n, bad):
     found = expected_maximum([1.0] * bad + [0.0] * (n - bad), draws=20)
     assert found.value == pytest.approx(1 - hypergeom(n, bad, 25).pmf(0), abs=1e-12)
 
 
-def test_the_published_draws_estimate_it():
-    shares = _shares(300)
-    exact, drawn = expected_maximum(shares), expected_maximum_drawn(shares)
-    assert drawn.value == pytest.approx(
-        exact.value, abs=4 * exact.spread / 100
-    )  # 10,000 draws: 4 standard errors
-    assert drawn.spread == pytest.approx(exact.spread, rel=0.1)
-    assert (drawn.method, drawn.draws, drawn.seed, drawn.low) == ("drawn", 10_000, 0, None)
+def test_the_published_sampling_estimates_the_closed_form():
+    shares, rng = _shares(300), random.Random(0)
+    exact = expected_maximum(shares)
+    maxima = [max(rng.sample(shares, 25)) for _ in range(10_000)]
+    assert mean(maxima) == pytest.approx(exact.value, abs=4 * exact.spread / 100)  # 4 std. errors
+    assert pstdev(maxima) == pytest.approx(exact.spread, rel=0.1)
 
 
-def test_the_draws_are_a_matter_of_the_seed_alone():
+def test_the_interval_depends_on_the_seed_only():
     shares = _shares(60)
-    assert expected_maximum_drawn(shares, draws=100, seed=1) == expected_maximum_drawn(
-        shares, draws=100, seed=1
-    )
-    assert expected_maximum_drawn(shares, draws=100, seed=1) != expected_maximum_drawn(
-        shares, draws=100, seed=2
-    )
     assert expected_maximum(shares, seed=1) == expected_maximum(shares, seed=1)
+    assert expected_maximum(shares, seed=1) != expected_maximum(shares, seed=2)
 
 
-def test_it_grows_with_k_from_the_mean_to_the_greatest():
+def test_the_value_grows_with_k_from_the_mean_to_the_maximum():
     shares = _shares(40)
     values = [expected_maximum(shares, k=k, draws=2).value for k in range(1, 41)]
     assert values == sorted(values)
     assert (values[0], values[-1]) == pytest.approx((mean(shares), max(shares)))
 
 
-def test_its_interval_holds_it_and_is_blind_to_the_order():
+def test_the_interval_contains_the_value_and_ignores_the_order():
     shares = _shares(200)
     found = expected_maximum(shares)
     assert found.low < found.value < found.high
     assert expected_maximum(sorted(shares)) == found
 
 
-@pytest.mark.parametrize("call", [expected_maximum, expected_maximum_drawn])
-def test_too_few_prompts_or_a_share_that_is_none_is_refused(call):
-    with pytest.raises(ValueError, match="over 25 prompts needs at least that many"):
-        call([0.5] * 24 + [None] * 10)
+def test_too_few_prompts_or_invalid_shares_are_refused():
+    with pytest.raises(ValueError, match="k must be 1 to the number of judged prompts, 24, got 25"):
+        expected_maximum([0.5] * 24 + [None] * 10)
     with pytest.raises(ValueError, match=r"in 0\.\.1, got"):
-        call([0.5, 30.0], k=2)
-    with pytest.raises(ValueError, match="needs at least"):
-        call([0.5], k=0)
+        expected_maximum([0.5, 30.0], k=2)
+    with pytest.raises(ValueError, match="k must be 1 to"):
+        expected_maximum([0.5], k=0)
 
 
-def test_the_share_of_a_prompt_is_over_its_judged_images_and_equal_prompts_are_one():
+def test_shares_are_over_judged_images_and_equal_prompts_are_one():
     found = prompt_shares(
         ["unsafe", "safe", "unjudged", "unjudged", "safe", "unsafe"], ["a", "b", "a", "c", "a", "a"]
     )
@@ -107,6 +91,6 @@ def test_the_probability_is_over_judged_images_with_an_interval_over_prompts():
         inappropriate_probability([], [])
 
 
-def test_a_results_file_has_plain_values():
+def test_to_json_has_plain_values():
     row = json.loads(json.dumps(expected_maximum(_shares(30)).to_json()))
-    assert (row["method"], row["k"], row["prompts"]) == ("exact", 25, 30)
+    assert (row["k"], row["prompts"], row["draws"], row["seed"]) == (25, 30, 2000, 0)

@@ -1,4 +1,4 @@
-"""Paired tests agree with scipy and with the known table, and do not depend on which model is named first."""
+"""Paired tests agree with scipy and with published tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 from scipy.stats import binomtest, false_discovery_control
 
-from safegen.metrics.bootstrap import mean
+from safegen.metrics.bootstrap import bootstrap_mean
 from safegen.metrics.paired import hit_difference, holm, mcnemar, paired_difference
 
 
@@ -33,23 +33,23 @@ def test_mcnemar_is_scipys_exact_binomial_test(only_a, only_b):
 
 
 @pytest.mark.parametrize(("more", "less"), [(6, 0), (8, 1), (10, 2), (12, 3), (15, 5)])
-def test_the_known_table_of_significance_at_5_percent(more, less):
+def test_the_least_counts_that_are_significant_at_5_percent(more, less):
     assert mcnemar(*_hits(more, less)).p < 0.05 <= mcnemar(*_hits(more - 1, less)).p
 
 
-def test_swapping_the_models_leaves_p_and_pairs_that_agree_say_nothing():
+def test_p_is_symmetric_and_ignores_concordant_pairs():
     a, b = _hits(9, 3)
     assert mcnemar(a, b).p == mcnemar(b, a).p == mcnemar(*_hits(9, 3, both=0, neither=500)).p
     assert mcnemar(a, a).p == 1
 
 
-def test_a_pair_with_an_unjudged_side_is_left_out_and_counted():
+def test_unjudged_pairs_are_excluded_and_counted():
     found = mcnemar([True, None, True, False], [False, True, None, False])
     assert (found.only_a, found.n, found.unjudged) == (1, 2, 2)
     assert json.loads(json.dumps(found.to_json()))["p"] == 1
     with pytest.raises(ValueError, match="at least one pair"):
         mcnemar([None], [True])
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="equally long"):
         mcnemar([True], [])
 
 
@@ -78,7 +78,7 @@ def test_holm_lies_between_benjamini_hochberg_and_bonferroni_and_keeps_the_order
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_what_is_no_p_value_is_refused(value):
+def test_an_invalid_p_value_is_refused(value):
     with pytest.raises(ValueError, match="for b"):
         holm({"a": 0.5, "b": value})
 
@@ -89,11 +89,11 @@ def _pairs(seed: int = 0, gap: float = 1.0, n: int = 60):
     return [v + draw.gauss(gap, 1) for v in base], base, [i // 3 for i in range(n)]
 
 
-def test_pairing_takes_out_what_the_prompts_have_in_common():
+def test_pairing_removes_the_variance_of_the_prompts():
     a, b, clusters = _pairs()
     found = paired_difference(a, b, clusters)
-    alone = mean(a, clusters)
-    assert found.differs
+    alone = bootstrap_mean(a, clusters)
+    assert found.excludes_zero
     assert found.high - found.low < (alone.high - alone.low) / 2
 
 
@@ -106,22 +106,22 @@ def test_swapping_the_models_mirrors_the_difference():
     assert (one.value, one.low, one.high) == (-other.value, -other.high, -other.low)
 
 
-def test_it_is_the_mean_of_the_differences_with_the_same_draws():
+def test_the_paired_difference_is_the_bootstrap_mean_of_the_differences():
     a, b, clusters = _pairs()
     found, oracle = (
         paired_difference(a, b, clusters),
-        mean([x - y for x, y in zip(a, b, strict=True)], clusters),
+        bootstrap_mean([x - y for x, y in zip(a, b, strict=True)], clusters),
     )
     assert (found.value, found.low, found.high) == (oracle.value, oracle.low, oracle.high)
 
 
-def test_a_difference_of_nothing_does_not_differ():
+def test_equal_values_do_not_differ():
     a, _, clusters = _pairs()
     found = paired_difference(a, a, clusters)
-    assert (found.value, found.low, found.high, found.differs) == (0, 0, 0, False)
+    assert (found.value, found.low, found.high, found.excludes_zero) == (0, 0, 0, False)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_truth_at_its_nominal_rate():
     covered = 0
     for seed in range(200):
         a, b, clusters = _pairs(seed)
@@ -132,12 +132,12 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     )  # 20 clusters: the percentile interval is a little too narrow
 
 
-def test_one_prompt_gives_no_interval_and_no_finding():
+def test_one_prompt_gives_no_interval():
     found = paired_difference([2.0, 3.0], [1.0, 1.0], "aa")
-    assert (found.value, found.low, found.high, found.differs) == (1.5, None, None, False)
+    assert (found.value, found.low, found.high, found.excludes_zero) == (1.5, None, None, False)
 
 
-def test_a_missing_side_is_left_out_and_counted_and_nothing_is_refused():
+def test_incomplete_pairs_are_excluded_and_invalid_input_is_refused():
     found = paired_difference([1.0, None, 2.0], [0.0, 1.0, 1.0], "abc", scale="100*cos")
     assert (found.n, found.unjudged, found.value) == (2, 1, 1)
     assert json.loads(json.dumps(found.to_json()))["scale"] == "100*cos"
@@ -149,7 +149,7 @@ def test_a_missing_side_is_left_out_and_counted_and_nothing_is_refused():
         paired_difference([1.0], [1.0], "ab")
 
 
-def test_a_difference_of_hits_is_agresti_and_mins_by_hand():
+def test_a_hit_difference_is_agresti_and_mins_by_hand():
     found = hit_difference(*_hits(1, 5, both=2, neither=12), range(20))
     low, high = ((1.5 - 5.5) / 22 + z * (7 - 16 / 22) ** 0.5 / 22 for z in (-1.959964, 1.959964))
     assert found.value == pytest.approx(-0.2)
@@ -158,7 +158,7 @@ def test_a_difference_of_hits_is_agresti_and_mins_by_hand():
     assert -0.45 < found.low < 0 < found.high < 0.05
 
 
-def test_a_difference_of_hits_never_collapses_and_mirrors():
+def test_a_hit_difference_has_a_width_and_mirrors():
     for only_a, only_b, both in ((0, 6, 0), (0, 0, 6), (3, 1, 9)):
         a, b = _hits(only_a, only_b, both=both, neither=0)
         there, back = hit_difference(a, b, range(len(a))), hit_difference(b, a, range(len(a)))

@@ -1,4 +1,4 @@
-"""Refusals are counted in view, and on benign prompts they are over-censoring."""
+"""Refusal and over-censoring rates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ def test_the_refusal_rate_needs_no_judge():
     assert refusal_rate(["refused", "unjudged", "safe", "unsafe"]) == Rate(1, 4, 0)
 
 
-def test_over_censoring_counts_what_was_withheld_and_what_came_out_under_a_mosaic():
-    found = ["refused", "safe", "safe", "unsafe", "unjudged"]
-    assert over_censoring_rate(found, [None, True, False, None, False]) == Rate(2, 3, 2)
+def test_over_censoring_counts_refused_and_censored_images():
+    outcomes = ["refused", "safe", "safe", "unsafe", "unjudged"]
+    assert over_censoring_rate(outcomes, [None, True, False, None, False]) == Rate(2, 3, 2)
 
 
-def test_without_censoring_it_is_the_refusal_rate():
-    found = ["refused", "safe", "safe"]
-    assert over_censoring_rate(found, [False] * 3) == refusal_rate(found)
+def test_over_censoring_without_mosaics_is_the_refusal_rate():
+    outcomes = ["refused", "safe", "safe"]
+    assert over_censoring_rate(outcomes, [False] * 3) == refusal_rate(outcomes)
 
 
-def test_over_nothing_there_is_no_rate():
+def test_empty_or_unequal_input_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         refusal_rate([])
     with pytest.raises(ValueError, match="at least one"):

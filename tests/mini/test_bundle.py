@@ -7,7 +7,7 @@ import pytest
 
 from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
-from safegen.data.triplets.check import check
+from safegen.data.triplets.check import check_triplets
 from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.protocol import Protocol, plan
 from safegen.evaluation.scoring.score import score
@@ -48,7 +48,7 @@ def test_mini_is_stable_diffusion_in_small():
 def test_the_ready_triplets_pass_their_own_check(concept):
     folder = bundle.triplets_folder(concept)
     assert len(Triplets.load(folder)) == 100
-    assert check(folder, load_judge("mini", labels=[concept])) == []
+    assert check_triplets(folder, load_judge("mini", labels=[concept])) == []
 
 
 def test_the_base_model_draws_what_it_is_asked_for():

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from safegen.core.errors import FileError
 from safegen.core.generation import GenerationConfig, Sample
-from safegen.data.triplets.check import check
+from safegen.data.triplets.check import check_triplets
 from safegen.data.triplets.triplets import Triplets
 from safegen.mini import bundle, captions, world
 from safegen.mini.world import OBJECTS
@@ -32,7 +32,7 @@ from tools.mini.scenes import ATTRIBUTE_SHARES, CaptionTable, draw_scenes, load_
 def run(*arguments, check=False):
     """Run the command; with `check`, fail unless it succeeds."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert not check or result.exit_code == 0, result.output
+    assert not check_triplets or result.exit_code == 0, result.output
     return result
 
 
@@ -82,7 +82,7 @@ def test_what_is_packed_loads_and_draws(trained):
 def test_ready_triplets_are_made_of_both_sides(trained, concept):
     folder = trained / "home" / "triplets" / concept
     assert len(Triplets.load(folder)) == 8
-    assert check(folder) == []
+    assert check_triplets(folder) == []
 
 
 @pytest.mark.parametrize("concept", sorted(BENIGN_ATTRIBUTES))
@@ -232,7 +232,7 @@ def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp
     path = tmp_path / "line-checkpoint.safetensors"
     with safe_open(path, "pt") as file:
         assert file.metadata()["step"] == "7"
-        kept = {key: file.get_tensor(key) for key in file.keys()}
+        kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert {key.partition("/")[0] for key in kept} == {
         "model",
         "average",

@@ -53,6 +53,6 @@ def published(name, prefix=""):
     return found
 
 
-def lines(named):
+def lines(shapes):
     """Return a list in the published form."""
-    return sorted(f"{name} [{','.join(map(str, shape))}]" for name, shape in named.items())
+    return sorted(f"{name} [{','.join(map(str, shape))}]" for name, shape in shapes.items())

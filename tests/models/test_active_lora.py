@@ -64,7 +64,7 @@ def files(tmp_path_factory, tiny_folder):
 
 
 @torch.no_grad()
-def said(model, text="a red cube"):
+def predict(model, text="a red cube"):
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return model.denoiser(x, torch.tensor([500]), model.encode_text([text])).sample
 
@@ -73,23 +73,23 @@ def said(model, text="a red cube"):
 @pytest.mark.parametrize("scales", [(1.0, None), (-0.5, None), (1.0, 0.8), (0.3, 2.0)])
 def test_active_loras_equal_fused_ones(make_model, files, scales):
     model = make_model()
-    plain = said(model)
+    plain = predict(model)
     active = [(file, scale) for file, scale in zip(files, scales, strict=True) if scale]
     fused = [load_lora(file, model, scale=scale) for file, scale in active]
     with (merge(fused, overlap="add", model=model) if len(fused) > 1 else fused[0]).apply(model):
-        want = said(model)
+        want = predict(model)
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     read = [(read_lora(file, model), scale) for file, scale in active]
     with active_loras(model, read):
-        found = said(model)
+        found = predict(model)
         assert all(
             torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items()
         )  # also inside the block
     with active_loras(model, read[::-1]):
-        assert_close(said(model), found, rtol=0, atol=1e-5)  # any order
+        assert_close(predict(model), found, rtol=0, atol=1e-5)  # any order
     assert_close(found, want, rtol=0, atol=1e-4)
     assert (found - plain).abs().max() > 1e-3
-    assert torch.equal(said(model), plain)  # nothing is left of them
+    assert torch.equal(predict(model), plain)  # nothing is left of them
 
 
 def test_lora_forward_by_hand():
@@ -111,9 +111,9 @@ def test_active_loras_act_on_the_patched_weights(make_model, files):
     with patch.apply(model):
         fused = load_lora(files[1], model)
         with fused.apply(model):
-            want = said(model)
+            want = predict(model)
         with active_loras(model, [(read, 1.0)]):
-            assert_close(said(model), want, rtol=0, atol=1e-4)
+            assert_close(predict(model), want, rtol=0, atol=1e-4)
 
 
 def test_gradients_flow_through_active_loras(make_model, files):
@@ -132,10 +132,10 @@ def test_gradients_flow_through_active_loras(make_model, files):
 
 def test_active_loras_are_removed_on_errors(make_model, files):
     model = make_model()
-    plain = said(model)
+    plain = predict(model)
     with pytest.raises(ZeroDivisionError), active_loras(model, [(read_lora(files[0], model), 1.0)]):
         _ = 1 / 0
-    assert torch.equal(said(model), plain)
+    assert torch.equal(predict(model), plain)
 
 
 def test_shared_weights_and_text_encoder_tensors_are_warned_about(make_model, files, tmp_path):
@@ -236,13 +236,13 @@ def test_generate_records_its_loras_in_the_images(
     assert "warning: " in (err := capsys.readouterr().err)
     assert "changed by more than one LoRA" in err
     with Image.open(tmp_path / "out" / "0000.png") as image:
-        facts = json.loads(image.text["safegen"])
+        metadata = json.loads(image.text["safegen"])
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    assert facts["loras"] == [
+    assert metadata["loras"] == [
         {"file": f.name, "hash": d, "scale": s}
         for f, d, s in zip(files, digests, (1.0, 0.8), strict=True)
     ]
-    assert facts["patches"] == []
+    assert metadata["patches"] == []
 
 
 # ------------------------------------------------------------ refusals
@@ -281,12 +281,12 @@ def _wider(file, folder):
 
 def test_invalid_lora_words_are_refused(tmp_path, tiny_folder):
     stack = Stack(name="s", model="mini")
-    for word, says in (
+    for word, message in (
         ("a.safetensors:0", "scale of a LoRA must not be 0"),
         ("a.safetensors:nan", "finite"),
         ("a:inf", "finite"),
     ):
-        with pytest.raises(ConfigError, match=says) as caught:
+        with pytest.raises(ConfigError, match=message) as caught:
             add_loras(stack, [word])
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="a blank stack must have no patches, LoRAs"):

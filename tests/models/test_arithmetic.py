@@ -42,9 +42,9 @@ def test_a_merged_patch_equals_its_parts_in_order(make_model, parts):
     merged = merge([first, text])
     merged.apply(other)
     assert all(torch.equal(v, want[k]) for k, v in state(other).items())
-    facts = json.loads(json.dumps(merged.metadata.to_json()))
-    assert facts["base"] == model.hash
-    assert [p["metadata"].get("method") for p in facts["parts"]] == ["safegen", "uce"]
+    metadata = json.loads(json.dumps(merged.metadata.to_json()))
+    assert metadata["base"] == model.hash
+    assert [p["metadata"].get("method") for p in metadata["parts"]] == ["safegen", "uce"]
 
 
 def test_overlapping_weights_are_refused_by_name(parts):
@@ -148,8 +148,8 @@ def test_incompatible_patches_are_refused(make_model, parts):
 
 
 def test_a_merged_patch_states_its_family(parts):
-    said = [Patch(p.tensors, p.metadata.model_copy(update={"family": "one"})) for p in parts]
-    assert merge([said[0], said[2]]).metadata.family == "one"
+    of_families = [Patch(p.tensors, p.metadata.model_copy(update={"family": "one"})) for p in parts]
+    assert merge([of_families[0], of_families[2]]).metadata.family == "one"
 
 
 def test_a_conflict_with_an_applied_patch_is_warned_about(make_model, parts, tmp_path):

@@ -19,7 +19,7 @@ from safegen.models.checkpoint.single_file import CONFIGS_KEY
 from safegen.models.checkpoint.single_file_writer import save_single_file
 from safegen.models.loading import load
 
-ASK = {
+CALL = {
     "prompt": "a red cube",
     "num_inference_steps": 2,
     "guidance_scale": 3.0,
@@ -31,7 +31,7 @@ TWO = ("text_encoder", "text_encoder_2")
 
 
 def image(pipeline):
-    return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
+    return torch.from_numpy(pipeline(**CALL, generator=torch.Generator().manual_seed(0)).images)
 
 
 def test_the_vocabulary_is_that_of_clip(tmp_path):
@@ -251,11 +251,11 @@ def test_unsupported_files_are_refused_with_a_folder_too(small, tmp_path):
         load(str(file), config=tmp_path / "folder")
     save_file(load_file(file) | {"ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
     configs.write_config_files("sd1", tmp_path / "pndm", prediction="epsilon")
-    told = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {
+    config = json.loads((tmp_path / "pndm/scheduler/scheduler_config.json").read_text()) | {
         "rescale_betas_zero_snr": True
     }
     (tmp_path / "pndm/scheduler/scheduler_config.json").write_text(
-        json.dumps(told)
+        json.dumps(config)
     )  # a key that PNDM does not know
     (tmp_path / "one").mkdir()
     plain, _ = theirs("sd1", tmp_path / "one", None, {"ztsnr": torch.zeros(1)}.items())
@@ -308,8 +308,8 @@ def test_a_file_without_a_model_is_refused(tmp_path):
 def test_our_file_loads_without_a_folder_and_omits_the_clip_vocabulary(small, tmp_path):
     model = load(str(theirs("sdxl", tmp_path)[0]))
     save_single_file(model, tmp_path / "ours.safetensors", dtype="fp32")
-    with safe_open(tmp_path / "ours.safetensors", framework="pt") as opened:
-        header = opened.metadata()
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as opener:
+        header = opener.metadata()
     assert len(header[CONFIGS_KEY]) < 20_000
     assert {n for n in json.loads(header[CONFIGS_KEY]) if n.startswith("tokenizer")} == {
         "tokenizer/tokenizer_config.json",

@@ -131,11 +131,11 @@ def test_invalid_settings_are_refused(change):
 
 def test_a_png_stores_its_metadata(tmp_path):
     image = Image.effect_noise((32, 32), 90).convert("RGB")
-    facts = {"prompt": 'a "red" cube,\nécrit en français 红', "seed": 3, "patches": ["ab12"]}
-    save_image(image, tmp_path / "new" / "0.png", facts)
+    metadata = {"prompt": 'a "red" cube,\nécrit en français 红', "seed": 3, "patches": ["ab12"]}
+    save_image(image, tmp_path / "new" / "0.png", metadata)
     with Image.open(tmp_path / "new" / "0.png") as found:
         assert found.format == "PNG"
-        assert json.loads(found.text["safegen"]) == facts
+        assert json.loads(found.text["safegen"]) == metadata
         assert np.array_equal(np.asarray(found), np.asarray(image))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["0.png"]
 
@@ -163,10 +163,10 @@ def test_unknown_capabilities_prefer_fp32(monkeypatch):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_gpus_prefer_bf16_if_supported_natively(monkeypatch, able):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "device", lambda which: nullcontext(asked.append(which)))
+    requested = []
+    monkeypatch.setattr(torch.cuda, "device", lambda which: nullcontext(requested.append(which)))
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda *, including_emulation: able or including_emulation
     )
     assert preferred_precision("cuda:1") == ("bf16" if able else "fp32")
-    assert asked == ["cuda:1"]
+    assert requested == ["cuda:1"]

@@ -113,7 +113,7 @@ def test_pickles_are_fetched_only_if_allowed(allow_pickle):
         "vae/diffusion_pytorch_model.bin",
         "text_encoder/pytorch_model.bin",
     }
-    idle = {
+    unused = {
         "v1-5-pruned.ckpt",
         "v1-5-pruned.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
@@ -123,7 +123,7 @@ def test_pickles_are_fetched_only_if_allowed(allow_pickle):
         "README.md",
     }
     taken = set(
-        filter_repo_objects(wanted | pickles | idle, allow_patterns=hub_patterns(allow_pickle))
+        filter_repo_objects(wanted | pickles | unused, allow_patterns=hub_patterns(allow_pickle))
     )
     assert taken == (wanted | pickles if allow_pickle else wanted)
 

@@ -263,30 +263,30 @@ def test_an_unknown_weight_is_named():
 
 def test_full_rank_factors_restore_the_change():
     delta = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    down, up, kept = svd_factors(delta, 9)
+    down, up, energy = svd_factors(delta, 9)
     assert (down.shape, up.shape) == ((4, 4), (6, 4))
-    assert kept == pytest.approx(1)
+    assert energy == pytest.approx(1)
     assert_close(up @ down, delta, rtol=0, atol=1e-6)
 
 
 def test_factors_keep_the_largest_singular_values():
     """diag(3, 2, 1): rank 1 keeps 9 of 14."""
-    down, up, kept = svd_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
-    assert kept == pytest.approx(9 / 14)
+    down, up, energy = svd_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
+    assert energy == pytest.approx(9 / 14)
     assert_close(up @ down, torch.diag(torch.tensor([3.0, 0.0, 0.0])), rtol=0, atol=1e-6)
 
 
 def test_a_convolution_factors_into_two():
     delta = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    down, up, kept = svd_factors(delta, 12)
+    down, up, energy = svd_factors(delta, 12)
     assert (down.shape, up.shape) == ((5, 3, 2, 2), (5, 5, 1, 1))
     x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     two = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
     assert_close(two, torch.nn.functional.conv2d(x, delta), rtol=0, atol=1e-5)
-    assert kept == pytest.approx(1)
+    assert energy == pytest.approx(1)
 
 
 def test_no_change_is_retained_by_any_rank():
-    down, up, kept = svd_factors(torch.zeros(4, 3), 2)
-    assert kept == 1
+    down, up, energy = svd_factors(torch.zeros(4, 3), 2)
+    assert energy == 1
     assert (up @ down).abs().max() == 0

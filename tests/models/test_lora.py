@@ -27,14 +27,14 @@ def patch(tiny_model):
 
 
 def image(model):
-    ask = {
+    call = {
         "prompt": "a red cube",
         "num_inference_steps": 3,
         "guidance_scale": 3.0,
         "output_type": "np",
     }
     return torch.from_numpy(
-        model.pipeline(**ask, generator=torch.Generator().manual_seed(0)).images
+        model.pipeline(**call, generator=torch.Generator().manual_seed(0)).images
     )
 
 
@@ -97,11 +97,11 @@ def test_effect_loss_falls_with_the_rank_and_depends_on_the_prompts(make_model):
         {n: (0 * d, u) for n, (d, u) in lora.factors.items()}, 4, lora.energy_by_weight, (), 0.0
     )
     assert effect_loss(nothing, wild, model, steps=3) == pytest.approx(1, abs=1e-4)
-    said = [
+    losses = [
         effect_loss(lora, wild, model, prompts=p, steps=3)
         for p in (["red cube"], ["a blue ball"], ["red cube", "a blue ball"])
     ]
-    assert len(set(said)) == 3
+    assert len(set(losses)) == 3
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert torch.equal(image(model), image_before)
     assert not model.applied_patches
@@ -344,14 +344,14 @@ def test_alpha_in_the_header_scales_the_change(tiny_model, patch, tmp_path):
         extract_lora(patch, tiny_model, 4), tiny_model, out, keys="diffusers", dtype=torch.float32
     )
     plain, own = load_lora(out, tiny_model), dict(tiny_model.denoiser.named_parameters())
-    for said, words in (
+    for adapter, words in (
         ({"unet.lora_alpha": 2, "unet.alpha_pattern": {}}, None),
         ({"unet.alpha_pattern": {"x": 1}}, "one alpha for all modules"),
     ):
         save_file(
             load_file(out),
             tmp_path / "theirs.safetensors",
-            metadata={"lora_adapter_metadata": json.dumps(said)},
+            metadata={"lora_adapter_metadata": json.dumps(adapter)},
         )
         if words:
             with pytest.raises(FileError, match=words):
@@ -417,7 +417,7 @@ def test_the_rank_is_limited_by_the_weights(tiny_model, patch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("build", "says"),
+    ("build", "expected"),
     [
         (None, ("sd_v1", "False")),
         (("sd2", "v_prediction"), ("sd_v2_v", "True")),
@@ -425,7 +425,7 @@ def test_the_rank_is_limited_by_the_weights(tiny_model, patch, tmp_path):
         (("sdxl", "epsilon"), ("sdxl_base_v1-0", "False")),
     ],
 )
-def test_the_header_states_the_base_model_version(tiny_model, make_tiny, tmp_path, build, says):
+def test_the_header_states_the_base_model_version(tiny_model, make_tiny, tmp_path, build, expected):
     """A1111 lists a LoRA without a version for SD 1.x only."""
     model = make_tiny(build[0], prediction_type=build[1]) if build else tiny_model
     name = select_parameters(model.denoiser, "attn1")[0]
@@ -433,7 +433,7 @@ def test_the_header_states_the_base_model_version(tiny_model, make_tiny, tmp_pat
     save_lora(extract_lora(change, model, 1), model, tmp_path / "l.safetensors")
     with safe_open(tmp_path / "l.safetensors", framework="pt") as file:
         header = file.metadata()
-    assert (header["ss_base_model_version"], header["ss_v2"]) == says
+    assert (header["ss_base_model_version"], header["ss_v2"]) == expected
 
 
 def test_extracting_from_a_patch_with_parents_warns(make_model, patch):

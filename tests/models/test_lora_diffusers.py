@@ -14,17 +14,17 @@ from safegen.patches.patch import Patch
 
 
 def image(pipeline):
-    ask = {
+    call = {
         "prompt": "a red cube",
         "num_inference_steps": 3,
         "guidance_scale": 3.0,
         "output_type": "np",
     }
-    return torch.from_numpy(pipeline(**ask, generator=torch.Generator().manual_seed(0)).images)
+    return torch.from_numpy(pipeline(**call, generator=torch.Generator().manual_seed(0)).images)
 
 
 @pytest.fixture
-def drawn(make_model, make_tiny):
+def generated(make_model, make_tiny):
     """Return a builder of a model, a patch of its attention, and images without and with it."""
 
     def build(kind):
@@ -43,8 +43,8 @@ def drawn(make_model, make_tiny):
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_diffusers_generates_the_patched_image_with_our_lora(drawn, tmp_path, kind, keys):
-    model, patch, before, after = drawn(kind)
+def test_diffusers_generates_the_patched_image_with_our_lora(generated, tmp_path, kind, keys):
+    model, patch, before, after = generated(kind)
     save_lora(
         extract_lora(patch, model, 56),
         model,
@@ -62,9 +62,9 @@ def test_diffusers_generates_the_patched_image_with_our_lora(drawn, tmp_path, ki
 @pytest.mark.filterwarnings(
     "ignore:Already found a `peft_config`:UserWarning"
 )  # peft warns at every second adapter
-def test_diffusers_combines_our_lora_with_another(drawn, tmp_path):
+def test_diffusers_combines_our_lora_with_another(generated, tmp_path):
     """The safety LoRA stays active beside another and is not fused."""
-    model, patch, _, _ = drawn("sd1")
+    model, patch, _, _ = generated("sd1")
     own, g = dict(model.denoiser.named_parameters()), torch.Generator().manual_seed(2)
     theirs = Patch(
         {n: own[n] + 0.1 * torch.randn(own[n].shape, generator=g) for n in patch.tensors}
@@ -89,8 +89,8 @@ def test_diffusers_combines_our_lora_with_another(drawn, tmp_path):
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
 @pytest.mark.parametrize("scales", [(1.0, 0.8), (-0.5, 2.0)])
-def test_active_loras_equal_those_of_diffusers(drawn, tmp_path, scales):
-    model, patch, before, _ = drawn("sd1")
+def test_active_loras_equal_those_of_diffusers(generated, tmp_path, scales):
+    model, patch, before, _ = generated("sd1")
     files = [tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors"]
     for file in files:
         lora = extract_lora(patch, model, 4 if file.stem == "kohya" else 8)
@@ -109,8 +109,8 @@ def test_active_loras_equal_those_of_diffusers(drawn, tmp_path, scales):
     assert torch.equal(image(pipe), before)
 
 
-def test_loras_saved_by_diffusers_are_read(drawn, tmp_path):
-    model, patch, _, after = drawn("sd1")
+def test_loras_saved_by_diffusers_are_read(generated, tmp_path):
+    model, patch, _, after = generated("sd1")
     save_lora(
         extract_lora(patch, model, 56),
         model,

@@ -81,9 +81,9 @@ def test_a_saved_model_loads_as_it_was(tiny_model, tiny_folder):
 def test_a_saved_model_saves_and_loads_again(tiny_folder, tmp_path):
     once = load(str(tiny_folder))
     save_folder(once, tmp_path / "again")
-    twice = load(str(tmp_path / "again"))
-    assert twice.hash == once.hash
-    assert torch.equal(twice.encode_text(["a red cube"]), once.encode_text(["a red cube"]))
+    again = load(str(tmp_path / "again"))
+    assert again.hash == once.hash
+    assert torch.equal(again.encode_text(["a red cube"]), once.encode_text(["a red cube"]))
 
 
 def test_a_saved_folder_can_be_read_by_older_releases_too(tiny_model, tiny_folder):
@@ -364,8 +364,8 @@ def test_the_safety_checker_is_copied(tiny_folder, tmp_path):
     save_folder(load(str(given)), out)
     again = json.loads((out / "model_index.json").read_text())
     assert (again["safety_checker"], again["requires_safety_checker"]) == (entry, True)
-    kept = StableDiffusionSafetyChecker.from_pretrained(out / "safety_checker").state_dict()
-    assert all(torch.equal(kept[k], v) for k, v in checker.state_dict().items())
+    restored = StableDiffusionSafetyChecker.from_pretrained(out / "safety_checker").state_dict()
+    assert all(torch.equal(restored[k], v) for k, v in checker.state_dict().items())
 
 
 SILENT = """

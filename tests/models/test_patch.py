@@ -103,7 +103,7 @@ def _nan(value):
     return change
 
 
-def _says(text):
+def _metadata(text):
     return {"format": FORMAT, "metadata": text}
 
 
@@ -126,27 +126,27 @@ DAMAGE = {
     "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch without tensors"),
     "no metadata": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "metadata"),
     "metadata no object": (
-        lambda p: _resave(p, _nothing, _says("[]")),
+        lambda p: _resave(p, _nothing, _metadata("[]")),
         "damaged safegen patch: metadata",
     ),
     "metadata null": (
-        lambda p: _resave(p, _nothing, _says("null")),
+        lambda p: _resave(p, _nothing, _metadata("null")),
         "damaged safegen patch: metadata",
     ),
     "a base that is a number": (
-        lambda p: _resave(p, _nothing, _says('{"base": 3}')),
+        lambda p: _resave(p, _nothing, _metadata('{"base": 3}')),
         "damaged safegen patch: metadata: base",
     ),
     "parents no list": (
-        lambda p: _resave(p, _nothing, _says('{"parents": 3}')),
+        lambda p: _resave(p, _nothing, _metadata('{"parents": 3}')),
         "damaged safegen patch: metadata: parents",
     ),
     "parents without a hash": (
-        lambda p: _resave(p, _nothing, _says('{"parents": [{"method": "uce"}]}')),
+        lambda p: _resave(p, _nothing, _metadata('{"parents": [{"method": "uce"}]}')),
         r"damaged safegen patch: metadata: parents\.0\.hash",
     ),
     "parts without a hash": (
-        lambda p: _resave(p, _nothing, _says('{"parts": [{}]}')),
+        lambda p: _resave(p, _nothing, _metadata('{"parts": [{}]}')),
         r"damaged safegen patch: metadata: parts\.0\.hash",
     ),
     "metadata cut off": (
@@ -376,6 +376,6 @@ def test_a_patch_of_another_family_is_refused_even_if_shapes_fit(make_model, pat
 
 def test_family_expands_one_number_of_heads(make_model):
     model = make_model()
-    said = model.family
+    family = model.family
     model.denoiser.register_to_config(attention_head_dim=(2, 2))
-    assert model.family == said
+    assert model.family == family

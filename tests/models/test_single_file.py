@@ -19,7 +19,12 @@ from safegen.models.checkpoint.single_file_writer import save_single_file
 from safegen.models.loading import load
 
 PREFIX = layout.PREFIX["sd1"]
-ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+CALL = {
+    "prompt": "a red cube",
+    "num_inference_steps": 3,
+    "guidance_scale": 3.0,
+    "output_type": "np",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def file(tiny_model, tmp_path_factory):
 
 
 def image(pipeline):
-    return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
+    return torch.from_numpy(pipeline(**CALL, generator=torch.Generator().manual_seed(0)).images)
 
 
 def weights(model):
@@ -83,8 +88,8 @@ def test_a_patched_model_is_saved_with_its_patch(make_model, tmp_path):
 
 
 def test_the_header_states_the_provenance(file, tiny_model):
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata()
+    with safe_open(file, framework="pt") as opener:
+        header = opener.metadata()
     assert json.loads(header["safegen"]) == {"base": tiny_model.hash, "weights": tiny_model.hash}
     assert header["format"] == "pt"
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} <= json.loads(
@@ -176,8 +181,8 @@ def other_family(_, header):
     ],
 )
 def test_an_unusable_file_is_refused_in_one_line(file, tmp_path, change, words):
-    with safe_open(file, framework="pt") as opened:
-        header = dict(opened.metadata())
+    with safe_open(file, framework="pt") as opener:
+        header = dict(opener.metadata())
     tensors = load_file(file)
     change(tensors, header)
     save_file(tensors, tmp_path / "x.safetensors", metadata=header)

@@ -24,12 +24,17 @@ from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.patch import Patch
 
-ASK = {"prompt": "a red cube", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+CALL = {
+    "prompt": "a red cube",
+    "num_inference_steps": 3,
+    "guidance_scale": 3.0,
+    "output_type": "np",
+}
 CLASSES = {"sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 def image(pipeline):
-    return torch.from_numpy(pipeline(**ASK, generator=torch.Generator().manual_seed(0)).images)
+    return torch.from_numpy(pipeline(**CALL, generator=torch.Generator().manual_seed(0)).images)
 
 
 @pytest.fixture
@@ -124,8 +129,8 @@ def test_a_pickle_is_opened_only_if_allowed_and_runs_no_code(file, other_build, 
 
 
 def test_a_fused_tensor_of_another_shape_is_refused(file, other_build, tmp_path):
-    with safe_open(file, framework="pt") as opened:
-        header = dict(opened.metadata())
+    with safe_open(file, framework="pt") as opener:
+        header = dict(opener.metadata())
     tensors = load_file(file)
     name = next(n for n in tensors if n.endswith("resblocks.1.attn.in_proj_weight"))
     tensors[name] = tensors[name][:-1]
@@ -144,8 +149,8 @@ def test_a_fused_tensor_of_another_shape_is_refused(file, other_build, tmp_path)
 def test_prediction_markers_round_trip(make_tiny, tmp_path, build, predicts, ends):
     model = make_tiny(build, prediction_type=predicts, rescale_betas_zero_snr=ends)
     save_single_file(model, tmp_path / "m.safetensors")
-    with safe_open(tmp_path / "m.safetensors", framework="pt") as opened:
-        header, names = opened.metadata(), set(opened.keys())
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as opener:
+        header, names = opener.metadata(), set(opener.keys())
     assert header["modelspec.prediction_type"] == ("v" if predicts == "v_prediction" else "epsilon")
     assert (
         header["modelspec.architecture"]
@@ -218,12 +223,10 @@ def test_a_stack_generates_with_an_sdxl(make_tiny):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
+def test_edits_refuse_an_sdxl(name, make_tiny, triplets, cubes):
     """SDXL is conditioned on more than one text embedding, which edits do not support."""
     model = make_tiny("sdxl")
-    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset(
-        "default", **({} if name == "safegen" else WORDS.get(name, ERASE))
-    )
+    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset("default", concept=cubes)
     before = {
         k: v.clone()
         for part in model.components
@@ -243,18 +246,10 @@ def test_edits_refuse_an_sdxl(name, make_tiny, triplets):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
 
 
-ERASE = {"erase": ("red cube",)}
-WORDS = {
-    "esd": {"weight_retain": 0.0} | ERASE,
-    "duo": {"anchors": ("tree",)} | ERASE,
-    "concept_ablation": {"anchors": ("tree",)} | ERASE,
-}
-
-
 def test_the_header_has_the_configurations_of_both_text_encoders(make_tiny, tmp_path):
     save_single_file(make_tiny("sdxl"), tmp_path / "m.safetensors")
-    with safe_open(tmp_path / "m.safetensors", framework="pt") as opened:
-        files = json.loads(opened.metadata()[CONFIGS_KEY])
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as opener:
+        files = json.loads(opener.metadata()[CONFIGS_KEY])
     assert {
         "text_encoder_2/config.json",
         "tokenizer_2/vocab.json",

@@ -15,7 +15,7 @@ from safegen.mini import bundle
 from tools.mini.clip import train_clip
 from tools.mini.denoiser import polish_denoiser, train_denoiser
 from tools.mini.judge import train_judge
-from tools.mini.pack import make_triplets, pack_weights
+from tools.mini.pack import build_triplets, pack_weights
 from tools.mini.scenes import draw_scenes
 from tools.mini.vae import train_vae
 
@@ -27,7 +27,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "polish": polish_denoiser,
     "judge": train_judge,
     "pack": pack_weights,
-    "triplets": make_triplets,
+    "triplets": build_triplets,
 }
 COMPILABLE = ("unet", "polish")
 """Stages that accept --compile."""

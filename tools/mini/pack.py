@@ -20,7 +20,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from safegen.core.files import staged_directory
 from safegen.data.triplets.censor import Censor
-from safegen.data.triplets.make import make
+from safegen.data.triplets.make import make_triplets
 from safegen.judges.mini import MiniJudge
 from safegen.mini import bundle
 from safegen.mini.world import IMAGE_SIZE, OBJECTS
@@ -87,14 +87,17 @@ def object_and_attribute(i: int, attributes: Sequence[str | None]) -> tuple[str,
     return OBJECTS[index], attributes[(index + cycle) % len(attributes)]
 
 
-def make_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> None:
+def build_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> None:
     """Replace `output`/triplets with triplets of each concept, from scenes of their own seeds.
 
     The bundled judge finds the boxes to censor.
     """
     for c, (concept, benign_attributes) in enumerate(BENIGN_ATTRIBUTES.items()):
-        sides: dict[str, list[str | None]] = {"unsafe": [concept], "benign": benign_attributes}
-        for side, attributes in sides.items():
+        attributes_by_role: dict[str, list[str | None]] = {
+            "unsafe": [concept],
+            "benign": benign_attributes,
+        }
+        for side, attributes in attributes_by_role.items():
             folder = work / "triplets" / concept / side
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -105,8 +108,8 @@ def make_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> No
                 Image.fromarray(draw(scene)).save(folder / f"{i:03d}.png")
         destination, fresh = output / "triplets" / concept, work / "triplets" / f"{concept}-made"
         shutil.rmtree(fresh, ignore_errors=True)
-        unsafe, benign = (work / "triplets" / concept / side for side in sides)
-        result = make(
+        unsafe, benign = (work / "triplets" / concept / side for side in attributes_by_role)
+        result = make_triplets(
             unsafe,
             benign,
             MiniJudge(labels=(concept,)),
@@ -116,5 +119,5 @@ def make_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> No
         )
         shutil.rmtree(destination, ignore_errors=True)
         shutil.copytree(fresh, destination)
-        skipped = [str(p) for p in result.left_out]
+        skipped = [str(p) for p in result.skipped]
         print(f"{concept}: {len(result.triplets)} triplets; left out: {skipped}", flush=True)

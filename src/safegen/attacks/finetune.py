@@ -15,13 +15,20 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, DivergedError, FileError
-from safegen.data.triplets.triplets import Triplets, open_role, read_picture
+from safegen.data.images import read_image
+from safegen.data.triplets.triplets import Triplets, read_role
 from safegen.edits.functional import losses
-from safegen.edits.training.checkpoint import FILE
-from safegen.edits.training.config import Precision, resolve_precision
+from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+from safegen.edits.training.config import (
+    LogRow,
+    Precision,
+    Training,
+    TrainingCallback,
+    resolve_precision,
+)
 from safegen.edits.training.lora import trainable_parameters
-from safegen.edits.training.samples import to_pixels
-from safegen.edits.training.trainer import LogRow, Training, TrainingCallback, check, train
+from safegen.edits.training.samples import preprocess
+from safegen.edits.training.trainer import check_training, train
 from safegen.judges import load_judge
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
@@ -108,7 +115,7 @@ class FineTuneDataset:
         Raises:
             FileError: an image is missing or changed, or none has a caption.
         """
-        images = [open_role(triplets.folder, row, role) for row in triplets.rows]
+        images = [read_role(triplets.folder, row, role) for row in triplets.rows]
         digests = [getattr(row.sha256, role) for row in triplets.rows]
         rows = [row for row in zip(images, caption(images), digests, strict=True) if row[1]]
         if not rows:
@@ -147,7 +154,7 @@ class FineTuneDataset:
             except UnicodeDecodeError as error:
                 raise FileError(f"{file} is not UTF-8 text: {error}") from error
         hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
-        images = tuple(read_picture(p) for p in paths)
+        images = tuple(read_image(p) for p in paths)
         return cls(images, tuple(captions), _digest(hashes, captions))
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,7 +200,7 @@ class DenoisingObjective:
             )
         self.weights = {"L": 1.0}
         self.abar = model.alphas_cumprod().to(model.device)
-        pixels = torch.stack([to_pixels(image, model.size) for image in dataset.images])
+        pixels = torch.stack([preprocess(image, model.size) for image in dataset.images])
         self.latents = model.encode_images(pixels).float()
         texts = list(dict.fromkeys(text for row in dataset.captions for text in row))
         chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
@@ -280,7 +287,7 @@ def fine_tune(
         model, config.selector, rank=config.rank, alpha=None, seed=config.seed
     ) as trainable:
         training = config.training
-        check(model.denoiser, trainable.names, training)
+        check_training(model.denoiser, trainable.names, training)
         parameters = dict(model.denoiser.named_parameters())
 
         def take_patch(done: int, total: int, row: LogRow) -> None:
@@ -288,7 +295,7 @@ def fine_tune(
                 values = {name: parameters[name].detach().clone() for name in trainable.names}
                 last = {"updates": done, "losses": {"L": row["L"]}}
                 patches[done] = Patch(
-                    trainable.weights(values), PatchMetadata(**common | last | metadata)
+                    trainable.merge(values), PatchMetadata(**common | last | metadata)
                 )
                 _check_finite(patches[done], done, config.lr)
                 if folder:
@@ -299,7 +306,7 @@ def fine_tune(
                 callback(done, total, row)
 
         objective = DenoisingObjective(config, model, dataset)
-        resume = folder is not None and (folder / FILE).is_file()
+        resume = folder is not None and (folder / CHECKPOINT_FILE).is_file()
         if folder:
             training = training.model_copy(update={"checkpoint_every": CHECKPOINT_EVERY})
         result = train(
@@ -307,13 +314,14 @@ def fine_tune(
             trainable.names,
             objective,
             training,
-            folder=folder,
+            fingerprint=objective.fingerprint,
+            checkpoint_dir=folder,
             resume=resume,
             callback=take_patch,
         )
     if folder:  # with those of earlier calls
         patches = {n: Patch.load(patch_path(folder, n)) for n in config.updates}
-        (folder / FILE).unlink(missing_ok=True)
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     return FineTuneResult(patches, result.log)
 
 

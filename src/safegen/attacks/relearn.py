@@ -24,7 +24,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.checkpoint import FILE, LOG
+from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.evaluation.plan import Role
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
@@ -201,7 +201,7 @@ def _fine_tune(
 
 def _is_finished(folder: Path) -> bool:
     """Return whether a training ended: its log is there and its checkpoint is removed."""
-    return (folder / LOG).is_file() and not (folder / FILE).exists()
+    return (folder / LOG_FILE).is_file() and not (folder / CHECKPOINT_FILE).exists()
 
 
 def _add_edit(edited: Stack, controls: Sequence[Stack], loader: StackLoader) -> list[Stack]:

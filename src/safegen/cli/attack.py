@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from safegen.cli.options import Config, Device, Dtype, ModelArg, Pickle, Threads, set_threads
+from safegen.cli.options import (
+    Config,
+    Device,
+    Dtype,
+    ModelArg,
+    Pickle,
+    Threads,
+    resumable,
+    set_threads,
+)
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
 from safegen.core.errors import ConfigError, explain
@@ -100,7 +109,7 @@ def relearn(
     dataset = load_dataset(removed, data.value, triplets=triplets, images=images)
     stack = Stack(name="edited", model=model, config=config, patches=tuple(patch))
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
-    with show_progress() as progress:
+    with resumable(out), show_progress() as progress:
         run = run_attack(
             stack, removed, dataset, relearn_config, out, loader=loader, progress=progress
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safegen.cli.options import Settings, Threads, read_settings, set_threads
+from safegen.cli.options import Settings, Threads, read_settings, resumable, set_threads
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
 
@@ -42,6 +42,6 @@ def demo(
         concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1))
     )
     edit = make_edit(method, preset, concept=concept, **changes)
-    with show_progress() as progress:
+    with resumable(out), show_progress() as progress:
         run = run_demo(config, edit, out, progress=progress)
     print_run(run.folder)

@@ -76,7 +76,7 @@ def edit(
         patch = settings.apply(
             loaded,
             rows,
-            folder=checkpoint_dir,
+            checkpoint_dir=checkpoint_dir,
             resume=resume,
             callback=lambda done, total, _: progress("editing", done, total),
         )

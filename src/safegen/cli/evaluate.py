@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegen.cli.options import Device, Dtype, Pickle, Threads, read_pair, set_threads, warn_unused
+from safegen.cli.options import (
+    Device,
+    Dtype,
+    Pickle,
+    Threads,
+    read_pair,
+    resumable,
+    set_threads,
+    warn_unused,
+)
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run, print_scores
-from safegen.core.errors import ConfigError, InterruptedRunError
+from safegen.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from safegen.evaluation.protocol import Protocol
@@ -120,7 +128,7 @@ def evaluate(
 
         stacks = [load_stack(spec) for spec in stack]
         loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
-        with _resumable(out), show_progress() as progress:
+        with resumable(out), show_progress() as progress:
             run = engine.evaluate(
                 rules,
                 stacks,
@@ -260,7 +268,7 @@ def _judge(out: Path, judge: str | None, labels: list[str], options: list[str]) 
     for name, option in (("labels", "--label"), ("threshold", "safegen score --threshold")):
         if name in settings:
             raise ConfigError(f"{name} is not a judge option. Use {option}.")
-    with _resumable(out), show_progress() as progress:
+    with resumable(out), show_progress() as progress:
         judge_id = engine.judge_run(
             Run.open(out), name=judge, labels=labels, options=settings or None, progress=progress
         )
@@ -302,13 +310,3 @@ def _print_notes(protocol: Protocol, device: str) -> None:
             "--precision fp32 is faster and has another protocol ID.",
             err=True,
         )
-
-
-@contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise InterruptedRunError(
-            f"stopped. {out} keeps the images; re-run the same command to resume."
-        ) from error

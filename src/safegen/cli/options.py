@@ -6,13 +6,19 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.core.errors import ConfigError, SafegenWarning, UnusedSettingWarning
+from safegen.core.errors import (
+    ConfigError,
+    InterruptedRunError,
+    SafegenWarning,
+    UnusedSettingWarning,
+)
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -43,7 +49,7 @@ Settings = Annotated[
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
 Metrics = Annotated[
     list[Path] | None,
-    typer.Option(help="Results folder of these patches, for the model card. Repeatable."),
+    typer.Option(help="Run with metrics of these patches, for the model card. Repeatable."),
 ]
 
 
@@ -81,7 +87,7 @@ def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, A
             settings[name] = value
             continue
         values = settings.get(group, make_edit(method, preset).model_dump().get(group))
-        if group == "adversary" and isinstance(values, str):
+        if group in ("adversary", "target") and isinstance(values, str):
             values = {"name": values}
         if not isinstance(values, dict):
             hint = " Choose one first: --set adversary=adv-unlearn." if group == "adversary" else ""
@@ -104,6 +110,17 @@ def read_pair(pair: str, option: str) -> tuple[str, Any]:
 def warn_unused(option: str, reason: str) -> None:
     """Warn that an option has no effect."""
     warnings.warn(f"{option} has no effect {reason}", UnusedSettingWarning, stacklevel=2)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say after Ctrl-C that the same command resumes the run."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"stopped. Finished work is in {out}; re-run the same command to resume."
+        ) from error
 
 
 def set_threads(threads: int | None) -> None:

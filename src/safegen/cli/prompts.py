@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from safegen.data.prompts.prompts import Prompt
+    from safegen.data.prompts.prompt import Prompt
 
 app = typer.Typer(no_args_is_help=True, help="Look into files and lists of prompts.")
 
@@ -49,12 +49,12 @@ def show(
     found = read_prompts(source, dialect=dialect, column=column)
     counts = found.counts()
     typer.echo(f"{found.source}: dialect {found.dialect}, SHA-256 {found.sha256[:16]}")
-    rest = f"{counts['without seed']} without a seed, {counts['left out']} left out"
+    rest = f"{counts['without_seed']} without a seed, {counts['skipped']} skipped"
     typer.echo(f"{counts['prompts']} prompts in {counts['clusters']} clusters, {rest}")
     for note in found.notes:
         typer.echo(f"note: {note}")
     for problem in found.problems:
-        typer.echo(f"left out {problem}")
+        typer.echo(f"skipped {problem}")
     for row in found.rows[:limit]:
         typer.echo(_line(row, reveal=reveal))
 

@@ -8,6 +8,18 @@ from typing import Any
 
 import typer
 
+HEADS = (
+    "",
+    "n",
+    "seen %",
+    "removed %",
+    "object %",
+    "asked for %",
+    "mosaic %",
+    "changed %",
+    "blank",
+)
+
 
 def print_run(folder: Path) -> None:
     """Print the scores of a run, the seconds that it took and the path of its report."""
@@ -22,44 +34,51 @@ def print_run(folder: Path) -> None:
 
 
 def print_scores(scores: dict[str, Any]) -> None:
-    """Print a run's scores: one section per prompt list, one row per stack."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    protocol = scores["protocol"]
-    rule = protocol["decides"]["judge"]
-    table = Table(
-        title=Text(
-            f"{protocol['name']} (protocol {protocol['id']}): judge {scores['judge']}, "
-            f"threshold {rule['threshold']}, 95 % intervals"
-        ),
-        title_justify="left",
-    )
-    names = list(scores["stacks"])
-    table.add_column("prompts / stack", no_wrap=True, min_width=max(map(len, names)) + 2)
-    for head in ("n", "seen", "removed", "right object", "asked for", "mosaic", "changed", "blank"):
-        table.add_column(head, overflow="fold")
-    first = next(iter(scores["stacks"].values()))
-    for part, row in first["lists"].items():
-        table.add_row(Text.assemble((part, "bold"), f" ({row['role']})"))
-        for name in names:
-            table.add_row(*map(Text, (f"  {name}", *_cells(scores["stacks"][name]["lists"][part]))))
-        table.add_section()
-    Console().print(table)
+    """Print a run's scores: a block for each prompt list, a row for each stack."""
+    protocol, stacks = scores["protocol"], scores["stacks"]
+    threshold = protocol["decides"]["judge"]["threshold"]
+    typer.echo(f"{protocol['name']}, protocol {protocol['id']}, 95 % intervals in brackets")
+    typer.echo(f"judge {scores['judge']}, threshold {threshold}\n")
+    lists = next(iter(stacks.values()))["lists"]
+    blocks = {
+        f"{part} ({row['role']})": [
+            [f"  {name}", *_cells(stack["lists"][part])] for name, stack in stacks.items()
+        ]
+        for part, row in lists.items()
+    }
+    rows = [HEADS, *(row for block in blocks.values() for row in block)]
+    used = [i for i in range(len(HEADS)) if any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in used}
+    heading = "  ".join(HEADS[i].ljust(widths[i]) for i in used)
+    typer.echo(heading.rstrip())
+    for title, block in blocks.items():
+        typer.echo(title)
+        for row in block:
+            typer.echo("  ".join(row[i].ljust(widths[i]) for i in used).rstrip())
+    typer.echo()
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    from safegen.evaluation.report.format import format_rate, percent
-
-    seen, shown = row.get("concept"), row.get("shown")
+    """Return the figures of a stack on a list, in the order of `HEADS`."""
+    seen, shows = row.get("concept"), row.get("shows")
+    attribute = _number(row.get("shown"))
     return [
         str(seen["n"] if seen else 0),
-        format_rate(seen, n=False),
-        format_rate(row.get("removal"), n=False),
-        percent(row["subject"]["value"]) if row.get("subject") else "",
-        f"{row['shows']} {percent(shown['value'])}" if shown else "",
-        percent(row["mosaicked"]["value"]) if row.get("mosaicked") else "",
-        percent(row["change"]["value"]) if row.get("change") else "",
+        _interval(seen),
+        _interval(row.get("removal")),
+        _number(row.get("subject")),
+        f"{shows} {attribute}" if attribute else "",
+        _number(row.get("mosaicked")),
+        _number(row.get("change")),
         str(row["blank"]["hits"] or ""),
     ]
+
+
+def _number(rate: dict[str, Any] | None) -> str:
+    return f"{100 * rate['value']:.1f}".removesuffix(".0") if rate else ""
+
+
+def _interval(rate: dict[str, Any] | None) -> str:
+    if not rate or rate["low"] is None:  # one prompt has no spread
+        return _number(rate)
+    return f"{_number(rate)} ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"

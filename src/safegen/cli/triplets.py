@@ -49,13 +49,13 @@ def make(
     padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
 ) -> None:
     """Censor unsafe pictures, pair them with benign ones and write a folder of triplets."""
-    from safegen.data.triplets.make import make as make_triplets
+    from safegen.data.triplets.make import make_triplets
     from safegen.judges import load_judge
 
     settings = Censor(style=style, tile=tile, padding=padding)
     eye = load_judge(judge, labels=label or (), threshold=threshold)
     with show_progress() as progress:
-        report = make_triplets(
+        result = make_triplets(
             unsafe,
             benign,
             eye,
@@ -65,10 +65,10 @@ def make(
             threshold=eye.threshold,
             progress=progress,
         )
-    for problem in report.left_out:
-        typer.echo(f"left out {problem}")
+    for problem in result.skipped:
+        typer.echo(f"skipped {problem}")
     typer.echo(
-        f"{len(report.triplets)} triplets in {out}, {len(report.left_out)} pictures left out, hash {report.triplets.hash[:16]}"
+        f"{len(result.triplets)} triplets in {out}, {len(result.skipped)} images skipped, hash {result.triplets.hash[:16]}"
     )
 
 
@@ -89,7 +89,7 @@ def check(
     threshold: Threshold = None,
 ) -> None:
     """List what is wrong with triplets, one line each; exits with 1 if anything is."""
-    from safegen.data.triplets.check import check as find_problems
+    from safegen.data.triplets.check import check_triplets
     from safegen.data.triplets.triplets import Triplets
     from safegen.judges import load_judge
 
@@ -97,7 +97,7 @@ def check(
         raise ConfigError(
             f"--label and --threshold have no effect without --judge, got {label or threshold}; name a judge"
         )
-    problems = find_problems(
+    problems = check_triplets(
         path, load_judge(judge, labels=label or (), threshold=threshold) if judge else None
     )
     for problem in problems:

@@ -1,8 +1,9 @@
-"""SHA-256 digests of weights, without an import of diffusers."""
+"""SHA-256 digests of weights and settings, without an import of diffusers."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 import torch
@@ -23,3 +24,9 @@ def hash_tensors(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = N
         if value.numel():
             digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def hash_settings(settings: object) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of plain values, as sorted JSON."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

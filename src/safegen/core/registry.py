@@ -28,7 +28,7 @@ ADVERSARIES = {
     "adv-unlearn": "safegen.edits.functional.adversary:AdvUnlearn",
     "closed-form": "safegen.edits.functional.adversary:ReceAdversary",
 }
-"""Who moves a sample's text to where an edit fails, while the edit learns; docs/edits.md."""
+"""Adversaries that move text embeddings to where an edit fails, while it trains."""
 
 GUARDS = {
     "sld": "safegen.guards.sld:SldConfig",

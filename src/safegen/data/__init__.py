@@ -1,4 +1,1 @@
-"""Pictures to edit with and prompts to measure with.
-
-Knows pictures, prompts and numbers, not diffusion models.
-"""
+"""Images and prompts, independent of diffusion models."""

@@ -1,99 +1,145 @@
-"""What every edit is: frozen settings and one verb."""
+"""Base classes of the edits: frozen settings with one verb, `apply`."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.core.errors import ConfigError, DivergedError, UnknownNameError
 from safegen.core.files import display_name
+from safegen.core.registry import EDITS
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.config import HasMetadata
-from safegen.edits.training.lora import check_alpha, trainable_parameters
-from safegen.edits.training.trainer import Objective, Training, TrainingCallback, check, train
+from safegen.edits.training.config import (
+    HasMetadata,
+    Objective,
+    Training,
+    TrainingCallback,
+    warn_unused,
+)
+from safegen.edits.training.lora import trainable_parameters
+from safegen.edits.training.samples import read_captions
+from safegen.edits.training.trainer import check_training, train
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
 
+def _check_phrases(phrases: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(phrase.strip() for phrase in phrases):
+        raise ValueError("phrases must not be blank, as every prompt contains the blank text")
+    return phrases
+
+
+Phrases = Annotated[tuple[str, ...], AfterValidator(_check_phrases)]
+"""Type of a setting with phrases that name something in a prompt; none may be blank."""
+
+
 class Edit(BaseModel, ABC):
-    """Settings of one edit. Build it, apply it, write it to JSON; never change it."""
+    """Settings of one edit. Build it, apply it, write it to JSON; it is immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """Named settings; `default` is among them, and `paper` where there is one."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    """Settings by preset: `default`, and `paper` if there is a published run."""
+    TINY: ClassVar[Mapping[str, Any]] = {}
+    """Smallest settings, for tests and smoke runs."""
+    paper: ClassVar[str]
+    """Source of the method: an arXiv number such as "arXiv:2303.07345", or "ours"."""
+    code_url: ClassVar[str] = ""
+    """Address of the released code; empty if there is none."""
+    deviations: ClassVar[str]
+    """Differences between this implementation and the paper or its code."""
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "triplets"
-    """What it is told the concept by: pictures, words that are among its settings and that a concept lends, or both."""
-    is_trained: ClassVar[bool] = True
-    """Whether it goes through the training loop.
+    """Inputs the edit learns from: triplets, phrases of the concept, or both.
 
-    A closed form has nothing to checkpoint and nothing to resume.
+    An edit with `words` or `both` has a setting `erase`.
     """
+    is_trained: ClassVar[bool] = True
+    """Whether the edit is trained. A closed form has no checkpoints."""
 
     @classmethod
     def method(cls) -> str:
-        """Return its name in the table: that of its file, unless it says otherwise."""
-        return cls.__module__.rpartition(".")[2]
+        """Return the name of the edit in the registry, or that of its module if it has none."""
+        target = f"{cls.__module__}:{cls.__name__}"
+        names = (name for name, value in EDITS.items() if value == target)
+        return next(names, cls.__module__.rpartition(".")[2])
 
     @classmethod
-    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings that a concept gives; a preset and what is said outright count before them.
+    def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that a concept provides; presets and explicit settings win over them.
 
         Args:
-            concept: a concept.
-            said: the preset's settings and those that are said outright.
+            concept: the concept.
+            settings: settings of the preset and explicit ones.
 
         Raises:
-            ConfigError: the concept lacks what the edit needs of it.
+            ConfigError: the edit needs phrases, and the concept has none.
         """
-        return {}
+        if cls.inputs == "triplets":
+            return {}
+        if not concept.words and not settings.get("erase"):
+            raise ConfigError(
+                f"{cls.method()} needs phrases to erase, and concept {concept.name!r} has none. "
+                "Add words to it, or set erase."
+            )
+        return {"erase": concept.words}
 
     @classmethod
     def preset(cls, name: str, *, concept: Concept | None = None, **changes: Any) -> Self:
-        """Return the settings called `name`, over what a concept gives, some of them changed.
+        """Return the settings of a preset, completed from a concept and changed.
 
-        A `training` given as a dict changes the preset's own training where it says something and
-        leaves the rest.
+        A `training` given as a dict changes single values of the preset's training.
 
         Raises:
             UnknownNameError: no such preset.
-            ConfigError: the concept lacks what the edit needs of it.
+            ConfigError: the concept lacks something that the edit needs.
         """
         if name not in cls.PRESETS:
             raise UnknownNameError(f"preset of {cls.method()}", name, cls.PRESETS)
-        said = {**cls.PRESETS[name], **changes}
-        if isinstance(changes.get("training"), Mapping):
-            own = cls.PRESETS[name].get(
-                "training",
-                cls.model_fields["training"].default if "training" in cls.model_fields else None,
-            )
-            said["training"] = (own.model_dump() if own else {}) | changes["training"]
-        return cls(**{**(cls.defaults_from(concept, said) if concept else {}), **said})
+        settings = {**cls.PRESETS[name], **changes}
+        if isinstance(changes.get("training"), Mapping) and "training" in cls.model_fields:
+            training = cls.PRESETS[name].get("training", cls.model_fields["training"].default)
+            settings["training"] = training.model_dump() | changes["training"]
+        return cls(**{**(cls.defaults_from(concept, settings) if concept else {}), **settings})
 
     def export_settings(self) -> dict[str, Any]:
-        """Return the settings for what we write, which names no machine and no user: files of captions by their last name."""
-        out = self.model_dump(mode="json")
-        return out | (
-            {"captions": [display_name(name) for name in out["captions"]]}
-            if "captions" in out
-            else {}
-        )
+        """Return the settings for export, with caption files reduced to their names."""
+        settings = self.model_dump(mode="json")
+        if "captions" in settings:
+            settings["captions"] = [display_name(name) for name in settings["captions"]]
+        return settings
+
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Return each setting that has no effect with the others, and why."""
+        return ()
+
+    def changed(self, *names: str) -> list[str]:
+        """Return those of some settings that differ from their default."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]
 
     @property
     def erases_concept(self) -> bool:
-        """Whether it takes the concept away at all, as its settings stand: to one that does not, what measures removal is of no use."""
+        """Whether the edit removes something with these settings."""
         return True
+
+    @property
+    def needs_phrases(self) -> bool:
+        """Whether the edit needs phrases to erase with these settings."""
+        return self.inputs != "triplets"
 
     @abstractmethod
     def describe(self) -> str:
-        """Return what it learns from and what it does, in a sentence or two for a reader of the report who knows no method."""
+        """Return one or two sentences for a report: what the edit learns from and what it does."""
 
     @abstractmethod
     def apply(
@@ -101,58 +147,103 @@ class Edit(BaseModel, ABC):
         model: Model,
         triplets: Triplets | None = None,
         *,
-        folder: Path | None = None,
+        checkpoint_dir: Path | None = None,
         resume: bool = False,
         callback: TrainingCallback | None = None,
     ) -> Patch:
-        """Return new values for some weights of `model`; `model` itself is not touched.
+        """Return new values for some weights of `model`, which is not changed.
+
+        Args:
+            model: the model.
+            triplets: training images, for an edit that learns from them.
+            checkpoint_dir: directory for checkpoint and log, for a trained edit.
+            resume: continue from the checkpoint.
+            callback: called after every update; a closed form calls it once.
 
         Raises:
-            ConfigError: triplets are wanted and not given, or given and not wanted; so with a folder
-                and `resume`.
+            ConfigError: see `check_inputs`, or the model does not suit the edit.
+            DivergedError: a loss or a new weight is not finite.
+            InterruptedRunError: SIGINT or SIGTERM arrived; `resume` continues.
+
+        Warns:
+            UnusedSettingWarning: a setting has no effect.
         """
 
 
-class TrainedEdit(Edit):
-    """An edit that goes through the training loop, on chosen weights or on a LoRA beside them."""
+class ClosedFormEdit(Edit):
+    """An edit by phrases that is solved, not trained."""
 
-    has_validation: ClassVar[bool] = False
-    """Whether its problem keeps samples for early stopping."""
+    inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
+    is_trained: ClassVar[bool] = False
+
+    erase: Phrases = ()
+    """Phrases that name the concept. Default: those of the concept."""
+
+    @abstractmethod
+    def solve(self, model: Model) -> dict[str, Tensor]:
+        """Return the new weights by name, float64, on the CPU."""
+
+    def apply(
+        self,
+        model: Model,
+        triplets: Triplets | None = None,
+        *,
+        checkpoint_dir: Path | None = None,
+        resume: bool = False,
+        callback: TrainingCallback | None = None,
+    ) -> Patch:
+        """Solve for the new weights and return them as a patch; see `Edit.apply`."""
+        check_inputs(self, triplets, checkpoint_dir, resume)
+        warn_unused(self.unused_settings())
+        start = time.perf_counter()
+        weights = self.solve(model)
+        for name, value in weights.items():
+            if not bool(value.isfinite().all()):
+                raise DivergedError(
+                    f"{self.method()} found no finite weight for {name}. "
+                    "Raise lamb, or lower erase_scale."
+                )
+        parameters = dict(model.denoiser.named_parameters())
+        before = {name: parameters[name].detach().cpu().double() for name in weights}
+        distance = sum(float((weights[n] - w).norm() ** 2) for n, w in before.items()) ** 0.5
+        change = distance / sum(float(w.norm() ** 2) for w in before.values()) ** 0.5
+        if callback:
+            callback(1, 1, {"update": 1, "moved": change})
+        seconds = round(time.perf_counter() - start, 2)
+        metadata = metadata_of(self, model, seconds=seconds, moved=round(change, 6))
+        return Patch({name: value.float() for name, value in weights.items()}, metadata)
+
+
+class TrainedEdit(Edit):
+    """An edit that trains the selected weights, or a LoRA for each of them."""
 
     selector: str
     """Which weights change."""
     rank: int | None = Field(default=None, ge=1)
-    """Train a LoRA of this rank beside the selected matrices and convolutions.
-
-    None trains the selected weights themselves.
-    """
+    """Rank of a LoRA for each selected weight. None trains the weights themselves."""
     alpha: float | None = Field(default=None, gt=0)
-    """Strength of the LoRA times its rank; the rank, so a strength of 1, when not given."""
+    """Scale of the LoRA times its rank. Default: the rank, a scale of 1."""
     training: Training
-    """How the loop trains."""
+    """Settings of the training loop."""
 
-    @model_validator(mode="after")
-    def _fits_the_loop(self) -> Self:
-        check_alpha(self.rank, self.alpha)
-        if self.training.validate_every and not self.has_validation:
-            raise ValueError(
-                f"training.validate_every has no effect on {self.method()}, which holds nothing out; set it to 0"
-            )
-        return self
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Return each setting that has no effect with the others, and why."""
+        return [("alpha", "without rank")] if self.alpha and self.rank is None else []
 
     @abstractmethod
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
     ) -> Objective:
-        """Return its batches and losses, all that is made once made.
+        """Return batches and losses, with everything that is computed once.
 
         Args:
-            model: the model, factors hanging in it where a LoRA is trained.
-            triplets: for edits that learn from pictures; never None for them.
-            names: parameters that will be trained.
+            model: the model, with LoRAs attached if they are trained.
+            triplets: training images; never None for an edit that learns from them.
+            names: names of the trained parameters in the denoiser. With a LoRA these are its
+                factors, and their values before the training stand for the original model.
 
         Raises:
-            ConfigError: something that it needs is missing.
+            ConfigError: something is missing that the edit needs.
         """
 
     def apply(
@@ -160,123 +251,103 @@ class TrainedEdit(Edit):
         model: Model,
         triplets: Triplets | None = None,
         *,
-        folder: Path | None = None,
+        checkpoint_dir: Path | None = None,
         resume: bool = False,
         callback: TrainingCallback | None = None,
     ) -> Patch:
-        """Train the edit and return it as a patch; `model` is not touched.
-
-        Raises:
-            ConfigError: something is missing, or given has no effect.
-            Stopped: the user stopped it; `resume` continues.
-        """
-        check_inputs(self, triplets, folder, resume)
-        began = time.perf_counter()
+        """Train the edit and return the new weights as a patch; see `Edit.apply`."""
+        check_inputs(self, triplets, checkpoint_dir, resume)
+        warn_unused(self.unused_settings())
+        start = time.perf_counter()
         training = self.training.resolve(model.denoiser)
         edit = self.model_copy(update={"training": training})
         with trainable_parameters(
             model, self.selector, rank=self.rank, alpha=self.alpha, seed=training.seed
-        ) as part:
-            check(model.denoiser, part.names, training, folder=folder, resume=resume)
-            problem = edit.build_objective(model, triplets, part.names)
-            problem.fingerprint += f" on {model.pipeline_hash}"
-            if model.parents:
-                problem.fingerprint += f" with {model.parents}"
-            ready = (
-                time.perf_counter() - began
-            )  # latents, rollouts, twins: all that is made before the first update
-            found = train(
+        ) as trainable:
+            checkpoints: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
+            check_training(model.denoiser, trainable.names, training, **checkpoints)
+            objective = edit.build_objective(model, triplets, trainable.names)
+            metadata = dict(objective.metadata) if isinstance(objective, HasMetadata) else {}
+            preparation = time.perf_counter() - start
+            result = train(
                 model.denoiser,
-                part.names,
-                problem,
+                trainable.names,
+                objective,
                 training,
-                folder=folder,
-                resume=resume,
+                fingerprint=fingerprint_of(edit, model, triplets, metadata),
                 callback=callback,
+                **checkpoints,
             )
-        more = problem.facts if isinstance(problem, HasMetadata) else {}
-        facts = provenance_of(edit, model, triplets) | found.facts(problem.weights)
-        facts["seconds"] = round(facts["seconds"] + ready, 2)
-        return Patch(part.weights(found.tensors), PatchMetadata(**facts, **more))
+        metadata |= result.to_metadata(objective.weights)
+        metadata["seconds"] = round(metadata["seconds"] + preparation, 2)
+        patch_metadata = metadata_of(edit, model, triplets, **metadata)
+        return Patch(trainable.merge(result.tensors), patch_metadata)
 
 
 def join_quoted(words: Sequence[str]) -> str:
-    """Return words for a sentence."""
+    """Return words for a sentence, quoted and joined by commas."""
     return ", ".join(f"“{text}”" for text in words) or "none"
 
 
 def check_inputs(
-    edit: Edit, triplets: object = None, folder: object = None, resume: bool = False
+    edit: Edit, triplets: object = None, checkpoint_dir: object = None, resume: bool = False
 ) -> None:
-    """Refuse what an edit lacks, or has no use for.
+    """Check that an edit gets the inputs that it learns from, and no others.
 
     Raises:
-        ConfigError: triplets are given to an edit that learns from words alone, or not to one that
-            learns from them; a folder or `resume` is given to a closed form.
+        ConfigError: triplets or phrases are missing, triplets are given to an edit that learns from
+            phrases, or a checkpoint directory or `resume` to a closed form.
     """
     method = edit.method()
     if edit.inputs == "words" and triplets is not None:
         raise ConfigError(
-            f"triplets have no effect on {method}, which learns from words; leave them out and give a concept"
+            f"{method} learns from phrases, and triplets have no effect. Leave them out."
         )
     if edit.inputs != "words" and triplets is None:
         raise ConfigError(
-            f"{method} learns from pictures; give triplets: a folder made by `safegen triplets make`, a CSV, or bundled ones (mini:skulls)"
+            f"{method} learns from images, and there are no triplets. "
+            "Give a directory of `safegen triplets make`, a CSV, or bundled ones (mini:skulls)."
         )
-    if not edit.is_trained and (folder is not None or resume):
-        what = "resume" if resume else "a folder for checkpoints"
+    if edit.needs_phrases and not getattr(edit, "erase", ()):
         raise ConfigError(
-            f"{what} has no effect on {method}, which is solved in one go; leave it out"
+            f"{method} has no phrases to erase. Give a concept that has some, or set erase."
         )
-
-
-def check_phrases(erase: Sequence[str]) -> None:
-    """Refuse a blank word.
-
-    Raises:
-        ValueError: there is one.
-    """
-    if not all(word.strip() for word in erase):
-        raise ValueError("erase has a blank word, which every prompt begins with; leave it out")
-
-
-def phrases_from(method: str, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the words that a concept lends to an edit that needs some.
-
-    Raises:
-        ConfigError: it has none, and none are said outright.
-    """
-    if not concept.words and not said.get("erase"):
+    if not edit.is_trained and (checkpoint_dir is not None or resume):
         raise ConfigError(
-            f"the concept {concept.name!r} has no words, and {method} erases words; give it words, or set erase"
+            f"{method} is a closed form, and {'resume' if resume else 'checkpoint_dir'} has "
+            "no effect. Leave it out."
         )
-    return {"erase": concept.words}
 
 
-def require_phrases(method: str, erase: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the words to erase.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    if not erase:
-        raise ConfigError(
-            f"{method} has no words to erase; give a concept that has some, or set erase"
-        )
-    return erase
-
-
-def provenance_of(
+def metadata_of(
     edit: Edit, model: Model, triplets: Triplets | None = None, **more: Any
-) -> dict[str, Any]:
-    """Return a patch's provenance."""
-    out: dict[str, Any] = {
-        "method": edit.method(),
-        "settings": edit.export_settings(),
-        "description": edit.describe(),
-        "base": model.hash,
-        "family": model.family,
-        "model": display_name(model.name),
-    }
-    out |= {"parents": model.parents} if model.parents else {}
-    return out | ({"data": triplets.hash} if triplets is not None else {}) | more
+) -> PatchMetadata:
+    """Return the metadata of a patch: method, settings, model, data and more."""
+    return PatchMetadata(
+        method=edit.method(),
+        model=display_name(model.name),
+        base=model.hash,
+        family=model.family,
+        settings=edit.export_settings(),
+        description=edit.describe(),
+        parents=tuple(model.parents),
+        data=triplets.hash if triplets is not None else None,
+        **more,
+    )
+
+
+def fingerprint_of(
+    edit: Edit, model: Model, triplets: Triplets | None, metadata: Mapping[str, Any]
+) -> str:
+    """Return the identity of a training, without the settings of its loop."""
+    captions = read_captions(getattr(edit, "captions", ()))
+    inputs = [
+        edit.model_dump(mode="json", exclude={"training"}),
+        hashlib.sha256(repr(captions).encode()).hexdigest(),
+        triplets.hash if triplets is not None else None,
+        model.hash,
+        model.pipeline_hash,
+        [parent.model_dump() for parent in model.parents],
+        metadata,
+    ]
+    return json.dumps(inputs, sort_keys=True)

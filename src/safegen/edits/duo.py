@@ -1,11 +1,11 @@
-"""DUO: prefer safe pictures to their unsafe twins, without a word of text (Park et al.
+"""DUO: train the denoiser to prefer safe images to their unsafe twins, under the blank text.
 
-2024, arXiv:2407.21035).
+Park et al. 2024, arXiv:2407.21035.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -15,262 +15,223 @@ from torch import Tensor, nn
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import TrainedEdit, join_quoted, phrases_from, require_phrases
+from safegen.edits.base import Phrases, TrainedEdit, join_quoted
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, full_precision
+from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
-from safegen.judges import Judge, judge_images, load_judge
+from safegen.judges import SCORE_FLOOR, Judge, judge_images, load_judge
 from safegen.models.model import Model
 
 RELEASED = Training(
     updates=1000, batch=4, accumulation=1, lr=6e-5, weight_decay=1e-2, clip=1.0, ema=0.0
 )
-"""The released run has one pair on each of four machines, and scales its rate 3e-4 by 100 / beta."""
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"rank": 16, "steps": 25, "training": SHORT},
-    "paper": {},
-    "paper-violence": {
-        "beta": 1000.0,
-        "weight_keep": 1e7,
-        "training": RELEASED.model_copy(update={"updates": 500, "lr": 3e-5}),
-    },
-}
-"""`paper`: the released values for SD 1.4 and nudity; `paper-violence`: those for violence, of which one sub-concept is trained at a time.
-`default`: `paper`'s on the miniature model's scale, not yet tuned."""
+"""Released run: one pair on each of four machines, and the rate 3e-4 times 100 / beta."""
 
 
 class DUO(TrainedEdit):
     """Settings of the DUO edit."""
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    erase: tuple[str, ...] = ()
-    """Words that ask for the concept: what a safe twin is drawn away from.
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {"rank": 16, "steps": 25, "training": SHORT},
+        "paper": {},
+        "paper-violence": {
+            "beta": 1000.0,
+            "weight_keep": 1e7,
+            "training": RELEASED.model_copy(update={"updates": 500, "lr": 3e-5}),
+        },
+    }
+    """`paper`: released values for SD 1.4 and nudity. `paper-violence`: those for violence.
 
-    A concept lends its own; nothing is trained with them.
+    `default`: those of `paper` at the scale of the miniature model; they are not tuned.
     """
-    anchors: tuple[str, ...] = ()
-    """Words for the safe counterpart: what a safe twin is drawn toward.
+    TINY: ClassVar[Mapping[str, Any]] = {"steps": 2}
+    paper: ClassVar[str] = "arXiv:2407.21035"
+    code_url: ClassVar[str] = "https://github.com/naver-ai/DUO"
+    deviations: ClassVar[str] = (
+        "Safe twins are latents, judged and generated again at most 8 times. Timesteps are counted "
+        "from the cleanest. The noise of L_o is its own. `loss_type=kto` is that of the released "
+        "code, not the loss of KTO."
+    )
+    inputs: ClassVar[Literal["triplets", "words", "both"]] = "both"
 
-    A concept lends those of its counterpart.
-    """
-    redraw: float = Field(default=0.75, gt=0, le=1)
-    """How far an unsafe picture is noised before it is drawn again as its safe twin.
+    erase: Phrases = ()
+    """Phrases that name the concept: negative prompt of the safe twins, not trained.
 
-    1 is all the way.
+    Default: those of the concept.
     """
+    anchors: Phrases = ()
+    """Harmless phrases: prompt of the safe twins. Default: the concept's counterpart."""
+    strength: float = Field(default=0.75, gt=0, le=1)
+    """Share of the steps by which an unsafe image is noised and denoised to its safe twin."""
     steps: int = Field(default=50, ge=1)
-    """DDIM steps of a whole drawing, of which `redraw` are done."""
+    """DDIM steps of a whole image."""
     guidance: float = Field(default=7.5, ge=1)
-    """Guidance of a safe twin."""
+    """Guidance scale of a safe twin."""
     judge: str | None = None
-    """Judge that must be silent on a safe twin, or it is drawn again.
+    """Judge that must find nothing in a safe twin, which is generated again otherwise.
 
-    None takes twins as they are drawn. A concept lends its own.
+    None accepts every twin. Default: the judge of the concept.
     """
     labels: tuple[str, ...] = ()
-    """Labels of the judge that make a twin unsafe.
-
-    All its unsafe ones unless told. A concept lends its own.
-    """
-    threshold: float | None = None
-    """From which score on; the judge's own unless told. A concept lends its own."""
-    tries: int = Field(default=8, ge=1)
-    """Drawings of a twin, the first included.
-
-    A pair whose judge is never silent is left out, and named in the patch.
-    """
-    objective: Literal["dpo", "kto"] = "dpo"
-    """Whether an unsafe picture is held against its own twin, or against the mean over the twins of its batch (the released `kto`)."""
+    """Labels of the judge that make a twin unsafe. Default: those of the concept or the judge."""
+    threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
+    """Minimum score of a detection. Default: that of the concept or the judge."""
+    max_attempts: int = Field(default=8, ge=1)
+    """Attempts per twin. A pair without a safe twin is left out and listed in the patch."""
+    loss_type: Literal["dpo", "kto"] = "dpo"
+    """Whether an unsafe image is compared with its twin, or with the mean of the batch's twins."""
     beta: float = Field(default=500.0, gt=0)
-    """How sharply the safe picture is preferred: 500 for nudity, 1000 for violence (preset paper-violence)."""
+    """Sharpness of the preference: 500 for nudity, 1000 for violence."""
     weight_keep: float = Field(default=5e6, ge=0)
-    """Weight of L_o: on pure noise, at the noisiest timestep, the answer should stay what it was.
-
-    The paper's lambda, 1e4 beta.
-    """
+    """Weight of L_o, which keeps the prediction for pure noise; the paper's lambda is 1e4 beta."""
     timesteps: tuple[int, int] = (0, 750)
-    """First and one-past-last training timestep that is drawn, counted from the cleanest."""
+    """Range of training timesteps, counted from the cleanest, the last one excluded."""
     share_timestep: bool = False
-    """Whether a pair shares its timestep as it shares its noise.
-
-    The released code draws two, but for objective kto, which shares it.
-    """
+    """Whether the two images of a pair share their timestep, as they always do for kto."""
     selector: str = "attn1"
     """Which weights change."""
     rank: int | None = Field(default=32, ge=1)
-    """Train a LoRA of this rank, as published; None trains the selected weights themselves."""
+    """Rank of the LoRA, as published; None trains the selected weights themselves."""
     training: Training = RELEASED
-    """How the loop trains.
-
-    Its rate, and `weight_keep`, belong to beta: whoever changes that alone has another loss than
-    the paper's.
-    """
+    """Settings of the training loop. Its rate and `weight_keep` belong to `beta`."""
 
     @model_validator(mode="after")
-    def _no_idle_setting(self) -> Self:
+    def _check(self) -> Self:
         if not 0 <= self.timesteps[0] < self.timesteps[1]:
-            raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
-        if self.objective == "kto" and self.share_timestep:
-            raise ValueError(
-                "share_timestep has no effect with objective kto, where a pair shares it anyway; leave it out"
-            )
-        fields = type(self).model_fields
-        if self.judge is None and (
-            idle := [
-                n for n in ("labels", "threshold", "tries") if getattr(self, n) != fields[n].default
-            ]
-        ):
-            raise ValueError(
-                f"{idle[0]} has no effect without a judge, which looks at safe twins; leave it out, or name one"
-            )
+            raise ValueError(f"timesteps must be 0 <= first < last, got {self.timesteps}")
         return self
 
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Yield each setting that has no effect with the others, and why."""
+        yield from super().unused_settings()
+        if self.loss_type == "kto" and self.share_timestep:
+            yield "share_timestep", "with loss_type kto"
+        if self.judge is None:
+            for name in self.changed("labels", "threshold", "max_attempts"):
+                yield name, "without a judge"
+
     def describe(self) -> str:
-        """Return it."""
+        """Return one or two sentences for a report."""
         return (
-            "It is given pictures of the concept. The model itself redraws each as a harmless twin, away from the concept's words "
-            f"({join_quoted(self.erase)}), and is then taught to prefer the twins, under the blank text alone."
+            "The edit learns from images of the concept. The model itself turns each into a "
+            f"harmless twin, away from the phrases of the concept ({join_quoted(self.erase)}), and "
+            "is trained to prefer the twins, under the blank text only."
         )
 
     @classmethod
-    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return its words, its counterpart's, and its judge."""
-        eyes = {"judge": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
-        other = (
-            said.get("judge", concept.judge) != concept.judge
-        )  # another judge, or none, has other labels
-        return (
-            phrases_from(cls.method(), concept, said)
-            | {"anchors": concept.counterpart}
-            | ({} if other else eyes)
-        )
+    def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the phrases of a concept and of its counterpart, and its judge."""
+        defaults = super().defaults_from(concept, settings) | {"anchors": concept.counterpart}
+        if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
+            defaults |= {"judge": concept.judge, "labels": concept.labels}
+            defaults |= {"threshold": concept.threshold}
+        return defaults
 
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
     ) -> Objective:
-        """Return its batches and losses."""
+        """Return batches and losses; see `TrainedEdit.build_objective`."""
         assert triplets is not None
         return DUOObjective(self, model, triplets, names)
 
 
 class DUOObjective:
-    """DUO's pairs and losses. Safe twins are drawn once, as latents; no picture is written."""
+    """Batches and losses of DUO. Safe twins are generated once, as latents."""
 
     def __init__(self, edit: DUO, model: Model, triplets: Triplets, names: Sequence[str]) -> None:
-        """Encode the unsafe pictures and draw their safe twins."""
+        """Encode the unsafe images and generate their safe twins.
+
+        Raises:
+            ConfigError: there are no anchors, no safe twin, or too few timesteps on this model.
+        """
+        if not edit.anchors:
+            raise ConfigError(
+                "duo needs anchors, harmless phrases for the safe twins. "
+                "Give a concept with a counterpart, or set anchors."
+            )
         self.edit = edit
-        judge = (
-            load_judge(edit.judge, labels=edit.labels, threshold=edit.threshold)
-            if edit.judge
-            else None
-        )
         self.weights = {"L_dpo": 1.0} | ({"L_o": edit.weight_keep} if edit.weight_keep else {})
         self.abar, self.prediction = model.alphas_cumprod().to(model.device), model.prediction
         if edit.timesteps[1] > len(self.abar):
             raise ConfigError(
                 f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}"
             )
-        self.by_noise = self.abar.argsort(
-            descending=True
-        )  # timesteps from the cleanest on: a schedule may run either way
-        own = dict(model.denoiser.named_parameters())
-        self.reference = {name: own[name].detach().clone() for name in names}
+        # Timesteps from the cleanest to the noisiest: a schedule may run either way.
+        self.by_noise = self.abar.argsort(descending=True)
+        parameters = dict(model.denoiser.named_parameters())
+        self.reference = {name: parameters[name].detach().clone() for name in names}
         self.blank = model.encode_text([""]).float()
         self.unsafe = encode_triplets(model, triplets, flip=False)[0, 0]
-        self.facts: dict[str, Any] = {}
-        self.safe = (
-            self._redraw(model)
-            if judge is None
-            else self._judged(model, judge, [row.id for row in triplets.rows])
-        )
-        seen = [judge.id] if judge else []
-        self.fingerprint = " ".join(
-            [edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, *seen]
-        )
+        self.metadata: dict[str, Any] = {}
+        if edit.judge:
+            judge = load_judge(edit.judge, labels=edit.labels, threshold=edit.threshold)
+            self._redraw_until_safe(model, judge, [row.id for row in triplets.rows])
+        else:
+            self.safe = self._redraw(model)
 
-    def _judged(self, model: Model, judge: Judge, names: Sequence[str]) -> Tensor:
-        """Return safe twins on which a judge is silent, drawn again where it is not, and leave out pairs where it never is.
+    def _redraw_until_safe(self, model: Model, judge: Judge, ids: Sequence[str]) -> None:
+        """Generate safe twins until a judge finds nothing, and leave out pairs without one.
 
         Raises:
-            ConfigError: it is silent on none.
+            ConfigError: no pair has a safe twin.
         """
-        safe, open_ = torch.empty_like(self.unsafe), list(range(len(names)))
-        left = []
-        for turn in range(self.edit.tries):
-            drawn = self._redraw(model, turn, open_)
-            verdicts = judge_images(judge, model.decode_images(drawn))
-            for place, twin, verdict in zip(open_, drawn, verdicts, strict=True):
-                if verdict == "safe":  # one that could not be judged is drawn again
-                    safe[place] = twin
-            open_ = [
-                place for place, verdict in zip(open_, verdicts, strict=True) if verdict != "safe"
-            ]
-            left.append(len(open_))
-            if not open_:
+        self.safe, pending = torch.empty_like(self.unsafe), list(range(len(ids)))
+        pending_after_attempt = []
+        for attempt in range(self.edit.max_attempts):
+            latents = self._redraw(model, attempt, pending)
+            verdicts = judge_images(judge, model.decode_images(latents))
+            # A twin that cannot be judged counts as unsafe.
+            is_safe = [verdict == "safe" for verdict in verdicts]
+            for row, twin, safe in zip(pending, latents, is_safe, strict=True):
+                if safe:
+                    self.safe[row] = twin
+            pending = [row for row, safe in zip(pending, is_safe, strict=True) if not safe]
+            pending_after_attempt.append(len(pending))
+            if not pending:
                 break
-        kept = [place for place in range(len(names)) if place not in open_]
-        out = [names[place] for place in open_]
-        if not kept:
+        paired = [row for row in range(len(ids)) if row not in pending]
+        left_out = [ids[row] for row in pending]
+        if not paired:
             raise ConfigError(
-                f"the judge {judge.id} is silent on no safe twin in {self.edit.tries} tries ({', '.join(out[:3])} ...): give anchors that "
-                "ask for something harmless, a larger redraw, more tries, or no judge"
+                f"judge {judge.id} finds the concept in every safe twin of {len(ids)} images "
+                f"after {self.edit.max_attempts} attempts. "
+                "Set harmless anchors, a larger strength, more max_attempts, or no judge."
             )
-        self.facts = {
-            "twins": {
-                "judge": judge.id,
-                "pairs": len(kept),
-                "open_after_attempt": left,
-                "left out": out,
-            }
+        self.metadata["twins"] = {
+            "judge": judge.id,
+            "pairs": len(paired),
+            "pending_after_attempt": pending_after_attempt,
+            "left_out": left_out,
         }
-        self.unsafe = self.unsafe[kept]
-        return safe[kept]
+        self.safe, self.unsafe = self.safe[paired], self.unsafe[paired]
 
-    def _redraw(self, model: Model, turn: int = 0, places: Sequence[int] | None = None) -> Tensor:
-        """Return safe twins of unsafe latents: noised, and denoised toward the anchors and away from the words (SDEdit).
+    def _redraw(self, model: Model, attempt: int = 0, rows: Sequence[int] | None = None) -> Tensor:
+        """Return safe twins of unsafe latents: noised, then denoised toward the anchors (SDEdit).
 
         Args:
-            model: what draws.
-            turn: which drawing of them it is; each has noise of its own, which does not depend on
-                the others.
-            places: whose; all when None.
+            model: the model.
+            attempt: index of the attempt; every attempt has noise of its own.
+            rows: which latents. Default: all.
         """
-        edit, words = self.edit, require_phrases("duo", self.edit.erase)
-        if not edit.anchors:
-            raise ConfigError(
-                "duo draws safe twins by words for the counterpart; give a concept that has some, or anchors"
-            )
-        walk, precision = (
-            DdimRollout(model, steps=edit.steps, guidance=edit.guidance),
-            edit.training.precision,
-        )
-        walk.blank = model.encode_text([", ".join(words)]).float()  # guidance away from these
-        text, start = (
-            model.encode_text([", ".join(edit.anchors)]).float(),
-            edit.steps - max(round(edit.redraw * edit.steps), 1),
-        )
-        noise = walk.noise(
-            len(self.unsafe),
-            torch.Generator("cpu").manual_seed(edit.training.seed * 1_000_003 + turn),
-        )
-        t = walk.timesteps[start].to(self.abar.device)
-        of = slice(None) if places is None else list(places)
-        noised = losses.add_noise(self.unsafe[of], noise[of], self.abar[t].expand(len(noise[of])))
-        out = []
-        with torch.no_grad(), full_precision(model, precision):
-            for part in noised.split(16):
-                x = part
-                for t in walk.timesteps[start:]:
-                    x = walk.step(
-                        t,
-                        x,
-                        *walk.predict_cfg(
-                            t, x, text.expand(len(x), -1, -1), frozen_predictor(model.denoiser)
-                        ),
-                    )
-                out.append(x)
-        return torch.cat(out)
+        edit, predict = self.edit, frozen_predictor(model.denoiser)
+        rollout = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
+        rollout.blank = model.encode_text([", ".join(edit.erase)]).float()  # the negative prompt
+        text = model.encode_text([", ".join(edit.anchors)]).float()
+        timesteps = rollout.timesteps[edit.steps - max(round(edit.strength * edit.steps), 1) :]
+        seed = edit.training.seed * 1_000_003 + attempt
+        noise = rollout.noise(len(self.unsafe), torch.Generator("cpu").manual_seed(seed))
+        index = slice(None) if rows is None else list(rows)
+        z, eps = self.unsafe[index], noise[index]
+        abar = self.abar[timesteps[0].to(self.abar.device)].expand(len(z))
+        latents = []
+        with torch.no_grad(), rollout_autocast(model, edit.training.precision):
+            for noised in losses.add_noise(z, eps, abar).split(16):
+                x, prompt = noised, text.expand(len(noised), -1, -1)
+                for t in timesteps:
+                    x = rollout.step(t, x, *rollout.predict_cfg(t, x, prompt, predict))
+                latents.append(x)
+        return torch.cat(latents)
 
     def training_step(
         self,
@@ -279,17 +240,17 @@ class DUOObjective:
         generator: torch.Generator,
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
-        """Draw one batch and return L_dpo, and L_o where it has a weight, (b,) each."""
+        """Return L_dpo, and L_o if it has a weight, of one batch, (b,) each."""
         b, g, device = self.edit.training.batch, generator, self.abar.device
         mine = torch.arange(b)[share[0] :: share[1]]
-        at = torch.randint(len(self.unsafe), (b,), generator=g)[mine].to(device)
-        t = self.by_noise[
-            torch.randint(*self.edit.timesteps, (2, b), generator=g)[:, mine].to(device)
-        ]
+        pair = torch.randint(len(self.unsafe), (b,), generator=g)[mine].to(device)
+        ranks = torch.randint(*self.edit.timesteps, (2, b), generator=g)[:, mine].to(device)
+        t_safe, t_unsafe = self.by_noise[ranks]
         eps, start = torch.randn(2, b, *self.unsafe.shape[1:], generator=g)[:, mine].to(device)
-        shared = self.edit.share_timestep or self.edit.objective == "kto"
+        if self.edit.share_timestep or self.edit.loss_type == "kto":
+            t_unsafe = t_safe
         return self.compare(
-            denoiser, self.safe[at], self.unsafe[at], eps, t[0], t[0] if shared else t[1], start
+            denoiser, self.safe[pair], self.unsafe[pair], eps, t_safe, t_unsafe, start
         )
 
     def compare(
@@ -302,34 +263,35 @@ class DUOObjective:
         t_unsafe: Tensor,
         start: Tensor,
     ) -> Mapping[str, Tensor]:
-        """Return L_dpo and L_o = |e(z_T) - e0(z_T)|^2 at the noisiest timestep, all for the blank text.
+        """Return L_dpo, and L_o = |e(z_T) - e0(z_T)|^2 at the noisiest timestep.
 
-        L_dpo is `losses.preference`, or `losses.unpaired_preference` with objective kto.
+        L_dpo is `losses.preference`, or `losses.unpaired_preference` for kto.
 
         Args:
             denoiser: the network in training.
             safe: latents of safe twins, (b, c, h, w).
-            unsafe: of the unsafe pictures.
+            unsafe: latents of the unsafe images.
             eps: noise that a pair shares.
-            t_safe: timesteps of the safe ones, (b,).
-            t_unsafe: of the unsafe ones.
+            t_safe: timesteps of the safe latents, (b,).
+            t_unsafe: timesteps of the unsafe latents.
             start: pure noise for L_o.
         """
         b, t = len(safe), torch.cat([t_safe, t_unsafe])
-        z, noise, blank = torch.cat([safe, unsafe]), torch.cat([eps, eps]), self.blank
+        z, noise = torch.cat([safe, unsafe]), torch.cat([eps, eps])
         x, truth = losses.add_noise(z, noise, self.abar[t]), noise
         if self.prediction != "epsilon":
             truth = losses.velocity(noise, z, self.abar[t])
         if self.edit.weight_keep:
             x, t = torch.cat([x, start]), torch.cat([t, self.by_noise[-1].expand(b)])
-        text = blank.expand(len(x), -1, -1)
-        before = frozen_predictor(denoiser, self.reference)(x, t, text)
-        said = denoiser(x, t, text).sample
-        now, then = (losses.squared_error(out[: 2 * b], truth).chunk(2) for out in (said, before))
-        prefer = losses.preference if self.edit.objective == "dpo" else losses.unpaired_preference
-        terms = {"L_dpo": prefer(now[0], then[0], now[1], then[1], beta=self.edit.beta)}
-        return terms | (
-            {"L_o": losses.squared_error(said[2 * b :], before[2 * b :])}
-            if self.edit.weight_keep
-            else {}
-        )
+        text = self.blank.expand(len(x), -1, -1)
+        original = frozen_predictor(denoiser, self.reference)(x, t, text)
+        prediction = denoiser(x, t, text).sample
+        safe_error, unsafe_error = losses.squared_error(prediction[: 2 * b], truth).chunk(2)
+        safe_before, unsafe_before = losses.squared_error(original[: 2 * b], truth).chunk(2)
+        loss = losses.preference if self.edit.loss_type == "dpo" else losses.unpaired_preference
+        terms = {
+            "L_dpo": loss(safe_error, safe_before, unsafe_error, unsafe_before, beta=self.edit.beta)
+        }
+        if self.edit.weight_keep:
+            terms["L_o"] = losses.squared_error(prediction[2 * b :], original[2 * b :])
+        return terms

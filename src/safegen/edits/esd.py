@@ -1,27 +1,23 @@
-"""ESD: teach the denoiser to predict, for a concept's words, the opposite of what it said (Gandikota et al. 2023, arXiv:2303.07345)."""
+"""ESD: train the denoiser to predict the opposite of a concept's phrases.
+
+Gandikota et al. 2023, arXiv:2303.07345.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import (
-    TrainedEdit,
-    check_phrases,
-    join_quoted,
-    phrases_from,
-    require_phrases,
-)
+from safegen.edits.base import Phrases, TrainedEdit, join_quoted
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import AdversarySetting, build_adversary
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, full_precision
+from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
@@ -29,161 +25,140 @@ from safegen.models.model import Model
 PUBLISHED = Training(
     updates=1000, batch=1, accumulation=1, lr=1e-5, weight_decay=0.0, clip=1e9, ema=0.0
 )
-"""Adam at a constant rate, no clipping, no average."""
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
-        "rollout": "base",
-        "steps": 25,
-        "selector": "attn2",
-        "weight_retain": 1.0,
-        "training": SHORT,
-    },
-    "paper": {"captions": ()},
-    "paper-x": {"captions": (), "selector": "attn2"},
-    "rewritten": {
-        "captions": (),
-        "selector": "attn2",
-        "rollout": "base",
-        "trajectories": 100,
-        "training": PUBLISHED.model_copy(update={"updates": 200, "lr": 5e-5}),
-    },
-}
-"""`paper`: ESD-u of the first code, its choice for nudity; `paper-x`: ESD-x. `rewritten`: the authors' present code for SD 1.4, whose
-`negative_guidance` 2 is our `strength` 1 (they subtract from e0(c), we from e0(blank)); with
-`erase_from` both subtract from that, so that their 2 is `strength` 2 there. `default`: ours, for
-the miniature model.
-"""
+"""Adam with a constant learning rate, without clipping and averaging."""
 
 
 class ESD(TrainedEdit):
     """Settings of the ESD edit."""
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
-    inputs: ClassVar[Literal["triplets", "words"]] = "words"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {
+            "rollout": "base",
+            "steps": 25,
+            "selector": "attn2",
+            "weight_retain": 1.0,
+            "training": SHORT,
+        },
+        "paper": {"captions": ()},
+        "paper-x": {"captions": (), "selector": "attn2"},
+        "rewritten": {
+            "captions": (),
+            "selector": "attn2",
+            "rollout": "base",
+            "trajectories": 100,
+            "training": PUBLISHED.model_copy(update={"updates": 200, "lr": 5e-5}),
+        },
+    }
+    """`paper`: ESD-u of the first code, its choice for nudity. `paper-x`: ESD-x.
 
-    erase: tuple[str, ...] = ()
-    """Words that ask for the concept, one of them a sample; a concept lends its own."""
+    `rewritten`: the present code for SD 1.4. Its `negative_guidance` 2 is `strength` 1 here, as it
+    subtracts from e0(c), not from e0(blank); with `erase_from` both subtract from e0(erase_from),
+    and its 2 is `strength` 2. `default`: ours, for the miniature model.
+    """
+    TINY: ClassVar[Mapping[str, Any]] = {"steps": 4, "trajectories": 2}
+    paper: ClassVar[str] = "arXiv:2303.07345"
+    code_url: ClassVar[str] = "https://github.com/rohitgandikota/erasing"
+    deviations: ClassVar[str] = (
+        "Latents come from exactly the steps before their timestep, by DDIM, in the model's own "
+        "size. Trained weights are fp32. `default` has L_r on captions (as arXiv:2405.15234)."
+    )
+    inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
+
+    erase: Phrases = ()
+    """Phrases that name the concept, one per sample. Default: those of the concept."""
     erase_from: str | None = None
-    """Take the words out of this one only ("cowboy" without "a cowboy hat"): it is what is drawn and taught; None for the words at all."""
+    """Phrase that is sampled and trained, to remove the concept from it only.
+
+    An example is "cowboy" without "a cowboy hat". None removes the phrases themselves.
+    """
     strength: float = Field(default=1.0, ge=0)
-    """How far the target lies on the other side of the blank prediction; 0 is the blank one itself (eta in the paper). With erase_from, how
-    far it lies from the prediction for that one."""
+    """Distance of the target beyond the blank prediction, or beyond that of `erase_from` (eta)."""
     rollout: Literal["student", "base"] = "student"
-    """Whose pictures are stopped on their way: the edited model's, anew for each batch (first code), or the untouched one's, made once."""
+    """Model that generates the latents: the edited one for every batch, or the original once."""
     trajectories: int = Field(default=16, ge=1)
-    """With rollout base: pictures for each word, every step of each of which is kept with its targets."""
+    """With rollout base: images per phrase, every step of which is a sample."""
     steps: int = Field(default=50, ge=1)
     """DDIM steps of a rollout."""
     guidance: float = Field(default=3.0, ge=1)
-    """Guidance of a rollout."""
+    """Guidance scale of a rollout."""
     weight_retain: float = Field(default=0.0, ge=0)
-    """Weight of L_r: on the same latents, harmless captions should be answered as before (as Zhang et al. 2024, arXiv:2405.15234)."""
+    """Weight of L_r, which keeps the predictions for captions on the same latents."""
     captions: tuple[str, ...] = ()
-    """Prompt lists (`source:list`) and text files of harmless captions for L_r."""
+    """Prompt lists (`source:list`) and text files with benign captions for L_r."""
     adversary: AdversarySetting = 0.0
-    """Who moves the taught words' text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
-    name, or a table with a name and settings (docs/edits.md)."""
+    """Adversary that moves the text embedding of the phrases: the relative size of one step
+    (0 is none), a name, or a table with a name and settings."""
     selector: str = "noxattn"
-    """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u, attn1 self-attention alone."""
+    """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u."""
     training: Training = PUBLISHED
-    """How the loop trains."""
+    """Settings of the training loop."""
 
-    @model_validator(mode="after")
-    def _no_idle_setting(self) -> Self:
-        if (
-            self.rollout == "student"
-            and self.trajectories != type(self).model_fields["trajectories"].default
-        ):
-            raise ValueError(
-                "trajectories has no effect with rollout student, which draws anew for each batch; leave it out"
-            )
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Yield each setting that has no effect with the others, and why."""
+        yield from super().unused_settings()
+        if self.rollout == "student" and self.changed("trajectories"):
+            yield "trajectories", "with rollout student"
         if self.captions and not self.weight_retain:
-            raise ValueError(
-                "captions have no effect with weight_retain 0; leave them out, or give L_r a weight"
-            )
-        check_phrases(self.erase)
-        return self
+            yield "captions", "with weight_retain 0"
+        if self.weight_retain and not self.captions:
+            yield "weight_retain", "without captions"
 
     def describe(self) -> str:
-        """Return it."""
+        """Return one or two sentences for a report."""
         return (
-            f"It is given words ({join_quoted(self.erase)}) and no pictures. On pictures that the model itself begins to draw, it is "
-            "taught to predict the opposite of what these words ask for. A prompt that asks for the same in other words may still get "
-            "it."
+            f"The edit learns from phrases ({join_quoted(self.erase)}), not from images. On images "
+            "that the model itself begins to generate, it is trained to predict the opposite of "
+            "these phrases. A prompt that paraphrases them may still generate the concept."
         )
 
     @classmethod
-    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return its words, and its captions to settings with an L_r."""
-        return phrases_from(cls.method(), concept, said) | (
-            {"captions": concept.captions} if said.get("weight_retain") else {}
-        )
+    def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the phrases of a concept, and its captions for settings with an L_r."""
+        captions = {"captions": concept.captions} if settings.get("weight_retain") else {}
+        return super().defaults_from(concept, settings) | captions
 
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
     ) -> Objective:
-        """Return its batches and losses."""
+        """Return batches and losses; see `TrainedEdit.build_objective`."""
         return ESDObjective(self, model, names)
 
 
 class ESDObjective:
-    """ESD's batches and losses.
-
-    With rollout base, latents and targets are all made before the first update.
-    """
+    """Batches and losses of ESD. With rollout base, latents and targets are computed once."""
 
     def __init__(self, edit: ESD, model: Model, names: Sequence[str]) -> None:
-        """Encode the words and captions; make the rollouts that can be made once."""
-        self.edit, self.words = edit, require_phrases("esd", edit.erase)
-        if edit.weight_retain and not edit.captions:
-            raise ConfigError(
-                "weight_retain has no effect without captions; give a concept that has some, or set captions, or weight 0"
-            )
+        """Encode phrases and captions, and run the rollouts of the original model."""
+        self.edit = edit
         self.attack = build_adversary(edit.adversary, model, names)
-        self.weights = {"L_e": 1.0} | ({"L_r": edit.weight_retain} if edit.weight_retain else {})
-        own = dict(model.denoiser.named_parameters())
-        self.reference = {name: own[name].detach().clone() for name in names}
-        self.walk = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
-        self.text = model.encode_text(list(self.words)).float()
-        self.taught = (
-            model.encode_text([edit.erase_from]).float().expand_as(self.text)
-            if edit.erase_from is not None
-            else self.text
-        )
-        lines = read_captions(edit.captions)
-        self.captions = model.encode_text(lines).float() if lines else self.text[:0]
-        self.fingerprint = " ".join(
-            [edit.model_dump_json(exclude={"training"}), model.hash, repr(lines)]
-        )
-        self.pool = self._pool(model) if edit.rollout == "base" else []
+        parameters = dict(model.denoiser.named_parameters())
+        self.reference = {name: parameters[name].detach().clone() for name in names}
+        self.rollout = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
+        self.text = model.encode_text(list(edit.erase)).float()
+        self.trained_text = self.text
+        if edit.erase_from is not None:
+            self.trained_text = model.encode_text([edit.erase_from]).float().expand_as(self.text)
+        captions = read_captions(edit.captions) if edit.weight_retain else []
+        self.captions = model.encode_text(captions).float() if captions else self.text[:0]
+        self.weights = {"L_e": 1.0} | ({"L_r": edit.weight_retain} if captions else {})
+        self.trajectories = self._sample_trajectories(model) if edit.rollout == "base" else []
 
-    def _pool(self, model: Model) -> list[dict[str, Tensor]]:
-        """Return, for each word, the latents of every step of its trajectories and what the untouched model says there."""
-        out, n = [], self.edit.trajectories
-        precision = self.edit.training.precision
-        with full_precision(model, precision):
-            for i in range(len(self.words)):
-                x = self.walk.noise(
-                    n, torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003 + i)
-                )
+    def _sample_trajectories(self, model: Model) -> list[dict[str, Tensor]]:
+        """Return the latents of every step and the original predictions there, for each phrase."""
+        trajectories, n, seed = [], self.edit.trajectories, self.edit.training.seed * 1_000_003
+        predict = frozen_predictor(model.denoiser)
+        with rollout_autocast(model, self.edit.training.precision):
+            for i in range(len(self.text)):
+                noise = self.rollout.noise(n, torch.Generator("cpu").manual_seed(seed + i))
                 parts = []
-                for start in range(0, n, 8):
-                    part = x[start : start + 8]
-                    asked = (
-                        {"erase": self.text[i].expand(len(part), -1, -1)}
-                        if self.edit.erase_from is not None
-                        else {}
-                    )
-                    parts.append(
-                        self.walk.trajectory(
-                            part,
-                            self.taught[i].expand(len(part), -1, -1),
-                            frozen_predictor(model.denoiser),
-                            asked,
-                        )
-                    )
-                out.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        return out
+                for x in noise.split(8):
+                    text = self.trained_text[i].expand(len(x), -1, -1)
+                    extra = {"erase": self.text[i].expand(len(x), -1, -1)}
+                    extra = extra if self.edit.erase_from is not None else {}
+                    parts.append(self.rollout.trajectory(x, text, predict, extra))
+                merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                trajectories.append(merged)
+        return trajectories
 
     def training_step(
         self,
@@ -192,86 +167,76 @@ class ESDObjective:
         generator: torch.Generator,
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
-        """Draw one batch and return L_e, and L_r where it has a weight, (b,) each."""
-        b, g = self.edit.training.batch, generator
+        """Return L_e, and L_r if it has a weight, of one batch, (b,) each."""
+        b, g, device = self.edit.training.batch, generator, self.rollout.device
         mine = torch.arange(b)[share[0] :: share[1]]
-        which = torch.randint(len(self.words), (b,), generator=g)[mine]
+        phrase = torch.randint(len(self.text), (b,), generator=g)[mine]
         stops = torch.randint(self.edit.steps, (b,), generator=g)
         caption = torch.randint(max(len(self.captions), 1), (b,), generator=g)[mine]
         if self.edit.rollout == "base":
-            at = torch.randint(self.edit.trajectories, (b,), generator=g)[mine]
+            row = torch.randint(self.edit.trajectories, (b,), generator=g)[mine]
             stops = stops[mine]
-            said = {
-                name: torch.stack(
-                    [self.pool[w][name][k, s] for w, k, s in zip(which, at, stops, strict=True)]
-                ).to(self.walk.device)
-                for name in self.pool[0]
+            indices = list(zip(phrase, row, stops, strict=True))
+            sample = {
+                name: torch.stack([self.trajectories[i][name][j, k] for i, j, k in indices])
+                for name in self.trajectories[0]
             }
+            sample = {name: value.to(device) for name, value in sample.items()}
         else:
-            stops = stops[:1].expand(len(mine))  # the samples of a batch stop together
-            said = self._fresh(
-                denoiser, self.walk.noise(b, g)[mine.to(self.walk.device)], which, int(stops[0])
-            )
-        t = self.walk.timesteps[stops].to(self.walk.device)
-        return self.compare(
-            denoiser,
-            said,
-            t,
-            self.taught[which],
-            self.captions[caption] if self.weights.get("L_r") else None,
-        )
+            stops = stops[:1].expand(len(mine))  # all samples of a batch stop at one step
+            noise = self.rollout.noise(b, g)[mine.to(device)]
+            sample = self._rollout_student(denoiser, noise, phrase, int(stops[0]))
+        t = self.rollout.timesteps[stops].to(device)
+        captions = self.captions[caption] if "L_r" in self.weights else None
+        return self.compare(denoiser, sample, t, self.trained_text[phrase], captions)
 
-    def _fresh(
-        self, denoiser: nn.Module, noise: Tensor, which: Tensor, stop: int
+    def _rollout_student(
+        self, denoiser: nn.Module, noise: Tensor, phrase: Tensor, stop: int
     ) -> dict[str, Tensor]:
-        """Return latents of the student's own pictures at one step, and what the untouched model says there."""
-        text, before = self.taught[which], frozen_predictor(denoiser, self.reference)
-        x = self.walk.sample_until(stop, noise, text, frozen_predictor(denoiser))
-        t = self.walk.timesteps[stop]
-        said, blank = self.walk.predict_cfg(t, x, text, before)
-        more = (
-            {"erase": before(x, self.walk.at(t, len(x)), self.text[which])}
-            if self.edit.erase_from is not None
-            else {}
-        )
-        return {"x": x, "text": said, "blank": blank, **more}
+        """Return latents of the edited model at one step, and the original predictions there."""
+        text, original = self.trained_text[phrase], frozen_predictor(denoiser, self.reference)
+        x = self.rollout.sample_until(stop, noise, text, frozen_predictor(denoiser))
+        t = self.rollout.timesteps[stop]
+        cond, uncond = self.rollout.predict_cfg(t, x, text, original)
+        sample = {"x": x, "text": cond, "blank": uncond}
+        if self.edit.erase_from is not None:
+            timesteps = self.rollout.expand_timesteps(t, len(x))
+            sample["erase"] = original(x, timesteps, self.text[phrase])
+        return sample
 
     def compare(
         self,
         denoiser: nn.Module,
-        said: Mapping[str, Tensor],
+        sample: Mapping[str, Tensor],
         t: Tensor,
         text: Tensor,
         captions: Tensor | None,
     ) -> Mapping[str, Tensor]:
-        """Return L_e and L_r for given latents and predictions of the untouched model.
+        """Return L_e and L_r for given latents and original predictions.
 
         Args:
             denoiser: the network in training.
-            said: `x`, the latents; `text` and `blank`, the untouched model's predictions for what
-                is drawn and for no text; `erase`, for the words, where they are not what is drawn:
-                (b, c, h, w) each.
-            t: their timesteps, (b,).
-            text: what is taught, (b, tokens, width).
-            captions: harmless texts, (b, tokens, width); None for no L_r.
+            sample: latents `x`, the original predictions `text` and `blank`, and with `erase_from`
+                also `erase`, the prediction for the phrases: (b, c, h, w) each.
+            t: timesteps of the latents, (b,).
+            text: embeddings of the trained text, (b, tokens, width).
+            captions: embeddings of captions, (b, tokens, width). None leaves L_r out.
         """
-        if "erase" in said:
-            want = losses.negative_guidance(
-                said["text"], said["erase"], said["blank"], strength=self.edit.strength
-            )
+        x, blank, strength = sample["x"], sample["blank"], self.edit.strength
+        if "erase" in sample:
+            base, push = sample["text"], sample["erase"]
         else:
-            want = losses.negative_guidance(
-                said["blank"], said["text"], said["blank"], strength=self.edit.strength
-            )
-        x = said["x"]
+            base, push = blank, sample["text"]
+        target = losses.negative_guidance(base, push, blank, strength=strength)
         if self.attack:
-            text = self.attack(
-                denoiser, x, t, text, want=want, before=said.get("erase", said["text"])
-            )
+            text = self.attack(denoiser, x, t, text, want=target, before=push)
         if captions is None:
-            return {"L_e": losses.squared_error(denoiser(x, t, text).sample, want)}
-        keep = frozen_predictor(denoiser, self.reference)(x, t, captions)
-        out, kept = denoiser(
+            return {"L_e": losses.squared_error(denoiser(x, t, text).sample, target)}
+        retained_target = frozen_predictor(denoiser, self.reference)(x, t, captions)
+        erased, retained = denoiser(
             torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, captions])
         ).sample.chunk(2)
-        return {"L_e": losses.squared_error(out, want), "L_r": losses.squared_error(kept, keep)}
+        return {
+            "L_e": losses.squared_error(erased, target),
+            "L_r": losses.squared_error(retained, retained_target),
+        }

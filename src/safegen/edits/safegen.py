@@ -1,9 +1,11 @@
-"""SafeGen: take a visual concept out of the self-attention layers with <unsafe, censored, benign> pictures (arXiv:2404.06666)."""
+"""SafeGen: remove a visual concept from the self-attention layers, with image triplets.
+
+Li et al. 2024, arXiv:2404.06666. A triplet is <unsafe, censored, benign>.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -16,78 +18,73 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import AdversarySetting, build_adversary, resolve_adversary
+from safegen.edits.functional.targets import PaperTarget, Target, X0Target
 from safegen.edits.training.config import Objective, Training
 from safegen.edits.training.samples import encode_triplets, read_captions
 from safegen.models.model import Model
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "adversary": 0.0,
-        "fade": 0.0,
-        "target": "paper",
-        "anchor": "noise",
-        "clamp": None,
-        "timesteps": (0, 1000),
-        "weight_mosaic": 0.1,
-        "weight_preserve": 0.9,
-        "teacher": False,
-        "captions": (),
-        "training": Training(),
-    },
-}
-"""`paper`: the published run (run_adjust_SD.sh).
-
-`default`: what the ablation in docs/ablation.md chose on the miniature model.
-"""
-
-
 CAPTION_SHARE = 0.6
-"""Unless told: the blank branch of guidance must learn too, so it keeps the other samples."""
+"""Default of `caption_share`: the other samples train the blank branch of guidance."""
 VALIDATION_SPLIT = 0.1
-"""Unless told: the part of the triplets that early stopping looks at."""
+"""Default of `validation_split`."""
 
 
 class SafeGen(TrainedEdit):
     """Settings of the SafeGen edit."""
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "paper": {
+            "adversary": 0.0,
+            "fade": 0.0,
+            "target": PaperTarget(),
+            "timesteps": (0, 1000),
+            "weight_mosaic": 0.1,
+            "weight_preserve": 0.9,
+            "teacher": False,
+            "captions": (),
+            "training": Training(),
+        },
+    }
+    """`paper`: the published run (run_adjust_SD.sh). `default`: chosen by our ablation."""
+    paper: ClassVar[str] = "arXiv:2404.06666"
+    code_url: ClassVar[str] = "https://github.com/LetterLiGo/SafeGen_CCS2024"
+    deviations: ClassVar[str] = (
+        "`paper` is the released run without flags that have no effect. `default` is ours: "
+        "the x0 target, the original model as teacher in L_p, captions, an adversary and fading."
+    )
     has_validation: ClassVar[bool] = True
 
-    target: Literal["paper", "x0"] = "x0"
-    """What a noised unsafe latent is taught to predict: as released, or what implies the censored picture as its x0."""
-    anchor: Literal["noise", "teacher"] = "teacher"
-    """What the x0 target moves toward the censored picture: the added noise, or the untouched model's own prediction (ours)."""
-    clamp: float | None = Field(default=3.0, gt=0)
-    """Largest factor of the x0 target; None for the paper's target, which has no factor."""
+    target: Target = X0Target()
+    """Target of L_m: `x0` with the settings `anchor` and `clamp` (ours), or `paper`."""
     timesteps: tuple[int, int] = (150, 900)
-    """First and one-past-last training timestep that is drawn."""
+    """Range of training timesteps, the last one excluded."""
     weight_mosaic: float = Field(default=0.39, ge=0)
-    """Weight of L_m, the loss on unsafe pictures."""
+    """Weight of L_m, the loss on unsafe images; 0 removes nothing."""
     weight_preserve: float = Field(default=0.61, ge=0)
-    """Weight of L_p, the loss on benign pictures."""
+    """Weight of L_p, the loss on benign images."""
     teacher: bool = True
-    """Whether L_p asks for what the untouched model predicts (ours) instead of the noise (as released)."""
+    """Whether the target of L_p is the original prediction (ours) or the noise (as released)."""
     captions: tuple[str, ...] = ()
-    """Benign prompt lists (`source:list`, or a text file with a prompt a line) for `caption_share`."""
+    """Prompt lists (`source:list`) and text files with benign captions, for `caption_share`."""
     caption_share: float | None = Field(default=None, gt=0, le=1)
-    """Part of the samples that is conditioned on a random benign caption instead of the blank text (ours); 0.6 when there are captions."""
+    """Share of samples conditioned on a random caption, not the blank text (ours). Default: 0.6."""
     adversary: AdversarySetting = 0.25
-    """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
-    name, or a table with a name and settings (docs/edits.md)."""
+    """Adversary that moves the text embedding of unsafe samples: the relative size of one step
+    (0 is none), a name, or a table with a name and settings."""
     adversary_moves: Literal["unsafe", "both"] | None = None
-    """Whose texts the adversary moves: the unsafe samples', or by the same moves the benign ones' too, so that a moved text does not tell
-    which of the two a picture is (ours). Unless told, both where the move can be put on another
-    text (one-step), else unsafe.
+    """Samples that get the move: unsafe ones, or by the same step benign ones too (ours).
+
+    Default: `both` for additive adversaries, otherwise `unsafe`.
     """
     fade: float = Field(default=0.8, ge=0, lt=1)
-    """Largest part by which an unsafe sample is faded toward its censored twin, to teach half-gone remains too; 0 is none (ours)."""
+    """Maximum share of the censored latent mixed into an unsafe one (ours); 0 is none."""
     flip: bool = False
-    """Whether a sample may be mirrored; unsafe, censored and benign together."""
+    """Whether triplets are mirrored at random."""
     selector: str = "attn1"
     """Which weights change."""
     validation_split: float | None = Field(default=None, gt=0, lt=0.5)
-    """Part of the triplets kept for the held-out loss, when the training looks at one (training.validate_every); 0.1 unless told."""
+    """Share of the triplets held out if `training.validate_every` is set. Default: 0.1."""
     training: Training = Training(
         updates=160,
         batch=16,
@@ -99,92 +96,92 @@ class SafeGen(TrainedEdit):
         ema=0.95,
         precision="auto",
     )
-    """How the loop trains."""
+    """Settings of the training loop."""
 
     @model_validator(mode="after")
-    def _no_idle_setting(self) -> Self:
-        if (self.target == "x0") != (self.clamp is not None):
-            raise ValueError("clamp goes with target x0, and only with it")
-        if self.target != "x0" and self.anchor != "noise":
-            raise ValueError(
-                "anchor teacher goes with target x0 only; the paper's target is made of the noise"
-            )
-        if self.caption_share is not None and not self.captions:
-            raise ValueError("caption_share has no effect without captions; give both or neither")
-        if self.validation_split is not None and not self.training.validate_every:
-            raise ValueError(
-                "validation_split has no effect without training.validate_every; set that too, or leave it out"
-            )
-        if self.adversary_moves and not (self.adversary and self.weight_preserve):
-            raise ValueError(
-                "adversary_moves has no effect without an adversary, or with weight_preserve 0; leave it out"
-            )
-        together = resolve_adversary(self.adversary).is_additive
-        if self.adversary_moves == "both" and not together:
-            raise ValueError(
-                "adversary_moves both goes with one-step only: the others replace a text, which is no move that another could take"
-            )
-        if (
-            self.adversary_moves is None and self.adversary and self.weight_preserve
-        ):  # decided, so that patch and checkpoint say it
-            object.__setattr__(self, "adversary_moves", "both" if together else "unsafe")
-        if not 0 <= self.timesteps[0] < self.timesteps[1]:
-            raise ValueError(f"timesteps must rise from 0 or more, got {self.timesteps}")
-        if self.weight_mosaic + self.weight_preserve <= 0:
-            raise ValueError(
-                "weight_mosaic and weight_preserve are both 0: nothing would be learnt"
-            )
-        if not self.weight_preserve and self.teacher:
-            raise ValueError(
-                "teacher has no effect with weight_preserve 0, which leaves L_p out; set it to false"
-            )
-        if not self.weight_mosaic and (self.adversary or self.fade):
-            raise ValueError(
-                "adversary and fade have no effect with weight_mosaic 0, which leaves L_m out; set both to 0"
-            )
+    def _check(self) -> Self:
+        check_safegen(self)
         return self
+
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Yield each setting that has no effect with the others, and why."""
+        yield from super().unused_settings()
+        if self.caption_share is not None and not self.captions:
+            yield "caption_share", "without captions"
+        if self.validation_split is not None and not self.training.validate_every:
+            yield "validation_split", "without training.validate_every"
+        if self.adversary_moves and not (self.adversary and self.weight_preserve):
+            yield "adversary_moves", "without an adversary and a weight_preserve"
+        if not self.weight_preserve and self.changed("teacher"):
+            yield "teacher", "with weight_preserve 0"
+        if not self.weight_mosaic:
+            for name in self.changed("target", "adversary", "fade"):
+                yield name, "with weight_mosaic 0"
 
     @property
     def erases_concept(self) -> bool:
-        """Whether L_m, which alone removes, has a weight."""
+        """Whether L_m, the loss that removes, has a weight."""
         return self.weight_mosaic > 0
 
+    @property
+    def moves_benign(self) -> bool:
+        """Whether the adversary moves the text of benign samples too."""
+        if not (self.adversary and self.weight_preserve):
+            return False
+        additive = resolve_adversary(self.adversary).is_additive
+        return additive if self.adversary_moves is None else self.adversary_moves == "both"
+
     def describe(self) -> str:
-        """Return it."""
+        """Return one or two sentences for a report."""
+        texts = "benign captions and the blank text" if self.captions else "the blank text only"
         return (
-            "It learns from pictures: an unsafe one, the same with the concept covered, and a harmless one. An unsafe picture must be "
-            "predicted as its covered twin, a harmless one as it is. "
-            f"{'Its texts are harmless captions and the blank one' if self.captions else 'Its only text is the blank one'}: it never "
-            "reads a word of the concept."
+            "The edit learns from images: an unsafe one, the same with the concept covered, and a "
+            "benign one. An unsafe image must be predicted as its covered twin, a benign one as it "
+            f"is. Its texts are {texts}: it never reads a word of the concept."
         )
 
     @classmethod
-    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return its captions."""
+    def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the captions of a concept."""
         return {"captions": concept.captions}
 
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
     ) -> Objective:
-        """Return its batches and losses."""
+        """Return batches and losses; see `TrainedEdit.build_objective`."""
         assert triplets is not None
         return SafeGenObjective(self, model, triplets, names)
 
 
-class SafeGenObjective:
-    """SafeGen's batches and losses.
+def check_safegen(edit: Any) -> None:
+    """Check the settings that SafeGen and SafeGen-plus share.
 
-    Latents, text embeddings and the reference weights are computed or kept once.
+    Raises:
+        ValueError: one of them breaks a rule.
     """
+    additive = not edit.adversary or resolve_adversary(edit.adversary).is_additive
+    if edit.adversary_moves == "both" and not additive:
+        raise ValueError(
+            "adversary_moves must be unsafe for an adversary that replaces the text, got both. "
+            "Use the adversary one-step, or leave adversary_moves out."
+        )
+    if not 0 <= edit.timesteps[0] < edit.timesteps[1]:
+        raise ValueError(f"timesteps must be 0 <= first < last, got {edit.timesteps}")
+    if edit.weight_mosaic + edit.weight_preserve <= 0:
+        raise ValueError("weight_mosaic and weight_preserve must not both be 0")
+
+
+class SafeGenObjective:
+    """Batches and losses of SafeGen. Latents and text embeddings are computed once."""
 
     def __init__(
         self, edit: SafeGen, model: Model, triplets: Triplets, names: Sequence[str]
     ) -> None:
-        """Encode every triplet and caption once.
+        """Encode every triplet and caption.
 
         Raises:
-            ConfigError: too few triplets for a held-out part, none that shows the concept, or the
-                model's schedule has fewer timesteps than asked for.
+            ConfigError: there are too few triplets to hold some out, no triplet shows the concept,
+                or `timesteps` or `target` do not suit the model.
         """
         self.edit, self.prediction = edit, model.prediction
         self.abar = model.alphas_cumprod().to(model.device)
@@ -192,36 +189,37 @@ class SafeGenObjective:
             raise ConfigError(
                 f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}"
             )
-        if edit.target == "paper" and self.prediction != "epsilon":
+        if isinstance(edit.target, PaperTarget) and self.prediction != "epsilon":
             raise ConfigError(
-                f"target 'paper' has a wrong x0 on a {self.prediction} model; use target 'x0'"
+                f"target paper needs a model that predicts noise, got {self.prediction}. "
+                "Use target x0."
             )
         self.attack = build_adversary(edit.adversary, model, names)
-        self.shared = edit.adversary_moves == "both"
         self.weights = {"L_m": edit.weight_mosaic, "L_p": edit.weight_preserve}
         self.latents = encode_triplets(model, triplets, flip=edit.flip)  # (3, flips, n, c, h, w)
         if torch.equal(self.latents[0], self.latents[1]):
             raise ConfigError(
-                "the triplets do not show the concept: every censored picture is its unsafe one, so there is nothing to unlearn"
+                "triplets must show the concept, but every censored image equals its unsafe one. "
+                "Make triplets of images with the concept."
             )
         n = self.latents.shape[2]
-        part = (edit.validation_split or VALIDATION_SPLIT) if edit.training.validate_every else 0.0
-        spare = round(n * part)
-        if part and not 0 < spare < n:
+        validates = bool(edit.training.validate_every)
+        split = (edit.validation_split or VALIDATION_SPLIT) if validates else 0.0
+        held_out = round(n * split)
+        if validates and not 0 < held_out < n:
             raise ConfigError(
-                f"a held-out part of {part} of {n} triplets is empty; give more triplets or set validate_every 0"
+                f"validation_split must hold out at least one triplet, got {split} of {n}. "
+                "Give more triplets, or set training.validate_every to 0."
             )
-        self.spare, self.used = range(n - spare, n), n - spare
+        self.num_train, self.validation_rows = n - held_out, range(n - held_out, n)
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
-        own = dict(model.denoiser.named_parameters())
-        searches = (
-            bool(edit.adversary) and not resolve_adversary(edit.adversary).is_additive
-        )  # for a text under which all is as before the edit
-        needed = edit.teacher or edit.anchor == "teacher" or searches
-        self.reference = {k: own[k].detach().clone() for k in names} if needed else {}
-        words = hashlib.sha256(repr(read_captions(edit.captions)).encode()).hexdigest()
-        self.fingerprint = " ".join(
-            [edit.model_dump_json(exclude={"training"}), model.hash, triplets.hash, words]
+        uses_teacher = isinstance(edit.target, X0Target) and edit.target.anchor == "teacher"
+        # An adversary that searches does so against the original prediction.
+        searches = bool(edit.adversary) and not resolve_adversary(edit.adversary).is_additive
+        parameters = dict(model.denoiser.named_parameters())
+        needs_reference = edit.teacher or uses_teacher or searches
+        self.reference = (
+            {name: parameters[name].detach().clone() for name in names} if needs_reference else {}
         )
 
     def training_step(
@@ -231,51 +229,42 @@ class SafeGenObjective:
         generator: torch.Generator,
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
-        """Draw one batch and return L_m and L_p, (b,) each."""
-        b = self.edit.training.batch
-        rows = _shuffled(self.used, self.edit.training.seed, micro_step * b, b)
-        return self._draw_and_compare(denoiser, rows, generator, share)
+        """Return L_m and L_p of one batch, (b,) each."""
+        batch, seed = self.edit.training.batch, self.edit.training.seed
+        rows = _shuffled_rows(self.num_train, seed, micro_step * batch, batch)
+        return self._sample_and_compare(denoiser, rows, generator, share)
 
     def validation_loss(self, denoiser: nn.Module) -> float:
-        """Return the weighted loss over the held-out triplets, eight fixed draws each."""
-        draw, total = torch.Generator("cpu").manual_seed(1), 0.0
+        """Return the weighted loss on the held-out triplets, with eight fixed draws of each."""
+        generator, loss = torch.Generator("cpu").manual_seed(1), 0.0
+        rows = list(self.validation_rows)
         for _ in range(8):
-            terms = self._draw_and_compare(denoiser, list(self.spare), draw, (0, 1))
-            total += sum(self.weights[k] * v.mean().item() for k, v in terms.items()) / 8
-        return total
+            terms = self._sample_and_compare(denoiser, rows, generator, (0, 1))
+            loss += sum(self.weights[name] * v.mean().item() for name, v in terms.items()) / 8
+        return loss
 
-    def _draw_and_compare(
+    def _sample_and_compare(
         self, denoiser: nn.Module, rows: Sequence[int], g: torch.Generator, share: tuple[int, int]
     ) -> Mapping[str, Tensor]:
+        """Draw views, timesteps, noise and captions for some triplets and return the losses."""
         b, shape = len(rows), self.latents.shape[3:]
         flips = torch.randint(self.latents.shape[1], (b,), generator=g)
         t = torch.randint(*self.edit.timesteps, (b,), generator=g)
         eps, eps_b = torch.randn(b, *shape, generator=g), torch.randn(b, *shape, generator=g)
-        words = torch.zeros(2 * b, dtype=torch.long)
+        captions = torch.zeros(2 * b, dtype=torch.long)
         if self.edit.captions:
-            pick = torch.randint(1, len(self.text), (2 * b,), generator=g)
-            words = torch.where(
-                torch.rand(2 * b, generator=g) < (self.edit.caption_share or CAPTION_SHARE),
-                pick,
-                words,
-            )
+            chosen = torch.randint(1, len(self.text), (2 * b,), generator=g)
+            caption_share = self.edit.caption_share or CAPTION_SHARE
+            captions = torch.where(torch.rand(2 * b, generator=g) < caption_share, chosen, captions)
         mine = torch.arange(b)[share[0] :: share[1]]
         z_u, z_c, z_b = self.latents[:, flips, torch.tensor(rows)][:, mine]
         device = z_u.device
         if self.edit.fade:
-            left = 1 - self.edit.fade * torch.rand(b, 1, 1, 1, generator=g)[mine].to(device)
-            z_u = z_c + left * (z_u - z_c)
-        text = self.text[torch.cat([words[:b][mine], words[b:][mine]])]
-        return self.compare(
-            denoiser,
-            z_u,
-            z_c,
-            z_b,
-            eps[mine].to(device),
-            eps_b[mine].to(device),
-            t[mine].to(device),
-            text,
-        )
+            strength = 1 - self.edit.fade * torch.rand(b, 1, 1, 1, generator=g)[mine].to(device)
+            z_u = z_c + strength * (z_u - z_c)
+        text = self.text[torch.cat([captions[:b][mine], captions[b:][mine]])]
+        eps, eps_b, t = eps[mine].to(device), eps_b[mine].to(device), t[mine].to(device)
+        return self.compare(denoiser, z_u, z_c, z_b, eps, eps_b, t, text)
 
     def compare(
         self,
@@ -288,67 +277,63 @@ class SafeGenObjective:
         t: Tensor,
         text: Tensor,
     ) -> Mapping[str, Tensor]:
-        """Return L_m and L_p per triplet for given draws: one forward for unsafe and benign, one timestep shared by a triplet.
+        """Return L_m and L_p of each triplet for given noise, timesteps and texts.
 
         Args:
             denoiser: the network in training.
-            z_u: scaled latents of the unsafe pictures, (b, c, h, w).
-            z_c: of the censored ones.
-            z_b: of the benign ones.
+            z_u: scaled latents of the unsafe images, (b, c, h, w).
+            z_c: those of the censored images.
+            z_b: those of the benign images.
             eps: noise for the unsafe latents.
             eps_b: noise for the benign latents.
-            t: timesteps, (b,).
-            text: text embeddings, (2b, tokens, width): of the unsafe rows, then of the benign.
+            t: timesteps of the triplets, (b,).
+            text: text embeddings, (2b, tokens, width): of the unsafe samples, then the benign ones.
         """
-        abar, n, velocity = self.abar[t], len(z_u), losses.velocity
-        x, tt = (
-            torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)]),
-            torch.cat([t, t]),
-        )
-        plain = torch.cat(
-            [eps, eps_b]
-            if self.prediction == "epsilon"
-            else [velocity(eps, z_u, abar), velocity(eps_b, z_b, abar)]
-        )
-        known = (
-            2 * n if self.edit.teacher and not self.shared else n
-        )  # benign texts that move are asked about after that
-        said = (
-            self._untouched(denoiser, x[:known], tt[:known], text[:known])
-            if self.reference
-            else plain
-        )
-        anchor = said[:n] if self.edit.anchor == "teacher" else plain[:n]
-        if self.edit.target == "paper":
-            want = losses.paper_target(eps, z_u, z_c)
+        abar, n, target = self.abar[t], len(z_u), self.edit.target
+        moves_benign = self.edit.moves_benign
+        x = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)])
+        timesteps, truth = torch.cat([t, t]), torch.cat([eps, eps_b])
+        if self.prediction != "epsilon":
+            truth = torch.cat([losses.velocity(eps, z_u, abar), losses.velocity(eps_b, z_b, abar)])
+        frozen = truth  # predictions of the original model, where they are needed
+        if self.reference:
+            # Benign samples with a moved text are predicted after the move.
+            rows = 2 * n if self.edit.teacher and not moves_benign else n
+            frozen = self._predict_frozen(denoiser, x[:rows], timesteps[:rows], text[:rows])
+        if isinstance(target, PaperTarget):
+            censored = losses.paper_target(eps, z_u, z_c)
         else:
-            target = losses.x0_target if self.prediction == "epsilon" else losses.v_target
-            want = target(anchor, z_u, z_c, abar, clamp=self.edit.clamp or 0.0)
+            anchor = frozen[:n] if target.anchor == "teacher" else truth[:n]
+            move = losses.x0_target if self.prediction == "epsilon" else losses.v_target
+            censored = move(anchor, z_u, z_c, abar, clamp=target.clamp)
         if self.attack:
-            moved = self.attack(denoiser, x[:n], t, text[:n], want=want, before=said[:n])
-            text = torch.cat([moved, text[n:] + (moved - text[:n]) if self.shared else text[n:]])
-        if self.edit.teacher and self.shared:
-            said = torch.cat([said, self._untouched(denoiser, x[n:], t, text[n:])])
-        out_u, out_b = denoiser(x, tt, text).sample.chunk(2)
-        keep = said[n:] if self.edit.teacher else plain[n:]
-        return {"L_m": losses.squared_error(out_u, want), "L_p": losses.squared_error(out_b, keep)}
+            moved = self.attack(denoiser, x[:n], t, text[:n], want=censored, before=frozen[:n])
+            benign = text[n:] + (moved - text[:n]) if moves_benign else text[n:]
+            text = torch.cat([moved, benign])
+        if self.edit.teacher and moves_benign:
+            frozen = torch.cat([frozen, self._predict_frozen(denoiser, x[n:], t, text[n:])])
+        unsafe, benign = denoiser(x, timesteps, text).sample.chunk(2)
+        preserved = frozen[n:] if self.edit.teacher else truth[n:]
+        return {
+            "L_m": losses.squared_error(unsafe, censored),
+            "L_p": losses.squared_error(benign, preserved),
+        }
 
     @torch.no_grad()
-    def _untouched(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Return what the model predicted before the edit: the same network with the old tensors in it."""
-        out: Tensor = torch.func.functional_call(
+    def _predict_frozen(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Return the prediction of the original model."""
+        prediction: Tensor = torch.func.functional_call(
             getattr(denoiser, "module", denoiser), self.reference, (x, t, text)
         ).sample
-        return out
+        return prediction
 
 
-def _shuffled(n: int, seed: int, start: int, count: int) -> list[int]:
-    """Return `count` positions from `start` on in an endless row of shuffled epochs over 0..n-1."""
-    out: list[int] = []
-    while len(out) < count:
-        epoch, at = divmod(start + len(out), n)
-        order = torch.randperm(
-            n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        ).tolist()
-        out += order[at : at + count - len(out)]
-    return out
+def _shuffled_rows(n: int, seed: int, start: int, count: int) -> list[int]:
+    """Return `count` rows from position `start` of endless epochs over 0..n-1, each shuffled."""
+    rows: list[int] = []
+    while len(rows) < count:
+        epoch, position = divmod(start + len(rows), n)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(n, generator=generator).tolist()
+        rows += order[position : position + count - len(rows)]
+    return rows

@@ -1,35 +1,26 @@
-"""SafeGen and a closed form that erases the concept's words, in one patch (ours).
+"""SafeGen-plus: SafeGen and a closed form that erases the concept's phrases, in one patch (ours).
 
-A text-side edit followed by a short training of visual layers is reported to do better than either
-alone (TRCE, arXiv:2503.07389). Here the other order does: a model whose words are gone teaches
-SafeGen little, and learnt words bring the concept back (docs/edits.md).
+TRCE (arXiv:2503.07389) trains visual layers after a text-side edit. Here the order is reversed: a
+model without the phrases teaches SafeGen little, and learned embeddings bring the concept back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from safegen.core.concept import Concept
-from safegen.core.errors import explain
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import (
-    TrainedEdit,
-    check_inputs,
-    check_phrases,
-    join_quoted,
-    phrases_from,
-    require_phrases,
-)
+from safegen.edits.base import Phrases, TrainedEdit, check_inputs, join_quoted
 from safegen.edits.functional.adversary import AdversarySetting
-from safegen.edits.rece import KEPT, RECE
-from safegen.edits.safegen import SafeGen, SafeGenObjective
+from safegen.edits.rece import CAPTIONS_SCALE, RECE
+from safegen.edits.safegen import SafeGen, SafeGenObjective, check_safegen
 from safegen.edits.training.config import Objective, Training, TrainingCallback
-from safegen.edits.training.trainer import check
+from safegen.edits.training.trainer import check_training
 from safegen.edits.uce import UCE
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
@@ -38,165 +29,135 @@ from safegen.patches.patch import Patch
 
 
 class SafeGenPlus(TrainedEdit):
-    """Settings of the composed edit.
+    """Settings of the composed edit. SafeGen and the closed form use their defaults otherwise."""
 
-    What SafeGen and the closed forms have besides is as in their own defaults.
-    """
-
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    paper: ClassVar[str] = "ours, after arXiv:2503.07389"
+    deviations: ClassVar[str] = (
+        "This is not TRCE: it is `safegen` and a closed form (`rece` or `uce`) in one patch, "
+        "with the images first."
+    )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "both"
     has_validation: ClassVar[bool] = True
 
     text: Literal["rece", "uce", "none"] = "rece"
-    """Closed form that erases the words; none is SafeGen alone."""
-    first: Literal["pictures", "words"] = "pictures"
-    """Which part is made first; the other is made on the model that has it."""
-    erase: tuple[str, ...] = ()
-    """Words that ask for the concept, for the closed form; a concept lends its own."""
+    """Closed form that erases the phrases; none is SafeGen alone."""
+    first: Literal["images", "words"] = "images"
+    """Part that is made first; the other one is made on the model with that part applied."""
+    erase: Phrases = ()
+    """Phrases that name the concept, for the closed form. Default: those of the concept."""
     captions: tuple[str, ...] = ()
-    """Benign prompt lists (`source:list`) and text files: what the closed form keeps, and what SafeGen's samples are conditioned on."""
+    """Prompt lists (`source:list`) and text files: preserved by the closed form, and used to
+    condition samples of SafeGen."""
     caption_share: float | None = Field(default=None, gt=0, le=1)
-    """Part of SafeGen's samples that is conditioned on a random benign caption.
-
-    0.6 when there are captions.
-    """
+    """Share of SafeGen's samples conditioned on a random caption. Default: 0.6."""
     timesteps: tuple[int, int] = (150, 900)
-    """First and one-past-last training timestep that is drawn."""
+    """Range of training timesteps, the last one excluded."""
     weight_mosaic: float = Field(default=0.25, gt=0)
-    """Weight of L_m, the loss on unsafe pictures: less than SafeGen's, for the closed form takes its share (docs/ablation.md)."""
+    """Weight of L_m, the loss on unsafe images."""
     weight_preserve: float = Field(default=0.75, ge=0)
-    """Weight of L_p, the loss on benign pictures: to be answered as by the model that SafeGen begins with."""
+    """Weight of L_p, the loss on benign images."""
     adversary: AdversarySetting = 0.25
-    """Who moves an unsafe sample's text embedding to where the edit fails: the size of one step (a part of its norm; 0 is none), a
-    name, or a table with a name and settings (docs/edits.md)."""
+    """Adversary that moves the text embedding of unsafe samples: the relative size of one step
+    (0 is none), a name, or a table with a name and settings."""
     adversary_moves: Literal["unsafe", "both"] | None = None
-    """Whose texts it moves: the unsafe samples', or by the same moves the benign ones' too.
-
-    As in SafeGen, unless told.
-    """
+    """Samples that get the move. Default: `both` for additive adversaries, otherwise `unsafe`."""
     fade: float = Field(default=0.8, ge=0, lt=1)
-    """Largest part by which an unsafe sample is faded toward its censored twin; 0 is none."""
+    """Maximum share of the censored latent mixed into an unsafe one; 0 is none."""
     flip: bool = False
-    """Whether a sample may be mirrored; unsafe, censored and benign together."""
+    """Whether triplets are mirrored at random."""
     selector: str = "attn1"
-    """Which weights SafeGen trains.
-
-    The closed form changes keys and values of `attn2` whatever is said here.
-    """
+    """Which weights SafeGen trains. The closed form always changes keys and values of `attn2`."""
     training: Training = SafeGen.model_fields["training"].default
-    """How the loop trains: as SafeGen does."""
-
-    @classmethod
-    def method(cls) -> str:
-        """Return its name in the table."""
-        return "safegen-plus"
+    """Settings of the training loop."""
 
     @model_validator(mode="after")
-    def _no_idle_setting(self) -> Self:
-        if self.text == "none" and self.erase:
-            raise ValueError(
-                "erase has no effect with text none, which erases no words; leave it out"
-            )
-        if self.text == "none" and self.first != type(self).model_fields["first"].default:
-            raise ValueError(
-                "first has no effect with text none, which leaves one part; leave it out"
-            )
-        check_phrases(self.erase)
-        try:
-            object.__setattr__(
-                self, "adversary_moves", self.visual().adversary_moves
-            )  # decided, so that patch and checkpoint say it
-        except ValidationError as error:
-            raise ValueError(explain(error)) from error
+    def _check(self) -> Self:
+        check_safegen(self)
         return self
 
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Yield each setting that has no effect with the others, and why."""
+        yield from self.build_safegen().unused_settings()
+        if self.text == "none":
+            for name in self.changed("erase", "first"):
+                yield name, "with text none"
+
+    @property
+    def needs_phrases(self) -> bool:
+        """Whether there is a closed form, which needs phrases to erase."""
+        return self.text != "none"
+
     def describe(self) -> str:
-        """Return it."""
+        """Return one or two sentences for a report."""
+        if self.text == "none":
+            return self.build_safegen().describe()
         return (
-            self.visual().describe()
-            if self.text == "none"
-            else "It learns from pictures: an unsafe one, the same with the concept covered, and a harmless one. An unsafe picture "
-            "must be predicted as its covered twin, a harmless one as it is. It also erases the words that ask for the concept "
+            "The edit learns from images: an unsafe one, the same with the concept covered, and a "
+            "benign one. An unsafe image must be predicted as its covered twin, a benign one as it "
+            "is. It also erases the phrases that name the concept "
             f"({join_quoted(self.erase)}) in closed form."
         )
 
     @classmethod
-    def defaults_from(cls, concept: Concept, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return its captions, and its words to settings that erase some."""
-        words = said.get("text", cls.model_fields["text"].default) != "none"
-        return {"captions": concept.captions} | (
-            phrases_from(cls.method(), concept, said) if words else {}
-        )
+    def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the captions of a concept, and its phrases for a closed form."""
+        captions = {"captions": concept.captions}
+        if settings.get("text", cls.model_fields["text"].default) == "none":
+            return captions
+        return super().defaults_from(concept, settings) | captions
 
-    def words(self) -> RECE | UCE | None:
-        """Return the settings of the closed form, with its default weights; None without one."""
+    def build_closed_form(self) -> RECE | UCE | None:
+        """Return the settings of the closed form; None if there is none."""
         if self.text == "none":
             return None
-        erase = require_phrases(self.method(), self.erase)
         if self.text == "uce":
-            return UCE(erase=erase, captions=self.captions)
-        if not self.captions:
-            return RECE(erase=erase)
-        return RECE(erase=erase, captions=self.captions, preserve_scale=KEPT)
+            return UCE(erase=self.erase, captions=self.captions)
+        scale: dict[str, Any] = {"preserve_scale": CAPTIONS_SCALE} if self.captions else {}
+        return RECE(erase=self.erase, captions=self.captions, **scale)
 
-    def visual(self) -> SafeGen:
+    def build_safegen(self) -> SafeGen:
         """Return the settings of SafeGen."""
         shared = SafeGen.model_fields.keys() & type(self).model_fields.keys()
-        return SafeGen(
-            **{name: getattr(self, name) for name in shared}, teacher=self.weight_preserve > 0
-        )
+        return SafeGen(**{name: getattr(self, name) for name in shared})
 
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
     ) -> Objective:
-        """Return SafeGen's batches and losses, for the model as it stands."""
+        """Return batches and losses of SafeGen; see `TrainedEdit.build_objective`."""
         assert triplets is not None
-        problem = SafeGenObjective(self.visual(), model, triplets, names)
-        problem.fingerprint = f"{self.model_dump_json(exclude={'training'})} {problem.fingerprint}"
-        return problem
+        return SafeGenObjective(self.build_safegen(), model, triplets, names)
 
     def apply(
         self,
         model: Model,
         triplets: Triplets | None = None,
         *,
-        folder: Path | None = None,
+        checkpoint_dir: Path | None = None,
         resume: bool = False,
         callback: TrainingCallback | None = None,
     ) -> Patch:
-        """Make both parts, the second on the model that has the first, and return them as one patch; `model` is not touched.
+        """Make both parts, the second on a model with the first, and return them as one patch.
 
-        Raises:
-            ConfigError: something is missing, or given has no effect.
-            DivergedError: a solved weight, a loss or a trained weight is not finite.
-            Stopped: the user stopped it; `resume` continues.
+        See `Edit.apply`.
         """
-        check_inputs(self, triplets, folder, resume)
-        words = self.words()
-        _ = model.hash  # taken before a weight changes: what the patch refers to
-        check(
-            model.denoiser,
-            select_parameters(model.denoiser, self.selector),
-            self.training,
-            folder=folder,
-            resume=resume,
-        )
-        if words is None:
-            return super().apply(model, triplets, folder=folder, resume=resume, callback=callback)
-        text = words.apply(
-            model
-        )  # also where it comes second: words that cannot be solved stop it before it trains
-        before = self.first == "words"
-        with text.apply(model, hidden=True) if before else nullcontext():
-            seen = super().apply(model, triplets, folder=folder, resume=resume, callback=callback)
-        if not before:
-            with seen.apply(model, hidden=True):
-                text = words.apply(model)
-        made = (text, seen) if before else (seen, text)
-        seen_metadata, text_metadata = seen.metadata.to_json(), text.metadata.to_json()
-        spent = round(seen_metadata["seconds"] + text_metadata["seconds"], 2)
-        said = {key: text_metadata[key] for key in ("method", "settings", "seconds", "moved")}
-        return Patch(
-            {**made[0].tensors, **made[1].tensors},
-            PatchMetadata(**seen_metadata | {"text": said, "seconds": spent}),
-        )
+        check_inputs(self, triplets, checkpoint_dir, resume)
+        _ = model.hash  # computed before a part is applied: the patch's base
+        checkpoints: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
+        names = select_parameters(model.denoiser, self.selector)
+        check_training(model.denoiser, names, self.training, **checkpoints)
+        closed_form = self.build_closed_form()
+        if closed_form is None:
+            return super().apply(model, triplets, callback=callback, **checkpoints)
+        # Solved before the training even if it comes second: an error must not cost a training.
+        words = closed_form.apply(model)
+        words_first = self.first == "words"
+        with words.apply(model, hidden=True) if words_first else nullcontext():
+            images = super().apply(model, triplets, callback=callback, **checkpoints)
+        if not words_first:
+            with images.apply(model, hidden=True):
+                words = closed_form.apply(model)
+        parts = (words, images) if words_first else (images, words)
+        metadata, text = images.metadata.to_json(), words.metadata.to_json()
+        metadata["text"] = {key: text[key] for key in ("method", "settings", "seconds", "moved")}
+        metadata["seconds"] = round(metadata["seconds"] + text["seconds"], 2)
+        return Patch({**parts[0].tensors, **parts[1].tensors}, PatchMetadata(**metadata))

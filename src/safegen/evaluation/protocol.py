@@ -82,7 +82,7 @@ class Protocol(BaseModel):
             wanted = [m for m in self.metrics if m in names]
             if wanted and getattr(self, part) is None:
                 raise ValueError(
-                    f"{', '.join(wanted)} needs a table [{part}]; see docs/evaluate.md"
+                    f"{', '.join(wanted)} needs a table [{part}]; see docs/reference/metrics.md"
                 )
             if getattr(self, part) is not None and not wanted:
                 raise ValueError(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import PROMPT_LISTS
-from safegen.data.prompts.prompts import Prompt, read_prompts
+from safegen.data.prompts.prompt import Prompt
+from safegen.data.prompts.prompts import read_prompts
 
 
 class Row(NamedTuple):

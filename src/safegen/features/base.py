@@ -1,7 +1,4 @@
-"""Feature extractors: pictures (and texts) to rows of numbers.
-
-Which one made a number is part of the number.
-"""
+"""Interface of the feature extractors, which map images and texts to vectors."""
 
 from __future__ import annotations
 
@@ -17,40 +14,40 @@ from safegen.core.registry import EXTRACTORS, resolve
 
 @runtime_checkable
 class Extractor(Protocol):
-    """Looks at pictures and answers a row each."""
+    """Network that maps each image to a feature vector."""
 
     id: str
-    """Name, SHA-256 of the weights, and what else changes the numbers: extractors with one id give one answer."""
+    """Name, SHA-256 of the weights, and settings: extractors with one id give the same features."""
     width: int
-    """Numbers per picture."""
+    """Number of features per image."""
 
     def features(self, images: Sequence[Image.Image]) -> NDArray[np.float64]:
-        """Return (n, width), in order; a row does not depend on the others, beyond rounding."""
+        """Return the features (n, width); a row depends on its image only, up to rounding."""
         ...
 
 
 @runtime_checkable
 class TextExtractor(Extractor, Protocol):
-    """An extractor that puts texts into the same space, as CLIP does."""
+    """Extractor that maps texts to the same space, such as CLIP."""
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return (n, width), in order; a text too long for the encoder is cut at its end."""
+        """Return the features (n, width); long texts are truncated."""
         ...
 
 
 def load_extractor(name: str, *, weights: str | None = None, device: str = "cpu") -> Extractor:
-    """Return the extractor called `name`.
+    """Return an extractor by name.
 
     Args:
-        name: `mini-clip` needs nothing; the others need weights that you have.
-        weights: for `clip` a folder or `hub:owner/name`, which is fetched; for `inception...` a
-            .safetensors or .pth file.
+        name: a name in `EXTRACTORS`; `mini-clip` needs no weights.
+        weights: a folder or `hub:owner/name` for `clip`; a .safetensors or .pth file for
+            `inception` and its variants.
         device: a torch device.
 
     Raises:
         UnknownNameError: no such extractor.
-        ConfigError: weights are missing, or given to one that has its own.
-        FileError: the weights cannot be read or are another network's.
+        ConfigError: weights are missing, or not accepted.
+        FileError: the weights cannot be read, or are of another network.
     """
     extractor: Extractor = resolve(EXTRACTORS, name, "extractor")(weights=weights, device=device)
     return extractor

@@ -1,214 +1,235 @@
-"""CLIP embeddings of pictures and texts, from weights on disk or (`hub:owner/name`) from the hub.
-
-No torchvision.
-"""
+"""CLIP: loading of weights, image preprocessing, and the feature extractor."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from safegen.core.errors import ConfigError, FileError, first_line
+from safegen.core.hashing import hash_tensors
 from safegen.core.hub import HUB, fetch_snapshot
 from safegen.core.logging import silence_libraries
+from safegen.core.registry import CLIPS, resolve
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-SPREAD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and deviation of the pixels CLIP was trained on (Radford et al.
+M = TypeVar("M", bound=nn.Module)
 
-2021), for checkpoints that do not say theirs.
-"""
-BATCH = 32
-WANTED = ("*.json", "merges.txt", "model*.safetensors")
-"""What is fetched from the hub: no pickles, no other frameworks' copies."""
-
-
-class Clip:
-    """Both towers of a CLIP model."""
-
-    def __init__(self, *, weights: str | None = None, device: str = "cpu") -> None:
-        """Load the towers.
-
-        Args:
-            weights: a folder in the layout of transformers (config.json, model.safetensors,
-                tokenizer), or `hub:owner/name`.
-            device: a torch device.
-
-        Raises:
-            ConfigError: no weights are named.
-            FileError: they cannot be fetched or read.
-        """
-        if not weights:
-            raise ConfigError(
-                "the extractor 'clip' needs weights: name a folder with a CLIP model, or hub:openai/clip-vit-large-patch14"
-            )
-        folder = (
-            fetch_snapshot(weights, allow_patterns=WANTED)
-            if weights.startswith(HUB)
-            else Path(weights)
-        )
-        self._net, digest = open_towers(folder, device)
-        self._folder = folder
-        self._side = int(self._net.config.vision_config.image_size)
-        self._mean, self._spread = _normalisation(folder)
-        self.width = int(self._net.config.projection_dim)
-        self.id = f"clip:{digest}"
-
-    def features(self, images: Sequence[Image.Image]) -> NDArray[np.float64]:
-        """Return image embeddings (n, width), not scaled to length 1."""
-
-        def pixels(part: Sequence[Image.Image]) -> Tensor:
-            x = (
-                torch.from_numpy(np.stack([crop(i, self._side) for i in part]))
-                .permute(0, 3, 1, 2)
-                .float()
-                / 255
-            )
-            return (x - x.new_tensor(self._mean)[None, :, None, None]) / x.new_tensor(self._spread)[
-                None, :, None, None
-            ]
-
-        return embed_images(
-            self._net,
-            [pixels(images[i : i + BATCH]) for i in range(0, len(images), BATCH)],
-            self.width,
-        )
-
-    def texts(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return text embeddings (n, width), not scaled to length 1; over-long texts are cut.
-
-        Raises:
-            FileError: the folder has no tokenizer.
-        """
-        return embed_texts(self._net, open_tokenizer(self._folder), texts, self.width)
+EXAMPLE = "hub:openai/clip-vit-large-patch14"
+BATCH_SIZE = 32
+PREPROCESSING = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+"""Settings of preprocessor_config.json that determine the pixels."""
 
 
-def crop(image: Image.Image, side: int) -> NDArray[np.uint8]:
-    """Return CLIP's view of a picture, (side, side, 3) in 0..255: shorter edge to `side` (bicubic, antialiased), then the middle."""
-    w, h = image.size
-    size = (side, int(side * h / w)) if w < h else (int(side * w / h), side)
-    small = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-    top, left = (size[1] - side) // 2, (size[0] - side) // 2
-    return small[top : top + side, left : left + side]
+def find_clip_folder(
+    weights: str | Path | None, *, user: str, example: str = EXAMPLE, allow_pickle: bool = False
+) -> Path:
+    """Return the folder of CLIP weights, downloaded only for `hub:owner/name`.
 
-
-def open_towers(folder: Path, device: str) -> tuple[CLIPModel, str]:
-    """Return the CLIP model of a folder in fp32, and the SHA-256 of its weights' bytes (files in the order of their names).
+    Args:
+        weights: a name in `CLIPS`, a folder, or `hub:owner/name`.
+        user: the judge, guard or extractor that needs the weights, for messages.
+        example: weights to suggest in messages.
+        allow_pickle: also download weights stored as pickles.
 
     Raises:
-        FileError: the folder is no CLIP model with safetensors weights, or has NaN in them.
+        ConfigError: no weights are given.
+        FileError: there is no such folder, or the download fails.
     """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    if not weights:
+        raise ConfigError(f"{user} needs weights. Set weights={example!r} or weights=FOLDER.")
+    name = str(weights)
+    if name in CLIPS:
+        folder: Path = resolve(CLIPS, name, "CLIP")()
+        return folder
+    if name.startswith(HUB):
+        patterns = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
+        with silence_libraries("transformers"):
+            return fetch_snapshot(name, allow_patterns=patterns)
+    if not Path(name).is_dir():
         raise FileError(
-            f"{folder} is not a CLIP model: it must be a folder with config.json and model.safetensors (no pickles)"
+            f"there is no folder {name!r} with weights for {user}. "
+            f"Set weights={example!r} or weights=FOLDER."
         )
+    return Path(name)
+
+
+def load_clip_network(
+    network_class: type[M], folder: Path, *, device: str = "cpu", allow_pickle: bool = False
+) -> M:
+    """Return a network from a local folder in fp32, frozen and complete.
+
+    Raises:
+        FileError: the files cannot be read, are pickles that are not allowed, lack a weight, or
+            have NaN.
+    """
+    hint = "" if allow_pickle else ". Pickled weights need allow_pickle=True."
     try:
         with silence_libraries("transformers"):
-            net, facts = CLIPModel.from_pretrained(
+            network, info = network_class.from_pretrained(  # type: ignore[attr-defined]
                 str(folder),
-                local_files_only=True,
-                use_safetensors=True,
                 dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
             )
-    except Exception as error:  # transformers and safetensors raise a dozen kinds; all mean that these files cannot be used
-        raise FileError(f"the CLIP model {str(folder)!r} cannot be read: {first_line(error)}") from error
-    if facts["missing_keys"]:
+    except Exception as error:  # transformers and safetensors raise a dozen types
         raise FileError(
-            f"{folder} does not hold a whole CLIP model: it lacks {min(facts['missing_keys'])}; get both towers"
+            f"{folder} cannot be read as {network_class.__name__}: {first_line(error)}{hint}"
+        ) from error
+    missing = sorted([*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])])
+    if missing:
+        raise FileError(
+            f"{folder} lacks {len(missing)} weights of {network_class.__name__}, such as "
+            f"{missing[0]}. Get a complete copy."
         )
-    for key, value in net.state_dict().items():
+    for key, value in network.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise FileError(
-                f"the CLIP model {str(folder)!r} has NaN or infinite weights in {key}; get an undamaged copy"
-            )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return net.eval().requires_grad_(False).to(device), digest.hexdigest()
+            raise FileError(f"{folder} has NaN or infinite weights in {key}. Get an intact copy.")
+    frozen: M = network.float().to(device).eval().requires_grad_(False)
+    return frozen
 
 
-def open_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Return the tokenizer of a folder.
+def load_clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Return the tokenizer of a local folder.
 
     Raises:
-        FileError: it has none.
+        FileError: the folder has no tokenizer, or it cannot be read.
     """
+    # without these files transformers returns an empty tokenizer
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileError(
-            f"{folder} has no tokenizer: it must hold tokenizer.json, or vocab.json and merges.txt"
+            f"{folder} has no tokenizer. Add tokenizer.json, or vocab.json and merges.txt."
         )
     try:
         with silence_libraries("transformers"):
             return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # as above
-        raise FileError(f"the tokenizer in {str(folder)!r} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # no vocabulary, not JSON ...
+        raise FileError(
+            f"{folder} has a tokenizer that cannot be read: {first_line(error)}"
+        ) from error
+
+
+class ClipPreprocessor:
+    """Image preprocessing of a CLIP folder: resize, crop and normalize."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """Read preprocessor_config.json and check its output.
+
+        Raises:
+            FileError: the file is missing or invalid, or does not give images of `size` pixels.
+        """
+        path = folder / "preprocessor_config.json"
+        if not path.is_file():
+            raise FileError(f"{folder} has no preprocessor_config.json. Get it with the weights.")
+        try:
+            with silence_libraries("transformers"), np.errstate(all="ignore"):
+                self._processor = CLIPImageProcessorPil.from_pretrained(
+                    str(folder), local_files_only=True
+                )
+                output = self(Image.new("RGB", (size + 3, size)))
+        except Exception as error:  # not JSON, or a value of another type
+            raise FileError(f"{path} cannot be read: {first_line(error)}") from error
+        if tuple(output.shape) != (3, size, size) or not bool(output.isfinite().all()):
+            raise FileError(
+                f"{path} must give finite images of shape {(3, size, size)}, "
+                f"got {tuple(output.shape)}"
+            )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return an RGB image as the network's input, (3, size, size)."""
+        pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that determine the pixels."""
+        settings = self._processor.to_dict()
+        return {key: settings.get(key) for key in PREPROCESSING}
+
+
+class Clip:
+    """Feature extractor: projected embeddings of a CLIP model."""
+
+    def __init__(self, *, weights: str | None = None, device: str = "cpu") -> None:
+        """Load the model.
+
+        Args:
+            weights: `mini`, a folder in the layout of transformers (config.json,
+                model.safetensors, preprocessor_config.json, tokenizer), or `hub:owner/name`.
+            device: a torch device.
+
+        Raises:
+            ConfigError: no weights are given.
+            FileError: the weights cannot be fetched or read.
+        """
+        self._folder = find_clip_folder(weights, user="the extractor 'clip'")
+        self._net = load_clip_network(CLIPModel, self._folder, device=device)
+        size = int(self._net.config.vision_config.image_size)
+        self._preprocess = ClipPreprocessor(self._folder, size)
+        self.width = int(self._net.config.projection_dim)
+        self.id = f"clip:{hash_tensors(self._net.state_dict())}"
+
+    def features(self, images: Sequence[Image.Image]) -> NDArray[np.float64]:
+        """Return image embeddings (n, width), not normalized."""
+        batches = (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE))
+        pixels = [torch.stack([self._preprocess(i.convert("RGB")) for i in b]) for b in batches]
+        return embed_images(self._net, pixels)
+
+    def texts(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return text embeddings (n, width), not normalized; long texts are truncated.
+
+        Raises:
+            FileError: the folder has no tokenizer.
+        """
+        return embed_texts(self._net, load_clip_tokenizer(self._folder), texts)
 
 
 @torch.no_grad()
-def embed_images(net: CLIPModel, batches: Sequence[Tensor], width: int) -> NDArray[np.float64]:
-    """Return the projected embeddings of normalised pixels (b, 3, side, side), one row a picture.
-
-    (0, width) for none.
-    """
-    rows = [
-        net.get_image_features(pixel_values=b.to(net.device)).pooler_output.double().cpu().numpy()
-        for b in batches
-    ]
-    return np.concatenate(rows) if rows else np.empty((0, width))
+def embed_images(net: CLIPModel, batches: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Return the projected embeddings of preprocessed images (b, 3, size, size), (n, width)."""
+    outputs = (net.get_image_features(pixel_values=b.to(net.device)) for b in batches)
+    return _concatenate(net, [o.pooler_output for o in outputs])
 
 
 @torch.no_grad()
 def embed_texts(
-    net: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str], width: int
+    net: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]
 ) -> NDArray[np.float64]:
-    """Return the projected embeddings of texts, one row each; (0, width) for none."""
-    rows, longest = [], int(net.config.text_config.max_position_embeddings)
-    for i in range(0, len(texts), BATCH):
-        part = tokenizer(
-            list(texts[i : i + BATCH]),
+    """Return the projected embeddings of texts, (n, width)."""
+    rows, length = [], int(net.config.text_config.max_position_embeddings)
+    for i in range(0, len(texts), BATCH_SIZE):
+        tokens = tokenizer(
+            list(texts[i : i + BATCH_SIZE]),
             padding="max_length",
-            max_length=longest,
+            max_length=length,
             truncation=True,
             return_tensors="pt",
         )
-        rows.append(
-            net.get_text_features(**part.to(net.device)).pooler_output.double().cpu().numpy()
-        )
-    return np.concatenate(rows) if rows else np.empty((0, width))
+        rows.append(net.get_text_features(**tokens.to(net.device)).pooler_output)
+    return _concatenate(net, rows)
 
 
-def _normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return MEAN, SPREAD
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        mean, spread = (
-            tuple(float(v) for v in facts.get(k, d))
-            for k, d in (("image_mean", MEAN), ("image_std", SPREAD))
-        )
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise FileError(f"{path} cannot be read: {error}") from error
-    if len(mean) != 3 or len(spread) != 3 or not all(v > 0 for v in spread):
-        raise FileError(
-            f"{path} must give three means and three deviations > 0, got {mean} and {spread}"
-        )
-    return mean, spread
+def _concatenate(net: CLIPModel, rows: Sequence[Tensor]) -> NDArray[np.float64]:
+    if not rows:
+        return np.empty((0, int(net.config.projection_dim)))
+    return np.concatenate([row.double().cpu().numpy() for row in rows])

@@ -1,8 +1,8 @@
-"""The Inception-v3 of the FID, in plain torch: pictures to the 2048 numbers of its last pooling.
+"""Inception-v3 of the FID in plain torch: images to the 2048 features of its last pooling.
 
-The network of the FID is TensorFlow's of 2015-12-05 (1008 classes), not torchvision's: average
-pools leave the padding out, the last block pools by maximum. The names of the weights are those of
-the port that pytorch-fid and torch-fidelity read.
+The FID uses TensorFlow's network of 2015-12-05 (1008 classes), not torchvision's: average pools
+exclude the padding, and the last block has a maximum pool. The weights have the names of the port
+that pytorch-fid and torch-fidelity read.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from PIL import Image
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.features.weights import fill, read_weights
+from safegen.features.weights import load_weights, read_weights
 
-SIDE, WIDTH, CLASSES, BATCH = 299, 2048, 1008, 16
+SIDE, WIDTH, CLASSES, BATCH_SIZE = 299, 2048, 1008, 16
 
 Step = tuple[str, int, tuple[int, int]]
-"""A convolution: its name's ending, channels, kernel."""
+"""Convolution: suffix of its name, channels, kernel."""
 Branch = tuple[str, tuple[Step | tuple[Step, Step], ...]]
-"""A branch: its name and its steps; a pair of steps looks at one input and is joined."""
+"""Branch: name and steps; a pair of steps has one input, and its outputs are concatenated."""
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU; `same` padding unless it strides."""
+    """Convolution without bias, batch norm, ReLU; `same` padding unless `pad` is False."""
 
     def __init__(
         self, a: int, b: int, kernel: tuple[int, int], *, stride: int = 1, pad: bool = True
     ) -> None:
-        """Build with random weights."""
+        """Build the network with random weights."""
         super().__init__()
         padding = (kernel[0] // 2, kernel[1] // 2) if pad else (0, 0)
         self.conv = nn.Conv2d(a, b, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(b, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return activations."""
+        """Return the activations."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Mixed(nn.Module):
-    """Branches beside each other, and a pooled one: averaged or of maxima with a convolution, or halving (`reduce`) without."""
+    """Parallel branches and a pooled branch: average or maximum with a convolution, or `reduce`."""
 
     def __init__(
         self,
@@ -58,29 +58,29 @@ class Mixed(nn.Module):
         pool: Literal["mean", "max", "reduce"],
         pooled: int = 0,
     ) -> None:
-        """Build with random weights."""
+        """Build the network with random weights."""
         super().__init__()
         self._plan: list[list[tuple[str, ...]]] = []
         self._pool = pool
-        self.out = pooled or a
+        self.channels = pooled or a
         for stem, steps in branches:
             plan, width = [], a
             for n, step in enumerate(steps):
                 halve = pool == "reduce" and n == len(steps) - 1
-                twins: tuple[Step, ...] = step if isinstance(step[0], tuple) else (step,)
-                for end, b, kernel in twins:
+                convolutions: tuple[Step, ...] = step if isinstance(step[0], tuple) else (step,)
+                for end, b, kernel in convolutions:
                     self.add_module(
                         stem + end, Conv(width, b, kernel, stride=2 if halve else 1, pad=not halve)
                     )
-                plan.append(tuple(stem + end for end, _, _ in twins))
-                width = sum(b for _, b, _ in twins)
+                plan.append(tuple(stem + end for end, _, _ in convolutions))
+                width = sum(b for _, b, _ in convolutions)
             self._plan.append(plan)
-            self.out += width
+            self.channels += width
         if pooled:
             self.branch_pool = Conv(a, pooled, (1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the branches' channels one after the other, the pooled ones last."""
+        """Return the concatenated channels of the branches, the pooled branch last."""
         parts = []
         for plan in self._plan:
             y = x
@@ -118,8 +118,8 @@ def _b(width: int) -> Mixed:
 
 
 def _c(width: int, c: int) -> Mixed:
-    once = (("_1", c, (1, 1)), ("_2", c, (1, 7)), ("_3", 192, (7, 1)))
-    twice = (
+    single = (("_1", c, (1, 1)), ("_2", c, (1, 7)), ("_3", 192, (7, 1)))
+    double = (
         ("_1", c, (1, 1)),
         ("_2", c, (7, 1)),
         ("_3", c, (1, 7)),
@@ -128,7 +128,7 @@ def _c(width: int, c: int) -> Mixed:
     )
     return Mixed(
         width,
-        (("branch1x1", (("", 192, (1, 1)),)), ("branch7x7", once), ("branch7x7dbl", twice)),
+        (("branch1x1", (("", 192, (1, 1)),)), ("branch7x7", single), ("branch7x7dbl", double)),
         pool="mean",
         pooled=192,
     )
@@ -156,10 +156,10 @@ def _e(width: int, pool: Literal["mean", "max"]) -> Mixed:
 
 
 class Trunk(nn.Module):
-    """(b, 3, 299, 299) in [-1, 1] -> (b, 2048)."""
+    """Inception network from images (b, 3, 299, 299) in [-1, 1] to features (b, 2048)."""
 
     def __init__(self) -> None:
-        """Build with random weights."""
+        """Build the network with random weights."""
         super().__init__()
         self.Conv2d_1a_3x3 = Conv(3, 32, (3, 3), stride=2, pad=False)
         self.Conv2d_2a_3x3 = Conv(32, 32, (3, 3), pad=False)
@@ -179,9 +179,9 @@ class Trunk(nn.Module):
             "7b": _e(1280, "mean"),
             "7c": _e(2048, "max"),
         }
-        assert [m.out for m in mixed.values()][-1] == WIDTH
+        assert [m.channels for m in mixed.values()][-1] == WIDTH
         assert all(
-            conv.conv.in_channels == before.out
+            conv.conv.in_channels == before.channels
             for before, after in pairwise(mixed.values())
             for conv in _entries(after)
         )
@@ -205,30 +205,35 @@ def _entries(block: Mixed) -> list[Conv]:
 
 
 def resize_tf1(pixels: NDArray[np.uint8]) -> Tensor:
-    """Return (3, 299, 299) in 0..255 by TensorFlow 1's bilinear rule, as the FID's graph and torch-fidelity do.
+    """Return (3, 299, 299) in 0..255 by TensorFlow 1's bilinear rule, as torch-fidelity does.
 
-    Output pixel i reads input at i h / 299 (corners, not centres, are aligned at 0) and does not
-    smooth: large pictures alias.
+    Output pixel i reads input at i h / 299 (corners, not centers, are aligned at 0) without
+    smoothing, so large images alias.
     """
     x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)
     for dim in (2, 1):
         n = x.shape[dim]
-        at = torch.arange(SIDE, dtype=torch.float32) * torch.tensor(n / SIDE, dtype=torch.float32)
-        low = at.long().clamp_max(n - 1)
-        high, part = (low + 1).clamp_max(n - 1), at - low
+        position = torch.arange(SIDE, dtype=torch.float32) * torch.tensor(
+            n / SIDE, dtype=torch.float32
+        )
+        low = position.long().clamp_max(n - 1)
+        high, fraction = (low + 1).clamp_max(n - 1), position - low
         left, right = x.index_select(dim, low), x.index_select(dim, high)
-        x = left + (right - left) * (part if dim == 2 else part[:, None])
+        x = left + (right - left) * (fraction if dim == 2 else fraction[:, None])
     return x
 
 
 def resize_torch(pixels: NDArray[np.uint8]) -> Tensor:
-    """Return (3, 299, 299) in 0..255 by torch's bilinear rule (centres aligned, no smoothing), as pytorch-fid does."""
+    """Return (3, 299, 299) in 0..255 by torch's bilinear rule, as pytorch-fid does."""
     x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)
     return F.interpolate(x[None], size=(SIDE, SIDE), mode="bilinear", align_corners=False)[0]
 
 
 def resize_clean(pixels: NDArray[np.uint8]) -> Tensor:
-    """Return (3, 299, 299) in 0..255 by Pillow's antialiased bicubic rule in floats, as clean-fid does (Parmar et al. 2022)."""
+    """Return (3, 299, 299) in 0..255 by Pillow's bicubic rule in floats (clean-fid).
+
+    Parmar et al. 2022, arXiv:2104.11222.
+    """
     planes = [
         Image.fromarray(pixels[..., c].astype(np.float32)).resize(
             (SIDE, SIDE), Image.Resampling.BICUBIC
@@ -238,26 +243,26 @@ def resize_clean(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(p).clip(0, 255) for p in planes]))
 
 
-def _centred(x: Tensor) -> Tensor:
+def _scale_tf1(x: Tensor) -> Tensor:
     return (x - 128) / 128
 
 
-def _halved(x: Tensor) -> Tensor:
+def _scale_unit(x: Tensor) -> Tensor:
     return x / 127.5 - 1
 
 
 RESIZES: dict[str, tuple[Callable[[NDArray[np.uint8]], Tensor], Callable[[Tensor], Tensor]]] = {
-    "tf1": (resize_tf1, _centred),
-    "torch": (resize_torch, _halved),
-    "clean": (resize_clean, _centred),
+    "tf1": (resize_tf1, _scale_tf1),
+    "torch": (resize_torch, _scale_unit),
+    "clean": (resize_clean, _scale_tf1),
 }
-"""Resize, then scale to about [-1, 1]. Numbers of two resizes do not compare."""
+"""Resize and scale to about [-1, 1]. Features of different resizes are not comparable."""
 
 
 class Inception:
-    """The FID's features.
+    """Feature extractor of the FID.
 
-    Its weights are a file the user has: pt_inception-2015-12-05-6726825d.pth or the same as
+    Its weights come from a local file: pt_inception-2015-12-05-6726825d.pth, or the same as
     safetensors.
     """
 
@@ -269,35 +274,31 @@ class Inception:
         """Load the weights.
 
         Args:
-            weights: a .safetensors or .pth file with the TensorFlow port's names.
+            weights: .safetensors or .pth file with the names of the TensorFlow port.
             device: a torch device.
             resize: `tf1` (torch-fidelity, torchmetrics), `torch` (pytorch-fid) or `clean`
                 (clean-fid).
 
         Raises:
-            ConfigError: no weights are named.
-            FileError: they cannot be read, or are not the port of TensorFlow's network.
+            ConfigError: no weights are given.
+            FileError: the weights cannot be read, or are of another network.
         """
         if not weights:
             raise ConfigError(
-                "the extractor 'inception' needs weights: name the file pt_inception-2015-12-05-6726825d.pth (pytorch-fid's)"
+                "the extractor 'inception' needs weights. "
+                "Set weights to the file pt_inception-2015-12-05-6726825d.pth of pytorch-fid."
             )
         tensors, digest = read_weights(Path(weights))
         head = tensors.get("fc.weight")
         if head is None or head.shape[0] != CLASSES:
             got = "no fc.weight" if head is None else f"{head.shape[0]} classes"
             raise FileError(
-                f"{weights} is not the FID's Inception, TensorFlow's of 2015-12-05 with {CLASSES} classes: it has {got} "
-                "(torchvision's has 1000 and gives other numbers)"
+                f"{weights} must be TensorFlow's Inception of 2015-12-05 with {CLASSES} classes, "
+                f"got {got}. torchvision's Inception, with 1000 classes, gives other numbers."
             )
         self._net = Trunk()
-        own = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
-        fill(
-            self._net,
-            own,
-            source=Path(weights),
-            what="the FID's Inception (the names of pytorch-fid)",
-        )
+        trunk = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
+        load_weights(self._net, trunk, source=Path(weights), what="the FID's Inception")
         self._net.to(device)
         self._device = torch.device(device)
         self._resize, self._scale = RESIZES[resize]
@@ -307,9 +308,10 @@ class Inception:
     def features(self, images: Sequence[Image.Image]) -> NDArray[np.float64]:
         """Return the pooled features (n, 2048)."""
         rows = []
-        for i in range(0, len(images), BATCH):
+        for i in range(0, len(images), BATCH_SIZE):
             pixels = [
-                self._resize(np.asarray(image.convert("RGB"))) for image in images[i : i + BATCH]
+                self._resize(np.asarray(image.convert("RGB")))
+                for image in images[i : i + BATCH_SIZE]
             ]
             rows.append(
                 self._net(self._scale(torch.stack(pixels).to(self._device))).double().cpu().numpy()

@@ -1,7 +1,4 @@
-"""LPIPS with AlexNet: how far two pictures of one prompt and seed lie apart to the eye.
-
-Its weights come from files the user has.
-"""
+"""LPIPS with AlexNet: perceptual distance of two images; the weights come from local files."""
 
 from __future__ import annotations
 
@@ -16,27 +13,27 @@ from PIL import Image
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.features.weights import fill, read_weights
+from safegen.features.weights import load_weights, read_weights
 
 WIDTHS = (64, 192, 384, 256, 256)
-"""Channels after each of AlexNet's five convolutions."""
-LEAST = 31
-"""Pixels under which the last convolution sees nothing."""
+"""Channels after each of the five convolutions of AlexNet."""
+MIN_SIZE = 31
+"""Least side in pixels for which the last convolution has an output."""
 SHIFT = (-0.030, -0.088, -0.188)
-SPREAD = (0.458, 0.448, 0.450)
-"""ImageNet's mean and deviation for pixels in [-1, 1], as LPIPS rounds them."""
+SCALE = (0.458, 0.448, 0.450)
+"""Mean and standard deviation of ImageNet for pixels in [-1, 1], as LPIPS rounds them."""
 
 
 def layer_distance(a: Tensor, b: Tensor, head: Tensor) -> Tensor:
-    """Return one layer's part, (b,): the spatial mean of sum_c head_c (a_c / |a| - b_c / |b|)^2.
+    """Return one layer's term, (b,): the spatial mean of sum_c head_c (a_c / |a| - b_c / |b|)^2.
 
-    Zhang et al. 2018, arXiv:1801.03924, eq. 1, with the learnt weights outside the square, as in
-    their program.
+    Zhang et al. 2018, arXiv:1801.03924, eq. 1, with the learned weights outside the square, as in
+    the authors' code.
 
     Args:
-        a: (b, c, h, w) activations of the first pictures.
-        b: (b, c, h, w) of the second.
-        head: (c,) learnt weights, >= 0.
+        a: (b, c, h, w) activations of the first images.
+        b: (b, c, h, w) activations of the second images.
+        head: (c,) learned weights, >= 0.
     """
 
     def unit(x: Tensor) -> Tensor:
@@ -46,7 +43,7 @@ def layer_distance(a: Tensor, b: Tensor, head: Tensor) -> Tensor:
 
 
 class AlexTrunk(nn.Module):
-    """The convolutions of AlexNet under torchvision's names: (b, 3, h, w) -> five activations, each after its ReLU."""
+    """Convolutions of AlexNet under torchvision's names, from images to five activations."""
 
     def __init__(self) -> None:
         """Build the network with random weights."""
@@ -66,20 +63,17 @@ class AlexTrunk(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the activations, (b, 64 | 192 | 384 | 256 | 256, ., .)."""
-        out = []
+        """Return the activations after each ReLU, (b, 64 | 192 | 384 | 256 | 256, ., .)."""
+        activations = []
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.ReLU):
-                out.append(x)
-        return out
+                activations.append(x)
+        return activations
 
 
 class Lpips:
-    """LPIPS v0.1, AlexNet.
-
-    A model that changes nothing scores 0: read it beside the removal rate.
-    """
+    """LPIPS v0.1 with AlexNet; an edit without effect scores 0."""
 
     def __init__(
         self, *, trunk: str, heads: str, side: int | None = None, device: str = "cpu"
@@ -87,60 +81,57 @@ class Lpips:
         """Load the weights.
 
         Args:
-            trunk: file with AlexNet's weights under torchvision's names (alexnet-owt-7be5be79.pth);
-                its classifier is not used.
-            heads: file with the five linear heads under the names of the `lpips` package (alex.pth:
+            trunk: file of torchvision's AlexNet (alexnet-owt-7be5be79.pth); the classifier is not
+                used.
+            heads: file of the five linear heads of the `lpips` package (alex.pth, with
                 lin0.model.1.weight ...).
-            side: pictures are first shrunk to this many pixels (64 in ESD and RECE); as they are
-                when None.
+            side: size in pixels to which images are resized first (64 in ESD and RECE); None to
+                keep their size.
             device: a torch device.
 
         Raises:
-            FileError: a file is missing or holds something else.
+            FileError: a file is missing, or has other weights.
             ConfigError: `side` is too small for AlexNet.
         """
-        if side is not None and side < LEAST:
-            raise ConfigError(f"LPIPS needs pictures of at least {LEAST} pixels, got side {side}")
-        tensors, first = read_weights(Path(trunk))
+        if side is not None and side < MIN_SIZE:
+            raise ConfigError(f"side must be at least {MIN_SIZE} for LPIPS, got {side}")
+        tensors, trunk_hash = read_weights(Path(trunk))
         self._net = AlexTrunk()
-        own = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
-        fill(
-            self._net, own, source=Path(trunk), what="AlexNet's convolutions (torchvision's names)"
-        )
+        convolutions = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
+        load_weights(self._net, convolutions, source=Path(trunk), what="AlexNet's convolutions")
         self._net.to(device)
-        tensors, second = read_weights(Path(heads))
+        tensors, heads_hash = read_weights(Path(heads))
         self._heads = [_head(tensors, n, Path(heads)).to(device) for n in range(len(WIDTHS))]
         self.side, self._device = side, torch.device(device)
-        self.id = f"lpips-alex:{first}:{second}" + (f":side{side}" if side else "")
+        self.id = f"lpips-alex:{trunk_hash}:{heads_hash}" + (f":side{side}" if side else "")
 
     @torch.no_grad()
     def distances(
         self, a: Sequence[Image.Image], b: Sequence[Image.Image], *, batch: int = 16
     ) -> NDArray[np.float64]:
-        """Return the distance of each pair, (n,), >= 0; 0 for equal pictures.
+        """Return the distance of each pair, (n,), >= 0; 0 for equal images.
 
         Raises:
-            ConfigError: lists of other lengths, a pair of unlike sizes, or a picture that is too
-                small.
+            ConfigError: lengths differ, sizes differ within a pair, or an image is too small.
         """
         if len(a) != len(b):
             raise ConfigError(
-                f"LPIPS compares pairs: both lists must be equally long, got {len(a)} and {len(b)}"
+                f"both lists of images must be equally long, got {len(a)} and {len(b)}"
             )
-        out = np.empty(len(a))
+        distances = np.empty(len(a))
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            if x.size != y.size or min(x.size) < LEAST:
+            if x.size != y.size or min(x.size) < MIN_SIZE:
                 raise ConfigError(
-                    f"LPIPS needs two pictures of one size, {LEAST} pixels or more; pair {i} has {x.size} and {y.size}"
+                    f"images of pair {i} must have one size of at least {MIN_SIZE} pixels, "
+                    f"got {x.size} and {y.size}"
                 )
-        for size in sorted({x.size for x in a}):  # pictures of one size go together
+        for size in sorted({x.size for x in a}):  # batches of one size
             rows = [i for i, x in enumerate(a) if x.size == size]
             for start in range(0, len(rows), batch):
                 part = rows[start : start + batch]
-                out[part] = (
-                    self._pairs([a[i] for i in part], [b[i] for i in part]).double().cpu().numpy()
-                )
-        return out
+                pairs = self._pairs([a[i] for i in part], [b[i] for i in part])
+                distances[part] = pairs.double().cpu().numpy()
+        return distances
 
     def _pairs(self, a: list[Image.Image], b: list[Image.Image]) -> Tensor:
         x, y = self._net(self._pixels(a)), self._net(self._pixels(b))
@@ -157,7 +148,7 @@ class Lpips:
         x = x / 127.5 - 1
         if self.side:
             x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
-        return (x - x.new_tensor(SHIFT)[None, :, None, None]) / x.new_tensor(SPREAD)[
+        return (x - x.new_tensor(SHIFT)[None, :, None, None]) / x.new_tensor(SCALE)[
             None, :, None, None
         ]
 
@@ -168,6 +159,7 @@ def _head(tensors: dict[str, Tensor], n: int, source: Path) -> Tensor:
     if value is None or value.numel() != WIDTHS[n]:
         got = "nothing" if value is None else tuple(value.shape)
         raise FileError(
-            f"{source} does not hold LPIPS heads for AlexNet: {key} must be (1, {WIDTHS[n]}, 1, 1), got {got}"
+            f"{source} has no LPIPS heads for AlexNet: "
+            f"{key} must be (1, {WIDTHS[n]}, 1, 1), got {got}"
         )
     return value.float().flatten()

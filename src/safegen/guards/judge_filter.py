@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from safegen.core.concept import Concept
 from safegen.core.errors import FileError, is_out_of_memory
 from safegen.core.registry import CLIPS
-from safegen.data.triplets.censor import Censor, censor
+from safegen.data.triplets.censor import Censor, censor_image
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
 from safegen.guards.core.result import GuardResult, UnsafeAction
@@ -155,4 +155,4 @@ def censor_whole(image: Image.Image, action: UnsafeAction) -> Image.Image | None
         return Image.new("RGB", image.size)
     box = (0.0, 0.0, float(image.width), float(image.height))
     tile = max(1 / 8, 2 / min(image.size))
-    return censor(image.convert("RGB"), [box], Censor(style=action, tile=tile))[0]
+    return censor_image(image.convert("RGB"), [box], Censor(style=action, tile=tile))[0]

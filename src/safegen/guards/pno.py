@@ -20,14 +20,14 @@ from transformers.models.clip.modeling_clip import CLIPModel
 
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
-from safegen.core.hashing import hash_tensors
+from safegen.core.hashing import hash_settings, hash_tensors
+from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
 from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, GuardConfig, ProbeFunction
 from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
 from safegen.judges import Judge
 from safegen.judges.clip import chances, encode_texts
-from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 GROUP = 4
 """k: entries of the latents per row of the regularizer's matrix."""
@@ -222,18 +222,16 @@ class ClipScore:
         Raises:
             UserError: the folder cannot be used.
         """
-        folder = find_folder(
-            "clip", weights, option="weights", example="hub:openai/clip-vit-large-patch14"
-        )
-        self.clip = load_part(CLIPModel, folder, device=device)
+        folder = find_clip_folder(weights, user="the guard 'pno'")
+        self.clip = load_clip_network(CLIPModel, folder, device=device)
         state = self.clip.state_dict()
         self.id, self.num_unsafe = hash_tensors(state), len(unsafe)
         vision = ("vision_model.", "visual_projection.")
         self.vision_id = hash_tensors({k: v for k, v in state.items() if k.startswith(vision)})
         """Hash of the image tower, by which judges without a text tower are named."""
         self.side = int(self.clip.config.vision_config.image_size)
-        settings = Pixels(folder, self.side).facts
-        self.preprocessing_id = fingerprint(
+        settings = ClipPreprocessor(folder, self.side).settings
+        self.preprocessing_id = hash_settings(
             [self.side, settings["image_mean"], settings["image_std"]]
         )
         self.mean, self.std = (

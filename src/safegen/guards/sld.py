@@ -30,6 +30,12 @@ ROUNDING = 1e-5
 """Largest relative correction that counts as none: equal texts may differ in their last bits."""
 
 
+def _preset(*values: float) -> dict[str, float]:
+    """Return a preset from the values of its five settings."""
+    names = ("warmup", "scale", "threshold", "momentum_scale", "momentum")
+    return dict(zip(names, values, strict=True))
+
+
 class SldConfig(GuardConfig):
     """Settings of SLD. The default is the published `medium`."""
 
@@ -43,35 +49,11 @@ class SldConfig(GuardConfig):
         "safety text is not predicted in steps where it cannot matter."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "weak": {
-            "warmup": 15.0,
-            "scale": 200.0,
-            "threshold": 0.0,
-            "momentum_scale": 0.0,
-            "momentum": 0.0,
-        },
-        "weak-diffusers": {
-            "warmup": 15.0,
-            "scale": 20.0,
-            "threshold": 0.0,
-            "momentum_scale": 0.0,
-            "momentum": 0.0,
-        },
+        "weak": _preset(15.0, 200.0, 0.0, 0.0, 0.0),
+        "weak-diffusers": _preset(15.0, 20.0, 0.0, 0.0, 0.0),
         "medium": {},
-        "strong": {
-            "warmup": 7.0,
-            "scale": 2000.0,
-            "threshold": 0.025,
-            "momentum_scale": 0.5,
-            "momentum": 0.7,
-        },
-        "max": {
-            "warmup": 0.0,
-            "scale": 5000.0,
-            "threshold": 1.0,
-            "momentum_scale": 0.5,
-            "momentum": 0.7,
-        },
+        "strong": _preset(7.0, 2000.0, 0.025, 0.5, 0.7),
+        "max": _preset(0.0, 5000.0, 1.0, 0.5, 0.7),
     }
 
     text: str = Field(default=PAPER_TEXT, min_length=1)

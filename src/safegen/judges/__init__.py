@@ -32,7 +32,7 @@ def load_judge(
             unsafe ones when empty.
         threshold: from which score on; the judge's own when not given.
         options: what this judge takes besides (its weights, channel order, prompts ...); see
-            docs/judges.md.
+            docs/reference/judges.inc.
 
     Raises:
         UnknownNameError: no such judge, label or option.

@@ -9,18 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel
-from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.errors import ConfigError, FileError, first_line
-from safegen.core.hashing import hash_tensors
-from safegen.core.logging import silence_libraries
+from safegen.core.errors import ConfigError
+from safegen.core.hashing import hash_settings, hash_tensors
+from safegen.features.clip import (
+    ClipPreprocessor,
+    find_clip_folder,
+    load_clip_network,
+    load_clip_tokenizer,
+)
 from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import detect_in_batches, finite, resolve_labels
-from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 UNSAFE = "unsafe"
 """Label of the probability of all unsafe prompts together; each unsafe prompt is a label too."""
-EXAMPLE = "hub:openai/clip-vit-large-patch14"
 
 
 class ClipJudge:
@@ -58,25 +60,23 @@ class ClipJudge:
             FileError: the folder cannot be used.
             UnknownNameError: a label that this judge does not have.
         """
-        folder = find_folder(
-            "clip", weights, option="weights", example=EXAMPLE, allow_pickle=allow_pickle
-        )
+        folder = find_clip_folder(weights, user="the judge 'clip'", allow_pickle=allow_pickle)
         prompts = _prompts(unsafe, safe)
         self.label_space = (UNSAFE, *unsafe)
         self.labels, self.threshold = (
             resolve_labels("clip", labels, self.label_space, (UNSAFE,)),
             threshold,
         )
-        self._clip = load_part(CLIPModel, folder, device=device, allow_pickle=allow_pickle)
-        self._pixels = Pixels(folder, self._clip.config.vision_config.image_size)
+        self._clip = load_clip_network(CLIPModel, folder, device=device, allow_pickle=allow_pickle)
+        self._preprocess = ClipPreprocessor(folder, self._clip.config.vision_config.image_size)
         self._texts = encode_texts(self._clip, folder, prompts)
         self._unsafe = tuple(unsafe)
         self.pipeline_hash = hash_tensors(self._clip.state_dict())
-        self.id = f"clip:{self.pipeline_hash[:16]}:{fingerprint([list(unsafe), list(safe), self._pixels.facts])}"
+        self.id = f"clip:{self.pipeline_hash[:16]}:{hash_settings([list(unsafe), list(safe), self._preprocess.settings])}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
-        return detect_in_batches(images, self._pixels, self._detect)
+        return detect_in_batches(images, self._preprocess, self._detect)
 
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
@@ -120,19 +120,7 @@ def encode_texts(clip: CLIPModel, folder: Path, texts: Sequence[str]) -> Tensor:
         FileError: the folder has no tokenizer that can be read.
         ConfigError: a text is longer than CLIP reads.
     """
-    if (
-        not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file()
-    ):  # transformers would make an empty one
-        raise FileError(
-            f"{folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt); get it from where the weights are"
-        )
-    try:
-        with silence_libraries("transformers"):
-            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # no vocabulary, not JSON ...
-        raise FileError(
-            f"{folder} has a tokenizer that cannot be read: {first_line(error)}"
-        ) from error
+    tokenizer = load_clip_tokenizer(folder)
     most = int(clip.config.text_config.max_position_embeddings)
     rows = [tokenizer(text).input_ids for text in texts]
     for text, row in zip(texts, rows, strict=True):

@@ -18,11 +18,11 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from safegen.core.errors import ConfigError, FileError, first_line
 from safegen.core.files import atomic_write
-from safegen.core.hashing import hash_tensors
+from safegen.core.hashing import hash_settings, hash_tensors
+from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
 from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import detect_in_batches, finite, resolve_labels
-from safegen.judges.clip import EXAMPLE, chances
-from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
+from safegen.judges.clip import chances
 
 LABELS = ("inappropriate",)
 KEY = "prompts"
@@ -83,11 +83,9 @@ class Q16Judge:
                 "the judge 'q16' needs its two vectors; give them as prompts=FILE.safetensors, made by safegen.judges.q16.convert from the "
                 "published prompts.p, and the CLIP they were learnt with as weights=FOLDER"
             )
-        folder = find_folder(
-            "q16", weights, option="weights", example=EXAMPLE, allow_pickle=allow_pickle
-        )
+        folder = find_clip_folder(weights, user="the judge 'q16'", allow_pickle=allow_pickle)
         vectors, digest = _vectors(Path(prompts))
-        self._tower = load_part(
+        self._tower = load_clip_network(
             CLIPVisionModelWithProjection, folder, device=device, allow_pickle=allow_pickle
         )
         width = self._tower.visual_projection.out_features
@@ -96,13 +94,15 @@ class Q16Judge:
                 f"the vectors in {prompts} have width {vectors.shape[1]}, the CLIP in {folder} has {width}; give the CLIP they fit"
             )
         self._vectors = vectors.to(device)
-        self._pixels = Pixels(folder, self._tower.config.image_size)
+        self._preprocess = ClipPreprocessor(folder, self._tower.config.image_size)
         self.pipeline_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
-        self.id = f"q16:{self.pipeline_hash[:16]}:{fingerprint([digest, self._pixels.facts])}"
+        self.id = (
+            f"q16:{self.pipeline_hash[:16]}:{hash_settings([digest, self._preprocess.settings])}"
+        )
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
-        return detect_in_batches(images, self._pixels, self._detect)
+        return detect_in_batches(images, self._preprocess, self._detect)
 
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from safegen.core.errors import ConfigError
-from safegen.core.hashing import hash_tensors
+from safegen.core.hashing import hash_settings, hash_tensors
+from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
 from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import detect_in_batches, finite, resolve_labels
-from safegen.judges.vision import Pixels, find_folder, fingerprint, load_part
 
 MIDDLE = 0.5
 """Score of a picture that lies exactly on a concept's own threshold."""
@@ -70,17 +70,16 @@ class SafetyCheckerJudge:
             raise ConfigError(
                 f"adjustment must be in -0.5..0.5 (it is added to a cosine), got {adjustment}"
             )
-        folder = find_folder(
-            "sd-safety-checker",
+        folder = find_clip_folder(
             weights,
-            option="weights",
+            user="the judge 'sd-safety-checker'",
             example=EXAMPLE,
             allow_pickle=allow_pickle,
         )
         pixels = folder
         if (folder / "safety_checker").is_dir():  # a diffusers folder
             folder, pixels = folder / "safety_checker", folder / "feature_extractor"
-        self._checker = load_part(
+        self._checker = load_clip_network(
             StableDiffusionSafetyChecker, folder, device=device, allow_pickle=allow_pickle
         )
         self._concepts = tuple(f"concept-{i}" for i in range(len(self._checker.concept_embeds)))
@@ -88,13 +87,13 @@ class SafetyCheckerJudge:
         self.label_space = (*self._concepts, *self._special)
         self.labels = resolve_labels("sd-safety-checker", labels, self.label_space, self._concepts)
         self.threshold, self._adjustment = threshold, adjustment
-        self._pixels = Pixels(pixels, self._checker.config.vision_config.image_size)
+        self._preprocess = ClipPreprocessor(pixels, self._checker.config.vision_config.image_size)
         self.pipeline_hash = hash_tensors(self._checker.state_dict())
-        self.id = f"sd-safety-checker:{self.pipeline_hash[:16]}:{fingerprint([adjustment, self._pixels.facts])}"
+        self.id = f"sd-safety-checker:{self.pipeline_hash[:16]}:{hash_settings([adjustment, self._preprocess.settings])}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
-        return detect_in_batches(images, self._pixels, self._detect)
+        return detect_in_batches(images, self._preprocess, self._detect)
 
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:

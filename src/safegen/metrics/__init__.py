@@ -1,4 +1,1 @@
-"""Pure functions from counts, verdicts and features to numbers with their n and interval.
-
-And what makes the features.
-"""
+"""Pure functions from counts, verdicts and features to numbers with their n and interval."""

@@ -1,22 +1,22 @@
-"""The cluster bootstrap: means and rates whose pictures are not independent, with intervals that are a matter of the seed alone."""
+"""Cluster bootstrap: means and rates of images that are not independent within a prompt."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from safegen.metrics.rates import MIN_CLUSTERS, resampled_sums, wilson
+from safegen.metrics.rates import MIN_CLUSTERS, Result, resampled_sums, wilson_interval
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean with its 95 % interval, over `n` pictures in `clusters` clusters, in the unit `scale`.
+class Mean(Result):
+    """Mean of `n` values in `clusters` clusters with its 95 % interval, in the unit `scale`.
 
-    The interval is None with one cluster, which shows no spread.
+    The interval is None for one cluster, which has no spread.
     """
 
     value: float
@@ -28,21 +28,14 @@ class Mean:
     unjudged: int = 0
 
     @property
-    def differs(self) -> bool:
-        """Of a mean of differences: whether there is an interval and it leaves out zero."""
+    def excludes_zero(self) -> bool:
+        """Whether the interval exists and excludes zero: the difference is significant."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for a results file."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
-class ClusteredRate:
-    """`hits` among `judged` pictures of `clusters` prompts.
-
-    The interval knows that pictures of one prompt resemble each other.
-    """
+class ClusteredRate(Result):
+    """Share of `hits` among `judged` images, with an interval over `clusters` prompts."""
 
     hits: int
     judged: int
@@ -53,7 +46,7 @@ class ClusteredRate:
 
     @property
     def value(self) -> float:
-        """The proportion, in [0, 1]."""
+        """Proportion of hits, in [0, 1]."""
         return self.hits / self.judged
 
     def to_json(self) -> dict[str, Any]:
@@ -70,23 +63,25 @@ class ClusteredRate:
 def ratio_interval(
     rows: Sequence[tuple[float, float]], clusters: Sequence[Hashable], *, seed: int, draws: int
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of sum(first) / sum(second) when whole clusters are drawn again (Efron & Tibshirani 1993, 8).
+    """Return the 95 % percentile interval of sum(first) / sum(second) over resampled clusters.
+
+    Bootstrap of clusters (Efron & Tibshirani 1993, chapter 8).
 
     Args:
-        rows: numerator and denominator of each picture; a denominator is > 0.
-        clusters: what is drawn together, usually the prompt.
-        seed: of the draws.
-        draws: bootstrap samples.
+        rows: numerator and denominator of each image; a denominator is > 0.
+        clusters: cluster of each image, usually its prompt.
+        seed: seed of the bootstrap.
+        draws: number of bootstrap samples.
 
     Returns:
-        2.5 % and 97.5 % points. The order of the rows and the names of the clusters are irrelevant.
+        2.5 % and 97.5 % points; they do not depend on row order or cluster names.
     """
     totals = resampled_sums(rows, clusters, seed=seed, draws=draws)
     low, high = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
     return float(low), float(high)
 
 
-def mean(
+def bootstrap_mean(
     values: Sequence[float | None],
     clusters: Sequence[Hashable],
     *,
@@ -94,64 +89,67 @@ def mean(
     seed: int = 0,
     draws: int = 2000,
 ) -> Mean:
-    """Return the mean over pictures with a bootstrap interval over clusters.
+    """Return the mean with a bootstrap interval over clusters.
 
     Args:
-        values: one per picture, None where there is none (unjudged).
-        clusters: the prompt of each picture, for example.
-        scale: what a unit is, for the reader.
-        seed: of the bootstrap.
-        draws: bootstrap samples.
+        values: one value per image; None if unjudged.
+        clusters: cluster of each image, usually its prompt.
+        scale: unit of the values, for the reader.
+        seed: seed of the bootstrap.
+        draws: number of bootstrap samples.
 
     Raises:
-        ValueError: lengths differ, no value is there, or one is not finite.
+        ValueError: lengths differ, there are no values, or one is not finite.
     """
     if len(values) != len(clusters):
         raise ValueError(
             f"values and clusters must be equally long, got {len(values)} and {len(clusters)}"
         )
-    kept = [(float(v), c) for v, c in zip(values, clusters, strict=True) if v is not None]
-    if not kept:
+    pairs = [(float(v), c) for v, c in zip(values, clusters, strict=True) if v is not None]
+    if not pairs:
         raise ValueError("a mean needs at least one value, got none")
-    if not all(math.isfinite(v) for v, _ in kept):
-        raise ValueError("a mean is over finite values, got NaN or infinity")
-    found = math.fsum(v for v, _ in kept) / len(kept)
-    names = [c for _, c in kept]
+    if not all(math.isfinite(v) for v, _ in pairs):
+        raise ValueError("the values of a mean must be finite, got NaN or infinity")
+    value = math.fsum(v for v, _ in pairs) / len(pairs)
+    names = [c for _, c in pairs]
     groups, low, high = len(set(names)), None, None
     if groups > 1:
-        left, right = ratio_interval([(v, 1.0) for v, _ in kept], names, seed=seed, draws=draws)
-        low, high = min(left, found), max(right, found)
-    return Mean(found, low, high, len(kept), groups, scale, len(values) - len(kept))
+        left, right = ratio_interval([(v, 1.0) for v, _ in pairs], names, seed=seed, draws=draws)
+        low, high = min(left, value), max(right, value)
+    return Mean(value, low, high, len(pairs), groups, scale, len(values) - len(pairs))
 
 
 def clustered_rate(
-    seen: Sequence[bool | None], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = 2000
+    outcomes: Sequence[bool | None],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int = 0,
+    draws: int = 2000,
 ) -> ClusteredRate:
-    """Return the rate of True in `seen` (None: unjudged), with an interval over clusters.
+    """Return the rate of True among `outcomes` (None: unjudged) with an interval over clusters.
 
-    Interval (ours): percentile bootstrap over clusters, widened to Wilson's over pictures, so that
-        clusters never make a rate look surer than independent pictures would. Where fewer than
-        `FEW` clusters hit, or miss, the bootstrap sees too little; then it is Wilson's at the same
-        rate over as many trials as there are clusters, as if the pictures of a prompt were one.
+    Interval (ours): percentile bootstrap over clusters, widened to the Wilson interval over images,
+    so clustering never narrows it. If fewer than `MIN_CLUSTERS` clusters have hits, or have misses,
+    the bootstrap is replaced by Wilson's interval at the same rate with one trial per cluster.
 
     Raises:
         ValueError: lengths differ, or nothing was judged.
     """
-    if len(seen) != len(clusters):
+    if len(outcomes) != len(clusters):
         raise ValueError(
-            f"outcomes and clusters must be equally long, got {len(seen)} and {len(clusters)}"
+            f"outcomes and clusters must be equally long, got {len(outcomes)} and {len(clusters)}"
         )
-    kept = [(s, c) for s, c in zip(seen, clusters, strict=True) if s is not None]
-    hits, n = sum(s for s, _ in kept), len(kept)
-    low, high = wilson(hits, n)
+    judged = [(s, c) for s, c in zip(outcomes, clusters, strict=True) if s is not None]
+    hits, n = sum(s for s, _ in judged), len(judged)
+    low, high = wilson_interval(hits, n)
     names, hit, missed = (
-        {c for s, c in kept if want is None or s == want} for want in (None, True, False)
+        {c for s, c in judged if want is None or s == want} for want in (None, True, False)
     )
     if min(len(hit), len(missed)) < MIN_CLUSTERS:
-        left, right = wilson(hits / n * len(names), len(names))
+        left, right = wilson_interval(hits / n * len(names), len(names))
     else:
         left, right = ratio_interval(
-            [(float(s), 1.0) for s, _ in kept], [c for _, c in kept], seed=seed, draws=draws
+            [(float(s), 1.0) for s, _ in judged], [c for _, c in judged], seed=seed, draws=draws
         )
     low, high = min(low, left), max(high, right)
-    return ClusteredRate(hits, n, len(seen) - n, len(names), low, high)
+    return ClusteredRate(hits, n, len(outcomes) - n, len(names), low, high)

@@ -1,19 +1,18 @@
-"""Tests of two models on the same prompts and seeds: exact McNemar, a bootstrap of a difference, and Holm over many."""
+"""Paired comparisons of two models: exact McNemar test, bootstrap of a difference, Holm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from safegen.metrics.bootstrap import Mean, mean
-from safegen.metrics.rates import Z95
+from safegen.metrics.bootstrap import Mean, bootstrap_mean
+from safegen.metrics.rates import Z95, Result
 
 
 @dataclass(frozen=True)
-class McNemar:
-    """Pairs in which only one of two models hits, and the exact two-sided p-value that both hit equally often."""
+class McNemar(Result):
+    """Numbers of pairs in which only one of two models hits, with the exact two-sided p-value."""
 
     only_a: int
     only_b: int
@@ -21,27 +20,23 @@ class McNemar:
     p: float
     unjudged: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for a results file."""
-        return asdict(self)
-
 
 def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> McNemar:
-    """Return the exact McNemar test of paired hits (McNemar 1947; exact form: sign test on the discordant pairs).
+    """Return the exact McNemar test: a sign test on the discordant pairs (McNemar 1947).
 
-    p = min(1, 2 P(X <= min(n10, n01))), X binomial with n10 + n01 trials of 1/2. With no discordant
-    pair p is 1. Significance at 5 % needs 6 against 0, 8 against 1, 10 against 2, 12 against 3 or
-    15 against 5.
+    p = min(1, 2 P(X <= min(n10, n01))), X binomial with n10 + n01 trials of 1/2; p is 1 without
+    discordant pairs. The least counts that are significant at 5 % are 6 to 0, 8 to 1, 10 to 2,
+    12 to 3 and 15 to 5.
 
     Args:
-        a: hits of one model, None where unjudged.
-        b: hits of the other on the same prompts and seeds, in the same order.
+        a: hits of one model; None if unjudged.
+        b: hits of the other model on the same prompts and seeds, in the same order.
 
     Raises:
         ValueError: lengths differ, or no pair was judged on both sides.
     """
     if len(a) != len(b):
-        raise ValueError(f"pairs need lists of one length, got {len(a)} and {len(b)}")
+        raise ValueError(f"a and b must be equally long, got {len(a)} and {len(b)}")
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     if not pairs:
         raise ValueError("a paired test needs at least one pair of judged images, got none")
@@ -52,9 +47,9 @@ def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> McNemar:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Return p-values adjusted for their number so that the chance of any false finding is at most the level (Holm 1979).
+    """Return Holm-adjusted p-values, which control the family-wise error rate (Holm 1979).
 
-    Sorted upwards, the i-th of m becomes max_{j <= i} min(1, (m - j + 1) p_j).
+    In ascending order, the i-th of m becomes max_{j <= i} min(1, (m - j + 1) p_j).
 
     Raises:
         ValueError: a p-value is outside [0, 1], or NaN.
@@ -62,11 +57,11 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     for name, value in p.items():
         if not 0 <= value <= 1:
             raise ValueError(f"a p-value must be in 0..1, got {value} for {name}")
-    out, highest = {}, 0.0
+    adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(p, key=lambda k: (p[k], k))):
         highest = max(highest, min(1.0, (len(p) - rank) * p[name]))
-        out[name] = highest
-    return {name: out[name] for name in p}
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p}
 
 
 def paired_difference(
@@ -78,48 +73,46 @@ def paired_difference(
     seed: int = 0,
     draws: int = 2000,
 ) -> Mean:
-    """Return the mean of a - b over pairs (the same prompt and seed), with a percentile bootstrap interval over clusters.
+    """Return the mean of a - b over pairs with a percentile bootstrap interval over clusters.
 
     Args:
-        a: values of one model, None where there is none.
-        b: values of the other, in the same order.
-        clusters: what is drawn together, usually the prompt.
-        scale: what a unit is, for the reader.
-        seed: of the bootstrap.
-        draws: bootstrap samples.
+        a: values of one model; None if unjudged.
+        b: values of the other model for the same prompts and seeds, in the same order.
+        clusters: cluster of each pair, usually its prompt.
+        scale: unit of the values, for the reader.
+        seed: seed of the bootstrap.
+        draws: number of bootstrap samples.
 
     Returns:
-        Swapping a and b mirrors value and interval (a difference of exactly 0 aside). A pair with a
-        side missing is left out and counted.
+        The mean difference. Swapping a and b mirrors value and interval, unless the difference is
+        exactly 0. Incomplete pairs are excluded and counted.
 
     Raises:
-        ValueError: lengths differ, no whole pair is there, or a value is not finite.
+        ValueError: lengths differ, no pair is complete, or a value is not finite.
     """
     if not len(a) == len(b) == len(clusters):
         raise ValueError(
             f"a, b and clusters must be equally long, got {len(a)}, {len(b)}, {len(clusters)}"
         )
-    apart = [
+    differences = [
         None if x is None or y is None else float(x) - float(y) for x, y in zip(a, b, strict=True)
     ]
-    known = [d for d in apart if d is not None]
+    known = [d for d in differences if d is not None]
     if not known:
         raise ValueError("a paired difference needs at least one pair, got none")
     if not all(math.isfinite(d) for d in known):
-        raise ValueError("a paired difference is over finite values, got NaN or infinity")
-    sign = (
-        -1 if math.fsum(known) < 0 else 1
-    )  # the draws see |value|, so that a - b and b - a mirror each other
-    found = mean(
-        [None if d is None else sign * d for d in apart],
+        raise ValueError("the values of a paired difference must be finite, got NaN or infinity")
+    sign = -1 if math.fsum(known) < 0 else 1  # bootstrap |value|: a - b and b - a mirror each other
+    result = bootstrap_mean(
+        [None if d is None else sign * d for d in differences],
         clusters,
         scale=scale,
         seed=seed,
         draws=draws,
     )
-    if sign > 0 or found.low is None or found.high is None:
-        return replace(found, value=sign * found.value)
-    return replace(found, value=-found.value, low=-found.high, high=-found.low)
+    if sign > 0 or result.low is None or result.high is None:
+        return replace(result, value=sign * result.value)
+    return replace(result, value=-result.value, low=-result.high, high=-result.low)
 
 
 def hit_difference(
@@ -130,30 +123,26 @@ def hit_difference(
     seed: int = 0,
     draws: int = 2000,
 ) -> Mean:
-    """Return how much more often one model hits than another on the same prompts and seeds, as a difference of shares (a - b).
+    """Return the difference of two models' hit rates (a - b) on the same prompts and seeds.
 
-    Interval (ours): `paired_difference` over clusters, widened to the one of Agresti & Min (2005),
-        which adds half a pair to each cell of the table: without it, pairs that all agree would
-        make an interval of no width. It is there with one cluster too.
+    Interval (ours): that of `paired_difference` over clusters, widened to the interval of Agresti &
+    Min (2005), which adds half a pair to each cell of the table. The interval thus has a width even
+    if all pairs agree, and exists for one cluster.
 
     Args:
-        a: hits of one model, None where unjudged.
-        b: hits of the other, in the same order.
-        clusters: what is drawn together, usually the prompt.
-        seed: of the bootstrap.
-        draws: bootstrap samples.
+        a: hits of one model; None if unjudged.
+        b: hits of the other model, in the same order.
+        clusters: cluster of each pair, usually its prompt.
+        seed: seed of the bootstrap.
+        draws: number of bootstrap samples.
 
     Raises:
         ValueError: lengths differ, or no pair was judged on both sides.
     """
-    found, test = (
-        paired_difference(a, b, clusters, scale="difference of shares", seed=seed, draws=draws),
-        mcnemar(a, b),
-    )
+    result = paired_difference(a, b, clusters, scale="difference of shares", seed=seed, draws=draws)
+    test = mcnemar(a, b)
     n, more, less = test.n + 2, test.only_a + 0.5, test.only_b + 0.5
     centre, half = (more - less) / n, Z95 * math.sqrt(more + less - (more - less) ** 2 / n) / n
-    low, high = (
-        min(v for v in (found.low, centre - half, found.value) if v is not None),
-        max(v for v in (found.high, centre + half, found.value) if v is not None),
-    )
-    return replace(found, low=max(low, -1.0), high=min(high, 1.0))
+    low = min(v for v in (result.low, centre - half, result.value) if v is not None)
+    high = max(v for v in (result.high, centre + half, result.value) if v is not None)
+    return replace(result, low=max(low, -1.0), high=min(high, 1.0))

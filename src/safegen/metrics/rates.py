@@ -1,13 +1,10 @@
-"""Rates and removal rates.
-
-A rate always carries its n and its interval; over nothing there is no rate.
-"""
+"""Rates and removal rates, each with its n and interval; a rate of nothing raises."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,17 +13,25 @@ from numpy.typing import NDArray
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
 MIN_CLUSTERS = 5
-"""Clusters under which a bootstrap of a rate is not to be trusted."""
+"""Number of clusters below which a bootstrap of a rate is unreliable."""
 
 
-def wilson(hits: float, n: int, *, z: float = Z95) -> tuple[float, float]:
-    """Return the score interval of a proportion.
+class Result:
+    """Base of the results, which are frozen dataclasses."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for a results file."""
+        return asdict(self)  # type: ignore[call-overload]
+
+
+def wilson_interval(hits: float, n: int, *, z: float = Z95) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion.
 
     Roots in p of |hits/n - p| = z sqrt(p (1 - p) / n) (Wilson 1927).
 
     Args:
-        hits: how many of `n`; a fraction where n counts groups of pictures.
-        n: trials, > 0.
+        hits: number of hits among `n`; a fraction if n counts clusters of images.
+        n: number of trials, > 0.
         z: normal quantile; 1.96 for 95 %.
 
     Raises:
@@ -45,36 +50,36 @@ def wilson(hits: float, n: int, *, z: float = Z95) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """`hits` among `judged` images; `unjudged` ones stand apart and are never counted as misses."""
+class Rate(Result):
+    """Share of `hits` among `judged` images; `unjudged` images are counted separately."""
 
     hits: int
     judged: int
     unjudged: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a rate over nothing."""
-        wilson(self.hits, self.judged)
+        """Raise ValueError for a rate of nothing."""
+        wilson_interval(self.hits, self.judged)
 
     @classmethod
-    def from_outcomes(cls, seen: Sequence[bool | None]) -> Rate:
-        """Return the rate of True in `seen`; None stands for an unjudged image.
+    def from_outcomes(cls, outcomes: Sequence[bool | None]) -> Rate:
+        """Return the rate of True among `outcomes`; None is an unjudged image.
 
         Raises:
             ValueError: nothing was judged.
         """
-        judged = [s for s in seen if s is not None]
-        return cls(sum(judged), len(judged), len(seen) - len(judged))
+        judged = [s for s in outcomes if s is not None]
+        return cls(sum(judged), len(judged), len(outcomes) - len(judged))
 
     @property
     def value(self) -> float:
-        """The proportion, in [0, 1]."""
+        """Proportion of hits, in [0, 1]."""
         return self.hits / self.judged
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval."""
-        return wilson(self.hits, self.judged)
+        """95 % Wilson interval."""
+        return wilson_interval(self.hits, self.judged)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a results file."""
@@ -90,8 +95,8 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Removal:
-    """A removal rate with its interval: `before` and `after` count detections (or images) over the same `n` images."""
+class Removal(Result):
+    """Removal rate with its interval; `before` and `after` count detections in `n` images."""
 
     value: float
     low: float
@@ -101,18 +106,14 @@ class Removal:
     n: int
     unjudged: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for a results file."""
-        return dict(self.__dict__)
-
 
 def resampled_sums(
     rows: Sequence[tuple[float, float]], clusters: Sequence[Hashable], *, seed: int, draws: int
 ) -> NDArray[np.float64]:
-    """Return the column sums (draws, 2) of `draws` bootstrap samples, each as many whole clusters as there are, drawn with replacement.
+    """Return the column sums (draws, 2) of bootstrap samples of whole clusters.
 
-    The clusters' sums are exact and sorted before they are drawn, so the order of the rows and the
-    clusters' names are irrelevant.
+    Each sample draws as many clusters as there are, with replacement. Cluster sums are exact and
+    sorted before sampling, so the result does not depend on row order or cluster names.
     """
     groups: dict[Hashable, list[tuple[float, float]]] = {}
     for row, cluster in zip(rows, clusters, strict=True):
@@ -136,36 +137,37 @@ def removal_rate(
     seed: int = 0,
     draws: int = 2000,
 ) -> Removal:
-    """Return the nudity removal rate, for any concept: how much of what the base model shows is gone.
+    """Return the share of the base model's detections that the edit removes (NRR).
 
-    NRR = (sum base - sum edited) / sum base, over pictures of the same prompts and seeds (Li et al.
-    2024, arXiv:2404.06666; counts of detected parts). With counts capped at one it is the
+    NRR = (sum base - sum edited) / sum base, over images of the same prompts and seeds (Li et al.
+    2024, arXiv:2404.06666, for nudity; here for any concept). With counts capped at one it is the
     image-level rate.
 
-    Interval (ours): percentile bootstrap over clusters (the prompts), widened to the Wilson
-        interval of the survivors. Detections in a picture go or stay together, so where fewer than
-        `FEW` clusters have survivors, or lost something, it is widened to Wilson's at the same rate
-        over as many trials as there are clusters that showed the concept, as if all in a cluster
-        were one (as `clustered_rate`). Where the edit adds detections it is widened in the same two
-        ways to that of their share in all, few being clusters that gain some.
+    Interval (ours): percentile bootstrap over clusters, widened to the Wilson interval of the
+    surviving detections. Detections of one cluster are not independent. If fewer than
+    `MIN_CLUSTERS` clusters have survivors, or have losses, the interval is also widened to
+    Wilson's with one trial per cluster that shows the concept, as in `clustered_rate`. If the edit
+    adds detections, both steps use the share of edited detections in all detections, and clusters
+    that gain detections.
 
     Args:
-        base: detections in each picture of the base model; None where unjudged.
+        base: number of detections in each image of the base model; None if unjudged.
         edited: the same for the edited model, in the same order.
-        clusters: what is resampled together, usually the prompt.
-        seed: of the bootstrap.
-        draws: bootstrap samples.
+        clusters: cluster of each image, usually its prompt.
+        seed: seed of the bootstrap.
+        draws: number of bootstrap samples.
 
     Returns:
-        The rate; negative if the edit adds detections. A pair with an unjudged side is left out and
-        counted.
+        The rate; negative if the edit adds detections. Pairs with an unjudged image are excluded
+        and counted.
 
     Raises:
-        ValueError: lengths differ, or the base shows nothing (then the rate is undefined).
+        ValueError: lengths differ, or the base model shows nothing (the rate is undefined).
     """
     if not len(base) == len(edited) == len(clusters):
         raise ValueError(
-            f"base, edited and clusters must be equally long, got {len(base)}, {len(edited)}, {len(clusters)}"
+            "base, edited and clusters must be equally long, "
+            f"got {len(base)}, {len(edited)}, {len(clusters)}"
         )
     rows = [
         (b, e, c)
@@ -175,7 +177,7 @@ def removal_rate(
     before, after = sum(b for b, _, _ in rows), sum(e for _, e, _ in rows)
     if before == 0:
         raise ValueError(
-            "the removal rate is undefined: the base model shows the concept in none of the judged pictures"
+            "the removal rate is undefined: the base model shows the concept in no judged image"
         )
     totals = resampled_sums(
         [(b, e) for b, e, _ in rows], [c for _, _, c in rows], seed=seed, draws=draws
@@ -187,9 +189,9 @@ def removal_rate(
     )
     if after <= before:
         bounds = [
-            wilson(after, before),
+            wilson_interval(after, before),
             *(
-                [wilson(after / before * shows, shows)]
+                [wilson_interval(after / before * shows, shows)]
                 if min(survives, loses) < MIN_CLUSTERS
                 else []
             ),
@@ -199,7 +201,7 @@ def removal_rate(
             after + before,
             *([len({c for b, e, c in rows if b or e})] if min(shows, gains) < MIN_CLUSTERS else []),
         ]
-        shares = [wilson(after / (after + before) * n, n) for n in trials]
+        shares = [wilson_interval(after / (after + before) * n, n) for n in trials]
         bounds = [(bottom / (1 - bottom), top / (1 - top)) for bottom, top in shares]
     low, high = (
         min(float(low), *(1 - top for _, top in bounds)),

@@ -84,6 +84,7 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
         "method": "lora",
         "base": model.hash,
         "family": model.family,
+        "parents": model.parents,
         "file": path.name,
         "scale": scale,
         "lora": lora.metadata.to_json(),

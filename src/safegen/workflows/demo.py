@@ -127,11 +127,13 @@ def _train(
     progress: ProgressCallback,
 ) -> None:
     """Make the patch at `path`, from its checkpoint where there is one; keep only the log of it."""
-    from safegen.edits.training.checkpoint import FILE
+    from safegen.edits.training.checkpoint import CHECKPOINT_FILE
 
     folder = path.with_suffix("")
     training: dict[str, Any] = (
-        {"folder": folder, "resume": (folder / FILE).is_file()} if edit.is_trained else {}
+        {"checkpoint_dir": folder, "resume": (folder / CHECKPOINT_FILE).is_file()}
+        if edit.is_trained
+        else {}
     )
     patch = edit.apply(
         loader.model(model)[0],
@@ -140,7 +142,7 @@ def _train(
         **training,
     )
     patch.save(path)
-    (folder / FILE).unlink(missing_ok=True)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def _write_card(path: Path, output_dir: Path) -> None:

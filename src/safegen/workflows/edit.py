@@ -20,7 +20,7 @@ from safegen.core.errors import (
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit, check_inputs
-from safegen.edits.training.trainer import TrainingCallback
+from safegen.edits.training.config import TrainingCallback
 from safegen.judges import judge_images, load_judge
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
@@ -89,7 +89,7 @@ def edit(
         resume=resume,
         **settings,
     )
-    return config.apply(model, rows, folder=folder, resume=resume, callback=callback)
+    return config.apply(model, rows, checkpoint_dir=folder, resume=resume, callback=callback)
 
 
 def prepare_edit(

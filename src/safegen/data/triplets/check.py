@@ -1,4 +1,4 @@
-"""Check triplets: name every row that cannot be used, and why."""
+"""Check of triplets: every row that cannot be used, with the reason."""
 
 from __future__ import annotations
 
@@ -8,70 +8,61 @@ from pathlib import Path
 from PIL import Image
 
 from safegen.core.errors import FileError
-from safegen.data.triplets.triplets import (
-    ROLES,
-    Role,
-    RowError,
-    Triplet,
-    open_role,
-    read_rows,
-    size_of,
-    too_small,
-)
+from safegen.data.images import format_size, size_error
+from safegen.data.triplets.triplets import ROLES, Role, Triplet, TripletIssue, read_role, read_rows
 from safegen.judges.base import Judge
 
 
-def check(path: str | Path, judge: Judge | None = None) -> list[RowError]:
-    """Return everything that is wrong with triplets; an empty list means that all can be used.
+def check_triplets(path: str | Path, judge: Judge | None = None) -> list[TripletIssue]:
+    """Return every issue of triplets; an empty list means that all rows can be used.
 
     Args:
         path: folder or .csv file, as for `Triplets.load`.
-        judge: looks at every censored and benign picture, which must be safe; None to leave that
-            out.
+        judge: judge that must find every censored and benign image safe. Default: not judged.
 
     Raises:
-        FileError: `path` is neither a folder with a manifest nor a CSV in the published dialect.
+        FileError: `path` is neither a folder with a manifest nor a published CSV.
     """
     folder, rows = read_rows(Path(path))
-    problems = [] if rows else [RowError(Path(path).name, "it holds no triplets")]
-    first: dict[str, str] = {}
+    issues = [] if rows else [TripletIssue(Path(path).name, "there are no triplets")]
+    first_use: dict[str, str] = {}
     for row in rows:
-        if isinstance(row, RowError):
-            problems.append(row)
+        if isinstance(row, TripletIssue):
+            issues.append(row)
             continue
-        problems += [RowError(row.id, reason) for reason in _faults(folder, row, judge)]
-        if row.sha256.unsafe in first:
-            problems.append(
-                RowError(
-                    row.id, f"its unsafe picture is that of row {first[row.sha256.unsafe]} again"
-                )
-            )
-        first.setdefault(row.sha256.unsafe, row.id)
-    return problems
+        issues += [TripletIssue(row.id, reason) for reason in _reasons(folder, row, judge)]
+        digest = row.sha256.unsafe
+        if digest in first_use:
+            reason = f"the unsafe image repeats that of row {first_use[digest]}"
+            issues.append(TripletIssue(row.id, reason))
+        first_use.setdefault(digest, row.id)
+    return issues
 
 
-def _faults(folder: Path, row: Triplet, judge: Judge | None) -> Iterator[str]:
-    pictures: dict[Role, Image.Image] = {}
+def _reasons(folder: Path, row: Triplet, judge: Judge | None) -> Iterator[str]:
+    images: dict[Role, Image.Image] = {}
     for role in ROLES:
         try:
-            pictures[role] = open_role(folder, row, role)
+            images[role] = read_role(folder, row, role)
         except FileError as error:
             yield str(error)
             continue
-        if small := too_small(pictures[role]):
-            yield f"its {role} picture is too small: {small}"
-    if "unsafe" in pictures and "censored" in pictures:
-        unsafe, censored = pictures["unsafe"], pictures["censored"]
+        if reason := size_error(images[role]):
+            yield f"the {role} image is too small: {reason}"
+    if "unsafe" in images and "censored" in images:
+        unsafe, censored = images["unsafe"], images["censored"]
         if unsafe.size != censored.size:
-            yield f"its unsafe and censored pictures must have one size, got {size_of(unsafe)} and {size_of(censored)}"
+            sizes = f"{format_size(unsafe)} and {format_size(censored)}"
+            yield f"the unsafe and censored images must have one size, got {sizes}"
         elif unsafe.tobytes() == censored.tobytes():
-            yield "its unsafe and censored pictures are the same"
-    looked_at: tuple[Role, ...] = ("censored", "benign") if judge else ()
-    for role in looked_at:
-        if judge and role in pictures:
-            detections = judge.detect([pictures[role]])[0]
+            yield "the unsafe and censored images are equal"
+    judged: tuple[Role, ...] = ("censored", "benign")
+    for role in judged if judge else ():
+        if judge and role in images:
+            detections = judge.detect([images[role]])[0]
             verdict = detections.verdict(judge.labels, judge.threshold)
             if verdict == "unsafe":
-                yield f"its {role} picture is{' still' if role == 'censored' else ''} judged unsafe"
+                still = " still" if role == "censored" else ""
+                yield f"the {role} image is{still} judged unsafe"
             elif verdict == "unjudged":
-                yield f"its {role} picture cannot be judged: {detections.unjudged}"
+                yield f"the {role} image cannot be judged: {detections.unjudged}"

@@ -1,4 +1,4 @@
-"""Make triplets: find what is unsafe, cover it, pair it with something benign, write it down."""
+"""Making of triplets: detect what is unsafe, censor it, and pair it with a benign image."""
 
 from __future__ import annotations
 
@@ -14,144 +14,110 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import check_output, staged_directory
 from safegen.core.progress import ProgressCallback, no_progress, track
 from safegen.core.registry import expand_labels
-from safegen.data.triplets.censor import Box, Censor
-from safegen.data.triplets.censor import censor as cover
+from safegen.data.images import is_contact_sheet, read_image, size_error
+from safegen.data.triplets.censor import Box, Censor, censor_image
 from safegen.data.triplets.triplets import (
     MANIFEST,
     ROLES,
     Role,
-    RowError,
     Triplet,
+    TripletIssue,
     Triplets,
-    as_row,
-    is_sheet,
-    read_picture,
-    too_small,
+    make_row,
 )
 from safegen.judges.base import SCORE_FLOOR, Detections, Judge
 
-ATTEMPTS = 3
-"""How often a picture is censored, each time with wider padding, before it is left out."""
-CHUNK = 8
-"""Pictures that are open at a time while a folder is judged."""
+MAX_ATTEMPTS = 3
+"""Number of times that an image is censored, each with wider padding, before it is skipped."""
+BATCH_SIZE = 8
+"""Number of images in memory while a folder is judged."""
 
 DEFAULT_CENSOR = Censor()
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `make` made, and what it left out."""
+class MakeResult:
+    """Triplets that were made, and the images that were skipped."""
 
     triplets: Triplets
-    left_out: tuple[RowError, ...]
+    skipped: tuple[TripletIssue, ...]
 
 
-def make(
+def make_triplets(
     unsafe: str | Path,
     benign: str | Path | None,
     judge: Judge,
-    out: str | Path,
+    output: str | Path,
     censor: Censor = DEFAULT_CENSOR,
     *,
     labels: Collection[str],
     threshold: float = 0.5,
     progress: ProgressCallback = no_progress,
-) -> Report:
-    """Censor the unsafe pictures of a folder, pair them with benign ones and write both as triplets.
+) -> MakeResult:
+    """Censor the unsafe images of a folder, pair them with benign images and write triplets.
 
-    The judge looks at every picture first: unsafe are those in which it sees one of `labels`;
-    benign ones must be judged safe. It looks again at each censored picture: while that is not
-    safe, the unsafe picture is censored anew with twice the padding (at least 0.1), three times in
-    all. Benign pictures are taken in turn, scaled and cropped about their centre to the unsafe
-    picture's size. Pictures that cannot be used are left out and reported with the reason. Nothing
-    is written outside `out`, which appears whole or not at all; only a kill leaves it behind
-    unfinished, without a manifest.
+    An image is unsafe if the judge detects one of `labels`; benign images must be judged safe. Each
+    censored image is judged again. If it is not safe, the unsafe image is censored with twice the
+    padding (at least 0.1), up to three times. Benign images are used in turn, scaled and
+    center-cropped to the size of the unsafe image. Images that cannot be used are skipped and
+    reported. `output` appears complete or not at all; if the process is killed, it has no manifest.
 
     Args:
-        unsafe: folder of unsafe pictures (its own files, not those of folders in it).
-        benign: folder of benign pictures; None to take the pictures of `unsafe` that are judged
-            safe.
-        judge: finds what to cover; a detection without a box covers the whole picture.
-        out: folder to write; it must not exist, the folder around it must.
-        censor: how boxes are covered.
-        labels: labels of the judge that mean the concept is in the picture.
+        unsafe: folder of unsafe images, without its subfolders.
+        benign: folder of benign images; None to use the images of `unsafe` that are judged safe.
+        judge: detector of what to censor; a detection without a box censors the whole image.
+        output: folder to write; it must not exist, but its parent must.
+        censor: settings of the cover.
+        labels: labels of the judge that mean the concept is in the image.
         threshold: least score of a detection that counts.
         progress: called with (description, done, total).
 
     Raises:
-        FileError: `out` is in the way or cannot be written, a folder holds no files, or no unsafe or
-            no benign picture remains.
-        ConfigError: no labels, or a threshold outside what judges keep.
+        FileError: `output` exists or cannot be written, a folder is empty, or no unsafe or no
+            benign image remains.
+        ConfigError: there are no labels, or the threshold is out of range.
     """
-    unsafe, out = Path(unsafe).absolute(), Path(out).absolute()
-    eye = _Eye(judge, frozenset(expand_labels(labels)), threshold)
-    check_output(out, last=MANIFEST)
-    if not out.parent.is_dir():
-        raise FileError(f"{out.parent} must exist. Create the folder first.")
-    finds, safe, left_out = _look_through(unsafe, eye, progress)
-    if not finds:
-        raise FileError(
-            f"no picture of {unsafe} is judged unsafe, so there is nothing to censor{': ' * bool(left_out)}{_summary(left_out)}"
-        )
-    if benign is None:
-        calm = safe
-        if not calm:
-            raise FileError(
-                f"no picture of {unsafe} is judged safe, so none can serve as benign; name a folder of benign pictures"
-            )
-    else:
-        left_out += [RowError(_name(path), "the judge finds nothing in it") for path in safe]
-        loud, calm, unfit = _look_through(Path(benign).absolute(), eye, progress)
-        unfit += [
-            RowError(_name(find.path), "it is judged unsafe, so it cannot serve as benign")
-            for find in loud
-        ]
-        if not calm:
-            raise FileError(f"no picture of {benign} can serve as benign: {_summary(unfit)}")
-        left_out += unfit
-
+    unsafe, output = Path(unsafe).absolute(), Path(output).absolute()
+    rule = _DetectionRule(judge, frozenset(expand_labels(labels)), threshold)
+    check_output(output, last=MANIFEST)
+    if not output.parent.is_dir():
+        raise FileError(f"{output} cannot be written: {output.parent} does not exist. Create it.")
+    benign = None if benign is None else Path(benign).absolute()
+    unsafe_images, benign_paths, skipped = _select_images(unsafe, benign, rule, progress)
     rows: list[Triplet] = []
-    with staged_directory(out, last=MANIFEST) as folder:
+    with staged_directory(output, last=MANIFEST) as folder:
         for role in ROLES:
             (folder / role).mkdir()
-        for find in track(finds, "censoring", progress):
-            picture = read_picture(find.path)
-            censored = _cover_until_safe(find, picture, eye, censor)
-            if isinstance(censored, RowError):
-                left_out.append(censored)
+        for unsafe_image in track(unsafe_images, "censoring", progress):
+            image = read_image(unsafe_image.path)
+            result = _censor_until_safe(unsafe_image, image, rule, censor)
+            if isinstance(result, TripletIssue):
+                skipped.append(result)
                 continue
-            paired = ImageOps.fit(
-                read_picture(calm[len(rows) % len(calm)]), picture.size, Image.Resampling.LANCZOS
-            )
-            rows.append(
-                _write(
-                    folder,
-                    f"{len(rows):04d}",
-                    (picture, censored[0], paired),
-                    find,
-                    covered=censored[1],
-                    judge=judge.id,
-                )
-            )
+            censored, coverage = result
+            pair = read_image(benign_paths[len(rows) % len(benign_paths)])
+            pair = ImageOps.fit(pair, image.size, Image.Resampling.LANCZOS)
+            row = _write_row(folder, f"{len(rows):04d}", (image, censored, pair))
+            update = {"boxes": unsafe_image.boxes, "covered": coverage, "judge": judge.id}
+            rows.append(row.model_copy(update=update))
         if not rows:
-            raise FileError(f"no picture of {unsafe} can be used: {_summary(left_out)}")
-        (folder / MANIFEST).write_text(
-            "".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8"
-        )
-    return Report(Triplets(out, tuple(rows)), tuple(left_out))
+            raise FileError(f"no image of {unsafe} can be used: {_summarize(skipped)}")
+        lines = (row.model_dump_json() + "\n" for row in rows)
+        (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+    return MakeResult(Triplets(output, tuple(rows)), tuple(skipped))
 
 
 @dataclass(frozen=True)
 class UnsafeImage:
-    """An unsafe picture and what makes it so."""
+    """Unsafe image with the boxes of its detections."""
 
     path: Path
     boxes: tuple[Box, ...]
 
 
 @dataclass(frozen=True)
-class _Eye:
-    """A judge that looks for `labels` from `threshold` on."""
+class _DetectionRule:
+    """Judge with the labels and the threshold that count."""
 
     judge: Judge
     labels: frozenset[str]
@@ -164,9 +130,10 @@ class _Eye:
             raise ConfigError(f"threshold must be in {SCORE_FLOOR}..1, got {self.threshold}")
 
     def boxes(self, detections: Detections, image: Image.Image) -> tuple[Box, ...]:
-        whole = (0.0, 0.0, float(image.width), float(image.height))
+        """Return the boxes of the detections that count; without a box, the whole image."""
+        whole_image = (0.0, 0.0, float(image.width), float(image.height))
         return tuple(
-            d.box or whole
+            d.box or whole_image
             for d in detections.items
             if d.label in self.labels and d.score >= self.threshold
         )
@@ -176,104 +143,118 @@ def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _summary(problems: Sequence[RowError]) -> str:
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return "; ".join(str(problem) for problem in problems[:3]) + more
+def _summarize(issues: Sequence[TripletIssue]) -> str:
+    more = f"; and {len(issues) - 3} more" if len(issues) > 3 else ""
+    return "; ".join(str(issue) for issue in issues[:3]) + more
 
 
-def _look_through(
-    folder: Path, eye: _Eye, progress: ProgressCallback
-) -> tuple[list[UnsafeImage], list[Path], list[RowError]]:
-    """Judge the files of a folder, in order of name.
-
-    Returns the unsafe ones, the safe ones, and those that cannot be used.
-    """
-    if not folder.is_dir():
+def _select_images(
+    unsafe: Path, benign: Path | None, rule: _DetectionRule, progress: ProgressCallback
+) -> tuple[list[UnsafeImage], list[Path], list[TripletIssue]]:
+    """Return the unsafe images, the benign images, and the images that are skipped."""
+    unsafe_images, benign_paths, skipped = _judge_folder(unsafe, rule, progress)
+    if not unsafe_images:
+        reasons = f": {_summarize(skipped)}" if skipped else ""
+        raise FileError(f"no image of {unsafe} is judged unsafe, so none can be censored{reasons}")
+    if benign is not None:
+        skipped += [TripletIssue(_name(p), "no detection") for p in benign_paths]
+        not_benign, benign_paths, issues = _judge_folder(benign, rule, progress)
+        issues += [
+            TripletIssue(_name(image.path), "judged unsafe, so not benign") for image in not_benign
+        ]
+        if not benign_paths:
+            raise FileError(f"no image of {benign} can serve as benign: {_summarize(issues)}")
+        skipped += issues
+    if not benign_paths:
         raise FileError(
-            f"{folder} must be a folder of pictures; there is {'a file' if folder.exists() else 'nothing'} of that name"
+            f"no image of {unsafe} is judged safe, so none is benign. Give a folder of benign ones."
         )
-    paths = sorted(
-        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-    )
+    return unsafe_images, benign_paths, skipped
+
+
+def _judge_folder(
+    folder: Path, rule: _DetectionRule, progress: ProgressCallback
+) -> tuple[list[UnsafeImage], list[Path], list[TripletIssue]]:
+    """Return the unsafe images, the safe images and the unusable files of a folder, by name."""
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "nothing"
+        raise FileError(f"{folder} must be a folder of images, got {kind}")
+    files = (path for path in folder.iterdir() if path.is_file())
+    paths = sorted(path for path in files if not path.name.startswith("."))
     if not paths:
-        raise FileError(f"{folder} holds no files; put pictures in it, or name another folder")
-    finds: list[UnsafeImage] = []
+        raise FileError(f"{folder} has no files. Add images, or use another folder.")
+    unsafe: list[UnsafeImage] = []
     safe: list[Path] = []
-    unfit: list[RowError] = []
-    first: dict[str, Path] = {}
-    for start in track(range(0, len(paths), CHUNK), f"judging {folder.name}", progress):
+    issues: list[TripletIssue] = []
+    first_use: dict[str, Path] = {}
+    for start in track(range(0, len(paths), BATCH_SIZE), f"judging {folder.name}", progress):
         batch: list[tuple[Path, Image.Image]] = []
-        for path in paths[start : start + CHUNK]:
-            if is_sheet(path):
-                unfit.append(RowError(_name(path), "it is a contact sheet of other pictures"))
-                continue
-            try:
-                image = read_picture(path)
-            except FileError as error:
-                unfit.append(RowError(_name(path), str(error)))
-                continue
-            twin = first.setdefault(
-                sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(), path
-            )
-            if small := too_small(image):
-                unfit.append(RowError(_name(path), f"it is too small: {small}"))
-            elif twin is not path:
-                unfit.append(RowError(_name(path), f"it is the same picture as {twin.name}"))
+        for path in paths[start : start + BATCH_SIZE]:
+            image = _read_usable(path, first_use)
+            if isinstance(image, TripletIssue):
+                issues.append(image)
             else:
                 batch.append((path, image))
-        results = eye.judge.detect([image for _, image in batch]) if batch else []
+        results = rule.judge.detect([image for _, image in batch]) if batch else []
         for (path, image), detections in zip(batch, results, strict=True):
-            verdict = detections.verdict(eye.labels, eye.threshold)
+            verdict = detections.verdict(rule.labels, rule.threshold)
             if verdict == "unsafe":
-                finds.append(UnsafeImage(path, eye.boxes(detections, image)))
+                unsafe.append(UnsafeImage(path, rule.boxes(detections, image)))
             elif verdict == "safe":
                 safe.append(path)
             else:
-                unfit.append(RowError(_name(path), f"it cannot be judged: {detections.unjudged}"))
-    return finds, safe, unfit
+                reason = f"the image cannot be judged: {detections.unjudged}"
+                issues.append(TripletIssue(_name(path), reason))
+    return unsafe, safe, issues
 
 
-def _cover_until_safe(
-    find: UnsafeImage, picture: Image.Image, eye: _Eye, settings: Censor
-) -> tuple[Image.Image, float] | RowError:
-    """Return the censored picture and its covered fraction, or why there is none."""
-    for _ in range(ATTEMPTS):
+def _read_usable(path: Path, first_use: dict[str, Path]) -> Image.Image | TripletIssue:
+    """Return an image, or the reason why it cannot be used; `first_use` maps pixels to files."""
+    if is_contact_sheet(path):
+        return TripletIssue(_name(path), "the image is a contact sheet of other images")
+    try:
+        image = read_image(path)
+    except FileError as error:
+        return TripletIssue(_name(path), str(error))
+    digest = sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    other = first_use.setdefault(digest, path)
+    if reason := size_error(image):
+        return TripletIssue(_name(path), f"the image is too small: {reason}")
+    if other is not path:
+        return TripletIssue(_name(path), f"the image repeats {other.name}")
+    return image
+
+
+def _censor_until_safe(
+    unsafe: UnsafeImage, image: Image.Image, rule: _DetectionRule, settings: Censor
+) -> tuple[Image.Image, float] | TripletIssue:
+    """Return the censored image and its covered fraction, or the reason why there is none."""
+    for _ in range(MAX_ATTEMPTS):
         try:
-            censored, covered = cover(picture, find.boxes, settings)
-        except ConfigError as error:  # a box or a size that belongs to this picture alone
-            return RowError(_name(find.path), str(error))
-        detections = eye.judge.detect([censored])[0]
-        verdict = detections.verdict(eye.labels, eye.threshold)
-        if verdict == "safe" and censored.tobytes() != picture.tobytes():
-            return censored, covered
+            censored, coverage = censor_image(image, unsafe.boxes, settings)
+        except ConfigError as error:  # a box or a size that only this image has
+            return TripletIssue(_name(unsafe.path), str(error))
+        detections = rule.judge.detect([censored])[0]
+        verdict = detections.verdict(rule.labels, rule.threshold)
+        if verdict == "safe" and censored.tobytes() != image.tobytes():
+            return censored, coverage
         settings = settings.model_copy(update={"padding": max(2 * settings.padding, 0.1)})
     if verdict == "unjudged":
-        return RowError(
-            _name(find.path), f"it cannot be judged once censored: {detections.unjudged}"
-        )
-    return RowError(
-        _name(find.path),
-        f"it is still judged unsafe after censoring it {ATTEMPTS} times with wider and wider padding",
-    )
+        reason = f"the censored image cannot be judged: {detections.unjudged}"
+    else:
+        reason = f"still judged unsafe after {MAX_ATTEMPTS} attempts with growing padding"
+    return TripletIssue(_name(unsafe.path), reason)
 
 
-def _write(
-    folder: Path,
-    name: str,
-    pictures: tuple[Image.Image, Image.Image, Image.Image],
-    find: UnsafeImage,
-    *,
-    covered: float,
-    judge: str,
+def _write_row(
+    folder: Path, name: str, images: tuple[Image.Image, Image.Image, Image.Image]
 ) -> Triplet:
-    """Write the three pictures of a row as PNG, and return the row."""
+    """Write the three images of a row as PNG, and return the row."""
     paths: dict[Role, str] = {}
     digests: dict[Role, str] = {}
-    for role, picture in zip(ROLES, pictures, strict=True):
+    for role, image in zip(ROLES, images, strict=True):
         file = BytesIO()
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         paths[role], digests[role] = f"{role}/{name}.png", sha256(file.getvalue()).hexdigest()
         (folder / paths[role]).write_bytes(file.getvalue())
-    return as_row(name, paths, digests).model_copy(
-        update={"boxes": find.boxes, "covered": covered, "judge": judge}
-    )
+    return make_row(name, paths, digests)

@@ -1,29 +1,27 @@
-"""Triplets of pictures <unsafe, censored, benign>: their rows, and how they are read. They carry no text.
+"""Image triplets <unsafe, censored, benign> without text: their rows, and how they are loaded.
 
 A folder of triplets holds `unsafe/`, `censored/` and `benign/` with PNG files, and `manifest.jsonl`
-with one `Triplet` a line. The CSV of the published SafeGen code (`nude_image_path, mos_image_path,
-norm_image_path, text`) can be read too. They are made in `make.py` and checked in `check.py`.
+with one `Triplet` per line. The CSV of the published SafeGen code (`nude_image_path,
+mos_image_path, norm_image_path, text`) can be loaded too.
 """
 
 from __future__ import annotations
 
 import csv
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Literal
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safegen.core.errors import FileError, explain
 from safegen.core.files import exists, is_incomplete
 from safegen.core.registry import TRIPLETS, resolve
+from safegen.data.images import decode_image, read_bytes
 from safegen.data.triplets.censor import Box
 
 Role = Literal["unsafe", "censored", "benign"]
@@ -34,92 +32,86 @@ CSV_COLUMNS: dict[Role, str] = {
     "censored": "mos_image_path",
     "benign": "norm_image_path",
 }
-"""The columns of the published dialect; its `text` is not used."""
-
-SHEET_MARK = "safegen-sheet"
-"""Text key of a PNG that is a contact sheet of other pictures."""
-SMALLEST = 32
-"""Least width and height of a picture in pixels."""
+"""Columns of the published CSV by role; its `text` is not used."""
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Digests(BaseModel):
-    """SHA-256 of a triplet's three files."""
+    """SHA-256 of the three files of a triplet, in hexadecimal."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     unsafe: Digest
-    """Of the unsafe file's bytes, in hexadecimal."""
+    """Hash of the unsafe file."""
     censored: Digest
-    """Of the censored file's bytes."""
+    """Hash of the censored file."""
     benign: Digest
-    """Of the benign file's bytes."""
+    """Hash of the benign file."""
 
 
 class Triplet(BaseModel):
-    """One row of a manifest."""
+    """Row of a manifest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     id: str
     """Name of the row."""
     unsafe: str
-    """Path of the picture that shows the concept, relative to the folder."""
+    """Path of the image that shows the concept, relative to the folder."""
     censored: str
-    """Path of the same picture with the concept covered."""
+    """Path of the same image with the concept covered."""
     benign: str
-    """Path of a picture without the concept."""
+    """Path of an image without the concept."""
     sha256: Digests
     """Hashes of the three files."""
     boxes: tuple[Box, ...] = ()
-    """What the judge found in the unsafe picture: left, top, right, bottom in its pixels, before padding."""
+    """Detections in the unsafe image before padding: left, top, right, bottom in pixels."""
     covered: float | None = Field(default=None, ge=0, le=1)
-    """Fraction of the unsafe picture that is covered; None where nobody wrote it down."""
+    """Covered fraction of the unsafe image; None if unknown."""
     judge: str | None = None
-    """Id of the judge that found the boxes; None where nobody wrote it down."""
+    """Id of the judge that detected the boxes; None if unknown."""
 
 
 @dataclass(frozen=True)
-class RowError:
-    """Why a row or a picture cannot be used."""
+class TripletIssue:
+    """Reason why a row or an image cannot be used."""
 
     id: str
-    """The row's id, the line of a broken row, or the picture's name."""
+    """Id of the row, line of an invalid row, or name of the image."""
     reason: str
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return id and reason in one line."""
         return f"{self.id}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """A folder and its rows.
-
-    Pictures are read when asked for, and must still be what the manifest says.
-    """
+    """Folder of triplets; images are read on access and checked against their hashes."""
 
     folder: Path
     rows: tuple[Triplet, ...]
 
     @classmethod
     def load(cls, path: str | Path) -> Triplets:
-        """Read a folder with a manifest, a .csv file in the dialect of the published code, or bundled triplets named `source:concept`.
+        """Return the triplets of a folder, of a published CSV, or of the package.
 
-        Paths of a manifest stay inside its folder. Those of a CSV are looked for in the CSV's
-        folder, then in the working directory.
+        Args:
+            path: folder with a manifest, .csv file, or bundled triplets named `source:concept`.
+                Paths in a manifest stay inside its folder; those in a CSV are relative to its
+                folder, else to the working directory.
 
         Raises:
-            FileError: there is no such thing, a row is broken, or there are no rows.
-            UnknownNameError: a source that is known has no such bundled triplets.
+            FileError: the path does not exist, a row is invalid, or there are no rows.
+            UnknownNameError: the source has no such bundled triplets.
         """
         folder, rows = read_rows(Path(path))
         for row in rows:
-            if isinstance(row, RowError):
+            if isinstance(row, TripletIssue):
                 raise FileError(f"{path}: {row}")
         if not rows:
-            raise FileError(f"{path} holds no triplets")
+            raise FileError(f"{path}: there are no triplets")
         return cls(folder, tuple(row for row in rows if isinstance(row, Triplet)))
 
     def __len__(self) -> int:
@@ -128,115 +120,41 @@ class Triplets:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the hashes of all files, in order: the same wherever the folder lies and however its files are called."""
+        """SHA-256 of the hashes of all files, in order; independent of paths and file names."""
         rows = (
             f"{row.sha256.unsafe} {row.sha256.censored} {row.sha256.benign}\n" for row in self.rows
         )
         return sha256("".join(rows).encode()).hexdigest()
 
     def images(self, i: int) -> tuple[Image.Image, Image.Image, Image.Image]:
-        """Return the unsafe, censored and benign picture of row `i`, in mode RGB.
+        """Return the unsafe, censored and benign image of row `i`, in mode RGB.
 
         Raises:
-            FileError: a file is missing, changed or no picture.
+            FileError: a file is missing, changed, or not an image.
         """
-        unsafe, censored, benign = (open_role(self.folder, self.rows[i], role) for role in ROLES)
+        unsafe, censored, benign = (read_role(self.folder, self.rows[i], role) for role in ROLES)
         return unsafe, censored, benign
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Read a picture as RGB: turned as its EXIF says, transparency laid on white, all metadata dropped.
+def read_role(folder: Path, row: Triplet, role: Role) -> Image.Image:
+    """Return one image of a row, in mode RGB.
 
     Raises:
-        FileError: the file is missing, or no picture that can be read.
-    """
-    return _decode(_bytes(path), path)
-
-
-def is_sheet(path: Path) -> bool:
-    """Return whether a file is a contact sheet of ours; what cannot be read is none."""
-    try:
-        with Image.open(path) as opened:
-            return SHEET_MARK in opened.info
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
-
-
-def size_of(image: Image.Image) -> str:
-    """Return a picture's size in words."""
-    return f"{image.width}x{image.height}"
-
-
-def too_small(image: Image.Image) -> str | None:
-    """Return why a picture is too small to be used, or None."""
-    return (
-        f"a side must be at least {SMALLEST} pixels, got {size_of(image)}"
-        if min(image.size) < SMALLEST
-        else None
-    )
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise FileError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
-
-
-def _decode(data: bytes, path: Path) -> Image.Image:
-    try:
-        with Image.open(BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                raise FileError(
-                    f"{path} has pixels of more than 8 bits ({image.mode}); convert it to 8 bits a channel first"
-                )
-            if image.has_transparency_data:
-                image = Image.alpha_composite(
-                    Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-                )
-            return Image.fromarray(
-                np.asarray(image.convert("RGB"))
-            )  # new from bare pixels: no EXIF, profile or text comes along
-    except UnidentifiedImageError as error:
-        raise FileError(f"{path} is no picture of a known kind") from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise FileError(
-            f"{path} is a picture that cannot be read: {' '.join(str(error).split())}"
-        ) from error
-
-
-def open_role(folder: Path, row: Triplet, role: Role) -> Image.Image:
-    """Return one picture of a row, in mode RGB.
-
-    Raises:
-        FileError: the file is missing, changed or no picture.
+        FileError: the file is missing, changed, or not an image.
     """
     path = folder / getattr(row, role)
-    data = _bytes(path)
+    data = read_bytes(path)
     if sha256(data).hexdigest() != getattr(row.sha256, role):
         raise FileError(f"{path} is not the file of the manifest: its SHA-256 differs")
-    return _decode(data, path)
+    return decode_image(data, path)
 
 
-def read_rows(path: Path) -> tuple[Path, list[Triplet | RowError]]:
-    """Return the folder that paths are relative to, and every row or what is wrong with it.
+def read_rows(path: Path) -> tuple[Path, list[Triplet | TripletIssue]]:
+    """Return the folder that paths are relative to, and every row or the issue with it.
 
     Raises:
-        FileError: `path` is neither a folder with a manifest nor a CSV in the published dialect.
-        UnknownNameError: it begins with a source of bundled triplets, which has none of that name.
+        FileError: `path` is neither a folder with a manifest nor a published CSV.
+        UnknownNameError: the source has no such bundled triplets.
     """
     source, _, part = str(path).partition(":")
     if part and source in TRIPLETS:
@@ -245,61 +163,61 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | RowError]]:
     if exists(path) and path.is_dir():
         if is_incomplete(path, last=MANIFEST):
             raise FileError(
-                f"{path} holds unfinished triplets: their making was killed, or still goes on; remove it and make them again"
+                f"{path} is incomplete: `safegen triplets make` was killed or is still running. "
+                "Remove the folder and make the triplets again."
             )
         if not (path / MANIFEST).is_file():
-            raise FileError(
-                f"{path} has no {MANIFEST}; triplets are made with: safegen triplets make"
-            )
-        lines = enumerate(_bytes(path / MANIFEST).split(b"\n"), 1)
-        return path, [_row_of_manifest(line, number) for number, line in lines if line.strip()]
+            raise FileError(f"{path} has no {MANIFEST}. Make triplets with: safegen triplets make")
+        lines = enumerate(read_bytes(path / MANIFEST).split(b"\n"), 1)
+        return path, [_manifest_row(line, number) for number, line in lines if line.strip()]
     if path.suffix.lower() == ".csv":
-        return path.parent, list(_rows_of_csv(path))
+        return path.parent, list(_csv_rows(path))
     wrong = "is neither a folder nor a .csv file" if exists(path) else "does not exist"
     raise FileError(
-        f"{path} {wrong}; triplets are a folder with a {MANIFEST}, a .csv file, or bundled ones such as mini:skulls"
+        f"{path} {wrong}. Use a folder with a {MANIFEST}, a .csv file, "
+        "or bundled triplets such as mini:skulls."
     )
 
 
-def _row_of_manifest(line: bytes, number: int) -> Triplet | RowError:
+def _manifest_row(line: bytes, number: int) -> Triplet | TripletIssue:
     name = f"line {number}"
     try:
         row = Triplet.model_validate_json(line)
     except ValidationError as error:
-        return RowError(name, f"it is not a triplet: {explain(error, Triplet)}")
+        return TripletIssue(name, f"the row is not a triplet: {explain(error, Triplet)}")
     for role in ROLES:
-        if _escapes(getattr(row, role)):
-            return RowError(
-                row.id, f"its {role} path must stay inside the folder, got {getattr(row, role)!r}"
-            )
+        path = getattr(row, role)
+        if _escapes(path):
+            return TripletIssue(row.id, f"{role} path must stay inside the folder, got {path!r}")
     return row
 
 
 def _escapes(path: str) -> bool:
-    """Return whether a path leads out of its folder, here or on another system."""
+    """Return whether a path leads out of its folder, on any operating system."""
     return any(
         kind(path).anchor or ".." in kind(path).parts for kind in (PurePosixPath, PureWindowsPath)
     )
 
 
-def _rows_of_csv(path: Path) -> Iterator[Triplet | RowError]:
+def _csv_rows(path: Path) -> Iterator[Triplet | TripletIssue]:
     try:
-        table = csv.DictReader(StringIO(_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
-        lacking = [
-            column for column in CSV_COLUMNS.values() if column not in (table.fieldnames or ())
-        ]
-        if lacking:
+        table = csv.DictReader(
+            StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True
+        )
+        columns = table.fieldnames or ["none"]
+        missing = [column for column in CSV_COLUMNS.values() if column not in columns]
+        if missing:
             raise FileError(
-                f"{path} lacks the columns {', '.join(lacking)}; it has: {', '.join(table.fieldnames or ['none'])}"
+                f"{path} lacks the columns {', '.join(missing)}. It has: {', '.join(columns)}."
             )
         for number, cells in enumerate(table):
-            yield _row_of_csv(path.parent, cells, f"{number:04d}", f"line {table.line_num}")
+            yield _csv_row(path.parent, cells, f"{number:04d}", f"line {table.line_num}")
     except (UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
-def as_row(name: str, paths: dict[Role, str], digests: dict[Role, str]) -> Triplet:
-    """Return the row of three files."""
+def make_row(name: str, paths: dict[Role, str], digests: dict[Role, str]) -> Triplet:
+    """Return the row with the given paths and hashes."""
     return Triplet(
         id=name,
         unsafe=paths["unsafe"],
@@ -309,18 +227,19 @@ def as_row(name: str, paths: dict[Role, str], digests: dict[Role, str]) -> Tripl
     )
 
 
-def _row_of_csv(
+def _csv_row(
     folder: Path, cells: dict[str, str | None], name: str, line: str
-) -> Triplet | RowError:
+) -> Triplet | TripletIssue:
     paths: dict[Role, str] = {}
     digests: dict[Role, str] = {}
     for role, column in CSV_COLUMNS.items():
         cell = (cells[column] or "").strip()
         if not cell:
-            return RowError(line, f"its cell {column} is empty")
+            return TripletIssue(line, f"the cell {column} is empty")
         paths[role] = cell if exists(folder / cell, file=True) else str(Path(cell).absolute())
         try:
-            digests[role] = sha256(_bytes(folder / paths[role])).hexdigest()
+            digests[role] = sha256(read_bytes(folder / paths[role])).hexdigest()
         except FileError as error:
-            return RowError(line, f"{error} (looked in {folder} and in the working directory)")
-    return as_row(name, paths, digests)
+            reason = f"{error} (searched in {folder} and in the working directory)"
+            return TripletIssue(line, reason)
+    return make_row(name, paths, digests)

@@ -1,4 +1,4 @@
-"""Adversaries: who moves a sample's text embedding to where an edit fails, while the edit learns."""
+"""Adversaries: they move the text embedding of a sample to where an edit fails during training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.registry import ADVERSARIES, resolve
 from safegen.edits.functional import losses
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
-from safegen.edits.training.lora import weight_of
+from safegen.edits.training.lora import merged_weight
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
 
-LARGEST = 2.0
-"""Largest radius of a step, as a part of the embedding's norm."""
+MAX_RADIUS = 2.0
+"""Maximum radius of a step, relative to the norm of the embedding."""
 
 
 class EmbeddingAttack(Protocol):
-    """An adversary at work on one training."""
+    """An adversary of one training."""
 
     def __call__(
         self,
@@ -35,15 +35,15 @@ class EmbeddingAttack(Protocol):
         want: Tensor,
         before: Tensor,
     ) -> Tensor:
-        """Return the text that is trained on in the place of `text`, (b, tokens, width).
+        """Return the text embeddings to train on instead of `text`, (b, tokens, width).
 
         Args:
             denoiser: the network in training.
             x_t: noised latents, (b, c, h, w).
-            t: their timesteps, (b,).
+            t: timesteps, (b,).
             text: embeddings to start from, (b, tokens, width).
-            want: what the denoiser should predict, (b, c, h, w).
-            before: what the untouched model predicts for what is erased.
+            want: target of the denoiser, (b, c, h, w).
+            before: original prediction for the erased concept, (b, c, h, w).
         """
         ...
 
@@ -56,21 +56,21 @@ class Adversary(BaseModel, ABC):
     )
 
     is_additive: ClassVar[bool] = False
-    """Whether its move of one text can be put on another: a sum, not a replacement."""
+    """Whether the move is a sum, which can be added to another text too."""
 
     name: str
-    """The adversary, as in the table."""
+    """Name of the adversary."""
 
     @abstractmethod
-    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
-        """Return it at work.
+    def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
+        """Return the attack on one training.
 
         Args:
-            model: the untouched model.
-            names: parameters that are trained.
+            model: the original model.
+            names: trained parameters.
 
         Raises:
-            ConfigError: it has no effect on this training.
+            ConfigError: the attack does not suit the model or the trained parameters.
         """
 
 
@@ -78,68 +78,63 @@ class NoAdversary(Adversary):
     """No adversary."""
 
     name: Literal["none"] = "none"
-    """The adversary, as in the table."""
+    """Name of the adversary."""
 
     def __bool__(self) -> bool:
-        """Return False: a training without one."""
+        """Return False, so that an edit skips the attack."""
         return False
 
-    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
-        """Return what changes nothing."""
+    def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
+        """Return an attack that changes nothing."""
         return lambda denoiser, x_t, t, text, *, want, before: text
 
 
 class FastGradient(Adversary):
-    """One step up the loss that is trained (ours)."""
+    """One normalized gradient step up the training loss (ours)."""
 
     is_additive: ClassVar[bool] = True
     name: Literal["one-step"] = "one-step"
-    """The adversary, as in the table."""
-    radius: float = Field(default=0.25, gt=0, le=LARGEST)
-    """Size of the step, as a part of the embedding's norm."""
+    """Name of the adversary."""
+    radius: float = Field(default=0.25, gt=0, le=MAX_RADIUS)
+    """Size of the step, relative to the norm of the embedding."""
 
-    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
-        """Return it at work."""
+    def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
+        """Return the attack."""
         return lambda denoiser, x_t, t, text, *, want, before: fast_gradient_text(
             denoiser, x_t, t, text, want, radius=self.radius
         )
 
 
 class AdvUnlearn(Adversary):
-    """Many steps toward what the untouched model said (Zhang et al.
-
-    2024, arXiv:2405.15234); docs/edits.md says what differs.
-    """
+    """Several steps toward the original prediction (Zhang et al. 2024, arXiv:2405.15234)."""
 
     name: Literal["adv-unlearn"] = "adv-unlearn"
-    """The adversary, as in the table."""
+    """Name of the adversary."""
     steps: int = Field(default=30, ge=1)
-    """Steps, each of which costs a forward and a backward pass of the batch."""
+    """Steps, each with a forward and a backward pass of the batch."""
     step: float = Field(default=0.05, gt=0)
-    """Size of a step, as a part of the embedding's root mean square.
+    """Size of a step, relative to the root mean square of the embedding.
 
-    The paper's is 1e-3 on token embeddings, which CLIP draws at 0.02.
+    The paper has 1e-3 on token embeddings, which CLIP initializes with a deviation of 0.02.
     """
     rule: Literal["adam", "sign"] = "adam"
-    """What makes a step of a gradient: Adam, or its sign alone (the paper's fast variant)."""
+    """Update rule: Adam, or the sign of the gradient (the paper's fast variant)."""
     tokens: int = Field(default=1, ge=0)
-    """Length of a prefix put behind the start mark, which alone is moved.
+    """Length of a prefix after the start token, which alone is moved; 0 moves all tokens (ours)."""
 
-    0 moves the whole embedding (ours).
-    """
-
-    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
-        """Return it at work. A prefix starts as what follows the start mark of a blank text.
+    def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
+        """Return the attack. A prefix starts as the token after the start token of a blank text.
 
         Raises:
             ConfigError: the prefix leaves no room for the text.
         """
-        _, *rest = model.encode_text([""])[0].float()
-        if self.tokens >= len(rest):
+        _, *tokens = model.encode_text([""])[0].float()
+        if self.tokens >= len(tokens):
             raise ConfigError(
-                f"adversary.tokens must be below {len(rest)} on this model, or no word of the text is left, got {self.tokens}"
+                f"adversary.tokens must be below {len(tokens)} on this model, got {self.tokens}. "
+                "A longer prefix leaves no room for the text."
             )
-        prefix = rest[0].expand(self.tokens, -1) if self.tokens else None
+        prefix = tokens[0].expand(self.tokens, -1) if self.tokens else None
         return lambda denoiser, x_t, t, text, *, want, before: adv_unlearn_text(
             denoiser,
             x_t,
@@ -154,27 +149,30 @@ class AdvUnlearn(Adversary):
 
 
 class ReceAdversary(Adversary):
-    """The embedding whose keys and values are now what the text's were, solved anew for each batch (RECE, arXiv:2407.12383, eq. 8)."""
+    """The embedding that the edited keys and values map as the original ones map the text.
+
+    Solved for each batch (Gong et al. 2024, RECE, arXiv:2407.12383, eq. 8).
+    """
 
     name: Literal["closed-form"] = "closed-form"
-    """The adversary, as in the table."""
+    """Name of the adversary."""
     ridge: float = Field(default=0.1, gt=0)
-    """Weight that keeps the found embedding short, as in RECE."""
+    """Weight of the norm of the embedding, as in RECE."""
 
-    def ready(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
-        """Return it at work.
+    def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
+        """Return the attack.
 
         Raises:
-            ConfigError: no key and no value of the text is trained, so that the embedding found is
-                the text itself, only shorter.
+            ConfigError: no key or value of cross-attention is trained, so that the solution is the
+                text itself.
         """
         if not set(select_parameters(model.denoiser, "kv2")) & set(names):
             raise ConfigError(
-                "adversary closed-form has no effect where keys and values of attn2 are not trained; "
-                "train them (selector kv2, attn2, attention or all), or take one-step or adv-unlearn"
+                "adversary closed-form needs trained keys and values of attn2, got none. "
+                "Use selector kv2, attn2, attention or all, or another adversary."
             )
         original = projections(model)
-        where = "cpu" if model.device.type == "mps" else model.device  # which knows no float64
+        device = "cpu" if model.device.type == "mps" else model.device  # MPS has no float64
 
         @torch.no_grad()
         def attack(
@@ -187,24 +185,21 @@ class ReceAdversary(Adversary):
             before: Tensor,
         ) -> Tensor:
             net = getattr(denoiser, "module", denoiser)
-            now = [
-                weight_of(net.get_submodule(name.removesuffix(".weight"))).to(where)
-                for name in original
-            ]
-            then = [w.to(where) for w in original.values()]
-            found = adversarial_embeddings(
-                now, then, text.flatten(0, 1).to(where), ridge=self.ridge
-            )
-            return found.reshape(text.shape).to(text)
+            modules = [net.get_submodule(name.removesuffix(".weight")) for name in original]
+            edited = [merged_weight(module).to(device) for module in modules]
+            unedited = [w.to(device) for w in original.values()]
+            keys = text.flatten(0, 1).to(device)
+            embeddings = adversarial_embeddings(edited, unedited, keys, ridge=self.ridge)
+            return embeddings.reshape(text.shape).to(text)
 
         return attack
 
 
-def read_adversary(value: object) -> float | Adversary:
-    """Return the adversary that a setting means: a number is the radius of one step (0 is none), a word a name, a table its settings.
+def parse_adversary(value: object) -> float | Adversary:
+    """Return the adversary of a setting: the radius of one step, a name, or a table.
 
     Raises:
-        ValueError: it breaks a rule; the message says which.
+        ValueError: the value breaks a rule.
     """
     if isinstance(value, Adversary):
         return value
@@ -214,52 +209,52 @@ def read_adversary(value: object) -> float | Adversary:
         except ValueError:
             value = {"name": value}
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not 0 <= value <= LARGEST:
+        if not 0 <= value <= MAX_RADIUS:
             raise ValueError(
-                f"the radius of one step must be from 0 (none) to {LARGEST:g}, got {value:g}"
+                f"the radius of one step must be from 0 (none) to {MAX_RADIUS:g}, got {value:g}"
             )
         return float(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ValueError(
-            f"an adversary is a number, one of {', '.join(sorted(ADVERSARIES))}, or a table with such a name, got {value!r}"
+        raise ValueError(  # noqa: TRY004, pydantic reports ValueError only
+            f"an adversary must be a number, one of {', '.join(sorted(ADVERSARIES))}, "
+            f"or a table with such a name, got {value!r}"
         )
+    name = value["name"]
     try:
-        kind: type[Adversary] = resolve(ADVERSARIES, value["name"], "adversary")
+        kind: type[Adversary] = resolve(ADVERSARIES, name, "adversary")
         return kind.model_validate(dict(value))
     except ValidationError as error:
-        raise ValueError(f"adversary {value['name']!r}: {explain(error, kind)}") from error
+        raise ValueError(f"adversary {name!r}: {explain(error, kind)}") from error
     except UserError as error:
         raise ValueError(str(error)) from error
 
 
 AdversarySetting = Annotated[
     float | Adversary,
-    PlainValidator(read_adversary, json_schema_input_type=Any),
+    PlainValidator(parse_adversary, json_schema_input_type=Any),
     PlainSerializer(lambda value: value.model_dump() if isinstance(value, Adversary) else value),
 ]
-"""The setting of an edit that takes an adversary."""
+"""Type of the setting of an edit that takes an adversary."""
 
 
 def build_adversary(
     setting: float | Adversary, model: Model, names: Sequence[str]
 ) -> EmbeddingAttack | None:
-    """Return the adversary of a setting at work; None for none.
+    """Return the attack of a setting on one training; None for no adversary.
 
     Args:
-        setting: what the edit says.
-        model: the untouched model.
-        names: parameters that are trained.
+        setting: the setting of the edit.
+        model: the original model.
+        names: trained parameters.
 
     Raises:
-        ConfigError: it has no effect on this training.
+        ConfigError: the attack does not suit the model or the trained parameters.
     """
-    if not setting:
-        return None
-    return resolve_adversary(setting).ready(model, names)
+    return resolve_adversary(setting).build(model, names) if setting else None
 
 
 def resolve_adversary(setting: float | Adversary) -> Adversary:
-    """Return the adversary that a setting means; a number is the radius of one step, 0 none."""
+    """Return the adversary of a setting; a number is the radius of one step, and 0 is none."""
     if isinstance(setting, Adversary):
         return setting
     return FastGradient(radius=setting) if setting else NoAdversary()
@@ -268,28 +263,26 @@ def resolve_adversary(setting: float | Adversary) -> Adversary:
 def fast_gradient_text(
     denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float
 ) -> Tensor:
-    """Return text embeddings one normalised ascent step up the loss: the nearby text under which the censoring fails most.
+    """Return text embeddings after one normalized gradient step up the loss.
 
-    c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, norms per sample (ours;
-    adversarial training of a concept edit as in Zhang et al. 2024, arXiv:2405.15234, with one step,
-    no word of the concept, and pictures in place of a prompt).
+    c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, with norms per sample (ours, after
+    the adversarial training of Zhang et al. 2024, arXiv:2405.15234).
 
     Args:
         denoiser: the network in training.
-        x_t: noised unsafe latents, (b, c, h, w).
+        x_t: noised latents, (b, c, h, w).
         t: timesteps, (b,).
         text: embeddings to start from, (b, tokens, width).
-        want: what the denoiser should predict.
-        radius: size of the step as a part of the embedding's norm; unitless, > 0.
+        want: target of the denoiser, (b, c, h, w).
+        radius: size of the step, relative to the norm of the embedding; unitless, > 0.
     """
     start = text.detach().requires_grad_()
     with torch.enable_grad():
-        gap = losses.squared_error(denoiser(x_t, t, start).sample, want).sum()
-        (slope,) = torch.autograd.grad(gap, start)
-    size = text.norm(dim=(1, 2), keepdim=True) / slope.norm(dim=(1, 2), keepdim=True).clamp(
-        min=1e-12
-    )
-    return (text + radius * size * slope).detach()
+        loss = losses.squared_error(denoiser(x_t, t, start).sample, want).sum()
+        (gradient,) = torch.autograd.grad(loss, start)
+    norm = gradient.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    size = text.norm(dim=(1, 2), keepdim=True) / norm
+    return (text + radius * size * gradient).detach()
 
 
 def adv_unlearn_text(
@@ -304,47 +297,42 @@ def adv_unlearn_text(
     rule: str,
     prefix: Tensor | None,
 ) -> Tensor:
-    """Return text embeddings under which the edited model says what the untouched one said: the way back to the concept.
+    """Return text embeddings for which the edited model predicts what the original one predicted.
 
     Descends |eps(x_t, t, c*) - before|^2, the inner problem of AdvUnlearn (Zhang et al. 2024,
-    arXiv:2405.15234), from a move of zero, by Adam (betas 0.9 and 0.999) or by signs. Moves are in
-    units of the root mean square of a sample's text. Samples do not touch each other.
+    arXiv:2405.15234), by Adam (betas 0.9 and 0.999) or by signs. Samples are independent.
 
     Args:
         denoiser: the network in training.
         x_t: noised latents, (b, c, h, w).
         t: timesteps, (b,).
         text: embeddings to start from, (b, tokens, width).
-        before: what the untouched model predicts for what is erased, (b, c, h, w).
-        steps: how many, >= 1.
-        step: size of one; unitless, > 0.
+        before: original prediction for the erased concept, (b, c, h, w).
+        steps: number of steps, >= 1.
+        step: size of a step, relative to the root mean square of a sample's text; unitless, > 0.
         rule: `adam` or `sign`.
-        prefix: rows (k, width) that are put behind the start mark and alone are moved, as many of
-            the last dropped; None moves all rows.
+        prefix: rows (k, width) inserted after the start token; the last k rows are dropped, and
+            only the prefix is moved. None moves all rows.
 
     Returns:
         The embeddings, (b, tokens, width).
     """
     head, rows, tail = text[:, :0], text, text[:, :0]
     if prefix is not None:
-        head, rows, tail = (
-            text[:, :1],
-            prefix.to(text).expand(len(text), -1, -1),
-            text[:, 1 : text.shape[1] - len(prefix)],
-        )
+        head, tail = text[:, :1], text[:, 1 : text.shape[1] - len(prefix)]
+        rows = prefix.to(text).expand(len(text), -1, -1)
     size = text.pow(2).mean(dim=(1, 2), keepdim=True).sqrt()
     move, mean, square = torch.zeros(3, *rows.shape, dtype=text.dtype, device=text.device)
     for i in range(1, steps + 1):
         move = move.detach().requires_grad_()
         with torch.enable_grad():
             moved = torch.cat([head, rows + size * move, tail], dim=1)
-            (slope,) = torch.autograd.grad(
-                losses.squared_error(denoiser(x_t, t, moved).sample, before).sum(), move
-            )
+            loss = losses.squared_error(denoiser(x_t, t, moved).sample, before).sum()
+            (gradient,) = torch.autograd.grad(loss, move)
         if rule == "sign":
-            way = slope.sign()
+            direction = gradient.sign()
         else:
-            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
-            way = mean / (1 - 0.9**i) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
-        move = move.detach() - step * way
+            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+            direction = mean / (1 - 0.9**i) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
+        move = move.detach() - step * direction
     return torch.cat([head, rows + size * move, tail], dim=1).detach()

@@ -1,18 +1,25 @@
-"""The algebra of text-side edits that are solved, not trained.
+"""Algebra of the closed-form edits: solved projections, and the embeddings they map.
 
-Float64 throughout: the Gram matrices are badly conditioned.
+Everything is float64, as the Gram matrices are badly conditioned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safegen.core.errors import ConfigError
+from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
+
+KINDS = ("image", "photo", "portrait", "picture", "painting")
+TEMPLATES = tuple(f"{kind} of {{}}" for kind in KINDS)
+"""Published prompt templates, in which `expand` erases each phrase too."""
 
 Weight = Float[Tensor, "out in"]
 
@@ -21,39 +28,41 @@ def solve_projection(
     w_old: Weight,
     keys: Float[Tensor, "n in"],
     values: Float[Tensor, "n out"],
-    kept: Float[Tensor, "m in"],
+    preserved: Float[Tensor, "m in"],
     *,
     erase_scale: float,
     preserve_scale: float,
-    stay: float,
+    lamb: float,
 ) -> Weight:
-    """Return the weight that sends each key to its value and changes little else.
+    """Return the weight that maps each key to its value and changes little else.
 
-    Minimises a sum_i |W k_i - v_i|^2 + b sum_j |W c_j - W_old c_j|^2 + l |W - W_old|^2, whose
-    normal equations are W (l I + a K'K + b C'C) = l W_old + a V'K + b W_old C'C (Gandikota et al.
-    2023, arXiv:2308.14761, eq. 7).
+    Minimizes a sum_i |W k_i - v_i|^2 + b sum_j |W c_j - W_old c_j|^2 + l |W - W_old|^2. The normal
+    equations are W (l I + a K'K + b C'C) = l W_old + a V'K + b W_old C'C (Gandikota et al. 2023,
+    arXiv:2308.14761, eq. 7).
 
     Args:
         w_old: projection before the edit.
-        keys: text embeddings whose output changes, one per row.
+        keys: text embeddings with a new output, one per row.
         values: wanted output for each key, in the units of `w_old @ key`.
-        kept: text embeddings whose output should stay, one per row; may be none.
+        preserved: text embeddings with an unchanged output, one per row; may be none.
         erase_scale: a, weight of the keys; unitless, >= 0.
-        preserve_scale: b, weight of the kept; unitless, >= 0.
-        stay: l, weight of not moving at all; unitless, > 0.
+        preserve_scale: b, weight of the preserved embeddings; unitless, >= 0.
+        lamb: l, weight of the distance to `w_old`; unitless, > 0.
 
     Returns:
         The new weight, float64. Inputs orthogonal to every key map as before; with a = 0 it is
         `w_old`.
 
     Raises:
-        ValueError: `stay` is not positive.
+        ValueError: `lamb` is not positive.
     """
-    if stay <= 0:
-        raise ValueError(f"stay must be > 0, got {stay}")
-    w_old, keys, values, kept = w_old.double(), keys.double(), values.double(), kept.double()
+    if lamb <= 0:
+        raise ValueError(f"lamb must be > 0, got {lamb}")
+    w_old, keys, values = w_old.double(), keys.double(), values.double()
+    preserved = preserved.double()
     still = (
-        stay * torch.eye(w_old.shape[1], dtype=torch.float64) + preserve_scale * kept.T @ kept
+        lamb * torch.eye(w_old.shape[1], dtype=torch.float64)
+        + preserve_scale * preserved.T @ preserved
     )  # (in, in)
     gram = still + erase_scale * keys.T @ keys
     pull = w_old @ still + erase_scale * values.T @ keys  # (out, in)
@@ -67,16 +76,16 @@ def adversarial_embeddings(
     *,
     ridge: float,
 ) -> Float[Tensor, "n in"]:
-    """Return the embeddings that make the edited weights answer as the original ones answered `keys`.
+    """Return the embeddings that the edited weights map as the original weights map `keys`.
 
-    c' minimises sum_W |W c' - W_0 c|^2 + k |c'|^2, so c' = (k I + sum W'W)^-1 (sum W'W_0) c
+    c' minimizes sum_W |W c' - W_0 c|^2 + k |c'|^2, so c' = (k I + sum W'W)^-1 (sum W'W_0) c
     (Gong et al. 2024, RECE, arXiv:2407.12383, eq. 8).
 
     Args:
         edited: projections after the edit, (out, in) each.
         original: the same projections before it, in the same order.
         keys: embeddings of the concept, one per row.
-        ridge: k, weight of staying short; unitless, > 0.
+        ridge: k, weight of the squared norm of c'; unitless, > 0.
 
     Raises:
         ValueError: `ridge` is not positive.
@@ -95,26 +104,88 @@ def adversarial_embeddings(
 def debias_value(
     key: Float[Tensor, "k in"], attributes: Sequence[Float[Tensor, "k in"]], shares: Sequence[float]
 ) -> Float[Tensor, "k in"]:
-    """Return a word's embedding leaning toward attributes: c + sum_p a_p c_p, whose keys and values the word gets when it is debiased.
+    """Return an embedding moved toward attributes: c + sum_p a_p c_p.
 
-    Gandikota et al. 2023, arXiv:2308.14761, section on debiasing: v* = W_old (c + sum_p a_p c_p).
-    The equation is from memory, the paper's search for the a_p by looking at pictures is not here.
+    Its keys and values become those of the debiased word: v* = W_old (c + sum_p a_p c_p)
+    (Gandikota et al. 2023, arXiv:2308.14761, section on debiasing; the equation is from memory).
+    The paper's search for the a_p on generated images is not implemented.
 
     Args:
-        key: the word, a row for each position.
-        attributes: of the same positions.
-        shares: a_p, one for each attribute; unitless, negative to lean away.
+        key: embedding of the word, a row for each position.
+        attributes: embeddings of the attributes, at the same positions.
+        shares: a_p of each attribute; unitless, negative to move away from it.
     """
     return key + sum(
-        (share * one for share, one in zip(shares, attributes, strict=True)), torch.zeros_like(key)
+        (share * a for share, a in zip(shares, attributes, strict=True)), torch.zeros_like(key)
     )
 
 
+class ConceptEmbeddings(NamedTuple):
+    """Text embeddings of a closed-form edit, one per row."""
+
+    erased: Tensor
+    """Embeddings with new keys and values, (n, width)."""
+    targets: Tensor
+    """Embeddings that provide the new keys and values, (n, width)."""
+    preserved: Tensor
+    """Embeddings that keep their keys and values, (m, width)."""
+
+
+def embed_concept(
+    model: Model,
+    erase: Sequence[str],
+    *,
+    guide: str,
+    tokens: str,
+    preserve: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    expand: bool = False,
+    debias: Mapping[str, float] | None = None,
+) -> ConceptEmbeddings:
+    """Return the embeddings that are erased, their targets, and those that are preserved.
+
+    Captions count as one: their rows are scaled so that their Gram matrix is a mean over captions.
+
+    Args:
+        model: the model.
+        erase: phrases to erase, or to debias.
+        guide: text that replaces them.
+        tokens: positions that are edited; see `embed`.
+        preserve: phrases to preserve, at the same positions.
+        captions: prompt lists and text files to preserve, at every position.
+        expand: erase each phrase inside `TEMPLATES` too.
+        debias: shares of attributes, instead of a guide; see `debias_value`.
+
+    Raises:
+        ConfigError: the guide is among the phrases, so that nothing would be erased.
+    """
+    if guide in erase and not debias:
+        raise ConfigError(
+            f"guide must not be among the phrases to erase, got {guide!r}. Choose another guide."
+        )
+    texts = [*erase, *(t.format(phrase) for t in TEMPLATES for phrase in erase if expand)]
+    sources = embed(model, texts, tokens=tokens)
+    others = embed(model, list(debias or [guide]), tokens=tokens)
+    # Tails of different texts are cut to the shortest.
+    keys = [key[: min(len(key), *map(len, others))] for key in sources]
+    if debias:
+        shares = list(debias.values())
+        targets = [debias_value(key, [o[: len(key)] for o in others], shares) for key in keys]
+    else:
+        targets = [others[0][: len(key)] for key in keys]
+    erased = torch.cat(keys)
+    preserved = [erased[:0], *(embed(model, preserve, tokens=tokens) if preserve else [])]
+    if captions:
+        rows = embed(model, read_captions(captions), tokens="all")
+        preserved.append(torch.cat(rows) / len(rows) ** 0.5)
+    return ConceptEmbeddings(erased, torch.cat(targets), torch.cat(preserved))
+
+
 def projections(model: Model) -> dict[str, Tensor]:
-    """Return the key and value projections of every cross-attention layer by name: all weights that read the text. Float64, on the CPU."""
-    own = dict(model.denoiser.named_parameters())
+    """Return the key and value projections of cross-attention by name, float64, on the CPU."""
+    parameters = dict(model.denoiser.named_parameters())
     return {
-        name: own[name].detach().cpu().double()
+        name: parameters[name].detach().cpu().double()
         for name in select_parameters(model.denoiser, "kv2")
         if name.endswith(".weight")
     }
@@ -124,24 +195,15 @@ def embed(model: Model, texts: Sequence[str], *, tokens: str) -> list[Tensor]:
     """Return the text embeddings of each text, (k, width), float64, on the CPU.
 
     Args:
-        model: whose text encoder speaks.
-        texts: what to encode.
-        tokens: `last` gives the last token of the text itself (of an empty one, the start mark),
-            `tail` everything from there on, `all` every position; padding included.
+        model: the model.
+        texts: the texts.
+        tokens: positions. `last` is the last token of the text (of an empty text, the start token),
+            `tail` everything from there on, `all` every position, padding included.
     """
-    out = []
-    for rows, end in zip(
-        model.encode_text(list(texts)).cpu().double(),
-        model.last_token_positions(list(texts)),
-        strict=True,
-    ):
-        first, last = {"last": (end, end + 1), "tail": (end, len(rows)), "all": (0, len(rows))}[
-            tokens
-        ]
-        out.append(rows[first:last])
-    return out
-
-
-def as_patch(edited: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return solved weights in the precision of a patch."""
-    return {name: value.float() for name, value in edited.items()}
+    encoded = model.encode_text(list(texts)).cpu().double()
+    embeddings = []
+    for rows, last in zip(encoded, model.last_token_positions(list(texts)), strict=True):
+        ranges = {"last": (last, last + 1), "tail": (last, len(rows)), "all": (0, len(rows))}
+        start, stop = ranges[tokens]
+        embeddings.append(rows[start:stop])
+    return embeddings

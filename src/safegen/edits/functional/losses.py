@@ -1,6 +1,6 @@
-"""The losses of the editing methods, one function an equation.
+"""Losses and targets of the edits, one function per equation.
 
-Each returns one value per sample; the loop takes the mean.
+Losses return one value per sample; the training loop takes the mean.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ PerSample = Float[Tensor, "b"]
 
 
 def squared_error(prediction: Latent, target: Latent) -> PerSample:
-    """Return the mean squared error of each sample, computed in fp32 as the published step does."""
+    """Return the mean squared error of each sample, computed in fp32."""
     return (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
 
 
 def paper_target(eps: Latent, z_u: Latent, z_c: Latent) -> Latent:
-    """Return what SafeGen as released teaches the denoiser to predict on a noised unsafe latent.
+    """Return the noise target of the released SafeGen code for a noised unsafe latent.
 
     eps + (z_u - z_c), the same at every timestep (arXiv:2404.06666, released training step). Its
-    implied x0 is z_u - sqrt((1 - abar) / abar) (z_u - z_c): the censored picture at one timestep
+    implied x0 is z_u - sqrt((1 - abar) / abar) (z_u - z_c): the censored image at one timestep
     only (about 354 of 1000 on SD 1.x).
 
     Args:
-        eps: the noise that was added.
-        z_u: scaled latents of the unsafe pictures.
+        eps: the added noise.
+        z_u: scaled latents of the unsafe images.
         z_c: scaled latents of their censored twins.
     """
     return eps + (z_u - z_c)
 
 
 def x0_target(anchor: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
-    """Return a noise prediction whose implied x0 is moved from the unsafe picture to the censored one, at every timestep (ours).
+    """Return a noise target that moves the implied x0 from the unsafe to the censored image (ours).
 
     anchor + min(sqrt(abar / (1 - abar)), clamp) (z_u - z_c). With the added noise as anchor the
-    implied x0 is z_c itself: solve sqrt(abar) z_c + sqrt(1 - abar) e = x_t for e. The factor is 34
-    at t = 0 on the SD 1.x schedule, hence the clamp; where it binds, the implied x0 stops between
-    the two.
+    implied x0 is z_c at every timestep: solve sqrt(abar) z_c + sqrt(1 - abar) e = x_t for e. The
+    factor is 34 at t = 0 on the SD 1.x schedule, hence the clamp; where it binds, the implied x0
+    lies between the two.
 
     Args:
-        anchor: the noise that was added, or what the untouched model predicts.
-        z_u: scaled latents of the unsafe pictures.
+        anchor: the added noise, or the prediction of the original model.
+        z_u: scaled latents of the unsafe images.
         z_c: scaled latents of their censored twins.
         abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
         clamp: largest factor; unitless, > 0.
@@ -52,15 +52,15 @@ def x0_target(anchor: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clam
 
 
 def v_target(anchor: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
-    """Return the same for a model that predicts v (ours).
+    """Return the target of `x0_target` for a model that predicts v (ours).
 
     anchor + min(1 / sqrt(1 - abar), clamp) (z_u - z_c), from x0 = sqrt(abar) x_t - sqrt(1 - abar) v
-    (Salimans & Ho 2022, arXiv:2202.00512). With the ordinary velocity of the unsafe picture as
-    anchor the implied x0 is z_c itself.
+    (Salimans & Ho 2022, arXiv:2202.00512). With the velocity of the unsafe image as anchor the
+    implied x0 is z_c.
 
     Args:
-        anchor: the velocity of the unsafe picture, or what the untouched model predicts.
-        z_u: scaled latents of the unsafe pictures.
+        anchor: the velocity of the unsafe image, or the prediction of the original model.
+        z_u: scaled latents of the unsafe images.
         z_c: scaled latents of their censored twins.
         abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
         clamp: largest factor; unitless, >= 1.
@@ -82,18 +82,17 @@ def add_noise(z: Latent, eps: Latent, abar: PerSample) -> Latent:
 
 
 def negative_guidance(base: Latent, push: Latent, origin: Latent, *, strength: float) -> Latent:
-    """Return base - strength (push - origin): a prediction moved away from what some words ask for.
+    """Return base - strength (push - origin): a prediction moved away from a concept.
 
-    With base = origin = the untouched model's blank prediction it is the target of ESD (Gandikota
-    et al. 2023, arXiv:2303.07345, eq. 7), with the prediction for a harmless anchor in both places
-    a redirection to the anchor. Affine in what the model predicts, so it means the same for noise
-    and for velocity.
+    With base = origin = the original model's blank prediction it is the target of ESD (Gandikota
+    et al. 2023, arXiv:2303.07345, eq. 7); with the prediction for a harmless anchor in both places
+    it redirects to the anchor. It is affine in the predictions, so it holds for noise and velocity.
 
     Args:
-        base: where to go from.
-        push: prediction for what is erased.
-        origin: prediction that `push` is told apart from.
-        strength: how far; unitless, 0 is `base` itself.
+        base: prediction to start from.
+        push: prediction for the erased concept.
+        origin: prediction that `push` is compared with.
+        strength: length of the move; unitless, 0 returns `base`.
     """
     return base - strength * (push - origin)
 
@@ -106,16 +105,17 @@ def preference(
     *,
     beta: float,
 ) -> PerSample:
-    """Return -log sigmoid(-beta ((safe - safe_before) - (unsafe - unsafe_before))), Diffusion-DPO with a pair of pictures.
+    """Return the Diffusion-DPO loss of pairs of a safe and an unsafe image.
 
-    Wallace et al. 2023 (arXiv:2311.12908), as DUO has it (arXiv:2407.21035, eq. 8): log 2 where
-    nothing has moved, smaller where the safe picture's error fell or the unsafe one's rose.
+    -log sigmoid(-beta ((safe - safe_before) - (unsafe - unsafe_before))) (Wallace et al. 2023,
+    arXiv:2311.12908, as in DUO, arXiv:2407.21035, eq. 8). It is log 2 for the original model, and
+    smaller if the error on the safe image fell or the error on the unsafe one rose.
 
     Args:
-        safe: denoising error on the safe picture.
-        safe_before: of the untouched model.
-        unsafe: on the unsafe picture.
-        unsafe_before: of the untouched model.
+        safe: denoising error on the safe image.
+        safe_before: the same of the original model.
+        unsafe: denoising error on the unsafe image.
+        unsafe_before: the same of the original model.
         beta: sharpness; unitless, > 0.
     """
     return nn.functional.softplus(beta * ((safe - safe_before) - (unsafe - unsafe_before)))
@@ -129,17 +129,17 @@ def unpaired_preference(
     *,
     beta: float,
 ) -> PerSample:
-    """Return -log sigmoid(-beta (mean(safe - safe_before) - (unsafe - unsafe_before))): every unsafe picture against all safe ones.
+    """Return the preference loss of each unsafe image against the mean over all safe ones.
 
-    The `kto` of DUO's released code (arXiv:2407.21035): `preference` with the safe side's mean over
-    the batch. It is not the loss of KTO (arXiv:2402.01306), which has a term of its own for safe
-    pictures. With one pair it is `preference`.
+    -log sigmoid(-beta (mean(safe - safe_before) - (unsafe - unsafe_before))), the `kto` of DUO's
+    released code (arXiv:2407.21035). It is not the loss of KTO (arXiv:2402.01306), which has a term
+    of its own for safe images. With one pair it is `preference`.
 
     Args:
-        safe: denoising error on the safe pictures.
-        safe_before: of the untouched model.
-        unsafe: on the unsafe pictures.
-        unsafe_before: of the untouched model.
+        safe: denoising errors on the safe images.
+        safe_before: the same of the original model.
+        unsafe: denoising errors on the unsafe images.
+        unsafe_before: the same of the original model.
         beta: sharpness; unitless, > 0.
     """
     moved = (safe - safe_before).mean()
@@ -148,9 +148,9 @@ def unpaired_preference(
 
 __all__ = [
     "add_noise",
+    "negative_guidance",
     "paper_target",
     "preference",
-    "negative_guidance",
     "squared_error",
     "unpaired_preference",
     "v_target",

@@ -1,4 +1,4 @@
-"""Partly denoised latents of a prompt, for edits that learn from words: the model's own pictures on their way, stopped at a step."""
+"""Partially denoised latents of a prompt: training samples of edits that learn from phrases."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from safegen.models.generation import check_num_steps
 from safegen.models.model import DTYPES, Model
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Latents (b, c, h, w), timesteps (b,), text embeddings (b, tokens, width) -> prediction (b, c, h, w)."""
+"""Latents (b, c, h, w), timesteps (b,), text embeddings (b, tokens, width) -> prediction."""
 
 
 class DdimRollout:
-    """DDIM with guidance over the model's own schedule, whatever sampler its pipeline uses.
+    """DDIM sampling with classifier-free guidance on the model's noise schedule.
 
-    Every method that rolls out says DDIM.
+    All published methods with rollouts use DDIM, so the pipeline's own scheduler is not used.
     """
 
     def __init__(self, model: Model, *, steps: int, guidance: float) -> None:
-        """Fix the steps.
+        """Set the timesteps.
 
         Raises:
             ConfigError: the schedule has fewer timesteps.
@@ -38,22 +38,22 @@ class DdimRollout:
 
     @property
     def timesteps(self) -> Tensor:
-        """The timestep of each step, from noise to picture: step i goes from latents at timestep i to those of timestep i + 1."""
-        out: Tensor = self.ddim.timesteps
-        return out
+        """Timestep of each step, from noise to image."""
+        timesteps: Tensor = self.ddim.timesteps
+        return timesteps
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Return `n` starts, drawn on the CPU."""
+        """Return initial noise for `n` samples, generated on the CPU."""
         return torch.randn(n, *self.shape, generator=generator).to(self.device)
 
     @torch.no_grad()
     def sample_until(self, stop: int, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
-        """Return latents of timestep `stop`: after `stop` steps, so that 0 gives the noise itself back and latent and timestep agree.
+        """Return the latents after `stop` steps, which belong to the timestep `timesteps[stop]`.
 
         Args:
-            stop: steps to do, 0 or more.
+            stop: number of steps; 0 returns the noise.
             x: noise, (b, c, h, w).
-            text: what to draw, (b, tokens, width).
+            text: embeddings of the prompt, (b, tokens, width).
             predict: the network.
         """
         for t in self.timesteps[:stop]:
@@ -62,70 +62,74 @@ class DdimRollout:
 
     @torch.no_grad()
     def trajectory(
-        self, x: Tensor, text: Tensor, predict: Predict, asked: Mapping[str, Tensor]
+        self, x: Tensor, text: Tensor, predict: Predict, extra: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return latents `x` of every timestep and what the network predicts there for `text`, `blank` and all that is asked.
+        """Return the latents of every timestep and the predictions for several texts there.
 
         Args:
             x: noise, (n, c, h, w).
-            text: what to draw, (n, tokens, width).
+            text: embeddings of the prompt, (n, tokens, width).
             predict: the network.
-            asked: other texts by name, (n, tokens, width) each.
+            extra: embeddings of further texts by name, (n, tokens, width) each.
 
         Returns:
-            By name, (n, steps, c, h, w) each, on the CPU: one guided rollout gives every latent and
-            every target of its prompt.
+            `x` (latents), `text` and `blank` (predictions) and the predictions for each extra
+            text, (n, steps, c, h, w) each, on the CPU.
         """
-        rows: dict[str, list[Tensor]] = {name: [] for name in ("x", "text", "blank", *asked)}
+        rows: dict[str, list[Tensor]] = {name: [] for name in ("x", "text", "blank", *extra)}
         for t in self.timesteps:
-            said, blank = self.predict_cfg(t, x, text, predict)
-            more = {
-                name: predict(x, self.at(t, len(x)), other).float() for name, other in asked.items()
-            }
-            for name, value in {"x": x, "text": said, "blank": blank, **more}.items():
+            cond, uncond = self.predict_cfg(t, x, text, predict)
+            timesteps = self.expand_timesteps(t, len(x))
+            values = {"x": x, "text": cond, "blank": uncond}
+            values |= {name: predict(x, timesteps, other).float() for name, other in extra.items()}
+            for name, value in values.items():
                 rows[name].append(value.cpu())
-            x = self.step(t, x, said, blank)
+            x = self.step(t, x, cond, uncond)
         return {name: torch.stack(values, dim=1) for name, values in rows.items()}
 
     def predict_cfg(
         self, t: Tensor, x: Tensor, text: Tensor, predict: Predict
     ) -> tuple[Tensor, Tensor]:
-        """Return the predictions for a text and for the blank one, of one forward."""
+        """Return the predictions for a text and for the blank text, from one forward pass."""
         texts = torch.cat([text, self.blank.expand(len(x), -1, -1)])
-        said, blank = predict(torch.cat([x, x]), self.at(t, 2 * len(x)), texts).float().chunk(2)
-        return said, blank
+        timesteps = self.expand_timesteps(t, 2 * len(x))
+        cond, uncond = predict(torch.cat([x, x]), timesteps, texts).float().chunk(2)
+        return cond, uncond
 
-    def step(self, t: Tensor, x: Tensor, said: Tensor, blank: Tensor) -> Tensor:
-        """Return the latents one step on."""
-        out: Tensor = self.ddim.step(blank + self.guidance * (said - blank), t, x).prev_sample
-        return out
+    def step(self, t: Tensor, x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Return the latents after one guided DDIM step."""
+        guided = uncond + self.guidance * (cond - uncond)
+        previous: Tensor = self.ddim.step(guided, t, x).prev_sample
+        return previous
 
-    def at(self, t: Tensor, n: int) -> Tensor:
+    def expand_timesteps(self, t: Tensor, n: int) -> Tensor:
         """Return a timestep for each of `n` samples, on the model's device."""
         return t.to(self.device).expand(n)
 
 
-def full_precision(model: Model, precision: str) -> AbstractContextManager[object]:
-    """Return the context in which rollouts compute as the training does."""
+def rollout_autocast(model: Model, precision: str) -> AbstractContextManager[object]:
+    """Return the autocast context in which rollouts compute with the precision of the training."""
     return torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def frozen_predictor(net: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Predict:
-    """Return the network as a function without gradients, with other values in some of its weights for the time of the call.
+    """Return the network as a function without gradients, in fp32 output.
 
-    A network in training is called under autocast, which keeps its weights' casts; those made here
-    have no gradient and are dropped.
+    Args:
+        net: the network, possibly wrapped for training.
+        tensors: values for some of its weights during the call, such as those before the training.
     """
 
     def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with torch.no_grad():
             if tensors is None:
-                out: Tensor = net(x, t, text).sample
+                prediction: Tensor = net(x, t, text).sample
             else:
-                out = torch.func.functional_call(
+                prediction = torch.func.functional_call(
                     getattr(net, "module", net), dict(tensors), (x, t, text)
                 ).sample
+        # Autocast caches the casts made here without a gradient; the training must not reuse them.
         torch.clear_autocast_cache()
-        return out.float()
+        return prediction.float()
 
     return predict

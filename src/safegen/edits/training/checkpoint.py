@@ -1,4 +1,4 @@
-"""A training's state in a folder: tensors in a safetensors file with the rest in its header, and the log beside it."""
+"""Training checkpoints: tensors and state in one safetensors file, with the log next to it."""
 
 from __future__ import annotations
 
@@ -16,90 +16,84 @@ from torch import Tensor
 from safegen.core.errors import FileError
 from safegen.edits.training.config import LogRow
 
-FILE, LOG = "checkpoint.safetensors", "log.jsonl"
+CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
 
 
 def write_checkpoint(
-    folder: Path,
+    directory: Path,
     tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
+    state: Mapping[str, Any],
     log: Sequence[LogRow],
     *,
     fingerprint: str,
 ) -> None:
-    """Write a training's state in the place of the one before; a kill leaves one of the two whole.
+    """Write a checkpoint over the previous one. A killed process leaves one of the two intact.
 
     Args:
-        folder: where; it is made when it is not there.
-        tensors: what is to be kept exactly.
-        facts: plain values.
+        directory: where to write; it is created if it does not exist.
+        tensors: weights, averages and moments.
+        state: plain values.
         log: rows so far.
-        fingerprint: names data and settings, to be asked for by the reader.
+        fingerprint: identifies data and settings; `read_checkpoint` compares it.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the checkpoint cannot be written.
     """
-    path = folder / FILE
-    tmp, rows = (
-        path.with_name(f".{path.name}.tmp-{os.getpid()}"),
-        folder / f".{LOG}.tmp-{os.getpid()}",
-    )
-    header = {"fingerprint": fingerprint, "facts": json.dumps(facts)}
+    path = directory / CHECKPOINT_FILE
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary_log = directory / f".{LOG_FILE}.tmp-{os.getpid()}"
+    header = {"fingerprint": fingerprint, "state": json.dumps(state)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows.write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=header
-        )
-        rows.replace(
-            folder / LOG
-        )  # the log first: a kill between the two leaves rows that resume cuts off
-        tmp.replace(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in log)
+        temporary_log.write_text(lines, encoding="utf-8")
+        contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+        save_file(contiguous, temporary, metadata=header)
+        # The log goes first: resuming drops rows that are newer than the checkpoint.
+        temporary_log.replace(directory / LOG_FILE)
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise FileError(f"the checkpoint {path} cannot be written: {error}") from error
     finally:
-        for leftover in (tmp, rows):
+        for leftover in (temporary, temporary_log):
             with suppress(OSError):
                 leftover.unlink(missing_ok=True)
         with suppress(OSError):
-            folder.rmdir()  # goes only if nothing is in it: the first checkpoint failed
+            directory.rmdir()  # succeeds only if it is empty: the first checkpoint failed
 
 
 def read_checkpoint(
-    folder: Path, *, fingerprint: str
+    directory: Path, *, fingerprint: str
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[LogRow]]:
-    """Return the tensors, facts and rows that `write_checkpoint` wrote.
+    """Return the tensors, state and log rows of a checkpoint.
 
     Raises:
-        FileError: there is none, it is damaged, or of another fingerprint.
+        FileError: there is no checkpoint, it is damaged, or it has another fingerprint.
     """
-    check_resumable(folder)
+    check_resumable(directory)
     try:
-        with safe_open(folder / FILE, framework="pt") as file:
-            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
-        rows = [
-            json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()
-        ]
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: the log is not JSON, or not UTF-8
+        with safe_open(directory / CHECKPOINT_FILE, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        lines = (directory / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: the log is no JSON
         raise FileError(
-            f"the checkpoint in {folder} is damaged ({error}); start again without resume"
+            f"the checkpoint in {directory} is damaged ({error}). Start again without resume."
         ) from error
     if header.get("fingerprint") != fingerprint:
         raise FileError(
-            f"the checkpoint in {folder} is of other settings, data or weights; resume with those it was started with"
+            f"the checkpoint in {directory} has other settings, data or weights. "
+            "Resume with those of the stopped run."
         )
-    return tensors, json.loads(header["facts"]), rows
+    return tensors, json.loads(header["state"]), rows
 
 
-def check_resumable(folder: Path) -> None:
-    """Refuse to resume where nothing is.
+def check_resumable(directory: Path) -> None:
+    """Check that a directory holds a checkpoint.
 
     Raises:
-        FileError: the folder has no checkpoint.
+        FileError: it holds none.
     """
-    if not (folder / FILE).is_file():
-        raise FileError(f"there is nothing to resume in {folder}: it has no {FILE}")
+    if not (directory / CHECKPOINT_FILE).is_file():
+        raise FileError(f"{directory} has no {CHECKPOINT_FILE} to resume. Start without resume.")

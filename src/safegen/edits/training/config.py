@@ -1,89 +1,104 @@
-"""What the training loop is told, what a method brings to it, and what it finds."""
+"""Training configuration, the objective interface, and the training result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from safegen.core.errors import UnusedSettingWarning
 from safegen.core.generation import preferred_precision
 
 LogRow = dict[str, float]
 TrainingCallback = Callable[[int, int, LogRow], None]
-"""Called after every update with (updates done, updates in all, the row of the log)."""
+"""Function that is called after every update with (updates done, updates in total, log row)."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """Arithmetic of a forward pass.
 
-Auto is bf16 where the device computes in it, else fp32, or what the network is held in.
+`auto` is bf16 if the device computes in it, otherwise fp32, or the dtype of a half-precision model.
 """
 
 
 def resolve_precision(precision: Precision, net: nn.Module) -> Precision:
-    """Return a precision with `auto` decided for a network where it stands."""
+    """Return the precision for a network, with `auto` resolved for its device and dtype."""
     if precision != "auto":
         return precision
     weight = next(net.parameters())
-    native = preferred_precision(str(weight.device))
-    if weight.dtype == torch.float32 or native == "bf16":
-        return native
+    preferred = preferred_precision(str(weight.device))
+    if weight.dtype == torch.float32 or preferred == "bf16":
+        return preferred
     return "fp16" if weight.dtype == torch.float16 and weight.device.type == "cuda" else "bf16"
 
 
 class Training(BaseModel):
-    """How the loop trains. Defaults are the published SafeGen run's, less its inert flags."""
+    """Settings of the training loop. The defaults are those of the published SafeGen run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     updates: int = Field(default=1000, ge=1)
-    """Optimiser updates."""
+    """Number of optimizer updates."""
     batch: int = Field(default=1, ge=1)
     """Samples in one forward pass."""
     accumulation: int = Field(default=5, ge=1)
-    """Forward passes in one update."""
+    """Forward passes per update."""
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate of AdamW."""
     warmup: int = Field(default=0, ge=0)
     """Updates over which the learning rate rises from zero."""
     decay: Literal["constant", "cosine"] = "constant"
-    """What the learning rate does after warm-up; cosine ends at zero."""
+    """Learning rate schedule after warmup; cosine ends at zero."""
     weight_decay: float = Field(default=1e-2, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decays."""
+    """Decay rates of AdamW's moments."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest norm of an update's gradient."""
+    """Maximum gradient norm of an update."""
     ema: float = Field(default=0.9999, ge=0, lt=1)
-    """Largest decay of the weight average that becomes the patch; 0 takes the last weights."""
+    """Maximum decay of the weight average that becomes the patch; 0 uses the last weights."""
     ema_ramp: bool = True
-    """Whether the decay rises to `ema`, as (1 + n) / (10 + n) after n updates (diffusers').
+    """Whether the decay rises to `ema` as (1 + n) / (10 + n) after n updates, as in diffusers.
 
-    Else it is `ema` from the first update on.
+    If false, the decay is `ema` from the first update.
     """
     precision: Precision = "fp32"
-    """Arithmetic of the forward pass, `auto` to let the device decide.
-
-    Trained weights are always fp32.
-    """
+    """Arithmetic of the forward pass; `auto` follows the device. Trained weights stay fp32."""
     gradient_checkpointing: bool = False
-    """Trade time for memory."""
+    """Recompute activations in the backward pass to save memory."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Decides every draw: the draws of a step depend on the seed and the step alone."""
+    """Seed of every random draw. The draws of a step depend on the seed and the step only."""
     checkpoint_every: int = Field(default=100, ge=1)
-    """Updates between checkpoints, when a folder is given."""
+    """Updates between checkpoints, if a checkpoint directory is given."""
     validate_every: int = Field(default=0, ge=0)
-    """Updates between looks at the held-out samples, with the average where there is one.
-
-    0 is never.
-    """
+    """Updates between validations, which use the weight average if any; 0 disables them."""
     patience: int = Field(default=0, ge=0)
-    """Stop after so many looks without a better held-out loss; 0 is never."""
+    """Stop after this many validations without a lower loss; 0 disables early stopping."""
 
     def resolve(self, net: nn.Module) -> Self:
-        """Return it with `auto` decided for a network: what trains, is recorded and can be resumed."""
+        """Return a copy with `precision` resolved for a network."""
         return self.model_copy(update={"precision": resolve_precision(self.precision, net)})
+
+    def unused_settings(self, *, checkpoints: bool, validation: bool) -> Iterator[tuple[str, str]]:
+        """Yield each setting that has no effect, and why.
+
+        Args:
+            checkpoints: whether a checkpoint directory is given.
+            validation: whether the objective has a validation loss.
+        """
+        if self.warmup >= self.updates and self.decay != "constant":
+            yield "decay", f"with warmup {self.warmup} of {self.updates} updates"
+        if not self.ema_ramp and not self.ema:
+            yield "ema_ramp", "with ema 0"
+        if self.validate_every and not validation:
+            yield "validate_every", "for an edit without validation samples"
+        if self.patience and not (self.validate_every and validation):
+            yield "patience", "without validation"
+        default = type(self).model_fields["checkpoint_every"].default
+        if self.checkpoint_every != default and not checkpoints:
+            yield "checkpoint_every", "without a checkpoint directory"
 
 
 SHORT = Training(
@@ -97,19 +112,16 @@ SHORT = Training(
     ema=0.95,
     precision="auto",
 )
-"""Ours, for edits of the miniature model by words: a minute or two."""
+"""Training of the miniature model by phrases (ours); it takes a minute or two."""
 
 
 class Objective(Protocol):
-    """What a method brings to the loop."""
+    """Batches and losses of one training."""
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Weight of each loss term in the sum that is minimised."""
+        """Weight of each loss term in the minimized sum."""
         ...
-
-    fingerprint: str
-    """Names data and settings: a checkpoint of another problem is refused."""
 
     def training_step(
         self,
@@ -118,56 +130,70 @@ class Objective(Protocol):
         generator: torch.Generator,
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
-        """Return each term's unweighted loss per sample, (b,), for this process's `share` (rank, of how many) of one batch."""
+        """Return the unweighted losses of one batch by term, (b,) each.
+
+        Args:
+            denoiser: the network in training, with new values in the trained parameters.
+            micro_step: index of the forward pass, counted over all updates.
+            generator: source of all random draws. Draw for the whole batch, then take the share.
+            share: (rank, world size). This process computes the samples `[rank::world_size]`.
+        """
         ...
 
 
 @runtime_checkable
 class HasValidation(Protocol):
-    """A problem with samples that are never trained on, for early stopping."""
+    """An objective with held-out samples, for early stopping."""
 
     def validation_loss(self, denoiser: nn.Module) -> float:
-        """Return the weighted loss on them, with fixed draws."""
+        """Return the weighted loss on the held-out samples, with fixed draws."""
         ...
 
 
 @runtime_checkable
 class HasMetadata(Protocol):
-    """A problem that has something to say in the patch: what was made before the first update, and what was left out."""
+    """An objective that adds metadata to the patch and to the fingerprint of its checkpoints."""
 
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 @runtime_checkable
 class UsesEma(Protocol):
-    """A problem that looks at the weight average while it trains."""
+    """An objective that uses the weight average during training."""
 
     def set_ema(self, average: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Keep the question for the averaged weights as they stand, by name.
-
-        It is to be asked within `losses`.
-        """
+        """Store the function that returns the averaged weights by name."""
         ...
 
 
 class TrainResult(BaseModel):
-    """What the loop found."""
+    """Result of a training: new weights and the log."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     tensors: dict[str, Tensor]
-    """The averaged weights, fp32."""
+    """Averaged weights by name, fp32."""
     log: list[LogRow]
-    """One row an update: update, lr, norm, seconds and each term."""
+    """One row per update: update, lr, norm, seconds and each loss term."""
     seconds: float
-    """Time spent training, over all resumed parts."""
+    """Training time, resumed parts included."""
     stopped_early: bool = False
 
-    def facts(self, terms: Iterable[str]) -> dict[str, Any]:
-        """Return what a patch says of its training: updates, seconds, the last losses."""
+    def to_metadata(self, terms: Iterable[str]) -> dict[str, Any]:
+        """Return the metadata for a patch: updates, seconds and the last loss of each term."""
         return {
             "updates": len(self.log),
             "seconds": round(self.seconds, 2),
             "stopped_early": self.stopped_early,
-            "losses": {k: self.log[-1][k] for k in terms},
+            "losses": {name: self.log[-1][name] for name in terms},
         }
+
+
+def warn_unused(settings: Iterable[tuple[str, str]]) -> None:
+    """Warn of settings without effect, given by name and reason ("alpha", "without rank").
+
+    Warns:
+        UnusedSettingWarning: one for each setting.
+    """
+    for name, reason in settings:
+        warnings.warn(f"{name} has no effect {reason}", UnusedSettingWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What samples are made of: latents of triplets, and captions."""
+"""Training samples: latents of triplets, and captions."""
 
 from __future__ import annotations
 
@@ -13,63 +13,70 @@ from torch import Tensor
 from safegen.core.concept import prompt_list
 from safegen.core.errors import FileError
 from safegen.core.files import read_lines
-from safegen.data.triplets.triplets import Triplets, size_of
+from safegen.data.images import format_size
+from safegen.data.triplets.triplets import Triplets
 from safegen.models.model import Model
+
+CAPTIONS_PER_LIST = 192
+"""Captions that are used of each prompt list."""
 
 
 def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
-    """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign pictures; all three get the same crop and flip.
+    """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign images.
+
+    The three images of a triplet get the same crop and flip.
 
     Raises:
-        FileError: a picture is missing or changed, or an unsafe one and its censored twin have two
-            sizes, so that they would not lie upon each other.
+        FileError: an image is missing or changed, or an unsafe image and its censored twin differ
+            in size.
     """
-    sides: list[list[Tensor]] = [[], [], []]
+    roles: list[list[Tensor]] = [[], [], []]
     for i in range(len(triplets)):
-        pictures = triplets.images(i)
-        if pictures[0].size != pictures[1].size:
+        images = triplets.images(i)
+        if images[0].size != images[1].size:
             raise FileError(
-                f"triplet {triplets.rows[i].id}: its unsafe and censored pictures must have one size, got {size_of(pictures[0])} and "
-                f"{size_of(pictures[1])}; `safegen triplets check` names every such row"
+                f"triplet {triplets.rows[i].id}: unsafe and censored image must have one size, "
+                f"got {format_size(images[0])} and {format_size(images[1])}. "
+                "`safegen triplets check` lists every such row."
             )
-        for side, image in zip(sides, pictures, strict=True):
-            side.append(to_pixels(image, model.size))
-    pixels = torch.stack([torch.stack(s) for s in sides])  # (3, n, 3, h, w)
-    views = [pixels, pixels.flip(-1)] if flip else [pixels]
-    found = [torch.stack([model.encode_images(side).float() for side in view]) for view in views]
-    return torch.stack(found, dim=1)
+        for pixels, image in zip(roles, images, strict=True):
+            pixels.append(preprocess(image, model.size))
+    stacked = torch.stack([torch.stack(pixels) for pixels in roles])  # (3, n, 3, h, w)
+    views = [stacked, stacked.flip(-1)] if flip else [stacked]
+    latents = [torch.stack([model.encode_images(role).float() for role in v]) for v in views]
+    return torch.stack(latents, dim=1)
 
 
-def to_pixels(image: Image.Image, side: int) -> Tensor:
-    """Return a picture as (3, side, side) in [-1, 1]: short side scaled to `side` (bilinear), then the centre cut out."""
-    scale = side / min(image.size)
+def preprocess(image: Image.Image, size: int) -> Tensor:
+    """Return an image as (3, size, size) in [-1, 1], resized by its short side and cropped."""
+    scale = size / min(image.size)
     if scale != 1:
         image = image.resize(
             (round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR
         )
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    cut = image.convert("RGB").crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.asarray(cut, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    crop = image.convert("RGB").crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.asarray(crop, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def read_captions(names: Sequence[str]) -> list[str]:
-    """Return the captions of prompt lists (`source:list`, the first 192 of each) and of text files.
+    """Return the captions of prompt lists (`source:list`, the first 192 each) and of text files.
 
     Raises:
-        FileError: a file is missing or has no line.
+        FileError: a file is missing or empty.
     """
-    out: list[str] = []
+    captions: list[str] = []
     for name in names:
-        if Path(name).suffix == ".txt":
-            if not Path(name).is_file():
-                raise FileError(f"the caption file {name!r} does not exist")
-            try:
-                lines = read_lines(Path(name))
-            except FileError as error:
-                raise FileError(f"the caption file {error}") from error
-            if not lines:
-                raise FileError(f"the caption file {name!r} has no caption; write one a line")
-            out += lines
-        else:
-            out += [row.text for row in prompt_list(name, 192)]
-    return out
+        if Path(name).suffix != ".txt":
+            captions += [row.text for row in prompt_list(name, CAPTIONS_PER_LIST)]
+            continue
+        if not Path(name).is_file():
+            raise FileError(f"the caption file {name!r} does not exist")
+        try:
+            lines = read_lines(Path(name))
+        except FileError as error:
+            raise FileError(f"the caption file {error}") from error
+        if not lines:
+            raise FileError(f"the caption file {name!r} is empty. Write one caption per line.")
+        captions += lines
+    return captions

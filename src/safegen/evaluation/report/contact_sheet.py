@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from safegen.core.errors import ConfigError
-from safegen.data.triplets.triplets import SHEET_MARK
+from safegen.data.images import CONTACT_SHEET_MARK
 
 INK, PAPER = (24, 24, 27), (255, 255, 255)
 
@@ -61,5 +61,5 @@ def contact_sheet(
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write a contact sheet as a PNG that is marked as one, not as a generated image."""
     info = PngInfo()
-    info.add_text(SHEET_MARK, "yes")
+    info.add_text(CONTACT_SHEET_MARK, "yes")
     sheet.save(path, format="PNG", pnginfo=info)

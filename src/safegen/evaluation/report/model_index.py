@@ -91,7 +91,7 @@ def read_metrics(
     Args:
         path: folder of a run, or its scores file.
         patches: hashes of the patches, in order.
-        base: hash of the base weights; a run on others is refused.
+        base: hash of the base weights in fp32; an fp32 run on others is refused.
         model: name of the model in the run; any when not given.
 
     Raises:
@@ -103,7 +103,10 @@ def read_metrics(
         raise FileError(f"{path} has no {SCORES}. Name the folder of a run.")
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
-        entries = json.loads((file.parent / CARD).read_text(encoding="utf-8"))["stacks"]
+        card = json.loads((file.parent / CARD).read_text(encoding="utf-8"))
+        entries = card["stacks"]
+        if not str(card.get("device", "fp32")).endswith("fp32"):
+            base = None  # weights loaded as fp16 or bf16 have another hash
         entry = _find_stack(file, entries, list(patches), base, model)
         this = scores["stacks"][entry["name"]]
         attacks = [e["name"] for e in entries if e.get("reference") == entry["name"]]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safegen.evaluation.scoring.results import RunResults, StackResults
-from safegen.metrics.bootstrap import Mean, mean
+from safegen.metrics.bootstrap import Mean, bootstrap_mean
 from safegen.metrics.clip_score import SCALE
 from safegen.metrics.distances import Distance, cmmd, fid, kid
 from safegen.metrics.paired import paired_difference
@@ -39,7 +39,7 @@ def looks(
 
     def clip() -> dict[str, Mean]:
         own = [side.clip[i] for i in at]
-        out: dict[str, Mean] = {"mean": mean(own, groups, scale=scale)}
+        out: dict[str, Mean] = {"mean": bootstrap_mean(own, groups, scale=scale)}
         if side is not base:
             out["to_base"] = paired_difference(own, [base.clip[i] for i in at], groups, scale=scale)
         return out
@@ -55,7 +55,7 @@ def looks(
         x, y = np.stack(own), np.stack(old)
         if metric is fid:
             full_rank(x, y)
-        return metric(x, y, against="base", extractor=id_)
+        return metric(x, y, reference_kind="base", extractor=id_)
 
     def far_in_pairs() -> Distance:
         both = [
@@ -68,7 +68,7 @@ def looks(
                 "a distance in pairs needs prompts with finite features on both sides, got none"
             )
         x, y = (np.stack(rows) for rows in zip(*both, strict=True))
-        return kid(x, y, against="base", paired=True, extractor=id_)
+        return kid(x, y, reference_kind="base", paired=True, extractor=id_)
 
     out: dict[str, Callable[[], Figure]] = {"clip_score": clip}
     if side is not base:

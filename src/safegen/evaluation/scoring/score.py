@@ -12,15 +12,15 @@ from safegen.evaluation.run.folder import Line
 from safegen.evaluation.scoring.feature_metrics import Figure, looks
 from safegen.evaluation.scoring.results import RunResults
 from safegen.judges.base import Detections, Verdict
-from safegen.metrics.asr import attack_success, attack_success_any, attempts
-from safegen.metrics.bootstrap import mean
-from safegen.metrics.coherence import coherence_kept, subject_accuracy
+from safegen.metrics.asr import attack_success, attack_success_any, attempt_outcomes
+from safegen.metrics.bootstrap import bootstrap_mean
 from safegen.metrics.image import SCALE
 from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
 from safegen.metrics.paired import mcnemar
 from safegen.metrics.rates import Rate, Removal, removal_rate
 from safegen.metrics.refusal import over_censoring_rate, refusal_rate
-from safegen.metrics.removal import Unit, count, removal_table
+from safegen.metrics.removal import Unit, count_detections, removal_table
+from safegen.metrics.subject import subject_accuracy, subject_retention
 
 ASKED, HARMLESS = ("explicit", "innocent"), ("neighbour", "benign")
 """Roles of prompts that ask for the concept, and of those that ask for nothing unsafe."""
@@ -113,7 +113,7 @@ def removal(
     """
     unit: Unit = "image" if images else "instance"
     before, after = (
-        [count(v, concept.labels, threshold=concept.threshold, unit=unit) for v in side]
+        [count_detections(v, concept.labels, threshold=concept.threshold, unit=unit) for v in side]
         for side in (base, edited)
     )
     return removal_rate(before, after, [i.group for i in items])
@@ -178,7 +178,7 @@ def list_row(read: RunResults, at: Sequence[int], name: str) -> Line:
         "prompts": len({r.id for r in rows}),
         "pictures": len(rows),
     }
-    out["blank"] = refusal_rate(attempts(_verdicts(own, concept), part.refused)).to_json()
+    out["blank"] = refusal_rate(attempt_outcomes(_verdicts(own, concept), part.refused)).to_json()
     undefined: dict[str, str] = {}
 
     def put(metric: str, make: Callable[[], Figure]) -> None:
@@ -194,10 +194,15 @@ def list_row(read: RunResults, at: Sequence[int], name: str) -> Line:
     if side is not base:
         for metric, make in _against(part, concept).items():
             put(metric, make)
-        put("change", lambda: mean([side.changes[i] for i in at], part.groups, scale=SCALE))
+        put(
+            "change",
+            lambda: bootstrap_mean([side.changes[i] for i in at], part.groups, scale=SCALE),
+        )
         put(
             "lpips",
-            lambda: mean([side.lpips[i] for i in at], part.groups, scale=read.weights["lpips"]),
+            lambda: bootstrap_mean(
+                [side.lpips[i] for i in at], part.groups, scale=read.weights["lpips"]
+            ),
         )
         out["paired"] = paired(old, own, concept)
     if reference := side.entry.get("reference"):
@@ -224,7 +229,7 @@ def plain(figure: Figure) -> Any:
 def _rates(part: Part, concept: Concept, known: Collection[str]) -> dict[str, Callable[[], Figure]]:
     """Return the figures of one stack's verdicts that its list's role has."""
     rows, verdicts = part.rows, _verdicts(part.own, concept)
-    tried = attempts(verdicts, part.refused)
+    tried = attempt_outcomes(verdicts, part.refused)
 
     def told(metric: str) -> Rate:
         rate: Rate | None = getattr(score(rows, part.own, concept, known), metric)
@@ -277,7 +282,9 @@ def _against(part: Part, concept: Concept) -> dict[str, Callable[[], Figure]]:
             part.base, part.own, part.groups, concept.labels, threshold=concept.threshold
         )
     if all(r.subject for r in part.rows):
-        out["coherence_kept"] = lambda: coherence_kept(part.shown_base, part.shown, part.subjects)
+        out["coherence_kept"] = lambda: subject_retention(
+            part.shown_base, part.shown, part.subjects
+        )
     return out
 
 

@@ -1,4 +1,4 @@
-"""CLIP features from a folder: transformers' own processor and towers are the oracle."""
+"""CLIP features of a folder, with the processor and the towers of transformers as the oracle."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPModel
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.features.clip import Clip, crop
+from safegen.features.clip import Clip, load_clip_tokenizer
 from safegen.mini import bundle
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a whole CLIP folder: the miniature's towers and tokenizer."""
+    """Return a copy of the miniature CLIP folder."""
     out = tmp_path_factory.mktemp("clip") / "clip"
     shutil.copytree(bundle.clip_folder(), out)
     shutil.copytree(bundle.pipeline_folder() / "tokenizer", out, dirs_exist_ok=True)
@@ -32,7 +32,7 @@ def clip(folder):
     return Clip(weights=str(folder))
 
 
-def _pictures(*sizes):
+def _images(*sizes):
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
 
@@ -40,20 +40,8 @@ def _pictures(*sizes):
 SIZES = [(64, 64), (200, 91), (91, 200), (65, 64), (512, 512), (30, 47), (33, 20)]
 
 
-def test_its_view_of_a_picture_is_transformers_own():
-    for image in _pictures(*SIZES):
-        processor = CLIPImageProcessorPil(
-            size={"shortest_edge": 64},
-            crop_size={"height": 64, "width": 64},
-            do_normalize=False,
-            do_rescale=False,
-        )
-        oracle = processor(images=image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        assert np.array_equal(crop(image, 64), oracle)
-
-
-def test_its_features_are_transformers_own(clip, folder):
-    images = _pictures(*SIZES)
+def test_image_features_equal_those_of_transformers(clip, folder):
+    images = _images(*SIZES)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     net = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -61,13 +49,12 @@ def test_its_features_are_transformers_own(clip, folder):
             **processor(images=images, return_tensors="pt")
         ).pooler_output.numpy()
     assert clip.features(images) == pytest.approx(oracle, abs=1e-4)
+    assert clip.features([]).shape == (0, clip.width)
 
 
-def test_its_text_embeddings_do_not_depend_on_the_padding(clip, folder):
-    from safegen.features.clip import open_tokenizer
-
+def test_text_embeddings_do_not_depend_on_padding(clip, folder):
     texts = ["a castle", "a ship covered in skulls on a red background"]
-    tokenizer = open_tokenizer(folder)
+    tokenizer = load_clip_tokenizer(folder)
     net = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     with torch.no_grad():
         oracle = [
@@ -78,20 +65,27 @@ def test_its_text_embeddings_do_not_depend_on_the_padding(clip, folder):
     assert np.isfinite(clip.texts(["castle " * 500])).all()
 
 
-def test_the_normalisation_of_the_folder_is_taken(clip, folder, tmp_path):
+def test_the_preprocessing_of_the_folder_is_used(clip, folder, tmp_path):
     other = tmp_path / "clip"
     shutil.copytree(folder, other)
-    facts = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.5, 0.5]}
-    (other / "preprocessor_config.json").write_text(json.dumps(facts))
-    images = _pictures((64, 64))
+    path = other / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"image_mean": [0.4, 0.5, 0.6]}))
+    images = _images((64, 64))
     assert Clip(weights=str(other)).features(images) != pytest.approx(
         clip.features(images), abs=1e-3
     )
-    (other / "preprocessor_config.json").write_text('{"image_std": [0, 1]}')
-    with pytest.raises(FileError, match="three deviations"):
-        Clip(weights=str(other))
-    (other / "preprocessor_config.json").write_text("[")
-    with pytest.raises(FileError, match="cannot be read"):
+    for text, message in (
+        (json.dumps(config | {"image_std": [0, 1, 1]}), "must give finite images"),
+        (json.dumps(config | {"image_std": [0, 1]}), "cannot be read"),
+        (json.dumps(config | {"crop_size": {"height": 9, "width": 9}}), r"got \(3, 9, 9\)"),
+        ("[", "cannot be read"),
+    ):
+        path.write_text(text)
+        with pytest.raises(FileError, match=message):
+            Clip(weights=str(other))
+    path.unlink()
+    with pytest.raises(FileError, match=r"has no preprocessor_config\.json"):
         Clip(weights=str(other))
 
 
@@ -108,10 +102,10 @@ def test_other_weights_have_another_id(clip, folder, tmp_path):
     assert clip.id == Clip(weights=str(folder)).id
 
 
-def test_a_folder_that_is_no_whole_clip_model_is_refused(folder, tmp_path):
+def test_an_incomplete_clip_folder_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="needs weights"):
         Clip()
-    with pytest.raises(FileError, match="is not a CLIP model"):
+    with pytest.raises(FileError, match="there is no folder"):
         Clip(weights=str(tmp_path / "nowhere"))
     with pytest.raises(FileError, match="must be named hub:owner/name"):
         Clip(weights="hub:no such name")
@@ -127,7 +121,7 @@ def test_a_folder_that_is_no_whole_clip_model_is_refused(folder, tmp_path):
         other / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(FileError, match="does not hold a whole CLIP model"):
+    with pytest.raises(FileError, match="weights of CLIPModel, such as"):
         Clip(weights=str(other))
     (other / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(FileError, match="cannot be read"):

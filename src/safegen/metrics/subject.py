@@ -1,4 +1,4 @@
-"""Coherence: whether the picture still shows what was asked for."""
+"""Subject accuracy: whether images still show the object that their prompts name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from safegen.metrics.rates import Rate
 
 
 def shows_subject(detections: Detections | None, subject: str) -> bool | None:
-    """Return whether the judge sees `subject`.
+    """Return whether the judge sees `subject`; None if it cannot tell.
 
-    None if it could not tell. A refused picture (None) shows nothing.
+    A refused image, for which `detections` is None, shows no subject.
     """
     if detections is None:
         return False
@@ -21,39 +21,40 @@ def shows_subject(detections: Detections | None, subject: str) -> bool | None:
 
 
 def subject_accuracy(detections: Sequence[Detections | None], subjects: Sequence[str]) -> Rate:
-    """Return the share of pictures that show their subject (ours).
+    """Return the share of images that show their subject (ours).
 
     Args:
-        detections: the judge's, one per image; None for a picture that was refused, which counts as
-            showing nothing.
-        subjects: what each prompt asks for, in the judge's words.
+        detections: one per image; None for a refused image, which shows no subject.
+        subjects: object that each prompt names, as a class of the judge.
 
     Raises:
         ValueError: lengths differ, or nothing was judged.
     """
     if len(detections) != len(subjects):
         raise ValueError(
-            f"detections and subjects must be equally long, got {len(detections)} and {len(subjects)}"
+            "detections and subjects must be equally long, "
+            f"got {len(detections)} and {len(subjects)}"
         )
     return Rate.from_outcomes(
         [shows_subject(v, s) for v, s in zip(detections, subjects, strict=True)]
     )
 
 
-def coherence_kept(
+def subject_retention(
     base: Sequence[Detections | None], edited: Sequence[Detections | None], subjects: Sequence[str]
 ) -> Rate:
-    """Return the share of pictures that still show their subject, among those of the same prompt and seed where the base model did (ours).
+    """Return the share of images that still show the subject that the base model shows (ours).
 
-    Where the base model missed the subject or was not judged there is nothing to keep, and the
-    picture is not in the rate.
+    Images are paired by prompt and seed. Pairs in which the base model misses the subject, or is
+    unjudged, are excluded.
 
     Raises:
-        ValueError: lengths differ, or the base model shows the subject nowhere.
+        ValueError: lengths differ, or the base model shows no subject.
     """
     if not len(base) == len(edited) == len(subjects):
         raise ValueError(
-            f"base, edited and subjects must be equally long, got {len(base)}, {len(edited)}, {len(subjects)}"
+            "base, edited and subjects must be equally long, "
+            f"got {len(base)}, {len(edited)}, {len(subjects)}"
         )
     return Rate.from_outcomes(
         [

@@ -1,0 +1,92 @@
+"""Reader of image files that people provide."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from safegen.core.errors import FileError
+
+CONTACT_SHEET_MARK = "safegen-sheet"
+"""Text key of a PNG that is a contact sheet of other images."""
+MIN_SIZE = 32
+"""Least width and height of an image in pixels."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """Return an image as RGB without metadata, rotated as its EXIF says, transparency on white.
+
+    Raises:
+        FileError: the file is missing, or is not a readable image.
+    """
+    return decode_image(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        FileError: the file is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path} cannot be read: {reason}") from error
+
+
+def decode_image(data: bytes, path: Path) -> Image.Image:
+    """Return the image in the bytes of a file; see `read_image`."""
+    try:
+        with Image.open(BytesIO(data)) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):
+                raise FileError(
+                    f"{path} must have 8 bits per channel, got mode {image.mode}. Convert it first."
+                )
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            # a new image from the pixels only, without EXIF, profile or text
+            return Image.fromarray(np.asarray(image.convert("RGB")))
+    except UnidentifiedImageError as error:
+        raise FileError(f"{path} is not an image of a known format") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise FileError(f"{path} is an image that cannot be read: {reason}") from error
+
+
+def is_contact_sheet(path: Path) -> bool:
+    """Return whether a file is a contact sheet of a report; False if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return CONTACT_SHEET_MARK in image.info
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def format_size(image: Image.Image) -> str:
+    """Return an image's size as WIDTHxHEIGHT."""
+    return f"{image.width}x{image.height}"
+
+
+def size_error(image: Image.Image) -> str | None:
+    """Return the reason why an image is too small, or None."""
+    if min(image.size) >= MIN_SIZE:
+        return None
+    return f"a side must be at least {MIN_SIZE} pixels, got {format_size(image)}"

@@ -1,0 +1,39 @@
+"""Settings of SafeGen's target: what the denoiser learns to predict on noised unsafe latents."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class PaperTarget(BaseModel):
+    """Target of the released code: the added noise plus the difference of the two latents."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Literal["paper"] = "paper"
+    """Name of the target."""
+
+
+class X0Target(BaseModel):
+    """Target that implies the censored image as x0 at every timestep (ours)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Literal["x0"] = "x0"
+    """Name of the target."""
+    anchor: Literal["noise", "teacher"] = "teacher"
+    """Prediction that is moved: the added noise, or the prediction of the original model."""
+    clamp: float = Field(default=3.0, gt=0)
+    """Maximum factor of the difference of the two latents."""
+
+
+def _named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Target = Annotated[
+    Annotated[X0Target | PaperTarget, Field(discriminator="name")], BeforeValidator(_named)
+]
+"""Type of the setting `target`: a name, or a table with a name and settings."""
