@@ -10,7 +10,7 @@ from safegen.core.errors import FileError
 from safegen.edits.safegen import SafeGen
 from safegen.edits.safegen_plus import SafeGenPlus
 from safegen.edits.uce import UCE
-from safegen.evaluation.report.model_card import CardSubject, card
+from safegen.evaluation.report.model_card import CardSubject, model_card
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import BaseMismatchWarning
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_a_patched_model_does_not_resume_on_the_plain_one(
 
 def test_the_card_lists_parents(two):
     below, above = two
-    assert f"other patches on it: uce `{below.hash[:12]}`" in card(
+    assert f"other patches: uce `{below.hash[:12]}`" in model_card(
         CardSubject.of_patch(above, "p.safetensors")
     )
-    assert "other patches on it" not in card(CardSubject.of_patch(below, "p.safetensors"))
+    assert "with other patches" not in model_card(CardSubject.of_patch(below, "p.safetensors"))

@@ -58,7 +58,7 @@ def test_neighbors_have_the_angle_and_norm(shape):
     )
     off = outputs - math.cos(0.4) * start
     between = (off @ off.T) / (off.norm(dim=1)[:, None] * off.norm(dim=1))
-    if shape == "circular":  # neighbours are as far from each other as the next
+    if shape == "circular":  # neighboring probes have equal distances
         assert all(
             float(between[j, (j + 1) % 6]) == pytest.approx(math.cos(math.pi / 3), abs=1e-4)
             for j in range(6)
@@ -176,7 +176,7 @@ def test_embedding_probes_rotate_the_prompts_tokens_only(
     engine = GuardedPipeline(pipe, [make_guard(**guard), RecorderConfig()])
     generate(pipe, engine=engine, prompts=PROMPTS)
     texts = engine.guards[1].texts
-    assert len(texts) == 3 + 4  # a step a probe, and the image's own
+    assert len(texts) == 3 + 4  # one step per probe, then those of the image
     plain = PipelineAdapter(pipe).encode(PROMPTS)
     assert all(torch.equal(text.hidden, plain.hidden) for text in texts[3:])
     for text in texts[:3]:
@@ -208,7 +208,7 @@ def test_embedding_probes_reach_the_reference_stream(tiny_model, generate, monke
     )
     generate(tiny_model.pipeline, engine=engine, prompts=PROMPTS)
     probe = engine.guards[1].texts[0].hidden
-    assert len(probe) == 4  # two prompts, and both again in their second stream
+    assert len(probe) == 4  # two prompts, each with a reference stream
     assert torch.equal(probe[:2], probe[2:])
 
 

@@ -204,7 +204,7 @@ def test_a_callback_runs_once_per_step_under_every_guard(name, tiny_model, pil, 
         [made(passing_settings, name)],
         callback_on_step_end=lambda pipe, i, t, kwargs: seen.append(i) or kwargs,
     )
-    assert seen == [0, 1, 2, 3]  # and not for probes
+    assert seen == [0, 1, 2, 3]  # none for probes
 
 
 @pytest.mark.parametrize(("name", "more"), VARIANTS)

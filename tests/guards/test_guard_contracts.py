@@ -75,7 +75,7 @@ def test_every_guard_is_reproducible_and_restores_the_pipeline(
     )
     assert [o.image.tobytes() for o in first] == [
         o.image.tobytes() for o in second
-    ]  # nothing is left over from a call
+    ]  # no state remains after a call
     assert [o.trace.to_json(times=False) for o in first] == [
         o.trace.to_json(times=False) for o in second
     ]
@@ -171,7 +171,7 @@ def test_read_guard_accepts_names_presets_and_tables():
     assert read_guard("negative-prompt", "skulls").text == "skulls, a skull"
     assert (
         read_guard({"name": "sld", "text": "x"}, "skulls").text == "x"
-    )  # what is predictions goes before what is lent
+    )  # settings override the concept's defaults
     assert read_guard({"name": "sld", "concept": "fire"}, "skulls").text == "fire, flames, burning"
 
 

@@ -161,7 +161,7 @@ def test_calibrate_returns_the_least_threshold_for_the_rate(adapter, head, rate)
     below = torch.nextafter(
         torch.tensor(threshold, dtype=torch.float64), torch.tensor(-1e9, dtype=torch.float64)
     ).item()
-    assert sum(v >= below for v in scores) > rate * len(benign)  # and it is the least such
+    assert sum(v >= below for v in scores) > rate * len(benign)  # it is the least threshold
 
 
 def test_calibrate_refuses_too_few_prompts_for_the_rate(adapter, head):

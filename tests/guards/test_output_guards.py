@@ -208,7 +208,7 @@ def test_a_judge_with_a_missing_file_is_refused_before_generation(
         ),
     ):
         pass
-    with shelf.open(Stack(name="s", model=str(tiny_folder))) as ready:  # and the shelf is whole
+    with shelf.open(Stack(name="s", model=str(tiny_folder))) as ready:
         assert ready.guarded is None
 
 

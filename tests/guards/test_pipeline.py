@@ -140,7 +140,7 @@ def test_a_failed_call_restores_the_pipeline(pipe, generate):
     generate(pipe, [FaultyConfig(fault="guidance_correction")], output_type="pil")
     with pytest.raises(
         RuntimeError, match="out of memory"
-    ):  # which is no fault of the guard, and lets a run go on with smaller batches
+    ):  # not a guard's failure: a run can retry with smaller batches
         generate(pipe, [FaultyConfig(fault="out of memory")], output_type="pil")
     assert np.array_equal(generate(pipe), base)
     assert not pipe.unet._forward_hooks
@@ -159,7 +159,7 @@ def test_max_rows_changes_no_more_than_rounding(pipe, generate):
     for most in (1, 3):
         parted = generate(pipe, [SLD], max_rows=most)
         assert np.abs(arrays(parted) - whole).max() < 1e-4
-        assert parted[0].trace.guards[0].rows == 4  # one a step, however they were asked
+        assert parted[0].trace.guards[0].rows == 4  # one per step, in any number of calls
 
 
 def test_max_rows_bounds_the_rows_of_guards(pipe, generate):
@@ -172,9 +172,9 @@ def test_max_rows_bounds_the_rows_of_guards(pipe, generate):
         hook.remove()
         return sorted(set(seen))
 
-    assert most(None) == [9]  # blank, prompt and safety text of three images
+    assert most(None) == [9]  # negative prompt, prompt and safety text of three images
     assert most(8) == [3, 6]
-    assert most(2) == [1, 2, 6]  # the pipeline's own six rows are not ours to cut
+    assert most(2) == [1, 2, 6]  # the pipeline's own six rows stay together
     with pytest.raises(ConfigError, match="max_rows must be >= 1, got 0"):
         GuardedPipeline(pipe, [], max_rows=0)
 
@@ -214,7 +214,7 @@ def test_a_callback_sees_every_step(pipe, generate):
 
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
-)  # diffusers' own, with numpy 2
+)  # raised by diffusers with numpy 2
 def test_a_second_order_scheduler_is_counted_by_its_own_steps(pipe, generate, monkeypatch):
     from diffusers import HeunDiscreteScheduler
 

@@ -103,7 +103,7 @@ def test_latents_are_optimized_until_the_score_is_below_the_limit(tiny_model, ge
     assert record.scores["iterations"] >= 1
     assert np.asarray(moved.image)[..., 0].mean() / 255 == pytest.approx(
         record.scores["last"], abs=0.005
-    )  # what is shown was scored
+    )  # the scored image is shown
     assert moved.image.tobytes() != first.image.tobytes()
     assert other.image is not None
 

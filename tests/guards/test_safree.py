@@ -44,7 +44,7 @@ def test_span_equals_the_formula_of_the_paper(rng):
     assert torch.allclose(span(c) @ c[2], c[2], atol=1e-5)
     assert torch.allclose(
         span(torch.cat([c, 2 * c])), span(c), atol=1e-5
-    )  # phrases that say the same twice
+    )  # repeated phrases change nothing
 
 
 def test_only_the_released_order_removes_the_whole_concept(rng):
@@ -58,7 +58,7 @@ def test_only_the_released_order_removes_the_whole_concept(rng):
     kept = x @ combined_projector(concept, prompt, order="paper").T
     assert torch.allclose(
         kept @ prompt, kept, atol=1e-5
-    )  # the paper's keeps to the prompt's span instead
+    )  # the paper's order stays in the prompt's span
 
 
 def test_triggers_equal_the_definition_token_by_token(rng):
@@ -108,9 +108,7 @@ def test_only_triggers_change_and_lose_the_concept(tiny_model):
         for i in range(before.hidden.shape[1])
         if not torch.equal(before.hidden[0, i], after[0, i])
     ]
-    assert moved == [
-        j + 1 for j in projection.triggers
-    ]  # the beginning, the end and the padding stay
+    assert moved == [j + 1 for j in projection.triggers]  # start, end and padding stay
     assert (after[0, moved] @ concept).norm() < 1e-3 * (before.hidden[0, moved] @ concept).norm()
 
 
@@ -200,12 +198,11 @@ def test_each_encoder_of_sdxl_projects_by_its_own_span(tiny_xl):
         assert [i for i in range(len(before)) if not torch.equal(old[i], new[i])] == at
         assert torch.allclose(new[at], old[at] @ part.projector.T, atol=1e-6)
         assert (new[at] @ own).norm() < 1e-3 * (old[at] @ own).norm()
-    # beta, over both encoders' columns: y = (I - P_C) P_I x for every token that is the prompt's
-    # own
+    # beta, over both encoders' columns: y = (I - P_C) P_I x for every token of the prompt
     ids, n = encoders[0].tokenize(PROMPT)
     assert torch.allclose(
         torch.cat([e.hidden(ids) for e in encoders], dim=2)[0], before, atol=1e-5
-    )  # what the denoiser is given
+    )  # equal to the denoiser's input
     whole = torch.cat(
         [before[: n + 2, part.columns] @ part.projector.T for part in projection.encoders], dim=1
     )
@@ -285,7 +282,7 @@ def test_reattend_equals_the_formula_frequency_by_frequency(rng, shape):
     assert torch.allclose(reattend(x, y, scale=1.0), x, atol=1e-6)
     assert torch.allclose(
         reattend(x, 1e3 * torch.ones_like(x) + 1e3 * y, scale=0.0), x, atol=1e-5
-    )  # nothing is stronger
+    )  # no frequency exceeds the original
     assert torch.allclose(
         reattend(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), scale=0.2),
         torch.full((1, 1, 4, 4), 0.2),

@@ -47,7 +47,7 @@ def test_equals_the_published_pipeline(tiny_model, safe, generate, preset, negat
     config = getattr(SafetyConfig, PUBLISHED[preset])
     config = config | {
         "sld_warmup_steps": round(config["sld_warmup_steps"] / 10)
-    }  # ours scales by itself
+    }  # ours is scaled to the run
     guard = make_guard("sld", preset, text=TEXT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -66,7 +66,7 @@ def test_equals_the_published_pipeline(tiny_model, safe, generate, preset, negat
         assert (
             np.abs(theirs - generate(tiny_model.pipeline, num_inference_steps=steps, **more)).max()
             > 1e-2
-        )  # there is something to agree on
+        )  # SLD has an effect here
 
 
 def test_warns_if_the_negative_prompt_equals_its_text(tiny_model):
@@ -76,14 +76,14 @@ def test_warns_if_the_negative_prompt_equals_its_text(tiny_model):
         with pytest.warns(UnusedSettingWarning, match=text):
             GuardedPipeline(tiny_model.pipeline, order)
     with pytest.warns(UnusedSettingWarning, match=text):
-        GuardedPipeline(tiny_model.pipeline, guards[:1], negative_prompt=TEXT)  # a recipe's own
+        GuardedPipeline(tiny_model.pipeline, guards[:1], negative_prompt=TEXT)
     GuardedPipeline(
         tiny_model.pipeline, guards, negative_prompt="a tree"
-    )  # which goes before the guard's
+    )  # comes before the guard's text
     GuardedPipeline(tiny_model.pipeline, [guards[0], make_guard("negative-prompt", text="a cone")])
     GuardedPipeline(
         tiny_model.pipeline, [*guards, make_guard("negative-prompt", text="a cone")]
-    )  # what is joined says more
+    )  # the joined text differs
 
 
 def test_the_trace_reports_for_each_image_whether_it_was_steered(tiny_model, generate):
@@ -92,7 +92,7 @@ def test_the_trace_reports_for_each_image_whether_it_was_steered(tiny_model, gen
     plain = generate(tiny_model.pipeline, negative_prompt=[TEXT, ""])
     np.testing.assert_allclose(
         arrays(outputs)[0], plain[0], rtol=0, atol=1e-5
-    )  # away from its own text by the user's wish: no push is left
+    )  # the negative prompt equals the text: no correction
     assert not np.allclose(arrays(outputs)[1], plain[1], atol=1e-3)
     assert [(o.trace.action, o.trace.guards[0].scores["steps"] > 0) for o in outputs] == [
         ("none", False),
@@ -130,7 +130,7 @@ def test_presets_equal_the_published_numbers():
             "sld_mom_beta": own.momentum,
         }
     assert make_guard("sld") == make_guard("sld", "medium")
-    assert make_guard("sld", "weak").scale == 200  # the model card's number, where the code has 20
+    assert make_guard("sld", "weak").scale == 200  # as in the model card; the code has 20
 
 
 def test_the_default_text_equals_the_published_one():
@@ -194,7 +194,7 @@ def test_changes_images_of_every_pipeline_class_but_not_for_its_own_text(
     guarded = arrays(generate(pipe, [make_guard("sld", "max", text=TEXT)], **options))
     assert np.isfinite(guarded).all()
     assert np.abs(guarded - generate(pipe, **options)).max() > 1e-3
-    # f = c: the gate is min(s_S * 0, 1) = 0, and nothing is taken
+    # f = c: the gate is min(s_S * 0, 1) = 0, and the correction is zero
     same = generate(pipe, [make_guard("sld", "max", text=TEXT)], [TEXT], **options)
     assert np.abs(arrays(same) - generate(pipe, None, [TEXT], **options)).max() < 1e-3
 
@@ -214,7 +214,7 @@ def test_warmup_is_scaled_to_the_steps_of_the_run(tiny_model, generate):
     assert acted("weak", 10) == (
         7,
         7,
-    )  # without momentum, warm-up costs nothing; unscaled it would never act
+    )  # without momentum the warm-up adds no rows; unscaled it would never end
 
 
 def test_safety_guidance_equals_the_formula_element_by_element():

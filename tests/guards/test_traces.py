@@ -37,22 +37,22 @@ threshold = 1.0
 def test_python_png_and_jsonl_hold_the_same_trace(tiny_folder, tmp_path, monkeypatch):
     from safegen.cli import main
 
-    given = []
-    real = LoadedStack.generate
+    outputs = []
+    generate = LoadedStack.generate
 
-    def kept(self, asks, generation_config):
-        outputs = real(self, asks, generation_config)
-        given.extend(outputs)
-        return outputs
+    def record(self, samples, generation_config):
+        batch = generate(self, samples, generation_config)
+        outputs.extend(batch)
+        return batch
 
-    monkeypatch.setattr(LoadedStack, "generate", kept)
+    monkeypatch.setattr(LoadedStack, "generate", record)
     (tmp_path / "safe.toml").write_text(f'model = "{tiny_folder}"\n{GUARDS}')
     prompts = [
         "a red cube on a white table",
         "a blue ball in the grass",
         "a green cone under a tree",
     ]
-    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    options = [word for prompt in prompts for word in ("--prompt", prompt)]
     out = tmp_path / "out"
     stack = str(tmp_path / "safe.toml")
     monkeypatch.setattr(
@@ -62,7 +62,7 @@ def test_python_png_and_jsonl_hold_the_same_trace(tiny_folder, tmp_path, monkeyp
             "generate",
             "--stack",
             stack,
-            *words,
+            *options,
             "--steps",
             "2",
             "--batch",
@@ -76,19 +76,20 @@ def test_python_png_and_jsonl_hold_the_same_trace(tiny_folder, tmp_path, monkeyp
     assert not end.value.code
     lines = [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in line.items() if k not in ("index", "seed")} for line in lines] == [
-        o.trace.to_json() for o in given
+        o.trace.to_json() for o in outputs
     ]
     shown = sorted(out.glob("0*.png"))
-    assert [int(path.stem) for path in shown] == [0, 2]  # the filter stopped the other
+    assert [int(path.stem) for path in shown] == [0, 2]  # the filter blocked the other
     for path in shown:
         with Image.open(path) as image:
             assert (
-                json.loads(image.text["safegen"])["guards"] == given[int(path.stem)].trace.to_json()
+                json.loads(image.text["safegen"])["guards"]
+                == outputs[int(path.stem)].trace.to_json()
             )
-    for output in given:
+    for output in outputs:
         records = {record["guard"]: record for record in output.trace.to_json()["guards"]}
         assert list(records) == ["prompt-filter", "safree", "sld", "crops", "judge-filter"]
-        gone = output.image is None
+        withheld = output.image is None
         assert all(
             set(record)
             == {"guard", "action", "reason", "scores", "thresholds", "calls", "rows", "ms"}
@@ -99,13 +100,13 @@ def test_python_png_and_jsonl_hold_the_same_trace(tiny_folder, tmp_path, monkeyp
                 record["action"] in ACTIONS and record["calls"] >= 1 and record["ms"] > 0
                 for record in records.values()
             )
-            or gone
+            or withheld
         )
         assert (records["prompt-filter"]["action"], records["prompt-filter"]["reason"]) == (
-            ("block", "word") if gone else ("none", "")
+            ("block", "word") if withheld else ("none", "")
         )
-        assert gone or {"triggers", "distance", "steps"} <= set(records["safree"]["scores"])
-        assert gone or (records["crops"]["scores"], records["crops"]["thresholds"]) == (
+        assert withheld or {"triggers", "distance", "steps"} <= set(records["safree"]["scores"])
+        assert withheld or (records["crops"]["scores"], records["crops"]["thresholds"]) == (
             {"share": 0.0},
             {"share": 0.5, "score": 1.0},
         )

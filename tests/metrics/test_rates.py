@@ -75,6 +75,19 @@ def test_no_change_is_0():
     assert found.low <= 0 <= found.high
 
 
+def test_no_change_has_the_interval_of_the_survivors():
+    result = removal_rate([1] * 64, [1] * 64, range(64))
+    assert (result.low, result.high) == (0, pytest.approx(1 - wilson_interval(64, 64)[0]))
+
+
+def test_added_detections_count_clusters_if_few_clusters_show_the_concept_before():
+    """1 detection becomes 64 in 16 prompts: Wilson's interval of 64/65 over 16, as odds."""
+    result = removal_rate([1] + [0] * 63, [1] * 64, [i // 4 for i in range(64)])
+    _, high = wilson_interval(64 / 65 * 16, 16)
+    assert result.value == -63
+    assert result.low == pytest.approx(1 - high / (1 - high))
+
+
 def test_added_detections_give_a_negative_rate():
     found = removal_rate([1, 1], [2, 1], "ab")
     assert found.value == -0.5

@@ -1,4 +1,4 @@
-"""What is shipped: the miniature model as anyone gets it."""
+"""The bundled miniature model."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.check import check_triplets
 from safegen.data.triplets.triplets import Triplets
-from safegen.evaluation.protocol import Protocol, plan
-from safegen.evaluation.scoring.score import score
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.scoring.verdict_metrics import score
 from safegen.judges import load_judge
 from safegen.mini import bundle
 from safegen.models.generation import generate
@@ -18,13 +18,13 @@ from safegen.models.loading import load
 from safegen.workflows.demo import DemoConfig
 
 
-def test_the_weights_stay_under_25_megabytes_and_hold_no_pickle():
+def test_the_weights_are_below_25_megabytes_without_pickles():
     files = [p for p in (bundle.HERE / "weights").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 25_000_000
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt", ".md"}
 
 
-def test_mini_is_stable_diffusion_in_small():
+def test_mini_is_a_small_stable_diffusion():
     model = load("mini")
     kinds = {k: type(v).__name__ for k, v in model.pipeline.components.items() if v is not None}
     assert kinds == {
@@ -45,13 +45,13 @@ def test_mini_is_stable_diffusion_in_small():
 
 
 @pytest.mark.parametrize("concept", ["skulls", "fire"])
-def test_the_ready_triplets_pass_their_own_check(concept):
+def test_the_bundled_triplets_pass_the_check(concept):
     folder = bundle.triplets_folder(concept)
     assert len(Triplets.load(folder)) == 100
     assert check_triplets(folder, load_judge("mini", labels=[concept])) == []
 
 
-def test_the_base_model_draws_what_it_is_asked_for():
+def test_the_base_model_follows_its_prompts():
     concept = load_concept("skulls")
     protocol = Protocol.from_concept(
         concept,
@@ -60,25 +60,25 @@ def test_the_base_model_draws_what_it_is_asked_for():
         generation=GenerationConfig(precision=preferred_precision()),
         roles=("explicit", "innocent", "benign"),
     )
-    items = plan(protocol)
+    items = protocol.samples()
     detections = load_judge("mini").detect(
         list(
             generate(
                 load("mini"),
-                [i.ask for i in items],
+                items,
                 GenerationConfig(precision=preferred_precision()),
             )
         )
     )
-    asked = score(items[:12], detections[:12], concept)
-    plain = score(items[12:], detections[12:], concept)
-    assert asked.concept.value >= 0.9
-    assert plain.concept.value <= 0.1
-    assert plain.subject is not None
-    assert plain.subject.value >= 0.8
+    explicit = score(items[:12], detections[:12], concept)
+    benign = score(items[12:], detections[12:], concept)
+    assert explicit.concept.value >= 0.9
+    assert benign.concept.value <= 0.1
+    assert benign.subject is not None
+    assert benign.subject.value >= 0.8
 
 
-def test_the_clip_pair_tells_a_picture_from_another():
+def test_the_clip_model_matches_images_to_captions():
     import numpy as np
     import torch
     from transformers.models.clip.modeling_clip import CLIPModel
@@ -104,8 +104,8 @@ def test_the_clip_pair_tells_a_picture_from_another():
     assert (logits.argmax(1) == torch.arange(len(names))).float().mean() >= 0.8
 
 
-def test_the_autoencoder_gives_scenes_back_within_27_decibels():
-    """On scenes of a seed that no stage of the training draws."""
+def test_the_autoencoder_reconstructs_scenes_at_27_decibels():
+    """On scenes of a seed that training does not use."""
     import numpy as np
     import torch
     from PIL import Image
@@ -130,7 +130,7 @@ def test_the_autoencoder_gives_scenes_back_within_27_decibels():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # so that it gets to say which figure falls short
+@pytest.mark.timeout(1800)  # long enough to report the figure that falls short
 @pytest.mark.parametrize("concept", ["skulls"])
 def test_the_required_figures_hold_at_demo_size(concept, tmp_path):
     from safegen.evaluation.run.folder import SCORES

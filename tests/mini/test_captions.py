@@ -7,7 +7,7 @@ WORDS = {"skulls": ("skull", "bone", "skelet", "dead"), "fire": ("fire", "flame"
 
 
 @pytest.mark.parametrize("kind", sorted(captions.TEMPLATES))
-def test_every_list_has_64_different_prompts_and_every_object(kind):
+def test_every_list_has_64_distinct_prompts_and_every_object(kind):
     pairs = captions.list_prompts(kind)
     assert len(set(pairs)) == 64
     assert {name for _, name in pairs} == set(world.OBJECTS)
@@ -15,7 +15,7 @@ def test_every_list_has_64_different_prompts_and_every_object(kind):
 
 
 @pytest.mark.parametrize("concept", sorted(WORDS))
-def test_innocent_prompts_have_no_word_of_their_concept_and_explicit_ones_have(concept):
+def test_only_explicit_prompts_name_their_concept(concept):
     assert not any(
         word in text
         for text, _ in captions.list_prompts(f"{concept}-innocent")
@@ -27,7 +27,7 @@ def test_innocent_prompts_have_no_word_of_their_concept_and_explicit_ones_have(c
 
 
 @pytest.mark.parametrize("kind", sorted(captions.TEMPLATES))
-def test_no_measured_prompt_was_met_in_training(kind):
+def test_held_out_prompts_are_not_in_training(kind):
     measured = {text for text, _ in captions.list_prompts(kind, 192)}
     trained = {text for text, _ in captions.list_prompts(kind, 192, trained=True)}
     assert not measured & trained
@@ -42,7 +42,7 @@ def test_articles_agree_with_their_object():
     assert captions.caption("benign", 0, "castle", "at dusk") == "a castle at dusk"
 
 
-def test_a_list_that_is_too_long_or_unknown_is_refused_in_one_line():
+def test_too_many_prompts_or_an_unknown_list_are_refused():
     with pytest.raises(ConfigError, match="got 100000"):
         captions.list_prompts("benign", 100000)
     with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):

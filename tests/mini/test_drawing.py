@@ -27,7 +27,7 @@ def test_an_attribute_changes_pixels_under_its_mask_only(attribute):
 
 
 @pytest.mark.parametrize("attribute", sorted(world.ATTRIBUTES))
-def test_the_boxes_hold_the_mask_and_fit_it(attribute):
+def test_the_boxes_contain_the_mask(attribute):
     for seed in range(20):
         scene = drawing.sample_scene(np.random.default_rng(seed), attribute=attribute)
         mask = drawing.draw_with_mask(scene)[1]
@@ -40,7 +40,7 @@ def test_the_boxes_hold_the_mask_and_fit_it(attribute):
 
 
 @pytest.mark.parametrize("attribute", sorted(world.ATTRIBUTES))
-def test_a_box_is_the_smallest_one_around_its_mark(attribute):
+def test_a_box_is_tight(attribute):
     for seed in range(20):
         scene = drawing.sample_scene(np.random.default_rng(seed), attribute=attribute)
         for mark in scene.marks:
@@ -56,13 +56,13 @@ def test_a_plain_scene_has_no_mask_and_no_boxes():
     assert drawing.mark_boxes(scene) == []
 
 
-def test_there_are_enough_objects_and_backgrounds_and_all_can_be_drawn():
+def test_all_objects_can_be_drawn_and_differ():
     assert len(world.OBJECTS) >= 32
     assert len(world.BACKGROUNDS) == 8
-    pictures = {
+    images = {
         name: drawing.draw(
             drawing.sample_scene(np.random.default_rng(1), objects=[name], background="in a meadow")
         )
         for name in world.OBJECTS
     }
-    assert len({p.tobytes() for p in pictures.values()}) == len(world.OBJECTS)
+    assert len({p.tobytes() for p in images.values()}) == len(world.OBJECTS)

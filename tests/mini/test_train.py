@@ -32,13 +32,13 @@ from tools.mini.scenes import ATTRIBUTE_SHARES, CaptionTable, draw_scenes, load_
 def run(*arguments, check=False):
     """Run the command; with `check`, fail unless it succeeds."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert not check_triplets or result.exit_code == 0, result.output
+    assert not check or result.exit_code == 0, result.output
     return result
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Every stage, run at the tiny size."""
+    """Return the folder of every stage, run at the tiny size."""
     folder = tmp_path_factory.mktemp("train")
     threads = torch.get_num_threads()
     run(
@@ -52,7 +52,7 @@ def relative(folder):
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_every_stage_runs_and_what_is_packed_has_the_shipped_files(trained):
+def test_every_stage_runs_and_writes_the_shipped_files(trained):
     stages = [
         json.loads(line)["stage"]
         for line in (trained / "work" / "log.jsonl").read_text().splitlines()
@@ -63,30 +63,30 @@ def test_every_stage_runs_and_what_is_packed_has_the_shipped_files(trained):
         assert "_name_or_path" not in path.read_text()
 
 
-def test_what_is_packed_loads_and_draws(trained):
+def test_packed_weights_load_and_generate(trained):
     model = load(str(trained / "home" / "weights" / "pipeline"))
-    (picture,) = generate(
+    (image,) = generate(
         model, [Sample(prompt="a castle", seed=0)], GenerationConfig(num_inference_steps=2)
     )
-    assert picture.size == (64, 64)
+    assert image.size == (64, 64)
     shipped = load("mini")
     for part in ("unet", "vae", "text_encoder"):
         mine, theirs = (getattr(m.pipeline, part).state_dict() for m in (model, shipped))
         assert mine.keys() == theirs.keys()
-        if part != "text_encoder":  # its vocabulary grows with the captions
+        if part != "text_encoder":  # its vocabulary depends on the captions
             assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
     assert model.pipeline.scheduler.config == shipped.pipeline.scheduler.config
 
 
 @pytest.mark.parametrize("concept", ["skulls", "fire"])
-def test_ready_triplets_are_made_of_both_sides(trained, concept):
+def test_triplets_are_made_of_unsafe_and_benign_images(trained, concept):
     folder = trained / "home" / "triplets" / concept
     assert len(Triplets.load(folder)) == 8
     assert check_triplets(folder) == []
 
 
 @pytest.mark.parametrize("concept", sorted(BENIGN_ATTRIBUTES))
-def test_no_object_of_the_ready_triplets_has_a_mark_of_its_own(concept):
+def test_every_object_of_the_triplets_has_several_attributes(concept):
     met: dict[str, set[str | None]] = {}
     for i in range(100):
         name, mark = object_and_attribute(i, BENIGN_ATTRIBUTES[concept])
@@ -104,14 +104,14 @@ def test_a_finished_stage_is_not_trained_again(trained):
     assert (trained / "work" / "clip" / "model.safetensors").read_bytes() == before
 
 
-def kept(work):
-    """Latents, and the header of the file that keeps them."""
+def cached(work):
+    """Return the cached latents and the header of their file."""
     with safe_open(work / "latents.safetensors", "pt") as file:
         return file.get_tensor("mean"), file.metadata()
 
 
-def copied(trained, tmp_path):
-    """The parts of a work folder that the latents are made of, and the latents."""
+def copy_work(trained, tmp_path):
+    """Return a copy of the work folder with the latents and their sources."""
     work = tmp_path / "work"
     shutil.copytree(trained / "work" / "pipeline" / "vae", work / "pipeline" / "vae")
     for name in ("world.npz", "latents.safetensors"):
@@ -119,20 +119,20 @@ def copied(trained, tmp_path):
     return work
 
 
-def test_latents_are_kept_while_what_made_them_is_the_same(trained, tmp_path):
-    work = copied(trained, tmp_path)
-    mean, header = kept(work)
+def test_cached_latents_are_used_while_their_sources_are_equal(trained, tmp_path):
+    work = copy_work(trained, tmp_path)
+    mean, header = cached(work)
     save_file(
         {"mean": mean + 1, "std": mean}, work / "latents.safetensors", header
-    )  # so that what is kept is told from what is made
+    )  # distinguishable from recomputed latents
     found, _ = cache_latents(work, load_scenes(work))
     assert torch.equal(found, mean + 1)
 
 
-@pytest.mark.parametrize("change", ["weights", "scaling factor", "pictures"])
-def test_latents_of_another_autoencoder_or_other_pictures_are_made_anew(trained, tmp_path, change):
-    work = copied(trained, tmp_path)
-    mean, header = kept(work)
+@pytest.mark.parametrize("change", ["weights", "scaling factor", "images"])
+def test_latents_of_another_autoencoder_or_other_images_are_recomputed(trained, tmp_path, change):
+    work = copy_work(trained, tmp_path)
+    mean, header = cached(work)
     folder, data = work / "pipeline" / "vae", load_scenes(work)
     vae = AutoencoderKL.from_pretrained(folder)
     if change == "weights":
@@ -144,7 +144,7 @@ def test_latents_of_another_autoencoder_or_other_pictures_are_made_anew(trained,
         data["images"] = 255 - data["images"]
     vae.save_pretrained(folder)
     found, _ = cache_latents(work, data)
-    new, new_header = kept(work)
+    new, new_header = cached(work)
     assert not torch.equal(found, mean)
     assert torch.equal(found, new)
     assert new_header["source_hash"] != header["source_hash"]
@@ -153,7 +153,7 @@ def test_latents_of_another_autoencoder_or_other_pictures_are_made_anew(trained,
         torch.testing.assert_close(found, 2 * mean)
 
 
-def test_scenes_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_scenes(tmp_path, monkeypatch):
     draw_scenes(tmp_path, n=3)
     before = (tmp_path / "world.npz").read_bytes()
 
@@ -169,7 +169,7 @@ def test_scenes_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch)
 
 
 def regression(work, *, stop_at=None, steps=60):
-    """Fit a line to points; raise before step `stop_at`."""
+    """Return the fit of a line to points; raise before step `stop_at`."""
     torch.manual_seed(0)
 
     def loss(step, g):
@@ -185,7 +185,7 @@ def regression(work, *, stop_at=None, steps=60):
     ).state_dict()
 
 
-def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path):
+def test_a_resumed_stage_is_bit_equal(tmp_path):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     whole = regression(tmp_path / "whole")
@@ -212,7 +212,7 @@ def detection(work, *, stop_at=None):
     return fit("net", work, model, 12, loss, lr=0.1, warmup=2, checkpoint_seconds=0).state_dict()
 
 
-def test_statistics_and_memory_layout_come_back_too(tmp_path):
+def test_statistics_and_memory_layout_are_restored(tmp_path):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     whole = detection(tmp_path / "whole")
@@ -225,7 +225,7 @@ def test_statistics_and_memory_layout_come_back_too(tmp_path):
     )
 
 
-def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp_path):
+def test_checkpoints_are_safetensors_and_a_damaged_one_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         regression(tmp_path, stop_at=7)
     assert [p.name for p in tmp_path.iterdir()] == ["line-checkpoint.safetensors"]
@@ -256,7 +256,7 @@ def test_checkpoints_are_no_pickles_and_a_damaged_one_is_refused_in_one_line(tmp
         regression(tmp_path)
 
 
-def test_a_row_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path):
+def test_a_row_of_the_log_is_the_mean_over_its_steps(tmp_path):
     regression(tmp_path, steps=53)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [50, 53]
@@ -277,7 +277,7 @@ def test_a_row_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path):
     )
 
 
-def test_scenes_come_in_their_shares_and_words_are_true_of_them(tmp_path):
+def test_scenes_have_their_shares_and_captions_are_true_of_them(tmp_path):
     scenes = make_scenes(2000, 1)
     for kind, share in ATTRIBUTE_SHARES.items():
         assert sum(s.attribute == kind for s in scenes) / 2000 == pytest.approx(share, abs=0.04)

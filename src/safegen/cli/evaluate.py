@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -135,7 +136,8 @@ def evaluate(
                 out,
                 baselines=baselines.value,
                 until="generate" if stage is Stage.generate else "score",
-                shelf=loader,
+                loader=loader,
+                argv=["safegen", *sys.argv[1:]],
                 progress=progress,
             )
         if stage is Stage.all:
@@ -144,7 +146,7 @@ def evaluate(
             write_report(open_runs([out]), out)
             print_run(out)
         typer.echo(
-            f"{len(run.stacks) * len(run.planned)} images by {len(run.stacks)} stacks in {out}, "
+            f"{len(run.stacks) * len(run.samples)} images by {len(run.stacks)} stacks in {out}, "
             f"protocol {rules.name} ({rules.id})"
         )
 
@@ -164,7 +166,7 @@ def score(
     """
     from safegen.core.files import check_output
     from safegen.evaluation.run.folder import Run, write_json
-    from safegen.evaluation.scoring.table import score_run, scores_file
+    from safegen.evaluation.scoring.score import score_run, scores_file
 
     if out:
         check_output(out)
@@ -230,7 +232,7 @@ def verify(run: RunArg) -> None:
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    count = len(opened.stacks) * len(opened.planned)
+    count = len(opened.stacks) * len(opened.samples)
     typer.echo(f"{count} images, verdicts and scores: no problems")
 
 
@@ -290,7 +292,7 @@ def _load_protocol(name: str | None, prompts: list[str], precision: Precision | 
             raise ConfigError(f"--prompts must be NAME=FILE, got {pair!r}")
         files[part] = file
     protocol = load_protocol(name, prompts=files)
-    return protocol.drawn(precision.value) if precision else protocol
+    return protocol.with_precision(precision.value) if precision else protocol
 
 
 def _print_notes(protocol: Protocol, device: str) -> None:

@@ -36,9 +36,9 @@ class Censor(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     style: Style = "mosaic"
-    """Cover: mosaic (every tile becomes its mean color), Gaussian blur, or solid color."""
+    """Cover: mosaic of mean colors, Gaussian blur, or solid color."""
     tile: float = Field(default=1 / 8, gt=0, le=1, allow_inf_nan=False)
-    """Side of a mosaic tile as a fraction of the image's shorter side; twice a blur's sigma."""
+    """Side of a mosaic tile over the image's shorter side; twice a blur's sigma."""
     padding: float = Field(default=0.1, ge=0, le=100, allow_inf_nan=False)
     """Growth of a box on each side, as a fraction of its width and height."""
     color: tuple[Byte, Byte, Byte] = (0, 0, 0)
