@@ -9,9 +9,9 @@ from PIL import Image
 
 from safegen.core.concept import Concept
 from safegen.core.generation import GenerationConfig
-from safegen.evaluation.plan import Item
-from safegen.evaluation.protocol import Protocol, plan
-from safegen.evaluation.scoring.score import removal, score
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.scoring.verdict_metrics import removal, score
 from safegen.judges import Detections, Judge, load_judge
 from safegen.metrics.image import mean_pixel_mae
 from safegen.models.generation import generate
@@ -32,12 +32,10 @@ def select_samples(
     seeds: Sequence[int],
     skip: int = 0,
     lists: Collection[str] = (),
-) -> list[Item]:
+) -> list[EvalSample]:
     """Return the samples of a concept's lists, without the first `skip` prompts of each list."""
-    samples = plan(
-        Protocol.from_concept(
-            concept, prompts=skip + prompts, seeds=seeds, generation=GenerationConfig()
-        )
+    samples = Protocol.from_concept(
+        concept, prompts=skip + prompts, seeds=seeds, generation=GenerationConfig().samples()
     )
     return [s for s in samples if s.index >= skip and (not lists or s.list_name in lists)]
 
@@ -48,15 +46,15 @@ def concept_judge(concept: Concept) -> Judge:
 
 
 def generate_and_judge(
-    model: Model, samples: Sequence[Item], config: GenerationConfig, judge: Judge
+    model: Model, samples: Sequence[EvalSample], config: GenerationConfig, judge: Judge
 ) -> Images:
     """Return the images of a model as it stands, and what the judge detects in them."""
-    images = list(generate(model, [s.ask for s in samples], config))
+    images = list(generate(model, list(samples), config))
     return Images(images, judge.detect(images))
 
 
 def list_rates(
-    samples: Sequence[Item], base: Images, edited: Images, concept: Concept
+    samples: Sequence[EvalSample], base: Images, edited: Images, concept: Concept
 ) -> dict[str, dict[str, Any]]:
     """Return the rates, the change and the removal of each list."""
     rates = {}

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from safegen.core.concept import Concept, load_concept
 from safegen.evaluation.report.format import format_rate
-from safegen.evaluation.run.batches import picture_file, read_picture
-from safegen.evaluation.run.folder import Run
+from safegen.evaluation.run.folder import Run, image_file, read_image
 from safegen.judges import Detections, load_judge
 from safegen.metrics.rates import Rate, removal_rate
 from safegen.metrics.removal import count_detections
@@ -31,12 +30,12 @@ Results = dict[str, list[Detections]]
 def judge_images(run: Run, name: str, labels: list[str], concept: Concept) -> Results:
     """Return what the judge detects in one list's images, by stack."""
     judge = load_judge(concept.judge, labels=labels, threshold=concept.threshold)
-    at = [i for i, p in enumerate(run.planned) if p.item.list_name == name]
+    at = [i for i, p in enumerate(run.samples) if p.list_name == name]
     results = {}
     for entry in run.stacks:
         keys = run.keys(entry)
-        files = [run.folder / picture_file(entry["name"], keys[i]) for i in at]
-        results[entry["name"]] = judge.detect([read_picture(file) for file in files])
+        files = [run.folder / image_file(entry.name, keys[i]) for i in at]
+        results[entry.name] = judge.detect([read_image(file) for file in files])
     return results
 
 
@@ -47,10 +46,13 @@ def removed_one_by_one(run: Run, concept: Concept) -> list[str]:
         if part.role in ("neighbour", "other") and part.shows:
             results = judge_images(run, part.name, [part.shows], concept)
             before, after = [
-                [count_detections(v, [part.shows], threshold=concept.threshold) for v in results[stack]]
+                [
+                    count_detections(v, [part.shows], threshold=concept.threshold)
+                    for v in results[stack]
+                ]
                 for stack in ("base", "edited")
             ]
-            groups = [p.item.group for p in run.planned if p.item.list_name == part.name]
+            groups = [p.group for p in run.samples if p.list_name == part.name]
             rate = removal_rate(before, after, groups)
             cells = (f"`{part.name}`", part.shows, len(groups), f"{rate.before} → {rate.after}")
             rows.append(f"| {' | '.join(map(str, cells))} | {format_rate(rate.to_json())} |")

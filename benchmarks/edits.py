@@ -26,7 +26,7 @@ from safegen.core.concept import Concept, load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
-from safegen.evaluation.plan import Item
+from safegen.evaluation.samples import EvalSample
 from safegen.features.mini_clip import MiniClip
 from safegen.metrics.clip_score import clip_score
 from safegen.metrics.distances import kid
@@ -95,7 +95,7 @@ def peak_mib() -> int | None:
 
 
 def measure(
-    extractor: MiniClip, samples: list[Item], base: Images, edited: Images, concept: Concept
+    extractor: MiniClip, samples: list[EvalSample], base: Images, edited: Images, concept: Concept
 ) -> dict[str, Any]:
     """Return every list's figures."""
     lists = list_rates(samples, base, edited, concept)

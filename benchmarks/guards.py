@@ -30,7 +30,7 @@ from safegen.evaluation.report.comparison import hits
 from safegen.evaluation.report.format import format_rate
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import evaluate
-from safegen.evaluation.run.folder import SAMPLES, SCORES, TIMINGS, Run
+from safegen.evaluation.run.folder import SCORES, Run
 from safegen.evaluation.schema import FeatureRule
 from safegen.evaluation.scoring.results import load_results
 from safegen.guards import read_guard
@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
         stacks,
         args.out,
         baselines="none",
-        shelf=loader,
+        loader=loader,
         progress=lambda what, done, total: print(f"{what}: {done} of {total}", flush=True),
     )
     write_report(open_runs([args.out]), args.out)
@@ -247,9 +247,9 @@ def leaks(scores: dict[str, Any]) -> list[str]:
 def slow(opened: Run) -> list[str]:
     """Return the time of each row as a multiple of the base's."""
     seconds: dict[str, list[float]] = {}
-    for line in opened.lines(TIMINGS):
-        if line["stage"] == "generate":
-            seconds.setdefault(line["stack"], []).append(line["seconds"] / line["pictures"])
+    for record in opened.timing_records():
+        if record.stage == "generate" and record.seconds and record.images:
+            seconds.setdefault(record.stack, []).append(record.seconds / record.images)
     base, lines = median(seconds["base"]), []
     for name, times in seconds.items():
         multiple, limit = median(times) / base, TIME_LIMITS.get(name)
@@ -261,8 +261,8 @@ def slow(opened: Run) -> list[str]:
 
 def orders(opened: Run) -> list[str]:
     """Return in how many images the order of two guards matters."""
-    digests = {line["key"]: line["sha256"] for line in opened.lines(SAMPLES)}
-    images = {e["name"]: [digests[key] for key in opened.keys(e)] for e in opened.stacks}
+    digests = {record.key: record.sha256 for record in opened.sample_records()}
+    images = {e.name: [digests[key] for key in opened.keys(e)] for e in opened.stacks}
     lines = []
     for pair in ORDERS:
         for a, b in (pair, tuple(f"patch-{name}" for name in pair)):
@@ -279,7 +279,7 @@ def worse_on_the_patch(opened: Run) -> list[str]:
     """
     results, count, lines = load_results(opened), 0, []
     parts: dict[str, list[int]] = {}
-    for i, item in enumerate(results.items):
+    for i, item in enumerate(results.samples):
         parts.setdefault(item.list_name, []).append(i)
     names = [n for n in results.sides if f"patch-{n}" in results.sides and n not in SAME_JUDGE]
     for name in names:
@@ -291,11 +291,11 @@ def worse_on_the_patch(opened: Run) -> list[str]:
                     )
                     if not any(None not in pair for pair in zip(both, single, strict=True)):
                         continue
-                    asked = results.items[indices[0]].role in ("explicit", "innocent")
+                    asked = results.samples[indices[0]].role in ("explicit", "innocent")
                     if what == "concept" and not asked:
                         continue
                     count += 1
-                    groups = [results.items[i].group for i in indices]
+                    groups = [results.samples[i].group for i in indices]
                     gap = hit_difference(both, single, groups).to_json()
                     if gap["low"] > 0 if what == "concept" else gap["high"] < 0:
                         values = [f"{100 * gap[key]:+.0f}" for key in ("value", "low", "high")]

@@ -352,3 +352,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(given, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "reference" / "edits" / "safegen.html").exists()
+
+
+def test_the_page_of_file_formats_names_every_file_of_a_run(generated):
+    from safegen.evaluation.run import folder
+
+    text = generated["docs/reference/files.md"]
+    values = [value for value in vars(folder).values() if isinstance(value, str)]
+    names = {value for value in values if re.fullmatch(r"[a-z]+\.jsonl?", value)}
+    assert len(names) >= 8
+    assert {name for name in names if f"`{name}`" not in text} == set()

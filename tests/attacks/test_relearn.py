@@ -107,13 +107,13 @@ def test_every_stack_is_measured_and_the_run_verifies(done):
 def test_every_attacked_stack_is_tested_against_the_edited_one(done):
     scores = json.loads((done.folder / SCORES).read_text())["stacks"]
     verdicts = {}
-    keys = {entry["name"]: done.keys(entry) for entry in done.stacks}
-    for line in done.lines("verdicts.jsonl"):
-        scored = any(d["label"] == "skulls" and d["score"] >= 0.5 for d in line["detections"])
-        verdicts[line["key"]] = scored
+    keys = {entry.name: done.keys(entry) for entry in done.stacks}
+    for record in done.detections_records():
+        scored = any(d.label == "skulls" and d.score >= 0.5 for d in record.detections.items)
+        verdicts[record.key] = scored
     for name in STACKS:
         for part in ("mini:skulls", "mini:benign"):
-            at = [i for i, p in enumerate(done.planned) if p.item.list_name == part]
+            at = [i for i, p in enumerate(done.samples) if p.list_name == part]
             row = scores[name]["lists"][part]
             if name in ("base", "edited"):
                 assert "reference" not in row
@@ -123,9 +123,9 @@ def test_every_attacked_stack_is_tested_against_the_edited_one(done):
 
 
 def test_patches_generate_the_images_of_their_stack(done, edited, loader):
-    from safegen.evaluation.run.batches import picture_file, read_picture
+    from safegen.evaluation.run.folder import image_file, read_image
 
-    samples = [p.item.ask for p in done.planned]
+    samples = done.samples
     edit = Patch.load(edited.patches[0])
     model, _ = loader.model("mini")
     tuned, control = (
@@ -138,14 +138,14 @@ def test_patches_generate_the_images_of_their_stack(done, edited, loader):
     from safegen.models.generation import generate
 
     for name, patches in (("finetuned-2", [edit, tuned]), ("modular-2", [both])):
-        entry = next(e for e in done.stacks if e["name"] == name)
+        entry = next(e for e in done.stacks if e.name == name)
         with ExitStack() as applied:
             for patch in patches:
                 applied.enter_context(patch.apply(model))
             images = list(generate(model, samples, CONFIG.generation))
         for image, key in zip(images, done.keys(entry), strict=True):
-            file = done.folder / picture_file(name, key)
-            assert read_picture(file).tobytes() == image.tobytes()
+            file = done.folder / image_file(name, key)
+            assert read_image(file).tobytes() == image.tobytes()
 
 
 def test_a_patch_names_what_it_was_made_on(done, edited):

@@ -31,10 +31,10 @@ sha256 = "HASH"
 @pytest.fixture
 def few(tmp_path):
     """Return the file of a protocol of two pictures."""
-    from safegen.evaluation.samples import hash_rows, read_rows
+    from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
     path = tmp_path / "few.toml"
-    path.write_text(PROTOCOL.replace("HASH", hash_rows(read_rows("mini:skulls", prompts=2).rows)))
+    path.write_text(PROTOCOL.replace("HASH", hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows)))
     return path
 
 
@@ -54,7 +54,7 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
         json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"]
         == 0.3
     )
-    for taken in (out / "verdicts.jsonl", tmp_path / "low.json"):
+    for taken in (out / "detections.jsonl", tmp_path / "low.json"):
         held = taken.read_bytes()
         code, _, err = safegen("score", out, "--out", taken)
         assert (code, taken.read_bytes()) == (2, held)
@@ -126,7 +126,7 @@ def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, mon
     assert said[0] == "safegen"
     code, _, err = safegen(*[word.replace("RUN", "again") for word in said[1:]])
     assert code == 0, err
-    for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "verdicts.jsonl", "scores.json"):
+    for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 

@@ -19,13 +19,13 @@ METRICS = """[
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
     """Return the file of a protocol: two lists of three prompts, two seeds, two steps, batches that straddle the lists."""
-    from safegen.evaluation.samples import hash_rows, read_rows
+    from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
     text = f'name = "quick"\nconcept = "skulls"\nseeds = [1, 2]\nmetrics = {METRICS}\n'
     text += '[generation]\nnum_inference_steps = 2\nbatch_size = 4\n[features]\nextractor = "mini-clip"\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
     for role, name, shows in LISTS:
         text += f'[[lists]]\nrole = "{role}"\nname = "{name}"\nsource = "{name}"\nprompts = 3\n'
-        text += f'sha256 = "{hash_rows(read_rows(name, prompts=3).rows)}"\n' + (
+        text += f'sha256 = "{hash_prompts(read_prompt_list(name, prompts=3).rows)}"\n' + (
             f'shows = "{shows}"\n' if shows else ""
         )
     path = tmp_path_factory.mktemp("protocol") / "quick.toml"
@@ -34,21 +34,21 @@ def quick(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shelf():
-    """Return a shelf that keeps the bundled model loaded."""
+def loader():
+    """Return a loader that keeps the bundled model loaded."""
     from safegen.stack_loader import StackLoader
 
     return StackLoader()
 
 
 @pytest.fixture(scope="session")
-def patch_file(tmp_path_factory, shelf):
+def patch_file(tmp_path_factory, loader):
     """Return a patch for the bundled model that changes its pictures a little."""
     from safegen.models.checkpoint.metadata import PatchMetadata
     from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
 
-    model, _ = shelf.model("mini")
+    model, _ = loader.model("mini")
     own = dict(model.denoiser.named_parameters())
     path = tmp_path_factory.mktemp("patch") / "calm.safetensors"
     Patch(
@@ -59,18 +59,20 @@ def patch_file(tmp_path_factory, shelf):
 
 
 @pytest.fixture(scope="session")
-def go(quick, patch_file, shelf):
+def go(quick, patch_file, loader):
     """Return a function that evaluates the quick protocol into a folder, with the model and with the patch."""
     from safegen.evaluation.protocol import load_protocol
     from safegen.evaluation.run.evaluate import evaluate
     from safegen.stack import load_stack
+
+    argv = ("safegen", "evaluate", "--stack", f"calm=mini+{patch_file}")
 
     def run(out, *, stacks=("mini", f"calm=mini+{patch_file}"), protocol=None, **options):
         return evaluate(
             protocol or load_protocol(str(quick)),
             [load_stack(s) for s in stacks],
             out,
-            **({"shelf": shelf} | options),
+            **({"loader": loader, "argv": argv} | options),
         )
 
     return run

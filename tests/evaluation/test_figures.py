@@ -19,19 +19,18 @@ from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import judge_run
 from safegen.evaluation.run.folder import (
     CHANGES,
+    DETECTIONS,
     FEATURES,
     JUDGES,
     SAMPLES,
     SCORES,
-    VERDICTS,
     Run,
-    from_text,
-    to_text,
 )
+from safegen.evaluation.run.records import decode_features, encode_features
 from safegen.evaluation.run.verify import verify
-from safegen.evaluation.samples import hash_rows, read_rows
+from safegen.evaluation.samples import hash_prompts, read_prompt_list
 from safegen.evaluation.schema import LpipsRule
-from safegen.evaluation.scoring.table import score_run
+from safegen.evaluation.scoring.score import score_run
 from safegen.features.base import load_extractor
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.distances import cmmd, kid
@@ -57,7 +56,7 @@ def files(finished, stack, name):
 
 def test_clip_score_and_distances_are_those_of_the_images_that_lie_there(finished, scores):
     eye = load_extractor("mini-clip")
-    texts = [p.item.prompt for p in Run.open(finished).planned if p.item.list_name == "mini:ghosts"]
+    texts = [p.prompt for p in Run.open(finished).samples if p.list_name == "mini:ghosts"]
     own, base = (eye.features(files(finished, stack, "mini:ghosts")) for stack in ("calm", "mini"))
     found = row(scores, "calm", "mini:ghosts")
     values, old = (clip_scores(x, eye.texts(texts)) for x in (own, base))
@@ -83,18 +82,18 @@ def test_clip_score_and_distances_are_those_of_the_images_that_lie_there(finishe
 def test_what_so_few_images_cannot_tell_is_undefined_with_the_reason(scores):
     found = row(scores, "calm")
     assert (found["fid_to_base"], found["expected_maximum"]) == (None, None)
-    assert found["undefined"]["fid_to_base"].startswith("FID needs more pictures than features")
-    assert found["undefined"]["fid_to_base"].endswith("got 6 pictures of 64; read KID")
+    assert found["undefined"]["fid_to_base"].startswith("FID needs more images than features")
+    assert found["undefined"]["fid_to_base"].endswith("got 6 images of 64 features. Use KID")
     assert "k must be 1 to the number of judged prompts" in found["undefined"]["expected_maximum"]
 
 
 def test_a_refused_attack_is_a_failed_attack_and_a_refused_image_shows_nothing(scores):
     black = row(scores, "black-image")
-    assert (black["asr"]["refused"], black["asr"]["asr"]["value"], black["asr"]["without_refusals"]) == (
-        6,
-        0,
-        None,
-    )
+    assert (
+        black["asr"]["refused"],
+        black["asr"]["asr"]["value"],
+        black["asr"]["without_refusals"],
+    ) == (6, 0, None)
     assert (
         black["asr_any"]["unit"],
         black["asr_any"]["refused"],
@@ -130,26 +129,26 @@ def test_a_image_is_looked_at_once_and_a_judge_is_told_of_once(finished):
     keys = [json.loads(line)["key"] for line in (finished / FEATURES).read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 48
     (judge,) = [json.loads(line) for line in (finished / JUDGES).read_text().splitlines()]
-    assert judge["known"] == ["skulls", "fire", "ghosts", "leaves", "mosaic"]
-    assert "known" not in (finished / VERDICTS).read_text()
+    assert judge["label_space"] == ["skulls", "fire", "ghosts", "leaves", "mosaic"]
+    assert "label_space" not in (finished / DETECTIONS).read_text()
 
 
 def test_features_come_back_as_they_were_to_the_last_bit_of_float32():
     numbers = np.random.default_rng(0).normal(size=64).astype(np.float32)
-    assert np.array_equal(from_text({"features": to_text(numbers.astype(np.float64))}), numbers)
-    assert from_text({"features": None}) is None
+    assert np.array_equal(decode_features(encode_features(numbers.astype(np.float64))), numbers)
+    assert decode_features(encode_features(np.array([1.0, np.nan]))) is None
 
 
 def test_features_by_other_weights_stop_the_run(go, copy):
     text = (copy / FEATURES).read_text()
     (copy / FEATURES).write_text(text.replace("mini-clip:", "other-clip:"))
     with pytest.raises(
-        FileError, match=r"features\.jsonl is by other-clip:\w+, the extractor is now mini-clip:"
+        FileError, match=r"features\.jsonl is by other-clip:\w+, got the extractor mini-clip:"
     ):
         go(copy)
     (copy / FEATURES).write_text(text.replace("mini-clip:", "other-clip:", 1))
     with pytest.raises(
-        FileError, match=r"features\.jsonl is by several: mini-clip:.*, other-clip:"
+        FileError, match=r"features\.jsonl must be by one extractor, got mini-clip:.*, other-clip:"
     ):
         score_run(Run.open(copy))
 
@@ -163,8 +162,7 @@ def test_the_clip_score_of_hidden_prompts_needs_the_command_that_knows_them(
     )
     run = go(tmp_path / "hidden", protocol=hidden, until="generate")
     with pytest.raises(
-        ConfigError,
-        match="the CLIP score needs the prompts, which this run keeps out of its folder; go on",
+        ConfigError, match="the CLIP score needs the prompts, which this run does not keep\. Resume"
     ):
         judge_run(run)
     go(tmp_path / "hidden", protocol=hidden)
@@ -230,7 +228,7 @@ def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):
     one, two = (score_run(run, judge=judge, labels=["unsafe"]) for judge in (seen_by, other))
     assert one["protocol"]["decides"]["judge"]["options"] == options
     assert one["protocol"]["id"] != two["protocol"]["id"]
-    with pytest.raises(FileError, match="several judges called 'clip'"):
+    with pytest.raises(FileError, match="several judges 'clip' have judged"):
         score_run(run, judge="clip", labels=["unsafe"])
     assert score_run(run) == json.loads((copy / SCORES).read_text())
     assert [json.loads(line)["judge"] for line in (copy / JUDGES).read_text().splitlines()][1:] == [
@@ -257,7 +255,7 @@ def test_page_and_table_show_every_figure_with_its_n_and_why_one_is_missing(copy
         cells["calm", "mini:skulls"]["CLIP score, 100 cos"],
     )
     assert "; 6 refused" in cells["black-image", "mini:skulls"]["attack success, per image"]
-    why = "FID to base, calm, mini:skulls: FID needs more pictures than features"
+    why = "FID to base, calm, mini:skulls: FID needs more images than features"
     assert why in page
     assert why in table
     assert "Other metrics" in page
@@ -269,7 +267,7 @@ def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tm
     ).read_text()
 
     def small(part):
-        digest = hash_rows(read_rows(part[1], prompts=2).rows)
+        digest = hash_prompts(read_prompt_list(part[1], prompts=2).rows)
         return f'source = "{part[1]}"\nprompts = 2\nsha256 = "{digest}"'
 
     text = re.sub(r'source = "(.*)"\nprompts = \d+\nsha256 = ".*"', small, text).replace(

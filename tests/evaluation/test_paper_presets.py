@@ -12,9 +12,9 @@ import pytest
 import safegen
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import PROTOCOLS
-from safegen.data.prompts.prompt import cluster_of
-from safegen.evaluation.protocol import load_protocol, plan, read_protocol
-from safegen.evaluation.samples import hash_rows, read_rows
+from safegen.data.prompts.prompts import cluster_of
+from safegen.evaluation.protocol import load_protocol, read_protocol
+from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
 HERE = Path(__file__).parents[1] / "data" / "prompts"
 RAB = "ring-a-bell/Castle_eta_3_K_16.csv"
@@ -59,13 +59,13 @@ def few(name: str, folder: Path) -> str:
 def test_every_papers_preset_plans_from_its_dialect(name, turn, tmp_path):
     files = {part: HERE / names[turn] for part, names in FILES[name].items()}
     protocol = load_protocol(few(name, tmp_path), prompts=files)
-    items = plan(protocol)
+    items = protocol.samples()
     assert {i.list_name for i in items} == set(files)
     for part in protocol.lists:
         own = [i for i in items if i.list_name == part.name]
-        rows = read_rows(str(files[part.name]), seeds=True).rows
+        rows = read_prompt_list(str(files[part.name]), protocol_seed=0).rows
         assert len(own) == part.prompts == (1 if part.select else 3)
-        assert [i.prompt for i in own] == [row.text for row in rows][: len(own)]
+        assert [i.prompt for i in own] == [row.prompt for row in rows][: len(own)]
         assert [i.cluster for i in own] == [row.cluster for row in rows][: len(own)]
         assert [i.seed for i in own] == (
             [row.seed for row in rows][: len(own)] if protocol.seeds == "rows" else [1] * len(own)
@@ -93,26 +93,26 @@ def i2p(path: Path, sexual: int, others: int) -> Path:
 def test_i2p_931_runs_from_the_whole_benchmark_and_lists_the_rows_that_it_cannot_use(tmp_path):
     path = i2p(tmp_path / "i2p_benchmark.csv", 931, 200)
     protocol = load_protocol("i2p-931", prompts={"i2p-sexual": path})
-    items = plan(protocol)
+    items = protocol.samples()
     assert len(items) == 931
     assert [i.seed for i in items] == [2**32 - 1 - i for i in range(931)]
     assert protocol.lists[0].left_out == (
-        "line 1133: the prompt is blank",
-        "line 1134: sd_seed is not an integer",
+        "line 1133: its prompt is blank",
+        "line 1134: its sd_seed is no whole number",
     )
     assert len({i.group for i in items}) == 900  # equal prompts are one cluster ...
     assert items[0].group == items[900].group == cluster_of("castle number 0")
     assert len({i.id for i in items}) == 931  # ... and pictures of their own
     with pytest.raises(
         FileError,
-        match=r"must be 931, .* has 930 of them \(and 2 that cannot be used: line 1132: the prompt is blank; ",
+        match=r"must be 931, got 930 in .* and 2 unusable \(line 1132: its prompt is blank; ",
     ):
         load_protocol("i2p-931", prompts={"i2p-sexual": i2p(tmp_path / "less.csv", 930, 200)})
 
 
 def test_all_of_i2p_is_4702_prompts_since_one_is_blank(tmp_path):
     protocol = load_protocol("esd-i2p-4703", prompts={"i2p": i2p(tmp_path / "all.csv", 931, 3771)})
-    assert (protocol.lists[0].prompts, len(plan(protocol))) == (4702, 4702)
+    assert (protocol.lists[0].prompts, len(protocol.samples())) == (4702, 4702)
 
 
 def test_two_files_with_the_same_rows_are_one_protocol_and_another_seed_is_another(tmp_path):
@@ -135,10 +135,10 @@ def test_two_files_with_the_same_rows_are_one_protocol_and_another_seed_is_anoth
 
 def test_seeds_of_a_file_decide_nothing_where_the_protocol_names_its_own(tmp_path):
     one, two = (
-        read_rows(str(HERE / name)).rows
+        read_prompt_list(str(HERE / name)).rows
         for name in ("coco-csv/coco_esd.csv", "coco-csv/coco_rece.csv")
     )
-    assert hash_rows(one) == hash_rows(two)
+    assert hash_prompts(one) == hash_prompts(two)
     assert {row.seed for row in one} == {None}
 
 
@@ -147,29 +147,33 @@ def test_seeds_of_a_file_decide_nothing_where_the_protocol_names_its_own(tmp_pat
     [
         (
             {"categories": "castle"},
-            "has no row whose categories hold 'castle'",
+            "must have a row with categories 'castle', got none",
         ),  # a label counts whole
-        ({"colour": "red"}, "has no column 'colour' to select rows by"),
+        ({"colour": "red"}, "must have the column 'colour' to select rows by"),
     ],
 )
 def test_a_selection_that_means_nothing_here_is_one_line(select, says):
     with pytest.raises(FileError, match=says) as caught:
-        read_rows(str(HERE / "i2p" / "i2p_benchmark.csv"), select=select)
+        read_prompt_list(str(HERE / "i2p" / "i2p_benchmark.csv"), select=select)
     assert "\n" not in str(caught.value)
 
 
 def test_any_column_may_select_and_a_column_may_be_chosen():
     assert [
-        row.text
-        for row in read_rows(str(HERE / "csv" / "prompts_text.csv"), select={"topic": "cats"}).rows
+        row.prompt
+        for row in read_prompt_list(
+            str(HERE / "csv" / "prompts_text.csv"), select={"topic": "cats"}
+        ).rows
     ] == ["A cat is asleep on a chair."]
     assert [
         row.subject
-        for row in read_rows(str(HERE / "csv" / "castles.tsv"), select={"subject": "cat"}).rows
+        for row in read_prompt_list(
+            str(HERE / "csv" / "castles.tsv"), select={"subject": "cat"}
+        ).rows
     ] == ["cat"]
     mma = str(HERE / "mma-diffusion" / "mma-diffusion-castles.csv")
-    adversarial, target = read_rows(mma), read_rows(mma, column="target_prompt")
-    assert [a.text != b.text for a, b in zip(adversarial.rows, target.rows, strict=True)] == [
+    adversarial, target = read_prompt_list(mma), read_prompt_list(mma, column="target_prompt")
+    assert [a.prompt != b.prompt for a, b in zip(adversarial.rows, target.rows, strict=True)] == [
         True
     ] * 3
     assert adversarial.rows[0].cluster == adversarial.rows[1].cluster  # one target
@@ -177,25 +181,27 @@ def test_any_column_may_select_and_a_column_may_be_chosen():
 
 
 def test_a_bundled_list_takes_no_selection_and_no_more_prompts_than_it_has():
-    with pytest.raises(FileError, match="has no column 'categories'"):
-        read_rows("mini:skulls", select={"categories": "sexual"})
+    with pytest.raises(FileError, match="must have the column 'categories'"):
+        read_prompt_list("mini:skulls", select={"categories": "sexual"})
     with pytest.raises(
         ConfigError, match=r"the prompt list mini:skulls has \d+ prompts, got 100000"
     ):
-        read_rows("mini:skulls", prompts=100_000)
+        read_prompt_list("mini:skulls", prompts=100_000)
 
 
 def test_what_a_file_of_unsafe_prompts_says_besides_stays_out(tmp_path):
     path = str(HERE / "csv" / "castles.tsv")
-    assert {row.subject for row in read_rows(path).rows} == {"castle", "cat", "teapot"}
-    assert {row.subject for row in read_rows(path, unsafe=True).rows} == {None}
-    assert read_rows("mini:skulls", prompts=2, unsafe=True) == read_rows("mini:skulls", prompts=2)
+    assert {row.subject for row in read_prompt_list(path).rows} == {"castle", "cat", "teapot"}
+    assert {row.subject for row in read_prompt_list(path, unsafe=True).rows} == {None}
+    assert read_prompt_list("mini:skulls", prompts=2, unsafe=True) == read_prompt_list(
+        "mini:skulls", prompts=2
+    )
 
 
 def test_a_protocol_of_ones_own_names_a_file_beside_it_in_any_dialect(tmp_path):
     shutil.copy(HERE / "malformed" / "short_rows.csv", tmp_path / "mine.csv")
     text = few("coco-10k", tmp_path)
-    digest = hash_rows(read_rows(str(tmp_path / "mine.csv"), seeds=True).rows)
+    digest = hash_prompts(read_prompt_list(str(tmp_path / "mine.csv"), protocol_seed=0).rows)
     Path(text).write_text(
         re.sub(
             r'requires = ".*"\nprompts = 3',

@@ -8,21 +8,14 @@ import pytest
 
 import safegen
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.errors import ConfigError, FileError, UnknownNameError, UnusedSettingWarning
 from safegen.core.files import display_name
 from safegen.core.generation import GenerationConfig
 from safegen.core.registry import LABEL_SETS, PROTOCOLS
-from safegen.data.prompts.prompt import cluster_of
-from safegen.evaluation.plan import ROLES
-from safegen.evaluation.protocol import (
-    Protocol,
-    differences,
-    load_protocol,
-    plan,
-    read_protocol,
-    same_protocol,
-)
-from safegen.evaluation.samples import Row, hash_rows, read_rows
+from safegen.data.prompts.prompt import Prompt, cluster_of, seed_for
+from safegen.evaluation.compare import differences, same_protocol
+from safegen.evaluation.protocol import Protocol, load_protocol, read_protocol
+from safegen.evaluation.samples import ROLES, hash_prompts, read_prompt_list
 
 MINI = [name for name in PROTOCOLS if name.startswith("mini")]
 
@@ -44,7 +37,7 @@ def test_the_table_and_the_folder_name_the_same_protocols():
 @pytest.mark.parametrize("name", MINI)
 def test_a_bundled_protocol_plans_every_prompt_with_every_seed(name):
     protocol = load_protocol(name)
-    items = plan(protocol)
+    items = protocol.samples()
     assert len(items) == sum(p.prompts for p in protocol.lists) * len(protocol.seeds)
     assert len({(i.prompt, i.seed, i.index) for i in items}) == len(items)
     assert all(i.subject for i in items)
@@ -53,16 +46,16 @@ def test_a_bundled_protocol_plans_every_prompt_with_every_seed(name):
 
 def test_other_arithmetic_is_another_protocol():
     own = read_protocol("mini-smoke")
-    assert (own.generation.precision, own.drawn("fp32").id) == (
+    assert (own.generation.precision, own.with_precision("fp32").id) == (
         "fp32",
         own.id,
     )  # whoever looks quickly has any processor
-    assert own.drawn("bf16").id != own.id
-    assert own.drawn("bf16").drawn("fp32") == own
+    assert own.with_precision("bf16").id != own.id
+    assert own.with_precision("bf16").with_precision("fp32") == own
 
 
 def test_the_smoke_protocol_draws_200_pictures_with_two_stacks():
-    assert 2 * len(plan(load_protocol("mini-smoke"))) >= 200
+    assert 2 * len(load_protocol("mini-smoke").samples()) >= 200
 
 
 @pytest.mark.parametrize("name", [n for n in PROTOCOLS if n not in MINI])
@@ -123,8 +116,7 @@ def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
             + '[[lists]]\nrole = "benign"\nname = "mine"\nsource = "list.txt"\n'
         )
         (tmp_path / place / "p.toml").write_text(
-            text
-            + f'sha256 = "{hash_rows([Row(t, cluster=cluster_of(t)) for t in ("one", "two", "three")])}"\n'
+            text + f'sha256 = "{hash_prompts([prompt(t) for t in ("one", "two", "three")])}"\n'
         )
         ids.add(load_protocol(str(tmp_path / place / "p.toml")).id)
     assert len(ids) == 1
@@ -132,7 +124,7 @@ def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
 
 def test_a_label_set_is_what_it_holds(quick, tmp_path, monkeypatch):
     def named(*labels):
-        return read_protocol(str(quick)).judged(name="nudenet", labels=labels)
+        return read_protocol(str(quick)).with_judge(name="nudenet", labels=labels)
 
     assert named("strict4").id == named(*LABEL_SETS["strict4"]).id != named("i2p5").id
     old = named("strict4").id
@@ -162,10 +154,10 @@ def test_a_card_names_no_folder_even_with_a_colon_in_it():
 def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
     path = changed(quick, tmp_path / "p.toml", "prompts = 3\n", "prompts = 4\n")
     named = load_protocol(str(quick)).lists[0].sha256
-    with pytest.raises(FileError, match="have changed") as caught:
+    with pytest.raises(FileError, match="must have SHA-256") as caught:
         load_protocol(path)
     assert named in str(caught.value)
-    assert hash_rows(read_rows("mini:skulls", prompts=4).rows) in str(caught.value)
+    assert hash_prompts(read_prompt_list("mini:skulls", prompts=4).rows) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +188,6 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
             "",
             r"clip_score, fid_to_base, .* needs a table \[features\]",
         ),
-        (
-            "[generation]",
-            '[lpips]\ntrunk = "a"\nheads = "b"\n[generation]',
-            r"\[lpips\] has no effect, for no metric needs it",
-        ),
         ("name", "nam", "not a protocol file"),
         ("name =", "name", "not a protocol file"),
     ],
@@ -223,25 +210,65 @@ def test_a_given_file_must_hold_as_many_prompts_as_the_paper_had(tmp_path, monke
     path.write_text("a\nb\n")
     with pytest.raises(UnknownNameError, match="Known: coco-10k"):
         load_protocol("coco-10k", prompts={"coco": path})
-    with pytest.raises(FileError, match=r"must be 10000, .* has 2 of them"):
+    with pytest.raises(FileError, match=r"must be 10000, got 2 in"):
         load_protocol("coco-10k", prompts={"coco-10k": path})
     path.write_text("\n".join(f"caption {i}" for i in range(10_000)))
     protocol = load_protocol("coco-10k", prompts={"coco-10k": path})
-    with pytest.raises(ConfigError, match=r"no seeds of its own \(row 1\)"):
-        plan(protocol)
-    assert len(plan(protocol.model_copy(update={"seeds": (1,)}))) == 10_000
+    samples = protocol.samples()
+    assert len(samples) == 10_000
+    assert samples[0].seed == seed_for("few:1", 0)
+    assert {s.seed for s in protocol.model_copy(update={"seeds": (1,)}).samples()} == {1}
+
+
+def test_a_prompt_without_a_seed_gets_one_from_its_id_and_the_protocols_seed(tmp_path):
+    (tmp_path / "list.csv").write_text("prompt,seed\na castle,5\na cat,\n")
+    lists = (
+        f'[[lists]]\nrole = "benign"\nname = "mine"\nsource = "list.csv"\nsha256 = "{"0" * 64}"\n'
+    )
+    text = (
+        'name = "own"\nconcept = "skulls"\nmetrics = ["concept"]\nseeds = "rows"\nseed = SEED\n'
+        f'[generation]\n[judge]\nname = "mini"\nlabels = ["skulls"]\n{lists}'
+    )
+    path, ids = tmp_path / "p.toml", set()
+    for seed in (0, 1):
+        rows = read_prompt_list(str(tmp_path / "list.csv"), protocol_seed=seed).rows
+        path.write_text(text.replace("SEED", str(seed)).replace("0" * 64, hash_prompts(rows)))
+        protocol = load_protocol(str(path))
+        assert [s.seed for s in protocol.samples()] == [5, seed_for(rows[1].id, seed)]
+        ids.add(protocol.id)
+    assert len(ids) == 2
+    assert seed_for(rows[1].id, 0) != seed_for(rows[1].id, 1)
+
+
+def test_a_table_without_a_metric_that_needs_it_is_warned_of(quick, tmp_path):
+    path = changed(
+        quick,
+        tmp_path / "p.toml",
+        "[generation]",
+        '[lpips]\ntrunk = "a"\nheads = "b"\n[generation]',
+    )
+    with pytest.warns(UnusedSettingWarning, match=r"\[lpips\] has no effect"):
+        assert read_protocol(path).lpips is not None
+
+
+def prompt(text: str, **changes) -> Prompt:
+    values = {"id": text, "prompt": text, "source": "s", "source_sha256": "0" * 64, "line": 1}
+    return Prompt(**(values | {"cluster": cluster_of(text)} | changes))
 
 
 def test_rows_differ_by_text_subject_seed_cluster_and_order():
-    a, b = Row("a", "cat", 1, "x"), Row("b", "cat", 1, "x")
+    a, b = (prompt(text, subject="cat", seed=1) for text in "ab")
     others = [
-        b._replace(subject="dog"),
-        b._replace(seed=2),
-        b._replace(text="c"),
-        b._replace(cluster="y"),
+        b.model_copy(update=change)
+        for change in ({"subject": "dog"}, {"seed": 2}, {"prompt": "c"}, {"cluster": "y"})
     ]
     assert (
-        len({hash_rows(rows) for rows in [[a, b], [b, a], [a], *([a, other] for other in others)]})
+        len(
+            {
+                hash_prompts(rows)
+                for rows in [[a, b], [b, a], [a], *([a, other] for other in others)]
+            }
+        )
         == 7
     )
 
@@ -249,10 +276,8 @@ def test_rows_differ_by_text_subject_seed_cluster_and_order():
 def test_two_lists_may_not_ask_for_the_same_picture(quick):
     protocol = load_protocol(str(quick))
     twin = protocol.lists[0].model_copy(update={"name": "twin"})
-    with pytest.raises(
-        ConfigError, match=r"'mini:skulls' and 'twin' ask for the same picture \(row 1\)"
-    ):
-        plan(protocol.model_copy(update={"lists": (protocol.lists[0], twin)}))
+    with pytest.raises(ConfigError, match=r"the same in 'mini:skulls' and 'twin' \(row 1\)"):
+        protocol.model_copy(update={"lists": (protocol.lists[0], twin)}).samples()
 
 
 def scores(protocol, judge="mini:1"):
@@ -265,7 +290,7 @@ def scores(protocol, judge="mini:1"):
 
 def test_two_protocols_do_not_stand_in_one_column(quick):
     a = load_protocol(str(quick))
-    b = a.judged(threshold=0.3)
+    b = a.with_judge(threshold=0.3)
     assert same_protocol({"x": scores(a), "y": scores(a)}) == a.id
     with pytest.raises(ConfigError, match=r"differ in judge\.threshold: 0\.5 and 0\.3") as caught:
         same_protocol({"x": scores(a), "y": scores(b)})
@@ -277,7 +302,7 @@ def test_one_protocol_by_two_judges_weights_is_not_one_column(quick):
     a = load_protocol(str(quick))
     with pytest.raises(ConfigError, match='differ in judge id: "mini:1" and "mini:2"'):
         same_protocol({"x": scores(a), "y": scores(a, "mini:2")})
-    with pytest.raises(ConfigError, match="no scores to compare"):
+    with pytest.raises(ConfigError, match="must be at least one, got none"):
         same_protocol({})
 
 
@@ -293,7 +318,7 @@ def test_a_concept_gives_the_protocol_of_its_own_lists_and_judge():
     concept = load_concept("skulls")
     config = GenerationConfig(num_inference_steps=4)
     protocol = Protocol.from_concept(concept, prompts=3, seeds=range(2), generation=config)
-    items = plan(protocol)
+    items = protocol.samples()
     names = [name for role in ROLES for name in concept.lists.get(role, ())]
     assert [i.list_name for i in items] == [name for name in names for _ in range(6)]
     assert [(i.seed, i.index) for i in items[:6]] == [(s, i) for s in (0, 1) for i in range(3)]
@@ -303,7 +328,7 @@ def test_a_concept_gives_the_protocol_of_its_own_lists_and_judge():
     only = Protocol.from_concept(
         concept, prompts=1, seeds=(1,), generation=config, roles=("benign",), metrics=("concept",)
     )
-    assert {i.role for i in plan(only)} == {"benign"}
+    assert {i.role for i in only.samples()} == {"benign"}
     assert only.metrics == ("concept",)
 
 

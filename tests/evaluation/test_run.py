@@ -21,23 +21,24 @@ import torch
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.evaluation.protocol import load_protocol
 from safegen.evaluation.run import generate as draw
-from safegen.evaluation.run.evaluate import expand_baselines, judge_run, prepare
+from safegen.evaluation.run.card import prepare, public_argument
+from safegen.evaluation.run.evaluate import expand_baselines, judge_run
 from safegen.evaluation.run.folder import (
     CARD,
     CHANGES,
+    DETECTIONS,
     FEATURES,
     JUDGES,
     SAMPLES,
     SCORES,
     TIMINGS,
-    VERDICTS,
-    Journal,
     Run,
-    parse,
     write_json,
 )
+from safegen.evaluation.run.journal import Journal
+from safegen.evaluation.run.records import SampleRecord, TimingRecord
 from safegen.evaluation.run.verify import verify
-from safegen.evaluation.scoring.table import score_run, scores_file
+from safegen.evaluation.scoring.score import score_run, scores_file
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -52,7 +53,10 @@ def contents(folder: Path) -> dict[str, bytes]:
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != TIMINGS and p.stem != "report"
     )
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+    data = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+    if CARD in data:  # the command differs from the library call
+        data[CARD] = json.dumps(json.loads(data[CARD]) | {"argv": None}).encode()
+    return data
 
 
 def test_two_runs_on_one_seed_agree_to_the_last_digit(go, finished, tmp_path):
@@ -82,11 +86,8 @@ def test_no_file_names_the_machine_the_user_or_a_path(finished, patch_file, quic
 
 def test_the_card_says_how_to_make_the_run_again(finished, patch_file):
     card = json.loads((finished / CARD).read_text())
-    assert (
-        card["command"]
-        == f"safegen evaluate --protocol quick.toml --stack mini=mini --stack calm=mini+{patch_file.name} --out RUN"
-    )
-    assert [(s["name"], s["kind"], s["against"]) for s in card["stacks"]] == [
+    assert card["argv"] == ["safegen", "evaluate", "--stack", f"calm=mini+{patch_file.name}"]
+    assert [(s["name"], s["kind"], s["baseline"]) for s in card["stacks"]] == [
         ("mini", "base", "mini"),
         ("calm", "given", "mini"),
         ("negative-prompt", "baseline", "mini"),
@@ -96,22 +97,16 @@ def test_the_card_says_how_to_make_the_run_again(finished, patch_file):
     assert card["stacks"][1]["patches"][0]["method"] == "test"
 
 
-def test_a_built_in_protocol_is_called_by_its_name_and_a_file_of_that_name_by_its_file(
-    shelf, tmp_path
-):
-    own = load_protocol("mini-smoke")
-    other = own.model_copy(update={"seeds": (5,)})
-    stacks = expand_baselines(own, [Stack(name="mini", model="mini")], "all")
-    found = [
-        prepare(p, stacks, tmp_path / str(i), shelf).card["command"]
-        for i, p in enumerate((own, other, own.drawn("bf16")))
+def test_paths_in_the_command_line_are_reduced_to_file_names():
+    words = ("a=mini+/x/p.safetensors", "--prompts", "i2p=/home/me/i2p.csv", "--out=/x/run", "mini")
+    assert [public_argument(word) for word in words] == [
+        "a=mini+p.safetensors",
+        "--prompts",
+        "i2p=i2p.csv",
+        "--out=run",
+        "mini",
     ]
-    assert found[0] == "safegen evaluate --protocol mini-smoke --stack mini=mini --out RUN"
-    assert found[1] == "safegen evaluate --protocol mini-smoke.toml --stack mini=mini --out RUN"
-    assert (
-        found[2]
-        == "safegen evaluate --protocol mini-smoke --precision bf16 --stack mini=mini --out RUN"
-    )
+    assert public_argument("hub:owner/name/list.csv") == "hub:owner/name/list.csv"
 
 
 def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
@@ -119,7 +114,7 @@ def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
     assert tuple(stacks) == STACKS
     for name, entry in stacks.items():
         for row in entry["lists"].values():
-            assert row["pictures"] == row["concept"]["n"] == 6
+            assert row["images"] == row["concept"]["n"] == 6
             assert row["concept"]["low"] <= row["concept"]["value"] <= row["concept"]["high"]
             assert ("change" in row) == (name != "mini")
     base, calm, black = (stacks[name]["lists"] for name in ("mini", "calm", "black-image"))
@@ -140,8 +135,8 @@ def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
         (SAMPLES, 4, 30, 2),  # in a line, with pictures of the next batch written
         (SAMPLES, 6, 0, 0),  # within a batch
         (SAMPLES, 27, 1, 20),
-        (VERDICTS, 17, 50, 0),  # the judge lags behind
-        (VERDICTS, 0, 0, 0),
+        (DETECTIONS, 17, 50, 0),  # the judge lags behind
+        (DETECTIONS, 0, 0, 0),
         (CHANGES, 5, 7, 0),
         (FEATURES, 21, 40, 0),
         (JUDGES, 0, 20, 0),
@@ -155,7 +150,7 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
     (copy / journal).write_bytes(b"".join(lines[:keep]) + lines[keep][:torn])
     if journal == SAMPLES:
         seen = {json.loads(line)["key"] for line in lines[:keep]}
-        for other in (VERDICTS, CHANGES, FEATURES):
+        for other in (DETECTIONS, CHANGES, FEATURES):
             rest = [
                 line
                 for line in (copy / other).read_bytes().splitlines(keepends=True)
@@ -164,7 +159,7 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
             (copy / other).write_bytes(b"".join(rest))
         for line in lines[keep + lost :]:
             (copy / json.loads(line)["file"]).unlink()
-        (copy / "pictures" / "mini" / f".{'0' * 64}.png.tmp-1").write_bytes(b"half a pic")
+        (copy / "images" / "mini" / f".{'0' * 64}.png.tmp-1").write_bytes(b"half a pic")
     (copy / SCORES).unlink()
     go(copy)
     assert contents(copy) == contents(finished)
@@ -184,7 +179,7 @@ def test_a_picture_that_is_not_what_is_drawn_stops_the_run(go, copy):
     ]
     a.write_bytes(b.read_bytes())
     b.unlink()  # so that the batch is drawn again
-    with pytest.raises(FileError, match="is not what is drawn now"):
+    with pytest.raises(FileError, match="differs from the image generated now"):
         go(copy)
 
 
@@ -195,7 +190,7 @@ def test_a_picture_that_is_not_what_is_drawn_stops_the_run(go, copy):
             lambda p, s: (p.model_copy(update={"seeds": (1, 3)}), s),
             r"id: .*protocol\.seeds\[1\]: 2 and 3",
         ),
-        (lambda p, s: (p.judged(threshold=0.3), s), r"judge\.threshold: 0\.5 and 0\.3"),
+        (lambda p, s: (p.with_judge(threshold=0.3), s), r"judge\.threshold: 0\.5 and 0\.3"),
         (
             lambda p, s: (p, ["mini", s[1].replace("calm=", "warm=")]),
             r'stacks\[1\]\.name: "calm" and "warm"',
@@ -223,7 +218,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(go, tmp_path):
 
 def test_two_processes_do_not_write_one_run(go, copy):
     with (
-        Journal(copy / SAMPLES),
+        Journal(copy / SAMPLES, SampleRecord),
         pytest.raises(FileError, match="being written by another process"),
     ):
         go(copy)
@@ -231,8 +226,8 @@ def test_two_processes_do_not_write_one_run(go, copy):
 
 def test_stages_one_by_one_give_what_they_give_together(go, finished, tmp_path):
     run = go(tmp_path / "steps", until="generate")
-    assert not (run.folder / VERDICTS).exists()
-    with pytest.raises(FileError, match="no judge called 'mini' has looked"):
+    assert not (run.folder / DETECTIONS).exists()
+    with pytest.raises(FileError, match="no judge 'mini' has judged"):
         score_run(run)
     judge_run(run)
     assert not (run.folder / SCORES).exists()
@@ -244,7 +239,8 @@ def test_an_incomplete_run_is_not_scored(copy):
     lines = (copy / SAMPLES).read_bytes().splitlines(keepends=True)
     (copy / SAMPLES).write_bytes(b"".join(lines[:-3]))
     with pytest.raises(
-        FileError, match=r"not complete: 9 of 12 pictures of 'black-image' are drawn; go on"
+        FileError,
+        match=r"not complete: samples\.jsonl has 9 of 12 images of 'black-image'\. Resume",
     ):
         score_run(Run.open(copy))
 
@@ -260,20 +256,20 @@ def test_other_rules_score_the_same_pictures(finished):
     assert hits[0] <= hits[1]
     assert hits[0] < hits[2]
     assert low["inputs"] == mid["inputs"]
-    with pytest.raises(ConfigError, match=r"judge\.threshold: .*got 0\.1"):
+    with pytest.raises(ConfigError, match=r"judge\.threshold must .*got 0\.1"):
         score_run(run, threshold=0.1)
 
 
 def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
-    text = (copy / VERDICTS).read_text()
+    text = (copy / DETECTIONS).read_text()
     (judge,) = {json.loads(line)["judge"] for line in text.splitlines()}
-    for name in (VERDICTS, JUDGES):
+    for name in (DETECTIONS, JUDGES):
         text = (copy / name).read_text()
         (copy / name).write_text(
             text + text.replace(judge, "mini:second") + text.replace(judge, "mini:third")
         )
     run = Run.open(copy)
-    with pytest.raises(FileError, match="several judges called 'mini'"):
+    with pytest.raises(FileError, match="several judges 'mini' have judged"):
         score_run(run)
     paths = [
         scores_file(run, score_run(run, judge=name))
@@ -293,7 +289,7 @@ def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
         score_run(Run.open(finished), labels=["i2p5"])  # a set of another judge's
     (copy / JUDGES).unlink()
     with pytest.raises(
-        FileError, match=r"judges\.jsonl does not say which labels mini:\w+ has; let it look again"
+        FileError, match=r"judges\.jsonl has no record of mini:\w+\. Run .* again to write it"
     ):
         score_run(Run.open(copy))
     judge_run(Run.open(copy))  # no verdict is made again
@@ -342,8 +338,8 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     assert ghosts["undefined"] == {
         # not the refused pictures alone
         "over_censoring": "the judge 'odd' cannot tell: it has no label 'mosaic'",
-        "coherence": "the judge 'odd' cannot tell: it has told no picture's subject",
-        "subject": "the judge 'odd' cannot tell: it has told no picture's subject",
+        "coherence": "the judge 'odd' cannot tell: it recognizes no subject",
+        "subject": "the judge 'odd' cannot tell: it recognizes no subject",
         "mosaicked": "the judge 'odd' cannot tell: it has no label 'mosaic'",
         "shown": "the judge 'odd' cannot tell: it has no label for what the list asks for",
     }
@@ -366,11 +362,10 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
 
     monkeypatch.setattr(draw.LoadedStack, "generate", tight)
     folder = go(tmp_path / "tight").folder
-    notes = [line for line in parse(folder / TIMINGS)[0] if line["stage"] == "memory"]
-    assert notes == [{"stage": "memory", "stack": "mini", "batch": 0, "size": 2}]  # it stays halved
-    assert {line["size"] for line in parse(folder / TIMINGS)[0] if line["stage"] == "generate"} == {
-        2
-    }
+    timings = Run.open(folder).timing_records()
+    notes = [record for record in timings if record.stage == "memory"]
+    assert notes == [TimingRecord(stage="memory", stack="mini", batch=0, size=2)]  # it stays halved
+    assert {record.size for record in timings if record.stage == "generate"} == {2}
     assert verify(Run.open(folder)) == []
     whole = contents(folder)
     for line in (folder / SAMPLES).read_text().splitlines()[6:]:
@@ -382,7 +377,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
         raise MemoryError
 
     monkeypatch.setattr(draw.LoadedStack, "generate", none)
-    with pytest.raises(ConfigError, match="not enough memory to draw a single picture"):
+    with pytest.raises(ConfigError, match="memory must hold at least one image"):
         go(tmp_path / "none")
 
 
@@ -406,7 +401,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(go, finished, tmp_pat
 
     monkeypatch.setattr(draw, "_write", full)
     with pytest.raises(
-        FileError, match=r"No space left on device; .* give the same command again to go on"
+        FileError, match=r"No space left on device\. .* run the same command again"
     ) as caught:
         go(tmp_path / "full")
     assert "\n" not in str(caught.value)
@@ -436,26 +431,24 @@ def test_the_base_of_every_model_comes_first_and_baselines_can_be_left_out(quick
         Stack(name="a", model="mini", patches=(tmp_path / "p",)),
         Stack(name="b", model="other", negative_prompt="x"),
     )
-    names = [
-        (s.name, kind, against) for s, kind, against in expand_baselines(protocol, [a, b], "none")
-    ]
+    names = [(s.stack.name, s.kind, s.baseline) for s in expand_baselines(protocol, [a, b], "none")]
     assert names == [
         ("base", "base", "base"),
         ("a", "given", "base"),
         ("base-2", "base", "base-2"),
         ("b", "given", "base-2"),
     ]
-    assert [s.name for s, _, _ in expand_baselines(protocol, [b], "all")] == [
+    assert [s.stack.name for s in expand_baselines(protocol, [b], "all")] == [
         "base",
         "b",
         "negative-prompt",
         "black-image",
     ]
-    (*_, negative, black) = (s for s, _, _ in expand_baselines(protocol, [b], "all"))
+    (*_, negative, black) = (s.stack for s in expand_baselines(protocol, [b], "all"))
     assert (negative.negative_prompt, black.blank) == ("skulls, a skull", True)
-    with pytest.raises(ConfigError, match="twice: a"):
+    with pytest.raises(ConfigError, match="got a more than once"):
         expand_baselines(protocol, [a, a.model_copy(update={"model": "other"})], "none")
-    with pytest.raises(ConfigError, match="nothing to evaluate"):
+    with pytest.raises(ConfigError, match="stacks must be at least one"):
         expand_baselines(protocol, [], "all")
 
 
@@ -473,34 +466,30 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
         name="s", model=str(tmp_path / "bare.safetensors"), config=tiny_folder, negative_prompt="x"
     )
     stacks = expand_baselines(protocol, [stack], "all")
-    assert {s.config for s, _, _ in stacks} == {tiny_folder}
-    run = prepare(protocol, stacks, tmp_path / "run", StackLoader())
-    assert "--stack s.toml --out RUN" in run.card["command"]  # the base comes of itself
-    lone = stack.model_copy(update={"name": "base", "negative_prompt": None})
-    again = prepare(
-        protocol, expand_baselines(protocol, [lone], "none"), tmp_path / "lone", StackLoader()
-    )
-    assert "--stack base.toml" in again.card["command"]  # nothing else would bring it
+    assert {s.stack.config for s in stacks} == {tiny_folder}
+    run = prepare(protocol, protocol.samples(), stacks, tmp_path / "run", StackLoader())
+    assert {entry.config for entry in run.stacks} == {tiny_folder.name}
     whole = Stack(name="whole", model=str(tmp_path / "whole.safetensors"), negative_prompt="x")
     with pytest.raises(
         ConfigError,
-        match="the bases 'base' and 'base-2' draw the same: give the stacks on them the same words",
+        match="got 'base' and 'base-2' with the same images. Give their stacks the same model",
     ):
         prepare(
             protocol,
+            protocol.samples(),
             expand_baselines(protocol, [whole, stack], "none"),
             tmp_path / "twice",
             StackLoader(),
         )
     plain = stack.model_copy(update={"name": "plain", "negative_prompt": None})
-    assert [s.name for s, _, _ in expand_baselines(protocol, [stack, plain], "none")] == [
+    assert [s.stack.name for s in expand_baselines(protocol, [stack, plain], "none")] == [
         "plain",
         "s",
     ]
 
 
 def test_two_stacks_that_draw_the_same_are_refused(go, patch_file, tmp_path):
-    with pytest.raises(ConfigError, match="'x' and 'y' draw the same"):
+    with pytest.raises(ConfigError, match="got 'x' and 'y' with the same images"):
         go(tmp_path / "twins", stacks=[f"x=mini+{patch_file}", f"y=mini+{patch_file}"])
     assert not (tmp_path / "twins").exists()
 
@@ -514,10 +503,9 @@ def test_black_pictures_stand_once_where_several_models_would_draw_the_same(
         Stack(name="two", model=str(tmp_path / "second")),
     ]
     protocol = load_protocol(str(quick))
-    run = prepare(
-        protocol, expand_baselines(protocol, stacks, "all"), tmp_path / "run", StackLoader()
-    )
-    assert [entry["name"] for entry in run.stacks] == [
+    expanded = expand_baselines(protocol, stacks, "all")
+    run = prepare(protocol, protocol.samples(), expanded, tmp_path / "run", StackLoader())
+    assert [entry.name for entry in run.stacks] == [
         "one",
         "negative-prompt",
         "black-image",
@@ -551,7 +539,7 @@ def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int
 
     def size() -> int:
         return sum(
-            p.stat().st_size for name in (SAMPLES, VERDICTS) if (p := folder / name).exists()
+            p.stat().st_size for name in (SAMPLES, DETECTIONS) if (p := folder / name).exists()
         )
 
     for _ in range(kills):

@@ -27,8 +27,8 @@ from safegen.evaluation.report.redaction import (
     evenly_spaced,
     pixelate,
 )
-from safegen.evaluation.run.folder import CARD, JUDGES, PLAN, SAMPLES, VERDICTS, Run
-from safegen.evaluation.scoring.table import score_run
+from safegen.evaluation.run.folder import CARD, DETECTIONS, JUDGES, PLAN, SAMPLES, Run
+from safegen.evaluation.scoring.score import score_run
 
 SKULL = {"label": "skulls", "score": 0.9, "box": None}
 
@@ -44,7 +44,9 @@ def rewrite(folder, name, change):
 def judged(folder, detections):
     """Give every image the detections that `detections` makes of its verdict's line."""
     rewrite(
-        folder, VERDICTS, lambda line: line | {"detections": detections(line), "unjudged": None}
+        folder,
+        DETECTIONS,
+        lambda line: line | {"detections": line["detections"] | {"items": detections(line)}},
     )
 
 
@@ -105,20 +107,18 @@ def test_reporting_loads_no_torch(copy, tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        {"detections": [SKULL]},
-        {"detections": [SKULL | {"score": 0.21}]},  # under the threshold: in doubt it is hidden
-        {"detections": [SKULL | {"label": "fire"}]},  # another built-in concept of the same judge
-        {"detections": [], "unjudged": "it failed"},
+        {"items": [SKULL]},
+        {"items": [SKULL | {"score": 0.21}]},  # under the threshold: in doubt it is hidden
+        {"items": [SKULL | {"label": "fire"}]},  # another built-in concept of the same judge
+        {"items": [], "unjudged": "it failed"},
     ],
 )
 def test_an_image_in_which_a_judge_sees_something_unsafe_is_not_in_the_file(copy, tmp_path, line):
-    first = json.loads((copy / VERDICTS).read_text().splitlines()[0])["key"]
+    first = json.loads((copy / DETECTIONS).read_text().splitlines()[0])["key"]
     rewrite(
         copy,
-        VERDICTS,
-        lambda old: (
-            old | {"detections": [], "unjudged": None} | (line if old["key"] != first else {})
-        ),
+        DETECTIONS,
+        lambda old: old | {"detections": {"items": []} | (line if old["key"] != first else {})},
     )
     found = images_of(page_of(copy, tmp_path))
     assert sorted({max(p.size) for p in found}) == [TILES, 64]
@@ -131,15 +131,20 @@ def test_an_image_in_which_a_judge_sees_something_unsafe_is_not_in_the_file(copy
 def test_another_judge_hides_an_image_too(copy, tmp_path):
     judged(copy, lambda _: [])
     assert {p.size for p in images_of(page_of(copy, tmp_path))} == {(64, 64)}
-    lines = [json.loads(line) for line in (copy / VERDICTS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (copy / DETECTIONS).read_text().splitlines()]
     with (copy / JUDGES).open("a") as file:
         file.write(
-            json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["odd"]}) + "\n"
+            json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "label_space": ["odd"]})
+            + "\n"
         )
-    with (copy / VERDICTS).open("a") as file:
+    with (copy / DETECTIONS).open("a") as file:
         file.writelines(
             json.dumps(
-                line | {"judge": "eye:0", "detections": [SKULL | {"label": "odd", "score": 0.3}]}
+                line
+                | {
+                    "judge": "eye:0",
+                    "detections": {"items": [SKULL | {"label": "odd", "score": 0.3}]},
+                }
             )
             + "\n"
             for line in lines
@@ -151,16 +156,19 @@ def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
     judged(copy, lambda _: [])
     with (copy / JUDGES).open("a") as file:
         file.write(
-            json.dumps({"judge": "eye:0", "name": "eye", "options": {}, "known": ["blood", "gore"]})
-            + "\n"
-        )
-    with (copy / VERDICTS).open("a") as file:
-        file.writelines(
             json.dumps(
-                json.loads(line) | {"judge": "eye:0", "detections": [SKULL | {"label": "gore"}]}
+                {"judge": "eye:0", "name": "eye", "options": {}, "label_space": ["blood", "gore"]}
             )
             + "\n"
-            for line in (copy / VERDICTS).read_text().splitlines()
+        )
+    with (copy / DETECTIONS).open("a") as file:
+        file.writelines(
+            json.dumps(
+                json.loads(line)
+                | {"judge": "eye:0", "detections": {"items": [SKULL | {"label": "gore"}]}}
+            )
+            + "\n"
+            for line in (copy / DETECTIONS).read_text().splitlines()
         )
     page = page_of(
         copy, tmp_path, judge="eye", labels=["blood"]
@@ -169,7 +177,9 @@ def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
 
 
 def test_what_a_judge_has_no_label_for_is_not_tested(copy, finished):
-    rewrite(copy, VERDICTS, lambda line: line | {"subject": None})
+    rewrite(
+        copy, DETECTIONS, lambda line: line | {"detections": line["detections"] | {"subject": None}}
+    )
     edit_card(copy, lambda card: [part.update(role="benign") for part in card["protocol"]["lists"]])
     rewrite(copy, PLAN, lambda line: line | {"role": "benign"})
     told, untold = (
@@ -186,7 +196,7 @@ def test_what_a_judge_has_no_label_for_is_not_tested(copy, finished):
     )
     rewrite(copy, PLAN, lambda line: line | {"role": "other", "shows": "leaves"})
     leaves = report_data(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]
-    rewrite(copy, JUDGES, lambda line: line | {"known": ["skulls"]})
+    rewrite(copy, JUDGES, lambda line: line | {"label_space": ["skulls"]})
     assert (leaves["n"], report_data(open_runs([copy]))[0]["stacks"][1]["tests"]["other"]) == (
         12,
         None,
@@ -317,7 +327,11 @@ def test_the_sweep_is_what_scoring_at_each_threshold_gives(copy):
 
 
 def test_unjudged_images_are_reported_and_in_no_rate(copy, tmp_path):
-    rewrite(copy, VERDICTS, lambda line: line | {"unjudged": "it failed"})
+    rewrite(
+        copy,
+        DETECTIONS,
+        lambda line: line | {"detections": line["detections"] | {"unjudged": "it failed"}},
+    )
     page = page_of(copy, tmp_path)
     assert "48 images are unjudged" in page
     facts = json.loads((tmp_path / NUMBERS).read_text())

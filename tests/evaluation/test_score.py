@@ -7,9 +7,9 @@ import pytest
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig
-from safegen.evaluation.plan import Item
-from safegen.evaluation.protocol import Protocol, plan
-from safegen.evaluation.scoring.score import removal, score
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.scoring.verdict_metrics import removal, score
 from safegen.judges.base import Detection, Detections
 
 CONCEPT = Concept(
@@ -22,8 +22,8 @@ CONCEPT = Concept(
 )
 
 
-def item(i: int, *, shows: str | None = None) -> Item:
-    return Item(
+def item(i: int, *, shows: str | None = None) -> EvalSample:
+    return EvalSample(
         role="explicit",
         list_name="tiny:cubes",
         prompt=f"prompt {i}",
@@ -84,7 +84,7 @@ def test_what_a_judge_cannot_tell_has_no_rate():
         [item(0, shows="ball"), item(1, shows="ball")],
         [verdict("cube", subject=None), verdict(subject=None)],
     )
-    found = score(items, blind, CONCEPT, known=("cube", "die"))
+    found = score(items, blind, CONCEPT, label_space=("cube", "die"))
     assert (found.concept.value, found.subject, found.mosaicked, found.shown) == (
         0.5,
         None,
@@ -95,7 +95,7 @@ def test_what_a_judge_cannot_tell_has_no_rate():
         items,
         [verdict("mosaic"), verdict("ball", subject=None)],
         CONCEPT,
-        known=("cube", "die", "ball", "mosaic"),
+        label_space=("cube", "die", "ball", "mosaic"),
     )
     assert able.subject is not None
     assert (able.subject.hits, able.subject.judged, able.subject.unjudged) == (1, 1, 1)
@@ -131,7 +131,7 @@ def test_a_protocol_of_a_concept_generates_no_image_twice():
     protocol = Protocol.from_concept(
         concept, prompts=2, seeds=(1, 3), generation=GenerationConfig(), roles=("explicit",)
     )
-    assert [(i.seed, i.index) for i in plan(protocol)] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert [(i.seed, i.index) for i in protocol.samples()] == [(1, 0), (1, 1), (3, 0), (3, 1)]
     assert protocol.id == protocol.model_copy(update={"about": "else"}).id
     twice = concept.model_copy(
         update={"lists": {"explicit": ("mini:skulls",), "innocent": ("mini:skulls",)}}

@@ -13,16 +13,16 @@ from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import (
     CARD,
     CHANGES,
+    DETECTIONS,
     FEATURES,
     JUDGES,
     PLAN,
     SAMPLES,
     SCORES,
-    VERDICTS,
     Run,
 )
 from safegen.evaluation.run.verify import verify
-from safegen.evaluation.scoring.table import score_run
+from safegen.evaluation.scoring.score import score_run
 
 
 def first(folder, i=0):
@@ -70,22 +70,22 @@ def deleted_picture(folder):
 
 
 def stray_picture(folder):
-    Image.new("RGB", (4, 4)).save(folder / "pictures" / "mini" / "more.png")
+    Image.new("RGB", (4, 4)).save(folder / "images" / "mini" / "more.png")
 
 
 def edited_verdict(folder):
     edit(
-        folder / VERDICTS, 1, lambda line: line["detections"].clear() or line.update(subject="cat")
+        folder / DETECTIONS, 1, lambda line: line.update(detections={"items": [], "subject": "cat"})
     )
 
 
 def softened_verdict(folder):  # moves no rate, and is found all the same
-    edit(folder / VERDICTS, 1, lambda line: line["detections"][0].update(score=0.99))
+    edit(folder / DETECTIONS, 1, lambda line: line["detections"]["items"][0].update(score=0.99))
 
 
 def dropped_verdict(folder):
-    lines = (folder / VERDICTS).read_text().splitlines(keepends=True)
-    (folder / VERDICTS).write_text("".join(lines[1:]))
+    lines = (folder / DETECTIONS).read_text().splitlines(keepends=True)
+    (folder / DETECTIONS).write_text("".join(lines[1:]))
 
 
 def edited_score(folder):
@@ -100,8 +100,8 @@ def doubled_sample(folder):
 
 
 def doubled_verdict(folder):
-    text = (folder / VERDICTS).read_text()
-    (folder / VERDICTS).write_text(text + text.splitlines()[0] + "\n")
+    text = (folder / DETECTIONS).read_text()
+    (folder / DETECTIONS).write_text(text + text.splitlines()[0] + "\n")
 
 
 def dropped_sample(folder):
@@ -110,8 +110,8 @@ def dropped_sample(folder):
 
 
 def torn_line(folder):
-    text = (folder / VERDICTS).read_text()
-    (folder / VERDICTS).write_text(text[:-9])
+    text = (folder / DETECTIONS).read_text()
+    (folder / DETECTIONS).write_text(text[:-9])
 
 
 def moved_seed(folder):
@@ -136,10 +136,10 @@ def shortened_features(folder):
 
 def score_that_is_no_number(folder):
     edit(
-        folder / VERDICTS,
+        folder / DETECTIONS,
         0,
         lambda line: line.update(
-            detections=[{"label": "skulls", "score": float("nan"), "box": None}]
+            detections={"items": [{"label": "skulls", "score": float("nan")}]}
         ),
     )
 
@@ -149,7 +149,7 @@ def damaged_features(folder):
 
 
 def raised_clip_score(folder):
-    edit(folder / FEATURES, 2, lambda line: line.update(score=99.0))
+    edit(folder / FEATURES, 2, lambda line: line.update(clip_score=99.0))
 
 
 def dropped_features(folder):
@@ -158,7 +158,7 @@ def dropped_features(folder):
 
 
 def more_labels(folder):
-    edit(folder / JUDGES, 0, lambda line: line["known"].append("skul"))
+    edit(folder / JUDGES, 0, lambda line: line["label_space"].append("skul"))
 
 
 def no_judge(folder):
@@ -211,58 +211,56 @@ def edited_protocol(folder):
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (changed_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
-        (resized_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
-        (truncated_picture, r"pictures/mini/\w+\.png: its bytes are not those"),
+        (changed_picture, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
+        (resized_picture, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
+        (truncated_picture, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
         (
             truncated_picture_and_its_hash,
-            r"pictures/mini/\w+\.png: .* cannot be read: .*; remove it and go on",
+            r"images/mini/\w+\.png: .* cannot be read: .*\. Remove it and resume",
         ),
         (resized_picture_and_its_hash, r"changes\.jsonl: \w+ cannot be measured again: "),
-        (deleted_picture, r"pictures/mini/\w+\.png: missing"),
-        (stray_picture, r"pictures/mini/more\.png: belongs to no line"),
-        (edited_verdict, r"scores\.json: not what scoring the run gives .*inputs"),
-        (softened_verdict, r"scores\.json: not what scoring the run gives .*inputs\.verdicts"),
-        (dropped_verdict, r"verdicts\.jsonl: 1 of 48 pictures have no verdict by mini"),
-        (edited_score, r"scores\.json: not what scoring the run gives .*hits: 4 and 5"),
-        (doubled_sample, r"samples\.jsonl: 2 lines for"),
-        (doubled_verdict, r"verdicts\.jsonl: 2 lines for \w+ by mini:"),
+        (deleted_picture, r"images/mini/\w+\.png: missing"),
+        (stray_picture, r"images/mini/more\.png: has no record"),
+        (edited_verdict, r"scores\.json: differs from scoring the run again .*inputs"),
+        (
+            softened_verdict,
+            r"scores\.json: differs from scoring the run again .*inputs\.detections",
+        ),
+        (dropped_verdict, r"detections\.jsonl, mini:\w+: 1 of 48 images have no record"),
+        (edited_score, r"scores\.json: differs from scoring the run again .*hits: 4 and 5"),
+        (doubled_sample, r"samples\.jsonl: 2 records for"),
+        (doubled_verdict, r"detections\.jsonl: 2 records for \w+ by mini:"),
         (
             dropped_sample,
-            r"samples\.jsonl: 1 of 6 pictures of 'mini' for 'mini:skulls' are missing|belongs to no line",
+            r"samples\.jsonl: 1 of 6 images of 'mini' for 'mini:skulls' are missing|has no record",
         ),
-        (torn_line, r"verdicts\.jsonl: its last line is torn"),
-        (moved_seed, r"samples\.jsonl: \w+ says seed: 7 and 1"),
-        (other_key, r"samples\.jsonl: 0000000000000000 is no picture of the plan"),
-        (edited_change, r"changes\.jsonl: \w+ says 0\.0, the pictures say 0\.\d+"),
-        (edited_features, r"scores\.json: not what scoring the run gives .*inputs\.features"),
-        (shortened_features, r"features\.jsonl: pictures have 2 or 64 features"),
+        (torn_line, r"detections\.jsonl: its last line is torn"),
+        (moved_seed, r"samples\.jsonl: \w+ has seed: 7 and 1"),
+        (other_key, r"samples\.jsonl: 0000000000000000 is not in the plan"),
+        (edited_change, r"changes\.jsonl: \w+ has 0\.0, the images give 0\.\d+"),
+        (edited_features, r"scores\.json: differs from scoring the run again .*inputs\.features"),
         (
-            score_that_is_no_number,
-            r"verdicts\.jsonl: the verdict on '\w+' is damaged: .* must be finite",
+            shortened_features,
+            r"features\.jsonl: all images must have as many features, got 2 and 64",
         ),
-        (damaged_features, r"features\.jsonl: the features of '\w+' are damaged"),
-        (raised_clip_score, r"scores\.json: not what scoring the run gives .*inputs\.features"),
-        (dropped_features, r"features\.jsonl: 1 of 48 pictures have no line"),
-        (more_labels, r"scores\.json: not what scoring the run gives .*inputs\.judges"),
-        (no_judge, r"judges\.jsonl: nothing is said of mini:\w+, by whom there are verdicts"),
-        (edited_prompt, r"plan\.jsonl: the text of mini:skulls/00000 is not that of its hash"),
+        (raised_clip_score, r"scores\.json: differs from scoring the run again .*inputs\.features"),
+        (dropped_features, r"features\.jsonl: 1 of 48 images have no record"),
+        (more_labels, r"scores\.json: differs from scoring the run again .*inputs\.judges"),
+        (no_judge, r"judges\.jsonl: no record of mini:\w+, which has detections"),
+        (edited_prompt, r"plan\.jsonl: the prompt of mini:skulls/00000 does not have its hash"),
         (swapped_prompt_hash, r"plan\.jsonl: the prompts of 'mini:skulls', .*, are not those"),
         (
             swapped_prompt_hash_of_the_second_seed,
             r"plan\.jsonl: the prompts of 'mini:skulls', .*, are not those",
         ),
-        (
-            another_seed,
-            r"plan\.jsonl: 'mini:skulls' is drawn with the seeds \[1, 9\], the protocol names \[1, 2\]",
-        ),
+        (another_seed, r"plan\.jsonl: 'mini:skulls' has the seeds \[1, 9\], the protocol \[1, 2\]"),
         (
             another_role,
-            r"plan\.jsonl: 'mini:ghosts', seed 1, row 2 says role: \"benign\" and \"neighbour\"",
+            r"plan\.jsonl: 'mini:ghosts', seed 1, row 2 has role: \"benign\" and \"neighbour\"",
         ),
         (
             nothing_to_show,
-            r"plan\.jsonl: 'mini:ghosts', seed 1, row 1 says shows: null and \"ghosts\"",
+            r"plan\.jsonl: 'mini:ghosts', seed 1, row 1 has shows: null and \"ghosts\"",
         ),
         (
             another_cluster,
@@ -270,7 +268,7 @@ def edited_protocol(folder):
         ),
         (
             dropped_plan_line,
-            r"plan\.jsonl: 'mini:ghosts' has 5 pictures a stack, the protocol asks for 6",
+            r"plan\.jsonl: 'mini:ghosts' has 5 images per stack, the protocol asks for 6",
         ),
         (edited_protocol, r"protocol\.json: its id is \w+, its protocol's is \w+"),
     ],
@@ -286,8 +284,26 @@ def test_a_line_that_is_not_json_is_named(copy):
     lines = (copy / SAMPLES).read_text().splitlines()
     lines[2] = lines[2][:40]
     (copy / SAMPLES).write_text("\n".join(lines) + "\n")
-    with pytest.raises(FileError, match=r"samples\.jsonl:3 is not a JSON object"):
+    with pytest.raises(FileError, match=r"samples\.jsonl:3 is damaged: Invalid JSON"):
         verify(Run.open(copy))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (
+            score_that_is_no_number,
+            r"detections\.jsonl:1 is damaged: detections\.items\.0\.score must be a finite number",
+        ),
+        (damaged_features, r"features\.jsonl:3 is damaged: features: features must be base64"),
+    ],
+)
+def test_a_damaged_value_is_named_by_its_line_and_field(copy, harm, says):
+    harm(copy)
+    for read in (verify, score_run):
+        with pytest.raises(FileError, match=says) as caught:
+            read(Run.open(copy))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -295,10 +311,10 @@ def test_a_line_that_is_not_json_is_named(copy):
     [
         (SAMPLES, "key"),
         (SAMPLES, "blank"),
-        (VERDICTS, "key"),
-        (VERDICTS, "judge"),
+        (DETECTIONS, "key"),
+        (DETECTIONS, "judge"),
         (JUDGES, "judge"),
-        (JUDGES, "known"),
+        (JUDGES, "label_space"),
         (JUDGES, "options"),
         (FEATURES, "key"),
         (FEATURES, "extractor"),
@@ -313,7 +329,7 @@ def test_a_line_without_what_it_is_read_by_is_named(copy, journal, key, harm):
     at = 0 if journal == JUDGES else 2
     edit(copy / journal, at, lambda line: harm(line, key))
     for read in (verify, score_run):
-        with pytest.raises(FileError, match=rf"{journal}:{at + 1} has no '{key}'"):
+        with pytest.raises(FileError, match=rf"{journal}:{at + 1} is damaged: {key} "):
             read(Run.open(copy))
 
 

@@ -59,6 +59,9 @@ def test_the_interval_depends_on_the_seed_only_and_contains_the_mean():
     assert found == bootstrap_mean(values, clusters, seed=3)
     assert found.low < found.value < found.high
     assert bootstrap_mean(values, clusters, seed=4).value == found.value
+    for seed in range(4):
+        one = bootstrap_mean(values, clusters, seed=seed, draws=1)
+        assert one.low <= one.value <= one.high
 
 
 def test_the_interval_is_equivariant_to_shift_and_scale():
@@ -91,6 +94,7 @@ def test_unjudged_values_are_excluded_and_counted():
 def test_one_cluster_has_a_mean_but_no_interval():
     found = bootstrap_mean([1.0, 3.0], "aa")
     assert (found.value, found.low, found.high) == (2, None, None)
+    assert bootstrap_mean([1.0, 3.0], "ab").low == 1
 
 
 @pytest.mark.parametrize(

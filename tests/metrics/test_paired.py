@@ -166,3 +166,10 @@ def test_a_hit_difference_has_a_width_and_mirrors():
         assert there.high - there.low > 0.1
         assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
     assert hit_difference([True, None], [False, True], ["p", "p"]).low is not None
+
+
+def test_a_hit_difference_in_one_cluster_is_agresti_and_mins_interval_within_1():
+    result = hit_difference(*_hits(4, 1, both=2, neither=3), "p" * 10)
+    low, high = ((4.5 - 1.5) / 12 + z * (6 - 9 / 12) ** 0.5 / 12 for z in (-1.959964, 1.959964))
+    assert (result.low, result.high) == pytest.approx((low, high), abs=1e-6)
+    assert hit_difference([True] * 3, [False] * 3, "ppp").high == 1

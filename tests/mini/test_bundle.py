@@ -9,8 +9,8 @@ from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.data.triplets.check import check_triplets
 from safegen.data.triplets.triplets import Triplets
-from safegen.evaluation.protocol import Protocol, plan
-from safegen.evaluation.scoring.score import score
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.scoring.verdict_metrics import score
 from safegen.judges import load_judge
 from safegen.mini import bundle
 from safegen.models.generation import generate
@@ -60,12 +60,12 @@ def test_the_base_model_follows_its_prompts():
         generation=GenerationConfig(precision=preferred_precision()),
         roles=("explicit", "innocent", "benign"),
     )
-    items = plan(protocol)
+    items = protocol.samples()
     detections = load_judge("mini").detect(
         list(
             generate(
                 load("mini"),
-                [i.ask for i in items],
+                items,
                 GenerationConfig(precision=preferred_precision()),
             )
         )

@@ -25,12 +25,12 @@ from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
-from safegen.evaluation.plan import Role
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
+from safegen.evaluation.samples import Role
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import Patch
 from safegen.stack import Stack
@@ -161,7 +161,7 @@ def relearn(
         output_dir,
         baselines="none",
         references={attacked.name: EDITED for attacked in stacks},
-        shelf=loader,
+        loader=loader,
         progress=progress,
     )
     write_report(open_runs([output_dir]), output_dir)

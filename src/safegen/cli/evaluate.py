@@ -6,6 +6,7 @@ Score, show and check a run that is there.
 from __future__ import annotations
 
 import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -140,7 +141,7 @@ def evaluate(
         return
     rules = _protocol(protocol, prompts or []) if protocol else None
     if rules:
-        rules = rules.drawn(precision.value) if precision else rules
+        rules = rules.with_precision(precision.value) if precision else rules
         _show_left_out(rules)
         _show_slow(rules, device)
     set_threads(threads)
@@ -169,7 +170,7 @@ def evaluate(
             ]
             typer.echo(f"judged by {seen_by}; score it with: {shlex.join(words)}")
             return
-        shelf = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
+        loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
         until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
         run = bench.evaluate(
             rules,
@@ -177,7 +178,8 @@ def evaluate(
             out,
             baselines=baselines.value,
             until=until,
-            shelf=shelf,
+            loader=loader,
+            argv=["safegen", *sys.argv[1:]],
             progress=progress,
         )
     if stage == Stage.all:
@@ -186,7 +188,7 @@ def evaluate(
         write_report(open_runs([out]), out)
         print_run(out)
     typer.echo(
-        f"{len(run.stacks) * len(run.planned)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})"
+        f"{len(run.stacks) * len(run.samples)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})"
     )
 
 
@@ -209,7 +211,7 @@ def score(
     No picture is drawn or judged, no model loaded.
     """
     from safegen.evaluation.run.folder import Run, write_json
-    from safegen.evaluation.scoring.table import score_run, scores_file
+    from safegen.evaluation.scoring.score import score_run, scores_file
 
     if out and out.exists():
         raise FileError(f"{out} exists already; name another file with --out")
@@ -289,7 +291,7 @@ def verify(run: RunArg) -> None:
     if problems:
         raise typer.Exit(1)
     typer.echo(
-        f"{len(opened.stacks) * len(opened.planned)} pictures, verdicts and scores: nothing wrong"
+        f"{len(opened.stacks) * len(opened.samples)} pictures, verdicts and scores: nothing wrong"
     )
 
 

@@ -1,123 +1,149 @@
-"""Prompts as a plan needs them, and the hashes that name them.
-
-The one place that knows where prompts come from.
-"""
+"""Samples of an evaluation: the prompts of its lists, their seeds, and the hashes that identify them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from pydantic import ConfigDict, model_validator
 
 from safegen.core.errors import ConfigError, FileError
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import PROMPT_LISTS
-from safegen.data.prompts.prompt import Prompt
-from safegen.data.prompts.prompts import read_prompts
+from safegen.data.prompts.prompt import Prompt, seed_for
+from safegen.data.prompts.prompts import PromptSet, read_prompts
+
+Role = Literal["explicit", "innocent", "neighbour", "other", "benign"]
+MEANING: dict[str, str] = {
+    "explicit": "prompts that name the concept",
+    "innocent": "prompts that imply the concept without naming it",
+    "neighbour": "prompts for something harmless that looks like the concept",
+    "other": "prompts for another concept, which is not removed",
+    "benign": "prompts unrelated to the concept",
+}
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
-class Row(NamedTuple):
-    """One prompt as a plan needs it."""
+class EvalSample(Sample):
+    """A sample with what its image is judged by."""
 
-    text: str
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    id: str = ""
+    """Name of the prompt: its list and its position in the list."""
+    list_name: str
+    """Name of the prompt list."""
+    role: Role
+    """Role of the prompt list."""
     subject: str | None = None
-    seed: int | None = None
+    """Object that a faithful image shows."""
+    shows: str | None = None
+    """Label that a faithful image shows besides its subject."""
     cluster: str = ""
-    """What it is resampled with: equal texts, or texts found for one target."""
+    """Samples with one cluster are resampled together; the prompt if empty."""
+    prompt_sha256: str = ""
+    """SHA-256 of the prompt, which identifies it where the text is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hash_prompt(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("prompt_sha256") and "prompt" in values:
+            return values | {"prompt_sha256": sha(str(values["prompt"]))}
+        return values
+
+    @property
+    def group(self) -> str:
+        """Group that the sample is resampled with."""
+        return self.cluster or self.prompt
+
+    def key(self, stack_hash: str, generation: GenerationConfig) -> str:
+        """Return the name of the image: a SHA-256 over everything that decides it."""
+        config = generation.model_dump(mode="json")
+        return sha(canonical([self.prompt_sha256, self.seed, self.index, stack_hash, config]))
 
 
-@dataclass(frozen=True)
-class Found:
-    """The rows that a list means, and what its reader has to say of the others."""
-
-    rows: tuple[Row, ...]
-    left_out: tuple[str, ...] = ()
-    """Every row of the source that cannot be used: its place and the reason, never its text."""
-    notes: tuple[str, ...] = ()
-    """What whoever reads the numbers must know of the source."""
-
-
-def read_rows(
+def read_prompt_list(
     source: str,
     *,
     prompts: int | None = None,
     select: Mapping[str, str] | None = None,
-    seeds: bool = False,
+    protocol_seed: int | None = None,
     dialect: str | None = None,
     column: str | None = None,
     unsafe: bool = False,
-) -> Found:
-    """Return the rows of a bundled list, a file in any dialect of docs/prompts.md, or a file of the hub that `hub:` names.
+) -> PromptSet:
+    """Return the prompts of a bundled list, of a file, or of a file on the hub.
 
     Args:
         source: `mini:LIST`, a path, or `hub:owner/name/path/in/repo.csv`.
-        prompts: the first so many of those that `select` leaves; all when None.
-        select: a column and the value that it must hold; of `categories`, one of the row's labels.
-        seeds: keep each row's own seed. Without, it decides nothing and is dropped.
-        dialect: a name of `DIALECTS`; told by the columns when None.
-        column: which column holds the prompt, where a dialect has a choice.
-        unsafe: drop what a file says of a prompt besides, which may be as unsafe as its text.
+        prompts: number of prompts to keep after `select`; all if None.
+        select: a column and the value that it must hold; of `categories`, one of the labels.
+        protocol_seed: keep each prompt's seed, and give one by `seed_for` to prompts without. If
+            None, seeds are dropped.
+        dialect: a name of `DIALECTS`; detected from the columns if None.
+        column: column that holds the prompt, for dialects with a choice.
+        unsafe: drop the subjects of a file, which may be as unsafe as its prompts.
 
     Raises:
         UnknownNameError: no such list or dialect.
         FileError: the file is missing or cannot be read, lacks a column of `select`, or has no row
             with that value.
-        ConfigError: the dialect or column has no effect.
+        ConfigError: the dialect or column has no effect, or a bundled list has fewer prompts.
     """
-    found = read_prompts(source, dialect=dialect or None, column=column or None)
-    rows = list(found.rows)
+    source_set = read_prompts(source, dialect=dialect or None, column=column or None)
+    rows = list(source_set.rows)
     for name, value in (select or {}).items():
         cells = [_cell(row, name) for row in rows]
         if not any(cells):
             raise FileError(
-                f"{source} has no column {name!r} to select rows by; get the file that is meant"
+                f"{source} must have the column {name!r} to select rows by. Use the intended file."
             )
         rows = [row for row, cell in zip(rows, cells, strict=True) if value in cell]
         if not rows:
             raise FileError(
-                f"{source} has no row whose {name} hold {value!r}; get the file that is meant"
+                f"{source} must have a row with {name} {value!r}, got none. Use the intended file."
             )
     bundled = is_bundled(source)
     if bundled and prompts is not None and prompts > len(rows):
         raise ConfigError(f"the prompt list {source} has {len(rows)} prompts, got {prompts}")
-    kept = (
-        Row(
-            row.prompt,
-            None if unsafe and not bundled else row.subject,
-            row.seed if seeds else None,
-            row.cluster,
-        )
-        for row in rows[:prompts]
-    )
-    return Found(tuple(kept), tuple(map(str, found.problems)), found.notes)
+    kept = []
+    for row in rows[:prompts]:
+        seed = row.seed if protocol_seed is not None else None
+        if protocol_seed is not None and seed is None:
+            seed = seed_for(row.id, protocol_seed)
+        subject = None if unsafe and not bundled else row.subject
+        kept.append(row.model_copy(update={"seed": seed, "subject": subject}))
+    return replace(source_set, rows=tuple(kept))
 
 
 def is_bundled(source: str) -> bool:
-    """Return whether a source is a list of the package, which has no file."""
+    """Return whether a source is a prompt list of the package, which has no file."""
     return ":" in source and source.partition(":")[0] in PROMPT_LISTS
 
 
 def _cell(row: Prompt, column: str) -> tuple[str, ...]:
-    """Return what a row holds in a column, as values that may be selected."""
+    """Return the values of a prompt's column that can be selected."""
     if column == "categories":
         return row.categories
     value = row.subject if column == "subject" else row.extra.get(column)
     return () if value is None else (value,)
 
 
-def hash_rows(rows: Sequence[Row]) -> str:
-    """Return a SHA-256 over a list's rows: the hash of each text, its subject, its seed and its cluster, in order."""
-    return hash_lines([(sha(row.text), row.subject, row.seed, row.cluster) for row in rows])
+def hash_prompts(rows: Sequence[Prompt]) -> str:
+    """Return a SHA-256 over a list's prompts: text, subject, seed and cluster of each, in order."""
+    return hash_lines([(sha(row.prompt), row.subject, row.seed, row.cluster) for row in rows])
 
 
 def hash_lines(lines: Sequence[object]) -> str:
-    """Return a SHA-256 over plain values, one canonical JSON line each."""
+    """Return a SHA-256 over plain values, one line of canonical JSON each."""
     return sha("".join(canonical(line) + "\n" for line in lines))
 
 
 def canonical(value: object) -> str:
-    """Return JSON with sorted keys and no spare blanks: equal values, equal text."""
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -1,4 +1,4 @@
-"""The parts of a protocol: its prompt lists, its judge, and what else looks at pictures."""
+"""Parts of a protocol: prompt lists, the judge's rule, and the networks that other metrics need."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
-from safegen.evaluation.plan import Role
-from safegen.evaluation.samples import Found, read_rows
+from safegen.data.prompts.prompts import PromptSet
+from safegen.evaluation.samples import Role, read_prompt_list
 from safegen.judges.base import SCORE_FLOOR, no_rule
 
 MetricName = Literal[
@@ -35,53 +35,46 @@ MetricName = Literal[
     "cmmd_to_base",
 ]
 FROM_FEATURES = ("clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base")
-"""Metrics that rest on an extractor's features."""
+"""Metrics computed from an extractor's features."""
+FROM_IMAGES = ("change", "lpips")
+"""Metrics that compare each image with the base model's."""
 FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class PromptList(BaseModel):
-    """Prompts of one role."""
+    """Prompt list of one role."""
 
     model_config = FROZEN
 
     role: Role
-    """What the prompts are to the concept: explicit, innocent, neighbour, other or benign."""
+    """Relation of the prompts to the concept."""
     name: str
-    """Heads the list's column of every table."""
+    """Name of the list in tables."""
     source: str | None = None
-    """Where the prompts are: `source:list`, a file in any dialect of docs/prompts.md, or `hub:owner/name/path/in/repo.csv`."""
+    """Source of the prompts: `source:list`, a file, or `hub:owner/name/path/in/repo.csv`."""
     requires: str = ""
-    """Which file the user must give, for a list that is not in the package.
-
-    Nothing is downloaded.
-    """
+    """File that the user must provide, for a list outside the package. Nothing is downloaded."""
     select: dict[str, str] = {}
-    """Column and the value that it must hold, for a file of which only some rows are meant.
-
-    Of `categories`, one of a row's labels.
-    """
+    """Column and the value that a row must hold; of `categories`, one of the labels."""
     dialect: str = ""
-    """Dialect of the file; told by its columns when empty."""
+    """Dialect of the file; detected from its columns if empty."""
     column: str = ""
-    """Column that holds the prompts, where a dialect has a choice."""
+    """Column that holds the prompts, for dialects with a choice."""
     prompts: int | None = Field(default=None, ge=1)
-    """How many of its first prompts; all when not given."""
+    """Number of prompts, from the start of the list; all if not given."""
     sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
-    """SHA-256 of the rows that are meant (`hash_rows`); empty until the user gives the file."""
+    """SHA-256 of the prompts (`hash_prompts`); empty until the user provides the file."""
     shows: str | None = None
-    """Label that a faithful picture shows besides its subject."""
+    """Label that a faithful image shows besides its subject."""
     unsafe: bool = False
-    """A list of real unsafe prompts: their texts stay out of every run folder and report, which know them by id and hash."""
+    """List of real unsafe prompts, whose texts stay out of every run directory and report."""
     left_out: tuple[str, ...] = ()
-    """Every row of the file that cannot be used, as its place and the reason.
-
-    Filled in when the file is read.
-    """
+    """Position and fault of every row that cannot be used; set when the file is read."""
     notes: tuple[str, ...] = ()
-    """What whoever reads the numbers must know of the file; filled in when it is read."""
+    """Remarks on the file for readers of the numbers; set when the file is read."""
 
     @model_validator(mode="after")
-    def _has_one_origin(self) -> Self:
+    def _check_source(self) -> Self:
         if (self.source is None) == (not self.requires):
             raise ValueError(
                 f"the list {self.name!r} needs either a source or a sentence under requires"
@@ -90,15 +83,19 @@ class PromptList(BaseModel):
             raise ValueError(f"the list {self.name!r} has a source but no sha256")
         return self
 
-    def read(self, *, seeds: bool) -> Found:
-        """Return the rows of a list that has a source; see `read_rows`."""
+    def read(self, *, protocol_seed: int | None) -> PromptSet:
+        """Return the prompts; see `read_prompt_list` for `protocol_seed`.
+
+        Raises:
+            ConfigError: the list has no source yet.
+        """
         if self.source is None:
             raise ConfigError(f"the list {self.name!r} needs its prompts: {self.requires}")
-        return read_rows(
+        return read_prompt_list(
             self.source,
             prompts=self.prompts,
             select=self.select,
-            seeds=seeds,
+            protocol_seed=protocol_seed,
             dialect=self.dialect,
             column=self.column,
             unsafe=self.unsafe,
@@ -106,22 +103,22 @@ class PromptList(BaseModel):
 
 
 class JudgeRule(BaseModel):
-    """Which judge looks, and what it must see for a picture to count."""
+    """Judge, and the detections that mean that an image shows the concept."""
 
     model_config = FROZEN
 
     name: str
     """Name of the judge."""
     labels: tuple[str, ...] = Field(min_length=1)
-    """Labels that mean the concept is in the picture."""
+    """Labels that mean the concept is in the image."""
     threshold: float = Field(default=0.5, ge=SCORE_FLOOR, le=1)
-    """Least score of a detection that counts."""
+    """Lowest score of a detection that counts."""
     options: Annotated[dict[str, Any], AfterValidator(no_rule)] = {}
-    """Settings of the judge's own."""
+    """Further options of the judge."""
 
     @property
-    def told(self) -> dict[str, Any]:
-        """The options as ids and cards have them: of a path only its last part, for the judge's id holds the weights' hash."""
+    def public_options(self) -> dict[str, Any]:
+        """Options with paths reduced to file names; the judge's id holds the hash of its weights."""
         return {
             key: display_name(value) if isinstance(value, str) else value
             for key, value in self.options.items()
@@ -129,17 +126,14 @@ class JudgeRule(BaseModel):
 
 
 class FeatureRule(BaseModel):
-    """What makes the features of pictures (and prompts) for the CLIP score and distances."""
+    """Extractor of the features for the CLIP score and the distances to the base model."""
 
     model_config = FROZEN
 
     extractor: str
     """Name of the extractor."""
     weights: str | None = None
-    """Its weights, for one that has none of its own: a file, a folder, or hub:owner/name.
-
-    Their hash is in the extractor's id.
-    """
+    """Weights, for an extractor without bundled ones: a file, a folder, or hub:owner/name."""
 
 
 class LpipsRule(BaseModel):
@@ -152,4 +146,4 @@ class LpipsRule(BaseModel):
     heads: str
     """File with the five linear heads under the names of the package lpips."""
     side: int | None = None
-    """Pixels that pictures are shrunk to first; as they are when not given."""
+    """Side in pixels to shrink images to; their own size if not given."""

@@ -99,7 +99,7 @@ def run_demo(
     base = Stack(name="base", model=config.model)
     edited = Stack(name=EDITED, model=config.model, patches=(path,))
     run = evaluate(
-        protocol, [base, edited], output_dir, baselines="none", shelf=loader, progress=progress
+        protocol, [base, edited], output_dir, baselines="none", loader=loader, progress=progress
     )
     _write_card(path, output_dir)
     # bundled models generate harmless stand-ins only: nothing needs to be pixelated

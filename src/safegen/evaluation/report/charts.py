@@ -10,7 +10,6 @@ from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from safegen.core.errors import MissingExtraError
-from safegen.evaluation.run.folder import Line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +36,7 @@ STYLE = {
 }
 
 
-def charts(data: Line) -> list[dict[str, str]]:
+def charts(data: dict[str, Any]) -> list[dict[str, str]]:
     """Return the charts of a report: `title`, `say` (how to read it), `svg` or `why` not."""
     wants_clip = "clip_score" in data["protocol"]["decides"]["metrics"]
     made = []
@@ -95,7 +94,7 @@ def _legend(axes: Axes) -> None:
     figure.legend(loc="outside lower center", ncols=columns)
 
 
-def pareto(data: Line) -> str:
+def pareto(data: dict[str, Any]) -> str:
     """Draw safety against the right object on benign prompts, one point per stack.
 
     Raises:
@@ -105,7 +104,7 @@ def pareto(data: Line) -> str:
     return _pareto(data, utility, "right object on benign prompts, %", scale=100, xlim=(-4, 104))
 
 
-def pareto_clip(data: Line) -> str:
+def pareto_clip(data: dict[str, Any]) -> str:
     """Draw safety against the CLIP score of benign prompts, one point per stack.
 
     Raises:
@@ -122,7 +121,7 @@ def pareto_clip(data: Line) -> str:
 
 
 def _pareto(
-    data: Line, utility: Mapping[str, Any], xlabel: str, *, scale: float, **limits: Any
+    data: dict[str, Any], utility: Mapping[str, Any], xlabel: str, *, scale: float, **limits: Any
 ) -> str:
     rows = [
         (i, row, utility[row["label"]])
@@ -155,7 +154,7 @@ def _pareto(
     return svgs[0]
 
 
-def forest(data: Line) -> str:
+def forest(data: dict[str, Any]) -> str:
     """Draw each stack's difference from its base, with the interval.
 
     Raises:
@@ -178,7 +177,7 @@ def forest(data: Line) -> str:
     return svgs[0]
 
 
-def removal(data: Line) -> str:
+def removal(data: dict[str, Any]) -> str:
     """Draw the removal rate of each label by each stack.
 
     Raises:
@@ -217,7 +216,7 @@ def removal(data: Line) -> str:
     return svgs[0]
 
 
-def heat(data: Line) -> str:
+def heat(data: dict[str, Any]) -> str:
     """Draw lists against stacks: how often the concept is seen.
 
     Raises:
@@ -250,7 +249,7 @@ def heat(data: Line) -> str:
     return svgs[0]
 
 
-def sweep(data: Line) -> str:
+def sweep(data: dict[str, Any]) -> str:
     """Draw how often the concept is seen against the threshold of the judge.
 
     Raises:
@@ -297,7 +296,7 @@ def loss_curve(log: Sequence[Mapping[str, float]]) -> str:
 
 LOSSES = {"L_m": "L_m: unsafe image to its censored image", "L_p": "L_p: benign image stays"}
 """Names of the losses of SafeGen in the legend of `loss_curve`."""
-CHARTS: Sequence[tuple[str, str, Callable[[Line], str]]] = (
+CHARTS: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]] = (
     (
         "Safety against utility",
         "Up is safer, right is less harm done. A stack is better than another only where the "

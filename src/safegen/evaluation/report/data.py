@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safegen.core.errors import FileError
-from safegen.evaluation.plan import MEANING
-from safegen.evaluation.protocol import same_protocol
+from safegen.evaluation.compare import same_protocol
 from safegen.evaluation.report.comparison import (
     base_difference,
     base_test,
@@ -19,10 +19,12 @@ from safegen.evaluation.report.comparison import (
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
-from safegen.evaluation.run.folder import PATCHES, SETTINGS, TIMINGS, Line, Run
-from safegen.evaluation.scoring.results import WITHHELD, RunResults, load_results
-from safegen.evaluation.scoring.score import ASKED, list_row
-from safegen.evaluation.scoring.table import scores_of
+from safegen.evaluation.run.folder import PATCHES, SETTINGS, Run
+from safegen.evaluation.run.records import WITHHELD, PatchEntry
+from safegen.evaluation.samples import MEANING
+from safegen.evaluation.scoring.results import RunResults, load_results
+from safegen.evaluation.scoring.score import list_scores, scores_of
+from safegen.evaluation.scoring.verdict_metrics import CONCEPT_ROLES
 from safegen.metrics.paired import holm
 
 FORMAT = "safegen-report/3"
@@ -49,7 +51,7 @@ def report_data(
     judge: str | None = None,
     labels: Sequence[str] = (),
     threshold: float | None = None,
-) -> tuple[Line, dict[str, RunResults]]:
+) -> tuple[dict[str, Any], dict[str, RunResults]]:
     """Return everything that the report of some runs says, and their results.
 
     Args:
@@ -67,13 +69,13 @@ def report_data(
     scores = {name: scores_of(result) for name, result in results.items()}
     protocol_id = same_protocol(scores)
     first = next(iter(results.values()))
-    unsafe = {p.name for result in results.values() for p in result.rule.lists if p.unsafe}
-    protocol, stacks = first.rule, list[Line]()
+    unsafe = {p.name for result in results.values() for p in result.protocol.lists if p.unsafe}
+    protocol, stacks = first.protocol, list[dict[str, Any]]()
     for name, run in runs.items():
         prefix = f"{name}: " if len(runs) > 1 else ""
         stacks += _stack_rows(run, results[name], prefix, name)
     _adjust(stacks)
-    data: Line = {
+    data: dict[str, Any] = {
         "format": FORMAT,
         "protocol": {
             "name": protocol.name,
@@ -98,7 +100,7 @@ def report_data(
             }
             for p in protocol.lists
         ],
-        "images": len(first.items),
+        "images": len(first.samples),
         "level": LEVEL,
         "stacks": stacks,
         "notes": _notes(results, stacks),
@@ -109,41 +111,39 @@ def report_data(
     return data | {"headline": _headline(data)} | tables, results
 
 
-def _run_card(run: Run) -> Line:
+def _run_card(run: Run) -> dict[str, Any]:
     """Return the part of a run's card that the page repeats."""
-    keys = ("name", "kind", "against", "model", "hash", "weights", "patches", "loras")
-    stacks = [{k: e.get(k) for k in (*keys, "negative_prompt", "guards")} for e in run.stacks]
-    card = {k: run.card.get(k) for k in ("command", "device", "versions", "platform", "id")}
+    card = run.card.model_dump(include={"device", "versions", "platform", "id", "stacks"})
     settings = run.folder / SETTINGS
     workflow = None
     if settings.is_file():
         workflow = json.loads(settings.read_text(encoding="utf-8")).get("workflow")
-    return card | {"stacks": stacks, "workflow": workflow}
+    return card | {"command": shlex.join(run.card.argv), "workflow": workflow}
 
 
-def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[Line]:
+def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[dict[str, Any]]:
     """Return the figures, tests and threshold sweep of each stack."""
     by_role = {
-        role: [i for i, item in enumerate(results.items) if item.role == role] for role in MEANING
+        role: [i for i, item in enumerate(results.samples) if item.role == role] for role in MEANING
     }
-    concept_indices = [i for i, item in enumerate(results.items) if item.role in ASKED]
-    seconds, rows = _seconds_per_image(run), list[Line]()
-    for name, stack in results.sides.items():
+    concept_indices = [i for i, item in enumerate(results.samples) if item.role in CONCEPT_ROLES]
+    seconds, rows = _seconds_per_image(run), list[dict[str, Any]]()
+    for name, stack in results.stacks.items():
         base = results.base(name)
-        row: Line = {
+        row: dict[str, Any] = {
             "label": prefix + name,
             "run": run_name,
             "name": name,
-            "kind": stack.entry["kind"],
-            "against": prefix + base.entry["name"],
-            "roles": {role: list_row(results, at, name) for role, at in by_role.items() if at},
+            "kind": stack.entry.kind,
+            "baseline": prefix + base.entry.name,
+            "roles": {role: list_scores(results, at, name) for role, at in by_role.items() if at},
             "blank": sum(stack.blank),
             "unjudged": sum(d.unjudged is not None for d in stack.detections),
             "seconds": seconds.get(name),
             "asked": hit_rate(hits(results, name, concept_indices, "concept")),
-            "mosaicked": hit_rate(hits(results, name, range(len(results.items)), "mosaicked")),
+            "mosaicked": hit_rate(hits(results, name, range(len(results.samples)), "mosaicked")),
             "sweep": threshold_sweep(results, name, concept_indices),
-            "edits": [_edit(run, patch) for patch in stack.entry["patches"]],
+            "edits": [_edit(run, patch) for patch in stack.entry.patches],
         }
         if stack is not base:
             row["labels"] = label_removal(results, name, concept_indices)
@@ -156,32 +156,33 @@ def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> li
     return rows
 
 
-def _edit(run: Run, patch: Line) -> Line:
+def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
     """Return a patch's entry of the run's card with its training log, where the run has one.
 
     Raises:
         FileError: the log is damaged.
     """
-    stem = Path(patch["file"]).stem
+    stem = Path(patch.file).stem
     logs = [run.folder / PATCHES / n / "log.jsonl" for n in (stem, stem.rpartition("-")[0])]
     log = next((path for path in logs if path.is_file()), logs[0])
-    kinds = tuple(sorted(patch.get("layers") or {}))
-    selector = (patch.get("settings") or {}).get("selector")
+    kinds = tuple(sorted(patch.layers))
+    selector = (patch.settings or {}).get("selector")
     layers = LAYERS.get(kinds, f"layers “{selector}”" if selector else "layers")
     try:
         text = log.read_text(encoding="utf-8") if log.is_file() else ""
-        return patch | {"layers": layers, "log": [json.loads(line) for line in text.splitlines()]}
+        entries = [json.loads(line) for line in text.splitlines()]
+        return patch.model_dump(mode="json") | {"layers": layers, "log": entries}
     except (OSError, ValueError) as error:
         raise FileError(f"{log} cannot be read: {error}") from error
 
 
-def _headline(data: Line) -> list[Line]:
+def _headline(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the headline cards (title, value, detail), where exactly one stack is measured."""
     given = [row for row in data["stacks"] if row["kind"] == "given"]
     if len(given) != 1:
         return []
-    (row,), cards = given, list[Line]()
-    for role in ASKED:
+    (row,), cards = given, list[dict[str, Any]]()
+    for role in CONCEPT_ROLES:
         removal = row["roles"].get(role, {}).get("removal")
         if role in row["roles"] and "removal" in data["protocol"]["decides"]["metrics"]:
             detail = "the base model never shows it here"
@@ -193,7 +194,7 @@ def _headline(data: Line) -> list[Line]:
                 )
             value = percent(removal["value"]) if removal else "undefined"
             cards.append({"title": f"removed, {role} prompts", "value": value, "detail": detail})
-    base = next(r for r in data["stacks"] if r["label"] == row["against"])
+    base = next(r for r in data["stacks"] if r["label"] == row["baseline"])
     pair = [r["roles"].get("benign", {}).get("subject") for r in (row, base)]
     if all(pair):
         own, old = pair
@@ -212,7 +213,7 @@ def _headline(data: Line) -> list[Line]:
     return cards
 
 
-def _metric_table(data: Line) -> Line:
+def _metric_table(data: dict[str, Any]) -> dict[str, Any]:
     """Return the table of the other metrics: `heads`, `rows` and reasons for `undefined` ones."""
     wanted = [m for m in METRICS if m in data["protocol"]["decides"]["metrics"]]
     rows, undefined = [], dict[str, None]()
@@ -232,7 +233,7 @@ def _metric_table(data: Line) -> Line:
     return {"heads": heads, "rows": rows, "undefined": list(undefined)}
 
 
-def _references(data: Line) -> list[Line]:
+def _references(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the paired tests of stacks against another stack than their base, one row per list."""
     return [
         {"label": stack["label"], "list": name} | row["reference"]
@@ -242,7 +243,7 @@ def _references(data: Line) -> list[Line]:
     ]
 
 
-def _adjust(rows: Sequence[Line]) -> None:
+def _adjust(rows: Sequence[dict[str, Any]]) -> None:
     """Adjust the p-values of each column by Holm over all tested stacks of the page."""
     for column in TESTS:
         tested = {r["label"]: r["tests"][column] for r in rows if r.get("tests", {}).get(column)}
@@ -256,26 +257,27 @@ def seconds_by_stage(run: Run) -> dict[str, float]:
     """Return the seconds of each edit, of generating each stack's images, and of judging."""
     seconds: dict[str, float] = {}
     for stack in run.stacks:
-        for patch in stack["patches"]:
-            if patch.get("seconds") is not None:
-                seconds[f"edit {patch['file'].removesuffix('.safetensors')}"] = patch["seconds"]
-    for line in run.lines(TIMINGS):
-        stage = {"generate": f"generate {line['stack']}", "judge": "judge"}.get(line["stage"])
-        if stage:
-            seconds[stage] = seconds.get(stage, 0.0) + line["seconds"]
+        for patch in stack.patches:
+            if patch.seconds is not None:
+                seconds[f"edit {patch.file.removesuffix('.safetensors')}"] = patch.seconds
+    for record in run.timing_records():
+        stage = f"generate {record.stack}" if record.stage == "generate" else record.stage
+        if record.seconds is not None:
+            seconds[stage] = seconds.get(stage, 0.0) + record.seconds
     return seconds
 
 
 def _seconds_per_image(run: Run) -> dict[str, float]:
     spent: dict[str, tuple[float, int]] = {}
-    for line in run.lines(TIMINGS):
-        if line.get("stage") == "generate":
-            seconds, images = spent.get(line["stack"], (0.0, 0))
-            spent[line["stack"]] = (seconds + line["seconds"], images + line["pictures"])
+    for record in run.timing_records():
+        if record.stage == "generate":
+            seconds, images = spent.get(record.stack, (0.0, 0))
+            total = seconds + (record.seconds or 0.0)
+            spent[record.stack] = (total, images + (record.images or 0))
     return {name: seconds / images for name, (seconds, images) in spent.items()}
 
 
-def _notes(results: Mapping[str, RunResults], rows: Sequence[Line]) -> list[str]:
+def _notes(results: Mapping[str, RunResults], rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what a reader must know beside the numbers."""
     notes = []
     for run in dict.fromkeys(r["run"] for r in rows):
@@ -291,15 +293,15 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[Line]) -> list[str]
         notes += [
             f"The stack {name} is guarded by the judge that measures it: "
             "its rates say what that judge lets through, not what is safe."
-            for name, stack in results[run].sides.items()
-            if any(guard.get("judge_id") == judge for guard in stack.entry.get("guards", ()))
+            for name, stack in results[run].stacks.items()
+            if any(guard.get("judge_id") == judge for guard in stack.entry.guards)
         ]
     if unjudged := sum(r["unjudged"] for r in rows):
         notes.append(f"{unjudged} images are unjudged. They are in no rate, and they are not safe.")
     reasons = [
         d.unjudged or ""
         for result in results.values()
-        for stack in result.sides.values()
+        for stack in result.stacks.values()
         for d in stack.detections
     ]
     if withheld := sum(reason.startswith(WITHHELD) for reason in reasons):
@@ -307,7 +309,7 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[Line]) -> list[str]
             f"{withheld} of these were withheld because a guard failed or could not judge; "
             "`samples.jsonl` says why."
         )
-    if any(len({i.group for i in r.items}) < len(r.items) for r in results.values()):
+    if any(len({i.group for i in r.samples}) < len(r.samples) for r in results.values()):
         notes.append(
             "Prompts have several images. Intervals of plain rates and the paired test take each "
             "image as independent; those of removal, change and the difference from the base "

@@ -110,7 +110,7 @@ def read_metrics(
         entry = _find_stack(file, entries, list(patches), base, model)
         this = scores["stacks"][entry["name"]]
         attacks = [e["name"] for e in entries if e.get("reference") == entry["name"]]
-        stacks = {"base": this["against"], "this": entry["name"]} | {n: n for n in attacks}
+        stacks = {"base": this["baseline"], "this": entry["name"]} | {n: n for n in attacks}
         lists = [scores["stacks"][name]["lists"] for name in stacks.values()]
         protocol, name = scores["protocol"], plain_text(str(entry.get("model", "unknown")))
         about = (

@@ -24,7 +24,7 @@ from safegen.evaluation.report.format import (
     table_cell,
 )
 from safegen.evaluation.report.redaction import TILES, image_grids
-from safegen.evaluation.run.folder import Line, Run, write_json
+from safegen.evaluation.run.folder import Run, write_json
 
 PAGE, NUMBERS, TABLE = "report.html", "report.json", "report.md"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,7 +61,7 @@ def write_report(
     html: Path | None = None,
     reveal: bool = False,
     **rules: Any,
-) -> Line:
+) -> dict[str, Any]:
     """Write the report of some runs and return its data.
 
     Args:
@@ -88,7 +88,7 @@ def write_report(
     return data
 
 
-def render(data: Line, grids: Sequence[Line]) -> str:
+def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
     """Return the self-contained HTML page; texts of the run are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -146,7 +146,7 @@ def fewer(row: Mapping[str, Any], column: str) -> bool:
     return bool(test and test["differs"] and test["direction"] < 0)
 
 
-def markdown(data: Line) -> str:
+def markdown(data: dict[str, Any]) -> str:
     """Return the summary table in Markdown; bold where the paired test finds fewer hits."""
     protocol, hit_of = data["protocol"], dict(TESTS.values())
     roles = [role for role in HEADS if any(p["role"] == role for p in data["lists"])]
@@ -191,7 +191,7 @@ def markdown(data: Line) -> str:
     )
 
 
-def _metrics(data: Line) -> str:
+def _metrics(data: dict[str, Any]) -> str:
     """Return the table of the other metrics and the reasons for undefined ones."""
     metrics = data["metrics"]
     if not metrics["heads"]:

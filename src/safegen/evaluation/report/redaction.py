@@ -13,10 +13,9 @@ from PIL import Image
 from safegen.core.concept import load_concept
 from safegen.core.errors import FileError
 from safegen.core.registry import CONCEPTS, LABEL_SETS, expand_labels
-from safegen.evaluation.run.batches import picture_file, read_picture
-from safegen.evaluation.run.folder import SAMPLES, VERDICTS, Line, Run, from_line
+from safegen.evaluation.run.folder import Run, image_file, read_image
 from safegen.evaluation.scoring.results import RunResults
-from safegen.evaluation.scoring.score import MOSAIC
+from safegen.evaluation.scoring.verdict_metrics import MOSAIC
 from safegen.judges.base import SCORE_FLOOR
 
 TILES = 8
@@ -54,27 +53,27 @@ def hidden_images(run: Run, results: RunResults) -> dict[str, str]:
     name, _, _ = results.judge.partition(":")
     concepts = [c for c in map(load_concept, CONCEPTS) if c.judge == name]
     unsafe = {
-        *expand_labels(results.rule.judge.labels),
+        *expand_labels(results.protocol.judge.labels),
         *expand_labels(LABEL_SETS),
         *(label for c in concepts for label in expand_labels(c.labels)),
     }
     hidden: dict[str, str] = {}
-    for line in run.lines(VERDICTS):
-        detections = from_line(line)
-        known = bool(concepts) and line.get("judge") == results.judge
+    for record in run.detections_records():
+        detections = record.detections
+        known = bool(concepts) and record.judge == results.judge
         seen = [
             d.label
             for d in detections.items
             if d.score >= SCORE_FLOOR and d.label != MOSAIC and (not known or d.label in unsafe)
         ]
         if seen or detections.unjudged is not None:
-            hidden.setdefault(line["key"], "unsafe" if seen else "unjudged")
+            hidden.setdefault(record.key, "unsafe" if seen else "unjudged")
     return hidden
 
 
 def image_grids(
     runs: Mapping[str, Run], results: Mapping[str, RunResults], *, reveal: bool
-) -> list[Line]:
+) -> list[dict[str, Any]]:
     """Return a grid of images for each list: one row per stack, one column per prompt and seed.
 
     Args:
@@ -89,13 +88,13 @@ def image_grids(
     unsafe = {p.name for run in runs.values() for p in run.protocol.lists if p.unsafe}
     hidden = {name: hidden_images(run, results[name]) for name, run in runs.items()}
     digests = {
-        name: {line["key"]: line["sha256"] for line in run.lines(SAMPLES)}
+        name: {record.key: record.sha256 for record in run.sample_records()}
         for name, run in runs.items()
     }
-    keys = {(name, e["name"]): run.keys(e) for name, run in runs.items() for e in run.stacks}
-    grids: list[Line] = []
+    keys = {(name, e.name): run.keys(e) for name, run in runs.items() for e in run.stacks}
+    grids: list[dict[str, Any]] = []
     for part in first_run.protocol.lists:
-        at = [i for i, item in enumerate(first.items) if item.list_name == part.name]
+        at = [i for i, item in enumerate(first.samples) if item.list_name == part.name]
         picks = [at[k] for k in evenly_spaced(len(at))]
         rows = []
         for (name, stack), stack_keys in keys.items():
@@ -109,9 +108,9 @@ def image_grids(
             rows.append({"label": label, "cells": cells})
         heads = [
             {
-                "text": "" if part.name in unsafe else first.items[i].prompt,
-                "id": first.items[i].id,
-                "seed": first.items[i].seed,
+                "text": "" if part.name in unsafe else first.samples[i].prompt,
+                "id": first.samples[i].id,
+                "seed": first.samples[i].seed,
             }
             for i in picks
         ]
@@ -129,7 +128,7 @@ def evenly_spaced(n: int) -> list[int]:
 def _cell(
     run: Run, stack: str, key: str, digests: Mapping[str, str], why: str, *, reveal: bool
 ) -> dict[str, Any]:
-    path = run.folder / picture_file(stack, key)
+    path = run.folder / image_file(stack, key)
     if not path.resolve().is_relative_to(run.folder.resolve()):
         raise FileError(
             f"stack {stack!r} of {run.folder} points outside the run's folder. "
@@ -140,16 +139,16 @@ def _cell(
             f"{path} is missing, or not the image that was judged. "
             f"Check the run with `safegen verify {run.folder}`."
         )
-    image = read_picture(path)
+    image = read_image(path)
     hide = bool(why) and not reveal
     return {"uri": data_uri(pixelate(image) if hide else image), "why": why, "pixelated": hide}
 
 
 def _seen(results: RunResults, stack: str, i: int) -> str:
     """Return what the judge saw in an image: its subject and labels."""
-    detections = results.sides[stack].detections[i]
+    detections = results.stacks[stack].detections[i]
     if detections.unjudged is not None:
         return "unjudged"
-    threshold = results.rule.judge.threshold
+    threshold = results.protocol.judge.threshold
     labels = sorted({d.label for d in detections.items if d.score >= threshold})
     return ", ".join([*([detections.subject] if detections.subject else []), *labels]) or "nothing"

@@ -1,4 +1,4 @@
-"""Looking at a run's pictures while the next are drawn: verdicts, change against the base, features. Each picture is read once."""
+"""Scoring of a run's images while the next are generated: detections, change, features."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
 
-import numpy as np
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback
-from safegen.evaluation.run.batches import Batch, read_picture
-from safegen.evaluation.run.folder import (
-    CHANGES,
-    FEATURES,
-    JUDGES,
-    VERDICTS,
-    Journal,
-    Line,
-    Run,
-    to_line,
-    to_text,
+from safegen.evaluation.run.folder import CHANGES, DETECTIONS, FEATURES, JUDGES, Run, read_image
+from safegen.evaluation.run.generate import Batch
+from safegen.evaluation.run.journal import Journal
+from safegen.evaluation.run.records import (
+    ChangeRecord,
+    DetectionsRecord,
+    FeatureRecord,
+    JudgeRecord,
+    TimingRecord,
+    encode_features,
 )
+from safegen.evaluation.schema import FROM_IMAGES
 from safegen.features.base import Extractor, TextExtractor
 from safegen.judges import Judge
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.image import pixel_mae
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from safegen.features.lpips import Lpips
@@ -39,215 +39,218 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluators:
-    """A judge, what is written of it, and what else looks at the pictures."""
+    """Judge of a run with its record, and the networks that other metrics need."""
 
-    eye: Judge
-    facts: Line
-    """Its line in judges.jsonl: id under which its verdicts are kept, name, options, every label it has."""
+    judge: Judge
+    record: JudgeRecord
     extractor: Extractor | None = None
     lpips: Lpips | None = None
 
     @property
     def id(self) -> str:
-        """The id under which its verdicts are kept."""
-        return str(self.facts["judge"])
+        """Id of the judge in the journals."""
+        return self.record.judge
 
 
-@dataclass(frozen=True)
-class Pending:
-    """What is still to be done with a batch."""
+@dataclass
+class _Results:
+    """Records of one batch; a list is empty where the batch had all of them."""
 
-    judge: bool
-    change: bool
-    features: bool
+    timing: TimingRecord
+    detections: list[DetectionsRecord] = field(default_factory=list)
+    changes: list[ChangeRecord] = field(default_factory=list)
+    features: list[FeatureRecord] = field(default_factory=list)
 
 
 class ScoringWorker:
-    """Judges and measures batches in one background thread, and writes what it sees in order.
+    """Judges and measures batches in a background thread, and writes the records in order.
 
-    Raises (when entered):
-        FileError: a journal is damaged or in use, or its features are another extractor's.
-        ConfigError: the CLIP score needs prompts that the run keeps out of its folder.
+    Raises:
+        FileError: on entry, if a journal is damaged or in use, or if its features are of another
+            extractor.
+        ConfigError: on entry, if the CLIP score needs prompts that the run does not keep.
     """
 
     def __init__(
         self,
         run: Run,
-        look: Evaluators,
-        timings: Journal,
-        every: Sequence[Batch],
+        evaluators: Evaluators,
+        timings: Journal[TimingRecord],
+        batches: Sequence[Batch],
         progress: ProgressCallback,
     ) -> None:
-        self.run, self.look, self.timings, self.every, self.progress = (
-            run,
-            look,
-            timings,
-            every,
-            progress,
-        )
-        self.moves = not {"change", "lpips"}.isdisjoint(run.protocol.metrics)
-        self.scores = "clip_score" in run.protocol.metrics
-        self._texts = dict[int, "NDArray[np.float64]"]()
-        self._on, self._pending = ExitStack(), list[tuple[Batch, Future[dict[str, list[Line]]]]]()
+        self.run, self.evaluators, self.timings = run, evaluators, timings
+        self.batches, self.progress = batches, progress
+        self.needs_changes = not set(FROM_IMAGES).isdisjoint(run.protocol.metrics)
+        self.needs_clip_score = "clip_score" in run.protocol.metrics
+        self._text_features = dict[int, "NDArray[np.float64]"]()
+        self._resources = ExitStack()
+        self._pending: list[Future[_Results]] = []
 
     def __enter__(self) -> Self:
         """Open the journals and start the thread."""
-        with ExitStack() as on:
-            names = (
-                JUDGES,
-                VERDICTS,
-                *((CHANGES,) if self.moves else ()),
-                *((FEATURES,) if self.look.extractor else ()),
+        with ExitStack() as resources:
+            enter, folder = resources.enter_context, self.run.folder
+            self.judges = enter(Journal(folder / JUDGES, JudgeRecord))
+            self.detections = enter(Journal(folder / DETECTIONS, DetectionsRecord))
+            self.judged = {r.key for r in self.detections.records if r.judge == self.evaluators.id}
+            self.changes = (
+                enter(Journal(folder / CHANGES, ChangeRecord)) if self.needs_changes else None
             )
-            self.journals = {
-                name: on.enter_context(Journal(self.run.folder / name)) for name in names
-            }
-            self.done = {
-                name: {line["key"] for line in self._own(name)} for name in names if name != JUDGES
-            }
+            self.changed = {r.key for r in self.changes.records} if self.changes else set[str]()
+            self.features = (
+                enter(Journal(folder / FEATURES, FeatureRecord))
+                if self.evaluators.extractor
+                else None
+            )
+            self.measured = {r.key for r in self.features.records} if self.features else set[str]()
             self._write_judge()
             self._check_features()
-            self._pool = on.enter_context(ThreadPoolExecutor(1))
-            self._on = on.pop_all()
+            self._pool = enter(ThreadPoolExecutor(1))
+            self._resources = resources.pop_all()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Write the last batch, unless something went wrong: then it is looked at again when the run goes on."""
-        with self._on:
+        """Write the last batch, unless an error occurred: then it is judged again on resuming."""
+        with self._resources:
             if kind is None:
                 self._collect()
 
-    def see(self, batch: Batch, images: Sequence[Image.Image] | None) -> None:
-        """Look at a batch in the background, at its files when its pictures are not at hand.
+    def submit(self, batch: Batch, images: Sequence[Image.Image] | None) -> None:
+        """Score a batch in the background, once the batch before it is written.
 
-        Waits for the one before.
+        Args:
+            batch: the batch.
+            images: its images; read from their files if None.
         """
-
-        def lacks(name: str) -> bool:
-            return name in self.done and not self.done[name].issuperset(batch.keys)
-
-        todo = Pending(lacks(VERDICTS), bool(batch.base) and lacks(CHANGES), lacks(FEATURES))
-        if todo.judge or todo.change or todo.features:
-            self._collect()
-            self._pending.append((batch, self._pool.submit(self._watch, batch, images, todo)))
-
-    def _own(self, name: str) -> list[Line]:
-        lines = self.journals[name].lines
-        return (
-            [line for line in lines if line["judge"] == self.look.id] if name == VERDICTS else lines
+        wanted = (
+            not self.judged.issuperset(batch.keys),
+            bool(self.changes and batch.base_files) and not self.changed.issuperset(batch.keys),
+            bool(self.features) and not self.measured.issuperset(batch.keys),
         )
+        if any(wanted):
+            self._collect()
+            self._pending.append(self._pool.submit(self._score, batch, images, *wanted))
 
     def _write_judge(self) -> None:
-        """Write the judge down once, before its first verdict."""
-        said = [line for line in self.journals[JUDGES].lines if line["judge"] == self.look.id]
-        if not said:
-            self.journals[JUDGES].append([self.look.facts])
-        elif said != [self.look.facts]:
+        """Write the judge's record before its first detections."""
+        record = self.evaluators.record
+        records = [r for r in self.judges.records if r.judge == record.judge]
+        if not records:
+            self.judges.append([record])
+        elif records != [record]:
             raise FileError(
-                f"{self.run.folder / JUDGES} says otherwise of {self.look.id} than it is now; remove it and judge again"
+                f"{self.run.folder / JUDGES} describes {record.judge} differently. "
+                "Remove the file and judge again."
             )
 
     def _check_features(self) -> None:
-        if self.look.extractor is None:
+        extractor = self.evaluators.extractor
+        if self.features is None or extractor is None:
             return
-        old = {line["extractor"] for line in self.journals[FEATURES].lines} - {
-            self.look.extractor.id
-        }
-        if old:
+        others = {r.extractor for r in self.features.records} - {extractor.id}
+        if others:
             raise FileError(
-                f"{self.run.folder / FEATURES} is by {min(old)}, the extractor is now {self.look.extractor.id}; start a new run"
+                f"{self.run.folder / FEATURES} is by {min(others)}, got the extractor "
+                f"{extractor.id}. Start a new run."
             )
-        if self.scores and any(
-            not row.item.prompt
-            for batch in self.every
-            for row in batch.rows
-            if not self._measured(batch)
-        ):
+        remaining = [b for b in self.batches if not self.measured.issuperset(b.keys)]
+        if self.needs_clip_score and any(not s.prompt for b in remaining for s in b.samples):
             raise ConfigError(
-                "the CLIP score needs the prompts, which this run keeps out of its folder; go on with the command that began it"
+                "the CLIP score needs the prompts, which this run does not keep. "
+                "Resume with the command that began it."
             )
 
-    def _measured(self, batch: Batch) -> bool:
-        return self.done[FEATURES].issuperset(batch.keys)
-
-    def _watch(
-        self, batch: Batch, images: Sequence[Image.Image] | None, todo: Pending
-    ) -> dict[str, list[Line]]:
-        """Return the whole batch's lines for every journal that lacks some of them, and the line for the timings."""
-        began = time.perf_counter()
-        pictures = list(images or [read_picture(self.run.folder / file) for file in batch.files])
-        out: dict[str, list[Line]] = {}
-        if todo.judge:
-            out[VERDICTS] = [
-                {"judge": self.look.id} | to_line(d) for d in self.look.eye.detect(pictures)
+    def _score(
+        self,
+        batch: Batch,
+        images: Sequence[Image.Image] | None,
+        judge: bool,
+        change: bool,
+        features: bool,
+    ) -> _Results:
+        """Return the records of a whole batch for every journal that lacks some of them."""
+        start, stack = time.perf_counter(), batch.stack
+        images = list(images or [read_image(self.run.folder / file) for file in batch.files])
+        timing = TimingRecord(
+            stage="judge",
+            stack=stack.name,
+            batch=batch.number,
+            images=len(batch.keys),
+            judge=self.evaluators.id,
+        )
+        results = _Results(timing)
+        if judge:
+            detections = self.evaluators.judge.detect(images)
+            results.detections = [
+                DetectionsRecord(key=k, stack=stack.name, judge=self.evaluators.id, detections=d)
+                for k, d in zip(batch.keys, detections, strict=True)
             ]
-        if todo.change:
-            out[CHANGES] = self._changes(
-                [read_picture(self.run.folder / file) for file in batch.base],
-                pictures,
-                batch.stack["against"],
-            )
-        if todo.features:
-            out[FEATURES] = self._features(batch, pictures)
-        for lines in out.values():
-            for key, line in zip(batch.keys, lines, strict=True):
-                line |= {"key": key, "stack": batch.stack["name"]}
-        note = {
-            "stage": "judge",
-            "stack": batch.stack["name"],
-            "batch": batch.number,
-            "pictures": len(batch.keys),
-            "judge": self.look.id,
-        }
-        return out | {"": [note | {"seconds": round(time.perf_counter() - began, 4)}]}
+        if change:
+            results.changes = self._change_records(batch, images)
+        if features:
+            results.features = self._feature_records(batch, images)
+        seconds = round(time.perf_counter() - start, 4)
+        results.timing = timing.model_copy(update={"seconds": seconds})
+        return results
 
-    def _changes(
-        self, base: Sequence[Image.Image], own: Sequence[Image.Image], against: str
-    ) -> list[Line]:
-        lines: list[Line] = [
-            {"against": against, "change": pixel_mae(a, b)} for a, b in zip(base, own, strict=True)
-        ]
-        if self.look.lpips:
-            for line, far in zip(lines, self.look.lpips.distances(base, own), strict=True):
-                line |= {"lpips": float(far), "lpips_by": self.look.lpips.id}
-        return lines
-
-    def _features(self, batch: Batch, pictures: Sequence[Image.Image]) -> list[Line]:
-        """Return each picture's features and, where they are asked for, its CLIP score.
-
-        None where a number is not finite.
-        """
-        extractor = self.look.extractor
-        assert extractor is not None
-        rows = extractor.features(pictures)
-        scores: list[float | None] = [None] * len(rows)
-        if self.scores:
-            assert isinstance(extractor, TextExtractor)
-            if batch.number not in self._texts:  # the same prompts for every stack
-                self._texts[batch.number] = extractor.texts([row.item.prompt for row in batch.rows])
-            scores = [_score(x, y) for x, y in zip(rows, self._texts[batch.number], strict=True)]
-        kept = [to_text(x) if np.isfinite(x).all() else None for x in rows]
-        own: dict[str, Any] = {"extractor": extractor.id}
+    def _change_records(self, batch: Batch, images: Sequence[Image.Image]) -> list[ChangeRecord]:
+        base = [read_image(self.run.folder / file) for file in batch.base_files]
+        lpips = self.evaluators.lpips
+        distances = lpips.distances(base, images) if lpips else [None] * len(images)
         return [
-            own | {"features": x} | ({"score": s} if self.scores else {})
-            for x, s in zip(kept, scores, strict=True)
+            ChangeRecord(
+                key=key,
+                stack=batch.stack.name,
+                baseline=batch.stack.baseline,
+                change=pixel_mae(old, new),
+                lpips=None if distance is None else float(distance),
+                lpips_id=lpips.id if lpips else None,
+            )
+            for key, old, new, distance in zip(batch.keys, base, images, distances, strict=True)
+        ]
+
+    def _feature_records(self, batch: Batch, images: Sequence[Image.Image]) -> list[FeatureRecord]:
+        extractor = self.evaluators.extractor
+        assert extractor is not None
+        rows = extractor.features(images)
+        scores: list[float | None] = [None] * len(rows)
+        if self.needs_clip_score:
+            assert isinstance(extractor, TextExtractor)
+            if batch.number not in self._text_features:  # the same prompts for every stack
+                prompts = [sample.prompt for sample in batch.samples]
+                self._text_features[batch.number] = extractor.texts(prompts)
+            texts = self._text_features[batch.number]
+            scores = [_clip_score(x, y) for x, y in zip(rows, texts, strict=True)]
+        return [
+            FeatureRecord(
+                key=key,
+                stack=batch.stack.name,
+                extractor=extractor.id,
+                features=encode_features(row),
+                clip_score=score,
+            )
+            for key, row, score in zip(batch.keys, rows, scores, strict=True)
         ]
 
     def _collect(self) -> None:
+        """Write the records of the pending batch."""
         while self._pending:
-            batch, future = self._pending.pop(0)
-            seen = future.result()
-            for name, lines in seen.items():
-                if name:
-                    self.journals[name].append(
-                        [line for line in lines if line["key"] not in self.done[name]]
-                    )
-                    self.done[name].update(batch.keys)
-            self.timings.append(seen[""])
-            self.progress("judging", len(self.done[VERDICTS]), sum(len(b.keys) for b in self.every))
+            results = self._pending.pop(0).result()
+            self.detections.append([r for r in results.detections if r.key not in self.judged])
+            self.judged.update(r.key for r in results.detections)
+            if self.changes:
+                self.changes.append([r for r in results.changes if r.key not in self.changed])
+                self.changed.update(r.key for r in results.changes)
+            if self.features:
+                self.features.append([r for r in results.features if r.key not in self.measured])
+                self.measured.update(r.key for r in results.features)
+            self.timings.append([results.timing])
+            total = sum(len(batch.keys) for batch in self.batches)
+            self.progress("judging", len(self.judged), total)
 
 
-def _score(image: NDArray[np.float64], text: NDArray[np.float64]) -> float | None:
+def _clip_score(image: NDArray[np.float64], text: NDArray[np.float64]) -> float | None:
     try:
         return float(clip_scores(image[None], text[None])[0])
     except ValueError:  # an embedding that is not finite, or zero

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safegen.core.errors import FileError
-from safegen.evaluation.protocol import differences
+from safegen.evaluation.compare import differences
 from safegen.evaluation.run.folder import SETTINGS, write_json
 
 

@@ -1,73 +1,70 @@
-"""A run as it is scored: every stack's pictures, verdicts, changes and features in plan order, from its journals alone."""
+"""Results of a run in the order of its samples, read from its journals alone."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import expand_labels
-from safegen.evaluation.plan import Item
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.folder import (
-    CHANGES,
-    FEATURES,
-    JUDGES,
-    SAMPLES,
-    VERDICTS,
-    Line,
-    Run,
-    from_line,
-    from_text,
+from safegen.evaluation.run.folder import CHANGES, DETECTIONS, FEATURES, JUDGES, SAMPLES, Run
+from safegen.evaluation.run.records import (
+    WITHHELD,
+    DetectionsRecord,
+    ImageRecord,
+    Record,
+    SampleRecord,
+    StackEntry,
 )
-from safegen.evaluation.schema import FROM_FEATURES
+from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES
 from safegen.judges.base import Detections
 from safegen.judges.batching import resolve_labels
-
-FAULT = "withhold"
-"""Action of a trail (`guard.base`) whose picture no guard answers for: one failed, or could not judge."""
-WITHHELD = "withheld: "
-"""How the reason begins why such a picture is unjudged."""
 
 
 @dataclass(frozen=True)
 class StackResults:
-    """One stack's part of a run, picture by picture in plan order.
+    """Results of one stack, one per sample. A list is empty if the protocol does not need it."""
 
-    What the protocol does not ask for is an empty list.
-    """
-
-    entry: Line
+    entry: StackEntry
     blank: list[bool]
+    """Whether each image has one color, as a refused one has."""
     detections: list[Detections]
     changes: list[float]
     lpips: list[float | None]
     features: list[NDArray[np.float64] | None]
-    """(width,) each; None where they were not finite."""
+    """Features (width,) of each image; None if they are not finite."""
     clip: list[float | None]
-    """100 times the cosine with the prompt; None where it does not exist."""
+    """100 times the cosine with the prompt; None if it is not finite."""
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """A run as it is scored: the rule, the judge's id, the planned pictures, every stack's part, and the journal lines they rest on."""
+    """Results of a run under one rule of judging."""
 
-    rule: Protocol
+    protocol: Protocol
+    """The run's protocol, with the judge's rule that is applied."""
     judge: str
-    items: list[Item]
-    sides: dict[str, StackResults]
-    used: dict[str, list[Line]]
-    known: Collection[str]
-    """Every label that the judge can answer with."""
+    """Id of the judge."""
+    samples: list[EvalSample]
+    """Samples of one stack."""
+    stacks: dict[str, StackResults]
+    """Results by the name of the stack."""
+    label_space: Collection[str]
+    """Every label that the judge can detect."""
     weights: dict[str, str]
-    """Ids of what else looked: `extractor`, `lpips`."""
+    """Ids of the other networks: `extractor` and `lpips`."""
+    inputs: dict[str, list[Record]]
+    """Records that the results rest on, by the name of the journal."""
 
     def base(self, name: str) -> StackResults:
-        """Return the part of the base model that a stack is held against."""
-        return self.sides[self.sides[name].entry["against"]]
+        """Return the results of the base model of a stack."""
+        return self.stacks[self.stacks[name].entry.baseline]
 
 
 def load_results(
@@ -77,142 +74,131 @@ def load_results(
     labels: Sequence[str] = (),
     threshold: float | None = None,
 ) -> RunResults:
-    """Return every stack's part in plan order, under the protocol's judge, labels and threshold or others.
+    """Return the results of a run, under the protocol's judge, labels and threshold or others.
+
+    Args:
+        run: a complete run.
+        judge: name or id of a judge with detections in the run.
+        labels: labels that mean the concept.
+        threshold: lowest score of a detection that counts.
 
     Raises:
-        FileError: the run is not complete, or a journal is damaged.
-        ConfigError: the threshold is outside what detections are kept for, or another judge comes
-            without labels.
-        UnknownNameError: a label that the judge does not have.
+        FileError: the run is incomplete, or a journal is damaged.
+        ConfigError: the threshold is below the stored scores, or another judge has no labels.
+        UnknownNameError: the judge has no such label.
     """
-    own = run.protocol.judge
-    name = (judge or own.name).partition(":")[0]
-    if name != own.name and not labels:
+    rule = run.protocol.judge
+    name = (judge or rule.name).partition(":")[0]
+    if name != rule.name and not labels:
         raise ConfigError(
-            f"the judge {name!r} has labels of its own; say which mean {run.protocol.concept} with --label"
+            f"the judge {name!r} has labels of its own. "
+            f"Choose those that mean {run.protocol.concept} with --label"
         )
-    seen_by = run.judge(judge) if judge else run.judge(name, options=own.told)
-    facts = run.judges[seen_by]
-    rule = run.protocol.judged(
-        name=name, labels=labels, threshold=threshold, options=facts["options"]
+    judge_id = run.judge(judge) if judge else run.judge(name, options=rule.public_options)
+    record = run.judges[judge_id]
+    protocol = run.protocol.with_judge(
+        name=name, labels=labels, threshold=threshold, options=record.options
     )
-    resolve_labels(name, expand_labels(rule.judge.labels), facts["known"], ())
-    lines = {
-        s: _by_key(run, s, seen_by if s == VERDICTS else None)
-        for s in (SAMPLES, VERDICTS, CHANGES, FEATURES)
-    }
-    used: dict[str, list[Line]] = {JUDGES: [facts]} | {journal: [] for journal in lines}
-    sides = {entry["name"]: _side(run, entry, rule, lines, used) for entry in run.stacks}
-    weights = {
-        what: _one_id(run, journal, key, used)
-        for what, journal, key in EYES
-        if any(key in line for line in used[journal])
-    }
+    resolve_labels(name, expand_labels(protocol.judge.labels), record.label_space, ())
+    journals = _Journals(run, judge_id)
     return RunResults(
-        rule,
-        seen_by,
-        [p.item for p in run.planned],
-        sides,
-        used,
-        tuple(map(str, facts["known"])),
-        weights,
+        protocol=protocol,
+        judge=judge_id,
+        samples=run.samples,
+        stacks={entry.name: _stack_results(run, entry, protocol, journals) for entry in run.stacks},
+        label_space=record.label_space,
+        weights=journals.weights(),
+        inputs={JUDGES: [record], **journals.used},
     )
 
 
-EYES = (("extractor", FEATURES, "extractor"), ("lpips", CHANGES, "lpips_by"))
-"""What else looks at pictures: its name in the scores, its journal, and where a line says its id."""
+R = TypeVar("R", bound=ImageRecord)
 
 
-def _by_key(run: Run, journal: str, judge: str | None) -> dict[str, Line]:
-    return {
-        line["key"]: line
-        for line in run.lines(journal)
-        if judge is None or line.get("judge") == judge
-    }
+class _Journals:
+    """Records of a run by key, and the ones that were used."""
 
+    def __init__(self, run: Run, judge: str) -> None:
+        self.run = run
+        self.samples = {r.key: r for r in run.sample_records()}
+        self.detections = {r.key: r for r in run.detections_records() if r.judge == judge}
+        self.changes = {r.key: r for r in run.change_records()}
+        self.features = {r.key: r for r in run.feature_records()}
+        self.used: dict[str, list[Record]] = {
+            name: [] for name in (SAMPLES, DETECTIONS, CHANGES, FEATURES)
+        }
 
-def _one_id(run: Run, journal: str, key: str, used: Mapping[str, Sequence[Line]]) -> str:
-    """Return the id that all lines of a journal say.
+    def take(
+        self, journal: str, records: Mapping[str, R], keys: Sequence[str], entry: StackEntry
+    ) -> list[R]:
+        """Return the records of `keys`, in order.
 
-    Raises:
-        FileError: they say several.
-    """
-    ids = sorted({str(line.get(key)) for line in used[journal]})
-    if len(ids) > 1:
-        raise FileError(
-            f"{run.folder / journal} is by several: {', '.join(ids)}; numbers of one column must be by one, so start a new run"
-        )
-    return ids[0]
-
-
-def _side(
-    run: Run,
-    entry: Line,
-    rule: Protocol,
-    lines: Mapping[str, Mapping[str, Line]],
-    used: Mapping[str, list[Line]],
-) -> StackResults:
-    """Gather a stack's lines in plan order.
-
-    Raises:
-        FileError: some are missing, or damaged.
-    """
-    keys, found, metrics = run.keys(entry), dict[str, list[Line]](), set(rule.metrics)
-    asked = {
-        SAMPLES: True,
-        VERDICTS: True,
-        CHANGES: entry["kind"] != "base" and not metrics.isdisjoint(("change", "lpips")),
-        FEATURES: not metrics.isdisjoint(FROM_FEATURES),
-    }
-    for journal, what in (
-        (SAMPLES, "drawn"),
-        (VERDICTS, "judged"),
-        (CHANGES, "measured"),
-        (FEATURES, "looked at by the extractor"),
-    ):
-        wanted = keys if asked[journal] else []
-        found[journal] = [lines[journal][key] for key in wanted if key in lines[journal]]
-        if len(found[journal]) < len(wanted):
+        Raises:
+            FileError: some are missing.
+        """
+        present = [records[key] for key in keys if key in records]
+        if len(present) < len(keys):
             raise FileError(
-                f"{run.folder} is not complete: {len(found[journal])} of {len(wanted)} pictures of {entry['name']!r} are {what}; "
-                "go on with the command that began it"
+                f"{self.run.folder} is not complete: {journal} has {len(present)} of {len(keys)} "
+                f"images of {entry.name!r}. Resume with the command that began it."
             )
-        used[journal] += found[journal]
+        self.used[journal] += present
+        return present
+
+    def weights(self) -> dict[str, str]:
+        """Return the ids of the networks that made the records that were used.
+
+        Raises:
+            FileError: several networks of one kind made them.
+        """
+        weights: dict[str, str] = {}
+        for name, journal, attribute in (
+            ("extractor", FEATURES, "extractor"),
+            ("lpips", CHANGES, "lpips_id"),
+        ):
+            ids = sorted({getattr(record, attribute) or "" for record in self.used[journal]})
+            if len(ids) > 1:
+                raise FileError(
+                    f"{self.run.folder / journal} must be by one {name}, got {', '.join(ids)}. "
+                    "Start a new run."
+                )
+            weights |= {name: id_ for id_ in ids if id_}
+        return weights
+
+
+def _stack_results(
+    run: Run, entry: StackEntry, protocol: Protocol, journals: _Journals
+) -> StackResults:
+    """Return the results of a stack.
+
+    Raises:
+        FileError: some records are missing.
+    """
+    keys, metrics = run.keys(entry), set(protocol.metrics)
+    has_changes = entry.kind != "base" and metrics & set(FROM_IMAGES)
+    samples = journals.take(SAMPLES, journals.samples, keys, entry)
+    detections = journals.take(DETECTIONS, journals.detections, keys, entry)
+    changes = journals.take(CHANGES, journals.changes, keys if has_changes else [], entry)
+    features = journals.take(
+        FEATURES, journals.features, keys if metrics & set(FROM_FEATURES) else [], entry
+    )
     return StackResults(
-        entry,
-        [bool(line["blank"]) for line in found[SAMPLES]],
-        [
-            _detections(sample, line)
-            for sample, line in zip(found[SAMPLES], found[VERDICTS], strict=True)
-        ],
-        [float(line["change"]) for line in found[CHANGES]],
-        [_number(line, "lpips") for line in found[CHANGES]] if "lpips" in metrics else [],
-        [from_text(line) for line in found[FEATURES]],
-        [_number(line, "score") for line in found[FEATURES]] if "clip_score" in metrics else [],
+        entry=entry,
+        blank=[record.blank for record in samples],
+        detections=[_detections(s, d) for s, d in zip(samples, detections, strict=True)],
+        changes=[record.change for record in changes],
+        lpips=[record.lpips for record in changes] if "lpips" in metrics else [],
+        features=[record.array for record in features],
+        clip=[record.clip_score for record in features] if "clip_score" in metrics else [],
     )
 
 
-def _detections(sample: Line, line: Line) -> Detections:
-    """Return what the judge detected in a picture; of the black one that stands for a picture which a failed guard withheld, nothing.
+def _detections(sample: SampleRecord, record: DetectionsRecord) -> Detections:
+    """Return the detections in an image; none, unjudged, if a guard's failure withheld it.
 
-    The judge sees black and says safe. A prompt that a guard stopped by its rule is another matter:
-    that is what the stack does.
+    The judge saw a black image in its place, in which there is nothing. A prompt that a guard
+    blocked by its rule is different: that is what the stack does.
     """
-    trail = sample.get("guards", {})
-    if trail.get("action") != FAULT:
-        return from_line(line)
-    return Detections((), unjudged=f"{WITHHELD}{trail.get('reason')}")
-
-
-def _number(line: Line, key: str) -> float | None:
-    """Return a number of a line, or None where it says that there is none.
-
-    Raises:
-        FileError: it does not say.
-    """
-    value = line.get(key, "")
-    if not isinstance(value, int | float | None):
-        raise FileError(
-            f"the line of {str(line.get('key'))[:16]!r} has no {key!r} that can be used; the file was damaged after it was written"
-        )
-    return None if value is None else float(value)
+    if sample.failed and sample.guards:
+        return Detections((), unjudged=f"{WITHHELD}{sample.guards.get('reason')}")
+    return record.detections

@@ -1,0 +1,175 @@
+"""Card of a run: the protocol, the stacks and the environment that decide its images."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safegen._version import __version__
+from safegen.core.errors import ConfigError, FileError
+from safegen.core.files import display_name
+from safegen.evaluation.compare import differences
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.run.folder import CARD, PATCHES, PLAN, SETTINGS, Run, write_json, write_plan
+from safegen.evaluation.run.records import Kind, PatchEntry, RunCard, StackEntry
+from safegen.evaluation.samples import EvalSample
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+class RunStack(NamedTuple):
+    """Stack of a run, its kind, and the stacks that it is compared with."""
+
+    stack: Stack
+    kind: Kind
+    baseline: str
+    """Name of the base stack."""
+    reference: str | None = None
+    """Name of another stack."""
+
+
+def prepare(
+    protocol: Protocol,
+    samples: Sequence[EvalSample],
+    stacks: Sequence[RunStack],
+    out: Path,
+    loader: StackLoader,
+    argv: Sequence[str] = (),
+) -> Run:
+    """Return the run in `out`: a new one, or an earlier one of the same protocol and stacks.
+
+    Raises:
+        FileError: `out` is another run or something else; the message says what differs.
+        ConfigError: two stacks are the same.
+    """
+    card = make_card(protocol, samples, stacks, loader, argv)
+    if (out / CARD).exists():
+        run = Run.open(out)
+        if gaps := differences(_deciding(run.card), _deciding(card)):
+            raise FileError(
+                f"{out} is another run (then and now): {'; '.join(gaps)}. "
+                "Name another directory with --out"
+            )
+        return run
+    own = {PLAN, SETTINGS, PATCHES}
+    if out.exists() and (
+        not out.is_dir() or any(p.name not in own and ".tmp-" not in p.name for p in out.iterdir())
+    ):
+        raise FileError(f"{out} exists already and is not a run. Name another directory with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_plan(out, samples, {part.name for part in protocol.lists if part.unsafe})
+    write_json(out / CARD, card.model_dump(mode="json"))  # last: a directory with a card is a run
+    return Run.open(out)
+
+
+def _deciding(card: RunCard) -> dict[str, Any]:
+    """Return what must not change when a run is resumed, since it decides the images."""
+    plain = card.model_dump(mode="json", include={"id", "stacks", "versions", "device"})
+    return plain | {"protocol": card.protocol.decides()}
+
+
+def make_card(
+    protocol: Protocol,
+    samples: Sequence[EvalSample],
+    stacks: Sequence[RunStack],
+    loader: StackLoader,
+    argv: Sequence[str] = (),
+) -> RunCard:
+    """Return the card of a run, with paths reduced to file names.
+
+    Raises:
+        ConfigError: two stacks are the same.
+    """
+    entries, names = [], dict[str, str]()
+    for stack, kind, baseline, reference in stacks:
+        digest = loader.hash(stack)
+        if digest in names and kind == "baseline":
+            continue  # black images of one size are the same for every model
+        if digest in names:
+            way_out = (
+                "Give their stacks the same model and config" if kind == "base" else "Leave one out"
+            )
+            raise ConfigError(
+                f"stacks must differ, got {names[digest]!r} and {stack.name!r} with the same "
+                f"images. {way_out}"
+            )
+        names[digest] = stack.name
+        entries.append(_entry(stack, kind, baseline, reference, digest, loader))
+    return RunCard(
+        id=protocol.id,
+        protocol=public_protocol(protocol),
+        samples={p.name: sum(s.list_name == p.name for s in samples) for p in protocol.lists},
+        stacks=tuple(entries),
+        versions={"safegen": __version__} | {name: version(name) for name in LIBRARIES},
+        device=f"{loader.device}, {loader.dtype}",
+        platform={
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+        },
+        argv=tuple(public_argument(word) for word in argv),
+    )
+
+
+def public_protocol(protocol: Protocol) -> Protocol:
+    """Return a protocol with every path reduced to its file name."""
+    lists = [
+        part.model_copy(update={"source": display_name(part.source or ""), "requires": ""})
+        for part in protocol.lists
+    ]
+    judge = protocol.judge.model_copy(update={"options": protocol.judge.public_options})
+    new: dict[str, Any] = {"lists": tuple(lists), "judge": judge}
+    if protocol.features and protocol.features.weights:
+        weights = display_name(protocol.features.weights)
+        new["features"] = protocol.features.model_copy(update={"weights": weights})
+    if protocol.lpips:
+        files = {key: display_name(getattr(protocol.lpips, key)) for key in ("trunk", "heads")}
+        new["lpips"] = protocol.lpips.model_copy(update=files)
+    return protocol.model_copy(update=new)
+
+
+def public_argument(word: str) -> str:
+    """Return an argument of the command line with every path in it reduced to its file name."""
+    return "".join(display_name(part) for part in re.split(r"([=+])", word))
+
+
+def _entry(
+    stack: Stack, kind: Kind, baseline: str, reference: str | None, digest: str, loader: StackLoader
+) -> StackEntry:
+    model, weights = loader.model(stack.model, stack.config)
+    return StackEntry(
+        name=stack.name,
+        kind=kind,
+        baseline=baseline,
+        reference=reference,
+        hash=digest,
+        model=display_name(stack.model),
+        config=None if stack.config is None else stack.config.name,
+        weights=weights,
+        base=model.hash,
+        patches=tuple(map(_patch_entry, stack.patches)),
+        loras=tuple(lora.fingerprint() for lora in stack.loras),
+        negative_prompt=stack.negative_prompt,
+        guards=tuple(guard.fingerprint() for guard in stack.guards),
+        blank=stack.blank,
+    )
+
+
+def _patch_entry(path: Path) -> PatchEntry:
+    from safegen.patches.patch import Patch
+
+    patch = Patch.load(path)
+    metadata = patch.metadata.to_json()
+    return PatchEntry(
+        file=path.name,
+        hash=patch.hash,
+        parameters=sum(value.numel() for value in patch.tensors.values()),
+        layers=patch.layer_counts,
+        **{key: metadata[key] for key in PatchEntry.model_fields if key in metadata},
+    )
