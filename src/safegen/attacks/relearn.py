@@ -143,17 +143,14 @@ def relearn(
     base = Stack(name="base", model=stack.model, config=stack.config)
     if config.modular:
         _check_modular([Patch.load(path) for path in stack.patches])
-    claim_directory(
-        output_dir,
-        {
-            "workflow": "relearn",
-            "config": config.model_dump(mode="json"),
-            "dataset": dataset.to_dict(),
-            "stack": loader.hash(edited),
-            "protocol": protocol.decides(),
-            "device": f"{loader.device}, {loader.dtype}",
-        },
-    )
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "dataset": dataset.to_dict(),
+        "stack": loader.hash(edited),
+        "protocol": protocol.decides(),
+        "device": f"{loader.device}, {loader.dtype}",
+    }
+    claim_directory(output_dir, {"workflow": "relearn"} | settings)
     stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
     if config.modular:
         controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)
