@@ -41,7 +41,12 @@ class Settings(BaseModel):
         (
             {"judge": "a", "word": 1},
             "no setting named 'word'. Did you mean 'words'? "
-            "Known: judge, training, training.updates, words.",
+            "Known: judge, training, words.",
+        ),
+        (
+            {"judge": "a", "training": {"update": 2}},
+            "no setting named 'training.update'. Did you mean 'training.updates'? "
+            "Known: training.updates.",
         ),
         ({"judge": "a", "training": "x"}, "training must be a valid dictionary or instance of "),
         ({"judge": 1, "words": 2}, "words must be a valid tuple, got 2; judge must be a valid "),

@@ -13,9 +13,9 @@ name = "few"
 concept = "skulls"
 seeds = [1]
 metrics = ["concept", "removal", "subject", "change"]
-[generation_config]
-steps = 2
-batch = 3
+[generation]
+num_inference_steps = 2
+batch_size = 3
 [judge]
 name = "mini"
 labels = ["skulls"]
@@ -43,13 +43,13 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     same = ("evaluate", "--protocol", few, "--stack", "mini", "--out", out)
     code, text, err = safegen(*same)
     assert code == 0, err
-    assert "6 pictures by 3 stacks" in text
+    assert "6 images by 3 stacks" in text
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     assert safegen(*same)[0] == 0  # again: nothing to do
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
     code, text, _ = safegen("score", out, "--threshold", "0.3", "--out", tmp_path / "low.json")
     assert code == 0
-    assert "another than that of the run: compare like with like" in text
+    assert "differs from the run's protocol: compare like with like" in text
     assert (
         json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"]
         == 0.3
@@ -58,12 +58,18 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
         held = taken.read_bytes()
         code, _, err = safegen("score", out, "--out", taken)
         assert (code, taken.read_bytes()) == (2, held)
-        assert "exists already; name another file with --out" in err
-    assert safegen("evaluate", "--stage", "judge", "--out", out)[0] == 0
-    assert safegen("evaluate", "--stage", "score", "--out", out)[0] == 0
+        assert "already exists. Choose another path" in err
+    unused = ("--stack", "mini", "--device", "cpu", "--stage", "judge")
+    code, _, err = safegen("evaluate", *unused, "--out", out)
+    assert code == 0, err
+    assert [line for line in err.splitlines() if line.startswith("warning: ")] == [
+        f"warning: {option} has no effect with --stage judge" for option in ("--stack", "--device")
+    ]
+    code, _, err = safegen("evaluate", "--threads", "1", "--stage", "score", "--out", out)
+    assert (code, err) == (0, "warning: --threads has no effect with --stage score\n")
     assert (out / "scores.json").read_bytes() == before["scores.json"]
     code, text, _ = safegen("verify", out)
-    assert (code, text.strip()) == (0, "6 pictures, verdicts and scores: nothing wrong")
+    assert (code, text.strip()) == (0, "6 images, verdicts and scores: no problems")
     options = (
         "--judge-option",
         "weights=mini",
@@ -137,7 +143,7 @@ def test_bf16_that_the_processor_only_imitates_is_said_before_the_run(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
     words = ("evaluate", "--protocol", few, "--stack", "no.toml", "--precision")
     said = {kind: safegen(*words, kind, "--out", tmp_path / kind)[2] for kind in ("bf16", "fp32")}
-    assert ("draws in bf16, which this cpu is not known to compute in" in said["bf16"]) == slow
+    assert ("generates in bf16, which this cpu emulates slowly" in said["bf16"]) == slow
     assert "bf16" not in said["fp32"]
 
 
@@ -190,10 +196,7 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
             ["evaluate", "--protocol", "FEW", "--stack", "a=mini+no.safetensors", "--out", "OUT"],
             "'no.safetensors' does not exist",
         ),
-        (
-            ["evaluate", "--protocol", "FEW", "--out", "OUT"],
-            "drawing needs a --protocol and at least one --stack",
-        ),
+        (["evaluate", "--protocol", "FEW", "--out", "OUT"], "no stack is given"),
         (
             ["evaluate", "--protocol", "i2p-931", "--stack", "mini", "--out", "OUT"],
             "--prompts i2p-sexual=FILE",
@@ -210,35 +213,11 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
                 "--out",
                 "OUT",
             ],
-            "--prompts takes NAME=FILE",
-        ),
-        (
-            ["evaluate", "--stage", "judge", "--stack", "mini", "--out", "OUT"],
-            "--stack has no effect with --stage judge",
+            "--prompts must be NAME=FILE",
         ),
         (
             ["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"],
             "--judge has no effect with --stage all",
-        ),
-        (
-            ["evaluate", "--stage", "judge", "--baselines", "all", "--out", "OUT"],
-            "--baselines has no effect with --stage judge",
-        ),
-        (
-            ["evaluate", "--stage", "judge", "--device", "cpu", "--dtype", "fp32", "--out", "OUT"],
-            "--device, --dtype has no effect",
-        ),
-        (
-            ["evaluate", "--stage", "judge", "--precision", "fp32", "--out", "OUT"],
-            "--precision has no effect with --stage judge",
-        ),
-        (
-            ["evaluate", "--stage", "score", "--allow-pickle", "--out", "OUT"],
-            "--allow-pickle has no effect with --stage score",
-        ),
-        (
-            ["evaluate", "--stage", "score", "--threads", "1", "--out", "OUT"],
-            "--threads has no effect with --stage score",
         ),
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
@@ -252,15 +231,11 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
         ),
         (
             ["evaluate", "--stage", "judge", "--judge-option", "x", "--out", "OUT"],
-            "--judge-option takes key=value, got 'x'",
+            "--judge-option must be NAME=VALUE, got 'x'",
         ),
         (
             ["evaluate", "--stage", "judge", "--judge-option", "threshold=1", "--out", "OUT"],
-            "threshold is no option of a judge",
-        ),
-        (
-            ["evaluate", "--stage", "score", "--judge-option", "x=1", "--out", "OUT"],
-            "--judge-option has no effect with --stage score",
+            "threshold is not a judge option",
         ),
         (
             [

@@ -118,7 +118,7 @@ CASES = {  # bytes that still fit, and the command; all write to DISK
             "mini",
             "--triplets",
             "TRIPLETS",
-            "--work",
+            "--checkpoint-dir",
             "WORK",
             *FEW,
             "--out",
@@ -129,7 +129,10 @@ CASES = {  # bytes that still fit, and the command; all write to DISK
         64 << 10,
         ["edit", "mini", "--triplets", "TRIPLETS", *FEW, "--out", "DISK/patch.safetensors"],
     ),
-    "apply": (64 << 10, ["apply", "PATCH", "mini", "--out", "DISK/model"]),
+    "apply": (
+        64 << 10,
+        ["export", "mini", "--patch", "PATCH", "--format", "diffusers", "--out", "DISK/model"],
+    ),
     "export": (64 << 10, ["export", "mini", "--patch", "PATCH", "--out", "DISK/model.safetensors"]),
     "a LoRA": (
         4 << 10,
@@ -138,12 +141,15 @@ CASES = {  # bytes that still fit, and the command; all write to DISK
             "extract-lora",
             "PATCH",
             "mini",
-            "--no-quality",
+            "--skip-quality",
             "--out",
             "DISK/lora.safetensors",
         ],
     ),
-    "apply, the tokenizer": (HALF_A_MODEL, ["apply", "PATCH", "mini", "--out", "DISK/model"]),
+    "apply, the tokenizer": (
+        HALF_A_MODEL,
+        ["export", "mini", "--patch", "PATCH", "--format", "diffusers", "--out", "DISK/model"],
+    ),
 }
 LIKE = {
     "ready triplets": (

@@ -93,8 +93,8 @@ def test_a_killed_generate_leaves_nothing_that_looks_finished(killed, safegen, m
     code, text, err = safegen(*MOMENTS[moment][-1])
     assert (code, text) == (2, "")
     assert err == (
-        "safegen: out is unfinished: a run was killed there, or is still at work; "
-        "remove that folder, or name another\n"
+        "safegen: out is incomplete: a run was killed or is still working there. "
+        "Remove the folder or choose another.\n"
     )
     assert sorted((killed / moment).rglob("*")) == before
 

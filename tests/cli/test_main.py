@@ -49,7 +49,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
     ("words", "says"),
     [
         (["generate", "minni", "--prompt", "x", "--out", "OUT"], "Did you mean 'mini'"),
-        (["generate", "mini", "--out", "OUT"], "nothing to draw"),
+        (["generate", "mini", "--out", "OUT"], "no prompt is given"),
         (["generate", "mini", "--prompts", "no.txt", "--out", "OUT"], "'no.txt' does not exist"),
         (
             ["generate", "mini", "--prompt", "x", "--patch", "no.safetensors", "--out", "OUT"],
@@ -87,7 +87,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "judge mini sees it in none of 100; name the concept",
+            "sees it in none of 100. Choose another concept",
         ),
         (
             ["edit", "mini", "--triplets", "TRIPLETS", "--concept", "skull", "--out", "OUT"],
@@ -95,7 +95,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         ),
         (
             ["edit", "mini", "--triplets", "TRIPLETS", "--concept", "fire", "--out", "OUT"],
-            "judge mini sees it in none of 100; name the concept",
+            "sees it in none of 100. Choose another concept",
         ),
         (
             [
@@ -120,7 +120,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "mini",
                 "--triplets",
                 "TRIPLETS",
-                "--work",
+                "--checkpoint-dir",
                 "TRIPLETS/manifest.jsonl",
                 "--out",
                 "OUT",
@@ -159,14 +159,26 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "uce",
                 "--concept",
                 "skulls",
-                "--work",
+                "--checkpoint-dir",
                 "W",
                 "--out",
                 "OUT",
             ],
             "checkpoints has no effect on uce",
         ),
-        (["apply", "no.safetensors", "mini", "--out", "OUT"], "'no.safetensors' does not exist"),
+        (
+            [
+                "export",
+                "mini",
+                "--patch",
+                "no.safetensors",
+                "--format",
+                "diffusers",
+                "--out",
+                "OUT",
+            ],
+            "'no.safetensors' does not exist",
+        ),
         (["demo", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
     ],
 )
@@ -189,7 +201,7 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(safegen, tmp_path):
     code, _, err = safegen("generate", "mini", *few, "--out", tmp_path / "out")
     assert code == 0, err
     assert [line for line in err.splitlines() if line.startswith("warning")] == [
-        f"warning: 1 prompts, number 2 first, have more than the {load('mini').pipeline.tokenizer.model_max_length} tokens that are read"
+        f"warning: 1 prompts are longer than {load('mini').pipeline.tokenizer.model_max_length} tokens and were truncated, prompt 2 first"
     ]
 
 
@@ -213,7 +225,7 @@ def test_that_nobody_could_look_at_the_triplets_is_said_in_a_line(safegen, tmp_p
     assert code == 0, err
     said = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert len(said) == 1
-    assert "nobody looked whether the triplets show 'skulls'" in said[0]
+    assert "triplets were not checked" in said[0]
 
 
 def test_an_output_that_exists_is_kept(safegen, tmp_path):
@@ -223,11 +235,11 @@ def test_an_output_that_exists_is_kept(safegen, tmp_path):
     for words in (
         ["generate", "mini", "--prompt", "x"],
         ["demo", "--fast"],
-        ["apply", "p.safetensors", "mini"],
+        ["export", "mini", "--patch", "p.safetensors", "--format", "diffusers"],
     ):
         code, _, err = safegen(*words, "--out", out)
         assert code == 2
-        assert "exists already" in err
+        assert "already exists" in err
     assert (out / "precious.txt").read_text() == "keep me"
 
 
@@ -238,7 +250,9 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
     code, out, err = safegen("edit", "mini", "--triplets", triplets, "--out", patch, *few)
     assert code == 0, err
     assert "2 updates" in out
-    code, _, err = safegen("apply", patch, "mini", "--out", folder)
+    code, _, err = safegen(
+        "export", "mini", "--patch", patch, "--format", "diffusers", "--out", folder
+    )
     assert code == 0, err
     same = ["--prompt", "a castle", "--steps", "2"]
     assert safegen("generate", folder, *same, "--out", tmp_path / "a")[0] == 0
@@ -292,8 +306,8 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
     ]
     code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
     assert code == 0, err
-    assert "1 pictures and sheet.png" in text
-    assert "1 withheld (trace.jsonl says why)" in text
+    assert "1 images and sheet.png" in text
+    assert "1 withheld (trace.jsonl gives the reasons)" in text
     assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trace.jsonl"]
     gone, shown = (json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines())
     assert (gone["index"], gone["action"], gone["reason"]) == (0, "block", "prompt-filter: word")
@@ -317,8 +331,8 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
             "guidance_scale must be > 1 with sld, got 1",
         ),
         (["mini", "--concept", "skulls"], "concept must be used by a guard"),
-        (["mini", "--stack", "x.toml"], "a MODEL or with a --stack"),
-        ([], "a MODEL or with a --stack"),
+        (["mini", "--stack", "x.toml"], "MODEL or --stack must be given"),
+        ([], "MODEL or --stack must be given"),
         (["--stack", "no.toml"], "does not exist"),
     ],
 )
@@ -353,7 +367,7 @@ def test_a_config_is_said_once(safegen, tiny_model, tiny_folder, tmp_path):
     code, _, err = safegen(
         "generate", "--stack", recipe, "--config", tiny_folder, *base, tmp_path / "c"
     )
-    assert (code, "names a config, so --config has no effect" in err) == (2, True)
+    assert (code, "already sets a config" in err) == (2, True)
 
 
 @pytest.mark.parametrize("method", ["uce", "rece"])
@@ -388,11 +402,22 @@ def test_a_closed_form_edits_by_a_concepts_name_in_seconds(safegen, tmp_path, me
 def test_a_truncated_patch_is_refused(safegen, tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes((bundle.judge_file()).read_bytes()[:1000])
-    code, _, err = safegen("apply", bad, "mini", "--out", tmp_path / "x")
+    code, _, err = safegen(
+        "export", "mini", "--patch", bad, "--format", "diffusers", "--out", tmp_path / "x"
+    )
     assert code == 2
     assert "not a readable safetensors file" in err
     shutil.copy(bundle.judge_file(), tmp_path / "other.safetensors")
-    code, _, err = safegen("apply", tmp_path / "other.safetensors", "mini", "--out", tmp_path / "x")
+    code, _, err = safegen(
+        "export",
+        "mini",
+        "--patch",
+        tmp_path / "other.safetensors",
+        "--format",
+        "diffusers",
+        "--out",
+        tmp_path / "x",
+    )
     assert code == 2
     assert "must be a safegen patch" in err
 

@@ -17,25 +17,25 @@ def test_triplets_of_another_concept_are_refused(shown, said):
     triplets = Triplets.load(f"mini:{shown}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        api.refuse_other_pictures(shown, triplets)  # of the right one: no word
+        api.check_triplets(load_concept(shown), triplets)  # of the right one: no word
     with pytest.raises(
         ConfigError,
-        match=f"must show the concept '{said}', and judge mini sees it in none of {len(triplets)}",
+        match=f"must show '{said}', but judge 'mini' sees it in none of {len(triplets)}",
     ):
-        api.refuse_other_pictures(said, triplets)
+        api.check_triplets(load_concept(said), triplets)
 
 
 def test_one_picture_that_shows_it_is_enough_wherever_it_lies():
     skulls, fire = Triplets.load("mini:skulls"), Triplets.load("mini:fire")
-    few = Triplets(fire.folder, fire.rows[: 2 * api.LOOKED_AT])
-    with pytest.raises(ConfigError, match=f"none of {2 * api.LOOKED_AT}"):
-        api.refuse_other_pictures("skulls", few)
+    few = Triplets(fire.folder, fire.rows[: 2 * api.JUDGE_BATCH_SIZE])
+    with pytest.raises(ConfigError, match=f"none of {2 * api.JUDGE_BATCH_SIZE}"):
+        api.check_triplets(load_concept("skulls"), few)
 
     class Mixed(Triplets):
         def images(self, i):
             return skulls.images(0) if i == len(self) - 1 else super().images(i)
 
-    api.refuse_other_pictures("skulls", Mixed(few.folder, few.rows))
+    api.check_triplets(load_concept("skulls"), Mixed(few.folder, few.rows))
 
 
 def test_a_judge_that_is_not_here_is_said_and_not_passed_over(monkeypatch):
@@ -44,9 +44,9 @@ def test_a_judge_that_is_not_here_is_said_and_not_passed_over(monkeypatch):
 
     monkeypatch.setattr(api, "load_judge", missing)
     with pytest.warns(
-        api.UncheckedTripletsWarning, match="nobody looked whether the triplets show 'skulls'"
+        api.UncheckedTripletsWarning, match="triplets were not checked"
     ):
-        api.refuse_other_pictures("skulls", Triplets.load("mini:skulls"))
+        api.check_triplets(load_concept("skulls"), Triplets.load("mini:skulls"))
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_a_concept_whose_judge_asks_for_weights_that_only_its_user_can_name_is_t
     own = load_concept("skulls").model_copy(update={"judge": judge, "labels": (label,)})
     with pytest.warns(
         api.UncheckedTripletsWarning,
-        match=f"nobody looked whether the triplets show 'skulls': the judge '{judge}' needs",
+        match=f"triplets were not checked: the judge '{judge}' needs",
     ):
-        api.refuse_other_pictures(own, Triplets.load("mini:skulls"))
+        api.check_triplets(own, Triplets.load("mini:skulls"))
 
 
 def test_pictures_that_nobody_can_judge_are_said_too(monkeypatch):
@@ -74,8 +74,8 @@ def test_pictures_that_nobody_can_judge_are_said_too(monkeypatch):
             return [Detections((), unjudged="dark") for _ in images]
 
     monkeypatch.setattr(api, "load_judge", lambda *args, **kwargs: Blind())
-    with pytest.warns(api.UncheckedTripletsWarning, match="all of them are unjudged"):
-        api.refuse_other_pictures("skulls", Triplets.load("mini:skulls"))
+    with pytest.warns(api.UncheckedTripletsWarning, match="left all images unjudged"):
+        api.check_triplets(load_concept("skulls"), Triplets.load("mini:skulls"))
 
 
 def test_the_library_call_refuses_before_it_trains(make_model):

@@ -256,7 +256,7 @@ def test_a_card_is_never_there_without_its_file(tmp_path):
         write_with_card(out, "text", fail)
     assert list(tmp_path.iterdir()) == []
     card_path(out).write_text("mine")
-    with pytest.raises(FileError, match="exists already"):
+    with pytest.raises(FileError, match="already exists"):
         write_with_card(out, "text", lambda: out.write_text("weights"))
     assert not out.exists()
 

@@ -160,7 +160,7 @@ def test_a_pickle_of_two_vectors_becomes_safetensors_with_the_same_numbers(
         )
     assert convert(source, str(out)) == out
     np.testing.assert_array_equal(load_file(out)[KEY].numpy(), vectors.astype(np.float32))
-    with pytest.raises(FileError, match="exists already"):
+    with pytest.raises(FileError, match="already exists"):
         convert(source, out)
 
 

@@ -13,7 +13,7 @@ from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.selectors import select_parameters
 from safegen.patches.arithmetic import compare, merge, overlapping, warn_of_overlap
 from safegen.patches.patch import Patch, PatchOverlapWarning
-from safegen.workflows.edit import export_folder
+from safegen.workflows.export import export
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_a_conflict_with_an_applied_patch_is_warned_about(make_model, parts, tmp
         first.apply(model),
         pytest.warns(PatchOverlapWarning, match="1 weights are changed by more than one patch"),
     ):
-        export_folder(model, tmp_path / "out", patches=[second])
+        export(model, tmp_path / "out", format="diffusers", patches=[second])
 
 
 def test_conflicting_patches_are_warned_about(parts):

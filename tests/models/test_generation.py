@@ -142,7 +142,7 @@ def test_a_png_stores_its_metadata(tmp_path):
 
 def test_an_existing_png_is_not_overwritten(tmp_path):
     (tmp_path / "0.png").write_text("mine")
-    with pytest.raises(FileError, match="exists already"):
+    with pytest.raises(FileError, match="already exists"):
         save_image(Image.new("RGB", (8, 8)), tmp_path / "0.png", {})
     assert (tmp_path / "0.png").read_text() == "mine"
 

@@ -111,7 +111,7 @@ def test_a_saved_folder_holds_no_pickles_and_no_leftovers(tiny_folder):
 def test_an_existing_output_is_not_overwritten(tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(FileError, match="exists already"):
+    with pytest.raises(FileError, match="already exists"):
         save_folder(tiny_model, tmp_path / "out")
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
         "out",

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.files import atomic_directory
+from safegen.core.files import staged_directory
 from tools.mini.fit import SEED, autocast, fit
 from tools.mini.networks import build_clip, build_tokenizer
 from tools.mini.scenes import CaptionTable, load_scenes, to_unit
@@ -22,7 +22,7 @@ def train_clip(work: Path, *, steps: int = 900) -> None:
     captions = CaptionTable(data)
     folder = work / "pipeline" / "tokenizer"
     if not folder.exists():
-        with atomic_directory(folder) as tmp:
+        with staged_directory(folder, last="tokenizer_config.json") as tmp:
             build_tokenizer(captions.texts[:-1]).save_pretrained(tmp)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(captions.texts, padding="max_length", truncation=True).input_ids)

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from safegen.core.files import swap_directory
+from safegen.core.files import staged_directory
 from safegen.data.triplets.censor import Censor
 from safegen.data.triplets.make import make_triplets
 from safegen.judges.mini import MiniJudge
@@ -55,7 +55,8 @@ def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
     )
     judge = load_file(work / "judge.safetensors")
-    with swap_directory(output / "weights") as staged:
+    shutil.rmtree(output / "weights", ignore_errors=True)
+    with staged_directory(output / "weights", last="pipeline") as staged:
         target = {
             path: staged / path.relative_to(weights)
             for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())
@@ -116,7 +117,7 @@ def build_triplets(work: Path, *, n: int = 100, output: Path = bundle.HERE) -> N
             Censor(tile=3 / 16, padding=0.2),
             labels=(concept,),
         )
-        with swap_directory(destination) as staged:
-            shutil.copytree(fresh, staged, dirs_exist_ok=True)
+        shutil.rmtree(destination, ignore_errors=True)
+        shutil.copytree(fresh, destination)
         skipped = [str(p) for p in result.skipped]
         print(f"{concept}: {len(result.triplets)} triplets; left out: {skipped}", flush=True)

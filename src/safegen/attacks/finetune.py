@@ -274,15 +274,7 @@ def fine_tune(
     """
     config = config.resolve(model.denoiser)
     patches: dict[int, Patch] = {}
-    common: dict[str, Any] = {
-        "method": "fine-tune",
-        "settings": config.model_dump(mode="json"),
-        "description": f"Fine-tuned on {len(dataset.images)} images with the denoising loss.",
-        "base": model.hash,
-        "family": model.family,
-        "data": dataset.hash,
-    }
-    common |= {"parents": model.parents} if model.parents else {}
+    common = _metadata(model, dataset, config)
     with trainable_parameters(
         model, config.selector, rank=config.rank, alpha=None, seed=config.seed
     ) as trainable:
@@ -328,6 +320,19 @@ def fine_tune(
 def patch_path(folder: Path, updates: int) -> Path:
     """Return the path of the patch that `fine_tune` takes after a number of updates."""
     return folder.with_name(f"{folder.name}-{updates}.safetensors")
+
+
+def _metadata(model: Model, dataset: FineTuneDataset, config: FineTuneConfig) -> dict[str, Any]:
+    """Return the metadata that all patches of a fine-tune share."""
+    metadata: dict[str, Any] = {
+        "method": "fine-tune",
+        "settings": config.model_dump(mode="json"),
+        "description": f"Fine-tuned on {len(dataset.images)} images with the denoising loss.",
+        "base": model.hash,
+        "family": model.family,
+        "data": dataset.hash,
+    }
+    return metadata | ({"parents": model.parents} if model.parents else {})
 
 
 def _check_finite(patch: Patch, updates: int, lr: float) -> None:

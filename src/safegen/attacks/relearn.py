@@ -25,9 +25,9 @@ from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
+from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import Role
@@ -143,17 +143,14 @@ def relearn(
     base = Stack(name="base", model=stack.model, config=stack.config)
     if config.modular:
         _check_modular([Patch.load(path) for path in stack.patches])
-    claim_directory(
-        output_dir,
-        {
-            "workflow": "relearn",
-            "config": config.model_dump(mode="json"),
-            "dataset": dataset.to_dict(),
-            "stack": loader.hash(edited),
-            "protocol": protocol.decides(),
-            "device": f"{loader.device}, {loader.dtype}",
-        },
-    )
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "dataset": dataset.to_dict(),
+        "stack": loader.hash(edited),
+        "protocol": protocol.decides(),
+        "device": f"{loader.device}, {loader.dtype}",
+    }
+    claim_directory(output_dir, {"workflow": "relearn"} | settings)
     stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
     if config.modular:
         controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)

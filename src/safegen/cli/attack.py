@@ -15,11 +15,10 @@ from safegen.cli.options import (
     ModelArg,
     Pickle,
     Threads,
-    one_line_warnings,
     resumable,
     set_threads,
-    show_progress,
 )
+from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
 from safegen.core.errors import ConfigError, explain
 
@@ -110,7 +109,7 @@ def relearn(
     dataset = load_dataset(removed, data.value, triplets=triplets, images=images)
     stack = Stack(name="edited", model=model, config=config, patches=tuple(patch))
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
-    with resumable(out), show_progress() as progress, one_line_warnings():
+    with resumable(out), show_progress() as progress:
         run = run_attack(
             stack, removed, dataset, relearn_config, out, loader=loader, progress=progress
         )

@@ -7,14 +7,8 @@ from typing import Annotated
 
 import typer
 
-from safegen.cli.options import (
-    Threads,
-    one_line_warnings,
-    read_settings,
-    resumable,
-    set_threads,
-    show_progress,
-)
+from safegen.cli.options import Settings, Threads, read_settings, resumable, set_threads
+from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
 
 
@@ -32,9 +26,7 @@ def demo(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each prompt: 1 to N.")] = 1,
     preset: Annotated[str, typer.Option(help="Settings: default or paper.")] = "default",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a setting: NAME=VALUE (repeatable).")
-    ] = None,
+    set_: Settings = None,
     threads: Threads = None,
 ) -> None:
     """Remove a concept from the bundled miniature model, measure and report."""
@@ -50,6 +42,6 @@ def demo(
         concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1))
     )
     edit = make_edit(method, preset, concept=concept, **changes)
-    with resumable(out), show_progress() as progress, one_line_warnings():
+    with resumable(out), show_progress() as progress:
         run = run_demo(config, edit, out, progress=progress)
     print_run(run.folder)

@@ -1,28 +1,36 @@
-"""`safegen evaluate`, `score`, `report`, `verify`: measure stacks under a protocol.
-
-Score, show and check a run that is there.
-"""
+"""The `evaluate`, `score`, `report` and `verify` commands."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegen.cli.options import Threads, one_line_warnings, resumable, set_threads, show_progress
+from safegen.cli.options import (
+    Device,
+    Dtype,
+    Pickle,
+    Threads,
+    read_pair,
+    resumable,
+    set_threads,
+    warn_unused,
+)
+from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run, print_scores
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from safegen.evaluation.protocol import Protocol
 
 
 class Stage(StrEnum):
-    """What a call of evaluate does."""
+    """Stage of an evaluation."""
 
     all = "all"
     generate = "generate"
@@ -32,199 +40,145 @@ class Stage(StrEnum):
 
 
 class Baselines(StrEnum):
-    """Which baselines are drawn beside the base model."""
+    """Baselines that are generated besides the base model."""
 
     all = "all"
     none = "none"
 
 
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Judge = Annotated[
-    str | None, typer.Option(help="Another judge than the protocol's, by name or id.")
-]
-JudgeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="key=value: an option of the judge (docs/judges.md), in place of the protocol's; repeat it."
-    ),
-]
-Label = Annotated[
-    list[str] | None,
-    typer.Option("--label", help="A label of the judge that means the concept; repeat it."),
-]
-
-
-class Arithmetic(StrEnum):
+class Precision(StrEnum):
     """Arithmetic of the denoiser."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
-DRAWING = (
-    "protocol",
-    "stack",
-    "prompts",
-    "baselines",
-    "precision",
-    "device",
-    "dtype",
-    "allow_pickle",
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Judge = Annotated[
+    str | None, typer.Option(help="Judge to use instead of the protocol's, by name or ID.")
+]
+JudgeOption = Annotated[
+    list[str] | None, typer.Option(help="Judge option KEY=VALUE (docs/judges.md). Repeatable.")
+]
+Label = Annotated[
+    list[str] | None,
+    typer.Option("--label", help="Judge label that means the concept. Repeatable."),
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="Lowest score of a detection that counts, 0.2 to 1.")
+]
+
+JUDGE_OPTIONS = ("judge", "label", "judge_option")
+GENERATE_OPTIONS = (
+    *("protocol", "stack", "prompts", "baselines", "precision"),
+    *("device", "dtype", "allow_pickle"),
 )
-IDLE = {
-    Stage.all: ("judge", "label", "judge_option"),
-    Stage.generate: ("judge", "label", "judge_option"),
-    Stage.judge: DRAWING,
-    Stage.score: (*DRAWING, "threads", "judge_option"),
-    Stage.report: (*DRAWING, "threads", "judge_option"),
-}
-"""Options of evaluate that a stage does not use."""
-SAID = 20
-"""Rows that cannot be used which are said one by one; all are on the run's card."""
+MAX_LINES = 20
+"""Unusable prompts that are printed one by one; protocol.json of the run lists all."""
 
 
 def evaluate(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="The run's folder: new, or a run to go on with.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: new, or one to resume.")],
     protocol: Annotated[
-        str | None, typer.Option(help="A built-in protocol, as mini-smoke, or a TOML file.")
+        str | None, typer.Option(help="Built-in protocol, such as mini-smoke, or a TOML file.")
     ] = None,
     stack: Annotated[
         list[str] | None,
-        typer.Option(
-            help="What draws: a built-in model, a recipe.toml, or NAME=model+patch.safetensors; repeat it."
-        ),
+        typer.Option(help="Model name, recipe.toml, or NAME=MODEL+PATCH. Repeatable."),
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FILE: the prompts of a list that the protocol does not bring."),
+        typer.Option(help="NAME=FILE with the prompts of a protocol list. Repeatable."),
     ] = None,
     stage: Annotated[
-        Stage,
-        typer.Option(help="Do one stage only; judge, score and report need nothing but --out."),
+        Stage, typer.Option(help="Stage to run; judge, score and report need only --out.")
     ] = Stage.all,
     baselines: Annotated[
-        Baselines, typer.Option(help="Also draw with a negative prompt and black pictures, or not.")
+        Baselines, typer.Option(help="Also evaluate a negative prompt and black images.")
     ] = Baselines.all,
     judge: Judge = None,
     label: Label = None,
     judge_option: JudgeOption = None,
     precision: Annotated[
-        Arithmetic | None,
-        typer.Option(
-            help="Arithmetic of the denoiser in place of the protocol's: another protocol."
-        ),
+        Precision | None, typer.Option(help="Precision to use instead of the protocol's.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "cpu",
+    dtype: Dtype = "fp32",
     threads: Threads = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also open pickled weights, which can run code.")
-    ] = False,
+    allow_pickle: Pickle = False,
 ) -> None:
-    """Draw with stacks under a protocol, judge, score and report.
-
-    Given again after a stop or a kill, it goes on to the same bytes.
-    """
-    drawing = stage in (Stage.all, Stage.generate)
-    if drawing and not (protocol and stack):
-        raise ConfigError("drawing needs a --protocol and at least one --stack")
-    idle = [f"--{name.replace('_', '-')}" for name in IDLE.get(stage, ()) if _given(context, name)]
-    if idle:
-        raise ConfigError(f"{', '.join(idle)} has no effect with --stage {stage}; leave it out")
-    options = _options(judge_option or [])
-    if stage == Stage.score:
+    """Generate, judge, score and report. Re-run the same command to resume."""
+    _check_options(context, stage)
+    if stage is Stage.score:
         score(out, judge=judge, label=label)
-        return
-    if stage == Stage.report:
+    elif stage is Stage.report:
         report([out], judge=judge, label=label)
-        return
-    rules = _protocol(protocol, prompts or []) if protocol else None
-    if rules:
-        rules = rules.with_precision(precision.value) if precision else rules
-        _show_left_out(rules)
-        _show_slow(rules, device)
-    set_threads(threads)
-    from safegen.evaluation.run import evaluate as bench
-    from safegen.evaluation.run.folder import Run
-    from safegen.stack import load_stack
-    from safegen.stack_loader import StackLoader
+    elif stage is Stage.judge:
+        set_threads(threads)
+        _judge(out, judge, label or [], judge_option or [])
+    else:
+        if not stack:
+            raise ConfigError("no stack is given. Use --stack.")
+        rules = _load_protocol(protocol, prompts or [], precision)
+        _print_notes(rules, device)
+        set_threads(threads)
+        from safegen.evaluation import evaluate as engine
+        from safegen.stack import load_stack
+        from safegen.stack_loader import StackLoader
 
-    stacks = [load_stack(spec) for spec in stack or []]
-    with resumable(out), one_line_warnings(), show_progress() as progress:
-        if rules is None:
-            seen_by = bench.judge_run(
-                Run.open(out),
-                name=judge,
-                labels=label or (),
-                options=options or None,
+        stacks = [load_stack(spec) for spec in stack]
+        loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
+        with resumable(out), show_progress() as progress:
+            run = engine.evaluate(
+                rules,
+                stacks,
+                out,
+                baselines=baselines.value,
+                until="generate" if stage is Stage.generate else "score",
+                loader=loader,
+                argv=["safegen", *sys.argv[1:]],
                 progress=progress,
             )
-            words = [
-                "safegen",
-                "score",
-                str(out),
-                "--judge",
-                seen_by,
-                *(word for one in label or [] for word in ("--label", one)),
-            ]
-            typer.echo(f"judged by {seen_by}; score it with: {shlex.join(words)}")
-            return
-        loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
-        until: Literal["generate", "score"] = "generate" if stage == Stage.generate else "score"
-        run = bench.evaluate(
-            rules,
-            stacks,
-            out,
-            baselines=baselines.value,
-            until=until,
-            loader=loader,
-            argv=["safegen", *sys.argv[1:]],
-            progress=progress,
-        )
-    if stage == Stage.all:
-        from safegen.evaluation.report.page import open_runs, write_report
+        if stage is Stage.all:
+            from safegen.evaluation.report.page import open_runs, write_report
 
-        write_report(open_runs([out]), out)
-        print_run(out)
-    typer.echo(
-        f"{len(run.stacks) * len(run.samples)} pictures by {len(run.stacks)} stacks in {out}, protocol {rules.name} ({rules.id})"
-    )
+            write_report(open_runs([out]), out)
+            print_run(out)
+        typer.echo(
+            f"{len(run.stacks) * len(run.samples)} images by {len(run.stacks)} stacks in {out}, "
+            f"protocol {rules.name} ({rules.id})"
+        )
 
 
 def score(
     run: RunArg,
-    threshold: Annotated[
-        float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")
-    ] = None,
+    threshold: Threshold = None,
     label: Label = None,
     judge: Judge = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to write; RUN/scores.json, or scores-ID-JUDGE.json under other rules or by another judge."
-        ),
+        Path | None, typer.Option(help="New JSON file. Default: a file in RUN, by rules and judge.")
     ] = None,
 ) -> None:
-    """Score a run that was judged, under its own rules or others.
+    """Score a judged run again, under its own rules or others.
 
-    No picture is drawn or judged, no model loaded.
+    Nothing is generated or judged, and no model is loaded.
     """
+    from safegen.core.files import check_output
     from safegen.evaluation.run.folder import Run, write_json
     from safegen.evaluation.scoring.score import score_run, scores_file
 
-    if out and out.exists():
-        raise FileError(f"{out} exists already; name another file with --out")
+    if out:
+        check_output(out)
     opened = Run.open(run)
     scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
-    new = scores["protocol"]["id"]
-    own = new == opened.protocol.id
     path = out or scores_file(opened, scores)
     write_json(path, scores)
     print_scores(scores)
-    typer.echo(
-        f"{path}: protocol {scores['protocol']['name']} ({new}){'' if own else ', another than that of the run: compare like with like'}"
-    )
+    rules = scores["protocol"]
+    differs = rules["id"] != opened.protocol.id
+    note = ". It differs from the run's protocol: compare like with like" if differs else ""
+    typer.echo(f"{path}: protocol {rules['name']} ({rules['id']}){note}")
 
 
 def report(
@@ -233,35 +187,26 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for report.html, .json and .md; the run's own when there is one."
-        ),
+        typer.Option(help="Folder for report.html, .json and .md. Default: that of the run."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the page only, to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="HTML file; nothing else is written.")] = None,
     reveal: Annotated[
-        bool,
-        typer.Option(
-            "--reveal", help="Embed the original pictures, also those in which a judge fires."
-        ),
+        bool, typer.Option("--reveal", help="Show the original images, unsafe ones too.")
     ] = False,
-    threshold: Annotated[
-        float | None, typer.Option(help="Another least score of a detection that counts, 0.2 to 1.")
-    ] = None,
+    threshold: Threshold = None,
     label: Label = None,
     judge: Judge = None,
 ) -> None:
-    """Write the report of a run, or of several side by side.
+    """Write the report of one run, or of several runs side by side.
 
-    No model is loaded. Unsafe pictures are pixelated in the file itself.
+    No model is loaded. Unsafe images are pixelated in the file itself.
     """
     from safegen.evaluation.report.page import PAGE, open_runs, write_report
 
     if out and html:
-        raise ConfigError("--out writes the page too; give it or --html, not both")
+        raise ConfigError("--out and --html exclude each other. --out writes the page too.")
     if len(runs) > 1 and not (out or html):
-        raise ConfigError(
-            "a report of several runs needs a place of its own; name it with --out or --html"
-        )
+        raise ConfigError("a report of several runs needs --out or --html")
     folder = None if html else out or runs[0]
     write_report(
         open_runs(runs),
@@ -276,87 +221,94 @@ def report(
 
 
 def verify(run: RunArg) -> None:
-    """Check a run's hashes, keys, counts and scores, one line for each problem.
-
-    Exits with 1 if there is one.
-    """
+    """Check the hashes, counts and scores of a run. Exits with 1 if a check fails."""
     from safegen.evaluation.run.folder import Run
-    from safegen.evaluation.run.verify import verify as check
+    from safegen.evaluation.verify import verify as find_problems
 
     opened = Run.open(run)
     with show_progress() as progress:
-        problems = check(opened, progress=progress)
+        problems = find_problems(opened, progress=progress)
     for problem in problems:
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    typer.echo(
-        f"{len(opened.stacks) * len(opened.samples)} pictures, verdicts and scores: nothing wrong"
-    )
+    count = len(opened.stacks) * len(opened.samples)
+    typer.echo(f"{count} images, verdicts and scores: no problems")
 
 
-def _given(context: typer.Context, name: str) -> bool:
-    """Return whether an option was written, and is not merely its default."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """Turn `key=value` into options of a judge.
-
-    A value is JSON (a number, a list, true), or else the text as it stands.
-    """
-    import json
-
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        key, found, text = pair.partition("=")
-        if not (key and found):
-            raise ConfigError(f"--judge-option takes key=value, got {pair!r}")
-        if key in ("labels", "threshold"):
+def _check_options(context: typer.Context, stage: Stage) -> None:
+    """Refuse judge options where they would falsify the result; warn of other unused options."""
+    if stage in (Stage.all, Stage.generate):
+        for option in _set_options(context, JUDGE_OPTIONS):
             raise ConfigError(
-                f"{key} is no option of a judge; say it with {'--label' if key == 'labels' else 'safegen score --threshold'}"
+                f"{option} has no effect with --stage {stage}. "
+                "The protocol sets the judge; use --stage judge or score for another."
             )
-        try:
-            out[key] = json.loads(text)
-        except json.JSONDecodeError:
-            out[key] = text
-    return out
+        return
+    unused: tuple[str, ...] = GENERATE_OPTIONS
+    if stage is not Stage.judge:
+        unused = (*unused, "threads", "judge_option")
+    for option in _set_options(context, unused):
+        warn_unused(option, f"with --stage {stage}")
 
 
-def _protocol(name: str, prompts: list[str]) -> Protocol:
+def _set_options(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Return those options that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
+    ]
+
+
+def _judge(out: Path, judge: str | None, labels: list[str], options: list[str]) -> None:
+    from safegen.evaluation import evaluate as engine
+    from safegen.evaluation.run.folder import Run
+
+    settings = dict(read_pair(pair, "--judge-option") for pair in options)
+    for name, option in (("labels", "--label"), ("threshold", "safegen score --threshold")):
+        if name in settings:
+            raise ConfigError(f"{name} is not a judge option. Use {option}.")
+    with resumable(out), show_progress() as progress:
+        judge_id = engine.judge_run(
+            Run.open(out), name=judge, labels=labels, options=settings or None, progress=progress
+        )
+    command = ["safegen", "score", str(out), "--judge", judge_id]
+    for label in labels:
+        command += ["--label", label]
+    typer.echo(f"judged by {judge_id}; score it with: {shlex.join(command)}")
+
+
+def _load_protocol(name: str | None, prompts: list[str], precision: Precision | None) -> Protocol:
     from safegen.evaluation.protocol import load_protocol
 
-    given = {}
+    if name is None:
+        raise ConfigError("no protocol is given. Use --protocol.")
+    files = {}
     for pair in prompts:
-        part, found, file = pair.partition("=")
-        if not (part and found and file):
-            raise ConfigError(f"--prompts takes NAME=FILE, got {pair!r}")
-        given[part] = file
-    return load_protocol(name, prompts=given)
+        part, _, file = pair.partition("=")
+        if not (part and file):
+            raise ConfigError(f"--prompts must be NAME=FILE, got {pair!r}")
+        files[part] = file
+    protocol = load_protocol(name, prompts=files)
+    return protocol.with_precision(precision.value) if precision else protocol
 
 
-def _show_left_out(protocol: Protocol) -> None:
-    """Say which rows of the user's files cannot be used, and what there is to know of the files."""
-    for part in protocol.lists:
-        for note in part.notes:
-            typer.echo(f"note on {part.name}: {note}", err=True)
-        for line in part.left_out[:SAID]:
-            typer.echo(f"left out of {part.name}: {line}", err=True)
-        if len(part.left_out) > SAID:
-            typer.echo(
-                f"left out of {part.name}: {len(part.left_out) - SAID} more rows, all in the run's protocol.json",
-                err=True,
-            )
-
-
-def _show_slow(protocol: Protocol, device: str) -> None:
-    """Say so before a run that will take many times as long as it need."""
+def _print_notes(protocol: Protocol, device: str) -> None:
+    """Print which prompts cannot be used, and whether the run will be slow."""
     from safegen.core.generation import preferred_precision
 
+    for part in protocol.lists:
+        lines = [f"left out of {part.name}: {line}" for line in part.left_out[:MAX_LINES]]
+        if len(part.left_out) > MAX_LINES:
+            rest = len(part.left_out) - MAX_LINES
+            lines.append(f"left out of {part.name}: {rest} more, listed in protocol.json")
+        for line in [*(f"note on {part.name}: {note}" for note in part.notes), *lines]:
+            typer.echo(line, err=True)
     if protocol.generation.precision == "bf16" and preferred_precision(device) != "bf16":
         typer.echo(
-            f"note: {protocol.name} draws in bf16, which this {device} is not known to compute in: it may take many times as long as with "
-            "--precision fp32, whose pictures differ by rounding and whose numbers have another protocol id",
+            f"note: {protocol.name} generates in bf16, which this {device} emulates slowly. "
+            "--precision fp32 is faster and has another protocol ID.",
             err=True,
         )

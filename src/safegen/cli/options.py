@@ -1,23 +1,24 @@
-"""What several commands share: options, loading, progress, warnings in a line."""
+"""Options, checks and output that several commands share."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
+import sys
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.core.errors import ConfigError, InterruptedRunError, SafegenWarning
-from safegen.core.progress import ProgressCallback
+from safegen.core.errors import (
+    ConfigError,
+    InterruptedRunError,
+    SafegenWarning,
+    UnusedSettingWarning,
+)
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -25,95 +26,90 @@ if TYPE_CHECKING:
 ModelArg = Annotated[
     str,
     typer.Argument(
-        help="'mini', a diffusers folder, a one-file checkpoint, or hub:owner/name.",
         metavar="MODEL",
-    ),
-]
-Pickle = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle", help="Also open pickled weights, which can run code of whoever made them."
-    ),
-]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        help="For a one-file checkpoint: a diffusers folder of its family, for small files it lacks."
+        help="mini, a diffusers folder, a single-file checkpoint, or hub:owner/name.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
-Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-NoCard = Annotated[bool, typer.Option("--no-card", help="Write no model card.")]
+Dtype = Annotated[str, typer.Option(help="Weight type: fp32, bf16 or fp16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: chosen by torch.")]
+Pickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
+]
+Config = Annotated[
+    Path | None, typer.Option(help="Diffusers folder with the configs of a single-file checkpoint.")
+]
+Patches = Annotated[
+    list[Path] | None, typer.Option("--patch", help="Patch to apply to the model. Repeatable.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Setting to change: NAME=VALUE, training.lr=1e-4. Repeatable."),
+]
+NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
 Metrics = Annotated[
     list[Path] | None,
-    typer.Option(help="Run with metrics of these patches, for the model card (repeatable)."),
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; the library's own choice when not given.")
+    typer.Option(help="Run with metrics of these patches, for the model card. Repeatable."),
 ]
 
 
 def load_model(
-    name: str,
-    patches: Sequence[Path],
-    *,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    allow_pickle: bool,
-    config: Path | None,
+    name: str, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
 ) -> Model:
-    """Load a model and put patches on it; warnings become one line each."""
+    """Return the model that the shared options describe."""
     from safegen.models.loading import load
-    from safegen.patches.patch import Patch
 
     set_threads(threads)
-    read = [Patch.load(path) for path in patches]
-    loaded = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
-    _ = loaded.hash  # of the untouched weights, before any patch
-    with one_line_warnings():
-        for patch in read:
-            patch.apply(loaded)
-    return loaded
+    return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
 
 
-def refuse_idle_metrics(metrics: Sequence[Path] | None, no_card: bool) -> None:
-    """Refuse figures for a card that is not written.
+def check_outputs(out: Path, no_card: bool) -> None:
+    """Raise if a new file or its model card cannot be written; call it before long work."""
+    from safegen.core.files import check_output
 
-    Raises:
-        ConfigError: there are some.
+    check_output(out)
+    if not no_card:
+        check_output(out.with_name(out.name + ".md"))
+
+
+def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """Return `NAME=VALUE` pairs as settings of an edit; a value is JSON or text.
+
+    `GROUP.NAME=VALUE` changes one setting of the preset's group, such as `training.lr=1e-4`.
     """
-    if metrics and no_card:
-        raise ConfigError(
-            "metrics have no effect with --no-card: they go into the card; leave one of the two out"
-        )
+    from safegen.workflows.edit import make_edit
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, value = read_pair(pair, "--set")
+        group, _, setting = name.partition(".")
+        if not setting:
+            settings[name] = value
+            continue
+        values = settings.get(group, make_edit(method, preset).model_dump().get(group))
+        if group in ("adversary", "target") and isinstance(values, str):
+            values = {"name": values}
+        if not isinstance(values, dict):
+            hint = " Choose one first: --set adversary=adv-unlearn." if group == "adversary" else ""
+            raise ConfigError(f"--set {name}: {group!r} has no settings of its own.{hint}")
+        settings[group] = values | {setting: value}
+    return settings
 
 
-@contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Say each warning of ours once, in a line."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", SafegenWarning)
-        yield
-    for message in dict.fromkeys(str(w.message) for w in caught):
-        typer.echo(f"warning: {message}", err=True)
+def read_pair(pair: str, option: str) -> tuple[str, Any]:
+    """Return the name and the value, JSON or text, of `NAME=VALUE`."""
+    name, equals, text = pair.partition("=")
+    if not (name and equals):
+        raise ConfigError(f"{option} must be NAME=VALUE, got {pair!r}")
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, text
 
 
-def set_threads(threads: int | None) -> None:
-    """Let torch use so many threads; None leaves it alone."""
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def quiet() -> None:
-    """Keep the libraries below us from printing; must run before they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+def warn_unused(option: str, reason: str) -> None:
+    """Warn that an option has no effect."""
+    warnings.warn(f"{option} has no effect {reason}", UnusedSettingWarning, stacklevel=2)
 
 
 @contextmanager
@@ -127,122 +123,32 @@ def resumable(out: Path) -> Iterator[None]:
         ) from error
 
 
-class Pace:
-    """How fast a stage goes.
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads of torch; None keeps its default."""
+    if threads:
+        import torch
 
-    Pictures come a batch at a time, so what comes together counts as one sight.
-    """
-
-    TOGETHER, WINDOW = 0.5, 60.0
-    """Seconds: between sights; of the past that counts, or more where sights are rarer."""
-
-    def __init__(self) -> None:
-        self.sights: deque[tuple[float, float, int]] = deque()
-        """When a sight began, when it was last added to, and what was done then."""
-
-    def see(self, done: int, now: float) -> None:
-        """Take down how much is done at a time in seconds."""
-        if self.sights and now - self.sights[-1][0] < self.TOGETHER:
-            self.sights[-1] = (
-                self.sights[-1][0],
-                now,
-                done,
-            )  # at once: the bar is drawn by another thread
-        else:
-            self.sights.append((now, now, done))
-        while len(self.sights) > 2 and now - self.sights[1][1] > self.WINDOW:
-            self.sights.popleft()
-
-    @property
-    def per_second(self) -> float | None:
-        """Return what is done a second; None while there is one sight only."""
-        (_, began, first), (_, ended, last) = self.sights[0], self.sights[-1]
-        return (last - first) / (ended - began) if ended > began else None
+        torch.set_num_threads(threads)
 
 
-@contextmanager
-def show_progress() -> Iterator[ProgressCallback]:
-    """Show a bar with rate and time left for each named stage."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.fields["pace"].per_second
-            return Text(f"{speed:.2f}/s" if speed else "", style="progress.data.speed")
-
-    class Left(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed, rest = task.fields["pace"].per_second, (task.total or 0) - task.completed
-            left = (
-                timedelta(seconds=math.ceil(rest / speed))
-                if speed
-                else None
-                if rest
-                else timedelta()
-            )
-            return Text(
-                f"left {left}" if left is not None else "left -:--:--", style="progress.remaining"
-            )
-
-    bar = Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeElapsedColumn(),
-        Left(),
-        console=Console(stderr=True),
-    )
-    stages: dict[str, tuple[TaskID, Pace]] = {}
-
-    def progress(what: str, done: int, of: int) -> None:
-        if what not in stages:
-            pace = Pace()
-            pace.see(done, time.monotonic())
-            stages[what] = bar.add_task(what, total=of, pace=pace), pace
-        task, pace = stages[what]
-        pace.see(done, time.monotonic())
-        bar.update(task, completed=done)
-
-    with bar:
-        yield progress
+def silence_libraries() -> None:
+    """Keep the libraries below from printing; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def read_settings(method: str, preset: str, pairs: list[str]) -> dict[str, Any]:
-    """Turn `name=value` and `training.name=value` into settings, on top of the preset's own training, or of an adversary that was named."""
-    from safegen.workflows.edit import make_edit
+def show_warnings() -> None:
+    """Print each warning of this package once, in one line; hide those of other libraries."""
+    shown: set[str] = set()
 
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        name, found, text = pair.partition("=")
-        if not found:
-            raise ConfigError(f"--set takes name=value, got {pair!r}")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        outer, _, inner = name.partition(".")
-        if inner:
-            start = out.get(outer, make_edit(method, preset).model_dump().get(outer))
-            if outer in ("adversary", "target") and isinstance(start, str):
-                start = {"name": start}
-            if not isinstance(start, dict):
-                first = (
-                    "; name one first: --set adversary=adv-unlearn" if outer == "adversary" else ""
-                )
-                raise ConfigError(f"--set {name}: {outer!r} has no settings of its own{first}")
-            out[outer] = start | {inner: value}
-        else:
-            out[name] = value
-    return out
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            print(f"warning: {text}", file=sys.stderr)
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", SafegenWarning)
+    warnings.showwarning = show

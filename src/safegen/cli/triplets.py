@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safegen.cli.options import show_progress
+from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError
 from safegen.data.triplets.censor import Censor, Style
 

@@ -77,7 +77,7 @@ class SafegenWarning(UserWarning):
 
 
 class UnusedSettingWarning(SafegenWarning):
-    """Setting that has no effect."""
+    """Setting, concept or guard that has no effect."""
 
 
 def explain(error: ValidationError, settings: type[BaseModel] | None = None) -> str:
@@ -96,7 +96,9 @@ def _explanations(error: ValidationError, settings: type[BaseModel] | None) -> I
         message, kind = detail["msg"].removeprefix("Value error, "), detail["type"]
         _, should, rule = message.partition(" should ")
         if kind == "extra_forbidden":
-            yield str(UnknownNameError("setting", path, setting_names(settings)))
+            group = path.rpartition(".")[0]
+            names = [n for n in setting_names(settings) if n.rpartition(".")[0] == group]
+            yield str(UnknownNameError("setting", path, names))
         elif kind == "missing":
             yield f"{path} is required"
         elif kind == "value_error" or not should:

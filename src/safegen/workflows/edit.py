@@ -1,124 +1,36 @@
-"""The library calls that take names: what the command line does, in one function each."""
+"""Remove a concept from a model: settings, checks and the edit in one call."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, FileError, MissingExtraError, SafegenWarning, explain
-from safegen.core.files import display_name
+from safegen.core.errors import (
+    ConfigError,
+    FileError,
+    MissingExtraError,
+    SafegenWarning,
+    UnusedSettingWarning,
+    explain,
+)
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit, check_inputs
 from safegen.edits.training.config import TrainingCallback
-from safegen.evaluation.report import model_card as cards
 from safegen.judges import judge_images, load_judge
-from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
-from safegen.models.model import AppliedPatch, Model
-from safegen.patches.arithmetic import warn_of_overlap
+from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
-
-def make_edit(
-    method: str, preset: str = "default", *, concept: Concept | str | None = None, **settings: Any
-) -> Edit:
-    """Return a method's settings: a preset, what a concept says of itself (its words, or its captions), some of it changed.
-
-    Raises:
-        UnknownNameError: no such method or preset.
-        ConfigError: a setting is unknown, breaks its rule, or would have no effect.
-    """
-    try:
-        edit: Edit = resolve(EDITS, method, "edit").preset(
-            preset,
-            concept=load_concept(concept) if isinstance(concept, str) else concept,
-            **settings,
-        )
-    except ValidationError as error:
-        raise ConfigError(explain(error, resolve(EDITS, method, "edit"))) from error
-    return edit
-
-
-def refuse_idle_concept(method: str, preset: str, concept: Concept | str, **settings: Any) -> None:
-    """Refuse a concept that changes none of an edit's settings.
-
-    For callers to whom a concept is nothing but a lender of settings. The demo is not one of them:
-    it measures by its concept too.
-
-    Raises:
-        ConfigError: the settings are the same without it.
-    """
-    known = load_concept(concept) if isinstance(concept, str) else concept
-    if make_edit(method, preset, concept=known, **settings) == make_edit(
-        method, preset, **settings
-    ):
-        lends = (
-            "words and captions"
-            if "erase" in resolve(EDITS, method, "edit").model_fields
-            else "captions"
-        )
-        raise ConfigError(
-            f"concept has no effect here: it lends {lends}, and {method} with preset {preset!r} takes none from {known.name!r}; "
-            "leave it out"
-        )
-
-
-LOOKED_AT = 16
-"""Unsafe pictures that are judged at once, until one shows the concept."""
+JUDGE_BATCH_SIZE = 16
+"""Unsafe images that are judged at once, until one of them shows the concept."""
 
 
 class UncheckedTripletsWarning(SafegenWarning):
-    """NoAdversary could look whether triplets show the concept that they are said to show."""
-
-
-def refuse_other_pictures(concept: Concept | str, triplets: Triplets) -> None:
-    """Refuse triplets on whose unsafe side the concept's judge sees it nowhere: they would take out something else.
-
-    The judge looks until it has seen the concept once.
-
-    Raises:
-        ConfigError: it is in none of the pictures that could be judged.
-        FileError: a picture is missing or changed.
-
-    Warns:
-        UncheckedTripletsWarning: the judge cannot be opened here (a library or weights that only its user can
-            name), or could judge no picture.
-    """
-    known = load_concept(concept) if isinstance(concept, str) else concept
-    try:
-        judge = load_judge(known.judge, labels=known.labels, threshold=known.threshold)
-    except (MissingExtraError, FileError, ConfigError) as error:
-        warnings.warn(
-            f"nobody looked whether the triplets show {known.name!r}: {error}",
-            UncheckedTripletsWarning,
-            stacklevel=2,
-        )
-        return
-    judged = 0
-    for start in range(0, len(triplets), LOOKED_AT):
-        part = range(start, min(start + LOOKED_AT, len(triplets)))
-        verdicts = judge_images(judge, [triplets.images(i)[0] for i in part])
-        if "unsafe" in verdicts:
-            return
-        judged += len(verdicts) - verdicts.count("unjudged")
-    if not judged:
-        warnings.warn(
-            f"nobody could see whether the triplets show {known.name!r}: all of them are unjudged",
-            UncheckedTripletsWarning,
-            stacklevel=2,
-        )
-        return
-    raise ConfigError(
-        f"the triplets' unsafe pictures must show the concept {known.name!r}, and judge {known.judge} sees it in none of {judged}; "
-        "name the concept that they show, or make triplets of this one"
-    )
+    """Triplets that no judge could check for the concept."""
 
 
 def edit(
@@ -133,183 +45,128 @@ def edit(
     callback: TrainingCallback | None = None,
     **settings: Any,
 ) -> Patch:
-    """Remove a visual concept from a model and return the change as a patch; the model is not touched.
+    """Remove a visual concept from a model and return the change as a patch.
+
+    The model itself does not change.
 
     Args:
-        model: from `safegen.load`.
-        method: name of an edit.
-        triplets: <unsafe, censored, benign> pictures for a method that learns from them: loaded,
-            their folder or CSV file, or the name of bundled ones such as `mini:skulls`.
-        preset: name of the method's settings to start from; `paper` is the published run.
-        concept: lends its words to methods that erase words, its captions to presets that train
-            with some, and its judge, which looks whether triplets show it; refused where all three
-            are of no use. A name, a TOML file, or loaded.
-        checkpoint_dir: directory for checkpoints and log, for `resume`; for trained edits.
-        resume: continue a stopped run.
-        callback: called after every update with (done, of, row of the log).
-        settings: settings of the method to change.
+        model: model from `safegen.load`.
+        method: name of the edit, such as `safegen`, `esd` or `uce`.
+        triplets: <unsafe, censored, benign> images, for a method that learns from images: a
+            `Triplets`, its folder or CSV file, or a bundled set such as `mini:skulls`.
+        preset: settings to start from; `paper` is the published run.
+        concept: a name, a TOML file or a `Concept`. It supplies the phrases and captions of methods
+            that use them, and the judge that checks the triplets.
+        checkpoint_dir: folder for checkpoints and the log of a method that trains.
+        resume: continue the run that was stopped in `checkpoint_dir`.
+        callback: called after every update with (done, total, row of the log).
+        **settings: settings of the method to change.
+
+    Returns:
+        The new weight values with their provenance. `Patch.apply` puts them on the model.
 
     Raises:
-        UserError: something given cannot be used; the message says what and the way out.
-        DivergedError: a loss became NaN.
-        Stopped: SIGINT or SIGTERM came.
-    """
-    concept = str(concept) if isinstance(concept, Path) else concept
-    if concept is not None and triplets is None:  # of triplets its judge sees whether they show it
-        refuse_idle_concept(method, preset, concept, **settings)
-    recipe = make_edit(method, preset, concept=concept, **settings)
-    check_inputs(recipe, triplets, checkpoint_dir, resume)
-    rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
-    if concept is not None and rows is not None:
-        refuse_other_pictures(concept, rows)
-    return recipe.apply(
-        model,
-        rows,
-        checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-        resume=resume,
-        callback=callback,
-    )
-
-
-def save_patch(
-    patch: Patch, out: str | Path, *, card: bool = True, metrics: Sequence[str | Path] = ()
-) -> None:
-    """Write a patch to a new file, figures in its header too, and its model card beside it (`OUT.md`).
-
-    `Patch.save` alone writes no card.
-
-    Args:
-        patch: the patch.
-        out: the new .safetensors file.
-        card: whether to write the card.
-        metrics: folders of runs with metrics of this very patch.
-
-    Raises:
-        FileError: the file or the card exists or cannot be written, or figures cannot be read;
-            nothing is left then.
-        ConfigError: figures of another patch, or figures and no card.
-    """
-    out, measured = Path(out), [Path(path) for path in metrics]
-    text = _card(cards.CardSubject.of_patch(patch, out.name), card, measured)
-    cards.write_with_card(out, text, lambda: cards.with_metrics(patch, measured).save(out))
-
-
-def export(
-    model: Model,
-    out: str | Path,
-    *,
-    patches: Sequence[Patch] = (),
-    dtype: str = "fp16",
-    card: bool = True,
-    metrics: Sequence[str | Path] = (),
-) -> None:
-    """Write a model as one file in the original layout, provenance and figures in its header, its model card beside it (`OUT.md`).
-
-    Args:
-        model: with or without patches on it; it is given back as it came.
-        out: the new .safetensors file.
-        patches: put on in this order, after those.
-        dtype: type of the weights in the file: fp16, bf16 or fp32.
-        card: whether to write the card.
-        metrics: figures for it, of exactly these patches.
-
-    Raises:
-        ConfigError: `out` has another ending, weights do not fit the type, figures are of other
-            patches, or are given and no card is.
-        FileError: the file or the card exists or cannot be written, or figures cannot be read;
-            nothing is left then.
-        PatchError: a patch does not fit the model.
+        UserError: an argument cannot be used.
+        DivergedError: a loss or a weight became NaN or infinite.
+        InterruptedRunError: SIGINT or SIGTERM stopped the training.
 
     Warns:
-        BaseMismatchWarning: a patch was made on other weights.
-        PatchOverlapWarning: two patches change the same weights.
-        MetadataMismatchWarning: the model's file or folder says what is in it, of weights that it has no more;
-            that is not passed on.
+        UnusedSettingWarning: the concept has no effect.
+        UncheckedTripletsWarning: no judge could check the triplets.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> patch = safegen.edit(model, "safegen", triplets="mini:skulls")
+        >>> safegen.save_patch(patch, "patch.safetensors")
     """
-    from safegen.models.checkpoint.single_file_writer import save_single_file
-
-    out, measured = Path(out), [Path(path) for path in metrics]
-    if out.suffix != ".safetensors":
-        raise ConfigError(
-            f"out must end in .safetensors, which is what is written, got {str(out)!r}"
-        )
-    notes = [
-        f"Weights are {dtype}; figures, where there are some, were taken before they were rounded to it."
-    ]
-    subject = _subject("file", out, model, patches, notes)
-    text, metadata = _card(subject, card, measured), _metadata(subject, model, measured)
-    with _with(model, patches):
-        cards.write_with_card(
-            out, text, lambda: save_single_file(model, out, dtype=dtype, metadata=metadata)
-        )
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    config, rows = prepare_edit(
+        method,
+        preset,
+        triplets=triplets,
+        concept=concept,
+        checkpoint_dir=folder,
+        resume=resume,
+        **settings,
+    )
+    return config.apply(model, rows, checkpoint_dir=folder, resume=resume, callback=callback)
 
 
-def export_folder(
-    model: Model,
-    out: str | Path,
+def prepare_edit(
+    method: str,
+    preset: str = "default",
     *,
-    patches: Sequence[Patch] = (),
-    card: bool = True,
-    metrics: Sequence[str | Path] = (),
-) -> None:
-    """Write a model as a plain diffusers folder; arguments and errors as `export` has them.
+    triplets: Triplets | str | Path | None = None,
+    concept: Concept | str | Path | None = None,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> tuple[Edit, Triplets | None]:
+    """Return the settings and triplets of an edit, checked; no model is needed.
 
-    Provenance and figures are in its safegen.json, the model card is its README.md.
+    Arguments, errors and warnings are those of `edit`.
     """
-    out, measured = Path(out), [Path(path) for path in metrics]
-    subject = _subject("folder", out, model, patches)
-    text, metadata = _card(subject, card, measured), _metadata(subject, model, measured)
-    with _with(model, patches):
-        save_folder(model, out, card=text, metadata=metadata)
-
-
-def _metadata(
-    subject: cards.CardSubject, model: Model, metrics: Sequence[Path]
-) -> CheckpointMetadata:
-    """Return the metadata of a model that is written: all patches in its weights, the oldest first."""
-    earlier = model.verified_metadata
-    records = [
-        PatchRecord.model_validate({"hash": digest, "metadata": entries})
-        for digest, entries in subject.patches
-    ]
-    return CheckpointMetadata(
-        model=earlier.model if earlier else subject.model,
-        base=earlier.base if earlier else model.hash,
-        patches=(*(earlier.patches if earlier else ()), *records),
-        metrics=tuple(subject.read_metrics(path).to_dict() for path in metrics),
-    )
-
-
-def _subject(
-    kind: str, out: Path, model: Model, patches: Sequence[Patch], notes: Sequence[str] = ()
-) -> cards.CardSubject:
-    earlier = model.verified_metadata
-    applied: list[Patch | AppliedPatch] = [*model.patches, *patches]
-    return cards.CardSubject(
-        kind,
-        out.name,
-        display_name(model.name),
-        model.hash,
-        [(p.hash, p.metadata.to_json()) for p in applied],
-        notes,
-        [record.hash for record in earlier.patches] if earlier else [],
-        model.metadata is not None,
-    )
-
-
-def _card(subject: cards.CardSubject, wanted: bool, metrics: Sequence[Path]) -> str | None:
-    if metrics and not wanted:
-        raise ConfigError(
-            "metrics have no effect without a card: they go into it; leave one of the two out"
+    concept = load_concept(str(concept)) if isinstance(concept, str | Path) else concept
+    config = make_edit(method, preset, concept=concept, **settings)
+    check_inputs(config, triplets, checkpoint_dir, resume)
+    rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
+    if concept is not None and rows is not None:
+        check_triplets(concept, rows)
+    elif concept is not None and config == make_edit(method, preset, **settings):
+        warnings.warn(
+            f"concept {concept.name!r} has no effect on {method} with preset {preset!r}",
+            UnusedSettingWarning,
+            stacklevel=3,
         )
-    return cards.model_card(subject, metrics) if wanted else None
+    return config, rows
 
 
-@contextmanager
-def _with(model: Model, patches: Sequence[Patch]) -> Iterator[None]:
-    """Keep patches on a model for a while."""
-    warn_of_overlap([*model.patches, *patches])
-    with ExitStack() as on:
-        for patch in patches:
-            on.enter_context(patch.apply(model))
-        yield
+def make_edit(
+    method: str, preset: str = "default", *, concept: Concept | str | None = None, **settings: Any
+) -> Edit:
+    """Return the settings of an edit: a preset, the defaults of a concept, and changes.
+
+    Raises:
+        UnknownNameError: no such method, preset or concept.
+        ConfigError: a setting is unknown or breaks its rule.
+    """
+    config_class: type[Edit] = resolve(EDITS, method, "edit")
+    concept = load_concept(concept) if isinstance(concept, str) else concept
+    try:
+        return config_class.preset(preset, concept=concept, **settings)
+    except ValidationError as error:
+        raise ConfigError(explain(error, config_class)) from error
+
+
+def check_triplets(concept: Concept, triplets: Triplets) -> None:
+    """Raise if no unsafe image shows the concept; the edit would remove something else.
+
+    Raises:
+        ConfigError: no image that could be judged shows the concept.
+        FileError: an image is missing or changed.
+
+    Warns:
+        UncheckedTripletsWarning: the judge cannot be loaded, or all images are unjudged.
+    """
+    try:
+        judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    except (MissingExtraError, FileError, ConfigError) as error:
+        _warn_unchecked(str(error))
+        return
+    judged = 0
+    for start in range(0, len(triplets), JUDGE_BATCH_SIZE):
+        batch = range(start, min(start + JUDGE_BATCH_SIZE, len(triplets)))
+        verdicts = judge_images(judge, [triplets.images(i)[0] for i in batch])
+        if "unsafe" in verdicts:
+            return
+        judged += len(verdicts) - verdicts.count("unjudged")
+    if judged:
+        raise ConfigError(
+            f"unsafe images of the triplets must show {concept.name!r}, but judge "
+            f"{concept.judge!r} sees it in none of {judged}. Choose another concept or triplets."
+        )
+    _warn_unchecked(f"judge {concept.judge!r} left all images unjudged")
+
+
+def _warn_unchecked(reason: str) -> None:
+    warnings.warn(f"triplets were not checked: {reason}", UncheckedTripletsWarning, stacklevel=4)

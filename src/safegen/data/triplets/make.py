@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import check_new_directory, check_writable, staged_directory
+from safegen.core.files import check_output, staged_directory
 from safegen.core.progress import ProgressCallback, no_progress, track
 from safegen.core.registry import expand_labels
 from safegen.data.images import is_contact_sheet, read_image, size_error
@@ -79,10 +79,9 @@ def make_triplets(
     """
     unsafe, output = Path(unsafe).absolute(), Path(output).absolute()
     rule = _DetectionRule(judge, frozenset(expand_labels(labels)), threshold)
-    check_new_directory(output, last=MANIFEST)
+    check_output(output, last=MANIFEST)
     if not output.parent.is_dir():
         raise FileError(f"{output} cannot be written: {output.parent} does not exist. Create it.")
-    check_writable(output)
     benign = None if benign is None else Path(benign).absolute()
     unsafe_images, benign_paths, skipped = _select_images(unsafe, benign, rule, progress)
     rows: list[Triplet] = []

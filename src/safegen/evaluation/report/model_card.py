@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safegen._version import __version__
-from safegen.core.errors import FileError
 from safegen.core.files import atomic_write
 from safegen.evaluation.report.format import plain_text
 from safegen.evaluation.report.model_index import ModelIndex, read_metrics
@@ -94,18 +93,6 @@ def with_metrics(patch: Patch, metrics: Sequence[Path]) -> Patch:
 def card_path(path: Path) -> Path:
     """Return the path of a file's model card."""
     return path.with_name(path.name + ".md")
-
-
-def check_card_path(path: Path) -> None:
-    """Check that a file's model card does not exist yet.
-
-    Raises:
-        FileError: it does.
-    """
-    if card_path(path).exists():
-        raise FileError(
-            f"{card_path(path)} exists already. Name another file, remove it, or use --no-card."
-        )
 
 
 def write_with_card(path: Path, text: str | None, save: Callable[[], None]) -> None:

@@ -61,7 +61,7 @@ def prepare(
     if out.exists() and (
         not out.is_dir() or any(p.name not in own and ".tmp-" not in p.name for p in out.iterdir())
     ):
-        raise FileError(f"{out} exists already and is not a run. Name another directory with --out")
+        raise FileError(f"{out} already exists and is not a run. Name another directory with --out")
     out.mkdir(parents=True, exist_ok=True)
     write_plan(out, samples, {part.name for part in protocol.lists if part.unsafe})
     write_json(out / CARD, card.model_dump(mode="json"))  # last: a directory with a card is a run

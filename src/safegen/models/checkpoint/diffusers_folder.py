@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from safegen.core.errors import FileError, first_line
-from safegen.core.files import atomic_directory, exists
+from safegen.core.files import exists, staged_directory
 from safegen.core.logging import silence_libraries
 from safegen.models.checkpoint import configs
 from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
@@ -149,7 +149,7 @@ def save_folder(
     Raises:
         FileError: `path` exists or cannot be written.
     """
-    with atomic_directory(Path(path)) as tmp:
+    with staged_directory(Path(path), last="model_index.json") as tmp:
         try:
             _save_pipeline(model, tmp)
         except Exception as error:

@@ -1,0 +1,75 @@
+"""The `export` command."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safegen.cli.options import (
+    Config,
+    Metrics,
+    ModelArg,
+    NoCard,
+    Patches,
+    Pickle,
+    check_outputs,
+    load_model,
+)
+
+
+class Format(StrEnum):
+    """Layout of an exported model."""
+
+    single_file = "single-file"
+    diffusers = "diffusers"
+
+
+def export(
+    model: ModelArg,
+    out: Annotated[Path, typer.Option(help="New .safetensors file, or new folder.")],
+    patch: Patches = None,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="single-file for A1111 and ComfyUI, or a diffusers folder."),
+    ] = Format.single_file,
+    dtype: Annotated[
+        str | None, typer.Option(help="Weight type of a single file: fp16 (default), bf16 or fp32.")
+    ] = None,
+    metrics: Metrics = None,
+    no_card: NoCard = False,
+    config: Config = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write a model with its patches as one checkpoint file or as a diffusers folder.
+
+    A1111, ComfyUI and InvokeAI open the file; `from_pretrained` opens the folder.
+    """
+    is_file = format_ is Format.single_file
+    check_outputs(out, no_card or not is_file)
+    from safegen.patches.patch import Patch
+    from safegen.workflows.export import check_suffix
+    from safegen.workflows.export import export as export_model
+
+    check_suffix(out, format_.value)
+    patches = [Patch.load(path) for path in patch or []]
+    loaded = load_model(model, "cpu", "fp32", None, allow_pickle, config)
+    export_model(
+        loaded,
+        out,
+        format=format_.value,
+        patches=patches,
+        dtype=dtype,
+        card=not no_card,
+        metrics=metrics or (),
+    )
+    files = [out] if is_file else [path for path in out.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files) / 1e6
+    typer.echo(f"{out}: {size:.1f} MB, {len(patches)} patches applied")
+    for change in patches:
+        typer.echo(f"patch {change.hash[:12]}: {change.describe_change(loaded)}")
+    if not is_file:
+        pipeline = type(loaded.pipeline).__name__
+        typer.echo(f"load it with {pipeline}.from_pretrained({str(out)!r})")

@@ -1,0 +1,154 @@
+"""Write patches and whole models to disk, each with its model card."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, get_args
+
+from safegen.core.errors import ConfigError, UnusedSettingWarning
+from safegen.core.files import display_name
+from safegen.evaluation.report import model_card as cards
+from safegen.models.checkpoint.diffusers_folder import save_folder
+from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
+from safegen.models.checkpoint.single_file_writer import save_single_file
+from safegen.models.model import AppliedPatch, Model
+from safegen.patches.arithmetic import warn_of_overlap
+from safegen.patches.patch import Patch
+
+ExportFormat = Literal["single-file", "diffusers"]
+
+
+def save_patch(
+    patch: Patch, out: str | Path, *, card: bool = True, metrics: Sequence[str | Path] = ()
+) -> None:
+    """Write a patch to a new file, and its model card to `OUT.md`.
+
+    Args:
+        patch: the patch.
+        out: the new .safetensors file.
+        card: whether to write the card.
+        metrics: folders with results of this patch, for the card and the header of the file.
+
+    Raises:
+        FileError: the file or the card exists or cannot be written, or a result cannot be read.
+            Nothing is written then.
+        ConfigError: the results are of another patch.
+    """
+    out, results = Path(out), [Path(path) for path in metrics]
+    text = cards.model_card(cards.CardSubject.of_patch(patch, out.name), results) if card else None
+    cards.write_with_card(out, text, lambda: cards.with_metrics(patch, results).save(out))
+
+
+def export(
+    model: Model,
+    out: str | Path,
+    *,
+    format: ExportFormat = "single-file",
+    patches: Sequence[Patch] = (),
+    dtype: str | None = None,
+    card: bool = True,
+    metrics: Sequence[str | Path] = (),
+) -> None:
+    """Write a model with its patches as one checkpoint file or as a diffusers folder.
+
+    The file or folder carries the provenance of the patches. The model itself does not change.
+
+    Args:
+        model: model from `safegen.load`, with or without patches.
+        out: the new .safetensors file or the new folder.
+        format: `single-file` for A1111, ComfyUI and InvokeAI, or `diffusers` for a folder.
+        patches: applied in this order, after those that the model has.
+        dtype: weight type of a single file: fp16 (the default), bf16 or fp32.
+        card: whether to write a model card: `OUT.md`, or README.md in the folder.
+        metrics: folders with results of exactly these patches, for the card and the metadata.
+
+    Raises:
+        ConfigError: `out` has another ending, a weight does not fit `dtype`, or the results are of
+            other patches.
+        FileError: the output exists or cannot be written, or a result cannot be read. Nothing is
+            written then.
+        PatchError: a patch does not fit the model.
+
+    Warns:
+        BaseMismatchWarning: a patch was made on other weights.
+        PatchOverlapWarning: two patches change the same weights.
+        MetadataMismatchWarning: the model's metadata do not match its weights and are left out.
+        UnusedSettingWarning: `dtype` is given for a diffusers folder.
+
+    Example:
+        >>> safegen.export(model, "safe.safetensors", patches=[patch])
+        >>> safegen.export(model, "safe", format="diffusers", patches=[patch])
+    """
+    out, results = Path(out), [Path(path) for path in metrics]
+    if format not in get_args(ExportFormat):
+        raise ConfigError(f"format must be single-file or diffusers, got {format!r}")
+    is_file = format == "single-file"
+    check_suffix(out, format)
+    if dtype is not None and not is_file:
+        warnings.warn(
+            "dtype has no effect on a diffusers folder, which keeps the types of the weights",
+            UnusedSettingWarning,
+            stacklevel=2,
+        )
+    notes = [f"Weights are {dtype or 'fp16'}. Results were measured before this conversion."]
+    subject = _card_subject(model, out, "file" if is_file else "folder", patches, notes * is_file)
+    text = cards.model_card(subject, results) if card else None
+    metadata = _metadata(model, subject, results)
+    warn_of_overlap([*model.patches, *patches])
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch.apply(model))
+        if is_file:
+            cards.write_with_card(
+                out,
+                text,
+                lambda: save_single_file(model, out, dtype=dtype or "fp16", metadata=metadata),
+            )
+        else:
+            save_folder(model, out, card=text, metadata=metadata)
+
+
+def check_suffix(out: Path, format: ExportFormat) -> None:
+    """Raise ConfigError if a single file does not end in .safetensors."""
+    if format == "single-file" and out.suffix != ".safetensors":
+        raise ConfigError(
+            f"out must end in .safetensors, got {str(out)!r}. "
+            "Use format 'diffusers' to write a folder."
+        )
+
+
+def _card_subject(
+    model: Model, out: Path, kind: str, patches: Sequence[Patch], notes: Sequence[str]
+) -> cards.CardSubject:
+    earlier = model.verified_metadata
+    applied: list[Patch | AppliedPatch] = [*model.patches, *patches]
+    return cards.CardSubject(
+        kind,
+        out.name,
+        display_name(model.name),
+        model.hash,
+        [(patch.hash, patch.metadata.to_json()) for patch in applied],
+        notes,
+        [record.hash for record in earlier.patches] if earlier else [],
+        model.metadata is not None,
+    )
+
+
+def _metadata(
+    model: Model, subject: cards.CardSubject, results: Sequence[Path]
+) -> CheckpointMetadata:
+    """Return the metadata of the exported model and of all patches in its weights."""
+    earlier = model.verified_metadata
+    records = [
+        PatchRecord.model_validate({"hash": digest, "metadata": entries})
+        for digest, entries in subject.patches
+    ]
+    return CheckpointMetadata(
+        model=earlier.model if earlier else subject.model,
+        base=earlier.base if earlier else model.hash,
+        patches=(*(earlier.patches if earlier else ()), *records),
+        metrics=tuple(subject.read_metrics(path).to_dict() for path in results),
+    )
