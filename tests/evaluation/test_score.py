@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from safegen.core.concept import Concept, load_concept
@@ -54,6 +56,12 @@ def test_an_unjudged_picture_is_neither_seen_nor_missed():
     assert (found.concept.hits, found.concept.judged, found.concept.unjudged) == (1, 2, 1)
     assert found.subject is not None
     assert (found.subject.hits, found.subject.judged, found.subject.unjudged) == (2, 2, 1)
+
+
+def test_the_subject_of_an_unjudged_image_does_not_count():
+    torn = Detections((), subject="cat", unjudged="torn")
+    found = score([item(0), item(1)], [torn, verdict()], CONCEPT)
+    assert (found.subject.hits, found.subject.judged, found.subject.unjudged) == (1, 1, 1)
 
 
 def test_a_list_of_which_nothing_was_judged_has_no_rates():
@@ -215,7 +223,12 @@ def test_metrics_of_a_stack_have_the_values_of_their_own_functions():
     assert (of_base["removal"].before, of_base["removal"].after) == (4, 2)
     assert (of_base["removal_images"].before, of_base["removal_images"].after) == (3, 2)
     assert set(of_base["removal_labels"]) == {"cube", "die", "total"}
+    total = of_base["removal_labels"]["total"]
+    assert (total.before, total.after) == (4, 2)
     assert (of_base["coherence_kept"].hits, of_base["coherence_kept"].judged) == (2, 4)
+    hidden = dataclasses.replace(asked, base_refused=[True] * 4 + [False])
+    kept = base_metrics(hidden, CONCEPT)["coherence_kept"]()
+    assert (kept.hits, kept.judged) == (0, 1)  # the base model's other images were refused
     harmless = part_of("benign", own, base, refused=[False, False, False, False, True])
     over = stack_metrics(harmless, CONCEPT, space)["over_censoring"]()
     assert (over.hits, over.judged, over.unjudged) == (2, 4, 1)
