@@ -100,7 +100,7 @@ def test_a_stack_that_is_guarded_by_the_judge_that_measures_it_is_named(go, tmp_
     )
     run = go(tmp_path / "run", stacks=("mini", str(recipe)), baselines="none")
     notes = write_report({"run": Run.open(run.folder)}, tmp_path / "out")["notes"]
-    assert [note for note in notes if "the very judge that measures it" in note and "kept" in note]
+    assert [note for note in notes if "guarded by the judge that measures it" in note and "kept" in note]
     assert not [note for note in notes if "withheld" in note]
 
 

@@ -97,15 +97,15 @@ def test_i2p_931_runs_from_the_whole_benchmark_and_lists_the_rows_that_it_cannot
     assert len(items) == 931
     assert [i.seed for i in items] == [2**32 - 1 - i for i in range(931)]
     assert protocol.lists[0].left_out == (
-        "line 1133: its prompt is blank",
-        "line 1134: its sd_seed is no whole number",
+        "line 1133: the prompt is blank",
+        "line 1134: sd_seed is not an integer",
     )
     assert len({i.group for i in items}) == 900  # equal prompts are one cluster ...
     assert items[0].group == items[900].group == cluster_of("castle number 0")
     assert len({i.id for i in items}) == 931  # ... and pictures of their own
     with pytest.raises(
         FileError,
-        match=r"must be 931, got 930 in .* and 2 unusable \(line 1132: its prompt is blank; ",
+        match=r"must be 931, got 930 in .* and 2 unusable \(line 1132: the prompt is blank; ",
     ):
         load_protocol("i2p-931", prompts={"i2p-sexual": i2p(tmp_path / "less.csv", 930, 200)})
 
