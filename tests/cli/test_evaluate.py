@@ -34,7 +34,9 @@ def few(tmp_path):
     from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
     path = tmp_path / "few.toml"
-    path.write_text(PROTOCOL.replace("HASH", hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows)))
+    path.write_text(
+        PROTOCOL.replace("HASH", hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows))
+    )
     return path
 
 

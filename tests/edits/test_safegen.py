@@ -737,7 +737,7 @@ def test_the_judge_of_a_concept_checks_triplets(tiny_model, why):
         "training": {"updates": 1, "batch": 1, "warmup": 0, "accumulation": 1},
     } | IDLE[why]
     with pytest.raises(
-        ConfigError, match=r"must show the concept 'skulls', and judge mini sees it in none of 100"
+        ConfigError, match=r"must show 'skulls', but judge 'mini' sees it in none of 100"
     ) as caught:
         edit_model(tiny_model, triplets="mini:fire", **settings)
     assert "\n" not in str(caught.value)

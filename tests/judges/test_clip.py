@@ -129,7 +129,7 @@ def test_the_id_depends_on_weights_and_prompts_only(judge):
     other = load_judge("clip", weights="mini", unsafe=PROMPTS["safe"], safe=PROMPTS["unsafe"])
     assert same.id == judge.id
     assert other.id != judge.id
-    assert other.id.split(":")[1] == judge.id.split(":")[1] == judge.pipeline_hash[:16]
+    assert other.id.split(":")[1] == judge.id.split(":")[1] == judge.weights_hash[:16]
     assert (
         load_judge("clip", weights="mini", threshold=0.9, **PROMPTS).id == judge.id
     )  # the threshold does not change the detections

@@ -110,7 +110,7 @@ def test_a_higher_threshold_flags_fewer_images(judge):
 def test_the_id_depends_on_the_weights_and_the_vectors(judge, vectors, tmp_path):
     save_file({KEY: vectors.flip(0).contiguous()}, tmp_path / "other.safetensors")
     other = load_judge("q16", weights="mini", prompts=tmp_path / "other.safetensors")
-    assert judge.id.split(":")[:2] == other.id.split(":")[:2] == ["q16", judge.pipeline_hash[:16]]
+    assert judge.id.split(":")[:2] == other.id.split(":")[:2] == ["q16", judge.weights_hash[:16]]
     assert judge.id != other.id
     assert judge.prompts_sha256 != other.prompts_sha256
 

@@ -99,9 +99,9 @@ class Q16Judge:
             )
         self._vectors = vectors.to(device)
         self._preprocess = ClipPreprocessor(folder, self._tower.config.image_size)
-        self.pipeline_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
+        self.weights_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
         settings = [digest, self._preprocess.settings]
-        self.id = f"q16:{self.pipeline_hash[:16]}:{hash_settings(settings)}"
+        self.id = f"q16:{self.weights_hash[:16]}:{hash_settings(settings)}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""

@@ -87,9 +87,9 @@ class SafetyCheckerJudge:
         self.threshold, self._adjustment = threshold, adjustment
         image_size = self._checker.config.vision_config.image_size
         self._preprocess = ClipPreprocessor(processor_folder, image_size)
-        self.pipeline_hash = hash_tensors(self._checker.state_dict())
+        self.weights_hash = hash_tensors(self._checker.state_dict())
         settings = [adjustment, self._preprocess.settings]
-        self.id = f"sd-safety-checker:{self.pipeline_hash[:16]}:{hash_settings(settings)}"
+        self.id = f"sd-safety-checker:{self.weights_hash[:16]}:{hash_settings(settings)}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
