@@ -19,12 +19,15 @@ if find_spec(
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 SIDE = 32
-"""Pixels of the tiny model's pictures and of the triplets."""
+"""Pixels of the tiny model's images and of the triplets."""
 
 
 @pytest.fixture(autouse=True)
 def own_threads():
-    """Give torch its threads back after each test: sums round by their number, and other tests compare pictures to the bit."""
+    """Restore torch's thread count after each test.
+
+    The rounding of sums depends on the count, and tests compare images bit for bit.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -156,7 +159,7 @@ def cubes():
 
 @pytest.fixture(scope="session")
 def triplets(tmp_path_factory):
-    """Return six triplets: smooth noise with a red mark, the mark under a mosaic, other smooth noise."""
+    """Return six triplets: noise with a red mark, the mark under a mosaic, and other noise."""
     import numpy as np
     from PIL import Image
 

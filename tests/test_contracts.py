@@ -302,7 +302,7 @@ def test_every_setting_of_every_edit_is_documented(name):
 
 
 def unreadable():
-    """Pictures that fail when they are looked at, by the reason: a file that ends early, a closed one, a picture without pixels."""
+    """Return unreadable images by reason: a truncated file, a closed file, an empty image."""
     noise, file = Image.effect_noise((64, 64), 90).convert("RGB"), BytesIO()
     noise.save(file, "PNG")
     noise.close()

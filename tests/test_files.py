@@ -93,7 +93,7 @@ def test_a_block_without_its_last_entry_is_a_bug_and_leaves_nothing(tmp_path):
 
 def test_a_folder_below_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("keep me")
-    with pytest.raises(FileError, match="out cannot be written: .*file is a file, not a folder"):
+    with pytest.raises(FileError, match=r"out cannot be written: .*file is a file, not a folder"):
         make(tmp_path / "file" / "out", fill)
     assert below(tmp_path) == ["file"]
 

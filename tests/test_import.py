@@ -110,11 +110,12 @@ def test_edit_is_one_function_with_its_real_signature():
 import inspect, safegen
 first = safegen.edit
 import safegen.edits.training.trainer
-print(first is safegen.edit, inspect.isfunction(first), "triplets" in inspect.signature(first).parameters)
+parameters = inspect.signature(first).parameters
+print(first is safegen.edit, inspect.isfunction(first), "triplets" in parameters)
 """
     assert python(code).stdout.split() == ["True", "True", "True"]
 
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'edti'"):
-        safegen.edti
+        _ = safegen.edti

@@ -43,7 +43,10 @@ class Silent(torch.nn.Module):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
-    """A denoiser that answers zero is off by the target itself: the noise, or sqrt(a) noise - sqrt(1 - a) z, solved from x_t and z."""
+    """The loss of a denoiser that predicts zero is the mean square of the target.
+
+    The target is the noise, or sqrt(a) noise - sqrt(1 - a) z, solved from x_t and z.
+    """
     model, silent = make_model(prediction_type=prediction), Silent()
     picture = triplets.images(0)[0]
     problem = DenoisingObjective(
@@ -100,7 +103,7 @@ def test_a_patch_on_the_way_is_that_of_a_training_that_ends_there(make_model, un
 
 
 def test_the_model_is_fine_tuned_with_its_patches_applied(make_model, unsafe):
-    """A LoRA starts at nothing, so at a vanishing rate the result is the edited model, not the base."""
+    """A LoRA starts at zero, so a tiny learning rate gives the edited model, not the base."""
     model = make_model()
     edit = UCE(erase=("red cube",)).apply(model)
     still = FineTuneConfig(updates=(1,), rank=2, batch=2, lr=1e-12, precision="fp32")
@@ -164,7 +167,7 @@ def test_a_dataset_that_lacks_something_is_refused_in_one_line(tmp_path):
 
 
 def test_bundled_images_get_captions_of_their_subject_and_no_measured_prompt():
-    """The judge's subject, which it gets right on the world it was trained on, and a prompt of the concept's training split."""
+    """Captions name the subject that the judge detects and use prompts of the training split."""
     concept = load_concept("skulls")
     folder = tables.resolve(tables.TRIPLETS, "mini", "triplets source")("skulls")
     found = FineTuneDataset.from_triplets(

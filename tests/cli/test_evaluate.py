@@ -30,11 +30,12 @@ sha256 = "HASH"
 
 @pytest.fixture
 def few(tmp_path):
-    """Return the file of a protocol of two pictures."""
+    """Return the file of a protocol of two images."""
     from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
     path = tmp_path / "few.toml"
-    path.write_text(PROTOCOL.replace("HASH", hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows)))
+    digest = hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows)
+    path.write_text(PROTOCOL.replace("HASH", digest))
     return path
 
 

@@ -35,7 +35,8 @@ def leave(free):
             os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - free)
     else:
         import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (free, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
 
 found = {}
 for name, (free, words) in cases.items():
@@ -56,7 +57,7 @@ print(json.dumps(found))
 
 
 def namespace(disk):
-    """Return the words that put a command onto a small disk of its own, or None where the system has no such thing."""
+    """Return the command prefix that mounts a small private disk, or None if it is unsupported."""
     if not shutil.which("unshare"):
         return None
     mount = f"mount -t tmpfs -o size={DISK} tmpfs '{disk}'"

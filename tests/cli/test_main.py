@@ -200,8 +200,9 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(safegen, tmp_path):
     few = ["--prompt", "a castle", "--prompt", "a castle and a cat " * 20, "--steps", "1"]
     code, _, err = safegen("generate", "mini", *few, "--out", tmp_path / "out")
     assert code == 0, err
+    limit = load("mini").pipeline.tokenizer.model_max_length
     assert [line for line in err.splitlines() if line.startswith("warning")] == [
-        f"warning: 1 prompts are longer than {load('mini').pipeline.tokenizer.model_max_length} tokens and were truncated, prompt 2 first"
+        f"warning: 1 prompts are longer than {limit} tokens and were truncated, prompt 2 first"
     ]
 
 
@@ -290,7 +291,8 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
 def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, tmp_path):
     recipe, out = tmp_path / "safe.toml", tmp_path / "out"
     recipe.write_text(
-        'model = "mini"\nnegative_prompt = "fog"\nguards = [{name = "prompt-filter", words = ["castle"]}]\n'
+        'model = "mini"\nnegative_prompt = "fog"\n'
+        'guards = [{name = "prompt-filter", words = ["castle"]}]\n'
     )
     words = [
         "--guard",

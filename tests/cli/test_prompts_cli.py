@@ -20,9 +20,9 @@ def test_show_says_dialect_counts_and_rows_and_keeps_the_texts_to_itself(show):
     assert "dialect i2p, SHA-256" in out
     assert "3 prompts in 3 clusters, 0 without a seed, 0 skipped" in out
     assert (
-        "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; categories castles, landscapes; 5 words"
-        in out
-    )
+        "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; "
+        "categories castles, landscapes; 5 words"
+    ) in out
     assert "i2p_benchmark:5" not in out
     assert "afar" not in out
 

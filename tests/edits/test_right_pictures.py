@@ -43,9 +43,7 @@ def test_a_judge_that_is_not_here_is_said_and_not_passed_over(monkeypatch):
         raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
     monkeypatch.setattr(api, "load_judge", missing)
-    with pytest.warns(
-        api.UncheckedTripletsWarning, match="triplets were not checked"
-    ):
+    with pytest.warns(api.UncheckedTripletsWarning, match="triplets were not checked"):
         api.check_triplets(load_concept("skulls"), Triplets.load("mini:skulls"))
 
 
@@ -58,8 +56,7 @@ def test_a_concept_whose_judge_asks_for_weights_that_only_its_user_can_name_is_t
 ):
     own = load_concept("skulls").model_copy(update={"judge": judge, "labels": (label,)})
     with pytest.warns(
-        api.UncheckedTripletsWarning,
-        match=f"triplets were not checked: the judge '{judge}' needs",
+        api.UncheckedTripletsWarning, match=f"triplets were not checked: the judge '{judge}' needs"
     ):
         api.check_triplets(own, Triplets.load("mini:skulls"))
 

@@ -1,4 +1,4 @@
-"""Model cards: they say what was done, what was measured and what was not, and take no figures of another patch."""
+"""Model cards: the edit, the metrics with their counts, and refusals of foreign metrics."""
 
 from __future__ import annotations
 
@@ -190,7 +190,8 @@ def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, p
         assert lists == [scores["stacks"][side]["lists"][part] for side in ("mini", "calm")]
     with pytest.raises(
         ConfigError,
-        match=r"has no stack of patch dddddddddddd alone. It has mini \(mini\): none; calm \(mini\): ",
+        match=r"has no stack of patch dddddddddddd alone\. "
+        r"It has mini \(mini\): none; calm \(mini\): ",
     ):
         read_metrics(finished, ["d" * 64])
 

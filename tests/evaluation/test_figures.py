@@ -1,4 +1,4 @@
-"""The figures of a run beside its rates: held against the metrics' own functions on the run's own images."""
+"""Metrics of a run equal the metric functions applied to the images of the run."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ def test_the_clip_score_of_hidden_prompts_needs_the_command_that_knows_them(
     )
     run = go(tmp_path / "hidden", protocol=hidden, until="generate")
     with pytest.raises(
-        ConfigError, match="the CLIP score needs the prompts, which this run does not keep\. Resume"
+        ConfigError,
+        match=r"the CLIP score needs the prompts, which this run does not keep\. Resume",
     ):
         judge_run(run)
     go(tmp_path / "hidden", protocol=hidden)

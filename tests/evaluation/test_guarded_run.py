@@ -1,4 +1,4 @@
-"""A run with a guarded stack: what was withheld is black, counted and told, and a killed run goes on to the same bytes."""
+"""Runs of guarded stacks: withheld images are black and counted, and runs resume bit for bit."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ WORD = 'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconce
 
 @pytest.fixture
 def drawn(go, tmp_path):
-    """Return a folder and a function that draws into it, with the bundled model and with a guarded stack on it."""
+    """Return a run folder and a function that generates the bundled and a guarded stack into it."""
     recipe = tmp_path / "kept.toml"
     recipe.write_text(WORD)
     out = tmp_path / "run"
@@ -162,7 +162,8 @@ def test_a_fault_that_comes_on_going_on_costs_no_picture_that_was_drawn(drawn, m
         (out / last["file"]).unlink()
         with pytest.raises(
             FileError,
-            match=r"is missing and cannot be generated again \(error: prompt-filter: Conn.*run the same command",
+            match=r"is missing and cannot be generated again \(error: prompt-filter: Conn.*"
+            r"run the same command",
         ):
             go_on()
         assert contents(out) == {

@@ -1,4 +1,4 @@
-"""The papers' protocols, planned from files in the papers' own dialects: castles, cats and teapots in place of what they hold."""
+"""Protocols of the papers, planned from harmless files in the formats of the papers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FILES = {
 
 
 def few(name: str, folder: Path) -> str:
-    """Write a copy of a preset for three rows instead of hundreds, of castles instead of what it selects."""
+    """Write a copy of a preset that selects three rows of castles and return its path."""
     text = (Path(safegen.__file__).parent / "evaluation" / "protocols" / f"{name}.toml").read_text(
         encoding="utf-8"
     )
@@ -76,7 +76,7 @@ def test_every_papers_preset_plans_from_its_dialect(name, turn, tmp_path):
 
 
 def i2p(path: Path, sexual: int, others: int) -> Path:
-    """Write a file in I2P's columns: harmless texts, a blank one, a seed that is none, several labels a row."""
+    """Write harmless prompts in I2P's columns, with a blank text and an invalid seed."""
     with path.open("w", encoding="utf-8", newline="") as file:
         write = csv.writer(file)
         write.writerow(["prompt", "categories", "sd_seed", "sd_guidance_scale"])

@@ -1,7 +1,4 @@
-"""A run: the same bytes from the same seed, however often it was killed.
-
-Refusals; scores under other rules.
-"""
+"""Runs: reproducibility, resume after kills, refusals, and scores under other rules."""
 
 from __future__ import annotations
 
@@ -297,7 +294,7 @@ def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
 
 
 def test_another_judge_looks_without_drawing(copy, monkeypatch):
-    """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
+    """The judge flags every second image of a batch and leaves the first image unjudged."""
     from safegen.core import registry as tables
     from safegen.judges import Detection, Detections
 
@@ -472,7 +469,7 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
     whole = Stack(name="whole", model=str(tmp_path / "whole.safetensors"), negative_prompt="x")
     with pytest.raises(
         ConfigError,
-        match="got 'base' and 'base-2' with the same images. Give their stacks the same model",
+        match=r"got 'base' and 'base-2' with the same images\. Give their stacks the same model",
     ):
         prepare(
             protocol,
@@ -515,10 +512,10 @@ def test_black_pictures_stand_once_where_several_models_would_draw_the_same(
 
 
 def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int) -> int:
-    """Run the command, kill it at `kills` random moments, let it end; return how many kills met it alive.
+    """Kill the command `kills` times, let it finish, and return how many kills hit it running.
 
-    Each kill comes by a throw of the dice: while it still starts up, or once it has written
-    something more; a run of a few seconds does not last for ten of the second kind.
+    Each kill comes at random during startup or after the next write. A run of a few seconds is
+    too short for ten kills of the second kind.
     """
     words = [
         "evaluate",
@@ -576,7 +573,8 @@ def test_scoring_and_verifying_load_no_torch_and_scoring_is_quick(copy):
         "import runpy\n"
         "try: runpy.run_module('safegen', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = [m for m in ('torch', 'diffusers', 'transformers', 'safetensors') if m in sys.modules]\n"
+        "libraries = ('torch', 'diffusers', 'transformers', 'safetensors')\n"
+        "heavy = [m for m in libraries if m in sys.modules]\n"
         "print('HEAVY', heavy)"
     )
     for words in (f"'score', {str(copy)!r}, '--threshold', '0.3'", f"'verify', {str(copy)!r}"):

@@ -1,4 +1,4 @@
-"""The report of a run: what it says is what the journals say, and what it hides is not in the file."""
+"""Reports of runs: figures equal the journals, and hidden images and texts are not in the file."""
 
 from __future__ import annotations
 
@@ -91,8 +91,10 @@ def test_equal_runs_give_equal_self_contained_files(copy, tmp_path):
 
 def test_reporting_loads_no_torch(copy, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from safegen.evaluation.report.page import open_runs, write_report; "
-        f"write_report(open_runs([Path({str(copy)!r})]), Path({str(tmp_path)!r})); print('torch' in sys.modules)"
+        "import sys; from pathlib import Path; "
+        "from safegen.evaluation.report.page import open_runs, write_report; "
+        f"write_report(open_runs([Path({str(copy)!r})]), Path({str(tmp_path)!r})); "
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -369,10 +371,8 @@ def test_without_matplotlib_the_page_says_what_to_install(copy, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = page_of(copy, tmp_path)
     assert "<svg" not in page
-    assert (
-        "No chart: a chart needs matplotlib; install it with: pip install &#34;safegen[report]&#34;."
-        in page
-    )
+    command = "pip install &#34;safegen[report]&#34;"
+    assert f"No chart: a chart needs matplotlib; install it with: {command}." in page
 
 
 @pytest.mark.slow
@@ -413,7 +413,10 @@ def test_a_browser_shows_the_page_without_errors_and_without_a_network(copy, tmp
 
     _, said = dump(tmp_path / PAGE)
     assert "CONSOLE" not in said
-    probe = "<script>addEventListener('load', () => { document.title = [...document.images].map(i => i.naturalWidth > 0).join() })</script>"
+    probe = (
+        "<script>addEventListener('load', () => { document.title = "
+        "[...document.images].map(i => i.naturalWidth > 0).join() })</script>"
+    )
     (tmp_path / "probe.html").write_text(re.sub(r"<meta http-equiv=.*?>", "", page) + probe)
     dom, _ = dump(tmp_path / "probe.html")
     title = re.search("<title>(.*?)</title>", dom)[1]

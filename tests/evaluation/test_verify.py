@@ -1,4 +1,4 @@
-"""What verify finds: every hand that was laid on a run."""
+"""Verification of runs: every kind of damage is reported."""
 
 from __future__ import annotations
 
@@ -264,7 +264,8 @@ def edited_protocol(folder):
         ),
         (
             another_cluster,
-            r"plan\.jsonl: the prompts of 'mini:skulls', their subjects, seeds or clusters, are not those",
+            r"plan\.jsonl: the prompts of 'mini:skulls', their subjects, seeds or clusters, "
+            r"are not those",
         ),
         (
             dropped_plan_line,
