@@ -10,9 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
-if find_spec(
-    "beartype"
-):  # shapes are said once, in the annotations of the pure functions, and checked here
+if find_spec("beartype"):  # checks the shape annotations of pure functions
     from jaxtyping import install_import_hook
 
     install_import_hook("safegen.edits.functional.losses", "beartype.beartype")
@@ -117,7 +115,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def tiny_model(make_model):
-    """Return the tiny model that all share; at the end of the session no test has changed it."""
+    """Yield the tiny model that all tests share, and check at the end that none changed it."""
     from safegen.core.hashing import hash_tensors
 
     def state():

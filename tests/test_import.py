@@ -1,4 +1,4 @@
-"""Importing loads nothing heavy, and what is promised at the top is there."""
+"""Imports are light, and every public name exists."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_help_loads_nothing_heavy(words):
 
 def test_help_answers_within_a_second_of_processor_time():
     spent = []
-    for _ in range(3):  # the least of three, and no waiting time: a busy machine is not our fault
+    for _ in range(3):  # minimum processor time of three runs, as the machine may be busy
         before = os.times()
         done = subprocess.run(
             [sys.executable, "-m", "safegen", "--help"],
@@ -101,7 +101,7 @@ def test_help_answers_within_a_second_of_processor_time():
 
 
 @pytest.mark.parametrize("name", sorted(safegen.__all__))
-def test_every_promised_name_is_there_and_can_be_called(name):
+def test_every_public_name_exists_and_is_callable(name):
     assert callable(getattr(safegen, name))
 
 

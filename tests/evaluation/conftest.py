@@ -42,7 +42,7 @@ def loader():
 
 @pytest.fixture(scope="session")
 def patch_file(tmp_path_factory, loader):
-    """Return a patch for the bundled model that changes its pictures a little."""
+    """Return a patch for the bundled model that changes its images slightly."""
     from safegen.models.checkpoint.metadata import PatchMetadata
     from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
@@ -85,5 +85,5 @@ def finished(go, tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """Return a copy of the finished run that a test may spoil."""
+    """Return a copy of the finished run that a test may change."""
     return shutil.copytree(finished, tmp_path / "copy")
