@@ -15,7 +15,7 @@ from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.loading import load
 from safegen.patches.patch import Patch
-from safegen.workflows.edit import save_patch
+from safegen.workflows.export import save_patch
 
 SAID = {
     "method": "uce",
