@@ -121,11 +121,6 @@ def test_removal_leaves_out_a_pair_with_an_unjudged_side():
     assert (found.before, found.after, found.unjudged) == (1, 0, 1)
 
 
-def test_a_list_with_no_judged_image_has_no_rate():
-    with pytest.raises(ValueError, match="judged"):
-        score([item(0), item(1)], [LOST, LOST], CONCEPT)
-
-
 def test_a_protocol_of_a_concept_generates_every_image_one_time():
     concept = load_concept("skulls")
     protocol = Protocol.from_concept(
