@@ -98,21 +98,8 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
             "sees it in none of 100. Choose another concept",
         ),
         (
-            [
-                "edit",
-                "mini",
-                "--triplets",
-                "TRIPLETS",
-                "--set",
-                "validation_split=0.2",
-                "--out",
-                "OUT",
-            ],
-            "validation_split has no effect without",
-        ),
-        (
             ["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"],
-            "nothing to resume",
+            "has no checkpoint.safetensors to resume",
         ),
         (
             [
@@ -127,10 +114,10 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
             ],
             "is a file, not a folder",
         ),
-        (["edit", "mini", "--out", "OUT"], "safegen learns from pictures; give triplets"),
+        (["edit", "mini", "--out", "OUT"], "safegen learns from images, and there are no triplets"),
         (
             ["edit", "mini", "--method", "uce", "--out", "OUT"],
-            "uce has no words to erase; give a concept",
+            "uce has no phrases to erase. Give a concept",
         ),
         (
             [
@@ -145,11 +132,11 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "triplets have no effect on",
+            "uce learns from phrases, and triplets have no effect",
         ),
         (
             ["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"],
-            "resume has no effect on rece",
+            "rece is a closed form, and resume has no effect",
         ),
         (
             [
@@ -164,7 +151,7 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "checkpoints has no effect on uce",
+            "uce is a closed form, and checkpoint_dir has no effect",
         ),
         (
             [
