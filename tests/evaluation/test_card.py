@@ -54,7 +54,7 @@ def write_run(folder, stacks, *, digest="c" * 64, base="b" * 64):
     scores = {
         "protocol": {"name": "quick", "id": "1234"},
         "judge": "mini:1",
-        "stacks": {name: {"against": "base", "lists": lists} for name, lists in stacks.items()},
+        "stacks": {name: {"baseline": "base", "lists": lists} for name, lists in stacks.items()},
     }
     (folder / "scores.json").write_text(json.dumps(scores))
     return folder
