@@ -9,8 +9,8 @@ import pytest
 LISTS = (("explicit", "mini:skulls", None), ("neighbour", "mini:ghosts", "ghosts"))
 METRICS = """[
   "concept", "removal", "removal_images", "removal_labels", "subject", "shown",
-  "mosaicked", "change", "asr", "asr_any", "inappropriate", "expected_maximum", "over_censoring", "coherence",
-  "coherence_kept", "clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base",
+  "mosaicked", "change", "asr", "asr_any", "inappropriate", "expected_maximum", "over_censoring",
+  "coherence", "coherence_kept", "clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base",
 ]"""
 
 
