@@ -73,7 +73,7 @@ def test_a_directory_that_appears_in_the_meantime_is_not_replaced(tmp_path, monk
     assert below(out) == ["precious.txt"]
 
 
-def test_a_move_that_fails_removes_the_folder_and_keeps_the_target_of_a_link(tmp_path):
+def test_a_move_that_fails_removes_its_entries_and_keeps_those_of_others(tmp_path):
     def link(folder: Path) -> None:
         (folder / "c").symlink_to(tmp_path / "target")
         (tmp_path / "out" / "end.html").mkdir()
@@ -82,7 +82,14 @@ def test_a_move_that_fails_removes_the_folder_and_keeps_the_target_of_a_link(tmp
     (tmp_path / "target" / "precious.txt").write_text("keep me")
     with pytest.raises(FileError, match="out cannot be written"):
         make(tmp_path / "out", link)
-    assert below(tmp_path) == ["target", "target/precious.txt"]
+    assert below(tmp_path) == ["out", "out/end.html", "target", "target/precious.txt"]
+
+
+def test_a_file_that_appears_meanwhile_is_never_replaced(tmp_path):
+    with pytest.raises(FileError, match=r"a\.png was put there meanwhile"):
+        make(tmp_path / "out", lambda _: (tmp_path / "out" / "a.png").write_text("keep me"))
+    assert below(tmp_path) == ["out", "out/a.png"]
+    assert (tmp_path / "out" / "a.png").read_text() == "keep me"
 
 
 def test_a_block_without_its_last_entry_raises_and_leaves_no_files(tmp_path):

@@ -361,7 +361,7 @@ def test_the_command_line_sets_an_adversary_and_its_settings():
     ).adversary == ReceAdversary(ridge=1)
     with pytest.raises(
         ConfigError,
-        match=r"--set adversary.steps: 'adversary' has no settings of its own; name one first",
+        match=r"--set adversary.steps: 'adversary' has no settings of its own. Choose one first",
     ):
         read_settings("esd", "default", ["adversary.steps=5"])
 

@@ -127,7 +127,7 @@ REFUSED = {
         "erase": ("a", "b"),
         "anchors": ("b",),
     },
-    "erase: phrases must not be blank": {"erase": ("",)},
+    "phrases must not be blank": {"erase": ("",)},
     "anchors: phrases must not be blank": {"anchors": ("",)},
     "num_images": {"num_images": 0},
 }

@@ -134,7 +134,7 @@ def test_the_default_is_safegen_with_a_smaller_weight_mosaic():
 
 
 REFUSED = {
-    "erase: phrases must not be blank": {"erase": ("",)},
+    "phrases must not be blank": {"erase": ("",)},
     "timesteps must be 0 <= first < last": {"timesteps": (5, 5)},
     "weight_mosaic must be greater than 0, got 0": {"weight_mosaic": 0},
     "text must be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
@@ -230,7 +231,7 @@ def test_one_call_edits_by_the_name_of_a_concept(tiny_model, triplets):
 
 
 REFUSED = {
-    "erase: phrases must not be blank": {"erase": (" ", "cube")},
+    "phrases must not be blank": {"erase": (" ", "cube")},
     "lamb must be greater than 0, got 0": {"lamb": 0},
     "erase_scale": {"erase_scale": -1},
     "tokens": {"tokens": "some"},
@@ -342,3 +343,8 @@ def test_provenance_reduces_caption_files_to_their_names(tiny_model, tmp_path):
     (tmp_path / "calm.txt").write_text("a blue ball in the grass")
     edit = UCE(erase=("red cube",), captions=(str(tmp_path / "calm.txt"), "mini:benign"))
     assert edit.apply(tiny_model).metadata.settings["captions"] == ["calm.txt", "mini:benign"]
+
+
+def test_an_attribute_of_debias_must_not_be_blank():
+    with pytest.raises(ValidationError, match="phrases must not be blank"):
+        UCE(erase=("a castle",), debias={" ": 0.3})

@@ -591,3 +591,15 @@ def cpu_seconds() -> float:
     """Return the processor time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_the_card_repeats_no_foreign_metadata_of_a_patch(patch_file, tmp_path):
+    from safegen.evaluation.run.card import _patch_entry
+    from safegen.patches.patch import Patch
+
+    patch = Patch.load(patch_file)
+    foreign = {"file": "their.safetensors", "hash": "0", "layers": 3, "parameters": "many"}
+    metadata = patch.metadata.model_copy(update=foreign)
+    Patch(patch.tensors, metadata).save(tmp_path / "from-lora.safetensors")
+    entry = _patch_entry(tmp_path / "from-lora.safetensors")
+    assert (entry.file, entry.hash) == ("from-lora.safetensors", patch.hash)

@@ -341,3 +341,22 @@ def test_an_invalid_card_is_refused_in_one_line(copy):
     (copy / CARD).unlink()
     with pytest.raises(FileError, match=r"is not a run: it has no protocol\.json"):
         Run.open(copy)
+
+
+def test_an_empty_journal_is_not_torn(copy):
+    (copy / "features.jsonl").write_bytes(b"")
+    assert not [fault for fault in verify(Run.open(copy)) if "torn" in fault]
+
+
+def test_a_patch_in_the_run_is_the_one_of_the_card(copy, patch_file):
+    from safegen.patches.patch import Patch
+
+    patch = Patch.load(patch_file)
+    name = next(e for e in Run.open(copy).stacks if e.patches).patches[0].file
+    (copy / "patches").mkdir()
+    patch.save(copy / "patches" / name)
+    assert verify(Run.open(copy)) == []
+    (copy / "patches" / name).unlink()
+    changed = {key: value + 1 for key, value in patch.tensors.items()}
+    Patch(changed, patch.metadata).save(copy / "patches" / name)
+    assert verify(Run.open(copy)) == [f"patches/{name}: its hash is not the one of the card"]

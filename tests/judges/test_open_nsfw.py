@@ -51,9 +51,9 @@ def test_ordinary_photographs_are_safe(judge, photo):
     found = judge.detect([photo(n) for n in PHOTOS])
     assert {v.verdict(judge.labels, judge.threshold) for v in found} == {"safe"}
     assert {v.items for v in found} == {()}  # the highest, a retina, has 0.18: under what is kept
-    assert judge._detect([prepare(photo("retina.jpg").convert("RGB"))])[0][0].score == pytest.approx(
-        0.18, abs=0.02
-    )
+    assert judge._detect([prepare(photo("retina.jpg").convert("RGB"))])[0][
+        0
+    ].score == pytest.approx(0.18, abs=0.02)
 
 
 def test_a_score_becomes_one_detection_without_a_box(judge, photo, monkeypatch):

@@ -27,7 +27,10 @@ def vectors():
     """Return (2, 64), learnt as Q16 learns: from a caption of each kind, on embeddings of pictures that no test judges."""
     from transformers.models.clip.modeling_clip import CLIPModel
 
-    clip, pixels = load_clip_network(CLIPModel, bundle.clip_folder()), ClipPreprocessor(bundle.clip_folder(), 64)
+    clip, pixels = (
+        load_clip_network(CLIPModel, bundle.clip_folder()),
+        ClipPreprocessor(bundle.clip_folder(), 64),
+    )
     learnt = encode_texts(
         clip, bundle.clip_folder(), [say("benign")[0], say("skulls")[0]]
     ).requires_grad_()

@@ -47,7 +47,9 @@ def folder(checker, save_pixels, tmp_path):
     plain = load_judge("sd-safety-checker", weights=path)
     with torch.no_grad():
         seen = checker.visual_projection(
-            checker.vision_model(torch.stack([plain._preprocess(i) for i in pictures()])).pooler_output
+            checker.vision_model(
+                torch.stack([plain._preprocess(i) for i in pictures()])
+            ).pooler_output
         )
     unit = torch.nn.functional.normalize
     checker.concept_embeds_weights.data = (unit(seen) @ unit(checker.concept_embeds).T).quantile(

@@ -71,8 +71,8 @@ class ClipJudge:
         self._preprocess = ClipPreprocessor(folder, self._clip.config.vision_config.image_size)
         self._texts = encode_texts(self._clip, folder, prompts)
         self._unsafe = tuple(unsafe)
-        self.pipeline_hash = hash_tensors(self._clip.state_dict())
-        self.id = f"clip:{self.pipeline_hash[:16]}:{hash_settings([list(unsafe), list(safe), self._preprocess.settings])}"
+        self.weights_hash = hash_tensors(self._clip.state_dict())
+        self.id = f"clip:{self.weights_hash[:16]}:{hash_settings([list(unsafe), list(safe), self._preprocess.settings])}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""

@@ -95,9 +95,9 @@ class Q16Judge:
             )
         self._vectors = vectors.to(device)
         self._preprocess = ClipPreprocessor(folder, self._tower.config.image_size)
-        self.pipeline_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
+        self.weights_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
         self.id = (
-            f"q16:{self.pipeline_hash[:16]}:{hash_settings([digest, self._preprocess.settings])}"
+            f"q16:{self.weights_hash[:16]}:{hash_settings([digest, self._preprocess.settings])}"
         )
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:

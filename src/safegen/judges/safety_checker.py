@@ -88,8 +88,8 @@ class SafetyCheckerJudge:
         self.labels = resolve_labels("sd-safety-checker", labels, self.label_space, self._concepts)
         self.threshold, self._adjustment = threshold, adjustment
         self._preprocess = ClipPreprocessor(pixels, self._checker.config.vision_config.image_size)
-        self.pipeline_hash = hash_tensors(self._checker.state_dict())
-        self.id = f"sd-safety-checker:{self.pipeline_hash[:16]}:{hash_settings([adjustment, self._preprocess.settings])}"
+        self.weights_hash = hash_tensors(self._checker.state_dict())
+        self.id = f"sd-safety-checker:{self.weights_hash[:16]}:{hash_settings([adjustment, self._preprocess.settings])}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
