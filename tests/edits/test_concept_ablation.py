@@ -128,7 +128,7 @@ REFUSED = {
         "anchors": ("b",),
     },
     "phrases must not be blank": {"erase": ("",)},
-    "anchors: phrases must not be blank": {"anchors": ("",)},
+    "anchors.0: phrases must not be blank": {"anchors": ("",)},
     "num_images": {"num_images": 0},
 }
 

@@ -30,7 +30,7 @@ def randn(*shape, seed=0):
 
 @pytest.fixture
 def system():
-    """A projection, keys, their values, kept rows."""
+    """Return a projection, keys, their values and preserved rows."""
     return randn(5, 7), randn(3, 7, seed=1), randn(3, 5, seed=2), randn(4, 7, seed=3)
 
 
@@ -63,7 +63,7 @@ def test_zero_erase_scale_keeps_the_projection(system):
     )
 
 
-def test_a_projection_that_already_agrees_is_kept(system):
+def test_a_projection_that_already_agrees_does_not_change(system):
     w, k, _, c = system
     assert_close(solve_projection(w, k, k @ w.T, c, **SCALES), w, rtol=0, atol=1e-10)
 
@@ -215,7 +215,7 @@ def test_a_concept_provides_phrases_and_captions_but_none_for_paper(method):
     assert set(skulls.captions) <= set(lent.captions)
     assert {"mini:ghosts-train", "mini:leaves-train"} <= set(
         lent.captions
-    )  # what looks like the concept stays, too
+    )  # similar phrases are preserved too
     assert (paper.erase, paper.captions) == (skulls.words, ())
 
 
@@ -276,7 +276,7 @@ def test_the_paper_preset_has_the_published_values():
     assert make_edit("rece", concept="skulls").preserve_scale == 10.0
     assert (
         make_edit("rece", concept="skulls", captions=()).preserve_scale == 0.1
-    )  # a weight that was meant for captions
+    )  # a weight of captions
     assert (
         make_edit(
             "rece", concept=load_concept("skulls").model_copy(update={"captions": ()})

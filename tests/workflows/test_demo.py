@@ -73,7 +73,7 @@ def test_another_edit_in_the_same_directory_is_refused(done, loader):
         run_demo(CONFIG, other, done.folder, loader=loader)
 
 
-def test_what_cannot_be_shown_is_refused_before_anything_is_written(edit, loader, tmp_path):
+def test_an_invalid_demo_is_refused_before_anything_is_written(edit, loader, tmp_path):
     idle = make_edit("uce", erase=("a castle",), debias={"a ghost": 0.3})
     with pytest.raises(ConfigError, match="uce removes nothing with these settings"):
         run_demo(CONFIG, idle, tmp_path / "out", loader=loader)
