@@ -124,17 +124,18 @@ def test_the_command_on_the_card_repeats_the_run(safegen, few, tmp_path, monkeyp
         "--stack",
         tmp_path / "calm.toml",
     )
+    first, second = tmp_path / "elsewhere" / "run", tmp_path / "run"
     code, _, err = safegen(
-        "evaluate", *words, "--baselines", "none", "--dtype", "bf16", "--out", tmp_path / "run"
+        "evaluate", *words, "--baselines", "none", "--dtype", "bf16", "--out", first
     )
     assert code == 0, err
     monkeypatch.chdir(tmp_path)
-    said = shlex.split(json.loads((tmp_path / "run" / "protocol.json").read_text())["command"])
-    assert said[0] == "safegen"
-    code, _, err = safegen(*[word.replace("RUN", "again") for word in said[1:]])
+    argv = json.loads((first / "protocol.json").read_text())["argv"]
+    assert argv[0] == "safegen"
+    code, _, err = safegen(*argv[1:])
     assert code == 0, err
     for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+        assert (second / name).read_bytes() == (first / name).read_bytes()
 
 
 @pytest.mark.parametrize(("able", "slow"), [("avx2", True), ("avx512_bf16", False)])

@@ -448,7 +448,7 @@ def test_the_fast_demo_finishes_without_matplotlib(
     code, text, err = safegen(*words)
     assert code == 0, err
     assert "report.html" in text
-    assert {p.name for p in out.iterdir()} >= {"report.html", "scores.json", "patches", "pictures"}
+    assert {p.name for p in out.iterdir()} >= {"report.html", "scores.json", "patches", "images"}
     assert {p.name for p in (out / "patches").iterdir()} == {
         "edited",
         "edited.safetensors",
