@@ -25,11 +25,11 @@ from typing import Any
 
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.generation import GenerationConfig, preferred_precision
+from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.comparison import hits
 from safegen.evaluation.report.format import format_rate
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.evaluate import evaluate
 from safegen.evaluation.run.folder import SCORES, Run
 from safegen.evaluation.schema import FeatureRule
 from safegen.evaluation.scoring.results import load_results

@@ -400,7 +400,7 @@ def python_api() -> str:
     for name in sorted(safegen.__all__, key=str.lower):
         value = getattr(safegen, name)
         parts.append(f"::: {value.__module__}.{value.__qualname__}\n")
-    parts.append("## Evaluation\n\n::: safegen.evaluation.run.evaluate.evaluate\n")
+    parts.append("## Evaluation\n\n::: safegen.evaluation.evaluate.evaluate\n")
     return "\n".join(parts)
 
 

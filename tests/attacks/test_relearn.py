@@ -15,7 +15,7 @@ from safegen.core.generation import GenerationConfig
 from safegen.edits.uce import UCE
 from safegen.evaluation.report.page import NUMBERS, PAGE
 from safegen.evaluation.run.folder import PATCHES, SCORES, Run
-from safegen.evaluation.run.verify import verify
+from safegen.evaluation.verify import verify
 from safegen.metrics.paired import mcnemar
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import Patch, PatchOverlapWarning

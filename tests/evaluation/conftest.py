@@ -61,8 +61,8 @@ def patch_file(tmp_path_factory, loader):
 @pytest.fixture(scope="session")
 def go(quick, patch_file, loader):
     """Return a function that evaluates the quick protocol into a folder, with the model and with the patch."""
+    from safegen.evaluation.evaluate import evaluate
     from safegen.evaluation.protocol import load_protocol
-    from safegen.evaluation.run.evaluate import evaluate
     from safegen.stack import load_stack
 
     argv = ("safegen", "evaluate", "--stack", f"calm=mini+{patch_file}")

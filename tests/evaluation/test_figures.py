@@ -13,10 +13,10 @@ from PIL import Image
 
 import safegen
 from safegen.core.errors import ConfigError, FileError
+from safegen.evaluation.evaluate import judge_run
 from safegen.evaluation.protocol import load_protocol
 from safegen.evaluation.report.format import split_cell
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.evaluate import judge_run
 from safegen.evaluation.run.folder import (
     CHANGES,
     DETECTIONS,
@@ -27,10 +27,10 @@ from safegen.evaluation.run.folder import (
     Run,
 )
 from safegen.evaluation.run.records import decode_features, encode_features
-from safegen.evaluation.run.verify import verify
 from safegen.evaluation.samples import hash_prompts, read_prompt_list
 from safegen.evaluation.schema import LpipsRule
 from safegen.evaluation.scoring.score import score_run
+from safegen.evaluation.verify import verify
 from safegen.features.base import load_extractor
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.distances import cmmd, kid

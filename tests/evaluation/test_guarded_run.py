@@ -10,7 +10,7 @@ from PIL import Image
 from safegen.core.errors import FileError
 from safegen.evaluation.report.page import PAGE, write_report
 from safegen.evaluation.run.folder import CARD, SAMPLES, SCORES, TIMINGS, Run
-from safegen.evaluation.run.verify import verify
+from safegen.evaluation.verify import verify
 from safegen.guards import prompt_filter
 from safegen.judges import Detections
 from safegen.stack_loader import LoadedStack

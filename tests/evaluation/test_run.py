@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.evaluation.evaluate import expand_baselines, judge_run
 from safegen.evaluation.protocol import load_protocol
 from safegen.evaluation.run import generate as draw
 from safegen.evaluation.run.card import prepare, public_argument
-from safegen.evaluation.run.evaluate import expand_baselines, judge_run
 from safegen.evaluation.run.folder import (
     CARD,
     CHANGES,
@@ -37,8 +37,8 @@ from safegen.evaluation.run.folder import (
 )
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.records import SampleRecord, TimingRecord
-from safegen.evaluation.run.verify import verify
 from safegen.evaluation.scoring.score import score_run, scores_file
+from safegen.evaluation.verify import verify
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader

@@ -21,8 +21,8 @@ from safegen.evaluation.run.folder import (
     SCORES,
     Run,
 )
-from safegen.evaluation.run.verify import verify
 from safegen.evaluation.scoring.score import score_run
+from safegen.evaluation.verify import verify
 
 
 def first(folder, i=0):

@@ -9,7 +9,7 @@ import pytest
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig
 from safegen.evaluation.run.folder import SETTINGS
-from safegen.evaluation.run.verify import verify
+from safegen.evaluation.verify import verify
 from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
 from safegen.workflows.demo import DemoConfig, run_demo

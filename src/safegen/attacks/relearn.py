@@ -25,9 +25,9 @@ from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
+from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import Role

@@ -123,7 +123,7 @@ def evaluate(
         rules = _load_protocol(protocol, prompts or [], precision)
         _print_notes(rules, device)
         set_threads(threads)
-        from safegen.evaluation.run import evaluate as engine
+        from safegen.evaluation import evaluate as engine
         from safegen.stack import load_stack
         from safegen.stack_loader import StackLoader
 
@@ -223,7 +223,7 @@ def report(
 def verify(run: RunArg) -> None:
     """Check the hashes, counts and scores of a run. Exits with 1 if a check fails."""
     from safegen.evaluation.run.folder import Run
-    from safegen.evaluation.run.verify import verify as find_problems
+    from safegen.evaluation.verify import verify as find_problems
 
     opened = Run.open(run)
     with show_progress() as progress:
@@ -263,7 +263,7 @@ def _set_options(context: typer.Context, names: Sequence[str]) -> list[str]:
 
 
 def _judge(out: Path, judge: str | None, labels: list[str], options: list[str]) -> None:
-    from safegen.evaluation.run import evaluate as engine
+    from safegen.evaluation import evaluate as engine
     from safegen.evaluation.run.folder import Run
 
     settings = dict(read_pair(pair, "--judge-option") for pair in options)

@@ -15,10 +15,10 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
+from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, with_metrics
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.evaluate import evaluate, load_evaluators
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.patches.patch import Patch
