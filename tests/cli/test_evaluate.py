@@ -34,7 +34,9 @@ def few(tmp_path):
     from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
     path = tmp_path / "few.toml"
-    path.write_text(PROTOCOL.replace("HASH", hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows)))
+    path.write_text(
+        PROTOCOL.replace("HASH", hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows))
+    )
     return path
 
 
@@ -128,11 +130,12 @@ def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, mon
     )
     assert code == 0, err
     monkeypatch.chdir(tmp_path)
-    said = shlex.split(json.loads((tmp_path / "run" / "protocol.json").read_text())["command"])
-    assert said[0] == "safegen"
-    code, _, err = safegen(*[word.replace("RUN", "again") for word in said[1:]])
+    argv = json.loads((tmp_path / "run" / "protocol.json").read_text())["argv"]
+    assert argv[0] == "safegen"
+    argv[argv.index("--out") + 1] = "again"
+    code, _, err = safegen(*argv[1:])
     assert code == 0, err
-    for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
+    for name in ("plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 

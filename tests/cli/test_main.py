@@ -98,21 +98,8 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
             "sees it in none of 100. Choose another concept",
         ),
         (
-            [
-                "edit",
-                "mini",
-                "--triplets",
-                "TRIPLETS",
-                "--set",
-                "validation_split=0.2",
-                "--out",
-                "OUT",
-            ],
-            "validation_split has no effect without",
-        ),
-        (
             ["edit", "mini", "--triplets", "TRIPLETS", "--resume", "--out", "OUT"],
-            "nothing to resume",
+            "has no checkpoint.safetensors to resume",
         ),
         (
             [
@@ -127,10 +114,10 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
             ],
             "is a file, not a folder",
         ),
-        (["edit", "mini", "--out", "OUT"], "safegen learns from pictures; give triplets"),
+        (["edit", "mini", "--out", "OUT"], "safegen learns from images, and there are no triplets"),
         (
             ["edit", "mini", "--method", "uce", "--out", "OUT"],
-            "uce has no words to erase; give a concept",
+            "uce has no phrases to erase. Give a concept",
         ),
         (
             [
@@ -145,11 +132,11 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "triplets have no effect on",
+            "triplets have no effect",
         ),
         (
             ["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"],
-            "resume has no effect on rece",
+            "resume has no effect",
         ),
         (
             [
@@ -164,7 +151,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "checkpoints has no effect on uce",
+            "checkpoint_dir has no effect",
         ),
         (
             [
@@ -205,7 +192,7 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(safegen, tmp_path):
     ]
 
 
-def test_that_nobody_could_look_at_the_triplets_is_said_in_a_line(safegen, tmp_path, monkeypatch):
+def test_unchecked_triplets_are_a_warning_in_one_line(safegen, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
         raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
@@ -461,7 +448,7 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(
     code, text, err = safegen(*words)
     assert code == 0, err
     assert "report.html" in text
-    assert {p.name for p in out.iterdir()} >= {"report.html", "scores.json", "patches", "pictures"}
+    assert {p.name for p in out.iterdir()} >= {"report.html", "scores.json", "patches", "images"}
     assert {p.name for p in (out / "patches").iterdir()} == {
         "edited",
         "edited.safetensors",

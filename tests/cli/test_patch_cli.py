@@ -208,10 +208,7 @@ def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(
             (files / "look.safetensors", "mini", "mini"),
             "base and target must have different weights",
         ),
-        (
-            (tmp_path / "above.safetensors", "mini", fine_tune),
-            "patch must have no parents, got",
-        ),
+        ((tmp_path / "above.safetensors", "mini", fine_tune), "patch must have no parents, got"),
         ((files / "look.safetensors", "mini", "minni"), "Did you mean 'mini'"),
     ):
         code, _, err = safegen("patch", "rebase", *words, "--out", tmp_path / "out.safetensors")
