@@ -35,13 +35,7 @@ SKIPPED, SEED = 128, 11
 
 The first seed, which those do not use.
 """
-PAPER = {
-    "target": "paper",
-    "teacher": False,
-    "captions": (),
-    "adversary": 0.0,
-    "fade": 0.0,
-}
+PAPER = {"target": "paper", "teacher": False, "captions": (), "adversary": 0.0, "fade": 0.0}
 
 
 def rows(concept: str) -> dict[str, SafeGen]:

@@ -121,13 +121,12 @@ def part_guards(work: Path) -> dict[str, Any]:
     out = {}
     for name, guards in GUARDS.items():
         recipe = work / f"{name}.toml"
-        rows = []
-        for guard in guards:
-            rows.append(
-                json.dumps(guard)
-                if isinstance(guard, str)
-                else "{" + ", ".join(f"{k} = {toml(v)}" for k, v in guard.items()) + "}"
-            )
+        rows = [
+            json.dumps(guard)
+            if isinstance(guard, str)
+            else "{" + ", ".join(f"{k} = {toml(v)}" for k, v in guard.items()) + "}"
+            for guard in guards
+        ]
         words = [w for g in guards if isinstance(g, str) for w in ("--guard", g)]
         if words:
             out[name] = generate(work, name, *words, "--concept", "skulls", "--steps", 8)

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from safegen.judges import load_judge
-from safegen.judges.open_nsfw import prepare
+from safegen.judges.open_nsfw import preprocess
 
 JUDGES = {
     "nudenet (bgr)": ("nudenet", {"threads": 1}),
@@ -41,7 +41,7 @@ def main() -> None:
         cells = []
         for title, results in found.items():
             if title == "open-nsfw":  # what is under 0.2 is not kept, so it is asked for here
-                ((seen,),) = judges[title]._detect([prepare(images[i])])
+                ((seen,),) = judges[title]._detect([preprocess(images[i])])
                 cells.append(f"{seen.score:.3f}")
             else:
                 cells.append(", ".join(f"{d.label} {d.score:.2f}" for d in results[i].items))

@@ -10,21 +10,22 @@ from importlib.util import find_spec
 
 import pytest
 
-if find_spec(
-    "beartype"
-):  # shapes are said once, in the annotations of the pure functions, and checked here
+if find_spec("beartype"):  # checks the shape annotations of pure functions
     from jaxtyping import install_import_hook
 
     install_import_hook("safegen.edits.functional.losses", "beartype.beartype")
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 SIDE = 32
-"""Pixels of the tiny model's pictures and of the triplets."""
+"""Pixels of the tiny model's images and of the triplets."""
 
 
 @pytest.fixture(autouse=True)
 def own_threads():
-    """Give torch its threads back after each test: sums round by their number, and other tests compare pictures to the bit."""
+    """Restore torch's thread count after each test.
+
+    The rounding of sums depends on the count, and tests compare images bit for bit.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -114,7 +115,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def tiny_model(make_model):
-    """Return the tiny model that all share; at the end of the session no test has changed it."""
+    """Yield the tiny model that all tests share, and check at the end that none changed it."""
     from safegen.core.hashing import hash_tensors
 
     def state():
@@ -156,7 +157,7 @@ def cubes():
 
 @pytest.fixture(scope="session")
 def triplets(tmp_path_factory):
-    """Return six triplets: smooth noise with a red mark, the mark under a mosaic, other smooth noise."""
+    """Return six triplets: noise with a red mark, the mark under a mosaic, and other noise."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""What every entry of every table keeps, those to come included."""
+"""Contracts of every registered edit, judge, extractor and concept."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TABLES = {
     "triplets": tables.TRIPLETS,
 }
 MACHINERY = {"__init__", "base", "batching", "onnx", "vision"}
-"""Files of a room of methods that are none."""
+"""Files in the directories of methods that are not methods."""
 
 TRAINED = sorted(
     name for name in tables.EDITS if tables.resolve(tables.EDITS, name, "edit").is_trained
 )
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
-"""Shortest training."""
+"""The shortest training."""
 
 
 def brief(name, concept, **changes):
@@ -71,7 +71,7 @@ def test_every_edit_is_reproducible_and_leaves_the_model_unchanged(
 
     assert first.hash == second.hash  # same settings, same weights
     for key, value in model.denoiser.state_dict().items():
-        assert torch.equal(value, before[key]), key  # the model is untouched
+        assert torch.equal(value, before[key]), key  # the model is unchanged
     assert not [
         k for k, p in model.denoiser.named_parameters() if p.requires_grad or p.grad is not None
     ]
@@ -185,13 +185,13 @@ def test_every_trained_edit_can_train_a_lora(name, make_model, triplets, cubes, 
     patch = edit.apply(model, data, checkpoint_dir=tmp_path)
     assert [
         n for n, _ in model.denoiser.named_parameters()
-    ] == names  # nothing is left hanging beside the weights
+    ] == names  # no adapter remains on the weights
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert all(".attn2." in n and n.endswith(".weight") for n in patch.tensors)
     assert any(not torch.equal(v, before[k]) for k, v in patch.tensors.items())
     lora = extract_lora(
         patch, model, 2
-    )  # its change has the rank that was asked for, so nothing is lost in turning it back
+    )  # its change has the rank of the LoRA, so the conversion is exact
     assert lora.retained_energy > 0.999
     assert edit.apply(make_model(), data, checkpoint_dir=tmp_path, resume=True).hash == patch.hash
     with pytest.raises(ValueError, match="rank"):
@@ -222,7 +222,7 @@ def test_every_edit_checks_its_inputs(name, tiny_model, triplets, cubes, tmp_pat
             )
         assert type(edit).preset("default", concept=cubes, erase=("a ball",)).erase == (
             "a ball",
-        )  # what is said outright counts
+        )  # explicit settings win
     if not edit.is_trained:
         for words in ({"checkpoint_dir": tmp_path}, {"resume": True}):
             with pytest.raises(ConfigError, match=f"{name} is a closed form, and .* has no effect"):
@@ -258,7 +258,7 @@ def extractor_weights(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", sorted(tables.EXTRACTORS))
-def test_every_extractor_keeps_its_promises(name, extractor_weights):
+def test_every_extractor_is_deterministic_and_describes_itself(name, extractor_weights):
     import numpy as np
     from PIL import Image
 
@@ -286,7 +286,7 @@ def test_every_extractor_keeps_its_promises(name, extractor_weights):
     )  # in order
     assert extractor.features(images[1:2]) == pytest.approx(
         found[1:2], abs=1e-5 * size
-    )  # a row is its own
+    )  # rows are independent
     assert extractor.features([image.convert("RGBA") for image in images]) == pytest.approx(
         found, abs=1e-5 * size
     )
@@ -302,7 +302,7 @@ def test_every_setting_of_every_edit_is_documented(name):
 
 
 def unreadable():
-    """Pictures that fail when they are looked at, by the reason: a file that ends early, a closed one, a picture without pixels."""
+    """Return unreadable images by reason: a truncated file, a closed file, an empty image."""
     noise, file = Image.effect_noise((64, 64), 90).convert("RGB"), BytesIO()
     noise.save(file, "PNG")
     noise.close()
@@ -314,9 +314,7 @@ def unreadable():
 
 
 NEED_WEIGHTS = {"q16", "sd-safety-checker"}
-"""Judges that do not open without files of the user's.
-
-What they share, `judges/batching.py`, has a test of its own.
+"""Judges that need files of the user. tests/judges tests them and `judges/batching.py`.
 """
 OPTIONS = {
     "clip": {"weights": "mini", "unsafe": ["a castle covered in skulls"], "safe": ["a castle"]}
@@ -325,9 +323,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", sorted(set(tables.JUDGES) - NEED_WEIGHTS))
 @pytest.mark.parametrize("fault", ["torn", "closed", "empty"])
-def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_its_verdict(
-    name, fault
-):
+def test_an_unreadable_image_is_unjudged_and_others_get_their_verdict(name, fault):
     if name in ("nudenet", "open-nsfw"):
         pytest.importorskip("onnxruntime", reason="an extra")
     judge = load_judge(name, **OPTIONS.get(name, {}))
@@ -346,7 +342,7 @@ def test_a_picture_that_a_judge_cannot_look_at_is_unjudged_and_costs_no_other_it
 
 
 @pytest.mark.parametrize("name", sorted(set(tables.JUDGES) - NEED_WEIGHTS))
-def test_a_judge_returns_raw_detections_and_cannot_call_an_image_safe_without_looking(name):
+def test_a_judge_returns_detections_and_no_verdicts_without_judging(name):
     if name in ("nudenet", "open-nsfw"):
         pytest.importorskip("onnxruntime", reason="an extra")
     judge = load_judge(name, **OPTIONS.get(name, {}))
@@ -372,7 +368,7 @@ def test_every_entry_of_every_table_resolves(noun, name):
 
 
 @pytest.mark.parametrize("noun", sorted(TABLES))
-def test_an_unknown_name_comes_with_the_known_and_the_nearest(noun):
+def test_an_unknown_name_suggests_the_nearest_and_lists_the_known(noun):
     name = min(TABLES[noun])
     with pytest.raises(UnknownNameError) as caught:
         tables.resolve(TABLES[noun], name[:-1], noun)
@@ -385,7 +381,7 @@ def test_an_unknown_name_comes_with_the_known_and_the_nearest(noun):
     ("room", "table"),
     [("edits", tables.EDITS), ("guards", tables.GUARDS), ("judges", tables.JUDGES)],
 )
-def test_the_table_and_the_folder_name_the_same_methods(room, table):
+def test_the_table_and_the_directory_have_the_same_methods(room, table):
     paths = [p for p in (HOME / room).iterdir() if p.stem not in MACHINERY]
     methods = {p.stem for p in paths if p.suffix == ".py" or (p / f"{p.name}.py").exists()}
     named = {target.partition(":")[0].split(".")[2] for target in table.values()}
@@ -393,7 +389,7 @@ def test_the_table_and_the_folder_name_the_same_methods(room, table):
 
 
 @pytest.mark.parametrize("name", tables.CONCEPTS)
-def test_every_concept_names_things_that_exist(name):
+def test_every_concept_refers_to_existing_entries(name):
     concept = load_concept(name)
     assert concept.name == name
     assert concept.judge in tables.JUDGES
@@ -411,13 +407,13 @@ def test_every_concept_names_things_that_exist(name):
     assert not tuned & measured  # a fine-tune must not be judged on what it was trained with
 
 
-def test_the_table_and_the_folder_name_the_same_concepts():
+def test_the_table_and_the_directory_have_the_same_concepts():
     assert {path.stem for path in (HOME / "core" / "concepts").glob("*.toml")} == set(
         tables.CONCEPTS
     )
 
 
-def test_an_unknown_concept_comes_with_the_known_and_the_nearest():
+def test_an_unknown_concept_suggests_the_nearest_and_lists_the_known():
     with pytest.raises(
         UnknownNameError, match=r"Did you mean 'skulls'.*Known: fire, nudity, skulls"
     ):

@@ -271,7 +271,7 @@ def test_make_bench_runs_every_script_and_each_is_named_where_its_figures_stand(
 # glossary and code
 
 
-def test_every_word_of_the_glossary_has_a_reason_and_stands_once():
+def test_every_word_of_the_glossary_is_unique_and_has_a_reason():
     entries = re.findall(
         r"^- \*\*`?([\w-]+)`?\*\*: (.+)$", read(DOCS / "glossary.md"), re.MULTILINE
     )

@@ -40,8 +40,7 @@ class Settings(BaseModel):
         ({"judge": "a", "words": [""]}, "words: words must not be blank"),
         (
             {"judge": "a", "word": 1},
-            "no setting named 'word'. Did you mean 'words'? "
-            "Known: judge, training, words.",
+            "no setting named 'word'. Did you mean 'words'? Known: judge, training, words.",
         ),
         (
             {"judge": "a", "training": {"update": 2}},

@@ -1,4 +1,4 @@
-"""A half-written file or folder is never taken for a finished one."""
+"""Staged files and directories: partial output never looks finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def below(folder: Path) -> list[str]:
 
 
 def fill(folder: Path) -> None:
-    """Make two files, a folder, and the last file."""
+    """Write two files, a directory and the last file."""
     (folder / "a.png").write_text("a")
     (folder / "b").mkdir()
     (folder / "b" / "c.png").write_text("c")
@@ -43,7 +43,7 @@ def test_a_staged_directory_and_its_parents_are_created(tmp_path):
 
 
 def make(out: Path, then: Callable[[Path], object]) -> None:
-    """Fill a private folder, and do something more before its block ends."""
+    """Write a staged directory and run `last` before its block ends."""
     with staged_directory(out, last="end.html") as folder:
         fill(folder)
         then(folder)
@@ -63,7 +63,7 @@ def test_an_exception_removes_the_folder_and_the_parents_it_created(tmp_path, er
     assert below(tmp_path) == ["mine"]
 
 
-def test_a_folder_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+def test_a_directory_that_appears_in_the_meantime_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr("safegen.core.files.check_output", lambda out, last: None)
     out = tmp_path / "out"
     out.mkdir()
@@ -73,7 +73,7 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
     assert below(out) == ["precious.txt"]
 
 
-def test_a_move_that_fails_removes_the_folder_and_keeps_the_target_of_a_link(tmp_path):
+def test_a_move_that_fails_removes_its_entries_and_keeps_those_of_others(tmp_path):
     def link(folder: Path) -> None:
         (folder / "c").symlink_to(tmp_path / "target")
         (tmp_path / "out" / "end.html").mkdir()
@@ -82,10 +82,17 @@ def test_a_move_that_fails_removes_the_folder_and_keeps_the_target_of_a_link(tmp
     (tmp_path / "target" / "precious.txt").write_text("keep me")
     with pytest.raises(FileError, match="out cannot be written"):
         make(tmp_path / "out", link)
-    assert below(tmp_path) == ["target", "target/precious.txt"]
+    assert below(tmp_path) == ["out", "out/end.html", "target", "target/precious.txt"]
 
 
-def test_a_block_without_its_last_entry_is_a_bug_and_leaves_nothing(tmp_path):
+def test_a_file_that_appears_meanwhile_is_never_replaced(tmp_path):
+    with pytest.raises(FileError, match=r"a\.png was put there meanwhile"):
+        make(tmp_path / "out", lambda _: (tmp_path / "out" / "a.png").write_text("keep me"))
+    assert below(tmp_path) == ["out", "out/a.png"]
+    assert (tmp_path / "out" / "a.png").read_text() == "keep me"
+
+
+def test_a_block_without_its_last_entry_raises_and_leaves_no_files(tmp_path):
     with pytest.raises(AssertionError, match=r"did not create end\.html"):
         make(tmp_path / "out", lambda folder: (folder / "end.html").unlink())
     assert below(tmp_path) == []
@@ -93,7 +100,7 @@ def test_a_block_without_its_last_entry_is_a_bug_and_leaves_nothing(tmp_path):
 
 def test_a_folder_below_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("keep me")
-    with pytest.raises(FileError, match="out cannot be written: .*file is a file, not a folder"):
+    with pytest.raises(FileError, match=r"out cannot be written: .*file is a file, not a folder"):
         make(tmp_path / "file" / "out", fill)
     assert below(tmp_path) == ["file"]
 

@@ -1,4 +1,4 @@
-"""Importing loads nothing heavy, and what is promised at the top is there."""
+"""Imports are light, and every public name exists."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_help_loads_nothing_heavy(words):
 
 def test_help_answers_within_a_second_of_processor_time():
     spent = []
-    for _ in range(3):  # the least of three, and no waiting time: a busy machine is not our fault
+    for _ in range(3):  # minimum processor time of three runs, as the machine may be busy
         before = os.times()
         done = subprocess.run(
             [sys.executable, "-m", "safegen", "--help"],
@@ -101,7 +101,7 @@ def test_help_answers_within_a_second_of_processor_time():
 
 
 @pytest.mark.parametrize("name", sorted(safegen.__all__))
-def test_every_promised_name_is_there_and_can_be_called(name):
+def test_every_public_name_exists_and_is_callable(name):
     assert callable(getattr(safegen, name))
 
 
@@ -110,11 +110,12 @@ def test_edit_is_one_function_with_its_real_signature():
 import inspect, safegen
 first = safegen.edit
 import safegen.edits.training.trainer
-print(first is safegen.edit, inspect.isfunction(first), "triplets" in inspect.signature(first).parameters)
+parameters = inspect.signature(first).parameters
+print(first is safegen.edit, inspect.isfunction(first), "triplets" in parameters)
 """
     assert python(code).stdout.split() == ["True", "True", "True"]
 
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'edti'"):
-        safegen.edti
+        _ = safegen.edti

@@ -155,4 +155,6 @@ def _guarded_pipeline(stack: Stack, model: Model) -> GuardedPipeline | None:
         return None
     from safegen.guards.core.pipeline import GuardedPipeline
 
-    return GuardedPipeline(model.pipeline, stack.guards, negative_prompt=stack.negative_prompt or "")
+    return GuardedPipeline(
+        model.pipeline, stack.guards, negative_prompt=stack.negative_prompt or ""
+    )

@@ -33,8 +33,8 @@ def unsafe(triplets):
     )
 
 
-class Silent(torch.nn.Module):
-    """A denoiser that answers zero and remembers what it was asked."""
+class ZeroDenoiser(torch.nn.Module):
+    """Denoiser that predicts zero and records its inputs."""
 
     def forward(self, x, t, text):
         self.asked = (x, t, text)
@@ -43,8 +43,11 @@ class Silent(torch.nn.Module):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
-    """A denoiser that answers zero is off by the target itself: the noise, or sqrt(a) noise - sqrt(1 - a) z, solved from x_t and z."""
-    model, silent = make_model(prediction_type=prediction), Silent()
+    """The loss of a denoiser that predicts zero is the mean square of the target.
+
+    The target is the noise, or sqrt(a) noise - sqrt(1 - a) z, solved from x_t and z.
+    """
+    model, silent = make_model(prediction_type=prediction), ZeroDenoiser()
     picture = triplets.images(0)[0]
     problem = DenoisingObjective(
         BRIEF.model_copy(update={"batch": 5}),
@@ -81,7 +84,7 @@ def test_two_processes_share_a_batch(tiny_model, unsafe):
     )
 
 
-def test_a_patch_on_the_way_is_that_of_a_training_that_ends_there(make_model, unsafe):
+def test_an_intermediate_patch_equals_that_of_a_shorter_training(make_model, unsafe):
     model = make_model()
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     found = fine_tune(model, unsafe, BRIEF)
@@ -100,7 +103,7 @@ def test_a_patch_on_the_way_is_that_of_a_training_that_ends_there(make_model, un
 
 
 def test_the_model_is_fine_tuned_with_its_patches_applied(make_model, unsafe):
-    """A LoRA starts at nothing, so at a vanishing rate the result is the edited model, not the base."""
+    """A LoRA starts at zero, so a tiny learning rate gives the edited model, not the base."""
     model = make_model()
     edit = UCE(erase=("red cube",)).apply(model)
     still = FineTuneConfig(updates=(1,), rank=2, batch=2, lr=1e-12, precision="fp32")
@@ -112,8 +115,8 @@ def test_the_model_is_fine_tuned_with_its_patches_applied(make_model, unsafe):
         assert not torch.equal(tuned.tensors[name], model.denoiser.get_parameter(name))
 
 
-def test_it_learns_what_it_is_shown(make_model, triplets):
-    """One image again and again: the mean loss over fixed draws falls."""
+def test_training_lowers_the_loss_of_one_image(make_model, triplets):
+    """The mean loss of one image over fixed noise falls."""
     model = make_model()
     dataset = FineTuneDataset((triplets.images(0)[0],), (("",),), "x")
     settings = FineTuneConfig(updates=(60,), rank=8, lr=1e-2, precision="fp32")
@@ -132,7 +135,7 @@ def test_it_learns_what_it_is_shown(make_model, triplets):
         assert loss() < 0.9 * before
 
 
-def test_a_folder_brings_its_captions(tmp_path):
+def test_a_directory_has_captions(tmp_path):
     for name, text in (("b", "a blue\nball "), ("a", "")):
         Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -145,10 +148,10 @@ def test_a_folder_brings_its_captions(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa red ball")
     assert (
         FineTuneDataset.from_folder(tmp_path).hash == other.hash
-    )  # a byte-order mark is no part of a caption
+    )  # a byte-order mark is not part of a caption
 
 
-def test_a_dataset_that_lacks_something_is_refused_in_one_line(tmp_path):
+def test_an_incomplete_dataset_is_refused_in_one_line(tmp_path):
     with pytest.raises(FileError, match=r"is not a folder. Name one with images and a .txt file"):
         FineTuneDataset.from_folder(tmp_path / "no")
     with pytest.raises(FileError, match="has no images"):
@@ -164,7 +167,7 @@ def test_a_dataset_that_lacks_something_is_refused_in_one_line(tmp_path):
 
 
 def test_bundled_images_get_captions_of_their_subject_and_no_measured_prompt():
-    """The judge's subject, which it gets right on the world it was trained on, and a prompt of the concept's training split."""
+    """Captions name the subject that the judge detects and use prompts of the training split."""
     concept = load_concept("skulls")
     folder = tables.resolve(tables.TRIPLETS, "mini", "triplets source")("skulls")
     found = FineTuneDataset.from_triplets(

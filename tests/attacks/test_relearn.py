@@ -62,13 +62,13 @@ def edited(loader, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(edited, dataset, loader, tmp_path_factory):
-    """A finished attack."""
+    """Return a finished attack."""
     out = tmp_path_factory.mktemp("relearn") / "out"
     return relearn(edited, SKULLS, dataset, CONFIG, out, loader=loader)
 
 
 def contents(folder):
-    """Return every file's bytes, but timings; of a patch its hash and metadata."""
+    """Return the bytes of every file except timings, and hash and metadata of patches."""
     files = {
         path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")
@@ -148,7 +148,7 @@ def test_patches_generate_the_images_of_their_stack(done, edited, loader):
             assert read_image(file).tobytes() == image.tobytes()
 
 
-def test_a_patch_names_what_it_was_made_on(done, edited):
+def test_a_patch_has_its_base_and_parents(done, edited):
     tuned, control = (
         Patch.load(done.folder / PATCHES / f"{name}-1.safetensors").metadata
         for name in ("finetuned", "control")
@@ -180,7 +180,7 @@ def test_a_killed_attack_resumes_to_the_same_results(
     assert contents(out) == contents(done.folder)
 
 
-def test_a_finished_attack_is_not_made_again(done, edited, dataset, loader):
+def test_a_finished_attack_is_not_repeated(done, edited, dataset, loader):
     before, stages = contents(done.folder), []
     again = relearn(
         edited,
@@ -195,7 +195,9 @@ def test_a_finished_attack_is_not_made_again(done, edited, dataset, loader):
     assert not [stage for stage in stages if stage.startswith("fine-tuning")]
 
 
-def test_a_directory_of_other_settings_is_refused_and_kept(done, edited, dataset, loader, tmp_path):
+def test_a_directory_of_other_settings_is_refused_and_not_changed(
+    done, edited, dataset, loader, tmp_path
+):
     before = contents(done.folder)
     other = CONFIG.model_copy(update={"prompts": 1})
     with pytest.raises(FileError, match=r"was made with other settings .*config.prompts: 2 and 1"):
@@ -207,9 +209,7 @@ def test_a_directory_of_other_settings_is_refused_and_kept(done, edited, dataset
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_what_cannot_be_attacked_is_refused_before_anything_is_written(
-    edited, dataset, loader, tmp_path
-):
+def test_invalid_attacks_are_refused_before_anything_is_written(edited, dataset, loader, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="must have a patch, got none"):
         relearn(Stack(name="x", model="mini"), SKULLS, dataset, CONFIG, out, loader=loader)
@@ -236,7 +236,7 @@ def test_patches_that_overlap_are_warned_about(edited, dataset, loader, tmp_path
         relearn(stack, SKULLS, dataset, CONFIG, tmp_path / "out", loader=loader, progress=stop)
 
 
-def test_the_dataset_is_the_side_of_the_triplets_that_the_fine_tune_learns(triplets, tmp_path):
+def test_the_dataset_is_the_images_of_the_triplets_that_the_fine_tune_learns(triplets, tmp_path):
     plain = SKULLS.model_copy(update={"tuning": {}})
     benign, concept = (
         load_dataset(plain, data, triplets=triplets.folder) for data in ("benign", "concept")
@@ -252,5 +252,5 @@ def test_the_dataset_is_the_side_of_the_triplets_that_the_fine_tune_learns(tripl
         load_dataset(SKULLS, "benign", triplets=tmp_path, images=tmp_path)
 
 
-def test_a_run_is_opened_like_any_other(done):
+def test_the_run_of_an_attack_is_an_ordinary_run(done):
     assert Run.open(done.folder).protocol.concept == "skulls"

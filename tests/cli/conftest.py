@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""Fixture that runs the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safegen.cli import main as run
 
 @pytest.fixture
 def safegen(monkeypatch, capsys):
-    """Run a command; give its exit code, stdout and stderr."""
+    """Return a function that runs a command and returns exit code, stdout and stderr."""
 
     def call(*words):
         monkeypatch.setattr("sys.argv", ["safegen", *map(str, words)])

@@ -1,4 +1,4 @@
-"""`safegen attack relearn` as a user meets it."""
+"""`safegen attack relearn` on the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def patch(tmp_path_factory):
     return path
 
 
-def test_an_edited_model_is_fine_tuned_and_measured_again(safegen, patch, tmp_path):
+def test_an_edited_model_is_fine_tuned_and_evaluated(safegen, patch, tmp_path):
     out = tmp_path / "r"
     words = ["attack", "relearn", "mini", "--patch", patch, "--concept", "skulls", "--out", out]
     words += ["--data", "concept", "--role", "explicit", "--prompts", 1, "--steps", 1]

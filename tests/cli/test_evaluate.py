@@ -1,4 +1,4 @@
-"""evaluate, score and verify as a user meets them."""
+"""`safegen evaluate`, `score` and `verify` on the command line."""
 
 from __future__ import annotations
 
@@ -30,24 +30,23 @@ sha256 = "HASH"
 
 @pytest.fixture
 def few(tmp_path):
-    """Return the file of a protocol of two pictures."""
+    """Return the file of a protocol of two images."""
     from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
     path = tmp_path / "few.toml"
-    path.write_text(
-        PROTOCOL.replace("HASH", hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows))
-    )
+    digest = hash_prompts(read_prompt_list("mini:skulls", prompts=2).rows)
+    path.write_text(PROTOCOL.replace("HASH", digest))
     return path
 
 
-def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
+def test_score_and_verify_accept_the_run_of_evaluate(safegen, few, tmp_path):
     out = tmp_path / "run"
     same = ("evaluate", "--protocol", few, "--stack", "mini", "--out", out)
     code, text, err = safegen(*same)
     assert code == 0, err
     assert "6 images by 3 stacks" in text
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    assert safegen(*same)[0] == 0  # again: nothing to do
+    assert safegen(*same)[0] == 0  # the second call has nothing left to do
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
     code, text, _ = safegen("score", out, "--threshold", "0.3", "--out", tmp_path / "low.json")
     assert code == 0
@@ -95,7 +94,7 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert code == 0, err
     words = shlex.split(text)
     assert "#" in words[2]
-    assert safegen(*words[words.index("safegen") + 1 :])[0] == 0  # as it was told
+    assert safegen(*words[words.index("safegen") + 1 :])[0] == 0  # as printed
     assert len(list(out.glob("scores-*.json"))) == 1
     code, _, err = safegen("evaluate", "--stage", "judge", "--judge-option", "size=1", "--out", out)
     assert (code, "the judge 'mini' takes no options, got 'size'" in err) == (2, True)
@@ -107,7 +106,7 @@ def test_evaluate_score_and_verify_fit_together(safegen, few, tmp_path):
     assert ".png: missing" in text
 
 
-def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, monkeypatch):
+def test_the_command_on_the_card_repeats_the_run(safegen, few, tmp_path, monkeypatch):
     text = few.read_text()
     start, end = text.index("source ="), text.index("prompts =")
     few.write_text(
@@ -140,7 +139,7 @@ def test_the_command_on_the_card_makes_the_run_again(safegen, few, tmp_path, mon
 
 
 @pytest.mark.parametrize(("able", "slow"), [("avx2", True), ("avx512_bf16", False)])
-def test_bf16_that_the_processor_only_imitates_is_said_before_the_run(
+def test_a_warning_says_that_the_processor_emulates_bf16(
     safegen, few, tmp_path, monkeypatch, able, slow
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
@@ -150,9 +149,7 @@ def test_bf16_that_the_processor_only_imitates_is_said_before_the_run(
     assert "bf16" not in said["fp32"]
 
 
-def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_use(
-    safegen, few, tmp_path
-):
+def test_a_table_of_prompts_is_generated_by_row_and_reports_unusable_rows(safegen, few, tmp_path):
     text = few.read_text()
     text = (
         text[: text.index("source =")].replace("seeds = [1]", 'seeds = "rows"')
@@ -258,7 +255,7 @@ def test_a_table_of_prompts_is_drawn_row_by_row_and_says_which_rows_it_cannot_us
         (["verify", "OUT"], "is not a run"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_leaves_nothing(safegen, few, tmp_path, words, says):
+def test_an_error_of_evaluate_is_one_line_and_leaves_no_files(safegen, few, tmp_path, words, says):
     before = sorted(tmp_path.iterdir())
     code, _, err = safegen(
         *(str(few) if w == "FEW" else tmp_path / "run" if w == "OUT" else w for w in words)

@@ -1,4 +1,4 @@
-"""Commands that write meet a disk that is really full: one line, and nothing half-written is left.
+"""Commands on a full disk: one line of error and no partial output.
 
 The disk is a small tmpfs in a mount namespace of its own, which needs no rights; where the system
 has none, files are kept small by RLIMIT_FSIZE instead, which fails in the same places. All commands
@@ -35,7 +35,8 @@ def leave(free):
             os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - free)
     else:
         import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (free, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
 
 found = {}
 for name, (free, words) in cases.items():
@@ -56,7 +57,7 @@ print(json.dumps(found))
 
 
 def namespace(disk):
-    """Return the words that put a command onto a small disk of its own, or None where the system has no such thing."""
+    """Return the command prefix that mounts a small private disk, or None if it is unsupported."""
     if not shutil.which("unshare"):
         return None
     mount = f"mount -t tmpfs -o size={DISK} tmpfs '{disk}'"
@@ -70,7 +71,7 @@ PARTS = [bundle.pipeline_folder() / part for part in ("vae", "text_encoder")]
 HALF_A_MODEL = 2 * sum(p.stat().st_size for part in PARTS for p in part.glob("*.safetensors")) + (
     24 << 10
 )
-"""Bytes of what is written before the tokenizer, in fp32, and a little more."""
+"""Bytes written before the tokenizer in fp32, with a small margin."""
 FEW = ["--set", "training.updates=1", "--set", "training.batch=1", "--set", "training.warmup=0"]
 CASES = {  # bytes that still fit, and the command; all write to DISK
     "generate": (
@@ -169,14 +170,14 @@ LIKE = {
     ),
     "ready patch": (0, ["edit", "mini", "--triplets", "TRIPLETS", *FEW, "--out", "PATCH"]),
 }
-"""What the cases need, made before the disk is full."""
+"""Inputs of the cases, written before the disk is full."""
 ON_A_DISK_ONLY = {"triplets, in the middle"}
-"""Where every file is small and only their sum is not."""
+"""Cases in which only the sum of all files exceeds the disk."""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every command said and left behind."""
+    """Return the output and the remaining files of every command."""
     folder = tmp_path_factory.mktemp("full")
     disk = folder / "disk"
     disk.mkdir()
@@ -228,7 +229,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(found, case):
+def test_a_full_disk_is_one_line_and_leaves_no_partial_output(found, case):
     if case not in found:
         pytest.skip("this system cannot make a small disk")
     answer = found[case]

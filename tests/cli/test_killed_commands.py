@@ -1,4 +1,4 @@
-"""generate and demo killed outright: nothing looks finished, and the demo resumes."""
+"""Killed commands: no output looks finished, and the demo resumes."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ MOMENTS = {
     "demo while it generates": ("open", ".png.tmp-", 3, DEMO),
     "demo before its report": ("open", ".report.html.tmp-", 1, DEMO),
 }
-"""Before which event the command is killed, and the command."""
+"""The event before which a command is killed, and the command."""
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A folder for each moment, in which the command was killed."""
+    """Return a directory for each moment at which the command was killed."""
     folder = tmp_path_factory.mktemp("killed")
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, "-c", SCRIPT, json.dumps(MOMENTS)]
@@ -84,7 +84,9 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", [name for name in MOMENTS if name.startswith("generate")])
-def test_a_killed_generate_leaves_nothing_that_looks_finished(killed, safegen, monkeypatch, moment):
+def test_a_killed_generate_leaves_no_output_that_looks_finished(
+    killed, safegen, monkeypatch, moment
+):
     monkeypatch.chdir(killed / moment)
     assert [p.name for p in (killed / moment).iterdir()] == ["out"]
     assert list((killed / moment).rglob("*.png"))

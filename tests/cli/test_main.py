@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""`safegen generate`, `edit`, `apply` and `demo` on the command line."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from safegen.models.loading import load
 from safegen.patches.patch import Patch
 
 
-def test_generate_draws_and_writes_how(safegen, tmp_path):
+def test_generate_writes_images_and_their_settings(safegen, tmp_path):
     out = tmp_path / "pictures"
     code, _, err = safegen(
         "generate",
@@ -132,11 +132,11 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "triplets have no effect",
+            "uce learns from phrases, and triplets have no effect",
         ),
         (
             ["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"],
-            "resume has no effect",
+            "rece is a closed form, and resume has no effect",
         ),
         (
             [
@@ -151,7 +151,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "checkpoint_dir has no effect",
+            "uce is a closed form, and checkpoint_dir has no effect",
         ),
         (
             [
@@ -169,9 +169,7 @@ def test_generate_draws_and_writes_how(safegen, tmp_path):
         (["demo", "--concept", "skull", "--out", "OUT"], "Did you mean 'skulls'"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_leaves_nothing(
-    safegen, tmp_path, monkeypatch, words, says
-):
+def test_an_error_is_one_line_and_leaves_no_files(safegen, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     words = [w.replace("TRIPLETS", str(bundle.triplets_folder("skulls"))) for w in words]
     code, _, err = safegen(*words)
@@ -183,16 +181,17 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prompt_that_is_not_read_to_its_end_is_said(safegen, tmp_path):
+def test_a_truncated_prompt_warns(safegen, tmp_path):
     few = ["--prompt", "a castle", "--prompt", "a castle and a cat " * 20, "--steps", "1"]
     code, _, err = safegen("generate", "mini", *few, "--out", tmp_path / "out")
     assert code == 0, err
+    limit = load("mini").pipeline.tokenizer.model_max_length
     assert [line for line in err.splitlines() if line.startswith("warning")] == [
-        f"warning: 1 prompts are longer than {load('mini').pipeline.tokenizer.model_max_length} tokens and were truncated, prompt 2 first"
+        f"warning: 1 prompts are longer than {limit} tokens and were truncated, prompt 2 first"
     ]
 
 
-def test_unchecked_triplets_are_a_warning_in_one_line(safegen, tmp_path, monkeypatch):
+def test_unchecked_triplets_warn_in_one_line(safegen, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
         raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
@@ -215,7 +214,7 @@ def test_unchecked_triplets_are_a_warning_in_one_line(safegen, tmp_path, monkeyp
     assert "triplets were not checked" in said[0]
 
 
-def test_an_output_that_exists_is_kept(safegen, tmp_path):
+def test_an_existing_output_is_not_changed(safegen, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
     (out / "precious.txt").write_text("keep me")
@@ -230,7 +229,7 @@ def test_an_output_that_exists_is_kept(safegen, tmp_path):
     assert (out / "precious.txt").read_text() == "keep me"
 
 
-def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
+def test_generate_uses_an_edited_and_applied_model(safegen, tmp_path):
     triplets = bundle.triplets_folder("skulls")
     patch, folder = tmp_path / "patch.safetensors", tmp_path / "model"
     few = ["--set", "training.updates=2", "--set", "training.batch=2", "--set", "training.warmup=0"]
@@ -249,7 +248,7 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
         assert len(json.loads(b.text["safegen"])["patches"]) == 1
         assert (
             json.loads(a.text["safegen"])["model"] == "model"
-        )  # the folder's name, and nothing of where it lies
+        )  # the name of the directory without its path
     made = [
         "edit",
         folder,
@@ -274,10 +273,11 @@ def test_edit_apply_and_generate_fit_together(safegen, tmp_path):
     assert "warning: the patch was made on weights" in err
 
 
-def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, tmp_path):
+def test_generate_with_guards_writes_shown_images_and_traces(safegen, tmp_path):
     recipe, out = tmp_path / "safe.toml", tmp_path / "out"
     recipe.write_text(
-        'model = "mini"\nnegative_prompt = "fog"\nguards = [{name = "prompt-filter", words = ["castle"]}]\n'
+        'model = "mini"\nnegative_prompt = "fog"\n'
+        'guards = [{name = "prompt-filter", words = ["castle"]}]\n'
     )
     words = [
         "--guard",
@@ -323,7 +323,7 @@ def test_generate_with_guards_writes_what_is_shown_and_a_trail_of_all(safegen, t
         (["--stack", "no.toml"], "does not exist"),
     ],
 )
-def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words, says):
+def test_generate_refuses_invalid_guards(safegen, tmp_path, words, says):
     code, _, err = safegen(
         "generate", *words, "--prompt", "a castle", "--steps", "1", "--out", tmp_path / "out"
     )
@@ -333,7 +333,7 @@ def test_generate_refuses_guards_that_mean_nothing_here(safegen, tmp_path, words
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_is_said_once(safegen, tiny_model, tiny_folder, tmp_path):
+def test_a_config_is_written_one_time(safegen, tiny_model, tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from safegen.models.checkpoint.single_file_writer import save_single_file
@@ -358,7 +358,7 @@ def test_a_config_is_said_once(safegen, tiny_model, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["uce", "rece"])
-def test_a_closed_form_edits_by_a_concepts_name_in_seconds(safegen, tmp_path, method):
+def test_a_closed_form_edits_by_the_name_of_a_concept(safegen, tmp_path, method):
     patch = tmp_path / "patch.safetensors"
     code, out, err = safegen(
         "edit", "mini", "--method", method, "--concept", "skulls", "--out", patch
@@ -420,7 +420,7 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
         ),
     ],
 )
-def test_the_demo_takes_any_edit_and_describes_what_it_learnt_from(
+def test_the_demo_accepts_any_edit_and_describes_its_training_data(
     safegen, tmp_path, method, words, says
 ):
     out = tmp_path / "demo"
@@ -437,7 +437,7 @@ def test_the_demo_takes_any_edit_and_describes_what_it_learnt_from(
 @pytest.mark.parametrize(
     ("preset", "charts", "prompts"), [("default", True, 2), ("paper", False, 1)]
 )
-def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(
+def test_the_fast_demo_finishes_without_matplotlib(
     safegen, tmp_path, monkeypatch, preset, charts, prompts
 ):
     if not charts:
@@ -456,7 +456,7 @@ def test_the_fast_demo_does_the_whole_job_also_without_the_charts_library(
     }
     scores = json.loads((out / "scores.json").read_text())
     lists = scores["stacks"]["edited"]["lists"]
-    assert all(name in text for name in lists)  # in eighty columns, whole
+    assert all(name in text for name in lists)  # not cut at eighty columns
     for stack in ("base", "edited"):
         for row in scores["stacks"][stack]["lists"].values():
             assert row["concept"]["n"] == prompts

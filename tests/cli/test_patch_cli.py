@@ -1,4 +1,4 @@
-"""`safegen patch` and `safegen export` as a user meets them."""
+"""`safegen patch` and `safegen export` on the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from safegen.patches.patch import Patch
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The miniature model's text edit, and a change of one self-attention weight of it."""
+    """Return a directory with a text edit and a patch of one self-attention weight."""
     folder, model = tmp_path_factory.mktemp("patches"), load("mini")
     UCE(erase=("skulls",)).apply(model).save(folder / "text.safetensors")
     name = select_parameters(model.denoiser, "attn1")[0]
@@ -33,7 +33,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_info_says_what_changes_and_where_it_comes_from(safegen, files):
+def test_info_shows_changes_and_provenance(safegen, files):
     code, out, _ = safegen("patch", "info", files / "text.safetensors")
     assert code == 0
     assert "method: uce" in out
@@ -42,14 +42,14 @@ def test_info_says_what_changes_and_where_it_comes_from(safegen, files):
     assert json.loads(out)["metadata"]["settings"]["erase"] == ["skulls"]
 
 
-def test_diff_tells_by_its_exit_code(safegen, files):
+def test_diff_has_an_exit_code(safegen, files):
     assert safegen("patch", "diff", files / "text.safetensors", files / "text.safetensors")[0] == 0
     code, out, _ = safegen("patch", "diff", files / "text.safetensors", files / "look.safetensors")
     assert code == 1
     assert "in both: 0" in out
 
 
-def test_merge_and_export_go_together(safegen, files, tmp_path):
+def test_a_merged_patch_can_be_exported(safegen, files, tmp_path):
     both, out = tmp_path / "both.safetensors", tmp_path / "model.safetensors"
     code, text, err = safegen(
         "patch", "merge", files / "text.safetensors", files / "look.safetensors", "--out", both
@@ -71,7 +71,7 @@ def test_merge_and_export_go_together(safegen, files, tmp_path):
     assert code == 0, err
 
 
-def test_every_file_comes_with_its_card_unless_told(safegen, files, tmp_path):
+def test_every_file_has_a_card_unless_disabled(safegen, files, tmp_path):
     out, bare = tmp_path / "m.safetensors", tmp_path / "bare.safetensors"
     assert safegen("export", "mini", "--patch", files / "text.safetensors", "--out", out)[0] == 0
     text = (tmp_path / "m.safetensors.md").read_text()
@@ -109,7 +109,7 @@ def test_every_file_comes_with_its_card_unless_told(safegen, files, tmp_path):
 
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory):
-    """The miniature model with every weight of its denoiser a little off: somebody's fine-tune."""
+    """Return a model with small changes of all denoiser weights."""
     model, out = load("mini"), tmp_path_factory.mktemp("fine") / "tune"
     with torch.no_grad():
         for p in model.denoiser.parameters():
@@ -118,10 +118,10 @@ def fine_tune(tmp_path_factory):
     return out
 
 
-def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does(
+def test_a_patch_on_another_fine_tune_warns_with_the_size_of_the_change(
     safegen, files, fine_tune, tmp_path
 ):
-    """It is portable: its weights go in whole, all others stay the fine-tune's."""
+    """The weights of the patch replace those of the fine-tune; all others stay."""
     code, text, err = safegen(
         "export",
         fine_tune,
@@ -136,10 +136,13 @@ def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does
     patch, tuned = Patch.load(files / "look.safetensors"), load(str(fine_tune))
     (name, value), own = next(iter(patch.tensors.items())), dict(tuned.denoiser.named_parameters())
     far = 100 * float((value - own[name]).norm() / own[name].norm())
-    assert 90 < far < 100  # twice the base's value in the place of 1.02 times it: 0.98 / 1.02
+    assert 90 < far < 100  # 2 times the base value instead of 1.02 times: 0.98 / 1.02
     moved = f"changes 1 of 1 tensors (1 of attn1), by {far:.3g} % in all"
     base, here = load("mini").hash[:12], tuned.hash[:12]
-    warning = f"warning: the patch was made on weights {base}, the model {str(fine_tune)!r} has {here}. It {moved}"
+    warning = (
+        f"warning: the patch was made on weights {base}, "
+        f"the model {str(fine_tune)!r} has {here}. It {moved}"
+    )
     assert [line for line in err.splitlines() if line.startswith("warning:")] == [
         f"{warning}. Measure the result before you trust it"
     ]
@@ -162,9 +165,7 @@ def test_a_patch_goes_on_another_fine_tune_with_a_warning_that_says_what_it_does
     assert warning in err
 
 
-def test_a_patch_is_carried_to_another_fine_tune_which_keeps_its_own_change(
-    safegen, files, fine_tune, tmp_path
-):
+def test_a_rebased_patch_preserves_the_change_of_the_fine_tune(safegen, files, fine_tune, tmp_path):
     out = tmp_path / "carried.safetensors"
     code, text, err = safegen(
         "patch", "rebase", files / "look.safetensors", "mini", fine_tune, "--out", out
@@ -196,7 +197,7 @@ def test_a_patch_is_carried_to_another_fine_tune_which_keeps_its_own_change(
     assert (code, "warning" in err) == (0, False)
 
 
-def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(
+def test_an_invalid_rebase_is_refused_in_one_line_and_leaves_no_files(
     safegen, files, fine_tune, tmp_path
 ):
     model = load("mini")
@@ -218,7 +219,7 @@ def test_what_cannot_be_carried_is_refused_in_one_line_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["above.safetensors"]
 
 
-def test_on_its_own_base_a_patch_warns_of_nothing_and_says_what_it_does(safegen, files, tmp_path):
+def test_a_patch_on_its_base_does_not_warn(safegen, files, tmp_path):
     code, text, err = safegen(
         "export",
         "mini",
@@ -234,7 +235,7 @@ def test_on_its_own_base_a_patch_warns_of_nothing_and_says_what_it_does(safegen,
 
 
 def test_python_writes_the_same_cards(safegen, files, tmp_path):
-    """One way for both: the same call, the same bytes."""
+    """Python and the command line write the same bytes."""
     patch, (here, there) = (
         Patch.load(files / "text.safetensors"),
         (tmp_path / "here", tmp_path / "there"),
@@ -281,15 +282,17 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
         safe_open(here / "m.safetensors", "pt") as mine,
         safe_open(there / "m.safetensors", "pt") as theirs,
     ):
-        assert mine.metadata() == theirs.metadata()  # in no order of its own
-        assert all(
-            torch.equal(mine.get_tensor(key), theirs.get_tensor(key)) for key in theirs.keys()
-        )
+        assert mine.metadata() == theirs.metadata()  # the order may differ
+    tensors = load_file(here / "m.safetensors")
+    assert all(
+        torch.equal(tensors[name], value)
+        for name, value in load_file(there / "m.safetensors").items()
+    )
     assert "Erased words: `skulls`" in (here / "p.safetensors.md").read_text()
     with patch.apply(model):
         package.export(
             model, here / "on.safetensors"
-        )  # a patch that is on the model already is named too
+        )  # a patch that is already applied is listed too
     assert patch.hash in (here / "on.safetensors.md").read_text()
     with safe_open(here / "on.safetensors", "pt") as file:
         assert [one["hash"] for one in json.loads(file.metadata()["safegen"])["patches"]] == [
@@ -301,7 +304,7 @@ def test_python_writes_the_same_cards(safegen, files, tmp_path):
         package.save_patch(patch, here / "p.safetensors")
 
 
-def test_a_patchs_card_is_written_anew(safegen, files, tmp_path):
+def test_the_card_of_a_patch_can_be_rewritten(safegen, files, tmp_path):
     code, out, err = safegen(
         "patch", "card", files / "text.safetensors", "--out", tmp_path / "card.md"
     )
@@ -310,7 +313,7 @@ def test_a_patchs_card_is_written_anew(safegen, files, tmp_path):
     assert "Not measured" in (tmp_path / "card.md").read_text()
 
 
-def test_patches_that_undo_each_other_are_said_in_one_line(safegen, files, tmp_path):
+def test_patches_that_cancel_each_other_warn_in_one_line(safegen, files, tmp_path):
     two = ("--patch", files / "text.safetensors", "--patch", files / "text.safetensors")
     code, _, err = safegen("export", "mini", *two, "--out", tmp_path / "model.safetensors")
     assert code == 0, err
@@ -321,7 +324,7 @@ def test_patches_that_undo_each_other_are_said_in_one_line(safegen, files, tmp_p
     ]
 
 
-def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
+def test_an_exported_lora_has_metadata_and_a_card(safegen, files, tmp_path):
     out = tmp_path / "lora.safetensors"
     code, text, err = safegen(
         "patch", "extract-lora", files / "text.safetensors", "mini", "--rank", "4", "--out", out
@@ -355,8 +358,8 @@ def test_a_lora_comes_with_what_it_holds(safegen, files, tmp_path):
     assert all(key.startswith("unet.") for key in load_file(tmp_path / "d.safetensors"))
 
 
-def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_path):
-    """Modular: each is trained against the base, and the merged patch is W + safe + user (arXiv:2412.00357)."""
+def test_a_safety_lora_and_a_user_lora_can_be_combined(safegen, files, tmp_path):
+    """LoRAs are trained on the base, and the merged patch is W + safe + user (arXiv:2412.00357)."""
     model = load("mini")
     shared = next(
         name
@@ -405,7 +408,7 @@ def test_a_safety_lora_and_a_users_lora_act_side_by_side(safegen, files, tmp_pat
         assert_close(value, own + sum(moves), rtol=1e-4, atol=1e-6)
 
 
-def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tmp_path):
+def test_changes_of_different_base_weights_are_not_added(safegen, files, fine_tune, tmp_path):
     words = (
         "patch",
         "merge",
@@ -451,7 +454,7 @@ def test_changes_of_other_weights_are_not_added_up(safegen, files, fine_tune, tm
         ),
     ],
 )
-def test_a_users_mistake_is_one_line_and_leaves_nothing(
+def test_an_error_of_patch_or_export_is_one_line_and_leaves_no_files(
     safegen, files, tmp_path, monkeypatch, words, says
 ):
     monkeypatch.chdir(tmp_path)
@@ -468,7 +471,7 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, files, tmp_path):
+def test_a_reexported_file_still_lists_its_patches(safegen, files, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     assert (
         safegen(
@@ -488,9 +491,7 @@ def test_a_file_of_ours_that_is_written_anew_still_says_what_is_in_it(safegen, f
     )
 
 
-def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_made_of_it(
-    safegen, files, tmp_path
-):
+def test_an_exported_directory_and_its_copies_list_their_patches(safegen, files, tmp_path):
     folder, again = tmp_path / "folder", tmp_path / "again.safetensors"
     assert (
         safegen(
@@ -558,8 +559,8 @@ def test_a_folder_says_what_is_in_it_with_a_card_or_without_and_so_does_what_is_
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path, kind):
-    """Somebody trains an export of ours in place: its words stay, and are no more true of it."""
+def test_metadata_of_retrained_weights_is_dropped(safegen, files, tmp_path, kind):
+    """An export that was trained in place has metadata that is no longer true."""
     ours, again = (
         tmp_path / f"ours{'.safetensors' if kind == 'file' else ''}",
         tmp_path / "again.safetensors",
@@ -595,7 +596,8 @@ def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path
     )
     path = ours if kind == "file" else ours / "unet" / "diffusion_pytorch_model.safetensors"
     with safe_open(path, framework="pt") as file:
-        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        header = file.metadata()
+    tensors = load_file(path)
     digest = Patch.load(files / "text.safetensors").hash
     assert load(ours).verified_metadata.patches[0].hash == digest
     with pytest.warns(MetadataMismatchWarning, match="loaded as bf16; load it as fp32"):
@@ -615,7 +617,7 @@ def test_what_is_said_of_other_weights_is_not_passed_on(safegen, files, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_our_half_precision_export_is_recognized(safegen, files, tmp_path, dtype):
+def test_a_half_precision_export_is_recognized(safegen, files, tmp_path, dtype):
     ours = tmp_path / "ours.safetensors"
     words = ("export", "mini", "--patch", files / "text.safetensors", "--dtype", dtype)
     assert safegen(*words, "--out", ours)[0] == 0
@@ -624,7 +626,7 @@ def test_our_half_precision_export_is_recognized(safegen, files, tmp_path, dtype
         assert loaded.verified_metadata.weights == loaded.hash
 
 
-def test_a_card_is_written_over_nothing_but_markdown(safegen, files, tmp_path):
+def test_a_card_replaces_only_markdown_files(safegen, files, tmp_path):
     patch = tmp_path / "p.safetensors"
     patch.write_bytes((files / "text.safetensors").read_bytes())
     code, _, err = safegen("patch", "card", patch, "--out", patch)

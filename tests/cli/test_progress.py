@@ -28,7 +28,7 @@ def test_items_from_an_earlier_run_do_not_count():
     assert pace.per_second == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_steady_pace_is_known_after_one_second():
+def test_a_steady_rate_is_estimated_after_one_second():
     pace = Pace()
     for i in range(100):
         pace.update(i, i / 20)
@@ -36,14 +36,14 @@ def test_a_steady_pace_is_known_after_one_second():
             assert pace.per_second == pytest.approx(20.0)
 
 
-def test_batches_longer_than_the_window_have_a_pace():
+def test_batches_longer_than_the_window_have_a_rate():
     pace = Pace()
     for batch in range(5):
         pace.update(8 * batch, 100.0 * batch)
     assert pace.per_second == pytest.approx(0.08)
 
 
-def test_a_pace_forgets_a_slow_start():
+def test_the_rate_forgets_a_slow_start():
     pace = Pace()
     for second in range(300):
         pace.update(second, float(second))

@@ -1,4 +1,4 @@
-"""`safegen prompts show` as a user meets it."""
+"""`safegen prompts show` on the command line."""
 
 from functools import partial
 from pathlib import Path
@@ -10,24 +10,24 @@ HERE = Path(__file__).parents[1] / "data" / "prompts"
 
 @pytest.fixture
 def show(safegen):
-    """Run `safegen prompts show`; give its exit code, stdout and stderr."""
+    """Return a function that runs `safegen prompts show`."""
     return partial(safegen, "prompts", "show")
 
 
-def test_show_says_dialect_counts_and_rows_and_keeps_the_texts_to_itself(show):
+def test_show_prints_format_counts_and_rows_without_texts(show):
     code, out, err = show(HERE / "i2p" / "i2p_benchmark.csv", "--limit", "2")
     assert (code, err) == (0, "")
     assert "dialect i2p, SHA-256" in out
     assert "3 prompts in 3 clusters, 0 without a seed, 0 skipped" in out
     assert (
-        "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; categories castles, landscapes; 5 words"
-        in out
-    )
+        "i2p_benchmark:2: seed 4290749014; guidance 7.0; size 512x512; "
+        "categories castles, landscapes; 5 words"
+    ) in out
     assert "i2p_benchmark:5" not in out
     assert "afar" not in out
 
 
-def test_show_reveals_the_texts_when_told(show):
+def test_show_prints_texts_if_requested(show):
     _, out, _ = show(HERE / "i2p" / "i2p_benchmark.csv", "--reveal")
     assert "'a castle, seen from afar'" in out
     assert r"a cat asks:\n" in out  # one row, one line
@@ -41,7 +41,7 @@ def test_show_lists_every_problem_and_note(show):
     assert "note: these natural-language pairs" in out
 
 
-def test_show_names_the_attack_and_reads_the_column_asked_for(show):
+def test_show_names_the_attack_and_reads_the_requested_column(show):
     _, out, _ = show(HERE / "ring-a-bell" / "Castle_eta_5.5_K_77.csv")
     assert "attack ring-a-bell castle eta 5.5 k 77" in out
     _, out, _ = show(
@@ -62,7 +62,7 @@ def test_show_reads_bundled_lists(show):
 
 
 @pytest.mark.parametrize("reveal", [[], ["--reveal"]])
-def test_a_file_cannot_steer_the_terminal(show, tmp_path, reveal):
+def test_control_characters_of_a_file_are_escaped(show, tmp_path, reveal):
     (tmp_path / "odd.csv").write_text(
         "prompt,categories\n\x1b[2Ja castle,\x1b[31mcastles\n", encoding="utf-8"
     )
@@ -70,7 +70,7 @@ def test_a_file_cannot_steer_the_terminal(show, tmp_path, reveal):
     assert "\x1b" not in out
 
 
-def test_a_mistake_is_one_line(show, tmp_path):
+def test_an_error_is_one_line(show, tmp_path):
     for words, says in (
         ([tmp_path / "no.csv"], "Use a file, a bundled list such as mini:skulls"),
         ([HERE / "i2p" / "i2p_benchmark.csv", "--dialect", "i2q"], "Did you mean 'i2p'"),

@@ -80,8 +80,7 @@ def test_a_killed_run_leaves_images_in_the_output_only_and_no_complete_set(
         ):
             read(images / "out")
     with pytest.raises(
-        FileError,
-        match=r"out is incomplete: a run was killed or is still working there",
+        FileError, match=r"out is incomplete: a run was killed or is still working there"
     ):
         make_triplets(
             images / "unsafe", images / "benign", RedJudge(), images / "out", labels=["red"]

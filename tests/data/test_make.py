@@ -280,7 +280,8 @@ def test_folders_without_images_are_refused(images: Path) -> None:
     assert "empty has no files" in refusal(images, unsafe=images / "empty")
     assert "empty has no files" in refusal(images, benign=images / "empty")
     assert "must be a folder of images, got nothing" in refusal(images, unsafe=images / "gone")
-    assert "must be a folder of images, got a file" in refusal(images, unsafe=images / "unsafe" / "u0.png")
+    file = images / "unsafe" / "u0.png"
+    assert "must be a folder of images, got a file" in refusal(images, unsafe=file)
 
 
 def test_no_unsafe_image_is_refused(images: Path) -> None:

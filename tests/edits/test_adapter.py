@@ -69,7 +69,7 @@ def test_the_change_of_a_weight_has_the_inputs_rank(make_model):
 
 
 def test_initial_factors_stand_for_the_original_model(make_model, inputs):
-    """Objectives predict with the original model by putting the initial factors in."""
+    """Objectives predict with the original model by setting the initial factors."""
     model = make_model()
     net = model.denoiser
     plain = frozen_predictor(net)(*inputs)

@@ -1,4 +1,4 @@
-"""Adversaries: what each moves a text to, by hand and by oracles.
+"""Adversaries: moved texts by hand and by oracles.
 
 And that a number is what it always was, to the bit.
 """
@@ -126,9 +126,7 @@ def test_many_steps_equal_adam_of_torch(tiny_model):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])
-def test_it_finds_a_way_back_on_an_edited_model_and_samples_do_not_touch_each_other(
-    make_model, tokens
-):
+def test_it_recovers_the_concept_on_an_edited_model_and_samples_are_independent(make_model, tokens):
     model, edited = make_model(), make_model().denoiser
     with torch.no_grad():
         for name in select_parameters(edited, "attn2"):
@@ -155,7 +153,7 @@ def test_it_finds_a_way_back_on_an_edited_model_and_samples_do_not_touch_each_ot
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_model, rank):
+def test_the_closed_form_is_the_embedding_of_race_for_the_current_weights(make_model, rank):
     """A LoRA's change counts as the same change of the weights does."""
     model = make_model()
     original = projections(model)
@@ -195,8 +193,8 @@ def test_the_closed_form_is_races_embedding_for_the_weights_as_they_stand(make_m
 def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
     """SafeGen's losses with one gradient step of 0.25 on unsafe samples, written out.
 
-    The benign texts go along by the same move if it is shared, and L_p asks for what the untouched
-    model says to them there.
+    Benign texts get the same move if it is shared, and the target of L_p is the prediction of the
+    original model for them.
     """
 
     def untouched(*given):
@@ -363,7 +361,7 @@ def test_the_command_line_sets_an_adversary_and_its_settings():
     ).adversary == ReceAdversary(ridge=1)
     with pytest.raises(
         ConfigError,
-        match=r"--set adversary.steps: 'adversary' has no settings of its own; name one first",
+        match=r"--set adversary.steps: 'adversary' has no settings of its own. Choose one first",
     ):
         read_settings("esd", "default", ["adversary.steps=5"])
 

@@ -127,8 +127,8 @@ REFUSED = {
         "erase": ("a", "b"),
         "anchors": ("b",),
     },
-    "erase: phrases must not be blank": {"erase": ("",)},
-    "anchors: phrases must not be blank": {"anchors": ("",)},
+    "phrases must not be blank": {"erase": ("",)},
+    "anchors.0: phrases must not be blank": {"anchors": ("",)},
     "num_images": {"num_images": 0},
 }
 

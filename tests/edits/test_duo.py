@@ -111,7 +111,7 @@ def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
 def test_timesteps_are_counted_from_the_cleanest_for_either_order_of_the_schedule(
     tiny_model, triplets, monkeypatch, turned
 ):
-    """The released SD3 script counts a list that runs the other way."""
+    """The released SD3 script counts a list in the opposite order."""
     abar = tiny_model.alphas_cumprod().flip(0) if turned else tiny_model.alphas_cumprod()
     monkeypatch.setattr(type(tiny_model), "alphas_cumprod", lambda self: abar)
     objective, asked = (
@@ -159,7 +159,7 @@ def test_pairs_are_unsafe_images_and_twins_generated_from_them(make_model, tripl
 
 
 def test_a_smaller_strength_gives_a_closer_twin(make_model, triplets):
-    """One step of forty, against all of them."""
+    """One step of forty, compared with forty steps."""
     model = make_model()
     gaps = []
     for strength in (0.025, 1.0):
@@ -439,7 +439,7 @@ def test_only_unsafe_and_unjudged_twins_are_generated_again(make_model, triplets
         assert_close(objective.unsafe[at], once.unsafe[i])
         assert torch.equal(objective.safe[at], once.safe[i]) is (
             i in silent
-        )  # a twin that passed is not touched
+        )  # a twin that passed is not changed
     assert set(judge_images(judge, model.decode_images(objective.safe))) == {"safe"}
     assert torch.equal(objective_of(edit, model, triplets).safe, objective.safe)
 

@@ -276,7 +276,7 @@ def test_a_concept_provides_captions_only_if_they_are_used():
 
 
 REFUSED = {
-    "erase: phrases must not be blank": {"erase": ("",)},
+    "phrases must not be blank": {"erase": ("",)},
     "strength": {"strength": -1},
     "adversary": {"adversary": -1},
     "guidance": {"guidance": 0.5},

@@ -1,4 +1,4 @@
-"""What each target means: the picture it stands for, against the schedulers' own arithmetic."""
+"""Loss targets: the images that they imply by the arithmetic of the schedulers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def abar(scheduler):
 
 @pytest.fixture(scope="module")
 def z():
-    """Unsafe latents, censored latents, noise: float64."""
+    """Return unsafe latents, censored latents and noise in float64."""
     g = torch.Generator().manual_seed(0)
     z_u, z_c, eps = (torch.randn(1000, 4, 2, 2, generator=g, dtype=torch.float64) for _ in range(3))
     return z_u, z_c, eps
@@ -42,17 +42,17 @@ def wide(values):
 
 
 def x0_of_v(x_t, v, abar):
-    """The clean latent that a velocity stands for (Salimans & Ho 2022, section 4)."""
+    """Return the clean latent that a velocity implies (Salimans & Ho 2022, section 4)."""
     return wide(abar.sqrt()) * x_t - wide((1 - abar).sqrt()) * v
 
 
 def implied_x0(x_t, eps, abar):
-    """The clean latent that a noise prediction stands for."""
+    """Return the clean latent that a noise prediction implies."""
     return (x_t - wide((1 - abar).sqrt()) * eps) / wide(abar.sqrt())
 
 
 def share_of_the_way(x0, z_u, z_c):
-    """How far from z_u (0) to z_c (1) a latent lies, per element."""
+    """Return the position of a latent between z_u (0) and z_c (1), per element."""
     return (z_u - x0) / (z_u - z_c)
 
 

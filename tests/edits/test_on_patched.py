@@ -19,7 +19,7 @@ BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "
 
 @pytest.fixture(scope="module")
 def two(make_model, triplets):
-    """A patch, and another that was trained on the model with it."""
+    """Return a patch and another patch that was trained on the patched model."""
     model = make_model()
     below = UCE(erase=("red cube",)).apply(model)
     with below.apply(model):
@@ -50,15 +50,13 @@ def test_applying_a_patch_without_its_parents_warns(two, make_model):
     with below.apply(model):
         pass
     with pytest.warns(BaseMismatchWarning, match="Apply that one first"):
-        above.apply(model).undo()  # it was on, and is off again
+        above.apply(model).undo()  # it was applied and removed
 
 
 def test_the_base_is_the_unpatched_model_if_its_hash_was_not_computed_before(two, make_model):
     below, _ = two
     model = make_model()
-    type(below)(below.tensors).apply(
-        model
-    )  # a patch that names no base, so that nothing is compared
+    type(below)(below.tensors).apply(model)  # a patch without a base, so no hash is compared
     assert UCE(erase=("ball",)).apply(model).metadata.base == make_model().hash
 
 

@@ -59,7 +59,7 @@ def test_no_rounds_equal_uce_at_every_position(tiny_model):
 
 
 def test_two_rounds_equal_the_written_out_steps(tiny_model):
-    """Each round starts from the weights before; guide and preserved rows are in their terms."""
+    """Each round starts from the weights of the previous round."""
     (c,), (blank,) = (
         embed(tiny_model, ["red cube"], tokens="all"),
         embed(tiny_model, [" "], tokens="all"),

@@ -75,7 +75,7 @@ def published_run(model, rows, *, updates, accumulation, lr):
     unet, tokenizer = model.denoiser, model.pipeline.tokenizer
     unet.set_attn_processor(
         AttnProcessor()
-    )  # the plain kernel that our loop takes on a CPU: the fused one rounds otherwise
+    )  # the unfused kernel of the trainer on a CPU: the fused one rounds differently
     noise_scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )
@@ -164,7 +164,7 @@ def test_the_paper_preset_is_the_published_step(
             assert_close(patch.tensors[key], averaged[key], rtol=0, atol=1e-6)
             assert not torch.equal(
                 weight, start[key]
-            )  # something was learnt, so the comparison says something
+            )  # the weights changed, so the comparison can fail
         else:
             assert torch.equal(last[key], start[key])
             assert torch.equal(weight, start[key])
@@ -197,11 +197,11 @@ def test_the_paper_preset_has_the_published_values():
     )
 
 
-# ------------------------------------------------------------ draws
+# ------------------------------------------------------------ samples
 
 
 def run(model, triplets, **changes):
-    """Run the paper's preset, briefly, with changes; return the patch."""
+    """Return the patch of a short run of the paper preset with changes."""
     training = Training(
         **({"updates": 12, "batch": 1, "accumulation": 1, "lr": 1e-4} | changes.pop("training", {}))
     )
@@ -241,13 +241,13 @@ def test_timesteps_stay_in_their_range_and_a_triplet_has_one(tiny_model, triplet
     assert all(row["t"].shape == (6,) for row in recorded)
 
 
-def test_unsafe_and_benign_pictures_get_their_own_noise(tiny_model, triplets, recorded):
+def test_unsafe_and_benign_images_get_different_noise(tiny_model, triplets, recorded):
     run(tiny_model, triplets)
     assert all(not torch.equal(row["eps"], row["eps_b"]) for row in recorded)
     assert len({row["eps"].sum().item() for row in recorded}) == len(recorded)
 
 
-def test_one_forward_an_update_sees_unsafe_and_benign_together(make_model, triplets):
+def test_one_forward_pass_has_unsafe_and_benign_samples(make_model, triplets):
     model, sizes = make_model(), []
     model.denoiser.conv_in.register_forward_hook(
         lambda module, inputs, out: sizes.append(len(inputs[0]))
@@ -263,7 +263,7 @@ def test_blank_text_is_the_only_condition_of_the_paper(tiny_model, triplets, rec
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_captions_take_their_share(tiny_model, triplets, recorded, tmp_path, share):
+def test_captions_have_their_share(tiny_model, triplets, recorded, tmp_path, share):
     lines = ["a red cube", "a blue ball"]
     (tmp_path / "calm.txt").write_text("\n".join(lines) + "\n\n")
     run(
@@ -282,7 +282,7 @@ def test_captions_take_their_share(tiny_model, triplets, recorded, tmp_path, sha
     assert sum(k == 0 for k in kinds) / len(kinds) == pytest.approx(1 - share, abs=0.15)
 
 
-def test_a_flip_mirrors_all_three_pictures(tiny_model, triplets, recorded):
+def test_a_flip_mirrors_all_three_images(tiny_model, triplets, recorded):
     both = encode_triplets(tiny_model, triplets, flip=True)
     plain = encode_triplets(tiny_model, triplets, flip=False)
     assert torch.equal(both[:, :1], plain)
@@ -302,7 +302,7 @@ def test_a_flip_mirrors_all_three_pictures(tiny_model, triplets, recorded):
     assert seen == {0, 1}
 
 
-def test_pictures_are_scaled_by_their_short_side_and_cut_about_the_centre():
+def test_images_are_resized_by_the_short_side_and_center_cropped():
     wide = Image.new("RGB", (128, 64), (255, 0, 0))
     wide.paste((0, 0, 255), (32, 0, 96, 64))
     pixels = preprocess(wide, 32)
@@ -454,7 +454,7 @@ def test_a_model_in_bf16_is_edited_under_autocast(tiny_folder, triplets):
 
 
 @pytest.mark.parametrize(("able", "want"), [("avx512_bf16", "bf16"), ("avx2", "fp32")])
-def test_auto_is_what_the_device_computes_in_and_the_patch_says_which(
+def test_auto_precision_follows_the_device_and_is_in_the_metadata(
     make_model, triplets, monkeypatch, able, want
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
@@ -464,7 +464,7 @@ def test_auto_is_what_the_device_computes_in_and_the_patch_says_which(
     assert all(torch.equal(v, said.tensors[k]) for k, v in auto.tensors.items())
 
 
-def test_a_run_that_auto_began_goes_on_in_no_other_precision(
+def test_a_run_with_auto_precision_resumes_in_the_same_precision(
     make_model, triplets, monkeypatch, tmp_path
 ):
     edit = SafeGen(**PLAIN, training=Training(updates=2, precision="auto"))
@@ -493,7 +493,7 @@ def test_a_model_in_bf16_cannot_be_edited_in_fp32(tiny_folder, triplets):
         run(model, triplets, training={"updates": 1})
 
 
-def test_a_faded_sample_lies_between_the_unsafe_picture_and_the_censored_one(
+def test_a_faded_sample_is_between_the_unsafe_and_the_censored_image(
     tiny_model, triplets, recorded
 ):
     whole = encode_triplets(tiny_model, triplets, flip=False)[:, 0]
@@ -560,13 +560,6 @@ def test_an_invalid_setting_raises_one_line(words):
     assert "pydantic" not in str(caught.value)
 
 
-def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match=r"no edit named 'safegn'. Did you mean 'safegen'"):
-        make_edit("safegn")
-    with pytest.raises(UnknownNameError, match="Did you mean 'paper'"):
-        make_edit("safegen", "papr")
-
-
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [({"weight_mosiac": 0.2}, "weight_mosaic"), ({"training": {"updats": 3}}, "updates")],
@@ -603,7 +596,7 @@ def test_the_default_validation_split_is_a_tenth(tiny_model, triplets, recorded)
     run(tiny_model, triplets, training=settings)
     run(tiny_model, triplets, validation_split=0.1, training=settings)
     looks = [row for row in recorded if not row["train"]]
-    assert len(looks) == 2 * 8  # eight draws a look, one look a run
+    assert len(looks) == 2 * 8  # eight samples per validation, one validation
     assert all(len(row["z_u"]) == 1 for row in looks)  # a tenth of six, rounded
     for before, after in zip(looks[:8], looks[8:], strict=True):
         assert torch.equal(before["z_u"], after["z_u"])
@@ -671,7 +664,7 @@ def test_triplets_without_the_concept_raise_one_line(tiny_model, triplets, metho
 # ------------------------------------------------------------ the adversary
 
 
-def test_fast_gradient_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
+def test_fast_gradient_text_is_at_its_radius_and_raises_the_loss(tiny_model):
     g = torch.Generator().manual_seed(0)
     channels, side = tiny_model.denoiser.config.in_channels, tiny_model.denoiser.config.sample_size
     x, want = torch.randn(2, 3, channels, side, side, generator=g)
@@ -688,7 +681,7 @@ def test_fast_gradient_text_lies_at_its_radius_and_raises_the_loss(tiny_model):
     assert all(p.grad is None for p in tiny_model.denoiser.parameters())
 
 
-IDLE = {
+UNUSED_CONCEPTS = {
     "the paper trains with no captions": {"preset": "paper"},
     "no captions are wanted": {"captions": ()},
     "the captions are given": {"captions": ("mini:benign-train",)},
@@ -730,14 +723,14 @@ def test_seconds_include_the_preparation(tiny_model, triplets, monkeypatch):
     assert 0.5 <= patch.metadata.seconds <= time.perf_counter() - began
 
 
-@pytest.mark.parametrize("why", sorted(IDLE))
-def test_the_judge_of_a_concept_checks_triplets(tiny_model, why):
+@pytest.mark.parametrize("why", sorted(UNUSED_CONCEPTS))
+def test_a_concept_without_effect_on_settings_still_checks_triplets(tiny_model, why):
     settings = {
         "concept": "skulls",
         "training": {"updates": 1, "batch": 1, "warmup": 0, "accumulation": 1},
-    } | IDLE[why]
+    } | UNUSED_CONCEPTS[why]
     with pytest.raises(
-        ConfigError, match=r"must show the concept 'skulls', and judge mini sees it in none of 100"
+        ConfigError, match=r"must show 'skulls', but judge 'mini' sees it in none of 100"
     ) as caught:
         edit_model(tiny_model, triplets="mini:fire", **settings)
     assert "\n" not in str(caught.value)

@@ -17,13 +17,13 @@ from safegen.workflows.edit import make_edit
 
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
 LIGHTER = {"weight_mosaic": 0.25, "weight_preserve": 0.75}
-"""All in which its part of SafeGen differs from SafeGen."""
+"""Settings in which its part of SafeGen differs from SafeGen."""
 SIDES = {"rece": RECE, "uce": UCE}
 
 
 @pytest.mark.parametrize("first", ["images", "words"])
 @pytest.mark.parametrize("side", sorted(SIDES))
-def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
+def test_it_is_safegen_on_top_of_the_closed_form(make_model, triplets, side, first):
     found = SafeGenPlus(text=side, first=first, erase=("red cube",), training=BRIEF).apply(
         make_model(), triplets
     )
@@ -38,7 +38,7 @@ def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
         text = words.apply(model)
         text.apply(model)
         seen = pictures.apply(model, triplets)
-        assert alone.hash != seen.hash  # the words that are gone are felt by what is trained after
+        assert alone.hash != seen.hash  # the training depends on the erased phrases
     else:
         alone.apply(model)
         seen, text = alone, words.apply(model)
@@ -49,12 +49,12 @@ def test_it_is_both_parts_one_on_the_other(make_model, triplets, side, first):
     assert found.tensors.keys() == text.tensors.keys() | seen.tensors.keys()
     for name, value in {**text.tensors, **seen.tensors}.items():
         assert torch.equal(found.tensors[name], value), name
-    assert found.metadata.base == make_model().hash  # of the model without either
+    assert found.metadata.base == make_model().hash  # of the unpatched model
     assert found.metadata.text["method"] == side
     assert not found.metadata.parents
 
 
-def test_without_words_it_is_safegen(make_model, triplets):
+def test_without_phrases_it_is_safegen(make_model, triplets):
     plain = SafeGen(**LIGHTER, training=BRIEF).apply(make_model(), triplets)
     found = SafeGenPlus(text="none", training=BRIEF).apply(make_model(), triplets)
     assert found.hash == plain.hash
@@ -63,10 +63,8 @@ def test_without_words_it_is_safegen(make_model, triplets):
 
 @pytest.mark.parametrize("first", ["images", "words"])
 @pytest.mark.parametrize("rank", [None, 1])
-def test_weights_that_both_change_end_as_the_second_part_leaves_them(
-    make_model, triplets, rank, first
-):
-    """A training that hardly moves, of the very weights that the closed form solves."""
+def test_weights_of_both_parts_have_the_values_of_the_second(make_model, triplets, rank, first):
+    """A training of the weights of the closed form with a tiny learning rate."""
     model = make_model()
     training = BRIEF | {"updates": 1, "lr": 1e-12}
     found = SafeGenPlus(
@@ -81,14 +79,14 @@ def test_weights_that_both_change_end_as_the_second_part_leaves_them(
         assert (value - model.denoiser.get_parameter(name)).abs().max() > 1e-3
 
 
-def test_a_failure_in_training_takes_the_closed_form_off_again(make_model, triplets):
+def test_a_failed_training_removes_the_closed_form(make_model, triplets):
     model = make_model()
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
 
     def fail(done, of, row):
         assert not torch.equal(
             model.denoiser.get_parameter(name), before[name]
-        )  # it is on while SafeGen trains
+        )  # it is applied while SafeGen trains
         raise ConnectionError("pulled the plug")
 
     name = select_parameters(model.denoiser, "kv2")[0]
@@ -136,7 +134,7 @@ def test_the_default_is_safegen_with_a_smaller_weight_mosaic():
 
 
 REFUSED = {
-    "erase: phrases must not be blank": {"erase": ("",)},
+    "phrases must not be blank": {"erase": ("",)},
     "timesteps must be 0 <= first < last": {"timesteps": (5, 5)},
     "weight_mosaic must be greater than 0, got 0": {"weight_mosaic": 0},
     "text must be 'rece', 'uce' or 'none', got 'mace'": {"text": "mace"},

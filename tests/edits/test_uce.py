@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
@@ -29,7 +30,7 @@ def randn(*shape, seed=0):
 
 @pytest.fixture
 def system():
-    """A projection, keys, their values, kept rows."""
+    """Return a projection, keys, their values and preserved rows."""
     return randn(5, 7), randn(3, 7, seed=1), randn(3, 5, seed=2), randn(4, 7, seed=3)
 
 
@@ -62,7 +63,7 @@ def test_zero_erase_scale_keeps_the_projection(system):
     )
 
 
-def test_a_projection_that_already_agrees_is_kept(system):
+def test_a_projection_that_already_agrees_does_not_change(system):
     w, k, _, c = system
     assert_close(solve_projection(w, k, k @ w.T, c, **SCALES), w, rtol=0, atol=1e-10)
 
@@ -214,7 +215,7 @@ def test_a_concept_provides_phrases_and_captions_but_none_for_paper(method):
     assert set(skulls.captions) <= set(lent.captions)
     assert {"mini:ghosts-train", "mini:leaves-train"} <= set(
         lent.captions
-    )  # what looks like the concept stays, too
+    )  # similar phrases are preserved too
     assert (paper.erase, paper.captions) == (skulls.words, ())
 
 
@@ -230,7 +231,7 @@ def test_one_call_edits_by_the_name_of_a_concept(tiny_model, triplets):
 
 
 REFUSED = {
-    "erase: phrases must not be blank": {"erase": (" ", "cube")},
+    "phrases must not be blank": {"erase": (" ", "cube")},
     "lamb must be greater than 0, got 0": {"lamb": 0},
     "erase_scale": {"erase_scale": -1},
     "tokens": {"tokens": "some"},
@@ -275,7 +276,7 @@ def test_the_paper_preset_has_the_published_values():
     assert make_edit("rece", concept="skulls").preserve_scale == 10.0
     assert (
         make_edit("rece", concept="skulls", captions=()).preserve_scale == 0.1
-    )  # a weight that was meant for captions
+    )  # a weight of captions
     assert (
         make_edit(
             "rece", concept=load_concept("skulls").model_copy(update={"captions": ()})
@@ -342,3 +343,8 @@ def test_provenance_reduces_caption_files_to_their_names(tiny_model, tmp_path):
     (tmp_path / "calm.txt").write_text("a blue ball in the grass")
     edit = UCE(erase=("red cube",), captions=(str(tmp_path / "calm.txt"), "mini:benign"))
     assert edit.apply(tiny_model).metadata.settings["captions"] == ["calm.txt", "mini:benign"]
+
+
+def test_an_attribute_of_debias_must_not_be_blank():
+    with pytest.raises(ValidationError, match="phrases must not be blank"):
+        UCE(erase=("a castle",), debias={" ": 0.3})

@@ -1,7 +1,4 @@
-"""A small protocol, a patch, and a finished run to look at, copy and spoil.
-
-All on the bundled model, two steps a picture.
-"""
+"""Fixtures: a small protocol, a patch and a finished run of the bundled model in two steps."""
 
 from __future__ import annotations
 
@@ -11,18 +8,20 @@ import pytest
 
 LISTS = (("explicit", "mini:skulls", None), ("neighbour", "mini:ghosts", "ghosts"))
 METRICS = """[
-  "concept", "removal", "removal_images", "removal_labels", "subject", "shown", "mosaicked", "change", "asr", "asr_any", "inappropriate",
-  "expected_maximum", "over_censoring", "coherence", "coherence_kept", "clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base",
+  "concept", "removal", "removal_images", "removal_labels", "subject", "shown",
+  "mosaicked", "change", "asr", "asr_any", "inappropriate", "expected_maximum", "over_censoring",
+  "coherence", "coherence_kept", "clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base",
 ]"""
 
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
-    """Return the file of a protocol: two lists of three prompts, two seeds, two steps, batches that straddle the lists."""
+    """Return a protocol of two lists of three prompts, two seeds and batches that span both."""
     from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
     text = f'name = "quick"\nconcept = "skulls"\nseeds = [1, 2]\nmetrics = {METRICS}\n'
-    text += '[generation]\nnum_inference_steps = 2\nbatch_size = 4\n[features]\nextractor = "mini-clip"\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
+    text += "[generation]\nnum_inference_steps = 2\nbatch_size = 4\n"
+    text += '[features]\nextractor = "mini-clip"\n[judge]\nname = "mini"\nlabels = ["skulls"]\n'
     for role, name, shows in LISTS:
         text += f'[[lists]]\nrole = "{role}"\nname = "{name}"\nsource = "{name}"\nprompts = 3\n'
         text += f'sha256 = "{hash_prompts(read_prompt_list(name, prompts=3).rows)}"\n' + (
@@ -43,7 +42,7 @@ def loader():
 
 @pytest.fixture(scope="session")
 def patch_file(tmp_path_factory, loader):
-    """Return a patch for the bundled model that changes its pictures a little."""
+    """Return a patch for the bundled model that changes its images slightly."""
     from safegen.models.checkpoint.metadata import PatchMetadata
     from safegen.models.selectors import select_parameters
     from safegen.patches.patch import Patch
@@ -60,7 +59,7 @@ def patch_file(tmp_path_factory, loader):
 
 @pytest.fixture(scope="session")
 def go(quick, patch_file, loader):
-    """Return a function that evaluates the quick protocol into a folder, with the model and with the patch."""
+    """Return a function that evaluates the quick protocol on the model and on the patched model."""
     from safegen.evaluation.evaluate import evaluate
     from safegen.evaluation.protocol import load_protocol
     from safegen.stack import load_stack
@@ -86,5 +85,5 @@ def finished(go, tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """Return a copy of the finished run that a test may spoil."""
+    """Return a copy of the finished run that a test may change."""
     return shutil.copytree(finished, tmp_path / "copy")

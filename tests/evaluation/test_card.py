@@ -1,4 +1,4 @@
-"""Model cards: they say what was done, what was measured and what was not, and take no figures of another patch."""
+"""Model cards: the edit, the metrics with their counts, and refusals of foreign metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.loading import load
 from safegen.patches.patch import Patch
-from safegen.workflows.edit import save_patch
+from safegen.workflows.export import save_patch
 
 SAID = {
     "method": "uce",
@@ -31,7 +31,7 @@ def rate(hits, n, **more):
     return {"value": hits / n, "low": 0.0, "high": 1.0, "hits": hits, "n": n, "unjudged": 0} | more
 
 
-def test_words_that_are_debiased_are_not_called_erased():
+def test_debiased_phrases_are_not_described_as_erased():
     said = SAID | {"settings": {"erase": ["a doctor"], "debias": {"a woman": 0.3}}}
     text = model_card(CardSubject("patch", "p.safetensors", "mini", "b" * 64, [("c" * 64, said)]))
     assert "Nothing was erased: `a doctor` leans toward `a woman` by 0.3." in text
@@ -39,7 +39,7 @@ def test_words_that_are_debiased_are_not_called_erased():
 
 
 def write_run(folder, stacks, *, digest="c" * 64, base="b" * 64):
-    """Write the card and scores of a run of `stacks`: name, and the scores of each list."""
+    """Write the card and scores of a run of `stacks`, which maps names to scores of each list."""
     folder.mkdir()
     entries = [
         {
@@ -54,7 +54,7 @@ def write_run(folder, stacks, *, digest="c" * 64, base="b" * 64):
     scores = {
         "protocol": {"name": "quick", "id": "1234"},
         "judge": "mini:1",
-        "stacks": {name: {"against": "base", "lists": lists} for name, lists in stacks.items()},
+        "stacks": {name: {"baseline": "base", "lists": lists} for name, lists in stacks.items()},
     }
     (folder / "scores.json").write_text(json.dumps(scores))
     return folder
@@ -86,11 +86,11 @@ EDITED = {
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with metrics of the patch."""
+    """Return a run with metrics of the patch."""
     return write_run(tmp_path / "run", {"base": BASE, "edited": EDITED})
 
 
-def test_it_says_what_was_done_and_that_nothing_was_measured():
+def test_a_card_describes_the_edit_and_states_that_no_metrics_exist():
     text = model_card(SUBJECT)
     for words in (
         "# p.safetensors",
@@ -112,14 +112,14 @@ def test_it_says_what_was_done_and_that_nothing_was_measured():
         assert words in text, words
 
 
-def test_metrics_come_with_their_n_interval_and_what_was_not_judged(run):
+def test_metrics_have_n_interval_and_unjudged_count(run):
     text = model_card(SUBJECT, [run])
     assert (
         "| mini:skulls (explicit) | 100 % (0.0 to 100.0 %; n = 24) "
         "| 5 % (0.0 to 100.0 %; n = 20, 4 unjudged) | 95 %"
     ) in text
     asked = [line.split(" | ")[-2:] for line in text.splitlines() if line.startswith("| mini:")]
-    assert asked[0] == ["", " |"]  # the run says nothing of it
+    assert asked[0] == ["", " |"]  # the run does not mention it
     assert asked[1] == [
         "100 % (0.0 to 100.0 %; n = 8)",
         "75 % (0.0 to 100.0 %; n = 8) |",
@@ -141,7 +141,7 @@ def test_the_hub_reads_the_metrics_of_each_list(run):
     }
 
 
-def test_an_attack_on_the_patch_stands_in_its_card(tmp_path):
+def test_an_attack_on_the_patch_is_in_its_card(tmp_path):
     attacked = {name: row | {"concept": rate(5, 8)} for name, row in EDITED.items()}
     run = write_run(tmp_path / "run", {"base": BASE, "edited": EDITED, "finetuned-9": attacked})
     card = json.loads((run / "protocol.json").read_text())
@@ -152,8 +152,8 @@ def test_an_attack_on_the_patch_stands_in_its_card(tmp_path):
     assert "62.5 % (0.0 to 100.0 %; n = 8)" in text
 
 
-def test_metrics_go_into_the_header_of_the_file_too(tmp_path):
-    """A patch that leaves its card behind still holds its metrics."""
+def test_metrics_are_also_in_the_header_of_the_patch(tmp_path):
+    """A patch that is moved without its card keeps its metrics."""
     patch = Patch({"w": torch.ones(2)}, PatchMetadata(**SAID))
     run = write_run(tmp_path / "run", {"base": BASE, "edited": EDITED}, digest=patch.hash)
     save_patch(patch, tmp_path / "p.safetensors", metrics=[run])
@@ -168,7 +168,7 @@ def test_metrics_go_into_the_header_of_the_file_too(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"stacks": {}}'])
-def test_what_holds_no_metrics_is_refused_in_one_line(tmp_path, text):
+def test_a_file_without_metrics_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(FileError, match=r"has no scores.json. Name the folder of a run"):
         read_metrics(tmp_path, [])
     (tmp_path / "x.json").write_text(text)
@@ -178,7 +178,7 @@ def test_what_holds_no_metrics_is_refused_in_one_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, patch_file):
+def test_metrics_of_a_run_are_those_of_the_stack_with_only_this_patch(finished, patch_file):
     found = read_metrics(finished, [Patch.load(patch_file).hash])
     scores = json.loads((finished / "scores.json").read_text())
     assert "stack calm" in found.about
@@ -190,21 +190,20 @@ def test_a_runs_figures_are_those_of_the_stack_with_this_patch_alone(finished, p
         assert lists == [scores["stacks"][side]["lists"][part] for side in ("mini", "calm")]
     with pytest.raises(
         ConfigError,
-        match=r"has no stack of patch dddddddddddd alone. It has mini \(mini\): none; calm \(mini\): ",
+        match=r"has no stack of patch dddddddddddd alone\. "
+        r"It has mini \(mini\): none; calm \(mini\): ",
     ):
         read_metrics(finished, ["d" * 64])
 
 
-def test_a_model_that_holds_patches_already_takes_no_figures_of_its_plain_base(finished):
+def test_a_patched_model_takes_no_metrics_of_its_unpatched_base(finished):
     base = json.loads((finished / "protocol.json").read_text())["stacks"][0]["base"]
     plain, edited = (
         CardSubject("folder", "out", "mini", base, [], embedded_patches=w, match_name=bool(w))
         for w in ((), ("e" * 64,))
     )
     assert "stack mini" in plain.read_metrics(finished).about
-    assert (
-        "stack mini" in edited.read_metrics(finished).about
-    )  # a run says that it drew with a model of this name
+    assert "stack mini" in edited.read_metrics(finished).about  # a run of a model with this name
     with pytest.raises(
         ConfigError, match=r"has no stack of no patch on folder alone. It has mini \(mini\): none"
     ):
@@ -231,7 +230,7 @@ def test_a_merged_patch_names_its_parts():
     assert "The base weights are not named" in text
 
 
-def test_a_model_without_a_patch_of_ours_is_not_called_untouched():
+def test_a_model_without_known_patches_is_not_described_as_unedited():
     text = model_card(CardSubject("file", "m.safetensors", "other", "b" * 64, []))
     assert "Earlier changes to the base are not known" in text
 
@@ -246,7 +245,7 @@ def test_a_folder_has_its_card_as_readme(tmp_path):
     assert not (tmp_path / "n" / "README.md").exists()
 
 
-def test_a_card_is_never_there_without_its_file(tmp_path):
+def test_a_card_is_never_written_without_its_file(tmp_path):
     out = tmp_path / "p.safetensors"
 
     def fail():
@@ -275,7 +274,7 @@ def test_metrics_of_the_same_patches_on_another_model_are_refused(tmp_path):
     assert "Not measured" not in model_card(same, [other])
 
 
-def test_metrics_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_model(run):
+def test_metrics_in_a_patch_header_are_in_its_card_and_in_the_card_of_its_model(run):
     metrics = read_metrics(run, ["c" * 64]).to_dict()
     held = [("c" * 64, SAID | {"metrics": [metrics]})]
     rows = [line for line in model_card(SUBJECT, [run]).splitlines() if line.startswith("| mini:")]
@@ -299,7 +298,7 @@ def test_metrics_in_a_patchs_header_stand_in_its_card_and_in_that_of_its_own_mod
     assert "**Not measured.**" in model_card(subject)  # the metrics name no base
 
 
-def test_a_fine_tune_is_called_no_removal():
+def test_a_fine_tune_is_not_described_as_a_removal():
     said = {
         "method": "fine-tune",
         "settings": {"updates": [100]},

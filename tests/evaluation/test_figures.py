@@ -1,4 +1,4 @@
-"""The figures of a run beside its rates: held against the metrics' own functions on the run's own images."""
+"""Metrics of a run equal the metric functions applied to the images of the run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def files(finished, stack, name):
     ]
 
 
-def test_clip_score_and_distances_are_those_of_the_images_that_lie_there(finished, scores):
+def test_clip_score_and_distances_are_those_of_the_saved_images(finished, scores):
     eye = load_extractor("mini-clip")
     texts = [p.prompt for p in Run.open(finished).samples if p.list_name == "mini:ghosts"]
     own, base = (eye.features(files(finished, stack, "mini:ghosts")) for stack in ("calm", "mini"))
@@ -75,11 +75,11 @@ def test_clip_score_and_distances_are_those_of_the_images_that_lie_there(finishe
     assert scores["weights"] == {"extractor": eye.id}
     assert "kid_to_base" not in row(
         scores, "mini", "mini:ghosts"
-    )  # nothing lies between the base and itself
+    )  # the base has no distance to itself
     assert "to_base" not in row(scores, "mini", "mini:ghosts")["clip_score"]
 
 
-def test_what_so_few_images_cannot_tell_is_undefined_with_the_reason(scores):
+def test_metrics_of_too_few_images_are_undefined_with_a_reason(scores):
     found = row(scores, "calm")
     assert (found["fid_to_base"], found["expected_maximum"]) == (None, None)
     assert found["undefined"]["fid_to_base"].startswith("FID needs more images than features")
@@ -87,7 +87,7 @@ def test_what_so_few_images_cannot_tell_is_undefined_with_the_reason(scores):
     assert "k must be 1 to the number of judged prompts" in found["undefined"]["expected_maximum"]
 
 
-def test_a_refused_attack_is_a_failed_attack_and_a_refused_image_shows_nothing(scores):
+def test_a_withheld_image_is_a_failed_attack_and_shows_no_concept(scores):
     black = row(scores, "black-image")
     assert (
         black["asr"]["refused"],
@@ -106,7 +106,7 @@ def test_a_refused_attack_is_a_failed_attack_and_a_refused_image_shows_nothing(s
     assert "over_censoring" not in black
 
 
-def test_figures_of_one_thing_agree(scores):
+def test_metrics_of_one_quantity_agree(scores):
     for stack in scores["stacks"]:
         found = row(scores, stack)
         if stack != "black-image":
@@ -125,7 +125,7 @@ def test_figures_of_one_thing_agree(scores):
         assert found["asr_any"]["asr"]["value"] >= found["asr"]["asr"]["value"]
 
 
-def test_a_image_is_looked_at_once_and_a_judge_is_told_of_once(finished):
+def test_features_and_judges_are_recorded_only_one_time(finished):
     keys = [json.loads(line)["key"] for line in (finished / FEATURES).read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 48
     (judge,) = [json.loads(line) for line in (finished / JUDGES).read_text().splitlines()]
@@ -133,13 +133,13 @@ def test_a_image_is_looked_at_once_and_a_judge_is_told_of_once(finished):
     assert "label_space" not in (finished / DETECTIONS).read_text()
 
 
-def test_features_come_back_as_they_were_to_the_last_bit_of_float32():
+def test_encoded_features_decode_to_the_same_float32_bits():
     numbers = np.random.default_rng(0).normal(size=64).astype(np.float32)
     assert np.array_equal(decode_features(encode_features(numbers.astype(np.float64))), numbers)
     assert decode_features(encode_features(np.array([1.0, np.nan]))) is None
 
 
-def test_features_by_other_weights_stop_the_run(go, copy):
+def test_features_of_other_weights_stop_the_run(go, copy):
     text = (copy / FEATURES).read_text()
     (copy / FEATURES).write_text(text.replace("mini-clip:", "other-clip:"))
     with pytest.raises(
@@ -153,25 +153,22 @@ def test_features_by_other_weights_stop_the_run(go, copy):
         score_run(Run.open(copy))
 
 
-def test_the_clip_score_of_hidden_prompts_needs_the_command_that_knows_them(
-    go, quick, finished, tmp_path
-):
+def test_the_clip_score_of_hidden_prompts_needs_the_original_command(go, quick, finished, tmp_path):
     protocol = load_protocol(str(quick))
     hidden = protocol.model_copy(
         update={"lists": (protocol.lists[0].model_copy(update={"unsafe": True}), protocol.lists[1])}
     )
     run = go(tmp_path / "hidden", protocol=hidden, until="generate")
     with pytest.raises(
-        ConfigError, match="the CLIP score needs the prompts, which this run does not keep\. Resume"
+        ConfigError,
+        match=r"the CLIP score needs the prompts, which this run does not keep\. Resume",
     ):
         judge_run(run)
     go(tmp_path / "hidden", protocol=hidden)
     assert (tmp_path / "hidden" / SCORES).read_bytes() == (finished / SCORES).read_bytes()
 
 
-def test_lpips_takes_weights_that_the_protocol_names_and_the_card_tells_no_path(
-    go, quick, tmp_path
-):
+def test_lpips_uses_the_weights_of_the_protocol_and_the_card_has_no_path(go, quick, tmp_path):
     from safetensors.torch import save_file
 
     from safegen.features.lpips import WIDTHS, AlexTrunk, Lpips
@@ -208,13 +205,13 @@ def test_lpips_takes_weights_that_the_protocol_names_and_the_card_tells_no_path(
     assert str(tmp_path) not in card + (run.folder / CHANGES).read_text()
     assert judge_run(Run.open(run.folder)).startswith(
         "mini:"
-    )  # all is measured, so the weights need not be here
+    )  # everything is measured, so the weights are not needed
     (run.folder / CHANGES).write_text("")
     with pytest.raises(FileError, match="alex"):
         judge_run(Run.open(run.folder))
 
 
-def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):
+def test_judge_options_are_in_its_id_and_in_the_scores(copy):
     run = Run.open(copy)
     options = {
         "weights": "mini",
@@ -238,7 +235,7 @@ def test_a_judges_options_are_in_its_id_in_the_scores_and_written_once(copy):
     assert verify(run) == []
 
 
-def test_page_and_table_show_every_figure_with_its_n_and_why_one_is_missing(copy, tmp_path):
+def test_page_and_table_show_every_metric_with_its_n_or_the_reason_it_is_missing(copy, tmp_path):
     facts = write_report(open_runs([copy]), tmp_path)
     page, table = ((tmp_path / f"report.{end}").read_text() for end in ("html", "md"))
     heads = facts["metrics"]["heads"]
@@ -293,7 +290,7 @@ def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tm
 
 
 @pytest.mark.parametrize(
-    ("cell", "said"),
+    ("cell", "lines"),
     [
         ("–", ["–"]),
         ("62 (n = 192, 192)", ["62", "n = 192, 192"]),
@@ -307,5 +304,5 @@ def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tm
         ),
     ],
 )
-def test_a_cell_of_the_page_is_its_number_and_a_line_for_each_thing_more(cell, said):
-    assert split_cell(cell) == said
+def test_a_cell_of_the_page_has_its_number_and_one_line_per_detail(cell, lines):
+    assert split_cell(cell) == lines

@@ -1,4 +1,4 @@
-"""A run with a guarded stack: what was withheld is black, counted and told, and a killed run goes on to the same bytes."""
+"""Runs of guarded stacks: withheld images are black and counted, and runs resume bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safegen.judges import Detections
 from safegen.stack_loader import LoadedStack
 
 
-def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_and_made_again(
+def test_withheld_images_are_black_and_recorded_and_the_run_verifies_and_repeats(
     go, tmp_path, monkeypatch
 ):
     given, real = [], LoadedStack.generate
@@ -38,7 +38,7 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
     plain, kept = ([line for line in lines if line["stack"] == name] for name in ("mini", "kept"))
     assert not any("guards" in line for line in plain)
     assert [line["guards"] for line in kept] == [
-        drawn.trace.to_json(times=False) for drawn in given
+        guarded_run.trace.to_json(times=False) for guarded_run in given
     ]  # Python's, the line's, the PNG's
     for line in kept:
         gone = line["list"] == "mini:skulls"
@@ -68,7 +68,7 @@ def test_withheld_pictures_are_black_and_recorded_and_the_run_can_be_verified_an
     } == before
 
 
-def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, monkeypatch):
+def test_an_image_withheld_by_a_failed_guard_is_unjudged_and_not_safe(go, tmp_path, monkeypatch):
     def broken(self, prompts):
         raise RuntimeError("the word list is gone")
 
@@ -84,7 +84,7 @@ def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, mon
     row = json.loads((run.folder / SCORES).read_text())["stacks"]["kept"]["lists"]["mini:skulls"]
     assert (
         row["concept"] is None
-    )  # no picture was judged, so no rate: the judge saw black, and black is no proof
+    )  # no image was judged, so there is no rate: a black image proves nothing
     assert "concept" in row["undefined"]
     facts = write_report({"run": Run.open(run.folder)}, tmp_path / "out")
     assert next(s for s in facts["stacks"] if s["name"] == "kept")["unjudged"] == len(kept)
@@ -93,14 +93,14 @@ def test_what_a_failed_guard_withheld_is_unjudged_and_not_safe(go, tmp_path, mon
     assert "guard prompt-filter" in page
 
 
-def test_a_stack_that_is_guarded_by_the_judge_that_measures_it_is_named(go, tmp_path):
+def test_a_stack_guarded_by_the_judge_of_the_run_is_noted(go, tmp_path):
     recipe = tmp_path / "kept.toml"
     recipe.write_text(
         'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "judge-filter"\nconcept = "skulls"\n'
     )
     run = go(tmp_path / "run", stacks=("mini", str(recipe)), baselines="none")
     notes = write_report({"run": Run.open(run.folder)}, tmp_path / "out")["notes"]
-    assert [note for note in notes if "the very judge that measures it" in note and "kept" in note]
+    assert [note for note in notes if "guarded by the judge that measures it" in note and "kept" in note]
     assert not [note for note in notes if "withheld" in note]
 
 
@@ -108,8 +108,8 @@ WORD = 'name = "kept"\nmodel = "mini"\n[[guards]]\nname = "prompt-filter"\nconce
 
 
 @pytest.fixture
-def drawn(go, tmp_path):
-    """Return a folder and a function that draws into it, with the bundled model and with a guarded stack on it."""
+def guarded_run(go, tmp_path):
+    """Return a run folder and a function that generates the bundled and a guarded stack into it."""
     recipe = tmp_path / "kept.toml"
     recipe.write_text(WORD)
     out = tmp_path / "run"
@@ -129,7 +129,7 @@ def samples(folder):
 
 
 def break_filter(monkeypatch, *, calls=99):
-    """Let the prompt filter fail in the next calls."""
+    """Make the prompt filter fail in the next calls."""
     real, left = prompt_filter.PromptFilterGuard.check_prompts, [None] * calls
 
     def broken(self, prompts):
@@ -141,20 +141,20 @@ def break_filter(monkeypatch, *, calls=99):
     monkeypatch.setattr(prompt_filter.PromptFilterGuard, "check_prompts", broken)
 
 
-def test_a_fault_that_is_written_down_stands_when_it_does_not_come_again(drawn, monkeypatch):
-    out, go_on = drawn
+def test_a_recorded_failure_stays_if_it_does_not_recur(guarded_run, monkeypatch):
+    out, go_on = guarded_run
     break_filter(monkeypatch, calls=1)
     go_on()
     before = contents(out)
     lost = [line for line in samples(out) if line.get("guards", {}).get("action") == "withhold"]
     assert len(lost) == 4  # one batch
     (out / lost[1]["file"]).unlink()
-    go_on()  # and now the filter works
+    go_on()  # the filter works again
     assert contents(out) == before
 
 
-def test_a_fault_that_comes_on_going_on_costs_no_picture_that_was_drawn(drawn, monkeypatch):
-    out, go_on = drawn
+def test_a_failure_during_resume_loses_no_generated_image(guarded_run, monkeypatch):
+    out, go_on = guarded_run
     go_on()
     before, last = contents(out), samples(out)[-1]
     with monkeypatch.context() as patched:
@@ -162,7 +162,8 @@ def test_a_fault_that_comes_on_going_on_costs_no_picture_that_was_drawn(drawn, m
         (out / last["file"]).unlink()
         with pytest.raises(
             FileError,
-            match=r"is missing and cannot be generated again \(error: prompt-filter: Conn.*run the same command",
+            match=r"is missing and cannot be generated again \(error: prompt-filter: Conn.*"
+            r"run the same command",
         ):
             go_on()
         assert contents(out) == {
@@ -172,17 +173,15 @@ def test_a_fault_that_comes_on_going_on_costs_no_picture_that_was_drawn(drawn, m
     assert contents(out) == before
 
 
-def test_a_picture_that_was_not_written_down_yet_gives_way_to_a_fault_and_a_fault_to_it(
-    drawn, monkeypatch
-):
-    out, go_on = drawn
+def test_an_unrecorded_image_and_a_failure_can_replace_each_other(guarded_run, monkeypatch):
+    out, go_on = guarded_run
     go_on()
     before, last = contents(out), samples(out)[-1]
     whole = (out / SAMPLES).read_bytes()
     cut = whole[: whole[:-1].rfind(b"\n") + 1]
     with monkeypatch.context() as patched:
         break_filter(patched)
-        (out / SAMPLES).write_bytes(cut)  # killed between the picture and its line
+        (out / SAMPLES).write_bytes(cut)  # killed between the image and its line
         go_on()
     assert samples(out)[-1]["guards"]["action"] == "withhold"
     changed = {name for name, data in contents(out).items() if data != before[name]}
@@ -192,7 +191,7 @@ def test_a_picture_that_was_not_written_down_yet_gives_way_to_a_fault_and_a_faul
     assert contents(out) == before
 
 
-def test_a_judge_without_memory_halves_the_batch_as_drawing_does(go, tmp_path, monkeypatch):
+def test_a_judge_out_of_memory_halves_the_batch_as_generation_does(go, tmp_path, monkeypatch):
     class Large:
         id, labels, label_space, threshold = "large", ("skulls",), ("skulls",), 0.5
 

@@ -1,4 +1,4 @@
-"""The papers' protocols, planned from files in the papers' own dialects: castles, cats and teapots in place of what they hold."""
+"""Protocols of the papers, planned from harmless files in the formats of the papers."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FILES = {
     "coco-10k": {"coco-10k": ("coco-csv/coco_esd.csv", "coco-csv/coco_rece.csv")},
     "coco-30k": {"coco-30k": ("coco-csv/coco_esd.csv", "coco-csv/coco_rece.csv")},
 }
-"""For every preset and list two files in a dialect that it may come in; both have three rows."""
+"""Two files of three rows in an accepted format, for each list of each preset."""
 
 
 def few(name: str, folder: Path) -> str:
-    """Write a copy of a preset for three rows instead of hundreds, of castles instead of what it selects."""
+    """Write a copy of a preset that selects three rows of castles and return its path."""
     text = (Path(safegen.__file__).parent / "evaluation" / "protocols" / f"{name}.toml").read_text(
         encoding="utf-8"
     )
@@ -56,7 +56,7 @@ def few(name: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if not name.startswith("mini")])
-def test_every_papers_preset_plans_from_its_dialect(name, turn, tmp_path):
+def test_every_preset_of_a_paper_plans_from_its_file_format(name, turn, tmp_path):
     files = {part: HERE / names[turn] for part, names in FILES[name].items()}
     protocol = load_protocol(few(name, tmp_path), prompts=files)
     items = protocol.samples()
@@ -76,46 +76,46 @@ def test_every_papers_preset_plans_from_its_dialect(name, turn, tmp_path):
 
 
 def i2p(path: Path, sexual: int, others: int) -> Path:
-    """Write a file in I2P's columns: harmless texts, a blank one, a seed that is none, several labels a row."""
+    """Write harmless prompts in I2P's columns, with a blank text and an invalid seed."""
     with path.open("w", encoding="utf-8", newline="") as file:
         write = csv.writer(file)
         write.writerow(["prompt", "categories", "sd_seed", "sd_guidance_scale"])
         for i in range(sexual + others):
             labels = (
                 "shocking, sexual" if i < sexual else "asexual, violence"
-            )  # a label counts whole
+            )  # only entire labels match
             write.writerow([f"castle number {i % 900}", labels, 2**32 - 1 - i, 7])
         write.writerow([" ", "sexual", 1, 7])
         write.writerow(["a teapot", "sexual", "seven", 7])
     return path
 
 
-def test_i2p_931_runs_from_the_whole_benchmark_and_lists_the_rows_that_it_cannot_use(tmp_path):
+def test_i2p_931_runs_from_the_full_benchmark_and_lists_unusable_rows(tmp_path):
     path = i2p(tmp_path / "i2p_benchmark.csv", 931, 200)
     protocol = load_protocol("i2p-931", prompts={"i2p-sexual": path})
     items = protocol.samples()
     assert len(items) == 931
     assert [i.seed for i in items] == [2**32 - 1 - i for i in range(931)]
     assert protocol.lists[0].left_out == (
-        "line 1133: its prompt is blank",
-        "line 1134: its sd_seed is no whole number",
+        "line 1133: the prompt is blank",
+        "line 1134: sd_seed is not an integer",
     )
     assert len({i.group for i in items}) == 900  # equal prompts are one cluster ...
     assert items[0].group == items[900].group == cluster_of("castle number 0")
-    assert len({i.id for i in items}) == 931  # ... and pictures of their own
+    assert len({i.id for i in items}) == 931  # ... with separate images
     with pytest.raises(
         FileError,
-        match=r"must be 931, got 930 in .* and 2 unusable \(line 1132: its prompt is blank; ",
+        match=r"must be 931, got 930 in .* and 2 unusable \(line 1132: the prompt is blank; ",
     ):
         load_protocol("i2p-931", prompts={"i2p-sexual": i2p(tmp_path / "less.csv", 930, 200)})
 
 
-def test_all_of_i2p_is_4702_prompts_since_one_is_blank(tmp_path):
+def test_i2p_has_4702_prompts_as_one_is_blank(tmp_path):
     protocol = load_protocol("esd-i2p-4703", prompts={"i2p": i2p(tmp_path / "all.csv", 931, 3771)})
     assert (protocol.lists[0].prompts, len(protocol.samples())) == (4702, 4702)
 
 
-def test_two_files_with_the_same_rows_are_one_protocol_and_another_seed_is_another(tmp_path):
+def test_equal_rows_give_one_protocol_and_another_seed_gives_another(tmp_path):
     rows, name = "{0}\na castle,{1},7\na cat,{2},8\n", few("i2p-931", tmp_path)
     heads = ("prompt,categories,sd_seed", "prompt,categories,evaluation_seed")
     ids = []
@@ -133,7 +133,7 @@ def test_two_files_with_the_same_rows_are_one_protocol_and_another_seed_is_anoth
     assert load_protocol(name, prompts={"i2p-sexual": tmp_path / "other.csv"}).id not in ids
 
 
-def test_seeds_of_a_file_decide_nothing_where_the_protocol_names_its_own(tmp_path):
+def test_seeds_of_a_file_are_ignored_if_the_protocol_has_seeds(tmp_path):
     one, two = (
         read_prompt_list(str(HERE / name)).rows
         for name in ("coco-csv/coco_esd.csv", "coco-csv/coco_rece.csv")
@@ -148,17 +148,17 @@ def test_seeds_of_a_file_decide_nothing_where_the_protocol_names_its_own(tmp_pat
         (
             {"categories": "castle"},
             "must have a row with categories 'castle', got none",
-        ),  # a label counts whole
+        ),  # only entire labels match
         ({"colour": "red"}, "must have the column 'colour' to select rows by"),
     ],
 )
-def test_a_selection_that_means_nothing_here_is_one_line(select, says):
+def test_an_invalid_selection_is_refused_in_one_line(select, says):
     with pytest.raises(FileError, match=says) as caught:
         read_prompt_list(str(HERE / "i2p" / "i2p_benchmark.csv"), select=select)
     assert "\n" not in str(caught.value)
 
 
-def test_any_column_may_select_and_a_column_may_be_chosen():
+def test_any_column_can_select_rows_and_hold_the_prompts():
     assert [
         row.prompt
         for row in read_prompt_list(
@@ -189,7 +189,7 @@ def test_a_bundled_list_takes_no_selection_and_no_more_prompts_than_it_has():
         read_prompt_list("mini:skulls", prompts=100_000)
 
 
-def test_what_a_file_of_unsafe_prompts_says_besides_stays_out(tmp_path):
+def test_other_columns_of_a_file_of_unsafe_prompts_are_left_out(tmp_path):
     path = str(HERE / "csv" / "castles.tsv")
     assert {row.subject for row in read_prompt_list(path).rows} == {"castle", "cat", "teapot"}
     assert {row.subject for row in read_prompt_list(path, unsafe=True).rows} == {None}
@@ -198,7 +198,7 @@ def test_what_a_file_of_unsafe_prompts_says_besides_stays_out(tmp_path):
     )
 
 
-def test_a_protocol_of_ones_own_names_a_file_beside_it_in_any_dialect(tmp_path):
+def test_a_protocol_file_can_name_a_prompt_file_in_its_directory(tmp_path):
     shutil.copy(HERE / "malformed" / "short_rows.csv", tmp_path / "mine.csv")
     text = few("coco-10k", tmp_path)
     digest = hash_prompts(read_prompt_list(str(tmp_path / "mine.csv"), protocol_seed=0).rows)
@@ -217,7 +217,7 @@ def test_a_protocol_of_ones_own_names_a_file_beside_it_in_any_dialect(tmp_path):
     )
 
 
-def test_a_file_of_the_hub_is_named_as_such():
+def test_an_invalid_hub_file_name_is_refused():
     protocol = read_protocol("coco-10k")
     with pytest.raises(
         FileError,

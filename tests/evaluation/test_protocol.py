@@ -1,4 +1,4 @@
-"""Protocols: what an id rests on, what is refused, what is planned."""
+"""Protocols: ids, refusals and planned samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def changed(path: Path, out: Path, old: str, new: str) -> str:
     return str(out)
 
 
-def test_the_table_and_the_folder_name_the_same_protocols():
+def test_the_table_and_the_directory_have_the_same_protocols():
     assert {
         p.stem for p in (Path(safegen.__file__).parent / "evaluation" / "protocols").glob("*.toml")
     } == set(PROTOCOLS)
@@ -44,7 +44,7 @@ def test_a_bundled_protocol_plans_every_prompt_with_every_seed(name):
     assert {i.shows for i in items if i.role in ("neighbour", "other")} >= {"ghosts", "leaves"}
 
 
-def test_other_arithmetic_is_another_protocol():
+def test_another_precision_is_another_protocol():
     own = read_protocol("mini-smoke")
     assert (own.generation.precision, own.with_precision("fp32").id) == (
         "fp32",
@@ -54,12 +54,12 @@ def test_other_arithmetic_is_another_protocol():
     assert own.with_precision("bf16").with_precision("fp32") == own
 
 
-def test_the_smoke_protocol_draws_200_pictures_with_two_stacks():
+def test_the_smoke_protocol_generates_200_images_with_two_stacks():
     assert 2 * len(load_protocol("mini-smoke").samples()) >= 200
 
 
 @pytest.mark.parametrize("name", [n for n in PROTOCOLS if n not in MINI])
-def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
+def test_a_protocol_of_a_paper_lists_its_deviations_and_requires_its_prompts(name):
     protocol = read_protocol(name)
     assert len(protocol.about) > 100
     with pytest.raises(
@@ -85,7 +85,7 @@ def test_a_papers_protocol_names_its_quirks_and_asks_for_its_prompts(name):
         ('extractor = "mini-clip"', 'extractor = "clip"\nweights = "folder"'),
     ],
 )
-def test_whatever_decides_a_number_decides_the_id(quick, tmp_path, old, new):
+def test_every_field_that_changes_a_number_changes_the_id(quick, tmp_path, old, new):
     assert (
         load_protocol(changed(quick, tmp_path / "p.toml", old, new)).id
         != load_protocol(str(quick)).id
@@ -99,14 +99,14 @@ def test_whatever_decides_a_number_decides_the_id(quick, tmp_path, old, new):
         ('shows = "ghosts"', 'shows = "ghosts"\nunsafe = true'),
     ],
 )
-def test_a_name_and_a_remark_decide_no_number(quick, tmp_path, old, new):
+def test_a_name_and_a_remark_do_not_change_the_id(quick, tmp_path, old, new):
     assert (
         load_protocol(changed(quick, tmp_path / "p.toml", old, new)).id
         == load_protocol(str(quick)).id
     )
 
 
-def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
+def test_the_id_does_not_depend_on_the_path_of_a_list(quick, tmp_path):
     ids = set()
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
@@ -122,7 +122,7 @@ def test_the_id_does_not_depend_on_where_a_list_lies(quick, tmp_path):
     assert len(ids) == 1
 
 
-def test_a_label_set_is_what_it_holds(quick, tmp_path, monkeypatch):
+def test_the_id_depends_on_the_labels_of_a_label_set(quick, tmp_path, monkeypatch):
     def named(*labels):
         return read_protocol(str(quick)).with_judge(name="nudenet", labels=labels)
 
@@ -134,7 +134,7 @@ def test_a_label_set_is_what_it_holds(quick, tmp_path, monkeypatch):
     assert named("strict4").id != old
 
 
-def test_a_card_names_no_folder_even_with_a_colon_in_it():
+def test_a_card_has_no_directory_even_if_it_contains_a_colon():
     names = [
         "mini:skulls",
         "hub:owner/name/list.csv",
@@ -192,20 +192,20 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
         ("name =", "name", "not a protocol file"),
     ],
 )
-def test_a_bad_protocol_is_one_line(quick, tmp_path, old, new, says):
+def test_an_invalid_protocol_is_refused_in_one_line(quick, tmp_path, old, new, says):
     with pytest.raises(FileError, match=says) as caught:
         read_protocol(changed(quick, tmp_path / "p.toml", old, new))
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_protocol_comes_with_the_nearest():
+def test_an_unknown_protocol_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match="Did you mean 'mini-smoke'"):
         load_protocol("mini-smokes")
     with pytest.raises(FileError, match=r"'no\.toml' does not exist"):
         load_protocol("no.toml")
 
 
-def test_a_given_file_must_hold_as_many_prompts_as_the_paper_had(tmp_path, monkeypatch):
+def test_a_prompt_file_must_have_as_many_prompts_as_the_paper(tmp_path, monkeypatch):
     path = tmp_path / "few.txt"
     path.write_text("a\nb\n")
     with pytest.raises(UnknownNameError, match="Known: coco-10k"):
@@ -240,7 +240,7 @@ def test_a_prompt_without_a_seed_gets_one_from_its_id_and_the_protocols_seed(tmp
     assert seed_for(rows[1].id, 0) != seed_for(rows[1].id, 1)
 
 
-def test_a_table_without_a_metric_that_needs_it_is_warned_of(quick, tmp_path):
+def test_a_table_without_its_metric_warns(quick, tmp_path):
     path = changed(
         quick,
         tmp_path / "p.toml",
@@ -273,7 +273,7 @@ def test_rows_differ_by_text_subject_seed_cluster_and_order():
     )
 
 
-def test_two_lists_may_not_ask_for_the_same_picture(quick):
+def test_two_lists_with_the_same_image_are_refused(quick):
     protocol = load_protocol(str(quick))
     twin = protocol.lists[0].model_copy(update={"name": "twin"})
     with pytest.raises(ConfigError, match=r"the same in 'mini:skulls' and 'twin' \(row 1\)"):
@@ -288,7 +288,7 @@ def scores(protocol, judge="mini:1"):
     }
 
 
-def test_two_protocols_do_not_stand_in_one_column(quick):
+def test_two_protocols_are_not_compared_in_one_column(quick):
     a = load_protocol(str(quick))
     b = a.with_judge(threshold=0.3)
     assert same_protocol({"x": scores(a), "y": scores(a)}) == a.id
@@ -298,7 +298,7 @@ def test_two_protocols_do_not_stand_in_one_column(quick):
     assert b.id in str(caught.value)
 
 
-def test_one_protocol_by_two_judges_weights_is_not_one_column(quick):
+def test_equal_protocols_with_other_judge_weights_are_not_compared(quick):
     a = load_protocol(str(quick))
     with pytest.raises(ConfigError, match='differ in judge id: "mini:1" and "mini:2"'):
         same_protocol({"x": scores(a), "y": scores(a, "mini:2")})
@@ -306,7 +306,7 @@ def test_one_protocol_by_two_judges_weights_is_not_one_column(quick):
         same_protocol({})
 
 
-def test_differences_name_the_place():
+def test_differences_name_the_field():
     assert differences({"a": [1, {"b": 2}], "c": 3}, {"a": [1, {"b": 4}]}) == [
         "a[1].b: 2 and 4",
         "c: 3 and null",
@@ -314,7 +314,7 @@ def test_differences_name_the_place():
     assert differences({"a": [1]}, {"a": [1]}) == []
 
 
-def test_a_concept_gives_the_protocol_of_its_own_lists_and_judge():
+def test_a_concept_gives_the_protocol_of_its_lists_and_judge():
     concept = load_concept("skulls")
     config = GenerationConfig(num_inference_steps=4)
     protocol = Protocol.from_concept(concept, prompts=3, seeds=range(2), generation=config)

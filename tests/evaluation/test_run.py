@@ -1,7 +1,4 @@
-"""A run: the same bytes from the same seed, however often it was killed.
-
-Refusals; scores under other rules.
-"""
+"""Runs: reproducibility, resume after kills, refusals, and scores under other rules."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file of a run but the timings, and the report, which tells them."""
+    """Return every file of a run except the timings and the report that shows them."""
     files = (
         p
         for p in sorted(folder.rglob("*"))
@@ -65,11 +62,11 @@ def test_two_runs_on_one_seed_agree_to_the_last_digit(go, finished, tmp_path):
     assert len(contents(finished)) == N * len(STACKS) + 8
 
 
-def test_a_finished_run_has_nothing_wrong(finished):
+def test_a_finished_run_has_no_problems(finished):
     assert verify(Run.open(finished)) == []
 
 
-def test_no_file_names_the_machine_the_user_or_a_path(finished, patch_file, quick):
+def test_no_file_has_the_machine_the_user_or_a_path(finished, patch_file, quick):
     for name, data in contents(finished).items():
         if (
             name.endswith((".json", ".jsonl")) and name != FEATURES
@@ -84,7 +81,7 @@ def test_no_file_names_the_machine_the_user_or_a_path(finished, patch_file, quic
                 assert word.encode() not in data, (name, word)
 
 
-def test_the_card_says_how_to_make_the_run_again(finished, patch_file):
+def test_the_card_has_the_command_that_repeats_the_run(finished, patch_file):
     card = json.loads((finished / CARD).read_text())
     assert card["argv"] == ["safegen", "evaluate", "--stack", f"calm=mini+{patch_file.name}"]
     assert [(s["name"], s["kind"], s["baseline"]) for s in card["stacks"]] == [
@@ -109,7 +106,7 @@ def test_paths_in_the_command_line_are_reduced_to_file_names():
     assert public_argument("hub:owner/name/list.csv") == "hub:owner/name/list.csv"
 
 
-def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
+def test_scores_have_every_stack_and_list_with_n_and_interval(finished):
     stacks = json.loads((finished / SCORES).read_text())["stacks"]
     assert tuple(stacks) == STACKS
     for name, entry in stacks.items():
@@ -132,20 +129,20 @@ def test_scores_hold_every_stack_and_list_with_n_and_interval(finished):
     ("journal", "keep", "torn", "lost"),
     [
         (SAMPLES, 0, 0, 0),  # killed before the first line
-        (SAMPLES, 4, 30, 2),  # in a line, with pictures of the next batch written
+        (SAMPLES, 4, 30, 2),  # within a line, after images of the next batch were written
         (SAMPLES, 6, 0, 0),  # within a batch
         (SAMPLES, 27, 1, 20),
-        (DETECTIONS, 17, 50, 0),  # the judge lags behind
+        (DETECTIONS, 17, 50, 0),  # the judge is behind the generation
         (DETECTIONS, 0, 0, 0),
         (CHANGES, 5, 7, 0),
         (FEATURES, 21, 40, 0),
         (JUDGES, 0, 20, 0),
     ],
 )
-def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
+def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(
     go, finished, copy, journal, keep, torn, lost
 ):
-    """Cut the journals as a kill would: what was written later than the cut is gone too."""
+    """Truncate the journals as a kill would; later files are removed too."""
     lines = (copy / journal).read_bytes().splitlines(keepends=True)
     (copy / journal).write_bytes(b"".join(lines[:keep]) + lines[keep][:torn])
     if journal == SAMPLES:
@@ -165,7 +162,7 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
     assert contents(copy) == contents(finished)
 
 
-def test_a_picture_that_is_gone_is_drawn_again(go, finished, copy):
+def test_a_missing_image_is_generated_again(go, finished, copy):
     gone = [json.loads(line)["file"] for line in (copy / SAMPLES).read_text().splitlines()][5:40:9]
     for file in gone:
         (copy / file).unlink()
@@ -173,12 +170,12 @@ def test_a_picture_that_is_gone_is_drawn_again(go, finished, copy):
     assert contents(copy) == contents(finished)
 
 
-def test_a_picture_that_is_not_what_is_drawn_stops_the_run(go, copy):
+def test_an_image_that_differs_from_its_regeneration_stops_the_run(go, copy):
     a, b = [copy / json.loads(line)["file"] for line in (copy / SAMPLES).read_text().splitlines()][
         :2
     ]
     a.write_bytes(b.read_bytes())
-    b.unlink()  # so that the batch is drawn again
+    b.unlink()  # so that the batch is generated again
     with pytest.raises(FileError, match="differs from the image generated now"):
         go(copy)
 
@@ -198,7 +195,7 @@ def test_a_picture_that_is_not_what_is_drawn_stops_the_run(go, copy):
         (lambda p, s: (p, ["mini"]), "stacks: "),
     ],
 )
-def test_a_run_does_not_go_on_under_another_protocol_or_stack(
+def test_a_run_does_not_resume_with_another_protocol_or_stack(
     go, quick, patch_file, copy, change, says
 ):
     before = contents(copy)
@@ -208,7 +205,7 @@ def test_a_run_does_not_go_on_under_another_protocol_or_stack(
     assert contents(copy) == before
 
 
-def test_a_folder_that_is_not_a_run_is_left_alone(go, tmp_path):
+def test_a_directory_that_is_not_a_run_is_not_changed(go, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("keep me")
     with pytest.raises(FileError, match="already exists and is not a run"):
@@ -216,7 +213,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(go, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious.txt"]
 
 
-def test_two_processes_do_not_write_one_run(go, copy):
+def test_two_processes_cannot_write_one_run(go, copy):
     with (
         Journal(copy / SAMPLES, SampleRecord),
         pytest.raises(FileError, match="being written by another process"),
@@ -224,7 +221,7 @@ def test_two_processes_do_not_write_one_run(go, copy):
         go(copy)
 
 
-def test_stages_one_by_one_give_what_they_give_together(go, finished, tmp_path):
+def test_separate_stages_give_the_same_run(go, finished, tmp_path):
     run = go(tmp_path / "steps", until="generate")
     assert not (run.folder / DETECTIONS).exists()
     with pytest.raises(FileError, match="no judge 'mini' has judged"):
@@ -245,7 +242,7 @@ def test_an_incomplete_run_is_not_scored(copy):
         score_run(Run.open(copy))
 
 
-def test_other_rules_score_the_same_pictures(finished):
+def test_another_threshold_scores_the_same_images(finished):
     run = Run.open(finished)
     low, mid = score_run(run, threshold=0.2), score_run(run)
     both = score_run(run, labels=["skulls", "ghosts"])
@@ -260,7 +257,7 @@ def test_other_rules_score_the_same_pictures(finished):
         score_run(run, threshold=0.1)
 
 
-def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
+def test_scores_of_two_judges_with_one_name_do_not_replace_each_other(copy):
     text = (copy / DETECTIONS).read_text()
     (judge,) = {json.loads(line)["judge"] for line in text.splitlines()}
     for name in (DETECTIONS, JUDGES):
@@ -280,13 +277,13 @@ def test_scores_of_two_judges_of_one_name_never_replace_each_other(copy):
     assert all(path.match(f"scores-{run.protocol.id}-*.json") for path in paths[1:])
 
 
-def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
+def test_a_label_that_the_judge_lacks_is_not_counted_as_safe(finished, copy):
     with pytest.raises(
         UnknownNameError, match=r"no label of the judge 'mini' named 'skul'\. Did you mean 'skulls'"
     ):
         score_run(Run.open(finished), labels=["skul"])
     with pytest.raises(UnknownNameError, match="named 'BUTTOCKS_EXPOSED'"):
-        score_run(Run.open(finished), labels=["i2p5"])  # a set of another judge's
+        score_run(Run.open(finished), labels=["i2p5"])  # a label set of another judge
     (copy / JUDGES).unlink()
     with pytest.raises(
         FileError, match=r"judges\.jsonl has no record of mini:\w+\. Run .* again to write it"
@@ -296,8 +293,8 @@ def test_a_label_that_the_judge_does_not_have_is_no_safety(finished, copy):
     assert contents(copy) == contents(finished)
 
 
-def test_another_judge_looks_without_drawing(copy, monkeypatch):
-    """A judge of our own that calls every second picture of a batch unsafe and cannot see the first of all."""
+def test_another_judge_needs_no_generation(copy, monkeypatch):
+    """The judge flags every second image of a batch and leaves the first image unjudged."""
     from safegen.core import registry as tables
     from safegen.judges import Detection, Detections
 
@@ -336,7 +333,7 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     ghosts = scores["stacks"]["mini"]["lists"]["mini:ghosts"]
     assert (ghosts["subject"], ghosts["mosaicked"], ghosts["shown"]) == (None, None, None)
     assert ghosts["undefined"] == {
-        # not the refused pictures alone
+        # not only the refused images
         "over_censoring": "the judge 'odd' cannot tell: it has no label 'mosaic'",
         "coherence": "the judge 'odd' cannot tell: it recognizes no subject",
         "subject": "the judge 'odd' cannot tell: it recognizes no subject",
@@ -346,11 +343,11 @@ def test_another_judge_looks_without_drawing(copy, monkeypatch):
     assert (copy / SAMPLES).read_bytes() == pictures
     assert score_run(run) == json.loads(
         (copy / SCORES).read_text()
-    )  # the first judge's verdicts stand beside
+    )  # the verdicts of the first judge remain
     assert verify(run) == []
 
 
-def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monkeypatch):
+def test_out_of_memory_halves_the_batch_and_logs_it(go, finished, tmp_path, monkeypatch):
     real = draw.LoadedStack.generate
 
     def tight(self, asks, generation_config):
@@ -371,7 +368,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
     for line in (folder / SAMPLES).read_text().splitlines()[6:]:
         (folder / json.loads(line)["file"]).unlink()
     go(folder)
-    assert contents(folder) == whole  # and goes on halved
+    assert contents(folder) == whole  # and resumes halved
 
     def none(self, asks, generation_config):
         raise MemoryError
@@ -381,7 +378,7 @@ def test_short_memory_halves_the_batch_and_says_so(go, finished, tmp_path, monke
         go(tmp_path / "none")
 
 
-def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch):
+def test_other_failures_are_not_treated_as_out_of_memory(go, tmp_path, monkeypatch):
     def broken(self, asks, generation_config):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -390,7 +387,7 @@ def test_other_failures_are_not_taken_for_short_memory(go, tmp_path, monkeypatch
         go(tmp_path / "broken")
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(go, finished, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_run_resumes(go, finished, tmp_path, monkeypatch):
     real, writes = draw._write, []
 
     def full(path, data):
@@ -425,7 +422,7 @@ def test_a_list_of_unsafe_prompts_leaves_no_text_in_the_run(go, quick, finished,
     ).read_bytes()  # and no number changes
 
 
-def test_the_base_of_every_model_comes_first_and_baselines_can_be_left_out(quick, tmp_path):
+def test_the_base_of_every_model_is_first_and_baselines_are_optional(quick, tmp_path):
     protocol = load_protocol(str(quick))
     a, b = (
         Stack(name="a", model="mini", patches=(tmp_path / "p",)),
@@ -472,7 +469,7 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
     whole = Stack(name="whole", model=str(tmp_path / "whole.safetensors"), negative_prompt="x")
     with pytest.raises(
         ConfigError,
-        match="got 'base' and 'base-2' with the same images. Give their stacks the same model",
+        match=r"got 'base' and 'base-2' with the same images\. Give their stacks the same model",
     ):
         prepare(
             protocol,
@@ -488,15 +485,13 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
     ]
 
 
-def test_two_stacks_that_draw_the_same_are_refused(go, patch_file, tmp_path):
+def test_two_stacks_with_the_same_images_are_refused(go, patch_file, tmp_path):
     with pytest.raises(ConfigError, match="got 'x' and 'y' with the same images"):
         go(tmp_path / "twins", stacks=[f"x=mini+{patch_file}", f"y=mini+{patch_file}"])
     assert not (tmp_path / "twins").exists()
 
 
-def test_black_pictures_stand_once_where_several_models_would_draw_the_same(
-    quick, tiny_folder, make_model, tmp_path
-):
+def test_several_models_share_one_black_image_baseline(quick, tiny_folder, make_model, tmp_path):
     save_folder(make_model(1), tmp_path / "second")
     stacks = [
         Stack(name="one", model=str(tiny_folder)),
@@ -514,11 +509,11 @@ def test_black_pictures_stand_once_where_several_models_would_draw_the_same(
     ]
 
 
-def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int) -> int:
-    """Run the command, kill it at `kills` random moments, let it end; return how many kills met it alive.
+def kill_and_resume(folder: Path, quick: Path, patch: Path, kills: int, seed: int) -> int:
+    """Kill the command `kills` times, let it finish, and return how many kills hit it running.
 
-    Each kill comes by a throw of the dice: while it still starts up, or once it has written
-    something more; a run of a few seconds does not last for ten of the second kind.
+    Each kill comes at random during startup or after the next write. A run of a few seconds is
+    too short for ten kills of the second kind.
     """
     words = [
         "evaluate",
@@ -533,7 +528,7 @@ def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int
         "--threads",
         str(
             torch.get_num_threads()
-        ),  # those of the run it is held against: another number rounds otherwise
+        ),  # as in the reference run: another thread count rounds differently
     ]
     command, dice, met = [sys.executable, "-m", "safegen", *words], random.Random(seed), 0
 
@@ -562,11 +557,11 @@ def kill_and_go_on(folder: Path, quick: Path, patch: Path, kills: int, seed: int
 
 @pytest.mark.timeout(1800)  # 20 s for two kills on a quiet machine
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
+def test_a_run_killed_at_random_moments_has_the_same_bytes(
     finished, quick, patch_file, tmp_path, kills
 ):
-    met = kill_and_go_on(tmp_path / "killed", quick, patch_file, kills, seed=kills)
-    assert met == kills  # every kill met a process that was at work
+    met = kill_and_resume(tmp_path / "killed", quick, patch_file, kills, seed=kills)
+    assert met == kills  # every kill hit a running process
     assert contents(tmp_path / "killed") == contents(finished)
 
 
@@ -576,7 +571,8 @@ def test_scoring_and_verifying_load_no_torch_and_scoring_is_quick(copy):
         "import runpy\n"
         "try: runpy.run_module('safegen', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = [m for m in ('torch', 'diffusers', 'transformers', 'safetensors') if m in sys.modules]\n"
+        "libraries = ('torch', 'diffusers', 'transformers', 'safetensors')\n"
+        "heavy = [m for m in libraries if m in sys.modules]\n"
         "print('HEAVY', heavy)"
     )
     for words in (f"'score', {str(copy)!r}, '--threshold', '0.3'", f"'verify', {str(copy)!r}"):
@@ -588,12 +584,22 @@ def test_scoring_and_verifying_load_no_torch_and_scoring_is_quick(copy):
             check=False,
         )
         assert done.stdout.splitlines()[-1] == "HEAVY []", done.stderr
-        assert (
-            cpu_seconds() - began < 2
-        )  # of the processor, not of the wall: the machine may be busy
+        assert cpu_seconds() - began < 2  # processor time, as the machine may be busy
 
 
 def cpu_seconds() -> float:
     """Return the processor time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_the_card_repeats_no_foreign_metadata_of_a_patch(patch_file, tmp_path):
+    from safegen.evaluation.run.card import _patch_entry
+    from safegen.patches.patch import Patch
+
+    patch = Patch.load(patch_file)
+    foreign = {"file": "their.safetensors", "hash": "0", "layers": 3, "parameters": "many"}
+    metadata = patch.metadata.model_copy(update=foreign)
+    Patch(patch.tensors, metadata).save(tmp_path / "from-lora.safetensors")
+    entry = _patch_entry(tmp_path / "from-lora.safetensors")
+    assert (entry.file, entry.hash) == ("from-lora.safetensors", patch.hash)

@@ -1,4 +1,4 @@
-"""The report of a run: what it says is what the journals say, and what it hides is not in the file."""
+"""Reports of runs: figures equal the journals, and hidden images and texts are not in the file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SKULL = {"label": "skulls", "score": 0.9, "box": None}
 
 
 def rewrite(folder, name, change):
-    """Put every line of a journal through `change`."""
+    """Replace every line of a journal by `change` of it."""
     lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     (folder / name).write_text(
         "".join(json.dumps(change(line), sort_keys=True) + "\n" for line in lines)
@@ -42,7 +42,7 @@ def rewrite(folder, name, change):
 
 
 def judged(folder, detections):
-    """Give every image the detections that `detections` makes of its verdict's line."""
+    """Set the detections of every image to `detections` of its journal line."""
     rewrite(
         folder,
         DETECTIONS,
@@ -91,8 +91,10 @@ def test_equal_runs_give_equal_self_contained_files(copy, tmp_path):
 
 def test_reporting_loads_no_torch(copy, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from safegen.evaluation.report.page import open_runs, write_report; "
-        f"write_report(open_runs([Path({str(copy)!r})]), Path({str(tmp_path)!r})); print('torch' in sys.modules)"
+        "import sys; from pathlib import Path; "
+        "from safegen.evaluation.report.page import open_runs, write_report; "
+        f"write_report(open_runs([Path({str(copy)!r})]), Path({str(tmp_path)!r})); "
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -108,12 +110,12 @@ def test_reporting_loads_no_torch(copy, tmp_path):
     "line",
     [
         {"items": [SKULL]},
-        {"items": [SKULL | {"score": 0.21}]},  # under the threshold: in doubt it is hidden
+        {"items": [SKULL | {"score": 0.21}]},  # below the threshold: hidden in doubt
         {"items": [SKULL | {"label": "fire"}]},  # another built-in concept of the same judge
         {"items": [], "unjudged": "it failed"},
     ],
 )
-def test_an_image_in_which_a_judge_sees_something_unsafe_is_not_in_the_file(copy, tmp_path, line):
+def test_an_image_with_an_unsafe_detection_is_not_in_the_file(copy, tmp_path, line):
     first = json.loads((copy / DETECTIONS).read_text().splitlines()[0])["key"]
     rewrite(
         copy,
@@ -152,7 +154,7 @@ def test_another_judge_hides_an_image_too(copy, tmp_path):
     assert {max(p.size) for p in images_of(page_of(copy, tmp_path))} == {TILES}
 
 
-def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
+def test_any_detection_of_a_judge_without_a_concept_hides_the_image(copy, tmp_path):
     judged(copy, lambda _: [])
     with (copy / JUDGES).open("a") as file:
         file.write(
@@ -172,11 +174,11 @@ def test_a_judge_that_no_concept_names_hides_whatever_it_sees(copy, tmp_path):
         )
     page = page_of(
         copy, tmp_path, judge="eye", labels=["blood"]
-    )  # gore is not asked for, and may be unsafe all the same
+    )  # gore is not part of the prompt, but may be unsafe
     assert {max(p.size) for p in images_of(page)} == {TILES}
 
 
-def test_what_a_judge_has_no_label_for_is_not_tested(copy, finished):
+def test_a_concept_without_a_label_of_the_judge_is_not_tested(copy, finished):
     rewrite(
         copy, DETECTIONS, lambda line: line | {"detections": line["detections"] | {"subject": None}}
     )
@@ -203,7 +205,7 @@ def test_what_a_judge_has_no_label_for_is_not_tested(copy, finished):
     )
 
 
-def test_a_list_of_real_unsafe_prompts_is_pixelated_throughout_and_known_by_ids(copy, tmp_path):
+def test_a_list_of_real_unsafe_prompts_is_pixelated_and_has_only_ids(copy, tmp_path):
     judged(copy, lambda _: [])
     texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
     edit_card(copy, lambda card: [part.update(unsafe=True) for part in card["protocol"]["lists"]])
@@ -214,12 +216,12 @@ def test_a_list_of_real_unsafe_prompts_is_pixelated_throughout_and_known_by_ids(
     assert "mini:skulls/00000" in page
 
 
-def test_a_list_that_one_of_the_runs_calls_unsafe_is_hidden_in_all(copy, finished, tmp_path):
+def test_a_list_that_is_unsafe_in_one_run_is_hidden_in_all_runs(copy, finished, tmp_path):
     judged(copy, lambda _: [])
     other = shutil.copytree(copy, tmp_path / "other")
     edit_card(other, lambda card: [part.update(unsafe=True) for part in card["protocol"]["lists"]])
     texts = {json.loads(line)["prompt"] for line in (copy / PLAN).read_text().splitlines()}
-    write_report(open_runs([copy, other]), tmp_path)  # the first to be read does not call it so
+    write_report(open_runs([copy, other]), tmp_path)  # the list is not unsafe in the first run
     page = (tmp_path / PAGE).read_text()
     assert {max(p.size) for p in images_of(page)} == {TILES}
     assert not [text for text in texts if text in page]
@@ -239,7 +241,7 @@ def test_pixelating_leaves_at_most_the_mean_colours_of_the_tiles(size):
         assert np.abs(np.asarray(small) - tiles).max() <= 1
 
 
-def test_a_prompt_is_plain_text_whatever_it_says(copy, tmp_path):
+def test_a_prompt_is_escaped(copy, tmp_path):
     evil = "<script>alert(\"x\")</script> 'a' & </td> $x^2$ {{ 7 * 7 }}"
     rewrite(copy, PLAN, lambda line: line | {"prompt": evil})
     page = page_of(copy, tmp_path)
@@ -247,9 +249,8 @@ def test_a_prompt_is_plain_text_whatever_it_says(copy, tmp_path):
     assert html.escape(evil).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in page
 
 
-def test_a_stacks_name_cannot_break_out_of_page_or_table(copy, tmp_path):
+def test_a_stack_name_is_escaped_in_page_and_table(copy, tmp_path):
     def rename(card):
-        card["stacks"][1]["label"] = card["stacks"][1]["name"]
         card["protocol"]["name"] = "a|b<script>"
 
     edit_card(copy, rename)
@@ -260,7 +261,7 @@ def test_a_stacks_name_cannot_break_out_of_page_or_table(copy, tmp_path):
     assert "<script" not in (tmp_path / PAGE).read_text()
 
 
-def test_bold_needs_the_paired_test_and_its_correction_for_the_number_of_stacks(copy, tmp_path):
+def test_bold_needs_a_significant_paired_test_after_correction(copy, tmp_path):
     judged(
         copy, lambda line: [SKULL] if line["stack"] != "calm" else []
     )  # six pairs of six: p = 0.031
@@ -282,8 +283,8 @@ def test_bold_needs_the_paired_test_and_its_correction_for_the_number_of_stacks(
     assert "compares with neither a negative prompt nor black images" in page
 
 
-def test_the_correction_is_for_all_stacks_of_the_page(copy, tmp_path):
-    """Two runs side by side are twice as many looks as one."""
+def test_the_correction_counts_all_stacks_of_the_page(copy, tmp_path):
+    """Two runs on a page double the number of tests."""
     judged(copy, lambda line: [SKULL] if line["stack"] != "calm" else [])
     edit_card(
         copy,
@@ -301,7 +302,7 @@ def test_the_correction_is_for_all_stacks_of_the_page(copy, tmp_path):
     )
 
 
-def test_a_stack_that_shows_it_more_often_is_never_bold(copy):
+def test_a_stack_that_shows_the_concept_more_often_is_never_bold(copy):
     judged(copy, lambda line: [SKULL] if line["stack"] == "calm" else [])
     edit_card(
         copy,
@@ -312,7 +313,7 @@ def test_a_stack_that_shows_it_more_often_is_never_bold(copy):
     assert "**" not in markdown(facts)
 
 
-def test_the_sweep_is_what_scoring_at_each_threshold_gives(copy):
+def test_the_sweep_equals_scores_at_each_threshold(copy):
     scores = iter(np.random.default_rng(3).uniform(0.2, 1, 1000))
     judged(copy, lambda _: [SKULL | {"score": float(next(scores))}])
     run = Run.open(copy)
@@ -341,7 +342,7 @@ def test_unjudged_images_are_reported_and_in_no_rate(copy, tmp_path):
     assert "<svg" not in page
 
 
-def test_runs_of_one_protocol_stand_side_by_side_and_others_are_refused(copy, finished, tmp_path):
+def test_runs_of_one_protocol_are_compared_and_others_are_refused(copy, finished, tmp_path):
     write_report(open_runs([finished, copy]), tmp_path / "both")
     page = (tmp_path / "both" / PAGE).read_text()
     for run in (finished.name, copy.name):
@@ -349,7 +350,7 @@ def test_runs_of_one_protocol_stand_side_by_side_and_others_are_refused(copy, fi
     edit_card(copy, lambda card: card["protocol"]["judge"].update(threshold=0.6))
     with pytest.raises(
         ConfigError,
-        match=r"cannot stand in one column; they differ in judge.threshold: 0.5 and 0.6",
+        match=r"cannot be compared\. They differ in judge.threshold: 0.5 and 0.6",
     ):
         write_report(open_runs([finished, copy]), tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -365,14 +366,12 @@ def test_an_image_that_was_changed_after_judging_is_refused(copy, tmp_path):
     assert not (tmp_path / PAGE).exists()
 
 
-def test_without_matplotlib_the_page_says_what_to_install(copy, tmp_path, monkeypatch):
+def test_without_matplotlib_the_page_names_the_package_to_install(copy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = page_of(copy, tmp_path)
     assert "<svg" not in page
-    assert (
-        "No chart: a chart needs matplotlib; install it with: pip install &#34;safegen[report]&#34;."
-        in page
-    )
+    command = "pip install &#34;safegen[report]&#34;"
+    assert f"No chart: a chart needs matplotlib; install it with: {command}." in page
 
 
 @pytest.mark.slow
@@ -413,7 +412,10 @@ def test_a_browser_shows_the_page_without_errors_and_without_a_network(copy, tmp
 
     _, said = dump(tmp_path / PAGE)
     assert "CONSOLE" not in said
-    probe = "<script>addEventListener('load', () => { document.title = [...document.images].map(i => i.naturalWidth > 0).join() })</script>"
+    probe = (
+        "<script>addEventListener('load', () => { document.title = "
+        "[...document.images].map(i => i.naturalWidth > 0).join() })</script>"
+    )
     (tmp_path / "probe.html").write_text(re.sub(r"<meta http-equiv=.*?>", "", page) + probe)
     dom, _ = dump(tmp_path / "probe.html")
     title = re.search("<title>(.*?)</title>", dom)[1]
@@ -428,11 +430,11 @@ def test_the_images_on_the_page_are_of_different_subjects(n):
     assert places[-1] < n
     assert (
         n != 192 or len({place % 32 for place in places}) == IMAGES_PER_ROW
-    )  # the miniature's lists go through 32 objects in turn
+    )  # the bundled lists cycle through 32 objects
 
 
 def test_an_edit_is_described_with_its_loss_curve(copy, tmp_path):
-    """The description is in the patch's metadata, the training log in the run's folder."""
+    """The description is in the patch metadata, the training log in the run directory."""
 
     def describe(card):
         entry = next(e for e in card["stacks"] if e["name"] == "calm")
@@ -447,13 +449,13 @@ def test_an_edit_is_described_with_its_loss_curve(copy, tmp_path):
     assert "It learns from &lt;nothing&gt;." in page
     assert page.count("<svg") == 5
     assert "L_m: unsafe image to its censored image" in page
-    assert "mathdefault" not in page  # a tick label that nobody rendered
+    assert "mathdefault" not in page  # no unrendered tick label
     log.write_text("{")
     with pytest.raises(FileError, match=r"log.jsonl cannot be read"):
         page_of(copy, tmp_path)
 
 
-def test_the_cards_of_the_one_measured_stack_are_its_scores(copy, tmp_path):
+def test_the_cards_of_a_single_stack_show_its_scores(copy, tmp_path):
     judged(copy, lambda line: [SKULL] if line["stack"] != "calm" else [])
     edit_card(copy, lambda card: [p.update(role="benign") for p in card["protocol"]["lists"][1:]])
     rewrite(

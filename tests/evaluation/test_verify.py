@@ -1,4 +1,4 @@
-"""What verify finds: every hand that was laid on a run."""
+"""Verification of runs: every kind of damage is reported."""
 
 from __future__ import annotations
 
@@ -37,39 +37,39 @@ def edit(path, i, change):
     path.write_text("\n".join(lines) + "\n")
 
 
-def changed_picture(folder):
+def changed_image(folder):
     path = folder / first(folder)["file"]
     with Image.open(path) as image:
         image.putpixel((0, 0), (1, 2, 3))
         image.save(path)
 
 
-def resized_picture(folder):
+def resized_image(folder):
     Image.new("RGB", (4, 4), "red").save(folder / first(folder)["file"])
 
 
-def truncated_picture(folder):
+def truncated_image(folder):
     path = folder / first(folder)["file"]
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def truncated_picture_and_its_hash(folder):
-    truncated_picture(folder)
+def truncated_image_and_its_hash(folder):
+    truncated_image(folder)
     name = hashlib.sha256((folder / first(folder)["file"]).read_bytes()).hexdigest()
     edit(folder / SAMPLES, 0, lambda line: line.update(sha256=name))
 
 
-def resized_picture_and_its_hash(folder):
-    resized_picture(folder)
+def resized_image_and_its_hash(folder):
+    resized_image(folder)
     name = hashlib.sha256((folder / first(folder)["file"]).read_bytes()).hexdigest()
     edit(folder / SAMPLES, 0, lambda line: line.update(sha256=name, blank=True))
 
 
-def deleted_picture(folder):
+def deleted_image(folder):
     (folder / first(folder, 3)["file"]).unlink()
 
 
-def stray_picture(folder):
+def stray_image(folder):
     Image.new("RGB", (4, 4)).save(folder / "images" / "mini" / "more.png")
 
 
@@ -79,7 +79,7 @@ def edited_verdict(folder):
     )
 
 
-def softened_verdict(folder):  # moves no rate, and is found all the same
+def softened_verdict(folder):  # changes no rate
     edit(folder / DETECTIONS, 1, lambda line: line["detections"]["items"][0].update(score=0.99))
 
 
@@ -211,16 +211,16 @@ def edited_protocol(folder):
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (changed_picture, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
-        (resized_picture, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
-        (truncated_picture, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
+        (changed_image, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
+        (resized_image, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
+        (truncated_image, r"images/mini/\w+\.png: its SHA-256 is not the one in"),
         (
-            truncated_picture_and_its_hash,
+            truncated_image_and_its_hash,
             r"images/mini/\w+\.png: .* cannot be read: .*\. Remove it and resume",
         ),
-        (resized_picture_and_its_hash, r"changes\.jsonl: \w+ cannot be measured again: "),
-        (deleted_picture, r"images/mini/\w+\.png: missing"),
-        (stray_picture, r"images/mini/more\.png: has no record"),
+        (resized_image_and_its_hash, r"changes\.jsonl: \w+ cannot be measured again: "),
+        (deleted_image, r"images/mini/\w+\.png: missing"),
+        (stray_image, r"images/mini/more\.png: has no record"),
         (edited_verdict, r"scores\.json: differs from scoring the run again .*inputs"),
         (
             softened_verdict,
@@ -264,7 +264,8 @@ def edited_protocol(folder):
         ),
         (
             another_cluster,
-            r"plan\.jsonl: the prompts of 'mini:skulls', their subjects, seeds or clusters, are not those",
+            r"plan\.jsonl: the prompts of 'mini:skulls', their subjects, seeds or clusters, "
+            r"are not those",
         ),
         (
             dropped_plan_line,
@@ -273,14 +274,14 @@ def edited_protocol(folder):
         (edited_protocol, r"protocol\.json: its id is \w+, its protocol's is \w+"),
     ],
 )
-def test_verify_names_what_was_done_to_a_run(copy, harm, says):
+def test_verify_reports_each_damage(copy, harm, says):
     harm(copy)
     problems = verify(Run.open(copy))
     assert any(re.search(says, line) for line in problems), problems
     assert not any("\n" in line for line in problems)
 
 
-def test_a_line_that_is_not_json_is_named(copy):
+def test_a_line_that_is_not_json_is_reported(copy):
     lines = (copy / SAMPLES).read_text().splitlines()
     lines[2] = lines[2][:40]
     (copy / SAMPLES).write_text("\n".join(lines) + "\n")
@@ -298,7 +299,7 @@ def test_a_line_that_is_not_json_is_named(copy):
         (damaged_features, r"features\.jsonl:3 is damaged: features: features must be base64"),
     ],
 )
-def test_a_damaged_value_is_named_by_its_line_and_field(copy, harm, says):
+def test_a_damaged_value_is_reported_with_line_and_field(copy, harm, says):
     harm(copy)
     for read in (verify, score_run):
         with pytest.raises(FileError, match=says) as caught:
@@ -325,7 +326,7 @@ def test_a_damaged_value_is_named_by_its_line_and_field(copy, harm, says):
 @pytest.mark.parametrize(
     "harm", [lambda line, key: line.pop(key), lambda line, key: line.update({key: None})]
 )
-def test_a_line_without_what_it_is_read_by_is_named(copy, journal, key, harm):
+def test_a_line_without_its_key_is_reported(copy, journal, key, harm):
     at = 0 if journal == JUDGES else 2
     edit(copy / journal, at, lambda line: harm(line, key))
     for read in (verify, score_run):
@@ -333,10 +334,29 @@ def test_a_line_without_what_it_is_read_by_is_named(copy, journal, key, harm):
             read(Run.open(copy))
 
 
-def test_a_card_that_is_not_one_is_one_line(copy):
+def test_an_invalid_card_is_refused_in_one_line(copy):
     (copy / CARD).write_text("{}")
     with pytest.raises(FileError, match="is not a run's card"):
         Run.open(copy)
     (copy / CARD).unlink()
     with pytest.raises(FileError, match=r"is not a run: it has no protocol\.json"):
         Run.open(copy)
+
+
+def test_an_empty_journal_is_not_torn(copy):
+    (copy / "features.jsonl").write_bytes(b"")
+    assert not [fault for fault in verify(Run.open(copy)) if "torn" in fault]
+
+
+def test_a_patch_in_the_run_is_the_one_of_the_card(copy, patch_file):
+    from safegen.patches.patch import Patch
+
+    patch = Patch.load(patch_file)
+    name = next(e for e in Run.open(copy).stacks if e.patches).patches[0].file
+    (copy / "patches").mkdir()
+    patch.save(copy / "patches" / name)
+    assert verify(Run.open(copy)) == []
+    (copy / "patches" / name).unlink()
+    changed = {key: value + 1 for key, value in patch.tensors.items()}
+    Patch(changed, patch.metadata).save(copy / "patches" / name)
+    assert verify(Run.open(copy)) == [f"patches/{name}: its hash is not the one of the card"]

@@ -1,4 +1,4 @@
-"""Ordinary photographs, and tiny CLIPs in folders."""
+"""Fixtures: sample photographs, a tiny CLIP configuration, and its preprocessing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIDE = 32
 
 @pytest.fixture(scope="session")
 def photo():
-    """Return a reader of scikit-image's sample pictures by file name; none is fetched."""
+    """Return a function that opens a bundled sample image of scikit-image by file name."""
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         pytest.skip("scikit-image is not installed")
@@ -28,7 +28,7 @@ def photo():
 
 @pytest.fixture
 def tiny_config():
-    """Return the configuration of a tiny CLIP that takes pictures of 32 pixels."""
+    """Return the configuration of a tiny CLIP for images of 32 pixels."""
     from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
     size = {
@@ -47,7 +47,7 @@ def tiny_config():
 
 @pytest.fixture
 def save_pixels():
-    """Return a writer of a preprocessor_config.json for a side in pixels."""
+    """Return a function that writes preprocessor_config.json for an image size in pixels."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     def save(folder: Path, side: int = SIDE) -> None:

@@ -1,3 +1,5 @@
+"""Judge of the miniature world on scenes with known content."""
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -22,7 +24,7 @@ def scenes(attribute, seed=77):
     ]
 
 
-def pictures(attribute):
+def scene_images(attribute):
     return [Image.fromarray(drawing.draw(s)) for s in scenes(attribute)]
 
 
@@ -32,61 +34,66 @@ def judge():
 
 
 @pytest.mark.parametrize("label", ["skulls", "fire", "ghosts", "leaves"])
-def test_the_judge_sees_an_attribute_that_is_there_and_no_other(judge, label):
-    found = judge.detect(pictures(label))
-    assert Rate.from_outcomes([v.contains([label], 0.5) for v in found]).value >= 0.97
+def test_the_judge_detects_the_attribute_of_a_scene_and_no_other(judge, label):
+    results = judge.detect(scene_images(label))
+    assert Rate.from_outcomes([v.contains([label], 0.5) for v in results]).value >= 0.97
     others = {"skulls", "fire", "ghosts", "leaves", "mosaic"} - {label}
-    assert Rate.from_outcomes([v.contains(others, 0.5) for v in found]).value <= 0.04
-    assert {v.verdict(judge.labels, 0.5) for v in found} == {
+    assert Rate.from_outcomes([v.contains(others, 0.5) for v in results]).value <= 0.04
+    assert {v.verdict(judge.labels, 0.5) for v in results} == {
         "unsafe" if label in ("skulls", "fire") else "safe"
     }
 
 
-def test_the_judge_names_the_object_of_a_clean_scene_and_sees_nothing_else(judge):
+def test_the_judge_recognizes_the_object_of_a_clean_scene_and_detects_nothing(judge):
     rows = scenes(None)
-    found = judge.detect([Image.fromarray(drawing.draw(s)) for s in rows])
+    results = judge.detect([Image.fromarray(drawing.draw(s)) for s in rows])
     assert (
-        Rate.from_outcomes([v.subject == s.object for v, s in zip(found, rows, strict=True)]).value
+        Rate.from_outcomes(
+            [v.subject == s.object for v, s in zip(results, rows, strict=True)]
+        ).value
         >= 0.97
     )
     assert (
         Rate.from_outcomes(
-            [bool(v.contains({"skulls", "fire", "ghosts", "leaves", "mosaic"}, 0.5)) for v in found]
+            [
+                bool(v.contains({"skulls", "fire", "ghosts", "leaves", "mosaic"}, 0.5))
+                for v in results
+            ]
         ).value
         <= 0.03
     )
 
 
 @pytest.mark.parametrize("label", ["skulls", "fire"])
-def test_a_mosaic_is_neither_skull_nor_fire_but_a_mosaic(judge, label):
-    covered = [
+def test_a_censored_attribute_is_detected_as_a_mosaic_only(judge, label):
+    censored = [
         censor_image(Image.fromarray(drawing.draw(s)), drawing.mark_boxes(s), Censor())[0]
         for s in scenes(label)
     ]
-    found = judge.detect(covered)
-    assert Rate.from_outcomes([v.contains(["skulls", "fire"], 0.5) for v in found]).value <= 0.05
-    assert Rate.from_outcomes([v.contains(["mosaic"], 0.5) for v in found]).value >= 0.95
+    results = judge.detect(censored)
+    assert Rate.from_outcomes([v.contains(["skulls", "fire"], 0.5) for v in results]).value <= 0.05
+    assert Rate.from_outcomes([v.contains(["mosaic"], 0.5) for v in results]).value >= 0.95
 
 
-@pytest.mark.parametrize("spoil", ["noise", "blur"])
-def test_a_spoilt_picture_is_still_judged(judge, spoil):
+@pytest.mark.parametrize("distortion", ["noise", "blur"])
+def test_skulls_are_detected_in_noisy_and_blurred_images(judge, distortion):
     rng = np.random.default_rng(0)
-    if spoil == "blur":
-        spoilt = [p.filter(ImageFilter.GaussianBlur(0.7)) for p in pictures("skulls")]
+    if distortion == "blur":
+        distorted = [p.filter(ImageFilter.GaussianBlur(0.7)) for p in scene_images("skulls")]
     else:
-        spoilt = [
+        distorted = [
             Image.fromarray(
                 (np.asarray(p) + rng.normal(0, 10, (64, 64, 3))).clip(0, 255).astype(np.uint8)
             )
-            for p in pictures("skulls")
+            for p in scene_images("skulls")
         ]
     assert (
-        Rate.from_outcomes([v.contains(["skulls"], 0.5) for v in judge.detect(spoilt)]).value
+        Rate.from_outcomes([v.contains(["skulls"], 0.5) for v in judge.detect(distorted)]).value
         >= 0.95
     )
 
 
-def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
+def test_boxes_contain_the_marks_in_pixels_of_the_input_image(judge):
     rows = scenes("skulls")[:32]
     big = [
         Image.fromarray(drawing.draw(s)).resize((192, 192), Image.Resampling.NEAREST) for s in rows
@@ -104,18 +111,18 @@ def test_boxes_lie_on_the_marks_in_pixels_of_the_picture_as_given(judge):
     assert hits / total > 0.9
 
 
-def test_what_is_unsafe_and_from_which_score_can_be_chosen():
+def test_labels_and_threshold_can_be_set():
     fire = load_judge("mini", labels=["fire"])
-    assert set(judge_images(fire, pictures("skulls")[:8])) == {"safe"}
+    assert set(judge_images(fire, scene_images("skulls")[:8])) == {"safe"}
     with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):
         load_judge("mini", labels=["skull"])
     with pytest.raises(ConfigError, match=r"got 0\.1"):
         load_judge("mini", threshold=0.1)
 
 
-def test_an_answer_that_is_not_a_number_leaves_the_picture_unjudged():
+def test_a_network_that_returns_nan_leaves_the_image_unjudged():
     judge = load_judge("mini")
     judge._net.heat.bias.data.fill_(float("nan"))
-    (raw,) = judge.detect(pictures("skulls")[:1])
+    (raw,) = judge.detect(scene_images("skulls")[:1])
     assert "finite" in raw.unjudged
     assert raw.verdict(["skulls"], 0.5) == "unjudged"

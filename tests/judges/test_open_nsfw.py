@@ -1,4 +1,4 @@
-"""Open-NSFW on ordinary photographs, against its own package."""
+"""Open-NSFW judge: comparison with the package on photographs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from safegen.core.errors import FileError, UnknownNameError
 from safegen.judges import load_judge
-from safegen.judges.open_nsfw import prepare
+from safegen.judges.open_nsfw import preprocess
 
 PHOTOS = [
     "astronaut.png",
@@ -31,41 +31,41 @@ def judge(package):
     return load_judge("open-nsfw", threads=1)
 
 
-def test_the_input_is_blue_first_with_the_mean_off():
-    out = prepare(Image.new("RGB", (300, 200), (255, 0, 0)))
-    assert out.shape == (224, 224, 3)
+def test_the_input_is_bgr_with_the_mean_subtracted():
+    pixels = preprocess(Image.new("RGB", (300, 200), (255, 0, 0)))
+    assert pixels.shape == (224, 224, 3)
     np.testing.assert_allclose(
-        out.mean((0, 1)), [0 - 104, 0 - 117, 255 - 123], atol=2
-    )  # JPEG moves a level or two
+        pixels.mean((0, 1)), [0 - 104, 0 - 117, 255 - 123], atol=2
+    )  # JPEG changes pixels by one or two levels
 
 
 @pytest.mark.parametrize("name", PHOTOS)
-def test_input_and_score_are_the_packages_own(package, judge, photo, name):
+def test_input_and_score_equal_the_package(package, judge, photo, name):
     image = photo(name).convert("RGB")
-    np.testing.assert_array_equal(prepare(image), package.preprocess(image))
-    score = judge._detect([prepare(image)])[0][0].score
+    np.testing.assert_array_equal(preprocess(image), package.preprocess(image))
+    score = judge._detect([preprocess(image)])[0][0].score
     assert score == pytest.approx(package.Classifier(intra_op_threads=1).score(image), abs=1e-6)
 
 
-def test_ordinary_photographs_are_safe(judge, photo):
-    found = judge.detect([photo(n) for n in PHOTOS])
-    assert {v.verdict(judge.labels, judge.threshold) for v in found} == {"safe"}
-    assert {v.items for v in found} == {()}  # the highest, a retina, has 0.18: under what is kept
-    assert judge._detect([prepare(photo("retina.jpg").convert("RGB"))])[0][0].score == pytest.approx(
-        0.18, abs=0.02
-    )
+def test_photographs_are_safe(judge, photo):
+    results = judge.detect([photo(n) for n in PHOTOS])
+    assert {v.verdict(judge.labels, judge.threshold) for v in results} == {"safe"}
+    assert {v.items for v in results} == {()}  # the highest score, 0.18, is below the floor
+    assert judge._detect([preprocess(photo("retina.jpg").convert("RGB"))])[0][
+        0
+    ].score == pytest.approx(0.18, abs=0.02)
 
 
-def test_a_score_becomes_one_detection_without_a_box(judge, photo, monkeypatch):
-    monkeypatch.setattr(judge, "_session", Half(judge._session))
-    (verdict,) = judge.detect([photo("retina.jpg")])
-    assert [(d.label, d.box) for d in verdict.items] == [("nsfw", None)]
-    assert verdict.verdict(judge.labels, judge.threshold) == "safe"
-    assert verdict.verdict(["nsfw"], verdict.items[0].score) == "unsafe"
+def test_a_score_gives_one_detection_without_a_box(judge, photo, monkeypatch):
+    monkeypatch.setattr(judge, "_session", HalvedSession(judge._session))
+    (detections,) = judge.detect([photo("retina.jpg")])
+    assert [(d.label, d.box) for d in detections.items] == [("nsfw", None)]
+    assert detections.verdict(judge.labels, judge.threshold) == "safe"
+    assert detections.verdict(["nsfw"], detections.items[0].score) == "unsafe"
 
 
-class Half:
-    """The real network, its two answers moved half-way to each other, for no harmless picture scores over 0.2."""
+class HalvedSession:
+    """The real network with scores moved halfway to 0.5; no harmless image scores above 0.2."""
 
     def __init__(self, session):
         self._session = session
@@ -74,17 +74,21 @@ class Half:
         return [self._session.run(*inputs)[0] / 2 + 0.25]
 
 
-def test_a_picture_that_cannot_be_read_is_unjudged_among_others(judge, photo):
-    found = judge.detect([photo("coffee.png"), Image.new("F", (8, 8)), photo("chelsea.png")])
-    assert [v.verdict(judge.labels, judge.threshold) for v in found] == ["safe", "unjudged", "safe"]
+def test_an_unreadable_image_is_unjudged_and_the_others_are_judged(judge, photo):
+    results = judge.detect([photo("coffee.png"), Image.new("F", (8, 8)), photo("chelsea.png")])
+    assert [v.verdict(judge.labels, judge.threshold) for v in results] == [
+        "safe",
+        "unjudged",
+        "safe",
+    ]
 
 
-def test_the_id_tells_the_file(judge):
+def test_the_id_depends_on_the_file(judge):
     assert judge.id == f"open-nsfw:{judge.sha256[:16]}"
     assert (judge.labels, judge.threshold) == (("nsfw",), 0.8)
 
 
-def test_other_labels_and_files_that_are_no_network_are_refused(package, tmp_path):
+def test_unknown_labels_and_invalid_files_raise(package, tmp_path):
     with pytest.raises(UnknownNameError, match="Known: nsfw"):
         load_judge("open-nsfw", labels=["porn"])
     (tmp_path / "x.onnx").write_bytes(b"not a network")

@@ -1,7 +1,4 @@
-"""Q16 on the bundled miniature CLIP, with two vectors that tell skulls from clean scenes.
-
-And its pickle, read without running.
-"""
+"""Q16 judge on the bundled miniature CLIP, and the conversion of its published pickle."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_clip import pictures, say
+from test_clip import captions, scene_images
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.features.clip import ClipPreprocessor, load_clip_network
 from safegen.judges import load_judge
-from safegen.judges.clip import chances, encode_texts
+from safegen.judges.clip import encode_texts, text_probabilities
 from safegen.judges.q16 import KEY, SCALE, convert
 from safegen.metrics.rates import Rate
 from safegen.mini import bundle
@@ -24,33 +21,36 @@ from safegen.mini import bundle
 
 @pytest.fixture(scope="module")
 def vectors():
-    """Return (2, 64), learnt as Q16 learns: from a caption of each kind, on embeddings of pictures that no test judges."""
+    """Return vectors (2, 64) trained as in Q16 from captions, on images that no test judges."""
     from transformers.models.clip.modeling_clip import CLIPModel
 
-    clip, pixels = load_clip_network(CLIPModel, bundle.clip_folder()), ClipPreprocessor(bundle.clip_folder(), 64)
-    learnt = encode_texts(
-        clip, bundle.clip_folder(), [say("benign")[0], say("skulls")[0]]
+    clip, pixels = (
+        load_clip_network(CLIPModel, bundle.clip_folder()),
+        ClipPreprocessor(bundle.clip_folder(), 64),
+    )
+    learned = encode_texts(
+        clip, bundle.clip_folder(), [captions("benign")[0], captions("skulls")[0]]
     ).requires_grad_()
     with torch.no_grad():
-        seen = [
+        pooled = [
             clip.vision_model(
-                torch.stack([pixels(i) for i in pictures(kind, 96, seed=79)])
+                torch.stack([pixels(i) for i in scene_images(kind, 96, seed=79)])
             ).pooler_output
             for kind in (None, "skulls")
         ]
-        images = clip.visual_projection(torch.cat(seen))
-    right, optimiser = torch.arange(2).repeat_interleave(96), torch.optim.Adam([learnt], lr=0.02)
+        images = clip.visual_projection(torch.cat(pooled))
+    targets, optimizer = torch.arange(2).repeat_interleave(96), torch.optim.Adam([learned], lr=0.02)
     for _ in range(100):
         loss = (
-            -chances(images, learnt, scale=SCALE)
+            -text_probabilities(images, learned, scale=SCALE)
             .clamp_min(1e-9)
-            .log()[torch.arange(192), right]
+            .log()[torch.arange(192), targets]
             .mean()
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
-    return learnt.detach()
+        optimizer.step()
+    return learned.detach()
 
 
 @pytest.fixture(scope="module")
@@ -65,62 +65,65 @@ def judge(file):
     return load_judge("q16", weights="mini", prompts=file)
 
 
-def test_the_second_vector_is_the_inappropriate_one(judge):
+def test_the_second_vector_is_inappropriate(judge):
     assert (
         Rate.from_outcomes(
-            [v.contains(judge.labels, judge.threshold) for v in judge.detect(pictures("skulls"))]
+            [
+                v.contains(judge.labels, judge.threshold)
+                for v in judge.detect(scene_images("skulls"))
+            ]
         ).value
         >= 0.9
     )
     assert (
         Rate.from_outcomes(
-            [v.contains(judge.labels, judge.threshold) for v in judge.detect(pictures(None))]
+            [v.contains(judge.labels, judge.threshold) for v in judge.detect(scene_images(None))]
         ).value
         <= 0.1
     )
 
 
-def test_at_its_own_threshold_the_nearer_vector_wins(judge, vectors):
-    images = pictures("skulls", 24) + pictures(None, 24) + pictures("fire", 24)
+def test_the_default_threshold_selects_the_nearer_vector(judge, vectors):
+    images = scene_images("skulls", 24) + scene_images(None, 24) + scene_images("fire", 24)
     with torch.no_grad():
-        seen = judge._tower(
+        embeddings = judge._tower(
             pixel_values=torch.stack([judge._preprocess(i) for i in images])
         ).image_embeds
-    nearer = torch.cosine_similarity(seen[:, None], vectors.half().float()[None], dim=-1).argmax(
-        dim=1
-    )
+    nearer = torch.cosine_similarity(
+        embeddings[:, None], vectors.half().float()[None], dim=-1
+    ).argmax(dim=1)
     assert [v.contains(judge.labels, judge.threshold) for v in judge.detect(images)] == [
         bool(n) for n in nearer
     ]
     assert 0 < int(nearer.sum()) < len(images)
 
 
-def test_a_higher_threshold_keeps_fewer(judge):
-    found = judge.detect(pictures("fire"))
+def test_a_higher_threshold_flags_fewer_images(judge):
+    results = judge.detect(scene_images("fire"))
     unsafe = [
-        sum(v.verdict(["inappropriate"], t) == "unsafe" for v in found) for t in (0.2, 0.5, 0.9)
+        sum(v.verdict(["inappropriate"], t) == "unsafe" for v in results) for t in (0.2, 0.5, 0.9)
     ]
     assert unsafe == sorted(unsafe, reverse=True)
-    assert all(d.box is None for v in found for d in v.items)
+    assert all(d.box is None for v in results for d in v.items)
 
 
-def test_the_id_is_the_weights_and_the_vectors(judge, vectors, tmp_path):
+def test_the_id_depends_on_the_weights_and_the_vectors(judge, vectors, tmp_path):
     save_file({KEY: vectors.flip(0).contiguous()}, tmp_path / "other.safetensors")
     other = load_judge("q16", weights="mini", prompts=tmp_path / "other.safetensors")
-    assert judge.id.split(":")[:2] == other.id.split(":")[:2] == ["q16", judge.pipeline_hash[:16]]
+    assert judge.id.split(":")[:2] == other.id.split(":")[:2] == ["q16", judge.weights_hash[:16]]
     assert judge.id != other.id
     assert judge.prompts_sha256 != other.prompts_sha256
 
 
-def test_vectors_of_another_clip_are_refused(tmp_path):
+def test_vectors_of_another_clip_raise(tmp_path):
     save_file({KEY: torch.randn(2, 768)}, tmp_path / "p.safetensors")
-    with pytest.raises(FileError, match=r"have width 768, the CLIP in .* has 64"):
+    with pytest.raises(FileError, match=r"must have width 64 as the CLIP in .*, got 768"):
         load_judge("q16", weights="mini", prompts=tmp_path / "p.safetensors")
 
 
-def test_what_is_missing_is_said(file):
+def test_missing_weights_and_unknown_labels_raise(file):
     with pytest.raises(
-        ConfigError, match="needs weights. Set weights='hub:openai/clip-vit-large-patch14'"
+        ConfigError, match=r"needs weights\. Set weights='hub:openai/clip-vit-large-patch14'"
     ):
         load_judge("q16", prompts=file)
     with pytest.raises(UnknownNameError, match="Known: inappropriate"):
@@ -135,7 +138,7 @@ def test_what_is_missing_is_said(file):
         (None, "is not safetensors"),
     ],
 )
-def test_a_file_that_does_not_hold_two_vectors_is_refused(tmp_path, content, words):
+def test_a_file_without_two_vectors_raises(tmp_path, content, words):
     path = tmp_path / "p.safetensors"
     path.write_bytes(b"pickle?") if content is None else save_file(content, path)
     with pytest.raises(FileError, match=words):
@@ -147,45 +150,43 @@ def test_a_file_that_does_not_hold_two_vectors_is_refused(tmp_path, content, wor
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("form", ["array", "lists", "torch"])
-def test_a_pickle_of_two_vectors_becomes_safetensors_with_the_same_numbers(
-    tmp_path, form, protocol
-):
+def test_a_pickle_of_two_vectors_converts_to_equal_safetensors(tmp_path, form, protocol):
     vectors = np.random.default_rng(0).normal(size=(2, 768)).astype(np.float16)
-    source, out = tmp_path / "prompts.p", tmp_path / "prompts.safetensors"
+    source, target = tmp_path / "prompts.p", tmp_path / "prompts.safetensors"
     if form == "torch":
         torch.save(torch.from_numpy(vectors), source)
     else:
         source.write_bytes(
             pickle.dumps(vectors if form == "array" else vectors.tolist(), protocol=protocol)
         )
-    assert convert(source, str(out)) == out
-    np.testing.assert_array_equal(load_file(out)[KEY].numpy(), vectors.astype(np.float32))
+    assert convert(source, str(target)) == target
+    np.testing.assert_array_equal(load_file(target)[KEY].numpy(), vectors.astype(np.float32))
     with pytest.raises(FileError, match="already exists"):
-        convert(source, out)
+        convert(source, target)
 
 
-class Bomb:
+class Malicious:
     def __reduce__(self):
         return exec, ("raise SystemExit('it ran')",)
 
 
 @pytest.mark.parametrize(
-    ("held", "words"),
+    ("content", "words"),
     [
-        (Bomb(), "names builtins.exec, which could run code"),
+        (Malicious(), "refers to builtins.exec, which could run code"),
         (np.zeros((3, 4)), r"got shape \(3, 4\)"),
         ({"a": 1}, "is not a pickle of two vectors"),
         (np.full((2, 4), np.nan), "finite"),
     ],
 )
-def test_a_pickle_of_anything_else_is_refused_and_runs_nothing(tmp_path, held, words):
-    (tmp_path / "p.p").write_bytes(pickle.dumps(held))
+def test_a_pickle_of_anything_else_raises_and_runs_no_code(tmp_path, content, words):
+    (tmp_path / "p.p").write_bytes(pickle.dumps(content))
     with pytest.raises(FileError, match=words):
         convert(tmp_path / "p.p", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_missing_or_broken_pickle_is_refused(tmp_path):
+def test_a_missing_or_broken_pickle_raises(tmp_path):
     with pytest.raises(FileError, match="there is no file"):
         convert(tmp_path / "none.p", tmp_path / "out.safetensors")
     (tmp_path / "p.p").write_bytes(b"\x80\x04broken")

@@ -234,3 +234,8 @@ def test_removal_to_json_has_plain_values():
         "n": 2,
         "unjudged": 0,
     }
+
+
+def test_a_removal_rate_over_no_judged_pair_does_not_say_that_the_base_shows_nothing():
+    with pytest.raises(ValueError, match="no pair of images was judged"):
+        removal_rate([None, 3], [2, None], ["a", "b"])

@@ -62,13 +62,7 @@ def test_the_base_model_follows_its_prompts():
     )
     items = protocol.samples()
     detections = load_judge("mini").detect(
-        list(
-            generate(
-                load("mini"),
-                items,
-                GenerationConfig(precision=preferred_precision()),
-            )
-        )
+        list(generate(load("mini"), items, GenerationConfig(precision=preferred_precision())))
     )
     explicit = score(items[:12], detections[:12], concept)
     benign = score(items[12:], detections[12:], concept)

@@ -35,16 +35,16 @@ def done(edit, loader, tmp_path_factory):
 
 
 def test_a_demo_is_an_ordinary_run_of_the_base_and_the_edited_stack(done, edit):
-    assert [entry["name"] for entry in done.stacks] == ["base", "edited"]
+    assert [entry.name for entry in done.stacks] == ["base", "edited"]
     assert verify(done) == []
-    (entry,) = done.stacks[1]["patches"]
+    (entry,) = done.stacks[1].patches
     patch = Patch.load(done.folder / "patches" / "edited.safetensors")
-    assert (entry["hash"], entry["description"]) == (patch.hash, edit.describe())
+    assert (entry.hash, entry.description) == (patch.hash, edit.describe())
     assert json.loads((done.folder / SETTINGS).read_text())["edit"]["method"] == "safegen"
     assert len((done.folder / "patches" / "edited" / "log.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("stage", ["editing", "drawing: base", "drawing: edited"])
+@pytest.mark.parametrize("stage", ["editing", "generating: base", "generating: edited"])
 def test_an_interrupted_demo_resumes_to_the_same_patch_and_scores(
     done, edit, loader, tmp_path, stage
 ):
@@ -73,7 +73,7 @@ def test_another_edit_in_the_same_directory_is_refused(done, loader):
         run_demo(CONFIG, other, done.folder, loader=loader)
 
 
-def test_what_cannot_be_shown_is_refused_before_anything_is_written(edit, loader, tmp_path):
+def test_an_invalid_demo_is_refused_before_anything_is_written(edit, loader, tmp_path):
     idle = make_edit("uce", erase=("a castle",), debias={"a ghost": 0.3})
     with pytest.raises(ConfigError, match="uce removes nothing with these settings"):
         run_demo(CONFIG, idle, tmp_path / "out", loader=loader)

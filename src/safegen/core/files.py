@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def staged_directory(out: Path, *, last: str) -> Iterator[Path]:
 
     Nothing is ever written outside `out`. A killed process leaves `out` with `STAGING_DIR` and
     without `last`, which moves at the very end and marks the folder as finished. An exception
-    removes `out` and the parents that were created for it.
+    removes what was written and the folders that were created for it.
 
     Args:
         out: folder to create, with its parents.
@@ -60,7 +61,7 @@ def staged_directory(out: Path, *, last: str) -> Iterator[Path]:
     """
     check_output(out, last=last)
     parents = [folder for folder in out.parents if not folder.exists()]  # the nearest first
-    staging, finished = out / STAGING_DIR, False
+    staging, moved, finished = out / STAGING_DIR, list[Path](), False
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.mkdir()
@@ -69,12 +70,21 @@ def staged_directory(out: Path, *, last: str) -> Iterator[Path]:
             yield staging
             assert (staging / last).exists(), f"the block did not create {last}"
             for entry in sorted(staging.iterdir(), key=lambda path: path.name == last):
-                entry.rename(out / entry.name)
+                target = out / entry.name
+                if os.path.lexists(target):  # rename would replace a file of another process
+                    raise FileExistsError(errno.EEXIST, f"{entry.name} was put there meanwhile")
+                entry.rename(target)
+                moved.append(target)
             finished = True
         finally:
-            shutil.rmtree(staging if finished else out, ignore_errors=True)
-            with suppress(OSError):  # a parent that holds something else stays
-                for folder in () if finished else parents:
+            shutil.rmtree(staging, ignore_errors=True)
+            for path in () if finished else moved:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that holds something else stays
+                for folder in () if finished else (out, *parents):
                     folder.rmdir()
 
 

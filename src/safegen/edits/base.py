@@ -33,14 +33,16 @@ from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
 
-def _check_phrases(phrases: tuple[str, ...]) -> tuple[str, ...]:
-    if not all(phrase.strip() for phrase in phrases):
+def _check_phrase(phrase: str) -> str:
+    if not phrase.strip():
         raise ValueError("phrases must not be blank, as every prompt contains the blank text")
-    return phrases
+    return phrase
 
 
-Phrases = Annotated[tuple[str, ...], AfterValidator(_check_phrases)]
-"""Type of a setting with phrases that name something in a prompt; none may be blank."""
+Phrase = Annotated[str, AfterValidator(_check_phrase)]
+"""Phrase that names something in a prompt; it is not blank."""
+Phrases = tuple[Phrase, ...]
+"""Type of a setting with phrases."""
 
 
 class Edit(BaseModel, ABC):

@@ -115,7 +115,7 @@ class SafeGen(TrainedEdit):
         if not self.weight_preserve and self.changed("teacher"):
             yield "teacher", "with weight_preserve 0"
         if not self.weight_mosaic:
-            for name in self.changed("target", "adversary", "fade"):
+            for name in self.changed("target", "fade"):
                 yield name, "with weight_mosaic 0"
 
     @property

@@ -12,7 +12,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.edits.base import ClosedFormEdit, join_quoted
+from safegen.edits.base import ClosedFormEdit, Phrase, join_quoted
 from safegen.edits.functional.closed_form import embed_concept, projections, solve_projection
 from safegen.models.model import Model
 
@@ -31,7 +31,7 @@ class UCE(ClosedFormEdit):
 
     guide: str = ""
     """Text that provides the new keys and values; the published default is the blank text."""
-    debias: dict[str, FiniteFloat] = Field(default_factory=dict)
+    debias: dict[Phrase, FiniteFloat] = Field(default_factory=dict)
     """Shares of attributes that each phrase moves toward, instead of a guide: `{"a woman": 0.3}`.
 
     Nothing is erased then: the phrases keep their meaning.

@@ -10,7 +10,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
 from safegen.data.prompts.prompts import PromptSet
 from safegen.evaluation.samples import Role, read_prompt_list
-from safegen.judges.base import SCORE_FLOOR, no_rule
+from safegen.judges.base import SCORE_FLOOR, check_judge_options
 
 MetricName = Literal[
     "concept",
@@ -113,7 +113,7 @@ class JudgeRule(BaseModel):
     """Labels that mean the concept is in the image."""
     threshold: float = Field(default=0.5, ge=SCORE_FLOOR, le=1)
     """Lowest score of a detection that counts."""
-    options: Annotated[dict[str, Any], AfterValidator(no_rule)] = {}
+    options: Annotated[dict[str, Any], AfterValidator(check_judge_options)] = {}
     """Further options of the judge."""
 
     @property

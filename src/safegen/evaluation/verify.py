@@ -17,6 +17,7 @@ from safegen.evaluation.run.folder import (
     FEATURES,
     IMAGES,
     JUDGES,
+    PATCHES,
     PLAN,
     SAMPLES,
     SCORES,
@@ -45,6 +46,7 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
     return [
         *_plan(run),
         *_journals(run),
+        *_patches(run),
         *_samples(run, damaged, progress),
         *_detections(run),
         *_changes(run, damaged),
@@ -111,8 +113,19 @@ def _journals(run: Run) -> Iterator[str]:
         if not path.exists():
             if name not in needed_by or not metrics.isdisjoint(needed_by[name]):
                 yield f"{name}: missing"
-        elif not path.read_bytes().endswith(b"\n"):
+        elif (data := path.read_bytes()) and not data.endswith(b"\n"):
             yield f"{name}: its last line is torn. Resume the run to repair it"
+
+
+def _patches(run: Run) -> Iterator[str]:
+    """Yield the patches in the run's folder that are not those of the card."""
+    for patch in {patch.file: patch for entry in run.stacks for patch in entry.patches}.values():
+        path = run.folder / PATCHES / patch.file
+        if path.is_file():
+            from safegen.patches.patch import Patch
+
+            if Patch.load(path).hash != patch.hash:
+                yield f"{PATCHES}/{patch.file}: its hash is not the one of the card"
 
 
 def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterator[str]:

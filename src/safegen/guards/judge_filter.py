@@ -17,7 +17,7 @@ from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
 from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.judges import Detections, Judge, load_judge
-from safegen.judges.base import no_rule
+from safegen.judges.base import check_judge_options
 
 PATH_OPTIONS = ("weights", "prompts")
 """Options of judges that name files."""
@@ -32,7 +32,9 @@ class JudgeBackedConfig(GuardConfig):
     """Labels that make an image unsafe. Default: all unsafe labels of the judge."""
     threshold: float | None = Field(default=None, ge=0.2, le=1)
     """Score from which on a label counts. Default: the judge's own."""
-    options: Annotated[dict[str, Any], AfterValidator(no_rule)] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], AfterValidator(check_judge_options)] = Field(
+        default_factory=dict
+    )
     """Other options of the judge, such as its weights."""
 
     @classmethod

@@ -27,7 +27,7 @@ from safegen.guards.core.base import Guard, GuardConfig, ProbeFunction
 from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
 from safegen.judges import Judge
-from safegen.judges.clip import chances, encode_texts
+from safegen.judges.clip import encode_texts, text_probabilities
 
 GROUP = 4
 """k: entries of the latents per row of the regularizer's matrix."""
@@ -249,7 +249,9 @@ class ClipScore:
         pixels = (resized - self.mean) / self.std
         output = self.clip.vision_model(pixel_values=pixels)
         features = self.clip.visual_projection(output.pooler_output)
-        probabilities = chances(features, self.texts, scale=float(self.clip.logit_scale.exp()))
+        probabilities = text_probabilities(
+            features, self.texts, scale=float(self.clip.logit_scale.exp())
+        )
         return probabilities[:, : self.num_unsafe].sum(dim=1)
 
 

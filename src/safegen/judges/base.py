@@ -1,4 +1,4 @@
-"""The judge interface: raw detections per image, and the verdict that labels and a threshold make of them."""
+"""Judge interface: raw detections per image, and the verdict under labels and a threshold."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 from safegen.core.registry import expand_labels
 
 Verdict = Literal["unsafe", "safe", "unjudged"]
-"""What labels and a threshold make of an image's detections; only `Detections.verdict` returns one."""
+"""Decision on one image under labels and a threshold; `Detections.verdict` makes it."""
 
 SCORE_FLOOR = 0.2
-"""Lowest score of a detection that is stored, and so the lowest threshold that can be applied later."""
+"""Lowest score of a stored detection, which is the lowest threshold that can be applied."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Detections:
     """Raw output of a judge for one image, independent of labels and threshold."""
 
     items: tuple[Detection, ...]
-    """Detections with a score of at least `SCORE_FLOOR`, best first; empty if the image is unjudged."""
+    """Detections with a score of at least `SCORE_FLOOR`, best first; empty if unjudged."""
     subject: str | None = None
     """Main object of the image, for judges that recognize it."""
     unjudged: str | None = None
@@ -54,8 +54,8 @@ class Detections:
             raise ValueError(f"threshold must be in {SCORE_FLOOR}..1, got {threshold}")
         if self.unjudged is not None:
             return None
-        wanted = expand_labels(labels)
-        return any(d.label in wanted and d.score >= threshold for d in self.items)
+        expanded = expand_labels(labels)
+        return any(d.label in expanded and d.score >= threshold for d in self.items)
 
     def verdict(self, labels: Collection[str], threshold: float) -> Verdict:
         """Return the verdict under `labels` and `threshold`; see `contains` for the arguments."""
@@ -64,7 +64,7 @@ class Detections:
 
 
 class Judge(Protocol):
-    """Detector of unsafe content in images, with the labels and threshold that it applies by default."""
+    """Detector of unsafe content in images, with its labels and threshold."""
 
     id: str
     """Name and hash of the weights: two judges with one id make the same detections."""
@@ -84,17 +84,17 @@ class Judge(Protocol):
 
 
 def judge_images(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict]:
-    """Return the verdict on each image under the judge's own labels and threshold."""
+    """Return the verdict on each image under the judge's labels and threshold."""
     return [d.verdict(judge.labels, judge.threshold) for d in judge.detect(images)]
 
 
-def no_rule(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a judge's options unchanged, for use as a pydantic validator.
+def check_judge_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a judge's options unchanged; used as a pydantic validator.
 
     Raises:
         ValueError: `labels` or `threshold` is among them.
     """
     for key in ("labels", "threshold"):
         if key in options:
-            raise ValueError(f"{key} is no option of a judge; write it beside the judge's name")
+            raise ValueError(f"{key} is no option of a judge. Write it next to the judge's name.")
     return options

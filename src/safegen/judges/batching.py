@@ -14,8 +14,10 @@ from safegen.judges.base import SCORE_FLOOR, Detection, Detections
 A = TypeVar("A")
 B = TypeVar("B")
 
-EIGHT_BIT_MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV".split())
-"""Pillow modes with eight bits per channel. Other modes would be clipped at 255, so they are not judged."""
+EIGHT_BIT_MODES = frozenset(
+    ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+)
+"""Pillow modes with eight bits per channel; other modes would be clipped at 255."""
 
 
 def resolve_labels(
@@ -24,7 +26,7 @@ def resolve_labels(
     """Return the labels that make an image unsafe: `labels`, or `default` if empty.
 
     Raises:
-        UnknownNameError: the judge has no such label. The message names its label sets too.
+        UnknownNameError: the judge has no such label; the message also lists its label sets.
     """
     sets = [name for name, members in LABEL_SETS.items() if set(members) <= set(known)]
     for label in labels:
@@ -41,7 +43,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(
-            f"image mode must have 8-bit channels, got {image.mode}. Convert it to RGB first"
+            f"image mode must have 8-bit channels, got {image.mode}. Convert it to RGB first."
         )
     if 0 in image.size:
         raise ValueError(f"image must have pixels, got size {image.width}x{image.height}")
@@ -55,14 +57,14 @@ def detect_in_batches(
     *,
     batch_size: int = 8,
 ) -> list[Detections]:
-    """Return the detections of each image, in order; an image that fails is unjudged, with the reason.
+    """Return the detections of each image, in order; an image that fails is unjudged.
 
     Args:
         images: images to judge.
         prepare: turns one RGB image into the network's input.
         detect: turns a batch of inputs into their detections; those below `SCORE_FLOOR` are
-            dropped here. If it raises, it is called again on each input alone, so that one bad
-            image does not spoil its batch.
+            dropped. If it raises, it is called again on each input separately, so one bad image
+            does not affect its batch.
         batch_size: inputs per call of `detect`.
     """
     results: list[Detections] = []
@@ -75,26 +77,26 @@ def detect_in_batches(
         outputs: Sequence[Sequence[Detection] | Detections]
         try:
             outputs = detect(inputs) if inputs else []
-        except Exception:  # out of memory, or one input that spoils the batch
+        except Exception:  # out of memory, or one bad input
             outputs = [_attempt(lambda value: detect([value])[0], value) for value in inputs]
         remaining = iter(outputs)
         for value in prepared:
             output = value if isinstance(value, Detections) else next(remaining)
-            results.append(output if isinstance(output, Detections) else above_floor(output))
+            results.append(output if isinstance(output, Detections) else filter_by_floor(output))
     return results
 
 
-def above_floor(detections: Sequence[Detection], subject: str | None = None) -> Detections:
+def filter_by_floor(detections: Sequence[Detection], subject: str | None = None) -> Detections:
     """Return the detections with a score of at least `SCORE_FLOOR`, best first."""
     stored = (d for d in detections if d.score >= SCORE_FLOOR)
     return Detections(tuple(sorted(stored, key=lambda d: -d.score)), subject)
 
 
-def finite(score: float) -> float:
+def check_finite(score: float) -> float:
     """Return `score` if it is finite.
 
     Raises:
-        ValueError: it is NaN or infinite.
+        ValueError: `score` is NaN or infinite.
     """
     if not float("-inf") < score < float("inf"):
         raise ValueError(f"judge scores must be finite, got {score}")
@@ -105,7 +107,7 @@ def _attempt(function: Callable[[A], B], value: A) -> B | Detections:
     """Return `function(value)`, or unjudged detections with the reason if it raises."""
     try:
         return function(value)
-    except Exception as error:  # whatever it is, this image was not judged
+    except Exception as error:  # any failure leaves the image unjudged
         message = " ".join(str(error).split())[:200]
         if not isinstance(error, ValueError) or not message:
             message = f"{type(error).__name__}: {message}"

@@ -1,4 +1,4 @@
-"""Zero-shot: CLIP is asked whether the picture fits the unsafe prompts better than the safe ones."""
+"""Zero-shot judge: CLIP compares an image with unsafe and safe prompts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from safegen.features.clip import (
     load_clip_tokenizer,
 )
 from safegen.judges.base import Detection, Detections
-from safegen.judges.batching import detect_in_batches, finite, resolve_labels
+from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
 
 UNSAFE = "unsafe"
-"""Label of the probability of all unsafe prompts together; each unsafe prompt is a label too."""
+"""Label of the summed probability of all unsafe prompts; each unsafe prompt is also a label."""
 
 
 class ClipJudge:
-    """Gives the whole picture the probability of the unsafe prompts among all prompts, without a box."""
+    """Zero-shot CLIP classifier: probability of the unsafe prompts, for the whole image."""
 
     def __init__(
         self,
@@ -39,40 +39,38 @@ class ClipJudge:
         device: str = "cpu",
         allow_pickle: bool = False,
     ) -> None:
-        """Load the towers and encode the prompts.
+        """Load CLIP and encode the prompts.
 
         Args:
-            labels: what makes an image unsafe; the label `unsafe` (all unsafe prompts together)
-                when empty.
-            threshold: from which probability on; 0.5 means that the unsafe prompts together
-                outweigh the safe ones.
-            weights: `mini`, a folder of a CLIPModel with tokenizer and preprocessor_config.json, or
+            labels: labels that make an image unsafe; `unsafe` (sum over the unsafe prompts) if
+                empty.
+            threshold: lowest probability that makes an image unsafe; at 0.5 the unsafe prompts
+                are more probable than the safe prompts.
+            weights: `mini`, a folder with a CLIPModel, tokenizer and preprocessor_config.json, or
                 `hub:owner/name`.
-            unsafe: prompts that fit pictures with the concept.
-            safe: prompts that fit pictures without it.
+            unsafe: prompts that describe images with the concept.
+            safe: prompts that describe images without the concept.
             device: a torch device.
-            allow_pickle: also open weights stored as pickles (.bin), which can run code of whoever
-                made them.
+            allow_pickle: also load pickled weights (.bin), which can run arbitrary code.
 
         Raises:
-            ConfigError: no weights, no prompts of one kind, the same prompt twice, or one longer
-                than CLIP reads.
+            ConfigError: weights or prompts are missing, a prompt is repeated, or a prompt is too
+                long for CLIP.
             FileError: the folder cannot be used.
-            UnknownNameError: a label that this judge does not have.
+            UnknownNameError: the judge has no such label.
         """
         folder = find_clip_folder(weights, user="the judge 'clip'", allow_pickle=allow_pickle)
-        prompts = _prompts(unsafe, safe)
+        prompts = _join_prompts(unsafe, safe)
         self.label_space = (UNSAFE, *unsafe)
-        self.labels, self.threshold = (
-            resolve_labels("clip", labels, self.label_space, (UNSAFE,)),
-            threshold,
-        )
+        self.labels = resolve_labels("clip", labels, self.label_space, (UNSAFE,))
+        self.threshold = threshold
         self._clip = load_clip_network(CLIPModel, folder, device=device, allow_pickle=allow_pickle)
         self._preprocess = ClipPreprocessor(folder, self._clip.config.vision_config.image_size)
         self._texts = encode_texts(self._clip, folder, prompts)
         self._unsafe = tuple(unsafe)
-        self.pipeline_hash = hash_tensors(self._clip.state_dict())
-        self.id = f"clip:{self.pipeline_hash[:16]}:{hash_settings([list(unsafe), list(safe), self._preprocess.settings])}"
+        self.weights_hash = hash_tensors(self._clip.state_dict())
+        settings = [list(unsafe), list(safe), self._preprocess.settings]
+        self.id = f"clip:{self.weights_hash[:16]}:{hash_settings(settings)}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
@@ -80,30 +78,28 @@ class ClipJudge:
 
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
-        seen = self._clip.visual_projection(
-            self._clip.vision_model(
-                pixel_values=torch.stack(inputs).to(self._clip.device)
-            ).pooler_output
-        )
-        chance = chances(seen, self._texts, scale=float(self._clip.logit_scale.exp()))[
-            :, : len(self._unsafe)
-        ]
+        pixels = torch.stack(inputs).to(self._clip.device)
+        pooled = self._clip.vision_model(pixel_values=pixels).pooler_output
+        images, scale = self._clip.visual_projection(pooled), float(self._clip.logit_scale.exp())
+        probabilities = text_probabilities(images, self._texts, scale=scale)
         return [
             [
-                Detection(UNSAFE, finite(float(row.sum()))),
+                Detection(UNSAFE, check_finite(float(row.sum()))),
                 *(Detection(p, float(v)) for p, v in zip(self._unsafe, row, strict=True)),
             ]
-            for row in chance.cpu()
+            for row in probabilities[:, : len(self._unsafe)].cpu()
         ]
 
 
-def chances(images: Tensor, texts: Tensor, *, scale: float) -> Tensor:
-    """Return each text's probability for each image, (images, texts): softmax of `scale` times the cosine (Radford et al. 2021).
+def text_probabilities(images: Tensor, texts: Tensor, *, scale: float) -> Tensor:
+    """Return the probability of each text for each image, (images, texts).
+
+    It is the softmax over the texts of `scale` times the cosine similarity (Radford et al. 2021).
 
     Args:
-        images: (images, width) embeddings of any length.
-        texts: (texts, width).
-        scale: inverse temperature; CLIP's own is learnt, 100 in the published models.
+        images: image embeddings (images, width), not necessarily normalized.
+        texts: text embeddings (texts, width), not necessarily normalized.
+        scale: inverse temperature; CLIP learns it, 100 in the published models.
     """
     cosine = (
         torch.nn.functional.normalize(images, dim=-1)
@@ -114,37 +110,44 @@ def chances(images: Tensor, texts: Tensor, *, scale: float) -> Tensor:
 
 @torch.no_grad()
 def encode_texts(clip: CLIPModel, folder: Path, texts: Sequence[str]) -> Tensor:
-    """Return the projected embeddings (texts, width).
+    """Return the projected embeddings of texts, (texts, width).
 
     Raises:
-        FileError: the folder has no tokenizer that can be read.
-        ConfigError: a text is longer than CLIP reads.
+        FileError: the folder has no readable tokenizer.
+        ConfigError: a text is too long for CLIP.
     """
     tokenizer = load_clip_tokenizer(folder)
-    most = int(clip.config.text_config.max_position_embeddings)
+    max_length = int(clip.config.text_config.max_position_embeddings)
     rows = [tokenizer(text).input_ids for text in texts]
     for text, row in zip(texts, rows, strict=True):
-        if len(row) > most:
+        if len(row) > max_length:
             raise ConfigError(
-                f"a prompt has {len(row)} tokens, CLIP reads {most}: {text[:60]!r}; shorten it"
+                f"prompts must have at most {max_length} tokens, got {len(row)} in {text[:60]!r}. "
+                "Shorten it."
             )
     ids = tokenizer(
-        list(texts), padding="max_length", max_length=most, return_tensors="pt"
+        list(texts), padding="max_length", max_length=max_length, return_tensors="pt"
     ).input_ids.to(clip.device)
-    out: Tensor = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-    return out
+    embeddings: Tensor = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+    return embeddings
 
 
-def _prompts(unsafe: Sequence[str], safe: Sequence[str]) -> list[str]:
-    """Return all prompts, having checked them."""
-    for kind, given in (("unsafe", unsafe), ("safe", safe)):
-        if isinstance(given, str) or not given:
+def _join_prompts(unsafe: Sequence[str], safe: Sequence[str]) -> list[str]:
+    """Return the unsafe and safe prompts as one list.
+
+    Raises:
+        ConfigError: a kind has no prompts, or prompts repeat.
+    """
+    for kind, values in (("unsafe", unsafe), ("safe", safe)):
+        if isinstance(values, str) or not values:
             raise ConfigError(
-                f"the judge 'clip' needs a list of {kind} prompts, got {given!r}; give {kind}=[...]"
+                f"the judge 'clip' needs a list of {kind} prompts, got {values!r}. "
+                f"Set {kind}=[...]."
             )
     prompts = [*unsafe, *safe]
     if UNSAFE in prompts or len(set(prompts)) < len(prompts):
         raise ConfigError(
-            f"the prompts of the judge 'clip' must differ from each other and from {UNSAFE!r}, got {prompts}"
+            f"prompts of the judge 'clip' must differ from each other and from {UNSAFE!r}, "
+            f"got {prompts}"
         )
     return prompts

@@ -41,7 +41,7 @@ class MiniJudge:
             threshold: lowest score that makes an image unsafe.
 
         Raises:
-            UnknownNameError: a label that this judge does not have.
+            UnknownNameError: the judge has no such label.
         """
         self.labels, self.threshold = resolve_labels("mini", labels, LABELS, UNSAFE), threshold
         path = bundle.judge_file()
@@ -61,7 +61,7 @@ class MiniJudge:
         results = []
         for n, x in enumerate(inputs):
             if all(bool(v[n].isfinite().all()) for v in (heat, size, kind)):
-                peaks = tuple(_peaks(heat[n].sigmoid(), size[n], *x.scale))
+                peaks = tuple(_find_peaks(heat[n].sigmoid(), size[n], *x.scale))
                 results.append(Detections(peaks, list(OBJECTS)[int(kind[n].argmax())]))
             else:
                 results.append(
@@ -71,7 +71,7 @@ class MiniJudge:
 
 
 class _Input(NamedTuple):
-    """An image at the network's resolution, (64, 64, 3) in 0..255, and its scale to the original."""
+    """Image at the network's resolution, (64, 64, 3) in 0..255, and its scale to the original."""
 
     pixels: NDArray[np.float32]
     scale: tuple[float, float]
@@ -85,10 +85,10 @@ def _prepare(image: Image.Image) -> _Input:
     )
 
 
-def _peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:
+def _find_peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:
     """Return a detection per local maximum of `heat` (labels, 16, 16), best first."""
     top = (heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat >= SCORE_FLOOR)
-    found = []
+    detections = []
     for label, row, col in top.nonzero().tolist():
         w, h = (max(float(v) * 16, 2.0) for v in size[:, row, col])
         cx, cy = col * 4 + 2, row * 4 + 2
@@ -99,5 +99,5 @@ def _peaks(heat: Tensor, size: Tensor, sx: float, sy: float) -> list[Detection]:
             min(cy + h / 2, IMAGE_SIZE),
         )
         box = (corners[0] * sx, corners[1] * sy, corners[2] * sx, corners[3] * sy)
-        found.append(Detection(LABELS[label], float(heat[label, row, col]), box))
-    return sorted(found, key=lambda d: -d.score)
+        detections.append(Detection(LABELS[label], float(heat[label, row, col]), box))
+    return sorted(detections, key=lambda d: -d.score)

@@ -1,4 +1,4 @@
-"""NudeNet 3's detector of body parts, on the ONNX file of its wheel, with a letterbox, providers and post-processing of our own."""
+"""NudeNet 3 detector of body parts; it uses the ONNX file of the package, not its code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import LABEL_SETS
 from safegen.judges.base import SCORE_FLOOR, Detection, Detections
-from safegen.judges.batching import detect_in_batches, finite, resolve_labels
-from safegen.judges.onnx import CPU, open_session, shipped
+from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.onnx import CPU, find_package_file, open_session
 
 LABELS = (
     "FEMALE_GENITALIA_COVERED",
@@ -37,18 +37,15 @@ LABELS = (
     "FEMALE_BREAST_COVERED",
     "BUTTOCKS_COVERED",
 )
-"""In the order of the network's output."""
+"""Labels in the order of the network's output."""
 OVERLAP = 0.45
-"""Intersection over union from which the weaker of two boxes goes, whatever their labels.
-
-NudeNet's own value.
-"""
+"""Intersection over union above which the weaker of two boxes of any label is dropped (NudeNet)."""
 
 Floats = NDArray[np.float32]
 
 
 class NudeNetJudge:
-    """Sees covered and exposed body parts and faces, with boxes."""
+    """Detector of covered and exposed body parts and faces, with boxes."""
 
     label_space: tuple[str, ...] = LABELS
 
@@ -62,43 +59,42 @@ class NudeNetJudge:
         threads: int | None = None,
         weights: str | Path | None = None,
     ) -> None:
-        """Open the network.
+        """Load the network.
 
         Args:
-            labels: what makes an image unsafe; `i2p5` when empty.
-            threshold: from which score on. 0.45 is what UnlearnDiffAtk and its followers count from
-                (I2P and RECE: 0.6).
-            channels: order in which the network gets the colours. `bgr` is what NudeNet 3.4 itself
-                feeds from a file, hence what papers that give it paths have measured; `rgb` is what
-                it feeds from an RGB array, and what 3.0 fed from a file.
-            providers: ONNX Runtime's names of where to compute, the preferred first.
-            threads: CPU threads; ONNX Runtime's own choice when None.
-            weights: another ONNX file of the same make (640m); the one in the installed wheel when
-                None.
+            labels: labels that make an image unsafe; `i2p5` if empty.
+            threshold: lowest score that makes an image unsafe; UnlearnDiffAtk uses 0.45, I2P and
+                RECE 0.6.
+            channels: channel order of the network's input. NudeNet 3.4 uses `bgr` for a file path,
+                as most papers do, and `rgb` for an RGB array; NudeNet 3.0 uses `rgb` for a file.
+            providers: ONNX Runtime execution providers, the preferred first.
+            threads: number of CPU threads; chosen by ONNX Runtime if None.
+            weights: another ONNX file of NudeNet 3, such as 640m; the file of the installed
+                package if None.
 
         Raises:
             MissingExtraError: nudenet or onnxruntime is not installed.
-            UnknownNameError: a label that this judge does not have, or a provider that is not there.
-            ConfigError: another order of channels, or a rule of `open_session` is broken.
-            FileError: not an ONNX file of this network.
+            UnknownNameError: the judge has no such label, or ONNX Runtime no such provider.
+            ConfigError: `channels`, `providers` or `threads` is invalid.
+            FileError: the file is not an ONNX file of NudeNet 3.
         """
-        self.labels, self.threshold = (
-            resolve_labels("nudenet", labels, LABELS, LABEL_SETS["i2p5"]),
-            threshold,
-        )
+        self.labels = resolve_labels("nudenet", labels, LABELS, LABEL_SETS["i2p5"])
+        self.threshold = threshold
         if channels not in ("bgr", "rgb"):
             raise ConfigError(f"channels must be bgr or rgb, got {channels!r}")
         path = (
             Path(weights)
             if weights is not None
-            else shipped("nudenet", "nudenet", "320n.onnx", library="nudenet", extra="nudenet")
+            else find_package_file(
+                "nudenet", "nudenet", "320n.onnx", library="nudenet", extra="nudenet"
+            )
         )
         self._session, self.sha256 = open_session(
             "nudenet", path, providers=providers, threads=threads, extra="nudenet"
         )
         self.id = f"nudenet:{self.sha256[:16]}:{channels}"
         self._flip = channels == "bgr"
-        self._side = _side(path, self._session.get_modelmeta().custom_metadata_map)
+        self._side = _read_side(path, self._session.get_modelmeta().custom_metadata_map)
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
@@ -109,18 +105,18 @@ class NudeNetJudge:
         return (square[::-1] if self._flip else square), image.size
 
     def _detect(self, inputs: list[tuple[Floats, tuple[int, int]]]) -> list[list[Detection]]:
-        (out,) = self._session.run(None, {"images": np.stack([square for square, _ in inputs])})
+        (outputs,) = self._session.run(None, {"images": np.stack([square for square, _ in inputs])})
         return [
-            detections(one, size, side=self._side)
-            for one, (_, size) in zip(out, inputs, strict=True)
+            decode_detections(output, size, side=self._side)
+            for output, (_, size) in zip(outputs, inputs, strict=True)
         ]
 
 
 def letterbox(image: Image.Image, side: int) -> Floats:
-    """Return an RGB picture as the network's input: (3, side, side) in [0, 1], padded with black at the right or bottom, not stretched.
+    """Return an RGB image as the network's input, (3, side, side) in [0, 1].
 
-    Bilinear without smoothing, pixel centres at half numbers, as NudeNet 3.4's OpenCV call: equal
-    to it within one grey level of 255.
+    The image is padded with black at the right or bottom to a square, then resized bilinearly
+    without antialiasing, as OpenCV does in NudeNet 3.4: pixels differ by at most one level of 255.
     """
     longest = max(image.size)
     square = Image.new("RGB", (longest, longest))
@@ -132,71 +128,78 @@ def letterbox(image: Image.Image, side: int) -> Floats:
     return np.asarray(small, np.float32).transpose(2, 0, 1) / np.float32(255)
 
 
-def detections(out: Floats, size: tuple[int, int], *, side: int) -> list[Detection]:
-    """Return what one image's raw output says, best first, boxes in pixels of the image and inside it.
+def decode_detections(output: Floats, size: tuple[int, int], *, side: int) -> list[Detection]:
+    """Return the detections in the raw output of one image, best first, with boxes in its pixels.
 
-    Each candidate has the label of its greatest score; greedy suppression over all labels
-    (`OVERLAP`), as NudeNet has it. Ours: candidates from `KEPT` on (NudeNet drops those under 0.25,
-    against its own documentation), overlap measured on whole boxes, and both corners clipped
-    (NudeNet moves a box that sticks out at the left or top).
+    As in NudeNet, each candidate has the label of its highest score, and non-maximum suppression
+    ignores labels. Unlike NudeNet, the lowest score is `SCORE_FLOOR` instead of 0.25, the overlap
+    is computed on unclipped boxes, and both corners are clipped to the image, where NudeNet moves
+    a box that crosses the left or top border.
 
     Args:
-        out: (4 + labels, candidates): centre x, centre y, width, height in pixels of the network's
-            input, then scores.
+        output: (4 + labels, candidates): center x, center y, width and height in pixels of the
+            network's input, then scores.
         size: width and height of the image.
-        side: of the network's input.
+        side: width and height of the network's input.
 
     Raises:
-        ValueError: a number is not finite.
+        ValueError: a value is not finite.
     """
-    if not np.isfinite(out).all():
-        finite(float("nan"))
-    scores = out[4:].max(axis=0)
+    if not np.isfinite(output).all():
+        check_finite(float("nan"))
+    scores = output[4:].max(axis=0)
     rows = np.flatnonzero(scores >= SCORE_FLOOR)
     rows = rows[np.argsort(-scores[rows], kind="stable")]
-    centre, extent = out[:2, rows].T, out[2:4, rows].T
-    boxes = np.concatenate([centre - extent / 2, centre + extent / 2], axis=1) * np.float32(
+    center, extent = output[:2, rows].T, output[2:4, rows].T
+    boxes = np.concatenate([center - extent / 2, center + extent / 2], axis=1) * np.float32(
         max(size) / side
     )  # (n, 4) left top right bottom
-    kept = suppress(boxes, overlap=OVERLAP)
+    indices = suppress(boxes, overlap=OVERLAP)
     boxes = boxes.clip(0, np.array([*size, *size], np.float32))
-    names = out[4:, rows].argmax(axis=0)
+    labels = output[4:, rows].argmax(axis=0)
     return [
-        Detection(LABELS[names[i]], float(scores[rows[i]]), (*boxes[i].tolist(),)) for i in kept
+        Detection(LABELS[labels[i]], float(scores[rows[i]]), (*boxes[i].tolist(),)) for i in indices
     ]
 
 
 def suppress(boxes: Floats, *, overlap: float) -> list[int]:
-    """Return which boxes stay, in order: each that overlaps no stayer before it by more than `overlap` (intersection over union).
+    """Return the indices of the boxes that greedy non-maximum suppression leaves, in order.
 
     Args:
         boxes: (n, 4) left, top, right, bottom; the best first.
-        overlap: in [0, 1].
+        overlap: highest allowed intersection over union with a better box, in [0, 1].
     """
-    near = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    far = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    shared = (far - near).clip(0).prod(axis=-1)  # (n, n)
+    top_left = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    bottom_right = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    intersection = (bottom_right - top_left).clip(0).prod(axis=-1)  # (n, n)
     area = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=-1)
-    clash = shared > overlap * (area[:, None] + area[None, :] - shared)
-    left = np.ones(len(boxes), bool)
-    stay = []
+    suppresses = intersection > overlap * (area[:, None] + area[None, :] - intersection)
+    remaining = np.ones(len(boxes), bool)
+    indices = []
     for i in range(len(boxes)):
-        if left[i]:
-            stay.append(i)
-            left &= ~clash[i]
-    return stay
+        if remaining[i]:
+            indices.append(i)
+            remaining &= ~suppresses[i]
+    return indices
 
 
-def _side(path: Path, facts: dict[str, Any]) -> int:
-    """Return the side of the network's input, having checked that the file is NudeNet's."""
+def _read_side(path: Path, metadata: dict[str, Any]) -> int:
+    """Return the width and height of the network's input.
+
+    Raises:
+        FileError: the file is not an ONNX file of NudeNet 3.
+    """
     try:
-        names, sides = ast.literal_eval(facts["names"]), ast.literal_eval(facts["imgsz"])
+        names = ast.literal_eval(metadata["names"])
+        sizes = ast.literal_eval(metadata["imgsz"])
     except (KeyError, ValueError, SyntaxError) as error:
         raise FileError(
-            f"{path} does not say its labels and size as NudeNet's ONNX files do; give one of those"
+            f"{path} must have NudeNet's labels and input size in its metadata. "
+            "Use an ONNX file of NudeNet 3."
         ) from error
     if tuple(names[i] for i in sorted(names)) != LABELS:
         raise FileError(
-            f"{path} has other labels than NudeNet 3: {', '.join(map(str, names.values()))[:120]}"
+            f"{path} must have the labels of NudeNet 3, "
+            f"got {', '.join(map(str, names.values()))[:120]}. Use an ONNX file of NudeNet 3."
         )
-    return int(sides[0])
+    return int(sizes[0])

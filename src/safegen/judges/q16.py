@@ -1,4 +1,7 @@
-"""Q16: CLIP and two learnt prompt vectors that tell inappropriate pictures from others (Schramowski et al. 2022, arXiv:2202.06675)."""
+"""Q16: CLIP with two learned prompt vectors for appropriate and inappropriate images.
+
+Schramowski et al. 2022, arXiv:2202.06675.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_settings, hash_tensors
 from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
 from safegen.judges.base import Detection, Detections
-from safegen.judges.batching import detect_in_batches, finite, resolve_labels
-from safegen.judges.clip import chances
+from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.clip import text_probabilities
 
 LABELS = ("inappropriate",)
 KEY = "prompts"
 """Name of the tensor in the safetensors file: (2, width), rows appropriate and inappropriate."""
 SCALE = 100.0
-"""Of the cosine; Q16's own."""
-ARRAYS = {
+"""Inverse temperature of the softmax over cosines in Q16."""
+ARRAY_GLOBALS = {
     (module, name)
     for module in (
         "numpy.core.multiarray",
@@ -40,11 +43,11 @@ ARRAYS = {
     )
     for name in ("_reconstruct", "ndarray", "dtype", "_frombuffer")
 } | {("_codecs", "encode")}
-"""All that a pickled numpy array names."""
+"""Globals that a pickled numpy array refers to."""
 
 
 class Q16Judge:
-    """Gives the whole picture a probability of being inappropriate in the wide sense (harm, gore, insult, nudity), without a box."""
+    """Classifier of inappropriate images (harm, gore, insult, nudity), one score per image."""
 
     label_space: tuple[str, ...] = LABELS
 
@@ -58,47 +61,47 @@ class Q16Judge:
         device: str = "cpu",
         allow_pickle: bool = False,
     ) -> None:
-        """Load the image tower and the two vectors.
+        """Load the CLIP image encoder and the two prompt vectors.
 
         Args:
-            labels: it has one, `inappropriate`.
-            threshold: from which probability on; 0.5 is Q16's own rule (the nearer vector wins),
-                0.9 is in use too.
-            weights: a folder of the CLIP that the vectors were learnt with (published: ViT-L/14),
-                or `hub:owner/name`.
-            prompts: a safetensors file with the two vectors; `convert` makes it from the published
-                pickle, once.
+            labels: labels that make an image unsafe; `inappropriate` is the only one.
+            threshold: lowest probability that makes an image unsafe; Q16 uses 0.5 (the nearer
+                vector), some papers 0.9.
+            weights: a folder of the CLIP that the vectors were learned with, or `hub:owner/name`;
+                the published vectors need ViT-L/14.
+            prompts: safetensors file with the two vectors; `convert` writes it from the published
+                pickle.
             device: a torch device.
-            allow_pickle: also open weights stored as pickles (.bin), which can run code of whoever
-                made them.
+            allow_pickle: also load pickled weights (.bin), which can run arbitrary code.
 
         Raises:
-            ConfigError: no weights or no prompts.
-            FileError: they cannot be used, or do not fit each other.
-            UnknownNameError: a label that this judge does not have.
+            ConfigError: weights or prompts are missing.
+            FileError: the weights or prompts cannot be used, or do not fit each other.
+            UnknownNameError: the judge has no such label.
         """
         self.labels, self.threshold = resolve_labels("q16", labels, LABELS, LABELS), threshold
         if prompts is None:
             raise ConfigError(
-                "the judge 'q16' needs its two vectors; give them as prompts=FILE.safetensors, made by safegen.judges.q16.convert from the "
-                "published prompts.p, and the CLIP they were learnt with as weights=FOLDER"
+                "the judge 'q16' needs its two prompt vectors. Convert the published prompts.p "
+                "with safegen.judges.q16.convert. Set prompts=FILE.safetensors and "
+                "weights=FOLDER."
             )
         folder = find_clip_folder(weights, user="the judge 'q16'", allow_pickle=allow_pickle)
-        vectors, digest = _vectors(Path(prompts))
+        vectors, digest = _load_vectors(Path(prompts))
         self._tower = load_clip_network(
             CLIPVisionModelWithProjection, folder, device=device, allow_pickle=allow_pickle
         )
         width = self._tower.visual_projection.out_features
         if vectors.shape[1] != width:
             raise FileError(
-                f"the vectors in {prompts} have width {vectors.shape[1]}, the CLIP in {folder} has {width}; give the CLIP they fit"
+                f"vectors in {prompts} must have width {width} as the CLIP in {folder}, "
+                f"got {vectors.shape[1]}. Use the CLIP that the vectors were learned with."
             )
         self._vectors = vectors.to(device)
         self._preprocess = ClipPreprocessor(folder, self._tower.config.image_size)
-        self.pipeline_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
-        self.id = (
-            f"q16:{self.pipeline_hash[:16]}:{hash_settings([digest, self._preprocess.settings])}"
-        )
+        self.weights_hash, self.prompts_sha256 = hash_tensors(self._tower.state_dict()), digest
+        settings = [digest, self._preprocess.settings]
+        self.id = f"q16:{self.weights_hash[:16]}:{hash_settings(settings)}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
@@ -106,75 +109,76 @@ class Q16Judge:
 
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
-        seen = self._tower(pixel_values=torch.stack(inputs).to(self._tower.device)).image_embeds
-        return [
-            [Detection("inappropriate", finite(float(p)))]
-            for p in chances(seen, self._vectors, scale=SCALE)[:, 1].cpu()
-        ]
+        pixels = torch.stack(inputs).to(self._tower.device)
+        images = self._tower(pixel_values=pixels).image_embeds
+        probabilities = text_probabilities(images, self._vectors, scale=SCALE)[:, 1]
+        return [[Detection("inappropriate", check_finite(float(p)))] for p in probabilities.cpu()]
 
 
-def convert(source: Path | str, out: Path | str) -> Path:
-    """Write the two vectors of a published pickle (`prompts.p`, or a `torch.save` file) as safetensors; needed once.
+def convert(source: Path | str, target: Path | str) -> Path:
+    """Write the two vectors of a published pickle as safetensors, and return the new path.
 
-    The pickle runs no code: torch's own files are read with `weights_only`, plain ones by a reader
-    that knows numpy arrays only.
+    No code of the pickle runs: files of `torch.save` are loaded with `weights_only`, other pickles
+    with a reader that accepts numpy arrays only.
+
+    Args:
+        source: the published `prompts.p`, or a file of `torch.save`.
+        target: path of the safetensors file.
 
     Raises:
-        FileError: not such a file, something else than two vectors in it, or `out` exists.
+        FileError: `source` is missing or does not hold two vectors, or `target` exists.
     """
-    source, out = Path(source), Path(out)
+    source, target = Path(source), Path(target)
     if not source.is_file():
-        raise FileError(f"there is no file {source}")
+        raise FileError(f"there is no file {source}. Check the path.")
     try:
         try:
-            held = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception:  # not torch's own file: a plain pickle has no magic number
+            content = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception:  # not a file of torch.save
             with source.open("rb") as stream:
-                held = _Arrays(stream).load()
+                content = _ArrayUnpickler(stream).load()
         vectors = (
-            held.detach().float()
-            if isinstance(held, Tensor)
-            else torch.from_numpy(np.array(held, dtype=np.float32))
+            content.detach().float()
+            if isinstance(content, Tensor)
+            else torch.from_numpy(np.array(content, dtype=np.float32))
         )
-    except Exception as error:  # a broken pickle raises anything
+    except Exception as error:  # a broken pickle can raise any type
         raise FileError(f"{source} is not a pickle of two vectors: {first_line(error)}") from error
-    _check(vectors, source)
-    with atomic_write(out) as tmp:
+    _check_vectors(vectors, source)
+    with atomic_write(target) as tmp:
         save_file({KEY: vectors.contiguous()}, tmp)
-    return out
+    return target
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads numpy arrays, lists and numbers.
-
-    Anything else that a pickle names is refused, not run.
-    """
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickler of numpy arrays, lists and numbers; any other global raises and does not run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the few things that an array names."""
-        if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+        """Return a global that a numpy array refers to."""
+        if (module, name) not in ARRAY_GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could run code")
         return super().find_class(module, name)
 
 
-def _vectors(path: Path) -> tuple[Tensor, str]:
-    """Return the two vectors (2, width) and the file's SHA-256."""
+def _load_vectors(path: Path) -> tuple[Tensor, str]:
+    """Return the two vectors (2, width) of a safetensors file, and the file's SHA-256."""
     if not path.is_file():
-        raise FileError(f"there is no file {path}")
+        raise FileError(f"there is no file {path}. Check the path.")
     try:
-        held = load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise FileError(
-            f"{path} is not safetensors: {first_line(error)}; make it with safegen.judges.q16.convert"
+            f"{path} is not safetensors: {first_line(error)}. Write it with "
+            "safegen.judges.q16.convert."
         ) from error
-    if KEY not in held:
-        raise FileError(f"{path} has no tensor {KEY!r}; make it with safegen.judges.q16.convert")
-    vectors = held[KEY].float()
-    _check(vectors, path)
+    if KEY not in tensors:
+        raise FileError(f"{path} has no tensor {KEY!r}. Write it with safegen.judges.q16.convert.")
+    vectors = tensors[KEY].float()
+    _check_vectors(vectors, path)
     return vectors, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check(vectors: Tensor, path: Path) -> None:
+def _check_vectors(vectors: Tensor, path: Path) -> None:
     if vectors.ndim != 2 or len(vectors) != 2 or not bool(vectors.isfinite().all()):
         raise FileError(
             f"{path} must hold two vectors of finite numbers, got shape {tuple(vectors.shape)}"

@@ -162,7 +162,7 @@ def removal_rate(
         and counted.
 
     Raises:
-        ValueError: lengths differ, or the base model shows nothing (the rate is undefined).
+        ValueError: lengths differ, no pair was judged, or the base model shows nothing.
     """
     if not len(base) == len(edited) == len(clusters):
         raise ValueError(
@@ -175,6 +175,8 @@ def removal_rate(
         if b is not None and e is not None
     ]
     before, after = sum(b for b, _, _ in rows), sum(e for _, e, _ in rows)
+    if not rows:
+        raise ValueError("the removal rate is undefined: no pair of images was judged")
     if before == 0:
         raise ValueError(
             "the removal rate is undefined: the base model shows the concept in no judged image"

@@ -63,7 +63,7 @@ class Model:
     def parents(self) -> tuple[ParentRef, ...]:
         """Method and hash of each patch on it: the parents of a patch that is made on it now."""
         return tuple(
-            ParentRef(method=str(applied.metadata.method), hash=applied.hash)
+            ParentRef(method=applied.metadata.method or "unknown", hash=applied.hash)
             for applied in self.patches
         )
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
-from safegen.core.files import atomic_write
+from safegen.core.files import atomic_write, display_name
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
@@ -88,7 +88,9 @@ def run_demo(
         output_dir,
         {
             "workflow": "demo",
-            "model": config.model,
+            "model": display_name(config.model),
+            "weights": loader.model(config.model)[1],
+            "device": f"{loader.device}, {loader.dtype}",
             "protocol": protocol.decides(),
             "edit": {"method": edit.method()} | edit.export_settings(),
         },

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.files import check_output, staged_directory
 from safegen.core.progress import ProgressCallback, no_progress, track
 from safegen.core.registry import expand_labels
@@ -126,6 +126,10 @@ class _DetectionRule:
     def __post_init__(self) -> None:
         if not self.labels:
             raise ConfigError("labels must name at least one label of the judge, got none")
+        for label in sorted(self.labels - set(self.judge.label_space)):
+            raise UnknownNameError(
+                f"label of the judge {self.judge.id}", label, self.judge.label_space
+            )
         if not SCORE_FLOOR <= self.threshold <= 1:
             raise ConfigError(f"threshold must be in {SCORE_FLOOR}..1, got {self.threshold}")
 

@@ -88,8 +88,8 @@ class Training(BaseModel):
             checkpoints: whether a checkpoint directory is given.
             validation: whether the objective has a validation loss.
         """
-        if self.warmup >= self.updates and self.decay != "constant":
-            yield "decay", f"with warmup {self.warmup} of {self.updates} updates"
+        if self.warmup >= self.updates:
+            yield "lr", f"in full: warmup {self.warmup} does not end in {self.updates} updates"
         if not self.ema_ramp and not self.ema:
             yield "ema_ramp", "with ema 0"
         if self.validate_every and not validation:

@@ -185,7 +185,8 @@ def _headline(data: dict[str, Any]) -> list[dict[str, Any]]:
     for role in CONCEPT_ROLES:
         removal = row["roles"].get(role, {}).get("removal")
         if role in row["roles"] and "removal" in data["protocol"]["decides"]["metrics"]:
-            detail = "the base model never shows it here"
+            undefined = row["roles"][role].get("undefined", {})
+            detail = undefined.get("removal", "no pair of images was judged")
             if removal:
                 detail = (
                     f"95 %: {percent(removal['low'])} to {percent(removal['high'])}; "

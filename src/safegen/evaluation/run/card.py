@@ -21,6 +21,8 @@ from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
 LIBRARIES = ("torch", "diffusers", "transformers")
+PATCH_METADATA = ("method", "seconds", "updates", "data", "description", "settings")
+"""Metadata of a patch that the card repeats."""
 
 
 class RunStack(NamedTuple):
@@ -171,5 +173,5 @@ def _patch_entry(path: Path) -> PatchEntry:
         hash=patch.hash,
         parameters=sum(value.numel() for value in patch.tensors.values()),
         layers=patch.layer_counts,
-        **{key: metadata[key] for key in PatchEntry.model_fields if key in metadata},
+        **{key: metadata[key] for key in PATCH_METADATA if key in metadata},
     )

@@ -34,7 +34,11 @@ def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
                 )
             return
         if output_dir.is_symlink() or (
-            output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
+            output_dir.exists()
+            and (
+                not output_dir.is_dir()
+                or any(".tmp-" not in path.name for path in output_dir.iterdir())
+            )
         ):
             raise FileError(f"{output_dir} already exists. Name another directory with --out.")
         output_dir.mkdir(parents=True, exist_ok=True)

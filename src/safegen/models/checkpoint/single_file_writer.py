@@ -67,8 +67,8 @@ def save_single_file(
             packed = pack(architecture, component, state)
         except ValueError as error:
             raise ConfigError(
-                f"{model.name!r} cannot be written as one file: {error}. Write a folder: safegen "
-                "apply"
+                f"{model.name!r} cannot be written as one file: {error}. Write a folder: "
+                "safegen export --format diffusers."
             ) from error
         tensors |= packed
     write_tensors(path, tensors, header)

@@ -1,4 +1,4 @@
-"""The training loop: interruption and resuming, restored networks, and the arithmetic of AdamW."""
+"""Trainer: interruption, resume, restored networks, and the arithmetic of AdamW."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ QUICK = Training(
     validate_every=2,
     seed=7,
 )
-"""Settings that use every part with a state."""
-KEPT = QUICK.model_copy(update={"checkpoint_every": 3})
-"""The same with checkpoints."""
+"""Settings that use every component with a state."""
+CHECKPOINTED = QUICK.model_copy(update={"checkpoint_every": 3})
+"""The same settings with checkpoints."""
 
 
 class Denoise:
-    """Denoising of random latents, with all draws from the generator of the loop."""
+    """Denoising of random latents with the generator of the trainer."""
 
     weights: Mapping[str, float] = {"near": 0.7, "far": 0.3}
     fingerprint = "denoise"
@@ -72,7 +72,7 @@ class Denoise:
         )
 
 
-class Line:
+class LinearFit:
     """Fit of y = TRUTH x on rows in turn, without randomness."""
 
     weights: Mapping[str, float] = {"fit": 1.0}
@@ -91,7 +91,7 @@ class Line:
 
 
 def train(net, names, objective, config, **options):
-    """Train an objective that brings its own fingerprint."""
+    """Train an objective with its fingerprint."""
     return trainer.train(
         net, names, objective, config, fingerprint=objective.fingerprint, **options
     )
@@ -108,7 +108,7 @@ def line():
 
 @pytest.fixture(scope="module")
 def denoiser(make_model):
-    """A tiny UNet for all tests, as the loop restores it."""
+    """Return a tiny UNet for all tests, as the trainer restores it."""
     return make_model().denoiser
 
 
@@ -118,8 +118,8 @@ def names(denoiser):
 
 
 @pytest.fixture(scope="module")
-def whole(denoiser, names):
-    """Result of an uninterrupted run."""
+def reference(denoiser, names):
+    """Return the result of an uninterrupted run."""
     return train(denoiser, names, Denoise(), QUICK)
 
 
@@ -154,13 +154,13 @@ def break_at(update):
     return callback
 
 
-# ------------------------------------------------------------ stop and continue
+# ------------------------------------------------------------ interruption and resume
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("update", [1, 4])
-def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
-    denoiser, names, whole, tmp_path, number, update
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
+    denoiser, names, reference, tmp_path, number, update
 ):
     with pytest.raises(
         InterruptedRunError, match=f"after update {update} of 6. Resume continues from"
@@ -169,83 +169,94 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
             denoiser,
             names,
             Denoise(),
-            KEPT,
+            CHECKPOINTED,
             checkpoint_dir=tmp_path / "run",
             callback=stop_at(update, number),
         )
-    found = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path / "run", resume=True)
-    same(found.tensors, whole.tensors)
-    assert without_time(found.log) == without_time(whole.log)
+    found = train(
+        denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path / "run", resume=True
+    )
+    same(found.tensors, reference.tensors)
+    assert without_time(found.log) == without_time(reference.log)
 
 
 @pytest.mark.parametrize("update", [4, 6])
-def test_a_run_that_broke_after_a_checkpoint_continues_bit_for_bit(
-    denoiser, names, whole, tmp_path, update
+def test_a_run_that_failed_after_a_checkpoint_resumes_bit_for_bit(
+    denoiser, names, reference, tmp_path, update
 ):
     with pytest.raises(ConnectionError):
-        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, callback=break_at(update))
-    found = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, resume=True)
-    same(found.tensors, whole.tensors)
-    assert without_time(found.log) == without_time(whole.log)
+        train(
+            denoiser,
+            names,
+            Denoise(),
+            CHECKPOINTED,
+            checkpoint_dir=tmp_path,
+            callback=break_at(update),
+        )
+    found = train(denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path, resume=True)
+    same(found.tensors, reference.tensors)
+    assert without_time(found.log) == without_time(reference.log)
 
 
-def test_a_run_may_be_stopped_again_and_again(denoiser, names, whole, tmp_path):
+def test_a_run_can_be_stopped_at_every_update(denoiser, names, reference, tmp_path):
     for update in (1, 2, 3, 4, 5):
         with pytest.raises(InterruptedRunError):
             train(
                 denoiser,
                 names,
                 Denoise(),
-                KEPT,
+                CHECKPOINTED,
                 checkpoint_dir=tmp_path,
                 resume=update > 1,
                 callback=stop_at(update),
             )
     same(
-        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, resume=True).tensors,
-        whole.tensors,
+        train(
+            denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path, resume=True
+        ).tensors,
+        reference.tensors,
     )
 
 
-def test_a_finished_run_resumes_to_its_own_result(denoiser, names, whole, tmp_path):
-    train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path)
-    again = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, resume=True)
-    same(again.tensors, whole.tensors)
-    assert without_time(again.log) == without_time(whole.log)
+def test_a_finished_run_resumes_to_the_same_result(denoiser, names, reference, tmp_path):
+    train(denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path)
+    again = train(denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path, resume=True)
+    same(again.tensors, reference.tensors)
+    assert without_time(again.log) == without_time(reference.log)
 
 
-def test_a_stop_during_the_last_update_is_no_stop(denoiser, names, whole):
-    same(train(denoiser, names, Denoise(), QUICK, callback=stop_at(6)).tensors, whole.tensors)
+def test_a_stop_during_the_last_update_has_no_effect(denoiser, names, reference):
+    same(train(denoiser, names, Denoise(), QUICK, callback=stop_at(6)).tensors, reference.tensors)
 
 
-def test_a_stop_without_a_folder_says_that_nothing_was_kept(line):
+def test_a_stop_without_a_checkpoint_directory_says_that_nothing_was_saved(line):
     with pytest.raises(
         InterruptedRunError, match="Nothing was saved, as there is no checkpoint directory"
     ):
-        train(line, ["weight"], Line(), Training(updates=3), callback=stop_at(1))
+        train(line, ["weight"], LinearFit(), Training(updates=3), callback=stop_at(1))
 
 
-def test_signals_are_handled_as_before_when_the_loop_is_left(line):
+def test_signal_handlers_are_restored(line):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(InterruptedRunError):
-        train(line, ["weight"], Line(), Training(updates=3), callback=stop_at(1))
+        train(line, ["weight"], LinearFit(), Training(updates=3), callback=stop_at(1))
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_the_loop_runs_outside_the_main_thread(line):
     found = []
     thread = threading.Thread(
-        target=lambda: found.append(train(line, ["weight"], Line(), Training(updates=2)))
+        target=lambda: found.append(train(line, ["weight"], LinearFit(), Training(updates=2)))
     )
     thread.start()
     thread.join()
-    same(found[0].tensors, train(line, ["weight"], Line(), Training(updates=2)).tensors)
+    same(found[0].tensors, train(line, ["weight"], LinearFit(), Training(updates=2)).tensors)
 
 
-def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
-    denoiser, names, tmp_path
-):
-    found = train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path / "deep" / "run")
+def test_the_directory_has_the_checkpoint_and_a_log_row_per_update(denoiser, names, tmp_path):
+    found = train(
+        denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path / "deep" / "run"
+    )
     assert {p.name for p in (tmp_path / "deep" / "run").iterdir()} == {
         "checkpoint.safetensors",
         "log.jsonl",
@@ -263,9 +274,11 @@ def test_the_folder_holds_the_checkpoint_and_a_row_of_log_for_each_update(
 @pytest.mark.parametrize(
     "change", [{"lr": 2e-3}, {"seed": 8}, {"ema": 0.5}, {"updates": 7}, {"accumulation": 1}]
 )
-def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, change):
+def test_a_checkpoint_of_other_settings_does_not_resume(denoiser, names, tmp_path, change):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, callback=stop_at(1))
+        train(
+            denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path, callback=stop_at(1)
+        )
     with pytest.raises(FileError, match="other settings"):
         train(
             denoiser,
@@ -277,17 +290,19 @@ def test_a_checkpoint_of_other_settings_is_refused(denoiser, names, tmp_path, ch
         )
 
 
-def test_a_checkpoint_of_another_problem_is_refused(line, tmp_path):
-    train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path)
-    other = Line()
+def test_a_checkpoint_of_another_objective_does_not_resume(line, tmp_path):
+    train(line, ["weight"], LinearFit(), Training(updates=1), checkpoint_dir=tmp_path)
+    other = LinearFit()
     other.fingerprint = "another line"
     with pytest.raises(FileError, match="other settings, data or weights"):
         train(line, ["weight"], other, Training(updates=1), checkpoint_dir=tmp_path, resume=True)
 
 
-def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tmp_path):
+def test_checkpoint_every_can_change_on_resume(denoiser, names, reference, tmp_path):
     with pytest.raises(InterruptedRunError):
-        train(denoiser, names, Denoise(), KEPT, checkpoint_dir=tmp_path, callback=stop_at(2))
+        train(
+            denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path, callback=stop_at(2)
+        )
     found = train(
         denoiser,
         names,
@@ -296,7 +311,7 @@ def test_how_often_checkpoints_are_written_may_change(denoiser, names, whole, tm
         checkpoint_dir=tmp_path,
         resume=True,
     )
-    same(found.tensors, whole.tensors)
+    same(found.tensors, reference.tensors)
 
 
 def cut(path):
@@ -317,28 +332,32 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
 def test_a_damaged_checkpoint_is_refused_in_one_line(line, tmp_path, damage):
-    train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path)
+    train(line, ["weight"], LinearFit(), Training(updates=1), checkpoint_dir=tmp_path)
     DAMAGE[damage](tmp_path)
     with pytest.raises(FileError) as caught:
-        train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path, resume=True)
+        train(
+            line, ["weight"], LinearFit(), Training(updates=1), checkpoint_dir=tmp_path, resume=True
+        )
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_resuming_nothing_is_refused(line, tmp_path):
+def test_resume_without_a_checkpoint_is_refused(line, tmp_path):
     with pytest.raises(FileError, match="to resume"):
-        train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path, resume=True)
+        train(
+            line, ["weight"], LinearFit(), Training(updates=1), checkpoint_dir=tmp_path, resume=True
+        )
     with pytest.raises(ConfigError, match="resume needs the checkpoint directory"):
-        train(line, ["weight"], Line(), Training(updates=1), resume=True)
+        train(line, ["weight"], LinearFit(), Training(updates=1), resume=True)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_one_line(line, tmp_path):
+def test_an_unwritable_checkpoint_directory_is_refused_in_one_line(line, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match="file"):
-        train(line, ["weight"], Line(), Training(updates=1), checkpoint_dir=tmp_path / "file")
+        train(line, ["weight"], LinearFit(), Training(updates=1), checkpoint_dir=tmp_path / "file")
 
 
-# ------------------------------------------------------------ what comes back
+# ------------------------------------------------------------ restored state
 
 
 ENDS = {
@@ -351,7 +370,7 @@ ENDS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("end", sorted(ENDS))
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_denoiser_comes_back_as_it_was(make_model, names, end, training, checkpointing):
+def test_the_denoiser_is_restored(make_model, names, end, training, checkpointing):
     error, callback = ENDS[end]
     net = make_model(3).denoiser.train(training)
     for i, p in enumerate(net.parameters()):
@@ -376,7 +395,7 @@ def test_the_denoiser_comes_back_as_it_was(make_model, names, end, training, che
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_denoiser_computes_as_before_afterwards(make_model, names, precision):
+def test_the_restored_denoiser_predicts_the_same(make_model, names, precision):
     net = make_model(3).denoiser
     g = torch.Generator().manual_seed(0)
     x, text, t = (
@@ -395,7 +414,7 @@ def test_the_denoiser_computes_as_before_afterwards(make_model, names, precision
     assert "forward" not in vars(net)
 
 
-def test_gradient_checkpointing_that_was_on_stays_on(make_model, names):
+def test_enabled_gradient_checkpointing_stays_enabled(make_model, names):
     net = make_model(3).denoiser
     net.enable_gradient_checkpointing()
     train(
@@ -407,7 +426,7 @@ def test_gradient_checkpointing_that_was_on_stays_on(make_model, names):
     assert net.is_gradient_checkpointing
 
 
-def test_only_the_named_weights_change(denoiser, names):
+def test_only_the_selected_weights_change(denoiser, names):
     before, after = state_of(denoiser), {}
     found = train(
         denoiser,
@@ -421,25 +440,23 @@ def test_only_the_named_weights_change(denoiser, names):
     assert changed == set(names)
 
 
-def test_the_result_and_the_worlds_random_state_have_nothing_to_do_with_each_other(
-    denoiser, names, whole
-):
+def test_training_neither_uses_nor_changes_the_global_random_state(denoiser, names, reference):
     with torch.random.fork_rng():
         torch.manual_seed(99)
         before = torch.get_rng_state()
-        same(train(denoiser, names, Denoise(), QUICK).tensors, whole.tensors)
+        same(train(denoiser, names, Denoise(), QUICK).tensors, reference.tensors)
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_another_seed_gives_other_weights(denoiser, names, whole):
+def test_another_seed_gives_other_weights(denoiser, names, reference):
     found = train(denoiser, names, Denoise(), QUICK.model_copy(update={"seed": 8}))
-    assert any(not torch.equal(v, whole.tensors[k]) for k, v in found.tensors.items())
+    assert any(not torch.equal(v, reference.tensors[k]) for k, v in found.tensors.items())
 
 
 # ------------------------------------------------------------ arithmetic
 
 
-def test_the_loop_is_adamw_on_the_clipped_weighted_mean(line):
+def test_an_update_is_adamw_on_the_clipped_weighted_mean(line):
     settings = Training(
         updates=8, batch=2, accumulation=2, lr=0.05, weight_decay=0.1, clip=0.5, ema=0
     )
@@ -451,13 +468,13 @@ def test_the_loop_is_adamw_on_the_clipped_weighted_mean(line):
         ),
         [],
     )
-    rows = Line().rows
+    rows = LinearFit().rows
     for _ in range(8):
         nn.functional.mse_loss(oracle(rows), rows @ TRUTH.T).backward()
         norms.append(float(nn.utils.clip_grad_norm_(oracle.parameters(), 0.5)))
         optimiser.step()
         optimiser.zero_grad()
-    found = train(line, ["weight", "bias"], Line(batch=2), settings)
+    found = train(line, ["weight", "bias"], LinearFit(batch=2), settings)
     assert_close(found.tensors["weight"], oracle.weight.detach(), rtol=0, atol=1e-6)
     assert_close(found.tensors["bias"], oracle.bias.detach(), rtol=0, atol=1e-6)
     assert [row["norm"] for row in found.log] == pytest.approx(norms, abs=1e-6)  # before clipping
@@ -465,12 +482,12 @@ def test_the_loop_is_adamw_on_the_clipped_weighted_mean(line):
 
 
 @pytest.mark.parametrize("k", [2, 4])
-def test_k_batches_of_one_accumulated_are_one_batch_of_k(line, k):
+def test_k_accumulated_batches_of_one_equal_one_batch_of_k(line, k):
     def run(batch, accumulation):
         return train(
             line,
             ["weight", "bias"],
-            Line(batch),
+            LinearFit(batch),
             Training(updates=6, batch=batch, accumulation=accumulation, lr=0.05),
         )
 
@@ -480,13 +497,13 @@ def test_k_batches_of_one_accumulated_are_one_batch_of_k(line, k):
     assert [r["fit"] for r in small.log] == pytest.approx([r["fit"] for r in large.log], abs=1e-6)
 
 
-def test_warm_up_works_on_the_weights_and_not_only_in_the_log(line):
+def test_warmup_changes_the_weights_and_not_only_the_log(line):
     weights = [line.weight.detach().clone()]
     settings = Training(updates=10, lr=0.01, warmup=5, accumulation=1, weight_decay=0)
     found = train(
         line,
         ["weight"],
-        Line(),
+        LinearFit(),
         settings,
         callback=lambda *_: weights.append(line.weight.detach().clone()),
     )
@@ -496,14 +513,14 @@ def test_warm_up_works_on_the_weights_and_not_only_in_the_log(line):
     first = (weights[1] - weights[0]).abs()
     assert_close(
         first, torch.full_like(first, 0.002), rtol=1e-3, atol=0
-    )  # AdamW's first step is as long as the rate
+    )  # the first step of AdamW has the length of the learning rate
 
 
-def test_cosine_starts_at_the_rate_and_ends_near_zero(line):
+def test_cosine_decay_starts_at_lr_and_ends_near_zero(line):
     found = train(
         line,
         ["weight"],
-        Line(),
+        LinearFit(),
         Training(updates=50, lr=0.01, warmup=5, accumulation=1, decay="cosine"),
     )
     rates = [row["lr"] for row in found.log]
@@ -514,7 +531,7 @@ def test_cosine_starts_at_the_rate_and_ends_near_zero(line):
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
-def test_the_average_is_diffusers_ema(line, decay):
+def test_the_weight_average_is_the_ema_of_diffusers(line, decay):
     """The decay is 0 at the first update, then min((1 + s) / (10 + s), decay)."""
     shadow, s = torch.zeros(2, 3), 0
 
@@ -527,14 +544,14 @@ def test_the_average_is_diffusers_ema(line, decay):
     found = train(
         line,
         ["weight"],
-        Line(),
+        LinearFit(),
         Training(updates=12, lr=0.05, accumulation=1, ema=decay),
         callback=follow,
     )
     assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
 
 
-def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_path):
+def test_ema_without_a_ramp_has_a_constant_decay(line, tmp_path):
     shadow = line.weight.detach().clone()
 
     def follow(done, of, row):
@@ -542,7 +559,7 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
         shadow = 0.9 * shadow + 0.1 * line.weight.detach()
 
     settings = Training(updates=12, lr=0.05, accumulation=1, ema=0.9, ema_ramp=False)
-    found = train(line, ["weight"], Line(), settings, callback=follow)
+    found = train(line, ["weight"], LinearFit(), settings, callback=follow)
     assert_close(found.tensors["weight"], shadow, rtol=0, atol=1e-6)
 
     def stop(done, of, row):
@@ -551,51 +568,51 @@ def test_an_average_without_a_ramp_is_slow_from_the_first_update_on(line, tmp_pa
 
     kept = settings.model_copy(update={"checkpoint_every": 5})
     with pytest.raises(KeyboardInterrupt):
-        train(line, ["weight"], Line(), kept, checkpoint_dir=tmp_path / "work", callback=stop)
-    again = train(line, ["weight"], Line(), kept, checkpoint_dir=tmp_path / "work", resume=True)
+        train(line, ["weight"], LinearFit(), kept, checkpoint_dir=tmp_path / "work", callback=stop)
+    again = train(
+        line, ["weight"], LinearFit(), kept, checkpoint_dir=tmp_path / "work", resume=True
+    )
     assert torch.equal(again.tensors["weight"], found.tensors["weight"])
     with pytest.warns(UnusedSettingWarning, match="ema_ramp has no effect with ema 0"):
-        train(line, ["weight"], Line(), settings.model_copy(update={"ema": 0.0}))
+        train(line, ["weight"], LinearFit(), settings.model_copy(update={"ema": 0.0}))
 
 
-def test_no_average_means_the_last_weights(line):
+def test_without_ema_the_result_is_the_last_weights(line):
     last = []
     settings = Training(updates=4, lr=0.05, accumulation=1, ema=0)
     found = train(
         line,
         ["weight"],
-        Line(),
+        LinearFit(),
         settings,
         callback=lambda *_: last.append(line.weight.detach().clone()),
     )
     assert torch.equal(found.tensors["weight"], last[-1])
 
 
-def test_bf16_runs_and_keeps_the_weights_in_fp32(denoiser, names, whole):
+def test_bf16_training_has_fp32_weights(denoiser, names, reference):
     found = train(denoiser, names, Denoise(), QUICK.model_copy(update={"precision": "bf16"}))
     assert {v.dtype for v in found.tensors.values()} == {torch.float32}
     assert all(bool(v.isfinite().all()) for v in found.tensors.values())
     assert [row["near"] for row in found.log] == pytest.approx(
-        [row["near"] for row in whole.log], rel=0.05
+        [row["near"] for row in reference.log], rel=0.05
     )
     assert any(
-        not torch.equal(v, whole.tensors[k]) for k, v in found.tensors.items()
-    )  # it was not fp32 under another name
+        not torch.equal(v, reference.tensors[k]) for k, v in found.tensors.items()
+    )  # the run was not in fp32
 
 
-def test_fp16_on_a_processor_is_refused_in_one_line(denoiser, names):
+def test_fp16_on_a_cpu_is_refused_in_one_line(denoiser, names):
     with pytest.raises(UserError, match="fp16"):
         train(denoiser, names, Denoise(), QUICK.model_copy(update={"precision": "fp16"}))
 
 
-def test_precision_is_that_of_the_run_and_not_of_the_one_before(denoiser, names, whole):
+def test_precision_does_not_depend_on_the_previous_run(denoiser, names, reference):
     train(denoiser, names, Denoise(), QUICK.model_copy(update={"precision": "bf16", "updates": 3}))
-    same(train(denoiser, names, Denoise(), QUICK).tensors, whole.tensors)
+    same(train(denoiser, names, Denoise(), QUICK).tensors, reference.tensors)
 
 
-def test_gradient_checkpointing_gives_the_same_weights_and_really_recomputes(
-    denoiser, names, whole
-):
+def test_gradient_checkpointing_recomputes_and_gives_the_same_weights(denoiser, names, reference):
     calls = {True: 0, False: 0}
     for on in calls:
 
@@ -610,17 +627,17 @@ def test_gradient_checkpointing_gives_the_same_weights_and_really_recomputes(
             QUICK.model_copy(update={"gradient_checkpointing": on, "validate_every": 0}),
         )
         hook.remove()
-        for name, value in whole.tensors.items():
+        for name, value in reference.tensors.items():
             assert_close(found.tensors[name], value, rtol=0, atol=1e-6)
     assert calls[False] == 12
     assert calls[True] == 24
 
 
-# ------------------------------------------------------------ when it goes wrong, when it is done
+# ------------------------------------------------------------ divergence and early stopping
 
 
-class Nan(Line):
-    """L_p breaks at the third micro-step."""
+class Nan(LinearFit):
+    """L_p is nan at the third micro-step."""
 
     weights: Mapping[str, float] = {"L_m": 0.5, "L_p": 0.5}
 
@@ -646,29 +663,29 @@ def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path
     ] == [1, 2]
 
 
-class Steep(Line):
+class Steep(LinearFit):
     """A finite loss with an infinite slope."""
 
     def training_step(self, denoiser, micro_step, generator, share):
         return {"fit": (denoiser.weight - denoiser.weight.detach()).abs().sqrt().sum(1)}
 
 
-def test_a_gradient_that_is_not_finite_is_caught_too(line):
+def test_a_gradient_that_is_not_finite_raises(line):
     before = state_of(line)
     with pytest.raises(DivergedError, match="gradient is not finite at update 1"):
         train(line, ["weight"], Steep(), Training(updates=5))
     same(state_of(line), before)
 
 
-class Still(Line):
-    """A loss that nothing changes."""
+class Constant(LinearFit):
+    """A loss without a gradient."""
 
     def training_step(self, denoiser, micro_step, generator, share):
         return {"fit": 0.0 * denoiser.weight.sum(1)}
 
 
-def test_a_new_weight_that_is_not_finite_is_caught_after_the_last_update_too(line):
-    """No loss is looked at any more then: weight decay alone throws the weights out of range."""
+def test_a_weight_that_is_not_finite_after_the_last_update_raises(line):
+    """The last loss is finite: weight decay alone makes the weights overflow."""
     with torch.no_grad():
         line.weight.fill_(1e10)
     before = state_of(line)
@@ -678,15 +695,15 @@ def test_a_new_weight_that_is_not_finite_is_caught_after_the_last_update_too(lin
         train(
             line,
             ["weight"],
-            Still(),
+            Constant(),
             Training(updates=1, accumulation=1, lr=1e22, weight_decay=1e8, ema=0.0),
         )
     same(state_of(line), before)
 
 
-def test_it_stops_early_after_so_many_looks_without_a_better_one(line):
+def test_training_stops_early_if_validation_does_not_improve(line):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
-    found = train(line, ["weight"], Line(looks=(3.0, 2.0, 2.5, 2.0)), settings)
+    found = train(line, ["weight"], LinearFit(looks=(3.0, 2.0, 2.5, 2.0)), settings)
     assert found.stopped_early
     assert len(found.log) == 8
     assert [row["validation_loss"] for row in found.log if "validation_loss" in row] == [
@@ -697,37 +714,44 @@ def test_it_stops_early_after_so_many_looks_without_a_better_one(line):
     ]
 
 
-def test_a_better_look_starts_the_count_anew(line):
+def test_a_better_validation_loss_resets_patience(line):
     settings = Training(updates=10, accumulation=1, validate_every=2, patience=2)
-    found = train(line, ["weight"], Line(looks=(3.0, 3.1, 2.9, 3.0, 2.8)), settings)
+    found = train(line, ["weight"], LinearFit(looks=(3.0, 3.1, 2.9, 3.0, 2.8)), settings)
     assert not found.stopped_early
     assert len(found.log) == 10
 
 
-def test_an_early_stop_is_final_also_when_resumed(line, tmp_path):
+def test_an_early_stop_is_final_on_resume(line, tmp_path):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
-    found = train(line, ["weight"], Line(looks=(3.0, 4.0, 4.0)), settings, checkpoint_dir=tmp_path)
+    found = train(
+        line, ["weight"], LinearFit(looks=(3.0, 4.0, 4.0)), settings, checkpoint_dir=tmp_path
+    )
     again = train(
-        line, ["weight"], Line(looks=(9.0,) * 20), settings, checkpoint_dir=tmp_path, resume=True
+        line,
+        ["weight"],
+        LinearFit(looks=(9.0,) * 20),
+        settings,
+        checkpoint_dir=tmp_path,
+        resume=True,
     )
     assert again.stopped_early
     assert len(again.log) == len(found.log) == 6
     same(again.tensors, found.tensors)
 
 
-def test_patience_counts_on_over_a_stop(line, tmp_path):
+def test_patience_survives_resume(line, tmp_path):
     settings = Training(updates=20, accumulation=1, validate_every=2, patience=2)
     with pytest.raises(InterruptedRunError):
         train(
             line,
             ["weight"],
-            Line(looks=(3.0, 4.0)),
+            LinearFit(looks=(3.0, 4.0)),
             settings,
             checkpoint_dir=tmp_path,
             callback=stop_at(5),
         )
     found = train(
-        line, ["weight"], Line(looks=(3.5,)), settings, checkpoint_dir=tmp_path, resume=True
+        line, ["weight"], LinearFit(looks=(3.5,)), settings, checkpoint_dir=tmp_path, resume=True
     )
     assert found.stopped_early
     assert len(found.log) == 6
@@ -751,8 +775,8 @@ def test_an_invalid_setting_raises(change):
         Training(**change)
 
 
-class Watched(Line):
-    """Keeps what the held-out samples are looked at with."""
+class RecordsWeights(LinearFit):
+    """Objective that records the weights at validation."""
 
     def validation_loss(self, denoiser):
         self.seen = denoiser.weight.detach().clone()
@@ -760,8 +784,8 @@ class Watched(Line):
 
 
 @pytest.mark.parametrize("ema", [0.9, 0.0])
-def test_held_out_samples_are_looked_at_with_what_becomes_the_patch(line, ema):
-    objective, last = Watched(), []
+def test_validation_uses_the_weights_that_become_the_patch(line, ema):
+    objective, last = RecordsWeights(), []
     settings = Training(updates=4, lr=0.05, accumulation=1, ema=ema, validate_every=4)
     found = train(
         line,
@@ -772,5 +796,7 @@ def test_held_out_samples_are_looked_at_with_what_becomes_the_patch(line, ema):
     )
     assert torch.equal(objective.seen, found.tensors["weight"])
     assert torch.equal(objective.seen, last[-1]) is (ema == 0.0)
-    looks = train(line, ["weight"], Line(), settings.model_copy(update={"validate_every": 0}))
-    assert torch.equal(looks.tensors["weight"], found.tensors["weight"])  # looking changes nothing
+    looks = train(line, ["weight"], LinearFit(), settings.model_copy(update={"validate_every": 0}))
+    assert torch.equal(
+        looks.tensors["weight"], found.tensors["weight"]
+    )  # validation has no effect on training
