@@ -129,12 +129,11 @@ def test_the_command_on_the_card_repeats_the_run(safegen, few, tmp_path, monkeyp
     )
     assert code == 0, err
     monkeypatch.chdir(tmp_path)
-    argv = json.loads((tmp_path / "run" / "protocol.json").read_text())["argv"]
-    assert argv[0] == "safegen"
-    argv[argv.index("--out") + 1] = "again"
-    code, _, err = safegen(*argv[1:])
+    said = shlex.split(json.loads((tmp_path / "run" / "protocol.json").read_text())["command"])
+    assert said[0] == "safegen"
+    code, _, err = safegen(*[word.replace("RUN", "again") for word in said[1:]])
     assert code == 0, err
-    for name in ("plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
+    for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
