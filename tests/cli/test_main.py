@@ -132,11 +132,11 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "uce learns from phrases, and triplets have no effect",
+            "triplets have no effect",
         ),
         (
             ["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"],
-            "rece is a closed form, and resume has no effect",
+            "resume has no effect",
         ),
         (
             [
@@ -151,7 +151,7 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "uce is a closed form, and checkpoint_dir has no effect",
+            "checkpoint_dir has no effect",
         ),
         (
             [

@@ -1,4 +1,4 @@
-"""Metrics from features: how well images fit their prompts, and their distance to the base model's."""
+"""Metrics from features: fit of images to prompts, and distance to the base model's images."""
 
 from __future__ import annotations
 
