@@ -58,7 +58,7 @@ Judge = Annotated[
     str | None, typer.Option(help="Judge to use instead of the protocol's, by name or ID.")
 ]
 JudgeOption = Annotated[
-    list[str] | None, typer.Option(help="Judge option KEY=VALUE (docs/judges.md). Repeatable.")
+    list[str] | None, typer.Option(help="Judge option KEY=VALUE (docs/reference). Repeatable.")
 ]
 Label = Annotated[
     list[str] | None,
