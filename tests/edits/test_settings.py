@@ -65,7 +65,8 @@ def test_presets_have_no_unused_setting(method, preset, cubes):
         ({"validate_every": 2}, "validate_every"),
         ({"ema": 0, "ema_ramp": False}, "ema_ramp"),
         ({"checkpoint_every": 7}, "checkpoint_every"),
-        ({"updates": 3, "warmup": 3, "decay": "cosine"}, "decay"),
+        ({"updates": 3, "warmup": 3}, "lr"),
+        ({"updates": 3, "warmup": 3, "decay": "cosine"}, "lr"),
     ],
 )
 def test_unused_settings_of_the_training_are_listed(training, name):
@@ -86,7 +87,7 @@ def test_a_training_warns_of_unused_settings(tiny_model, triplets):
         make_edit("safegen", training=training, alpha=2.0).apply(tiny_model, triplets)
     assert sorted(str(w.message).partition(" ")[0] for w in caught) == [
         "alpha",
-        "decay",
+        "lr",
         "patience",
     ]
 
