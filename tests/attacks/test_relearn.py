@@ -160,7 +160,7 @@ def test_a_patch_has_its_base_and_parents(done, edited):
 
 @pytest.mark.parametrize(
     ("stage", "at"),
-    [("fine-tuning: edited", 1), ("fine-tuning: base", 2), ("drawing: finetuned-2", 4)],
+    [("fine-tuning: edited", 1), ("fine-tuning: base", 2), ("generating: finetuned-2", 4)],
 )
 def test_a_killed_attack_resumes_to_the_same_results(
     done, edited, dataset, loader, tmp_path, stage, at

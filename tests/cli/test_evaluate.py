@@ -129,11 +129,17 @@ def test_the_command_on_the_card_repeats_the_run(safegen, few, tmp_path, monkeyp
     )
     assert code == 0, err
     monkeypatch.chdir(tmp_path)
-    said = shlex.split(json.loads((tmp_path / "run" / "protocol.json").read_text())["command"])
-    assert said[0] == "safegen"
-    code, _, err = safegen(*[word.replace("RUN", "again") for word in said[1:]])
+    cards = [json.loads((tmp_path / "run" / "protocol.json").read_text())]
+    argv = cards[0].pop("argv")
+    assert argv[0] == "safegen"
+    assert argv[-2:] == ["--out", "run"]
+    assert str(tmp_path) not in " ".join(argv)
+    code, _, err = safegen(*argv[1:-1], "again")
     assert code == 0, err
-    for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
+    cards.append(json.loads((tmp_path / "again" / "protocol.json").read_text()))
+    assert cards[1].pop("argv") == [*argv[:-1], "again"]
+    assert cards[0] == cards[1]
+    for name in ("plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 

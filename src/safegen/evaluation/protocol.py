@@ -1,4 +1,4 @@
-"""Evaluation protocol: frozen prompts, seeds, generation settings, judge and metrics, with an id."""
+"""Evaluation protocol: prompts, seeds, generation settings, judge and metrics, with an id."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FORMAT = "safegen-protocol/2"
 
 
 class Protocol(BaseModel):
-    """Everything that decides a number: what is generated, how it is judged, and what is computed."""
+    """Everything that decides a number: samples, generation settings, judge and metrics."""
 
     model_config = FROZEN
 
@@ -293,7 +293,8 @@ def read_protocol(name: str) -> Protocol:
         raise UnknownNameError("protocol", name, PROTOCOLS)
     if not path.is_file():
         raise FileError(
-            f"the protocol file {name!r} does not exist; built-in protocols are: {', '.join(PROTOCOLS)}"
+            f"the protocol file {name!r} does not exist; "
+            f"built-in protocols are: {', '.join(PROTOCOLS)}"
         )
     try:
         return Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Samples of an evaluation: the prompts of its lists, their seeds, and the hashes that identify them."""
+"""Samples of an evaluation: prompts, seeds, and the hashes that identify them."""
 
 from __future__ import annotations
 

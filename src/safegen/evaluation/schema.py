@@ -118,7 +118,7 @@ class JudgeRule(BaseModel):
 
     @property
     def public_options(self) -> dict[str, Any]:
-        """Options with paths reduced to file names; the judge's id holds the hash of its weights."""
+        """Options with paths reduced to file names. The judge's id has the hash of its weights."""
         return {
             key: display_name(value) if isinstance(value, str) else value
             for key, value in self.options.items()

@@ -206,7 +206,8 @@ def _features(run: Run) -> Iterator[str]:
     yield from _repeated(FEATURES, [r.key for r in records])
     widths = sorted({len(r.array) for r in records if r.array is not None})
     if len(widths) > 1:
-        yield f"{FEATURES}: all images must have as many features, got {' and '.join(map(str, widths))}"
+        got = " and ".join(map(str, widths))
+        yield f"{FEATURES}: all images must have as many features, got {got}"
     yield from _coverage(FEATURES, {r.key for r in records}, _all_keys(run))
 
 

@@ -1,4 +1,4 @@
-"""Metrics from features: how well images fit their prompts, and their distance to the base model's."""
+"""Metrics from features: agreement with the prompts and distance to the base model."""
 
 from __future__ import annotations
 
