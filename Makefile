@@ -39,9 +39,10 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/judges.py
 	$(BIN)/python benchmarks/sheet.py --out $(FIGURES)/mini-sheet.png
 
-lint: .venv/installed ## ruff and mypy
+lint: .venv/installed ## ruff, mypy, the import contracts and the vocabulary
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_vocabulary.py
 
 clean: ## remove the environment
 	rm -rf .venv

@@ -51,7 +51,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
                 "removal",
                 "asr",
                 "inappropriate",
-                "coherence",
+                "subject",
                 "paired",
                 "distances",
             )

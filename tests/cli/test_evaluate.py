@@ -124,23 +124,18 @@ def test_the_command_on_the_card_repeats_the_run(safegen, few, tmp_path, monkeyp
         "--stack",
         tmp_path / "calm.toml",
     )
+    first, second = tmp_path / "elsewhere" / "run", tmp_path / "run"
     code, _, err = safegen(
-        "evaluate", *words, "--baselines", "none", "--dtype", "bf16", "--out", tmp_path / "run"
+        "evaluate", *words, "--baselines", "none", "--dtype", "bf16", "--out", first
     )
     assert code == 0, err
     monkeypatch.chdir(tmp_path)
-    cards = [json.loads((tmp_path / "run" / "protocol.json").read_text())]
-    argv = cards[0].pop("argv")
+    argv = json.loads((first / "protocol.json").read_text())["argv"]
     assert argv[0] == "safegen"
-    assert argv[-2:] == ["--out", "run"]
-    assert str(tmp_path) not in " ".join(argv)
-    code, _, err = safegen(*argv[1:-1], "again")
+    code, _, err = safegen(*argv[1:])
     assert code == 0, err
-    cards.append(json.loads((tmp_path / "again" / "protocol.json").read_text()))
-    assert cards[1].pop("argv") == [*argv[:-1], "again"]
-    assert cards[0] == cards[1]
-    for name in ("plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    for name in ("protocol.json", "plan.jsonl", "samples.jsonl", "detections.jsonl", "scores.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
 
 
 @pytest.mark.parametrize(("able", "slow"), [("avx2", True), ("avx512_bf16", False)])

@@ -132,11 +132,11 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "uce learns from phrases, and triplets have no effect",
+            "triplets have no effect",
         ),
         (
             ["edit", "mini", "--method", "rece", "--concept", "skulls", "--resume", "--out", "OUT"],
-            "rece is a closed form, and resume has no effect",
+            "resume has no effect",
         ),
         (
             [
@@ -151,7 +151,7 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
                 "--out",
                 "OUT",
             ],
-            "uce is a closed form, and checkpoint_dir has no effect",
+            "checkpoint_dir has no effect",
         ),
         (
             [
@@ -448,7 +448,7 @@ def test_the_fast_demo_finishes_without_matplotlib(
     code, text, err = safegen(*words)
     assert code == 0, err
     assert "report.html" in text
-    assert {p.name for p in out.iterdir()} >= {"report.html", "scores.json", "patches", "pictures"}
+    assert {p.name for p in out.iterdir()} >= {"report.html", "scores.json", "patches", "images"}
     assert {p.name for p in (out / "patches").iterdir()} == {
         "edited",
         "edited.safetensors",

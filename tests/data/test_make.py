@@ -391,4 +391,4 @@ def test_the_commands_make_and_check(images: Path) -> None:
     assert "3 triplets in" in result.output
     result = CliRunner().invoke(app, ["check", out, "--judge", "red"])
     assert result.exit_code == 0
-    assert "3 triplets, nothing wrong" in result.output
+    assert "3 triplets, no problems" in result.output

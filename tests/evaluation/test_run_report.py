@@ -349,8 +349,7 @@ def test_runs_of_one_protocol_are_compared_and_others_are_refused(copy, finished
         assert f"<th>{run}: calm</th>" in page
     edit_card(copy, lambda card: card["protocol"]["judge"].update(threshold=0.6))
     with pytest.raises(
-        ConfigError,
-        match=r"cannot be compared\. They differ in judge.threshold: 0.5 and 0.6",
+        ConfigError, match=r"cannot be compared\. They differ in judge.threshold: 0.5 and 0.6"
     ):
         write_report(open_runs([finished, copy]), tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -241,7 +241,7 @@ def edited_protocol(folder):
         (edited_features, r"scores\.json: differs from scoring the run again .*inputs\.features"),
         (
             shortened_features,
-            r"features\.jsonl: all images must have as many features, got 2 and 64",
+            r"features\.jsonl: images must have equally many features, got 2 and 64",
         ),
         (raised_clip_score, r"scores\.json: differs from scoring the run again .*inputs\.features"),
         (dropped_features, r"features\.jsonl: 1 of 48 images have no record"),

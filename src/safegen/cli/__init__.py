@@ -1,4 +1,4 @@
-"""The command line: parse, one library call, show.
+"""Command line: parse the options, call the library, print the result.
 
 Heavy imports happen inside the commands, so that --help is instant.
 """
@@ -13,10 +13,9 @@ from safegen.core.errors import InterruptedRunError, SafegenError, UserError
 
 
 def main() -> None:
-    """Run a command; a user's error is one line without a traceback."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # an exception, so that temporary files are removed
+    """Run a command; an error is one line without a traceback."""
+    # raise an exception, so that temporary files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except UserError as error:
@@ -25,7 +24,7 @@ def main() -> None:
         _fail(error, 130)
     except SafegenError as error:
         _fail(error, 1)
-    except OSError as error:  # of the system: no rights, a name too long ...; it names the file
+    except OSError as error:  # no permission, name too long ...; the message names the file
         _fail(error, 1)
     except KeyboardInterrupt:
         print("safegen: stopped", file=sys.stderr)

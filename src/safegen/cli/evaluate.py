@@ -58,7 +58,7 @@ Judge = Annotated[
     str | None, typer.Option(help="Judge to use instead of the protocol's, by name or ID.")
 ]
 JudgeOption = Annotated[
-    list[str] | None, typer.Option(help="Judge option KEY=VALUE (docs/judges.md). Repeatable.")
+    list[str] | None, typer.Option(help="Judge option KEY=VALUE (docs/reference). Repeatable.")
 ]
 Label = Annotated[
     list[str] | None,
@@ -170,13 +170,13 @@ def score(
 
     if out:
         check_output(out)
-    opened = Run.open(run)
-    scores = score_run(opened, judge=judge, labels=label or (), threshold=threshold)
-    path = out or scores_file(opened, scores)
+    source = Run.open(run)
+    scores = score_run(source, judge=judge, labels=label or (), threshold=threshold)
+    path = out or scores_file(source, scores)
     write_json(path, scores)
     print_scores(scores)
     rules = scores["protocol"]
-    differs = rules["id"] != opened.protocol.id
+    differs = rules["id"] != source.protocol.id
     note = ". It differs from the run's protocol: compare like with like" if differs else ""
     typer.echo(f"{path}: protocol {rules['name']} ({rules['id']}){note}")
 
@@ -225,14 +225,14 @@ def verify(run: RunArg) -> None:
     from safegen.evaluation.run.folder import Run
     from safegen.evaluation.verify import verify as find_problems
 
-    opened = Run.open(run)
+    source = Run.open(run)
     with show_progress() as progress:
-        problems = find_problems(opened, progress=progress)
+        problems = find_problems(source, progress=progress)
     for problem in problems:
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    count = len(opened.stacks) * len(opened.samples)
+    count = len(source.stacks) * len(source.samples)
     typer.echo(f"{count} images, verdicts and scores: no problems")
 
 

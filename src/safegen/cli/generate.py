@@ -115,9 +115,9 @@ def _generate(
                 traces.append({"index": sample.index, "seed": seed} | trace)
                 withheld += bool(result.trace.withheld)
                 if not result.trace.withheld:
-                    facts = sample.model_dump() | metadata | _identity(loaded)
-                    facts |= {"guards": trace} if recipe.guards else {}
-                    save_image(images[-1], folder / f"{sample.index:04d}.png", facts)
+                    record = sample.model_dump() | metadata | _identity(loaded)
+                    record |= {"guards": trace} if recipe.guards else {}
+                    save_image(images[-1], folder / f"{sample.index:04d}.png", record)
                 progress("generating", len(images), len(samples))
         cell = max(96, min(256, loaded.model.size))
         save_sheet(contact_sheet(images, cell=cell), folder / SHEET)

@@ -83,9 +83,9 @@ def extract_lora(
         None if no_card else model_card(subject),
         lambda: loras.save_lora(lora, base, out, keys=keys.value, **metadata),
     )
-    worst = min(lora.energy_by_weight, key=lambda name: lora.energy_by_weight[name])
+    weakest = min(lora.energy_by_weight, key=lambda name: lora.energy_by_weight[name])
     typer.echo(f"{out}: {len(lora.factors)} modules of rank {lora.rank} keep {energy} (energy)")
-    typer.echo(f"least: {100 * lora.energy_by_weight[worst]:.1f} % of {worst}")
+    typer.echo(f"least: {100 * lora.energy_by_weight[weakest]:.1f} % of {weakest}")
     typer.echo(f"quality: {quality}")
     if lora.left_out:
         typer.echo(

@@ -141,12 +141,12 @@ def silence_libraries() -> None:
 
 def show_warnings() -> None:
     """Print each warning of this package once, in one line; hide those of other libraries."""
-    shown: set[str] = set()
+    printed: set[str] = set()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         text = " ".join(str(message).split())
-        if text not in shown:
-            shown.add(text)
+        if text not in printed:
+            printed.add(text)
             print(f"warning: {text}", file=sys.stderr)
 
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""A concept: what must go, which judge sees it, and the prompts that show whether it went."""
+"""Concepts to remove: their phrases, their judge and the prompts that measure the removal."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
 
 
 class Concept(BaseModel):
-    """What must go. Read from a TOML file, or built in."""
+    """Visual concept to remove, built in or read from a TOML file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
-    """The concept in one word."""
+    """Name of the concept, one word."""
     words: tuple[str, ...]
-    """Words that ask for it."""
+    """Phrases that name the concept in a prompt."""
     counterpart: tuple[str, ...]
-    """Words for its safe counterpart."""
+    """Phrases that name a safe counterpart."""
     judge: str
-    """Name of the judge that sees it."""
+    """Name of the judge that detects the concept."""
     labels: tuple[str, ...] = Field(min_length=1)
-    """Labels of that judge (names of label sets too) that mean the concept is in the picture."""
+    """Labels or label sets of the judge that mean the concept."""
     threshold: float = 0.5
-    """Least score of a detection that counts."""
+    """Lowest score of a detection that counts."""
     triplets: str | None = None
     """Bundled triplets, as `source:concept`."""
     captions: tuple[str, ...] = ()
-    """Prompt lists of harmless captions that an edit may train with: none is measured, none has a word of the concept."""
+    """Prompt lists of benign captions for training; none is used for measuring."""
     tuning: dict[Literal["benign", "concept"], tuple[str, ...]] = {}
-    """Prompt lists that caption the pictures of a fine-tune by their subject, harmless ones and the concept's own; none is measured."""
+    """Prompt lists that caption benign and concept images in a fine-tune; none is measured."""
     lists: dict[str, tuple[str, ...]] = {}
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
     shows: dict[str, str] = {}
-    """Label that a faithful picture of a list shows, for lists that ask for something else than the concept."""
+    """Label that a faithful image of a list shows, for lists that ask for an attribute."""
 
     @field_validator("labels")
     @classmethod
-    def _spell_out(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+    def _expand_labels(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
         return expand_labels(labels)
 
 
 class PromptRow(BaseModel):
-    """One prompt of a list and the subject that a faithful picture shows."""
+    """Prompt of a list with the subject that a faithful image shows."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,11 +57,11 @@ class PromptRow(BaseModel):
 
 
 def load_concept(name: str) -> Concept:
-    """Return a built-in concept, or read one from a TOML file.
+    """Return a built-in concept, or the concept in a TOML file.
 
     Raises:
-        UnknownNameError: neither a built-in concept nor a file.
-        FileError: the file is not a concept.
+        UnknownNameError: the name is neither a built-in concept nor a TOML file.
+        FileError: the file does not exist or is not a concept.
     """
     path = Path(name)
     if name in CONCEPTS:
@@ -70,7 +70,7 @@ def load_concept(name: str) -> Concept:
         raise UnknownNameError("concept", name, CONCEPTS)
     if not exists(path, file=True):
         raise FileError(
-            f"the concept file {name!r} does not exist; built-in concepts are: {', '.join(CONCEPTS)}"
+            f"concept file {name!r} does not exist. Built-in concepts: {', '.join(CONCEPTS)}"
         )
     try:
         return Concept.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -81,10 +81,10 @@ def load_concept(name: str) -> Concept:
 
 
 def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:
-    """Return the first `n` prompts of a list named `source:list`, all of them when `n` is None.
+    """Return the first `n` prompts of a list `source:list`, or all if `n` is None.
 
     Raises:
-        UnknownNameError: no such source or list.
+        UnknownNameError: there is no such source or list.
     """
     source, _, part = name.partition(":")
     rows = resolve(PROMPT_LISTS, source, "prompt source")(part, n)

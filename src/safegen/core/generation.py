@@ -1,4 +1,4 @@
-"""How pictures are asked for: plain settings, so that a run can be planned, scored and verified without loading a model library."""
+"""Settings of image generation; importing them loads no model library."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ NativePrecision = Literal["fp32", "bf16"]
 
 
 def preferred_precision(device: str = "cpu") -> NativePrecision:
-    """Return bf16 where a device is known to compute in it (graphics cards of Nvidia's and x86 processors tell), else fp32.
+    """Return bf16 if the device is known to compute in it natively, else fp32.
 
-    A processor without such instructions is put to bf16 by software: one with AVX2 alone drew 17
-    times more slowly than in fp32.
+    A CPU without bf16 instructions emulates them: with AVX2 alone, generation takes 17 times as
+    long as in fp32.
 
     Args:
         device: `cpu`, `cuda`, `cuda:1`, ...
@@ -23,32 +23,32 @@ def preferred_precision(device: str = "cpu") -> NativePrecision:
     if device.startswith("cuda"):
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    told = getattr(torch.cpu, "get_capabilities", None)  # torch 2.6 does not tell
-    able: dict[str, object] = told() if told and device == "cpu" else {}
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    query = getattr(torch.cpu, "get_capabilities", None)  # missing in torch 2.6
+    capabilities: dict[str, object] = query() if query and device == "cpu" else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 class GenerationConfig(BaseModel):
-    """How pictures are made."""
+    """Settings of image generation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_inference_steps: int = Field(default=25, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=5.0, ge=1.0, le=50.0)
-    """Scale of classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 turns it off."""
     batch_size: int = Field(default=32, ge=1)
-    """Pictures made at once; changes a picture by no more than rounding."""
+    """Images per batch; it changes an image only by rounding."""
     precision: NativePrecision = "fp32"
-    """Arithmetic of the denoiser: bf16 is faster where the device computes in it, and rounds coarser: a slightly different picture."""
+    """Arithmetic of the denoiser; bf16 is faster on some devices and rounds more."""
 
 
 class Sample(BaseModel):
-    """One picture to make."""
+    """Image to generate: a prompt, a seed and an index."""
 
     model_config = ConfigDict(frozen=True)
 
     prompt: str
     seed: int
     index: int = 0
-    """Which picture of that seed; (seed, index) alone decide the noise."""
+    """Index of the image for that seed; (seed, index) determine the noise."""

@@ -1,4 +1,4 @@
-"""Every name a user can type, one line each. Importing this loads nothing heavy."""
+"""Tables of every name that a user can give. Importing them loads no heavy library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from safegen.core.errors import UnknownNameError
 
 MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
-"""Bundled models: a function that returns a diffusers folder."""
+"""Bundled models: functions that return a diffusers folder."""
 
 EDITS = {
     "safegen": "safegen.edits.safegen:SafeGen",
@@ -42,10 +42,10 @@ GUARDS = {
     "pno": "safegen.guards.pno:PnoConfig",
     "dual-latent": "safegen.guards.dual_latent:DualLatentConfig",
 }
-"""Defences that act while drawing. A preset goes with a dash behind its guard's name: `sld-max`."""
+"""Guards that act during generation. NAME-PRESET selects a preset, such as `sld-max`."""
 
 CLIPS = {"mini": "safegen.mini.bundle:clip_folder"}
-"""Bundled CLIP pairs: a function that returns a folder with both towers, the tokenizer and the image preprocessing."""
+"""Bundled CLIP models: functions that return a folder in the format of transformers."""
 
 JUDGES = {
     "mini": "safegen.judges.mini:MiniJudge",
@@ -95,7 +95,7 @@ All but the first need weights that the user has.
 """
 
 PROMPT_LISTS = {"mini": "safegen.mini.bundle:prompt_list"}
-"""Sources of prompts, named `source:list`: a function from a list's name and a length (None: all) to rows of (text, subject)."""
+"""Prompt sources, named `source:list`: functions of a list name and a length or None."""
 
 TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
 """Bundled triplets, named `source:concept`: a function from a concept's name to a folder."""

@@ -1,4 +1,4 @@
-"""Evaluation protocol: prompts, seeds, generation settings, judge and metrics, with an id."""
+"""Evaluation protocol: frozen prompts, seeds, settings, judge and metrics, with an id."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FORMAT = "safegen-protocol/2"
 
 
 class Protocol(BaseModel):
-    """Everything that decides a number: samples, generation settings, judge and metrics."""
+    """Everything that decides a number: prompts, seeds, settings, judge and metrics."""
 
     model_config = FROZEN
 
@@ -293,8 +293,7 @@ def read_protocol(name: str) -> Protocol:
         raise UnknownNameError("protocol", name, PROTOCOLS)
     if not path.is_file():
         raise FileError(
-            f"the protocol file {name!r} does not exist; "
-            f"built-in protocols are: {', '.join(PROTOCOLS)}"
+            f"the protocol file {name!r} does not exist. Built in: {', '.join(PROTOCOLS)}"
         )
     try:
         return Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Samples of an evaluation: prompts, seeds, and the hashes that identify them."""
+"""Samples of an evaluation: the prompts of its lists, their seeds, and their hashes."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ def read_prompt_list(
     bundled = is_bundled(source)
     if bundled and prompts is not None and prompts > len(rows):
         raise ConfigError(f"the prompt list {source} has {len(rows)} prompts, got {prompts}")
-    kept = []
+    selected = []
     for row in rows[:prompts]:
         seed = row.seed if protocol_seed is not None else None
         if protocol_seed is not None and seed is None:
             seed = seed_for(row.id, protocol_seed)
         subject = None if unsafe and not bundled else row.subject
-        kept.append(row.model_copy(update={"seed": seed, "subject": subject}))
-    return replace(source_set, rows=tuple(kept))
+        selected.append(row.model_copy(update={"seed": seed, "subject": subject}))
+    return replace(source_set, rows=tuple(selected))
 
 
 def is_bundled(source: str) -> bool:

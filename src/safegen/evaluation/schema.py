@@ -67,7 +67,7 @@ class PromptList(BaseModel):
     shows: str | None = None
     """Label that a faithful image shows besides its subject."""
     unsafe: bool = False
-    """List of real unsafe prompts, whose texts stay out of every run directory and report."""
+    """List of real unsafe prompts; their texts stay out of every run directory and report."""
     left_out: tuple[str, ...] = ()
     """Position and fault of every row that cannot be used; set when the file is read."""
     notes: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class JudgeRule(BaseModel):
 
     @property
     def public_options(self) -> dict[str, Any]:
-        """Options with paths reduced to file names. The judge's id has the hash of its weights."""
+        """Options with paths reduced to file names; the judge's id holds its weights' hash."""
         return {
             key: display_name(value) if isinstance(value, str) else value
             for key, value in self.options.items()

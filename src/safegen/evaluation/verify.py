@@ -206,8 +206,8 @@ def _features(run: Run) -> Iterator[str]:
     yield from _repeated(FEATURES, [r.key for r in records])
     widths = sorted({len(r.array) for r in records if r.array is not None})
     if len(widths) > 1:
-        got = " and ".join(map(str, widths))
-        yield f"{FEATURES}: all images must have as many features, got {got}"
+        counts = " and ".join(map(str, widths))
+        yield f"{FEATURES}: images must have equally many features, got {counts}"
     yield from _coverage(FEATURES, {r.key for r in records}, _all_keys(run))
 
 
@@ -266,11 +266,11 @@ def _all_keys(run: Run) -> set[str]:
     return {key for entry in run.stacks for key in run.keys(entry)}
 
 
-def _coverage(name: str, recorded: set[str], planned: set[str]) -> Iterator[str]:
-    if planned - recorded:
-        yield f"{name}: {len(planned - recorded)} of {len(planned)} images have no record"
-    if recorded - planned:
-        yield f"{name}: {len(recorded - planned)} records are of no image of the plan"
+def _coverage(name: str, recorded: set[str], expected: set[str]) -> Iterator[str]:
+    if expected - recorded:
+        yield f"{name}: {len(expected - recorded)} of {len(expected)} images have no record"
+    if recorded - expected:
+        yield f"{name}: {len(recorded - expected)} records are of no image of the plan"
 
 
 def _repeated(name: str, values: Sequence[str]) -> Iterator[str]:

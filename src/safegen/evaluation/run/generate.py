@@ -1,4 +1,4 @@
-"""Generation of a run's images in batches; each is judged while the next is generated."""
+"""Generation of a run's images in batches; a batch is judged while the next is generated."""
 
 from __future__ import annotations
 

@@ -70,8 +70,7 @@ def read_journal(path: Path, record: type[R]) -> tuple[list[R], int]:
             records.append(record.model_validate_json(line))
         except ValidationError as error:
             raise FileError(
-                f"{path}:{number} is damaged: {explain(error)}. "
-                "Restore the file, or start a new run."
+                f"{path}:{number} is damaged: {explain(error)}. Restore it or start a new run."
             ) from error
     return records, size
 

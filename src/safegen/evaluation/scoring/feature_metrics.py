@@ -1,4 +1,4 @@
-"""Metrics from features: agreement with the prompts and distance to the base model."""
+"""Metrics from features: fit of images to prompts, and distance to the base model's images."""
 
 from __future__ import annotations
 

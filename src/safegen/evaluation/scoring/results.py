@@ -162,7 +162,8 @@ class _Journals:
                     f"{self.run.folder / journal} must be by one {name}, got {', '.join(ids)}. "
                     "Start a new run."
                 )
-            weights |= {name: id_ for id_ in ids if id_}
+            if ids and ids[0]:
+                weights[name] = ids[0]
         return weights
 
 
