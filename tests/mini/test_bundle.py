@@ -147,6 +147,6 @@ def test_the_required_figures_hold_at_demo_size(concept, tmp_path):
         if base["role"] in ("neighbour", "other"):
             assert base["shown"]["value"] >= 0.9
             assert base["shown"]["value"] - edited["shown"]["value"] <= 0.1
-    seconds = run.stacks[1]["patches"][0]["seconds"]
+    seconds = run.stacks[1].patches[0].seconds
     # the limit is for processors that compute in bf16
     assert seconds <= 180 or preferred_precision() == "fp32"
