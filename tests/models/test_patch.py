@@ -70,7 +70,7 @@ def test_an_existing_output_is_not_overwritten(patch, tmp_path):
     with pytest.raises(FileError, match="already exists"):
         patch.save(out)
     assert out.read_text() == "mine"
-    with pytest.raises(FileError, match="is a folder"):
+    with pytest.raises(FileError, match="must be a file, got a folder"):
         patch.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
