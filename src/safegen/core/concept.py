@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from safegen.core.errors import FileError, UnknownNameError, explain
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
+
+
+def _check_phrase(phrase: str) -> str:
+    if not phrase.strip():
+        raise ValueError("phrases must not be blank, as every prompt contains the blank text")
+    return phrase
+
+
+Phrase = Annotated[str, AfterValidator(_check_phrase)]
+"""Phrase that names something in a prompt; it is not blank."""
+Phrases = tuple[Phrase, ...]
+"""Type of a setting with phrases."""
 
 
 class Concept(BaseModel):

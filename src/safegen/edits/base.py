@@ -8,12 +8,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError, DivergedError, UnknownNameError
 from safegen.core.files import display_name
 from safegen.core.registry import EDITS
@@ -31,18 +31,6 @@ from safegen.edits.training.trainer import check_training, train
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
-
-
-def _check_phrase(phrase: str) -> str:
-    if not phrase.strip():
-        raise ValueError("phrases must not be blank, as every prompt contains the blank text")
-    return phrase
-
-
-Phrase = Annotated[str, AfterValidator(_check_phrase)]
-"""Phrase that names something in a prompt; it is not blank."""
-Phrases = tuple[Phrase, ...]
-"""Type of a setting with phrases."""
 
 
 class Edit(BaseModel, ABC):

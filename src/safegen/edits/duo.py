@@ -12,10 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import Phrases, TrainedEdit, join_quoted
+from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training

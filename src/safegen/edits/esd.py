@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, Phrases
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import Phrases, TrainedEdit, join_quoted
+from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import AdversarySetting, build_adversary
 from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast

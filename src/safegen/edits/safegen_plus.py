@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, Phrases
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import Phrases, TrainedEdit, check_inputs, join_quoted
+from safegen.edits.base import TrainedEdit, check_inputs, join_quoted
 from safegen.edits.functional.adversary import AdversarySetting
 from safegen.edits.rece import CAPTIONS_SCALE, RECE
 from safegen.edits.safegen import SafeGen, SafeGenObjective, check_safegen

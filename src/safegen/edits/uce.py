@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from safegen.core.concept import Concept
-from safegen.edits.base import ClosedFormEdit, Phrase, join_quoted
+from safegen.core.concept import Concept, Phrase
+from safegen.edits.base import ClosedFormEdit, join_quoted
 from safegen.edits.functional.closed_form import embed_concept, projections, solve_projection
 from safegen.models.model import Model
 
