@@ -50,7 +50,7 @@ def files(tmp_path_factory, tiny_folder):
     )
     for name, patch, keys in (
         ("user", wild, "kohya"),
-        ("safe", UCE(erase=("red cube",), stay=0.01).apply(model), "diffusers"),
+        ("safe", UCE(erase=("red cube",), lamb=0.01).apply(model), "diffusers"),
     ):
         save_lora(
             extract_lora(patch, model, 8),

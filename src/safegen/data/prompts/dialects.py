@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safegen.data.prompts.parsing import FileForm, Record, Records
+from safegen.data.prompts.parsing import FileForm, FileRow, FileRows
 from safegen.data.prompts.prompt import AttackInfo, Prompt, cluster_of
 
 PROMPT_COLUMNS = ("prompt", "prompts", "text", "caption", "captions", "sentence", "description")
@@ -59,7 +59,7 @@ class RowContext:
     """Column that holds the prompt."""
 
 
-Reader = Callable[[Record, RowContext], Prompt]
+Reader = Callable[[FileRow, RowContext], Prompt]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Dialect:
             if not set(each.split("|")) & set(columns)
         ]
 
-    def matches(self, records: Records, stem: str) -> bool:
+    def matches(self, records: FileRows, stem: str) -> bool:
         """Return whether a file has the form, columns and name of the dialect."""
         if self.form != records.form or self.missing_columns(records.columns):
             return False
@@ -109,13 +109,13 @@ def headerless_columns(cells: Sequence[str]) -> tuple[str, ...]:
     return HEADERLESS if len(cells) == len(HEADERLESS) and integers else ()
 
 
-def detect_dialect(records: Records, stem: str) -> str | None:
+def detect_dialect(records: FileRows, stem: str) -> str | None:
     """Return the first dialect that matches a file's columns and name, or None."""
     return next((name for name, d in DIALECTS.items() if d.matches(records, stem)), None)
 
 
 def read_plain(
-    record: Record,
+    record: FileRow,
     context: RowContext,
     *,
     target: str | None = None,
@@ -182,7 +182,7 @@ def read_plain(
     )
 
 
-def read_ring_a_bell(record: Record, context: RowContext) -> Prompt:
+def read_ring_a_bell(record: FileRow, context: RowContext) -> Prompt:
     """Return a prompt of the genetic search; concept, eta and K are in the file's name."""
     attack = AttackInfo(name="ring-a-bell")
     if match := RING_A_BELL_NAME.match(context.stem):
@@ -195,7 +195,7 @@ def read_ring_a_bell(record: Record, context: RowContext) -> Prompt:
     return read_plain(record, context, attack=attack)
 
 
-def read_mma_diffusion(record: Record, context: RowContext) -> Prompt:
+def read_mma_diffusion(record: FileRow, context: RowContext) -> Prompt:
     """Return the chosen column; rows of one target are one cluster.
 
     The columns of targets and clean prompts are not attacks.
@@ -205,7 +205,7 @@ def read_mma_diffusion(record: Record, context: RowContext) -> Prompt:
     return read_plain(record, context, attack=attack, target="target_prompt")
 
 
-def read_p4d(record: Record, context: RowContext) -> Prompt:
+def read_p4d(record: FileRow, context: RowContext) -> Prompt:
     """Return an optimized prompt; files with I2P's columns hold initial prompts, not attacks."""
     match = P4D_NAME.match(context.stem)
     variant, k = (match["variant"], match["k"]) if match else (None, None)
@@ -215,18 +215,18 @@ def read_p4d(record: Record, context: RowContext) -> Prompt:
     return read_plain(record, context, attack=None if "categories" in record.cells else attack)
 
 
-def read_sneakyprompt(record: Record, context: RowContext) -> Prompt:
+def read_sneakyprompt(record: FileRow, context: RowContext) -> Prompt:
     """Return the rewritten text; rows of one original text are one cluster."""
     attack = AttackInfo(name="sneakyprompt") if context.column == "perturbed_text" else None
     return read_plain(record, context, attack=attack, target="original_text")
 
 
-def read_pair(record: Record, context: RowContext) -> Prompt:
+def read_pair(record: FileRow, context: RowContext) -> Prompt:
     """Return one prompt of a pair; both prompts of a pair are one cluster."""
     return read_plain(record, context, target="sensitive prompt")
 
 
-def read_t2i_riskyprompt(record: Record, context: RowContext) -> Prompt:
+def read_t2i_riskyprompt(record: FileRow, context: RowContext) -> Prompt:
     """Return a prompt with the keys of its `label`, which are categories (Primary--Sub)."""
     labels = record.cells.get("label")
     if not isinstance(labels, dict):

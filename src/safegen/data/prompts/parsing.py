@@ -32,7 +32,7 @@ class RowError:
 
 
 @dataclass(frozen=True)
-class Record:
+class FileRow:
     """One row of a file: its line, and its cells by lower-case column name.
 
     Cells of a table are text; cells of JSON are any JSON value.
@@ -43,12 +43,12 @@ class Record:
 
 
 @dataclass
-class Records:
+class FileRows:
     """Content of a file; `columns` are lower-case, in order, without index columns."""
 
     form: FileForm
     columns: tuple[str, ...] = ()
-    rows: list[Record] = field(default_factory=list)
+    rows: list[FileRow] = field(default_factory=list)
     problems: list[RowError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unit: RowUnit = "line"
@@ -82,7 +82,7 @@ def parse_table(
     known: frozenset[str],
     headerless: Callable[[Sequence[str]], tuple[str, ...]],
     delimiter: str = ",",
-) -> Records:
+) -> FileRows:
     """Return the records of a CSV or TSV file; quoted fields may contain line breaks.
 
     Args:
@@ -96,7 +96,7 @@ def parse_table(
     Raises:
         FileError: the first row is neither a header nor recognized, or a column name repeats.
     """
-    records = Records("table")
+    records = FileRows("table")
     raw = _csv_rows(text, delimiter, records.problems)
     if not raw:
         reasons = "; ".join(map(str, records.problems))
@@ -125,7 +125,7 @@ def parse_table(
             reason = f"the row has {len(cells)} fields, the table has {len(names)} columns"
             records.problems.append(RowError(line, reason))
         else:
-            records.rows.append(Record(line, {names[i]: cells[i] for i in used}))
+            records.rows.append(FileRow(line, {names[i]: cells[i] for i in used}))
     return records
 
 
@@ -156,7 +156,7 @@ def _csv_rows(text: str, delimiter: str, problems: list[RowError]) -> list[tuple
     return rows
 
 
-def parse_json(text: str, name: str, *, lines: bool) -> Records:
+def parse_json(text: str, name: str, *, lines: bool) -> FileRows:
     """Return the records of JSON: COCO captions, a list or object of records, or JSON lines.
 
     Args:
@@ -190,14 +190,14 @@ def parse_json(text: str, name: str, *, lines: bool) -> Records:
             f"{name} has an unknown JSON structure. "
             "Use COCO captions, a list of records, or JSON lines."
         )
-    records = Records("json", unit="record")
+    records = FileRows("json", unit="record")
     for i, value in enumerate(data, 1):
         _add(records, i, value)
     return _with_columns(records)
 
 
-def _json_lines(text: str) -> Records:
-    records = Records("json")
+def _json_lines(text: str) -> FileRows:
+    records = FileRows("json")
     for line, part in _numbered_lines(text):
         if not part:
             records.problems.append(RowError(line, "the line is empty"))
@@ -206,7 +206,7 @@ def _json_lines(text: str) -> Records:
     return _with_columns(records)
 
 
-def _with_columns(records: Records) -> Records:
+def _with_columns(records: FileRows) -> FileRows:
     """Return the records with the columns that any of them has."""
     records.columns = tuple(dict.fromkeys(key for row in records.rows for key in row.cells))
     return records
@@ -220,7 +220,7 @@ def _parse_value(text: str) -> Any:
         return error
 
 
-def _add(records: Records, line: int, value: Any) -> None:
+def _add(records: FileRows, line: int, value: Any) -> None:
     if isinstance(value, json.JSONDecodeError):
         reason = f"the record is not JSON: {value.msg} at character {value.pos + 1}"
         records.problems.append(RowError(line, reason, records.unit))
@@ -228,13 +228,13 @@ def _add(records: Records, line: int, value: Any) -> None:
         records.problems.append(RowError(line, "the record is not a JSON object", records.unit))
     else:
         records.rows.append(
-            Record(line, {key.strip().lower(): cell for key, cell in value.items()})
+            FileRow(line, {key.strip().lower(): cell for key, cell in value.items()})
         )
 
 
-def _coco(images: list[Any], annotations: list[Any]) -> Records:
+def _coco(images: list[Any], annotations: list[Any]) -> FileRows:
     """Return one record per image, with the caption of the lowest annotation id."""
-    records = Records(
+    records = FileRows(
         "json",
         ("caption", "image_id", "annotation_id", "file_name", "image_width", "image_height"),
         unit="image",
@@ -271,7 +271,7 @@ def _coco(images: list[Any], annotations: list[Any]) -> Records:
                 "image_width": image.get("width"),
                 "image_height": image.get("height"),
             }
-            records.rows.append(Record(i, cells))
+            records.rows.append(FileRow(i, cells))
     records.notes.append(
         f"{sum(map(len, captions.values()))} captions of {len(captions)} images: the prompt of an "
         "image is the caption with the lowest annotation id"
@@ -279,12 +279,12 @@ def _coco(images: list[Any], annotations: list[Any]) -> Records:
     return records
 
 
-def parse_text(text: str) -> Records:
+def parse_text(text: str) -> FileRows:
     """Return the records of plain text, one stripped prompt per line."""
-    records = Records("text", ("prompt",))
+    records = FileRows("text", ("prompt",))
     for line, part in _numbered_lines(text):
         if part:
-            records.rows.append(Record(line, {"prompt": part}))
+            records.rows.append(FileRow(line, {"prompt": part}))
         else:
             records.problems.append(RowError(line, "the prompt is blank"))
     return records

@@ -21,7 +21,7 @@ from safegen.data.prompts.dialects import (
     headerless_columns,
 )
 from safegen.data.prompts.parsing import (
-    Records,
+    FileRows,
     RowError,
     decode_text,
     parse_json,
@@ -144,7 +144,7 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
 
 
 def _notes(
-    dialect: str, records: Records, context: RowContext, *, explicit: bool, repeated: int
+    dialect: str, records: FileRows, context: RowContext, *, explicit: bool, repeated: int
 ) -> list[str]:
     notes = [DIALECTS[dialect].note] * bool(DIALECTS[dialect].note)
     others = [c for c in DIALECTS[dialect].prompts if c in records.columns and c != context.column]
@@ -178,7 +178,7 @@ def _read_bytes(path: Path, name: str) -> bytes:
         raise FileError(f"{name!r} cannot be read: {reason}") from error
 
 
-def _parse(text: str, path: Path, name: str, dialect: str | None, column: str | None) -> Records:
+def _parse(text: str, path: Path, name: str, dialect: str | None, column: str | None) -> FileRows:
     """Return the records of a file in the form of its dialect, else of its extension."""
     extension = path.suffix.lower()
     form = DIALECTS[dialect].form if dialect else FORMS.get(extension, "text")
@@ -198,7 +198,7 @@ def _parse(text: str, path: Path, name: str, dialect: str | None, column: str | 
 
 
 def _choose(
-    records: Records, name: str, stem: str, dialect: str | None, column: str | None
+    records: FileRows, name: str, stem: str, dialect: str | None, column: str | None
 ) -> tuple[str, str]:
     """Return the dialect of a file and its prompt column."""
     if not records.rows:

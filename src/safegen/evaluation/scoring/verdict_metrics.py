@@ -29,7 +29,7 @@ MISSING = {
 """Why a rate is undefined for a judge."""
 
 
-class Result(Protocol):
+class MetricResult(Protocol):
     """Result of a metric."""
 
     def to_json(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Result(Protocol):
         ...
 
 
-Figure = Result | Mapping[str, Result]
+Figure = MetricResult | Mapping[str, MetricResult]
 Metrics = dict[str, Callable[[], Figure]]
 """Functions that compute a metric, by its name; they raise ValueError if it is undefined."""
 
