@@ -233,7 +233,8 @@ def method(model: Any, name: str) -> str:
     """Return the page of one edit or guard."""
     return (
         f"# {name}\n\n{linked(description(model))}\n\n"
-        f"{sources(model)}\n## Settings\n\n{settings(model, of_method=True)}{presets(model)}"
+        f"{sources(model)}\n{parity(model)}\n"
+        f"## Settings\n\n{settings(model, of_method=True)}{presets(model)}"
     )
 
 
@@ -254,11 +255,20 @@ def sources(model: Any) -> str:
     lines.append(f"- **Source**: `{source_of(model)}`")
     if inputs := getattr(model, "inputs", ""):
         lines.append(f"- **Learns from**: {inputs}")
-    if deviations := getattr(model, "deviations", ""):
-        items = re.split(r"(?<=\.) (?=[A-Z`])", deviations)
-        lines.append("\n## Deviations from the paper\n")
-        lines += [f"- {linked(item)}" for item in items]
     return "\n".join(lines) + "\n"
+
+
+def parity(model: Any) -> str:
+    """Return the section about equality with the released code: what is exact, what differs."""
+    lines = ["## Parity\n"]
+    if commit := getattr(model, "code_commit", ""):
+        lines.append(f"Compared with the released code at commit `{commit}`.\n")
+    elif getattr(model, "paper", "").startswith("ours"):
+        lines.append("The method is ours; there is no released code.\n")
+    for title, text in (("Exact", model.parity), ("Different", model.deviations)):
+        items = re.split(r"(?<=\.) (?=[A-Z`])", text) if text else []
+        lines += [f"**{title}**\n", *(f"- {linked(item)}" for item in items), ""] if items else []
+    return "\n".join(lines)
 
 
 def linked(text: str) -> str:

@@ -122,7 +122,7 @@ def test_read_lines_splits_at_line_ends_only(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(FileError, match="is not UTF-8 text"):
         read_lines(file)
-    with pytest.raises(FileError, match="cannot be read: Is a directory"):
+    with pytest.raises(FileError, match="must be a regular file, got a folder"):
         read_lines(tmp_path)
 
 

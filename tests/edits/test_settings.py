@@ -85,11 +85,7 @@ def test_a_training_warns_of_unused_settings(tiny_model, triplets):
     training = {"updates": 1, "batch": 2, "warmup": 2, "patience": 1}
     with pytest.warns(UnusedSettingWarning) as caught:
         make_edit("safegen", training=training, alpha=2.0).apply(tiny_model, triplets)
-    assert sorted(str(w.message).partition(" ")[0] for w in caught) == [
-        "alpha",
-        "lr",
-        "patience",
-    ]
+    assert sorted(str(w.message).partition(" ")[0] for w in caught) == ["alpha", "lr", "patience"]
 
 
 # ------------------------------------------------------------ sweeps

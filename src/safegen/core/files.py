@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safegen.core.documents import read_text
 from safegen.core.errors import FileError
 
 STAGING_DIR = ".unfinished"
@@ -132,12 +133,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         FileError: the file cannot be read or is not UTF-8.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{str(path)!r} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise FileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    text = read_text(path)
     # str.splitlines would also split at U+2028
     return [line.strip() for line in text.split("\n") if line.strip()]
 

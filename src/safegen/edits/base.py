@@ -46,8 +46,12 @@ class Edit(BaseModel, ABC):
     """Source of the method: an arXiv number such as "arXiv:2303.07345", or "ours"."""
     code_url: ClassVar[str] = ""
     """Address of the released code; empty if there is none."""
+    code_commit: ClassVar[str] = ""
+    """Commit of the released code that `parity` and `deviations` speak of."""
+    parity: ClassVar[str] = ""
+    """Comparison with the released code: what was run beside it, and how far apart the two are."""
     deviations: ClassVar[str]
-    """Differences between this implementation and the paper or its code."""
+    """Differences between this implementation and the paper or its code, and why."""
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "triplets"
     """Inputs the edit learns from: triplets, phrases of the concept, or both.
 

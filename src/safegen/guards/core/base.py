@@ -41,9 +41,13 @@ class GuardConfig(BaseModel, ABC):
     paper: ClassVar[str] = "ours"
     """Source of the method: citation with arXiv id and equations, or `ours`."""
     code_url: ClassVar[str] = ""
-    """Reference implementation."""
+    """Address of the released code; empty if there is none."""
+    code_commit: ClassVar[str] = ""
+    """Commit of the released code that `parity` and `deviations` speak of."""
+    parity: ClassVar[str] = ""
+    """Comparison with the released code: what was run beside it, and how far apart the two are."""
     deviations: ClassVar[str] = ""
-    """Differences from the paper and its released code."""
+    """Differences from the paper and its released code, and why."""
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:

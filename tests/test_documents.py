@@ -1,0 +1,99 @@
+"""Documents of unknown origin: every defect is one line that names the file."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from safegen.core.documents import (
+    parse_json,
+    read_bytes,
+    read_json_lines,
+    read_json_object,
+    read_text,
+    read_toml,
+    validate,
+)
+from safegen.core.errors import FileError
+
+
+class Point(BaseModel):
+    """A record."""
+
+    x: int
+    y: float = 0.0
+
+
+def test_no_read_waits_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match=r"pipe' must be a regular file, got a pipe"):
+        read_bytes(tmp_path / "pipe")
+
+
+def test_sockets_devices_and_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket has at most 107 bytes
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("s")
+        with pytest.raises(FileError, match="got a socket"):
+            read_bytes(tmp_path / "s")
+    with pytest.raises(FileError, match="got a device"):
+        read_bytes(Path("/dev/zero"))
+    with pytest.raises(FileError, match="got a folder"):
+        read_bytes(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FileError, match="cannot be read: Too many levels"):
+        read_bytes(tmp_path / "loop")
+    with pytest.raises(FileError, match="cannot be read: embedded null byte"):
+        read_bytes(Path("a\0b"))
+
+
+def test_size_limit_and_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc")
+    assert read_text(path) == "a\nb\nc"
+    with pytest.raises(FileError, match="must have at most 4 bytes"):
+        read_text(path, limit=4)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(FileError, match="is not UTF-8 text"):
+        read_text(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000, '{"a": NaN}', "", '"\\ud8'])
+def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(FileError, match="'the source' is not JSON: ") as caught:
+        parse_json(text, "the source")
+    assert "\n" not in str(caught.value)
+    path = tmp_path / "x.json"
+    path.write_text("[1]")
+    with pytest.raises(FileError, match=r"x\.json' must be a JSON object, got list"):
+        read_json_object(path)
+
+
+def test_json_lines_name_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"x": 1}\n\n{"x": \n')
+    lines = read_json_lines(path)
+    assert next(lines) == (1, {"x": 1})
+    with pytest.raises(FileError, match=r"x\.jsonl line 3' is not JSON"):
+        next(lines)
+
+
+@pytest.mark.parametrize("text", ["a = [", "a = " + "[" * 5000 + "]" * 5000, "a = 1\na = 2"])
+def test_damaged_toml_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(FileError, match=r"x\.toml' is not TOML: ") as caught:
+        read_toml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_validate_names_source_and_field() -> None:
+    assert validate(Point, {"x": 1}, "p.json") == Point(x=1)
+    with pytest.raises(FileError, match=r"'p\.json': x is required"):
+        validate(Point, {}, "p.json")
+    with pytest.raises(FileError, match=r"'p\.json': x must be a valid integer.* got 'a'"):
+        validate(Point, {"x": "a"}, "p.json")
