@@ -44,6 +44,12 @@ GUARDS = {
 }
 """Guards that act during generation. NAME-PRESET selects a preset, such as `sld-max`."""
 
+ATTACKS = {
+    "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
+    "seeds": "safegen.attacks.seeds:Seeds",
+}
+"""Attacks that try to bring a removed concept back."""
+
 CLIPS = {"mini": "safegen.mini.bundle:clip_folder"}
 """Bundled CLIP models: functions that return a folder in the format of transformers."""
 

@@ -1,0 +1,1 @@
+"""Machinery of attacks: the attacked stack, its cost, and the engine."""
