@@ -18,7 +18,7 @@ from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecor
 from safegen.attacks.core.target import TextSpace
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError
-from safegen.data.prompts.prompt import Prompt
+from safegen.evaluation.samples import EvalSample
 
 
 class RingABell(Attack):
@@ -114,8 +114,7 @@ class GeneticSearch:
         limit = self.space.length - 2
         if config.num_tokens > limit:
             raise ConfigError(
-                f"num_tokens must be at most {limit} for this text encoder, got "
-                f"{config.num_tokens}"
+                f"num_tokens must be at most {limit} for this text encoder, got {config.num_tokens}"
             )
         self.vocabulary = torch.tensor(self.space.vocabulary)
         shown, benign = zip(*concept_pairs(context.concept, config.num_pairs), strict=True)
@@ -128,12 +127,12 @@ class GeneticSearch:
         return self.space.encode(self.space.tokenize(texts))
 
     @torch.no_grad()
-    def attack(self, prompts: Sequence[Prompt]) -> list[AttackRecord]:
-        """Return the best text found for each prompt."""
+    def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
+        """Return the best text found for each sample."""
         config = self.config
-        targets = self._embed([p.prompt for p in prompts]) + config.eta * self.direction
+        targets = self._embed([sample.prompt for sample in samples]) + config.eta * self.direction
         searches = [
-            _Search(config, self.vocabulary, config.generator(prompt)) for prompt in prompts
+            _Search(config, self.vocabulary, config.generator(sample)) for sample in samples
         ]
         for generation in range(config.generations):
             self._score(searches, targets)
@@ -148,7 +147,7 @@ class GeneticSearch:
             for search in running:
                 search.breed()
             self.context.progress("searching prompts", generation + 1, config.generations)
-        return [self._record(s, p) for s, p in zip(searches, prompts, strict=True)]
+        return [self._record(*pair) for pair in zip(searches, samples, strict=True)]
 
     def _score(self, searches: Sequence[_Search], targets: Tensor) -> None:
         """Score every candidate without a score, of all searches in one batch."""
@@ -169,13 +168,14 @@ class GeneticSearch:
         ):
             search.losses[where] = part
 
-    def _record(self, search: _Search, prompt: Prompt) -> AttackRecord:
+    def _record(self, search: _Search, sample: EvalSample) -> AttackRecord:
         """Return the result of one search: for `compat` the last generation's best candidate."""
         text = self.space.decode(search.best[None])[0].strip()
         ids = self.space.rows(search.best[None])
         return AttackRecord(
-            id=prompt.id,
-            prompt=text or prompt.prompt,
+            id=sample.id,
+            prompt=text or sample.prompt,
+            seed=sample.seed,
             loss=search.loss,
             history=tuple(search.history),
             tokens=tuple(search.best.tolist()),
@@ -187,9 +187,7 @@ class GeneticSearch:
 class _Search:
     """Population of one prompt: tokens (n, k) and losses (n,), NaN where not scored."""
 
-    def __init__(
-        self, config: RingABell, vocabulary: Tensor, generator: torch.Generator
-    ) -> None:
+    def __init__(self, config: RingABell, vocabulary: Tensor, generator: torch.Generator) -> None:
         self.config, self.vocabulary, self.generator = config, vocabulary, generator
         self.tokens = self._draw((config.population, config.num_tokens))
         self.losses = torch.full((config.population,), torch.nan)

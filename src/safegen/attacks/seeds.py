@@ -9,8 +9,8 @@ from pydantic import Field
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.target import QueryResult, Target
-from safegen.core.generation import Sample
-from safegen.data.prompts.prompt import Prompt, seed_for
+from safegen.data.prompts.prompt import seed_for
+from safegen.evaluation.samples import EvalSample
 
 
 class Seeds(Attack):
@@ -36,31 +36,33 @@ class SeedSearch:
     def __init__(self, config: Seeds, target: Target) -> None:
         self.config, self.target = config, target
 
-    def attack(self, prompts: Sequence[Prompt]) -> list[AttackRecord]:
-        """Return the seed of the image with the highest score for each prompt."""
-        best: dict[str, tuple[int, QueryResult]] = {}
-        history: dict[str, list[float]] = {prompt.id: [] for prompt in prompts}
+    def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
+        """Return the seed of the image with the highest score for each sample."""
+        best: dict[str, tuple[EvalSample, QueryResult]] = {}
+        history: dict[str, list[float]] = {sample.id: [] for sample in samples}
         for attempt in range(self.config.tries):
-            open_prompts = [p for p in prompts if p.id not in best or not best[p.id][1].success]
-            if not open_prompts or (attempt and self.target.exhausted):
+            unbroken = [s for s in samples if s.id not in best or not best[s.id][1].success]
+            if not unbroken or (attempt and self.target.exhausted):
                 break
-            seeds = [seed_for(f"{p.id}#{attempt}", self.config.seed) for p in open_prompts]
-            results = self.target.query(
-                [Sample(prompt=p.prompt, seed=s) for p, s in zip(open_prompts, seeds, strict=True)]
-            )
-            for prompt, seed, result in zip(open_prompts, seeds, results, strict=True):
-                if prompt.id not in best or result.score > best[prompt.id][1].score:
-                    best[prompt.id] = seed, result
-                history[prompt.id].append(-best[prompt.id][1].score)
+            tries = [self._reseed(sample, attempt) for sample in unbroken]
+            for sample, result in zip(tries, self.target.query(tries), strict=True):
+                if sample.id not in best or result.score > best[sample.id][1].score:
+                    best[sample.id] = sample, result
+                history[sample.id].append(-best[sample.id][1].score)
         return [
             AttackRecord(
-                id=prompt.id,
-                prompt=prompt.prompt,
-                seed=best[prompt.id][0],
-                success=best[prompt.id][1].success,
-                loss=history[prompt.id][-1],
-                history=tuple(history[prompt.id]),
-                stopped="" if best[prompt.id][1].success else self.target.exhausted,
+                id=sample.id,
+                prompt=sample.prompt,
+                seed=sample.seed,
+                success=result.success,
+                loss=history[sample.id][-1],
+                history=tuple(history[sample.id]),
+                stopped="" if result.success else self.target.exhausted,
             )
-            for prompt in prompts
+            for sample, result in (best[sample.id] for sample in samples)
         ]
+
+    def _reseed(self, sample: EvalSample, attempt: int) -> EvalSample:
+        """Return the sample of one attempt; the first keeps its seed."""
+        seed = seed_for(f"{sample.id}#{attempt}", self.config.seed) if attempt else sample.seed
+        return sample.model_copy(update={"seed": seed})

@@ -201,7 +201,7 @@ class Protocol(BaseModel):
             FileError: the file of a list is missing.
         """
         samples: list[EvalSample] = []
-        names: dict[tuple[str, int, int], str] = {}
+        names: dict[tuple[str, int, int, bool], str] = {}
         for part in self.lists:
             rows = part.read(protocol_seed=self.protocol_seed).rows
             for seed in (None,) if self.seeds == "rows" else self.seeds:
@@ -217,7 +217,8 @@ class Protocol(BaseModel):
                         index=i,
                         cluster=row.cluster,
                     )
-                    other = names.setdefault((sample.prompt, sample.seed, i), part.name)
+                    identity = (sample.prompt, sample.seed, i, part.role == "attack")
+                    other = names.setdefault(identity, part.name)
                     if other != part.name:
                         raise ConfigError(
                             f"lists must ask for different images, got the same in {other!r} and "

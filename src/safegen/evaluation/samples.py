@@ -16,10 +16,11 @@ from safegen.core.registry import PROMPT_LISTS
 from safegen.data.prompts.prompt import Prompt, seed_for
 from safegen.data.prompts.prompts import PromptSet, read_prompts
 
-Role = Literal["explicit", "innocent", "neighbour", "other", "benign"]
+Role = Literal["explicit", "innocent", "attack", "neighbour", "other", "benign"]
 MEANING: dict[str, str] = {
     "explicit": "prompts that name the concept",
     "innocent": "prompts that imply the concept without naming it",
+    "attack": "prompts that an attack found",
     "neighbour": "prompts for something harmless that looks like the concept",
     "other": "prompts for another concept, which is not removed",
     "benign": "prompts unrelated to the concept",
@@ -60,9 +61,13 @@ class EvalSample(Sample):
         return self.cluster or self.prompt
 
     def key(self, stack_hash: str, generation: GenerationConfig) -> str:
-        """Return the name of the image: a SHA-256 over everything that decides it."""
+        """Return the name of the image: a SHA-256 over everything that decides it.
+
+        An attack that changes nothing asks for an image of the attacked list, under another name.
+        """
         config = generation.model_dump(mode="json")
-        return sha(canonical([self.prompt_sha256, self.seed, self.index, stack_hash, config]))
+        parts = [self.prompt_sha256, self.seed, self.index, stack_hash, config]
+        return sha(canonical(parts + ["attack"] * (self.role == "attack")))
 
 
 def read_prompt_list(

@@ -6,7 +6,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -18,8 +17,8 @@ from safegen.core.concept import Concept
 from safegen.core.errors import UnknownNameError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS
-from safegen.data.prompts.prompt import Prompt
 from safegen.evaluation.run.records import Record
+from safegen.evaluation.samples import EvalSample
 
 Access = Literal["queries", "text_encoder", "weights"]
 """What an attacker needs: images on request, the text encoder, or all weights."""
@@ -28,14 +27,14 @@ Tier = Literal["static", "adaptive"]
 
 
 class AttackRecord(Record):
-    """Result of an attack on one prompt (`attack.jsonl`)."""
+    """Result of an attack on one sample (`attack.jsonl`)."""
 
     id: str
-    """Id of the attacked prompt."""
+    """Id of the attacked sample."""
     prompt: str
-    """Text that the attack found; the attacked prompt if it changes no text."""
-    seed: int | None = None
-    """Seed that the attack found; None if it leaves the seed free."""
+    """Text that the attack found; the sample's prompt if it changes no text."""
+    seed: int
+    """Seed that the attack found; the sample's seed if it changes none."""
     success: bool | None = None
     """Whether the attack saw the concept in an image; None if it looked at none."""
     loss: float | None = None
@@ -58,8 +57,6 @@ class AttackContext:
 
     target: Target
     """The attacked stack."""
-    folder: Path
-    """Folder for files that belong to the result, such as learned words."""
     progress: ProgressCallback = field(default=no_progress)
     """Called with (description, done, total)."""
 
@@ -72,10 +69,10 @@ class AttackContext:
 class Attacker(Protocol):
     """Attack on one target, built by `Attack.build`."""
 
-    def attack(self, prompts: Sequence[Prompt]) -> list[AttackRecord]:
-        """Return the result for each prompt of a batch, in order.
+    def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
+        """Return the result for each sample of a batch, in order.
 
-        A result depends on its prompt, the settings and the target alone, not on the batch.
+        A result depends on its sample, the settings and the target alone, not on the batch.
         Where the budget is exhausted, the best result so far is returned.
         """
         ...
@@ -110,7 +107,7 @@ class Attack(BaseModel, ABC):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of every draw."""
     batch_size: int = Field(default=8, ge=1)
-    """Prompts that are attacked together; it changes a result only by rounding."""
+    """Samples that are attacked together; it changes a result only by rounding."""
 
     @classmethod
     def method(cls) -> str:
@@ -130,9 +127,9 @@ class Attack(BaseModel, ABC):
             raise UnknownNameError(f"preset of {cls.method()}", name, cls.PRESETS)
         return cls(**{**cls.PRESETS[name], **changes})
 
-    def generator(self, prompt: Prompt) -> torch.Generator:
-        """Return the random generator of one prompt, seeded by the attack's seed and its id."""
-        digest = hashlib.sha256(f"{self.seed}:{prompt.id}".encode()).digest()[:8]
+    def generator(self, sample: EvalSample) -> torch.Generator:
+        """Return the random generator of one sample, seeded by the attack's seed and its id."""
+        digest = hashlib.sha256(f"{self.seed}:{sample.id}".encode()).digest()[:8]
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     @abstractmethod

@@ -221,6 +221,12 @@ def read_sneakyprompt(record: FileRow, context: RowContext) -> Prompt:
     return read_plain(record, context, attack=attack, target="original_text")
 
 
+def read_attack(record: FileRow, context: RowContext) -> Prompt:
+    """Return a prompt that `safegen attack` found; rows of one attacked prompt are one cluster."""
+    attack = AttackInfo(name=_text(record.cells["attack"]))
+    return read_plain(record, context, attack=attack, target="attacked_prompt")
+
+
 def read_pair(record: FileRow, context: RowContext) -> Prompt:
     """Return one prompt of a pair; both prompts of a pair are one cluster."""
     return read_plain(record, context, target="sensitive prompt")
@@ -277,6 +283,12 @@ def _number(name: str, value: Any) -> float | None:
 
 
 DIALECTS: dict[str, Dialect] = {
+    "safegen-attack": Dialect(
+        "Prompts found by `safegen attack`",
+        read_attack,
+        needs=("attack", "attacked_prompt", "seed"),
+        form="json",
+    ),
     "mma-diffusion": Dialect(
         "MMA-Diffusion's adversarial prompts",
         read_mma_diffusion,

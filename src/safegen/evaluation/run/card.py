@@ -14,7 +14,17 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import display_name
 from safegen.evaluation.compare import differences
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.folder import CARD, PATCHES, PLAN, SETTINGS, Run, write_json, write_plan
+from safegen.evaluation.run.folder import (
+    ATTACK,
+    CARD,
+    PATCHES,
+    PLAN,
+    PROMPTS,
+    SETTINGS,
+    Run,
+    write_json,
+    write_plan,
+)
 from safegen.evaluation.run.records import Kind, PatchEntry, RunCard, StackEntry
 from safegen.evaluation.samples import EvalSample
 from safegen.stack import Stack
@@ -59,7 +69,7 @@ def prepare(
                 "Name another directory with --out"
             )
         return run
-    own = {PLAN, SETTINGS, PATCHES}
+    own = {PLAN, SETTINGS, PATCHES, ATTACK, PROMPTS}
     if out.exists() and (
         not out.is_dir() or any(p.name not in own and ".tmp-" not in p.name for p in out.iterdir())
     ):

@@ -33,6 +33,8 @@ SAMPLES, JUDGES, DETECTIONS = "samples.jsonl", "judges.jsonl", "detections.jsonl
 CHANGES, FEATURES, TIMINGS = "changes.jsonl", "features.jsonl", "timings.jsonl"
 SETTINGS, PATCHES = "settings.json", "patches"
 """Settings of the workflow that made the run, and the directory of the patches that it made."""
+ATTACK, PROMPTS = "attack.jsonl", "prompts.jsonl"
+"""Results of an attack by sample, and the prompts that it found."""
 
 
 @dataclass(frozen=True)

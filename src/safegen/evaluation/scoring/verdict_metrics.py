@@ -17,7 +17,7 @@ from safegen.metrics.refusal import over_censoring_rate
 from safegen.metrics.removal import Unit, count_detections, removal_table
 from safegen.metrics.subject import subject_accuracy, subject_retention
 
-CONCEPT_ROLES, HARMLESS_ROLES = ("explicit", "innocent"), ("neighbour", "benign")
+CONCEPT_ROLES, HARMLESS_ROLES = ("explicit", "innocent", "attack"), ("neighbour", "benign")
 """Roles of prompts that ask for the concept, and of those that ask for nothing unsafe."""
 MOSAIC = "mosaic"
 """Label of a censored image, for judges that can detect one."""
