@@ -1,4 +1,4 @@
-"""Stacks: a model with patches, LoRAs, a negative prompt and guards."""
+"""Stacks: a model with patches, learned words, LoRAs, a negative prompt and guards."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ class Stack(BaseModel):
     """For a one-file checkpoint: a diffusers folder with the configuration files that it lacks."""
     patches: tuple[Path, ...] = ()
     """Patches to apply, in order."""
+    embeddings: tuple[Path, ...] = ()
+    """Textual-inversion files (.safetensors): words that prompts may use."""
     loras: LoraSpecs = ()
     """LoRAs active beside the weights, never fused: `FILE`, `FILE:SCALE`, or tables of both."""
     negative_prompt: str | None = None
@@ -72,15 +74,15 @@ class Stack(BaseModel):
     def _check_blank(self) -> Self:
         if self.blank and not self._is_plain:
             raise ValueError(
-                "a blank stack must have no patches, LoRAs, guards and negative prompt, since its "
-                "images are black. "
-                "Leave them out"
+                "a blank stack must have no patches, words, LoRAs, guards and negative prompt, "
+                "since its images are black. Leave them out"
             )
         return self
 
     @property
     def _is_plain(self) -> bool:
-        return not (self.patches or self.loras or self.guards or self.negative_prompt is not None)
+        added = self.patches or self.embeddings or self.loras or self.guards
+        return not (added or self.negative_prompt is not None)
 
     @property
     def is_base(self) -> bool:
@@ -100,11 +102,14 @@ class Stack(BaseModel):
         """
         if self.blank:
             return _digest({"blank": model.size})
+        from safegen.models.textual_inversion import hash_word
         from safegen.patches.patch import Patch
 
         loras = [lora.fingerprint() for lora in self.loras]
+        words = [hash_word(path) for path in self.embeddings]
         return _digest(
-            {
+            ({"embeddings": words} if words else {})
+            | {
                 "weights": weights or model.pipeline_hash,
                 "patches": [Patch.load(path).hash for path in self.patches],
                 "loras": [(lora["hash"], lora["scale"]) for lora in loras],
@@ -217,6 +222,7 @@ def _read_recipe(path: Path) -> Stack:
             "model": stack.model if is_name else str(folder / stack.model),
             "config": folder / stack.config if stack.config else None,
             "patches": tuple(folder / patch for patch in stack.patches),
+            "embeddings": tuple(folder / file for file in stack.embeddings),
             "loras": tuple(
                 lora.model_copy(update={"file": folder / lora.file}) for lora in stack.loras
             ),

@@ -129,6 +129,7 @@ class StackLoader:
             PatchOverlapWarning: several patches change the same weights.
             AdapterWarning: several LoRAs do, or a part of one is left out.
         """
+        from safegen.models.textual_inversion import learned_words
         from safegen.patches.active_lora import active_loras
         from safegen.patches.arithmetic import warn_of_overlap
         from safegen.patches.lora_reader import read_lora
@@ -146,6 +147,7 @@ class StackLoader:
                 resources.enter_context(patch.apply(model))
             loras = [(read_lora(lora.file, model), lora.scale) for lora in stack.loras]
             resources.enter_context(active_loras(model, loras))
+            resources.enter_context(learned_words(model, stack.embeddings))
             yield LoadedStack(stack, model, digest, _guarded_pipeline(stack, model))
 
 

@@ -45,6 +45,7 @@ GUARDS = {
 """Guards that act during generation. NAME-PRESET selects a preset, such as `sld-max`."""
 
 ATTACKS = {
+    "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
 }

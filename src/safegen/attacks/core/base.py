@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -57,6 +58,8 @@ class AttackContext:
 
     target: Target
     """The attacked stack."""
+    folder: Path
+    """Folder for files that belong to the result, such as learned words."""
     progress: ProgressCallback = field(default=no_progress)
     """Called with (description, done, total)."""
 
@@ -131,6 +134,14 @@ class Attack(BaseModel, ABC):
         """Return the random generator of one sample, seeded by the attack's seed and its id."""
         digest = hashlib.sha256(f"{self.seed}:{sample.id}".encode()).digest()[:8]
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def stack_changes(self, folder: Path) -> Mapping[str, Any]:
+        """Return settings of the stack that the attack changes; empty if it changes none.
+
+        Args:
+            folder: folder with the files of the attack.
+        """
+        return {}
 
     @abstractmethod
     def build(self, context: AttackContext) -> Attacker:

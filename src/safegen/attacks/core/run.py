@@ -20,7 +20,7 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.folder import ATTACK, PROMPTS, Run
+from safegen.evaluation.run.folder import ATTACK, PATCHES, PROMPTS, Run
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, hash_prompts, read_prompt_list
@@ -95,7 +95,15 @@ def run_attack(
     samples = protocol.samples()
     with Journal(output_dir / ATTACK, AttackRecord) as journal:
         records = attack_samples(
-            attack, stack, concept, config, samples, journal, loader=loader, progress=progress
+            attack,
+            stack,
+            concept,
+            config,
+            samples,
+            journal,
+            output_dir / PATCHES,
+            loader=loader,
+            progress=progress,
         )
     found = _write_prompts(attack, samples, records, output_dir / PROMPTS)
     attacked = PromptList(
@@ -105,12 +113,16 @@ def run_attack(
         sha256=hash_prompts(read_prompt_list(str(found), protocol_seed=config.seed).rows),
         unsafe=config.unsafe,
     )
-    base = Stack(name="base", model=stack.model, config=stack.config)
+    stacks, references = [stack], {}
+    if changes := attack.stack_changes(output_dir / PATCHES):
+        changed = stack.model_copy(update={"name": f"{stack.name}-attacked", **changes})
+        stacks, references = [stack, changed], {changed.name: stack.name}
     run = evaluate(
         protocol.model_copy(update={"lists": (*protocol.lists, attacked)}),
-        [stack] if stack.is_base else [base, stack],
+        stacks,
         output_dir,
         baselines="none",
+        references=references,
         loader=loader,
         progress=progress,
     )
@@ -125,6 +137,7 @@ def attack_samples(
     config: AttackConfig,
     samples: Sequence[EvalSample],
     journal: Journal[AttackRecord],
+    folder: Path,
     *,
     loader: StackLoader,
     progress: ProgressCallback = no_progress,
@@ -148,7 +161,7 @@ def attack_samples(
                 if target.exhausted:
                     break
                 if attacker is None:
-                    context = AttackContext(target, progress)
+                    context = AttackContext(target, folder, progress)
                     attacker = attack.build(context)
                 before = target.cost if records else Cost()
                 progress(f"attacking: {stack.name}", len(records), len(samples))

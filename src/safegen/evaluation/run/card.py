@@ -166,6 +166,7 @@ def _entry(
         weights=weights,
         base=model.hash,
         patches=tuple(map(_patch_entry, stack.patches)),
+        embeddings=tuple(path.name for path in stack.embeddings),
         loras=tuple(lora.fingerprint() for lora in stack.loras),
         negative_prompt=stack.negative_prompt,
         guards=tuple(guard.fingerprint() for guard in stack.guards),

@@ -214,6 +214,8 @@ class StackEntry(BaseModel):
     base: str
     """`Model.hash` of the model without patches."""
     patches: tuple[PatchEntry, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    """Names of the files with learned words."""
     loras: tuple[dict[str, Any], ...] = ()
     negative_prompt: str | None = None
     guards: tuple[dict[str, Any], ...] = ()
