@@ -40,19 +40,35 @@ class ClipTextFeatures:
         self.width = int(self.net.config.hidden_size)
         self.device = adapter.device
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return fp32 features (n, 1 + tokens, width): pooled embedding, then all normed tokens."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Return the padded ids of texts, (n, tokens)."""
+        ids: Tensor = self.tokenizer(
             list(texts),
             padding="max_length",
-            max_length=length,
+            max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        )
+        ).input_ids
+        return ids
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return fp32 features (n, 1 + tokens, width): pooled embedding, then all normed tokens."""
+        return self._encode_ids(self.tokenize(texts))
+
+    def probe(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the ids of texts, and features of every token in them in as few rows as possible.
+
+        They differ where a change of the tokenizer or of the encoder concerns these texts.
+        """
+        ids = self.tokenize(texts)
+        used, length = ids.unique(), ids.shape[1]
+        rows = F.pad(used, (0, -len(used) % length), value=int(used[-1])).view(-1, length)
+        return ids, self._encode_ids(rows).cpu()
+
+    @torch.no_grad()
+    def _encode_ids(self, ids: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            output = self.net(tokens.input_ids.to(self.device))
+            output = self.net(ids.to(self.device))
         return torch.cat([output.pooler_output[:, None], output.last_hidden_state], dim=1).float()
 
     def pooled(self, texts: Sequence[str]) -> Tensor:
