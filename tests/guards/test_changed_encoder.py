@@ -85,10 +85,9 @@ def test_an_unchanged_text_encoder_encodes_the_concepts_once(
     make_model, generate, passing_settings, monkeypatch
 ):
     """A published list has hundreds of concepts; a call must not encode them all again."""
-    encoded = []
-    own = ClipTextFeatures.encode
+    rows, own = [], ClipTextFeatures.encode_ids
     monkeypatch.setattr(
-        ClipTextFeatures, "encode", lambda self, texts: encoded.extend(texts) or own(self, texts)
+        ClipTextFeatures, "encode_ids", lambda self, ids: rows.append(len(ids)) or own(self, ids)
     )
     concepts = [f"a {color} cube" for color in ("red", "blue", "green", "white")]
     settings = passing_settings["latent-guard"] | {"concepts": concepts}
@@ -96,7 +95,7 @@ def test_an_unchanged_text_encoder_encodes_the_concepts_once(
     engine = GuardedPipeline(pipe, [make_guard("latent-guard", **settings)])
     for _ in range(2):
         generate(pipe, engine=engine, prompts=PROMPTS)
-    assert encoded == [*concepts, *PROMPTS, *PROMPTS]
+    assert rows == [1, len(concepts), *[1, len(PROMPTS)] * 2]
 
 
 def test_latent_guard_refuses_an_encoder_that_its_head_does_not_fit(

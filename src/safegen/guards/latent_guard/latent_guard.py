@@ -102,8 +102,8 @@ class LatentGuardGuard(Guard):
     ) -> None:
         super().__init__(config)
         self.adapter, self.head = adapter, head
-        self.last_probe: tuple[Tensor, Tensor] | None = None
-        """Ids and features by which a changed text encoder is noticed."""
+        self.last_probe: tuple[list[list[int]], Tensor] | None = None
+        """Token ids and features by which a changed text encoder is noticed."""
         self.concepts = torch.empty(0)
         """Features of the concepts, (c, width)."""
         self.read_encoder()
@@ -121,11 +121,12 @@ class LatentGuardGuard(Guard):
                 f"got {self.head.width}. Train one with guards.latent_guard.head.train_head."
             )
         concepts = self.config.concepts
-        probe = features.probe(concepts)
-        if self.last_probe is None or not all(map(torch.equal, probe, self.last_probe)):
+        ids, probe = features.probe(concepts)
+        last_ids, last_probe = self.last_probe or (None, probe)
+        if ids != last_ids or not torch.equal(probe, last_probe):
             for concept in concepts:
                 self.adapter.check_length(concept, "a concept of the guard 'latent-guard'")
-            self.last_probe, self.concepts = probe, features.pooled(concepts)
+            self.last_probe, self.concepts = (ids, probe), features.pooled(concepts)
         self.head = self.head.to(features.device)
         self.concepts = self.concepts.to(features.device)
         return features
