@@ -8,7 +8,11 @@ from __future__ import annotations
 import hashlib
 from importlib.util import find_spec
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("fixed")  # the same examples in every run, on every machine
 
 if find_spec("beartype"):  # checks the shape annotations of pure functions
     from jaxtyping import install_import_hook
