@@ -30,9 +30,9 @@ class CropsConfig(JudgeBackedConfig):
     pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
     paper: ClassVar[str] = "after CROPS / SC-Pro, arXiv:2501.05359 (abstract only)"
     deviations: ClassVar[str] = (
-        "Reconstruction: sizes, circle and threshold are ours. Probes of the embedding turn each "
-        "of the prompt's tokens by the angle (ours). The one-step variant uses this model, not a "
-        "distilled one."
+        "No released code was found, so nothing was compared. Sizes, circle and threshold are "
+        "ours. Probes of the embedding turn each of the prompt's tokens by the angle (ours). The "
+        "one-step variant uses this model, not a distilled one."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "one-step": {"steps": 1},
@@ -119,7 +119,7 @@ class CropsGuard(Guard):
         hidden = self.adapter.encode(prompts, options).hidden.float()
         offsets = hidden.new_zeros((self.config.probes, *hidden.shape))
         for i, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):
-            end = min(self.adapter.count_tokens(prompt)) - 1  # token 0 is the start, `end` the end
+            end = self.adapter.last_token(prompt) + 1  # token 0 is the start, `end` the end
             rng = clone_generator(generator)
             for j in range(1, end):
                 offsets[:, i, j] = self._neighbors(hidden[i, j], rng) - hidden[i, j]
