@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.target import TextSpace
-from safegen.core.concept import Concept, prompt_list
+from safegen.attacks.core.text import concept_pairs
 from safegen.core.errors import ConfigError
 from safegen.evaluation.samples import EvalSample
 
@@ -78,33 +78,6 @@ class RingABell(Attack):
         return GeneticSearch(self, context)
 
 
-def concept_pairs(concept: Concept, n: int) -> list[tuple[str, str]]:
-    """Return prompts with and without a concept.
-
-    They are prompts of the concept's tuning lists for the same subject; without such lists, its
-    captions with and without its phrases.
-
-    Raises:
-        ConfigError: the concept has neither.
-    """
-    if concept.tuning.get("concept") and concept.tuning.get("benign"):
-        shown, benign = (
-            [row for name in concept.tuning[side] for row in prompt_list(name)]
-            for side in ("concept", "benign")
-        )
-        by_subject = {row.subject: row.text for row in reversed(benign)}
-        pairs = [(r.text, by_subject[r.subject]) for r in shown if r.subject in by_subject]
-    else:
-        captions = [row.text for name in concept.captions for row in prompt_list(name)]
-        pairs = [(f"{text}, {word}", text) for text in captions for word in concept.words]
-    if not pairs:
-        raise ConfigError(
-            f"concept {concept.name!r} must have tuning lists, or captions and words, for "
-            "Ring-A-Bell's prompt pairs, got neither. Add them to its TOML file."
-        )
-    return pairs[:n]
-
-
 class GeneticSearch:
     """Genetic search over the tokens of several prompts at once."""
 
@@ -117,7 +90,7 @@ class GeneticSearch:
                 f"num_tokens must be at most {limit} for this text encoder, got {config.num_tokens}"
             )
         self.vocabulary = torch.tensor(self.space.vocabulary)
-        shown, benign = zip(*concept_pairs(context.concept, config.num_pairs), strict=True)
+        shown, benign, _ = zip(*concept_pairs(context.concept)[: config.num_pairs], strict=True)
         with torch.no_grad():
             difference = self._embed(shown) - self._embed(benign)
         self.direction = difference.mean(0)

@@ -46,8 +46,10 @@ GUARDS = {
 
 ATTACKS = {
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
+    "mma": "safegen.attacks.mma:MMA",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
+    "unlearn_diff": "safegen.attacks.unlearn_diff:UnlearnDiff",
 }
 """Attacks that try to bring a removed concept back."""
 

@@ -1,0 +1,220 @@
+"""UnlearnDiffAtk: search a token prefix by the denoising loss of the attacked model.
+
+Zhang et al. 2024, arXiv:2310.11868. The attacked denoiser itself is the classifier: a prefix is
+good if the denoiser predicts the noise of an image of the concept under it (equation 5). The prefix
+is a distribution over tokens, sampled in each step and projected onto the simplex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
+from safegen.attacks.core.images import ConceptImages
+from safegen.attacks.core.target import TextSpace
+from safegen.core.errors import ConfigError
+from safegen.edits.functional import losses
+from safegen.evaluation.samples import EvalSample
+
+
+class UnlearnDiff(Attack):
+    """Settings of UnlearnDiffAtk."""
+
+    TINY: ClassVar[Mapping[str, Any]] = {"num_tokens": 2, "num_timesteps": 2, "iterations": 2}
+    paper: ClassVar[str] = "arXiv:2310.11868"
+    code_url: ClassVar[str] = "https://github.com/OPTML-Group/Diffusion-MU-Attack"
+    code_commit: ClassVar[str] = "5a3e5d3"
+    deviations: ClassVar[str] = (
+        "Several prompts are attacked in one batch, each with its own draws. "
+        "The target is an image of the concept with the prompt's subject; the released data have "
+        "the unedited model's image of the prompt. "
+        "The prefix of the lowest mean loss is kept if no image shows the concept."
+    )
+    access: ClassVar[Access] = "weights"
+    tier: ClassVar[Tier] = "adaptive"
+
+    num_tokens: int = Field(default=5, ge=1)
+    """Tokens of the prefix; released: 5 for nudity, violence and illegal acts, 3 for objects."""
+    num_timesteps: int = Field(default=50, ge=1, le=1000)
+    """Timesteps, evenly spaced and in rising order; an image is generated after each."""
+    iterations: int = Field(default=40, ge=1)
+    """Updates at each timestep."""
+    lr: float = Field(default=0.01, gt=0)
+    """Learning rate of Adam."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Weight decay of Adam."""
+    images: Path | None = None
+    """Folder of images of the concept. Default: the concept's bundled triplets."""
+
+    def build(self, context: AttackContext) -> PrefixSearch:
+        """Return the attacker; the target images are encoded here.
+
+        Raises:
+            ConfigError: there are no images of the concept, or the model does not fit.
+        """
+        return PrefixSearch(self, context)
+
+
+class PrefixSearch:
+    """Projected gradient search over the prefixes of several prompts at once."""
+
+    def __init__(self, config: UnlearnDiff, context: AttackContext) -> None:
+        self.config, self.context, self.target = config, context, context.target
+        self.model, self.space = context.target.model, TextSpace(context.target.model)
+        if self.model.prediction not in ("epsilon", "v_prediction"):
+            raise ConfigError(
+                f"prediction type must be epsilon or v_prediction, got {self.model.prediction}"
+            )
+        self.images = ConceptImages(self.model, context.concept, config.images)
+        self.vocabulary = torch.tensor(self.space.vocabulary, device=self.model.device)
+        table = self.space.encoder.get_input_embeddings().weight
+        self.table = table.detach()[self.vocabulary].float()
+        """Embeddings of the tokens that a prefix may have (v, width)."""
+
+    def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
+        """Return the prompt with a prefix for each sample."""
+        config = self.config
+        searches = [_Prefix(config, self, sample) for sample in samples]
+        self._query(searches, [search.sample.prompt for search in searches])
+        steps = len(self.model.alphas_cumprod())
+        spacing = steps // config.num_timesteps
+        timesteps = range(spacing // 2, steps, spacing)[: config.num_timesteps]
+        for number, t in enumerate(timesteps):
+            running = [search for search in searches if not search.success]
+            if not running or self.target.exhausted:
+                break
+            total = torch.zeros(len(running))
+            for _ in range(config.iterations):
+                total += self._update(running, t)
+            for search, loss in zip(running, total / config.iterations, strict=True):
+                search.history.append(float(loss))
+            self._query(running, [search.text(self.space) for search in running])
+            self.context.progress("searching prefixes", number + 1, len(timesteps))
+        return [search.record(self.space, self.target.exhausted) for search in searches]
+
+    def _update(self, searches: Sequence[_Prefix], t: int) -> Tensor:
+        """Update each prefix at one timestep, and return the losses."""
+        one_hot = torch.stack([search.draw() for search in searches]).requires_grad_()
+        prefix = one_hot @ self.table
+        k = prefix.shape[1]
+
+        def replace(_: Tensor, embeddings: Tensor) -> Tensor:
+            return torch.cat(
+                [embeddings[:, :1], prefix.to(embeddings), embeddings[:, 1 + k :]], dim=1
+            )
+
+        ids = torch.stack([search.ids for search in searches]).to(self.model.device)
+        z = torch.stack([search.latents for search in searches])
+        noise = torch.stack([search.noise() for search in searches]).to(z)
+        steps = torch.full((len(z),), t, device=z.device)
+        signal = self.model.alphas_cumprod().to(z.device)[steps]
+        goal = noise if self.model.prediction == "epsilon" else losses.velocity(noise, z, signal)
+        with torch.enable_grad(), self.space.embeddings(replace):
+            text = self.space.encoder(ids)[0]
+            noisy = losses.add_noise(z, noise, signal)
+            dtype = self.model.denoiser.dtype
+            output = self.model.denoiser(noisy.to(dtype), steps, text.to(dtype)).sample
+            loss = losses.squared_error(output.float(), goal)
+            (gradient,) = torch.autograd.grad(loss.sum(), one_hot)
+        for search, row in zip(searches, gradient, strict=True):
+            search.step(row)
+        return loss.detach().cpu()
+
+    def _query(self, searches: Sequence[_Prefix], texts: Sequence[str]) -> None:
+        """Generate and judge an image of each text, and note where the concept is seen."""
+        asked = [
+            search.sample.model_copy(update={"prompt": text})
+            for search, text in zip(searches, texts, strict=True)
+        ]
+        for search, sample, result in zip(searches, asked, self.target.query(asked), strict=True):
+            search.note(sample.prompt, result.score, success=result.success)
+
+
+class _Prefix:
+    """Distribution over the tokens of one prompt's prefix, (k, v), with its optimizer."""
+
+    def __init__(self, config: UnlearnDiff, search: PrefixSearch, sample: EvalSample) -> None:
+        self.sample, self.generator = sample, config.generator(sample)
+        k, v = config.num_tokens, len(search.vocabulary)
+        self.weights = torch.full((k, v), 1 / v, device=search.model.device).requires_grad_()
+        self.optimizer = torch.optim.Adam(
+            [self.weights], lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.vocabulary, self.latents = search.vocabulary, search.images.latents_for(sample)
+        space = search.space
+        words = space.tokenize([sample.prompt])[0]
+        words = words[1 : 1 + int((words != space.tokenizer.eos_token_id).sum()) - 1]
+        room = space.length - 2 - k
+        if room < 0:
+            raise ConfigError(f"num_tokens must be at most {space.length - 2}, got {k}")
+        filler = torch.zeros(k, dtype=words.dtype)
+        self.ids = space.rows(torch.cat([filler, words[:room]])[None])[0]
+        self.best, self.score, self.success = sample.prompt, -1.0, False
+        self.history: list[float] = []
+
+    def draw(self) -> Tensor:
+        """Return one token for each position as one-hot rows (k, v)."""
+        index = torch.multinomial(self.weights.detach().cpu(), 1, generator=self.generator)
+        one_hot = torch.zeros_like(self.weights)
+        return one_hot.scatter(1, index.to(one_hot.device), 1.0).detach()
+
+    def noise(self) -> Tensor:
+        """Return fresh noise of the shape of the latents."""
+        return torch.randn(self.latents.shape, generator=self.generator)
+
+    def step(self, gradient: Tensor) -> None:
+        """Take an optimizer step with the clipped gradient, and project onto the simplex."""
+        self.weights.grad = gradient.clamp(-1, 1)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.weights.copy_(project_simplex(self.weights))
+
+    def tokens(self) -> Tensor:
+        """Return the most probable token of each position (k,)."""
+        return self.vocabulary[self.weights.argmax(-1)].cpu()
+
+    def text(self, space: TextSpace) -> str:
+        """Return the prompt behind its prefix."""
+        return f"{space.decode(self.tokens()[None])[0].strip()} {self.sample.prompt}".strip()
+
+    def note(self, text: str, score: float, *, success: bool) -> None:
+        """Keep a text if its image has the highest score so far."""
+        if score > self.score or success:
+            self.best, self.score, self.success = text, score, success
+
+    def record(self, space: TextSpace, stopped: str) -> AttackRecord:
+        """Return the result."""
+        tokens = self.tokens()
+        found = self.best != self.sample.prompt
+        ids = space.tokenize([self.best])[0]
+        return AttackRecord(
+            id=self.sample.id,
+            prompt=self.best,
+            seed=self.sample.seed,
+            success=self.success,
+            loss=min(self.history, default=None),
+            history=tuple(self.history),
+            tokens=tuple(tokens.tolist()) if found else (),
+            stable=bool((ids[1 : 1 + len(tokens)] == tokens).all()) if found else None,
+            stopped="" if self.success else stopped,
+        )
+
+
+def project_simplex(weights: Tensor) -> Tensor:
+    """Return the nearest distributions to rows of weights (k, v), by sorting.
+
+    Duchi et al. 2008, "Efficient projections onto the l1-ball", figure 1. The released code finds
+    the same point by bisection.
+    """
+    ordered = weights.sort(dim=-1, descending=True).values
+    sums = ordered.cumsum(-1) - 1
+    ranks = torch.arange(1, weights.shape[-1] + 1, device=weights.device)
+    size = (ordered - sums / ranks > 0).sum(-1, keepdim=True)
+    threshold = sums.gather(-1, size - 1) / size
+    return (weights - threshold).clamp(min=0)
