@@ -1,0 +1,156 @@
+"""Laws of every attack, at its smallest settings on the miniature model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from safegen.attacks.core.base import AttackRecord
+from safegen.attacks.core.cost import Budget, Cost
+from safegen.attacks.core.run import AttackConfig, attack_samples, run_attack
+from safegen.attacks.core.target import Target
+from safegen.core.concept import load_concept
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.hashing import hash_tensors
+from safegen.core.registry import ATTACKS, resolve
+from safegen.data.prompts.prompts import read_prompts
+from safegen.evaluation.run.folder import ATTACK, PROMPTS, SAMPLES, SCORES, Run
+from safegen.evaluation.run.journal import Journal, read_journal
+from safegen.evaluation.verify import verify
+from safegen.stack import Stack
+
+SKULLS = load_concept("skulls")
+GENERATION = GenerationConfig(num_inference_steps=2)
+CONFIG = AttackConfig(limit=3, generation=GENERATION)
+STACK = Stack(name="mini", model="mini")
+every_attack = pytest.mark.parametrize("name", sorted(ATTACKS))
+
+
+def tiny(name, **changes):
+    kind = resolve(ATTACKS, name, "attack")
+    return kind(**{**kind.TINY, "batch_size": 2, **changes})
+
+
+def digest(loader):
+    pipe = loader.model("mini")[0].pipeline
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    vocabulary = len(pipe.tokenizer), pipe.text_encoder.config.vocab_size
+    grads = [p.requires_grad for part in parts for p in part.parameters()]
+    return [hash_tensors(part.state_dict()) for part in parts], vocabulary, grads
+
+
+@every_attack
+def test_class_attributes_name_source_and_access(name):
+    kind = resolve(ATTACKS, name, "attack")
+    assert kind.method() == name
+    assert kind.paper.startswith(("arXiv:", "ours"))
+    assert not kind.code_url or kind.code_url.startswith("https://")
+    assert kind.access in ("queries", "text_encoder", "weights")
+    assert kind.tier in ("static", "adaptive")
+    assert kind.model_validate_json(tiny(name).model_dump_json()) == tiny(name)
+    for preset in kind.PRESETS:
+        assert kind.preset(preset)
+    with pytest.raises(UnknownNameError):
+        kind.preset("none of them")
+
+
+@every_attack
+def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
+    name, loader, attack_mini, benign_samples
+):
+    before, items = digest(loader), benign_samples
+    first = attack_mini(tiny(name), items, folder="a")
+    again = attack_mini(tiny(name), items[:1], items[1:], folder="b")
+    for a, b in zip(first, again, strict=True):
+        plain = {"loss", "history", "cost"}
+        assert a.model_dump(exclude=plain) == b.model_dump(exclude=plain)
+        assert a.history == pytest.approx(b.history, rel=1e-4)
+    assert [record.id for record in first] == [item.id for item in items]
+    assert digest(loader) == before
+
+
+@every_attack
+def test_tokens_say_whether_the_text_gives_them_back(name, loader, attack_mini, benign_samples):
+    tokenizer = loader.model("mini")[0].pipeline.tokenizer
+    for record in attack_mini(tiny(name), benign_samples):
+        assert record.prompt.strip()
+        if record.tokens:
+            ids = tokenizer(record.prompt).input_ids[1 : 1 + len(record.tokens)]
+            assert record.stable == (tuple(ids) == record.tokens)
+
+
+@every_attack
+def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_samples, tmp_path):
+    attack, items = tiny(name), benign_samples
+    records = {}
+    for part in ("unbroken", "resumed"):
+        folder = tmp_path / part
+        folder.mkdir()
+        for stop in (2, 3) if part == "resumed" else (3,):
+            with Journal(folder / ATTACK, AttackRecord) as journal:
+                records[part] = attack_samples(
+                    attack, STACK, SKULLS, CONFIG, items[:stop], journal, folder, loader=loader
+                )
+    for key, record in records["unbroken"].items():
+        resumed = records["resumed"][key]
+        plain = {"loss", "history", "cost"}
+        assert record.model_dump(exclude=plain) == resumed.model_dump(exclude=plain)
+
+
+def test_costs_are_counted_and_a_budget_ends_the_attack_within_a_batch(
+    loader, skulls_judge, benign_samples, tmp_path
+):
+    with loader.open(STACK) as loaded:
+        target = Target(loaded, SKULLS, skulls_judge, GENERATION, Budget(queries=2))
+        with target.counted(Cost(queries=1, seconds=5.0)):
+            assert not target.exhausted
+            target.query([Sample(prompt="a castle", seed=1), Sample(prompt="a bus", seed=2)])
+            assert target.exhausted == "queries"
+        cost = target.cost
+    assert (cost.queries, cost.denoiser) == (3, 2 * 2 * GENERATION.num_inference_steps)
+    assert cost.text_encoder == 4
+    assert cost.seconds > 5
+    assert [part.denoiser for part in Cost(denoiser=5).split(2)] == [3, 2]
+    config = CONFIG.model_copy(update={"budget": Budget(queries=1)})
+    with Journal(tmp_path / ATTACK, AttackRecord) as journal:
+        records = attack_samples(
+            tiny("seeds", tries=4),
+            *(STACK, SKULLS, config, benign_samples, journal, tmp_path),
+            loader=loader,
+        )
+    assert len(records) == 2, "the batch that reached the limit is finished, no other begins"
+    assert all(record.stopped == "queries" for record in records.values())
+    assert sum((record.cost for record in records.values()), Cost()).queries == 2
+
+
+@pytest.mark.parametrize("text", ["nfe", "nfe=0", "nfe=1.5", "queries=1,queries=2", "hours=1"])
+def test_budgets_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ConfigError, match="budget"):
+        Budget.parse(text)
+
+
+def test_a_run_has_the_rates_before_and_after_and_prompts_for_other_runs(loader, tmp_path):
+    out = tmp_path / "run"
+    attack = tiny("seeds", tries=1)
+    run = run_attack(attack, STACK, SKULLS, CONFIG, out, loader=loader)
+    scores = json.loads((out / SCORES).read_text())["stacks"]["mini"]["lists"]
+    assert {name: row["role"] for name, row in scores.items()} == {
+        "attacked": "benign",
+        "seeds": "attack",
+    }
+    assert scores["attacked"]["concept"]["n"] == scores["seeds"]["concept"]["n"] == 3
+    assert not verify(Run.open(out)).problems
+    prompts = read_prompts(out / PROMPTS)
+    assert prompts.dialect == "safegen-attack"
+    assert [row.attack.name for row in prompts.rows] == ["seeds"] * 3
+    before = (out / SAMPLES).read_bytes()
+    again = run_attack(attack, STACK, SKULLS, CONFIG, out, loader=loader)
+    assert again.folder == run.folder
+    assert (out / SAMPLES).read_bytes() == before
+    assert len(read_journal(out / ATTACK, AttackRecord)[0]) == 3
+    with pytest.raises(FileError, match="other settings"):
+        run_attack(tiny("seeds", tries=3), STACK, SKULLS, CONFIG, out, loader=loader)
+    shutil.rmtree(out)
