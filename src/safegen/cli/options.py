@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 from safegen.core.errors import (
@@ -64,12 +65,13 @@ def load_model(
 
 
 def check_outputs(out: Path, no_card: bool) -> None:
-    """Raise if a new file or its model card cannot be written; call it before long work."""
-    from safegen.core.files import check_output
+    """Claim a new file and its model card until the command ends; call it before long work."""
+    from safegen.core.files import check_output, claim
 
-    check_output(out)
-    if not no_card:
-        check_output(out.with_name(out.name + ".md"))
+    for path in [out] if no_card else [out, out.with_name(out.name + ".md")]:
+        check_output(path)
+        click.get_current_context().with_resource(claim(path))
+        check_output(path)  # another process may have written it before the claim
 
 
 def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, Any]:

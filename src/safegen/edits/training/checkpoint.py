@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safegen.core.errors import FileError
+from safegen.core.files import atomic_write
 from safegen.edits.training.config import LogRow
 
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
@@ -39,27 +38,17 @@ def write_checkpoint(
     Raises:
         FileError: the checkpoint cannot be written.
     """
-    path = directory / CHECKPOINT_FILE
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary_log = directory / f".{LOG_FILE}.tmp-{os.getpid()}"
     header = {"fingerprint": fingerprint, "state": json.dumps(state)}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in log)
-        temporary_log.write_text(lines, encoding="utf-8")
-        contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-        save_file(contiguous, temporary, metadata=header)
+    contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+    path = directory / CHECKPOINT_FILE
+    with atomic_write(path, replace=True) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=header)
+        except SafetensorError as error:
+            raise FileError(f"{path} cannot be written: {error}") from error
         # The log goes first: resuming drops rows that are newer than the checkpoint.
-        temporary_log.replace(directory / LOG_FILE)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"the checkpoint {path} cannot be written: {error}") from error
-    finally:
-        for leftover in (temporary, temporary_log):
-            with suppress(OSError):
-                leftover.unlink(missing_ok=True)
-        with suppress(OSError):
-            directory.rmdir()  # succeeds only if it is empty: the first checkpoint failed
+        with atomic_write(directory / LOG_FILE, replace=True) as temporary_log:
+            temporary_log.write_text("".join(json.dumps(row) + "\n" for row in log), "utf-8")
 
 
 def read_checkpoint(

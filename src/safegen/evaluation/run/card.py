@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from safegen._version import __version__
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import display_name
+from safegen.core.files import display_name, is_unfinished
 from safegen.evaluation.compare import differences
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.folder import CARD, PATCHES, PLAN, SETTINGS, Run, write_json, write_plan
@@ -61,7 +61,7 @@ def prepare(
         return run
     own = {PLAN, SETTINGS, PATCHES}
     if out.exists() and (
-        not out.is_dir() or any(p.name not in own and ".tmp-" not in p.name for p in out.iterdir())
+        not out.is_dir() or any(p.name not in own and not is_unfinished(p) for p in out.iterdir())
     ):
         raise FileError(f"{out} already exists and is not a run. Name another directory with --out")
     out.mkdir(parents=True, exist_ok=True)
