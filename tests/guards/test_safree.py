@@ -13,18 +13,17 @@ from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.safree.projection import (
     ProjectionConfig,
-    TextEncoderView,
     apply_projection,
     combined_projector,
     concept_projectors,
     project_prompt,
     projection_distance,
     span,
-    text_encoders,
     triggers,
 )
 from safegen.guards.safree.reattention import reattend
 from safegen.guards.safree.safree import calibrate, filter_steps
+from safegen.models.text_encoder import TextEncoderView, text_encoders
 
 CUBE = {"name": "safree", "phrases": ["a red cube", "red"]}
 PROMPT = "a red cube on a white table"
@@ -213,9 +212,9 @@ def test_each_encoder_of_sdxl_projects_by_its_own_span(tiny_xl):
 
 def test_pooled_equals_each_encoders_pooled_output(tiny_xl):
     one, two = text_encoders(tiny_xl)
-    ids, _ = one.tokenize(PROMPT)
-    assert torch.equal(one.pooled(ids), tiny_xl.text_encoder(ids).pooler_output)
-    assert torch.equal(two.pooled(ids), tiny_xl.text_encoder_2(ids).text_embeds)
+    ids, n = one.tokenize(PROMPT)
+    assert torch.equal(one.pooled(ids, [n]), tiny_xl.text_encoder(ids).pooler_output)
+    assert torch.equal(two.pooled(ids, [n]), tiny_xl.text_encoder_2(ids).text_embeds)
 
 
 def test_changes_sdxl_but_not_its_pooled_embeddings(tiny_xl, generate):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -16,6 +18,8 @@ from safegen.core.errors import FileError, explain
 Record = TypeVar("Record", bound=BaseModel)
 MAX_BYTES = 256 * 2**20
 """Largest document that is read, in bytes; larger ones are refused."""
+MAX_DEPTH = 100
+"""Most levels of lists and objects in a document; deeper ones are refused."""
 
 
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
@@ -26,16 +30,32 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     Raises:
         FileError: the file is missing, no regular file, unreadable, or larger than `limit` bytes.
     """
+    check_file(path)
     try:
-        check_regular(path, path.stat().st_mode)
         with path.open("rb") as file:
             content = file.read(limit + 1)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{str(path)!r} cannot be read: {reason}") from error
+    except OSError as error:
+        raise FileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     if len(content) > limit:
         raise FileError(f"{str(path)!r} must have at most {limit} bytes. Is it the right file?")
     return content
+
+
+def check_file(path: Path) -> int:
+    """Check that a path is a regular file, and return its size in bytes.
+
+    Raises:
+        FileError: it is missing, cannot be reached, or is no regular file.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileError(f"{str(path)!r} does not exist") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{str(path)!r} cannot be read: {reason}") from error
+    check_regular(path, status.st_mode)
+    return status.st_size
 
 
 def check_regular(path: Path, mode: int) -> None:
@@ -113,25 +133,38 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        return tomllib.loads(text)
+        value = tomllib.loads(text)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} is not TOML: {reason_of(error)}") from error
+    return value
 
 
-def parse_json(text: str | bytes, source: str) -> Any:
-    """Return the value of a JSON text; NaN and infinities are refused.
+def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> Any:
+    """Return the value of a JSON text; only what JSON can write again is accepted.
+
+    NaN, infinite numbers, lone surrogates and more than `MAX_DEPTH` levels are refused.
 
     Args:
         text: the JSON text.
         source: name of the text for messages, a path for example.
+        unique_keys: also refuse an object with the same key twice.
 
     Raises:
         FileError: the text is not JSON.
     """
+    hook = _refuse_repeated_keys if unique_keys else None
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=hook
+        )
+        _check_depth(value)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise FileError(f"{source!r} is not JSON: {reason_of(error)}") from error
+    return value
 
 
 def validate(model: type[Record], value: Any, source: str) -> Record:
@@ -158,3 +191,30 @@ def reason_of(error: Exception) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _parse_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:80]} is too large a number")
+    return value
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        repeated = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"it has the key {repeated[:80]!r} more than once")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError if a value has more than `MAX_DEPTH` levels."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]

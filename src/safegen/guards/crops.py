@@ -119,7 +119,7 @@ class CropsGuard(Guard):
         hidden = self.adapter.encode(prompts, options).hidden.float()
         offsets = hidden.new_zeros((self.config.probes, *hidden.shape))
         for i, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):
-            end = min(self.adapter.count_tokens(prompt)) - 1  # token 0 is the start, `end` the end
+            end = self.adapter.last_token(prompt) + 1  # token 0 is the start, `end` the end
             rng = clone_generator(generator)
             for j in range(1, end):
                 offsets[:, i, j] = self._neighbors(hidden[i, j], rng) - hidden[i, j]

@@ -25,8 +25,8 @@ from safegen.guards.safree.projection import (
     apply_projection,
     concept_projectors,
     project_prompt,
-    text_encoders,
 )
+from safegen.models.text_encoder import text_encoders
 
 MEMORYLESS_SCHEDULERS = (
     "DDIMScheduler",

@@ -9,7 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from safegen.core.documents import check_file
 from safegen.core.errors import FileError
+
+MAX_SCALE = 1000.0
+"""Largest scale of a LoRA, and largest ratio of its alpha to its rank, either sign."""
 
 
 class LoraSpec(BaseModel):
@@ -19,7 +23,7 @@ class LoraSpec(BaseModel):
 
     file: Path
     """A LoRA of the denoiser, in kohya's or diffusers' keys."""
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=-MAX_SCALE, le=MAX_SCALE, allow_inf_nan=False)
     """Strength; 1 is as trained."""
 
     @field_validator("scale")
@@ -35,10 +39,12 @@ class LoraSpec(BaseModel):
         Raises:
             FileError: the file cannot be read.
         """
-        if not self.file.is_file():
-            raise FileError(f"the LoRA {str(self.file)!r} does not exist")
-        with self.file.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        check_file(self.file)
+        try:
+            with self.file.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise FileError(f"{str(self.file)!r} cannot be read: {error.strerror}") from error
         return {"file": self.file.name, "hash": digest, "scale": self.scale}
 
 

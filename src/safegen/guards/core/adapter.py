@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
+from safegen.models.text_encoder import text_encoders
 
 HookPoint = Literal[
     "prompt", "probe", "negative_prompt_embeds", "prompt_embeds", "guidance", "latents", "image"
@@ -202,10 +203,20 @@ class PipelineAdapter:
         return {k: (options or {}).get(k, defaults[k]) for k in self.spec.encode_options}
 
     def count_tokens(self, text: str, options: Mapping[str, Any] | None = None) -> tuple[int, int]:
-        """Return the tokens of a text with both ends, and how many the encoder reads."""
-        tokenizer = self.pipe.tokenizer
-        limit = self._encode_options(options).get(LENGTH_OPTION, tokenizer.model_max_length)
-        return len(tokenizer(text).input_ids), int(limit)
+        """Return the tokens of a text with both ends, and how many are read.
+
+        Of several text encoders, the one that leaves out most counts.
+        """
+        limit = self._encode_options(options).get(LENGTH_OPTION)
+        counts = [
+            (len(view.token_ids(text)), view.limit if limit is None else int(limit))
+            for view in text_encoders(self.pipe)
+        ]
+        return max(counts, key=lambda count: count[0] - count[1])
+
+    def last_token(self, text: str) -> int:
+        """Return the position of a text's last token that an encoder reads; 0 for an empty text."""
+        return max(view.tokenize(text)[1] for view in text_encoders(self.pipe))
 
     def check_length(self, text: str, name: str, options: Mapping[str, Any] | None = None) -> None:
         """Refuse a text that the encoder would truncate: words that are not read guard nothing.

@@ -26,9 +26,9 @@ from safegen.guards.safree.projection import (
     apply_projection,
     concept_projectors,
     project_prompt,
-    text_encoders,
 )
 from safegen.guards.safree.reattention import Reattention
+from safegen.models.text_encoder import text_encoders
 
 MAX_FILTER_STEPS = 10
 """U: most steps after the first, of 50, in which the filter lets the projection act."""
