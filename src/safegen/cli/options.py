@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from safegen.core.errors import (
@@ -64,13 +63,13 @@ def load_model(
     return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
 
 
-def check_outputs(out: Path, no_card: bool) -> None:
+def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
     """Claim a new file and its model card until the command ends; call it before long work."""
     from safegen.core.files import check_output, claim
 
     for path in [out] if no_card else [out, out.with_name(out.name + ".md")]:
         check_output(path)
-        click.get_current_context().with_resource(claim(path))
+        ctx.with_resource(claim(path))
         check_output(path)  # another process may have written it before the claim
 
 

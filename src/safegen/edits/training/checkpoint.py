@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import FileError
-from safegen.core.files import atomic_write
+from safegen.core.errors import DivergedError, FileError
+from safegen.core.files import atomic_write, claim_folder
 from safegen.edits.training.config import LogRow
 
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
@@ -76,6 +77,28 @@ def read_checkpoint(
             "Resume with those of the stopped run."
         )
     return tensors, json.loads(header["state"]), rows
+
+
+@contextmanager
+def claim_checkpoints(directory: Path | None) -> Iterator[None]:
+    """Keep other processes from writing checkpoints to a directory.
+
+    If the training diverges, the checkpoint and the log are removed: a resumed run would diverge
+    again.
+
+    Raises:
+        FileError: another process works there, or the directory cannot be written.
+    """
+    if directory is None:
+        yield
+        return
+    with claim_folder(directory):
+        try:
+            yield
+        except DivergedError:
+            for name in (CHECKPOINT_FILE, LOG_FILE):
+                (directory / name).unlink(missing_ok=True)
+            raise
 
 
 def check_resumable(directory: Path) -> None:

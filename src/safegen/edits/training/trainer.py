@@ -17,7 +17,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
-from safegen.edits.training.checkpoint import check_resumable, read_checkpoint, write_checkpoint
+from safegen.edits.training.checkpoint import (
+    check_resumable,
+    claim_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from safegen.edits.training.config import (
     HasValidation,
     LogRow,
@@ -57,7 +62,7 @@ def train(
     Raises:
         ConfigError: see `check_training`.
         FileError: there is no checkpoint to resume, it is damaged, or of another objective.
-        DivergedError: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
+        DivergedError: a loss, a gradient or a new weight is not finite.
         InterruptedRunError: SIGINT or SIGTERM arrived; with a directory, a checkpoint was written.
 
     Warns:
@@ -90,7 +95,9 @@ def train(
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
-        return trainer.fit(resume=resume)
+        writes = checkpoint_dir is not None and trainer.accelerator.is_main_process
+        with claim_checkpoints(checkpoint_dir if writes else None):
+            return trainer.fit(resume=resume)
     finally:
         vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
         vars(denoiser).pop("_original_forward", None)
