@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from safegen.core.errors import (
     SafegenWarning,
     UnusedSettingWarning,
 )
+from safegen.core.quiet import INDUCTOR_FOLDER, remove_inductor_folder
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -133,11 +135,13 @@ def set_threads(threads: int | None) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries below from printing; call it before they are imported."""
+    """Keep the libraries below from printing and from writing; call it before their import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if INDUCTOR_FOLDER not in os.environ:
+        atexit.register(remove_inductor_folder)
 
 
 def show_warnings() -> None:

@@ -65,11 +65,16 @@ def check_output(path: Path) -> None:
         )
     if os.path.lexists(path):
         raise FileError(f"{path} already exists. Choose another path or remove it.")
+    _check_parent(path, path)
+
+
+def _check_parent(path: Path, out: Path) -> None:
+    """Raise if `path`, which belongs to the output `out`, has no parent that can be written to."""
     parent = next(folder for folder in path.absolute().parents if exists(folder))
     if not parent.is_dir():
-        raise FileError(f"{path} cannot be written: {parent} is a file, not a folder")
+        raise FileError(f"{out} cannot be written: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
-        raise FileError(f"{path} cannot be written: {parent} is not writable")
+        raise FileError(f"{out} cannot be written: {parent} is not writable")
 
 
 @contextmanager
@@ -128,6 +133,7 @@ def _claim(folder: Path, out: Path) -> Iterator[Path]:
 def _acquire(folder: Path, out: Path) -> _Claim:
     from filelock import FileLock, Timeout
 
+    _check_parent(folder, out)
     created = [parent for parent in folder.parents if not parent.exists()]
     lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
     try:
@@ -204,7 +210,7 @@ def staged_directory(out: Path) -> Iterator[Path]:
 def atomic_write(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path; its file becomes `out` on success and is removed otherwise.
 
-    The file gets the permissions of a new file, whatever library writes it.
+    The file gets the permissions of a new file, also if a library writes others.
 
     Raises:
         FileError: `out` exists and `replace` is off, it cannot be written, or it is being written
