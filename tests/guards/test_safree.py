@@ -8,7 +8,7 @@ import torch
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard
-from safegen.guards.core.adapter import PipelineAdapter
+from safegen.guards.core.adapter import PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.safree.projection import (
@@ -21,7 +21,7 @@ from safegen.guards.safree.projection import (
     span,
     triggers,
 )
-from safegen.guards.safree.reattention import reattend
+from safegen.guards.safree.reattention import Reattention, reattend
 from safegen.guards.safree.safree import calibrate, filter_steps
 from safegen.models.text_encoder import TextEncoderView, text_encoders
 
@@ -342,7 +342,28 @@ def test_reattention_is_refused_without_shared_rows_and_withholds_if_removed(tin
     (gone,) = generate(pipe, [guard], [PROMPT], callback_on_step_end=remove)
     assert (gone.image, gone.trace.reason) == (
         None,
-        "error: safree: RuntimeError: 1 of 2 up-blocks went through re-attention",
+        "error: safree: 1 of 2 up-blocks went through re-attention",
     )
     assert generate(pipe, [guard], [PROMPT])[0].image is not None
     assert not any(block._forward_pre_hooks for block in pipe.unet.up_blocks)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_re_attention_beside_a_text_of_nan_withholds_that_image(
+    tiny_model, generate, monkeypatch, bad
+):
+    own = Reattention.extra_conditions
+
+    def spoiled(self):
+        conditions = dict(own(self))
+        for name, embeds in conditions.items():
+            hidden = embeds.hidden.clone()
+            hidden[bad] = float("nan")
+            conditions[name] = TextEmbeds(hidden, embeds.extra)
+        return conditions
+
+    monkeypatch.setattr(Reattention, "extra_conditions", spoiled)
+    guard = {"name": "safree", "phrases": ["a red cube", "red"], "reattend": True}
+    outputs = generate(tiny_model.pipeline, [guard], ["a red cube", "a red cube on a table"])
+    assert [o.image is None for o in outputs] == [i == bad for i in range(2)]
+    assert outputs[bad].trace.reason == "safree: not-finite: features of the original prompt"

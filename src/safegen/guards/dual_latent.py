@@ -46,8 +46,8 @@ class DualLatentConfig(GuardConfig):
     exclusive: ClassVar[bool] = True
     paper: ClassVar[str] = "after Vice et al. 2024, arXiv:2411.13982 (abstract only)"
     deviations: ClassVar[str] = (
-        "Reconstruction: weight, threshold of global context, safe text (SAFREE's) and detector "
-        "(how far SAFREE's projection moves the prompt) are ours."
+        "No released code was found, so nothing was compared. Weight, threshold of global context, "
+        "safe text (SAFREE's) and detector (how far SAFREE's projection moves the prompt) are ours."
     )
 
     phrases: tuple[str, ...] = Field(min_length=1)
@@ -90,16 +90,16 @@ class DualLatentGuard(Guard):
 
     def __init__(self, config: DualLatentConfig, adapter: PipelineAdapter) -> None:
         super().__init__(config)
-        self.encoders = text_encoders(adapter.pipe)
-        self.concept = concept_projectors(self.encoders, config.phrases)
+        self.adapter = adapter
         self.projections: dict[str, Projection] = {}
 
     def wants_reference_stream(self, prompts: Sequence[str]) -> list[bool]:
         """Return which prompts the projection moves far enough."""
+        encoders = text_encoders(self.adapter.pipe)  # read anew, they may have changed
+        concept = concept_projectors(encoders, self.config.phrases)
         config = self.config.projection_config
         self.projections = {
-            prompt: project_prompt(self.encoders, prompt, self.concept, config)
-            for prompt in prompts
+            prompt: project_prompt(encoders, prompt, concept, config) for prompt in prompts
         }
         return [self._is_flagged(self.projections[prompt]) for prompt in prompts]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from threading import RLock
@@ -12,23 +11,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from safegen.core.errors import ConfigError, UnusedSettingWarning
+from safegen.core.errors import ConfigError
 from safegen.core.registry import GUARDS, resolve
-from safegen.guards.core.adapter import EXTERNAL_POINTS, GUIDANCE_POINTS, HookPoint, PipelineAdapter
+from safegen.guards.core.adapter import (
+    EXTERNAL_POINTS,
+    GUIDANCE_POINTS,
+    UNIVERSAL_POINTS,
+    HookPoint,
+    PipelineAdapter,
+)
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.callbacks import CALLBACK_OPTIONS, CallbackWatch
 from safegen.guards.core.hooks import PipelineHooks
 from safegen.guards.core.request import Request, check_request
-from safegen.guards.core.result import (
-    BLOCKING_ACTIONS,
-    Action,
-    GeneratedImage,
-    GuardResult,
-    GuardTrace,
-)
-from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner
+from safegen.guards.core.result import GeneratedImage, GuardResult, InvalidResultError
+from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner, build_image
 
-CALLBACK_OPTIONS = ("callback", "callback_on_step_end")
-"""Options with a callback, which probes leave out: they are no steps of the call."""
 PIPELINE_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 """Lock of each pipeline: a scheduler, and so the count of its steps, serves one call at a time."""
 PER_IMAGE_POINTS: frozenset[HookPoint] = frozenset({"probe", "latents"})
@@ -53,10 +51,11 @@ class GuardedPipeline:
             configs: settings of the guards, in the order in which they act.
             max_rows: most rows of one denoiser call. Rows of guards beyond it are predicted in
                 calls of their own. None: no limit.
-            negative_prompt: negative prompt of every call, to warn of guards without effect.
+            negative_prompt: negative prompt of every call, to refuse guards without effect.
 
         Raises:
-            ConfigError: a guard cannot run on this pipeline, or is given twice and must not be.
+            ConfigError: a guard cannot run on this pipeline, has no effect beside the others, or is
+                given twice and must not be.
             UserError: a file of a guard cannot be used.
         """
         if max_rows is not None and max_rows < 1:
@@ -130,7 +129,7 @@ class GuardedPipeline:
                 )
         except GuardError as error:
             faults = [f"error: {error}"] * n
-        return [_build_image(images[i], runners, i, faults[i]) for i in range(n)]
+        return [build_image(images[i], runners, i, faults[i]) for i in range(n)]
 
     @property
     def _device_type(self) -> str:
@@ -161,7 +160,7 @@ class GuardedPipeline:
             if not runner.acts_at("probe") or not images:
                 continue
             options = self._with_latents(request, latents).select_options(images)
-            options = {k: v for k, v in options.items() if k not in CALLBACK_OPTIONS}
+            options = {k: v for k, v in options.items() if k not in CALLBACK_OPTIONS}  # other steps
             generate = partial(self._generate_probes, runners, runner, options, autocast)
             with runner.timed_call():
                 results = runner.guard.probe(
@@ -196,7 +195,7 @@ class GuardedPipeline:
         with autocast:
             images, faults = self._run(inner, request, range(len(prompts)), grad=grad)
         if any(faults):
-            raise ValueError(f"a probe was not guarded: {next(filter(None, faults))}")
+            raise InvalidResultError(f"a probe was not guarded: {next(filter(None, faults))}")
         return list(images)
 
     def _with_latents(self, request: Request, latents: Mapping[int, Tensor]) -> Request:
@@ -223,6 +222,9 @@ class GuardedPipeline:
         row_images = (*images, *(images[k] for k in references))
         active = _start_hooks(runners, call, row_images)
         hooks = PipelineHooks(self.adapter, call, active, max_rows=self.max_rows)
+        watch = CallbackWatch(call)
+        if any(runner.guard.hook_points - UNIVERSAL_POINTS for runner in runners):
+            arguments = watch.wrap(arguments)
         with hooks.attached():
             output = self._call_pipeline(arguments, grad=grad)
         for runner, hook in active:
@@ -234,7 +236,8 @@ class GuardedPipeline:
         if len(outputs) != len(row_images):
             fault = f"calls: {len(outputs)} images returned for {len(row_images)} prompts"
             return [None] * len(images), [fault] * len(images)
-        return outputs[: len(images)], hooks.faults(len(row_images))[: len(images)]
+        faults = watch.faults(hooks.faults(len(row_images)))
+        return outputs[: len(images)], faults[: len(images)]
 
     def _call_pipeline(self, arguments: Mapping[str, Any], *, grad: bool) -> Any:
         """Call the pipeline, for a gradient without its `no_grad` decorator."""
@@ -251,6 +254,7 @@ class GuardedPipeline:
         candidates: Sequence[int],
     ) -> None:
         """Run the guards of images in turn, each on the images that the one before left."""
+        generated = list(images)
         for runner in runners:
             allowed = _allowed(runners, candidates)
             if not runner.acts_at("image") or not allowed:
@@ -259,7 +263,7 @@ class GuardedPipeline:
                 results = runner.guard.check_images(
                     [images[i] for i in allowed], [prompts[i] for i in allowed]
                 )
-                runner.merge_results(results, allowed, checked=True)
+                runner.merge_results(results, allowed, generated=[generated[i] for i in allowed])
             for i, result in zip(allowed, results, strict=True):
                 images[i] = images[i] if result.image is None else result.image
 
@@ -270,7 +274,7 @@ def _check_config(
     adapter: PipelineAdapter,
     negative_prompt: str,
 ) -> None:
-    """Refuse a guard that could never act on the pipeline, and warn of one without effect."""
+    """Refuse a guard that could never act on the pipeline, or beside the others."""
     name = config.name
     if not config.hook_points:
         raise ConfigError(
@@ -291,8 +295,8 @@ def _check_config(
             f"the guard {name!r} must be given once. A second one would undo the first."
         )
     if reason := config.conflict([c for c in configs if c is not config], negative_prompt):
-        warnings.warn(
-            f"the guard {name!r} has no effect: {reason}", UnusedSettingWarning, stacklevel=3
+        raise ConfigError(
+            f"the guard {name!r} would have no effect: {reason}. Change it, or leave one out."
         )
 
 
@@ -323,21 +327,3 @@ def _start_hooks(
             with runner.timed_call(keep_autocast=True):
                 active.append((runner, runner.guard.start(call)))
     return active
-
-
-def _build_image(
-    image: Any, runners: Sequence[GuardRunner], index: int, fault: str
-) -> GeneratedImage:
-    """Return one image with its trace; None if a guard blocked it or something went wrong."""
-    records = tuple(runner.record(index) for runner in runners)
-    steered = [r for r in records if r.action == "edit"]
-    acted = [r for r in records if r.action not in ("none", "edit")] or steered
-    blocking = [r for r in acted if r.action in BLOCKING_ACTIONS]
-    if not fault and image is None and not blocking:
-        fault = "error: the pipeline returned no image"
-    if fault:
-        return GeneratedImage(None, GuardTrace("withhold", fault, records))
-    last = (blocking or acted)[-1:]
-    action: Action = last[0].action if last else "none"
-    reason = f"{last[0].guard}: {last[0].reason}" if last else ""
-    return GeneratedImage(None if blocking else image, GuardTrace(action, reason, records))
