@@ -11,6 +11,7 @@ from safegen.guards import GuardConfig, make_guard
 from safegen.guards.core.adapter import PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.core.result import InvalidResultError
 from safegen.guards.safree.projection import (
     ProjectionConfig,
     apply_projection,
@@ -32,6 +33,14 @@ PROMPT = "a red cube on a white table"
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_vectors_without_a_span_are_refused(bad):
+    vectors = torch.zeros(2, 4)
+    vectors[1, 2] = bad
+    with pytest.raises(InvalidResultError, match="text embeddings must be finite, and not all"):
+        span(vectors)
 
 
 def test_span_equals_the_formula_of_the_paper(rng):

@@ -30,9 +30,9 @@ class CropsConfig(JudgeBackedConfig):
     pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
     paper: ClassVar[str] = "after CROPS / SC-Pro, arXiv:2501.05359 (abstract only)"
     deviations: ClassVar[str] = (
-        "No released code was found, so nothing was compared. Sizes, circle and threshold are "
-        "ours. Probes of the embedding turn each of the prompt's tokens by the angle (ours). The "
-        "one-step variant uses this model, not a distilled one."
+        "Reconstruction: no released code was found, so nothing was compared. Sizes, circle and "
+        "threshold are ours. Probes of the embedding turn each of the prompt's tokens by the angle "
+        "(ours). The one-step variant uses this model, not a distilled one."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "one-step": {"steps": 1},

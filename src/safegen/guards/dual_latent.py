@@ -46,8 +46,9 @@ class DualLatentConfig(GuardConfig):
     exclusive: ClassVar[bool] = True
     paper: ClassVar[str] = "after Vice et al. 2024, arXiv:2411.13982 (abstract only)"
     deviations: ClassVar[str] = (
-        "No released code was found, so nothing was compared. Weight, threshold of global context, "
-        "safe text (SAFREE's) and detector (how far SAFREE's projection moves the prompt) are ours."
+        "Reconstruction: no released code was found, so nothing was compared. Weight, threshold of "
+        "global context, safe text (SAFREE's) and detector (how far SAFREE's projection moves the "
+        "prompt) are ours."
     )
 
     phrases: tuple[str, ...] = Field(min_length=1)
