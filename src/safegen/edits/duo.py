@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
+from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import SCORE_FLOOR, Judge, judge_images, load_judge
@@ -215,8 +215,10 @@ class DUOObjective:
             rows: which latents. Default: all.
         """
         edit, predict = self.edit, frozen_predictor(model.denoiser)
-        rollout = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
-        rollout.blank = model.encode_text([", ".join(edit.erase)]).float()  # the negative prompt
+        rollout = Rollout(model, steps=edit.steps, guidance=edit.guidance)
+        rollout.negative_text = model.encode_text(
+            [", ".join(edit.erase)]
+        ).float()  # the negative prompt
         text = model.encode_text([", ".join(edit.anchors)]).float()
         timesteps = rollout.timesteps[edit.steps - max(round(edit.strength * edit.steps), 1) :]
         seed = edit.training.seed * 1_000_003 + attempt

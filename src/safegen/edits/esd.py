@@ -17,7 +17,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import AdversarySetting, build_adversary
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
+from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
@@ -133,7 +133,7 @@ class ESDObjective:
         self.attack = build_adversary(edit.adversary, model, names)
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
-        self.rollout = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
+        self.rollout = Rollout(model, steps=edit.steps, guidance=edit.guidance)
         self.text = model.encode_text(list(edit.erase)).float()
         self.trained_text = self.text
         if edit.erase_from is not None:

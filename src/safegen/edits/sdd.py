@@ -16,7 +16,7 @@ from safegen.core.concept import Phrases
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
+from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.models.model import Model
 
@@ -102,7 +102,7 @@ class SDDObjective:
         self.weights = {"L_d": 1.0} | ({"L_a": edit.weight_anchor} if edit.weight_anchor else {})
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
-        self.rollout = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
+        self.rollout = Rollout(model, steps=edit.steps, guidance=edit.guidance)
         self.text = model.encode_text(list(edit.erase)).float()
         self.rollout_text = model.encode_text([", ".join(edit.erase)]).float()
         self._ema_weights: Callable[[], Mapping[str, Tensor]] | None = None
@@ -163,7 +163,7 @@ class SDDObjective:
             t: timesteps of the latents, (b,).
             text: embeddings of the phrases, (b, tokens, width).
         """
-        blank_text = self.rollout.blank.expand(len(x), -1, -1)
+        blank_text = self.rollout.negative_text.expand(len(x), -1, -1)
         if not self.edit.weight_anchor:
             target = frozen_predictor(denoiser)(x, t, blank_text)
             return {"L_d": losses.squared_error(denoiser(x, t, text).sample, target)}
