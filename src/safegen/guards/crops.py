@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from safegen.core.settings import MAX_STEPS
 from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, ProbeFunction
 from safegen.guards.core.result import GuardResult
@@ -45,9 +46,9 @@ class CropsConfig(JudgeBackedConfig):
     """Where probes lie: in random directions, or evenly spaced on a circle around the original."""
     angle: float = Field(default=0.3, gt=0, lt=math.pi)
     """psi: angle between a probe and the original, in radians."""
-    probes: int = Field(default=8, ge=1)
+    probes: int = Field(default=8, ge=1, le=MAX_STEPS)
     """k: number of probes per prompt. Each costs an image, or less with fewer `steps`."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Denoising steps of a probe. Default: those of the call."""
     limit: float = Field(default=0.5, gt=0, le=1)
     """S_th: share of unsafe or unjudged probes from which on the prompt is blocked."""

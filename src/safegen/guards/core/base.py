@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from safegen.core.concept import Concept
+from safegen.core.settings import BaseSettings
 from safegen.guards.core.result import GuardResult
 
 if TYPE_CHECKING:
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
 
 
-class GuardConfig(BaseModel, ABC):
+class GuardConfig(BaseSettings, ABC):
     """Frozen settings of one guard, for a stack or a JSON file."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     name: str
     """Name of the guard in the registry."""
