@@ -841,3 +841,18 @@ def test_validation_uses_the_weights_that_become_the_patch(line, ema):
     assert torch.equal(
         looks.tensors["weight"], found.tensors["weight"]
     )  # validation has no effect on training
+
+
+class TooLarge(LinearFit):
+    """A step that asks torch for more memory than there is."""
+
+    def training_step(self, denoiser, micro_step, generator, share):
+        torch.empty(2**50)
+        raise AssertionError
+
+
+def test_memory_that_does_not_suffice_names_the_batch():
+    net = nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match=r"batch must fit into memory, got 2\. Lower it"):
+        trainer.train(net, ["weight"], TooLarge(), QUICK, fingerprint="x")
+    assert net.weight.requires_grad

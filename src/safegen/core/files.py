@@ -33,7 +33,11 @@ def check_output(path: Path, *, last: str | None = None) -> None:
         )
     if os.path.lexists(path):
         raise FileError(f"{path} already exists. Choose another path or remove it.")
-    parent = next(folder for folder in path.absolute().parents if exists(folder))
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not exists(parent):
+        raise FileError(
+            f"{path} cannot be written: {parent} is a link to nothing. Remove the link."
+        )
     if not parent.is_dir():
         raise FileError(f"{path} cannot be written: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):

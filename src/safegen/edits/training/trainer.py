@@ -31,6 +31,7 @@ from safegen.edits.training.config import (
     TrainingCallback,
     TrainResult,
     UsesEma,
+    memory_errors,
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
@@ -60,7 +61,7 @@ def train(
         callback: called after every update.
 
     Raises:
-        ConfigError: see `check_training`.
+        ConfigError: see `check_training`, or memory does not suffice for a batch.
         FileError: there is no checkpoint to resume, it is damaged, or of another objective.
         DivergedError: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
         InterruptedRunError: SIGINT or SIGTERM arrived; with a directory, a checkpoint was written.
@@ -192,7 +193,8 @@ class Trainer:
         start, stop_early = time.perf_counter() - self.seconds, self._out_of_patience()
         with interruption() as interrupted:
             while self.update < self.config.updates and not stop_early:
-                row = self._training_update()
+                with memory_errors(self.config):
+                    row = self._training_update()
                 self.update += 1
                 self.seconds = time.perf_counter() - start
                 row |= {"update": self.update, "seconds": round(self.seconds, 3)}
