@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from safegen.attacks.finetune import (
     Data,
@@ -23,6 +23,7 @@ from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
+from safegen.core.settings import MAX_COUNT, BaseSettings, Seeds
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.evaluation.evaluate import evaluate, load_evaluators
@@ -42,10 +43,8 @@ EDITED, FINETUNED, CONTROL, MODULAR = "edited", "finetuned", "control", "modular
 """Names of the stacks: before the attack, and with `-N` after N updates."""
 
 
-class RelearnConfig(BaseModel):
+class RelearnConfig(BaseSettings):
     """Settings of the relearning attack."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     data: Data = "benign"
     """Fine-tune on `benign` images, as an ordinary user, or on images of the `concept`."""
@@ -53,9 +52,9 @@ class RelearnConfig(BaseModel):
     """How the fine-tune trains."""
     modular: bool = False
     """Also fine-tune the untouched model, and measure it alone and with the edit's change added."""
-    prompts: int = Field(default=24, ge=1)
+    prompts: int = Field(default=24, ge=1, le=MAX_COUNT)
     """Number of prompts from each list of the concept."""
-    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
+    seeds: Seeds = Field(default=(1,), min_length=1)
     """Seeds for each prompt."""
     roles: tuple[Role, ...] = Field(default=("explicit", "innocent", "benign"), min_length=1)
     """Roles of the concept's prompt lists to measure on."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import (
     Config,
     Device,
@@ -99,4 +100,4 @@ def edit(
     seconds = f"{patch.metadata.seconds:.1f} s"
     if settings.is_trained:
         seconds = f"{patch.metadata.updates} updates, {seconds}. Log: {checkpoint_dir}"
-    typer.echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
+    echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")

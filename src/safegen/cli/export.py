@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import (
     Config,
     Metrics,
@@ -68,9 +69,9 @@ def export(
     )
     files = [out] if is_file else [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e6
-    typer.echo(f"{out}: {size:.1f} MB, {len(patches)} patches applied")
+    echo(f"{out}: {size:.1f} MB, {len(patches)} patches applied")
     for change in patches:
-        typer.echo(f"patch {change.hash[:12]}: {change.describe_change(loaded)}")
+        echo(f"patch {change.hash[:12]}: {change.describe_change(loaded)}")
     if not is_file:
         pipeline = type(loaded.pipeline).__name__
-        typer.echo(f"load it with {pipeline}.from_pretrained({str(out)!r})")
+        echo(f"load it with {pipeline}.from_pretrained({str(out)!r})")

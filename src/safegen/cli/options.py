@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safegen.cli.console import echo_message
 from safegen.core.errors import (
     ConfigError,
     InterruptedRunError,
@@ -21,6 +21,7 @@ from safegen.core.errors import (
     UnusedSettingWarning,
 )
 from safegen.core.quiet import INDUCTOR_FOLDER, remove_inductor_folder
+from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -34,7 +35,9 @@ ModelArg = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="Weight type: fp32, bf16 or fp16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: chosen by torch.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: chosen by torch.")
+]
 Pickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
 ]
@@ -152,7 +155,7 @@ def show_warnings() -> None:
         text = " ".join(str(message).split())
         if text not in printed:
             printed.add(text)
-            print(f"warning: {text}", file=sys.stderr)
+            echo_message("warning", text)
 
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", SafegenWarning)

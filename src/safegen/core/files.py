@@ -70,7 +70,9 @@ def check_output(path: Path) -> None:
 
 def _check_parent(path: Path, out: Path) -> None:
     """Raise if `path`, which belongs to the output `out`, has no parent that can be written to."""
-    parent = next(folder for folder in path.absolute().parents if exists(folder))
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not exists(parent):
+        raise FileError(f"{out} cannot be written: {parent} is a link to nothing. Remove the link.")
     if not parent.is_dir():
         raise FileError(f"{out} cannot be written: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):

@@ -49,9 +49,9 @@ def read_header(path: Path) -> dict[str, Any]:
     size = check_file(path)
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise _damaged(path, f"it has {size} bytes, and its header claims {length}")
+                raise _damaged(path, f"it has {size} bytes, its header claims {length}")
             text = file.read(length)
     except OSError as error:
         raise _damaged(path, first_line(error)) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
@@ -13,6 +13,7 @@ from safegen.core.files import atomic_write, display_name
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
+from safegen.core.settings import MAX_COUNT, BaseSettings, Seeds
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.evaluation.evaluate import evaluate, load_evaluators
@@ -31,18 +32,16 @@ EDITED = "edited"
 """Name of the edited stack, of its patch and of the directory of its training log."""
 
 
-class DemoConfig(BaseModel):
+class DemoConfig(BaseSettings):
     """What `run_demo` edits and how much it measures."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = "mini"
     """Model to edit."""
     concept: str = "skulls"
     """Concept to remove: a built-in name or a TOML file."""
-    prompts: int = Field(default=24, ge=1)
+    prompts: int = Field(default=24, ge=1, le=MAX_COUNT)
     """Number of prompts from each list of the concept."""
-    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
+    seeds: Seeds = Field(default=(1,), min_length=1)
     """Seeds for each prompt."""
     generation: GenerationConfig = Field(
         default_factory=lambda: GenerationConfig(precision=preferred_precision())
