@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from safegen.core.errors import FileError, SafegenError
+from safegen.models.checkpoint.configs import write_config_files
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.folder_schema import check_configs
 from safegen.models.checkpoint.single_file import CONFIGS_KEY
@@ -108,6 +109,40 @@ def test_an_image_encoder_is_not_loaded(folder):
         folder / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"]
     )
     assert load(folder).pipeline.image_encoder is None
+
+
+SCHEDULES = [
+    "PNDMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LCMScheduler",
+    "UniPCMultistepScheduler",
+]
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_published_configurations_pass(tmp_path, architecture, schedule):
+    """Entries of the published folders of SD 1.5, SD Turbo and SDXL that ours lack."""
+    write_config_files(architecture, tmp_path, prediction="epsilon")
+    change(
+        tmp_path / "model_index.json",
+        _diffusers_version="0.6.0",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPFeatureExtractor"],
+        image_encoder=[None, None],
+        add_watermarker=None,
+        scheduler=["diffusers", schedule],
+        tokenizer=["transformers", "CLIPTokenizerFast"],
+    )
+    change(tmp_path / CONFIGS["unet"], _class_name="UNet2DConditionModel", num_class_embeds=None)
+    change(tmp_path / CONFIGS["vae"], force_upcast=True, latents_mean=None, _name_or_path="../vae")
+    change(tmp_path / CONFIGS["text"], architectures=["CLIPTextModel"], torch_dtype="float16")
+    change(tmp_path / CONFIGS["schedule"], _class_name=schedule, trained_betas=None)
+    token = {"__type": "AddedToken", "content": "<|startoftext|>", "lstrip": False}
+    change(tmp_path / CONFIGS["tokenizer"], bos_token=token, name_or_path="openai/clip")
+    index = check_configs(tmp_path)
+    assert len(index.text_encoders) == (2 if architecture == "sdxl" else 1)
+    assert index.scheduler[1] == schedule
 
 
 # ------------------------------------------------------------ sizes and numbers
@@ -353,3 +388,11 @@ def test_any_configuration_is_read_or_refused(tiny_folder, tmp_path, data):
         shutil.copy(tiny_folder / name, copy / name)
     assert message.isprintable()
     assert len(message) < 1500
+
+
+def test_an_sdxl_folder_is_read(make_tiny, tmp_path):
+    model = make_tiny("sdxl")
+    save_folder(model, tmp_path / "sdxl")
+    assert load(tmp_path / "sdxl").hash == model.hash
+    change(tmp_path / "sdxl/model_index.json", text_encoder_2=[None, None])
+    assert "text_encoder_2" in refusal(tmp_path / "sdxl")
