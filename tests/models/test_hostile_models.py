@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -350,6 +351,33 @@ def test_no_one_file_checkpoint_is_waited_for(tmp_path, kind):
 def test_a_pickle_is_refused_by_any_name(tmp_path, name):
     torch.save({"state_dict": {}}, tmp_path / name)
     refusal(tmp_path / name)
+
+
+def test_a_compressed_pickle_is_refused(folder, tmp_path):
+    """torch would inflate 256 MB of zeros from a few hundred kilobytes."""
+    torch.save({"state_dict": {"x": torch.zeros(2**26)}}, tmp_path / "plain.ckpt")
+    small = tmp_path / "x.ckpt"
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in plain.namelist():
+            bomb.writestr(entry, plain.read(entry))
+    assert small.stat().st_size < 10**6
+    assert "must not be compressed" in refusal(small, allow_pickle=True)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.move(small, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileError, match="must not be compressed"):
+        load(folder, allow_pickle=True)
+
+
+def test_a_damaged_archive_is_refused(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    path.write_bytes(b"PK\x05\x06" + b"\xff" * 18)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileError, match="is damaged") as caught:
+        load(folder, allow_pickle=True)
+    assert str(caught.value).isprintable()
 
 
 # ------------------------------------------------------------ anything
