@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safegen.core.documents import parse_json, read_json_lines, validate
-from safegen.core.errors import FileError
+from safegen.core.errors import DivergedError, FileError
+from safegen.core.files import atomic_write, claim_folder
 from safegen.core.tensor_files import read_tensors
 from safegen.edits.training.config import LogRow
 
@@ -69,29 +69,19 @@ def write_checkpoint(
     Raises:
         FileError: the checkpoint cannot be written.
     """
-    path = directory / CHECKPOINT_FILE
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary_log = directory / f".{LOG_FILE}.tmp-{os.getpid()}"
     header = {"fingerprint": fingerprint, "state": state.model_dump_json()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # fp16 has infinite gradients while the scaler adapts; JSON has no such number
-        finite = [{k: v for k, v in row.items() if math.isfinite(v)} for row in log]
-        lines = "".join(json.dumps(row) + "\n" for row in finite)
-        temporary_log.write_text(lines, encoding="utf-8")
-        contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-        save_file(contiguous, temporary, metadata=header)
+    # fp16 has infinite gradients while the scaler adapts; JSON has no such number
+    finite = [{k: v for k, v in row.items() if math.isfinite(v)} for row in log]
+    contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+    path = directory / CHECKPOINT_FILE
+    with atomic_write(path, replace=True) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=header)
+        except SafetensorError as error:
+            raise FileError(f"{path} cannot be written: {error}") from error
         # The log goes first: resuming drops rows that are newer than the checkpoint.
-        temporary_log.replace(directory / LOG_FILE)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"the checkpoint {path} cannot be written: {error}") from error
-    finally:
-        for leftover in (temporary, temporary_log):
-            with suppress(OSError):
-                leftover.unlink(missing_ok=True)
-        with suppress(OSError):
-            directory.rmdir()  # succeeds only if it is empty: the first checkpoint failed
+        with atomic_write(directory / LOG_FILE, replace=True) as temporary_log:
+            temporary_log.write_text("".join(json.dumps(row) + "\n" for row in finite), "utf-8")
 
 
 def read_checkpoint(
@@ -149,6 +139,28 @@ def _check_tensors(
             raise FileError(
                 f"{str(path)!r} has NaN or infinite values in {name}. Start again without resume"
             )
+
+
+@contextmanager
+def claim_checkpoints(directory: Path | None) -> Iterator[None]:
+    """Keep other processes from writing checkpoints to a directory.
+
+    If the training diverges, the checkpoint and the log are removed: a resumed run would diverge
+    again.
+
+    Raises:
+        FileError: another process works there, or the directory cannot be written.
+    """
+    if directory is None:
+        yield
+        return
+    with claim_folder(directory):
+        try:
+            yield
+        except DivergedError:
+            for name in (CHECKPOINT_FILE, LOG_FILE):
+                (directory / name).unlink(missing_ok=True)
+            raise
 
 
 def check_resumable(directory: Path) -> None:

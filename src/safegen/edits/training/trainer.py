@@ -20,6 +20,7 @@ from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
 from safegen.edits.training.checkpoint import (
     CheckpointState,
     check_resumable,
+    claim_checkpoints,
     read_checkpoint,
     write_checkpoint,
 )
@@ -63,7 +64,7 @@ def train(
     Raises:
         ConfigError: see `check_training`, or memory does not suffice for a batch.
         FileError: there is no checkpoint to resume, it is damaged, or of another objective.
-        DivergedError: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
+        DivergedError: a loss, a gradient or a new weight is not finite.
         InterruptedRunError: SIGINT or SIGTERM arrived; with a directory, a checkpoint was written.
 
     Warns:
@@ -96,7 +97,8 @@ def train(
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
-        return trainer.fit(resume=resume)
+        with claim_checkpoints(checkpoint_dir if trainer.accelerator.is_main_process else None):
+            return trainer.fit(resume=resume)
     finally:
         vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
         vars(denoiser).pop("_original_forward", None)

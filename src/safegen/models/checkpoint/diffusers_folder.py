@@ -167,7 +167,7 @@ def save_folder(
     Raises:
         FileError: `path` exists or cannot be written.
     """
-    with staged_directory(Path(path), last="model_index.json") as tmp:
+    with staged_directory(Path(path)) as tmp:
         try:
             _save_pipeline(model, tmp)
         except Exception as error:
