@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.core.settings import MAX_STEPS
-from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.adapter import NOISE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, ProbeFunction
 from safegen.guards.core.result import GuardResult
 from safegen.guards.judge_filter import JudgeBackedConfig, detect_images
@@ -28,7 +28,7 @@ class CropsConfig(JudgeBackedConfig):
 
     name: Literal["crops"] = "crops"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"probe"})
-    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
+    pipelines: ClassVar[tuple[str, ...]] = NOISE_PIPELINES
     paper: ClassVar[str] = "after CROPS / SC-Pro, arXiv:2501.05359 (abstract only)"
     deviations: ClassVar[str] = (
         "Reconstruction: no released code was found, so nothing was compared. Sizes, circle and "

@@ -23,7 +23,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_settings, hash_tensors
 from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
-from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.adapter import NOISE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, GuardConfig, ProbeFunction
 from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
@@ -41,7 +41,7 @@ class PnoConfig(JudgeBackedConfig):
 
     name: Literal["pno"] = "pno"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"probe", "image"})
-    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
+    pipelines: ClassVar[tuple[str, ...]] = NOISE_PIPELINES
     exclusive: ClassVar[bool] = True
     paper: ClassVar[str] = "Peng et al. 2024, arXiv:2412.03876; regularizer as released"
     code_url: ClassVar[str] = "https://github.com/JonP07/Diffusion-PNO"

@@ -29,9 +29,9 @@ class GuardConfig(BaseSettings, ABC):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings, by preset. `default` changes none."""
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset()
-    """Points of the pipeline that this guard hooks."""
+    """Points of the pipeline that this guard hooks: those of the methods that it implements."""
     pipelines: ClassVar[tuple[str, ...]] = ()
-    """Pipeline classes that the guard supports. Empty: every class with its hook points."""
+    """Pipeline classes that the guard supports, with subclasses. Empty: all with its points."""
     exclusive: ClassVar[bool] = False
     """Whether a second guard of this kind on one pipeline would undo the first."""
     paper: ClassVar[str] = "ours"
@@ -53,12 +53,10 @@ class GuardConfig(BaseSettings, ABC):
     @classmethod
     def unsupported_reason(cls, adapter: PipelineAdapter) -> str:
         """Return why the guard cannot run on a pipeline, a phrase after "it"; empty if it can."""
-        if cls.pipelines and adapter.pipeline_class not in cls.pipelines:
+        if missing := adapter.missing_reason(cls.hook_points):
+            return missing
+        if cls.pipelines and adapter.family not in cls.pipelines:
             return f"needs a {' or '.join(cls.pipelines)}"
-        if cls.hook_points - adapter.hook_points:
-            return (
-                f"acts inside the denoiser, which is supported for {', '.join(adapter.supported)}"
-            )
         if "image" in cls.hook_points and adapter.makes_videos:
             return "checks images, and this pipeline makes videos"
         return ""
