@@ -58,7 +58,7 @@ def refusal(path, **options):
         load(path, **options)
     message = str(caught.value)
     assert message.isprintable()
-    assert len(message) < 1200
+    assert len(message) < 1500
     assert path.name in message
     return message
 
@@ -311,7 +311,7 @@ def test_configurations_in_a_header_are_checked_and_nothing_is_left(
     with pytest.raises(FileError) as caught:
         load(path)
     assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 1000
+    assert len(str(caught.value)) < 1500
     assert sorted(p.name for p in tmp_path.iterdir()) == ["temporary", "x.safetensors"]
     assert not any((tmp_path / "temporary").iterdir())
 
