@@ -105,6 +105,12 @@ def test_a_configuration_that_asks_for_code_is_refused(folder, config, key):
     assert key in refusal(folder)
 
 
+def test_an_adapter_that_names_another_model_is_refused(folder, tiny_folder):
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_folder / "text_encoder")}
+    (folder / "text_encoder" / "adapter_config.json").write_text(json.dumps(config))
+    assert "got an adapter of peft" in refusal(folder)
+
+
 def test_an_image_encoder_is_not_loaded(folder):
     change(
         folder / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"]
