@@ -11,6 +11,7 @@ from safegen.guards import GuardConfig, make_guard
 from safegen.guards.core.adapter import PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.core.result import InvalidResultError
 from safegen.guards.safree.projection import (
     ProjectionConfig,
     apply_projection,
@@ -32,6 +33,14 @@ PROMPT = "a red cube on a white table"
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_vectors_without_a_span_are_refused(bad):
+    vectors = torch.zeros(2, 4)
+    vectors[1, 2] = bad
+    with pytest.raises(InvalidResultError, match="text embeddings must be finite, and not all"):
+        span(vectors)
 
 
 def test_span_equals_the_formula_of_the_paper(rng):
@@ -170,7 +179,7 @@ def test_calibrate_returns_the_midpoint_or_refuses(tiny_model):
 def test_warns_of_slope_without_filter_and_refuses_wan(tiny_wan):
     with pytest.warns(UnusedSettingWarning, match="slope has no effect without middle"):
         make_guard(**CUBE, slope=5.0)
-    says = "it needs a StableDiffusionPipeline or StableDiffusionXLPipeline"
+    says = "it needs a StableDiffusionPipeline or StableDiffusionImg2ImgPipeline or "
     with pytest.raises(ConfigError, match=says):
         GuardedPipeline(tiny_wan, [make_guard(**CUBE)])
 
