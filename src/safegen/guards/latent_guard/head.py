@@ -60,6 +60,16 @@ class ClipTextFeatures:
         ends = hidden[range(len(rows)), [len(row) - 1 for row in rows]]
         return torch.cat([ends[:, None], hidden], dim=1)
 
+    def probe(self, texts: Sequence[str]) -> tuple[list[list[int]], Tensor]:
+        """Return the token ids of texts, and features of each token in as few rows as possible.
+
+        They differ where a change of the tokenizer or of the encoder concerns these texts.
+        """
+        rows, limit = [self.windows(text)[0] for text in texts], self.view.limit
+        used = sorted({token for row in rows for token in row})
+        packed = [used[start : start + limit] for start in range(0, len(used), limit)]
+        return rows, self.encode_ids(packed).cpu()
+
     def pooled(self, texts: Sequence[str]) -> Tensor:
         """Return the pooled embeddings of texts, (n, width)."""
         return self.encode(texts)[:, 0]
