@@ -29,6 +29,8 @@ from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.card import check_directory
+from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import Role
@@ -137,33 +139,37 @@ def relearn(
         generation=config.generation,
         roles=config.roles,
     )
-    load_evaluators(protocol)  # a judge that is not installed stops the attack before the training
-    edited = stack.model_copy(update={"name": EDITED})
-    base = Stack(name="base", model=stack.model, config=stack.config)
-    if config.modular:
-        _check_modular([Patch.load(path) for path in stack.patches])
-    settings = {
-        "config": config.model_dump(mode="json"),
-        "dataset": dataset.to_dict(),
-        "stack": loader.hash(edited),
-        "protocol": protocol.decides(),
-        "device": f"{loader.device}, {loader.dtype}",
-    }
-    claim_directory(output_dir, {"workflow": "relearn"} | settings)
-    stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
-    if config.modular:
-        controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)
-        stacks += [*controls, *_add_edit(edited, controls, loader)]
-    run = evaluate(
-        protocol,
-        [base, edited, *stacks],
-        output_dir,
-        baselines="none",
-        references={attacked.name: EDITED for attacked in stacks},
-        loader=loader,
-        progress=progress,
-    )
-    write_report(open_runs([output_dir]), output_dir)
+    check_directory(output_dir)
+    with claim_run(output_dir):
+        load_evaluators(
+            protocol
+        )  # a judge that is not installed stops the attack before the training
+        edited = stack.model_copy(update={"name": EDITED})
+        base = Stack(name="base", model=stack.model, config=stack.config)
+        if config.modular:
+            _check_modular([Patch.load(path) for path in stack.patches])
+        settings = {
+            "config": config.model_dump(mode="json"),
+            "dataset": dataset.to_dict(),
+            "stack": loader.hash(edited),
+            "protocol": protocol.decides(),
+            "device": f"{loader.device}, {loader.dtype}",
+        }
+        claim_directory(output_dir, {"workflow": "relearn"} | settings)
+        stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
+        if config.modular:
+            controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)
+            stacks += [*controls, *_add_edit(edited, controls, loader)]
+        run = evaluate(
+            protocol,
+            [base, edited, *stacks],
+            output_dir,
+            baselines="none",
+            references={attacked.name: EDITED for attacked in stacks},
+            loader=loader,
+            progress=progress,
+        )
+        write_report(open_runs([output_dir]), output_dir)
     return run
 
 

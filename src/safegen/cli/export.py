@@ -29,6 +29,7 @@ class Format(StrEnum):
 
 
 def export(
+    ctx: typer.Context,
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file, or new folder.")],
     patch: Patches = None,
@@ -49,7 +50,7 @@ def export(
     A1111, ComfyUI and InvokeAI open the file; `from_pretrained` opens the folder.
     """
     is_file = format_ is Format.single_file
-    check_outputs(out, no_card or not is_file)
+    check_outputs(ctx, out, no_card or not is_file)
     from safegen.patches.patch import Patch
     from safegen.workflows.export import check_suffix
     from safegen.workflows.export import export as export_model

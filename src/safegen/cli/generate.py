@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from safegen.stack_loader import LoadedStack, StackLoader
 
 SHEET = "sheet.png"
-"""Contact sheet of the images; it is written last."""
+"""Contact sheet of the images."""
 TRACES = "trace.jsonl"
 """What the guards did, one line per image."""
 
@@ -106,7 +106,7 @@ def _generate(
     samples = [Sample(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     batch, images, traces, withheld = generation_config.batch_size, [], [], 0
     with (
-        staged_directory(out, last=SHEET) as folder,
+        staged_directory(out) as folder,
         loader.open(recipe) as loaded,
         show_progress() as progress,
     ):

@@ -29,6 +29,7 @@ class Keys(StrEnum):
 
 
 def extract_lora(
+    ctx: typer.Context,
     patch: Annotated[Path, typer.Argument(help="Patch file.")],
     model: BaseArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
@@ -51,7 +52,7 @@ def extract_lora(
 
     InvokeAI opens a LoRA that changes keys or values of attn2.
     """
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     if prompt and skip_quality:
         warn_unused("--prompt", "with --skip-quality")
     from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
@@ -97,6 +98,7 @@ def extract_lora(
 
 
 def from_lora(
+    ctx: typer.Context,
     lora: Annotated[Path, typer.Argument(help="LoRA file with kohya or diffusers keys.")],
     model: BaseArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
@@ -108,7 +110,7 @@ def from_lora(
     allow_pickle: Pickle = False,
 ) -> None:
     """Convert the denoiser's part of a LoRA to a patch, for `patch merge --overlap add`."""
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     from safegen.models.loading import load
     from safegen.patches.lora_reader import load_lora
     from safegen.workflows.export import save_patch

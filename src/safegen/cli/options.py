@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import warnings
@@ -19,6 +20,7 @@ from safegen.core.errors import (
     SafegenWarning,
     UnusedSettingWarning,
 )
+from safegen.core.quiet import INDUCTOR_FOLDER, remove_inductor_folder
 from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -66,13 +68,14 @@ def load_model(
     return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
 
 
-def check_outputs(out: Path, no_card: bool) -> None:
-    """Raise if a new file or its model card cannot be written; call it before long work."""
-    from safegen.core.files import check_output
+def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
+    """Claim a new file and its model card until the command ends; call it before long work."""
+    from safegen.core.files import check_output, claim
 
-    check_output(out)
-    if not no_card:
-        check_output(out.with_name(out.name + ".md"))
+    for path in [out] if no_card else [out, out.with_name(out.name + ".md")]:
+        check_output(path)
+        ctx.with_resource(claim(path))
+        check_output(path)  # another process may have written it before the claim
 
 
 def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, Any]:
@@ -135,11 +138,13 @@ def set_threads(threads: int | None) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries below from printing; call it before they are imported."""
+    """Keep the libraries below from printing and from writing; call it before their import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if INDUCTOR_FOLDER not in os.environ:
+        atexit.register(remove_inductor_folder)
 
 
 def show_warnings() -> None:

@@ -93,6 +93,7 @@ def diff(
 
 @app.command()
 def merge(
+    ctx: typer.Context,
     patches: Annotated[
         list[Path], typer.Argument(help="Patch files, in the order in which they apply.")
     ],
@@ -109,7 +110,7 @@ def merge(
     allow_pickle: Pickle = False,
 ) -> None:
     """Merge several patches into one."""
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     from safegen.models.loading import load
     from safegen.patches.arithmetic import merge as merge_patches
     from safegen.patches.arithmetic import overlapping
@@ -130,6 +131,7 @@ def merge(
 
 @app.command()
 def rebase(
+    ctx: typer.Context,
     patch: PatchArg,
     base: Annotated[str, typer.Argument(help="Model that the patch was made on.", metavar="BASE")],
     target: Annotated[
@@ -144,7 +146,7 @@ def rebase(
 
     The patch itself would overwrite the values of the fine-tune.
     """
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     from safegen.core.files import exists
     from safegen.models.loading import load
     from safegen.patches.arithmetic import rebase as rebase_patch

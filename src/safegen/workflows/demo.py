@@ -20,6 +20,8 @@ from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, with_metrics
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.card import check_directory
+from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.patches.patch import Patch
@@ -82,29 +84,31 @@ def run_demo(
     protocol = Protocol.from_concept(
         concept, prompts=config.prompts, seeds=config.seeds, generation=config.generation
     )
-    load_evaluators(protocol)  # a judge that is not installed stops the demo before the edit
-    claim_directory(
-        output_dir,
-        {
-            "workflow": "demo",
-            "model": display_name(config.model),
-            "weights": loader.model(config.model)[1],
-            "device": f"{loader.device}, {loader.dtype}",
-            "protocol": protocol.decides(),
-            "edit": {"method": edit.method()} | edit.export_settings(),
-        },
-    )
-    path = output_dir / PATCHES / f"{EDITED}.safetensors"
-    if not path.exists():
-        _train(edit, config.model, triplets, path, loader, progress)
-    base = Stack(name="base", model=config.model)
-    edited = Stack(name=EDITED, model=config.model, patches=(path,))
-    run = evaluate(
-        protocol, [base, edited], output_dir, baselines="none", loader=loader, progress=progress
-    )
-    _write_card(path, output_dir)
-    # bundled models generate harmless stand-ins only: nothing needs to be pixelated
-    write_report(open_runs([output_dir]), output_dir, reveal=config.model in MODELS)
+    check_directory(output_dir)
+    with claim_run(output_dir):
+        load_evaluators(protocol)  # a judge that is not installed stops the demo before the edit
+        claim_directory(
+            output_dir,
+            {
+                "workflow": "demo",
+                "model": display_name(config.model),
+                "weights": loader.model(config.model)[1],
+                "device": f"{loader.device}, {loader.dtype}",
+                "protocol": protocol.decides(),
+                "edit": {"method": edit.method()} | edit.export_settings(),
+            },
+        )
+        path = output_dir / PATCHES / f"{EDITED}.safetensors"
+        if not path.exists():
+            _train(edit, config.model, triplets, path, loader, progress)
+        base = Stack(name="base", model=config.model)
+        edited = Stack(name=EDITED, model=config.model, patches=(path,))
+        run = evaluate(
+            protocol, [base, edited], output_dir, baselines="none", loader=loader, progress=progress
+        )
+        _write_card(path, output_dir)
+        # bundled models generate harmless stand-ins only: nothing needs to be pixelated
+        write_report(open_runs([output_dir]), output_dir, reveal=config.model in MODELS)
     return run
 
 

@@ -11,6 +11,7 @@ from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from safegen.core.errors import MissingExtraError
+from safegen.core.quiet import temporary_matplotlib_folder
 from safegen.core.text import escape_control
 
 if TYPE_CHECKING:
@@ -60,9 +61,10 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
         MissingExtraError: matplotlib is not installed.
     """
     try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
+        with temporary_matplotlib_folder():
+            import matplotlib
+            from matplotlib.backends.backend_svg import FigureCanvasSVG
+            from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("a chart", "matplotlib", "report") from error
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():

@@ -189,7 +189,7 @@ def _edits(digest: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         "settings": json.dumps(settings, indent=1, sort_keys=True) if settings else "",
     }
     for part in metadata.get("parts", ()):
-        yield from _edits(str(part["hash"]), part["metadata"])
+        yield from _edits(str(part["hash"]), part.get("metadata", {}))
 
 
 def _paragraphs(method: str, metadata: Mapping[str, Any]) -> Iterator[str]:
