@@ -249,6 +249,11 @@ def check_shards(folder: Path) -> None:
         FileError: a file is a pipe or the like, or a list names a file elsewhere.
     """
     for path in sorted(folder.iterdir()):
+        if path.name == "adapter_config.json":  # transformers would load the model it names
+            raise FileError(
+                f"{str(folder)!r} must hold weights, got an adapter of peft. Merge it, or use it "
+                "as a LoRA"
+            )
         if path.suffix in (".json", ".safetensors"):
             check_file(path)
         if path.suffix == ".bin":
