@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     SerializeAsAny,
     ValidationError,
     field_validator,
@@ -22,6 +21,7 @@ from pydantic import (
 
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError, explain
+from safegen.core.fields import FOLDER_NAME, FolderName
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
 from safegen.guards import GuardConfig, read_guard
@@ -30,16 +30,13 @@ from safegen.patches.lora_spec import LoraSpecs
 if TYPE_CHECKING:
     from safegen.models.model import Model
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-"""Pattern of a stack's name, which is also the name of a folder."""
-
 
 class Stack(BaseModel):
     """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: str = Field(pattern=f"^{NAME}$")
+    name: FolderName
     """Name of the stack: letters, digits, dots, dashes and underscores."""
     model: str
     """Model: a built-in name, a diffusers folder, a one-file checkpoint, or hub:owner/name."""
@@ -128,7 +125,7 @@ def load_stack(spec: str | Path) -> Stack:
     Raises:
         UnknownNameError: it is none of them.
         FileError: the recipe is missing or invalid.
-        ConfigError: the name has other characters than `NAME` allows.
+        ConfigError: the name has other characters than `FolderName` allows.
     """
     spec = str(spec)
     name, separator, rest = spec.partition("=")
@@ -143,7 +140,7 @@ def load_stack(spec: str | Path) -> Stack:
     if rest.endswith(".toml"):
         raise ConfigError(f"a recipe must be given without a name: {rest}, got {spec!r}")
     model, *patches = rest.split("+")
-    if not re.fullmatch(NAME, name) or not model or not all(patches):
+    if not re.fullmatch(FOLDER_NAME, name) or not model or not all(patches):
         raise ConfigError(
             "a stack must be NAME=model+patch.safetensors with a name of letters, digits and "
             f"'._-', got {spec!r}"

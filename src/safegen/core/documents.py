@@ -7,9 +7,10 @@ import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from safegen.core.errors import FileError, explain
 
@@ -119,7 +120,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Return the value of a JSON text; NaN and infinities are refused.
+    """Return the value of a JSON text; NaN, infinities and deep nesting are refused.
 
     Args:
         text: the JSON text.
@@ -129,9 +130,37 @@ def parse_json(text: str | bytes, source: str) -> Any:
         FileError: the text is not JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{source!r} is not JSON: {reason_of(error)}") from error
+        value = from_json(text, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is infinite
+    except ValueError as error:
+        raise FileError(f"{source!r} is not JSON: {error}") from error
+    return value
+
+
+def read_record(model: type[Record], path: Path) -> Record:
+    """Return the record in a JSON file; see `parse_record`.
+
+    Raises:
+        FileError: the file cannot be read, or does not fit the class.
+    """
+    return parse_record(model, read_bytes(path), str(path))
+
+
+def parse_record(model: type[Record], text: bytes, source: str) -> Record:
+    """Return a record from its JSON; types are strict, so "3" and true are no integers.
+
+    Args:
+        model: class of the record.
+        text: the JSON text.
+        source: name of the text for messages, a path for example.
+
+    Raises:
+        FileError: the text is not JSON or does not fit the class; each wrong field is named.
+    """
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise FileError(f"{source!r} is damaged: {explain(error, model)}") from error
 
 
 def validate(model: type[Record], value: Any, source: str) -> Record:
@@ -156,5 +185,14 @@ def reason_of(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+def check_plain(value: Any) -> Any:
+    """Return a value if it is plain JSON with finite numbers; for pydantic validators.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"values must be plain JSON with finite numbers: {error}") from None
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, Phrases
+from safegen.core.documents import read_toml, validate
 from safegen.core.errors import (
     ConfigError,
     FileError,
@@ -18,6 +19,7 @@ from safegen.core.errors import (
     UnusedSettingWarning,
     explain,
 )
+from safegen.core.fields import Name, Seed
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
@@ -60,17 +62,19 @@ class Protocol(BaseModel):
 
     model_config = FROZEN
 
-    name: str
+    name: Name
     """Name of the protocol in one word."""
     about: str = ""
     """What the protocol measures, and the quirks of what it imitates."""
-    concept: str
-    """Concept to remove; its words make the negative-prompt baseline."""
+    concept: Name
+    """Concept to remove."""
+    words: Phrases = ()
+    """Phrases of the negative-prompt baseline; those of the built-in concept if empty."""
     lists: tuple[PromptList, ...] = Field(min_length=1)
     """Prompt lists, in the order of generation."""
-    seeds: tuple[int, ...] | Literal["rows"]
+    seeds: tuple[Seed, ...] | Literal["rows"]
     """Seeds for every prompt; `rows` uses the seed of each prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """With `seeds = "rows"`, the seed from which prompts without their own seed get one."""
     generation: GenerationConfig
     """How images are generated."""
@@ -148,6 +152,7 @@ class Protocol(BaseModel):
             return cls(
                 name=concept.name,
                 concept=concept.name,
+                words=concept.words,
                 lists=tuple(lists),
                 seeds=tuple(seeds),
                 generation=generation,
@@ -291,16 +296,11 @@ def read_protocol(name: str) -> Protocol:
         path = Path(__file__).parent / "protocols" / f"{name}.toml"
     elif path.suffix != ".toml":
         raise UnknownNameError("protocol", name, PROTOCOLS)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileError(
             f"the protocol file {name!r} does not exist. Built in: {', '.join(PROTOCOLS)}"
         )
-    try:
-        return Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        raise FileError(f"{name} is not a protocol file: {explain(error, Protocol)}") from error
+    return validate(Protocol, read_toml(path), name)
 
 
 def _with_prompts(

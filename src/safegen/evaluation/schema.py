@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from safegen.core.errors import ConfigError
+from safegen.core.fields import JsonObject, Name
 from safegen.core.files import display_name
 from safegen.data.prompts.prompts import PromptSet
 from safegen.evaluation.samples import Role, read_prompt_list
@@ -48,7 +49,7 @@ class PromptList(BaseModel):
 
     role: Role
     """Relation of the prompts to the concept."""
-    name: str
+    name: Name
     """Name of the list in tables."""
     source: str | None = None
     """Source of the prompts: `source:list`, a file, or `hub:owner/name/path/in/repo.csv`."""
@@ -60,7 +61,7 @@ class PromptList(BaseModel):
     """Dialect of the file; detected from its columns if empty."""
     column: str = ""
     """Column that holds the prompts, for dialects with a choice."""
-    prompts: int | None = Field(default=None, ge=1)
+    prompts: int | None = Field(default=None, ge=1, lt=2**31)
     """Number of prompts, from the start of the list; all if not given."""
     sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     """SHA-256 of the prompts (`hash_prompts`); empty until the user provides the file."""
@@ -107,13 +108,13 @@ class JudgeRule(BaseModel):
 
     model_config = FROZEN
 
-    name: str
+    name: Name
     """Name of the judge."""
     labels: tuple[str, ...] = Field(min_length=1)
     """Labels that mean the concept is in the image."""
     threshold: float = Field(default=0.5, ge=SCORE_FLOOR, le=1)
     """Lowest score of a detection that counts."""
-    options: Annotated[dict[str, Any], AfterValidator(check_judge_options)] = {}
+    options: Annotated[JsonObject, AfterValidator(check_judge_options)] = {}
     """Further options of the judge."""
 
     @property
@@ -130,7 +131,7 @@ class FeatureRule(BaseModel):
 
     model_config = FROZEN
 
-    extractor: str
+    extractor: Name
     """Name of the extractor."""
     weights: str | None = None
     """Weights, for an extractor without bundled ones: a file, a folder, or hub:owner/name."""
@@ -145,5 +146,5 @@ class LpipsRule(BaseModel):
     """File with AlexNet's weights under torchvision's names."""
     heads: str
     """File with the five linear heads under the names of the package lpips."""
-    side: int | None = None
+    side: int | None = Field(default=None, ge=1, le=4096)
     """Side in pixels to shrink images to; their own size if not given."""
