@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,8 +19,10 @@ from pydantic import (
 )
 
 from safegen.core.concept import load_concept
+from safegen.core.documents import read_toml, validate
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError, explain
 from safegen.core.fields import FOLDER_NAME, FolderName
+from safegen.core.files import exists
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
 from safegen.guards import GuardConfig, read_guard
@@ -197,17 +198,12 @@ def _replace(stack: Stack, **settings: Any) -> Stack:
 
 def _read_recipe(path: Path) -> Stack:
     """Return the stack in a TOML file, with paths relative to it."""
-    if not path.is_file():
+    if not exists(path):
         raise FileError(f"the stack file {str(path)!r} does not exist")
     folder = path.parent
-    try:
-        settings = {"name": path.stem} | tomllib.loads(path.read_text(encoding="utf-8"))
-        settings["guards"] = _resolve_concepts(settings.get("guards", []), folder)
-        stack = Stack.model_validate(settings)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        raise FileError(f"{path} is not a stack file: {explain(error, Stack)}") from error
+    settings = {"name": path.stem} | read_toml(path)
+    settings["guards"] = _resolve_concepts(settings.get("guards", []), folder)
+    stack = validate(Stack, settings, str(path))
     is_name = stack.model in MODELS or stack.model.startswith(HUB)
     return stack.model_copy(
         update={

@@ -12,6 +12,8 @@ from pathlib import Path
 from safegen.core.documents import read_text
 from safegen.core.errors import FileError
 
+HOMES = (Path("/home"), Path("/Users"))
+"""Folders of the users' home folders."""
 STAGING_DIR = ".unfinished"
 """Folder inside a new folder that holds what is not finished."""
 
@@ -139,5 +141,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def display_name(name: str) -> str:
-    """Return the last part of a path, so that no output names a user; other names as they are."""
-    return name if name.startswith("hub:") or os.sep not in name else Path(name).name
+    """Return the last part of a path, so that no output names a user; other names as they are.
+
+    A home folder is `~`: its last part is the user's name.
+    """
+    if name.startswith("hub:") or os.sep not in name:
+        return name
+    path = Path(name)
+    return "~" if path == Path.home() or path.parent in HOMES else path.name
