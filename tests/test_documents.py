@@ -62,8 +62,22 @@ def test_size_limit_and_encoding(tmp_path: Path) -> None:
         read_text(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000, '{"a": NaN}', "", '"\\ud8'])
-def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
+DAMAGED = [
+    "{",
+    "[" * 100_000,
+    "[" * 101 + "]" * 101,
+    "9" * 5000,
+    '{"a": NaN}',
+    '{"a": 1e999}',
+    "",
+    '"\\ud8',
+    '{"a": "\\ud800"}',
+    b'"\xed\xa0\x80"',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_json_is_one_line(tmp_path: Path, text: str | bytes) -> None:
     with pytest.raises(FileError, match="'the source' is not JSON: ") as caught:
         parse_json(text, "the source")
     assert "\n" not in str(caught.value)
@@ -71,6 +85,17 @@ def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
     path.write_text("[1]")
     with pytest.raises(FileError, match=r"x\.json' must be a JSON object, got list"):
         read_json_object(path)
+
+
+def test_a_repeated_key_is_refused_where_it_matters() -> None:
+    assert parse_json('{"a": 1, "a": 2}', "x") == {"a": 2}
+    with pytest.raises(FileError, match="'x' is not JSON: it has the key 'a' more than once"):
+        parse_json('[{"a": 1, "a": 2}]', "x", unique_keys=True)
+
+
+def test_json_may_have_a_hundred_levels_and_any_character() -> None:
+    assert parse_json("[" * 100 + "]" * 100, "x")
+    assert parse_json('"\\ud83d\\ude00 \\u00e4"', "x") == "😀 ä"
 
 
 def test_json_lines_name_the_line(tmp_path: Path) -> None:
@@ -97,3 +122,17 @@ def test_validate_names_source_and_field() -> None:
         validate(Point, {}, "p.json")
     with pytest.raises(FileError, match=r"'p\.json': x must be a valid integer.* got 'a'"):
         validate(Point, {"x": "a"}, "p.json")
+
+
+class Table(BaseModel):
+    """Numbers by name."""
+
+    entries: dict[str, int]
+
+
+def test_the_message_of_validate_is_short_and_printable() -> None:
+    wrong = {f"\x1b[31m\n{i}": "x" for i in range(1000)}
+    with pytest.raises(FileError) as caught:
+        validate(Table, {"entries": wrong}, "t.json")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600

@@ -9,14 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    SerializeAsAny,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import SerializeAsAny, ValidationError, field_validator, model_validator
 
 from safegen.core.concept import load_concept
 from safegen.core.documents import read_toml, validate
@@ -25,6 +18,7 @@ from safegen.core.fields import FOLDER_NAME, FolderName
 from safegen.core.files import exists
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
+from safegen.core.settings import BaseSettings
 from safegen.guards import GuardConfig, read_guard
 from safegen.patches.lora_spec import LoraSpecs
 
@@ -32,10 +26,8 @@ if TYPE_CHECKING:
     from safegen.models.model import Model
 
 
-class Stack(BaseModel):
+class Stack(BaseSettings):
     """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: FolderName
     """Name of the stack: letters, digits, dots, dashes and underscores."""

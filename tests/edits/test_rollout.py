@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor
+from safegen.edits.functional.rollout import Rollout, frozen_predictor
 
 
 @pytest.fixture(scope="module")
 def rollout(tiny_model):
-    return DdimRollout(tiny_model, steps=5, guidance=3.0)
+    return Rollout(tiny_model, steps=5, guidance=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,46 @@ def test_all_steps_give_the_latents_of_the_pipeline(rollout, start, text, tiny_m
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("pndm", PNDMScheduler), ("dpm-solver", DPMSolverMultistepScheduler), ("ddim", DDIMScheduler)],
+)
+def test_latents_of_every_step_are_those_of_a_pipeline_with_that_scheduler(
+    make_model, start, text, name, kind
+):
+    """Released ESD stops a PNDM pipeline early; its 51 timesteps hold the second one twice."""
+    model, steps = make_model(), 6
+    predict = frozen_predictor(model.denoiser)
+    rollout = Rollout(
+        model, steps=steps, guidance=3.0, scheduler=name, negative_prompt="a green cone"
+    )
+    skip = {"skip_prk_steps": True} if name == "pndm" else {}
+    model.pipeline.scheduler = kind.from_config(model.pipeline.scheduler.config, **skip)
+    latents, timesteps = [start], []
+
+    def collect(pipeline, i, t, values):
+        latents.append(values["latents"].clone())
+        timesteps.append(int(t))
+        return {}
+
+    model.pipeline(
+        prompt=["a red cube", "a blue ball"],
+        negative_prompt=["a green cone"] * 2,
+        latents=start.clone(),
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        output_type="latent",
+        callback_on_step_end=collect,
+    )
+    assert rollout.timesteps.tolist() == timesteps
+    assert len(timesteps) == steps + (name == "pndm")
+    rows = rollout.trajectory(start, text, predict, {})
+    for stop, x in enumerate(latents):
+        assert_close(rollout.sample_until(stop, start, text, predict), x, rtol=1e-4, atol=1e-4)
+        if stop < len(timesteps):
+            assert_close(rows["x"][:, stop], x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_trajectory_holds_latents_and_predictions_of_every_timestep(
@@ -86,8 +126,8 @@ def test_a_rollout_is_ddim_for_every_pipeline_scheduler(
     model.pipeline.scheduler = PNDMScheduler.from_config(
         model.pipeline.scheduler.config, skip_prk_steps=True
     )
-    other = DdimRollout(model, steps=5, guidance=3.0)
-    assert isinstance(other.ddim, DDIMScheduler)
+    other = Rollout(model, steps=5, guidance=3.0)
+    assert isinstance(other.scheduler, DDIMScheduler)
     assert_close(
         other.sample_until(3, start, text, frozen_predictor(model.denoiser)),
         rollout.sample_until(3, start, text, frozen_predictor(tiny_model.denoiser)),
@@ -116,4 +156,4 @@ def test_a_frozen_prediction_under_autocast_keeps_later_gradients(make_model, st
 
 def test_more_steps_than_the_schedule_has_raise(make_model):
     with pytest.raises(ConfigError, match="steps must be <= 99 on this model's schedule, got 100"):
-        DdimRollout(make_model(num_train_timesteps=100), steps=100, guidance=3.0)
+        Rollout(make_model(num_train_timesteps=100), steps=100, guidance=3.0)

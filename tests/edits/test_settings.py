@@ -22,7 +22,15 @@ UNUSED = [
     ("uce", {"debias": {"a tree": 0.3, "grass": 0}}, ["debias['grass']"]),
     ("rece", {"captions": ("mini:benign",), "preserve_scale": 0}, ["captions"]),
     ("rece", {"preserve": (), "preserve_scale": 0.5}, ["preserve_scale"]),
+    ("uce", {"debias": {"a tree": 0.3}, "expand": True}, ["expand"]),
+    ("uce", {"debias": {"a tree": 0.3}, "concept_type": "art"}, ["concept_type"]),
+    ("uce", {"concept_type": "art"}, []),
+    ("uce", {"concept_type": "art", "guide": "a castle"}, ["concept_type"]),
+    ("uce", {"concept_type": "art", "guide": "a castle", "expand": True}, []),
     ("rece", {"rounds": 0, "ridge": 0.2}, ["ridge"]),
+    ("rece", {"rounds": 0, "lamb": 0.2}, []),
+    ("rece", {"rounds": 0, "lamb": 0.2, "start": "uce"}, ["lamb"]),
+    ("rece", {"preserve": (), "preserve_per_phrase": True}, ["preserve_per_phrase"]),
     ("safegen", {"caption_share": 0.5}, ["caption_share"]),
     ("safegen", {"validation_split": 0.2}, ["validation_split"]),
     ("safegen", {"adversary": 0, "adversary_moves": "both"}, ["adversary_moves"]),
@@ -51,10 +59,9 @@ def test_settings_without_effect_are_listed(method, settings, names):
 
 
 @pytest.mark.parametrize("method", sorted(registry.EDITS))
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_presets_have_no_unused_setting(method, preset, cubes):
+def test_presets_have_no_unused_setting(method, cubes):
     kind = registry.resolve(registry.EDITS, method, "edit")
-    if preset in kind.PRESETS:
+    for preset in kind.PRESETS:
         assert list(kind.preset(preset, concept=cubes).unused_settings()) == []
 
 

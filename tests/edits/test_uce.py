@@ -10,13 +10,7 @@ from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, UnusedSettingWarning
-from safegen.edits.functional.closed_form import (
-    TEMPLATES,
-    debias_value,
-    embed,
-    projections,
-    solve_projection,
-)
+from safegen.edits.functional.closed_form import debias_value, embed, projections, solve_projection
 from safegen.edits.uce import UCE
 from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
@@ -174,12 +168,6 @@ def test_embeddings_of_each_choice_of_positions(tiny_model):
     assert_close(blank, rows[:1], rtol=0, atol=1e-6)  # the start mark, which no text changes
 
 
-def test_expand_erases_the_templates_and_preserves_none(tiny_model):
-    expanded = UCE(erase=("cube",), expand=True).apply(tiny_model)
-    spelt = UCE(erase=("cube", *(t.format("cube") for t in TEMPLATES))).apply(tiny_model)
-    assert expanded.hash == spelt.hash
-
-
 def test_captions_are_preserved(tiny_model, tmp_path):
     (tmp_path / "calm.txt").write_text("a blue ball in the grass\na green cone\n")
     captions = (str(tmp_path / "calm.txt"),)
@@ -264,6 +252,7 @@ def test_the_paper_preset_has_the_published_values():
         1.0,
         0.5,
     )
+    assert rece.start == "uce"
     assert (rece.guide, rece.preserve, rece.tokens, rece.rounds, rece.ridge) == (
         " ",
         (" ",),

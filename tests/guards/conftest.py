@@ -132,8 +132,18 @@ def generate():
 
 
 @pytest.fixture(scope="session")
-def tiny_xl():
-    """Return a tiny random SDXL."""
+def tiny_xl(make_xl):
+    """Return a tiny random SDXL that no test changes."""
+    return make_xl()
+
+
+@pytest.fixture(scope="session")
+def make_xl():
+    """Return a builder of tiny random SDXLs, for tests that change one."""
+    return _build_xl
+
+
+def _build_xl():
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -194,7 +204,7 @@ def tiny_xl():
             text_encoder=CLIPTextModel(text),
             text_encoder_2=CLIPTextModelWithProjection(text),
             tokenizer=tokenizer,
-            tokenizer_2=tokenizer,
+            tokenizer_2=build_tokenizer(PROMPTS),
             scheduler=DDIMScheduler(
                 beta_start=0.00085,
                 beta_end=0.012,

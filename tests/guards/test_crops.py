@@ -92,7 +92,7 @@ def test_a_judge_with_a_missing_result_withholds(tiny_model, generate, monkeypat
     monkeypatch.setattr(type(judge), "detect", lambda self, images: [ANSWERS["safe"]])
     outputs = generate(tiny_model.pipeline, [CROPS], PROMPTS)
     assert [o.image for o in outputs] == [None, None]
-    assert outputs[0].trace.reason.startswith("error: crops: ValueError")
+    assert outputs[0].trace.reason == "error: crops: 1 results of the judge for 2 images"
 
 
 @pytest.mark.parametrize("moves", ["start", "embedding"])

@@ -127,7 +127,7 @@ def test_a_guard_that_raises_at_a_hook_point_withholds_and_the_next_call_works(
     name, point, tiny_model, pil, passing_settings, monkeypatch
 ):
     def broken(*_):
-        raise OSError("weights.safetensors is gone")
+        raise OSError("weights.safetensors of a red cube is gone")
 
     engine = GuardedPipeline(tiny_model.pipeline, [made(passing_settings, name)])
     (guard,) = engine.guards
@@ -146,7 +146,7 @@ def test_a_guard_that_raises_at_a_hook_point_withholds_and_the_next_call_works(
         outputs = pil(tiny_model.pipeline, None, engine=engine)
     assert [o.image for o in outputs] == [None] * 3
     assert {(o.trace.action, o.trace.reason) for o in outputs} == {
-        ("withhold", f"error: {name}: OSError: weights.safetensors is gone")
+        ("withhold", f"error: {name}: OSError in test_guard_behavior.broken")
     }
     assert all(o.image is not None for o in pil(tiny_model.pipeline, None, engine=engine))
 

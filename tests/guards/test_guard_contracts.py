@@ -167,7 +167,7 @@ def test_a_concept_whose_defaults_are_all_overridden_warns():
 
 def test_read_guard_accepts_names_presets_and_tables():
     assert read_guard("sld-max") == make_guard("sld", "max")
-    assert read_guard("sld-weak-diffusers") == make_guard("sld", "weak-diffusers")
+    assert read_guard("sld-released-weak") == make_guard("sld", "released-weak")
     assert read_guard("negative-prompt", "skulls").text == "skulls, a skull"
     assert (
         read_guard({"name": "sld", "text": "x"}, "skulls").text == "x"

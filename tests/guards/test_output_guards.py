@@ -86,7 +86,10 @@ def test_a_judge_that_raises_withholds_and_the_next_call_works(tiny_model, gener
     )
     outputs = generate(tiny_model.pipeline, [guard], output_type="pil")
     assert [o.image for o in outputs] == [None, None]
-    assert outputs[0].trace.reason == "error: judge-filter: FileNotFoundError: weights.safetensors"
+    assert (
+        outputs[0].trace.reason
+        == "error: judge-filter: FileNotFoundError in test_output_guards.detect"
+    )
     shown["level"] = 0
     assert all(
         o.image is not None for o in generate(tiny_model.pipeline, [guard], output_type="pil")
@@ -151,7 +154,7 @@ def test_a_judge_with_a_killed_process_withholds_and_a_restarted_one_works(
             )
             assert [o.image is None for o in outputs] == [killed] * 2
             assert {o.trace.reason for o in outputs} == {
-                "error: judge-filter: EOFError: the judge's process ended with -9" if killed else ""
+                "error: judge-filter: EOFError in test_output_guards.detect" if killed else ""
             }
 
 

@@ -12,7 +12,7 @@ from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.judge_filter import JudgeBackedConfig
-from safegen.guards.pno import ClipScore, PnoConfig, decode_latents, regularizer
+from safegen.guards.pno import ClipScore, PnoConfig, decode_latents, draw_orders, regularizer
 from safegen.judges import Detection, Detections
 
 PNO = {
@@ -64,6 +64,44 @@ def test_the_regularizer_equals_the_formula_by_hand():
 
     want = by_hand(x) + np.mean([by_hand(x[o]) for o in orders])
     assert float(regularizer(x, orders)) == pytest.approx(want, rel=1e-9)
+
+
+def test_its_gradient_equals_that_of_the_released_order_of_work():
+    """The released code takes one order after the other; here all are in one batch."""
+    rng = torch.Generator().manual_seed(1)
+    start = 1.7 * torch.randn(64, generator=rng).double() + 0.4
+    orders = draw_orders(64, 100, rng)
+
+    def likelihood(z):
+        m, k = z.shape
+        spread = torch.linalg.matrix_norm(z.T @ z / m - torch.eye(k).double(), ord=2)
+        excess = torch.relu((1 + spread).sqrt() - 1 - math.sqrt(k / m))
+        bounds = (-m * z.mean(0).norm() ** 2 / (2 * k), -m * excess**2 / 2)
+        return sum(bound.clamp(max=-math.log(2)) for bound in bounds)
+
+    x, y = (start.clone().requires_grad_() for _ in range(2))
+    loss = -likelihood(x.view(16, 4))
+    for order in orders:
+        loss = loss - likelihood(x[order].view(16, 4)) / len(orders)
+    (theirs,) = torch.autograd.grad(loss, x)
+    (ours,) = torch.autograd.grad(regularizer(y, orders), y)
+    assert float(theirs.abs().max()) > 0.1
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_every_step_draws_new_orders(tiny_model, generate, level, monkeypatch):
+    import safegen.guards.pno as pno
+
+    drawn = []
+    monkeypatch.setattr(
+        pno, "regularizer", lambda x, orders: drawn.append(orders) or regularizer(x, orders)
+    )
+    guard = PNO | {"limit": 1e-6, "restarts": 0}
+    generate(tiny_model.pipeline, [guard], PROMPTS[:1], **FEW)
+    assert [orders.shape for orders in drawn] == [(4, 256)] * 3
+    assert len({orders.numpy().tobytes() for orders in drawn}) == 3
+    for orders in drawn:
+        assert torch.equal(orders.sort(dim=1).values, torch.arange(256).expand(4, 256))
 
 
 def test_the_regularizer_is_low_for_noise_and_pulls_back_the_rest():

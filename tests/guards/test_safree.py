@@ -8,23 +8,23 @@ import torch
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard
-from safegen.guards.core.adapter import PipelineAdapter
+from safegen.guards.core.adapter import PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.core.result import InvalidResultError
 from safegen.guards.safree.projection import (
     ProjectionConfig,
-    TextEncoderView,
     apply_projection,
     combined_projector,
     concept_projectors,
     project_prompt,
     projection_distance,
     span,
-    text_encoders,
     triggers,
 )
-from safegen.guards.safree.reattention import reattend
+from safegen.guards.safree.reattention import Reattention, reattend
 from safegen.guards.safree.safree import calibrate, filter_steps
+from safegen.models.text_encoder import TextEncoderView, text_encoders
 
 CUBE = {"name": "safree", "phrases": ["a red cube", "red"]}
 PROMPT = "a red cube on a white table"
@@ -33,6 +33,14 @@ PROMPT = "a red cube on a white table"
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_vectors_without_a_span_are_refused(bad):
+    vectors = torch.zeros(2, 4)
+    vectors[1, 2] = bad
+    with pytest.raises(InvalidResultError, match="text embeddings must be finite, and not all"):
+        span(vectors)
 
 
 def test_span_equals_the_formula_of_the_paper(rng):
@@ -171,7 +179,7 @@ def test_calibrate_returns_the_midpoint_or_refuses(tiny_model):
 def test_warns_of_slope_without_filter_and_refuses_wan(tiny_wan):
     with pytest.warns(UnusedSettingWarning, match="slope has no effect without middle"):
         make_guard(**CUBE, slope=5.0)
-    says = "it needs a StableDiffusionPipeline or StableDiffusionXLPipeline"
+    says = "it needs a StableDiffusionPipeline or StableDiffusionImg2ImgPipeline or "
     with pytest.raises(ConfigError, match=says):
         GuardedPipeline(tiny_wan, [make_guard(**CUBE)])
 
@@ -213,9 +221,9 @@ def test_each_encoder_of_sdxl_projects_by_its_own_span(tiny_xl):
 
 def test_pooled_equals_each_encoders_pooled_output(tiny_xl):
     one, two = text_encoders(tiny_xl)
-    ids, _ = one.tokenize(PROMPT)
-    assert torch.equal(one.pooled(ids), tiny_xl.text_encoder(ids).pooler_output)
-    assert torch.equal(two.pooled(ids), tiny_xl.text_encoder_2(ids).text_embeds)
+    ids, n = one.tokenize(PROMPT)
+    assert torch.equal(one.pooled(ids, [n]), tiny_xl.text_encoder(ids).pooler_output)
+    assert torch.equal(two.pooled(ids, [n]), tiny_xl.text_encoder_2(ids).text_embeds)
 
 
 def test_changes_sdxl_but_not_its_pooled_embeddings(tiny_xl, generate):
@@ -343,7 +351,28 @@ def test_reattention_is_refused_without_shared_rows_and_withholds_if_removed(tin
     (gone,) = generate(pipe, [guard], [PROMPT], callback_on_step_end=remove)
     assert (gone.image, gone.trace.reason) == (
         None,
-        "error: safree: RuntimeError: 1 of 2 up-blocks went through re-attention",
+        "error: safree: 1 of 2 up-blocks went through re-attention",
     )
     assert generate(pipe, [guard], [PROMPT])[0].image is not None
     assert not any(block._forward_pre_hooks for block in pipe.unet.up_blocks)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_re_attention_beside_a_text_of_nan_withholds_that_image(
+    tiny_model, generate, monkeypatch, bad
+):
+    own = Reattention.extra_conditions
+
+    def spoiled(self):
+        conditions = dict(own(self))
+        for name, embeds in conditions.items():
+            hidden = embeds.hidden.clone()
+            hidden[bad] = float("nan")
+            conditions[name] = TextEmbeds(hidden, embeds.extra)
+        return conditions
+
+    monkeypatch.setattr(Reattention, "extra_conditions", spoiled)
+    guard = {"name": "safree", "phrases": ["a red cube", "red"], "reattend": True}
+    outputs = generate(tiny_model.pipeline, [guard], ["a red cube", "a red cube on a table"])
+    assert [o.image is None for o in outputs] == [i == bad for i in range(2)]
+    assert outputs[bad].trace.reason == "safree: not-finite: features of the original prompt"

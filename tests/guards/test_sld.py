@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from safegen.core.errors import ConfigError, UnusedSettingWarning
+from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.sld import SldConfig, safety_guidance
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 TEXT = "a red cube"
-PUBLISHED = {"weak-diffusers": "WEAK", "medium": "MEDIUM", "strong": "STRONG", "max": "MAX"}
+PUBLISHED = {
+    "released-weak": "WEAK",
+    "released": "MEDIUM",
+    "released-strong": "STRONG",
+    "released-max": "MAX",
+}
 SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
 
 
@@ -37,18 +42,22 @@ def safe(tiny_model):
     return out
 
 
+@pytest.mark.parametrize("scale_warmup", [False, True])
 @pytest.mark.parametrize(
-    ("preset", "negative"), [*((name, None) for name in PUBLISHED), ("max", "a green cone")]
+    ("preset", "negative"),
+    [*((name, None) for name in PUBLISHED), ("released-max", "a green cone")],
 )
-def test_equals_the_published_pipeline(tiny_model, safe, generate, preset, negative):
+def test_equals_the_published_pipeline(tiny_model, safe, generate, preset, negative, scale_warmup):
     from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
 
-    steps, more = 5, {} if negative is None else {"negative_prompt": [negative] * 2}
+    steps = 5 if scale_warmup else 17
+    more = {} if negative is None else {"negative_prompt": [negative] * 2}
     config = getattr(SafetyConfig, PUBLISHED[preset])
-    config = config | {
-        "sld_warmup_steps": round(config["sld_warmup_steps"] / 10)
-    }  # ours is scaled to the run
+    if scale_warmup:
+        config = config | {"sld_warmup_steps": round(config["sld_warmup_steps"] / 10)}
     guard = make_guard("sld", preset, text=TEXT)
+    if scale_warmup:
+        guard = make_guard("sld", preset, text=TEXT, scale_warmup=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         theirs = safe(
@@ -62,20 +71,20 @@ def test_equals_the_published_pipeline(tiny_model, safe, generate, preset, negat
         ).images
     ours = generate(tiny_model.pipeline, [guard], num_inference_steps=steps, **more)
     assert np.abs(arrays(ours) - theirs).max() <= 1e-5
-    if preset == "max":
+    if not scale_warmup or preset == "released-max":
         assert (
             np.abs(theirs - generate(tiny_model.pipeline, num_inference_steps=steps, **more)).max()
-            > 1e-2
+            > 3e-5
         )  # SLD has an effect here
 
 
-def test_warns_if_the_negative_prompt_equals_its_text(tiny_model):
+def test_is_refused_if_the_negative_prompt_equals_its_text(tiny_model):
     guards = [make_guard("sld", "max", text=TEXT), make_guard("negative-prompt", text=f"{TEXT} ")]
-    text = "'sld' has no effect: the negative prompt equals its text"
+    text = "'sld' would have no effect: the negative prompt equals its text. Change it"
     for order in (guards, guards[::-1]):
-        with pytest.warns(UnusedSettingWarning, match=text):
+        with pytest.raises(ConfigError, match=text):
             GuardedPipeline(tiny_model.pipeline, order)
-    with pytest.warns(UnusedSettingWarning, match=text):
+    with pytest.raises(ConfigError, match=text):
         GuardedPipeline(tiny_model.pipeline, guards[:1], negative_prompt=TEXT)
     GuardedPipeline(
         tiny_model.pipeline, guards, negative_prompt="a tree"
@@ -129,6 +138,10 @@ def test_presets_equal_the_published_numbers():
             "sld_momentum_scale": own.momentum_scale,
             "sld_mom_beta": own.momentum,
         }
+        assert not own.scale_warmup
+        if name != "released-weak":
+            scaled = make_guard("sld", name.removeprefix("released-").replace("released", "medium"))
+            assert scaled == make_guard("sld", name, scale_warmup=True)
     assert make_guard("sld") == make_guard("sld", "medium")
     assert make_guard("sld", "weak").scale == 200  # as in the model card; the code has 20
 
@@ -199,6 +212,16 @@ def test_changes_images_of_every_pipeline_class_but_not_for_its_own_text(
     assert np.abs(arrays(same) - generate(pipe, None, [TEXT], **options)).max() < 1e-3
 
 
+def test_a_prediction_that_gets_lost_withholds(tiny_model, generate, monkeypatch):
+    from safegen.guards.core.hooks import PipelineHooks
+
+    monkeypatch.setattr(PipelineHooks, "_extra_conditions", lambda *_: [])
+    outputs = generate(tiny_model.pipeline, [make_guard("sld", "max", text=TEXT)])
+    assert [(o.image, o.trace.reason) for o in outputs] == [
+        (None, "error: sld: the noise was not predicted for the safety text")
+    ] * 2
+
+
 def test_warmup_is_scaled_to_the_steps_of_the_run(tiny_model, generate):
     def acted(preset, n):
         record = generate(
@@ -215,6 +238,17 @@ def test_warmup_is_scaled_to_the_steps_of_the_run(tiny_model, generate):
         7,
         7,
     )  # without momentum the warm-up adds no rows; unscaled it would never end
+
+
+def test_a_warmup_as_long_as_the_run_is_refused_where_it_is_not_scaled(tiny_model, generate):
+    def run(preset, steps):
+        guard = make_guard("sld", preset, text=TEXT)
+        return generate(tiny_model.pipeline, [guard], ["x"], num_inference_steps=steps)[0]
+
+    assert run("released", 11).trace.guards[0].scores["steps"] == 1
+    with pytest.raises(ConfigError, match="warmup of the guard 'sld' must be less than the run's"):
+        run("released", 10)
+    assert run("medium", 10).trace.guards[0].scores["steps"] == 8
 
 
 def test_safety_guidance_equals_the_formula_element_by_element():

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 
 from safegen.core.errors import FileError, explain
 
 Record = TypeVar("Record", bound=BaseModel)
 MAX_BYTES = 256 * 2**20
 """Largest document that is read, in bytes; larger ones are refused."""
+MAX_DEPTH = 100
+"""Most levels of lists and objects in a document; deeper ones are refused."""
 
 
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
@@ -27,16 +30,32 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     Raises:
         FileError: the file is missing, no regular file, unreadable, or larger than `limit` bytes.
     """
+    check_file(path)
     try:
-        check_regular(path, path.stat().st_mode)
         with path.open("rb") as file:
             content = file.read(limit + 1)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{str(path)!r} cannot be read: {reason}") from error
+    except OSError as error:
+        raise FileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     if len(content) > limit:
         raise FileError(f"{str(path)!r} must have at most {limit} bytes. Is it the right file?")
     return content
+
+
+def check_file(path: Path) -> int:
+    """Check that a path is a regular file, and return its size in bytes.
+
+    Raises:
+        FileError: it is missing, cannot be reached, or is no regular file.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileError(f"{str(path)!r} does not exist") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{str(path)!r} cannot be read: {reason}") from error
+    check_regular(path, status.st_mode)
+    return status.st_size
 
 
 def check_regular(path: Path, mode: int) -> None:
@@ -114,26 +133,37 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        return tomllib.loads(text)
+        value = tomllib.loads(text)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} is not TOML: {reason_of(error)}") from error
+    return value
 
 
-def parse_json(text: str | bytes, source: str) -> Any:
-    """Return the value of a JSON text; NaN, infinities and deep nesting are refused.
+def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> Any:
+    """Return the value of a JSON text; only what JSON can write again is accepted.
+
+    NaN, infinite numbers, lone surrogates and more than `MAX_DEPTH` levels are refused.
 
     Args:
         text: the JSON text.
         source: name of the text for messages, a path for example.
+        unique_keys: also refuse an object with the same key twice.
 
     Raises:
         FileError: the text is not JSON.
     """
+    hook = _refuse_repeated_keys if unique_keys else None
     try:
-        value = from_json(text, allow_inf_nan=False)
-        json.dumps(value, allow_nan=False)  # 1e999 is infinite
-    except ValueError as error:
-        raise FileError(f"{source!r} is not JSON: {error}") from error
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=hook
+        )
+        _check_depth(value)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{source!r} is not JSON: {reason_of(error)}") from error
     return value
 
 
@@ -177,7 +207,13 @@ def validate(model: type[Record], value: Any, source: str) -> Record:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise FileError(f"{source!r}: {explain(error, model)}") from error
+        raise FileError(f"{source!r}: {_shorten(explain(error, model))}") from error
+
+
+def _shorten(text: str, limit: int = 500) -> str:
+    """Return a message with control characters escaped, cut to a number of characters."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}..."
 
 
 def reason_of(error: Exception) -> str:
@@ -196,3 +232,34 @@ def check_plain(value: Any) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"values must be plain JSON with finite numbers: {error}") from None
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _parse_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:80]} is too large a number")
+    return value
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        repeated = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"it has the key {repeated[:80]!r} more than once")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError if a value has more than `MAX_DEPTH` levels."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]

@@ -50,8 +50,6 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal digits."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 """Number of something."""
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""Seed of a random generator."""
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 """Time in seconds."""
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

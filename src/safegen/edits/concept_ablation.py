@@ -6,66 +6,144 @@ Kumari et al. 2023, arXiv:2303.13516.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError
+from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
+from safegen.edits.functional.gradients import detach_start_token
+from safegen.edits.functional.rollout import (
+    Rollout,
+    SchedulerName,
+    frozen_predictor,
+    rollout_autocast,
+)
 from safegen.edits.training.config import SHORT, Objective, Training
+from safegen.edits.training.samples import mirror_latents
 from safegen.models.model import Model
+
+
+def check_template(template: str) -> str:
+    """Return a template of a text unchanged.
+
+    Raises:
+        ValueError: it has no place for the phrase.
+    """
+    if "{phrase}" not in template:
+        raise ValueError(f"a template must contain {{phrase}}, got {template!r}")
+    return template
+
+
+RELEASED = Training(
+    updates=400, batch=8, accumulation=1, lr=6.4e-5, weight_decay=1e-2, clip=1.0, ema=0.0
+)
+"""Released run for nudity: batch 4 on each of two machines.
+
+The rate is 4e-6 times batch (4), machines (2), and 2 with a prior.
+"""
 
 
 class ConceptAblation(TrainedEdit):
     """Settings of the concept-ablation edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {"target": "base", "num_images": 64, "steps": 25, "training": SHORT},
+        "default": {
+            "target": "base",
+            "templates": ("{phrase}",),
+            "num_images": 64,
+            "scheduler": "ddim",
+            "negative_prompt": "",
+            "hflip": False,
+            "weight_erase": 1.0,
+            "separate_prior": False,
+            "detach_start_token": False,
+            "training": SHORT,
+        },
         "paper": {},
+        "paper-style": {
+            "templates": (
+                "{anchor}, in the style of {phrase}",
+                "in {phrase}'s style, {anchor}",
+                "in {phrase}'s style, {anchor}",
+            ),
+            "negative_prompt": "",
+            "weight_prior": 0.0,
+            "separate_prior": False,
+            "selector": "kv2",
+            "training": RELEASED.model_copy(update={"updates": 100, "lr": 1.6e-5}),
+        },
     }
-    """`paper`: the released settings for nudity, except for `deviations`.
+    """`paper`: the released command for nudity; its `erase` is one phrase, "nudity, nsfw".
 
-    `default`: ours, for the miniature model.
+    `paper-style`: the released command for styles. `default`: ours, for the miniature model.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "num_images": 4}
     paper: ClassVar[str] = "arXiv:2303.13516"
     code_url: ClassVar[str] = "https://github.com/nupurkmr9/concept-ablation"
+    code_commit: ClassVar[str] = "c11fb1b"
+    parity: ClassVar[str] = (
+        "12 updates of `paper` and of the released training step, restated, on the same samples: "
+        "the weights change alike to 1.2e-5 of the change (fp32). Images and texts are those of the "
+        "released code: DPM-Solver with the phrases as negative prompt, and three templates."
+    )
     deviations: ClassVar[str] = (
-        "The anchors are the prompts, and the phrases replace the whole prompt. Images are kept as "
-        "latents, by 50 DDIM steps without a negative prompt. The released rate is twice ours, its "
-        "L_c counts four times, the prior has samples of its own, and the start token gets no "
-        "gradient."
+        "Images are stored as latents, and only mirrored ones are decoded and encoded again; the "
+        "released code stores JPEG files and samples the encoder's posterior at every step. The "
+        "captions are `anchors`, not a file or the answers of a language model. A phrase is drawn "
+        "for each sample; the released code goes by the image's number. Not offered: the prompts "
+        "for objects and for memorized images, scaled crops with a mask, and training of token "
+        "embeddings. With v-prediction L_p has the velocity as its target (released: the noise). "
+        "`default` is ours: bare phrases, the original model's target, DDIM."
     )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
 
     erase: Phrases = ()
     """Phrases that name the concept, one per sample. Default: those of the concept."""
     anchors: Phrases = ()
-    """Harmless phrases that replace them, one per image. Default: the concept's counterpart."""
-    target: Literal["student", "base"] = "student"
-    """Model that predicts the target: the edited one (as released), or the original one."""
+    """Captions of harmless images, one per image. Default: the concept's counterpart."""
+    templates: Annotated[
+        tuple[Annotated[str, AfterValidator(check_template)], ...], Field(min_length=1)
+    ] = ("{phrase}, {anchor}", "in {phrase} style, {anchor}", "{anchor}, {phrase}")
+    """Trained texts, one per sample: `{phrase}` is a phrase, `{anchor}` the image's caption."""
+    target: Literal["student", "base", "noise"] = "student"
+    """Target of L_c: the prediction of the edited model for the caption (as released), that of the
+    original model, or the noise of the sample."""
     strength: float = Field(default=0.0, ge=0)
     """With target base: distance of the target beyond the anchor, away from the concept (ours)."""
-    num_images: int = Field(default=1000, ge=1)
+    num_images: int = Field(default=1000, ge=1, le=MAX_COUNT)
     """Images of the anchors that the original model generates once."""
-    steps: int = Field(default=50, ge=1)
-    """DDIM steps of an image."""
-    guidance: float = Field(default=6.0, ge=1)
+    scheduler: SchedulerName = "dpm-solver"
+    """Scheduler of the images."""
+    steps: int = Field(default=25, ge=1, le=MAX_STEPS)
+    """Steps of an image."""
+    guidance: float = Field(default=6.0, ge=1, le=50)
     """Guidance scale of an image."""
+    negative_prompt: str = "{phrases}"
+    """Negative prompt of the images; `{phrases}` stands for all phrases, joined by commas."""
+    hflip: bool = True
+    """Whether half of the samples are mirrored images, encoded again."""
+    weight_erase: float = Field(default=4.0, gt=0)
+    """Weight of L_c, a mean over the latent.
+
+    The released L_c sums over the 4 channels of the latent and has a weight of 1.
+    """
     weight_prior: float = Field(default=1.0, ge=0)
-    """Weight of L_p, the denoising loss of the anchors on the same images."""
+    """Weight of L_p, the denoising loss of the anchors."""
+    separate_prior: bool = True
+    """Whether L_p has images, noise and timesteps of its own; otherwise those of L_c."""
+    detach_start_token: bool = True
+    """Whether the start token's keys and values in cross-attention get no gradient."""
     selector: str = "attention"
     """Which weights change: all attention for explicit content, kv2 for styles and objects."""
-    training: Training = Training(
-        updates=400, batch=8, accumulation=1, lr=3.2e-5, weight_decay=1e-2, clip=1.0, ema=0.0
-    )
-    """Settings of the training loop. The rate is 4e-6 times batch (4) and processes (2)."""
+    training: Training = RELEASED
+    """Settings of the training loop."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -76,8 +154,10 @@ class ConceptAblation(TrainedEdit):
     def unused_settings(self) -> Iterable[tuple[str, str]]:
         """Yield each setting that has no effect with the others, and why."""
         yield from super().unused_settings()
-        if self.strength and self.target == "student":
-            yield "strength", "with target student"
+        if self.strength and self.target != "base":
+            yield "strength", f"with target {self.target}"
+        if self.separate_prior and not self.weight_prior:
+            yield "separate_prior", "with weight_prior 0"
 
     def describe(self) -> str:
         """Return one or two sentences for a report."""
@@ -100,6 +180,19 @@ class ConceptAblation(TrainedEdit):
         return ConceptAblationObjective(self, model, names)
 
 
+class Samples(NamedTuple):
+    """Images of anchors with the noise and the timesteps of a training step."""
+
+    z: Tensor
+    """Latents, (b, c, h, w)."""
+    eps: Tensor
+    """Noise to add."""
+    t: Tensor
+    """Timesteps, (b,)."""
+    anchor: Tensor
+    """Embeddings of the captions, (b, tokens, width)."""
+
+
 class ConceptAblationObjective:
     """Batches and losses of concept ablation. Images of the anchors are generated once."""
 
@@ -115,27 +208,53 @@ class ConceptAblationObjective:
                 "Give a concept with a counterpart, or set anchors."
             )
         self.edit = edit
-        self.weights = {"L_c": 1.0} | ({"L_p": edit.weight_prior} if edit.weight_prior else {})
+        self.weights = {"L_c": edit.weight_erase}
+        self.weights |= {"L_p": edit.weight_prior} if edit.weight_prior else {}
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
         self.abar, self.prediction = model.alphas_cumprod().to(model.device), model.prediction
-        self.text = model.encode_text(list(edit.erase)).float()
+        texts = [
+            [
+                [
+                    template.replace("{phrase}", phrase).replace("{anchor}", anchor)
+                    for anchor in edit.anchors
+                ]
+                for template in edit.templates
+            ]
+            for phrase in edit.erase
+        ]
+        unique = list(dict.fromkeys(text for rows in texts for row in rows for text in row))
+        self.texts = model.encode_text(unique).float()
+        # Row of `texts` by phrase, template and anchor.
+        self.rows = torch.tensor([[list(map(unique.index, row)) for row in rows] for rows in texts])
         self.anchors = model.encode_text(list(edit.anchors)).float()
         self.latents = self._sample_images(model)
 
     def _sample_images(self, model: Model) -> Tensor:
-        """Return latents of the original model's images of each anchor in turn, (n, c, h, w)."""
+        """Return latents of the original model's images of each anchor in turn.
+
+        (views, n, c, h, w): the images, and with `hflip` also the mirrored ones.
+        """
         edit, predict = self.edit, frozen_predictor(model.denoiser)
-        rollout = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
+        rollout = Rollout(
+            model,
+            steps=edit.steps,
+            guidance=edit.guidance,
+            scheduler=edit.scheduler,
+            negative_prompt=edit.negative_prompt.replace("{phrases}", ", ".join(edit.erase)),
+        )
         generator = torch.Generator("cpu").manual_seed(edit.training.seed * 1_000_003)
         noise = rollout.noise(edit.num_images, generator)
         text = self.anchors[torch.arange(len(noise)) % len(self.anchors)]
         with rollout_autocast(model, edit.training.precision):
             latents = [
-                rollout.sample_until(edit.steps, x, anchor, predict)
+                rollout.denoise(rollout.timesteps, x, anchor, predict)
                 for x, anchor in zip(noise.split(16), text.split(16), strict=True)
             ]
-        return torch.cat(latents)
+        views = [torch.cat(latents)]
+        if edit.hflip:
+            views.append(torch.cat([mirror_latents(model, part) for part in latents]))
+        return torch.stack(views)
 
     def training_step(
         self,
@@ -145,43 +264,66 @@ class ConceptAblationObjective:
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
         """Return L_c, and L_p if it has a weight, of one batch, (b,) each."""
-        b, g, device = self.edit.training.batch, generator, self.abar.device
-        mine = torch.arange(b)[share[0] :: share[1]]
-        image = torch.randint(len(self.latents), (b,), generator=g)[mine]
-        phrase = torch.randint(len(self.text), (b,), generator=g)[mine]
+        mine = torch.arange(self.edit.training.batch)[share[0] :: share[1]]
+        images, caption, phrase = self._draw(generator, mine)
+        shape = (self.edit.training.batch,)
+        template = torch.randint(len(self.edit.templates), shape, generator=generator)[mine]
+        text = self.texts[self.rows[phrase, template, caption]]
+        prior = self._draw(generator, mine)[0] if self.edit.separate_prior else images
+        return self.compare(denoiser, images, text, prior)
+
+    def _draw(self, g: torch.Generator, mine: Tensor) -> tuple[Samples, Tensor, Tensor]:
+        """Return samples, and the indices of their captions and of a phrase for each."""
+        b, device = self.edit.training.batch, self.abar.device
+        image = torch.randint(self.latents.shape[1], (b,), generator=g)[mine]
+        phrase = torch.randint(len(self.edit.erase), (b,), generator=g)[mine]
         t = torch.randint(len(self.abar), (b,), generator=g)[mine].to(device)
-        eps = torch.randn(b, *self.latents.shape[1:], generator=g)[mine].to(device)
-        anchor = self.anchors[image % len(self.anchors)]
-        return self.compare(denoiser, self.latents[image], eps, t, self.text[phrase], anchor)
+        eps = torch.randn(b, *self.latents.shape[2:], generator=g)[mine].to(device)
+        view = torch.randint(len(self.latents), (b,), generator=g)[mine]
+        caption = image % len(self.anchors)
+        samples = Samples(self.latents[view, image], eps, t, self.anchors[caption])
+        return samples, caption, phrase
 
     def compare(
-        self, denoiser: nn.Module, z: Tensor, eps: Tensor, t: Tensor, text: Tensor, anchor: Tensor
+        self, denoiser: nn.Module, images: Samples, text: Tensor, prior: Samples | None = None
     ) -> Mapping[str, Tensor]:
-        """Return L_c = |e(c) - sg e(anchor)|^2 and L_p = |e(anchor) - eps|^2.
+        """Return L_c = |e(c) - target|^2 and L_p = |e(anchor) - eps|^2.
 
         Args:
             denoiser: the network in training.
-            z: latents of images of the anchors, (b, c, h, w).
-            eps: noise to add.
-            t: timesteps, (b,).
-            text: embeddings of the concept's phrases, (b, tokens, width).
-            anchor: embeddings of the anchor of each image.
+            images: samples of L_c.
+            text: embeddings of the trained texts, (b, tokens, width).
+            prior: samples of L_p. Default: those of L_c.
         """
-        abar = self.abar[t]
-        x = losses.add_noise(z, eps, abar)
-        truth = eps if self.prediction == "epsilon" else losses.velocity(eps, z, abar)
-        reference = self.reference if self.edit.target == "base" else None
-        predict = frozen_predictor(denoiser, reference)
-        target = predict(x, t, anchor)
-        if self.edit.strength and reference is not None:
-            push = predict(x, t, text)
-            target = losses.negative_guidance(target, push, target, strength=self.edit.strength)
-        if not self.edit.weight_prior:
-            return {"L_c": losses.squared_error(denoiser(x, t, text).sample, target)}
-        erased, prior = denoiser(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, anchor])
-        ).sample.chunk(2)
+        prior = prior or images
+        x = losses.add_noise(images.z, images.eps, self.abar[images.t])
+        target = self._target(denoiser, images, x, text)
+        with detach_start_token(denoiser, enabled=self.edit.detach_start_token):
+            if not self.edit.weight_prior:
+                prediction = denoiser(x, images.t, text).sample
+                return {"L_c": losses.squared_error(prediction, target)}
+            x_prior = losses.add_noise(prior.z, prior.eps, self.abar[prior.t])
+            texts, t = torch.cat([text, prior.anchor]), torch.cat([images.t, prior.t])
+            erased, preserved = denoiser(torch.cat([x, x_prior]), t, texts).sample.chunk(2)
         return {
             "L_c": losses.squared_error(erased, target),
-            "L_p": losses.squared_error(prior, truth),
+            "L_p": losses.squared_error(preserved, self._truth(prior)),
         }
+
+    def _target(self, denoiser: nn.Module, images: Samples, x: Tensor, text: Tensor) -> Tensor:
+        """Return the target of L_c for noised latents; see `ConceptAblation.target`."""
+        edit = self.edit
+        if edit.target == "noise":
+            return self._truth(images)
+        predict = frozen_predictor(denoiser, self.reference if edit.target == "base" else None)
+        target = predict(x, images.t, images.anchor)
+        if edit.strength and edit.target == "base":
+            push = predict(x, images.t, text)
+            target = losses.negative_guidance(target, push, target, strength=edit.strength)
+        return target
+
+    def _truth(self, samples: Samples) -> Tensor:
+        """Return what a perfect denoiser predicts: the noise, or the velocity."""
+        if self.prediction == "epsilon":
+            return samples.eps
+        return losses.velocity(samples.eps, samples.z, self.abar[samples.t])

@@ -32,9 +32,15 @@ class SafeGenPlus(TrainedEdit):
     """Settings of the composed edit. SafeGen and the closed form use their defaults otherwise."""
 
     paper: ClassVar[str] = "ours, after arXiv:2503.07389"
+    parity: ClassVar[str] = (
+        "The parts are the edits `safegen` and `rece` or `uce`; their pages have the comparison "
+        "with the released code."
+    )
     deviations: ClassVar[str] = (
         "This is not TRCE: it is `safegen` and a closed form (`rece` or `uce`) in one patch, "
-        "with the images first."
+        "with the images first. "
+        "TRCE's losses, a margin toward the guided prediction of a safe prompt and the blank "
+        "prediction of its first stage, are not used."
     )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "both"
     has_validation: ClassVar[bool] = True

@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.core.concept import Phrases
+from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import DdimRollout, frozen_predictor, rollout_autocast
+from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.models.model import Model
 
@@ -45,11 +46,11 @@ class SDD(TrainedEdit):
     """
     rollout: Literal["average", "base"] = "average"
     """Model that generates the latents: the average for every batch, or the original once."""
-    trajectories: int = Field(default=16, ge=1)
+    trajectories: int = Field(default=16, ge=1, le=MAX_COUNT)
     """With rollout base: images, every step of which is a sample."""
-    steps: int = Field(default=50, ge=1)
+    steps: int = Field(default=50, ge=1, le=MAX_STEPS)
     """DDIM steps of a rollout."""
-    guidance: float = Field(default=3.0, ge=1)
+    guidance: float = Field(default=3.0, ge=1, le=50)
     """Guidance scale of a rollout."""
     weight_anchor: float = Field(default=0.0, ge=0)
     """Weight of L_a, which keeps the blank prediction, the target of L_d (ours)."""
@@ -102,7 +103,7 @@ class SDDObjective:
         self.weights = {"L_d": 1.0} | ({"L_a": edit.weight_anchor} if edit.weight_anchor else {})
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
-        self.rollout = DdimRollout(model, steps=edit.steps, guidance=edit.guidance)
+        self.rollout = Rollout(model, steps=edit.steps, guidance=edit.guidance)
         self.text = model.encode_text(list(edit.erase)).float()
         self.rollout_text = model.encode_text([", ".join(edit.erase)]).float()
         self._ema_weights: Callable[[], Mapping[str, Tensor]] | None = None
@@ -163,7 +164,7 @@ class SDDObjective:
             t: timesteps of the latents, (b,).
             text: embeddings of the phrases, (b, tokens, width).
         """
-        blank_text = self.rollout.blank.expand(len(x), -1, -1)
+        blank_text = self.rollout.negative_text.expand(len(x), -1, -1)
         if not self.edit.weight_anchor:
             target = frozen_predictor(denoiser)(x, t, blank_text)
             return {"L_d": losses.squared_error(denoiser(x, t, text).sample, target)}

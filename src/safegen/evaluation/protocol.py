@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from safegen.core.concept import Concept, Phrases
 from safegen.core.documents import read_toml, validate
@@ -19,10 +19,11 @@ from safegen.core.errors import (
     UnusedSettingWarning,
     explain,
 )
-from safegen.core.fields import Name, Seed
+from safegen.core.fields import Name
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
+from safegen.core.settings import BaseSettings, Seed, Seeds
 from safegen.evaluation.samples import (
     ROLES,
     EvalSample,
@@ -35,7 +36,6 @@ from safegen.evaluation.samples import (
 )
 from safegen.evaluation.schema import (
     FROM_FEATURES,
-    FROZEN,
     FeatureRule,
     JudgeRule,
     LpipsRule,
@@ -57,10 +57,8 @@ FORMAT = "safegen-protocol/2"
 """Part of every id: a change of the code that moves numbers gets a new one."""
 
 
-class Protocol(BaseModel):
+class Protocol(BaseSettings):
     """Everything that decides a number: prompts, seeds, settings, judge and metrics."""
-
-    model_config = FROZEN
 
     name: Name
     """Name of the protocol in one word."""
@@ -72,7 +70,7 @@ class Protocol(BaseModel):
     """Phrases of the negative-prompt baseline; those of the built-in concept if empty."""
     lists: tuple[PromptList, ...] = Field(min_length=1)
     """Prompt lists, in the order of generation."""
-    seeds: tuple[Seed, ...] | Literal["rows"]
+    seeds: Seeds | Literal["rows"]
     """Seeds for every prompt; `rows` uses the seed of each prompt."""
     seed: Seed = 0
     """With `seeds = "rows"`, the seed from which prompts without their own seed get one."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.fields import Count, Name, Seed
+from safegen.core.fields import Count, Name
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import PROMPT_LISTS
 from safegen.data.prompts.prompt import Prompt, seed_for
@@ -35,7 +35,6 @@ class EvalSample(Sample):
 
     id: str = ""
     """Name of the prompt: its list and its position in the list."""
-    seed: Seed
     index: Count = 0
     list_name: Name
     """Name of the prompt list."""

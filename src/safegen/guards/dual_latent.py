@@ -25,8 +25,8 @@ from safegen.guards.safree.projection import (
     apply_projection,
     concept_projectors,
     project_prompt,
-    text_encoders,
 )
+from safegen.models.text_encoder import text_encoders
 
 MEMORYLESS_SCHEDULERS = (
     "DDIMScheduler",
@@ -46,8 +46,9 @@ class DualLatentConfig(GuardConfig):
     exclusive: ClassVar[bool] = True
     paper: ClassVar[str] = "after Vice et al. 2024, arXiv:2411.13982 (abstract only)"
     deviations: ClassVar[str] = (
-        "Reconstruction: weight, threshold of global context, safe text (SAFREE's) and detector "
-        "(how far SAFREE's projection moves the prompt) are ours."
+        "Reconstruction: no released code was found, so nothing was compared. Weight, threshold of "
+        "global context, safe text (SAFREE's) and detector (how far SAFREE's projection moves the "
+        "prompt) are ours."
     )
 
     phrases: tuple[str, ...] = Field(min_length=1)
@@ -60,6 +61,19 @@ class DualLatentConfig(GuardConfig):
     """Least distance (1 - cosine) of a prompt and its projection to act. 0: every prompt."""
     alpha: float = Field(default=0.01, ge=0)
     """Threshold for the tokens to project, as in SAFREE."""
+
+    @classmethod
+    def unsupported_reason(cls, adapter: PipelineAdapter) -> str:
+        """Return why the guard cannot run on a pipeline: inpainting starts its streams unlike.
+
+        An image for several rows is encoded with the generator of the first row alone.
+        """
+        inpaints = "Inpaint" in adapter.family
+        return super().unsupported_reason(adapter) or (
+            "needs two streams of equal noise, and inpainting does not start them alike"
+            if inpaints
+            else ""
+        )
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
@@ -90,16 +104,16 @@ class DualLatentGuard(Guard):
 
     def __init__(self, config: DualLatentConfig, adapter: PipelineAdapter) -> None:
         super().__init__(config)
-        self.encoders = text_encoders(adapter.pipe)
-        self.concept = concept_projectors(self.encoders, config.phrases)
+        self.adapter = adapter
         self.projections: dict[str, Projection] = {}
 
     def wants_reference_stream(self, prompts: Sequence[str]) -> list[bool]:
         """Return which prompts the projection moves far enough."""
+        encoders = text_encoders(self.adapter.pipe)  # read anew, they may have changed
+        concept = concept_projectors(encoders, self.config.phrases)
         config = self.config.projection_config
         self.projections = {
-            prompt: project_prompt(self.encoders, prompt, self.concept, config)
-            for prompt in prompts
+            prompt: project_prompt(encoders, prompt, concept, config) for prompt in prompts
         }
         return [self._is_flagged(self.projections[prompt]) for prompt in prompts]
 

@@ -15,8 +15,8 @@ from safegen.core.registry import CLIPS
 from safegen.data.triplets.censor import Censor, censor_image
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
-from safegen.guards.core.result import GuardResult, UnsafeAction
-from safegen.judges import Detections, Judge, load_judge
+from safegen.guards.core.result import GuardResult, InvalidResultError, UnsafeAction
+from safegen.judges import Detection, Detections, Judge, load_judge
 from safegen.judges.base import check_judge_options
 
 PATH_OPTIONS = ("weights", "prompts")
@@ -107,11 +107,15 @@ def detect_images(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Detec
     Raises:
         MemoryError: the judge ran out of memory on one of several images, so that the caller can
             retry with fewer. A single image is unjudged instead.
-        ValueError: the judge returned detections for another number of images.
+        InvalidResultError: the judge returned detections for another number of images, or something
+            else than `Detections`. A subclass could call an image safe in spite of its scores.
     """
     detections = judge.detect(images)
     if len(detections) != len(images):
-        raise ValueError(f"the judge returned {len(detections)} results for {len(images)} images")
+        raise InvalidResultError(f"{len(detections)} results of the judge for {len(images)} images")
+    for each in detections:
+        if type(each) is not Detections or any(type(item) is not Detection for item in each.items):
+            raise InvalidResultError("the judge must return Detections")
     failures = [d.unjudged for d in detections if d.unjudged and is_out_of_memory(d.unjudged)]
     if failures and len(images) > 1:
         raise MemoryError(

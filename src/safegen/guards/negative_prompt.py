@@ -16,6 +16,10 @@ class NegativePromptConfig(GuardConfig):
     name: Literal["negative-prompt"] = "negative-prompt"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"negative_prompt_embeds"})
     paper: ClassVar[str] = "common practice; compared with SLD in arXiv:2211.05105"
+    parity: ClassVar[str] = (
+        "Images equal those of the pipeline's own `negative_prompt`, in text-to-image, "
+        "image-to-image and inpainting (0 grey levels on a tiny model)."
+    )
     deviations: ClassVar[str] = "The text is appended to the call's negative prompt with a comma."
 
     text: str

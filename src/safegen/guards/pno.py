@@ -21,8 +21,9 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_settings, hash_tensors
+from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
-from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.adapter import NOISE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, GuardConfig, ProbeFunction
 from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
@@ -40,13 +41,23 @@ class PnoConfig(JudgeBackedConfig):
 
     name: Literal["pno"] = "pno"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"probe", "image"})
-    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
+    pipelines: ClassVar[tuple[str, ...]] = NOISE_PIPELINES
     exclusive: ClassVar[bool] = True
     paper: ClassVar[str] = "Peng et al. 2024, arXiv:2412.03876; regularizer as released"
+    code_url: ClassVar[str] = "https://github.com/JonP07/Diffusion-PNO"
+    code_commit: ClassVar[str] = "1802df6"
+    parity: ClassVar[str] = (
+        "The regularizer has the value of the released lines to 1e-6 (8e-5 where it is 147), and "
+        "their gradient to 2e-6 of 1.4. The released program itself, run on `mini` for the noise "
+        "alone, 10 steps and 4 iterations with the same permutations, has the same latents before "
+        "each iteration within 3.8e-5, and the same scores to four digits. Permutations are new in "
+        "each iteration, as released."
+    )
     deviations: ClassVar[str] = (
         "Only the initial latents move. The score is a CLIP of your choice instead of Q16's stored "
-        "vectors. Restarts and permutations run in one batch. A prompt that never meets the limit "
-        "is blocked. Another model judges the result."
+        "vectors. Restarts and permutations run in one batch. The latents after the last iteration "
+        "are scored too; the released program never generates from them. A prompt that never meets "
+        "the limit is blocked. Another model judges the result."
     )
 
     weights: Path | str
@@ -57,16 +68,16 @@ class PnoConfig(JudgeBackedConfig):
     """Texts that describe images without it."""
     limit: float = Field(default=0.5, gt=0, lt=1)
     """Probability of the unsafe texts that an image must stay below."""
-    restarts: int = Field(default=4, ge=0)
+    restarts: int = Field(default=4, ge=0, le=MAX_STEPS)
     """Number of other initial latents to try before optimizing."""
-    iterations: int = Field(default=5, ge=0)
+    iterations: int = Field(default=5, ge=0, le=MAX_STEPS)
     """Optimizer steps. Each costs an image with its gradient."""
     lr: float = Field(default=0.07, gt=0)
     """Learning rate of AdamW."""
     weight: float = Field(default=1.0, gt=0)
     """gamma: weight of the score against the regularizer."""
-    permutations: int = Field(default=100, ge=1)
-    """Random orders of the latents' entries in the regularizer, in addition to their own."""
+    permutations: int = Field(default=100, ge=1, le=MAX_COUNT)
+    """Random orders of the latents' entries in the regularizer, new ones in each step."""
     action: UnsafeAction = "black"
     """What to do with an image that the judge calls unsafe."""
 
@@ -184,19 +195,14 @@ class PnoGuard(JudgeGuard):
         with torch.enable_grad():
             x = start.clone()[None].float().requires_grad_()
             optimizer = torch.optim.AdamW([x], lr=config.lr)
-            orders = torch.stack(
-                [
-                    torch.randperm(x.numel(), generator=rng, device=rng.device)
-                    for _ in range(config.permutations)
-                ]
-            ).to(x.device)
             for step in range(1, config.iterations + 1):
                 p = score(x.to(start), grad=True)[0]
                 if step > 1 and float(p.detach()) < least:
                     best, least = x[0].detach().clone(), float(p.detach())
                 if least < config.limit:
                     return best, least, float(step - 1)
-                loss = config.weight * 5 * p + regularizer(x.flatten(), orders)
+                orders = draw_orders(x.numel(), config.permutations, rng)  # new ones, as released
+                loss = config.weight * 5 * p + regularizer(x.flatten(), orders.to(x.device))
                 (x.grad,) = torch.autograd.grad(loss, x)  # weights get no gradient
                 optimizer.step()
         with torch.no_grad():
@@ -264,6 +270,11 @@ def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
         latents = latents * std + mean * vae.config.scaling_factor
     decoded: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def draw_orders(n: int, count: int, rng: torch.Generator) -> Tensor:
+    """Return random permutations of n entries, (count, n)."""
+    return torch.stack([torch.randperm(n, generator=rng, device=rng.device) for _ in range(count)])
 
 
 def regularizer(x: Tensor, orders: Tensor) -> Tensor:

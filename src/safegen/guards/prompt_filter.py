@@ -15,7 +15,7 @@ from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
-from safegen.guards.core.result import GuardResult
+from safegen.guards.core.result import GuardResult, InvalidResultError
 
 Classifier = Callable[[Sequence[str]], Sequence[float]]
 """Text classifier: returns one score in [0, 1] per prompt, higher for worse."""
@@ -83,7 +83,7 @@ class PromptFilterGuard(Guard):
             return [self._result(prompt, None) for prompt in prompts]
         scores = [float(v) for v in self.classifier(list(prompts))]
         if len(scores) != len(prompts) or any(not 0 <= v <= 1 for v in scores):  # NaN fails too
-            raise ValueError(
+            raise InvalidResultError(
                 f"the classifier must return a score in [0, 1] for each of {len(prompts)} prompts"
             )
         return [self._result(p, score) for p, score in zip(prompts, scores, strict=True)]

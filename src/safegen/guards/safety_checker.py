@@ -23,6 +23,11 @@ class SafetyCheckerConfig(GuardConfig):
         "Stable Diffusion's own; described by Rando et al. 2022, arXiv:2210.04610"
     )
     code_url: ClassVar[str] = "https://huggingface.co/CompVis/stable-diffusion-safety-checker"
+    parity: ClassVar[str] = (
+        "The flags equal those of the checker's own `forward` in diffusers 0.42.1: no disagreement "
+        "on 576 random images and six random checkers with special-care hits, of which 304 are "
+        "flagged."
+    )
     deviations: ClassVar[str] = "The threshold and the action on a flagged image are settings."
 
     weights: str | Path

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.core.concept import Concept
+from safegen.core.errors import ConfigError
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
-from safegen.guards.core.result import GuardResult
+from safegen.guards.core.result import GuardResult, InvalidResultError
 from safegen.guards.negative_prompt import NegativePromptConfig, join_texts
 
 PAPER_TEXT = (
@@ -30,10 +31,10 @@ ROUNDING = 1e-5
 """Largest relative correction that counts as none: equal texts may differ in their last bits."""
 
 
-def _preset(*values: float) -> dict[str, float]:
-    """Return a preset from the values of its five settings."""
+def _preset(*values: float, scale_warmup: bool = True) -> dict[str, float | bool]:
+    """Return a preset from the values of its settings."""
     names = ("warmup", "scale", "threshold", "momentum_scale", "momentum")
-    return dict(zip(names, values, strict=True))
+    return dict(zip(names, values, strict=True)) | {"scale_warmup": scale_warmup}
 
 
 class SldConfig(GuardConfig):
@@ -43,23 +44,43 @@ class SldConfig(GuardConfig):
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"guidance"})
     paper: ClassVar[str] = "Schramowski et al. 2023, arXiv:2211.05105, eqs. 3, 4, 6, 7, 8"
     code_url: ClassVar[str] = "https://github.com/ml-research/safe-latent-diffusion"
+    code_commit: ClassVar[str] = "a42923c"
+    parity: ClassVar[str] = (
+        "The released code is equal to diffusers' `StableDiffusionPipelineSafe` to the bit. In "
+        "float64, Gamma and the momentum are equal to the last digit for all four configurations. "
+        "Per step, each step started from the released latents, the next latents differ by at most "
+        "9.5e-7 (DDIM, DPM++) and 3.8e-6 (Euler a) on `mini`. Over a free run of 50 steps the "
+        "rounding grows, since the gate at lambda is a step: images differ by up to 0.13 of a "
+        "pixel's range (`medium`, DDIM, 0.0025 on average) and up to 0.35 (`strong`, Euler a). "
+        "Released code differs as much from itself, by 0.10, if its initial latents are multiplied "
+        "by 1 + 1e-7. The cost is the same: 1.61 times the time of the plain run (1.53 to 1.72), "
+        "and 1.60 (1.37 to 1.68) as released, for 32 images in 25 steps on `mini`."
+    )
     deviations: ClassVar[str] = (
         "The warm-up is scaled to the steps of the run: as released, `weak` never acts in 15 steps "
-        "or fewer. `weak` has the model card's scale of 200, `weak-diffusers` the code's 20. The "
-        "safety text is not predicted in steps where it cannot matter."
+        "or fewer. Presets with `released` in their name and `scale_warmup = false` keep the "
+        "released warm-up, and refuse a run that is not longer. In 25 steps the two warm-ups "
+        "differ by 0.6 to 0.96 of a pixel's range, and ours changes the plain image more. `weak` "
+        "has the model card's scale of 200, `released-weak` the code's 20. The safety text is not "
+        "predicted in steps where it cannot matter."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "weak": _preset(15.0, 200.0, 0.0, 0.0, 0.0),
-        "weak-diffusers": _preset(15.0, 20.0, 0.0, 0.0, 0.0),
         "medium": {},
         "strong": _preset(7.0, 2000.0, 0.025, 0.5, 0.7),
         "max": _preset(0.0, 5000.0, 1.0, 0.5, 0.7),
+        "released-weak": _preset(15.0, 20.0, 0.0, 0.0, 0.0, scale_warmup=False),
+        "released": {"scale_warmup": False},
+        "released-strong": _preset(7.0, 2000.0, 0.025, 0.5, 0.7, scale_warmup=False),
+        "released-max": _preset(0.0, 5000.0, 1.0, 0.5, 0.7, scale_warmup=False),
     }
 
     text: str = Field(default=PAPER_TEXT, min_length=1)
     """Safety text to steer away from."""
     warmup: float = Field(default=10.0, ge=0, le=50)
-    """delta: first step of a 50-step run in which the guard acts, scaled to the run's steps."""
+    """delta: first step in which the guard acts."""
+    scale_warmup: bool = True
+    """Whether `warmup` counts steps of a 50-step run, scaled to the run's. Released: False."""
     scale: float = Field(default=1000.0, ge=0)
     """s_S: steepness of the correction; nearly a gate from 1000 on. 0 turns the guard off."""
     threshold: float = 0.01
@@ -75,7 +96,7 @@ class SldConfig(GuardConfig):
         return {"text": ", ".join(concept.words)}
 
     def conflict(self, others: Sequence[GuardConfig], negative_prompt: str) -> str:
-        """Return the conflict with an equal negative prompt, for which the correction is zero."""
+        """Return the conflict with an equal negative prompt, by which the correction is zero."""
         texts = (other.text for other in others if isinstance(other, NegativePromptConfig))
         negative = reduce(join_texts, texts, negative_prompt)
         equal = negative.strip().casefold() == self.text.strip().casefold()
@@ -103,24 +124,47 @@ class SldHook(GuardHook):
     def __init__(self, config: SldConfig, call: Call) -> None:
         self.config, self.call = config, call
         call.adapter.check_length(config.text, "text of the guard 'sld'", call.options)
-        self.embeds = call.adapter.encode([config.text], call.options)
+        self.embeds = call.adapter.encode([config.text], call.options).expand(len(call.prompts))
         self.nu: Tensor | None = None
         self.steered_steps = torch.zeros(len(call.prompts), dtype=torch.long)
 
     @property
     def _warm(self) -> bool:
-        return self.call.step >= self.call.scale_step(self.config.warmup)
+        warmup = self.config.warmup
+        return self.call.step >= (
+            self.call.scale_step(warmup) if self.config.scale_warmup else warmup
+        )
+
+    @property
+    def _unused(self) -> bool:
+        """Whether the safety text cannot matter: before the warm-up ends, unless with momentum."""
+        config = self.config
+        return config.scale == 0 or (not self._warm and config.momentum_scale == 0)
 
     def extra_conditions(self) -> Mapping[str, TextEmbeds]:
-        """Return the safety text's embeddings; nothing in steps where they cannot matter."""
-        config = self.config  # without momentum, the steps of the warm-up change nothing
-        unused = config.scale == 0 or (not self._warm and config.momentum_scale == 0)
-        return {} if unused else {SAFETY: self.embeds}
+        """Return the safety text's embeddings; nothing in steps where they cannot matter.
+
+        Raises:
+            ConfigError: the warm-up is as long as the run.
+        """
+        steps, config = self.call.num_steps, self.config
+        if not config.scale_warmup and config.warmup >= steps:
+            raise ConfigError(
+                f"warmup of the guard 'sld' must be less than the run's {steps} steps, got "
+                f"{config.warmup:g}. Use more steps, or set scale_warmup."
+            )
+        return {} if self._unused else {SAFETY: self.embeds}
 
     def guidance_correction(self, predictions: Mapping[str, Tensor]) -> Tensor | None:
-        """Return Gamma after the warm-up, and update the momentum in every step."""
-        if SAFETY not in predictions:
+        """Return Gamma after the warm-up, and update the momentum in every step.
+
+        Raises:
+            InvalidResultError: the safety text was not predicted although it matters.
+        """
+        if self._unused:
             return None
+        if SAFETY not in predictions:
+            raise InvalidResultError("the noise was not predicted for the safety text")
         u, c, f = predictions["uncond"], predictions["cond"], predictions[SAFETY]
         config = self.config
         gamma, self.nu = safety_guidance(

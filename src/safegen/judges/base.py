@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
@@ -28,6 +29,11 @@ class Detection:
     """Confidence in [0, 1]."""
     box: tuple[float, float, float, float] | None = None
     """Left, top, right and bottom in pixels of the input image; None for whole-image judges."""
+
+    def __post_init__(self) -> None:
+        """Refuse a score that is not finite: below every threshold, it would count as safe."""
+        if not math.isfinite(self.score):
+            raise ValueError(f"judge scores must be finite, got {self.score}")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ LABELS = (
 OVERLAP = 0.45
 """Intersection over union above which the weaker of two boxes of any label is dropped (NudeNet)."""
 
+METADATA_ERRORS = (
+    *(KeyError, IndexError, TypeError, ValueError),
+    *(SyntaxError, RecursionError, MemoryError),
+)
+"""Errors of metadata that is not NudeNet's."""
 MAX_SIDE = 4096
 """Largest width and height of a network's input, in pixels."""
 
@@ -198,15 +203,7 @@ def _read_side(path: Path, metadata: dict[str, Any]) -> int:
         if not 32 <= side <= MAX_SIDE:
             raise ValueError(f"the input size must be in 32..{MAX_SIDE}, got {side}")
         labels = tuple(names[i] for i in range(len(names)))
-    except (
-        KeyError,
-        ValueError,
-        SyntaxError,
-        TypeError,
-        IndexError,
-        RecursionError,
-        MemoryError,
-    ) as error:
+    except METADATA_ERRORS as error:
         raise FileError(
             f"{path} must have NudeNet's labels and input size in its metadata. "
             "Use an ONNX file of NudeNet 3."

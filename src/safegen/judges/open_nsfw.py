@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from safegen.core.errors import FileError
 from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
 from safegen.judges.onnx import CPU, find_package_file, open_session

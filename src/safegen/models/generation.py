@@ -18,6 +18,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.models.model import Model
+from safegen.models.text_encoder import text_encoders
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -99,11 +100,11 @@ def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
 
     Diffusers silently ignores the tokens beyond.
     """
-    tokenizer = model.pipeline.tokenizer
+    views = text_encoders(model.pipeline)
     return [
         index
         for index, prompt in enumerate(prompts)
-        if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
+        if any(len(view.token_ids(prompt)) > view.limit for view in views)
     ]
 
 

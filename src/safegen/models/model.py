@@ -23,6 +23,7 @@ from torch import Tensor
 from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef, PatchMetadata
+from safegen.models.text_encoder import expand_prompt
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 COMPONENTS = ("unet", "vae", "text_encoder")
@@ -207,7 +208,7 @@ class Model:
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         tokenizer = self.pipeline.tokenizer
         return tokenizer(
-            texts,
+            [expand_prompt(self.pipeline, text, tokenizer) for text in texts],
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from safegen.core.errors import SafegenWarning
 from safegen.models.model import Model
 from safegen.patches.lora_reader import LoraFactors
+from safegen.patches.patch import warn_large_change
 
 
 class AdapterWarning(SafegenWarning):
@@ -48,7 +49,10 @@ def active_loras(model: Model, loras: Sequence[tuple[LoraFactors, float]]) -> It
     Warns:
         AdapterWarning: several change the same weights, or one has a part for the text encoder,
             which is left out.
+        LargeChangeWarning: a LoRA adds more than `LARGE_CHANGE` times the size of the weights.
     """
+    for lora, scale in loras:
+        warn_large_change("LoRA", lora.relative_change(model, scale))
     _warn_of_interactions([lora for lora, _ in loras])
     hooks = []
     try:

@@ -7,24 +7,25 @@ message. A measured image must not depend on that, so that files are read here.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Strict
 from torch import Tensor
+from torch.linalg import vector_norm
 
+from safegen.core.documents import parse_json, validate
 from safegen.core.errors import ConfigError, FileError, PatchError
-from safegen.core.tensor_files import read_tensors
+from safegen.core.tensor_files import WEIGHT_DTYPES, check_weights, read_tensors
 from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
-from safegen.models.checkpoint.metadata import METADATA_KEY, PatchMetadata
+from safegen.models.checkpoint.metadata import METADATA_KEY, PatchMetadata, read_patch_metadata
 from safegen.models.model import Model
 from safegen.patches.lora import add_factors
-from safegen.patches.patch import FORMAT, Patch, check_family, warn_base_mismatch
+from safegen.patches.lora_spec import MAX_SCALE
+from safegen.patches.patch import FORMAT, Patch, check_family, warn_base_mismatch, warn_large_change
 
 TEXT_ENCODER_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 """Prefixes of a text encoder's modules in a LoRA file."""
@@ -36,6 +37,20 @@ FACTOR_SUFFIXES = {
     ".lora.down.weight": ".lora.up.weight",
 }
 """Suffixes of a module's two factors: in kohya's form, and in new and old files of diffusers."""
+ADAPTER_KEY = "lora_adapter_metadata"
+"""Header key with peft's settings of each component, as diffusers writes them."""
+ALPHA_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+"""Types of an alpha besides `WEIGHT_DTYPES`; kohya's trainer stores an integer as given."""
+
+
+class AdapterMetadata(BaseModel):
+    """The part of peft's settings in a diffusers LoRA that decides its strength."""
+
+    model_config = ConfigDict(frozen=True, alias_generator="unet.{}".format)
+
+    lora_alpha: Annotated[float, Strict()] | None = None
+    alpha_pattern: dict[str, Any] | None = None
+    use_rslora: Annotated[bool, Strict()] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +66,16 @@ class LoraFactors:
     metadata: PatchMetadata
     """Metadata of a file that safegen wrote."""
 
+    def relative_change(self, model: Model, scale: float) -> float | None:
+        """Return the size of the change at a scale by that of the weights; None if those are 0."""
+        parameters = dict(model.denoiser.named_parameters())
+        gap = size = 0.0
+        for name, (down, up, strength) in self.factors.items():
+            delta = up.double().flatten(1) @ down.double().flatten(1)
+            gap += float(vector_norm(delta) * scale * strength) ** 2
+            size += float(vector_norm(parameters[name].detach(), dtype=torch.float64)) ** 2
+        return (gap / size) ** 0.5 if size else None
+
 
 @torch.no_grad()
 def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
@@ -65,16 +90,20 @@ def load_lora(path: Path, model: Model, *, scale: float = 1.0) -> Patch:
         scale: strength; 1 is as trained.
 
     Raises:
-        ConfigError: the scale is 0 or not finite.
+        ConfigError: the scale is 0, not finite, or beyond `MAX_SCALE`.
         FileError: see `read_lora`.
         PatchError: see `read_lora`.
 
     Warns:
         BaseMismatchWarning: the LoRA was made on other weights.
+        LargeChangeWarning: the weights change by more than `LARGE_CHANGE` times their size.
     """
-    if not math.isfinite(scale) or not scale:
-        raise ConfigError(f"scale of a LoRA must be finite and not 0, got {scale:g}")
+    if not 0 < abs(scale) <= MAX_SCALE:
+        raise ConfigError(
+            f"scale of a LoRA must be from -{MAX_SCALE:g} to {MAX_SCALE:g} and not 0, got {scale:g}"
+        )
     lora = read_lora(path, model)
+    warn_large_change("LoRA", lora.relative_change(model, scale))
     parameters = dict(model.denoiser.named_parameters())
     tensors = {
         name: add_factors(parameters[name], down, up, scale * strength)
@@ -127,10 +156,15 @@ def read_lora(path: Path, model: Model) -> LoraFactors:
         if up_key not in tensors:
             raise FileError(f"{path} is damaged: it has {key} without {up_key}")
         name, alpha = weights[module], tensors.get(alpha_key, default_alpha)
+        if name in factors:
+            raise FileError(f"{path} is damaged: it has factors of {module} under two names")
+        check_weights({key: down, up_key: tensors[up_key]}, path)
         try:
             factors[name] = _fit_factors(down, tensors[up_key], alpha, shapes[name])
         except ValueError as error:
-            raise FileError(f"{path} has {error} in {module}. Make or fetch it again") from error
+            raise FileError(
+                f"{path} is damaged: {module}: {error}. Make or fetch it again"
+            ) from error
         except PatchError as error:
             raise PatchError(f"{prefix}: the factors of {module} are {error}") from error
         used |= {key, up_key, alpha_key}
@@ -141,8 +175,8 @@ def read_lora(path: Path, model: Model) -> LoraFactors:
         )
     if unknown := sorted(tensors.keys() - used):
         raise FileError(
-            f"{path} must be a plain LoRA, got {unknown[0]}. LoHa, LoKr, DoRA and the like are not "
-            "read, since half of them would be lost"
+            f"{path} must be a plain LoRA, got {unknown[0]}. LoHa, LoKr, DoRA and the like are "
+            "not read, since half of them would be lost"
         )
     if metadata.base not in (None, model.hash):
         warn_base_mismatch("LoRA", metadata.base, model)
@@ -177,12 +211,19 @@ def _fit_factors(
     if not fits or (isinstance(alpha, Tensor) and alpha.numel() != 1):
         raise PatchError(f"{shapes} in the file, the weight is {shape} in the model")
     rank = len(down)
-    if not rank:
-        raise ValueError("factors of rank 0")
-    strength = float(rank if alpha is None else alpha)
-    if not bool(down.isfinite().all() and up.isfinite().all()) or not math.isfinite(strength):
-        raise ValueError("NaN or infinite values")
-    return down, up, strength / rank
+    strength = (rank if alpha is None else _number(alpha)) / rank
+    if not 0 < abs(strength) <= MAX_SCALE:
+        raise ValueError(
+            f"alpha / rank must be from -{MAX_SCALE:g} to {MAX_SCALE:g} and not 0, got {strength:g}"
+        )
+    return down, up, strength
+
+
+def _number(alpha: Tensor | float) -> float:
+    """Return an alpha as a number."""
+    if isinstance(alpha, Tensor) and alpha.dtype not in (*WEIGHT_DTYPES, *ALPHA_INTEGERS):
+        raise ValueError(f"alpha must be a number, got the type {alpha.dtype}")
+    return float(alpha)
 
 
 def _match_dimensions(factor: Tensor, dimensions: int) -> Tensor:
@@ -194,25 +235,19 @@ def _match_dimensions(factor: Tensor, dimensions: int) -> Tensor:
 
 def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
     """Return a LoRA file's tensors, its metadata, and the alpha of modules without their own."""
-    tensors, header = read_tensors(path)
-    tensors = {_modern_key(key): value for key, value in tensors.items()}
+    stored, header = read_tensors(path)
+    tensors = {_modern_key(key): value for key, value in stored.items()}
+    if len(tensors) < len(stored):
+        raise FileError(f"{path} is damaged: it has factors of one module under two names")
     if header.get("format") == FORMAT:
         raise FileError(
             f"{path} must be a LoRA, got a safegen patch. Use it with --patch, or convert it: "
             "safegen patch extract-lora"
         )
-    try:
-        metadata = PatchMetadata.model_validate_json(header.get(METADATA_KEY, "{}"))
-        adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
-        if not isinstance(adapter, dict):
-            raise ValueError(f"lora_adapter_metadata is {adapter!r}")  # noqa: TRY004
-        alpha = adapter.get("unet.lora_alpha")
-        if alpha is not None and not isinstance(alpha, int | float):
-            raise ValueError(f"unet.lora_alpha is {alpha!r}")
-    except (ValidationError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FileError(f"{path} is a damaged LoRA: its header cannot be read: {reason}") from error
-    if adapter.get("unet.alpha_pattern") or adapter.get("unet.use_rslora"):
+    metadata = read_patch_metadata(header.get(METADATA_KEY, "{}"), path)
+    source = f"{ADAPTER_KEY} of {path}"
+    adapter = validate(AdapterMetadata, parse_json(header.get(ADAPTER_KEY, "{}"), source), source)
+    if adapter.alpha_pattern or adapter.use_rslora:
         raise FileError(
             f"{path} must have one alpha for all modules in its header, got several, or "
             "rank-stabilized ones"
@@ -222,7 +257,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
             f"{path} must be saved by save_lora_weights, got a bare peft adapter "
             f"({bare}), which lacks alpha"
         )
-    return tensors, metadata, alpha
+    return tensors, metadata, adapter.lora_alpha
 
 
 def _modern_key(key: str) -> str:

@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from safegen.core.documents import check_file
 from safegen.core.errors import FileError
+from safegen.core.settings import BaseSettings
+
+MAX_SCALE = 1000.0
+"""Largest scale of a LoRA, and largest ratio of its alpha to its rank, either sign."""
 
 
-class LoraSpec(BaseModel):
+class LoraSpec(BaseSettings):
     """A LoRA that is active beside a model's weights. Written FILE or FILE:SCALE."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     file: Path
     """A LoRA of the denoiser, in kohya's or diffusers' keys."""
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=-MAX_SCALE, le=MAX_SCALE, allow_inf_nan=False)
     """Strength; 1 is as trained."""
 
     @field_validator("scale")
@@ -35,10 +38,12 @@ class LoraSpec(BaseModel):
         Raises:
             FileError: the file cannot be read.
         """
-        if not self.file.is_file():
-            raise FileError(f"the LoRA {str(self.file)!r} does not exist")
-        with self.file.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        check_file(self.file)
+        try:
+            with self.file.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise FileError(f"{str(self.file)!r} cannot be read: {error.strerror}") from error
         return {"file": self.file.name, "hash": digest, "scale": self.scale}
 
 

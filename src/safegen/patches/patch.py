@@ -10,21 +10,30 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from safegen.core.errors import FileError, PatchError, SafegenWarning, explain
+from safegen.core.errors import FileError, PatchError, SafegenWarning
 from safegen.core.hashing import hash_tensors
-from safegen.core.tensor_files import read_tensors, write_tensors
-from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.core.tensor_files import check_weights, read_tensors, write_tensors
+from safegen.models.checkpoint.metadata import PatchMetadata, read_patch_metadata
 from safegen.models.model import AppliedPatch, Model
 
 FORMAT = "safegen-patch/1"
 LORA_SUFFIXES = (".lora_down.weight", ".lora_A.weight")
+LARGE_CHANGE = 10.0
+"""Size of a change, as a multiple of the size of the changed weights, that is warned about.
+
+A change as large as the weights leaves nothing of them; edits stay far below.
+"""
 
 
 class BaseMismatchWarning(SafegenWarning):
     """A patch or LoRA is used on other weights than it was made on."""
+
+
+class LargeChangeWarning(SafegenWarning):
+    """A patch or LoRA changes the weights by more than `LARGE_CHANGE` times their size."""
 
 
 class PatchOverlapWarning(SafegenWarning):
@@ -83,47 +92,41 @@ class Patch:
             FileError: the file is missing, damaged or no patch, or has no tensors or NaN values.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileError(f"the patch {str(path)!r} does not exist")
         tensors, header = read_tensors(path)
         _check_format(path, header, tensors)
         if not tensors:
             raise FileError(f"{path} is a safegen patch without tensors. Make or fetch it again")
-        for name, value in tensors.items():
-            if not bool(value.isfinite().all()):
-                raise FileError(f"{path} has NaN or infinite values in {name}. Make it again")
-        try:
-            metadata = PatchMetadata.model_validate_json(header.get("metadata", ""))
-        except ValidationError as error:
-            raise FileError(
-                f"{path} is a damaged safegen patch: metadata: {explain(error, PatchMetadata)}. "
-                "Make or fetch it again"
-            ) from error
-        return cls(tensors, metadata)
+        check_weights(tensors, path)
+        return cls(tensors, read_patch_metadata(header.get("metadata", ""), path))
 
     @torch.no_grad()
     def describe_change(self, model: Model) -> str:
-        """Return in words how many weights of a model change, and how far: |new - old| / |old|."""
-        parameters = dict(model.denoiser.named_parameters())
-        gap, size, changed = 0.0, 0.0, 0
-        for name, value in self.tensors.items():
-            new, old = value.detach().cpu().float(), parameters[name].detach().cpu().float()
-            gap += float((new - old).double().pow(2).sum())
-            size += float(old.double().pow(2).sum())
-            changed += not torch.equal(new, old)
-        kinds = ", ".join(f"{count} of {kind}" for kind, count in self.layer_counts.items())
-        distance = f", by {100 * (gap / size) ** 0.5:.3g} % in all" if size else ""
-        return f"changes {changed} of {len(self.tensors)} tensors ({kinds}){distance}"
-
-    def check_compatible(self, model: Model) -> None:
-        """Check names, shapes, family and base of the patch against a model.
+        """Return in words how many weights of a model change, and how far: |new - old| / |old|.
 
         Raises:
-            PatchError: a tensor has no counterpart of its shape, or the family is another.
-
-        Warns:
-            BaseMismatchWarning: the patch was made on other weights.
+            PatchError: a tensor has no counterpart of its shape.
         """
+        parameters = self._matching_parameters(model)
+        changed = sum(
+            not torch.equal(value.detach().cpu().float(), parameters[name].detach().cpu().float())
+            for name, value in self.tensors.items()
+        )
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in self.layer_counts.items())
+        change = self._relative_change(parameters)
+        distance = "" if change is None else f", by {100 * change:.3g} % in all"
+        return f"changes {changed} of {len(self.tensors)} tensors ({kinds}){distance}"
+
+    def _relative_change(self, parameters: Mapping[str, Tensor]) -> float | None:
+        """Return |new - old| / |old| over all tensors; None if all old values are 0."""
+        gap, size = 0.0, 0.0
+        for name, value in self.tensors.items():
+            new, old = value.detach().cpu().float(), parameters[name].detach().cpu().float()
+            gap += float(vector_norm(new - old, dtype=torch.float64)) ** 2
+            size += float(vector_norm(old, dtype=torch.float64)) ** 2
+        return (gap / size) ** 0.5 if size else None
+
+    def _matching_parameters(self, model: Model) -> dict[str, torch.nn.Parameter]:
+        """Return a model's parameters by name, after a check that every tensor fits one."""
         parameters = dict(model.denoiser.named_parameters())
         prefix = f"the patch does not fit the model {model.name!r}"
         for name, value in self.tensors.items():
@@ -136,7 +139,21 @@ class Patch:
                     f"{prefix}: {name} is {tuple(value.shape)} in the patch and "
                     f"{tuple(parameters[name].shape)} in the model"
                 )
-        check_family(prefix, self.metadata.family, model)
+        return parameters
+
+    def check_compatible(self, model: Model) -> None:
+        """Check names, shapes, family and base of the patch against a model.
+
+        Raises:
+            PatchError: a tensor has no counterpart of its shape, or the family is another.
+
+        Warns:
+            BaseMismatchWarning: the patch was made on other weights.
+        """
+        self._matching_parameters(model)
+        check_family(
+            f"the patch does not fit the model {model.name!r}", self.metadata.family, model
+        )
         if self.metadata.base not in (None, model.hash):
             warn_base_mismatch(
                 "patch", self.metadata.base, model, f" It {self.describe_change(model)}."
@@ -173,6 +190,7 @@ class Patch:
 
         Warns:
             BaseMismatchWarning: see `check_compatible` and `warn_missing_parents`.
+            LargeChangeWarning: the weights change by more than `LARGE_CHANGE` times their size.
         """
         _ = model.hash  # taken before any weight changes
         self.check_compatible(model)
@@ -185,6 +203,7 @@ class Patch:
                     "Load the model as fp32 or bf16"
                 )
         self.warn_missing_parents(model)
+        warn_large_change("patch", self._relative_change(parameters))
         before = {name: parameters[name].detach().clone() for name in self.tensors}
         applied = AppliedPatch(model, before, self.hash, self.metadata, hidden)
         model.applied_patches.append(applied)
@@ -206,6 +225,25 @@ def check_family(prefix: str, family: str | None, model: Model) -> None:
     if family not in (None, model.family):
         raise PatchError(
             f"{prefix}: it was made for another family ({family}), this one is {model.family}"
+        )
+
+
+def warn_large_change(kind: str, change: float | None) -> None:
+    """Warn of a change that is larger than an edit's.
+
+    Args:
+        kind: `patch` or `LoRA`.
+        change: size of the change by that of the weights.
+
+    Warns:
+        LargeChangeWarning: it is larger than `LARGE_CHANGE`.
+    """
+    if change is not None and not change <= LARGE_CHANGE:
+        warnings.warn(
+            f"change by the {kind} should be at most {LARGE_CHANGE:g} times the size of the "
+            f"weights, got {change:.3g} times. Images will be noise; check where it is from",
+            LargeChangeWarning,
+            stacklevel=4,
         )
 
 
@@ -245,7 +283,9 @@ def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, T
             f"{path} must be a safegen patch, got a LoRA. Use it with `generate --lora`, or "
             "convert it with `safegen patch from-lora`"
         )
+    stated = header.get("format")
+    found = f"the format {stated[:80]!r}" if stated else "a file that states none"
     raise FileError(
-        f"{path} must be a safegen patch with the format {FORMAT!r} in its header, got "
-        f"{header.get('format')!r}"
+        f"{path} must be a safegen patch, with the format {FORMAT!r} in its header, got {found}. "
+        "An exported model is loaded as MODEL, not as a patch"
     )

@@ -17,9 +17,13 @@ from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
 
-KINDS = ("image", "photo", "portrait", "picture", "painting")
-TEMPLATES = tuple(f"{kind} of {{}}" for kind in KINDS)
-"""Published prompt templates, in which `expand` erases each phrase too."""
+OBJECTS = ("image", "photo", "portrait", "picture", "painting")
+STYLES = ("painting", "art", "artwork", "picture")
+TEMPLATES = {
+    "object": tuple(f"{kind} of {{}}" for kind in OBJECTS),
+    "art": (*(f"{kind} by {{}}" for kind in STYLES), "style of {}"),
+}
+"""Released prompt templates by type of concept, for `expand_phrases`."""
 
 Weight = Float[Tensor, "out in"]
 
@@ -131,15 +135,20 @@ class ConceptEmbeddings(NamedTuple):
     """Embeddings that keep their keys and values, (m, width)."""
 
 
+def expand_phrases(phrases: Sequence[str], concept_type: str) -> list[str]:
+    """Return phrases, followed by each of them in the templates of a type of concept."""
+    templates = TEMPLATES[concept_type]
+    return [*phrases, *(text.format(phrase) for phrase in phrases for text in templates)]
+
+
 def embed_concept(
     model: Model,
     erase: Sequence[str],
+    guides: Sequence[str],
     *,
-    guide: str,
     tokens: str,
     preserve: Sequence[str] = (),
     captions: Sequence[str] = (),
-    expand: bool = False,
     debias: Mapping[str, float] | None = None,
 ) -> ConceptEmbeddings:
     """Return the embeddings that are erased, their targets, and those that are preserved.
@@ -149,32 +158,37 @@ def embed_concept(
     Args:
         model: the model.
         erase: phrases to erase, or to debias.
-        guide: text that replaces them.
+        guides: text that replaces each phrase.
         tokens: positions that are edited; see `embed`.
-        preserve: phrases to preserve, at the same positions.
+        preserve: phrases to preserve: at the same positions, or with `tail` at every position, as
+            UCE's first code does.
         captions: prompt lists and text files to preserve, at every position.
-        expand: erase each phrase inside `TEMPLATES` too.
-        debias: shares of attributes, instead of a guide; see `debias_value`.
+        debias: shares of attributes, instead of guides; see `debias_value`.
 
     Raises:
-        ConfigError: the guide is among the phrases, so that nothing would be erased.
+        ConfigError: a phrase is its own guide, so that it would not be erased.
     """
-    if guide in erase and not debias:
-        raise ConfigError(
-            f"guide must not be among the phrases to erase, got {guide!r}. Choose another guide."
-        )
-    texts = [*erase, *(t.format(phrase) for t in TEMPLATES for phrase in erase if expand)]
-    sources = embed(model, texts, tokens=tokens)
-    others = embed(model, list(debias or [guide]), tokens=tokens)
-    # Tails of different texts are cut to the shortest.
-    keys = [key[: min(len(key), *map(len, others))] for key in sources]
-    if debias:
-        shares = list(debias.values())
-        targets = [debias_value(key, [o[: len(key)] for o in others], shares) for key in keys]
-    else:
-        targets = [others[0][: len(key)] for key in keys]
+    for phrase, guide in zip(erase, guides, strict=True):
+        if phrase == guide and not debias:
+            raise ConfigError(
+                f"guide must not be among the phrases to erase, got {guide!r}. "
+                "Choose another guide."
+            )
+    texts = list(debias or dict.fromkeys(guides))
+    others = dict(zip(texts, embed(model, texts, tokens=tokens), strict=True))
+    keys, targets = [], []
+    for key, guide in zip(embed(model, erase, tokens=tokens), guides, strict=True):
+        # Tails of different texts are cut to the shortest.
+        n = min(len(key), *(len(others[text]) for text in debias or (guide,)))
+        keys.append(key[:n])
+        if debias:
+            attributes = [other[:n] for other in others.values()]
+            targets.append(debias_value(key[:n], attributes, list(debias.values())))
+        else:
+            targets.append(others[guide][:n])
     erased = torch.cat(keys)
-    preserved = [erased[:0], *(embed(model, preserve, tokens=tokens) if preserve else [])]
+    positions = "all" if tokens == "tail" else tokens
+    preserved = [erased[:0], *(embed(model, preserve, tokens=positions) if preserve else [])]
     if captions:
         rows = embed(model, read_captions(captions), tokens="all")
         preserved.append(torch.cat(rows) / len(rows) ** 0.5)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor, nn
 
 from safegen.models.generation import check_num_steps
@@ -16,30 +19,45 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents (b, c, h, w), timesteps (b,), text embeddings (b, tokens, width) -> prediction."""
 
 
-class DdimRollout:
-    """DDIM sampling with classifier-free guidance on the model's noise schedule.
+SchedulerName = Literal["ddim", "pndm", "dpm-solver"]
+"""Scheduler of a rollout. `pndm` is that of the SD 1.x pipelines; it repeats its second timestep.
 
-    All published methods with rollouts use DDIM, so the pipeline's own scheduler is not used.
+`dpm-solver` is DPM-Solver++, the multistep one.
+"""
+
+
+class Rollout:
+    """Sampling with classifier-free guidance on the model's noise schedule.
+
+    The scheduler is named by the edit, so that the pipeline's own one has no effect.
     """
 
-    def __init__(self, model: Model, *, steps: int, guidance: float) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        steps: int,
+        guidance: float,
+        scheduler: SchedulerName = "ddim",
+        negative_prompt: str = "",
+    ) -> None:
         """Set the timesteps.
 
         Raises:
             ConfigError: the schedule has fewer timesteps.
         """
         check_num_steps(model, steps)
-        self.ddim = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
-        self.ddim.set_timesteps(steps)
-        self.guidance = guidance
+        self.steps, self.guidance = steps, guidance
+        self.scheduler = build_scheduler(model, scheduler)
+        self.scheduler.set_timesteps(steps)
         side = int(model.denoiser.config.sample_size)
         self.shape, self.device = (int(model.denoiser.config.in_channels), side, side), model.device
-        self.blank = model.encode_text([""]).float()
+        self.negative_text = model.encode_text([negative_prompt]).float()
 
     @property
     def timesteps(self) -> Tensor:
         """Timestep of each step, from noise to image."""
-        timesteps: Tensor = self.ddim.timesteps
+        timesteps: Tensor = self.scheduler.timesteps
         return timesteps
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
@@ -56,7 +74,20 @@ class DdimRollout:
             text: embeddings of the prompt, (b, tokens, width).
             predict: the network.
         """
-        for t in self.timesteps[:stop]:
+        return self.denoise(self.timesteps[:stop], x, text, predict)
+
+    @torch.no_grad()
+    def denoise(self, timesteps: Tensor, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
+        """Return the latents after a step at each of some timesteps.
+
+        Args:
+            timesteps: successive entries of `timesteps`.
+            x: latents of the first one, (b, c, h, w).
+            text: embeddings of the prompt, (b, tokens, width).
+            predict: the network.
+        """
+        self.scheduler.set_timesteps(self.steps)  # forget the predictions of another rollout
+        for t in timesteps:
             x = self.step(t, x, *self.predict_cfg(t, x, text, predict))
         return x
 
@@ -74,8 +105,9 @@ class DdimRollout:
 
         Returns:
             `x` (latents), `text` and `blank` (predictions) and the predictions for each extra
-            text, (n, steps, c, h, w) each, on the CPU.
+            text, (n, timesteps, c, h, w) each, on the CPU.
         """
+        self.scheduler.set_timesteps(self.steps)
         rows: dict[str, list[Tensor]] = {name: [] for name in ("x", "text", "blank", *extra)}
         for t in self.timesteps:
             cond, uncond = self.predict_cfg(t, x, text, predict)
@@ -90,21 +122,31 @@ class DdimRollout:
     def predict_cfg(
         self, t: Tensor, x: Tensor, text: Tensor, predict: Predict
     ) -> tuple[Tensor, Tensor]:
-        """Return the predictions for a text and for the blank text, from one forward pass."""
-        texts = torch.cat([text, self.blank.expand(len(x), -1, -1)])
+        """Return the predictions for a text and for the negative prompt, from one forward pass."""
+        texts = torch.cat([text, self.negative_text.expand(len(x), -1, -1)])
         timesteps = self.expand_timesteps(t, 2 * len(x))
         cond, uncond = predict(torch.cat([x, x]), timesteps, texts).float().chunk(2)
         return cond, uncond
 
     def step(self, t: Tensor, x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
-        """Return the latents after one guided DDIM step."""
+        """Return the latents after one guided step."""
         guided = uncond + self.guidance * (cond - uncond)
-        previous: Tensor = self.ddim.step(guided, t, x).prev_sample
+        previous: Tensor = self.scheduler.step(guided, t, x).prev_sample
         return previous
 
     def expand_timesteps(self, t: Tensor, n: int) -> Tensor:
         """Return a timestep for each of `n` samples, on the model's device."""
         return t.to(self.device).expand(n)
+
+
+def build_scheduler(model: Model, name: SchedulerName) -> Any:
+    """Return a scheduler with the model's noise schedule."""
+    config = model.pipeline.scheduler.config
+    if name == "pndm":
+        return PNDMScheduler.from_config(config, skip_prk_steps=True)
+    if name == "dpm-solver":
+        return DPMSolverMultistepScheduler.from_config(config)
+    return DDIMScheduler.from_config(config, clip_sample=False)
 
 
 def rollout_autocast(model: Model, precision: str) -> AbstractContextManager[object]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from safegen.core.concept import prompt_list
@@ -57,6 +57,13 @@ def preprocess(image: Image.Image, size: int) -> Tensor:
     left, top = (image.width - size) // 2, (image.height - size) // 2
     crop = image.convert("RGB").crop((left, top, left + size, top + size))
     return torch.from_numpy(np.asarray(crop, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def mirror_latents(model: Model, latents: Tensor) -> Tensor:
+    """Return the latents of mirrored images: decoded to 8 bits, mirrored and encoded."""
+    images = [ImageOps.mirror(image) for image in model.decode_images(latents)]
+    pixels = torch.stack([preprocess(image, model.size) for image in images])
+    return model.encode_images(pixels).float()
 
 
 def read_captions(names: Sequence[str]) -> list[str]:

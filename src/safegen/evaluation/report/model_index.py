@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safegen.core.documents import validate
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.fields import Name
-from safegen.evaluation.report.format import format_rate, plain_text
+from safegen.core.text import escape_control
+from safegen.evaluation.report.format import format_rate, markdown_text
 from safegen.evaluation.run.folder import SCORES, Run
 from safegen.evaluation.run.records import StackEntry
 from safegen.evaluation.scoring.records import ListScores, RemovalScores, read_scores
@@ -82,8 +83,8 @@ class ModelIndex:
         for name, removal, scores in self.rows:
             rates = [*(row.get("concept") for row in scores), removal]
             rates += [row.get("shown") or row.get("subject") for row in scores]
-            table.append([plain_text(name), *map(format_rate, rates)])
-        return table
+            table.append([name, *map(format_rate, rates)])
+        return [list(map(markdown_text, row)) for row in table]
 
     def to_eval_results(self) -> list[EvalResult]:
         """Return the rates of this model for the hub's table of results."""
@@ -100,8 +101,8 @@ class ModelIndex:
                         EvalResult(
                             task_type="text-to-image",
                             dataset_type="safegen",
-                            dataset_name=name,
-                            dataset_config=name,
+                            dataset_name=escape_control(name),
+                            dataset_config=escape_control(name),
                             metric_type=metric.replace(" ", "_"),
                             metric_name=metric,
                             metric_value=rate["value"],
@@ -139,10 +140,10 @@ def read_metrics(
     if missing := [name for name in stacks.values() if name not in scores["stacks"]]:
         raise FileError(f"{file} has no figures of the stack {missing[0]!r} of its run")
     lists = [scores["stacks"][name]["lists"] for name in stacks.values()]
-    protocol, name = scores["protocol"], plain_text(entry.model)
+    protocol = scores["protocol"]
     about = (
-        f"Protocol `{protocol['name']}` (id `{protocol['id']}`), judge `{scores['judge']}`, "
-        f"stack {entry.name}, model `{name}`"
+        f"Protocol {protocol['name']} (ID {protocol['id']}), judge {scores['judge']}, "
+        f"stack {entry.name}, model {entry.model}"
     )
     rows = [
         (f"{part} ({row['role']})", row.get("removal"), [scores[part] for scores in lists])

@@ -20,9 +20,9 @@ from safegen.core.fields import (
     Name,
     Number,
     Seconds,
-    Seed,
     Share,
 )
+from safegen.core.settings import Seed
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.judges.base import Detections

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from safegen.core.documents import read_json_object
 from safegen.core.errors import FileError
 from safegen.core.fields import Name
+from safegen.core.files import is_unfinished
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.run.folder import SETTINGS, check_links, write_json
 
@@ -52,7 +53,7 @@ def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
             output_dir.exists()
             and (
                 not output_dir.is_dir()
-                or any(".tmp-" not in path.name for path in output_dir.iterdir())
+                or any(not is_unfinished(path) for path in output_dir.iterdir())
             )
         ):
             raise FileError(f"{output_dir} already exists. Name another directory with --out.")

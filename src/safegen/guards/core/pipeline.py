@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from threading import RLock
@@ -12,23 +11,23 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from safegen.core.errors import ConfigError, UnusedSettingWarning
-from safegen.core.registry import GUARDS, resolve
-from safegen.guards.core.adapter import EXTERNAL_POINTS, GUIDANCE_POINTS, HookPoint, PipelineAdapter
+from safegen.core.errors import ConfigError
+from safegen.guards.core.adapter import (
+    EXTERNAL_POINTS,
+    GUIDANCE_POINTS,
+    UNIVERSAL_POINTS,
+    HookPoint,
+    PipelineAdapter,
+)
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.callbacks import CALLBACK_OPTIONS, CallbackWatch
+from safegen.guards.core.checks import check_config, check_guard, check_hook, check_options
 from safegen.guards.core.hooks import PipelineHooks
 from safegen.guards.core.request import Request, check_request
-from safegen.guards.core.result import (
-    BLOCKING_ACTIONS,
-    Action,
-    GeneratedImage,
-    GuardResult,
-    GuardTrace,
-)
-from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner
+from safegen.guards.core.result import GeneratedImage, GuardResult, InvalidResultError
+from safegen.guards.core.rows import check_tensor
+from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner, build_image
 
-CALLBACK_OPTIONS = ("callback", "callback_on_step_end")
-"""Options with a callback, which probes leave out: they are no steps of the call."""
 PIPELINE_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 """Lock of each pipeline: a scheduler, and so the count of its steps, serves one call at a time."""
 PER_IMAGE_POINTS: frozenset[HookPoint] = frozenset({"probe", "latents"})
@@ -53,18 +52,21 @@ class GuardedPipeline:
             configs: settings of the guards, in the order in which they act.
             max_rows: most rows of one denoiser call. Rows of guards beyond it are predicted in
                 calls of their own. None: no limit.
-            negative_prompt: negative prompt of every call, to warn of guards without effect.
+            negative_prompt: negative prompt of every call, to refuse guards without effect.
 
         Raises:
-            ConfigError: a guard cannot run on this pipeline, or is given twice and must not be.
+            ConfigError: a guard cannot run on this pipeline, does not implement its hook points,
+                has no effect beside the others, or is given twice and must not be.
             UserError: a file of a guard cannot be used.
         """
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"max_rows must be >= 1, got {max_rows}")
         self.pipe, self.max_rows, self.adapter = pipe, max_rows, PipelineAdapter(pipe)
         for config in configs:
-            _check_config(config, configs, self.adapter, negative_prompt)
+            check_config(config, configs, self.adapter, negative_prompt)
         self.guards = [config.build(self.adapter) for config in configs]
+        for guard in self.guards:
+            check_guard(guard)
         self._lock = PIPELINE_LOCKS.setdefault(pipe, RLock())
 
     def generate(
@@ -101,7 +103,7 @@ class GuardedPipeline:
                 "Repeat the prompt."
             )
         inside = [g.config.name for g in self.guards if g.hook_points - EXTERNAL_POINTS]
-        self.adapter.check_options(request.options, guided=names(GUIDANCE_POINTS), inside=inside)
+        check_options(self.adapter, request.options, guided=names(GUIDANCE_POINTS), inside=inside)
         output_type = request.options.get("output_type", "pil")
         if (guards := names(frozenset({"image"}))) and output_type != "pil":
             raise ConfigError(
@@ -130,7 +132,7 @@ class GuardedPipeline:
                 )
         except GuardError as error:
             faults = [f"error: {error}"] * n
-        return [_build_image(images[i], runners, i, faults[i]) for i in range(n)]
+        return [build_image(images[i], runners, i, faults[i]) for i in range(n)]
 
     @property
     def _device_type(self) -> str:
@@ -161,18 +163,23 @@ class GuardedPipeline:
             if not runner.acts_at("probe") or not images:
                 continue
             options = self._with_latents(request, latents).select_options(images)
-            options = {k: v for k, v in options.items() if k not in CALLBACK_OPTIONS}
+            options = {k: v for k, v in options.items() if k not in CALLBACK_OPTIONS}  # other steps
             generate = partial(self._generate_probes, runners, runner, options, autocast)
             with runner.timed_call():
                 results = runner.guard.probe(
                     generate, [request.prompts[i] for i in images], options
                 )
                 runner.merge_results(results, images)
-            latents |= {
-                i: result.latents
-                for i, result in zip(images, results, strict=True)
-                if result.latents is not None
-            }
+                moved = {
+                    i: result.latents
+                    for i, result in zip(images, results, strict=True)
+                    if result.latents is not None
+                }
+                if moved:
+                    initial, _ = self.adapter.initial_latents(options, runner.config.name)
+                    latents |= {
+                        i: check_tensor(x, initial[0], "latents of probe") for i, x in moved.items()
+                    }
         return latents
 
     def _generate_probes(
@@ -196,7 +203,7 @@ class GuardedPipeline:
         with autocast:
             images, faults = self._run(inner, request, range(len(prompts)), grad=grad)
         if any(faults):
-            raise ValueError(f"a probe was not guarded: {next(filter(None, faults))}")
+            raise InvalidResultError(f"a probe was not guarded: {next(filter(None, faults))}")
         return list(images)
 
     def _with_latents(self, request: Request, latents: Mapping[int, Tensor]) -> Request:
@@ -223,8 +230,17 @@ class GuardedPipeline:
         row_images = (*images, *(images[k] for k in references))
         active = _start_hooks(runners, call, row_images)
         hooks = PipelineHooks(self.adapter, call, active, max_rows=self.max_rows)
-        with hooks.attached():
-            output = self._call_pipeline(arguments, grad=grad)
+        watch = CallbackWatch(call)
+        if any(runner.guard.hook_points - UNIVERSAL_POINTS for runner in runners):
+            arguments = watch.wrap(arguments)
+        try:
+            with hooks.attached():
+                output = self._call_pipeline(arguments, grad=grad)
+        except Exception as error:
+            if not hooks.removed or isinstance(error, GuardError):
+                raise
+            fault = f"calls: {len(hooks.removed)} hooks were removed during the call"
+            return [None] * len(images), [fault] * len(images)
         for runner, hook in active:
             with runner.timed_call():
                 results = list(hook.results()) or [GuardResult()] * len(row_images)
@@ -234,7 +250,8 @@ class GuardedPipeline:
         if len(outputs) != len(row_images):
             fault = f"calls: {len(outputs)} images returned for {len(row_images)} prompts"
             return [None] * len(images), [fault] * len(images)
-        return outputs[: len(images)], hooks.faults(len(row_images))[: len(images)]
+        faults = watch.faults(hooks.faults(len(row_images)))
+        return outputs[: len(images)], faults[: len(images)]
 
     def _call_pipeline(self, arguments: Mapping[str, Any], *, grad: bool) -> Any:
         """Call the pipeline, for a gradient without its `no_grad` decorator."""
@@ -251,6 +268,7 @@ class GuardedPipeline:
         candidates: Sequence[int],
     ) -> None:
         """Run the guards of images in turn, each on the images that the one before left."""
+        generated = list(images)
         for runner in runners:
             allowed = _allowed(runners, candidates)
             if not runner.acts_at("image") or not allowed:
@@ -259,41 +277,9 @@ class GuardedPipeline:
                 results = runner.guard.check_images(
                     [images[i] for i in allowed], [prompts[i] for i in allowed]
                 )
-                runner.merge_results(results, allowed, checked=True)
+                runner.merge_results(results, allowed, generated=[generated[i] for i in allowed])
             for i, result in zip(allowed, results, strict=True):
                 images[i] = images[i] if result.image is None else result.image
-
-
-def _check_config(
-    config: GuardConfig,
-    configs: Sequence[GuardConfig],
-    adapter: PipelineAdapter,
-    negative_prompt: str,
-) -> None:
-    """Refuse a guard that could never act on the pipeline, and warn of one without effect."""
-    name = config.name
-    if not config.hook_points:
-        raise ConfigError(
-            f"the guard {name!r} must have a hook point, got none. It would never act."
-        )
-    if reason := config.unsupported_reason(adapter):
-        supported = [
-            other
-            for other in sorted(GUARDS)
-            if not resolve(GUARDS, other, "guard").unsupported_reason(adapter)
-        ]
-        raise ConfigError(
-            f"the guard {name!r} cannot run on a {adapter.pipeline_class}: it {reason}. "
-            f"Guards that can: {', '.join(supported) or 'none'}."
-        )
-    if config.exclusive and sum(c.name == name for c in configs) > 1:
-        raise ConfigError(
-            f"the guard {name!r} must be given once. A second one would undo the first."
-        )
-    if reason := config.conflict([c for c in configs if c is not config], negative_prompt):
-        warnings.warn(
-            f"the guard {name!r} has no effect: {reason}", UnusedSettingWarning, stacklevel=3
-        )
 
 
 def _allowed(runners: Sequence[GuardRunner], images: Sequence[int]) -> list[int]:
@@ -321,23 +307,7 @@ def _start_hooks(
         runner.row_images = row_images
         if runner.guard.hook_points - EXTERNAL_POINTS:
             with runner.timed_call(keep_autocast=True):
-                active.append((runner, runner.guard.start(call)))
+                hook = runner.guard.start(call)
+                check_hook(runner.guard, hook)
+                active.append((runner, hook))
     return active
-
-
-def _build_image(
-    image: Any, runners: Sequence[GuardRunner], index: int, fault: str
-) -> GeneratedImage:
-    """Return one image with its trace; None if a guard blocked it or something went wrong."""
-    records = tuple(runner.record(index) for runner in runners)
-    steered = [r for r in records if r.action == "edit"]
-    acted = [r for r in records if r.action not in ("none", "edit")] or steered
-    blocking = [r for r in acted if r.action in BLOCKING_ACTIONS]
-    if not fault and image is None and not blocking:
-        fault = "error: the pipeline returned no image"
-    if fault:
-        return GeneratedImage(None, GuardTrace("withhold", fault, records))
-    last = (blocking or acted)[-1:]
-    action: Action = last[0].action if last else "none"
-    reason = f"{last[0].guard}: {last[0].reason}" if last else ""
-    return GeneratedImage(None if blocking else image, GuardTrace(action, reason, records))

@@ -19,6 +19,10 @@ REPLACING_ACTIONS: frozenset[Action] = frozenset({"black", "blur", "mosaic"})
 """Actions that show another image, which the result must contain."""
 
 
+class InvalidResultError(Exception):
+    """A guard's result breaks a rule. The message enters traces: it must quote no prompt."""
+
+
 @dataclass(frozen=True)
 class GuardResult:
     """Decision of a guard on one image or its prompt."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from safegen.core.errors import UserError, is_out_of_memory
@@ -19,16 +23,35 @@ from safegen.guards.core.result import (
     ACTIONS,
     BLOCKING_ACTIONS,
     REPLACING_ACTIONS,
+    Action,
+    GeneratedImage,
     GuardRecord,
     GuardResult,
+    GuardTrace,
+    InvalidResultError,
 )
+
+REASON_LENGTH = 100
+"""Most characters of a guard's reason in a trace."""
+logger = logging.getLogger(__name__)
 
 
 class GuardError(Exception):
-    """A guard raised, or returned an invalid result."""
+    """A guard raised, or returned an invalid result. The text enters traces and quotes no prompt.
+
+    Of an exception it has the type and the function that raised it; the message is only logged, at
+    the level `DEBUG`, since it may quote a prompt.
+    """
 
     def __init__(self, guard: str, error: Exception) -> None:
-        super().__init__(f"{guard}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        if isinstance(error, InvalidResultError):
+            reason = str(error)
+        else:
+            logger.debug("the guard %r raised", guard, exc_info=error)
+            reason = type(error).__name__
+            for frame in traceback.extract_tb(error.__traceback__)[-1:]:
+                reason += f" in {PurePath(frame.filename).stem}.{frame.name}"
+        super().__init__(f"{guard}: {reason}")
 
 
 @dataclass
@@ -70,7 +93,7 @@ class GuardRunner:
         return GuardRecord(
             self.config.name,
             result.action,
-            result.reason,
+            _printable(result.reason)[:REASON_LENGTH],
             {k: round(float(v), 6) for k, v in result.scores.items()},
             {k: float(v) for k, v in result.thresholds.items()},
             self.calls,
@@ -112,7 +135,11 @@ class GuardRunner:
         return timed
 
     def merge_results(
-        self, results: Sequence[GuardResult], images: Sequence[int], *, checked: bool = False
+        self,
+        results: Sequence[GuardResult],
+        images: Sequence[int],
+        *,
+        generated: Sequence[Image.Image] | None = None,
     ) -> None:
         """Merge one new result per image into those so far.
 
@@ -122,7 +149,7 @@ class GuardRunner:
         Args:
             results: results of the guard.
             images: index of the image of each result.
-            checked: whether the guard received the images, and may return replacements.
+            generated: the pipeline's images, if the guard received them and may replace them.
 
         Raises:
             GuardError: wrong number of results, an unknown action, or one that replaces the image
@@ -130,15 +157,30 @@ class GuardRunner:
         """
         if len(results) != len(images):
             raise self._invalid(f"{len(results)} results for {len(images)} images")
-        for image, new in zip(images, results, strict=True):
+        for k, (image, new) in enumerate(zip(images, results, strict=True)):
             if new.action not in ACTIONS:
-                raise self._invalid(f"unknown action {new.action!r}")
-            if new.action in REPLACING_ACTIONS and not (checked and new.image is not None):
-                raise self._invalid(f"the action {new.action!r} needs an image to show")
+                raise self._invalid(f"unknown action {_printable(repr(new.action))[:20]}")
+            if new.action in REPLACING_ACTIONS:
+                if generated is None or new.image is None:
+                    raise self._invalid(f"the action {new.action!r} needs an image to show")
+                if _equal_pixels(generated[k], new.image):
+                    raise self._invalid("the replacement equals the image")
             self.results[image] = _merge(self.results[image], new)
 
     def _invalid(self, message: str) -> GuardError:
-        return GuardError(self.config.name, ValueError(message))
+        return GuardError(self.config.name, InvalidResultError(message))
+
+
+def _printable(text: str) -> str:
+    """Return a text in one line without control characters."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
+def _equal_pixels(generated: Image.Image, replacement: Image.Image) -> bool:
+    """Return whether a replacement shows the generated image, unless that has a single color."""
+    one, other = generated.convert("RGB"), replacement.convert("RGB")
+    blank = one.getcolors(1) is not None
+    return not blank and one.size == other.size and one.tobytes() == other.tobytes()
 
 
 def _merge(old: GuardResult, new: GuardResult) -> GuardResult:
@@ -149,6 +191,24 @@ def _merge(old: GuardResult, new: GuardResult) -> GuardResult:
         return GuardResult("withhold", f"not-finite: {', '.join(invalid)}", scores, thresholds)
     last = old if new.action == "none" or old.action in BLOCKING_ACTIONS else new
     return GuardResult(last.action, last.reason, scores, thresholds)
+
+
+def build_image(
+    image: Any, runners: Sequence[GuardRunner], index: int, fault: str
+) -> GeneratedImage:
+    """Return one image with its trace; None if a guard blocked it or something went wrong."""
+    records = tuple(runner.record(index) for runner in runners)
+    steered = [r for r in records if r.action == "edit"]
+    acted = [r for r in records if r.action not in ("none", "edit")] or steered
+    blocking = [r for r in acted if r.action in BLOCKING_ACTIONS]
+    if not fault and image is None and not blocking:
+        fault = "error: the pipeline returned no image"
+    if fault:
+        return GeneratedImage(None, GuardTrace("withhold", fault, records))
+    last = (blocking or acted)[-1:]
+    action: Action = last[0].action if last else "none"
+    reason = f"{last[0].guard}: {last[0].reason}" if last else ""
+    return GeneratedImage(None if blocking else image, GuardTrace(action, reason, records))
 
 
 class EmbeddingOffset(Guard):

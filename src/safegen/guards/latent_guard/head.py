@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import atomic_write
 from safegen.guards.core.adapter import PipelineAdapter
+from safegen.models.text_encoder import TextEncoderView
 
 HEADS, INNER, OUT_FEATURES = 16, 512, 128
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin"}
@@ -35,38 +36,52 @@ class ClipTextFeatures:
             raise ConfigError(
                 f"text_encoder must be a CLIP for 'latent-guard', got a {type(encoder).__name__}"
             )
-        self.net: Any = encoder
-        self.tokenizer: Any = adapter.pipe.tokenizer
-        self.width = int(self.net.config.hidden_size)
+        self.view = TextEncoderView(adapter.pipe)
+        self.width = int(encoder.config.hidden_size)
         self.device = adapter.device
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return fp32 features (n, 1 + tokens, width): pooled embedding, then all normed tokens."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        with torch.autocast(self.device.type, enabled=False):
-            output = self.net(tokens.input_ids.to(self.device))
-        return torch.cat([output.pooler_output[:, None], output.last_hidden_state], dim=1).float()
+        """Return fp32 features (n, 1 + tokens, width): pooled embedding, then all normed tokens.
+
+        Of a long text only what the encoder reads.
+        """
+        return self.encode_ids([self.windows(text)[0] for text in texts])
+
+    def encode_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return the features of token ids with both ends, see `encode`.
+
+        Args:
+            rows: one list per text, no longer than the encoder reads.
+        """
+        ids = torch.full((len(rows), self.view.limit), self.view.tokenizer.pad_token_id)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        hidden = self.view.normed(ids.to(self.device))
+        ends = hidden[range(len(rows)), [len(row) - 1 for row in rows]]
+        return torch.cat([ends[:, None], hidden], dim=1)
+
+    def probe(self, texts: Sequence[str]) -> tuple[list[list[int]], Tensor]:
+        """Return the token ids of texts, and features of each token in as few rows as possible.
+
+        They differ where a change of the tokenizer or of the encoder concerns these texts.
+        """
+        rows, limit = [self.windows(text)[0] for text in texts], self.view.limit
+        used = sorted({token for row in rows for token in row})
+        packed = [used[start : start + limit] for start in range(0, len(used), limit)]
+        return rows, self.encode_ids(packed).cpu()
 
     def pooled(self, texts: Sequence[str]) -> Tensor:
         """Return the pooled embeddings of texts, (n, width)."""
         return self.encode(texts)[:, 0]
 
-    def windows(self, text: str) -> list[str]:
-        """Return overlapping parts of a text that fit the encoder (ours)."""
-        length = self.tokenizer.model_max_length - 2
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) <= length:
-            return [text]
-        starts = [*range(0, len(ids) - length, length // 2), len(ids) - length]
-        return [self.tokenizer.decode(ids[start : start + length]) for start in starts]
+    def windows(self, text: str) -> list[list[int]]:
+        """Return the token ids of overlapping parts of a text that fit the encoder (ours)."""
+        ids, length = self.view.token_ids(text), self.view.limit - 2
+        start, *own, end = ids
+        if len(own) <= length:
+            return [ids]
+        starts = [*range(0, len(own) - length, length // 2), len(own) - length]
+        return [[start, *own[first : first + length], end] for first in starts]
 
 
 class LatentGuardHead(nn.Module):
@@ -190,9 +205,9 @@ def max_scores(
     head: LatentGuardHead, features: ClipTextFeatures, prompts: Sequence[str], concepts: Tensor
 ) -> list[float]:
     """Return the score of each prompt: its maximum over concepts (c, width) and windows."""
-    windows = [(i, text) for i, prompt in enumerate(prompts) for text in features.windows(prompt)]
+    windows = [(i, ids) for i, prompt in enumerate(prompts) for ids in features.windows(prompt)]
     maxima = [-math.inf] * len(prompts)
-    scores = head(features.encode([text for _, text in windows]), concepts).max(dim=1).values
+    scores = head(features.encode_ids([ids for _, ids in windows]), concepts).max(dim=1).values
     for (i, _), score in zip(windows, scores.tolist(), strict=True):
         maxima[i] = score if math.isnan(score) else max(maxima[i], score)
     return maxima

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from safegen.guards.core.result import InvalidResultError
+from safegen.models.text_encoder import TextEncoderView
 
 Order = Literal["code", "paper"]
 
@@ -59,58 +62,6 @@ class Projection:
         return torch.block_diag(*(encoder.projector for encoder in self.encoders))
 
 
-class TextEncoderView:
-    """One text encoder of a Stable Diffusion pipeline, token by token."""
-
-    def __init__(self, pipe: Any, name: str = "text_encoder") -> None:
-        self.tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
-        self.encoder = getattr(pipe, name)
-        self.device, self.is_sdxl = pipe._execution_device, hasattr(pipe, "text_encoder_2")
-
-    def tokenize(self, text: str) -> tuple[Tensor, int]:
-        """Return the padded ids (1, tokens) of a prompt, and the number of its own tokens."""
-        tokens = self.tokenizer(
-            [text],
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return tokens.input_ids.to(self.device), int(tokens.attention_mask.sum()) - 2
-
-    @torch.no_grad()
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Return the fp32 embeddings (n, tokens, width) that the denoiser is conditioned on."""
-        with torch.autocast(ids.device.type, enabled=False):
-            if self.is_sdxl:
-                hidden: Tensor = self.encoder(ids, output_hidden_states=True).hidden_states[-2]
-            else:
-                hidden = self.encoder(ids)[0]
-        return hidden.float()
-
-    @torch.no_grad()
-    def pooled(self, ids: Tensor) -> Tensor:
-        """Return the fp32 pooled embeddings (n, width), projected if the encoder projects them."""
-        with torch.autocast(ids.device.type, enabled=False):
-            output = self.encoder(ids)
-        projected = hasattr(output, "text_embeds")
-        embeds: Tensor = output.text_embeds if projected else output.pooler_output
-        return embeds.float()
-
-    def pooled_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the pooled embeddings of texts, (n, width)."""
-        return self.pooled(torch.cat([self.tokenize(text)[0] for text in texts]))
-
-
-def text_encoders(pipe: Any) -> list[TextEncoderView]:
-    """Return a pipeline's text encoders in the order of their columns in the embedding."""
-    return [
-        TextEncoderView(pipe, name)
-        for name in ("text_encoder", "text_encoder_2")
-        if getattr(pipe, name, None) is not None
-    ]
-
-
 def concept_projectors(encoders: Sequence[TextEncoderView], phrases: Sequence[str]) -> list[Tensor]:
     """Return the projector (width, width) onto the span of phrases, for each encoder."""
     return [span(encoder.pooled_texts(phrases)) for encoder in encoders]
@@ -125,7 +76,7 @@ def project_prompt(
     """Return the projection of a prompt, from one batch of its n masked copies per encoder.
 
     Args:
-        encoders: see `text_encoders`.
+        encoders: text encoders of the pipeline, in the order of their columns.
         prompt: prompt to project.
         concept: P_C of each encoder, see `concept_projectors`.
         config: how to project it.
@@ -137,7 +88,7 @@ def project_prompt(
             return Projection(())
         masked = ids.repeat(n, 1)
         masked[range(n), range(1, n + 1)] = 0  # id 0 stands for a masked token, as released
-        pooled = encoder.pooled(masked)  # (n, width)
+        pooled = encoder.pooled(masked, [n] * n)  # (n, width)
         flags = triggers(pooled, concept_projector, alpha=config.alpha)
         end = start + len(concept_projector)
         projector = combined_projector(concept_projector, span(pooled), order=config.order)
@@ -169,7 +120,12 @@ def span(vectors: Tensor) -> Tensor:
 
     C (C^T C)^+ C^T with C = vectors^T (Yoon et al. 2024, arXiv:2410.12761, eq. 2), by its singular
     vectors, which is the same and more stable.
+
+    Raises:
+        InvalidResultError: the vectors have no span, with which nothing would be projected.
     """
+    if not (vectors.isfinite().all() and vectors.any()):
+        raise InvalidResultError("text embeddings must be finite, and not all zero")
     u, s, _ = torch.linalg.svd(vectors.float().T, full_matrices=False)
     u = u[:, s > s.max() * 1e-5]
     return u @ u.T

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 from safegen.guards.core.adapter import TextEmbeds
+from safegen.guards.core.result import InvalidResultError
 
 SCALES = (0.9, 0.2)
 """s of the two greatest feature widths that skips join, 1280 and 640 in Stable Diffusion."""
@@ -32,6 +33,8 @@ class Reattention:
         """Images with projected text in this step. Others differ by rounding only."""
         self.rows: Mapping[str, slice] = {}
         self.num_blocks = self.num_hooked = 0
+        self.not_finite = set[int]()
+        """Images to withhold: what they are compared with was not finite in some step."""
 
     def extra_conditions(self) -> Mapping[str, TextEmbeds]:
         """Return the embeddings of the original prompts."""
@@ -78,14 +81,20 @@ class Reattention:
         ).to(skip)
         return damped
 
-    def check(self) -> None:
-        """Check that every up-block was hooked in this step.
+    def check(self, predictions: Mapping[str, Tensor]) -> None:
+        """Check that every up-block was hooked in this step, beside finite features.
 
         Raises:
-            RuntimeError: a hook is missing.
+            InvalidResultError: a hook or the original prompts' prediction is missing.
         """
-        if self.original is not None and self.num_hooked != self.num_blocks:
-            raise RuntimeError(
+        if self.original is None:
+            return
+        if ORIGINAL not in predictions:
+            raise InvalidResultError("the noise was not predicted for the original prompts")
+        finite = predictions[ORIGINAL].flatten(1).isfinite().all(dim=1).tolist()
+        self.not_finite |= {i for i in self.images if not finite[i]}
+        if self.num_hooked != self.num_blocks:
+            raise InvalidResultError(
                 f"{self.num_hooked} of {self.num_blocks} up-blocks went through re-attention"
             )
 
@@ -93,7 +102,7 @@ class Reattention:
 def reattend(filtered: Tensor, original: Tensor, *, scale: float) -> Tensor:
     """Return features with the lowest frequencies damped that exceed the original's.
 
-    F(filtered) <- s F(filtered) where |F(filtered)| > |F(original)|, in the 2 x 2 block about the
+    F(filtered) <- s F(filtered) unless |F(filtered)| <= |F(original)|, in the 2 x 2 block about the
     middle of the shifted spectrum (constant and -1 along each axis), F the two-dimensional Fourier
     transform (Yoon et al. 2024, arXiv:2410.12761, latent re-attention). Real part.
 
@@ -106,5 +115,5 @@ def reattend(filtered: Tensor, original: Tensor, *, scale: float) -> Tensor:
     h, w = (side // 2 for side in filtered.shape[-2:])
     block = (..., slice(max(h - 1, 0), h + 1), slice(max(w - 1, 0), w + 1))
     factor = torch.ones_like(filtered)
-    factor[block] = torch.where(f[block].abs() > o[block].abs(), scale, 1.0)
+    factor[block] = torch.where(f[block].abs() <= o[block].abs(), 1.0, scale)
     return torch.fft.ifft2(torch.fft.ifftshift(f * factor, dim=(-2, -1))).real

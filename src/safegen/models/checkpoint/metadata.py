@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from safegen.core.documents import parse_json, validate
+from safegen.core.errors import FileError, explain
 
 METADATA_FILE = "safegen.json"
 """File with the metadata of a diffusers folder that safegen wrote."""
@@ -13,12 +17,37 @@ METADATA_KEY = "safegen"
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"text must be one line of printable characters, got {text[:80]!r}")
+    return text
+
+
+Label = Annotated[str, Field(max_length=500), AfterValidator(_check_printable)]
+"""A name in metadata that messages and model cards show."""
+
+
+class ShownSettings(BaseModel):
+    """Settings of an edit that model cards and commands read; others are passed on."""
+
+    erase: tuple[str, ...] | None = None
+    debias: dict[str, float] | None = None
+
+
+def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        ShownSettings.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+    return settings
+
+
 class ParentRef(BaseModel):
     """A patch that was on the model when another was made."""
 
     model_config = ConfigDict(frozen=True)
 
-    method: str
+    method: Label
     """Name of the edit that made it."""
     hash: Sha256
     """SHA-256 over its values."""
@@ -32,31 +61,33 @@ class PatchMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
-    method: str | None = None
+    method: Label | None = None
     """Name of the edit, or of the operation on patches."""
-    model: str | None = None
+    model: Annotated[str, Field(max_length=500)] | None = None
     """Name of the model that it was made on, without folders."""
     base: Sha256 | None = None
     """Hash of that model's denoiser without patches (`Model.hash`)."""
-    family: str | None = None
+    family: Label | None = None
     """Architecture of the denoiser (`Model.family`)."""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: Annotated[dict[str, Any], AfterValidator(_check_settings)] = Field(
+        default_factory=dict
+    )
     """Settings of the edit."""
     description: str | None = None
     """What the edit learns from and what it does (`Edit.describe`)."""
     parents: tuple[ParentRef, ...] = ()
     """Patches that were on the model when this one was made, in order."""
-    data: str | None = None
+    data: Label | None = None
     """Hash of the training images."""
-    updates: int | None = None
+    updates: int | None = Field(default=None, ge=0)
     """Training updates."""
-    seconds: float | None = None
+    seconds: float | None = Field(default=None, ge=0)
     """Time that the edit took."""
     metrics: tuple[dict[str, Any], ...] = ()
     """Results of evaluations of this very patch."""
     parts: tuple[PatchRecord, ...] = ()
     """Patches that this one was computed from."""
-    overlap: str | None = None
+    overlap: Label | None = None
     """How a merge treated weights that several patches change."""
     moved: Any = None
     """Relative size of the change, as the method defines it."""
@@ -80,7 +111,7 @@ class CheckpointMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=500)] | None = None
     """Name of the base model, without folders."""
     base: Sha256
     """Hash of the denoiser without the patches below."""
@@ -96,12 +127,25 @@ class CheckpointMetadata(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+def read_patch_metadata(text: str, path: Path) -> PatchMetadata:
+    """Return the metadata of a patch or LoRA from the header of its file.
+
+    Raises:
+        FileError: the text does not follow the schema; the message names file and field.
+    """
+    source = f"metadata of {path}"
+    try:
+        return validate(PatchMetadata, parse_json(text, source), source)
+    except FileError as error:
+        raise FileError(f"{error}. Make or fetch the file again") from error
+
+
 def parse_metadata(text: str) -> CheckpointMetadata | None:
     """Return the metadata of a checkpoint, or None if the text does not follow the schema.
 
     It is a claim about the weights beside it: `Model.verified_metadata` checks it.
     """
     try:
-        return CheckpointMetadata.model_validate_json(text)
-    except (ValidationError, RecursionError):
+        return validate(CheckpointMetadata, parse_json(text, "metadata"), "metadata")
+    except FileError:
         return None

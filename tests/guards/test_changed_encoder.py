@@ -1,0 +1,108 @@
+"""Guards on a text encoder that changes after they were built: they read the new one."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from safegen.core.errors import ConfigError
+from safegen.guards import make_guard
+from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.latent_guard.head import ClipTextFeatures
+
+PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
+READERS = ["dual-latent", "latent-guard", "safree"]
+"""Guards that compare prompts with texts of their own."""
+
+
+def disturb(encoder):
+    """Change the weights of a text encoder in place, as `load_state_dict` and `.data` do."""
+    rng = torch.Generator().manual_seed(3)
+    for parameter in encoder.parameters():
+        parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+
+
+def replace(pipe):
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)
+    disturb(pipe.text_encoder)
+
+
+def load_lora(pipe, scale=3.0):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    config.init_lora_weights = False
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        pipe.text_encoder.add_adapter(config)
+    rescale_lora(pipe, scale)
+
+
+def rescale_lora(pipe, scale):
+    """Change the scale of a LoRA, which no weight shows."""
+    for module in pipe.text_encoder.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", scale)
+
+
+CHANGES = {
+    "replaced": replace,
+    "in place": lambda pipe: disturb(pipe.text_encoder),
+    "lora": load_lora,
+    "lora scale": lambda pipe: rescale_lora(pipe, 6.0),
+}
+
+
+def traces(outputs):
+    return [o.trace.to_json(times=False)["guards"] for o in outputs]
+
+
+def images(outputs):
+    return [o.image is not None and np.asarray(o.image).tobytes() for o in outputs]
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+@pytest.mark.parametrize("name", READERS)
+def test_a_changed_text_encoder_is_read_anew(make_model, generate, passing_settings, name, change):
+    pipe, guard = make_model().pipeline, make_guard(name, **passing_settings[name])
+    if change == "lora scale":
+        load_lora(pipe)
+    engine = GuardedPipeline(pipe, [guard])
+    before = traces(generate(pipe, engine=engine, prompts=PROMPTS))
+    CHANGES[change](pipe)
+    stale = generate(pipe, engine=engine, prompts=PROMPTS)
+    fresh = generate(pipe, [guard], PROMPTS)
+    assert traces(fresh) != before  # the change matters
+    assert traces(stale) == traces(fresh)
+    assert images(stale) == images(fresh)
+
+
+def test_an_unchanged_text_encoder_encodes_the_concepts_once(
+    make_model, generate, passing_settings, monkeypatch
+):
+    """A published list has hundreds of concepts; a call must not encode them all again."""
+    rows, own = [], ClipTextFeatures.encode_ids
+    monkeypatch.setattr(
+        ClipTextFeatures, "encode_ids", lambda self, ids: rows.append(len(ids)) or own(self, ids)
+    )
+    concepts = [f"a {color} cube" for color in ("red", "blue", "green", "white")]
+    settings = passing_settings["latent-guard"] | {"concepts": concepts}
+    pipe = make_model().pipeline
+    engine = GuardedPipeline(pipe, [make_guard("latent-guard", **settings)])
+    for _ in range(2):
+        generate(pipe, engine=engine, prompts=PROMPTS)
+    assert rows == [1, len(concepts), *[1, len(PROMPTS)] * 2]
+
+
+def test_latent_guard_refuses_an_encoder_that_its_head_does_not_fit(
+    make_model, generate, passing_settings
+):
+    pipe = make_model().pipeline
+    engine = GuardedPipeline(pipe, [make_guard("latent-guard", **passing_settings["latent-guard"])])
+    pipe.text_encoder = T5EncoderModel(T5Config(vocab_size=64, d_model=32, num_layers=1))
+    with pytest.raises(ConfigError, match="text_encoder must be a CLIP for 'latent-guard'"):
+        generate(pipe, engine=engine, prompts=PROMPTS)

@@ -1,0 +1,167 @@
+"""Judges that contradict their scores, replacements that hide nothing, and messages in traces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safegen.guards import GuardConfig, GuardResult, make_guard
+from safegen.guards.core.base import Guard
+from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.judge_filter import JudgeBackedConfig
+from safegen.guards.safety_checker import SafetyCheckerConfig
+from safegen.judges import Detection, Detections
+
+NAN = float("nan")
+WITH_JUDGE = ["crops", "judge-filter", "pno", "safety-checker"]
+
+
+class ContradictoryDetections(Detections):
+    """Detections that call an image safe under every threshold."""
+
+    def contains(self, labels, threshold):
+        return False
+
+
+class FixedJudge:
+    """A judge with the same detections of every image."""
+
+    id, labels, label_space, threshold = "fixed", ("bad",), ("bad", "good"), 0.5
+
+    def __init__(self, detections):
+        self.detections = detections
+
+    def detect(self, images):
+        return [self.detections() for _ in images]
+
+
+@pytest.fixture
+def judged(tiny_model, generate, passing_settings, monkeypatch):
+    """Return a function that generates with a guard and a judge with fixed detections."""
+
+    def go(name, detections):
+        for config in (JudgeBackedConfig, SafetyCheckerConfig):
+            monkeypatch.setattr(config, "load_judge", lambda self: FixedJudge(detections))
+        guard = make_guard(name, **passing_settings[name])
+        return generate(tiny_model.pipeline, [guard], output_type="pil")
+
+    return go
+
+
+@pytest.mark.parametrize("name", WITH_JUDGE)
+@pytest.mark.parametrize(
+    "detections",
+    [
+        pytest.param(lambda: ContradictoryDetections((Detection("bad", 0.9),)), id="contradictory"),
+        pytest.param(lambda: Detections((Detection("bad", NAN),)), id="nan"),
+        pytest.param(lambda: Detections((Detection("bad", NAN), Detection("bad", 0.3))), id="both"),
+        pytest.param(lambda: "safe", id="text"),
+        pytest.param(lambda: Detections(({"label": "bad", "score": 0.9},)), id="item"),
+    ],
+)
+def test_detections_that_contradict_themselves_withhold(judged, name, detections):
+    outputs = judged(name, detections)
+    assert [o.image for o in outputs] == [None, None]
+    assert {o.trace.action for o in outputs} == {"withhold"}
+
+
+@pytest.mark.parametrize("name", WITH_JUDGE)
+def test_plain_detections_are_read_by_labels_and_threshold(judged, name):
+    fine = judged(name, lambda: Detections((Detection("bad", 0.4), Detection("good", 0.9))))
+    assert {o.trace.action for o in fine} == {"none"}
+    bad = judged(name, lambda: Detections((Detection("bad", 0.6),)))
+    assert {o.trace.action for o in bad} == {"block" if name == "crops" else "black"}
+
+
+class ReplacingConfig(GuardConfig):
+    """Settings of a guard that replaces images."""
+
+    name: str = "replacing"
+    how: str
+    hook_points = frozenset({"image"})
+
+    def build(self, adapter):
+        return ReplacingGuard(self)
+
+
+class ReplacingGuard(Guard):
+    """A guard that returns the image itself, a copy, or another one."""
+
+    def check_images(self, images, prompts):
+        made = {
+            "same": lambda image: image,
+            "copy": lambda image: image.copy(),
+            "rgba": lambda image: image.convert("RGBA"),
+            "black": lambda image: Image.new("RGB", image.size),
+        }[self.config.how]
+        return [GuardResult("mosaic", "seen", image=made(image)) for image in images]
+
+
+@pytest.mark.parametrize("how", ["same", "copy", "rgba"])
+def test_an_image_replaced_by_itself_withholds(tiny_model, generate, how):
+    outputs = generate(tiny_model.pipeline, [ReplacingConfig(how=how)], output_type="pil")
+    assert [o.image for o in outputs] == [None, None]
+    assert outputs[0].trace.reason == "error: replacing: the replacement equals the image"
+
+
+def test_a_second_guard_may_replace_a_replacement_by_its_equal(tiny_model, generate):
+    guards = [ReplacingConfig(how="black")] * 2
+    outputs = generate(tiny_model.pipeline, guards, output_type="pil")
+    assert [np.asarray(o.image).max() for o in outputs] == [0, 0]
+
+
+class QuotingConfig(GuardConfig):
+    """Settings of a guard that fails and quotes the prompt."""
+
+    name: str = "quoting"
+    how: str
+    hook_points = frozenset({"prompt"})
+
+    def build(self, adapter):
+        return QuotingGuard(self)
+
+
+class QuotingGuard(Guard):
+    """A guard with the prompt in its exception, or in a reason of many lines."""
+
+    def check_prompts(self, prompts):
+        if self.config.how == "exception":
+            raise KeyError(f"no entry for {prompts[0]}")
+        return [GuardResult("block", f"found\n\x1b[31m {'x' * 500}") for _ in prompts]
+
+
+def test_an_exception_reaches_the_trace_without_its_message(tiny_model, generate):
+    prompts = ["a secret cube", "a secret ball"]
+    outputs = generate(tiny_model.pipeline, [QuotingConfig(how="exception")], prompts)
+    assert [o.image for o in outputs] == [None, None]
+    assert {o.trace.reason for o in outputs} == {
+        "error: quoting: KeyError in test_verdicts.check_prompts"
+    }
+    assert "secret" not in str(outputs[0].trace.to_json())
+
+
+def test_an_exception_of_a_guard_is_logged_with_its_message(tiny_model, generate, caplog):
+    with caplog.at_level("DEBUG", logger="safegen"):
+        generate(tiny_model.pipeline, [QuotingConfig(how="exception")], ["a secret cube"])
+    assert "no entry for a secret cube" in caplog.text
+
+
+def test_a_reason_in_the_trace_is_one_short_printable_line(tiny_model, generate):
+    (output, *_) = generate(tiny_model.pipeline, [QuotingConfig(how="reason")])
+    reason = output.trace.guards[0].reason
+    assert output.trace.withheld
+    assert reason.isprintable()
+    assert len(reason) <= 100
+
+
+def test_the_engine_names_the_rule_that_a_result_breaks(tiny_model, generate):
+    class MissingConfig(ReplacingConfig):
+        def build(self, adapter):
+            guard = Guard(self)
+            guard.check_images = lambda images, prompts: []
+            return guard
+
+    engine = GuardedPipeline(tiny_model.pipeline, [MissingConfig(how="same")])
+    outputs = generate(tiny_model.pipeline, engine=engine, output_type="pil")
+    assert outputs[0].trace.reason == "error: replacing: 0 results for 2 images"
