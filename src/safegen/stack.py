@@ -14,11 +14,10 @@ from pydantic import SerializeAsAny, ValidationError, field_validator, model_val
 from safegen.core.concept import load_concept
 from safegen.core.documents import read_toml, validate
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError, explain
-from safegen.core.fields import FOLDER_NAME, FolderName
 from safegen.core.files import exists
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
-from safegen.core.settings import BaseSettings
+from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName
 from safegen.guards import GuardConfig, read_guard
 from safegen.patches.lora_spec import LoraSpecs
 

@@ -9,10 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError, UnknownNameError
-from safegen.core.fields import Name
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
-from safegen.core.settings import BaseSettings
+from safegen.core.settings import BaseSettings, Name
 
 
 def _check_phrase(phrase: str) -> str:

@@ -19,11 +19,10 @@ from safegen.core.errors import (
     UnusedSettingWarning,
     explain,
 )
-from safegen.core.fields import Name
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
-from safegen.core.settings import BaseSettings, Seed, Seeds
+from safegen.core.settings import BaseSettings, Name, Seed, Seeds
 from safegen.evaluation.samples import (
     ROLES,
     EvalSample,

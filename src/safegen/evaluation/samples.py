@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.fields import Count, Name
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import PROMPT_LISTS
+from safegen.core.settings import Count, Name
 from safegen.data.prompts.prompt import Prompt, seed_for
 from safegen.data.prompts.prompts import PromptSet, read_prompts
 

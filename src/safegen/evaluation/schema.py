@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from safegen.core.errors import ConfigError
-from safegen.core.fields import JsonObject, Name
 from safegen.core.files import display_name
-from safegen.core.settings import MAX_COUNT, BaseSettings
+from safegen.core.settings import MAX_COUNT, BaseSettings, JsonObject, Name
 from safegen.data.prompts.prompts import PromptSet
 from safegen.evaluation.samples import Role, read_prompt_list
 from safegen.judges.base import SCORE_FLOOR, check_judge_options

@@ -7,8 +7,7 @@ from hashlib import sha256
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safegen.core.fields import Digest
-from safegen.core.settings import Seed
+from safegen.core.settings import Digest, Seed
 
 SEED_BITS = 48
 """Bits of a derived seed; JSON readers and spreadsheets represent up to 53 exactly."""

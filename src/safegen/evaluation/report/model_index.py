@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safegen.core.documents import validate
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.fields import Name
+from safegen.core.settings import Name
 from safegen.core.text import escape_control
 from safegen.evaluation.report.format import format_rate, markdown_text
 from safegen.evaluation.run.folder import SCORES, Run

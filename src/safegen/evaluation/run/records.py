@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from safegen.core.fields import (
+from safegen.core.settings import (
     Count,
     Digest,
     FileName,
@@ -20,9 +20,9 @@ from safegen.core.fields import (
     Name,
     Number,
     Seconds,
+    Seed,
     Share,
 )
-from safegen.core.settings import Seed
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.judges.base import Detections

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from safegen.core.documents import read_json_object
 from safegen.core.errors import FileError
-from safegen.core.fields import Name
 from safegen.core.files import is_unfinished
+from safegen.core.settings import Name
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.run.folder import SETTINGS, check_links, write_json
 

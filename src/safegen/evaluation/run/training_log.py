@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from safegen.core.documents import parse_record, read_text
 from safegen.core.errors import FileError
-from safegen.core.fields import Count
+from safegen.core.settings import Count
 
 MAX_LOSS = 1e30
 """Largest loss that a chart can show."""

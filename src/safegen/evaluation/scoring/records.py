@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safegen.core.documents import check_plain, read_json_object, validate
-from safegen.core.fields import Count, Digest, FolderName, Name, Number, Share
+from safegen.core.settings import Count, Digest, FolderName, Name, Number, Share
 from safegen.evaluation.run.records import Kind
 from safegen.evaluation.samples import Role
 from safegen.judges.base import SCORE_FLOOR
