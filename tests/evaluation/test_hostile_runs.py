@@ -348,12 +348,13 @@ def test_a_file_that_is_something_else_is_refused_in_one_line(damaged, file):
     path.unlink()
     check_commands(damaged)
     for put in (os.mkfifo, Path.mkdir, lambda p: p.symlink_to(p.name)):
+        path.unlink(missing_ok=True)  # `score` writes its file again
         put(path)
         check_commands(damaged)
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_value_of_any_record_may_be_wrong(whole, tmp_path, data):
     """A wrong value is refused in one line, or changes nothing that a command reads."""

@@ -13,6 +13,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.files import exists
 from safegen.core.hub import HUB, fetch_file
 from safegen.core.registry import PROMPT_LISTS
+from safegen.core.text import escape_control
 from safegen.data.prompts.dialects import (
     DIALECTS,
     KNOWN_COLUMNS,
@@ -128,7 +129,10 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
     records = _parse(text, path, name, dialect, column)
     dialect, prompt_column = _choose(records, name, path.stem, dialect, column)
     context = RowContext(
-        name if is_remote else path.name, sha256(data).hexdigest(), path.stem, prompt_column
+        name if is_remote else escape_control(path.name),
+        sha256(data).hexdigest(),
+        escape_control(path.stem),
+        prompt_column,
     )
     rows: dict[str, Prompt] = {}
     problems, repeated = list(records.problems), 0

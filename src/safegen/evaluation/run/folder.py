@@ -170,7 +170,9 @@ def check_links(folder: Path) -> None:
     root, pending = Path(os.path.realpath(folder)), [folder]
     try:
         while pending:
-            for entry in os.scandir(pending.pop()):
+            with os.scandir(pending.pop()) as scan:
+                entries = list(scan)
+            for entry in entries:
                 if entry.is_symlink() and not is_inside(Path(entry.path), root):
                     raise FileError(
                         f"{entry.path} must lie in the run's folder, got a link that leads out of "
