@@ -68,7 +68,7 @@ def refusal(call, path):
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert message.isprintable()
-    assert len(message) < 1000
+    assert len(message) < 1500
     assert path.name in message
     return message
 

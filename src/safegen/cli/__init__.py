@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that --help is instant.
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from typing import Any
@@ -31,7 +32,7 @@ from safegen.core.errors import (
 ClickException = typer.BadParameter.__mro__[2]
 """Base class of the usage errors; typer carries its own copy of click from version 0.26 on."""
 EXIT_STATUSES = {UserError: 2, InterruptedRunError: 130, SafegenError: 1, OSError: 1}
-"""Exit status by class of error, the first that fits; an `OSError` names its file."""
+"""Exit status by class of error, the first that fits."""
 
 
 def main() -> None:
@@ -84,6 +85,8 @@ def _check_arguments(arguments: list[str]) -> None:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """Return the message and the exit status of an expected error; raise any other."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r} cannot be used: {error.strerror}", EXIT_STATUSES[OSError]
     for kind, code in EXIT_STATUSES.items():
         if isinstance(error, kind):
             return str(error), code
@@ -106,4 +109,6 @@ def _explain_usage(error: Any) -> tuple[str, int]:
             typer.echo(text, err=True)
         return "", error.exit_code
     command = error.ctx.command_path if getattr(error, "ctx", None) else "safegen"
+    text = re.sub(r"^Invalid value for '(.+?)': (Value error, )?", r"\1: ", text)
+    text = re.sub(r"^(\S+): Input should ", r"\1 must ", text)
     return f"{text[:1].lower()}{text[1:].rstrip('.')}. See: {command} --help", error.exit_code

@@ -210,7 +210,7 @@ def validate(model: type[Record], value: Any, source: str) -> Record:
         raise FileError(f"{source!r}: {_shorten(explain(error, model))}") from error
 
 
-def _shorten(text: str, limit: int = 500) -> str:
+def _shorten(text: str, limit: int = 1000) -> str:
     """Return a message with control characters escaped, cut to a number of characters."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
     return shown if len(text) <= limit else f"{shown}..."

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model
 
 from safegen.core.documents import check_file, read_json, read_json_object, validate
 from safegen.core.errors import FileError
+from safegen.core.tensor_files import check_pickle
 
 UNLOADED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that are copied and never loaded."""
@@ -248,8 +249,15 @@ def check_shards(folder: Path) -> None:
         FileError: a file is a pipe or the like, or a list names a file elsewhere.
     """
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin"):
+        if path.name == "adapter_config.json":  # transformers would load the model it names
+            raise FileError(
+                f"{str(folder)!r} must hold weights, got an adapter of peft. Merge it, or use it "
+                "as a LoRA"
+            )
+        if path.suffix in (".json", ".safetensors"):
             check_file(path)
+        if path.suffix == ".bin":
+            check_pickle(path)
         if path.name.endswith(".index.json"):
             _read(ShardIndex, path)
 

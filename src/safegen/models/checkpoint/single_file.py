@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from safegen.core.documents import check_file
 from safegen.core.errors import FileError, first_line
-from safegen.core.tensor_files import read_tensors
+from safegen.core.tensor_files import check_pickle, read_tensors
 
 CONFIGS_KEY = "safegen_configs"
 """Header key with a pipeline's configuration files, which make the file self-contained."""
@@ -88,9 +87,9 @@ def open_single_file(path: Path, allow_pickle: bool) -> SingleFile:
             "--allow-pickle if you trust it"
         )
     header: dict[str, str] = {}
-    check_file(path)
     try:
         if path.suffix in PICKLE_SUFFIXES:
+            check_pickle(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
             content = content.get("state_dict", content)
             tensors = {
