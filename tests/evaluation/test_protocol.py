@@ -188,7 +188,11 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
             "",
             r"clip_score, fid_to_base, .* needs a table \[features\]",
         ),
-        ("name", "nam", r"p\.toml': no setting named 'nam'\. Did you mean 'name'"),
+        (
+            "name",
+            "nam",
+            r"p\.toml': name is required; no setting named 'nam'\. Did you mean 'name'",
+        ),
         ("name =", "name", r"p\.toml' is not TOML: Expected '='"),
     ],
 )
