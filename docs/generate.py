@@ -416,7 +416,8 @@ def python_api() -> str:
 
 def cli() -> str:
     """Return the page of the command line: every command with its arguments and options."""
-    return "# Command line\n\n" + "\n".join(command(get_command(app), ["safegen"]))
+    about = (DOCS / "reference" / "cli.inc").read_text(encoding="utf-8")
+    return f"# Command line\n\n{about}" + "\n".join(command(get_command(app), ["safegen"]))
 
 
 def command(one: Any, words: list[str]) -> Iterator[str]:

@@ -10,20 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError, explain
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
+from safegen.core.settings import BaseSettings
 from safegen.guards import GuardConfig, read_guard
 from safegen.patches.lora_spec import LoraSpecs
 
@@ -34,10 +27,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Pattern of a stack's name, which is also the name of a folder."""
 
 
-class Stack(BaseModel):
+class Stack(BaseSettings):
     """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(pattern=f"^{NAME}$")
     """Name of the stack: letters, digits, dots, dashes and underscores."""

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -318,6 +319,30 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+STATE = (
+    '{"update": 1, "seconds": 1.0, "best_loss": null, "validations_without_gain": 0, '
+    '"scaler": null}'
+)
+
+
+def rewrite(folder, tensors=None, **header):
+    """Write a checkpoint again with other tensors or header entries; None removes one."""
+    path = folder / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        stated = dict(file.metadata()) | header
+    found = load_file(path) | (tensors or {})
+    save_file(
+        {name: value for name, value in found.items() if value is not None},
+        path,
+        metadata={key: value for key, value in stated.items() if value is not None},
+    )
+
+
 DAMAGE = {
     "a truncated checkpoint": lambda f: cut(f / "checkpoint.safetensors"),
     "an empty checkpoint": lambda f: (f / "checkpoint.safetensors").write_bytes(b""),
@@ -326,6 +351,22 @@ DAMAGE = {
     ),
     "no log": lambda f: (f / "log.jsonl").unlink(),
     "a truncated log": lambda f: cut(f / "log.jsonl"),
+    "a pipe as a log": lambda f: pipe(f / "log.jsonl"),
+    "a pipe as a checkpoint": lambda f: pipe(f / "checkpoint.safetensors"),
+    "a log row that is a number": lambda f: (f / "log.jsonl").write_text("3\n"),
+    "a log row without an update": lambda f: (f / "log.jsonl").write_text('{"fit": 1.0}\n'),
+    "a log row of text": lambda f: (f / "log.jsonl").write_text('{"update": "x"}\n'),
+    "a deep log": lambda f: (f / "log.jsonl").write_text("[" * 10**5),
+    "no state": lambda f: rewrite(f, state=None),
+    "a state that is no JSON": lambda f: rewrite(f, state="{"),
+    "a deep state": lambda f: rewrite(f, state="[" * 10**5),
+    "a state without its values": lambda f: rewrite(f, state="{}"),
+    "a negative update": lambda f: rewrite(f, state=STATE.replace("1,", "-1,", 1)),
+    "a weight of another shape": lambda f: rewrite(f, {"weight/weight": torch.zeros(1)}),
+    "a weight of integers": lambda f: rewrite(f, {"weight/weight": torch.zeros(2, 3).int()}),
+    "NaN in a moment": lambda f: rewrite(f, {"exp_avg/weight": torch.full((2, 3), math.nan)}),
+    "no moment": lambda f: rewrite(f, {"exp_avg/weight": None}),
+    "no average": lambda f: rewrite(f, {"ema/weight": None}),
     "a log of bytes": lambda f: (f / "log.jsonl").write_bytes(b"\xff\xfe\x00"),
 }
 
@@ -646,7 +687,7 @@ class Nan(LinearFit):
         return {"L_m": fit, "L_p": fit * math.nan if micro_step == 2 else fit}
 
 
-def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path):
+def test_a_nan_loss_names_the_term_and_leaves_no_checkpoint(line, tmp_path):
     before = state_of(line)
     with pytest.raises(DivergedError, match=r"'L_p' is nan at update 3") as caught:
         train(
@@ -654,13 +695,11 @@ def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path
             ["weight"],
             Nan(),
             Training(updates=5, accumulation=1, checkpoint_every=2),
-            checkpoint_dir=tmp_path,
+            checkpoint_dir=tmp_path / "new" / "run",
         )
     assert isinstance(caught.value, SafegenError)
     same(state_of(line), before)
-    assert [
-        json.loads(text)["update"] for text in (tmp_path / "log.jsonl").read_text().splitlines()
-    ] == [1, 2]
+    assert list(tmp_path.iterdir()) == []  # a resumed run would diverge again
 
 
 class Steep(LinearFit):
@@ -800,3 +839,18 @@ def test_validation_uses_the_weights_that_become_the_patch(line, ema):
     assert torch.equal(
         looks.tensors["weight"], found.tensors["weight"]
     )  # validation has no effect on training
+
+
+class TooLarge(LinearFit):
+    """A step that asks torch for more memory than there is."""
+
+    def training_step(self, denoiser, micro_step, generator, share):
+        torch.empty(2**50)
+        raise AssertionError
+
+
+def test_memory_that_does_not_suffice_names_the_batch():
+    net = nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match=r"batch must fit into memory, got 2\. Lower it"):
+        trainer.train(net, ["weight"], TooLarge(), QUICK, fingerprint="x")
+    assert net.weight.requires_grad

@@ -124,7 +124,7 @@ def test_metrics_have_n_interval_and_unjudged_count(run):
         "100 % (0.0 to 100.0 %; n = 8)",
         "75 % (0.0 to 100.0 %; n = 8) |",
     ]  # ghosts, not the object
-    assert "Protocol `quick` (id `1234`), judge `mini:1`, stack edited, model `mini`" in text
+    assert "Protocol quick (ID 1234), judge mini:1, stack edited, model mini" in text
     assert "Not measured" not in text
 
 
@@ -162,7 +162,7 @@ def test_metrics_are_also_in_the_header_of_the_patch(tmp_path):
     skulls = metrics["lists"]["mini:skulls (explicit)"]
     assert skulls["removal"] == rate(19, 20)
     assert skulls["this"]["concept"] == rate(1, 20, unjudged=4)
-    assert "Protocol `quick`" in metrics["about"]
+    assert "Protocol quick" in metrics["about"]
     assert found.hash == patch.hash
     assert {k: v for k, v in found.metadata.to_json().items() if k != "metrics"} == SAID
 

@@ -257,7 +257,7 @@ def test_a_stack_name_is_escaped_in_page_and_table(copy, tmp_path):
     facts = write_report(open_runs([copy]), tmp_path)
     facts["stacks"][1]["label"] = "x|y <b>\n\\"
     row = markdown(facts).splitlines()[5]
-    assert row.startswith("| x\\|y &lt;b> \\\\ | ")
+    assert row.startswith("| x\\|y &lt;b&gt; \\\\ | ")
     assert "<script" not in (tmp_path / PAGE).read_text()
 
 

@@ -179,7 +179,7 @@ def test_calibrate_returns_the_midpoint_or_refuses(tiny_model):
 def test_warns_of_slope_without_filter_and_refuses_wan(tiny_wan):
     with pytest.warns(UnusedSettingWarning, match="slope has no effect without middle"):
         make_guard(**CUBE, slope=5.0)
-    says = "it needs a StableDiffusionPipeline or StableDiffusionXLPipeline"
+    says = "it needs a StableDiffusionPipeline or StableDiffusionImg2ImgPipeline or "
     with pytest.raises(ConfigError, match=says):
         GuardedPipeline(tiny_wan, [make_guard(**CUBE)])
 

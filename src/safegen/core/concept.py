@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safegen.core.errors import FileError, UnknownNameError, explain
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
+from safegen.core.settings import BaseSettings
 
 
 def _check_phrase(phrase: str) -> str:
@@ -25,10 +26,8 @@ Phrases = tuple[Phrase, ...]
 """Type of a setting with phrases."""
 
 
-class Concept(BaseModel):
+class Concept(BaseSettings):
     """Visual concept to remove, built in or read from a TOML file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
     """Name of the concept, one word."""
@@ -46,11 +45,11 @@ class Concept(BaseModel):
     """Bundled triplets, as `source:concept`."""
     captions: tuple[str, ...] = ()
     """Prompt lists of benign captions for training; none is used for measuring."""
-    tuning: dict[Literal["benign", "concept"], tuple[str, ...]] = {}
+    tuning: dict[Literal["benign", "concept"], tuple[str, ...]] = Field(default_factory=dict)
     """Prompt lists that caption benign and concept images in a fine-tune; none is measured."""
-    lists: dict[str, tuple[str, ...]] = {}
+    lists: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
-    shows: dict[str, str] = {}
+    shows: dict[str, str] = Field(default_factory=dict)
     """Label that a faithful image of a list shows, for lists that ask for an attribute."""
 
     @field_validator("labels")

@@ -181,7 +181,13 @@ def validate(model: type[Record], value: Any, source: str) -> Record:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise FileError(f"{source!r}: {explain(error, model)}") from error
+        raise FileError(f"{source!r}: {_shorten(explain(error, model))}") from error
+
+
+def _shorten(text: str, limit: int = 1000) -> str:
+    """Return a message with control characters escaped, cut to a number of characters."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}..."
 
 
 def reason_of(error: Exception) -> str:

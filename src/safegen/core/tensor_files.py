@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ def read_header(path: Path) -> dict[str, Any]:
     size = check_file(path)
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise _damaged(path, f"it has {size} bytes, and its header claims {length}")
+                raise _damaged(path, f"it has {size} bytes, its header claims {length}")
             text = file.read(length)
     except OSError as error:
         raise _damaged(path, first_line(error)) from error
@@ -85,6 +86,26 @@ def check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise FileError(
                 f"{str(path)!r} has NaN or infinite values in {name}. Make or fetch it again"
             )
+
+
+def check_pickle(path: Path) -> None:
+    """Check that a pickled file of weights is a regular file that holds no compressed entries.
+
+    torch writes none; a small file of them could ask for any amount of memory.
+
+    Raises:
+        FileError: it is another kind of file, or has compressed entries.
+    """
+    check_file(path)
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            kinds = {entry.compress_type for entry in archive.infolist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise FileError(f"{str(path)!r} is damaged: {first_line(error)}") from error
+    if kinds - {zipfile.ZIP_STORED}:
+        raise FileError(f"entries of {str(path)!r} must not be compressed. Get it as safetensors")
 
 
 def _damaged(path: Path, reason: str) -> FileError:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError
+from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
@@ -64,9 +65,9 @@ class DUO(TrainedEdit):
     """Harmless phrases: prompt of the safe twins. Default: the concept's counterpart."""
     strength: float = Field(default=0.75, gt=0, le=1)
     """Share of the steps by which an unsafe image is noised and denoised to its safe twin."""
-    steps: int = Field(default=50, ge=1)
+    steps: int = Field(default=50, ge=1, le=MAX_STEPS)
     """DDIM steps of a whole image."""
-    guidance: float = Field(default=7.5, ge=1)
+    guidance: float = Field(default=7.5, ge=1, le=50)
     """Guidance scale of a safe twin."""
     judge: str | None = None
     """Judge that must find nothing in a safe twin, which is generated again otherwise.
@@ -77,7 +78,7 @@ class DUO(TrainedEdit):
     """Labels of the judge that make a twin unsafe. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection. Default: that of the concept or the judge."""
-    max_attempts: int = Field(default=8, ge=1)
+    max_attempts: int = Field(default=8, ge=1, le=MAX_COUNT)
     """Attempts per twin. A pair without a safe twin is left out and listed in the patch."""
     loss_type: Literal["dpo", "kto"] = "dpo"
     """Whether an unsafe image is compared with its twin, or with the mean of the batch's twins."""
@@ -91,7 +92,7 @@ class DUO(TrainedEdit):
     """Whether the two images of a pair share their timestep, as they always do for kto."""
     selector: str = "attn1"
     """Which weights change."""
-    rank: int | None = Field(default=32, ge=1)
+    rank: int | None = Field(default=32, ge=1, le=MAX_RANK)
     """Rank of the LoRA, as published; None trains the selected weights themselves."""
     training: Training = RELEASED
     """Settings of the training loop. Its rate and `weight_keep` belong to `beta`."""

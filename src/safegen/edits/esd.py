@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept, Phrases
+from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
@@ -75,11 +76,11 @@ class ESD(TrainedEdit):
     """Distance of the target beyond the blank prediction, or beyond that of `erase_from` (eta)."""
     rollout: Literal["student", "base"] = "student"
     """Model that generates the latents: the edited one for every batch, or the original once."""
-    trajectories: int = Field(default=16, ge=1)
+    trajectories: int = Field(default=16, ge=1, le=MAX_COUNT)
     """With rollout base: images per phrase, every step of which is a sample."""
-    steps: int = Field(default=50, ge=1)
+    steps: int = Field(default=50, ge=1, le=MAX_STEPS)
     """DDIM steps of a rollout."""
-    guidance: float = Field(default=3.0, ge=1)
+    guidance: float = Field(default=3.0, ge=1, le=50)
     """Guidance scale of a rollout."""
     weight_retain: float = Field(default=0.0, ge=0)
     """Weight of L_r, which keeps the predictions for captions on the same latents."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from safegen.core.concept import Concept
 from safegen.core.errors import (
@@ -21,6 +21,7 @@ from safegen.core.errors import (
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
+from safegen.core.settings import BaseSettings, Seed, Seeds
 from safegen.evaluation.samples import (
     ROLES,
     EvalSample,
@@ -33,7 +34,6 @@ from safegen.evaluation.samples import (
 )
 from safegen.evaluation.schema import (
     FROM_FEATURES,
-    FROZEN,
     FeatureRule,
     JudgeRule,
     LpipsRule,
@@ -55,10 +55,8 @@ FORMAT = "safegen-protocol/2"
 """Part of every id: a change of the code that moves numbers gets a new one."""
 
 
-class Protocol(BaseModel):
+class Protocol(BaseSettings):
     """Everything that decides a number: prompts, seeds, settings, judge and metrics."""
-
-    model_config = FROZEN
 
     name: str
     """Name of the protocol in one word."""
@@ -68,9 +66,9 @@ class Protocol(BaseModel):
     """Concept to remove; its words make the negative-prompt baseline."""
     lists: tuple[PromptList, ...] = Field(min_length=1)
     """Prompt lists, in the order of generation."""
-    seeds: tuple[int, ...] | Literal["rows"]
+    seeds: Seeds | Literal["rows"]
     """Seeds for every prompt; `rows` uses the seed of each prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """With `seeds = "rows"`, the seed from which prompts without their own seed get one."""
     generation: GenerationConfig
     """How images are generated."""

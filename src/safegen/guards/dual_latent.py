@@ -63,6 +63,19 @@ class DualLatentConfig(GuardConfig):
     """Threshold for the tokens to project, as in SAFREE."""
 
     @classmethod
+    def unsupported_reason(cls, adapter: PipelineAdapter) -> str:
+        """Return why the guard cannot run on a pipeline: inpainting starts its streams unlike.
+
+        An image for several rows is encoded with the generator of the first row alone.
+        """
+        inpaints = "Inpaint" in adapter.family
+        return super().unsupported_reason(adapter) or (
+            "needs two streams of equal noise, and inpainting does not start them alike"
+            if inpaints
+            else ""
+        )
+
+    @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's phrases."""
         return {"phrases": concept.words}

@@ -124,7 +124,7 @@ class SldHook(GuardHook):
     def __init__(self, config: SldConfig, call: Call) -> None:
         self.config, self.call = config, call
         call.adapter.check_length(config.text, "text of the guard 'sld'", call.options)
-        self.embeds = call.adapter.encode([config.text], call.options)
+        self.embeds = call.adapter.encode([config.text], call.options).expand(len(call.prompts))
         self.nu: Tensor | None = None
         self.steered_steps = torch.zeros(len(call.prompts), dtype=torch.long)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
+from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -50,8 +51,8 @@ def open_session(
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
         UnknownNameError: this installation of ONNX Runtime has no such provider.
-        ConfigError: there are no providers, `threads` is below 1, or the preferred provider does
-            not start.
+        ConfigError: there are no providers, `threads` is out of range, or the preferred provider
+            does not start.
         FileError: the file is not a usable ONNX file.
     """
     if find_spec("onnxruntime") is None:
@@ -67,8 +68,8 @@ def open_session(
     for name in names:
         if name not in available:
             raise UnknownNameError("installed ONNX Runtime provider", name, available)
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be >= 1, got {threads}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(f"threads must be in 1..{MAX_THREADS}, got {threads}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, not logged
     if threads is not None:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.registry import ADVERSARIES, resolve
+from safegen.core.settings import MAX_STEPS, BaseSettings
 from safegen.edits.functional import losses
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
 from safegen.edits.training.lora import merged_weight
@@ -48,12 +49,8 @@ class EmbeddingAttack(Protocol):
         ...
 
 
-class Adversary(BaseModel, ABC):
+class Adversary(BaseSettings, ABC):
     """Settings of one adversary."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     is_additive: ClassVar[bool] = False
     """Whether the move is a sum, which can be added to another text too."""
@@ -110,7 +107,7 @@ class AdvUnlearn(Adversary):
 
     name: Literal["adv-unlearn"] = "adv-unlearn"
     """Name of the adversary."""
-    steps: int = Field(default=30, ge=1)
+    steps: int = Field(default=30, ge=1, le=MAX_STEPS)
     """Steps, each with a forward and a backward pass of the batch."""
     step: float = Field(default=0.05, gt=0)
     """Size of a step, relative to the root mean square of the embedding.
@@ -119,7 +116,7 @@ class AdvUnlearn(Adversary):
     """
     rule: Literal["adam", "sign"] = "adam"
     """Update rule: Adam, or the sign of the gradient (the paper's fast variant)."""
-    tokens: int = Field(default=1, ge=0)
+    tokens: int = Field(default=1, ge=0, le=MAX_STEPS)
     """Length of a prefix after the start token, which alone is moved; 0 moves all tokens (ours)."""
 
     def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:

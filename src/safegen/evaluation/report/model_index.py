@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.evaluation.report.format import format_rate, plain_text
+from safegen.core.text import escape_control
+from safegen.evaluation.report.format import format_rate, markdown_text
 from safegen.evaluation.run.folder import CARD, SCORES
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ class ModelIndex:
         for name, removal, scores in self.rows:
             rates = [*(row.get("concept") for row in scores), removal]
             rates += [row.get("shown") or row.get("subject") for row in scores]
-            table.append([plain_text(name), *map(format_rate, rates)])
-        return table
+            table.append([name, *map(format_rate, rates)])
+        return [list(map(markdown_text, row)) for row in table]
 
     def to_eval_results(self) -> list[EvalResult]:
         """Return the rates of this model for the hub's table of results."""
@@ -71,8 +72,8 @@ class ModelIndex:
                         EvalResult(
                             task_type="text-to-image",
                             dataset_type="safegen",
-                            dataset_name=name,
-                            dataset_config=name,
+                            dataset_name=escape_control(name),
+                            dataset_config=escape_control(name),
                             metric_type=metric.replace(" ", "_"),
                             metric_name=metric,
                             metric_value=rate["value"],
@@ -112,10 +113,10 @@ def read_metrics(
         attacks = [e["name"] for e in entries if e.get("reference") == entry["name"]]
         stacks = {"base": this["baseline"], "this": entry["name"]} | {n: n for n in attacks}
         lists = [scores["stacks"][name]["lists"] for name in stacks.values()]
-        protocol, name = scores["protocol"], plain_text(str(entry.get("model", "unknown")))
+        protocol, name = scores["protocol"], entry.get("model", "unknown")
         about = (
-            f"Protocol `{protocol['name']}` (id `{protocol['id']}`), judge `{scores['judge']}`, "
-            f"stack {entry['name']}, model `{name}`"
+            f"Protocol {protocol['name']} (ID {protocol['id']}), judge {scores['judge']}, "
+            f"stack {entry['name']}, model {name}"
         )
         rows = [
             (f"{part} ({row['role']})", row.get("removal"), [scores[part] for scores in lists])

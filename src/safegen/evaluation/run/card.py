@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from safegen._version import __version__
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import display_name
+from safegen.core.files import display_name, is_unfinished
 from safegen.evaluation.compare import differences
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.folder import CARD, PATCHES, PLAN, SETTINGS, Run, write_json, write_plan
@@ -59,15 +59,24 @@ def prepare(
                 "Name another directory with --out"
             )
         return run
-    own = {PLAN, SETTINGS, PATCHES}
-    if out.exists() and (
-        not out.is_dir() or any(p.name not in own and ".tmp-" not in p.name for p in out.iterdir())
-    ):
-        raise FileError(f"{out} already exists and is not a run. Name another directory with --out")
+    check_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     write_plan(out, samples, {part.name for part in protocol.lists if part.unsafe})
     write_json(out / CARD, card.model_dump(mode="json"))  # last: a directory with a card is a run
     return Run.open(out)
+
+
+def check_directory(out: Path) -> None:
+    """Raise if a directory is neither new nor of a run.
+
+    Raises:
+        FileError: `out` holds something else.
+    """
+    own = {PLAN, SETTINGS, PATCHES}
+    if (out / CARD).exists() or not out.exists():
+        return
+    if not out.is_dir() or any(p.name not in own and not is_unfinished(p) for p in out.iterdir()):
+        raise FileError(f"{out} already exists and is not a run. Name another directory with --out")
 
 
 def _deciding(card: RunCard) -> dict[str, Any]:

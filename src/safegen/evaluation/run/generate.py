@@ -15,7 +15,7 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, is_out_of_memory
 from safegen.core.files import atomic_write
-from safegen.evaluation.run.folder import IMAGES, SAMPLES, Run, image_file, is_blank, read_image
+from safegen.evaluation.run.folder import SAMPLES, Run, image_file, is_blank, read_image
 from safegen.evaluation.run.records import SampleRecord, StackEntry, TimingRecord, is_failure
 from safegen.evaluation.samples import EvalSample
 from safegen.guards import GeneratedImage
@@ -68,7 +68,7 @@ class ImageWorker:
         journal: Journal[SampleRecord],
         timings: Journal[TimingRecord],
     ) -> None:
-        """Read what is done, and remove temporary files of a killed process.
+        """Read what is done.
 
         Args:
             run: the run.
@@ -88,8 +88,6 @@ class ImageWorker:
         )
         self._loaded: LoadedStack | None = None
         self._resources = ExitStack()
-        for leftover in run.folder.glob(f"{IMAGES}/*/.*.tmp-*"):
-            leftover.unlink(missing_ok=True)
 
     def is_missing(self, batch: Batch) -> bool:
         """Return whether an image of the batch, or its record, is missing."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safegen.core.errors import FileError
+from safegen.core.files import is_unfinished
 from safegen.evaluation.compare import differences
 from safegen.evaluation.run.folder import SETTINGS, write_json
 
@@ -37,7 +38,7 @@ def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
             output_dir.exists()
             and (
                 not output_dir.is_dir()
-                or any(".tmp-" not in path.name for path in output_dir.iterdir())
+                or any(not is_unfinished(path) for path in output_dir.iterdir())
             )
         ):
             raise FileError(f"{output_dir} already exists. Name another directory with --out.")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import ConfigError
-from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.adapter import (
     EXTERNAL_POINTS,
     GUIDANCE_POINTS,
@@ -22,9 +21,11 @@ from safegen.guards.core.adapter import (
 )
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.callbacks import CALLBACK_OPTIONS, CallbackWatch
+from safegen.guards.core.checks import check_config, check_guard, check_hook, check_options
 from safegen.guards.core.hooks import PipelineHooks
 from safegen.guards.core.request import Request, check_request
 from safegen.guards.core.result import GeneratedImage, GuardResult, InvalidResultError
+from safegen.guards.core.rows import check_tensor
 from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner, build_image
 
 PIPELINE_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
@@ -54,16 +55,18 @@ class GuardedPipeline:
             negative_prompt: negative prompt of every call, to refuse guards without effect.
 
         Raises:
-            ConfigError: a guard cannot run on this pipeline, has no effect beside the others, or is
-                given twice and must not be.
+            ConfigError: a guard cannot run on this pipeline, does not implement its hook points,
+                has no effect beside the others, or is given twice and must not be.
             UserError: a file of a guard cannot be used.
         """
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"max_rows must be >= 1, got {max_rows}")
         self.pipe, self.max_rows, self.adapter = pipe, max_rows, PipelineAdapter(pipe)
         for config in configs:
-            _check_config(config, configs, self.adapter, negative_prompt)
+            check_config(config, configs, self.adapter, negative_prompt)
         self.guards = [config.build(self.adapter) for config in configs]
+        for guard in self.guards:
+            check_guard(guard)
         self._lock = PIPELINE_LOCKS.setdefault(pipe, RLock())
 
     def generate(
@@ -100,7 +103,7 @@ class GuardedPipeline:
                 "Repeat the prompt."
             )
         inside = [g.config.name for g in self.guards if g.hook_points - EXTERNAL_POINTS]
-        self.adapter.check_options(request.options, guided=names(GUIDANCE_POINTS), inside=inside)
+        check_options(self.adapter, request.options, guided=names(GUIDANCE_POINTS), inside=inside)
         output_type = request.options.get("output_type", "pil")
         if (guards := names(frozenset({"image"}))) and output_type != "pil":
             raise ConfigError(
@@ -167,11 +170,16 @@ class GuardedPipeline:
                     generate, [request.prompts[i] for i in images], options
                 )
                 runner.merge_results(results, images)
-            latents |= {
-                i: result.latents
-                for i, result in zip(images, results, strict=True)
-                if result.latents is not None
-            }
+                moved = {
+                    i: result.latents
+                    for i, result in zip(images, results, strict=True)
+                    if result.latents is not None
+                }
+                if moved:
+                    initial, _ = self.adapter.initial_latents(options, runner.config.name)
+                    latents |= {
+                        i: check_tensor(x, initial[0], "latents of probe") for i, x in moved.items()
+                    }
         return latents
 
     def _generate_probes(
@@ -225,8 +233,14 @@ class GuardedPipeline:
         watch = CallbackWatch(call)
         if any(runner.guard.hook_points - UNIVERSAL_POINTS for runner in runners):
             arguments = watch.wrap(arguments)
-        with hooks.attached():
-            output = self._call_pipeline(arguments, grad=grad)
+        try:
+            with hooks.attached():
+                output = self._call_pipeline(arguments, grad=grad)
+        except Exception as error:
+            if not hooks.removed or isinstance(error, GuardError):
+                raise
+            fault = f"calls: {len(hooks.removed)} hooks were removed during the call"
+            return [None] * len(images), [fault] * len(images)
         for runner, hook in active:
             with runner.timed_call():
                 results = list(hook.results()) or [GuardResult()] * len(row_images)
@@ -269,38 +283,6 @@ class GuardedPipeline:
                 images[i] = images[i] if result.image is None else result.image
 
 
-def _check_config(
-    config: GuardConfig,
-    configs: Sequence[GuardConfig],
-    adapter: PipelineAdapter,
-    negative_prompt: str,
-) -> None:
-    """Refuse a guard that could never act on the pipeline, or beside the others."""
-    name = config.name
-    if not config.hook_points:
-        raise ConfigError(
-            f"the guard {name!r} must have a hook point, got none. It would never act."
-        )
-    if reason := config.unsupported_reason(adapter):
-        supported = [
-            other
-            for other in sorted(GUARDS)
-            if not resolve(GUARDS, other, "guard").unsupported_reason(adapter)
-        ]
-        raise ConfigError(
-            f"the guard {name!r} cannot run on a {adapter.pipeline_class}: it {reason}. "
-            f"Guards that can: {', '.join(supported) or 'none'}."
-        )
-    if config.exclusive and sum(c.name == name for c in configs) > 1:
-        raise ConfigError(
-            f"the guard {name!r} must be given once. A second one would undo the first."
-        )
-    if reason := config.conflict([c for c in configs if c is not config], negative_prompt):
-        raise ConfigError(
-            f"the guard {name!r} would have no effect: {reason}. Change it, or leave one out."
-        )
-
-
 def _allowed(runners: Sequence[GuardRunner], images: Sequence[int]) -> list[int]:
     """Return the images that no guard has blocked."""
     return [i for i in images if not any(r.blocks(i) for r in runners)]
@@ -326,5 +308,7 @@ def _start_hooks(
         runner.row_images = row_images
         if runner.guard.hook_points - EXTERNAL_POINTS:
             with runner.timed_call(keep_autocast=True):
-                active.append((runner, runner.guard.start(call)))
+                hook = runner.guard.start(call)
+                check_hook(runner.guard, hook)
+                active.append((runner, hook))
     return active

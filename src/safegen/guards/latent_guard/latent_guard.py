@@ -49,7 +49,8 @@ class LatentGuardConfig(GuardConfig):
     )
     deviations: ClassVar[str] = (
         "Keys and values are computed once per prompt and queries once per concept, not per pair. "
-        "Long prompts are read in windows. `calibrate` and the trainer for any table of prompts "
+        "Long prompts are read in windows, and texts pooled at the tokenizer's end mark (as for "
+        "`safree`). `calibrate` and the trainer for any table of prompts "
         "are ours. The published weights were not available, so the published threshold is not "
         "verified."
     )

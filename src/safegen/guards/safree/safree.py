@@ -61,7 +61,9 @@ class SafreeConfig(GuardConfig):
         "script it has no effect, and its images with it equal ours without it (7.9e-5). On SDXL "
         "both encoders' columns are projected; the released script leaves those of the first, "
         "which ours changes by up to 1.1. The released scripts also use the phrases as the "
-        "negative prompt: add a `negative-prompt` guard for that."
+        "negative prompt: add a `negative-prompt` guard for that. Texts are pooled at the end mark "
+        "of the tokenizer (ours), since with the old `eos_token_id` 2 the encoder pools at a "
+        "textual inversion, if there is one."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {"middle": 5.333, "slope": 2.5},
@@ -121,11 +123,12 @@ class SafreeGuard(Guard):
     def __init__(self, config: SafreeConfig) -> None:
         super().__init__(config)
         if config.reattend:
-            self.hook_points = config.hook_points | {"guidance"}
+            self.hook_points = config.hook_points | {"guidance", "submodules"}
 
     def start(self, call: Call) -> GuardHook:
         """Return the hook with the projections of one call."""
-        return SafreeHook(self.config, call)
+        kind = ReattendingHook if self.config.reattend else SafreeHook
+        return kind(self.config, call)
 
 
 class SafreeHook(GuardHook):
@@ -178,22 +181,6 @@ class SafreeHook(GuardHook):
             self.cache = hidden, rows
         return self.cache[1]
 
-    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
-        """Return the original embeddings for re-attention."""
-        return self.reattention.extra_conditions()
-
-    def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
-        """Return the hooks of re-attention."""
-        return self.reattention.submodule_hooks(network) if self.config.reattend else ()
-
-    def set_rows(self, rows: Mapping[str, slice]) -> None:
-        """Pass the rows to re-attention."""
-        self.reattention.set_rows(rows)
-
-    def guidance_correction(self, predictions: Mapping[str, Tensor]) -> None:
-        """Check re-attention; the guidance stays unchanged."""
-        self.reattention.check(predictions)
-
     def _last_step(self, prompt: str) -> float:
         """Return the last step with the projected text."""
         config = self.config
@@ -224,6 +211,26 @@ class SafreeHook(GuardHook):
         thresholds = {} if middle is None else {"middle": middle / 10}
         action: Literal["edit", "none"] = "edit" if steps else "none"
         return GuardResult(action, "projected" if steps else "", scores, thresholds)
+
+
+class ReattendingHook(SafreeHook):
+    """Projections of the prompts of one call, with re-attention."""
+
+    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+        """Return the original embeddings for re-attention."""
+        return self.reattention.extra_conditions()
+
+    def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
+        """Return the hooks of re-attention."""
+        return self.reattention.submodule_hooks(network)
+
+    def set_rows(self, rows: Mapping[str, slice]) -> None:
+        """Pass the rows to re-attention."""
+        self.reattention.set_rows(rows)
+
+    def guidance_correction(self, predictions: Mapping[str, Tensor]) -> None:
+        """Check re-attention; the guidance stays unchanged."""
+        self.reattention.check(predictions)
 
 
 def filter_steps(distance: float, *, middle: float, slope: float) -> int:

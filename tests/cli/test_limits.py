@@ -1,0 +1,132 @@
+"""Numbers and outputs that cannot be used are refused in one line, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+NUMBERS = {
+    "generate mini --prompt x --out o": {
+        "seed": ["-1", 2**63, 2**64, "1.5", "nan"],
+        "steps": ["0", "-1", "1001", 10**9],
+        "guidance": ["nan", "inf", "-inf", "0", "1e308"],
+        "batch": ["0", "-1", 10**9, 2**64],
+        "threads": ["0", "-1", 10**9],
+    },
+    "demo --out o": {"prompts": ["0", "-3", 10**9], "seeds": ["0", 10**6, 2**64], "threads": ["0"]},
+    "attack relearn mini --patch p --concept skulls --out o": {
+        "rank": ["0", "-1", 10**6],
+        "lr": ["0", "-1", "nan", "inf", "1e308"],
+        "batch": ["0", 10**6],
+        "prompts": ["0", 10**9],
+        "seeds": ["0", 10**6],
+        "steps": ["0", "1001"],
+        "seed": ["-1", 2**64],
+        "updates": ["0", "-1", 10**9],
+    },
+    "patch extract-lora p mini --out o": {"rank": ["0", "-1", 10**6]},
+    "patch from-lora p mini --out o": {"scale": ["nan", "inf", "1e38"]},
+    "triplets make --unsafe u --judge mini --out o": {
+        "threshold": ["nan", "-1", "2", "inf"],
+        "tile": ["nan", "0", "-1", "2", "inf"],
+        "padding": ["nan", "-1", "1e9", "inf"],
+    },
+    "triplets check d --judge mini": {"threshold": ["nan", "-1", "2"]},
+    "score run": {"threshold": ["nan", "0.1", "2", "-inf"]},
+    "report run": {"threshold": ["nan", "0.1", "2"]},
+    "prompts show mini:skulls": {"limit": ["-1", "nan"]},
+}
+SCRIPT = """
+import contextlib, io, json, sys
+from safegen.cli import main
+
+found = []
+for words in json.loads(sys.argv[1]):
+    sys.argv, err, code = ["safegen", *words], io.StringIO(), 0
+    with contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    found.append([words, code, err.getvalue(), "torch" in sys.modules])
+print(json.dumps(found))
+"""
+
+
+def test_numbers_out_of_range_are_refused_before_torch_is_imported(tmp_path):
+    cases = [
+        [*command.split(), f"--{option}={value}"]
+        for command, options in NUMBERS.items()
+        for option, values in options.items()
+        for value in values
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(cases)],
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    found = json.loads(done.stdout)
+    assert len(found) == len(cases) > 60
+    for words, code, err, has_torch in found:
+        option = words[-1].partition("=")[0]
+        assert code == 2, (words, err)
+        assert option.removeprefix("--") in err, (words, err)
+        assert err.count("\n") == 1, (words, err)
+        assert not has_torch, words
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "-1", "1e308"])
+@pytest.mark.parametrize(
+    "name", ["training.clip", "training.lr", "weight_mosaic", "training.batch"]
+)
+def test_settings_out_of_range_are_refused_before_the_model_is_loaded(
+    safegen, tmp_path, name, value
+):
+    words = ["edit", "no-model", "--triplets", "mini:skulls", "--out", tmp_path / "p.safetensors"]
+    code, _, err = safegen(*words, "--set", f"{name}={value}")
+    assert code == 2
+    assert name in err
+    assert err.count("\n") == 1
+    assert "model" not in err.replace("safegen: ", "").split(name)[0]
+
+
+WRITERS = {
+    "edit": "edit no-model --method uce --concept skulls",
+    "export": "export no-model",
+    "folder": "export no-model --format diffusers",
+    "generate": "generate no-model --prompt x",
+    "merge": "patch merge no.safetensors",
+    "rebase": "patch rebase no.safetensors no-model no-model",
+    "extract": "patch extract-lora no.safetensors no-model",
+    "from": "patch from-lora no.safetensors no-model",
+    "triplets": "triplets make --unsafe no-folder --judge mini",
+    "score": "score no-run",
+}
+
+
+@pytest.mark.parametrize("place", ["link", "link/o"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_link_to_nothing_at_the_output_is_found_first(safegen, tmp_path, command, place):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    code, _, err = safegen(*WRITERS[command].split(), "--out", tmp_path / place)
+    assert code == 2
+    assert "already exists" in err or "is a link to nothing" in err
+    assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("command", ["demo --fast", "evaluate --protocol mini-smoke --stack mini"])
+@pytest.mark.parametrize("place", ["link", "link/o"])
+def test_a_run_at_a_link_to_nothing_is_refused(safegen, tmp_path, command, place):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    code, _, err = safegen(*command.split(), "--out", tmp_path / place)
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.startswith("safegen: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["link"]
