@@ -90,8 +90,8 @@ class ConceptAblation(TrainedEdit):
     code_commit: ClassVar[str] = "c11fb1b"
     parity: ClassVar[str] = (
         "12 updates of `paper` and of the released training step, restated, on the same samples: "
-        "the weights change alike to 1.2e-5 of the change (fp32). Images and texts are those of the "
-        "released code: DPM-Solver with the phrases as negative prompt, and three templates."
+        "the weights change alike to 1.2e-5 of the change (fp32). Images and texts are those of "
+        "the released code: DPM-Solver with the phrases as negative prompt, and three templates."
     )
     deviations: ClassVar[str] = (
         "Images are stored as latents, and only mirrored ones are decoded and encoded again; the "

@@ -39,8 +39,7 @@ class UCE(ClosedFormEdit):
         "`debias`: one iteration of the released loop with fixed shares differs by 1.7e-4. "
         "`expand` and `concept_type`: the lists of `trainscripts/uce_sd_erase.py`, with templates "
         "on phrase and guide and nothing of it preserved; the restated algebra differs by less "
-        "than 1e-7. "
-        "Older commits keep the bare guide (81f4950), or also preserve the templates (4502388). "
+        "than 1e-7 (older commits keep the bare guide, 81f4950, or preserve templates, 4502388). "
         "`tokens=tail`: the first code, restated, preserved phrases included, differs by less "
         "than 1e-7."
     )

@@ -48,7 +48,8 @@ class GuardedPipeline:
         """Check the guards against the pipeline and load their files.
 
         Args:
-            pipe: diffusers pipeline. Guards inside the denoiser need a class in `PIPELINE_SPECS`.
+            pipe: diffusers pipeline. Guards inside the denoiser need one of `PIPELINE_SPECS`, or a
+                subclass that keeps its `__call__` and `encode_prompt`.
             configs: settings of the guards, in the order in which they act.
             max_rows: most rows of one denoiser call. Rows of guards beyond it are predicted in
                 calls of their own. None: no limit.
