@@ -331,3 +331,11 @@ def test_a_claimed_folder_stays_if_something_was_written_there(tmp_path):
         with claim_folder(tmp_path / "new" / "full"):
             (tmp_path / "new" / "full" / "a.png").write_text("a")
     assert below(tmp_path) == ["new", "new/full", "new/full/a.png"]
+
+
+@pytest.mark.parametrize("place", ["link", "link/o"])
+def test_a_folder_behind_a_link_to_nothing_is_not_claimed(tmp_path, place):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileError, match="is a link to nothing"), claim_folder(tmp_path / place):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]

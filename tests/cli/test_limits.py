@@ -130,3 +130,15 @@ def test_a_run_at_a_link_to_nothing_is_refused(safegen, tmp_path, command, place
     assert len(lines) == 1
     assert "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("length", [253, 255, 256, 5000])
+@pytest.mark.parametrize("command", ["edit", "export", "merge", "from", "score"])
+def test_a_long_name_is_refused_at_once_or_fits(safegen, tmp_path, monkeypatch, command, length):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = safegen(*WRITERS[command].split(), "--out", "n" * length)
+    fits = length <= (255 if command == "score" else 252)  # a model card ends in .md
+    assert code == 2
+    assert ("255 bytes" in err) is not fits
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

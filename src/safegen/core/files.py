@@ -119,6 +119,7 @@ def is_unfinished(path: Path) -> bool:
 
 @contextmanager
 def _claim(folder: Path, out: Path) -> Iterator[Path]:
+    _check_parent(folder, out)
     folder = Path(os.path.realpath(folder.parent)) / folder.name
     with _mutex, writing(out):
         if folder in _claims:
@@ -137,7 +138,6 @@ def _claim(folder: Path, out: Path) -> Iterator[Path]:
 def _acquire(folder: Path, out: Path) -> _Claim:
     from filelock import FileLock, Timeout
 
-    _check_parent(folder, out)
     created = [parent for parent in folder.parents if not parent.exists()]
     lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
     try:
