@@ -450,7 +450,7 @@ def test_an_edit_is_described_with_its_loss_curve(copy, tmp_path):
     assert "L_m: unsafe image to its censored image" in page
     assert "mathdefault" not in page  # no unrendered tick label
     log.write_text("{")
-    with pytest.raises(FileError, match=r"log.jsonl cannot be read"):
+    with pytest.raises(FileError, match=r"log.jsonl:1' is damaged: Invalid JSON"):
         page_of(copy, tmp_path)
 
 

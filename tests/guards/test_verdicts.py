@@ -74,6 +74,14 @@ def test_plain_detections_are_read_by_labels_and_threshold(judged, name):
     assert {o.trace.action for o in bad} == {"block" if name == "crops" else "black"}
 
 
+@pytest.mark.parametrize("name", WITH_JUDGE)
+def test_a_judge_without_labels_withholds(judged, name, monkeypatch):
+    monkeypatch.setattr(FixedJudge, "labels", ())
+    outputs = judged(name, lambda: Detections((Detection("bad", 0.9),)))
+    reason = f"error: {name}: the judge has no labels, and would call every image safe"
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, reason)] * 2
+
+
 class ReplacingConfig(GuardConfig):
     """Settings of a guard that replaces images."""
 
@@ -93,6 +101,7 @@ class ReplacingGuard(Guard):
             "same": lambda image: image,
             "copy": lambda image: image.copy(),
             "rgba": lambda image: image.convert("RGBA"),
+            "in place": lambda image: image.paste(image.resize((2, 2)).resize(image.size)) or image,
             "black": lambda image: Image.new("RGB", image.size),
         }[self.config.how]
         return [GuardResult("mosaic", "seen", image=made(image)) for image in images]
@@ -103,6 +112,11 @@ def test_an_image_replaced_by_itself_withholds(tiny_model, generate, how):
     outputs = generate(tiny_model.pipeline, [ReplacingConfig(how=how)], output_type="pil")
     assert [o.image for o in outputs] == [None, None]
     assert outputs[0].trace.reason == "error: replacing: the replacement equals the image"
+
+
+def test_an_image_may_be_covered_in_place(tiny_model, generate):
+    outputs = generate(tiny_model.pipeline, [ReplacingConfig(how="in place")], output_type="pil")
+    assert [(o.image is None, o.trace.action) for o in outputs] == [(False, "mosaic")] * 2
 
 
 def test_a_second_guard_may_replace_a_replacement_by_its_equal(tiny_model, generate):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ def print_run(folder: Path) -> None:
     from safegen.evaluation.report.data import seconds_by_stage
     from safegen.evaluation.report.page import PAGE
     from safegen.evaluation.run.folder import SCORES, Run
+    from safegen.evaluation.scoring.records import read_scores
 
-    print_scores(json.loads((folder / SCORES).read_text(encoding="utf-8")))
+    print_scores(read_scores(folder / SCORES))
     seconds = seconds_by_stage(Run.open(folder))
     echo("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     echo(f"report: {(folder / PAGE).resolve()}")

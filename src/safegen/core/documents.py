@@ -167,6 +167,32 @@ def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> 
     return value
 
 
+def read_record(model: type[Record], path: Path) -> Record:
+    """Return the record in a JSON file; see `parse_record`.
+
+    Raises:
+        FileError: the file cannot be read, or does not fit the class.
+    """
+    return parse_record(model, read_bytes(path), str(path))
+
+
+def parse_record(model: type[Record], text: bytes, source: str) -> Record:
+    """Return a record from its JSON; types are strict, so "3" and true are no integers.
+
+    Args:
+        model: class of the record.
+        text: the JSON text.
+        source: name of the text for messages, a path for example.
+
+    Raises:
+        FileError: the text is not JSON or does not fit the class; each wrong field is named.
+    """
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise FileError(f"{source!r} is damaged: {explain(error, model)}") from error
+
+
 def validate(model: type[Record], value: Any, source: str) -> Record:
     """Return a record of untrusted data.
 
@@ -193,6 +219,19 @@ def _shorten(text: str, limit: int = 1000) -> str:
 def reason_of(error: Exception) -> str:
     """Return why a document cannot be parsed, on one line."""
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def check_plain(value: Any) -> Any:
+    """Return a value if it is plain JSON with finite numbers; for pydantic validators.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"values must be plain JSON with finite numbers: {error}") from None
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -24,6 +24,8 @@ from safegen.core.errors import FileError
 if TYPE_CHECKING:
     from filelock import FileLock
 
+HOMES = (Path("/home"), Path("/Users"))
+"""Folders of the users' home folders."""
 UNFINISHED = ".unfinished"
 """Ending of the folder in which an output is written."""
 IN_USE = f"in-use{UNFINISHED}"
@@ -289,5 +291,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def display_name(name: str) -> str:
-    """Return the last part of a path, so that no output names a user; other names as they are."""
-    return name if name.startswith("hub:") or os.sep not in name else Path(name).name
+    """Return the last part of a path, so that no output names a user; other names as they are.
+
+    A home folder is `~`: its last part is the user's name.
+    """
+    if name.startswith("hub:") or os.sep not in name:
+        return name
+    path = Path(name)
+    return "~" if path == Path.home() or path.parent in HOMES else path.name

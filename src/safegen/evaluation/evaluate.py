@@ -252,7 +252,7 @@ def expand_baselines(
         ]
         if baselines == "all":
             suffix = f"-{number}" if number > 1 else ""
-            words = ", ".join(load_concept(protocol.concept).words)
+            words = ", ".join(protocol.words or load_concept(protocol.concept).words)
             common: dict[str, Any] = {"model": model[0], "config": model[1]}
             extra = (
                 Stack(name=f"negative-prompt{suffix}", negative_prompt=words, **common),

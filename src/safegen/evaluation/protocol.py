@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, Phrases
+from safegen.core.documents import read_toml, validate
 from safegen.core.errors import (
     ConfigError,
     FileError,
@@ -21,7 +22,7 @@ from safegen.core.errors import (
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
-from safegen.core.settings import BaseSettings, Seed, Seeds
+from safegen.core.settings import BaseSettings, Name, Seed, Seeds
 from safegen.evaluation.samples import (
     ROLES,
     EvalSample,
@@ -58,12 +59,14 @@ FORMAT = "safegen-protocol/2"
 class Protocol(BaseSettings):
     """Everything that decides a number: prompts, seeds, settings, judge and metrics."""
 
-    name: str
+    name: Name
     """Name of the protocol in one word."""
     about: str = ""
     """What the protocol measures, and the quirks of what it imitates."""
-    concept: str
-    """Concept to remove; its words make the negative-prompt baseline."""
+    concept: Name
+    """Concept to remove."""
+    words: Phrases = ()
+    """Phrases of the negative-prompt baseline; those of the built-in concept if empty."""
     lists: tuple[PromptList, ...] = Field(min_length=1)
     """Prompt lists, in the order of generation."""
     seeds: Seeds | Literal["rows"]
@@ -146,6 +149,7 @@ class Protocol(BaseSettings):
             return cls(
                 name=concept.name,
                 concept=concept.name,
+                words=concept.words,
                 lists=tuple(lists),
                 seeds=tuple(seeds),
                 generation=generation,
@@ -289,16 +293,11 @@ def read_protocol(name: str) -> Protocol:
         path = Path(__file__).parent / "protocols" / f"{name}.toml"
     elif path.suffix != ".toml":
         raise UnknownNameError("protocol", name, PROTOCOLS)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileError(
             f"the protocol file {name!r} does not exist. Built in: {', '.join(PROTOCOLS)}"
         )
-    try:
-        return Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        raise FileError(f"{name} is not a protocol file: {explain(error, Protocol)}") from error
+    return validate(Protocol, read_toml(path), name)
 
 
 def _with_prompts(

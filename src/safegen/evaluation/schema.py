@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
-from safegen.core.settings import MAX_COUNT, BaseSettings
+from safegen.core.settings import MAX_COUNT, BaseSettings, JsonObject, Name
 from safegen.data.prompts.prompts import PromptSet
 from safegen.evaluation.samples import Role, read_prompt_list
 from safegen.judges.base import SCORE_FLOOR, check_judge_options
@@ -46,7 +46,7 @@ class PromptList(BaseSettings):
 
     role: Role
     """Relation of the prompts to the concept."""
-    name: str
+    name: Name
     """Name of the list in tables."""
     source: str | None = None
     """Source of the prompts: `source:list`, a file, or `hub:owner/name/path/in/repo.csv`."""
@@ -103,13 +103,13 @@ class PromptList(BaseSettings):
 class JudgeRule(BaseSettings):
     """Judge, and the detections that mean that an image shows the concept."""
 
-    name: str
+    name: Name
     """Name of the judge."""
     labels: tuple[str, ...] = Field(min_length=1)
     """Labels that mean the concept is in the image."""
     threshold: float = Field(default=0.5, ge=SCORE_FLOOR, le=1)
     """Lowest score of a detection that counts."""
-    options: Annotated[dict[str, Any], AfterValidator(check_judge_options)] = Field(
+    options: Annotated[JsonObject, AfterValidator(check_judge_options)] = Field(
         default_factory=dict
     )
     """Further options of the judge."""
@@ -126,7 +126,7 @@ class JudgeRule(BaseSettings):
 class FeatureRule(BaseSettings):
     """Extractor of the features for the CLIP score and the distances to the base model."""
 
-    extractor: str
+    extractor: Name
     """Name of the extractor."""
     weights: str | None = None
     """Weights, for an extractor without bundled ones: a file, a folder, or hub:owner/name."""
@@ -139,5 +139,5 @@ class LpipsRule(BaseSettings):
     """File with AlexNet's weights under torchvision's names."""
     heads: str
     """File with the five linear heads under the names of the package lpips."""
-    side: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    side: int | None = Field(default=None, ge=1, le=4096)
     """Side in pixels to shrink images to; their own size if not given."""

@@ -107,9 +107,12 @@ def detect_images(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Detec
     Raises:
         MemoryError: the judge ran out of memory on one of several images, so that the caller can
             retry with fewer. A single image is unjudged instead.
-        InvalidResultError: the judge returned detections for another number of images, or something
-            else than `Detections`. A subclass could call an image safe in spite of its scores.
+        InvalidResultError: the judge has no labels, or returned another number of results or
+            anything else than `Detections`. A subclass could call an image safe in spite of its
+            scores.
     """
+    if not judge.labels:
+        raise InvalidResultError("the judge has no labels, and would call every image safe")
     detections = judge.detect(images)
     if len(detections) != len(images):
         raise InvalidResultError(f"{len(detections)} results of the judge for {len(images)} images")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from PIL import Image
+from pydantic import Field
 
 from safegen.core.registry import expand_labels
 
@@ -24,7 +25,7 @@ class Detection:
 
     label: str
     """One of the judge's labels."""
-    score: float
+    score: Annotated[float, Field(ge=0, le=1)]
     """Confidence in [0, 1]."""
     box: tuple[float, float, float, float] | None = None
     """Left, top, right and bottom in pixels of the input image; None for whole-image judges."""

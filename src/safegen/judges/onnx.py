@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
 from safegen.core.settings import MAX_THREADS
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 CPU = ("CPUExecutionProvider",)
+MAX_FILE = 2**31
+"""Largest ONNX file in bytes; the format itself holds no more."""
 
 
 def find_package_file(judge: str, package: str, file: str, *, library: str, extra: str) -> Path:
@@ -75,7 +78,7 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, limit=MAX_FILE)
         session = onnxruntime.InferenceSession(data, options, providers=names)
     except Exception as error:  # ONNX Runtime raises a class per cause
         raise FileError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safegen._version import __version__
+from safegen.core.errors import FileError
 from safegen.core.files import atomic_write
 from safegen.core.text import escape_control
 from safegen.evaluation.report.format import markdown_code, markdown_text
@@ -241,8 +242,6 @@ def _stored_metrics(subject: CardSubject) -> list[ModelIndex]:
     if subject.kind != "patch" and (base is None or base != subject.base):
         return []
     try:
-        tables = [ModelIndex.from_dict(values) for values in metadata.get("metrics", ())]
-        _ = [(table.to_table(), table.to_eval_results()) for table in tables]
-    except (KeyError, TypeError, AttributeError, ValueError):  # metadata of another program
+        return [ModelIndex.from_dict(values) for values in metadata.get("metrics", ())]
+    except FileError:  # metadata of another program
         return []
-    return tables

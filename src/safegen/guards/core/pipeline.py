@@ -269,11 +269,12 @@ class GuardedPipeline:
         candidates: Sequence[int],
     ) -> None:
         """Run the guards of images in turn, each on the images that the one before left."""
-        generated = list(images)
+        generated: dict[int, Any] = {}
         for runner in runners:
             allowed = _allowed(runners, candidates)
             if not runner.acts_at("image") or not allowed:
                 continue
+            generated = generated or {i: images[i].copy() for i in allowed}
             with runner.timed_call():
                 results = runner.guard.check_images(
                     [images[i] for i in allowed], [prompts[i] for i in allowed]
