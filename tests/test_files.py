@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from safegen.core.errors import FileError
 from safegen.core.files import (
+    IN_USE,
     LOCK,
     atomic_write,
     check_output,
@@ -339,3 +340,16 @@ def test_a_folder_behind_a_link_to_nothing_is_not_claimed(tmp_path, place):
     with pytest.raises(FileError, match="is a link to nothing"), claim_folder(tmp_path / place):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_an_output_in_a_claimed_folder_is_written_under_the_folders_claim(tmp_path):
+    run = tmp_path / "run"
+    with claim_folder(run):
+        (run / "images").mkdir()
+        with atomic_write(run / "images" / "a.png") as temporary:
+            assert temporary.parent.parent == run / IN_USE
+            temporary.write_text("image")
+        with staged_directory(run / "patches") as staging:
+            (staging / "p").write_text("patch")
+        assert sorted(path.name for path in run.iterdir()) == ["images", IN_USE, "patches"]
+    assert sorted(path.name for path in run.rglob("*")) == ["a.png", "images", "p", "patches"]

@@ -87,11 +87,15 @@ def claim(out: Path) -> Iterator[Path]:
 
     The folder is `OUT.unfinished`. What a killed process left in it is removed first; the folder,
     and the parents that were created for it, are removed at the end. A process can claim an output
-    that it has claimed already.
+    that it has claimed already. An output in a folder that this process has claimed is claimed with
+    it, and is written in that folder's unfinished one.
 
     Raises:
         FileError: another process has claimed `out`, or the folder cannot be written.
     """
+    if (shared := _claimed_above(out)) is not None:
+        yield shared
+        return
     name = out.name
     if len(os.fsencode(name + UNFINISHED)) > NAME_BYTES:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -110,6 +114,15 @@ def claim_folder(folder: Path) -> Iterator[None]:
     """
     with _claim(folder / IN_USE, folder):
         yield
+
+
+def _claimed_above(out: Path) -> Path | None:
+    """Return the unfinished folder of the nearest folder above an output that is claimed here."""
+    with _mutex:
+        if not _claims or not out.parent.is_dir():
+            return None
+        parents = Path(os.path.realpath(out.parent) + os.sep + out.name).parents
+        return next((p / IN_USE for p in parents if p / IN_USE in _claims), None)
 
 
 def is_unfinished(path: Path) -> bool:
