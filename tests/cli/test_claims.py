@@ -1,4 +1,4 @@
-"""Two processes at one output: the second is told before the work."""
+"""Two processes at one output, and runs that are refused or diverge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from safegen.core.errors import DivergedError
+from safegen.edits.training.trainer import Trainer
 from safegen.mini import bundle
 
 HOLD = """
@@ -92,3 +94,31 @@ def test_a_second_process_is_told_before_the_work(claimed, safegen, monkeypatch,
         f"{out} is being written by another process. Wait for it, or choose another path."
     )
     assert sorted(claimed.rglob("*")) == before
+
+
+FEW = ["--set", "training.updates=3", "--set", "training.warmup=0", "--set", "training.batch=1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*TRAINED, *FEW, "--set", "training.checkpoint_every=1", "--out", "new/p.safetensors"],
+        ["demo", *FEW, "--set", "training.checkpoint_every=1", "--out", "new/run"],
+    ],
+    ids=["edit", "demo"],
+)
+def test_a_training_that_diverges_leaves_nothing(tmp_path, safegen, monkeypatch, words):
+    update = Trainer._training_update
+
+    def diverge(self: Trainer) -> object:
+        if self.update == 1:
+            assert list(tmp_path.rglob("checkpoint.safetensors"))
+            raise DivergedError("the loss is nan at update 2")
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "_training_update", diverge)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = safegen(*words)
+    assert code == 1
+    assert err.endswith("safegen: the loss is nan at update 2\n")
+    assert list(tmp_path.iterdir()) == []
