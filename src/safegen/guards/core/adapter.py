@@ -206,6 +206,11 @@ class PipelineAdapter:
         """Whether the running call uses classifier-free guidance."""
         return bool(self.pipe.do_classifier_free_guidance)
 
+    @property
+    def guidance_applies(self) -> bool:
+        """Whether the running call uses guidance and does not rescale it afterwards."""
+        return self.has_guidance and not (getattr(self.pipe, "guidance_rescale", None) or 0.0) > 0
+
     def guidance_scale(self, network: nn.Module) -> float:
         """Return the guidance scale of the running call for one denoiser."""
         assert self.spec is not None
