@@ -700,7 +700,9 @@ def test_several_images_per_prompt_on_wan_and_on_a_pipeline_without_them(tiny_wa
 
 def test_guidance_rescale_none_is_allowed(pipe, generate):
     engine = GuardedPipeline(pipe, [read_guard(SLD)])
-    check_options(engine.adapter, {"guidance_rescale": None}, guided=["sld"], inside=["sld"])
+    check_options(
+        engine.adapter, {"guidance_rescale": None}, guided=["sld"], inside=["sld"], reading=["sld"]
+    )
 
 
 def test_a_keyboard_interrupt_restores_the_pipeline(pipe, generate):
