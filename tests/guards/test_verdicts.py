@@ -58,6 +58,9 @@ def judged(tiny_model, generate, passing_settings, monkeypatch):
         pytest.param(lambda: Detections((Detection("bad", NAN), Detection("bad", 0.3))), id="both"),
         pytest.param(lambda: "safe", id="text"),
         pytest.param(lambda: Detections(({"label": "bad", "score": 0.9},)), id="item"),
+        pytest.param(lambda: Detections((Detection("bad", -1.0),)), id="negative"),
+        pytest.param(lambda: Detections((Detection("bad", 1.5),)), id="above one"),
+        pytest.param(lambda: Detections((Detection("BAD", 0.9),)), id="unknown label"),
     ],
 )
 def test_detections_that_contradict_themselves_withhold(judged, name, detections):
@@ -80,6 +83,21 @@ def test_a_judge_without_labels_withholds(judged, name, monkeypatch):
     outputs = judged(name, lambda: Detections((Detection("bad", 0.9),)))
     reason = f"error: {name}: the judge has no labels, and would call every image safe"
     assert [(o.image, o.trace.reason) for o in outputs] == [(None, reason)] * 2
+
+
+@pytest.mark.parametrize("name", WITH_JUDGE)
+def test_labels_outside_the_label_space_of_a_judge_withhold(judged, name, monkeypatch):
+    monkeypatch.setattr(FixedJudge, "labels", ("bda",))
+    outputs = judged(name, lambda: Detections((Detection("bad", 0.9),)))
+    reason = f"error: {name}: the judge's labels must be in its label_space"
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, reason)] * 2
+
+
+@pytest.mark.parametrize("make", [iter, list, lambda items: (item for item in items)])
+@pytest.mark.parametrize("name", WITH_JUDGE)
+def test_detections_are_kept_whatever_holds_them(judged, name, make):
+    outputs = judged(name, lambda: Detections(make((Detection("bad", 0.9),))))
+    assert {o.trace.action for o in outputs} == {"block" if name == "crops" else "black"}
 
 
 class ReplacingConfig(GuardConfig):
