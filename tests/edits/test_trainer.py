@@ -728,15 +728,12 @@ def test_a_weight_that_is_not_finite_after_the_last_update_raises(line):
     with torch.no_grad():
         line.weight.fill_(1e10)
     before = state_of(line)
+    training = Training(updates=1, accumulation=1, weight_decay=1e8, ema=0.0)
+    training = training.model_copy(update={"lr": 1e22})  # beyond its bound, to overflow at once
     with pytest.raises(
         DivergedError, match=r"the new weight has values that are not finite\. Lower lr"
     ):
-        train(
-            line,
-            ["weight"],
-            Constant(),
-            Training(updates=1, accumulation=1, lr=1e22, weight_decay=1e8, ema=0.0),
-        )
+        train(line, ["weight"], Constant(), training)
     same(state_of(line), before)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.core.files import LOCK
+from safegen.core.files import IN_USE, LOCK
 from safegen.evaluation.evaluate import expand_baselines, judge_run
 from safegen.evaluation.protocol import load_protocol
 from safegen.evaluation.run import generate as draw
@@ -157,7 +157,7 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(
             (copy / other).write_bytes(b"".join(rest))
         for line in lines[keep + lost :]:
             (copy / json.loads(line)["file"]).unlink()
-        half = copy / f"{json.loads(lines[-1])['file']}.unfinished"
+        half = copy / IN_USE
         half.mkdir()
         (half / LOCK).touch()
         (half / "half.png").write_bytes(b"half a pic")

@@ -125,6 +125,10 @@ def edited_score(folder):
     (folder / SCORES).write_text(text.replace('"hits": 5', '"hits": 4', 1))
 
 
+def edited_guards(folder):
+    edit(folder / SAMPLES, 0, lambda line: line.update(guards={"action": "none", "reason": ""}))
+
+
 def doubled_sample(folder):
     text = (folder / SAMPLES).read_text()
     (folder / SAMPLES).write_text(text + text.splitlines()[0] + "\n")
@@ -273,6 +277,7 @@ def edited_protocol(folder):
             r"samples\.jsonl: 1 of 6 images of 'mini' for 'mini:skulls' are missing|has no record",
         ),
         (torn_line, r"detections\.jsonl: its last line is torn"),
+        (edited_guards, "its metadata has another trace of the guards"),
         (moved_seed, r"samples\.jsonl: \w+ has seed: 7 and 1"),
         (other_key, r"samples\.jsonl: 0000000000000000 is not in the plan"),
         (edited_change, r"changes\.jsonl: \w+ has 0\.0, the images give 0\.\d+"),

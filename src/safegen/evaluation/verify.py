@@ -207,6 +207,8 @@ def _image(
     metadata = image_metadata(image)
     if (metadata.get("key"), metadata.get("stack")) != (record.key, entry.hash):
         yield f"{file}: its metadata is of another image or stack"
+    elif metadata.get("guards") != record.guards:
+        yield f"{file}: its metadata has another trace of the guards than {SAMPLES}"
 
 
 def _detections(run: Run) -> Iterator[str]:

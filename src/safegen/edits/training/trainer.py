@@ -190,8 +190,8 @@ class Trainer:
 
     def fit(self, *, resume: bool) -> TrainResult:
         """Run all updates and return the averaged weights and the log."""
-        if resume:
-            self._load_checkpoint()
+        if resume and self.checkpoint_dir:
+            self._load_checkpoint(self.checkpoint_dir)
         start, stop_early = time.perf_counter() - self.seconds, self._out_of_patience()
         with interruption() as interrupted:
             while self.update < self.config.updates and not stop_early:
@@ -321,14 +321,9 @@ class Trainer:
         )
         write_checkpoint(directory, tensors, state, self.log, fingerprint=self.fingerprint)
 
-    def _load_checkpoint(self) -> None:
-        assert self.checkpoint_dir is not None
-        tensors, state, rows = read_checkpoint(
-            self.checkpoint_dir,
-            fingerprint=self.fingerprint,
-            trained=self.trained,
-            ema=self.ema is not None,
-        )
+    def _load_checkpoint(self, directory: Path) -> None:
+        expected: Any = {"fingerprint": self.fingerprint, "trained": self.trained}
+        tensors, state, rows = read_checkpoint(directory, ema=self.ema is not None, **expected)
         for i, (name, p) in enumerate(self.trained.items()):
             with torch.no_grad():
                 p.copy_(tensors[f"weight/{name}"])
