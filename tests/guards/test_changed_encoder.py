@@ -13,6 +13,7 @@ from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.latent_guard.head import ClipTextFeatures
+from safegen.models.text_encoder import TextEncoderView
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
 READERS = ["dual-latent", "latent-guard", "safree"]
@@ -96,6 +97,32 @@ def test_an_unchanged_text_encoder_encodes_the_concepts_once(
     for _ in range(2):
         generate(pipe, engine=engine, prompts=PROMPTS)
     assert rows == [1, len(concepts), *[1, len(PROMPTS)] * 2]
+
+
+def test_concepts_are_tokenized_again_only_if_the_tokenizer_changed(
+    make_model, generate, passing_settings, monkeypatch
+):
+    texts, own = [], TextEncoderView.token_ids
+    monkeypatch.setattr(
+        TextEncoderView, "token_ids", lambda self, text: texts.append(text) or own(self, text)
+    )
+    concepts = [f"a {color} cube" for color in ("red", "blue", "green", "white")]
+    settings = passing_settings["latent-guard"] | {"concepts": concepts}
+    pipe = make_model().pipeline
+    engine = GuardedPipeline(pipe, [make_guard("latent-guard", **settings)])
+
+    def tokenized():
+        texts.clear()
+        generate(pipe, engine=engine, prompts=PROMPTS)
+        return len([text for text in texts if text in concepts])
+
+    assert tokenized() == 0
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    assert [tokenized() > 0, tokenized()] == [True, 0]
+    pipe.tokenizer.add_tokens(["<new>"])
+    assert [tokenized() > 0, tokenized()] == [True, 0]
+    pipe.tokenizer.model_max_length -= 1
+    assert [tokenized() > 0, tokenized()] == [True, 0]
 
 
 def test_latent_guard_refuses_an_encoder_that_its_head_does_not_fit(
