@@ -134,7 +134,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = tomllib.loads(text)
-        _check_depth(value)
+        check_depth(value)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} is not TOML: {reason_of(error)}") from error
     return value
@@ -159,7 +159,7 @@ def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> 
         value = json.loads(
             text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=hook
         )
-        _check_depth(value)
+        check_depth(value)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -253,7 +253,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
     """Raise RecursionError if a value has more than `MAX_DEPTH` levels."""
     level, depth = [value], 0
     while level := [item for item in level if isinstance(item, dict | list)]:
