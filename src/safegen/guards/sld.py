@@ -59,10 +59,11 @@ class SldConfig(GuardConfig):
     deviations: ClassVar[str] = (
         "The warm-up is scaled to the steps of the run: as released, `weak` never acts in 15 steps "
         "or fewer. Presets with `released` in their name and `scale_warmup = false` keep the "
-        "released warm-up, and refuse a run that is not longer. In 25 steps the two warm-ups "
-        "differ by 0.6 to 0.96 of a pixel's range, and ours changes the plain image more. `weak` "
-        "has the model card's scale of 200, `released-weak` the code's 20. The safety text is not "
-        "predicted in steps where it cannot matter."
+        "released warm-up, and refuse a run that is not longer; in shorter probes of `crops` they "
+        "do not act. In 25 steps the two warm-ups differ by 0.6 to 0.96 of a pixel's range, and "
+        "ours changes the plain image more. `weak` has the model card's scale of 200, "
+        "`released-weak` the code's 20. The safety text is not predicted in steps where it cannot "
+        "matter."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "weak": _preset(15.0, 200.0, 0.0, 0.0, 0.0),
@@ -145,10 +146,10 @@ class SldHook(GuardHook):
         """Return the safety text's embeddings; nothing in steps where they cannot matter.
 
         Raises:
-            ConfigError: the warm-up is as long as the run.
+            ConfigError: the warm-up is as long as the run. Probes may be shorter.
         """
         steps, config = self.call.num_steps, self.config
-        if not config.scale_warmup and config.warmup >= steps:
+        if not config.scale_warmup and config.warmup >= steps and not self.call.is_probe:
             raise ConfigError(
                 f"warmup of the guard 'sld' must be less than the run's {steps} steps, got "
                 f"{config.warmup:g}. Use more steps, or set scale_warmup."

@@ -103,6 +103,10 @@ class LatentGuardGuard(Guard):
     ) -> None:
         super().__init__(config)
         self.adapter, self.head = adapter, head
+        self.tokenizer: tuple[Any, int, int] | None = None
+        """Tokenizer of `ids` with its number of tokens and its limit."""
+        self.ids: list[list[int]] = []
+        """Token ids of the concepts."""
         self.last_probe: tuple[list[list[int]], Tensor] | None = None
         """Token ids and features by which a changed text encoder is noticed."""
         self.concepts = torch.empty(0)
@@ -122,7 +126,8 @@ class LatentGuardGuard(Guard):
                 f"got {self.head.width}. Train one with guards.latent_guard.head.train_head."
             )
         concepts = self.config.concepts
-        ids, probe = features.probe(concepts)
+        ids = self._concept_ids(features)
+        probe = features.probe(ids)
         last_ids, last_probe = self.last_probe or (None, probe)
         if ids != last_ids or not torch.equal(probe, last_probe):
             for concept in concepts:
@@ -131,6 +136,18 @@ class LatentGuardGuard(Guard):
         self.head = self.head.to(features.device)
         self.concepts = self.concepts.to(features.device)
         return features
+
+    def _concept_ids(self, features: ClipTextFeatures) -> list[list[int]]:
+        """Return the token ids of the concepts, kept until the tokenizer changes."""
+        tokenizer = features.view.tokenizer
+        state = (len(tokenizer), features.view.limit)
+        if (
+            self.tokenizer is None
+            or self.tokenizer[0] is not tokenizer
+            or self.tokenizer[1:] != state
+        ):
+            self.tokenizer, self.ids = (tokenizer, *state), features.token_ids(self.config.concepts)
+        return self.ids
 
     def check_prompts(self, prompts: Sequence[str]) -> list[GuardResult]:
         """Return one result per prompt, by its greatest score over the concepts."""
