@@ -131,5 +131,32 @@ def test_latent_guard_refuses_an_encoder_that_its_head_does_not_fit(
     pipe = make_model().pipeline
     engine = GuardedPipeline(pipe, [make_guard("latent-guard", **passing_settings["latent-guard"])])
     pipe.text_encoder = T5EncoderModel(T5Config(vocab_size=64, d_model=32, num_layers=1))
-    with pytest.raises(ConfigError, match="text_encoder must be a CLIP for 'latent-guard'"):
+    with pytest.raises(ConfigError, match=r"'latent-guard' cannot .* needs a CLIP text encoder"):
         generate(pipe, engine=engine, prompts=PROMPTS)
+    with pytest.raises(ConfigError, match="text_encoder must be a CLIP for 'latent-guard'"):
+        ClipTextFeatures(engine.adapter)
+
+
+INSIDE = ["dual-latent", "negative-prompt", "safree", "sld"]
+CROPS = {"moves": "embedding", "judge": "mini", "threshold": 1.0, "probes": 1, "steps": 1}
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "crops"])
+def test_a_lora_scale_of_the_call_is_refused_with_a_lora_on_a_text_encoder(
+    make_model, generate, passing_settings, name
+):
+    """The pipeline's own texts would be encoded with it, and those of the guard without it."""
+    pipe = make_model().pipeline
+    settings = CROPS if name == "crops" else passing_settings[name]
+    engine = GuardedPipeline(pipe, [make_guard(name, **settings)])
+    scaled = {"engine": engine, "cross_attention_kwargs": {"scale": 0.1}, "output_type": "pil"}
+    assert generate(pipe, **scaled)  # without a LoRA the scale changes nothing
+    load_lora(pipe)
+    says = rf"scale of cross_attention_kwargs must be 1 with {name}, got 0\.1\. .* set_adapters"
+    with pytest.raises(ConfigError, match=says) as caught:
+        generate(pipe, **scaled)
+    assert "\n" not in str(caught.value)
+    for own in ({"scale": 1.0}, {"scale": None}, {}, None):
+        assert generate(pipe, **scaled | {"cross_attention_kwargs": own})
+    words = make_guard("prompt-filter", words=["skull"])
+    assert generate(pipe, [words], cross_attention_kwargs={"scale": 0.1})[0].image is not None

@@ -318,7 +318,8 @@ def test_guidance_turned_off_by_a_callback_withholds(pipe, generate, guard):
     )
     assert [o.image for o in outputs] == [None, None]
     assert (
-        outputs[0].trace.reason == "calls: guidance was off in 2 of 4 steps, and a guard needs it"
+        outputs[0].trace.reason
+        == "calls: guidance was off or rescaled in 2 of 4 steps, and a guard needs it"
     )
 
 
@@ -699,7 +700,9 @@ def test_several_images_per_prompt_on_wan_and_on_a_pipeline_without_them(tiny_wa
 
 def test_guidance_rescale_none_is_allowed(pipe, generate):
     engine = GuardedPipeline(pipe, [read_guard(SLD)])
-    check_options(engine.adapter, {"guidance_rescale": None}, guided=["sld"], inside=["sld"])
+    check_options(
+        engine.adapter, {"guidance_rescale": None}, guided=["sld"], inside=["sld"], reading=["sld"]
+    )
 
 
 def test_a_keyboard_interrupt_restores_the_pipeline(pipe, generate):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -202,6 +204,53 @@ def test_an_encode_prompt_of_the_pipeline_alone_is_refused_too(make_model):
     pipe.encode_prompt = lambda *args, **kwargs: None
     with pytest.raises(ConfigError, match="replaces encode_prompt of StableDiffusionPipeline"):
         GuardedPipeline(pipe, [guard_of("safree")])
+
+
+def own_reading(self, *args, **kwargs):
+    return type(self).encode_prompt(self, *args, **kwargs)
+
+
+def wrapped_reading(method):
+    """Return a method of another module that claims to be that of diffusers."""
+
+    @functools.wraps(method)
+    def reading(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+
+    return reading
+
+
+def of_the_instance(pipe, monkeypatch):
+    pipe.encode_prompt = own_reading.__get__(pipe)
+
+
+def of_a_subclass(pipe, monkeypatch):
+    pipe.__class__ = type("MyPipe", (type(pipe),), {"encode_prompt": own_reading})
+
+
+def of_the_class(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "encode_prompt", own_reading)
+
+
+def of_the_class_by_a_wrapper(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "encode_prompt", wrapped_reading(type(pipe).encode_prompt))
+
+
+REPLACEMENTS = [of_the_instance, of_a_subclass, of_the_class, of_the_class_by_a_wrapper]
+
+
+@pytest.mark.parametrize("built", ["before", "after"])
+@pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda replace: replace.__name__)
+def test_a_replaced_prompt_reading_is_refused_before_and_after_the_build(
+    make_model, generate, monkeypatch, replace, built
+):
+    pipe, guard = make_model().pipeline, guard_of("safree")
+    engine = GuardedPipeline(pipe, [guard]) if built == "before" else None
+    replace(pipe, monkeypatch)
+    with pytest.raises(
+        ConfigError, match=r"replaces encode_prompt of Stable.*\. Guards that can: "
+    ):
+        generate(pipe, [guard], engine=engine, prompts=PROMPTS)
 
 
 def test_a_class_that_only_has_the_name_is_not_supported(tiny_model):

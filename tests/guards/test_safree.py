@@ -367,6 +367,18 @@ def test_reattention_is_refused_without_shared_rows_and_withholds_if_removed(tin
     assert not any(block._forward_pre_hooks for block in pipe.unet.up_blocks)
 
 
+def test_reattention_withholds_where_a_callback_turns_guidance_off(tiny_model, generate):
+    from diffusers.callbacks import SDCFGCutoffCallback
+
+    off = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    guard = CUBE | {"reattend": True}
+    (output,) = generate(tiny_model.pipeline, [guard], [PROMPT], callback_on_step_end=off)
+    reason = "calls: guidance was off or rescaled in 2 of 4 steps, and a guard needs it"
+    assert (output.image, output.trace.reason) == (None, reason)
+    (plain,) = generate(tiny_model.pipeline, [CUBE], [PROMPT], callback_on_step_end=off)
+    assert plain.trace.action == "edit"  # the projection alone needs no guidance
+
+
 @pytest.mark.parametrize("bad", [0, 1])
 def test_re_attention_beside_a_text_of_nan_withholds_that_image(
     tiny_model, generate, monkeypatch, bad

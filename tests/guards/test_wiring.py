@@ -279,3 +279,60 @@ def test_clip_skip_is_refused_where_it_cannot_work(tiny_model, tiny_xl, generate
     plain = generate(tiny_xl, [read_guard(guard)])
     skipped = generate(tiny_xl, [read_guard(guard)], clip_skip=1)
     assert not np.array_equal(plain[0].image, skipped[0].image)
+
+
+def with_points(config_points, points):
+    """Return settings of a guard whose instance has hook points of its own."""
+
+    class PointsGuard(Guard):
+        def __init__(self, config):
+            super().__init__(config)
+            self.hook_points = frozenset(points)
+            hook = type("PointsHook", (GuardHook,), {"edit_prompt_embeds": same})
+            members = {
+                "check_prompts": lambda prompts: [GuardResult()] * len(prompts),
+                "check_images": lambda images, prompts: [GuardResult("refuse")] * len(images),
+                "start": lambda call: hook(),
+            }
+            needed = {"check_prompts": "prompt", "check_images": "image", "start": "prompt_embeds"}
+            for name, point in needed.items():
+                if point in points:
+                    setattr(self, name, members[name])
+
+    return config_with(config_points, PointsGuard)
+
+
+def own_call(self, *args, **kwargs):
+    return super(type(self), self).__call__(*args, **kwargs)
+
+
+def test_hook_points_of_a_guard_alone_are_checked_against_the_pipeline(tiny_model, tiny_wan):
+    pipe = tiny_model.pipeline
+    own = type("MyPipe", (type(pipe),), {"__call__": own_call})(
+        **pipe.components, requires_safety_checker=False
+    )
+    guard = with_points({"prompt"}, {"prompt", "prompt_embeds"})
+    assert GuardedPipeline(pipe, [guard]).guards
+    with pytest.raises(ConfigError, match=r"on a MyPipe: it acts inside .* MyPipe replaces __call"):
+        GuardedPipeline(own, [guard])
+    with pytest.raises(ConfigError, match=r"on a WanPipeline: it checks images, and this pipel"):
+        GuardedPipeline(tiny_wan, [with_points({"prompt"}, {"prompt", "image"})])
+
+
+@pytest.mark.parametrize("points", [(), {"prompt"}])
+def test_a_guard_with_fewer_hook_points_than_its_settings_is_refused(tiny_model, points):
+    says = r"hook_points of the guard 'own' must have 'image' of its settings, got (none|'prompt')"
+    with pytest.raises(ConfigError, match=says) as caught:
+        GuardedPipeline(tiny_model.pipeline, [with_points({"image"}, points)])
+    assert "\n" not in str(caught.value)
+
+
+def test_hook_points_changed_after_the_build_are_checked_too(tiny_model, generate):
+    engine = GuardedPipeline(tiny_model.pipeline, [with_points({"image"}, {"image"})])
+    assert [o.image for o in generate(tiny_model.pipeline, engine=engine, output_type="pil")] == [
+        None,
+        None,
+    ]
+    engine.guards[0].hook_points = frozenset()
+    with pytest.raises(ConfigError, match="must have 'image' of its settings, got none"):
+        generate(tiny_model.pipeline, engine=engine, output_type="pil")

@@ -56,9 +56,10 @@ class SldConfig(GuardConfig):
     deviations: ClassVar[str] = (
         "The warm-up is scaled to the steps of the run: as released, `weak` never acts in 15 steps "
         "or fewer. Presets with `released` in their name and `scale_warmup = false` keep the "
-        "released warm-up, and refuse a run that is not longer. In 25 steps the two warm-ups "
-        "differ by 0.59 to 0.96 of a pixel's range for `weak` to `strong` and by 7.5e-4 for `max`, "
-        "and at `medium` ours changes the plain image more (0.095 on average, 0.076 as released). "
+        "released warm-up, and refuse a run that is not longer; in shorter probes of `crops` they "
+        "do not act. In 25 steps the two warm-ups differ by 0.59 to 0.96 of a pixel's range for "
+        "`weak` to `strong` and by 7.5e-4 for `max`, and at `medium` ours changes the plain "
+        "image more (0.095 on average, 0.076 as released). "
         "Over a free run of 50 steps rounding grows, since the gate at lambda is a step: images "
         "differ from released ones by up to 0.13 of a pixel's range (`medium`, DDIM, 0.0025 on "
         "average) and up to 0.35 (`strong`, Euler a). Released code differs as much from itself, "
@@ -147,10 +148,10 @@ class SldHook(GuardHook):
         """Return the safety text's embeddings; nothing in steps where they cannot matter.
 
         Raises:
-            ConfigError: the warm-up is as long as the run.
+            ConfigError: the warm-up is as long as the run. Probes may be shorter.
         """
         steps, config = self.call.num_steps, self.config
-        if not config.scale_warmup and config.warmup >= steps:
+        if not config.scale_warmup and config.warmup >= steps and not self.call.is_probe:
             raise ConfigError(
                 f"warmup of the guard 'sld' must be less than the run's {steps} steps, got "
                 f"{config.warmup:g}. Use more steps, or set scale_warmup."

@@ -25,7 +25,7 @@ HookPoint = Literal[
 ]
 """Where a guard acts: prompt, probe images, embeddings, guidance, layers, latents, image."""
 UNIVERSAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "image"})
-"""Hook points of every pipeline."""
+"""Hook points of every pipeline, without `image` where it makes videos."""
 ALL_POINTS: frozenset[HookPoint] = frozenset(get_args(HookPoint))
 GUIDANCE_POINTS: frozenset[HookPoint] = frozenset({"negative_prompt_embeds", "guidance"})
 """Hook points that have no effect without guidance."""
@@ -166,14 +166,20 @@ class PipelineAdapter:
         known = PIPELINE_SPECS.get(self.family)
         self.spec = None if self.replaced else known
         points = ALL_POINTS if self.spec else UNIVERSAL_POINTS
-        self.hook_points = points - {"probe"} if known and known.starts_from_image else points
+        if known and known.starts_from_image:
+            points -= {"probe"}
+        if known and known.makes_videos:
+            points -= {"image"}
+        self.hook_points = points
         self.supported = sorted(PIPELINE_SPECS)
-        self.makes_videos = known is not None and known.makes_videos
 
     def missing_reason(self, points: frozenset[HookPoint]) -> str:
         """Return why the pipeline lacks hook points, a phrase after "it"; empty if it has them."""
-        if not points - self.hook_points:
+        missing = points - self.hook_points
+        if not missing:
             return ""
+        if "image" in missing:
+            return "checks images, and this pipeline makes videos"
         if self.replaced:
             return (
                 f"acts inside the denoiser, and {self.pipeline_class} replaces "
@@ -205,6 +211,11 @@ class PipelineAdapter:
     def has_guidance(self) -> bool:
         """Whether the running call uses classifier-free guidance."""
         return bool(self.pipe.do_classifier_free_guidance)
+
+    @property
+    def guidance_applies(self) -> bool:
+        """Whether the running call uses guidance and does not rescale it afterwards."""
+        return self.has_guidance and not (getattr(self.pipe, "guidance_rescale", None) or 0.0) > 0
 
     def guidance_scale(self, network: nn.Module) -> float:
         """Return the guidance scale of the running call for one denoiser."""
@@ -319,5 +330,17 @@ def _supported_class(kind: type) -> type | None:
 
 
 def _is_replaced(pipe: Any, base: type, method: str) -> bool:
-    """Return whether a pipeline has another method than a class that it extends."""
-    return getattr(getattr(pipe, method), "__func__", None) is not getattr(base, method)
+    """Return whether a pipeline has another method than a class of diffusers defines.
+
+    The class may be patched, and a wrapper may bear the names of what it wraps. So the module of
+    each function counts, from the method to what it wraps; torch's `no_grad` is such a wrapper.
+    """
+    function = getattr(getattr(pipe, method), "__func__", None)
+    if function is not getattr(base, method):
+        return True
+    while function is not None:
+        module = getattr(function, "__globals__", {}).get("__name__", "")
+        if not module.startswith(("diffusers.", "torch.")):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

@@ -57,8 +57,6 @@ class GuardConfig(BaseSettings, ABC):
             return missing
         if cls.pipelines and adapter.family not in cls.pipelines:
             return f"needs a {' or '.join(cls.pipelines)}"
-        if "image" in cls.hook_points and adapter.makes_videos:
-            return "checks images, and this pipeline makes videos"
         return ""
 
     def conflict(self, others: Sequence[GuardConfig], negative_prompt: str) -> str:
@@ -66,7 +64,7 @@ class GuardConfig(BaseSettings, ABC):
 
         Args:
             others: the other guards of the stack.
-            negative_prompt: negative prompt of every call.
+            negative_prompt: negative prompt of a call.
         """
         return ""
 
@@ -166,6 +164,8 @@ class Call:
     """Scheduler steps done so far."""
     reference_rows: Mapping[int, int] = field(default_factory=dict)
     """Row of an image to the row of its reference stream, for images that have one."""
+    is_probe: bool = False
+    """Whether the call makes probe images, which may have fewer steps than the images."""
     num_steps: int = 0
     """Scheduler steps in all: about twice `num_inference_steps` for second-order schedulers."""
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from torch import nn
+
 from safegen.core.errors import ConfigError
 from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.adapter import EXTERNAL_POINTS, HookPoint, PipelineAdapter
@@ -32,15 +34,37 @@ def check_config(
     config: GuardConfig,
     configs: Sequence[GuardConfig],
     adapter: PipelineAdapter,
-    negative_prompt: str,
+    negative_prompts: Sequence[str],
 ) -> None:
-    """Refuse a guard that could never act on the pipeline, or beside the others."""
+    """Refuse a guard that could never act on the pipeline, or beside the others.
+
+    Args:
+        config: settings of the guard.
+        configs: settings of all guards.
+        adapter: the pipeline.
+        negative_prompts: negative prompts, beside each of which the guard must act.
+    """
     name = config.name
     if not config.hook_points:
         raise ConfigError(
             f"the guard {name!r} must have a hook point, got none. It would never act."
         )
-    if reason := config.unsupported_reason(adapter):
+    _check_supported(name, config.unsupported_reason(adapter), adapter)
+    if config.exclusive and sum(c.name == name for c in configs) > 1:
+        raise ConfigError(
+            f"the guard {name!r} must be given once. A second one would undo the first."
+        )
+    others = [c for c in configs if c is not config]
+    for negative in dict.fromkeys(negative_prompts):
+        if reason := config.conflict(others, negative):
+            raise ConfigError(
+                f"the guard {name!r} would have no effect: {reason}. Change it, or leave one out."
+            )
+
+
+def _check_supported(name: str, reason: str, adapter: PipelineAdapter) -> None:
+    """Refuse a guard that has a reason why it cannot run, and name those that can."""
+    if reason:
         supported = [
             other
             for other in sorted(GUARDS)
@@ -50,22 +74,21 @@ def check_config(
             f"the guard {name!r} cannot run on a {adapter.pipeline_class}: it {reason}. "
             f"Guards that can: {', '.join(supported) or 'none'}."
         )
-    if config.exclusive and sum(c.name == name for c in configs) > 1:
-        raise ConfigError(
-            f"the guard {name!r} must be given once. A second one would undo the first."
-        )
-    if reason := config.conflict([c for c in configs if c is not config], negative_prompt):
-        raise ConfigError(
-            f"the guard {name!r} would have no effect: {reason}. Change it, or leave one out."
-        )
 
 
-def check_guard(guard: Guard) -> None:
-    """Refuse a guard with other methods than its hook points need: they would not be called.
+def check_guard(guard: Guard, adapter: PipelineAdapter) -> None:
+    """Refuse a guard with other hook points than its settings, its methods or the pipeline have.
 
     Raises:
-        ConfigError: a method is missing, misspelt, or of no hook point of the guard.
+        ConfigError: a hook point of the settings or of the pipeline is missing, or a method is
+            missing, misspelt, or of no hook point of the guard.
     """
+    if lost := guard.config.hook_points - guard.hook_points:
+        raise ConfigError(
+            f"hook_points of the guard {guard.config.name!r} must have {_quoted(lost)} of its "
+            f"settings, got {_quoted(guard.hook_points)}. Add it."
+        )
+    _check_supported(guard.config.name, adapter.missing_reason(guard.hook_points), adapter)
     methods = _overridden(guard, Guard)
     _check_methods(guard, methods, GUARD_METHODS, guard.hook_points & EXTERNAL_POINTS, guard)
     inside = guard.hook_points - EXTERNAL_POINTS
@@ -165,6 +188,7 @@ def check_options(
     *,
     guided: Sequence[str],
     inside: Sequence[str],
+    reading: Sequence[str],
 ) -> None:
     """Refuse a call in which guards would have no effect, or another effect than usual.
 
@@ -173,10 +197,11 @@ def check_options(
         options: options of the call.
         guided: names of the guards that act through guidance.
         inside: names of the guards that act on the denoiser.
+        reading: names of the guards that encode texts for the denoiser.
 
     Raises:
-        ConfigError: guidance is off or rescaled, the model is guidance-distilled, or a cache
-            skips denoiser calls.
+        ConfigError: guidance is off or rescaled, the model is guidance-distilled, a cache skips
+            denoiser calls, or the call scales a LoRA of a text encoder.
     """
     if options.get("clip_skip") is not None and not adapter.has_clip_skip:
         raise ConfigError(
@@ -207,3 +232,16 @@ def check_options(
             f"{', '.join(inside)} must see every denoiser call, and a cache skips some. "
             "Call disable_cache() on the denoiser."
         )
+    scale = (options.get("cross_attention_kwargs") or {}).get("scale")
+    if reading and scale not in (None, 1) and _has_text_lora(adapter.pipe):
+        raise ConfigError(
+            f"scale of cross_attention_kwargs must be 1 with {', '.join(reading)}, got {scale}. "
+            "The guard encodes texts without it. Scale the text encoder's LoRA by set_adapters."
+        )
+
+
+def _has_text_lora(pipe: Any) -> bool:
+    """Return whether a text encoder has layers that the LoRA scale of a call changes."""
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    modules = (m for e in encoders if isinstance(e, nn.Module) for m in e.modules())
+    return any(hasattr(module, "scale_layer") for module in modules)

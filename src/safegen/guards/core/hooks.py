@@ -62,7 +62,7 @@ class PipelineHooks:
         self.unguarded_steps = 0
         """Steps with another number of denoiser calls than the pipeline class makes."""
         self.unguided_steps = 0
-        """Steps without guidance although a guard needs it: a callback can turn it off."""
+        """Steps with guidance off or rescaled although a guard needs it: a callback can do that."""
         self.finite: list[bool] = []
         """Whether the final latents of each image are finite."""
         self.handles: list[RemovableHandle] = []
@@ -113,7 +113,8 @@ class PipelineHooks:
             fault = f"the denoiser bypassed the guards in {self.unguarded_steps} of {steps} steps"
         elif self.unguided_steps:
             fault = (
-                f"guidance was off in {self.unguided_steps} of {steps} steps, and a guard needs it"
+                f"guidance was off or rescaled in {self.unguided_steps} of {steps} steps, "
+                "and a guard needs it"
             )
         elif len(self.finite) != n:
             fault = f"latents of {len(self.finite)} images for {n}"
@@ -152,7 +153,7 @@ class PipelineHooks:
         expected = self._spec.calls_per_step if guided else 1
         if self.hooks:
             self.unguarded_steps += not self.calls_started == self.calls_ended == expected
-        self.unguided_steps += not guided and any(
+        self.unguided_steps += not self.adapter.guidance_applies and any(
             r.acts_at(*GUIDANCE_POINTS) for r, _ in self.hooks
         )
         self.calls_started = self.calls_ended = 0

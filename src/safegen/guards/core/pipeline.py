@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.guards.core.adapter import (
+    ALL_POINTS,
     EXTERNAL_POINTS,
     GUIDANCE_POINTS,
     UNIVERSAL_POINTS,
@@ -53,7 +54,8 @@ class GuardedPipeline:
             configs: settings of the guards, in the order in which they act.
             max_rows: most rows of one denoiser call. Rows of guards beyond it are predicted in
                 calls of their own. None: no limit.
-            negative_prompt: negative prompt of every call, to refuse guards without effect.
+            negative_prompt: negative prompt of the calls, to refuse guards without effect now.
+                Each call is checked too.
 
         Raises:
             ConfigError: a guard cannot run on this pipeline, does not implement its hook points,
@@ -63,11 +65,10 @@ class GuardedPipeline:
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"max_rows must be >= 1, got {max_rows}")
         self.pipe, self.max_rows, self.adapter = pipe, max_rows, PipelineAdapter(pipe)
-        for config in configs:
-            check_config(config, configs, self.adapter, negative_prompt)
+        self.guards: list[Guard] = []
+        self._check_guards(configs, [negative_prompt])
         self.guards = [config.build(self.adapter) for config in configs]
-        for guard in self.guards:
-            check_guard(guard)
+        self._check_guards(configs, [negative_prompt])
         self._lock = PIPELINE_LOCKS.setdefault(pipe, RLock())
 
     def generate(
@@ -87,10 +88,22 @@ class GuardedPipeline:
             ConfigError: a guard would have no effect with these options.
             UserError: a guard refuses the request.
         """
-        request = check_request(self.adapter, prompts, num_images_per_prompt, options)
-        self._check_options(request)
         with self._lock:
+            self.adapter = PipelineAdapter(self.pipe)  # its methods may have been replaced
+            request = check_request(self.adapter, prompts, num_images_per_prompt, options)
+            negative_prompts = request.options.get("negative_prompt") or [""]
+            self._check_guards([guard.config for guard in self.guards], negative_prompts)
+            self._check_options(request)
             return self._generate(request)
+
+    def _check_guards(
+        self, configs: Sequence[GuardConfig], negative_prompts: Sequence[str]
+    ) -> None:
+        """Refuse guards that cannot act on the pipeline as it is now, or beside each other."""
+        for config in configs:
+            check_config(config, configs, self.adapter, negative_prompts)
+        for guard in self.guards:
+            check_guard(guard, self.adapter)
 
     def _check_options(self, request: Request) -> None:
         """Refuse options under which a guard has no effect."""
@@ -103,8 +116,13 @@ class GuardedPipeline:
                 f"num_images_per_prompt must be 1 with {', '.join(guards)}, got {request.copies}. "
                 "Repeat the prompt."
             )
-        inside = [g.config.name for g in self.guards if g.hook_points - EXTERNAL_POINTS]
-        check_options(self.adapter, request.options, guided=names(GUIDANCE_POINTS), inside=inside)
+        check_options(
+            self.adapter,
+            request.options,
+            guided=names(GUIDANCE_POINTS),
+            inside=names(ALL_POINTS - EXTERNAL_POINTS),
+            reading=names(ALL_POINTS - UNIVERSAL_POINTS),
+        )
         output_type = request.options.get("output_type", "pil")
         if (guards := names(frozenset({"image"}))) and output_type != "pil":
             raise ConfigError(
@@ -202,7 +220,9 @@ class GuardedPipeline:
         inner = [self._runner(guard, len(prompts)) for guard in guards]
         request = Request(self.adapter, prompts, {**options, **changes})
         with autocast:
-            images, faults = self._run(inner, request, range(len(prompts)), grad=grad)
+            images, faults = self._run(
+                inner, request, range(len(prompts)), grad=grad, is_probe=True
+            )
         if any(faults):
             raise InvalidResultError(f"a probe was not guarded: {next(filter(None, faults))}")
         return list(images)
@@ -223,11 +243,13 @@ class GuardedPipeline:
         prompts: Sequence[int],
         *,
         grad: bool = False,
+        is_probe: bool = False,
     ) -> tuple[Sequence[Any], Sequence[str]]:
         """Call the pipeline for some prompts. Return its images, and the fault of each or ""."""
         images = request.images_of(prompts)
         references = _reference_streams(runners, [request.prompts[i] for i in prompts])
         call, arguments = request.build_call(prompts, references)
+        call.is_probe = is_probe
         row_images = (*images, *(images[k] for k in references))
         active = _start_hooks(runners, call, row_images)
         hooks = PipelineHooks(self.adapter, call, active, max_rows=self.max_rows)

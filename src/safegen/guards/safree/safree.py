@@ -158,7 +158,8 @@ class SafreeHook(GuardHook):
         self.reattention.images = [
             i for i, p in enumerate(prompts) if active[i] and self.projections[p].triggers
         ]
-        if self.config.reattend and self.reattention.images:
+        guided = self.call.adapter.has_guidance  # without it, the step withholds the image
+        if self.config.reattend and self.reattention.images and guided:
             self.reattention.original = embeds
         rows = [
             new if acts else old
