@@ -158,8 +158,8 @@ class SafreeHook(GuardHook):
         self.reattention.images = [
             i for i, p in enumerate(prompts) if active[i] and self.projections[p].triggers
         ]
-        guided = self.call.adapter.has_guidance  # without it, the step withholds the image
-        if self.config.reattend and self.reattention.images and guided:
+        reattend = self.config.reattend and bool(self.reattention.images)
+        if reattend and self.call.adapter.has_guidance:  # else the step withholds the image
             self.reattention.original = embeds
         rows = [
             new if acts else old
