@@ -130,6 +130,19 @@ def test_a_replaced_file_is_whole_or_as_before(tmp_path):
     assert below(tmp_path) == ["out"]
 
 
+def test_only_a_regular_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with (
+            pytest.raises(FileError, match=f"{name}' must be a regular file, got a pipe"),
+            atomic_write(tmp_path / name, replace=True) as temporary,
+        ):
+            temporary.write_text("x")
+        assert (tmp_path / name).is_fifo()
+    assert below(tmp_path) == ["link", "pipe"]
+
+
 def test_a_folder_below_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("keep me")
     with pytest.raises(FileError, match=r"out cannot be written: .*file is a file, not a folder"):

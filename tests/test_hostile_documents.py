@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import FileError, SafegenError
 from safegen.core.files import display_name
 from safegen.core.generation import GenerationConfig
+from safegen.core.settings import check_file_name, check_name
 from safegen.data.prompts.prompts import read_prompts
 from safegen.evaluation.evaluate import expand_baselines
 from safegen.evaluation.protocol import Protocol, load_protocol, read_protocol
+from safegen.evaluation.schema import JudgeRule
 from safegen.judges import load_judge
 from safegen.judges.nudenet import _read_side
 from safegen.stack import Stack, load_stack
@@ -30,7 +33,19 @@ explicit = ["mini:skulls"]
 """
 RECIPE = 'model = "mini"\nnegative_prompt = "x"\n[[guards]]\nname = "sld"\npreset = "max"\n'
 VALUES = (
-    *("nan", "inf", "-1", "1e400", "9" * 5000, "true", '""', '"x"', '"a\\u0000b"', '"\\u001b[31m"'),
+    *(
+        "nan",
+        "inf",
+        "-1",
+        "1e400",
+        "9" * 5000,
+        "9" * 400,
+        "true",
+        '""',
+        '"x"',
+        '"a\\u0000b"',
+        '"\\u001b[31m"',
+    ),
     *("1979-05-27", "[]", "[[]]", "{}", "{ x = 1 }", '"../../etc/passwd"', "[nan]", '[""]', "= ="),
     "[" * 3000 + "]" * 3000,
 )
@@ -104,6 +119,8 @@ def test_any_value_of_a_document_may_be_wrong(tmp_path, protocol_text, data):
                 b'{"prompt": "a", "seed": 1e999, "guidance": NaN}',
                 b'{"prompt": "a\\u0000\\u001b[31m"}',
                 b"[" * 100_000,
+                b'[{"prompt": "a", "categories": ' + b"[" * 989 + b"]" * 989 + b"}]",
+                b'{"prompt": "a", "categories": ' + b"[" * 989 + b"]" * 989 + b"}",
                 b'[{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}]",
                 b'{"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1, "caption": 5}]}',
                 b"prompt,seed\na,-1\nb,1e30\n\xff,1\n",
@@ -115,6 +132,40 @@ def test_any_bytes_may_stand_in_a_file_of_prompts(tmp_path, extension, content):
     path = tmp_path / f"x.{extension}"
     path.write_bytes(content)
     check_one_line(read_prompts, path)
+
+
+@pytest.mark.parametrize("depth", [101, 500, 980, 989, 995])
+@pytest.mark.parametrize(("extension", "pattern"), [("json", "[{}]"), ("jsonl", "{}")])
+def test_a_deep_cell_of_a_prompt_is_refused_in_one_line(tmp_path, depth, extension, pattern):
+    record = '{"prompt": "a", "categories": ' + "[" * depth + "]" * depth + "}"
+    path = tmp_path / f"x.{extension}"
+    path.write_text(pattern.replace("{}", record))
+    with pytest.raises(FileError, match="it is nested too deeply") as caught:
+        read_prompts(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_integer_beyond_any_float_is_refused_in_one_line(tmp_path, protocol_text):
+    big = "1" + "0" * 400
+    path = tmp_path / "x.toml"
+    path.write_text(f"{protocol_text}\n[judge.options]\nx = [{big}]\n")
+    with pytest.raises(FileError, match=r"x\.toml.*got 1000") as caught:
+        load_protocol(str(path))
+    assert len(str(caught.value)) < 300
+    with pytest.raises(ValidationError, match="got -1000"):
+        JudgeRule(name="mini", labels=("skulls",), options={"x": -int(big)})
+
+
+@pytest.mark.parametrize("name", ["p\u3000x.safetensors", "p\u00a0x", "\U0001f469\u200d\U0001f52c"])
+def test_a_name_may_have_any_space_or_emoji(name):
+    assert check_file_name(name) == check_name(name) == name
+
+
+@pytest.mark.parametrize("char", ["\n", "\x1b", "\u202e", "\u2028", "\udc80"])
+def test_a_name_has_no_character_that_controls_a_line(char):
+    for check in (check_file_name, check_name):
+        with pytest.raises(ValueError, match="printable"):
+            check(f"p{char}x")
 
 
 def test_prompts_are_not_read_from_a_pipe_and_names_need_not_be_text(tmp_path):

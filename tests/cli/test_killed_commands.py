@@ -67,8 +67,8 @@ MOMENTS = {
     "export at the card": ("open", "out.safetensors.md", 2, EXPORT),
     "export before the move": ("os.link", "out.safetensors.unfinished/", 1, EXPORT),
     "export between the file and its card": ("os.link", "out.safetensors.md.unf", 1, EXPORT),
-    "demo while it generates": ("open", ".png.unfinished/", 7, DEMO),
-    "demo before its report": ("open", "report.html.unfinished/", 2, DEMO),
+    "demo while it generates": ("os.link", ".png", 4, DEMO),
+    "demo before its report": ("os.rename", "/report.html", 1, DEMO),
 }
 """The event before which a command is killed, and the command."""
 
@@ -129,7 +129,7 @@ def test_a_killed_demo_resumes(killed, safegen, monkeypatch, moment):
     assert [p.name for p in (killed / moment).iterdir()] == ["out"]
     out = killed / moment / "out"
     assert not (out / "report.html").exists()
-    images = {p: p.read_bytes() for p in out.rglob("*.png")}
+    images = {p: p.read_bytes() for p in (out / "images").rglob("*.png")}
     patch = (out / "patches" / "edited.safetensors").stat()
     code, _, err = safegen(*MOMENTS[moment][-1])
     assert code == 0, err

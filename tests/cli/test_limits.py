@@ -142,3 +142,51 @@ def test_a_long_name_is_refused_at_once_or_fits(safegen, tmp_path, monkeypatch, 
     assert ("255 bytes" in err) is not fits
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["/", "."])
+@pytest.mark.parametrize("command", ["edit", "export", "merge", "from"])
+def test_an_output_without_a_name_is_refused_in_one_line(safegen, command, out):
+    code, _, err = safegen(*WRITERS[command].split(), "--out", out)
+    assert code == 2
+    assert err.endswith("already exists. Choose another path or remove it.\n")
+    assert err.count("\n") == 1
+
+
+def test_a_card_of_a_folder_is_refused_in_one_line(safegen):
+    code, _, err = safegen("patch", "card", "/")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "must be a regular file, got a folder" in err
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("lamb=" + "[" * 5000, "nested too deeply"),
+        ("lamb=" + "[" * 101 + "]" * 101, "nested too deeply"),
+        ("lamb=" + "9" * 5000, "4300 digits"),
+        ("lamb=1" + "0" * 400, "must be"),
+        ("lamb=NaN", "finite numbers"),
+        ('erase=["\\ud800"]', "surrogates not allowed"),
+    ],
+)
+def test_a_value_that_is_no_plain_json_is_refused_in_one_line(safegen, tmp_path, value, says):
+    code, _, err = safegen(
+        *("edit", "mini", "--method", "uce", "--set", 'erase=["skull"]', "--set", value),
+        *("--out", tmp_path / "o"),
+    )
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert len(err) < 400
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "1" + "0" * 400, '"\\ud800"'])
+def test_an_option_of_a_judge_that_is_no_plain_json_is_refused(safegen, tmp_path, value):
+    code, _, err = safegen(
+        *("evaluate", "--protocol", "mini-smoke", "--stack", "mini", "--judge", "mini"),
+        *("--judge-option", f"x={value}", "--out", tmp_path / "o"),
+    )
+    lines = [line for line in err.splitlines() if line.startswith("safegen: ")]
+    assert (code, len(lines)) == (2, 1)
+    assert len(err) < 1000

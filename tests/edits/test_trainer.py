@@ -164,7 +164,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
     denoiser, names, reference, tmp_path, number, update
 ):
     with pytest.raises(
-        InterruptedRunError, match=f"after update {update} of 6. Resume continues from"
+        InterruptedRunError, match=rf"after update {update} of 6. Resume \(--resume\) continues"
     ):
         train(
             denoiser,

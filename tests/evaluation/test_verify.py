@@ -19,6 +19,7 @@ from safegen.evaluation.run.folder import (
     PLAN,
     SAMPLES,
     SCORES,
+    TIMINGS,
     Run,
 )
 from safegen.evaluation.scoring.score import score_run
@@ -330,6 +331,22 @@ def test_a_line_that_is_not_json_is_reported(copy):
     (copy / SAMPLES).write_text("\n".join(lines) + "\n")
     with pytest.raises(FileError, match=r"samples\.jsonl:3' is damaged: Invalid JSON"):
         verify(Run.open(copy))
+
+
+@pytest.mark.parametrize("line", ['{"stack": "mi\n', '{"stack": 1}\n'])
+def test_a_damaged_line_of_seconds_is_reported(copy, line):
+    with (copy / TIMINGS).open("a") as file:
+        file.write(line)
+    with pytest.raises(FileError, match=r"timings\.jsonl:\d+' is damaged"):
+        verify(Run.open(copy))
+
+
+def test_a_torn_line_of_seconds_is_reported(copy):
+    with (copy / TIMINGS).open("a") as file:
+        file.write('{"stack": "mi')
+    assert verify(Run.open(copy)) == [
+        "timings.jsonl: its last line is torn. Resume the run to repair it"
+    ]
 
 
 @pytest.mark.parametrize(

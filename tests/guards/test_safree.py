@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,14 @@ def test_calibrate_returns_the_midpoint_or_refuses(tiny_model):
         calibrate(adapter, guard, unsafe=[low], benign=[high])
     with pytest.raises(ConfigError, match="got 0 unsafe and 1 benign"):
         calibrate(adapter, guard, unsafe=[], benign=[low])
+
+
+def test_calibrate_refuses_an_encoder_of_nan_in_one_line(make_model):
+    pipe = make_model().pipeline
+    next(pipe.text_encoder.parameters()).data.fill_(math.nan)
+    with pytest.raises(ConfigError, match="text embeddings must be finite") as caught:
+        calibrate(PipelineAdapter(pipe), make_guard(**CUBE), unsafe=["a cube"], benign=["a ball"])
+    assert "\n" not in str(caught.value)
 
 
 def test_warns_of_slope_without_filter_and_refuses_wan(tiny_wan):

@@ -79,7 +79,7 @@ def _check_arguments(arguments: list[str]) -> None:
         if any("\ud800" <= char <= "\udfff" for char in argument):
             raise UserError(
                 f"arguments must be text in the encoding {sys.getfilesystemencoding()}, "
-                f"got {argument!r}. Rename the file, or set the locale: LC_ALL=C.UTF-8."
+                f"got {argument!r}. Correct it (rename a file), or set the locale: LC_ALL=C.UTF-8."
             )
 
 

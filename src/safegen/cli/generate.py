@@ -85,7 +85,8 @@ def generate(
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
     withheld = _generate(loader, recipe, texts, seed, generation_config, out)
     note = f", {withheld} withheld ({TRACES} gives the reasons)" if withheld else ""
-    echo(f"{len(texts) - withheld} images and {SHEET} in {out}{note}")
+    shown = len(texts) - withheld
+    echo(f"{shown} image{'s' * (shown != 1)} and {SHEET} in {out}{note}")
 
 
 def _generate(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegen.cli.console import echo_message
+from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
     InterruptedRunError,
@@ -72,6 +73,7 @@ def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
     """Claim a new file and its model card until the command ends; call it before long work."""
     from safegen.core.files import check_output, claim
 
+    check_output(out)
     for path in [out] if no_card else [out, out.with_name(out.name + ".md")]:
         check_output(path)
         ctx.with_resource(claim(path))
@@ -108,9 +110,13 @@ def read_pair(pair: str, option: str) -> tuple[str, Any]:
     if not (name and equals):
         raise ConfigError(f"{option} must be NAME=VALUE, got {pair!r}")
     try:
-        return name, json.loads(text)
+        value = json.loads(text)
+        check_depth(value)
+        return name, check_plain(value)
     except json.JSONDecodeError:
         return name, text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option} {name[:80]}: {reason_of(error)}") from None
 
 
 def warn_unused(option: str, reason: str) -> None:

@@ -188,8 +188,8 @@ def card_(
     from safegen.evaluation.report.model_card import CardSubject, model_card
     from safegen.patches.patch import Patch
 
-    path = out or patch.with_name(patch.name + ".md")
     text = model_card(CardSubject.of_patch(Patch.load(patch), patch.name), metrics or ())
+    path = out or patch.with_name(patch.name + ".md")
     with atomic_write(path, replace=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     echo(str(path))

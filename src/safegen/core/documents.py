@@ -139,7 +139,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = tomllib.loads(text)
-        _check_depth(value)
+        check_depth(value)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} is not TOML: {reason_of(error)}") from error
     return value
@@ -168,7 +168,7 @@ def parse_json(
         value = json.loads(
             text, parse_constant=constant, parse_float=_parse_float, object_pairs_hook=hook
         )
-        _check_depth(value)
+        check_depth(value)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -262,7 +262,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
     """Raise RecursionError if a value has more than `MAX_DEPTH` levels."""
     level, depth = [value], 0
     while level := [item for item in level if isinstance(item, dict | list)]:

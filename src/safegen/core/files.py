@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from safegen.core.documents import read_text
+from safegen.core.documents import check_regular, read_text
 from safegen.core.errors import FileError
 
 if TYPE_CHECKING:
@@ -230,11 +230,13 @@ def atomic_write(out: Path, *, replace: bool = False) -> Iterator[Path]:
     The file gets the permissions of a new file, also if a library writes others.
 
     Raises:
-        FileError: `out` exists and `replace` is off, it cannot be written, or it is being written
-            by another process.
+        FileError: `out` exists and `replace` is off, it is no regular file, it cannot be written,
+            or it is being written by another process.
     """
     if out.is_dir():
         raise FileError(f"{out} must be a file, got a folder")
+    if replace and exists(out):  # a pipe or a device would become a file
+        check_regular(out, out.stat().st_mode)
     with claim(out) as unfinished, writing(out), _temporary_folder(unfinished) as folder:
         if not replace and os.path.lexists(out):
             raise FileError(f"{out} already exists. Choose another path or remove it.")

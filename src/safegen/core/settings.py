@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from safegen.core.documents import check_plain
+from safegen.core.text import has_control
 
 MAX_SEED = 2**63 - 1
 """Largest seed, and largest integer of any setting."""
@@ -43,7 +44,7 @@ def check_name(name: str) -> str:
     Raises:
         ValueError: it is empty or too long, or has a control character or half a surrogate pair.
     """
-    if not (name.strip() and name.isprintable() and len(name) <= MAX_NAME):
+    if not name.strip() or has_control(name) or len(name) > MAX_NAME:
         raise ValueError(
             f"names must have 1 to {MAX_NAME} printable characters, got {name[:MAX_NAME]!r}"
         )
@@ -56,7 +57,7 @@ def check_file_name(name: str) -> str:
     Raises:
         ValueError: it is a path, or no name.
     """
-    if not name.isprintable() or len(name.encode()) > MAX_FILE_NAME:
+    if has_control(name) or len(name.encode()) > MAX_FILE_NAME:
         raise ValueError(
             f"file names must have at most {MAX_FILE_NAME} bytes, all printable, got {name[:99]!r}"
         )
@@ -98,7 +99,9 @@ class BaseSettings(BaseModel):
         for number in _numbers(value):
             limit = MAX_SEED if isinstance(number, int) else MAX_NUMBER
             if not abs(number) <= limit:  # NaN too
-                raise ValueError(f"must be between -{limit:g} and {limit:g}, got {number:g}")
+                # an integer may be larger than any float
+                got = str(number)[:20] if isinstance(number, int) else f"{number:g}"
+                raise ValueError(f"must be between -{limit:g} and {limit:g}, got {got}")
         return value
 
 

@@ -13,9 +13,9 @@ def escape_control(text: str) -> str:
 
     An escape is written as in Python source: ESC becomes `\x1b`, a line feed `\n`.
     """
-    if text.isascii() and text.isprintable():
+    if not has_control(text):
         return text
-    return "".join(repr(char)[1:-1] if _is_control(char) else char for char in text)
+    return "".join(repr(char)[1:-1] if is_control(char) else char for char in text)
 
 
 def one_line(text: str) -> str:
@@ -23,6 +23,11 @@ def one_line(text: str) -> str:
     return escape_control(" ".join(text.split()))
 
 
-def _is_control(char: str) -> bool:
+def has_control(text: str) -> bool:
+    """Return whether text has a character that `escape_control` would escape."""
+    return not (text.isascii() and text.isprintable()) and any(map(is_control, text))
+
+
+def is_control(char: str) -> bool:
     """Return whether a character is Cc, Cf, Cs, Zl or Zp in Unicode; joiners are not."""
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in JOINERS

@@ -40,9 +40,13 @@ def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def join_gaps(gaps: Sequence[str]) -> str:
-    """Return the first differences on one line, and how many more there are."""
+    """Return the first differences on one line, and how many more there are.
+
+    Values that both sides have come before those that one side lacks.
+    """
     more = [f"and {len(gaps) - MAX_GAPS} more"] if len(gaps) > MAX_GAPS else []
-    return "; ".join([*gaps[:MAX_GAPS], *more])
+    ranked = sorted(gaps, key=lambda gap: ": null and " in gap or gap.endswith(" and null"))
+    return "; ".join([*ranked[:MAX_GAPS], *more])
 
 
 def differences(a: object, b: object, where: str = "") -> list[str]:

@@ -22,6 +22,7 @@ from safegen.evaluation.run.folder import (
     PLAN,
     SAMPLES,
     SCORES,
+    TIMINGS,
     Run,
     image_file,
     image_metadata,
@@ -41,7 +42,9 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
     """Return the faults of a run, one line each. No model is loaded and nothing is written.
 
     A change of an image, a record or a number is found, unless everything that follows from it was
-    changed too: then only generating or judging again can find it.
+    changed too: then only generating or judging again can find it. The seconds in timings.jsonl and
+    the card's descriptions (versions, device, command) are read, but nothing tells whether they are
+    true.
 
     Raises:
         FileError: a journal is damaged.
@@ -109,16 +112,17 @@ def _expected(part: PromptList, row: int) -> dict[str, Any]:
 
 
 def _journals(run: Run) -> Iterator[str]:
-    """Yield the journals that are missing or end in a torn line."""
+    """Yield the journals that are missing or end in a torn line; read the one of seconds."""
     metrics = set(run.protocol.metrics)
-    needed_by = {CHANGES: FROM_IMAGES, FEATURES: FROM_FEATURES}
-    for name in (PLAN, SAMPLES, JUDGES, DETECTIONS, CHANGES, FEATURES):
+    needed_by = {CHANGES: FROM_IMAGES, FEATURES: FROM_FEATURES, TIMINGS: ()}
+    for name in (PLAN, SAMPLES, JUDGES, DETECTIONS, CHANGES, FEATURES, TIMINGS):
         path = run.folder / name
         if not path.exists():
             if name not in needed_by or not metrics.isdisjoint(needed_by[name]):
                 yield f"{name}: missing"
         elif is_torn(path):
             yield f"{name}: its last line is torn. Resume the run to repair it"
+    run.timing_records()  # raises at a damaged line, as for the other journals
 
 
 def _patches(run: Run) -> Iterator[str]:

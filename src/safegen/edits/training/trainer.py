@@ -214,7 +214,7 @@ class Trainer:
                     raise InterruptedRunError(
                         f"stopped after update {self.update} of {self.config.updates}. "
                         + (
-                            f"Resume continues from {self.checkpoint_dir}."
+                            f"Resume (--resume) continues from {self.checkpoint_dir}."
                             if self.checkpoint_dir
                             else "Nothing was saved, as there is no checkpoint directory."
                         )

@@ -182,7 +182,7 @@ def calibrate(
         rate: wanted false-positive rate, in [0, 1).
 
     Raises:
-        ConfigError: no prompts, or too few to measure such a rate.
+        ConfigError: no prompts, or too few to measure such a rate, or a score is not finite.
     """
     if not 0 <= rate < 1:
         raise ConfigError(f"rate must be in [0, 1), got {rate}")
@@ -193,4 +193,9 @@ def calibrate(
         )
     features = ClipTextFeatures(adapter)
     scores = sorted(max_scores(head, features, benign, features.pooled(concepts)), reverse=True)
+    if invalid := [score for score in scores if not math.isfinite(score)]:
+        raise ConfigError(
+            f"scores of benign prompts must be finite, got {invalid[0]}. "
+            "Load an undamaged text encoder."
+        )
     return math.nextafter(scores[math.floor(rate * len(scores) + 1e-9)], math.inf)

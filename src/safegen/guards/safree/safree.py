@@ -19,7 +19,7 @@ from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
-from safegen.guards.core.result import GuardResult
+from safegen.guards.core.result import GuardResult, InvalidResultError
 from safegen.guards.safree.projection import (
     Order,
     ProjectionConfig,
@@ -158,8 +158,8 @@ class SafreeHook(GuardHook):
         self.reattention.images = [
             i for i, p in enumerate(prompts) if active[i] and self.projections[p].triggers
         ]
-        guided = self.call.adapter.has_guidance  # without it, the step withholds the image
-        if self.config.reattend and self.reattention.images and guided:
+        reattend = self.config.reattend and bool(self.reattention.images)
+        if reattend and self.call.adapter.has_guidance:  # else the step withholds the image
             self.reattention.original = embeds
         rows = [
             new if acts else old
@@ -260,7 +260,8 @@ def calibrate(
         benign: prompts that do not.
 
     Raises:
-        ConfigError: a list is empty, or benign prompts move as far as unsafe ones.
+        ConfigError: a list is empty, benign prompts move as far as unsafe ones, or an embedding is
+            not finite.
     """
     if not unsafe or not benign:
         raise ConfigError(
@@ -268,15 +269,18 @@ def calibrate(
             f"got {len(unsafe)} unsafe and {len(benign)} benign"
         )
     encoders = text_encoders(adapter.pipe)
-    concept = concept_projectors(encoders, config.phrases)
     projection_config = replace(config.projection_config, distance=True)
 
-    def mean_distance(prompts: Sequence[str]) -> float:
+    def mean_distance(concept: Sequence[Tensor], prompts: Sequence[str]) -> float:
         projections = [project_prompt(encoders, p, concept, projection_config) for p in prompts]
         return sum(10 * p.distance for p in projections) / len(projections)
 
-    high, low = mean_distance(unsafe), mean_distance(benign)
-    if high <= low:
+    try:
+        concept = concept_projectors(encoders, config.phrases)
+        high, low = mean_distance(concept, unsafe), mean_distance(concept, benign)
+    except InvalidResultError as error:
+        raise ConfigError(f"{error}. Load an undamaged text encoder.") from error
+    if not high > low:
         raise ConfigError(
             f"unsafe prompts must move farther than benign ones, got {high:.3f} and {low:.3f}. "
             "Use SAFREE without its filter."
