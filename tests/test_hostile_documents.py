@@ -217,7 +217,9 @@ def test_a_damaged_network_of_a_judge_is_one_line(tmp_path, judge):
 
 
 @pytest.mark.parametrize("names", ["5", "[]", "{0: 1}", "{'a': 'b'}", "(" * 5000, "x()"])
-@pytest.mark.parametrize("size", ["[320, 320]", "5", "[]", "['a']", "[-1]", "[10**9]"])
+@pytest.mark.parametrize(
+    "size", ["[320, 320]", "5", "[]", "['a']", "[-1]", "[10**9]", "1" + "0" * 400]
+)
 def test_metadata_that_is_not_nudenets_is_one_line(names, size):
     with pytest.raises(FileError, match="NudeNet") as caught:
         _read_side(Path("x.onnx"), {"names": names, "imgsz": size})

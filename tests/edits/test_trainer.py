@@ -383,6 +383,20 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(line, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+VALUES = {k for k in DAMAGE if k.startswith(("a weight", "NaN", "no moment", "no average"))}
+"""Damage of tensors, which is found when they are read."""
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE.keys() - VALUES))
+def test_a_damaged_checkpoint_is_refused_before_batches_are_prepared(line, tmp_path, damage):
+    train(line, ["weight"], LinearFit(), Training(updates=1), checkpoint_dir=tmp_path)
+    DAMAGE[damage](tmp_path)
+    with pytest.raises(FileError) as caught:
+        trainer.check_training(line, ["weight"], Training(), checkpoint_dir=tmp_path, resume=True)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_resume_without_a_checkpoint_is_refused(line, tmp_path):
     with pytest.raises(FileError, match="to resume"):
         train(

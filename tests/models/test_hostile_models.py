@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
 import zipfile
 
+import diffusers
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -174,7 +176,14 @@ NUMBERS = [
     ("schedule", "trained_betas", [0.1, 2.0]),
     ("schedule", "beta_end", 7),
     ("schedule", "prediction_type", "x"),
-    ("tokenizer", "model_max_length", 10**30),
+    ("tokenizer", "model_max_length", 10**12),
+    ("unet", "sample_size", 10**400),
+    ("unet", "time_embedding_dim", 10**400),
+    ("schedule", "beta_start", -(10**400)),
+    ("schedule", "flow_shift", float("-inf")),
+    ("schedule", "lambda_min_clipped", float("inf")),
+    ("schedule", "lambda_min_clipped", float("nan")),
+    ("unet", "lambda_min_clipped", float("-inf")),
     ("tokenizer", "model_max_length", 33),
 ]
 
@@ -222,7 +231,9 @@ def test_no_file_of_a_folder_is_waited_for(folder, name, kind):
 
 
 @pytest.mark.parametrize("name", [*CONFIGS.values(), "tokenizer/tokenizer.json"])
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\0", '{"a":' * 10**5, "[" * 10**5])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", "\0", '{"a":' * 10**5, "[" * 10**5, "1" + "0" * 400]
+)
 def test_a_damaged_configuration_is_refused(folder, name, text):
     (folder / name).write_text(text)
     refusal(folder)
@@ -389,7 +400,12 @@ def test_a_damaged_archive_is_refused(folder):
 # ------------------------------------------------------------ anything
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=8,
 )
@@ -430,3 +446,71 @@ def test_an_sdxl_folder_is_read(make_tiny, tmp_path):
     assert load(tmp_path / "sdxl").hash == model.hash
     change(tmp_path / "sdxl/model_index.json", text_encoder_2=[None, None])
     assert "text_encoder_2" in refusal(tmp_path / "sdxl")
+
+
+# ------------------------------------------------------------ what diffusers and transformers write
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"])
+def test_a_model_with_a_schedule_of_dpm_solver_is_read_and_exported(make_model, tmp_path, name):
+    """diffusers writes its default `lambda_min_clipped` as -Infinity, which is no JSON."""
+    model = make_model()
+    model.pipeline.scheduler = getattr(diffusers, name).from_config(model.pipeline.scheduler.config)
+    save_folder(model, tmp_path / "folder")
+    assert "-Infinity" in (tmp_path / "folder" / CONFIGS["schedule"]).read_text()
+    again = load(tmp_path / "folder")
+    save_single_file(again, tmp_path / "file.safetensors", dtype="fp32")
+    for found in (again, load(tmp_path / "file.safetensors")):
+        assert type(found.pipeline.scheduler).__name__ == name
+        assert found.pipeline.scheduler.config.lambda_min_clipped == -math.inf
+        assert found.hash == model.hash
+        found.pipeline("a house", num_inference_steps=2, output_type="np")
+
+
+LIMITS = {"a float": 1e30, "an integer": int(1e30), "400 digits": 10**400, "null": None}
+
+
+@pytest.mark.parametrize("kind", sorted(LIMITS))
+def test_a_tokenizer_without_a_limit_gets_that_of_the_text_encoder(folder, tiny_model, kind):
+    """transformers writes 1e30 for no limit."""
+    change(folder / CONFIGS["tokenizer"], model_max_length=LIMITS[kind])
+    model = load(folder)
+    assert model.pipeline.tokenizer.model_max_length == 32
+    assert torch.equal(model.encode_text(["a house"]), tiny_model.encode_text(["a house"]))
+
+
+TYPES = [
+    ("schedule", "timestep_spacing", "evil"),
+    ("schedule", "timestep_spacing", 3),
+    ("schedule", "clip_sample", "false"),
+    ("unet", "freq_shift", "q"),
+    ("unet", "freq_shift", None),
+    ("unet", "freq_shift", [1]),
+    ("unet", "flip_sin_to_cos", "q"),
+    ("unet", "only_cross_attention", ["q"]),
+    ("unet", "act_fn", 3),
+    ("vae", "force_upcast", "no"),
+]
+
+
+@pytest.mark.parametrize(("config", "key", "value"), TYPES)
+def test_a_setting_of_another_type_is_refused_before_it_is_used(
+    folder, tiny_model, tmp_path, config, key, value
+):
+    change(folder / CONFIGS[config], **{key: value})
+    refusal(folder)
+    path = tmp_path / "one.safetensors"
+    save_single_file(tiny_model, path, dtype="fp32")
+    with safe_open(path, framework="pt") as opened:
+        header = opened.metadata()
+    texts = json.loads(header[CONFIGS_KEY])
+    texts[CONFIGS[config]] = json.dumps(json.loads(texts[CONFIGS[config]]) | {key: value})
+    save_file(load_file(path), path, metadata=header | {CONFIGS_KEY: json.dumps(texts)})
+    assert tempfile.gettempdir() not in refusal(path).replace(str(path), "")
+
+
+def test_null_for_false_and_a_list_of_switches_are_read(folder):
+    """SDXL's published folder has the first."""
+    change(folder / CONFIGS["unet"], upcast_attention=None, only_cross_attention=[False, False])
+    change(folder / CONFIGS["vae"], force_upcast=None)
+    assert load(folder).pipeline.unet.config.upcast_attention is None

@@ -343,6 +343,12 @@ def test_an_unknown_name_suggests_the_nearest():
         load("a castle " * 600)
 
 
+@pytest.mark.parametrize("device", ["meta", "meta:0"])
+def test_a_device_without_values_is_refused(device):
+    with pytest.raises(ConfigError, match=rf"device must be one that holds values, got '{device}'"):
+        load("mini", device=device)
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu:7"])
 def test_an_unavailable_device_is_one_line(device):
     with pytest.raises(

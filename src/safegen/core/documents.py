@@ -105,13 +105,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, parse_json(line, f"{path} line {number}")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, constants: bool = False) -> dict[str, Any]:
     """Return the object of a JSON file.
+
+    Args:
+        path: the file.
+        constants: see `parse_json`.
 
     Raises:
         FileError: the file cannot be read, is not JSON, or is not an object.
     """
-    return check_object(read_json(path), str(path))
+    value = parse_json(read_text(path), str(path), constants=constants)
+    return check_object(value, str(path))
 
 
 def check_object(value: Any, source: str) -> dict[str, Any]:
@@ -140,7 +145,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> Any:
+def parse_json(
+    text: str | bytes, source: str, *, unique_keys: bool = False, constants: bool = False
+) -> Any:
     """Return the value of a JSON text; only what JSON can write again is accepted.
 
     NaN, infinite numbers, lone surrogates and more than `MAX_DEPTH` levels are refused.
@@ -149,15 +156,17 @@ def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> 
         text: the JSON text.
         source: name of the text for messages, a path for example.
         unique_keys: also refuse an object with the same key twice.
+        constants: accept the words NaN, Infinity and -Infinity, which Python's json writes.
 
     Raises:
         FileError: the text is not JSON.
     """
     hook = _refuse_repeated_keys if unique_keys else None
+    constant = float if constants else _refuse_constant
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=hook
+            text, parse_constant=constant, parse_float=_parse_float, object_pairs_hook=hook
         )
         check_depth(value)
         if "\\u" in text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from safegen.core.errors import FileError, first_line
 from safegen.core.files import atomic_write
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Types of the tensors in a patch or LoRA. fp64 is refused: no model holds its values."""
+"""Types of the tensors in a patch. fp64 is refused: no model holds its values."""
+FACTOR_DTYPES = (torch.float64, *WEIGHT_DTYPES)
+"""Types of the factors in a LoRA, multiplied in fp64, and of weights that are converted."""
 MAX_HEADER_BYTES = 100_000_000
 """Largest header that the safetensors format allows."""
 MAX_NAME_LENGTH = 500
@@ -37,6 +39,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in sorted(names)}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, first_line(error)) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the header's metadata of a safetensors file, without its tensors.
+
+    Raises:
+        FileError: see `read_tensors`.
+    """
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _damaged(path, first_line(error)) from error
 
@@ -68,16 +84,19 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Check that the tensors of a patch or LoRA are finite numbers of fp32, fp16 or bf16.
+def check_weights(
+    tensors: Mapping[str, Tensor], path: Path, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES
+) -> None:
+    """Check that the tensors of a patch or LoRA are finite numbers of the given types.
 
     Raises:
         FileError: one has another type, no values, or NaN or infinite ones.
     """
     for name, value in tensors.items():
-        if value.dtype not in WEIGHT_DTYPES:
+        if value.dtype not in dtypes:
+            fp64 = "fp64, " if torch.float64 in dtypes else ""
             raise FileError(
-                f"tensors of {str(path)!r} must be fp32, fp16 or bf16, got "
+                f"tensors of {str(path)!r} must be {fp64}fp32, fp16 or bf16, got "
                 f"{str(value.dtype).removeprefix('torch.')} in {name}. Make or fetch it again"
             )
         if not value.numel():

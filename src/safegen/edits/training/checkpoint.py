@@ -18,7 +18,7 @@ from torch import Tensor
 from safegen.core.documents import parse_json, read_json_lines, validate
 from safegen.core.errors import DivergedError, FileError
 from safegen.core.files import atomic_write, claim_folder
-from safegen.core.tensor_files import read_tensors
+from safegen.core.tensor_files import read_metadata, read_tensors
 from safegen.edits.training.config import LogRow
 
 
@@ -98,21 +98,10 @@ def read_checkpoint(
     Raises:
         FileError: there is no checkpoint, it is damaged, or it has another fingerprint.
     """
-    check_resumable(directory)
+    state, rows = check_resumable(directory)
     path = directory / CHECKPOINT_FILE
-    try:
-        tensors, header = read_tensors(path)
-        stated = header.get("fingerprint")
-        state = validate(
-            CheckpointState, parse_json(header.get("state", ""), f"state of {path}"), str(path)
-        )
-        rows: list[LogRow] = []
-        for number, row in read_json_lines(directory / LOG_FILE):
-            validate(_Row, {"values": row}, f"{directory / LOG_FILE} line {number}")
-            rows.append(row)
-    except FileError as error:
-        raise FileError(f"{error}. Start again without resume") from error
-    if stated != fingerprint:
+    tensors, header = read_tensors(path)
+    if header.get("fingerprint") != fingerprint:
         raise FileError(
             f"the checkpoint in {directory} has other settings, data or weights. "
             "Resume with those of the stopped run."
@@ -163,11 +152,26 @@ def claim_checkpoints(directory: Path | None) -> Iterator[None]:
             raise
 
 
-def check_resumable(directory: Path) -> None:
-    """Check that a directory holds a checkpoint.
+def check_resumable(directory: Path) -> tuple[CheckpointState, list[LogRow]]:
+    """Check that a directory holds a checkpoint, and return its state and log rows.
+
+    No tensor is read.
 
     Raises:
-        FileError: it holds none.
+        FileError: it holds none, or a damaged one.
     """
-    if not (directory / CHECKPOINT_FILE).is_file():
+    path = directory / CHECKPOINT_FILE
+    if not path.is_file():
         raise FileError(f"{directory} has no {CHECKPOINT_FILE} to resume. Start without resume.")
+    try:
+        header = read_metadata(path)
+        state = validate(
+            CheckpointState, parse_json(header.get("state", ""), f"state of {path}"), str(path)
+        )
+        rows: list[LogRow] = []
+        for number, row in read_json_lines(directory / LOG_FILE):
+            validate(_Row, {"values": row}, f"{directory / LOG_FILE} line {number}")
+            rows.append(row)
+    except FileError as error:
+        raise FileError(f"{error}. Start again without resume") from error
+    return state, rows

@@ -126,7 +126,7 @@ def check_training(
 
     Raises:
         ConfigError: `resume` lacks a directory, or the precision does not fit model and device.
-        FileError: there is no checkpoint to resume.
+        FileError: there is no checkpoint to resume, or a damaged one.
     """
     if resume and checkpoint_dir is None:
         raise ConfigError("resume needs the checkpoint directory of the stopped run, got none.")

@@ -73,11 +73,22 @@ def read_folder(
         with silence_libraries():
             options |= _load_text_encoders(folder, index, dtype, allow_pickle)
             pipeline: Pipeline = cls.from_pretrained(str(folder), **options, local_files_only=True)
+            check_schedule(pipeline.scheduler)
     except FileError as error:
         raise FileError(f"the model {name!r} {error}") from error
     except Exception as error:  # diffusers and safetensors raise a dozen types
         raise FileError(f"the model {name!r} cannot be read: {first_line(error)}") from error
     return pipeline, parse_metadata(text)
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Compute the steps of a schedule, with a copy, so that its settings fail here if they do.
+
+    Raises:
+        Exception: the error of diffusers, if they do.
+    """
+    copy = type(scheduler).from_config(scheduler.config)
+    copy.set_timesteps(min(10, copy.config.num_train_timesteps))
 
 
 def _check_folder(name: str, folder: Path, allow_pickle: bool) -> FolderIndex:

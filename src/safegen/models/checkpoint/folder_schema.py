@@ -6,12 +6,16 @@ that a folder can neither run code nor ask for more memory than its weights take
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+import diffusers
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from safegen.core.documents import check_file, read_json, read_json_object, validate
 from safegen.core.errors import FileError
@@ -44,7 +48,10 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class Config(BaseModel):
-    """A configuration file. Keys that are not listed are passed on, with numbers in bounds."""
+    """A configuration file. Keys that are not listed are passed on, with numbers in bounds.
+
+    Those of diffusers' classes must also have the type of the default value.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -56,8 +63,9 @@ class Config(BaseModel):
     @classmethod
     def _check_numbers(cls, value: Any) -> Any:
         for number in _numbers(value):
-            if abs(number) > MAX_NUMBER:
-                raise ValueError(f"numbers must be at most {MAX_NUMBER}, got {float(number):.3g}")
+            if not abs(number) <= MAX_NUMBER:  # NaN too
+                shown = str(number) if len(str(number)) <= 40 else f"{str(number)[:40]}..."
+                raise ValueError(f"numbers must be at most {MAX_NUMBER}, got {shown}")
         return value
 
 
@@ -130,11 +138,29 @@ class SchedulerConfig(Config):
     steps_offset: Annotated[int, Strict(), Field(ge=0, le=1000)] = 0
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _remove_infinity(cls, value: Any) -> Any:
+        """Remove the default of DPM-Solver, the one infinite number that diffusers writes."""
+        if isinstance(value, dict) and value.get("lambda_min_clipped") == -math.inf:
+            return {k: v for k, v in value.items() if k != "lambda_min_clipped"}
+        return value
+
 
 class TokenizerConfig(Config):
     """tokenizer/tokenizer_config.json."""
 
-    model_max_length: Side = 77
+    model_max_length: Side | None = None
+    """None: no limit is stated, and the tokenizer gets that of the text encoder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_no_limit(cls, value: Any) -> Any:
+        """Replace the number by which transformers means no limit, 1e30, by None."""
+        limit = value.get("model_max_length") if isinstance(value, dict) else None
+        if isinstance(limit, int | float) and limit > LARGE_INTEGER:
+            return value | {"model_max_length": None}
+        return value
 
 
 class FolderIndex(Config):
@@ -214,9 +240,12 @@ def check_configs(folder: Path, *, title: str | None = None) -> FolderIndex:
         )
     try:
         index = _read(FolderIndex, folder / "model_index.json")
-        _read(UNetConfig, folder / "unet/config.json")
-        _read(VaeConfig, folder / "vae/config.json")
-        _read(SchedulerConfig, folder / "scheduler/scheduler_config.json")
+        for schema, name, class_name in (
+            (UNetConfig, "unet/config.json", index.unet[1]),
+            (VaeConfig, "vae/config.json", index.vae[1]),
+            (SchedulerConfig, "scheduler/scheduler_config.json", index.scheduler[1]),
+        ):
+            _check_types(_read(schema, folder / name), class_name, folder / name)
         for encoder in index.text_encoders:
             _check_tokenizer(folder, encoder)
     except FileError as error:
@@ -224,6 +253,29 @@ def check_configs(folder: Path, *, title: str | None = None) -> FolderIndex:
             raise
         raise FileError(str(error).replace(str(folder), title)) from error
     return index
+
+
+def _check_types(config: Config, class_name: str, path: Path) -> None:
+    """Check the keys that a schema does not list against the defaults of a class of diffusers."""
+    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    for key, value in (config.model_extra or {}).items():
+        if key in parameters and not _has_type(value, parameters[key]):
+            raise FileError(
+                f"{key} in {str(path)!r} must be of the type of {parameters[key].default!r}, got "
+                f"{str(value)[:80]!r}"
+            )
+
+
+def _has_type(value: Any, parameter: inspect.Parameter) -> bool:
+    """Return whether a JSON value has the type of a parameter's default, or one of such items."""
+    default, annotation = parameter.default, str(parameter.annotation)
+    if default is None or (isinstance(value, list) and isinstance(default, list | tuple)):
+        return True
+    if value is None:  # published folders write null for false
+        return isinstance(default, bool) or "None" in annotation
+    if isinstance(value, list):
+        return "tuple" in annotation and all(_has_type(item, parameter) for item in value)
+    return isinstance(value, int | float if isinstance(default, int | float) else type(default))
 
 
 def _check_tokenizer(folder: Path, encoder: str) -> None:
@@ -235,7 +287,7 @@ def _check_tokenizer(folder: Path, encoder: str) -> None:
     for path in tokenizer.glob("*.txt"):
         check_file(path)
     limit = _read(TokenizerConfig, tokenizer / "tokenizer_config.json").model_max_length
-    if limit > config.max_position_embeddings:
+    if limit is not None and limit > config.max_position_embeddings:
         raise FileError(
             f"model_max_length in {str(tokenizer)!r} must be at most "
             f"{config.max_position_embeddings}, the positions of the {encoder}, got {limit}"
@@ -280,7 +332,7 @@ def check_size(folder: Path) -> None:
 
 
 def _read(schema: type[Schema], path: Path) -> Schema:
-    return validate(schema, read_json_object(path), str(path))
+    return validate(schema, read_json_object(path, constants=True), str(path))
 
 
 def _numbers(value: Any) -> Iterator[int | float]:

@@ -16,12 +16,12 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from safegen.core.documents import parse_json, validate
-from safegen.core.errors import FileError, first_line
+from safegen.core.errors import FileError
 from safegen.core.files import writing
 from safegen.core.logging import silence_libraries
-from safegen.core.tensor_files import WEIGHT_DTYPES
+from safegen.core.tensor_files import FACTOR_DTYPES
 from safegen.models.checkpoint import configs
-from safegen.models.checkpoint.diffusers_folder import PIPELINES, SDXL
+from safegen.models.checkpoint.diffusers_folder import PIPELINES, SDXL, check_schedule
 from safegen.models.checkpoint.folder_schema import check_configs
 from safegen.models.checkpoint.key_map import PREFIX, original_names, unpack
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata, parse_metadata
@@ -89,7 +89,15 @@ def read_single_file(
                 published = _write_published_configs(checkpoint, config)
                 hint = f"The configuration is that of the published {published}. {NAME_FOLDER}"
         class_name = check_configs(config, title=title).class_name
-        pipeline = _build_pipeline(checkpoint, config, class_name, hint)
+        try:
+            pipeline = _build_pipeline(checkpoint, config, class_name, hint)
+        except FileError:
+            raise
+        except Exception as error:  # diffusers and transformers raise a dozen types
+            reason = " ".join(str(error).split()).replace(str(config), title or str(config))
+            raise FileError(
+                f"the configuration files in {title or config} cannot be used: {reason[:300]}"
+            ) from error
         _check_scheduler(checkpoint, pipeline.scheduler)
         with silence_libraries():
             pipeline.to(dtype=dtype)
@@ -172,23 +180,17 @@ def _check_scheduler(checkpoint: SingleFile, scheduler: Any) -> None:
 
 def _build_pipeline(checkpoint: SingleFile, config: Path, class_name: str, hint: str) -> Pipeline:
     """Return a pipeline built from configuration files, with a file's weights in it."""
-    try:
-        with silence_libraries():
-            components = _empty_components(config, class_name)
-            linear = components["unet"].config.use_linear_projection
-            architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
-            for component, module in components.items():
-                _load_weights(checkpoint, architecture, component, module.float(), hint)
-            cls, options = PIPELINES[class_name]
-            pipeline: Pipeline = cls.from_pretrained(
-                config, **components, **options, local_files_only=True
-            )
-    except FileError:
-        raise
-    except Exception as error:  # diffusers and transformers raise a dozen types
-        raise FileError(
-            f"the configuration files in {config} cannot be used: {first_line(error)}"
-        ) from error
+    with silence_libraries():
+        components = _empty_components(config, class_name)
+        linear = components["unet"].config.use_linear_projection
+        architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
+        for component, module in components.items():
+            _load_weights(checkpoint, architecture, component, module.float(), hint)
+        cls, options = PIPELINES[class_name]
+        pipeline: Pipeline = cls.from_pretrained(
+            config, **components, **options, local_files_only=True
+        )
+        check_schedule(pipeline.scheduler)
     return pipeline
 
 
@@ -220,7 +222,7 @@ def _load_weights(
     for name, original in names.items():
         if original not in tensors:
             raise FileError(f"{path} lacks {original}, which its configuration needs. {hint}")
-        if tensors[original].dtype not in (*WEIGHT_DTYPES, torch.float64):
+        if tensors[original].dtype not in FACTOR_DTYPES:
             raise FileError(
                 f"weights in {path} must be fp64, fp32, fp16 or bf16, got "
                 f"{tensors[original].dtype} in {original}. Get the model in another precision"
