@@ -28,6 +28,7 @@ from safegen.core.errors import (
 from safegen.edits.training import trainer
 from safegen.edits.training.config import Training
 from safegen.models.selectors import select_parameters
+from safegen.workflows.edit import prepare_edit
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
 QUICK = Training(
@@ -395,6 +396,9 @@ def test_a_damaged_checkpoint_is_refused_before_batches_are_prepared(line, tmp_p
         trainer.check_training(line, ["weight"], Training(), checkpoint_dir=tmp_path, resume=True)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    with pytest.raises(FileError) as earlier:  # than any triplet is read
+        prepare_edit("safegen", triplets="none", checkpoint_dir=tmp_path, resume=True)
+    assert str(earlier.value) == str(caught.value)
 
 
 def test_resume_without_a_checkpoint_is_refused(line, tmp_path):

@@ -19,6 +19,7 @@ from safegen.core.files import display_name
 from safegen.core.registry import EDITS
 from safegen.core.settings import MAX_RANK, BaseSettings
 from safegen.data.triplets.triplets import Triplets
+from safegen.edits.training.checkpoint import check_resumable
 from safegen.edits.training.config import (
     HasMetadata,
     Objective,
@@ -290,6 +291,7 @@ def check_inputs(
     Raises:
         ConfigError: triplets or phrases are missing, triplets are given to an edit that learns from
             phrases, or a checkpoint directory or `resume` to a closed form.
+        FileError: there is no checkpoint to resume, or a damaged one.
     """
     method = edit.method()
     if edit.inputs == "words" and triplets is not None:
@@ -310,6 +312,8 @@ def check_inputs(
             f"{method} is a closed form, and {'resume' if resume else 'checkpoint_dir'} has "
             "no effect. Leave it out."
         )
+    if resume and isinstance(checkpoint_dir, Path):
+        check_resumable(checkpoint_dir)
 
 
 def metadata_of(
