@@ -15,6 +15,7 @@ from torch import Tensor
 from safegen.core.documents import check_file, parse_json
 from safegen.core.errors import FileError, first_line
 from safegen.core.files import atomic_write
+from safegen.core.text import has_control
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Types of the tensors in a patch. fp64 is refused: no model holds its values."""
@@ -76,7 +77,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
     for name in header:
-        if not (name.isprintable() and 0 < len(name) <= MAX_NAME_LENGTH):
+        if has_control(name) or not 0 < len(name) <= MAX_NAME_LENGTH:
             raise FileError(
                 f"names of tensors in {str(path)!r} must have 1 to {MAX_NAME_LENGTH} printable "
                 f"characters, got {name[:80]!r}. Do not trust this file"

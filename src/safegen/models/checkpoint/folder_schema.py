@@ -20,6 +20,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from safegen.core.documents import check_file, read_json, read_json_object, validate
 from safegen.core.errors import FileError
 from safegen.core.tensor_files import check_pickle
+from safegen.core.text import has_control
 
 UNLOADED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that are copied and never loaded."""
@@ -216,7 +217,7 @@ class ShardIndex(BaseModel):
     @model_validator(mode="after")
     def _check_files(self) -> Self:
         for file in set(self.weight_map.values()):
-            if PurePosixPath(file).name != file or not file.isprintable():
+            if PurePosixPath(file).name != file or has_control(file):
                 raise ValueError(
                     f"weight_map must name files of its own folder, got {file[:80]!r}. "
                     "Do not trust this model"

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from safegen.core.documents import parse_json, validate
 from safegen.core.errors import FileError, explain
+from safegen.core.text import has_control
 
 METADATA_FILE = "safegen.json"
 """File with the metadata of a diffusers folder that safegen wrote."""
@@ -18,7 +19,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def _check_printable(text: str) -> str:
-    if not text.isprintable():
+    if has_control(text):
         raise ValueError(f"text must be one line of printable characters, got {text[:80]!r}")
     return text
 
