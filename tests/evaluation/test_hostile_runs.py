@@ -178,7 +178,8 @@ def _write_images(folder: Path, run: Run) -> None:
             images[stack.name, i] = image
             path = folder / image_file(stack.name, key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {"key": key, "stack": stack.hash, "guards": TRACE}
+            trace = {"guards": TRACE} if stack.guards else {}
+            metadata = {"key": key, "stack": stack.hash} | trace
             path.write_bytes(encode_image(image, metadata))
             common = {"key": key, "stack": stack.name}
             journals[names.SAMPLES].append(
