@@ -119,6 +119,21 @@ def environment(place: Path) -> dict[str, str]:
     }
 
 
+def run_process(command: list[str], place: Path) -> str:
+    """Run a command in the folders of a test, and return its output."""
+    done = subprocess.run(
+        command,
+        cwd=place / "cwd",
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def check_places(place: Path) -> None:
     assert sorted(p.relative_to(place).as_posix() for p in (place / "home").rglob("*")) == []
     assert sorted(p.relative_to(place).as_posix() for p in (place / "tmp").rglob("*")) == []
@@ -128,17 +143,8 @@ def check_places(place: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="folders of POSIX")
 def test_commands_write_in_the_place_that_was_named(place):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(QUICK)],
-        cwd=place / "cwd",
-        env=environment(place),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    written = json.loads(done.stdout.splitlines()[-1])
+    output = run_process([sys.executable, "-c", SCRIPT, json.dumps(QUICK)], place)
+    written = json.loads(output.splitlines()[-1])
     here = str(place / "cwd")
     elsewhere = [path for path in written if not path.startswith((here, "/dev/", "/proc/"))]
     assert [p for p in elsewhere if not TEMPORARY.search(p)] == []
@@ -149,20 +155,11 @@ def test_commands_write_in_the_place_that_was_named(place):
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 def test_no_system_call_of_a_command_writes_elsewhere(place):
     """Native libraries write without Python's knowledge."""
-    calls = re.compile(r"O_CREAT|O_WRONLY|O_RDWR|^(\\d+ +)?(mkdir|rename|link|symlink|mknod)")
+    calls = re.compile(r"O_CREAT|O_WRONLY|O_RDWR|^(\d+ +)?(mkdir|rename|link|symlink|mknod)")
     for name, words in QUICK.items():
         trace = place / "trace"
         command = ["strace", "-f", "-qq", "-s", "4096", "-e", "trace=%file", "-o", str(trace)]
-        done = subprocess.run(
-            [*command, sys.executable, "-m", "safegen", *words],
-            cwd=place / "cwd",
-            env=environment(place),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        run_process([*command, sys.executable, "-m", "safegen", *words], place)
         lines = trace.read_text(errors="replace").splitlines()
         done_calls = [line for line in lines if calls.search(line) and " = -1 " not in line]
         paths = {path for line in done_calls for path in re.findall(r'"([^"]*)"', line)}
