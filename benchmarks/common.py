@@ -35,8 +35,8 @@ def select_samples(
 ) -> list[EvalSample]:
     """Return the samples of a concept's lists, without the first `skip` prompts of each list."""
     samples = Protocol.from_concept(
-        concept, prompts=skip + prompts, seeds=seeds, generation=GenerationConfig().samples()
-    )
+        concept, prompts=skip + prompts, seeds=seeds, generation=GenerationConfig()
+    ).samples()
     return [s for s in samples if s.index >= skip and (not lists or s.list_name in lists)]
 
 

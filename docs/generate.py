@@ -260,11 +260,16 @@ def sources(model: Any) -> str:
 
 def parity(model: Any) -> str:
     """Return the section about equality with the released code: what is exact, what differs."""
-    lines = ["## Parity\n"]
+    ours = model.paper.startswith("ours") and not model.code_commit
+    head = "The method is ours; there is no released code.\n\n" if ours else ""
+    return f"## Parity\n\n{head}{comparison(model)}"
+
+
+def comparison(model: Any) -> str:
+    """Return what is equal to the released code of a method or an adversary, and what differs."""
+    lines = []
     if commit := getattr(model, "code_commit", ""):
         lines.append(f"Compared with the released code at commit `{commit}`.\n")
-    elif getattr(model, "paper", "").startswith("ours"):
-        lines.append("The method is ours; there is no released code.\n")
     for title, text in (("Exact", model.parity), ("Different", model.deviations)):
         items = re.split(r"(?<=\.) (?=[A-Z`])", text) if text else []
         lines += [f"**{title}**\n", *(f"- {linked(item)}" for item in items), ""] if items else []
@@ -289,7 +294,7 @@ def adversaries() -> str:
         model = registry.resolve(registry.ADVERSARIES, name, "adversary")
         parts.append(
             f"## {name}\n\n{linked(paragraphs(model.__doc__))}\n\n"
-            f"{sources(model)}\n{settings(model)}"
+            f"{sources(model)}\n{comparison(model)}\n{settings(model)}"
         )
     return "\n".join(parts)
 
@@ -416,7 +421,8 @@ def python_api() -> str:
 
 def cli() -> str:
     """Return the page of the command line: every command with its arguments and options."""
-    return "# Command line\n\n" + "\n".join(command(get_command(app), ["safegen"]))
+    about = (DOCS / "reference" / "cli.inc").read_text(encoding="utf-8")
+    return f"# Command line\n\n{about}" + "\n".join(command(get_command(app), ["safegen"]))
 
 
 def command(one: Any, words: list[str]) -> Iterator[str]:

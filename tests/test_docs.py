@@ -21,6 +21,8 @@ from safegen.core import registry
 from safegen.core.concept import Concept
 from safegen.edits.functional.closed_form import embed
 from safegen.evaluation.protocol import Protocol
+from safegen.guards.core.adapter import PipelineAdapter
+from safegen.guards.core.checks import check_guard
 from safegen.judges.base import judge_images
 from test_vocabulary import ARCHAIC
 
@@ -299,7 +301,9 @@ def test_the_edit_of_the_how_to_removes_keys_and_values_of_a_phrase(tiny_model):
 
 def test_the_guard_of_the_how_to_blocks_long_prompts():
     config = skeleton("add-a-guard.md")["MaxWordsConfig"]
-    results = config(limit=2).build(None).check_prompts(["a cat", "a very long cat"])
+    guard = config(limit=2).build(None)
+    check_guard(guard, PipelineAdapter(None))
+    results = guard.check_prompts(["a cat", "a very long cat"])
     assert [result.action for result in results] == ["none", "block"]
 
 

@@ -122,3 +122,17 @@ def test_validate_names_source_and_field() -> None:
         validate(Point, {}, "p.json")
     with pytest.raises(FileError, match=r"'p\.json': x must be a valid integer.* got 'a'"):
         validate(Point, {"x": "a"}, "p.json")
+
+
+class Table(BaseModel):
+    """Numbers by name."""
+
+    entries: dict[str, int]
+
+
+def test_the_message_of_validate_is_short_and_printable() -> None:
+    wrong = {f"\x1b[31m\n{i}": "x" for i in range(1000)}
+    with pytest.raises(FileError) as caught:
+        validate(Table, {"entries": wrong}, "t.json")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1100

@@ -94,7 +94,7 @@ def test_an_invalid_spec_is_refused(spec, error, says):
         ('model = "mini"\nblank = true\nnegative_prompt = "x"', "a blank stack must have no"),
         ('model = "mini"\nnum_inference_steps = 3', "steps"),
         ("patches = []", "model"),
-        ("model", "not a stack file"),
+        ("model", "is not TOML"),
     ],
 )
 def test_a_recipe_with_invalid_settings_is_refused(tmp_path, text, says):

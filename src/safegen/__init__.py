@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from safegen._version import __version__ as __version__
+from safegen.core.quiet import disable_telemetry
 
 if TYPE_CHECKING:
     from safegen.core.generation import GenerationConfig as GenerationConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from safegen.workflows.export import export as export
     from safegen.workflows.export import save_patch as save_patch
 
+disable_telemetry()
 _MODULES = {
     "GenerationConfig": "safegen.core.generation",
     "Model": "safegen.models.model",

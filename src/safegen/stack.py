@@ -5,41 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import SerializeAsAny, ValidationError, field_validator, model_validator
 
 from safegen.core.concept import load_concept
+from safegen.core.documents import read_toml, validate
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserError, explain
+from safegen.core.files import exists
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
+from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName
 from safegen.guards import GuardConfig, read_guard
 from safegen.patches.lora_spec import LoraSpecs
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-"""Pattern of a stack's name, which is also the name of a folder."""
 
-
-class Stack(BaseModel):
+class Stack(BaseSettings):
     """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: str = Field(pattern=f"^{NAME}$")
+    name: FolderName
     """Name of the stack: letters, digits, dots, dashes and underscores."""
     model: str
     """Model: a built-in name, a diffusers folder, a one-file checkpoint, or hub:owner/name."""
@@ -133,7 +122,7 @@ def load_stack(spec: str | Path) -> Stack:
     Raises:
         UnknownNameError: it is none of them.
         FileError: the recipe is missing or invalid.
-        ConfigError: the name has other characters than `NAME` allows.
+        ConfigError: the name has other characters than `FolderName` allows.
     """
     spec = str(spec)
     name, separator, rest = spec.partition("=")
@@ -148,7 +137,7 @@ def load_stack(spec: str | Path) -> Stack:
     if rest.endswith(".toml"):
         raise ConfigError(f"a recipe must be given without a name: {rest}, got {spec!r}")
     model, *patches = rest.split("+")
-    if not re.fullmatch(NAME, name) or not model or not all(patches):
+    if not re.fullmatch(FOLDER_NAME, name) or not model or not all(patches):
         raise ConfigError(
             "a stack must be NAME=model+patch.safetensors with a name of letters, digits and "
             f"'._-', got {spec!r}"
@@ -205,17 +194,12 @@ def _replace(stack: Stack, **settings: Any) -> Stack:
 
 def _read_recipe(path: Path) -> Stack:
     """Return the stack in a TOML file, with paths relative to it."""
-    if not path.is_file():
+    if not exists(path):
         raise FileError(f"the stack file {str(path)!r} does not exist")
     folder = path.parent
-    try:
-        settings = {"name": path.stem} | tomllib.loads(path.read_text(encoding="utf-8"))
-        settings["guards"] = _resolve_concepts(settings.get("guards", []), folder)
-        stack = Stack.model_validate(settings)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is not a stack file: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        raise FileError(f"{path} is not a stack file: {explain(error, Stack)}") from error
+    settings = {"name": path.stem} | read_toml(path)
+    settings["guards"] = _resolve_concepts(settings.get("guards", []), folder)
+    stack = validate(Stack, settings, str(path))
     is_name = stack.model in MODELS or stack.model.startswith(HUB)
     return stack.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""Killed commands: no output looks finished, and the demo resumes."""
+"""Killed commands: no output looks finished, and the same command ends the work."""
 
 from __future__ import annotations
 
@@ -60,12 +60,15 @@ DEMO = [
     "--out",
     "out",
 ]
+EXPORT = ["export", "mini", "--out", "out.safetensors"]
 MOMENTS = {
-    "generate at the second picture": ("open", "unfinished/.0001.png", 1, GENERATE),
-    "generate between two moves": ("os.rename", "unfinished/", 2, GENERATE),
-    "generate before the last move": ("os.rename", "unfinished/sheet.png", 1, GENERATE),
-    "demo while it generates": ("open", ".png.tmp-", 3, DEMO),
-    "demo before its report": ("open", ".report.html.tmp-", 1, DEMO),
+    "generate at the second picture": ("open", "/0001.png", 1, GENERATE),
+    "generate before the move": ("os.rename", "out.unfinished/", 1, GENERATE),
+    "export at the card": ("open", "out.safetensors.md", 2, EXPORT),
+    "export before the move": ("os.link", "out.safetensors.unfinished/", 1, EXPORT),
+    "export between the file and its card": ("os.link", "out.safetensors.md.unf", 1, EXPORT),
+    "demo while it generates": ("os.link", ".png", 4, DEMO),
+    "demo before its report": ("os.rename", "/report.html", 1, DEMO),
 }
 """The event before which a command is killed, and the command."""
 
@@ -84,21 +87,40 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", [name for name in MOMENTS if name.startswith("generate")])
-def test_a_killed_generate_leaves_no_output_that_looks_finished(
-    killed, safegen, monkeypatch, moment
-):
+def test_the_same_command_generates_after_a_kill(killed, safegen, monkeypatch, moment):
     monkeypatch.chdir(killed / moment)
-    assert [p.name for p in (killed / moment).iterdir()] == ["out"]
+    assert [p.name for p in (killed / moment).iterdir()] == ["out.unfinished"]
     assert list((killed / moment).rglob("*.png"))
-    assert not (killed / moment / "out" / "sheet.png").exists()
-    before = sorted((killed / moment).rglob("*"))
     code, text, err = safegen(*MOMENTS[moment][-1])
-    assert (code, text) == (2, "")
-    assert err == (
-        "safegen: out is incomplete: a run was killed or is still working there. "
-        "Remove the folder or choose another.\n"
-    )
-    assert sorted((killed / moment).rglob("*")) == before
+    assert code == 0, err
+    assert text == "2 images and sheet.png in out\n"
+    assert [p.name for p in (killed / moment).iterdir()] == ["out"]
+    names = sorted(p.name for p in (killed / moment / "out").iterdir())
+    assert names == ["0000.png", "0001.png", "sheet.png"]
+
+
+@pytest.mark.parametrize("moment", ["export at the card", "export before the move"])
+def test_the_same_command_exports_after_a_kill(killed, safegen, monkeypatch, moment):
+    monkeypatch.chdir(killed / moment)
+    names = ["out.safetensors.md.unfinished", "out.safetensors.unfinished"]
+    assert sorted(p.name for p in (killed / moment).iterdir()) == names
+    code, _, err = safegen(*EXPORT)
+    assert code == 0, err
+    names = ["out.safetensors", "out.safetensors.md"]
+    assert sorted(p.name for p in (killed / moment).iterdir()) == names
+
+
+def test_a_killed_export_leaves_a_whole_file_or_none(killed, safegen, monkeypatch):
+    folder = killed / "export between the file and its card"
+    monkeypatch.chdir(folder)
+    code, _, err = safegen(*EXPORT)
+    assert code == 2
+    assert "out.safetensors already exists" in err
+    whole = killed / "export before the move" / "out.safetensors"
+    if not whole.exists():
+        monkeypatch.chdir(whole.parent)
+        assert safegen(*EXPORT)[0] == 0
+    assert (folder / "out.safetensors").stat().st_size == whole.stat().st_size
 
 
 @pytest.mark.parametrize("moment", [name for name in MOMENTS if name.startswith("demo")])
@@ -107,11 +129,11 @@ def test_a_killed_demo_resumes(killed, safegen, monkeypatch, moment):
     assert [p.name for p in (killed / moment).iterdir()] == ["out"]
     out = killed / moment / "out"
     assert not (out / "report.html").exists()
-    images = {p: p.read_bytes() for p in out.rglob("*.png")}
+    images = {p: p.read_bytes() for p in (out / "images").rglob("*.png")}
     patch = (out / "patches" / "edited.safetensors").stat()
     code, _, err = safegen(*MOMENTS[moment][-1])
     assert code == 0, err
     assert (out / "report.html").exists()
     assert {p: p.read_bytes() for p in images} == images
-    assert not list(out.rglob("*.tmp-*"))
+    assert not list(out.rglob("*.unfinished"))
     assert patch.st_size > 0

@@ -293,7 +293,7 @@ def test_generate_with_guards_writes_shown_images_and_traces(safegen, tmp_path):
     ]
     code, text, err = safegen("generate", "--stack", recipe, *words, "--out", out)
     assert code == 0, err
-    assert "1 images and sheet.png" in text
+    assert "1 image and sheet.png" in text
     assert "1 withheld (trace.jsonl gives the reasons)" in text
     assert sorted(p.name for p in out.iterdir()) == ["0001.png", "sheet.png", "trace.jsonl"]
     gone, shown = (json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines())

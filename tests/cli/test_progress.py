@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,24 @@ def test_the_bar_shows_the_rate_and_the_time_left(monkeypatch, capsys):
     assert "32/96" in text
     assert "2.00/s" in text
     assert "left 0:00:33" in text
+
+
+def test_a_reader_that_is_gone_does_not_stop_the_work(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        with show_progress() as progress:
+            progress("generating", 1, 1)
+        done = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # what is buffered goes there
+    assert done
+
+
+def test_no_stage_prints_nothing(capsys):
+    with show_progress():
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_a_finished_or_empty_stage_has_no_time_left(monkeypatch, capsys):

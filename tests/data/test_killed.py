@@ -1,9 +1,8 @@
-"""`make_triplets` in a process that is killed."""
+"""`make_triplets` in a process that is killed: the same call makes the same triplets afterwards."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,12 +36,11 @@ sys.addaudithook(hook)
 make_triplets("unsafe", "benign", RedJudge(), "out", labels=["red"])
 """
 MOMENTS = {
-    "at the first image": ("open", "unfinished/unsafe/0000", 1),
-    "in the middle": ("open", "unfinished/censored/0001", 1),
-    "at the manifest": ("open", "unfinished/manifest", 1),
-    "before the first move": ("os.rename", "unfinished/", 1),
-    "between two moves": ("os.rename", "unfinished/", 3),
-    "before the last move": ("os.rename", "unfinished/manifest", 1),
+    "while images are judged": ("open", "unsafe/u1.png", 1),
+    "at the first image": ("open", "/unsafe/0000", 1),
+    "in the middle": ("open", "/censored/0001", 1),
+    "at the manifest": ("open", "/manifest", 1),
+    "before the move": ("os.rename", "out.unfinished/", 1),
 }
 
 
@@ -62,41 +60,34 @@ def kill(images: Path, moment: tuple[str, str, int]) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 @pytest.mark.parametrize("moment", sorted(MOMENTS))
-def test_a_killed_run_leaves_images_in_the_output_only_and_no_complete_set(
-    images: Path, moment: str
+def test_the_same_call_makes_the_triplets_after_a_kill(
+    images: Path, made: Path, moment: str
 ) -> None:
-    inputs = {p: p.read_bytes() for p in images.rglob("*") if p.is_file()}
-    kill(images, MOMENTS[moment])
-    assert sorted(p.name for p in images.iterdir()) == ["benign", "out", "unsafe"]
-    assert {
-        p: p.read_bytes()
-        for p in images.rglob("*")
-        if p.is_file() and images / "out" not in p.parents
-    } == inputs
+    unbroken = contents(made)
+    inputs = contents(images)
+    out = images / "killed" / "out"
+    out.parent.mkdir()
+    for name in ("unsafe", "benign"):
+        (out.parent / name).symlink_to(images / name)
+    kill(out.parent, MOMENTS[moment])
+    assert sorted(p.name for p in out.parent.iterdir()) == ["benign", "out.unfinished", "unsafe"]
     for read in (Triplets.load, check_triplets):
-        with pytest.raises(
-            FileError, match=r"out is incomplete: .*Remove the folder and make the triplets again"
-        ):
-            read(images / "out")
-    with pytest.raises(
-        FileError, match=r"out is incomplete: a run was killed or is still working there"
-    ):
-        make_triplets(
-            images / "unsafe", images / "benign", RedJudge(), images / "out", labels=["red"]
-        )
-    shutil.rmtree(images / "out")
-    assert (
-        len(
-            make_triplets(
-                images / "unsafe", images / "benign", RedJudge(), images / "out", labels=["red"]
-            ).triplets
-        )
-        == 3
-    )
+        with pytest.raises(FileError, match="out does not exist"):
+            read(out)
+    make_triplets(images / "unsafe", images / "benign", RedJudge(), out, labels=["red"])
+    assert contents(out) == unbroken
+    assert sorted(p.name for p in out.parent.iterdir()) == ["benign", "out", "unsafe"]
+    assert {name: data for name, data in contents(images).items() if name in inputs} == inputs
 
 
-def test_a_run_killed_after_its_last_move_is_complete(images: Path) -> None:
-    kill(images, ("shutil.rmtree", "unfinished", 1))
+def test_a_run_killed_after_the_move_is_complete(images: Path) -> None:
+    kill(images, ("os.remove", "safegen.lock", 1))
     assert len(Triplets.load(images / "out")) == 3
     assert check_triplets(images / "out", RedJudge()) == []

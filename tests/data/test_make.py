@@ -346,7 +346,8 @@ def test_an_exception_leaves_no_partial_output(images: Path, error: BaseExceptio
             progress=progress,
         )
     assert sorted(str(p) for p in images.rglob("*")) == before
-    assert sorted(halfway) == [f"out/.unfinished/{role}/0001.png" for role in sorted(ROLES)]
+    folders = {tuple(name.split("/")[::2]) for name in halfway}
+    assert sorted(folders) == [("out.unfinished", role) for role in sorted(ROLES)]
 
 
 def test_an_output_created_meanwhile_is_not_touched(images: Path) -> None:

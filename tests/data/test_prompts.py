@@ -526,9 +526,9 @@ def test_an_unknown_source_is_refused_with_the_way_out(tmp_path):
             match="Use a file, a bundled list such as mini:skulls, or hub:owner/name/path",
         ):
             read_prompts(name)
-    with pytest.raises(FileError, match=r"is a folder\. Use a file in it"):
+    with pytest.raises(FileError, match=r"must be a regular file, got a folder"):
         read_prompts(tmp_path)
-    with pytest.raises(FileError, match="cannot be read"):
+    with pytest.raises(FileError, match="there are no prompts named"):
         read_prompts("a\0b.csv")
 
 

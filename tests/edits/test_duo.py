@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -14,12 +14,13 @@ from safegen.core.errors import ConfigError
 from safegen.edits.duo import DUO, DUOObjective
 from safegen.edits.functional import losses
 from safegen.edits.training.config import Training
+from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import Detection, Detections, judge_images
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
-WORDS = {"erase": ("red mark",), "anchors": ("a plain wall",), "steps": 4}
+WORDS = {"erase": ("red mark",), "anchors": ("a plain wall",), "steps": 4, "scheduler": "ddim"}
 
 
 def training(**changes):
@@ -74,9 +75,9 @@ def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
             net.get_parameter(name).mul_(1.3)
     objective = objective_of(DUO(**WORDS, beta=7.0), model, triplets)
     g = torch.Generator().manual_seed(0)
-    safe, unsafe, eps, start = (torch.randn(3, 4, 8, 8, generator=g) for _ in range(4))
+    safe, unsafe, eps = (torch.randn(3, 4, 8, 8, generator=g) for _ in range(3))
     t_safe, t_unsafe = torch.tensor([10, 300, 500]), torch.tensor([700, 50, 500])
-    found = objective.compare(net, safe, unsafe, eps, t_safe, t_unsafe, start)
+    found = objective.compare(net, safe, unsafe, eps, t_safe, t_unsafe)
     scheduler, before, blank = (
         model.pipeline.scheduler,
         make_model(prediction_type=prediction).denoiser,
@@ -99,9 +100,7 @@ def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
     with torch.no_grad():
         last = torch.tensor([999, 999, 999])
         kept = (
-            (net(start, last, blank).sample - before(start, last, blank).sample)
-            .pow(2)
-            .mean((1, 2, 3))
+            (net(eps, last, blank).sample - before(eps, last, blank).sample).pow(2).mean((1, 2, 3))
         )
     assert_close(found["L_o"].detach(), kept, rtol=1e-3, atol=1e-7)
     assert kept.min() > 1e-8
@@ -121,7 +120,7 @@ def test_timesteps_are_counted_from_the_cleanest_for_either_order_of_the_schedul
     monkeypatch.setattr(
         objective,
         "compare",
-        lambda net, safe, unsafe, eps, t, other, start: asked.append(torch.cat([t, other])) or {},
+        lambda net, safe, unsafe, eps, t, other: asked.append(torch.cat([t, other])) or {},
     )
     objective.training_step(tiny_model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
     (t,) = asked
@@ -131,7 +130,7 @@ def test_timesteps_are_counted_from_the_cleanest_for_either_order_of_the_schedul
     said = []
     handle = tiny_model.denoiser.register_forward_pre_hook(lambda net, args: said.append(args[1]))
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    DUOObjective.compare(objective, tiny_model.denoiser, z, z, z, t[:2], t[2:4], z)
+    DUOObjective.compare(objective, tiny_model.denoiser, z, z, z, t[:2], t[2:4])
     handle.remove()
     assert {float(abar[t]) for t in said[-1][-2:]} == {float(abar.min())}  # what is held
 
@@ -171,13 +170,13 @@ def test_a_smaller_strength_gives_a_closer_twin(make_model, triplets):
 
 
 @pytest.mark.parametrize(
-    ("strength", "num_steps"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.6, 2), (0.75, 3), (1.0, 4)]
+    ("strength", "num_steps"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.7, 2), (0.75, 3), (1.0, 4)]
 )
 def test_a_twin_equals_plain_ddim_steps_from_the_noised_image(
     make_model, triplets, strength, num_steps
 ):
     """SDEdit written out: prompt the anchors, negative prompt the phrases, noise by the seed."""
-    words = {"erase": ("red mark", "ball"), "anchors": ("a plain wall", "grass"), "steps": 4}
+    words = WORDS | {"erase": ("red mark", "ball"), "anchors": ("a plain wall", "grass")}
     edit = DUO(**words, strength=strength, guidance=3.0, training=training(seed=5))
     model = make_model()
     objective = objective_of(edit, model, triplets)
@@ -200,6 +199,34 @@ def test_a_twin_equals_plain_ddim_steps_from_the_noised_image(
         assert_close(twins, x, rtol=1e-3, atol=1e-4)
         assert_close(objective._redraw(model, attempt, [4, 1]), twins[[4, 1]], rtol=1e-4, atol=1e-5)
     assert torch.equal(objective.safe, objective._redraw(model, 0))
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), [("ddim", DDIMScheduler), ("pndm", PNDMScheduler)])
+@pytest.mark.parametrize(("steps", "strength"), [(5, 0.75), (6, 0.5), (5, 0.8)])
+def test_twins_are_those_of_the_img2img_pipeline(
+    make_model, triplets, scheduler, kind, steps, strength
+):
+    """Released DUO runs img2img with SD 1.4's scheduler; 0.75 of 50 steps are 37, of 25 are 18."""
+    model = make_model()
+    settings = WORDS | {"steps": steps, "scheduler": scheduler}
+    objective = objective_of(DUO(**settings, strength=strength), model, triplets)
+    pipeline = StableDiffusionImg2ImgPipeline(
+        **model.pipeline.components, requires_safety_checker=False
+    )
+    skip = {"skip_prk_steps": True} if scheduler == "pndm" else {}
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **skip)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        prompt=["a plain wall"] * len(objective.unsafe),
+        negative_prompt=["red mark"] * len(objective.unsafe),
+        image=objective.unsafe,
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    assert_close(objective.safe, made, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
@@ -238,11 +265,10 @@ def test_a_pair_shares_its_noise_and_sometimes_its_timestep(
     edit = DUO(**WORDS, **settings, timesteps=(100, 400), training=training(batch=64))
     objective = objective_of(edit, tiny_model, triplets)
     draw(objective, tiny_model)
-    ((safe, unsafe, eps, t_safe, t_unsafe, start),) = compared
+    ((safe, unsafe, _, t_safe, t_unsafe),) = compared
     assert torch.equal(t_safe, t_unsafe) is is_shared
     assert 100 <= min(t_safe.min(), t_unsafe.min()) < 115
     assert 385 < max(t_safe.max(), t_unsafe.max()) < 400
-    assert not torch.equal(eps, start)
     rows = [(objective.unsafe - z).abs().sum((1, 2, 3)).argmin() for z in unsafe]
     assert torch.equal(objective.safe[rows], safe)
     assert set(map(int, rows)) == set(range(6))
@@ -253,7 +279,7 @@ def test_without_weight_keep_there_is_one_loss(tiny_model, triplets, loss_type):
     edit = DUO(**WORDS, loss_type=loss_type, weight_keep=0)
     objective = objective_of(edit, tiny_model, triplets)
     z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 9])
-    terms = objective.compare(tiny_model.denoiser, z, z, z, t, t, z)
+    terms = objective.compare(tiny_model.denoiser, z, z, z, t, t)
     assert objective.weights == {"L_dpo": 1.0}
     assert terms.keys() == {"L_dpo"}
     kept = objective_of(DUO(**WORDS, weight_keep=3.0), tiny_model, triplets)
@@ -301,9 +327,70 @@ def test_the_paper_preset_has_the_published_values():
         500,
         3e-5,
     )
+    assert (harder.strength, paper.scheduler, harder.scheduler) == (0.8, "pndm", "pndm")
+    assert make_edit("duo", "paper", concept="skulls").judge == "mini"
+    violent = make_edit("duo", "paper-violence", concept="skulls")
+    assert (violent.judge, violent.labels) == (None, ())  # no detector looks at these twins
     for preset in (paper, harder):  # lambda = 1e6 beta / 100, rate = 3e-4 * 100 / beta
         assert preset.weight_keep == pytest.approx(1e4 * preset.beta)
         assert preset.training.lr == pytest.approx(0.03 / preset.beta)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "kto"])
+def test_the_paper_preset_trains_as_the_released_code(make_model, triplets, monkeypatch, loss_type):
+    """The released training step restated, for 12 updates on the samples that ours drew."""
+    calls, compare, model = [], DUOObjective.compare, make_model()
+
+    def record(self, denoiser, *tensors):
+        calls.append(tensors)
+        return compare(self, denoiser, *tensors)
+
+    monkeypatch.setattr(DUOObjective, "compare", record)
+    with trainable_parameters(model, "attn1", rank=32, alpha=None, seed=0) as trainable:
+        factors = {
+            name: torch.nn.Parameter(model.denoiser.get_parameter(name).detach().clone())
+            for name in trainable.names
+        }
+    edit = DUO.preset("paper", **WORDS, loss_type=loss_type, training={"updates": 12})
+    patch = edit.apply(model, triplets)
+    net, blank = make_model().denoiser, model.encode_text([""])
+    schedule = DDPMScheduler.from_config(model.pipeline.scheduler.config)
+    optimizer = torch.optim.AdamW(factors.values(), lr=6e-5, weight_decay=1e-2)
+
+    def weights():
+        return {
+            name: net.get_parameter(name).detach() + factors[f"{lora}.up"] @ factors[f"{lora}.down"]
+            for name, (lora, _) in trainable.adapters.items()
+        }
+
+    for safe, unsafe, eps, t_safe, t_unsafe in calls:
+        b, t = len(safe), torch.cat([t_unsafe, t_safe])
+        noise = eps.repeat(2, 1, 1, 1)
+        x = schedule.add_noise(torch.cat([unsafe, safe]), noise, t)
+        given = (
+            torch.cat([x, eps]),
+            torch.cat([t, torch.full((b,), 999)]),
+            blank.expand(3 * b, -1, -1),
+        )
+        new = torch.func.functional_call(net, weights(), given).sample
+        with torch.no_grad():
+            old = net(*given).sample
+        gains = [
+            F.mse_loss(p[: 2 * b], noise, reduction="none").mean((1, 2, 3)) for p in (new, old)
+        ]
+        on_unsafe, on_safe = (gains[0] - gains[1]).chunk(2)
+        on_safe = on_safe.mean() if loss_type == "kto" else on_safe
+        loss = -F.logsigmoid(-500 * (on_safe - on_unsafe)).mean()
+        (loss + 5e6 * F.mse_loss(new[2 * b :], old[2 * b :])).backward()
+        torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    gap = change = 0.0
+    for name, weight in weights().items():
+        gap += float((patch.tensors[name] - weight).detach().norm() ** 2)
+        change += float((net.get_parameter(name) - weight).detach().norm() ** 2)
+    assert change > 0
+    assert (gap / change) ** 0.5 < 1e-2
 
 
 REFUSED = {
@@ -364,7 +451,7 @@ def test_kto_compares_each_unsafe_image_with_the_mean_of_safe_ones_at_one_timest
     found = objective.training_step(net, 0, torch.Generator().manual_seed(0), (0, 1))[
         "L_dpo"
     ].detach()
-    ((_, safe, unsafe, eps, t, same, _),) = seen
+    ((_, safe, unsafe, eps, t, same),) = seen
     assert torch.equal(t, same)
     before, blank, noised = (
         make_model().denoiser,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -265,6 +266,38 @@ def test_the_presets_have_the_published_values():
         200,
         5e-5,
     )
+
+
+def test_the_selector_esd_u_names_the_linear_and_convolutional_layers_outside_attn2(make_model):
+    """The rule of the present code, by the class of each module."""
+    net = make_model().denoiser
+    layers = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and "attn2" not in name
+    ]
+    names = select_parameters(net, "esd-u")
+    assert {name.rpartition(".")[0] for name in names} == set(layers)
+    assert {"conv_out.weight", "time_embedding.linear_1.bias"} < set(names)
+    assert len(names) == sum(len(list(net.get_submodule(n).parameters())) for n in layers)
+
+
+def test_rewritten_samples_by_pndm_with_its_second_timestep_twice(make_model):
+    """Latents of a stop are those of that many PNDM steps, and its timestep is the next one."""
+    edit = ESD.preset("rewritten", erase=("red cube",), steps=6, trajectories=2)
+    model = make_model()
+    objective = objective_of(edit, model)
+    assert isinstance(objective.rollout.scheduler, PNDMScheduler)
+    t = objective.rollout.timesteps.tolist()
+    assert len(t) == 7
+    assert t[1] == t[2]
+    stops = []
+    objective.compare = lambda net, sample, t, text, captions: stops.append(sample | {"t": t}) or {}
+    objective.training_step(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
+    x = objective.trajectories[0]["x"]
+    (row,) = stops
+    (index,) = (x == row["x"]).flatten(2).all(2).nonzero().tolist()
+    assert int(row["t"]) == t[index[1]]
 
 
 def test_a_concept_provides_captions_only_if_they_are_used():

@@ -15,8 +15,8 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.functional import losses
-from safegen.edits.functional.adversary import fast_gradient_text
 from safegen.edits.functional.targets import PaperTarget, X0Target
+from safegen.edits.functional.text_search import fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.config import Training
 from safegen.edits.training.samples import encode_triplets, preprocess

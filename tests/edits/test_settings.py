@@ -164,3 +164,6 @@ def test_every_edit_names_its_paper_its_code_and_its_deviations(method):
     assert kind.code_url.startswith("https://") or kind.paper.startswith("ours")
     assert kind.deviations.endswith(".")
     assert kind.method() == method
+    if kind.code_url:
+        assert re.fullmatch(r"[0-9a-f]{7,40}", kind.code_commit)
+        assert kind.parity.endswith(".")

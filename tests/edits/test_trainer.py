@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -27,6 +28,7 @@ from safegen.core.errors import (
 from safegen.edits.training import trainer
 from safegen.edits.training.config import Training
 from safegen.models.selectors import select_parameters
+from safegen.workflows.edit import prepare_edit
 
 TRUTH = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
 QUICK = Training(
@@ -163,7 +165,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
     denoiser, names, reference, tmp_path, number, update
 ):
     with pytest.raises(
-        InterruptedRunError, match=f"after update {update} of 6. Resume continues from"
+        InterruptedRunError, match=rf"after update {update} of 6. Resume \(--resume\) continues"
     ):
         train(
             denoiser,
@@ -318,6 +320,30 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+STATE = (
+    '{"update": 1, "seconds": 1.0, "best_loss": null, "validations_without_gain": 0, '
+    '"scaler": null}'
+)
+
+
+def rewrite(folder, tensors=None, **header):
+    """Write a checkpoint again with other tensors or header entries; None removes one."""
+    path = folder / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        stated = dict(file.metadata()) | header
+    found = load_file(path) | (tensors or {})
+    save_file(
+        {name: value for name, value in found.items() if value is not None},
+        path,
+        metadata={key: value for key, value in stated.items() if value is not None},
+    )
+
+
 DAMAGE = {
     "a truncated checkpoint": lambda f: cut(f / "checkpoint.safetensors"),
     "an empty checkpoint": lambda f: (f / "checkpoint.safetensors").write_bytes(b""),
@@ -326,6 +352,22 @@ DAMAGE = {
     ),
     "no log": lambda f: (f / "log.jsonl").unlink(),
     "a truncated log": lambda f: cut(f / "log.jsonl"),
+    "a pipe as a log": lambda f: pipe(f / "log.jsonl"),
+    "a pipe as a checkpoint": lambda f: pipe(f / "checkpoint.safetensors"),
+    "a log row that is a number": lambda f: (f / "log.jsonl").write_text("3\n"),
+    "a log row without an update": lambda f: (f / "log.jsonl").write_text('{"fit": 1.0}\n'),
+    "a log row of text": lambda f: (f / "log.jsonl").write_text('{"update": "x"}\n'),
+    "a deep log": lambda f: (f / "log.jsonl").write_text("[" * 10**5),
+    "no state": lambda f: rewrite(f, state=None),
+    "a state that is no JSON": lambda f: rewrite(f, state="{"),
+    "a deep state": lambda f: rewrite(f, state="[" * 10**5),
+    "a state without its values": lambda f: rewrite(f, state="{}"),
+    "a negative update": lambda f: rewrite(f, state=STATE.replace("1,", "-1,", 1)),
+    "a weight of another shape": lambda f: rewrite(f, {"weight/weight": torch.zeros(1)}),
+    "a weight of integers": lambda f: rewrite(f, {"weight/weight": torch.zeros(2, 3).int()}),
+    "NaN in a moment": lambda f: rewrite(f, {"exp_avg/weight": torch.full((2, 3), math.nan)}),
+    "no moment": lambda f: rewrite(f, {"exp_avg/weight": None}),
+    "no average": lambda f: rewrite(f, {"ema/weight": None}),
     "a log of bytes": lambda f: (f / "log.jsonl").write_bytes(b"\xff\xfe\x00"),
 }
 
@@ -340,6 +382,23 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(line, tmp_path, damage):
         )
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+VALUES = {k for k in DAMAGE if k.startswith(("a weight", "NaN", "no moment", "no average"))}
+"""Damage of tensors, which is found when they are read."""
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE.keys() - VALUES))
+def test_a_damaged_checkpoint_is_refused_before_batches_are_prepared(line, tmp_path, damage):
+    train(line, ["weight"], LinearFit(), Training(updates=1), checkpoint_dir=tmp_path)
+    DAMAGE[damage](tmp_path)
+    with pytest.raises(FileError) as caught:
+        trainer.check_training(line, ["weight"], Training(), checkpoint_dir=tmp_path, resume=True)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileError) as earlier:  # than any triplet is read
+        prepare_edit("safegen", triplets="none", checkpoint_dir=tmp_path, resume=True)
+    assert str(earlier.value) == str(caught.value)
 
 
 def test_resume_without_a_checkpoint_is_refused(line, tmp_path):
@@ -646,7 +705,7 @@ class Nan(LinearFit):
         return {"L_m": fit, "L_p": fit * math.nan if micro_step == 2 else fit}
 
 
-def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path):
+def test_a_nan_loss_names_the_term_and_leaves_no_checkpoint(line, tmp_path):
     before = state_of(line)
     with pytest.raises(DivergedError, match=r"'L_p' is nan at update 3") as caught:
         train(
@@ -654,13 +713,11 @@ def test_a_nan_loss_names_the_term_and_leaves_the_last_checkpoint(line, tmp_path
             ["weight"],
             Nan(),
             Training(updates=5, accumulation=1, checkpoint_every=2),
-            checkpoint_dir=tmp_path,
+            checkpoint_dir=tmp_path / "new" / "run",
         )
     assert isinstance(caught.value, SafegenError)
     same(state_of(line), before)
-    assert [
-        json.loads(text)["update"] for text in (tmp_path / "log.jsonl").read_text().splitlines()
-    ] == [1, 2]
+    assert list(tmp_path.iterdir()) == []  # a resumed run would diverge again
 
 
 class Steep(LinearFit):
@@ -689,15 +746,12 @@ def test_a_weight_that_is_not_finite_after_the_last_update_raises(line):
     with torch.no_grad():
         line.weight.fill_(1e10)
     before = state_of(line)
+    training = Training(updates=1, accumulation=1, weight_decay=1e8, ema=0.0)
+    training = training.model_copy(update={"lr": 1e22})  # beyond its bound, to overflow at once
     with pytest.raises(
         DivergedError, match=r"the new weight has values that are not finite\. Lower lr"
     ):
-        train(
-            line,
-            ["weight"],
-            Constant(),
-            Training(updates=1, accumulation=1, lr=1e22, weight_decay=1e8, ema=0.0),
-        )
+        train(line, ["weight"], Constant(), training)
     same(state_of(line), before)
 
 
@@ -800,3 +854,18 @@ def test_validation_uses_the_weights_that_become_the_patch(line, ema):
     assert torch.equal(
         looks.tensors["weight"], found.tensors["weight"]
     )  # validation has no effect on training
+
+
+class TooLarge(LinearFit):
+    """A step that asks torch for more memory than there is."""
+
+    def training_step(self, denoiser, micro_step, generator, share):
+        torch.empty(2**50)
+        raise AssertionError
+
+
+def test_memory_that_does_not_suffice_names_the_batch():
+    net = nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match=r"batch must fit into memory, got 2\. Lower it"):
+        trainer.train(net, ["weight"], TooLarge(), QUICK, fingerprint="x")
+    assert net.weight.requires_grad

@@ -41,20 +41,58 @@ def test_debiased_phrases_are_not_described_as_erased():
 def write_run(folder, stacks, *, digest="c" * 64, base="b" * 64):
     """Write the card and scores of a run of `stacks`, which maps names to scores of each list."""
     folder.mkdir()
+    common = {"baseline": "base", "model": "mini", "weights": "e" * 64, "base": base}
+    patch = {"file": "p.safetensors", "hash": digest, "parameters": 1, "layers": {}}
     entries = [
         {
             "name": name,
-            "model": "mini",
-            "base": base,
-            "patches": [] if name == "base" else [{"hash": digest}],
+            "kind": "base" if name == "base" else "given",
+            "hash": f"{i:064x}",
+            "patches": [] if name == "base" else [patch],
         }
-        for name in stacks
+        | common
+        for i, name in enumerate(stacks)
     ]
-    (folder / "protocol.json").write_text(json.dumps({"stacks": entries}))
+    first = next(iter(stacks.values()))
+    lists = [
+        {"name": name, "role": row["role"], "source": name, "sha256": "f" * 64}
+        for name, row in first.items()
+    ]
+    card = {
+        "id": "1234567890abcdef",
+        "protocol": {
+            "name": "quick",
+            "concept": "skulls",
+            "lists": lists,
+            "seeds": [1],
+            "generation": {},
+            "judge": {"name": "mini", "labels": ["skulls"]},
+            "metrics": ["concept"],
+        },
+        "samples": {},
+        "stacks": entries,
+        "versions": {},
+        "device": "cpu, fp32",
+        "platform": {},
+    }
+    (folder / "protocol.json").write_text(json.dumps(card))
+    counts = {"prompts": 24, "images": 24, "blank": rate(0, 24)}
+    rule = {"labels": ["skulls"], "threshold": 0.5}
     scores = {
-        "protocol": {"name": "quick", "id": "1234"},
+        "format": "safegen-scores/3",
+        "protocol": {"name": "quick", "id": "1234567890abcdef", "decides": {"judge": rule}},
         "judge": "mini:1",
-        "stacks": {name: {"baseline": "base", "lists": lists} for name, lists in stacks.items()},
+        "weights": {},
+        "inputs": {},
+        "stacks": {
+            name: {
+                "hash": f"{i:064x}",
+                "kind": "given",
+                "baseline": "base",
+                "lists": {part: counts | row for part, row in lists.items()},
+            }
+            for i, (name, lists) in enumerate(stacks.items())
+        },
     }
     (folder / "scores.json").write_text(json.dumps(scores))
     return folder
@@ -124,7 +162,7 @@ def test_metrics_have_n_interval_and_unjudged_count(run):
         "100 % (0.0 to 100.0 %; n = 8)",
         "75 % (0.0 to 100.0 %; n = 8) |",
     ]  # ghosts, not the object
-    assert "Protocol `quick` (id `1234`), judge `mini:1`, stack edited, model `mini`" in text
+    assert "Protocol quick (ID 1234567890abcdef), judge mini:1, stack edited, model mini" in text
     assert "Not measured" not in text
 
 
@@ -145,7 +183,9 @@ def test_an_attack_on_the_patch_is_in_its_card(tmp_path):
     attacked = {name: row | {"concept": rate(5, 8)} for name, row in EDITED.items()}
     run = write_run(tmp_path / "run", {"base": BASE, "edited": EDITED, "finetuned-9": attacked})
     card = json.loads((run / "protocol.json").read_text())
-    card["stacks"][2] |= {"reference": "edited", "patches": [{"hash": "c" * 64}, {"hash": "9"}]}
+    patches = card["stacks"][1]["patches"]
+    second = patches[0] | {"file": "q.safetensors", "hash": "9" * 64}
+    card["stacks"][2] |= {"reference": "edited", "patches": [*patches, second]}
     (run / "protocol.json").write_text(json.dumps(card))
     text = model_card(SUBJECT, [run])
     assert "| prompts | seen, base | seen, this | seen, finetuned-9 | removed |" in text
@@ -162,7 +202,7 @@ def test_metrics_are_also_in_the_header_of_the_patch(tmp_path):
     skulls = metrics["lists"]["mini:skulls (explicit)"]
     assert skulls["removal"] == rate(19, 20)
     assert skulls["this"]["concept"] == rate(1, 20, unjudged=4)
-    assert "Protocol `quick`" in metrics["about"]
+    assert "Protocol quick" in metrics["about"]
     assert found.hash == patch.hash
     assert {k: v for k, v in found.metadata.to_json().items() if k != "metrics"} == SAID
 
@@ -171,10 +211,10 @@ def test_metrics_are_also_in_the_header_of_the_patch(tmp_path):
 def test_a_file_without_metrics_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(FileError, match=r"has no scores.json. Name the folder of a run"):
         read_metrics(tmp_path, [])
-    (tmp_path / "x.json").write_text(text)
-    (tmp_path / "protocol.json").write_text('{"stacks": []}')
-    with pytest.raises((FileError, ConfigError)) as caught:
-        read_metrics(tmp_path / "x.json", [])
+    run = write_run(tmp_path / "run", {"base": BASE, "edited": EDITED})
+    (run / "x.json").write_text(text)
+    with pytest.raises(FileError, match=r"x\.json") as caught:
+        read_metrics(run / "x.json", [])
     assert "\n" not in str(caught.value)
 
 

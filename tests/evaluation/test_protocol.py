@@ -188,8 +188,12 @@ def test_a_list_that_has_changed_is_refused_with_both_hashes(quick, tmp_path):
             "",
             r"clip_score, fid_to_base, .* needs a table \[features\]",
         ),
-        ("name", "nam", "not a protocol file"),
-        ("name =", "name", "not a protocol file"),
+        (
+            "name",
+            "nam",
+            r"p\.toml': name is required; no setting named 'nam'\. Did you mean 'name'",
+        ),
+        ("name =", "name", r"p\.toml' is not TOML: Expected '='"),
     ],
 )
 def test_an_invalid_protocol_is_refused_in_one_line(quick, tmp_path, old, new, says):

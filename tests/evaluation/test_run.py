@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.files import IN_USE, LOCK
 from safegen.evaluation.evaluate import expand_baselines, judge_run
 from safegen.evaluation.protocol import load_protocol
 from safegen.evaluation.run import generate as draw
@@ -156,7 +157,10 @@ def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(
             (copy / other).write_bytes(b"".join(rest))
         for line in lines[keep + lost :]:
             (copy / json.loads(line)["file"]).unlink()
-        (copy / "images" / "mini" / f".{'0' * 64}.png.tmp-1").write_bytes(b"half a pic")
+        half = copy / IN_USE
+        half.mkdir()
+        (half / LOCK).touch()
+        (half / "half.png").write_bytes(b"half a pic")
     (copy / SCORES).unlink()
     go(copy)
     assert contents(copy) == contents(finished)

@@ -257,7 +257,7 @@ def test_a_stack_name_is_escaped_in_page_and_table(copy, tmp_path):
     facts = write_report(open_runs([copy]), tmp_path)
     facts["stacks"][1]["label"] = "x|y <b>\n\\"
     row = markdown(facts).splitlines()[5]
-    assert row.startswith("| x\\|y &lt;b> \\\\ | ")
+    assert row.startswith("| x\\|y &lt;b&gt; \\\\ | ")
     assert "<script" not in (tmp_path / PAGE).read_text()
 
 
@@ -450,7 +450,7 @@ def test_an_edit_is_described_with_its_loss_curve(copy, tmp_path):
     assert "L_m: unsafe image to its censored image" in page
     assert "mathdefault" not in page  # no unrendered tick label
     log.write_text("{")
-    with pytest.raises(FileError, match=r"log.jsonl cannot be read"):
+    with pytest.raises(FileError, match=r"log.jsonl:1' is damaged: Invalid JSON"):
         page_of(copy, tmp_path)
 
 

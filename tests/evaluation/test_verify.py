@@ -19,6 +19,7 @@ from safegen.evaluation.run.folder import (
     PLAN,
     SAMPLES,
     SCORES,
+    TIMINGS,
     Run,
 )
 from safegen.evaluation.scoring.score import score_run
@@ -69,6 +70,37 @@ def deleted_image(folder):
     (folder / first(folder, 3)["file"]).unlink()
 
 
+def swapped_images(folder):
+    """Exchange the images of a prompt and seed between two stacks, and return their lines."""
+    rows = [json.loads(line) for line in (folder / SAMPLES).read_text().splitlines()]
+    one = next(i for i, row in enumerate(rows) if row["stack"] == "mini")
+    two = next(
+        i
+        for i, row in enumerate(rows)
+        if row["stack"] == "calm" and row["prompt_sha256"] == rows[one]["prompt_sha256"]
+    )
+    a, b = (folder / rows[i]["file"] for i in (one, two))
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+    return one, two
+
+
+def swapped_images_and_hashes(folder):
+    one, two = swapped_images(folder)
+    hashes = [first(folder, i)["sha256"] for i in (one, two)]
+    edit(folder / SAMPLES, one, lambda line: line.update(sha256=hashes[1]))
+    edit(folder / SAMPLES, two, lambda line: line.update(sha256=hashes[0]))
+
+
+def huge_image(folder):
+    """Write a small file that holds 100 million pixels, and its hash."""
+    path = folder / first(folder)["file"]
+    Image.new("1", (10_000, 8_000)).save(path)
+    name = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(folder / SAMPLES, 0, lambda line: line.update(sha256=name))
+
+
 def stray_image(folder):
     Image.new("RGB", (4, 4)).save(folder / "images" / "mini" / "more.png")
 
@@ -92,6 +124,10 @@ def edited_score(folder):
     text = (folder / SCORES).read_text()
     assert '"hits": 5' in text
     (folder / SCORES).write_text(text.replace('"hits": 5', '"hits": 4', 1))
+
+
+def edited_guards(folder):
+    edit(folder / SAMPLES, 0, lambda line: line.update(guards={"action": "none", "reason": ""}))
 
 
 def doubled_sample(folder):
@@ -218,7 +254,14 @@ def edited_protocol(folder):
             truncated_image_and_its_hash,
             r"images/mini/\w+\.png: .* cannot be read: .*\. Remove it and resume",
         ),
-        (resized_image_and_its_hash, r"changes\.jsonl: \w+ cannot be measured again: "),
+        (
+            resized_image_and_its_hash,
+            r"images/mini/\w+\.png: it has \(4, 4\) pixels, .* base model \(64, 64\)",
+        ),
+        (resized_image_and_its_hash, r"images/mini/\w+\.png: its metadata is of another image"),
+        (swapped_images, r"images/calm/\w+\.png: its SHA-256 is not the one in samples\.jsonl"),
+        (swapped_images_and_hashes, r"images/calm/\w+\.png: its metadata is of another image"),
+        (huge_image, r"images/mini/\w+\.png: .* must have at most 67108864 pixels"),
         (deleted_image, r"images/mini/\w+\.png: missing"),
         (stray_image, r"images/mini/more\.png: has no record"),
         (edited_verdict, r"scores\.json: differs from scoring the run again .*inputs"),
@@ -235,6 +278,7 @@ def edited_protocol(folder):
             r"samples\.jsonl: 1 of 6 images of 'mini' for 'mini:skulls' are missing|has no record",
         ),
         (torn_line, r"detections\.jsonl: its last line is torn"),
+        (edited_guards, "its metadata has another trace of the guards"),
         (moved_seed, r"samples\.jsonl: \w+ has seed: 7 and 1"),
         (other_key, r"samples\.jsonl: 0000000000000000 is not in the plan"),
         (edited_change, r"changes\.jsonl: \w+ has 0\.0, the images give 0\.\d+"),
@@ -285,8 +329,24 @@ def test_a_line_that_is_not_json_is_reported(copy):
     lines = (copy / SAMPLES).read_text().splitlines()
     lines[2] = lines[2][:40]
     (copy / SAMPLES).write_text("\n".join(lines) + "\n")
-    with pytest.raises(FileError, match=r"samples\.jsonl:3 is damaged: Invalid JSON"):
+    with pytest.raises(FileError, match=r"samples\.jsonl:3' is damaged: Invalid JSON"):
         verify(Run.open(copy))
+
+
+@pytest.mark.parametrize("line", ['{"stack": "mi\n', '{"stack": 1}\n'])
+def test_a_damaged_line_of_seconds_is_reported(copy, line):
+    with (copy / TIMINGS).open("a") as file:
+        file.write(line)
+    with pytest.raises(FileError, match=r"timings\.jsonl:\d+' is damaged"):
+        verify(Run.open(copy))
+
+
+def test_a_torn_line_of_seconds_is_reported(copy):
+    with (copy / TIMINGS).open("a") as file:
+        file.write('{"stack": "mi')
+    assert verify(Run.open(copy)) == [
+        "timings.jsonl: its last line is torn. Resume the run to repair it"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -294,9 +354,9 @@ def test_a_line_that_is_not_json_is_reported(copy):
     [
         (
             score_that_is_no_number,
-            r"detections\.jsonl:1 is damaged: detections\.items\.0\.score must be a finite number",
+            r"detections\.jsonl:1' is damaged: detections\.items\.0\.score must be a finite number",
         ),
-        (damaged_features, r"features\.jsonl:3 is damaged: features: features must be base64"),
+        (damaged_features, r"features\.jsonl:3' is damaged: features: features must be base64"),
     ],
 )
 def test_a_damaged_value_is_reported_with_line_and_field(copy, harm, says):
@@ -330,13 +390,13 @@ def test_a_line_without_its_key_is_reported(copy, journal, key, harm):
     at = 0 if journal == JUDGES else 2
     edit(copy / journal, at, lambda line: harm(line, key))
     for read in (verify, score_run):
-        with pytest.raises(FileError, match=rf"{journal}:{at + 1} is damaged: {key} "):
+        with pytest.raises(FileError, match=rf"{journal}:{at + 1}' is damaged: {key} "):
             read(Run.open(copy))
 
 
 def test_an_invalid_card_is_refused_in_one_line(copy):
     (copy / CARD).write_text("{}")
-    with pytest.raises(FileError, match="is not a run's card"):
+    with pytest.raises(FileError, match=r"protocol\.json. is damaged: id is required"):
         Run.open(copy)
     (copy / CARD).unlink()
     with pytest.raises(FileError, match=r"is not a run: it has no protocol\.json"):

@@ -96,3 +96,30 @@ def test_a_callback_that_only_looks_changes_nothing(pil):
     assert len(seen) == LAST + 1
     for one, other in zip(looked, plain, strict=True):
         assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
+
+
+def test_tensor_inputs_of_the_call_stay_beside_a_callback_with_such_an_attribute(pil):
+    """Only diffusers' own callbacks replace those of the call."""
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(sorted(tensors))
+        return {}
+
+    callback.tensor_inputs = ["latents"]
+    inputs = ["prompt_embeds"]
+    pil([SLD], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
+    assert seen == [inputs] * (LAST + 1)
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_guidance_rescaled_by_a_callback_withholds(tiny_model, tiny_xl, generate, family):
+    def rescale(pipe, step, timestep, tensors):
+        pipe._guidance_rescale = 1.0 if step == 1 else 0.0
+        return {}
+
+    pipe = tiny_model.pipeline if family == "sd" else tiny_xl
+    outputs = generate(pipe, [SLD], callback_on_step_end=rescale)
+    reason = "calls: guidance was off or rescaled in 1 of 4 steps, and a guard needs it"
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, reason)] * 2
+    assert all(o.image is not None for o in generate(pipe, [SAFREE], callback_on_step_end=rescale))

@@ -13,6 +13,7 @@ from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.latent_guard.head import ClipTextFeatures
+from safegen.models.text_encoder import TextEncoderView
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
 READERS = ["dual-latent", "latent-guard", "safree"]
@@ -98,11 +99,64 @@ def test_an_unchanged_text_encoder_encodes_the_concepts_once(
     assert rows == [1, len(concepts), *[1, len(PROMPTS)] * 2]
 
 
+def test_concepts_are_tokenized_again_only_if_the_tokenizer_changed(
+    make_model, generate, passing_settings, monkeypatch
+):
+    texts, own = [], TextEncoderView.token_ids
+    monkeypatch.setattr(
+        TextEncoderView, "token_ids", lambda self, text: texts.append(text) or own(self, text)
+    )
+    concepts = [f"a {color} cube" for color in ("red", "blue", "green", "white")]
+    settings = passing_settings["latent-guard"] | {"concepts": concepts}
+    pipe = make_model().pipeline
+    engine = GuardedPipeline(pipe, [make_guard("latent-guard", **settings)])
+
+    def tokenized():
+        texts.clear()
+        generate(pipe, engine=engine, prompts=PROMPTS)
+        return len([text for text in texts if text in concepts])
+
+    assert tokenized() == 0
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    assert [tokenized() > 0, tokenized()] == [True, 0]
+    pipe.tokenizer.add_tokens(["<new>"])
+    assert [tokenized() > 0, tokenized()] == [True, 0]
+    pipe.tokenizer.model_max_length -= 1
+    assert [tokenized() > 0, tokenized()] == [True, 0]
+
+
 def test_latent_guard_refuses_an_encoder_that_its_head_does_not_fit(
     make_model, generate, passing_settings
 ):
     pipe = make_model().pipeline
     engine = GuardedPipeline(pipe, [make_guard("latent-guard", **passing_settings["latent-guard"])])
     pipe.text_encoder = T5EncoderModel(T5Config(vocab_size=64, d_model=32, num_layers=1))
-    with pytest.raises(ConfigError, match="text_encoder must be a CLIP for 'latent-guard'"):
+    with pytest.raises(ConfigError, match=r"'latent-guard' cannot .* needs a CLIP text encoder"):
         generate(pipe, engine=engine, prompts=PROMPTS)
+    with pytest.raises(ConfigError, match="text_encoder must be a CLIP for 'latent-guard'"):
+        ClipTextFeatures(engine.adapter)
+
+
+INSIDE = ["dual-latent", "negative-prompt", "safree", "sld"]
+CROPS = {"moves": "embedding", "judge": "mini", "threshold": 1.0, "probes": 1, "steps": 1}
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "crops"])
+def test_a_lora_scale_of_the_call_is_refused_with_a_lora_on_a_text_encoder(
+    make_model, generate, passing_settings, name
+):
+    """The pipeline's own texts would be encoded with it, and those of the guard without it."""
+    pipe = make_model().pipeline
+    settings = CROPS if name == "crops" else passing_settings[name]
+    engine = GuardedPipeline(pipe, [make_guard(name, **settings)])
+    scaled = {"engine": engine, "cross_attention_kwargs": {"scale": 0.1}, "output_type": "pil"}
+    assert generate(pipe, **scaled)  # without a LoRA the scale changes nothing
+    load_lora(pipe)
+    says = rf"scale of cross_attention_kwargs must be 1 with {name}, got 0\.1\. .* set_adapters"
+    with pytest.raises(ConfigError, match=says) as caught:
+        generate(pipe, **scaled)
+    assert "\n" not in str(caught.value)
+    for own in ({"scale": 1.0}, {"scale": None}, {}, None):
+        assert generate(pipe, **scaled | {"cross_attention_kwargs": own})
+    words = make_guard("prompt-filter", words=["skull"])
+    assert generate(pipe, [words], cross_attention_kwargs={"scale": 0.1})[0].image is not None

@@ -307,3 +307,19 @@ def test_probes_do_not_run_the_deprecated_callback(tiny_model, generate, monkeyp
             callback_steps=1,
         )
     assert seen == [0, 1, 2, 3]
+
+
+def test_probes_shorter_than_the_warmup_of_sld_run_and_a_shorter_call_is_refused(
+    tiny_model, generate
+):
+    guards = [
+        make_guard("crops", "one-step", judge="mini", threshold=1.0, probes=1),
+        make_guard("sld", "released", text="a red cube"),
+    ]
+    options = {"prompts": PROMPTS, "output_type": "pil"}
+    crops, sld = generate(tiny_model.pipeline, guards, num_inference_steps=11, **options)[
+        0
+    ].trace.guards
+    assert (crops.calls, sld.scores["steps"]) == (1, 1)
+    with pytest.raises(ConfigError, match="must be less than the run's 10 steps"):
+        generate(tiny_model.pipeline, guards, num_inference_steps=10, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,6 +45,9 @@ def test_every_guard_names_its_paper_and_deviations(name):
     assert guard.paper
     assert guard.code_url == "" or guard.code_url.startswith("https://")
     assert guard.paper == "ours" or guard.deviations.endswith(".")
+    if guard.code_url.startswith("https://github.com/"):
+        assert re.fullmatch(r"[0-9a-f]{7,40}", guard.code_commit)
+        assert guard.parity.endswith(".")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -169,6 +171,13 @@ def test_calibrate_refuses_too_few_prompts_for_the_rate(adapter, head):
         ConfigError, match=r"rate must be 0 or at least 1 / prompts, got 0.01 with 3 prompts"
     ):
         calibrate(adapter, head, ["cube"], ["a", "b", "c"], rate=0.01)
+
+
+def test_calibrate_refuses_scores_of_nan(make_model, head):
+    pipe = make_model().pipeline
+    next(pipe.text_encoder.parameters()).data.fill_(math.nan)
+    with pytest.raises(ConfigError, match="scores of benign prompts must be finite, got nan"):
+        calibrate(PipelineAdapter(pipe), head, ["cube"], ["a ball"], rate=0.0)
 
 
 def test_blocks_the_concept_and_generates_the_rest(tiny_model, adapter, head, generate, tmp_path):

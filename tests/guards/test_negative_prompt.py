@@ -78,3 +78,15 @@ def test_adds_no_denoiser_rows(tiny_model, generate):
 )
 def test_join_texts_uses_a_comma(own, more, both):
     assert join_texts(own, more) == both
+
+
+@pytest.mark.parametrize("negative", ["A red cube ", ["a tree", "a red cube"]])
+def test_sld_beside_an_equal_negative_prompt_of_the_call_is_refused(tiny_model, generate, negative):
+    sld = {"name": "sld", "preset": "max", "text": "a red cube"}
+    with pytest.raises(ConfigError, match="'sld' would have no effect: the negative prompt equals"):
+        generate(tiny_model.pipeline, [sld], negative_prompt=negative)
+    joined = [sld, {"name": "negative-prompt", "text": "cube"}]
+    pipe = tiny_model.pipeline
+    assert generate(pipe, joined, negative_prompt=negative)[0].image is not None
+    with pytest.raises(ConfigError, match="'sld' would have no effect"):
+        generate(pipe, [sld | {"text": "a tree, cube"}, joined[1]], negative_prompt="a tree")

@@ -11,6 +11,7 @@ from safegen.core.errors import ConfigError, UserError
 from safegen.guards import GuardConfig, GuardResult, read_guard
 from safegen.guards.core.adapter import ALL_POINTS, TextEmbeds
 from safegen.guards.core.base import Guard, GuardHook
+from safegen.guards.core.checks import check_options
 from safegen.guards.core.pipeline import GuardedPipeline
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
@@ -80,6 +81,9 @@ class FaultyHook(GuardHook):
 
     def guidance_correction(self, predictions):
         self.guard.enter("guidance_correction")
+
+    def submodule_hooks(self, network):
+        return [(network.conv_in, lambda *_: self.guard.enter("submodule_hooks"))]
 
     def on_step_end(self, latents):
         self.guard.enter("on_step_end")
@@ -254,6 +258,7 @@ FAULTS = [
     "edit_prompt_embeds",
     "extra_conditions",
     "guidance_correction",
+    "submodule_hooks",
     "on_step_end",
     "results",
     "check_images",
@@ -277,7 +282,7 @@ def test_guards_run_without_autocast_except_for_encoding(pipe, generate):
         generate(pipe, engine=engine, output_type="pil")
     autocast = engine.guards[0].autocast
     assert autocast.pop("start")  # texts are encoded as the pipeline encodes its own
-    assert len(autocast) == 8
+    assert len(autocast) == 9
     assert not any(autocast.values())
 
 
@@ -313,7 +318,8 @@ def test_guidance_turned_off_by_a_callback_withholds(pipe, generate, guard):
     )
     assert [o.image for o in outputs] == [None, None]
     assert (
-        outputs[0].trace.reason == "calls: guidance was off in 2 of 4 steps, and a guard needs it"
+        outputs[0].trace.reason
+        == "calls: guidance was off or rescaled in 2 of 4 steps, and a guard needs it"
     )
 
 
@@ -694,7 +700,9 @@ def test_several_images_per_prompt_on_wan_and_on_a_pipeline_without_them(tiny_wa
 
 def test_guidance_rescale_none_is_allowed(pipe, generate):
     engine = GuardedPipeline(pipe, [read_guard(SLD)])
-    engine.adapter.check_options({"guidance_rescale": None}, guided=["sld"], inside=["sld"])
+    check_options(
+        engine.adapter, {"guidance_rescale": None}, guided=["sld"], inside=["sld"], reading=["sld"]
+    )
 
 
 def test_a_keyboard_interrupt_restores_the_pipeline(pipe, generate):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safegen.guards import GuardConfig, make_guard
 from safegen.guards.core.adapter import PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.guards.core.result import InvalidResultError
 from safegen.guards.safree.projection import (
     ProjectionConfig,
     apply_projection,
@@ -32,6 +35,14 @@ PROMPT = "a red cube on a white table"
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_vectors_without_a_span_are_refused(bad):
+    vectors = torch.zeros(2, 4)
+    vectors[1, 2] = bad
+    with pytest.raises(InvalidResultError, match="text embeddings must be finite, and not all"):
+        span(vectors)
 
 
 def test_span_equals_the_formula_of_the_paper(rng):
@@ -167,10 +178,18 @@ def test_calibrate_returns_the_midpoint_or_refuses(tiny_model):
         calibrate(adapter, guard, unsafe=[], benign=[low])
 
 
+def test_calibrate_refuses_an_encoder_of_nan_in_one_line(make_model):
+    pipe = make_model().pipeline
+    next(pipe.text_encoder.parameters()).data.fill_(math.nan)
+    with pytest.raises(ConfigError, match="text embeddings must be finite") as caught:
+        calibrate(PipelineAdapter(pipe), make_guard(**CUBE), unsafe=["a cube"], benign=["a ball"])
+    assert "\n" not in str(caught.value)
+
+
 def test_warns_of_slope_without_filter_and_refuses_wan(tiny_wan):
     with pytest.warns(UnusedSettingWarning, match="slope has no effect without middle"):
         make_guard(**CUBE, slope=5.0)
-    says = "it needs a StableDiffusionPipeline or StableDiffusionXLPipeline"
+    says = "it needs a StableDiffusionPipeline or StableDiffusionImg2ImgPipeline or "
     with pytest.raises(ConfigError, match=says):
         GuardedPipeline(tiny_wan, [make_guard(**CUBE)])
 
@@ -346,6 +365,18 @@ def test_reattention_is_refused_without_shared_rows_and_withholds_if_removed(tin
     )
     assert generate(pipe, [guard], [PROMPT])[0].image is not None
     assert not any(block._forward_pre_hooks for block in pipe.unet.up_blocks)
+
+
+def test_reattention_withholds_where_a_callback_turns_guidance_off(tiny_model, generate):
+    from diffusers.callbacks import SDCFGCutoffCallback
+
+    off = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    guard = CUBE | {"reattend": True}
+    (output,) = generate(tiny_model.pipeline, [guard], [PROMPT], callback_on_step_end=off)
+    reason = "calls: guidance was off or rescaled in 2 of 4 steps, and a guard needs it"
+    assert (output.image, output.trace.reason) == (None, reason)
+    (plain,) = generate(tiny_model.pipeline, [CUBE], [PROMPT], callback_on_step_end=off)
+    assert plain.trace.action == "edit"  # the projection alone needs no guidance
 
 
 @pytest.mark.parametrize("bad", [0, 1])

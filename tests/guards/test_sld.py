@@ -21,6 +21,13 @@ PUBLISHED = {
     "released-strong": "STRONG",
     "released-max": "MAX",
 }
+LEAST_EFFECT = {
+    "released-weak": (8e-5, 2e-3),
+    "released": (1.5e-3, 3e-2),
+    "released-strong": (7e-3, 2.5e-2),
+    "released-max": (8e-2, 8e-2),
+}
+"""Least change of a pixel by the published pipeline, without and with a scaled warm-up."""
 SMALL = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
 
 
@@ -70,12 +77,10 @@ def test_equals_the_published_pipeline(tiny_model, safe, generate, preset, negat
             generator=[torch.Generator().manual_seed(i) for i in range(2)],
         ).images
     ours = generate(tiny_model.pipeline, [guard], num_inference_steps=steps, **more)
-    assert np.abs(arrays(ours) - theirs).max() <= 1e-5
-    if not scale_warmup or preset == "released-max":
-        assert (
-            np.abs(theirs - generate(tiny_model.pipeline, num_inference_steps=steps, **more)).max()
-            > 3e-5
-        )  # SLD has an effect here
+    plain = generate(tiny_model.pipeline, num_inference_steps=steps, **more)
+    effect, difference = np.abs(theirs - plain).max(), np.abs(arrays(ours) - theirs).max()
+    assert effect > LEAST_EFFECT[preset][scale_warmup]
+    assert difference <= min(1e-5, effect / 100)
 
 
 def test_is_refused_if_the_negative_prompt_equals_its_text(tiny_model):
@@ -97,11 +102,12 @@ def test_is_refused_if_the_negative_prompt_equals_its_text(tiny_model):
 
 def test_the_trace_reports_for_each_image_whether_it_was_steered(tiny_model, generate):
     guards = [make_guard("sld", "max", text=TEXT)]
-    outputs = generate(tiny_model.pipeline, guards, negative_prompt=[TEXT, ""])
-    plain = generate(tiny_model.pipeline, negative_prompt=[TEXT, ""])
+    same_tokens = TEXT.replace(" ", "  ")  # an equal text is refused
+    outputs = generate(tiny_model.pipeline, guards, negative_prompt=[same_tokens, ""])
+    plain = generate(tiny_model.pipeline, negative_prompt=[same_tokens, ""])
     np.testing.assert_allclose(
         arrays(outputs)[0], plain[0], rtol=0, atol=1e-5
-    )  # the negative prompt equals the text: no correction
+    )  # the negative prompt reads like the text: no correction
     assert not np.allclose(arrays(outputs)[1], plain[1], atol=1e-3)
     assert [(o.trace.action, o.trace.guards[0].scores["steps"] > 0) for o in outputs] == [
         ("none", False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,11 +11,12 @@ from PIL import Image
 from safegen.guards import GuardConfig, GuardResult, make_guard
 from safegen.guards.core.base import Guard
 from safegen.guards.core.pipeline import GuardedPipeline
-from safegen.guards.judge_filter import JudgeBackedConfig
+from safegen.guards.judge_filter import JudgeBackedConfig, censor_whole
 from safegen.guards.safety_checker import SafetyCheckerConfig
 from safegen.judges import Detection, Detections
 
 NAN = float("nan")
+PICTURES = ("a castle on a hill", "a ship in a storm")
 WITH_JUDGE = ["crops", "judge-filter", "pno", "safety-checker"]
 
 
@@ -58,6 +61,9 @@ def judged(tiny_model, generate, passing_settings, monkeypatch):
         pytest.param(lambda: Detections((Detection("bad", NAN), Detection("bad", 0.3))), id="both"),
         pytest.param(lambda: "safe", id="text"),
         pytest.param(lambda: Detections(({"label": "bad", "score": 0.9},)), id="item"),
+        pytest.param(lambda: Detections((Detection("bad", -1.0),)), id="negative"),
+        pytest.param(lambda: Detections((Detection("bad", 1.5),)), id="above one"),
+        pytest.param(lambda: Detections((Detection("BAD", 0.9),)), id="unknown label"),
     ],
 )
 def test_detections_that_contradict_themselves_withhold(judged, name, detections):
@@ -72,6 +78,29 @@ def test_plain_detections_are_read_by_labels_and_threshold(judged, name):
     assert {o.trace.action for o in fine} == {"none"}
     bad = judged(name, lambda: Detections((Detection("bad", 0.6),)))
     assert {o.trace.action for o in bad} == {"block" if name == "crops" else "black"}
+
+
+@pytest.mark.parametrize("name", WITH_JUDGE)
+def test_a_judge_without_labels_withholds(judged, name, monkeypatch):
+    monkeypatch.setattr(FixedJudge, "labels", ())
+    outputs = judged(name, lambda: Detections((Detection("bad", 0.9),)))
+    reason = f"error: {name}: the judge has no labels, and would call every image safe"
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, reason)] * 2
+
+
+@pytest.mark.parametrize("name", WITH_JUDGE)
+def test_labels_outside_the_label_space_of_a_judge_withhold(judged, name, monkeypatch):
+    monkeypatch.setattr(FixedJudge, "labels", ("bda",))
+    outputs = judged(name, lambda: Detections((Detection("bad", 0.9),)))
+    reason = f"error: {name}: the judge's labels must be in its label_space"
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, reason)] * 2
+
+
+@pytest.mark.parametrize("make", [iter, list, lambda items: (item for item in items)])
+@pytest.mark.parametrize("name", WITH_JUDGE)
+def test_detections_are_kept_whatever_holds_them(judged, name, make):
+    outputs = judged(name, lambda: Detections(make((Detection("bad", 0.9),))))
+    assert {o.trace.action for o in outputs} == {"block" if name == "crops" else "black"}
 
 
 class ReplacingConfig(GuardConfig):
@@ -93,16 +122,93 @@ class ReplacingGuard(Guard):
             "same": lambda image: image,
             "copy": lambda image: image.copy(),
             "rgba": lambda image: image.convert("RGBA"),
+            "larger": lambda image: image.resize((2 * image.width, 3 * image.height)),
+            "cropped": lambda image: image.crop((1, 1, *image.size)),
+            "palette": lambda image: image.quantize(256),
+            "dithered": lambda image: image.convert("P"),
+            "brighter": lambda image: image.point(lambda value: min(value + 2, 255)),
+            "another": lambda image: images[image is images[0]].copy(),
+            "in place": lambda image: image.paste(image.resize((2, 2)).resize(image.size)) or image,
             "black": lambda image: Image.new("RGB", image.size),
+            "blur": lambda image: censor_whole(image, "blur"),
+            "mosaic": lambda image: censor_whole(image, "mosaic"),
         }[self.config.how]
         return [GuardResult("mosaic", "seen", image=made(image)) for image in images]
 
 
-@pytest.mark.parametrize("how", ["same", "copy", "rgba"])
-def test_an_image_replaced_by_itself_withholds(tiny_model, generate, how):
-    outputs = generate(tiny_model.pipeline, [ReplacingConfig(how=how)], output_type="pil")
+@pytest.fixture(scope="module")
+def bundled():
+    """Return the pipeline of the bundled model, whose images are not noise."""
+    from safegen.models.loading import load
+
+    return load("mini").pipeline
+
+
+TWINS = ["same", "copy", "rgba", "larger", "cropped", "palette", "dithered", "brighter", "another"]
+
+
+@pytest.mark.parametrize("how", TWINS)
+def test_an_image_replaced_by_one_that_shows_it_withholds(bundled, generate, how):
+    guards = [ReplacingConfig(how=how)]
+    outputs = generate(bundled, guards, PICTURES, output_type="pil")
     assert [o.image for o in outputs] == [None, None]
-    assert outputs[0].trace.reason == "error: replacing: the replacement equals the image"
+    reason = "error: replacing: the replacement shows a generated image"
+    assert {o.trace.reason for o in outputs} == {reason}
+
+
+@pytest.mark.parametrize("how", ["black", "blur", "mosaic"])
+def test_each_cover_of_the_package_is_shown(bundled, generate, how):
+    guards = [ReplacingConfig(how=how)]
+    outputs = generate(bundled, guards, PICTURES, output_type="pil")
+    assert [(o.image is None, o.trace.action) for o in outputs] == [(False, "mosaic")] * 2
+
+
+class UndoingConfig(GuardConfig):
+    """Settings of two guards of one hand: the first covers the images, the second shows them."""
+
+    name: str = "undoing"
+    how: str
+    hook_points = frozenset({"image"})
+
+    def build(self, adapter):
+        return UndoingGuard(self)
+
+
+class UndoingGuard(Guard):
+    """A guard that keeps the images and covers them, or undoes the cover without an action."""
+
+    kept: ClassVar[list[Image.Image]] = []
+
+    def check_images(self, images, prompts):
+        if self.config.how == "cover":
+            self.kept[:] = [image.copy() for image in images]
+            return [GuardResult("black", image=Image.new("RGB", i.size)) for i in images]
+        if self.config.how == "in place":
+            for image, kept in zip(images, self.kept, strict=True):
+                image.paste(kept)
+            return [GuardResult() for _ in images]
+        return [GuardResult(self.config.how, "seen", image=kept) for kept in self.kept]
+
+
+@pytest.mark.parametrize("how", ["none", "edit", "black", "in place"])
+def test_a_later_guard_cannot_undo_a_cover(tiny_model, generate, how):
+    guards = [UndoingConfig(how="cover"), UndoingConfig(how=how)]
+    outputs = generate(tiny_model.pipeline, guards, output_type="pil")
+    assert [(o.image, o.trace.action) for o in outputs] == [(None, "withhold")] * 2
+
+
+@pytest.mark.parametrize("image", ["black.png", None])
+def test_a_cover_that_is_no_image_withholds(tiny_model, generate, monkeypatch, image):
+    result = GuardResult("black", "seen", image=image)
+    monkeypatch.setattr(UndoingGuard, "check_images", lambda self, images, _: [result] * 2)
+    outputs = generate(tiny_model.pipeline, [UndoingConfig(how="")], output_type="pil")
+    reason = "error: undoing: the action 'black' needs an image to show"
+    assert [(o.image, o.trace.reason) for o in outputs] == [(None, reason)] * 2
+
+
+def test_an_image_may_be_covered_in_place(tiny_model, generate):
+    outputs = generate(tiny_model.pipeline, [ReplacingConfig(how="in place")], output_type="pil")
+    assert [(o.image is None, o.trace.action) for o in outputs] == [(False, "mosaic")] * 2
 
 
 def test_a_second_guard_may_replace_a_replacement_by_its_equal(tiny_model, generate):

@@ -157,7 +157,7 @@ def test_a_network_that_returns_nan_leaves_images_unjudged():
         ({"unsafe": ["skulls"]}, "needs a list of safe prompts"),
         (
             {"unsafe": "skulls", "safe": ["a castle"]},
-            "needs a list of unsafe prompts, got 'skulls'",
+            "option 'unsafe' of the judge 'clip': 'str' instances are not allowed",
         ),
         ({"unsafe": ["skulls"], "safe": ["skulls"]}, "must differ"),
         ({"unsafe": ["unsafe"], "safe": ["a castle"]}, "must differ"),

@@ -33,6 +33,24 @@ def test_an_option_of_a_judge_without_options_raises():
         load_judge("mini", weights="x")
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("nudenet", "threads", "many"),
+        ("nudenet", "channels", "cmyk"),
+        ("open-nsfw", "weights", 5),
+        ("sd-safety-checker", "adjustment", float("nan")),
+        ("sd-safety-checker", "device", ["cpu"]),
+        ("clip", "unsafe", "a skull"),
+        ("clip", "safe", [1]),
+    ],
+)
+def test_an_option_of_another_type_raises(name, option, value):
+    with pytest.raises(ConfigError, match=f"option '{option}' of the judge '{name}': ") as caught:
+        load_judge(name, **{option: value})
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["sd-safety-checker", "q16", "clip"])
 def test_missing_weights_raise_in_one_line_with_the_setting(name):
     with pytest.raises(ConfigError) as caught:

@@ -218,14 +218,14 @@ def test_the_id_depends_on_the_file_and_the_channel_order(judge):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"channels": "grb"}, ConfigError, "channels must be bgr or rgb, got 'grb'"),
+        ({"channels": "grb"}, ConfigError, "value must be 'bgr' or 'rgb', got 'grb'"),
         (
             {"providers": "CUDAExecutionProvider"},
             UnknownNameError,
             "no installed ONNX Runtime provider named 'CUDAExecutionProvider'",
         ),
         ({"providers": []}, ConfigError, "providers must have at least one name"),
-        ({"threads": 0}, ConfigError, "threads must be >= 1, got 0"),
+        ({"threads": 0}, ConfigError, "threads must be in 1..1024, got 0"),
         ({"weights": "no.onnx"}, FileError, "no.onnx cannot be used"),
     ],
 )

@@ -213,13 +213,13 @@ def test_an_sd2_file_without_a_prediction_type_is_refused(small, tmp_path):
             "sdxl",
             {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"},
             {},
-            r"must be SDXL, as its weights are, got stable-diffusion-xl-turbo-v1.*--config",
+            r"must be SDXL, as its weights are, got 'stable-diffusion-xl-turbo-v1.*--config",
         ),
         (
             "sd1",
             {"modelspec.architecture": "stable-diffusion-v1/inpainting"},
             {},
-            r"must be SD 1.x, as its weights are, got stable-diffusion-v1/inpainting",
+            r"must be SD 1.x, as its weights are, got 'stable-diffusion-v1/inpainting",
         ),
         (
             "sd1",
@@ -291,9 +291,7 @@ def test_a_header_with_conflicting_file_names_is_refused(small, tmp_path):
         tmp_path / "x.safetensors",
         metadata={CONFIGS_KEY: json.dumps({"tokenizer": "x", "tokenizer/a.json": "{}"})},
     )
-    with pytest.raises(
-        FileError, match="is damaged: its header's safegen_configs cannot be written"
-    ):
+    with pytest.raises(FileError, match=r"safegen_configs of .* must match pattern.*'tokenizer'"):
         load(str(tmp_path / "x.safetensors"))
 
 

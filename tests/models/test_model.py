@@ -136,7 +136,7 @@ def test_a_path_object_is_a_folder_even_with_a_registered_name(
 def test_unreadable_metadata_is_one_line(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "m")
     (tmp_path / "m" / "safegen.json").mkdir()
-    with pytest.raises(FileError, match="cannot be read"):
+    with pytest.raises(FileError, match=r"safegen\.json' must be a regular file, got a folder"):
         load(tmp_path / "m")
 
 
@@ -239,29 +239,41 @@ DAMAGE = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "must be a diffusers folder"),
     "an index that is no JSON": (
         lambda f: (f / "model_index.json").write_text("{"),
-        "must be JSON",
+        "model_index.json' is not JSON",
     ),
     "an index that is a list": (
         lambda f: (f / "model_index.json").write_text("[]"),
-        "must be JSON",
+        "model_index.json' must be a JSON object",
     ),
     "an index of bytes": (
         lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe"),
-        "must be JSON",
+        "model_index.json' is not UTF-8",
     ),
     "another family": (
         lambda f: _index(f, _class_name="FluxPipeline"),
-        "must be one of StableDiffusionPipeline.* got FluxPipeline",
+        "_class_name must be 'StableDiffusionPipeline' or .* got 'FluxPipeline'",
     ),
-    "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "there is no .safetensors"),
+    "no denoiser": (lambda f: shutil.rmtree(f / "unet"), "unet/config.json' does not exist"),
     "no denoiser weights": (lambda f: (f / UNET).unlink(), "there is no .safetensors"),
-    "no autoencoder": (lambda f: shutil.rmtree(f / "vae"), "cannot be read"),
+    "no autoencoder": (lambda f: shutil.rmtree(f / "vae"), "vae/config.json' does not exist"),
     "no text encoder weights": (lambda f: (f / TEXT).unlink(), "cannot be read"),
-    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be read"),
-    "a truncated denoiser": (lambda f: _cut(f / UNET), "cannot be read"),
-    "a truncated autoencoder": (lambda f: _cut(f / VAE), "cannot be read"),
-    "a truncated text encoder": (lambda f: _cut(f / TEXT), "cannot be read"),
-    "an empty denoiser": (lambda f: (f / UNET).write_bytes(b""), "cannot be read"),
+    "no scheduler": (
+        lambda f: shutil.rmtree(f / "scheduler"),
+        "scheduler_config.json' does not exist",
+    ),
+    "a truncated denoiser": (
+        lambda f: _cut(f / UNET),
+        "cannot be read|not a readable safetensors file",
+    ),
+    "a truncated autoencoder": (
+        lambda f: _cut(f / VAE),
+        "cannot be read|not a readable safetensors file",
+    ),
+    "a truncated text encoder": (
+        lambda f: _cut(f / TEXT),
+        "cannot be read|not a readable safetensors file",
+    ),
+    "an empty denoiser": (lambda f: (f / UNET).write_bytes(b""), "not a readable safetensors file"),
     "NaN in the denoiser": (lambda f: _nan(f / UNET), "NaN or infinite weights in unet"),
     "NaN in the autoencoder": (lambda f: _nan(f / VAE), "NaN or infinite weights in vae"),
     "NaN in the text encoder": (
@@ -314,7 +326,7 @@ def test_pickles_are_opened_if_allowed(folder, tiny_model, pickled):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "one-file checkpoint")]
+    ("name", "words"), [("model.ckpt", "pickle"), ("model.safetensors", "it has 7 bytes")]
 )
 def test_an_invalid_single_file_is_refused(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"weights")
@@ -329,6 +341,12 @@ def test_an_unknown_name_suggests_the_nearest():
         load("mini", dtype="fp8")
     with pytest.raises(UnknownNameError, match="nor a folder of that name"):
         load("a castle " * 600)
+
+
+@pytest.mark.parametrize("device", ["meta", "meta:0"])
+def test_a_device_without_values_is_refused(device):
+    with pytest.raises(ConfigError, match=rf"device must be one that holds values, got '{device}'"):
+        load("mini", device=device)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu:7"])

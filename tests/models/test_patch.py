@@ -120,7 +120,10 @@ DAMAGE = {
         lambda p: _resave(p, _nothing, {"format": "pt"}),
         "must be a safegen patch",
     ),
-    "safetensors without a header": (lambda p: _resave(p, _nothing, {}), "must be a safegen patch"),
+    "safetensors without a header": (
+        lambda p: _resave(p, _nothing, {}),
+        "must be a safegen patch, .*, got a file that states none",
+    ),
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
     "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch without tensors"),

@@ -22,7 +22,7 @@ def train_clip(work: Path, *, steps: int = 900) -> None:
     captions = CaptionTable(data)
     folder = work / "pipeline" / "tokenizer"
     if not folder.exists():
-        with staged_directory(folder, last="tokenizer_config.json") as tmp:
+        with staged_directory(folder) as tmp:
             build_tokenizer(captions.texts[:-1]).save_pretrained(tmp)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(captions.texts, padding="max_length", truncation=True).input_ids)

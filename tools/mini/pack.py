@@ -56,7 +56,7 @@ def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
     )
     judge = load_file(work / "judge.safetensors")
     shutil.rmtree(output / "weights", ignore_errors=True)
-    with staged_directory(output / "weights", last="pipeline") as staged:
+    with staged_directory(output / "weights") as staged:
         target = {
             path: staged / path.relative_to(weights)
             for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())

@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, DivergedError, FileError
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_RANK, BaseSettings
 from safegen.data.images import read_image
 from safegen.data.triplets.triplets import Triplets, read_role
 from safegen.edits.functional import losses
@@ -43,24 +44,22 @@ CHECKPOINT_EVERY = 25
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class FineTuneConfig(BaseModel):
+class FineTuneConfig(BaseSettings):
     """Settings of a fine-tune: the plain denoising loss on a LoRA of the attention layers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    updates: tuple[int, ...] = Field(default=(200,), min_length=1)
+    updates: tuple[Annotated[int, Field(le=MAX_COUNT)], ...] = Field(default=(200,), min_length=1)
     """Optimizer updates after which a patch is taken, rising; one training takes them all."""
     selector: str = "attention"
     """Layers that get a LoRA."""
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the LoRA."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0, le=10)
     """Constant learning rate of AdamW; diffusers' LoRA example has 1e-4, for a full-size model."""
-    batch: int = Field(default=8, ge=1)
+    batch: int = Field(default=8, ge=1, le=MAX_BATCH)
     """Images in an update."""
     precision: Precision = "auto"
     """Arithmetic of the forward pass; `auto` lets the device decide."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the LoRA's initial values and of every draw."""
 
     @model_validator(mode="after")

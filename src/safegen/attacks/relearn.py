@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from safegen.attacks.finetune import (
     Data,
@@ -23,11 +23,14 @@ from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
+from safegen.core.settings import MAX_COUNT, BaseSettings, Seeds
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.card import check_directory
+from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import Role
@@ -40,10 +43,8 @@ EDITED, FINETUNED, CONTROL, MODULAR = "edited", "finetuned", "control", "modular
 """Names of the stacks: before the attack, and with `-N` after N updates."""
 
 
-class RelearnConfig(BaseModel):
+class RelearnConfig(BaseSettings):
     """Settings of the relearning attack."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     data: Data = "benign"
     """Fine-tune on `benign` images, as an ordinary user, or on images of the `concept`."""
@@ -51,9 +52,9 @@ class RelearnConfig(BaseModel):
     """How the fine-tune trains."""
     modular: bool = False
     """Also fine-tune the untouched model, and measure it alone and with the edit's change added."""
-    prompts: int = Field(default=24, ge=1)
+    prompts: int = Field(default=24, ge=1, le=MAX_COUNT)
     """Number of prompts from each list of the concept."""
-    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
+    seeds: Seeds = Field(default=(1,), min_length=1)
     """Seeds for each prompt."""
     roles: tuple[Role, ...] = Field(default=("explicit", "innocent", "benign"), min_length=1)
     """Roles of the concept's prompt lists to measure on."""
@@ -138,33 +139,37 @@ def relearn(
         generation=config.generation,
         roles=config.roles,
     )
-    load_evaluators(protocol)  # a judge that is not installed stops the attack before the training
-    edited = stack.model_copy(update={"name": EDITED})
-    base = Stack(name="base", model=stack.model, config=stack.config)
-    if config.modular:
-        _check_modular([Patch.load(path) for path in stack.patches])
-    settings = {
-        "config": config.model_dump(mode="json"),
-        "dataset": dataset.to_dict(),
-        "stack": loader.hash(edited),
-        "protocol": protocol.decides(),
-        "device": f"{loader.device}, {loader.dtype}",
-    }
-    claim_directory(output_dir, {"workflow": "relearn"} | settings)
-    stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
-    if config.modular:
-        controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)
-        stacks += [*controls, *_add_edit(edited, controls, loader)]
-    run = evaluate(
-        protocol,
-        [base, edited, *stacks],
-        output_dir,
-        baselines="none",
-        references={attacked.name: EDITED for attacked in stacks},
-        loader=loader,
-        progress=progress,
-    )
-    write_report(open_runs([output_dir]), output_dir)
+    check_directory(output_dir)
+    with claim_run(output_dir):
+        load_evaluators(
+            protocol
+        )  # a judge that is not installed stops the attack before the training
+        edited = stack.model_copy(update={"name": EDITED})
+        base = Stack(name="base", model=stack.model, config=stack.config)
+        if config.modular:
+            _check_modular([Patch.load(path) for path in stack.patches])
+        settings = {
+            "config": config.model_dump(mode="json"),
+            "dataset": dataset.to_dict(),
+            "stack": loader.hash(edited),
+            "protocol": protocol.decides(),
+            "device": f"{loader.device}, {loader.dtype}",
+        }
+        claim_directory(output_dir, {"workflow": "relearn"} | settings)
+        stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
+        if config.modular:
+            controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)
+            stacks += [*controls, *_add_edit(edited, controls, loader)]
+        run = evaluate(
+            protocol,
+            [base, edited, *stacks],
+            output_dir,
+            baselines="none",
+            references={attacked.name: EDITED for attacked in stacks},
+            loader=loader,
+            progress=progress,
+        )
+        write_report(open_runs([output_dir]), output_dir)
     return run
 
 

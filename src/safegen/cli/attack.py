@@ -21,6 +21,7 @@ from safegen.cli.options import (
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
 from safegen.core.errors import ConfigError, explain
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_RANK, MAX_SEEDS, MAX_STEPS
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -48,7 +49,9 @@ def relearn(
     ] = DataChoice.benign,
     updates: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Evaluate after N updates (repeatable). [default: 200]"),
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Evaluate after N updates (repeatable). [default: 200]"
+        ),
     ] = None,
     triplets: Annotated[
         Path | None, typer.Option(help="Triplets with the images. [default: bundled ones]")
@@ -59,17 +62,19 @@ def relearn(
     modular: Annotated[
         bool, typer.Option("--modular", help="Also fine-tune the base and add the edit to it.")
     ] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 16,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
-    batch: Annotated[int, typer.Option(min=1, help="Images per update.")] = 8,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each list.")] = 24,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each prompt: 1 to N.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    rank: Annotated[int, typer.Option(min=1, max=MAX_RANK, help="Rank of the LoRA.")] = 16,
+    lr: Annotated[float, typer.Option(min=1e-12, max=10, help="Learning rate.")] = 5e-4,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per update.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Prompts of each list.")] = 24,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=MAX_SEEDS, help="Seeds of each prompt: 1 to N.")
+    ] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps.")] = 25,
     role: Annotated[
         list[str] | None,
         typer.Option(help="Role of the prompt lists (repeatable), as explicit or benign."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the fine-tune.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the fine-tune.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "fp32",
     threads: Threads = None,

@@ -10,6 +10,7 @@ import typer
 from safegen.cli.options import Settings, Threads, read_settings, resumable, set_threads
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
+from safegen.core.settings import MAX_COUNT, MAX_SEEDS
 
 
 def demo(
@@ -22,9 +23,12 @@ def demo(
     ] = False,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each list. [default: 24; --fast: 4]")
+        int | None,
+        typer.Option(min=1, max=MAX_COUNT, help="Prompts of each list. [default: 24; --fast: 4]"),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each prompt: 1 to N.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=MAX_SEEDS, help="Seeds of each prompt: 1 to N.")
+    ] = 1,
     preset: Annotated[str, typer.Option(help="Settings: default or paper.")] = "default",
     set_: Settings = None,
     threads: Threads = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import (
     Config,
     Device,
@@ -25,6 +26,7 @@ from safegen.core.errors import FileError
 
 
 def edit(
+    ctx: typer.Context,
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     triplets: Annotated[
@@ -55,7 +57,9 @@ def edit(
 
     Edits learn from triplets of images (`safegen`, `esd` ...) or from phrases (`uce`, `rece` ...).
     """
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
+    from safegen.core.files import claim_folder
+    from safegen.edits.training.checkpoint import CHECKPOINT_FILE
     from safegen.workflows.edit import prepare_edit
     from safegen.workflows.export import save_patch
 
@@ -70,7 +74,11 @@ def edit(
     )
     if settings.is_trained:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
-        _check_checkpoint_dir(checkpoint_dir, resume)
+        ctx.with_resource(claim_folder(checkpoint_dir))
+        if not resume and (checkpoint_dir / CHECKPOINT_FILE).exists():
+            raise FileError(
+                f"{checkpoint_dir} holds an earlier run. Use --resume or remove the folder."
+            )
     loaded = load_model(model, device, dtype, threads, allow_pickle, config)
     with show_progress() as progress:
         patch = settings.apply(
@@ -80,17 +88,16 @@ def edit(
             resume=resume,
             callback=lambda done, total, _: progress("editing", done, total),
         )
-    save_patch(patch, out, card=not no_card)
+    try:
+        save_patch(patch, out, card=not no_card)
+    except FileError as error:
+        if not settings.is_trained:
+            raise
+        raise FileError(
+            f"{str(error).rstrip('.')}. The trained weights are in {checkpoint_dir}: "
+            "run the command again with --resume."
+        ) from error
     seconds = f"{patch.metadata.seconds:.1f} s"
     if settings.is_trained:
         seconds = f"{patch.metadata.updates} updates, {seconds}. Log: {checkpoint_dir}"
-    typer.echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
-
-
-def _check_checkpoint_dir(folder: Path, resume: bool) -> None:
-    """Raise if checkpoints of another run are in the way, or cannot be written."""
-    from safegen.core.files import check_output
-
-    if not resume and (folder / "checkpoint.safetensors").exists():
-        raise FileError(f"{folder} holds an earlier run. Use --resume or remove the folder.")
-    check_output(folder / "new")
+    echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")

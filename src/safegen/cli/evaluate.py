@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import (
     Device,
     Dtype,
@@ -65,7 +66,7 @@ Label = Annotated[
     typer.Option("--label", help="Judge label that means the concept. Repeatable."),
 ]
 Threshold = Annotated[
-    float | None, typer.Option(help="Lowest score of a detection that counts, 0.2 to 1.")
+    float | None, typer.Option(min=0.2, max=1, help="Lowest score of a detection that counts.")
 ]
 
 JUDGE_OPTIONS = ("judge", "label", "judge_option")
@@ -145,7 +146,7 @@ def evaluate(
 
             write_report(open_runs([out]), out)
             print_run(out)
-        typer.echo(
+        echo(
             f"{len(run.stacks) * len(run.samples)} images by {len(run.stacks)} stacks in {out}, "
             f"protocol {rules.name} ({rules.id})"
         )
@@ -178,7 +179,7 @@ def score(
     rules = scores["protocol"]
     differs = rules["id"] != source.protocol.id
     note = ". It differs from the run's protocol: compare like with like" if differs else ""
-    typer.echo(f"{path}: protocol {rules['name']} ({rules['id']}){note}")
+    echo(f"{path}: protocol {rules['name']} ({rules['id']}){note}")
 
 
 def report(
@@ -217,7 +218,7 @@ def report(
         labels=label or (),
         threshold=threshold,
     )
-    typer.echo(f"report: {html or (folder and folder / PAGE)}")
+    echo(f"report: {html or (folder and folder / PAGE)}")
 
 
 def verify(run: RunArg) -> None:
@@ -229,11 +230,11 @@ def verify(run: RunArg) -> None:
     with show_progress() as progress:
         problems = find_problems(source, progress=progress)
     for problem in problems:
-        typer.echo(problem)
+        echo(problem)
     if problems:
         raise typer.Exit(1)
     count = len(source.stacks) * len(source.samples)
-    typer.echo(f"{count} images, verdicts and scores: no problems")
+    echo(f"{count} images, verdicts and scores: no problems")
 
 
 def _check_options(context: typer.Context, stage: Stage) -> None:
@@ -277,7 +278,7 @@ def _judge(out: Path, judge: str | None, labels: list[str], options: list[str]) 
     command = ["safegen", "score", str(out), "--judge", judge_id]
     for label in labels:
         command += ["--label", label]
-    typer.echo(f"judged by {judge_id}; score it with: {shlex.join(command)}")
+    echo(f"judged by {judge_id}; score it with: {shlex.join(command)}")
 
 
 def _load_protocol(name: str | None, prompts: list[str], precision: Precision | None) -> Protocol:
@@ -305,9 +306,9 @@ def _print_notes(protocol: Protocol, device: str) -> None:
             rest = len(part.left_out) - MAX_LINES
             lines.append(f"left out of {part.name}: {rest} more, listed in protocol.json")
         for line in [*(f"note on {part.name}: {note}" for note in part.notes), *lines]:
-            typer.echo(line, err=True)
+            echo(line, err=True)
     if protocol.generation.precision == "bf16" and preferred_precision(device) != "bf16":
-        typer.echo(
+        echo(
             f"note: {protocol.name} generates in bf16, which this {device} emulates slowly. "
             "--precision fp32 is faster and has another protocol ID.",
             err=True,

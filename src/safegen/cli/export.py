@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import (
     Config,
     Metrics,
@@ -28,6 +29,7 @@ class Format(StrEnum):
 
 
 def export(
+    ctx: typer.Context,
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file, or new folder.")],
     patch: Patches = None,
@@ -48,7 +50,7 @@ def export(
     A1111, ComfyUI and InvokeAI open the file; `from_pretrained` opens the folder.
     """
     is_file = format_ is Format.single_file
-    check_outputs(out, no_card or not is_file)
+    check_outputs(ctx, out, no_card or not is_file)
     from safegen.patches.patch import Patch
     from safegen.workflows.export import check_suffix
     from safegen.workflows.export import export as export_model
@@ -67,9 +69,9 @@ def export(
     )
     files = [out] if is_file else [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e6
-    typer.echo(f"{out}: {size:.1f} MB, {len(patches)} patches applied")
+    echo(f"{out}: {size:.1f} MB, {len(patches)} patches applied")
     for change in patches:
-        typer.echo(f"patch {change.hash[:12]}: {change.describe_change(loaded)}")
+        echo(f"patch {change.hash[:12]}: {change.describe_change(loaded)}")
     if not is_file:
         pipeline = type(loaded.pipeline).__name__
-        typer.echo(f"load it with {pipeline}.from_pretrained({str(out)!r})")
+        echo(f"load it with {pipeline}.from_pretrained({str(out)!r})")

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import Config, Device, Dtype, Patches, Pickle, Threads, set_threads
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
+from safegen.core.settings import MAX_BATCH, MAX_SEED, MAX_STEPS
 
 if TYPE_CHECKING:
     from safegen.core.generation import GenerationConfig
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from safegen.stack_loader import LoadedStack, StackLoader
 
 SHEET = "sheet.png"
-"""Contact sheet of the images; it is written last."""
+"""Contact sheet of the images."""
 TRACES = "trace.jsonl"
 """What the guards did, one line per image."""
 
@@ -50,12 +52,14 @@ def generate(
     concept: Annotated[
         str | None, typer.Option(help="Concept that supplies the guards' phrases and judge.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i starts from noise (seed, i).")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Image i starts from noise (seed, i).")
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps.")] = 25,
     guidance: Annotated[
         float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")
     ] = 5.0,
-    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per batch.")] = 16,
     device: Device = "cpu",
     dtype: Dtype = "fp32",
     threads: Threads = None,
@@ -81,7 +85,8 @@ def generate(
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
     withheld = _generate(loader, recipe, texts, seed, generation_config, out)
     note = f", {withheld} withheld ({TRACES} gives the reasons)" if withheld else ""
-    typer.echo(f"{len(texts) - withheld} images and {SHEET} in {out}{note}")
+    shown = len(texts) - withheld
+    echo(f"{shown} image{'s' * (shown != 1)} and {SHEET} in {out}{note}")
 
 
 def _generate(
@@ -102,7 +107,7 @@ def _generate(
     samples = [Sample(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
     batch, images, traces, withheld = generation_config.batch_size, [], [], 0
     with (
-        staged_directory(out, last=SHEET) as folder,
+        staged_directory(out) as folder,
         loader.open(recipe) as loaded,
         show_progress() as progress,
     ):
@@ -165,7 +170,7 @@ def _warn_of_truncation(model: Model, texts: Sequence[str]) -> None:
 
     if truncated := truncated_prompts(model, texts):
         length = model.pipeline.tokenizer.model_max_length
-        typer.echo(
+        echo(
             f"warning: {len(truncated)} prompts are longer than {length} tokens and were "
             f"truncated, prompt {truncated[0] + 1} first",
             err=True,

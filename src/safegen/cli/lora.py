@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import Config, NoCard, Pickle, check_outputs, warn_unused
 from safegen.core.files import display_name
+from safegen.core.settings import MAX_RANK
 
 if TYPE_CHECKING:
     from safegen.patches.patch import Patch
@@ -27,10 +29,11 @@ class Keys(StrEnum):
 
 
 def extract_lora(
+    ctx: typer.Context,
     patch: Annotated[Path, typer.Argument(help="Patch file.")],
     model: BaseArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
-    rank: Annotated[int, typer.Option(min=1, help="Largest rank.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, max=MAX_RANK, help="Largest rank.")] = 16,
     keys: Annotated[
         Keys, typer.Option(help="Key names: kohya (A1111, ComfyUI, InvokeAI) or diffusers.")
     ] = Keys.kohya,
@@ -49,7 +52,7 @@ def extract_lora(
 
     InvokeAI opens a LoRA that changes keys or values of attn2.
     """
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     if prompt and skip_quality:
         warn_unused("--prompt", "with --skip-quality")
     from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
@@ -84,27 +87,30 @@ def extract_lora(
         lambda: loras.save_lora(lora, base, out, keys=keys.value, **metadata),
     )
     weakest = min(lora.energy_by_weight, key=lambda name: lora.energy_by_weight[name])
-    typer.echo(f"{out}: {len(lora.factors)} modules of rank {lora.rank} keep {energy} (energy)")
-    typer.echo(f"least: {100 * lora.energy_by_weight[weakest]:.1f} % of {weakest}")
-    typer.echo(f"quality: {quality}")
+    echo(f"{out}: {len(lora.factors)} modules of rank {lora.rank} keep {energy} (energy)")
+    echo(f"least: {100 * lora.energy_by_weight[weakest]:.1f} % of {weakest}")
+    echo(f"quality: {quality}")
     if lora.left_out:
-        typer.echo(
+        echo(
             f"left out, since a LoRA cannot hold them: {len(lora.left_out)} biases and norms, "
             f"{lora.left_out[0]} first"
         )
 
 
 def from_lora(
+    ctx: typer.Context,
     lora: Annotated[Path, typer.Argument(help="LoRA file with kohya or diffusers keys.")],
     model: BaseArg,
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
-    scale: Annotated[float, typer.Option(help="Strength of the LoRA; 1 is as trained.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(min=-1000, max=1000, help="Strength of the LoRA; 1 is as trained.")
+    ] = 1.0,
     no_card: NoCard = False,
     config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Convert the denoiser's part of a LoRA to a patch, for `patch merge --overlap add`."""
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     from safegen.models.loading import load
     from safegen.patches.lora_reader import load_lora
     from safegen.workflows.export import save_patch
@@ -113,7 +119,7 @@ def from_lora(
     save_patch(patch, out, card=not no_card)
     left_out = patch.metadata.to_json().get("left_out")
     note = f"; left out, since a patch cannot hold them: {left_out}" if left_out else ""
-    typer.echo(f"{out}: {len(patch.tensors)} tensors{note}")
+    echo(f"{out}: {len(patch.tensors)} tensors{note}")
 
 
 def _describe_loss(prompts: list[str], loss: float | None) -> str:

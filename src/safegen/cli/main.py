@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from safegen.cli import attack, demo, edit, evaluate, export, generate, patch, prompts, triplets
+from safegen.cli.console import echo
 from safegen.cli.options import show_warnings, silence_libraries
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def _root(
     if version:
         from safegen._version import __version__
 
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
     silence_libraries()
     show_warnings()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safegen.cli.console import echo_message
+from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
     InterruptedRunError,
     SafegenWarning,
     UnusedSettingWarning,
 )
+from safegen.core.quiet import INDUCTOR_FOLDER, remove_inductor_folder
+from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -32,7 +36,9 @@ ModelArg = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="Weight type: fp32, bf16 or fp16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: chosen by torch.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: chosen by torch.")
+]
 Pickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
 ]
@@ -63,13 +69,15 @@ def load_model(
     return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
 
 
-def check_outputs(out: Path, no_card: bool) -> None:
-    """Raise if a new file or its model card cannot be written; call it before long work."""
-    from safegen.core.files import check_output
+def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
+    """Claim a new file and its model card until the command ends; call it before long work."""
+    from safegen.core.files import check_output, claim
 
     check_output(out)
-    if not no_card:
-        check_output(out.with_name(out.name + ".md"))
+    for path in [out] if no_card else [out, out.with_name(out.name + ".md")]:
+        check_output(path)
+        ctx.with_resource(claim(path))
+        check_output(path)  # another process may have written it before the claim
 
 
 def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, Any]:
@@ -102,9 +110,13 @@ def read_pair(pair: str, option: str) -> tuple[str, Any]:
     if not (name and equals):
         raise ConfigError(f"{option} must be NAME=VALUE, got {pair!r}")
     try:
-        return name, json.loads(text)
+        value = json.loads(text)
+        check_depth(value)
+        return name, check_plain(value)
     except json.JSONDecodeError:
         return name, text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option} {name[:80]}: {reason_of(error)}") from None
 
 
 def warn_unused(option: str, reason: str) -> None:
@@ -132,11 +144,13 @@ def set_threads(threads: int | None) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries below from printing; call it before they are imported."""
+    """Keep the libraries below from printing and from writing; call it before their import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if INDUCTOR_FOLDER not in os.environ:
+        atexit.register(remove_inductor_folder)
 
 
 def show_warnings() -> None:
@@ -147,7 +161,7 @@ def show_warnings() -> None:
         text = " ".join(str(message).split())
         if text not in printed:
             printed.add(text)
-            print(f"warning: {text}", file=sys.stderr)
+            echo_message("warning", text)
 
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", SafegenWarning)

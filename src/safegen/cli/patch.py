@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from safegen.cli import lora
+from safegen.cli.console import echo, echo_json
 from safegen.cli.options import Config, Metrics, NoCard, Pickle, check_outputs, warn_unused
 from safegen.core.errors import ConfigError
 
@@ -46,19 +47,19 @@ def info(
             "tensors": {name: list(value.shape) for name, value in loaded.tensors.items()},
             "metadata": loaded.metadata.to_json(),
         }
-        typer.echo(json.dumps(values, indent=1))
+        echo_json(values)
         return
     numbers = sum(value.numel() for value in loaded.tensors.values())
     size = f"{patch.stat().st_size / 1e6:.1f} MB"
-    typer.echo(
+    echo(
         f"{patch}: {len(loaded.tensors)} tensors, {numbers:,} numbers, {size}, "
         f"hash {loaded.hash[:12]}"
     )
     layers = ", ".join(f"{count} of {kind}" for kind, count in loaded.layer_counts.items())
-    typer.echo(f"changes: {layers}")
+    echo(f"changes: {layers}")
     for key, value in loaded.metadata.to_json().items():
         text = value if isinstance(value, str | int | float | bool) else json.dumps(value)
-        typer.echo(f"{key}: {text}")
+        echo(f"{key}: {text}")
 
 
 @app.command()
@@ -71,27 +72,28 @@ def diff(
 
     result = compare(Patch.load(first), Patch.load(second))
     if result["same"]:
-        typer.echo("the patches change the same weights to the same values")
+        echo("the patches change the same weights to the same values")
         return
-    typer.echo(
+    echo(
         f"only in {first}: {result['only_first']} weights; only in {second}: "
         f"{result['only_second']}; in both: {result['both']}"
     )
     if result["distance"] is not None:
-        typer.echo(
+        echo(
             f"of both, {result['unequal']} are unequal; "
             f"distance {result['distance']:.3g} of the first's size"
         )
     if result["shapes"]:
         names = ", ".join(result["shapes"][:3])
-        typer.echo(f"of another shape: {names} ({len(result['shapes'])} in all)")
+        echo(f"of another shape: {names} ({len(result['shapes'])} in all)")
     if result["base"] is False:
-        typer.echo("they were made on different weights")
+        echo("they were made on different weights")
     raise typer.Exit(1)
 
 
 @app.command()
 def merge(
+    ctx: typer.Context,
     patches: Annotated[
         list[Path], typer.Argument(help="Patch files, in the order in which they apply.")
     ],
@@ -108,7 +110,7 @@ def merge(
     allow_pickle: Pickle = False,
 ) -> None:
     """Merge several patches into one."""
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     from safegen.models.loading import load
     from safegen.patches.arithmetic import merge as merge_patches
     from safegen.patches.arithmetic import overlapping
@@ -124,11 +126,12 @@ def merge(
     shared = len(overlapping(loaded))
     how = merged.metadata.overlap or "each made on the one before"
     note = f", {shared} overlapping: {how}" if shared else ""
-    typer.echo(f"{out}: {len(merged.tensors)} tensors of {len(loaded)} patches{note}")
+    echo(f"{out}: {len(merged.tensors)} tensors of {len(loaded)} patches{note}")
 
 
 @app.command()
 def rebase(
+    ctx: typer.Context,
     patch: PatchArg,
     base: Annotated[str, typer.Argument(help="Model that the patch was made on.", metavar="BASE")],
     target: Annotated[
@@ -143,7 +146,7 @@ def rebase(
 
     The patch itself would overwrite the values of the fine-tune.
     """
-    check_outputs(out, no_card)
+    check_outputs(ctx, out, no_card)
     from safegen.core.files import exists
     from safegen.models.loading import load
     from safegen.patches.arithmetic import rebase as rebase_patch
@@ -166,8 +169,8 @@ def rebase(
         if moved
         else ""
     )
-    typer.echo(f"{out}: {len(rebased.tensors)} tensors{note}")
-    typer.echo("measure the edit on the new model: safegen evaluate")
+    echo(f"{out}: {len(rebased.tensors)} tensors{note}")
+    echo("measure the edit on the new model: safegen evaluate")
 
 
 @app.command("card")
@@ -185,8 +188,8 @@ def card_(
     from safegen.evaluation.report.model_card import CardSubject, model_card
     from safegen.patches.patch import Patch
 
-    path = out or patch.with_name(patch.name + ".md")
     text = model_card(CardSubject.of_patch(Patch.load(patch), patch.name), metrics or ())
+    path = out or patch.with_name(patch.name + ".md")
     with atomic_write(path, replace=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    typer.echo(str(path))
+    echo(str(path))

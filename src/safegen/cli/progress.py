@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from safegen.core.progress import ProgressCallback
+from safegen.core.text import escape_control
 
 
 class Pace:
@@ -58,6 +59,11 @@ def show_progress() -> Iterator[ProgressCallback]:
     )
     from rich.text import Text
 
+    class StderrConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Go on without a bar; by default rich ends the process."""
+            self.quiet = True
+
     class RateColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.fields["pace"].per_second
@@ -72,24 +78,32 @@ def show_progress() -> Iterator[ProgressCallback]:
             return Text(f"left {left}", style="progress.remaining")
 
     bar = Progress(
-        TextColumn("{task.description:<34}"),
+        TextColumn("{task.description:<34}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         RateColumn(),
         TimeElapsedColumn(),
         TimeLeftColumn(),
-        console=Console(stderr=True),
+        console=StderrConsole(stderr=True),
     )
     stages: dict[str, tuple[TaskID, Pace]] = {}
 
     def progress(description: str, done: int, total: int) -> None:
+        if not stages:
+            bar.start()
         if description not in stages:
             pace = Pace()
             pace.update(done, time.monotonic())  # before the bar renders it
-            stages[description] = bar.add_task(description, total=total, pace=pace), pace
+            stages[description] = (
+                bar.add_task(escape_control(description), total=total, pace=pace),
+                pace,
+            )
         task, pace = stages[description]
         pace.update(done, time.monotonic())
         bar.update(task, completed=done)
 
-    with bar:
+    try:
         yield progress
+    finally:
+        if stages:  # an empty bar would print a blank line
+            bar.stop()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safegen.cli.console import echo
+
 if TYPE_CHECKING:
     from safegen.data.prompts.prompt import Prompt
 
@@ -39,15 +41,15 @@ def show(
 
     prompts = read_prompts(source, dialect=dialect, column=column)
     counts = prompts.counts()
-    typer.echo(f"{prompts.source}: dialect {prompts.dialect}, SHA-256 {prompts.sha256[:16]}")
+    echo(f"{prompts.source}: dialect {prompts.dialect}, SHA-256 {prompts.sha256[:16]}")
     rest = f"{counts['without_seed']} without a seed, {counts['skipped']} skipped"
-    typer.echo(f"{counts['prompts']} prompts in {counts['clusters']} clusters, {rest}")
+    echo(f"{counts['prompts']} prompts in {counts['clusters']} clusters, {rest}")
     for note in prompts.notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     for problem in prompts.problems:
-        typer.echo(f"skipped {problem}")
+        echo(f"skipped {problem}")
     for prompt in prompts.rows[:limit]:
-        typer.echo(_line(prompt, reveal=reveal))
+        echo(_line(prompt, reveal=reveal))
 
 
 def _line(prompt: Prompt, *, reveal: bool) -> str:
@@ -66,6 +68,4 @@ def _line(prompt: Prompt, *, reveal: bool) -> str:
     }
     parts = [f"{name} {value}" for name, value in settings.items() if value not in (None, "")]
     parts.append(repr(prompt.prompt) if reveal else f"{len(prompt.prompt.split())} words")
-    line = f"{prompt.id}: {'; '.join(parts)}"
-    # a file must not control the terminal
-    return "".join(char if char.isprintable() else "?" for char in line)
+    return f"{prompt.id}: {'; '.join(parts)}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import typer
+from safegen.cli.console import echo
+from safegen.core.text import escape_control
 
 HEADS = (
     "",
@@ -26,19 +26,21 @@ def print_run(folder: Path) -> None:
     from safegen.evaluation.report.data import seconds_by_stage
     from safegen.evaluation.report.page import PAGE
     from safegen.evaluation.run.folder import SCORES, Run
+    from safegen.evaluation.scoring.records import read_scores
 
-    print_scores(json.loads((folder / SCORES).read_text(encoding="utf-8")))
+    print_scores(read_scores(folder / SCORES))
     seconds = seconds_by_stage(Run.open(folder))
-    typer.echo("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
-    typer.echo(f"report: {(folder / PAGE).resolve()}")
+    echo("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
+    echo(f"report: {(folder / PAGE).resolve()}")
 
 
 def print_scores(scores: dict[str, Any]) -> None:
     """Print a run's scores: a block for each prompt list, a row for each stack."""
     protocol, stacks = scores["protocol"], scores["stacks"]
     threshold = protocol["decides"]["judge"]["threshold"]
-    typer.echo(f"{protocol['name']}, protocol {protocol['id']}, 95 % intervals in brackets")
-    typer.echo(f"judge {scores['judge']}, threshold {threshold}\n")
+    echo(f"{protocol['name']}, protocol {protocol['id']}, 95 % intervals in brackets")
+    echo(f"judge {scores['judge']}, threshold {threshold}")
+    echo()
     lists = next(iter(stacks.values()))["lists"]
     blocks = {
         f"{part} ({row['role']})": [
@@ -46,16 +48,20 @@ def print_scores(scores: dict[str, Any]) -> None:
         ]
         for part, row in lists.items()
     }
+    blocks = {
+        escape_control(title): [list(map(escape_control, row)) for row in block]
+        for title, block in blocks.items()
+    }
     rows = [HEADS, *(row for block in blocks.values() for row in block)]
     used = [i for i in range(len(HEADS)) if any(row[i] for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     heading = "  ".join(HEADS[i].ljust(widths[i]) for i in used)
-    typer.echo(heading.rstrip())
+    echo(heading.rstrip())
     for title, block in blocks.items():
-        typer.echo(title)
+        echo(title)
         for row in block:
-            typer.echo("  ".join(row[i].ljust(widths[i]) for i in used).rstrip())
-    typer.echo()
+            echo("  ".join(row[i].ljust(widths[i]) for i in used).rstrip())
+    echo()
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.options import warn_unused
 from safegen.cli.progress import show_progress
 from safegen.data.triplets.censor import Censor, Style
@@ -26,7 +27,9 @@ Label = Annotated[
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option(help="Lowest score of a detection that counts. Default: the judge's."),
+    typer.Option(
+        min=0.2, max=1, help="Lowest score of a detection that counts. Default: the judge's."
+    ),
 ]
 
 
@@ -46,10 +49,10 @@ def make(
     padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
 ) -> None:
     """Censor unsafe images, pair them with benign images and write triplets."""
+    config = Censor(style=style, tile=tile, padding=padding)
     from safegen.data.triplets.make import make_triplets
     from safegen.judges import load_judge
 
-    config = Censor(style=style, tile=tile, padding=padding)
     loaded = load_judge(judge, labels=label or (), threshold=threshold)
     with show_progress() as progress:
         result = make_triplets(
@@ -63,8 +66,8 @@ def make(
             progress=progress,
         )
     for problem in result.skipped:
-        typer.echo(f"skipped {problem}")
-    typer.echo(
+        echo(f"skipped {problem}")
+    echo(
         f"{len(result.triplets)} triplets in {out}, {len(result.skipped)} images skipped, "
         f"hash {result.triplets.hash[:16]}"
     )
@@ -94,9 +97,9 @@ def check(
     loaded = load_judge(judge, labels=label or (), threshold=threshold) if judge else None
     problems = check_triplets(path, loaded)
     for problem in problems:
-        typer.echo(str(problem))
+        echo(str(problem))
     if problems:
         raise typer.Exit(1)
     triplets = Triplets.load(path)
     note = "" if judge else " (without --judge, censoring is not checked)"
-    typer.echo(f"{len(triplets)} triplets, no problems{note}, hash {triplets.hash[:16]}")
+    echo(f"{len(triplets)} triplets, no problems{note}, hash {triplets.hash[:16]}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from safegen.core.errors import FileError, UnknownNameError, explain
+from safegen.core.documents import read_toml, validate
+from safegen.core.errors import FileError, UnknownNameError
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
+from safegen.core.settings import BaseSettings, Name
 
 
 def _check_phrase(phrase: str) -> str:
@@ -25,32 +26,30 @@ Phrases = tuple[Phrase, ...]
 """Type of a setting with phrases."""
 
 
-class Concept(BaseModel):
+class Concept(BaseSettings):
     """Visual concept to remove, built in or read from a TOML file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: str
+    name: Name
     """Name of the concept, one word."""
-    words: tuple[str, ...]
+    words: Phrases
     """Phrases that name the concept in a prompt."""
-    counterpart: tuple[str, ...]
+    counterpart: Phrases
     """Phrases that name a safe counterpart."""
-    judge: str
+    judge: Name
     """Name of the judge that detects the concept."""
     labels: tuple[str, ...] = Field(min_length=1)
     """Labels or label sets of the judge that mean the concept."""
-    threshold: float = 0.5
+    threshold: float = Field(default=0.5, ge=0, le=1)
     """Lowest score of a detection that counts."""
     triplets: str | None = None
     """Bundled triplets, as `source:concept`."""
     captions: tuple[str, ...] = ()
     """Prompt lists of benign captions for training; none is used for measuring."""
-    tuning: dict[Literal["benign", "concept"], tuple[str, ...]] = {}
+    tuning: dict[Literal["benign", "concept"], tuple[str, ...]] = Field(default_factory=dict)
     """Prompt lists that caption benign and concept images in a fine-tune; none is measured."""
-    lists: dict[str, tuple[str, ...]] = {}
+    lists: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
-    shows: dict[str, str] = {}
+    shows: dict[str, str] = Field(default_factory=dict)
     """Label that a faithful image of a list shows, for lists that ask for an attribute."""
 
     @field_validator("labels")
@@ -80,16 +79,11 @@ def load_concept(name: str) -> Concept:
         path = Path(__file__).parent / "concepts" / f"{name}.toml"
     elif path.suffix != ".toml":
         raise UnknownNameError("concept", name, CONCEPTS)
-    if not exists(path, file=True):
+    if not exists(path):
         raise FileError(
             f"concept file {name!r} does not exist. Built-in concepts: {', '.join(CONCEPTS)}"
         )
-    try:
-        return Concept.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise FileError(f"{name} is not a concept file: {explain(error, Concept)}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{name} is not a concept file: {error}") from error
+    return validate(Concept, read_toml(path), name)
 
 
 def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:

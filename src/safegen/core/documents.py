@@ -105,13 +105,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, parse_json(line, f"{path} line {number}")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, constants: bool = False) -> dict[str, Any]:
     """Return the object of a JSON file.
+
+    Args:
+        path: the file.
+        constants: see `parse_json`.
 
     Raises:
         FileError: the file cannot be read, is not JSON, or is not an object.
     """
-    return check_object(read_json(path), str(path))
+    value = parse_json(read_text(path), str(path), constants=constants)
+    return check_object(value, str(path))
 
 
 def check_object(value: Any, source: str) -> dict[str, Any]:
@@ -134,13 +139,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = tomllib.loads(text)
-        _check_depth(value)
+        check_depth(value)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} is not TOML: {reason_of(error)}") from error
     return value
 
 
-def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> Any:
+def parse_json(
+    text: str | bytes, source: str, *, unique_keys: bool = False, constants: bool = False
+) -> Any:
     """Return the value of a JSON text; only what JSON can write again is accepted.
 
     NaN, infinite numbers, lone surrogates and more than `MAX_DEPTH` levels are refused.
@@ -149,22 +156,50 @@ def parse_json(text: str | bytes, source: str, *, unique_keys: bool = False) -> 
         text: the JSON text.
         source: name of the text for messages, a path for example.
         unique_keys: also refuse an object with the same key twice.
+        constants: accept the words NaN, Infinity and -Infinity, which Python's json writes.
 
     Raises:
         FileError: the text is not JSON.
     """
     hook = _refuse_repeated_keys if unique_keys else None
+    constant = float if constants else _refuse_constant
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=hook
+            text, parse_constant=constant, parse_float=_parse_float, object_pairs_hook=hook
         )
-        _check_depth(value)
+        check_depth(value)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise FileError(f"{source!r} is not JSON: {reason_of(error)}") from error
     return value
+
+
+def read_record(model: type[Record], path: Path) -> Record:
+    """Return the record in a JSON file; see `parse_record`.
+
+    Raises:
+        FileError: the file cannot be read, or does not fit the class.
+    """
+    return parse_record(model, read_bytes(path), str(path))
+
+
+def parse_record(model: type[Record], text: bytes, source: str) -> Record:
+    """Return a record from its JSON; types are strict, so "3" and true are no integers.
+
+    Args:
+        model: class of the record.
+        text: the JSON text.
+        source: name of the text for messages, a path for example.
+
+    Raises:
+        FileError: the text is not JSON or does not fit the class; each wrong field is named.
+    """
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise FileError(f"{source!r} is damaged: {explain(error, model)}") from error
 
 
 def validate(model: type[Record], value: Any, source: str) -> Record:
@@ -181,12 +216,31 @@ def validate(model: type[Record], value: Any, source: str) -> Record:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise FileError(f"{source!r}: {explain(error, model)}") from error
+        raise FileError(f"{source!r}: {_shorten(explain(error, model))}") from error
+
+
+def _shorten(text: str, limit: int = 1000) -> str:
+    """Return a message with control characters escaped, cut to a number of characters."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}..."
 
 
 def reason_of(error: Exception) -> str:
     """Return why a document cannot be parsed, on one line."""
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def check_plain(value: Any) -> Any:
+    """Return a value if it is plain JSON with finite numbers; for pydantic validators.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"values must be plain JSON with finite numbers: {error}") from None
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -208,7 +262,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
     """Raise RecursionError if a value has more than `MAX_DEPTH` levels."""
     level, depth = [value], 0
     while level := [item for item in level if isinstance(item, dict | list)]:

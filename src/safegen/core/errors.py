@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 
+UNION_PARTS = ("tuple[", "list[", "dict[", "literal[")
+"""Starts of the names that pydantic gives to the members of a union in the path of an error."""
+
+
 class SafegenError(Exception):
     """Base class of every error that this package raises on purpose."""
 
@@ -92,7 +96,8 @@ def explain(error: ValidationError, settings: type[BaseModel] | None = None) -> 
 
 def _explanations(error: ValidationError, settings: type[BaseModel] | None) -> Iterator[str]:
     for detail in error.errors(include_url=False):
-        path = ".".join(str(part) for part in detail["loc"])
+        parts = map(str, detail["loc"])
+        path = ".".join(part for part in parts if not part.startswith(UNION_PARTS))
         message, kind = detail["msg"].removeprefix("Value error, "), detail["type"]
         _, should, rule = message.partition(" should ")
         if kind == "extra_forbidden":
@@ -131,6 +136,10 @@ def is_out_of_memory(error: BaseException | str) -> bool:
         "out of memory",
         "not enough memory",
         "can't allocate memory",
+        "cannot allocate memory",
+        "bad_alloc",
+        "status_alloc_failed",
+        "storage size calculation overflowed",
         "failed to allocate memory",
     )
     return isinstance(error, MemoryError) or any(sign in text for sign in signs)

@@ -1,114 +1,281 @@
-"""Read and write files; a half-written file or folder is never taken for a finished one."""
+"""Read and write files; a half-written file or folder is never taken for a finished one.
+
+Every output is written in a folder beside it, `OUT.unfinished`, and renamed into place at the end.
+A lock in that folder tells whether a process still works there.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
-from safegen.core.documents import read_text
+from safegen.core.documents import check_regular, read_text
 from safegen.core.errors import FileError
 
-STAGING_DIR = ".unfinished"
-"""Folder inside a new folder that holds what is not finished."""
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+HOMES = (Path("/home"), Path("/Users"))
+"""Folders of the users' home folders."""
+UNFINISHED = ".unfinished"
+"""Ending of the folder in which an output is written."""
+IN_USE = f"in-use{UNFINISHED}"
+"""Folder inside a folder in which a process works."""
+LOCK = "safegen.lock"
+"""Lock file in such a folder; it also tells that the folder is ours."""
+NAME_BYTES = 255
+"""Longest file name on common file systems, in bytes."""
+LOCK_ATTEMPTS = 3
+"""Number of times that an unfinished folder is created, if other processes remove it meanwhile."""
 
 
-def check_output(path: Path, *, last: str | None = None) -> None:
+@dataclass
+class _Claim:
+    """Lock that this process holds on an unfinished folder."""
+
+    lock: FileLock
+    created: list[Path]
+    """Folders that were created for it, the nearest first."""
+    count: int = 1
+    """Number of blocks of this process that hold it."""
+
+
+_claims: dict[Path, _Claim] = {}
+_mutex = threading.RLock()
+
+
+def check_output(path: Path) -> None:
     """Raise if a new file or folder cannot be written to `path`; call it before long work.
 
-    Args:
-        path: the new file or folder.
-        last: for a folder, the entry that marks it as finished; see `staged_directory`.
-
     Raises:
-        FileError: `path` exists, a parent is a file, or the parent is not writable.
+        FileError: `path` exists, its name is too long, a parent is a file, or the parent is not
+            writable.
     """
-    if last is not None and is_incomplete(path, last=last):
+    if len(os.fsencode(path.name)) > NAME_BYTES:
         raise FileError(
-            f"{path} is incomplete: a run was killed or is still working there. "
-            "Remove the folder or choose another."
+            f"the name of an output must have at most {NAME_BYTES} bytes, got "
+            f"{len(os.fsencode(path.name))}: {path.name!r}. Choose a shorter one."
         )
     if os.path.lexists(path):
         raise FileError(f"{path} already exists. Choose another path or remove it.")
-    parent = next(folder for folder in path.absolute().parents if exists(folder))
+    _check_parent(path, path)
+
+
+def _check_parent(path: Path, out: Path) -> None:
+    """Raise if `path`, which belongs to the output `out`, has no parent that can be written to."""
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not exists(parent):
+        raise FileError(f"{out} cannot be written: {parent} is a link to nothing. Remove the link.")
     if not parent.is_dir():
-        raise FileError(f"{path} cannot be written: {parent} is a file, not a folder")
+        raise FileError(f"{out} cannot be written: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
-        raise FileError(f"{path} cannot be written: {parent} is not writable")
-
-
-def is_incomplete(folder: Path, *, last: str) -> bool:
-    """Return whether a folder is what a killed `staged_directory` leaves."""
-    return (folder / STAGING_DIR).is_dir() and not (folder / last).exists()
+        raise FileError(f"{out} cannot be written: {parent} is not writable")
 
 
 @contextmanager
-def staged_directory(out: Path, *, last: str) -> Iterator[Path]:
-    """Yield a temporary folder inside the new folder `out`; its entries move into `out` on success.
+def claim(out: Path) -> Iterator[Path]:
+    """Yield the unfinished folder of an output, and keep other processes from writing the output.
 
-    Nothing is ever written outside `out`. A killed process leaves `out` with `STAGING_DIR` and
-    without `last`, which moves at the very end and marks the folder as finished. An exception
-    removes what was written and the folders that were created for it.
+    The folder is `OUT.unfinished`. What a killed process left in it is removed first; the folder,
+    and the parents that were created for it, are removed at the end. A process can claim an output
+    that it has claimed already. An output in a folder that this process has claimed is claimed with
+    it, and is written in that folder's unfinished one.
+
+    Raises:
+        FileError: another process has claimed `out`, or the folder cannot be written.
+    """
+    if (shared := _claimed_above(out)) is not None:
+        yield shared
+        return
+    name = out.name
+    if len(os.fsencode(name + UNFINISHED)) > NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    with _claim(out.with_name(name + UNFINISHED), out) as folder:
+        yield folder
+
+
+@contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in a folder, which is created if it does not exist.
+
+    If it is empty at the end, the folder and the parents that were created for it are removed.
+
+    Raises:
+        FileError: another process has claimed `folder`, or it cannot be written.
+    """
+    with _claim(folder / IN_USE, folder):
+        yield
+
+
+def _claimed_above(out: Path) -> Path | None:
+    """Return the unfinished folder of the nearest folder above an output that is claimed here."""
+    with _mutex:
+        if not _claims or not out.parent.is_dir():
+            return None
+        parents = Path(os.path.realpath(out.parent) + os.sep + out.name).parents
+        return next((p / IN_USE for p in parents if p / IN_USE in _claims), None)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return whether a path is the unfinished folder of an output, as a killed process leaves."""
+    return path.name.endswith(UNFINISHED) and path.is_dir()
+
+
+@contextmanager
+def _claim(folder: Path, out: Path) -> Iterator[Path]:
+    _check_parent(folder, out)
+    folder = Path(os.path.realpath(folder.parent)) / folder.name
+    with _mutex, writing(out):
+        if folder in _claims:
+            _claims[folder].count += 1
+        else:
+            _claims[folder] = _acquire(folder, out)
+    try:
+        yield folder
+    finally:
+        with _mutex:
+            _claims[folder].count -= 1
+            if not _claims[folder].count:
+                _release(folder, _claims.pop(folder))
+
+
+def _acquire(folder: Path, out: Path) -> _Claim:
+    from filelock import FileLock, Timeout
+
+    created = [parent for parent in folder.parents if not parent.exists()]
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+    try:
+        _lock(folder, lock)
+    except Timeout:
+        raise FileError(
+            f"{out} is being written by another process. Wait for it, or choose another path."
+        ) from None
+    except OSError:
+        _remove_empty([folder, *created])
+        raise
+    _clear(folder)
+    return _Claim(lock, created)
+
+
+def _lock(folder: Path, lock: FileLock) -> None:
+    for attempt in range(1, LOCK_ATTEMPTS + 1):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()) and not (folder / LOCK).exists():
+                raise FileError(f"{folder} was not made by safegen. Rename it or remove it.")
+            lock.acquire()
+        except FileNotFoundError:  # another process has just removed the folder
+            if attempt == LOCK_ATTEMPTS:
+                raise
+        else:
+            return
+
+
+def _release(folder: Path, claim: _Claim) -> None:
+    _clear(folder)
+    with suppress(OSError):  # while it is locked: afterwards it may be another process's
+        (folder / LOCK).unlink()
+    claim.lock.release()
+    _remove_empty([folder, *claim.created])
+
+
+def _clear(folder: Path) -> None:
+    """Remove everything but the lock from an unfinished folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, up to the first that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+@contextmanager
+def staged_directory(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes the new folder `out` on success and is removed otherwise.
 
     Args:
         out: folder to create, with its parents.
-        last: name of the entry that is moved last; the block must create it.
 
     Raises:
-        FileError: `out` exists or cannot be written.
+        FileError: `out` exists, cannot be written, or is being written by another process.
     """
-    check_output(out, last=last)
-    parents = [folder for folder in out.parents if not folder.exists()]  # the nearest first
-    staging, moved, finished = out / STAGING_DIR, list[Path](), False
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.mkdir()
-        try:
-            staging.mkdir()
-            yield staging
-            assert (staging / last).exists(), f"the block did not create {last}"
-            for entry in sorted(staging.iterdir(), key=lambda path: path.name == last):
-                target = out / entry.name
-                if os.path.lexists(target):  # rename would replace a file of another process
-                    raise FileExistsError(errno.EEXIST, f"{entry.name} was put there meanwhile")
-                entry.rename(target)
-                moved.append(target)
-            finished = True
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            for path in () if finished else moved:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
-            with suppress(OSError):  # a folder that holds something else stays
-                for folder in () if finished else (out, *parents):
-                    folder.rmdir()
+    check_output(out)
+    with claim(out) as unfinished, writing(out), _temporary_folder(unfinished) as staging:
+        check_output(out)  # another process may have finished it before the claim
+        yield staging
+        for path in staging.rglob("*"):
+            _set_mode(path, staging)
+        staging.rename(out)  # replaces nothing but an empty folder
 
 
 @contextmanager
 def atomic_write(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path; its file becomes `out` on success and is removed otherwise.
 
+    The file gets the permissions of a new file, also if a library writes others.
+
     Raises:
-        FileError: `out` exists and `replace` is off, or `out` cannot be written.
+        FileError: `out` exists and `replace` is off, it is no regular file, it cannot be written,
+            or it is being written by another process.
     """
     if out.is_dir():
         raise FileError(f"{out} must be a file, got a folder")
-    if not replace and os.path.lexists(out):
-        raise FileError(f"{out} already exists. Choose another path or remove it.")
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    with writing(out):
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
+    if replace and exists(out):  # a pipe or a device would become a file
+        check_regular(out, out.stat().st_mode)
+    with claim(out) as unfinished, writing(out), _temporary_folder(unfinished) as folder:
+        if not replace and os.path.lexists(out):
+            raise FileError(f"{out} already exists. Choose another path or remove it.")
+        temporary = folder / out.name
+        yield temporary
+        _set_mode(temporary, folder)
+        if replace:
             temporary.replace(out)
-        finally:
-            with suppress(OSError):  # the parent may be a file
-                temporary.unlink(missing_ok=True)
+        else:
+            _rename_new(temporary, out)
+
+
+@contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder with the permissions that `mkdir` gives, and remove it."""
+    folder = parent / uuid4().hex
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _set_mode(path: Path, folder: Path) -> None:
+    """Give a file the permissions of a new one: those of a new folder, but not to execute it."""
+    if path.is_file() and not path.is_symlink():
+        path.chmod(folder.stat().st_mode & 0o666)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename a file; unlike `os.rename`, never replace another."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        source.rename(target)
 
 
 @contextmanager
@@ -139,5 +306,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def display_name(name: str) -> str:
-    """Return the last part of a path, so that no output names a user; other names as they are."""
-    return name if name.startswith("hub:") or os.sep not in name else Path(name).name
+    """Return the last part of a path, so that no output names a user; other names as they are.
+
+    A home folder is `~`: its last part is the user's name.
+    """
+    if name.startswith("hub:") or os.sep not in name:
+        return name
+    path = Path(name)
+    return "~" if path == Path.home() or path.parent in HOMES else path.name

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_STEPS, BaseSettings, Seed
+
 NativePrecision = Literal["fp32", "bf16"]
 
 
@@ -28,16 +30,14 @@ def preferred_precision(device: str = "cpu") -> NativePrecision:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-class GenerationConfig(BaseModel):
+class GenerationConfig(BaseSettings):
     """Settings of image generation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    num_inference_steps: int = Field(default=25, ge=1, le=1000)
+    num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     """Denoising steps."""
     guidance_scale: float = Field(default=5.0, ge=1.0, le=50.0)
     """Scale of classifier-free guidance; 1 turns it off."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=MAX_BATCH)
     """Images per batch; it changes an image only by rounding."""
     precision: NativePrecision = "fp32"
     """Arithmetic of the denoiser; bf16 is faster on some devices and rounds more."""
@@ -49,6 +49,6 @@ class Sample(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     prompt: str
-    seed: int
-    index: int = 0
+    seed: Seed
+    index: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Index of the image for that seed; (seed, index) determine the noise."""

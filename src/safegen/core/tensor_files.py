@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor
 from safegen.core.documents import check_file, parse_json
 from safegen.core.errors import FileError, first_line
 from safegen.core.files import atomic_write
+from safegen.core.text import has_control
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Types of the tensors in a patch or LoRA. fp64 is refused: no model holds its values."""
+"""Types of the tensors in a patch. fp64 is refused: no model holds its values."""
+FACTOR_DTYPES = (torch.float64, *WEIGHT_DTYPES)
+"""Types of the factors in a LoRA, multiplied in fp64, and of weights that are converted."""
 MAX_HEADER_BYTES = 100_000_000
 """Largest header that the safetensors format allows."""
 MAX_NAME_LENGTH = 500
@@ -40,6 +44,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _damaged(path, first_line(error)) from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the header's metadata of a safetensors file, without its tensors.
+
+    Raises:
+        FileError: see `read_tensors`.
+    """
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, first_line(error)) from error
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """Return the header of a safetensors file: an entry for each tensor, and `__metadata__`.
 
@@ -49,9 +67,9 @@ def read_header(path: Path) -> dict[str, Any]:
     size = check_file(path)
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise _damaged(path, f"it has {size} bytes, and its header claims {length}")
+                raise _damaged(path, f"it has {size} bytes, its header claims {length}")
             text = file.read(length)
     except OSError as error:
         raise _damaged(path, first_line(error)) from error
@@ -59,7 +77,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
     for name in header:
-        if not (name.isprintable() and 0 < len(name) <= MAX_NAME_LENGTH):
+        if has_control(name) or not 0 < len(name) <= MAX_NAME_LENGTH:
             raise FileError(
                 f"names of tensors in {str(path)!r} must have 1 to {MAX_NAME_LENGTH} printable "
                 f"characters, got {name[:80]!r}. Do not trust this file"
@@ -67,16 +85,19 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Check that the tensors of a patch or LoRA are finite numbers of fp32, fp16 or bf16.
+def check_weights(
+    tensors: Mapping[str, Tensor], path: Path, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES
+) -> None:
+    """Check that the tensors of a patch or LoRA are finite numbers of the given types.
 
     Raises:
         FileError: one has another type, no values, or NaN or infinite ones.
     """
     for name, value in tensors.items():
-        if value.dtype not in WEIGHT_DTYPES:
+        if value.dtype not in dtypes:
+            fp64 = "fp64, " if torch.float64 in dtypes else ""
             raise FileError(
-                f"tensors of {str(path)!r} must be fp32, fp16 or bf16, got "
+                f"tensors of {str(path)!r} must be {fp64}fp32, fp16 or bf16, got "
                 f"{str(value.dtype).removeprefix('torch.')} in {name}. Make or fetch it again"
             )
         if not value.numel():
@@ -85,6 +106,26 @@ def check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise FileError(
                 f"{str(path)!r} has NaN or infinite values in {name}. Make or fetch it again"
             )
+
+
+def check_pickle(path: Path) -> None:
+    """Check that a pickled file of weights is a regular file that holds no compressed entries.
+
+    torch writes none; a small file of them could ask for any amount of memory.
+
+    Raises:
+        FileError: it is another kind of file, or has compressed entries.
+    """
+    check_file(path)
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            kinds = {entry.compress_type for entry in archive.infolist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise FileError(f"{str(path)!r} is damaged: {first_line(error)}") from error
+    if kinds - {zipfile.ZIP_STORED}:
+        raise FileError(f"entries of {str(path)!r} must not be compressed. Get it as safetensors")
 
 
 def _damaged(path: Path, reason: str) -> FileError:

@@ -10,14 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError, DivergedError, UnknownNameError
 from safegen.core.files import display_name
 from safegen.core.registry import EDITS
+from safegen.core.settings import MAX_RANK, BaseSettings
 from safegen.data.triplets.triplets import Triplets
+from safegen.edits.training.checkpoint import check_resumable
 from safegen.edits.training.config import (
     HasMetadata,
     Objective,
@@ -33,10 +35,8 @@ from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
 
-class Edit(BaseModel, ABC):
+class Edit(BaseSettings, ABC):
     """Settings of one edit. Build it, apply it, write it to JSON; it is immutable."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Settings by preset: `default`, and `paper` if there is a published run."""
@@ -213,7 +213,7 @@ class TrainedEdit(Edit):
 
     selector: str
     """Which weights change."""
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     """Rank of a LoRA for each selected weight. None trains the weights themselves."""
     alpha: float | None = Field(default=None, gt=0)
     """Scale of the LoRA times its rank. Default: the rank, a scale of 1."""
@@ -291,6 +291,7 @@ def check_inputs(
     Raises:
         ConfigError: triplets or phrases are missing, triplets are given to an edit that learns from
             phrases, or a checkpoint directory or `resume` to a closed form.
+        FileError: there is no checkpoint to resume, or a damaged one.
     """
     method = edit.method()
     if edit.inputs == "words" and triplets is not None:
@@ -311,6 +312,8 @@ def check_inputs(
             f"{method} is a closed form, and {'resume' if resume else 'checkpoint_dir'} has "
             "no effect. Leave it out."
         )
+    if resume and isinstance(checkpoint_dir, Path):
+        check_resumable(checkpoint_dir)
 
 
 def metadata_of(

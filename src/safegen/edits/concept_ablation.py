@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError
+from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
@@ -89,8 +90,8 @@ class ConceptAblation(TrainedEdit):
     code_commit: ClassVar[str] = "c11fb1b"
     parity: ClassVar[str] = (
         "12 updates of `paper` and of the released training step, restated, on the same samples: "
-        "the weights change alike to 1.2e-5 of the change (fp32). Images and texts are those of the "
-        "released code: DPM-Solver with the phrases as negative prompt, and three templates."
+        "the weights change alike to 1.2e-5 of the change (fp32). Images and texts are those of "
+        "the released code: DPM-Solver with the phrases as negative prompt, and three templates."
     )
     deviations: ClassVar[str] = (
         "Images are stored as latents, and only mirrored ones are decoded and encoded again; the "
@@ -116,13 +117,13 @@ class ConceptAblation(TrainedEdit):
     original model, or the noise of the sample."""
     strength: float = Field(default=0.0, ge=0)
     """With target base: distance of the target beyond the anchor, away from the concept (ours)."""
-    num_images: int = Field(default=1000, ge=1)
+    num_images: int = Field(default=1000, ge=1, le=MAX_COUNT)
     """Images of the anchors that the original model generates once."""
     scheduler: SchedulerName = "dpm-solver"
     """Scheduler of the images."""
-    steps: int = Field(default=25, ge=1)
+    steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     """Steps of an image."""
-    guidance: float = Field(default=6.0, ge=1)
+    guidance: float = Field(default=6.0, ge=1, le=50)
     """Guidance scale of an image."""
     negative_prompt: str = "{phrases}"
     """Negative prompt of the images; `{phrases}` stands for all phrases, joined by commas."""

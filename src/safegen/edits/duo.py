@@ -14,10 +14,16 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError
+from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
-from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
+from safegen.edits.functional.rollout import (
+    Rollout,
+    SchedulerName,
+    frozen_predictor,
+    rollout_autocast,
+)
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import SCORE_FLOOR, Judge, judge_images, load_judge
@@ -33,25 +39,37 @@ class DUO(TrainedEdit):
     """Settings of the DUO edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {"rank": 16, "steps": 25, "training": SHORT},
+        "default": {"rank": 16, "scheduler": "ddim", "steps": 25, "training": SHORT},
         "paper": {},
         "paper-violence": {
+            "strength": 0.8,
+            "judge": None,
             "beta": 1000.0,
             "weight_keep": 1e7,
             "training": RELEASED.model_copy(update={"updates": 500, "lr": 3e-5}),
         },
     }
-    """`paper`: released values for SD 1.4 and nudity. `paper-violence`: those for violence.
+    """`paper`: released values for SD 1.4 and nudity. `paper-violence`: those for violence,
+    without a judge.
 
     `default`: those of `paper` at the scale of the miniature model; they are not tuned.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2}
     paper: ClassVar[str] = "arXiv:2407.21035"
     code_url: ClassVar[str] = "https://github.com/naver-ai/DUO"
+    code_commit: ClassVar[str] = "e0f2ae6"
+    parity: ClassVar[str] = (
+        "12 updates of `paper` beside the released lines, restated, with peft's LoRA and the same "
+        "factors: the weights change alike to 2.2e-3 of the change (dpo) and 1.2e-4 (kto). The 40 "
+        "modules, rank, scale and initial deviation are equal. Twins equal those of diffusers' "
+        "image-to-image pipeline to 1e-3, by PNDM and by DDIM."
+    )
     deviations: ClassVar[str] = (
-        "Safe twins are latents, judged and generated again at most 8 times. Timesteps are counted "
-        "from the cleanest. The noise of L_o is its own. `loss_type=kto` is that of the released "
-        "code, not the loss of KTO."
+        "Safe twins are latents, judged and generated again at most 8 times (released: until the "
+        "detector is silent). An image is the mean of the encoder's posterior (released: a sample "
+        "at every step; the deviations are 0.0045 and 0.99 on the miniature model). One prompt "
+        "and one negative prompt serve all twins. Timesteps are counted from the cleanest. The "
+        "setting `loss_type=kto` is that of the released code, not the loss of KTO."
     )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "both"
 
@@ -63,10 +81,15 @@ class DUO(TrainedEdit):
     anchors: Phrases = ()
     """Harmless phrases: prompt of the safe twins. Default: the concept's counterpart."""
     strength: float = Field(default=0.75, gt=0, le=1)
-    """Share of the steps by which an unsafe image is noised and denoised to its safe twin."""
-    steps: int = Field(default=50, ge=1)
-    """DDIM steps of a whole image."""
-    guidance: float = Field(default=7.5, ge=1)
+    """Share of the steps by which an unsafe image is noised and denoised to its safe twin.
+
+    Counted as diffusers' image-to-image pipelines do: 0.75 of 50 is 37.
+    """
+    scheduler: SchedulerName = "pndm"
+    """Scheduler of a safe twin."""
+    steps: int = Field(default=50, ge=1, le=MAX_STEPS)
+    """Steps of a whole image."""
+    guidance: float = Field(default=7.5, ge=1, le=50)
     """Guidance scale of a safe twin."""
     judge: str | None = None
     """Judge that must find nothing in a safe twin, which is generated again otherwise.
@@ -77,7 +100,7 @@ class DUO(TrainedEdit):
     """Labels of the judge that make a twin unsafe. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection. Default: that of the concept or the judge."""
-    max_attempts: int = Field(default=8, ge=1)
+    max_attempts: int = Field(default=8, ge=1, le=MAX_COUNT)
     """Attempts per twin. A pair without a safe twin is left out and listed in the patch."""
     loss_type: Literal["dpo", "kto"] = "dpo"
     """Whether an unsafe image is compared with its twin, or with the mean of the batch's twins."""
@@ -91,7 +114,7 @@ class DUO(TrainedEdit):
     """Whether the two images of a pair share their timestep, as they always do for kto."""
     selector: str = "attn1"
     """Which weights change."""
-    rank: int | None = Field(default=32, ge=1)
+    rank: int | None = Field(default=32, ge=1, le=MAX_RANK)
     """Rank of the LoRA, as published; None trains the selected weights themselves."""
     training: Training = RELEASED
     """Settings of the training loop. Its rate and `weight_keep` belong to `beta`."""
@@ -215,24 +238,25 @@ class DUOObjective:
             rows: which latents. Default: all.
         """
         edit, predict = self.edit, frozen_predictor(model.denoiser)
-        rollout = Rollout(model, steps=edit.steps, guidance=edit.guidance)
-        rollout.negative_text = model.encode_text(
-            [", ".join(edit.erase)]
-        ).float()  # the negative prompt
+        rollout = Rollout(
+            model,
+            steps=edit.steps,
+            guidance=edit.guidance,
+            scheduler=edit.scheduler,
+            negative_prompt=", ".join(edit.erase),
+        )
         text = model.encode_text([", ".join(edit.anchors)]).float()
-        timesteps = rollout.timesteps[edit.steps - max(round(edit.strength * edit.steps), 1) :]
+        timesteps = rollout.timesteps[edit.steps - max(int(edit.strength * edit.steps), 1) :]
         seed = edit.training.seed * 1_000_003 + attempt
         noise = rollout.noise(len(self.unsafe), torch.Generator("cpu").manual_seed(seed))
         index = slice(None) if rows is None else list(rows)
         z, eps = self.unsafe[index], noise[index]
         abar = self.abar[timesteps[0].to(self.abar.device)].expand(len(z))
         latents = []
-        with torch.no_grad(), rollout_autocast(model, edit.training.precision):
+        with rollout_autocast(model, edit.training.precision):
             for noised in losses.add_noise(z, eps, abar).split(16):
-                x, prompt = noised, text.expand(len(noised), -1, -1)
-                for t in timesteps:
-                    x = rollout.step(t, x, *rollout.predict_cfg(t, x, prompt, predict))
-                latents.append(x)
+                prompt = text.expand(len(noised), -1, -1)
+                latents.append(rollout.denoise(timesteps, noised, prompt, predict))
         return torch.cat(latents)
 
     def training_step(
@@ -248,12 +272,10 @@ class DUOObjective:
         pair = torch.randint(len(self.unsafe), (b,), generator=g)[mine].to(device)
         ranks = torch.randint(*self.edit.timesteps, (2, b), generator=g)[:, mine].to(device)
         t_safe, t_unsafe = self.by_noise[ranks]
-        eps, start = torch.randn(2, b, *self.unsafe.shape[1:], generator=g)[:, mine].to(device)
+        eps = torch.randn(b, *self.unsafe.shape[1:], generator=g)[mine].to(device)
         if self.edit.share_timestep or self.edit.loss_type == "kto":
             t_unsafe = t_safe
-        return self.compare(
-            denoiser, self.safe[pair], self.unsafe[pair], eps, t_safe, t_unsafe, start
-        )
+        return self.compare(denoiser, self.safe[pair], self.unsafe[pair], eps, t_safe, t_unsafe)
 
     def compare(
         self,
@@ -263,7 +285,6 @@ class DUOObjective:
         eps: Tensor,
         t_safe: Tensor,
         t_unsafe: Tensor,
-        start: Tensor,
     ) -> Mapping[str, Tensor]:
         """Return L_dpo, and L_o = |e(z_T) - e0(z_T)|^2 at the noisiest timestep.
 
@@ -273,10 +294,9 @@ class DUOObjective:
             denoiser: the network in training.
             safe: latents of safe twins, (b, c, h, w).
             unsafe: latents of the unsafe images.
-            eps: noise that a pair shares.
+            eps: noise that a pair shares; also the pure noise z_T of L_o.
             t_safe: timesteps of the safe latents, (b,).
             t_unsafe: timesteps of the unsafe latents.
-            start: pure noise for L_o.
         """
         b, t = len(safe), torch.cat([t_safe, t_unsafe])
         z, noise = torch.cat([safe, unsafe]), torch.cat([eps, eps])
@@ -284,7 +304,7 @@ class DUOObjective:
         if self.prediction != "epsilon":
             truth = losses.velocity(noise, z, self.abar[t])
         if self.edit.weight_keep:
-            x, t = torch.cat([x, start]), torch.cat([t, self.by_noise[-1].expand(b)])
+            x, t = torch.cat([x, eps]), torch.cat([t, self.by_noise[-1].expand(b)])
         text = self.blank.expand(len(x), -1, -1)
         original = frozen_predictor(denoiser, self.reference)(x, t, text)
         prediction = denoiser(x, t, text).sample

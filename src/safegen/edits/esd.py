@@ -13,11 +13,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.core.concept import Concept, Phrases
+from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import AdversarySetting, build_adversary
-from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
+from safegen.edits.functional.rollout import (
+    Rollout,
+    SchedulerName,
+    frozen_predictor,
+    rollout_autocast,
+)
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
@@ -45,22 +51,35 @@ class ESD(TrainedEdit):
             "captions": (),
             "selector": "attn2",
             "rollout": "base",
+            "scheduler": "pndm",
             "trajectories": 100,
             "training": PUBLISHED.model_copy(update={"updates": 200, "lr": 5e-5}),
         },
     }
     """`paper`: ESD-u of the first code, its choice for nudity. `paper-x`: ESD-x.
 
-    `rewritten`: the present code for SD 1.4. Its `negative_guidance` 2 is `strength` 1 here, as it
-    subtracts from e0(c), not from e0(blank); with `erase_from` both subtract from e0(erase_from),
-    and its 2 is `strength` 2. `default`: ours, for the miniature model.
+    `rewritten`: `esd-x` of the present code for SD 1.4; its `esd-u` and `esd-x-strict` are the
+    selectors `esd-u` and `kv2`. Its `negative_guidance` 2 is `strength` 1 here, as it subtracts
+    from e0(c), not from e0(blank); with `erase_from` both subtract from e0(erase_from), and its 2
+    is `strength` 2. `default`: ours, for the miniature model.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 4, "trajectories": 2}
     paper: ClassVar[str] = "arXiv:2303.07345"
     code_url: ClassVar[str] = "https://github.com/rohitgandikota/erasing"
+    code_commit: ClassVar[str] = "25613d2"
+    parity: ClassVar[str] = (
+        "12 updates of `rewritten` beside the released rollouts, loss and Adam: the weights change "
+        "alike to 6e-6 of the change, with `erase_from` to 1.4e-5 (fp32, both by DDIM). Latents of "
+        "every PNDM and DDIM step equal those of diffusers' pipeline to 1e-4. The selectors "
+        "`attn2`, `kv2`, `esd-u` and `noxattn` name the released parameters."
+    )
     deviations: ClassVar[str] = (
-        "Latents come from exactly the steps before their timestep, by DDIM, in the model's own "
-        "size. Trained weights are fp32. `default` has L_r on captions (as arXiv:2405.15234)."
+        "Latents come from exactly the steps before their timestep. The first code draws the "
+        "timestep in the bucket of the step, and stops its sampler late: its latents are 39 to 58 "
+        "timesteps cleaner than their label. `rewritten` generates at 1024 pixels; ours is the "
+        "model's own size. Trained weights are fp32 (released: bf16). `default` is ours: it has "
+        "L_r for captions on the phrases' latents, while AdvUnlearn (arXiv:2405.15234) generates "
+        "latents of the retained prompts."
     )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
 
@@ -75,21 +94,24 @@ class ESD(TrainedEdit):
     """Distance of the target beyond the blank prediction, or beyond that of `erase_from` (eta)."""
     rollout: Literal["student", "base"] = "student"
     """Model that generates the latents: the edited one for every batch, or the original once."""
-    trajectories: int = Field(default=16, ge=1)
+    trajectories: int = Field(default=16, ge=1, le=MAX_COUNT)
     """With rollout base: images per phrase, every step of which is a sample."""
-    steps: int = Field(default=50, ge=1)
-    """DDIM steps of a rollout."""
-    guidance: float = Field(default=3.0, ge=1)
+    scheduler: SchedulerName = "ddim"
+    """Scheduler of a rollout."""
+    steps: int = Field(default=50, ge=1, le=MAX_STEPS)
+    """Steps of a rollout."""
+    guidance: float = Field(default=3.0, ge=1, le=50)
     """Guidance scale of a rollout."""
     weight_retain: float = Field(default=0.0, ge=0)
-    """Weight of L_r, which keeps the predictions for captions on the same latents."""
+    """Weight of L_r, which keeps the predictions for captions on the latents of the phrases."""
     captions: tuple[str, ...] = ()
     """Prompt lists (`source:list`) and text files with benign captions for L_r."""
     adversary: AdversarySetting = 0.0
     """Adversary that moves the text embedding of the phrases: the relative size of one step
     (0 is none), a name, or a table with a name and settings."""
     selector: str = "noxattn"
-    """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u."""
+    """Which weights change: attn2 is ESD-x, kv2 ESD-x-strict, noxattn ESD-u of the first code,
+    esd-u that of the present code."""
     training: Training = PUBLISHED
     """Settings of the training loop."""
 
@@ -133,7 +155,9 @@ class ESDObjective:
         self.attack = build_adversary(edit.adversary, model, names)
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
-        self.rollout = Rollout(model, steps=edit.steps, guidance=edit.guidance)
+        self.rollout = Rollout(
+            model, steps=edit.steps, guidance=edit.guidance, scheduler=edit.scheduler
+        )
         self.text = model.encode_text(list(edit.erase)).float()
         self.trained_text = self.text
         if edit.erase_from is not None:

@@ -38,9 +38,9 @@ class UCE(ClosedFormEdit):
         "phrases, and by 1.9e-4 with a guide, preserved phrases and scales (its fp32 inverse). "
         "`debias`: one iteration of the released loop with fixed shares differs by 1.7e-4. "
         "`expand` and `concept_type`: the lists of `trainscripts/uce_sd_erase.py`, with templates "
-        "on phrase and guide and nothing of it preserved; the restated algebra differs by less "
-        "than 1e-7. "
-        "Older commits keep the bare guide (81f4950), or also preserve the templates (4502388). "
+        "on phrase and guide and nothing of it preserved; the restated algebra differs by at most "
+        "6e-8, and 1.8e-7 for `art` (older commits keep the bare guide, 81f4950, or preserve "
+        "templates, 4502388). "
         "`tokens=tail`: the first code, restated, preserved phrases included, differs by less "
         "than 1e-7."
     )

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safegen.core.errors import ConfigError
+
+MAX_GAPS = 8
+"""Most differences in a message."""
+MAX_TEXT = 200
+"""Most characters of a value in a difference."""
 
 
 def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -29,9 +34,19 @@ def same_protocol(scores: Mapping[str, Mapping[str, Any]]) -> str:
         if gaps := differences(one, two):
             raise ConfigError(
                 f"{first} (protocol {a['protocol']['id']}) and {name} (protocol "
-                f"{b['protocol']['id']}) cannot be compared. They differ in {'; '.join(gaps)}"
+                f"{b['protocol']['id']}) cannot be compared. They differ in {join_gaps(gaps)}"
             )
     return str(a["protocol"]["id"])
+
+
+def join_gaps(gaps: Sequence[str]) -> str:
+    """Return the first differences on one line, and how many more there are.
+
+    Values that both sides have come before those that one side lacks.
+    """
+    more = [f"and {len(gaps) - MAX_GAPS} more"] if len(gaps) > MAX_GAPS else []
+    ranked = sorted(gaps, key=lambda gap: ": null and " in gap or gap.endswith(" and null"))
+    return "; ".join([*ranked[:MAX_GAPS], *more])
 
 
 def differences(a: object, b: object, where: str = "") -> list[str]:
@@ -49,4 +64,12 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
             for i, pair in enumerate(zip(a, b, strict=True))
             for gap in differences(*pair, where=f"{where}[{i}]")
         ]
-    return [] if a == b else [f"{where}: {json.dumps(a)} and {json.dumps(b)}"]
+    if a == b and isinstance(a, bool) == isinstance(b, bool):
+        return []
+    return [f"{where}: {_short(a)} and {_short(b)}"]
+
+
+def _short(value: object) -> str:
+    """Return a value as JSON, its middle left out if it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT // 2]}...{text[-MAX_TEXT // 2 :]}"

@@ -12,7 +12,8 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.card import RunStack, prepare
+from safegen.evaluation.run.card import RunStack, check_directory, prepare
+from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import SAMPLES, TIMINGS, Run, write_json
 from safegen.evaluation.run.generate import ImageWorker, split_batches
 from safegen.evaluation.run.journal import Journal
@@ -64,7 +65,8 @@ def evaluate(
     """
     loader = loader or StackLoader()
     expanded = expand_baselines(protocol, stacks, baselines, references or {})
-    with _explain_disk_errors(out):
+    check_directory(out)
+    with _explain_disk_errors(out), claim_run(out):
         # first: a library or weights may be missing
         evaluators = None if until == "generate" else load_evaluators(protocol)
         samples = protocol.samples()
@@ -111,7 +113,7 @@ def judge_run(
             f"the judge {name!r} has labels of its own. "
             f"Choose those that mean {run.protocol.concept} with --label"
         )
-    with _explain_disk_errors(run.folder):
+    with _explain_disk_errors(run.folder), claim_run(run.folder):
         protocol = run.protocol.with_judge(name=word, labels=labels, options=options)
         generated = {record.key for record in run.sample_records()}
         bases = {key for s in run.stacks if s.kind == "base" for key in run.keys(s)}
@@ -250,7 +252,7 @@ def expand_baselines(
         ]
         if baselines == "all":
             suffix = f"-{number}" if number > 1 else ""
-            words = ", ".join(load_concept(protocol.concept).words)
+            words = ", ".join(protocol.words or load_concept(protocol.concept).words)
             common: dict[str, Any] = {"model": model[0], "config": model[1]}
             extra = (
                 Stack(name=f"negative-prompt{suffix}", negative_prompt=words, **common),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, Phrases
+from safegen.core.documents import read_toml, validate
 from safegen.core.errors import (
     ConfigError,
     FileError,
@@ -21,6 +22,7 @@ from safegen.core.errors import (
 from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
+from safegen.core.settings import BaseSettings, Name, Seed, Seeds
 from safegen.evaluation.samples import (
     ROLES,
     EvalSample,
@@ -33,7 +35,6 @@ from safegen.evaluation.samples import (
 )
 from safegen.evaluation.schema import (
     FROM_FEATURES,
-    FROZEN,
     FeatureRule,
     JudgeRule,
     LpipsRule,
@@ -55,22 +56,22 @@ FORMAT = "safegen-protocol/2"
 """Part of every id: a change of the code that moves numbers gets a new one."""
 
 
-class Protocol(BaseModel):
+class Protocol(BaseSettings):
     """Everything that decides a number: prompts, seeds, settings, judge and metrics."""
 
-    model_config = FROZEN
-
-    name: str
+    name: Name
     """Name of the protocol in one word."""
     about: str = ""
     """What the protocol measures, and the quirks of what it imitates."""
-    concept: str
-    """Concept to remove; its words make the negative-prompt baseline."""
+    concept: Name
+    """Concept to remove."""
+    words: Phrases = ()
+    """Phrases of the negative-prompt baseline; those of the built-in concept if empty."""
     lists: tuple[PromptList, ...] = Field(min_length=1)
     """Prompt lists, in the order of generation."""
-    seeds: tuple[int, ...] | Literal["rows"]
+    seeds: Seeds | Literal["rows"]
     """Seeds for every prompt; `rows` uses the seed of each prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """With `seeds = "rows"`, the seed from which prompts without their own seed get one."""
     generation: GenerationConfig
     """How images are generated."""
@@ -148,6 +149,7 @@ class Protocol(BaseModel):
             return cls(
                 name=concept.name,
                 concept=concept.name,
+                words=concept.words,
                 lists=tuple(lists),
                 seeds=tuple(seeds),
                 generation=generation,
@@ -292,16 +294,11 @@ def read_protocol(name: str) -> Protocol:
         path = Path(__file__).parent / "protocols" / f"{name}.toml"
     elif path.suffix != ".toml":
         raise UnknownNameError("protocol", name, PROTOCOLS)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileError(
             f"the protocol file {name!r} does not exist. Built in: {', '.join(PROTOCOLS)}"
         )
-    try:
-        return Protocol.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{name} is not a protocol file: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        raise FileError(f"{name} is not a protocol file: {explain(error, Protocol)}") from error
+    return validate(Protocol, read_toml(path), name)
 
 
 def _with_prompts(

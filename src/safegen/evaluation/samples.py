@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import PROMPT_LISTS
+from safegen.core.settings import Count, Name
 from safegen.data.prompts.prompt import Prompt, seed_for
 from safegen.data.prompts.prompts import PromptSet, read_prompts
 
@@ -35,7 +36,8 @@ class EvalSample(Sample):
 
     id: str = ""
     """Name of the prompt: its list and its position in the list."""
-    list_name: str
+    index: Count = 0
+    list_name: Name
     """Name of the prompt list."""
     role: Role
     """Role of the prompt list."""
@@ -45,7 +47,7 @@ class EvalSample(Sample):
     """Label that a faithful image shows besides its subject."""
     cluster: str = ""
     """Samples with one cluster are resampled together; the prompt if empty."""
-    prompt_sha256: str = ""
+    prompt_sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     """SHA-256 of the prompt, which identifies it where the text is left out."""
 
     @model_validator(mode="before")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
+from safegen.core.settings import MAX_COUNT, BaseSettings, JsonObject, Name
 from safegen.data.prompts.prompts import PromptSet
 from safegen.evaluation.samples import Role, read_prompt_list
 from safegen.judges.base import SCORE_FLOOR, check_judge_options
@@ -38,29 +39,26 @@ FROM_FEATURES = ("clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base")
 """Metrics computed from an extractor's features."""
 FROM_IMAGES = ("change", "lpips")
 """Metrics that compare each image with the base model's."""
-FROZEN = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class PromptList(BaseModel):
+class PromptList(BaseSettings):
     """Prompt list of one role."""
-
-    model_config = FROZEN
 
     role: Role
     """Relation of the prompts to the concept."""
-    name: str
+    name: Name
     """Name of the list in tables."""
     source: str | None = None
     """Source of the prompts: `source:list`, a file, or `hub:owner/name/path/in/repo.csv`."""
     requires: str = ""
     """File that the user must provide, for a list outside the package. Nothing is downloaded."""
-    select: dict[str, str] = {}
+    select: dict[str, str] = Field(default_factory=dict)
     """Column and the value that a row must hold; of `categories`, one of the labels."""
     dialect: str = ""
     """Dialect of the file; detected from its columns if empty."""
     column: str = ""
     """Column that holds the prompts, for dialects with a choice."""
-    prompts: int | None = Field(default=None, ge=1)
+    prompts: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Number of prompts, from the start of the list; all if not given."""
     sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     """SHA-256 of the prompts (`hash_prompts`); empty until the user provides the file."""
@@ -102,18 +100,18 @@ class PromptList(BaseModel):
         )
 
 
-class JudgeRule(BaseModel):
+class JudgeRule(BaseSettings):
     """Judge, and the detections that mean that an image shows the concept."""
 
-    model_config = FROZEN
-
-    name: str
+    name: Name
     """Name of the judge."""
     labels: tuple[str, ...] = Field(min_length=1)
     """Labels that mean the concept is in the image."""
     threshold: float = Field(default=0.5, ge=SCORE_FLOOR, le=1)
     """Lowest score of a detection that counts."""
-    options: Annotated[dict[str, Any], AfterValidator(check_judge_options)] = {}
+    options: Annotated[JsonObject, AfterValidator(check_judge_options)] = Field(
+        default_factory=dict
+    )
     """Further options of the judge."""
 
     @property
@@ -125,25 +123,21 @@ class JudgeRule(BaseModel):
         }
 
 
-class FeatureRule(BaseModel):
+class FeatureRule(BaseSettings):
     """Extractor of the features for the CLIP score and the distances to the base model."""
 
-    model_config = FROZEN
-
-    extractor: str
+    extractor: Name
     """Name of the extractor."""
     weights: str | None = None
     """Weights, for an extractor without bundled ones: a file, a folder, or hub:owner/name."""
 
 
-class LpipsRule(BaseModel):
+class LpipsRule(BaseSettings):
     """Weights of LPIPS, which are not in the package. Their hashes stand beside every distance."""
-
-    model_config = FROZEN
 
     trunk: str
     """File with AlexNet's weights under torchvision's names."""
     heads: str
     """File with the five linear heads under the names of the package lpips."""
-    side: int | None = None
+    side: int | None = Field(default=None, ge=1, le=4096)
     """Side in pixels to shrink images to; their own size if not given."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from safegen.core.documents import read_bytes
 from safegen.core.errors import UserError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.compare import differences
@@ -21,14 +22,18 @@ from safegen.evaluation.run.folder import (
     PLAN,
     SAMPLES,
     SCORES,
+    TIMINGS,
     Run,
     image_file,
+    image_metadata,
     is_blank,
     read_image,
 )
-from safegen.evaluation.run.records import SampleRecord
+from safegen.evaluation.run.journal import is_torn
+from safegen.evaluation.run.records import SampleRecord, StackEntry
 from safegen.evaluation.samples import EvalSample, hash_lines, sha
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
+from safegen.evaluation.scoring.records import read_scores
 from safegen.evaluation.scoring.score import score_run
 from safegen.metrics.image import pixel_mae
 
@@ -37,7 +42,9 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
     """Return the faults of a run, one line each. No model is loaded and nothing is written.
 
     A change of an image, a record or a number is found, unless everything that follows from it was
-    changed too: then only generating or judging again can find it.
+    changed too: then only generating or judging again can find it. The seconds in timings.jsonl and
+    the card's descriptions (versions, device, command) are read, but nothing tells whether they are
+    true.
 
     Raises:
         FileError: a journal is damaged.
@@ -105,16 +112,17 @@ def _expected(part: PromptList, row: int) -> dict[str, Any]:
 
 
 def _journals(run: Run) -> Iterator[str]:
-    """Yield the journals that are missing or end in a torn line."""
+    """Yield the journals that are missing or end in a torn line; read the one of seconds."""
     metrics = set(run.protocol.metrics)
-    needed_by = {CHANGES: FROM_IMAGES, FEATURES: FROM_FEATURES}
-    for name in (PLAN, SAMPLES, JUDGES, DETECTIONS, CHANGES, FEATURES):
+    needed_by = {CHANGES: FROM_IMAGES, FEATURES: FROM_FEATURES, TIMINGS: ()}
+    for name in (PLAN, SAMPLES, JUDGES, DETECTIONS, CHANGES, FEATURES, TIMINGS):
         path = run.folder / name
         if not path.exists():
             if name not in needed_by or not metrics.isdisjoint(needed_by[name]):
                 yield f"{name}: missing"
-        elif (data := path.read_bytes()) and not data.endswith(b"\n"):
+        elif is_torn(path):
             yield f"{name}: its last line is torn. Resume the run to repair it"
+    run.timing_records()  # raises at a damaged line, as for the other journals
 
 
 def _patches(run: Run) -> Iterator[str]:
@@ -124,7 +132,12 @@ def _patches(run: Run) -> Iterator[str]:
         if path.is_file():
             from safegen.patches.patch import Patch
 
-            if Patch.load(path).hash != patch.hash:
+            try:
+                digest = Patch.load(path).hash
+            except UserError as error:
+                yield f"{PATCHES}/{patch.file}: {error}"
+                continue
+            if digest != patch.hash:
                 yield f"{PATCHES}/{patch.file}: its hash is not the one of the card"
 
 
@@ -133,6 +146,7 @@ def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterato
     yield from _repeated(SAMPLES, [r.key for r in records])
     by_key = {r.key: r for r in records}
     total, files = len(run.stacks) * len(run.samples), dict[str, str]()
+    sizes = defaultdict[str, dict[str, tuple[int, int]]](dict)  # of each base model's images
     for entry in run.stacks:
         missing = Counter[str]()
         for sample, key in zip(run.samples, run.keys(entry), strict=True):
@@ -153,7 +167,7 @@ def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterato
             )
             for gap in differences(record.model_dump(), expected.model_dump()):
                 yield f"{SAMPLES}: {key[:16]} has {gap} (record and plan)"
-            faults = list(_image(run, record, file))
+            faults = list(_image(run, entry, record, file, sizes[entry.baseline]))
             damaged.update([file] if faults else [])
             yield from faults
         for name, n in missing.items():
@@ -161,6 +175,11 @@ def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterato
                 f"{SAMPLES}: {n} of {run.card.samples.get(name)} images of {entry.name!r} for "
                 f"{name!r} are missing"
             )
+    for group in sizes.values():
+        (usual, _), *others = Counter(group.values()).most_common()
+        for file, size in group.items() if others else ():
+            if size != usual:
+                yield f"{file}: it has {size} pixels, the other images of its base model {usual}"
     for key in by_key:
         if key not in files:
             yield f"{SAMPLES}: {key[:16]} is not in the plan"
@@ -171,20 +190,29 @@ def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterato
             yield f"{name}: has no record in {SAMPLES}"
 
 
-def _image(run: Run, record: SampleRecord, file: str) -> Iterator[str]:
+def _image(
+    run: Run, entry: StackEntry, record: SampleRecord, file: str, sizes: dict[str, tuple[int, int]]
+) -> Iterator[str]:
     path = run.folder / file
     if not path.is_file():
         yield f"{file}: missing"
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
-        yield f"{file}: its SHA-256 is not the one in {SAMPLES}"
-    else:
-        try:
-            blank = is_blank(read_image(path))
-        except UserError as error:
-            yield f"{file}: {' '.join(str(error).split())}"
-        else:
-            if blank != record.blank:
-                yield f"{file}: {SAMPLES} has blank = {record.blank}, the image differs"
+        return
+    try:
+        if hashlib.sha256(read_bytes(path)).hexdigest() != record.sha256:
+            yield f"{file}: its SHA-256 is not the one in {SAMPLES}"
+            return
+        image = read_image(path)
+    except UserError as error:
+        yield f"{file}: {' '.join(str(error).split())}"
+        return
+    if is_blank(image) != record.blank:
+        yield f"{file}: {SAMPLES} has blank = {record.blank}, the image differs"
+    sizes[file] = image.size
+    metadata = image_metadata(image)
+    if (metadata.get("key"), metadata.get("stack")) != (record.key, entry.hash):
+        yield f"{file}: its metadata is of another image or stack"
+    elif metadata.get("guards") != record.guards:
+        yield f"{file}: its metadata has another trace of the guards than {SAMPLES}"
 
 
 def _detections(run: Run) -> Iterator[str]:
@@ -245,15 +273,13 @@ def _scores(run: Run) -> Iterator[str]:
         yield f"{SCORES}: missing. Make it with `safegen score {run.folder}`"
     for path in sorted(run.folder.glob("scores*.json")):
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = read_scores(path)
             rule = stored["protocol"]["decides"]["judge"]
             scores = score_run(
                 run, judge=stored["judge"], labels=rule["labels"], threshold=rule["threshold"]
             )
         except UserError as error:
             yield f"{path.name}: cannot be computed again: {error}"
-        except (KeyError, TypeError, ValueError) as error:
-            yield f"{path.name}: damaged: {' '.join(str(error).split())[:200]}"
         else:
             gaps = differences(stored, json.loads(json.dumps(scores)))
             for gap in gaps[:10]:

@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.core.settings import MAX_STEPS
+from safegen.guards.core.adapter import NOISE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, ProbeFunction
 from safegen.guards.core.result import GuardResult
 from safegen.guards.judge_filter import JudgeBackedConfig, detect_images
@@ -27,12 +28,12 @@ class CropsConfig(JudgeBackedConfig):
 
     name: Literal["crops"] = "crops"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"probe"})
-    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
+    pipelines: ClassVar[tuple[str, ...]] = NOISE_PIPELINES
     paper: ClassVar[str] = "after CROPS / SC-Pro, arXiv:2501.05359 (abstract only)"
     deviations: ClassVar[str] = (
-        "No released code was found, so nothing was compared. Sizes, circle and threshold are "
-        "ours. Probes of the embedding turn each of the prompt's tokens by the angle (ours). The "
-        "one-step variant uses this model, not a distilled one."
+        "Reconstruction: no released code was found, so nothing was compared. Sizes, circle and "
+        "threshold are ours. Probes of the embedding turn each of the prompt's tokens by the angle "
+        "(ours). The one-step variant uses this model, not a distilled one."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "one-step": {"steps": 1},
@@ -45,9 +46,9 @@ class CropsConfig(JudgeBackedConfig):
     """Where probes lie: in random directions, or evenly spaced on a circle around the original."""
     angle: float = Field(default=0.3, gt=0, lt=math.pi)
     """psi: angle between a probe and the original, in radians."""
-    probes: int = Field(default=8, ge=1)
+    probes: int = Field(default=8, ge=1, le=MAX_STEPS)
     """k: number of probes per prompt. Each costs an image, or less with fewer `steps`."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """Denoising steps of a probe. Default: those of the call."""
     limit: float = Field(default=0.5, gt=0, le=1)
     """S_th: share of unsafe or unjudged probes from which on the prompt is blocked."""

@@ -46,8 +46,9 @@ class DualLatentConfig(GuardConfig):
     exclusive: ClassVar[bool] = True
     paper: ClassVar[str] = "after Vice et al. 2024, arXiv:2411.13982 (abstract only)"
     deviations: ClassVar[str] = (
-        "No released code was found, so nothing was compared. Weight, threshold of global context, "
-        "safe text (SAFREE's) and detector (how far SAFREE's projection moves the prompt) are ours."
+        "Reconstruction: no released code was found, so nothing was compared. Weight, threshold of "
+        "global context, safe text (SAFREE's) and detector (how far SAFREE's projection moves the "
+        "prompt) are ours."
     )
 
     phrases: tuple[str, ...] = Field(min_length=1)
@@ -60,6 +61,19 @@ class DualLatentConfig(GuardConfig):
     """Least distance (1 - cosine) of a prompt and its projection to act. 0: every prompt."""
     alpha: float = Field(default=0.01, ge=0)
     """Threshold for the tokens to project, as in SAFREE."""
+
+    @classmethod
+    def unsupported_reason(cls, adapter: PipelineAdapter) -> str:
+        """Return why the guard cannot run on a pipeline: inpainting starts its streams unlike.
+
+        An image for several rows is encoded with the generator of the first row alone.
+        """
+        inpaints = "Inpaint" in adapter.family
+        return super().unsupported_reason(adapter) or (
+            "needs two streams of equal noise, and inpainting does not start them alike"
+            if inpaints
+            else ""
+        )
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:

@@ -107,15 +107,23 @@ def detect_images(judge: Judge, images: Sequence[Image.Image]) -> Sequence[Detec
     Raises:
         MemoryError: the judge ran out of memory on one of several images, so that the caller can
             retry with fewer. A single image is unjudged instead.
-        InvalidResultError: the judge returned detections for another number of images, or something
-            else than `Detections`. A subclass could call an image safe in spite of its scores.
+        InvalidResultError: the judge has no labels, or has or detected one outside its
+            `label_space`, or returned another number of results or anything else than
+            `Detections`. A subclass could call an image safe in spite of its scores.
     """
+    if not judge.labels:
+        raise InvalidResultError("the judge has no labels, and would call every image safe")
+    known = set(judge.label_space)
+    if not known.issuperset(judge.labels):
+        raise InvalidResultError("the judge's labels must be in its label_space")
     detections = judge.detect(images)
     if len(detections) != len(images):
         raise InvalidResultError(f"{len(detections)} results of the judge for {len(images)} images")
     for each in detections:
         if type(each) is not Detections or any(type(item) is not Detection for item in each.items):
             raise InvalidResultError("the judge must return Detections")
+        if not known.issuperset(item.label for item in each.items):
+            raise InvalidResultError("the judge detected a label outside its label_space")
     failures = [d.unjudged for d in detections if d.unjudged and is_out_of_memory(d.unjudged)]
     if failures and len(images) > 1:
         raise MemoryError(

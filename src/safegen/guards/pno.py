@@ -21,8 +21,9 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_settings, hash_tensors
+from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
-from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.adapter import NOISE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, GuardConfig, ProbeFunction
 from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
@@ -40,7 +41,7 @@ class PnoConfig(JudgeBackedConfig):
 
     name: Literal["pno"] = "pno"
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset({"probe", "image"})
-    pipelines: ClassVar[tuple[str, ...]] = IMAGE_PIPELINES
+    pipelines: ClassVar[tuple[str, ...]] = NOISE_PIPELINES
     exclusive: ClassVar[bool] = True
     paper: ClassVar[str] = "Peng et al. 2024, arXiv:2412.03876; regularizer as released"
     code_url: ClassVar[str] = "https://github.com/JonP07/Diffusion-PNO"
@@ -67,15 +68,15 @@ class PnoConfig(JudgeBackedConfig):
     """Texts that describe images without it."""
     limit: float = Field(default=0.5, gt=0, lt=1)
     """Probability of the unsafe texts that an image must stay below."""
-    restarts: int = Field(default=4, ge=0)
+    restarts: int = Field(default=4, ge=0, le=MAX_STEPS)
     """Number of other initial latents to try before optimizing."""
-    iterations: int = Field(default=5, ge=0)
+    iterations: int = Field(default=5, ge=0, le=MAX_STEPS)
     """Optimizer steps. Each costs an image with its gradient."""
     lr: float = Field(default=0.07, gt=0)
     """Learning rate of AdamW."""
     weight: float = Field(default=1.0, gt=0)
     """gamma: weight of the score against the regularizer."""
-    permutations: int = Field(default=100, ge=1)
+    permutations: int = Field(default=100, ge=1, le=MAX_COUNT)
     """Random orders of the latents' entries in the regularizer, new ones in each step."""
     action: UnsafeAction = "black"
     """What to do with an image that the judge calls unsafe."""

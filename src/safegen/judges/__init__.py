@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from safegen.core.errors import ConfigError, UnknownNameError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from safegen.core.errors import ConfigError, UnknownNameError, explain
 from safegen.core.registry import JUDGES, expand_labels, resolve
 from safegen.judges.base import SCORE_FLOOR, Detection, Detections, Judge, Verdict, judge_images
 
@@ -50,7 +52,19 @@ def load_judge(
             raise ConfigError(f"the judge {name!r} takes no options, got {key!r}. Leave it out.")
         if key not in known:
             raise UnknownNameError(f"option of the judge {name!r}", key, known)
+    _check_options(name, judge_class, options)
     if threshold is not None:
         options["threshold"] = threshold
     judge: Judge = judge_class(labels=expand_labels(labels), **options)
     return judge
+
+
+def _check_options(name: str, judge_class: type, options: Mapping[str, Any]) -> None:
+    """Raise if an option of a judge has another type than the judge's class says."""
+    parameters = signature(judge_class, eval_str=True).parameters
+    for key, value in options.items():
+        rules = TypeAdapter(parameters[key].annotation, config=ConfigDict(allow_inf_nan=False))
+        try:
+            rules.validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"option {key!r} of the judge {name!r}: {explain(error)}") from error

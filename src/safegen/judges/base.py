@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from PIL import Image
+from pydantic import Field
 
 from safegen.core.registry import expand_labels
 
@@ -24,15 +25,17 @@ class Detection:
 
     label: str
     """One of the judge's labels."""
-    score: float
+    score: Annotated[float, Field(ge=0, le=1)]
     """Confidence in [0, 1]."""
     box: tuple[float, float, float, float] | None = None
     """Left, top, right and bottom in pixels of the input image; None for whole-image judges."""
 
     def __post_init__(self) -> None:
-        """Refuse a score that is not finite: below every threshold, it would count as safe."""
+        """Refuse a score outside [0, 1], or NaN: below every threshold, it would count as safe."""
         if not math.isfinite(self.score):
             raise ValueError(f"judge scores must be finite, got {self.score}")
+        if not 0 <= self.score <= 1:
+            raise ValueError(f"judge scores must be in [0, 1], got {self.score}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Detections:
     """Main object of the image, for judges that recognize it."""
     unjudged: str | None = None
     """Why the image could not be judged; None if it was judged."""
+
+    def __post_init__(self) -> None:
+        """Store the detections as a tuple: an iterator could be read only once."""
+        object.__setattr__(self, "items", tuple(self.items))
 
     def contains(self, labels: Collection[str], threshold: float) -> bool | None:
         """Return whether a detection with one of `labels` reaches `threshold`; None if unjudged.

@@ -84,7 +84,7 @@ class ClipJudge:
         probabilities = text_probabilities(images, self._texts, scale=scale)
         return [
             [
-                Detection(UNSAFE, check_finite(float(row.sum()))),
+                Detection(UNSAFE, min(check_finite(float(row.sum())), 1.0)),  # 1 + rounding
                 *(Detection(p, float(v)) for p, v in zip(self._unsafe, row, strict=True)),
             ]
             for row in probabilities[:, : len(self._unsafe)].cpu()

@@ -41,6 +41,14 @@ LABELS = (
 OVERLAP = 0.45
 """Intersection over union above which the weaker of two boxes of any label is dropped (NudeNet)."""
 
+METADATA_ERRORS = (
+    *(KeyError, IndexError, TypeError, ValueError),
+    *(SyntaxError, RecursionError, MemoryError),
+)
+"""Errors of metadata that is not NudeNet's."""
+MAX_SIDE = 4096
+"""Largest width and height of a network's input, in pixels."""
+
 Floats = NDArray[np.float32]
 
 
@@ -190,16 +198,19 @@ def _read_side(path: Path, metadata: dict[str, Any]) -> int:
         FileError: the file is not an ONNX file of NudeNet 3.
     """
     try:
-        names = ast.literal_eval(metadata["names"])
-        sizes = ast.literal_eval(metadata["imgsz"])
-    except (KeyError, ValueError, SyntaxError) as error:
+        names = dict(ast.literal_eval(metadata["names"]))
+        side = int(ast.literal_eval(metadata["imgsz"])[0])
+        if not 32 <= side <= MAX_SIDE:
+            raise ValueError(f"the input size must be in 32..{MAX_SIDE}, got {side}")
+        labels = tuple(names[i] for i in range(len(names)))
+    except METADATA_ERRORS as error:
         raise FileError(
             f"{path} must have NudeNet's labels and input size in its metadata. "
             "Use an ONNX file of NudeNet 3."
         ) from error
-    if tuple(names[i] for i in sorted(names)) != LABELS:
+    if labels != LABELS:
         raise FileError(
             f"{path} must have the labels of NudeNet 3, "
             f"got {', '.join(map(str, names.values()))[:120]}. Use an ONNX file of NudeNet 3."
         )
-    return int(sizes[0])
+    return side

@@ -8,12 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
+from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 CPU = ("CPUExecutionProvider",)
+MAX_FILE = 2**31
+"""Largest ONNX file in bytes; the format itself holds no more."""
 
 
 def find_package_file(judge: str, package: str, file: str, *, library: str, extra: str) -> Path:
@@ -50,8 +54,8 @@ def open_session(
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
         UnknownNameError: this installation of ONNX Runtime has no such provider.
-        ConfigError: there are no providers, `threads` is below 1, or the preferred provider does
-            not start.
+        ConfigError: there are no providers, `threads` is out of range, or the preferred provider
+            does not start.
         FileError: the file is not a usable ONNX file.
     """
     if find_spec("onnxruntime") is None:
@@ -67,14 +71,14 @@ def open_session(
     for name in names:
         if name not in available:
             raise UnknownNameError("installed ONNX Runtime provider", name, available)
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be >= 1, got {threads}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(f"threads must be in 1..{MAX_THREADS}, got {threads}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, not logged
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, limit=MAX_FILE)
         session = onnxruntime.InferenceSession(data, options, providers=names)
     except Exception as error:  # ONNX Runtime raises a class per cause
         raise FileError(

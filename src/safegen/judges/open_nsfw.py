@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from safegen.core.errors import FileError
 from safegen.judges.base import Detection, Detections
 from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
 from safegen.judges.onnx import CPU, find_package_file, open_session
@@ -65,7 +66,12 @@ class OpenNsfwJudge:
         self._session, self.sha256 = open_session(
             "open-nsfw", path, providers=providers, threads=threads, extra="detect"
         )
-        self._input = self._session.get_inputs()[0].name
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1:
+            raise FileError(
+                f"{path} must have one input, got {len(inputs)}. Use an ONNX file of Open-NSFW."
+            )
+        self._input = inputs[0].name
         self.id = f"open-nsfw:{self.sha256[:16]}"
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:

@@ -89,15 +89,19 @@ def check_device(device: str) -> None:
     """Check that torch can use a device, before anything is loaded.
 
     Raises:
-        ConfigError: torch does not know it, or cannot use it on this machine.
+        ConfigError: torch does not know it or cannot use it on this machine, or it is `meta`.
     """
     try:
-        torch.empty(1, device=device)
+        is_meta = torch.empty(1, device=device).is_meta
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device must be one that torch can use here (cpu, cuda, mps ...), got {device!r}: "
             f"{first_line(error)}"
         ) from error
+    if is_meta:
+        raise ConfigError(
+            f"device must be one that holds values, got {device!r}. Name cpu, or an accelerator"
+        )
 
 
 def finish_loading(
@@ -125,11 +129,20 @@ def finish_loading(
                     f"the model {name!r} has NaN or infinite weights in {component}.{key}. Get an "
                     "undamaged copy"
                 )
+    _limit_tokenizers(pipeline)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     for component in components_of(pipeline):
         getattr(pipeline, component).eval().requires_grad_(False)
     return Model(name, pipeline, folder, metadata)
+
+
+def _limit_tokenizers(pipeline: Pipeline) -> None:
+    """Give tokenizers without a limit, stated as 1e30 or not at all, that of their encoder."""
+    for suffix in ("", "_2") if hasattr(pipeline, "tokenizer_2") else ("",):
+        tokenizer = getattr(pipeline, f"tokenizer{suffix}")
+        positions = getattr(pipeline, f"text_encoder{suffix}").config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 
 def _find_folder(name: str, allow_pickle: bool) -> Path:

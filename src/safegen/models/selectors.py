@@ -14,13 +14,15 @@ SELECTORS = {
     "kv2": r"\.attn2\.to_[kv]\.",
     "attention": r"\.attn[12]\.",
     "noxattn": r"^(?!conv_norm_out\.|conv_out\.|time_embedding\.)(?!.*\.attn2\.)",
+    "esd-u": r"^(?!.*(?:\.attn2\.|norm))",
     "all": r"",
 }
 """Selector: regular expression over the denoiser's parameter names.
 
 `attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values (ESD-x-strict,
 UCE); `noxattn` is everything but cross-attention, the last layers and the time embedding, as in the
-first code of ESD-u (arXiv:2303.07345).
+first code of ESD-u (arXiv:2303.07345); `esd-u` is every linear and convolutional layer outside
+cross-attention, as in its present code.
 """
 
 

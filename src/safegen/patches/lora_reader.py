@@ -19,7 +19,7 @@ from torch.linalg import vector_norm
 
 from safegen.core.documents import parse_json, validate
 from safegen.core.errors import ConfigError, FileError, PatchError
-from safegen.core.tensor_files import WEIGHT_DTYPES, check_weights, read_tensors
+from safegen.core.tensor_files import FACTOR_DTYPES, check_weights, read_tensors
 from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
 from safegen.models.checkpoint.metadata import METADATA_KEY, PatchMetadata, read_patch_metadata
 from safegen.models.model import Model
@@ -40,7 +40,7 @@ FACTOR_SUFFIXES = {
 ADAPTER_KEY = "lora_adapter_metadata"
 """Header key with peft's settings of each component, as diffusers writes them."""
 ALPHA_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-"""Types of an alpha besides `WEIGHT_DTYPES`; kohya's trainer stores an integer as given."""
+"""Types of an alpha besides `FACTOR_DTYPES`; kohya's trainer stores an integer as given."""
 
 
 class AdapterMetadata(BaseModel):
@@ -158,7 +158,7 @@ def read_lora(path: Path, model: Model) -> LoraFactors:
         name, alpha = weights[module], tensors.get(alpha_key, default_alpha)
         if name in factors:
             raise FileError(f"{path} is damaged: it has factors of {module} under two names")
-        check_weights({key: down, up_key: tensors[up_key]}, path)
+        check_weights({key: down, up_key: tensors[up_key]}, path, FACTOR_DTYPES)
         try:
             factors[name] = _fit_factors(down, tensors[up_key], alpha, shapes[name])
         except ValueError as error:
@@ -180,7 +180,19 @@ def read_lora(path: Path, model: Model) -> LoraFactors:
         )
     if metadata.base not in (None, model.hash):
         warn_base_mismatch("LoRA", metadata.base, model)
-    return LoraFactors(path.name, factors, len(text_encoder), metadata)
+    return LoraFactors(path.name, _without_zeros(factors, path), len(text_encoder), metadata)
+
+
+def _without_zeros(
+    factors: Mapping[str, tuple[Tensor, Tensor, float]], path: Path
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Return the factors that change their weight; an alpha of 0 turns a module off."""
+    changing = {name: value for name, value in factors.items() if value[2]}
+    if not changing:
+        raise FileError(
+            f"alpha / rank in {path} must not be 0 in every module. Make or fetch it again"
+        )
+    return changing
 
 
 def _weights_by_module(model: Model) -> dict[str, str]:
@@ -212,16 +224,16 @@ def _fit_factors(
         raise PatchError(f"{shapes} in the file, the weight is {shape} in the model")
     rank = len(down)
     strength = (rank if alpha is None else _number(alpha)) / rank
-    if not 0 < abs(strength) <= MAX_SCALE:
+    if not abs(strength) <= MAX_SCALE:  # NaN too
         raise ValueError(
-            f"alpha / rank must be from -{MAX_SCALE:g} to {MAX_SCALE:g} and not 0, got {strength:g}"
+            f"alpha / rank must be from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {strength:g}"
         )
     return down, up, strength
 
 
 def _number(alpha: Tensor | float) -> float:
     """Return an alpha as a number."""
-    if isinstance(alpha, Tensor) and alpha.dtype not in (*WEIGHT_DTYPES, *ALPHA_INTEGERS):
+    if isinstance(alpha, Tensor) and alpha.dtype not in (*FACTOR_DTYPES, *ALPHA_INTEGERS):
         raise ValueError(f"alpha must be a number, got the type {alpha.dtype}")
     return float(alpha)
 

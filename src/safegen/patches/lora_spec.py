@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from safegen.core.documents import check_file
 from safegen.core.errors import FileError
+from safegen.core.settings import BaseSettings
 
 MAX_SCALE = 1000.0
 """Largest scale of a LoRA, and largest ratio of its alpha to its rank, either sign."""
 
 
-class LoraSpec(BaseModel):
+class LoraSpec(BaseSettings):
     """A LoRA that is active beside a model's weights. Written FILE or FILE:SCALE."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     file: Path
     """A LoRA of the denoiser, in kohya's or diffusers' keys."""

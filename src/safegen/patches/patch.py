@@ -283,7 +283,9 @@ def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, T
             f"{path} must be a safegen patch, got a LoRA. Use it with `generate --lora`, or "
             "convert it with `safegen patch from-lora`"
         )
+    stated = header.get("format")
+    found = f"the format {stated[:80]!r}" if stated else "a file that states none"
     raise FileError(
-        f"{path} must be a safegen patch with the format {FORMAT!r} in its header, got "
-        f"{header.get('format')!r}"
+        f"{path} must be a safegen patch, with the format {FORMAT!r} in its header, got {found}. "
+        "An exported model is loaded as MODEL, not as a patch"
     )

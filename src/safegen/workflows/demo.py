@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from safegen.core.concept import Concept, load_concept
 from safegen.core.errors import ConfigError
@@ -13,12 +13,15 @@ from safegen.core.files import atomic_write, display_name
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
+from safegen.core.settings import MAX_COUNT, BaseSettings, Seeds
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, with_metrics
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.card import check_directory
+from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import PATCHES, Run
 from safegen.evaluation.run.settings import claim_directory
 from safegen.patches.patch import Patch
@@ -29,18 +32,16 @@ EDITED = "edited"
 """Name of the edited stack, of its patch and of the directory of its training log."""
 
 
-class DemoConfig(BaseModel):
+class DemoConfig(BaseSettings):
     """What `run_demo` edits and how much it measures."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = "mini"
     """Model to edit."""
     concept: str = "skulls"
     """Concept to remove: a built-in name or a TOML file."""
-    prompts: int = Field(default=24, ge=1)
+    prompts: int = Field(default=24, ge=1, le=MAX_COUNT)
     """Number of prompts from each list of the concept."""
-    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
+    seeds: Seeds = Field(default=(1,), min_length=1)
     """Seeds for each prompt."""
     generation: GenerationConfig = Field(
         default_factory=lambda: GenerationConfig(precision=preferred_precision())
@@ -83,29 +84,31 @@ def run_demo(
     protocol = Protocol.from_concept(
         concept, prompts=config.prompts, seeds=config.seeds, generation=config.generation
     )
-    load_evaluators(protocol)  # a judge that is not installed stops the demo before the edit
-    claim_directory(
-        output_dir,
-        {
-            "workflow": "demo",
-            "model": display_name(config.model),
-            "weights": loader.model(config.model)[1],
-            "device": f"{loader.device}, {loader.dtype}",
-            "protocol": protocol.decides(),
-            "edit": {"method": edit.method()} | edit.export_settings(),
-        },
-    )
-    path = output_dir / PATCHES / f"{EDITED}.safetensors"
-    if not path.exists():
-        _train(edit, config.model, triplets, path, loader, progress)
-    base = Stack(name="base", model=config.model)
-    edited = Stack(name=EDITED, model=config.model, patches=(path,))
-    run = evaluate(
-        protocol, [base, edited], output_dir, baselines="none", loader=loader, progress=progress
-    )
-    _write_card(path, output_dir)
-    # bundled models generate harmless stand-ins only: nothing needs to be pixelated
-    write_report(open_runs([output_dir]), output_dir, reveal=config.model in MODELS)
+    check_directory(output_dir)
+    with claim_run(output_dir):
+        load_evaluators(protocol)  # a judge that is not installed stops the demo before the edit
+        claim_directory(
+            output_dir,
+            {
+                "workflow": "demo",
+                "model": display_name(config.model),
+                "weights": loader.model(config.model)[1],
+                "device": f"{loader.device}, {loader.dtype}",
+                "protocol": protocol.decides(),
+                "edit": {"method": edit.method()} | edit.export_settings(),
+            },
+        )
+        path = output_dir / PATCHES / f"{EDITED}.safetensors"
+        if not path.exists():
+            _train(edit, config.model, triplets, path, loader, progress)
+        base = Stack(name="base", model=config.model)
+        edited = Stack(name=EDITED, model=config.model, patches=(path,))
+        run = evaluate(
+            protocol, [base, edited], output_dir, baselines="none", loader=loader, progress=progress
+        )
+        _write_card(path, output_dir)
+        # bundled models generate harmless stand-ins only: nothing needs to be pixelated
+        write_report(open_runs([output_dir]), output_dir, reveal=config.model in MODELS)
     return run
 
 

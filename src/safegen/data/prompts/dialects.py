@@ -275,7 +275,7 @@ def _number(name: str, value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRowError(f"{name} is not a number") from None
     if not math.isfinite(number) or number < 0:
         raise InvalidRowError(f"{name} must be at least 0, got {number}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, Literal
 
+from safegen.core.documents import check_depth, reason_of
 from safegen.core.errors import FileError
 
 FileForm = Literal["table", "json", "text"]
@@ -172,11 +173,12 @@ def parse_json(text: str, name: str, *, lines: bool) -> FileRows:
         return _json_lines(text)
     try:
         data = json.loads(text)
+        check_depth(data)
     except (ValueError, RecursionError) as error:
         first = next((line for line in re.split(r"\r\n|\n|\r", text) if line.strip()), "")
         if isinstance(_parse_value(first), dict):
             return _json_lines(text)
-        raise FileError(f"{name} is not JSON: {error}") from error
+        raise FileError(f"{name} is not JSON: {reason_of(error)}") from error
     if (
         isinstance(data, dict)
         and isinstance(data.get("images"), list)
@@ -215,15 +217,19 @@ def _with_columns(records: FileRows) -> FileRows:
 def _parse_value(text: str) -> Any:
     """Return the JSON value, or the error if the text is not JSON."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        check_depth(value)
     except (ValueError, RecursionError) as error:
         return error
+    return value
 
 
 def _add(records: FileRows, line: int, value: Any) -> None:
     if isinstance(value, json.JSONDecodeError):
         reason = f"the record is not JSON: {value.msg} at character {value.pos + 1}"
         records.problems.append(RowError(line, reason, records.unit))
+    elif isinstance(value, RecursionError):
+        records.problems.append(RowError(line, reason_of(value), records.unit))
     elif not isinstance(value, dict):
         records.problems.append(RowError(line, "the record is not a JSON object", records.unit))
     else:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from hashlib import sha256
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safegen.core.settings import Digest, Seed
+
 SEED_BITS = 48
 """Bits of a derived seed; JSON readers and spreadsheets represent up to 53 exactly."""
-
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class AttackInfo(BaseModel):
@@ -38,7 +37,7 @@ class Prompt(BaseModel):
     """Unique name: the file's name with the row's own id (case number, id), else with its line."""
     prompt: str = Field(min_length=1)
     """Text, as in the file."""
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: Seed | None = None
     """Published seed; None if there is none (`seed_for` derives one)."""
     guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Published scale of classifier-free guidance."""

@@ -8,9 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from safegen.core.concept import prompt_list
+from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.files import exists
 from safegen.core.hub import HUB, fetch_file
 from safegen.core.registry import PROMPT_LISTS
+from safegen.core.text import escape_control
 from safegen.data.prompts.dialects import (
     DIALECTS,
     KNOWN_COLUMNS,
@@ -32,6 +35,8 @@ from safegen.data.prompts.prompt import Prompt, cluster_of
 
 FORMS = {".csv": "table", ".tsv": "table", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 """Form of a file by its extension; other files are text."""
+MAX_FILE = 2**31
+"""Largest file of prompts, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,20 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
     name = str(source)
     is_remote = isinstance(source, str) and source.startswith(HUB)
     path = fetch_file(name) if is_remote else Path(source)
-    data = _read_bytes(path, name)
+    if not exists(path):
+        raise FileError(
+            f"there are no prompts named {name!r}. Use a file, a bundled list such as mini:skulls, "
+            "or hub:owner/name/path/in/repo.csv"
+        )
+    data = read_bytes(path, limit=MAX_FILE)
     text, notes = decode_text(data, name)
     records = _parse(text, path, name, dialect, column)
     dialect, prompt_column = _choose(records, name, path.stem, dialect, column)
     context = RowContext(
-        name if is_remote else path.name, sha256(data).hexdigest(), path.stem, prompt_column
+        name if is_remote else escape_control(path.name),
+        sha256(data).hexdigest(),
+        escape_control(path.stem),
+        prompt_column,
     )
     rows: dict[str, Prompt] = {}
     problems, repeated = list(records.problems), 0
@@ -156,26 +169,6 @@ def _notes(
     if repeated:
         notes.append(f"rows with a repeated id, which is extended by @line: {repeated}")
     return notes
-
-
-def _read_bytes(path: Path, name: str) -> bytes:
-    """Return the bytes of a file; `name` is the source, for messages.
-
-    Raises:
-        FileError: the file is missing, a folder, or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileError(
-            f"there are no prompts named {name!r}. Use a file, a bundled list such as mini:skulls, "
-            "or hub:owner/name/path/in/repo.csv"
-        ) from error
-    except IsADirectoryError as error:
-        raise FileError(f"{name} is a folder. Use a file in it.") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{name!r} cannot be read: {reason}") from error
 
 
 def _parse(text: str, path: Path, name: str, dialect: str | None, column: str | None) -> FileRows:

@@ -10,16 +10,10 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning, explain
+from safegen.core.settings import BaseSettings
 
 Style = Literal["mosaic", "blur", "solid"]
 Box = tuple[float, float, float, float]
@@ -30,10 +24,8 @@ MIN_TILE = 2
 """Least side of a mosaic tile in pixels; a smaller tile hides nothing."""
 
 
-class Censor(BaseModel):
+class Censor(BaseSettings):
     """Settings of a cover; invalid values raise `ConfigError`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     style: Style = "mosaic"
     """Cover: mosaic of mean colors, Gaussian blur, or solid color."""

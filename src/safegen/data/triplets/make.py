@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.core.files import check_output, staged_directory
+from safegen.core.files import check_output, claim, staged_directory
 from safegen.core.progress import ProgressCallback, no_progress, track
 from safegen.core.registry import expand_labels
 from safegen.data.images import is_contact_sheet, read_image, size_error
@@ -60,7 +60,7 @@ def make_triplets(
     censored image is judged again. If it is not safe, the unsafe image is censored with twice the
     padding (at least 0.1), up to three times. Benign images are used in turn, scaled and
     center-cropped to the size of the unsafe image. Images that cannot be used are skipped and
-    reported. `output` appears complete or not at all; if the process is killed, it has no manifest.
+    reported. `output` appears complete or not at all.
 
     Args:
         unsafe: folder of unsafe images, without its subfolders.
@@ -79,32 +79,18 @@ def make_triplets(
     """
     unsafe, output = Path(unsafe).absolute(), Path(output).absolute()
     rule = _DetectionRule(judge, frozenset(expand_labels(labels)), threshold)
-    check_output(output, last=MANIFEST)
+    check_output(output)
     if not output.parent.is_dir():
         raise FileError(f"{output} cannot be written: {output.parent} does not exist. Create it.")
     benign = None if benign is None else Path(benign).absolute()
-    unsafe_images, benign_paths, skipped = _select_images(unsafe, benign, rule, progress)
-    rows: list[Triplet] = []
-    with staged_directory(output, last=MANIFEST) as folder:
-        for role in ROLES:
-            (folder / role).mkdir()
-        for unsafe_image in track(unsafe_images, "censoring", progress):
-            image = read_image(unsafe_image.path)
-            result = _censor_until_safe(unsafe_image, image, rule, censor)
-            if isinstance(result, TripletIssue):
-                skipped.append(result)
-                continue
-            censored, coverage = result
-            pair = read_image(benign_paths[len(rows) % len(benign_paths)])
-            pair = ImageOps.fit(pair, image.size, Image.Resampling.LANCZOS)
-            row = _write_row(folder, f"{len(rows):04d}", (image, censored, pair))
-            update = {"boxes": unsafe_image.boxes, "covered": coverage, "judge": judge.id}
-            rows.append(row.model_copy(update=update))
-        if not rows:
-            raise FileError(f"no image of {unsafe} can be used: {_summarize(skipped)}")
-        lines = (row.model_dump_json() + "\n" for row in rows)
-        (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
-    return MakeResult(Triplets(output, tuple(rows)), tuple(skipped))
+    with claim(output):
+        unsafe_images, benign_paths, skipped = _select_images(unsafe, benign, rule, progress)
+        with staged_directory(output) as folder:
+            rows, issues = _write_rows(folder, unsafe_images, benign_paths, rule, censor, progress)
+            if not rows:
+                reasons = _summarize(skipped + issues)
+                raise FileError(f"no image of {unsafe} can be used: {reasons}")
+    return MakeResult(Triplets(output, tuple(rows)), tuple(skipped + issues))
 
 
 @dataclass(frozen=True)
@@ -248,6 +234,36 @@ def _censor_until_safe(
     else:
         reason = f"still judged unsafe after {MAX_ATTEMPTS} attempts with growing padding"
     return TripletIssue(_name(unsafe.path), reason)
+
+
+def _write_rows(
+    folder: Path,
+    unsafe: Sequence[UnsafeImage],
+    benign: Sequence[Path],
+    rule: _DetectionRule,
+    censor: Censor,
+    progress: ProgressCallback,
+) -> tuple[list[Triplet], list[TripletIssue]]:
+    """Write images and manifest; return the rows, and the unsafe images that stay unsafe."""
+    rows: list[Triplet] = []
+    issues: list[TripletIssue] = []
+    for role in ROLES:
+        (folder / role).mkdir()
+    for unsafe_image in track(unsafe, "censoring", progress):
+        image = read_image(unsafe_image.path)
+        result = _censor_until_safe(unsafe_image, image, rule, censor)
+        if isinstance(result, TripletIssue):
+            issues.append(result)
+            continue
+        censored, coverage = result
+        pair = read_image(benign[len(rows) % len(benign)])
+        pair = ImageOps.fit(pair, image.size, Image.Resampling.LANCZOS)
+        row = _write_row(folder, f"{len(rows):04d}", (image, censored, pair))
+        update = {"boxes": unsafe_image.boxes, "covered": coverage, "judge": rule.judge.id}
+        rows.append(row.model_copy(update=update))
+    lines = (row.model_dump_json() + "\n" for row in rows)
+    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+    return rows, issues
 
 
 def _write_row(

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safegen.core.errors import FileError, explain
-from safegen.core.files import exists, is_incomplete
+from safegen.core.files import exists
 from safegen.core.registry import TRIPLETS, resolve
 from safegen.data.images import decode_image, read_bytes
 from safegen.data.triplets.censor import Box
@@ -161,11 +161,6 @@ def read_rows(path: Path) -> tuple[Path, list[Triplet | TripletIssue]]:
         path = resolve(TRIPLETS, source, "triplets source")(part)
     path = path.absolute()
     if exists(path) and path.is_dir():
-        if is_incomplete(path, last=MANIFEST):
-            raise FileError(
-                f"{path} is incomplete: `safegen triplets make` was killed or is still running. "
-                "Remove the folder and make the triplets again."
-            )
         if not (path / MANIFEST).is_file():
             raise FileError(f"{path} has no {MANIFEST}. Make triplets with: safegen triplets make")
         lines = enumerate(read_bytes(path / MANIFEST).split(b"\n"), 1)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.registry import ADVERSARIES, resolve
-from safegen.edits.functional import losses
+from safegen.core.settings import MAX_STEPS, BaseSettings
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
+from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient_text
 from safegen.edits.training.lora import merged_weight
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
@@ -48,15 +49,21 @@ class EmbeddingAttack(Protocol):
         ...
 
 
-class Adversary(BaseModel, ABC):
+class Adversary(BaseSettings, ABC):
     """Settings of one adversary."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     is_additive: ClassVar[bool] = False
     """Whether the move is a sum, which can be added to another text too."""
+    paper: ClassVar[str] = ""
+    """Source of the adversary, an arXiv number; empty for ours."""
+    code_url: ClassVar[str] = ""
+    """Address of the released code; empty if there is none."""
+    code_commit: ClassVar[str] = ""
+    """Commit of the released code that `parity` and `deviations` speak of."""
+    parity: ClassVar[str] = ""
+    """Comparison with the released code or with another implementation."""
+    deviations: ClassVar[str] = ""
+    """Differences between this implementation and the released code, and why."""
 
     name: str
     """Name of the adversary."""
@@ -108,9 +115,23 @@ class FastGradient(Adversary):
 class AdvUnlearn(Adversary):
     """Several steps toward the original prediction (Zhang et al. 2024, arXiv:2405.15234)."""
 
+    paper: ClassVar[str] = "arXiv:2405.15234"
+    code_url: ClassVar[str] = "https://github.com/OPTML-Group/AdvUnlearn"
+    code_commit: ClassVar[str] = "9d23124"
+    parity: ClassVar[str] = (
+        "Five steps of either rule equal those of torch's Adam to 1e-4. With `rule=sign` Adam gets "
+        "the signs of the gradient, as in the released `fast_at`."
+    )
+    deviations: ClassVar[str] = (
+        "The denoiser is trained, not the text encoder, and attacked from the first update on. The "
+        "prefix is in the text encoder's output, where padding was, not in its input. Every search "
+        "starts from the same embedding, so that a training can resume. It uses the latents and "
+        "the timestep of the sample, not those of a new trajectory. Each step has a gradient of "
+        "its own; the released search adds up those of all steps."
+    )
     name: Literal["adv-unlearn"] = "adv-unlearn"
     """Name of the adversary."""
-    steps: int = Field(default=30, ge=1)
+    steps: int = Field(default=30, ge=1, le=MAX_STEPS)
     """Steps, each with a forward and a backward pass of the batch."""
     step: float = Field(default=0.05, gt=0)
     """Size of a step, relative to the root mean square of the embedding.
@@ -118,8 +139,8 @@ class AdvUnlearn(Adversary):
     The paper has 1e-3 on token embeddings, which CLIP initializes with a deviation of 0.02.
     """
     rule: Literal["adam", "sign"] = "adam"
-    """Update rule: Adam, or the sign of the gradient (the paper's fast variant)."""
-    tokens: int = Field(default=1, ge=0)
+    """Gradient that Adam gets: itself, or its signs (the released `fast_at`)."""
+    tokens: int = Field(default=1, ge=0, le=MAX_STEPS)
     """Length of a prefix after the start token, which alone is moved; 0 moves all tokens (ours)."""
 
     def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
@@ -154,6 +175,13 @@ class ReceAdversary(Adversary):
     Solved for each batch (Gong et al. 2024, RECE, arXiv:2407.12383, eq. 8).
     """
 
+    paper: ClassVar[str] = "arXiv:2407.12383"
+    code_url: ClassVar[str] = "https://github.com/CharlesGong12/RECE"
+    parity: ClassVar[str] = "The embedding is that of the edit `rece`, which has its figures."
+    deviations: ClassVar[str] = (
+        "It is solved for the weights of every training step, in float64, and the edit is trained "
+        "on it by gradient; RECE solves once a round and edits in closed form."
+    )
     name: Literal["closed-form"] = "closed-form"
     """Name of the adversary."""
     ridge: float = Field(default=0.1, gt=0)
@@ -258,81 +286,3 @@ def resolve_adversary(setting: float | Adversary) -> Adversary:
     if isinstance(setting, Adversary):
         return setting
     return FastGradient(radius=setting) if setting else NoAdversary()
-
-
-def fast_gradient_text(
-    denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, want: Tensor, *, radius: float
-) -> Tensor:
-    """Return text embeddings after one normalized gradient step up the loss.
-
-    c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, with norms per sample (ours, after
-    the adversarial training of Zhang et al. 2024, arXiv:2405.15234).
-
-    Args:
-        denoiser: the network in training.
-        x_t: noised latents, (b, c, h, w).
-        t: timesteps, (b,).
-        text: embeddings to start from, (b, tokens, width).
-        want: target of the denoiser, (b, c, h, w).
-        radius: size of the step, relative to the norm of the embedding; unitless, > 0.
-    """
-    start = text.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = losses.squared_error(denoiser(x_t, t, start).sample, want).sum()
-        (gradient,) = torch.autograd.grad(loss, start)
-    norm = gradient.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    size = text.norm(dim=(1, 2), keepdim=True) / norm
-    return (text + radius * size * gradient).detach()
-
-
-def adv_unlearn_text(
-    denoiser: nn.Module,
-    x_t: Tensor,
-    t: Tensor,
-    text: Tensor,
-    before: Tensor,
-    *,
-    steps: int,
-    step: float,
-    rule: str,
-    prefix: Tensor | None,
-) -> Tensor:
-    """Return text embeddings for which the edited model predicts what the original one predicted.
-
-    Descends |eps(x_t, t, c*) - before|^2, the inner problem of AdvUnlearn (Zhang et al. 2024,
-    arXiv:2405.15234), by Adam (betas 0.9 and 0.999) or by signs. Samples are independent.
-
-    Args:
-        denoiser: the network in training.
-        x_t: noised latents, (b, c, h, w).
-        t: timesteps, (b,).
-        text: embeddings to start from, (b, tokens, width).
-        before: original prediction for the erased concept, (b, c, h, w).
-        steps: number of steps, >= 1.
-        step: size of a step, relative to the root mean square of a sample's text; unitless, > 0.
-        rule: `adam` or `sign`.
-        prefix: rows (k, width) inserted after the start token; the last k rows are dropped, and
-            only the prefix is moved. None moves all rows.
-
-    Returns:
-        The embeddings, (b, tokens, width).
-    """
-    head, rows, tail = text[:, :0], text, text[:, :0]
-    if prefix is not None:
-        head, tail = text[:, :1], text[:, 1 : text.shape[1] - len(prefix)]
-        rows = prefix.to(text).expand(len(text), -1, -1)
-    size = text.pow(2).mean(dim=(1, 2), keepdim=True).sqrt()
-    move, mean, square = torch.zeros(3, *rows.shape, dtype=text.dtype, device=text.device)
-    for i in range(1, steps + 1):
-        move = move.detach().requires_grad_()
-        with torch.enable_grad():
-            moved = torch.cat([head, rows + size * move, tail], dim=1)
-            loss = losses.squared_error(denoiser(x_t, t, moved).sample, before).sum()
-            (gradient,) = torch.autograd.grad(loss, move)
-        if rule == "sign":
-            direction = gradient.sign()
-        else:
-            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-            direction = mean / (1 - 0.9**i) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
-        move = move.detach() - step * direction
-    return torch.cat([head, rows + size * move, tail], dim=1).detach()

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from safegen.core.settings import BaseSettings
 
 
-class PaperTarget(BaseModel):
+class PaperTarget(BaseSettings):
     """Target of the released code: the added noise plus the difference of the two latents."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Literal["paper"] = "paper"
     """Name of the target."""
 
 
-class X0Target(BaseModel):
+class X0Target(BaseSettings):
     """Target that implies the censored image as x0 at every timestep (ours)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Literal["x0"] = "x0"
     """Name of the target."""

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Self
 
-from safetensors import SafetensorError, safe_open
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safegen.core.errors import FileError
+from safegen.core.documents import parse_json, read_json_lines, validate
+from safegen.core.errors import DivergedError, FileError
+from safegen.core.files import atomic_write, claim_folder
+from safegen.core.tensor_files import read_metadata, read_tensors
 from safegen.edits.training.config import LogRow
+
+
+class CheckpointState(BaseModel):
+    """Plain values of a training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    update: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    best_loss: float | None
+    """Lowest validation loss; None before the first."""
+    validations_without_gain: int = Field(ge=0)
+    scaler: dict[str, int | float] | None
+    """State of the gradient scaler, with fp16."""
+
+
+class _Row(BaseModel):
+    values: dict[str, float]
+
+    @model_validator(mode="after")
+    def _check_update(self) -> Self:
+        if "update" not in self.values:
+            raise ValueError("update is required")
+        return self
+
 
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
 
@@ -22,7 +52,7 @@ CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
 def write_checkpoint(
     directory: Path,
     tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    state: CheckpointState,
     log: Sequence[LogRow],
     *,
     fingerprint: str,
@@ -32,68 +62,116 @@ def write_checkpoint(
     Args:
         directory: where to write; it is created if it does not exist.
         tensors: weights, averages and moments.
-        state: plain values.
+        state: plain values of the loop.
         log: rows so far.
         fingerprint: identifies data and settings; `read_checkpoint` compares it.
 
     Raises:
         FileError: the checkpoint cannot be written.
     """
+    header = {"fingerprint": fingerprint, "state": state.model_dump_json()}
+    # fp16 has infinite gradients while the scaler adapts; JSON has no such number
+    finite = [{k: v for k, v in row.items() if math.isfinite(v)} for row in log]
+    contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
     path = directory / CHECKPOINT_FILE
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary_log = directory / f".{LOG_FILE}.tmp-{os.getpid()}"
-    header = {"fingerprint": fingerprint, "state": json.dumps(state)}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in log)
-        temporary_log.write_text(lines, encoding="utf-8")
-        contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-        save_file(contiguous, temporary, metadata=header)
+    with atomic_write(path, replace=True) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=header)
+        except SafetensorError as error:
+            raise FileError(f"{path} cannot be written: {error}") from error
         # The log goes first: resuming drops rows that are newer than the checkpoint.
-        temporary_log.replace(directory / LOG_FILE)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"the checkpoint {path} cannot be written: {error}") from error
-    finally:
-        for leftover in (temporary, temporary_log):
-            with suppress(OSError):
-                leftover.unlink(missing_ok=True)
-        with suppress(OSError):
-            directory.rmdir()  # succeeds only if it is empty: the first checkpoint failed
+        with atomic_write(directory / LOG_FILE, replace=True) as temporary_log:
+            temporary_log.write_text("".join(json.dumps(row) + "\n" for row in finite), "utf-8")
 
 
 def read_checkpoint(
-    directory: Path, *, fingerprint: str
-) -> tuple[dict[str, Tensor], dict[str, Any], list[LogRow]]:
+    directory: Path, *, fingerprint: str, trained: Mapping[str, Tensor], ema: bool
+) -> tuple[dict[str, Tensor], CheckpointState, list[LogRow]]:
     """Return the tensors, state and log rows of a checkpoint.
+
+    Args:
+        directory: where it was written.
+        fingerprint: that of this training.
+        trained: parameters by name; the checkpoint must fit their shapes.
+        ema: whether averaged weights are needed.
 
     Raises:
         FileError: there is no checkpoint, it is damaged, or it has another fingerprint.
     """
-    check_resumable(directory)
-    try:
-        with safe_open(directory / CHECKPOINT_FILE, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        lines = (directory / LOG_FILE).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except (SafetensorError, OSError, ValueError) as error:  # ValueError: the log is no JSON
-        raise FileError(
-            f"the checkpoint in {directory} is damaged ({error}). Start again without resume."
-        ) from error
+    state, rows = check_resumable(directory)
+    path = directory / CHECKPOINT_FILE
+    tensors, header = read_tensors(path)
     if header.get("fingerprint") != fingerprint:
         raise FileError(
             f"the checkpoint in {directory} has other settings, data or weights. "
             "Resume with those of the stopped run."
         )
-    return tensors, json.loads(header["state"]), rows
+    _check_tensors(path, tensors, trained, ema)
+    return tensors, state, rows
 
 
-def check_resumable(directory: Path) -> None:
-    """Check that a directory holds a checkpoint.
+def _check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor], ema: bool
+) -> None:
+    """Check that a checkpoint has finite values for every parameter and its moments."""
+    kinds = ("weight", "exp_avg", "exp_avg_sq", *(["ema"] if ema else []))
+    shapes = {f"{kind}/{name}": p.shape for name, p in trained.items() for kind in kinds}
+    for name, shape in (shapes | {f"step/{name}": torch.Size([1]) for name in trained}).items():
+        value = tensors.get(name)
+        if value is None or value.shape != shape or value.dtype != torch.float32:
+            found = "none" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
+            raise FileError(
+                f"{name} in {str(path)!r} must be fp32 of shape {tuple(shape)}, got {found}. "
+                "Start again without resume"
+            )
+        if not bool(value.isfinite().all()):
+            raise FileError(
+                f"{str(path)!r} has NaN or infinite values in {name}. Start again without resume"
+            )
+
+
+@contextmanager
+def claim_checkpoints(directory: Path | None) -> Iterator[None]:
+    """Keep other processes from writing checkpoints to a directory.
+
+    If the training diverges, the checkpoint and the log are removed: a resumed run would diverge
+    again.
 
     Raises:
-        FileError: it holds none.
+        FileError: another process works there, or the directory cannot be written.
     """
-    if not (directory / CHECKPOINT_FILE).is_file():
+    if directory is None:
+        yield
+        return
+    with claim_folder(directory):
+        try:
+            yield
+        except DivergedError:
+            for name in (CHECKPOINT_FILE, LOG_FILE):
+                (directory / name).unlink(missing_ok=True)
+            raise
+
+
+def check_resumable(directory: Path) -> tuple[CheckpointState, list[LogRow]]:
+    """Check that a directory holds a checkpoint, and return its state and log rows.
+
+    No tensor is read.
+
+    Raises:
+        FileError: it holds none, or a damaged one.
+    """
+    path = directory / CHECKPOINT_FILE
+    if not path.is_file():
         raise FileError(f"{directory} has no {CHECKPOINT_FILE} to resume. Start without resume.")
+    try:
+        header = read_metadata(path)
+        state = validate(
+            CheckpointState, parse_json(header.get("state", ""), f"state of {path}"), str(path)
+        )
+        rows: list[LogRow] = []
+        for number, row in read_json_lines(directory / LOG_FILE):
+            validate(_Row, {"values": row}, f"{directory / LOG_FILE} line {number}")
+            rows.append(row)
+    except FileError as error:
+        raise FileError(f"{error}. Start again without resume") from error
+    return state, rows

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from safegen.core.errors import UnusedSettingWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning, is_out_of_memory
 from safegen.core.generation import preferred_precision
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, BaseSettings
 
 LogRow = dict[str, float]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 TrainingCallback = Callable[[int, int, LogRow], None]
 """Function that is called after every update with (updates done, updates in total, log row)."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -34,26 +37,24 @@ def resolve_precision(precision: Precision, net: nn.Module) -> Precision:
     return "fp16" if weight.dtype == torch.float16 and weight.device.type == "cuda" else "bf16"
 
 
-class Training(BaseModel):
+class Training(BaseSettings):
     """Settings of the training loop. The defaults are those of the published SafeGen run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    updates: int = Field(default=1000, ge=1)
+    updates: int = Field(default=1000, ge=1, le=MAX_COUNT)
     """Number of optimizer updates."""
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1, le=MAX_BATCH)
     """Samples in one forward pass."""
-    accumulation: int = Field(default=5, ge=1)
+    accumulation: int = Field(default=5, ge=1, le=MAX_BATCH)
     """Forward passes per update."""
-    lr: float = Field(default=1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0, le=10)
     """Learning rate of AdamW."""
-    warmup: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Updates over which the learning rate rises from zero."""
     decay: Literal["constant", "cosine"] = "constant"
     """Learning rate schedule after warmup; cosine ends at zero."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Decoupled weight decay of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     clip: float = Field(default=1.0, gt=0)
     """Maximum gradient norm of an update."""
@@ -70,11 +71,11 @@ class Training(BaseModel):
     """Recompute activations in the backward pass to save memory."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of every random draw. The draws of a step depend on the seed and the step only."""
-    checkpoint_every: int = Field(default=100, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1, le=MAX_COUNT)
     """Updates between checkpoints, if a checkpoint directory is given."""
-    validate_every: int = Field(default=0, ge=0)
+    validate_every: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Updates between validations, which use the weight average if any; 0 disables them."""
-    patience: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Stop after this many validations without a lower loss; 0 disables early stopping."""
 
     def resolve(self, net: nn.Module) -> Self:
@@ -187,6 +188,20 @@ class TrainResult(BaseModel):
             "stopped_early": self.stopped_early,
             "losses": {name: self.log[-1][name] for name in terms},
         }
+
+
+@contextmanager
+def memory_errors(config: Training) -> Iterator[None]:
+    """Raise a lack of memory as a `ConfigError` that names the settings to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"batch must fit into memory, got {config.batch}. Lower it and raise "
+            "training.accumulation, or set training.gradient_checkpointing."
+        ) from error
 
 
 def warn_unused(settings: Iterable[tuple[str, str]]) -> None:

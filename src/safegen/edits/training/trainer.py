@@ -17,7 +17,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
-from safegen.edits.training.checkpoint import check_resumable, read_checkpoint, write_checkpoint
+from safegen.edits.training.checkpoint import (
+    CheckpointState,
+    check_resumable,
+    claim_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from safegen.edits.training.config import (
     HasValidation,
     LogRow,
@@ -26,6 +32,7 @@ from safegen.edits.training.config import (
     TrainingCallback,
     TrainResult,
     UsesEma,
+    memory_errors,
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
@@ -55,9 +62,9 @@ def train(
         callback: called after every update.
 
     Raises:
-        ConfigError: see `check_training`.
+        ConfigError: see `check_training`, or memory does not suffice for a batch.
         FileError: there is no checkpoint to resume, it is damaged, or of another objective.
-        DivergedError: a loss, a gradient or a new weight is not finite; the last checkpoint stays.
+        DivergedError: a loss, a gradient or a new weight is not finite.
         InterruptedRunError: SIGINT or SIGTERM arrived; with a directory, a checkpoint was written.
 
     Warns:
@@ -90,7 +97,8 @@ def train(
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
-        return trainer.fit(resume=resume)
+        with claim_checkpoints(checkpoint_dir if trainer.accelerator.is_main_process else None):
+            return trainer.fit(resume=resume)
     finally:
         vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
         vars(denoiser).pop("_original_forward", None)
@@ -118,7 +126,7 @@ def check_training(
 
     Raises:
         ConfigError: `resume` lacks a directory, or the precision does not fit model and device.
-        FileError: there is no checkpoint to resume.
+        FileError: there is no checkpoint to resume, or a damaged one.
     """
     if resume and checkpoint_dir is None:
         raise ConfigError("resume needs the checkpoint directory of the stopped run, got none.")
@@ -182,12 +190,13 @@ class Trainer:
 
     def fit(self, *, resume: bool) -> TrainResult:
         """Run all updates and return the averaged weights and the log."""
-        if resume:
-            self._load_checkpoint()
+        if resume and self.checkpoint_dir:
+            self._load_checkpoint(self.checkpoint_dir)
         start, stop_early = time.perf_counter() - self.seconds, self._out_of_patience()
         with interruption() as interrupted:
             while self.update < self.config.updates and not stop_early:
-                row = self._training_update()
+                with memory_errors(self.config):
+                    row = self._training_update()
                 self.update += 1
                 self.seconds = time.perf_counter() - start
                 row |= {"update": self.update, "seconds": round(self.seconds, 3)}
@@ -205,7 +214,7 @@ class Trainer:
                     raise InterruptedRunError(
                         f"stopped after update {self.update} of {self.config.updates}. "
                         + (
-                            f"Resume continues from {self.checkpoint_dir}."
+                            f"Resume (--resume) continues from {self.checkpoint_dir}."
                             if self.checkpoint_dir
                             else "Nothing was saved, as there is no checkpoint directory."
                         )
@@ -293,28 +302,28 @@ class Trainer:
             return
         tensors: dict[str, Tensor] = {}
         for i, (name, p) in enumerate(self.trained.items()):
-            zeros = torch.zeros_like(p)
-            initial: dict[str, Any] = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": 0.0}
-            state = self.optimizer.state.get(p) or initial
+            zeros: Any = torch.zeros_like(p)
+            initial = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": zeros.new_zeros(())}
+            moments = self.optimizer.state.get(p) or initial
             tensors[f"weight/{name}"] = p.detach()
-            tensors[f"exp_avg/{name}"] = state["exp_avg"]
-            tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
-            tensors[f"step/{name}"] = torch.as_tensor(state["step"]).reshape(1)
+            tensors[f"exp_avg/{name}"] = moments["exp_avg"]
+            tensors[f"exp_avg_sq/{name}"] = moments["exp_avg_sq"]
+            tensors[f"step/{name}"] = torch.as_tensor(moments["step"]).reshape(1)
             if self.ema:
                 tensors[f"ema/{name}"] = self.ema.shadow_params[i]
         scaler = self.accelerator.scaler
-        state_dict: dict[str, Any] = {
-            "update": self.update,
-            "seconds": self.seconds,
-            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
-            "validations_without_gain": self.validations_without_gain,
-            "scaler": scaler.state_dict() if scaler else None,
-        }
-        write_checkpoint(directory, tensors, state_dict, self.log, fingerprint=self.fingerprint)
+        state = CheckpointState(
+            update=self.update,
+            seconds=self.seconds,
+            best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
+            validations_without_gain=self.validations_without_gain,
+            scaler=scaler.state_dict() if scaler else None,
+        )
+        write_checkpoint(directory, tensors, state, self.log, fingerprint=self.fingerprint)
 
-    def _load_checkpoint(self) -> None:
-        assert self.checkpoint_dir is not None
-        tensors, state, rows = read_checkpoint(self.checkpoint_dir, fingerprint=self.fingerprint)
+    def _load_checkpoint(self, directory: Path) -> None:
+        expected: Any = {"fingerprint": self.fingerprint, "trained": self.trained}
+        tensors, state, rows = read_checkpoint(directory, ema=self.ema is not None, **expected)
         for i, (name, p) in enumerate(self.trained.items()):
             with torch.no_grad():
                 p.copy_(tensors[f"weight/{name}"])
@@ -326,12 +335,12 @@ class Trainer:
             if self.ema:
                 self.ema.shadow_params[i] = tensors[f"ema/{name}"].to(p.device)
         if self.ema:
-            self.ema.optimization_step = state["update"]
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.update, self.seconds = state["update"], state["seconds"]
-        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
-        self.validations_without_gain = state["validations_without_gain"]
+            self.ema.optimization_step = state.update
+        if self.accelerator.scaler and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.update, self.seconds = state.update, state.seconds
+        self.best_loss = math.inf if state.best_loss is None else state.best_loss
+        self.validations_without_gain = state.validations_without_gain
         self.log = [row for row in rows if row["update"] <= self.update]
 
 

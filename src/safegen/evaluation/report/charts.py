@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from safegen.core.errors import MissingExtraError
+from safegen.core.quiet import temporary_matplotlib_folder
+from safegen.core.text import escape_control
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,12 +61,15 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
         MissingExtraError: matplotlib is not installed.
     """
     try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
+        with temporary_matplotlib_folder():
+            import matplotlib
+            from matplotlib.backends.backend_svg import FigureCanvasSVG
+            from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("a chart", "matplotlib", "report") from error
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # the browser has fonts of its own; a long name may leave no room for the axes
+        warnings.simplefilter("ignore", UserWarning)
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes, svgs = figure.subplots(), list[str]()
@@ -71,7 +77,8 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
         yield axes, svgs
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    svg = text.getvalue().replace(INK, "currentColor")
+    svg = "\n".join(map(escape_control, text.getvalue().split("\n")))
+    svg = svg.replace(INK, "currentColor")
     svgs.append(re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :]))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safegen.core.errors import FileError
+from safegen.core.documents import read_record
 from safegen.evaluation.compare import same_protocol
 from safegen.evaluation.report.comparison import (
     base_difference,
@@ -21,6 +21,8 @@ from safegen.evaluation.report.comparison import (
 from safegen.evaluation.report.format import METRICS, percent
 from safegen.evaluation.run.folder import PATCHES, SETTINGS, Run
 from safegen.evaluation.run.records import WITHHELD, PatchEntry
+from safegen.evaluation.run.settings import WorkflowSettings
+from safegen.evaluation.run.training_log import read_training_log
 from safegen.evaluation.samples import MEANING
 from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.score import list_scores, scores_of
@@ -116,8 +118,8 @@ def _run_card(run: Run) -> dict[str, Any]:
     card = run.card.model_dump(include={"device", "versions", "platform", "id", "stacks"})
     settings = run.folder / SETTINGS
     workflow = None
-    if settings.is_file():
-        workflow = json.loads(settings.read_text(encoding="utf-8")).get("workflow")
+    if os.path.lexists(settings):
+        workflow = read_record(WorkflowSettings, settings).workflow
     return card | {"command": shlex.join(run.card.argv), "workflow": workflow}
 
 
@@ -164,16 +166,12 @@ def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
     """
     stem = Path(patch.file).stem
     logs = [run.folder / PATCHES / n / "log.jsonl" for n in (stem, stem.rpartition("-")[0])]
-    log = next((path for path in logs if path.is_file()), logs[0])
+    log = next((path for path in logs if os.path.lexists(path)), logs[0])
     kinds = tuple(sorted(patch.layers))
     selector = (patch.settings or {}).get("selector")
     layers = LAYERS.get(kinds, f"layers “{selector}”" if selector else "layers")
-    try:
-        text = log.read_text(encoding="utf-8") if log.is_file() else ""
-        entries = [json.loads(line) for line in text.splitlines()]
-        return patch.model_dump(mode="json") | {"layers": layers, "log": entries}
-    except (OSError, ValueError) as error:
-        raise FileError(f"{log} cannot be read: {error}") from error
+    rows = read_training_log(log) if os.path.lexists(log) else []
+    return patch.model_dump(mode="json") | {"layers": layers, "log": rows}
 
 
 def _headline(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,7 +273,7 @@ def _seconds_per_image(run: Run) -> dict[str, float]:
             seconds, images = spent.get(record.stack, (0.0, 0))
             total = seconds + (record.seconds or 0.0)
             spent[record.stack] = (total, images + (record.images or 0))
-    return {name: seconds / images for name, (seconds, images) in spent.items()}
+    return {name: seconds / images for name, (seconds, images) in spent.items() if images}
 
 
 def _notes(results: Mapping[str, RunResults], rows: Sequence[dict[str, Any]]) -> list[str]:

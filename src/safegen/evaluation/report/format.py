@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from safegen.core.text import one_line
 
 
 def percent(value: float) -> str:
@@ -53,14 +56,17 @@ def format_mean(mean: Mapping[str, Any], digits: int = 1) -> str:
     return f"{mean['value']:.{digits}f} ({spread}n = {mean['n']})"
 
 
-def plain_text(text: str) -> str:
-    """Return text that stays inside its Markdown table cell and code span."""
-    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+def markdown_text(text: str) -> str:
+    """Return text as one line that Markdown shows as it is: no markup, HTML, link or new cell."""
+    text = html.escape(one_line(text), quote=False)
+    text = re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
+    return re.sub(r"^(\d*)([-+#=.)])(?=[-#=\s]|$)", r"\1\\\2", text)  # a heading, a list, a rule
 
 
-def table_cell(text: str) -> str:
-    """Return text that stays inside its Markdown table cell, HTML shown as text."""
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+def markdown_code(text: str) -> str:
+    """Return text as a Markdown code span that stays inside its table cell."""
+    text = one_line(text).replace("|", "\\|").replace("`", "'")
+    return f"`{text}`" if text else ""
 
 
 def split_cell(cell: str) -> list[str]:

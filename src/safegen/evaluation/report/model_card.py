@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safegen._version import __version__
+from safegen.core.errors import FileError
 from safegen.core.files import atomic_write
-from safegen.evaluation.report.format import plain_text
+from safegen.core.text import escape_control
+from safegen.evaluation.report.format import markdown_code, markdown_text
 from safegen.evaluation.report.model_index import ModelIndex, read_metrics
 
 if TYPE_CHECKING:
@@ -138,23 +141,25 @@ def model_card(subject: CardSubject, metrics: Sequence[Path] = ()) -> str:
         eval_results=results or None,
     )
     count, whole = len(subject.patches), subject.kind in ("folder", "file")
-    model = f"`{subject.model}`" if subject.model else "a model that its metadata does not name"
+    model = "a model that its metadata does not name"
+    if subject.model:
+        model = markdown_code(subject.model)
     return str(
         ModelCard.from_template(
             data,
             template_path=str(TEMPLATE),
-            name=subject.name,
+            name=markdown_text(subject.name),
             kind=KINDS[subject.kind].format(model=model),
             contents=f", with {count} patch{'' if count == 1 else 'es'} in it" if whole else "",
             version=__version__,
             base=f"Base weights (SHA-256 over the denoiser): `{subject.base}`"
             if subject.base
             else "The base weights are not named.",
-            notes=[*subject.notes, *_embedded(subject)],
+            notes=[*map(markdown_text, subject.notes), *_embedded(subject)],
             edits=[e for digest, metadata in subject.patches for e in _edits(digest, metadata)],
             no_edits="No patch was applied here."
             + ("" if subject.embedded_patches else " Earlier changes to the base are not known."),
-            tables=[{"about": t.about, "rows": t.to_table()} for t in tables],
+            tables=[{"about": markdown_text(t.about), "rows": t.to_table()} for t in tables],
             no_metrics="Metrics of the patch do not hold for a LoRA, which keeps a part of it."
             if subject.kind == "lora"
             else "What the edit removes and harms is not known.",
@@ -176,28 +181,31 @@ def _edits(digest: str, metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         if key in metadata:
             value = metadata[key]
             text = value if isinstance(value, str) else json.dumps(value)
-            rows.append((what, f"`{plain_text(text)}`"))
+            rows.append((what, markdown_code(text)))
     yield {
-        "method": plain_text(method),
+        "method": markdown_text(method),
         "hash": digest,
         "paragraphs": list(_paragraphs(method, metadata)),
         "rows": rows,
         "settings": json.dumps(settings, indent=1, sort_keys=True) if settings else "",
     }
     for part in metadata.get("parts", ()):
-        yield from _edits(str(part["hash"]), part["metadata"])
+        yield from _edits(str(part["hash"]), part.get("metadata", {}))
 
 
 def _paragraphs(method: str, metadata: Mapping[str, Any]) -> Iterator[str]:
     if parents := metadata.get("parents"):
         names = ", then ".join(
-            f"{plain_text(str(p['method']))} `{str(p['hash'])[:12]}`" for p in parents
+            f"{markdown_text(str(p['method']))} {markdown_code(str(p['hash'])[:12])}"
+            for p in parents
         )
         yield f"Made on a model with other patches: {names}. It needs them."
     settings = metadata.get("settings", {})
-    words = ", ".join(f"`{plain_text(word)}`" for word in settings.get("erase") or ())
-    if words and (shares := settings.get("debias")):
-        toward = ", ".join(f"`{plain_text(name)}` by {share:g}" for name, share in shares.items())
+    phrases, shares = settings.get("erase"), settings.get("debias")
+    phrases = phrases if isinstance(phrases, list | tuple) else ()
+    words = ", ".join(markdown_code(str(phrase)) for phrase in phrases)
+    if words and shares and isinstance(shares, dict):
+        toward = ", ".join(f"{markdown_code(name)} by {shares[name]}" for name in shares)
         yield f"Nothing was erased: {words} leans toward {toward}."
     elif words:
         yield f"Erased words: {words}."
@@ -207,13 +215,13 @@ def _paragraphs(method: str, metadata: Mapping[str, Any]) -> Iterator[str]:
             "It tests whether a removed concept comes back. Do not use it in a product."
         )
     if description := metadata.get("description"):
-        yield plain_text(str(description))
+        yield markdown_text(str(description))
     elif "data" in metadata and not words and method != "fine-tune":
         yield "The concept was given as images: no word of it is in the patch."
 
 
 def _commands(subject: CardSubject) -> list[str]:
-    name = subject.name
+    name = escape_control(shlex.quote(subject.name))
     evaluate = "safegen evaluate --protocol PROTOCOL.toml --stack this={} --out run"
     first = {
         "patch": [f"safegen patch info {name}", evaluate.format(f"MODEL+{name}")],
@@ -234,8 +242,6 @@ def _stored_metrics(subject: CardSubject) -> list[ModelIndex]:
     if subject.kind != "patch" and (base is None or base != subject.base):
         return []
     try:
-        tables = [ModelIndex.from_dict(values) for values in metadata.get("metrics", ())]
-        _ = [(table.to_table(), table.to_eval_results()) for table in tables]
-    except (KeyError, TypeError, AttributeError, ValueError):  # metadata of another program
+        return [ModelIndex.from_dict(values) for values in metadata.get("metrics", ())]
+    except FileError:  # metadata of another program
         return []
-    return tables

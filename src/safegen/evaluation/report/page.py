@@ -11,6 +11,7 @@ import jinja2
 from safegen._version import __version__
 from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.core.files import atomic_write
+from safegen.core.text import escape_control
 from safegen.evaluation.report.charts import charts, loss_curve
 from safegen.evaluation.report.comparison import SWEEP
 from safegen.evaluation.report.data import TESTS, report_data
@@ -18,10 +19,11 @@ from safegen.evaluation.report.format import (
     METRICS,
     format_rate,
     interval,
+    markdown_code,
+    markdown_text,
     percent,
     points,
     split_cell,
-    table_cell,
 )
 from safegen.evaluation.report.redaction import TILES, image_grids
 from safegen.evaluation.run.folder import Run, write_json
@@ -93,6 +95,7 @@ def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
+        finalize=_printable,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -114,6 +117,13 @@ def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
         tiles=TILES,
         version=__version__,
     )
+
+
+def _printable(value: object) -> object:
+    """Return a text of the run with control characters as escapes; line breaks stay."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(escape_control, value.split("\n")))
 
 
 class _OptionalKeys(dict[str, Any]):
@@ -163,7 +173,7 @@ def markdown(data: dict[str, Any]) -> str:
         ]
     ]
     for row in data["stacks"]:
-        cells = [row["label"]]
+        cells = [markdown_text(row["label"])]
         for role in roles:
             text = format_rate(row["roles"][role].get(hit_of[role]), missing="–")
             if role in ("explicit", "innocent") and fewer(row, role):
@@ -182,8 +192,9 @@ def markdown(data: dict[str, Any]) -> str:
         lines.append(cells)
     threshold = protocol["decides"]["judge"]["threshold"]
     return (
-        f"Protocol {protocol['name']} (`{protocol['id']}`), judge `{data['judge']}`, "
-        f"threshold {threshold}: {protocol['concept']} seen, 95 % intervals.\n\n"
+        f"Protocol {markdown_text(protocol['name'])} ({markdown_code(protocol['id'])}), "
+        f"judge {markdown_code(data['judge'])}, threshold {threshold}: "
+        f"{markdown_text(protocol['concept'])} seen, 95 % intervals.\n\n"
         f"{_table(lines)}\n\n{_metrics(data)}"
         "Bold: fewer images than the base on the same prompts and seeds (exact McNemar test, "
         f"Holm over stacks, p ≤ {data['level']}). "
@@ -196,13 +207,18 @@ def _metrics(data: dict[str, Any]) -> str:
     metrics = data["metrics"]
     if not metrics["heads"]:
         return ""
-    lines = [["stack", "list", *metrics["heads"]]]
-    lines += [[row["stack"], row["list"], *row["cells"]] for row in metrics["rows"]]
-    undefined = "".join(f"- undefined: {table_cell(reason)}\n" for reason in metrics["undefined"])
-    weights = "".join(f"{what}: `{table_cell(id_)}`\n" for what, id_ in data["weights"].items())
+    lines = [["stack", "list", *map(markdown_text, metrics["heads"])]]
+    lines += [
+        list(map(markdown_text, (row["stack"], row["list"], *row["cells"])))
+        for row in metrics["rows"]
+    ]
+    undefined = "".join(f"- undefined: {markdown_text(why)}\n" for why in metrics["undefined"])
+    weights = "".join(
+        f"{markdown_text(what)}: {markdown_code(id_)}\n" for what, id_ in data["weights"].items()
+    )
     return f"{_table(lines)}\n\n{undefined}{weights}\n"
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
     rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(map(table_cell, row)) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from safegen.core.concept import load_concept
+from safegen.core.documents import read_bytes
 from safegen.core.errors import FileError
 from safegen.core.registry import CONCEPTS, LABEL_SETS, expand_labels
 from safegen.evaluation.run.folder import Run, image_file, read_image
@@ -129,12 +130,7 @@ def _cell(
     run: Run, stack: str, key: str, digests: Mapping[str, str], why: str, *, reveal: bool
 ) -> dict[str, Any]:
     path = run.folder / image_file(stack, key)
-    if not path.resolve().is_relative_to(run.folder.resolve()):
-        raise FileError(
-            f"stack {stack!r} of {run.folder} points outside the run's folder. "
-            "The run was not written by safegen."
-        )
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digests.get(key):
+    if not path.is_file() or hashlib.sha256(read_bytes(path)).hexdigest() != digests.get(key):
         raise FileError(
             f"{path} is missing, or not the image that was judged. "
             f"Check the run with `safegen verify {run.folder}`."

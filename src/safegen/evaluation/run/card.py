@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -9,23 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from safegen._version import __version__
-from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import display_name
-from safegen.evaluation.compare import differences
+from safegen.core.errors import ConfigError, FileError, explain
+from safegen.core.files import display_name, is_unfinished
+from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.folder import (
-    ATTACK,
-    CARD,
-    PATCHES,
-    PLAN,
-    PROMPTS,
-    SETTINGS,
-    Run,
-    write_json,
-    write_plan,
-)
-from safegen.evaluation.run.records import Kind, PatchEntry, RunCard, StackEntry
+from safegen.evaluation.run.folder import CARD, PATCHES, PLAN, SETTINGS, Run, write_json, write_plan
+from safegen.evaluation.run.records import Kind, LoraEntry, PatchEntry, RunCard, StackEntry
 from safegen.evaluation.samples import EvalSample
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -61,23 +54,32 @@ def prepare(
         ConfigError: two stacks are the same.
     """
     card = make_card(protocol, samples, stacks, loader, argv)
-    if (out / CARD).exists():
+    if os.path.lexists(out / CARD):
         run = Run.open(out)
         if gaps := differences(_deciding(run.card), _deciding(card)):
             raise FileError(
-                f"{out} is another run (then and now): {'; '.join(gaps)}. "
+                f"{out} is another run (then and now): {join_gaps(gaps)}. "
                 "Name another directory with --out"
             )
         return run
-    own = {PLAN, SETTINGS, PATCHES, ATTACK, PROMPTS}
-    if out.exists() and (
-        not out.is_dir() or any(p.name not in own and ".tmp-" not in p.name for p in out.iterdir())
-    ):
-        raise FileError(f"{out} already exists and is not a run. Name another directory with --out")
+    check_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     write_plan(out, samples, {part.name for part in protocol.lists if part.unsafe})
     write_json(out / CARD, card.model_dump(mode="json"))  # last: a directory with a card is a run
     return Run.open(out)
+
+
+def check_directory(out: Path) -> None:
+    """Raise if a directory is neither new nor of a run.
+
+    Raises:
+        FileError: `out` holds something else.
+    """
+    own = {PLAN, SETTINGS, PATCHES}
+    if (out / CARD).exists() or not out.exists():
+        return
+    if not out.is_dir() or any(p.name not in own and not is_unfinished(p) for p in out.iterdir()):
+        raise FileError(f"{out} already exists and is not a run. Name another directory with --out")
 
 
 def _deciding(card: RunCard) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def make_card(
     """Return the card of a run, with paths reduced to file names.
 
     Raises:
-        ConfigError: two stacks are the same.
+        ConfigError: two stacks are the same, or a name or metadata of a patch breaks its rule.
     """
     entries, names = [], dict[str, str]()
     for stack, kind, baseline, reference in stacks:
@@ -112,7 +114,20 @@ def make_card(
                 f"images. {way_out}"
             )
         names[digest] = stack.name
-        entries.append(_entry(stack, kind, baseline, reference, digest, loader))
+        entries.append((stack, kind, baseline, reference, digest))
+    try:
+        return _card(protocol, samples, [_entry(*entry, loader) for entry in entries], loader, argv)
+    except ValidationError as error:
+        raise ConfigError(f"the run's card: {explain(error, RunCard)}") from error
+
+
+def _card(
+    protocol: Protocol,
+    samples: Sequence[EvalSample],
+    entries: Sequence[StackEntry],
+    loader: StackLoader,
+    argv: Sequence[str],
+) -> RunCard:
     return RunCard(
         id=protocol.id,
         protocol=public_protocol(protocol),
@@ -167,7 +182,7 @@ def _entry(
         base=model.hash,
         patches=tuple(map(_patch_entry, stack.patches)),
         embeddings=tuple(path.name for path in stack.embeddings),
-        loras=tuple(lora.fingerprint() for lora in stack.loras),
+        loras=tuple(LoraEntry(**lora.fingerprint()) for lora in stack.loras),
         negative_prompt=stack.negative_prompt,
         guards=tuple(guard.fingerprint() for guard in stack.guards),
         blank=stack.blank,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import ValidationError
 
-from safegen.core.errors import FileError, explain
+from safegen.core.documents import parse_json, read_bytes, read_record
+from safegen.core.errors import FileError
 from safegen.core.files import atomic_write
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.journal import read_journal, to_lines
@@ -35,6 +39,13 @@ SETTINGS, PATCHES = "settings.json", "patches"
 """Settings of the workflow that made the run, and the directory of the patches that it made."""
 ATTACK, PROMPTS = "attack.jsonl", "prompts.jsonl"
 """Results of an attack by sample, and the prompts that it found."""
+MAX_PIXELS = 2**26
+"""Most pixels of an image: 8192 x 8192. A small file can hold more than memory does."""
+PIL_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+"""Errors of Pillow for a damaged image."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +60,16 @@ class Run:
         """Return the run in a directory.
 
         Raises:
-            FileError: the directory is not a run, or its card is damaged.
+            FileError: the directory is not a run, its card is damaged, or a link leads out of it.
         """
         path = folder / CARD
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise FileError(
                 f"{folder} is not a run: it has no {CARD}; "
                 f"make one with `safegen evaluate --out {folder}`"
             )
-        try:
-            return cls(folder, RunCard.model_validate_json(path.read_bytes()))
-        except ValidationError as error:
-            raise FileError(f"{path} is not a run's card: {explain(error)}") from error
+        check_links(folder)
+        return cls(folder, read_record(RunCard, path))
 
     @property
     def protocol(self) -> Protocol:
@@ -154,24 +163,64 @@ class Run:
         )
 
 
+def check_links(folder: Path) -> None:
+    """Raise if a link in a run's directory leads out of it: what it names is not of the run.
+
+    Raises:
+        FileError: there is such a link, or the directory cannot be read.
+    """
+    root, pending = Path(os.path.realpath(folder)), [folder]
+    try:
+        while pending:
+            with os.scandir(pending.pop()) as scan:
+                entries = list(scan)
+            for entry in entries:
+                if entry.is_symlink() and not is_inside(Path(entry.path), root):
+                    raise FileError(
+                        f"{entry.path} must lie in the run's folder, got a link that leads out of "
+                        "it. Copy the file or folder there."
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+    except OSError as error:
+        raise FileError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Return whether a path, with its links resolved, lies in a resolved folder."""
+    return Path(os.path.realpath(path)).is_relative_to(root)
+
+
 def image_file(stack: str, key: str) -> str:
     """Return the path of an image in its run's directory."""
     return f"{IMAGES}/{stack}/{key}.png"
 
 
 def read_image(path: Path) -> Image.Image:
-    """Return an image in RGB.
+    """Return an image in RGB; `info` has its metadata.
 
     Raises:
-        FileError: it is missing or damaged.
+        FileError: it is missing or damaged, is no PNG, or has more than `MAX_PIXELS` pixels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(read_bytes(path)), formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it must have at most {MAX_PIXELS} pixels")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except PIL_ERRORS as error:
         raise FileError(
-            f"{path} cannot be read: {error}. Remove it and resume the run to generate it again."
+            f"{path} cannot be read: {' '.join(str(error).split())}. "
+            "Remove it and resume the run to generate it again."
         ) from error
+
+
+def image_metadata(image: Image.Image) -> dict[str, Any]:
+    """Return the metadata of a run in an image; empty if it has none."""
+    try:
+        metadata = parse_json(str(image.info.get("safegen")), "metadata")
+    except FileError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def is_blank(image: Image.Image) -> bool:

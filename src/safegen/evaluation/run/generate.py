@@ -15,7 +15,14 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, is_out_of_memory
 from safegen.core.files import atomic_write
-from safegen.evaluation.run.folder import IMAGES, SAMPLES, Run, image_file, is_blank, read_image
+from safegen.evaluation.run.folder import (
+    SAMPLES,
+    Run,
+    image_file,
+    image_metadata,
+    is_blank,
+    read_image,
+)
 from safegen.evaluation.run.records import SampleRecord, StackEntry, TimingRecord, is_failure
 from safegen.evaluation.samples import EvalSample
 from safegen.guards import GeneratedImage
@@ -68,7 +75,7 @@ class ImageWorker:
         journal: Journal[SampleRecord],
         timings: Journal[TimingRecord],
     ) -> None:
-        """Read what is done, and remove temporary files of a killed process.
+        """Read what is done.
 
         Args:
             run: the run.
@@ -88,8 +95,6 @@ class ImageWorker:
         )
         self._loaded: LoadedStack | None = None
         self._resources = ExitStack()
-        for leftover in run.folder.glob(f"{IMAGES}/*/.*.tmp-*"):
-            leftover.unlink(missing_ok=True)
 
     def is_missing(self, batch: Batch) -> bool:
         """Return whether an image of the batch, or its record, is missing."""
@@ -144,7 +149,7 @@ class ImageWorker:
         data, new = self._encode(batch, i, image, trace if loaded.stack.guards else None)
         old = self.records.get(key)
         if old is None:
-            if new.failed or (path.exists() and is_failure(_metadata(path).get("guards"))):
+            if new.failed or (path.exists() and _was_withheld(path)):
                 path.unlink(missing_ok=True)
         elif old != new and old.failed:
             image = loaded.black()
@@ -243,14 +248,12 @@ class ImageWorker:
         self._resources.close()
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata in an image's file; empty if it cannot be read."""
+def _was_withheld(path: Path) -> bool:
+    """Return whether an image was withheld by a guard's failure; False if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            metadata = json.loads(image.text["safegen"])  # type: ignore[attr-defined]
-    except (OSError, SyntaxError, ValueError, KeyError, AttributeError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
+        return is_failure(image_metadata(read_image(path)).get("guards"))
+    except FileError:
+        return False
 
 
 def _write(path: Path, data: bytes) -> None:

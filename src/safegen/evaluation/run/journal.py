@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from safegen.core.errors import FileError, explain
+from safegen.core.documents import MAX_BYTES, check_regular, parse_record
+from safegen.core.errors import FileError
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -26,6 +28,8 @@ class Journal(Generic[R]):
     """
 
     def __init__(self, path: Path, record: type[R]) -> None:
+        if path.exists():
+            check_regular(path, path.stat().st_mode)
         self._file: IO[bytes] = path.open("a+b")
         try:
             _lock(self._file, path)
@@ -61,18 +65,38 @@ def read_journal(path: Path, record: type[R]) -> tuple[list[R], int]:
     A missing file has no records. A torn last line is left out.
 
     Raises:
-        FileError: a complete line is not such a record; the message names the line and the field.
+        FileError: it is no regular file, or a complete line is not such a record; the message
+            names the line and the field.
     """
-    data = path.read_bytes() if path.exists() else b""
-    size, records = data.rfind(b"\n") + 1, []
-    for number, line in enumerate(data[:size].splitlines(), 1):
-        try:
-            records.append(record.model_validate_json(line))
-        except ValidationError as error:
-            raise FileError(
-                f"{path}:{number} is damaged: {explain(error)}. Restore it or start a new run."
-            ) from error
+    records, size = list[R](), 0
+    if not path.exists():
+        return records, size
+    check_regular(path, path.stat().st_mode)
+    with path.open("rb") as file:
+        lines = iter(lambda: file.readline(MAX_BYTES), b"")
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n") and len(line) < MAX_BYTES:
+                break
+            try:
+                records.append(parse_record(record, line, f"{path}:{number}"))
+            except FileError as error:
+                raise FileError(f"{error}. Restore it or start a new run.") from error
+            size += len(line)
     return records, size
+
+
+def is_torn(path: Path) -> bool:
+    """Return whether the last line of a journal has no end, as a killed process leaves it.
+
+    Raises:
+        FileError: it is no regular file.
+    """
+    check_regular(path, path.stat().st_mode)
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

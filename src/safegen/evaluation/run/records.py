@@ -5,12 +5,24 @@ from __future__ import annotations
 import binascii
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from safegen.core.settings import (
+    Count,
+    Digest,
+    FileName,
+    FolderName,
+    JsonObject,
+    Name,
+    Number,
+    Seconds,
+    Seed,
+    Share,
+)
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.judges.base import Detections
@@ -32,32 +44,32 @@ class Record(BaseModel):
 class ImageRecord(Record):
     """Line about one image."""
 
-    key: str
+    key: Digest
     """Name of the image: a hash of everything that decides it."""
-    stack: str
+    stack: FolderName
     """Name of the stack."""
 
 
 class SampleRecord(ImageRecord):
     """Generated image of one stack (`samples.jsonl`)."""
 
-    list: str
+    list: Name
     """Name of the prompt list."""
     role: Role
     """Role of the prompt list."""
     id: str
     """Name of the prompt."""
-    seed: int
-    index: int
-    prompt_sha256: str
+    seed: Seed
+    index: Count
+    prompt_sha256: Digest
     """SHA-256 of the prompt."""
     file: str
     """Path of the image in the run's directory."""
-    sha256: str
+    sha256: Digest
     """SHA-256 of the file."""
     blank: bool
     """Whether the image has one color, as a refused one has."""
-    guards: dict[str, Any] | None = None
+    guards: JsonObject | None = None
     """Trace of the stack's guards: action, reason, and a record of each guard."""
 
     @classmethod
@@ -94,9 +106,9 @@ class SampleRecord(ImageRecord):
         return is_failure(self.guards)
 
 
-def is_failure(guards: Mapping[str, Any] | None) -> bool:
+def is_failure(guards: object) -> bool:
     """Return whether a trace of guards ends in a failure."""
-    return bool(guards and guards.get("action") == "withhold")
+    return isinstance(guards, Mapping) and guards.get("action") == "withhold"
 
 
 class JudgeRecord(Record):
@@ -104,8 +116,8 @@ class JudgeRecord(Record):
 
     judge: str
     """Id of the judge, with a hash of its options."""
-    name: str
-    options: dict[str, Any]
+    name: Name
+    options: JsonObject
     """Options, with paths reduced to file names."""
     label_space: tuple[str, ...]
     """Every label that the judge can detect."""
@@ -122,11 +134,11 @@ class DetectionsRecord(ImageRecord):
 class ChangeRecord(ImageRecord):
     """Difference of an image from the base model's (`changes.jsonl`)."""
 
-    baseline: str
+    baseline: FolderName
     """Name of the base stack."""
-    change: float
+    change: Share
     """Mean absolute difference of the pixels."""
-    lpips: float | None = None
+    lpips: Annotated[float, Field(ge=0, le=1e6)] | None = None
     lpips_id: str | None = None
     """Hashes of the weights of LPIPS."""
 
@@ -138,13 +150,15 @@ class FeatureRecord(ImageRecord):
     """Id of the extractor."""
     features: str | None
     """Base64 of the features in float32, little-endian; None if they are not finite."""
-    clip_score: float | None = None
+    clip_score: Annotated[float, Field(ge=-101, le=101)] | None = None
     """100 times the cosine with the prompt; None if it is not measured or not finite."""
 
     @field_validator("features")
     @classmethod
     def _check_features(cls, text: str | None) -> str | None:
-        decode_features(text)
+        row = decode_features(text)
+        if row is not None and not (row.size and np.isfinite(row).all()):
+            raise ValueError("features must be finite, and at least one")
         return text
 
     @property
@@ -158,89 +172,128 @@ class TimingRecord(Record):
 
     stage: Literal["generate", "judge", "memory"]
     """`memory` says that a batch did not fit, and the smaller `size` that is used from there on."""
-    stack: str
-    batch: int
+    stack: FolderName
+    batch: Count
     """Number of the batch within the stack."""
-    images: int | None = None
-    seconds: float | None = None
-    size: int | None = None
+    images: Count | None = None
+    seconds: Seconds | None = None
+    size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Images generated at once."""
-    guards_ms: float | None = None
+    guards_ms: Seconds | None = None
     """Milliseconds of all guards in the batch."""
     judge: str | None = None
 
 
-class PatchEntry(BaseModel):
+class CardPart(BaseModel):
+    """Part of a run's card."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class PatchEntry(CardPart):
     """Patch of a stack in a run's card."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    file: str
+    file: FileName
     """File name."""
-    hash: str
-    parameters: int
+    hash: Digest
+    parameters: Count
     """Number of values in the patch."""
-    layers: dict[str, int]
+    layers: dict[str, Count]
     """Number of changed layers by kind."""
     method: str | None = None
-    seconds: float | None = None
+    seconds: Seconds | None = None
     """Seconds that the edit took."""
-    updates: int | None = None
+    updates: Count | None = None
     data: str | None = None
     """Hash of the training data."""
     description: str | None = None
-    settings: dict[str, Any] | None = None
+    settings: JsonObject | None = None
     """Settings of the edit."""
 
 
-class StackEntry(BaseModel):
+class LoraEntry(CardPart):
+    """LoRA of a stack in a run's card."""
+
+    file: FileName
+    """File name."""
+    hash: Digest
+    scale: Number
+
+
+def _check_guard(entry: dict[str, Any]) -> dict[str, Any]:
+    if "name" not in entry:
+        raise ValueError("a guard must have a name")
+    return entry
+
+
+GuardEntry = Annotated[JsonObject, AfterValidator(_check_guard)]
+"""Guard of a stack in a run's card: its name and settings."""
+
+
+class StackEntry(CardPart):
     """Stack in a run's card, with paths reduced to file names and hashes of the files."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    name: str
+    name: FolderName
     kind: Kind
     """`base` model, stack `given` by the user, or `baseline` that the run adds."""
-    baseline: str
+    baseline: FolderName
     """Name of the base stack that this stack is compared with."""
-    reference: str | None = None
+    reference: FolderName | None = None
     """Name of another stack that this stack is compared with."""
-    hash: str
+    hash: Digest
     """SHA-256 over everything in the stack that decides an image."""
     model: str
     config: str | None = None
-    weights: str
+    weights: Digest
     """`Model.pipeline_hash` of the model without patches."""
-    base: str
+    base: Digest
     """`Model.hash` of the model without patches."""
     patches: tuple[PatchEntry, ...] = ()
     embeddings: tuple[str, ...] = ()
     """Names of the files with learned words."""
-    loras: tuple[dict[str, Any], ...] = ()
+    loras: tuple[LoraEntry, ...] = ()
     negative_prompt: str | None = None
-    guards: tuple[dict[str, Any], ...] = ()
+    guards: tuple[GuardEntry, ...] = ()
     blank: bool = False
 
 
-class RunCard(BaseModel):
+class RunCard(CardPart):
     """Card of a run (`protocol.json`): protocol, stacks and environment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     format: Literal["safegen-run/3"] = FORMAT
-    id: str
+    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     """Id of the protocol."""
     protocol: Protocol
     """The protocol, with paths reduced to file names."""
-    samples: dict[str, int]
+    samples: dict[Name, Count]
     """Samples of one stack by prompt list."""
-    stacks: tuple[StackEntry, ...]
+    stacks: tuple[StackEntry, ...] = Field(min_length=1)
     versions: dict[str, str]
     """Versions of safegen and of the libraries."""
     device: str
     platform: dict[str, str]
     argv: tuple[str, ...] = ()
     """Command line that made the run, with paths reduced to file names."""
+
+    @model_validator(mode="after")
+    def _check_stacks(self) -> Self:
+        kinds = {stack.name: stack.kind for stack in self.stacks}
+        if len(kinds) < len(self.stacks):
+            raise ValueError("stacks must have names that differ from each other")
+        for stack in self.stacks:
+            if kinds.get(stack.baseline) != "base":
+                raise ValueError(
+                    f"the baseline of {stack.name!r} must be a base stack of the run, "
+                    f"got {stack.baseline!r}"
+                )
+            if stack.reference is not None and stack.reference not in kinds:
+                raise ValueError(
+                    f"the reference of {stack.name!r} must be a stack of the run, "
+                    f"got {stack.reference!r}"
+                )
+        return self
 
 
 def encode_features(row: NDArray[np.float64]) -> str | None:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from safegen.core.documents import read_json_object
 from safegen.core.errors import FileError
-from safegen.evaluation.compare import differences
-from safegen.evaluation.run.folder import SETTINGS, write_json
+from safegen.core.files import is_unfinished
+from safegen.core.settings import Name
+from safegen.evaluation.compare import differences, join_gaps
+from safegen.evaluation.run.folder import SETTINGS, check_links, write_json
+
+
+class WorkflowSettings(BaseModel):
+    """Settings of the workflow that made a run, of which a report reads the workflow's name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    workflow: Name | None = None
+    """Name of the workflow."""
 
 
 def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -25,11 +40,12 @@ def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
     """
     path, wanted = output_dir / SETTINGS, json.loads(json.dumps(settings))
     try:
-        if path.is_file():
-            gaps = differences(json.loads(path.read_text(encoding="utf-8")), wanted)
+        if os.path.lexists(path):
+            check_links(output_dir)
+            gaps = differences(read_json_object(path), wanted)
             if gaps:
                 raise FileError(
-                    f"{output_dir} was made with other settings (then and now): {'; '.join(gaps)}. "
+                    f"{output_dir} was made with other settings (then and now): {join_gaps(gaps)}. "
                     "Name another directory with --out."
                 )
             return
@@ -37,15 +53,11 @@ def claim_directory(output_dir: Path, settings: Mapping[str, Any]) -> None:
             output_dir.exists()
             and (
                 not output_dir.is_dir()
-                or any(".tmp-" not in path.name for path in output_dir.iterdir())
+                or any(not is_unfinished(path) for path in output_dir.iterdir())
             )
         ):
             raise FileError(f"{output_dir} already exists. Name another directory with --out.")
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
-    except ValueError as error:
-        raise FileError(
-            f"{path} is damaged: {error}. Remove {output_dir} and start again."
-        ) from error
     except OSError as error:
         raise FileError(f"{output_dir} cannot be written: {error.strerror or error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import expand_labels
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.folder import CHANGES, DETECTIONS, FEATURES, JUDGES, SAMPLES, Run
+from safegen.evaluation.run.folder import CHANGES, DETECTIONS, FEATURES, JUDGES, PLAN, SAMPLES, Run
 from safegen.evaluation.run.records import (
     WITHHELD,
     DetectionsRecord,
@@ -87,6 +88,7 @@ def load_results(
         ConfigError: the threshold is below the stored scores, or another judge has no labels.
         UnknownNameError: the judge has no such label.
     """
+    _check_plan(run)
     rule = run.protocol.judge
     name = (judge or rule.name).partition(":")[0]
     if name != rule.name and not labels:
@@ -110,6 +112,17 @@ def load_results(
         weights=journals.weights(),
         inputs={JUDGES: [record], **journals.used},
     )
+
+
+def _check_plan(run: Run) -> None:
+    """Raise if a list has no images, or the plan has an image twice: it would count twice."""
+    counts = Counter(sample.list_name for sample in run.samples)
+    places = {(s.list_name, s.id, s.seed, s.index) for s in run.samples}
+    if set(counts) != {part.name for part in run.protocol.lists} or len(places) < len(run.samples):
+        raise FileError(
+            f"{run.folder / PLAN} must have each image of the protocol's lists once. "
+            f"Check the run with `safegen verify {run.folder}`."
+        )
 
 
 R = TypeVar("R", bound=ImageRecord)

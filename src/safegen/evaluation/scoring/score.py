@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safegen.core.concept import Concept
+from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import SCORES, Run
 from safegen.evaluation.run.journal import to_lines
 from safegen.evaluation.samples import sha
 from safegen.evaluation.scoring.feature_metrics import feature_metrics
+from safegen.evaluation.scoring.records import FORMAT, read_scores
 from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.verdict_metrics import (
     Figure,
@@ -26,8 +27,6 @@ from safegen.metrics.asr import attempt_outcomes
 from safegen.metrics.bootstrap import bootstrap_mean
 from safegen.metrics.image import SCALE
 from safegen.metrics.refusal import refusal_rate
-
-FORMAT = "safegen-scores/3"
 
 
 def score_run(
@@ -78,8 +77,8 @@ def scores_file(run: Run, scores: Mapping[str, Any]) -> Path:
     """
     path = run.folder / SCORES
     try:
-        judge = json.loads(path.read_text(encoding="utf-8"))["judge"]
-    except (OSError, KeyError, TypeError, ValueError):
+        judge = read_scores(path)["judge"]
+    except FileError:
         judge = scores["judge"]  # missing or damaged: it is written again
     if scores["protocol"]["id"] == run.protocol.id and scores["judge"] == judge:
         return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal, get_args
 
@@ -14,11 +14,18 @@ from safegen.core.errors import ConfigError
 from safegen.models.text_encoder import text_encoders
 
 HookPoint = Literal[
-    "prompt", "probe", "negative_prompt_embeds", "prompt_embeds", "guidance", "latents", "image"
+    "prompt",
+    "probe",
+    "negative_prompt_embeds",
+    "prompt_embeds",
+    "guidance",
+    "submodules",
+    "latents",
+    "image",
 ]
-"""Where a guard acts: prompt, probe images, embeddings, guidance, latents after a step, image."""
+"""Where a guard acts: prompt, probe images, embeddings, guidance, layers, latents, image."""
 UNIVERSAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "image"})
-"""Hook points of every pipeline."""
+"""Hook points of every pipeline, without `image` where it makes videos."""
 ALL_POINTS: frozenset[HookPoint] = frozenset(get_args(HookPoint))
 GUIDANCE_POINTS: frozenset[HookPoint] = frozenset({"negative_prompt_embeds", "guidance"})
 """Hook points that have no effect without guidance."""
@@ -103,26 +110,41 @@ class PipelineSpec:
     """Options of a call that change how text is encoded."""
     extra_keys: tuple[str, ...] = ()
     """Keys of `TextEmbeds.extra`."""
+    starts_from_image: bool = False
+    """Whether the initial latents are those of an image, which guards must not replace."""
+    makes_videos: bool = False
 
 
+_SD = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sd, ("clip_skip",))
+_SDXL = PipelineSpec(
+    1, ("unet",), ("guidance_scale",), _encode_sdxl, ("clip_skip",), ("text_embeds",)
+)
 PIPELINE_SPECS = {
-    "StableDiffusionPipeline": PipelineSpec(
-        1, ("unet",), ("guidance_scale",), _encode_sd, ("clip_skip",)
-    ),
-    "StableDiffusionXLPipeline": PipelineSpec(
-        1, ("unet",), ("guidance_scale",), _encode_sdxl, ("clip_skip",), ("text_embeds",)
-    ),
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": replace(_SD, starts_from_image=True),
+    "StableDiffusionInpaintPipeline": replace(_SD, starts_from_image=True),
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusionXLImg2ImgPipeline": replace(_SDXL, starts_from_image=True),
+    "StableDiffusionXLInpaintPipeline": replace(_SDXL, starts_from_image=True),
     "WanPipeline": PipelineSpec(
         2,
         ("transformer", "transformer_2"),
         ("guidance_scale", "_guidance_scale_2"),
         _encode_wan,
         (LENGTH_OPTION,),
+        makes_videos=True,
     ),
 }
-"""Pipeline classes with a denoiser that guards can hook. Others have universal points only."""
-IMAGE_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""Pipeline classes with a denoiser that guards can hook, and so their subclasses.
+
+Others have universal points only, and so have subclasses that replace one of `OWN_METHODS`.
+"""
+OWN_METHODS = ("__call__", "encode_prompt")
+"""Methods on which the hooks depend: order of the denoiser's rows, and tokens of a prompt."""
+IMAGE_PIPELINES = tuple(name for name, spec in PIPELINE_SPECS.items() if not spec.makes_videos)
 """Pipeline classes with latents of shape (b, c, h, w)."""
+NOISE_PIPELINES = tuple(n for n in IMAGE_PIPELINES if not PIPELINE_SPECS[n].starts_from_image)
+"""Those of them that start from noise, which guards may replace."""
 
 
 def clone_generator(generator: torch.Generator) -> torch.Generator:
@@ -136,10 +158,36 @@ class PipelineAdapter:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.pipeline_class = type(pipe).__name__
-        self.spec = PIPELINE_SPECS.get(self.pipeline_class)
-        self.hook_points = ALL_POINTS if self.spec else UNIVERSAL_POINTS
+        base = _supported_class(type(pipe))
+        self.family = base.__name__ if base else ""
+        """Name in `PIPELINE_SPECS` of the class or of the class that it extends; may be empty."""
+        self.replaced = [m for m in OWN_METHODS if base and _is_replaced(pipe, base, m)]
+        """Methods that a subclass or an attribute replaces, which hides what hooks depend on."""
+        known = PIPELINE_SPECS.get(self.family)
+        self.spec = None if self.replaced else known
+        points = ALL_POINTS if self.spec else UNIVERSAL_POINTS
+        if known and known.starts_from_image:
+            points -= {"probe"}
+        if known and known.makes_videos:
+            points -= {"image"}
+        self.hook_points = points
         self.supported = sorted(PIPELINE_SPECS)
-        self.makes_videos = self.spec is not None and self.pipeline_class not in IMAGE_PIPELINES
+
+    def missing_reason(self, points: frozenset[HookPoint]) -> str:
+        """Return why the pipeline lacks hook points, a phrase after "it"; empty if it has them."""
+        missing = points - self.hook_points
+        if not missing:
+            return ""
+        if "image" in missing:
+            return "checks images, and this pipeline makes videos"
+        if self.replaced:
+            return (
+                f"acts inside the denoiser, and {self.pipeline_class} replaces "
+                f"{' and '.join(self.replaced)} of {self.family}"
+            )
+        if self.spec:
+            return f"moves the initial noise, and a {self.pipeline_class} starts from an image"
+        return f"acts inside the denoiser, which is supported for {', '.join(self.supported)}"
 
     @property
     def device(self) -> torch.device:
@@ -164,12 +212,23 @@ class PipelineAdapter:
         """Whether the running call uses classifier-free guidance."""
         return bool(self.pipe.do_classifier_free_guidance)
 
+    @property
+    def guidance_applies(self) -> bool:
+        """Whether the running call uses guidance and does not rescale it afterwards."""
+        return self.has_guidance and not (getattr(self.pipe, "guidance_rescale", None) or 0.0) > 0
+
     def guidance_scale(self, network: nn.Module) -> float:
         """Return the guidance scale of the running call for one denoiser."""
         assert self.spec is not None
         index = next(i for i, denoiser in enumerate(self.denoisers) if denoiser is network)
         scale = getattr(self.pipe, self.spec.guidance_attributes[index], None)
         return float(self.pipe.guidance_scale if scale is None else scale)
+
+    @property
+    def has_clip_skip(self) -> bool:
+        """Whether the pipeline's `clip_skip` works: it needs a part that transformers 5 dropped."""
+        needs_part = self.spec is not None and self.spec.encode is _encode_sd
+        return not needs_part or hasattr(self.pipe.text_encoder, "text_model")
 
     @property
     def call_defaults(self) -> dict[str, Any]:
@@ -244,7 +303,7 @@ class PipelineAdapter:
         Raises:
             ConfigError: the call has no list of generators.
         """
-        assert self.pipeline_class in IMAGE_PIPELINES
+        assert self.family in NOISE_PIPELINES
         generators, latents = options.get("generator"), options.get("latents")
         if not isinstance(generators, list):
             raise ConfigError(
@@ -263,41 +322,25 @@ class PipelineAdapter:
         noise = [torch.randn(shape, generator=g, device=g.device, dtype=net.dtype) for g in clones]
         return torch.stack(noise), clones
 
-    def check_options(
-        self, options: Mapping[str, Any], *, guided: Sequence[str], inside: Sequence[str]
-    ) -> None:
-        """Refuse a call in which guards would have no effect, or another effect than usual.
 
-        Args:
-            options: options of the call.
-            guided: names of the guards that act through guidance.
-            inside: names of the guards that act on the denoiser.
+def _supported_class(kind: type) -> type | None:
+    """Return the class of diffusers with a spec that a pipeline's class is or extends."""
+    bases = (c for c in kind.__mro__ if c.__module__.startswith("diffusers."))
+    return next((c for c in bases if c.__name__ in PIPELINE_SPECS), None)
 
-        Raises:
-            ConfigError: guidance is off or rescaled, the model is guidance-distilled, or a cache
-                skips denoiser calls.
-        """
-        names, defaults = ", ".join(guided), self.call_defaults
-        for key in ("guidance_scale", "guidance_scale_2") if guided else ():
-            scale = options.get(key, defaults.get(key))
-            if scale is not None and not scale > 1:  # NaN is no guidance either
-                raise ConfigError(
-                    f"{key} must be > 1 with {names}, got {scale}. It acts through guidance."
-                )
-        if guided and any(
-            getattr(d.config, "time_cond_proj_dim", None) is not None for d in self.denoisers
-        ):
-            raise ConfigError(
-                f"{names} has no effect on a guidance-distilled model. "
-                "Use a guard of prompts or images."
-            )
-        if guided and (options.get("guidance_rescale") or 0.0) > 0:
-            raise ConfigError(
-                f"guidance_rescale must be 0 with {names}, got {options['guidance_rescale']}. "
-                "It would undo a part of the guard."
-            )
-        if inside and any(getattr(d, "is_cache_enabled", False) for d in self.denoisers):
-            raise ConfigError(
-                f"{', '.join(inside)} must see every denoiser call, and a cache skips some. "
-                "Call disable_cache() on the denoiser."
-            )
+
+def _is_replaced(pipe: Any, base: type, method: str) -> bool:
+    """Return whether a pipeline has another method than a class of diffusers defines.
+
+    The class may be patched, and a wrapper may bear the names of what it wraps. So the module of
+    each function counts, from the method to what it wraps; torch's `no_grad` is such a wrapper.
+    """
+    function = getattr(getattr(pipe, method), "__func__", None)
+    if function is not getattr(base, method):
+        return True
+    while function is not None:
+        module = getattr(function, "__globals__", {}).get("__name__", "")
+        if not module.startswith(("diffusers.", "torch.")):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

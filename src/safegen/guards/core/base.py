@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from safegen.core.concept import Concept
+from safegen.core.settings import BaseSettings
 from safegen.guards.core.result import GuardResult
 
 if TYPE_CHECKING:
@@ -21,21 +21,17 @@ if TYPE_CHECKING:
     from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
 
 
-class GuardConfig(BaseModel, ABC):
+class GuardConfig(BaseSettings, ABC):
     """Frozen settings of one guard, for a stack or a JSON file."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     name: str
     """Name of the guard in the registry."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings, by preset. `default` changes none."""
     hook_points: ClassVar[frozenset[HookPoint]] = frozenset()
-    """Points of the pipeline that this guard hooks."""
+    """Points of the pipeline that this guard hooks: those of the methods that it implements."""
     pipelines: ClassVar[tuple[str, ...]] = ()
-    """Pipeline classes that the guard supports. Empty: every class with its hook points."""
+    """Pipeline classes that the guard supports, with subclasses. Empty: all with its points."""
     exclusive: ClassVar[bool] = False
     """Whether a second guard of this kind on one pipeline would undo the first."""
     paper: ClassVar[str] = "ours"
@@ -57,14 +53,10 @@ class GuardConfig(BaseModel, ABC):
     @classmethod
     def unsupported_reason(cls, adapter: PipelineAdapter) -> str:
         """Return why the guard cannot run on a pipeline, a phrase after "it"; empty if it can."""
-        if cls.pipelines and adapter.pipeline_class not in cls.pipelines:
+        if missing := adapter.missing_reason(cls.hook_points):
+            return missing
+        if cls.pipelines and adapter.family not in cls.pipelines:
             return f"needs a {' or '.join(cls.pipelines)}"
-        if cls.hook_points - adapter.hook_points:
-            return (
-                f"acts inside the denoiser, which is supported for {', '.join(adapter.supported)}"
-            )
-        if "image" in cls.hook_points and adapter.makes_videos:
-            return "checks images, and this pipeline makes videos"
         return ""
 
     def conflict(self, others: Sequence[GuardConfig], negative_prompt: str) -> str:
@@ -72,7 +64,7 @@ class GuardConfig(BaseModel, ABC):
 
         Args:
             others: the other guards of the stack.
-            negative_prompt: negative prompt of every call.
+            negative_prompt: negative prompt of a call.
         """
         return ""
 
@@ -172,6 +164,8 @@ class Call:
     """Scheduler steps done so far."""
     reference_rows: Mapping[int, int] = field(default_factory=dict)
     """Row of an image to the row of its reference stream, for images that have one."""
+    is_probe: bool = False
+    """Whether the call makes probe images, which may have fewer steps than the images."""
     num_steps: int = 0
     """Scheduler steps in all: about twice `num_inference_steps` for second-order schedulers."""
 

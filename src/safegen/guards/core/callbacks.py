@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from safegen.guards.core.base import Call
@@ -14,8 +15,6 @@ from safegen.guards.core.base import Call
 CALLBACK, LEGACY_CALLBACK = "callback_on_step_end", "callback"
 CALLBACK_OPTIONS = (CALLBACK, LEGACY_CALLBACK)
 """Options with a callback."""
-TENSOR_INPUTS = "tensor_inputs"
-"""Attribute of diffusers' own callbacks with the tensors that they receive."""
 
 
 class CallbackWatch:
@@ -38,8 +37,8 @@ class CallbackWatch:
         wrapped = dict(arguments)
         if (callback := wrapped.get(CALLBACK)) is not None:
             wrapped[CALLBACK] = self._wrapped(callback)
-            if (inputs := getattr(callback, TENSOR_INPUTS, None)) is not None:
-                wrapped[f"{CALLBACK}_{TENSOR_INPUTS}"] = list(inputs)
+            if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+                wrapped[f"{CALLBACK}_tensor_inputs"] = list(callback.tensor_inputs)
         if (legacy := wrapped.get(LEGACY_CALLBACK)) is not None:
             wrapped[LEGACY_CALLBACK] = self._wrapped_legacy(legacy)
         return wrapped

@@ -14,16 +14,27 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from safegen.core.errors import ConfigError
 from safegen.guards.core.adapter import GUIDANCE_POINTS, PipelineAdapter, PipelineSpec, TextEmbeds
 from safegen.guards.core.base import Call, GuardHook
+from safegen.guards.core.rows import (
+    EMBEDS,
+    EXTRA,
+    Args,
+    Kwargs,
+    check_embeds,
+    check_tensor,
+    replace_inputs,
+)
 from safegen.guards.core.runner import GuardRunner
 
-EMBEDS, EXTRA = "encoder_hidden_states", "added_cond_kwargs"
-"""Arguments of a denoiser with the text embeddings and with `TextEmbeds.extra`."""
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 Point = Literal["negative_prompt_embeds", "prompt_embeds"]
+EDIT_METHODS: dict[Point, str] = {
+    "negative_prompt_embeds": "edit_negative_embeds",
+    "prompt_embeds": "edit_prompt_embeds",
+}
 
 
 class ExtraCondition(NamedTuple):
@@ -51,9 +62,12 @@ class PipelineHooks:
         self.unguarded_steps = 0
         """Steps with another number of denoiser calls than the pipeline class makes."""
         self.unguided_steps = 0
-        """Steps without guidance although a guard needs it: a callback can turn it off."""
+        """Steps with guidance off or rescaled although a guard needs it: a callback can do that."""
         self.finite: list[bool] = []
         """Whether the final latents of each image are finite."""
+        self.handles: list[RemovableHandle] = []
+        self.removed: list[RemovableHandle] = []
+        """Hooks that were gone when the call raised."""
         self.conditions: list[ExtraCondition] = []
         self.merged = False
         """Whether the extra conditions are in the pipeline's own denoiser batch."""
@@ -69,17 +83,22 @@ class PipelineHooks:
                 for network in self.adapter.denoisers if self.hooks else ():
                     self._attach(network, stack)
                 stack.enter_context(self._patched_step(self.adapter.pipe.scheduler))
-            yield
+            try:
+                yield
+            except Exception:
+                self.removed = [h for h in self.handles if h.id not in (h.hooks_dict_ref() or ())]
+                raise
 
     def _attach(self, network: nn.Module, stack: ExitStack) -> None:
         before = network.register_forward_pre_hook(self._before, with_kwargs=True)
         after = network.register_forward_hook(self._after, with_kwargs=True)
-        handles = [before, after]
+        self.handles += [before, after]
         for runner, hook in self.hooks:
-            for module, function in hook.submodule_hooks(network):
-                timed = runner.timed(function)
-                handles.append(module.register_forward_pre_hook(timed, with_kwargs=True))
-        for handle in handles:
+            if runner.acts_at("submodules"):
+                for module, function in hook.submodule_hooks(network):
+                    timed = runner.timed(function)
+                    self.handles.append(module.register_forward_pre_hook(timed, with_kwargs=True))
+        for handle in self.handles:
             stack.callback(handle.remove)
 
     def faults(self, n: int) -> list[str]:
@@ -94,7 +113,8 @@ class PipelineHooks:
             fault = f"the denoiser bypassed the guards in {self.unguarded_steps} of {steps} steps"
         elif self.unguided_steps:
             fault = (
-                f"guidance was off in {self.unguided_steps} of {steps} steps, and a guard needs it"
+                f"guidance was off or rescaled in {self.unguided_steps} of {steps} steps, "
+                "and a guard needs it"
             )
         elif len(self.finite) != n:
             fault = f"latents of {len(self.finite)} images for {n}"
@@ -133,14 +153,14 @@ class PipelineHooks:
         expected = self._spec.calls_per_step if guided else 1
         if self.hooks:
             self.unguarded_steps += not self.calls_started == self.calls_ended == expected
-        self.unguided_steps += not guided and any(
+        self.unguided_steps += not self.adapter.guidance_applies and any(
             r.acts_at(*GUIDANCE_POINTS) for r, _ in self.hooks
         )
         self.calls_started = self.calls_ended = 0
         for runner, hook in self.hooks:
             if runner.acts_at("latents"):
                 with runner.timed_call():
-                    latents = hook.on_step_end(latents)
+                    latents = check_tensor(hook.on_step_end(latents), latents, "on_step_end")
         self.call.step += 1
         if self.call.step == self.adapter.num_timesteps:
             self.finite = latents.flatten(1).isfinite().all(dim=1).tolist()
@@ -161,13 +181,18 @@ class PipelineHooks:
     def _before(self, network: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Edit the embeddings of a denoiser call, and append the rows of extra conditions."""
         self.call.num_steps, self.conditions = self.adapter.num_timesteps, []
+        if EMBEDS not in kwargs:
+            raise ConfigError(
+                f"{EMBEDS} must be given to the denoiser by keyword with guards inside it, got it "
+                "by position or not at all. Use the pipeline's own call."
+            )
         rows, joint = len(kwargs[EMBEDS]), self._joint
         n = rows // 2 if joint else rows
         extra = {k: v for k, v in (kwargs.get(EXTRA) or {}).items() if k in self._spec.extra_keys}
         original = TextEmbeds(kwargs[EMBEDS], extra)
         embeds = self._edited(original)
         if self.adapter.has_guidance and (joint or self.calls_started == 0):
-            self.conditions = self._extra_conditions(embeds.hidden, n)
+            self.conditions = self._extra_conditions(embeds.select(slice(rows - n, rows)))
         total = rows + len(self.conditions) * n
         self.merged = (
             joint and bool(self.conditions) and (self.max_rows is None or total <= self.max_rows)
@@ -178,7 +203,7 @@ class PipelineHooks:
             embeds = TextEmbeds.concat([embeds, *(c.embeds for c in self.conditions)])
         self._set_rows(rows, n)
         self.calls_started += 1
-        return _replace(args, kwargs, rows, selection, None if embeds is original else embeds)
+        return replace_inputs(args, kwargs, rows, selection, None if embeds is original else embeds)
 
     def _set_rows(self, rows: int, n: int) -> None:
         """Give guards their rows. The prompts' `n` rows are the last of the pipeline's `rows`."""
@@ -209,27 +234,25 @@ class PipelineHooks:
     def _edit(self, point: Point, embeds: TextEmbeds) -> TextEmbeds:
         for runner, hook in self.hooks:
             if runner.acts_at(point):
+                method = EDIT_METHODS[point]
                 with runner.timed_call():
-                    edited = (
-                        hook.edit_prompt_embeds(embeds)
-                        if point == "prompt_embeds"
-                        else hook.edit_negative_embeds(embeds)
-                    )
+                    edited = getattr(hook, method)(embeds)
                     if edited is not embeds:
-                        embeds = edited.expand(len(embeds.hidden)).to(embeds.hidden)
+                        embeds = check_embeds(edited, embeds, method)
         return embeds
 
-    def _extra_conditions(self, like: Tensor, n: int) -> list[ExtraCondition]:
+    def _extra_conditions(self, like: TextEmbeds) -> list[ExtraCondition]:
+        """Return the conditions of all guards, with rows like those of the prompts."""
         conditions: list[ExtraCondition] = []
         for runner, hook in self.hooks:
             if runner.acts_at("guidance"):
                 with runner.timed_call():
                     new = hook.extra_conditions()
                     conditions += [
-                        ExtraCondition(runner, name, embeds.expand(n).to(like))
+                        ExtraCondition(runner, name, check_embeds(embeds, like, "extra_conditions"))
                         for name, embeds in new.items()
                     ]
-                    runner.rows += n * len(new)
+                    runner.rows += len(like.hidden) * len(new)
         return conditions
 
     def _after(self, network: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -286,8 +309,9 @@ class PipelineHooks:
                     gamma = hook.guidance_correction(
                         {"uncond": u.float(), "cond": c.float(), **predictions}
                     )
-                if gamma is not None:
-                    total = gamma if total is None else total + gamma
+                    if gamma is not None:
+                        gamma = check_tensor(gamma, c, "guidance_correction")
+                        total = gamma if total is None else total + gamma
         return total
 
     def _predict_extra(
@@ -304,40 +328,9 @@ class PipelineHooks:
         predictions = []
         for start in range(0, len(selection), size):
             part = slice(start, start + size)
-            new_args, new_kwargs = _replace(
+            new_args, new_kwargs = replace_inputs(
                 args, kwargs, rows, selection[part], embeds.select(part)
             )
             output = network.forward(*new_args, **new_kwargs)
             predictions.append(output[0] if isinstance(output, tuple) else output.sample)
         return torch.cat(predictions).chunk(len(self.conditions))
-
-
-def _replace(
-    args: Args, kwargs: Kwargs, rows: int, selection: Sequence[int], embeds: TextEmbeds | None
-) -> tuple[Args, Kwargs]:
-    """Return a denoiser's arguments with selected rows and other embeddings.
-
-    Args:
-        args: positional arguments.
-        kwargs: keyword arguments.
-        rows: number of rows; tensors of this length are selected from.
-        selection: rows to select; all if empty.
-        embeds: embeddings to use; None keeps those in `kwargs`.
-    """
-    if selection:
-        args, kwargs = _select(args, rows, selection), _select(kwargs, rows, selection)
-    if embeds is not None:
-        kwargs = kwargs | {EMBEDS: embeds.hidden}
-        if embeds.extra:
-            kwargs[EXTRA] = kwargs[EXTRA] | dict(embeds.extra)
-    return args, kwargs
-
-
-def _select(value: Any, rows: int, selection: Sequence[int]) -> Any:
-    if isinstance(value, Tensor):
-        return value[list(selection)] if value.dim() and len(value) == rows else value
-    if isinstance(value, dict):
-        return {k: _select(v, rows, selection) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_select(v, rows, selection) for v in value)
-    return value

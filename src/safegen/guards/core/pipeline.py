@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import ConfigError
-from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.adapter import (
+    ALL_POINTS,
     EXTERNAL_POINTS,
     GUIDANCE_POINTS,
     UNIVERSAL_POINTS,
@@ -22,9 +22,11 @@ from safegen.guards.core.adapter import (
 )
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.callbacks import CALLBACK_OPTIONS, CallbackWatch
+from safegen.guards.core.checks import check_config, check_guard, check_hook, check_options
 from safegen.guards.core.hooks import PipelineHooks
 from safegen.guards.core.request import Request, check_request
 from safegen.guards.core.result import GeneratedImage, GuardResult, InvalidResultError
+from safegen.guards.core.rows import check_tensor
 from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner, build_image
 
 PIPELINE_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
@@ -47,23 +49,26 @@ class GuardedPipeline:
         """Check the guards against the pipeline and load their files.
 
         Args:
-            pipe: diffusers pipeline. Guards inside the denoiser need a class in `PIPELINE_SPECS`.
+            pipe: diffusers pipeline. Guards inside the denoiser need one of `PIPELINE_SPECS`, or a
+                subclass that keeps its `__call__` and `encode_prompt`.
             configs: settings of the guards, in the order in which they act.
             max_rows: most rows of one denoiser call. Rows of guards beyond it are predicted in
                 calls of their own. None: no limit.
-            negative_prompt: negative prompt of every call, to refuse guards without effect.
+            negative_prompt: negative prompt of the calls, to refuse guards without effect now.
+                Each call is checked too.
 
         Raises:
-            ConfigError: a guard cannot run on this pipeline, has no effect beside the others, or is
-                given twice and must not be.
+            ConfigError: a guard cannot run on this pipeline, does not implement its hook points,
+                has no effect beside the others, or is given twice and must not be.
             UserError: a file of a guard cannot be used.
         """
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"max_rows must be >= 1, got {max_rows}")
         self.pipe, self.max_rows, self.adapter = pipe, max_rows, PipelineAdapter(pipe)
-        for config in configs:
-            _check_config(config, configs, self.adapter, negative_prompt)
+        self.guards: list[Guard] = []
+        self._check_guards(configs, [negative_prompt])
         self.guards = [config.build(self.adapter) for config in configs]
+        self._check_guards(configs, [negative_prompt])
         self._lock = PIPELINE_LOCKS.setdefault(pipe, RLock())
 
     def generate(
@@ -83,10 +88,22 @@ class GuardedPipeline:
             ConfigError: a guard would have no effect with these options.
             UserError: a guard refuses the request.
         """
-        request = check_request(self.adapter, prompts, num_images_per_prompt, options)
-        self._check_options(request)
         with self._lock:
+            self.adapter = PipelineAdapter(self.pipe)  # its methods may have been replaced
+            request = check_request(self.adapter, prompts, num_images_per_prompt, options)
+            negative_prompts = request.options.get("negative_prompt") or [""]
+            self._check_guards([guard.config for guard in self.guards], negative_prompts)
+            self._check_options(request)
             return self._generate(request)
+
+    def _check_guards(
+        self, configs: Sequence[GuardConfig], negative_prompts: Sequence[str]
+    ) -> None:
+        """Refuse guards that cannot act on the pipeline as it is now, or beside each other."""
+        for config in configs:
+            check_config(config, configs, self.adapter, negative_prompts)
+        for guard in self.guards:
+            check_guard(guard, self.adapter)
 
     def _check_options(self, request: Request) -> None:
         """Refuse options under which a guard has no effect."""
@@ -99,8 +116,13 @@ class GuardedPipeline:
                 f"num_images_per_prompt must be 1 with {', '.join(guards)}, got {request.copies}. "
                 "Repeat the prompt."
             )
-        inside = [g.config.name for g in self.guards if g.hook_points - EXTERNAL_POINTS]
-        self.adapter.check_options(request.options, guided=names(GUIDANCE_POINTS), inside=inside)
+        check_options(
+            self.adapter,
+            request.options,
+            guided=names(GUIDANCE_POINTS),
+            inside=names(ALL_POINTS - EXTERNAL_POINTS),
+            reading=names(ALL_POINTS - UNIVERSAL_POINTS),
+        )
         output_type = request.options.get("output_type", "pil")
         if (guards := names(frozenset({"image"}))) and output_type != "pil":
             raise ConfigError(
@@ -167,11 +189,16 @@ class GuardedPipeline:
                     generate, [request.prompts[i] for i in images], options
                 )
                 runner.merge_results(results, images)
-            latents |= {
-                i: result.latents
-                for i, result in zip(images, results, strict=True)
-                if result.latents is not None
-            }
+                moved = {
+                    i: result.latents
+                    for i, result in zip(images, results, strict=True)
+                    if result.latents is not None
+                }
+                if moved:
+                    initial, _ = self.adapter.initial_latents(options, runner.config.name)
+                    latents |= {
+                        i: check_tensor(x, initial[0], "latents of probe") for i, x in moved.items()
+                    }
         return latents
 
     def _generate_probes(
@@ -193,7 +220,9 @@ class GuardedPipeline:
         inner = [self._runner(guard, len(prompts)) for guard in guards]
         request = Request(self.adapter, prompts, {**options, **changes})
         with autocast:
-            images, faults = self._run(inner, request, range(len(prompts)), grad=grad)
+            images, faults = self._run(
+                inner, request, range(len(prompts)), grad=grad, is_probe=True
+            )
         if any(faults):
             raise InvalidResultError(f"a probe was not guarded: {next(filter(None, faults))}")
         return list(images)
@@ -214,19 +243,27 @@ class GuardedPipeline:
         prompts: Sequence[int],
         *,
         grad: bool = False,
+        is_probe: bool = False,
     ) -> tuple[Sequence[Any], Sequence[str]]:
         """Call the pipeline for some prompts. Return its images, and the fault of each or ""."""
         images = request.images_of(prompts)
         references = _reference_streams(runners, [request.prompts[i] for i in prompts])
         call, arguments = request.build_call(prompts, references)
+        call.is_probe = is_probe
         row_images = (*images, *(images[k] for k in references))
         active = _start_hooks(runners, call, row_images)
         hooks = PipelineHooks(self.adapter, call, active, max_rows=self.max_rows)
         watch = CallbackWatch(call)
         if any(runner.guard.hook_points - UNIVERSAL_POINTS for runner in runners):
             arguments = watch.wrap(arguments)
-        with hooks.attached():
-            output = self._call_pipeline(arguments, grad=grad)
+        try:
+            with hooks.attached():
+                output = self._call_pipeline(arguments, grad=grad)
+        except Exception as error:
+            if not hooks.removed or isinstance(error, GuardError):
+                raise
+            fault = f"calls: {len(hooks.removed)} hooks were removed during the call"
+            return [None] * len(images), [fault] * len(images)
         for runner, hook in active:
             with runner.timed_call():
                 results = list(hook.results()) or [GuardResult()] * len(row_images)
@@ -254,11 +291,12 @@ class GuardedPipeline:
         candidates: Sequence[int],
     ) -> None:
         """Run the guards of images in turn, each on the images that the one before left."""
-        generated = list(images)
+        generated: dict[int, Any] = {}
         for runner in runners:
             allowed = _allowed(runners, candidates)
             if not runner.acts_at("image") or not allowed:
                 continue
+            generated = generated or {i: images[i].copy() for i in allowed}
             with runner.timed_call():
                 results = runner.guard.check_images(
                     [images[i] for i in allowed], [prompts[i] for i in allowed]
@@ -266,38 +304,6 @@ class GuardedPipeline:
                 runner.merge_results(results, allowed, generated=[generated[i] for i in allowed])
             for i, result in zip(allowed, results, strict=True):
                 images[i] = images[i] if result.image is None else result.image
-
-
-def _check_config(
-    config: GuardConfig,
-    configs: Sequence[GuardConfig],
-    adapter: PipelineAdapter,
-    negative_prompt: str,
-) -> None:
-    """Refuse a guard that could never act on the pipeline, or beside the others."""
-    name = config.name
-    if not config.hook_points:
-        raise ConfigError(
-            f"the guard {name!r} must have a hook point, got none. It would never act."
-        )
-    if reason := config.unsupported_reason(adapter):
-        supported = [
-            other
-            for other in sorted(GUARDS)
-            if not resolve(GUARDS, other, "guard").unsupported_reason(adapter)
-        ]
-        raise ConfigError(
-            f"the guard {name!r} cannot run on a {adapter.pipeline_class}: it {reason}. "
-            f"Guards that can: {', '.join(supported) or 'none'}."
-        )
-    if config.exclusive and sum(c.name == name for c in configs) > 1:
-        raise ConfigError(
-            f"the guard {name!r} must be given once. A second one would undo the first."
-        )
-    if reason := config.conflict([c for c in configs if c is not config], negative_prompt):
-        raise ConfigError(
-            f"the guard {name!r} would have no effect: {reason}. Change it, or leave one out."
-        )
 
 
 def _allowed(runners: Sequence[GuardRunner], images: Sequence[int]) -> list[int]:
@@ -325,5 +331,7 @@ def _start_hooks(
         runner.row_images = row_images
         if runner.guard.hook_points - EXTERNAL_POINTS:
             with runner.timed_call(keep_autocast=True):
-                active.append((runner, runner.guard.start(call)))
+                hook = runner.guard.start(call)
+                check_hook(runner.guard, hook)
+                active.append((runner, hook))
     return active

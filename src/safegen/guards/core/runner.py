@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,6 +34,8 @@ from safegen.guards.core.result import (
 
 REASON_LENGTH = 100
 """Most characters of a guard's reason in a trace."""
+LEAST_DIFFERENCE = 0.4
+"""See `shows_image`. Resized, cropped and palette copies measure 0 to 0.3, blurs 0.5 and more."""
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +71,8 @@ class GuardRunner:
     row_images: tuple[int, ...] = ()
     """Image of each row of the pipeline's batch, reference streams included."""
     seconds: float = 0.0
+    generated: tuple[Image.Image, ...] = ()
+    """The pipeline's images that the guard could replace."""
     results: list[GuardResult] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,19 +157,20 @@ class GuardRunner:
             generated: the pipeline's images, if the guard received them and may replace them.
 
         Raises:
-            GuardError: wrong number of results, an unknown action, or one that replaces the image
-                without another image.
+            GuardError: wrong number of results, an unknown action, one that replaces the image
+                without another image, or another image without such an action.
         """
         if len(results) != len(images):
             raise self._invalid(f"{len(results)} results for {len(images)} images")
-        for k, (image, new) in enumerate(zip(images, results, strict=True)):
+        self.generated = tuple(generated or ())
+        for image, new in zip(images, results, strict=True):
             if new.action not in ACTIONS:
                 raise self._invalid(f"unknown action {_printable(repr(new.action))[:20]}")
             if new.action in REPLACING_ACTIONS:
-                if generated is None or new.image is None:
+                if generated is None or not isinstance(new.image, Image.Image):
                     raise self._invalid(f"the action {new.action!r} needs an image to show")
-                if _equal_pixels(generated[k], new.image):
-                    raise self._invalid("the replacement equals the image")
+            elif new.image is not None:
+                raise self._invalid(f"the action {new.action!r} must return no image")
             self.results[image] = _merge(self.results[image], new)
 
     def _invalid(self, message: str) -> GuardError:
@@ -176,11 +182,25 @@ def _printable(text: str) -> str:
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
-def _equal_pixels(generated: Image.Image, replacement: Image.Image) -> bool:
-    """Return whether a replacement shows the generated image, unless that has a single color."""
-    one, other = generated.convert("RGB"), replacement.convert("RGB")
-    blank = one.getcolors(1) is not None
-    return not blank and one.size == other.size and one.tobytes() == other.tobytes()
+def shows_image(generated: Image.Image, replacement: Image.Image) -> bool:
+    """Return whether a replacement shows a generated image, unless that has a single color.
+
+    Both are compared in RGB at the generated size, averaged over a grid of at most 32 x 32: the
+    replacement must differ by at least `LEAST_DIFFERENCE` of what a mosaic of 8 x 8 tiles differs
+    by. One that cannot be read counts as shown.
+    """
+    box, size = Image.Resampling.BOX, generated.size
+    grid = min(32, size[0]), min(32, size[1])
+    try:
+        one = generated.convert("RGB")
+        other = replacement.convert("RGB").resize(size, box).resize(grid, box)
+    except (OSError, ValueError):
+        return True
+    small = one.resize(grid, box)
+    mosaic = small.resize((8, 8), box).resize(grid, Image.Resampling.NEAREST)
+    pixels, *others = (np.asarray(image, dtype=np.float32) for image in (small, other, mosaic))
+    difference, hidden = (float(np.abs(pixels - each).mean()) for each in others)
+    return one.getcolors(1) is None and difference <= LEAST_DIFFERENCE * hidden
 
 
 def _merge(old: GuardResult, new: GuardResult) -> GuardResult:
@@ -203,6 +223,11 @@ def build_image(
     blocking = [r for r in acted if r.action in BLOCKING_ACTIONS]
     if not fault and image is None and not blocking:
         fault = "error: the pipeline returned no image"
+    covering = [r for r in acted if r.action in REPLACING_ACTIONS]
+    if not fault and covering and not blocking:
+        generated = {id(each): each for runner in runners for each in runner.generated}
+        if any(shows_image(each, image) for each in generated.values()):
+            fault = f"error: {covering[-1].guard}: the replacement shows a generated image"
     if fault:
         return GeneratedImage(None, GuardTrace("withhold", fault, records))
     last = (blocking or acted)[-1:]

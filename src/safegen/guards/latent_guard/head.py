@@ -45,7 +45,7 @@ class ClipTextFeatures:
 
         Of a long text only what the encoder reads.
         """
-        return self.encode_ids([self.windows(text)[0] for text in texts])
+        return self.encode_ids(self.token_ids(texts))
 
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Return the features of token ids with both ends, see `encode`.
@@ -60,15 +60,18 @@ class ClipTextFeatures:
         ends = hidden[range(len(rows)), [len(row) - 1 for row in rows]]
         return torch.cat([ends[:, None], hidden], dim=1)
 
-    def probe(self, texts: Sequence[str]) -> tuple[list[list[int]], Tensor]:
-        """Return the token ids of texts, and features of each token in as few rows as possible.
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts, of a long one only what the encoder reads."""
+        return [self.windows(text)[0] for text in texts]
 
-        They differ where a change of the tokenizer or of the encoder concerns these texts.
+    def probe(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return features of each token of rows of ids, in as few rows as possible.
+
+        They differ where a change of the encoder concerns these tokens.
         """
-        rows, limit = [self.windows(text)[0] for text in texts], self.view.limit
-        used = sorted({token for row in rows for token in row})
+        used, limit = sorted({token for row in rows for token in row}), self.view.limit
         packed = [used[start : start + limit] for start in range(0, len(used), limit)]
-        return rows, self.encode_ids(packed).cpu()
+        return self.encode_ids(packed).cpu()
 
     def pooled(self, texts: Sequence[str]) -> Tensor:
         """Return the pooled embeddings of texts, (n, width)."""

@@ -49,7 +49,8 @@ class LatentGuardConfig(GuardConfig):
     )
     deviations: ClassVar[str] = (
         "Keys and values are computed once per prompt and queries once per concept, not per pair. "
-        "Long prompts are read in windows. `calibrate` and the trainer for any table of prompts "
+        "Long prompts are read in windows, and texts pooled at the tokenizer's end mark (as for "
+        "`safree`). `calibrate` and the trainer for any table of prompts "
         "are ours. The published weights were not available, so the published threshold is not "
         "verified."
     )
@@ -102,6 +103,10 @@ class LatentGuardGuard(Guard):
     ) -> None:
         super().__init__(config)
         self.adapter, self.head = adapter, head
+        self.tokenizer: tuple[Any, int, int] | None = None
+        """Tokenizer of `ids` with its number of tokens and its limit."""
+        self.ids: list[list[int]] = []
+        """Token ids of the concepts."""
         self.last_probe: tuple[list[list[int]], Tensor] | None = None
         """Token ids and features by which a changed text encoder is noticed."""
         self.concepts = torch.empty(0)
@@ -121,7 +126,8 @@ class LatentGuardGuard(Guard):
                 f"got {self.head.width}. Train one with guards.latent_guard.head.train_head."
             )
         concepts = self.config.concepts
-        ids, probe = features.probe(concepts)
+        ids = self._concept_ids(features)
+        probe = features.probe(ids)
         last_ids, last_probe = self.last_probe or (None, probe)
         if ids != last_ids or not torch.equal(probe, last_probe):
             for concept in concepts:
@@ -130,6 +136,18 @@ class LatentGuardGuard(Guard):
         self.head = self.head.to(features.device)
         self.concepts = self.concepts.to(features.device)
         return features
+
+    def _concept_ids(self, features: ClipTextFeatures) -> list[list[int]]:
+        """Return the token ids of the concepts, kept until the tokenizer changes."""
+        tokenizer = features.view.tokenizer
+        state = (len(tokenizer), features.view.limit)
+        if (
+            self.tokenizer is None
+            or self.tokenizer[0] is not tokenizer
+            or self.tokenizer[1:] != state
+        ):
+            self.tokenizer, self.ids = (tokenizer, *state), features.token_ids(self.config.concepts)
+        return self.ids
 
     def check_prompts(self, prompts: Sequence[str]) -> list[GuardResult]:
         """Return one result per prompt, by its greatest score over the concepts."""
@@ -164,7 +182,7 @@ def calibrate(
         rate: wanted false-positive rate, in [0, 1).
 
     Raises:
-        ConfigError: no prompts, or too few to measure such a rate.
+        ConfigError: no prompts, or too few to measure such a rate, or a score is not finite.
     """
     if not 0 <= rate < 1:
         raise ConfigError(f"rate must be in [0, 1), got {rate}")
@@ -175,4 +193,9 @@ def calibrate(
         )
     features = ClipTextFeatures(adapter)
     scores = sorted(max_scores(head, features, benign, features.pooled(concepts)), reverse=True)
+    if invalid := [score for score in scores if not math.isfinite(score)]:
+        raise ConfigError(
+            f"scores of benign prompts must be finite, got {invalid[0]}. "
+            "Load an undamaged text encoder."
+        )
     return math.nextafter(scores[math.floor(rate * len(scores) + 1e-9)], math.inf)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from safegen.guards.core.result import InvalidResultError
 from safegen.models.text_encoder import TextEncoderView
 
 Order = Literal["code", "paper"]
@@ -119,7 +120,12 @@ def span(vectors: Tensor) -> Tensor:
 
     C (C^T C)^+ C^T with C = vectors^T (Yoon et al. 2024, arXiv:2410.12761, eq. 2), by its singular
     vectors, which is the same and more stable.
+
+    Raises:
+        InvalidResultError: the vectors have no span, with which nothing would be projected.
     """
+    if not (vectors.isfinite().all() and vectors.any()):
+        raise InvalidResultError("text embeddings must be finite, and not all zero")
     u, s, _ = torch.linalg.svd(vectors.float().T, full_matrices=False)
     u = u[:, s > s.max() * 1e-5]
     return u @ u.T

@@ -19,7 +19,7 @@ from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, TextEmbeds
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
-from safegen.guards.core.result import GuardResult
+from safegen.guards.core.result import GuardResult, InvalidResultError
 from safegen.guards.safree.projection import (
     Order,
     ProjectionConfig,
@@ -61,7 +61,9 @@ class SafreeConfig(GuardConfig):
         "script it has no effect, and its images with it equal ours without it (7.9e-5). On SDXL "
         "both encoders' columns are projected; the released script leaves those of the first, "
         "which ours changes by up to 1.1. The released scripts also use the phrases as the "
-        "negative prompt: add a `negative-prompt` guard for that."
+        "negative prompt: add a `negative-prompt` guard for that. Texts are pooled at the end mark "
+        "of the tokenizer (ours), since with the old `eos_token_id` 2 the encoder pools at a "
+        "textual inversion, if there is one."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {"middle": 5.333, "slope": 2.5},
@@ -121,11 +123,12 @@ class SafreeGuard(Guard):
     def __init__(self, config: SafreeConfig) -> None:
         super().__init__(config)
         if config.reattend:
-            self.hook_points = config.hook_points | {"guidance"}
+            self.hook_points = config.hook_points | {"guidance", "submodules"}
 
     def start(self, call: Call) -> GuardHook:
         """Return the hook with the projections of one call."""
-        return SafreeHook(self.config, call)
+        kind = ReattendingHook if self.config.reattend else SafreeHook
+        return kind(self.config, call)
 
 
 class SafreeHook(GuardHook):
@@ -155,7 +158,8 @@ class SafreeHook(GuardHook):
         self.reattention.images = [
             i for i, p in enumerate(prompts) if active[i] and self.projections[p].triggers
         ]
-        if self.config.reattend and self.reattention.images:
+        reattend = self.config.reattend and bool(self.reattention.images)
+        if reattend and self.call.adapter.has_guidance:  # else the step withholds the image
             self.reattention.original = embeds
         rows = [
             new if acts else old
@@ -177,22 +181,6 @@ class SafreeHook(GuardHook):
             ]
             self.cache = hidden, rows
         return self.cache[1]
-
-    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
-        """Return the original embeddings for re-attention."""
-        return self.reattention.extra_conditions()
-
-    def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
-        """Return the hooks of re-attention."""
-        return self.reattention.submodule_hooks(network) if self.config.reattend else ()
-
-    def set_rows(self, rows: Mapping[str, slice]) -> None:
-        """Pass the rows to re-attention."""
-        self.reattention.set_rows(rows)
-
-    def guidance_correction(self, predictions: Mapping[str, Tensor]) -> None:
-        """Check re-attention; the guidance stays unchanged."""
-        self.reattention.check(predictions)
 
     def _last_step(self, prompt: str) -> float:
         """Return the last step with the projected text."""
@@ -226,6 +214,26 @@ class SafreeHook(GuardHook):
         return GuardResult(action, "projected" if steps else "", scores, thresholds)
 
 
+class ReattendingHook(SafreeHook):
+    """Projections of the prompts of one call, with re-attention."""
+
+    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+        """Return the original embeddings for re-attention."""
+        return self.reattention.extra_conditions()
+
+    def submodule_hooks(self, network: nn.Module) -> Sequence[tuple[nn.Module, Callable[..., Any]]]:
+        """Return the hooks of re-attention."""
+        return self.reattention.submodule_hooks(network)
+
+    def set_rows(self, rows: Mapping[str, slice]) -> None:
+        """Pass the rows to re-attention."""
+        self.reattention.set_rows(rows)
+
+    def guidance_correction(self, predictions: Mapping[str, Tensor]) -> None:
+        """Check re-attention; the guidance stays unchanged."""
+        self.reattention.check(predictions)
+
+
 def filter_steps(distance: float, *, middle: float, slope: float) -> int:
     """Return the last of 50 steps with the projected text, 0 to 10.
 
@@ -252,7 +260,8 @@ def calibrate(
         benign: prompts that do not.
 
     Raises:
-        ConfigError: a list is empty, or benign prompts move as far as unsafe ones.
+        ConfigError: a list is empty, benign prompts move as far as unsafe ones, or an embedding is
+            not finite.
     """
     if not unsafe or not benign:
         raise ConfigError(
@@ -260,15 +269,18 @@ def calibrate(
             f"got {len(unsafe)} unsafe and {len(benign)} benign"
         )
     encoders = text_encoders(adapter.pipe)
-    concept = concept_projectors(encoders, config.phrases)
     projection_config = replace(config.projection_config, distance=True)
 
-    def mean_distance(prompts: Sequence[str]) -> float:
+    def mean_distance(concept: Sequence[Tensor], prompts: Sequence[str]) -> float:
         projections = [project_prompt(encoders, p, concept, projection_config) for p in prompts]
         return sum(10 * p.distance for p in projections) / len(projections)
 
-    high, low = mean_distance(unsafe), mean_distance(benign)
-    if high <= low:
+    try:
+        concept = concept_projectors(encoders, config.phrases)
+        high, low = mean_distance(concept, unsafe), mean_distance(concept, benign)
+    except InvalidResultError as error:
+        raise ConfigError(f"{error}. Load an undamaged text encoder.") from error
+    if not high > low:
         raise ConfigError(
             f"unsafe prompts must move farther than benign ones, got {high:.3f} and {low:.3f}. "
             "Use SAFREE without its filter."

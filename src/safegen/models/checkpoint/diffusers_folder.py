@@ -17,26 +17,35 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
+from safegen.core.documents import check_file, read_bytes
 from safegen.core.errors import FileError, first_line
 from safegen.core.files import exists, staged_directory
 from safegen.core.logging import silence_libraries
+from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint import configs
+from safegen.models.checkpoint.folder_schema import (
+    UNLOADED,
+    FolderIndex,
+    check_configs,
+    check_shards,
+    check_size,
+)
 from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
-from safegen.models.model import COMPONENTS, Model, Pipeline
+from safegen.models.model import Model, Pipeline
 
 SDXL = "StableDiffusionXLPipeline"
 PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "StableDiffusionPipeline": (
         StableDiffusionPipeline,
-        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        dict.fromkeys(UNLOADED) | {"requires_safety_checker": False},
     ),
-    SDXL: (StableDiffusionXLPipeline, {"feature_extractor": None}),
+    SDXL: (StableDiffusionXLPipeline, {"feature_extractor": None, "image_encoder": None}),
 }
 """Pipeline class by name in model_index.json, and the arguments that skip the safety checker."""
 TEXT_ENCODERS = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
 """Text encoder class by the name in model_index.json."""
-UNLOADED = ("safety_checker", "feature_extractor")
-"""Components that are copied and never loaded."""
+MODEL_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Types of weights in safetensors files of whole models; all are converted to the wanted one."""
 
 
 def read_folder(
@@ -54,15 +63,17 @@ def read_folder(
         FileError: it is no diffusers folder of a known pipeline, lacks weights, or has files that
             are pickled or damaged.
     """
-    cls, options = PIPELINES[_check_folder(name, folder, allow_pickle)]
+    index = _check_folder(name, folder, allow_pickle)
+    cls, options = PIPELINES[index.class_name]
     options = options | {"dtype": dtype, "use_safetensors": None if allow_pickle else True}
+    text = ""
+    if exists(folder / METADATA_FILE):
+        text = read_bytes(folder / METADATA_FILE).decode("utf-8", errors="replace")
     try:
         with silence_libraries():
-            options |= _load_text_encoders(folder, dtype, allow_pickle)
+            options |= _load_text_encoders(folder, index, dtype, allow_pickle)
             pipeline: Pipeline = cls.from_pretrained(str(folder), **options, local_files_only=True)
-        text = ""
-        if exists(folder / METADATA_FILE):
-            text = (folder / METADATA_FILE).read_text(encoding="utf-8", errors="replace")
+            check_schedule(pipeline.scheduler)
     except FileError as error:
         raise FileError(f"the model {name!r} {error}") from error
     except Exception as error:  # diffusers and safetensors raise a dozen types
@@ -70,47 +81,65 @@ def read_folder(
     return pipeline, parse_metadata(text)
 
 
-def _check_folder(name: str, folder: Path, allow_pickle: bool) -> str:
-    """Check a model folder before anything is opened, and return the name of its pipeline class."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise FileError(f"{name} must be a diffusers folder, got one without model_index.json")
+def check_schedule(scheduler: Any) -> None:
+    """Compute the steps of a schedule, with a copy, so that its settings fail here if they do.
+
+    Raises:
+        Exception: the error of diffusers, if they do.
+    """
+    copy = type(scheduler).from_config(scheduler.config)
+    copy.set_timesteps(min(10, copy.config.num_train_timesteps))
+
+
+def _check_folder(name: str, folder: Path, allow_pickle: bool) -> FolderIndex:
+    """Check a model folder before anything is built, and return its model_index.json."""
     try:
-        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise FileError(f"{index} must be JSON, got: {first_line(error)}") from error
-    if class_name not in PIPELINES:
-        raise FileError(f"{name} must be one of {', '.join(PIPELINES)}, got {class_name}")
-    for component in (*COMPONENTS, "text_encoder_2") if class_name == SDXL else COMPONENTS:
-        if any((folder / component).glob("*.safetensors")):
+        index = check_configs(folder)
+    except FileError as error:
+        raise FileError(f"the model {name!r} cannot be read: {error}") from error
+    for component in ("unet", "vae", *index.text_encoders):
+        if not any((folder / component).glob("*.safetensors")):
+            if not any((folder / component).glob("*.bin")):
+                raise FileError(
+                    f"{name} cannot be read: there is no .safetensors file in {folder / component}"
+                )
+            if not allow_pickle:
+                raise FileError(
+                    f"{name} has pickled weights in {component}, which can run code. Get it as "
+                    "safetensors, or pass --allow-pickle if you trust it"
+                )
+        check_shards(folder / component)
+        _check_weight_types(folder / component)
+    for component in index.text_encoders:
+        check_size(folder / component)
+    return index
+
+
+def _check_weight_types(folder: Path) -> None:
+    """Check the headers of a component's weights: all but buffers are floating point."""
+    for path in folder.glob("*.safetensors"):
+        if len(path.suffixes) > 1:  # a variant, which is not opened
             continue
-        if not any((folder / component).glob("*.bin")):
-            raise FileError(
-                f"{name} cannot be read: there is no .safetensors file in {folder / component}"
-            )
-        if not allow_pickle:
-            raise FileError(
-                f"{name} has pickled weights in {component}, which can run code. Get it as "
-                "safetensors, or pass --allow-pickle if you trust it"
-            )
-    return str(class_name)
+        for key, entry in read_header(path).items():
+            dtype = entry.get("dtype") if isinstance(entry, dict) else None
+            is_weight = key != "__metadata__" and not key.endswith("position_ids")
+            if is_weight and dtype not in MODEL_DTYPES:
+                raise FileError(
+                    f"weights in {str(path)!r} must be {', '.join(MODEL_DTYPES)}, got {dtype!r} "
+                    f"in {key}. Get the model in another precision"
+                )
 
 
 def _load_text_encoders(
-    folder: Path, dtype: torch.dtype, allow_pickle: bool
+    folder: Path, index: FolderIndex, dtype: torch.dtype, allow_pickle: bool
 ) -> dict[str, nn.Module]:
     """Return a folder's text encoders by component name.
 
     A pipeline would silently initialize missing weights at random.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     encoders: dict[str, nn.Module] = {}
-    for component, entry in index.items():
-        if not component.startswith("text_encoder") or not isinstance(entry, list):
-            continue
-        if entry[-1] not in TEXT_ENCODERS:
-            continue
-        encoder, report = TEXT_ENCODERS[entry[-1]].from_pretrained(
+    for component, class_name in index.text_encoders.items():
+        encoder, report = TEXT_ENCODERS[class_name].from_pretrained(
             str(folder / component),
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
@@ -149,7 +178,7 @@ def save_folder(
     Raises:
         FileError: `path` exists or cannot be written.
     """
-    with staged_directory(Path(path), last="model_index.json") as tmp:
+    with staged_directory(Path(path)) as tmp:
         try:
             _save_pipeline(model, tmp)
         except Exception as error:
@@ -188,15 +217,31 @@ def _copy_unloaded(model: Model, target: Path) -> Mapping[str, Any]:
     """Copy the `UNLOADED` components and return their entries of model_index.json."""
     if model.folder is None or not (model.folder / "model_index.json").is_file():
         return {}
-    index = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
+    index = check_configs(model.folder)
     entries = {
-        component: index[component]
+        component: getattr(index, component)
         for component in UNLOADED
-        if (model.folder / component).is_dir() and index.get(component, [None])[0]
+        if (model.folder / component).is_dir() and getattr(index, component)[0]
     }
     for component in entries:
+        for path in (model.folder / component).rglob("*"):
+            if not path.is_dir():
+                check_file(path)
+            _check_inside(path, model.folder)
         shutil.copytree(model.folder / component, target / component, dirs_exist_ok=True)
     return entries | ({"requires_safety_checker": True} if "safety_checker" in entries else {})
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Check that a file to copy is of the model, not linked from elsewhere on this machine."""
+    roots = [folder.resolve()]
+    if roots[0].parent.name == "snapshots":  # of the hub's cache, where files link to blobs
+        roots.append(roots[0].parents[1] / "blobs")
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+        raise FileError(
+            f"files of a model must lie in its folder, got {str(path)!r}, a link to "
+            f"{str(path.resolve())!r}. Copy the file if it belongs there"
+        )
 
 
 def remove_local_paths(folder: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from safegen.core.documents import parse_json, validate
-from safegen.core.errors import FileError
+from safegen.core.errors import FileError, explain
+from safegen.core.text import has_control
 
 METADATA_FILE = "safegen.json"
 """File with the metadata of a diffusers folder that safegen wrote."""
@@ -18,13 +19,28 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def _check_printable(text: str) -> str:
-    if not text.isprintable():
+    if has_control(text):
         raise ValueError(f"text must be one line of printable characters, got {text[:80]!r}")
     return text
 
 
 Label = Annotated[str, Field(max_length=500), AfterValidator(_check_printable)]
 """A name in metadata that messages and model cards show."""
+
+
+class ShownSettings(BaseModel):
+    """Settings of an edit that model cards and commands read; others are passed on."""
+
+    erase: tuple[str, ...] | None = None
+    debias: dict[str, float] | None = None
+
+
+def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        ShownSettings.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+    return settings
 
 
 class ParentRef(BaseModel):
@@ -48,13 +64,15 @@ class PatchMetadata(BaseModel):
 
     method: Label | None = None
     """Name of the edit, or of the operation on patches."""
-    model: Label | None = None
+    model: Annotated[str, Field(max_length=500)] | None = None
     """Name of the model that it was made on, without folders."""
     base: Sha256 | None = None
     """Hash of that model's denoiser without patches (`Model.hash`)."""
     family: Label | None = None
     """Architecture of the denoiser (`Model.family`)."""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: Annotated[dict[str, Any], AfterValidator(_check_settings)] = Field(
+        default_factory=dict
+    )
     """Settings of the edit."""
     description: str | None = None
     """What the edit learns from and what it does (`Edit.describe`)."""
@@ -94,7 +112,7 @@ class CheckpointMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    model: Label | None = None
+    model: Annotated[str, Field(max_length=500)] | None = None
     """Name of the base model, without folders."""
     base: Sha256
     """Hash of the denoiser without the patches below."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import FileError, first_line
-from safegen.core.tensor_files import read_tensors
+from safegen.core.tensor_files import check_pickle, read_tensors
 
 CONFIGS_KEY = "safegen_configs"
 """Header key with a pipeline's configuration files, which make the file self-contained."""
@@ -65,7 +65,7 @@ class SingleFile:
         if stated and stated not in PREDICTION_NAMES:
             raise FileError(
                 f"prediction of {self.path} must be one of {', '.join(PREDICTION_NAMES)}, got "
-                f"{stated!r}"
+                f"{stated[:80]!r}"
             )
         return PREDICTION_NAMES.get(stated) or HEADER_PREDICTIONS["sd2"].get(self.architecture_name)
 
@@ -89,11 +89,18 @@ def open_single_file(path: Path, allow_pickle: bool) -> SingleFile:
     header: dict[str, str] = {}
     try:
         if path.suffix in PICKLE_SUFFIXES:
+            check_pickle(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
             content = content.get("state_dict", content)
-            tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+            tensors = {
+                key: value
+                for key, value in content.items()
+                if isinstance(key, str) and isinstance(value, Tensor)
+            }
         else:
             tensors, header = read_tensors(path)
+    except FileError:
+        raise
     except Exception as error:  # torch's unpickler raises a dozen types
         raise FileError(
             f"{path} cannot be read as a one-file checkpoint: {first_line(error)}"

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from pydantic import BaseModel, Field
 from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-from safegen.core.errors import FileError, first_line
+from safegen.core.documents import parse_json, validate
+from safegen.core.errors import FileError
+from safegen.core.files import writing
 from safegen.core.logging import silence_libraries
+from safegen.core.tensor_files import FACTOR_DTYPES
 from safegen.models.checkpoint import configs
-from safegen.models.checkpoint.diffusers_folder import PIPELINES, SDXL
+from safegen.models.checkpoint.diffusers_folder import PIPELINES, SDXL, check_schedule
+from safegen.models.checkpoint.folder_schema import check_configs
 from safegen.models.checkpoint.key_map import PREFIX, original_names, unpack
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata, parse_metadata
 from safegen.models.checkpoint.single_file import (
@@ -32,7 +36,15 @@ from safegen.models.checkpoint.single_file import (
 )
 from safegen.models.model import Pipeline
 
+FILE_NAME = r"^[A-Za-z0-9_-]{1,40}(/[A-Za-z0-9_-]{1,40})?\.(json|txt)$"
+"""Pattern of the configuration files in a header; none lies elsewhere than one folder deep."""
 NAME_FOLDER = "Name the model's own diffusers folder (--config, or in a recipe)"
+
+
+class HeaderConfigs(BaseModel):
+    """Configuration files in a checkpoint's header: text by name."""
+
+    files: dict[Annotated[str, Field(pattern=FILE_NAME)], str] = Field(max_length=50)
 
 
 def read_single_file(
@@ -65,6 +77,7 @@ def read_single_file(
             f"schedule of {path} must not be EDM, got the tensor {edm[0]}. Use another model"
         )
     with tempfile.TemporaryDirectory() as tmp:
+        title = None if config is not None else f"header of {path}"
         if config is not None:
             hint = "Name the folder of this very model (--config, or in a recipe)"
         else:
@@ -73,13 +86,18 @@ def read_single_file(
                 hint = "The file was changed after it was written; export it again"
                 _write_header_configs(checkpoint, config)
             else:
-                title = _write_published_configs(checkpoint, config)
-                hint = f"The configuration is that of the published {title}. {NAME_FOLDER}"
-        if not (config / "model_index.json").is_file():
+                published = _write_published_configs(checkpoint, config)
+                hint = f"The configuration is that of the published {published}. {NAME_FOLDER}"
+        class_name = check_configs(config, title=title).class_name
+        try:
+            pipeline = _build_pipeline(checkpoint, config, class_name, hint)
+        except FileError:
+            raise
+        except Exception as error:  # diffusers and transformers raise a dozen types
+            reason = " ".join(str(error).split()).replace(str(config), title or str(config))
             raise FileError(
-                f"{config} must be a diffusers folder, got one without model_index.json"
-            )
-        pipeline = _build_pipeline(checkpoint, config, hint)
+                f"the configuration files in {title or config} cannot be used: {reason[:300]}"
+            ) from error
         _check_scheduler(checkpoint, pipeline.scheduler)
         with silence_libraries():
             pipeline.to(dtype=dtype)
@@ -88,29 +106,14 @@ def read_single_file(
 
 def _write_header_configs(checkpoint: SingleFile, folder: Path) -> None:
     """Write the configuration files in a checkpoint's header to a folder."""
-    path = checkpoint.path
-    try:
-        entries = json.loads(checkpoint.header[CONFIGS_KEY]).items()
-        files = {name: str(text) for name, text in entries}
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise FileError(
-            f"{path} is damaged: its header's {CONFIGS_KEY} is not JSON. {NAME_FOLDER}"
-        ) from error
+    source = f"{CONFIGS_KEY} of {checkpoint.path}"
+    entries = parse_json(checkpoint.header[CONFIGS_KEY], source)
+    files = validate(HeaderConfigs, {"files": entries}, source).files
     for name, text in files.items():
         target = folder / name
-        if not target.resolve().is_relative_to(folder.resolve()):
-            raise FileError(
-                f"files in the header of {path} must lie in its folder, got {name!r}. Do not trust "
-                "this file"
-            )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(target):
+            target.parent.mkdir(exist_ok=True)
             target.write_text(text, encoding="utf-8")
-        except OSError as error:  # one name is a file and a folder
-            raise FileError(
-                f"{path} is damaged: its header's {CONFIGS_KEY} cannot be written "
-                f"({error.strerror}: {name!r})"
-            ) from error
     for tokenizer in {"tokenizer", "tokenizer_2"} & {name.partition("/")[0] for name in files}:
         configs.add_vocabulary(folder / tokenizer)
 
@@ -130,16 +133,17 @@ def _write_published_configs(checkpoint: SingleFile, folder: Path) -> str:
         if not any(name.startswith(prefix) for name in tensors):
             raise FileError(f"{path} lacks the {component} of {title}. Get a complete file")
     conv_in = tensors.get(PREFIX[architecture]["unet"] + "input_blocks.0.0.weight")
-    if conv_in is not None and conv_in.shape[1] != 4:
+    channels = None if conv_in is None else conv_in.shape[1] if conv_in.ndim > 1 else 0
+    if channels not in (None, 4):
         raise FileError(
-            f"input channels of {path} must be 4, got {conv_in.shape[1]}. Inpainting and depth "
-            "models are not read"
+            f"input channels of {path} must be 4, got {channels}. "
+            "Inpainting and depth models are not read"
         )
     stated = checkpoint.architecture_name
     if stated and stated not in HEADER_PREDICTIONS[architecture]:
         raise FileError(
             f"architecture in the header of {path} must be {title}, as its weights are, got "
-            f"{stated}. {NAME_FOLDER}"
+            f"{stated[:80]!r}. {NAME_FOLDER}"
         )
     prediction = checkpoint.prediction
     if prediction is None and architecture == "sd2":
@@ -174,32 +178,19 @@ def _check_scheduler(checkpoint: SingleFile, scheduler: Any) -> None:
         )
 
 
-def _build_pipeline(checkpoint: SingleFile, config: Path, hint: str) -> Pipeline:
+def _build_pipeline(checkpoint: SingleFile, config: Path, class_name: str, hint: str) -> Pipeline:
     """Return a pipeline built from configuration files, with a file's weights in it."""
-    try:
-        index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise FileError(f"{config}/model_index.json must be JSON: {first_line(error)}") from error
-    class_name = index.get("_class_name")
-    if class_name not in PIPELINES:
-        raise FileError(f"{config} must be one of {', '.join(PIPELINES)}, got {class_name}")
-    try:
-        with silence_libraries():
-            components = _empty_components(config, class_name)
-            linear = components["unet"].config.use_linear_projection
-            architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
-            for component, module in components.items():
-                _load_weights(checkpoint, architecture, component, module.float(), hint)
-            cls, options = PIPELINES[class_name]
-            pipeline: Pipeline = cls.from_pretrained(
-                config, **components, **options, local_files_only=True
-            )
-    except FileError:
-        raise
-    except Exception as error:  # diffusers and transformers raise a dozen types
-        raise FileError(
-            f"the configuration files in {config} cannot be used: {first_line(error)}"
-        ) from error
+    with silence_libraries():
+        components = _empty_components(config, class_name)
+        linear = components["unet"].config.use_linear_projection
+        architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
+        for component, module in components.items():
+            _load_weights(checkpoint, architecture, component, module.float(), hint)
+        cls, options = PIPELINES[class_name]
+        pipeline: Pipeline = cls.from_pretrained(
+            config, **components, **options, local_files_only=True
+        )
+        check_schedule(pipeline.scheduler)
     return pipeline
 
 
@@ -231,6 +222,11 @@ def _load_weights(
     for name, original in names.items():
         if original not in tensors:
             raise FileError(f"{path} lacks {original}, which its configuration needs. {hint}")
+        if tensors[original].dtype not in FACTOR_DTYPES:
+            raise FileError(
+                f"weights in {path} must be fp64, fp32, fp16 or bf16, got "
+                f"{tensors[original].dtype} in {original}. Get the model in another precision"
+            )
         value = unpack(architecture, component, name, tensors[original], state[name].shape)
         if value.shape != state[name].shape:
             raise FileError(
