@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from safegen.stack import Stack
 
 if TYPE_CHECKING:
     from safegen.guards.core.pipeline import GuardedPipeline
+    from safegen.models.generation import PipelineKind
     from safegen.models.model import Model
 
 
@@ -29,6 +30,8 @@ class LoadedStack:
     """Hash of the stack (`Stack.hash`)."""
     guarded: GuardedPipeline | None = None
     """The model's pipeline with the stack's guards; None without guards."""
+    _guarded: dict[str, GuardedPipeline] = field(default_factory=dict, repr=False)
+    """Guarded pipelines that start from an image, by kind."""
 
     def generate_images(
         self, samples: Sequence[Sample], generation_config: GenerationConfig
@@ -58,10 +61,27 @@ class LoadedStack:
             return [GeneratedImage(image, GuardTrace("none", "")) for image in images]
         generated: list[GeneratedImage] = []
         check_num_steps(self.model, generation_config.num_inference_steps)
-        for prompts, options in batches(samples, generation_config, negative=negative):
+        for kind, prompts, options in batches(
+            self.model, samples, generation_config, negative=negative
+        ):
             with autocast_for(self.model, generation_config):
-                generated += self.guarded.generate(prompts, **options)
+                generated += self._guarded_for(kind).generate(prompts, **options)
         return generated
+
+    def _guarded_for(self, kind: PipelineKind) -> GuardedPipeline:
+        """Return the guarded pipeline of a kind."""
+        assert self.guarded is not None
+        if kind == "text":
+            return self.guarded
+        if kind not in self._guarded:
+            from safegen.guards.core.pipeline import GuardedPipeline
+            from safegen.models.generation import pipeline_for
+
+            negative = self.stack.negative_prompt or ""
+            self._guarded[kind] = GuardedPipeline(
+                pipeline_for(self.model, kind), self.stack.guards, negative_prompt=negative
+            )
+        return self._guarded[kind]
 
     def display_image(self, generated: GeneratedImage) -> Image.Image:
         """Return the image, or a black one if it was withheld."""

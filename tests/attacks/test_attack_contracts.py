@@ -138,11 +138,11 @@ def test_a_run_has_the_rates_before_and_after_and_prompts_for_other_runs(loader,
     run = run_attack(attack, STACK, SKULLS, CONFIG, out, loader=loader)
     scores = json.loads((out / SCORES).read_text())["stacks"]["mini"]["lists"]
     assert {name: row["role"] for name, row in scores.items()} == {
-        "attacked": "benign",
+        "mini:skulls": "explicit",
         "seeds": "attack",
     }
-    assert scores["attacked"]["concept"]["n"] == scores["seeds"]["concept"]["n"] == 3
-    assert not verify(Run.open(out)).problems
+    assert scores["mini:skulls"]["concept"]["n"] == scores["seeds"]["concept"]["n"] == 3
+    assert not verify(Run.open(out))
     prompts = read_prompts(out / PROMPTS)
     assert prompts.dialect == "safegen-attack"
     assert [row.attack.name for row in prompts.rows] == ["seeds"] * 3

@@ -26,6 +26,7 @@ from safegen.edits.training.config import Precision, resolve_precision
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
 from safegen.models.textual_inversion import added_words
+from safegen.stack import Stack
 
 WORD = "<concept>"
 """The learned word."""
@@ -69,9 +70,11 @@ class ConceptInversion(Attack):
         """
         return WordLearner(self, context)
 
-    def stack_changes(self, folder: Path) -> Mapping[str, Any]:
-        """Return the stack's settings after the attack: the learned word."""
-        return {"embeddings": (folder / FILE,)}
+    def attacked_stacks(self, stack: Stack, folder: Path) -> Sequence[Stack]:
+        """Return the stack with the learned word."""
+        embeddings = (*stack.embeddings, folder / FILE)
+        name = f"{stack.name}-attacked"
+        return [stack.model_copy(update={"name": name, "embeddings": embeddings})]
 
 
 def concept_images(concept: Concept, folder: Path | None) -> FineTuneDataset:

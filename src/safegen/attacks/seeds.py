@@ -10,7 +10,7 @@ from pydantic import Field
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.target import QueryResult, Target
 from safegen.data.prompts.prompt import seed_for
-from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.samples import EvalSample, Role
 
 
 class Seeds(Attack):
@@ -21,6 +21,7 @@ class Seeds(Attack):
     deviations: ClassVar[str] = ""
     access: ClassVar[Access] = "queries"
     tier: ClassVar[Tier] = "adaptive"
+    role: ClassVar[Role] = "explicit"
 
     tries: int = Field(default=8, ge=1)
     """Highest number of images for each prompt."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_STEPS, BaseSettings, Seed
+from safegen.core.documents import read_bytes
+from safegen.core.errors import FileError
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_STEPS, BaseSettings, Digest, Seed
+
+MAX_START_FILE = 2**26
+"""Most bytes of a file that generation starts from."""
 
 NativePrecision = Literal["fp32", "bf16"]
 
@@ -43,6 +51,103 @@ class GenerationConfig(BaseSettings):
     """Arithmetic of the denoiser; bf16 is faster on some devices and rounds more."""
 
 
+class Start(BaseModel):
+    """What generation starts from in place of noise alone: an image, or initial latents.
+
+    An image with `strength` is image-to-image; with a mask it is inpainting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    image: str | None = None
+    """PNG file of an image, relative to the file that names it."""
+    mask: str | None = None
+    """PNG file of a mask: white is redrawn."""
+    strength: float | None = Field(default=None, gt=0, le=1)
+    """Part of the schedule that the image is noised to: 1 redraws everything."""
+    latents: str | None = None
+    """Safetensors file with one tensor (c, h, w) `latents`: initial latents of unit variance."""
+    sha256: Digest
+    """SHA-256 over the SHA-256 of each file, in the order image, mask, latents."""
+    folder: Path | None = Field(default=None, exclude=True, repr=False)
+    """Folder of the files; None where they are not at hand."""
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if (self.image is None) == (self.latents is None):
+            raise ValueError("a start must have either an image or latents")
+        if (self.image is None) != (self.strength is None):
+            raise ValueError("a start must have a strength with an image, and none with latents")
+        if self.mask is not None and self.image is None:
+            raise ValueError("a start must have an image with its mask")
+        return self
+
+    @property
+    def kind(self) -> Literal["image", "inpaint", "latents"]:
+        """Kind of generation."""
+        if self.latents is not None:
+            return "latents"
+        return "image" if self.mask is None else "inpaint"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files."""
+        return tuple(name for name in (self.image, self.mask, self.latents) if name is not None)
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        *,
+        image: str | None = None,
+        mask: str | None = None,
+        strength: float | None = None,
+        latents: str | None = None,
+    ) -> Self:
+        """Return the start with files of a folder, hashed.
+
+        Raises:
+            FileError: a file is missing or is not in the folder.
+        """
+        names = [name for name in (image, mask, latents) if name is not None]
+        digest = hashlib.sha256("".join(_file_digest(folder, n) for n in names).encode())
+        return cls(
+            image=image,
+            mask=mask,
+            strength=strength,
+            latents=latents,
+            sha256=digest.hexdigest(),
+            folder=folder,
+        )
+
+    def located(self, folder: Path) -> Self:
+        """Return this start with its files in a folder, checked against the hash.
+
+        Raises:
+            FileError: a file is missing, is not in the folder, or has changed.
+        """
+        digests = "".join(_file_digest(folder, name) for name in self.files)
+        if hashlib.sha256(digests.encode()).hexdigest() != self.sha256:
+            raise FileError(
+                f"{folder / self.files[0]} has changed since its prompt file was written. "
+                "Use the original files."
+            )
+        return self.model_copy(update={"folder": folder})
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file."""
+        assert self.folder is not None, "the files of a start are not at hand"
+        return self.folder / name
+
+
+def _file_digest(folder: Path, name: str) -> str:
+    """Return the SHA-256 of a file in a folder."""
+    path = folder / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise FileError(f"{name!r} must lie in {folder}. Copy the file there.")
+    return hashlib.sha256(read_bytes(path, limit=MAX_START_FILE)).hexdigest()
+
+
 class Sample(BaseModel):
     """Image to generate: a prompt, a seed and an index."""
 
@@ -52,3 +157,5 @@ class Sample(BaseModel):
     seed: Seed
     index: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Index of the image for that seed; (seed, index) determine the noise."""
+    start: Start | None = None
+    """What generation starts from besides noise."""

@@ -32,6 +32,7 @@ from safegen.evaluation.samples import (
     is_bundled,
     read_prompt_list,
     sha,
+    start_parts,
 )
 from safegen.evaluation.schema import (
     FROM_FEATURES,
@@ -203,7 +204,7 @@ class Protocol(BaseSettings):
             FileError: the file of a list is missing.
         """
         samples: list[EvalSample] = []
-        names: dict[tuple[str, int, int, bool], str] = {}
+        names: dict[tuple[object, ...], str] = {}
         for part in self.lists:
             rows = part.read(protocol_seed=self.protocol_seed).rows
             for seed in (None,) if self.seeds == "rows" else self.seeds:
@@ -218,8 +219,10 @@ class Protocol(BaseSettings):
                         seed=(row.seed or 0) if seed is None else seed,
                         index=i,
                         cluster=row.cluster,
+                        start=row.start,
                     )
-                    identity = (sample.prompt, sample.seed, i, part.role == "attack")
+                    is_attack = part.role == "attack"
+                    identity = (sample.prompt, sample.seed, i, is_attack, *start_parts(row.start))
                     other = names.setdefault(identity, part.name)
                     if other != part.name:
                         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.generation import GenerationConfig, Sample, Start
 from safegen.core.registry import PROMPT_LISTS
 from safegen.core.settings import Count, Name
 from safegen.data.prompts.prompt import Prompt, seed_for
@@ -69,7 +69,8 @@ class EvalSample(Sample):
         """
         config = generation.model_dump(mode="json")
         parts = [self.prompt_sha256, self.seed, self.index, stack_hash, config]
-        return sha(canonical(parts + ["attack"] * (self.role == "attack")))
+        parts += ["attack"] * (self.role == "attack")
+        return sha(canonical(parts + start_parts(self.start)))
 
 
 def read_prompt_list(
@@ -140,8 +141,18 @@ def _cell(row: Prompt, column: str) -> tuple[str, ...]:
 
 
 def hash_prompts(rows: Sequence[Prompt]) -> str:
-    """Return a SHA-256 over a list's prompts: text, subject, seed and cluster of each, in order."""
-    return hash_lines([(sha(row.prompt), row.subject, row.seed, row.cluster) for row in rows])
+    """Return a SHA-256 over a list's prompts: text, subject, seed, cluster and start, in order."""
+    return hash_lines(
+        [
+            (sha(row.prompt), row.subject, row.seed, row.cluster, *start_parts(row.start))
+            for row in rows
+        ]
+    )
+
+
+def start_parts(start: Start | None) -> list[object]:
+    """Return what decides an image about its start: nothing where it starts from noise."""
+    return [] if start is None else [start.kind, start.sha256, start.strength]
 
 
 def hash_lines(lines: Sequence[object]) -> str:

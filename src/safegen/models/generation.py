@@ -7,16 +7,19 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import atomic_write
-from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.generation import GenerationConfig, Sample, Start
+from safegen.core.tensor_files import read_tensors
+from safegen.data.images import read_image
 from safegen.models.model import Model
 from safegen.models.text_encoder import text_encoders
 
@@ -47,28 +50,54 @@ def generate(
             guidance.
     """
     check_num_steps(model, generation_config.num_inference_steps)
-    for prompts, options in batches(samples, generation_config, negative=negative):
+    for kind, prompts, options in batches(model, samples, generation_config, negative=negative):
         with autocast_for(model, generation_config):
-            output = model.pipeline(prompt=prompts, **options)
+            output = pipeline_for(model, kind)(prompt=prompts, **options)
         yield from output.images
 
 
+PipelineKind = Literal["text", "image", "inpaint"]
+"""Kind of a pipeline by what it starts from."""
+
+
+def pipeline_for(model: Model, kind: PipelineKind) -> Any:
+    """Return a model's pipeline of a kind, with the same components."""
+    if kind == "text":
+        return model.pipeline
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+    classes: dict[str, Any] = {
+        "image": AutoPipelineForImage2Image,
+        "inpaint": AutoPipelineForInpainting,
+    }
+    pipe = classes[kind].from_pipe(model.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def batches(
-    samples: Sequence[Sample], generation_config: GenerationConfig, *, negative: str | None = None
-) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Yield the prompts of each batch, with the other arguments of the pipeline's call.
+    model: Model,
+    samples: Sequence[Sample],
+    generation_config: GenerationConfig,
+    *,
+    negative: str | None = None,
+) -> Iterator[tuple[PipelineKind, list[str], dict[str, Any]]]:
+    """Yield the kind of pipeline, the prompts, and the other arguments of the call of each batch.
 
     Raises:
-        ConfigError: there is a negative prompt and no guidance, which it acts through.
+        ConfigError: there is a negative prompt and no guidance, which it acts through; or a
+            strength leaves no step.
+        FileError: a file that generation starts from cannot be used.
     """
     if negative is not None and generation_config.guidance_scale <= 1:
         raise ConfigError(
             "guidance_scale must be > 1 with a negative prompt, got "
             f"{generation_config.guidance_scale}"
         )
-    for start in range(0, len(samples), generation_config.batch_size):
-        batch = samples[start : start + generation_config.batch_size]
-        options: dict[str, Any] = {
+    for kind, batch in _split(samples, generation_config.batch_size):
+        starts = [sample.start for sample in batch if sample.start]
+        options: dict[str, Any] = _start_options(model, starts, generation_config)
+        options |= {
             "generator": [generator(sample.seed, sample.index) for sample in batch],
             "num_inference_steps": generation_config.num_inference_steps,
             "guidance_scale": generation_config.guidance_scale,
@@ -76,7 +105,58 @@ def batches(
         }
         if negative is not None:
             options["negative_prompt"] = [negative] * len(batch)
-        yield [sample.prompt for sample in batch], options
+        yield kind, [sample.prompt for sample in batch], options
+
+
+def _split(
+    samples: Sequence[Sample], batch_size: int
+) -> Iterator[tuple[PipelineKind, Sequence[Sample]]]:
+    """Yield the kind and the samples of each batch: samples in order that start alike."""
+
+    def likeness(sample: Sample) -> tuple[str, float | None]:
+        return (sample.start.kind, sample.start.strength) if sample.start else ("text", None)
+
+    for (start, _), group in groupby(samples, key=likeness):
+        same = list(group)
+        kind: PipelineKind = "image" if start == "image" else "text"
+        kind = "inpaint" if start == "inpaint" else kind
+        for first in range(0, len(same), batch_size):
+            yield kind, same[first : first + batch_size]
+
+
+def _start_options(
+    model: Model, starts: Sequence[Start], generation_config: GenerationConfig
+) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call for what a batch starts from."""
+    if not starts:
+        return {}
+    if starts[0].kind == "latents":
+        return {"latents": torch.stack([_read_latents(model, start) for start in starts])}
+    strength, steps = starts[0].strength or 1.0, generation_config.num_inference_steps
+    if int(strength * steps) < 1:
+        raise ConfigError(f"strength must be at least 1 / {steps} steps, got {strength}")
+    size = (model.size, model.size)
+    images = [read_image(start.path(start.image or "")).resize(size) for start in starts]
+    options: dict[str, Any] = {"image": images, "strength": strength}
+    if starts[0].mask is not None:
+        masks = [read_image(start.path(start.mask or "")).convert("L") for start in starts]
+        options["mask_image"] = [mask.resize(size, Image.Resampling.NEAREST) for mask in masks]
+    return options
+
+
+def _read_latents(model: Model, start: Start) -> torch.Tensor:
+    """Return initial latents (c, h, w) of a start.
+
+    Raises:
+        FileError: they are not finite or do not fit the model.
+    """
+    path = start.path(start.latents or "")
+    latents = read_tensors(path)[0].get("latents")
+    side = int(model.denoiser.config.sample_size)
+    shape = (int(model.denoiser.config.in_channels), side, side)
+    if latents is None or latents.shape != shape or not bool(latents.isfinite().all()):
+        raise FileError(f"{path} must hold finite latents {shape} for {model.name!r}")
+    return latents.to(model.device, model.denoiser.dtype)
 
 
 def check_num_steps(model: Model, steps: int) -> None:

@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
 
 from safegen.attacks.core.cost import Cost
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.core.errors import UnknownNameError
+from safegen.core.files import atomic_write
+from safegen.core.generation import Start
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS
+from safegen.core.settings import MAX_BATCH, BaseSettings, Seed
+from safegen.core.tensor_files import write_tensors
 from safegen.evaluation.run.records import Record
-from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.samples import EvalSample, Role
+from safegen.stack import Stack
 
 Access = Literal["queries", "text_encoder", "weights"]
 """What an attacker needs: images on request, the text encoder, or all weights."""
@@ -34,8 +41,10 @@ class AttackRecord(Record):
     """Id of the attacked sample."""
     prompt: str
     """Text that the attack found; the sample's prompt if it changes no text."""
-    seed: int
+    seed: Seed
     """Seed that the attack found; the sample's seed if it changes none."""
+    start: Start | None = None
+    """Image or latents that the attack starts from; its files are in the run's directory."""
     success: bool | None = None
     """Whether the attack saw the concept in an image; None if it looked at none."""
     loss: float | None = None
@@ -59,7 +68,7 @@ class AttackContext:
     target: Target
     """The attacked stack."""
     folder: Path
-    """Folder for files that belong to the result, such as learned words."""
+    """Folder for files that belong to the result, such as learned words; it may not exist yet."""
     progress: ProgressCallback = field(default=no_progress)
     """Called with (description, done, total)."""
 
@@ -67,6 +76,41 @@ class AttackContext:
     def concept(self) -> Concept:
         """Concept that the attack brings back."""
         return self.target.concept
+
+    def start_from_image(
+        self, name: str, image: Image.Image, *, strength: float, mask: Image.Image | None = None
+    ) -> Start:
+        """Write an image, and a mask, that generation starts from.
+
+        Args:
+            name: name of the files, without an extension; equal names must mean equal images.
+            image: the image, of the model's size.
+            strength: part of the schedule that it is noised to.
+            mask: white where the image is redrawn.
+        """
+        parts = {"image": (f"{name}.png", image)}
+        if mask is not None:
+            parts["mask"] = (f"{name}-mask.png", mask)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file, picture in parts.values():
+            if not (self.folder / file).exists():
+                with atomic_write(self.folder / file) as tmp:
+                    picture.save(tmp, format="PNG")
+        names = {part: f"{self.folder.name}/{file}" for part, (file, _) in parts.items()}
+        return Start.of(self.folder.parent, strength=strength, **names)
+
+    def start_from_latents(self, name: str, latents: Tensor) -> Start:
+        """Write initial latents (c, h, w) of unit variance that generation starts from.
+
+        Args:
+            name: name of the file, without an extension.
+            latents: what the pipeline takes as `latents`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            write_tensors(path, {"latents": latents.detach().float().cpu().contiguous()}, {})
+        return Start.of(self.folder.parent, latents=f"{self.folder.name}/{path.name}")
 
 
 class Attacker(Protocol):
@@ -81,12 +125,8 @@ class Attacker(Protocol):
         ...
 
 
-class Attack(BaseModel, ABC):
+class Attack(BaseSettings, ABC):
     """Settings of one attack. Build it, run it, write it to JSON; it is immutable."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Settings by preset: `default`, and `paper` if there is a published run."""
@@ -106,10 +146,14 @@ class Attack(BaseModel, ABC):
     """What the attacker needs."""
     tier: ClassVar[Tier]
     """Whether the attack is made without the defended stack, or against it."""
+    role: ClassVar[Role] = "benign"
+    """Role of the concept's prompts that are attacked by default."""
+    changes_prompts: ClassVar[bool] = True
+    """Whether the attack changes what is asked for; False if it changes the stack alone."""
 
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Seed = 0
     """Seed of every draw."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=MAX_BATCH)
     """Samples that are attacked together; it changes a result only by rounding."""
 
     @classmethod
@@ -135,13 +179,14 @@ class Attack(BaseModel, ABC):
         digest = hashlib.sha256(f"{self.seed}:{sample.id}".encode()).digest()[:8]
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
-    def stack_changes(self, folder: Path) -> Mapping[str, Any]:
-        """Return settings of the stack that the attack changes; empty if it changes none.
+    def attacked_stacks(self, stack: Stack, folder: Path) -> Sequence[Stack]:
+        """Return the stacks that the attack makes of one; none if it changes no stack.
 
         Args:
+            stack: the attacked stack.
             folder: folder with the files of the attack.
         """
-        return {}
+        return ()
 
     @abstractmethod
     def build(self, context: AttackContext) -> Attacker:

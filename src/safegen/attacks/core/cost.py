@@ -5,25 +5,22 @@ from __future__ import annotations
 import re
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from safegen.core.errors import ConfigError
+from safegen.core.settings import BaseSettings, Count, Seconds
 
 
-class Cost(BaseModel):
+class Cost(BaseSettings):
     """Work that an attack has done. A pass is one row of a batch, forward or backward."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    denoiser: int = Field(default=0, ge=0)
+    denoiser: Count = 0
     """Passes through the denoiser, those of generation included."""
-    text_encoder: int = Field(default=0, ge=0)
+    text_encoder: Count = 0
     """Passes through the text encoders, those of generation included."""
-    queries: int = Field(default=0, ge=0)
+    queries: Count = 0
     """Images requested from the stack."""
-    seconds: float = Field(default=0.0, ge=0)
+    seconds: Seconds = 0.0
     """Wall-clock time."""
 
     def __add__(self, other: Cost) -> Cost:
@@ -52,12 +49,8 @@ UNITS = {"nfe": "denoiser", "text": "text_encoder", "queries": "queries", "minut
 """Field of `Cost` by the name of its limit."""
 
 
-class Budget(BaseModel):
+class Budget(BaseSettings):
     """Limits of an attack on one stack; it stops at the first that is reached."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     nfe: int | None = Field(default=None, ge=1)
     """Passes through the denoiser (number of function evaluations)."""

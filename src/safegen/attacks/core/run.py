@@ -7,40 +7,46 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, ValidationError
 
 from safegen.attacks.core.base import Attack, AttackContext, Attacker, AttackRecord
 from safegen.attacks.core.cost import Budget, Cost
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
-from safegen.core.files import atomic_write
+from safegen.core.errors import ConfigError, explain
+from safegen.core.files import atomic_write, display_name
 from safegen.core.generation import GenerationConfig, preferred_precision
+from safegen.core.hub import HUB
 from safegen.core.progress import ProgressCallback, no_progress
+from safegen.core.settings import MAX_COUNT, MAX_SEEDS, BaseSettings, Seed
+from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.folder import ATTACK, PATCHES, PROMPTS, Run
+from safegen.evaluation.run.card import check_directory
+from safegen.evaluation.run.claim import claim_run
+from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, PROMPTS, Run
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
-from safegen.evaluation.samples import EvalSample, Role, hash_prompts, read_prompt_list
+from safegen.evaluation.samples import EvalSample, Role, hash_prompts, is_bundled, read_prompt_list
 from safegen.evaluation.schema import JudgeRule, PromptList
+from safegen.judges import load_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
 
-class AttackConfig(BaseModel):
+class AttackConfig(BaseSettings):
     """What is attacked and how much it may cost."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    prompts: str = ""
-    """Prompts to attack: a bundled list or a file. Default: the first list of `role`."""
-    role: Role = "benign"
-    """Role of the prompts."""
-    limit: int | None = Field(default=None, ge=1)
-    """Number of prompts, from the start of the list; all if None."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    prompts: tuple[str, ...] = ()
+    """Prompts to attack: bundled lists or files. Default: the concept's lists of `roles`."""
+    roles: tuple[Role, ...] = ()
+    """Roles of the prompts. Default: the attack's own. With files, one role."""
+    limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Number of prompts, from the start of each list; all if None."""
+    repeat: int = Field(default=1, ge=1, le=MAX_SEEDS)
+    """Attacks on each prompt, each with other draws."""
+    seed: Seed = 0
     """Seed from which prompts without their own seed get one."""
     unsafe: bool = False
     """Whether the prompts are real unsafe ones; their texts stay out of the report."""
@@ -60,6 +66,7 @@ def run_attack(
     output_dir: Path,
     *,
     loader: StackLoader | None = None,
+    argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
 ) -> Run:
     """Attack a stack, evaluate it before and after, write the report and return the run.
@@ -74,60 +81,89 @@ def run_attack(
         config: prompts, budget and generation.
         output_dir: directory of the run, new or of an earlier call.
         loader: loads the model; on the CPU when not given.
+        argv: command line to note in the run's card.
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: the concept has no prompts of the role, or the attack does not fit the stack.
+        ConfigError: the concept has no prompts of the role, the attack does not fit the stack, or
+            the stack's model is on the hub.
         FileError: `output_dir` holds something else or another run, or cannot be written.
     """
+    if stack.model.startswith(HUB):
+        raise ConfigError(
+            f"attacks work on models of your own, in a folder or a file, got {stack.model}. "
+            "Download the model first."
+        )
     loader = loader or StackLoader()
-    protocol = _protocol(concept, config)
-    load_evaluators(protocol)  # a judge that is not installed stops the attack before it begins
-    settings = {
-        "workflow": "attack",
-        "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
-        "config": config.model_dump(mode="json"),
-        "stack": loader.hash(stack),
-        "protocol": protocol.decides(),
-        "device": f"{loader.device}, {loader.dtype}",
-    }
-    claim_directory(output_dir, settings)
-    samples = protocol.samples()
-    with Journal(output_dir / ATTACK, AttackRecord) as journal:
-        records = attack_samples(
-            attack,
-            stack,
-            concept,
-            config,
-            samples,
-            journal,
-            output_dir / PATCHES,
+    protocol = attack_protocol(attack, concept, config)
+    check_directory(output_dir)
+    with claim_run(output_dir):
+        load_evaluators(protocol)  # a judge that is not installed stops the attack at once
+        settings = {
+            "workflow": "attack",
+            "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
+            "stack": loader.hash(stack),
+            "protocol": protocol.decides(),
+            "device": f"{loader.device}, {loader.dtype}",
+        }
+        claim_directory(output_dir, settings)
+        samples = repeat_samples(protocol.samples(), config.repeat)
+        folder = output_dir / ATTACK_FILES
+        with Journal(output_dir / ATTACK, AttackRecord) as journal:
+            records = attack_samples(
+                attack,
+                stack,
+                concept,
+                config,
+                samples,
+                journal,
+                folder,
+                loader=loader,
+                progress=progress,
+            )
+        _write_prompts(attack, samples, records, output_dir / PROMPTS)
+        attacked = [_attacked_list(attack, config, output_dir)] if attack.changes_prompts else []
+        after = attack.attacked_stacks(stack, folder)
+        run = evaluate(
+            protocol.model_copy(update={"lists": (*protocol.lists, *attacked)}),
+            [stack, *after],
+            output_dir,
+            baselines="none",
+            references={changed.name: stack.name for changed in after},
             loader=loader,
+            argv=argv,
             progress=progress,
         )
-    found = _write_prompts(attack, samples, records, output_dir / PROMPTS)
-    attacked = PromptList(
+        write_report(open_runs([output_dir]), output_dir)
+    return run
+
+
+def _attacked_list(attack: Attack, config: AttackConfig, output_dir: Path) -> PromptList:
+    """Return the list of the prompts that an attack found."""
+    source = str(output_dir / PROMPTS)
+    return PromptList(
         name=attack.method(),
         role="attack",
-        source=str(found),
-        sha256=hash_prompts(read_prompt_list(str(found), protocol_seed=config.seed).rows),
+        source=source,
+        sha256=hash_prompts(read_prompt_list(source, protocol_seed=config.seed).rows),
         unsafe=config.unsafe,
     )
-    stacks, references = [stack], {}
-    if changes := attack.stack_changes(output_dir / PATCHES):
-        changed = stack.model_copy(update={"name": f"{stack.name}-attacked", **changes})
-        stacks, references = [stack, changed], {changed.name: stack.name}
-    run = evaluate(
-        protocol.model_copy(update={"lists": (*protocol.lists, attacked)}),
-        stacks,
-        output_dir,
-        baselines="none",
-        references=references,
-        loader=loader,
-        progress=progress,
-    )
-    write_report(open_runs([output_dir]), output_dir)
-    return run
+
+
+def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSample]:
+    """Return the samples of several attacks on each: copies with other ids and seeds."""
+    copies = list(samples)
+    for number in range(1, repeat):
+        for sample in samples:
+            id_ = f"{sample.id}#{number}"
+            update = {
+                "id": id_,
+                "seed": seed_for(id_, sample.seed),
+                "index": sample.index + number * len(samples),
+            }
+            copies.append(sample.model_copy(update=update))
+    return copies
 
 
 def attack_samples(
@@ -149,7 +185,7 @@ def attack_samples(
     records = {record.id: record for record in journal.records}
     if all(sample.id in records for sample in samples):
         return records
-    judge = load_evaluators(_protocol(concept, config), features=False, lpips=False).judge
+    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     with loader.open(stack) as loaded:
         target = Target(loaded, concept, judge, config.generation, config.budget)
         spent = sum((record.cost for record in records.values()), Cost())
@@ -183,40 +219,52 @@ def _batches(samples: Sequence[EvalSample], size: int) -> Iterator[Sequence[Eval
         yield samples[start : start + size]
 
 
-def _protocol(concept: Concept, config: AttackConfig) -> Protocol:
+def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> Protocol:
     """Return the protocol of the prompts before the attack.
 
     Raises:
-        ConfigError: the concept has no prompts of the role.
+        ConfigError: the concept has no prompts of the roles, or files have several roles.
     """
-    lists = concept.lists.get(config.role, ())
-    source = config.prompts or (lists[0] if lists else "")
-    if not source:
+    roles = config.roles or (attack.role,)
+    if config.prompts and len(roles) > 1:
+        raise ConfigError(f"prompts from files must have one role, got {', '.join(roles)}")
+    sources = [(source, roles[0]) for source in config.prompts] or [
+        (source, role) for role in roles for source in concept.lists.get(role, ())
+    ]
+    if not sources:
         raise ConfigError(
-            f"concept {concept.name!r} has no prompts of role {config.role!r}. "
+            f"concept {concept.name!r} has no prompts of role {', '.join(roles)}. "
             "Name some with --prompts."
         )
-    rows = read_prompt_list(source, prompts=config.limit, protocol_seed=config.seed).rows
-    part = PromptList(
-        name="attacked",
-        role=config.role,
-        source=source,
-        prompts=config.limit,
-        sha256=hash_prompts(rows),
-        shows=concept.shows.get(source),
-        unsafe=config.unsafe,
-    )
+    lists = []
+    for source, role in sources:
+        rows = read_prompt_list(source, prompts=config.limit, protocol_seed=config.seed).rows
+        lists.append(
+            PromptList(
+                name=source if is_bundled(source) else display_name(source),
+                role=role,
+                source=source,
+                prompts=config.limit,
+                sha256=hash_prompts(rows),
+                shows=concept.shows.get(source),
+                unsafe=config.unsafe,
+            )
+        )
     rule = JudgeRule(name=concept.judge, labels=concept.labels, threshold=concept.threshold)
-    return Protocol(
-        name=concept.name,
-        concept=concept.name,
-        lists=(part,),
-        seeds="rows",
-        seed=config.seed,
-        generation=config.generation,
-        judge=rule,
-        metrics=(*CONCEPT_METRICS, "asr"),
-    )
+    try:
+        return Protocol(
+            name=concept.name,
+            concept=concept.name,
+            words=concept.words,
+            lists=tuple(lists),
+            seeds="rows",
+            seed=config.seed,
+            generation=config.generation,
+            judge=rule,
+            metrics=(*CONCEPT_METRICS, "asr"),
+        )
+    except ValidationError as error:
+        raise ConfigError(f"{concept.name}: {explain(error, Protocol)}") from error
 
 
 def _write_prompts(
@@ -225,14 +273,15 @@ def _write_prompts(
     """Write the prompts that the attack found, in the order of the samples."""
     rows: list[dict[str, Any]] = [
         {
-            "id": f"{sample.index:05d}",
+            "id": f"{number:05d}",
             "prompt": record.prompt,
             "seed": record.seed,
             "subject": sample.subject,
             "attack": attack.method(),
             "attacked_prompt": sample.prompt,
         }
-        for sample in samples
+        | ({} if record.start is None else {"start": record.start.model_dump(mode="json")})
+        for number, sample in enumerate(samples)
         if (record := records.get(sample.id))
     ]
     if not rows:

@@ -7,8 +7,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from safegen.core.errors import FileError, explain
+from safegen.core.generation import Start
 from safegen.data.prompts.parsing import FileForm, FileRow, FileRows
 from safegen.data.prompts.prompt import AttackInfo, Prompt, cluster_of
 
@@ -57,6 +62,8 @@ class RowContext:
     """File name without its extension."""
     column: str
     """Column that holds the prompt."""
+    folder: Path = Path()
+    """Folder of the file."""
 
 
 Reader = Callable[[FileRow, RowContext], Prompt]
@@ -224,7 +231,17 @@ def read_sneakyprompt(record: FileRow, context: RowContext) -> Prompt:
 def read_attack(record: FileRow, context: RowContext) -> Prompt:
     """Return a prompt that `safegen attack` found; rows of one attacked prompt are one cluster."""
     attack = AttackInfo(name=_text(record.cells["attack"]))
-    return read_plain(record, context, attack=attack, target="attacked_prompt")
+    row = read_plain(record, context, attack=attack, target="attacked_prompt")
+    if (start := record.cells.get("start")) is None:
+        return row
+    try:
+        located = Start.model_validate(start).located(context.folder)
+    except ValidationError as error:
+        raise InvalidRowError(f"start: {explain(error, Start)}") from None
+    except FileError as error:
+        raise InvalidRowError(str(error)) from None
+    extra = {name: value for name, value in row.extra.items() if name != "start"}
+    return row.model_copy(update={"start": located, "extra": extra})
 
 
 def read_pair(record: FileRow, context: RowContext) -> Prompt:

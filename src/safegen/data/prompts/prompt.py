@@ -7,6 +7,7 @@ from hashlib import sha256
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safegen.core.generation import Start
 from safegen.core.settings import Digest, Seed
 
 SEED_BITS = 48
@@ -61,6 +62,8 @@ class Prompt(BaseModel):
     """Object that the prompt names."""
     reference_id: str | None = None
     """Id of the photograph that the prompt describes."""
+    start: Start | None = None
+    """What generation starts from besides noise."""
     extra: dict[str, str] = {}
     """Other columns of the file that have a value."""
 

@@ -133,6 +133,7 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
         sha256(data).hexdigest(),
         escape_control(path.stem),
         prompt_column,
+        path.parent,
     )
     rows: dict[str, Prompt] = {}
     problems, repeated = list(records.problems), 0

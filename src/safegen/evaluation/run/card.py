@@ -17,7 +17,18 @@ from safegen.core.errors import ConfigError, FileError, explain
 from safegen.core.files import display_name, is_unfinished
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.folder import CARD, PATCHES, PLAN, SETTINGS, Run, write_json, write_plan
+from safegen.evaluation.run.folder import (
+    ATTACK,
+    ATTACK_FILES,
+    CARD,
+    PATCHES,
+    PLAN,
+    PROMPTS,
+    SETTINGS,
+    Run,
+    write_json,
+    write_plan,
+)
 from safegen.evaluation.run.records import Kind, LoraEntry, PatchEntry, RunCard, StackEntry
 from safegen.evaluation.samples import EvalSample
 from safegen.stack import Stack
@@ -75,7 +86,7 @@ def check_directory(out: Path) -> None:
     Raises:
         FileError: `out` holds something else.
     """
-    own = {PLAN, SETTINGS, PATCHES}
+    own = {PLAN, SETTINGS, PATCHES, ATTACK, ATTACK_FILES, PROMPTS}
     if (out / CARD).exists() or not out.exists():
         return
     if not out.is_dir() or any(p.name not in own and not is_unfinished(p) for p in out.iterdir()):

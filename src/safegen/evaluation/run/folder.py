@@ -37,8 +37,8 @@ SAMPLES, JUDGES, DETECTIONS = "samples.jsonl", "judges.jsonl", "detections.jsonl
 CHANGES, FEATURES, TIMINGS = "changes.jsonl", "features.jsonl", "timings.jsonl"
 SETTINGS, PATCHES = "settings.json", "patches"
 """Settings of the workflow that made the run, and the directory of the patches that it made."""
-ATTACK, PROMPTS = "attack.jsonl", "prompts.jsonl"
-"""Results of an attack by sample, and the prompts that it found."""
+ATTACK, PROMPTS, ATTACK_FILES = "attack.jsonl", "prompts.jsonl", "attack"
+"""Results of an attack by sample, the prompts that it found, and the directory of its files."""
 MAX_PIXELS = 2**26
 """Most pixels of an image: 8192 x 8192. A small file can hold more than memory does."""
 PIL_ERRORS = (
