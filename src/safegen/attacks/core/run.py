@@ -142,11 +142,13 @@ def run_attack(
 def _attacked_list(attack: Attack, config: AttackConfig, output_dir: Path) -> PromptList:
     """Return the list of the prompts that an attack found."""
     source = str(output_dir / PROMPTS)
+    rows = read_prompt_list(source, protocol_seed=config.seed).rows
     return PromptList(
         name=attack.method(),
         role="attack",
         source=source,
-        sha256=hash_prompts(read_prompt_list(source, protocol_seed=config.seed).rows),
+        prompts=len(rows),
+        sha256=hash_prompts(rows),
         unsafe=config.unsafe,
     )
 
@@ -244,7 +246,7 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
                 name=source if is_bundled(source) else display_name(source),
                 role=role,
                 source=source,
-                prompts=config.limit,
+                prompts=len(rows),
                 sha256=hash_prompts(rows),
                 shows=concept.shows.get(source),
                 unsafe=config.unsafe,
