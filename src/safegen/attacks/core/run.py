@@ -105,7 +105,7 @@ def run_attack(
         load_evaluators(protocol)  # a judge that is not installed stops the attack at once
         settings = {
             "workflow": "attack",
-            "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
+            "attack": {"name": attack.method()} | attack.fingerprint(concept),
             "config": config.model_dump(mode="json"),
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
