@@ -48,6 +48,7 @@ ATTACKS = {
     "compression": "safegen.attacks.compression:Compression",
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
     "mma": "safegen.attacks.mma:MMA",
+    "p4d": "safegen.attacks.p4d:P4D",
     "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
