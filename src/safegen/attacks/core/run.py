@@ -23,6 +23,7 @@ from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.attack_records import copy_id
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, PROMPTS, Run
@@ -102,6 +103,8 @@ def run_attack(
         settings = {
             "workflow": "attack",
             "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
+            "access": attack.access,
+            "tier": attack.tier,
             "config": config.model_dump(mode="json"),
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
@@ -142,7 +145,7 @@ def run_attack(
 def _attacked_list(attack: Attack, config: AttackConfig, output_dir: Path) -> PromptList:
     """Return the list of the prompts that an attack found."""
     source = str(output_dir / PROMPTS)
-    rows = read_prompt_list(source, protocol_seed=config.seed).rows
+    rows = read_prompt_list(source, protocol_seed=config.seed, unsafe=config.unsafe).rows
     return PromptList(
         name=attack.method(),
         role="attack",
@@ -158,7 +161,7 @@ def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSampl
     copies = list(samples)
     for number in range(1, repeat):
         for sample in samples:
-            id_ = f"{sample.id}#{number}"
+            id_ = copy_id(sample.id, number)
             update = {
                 "id": id_,
                 "seed": seed_for(id_, sample.seed),
@@ -240,7 +243,9 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
         )
     lists = []
     for source, role in sources:
-        rows = read_prompt_list(source, prompts=config.limit, protocol_seed=config.seed).rows
+        rows = read_prompt_list(
+            source, prompts=config.limit, protocol_seed=config.seed, unsafe=config.unsafe
+        ).rows
         lists.append(
             PromptList(
                 name=source if is_bundled(source) else display_name(source),
