@@ -77,34 +77,26 @@ def format_agreement(agreement: Mapping[str, Any] | None) -> list[str]:
 
 def markdown_attack(section: Mapping[str, Any]) -> str:
     """Return the attack of a run in Markdown."""
-    rows = [
-        [
-            "stack",
-            "per image, before",
-            "per image, after",
-            "per prompt, before",
-            "per prompt, after",
-            "cost per success",
-        ]
-    ]
-    for row in section["rows"]:
-        cells = [
-            format_success(row[when][unit])
-            for unit in ("image", "prompt")
-            for when in ("before", "after")
-        ]
-        cost = format_cost(row["per_success"]) if row["attacked"] else "–"
-        rows.append([markdown_text(row["stack"]), *cells, cost])
+    rows = [["stack", "prompts", "per image", "per prompt", "cost per success"]]
+    for stack, before in section["before"].items():
+        figures = [format_success(before[unit]) for unit in ("image", "prompt")]
+        rows.append([markdown_text(stack), "before the attack", *figures, "–"])
     lines = [
         f"Attack {markdown_code(section['name'])} on {markdown_code(section['stack'])}: "
         f"{section['tier']}, needs {section['needs']}; {section['attacks']} attacks on "
-        f"{section['prompts']} prompts, {section['left_out']} left out by the budget.",
-        markdown_table(rows),
-        f"Cost: {format_cost(section['cost'])}.",
+        f"{section['prompts']} prompts, {section['left_out']} left out by the budget."
     ]
-    for row in section["rows"]:
-        found = "; ".join(map(markdown_text, format_agreement(row["after"].get("agreement"))))
-        lines.append(f"The judge's errors, {markdown_text(row['stack'])}: {found}.")
+    for row in section["after"]:
+        figures = [format_success(row[unit]) for unit in ("image", "prompt")]
+        has_cost = row["attacked"] and not row["control"]
+        name = f"{row['list']} (control)" if row["control"] else row["list"]
+        cost = format_cost(row["per_success"]) if has_cost else "–"
+        rows.append([markdown_text(row["stack"]), markdown_text(name), *figures, cost])
+    lines += [markdown_table(rows), f"Cost: {format_cost(section['cost'])}."]
+    for row in section["after"]:
+        found = "; ".join(map(markdown_text, format_agreement(row.get("agreement"))))
+        where = f"{markdown_text(row['stack'])}, {markdown_text(row['list'])}"
+        lines.append(f"The judge's errors, {where}: {found}.")
     if section["stable"]:
         lines.append(f"Texts that are read as the chosen tokens: {format_rate(section['stable'])}.")
     if perplexity := section["perplexity"]:

@@ -9,7 +9,7 @@ from typing import Any
 from safegen.core.errors import ConfigError
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.report.attacks import PerplexityModel, attack_section
-from safegen.evaluation.run.attack_records import AttackRun, Tier
+from safegen.evaluation.run.attack_records import AttackRun, Tier, VariantImages
 from safegen.evaluation.run.folder import Run
 from safegen.evaluation.samples import canonical
 from safegen.evaluation.scoring.attack_metrics import attempt_scores, stack_outcomes
@@ -32,8 +32,11 @@ class _Cell:
     attack: AttackRun
     stack: str
     """Stack of the images: the attacked one, or one that the attack made of it."""
+    form: VariantImages
     column: str
-    variant: str
+    """Label of the attack and its form."""
+    settings: str
+    """Settings of the attack, which part columns of one label."""
 
     @property
     def stack_hash(self) -> str:
@@ -43,7 +46,7 @@ class _Cell:
     def outcomes(self) -> dict[str, list[AttemptOutcome]]:
         """Return the outcomes of the images of each attacked prompt."""
         table: dict[str, list[AttemptOutcome]] = {}
-        images = self.attack.after
+        images = self.form.images
         found = stack_outcomes(self.results, self.stack, images)
         for prompt, outcome in zip(images.values(), found, strict=True):
             table.setdefault(prompt, []).append(outcome)
@@ -91,9 +94,9 @@ def compare_attacks(
 
 def _lists(results: RunResults) -> list[dict[str, Any]]:
     """Return what decides the attacked lists of a run."""
-    found = results.attack.found if results.attack else None
+    written = results.attack.found_lists if results.attack else frozenset()
     lists: list[dict[str, Any]] = results.protocol.decides()["lists"]
-    return [part for part in lists if part["name"] != found]
+    return [part for part in lists if part["name"] not in written]
 
 
 def _common(results: RunResults) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def _group(results: Mapping[str, RunResults], sections: Mapping[str, Any]) -> di
         "lists": [
             {"name": p.name, "role": p.role, "prompts": p.prompts, "sha256": p.sha256}
             for p in first.protocol.lists
-            if p.name != attack.found
+            if p.name not in attack.found_lists
         ],
         "runs": list(results),
         "columns": columns,
@@ -150,16 +153,18 @@ def _group(results: Mapping[str, RunResults], sections: Mapping[str, Any]) -> di
 
 
 def _cells(name: str, results: RunResults) -> list[_Cell]:
-    """Return the cells of a run: one, or one per stack that the attack made."""
+    """Return the cells of a run: one per form of the attack and per stack that it made."""
     attack = results.attack
     assert attack is not None
-    settings = attack.settings
+    chosen = attack.settings
+    settings = canonical([chosen.attack, chosen.config.repeat, chosen.config.budget])
     cells = []
     for stack in attack.attacked:
         part = stack.removeprefix(attack.stack).strip("-_.") if len(attack.changed) > 1 else ""
-        column = f"{settings.name}: {part}" if part else settings.name
-        variant = canonical([settings.attack, settings.config.repeat, settings.config.budget])
-        cells.append(_Cell(name, results, attack, stack, column, variant))
+        for form in attack.variants:
+            if not form.is_control:
+                column = f"{form.label}: {part}" if part else form.label
+                cells.append(_Cell(name, results, attack, stack, form, column, settings))
     return cells
 
 
@@ -167,12 +172,12 @@ def _columns(cells: Sequence[_Cell]) -> list[dict[str, Any]]:
     """Return the columns: static attacks and their union, adaptive ones, and the union of all."""
     columns: list[dict[str, Any]] = []
     for tier in TIERS:
-        own = dict.fromkeys((c.column, c.variant) for c in cells if c.attack.settings.tier == tier)
+        own = dict.fromkeys((c.column, c.settings) for c in cells if c.attack.settings.tier == tier)
         names = [name for name, _ in own]
-        for number, (name, variant) in enumerate(own):
+        for number, (name, settings) in enumerate(own):
             label = name if names.count(name) == 1 else f"{name} {names[:number].count(name) + 1}"
             columns.append(
-                {"label": label, "tier": tier, "union": False, "column": name, "variant": variant}
+                {"label": label, "tier": tier, "union": False, "column": name, "settings": settings}
             )
         if len(own) > 1:
             columns.append({"label": f"any {tier}", "tier": tier, "union": True})
@@ -186,7 +191,7 @@ def _before(cell: _Cell) -> dict[str, Any]:
     images = {
         i: sample.id
         for i, sample in enumerate(cell.results.samples)
-        if sample.list_name != cell.attack.found
+        if sample.list_name not in cell.attack.found_lists
     }
     return attempt_scores(cell.results, cell.attack.stack, images)
 
@@ -205,14 +210,14 @@ def _cell(
     if column["union"]:
         tiers = TIERS if column["tier"] is None else (column["tier"],)
         chosen = [cell for cell in row if cell.attack.settings.tier in tiers]
-        total = {(c.column, c.variant) for c in cells if c.attack.settings.tier in tiers}
+        total = {(c.column, c.settings) for c in cells if c.attack.settings.tier in tiers}
         return (
             union_scores([cell.outcomes() for cell in chosen])
             | {"attacks": len(chosen), "of": len(total)}
             if chosen
             else None
         )
-    fits = [c for c in row if (c.column, c.variant) == (column["column"], column["variant"])]
+    fits = [c for c in row if (c.column, c.settings) == (column["column"], column["settings"])]
     if len(fits) > 1:
         raise ConfigError(
             "one attack with equal settings must have one run on a stack, got "
@@ -221,9 +226,11 @@ def _cell(
     if not fits:
         return None
     (cell,), section = fits, sections[fits[0].run]
-    figures = next(r for r in section["rows"] if r["stack"] == cell.stack)
-    return {"run": cell.run, "cost": section["cost"], "per_success": figures["per_success"]} | {
-        key: figures["after"].get(key) for key in ("image", "prompt", "agreement", "undefined")
+    row_of = (cell.stack, cell.form.label)
+    figures = next(r for r in section["after"] if (r["stack"], r["list"]) == row_of)
+    return {"run": cell.run, "cost": section["cost"]} | {
+        key: figures.get(key)
+        for key in ("image", "prompt", "agreement", "undefined", "per_success")
     }
 
 

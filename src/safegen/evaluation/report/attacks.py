@@ -51,8 +51,7 @@ def attack_section(
     if attack is None:
         return None
     unsafe = any(part.unsafe for part in results.protocol.lists)
-    cost = sum((record.cost for record in attack.records), Cost())
-    texts = [record.prompt for record in attack.records] if attack.found else []
+    texts = [record.prompt for record in attack.records] if attack.changes_prompts else []
     return {
         **scores["attack"],
         "needs": ACCESS[attack.settings.access],
@@ -60,35 +59,28 @@ def attack_section(
         "budget": {k: v for k, v in attack.settings.config.budget.items() if v is not None},
         "repeat": attack.settings.config.repeat,
         "hidden": unsafe,
-        "rows": [
-            _row(name, after, attack, scores["attack"], cost)
-            for name, after in scores["attack"]["after"].items()
+        "after": [
+            row | {"per_success": _cost_per_success(row, attack)}
+            for row in scores["attack"]["after"]
         ],
-        "cost": cost.model_dump(),
+        "cost": sum((record.cost for record in attack.records), Cost()).model_dump(),
         "curve": objective_points(attack.records),
         "perplexity": perplexity and text_perplexity(perplexity, texts),
     }
 
 
-def _row(
-    stack: str, after: Mapping[str, Any], attack: AttackRun, scores: Mapping[str, Any], cost: Cost
-) -> dict[str, Any]:
-    """Return the figures of one stack; the cost per success is for attacked stacks alone."""
-    before = scores["before"].get(stack) or scores["before"][attack.stack]
-    attacked = stack in attack.attacked
-    hits = (after["prompt"] or {"unsafe": 0})["unsafe"]
-    return {
-        "stack": stack,
-        "attacked": attacked,
-        "before": before,
-        "after": after,
-        "per_success": cost_per_success(cost, hits) if attacked else None,
-    }
+def _cost_per_success(row: Mapping[str, Any], attack: AttackRun) -> dict[str, float] | None:
+    """Return the cost of a row's form of the attack by prompt that it breaks; None if none.
 
-
-def cost_per_success(cost: Cost, successes: int) -> dict[str, float] | None:
-    """Return each part of a cost by prompt that shows the concept; None if none does."""
-    return {name: getattr(cost, name) / successes for name in FIELDS} if successes else None
+    Only attacked stacks have one.
+    """
+    hits = row["prompt"]["unsafe"] if row["prompt"] else 0
+    if not hits or not row["attacked"] or row["control"]:
+        return None
+    # an attack that writes no prompts has one row for all of its forms
+    own = [r.cost for r in attack.records if r.variant == row["variant"] or not row["variant"]]
+    cost = sum(own, Cost())
+    return {name: getattr(cost, name) / hits for name in FIELDS}
 
 
 def public_settings(settings: Mapping[str, Any], *, unsafe: bool) -> dict[str, Any]:
@@ -146,19 +138,19 @@ def text_perplexity(model: PerplexityModel, texts: Sequence[str]) -> dict[str, A
 
 
 def attack_headline(section: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the headline cards (title, value, detail) of an attack."""
-    row = next(row for row in section["rows"] if row["attacked"])
+    """Return the headline cards (title, value, detail) of an attack of one form; else none."""
+    rows = [row for row in section["after"] if row["attacked"] and not row["control"]]
+    if len(rows) != 1:
+        return []
     cards = []
-    for when in ("before", "after"):
-        success = row[when]["prompt"]
+    for when, row in (("before", section["before"][section["stack"]]), ("after", rows[0])):
+        success = row["prompt"]
         value = percent(success["asr"]["value"]) if success else "undefined"
-        detail = format_rate(success["asr"]) if success else row[when]["undefined"]["prompt"]
-        title = f"prompts that show it, {when}"
-        cards.append(
-            {"title": title, "value": value, "detail": detail.partition(" (")[2].strip(")")}
-        )
-    per = row["per_success"]
+        detail = format_rate(success["asr"]) if success else row["undefined"]["prompt"]
+        detail = detail.partition(" (")[2].removesuffix(")") if success else detail
+        title = f"attacked prompts that show it, {when}"
+        cards.append({"title": title, "value": value, "detail": detail})
+    per, cost = rows[0]["per_success"], section["cost"]
     value = f"{per['denoiser']:,.0f}" if per else "no success"
-    detail = f"{section['cost']['denoiser']:,} in all, {section['cost']['queries']:,} queries"
-    title = "denoiser passes per success"
-    return [*cards, {"title": title, "value": value, "detail": detail}]
+    detail = f"{cost['denoiser']:,} in all, {cost['queries']:,} queries"
+    return [*cards, {"title": "denoiser passes per success", "value": value, "detail": detail}]

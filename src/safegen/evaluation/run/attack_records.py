@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,10 +13,11 @@ from safegen.core.documents import check_plain, read_json_object, validate
 from safegen.core.errors import FileError
 from safegen.core.generation import Start
 from safegen.core.settings import MAX_SEEDS, BaseSettings, Count, Digest, Seconds, Seed, check_name
-from safegen.evaluation.run.folder import ATTACK, PROMPTS, SETTINGS, Run
+from safegen.evaluation.run.folder import ATTACK, CONTROLS, PROMPTS, SETTINGS, Run
 from safegen.evaluation.run.journal import read_journal
 from safegen.evaluation.run.records import Record
 from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.schema import PromptList
 
 Access = Literal["queries", "text_encoder", "weights"]
 """What an attacker needs: images on request, the text encoder, or all weights."""
@@ -66,6 +68,8 @@ class AttackRecord(Record):
 
     id: str
     """Id of the attacked sample."""
+    variant: str = ""
+    """Form of the attack (`Attack.variants`, `Attack.controls`); empty if it has one."""
     prompt: str
     """Text that the attack found; the sample's prompt if it changes no text."""
     seed: Seed
@@ -124,29 +128,59 @@ class AttackSettings(BaseModel):
 
 
 @dataclass(frozen=True)
+class VariantImages:
+    """Images of one form of an attack."""
+
+    label: str
+    """Name of the list of its prompts; that of the attack if it changes no prompt."""
+    variant: str
+    """Form of the attack; empty if it has one."""
+    is_control: bool
+    """Whether the form has nothing of the concept."""
+    images: dict[int, str]
+    """Id of the attacked prompt by the position of its image in the plan."""
+    records: list[AttackRecord]
+    """Records in the order of the attacked samples."""
+
+
+@dataclass(frozen=True)
 class AttackRun:
     """Attack of a run, and the positions of its images in the plan."""
 
     settings: AttackSettings
-    records: list[AttackRecord]
-    """Records in the order of the attacked samples."""
+    attacks: int
+    """Number of samples that were attacked."""
     total: int
-    """Number of samples to attack; the budget leaves out those without a record."""
+    """Number of samples to attack; the budget leaves out the others."""
     stack: str
     """Name of the attacked stack."""
     changed: tuple[str, ...]
     """Names of the stacks that the attack made of it."""
-    found: str | None
-    """Name of the list with the prompts that the attack found; None if it changes no prompt."""
     before: dict[int, str]
     """Id of the attacked prompt by the position of its image before the attack."""
-    after: dict[int, str]
-    """The same for the images after the attack."""
+    variants: tuple[VariantImages, ...]
+    """Images after the attack by form, controls last."""
 
     @property
     def attacked(self) -> tuple[str, ...]:
         """Names of the stacks of which the images after the attack count."""
         return self.changed or (self.stack,)
+
+    @property
+    def records(self) -> list[AttackRecord]:
+        """Records of all forms without the controls."""
+        return [r for form in self.variants if not form.is_control for r in form.records]
+
+    @property
+    def found_lists(self) -> frozenset[str]:
+        """Names of the lists that the attack wrote."""
+        names = {variant.label for variant in self.variants}
+        return frozenset(names) if self.changes_prompts else frozenset()
+
+    @property
+    def changes_prompts(self) -> bool:
+        """Whether the attack wrote prompts of its own."""
+        return all(variant.images is not self.before for variant in self.variants)
 
 
 def read_attack(run: Run) -> AttackRun | None:
@@ -167,42 +201,64 @@ def read_attack(run: Run) -> AttackRun | None:
         raise FileError(
             f"{path} must name a stack of the run, got {settings.stack[:12]}. Start a new run."
         )
-    changed = tuple(entry.name for entry in run.stacks if entry.reference == stack.name)
-    last = run.protocol.lists[-1]
-    found = last.name if last.role == "attack" and last.source == PROMPTS else None
-    samples = [(i, s) for i, s in enumerate(run.samples) if s.list_name != found]
-    by_id = {record.id: record for record in read_journal(run.folder / ATTACK, AttackRecord)[0]}
+    lists = [part for part in run.protocol.lists if is_written(part, settings.name)]
+    names = {part.name for part in lists}
+    samples = [(i, s) for i, s in enumerate(run.samples) if s.list_name not in names]
+    table = {(r.id, r.variant): r for r in read_journal(run.folder / ATTACK, AttackRecord)[0]}
     attacked = attacked_ids([s for _, s in samples], settings.config.repeat)
-    done = [(id_, of) for id_, of in attacked if id_ in by_id]
-    if len(done) < len(by_id) or not done:
+    done = {id_ for id_, _ in table}
+    if not done or not done <= {id_ for id_, _ in attacked}:
         raise FileError(
             f"{run.folder / ATTACK} must have records of the attacked samples alone, and at least "
-            f"one, got {len(by_id)}. Start a new run."
+            "one. Start a new run."
         )
-    known = {of for _, of in done}
+    known = {of for id_, of in attacked if id_ in done}
     before = {i: sample.id for i, sample in samples if sample.id in known}
-    after = before
-    if found is not None:
-        places = [i for i, s in enumerate(run.samples) if s.list_name == found]
-        if len(places) != len(done):
-            raise FileError(
-                f"{run.folder / PROMPTS} must have a prompt for each of the {len(done)} records of "
-                f"{ATTACK}, got {len(places)}. Start a new run."
-            )
-        after = {i: of for i, (_, of) in zip(places, done, strict=True)}
+    variants = [_variant(run, part, attacked, table) for part in lists]
+    if not variants:
+        variants = [VariantImages(settings.name, "", False, before, list(table.values()))]
     return AttackRun(
         settings,
-        [by_id[id_] for id_, _ in done],
+        len(done),
         len(attacked),
         stack.name,
-        changed,
-        found,
+        tuple(entry.name for entry in run.stacks if entry.reference == stack.name),
         before,
-        after,
+        tuple(sorted(variants, key=lambda variant: variant.is_control)),
     )
 
 
-def attacked_ids(samples: list[EvalSample], repeat: int) -> list[tuple[str, str]]:
+def is_written(part: PromptList, name: str) -> bool:
+    """Return whether the attack of a name wrote a prompt list of its run."""
+    label = f"{name} {part.select.get('variant', '')}".strip()
+    return part.source in (PROMPTS, CONTROLS) and part.name == label
+
+
+def _variant(
+    run: Run,
+    part: PromptList,
+    attacked: Sequence[tuple[str, str]],
+    table: Mapping[tuple[str, str], AttackRecord],
+) -> VariantImages:
+    """Return the images of a list that the attack wrote.
+
+    Raises:
+        FileError: the list does not have one prompt per record.
+    """
+    form = part.select.get("variant", "")
+    done = [(table[id_, form], of) for id_, of in attacked if (id_, form) in table]
+    places = [i for i, s in enumerate(run.samples) if s.list_name == part.name]
+    if len(places) != len(done):
+        raise FileError(
+            f"{run.folder / str(part.source)} must have a prompt for each of the {len(done)} "
+            f"records of {part.name!r} in {ATTACK}, got {len(places)}. Start a new run."
+        )
+    images = {place: of for place, (_, of) in zip(places, done, strict=True)}
+    records = [record for record, _ in done]
+    return VariantImages(part.name, form, part.source == CONTROLS, images, records)
+
+
+def attacked_ids(samples: Sequence[EvalSample], repeat: int) -> list[tuple[str, str]]:
     """Return the id of each attack of a run in order, and the id of the attacked prompt."""
     return [(copy_id(s.id, number), s.id) for number in range(repeat) for s in samples]
 

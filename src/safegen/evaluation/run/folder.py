@@ -41,6 +41,8 @@ TRUTH = "truth.csv"
 """What a person saw in images of the run."""
 ATTACK, PROMPTS, ATTACK_FILES = "attack.jsonl", "prompts.jsonl", "attack"
 """Results of an attack by sample, the prompts that it found, and the directory of its files."""
+CONTROLS = "controls.jsonl"
+"""Prompts of an attack's controls, which have nothing of the concept."""
 MAX_PIXELS = 2**26
 """Most pixels of an image: 8192 x 8192. A small file can hold more than memory does."""
 PIL_ERRORS = (

@@ -114,7 +114,11 @@ def write_truth_sheet(run: Run, path: Path, *, images: int = 100, seed: int = 0)
         FileError: the file exists or cannot be written.
     """
     attack = read_attack(run)
-    places = range(len(run.samples)) if attack is None else attack.after
+    places = (
+        list(range(len(run.samples)))
+        if attack is None
+        else [i for variant in attack.variants for i in variant.images]
+    )
     entries = [e for e in run.stacks if attack is None or e.name in (*attack.attacked, e.baseline)]
     files = sorted(
         {image_file(entry.name, run.keys(entry)[i]) for entry in entries for i in places}
