@@ -11,7 +11,7 @@ from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.report.attacks import PerplexityModel, attack_section
 from safegen.evaluation.run.attack_records import AttackRun, Tier, VariantImages
 from safegen.evaluation.run.folder import Run
-from safegen.evaluation.samples import canonical
+from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.attack_metrics import attempt_scores, stack_outcomes
 from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.score import scores_of
@@ -36,7 +36,7 @@ class _Cell:
     column: str
     """Label of the attack and its form."""
     settings: str
-    """Settings of the attack, which part columns of one label."""
+    """Hash of the settings of the attack, which part columns of one label."""
 
     @property
     def stack_hash(self) -> str:
@@ -157,7 +157,8 @@ def _cells(name: str, results: RunResults) -> list[_Cell]:
     attack = results.attack
     assert attack is not None
     chosen = attack.settings
-    settings = canonical([chosen.attack, chosen.config.repeat, chosen.config.budget])
+    # a hash: the settings may repeat an unsafe prompt
+    settings = sha(canonical([chosen.attack, chosen.config.repeat, chosen.config.budget]))[:16]
     cells = []
     for stack in attack.attacked:
         part = stack.removeprefix(attack.stack).strip("-_.") if len(attack.changed) > 1 else ""
