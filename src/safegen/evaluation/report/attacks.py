@@ -151,6 +151,8 @@ def attack_headline(section: Mapping[str, Any]) -> list[dict[str, str]]:
         title = f"attacked prompts that show it, {when}"
         cards.append({"title": title, "value": value, "detail": detail})
     per, cost = rows[0]["per_success"], section["cost"]
-    value = f"{per['denoiser']:,.0f}" if per else "no success"
-    detail = f"{cost['denoiser']:,} in all, {cost['queries']:,} queries"
-    return [*cards, {"title": "denoiser passes per success", "value": value, "detail": detail}]
+    unit = "denoiser" if cost["denoiser"] else "text_encoder"
+    value = f"{per[unit]:,.0f}" if per else "no success"
+    detail = f"{cost[unit]:,} in all, {cost['queries']:,} queries"
+    title = f"{unit.replace('_', '-')} passes per success"
+    return [*cards, {"title": title, "value": value, "detail": detail}]
