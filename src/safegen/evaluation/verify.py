@@ -139,20 +139,20 @@ def _journals(run: Run) -> Iterator[str]:
 
 
 def _patches(run: Run) -> Iterator[str]:
-    """Yield the patches in the run's folder that are not those of the card."""
+    """Yield the patches in the run's folders that are not those of the card."""
     for patch in {patch.file: patch for entry in run.stacks for patch in entry.patches}.values():
-        for folder in (PATCHES, ATTACK_FILES):
-            path, name = run.folder / folder / patch.file, f"{folder}/{patch.file}"
-            if path.is_file():
-                from safegen.patches.patch import Patch
+        for name in (f"{PATCHES}/{patch.file}", f"{ATTACK_FILES}/{patch.file}"):
+            if not (run.folder / name).is_file():
+                continue
+            from safegen.patches.patch import Patch
 
-                try:
-                    digest = Patch.load(path).hash
-                except UserError as error:
-                    yield f"{name}: {error}"
-                    continue
-                if digest != patch.hash:
-                    yield f"{name}: its hash is not the one of the card"
+            try:
+                digest = Patch.load(run.folder / name).hash
+            except UserError as error:
+                yield f"{name}: {error}"
+                continue
+            if digest != patch.hash:
+                yield f"{name}: its hash is not the one of the card"
 
 
 def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterator[str]:

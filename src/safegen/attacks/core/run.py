@@ -106,7 +106,7 @@ def run_attack(
         load_evaluators(protocol)  # a judge that is not installed stops the attack at once
         settings = {
             "workflow": "attack",
-            "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
+            "attack": {"name": attack.method()} | attack.fingerprint(concept),
             "access": attack.access,
             "tier": attack.tier,
             "config": config.model_dump(mode="json"),
