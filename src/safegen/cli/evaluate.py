@@ -235,18 +235,18 @@ def report(
         return
     if len(runs) > 1 and not (out or html):
         raise ConfigError("a report of several runs needs --out or --html")
-    folder, opened = None if html else out or runs[0], open_runs(runs)
+    folder, sources = None if html else out or runs[0], open_runs(runs)
     language_model = None
     if perplexity:
         from safegen.features.perplexity import CausalPerplexity
 
         language_model = CausalPerplexity(perplexity)
     write_report(
-        opened,
+        sources,
         folder,
         html=html,
         reveal=reveal,
-        truth=load_truth(truth, opened.values()) if truth else None,
+        truth=load_truth(truth, sources.values()) if truth else None,
         perplexity=language_model,
         judge=judge,
         labels=label or (),
