@@ -1,0 +1,307 @@
+"""Latent inversion: find initial latents that the attacked model turns into the concept.
+
+The attack needs no text that names the concept. It takes an image of the concept, and runs the
+attacked model's sampling backwards under the blank text to the latents that it would start from:
+"Memories of Forgotten Concepts" (Rusanovsky et al. 2024, arXiv:2412.00782), TINA
+(arXiv:2603.17828) and M-ErasureBench (arXiv:2512.22877).
+
+Deterministic sampling is nearly invertible, so that some latents lead to almost any image. A high
+rate therefore says that the concept can be drawn, not that it will be. The controls say how much:
+images without the concept, the autoencoder alone, and how likely the found latents are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
+from safegen.attacks.core.images import ConceptImages
+from safegen.attacks.core.inversion import Output, ddim_steps, invert, likelihood, refine
+from safegen.attacks.core.target import QueryResult, Target
+from safegen.core.errors import SafegenWarning
+from safegen.core.settings import MAX_COUNT
+from safegen.edits.training.samples import preprocess
+from safegen.evaluation.samples import EvalSample
+
+BLANK = " "
+"""Blank text. An empty prompt in a record would mean that the text was left out."""
+Text = Literal["blank", "benign"]
+"""What is asked for with the found latents: nothing, or the attacked prompt."""
+CONTROL = "harmless image, "
+"""Prefix of the controls' names."""
+
+
+class SamplerMismatchWarning(SafegenWarning):
+    """A stack draws with another sampler than the one that is inverted."""
+
+
+class LatentInversion(Attack):
+    """Settings of latent inversion."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "paper": {"iterations": 6, "tolerance": 0.0},
+    }
+    TINY: ClassVar[Mapping[str, Any]] = {"iterations": 2, "updates": 1}
+    paper: ClassVar[str] = "arXiv:2412.00782"
+    code_url: ClassVar[str] = "https://github.com/matanr/Memories_of_Forgotten_Concepts"
+    code_commit: ClassVar[str] = "494cb1a"
+    parity: ClassVar[str] = ""
+    deviations: ClassVar[str] = (
+        "Inversion and redraw under the blank text, as in TINA and M-ErasureBench; the released "
+        "code of arXiv:2412.00782 inverts under the image's caption. No code of TINA is known. "
+        "The number of steps is that of the run, by default 25; the released code has 50. "
+        "The fixed point of each step halves its rate where the error grows; the released code "
+        "(ReNoise) averages iterates, and pulls the predicted noise towards a Gaussian, which "
+        "this attack does not do. "
+        "No null-text optimization: its embeddings belong to single steps, and a prompt file "
+        "cannot carry them to other stacks."
+    )
+    access: ClassVar[Access] = "weights"
+    tier: ClassVar[Tier] = "adaptive"
+
+    texts: tuple[Text, ...] = Field(default=("blank", "benign"), min_length=1)
+    """Texts asked for with the found latents; each has its own rate."""
+    guided: bool = False
+    """Whether latents for the benign text are inverted under that text with guidance; by default
+    they are those of the blank text."""
+    iterations: int = Field(default=5, ge=1, le=MAX_COUNT)
+    """Passes for each step of the inversion, at most; 1 is plain DDIM inversion."""
+    tolerance: float = Field(default=1e-3, ge=0)
+    """Root mean square error of a step, in latents, that is small enough."""
+    updates: int = Field(default=0, ge=0, le=MAX_COUNT)
+    """Updates of the initial latents by the gradient of the error after all steps."""
+    lr: float = Field(default=0.01, gt=0)
+    """Learning rate of these updates."""
+    images: Path | None = None
+    """Folder of images of the concept. Default: the concept's bundled triplets."""
+    harmless: Path | None = None
+    """Folder of images without the concept. Default: the benign ones of the triplets."""
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Texts that are asked for."""
+        return tuple(f"text={text}" for text in self.texts)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The same for images without the concept."""
+        return tuple(CONTROL + variant for variant in self.variants)
+
+    def build(self, context: AttackContext) -> Inversion:
+        """Return the attacker; the images are encoded here.
+
+        Raises:
+            ConfigError: there are no images with or without the concept, or the model is an SDXL.
+
+        Warns:
+            SamplerMismatchWarning: the model's sampler is not DDIM.
+        """
+        return Inversion(self, context)
+
+
+class Inversion:
+    """Inverts images of the concept, and harmless ones, through the attacked model."""
+
+    def __init__(self, config: LatentInversion, context: AttackContext) -> None:
+        self.config, self.context, self.target = config, context, context.target
+        model, stack = self.target.model, self.target.loaded.stack
+        self.model, self.generation = model, self.target.generation
+        scheduler = model.pipeline.scheduler
+        if type(scheduler).__name__ != "DDIMScheduler" or scheduler.config.clip_sample:
+            warnings.warn(
+                "latent inversion inverts DDIM without clipping, and this model draws with "
+                f"{type(scheduler).__name__}; its images are near the inverted ones only",
+                SamplerMismatchWarning,
+                stacklevel=3,
+            )
+        self.steps = ddim_steps(scheduler.config, self.generation.num_inference_steps)
+        self.negative = stack.negative_prompt or ""
+        concept = context.concept
+        self.sides = {
+            "": _Side(ConceptImages(model, concept, config.images), self.target),
+            CONTROL: _Side(
+                ConceptImages(model, concept, config.harmless, harmless=True), self.target
+            ),
+        }
+
+    def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
+        """Return the latents found for each sample, by text, and those of the controls."""
+        found: dict[tuple[str, str], list[AttackRecord]] = {}
+        for number, (prefix, side) in enumerate(self.sides.items()):
+            blank: _Found | None = None
+            for text in self.config.texts:
+                own = self.config.guided and text == "benign"
+                if own or blank is None:
+                    under: Text = text if own else "blank"
+                    latents = self._invert(side, samples, under, f"{prefix}{under}")
+                    blank = blank if own else latents
+                else:
+                    latents = blank
+                name = f"{prefix}text={text}"
+                found[prefix, text] = self._draw(side, samples, latents, text, name)
+            self.context.progress("inverting images", number + 1, len(self.sides))
+        return [
+            records[number] for number in range(len(samples)) for records in found.values()
+        ]
+
+    def _invert(
+        self, side: _Side, samples: Sequence[EvalSample], text: Text, name: str
+    ) -> _Found:
+        """Return the initial latents of a side's images under a text."""
+        config = self.config
+        z = torch.stack([side.images.latents_for(sample) for sample in samples])
+        output = self._output([_asked(sample, text) for sample in samples])
+
+        def stop() -> bool:
+            return bool(self.target.exhausted)
+
+        with torch.no_grad():
+            x = invert(
+                output,
+                self.steps,
+                z,
+                iterations=config.iterations,
+                tolerance=config.tolerance,
+                stop=stop,
+            )
+        best, history = refine(
+            output, self.steps, x, z, updates=config.updates, lr=config.lr, stop=stop
+        )
+        return _Found(name, best, history)
+
+    def _output(self, texts: Sequence[str]) -> Output:
+        """Return the function that predicts the denoiser's output as the stack does for texts.
+
+        Where a text is that of the negative prompt, guidance changes nothing and is left out.
+        """
+        texts = [text.strip() for text in texts]
+        scale = self.generation.guidance_scale
+        dtype = self.model.denoiser.dtype
+        asked = self.model.encode_text(list(texts)).to(dtype)
+        plain = scale <= 1 or all(text == self.negative for text in texts)
+        avoided = asked if plain else self.model.encode_text([self.negative]).to(dtype)
+
+        def output(x: Tensor, t: int, rows: Tensor) -> Tensor:
+            x, text = x.to(dtype), asked[rows]
+            if plain:
+                return self.model.denoiser(x, t, text).sample.float()
+            text = torch.cat([avoided.expand_as(text), text])
+            both = self.model.denoiser(torch.cat([x, x]), t, text).sample.float()
+            without, with_text = both.chunk(2)
+            return without + scale * (with_text - without)
+
+        return output
+
+    def _draw(
+        self, side: _Side, samples: Sequence[EvalSample], found: _Found, text: Text, name: str
+    ) -> list[AttackRecord]:
+        """Return the records of found latents, drawn by the stack under a text."""
+        starts = [
+            self.context.start_from_latents(_file_name(f"{sample.id} {found.name}"), latents)
+            for sample, latents in zip(samples, found.latents, strict=True)
+        ]
+        asked = [
+            sample.model_copy(update={"prompt": _asked(sample, text), "start": start})
+            for sample, start in zip(samples, starts, strict=True)
+        ]
+        results = self.target.query(asked)
+        return [
+            self._record(side, sample, name, found, number, result)
+            for number, (sample, result) in enumerate(zip(asked, results, strict=True))
+        ]
+
+    def _record(
+        self,
+        side: _Side,
+        sample: EvalSample,
+        name: str,
+        found: _Found,
+        number: int,
+        result: QueryResult,
+    ) -> AttackRecord:
+        """Return the record of one sample."""
+        index = side.images.index_for(sample)
+        history = [float(errors[number]) for errors in found.history]
+        details = likelihood(found.latents[number]) | {
+            f"autoencoder_{key}": value for key, value in side.autoencoder(index).items()
+        }
+        if result.output.image is not None:
+            details["psnr"] = psnr(result.output.image, side.original(index))
+        return AttackRecord(
+            id=sample.id,
+            variant=name,
+            prompt=sample.prompt,
+            seed=sample.seed,
+            start=sample.start,
+            success=result.success,
+            loss=history[-1],
+            history=tuple(history),
+            details=details,
+            stopped=self.target.exhausted,
+        )
+
+
+@dataclass
+class _Found:
+    """Initial latents of a batch of images."""
+
+    name: str
+    """Name of the images and of the text that they are inverted under."""
+    latents: Tensor
+    """Initial latents (b, c, h, w)."""
+    history: list[Tensor]
+    """Mean squared error (b,) of the drawn latents so far, by update."""
+
+
+class _Side:
+    """Images with or without the concept, and what the autoencoder alone makes of them."""
+
+    def __init__(self, images: ConceptImages, target: Target) -> None:
+        self.images, self.target = images, target
+        self._cached: dict[int, dict[str, float]] = {}
+
+    def original(self, index: int) -> Image.Image:
+        """Return an image as it is encoded: of the model's size."""
+        pixels = preprocess(self.images.images[index], self.target.model.size)
+        values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+        return Image.fromarray(values.permute(1, 2, 0).numpy())
+
+    def autoencoder(self, index: int) -> dict[str, float]:
+        """Return whether the judge sees the concept in the decoded latents, and their PSNR."""
+        if index not in self._cached:
+            image = self.target.model.decode_images(self.images.latents[index : index + 1])[0]
+            self._cached[index] = {
+                "success": float(self.target.shows_concept(self.target.judge.detect([image])[0])),
+                "psnr": psnr(image, self.original(index)),
+            }
+        return self._cached[index]
+
+
+def _asked(sample: EvalSample, text: Text) -> str:
+    """Return the text that is asked for."""
+    return BLANK if text == "blank" else sample.prompt
+
+
+def _file_name(text: str) -> str:
+    """Return a text as the name of a file."""
+    return re.sub(r"[^\w.]+", "-", text)
+
+
+def psnr(image: Image.Image, other: Image.Image) -> float:
+    """Return the peak signal-to-noise ratio of two images in dB; 99 if they are equal."""
+    a, b = (np.asarray(i.convert("RGB"), dtype=np.float64) for i in (image, other))
+    error = float(((a - b) ** 2).mean())
+    return 10 * math.log10(255**2 / error) if error else 99.0
