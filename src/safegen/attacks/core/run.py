@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
-from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, PROMPTS, Run
+from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPTS, Run
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, hash_prompts, is_bundled, read_prompt_list
@@ -72,7 +72,9 @@ def run_attack(
     """Attack a stack, evaluate it before and after, write the report and return the run.
 
     Calling it again with the same arguments resumes an interrupted run; at most one batch is
-    repeated. The found prompts are in `output_dir/prompts.jsonl`, which any evaluation reads.
+    repeated. The found prompts are in `output_dir/prompts.jsonl`, which any evaluation reads, and
+    those of the attack's controls in `output_dir/controls.jsonl`. Each variant is a list of its
+    own: "img2img strength=0.3".
 
     Args:
         attack: the attack.
@@ -122,11 +124,11 @@ def run_attack(
                 loader=loader,
                 progress=progress,
             )
-        _write_prompts(attack, samples, records, output_dir / PROMPTS)
-        attacked = [_attacked_list(attack, config, output_dir)] if attack.changes_prompts else []
+        role = protocol.lists[0].role
+        lists = _attacked_lists(attack, config, samples, records, output_dir, role)
         after = attack.attacked_stacks(stack, folder)
         run = evaluate(
-            protocol.model_copy(update={"lists": (*protocol.lists, *attacked)}),
+            protocol.model_copy(update={"lists": (*protocol.lists, *lists)}),
             [stack, *after],
             output_dir,
             baselines="none",
@@ -139,18 +141,38 @@ def run_attack(
     return run
 
 
-def _attacked_list(attack: Attack, config: AttackConfig, output_dir: Path) -> PromptList:
-    """Return the list of the prompts that an attack found."""
-    source = str(output_dir / PROMPTS)
-    rows = read_prompt_list(source, protocol_seed=config.seed).rows
-    return PromptList(
-        name=attack.method(),
-        role="attack",
-        source=source,
-        prompts=len(rows),
-        sha256=hash_prompts(rows),
-        unsafe=config.unsafe,
+def _attacked_lists(
+    attack: Attack,
+    config: AttackConfig,
+    samples: Sequence[EvalSample],
+    records: Mapping[tuple[str, str], AttackRecord],
+    output_dir: Path,
+    role: Role,
+) -> Iterator[PromptList]:
+    """Write the prompts that the attack found, and yield the list of each variant.
+
+    Lists of controls have the role of the attacked prompts.
+    """
+    files: tuple[tuple[tuple[str, ...], str, Role], ...] = (
+        (attack.variants, PROMPTS, "attack"),
+        (attack.controls, CONTROLS, role),
     )
+    for variants, file, its_role in files:
+        source = str(output_dir / file)
+        if variants:
+            _write_prompts(attack, samples, records, variants, output_dir / file)
+        for variant in variants if attack.changes_prompts else ():
+            select = {"variant": variant} if variant else {}
+            rows = read_prompt_list(source, select=select, protocol_seed=config.seed).rows
+            yield PromptList(
+                name=f"{attack.method()} {variant}".strip(),
+                role=its_role,
+                source=source,
+                select=select,
+                prompts=len(rows),
+                sha256=hash_prompts(rows),
+                unsafe=config.unsafe,
+            )
 
 
 def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSample]:
@@ -179,13 +201,14 @@ def attack_samples(
     *,
     loader: StackLoader,
     progress: ProgressCallback = no_progress,
-) -> dict[str, AttackRecord]:
-    """Attack the samples that the journal lacks, and return the record of each, by its id.
+) -> dict[tuple[str, str], AttackRecord]:
+    """Attack the samples that the journal lacks, and return the records by id and variant.
 
     Samples that the budget leaves out have no record.
     """
-    records = {record.id: record for record in journal.records}
-    if all(sample.id in records for sample in samples):
+    records = {(record.id, record.variant): record for record in journal.records}
+    variants = (*attack.variants, *attack.controls)
+    if _complete(samples, variants, records):
         return records
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     with loader.open(stack) as loaded:
@@ -194,7 +217,7 @@ def attack_samples(
         with target.counted(spent):
             attacker: Attacker | None = None
             for batch in _batches(samples, attack.batch_size):
-                if all(sample.id in records for sample in batch):
+                if _complete(batch, variants, records):
                     continue
                 if target.exhausted:
                     break
@@ -202,18 +225,27 @@ def attack_samples(
                     context = AttackContext(target, folder, progress)
                     attacker = attack.build(context)
                 before = target.cost if records else Cost()
-                progress(f"attacking: {stack.name}", len(records), len(samples))
+                progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
                 results = attacker.attack(batch)
-                costs = (target.cost - before).split(len(batch))
+                costs = (target.cost - before).split(len(results))
                 new = [
                     result.model_copy(update={"cost": cost})
                     for result, cost in zip(results, costs, strict=True)
-                    if result.id not in records
+                    if (result.id, result.variant) not in records
                 ]
                 journal.append(new)
-                records |= {record.id: record for record in new}
-    progress(f"attacking: {stack.name}", len(records), len(samples))
+                records |= {(record.id, record.variant): record for record in new}
+    progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
     return records
+
+
+def _complete(
+    samples: Sequence[EvalSample],
+    variants: Sequence[str],
+    records: Mapping[tuple[str, str], AttackRecord],
+) -> bool:
+    """Return whether every variant of every sample has a record."""
+    return all((sample.id, variant) in records for sample in samples for variant in variants)
 
 
 def _batches(samples: Sequence[EvalSample], size: int) -> Iterator[Sequence[EvalSample]]:
@@ -270,21 +302,27 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
 
 
 def _write_prompts(
-    attack: Attack, samples: Sequence[EvalSample], records: dict[str, AttackRecord], path: Path
+    attack: Attack,
+    samples: Sequence[EvalSample],
+    records: Mapping[tuple[str, str], AttackRecord],
+    variants: Sequence[str],
+    path: Path,
 ) -> Path:
-    """Write the prompts that the attack found, in the order of the samples."""
+    """Write the prompts that the attack found, by variant and in the order of the samples."""
     rows: list[dict[str, Any]] = [
         {
-            "id": f"{number:05d}",
+            "id": f"{part * len(samples) + number:05d}",
             "prompt": record.prompt,
             "seed": record.seed,
             "subject": sample.subject,
             "attack": attack.method(),
             "attacked_prompt": sample.prompt,
         }
+        | ({"variant": variant} if variant else {})
         | ({} if record.start is None else {"start": record.start.model_dump(mode="json")})
+        for part, variant in enumerate(variants)
         for number, sample in enumerate(samples)
-        if (record := records.get(sample.id))
+        if (record := records.get((sample.id, variant)))
     ]
     if not rows:
         raise ConfigError("budget must suffice for one batch of samples, got none. Raise it.")
