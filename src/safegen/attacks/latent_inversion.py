@@ -30,7 +30,7 @@ from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecor
 from safegen.attacks.core.images import ConceptImages
 from safegen.attacks.core.inversion import Output, ddim_steps, invert, likelihood, refine
 from safegen.attacks.core.target import QueryResult, Target
-from safegen.core.errors import SafegenWarning
+from safegen.core.errors import DivergedError, SafegenWarning
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
@@ -153,14 +153,14 @@ class Inversion:
                 name = f"{prefix}text={text}"
                 found[prefix, text] = self._draw(side, samples, latents, text, name)
             self.context.progress("inverting images", number + 1, len(self.sides))
-        return [
-            records[number] for number in range(len(samples)) for records in found.values()
-        ]
+        return [records[number] for number in range(len(samples)) for records in found.values()]
 
-    def _invert(
-        self, side: _Side, samples: Sequence[EvalSample], text: Text, name: str
-    ) -> _Found:
-        """Return the initial latents of a side's images under a text."""
+    def _invert(self, side: _Side, samples: Sequence[EvalSample], text: Text, name: str) -> _Found:
+        """Return the initial latents of a side's images under a text.
+
+        Raises:
+            DivergedError: they are not finite.
+        """
         config = self.config
         z = torch.stack([side.images.latents_for(sample) for sample in samples])
         output = self._output([_asked(sample, text) for sample in samples])
@@ -180,6 +180,10 @@ class Inversion:
         best, history = refine(
             output, self.steps, x, z, updates=config.updates, lr=config.lr, stop=stop
         )
+        if not bool(best.isfinite().all() and history[-1].isfinite().all()):
+            raise DivergedError(
+                "latents must be finite, and the inversion's are not. Load the model as fp32."
+            )
         return _Found(name, best, history)
 
     def _output(self, texts: Sequence[str]) -> Output:

@@ -46,6 +46,7 @@ GUARDS = {
 
 ATTACKS = {
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
+    "latent_inversion": "safegen.attacks.latent_inversion:LatentInversion",
     "mma": "safegen.attacks.mma:MMA",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",

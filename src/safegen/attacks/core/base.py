@@ -57,7 +57,7 @@ class AttackRecord(Record):
     """Ids of the tokens that the attack chose."""
     stable: bool | None = None
     """Whether the text is read as exactly those tokens; None if tokens were not chosen."""
-    details: dict[str, float] = {}
+    details: Mapping[str, float] = Field(default_factory=dict)
     """Further measurements by name; the attack's page explains them."""
     stopped: str = ""
     """Limit of the budget that ended the attack; empty if it ended by itself."""

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Latents = Float[Tensor, "b c h w"]
-Output = Callable[[Latents, int, Int[Tensor, "b"]], Latents]
+from safegen.edits.functional.losses import Latent, PerSample
+
+Output = Callable[[Latent, int, Tensor], Latent]
 """Output of the denoiser for latents at a timestep; the last argument has the rows' numbers."""
 
 
@@ -55,7 +56,7 @@ def ddim_steps(config: Any, num_steps: int) -> list[Step]:
     ]
 
 
-def draw(output: Output, steps: Sequence[Step], x: Latents) -> Latents:
+def draw(output: Output, steps: Sequence[Step], x: Latent) -> Latent:
     """Return the latents of the image that initial latents lead to."""
     rows = torch.arange(len(x), device=x.device)
     for step in steps:
@@ -66,12 +67,12 @@ def draw(output: Output, steps: Sequence[Step], x: Latents) -> Latents:
 def invert(
     output: Output,
     steps: Sequence[Step],
-    z: Latents,
+    z: Latent,
     *,
     iterations: int,
     tolerance: float,
     stop: Callable[[], bool] = lambda: False,
-) -> Latents:
+) -> Latent:
     """Return initial latents that lead to the latents of an image.
 
     With one iteration this is plain DDIM inversion, which takes the output at the known end of each
@@ -92,8 +93,8 @@ def invert(
 
 
 def invert_step(
-    output: Output, step: Step, y: Latents, *, iterations: int, tolerance: float
-) -> Latents:
+    output: Output, step: Step, y: Latent, *, iterations: int, tolerance: float
+) -> Latent:
     """Return x with a x + b output(x, t) = y, row by row.
 
     Fixed point x <- x - rate (a x + b output(x, t) - y) / a from x = y, as in ReNoise (Garibi et
@@ -120,13 +121,13 @@ def invert_step(
 def refine(
     output: Output,
     steps: Sequence[Step],
-    x: Latents,
-    z: Latents,
+    x: Latent,
+    z: Latent,
     *,
     updates: int,
     lr: float,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[Latents, list[Float[Tensor, "b"]]]:
+) -> tuple[Latent, list[PerSample]]:
     """Return initial latents that lead nearer to an image's, and their errors so far.
 
     Adam on the mean squared error between `draw(x)` and `z`, through all steps; the best x of each
@@ -154,8 +155,10 @@ def refine(
         with torch.set_grad_enabled(not last):
             end = current
             for step in steps:
-                out = output(end, step.t, rows) if last else checkpoint(
-                    output, end, step.t, rows, use_reentrant=False
+                out = (
+                    output(end, step.t, rows)
+                    if last
+                    else checkpoint(output, end, step.t, rows, use_reentrant=False)
                 )
                 end = step.a * end + step.b * out
             error = (end - z).pow(2).mean(dim=(1, 2, 3))
