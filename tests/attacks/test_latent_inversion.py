@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ from safegen.attacks.core.inversion import (
 from safegen.attacks.core.target import Target
 from safegen.attacks.latent_inversion import BLANK, LatentInversion, SamplerMismatchWarning, psnr
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.tensor_files import read_tensors
+from safegen.data.triplets.triplets import Triplets
 from safegen.guards.sld import SldConfig
 from safegen.stack import Stack
 
@@ -124,7 +125,7 @@ def test_refinement_never_leads_away_and_its_history_falls():
     x = noise(2, 2, 4, 4, seed=1)
     best, history = refine(smooth, steps, x, z, updates=20, lr=0.05)
     assert len(history) == 21
-    assert all(bool((b <= a).all()) for a, b in zip(history, history[1:], strict=False))
+    assert all(bool((b <= a).all()) for a, b in pairwise(history))
     assert bool((history[-1] < history[0] / 2).all())
     assert_close((draw(smooth, steps, best) - z).pow(2).mean(dim=(1, 2, 3)), history[-1])
     same, measured = refine(smooth, steps, x, z, updates=0, lr=0.05)
@@ -146,31 +147,41 @@ def test_likelihood_of_draws_is_that_of_the_normal_distribution():
     assert all(math.isfinite(v) for v in likelihood(torch.zeros(1, 2, 2)).values())
 
 
-@pytest.fixture
-def inverted(loader, skulls_judge, benign_samples, tmp_path):
-    """Return a function that attacks the base, and returns the target and its records."""
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return settings with folders of two images with the concept and two without."""
+    triplets, folders = Triplets.load(SKULLS.triplets), {}
+    for name, side in (("images", 0), ("harmless", 2)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for row in range(2):
+            triplets.images(row)[side].save(folders[name] / f"{row}.png")
+    return folders
 
-    def run(steps=8, guidance=5.0, **settings):
+
+@pytest.fixture
+def inverted(loader, skulls_judge, benign_samples, folders, tmp_path):
+    """Return a function that attacks the base and returns the records."""
+
+    def run(steps=8, **settings):
         with loader.open(Stack(name="mini", model="mini")) as loaded:
-            generation = GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
+            generation = GenerationConfig(num_inference_steps=steps)
             target = Target(loaded, SKULLS, skulls_judge, generation)
-            with target.counted():
-                attacker = LatentInversion(**settings).build(AttackContext(target, tmp_path / "f"))
-                return target, attacker.attack(benign_samples[:2])
+            attack = LatentInversion(**folders, **settings)
+            return attack.build(AttackContext(target, tmp_path / "f")).attack(benign_samples[:2])
 
     return run
 
 
 def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverted):
-    target, records = inverted(iterations=4)
+    records = inverted(iterations=4)
     assert [r.variant for r in records[:4]] == [
         "text=blank",
         "text=benign",
-        "harmless image, text=blank",
-        "harmless image, text=benign",
+        "control=blank",
+        "control=benign",
     ]
     blank = [r for r in records if r.variant == "text=blank"]
-    control = [r for r in records if r.variant == "harmless image, text=blank"]
+    control = [r for r in records if r.variant == "control=blank"]
     assert all(r.success and r.prompt == BLANK for r in blank)
     assert not any(r.success for r in control)
     for record in (*blank, *control):
@@ -185,8 +196,8 @@ def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverte
     assert all(r.prompt.strip() for r in benign)
 
 
-def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader):
-    _, records = inverted(iterations=4, texts=("blank",))
+def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader, folders):
+    records = inverted(iterations=4, texts=("blank",), control=False)
     start = records[0].start
     latents = read_tensors(start.path(start.latents))[0]["latents"]
     assert latents.shape == (4, 16, 16)
@@ -196,20 +207,20 @@ def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader):
         generation = GenerationConfig(num_inference_steps=8, guidance_scale=1.0)
         sample = Sample(prompt="", seed=3, start=start)
         image = loaded.generate_images([sample], generation)[0]
-        images = ConceptImages(loaded.model, SKULLS, None).images
+        images = ConceptImages(loaded.model, SKULLS, folders["images"]).images
         assert max(psnr(image, other) for other in images) > 20, "guidance changes no blank text"
 
 
 def test_latents_of_the_benign_text_are_found_under_its_guidance(inverted):
-    plain = inverted(iterations=2)[1]
-    guided = inverted(iterations=2, guided=True)[1]
+    plain = inverted(iterations=2, control=False)
+    guided = inverted(iterations=2, control=False, guided=True)
     by_variant = {r.variant: r for r in reversed(plain)}, {r.variant: r for r in reversed(guided)}
     assert by_variant[0]["text=blank"].start.sha256 == by_variant[1]["text=blank"].start.sha256
     assert by_variant[0]["text=benign"].start != by_variant[1]["text=benign"].start
 
 
 def test_blank_prompts_pass_guards(inverted, loader):
-    _, records = inverted(steps=2, iterations=1, texts=("blank",))
+    records = inverted(steps=2, iterations=1, texts=("blank",), control=False)
     sample = Sample(prompt=BLANK, seed=1, start=records[0].start)
     guard = SldConfig.preset("max", text="skulls")
     with loader.open(Stack(name="sld", model="mini", guards=(guard,))) as loaded:
@@ -217,7 +228,7 @@ def test_blank_prompts_pass_guards(inverted, loader):
         assert loaded.generate([sample], generation)[0].image is not None
 
 
-def test_another_sampler_is_warned_of(loader, skulls_judge, tmp_path):
+def test_another_sampler_is_warned_of(loader, skulls_judge, folders, tmp_path):
     with loader.open(Stack(name="mini", model="mini")) as loaded:
         pipeline = loaded.model.pipeline
         own = pipeline.scheduler
@@ -225,18 +236,9 @@ def test_another_sampler_is_warned_of(loader, skulls_judge, tmp_path):
         try:
             pipeline.scheduler = EulerDiscreteScheduler.from_config(own.config)
             with pytest.warns(SamplerMismatchWarning, match="EulerDiscreteScheduler"):
-                LatentInversion().build(AttackContext(target, tmp_path))
+                LatentInversion(**folders).build(AttackContext(target, tmp_path))
         finally:
             pipeline.scheduler = own
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            LatentInversion().build(AttackContext(target, tmp_path))
-
-
-def test_images_without_the_concept_must_be_there(loader):
-    concept = SKULLS.model_copy(update={"triplets": None})
-    with loader.open(Stack(name="mini", model="mini")) as loaded:
-        with pytest.raises(ConfigError, match="without 'skulls'.*harmless=DIR"):
-            ConceptImages(loaded.model, concept, None, harmless=True)
-        with pytest.raises(ConfigError, match="of 'skulls'.*images=DIR"):
-            ConceptImages(loaded.model, concept, None)
+            LatentInversion(**folders).build(AttackContext(target, tmp_path))

@@ -13,7 +13,6 @@ images without the concept, the autoencoder alone, and how likely the found late
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from safegen.attacks.core.images import ConceptImages
 from safegen.attacks.core.inversion import Output, ddim_steps, invert, likelihood, refine
 from safegen.attacks.core.target import QueryResult, Target
 from safegen.core.errors import DivergedError, SafegenWarning
+from safegen.core.hashing import hash_tensors
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
@@ -39,8 +39,6 @@ BLANK = " "
 """Blank text. An empty prompt in a record would mean that the text was left out."""
 Text = Literal["blank", "benign"]
 """What is asked for with the found latents: nothing, or the attacked prompt."""
-CONTROL = "harmless image, "
-"""Prefix of the controls' names."""
 
 
 class SamplerMismatchWarning(SafegenWarning):
@@ -54,7 +52,7 @@ class LatentInversion(Attack):
         "default": {},
         "paper": {"iterations": 6, "tolerance": 0.0},
     }
-    TINY: ClassVar[Mapping[str, Any]] = {"iterations": 2, "updates": 1}
+    TINY: ClassVar[Mapping[str, Any]] = {"iterations": 2, "updates": 1, "control": False}
     paper: ClassVar[str] = "arXiv:2412.00782"
     code_url: ClassVar[str] = "https://github.com/matanr/Memories_of_Forgotten_Concepts"
     code_commit: ClassVar[str] = "494cb1a"
@@ -87,18 +85,20 @@ class LatentInversion(Attack):
     """Learning rate of these updates."""
     images: Path | None = None
     """Folder of images of the concept. Default: the concept's bundled triplets."""
+    control: bool = True
+    """Whether images without the concept are inverted too, for the same texts."""
     harmless: Path | None = None
     """Folder of images without the concept. Default: the benign ones of the triplets."""
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Texts that are asked for."""
+        """A variant for each text."""
         return tuple(f"text={text}" for text in self.texts)
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """The same for images without the concept."""
-        return tuple(CONTROL + variant for variant in self.variants)
+        """A control for each text, if there are controls."""
+        return tuple(f"control={text}" for text in self.texts) if self.control else ()
 
     def build(self, context: AttackContext) -> Inversion:
         """Return the attacker; the images are encoded here.
@@ -130,32 +130,29 @@ class Inversion:
         self.steps = ddim_steps(scheduler.config, self.generation.num_inference_steps)
         self.negative = stack.negative_prompt or ""
         concept = context.concept
-        self.sides = {
-            "": _Side(ConceptImages(model, concept, config.images), self.target),
-            CONTROL: _Side(
-                ConceptImages(model, concept, config.harmless, harmless=True), self.target
-            ),
-        }
+        self.sides = {"text": _Side(ConceptImages(model, concept, config.images), self.target)}
+        if config.control:
+            harmless = ConceptImages(model, concept, config.harmless, harmless=True)
+            self.sides["control"] = _Side(harmless, self.target)
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return the latents found for each sample, by text, and those of the controls."""
-        found: dict[tuple[str, str], list[AttackRecord]] = {}
-        for number, (prefix, side) in enumerate(self.sides.items()):
+        found: dict[str, list[AttackRecord]] = {}
+        for number, (part, side) in enumerate(self.sides.items()):
             blank: _Found | None = None
             for text in self.config.texts:
                 own = self.config.guided and text == "benign"
                 if own or blank is None:
-                    under: Text = text if own else "blank"
-                    latents = self._invert(side, samples, under, f"{prefix}{under}")
+                    latents = self._invert(side, samples, text if own else "blank")
                     blank = blank if own else latents
                 else:
                     latents = blank
-                name = f"{prefix}text={text}"
-                found[prefix, text] = self._draw(side, samples, latents, text, name)
+                name = f"{part}={text}"
+                found[name] = self._draw(side, samples, latents, text, name)
             self.context.progress("inverting images", number + 1, len(self.sides))
         return [records[number] for number in range(len(samples)) for records in found.values()]
 
-    def _invert(self, side: _Side, samples: Sequence[EvalSample], text: Text, name: str) -> _Found:
+    def _invert(self, side: _Side, samples: Sequence[EvalSample], text: Text) -> _Found:
         """Return the initial latents of a side's images under a text.
 
         Raises:
@@ -184,7 +181,7 @@ class Inversion:
             raise DivergedError(
                 "latents must be finite, and the inversion's are not. Load the model as fp32."
             )
-        return _Found(name, best, history)
+        return _Found(best, history)
 
     def _output(self, texts: Sequence[str]) -> Output:
         """Return the function that predicts the denoiser's output as the stack does for texts.
@@ -214,8 +211,8 @@ class Inversion:
     ) -> list[AttackRecord]:
         """Return the records of found latents, drawn by the stack under a text."""
         starts = [
-            self.context.start_from_latents(_file_name(f"{sample.id} {found.name}"), latents)
-            for sample, latents in zip(samples, found.latents, strict=True)
+            self.context.start_from_latents(hash_tensors({"latents": latents})[:16], latents)
+            for latents in found.latents
         ]
         asked = [
             sample.model_copy(update={"prompt": _asked(sample, text), "start": start})
@@ -237,13 +234,10 @@ class Inversion:
         result: QueryResult,
     ) -> AttackRecord:
         """Return the record of one sample."""
-        index = side.images.index_for(sample)
         history = [float(errors[number]) for errors in found.history]
-        details = likelihood(found.latents[number]) | {
-            f"autoencoder_{key}": value for key, value in side.autoencoder(index).items()
-        }
+        details = likelihood(found.latents[number]) | side.autoencoder(sample)
         if result.output.image is not None:
-            details["psnr"] = psnr(result.output.image, side.original(index))
+            details["psnr"] = psnr(result.output.image, side.original(sample))
         return AttackRecord(
             id=sample.id,
             variant=name,
@@ -262,8 +256,6 @@ class Inversion:
 class _Found:
     """Initial latents of a batch of images."""
 
-    name: str
-    """Name of the images and of the text that they are inverted under."""
     latents: Tensor
     """Initial latents (b, c, h, w)."""
     history: list[Tensor]
@@ -274,34 +266,27 @@ class _Side:
     """Images with or without the concept, and what the autoencoder alone makes of them."""
 
     def __init__(self, images: ConceptImages, target: Target) -> None:
-        self.images, self.target = images, target
-        self._cached: dict[int, dict[str, float]] = {}
+        self.images, self.target, self.model = images, target, target.model
 
-    def original(self, index: int) -> Image.Image:
-        """Return an image as it is encoded: of the model's size."""
-        pixels = preprocess(self.images.images[index], self.target.model.size)
+    def original(self, sample: EvalSample) -> Image.Image:
+        """Return the image for a sample, of the model's size."""
+        pixels = preprocess(self.images.images[self.images.index_for(sample)], self.model.size)
         values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
         return Image.fromarray(values.permute(1, 2, 0).numpy())
 
-    def autoencoder(self, index: int) -> dict[str, float]:
+    def autoencoder(self, sample: EvalSample) -> dict[str, float]:
         """Return whether the judge sees the concept in the decoded latents, and their PSNR."""
-        if index not in self._cached:
-            image = self.target.model.decode_images(self.images.latents[index : index + 1])[0]
-            self._cached[index] = {
-                "success": float(self.target.shows_concept(self.target.judge.detect([image])[0])),
-                "psnr": psnr(image, self.original(index)),
-            }
-        return self._cached[index]
+        image = self.model.decode_images(self.images.latents_for(sample)[None])[0]
+        seen = self.target.shows_concept(self.target.judge.detect([image])[0])
+        return {
+            "autoencoder_success": float(seen),
+            "autoencoder_psnr": psnr(image, self.original(sample)),
+        }
 
 
 def _asked(sample: EvalSample, text: Text) -> str:
     """Return the text that is asked for."""
     return BLANK if text == "blank" else sample.prompt
-
-
-def _file_name(text: str) -> str:
-    """Return a text as the name of a file."""
-    return re.sub(r"[^\w.]+", "-", text)
 
 
 def psnr(image: Image.Image, other: Image.Image) -> float:
