@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, EulerDiscreteScheduler
 from torch.testing import assert_close
 
 from safegen.attacks.core.base import AttackContext
@@ -74,10 +74,14 @@ def test_inversion_leads_back_to_the_image_and_more_iterations_lead_nearer():
     assert errors[2] < 1e-9
 
 
-def test_one_iteration_is_ddim_inversion():
-    y, step = noise(1, 2, 4, 4), Step(t=500, a=0.8, b=0.3)
-    x = invert_step(smooth, step, y, iterations=1, tolerance=0.0)
-    assert_close(x, (y - 0.3 * smooth(y, 500, torch.arange(1))) / 0.8)
+def test_one_iteration_is_the_ddim_inversion_of_diffusers():
+    inverse, z = DDIMInverseScheduler(**CONFIG), noise(2, 2, 4, 4)
+    inverse.set_timesteps(10)
+    x, rows = z, torch.arange(2)
+    for t in inverse.timesteps:
+        x = inverse.step(smooth(x, int(t), rows), int(t), x).prev_sample
+    steps = ddim_steps(DDIMScheduler(**CONFIG).config, 10)
+    assert_close(invert(smooth, steps, z, iterations=1, tolerance=0.0), x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_that_is_no_contraction_is_solved_with_smaller_rates():
