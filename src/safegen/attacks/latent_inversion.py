@@ -130,37 +130,39 @@ class Inversion:
         self.steps = ddim_steps(scheduler.config, self.generation.num_inference_steps)
         self.negative = stack.negative_prompt or ""
         concept = context.concept
-        self.sides = {"text": _Side(ConceptImages(model, concept, config.images), self.target)}
+        self.image_sets = {
+            "text": _ImageSet(ConceptImages(model, concept, config.images), self.target)
+        }
         if config.control:
             harmless = ConceptImages(model, concept, config.harmless, harmless=True)
-            self.sides["control"] = _Side(harmless, self.target)
+            self.image_sets["control"] = _ImageSet(harmless, self.target)
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return the latents found for each sample, by text, and those of the controls."""
         found: dict[str, list[AttackRecord]] = {}
-        for number, (part, side) in enumerate(self.sides.items()):
+        for number, (part, images) in enumerate(self.image_sets.items()):
             blank: _Found | None = None
             for text in self.config.texts:
                 own = self.config.guided and text == "benign"
                 if own or blank is None:
-                    latents = self._invert(side, samples, text if own else "blank")
+                    latents = self._invert(images, samples, text if own else "blank")
                     blank = blank if own else latents
                 else:
                     latents = blank
                 name = f"{part}={text}"
-                found[name] = self._draw(side, samples, latents, text, name)
-            self.context.progress("inverting images", number + 1, len(self.sides))
+                found[name] = self._draw(images, samples, latents, text, name)
+            self.context.progress("inverting images", number + 1, len(self.image_sets))
         return [records[number] for number in range(len(samples)) for records in found.values()]
 
-    def _invert(self, side: _Side, samples: Sequence[EvalSample], text: Text) -> _Found:
-        """Return the initial latents of a side's images under a text.
+    def _invert(self, images: _ImageSet, samples: Sequence[EvalSample], text: Text) -> _Found:
+        """Return the initial latents of images under a text.
 
         Raises:
             DivergedError: they are not finite.
         """
         config = self.config
-        z = torch.stack([side.images.latents_for(sample) for sample in samples])
-        output = self._output([_asked(sample, text) for sample in samples])
+        z = torch.stack([images.images.latents_for(sample) for sample in samples])
+        output = self._output([_prompt_for(sample, text) for sample in samples])
 
         def stop() -> bool:
             return bool(self.target.exhausted)
@@ -188,18 +190,18 @@ class Inversion:
 
         Where a text is that of the negative prompt, guidance changes nothing and is left out.
         """
-        texts = [text.strip() for text in texts]
+        texts = [text.strip() for text in texts]  # as the tokenizer does
         scale = self.generation.guidance_scale
         dtype = self.model.denoiser.dtype
-        asked = self.model.encode_text(list(texts)).to(dtype)
+        positive = self.model.encode_text(texts).to(dtype)
         plain = scale <= 1 or all(text == self.negative for text in texts)
-        avoided = asked if plain else self.model.encode_text([self.negative]).to(dtype)
+        negative = positive if plain else self.model.encode_text([self.negative]).to(dtype)
 
         def output(x: Tensor, t: int, rows: Tensor) -> Tensor:
-            x, text = x.to(dtype), asked[rows]
+            x, text = x.to(dtype), positive[rows]
             if plain:
                 return self.model.denoiser(x, t, text).sample.float()
-            text = torch.cat([avoided.expand_as(text), text])
+            text = torch.cat([negative.expand_as(text), text])
             both = self.model.denoiser(torch.cat([x, x]), t, text).sample.float()
             without, with_text = both.chunk(2)
             return without + scale * (with_text - without)
@@ -207,26 +209,26 @@ class Inversion:
         return output
 
     def _draw(
-        self, side: _Side, samples: Sequence[EvalSample], found: _Found, text: Text, name: str
+        self, images: _ImageSet, samples: Sequence[EvalSample], found: _Found, text: Text, name: str
     ) -> list[AttackRecord]:
         """Return the records of found latents, drawn by the stack under a text."""
         starts = [
             self.context.start_from_latents(hash_tensors({"latents": latents})[:16], latents)
             for latents in found.latents
         ]
-        asked = [
-            sample.model_copy(update={"prompt": _asked(sample, text), "start": start})
+        requests = [
+            sample.model_copy(update={"prompt": _prompt_for(sample, text), "start": start})
             for sample, start in zip(samples, starts, strict=True)
         ]
-        results = self.target.query(asked)
+        results = self.target.query(requests)
         return [
-            self._record(side, sample, name, found, number, result)
-            for number, (sample, result) in enumerate(zip(asked, results, strict=True))
+            self._record(images, sample, name, found, number, result)
+            for number, (sample, result) in enumerate(zip(requests, results, strict=True))
         ]
 
     def _record(
         self,
-        side: _Side,
+        images: _ImageSet,
         sample: EvalSample,
         name: str,
         found: _Found,
@@ -235,9 +237,9 @@ class Inversion:
     ) -> AttackRecord:
         """Return the record of one sample."""
         history = [float(errors[number]) for errors in found.history]
-        details = likelihood(found.latents[number]) | side.autoencoder(sample)
+        details = likelihood(found.latents[number]) | images.autoencoder(sample)
         if result.output.image is not None:
-            details["psnr"] = psnr(result.output.image, side.original(sample))
+            details["psnr"] = psnr(result.output.image, images.original(sample))
         return AttackRecord(
             id=sample.id,
             variant=name,
@@ -262,7 +264,7 @@ class _Found:
     """Mean squared error (b,) of the drawn latents so far, by update."""
 
 
-class _Side:
+class _ImageSet:
     """Images with or without the concept, and what the autoencoder alone makes of them."""
 
     def __init__(self, images: ConceptImages, target: Target) -> None:
@@ -284,8 +286,8 @@ class _Side:
         }
 
 
-def _asked(sample: EvalSample, text: Text) -> str:
-    """Return the text that is asked for."""
+def _prompt_for(sample: EvalSample, text: Text) -> str:
+    """Return the prompt for a text."""
     return BLANK if text == "blank" else sample.prompt
 
 
