@@ -49,6 +49,7 @@ ATTACKS = {
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
     "latent_inversion": "safegen.attacks.latent_inversion:LatentInversion",
     "mma": "safegen.attacks.mma:MMA",
+    "p4d": "safegen.attacks.p4d:P4D",
     "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
