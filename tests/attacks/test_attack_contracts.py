@@ -46,15 +46,22 @@ def digest(loader):
     return [hash_tensors(part.state_dict()) for part in parts], vocabulary, grads
 
 
-def assert_alike(a, b):
-    """Check that two records are equal but for rounding, and for the folder of their files."""
+def assert_alike(a, b, folder):
+    """Check that two records are equal but for rounding, and for the folder of their files.
+
+    Args:
+        a: a record.
+        b: another one.
+        folder: folder of the files of a record that was read from a journal.
+    """
     latents = [record.start.latents if record.start else None for record in (a, b)]
     if None in latents:
         assert a.model_dump(exclude=ROUNDED) == b.model_dump(exclude=ROUNDED)
     else:
         fields = ROUNDED | {"start"}
         assert a.model_dump(exclude=fields) == b.model_dump(exclude=fields)
-        assert_close(*(read_tensors(r.start.path(r.start.latents))[0] for r in (a, b)))
+        paths = [(r.start.folder or folder) / r.start.latents for r in (a, b)]
+        assert_close(*(read_tensors(path)[0] for path in paths))
     assert a.details == pytest.approx(b.details, rel=1e-2)
 
 
@@ -75,13 +82,13 @@ def test_class_attributes_name_source_and_access(name):
 
 @every_attack
 def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
-    name, loader, attack_mini, benign_samples
+    name, loader, attack_mini, benign_samples, tmp_path
 ):
     before, items = digest(loader), benign_samples
     first = attack_mini(tiny(name), items, folder="a")
     again = attack_mini(tiny(name), items[:1], items[1:], folder="b")
     for a, b in zip(first, again, strict=True):
-        assert_alike(a, b)
+        assert_alike(a, b, tmp_path)
         assert a.history == pytest.approx(b.history, rel=1e-4)
     variants = (*tiny(name).variants, *tiny(name).controls)
     assert [(r.id, r.variant) for r in first] == [(i.id, v) for i in items for v in variants]
@@ -111,7 +118,7 @@ def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_
                     attack, STACK, SKULLS, CONFIG, items[:stop], journal, folder, loader=loader
                 )
     for key, record in records["unbroken"].items():
-        assert_alike(record, records["resumed"][key])
+        assert_alike(record, records["resumed"][key], tmp_path)
 
 
 def test_costs_are_counted_and_a_budget_ends_the_attack_within_a_batch(

@@ -214,8 +214,8 @@ def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader, fol
 
 
 def test_latents_of_the_benign_text_are_found_under_its_guidance(inverted):
-    plain = inverted(iterations=2, control=False)
-    guided = inverted(iterations=2, control=False, guided=True)
+    plain = inverted(steps=2, iterations=2, control=False)
+    guided = inverted(steps=2, iterations=2, control=False, guided=True)
     by_variant = {r.variant: r for r in reversed(plain)}, {r.variant: r for r in reversed(guided)}
     assert by_variant[0]["text=blank"].start.sha256 == by_variant[1]["text=blank"].start.sha256
     assert by_variant[0]["text=benign"].start != by_variant[1]["text=benign"].start

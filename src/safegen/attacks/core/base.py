@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from safegen.attacks.core.cost import Cost
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.core.errors import UnknownNameError
@@ -24,10 +23,11 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS
 from safegen.core.settings import MAX_BATCH, BaseSettings, Seed
 from safegen.core.tensor_files import write_tensors
-from safegen.evaluation.run.records import Record
+from safegen.evaluation.run.attack_records import Access, AttackRecord, Tier
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.stack import Stack
 
+<<<<<<< HEAD
 Access = Literal["queries", "text_encoder", "weights"]
 """What an attacker needs: images on request, the text encoder, or all weights."""
 Tier = Literal["static", "adaptive"]
@@ -63,6 +63,9 @@ class AttackRecord(Record):
     """Limit of the budget that ended the attack; empty if it ended by itself."""
     cost: Cost = Cost()
     """Share of the batch's cost."""
+=======
+__all__ = ["Access", "Attack", "AttackContext", "AttackRecord", "Attacker", "Tier"]
+>>>>>>> next
 
 
 @dataclass
