@@ -27,45 +27,7 @@ from safegen.evaluation.run.attack_records import Access, AttackRecord, Tier
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.stack import Stack
 
-<<<<<<< HEAD
-Access = Literal["queries", "text_encoder", "weights"]
-"""What an attacker needs: images on request, the text encoder, or all weights."""
-Tier = Literal["static", "adaptive"]
-"""Whether an attack is made without the defended stack, or against it."""
-
-
-class AttackRecord(Record):
-    """Result of an attack on one sample (`attack.jsonl`)."""
-
-    id: str
-    """Id of the attacked sample."""
-    variant: str = ""
-    """Form of the attack (`Attack.variants`, `Attack.controls`); empty if it has one."""
-    prompt: str
-    """Text that the attack found; the sample's prompt if it changes no text."""
-    seed: Seed
-    """Seed that the attack found; the sample's seed if it changes none."""
-    start: Start | None = None
-    """Image or latents that the attack starts from; its files are in the run's directory."""
-    success: bool | None = None
-    """Whether the attack saw the concept in an image; None if it looked at none."""
-    loss: float | None = None
-    """Lowest value of the objective; None if there is none."""
-    history: tuple[float, ...] = ()
-    """Best value of the objective so far, by step."""
-    tokens: tuple[int, ...] = ()
-    """Ids of the tokens that the attack chose."""
-    stable: bool | None = None
-    """Whether the text is read as exactly those tokens; None if tokens were not chosen."""
-    details: Mapping[str, float] = Field(default_factory=dict)
-    """Further measurements by name; the attack's page explains them."""
-    stopped: str = ""
-    """Limit of the budget that ended the attack; empty if it ended by itself."""
-    cost: Cost = Cost()
-    """Share of the batch's cost."""
-=======
 __all__ = ["Access", "Attack", "AttackContext", "AttackRecord", "Attacker", "Tier"]
->>>>>>> next
 
 
 @dataclass
