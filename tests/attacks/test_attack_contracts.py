@@ -62,8 +62,8 @@ def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
     name, loader, attack_mini, benign_samples
 ):
     before, items = digest(loader), benign_samples
-    first = attack_mini(tiny(name), items, folder="a")
-    again = attack_mini(tiny(name), items[:1], items[1:], folder="b")
+    first = attack_mini(tiny(name), items, folder="a/files")
+    again = attack_mini(tiny(name), items[:1], items[1:], folder="b/files")
     for a, b in zip(first, again, strict=True):
         plain = {"loss", "history", "cost"}
         assert a.model_dump(exclude=plain) == b.model_dump(exclude=plain)

@@ -46,6 +46,8 @@ GUARDS = {
 
 ATTACKS = {
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
+    "img2img": "safegen.attacks.img2img:Img2Img",
+    "inpaint": "safegen.attacks.inpaint:Inpaint",
     "mma": "safegen.attacks.mma:MMA",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
