@@ -45,10 +45,12 @@ GUARDS = {
 """Guards that act during generation. NAME-PRESET selects a preset, such as `sld-max`."""
 
 ATTACKS = {
+    "compression": "safegen.attacks.compression:Compression",
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
     "img2img": "safegen.attacks.img2img:Img2Img",
     "inpaint": "safegen.attacks.inpaint:Inpaint",
     "mma": "safegen.attacks.mma:MMA",
+    "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
     "unlearn_diff": "safegen.attacks.unlearn_diff:UnlearnDiff",

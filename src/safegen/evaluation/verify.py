@@ -13,6 +13,7 @@ from safegen.core.errors import UserError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.compare import differences
 from safegen.evaluation.run.folder import (
+    ATTACK_FILES,
     CHANGES,
     DETECTIONS,
     FEATURES,
@@ -135,19 +136,20 @@ def _journals(run: Run) -> Iterator[str]:
 
 
 def _patches(run: Run) -> Iterator[str]:
-    """Yield the patches in the run's folder that are not those of the card."""
+    """Yield the patches in the run's folders that are not those of the card."""
     for patch in {patch.file: patch for entry in run.stacks for patch in entry.patches}.values():
-        path = run.folder / PATCHES / patch.file
-        if path.is_file():
+        for name in (f"{PATCHES}/{patch.file}", f"{ATTACK_FILES}/{patch.file}"):
+            if not (run.folder / name).is_file():
+                continue
             from safegen.patches.patch import Patch
 
             try:
-                digest = Patch.load(path).hash
+                digest = Patch.load(run.folder / name).hash
             except UserError as error:
-                yield f"{PATCHES}/{patch.file}: {error}"
+                yield f"{name}: {error}"
                 continue
             if digest != patch.hash:
-                yield f"{PATCHES}/{patch.file}: its hash is not the one of the card"
+                yield f"{name}: its hash is not the one of the card"
 
 
 def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterator[str]:

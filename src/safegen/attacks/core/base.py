@@ -181,6 +181,17 @@ class Attack(BaseSettings, ABC):
         digest = hashlib.sha256(f"{self.seed}:{sample.id}".encode()).digest()[:8]
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
+    def fingerprint(self, concept: Concept) -> dict[str, Any]:
+        """Return the plain values that decide the attack, with hashes in place of paths.
+
+        Args:
+            concept: concept that the attack brings back.
+
+        Raises:
+            UserError: the concept or a file lacks something that the attack needs.
+        """
+        return self.model_dump(mode="json")
+
     def attacked_stacks(self, stack: Stack, folder: Path) -> Sequence[Stack]:
         """Return the stacks that the attack makes of one; none if it changes no stack.
 

@@ -65,6 +65,7 @@ def run_attack(
     config: AttackConfig,
     output_dir: Path,
     *,
+    protocol: Protocol | None = None,
     loader: StackLoader | None = None,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
@@ -82,6 +83,7 @@ def run_attack(
         concept: concept to bring back; it gives the judge and the default prompts.
         config: prompts, budget and generation.
         output_dir: directory of the run, new or of an earlier call.
+        protocol: gives the prompts, the judge and `generation` in place of concept and config.
         loader: loads the model; on the CPU when not given.
         argv: command line to note in the run's card.
         progress: called with (stage, done, total).
@@ -97,13 +99,13 @@ def run_attack(
             "Download the model first."
         )
     loader = loader or StackLoader()
-    protocol = attack_protocol(attack, concept, config)
+    concept, config, protocol = _with_protocol(attack, concept, config, protocol)
     check_directory(output_dir)
     with claim_run(output_dir):
         load_evaluators(protocol)  # a judge that is not installed stops the attack at once
         settings = {
             "workflow": "attack",
-            "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
+            "attack": {"name": attack.method()} | attack.fingerprint(concept),
             "config": config.model_dump(mode="json"),
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
@@ -251,6 +253,53 @@ def _complete(
 def _batches(samples: Sequence[EvalSample], size: int) -> Iterator[Sequence[EvalSample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
+
+
+def _with_protocol(
+    attack: Attack, concept: Concept, config: AttackConfig, protocol: Protocol | None
+) -> tuple[Concept, AttackConfig, Protocol]:
+    """Return a concept and a configuration as a protocol has them, and the attacked protocol.
+
+    Raises:
+        ConfigError: the protocol has no lists of the roles, or `config` names prompts too.
+    """
+    if protocol is None:
+        return concept, config, attack_protocol(attack, concept, config)
+    if config.prompts:
+        raise ConfigError("give either a protocol or files of prompts, got both")
+    roles = config.roles or (attack.role,)
+    lists = [
+        _limited(part, config.limit, config.seed) for part in protocol.lists if part.role in roles
+    ]
+    if not lists:
+        raise ConfigError(
+            f"protocol {protocol.name!r} has no list of role {', '.join(roles)}. Choose with --role"
+        )
+    rule = protocol.judge
+    judge = {"judge": rule.name, "labels": rule.labels, "threshold": rule.threshold}
+    config = config.model_copy(
+        update={
+            "generation": protocol.generation,
+            "unsafe": config.unsafe or any(part.unsafe for part in lists),
+        }
+    )
+    changes = {
+        "lists": tuple(lists),
+        "seeds": "rows",
+        "seed": config.seed,
+        "metrics": (*CONCEPT_METRICS, "asr"),
+        "features": None,
+        "lpips": None,
+    }
+    return concept.model_copy(update=judge), config, protocol.model_copy(update=changes)
+
+
+def _limited(part: PromptList, limit: int | None, seed: int) -> PromptList:
+    """Return the first prompts of a list, each with its own seed."""
+    prompts = part.prompts if limit is None else min(limit, part.prompts or limit)
+    part = part.model_copy(update={"prompts": prompts})
+    rows = part.read(protocol_seed=seed).rows
+    return part.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)})
 
 
 def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> Protocol:

@@ -120,6 +120,12 @@ class Target:
     def _add(self, name: str, rows: int) -> None:
         self._counts[name] += rows
 
+    def add(self, cost: Cost) -> None:
+        """Add the cost of work that an interrupted attack did and no record holds."""
+        for name in self._counts:
+            self._counts[name] += getattr(cost, name)
+        self._seconds += cost.seconds
+
     def query(self, samples: Sequence[Sample]) -> list[QueryResult]:
         """Return an image of the stack for each sample, judged; each counts as one query."""
         outputs = self.loaded.generate(samples, self.generation)

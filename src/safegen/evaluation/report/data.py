@@ -19,7 +19,7 @@ from safegen.evaluation.report.comparison import (
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
-from safegen.evaluation.run.folder import PATCHES, SETTINGS, Run
+from safegen.evaluation.run.folder import ATTACK_FILES, PATCHES, SETTINGS, Run
 from safegen.evaluation.run.records import WITHHELD, PatchEntry
 from safegen.evaluation.run.settings import WorkflowSettings
 from safegen.evaluation.run.training_log import read_training_log
@@ -165,7 +165,8 @@ def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
         FileError: the log is damaged.
     """
     stem = Path(patch.file).stem
-    logs = [run.folder / PATCHES / n / "log.jsonl" for n in (stem, stem.rpartition("-")[0])]
+    names = (stem, stem.rpartition("-")[0])
+    logs = [run.folder / d / n / "log.jsonl" for d in (PATCHES, ATTACK_FILES) for n in names]
     log = next((path for path in logs if os.path.lexists(path)), logs[0])
     kinds = tuple(sorted(patch.layers))
     selector = (patch.settings or {}).get("selector")
