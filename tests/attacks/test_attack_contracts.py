@@ -93,7 +93,14 @@ def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_
         for stop in (2, 3) if part == "resumed" else (3,):
             with Journal(folder / ATTACK, AttackRecord) as journal:
                 records[part] = attack_samples(
-                    attack, STACK, SKULLS, CONFIG, items[:stop], journal, folder, loader=loader
+                    attack,
+                    STACK,
+                    SKULLS,
+                    CONFIG,
+                    items[:stop],
+                    journal,
+                    folder / "files",
+                    loader=loader,
                 )
     for key, record in records["unbroken"].items():
         resumed = records["resumed"][key]

@@ -27,7 +27,7 @@ class Img2Img(Attack):
     access: ClassVar[Access] = "queries"
     tier: ClassVar[Tier] = "static"
 
-    strengths: Strengths = (0.3, 0.5, 0.7, 0.9)
+    strengths: Strengths = (0.1, 0.2, 0.3, 0.5, 0.7)
     """Parts of the schedule that the image is noised to. Each has its own rate. Near 0 the image
     stays as it is, and at 1 nothing of it is left."""
     images: Path | None = None
