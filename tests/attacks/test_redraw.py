@@ -14,7 +14,7 @@ from safegen.attacks.core.target import Target
 from safegen.attacks.img2img import Img2Img
 from safegen.attacks.inpaint import Inpaint
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, UnusedSettingWarning
 from safegen.core.generation import GenerationConfig
 from safegen.data.images import read_image
 from safegen.data.prompts.prompts import read_prompts
@@ -147,6 +147,8 @@ def test_folders_need_harmless_images_for_controls_and_masks_for_inpainting(
         attack_mini(Img2Img(images=own, strengths=(1,)), benign_samples)
     records = attack_mini(Img2Img(images=own, harmless=harmless, strengths=(1,)), benign_samples)
     assert len({record.start.image for record in records}) == 2
+    with pytest.warns(UnusedSettingWarning, match="harmless has no effect"):
+        attack_mini(Img2Img(harmless=harmless, strengths=(1,), control=False), benign_samples)
     with pytest.raises(FileError, match=r"x-mask\.png is missing"):
         attack_mini(Inpaint(images=own, control=False, strengths=(1,)), benign_samples)
     Image.new("L", unsafe.size, 255).save(own / "x-mask.png")

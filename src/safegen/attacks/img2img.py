@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, Tier
 from safegen.attacks.core.images import ConceptImages, variant_names
-from safegen.attacks.core.redraw import Redraw, Strengths, harmless_images
+from safegen.attacks.core.redraw import Redraw, Strengths, control_images
 
 
 class Img2Img(Attack):
@@ -55,7 +55,5 @@ class Img2Img(Attack):
             FileError: an image cannot be read.
         """
         shown = ConceptImages(context.target.model, context.concept, self.images)
-        harmless = None
-        if self.control:
-            harmless = harmless_images(context, shown, self.images, self.harmless)
+        harmless = control_images(context, shown, self.images, self.harmless, control=self.control)
         return Redraw(context, self.strengths, shown, harmless)

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, Tier
 from safegen.attacks.core.images import ConceptImages, variant_names
-from safegen.attacks.core.redraw import Redraw, Strengths, harmless_images
+from safegen.attacks.core.redraw import Redraw, Strengths, control_images
 
 
 class Inpaint(Attack):
@@ -61,8 +61,6 @@ class Inpaint(Attack):
             FileError: an image or a mask cannot be read.
         """
         shown = ConceptImages(context.target.model, context.concept, self.images)
-        harmless = None
-        if self.control:
-            harmless = harmless_images(context, shown, self.images, self.harmless)
+        harmless = control_images(context, shown, self.images, self.harmless, control=self.control)
         mask = (self.threshold, self.dilation)
         return Redraw(context, self.strengths, shown, harmless, mask=mask)

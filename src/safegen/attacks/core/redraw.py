@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from safegen.attacks.core.base import AttackContext, AttackRecord
 from safegen.attacks.core.images import ConceptImages, image_name, variant_names
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.evaluation.samples import EvalSample
 from safegen.models.generation import PipelineKind
 
@@ -91,9 +92,14 @@ class Redraw:
                 )
 
 
-def harmless_images(
-    context: AttackContext, shown: ConceptImages, images: Path | None, harmless: Path | None
-) -> ConceptImages:
+def control_images(
+    context: AttackContext,
+    shown: ConceptImages,
+    images: Path | None,
+    harmless: Path | None,
+    *,
+    control: bool,
+) -> ConceptImages | None:
     """Return the images without the concept: those of a folder, else the benign ones of triplets.
 
     Args:
@@ -101,11 +107,20 @@ def harmless_images(
         shown: images of the concept.
         images: their source.
         harmless: folder of images without the concept.
+        control: whether there are controls; None is returned if not.
 
     Raises:
         ConfigError: there is no such folder, and no triplets.
         FileError: an image cannot be read.
+
+    Warns:
+        UnusedSettingWarning: there is a folder, but no control.
     """
+    if not control:
+        if harmless is not None:
+            message = "harmless has no effect with control=false"
+            warnings.warn(message, UnusedSettingWarning, stacklevel=3)
+        return None
     if harmless is None and not shown.has_twins:
         raise ConfigError(
             f"controls need images without {context.concept.name!r}, got none. Name a folder with "
