@@ -50,6 +50,7 @@ ATTACKS = {
     "img2img": "safegen.attacks.img2img:Img2Img",
     "inpaint": "safegen.attacks.inpaint:Inpaint",
     "mma": "safegen.attacks.mma:MMA",
+    "p4d": "safegen.attacks.p4d:P4D",
     "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",

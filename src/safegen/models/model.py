@@ -56,6 +56,8 @@ class Model:
     """Metadata read from the checkpoint, not yet checked: see `verified_metadata`."""
     applied_patches: list[AppliedPatch] = field(default_factory=list)
     """Patches on it, in order. `Patch.apply` adds one and `AppliedPatch.undo` removes it."""
+    has_disabled_loras: bool = False
+    """Whether its active LoRAs are turned off (`safegen.patches.active_lora.disabled_loras`)."""
 
     @property
     def patches(self) -> list[AppliedPatch]:
