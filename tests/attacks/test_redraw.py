@@ -116,9 +116,9 @@ def test_a_guard_that_cannot_inpaint_refuses_in_one_line(loader, skulls_judge, t
     with loader.open(Stack(name="s", model="mini", guards=(guard,))) as loaded:
         target = Target(loaded, SKULLS, skulls_judge, GenerationConfig(num_inference_steps=4))
         context = AttackContext(target, tmp_path)
-        assert Img2Img().build(context)
+        assert Img2Img(strengths=(0.5,)).build(context)
         with pytest.raises(ConfigError, match=r"dual-latent.*inpainting") as error:
-            Inpaint().build(context)
+            Inpaint(strengths=(0.5,)).build(context)
         assert "\n" not in str(error.value)
 
 
