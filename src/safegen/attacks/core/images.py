@@ -50,7 +50,7 @@ class ConceptImages:
             SafegenWarning: an image is enlarged or left out.
         """
         self._size, self._model = model.size, model
-        self._triplets, self._paths = _open_source(concept, source)
+        self._triplets, self._paths = _open_source(concept, source, harmless=harmless)
         judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
         images = self._read(harmless=harmless)
         detections = judge.detect(images)
@@ -182,13 +182,16 @@ class ConceptImages:
         return mask.filter(ImageFilter.MaxFilter(2 * dilation + 1)) if dilation else mask
 
 
-def _open_source(concept: Concept, source: Path | None) -> tuple[Triplets | None, list[Path]]:
+def _open_source(
+    concept: Concept, source: Path | None, *, harmless: bool
+) -> tuple[Triplets | None, list[Path]]:
     """Return the triplets of a source, or the images of a folder."""
     name = str(source or concept.triplets or "")
     if not name:
+        relation, setting = ("without", "harmless") if harmless else ("of", "images")
         raise ConfigError(
-            f"images of {concept.name!r} are needed, got none. "
-            "Name a folder of images with --set images=DIR."
+            f"images {relation} {concept.name!r} are needed, got none. "
+            f"Name a folder of images with --set {setting}=DIR."
         )
     path = Path(name)
     is_bundled = name.partition(":")[0] in TRIPLETS and ":" in name
