@@ -34,14 +34,14 @@ from safegen.guards import read_guard
 from safegen.metrics.paired import mcnemar
 from safegen.models.generation import generate
 from safegen.patches.arithmetic import merge
-from safegen.patches.patch import Patch
+from safegen.patches.patch import BaseMismatchWarning, Patch
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
 SKULLS = load_concept("skulls").model_copy(update={"tuning": {}})
 TUNE = {"data": "concept", "rank": 2, "images_per_update": 2, "lr": 1e-2, "precision": "fp32"}
 CONFIG = AttackConfig(
-    limit=2, roles=("explicit", "benign"), generation=GenerationConfig(num_inference_steps=2)
+    limit=2, roles=("explicit", "benign"), generation=GenerationConfig(num_inference_steps=1)
 )
 NAMES = [f"{name}-{n}" for name in ("finetuned", "control", "modular") for n in (1, 2)]
 
@@ -180,15 +180,11 @@ def test_training_is_counted_and_its_images_by_their_hash(done, attack, tmp_path
     assert str(attack.triplets.parent) not in settings
 
 
-@pytest.mark.parametrize(
-    ("stage", "at"),
-    [("fine-tuning: mine", 1), ("fine-tuning: base", 2), ("generating: finetuned-2", 4)],
-)
-def test_a_killed_attack_resumes_to_the_same_results(done, run, attack, tmp_path, stage, at):
+def test_a_killed_attack_resumes_to_the_same_results(done, run, attack, tmp_path):
     out = tmp_path / "out"
 
     def stop(what, n, _):
-        if (what, n) == (stage, at):
+        if (what, n) == ("fine-tuning: base", 2):
             shutil.copytree(out, tmp_path / "killed")
             raise RuntimeError("pulled the plug")
 
@@ -248,20 +244,24 @@ def test_a_guard_stays_on_and_a_plain_model_is_its_own_control(run, triplets, tm
         assert Patch.load(made.folder / ATTACK_FILES / "finetuned-1.safetensors").names
 
 
-def test_refused_attacks_leave_nothing(run, attack, edited, loader, triplets, tmp_path):
+def test_refused_attacks_leave_nothing(run, attack, edited, loader, tmp_path, monkeypatch):
     out, (model, _) = tmp_path / "out", loader.model("mini")
     with pytest.raises(ConfigError, match="as patches alone, got no patch"):
         run(attack, out, stack=Stack(name="x", model="mini"))
     with Patch.load(edited.patches[0]).apply(model):
         UCE(erase=("fire",)).apply(model).save(tmp_path / "above.safetensors")
     above = edited.model_copy(update={"patches": (tmp_path / "above.safetensors",)})
-    with pytest.raises(ConfigError, match="modular needs every patch below the edit, got none of"):
+    with (
+        pytest.warns(BaseMismatchWarning, match="made on a model with the patch uce"),
+        pytest.raises(ConfigError, match="needs every patch below the edit, got none of uce"),
+    ):
         run(attack, out, stack=above)
     with pytest.raises(ConfigError, match="either triplets or images, got both"):
         run(attack.model_copy(update={"images": tmp_path}), out)
-    wild = attack.model_copy(update={"lr": 1e30, "rank": None, "modular": False})
+    wild = attack.training.model_copy(update={"lr": 1e30})
+    monkeypatch.setattr(Relearn, "training", wild)
     with pytest.raises(DivergedError, match="Lower lr"):
-        run(wild, out)
+        run(attack.model_copy(update={"rank": None}), out)
     assert not out.exists()
 
 
