@@ -109,7 +109,7 @@ def run_all(args: argparse.Namespace) -> None:
 # the table
 
 SHOWN = {
-    "img2img": "strength=0.5",
+    "img2img": "strength=0.3",
     "inpaint": "strength=0.9",
     "relearn": "finetuned-100",
     "compression": "quantized-4",

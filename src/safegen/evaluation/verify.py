@@ -24,6 +24,7 @@ from safegen.evaluation.run.folder import (
     SAMPLES,
     SCORES,
     TIMINGS,
+    TRUTH,
     Run,
     image_file,
     image_metadata,
@@ -36,6 +37,7 @@ from safegen.evaluation.samples import EvalSample, hash_lines, sha, start_parts
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
 from safegen.evaluation.scoring.records import read_scores
 from safegen.evaluation.scoring.score import score_run
+from safegen.evaluation.verify_attack import verify_attack
 from safegen.metrics.image import pixel_mae
 
 
@@ -55,6 +57,7 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
         *_plan(run),
         *_journals(run),
         *_patches(run),
+        *verify_attack(run),
         *_samples(run, damaged, progress),
         *_detections(run),
         *_changes(run, damaged),
@@ -287,7 +290,11 @@ def _scores(run: Run) -> Iterator[str]:
             stored = read_scores(path)
             rule = stored["protocol"]["decides"]["judge"]
             scores = score_run(
-                run, judge=stored["judge"], labels=rule["labels"], threshold=rule["threshold"]
+                run,
+                judge=stored["judge"],
+                labels=rule["labels"],
+                threshold=rule["threshold"],
+                truth=None if TRUTH in stored["inputs"] else {},
             )
         except UserError as error:
             yield f"{path.name}: cannot be computed again: {error}"

@@ -7,60 +7,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from safegen.attacks.core.cost import Cost
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.core.errors import UnknownNameError
-from safegen.core.files import atomic_write
+from safegen.core.files import atomic_write, display_name
 from safegen.core.generation import Start
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS
 from safegen.core.settings import MAX_BATCH, BaseSettings, Seed
 from safegen.core.tensor_files import write_tensors
-from safegen.evaluation.run.records import Record
+from safegen.evaluation.run.attack_records import Access, AttackRecord, Tier
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.stack import Stack
 
-Access = Literal["queries", "text_encoder", "weights"]
-"""What an attacker needs: images on request, the text encoder, or all weights."""
-Tier = Literal["static", "adaptive"]
-"""Whether an attack is made without the defended stack, or against it."""
-
-
-class AttackRecord(Record):
-    """Result of an attack on one sample (`attack.jsonl`)."""
-
-    id: str
-    """Id of the attacked sample."""
-    variant: str = ""
-    """Form of the attack (`Attack.variants`, `Attack.controls`); empty if it has one."""
-    prompt: str
-    """Text that the attack found; the sample's prompt if it changes no text."""
-    seed: Seed
-    """Seed that the attack found; the sample's seed if it changes none."""
-    start: Start | None = None
-    """Image or latents that the attack starts from; its files are in the run's directory."""
-    success: bool | None = None
-    """Whether the attack saw the concept in an image; None if it looked at none."""
-    loss: float | None = None
-    """Lowest value of the objective; None if there is none."""
-    history: tuple[float, ...] = ()
-    """Best value of the objective so far, by step."""
-    tokens: tuple[int, ...] = ()
-    """Ids of the tokens that the attack chose."""
-    stable: bool | None = None
-    """Whether the text is read as exactly those tokens; None if tokens were not chosen."""
-    stopped: str = ""
-    """Limit of the budget that ended the attack; empty if it ended by itself."""
-    cost: Cost = Cost()
-    """Share of the batch's cost."""
+__all__ = ["Access", "Attack", "AttackContext", "AttackRecord", "Attacker", "Tier"]
 
 
 @dataclass
@@ -182,7 +149,7 @@ class Attack(BaseSettings, ABC):
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def fingerprint(self, concept: Concept) -> dict[str, Any]:
-        """Return the plain values that decide the attack, with hashes in place of paths.
+        """Return the plain values that decide the attack, with names or hashes in place of paths.
 
         Args:
             concept: concept that the attack brings back.
@@ -190,7 +157,9 @@ class Attack(BaseSettings, ABC):
         Raises:
             UserError: the concept or a file lacks something that the attack needs.
         """
-        return self.model_dump(mode="json")
+        settings = self.model_dump(mode="json")
+        paths = {k: v for k, v in dict(self).items() if isinstance(v, Path)}
+        return settings | {name: display_name(str(path)) for name, path in paths.items()}
 
     def attacked_stacks(self, stack: Stack, folder: Path) -> Sequence[Stack]:
         """Return the stacks that the attack makes of one; none if it changes no stack.

@@ -23,6 +23,7 @@ from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.attack_records import copy_id
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPTS, Run
@@ -106,7 +107,10 @@ def run_attack(
         settings = {
             "workflow": "attack",
             "attack": {"name": attack.method()} | attack.fingerprint(concept),
-            "config": config.model_dump(mode="json"),
+            "access": attack.access,
+            "tier": attack.tier,
+            "config": config.model_dump(mode="json")
+            | {"prompts": [s if is_bundled(s) else display_name(s) for s in config.prompts]},
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
             "device": f"{loader.device}, {loader.dtype}",
@@ -165,7 +169,9 @@ def _attacked_lists(
             _write_prompts(attack, samples, records, variants, output_dir / file)
         for variant in variants if attack.changes_prompts else ():
             select = {"variant": variant} if variant else {}
-            rows = read_prompt_list(source, select=select, protocol_seed=config.seed).rows
+            rows = read_prompt_list(
+                source, select=select, protocol_seed=config.seed, unsafe=config.unsafe
+            ).rows
             yield PromptList(
                 name=f"{attack.method()} {variant}".strip(),
                 role=its_role,
@@ -182,7 +188,7 @@ def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSampl
     copies = list(samples)
     for number in range(1, repeat):
         for sample in samples:
-            id_ = f"{sample.id}#{number}"
+            id_ = copy_id(sample.id, number)
             update = {
                 "id": id_,
                 "seed": seed_for(id_, sample.seed),
@@ -321,7 +327,9 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
         )
     lists = []
     for source, role in sources:
-        rows = read_prompt_list(source, prompts=config.limit, protocol_seed=config.seed).rows
+        rows = read_prompt_list(
+            source, prompts=config.limit, protocol_seed=config.seed, unsafe=config.unsafe
+        ).rows
         lists.append(
             PromptList(
                 name=source if is_bundled(source) else display_name(source),
