@@ -49,6 +49,7 @@ ATTACKS = {
     "mma": "safegen.attacks.mma:MMA",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
+    "sneaky_prompt": "safegen.attacks.sneaky_prompt:SneakyPrompt",
     "unlearn_diff": "safegen.attacks.unlearn_diff:UnlearnDiff",
 }
 """Attacks that try to bring a removed concept back."""
