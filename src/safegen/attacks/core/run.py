@@ -23,6 +23,7 @@ from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.attack_records import copy_id
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPTS, Run
@@ -65,6 +66,7 @@ def run_attack(
     config: AttackConfig,
     output_dir: Path,
     *,
+    protocol: Protocol | None = None,
     loader: StackLoader | None = None,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
@@ -82,6 +84,7 @@ def run_attack(
         concept: concept to bring back; it gives the judge and the default prompts.
         config: prompts, budget and generation.
         output_dir: directory of the run, new or of an earlier call.
+        protocol: gives the prompts, the judge and `generation` in place of concept and config.
         loader: loads the model; on the CPU when not given.
         argv: command line to note in the run's card.
         progress: called with (stage, done, total).
@@ -97,13 +100,15 @@ def run_attack(
             "Download the model first."
         )
     loader = loader or StackLoader()
-    protocol = attack_protocol(attack, concept, config)
+    concept, config, protocol = _with_protocol(attack, concept, config, protocol)
     check_directory(output_dir)
     with claim_run(output_dir):
         load_evaluators(protocol)  # a judge that is not installed stops the attack at once
         settings = {
             "workflow": "attack",
-            "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
+            "attack": {"name": attack.method()} | attack.fingerprint(concept),
+            "access": attack.access,
+            "tier": attack.tier,
             "config": config.model_dump(mode="json"),
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
@@ -163,7 +168,9 @@ def _attacked_lists(
             _write_prompts(attack, samples, records, variants, output_dir / file)
         for variant in variants if attack.changes_prompts else ():
             select = {"variant": variant} if variant else {}
-            rows = read_prompt_list(source, select=select, protocol_seed=config.seed).rows
+            rows = read_prompt_list(
+                source, select=select, protocol_seed=config.seed, unsafe=config.unsafe
+            ).rows
             yield PromptList(
                 name=f"{attack.method()} {variant}".strip(),
                 role=its_role,
@@ -180,7 +187,7 @@ def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSampl
     copies = list(samples)
     for number in range(1, repeat):
         for sample in samples:
-            id_ = f"{sample.id}#{number}"
+            id_ = copy_id(sample.id, number)
             update = {
                 "id": id_,
                 "seed": seed_for(id_, sample.seed),
@@ -253,6 +260,53 @@ def _batches(samples: Sequence[EvalSample], size: int) -> Iterator[Sequence[Eval
         yield samples[start : start + size]
 
 
+def _with_protocol(
+    attack: Attack, concept: Concept, config: AttackConfig, protocol: Protocol | None
+) -> tuple[Concept, AttackConfig, Protocol]:
+    """Return a concept and a configuration as a protocol has them, and the attacked protocol.
+
+    Raises:
+        ConfigError: the protocol has no lists of the roles, or `config` names prompts too.
+    """
+    if protocol is None:
+        return concept, config, attack_protocol(attack, concept, config)
+    if config.prompts:
+        raise ConfigError("give either a protocol or files of prompts, got both")
+    roles = config.roles or (attack.role,)
+    lists = [
+        _limited(part, config.limit, config.seed) for part in protocol.lists if part.role in roles
+    ]
+    if not lists:
+        raise ConfigError(
+            f"protocol {protocol.name!r} has no list of role {', '.join(roles)}. Choose with --role"
+        )
+    rule = protocol.judge
+    judge = {"judge": rule.name, "labels": rule.labels, "threshold": rule.threshold}
+    config = config.model_copy(
+        update={
+            "generation": protocol.generation,
+            "unsafe": config.unsafe or any(part.unsafe for part in lists),
+        }
+    )
+    changes = {
+        "lists": tuple(lists),
+        "seeds": "rows",
+        "seed": config.seed,
+        "metrics": (*CONCEPT_METRICS, "asr"),
+        "features": None,
+        "lpips": None,
+    }
+    return concept.model_copy(update=judge), config, protocol.model_copy(update=changes)
+
+
+def _limited(part: PromptList, limit: int | None, seed: int) -> PromptList:
+    """Return the first prompts of a list, each with its own seed."""
+    prompts = part.prompts if limit is None else min(limit, part.prompts or limit)
+    part = part.model_copy(update={"prompts": prompts})
+    rows = part.read(protocol_seed=seed).rows
+    return part.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)})
+
+
 def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> Protocol:
     """Return the protocol of the prompts before the attack.
 
@@ -272,7 +326,9 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
         )
     lists = []
     for source, role in sources:
-        rows = read_prompt_list(source, prompts=config.limit, protocol_seed=config.seed).rows
+        rows = read_prompt_list(
+            source, prompts=config.limit, protocol_seed=config.seed, unsafe=config.unsafe
+        ).rows
         lists.append(
             PromptList(
                 name=source if is_bundled(source) else display_name(source),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -120,6 +121,12 @@ class Target:
     def _add(self, name: str, rows: int) -> None:
         self._counts[name] += rows
 
+    def add(self, cost: Cost) -> None:
+        """Add the cost of work that an interrupted attack did and no record holds."""
+        for name in self._counts:
+            self._counts[name] += getattr(cost, name)
+        self._seconds += cost.seconds
+
     def query(self, samples: Sequence[Sample]) -> list[QueryResult]:
         """Return an image of the stack for each sample, judged; each counts as one query."""
         outputs = self.loaded.generate(samples, self.generation)
@@ -127,12 +134,15 @@ class Target:
         detections = self.judge.detect([self.loaded.display_image(output) for output in outputs])
         return [self._result(o, d) for o, d in zip(outputs, detections, strict=True)]
 
+    def shows_concept(self, detections: Detections) -> bool:
+        """Return whether a judged image shows the concept."""
+        return detections.verdict(self.concept.labels, self.concept.threshold) == "unsafe"
+
     def _result(self, output: GeneratedImage, detections: Detections) -> QueryResult:
-        labels, threshold = self.concept.labels, self.concept.threshold
         if output.image is None or detections.unjudged is not None:
             return QueryResult(output, detections, 0.0, success=False)
-        scores = [d.score for d in detections.items if d.label in labels]
-        success = detections.verdict(labels, threshold) == "unsafe"
+        scores = [d.score for d in detections.items if d.label in self.concept.labels]
+        success = self.shows_concept(detections)
         return QueryResult(output, detections, max(scores, default=0.0), success)
 
 
@@ -179,6 +189,23 @@ class TextSpace:
         ).input_ids
         return ids
 
+    def own_tokens(self, text: str) -> Tensor:
+        """Return the ids (k,) that the encoder reads for a text, without marks and padding."""
+        (ids,) = self.tokenize([text])
+        end = int((ids == self.tokenizer.eos_token_id).nonzero()[0])
+        return ids[1:end]
+
+    @cached_property
+    def whole_words(self) -> list[int]:
+        """Ids of the tokens that the tokenizer reads back from their own text.
+
+        Texts of such tokens, with spaces between them, are read back too.
+        """
+        tokens = torch.tensor(self.vocabulary)[:, None]
+        rows = self.tokenize(self.decode(tokens))
+        same = (rows == self.rows(tokens)).all(1)
+        return [int(i) for i in tokens[same, 0]]
+
     def decode(self, tokens: Tensor) -> list[str]:
         """Return the texts of tokens (n, k)."""
         texts: list[str] = self.tokenizer.batch_decode(
@@ -190,6 +217,18 @@ class TextSpace:
         """Return the embeddings (n, length, width) of rows of ids, in fp32."""
         parts = [self.encoder(part.to(self.device))[0].float() for part in ids.split(batch)]
         return torch.cat(parts)
+
+    def check_room(self, num_tokens: int) -> None:
+        """Check that a text of so many tokens fits the encoder.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if num_tokens > self.length - 2:
+            raise ConfigError(
+                f"num_tokens must be at most {self.length - 2} for this text encoder, "
+                f"got {num_tokens}"
+            )
 
     @contextmanager
     def embeddings(self, replace: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
