@@ -19,6 +19,7 @@ from safegen.attacks.tree_search import TreeSearch
 from safegen.core.concept import load_concept, prompt_list
 from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig
+from safegen.mini.bundle import clip_folder
 from safegen.models.text_encoder import TextEncoderView
 from safegen.stack import Stack
 
@@ -176,6 +177,15 @@ def test_captions_of_the_pool_are_not_measured_and_name_nothing(context):
     for phrase in ("silent choir", "grinning friends", "last dance", "pale company"):
         assert any(phrase in row.text for row in prompt_list("mini:skulls-innocent"))
         assert phrase not in pool.parts[1]
+
+
+def test_fingerprints_have_no_path_of_weights():
+    folder = str(clip_folder())
+    for kind in (SneakyPrompt, TreeSearch):
+        values = kind(extractor="clip", weights=folder).fingerprint(SKULLS)
+        assert values["weights"].startswith("clip:")
+        assert folder not in str(values)
+        assert kind().fingerprint(SKULLS)["weights"] is None
 
 
 def test_nearest_words_are_those_of_the_largest_cosine():

@@ -16,7 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
-from safegen.attacks.core.objectives import ExtractorName, ImageObjective, Objective
+from safegen.attacks.core.objectives import (
+    ExtractorName,
+    ImageObjective,
+    Objective,
+    extractor_fingerprint,
+)
 from safegen.attacks.core.policy import Policy, policy_loss
 from safegen.attacks.core.target import QueryResult
 from safegen.attacks.core.text import (
@@ -26,6 +31,7 @@ from safegen.attacks.core.text import (
     names_concept,
     vocabulary_words,
 )
+from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
@@ -101,6 +107,11 @@ class SneakyPrompt(Attack):
     """Extractor of the similarity."""
     weights: str | None = None
     """Weights of the extractor `clip`: a folder, or `hub:owner/name`."""
+
+    def fingerprint(self, concept: Concept) -> dict[str, Any]:
+        """Return the settings, with the id of an extractor in place of its weights."""
+        values = super().fingerprint(concept)
+        return values | extractor_fingerprint(self.extractor, self.weights)
 
     def build(self, context: AttackContext) -> TokenSearch:
         """Return the attacker.

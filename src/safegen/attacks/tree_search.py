@@ -18,6 +18,7 @@ from safegen.attacks.core.objectives import (
     ExtractorName,
     ImageObjective,
     Objective,
+    extractor_fingerprint,
     load_text_extractor,
     nearest_words,
 )
@@ -32,7 +33,7 @@ from safegen.attacks.core.rewrites import (
 )
 from safegen.attacks.core.target import QueryResult
 from safegen.attacks.core.text import concept_names, vocabulary_words
-from safegen.core.concept import Phrases
+from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
@@ -116,6 +117,11 @@ class TreeSearch(Attack):
                 stacklevel=2,
             )
         return self
+
+    def fingerprint(self, concept: Concept) -> dict[str, Any]:
+        """Return the settings, with the id of an extractor in place of its weights."""
+        values = super().fingerprint(concept)
+        return values | extractor_fingerprint(self.extractor, self.weights)
 
     def build(self, context: AttackContext) -> BeamSearch:
         """Return the attacker.

@@ -106,6 +106,11 @@ def load_text_extractor(name: str, weights: str | None, device: str) -> TextExtr
     return extractor
 
 
+def extractor_fingerprint(name: str, weights: str | None) -> dict[str, str | None]:
+    """Return the setting `weights`, as the id of the extractor if there are any."""
+    return {"weights": weights and load_text_extractor(name, weights, "cpu").id}
+
+
 def unit(features: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return rows (n, width) divided by their lengths."""
     lengths: NDArray[np.float64] = np.linalg.norm(features, axis=1, keepdims=True)
