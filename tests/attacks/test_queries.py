@@ -83,6 +83,8 @@ def test_a_withheld_image_costs_a_query_and_one_more_word_is_replaced(context, b
     assert made.target.cost.queries == len(record.history) == 8
     assert list(record.history) == sorted(record.history, reverse=True)
     penalty = record.history[0]
+    assert record.details["queries"] == 8
+    assert record.details["withheld"] >= 2
     assert penalty == pytest.approx(1 / 8 / 10), "one blocked query of eight, divided by ten"
     if record.loss < 0:
         assert not set(words) & set(record.prompt.split()), "it passed the filter"

@@ -19,7 +19,7 @@ from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecor
 from safegen.attacks.core.objectives import (
     ExtractorName,
     ImageObjective,
-    Objective,
+    ObjectiveName,
     extractor_fingerprint,
 )
 from safegen.attacks.core.policy import Policy, policy_loss
@@ -44,7 +44,11 @@ REDRAWS = 32
 
 
 class SneakyPrompt(Attack):
-    """Settings of SneakyPrompt."""
+    """Settings of SneakyPrompt.
+
+    The `details` of a record are `queries`, the images that the search requested, and `withheld`,
+    those of them that the stack withheld.
+    """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
@@ -99,7 +103,7 @@ class SneakyPrompt(Attack):
     """Withheld images in a row after which one more word is replaced."""
     max_share: float = Field(default=0.3, ge=0, le=1)
     """Largest part of a prompt that is replaced, names apart."""
-    objective: Objective = "text"
+    objective: ObjectiveName = "text"
     """What an image scores: `text` is published; `image`, `judge` and `guided` are ours."""
     threshold: float | None = Field(default=None, gt=0, le=1)
     """Similarity at which the search stops. Default: the published 0.26 for text and clip."""
@@ -198,7 +202,8 @@ class _Search:
         self.best = sample.prompt
         self.reward, self.success, self.finished = -float("inf"), False, False
         self.history: list[float] = []
-        self.blocked = 0
+        self.blocked = self.withheld = 0
+        """Withheld images in a row, and in all."""
         self._restart()
 
     def _restart(self) -> None:
@@ -260,6 +265,7 @@ class _Search:
             reward = penalty if score is None else score
             rewards.append(reward)
             self.blocked = self.blocked + 1 if score is None else 0
+            self.withheld += score is None
             if reward > self.reward:
                 self.reward, self.best, self.success = reward, self.text(combo), result.success
                 self.combo = combo
@@ -295,6 +301,7 @@ class _Search:
             success=self.success if self.history else None,
             loss=self.history[-1] if self.history else None,
             history=tuple(self.history),
+            details={"queries": len(self.history), "withheld": self.withheld},
             stopped="" if self.finished else stopped,
         )
 

@@ -17,7 +17,7 @@ from safegen.attacks.core.chat import ChatClient, parse_base_url
 from safegen.attacks.core.objectives import (
     ExtractorName,
     ImageObjective,
-    Objective,
+    ObjectiveName,
     extractor_fingerprint,
     load_text_extractor,
     nearest_words,
@@ -44,7 +44,11 @@ WORD_SETTINGS = ("nearest", "words", "operations", "edits")
 
 
 class TreeSearch(Attack):
-    """Settings of the tree search."""
+    """Settings of the tree search.
+
+    The `details` of a record are `queries`, the images that the search requested, and `withheld`,
+    those of them that the stack withheld.
+    """
 
     TINY: ClassVar[Mapping[str, Any]] = {"breadth": 2, "depth": 2, "beam": 1}
     paper: ClassVar[str] = "ours"
@@ -64,7 +68,7 @@ class TreeSearch(Attack):
     """Levels of the tree."""
     beam: int = Field(default=4, ge=1, le=1000)
     """Texts that each level rewrites; with fewer, the best are rewritten several times."""
-    objective: Objective = "guided"
+    objective: ObjectiveName = "guided"
     """What an image scores."""
     extractor: ExtractorName = "mini-clip"
     """Extractor of the similarity."""
@@ -215,11 +219,13 @@ class _Tree:
         self.level: list[tuple[float, int, str]] = []
         self.best, self.score, self.success = sample.prompt, -float("inf"), False
         self.history: list[float] = []
+        self.withheld = 0
 
     def add(self, text: str, score: float | None, result: QueryResult) -> None:
         """Note the score of a text; a withheld image scores less than every other."""
         value = -2.0 if score is None else score
         self.seen.add(text)
+        self.withheld += score is None
         if not self.success and (value > self.score or result.success):
             self.best, self.score, self.success = text, value, result.success
         self.history.append(min([-value, *self.history[-1:]]))
@@ -242,5 +248,6 @@ class _Tree:
             success=self.success,
             loss=self.history[-1],
             history=tuple(self.history),
+            details={"queries": len(self.history), "withheld": self.withheld},
             stopped="" if self.success else stopped,
         )

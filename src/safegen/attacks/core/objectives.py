@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError
 from safegen.evaluation.samples import EvalSample
 from safegen.features.base import TextExtractor, load_extractor
 
-Objective = Literal["text", "image", "judge", "guided"]
+ObjectiveName = Literal["text", "image", "judge", "guided"]
 """What an image scores.
 
 `text`: its cosine with a prompt that names the concept; `image`: its cosine with an image of the
@@ -32,7 +32,7 @@ class ImageObjective:
     """Scores of images for the samples that they were generated for."""
 
     def __init__(
-        self, kind: Objective, context: AttackContext, *, extractor: str, weights: str | None
+        self, kind: ObjectiveName, context: AttackContext, *, extractor: str, weights: str | None
     ) -> None:
         """Load the extractor if the objective needs it.
 
