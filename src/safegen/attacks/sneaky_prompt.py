@@ -287,7 +287,8 @@ class _Search:
 
     def _learn(self, combos: Tensor, rewards: Tensor) -> None:
         """Take one step of REINFORCE with a learned baseline on combinations (n, stages)."""
-        loss = policy_loss(*self.policy(combos), rewards)
+        log_prob, value = self.policy(combos)
+        loss = policy_loss(log_prob, value, rewards)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
