@@ -234,6 +234,10 @@ def read_attack(record: FileRow, context: RowContext) -> Prompt:
     name, form = _text(record.cells["attack"]), None if _is_empty(variant) else _text(variant)
     attack = AttackInfo(name=name, variant=form)
     row = read_plain(record, context, attack=attack, target="attacked_prompt")
+    if row.guidance is not None:
+        if not 1 <= row.guidance <= 50:
+            raise InvalidRowError(f"guidance_scale must be from 1 to 50, got {row.guidance:g}")
+        row = row.model_copy(update={"guidance_scale": row.guidance})
     if (start := record.cells.get("start")) is None:
         return row
     try:
