@@ -206,6 +206,48 @@ def _write_images(folder: Path, run: Run, hits: Callable[[str, int], bool | None
         (folder / name).write_text(to_lines(records))
 
 
+def write_transfer_run(
+    folder: Path, sources: Sequence[Path], hits: Sequence[Sequence[bool | None]]
+) -> Path:
+    """Write a complete evaluation of the prompts that attacks found, on `mini` and `other`.
+
+    Args:
+        folder: new folder.
+        sources: runs of attacks on the same prompts.
+        hits: whether the concept is detected on `other`, by source and prompt.
+    """
+    folder.mkdir(parents=True)
+    protocol = Run.open(sources[0]).protocol
+    lists = [
+        Run.open(source)
+        .protocol.lists[-1]
+        .model_copy(update={"source": str(source / names.PROMPTS)})
+        for source in sources
+    ]
+    protocol = protocol.model_copy(update={"lists": tuple(lists)})
+    common = {"baseline": "mini", "model": "mini", "weights": hex_of("w"), "base": hex_of("base")}
+    stacks = [
+        StackEntry(name=name, kind=kind, hash=hex_of(f"stack {name}"), **common)
+        for name, kind in (("mini", "base"), ("other", "given"))
+    ]
+    samples = protocol.samples()
+    card = RunCard(
+        id=protocol.id,
+        protocol=public_protocol(protocol),
+        samples={p.name: sum(s.list_name == p.name for s in samples) for p in protocol.lists},
+        stacks=tuple(stacks),
+        versions={"safegen": "0", "torch": "0"},
+        device="cpu, fp32",
+        platform={"system": "Linux", "machine": "x86_64", "python": "3.11"},
+    )
+    write_plan(folder, samples, {p.name for p in protocol.lists if p.unsafe})
+    write_json(folder / names.CARD, card.model_dump(mode="json"))
+    flat = [hit for row in hits for hit in row]
+    _write_images(folder, Run.open(folder), lambda stack, i: stack == "mini" or flat[i])
+    write_json(folder / names.SCORES, json.loads(json.dumps(score_run(Run.open(folder)))))
+    return folder
+
+
 def write_attack_run(
     folder: Path,
     *,

@@ -48,6 +48,7 @@ GUARDS = {
 ATTACKS = {
     "compression": "safegen.attacks.compression:Compression",
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
+    "latent_inversion": "safegen.attacks.latent_inversion:LatentInversion",
     "mma": "safegen.attacks.mma:MMA",
     "p4d": "safegen.attacks.p4d:P4D",
     "relearn": "safegen.attacks.relearn:Relearn",

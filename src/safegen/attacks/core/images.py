@@ -10,7 +10,7 @@ from torch import Tensor
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.data.images import read_image
-from safegen.data.triplets.triplets import Triplets
+from safegen.data.triplets.triplets import ROLES, Triplets
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
 from safegen.judges import load_judge
@@ -20,15 +20,18 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ConceptImages:
-    """Images of a concept as latents of a model."""
+    """Images of a concept, or harmless ones beside them, as latents of a model."""
 
-    def __init__(self, model: Model, concept: Concept, folder: Path | None) -> None:
+    def __init__(
+        self, model: Model, concept: Concept, folder: Path | None, *, harmless: bool = False
+    ) -> None:
         """Read and encode the images.
 
         Args:
             model: the model.
             concept: its bundled triplets are used without a folder.
-            folder: folder of images of the concept.
+            folder: folder of images.
+            harmless: take the benign images of the triplets, which do not show the concept.
 
         Raises:
             ConfigError: there is neither, or the folder has no image.
@@ -39,13 +42,15 @@ class ConceptImages:
             images = [read_image(path) for path in paths]
         elif concept.triplets:
             triplets = Triplets.load(concept.triplets)
-            images = [triplets.images(i)[0] for i in range(len(triplets))]
+            side = ROLES.index("benign" if harmless else "unsafe")
+            images = [triplets.images(i)[side] for i in range(len(triplets))]
         else:
             images = []
         if not images:
+            relation, setting = ("without", "harmless") if harmless else ("of", "images")
             raise ConfigError(
-                f"images of {concept.name!r} are needed, got none. "
-                "Name a folder of images with --set images=DIR."
+                f"images {relation} {concept.name!r} are needed, got none. "
+                f"Name a folder of images with --set {setting}=DIR."
             )
         judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
         self.images = images
