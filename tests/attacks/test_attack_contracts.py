@@ -85,8 +85,8 @@ def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
     name, loader, attack_mini, benign_samples, tmp_path
 ):
     before, items = digest(loader), benign_samples
-    first = attack_mini(tiny(name), items, folder="a")
-    again = attack_mini(tiny(name), items[:1], items[1:], folder="b")
+    first = attack_mini(tiny(name), items, folder="a/files")
+    again = attack_mini(tiny(name), items[:1], items[1:], folder="b/files")
     for a, b in zip(first, again, strict=True):
         assert_alike(a, b, tmp_path)
         assert a.history == pytest.approx(b.history, rel=1e-4)
@@ -115,7 +115,14 @@ def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_
         for stop in (2, 3) if part == "resumed" else (3,):
             with Journal(folder / ATTACK, AttackRecord) as journal:
                 records[part] = attack_samples(
-                    attack, STACK, SKULLS, CONFIG, items[:stop], journal, folder, loader=loader
+                    attack,
+                    STACK,
+                    SKULLS,
+                    CONFIG,
+                    items[:stop],
+                    journal,
+                    folder / "files",
+                    loader=loader,
                 )
     for key, record in records["unbroken"].items():
         assert_alike(record, records["resumed"][key], tmp_path)
@@ -175,3 +182,15 @@ def test_a_run_has_the_rates_before_and_after_and_prompts_for_other_runs(loader,
     with pytest.raises(FileError, match="other settings"):
         run_attack(tiny("seeds", tries=3), STACK, SKULLS, CONFIG, out, loader=loader)
     shutil.rmtree(out)
+
+
+def test_settings_of_a_run_have_no_path(loader, tmp_path):
+    prompts = tmp_path / "secret" / "mine.txt"
+    prompts.parent.mkdir()
+    prompts.write_text("a castle\nan owl\n")
+    config = AttackConfig(prompts=(str(prompts),), limit=1, generation=GENERATION)
+    run_attack(tiny("seeds", tries=1), STACK, SKULLS, config, tmp_path / "run", loader=loader)
+    for name in ("settings.json", "protocol.json", "report.json", "report.html", "scores.json"):
+        assert "secret" not in (tmp_path / "run" / name).read_text()
+    images = resolve(ATTACKS, "concept_inversion", "attack")(images=tmp_path / "secret")
+    assert images.fingerprint(SKULLS)["images"] == "secret"

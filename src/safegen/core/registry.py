@@ -48,12 +48,16 @@ GUARDS = {
 ATTACKS = {
     "compression": "safegen.attacks.compression:Compression",
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
+    "img2img": "safegen.attacks.img2img:Img2Img",
+    "inpaint": "safegen.attacks.inpaint:Inpaint",
     "latent_inversion": "safegen.attacks.latent_inversion:LatentInversion",
     "mma": "safegen.attacks.mma:MMA",
     "p4d": "safegen.attacks.p4d:P4D",
     "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
+    "sneaky_prompt": "safegen.attacks.sneaky_prompt:SneakyPrompt",
+    "tree_search": "safegen.attacks.tree_search:TreeSearch",
     "unlearn_diff": "safegen.attacks.unlearn_diff:UnlearnDiff",
 }
 """Attacks that try to bring a removed concept back."""
