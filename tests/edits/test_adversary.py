@@ -20,7 +20,7 @@ from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import (
     AdvUnlearn,
     FastGradient,
-    Inversion,
+    InversionAdversary,
     ReceAdversary,
     build_adversary,
 )
@@ -206,7 +206,7 @@ def edited_pair(make_model):
 
 def test_the_word_is_learned_from_batch_to_batch_and_half_of_the_texts_get_it(make_model):
     model, edited, x, t, text, before = edited_pair(make_model)
-    attack = Inversion(steps=4, lr=0.05).build(model, ())
+    attack = InversionAdversary(steps=4, lr=0.05).build(model, ())
 
     @torch.no_grad()
     def loss():
@@ -231,7 +231,7 @@ def test_the_word_is_learned_from_batch_to_batch_and_half_of_the_texts_get_it(ma
 def test_steps_of_the_word_equal_those_of_adam_on_the_embedding_table(make_model):
     """The released code trains the whole table and writes back all rows but the word's."""
     model, edited, x, t, text, before = edited_pair(make_model)
-    attack = Inversion(steps=3, num_vectors=2, lr=0.01).build(model, ())
+    attack = InversionAdversary(steps=3, num_vectors=2, lr=0.01).build(model, ())
     start = attack.vectors.detach().clone()
     attack(edited, x, t, text, want=before, before=before)
 
@@ -257,7 +257,7 @@ def test_steps_of_the_word_equal_those_of_adam_on_the_embedding_table(make_model
 @pytest.mark.parametrize(("share", "b", "counts"), [(0.5, 1, [0, 1, 0, 1]), (0.4, 2, [0, 1, 1, 1])])
 def test_a_share_of_small_batches_is_kept_over_batches(make_model, share, b, counts):
     model, edited, x, t, text, before = edited_pair(make_model)
-    attack = Inversion(steps=1, share=share).build(model, ())
+    attack = InversionAdversary(steps=1, share=share).build(model, ())
     found = []
     for _ in counts:
         moved = attack(edited, x[:b], t[:b], text[:b], want=before[:b], before=before[:b])
@@ -494,9 +494,9 @@ def test_a_prefix_without_room_for_the_text_raises(tiny_model):
 
 def test_a_word_without_room_for_both_ends_of_a_text_raises(tiny_model):
     longest = tiny_model.encode_text([""]).shape[1] - 2
-    build_adversary(Inversion(num_vectors=longest), tiny_model, ())
+    build_adversary(InversionAdversary(num_vectors=longest), tiny_model, ())
     with pytest.raises(ConfigError, match=f"adversary.num_vectors must be at most {longest}"):
-        build_adversary(Inversion(num_vectors=longest + 1), tiny_model, ())
+        build_adversary(InversionAdversary(num_vectors=longest + 1), tiny_model, ())
 
 
 def test_no_adversary_is_false():

@@ -224,7 +224,7 @@ class ReceAdversary(Adversary):
         return attack
 
 
-class Inversion(Adversary):
+class InversionAdversary(Adversary):
     """A word that is learned against the edited model, beside it (STEREO, arXiv:2408.16807)."""
 
     paper: ClassVar[str] = "arXiv:2408.16807"
