@@ -149,7 +149,7 @@ def page(args: argparse.Namespace, one: dict[str, Any], many: dict[str, Any]) ->
             {
                 "title": "One process and many",
                 "text": (
-                    f"{args.num_timesteps} timesteps with {args.iterations} updates each, images "
+                    f"Timesteps: {args.num_timesteps}, updates at each: {args.iterations}; images "
                     f"of {STEPS} steps. A pass is one row of a batch, forward or backward."
                 ),
                 "columns": ["", "one process", "a process for each prompt"],
@@ -158,7 +158,7 @@ def page(args: argparse.Namespace, one: dict[str, Any], many: dict[str, Any]) ->
         ],
         "limits": [
             "The search is shorter than the default, so that loading weighs more than in a full "
-            "attack. The row of the attack alone shows what the batch gives.",
+            "attack: the longer the search, the nearer the ratio is to that of the attack alone.",
             "One run of each side on a machine that other work shares.",
         ],
     }
