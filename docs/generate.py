@@ -41,6 +41,11 @@ SIGNS = {
     "exclusiveMaximum": "<",
     "minLength": "length >=",
 }
+ACCESS = {
+    "queries": "images on request",
+    "text_encoder": "the text encoder",
+    "weights": "all weights",
+}
 WORDS = {"null": "none", "boolean": "true or false", "object": "table"}
 Page = tuple[str, str]
 """Title and Markdown text."""
@@ -49,7 +54,8 @@ Page = tuple[str, str]
 def pages() -> dict[str, Page]:
     """Return every generated page by its path below docs/."""
     out = {"reference/cli.md": ("Command line", cli())}
-    for room, table in (("edits", registry.EDITS), ("guards", registry.GUARDS)):
+    rooms = {"edits": registry.EDITS, "guards": registry.GUARDS, "attacks": registry.ATTACKS}
+    for room, table in rooms.items():
         out |= {
             f"reference/{room}/{name}.md": (name, method(registry.resolve(table, name, room), name))
             for name in sorted(table)
@@ -230,7 +236,7 @@ def show(value: Any) -> str:
 
 
 def method(model: Any, name: str) -> str:
-    """Return the page of one edit or guard."""
+    """Return the page of one edit, guard or attack."""
     return (
         f"# {name}\n\n{linked(description(model))}\n\n"
         f"{sources(model)}\n{parity(model)}\n"
@@ -255,6 +261,10 @@ def sources(model: Any) -> str:
     lines.append(f"- **Source**: `{source_of(model)}`")
     if inputs := getattr(model, "inputs", ""):
         lines.append(f"- **Learns from**: {inputs}")
+    if access := getattr(model, "access", ""):
+        lines.append(f"- **Needs**: {ACCESS[access]}")
+        lines.append(f"- **Tier**: {model.tier}")
+        lines.append(f"- **Prompts**: {model.role}, unless others are named")
     return "\n".join(lines) + "\n"
 
 

@@ -18,9 +18,10 @@ from typer.main import get_command
 import safegen
 from safegen.cli import app
 from safegen.core import registry
-from safegen.core.concept import Concept
+from safegen.core.concept import Concept, load_concept
 from safegen.edits.functional.closed_form import embed
 from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.samples import EvalSample
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.checks import check_guard
 from safegen.judges.base import judge_images
@@ -35,7 +36,7 @@ FRAGMENTS = sorted(DOCS.rglob("*.inc"))
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 RESULTS = sorted((DOCS / "results").glob("*.json"))
 MAKEFILE = ROOT / "Makefile"
-ROOMS = {"edits": registry.EDITS, "guards": registry.GUARDS}
+ROOMS = {"edits": registry.EDITS, "guards": registry.GUARDS, "attacks": registry.ATTACKS}
 METHODS = [(room, name) for room, table in ROOMS.items() for name in sorted(table)]
 
 
@@ -223,7 +224,7 @@ def test_every_setting_of_the_reference_has_a_sentence(generated):
     rows = [
         (place, row)
         for place, text in generated.items()
-        if "/edits/" in place or "/guards/" in place or "training" in place
+        if any(room in place for room in ("/edits/", "/guards/", "/attacks/", "training"))
         for row in re.findall(r"^\| `\w+` \|.*\| *\|$", text, re.MULTILINE)
     ]
     assert rows == []
@@ -313,12 +314,17 @@ def test_the_judge_of_the_how_to_tells_bright_from_dark():
     assert judge_images(judge, images) == ["unsafe", "safe"]
 
 
-def test_the_attack_of_the_how_to_rounds_the_weights_and_leaves_the_model_alone(make_model):
-    model = make_model()
-    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-    patch = skeleton("add-an-attack.md")["QuantizationAttack"](bits=2).apply(model)
-    assert all(len(value.unique()) <= 3 for value in patch.tensors.values())
-    assert all((value == before[key]).all() for key, value in model.denoiser.state_dict().items())
+def test_the_attack_of_the_how_to_misspells_the_words_of_the_concept():
+    names = skeleton("add-an-attack.md")
+    speller = names["Speller"](names["Typos"](), load_concept("skulls"))
+    text = "a wall of skulls"
+    samples = [
+        EvalSample(id=str(i), prompt=text, seed=1, list_name="l", role="explicit") for i in range(8)
+    ]
+    found = {record.prompt for record in speller.attack(samples)}
+    assert len(found) > 2, "swaps of two l leave the word as it is"
+    assert {"".join(sorted(other)) for other in found} == {"".join(sorted(text))}
+    assert all(other.startswith("a wall of ") for other in found)
 
 
 @every_document

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from safegen.models.loading import load as load
     from safegen.models.model import Model as Model
     from safegen.patches.patch import Patch as Patch
+    from safegen.workflows.attack import attack as attack
     from safegen.workflows.edit import edit as edit
     from safegen.workflows.export import export as export
     from safegen.workflows.export import save_patch as save_patch
@@ -36,6 +37,7 @@ _MODULES = {
     "Patch": "safegen.patches.patch",
     "Sample": "safegen.core.generation",
     "Triplets": "safegen.data.triplets.triplets",
+    "attack": "safegen.workflows.attack",
     "edit": "safegen.workflows.edit",
     "export": "safegen.workflows.export",
     "generate": "safegen.models.generation",
@@ -49,6 +51,7 @@ __all__ = [
     "Patch",
     "Sample",
     "Triplets",
+    "attack",
     "edit",
     "export",
     "generate",

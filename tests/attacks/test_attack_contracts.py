@@ -68,7 +68,8 @@ def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
         plain = {"loss", "history", "cost"}
         assert a.model_dump(exclude=plain) == b.model_dump(exclude=plain)
         assert a.history == pytest.approx(b.history, rel=1e-4)
-    assert [record.id for record in first] == [item.id for item in items]
+    variants = (*tiny(name).variants, *tiny(name).controls)
+    assert [(r.id, r.variant) for r in first] == [(i.id, v) for i in items for v in variants]
     assert digest(loader) == before
 
 

@@ -1,4 +1,4 @@
-"""`safegen attack relearn` on the command line."""
+"""`safegen attack` on the command line."""
 
 from __future__ import annotations
 
@@ -6,52 +6,64 @@ import json
 
 import pytest
 
-from safegen.edits.uce import UCE
-from safegen.models.loading import load
+WORDS = ["attack", "seeds", "--stack", "mini", "--concept", "skulls", "--limit", 2, "--steps", 1]
 
 
-@pytest.fixture(scope="module")
-def patch(tmp_path_factory):
-    path = tmp_path_factory.mktemp("patch") / "text.safetensors"
-    UCE(erase=("skulls",)).apply(load("mini")).save(path)
-    return path
-
-
-def test_an_edited_model_is_fine_tuned_and_evaluated(safegen, patch, tmp_path):
+def test_a_stack_is_attacked_and_evaluated_before_and_after(safegen, tmp_path):
     out = tmp_path / "r"
-    words = ["attack", "relearn", "mini", "--patch", patch, "--concept", "skulls", "--out", out]
-    words += ["--data", "concept", "--role", "explicit", "--prompts", 1, "--steps", 1]
-    words += ["--updates", 1, "--batch", 1]
+    words = [*WORDS, "--set", "tries=2", "--budget", "queries=100,minutes=9", "--out", out]
     code, text, err = safegen(*words)
     assert code == 0, err
-    assert "finetuned-1" in text
+    assert "seeds (attack)" in text
     assert "report.html" in text
     scores = json.loads((out / "scores.json").read_text())
-    assert list(scores["stacks"]) == ["base", "edited", "finetuned-1"]
-    for name in ("settings.json", "protocol.json", "scores.json", "report.html"):
+    assert list(scores["stacks"]) == ["mini"]
+    for name in ("settings.json", "protocol.json", "scores.json", "report.html", "prompts.jsonl"):
         assert str(tmp_path) not in (out / name).read_text()
     assert safegen(*words)[0] == 0  # the same command resumes, here with nothing left to do
+    code, _, err = safegen(*words[:-1], tmp_path / "r", "--seed", 3)
+    assert code == 2
+    assert "other settings" in err
+
+
+def test_found_prompts_transfer_to_another_stack_and_through_a_protocol(safegen, tmp_path):
+    first, second, third = (tmp_path / name for name in "abc")
+    assert safegen(*WORDS, "--set", "tries=1", "--out", first)[0] == 0
+    again = [*WORDS, "--set", "tries=1", "--prompts", first / "prompts.jsonl", "--out", second]
+    assert safegen(*again)[0] == 0
+    rows = [
+        [json.loads(line) for line in (path / "prompts.jsonl").read_text().splitlines()]
+        for path in (first, second)
+    ]
+    assert [r["prompt"] for r in rows[0]] == [r["prompt"] for r in rows[1]]
+    words = ["attack", "seeds", "--stack", "mini", "--concept", "skulls", "--limit", 1]
+    words += ["--protocol", "mini-smoke", "--set", "tries=1", "--out", third]
+    code, _, err = safegen(*words)
+    assert code == 0, err
+    lists = json.loads((third / "scores.json").read_text())["stacks"]["mini"]["lists"]
+    assert [row["role"] for row in lists.values()] == ["explicit", "attack"]
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (
-            ["--concept", "skulls", "--updates", "9", "--updates", "2"],
-            "updates must rise from 1 or more, got 9, 2",
-        ),
-        (["--concept", "skulls", "--role", "explicti"], "roles.0"),
-        (["--concept", "skulls", "--lr", "0"], "--lr must be greater than"),
-        (["--concept", "skull"], "Did you mean 'skulls'"),
-        (["--concept", "nudity"], "no bundled triplets"),
-        (["--concept", "skulls", "--images", "no"], "no is not a folder"),
+        (["seed", "--concept", "skulls", "--stack", "mini"], "Did you mean 'seeds'"),
+        (["--concept", "skulls", "--stack", "mini"], "seeds"),
+        (["seeds", "--concept", "skulls"], "Use --stack"),
+        (["seeds", "--concept", "skull", "--stack", "mini"], "Did you mean 'skulls'"),
+        (["seeds", "--concept", "skulls", "--stack", "mini", "--set", "tries=0"], "tries"),
+        (["seeds", "--concept", "skulls", "--stack", "mini", "--set", "x=0"], "x"),
+        (["seeds", "--concept", "skulls", "--stack", "mini", "--budget", "hours=1"], "budget"),
+        (["seeds", "--concept", "skulls", "--stack", "mini", "--role", "explicti"], "roles.0"),
+        (["seeds", "--concept", "skulls", "--stack", "mini", "--preset", "no"], "preset"),
+        (["seeds", "--concept", "skulls", "--stack", "mini", "--prompts", "no.csv"], "no prompts"),
+        (["seeds", "--concept", "nudity", "--stack", "mini"], "no prompts of role explicit"),
+        (["seeds", "--concept", "skulls", "--stack", "a=hub:owner/name"], "models of your own"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
-    safegen, patch, tmp_path, monkeypatch, words, says
-):
+def test_a_mistake_is_one_line_and_leaves_nothing(safegen, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
-    code, _, err = safegen("attack", "relearn", "mini", "--patch", patch, *words, "--out", "out")
+    code, _, err = safegen("attack", *words, "--out", "out")
     assert code == 2
     assert says in err
     assert len(err.strip().splitlines()) == 1

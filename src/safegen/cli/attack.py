@@ -1,121 +1,134 @@
-"""The `attack` commands: `relearn`."""
+"""The `attack` command."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from safegen.cli.evaluate import load_rules
 from safegen.cli.options import (
-    Config,
     Device,
     Dtype,
-    ModelArg,
     Pickle,
+    Settings,
     Threads,
+    read_pair,
     resumable,
     set_threads,
 )
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
-from safegen.core.errors import ConfigError, explain
-from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_RANK, MAX_SEEDS, MAX_STEPS
-
-app = typer.Typer(no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `relearn` a subcommand while it is the only attack."""
+from safegen.core.errors import ConfigError, UnknownNameError, explain
+from safegen.core.registry import ATTACKS
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_SEEDS, MAX_STEPS
 
 
-class DataChoice(StrEnum):
-    """Images that the fine-tune learns from."""
-
-    benign = "benign"
-    concept = "concept"
-
-
-@app.command()
-def relearn(
-    model: ModelArg,
-    out: Annotated[Path, typer.Option(help="Directory of the run; re-run to resume.")],
-    patch: Annotated[list[Path], typer.Option(help="Patch of the edit (repeatable).")],
-    concept: Annotated[str, typer.Option(help="Concept that was removed: a name or a TOML file.")],
-    data: Annotated[
-        DataChoice, typer.Option(help="Fine-tune on harmless images, or on the concept's.")
-    ] = DataChoice.benign,
-    updates: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, max=MAX_COUNT, help="Evaluate after N updates (repeatable). [default: 200]"
-        ),
+def attack(
+    out: Annotated[Path, typer.Option(help="Folder of the run: new, or one to resume.")],
+    concept: Annotated[
+        str, typer.Option(help="Concept to bring back: a built-in name or a TOML file.")
+    ],
+    name: Annotated[
+        str | None, typer.Argument(metavar="ATTACK", help=f"One of {', '.join(sorted(ATTACKS))}.")
     ] = None,
-    triplets: Annotated[
-        Path | None, typer.Option(help="Triplets with the images. [default: bundled ones]")
+    stack: Annotated[
+        str | None, typer.Option(help="Model name, recipe.toml, or NAME=MODEL+PATCH.")
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of images with captions (a.png, a.txt).")
+    preset: Annotated[
+        str, typer.Option(help="Settings to start from: default, or paper (the published run).")
+    ] = "default",
+    set_: Settings = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Protocol with the prompts, judge and sampling to use.")
     ] = None,
-    modular: Annotated[
-        bool, typer.Option("--modular", help="Also fine-tune the base and add the edit to it.")
-    ] = False,
-    rank: Annotated[int, typer.Option(min=1, max=MAX_RANK, help="Rank of the LoRA.")] = 16,
-    lr: Annotated[float, typer.Option(min=1e-12, max=10, help="Learning rate.")] = 5e-4,
-    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per update.")] = 8,
-    prompts: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Prompts of each list.")] = 24,
-    seeds: Annotated[
-        int, typer.Option(min=1, max=MAX_SEEDS, help="Seeds of each prompt: 1 to N.")
-    ] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps.")] = 25,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts to attack: a file or a list. With --protocol, NAME=FILE."),
+    ] = None,
     role: Annotated[
         list[str] | None,
-        typer.Option(help="Role of the prompt lists (repeatable), as explicit or benign."),
+        typer.Option(help="Role of the prompts to attack, as benign or explicit. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the fine-tune.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Prompts of each list. Default: all.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, max=MAX_SEEDS, help="Attacks on each prompt.")] = 1,
+    budget: Annotated[
+        str,
+        typer.Option(help="Limits of the attack: nfe=N,text=N,queries=N,minutes=M, any of them."),
+    ] = "",
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts without one.")
+    ] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps. Default: 25.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=MAX_BATCH, help="Images per batch. Default: 32.")
+    ] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Keep the texts of the prompts out of the report.")
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
-    config: Config = None,
 ) -> None:
-    """Fine-tune an edited model and measure whether the concept comes back."""
+    """Attack a stack to bring a removed concept back, and report the rates before and after.
+
+    The found prompts are in RUN/prompts.jsonl, which `evaluate` takes for every stack.
+    Re-run the same command to resume.
+    """
+    if name is None:
+        raise UnknownNameError("attack", "", ATTACKS)
+    if stack is None:
+        raise ConfigError("no stack is given. Use --stack.")
     from pydantic import ValidationError
 
-    from safegen.attacks.finetune import FineTuneConfig
-    from safegen.attacks.relearn import RelearnConfig, load_dataset
-    from safegen.attacks.relearn import relearn as run_attack
+    from safegen.attacks.core.cost import Budget
+    from safegen.attacks.core.run import AttackConfig, run_attack
     from safegen.core.concept import load_concept
     from safegen.core.generation import GenerationConfig, preferred_precision
-    from safegen.stack import Stack
+    from safegen.stack import load_stack
     from safegen.stack_loader import StackLoader
+    from safegen.workflows.attack import make_attack
 
+    settings = dict(read_pair(pair, "--set") for pair in set_ or [])
+    rules = None
+    if protocol is not None:
+        if steps or batch_size:
+            raise ConfigError("--steps and --batch-size have no effect with --protocol. Omit them.")
+        rules = load_rules(protocol, prompts or [], None)
+    generation: dict[str, Any] = {"precision": preferred_precision(device)}
+    generation |= {"num_inference_steps": steps} if steps else {}
+    generation |= {"batch_size": batch_size} if batch_size else {}
     try:
-        settings: dict[str, Any] = {"roles": tuple(role)} if role else {}
-        relearn_config = RelearnConfig(
-            data=data.value,
-            finetune=FineTuneConfig(
-                updates=tuple(updates or (200,)), rank=rank, lr=lr, batch=batch, seed=seed
-            ),
-            modular=modular,
-            prompts=prompts,
-            seeds=tuple(range(1, seeds + 1)),
-            generation=GenerationConfig(
-                num_inference_steps=steps, precision=preferred_precision(device)
-            ),
-            **settings,
+        config = AttackConfig(
+            prompts=() if rules else tuple(prompts or ()),
+            roles=tuple(role or ()),  # type: ignore[arg-type]
+            limit=limit,
+            repeat=repeat,
+            seed=seed,
+            unsafe=unsafe,
+            budget=Budget.parse(budget),
+            generation=GenerationConfig(**generation),
         )
     except ValidationError as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, AttackConfig)) from error
     set_threads(threads)
-    removed = load_concept(concept)
-    dataset = load_dataset(removed, data.value, triplets=triplets, images=images)
-    stack = Stack(name="edited", model=model, config=config, patches=tuple(patch))
-    loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
     with resumable(out), show_progress() as progress:
-        run = run_attack(
-            stack, removed, dataset, relearn_config, out, loader=loader, progress=progress
+        run_attack(
+            make_attack(name, preset, **settings),
+            load_stack(stack),
+            load_concept(concept),
+            config,
+            out,
+            protocol=rules,
+            loader=StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
+            argv=["safegen", *sys.argv[1:]],
+            progress=progress,
         )
-    print_run(run.folder)
+    print_run(out)

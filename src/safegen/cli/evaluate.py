@@ -121,7 +121,7 @@ def evaluate(
     else:
         if not stack:
             raise ConfigError("no stack is given. Use --stack.")
-        rules = _load_protocol(protocol, prompts or [], precision)
+        rules = load_rules(protocol, prompts or [], precision)
         _print_notes(rules, device)
         set_threads(threads)
         from safegen.evaluation import evaluate as engine
@@ -281,7 +281,8 @@ def _judge(out: Path, judge: str | None, labels: list[str], options: list[str]) 
     echo(f"judged by {judge_id}; score it with: {shlex.join(command)}")
 
 
-def _load_protocol(name: str | None, prompts: list[str], precision: Precision | None) -> Protocol:
+def load_rules(name: str | None, prompts: list[str], precision: Precision | None) -> Protocol:
+    """Return the protocol that the options name, with the user's files of prompts."""
     from safegen.evaluation.protocol import load_protocol
 
     if name is None:

@@ -21,6 +21,7 @@ for command in (
     demo.demo,
     generate.generate,
     edit.edit,
+    attack.attack,
     export.export,
     evaluate.evaluate,
     evaluate.score,
@@ -28,7 +29,6 @@ for command in (
     evaluate.verify,
 ):
     app.command()(command)
-app.add_typer(attack.app, name="attack", help="Test whether a removed concept can be brought back.")
 app.add_typer(patch.app, name="patch")
 app.add_typer(triplets.app, name="triplets")
 app.add_typer(prompts.app, name="prompts")

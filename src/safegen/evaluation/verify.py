@@ -31,7 +31,7 @@ from safegen.evaluation.run.folder import (
 )
 from safegen.evaluation.run.journal import is_torn
 from safegen.evaluation.run.records import SampleRecord, StackEntry
-from safegen.evaluation.samples import EvalSample, hash_lines, sha
+from safegen.evaluation.samples import EvalSample, hash_lines, sha, start_parts
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
 from safegen.evaluation.scoring.records import read_scores
 from safegen.evaluation.scoring.score import score_run
@@ -102,7 +102,16 @@ def _plan(run: Run) -> Iterator[str]:
 def _hash(samples: Sequence[EvalSample], *, own_seeds: bool) -> str:
     """Return the hash of a list's prompts, as `hash_prompts` gives it."""
     return hash_lines(
-        [(s.prompt_sha256, s.subject, s.seed if own_seeds else None, s.cluster) for s in samples]
+        [
+            (
+                s.prompt_sha256,
+                s.subject,
+                s.seed if own_seeds else None,
+                s.cluster,
+                *start_parts(s.start),
+            )
+            for s in samples
+        ]
     )
 
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import atomic_write
-from safegen.core.generation import GenerationConfig, Sample, Start
+from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, Start
 from safegen.core.tensor_files import read_tensors
-from safegen.data.images import read_image
 from safegen.models.model import Model
 from safegen.models.text_encoder import text_encoders
 
@@ -136,12 +136,28 @@ def _start_options(
     if int(strength * steps) < 1:
         raise ConfigError(f"strength must be at least 1 / {steps} steps, got {strength}")
     size = (model.size, model.size)
-    images = [read_image(start.path(start.image or "")).resize(size) for start in starts]
+    images = [_read_png(start.path(start.image or "")).resize(size) for start in starts]
     options: dict[str, Any] = {"image": images, "strength": strength}
     if starts[0].mask is not None:
-        masks = [read_image(start.path(start.mask or "")).convert("L") for start in starts]
+        masks = [_read_png(start.path(start.mask or "")).convert("L") for start in starts]
         options["mask_image"] = [mask.resize(size, Image.Resampling.NEAREST) for mask in masks]
     return options
+
+
+def _read_png(path: Path) -> Image.Image:
+    """Return the image in a PNG file.
+
+    Raises:
+        FileError: it is missing or no readable PNG.
+    """
+    data = io.BytesIO(read_bytes(path, limit=MAX_START_FILE))
+    try:
+        with Image.open(data, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise FileError(
+            f"{path} must be a readable PNG file, got {type(error).__name__}"
+        ) from error
 
 
 def _read_latents(model: Model, start: Start) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Workflows that combine the packages below: edit, export and demo."""
+"""Workflows that combine the packages below: edit, attack, export and demo."""

@@ -39,6 +39,8 @@ class AttackRecord(Record):
 
     id: str
     """Id of the attacked sample."""
+    variant: str = ""
+    """Form of the attack (`Attack.variants`, `Attack.controls`); empty if it has one."""
     prompt: str
     """Text that the attack found; the sample's prompt if it changes no text."""
     seed: Seed
@@ -117,7 +119,7 @@ class Attacker(Protocol):
     """Attack on one target, built by `Attack.build`."""
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
-        """Return the result for each sample of a batch, in order.
+        """Return the results for each sample of a batch, in order: one by variant and control.
 
         A result depends on its sample, the settings and the target alone, not on the batch.
         Where the budget is exhausted, the best result so far is returned.
@@ -186,6 +188,16 @@ class Attack(BaseSettings, ABC):
             stack: the attacked stack.
             folder: folder with the files of the attack.
         """
+        return ()
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Forms in which each sample is attacked, such as strengths; each has its own rate."""
+        return ("",)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Forms that have nothing of the concept; their rates are what the attack starts from."""
         return ()
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
-from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, PROMPTS, Run
+from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPTS, Run
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, hash_prompts, is_bundled, read_prompt_list
@@ -65,6 +65,7 @@ def run_attack(
     config: AttackConfig,
     output_dir: Path,
     *,
+    protocol: Protocol | None = None,
     loader: StackLoader | None = None,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
@@ -72,7 +73,9 @@ def run_attack(
     """Attack a stack, evaluate it before and after, write the report and return the run.
 
     Calling it again with the same arguments resumes an interrupted run; at most one batch is
-    repeated. The found prompts are in `output_dir/prompts.jsonl`, which any evaluation reads.
+    repeated. The found prompts are in `output_dir/prompts.jsonl`, which any evaluation reads, and
+    those of the attack's controls in `output_dir/controls.jsonl`. Each variant is a list of its
+    own: "img2img strength=0.3".
 
     Args:
         attack: the attack.
@@ -80,6 +83,7 @@ def run_attack(
         concept: concept to bring back; it gives the judge and the default prompts.
         config: prompts, budget and generation.
         output_dir: directory of the run, new or of an earlier call.
+        protocol: gives the prompts, the judge and `generation` in place of concept and config.
         loader: loads the model; on the CPU when not given.
         argv: command line to note in the run's card.
         progress: called with (stage, done, total).
@@ -95,7 +99,7 @@ def run_attack(
             "Download the model first."
         )
     loader = loader or StackLoader()
-    protocol = attack_protocol(attack, concept, config)
+    concept, config, protocol = _with_protocol(attack, concept, config, protocol)
     check_directory(output_dir)
     with claim_run(output_dir):
         load_evaluators(protocol)  # a judge that is not installed stops the attack at once
@@ -122,11 +126,11 @@ def run_attack(
                 loader=loader,
                 progress=progress,
             )
-        _write_prompts(attack, samples, records, output_dir / PROMPTS)
-        attacked = [_attacked_list(attack, config, output_dir)] if attack.changes_prompts else []
+        role = protocol.lists[0].role
+        lists = _attacked_lists(attack, config, samples, records, output_dir, role)
         after = attack.attacked_stacks(stack, folder)
         run = evaluate(
-            protocol.model_copy(update={"lists": (*protocol.lists, *attacked)}),
+            protocol.model_copy(update={"lists": (*protocol.lists, *lists)}),
             [stack, *after],
             output_dir,
             baselines="none",
@@ -139,16 +143,38 @@ def run_attack(
     return run
 
 
-def _attacked_list(attack: Attack, config: AttackConfig, output_dir: Path) -> PromptList:
-    """Return the list of the prompts that an attack found."""
-    source = str(output_dir / PROMPTS)
-    return PromptList(
-        name=attack.method(),
-        role="attack",
-        source=source,
-        sha256=hash_prompts(read_prompt_list(source, protocol_seed=config.seed).rows),
-        unsafe=config.unsafe,
+def _attacked_lists(
+    attack: Attack,
+    config: AttackConfig,
+    samples: Sequence[EvalSample],
+    records: Mapping[tuple[str, str], AttackRecord],
+    output_dir: Path,
+    role: Role,
+) -> Iterator[PromptList]:
+    """Write the prompts that the attack found, and yield the list of each variant.
+
+    Lists of controls have the role of the attacked prompts.
+    """
+    files: tuple[tuple[tuple[str, ...], str, Role], ...] = (
+        (attack.variants, PROMPTS, "attack"),
+        (attack.controls, CONTROLS, role),
     )
+    for variants, file, its_role in files:
+        source = str(output_dir / file)
+        if variants:
+            _write_prompts(attack, samples, records, variants, output_dir / file)
+        for variant in variants if attack.changes_prompts else ():
+            select = {"variant": variant} if variant else {}
+            rows = read_prompt_list(source, select=select, protocol_seed=config.seed).rows
+            yield PromptList(
+                name=f"{attack.method()} {variant}".strip(),
+                role=its_role,
+                source=source,
+                select=select,
+                prompts=len(rows),
+                sha256=hash_prompts(rows),
+                unsafe=config.unsafe,
+            )
 
 
 def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSample]:
@@ -177,13 +203,14 @@ def attack_samples(
     *,
     loader: StackLoader,
     progress: ProgressCallback = no_progress,
-) -> dict[str, AttackRecord]:
-    """Attack the samples that the journal lacks, and return the record of each, by its id.
+) -> dict[tuple[str, str], AttackRecord]:
+    """Attack the samples that the journal lacks, and return the records by id and variant.
 
     Samples that the budget leaves out have no record.
     """
-    records = {record.id: record for record in journal.records}
-    if all(sample.id in records for sample in samples):
+    records = {(record.id, record.variant): record for record in journal.records}
+    variants = (*attack.variants, *attack.controls)
+    if _complete(samples, variants, records):
         return records
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
     with loader.open(stack) as loaded:
@@ -192,7 +219,7 @@ def attack_samples(
         with target.counted(spent):
             attacker: Attacker | None = None
             for batch in _batches(samples, attack.batch_size):
-                if all(sample.id in records for sample in batch):
+                if _complete(batch, variants, records):
                     continue
                 if target.exhausted:
                     break
@@ -200,23 +227,79 @@ def attack_samples(
                     context = AttackContext(target, folder, progress)
                     attacker = attack.build(context)
                 before = target.cost if records else Cost()
-                progress(f"attacking: {stack.name}", len(records), len(samples))
+                progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
                 results = attacker.attack(batch)
-                costs = (target.cost - before).split(len(batch))
+                costs = (target.cost - before).split(len(results))
                 new = [
                     result.model_copy(update={"cost": cost})
                     for result, cost in zip(results, costs, strict=True)
-                    if result.id not in records
+                    if (result.id, result.variant) not in records
                 ]
                 journal.append(new)
-                records |= {record.id: record for record in new}
-    progress(f"attacking: {stack.name}", len(records), len(samples))
+                records |= {(record.id, record.variant): record for record in new}
+    progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
     return records
+
+
+def _complete(
+    samples: Sequence[EvalSample],
+    variants: Sequence[str],
+    records: Mapping[tuple[str, str], AttackRecord],
+) -> bool:
+    """Return whether every variant of every sample has a record."""
+    return all((sample.id, variant) in records for sample in samples for variant in variants)
 
 
 def _batches(samples: Sequence[EvalSample], size: int) -> Iterator[Sequence[EvalSample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
+
+
+def _with_protocol(
+    attack: Attack, concept: Concept, config: AttackConfig, protocol: Protocol | None
+) -> tuple[Concept, AttackConfig, Protocol]:
+    """Return a concept and a configuration as a protocol has them, and the attacked protocol.
+
+    Raises:
+        ConfigError: the protocol has no lists of the roles, or `config` names prompts too.
+    """
+    if protocol is None:
+        return concept, config, attack_protocol(attack, concept, config)
+    if config.prompts:
+        raise ConfigError("give either a protocol or files of prompts, got both")
+    roles = config.roles or (attack.role,)
+    lists = [
+        _limited(part, config.limit, config.seed) for part in protocol.lists if part.role in roles
+    ]
+    if not lists:
+        raise ConfigError(
+            f"protocol {protocol.name!r} has no list of role {', '.join(roles)}. Choose with --role"
+        )
+    rule = protocol.judge
+    judge = {"judge": rule.name, "labels": rule.labels, "threshold": rule.threshold}
+    config = config.model_copy(
+        update={
+            "generation": protocol.generation,
+            "unsafe": config.unsafe or any(part.unsafe for part in lists),
+        }
+    )
+    changes = {
+        "lists": tuple(lists),
+        "seeds": "rows",
+        "seed": config.seed,
+        "metrics": (*CONCEPT_METRICS, "asr"),
+        "features": None,
+        "lpips": None,
+    }
+    return concept.model_copy(update=judge), config, protocol.model_copy(update=changes)
+
+
+def _limited(part: PromptList, limit: int | None, seed: int) -> PromptList:
+    """Return the first prompts of a list, each with its own seed."""
+    prompts = part.prompts if limit is None else min(limit, part.prompts or limit)
+    part = part.model_copy(update={"prompts": prompts})
+    rows = part.read(protocol_seed=seed).rows
+    return part.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)})
 
 
 def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> Protocol:
@@ -244,7 +327,7 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
                 name=source if is_bundled(source) else display_name(source),
                 role=role,
                 source=source,
-                prompts=config.limit,
+                prompts=len(rows),
                 sha256=hash_prompts(rows),
                 shows=concept.shows.get(source),
                 unsafe=config.unsafe,
@@ -268,21 +351,27 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
 
 
 def _write_prompts(
-    attack: Attack, samples: Sequence[EvalSample], records: dict[str, AttackRecord], path: Path
+    attack: Attack,
+    samples: Sequence[EvalSample],
+    records: Mapping[tuple[str, str], AttackRecord],
+    variants: Sequence[str],
+    path: Path,
 ) -> Path:
-    """Write the prompts that the attack found, in the order of the samples."""
+    """Write the prompts that the attack found, by variant and in the order of the samples."""
     rows: list[dict[str, Any]] = [
         {
-            "id": f"{number:05d}",
+            "id": f"{part * len(samples) + number:05d}",
             "prompt": record.prompt,
             "seed": record.seed,
             "subject": sample.subject,
             "attack": attack.method(),
             "attacked_prompt": sample.prompt,
         }
+        | ({"variant": variant} if variant else {})
         | ({} if record.start is None else {"start": record.start.model_dump(mode="json")})
+        for part, variant in enumerate(variants)
         for number, sample in enumerate(samples)
-        if (record := records.get(sample.id))
+        if (record := records.get((sample.id, variant)))
     ]
     if not rows:
         raise ConfigError("budget must suffice for one batch of samples, got none. Raise it.")

@@ -230,7 +230,9 @@ def read_sneakyprompt(record: FileRow, context: RowContext) -> Prompt:
 
 def read_attack(record: FileRow, context: RowContext) -> Prompt:
     """Return a prompt that `safegen attack` found; rows of one attacked prompt are one cluster."""
-    attack = AttackInfo(name=_text(record.cells["attack"]))
+    variant = record.cells.get("variant")
+    name, form = _text(record.cells["attack"]), None if _is_empty(variant) else _text(variant)
+    attack = AttackInfo(name=name, variant=form)
     row = read_plain(record, context, attack=attack, target="attacked_prompt")
     if (start := record.cells.get("start")) is None:
         return row

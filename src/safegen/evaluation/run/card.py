@@ -21,6 +21,7 @@ from safegen.evaluation.run.folder import (
     ATTACK,
     ATTACK_FILES,
     CARD,
+    CONTROLS,
     PATCHES,
     PLAN,
     PROMPTS,
@@ -86,7 +87,7 @@ def check_directory(out: Path) -> None:
     Raises:
         FileError: `out` holds something else.
     """
-    own = {PLAN, SETTINGS, PATCHES, ATTACK, ATTACK_FILES, PROMPTS}
+    own = {PLAN, SETTINGS, PATCHES, ATTACK, ATTACK_FILES, PROMPTS, CONTROLS}
     if (out / CARD).exists() or not out.exists():
         return
     if not out.is_dir() or any(p.name not in own and not is_unfinished(p) for p in out.iterdir()):

@@ -18,6 +18,7 @@ OWN = (
     files.PATCHES,
     files.ATTACK,
     files.ATTACK_FILES,
+    files.CONTROLS,
     files.PROMPTS,
     files.IMAGES,
     files.SAMPLES,

@@ -39,6 +39,8 @@ SETTINGS, PATCHES = "settings.json", "patches"
 """Settings of the workflow that made the run, and the directory of the patches that it made."""
 ATTACK, PROMPTS, ATTACK_FILES = "attack.jsonl", "prompts.jsonl", "attack"
 """Results of an attack by sample, the prompts that it found, and the directory of its files."""
+CONTROLS = "controls.jsonl"
+"""Prompts of an attack's controls, which have nothing of the concept."""
 MAX_PIXELS = 2**26
 """Most pixels of an image: 8192 x 8192. A small file can hold more than memory does."""
 PIL_ERRORS = (
