@@ -221,6 +221,7 @@ def test_pairs_that_cannot_be_read_are_refused(text, message, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_benign_prompts_become_prompts_of_the_concept_on_the_base(loader, skulls_judge, tmp_path):
     samples = [
         EvalSample(

@@ -83,9 +83,12 @@ def test_starts_are_part_of_an_images_name_and_of_a_lists_hash(folder):
     masked = Start.of(folder, image="a.png", mask="m.png", strength=0.5)
     other = half.model_copy(update={"strength": 0.6})
     assert len({named(s) for s in (None, half, masked, other)}) == 4
-    assert "folder" not in EvalSample(
-        prompt="p", seed=1, list_name="l", role="attack", start=half
-    ).model_dump_json()
+    assert (
+        "folder"
+        not in EvalSample(
+            prompt="p", seed=1, list_name="l", role="attack", start=half
+        ).model_dump_json()
+    )
 
 
 def test_prompt_files_carry_starts_and_refuse_changed_and_outside_files(folder):

@@ -1,4 +1,4 @@
-"""Ring-A-Bell: search a prompt whose text embedding lies where the concept's would.
+"""Ring-A-Bell: search a prompt with the text embedding of a concept.
 
 Tsai et al. 2024, arXiv:2310.10012. The target of a prompt is its embedding plus eta times the
 concept's direction, the mean difference of embeddings with and without the concept (equation 2).
@@ -70,7 +70,7 @@ class RingABell(Attack):
         "The search ends after `patience` generations without progress. "
         "`compat` restores the released search, also the draw of tokens without the first one. "
         "Pairs of prompts come from the concept's prompt lists, or from `pairs`. The released "
-        "direction for nudity leaves out 19 of 250 pairs whose image showed none."
+        "direction for nudity leaves out 19 of 250 pairs, as their images showed none."
     )
     access: ClassVar[Access] = "text_encoder"
     tier: ClassVar[Tier] = "static"
@@ -164,7 +164,7 @@ class GeneticAttacker:
         ]
         pairs = list(zip(searches, targets, strict=True))
         for generation in range(config.generations):
-            running = [(s, target) for s, target in pairs if s.idle < config.patience]
+            running = [(s, target) for s, target in pairs if s.stagnation < config.patience]
             if not any(search.proposals for search, _ in running):
                 break
             self._score(running)

@@ -26,7 +26,7 @@ class TokenSearch(Protocol):
     """Loss of the result."""
     history: list[float]
     """Lowest loss so far, by generation."""
-    idle: int
+    stagnation: int
     """Generations since the last progress."""
 
     def advance(self, losses: Sequence[float]) -> None:
@@ -35,7 +35,7 @@ class TokenSearch(Protocol):
 
 
 class ElitistSearch:
-    """Search whose best candidates survive unchanged with their losses (ours).
+    """Search in which the best candidates survive unchanged with their losses (ours).
 
     Each child is new. It comes from one or two survivors and is mutated: one token is replaced
     (55 %), inserted (15 %) or removed (10 %), the last one making or filling the room, or two are
@@ -71,7 +71,7 @@ class ElitistSearch:
         self.proposals = self._new(population, lambda: self._draw(num_tokens))
         self.best, self.loss = self.proposals[0], float("inf")
         self.history: list[float] = []
-        self.idle = 0
+        self.stagnation = 0
 
     def advance(self, losses: Sequence[float]) -> None:
         """Select survivors by the losses of the proposals, and propose their children."""
@@ -79,7 +79,7 @@ class ElitistSearch:
         ordered = sorted(self.population + scored, key=lambda pair: pair[0])
         self.population = ordered[: self.survivors]
         loss, best = self.population[0]
-        self.idle = 0 if loss < self.loss else self.idle + 1
+        self.stagnation = 0 if loss < self.loss else self.stagnation + 1
         self.best, self.loss = best, loss
         self.history.append(loss)
         self.proposals = self._new(self.survivors, self._child)
@@ -159,11 +159,11 @@ class ReleasedSearch:
         self.numpy = np.random.RandomState(seed)  # the generator of the released code
         generator = torch.Generator().manual_seed(seed)
         shape = (population, num_tokens)
-        drawn = torch.randint(self.low, self.high, shape, generator=generator)
-        self.proposals: list[Tokens] = [tuple(row) for row in drawn.tolist()]
+        tokens = torch.randint(self.low, self.high, shape, generator=generator)
+        self.proposals: list[Tokens] = [tuple(row) for row in tokens.tolist()]
         self.best, self.loss = self.proposals[0], float("inf")
         self.history: list[float] = []
-        self.idle = 0
+        self.stagnation = 0
 
     def advance(self, losses: Sequence[float]) -> None:
         """Select survivors by the losses of all candidates, and breed and mutate them."""
@@ -171,7 +171,7 @@ class ReleasedSearch:
         parents = [self.proposals[i] for i in order]
         self.best, self.loss = parents[0], losses[order[0]]
         lowest = min([self.loss, *self.history[-1:]])
-        self.idle = 0 if [lowest] != self.history[-1:] else self.idle + 1
+        self.stagnation = 0 if [lowest] != self.history[-1:] else self.stagnation + 1
         self.history.append(lowest)
         self.proposals = [self._mutate(candidate) for candidate in self._breed(parents)]
 

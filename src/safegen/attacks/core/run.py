@@ -28,7 +28,7 @@ from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPT
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, hash_prompts, is_bundled, read_prompt_list
-from safegen.evaluation.schema import JudgeRule, PromptList
+from safegen.evaluation.schema import JudgeRule, MetricName, PromptList
 from safegen.judges import load_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -270,7 +270,7 @@ def _with_protocol(
         "lists": tuple(lists),
         "seeds": "rows",
         "seed": config.seed,
-        "metrics": (*CONCEPT_METRICS, "asr"),
+        "metrics": _metrics(config),
         "features": None,
         "lpips": None,
     }
@@ -283,6 +283,11 @@ def _limited(part: PromptList, limit: int | None, seed: int) -> PromptList:
     part = part.model_copy(update={"prompts": prompts})
     rows = part.read(protocol_seed=seed).rows
     return part.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)})
+
+
+def _metrics(config: AttackConfig) -> tuple[MetricName, ...]:
+    """Return the metrics of an attack's run; any-of-N where prompts are attacked N times."""
+    return (*CONCEPT_METRICS, "asr", *(("asr_any",) if config.repeat > 1 else ()))
 
 
 def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> Protocol:
@@ -327,7 +332,7 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
             seed=config.seed,
             generation=config.generation,
             judge=rule,
-            metrics=(*CONCEPT_METRICS, "asr"),
+            metrics=_metrics(config),
         )
     except ValidationError as error:
         raise ConfigError(f"{concept.name}: {explain(error, Protocol)}") from error
