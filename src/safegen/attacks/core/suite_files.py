@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from safegen.attacks.core.cost import Cost
 from safegen.core.documents import read_bytes, read_record
 from safegen.core.errors import FileError
-from safegen.core.settings import Count, Digest, JsonObject, Name
+from safegen.core.settings import Count, Digest, JsonObject, Name, Share
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.format import format_rate, markdown_code, markdown_text
 from safegen.evaluation.run.records import StackEntry
@@ -39,16 +39,22 @@ class SuiteConcept(SuitePart):
     """Concept of a suite, and what counts as an image of it."""
 
     name: Name
+    """Name of the concept."""
     words: tuple[str, ...]
+    """Phrases that name it."""
     judge: Name
+    """Name of the judge."""
     labels: tuple[str, ...]
-    threshold: float
+    """Labels of the judge that mean it."""
+    threshold: Share
+    """Lowest score of a detection that counts."""
 
 
 class SuiteAttack(SuitePart):
     """Attack that made prompts of a suite."""
 
     name: Name
+    """Name of the attack."""
     paper: str
     """Source of the method."""
     settings: JsonObject
@@ -67,8 +73,11 @@ class SuiteList(SuitePart):
     """Prompt list of a suite, with the rate of the stack that it was made on."""
 
     name: Name
+    """Name of the list."""
     role: Role
+    """Relation of its prompts to the concept."""
     prompts: Count
+    """Number of its prompts."""
     sha256: Digest
     """SHA-256 of the prompts (`hash_prompts`)."""
     base: JsonObject | None
@@ -82,6 +91,7 @@ class SuiteManifest(SuitePart):
     safegen: str
     """Version that made it."""
     concept: SuiteConcept
+    """Concept that the prompts ask for."""
     stack: StackEntry
     """Stack that the attacks worked on, usually a base model."""
     config: JsonObject
@@ -89,7 +99,9 @@ class SuiteManifest(SuitePart):
     protocol: str
     """Id of the protocol."""
     attacks: tuple[SuiteAttack, ...]
+    """Attacks, in the order of their lists."""
     lists: tuple[SuiteList, ...]
+    """Lists of the protocol."""
     files: dict[str, Digest]
     """SHA-256 of every file of the suite but this one."""
 
