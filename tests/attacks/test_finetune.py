@@ -5,25 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from torch.testing import assert_close
 
-from safegen.attacks.finetune import (
-    DenoisingObjective,
-    FineTuneConfig,
-    FineTuneDataset,
-    captions_for,
-    fine_tune,
-)
+from safegen.attacks.core import finetune
+from safegen.attacks.core.dataset import FineTuneDataset, captions_for
+from safegen.attacks.core.finetune import DenoisingObjective, fine_tune, patch_path, updates_done
+from safegen.attacks.relearn import Relearn
 from safegen.core import registry as tables
 from safegen.core.concept import load_concept, prompt_list
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, DivergedError, FileError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.samples import preprocess
 from safegen.edits.uce import UCE
 from safegen.judges import load_judge
+from safegen.patches.patch import Patch
 
-BRIEF = FineTuneConfig(updates=(1, 3), rank=2, batch=2, lr=1e-2, precision="fp32")
+BRIEF = Relearn(images_per_update=2, lr=1e-2, precision="fp32").training
+
+
+def patches_of(files):
+    return {updates: Patch.load(path) for updates, path in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,7 @@ def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
     model, silent = make_model(prediction_type=prediction), ZeroDenoiser()
     picture = triplets.images(0)[0]
     problem = DenoisingObjective(
-        BRIEF.model_copy(update={"batch": 5}),
-        model,
-        FineTuneDataset((picture,), (("a red cube",),), "x"),
+        model, FineTuneDataset((picture,), (("a red cube",),), "x"), batch=5
     )
     loss = problem.training_step(silent, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
     x, t, text = silent.asked
@@ -68,7 +67,7 @@ def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
 
 
 def test_two_processes_share_a_batch(tiny_model, unsafe):
-    problem = DenoisingObjective(BRIEF.model_copy(update={"batch": 5}), tiny_model, unsafe)
+    problem = DenoisingObjective(tiny_model, unsafe, batch=5)
 
     def part(*share):
         return problem.training_step(
@@ -84,43 +83,56 @@ def test_two_processes_share_a_batch(tiny_model, unsafe):
     )
 
 
-def test_an_intermediate_patch_equals_that_of_a_shorter_training(make_model, unsafe):
+@pytest.mark.parametrize("rank", [2, None])
+def test_an_intermediate_patch_equals_that_of_a_shorter_training(
+    make_model, unsafe, tmp_path, rank
+):
     model = make_model()
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-    found = fine_tune(model, unsafe, BRIEF)
-    assert list(found.patches) == [1, 3]
-    assert (
-        found.patches[1].hash
-        == fine_tune(model, unsafe, BRIEF.model_copy(update={"updates": (1,)})).patches[1].hash
-    )
-    assert found.patches[1].hash != found.patches[3].hash
+    found = patches_of(fine_tune(model, unsafe, (1, 3), BRIEF, folder=tmp_path / "a", rank=rank))
+    assert list(found) == [1, 3]
+    short = patches_of(fine_tune(model, unsafe, (1,), BRIEF, folder=tmp_path / "b", rank=rank))
+    assert found[1].hash == short[1].hash
+    assert found[1].hash != found[3].hash
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
     assert [n for n, _ in model.denoiser.named_parameters()] == list(before)
-    assert (found.patches[3].metadata.base, found.patches[3].metadata.data) == (
-        model.hash,
-        unsafe.hash,
-    )
+    metadata = found[3].metadata
+    assert (metadata.base, metadata.data) == (model.hash, unsafe.hash)
+    assert (metadata.updates, metadata.settings["rank"]) == (3, rank)
 
 
-def test_the_model_is_fine_tuned_with_its_patches_applied(make_model, unsafe):
+def test_full_fine_tuning_changes_every_weight_that_the_selector_names(
+    make_model, unsafe, tmp_path
+):
+    model = make_model()
+    options = {"rank": None, "selector": "all", "folder": tmp_path / "a"}
+    patch = Patch.load(fine_tune(model, unsafe, (2,), BRIEF, **options)[2])
+    parameters = dict(model.denoiser.named_parameters())
+    assert patch.names == set(parameters)
+    unchanged = [n for n, value in patch.tensors.items() if torch.equal(value, parameters[n])]
+    assert len(unchanged) < 0.1 * len(parameters)
+
+
+def test_the_model_is_fine_tuned_with_its_patches_applied(make_model, unsafe, tmp_path):
     """A LoRA starts at zero, so a tiny learning rate gives the edited model, not the base."""
     model = make_model()
     edit = UCE(erase=("red cube",)).apply(model)
-    still = FineTuneConfig(updates=(1,), rank=2, batch=2, lr=1e-12, precision="fp32")
+    still = BRIEF.model_copy(update={"lr": 1e-12})
     with edit.apply(model):
-        tuned = fine_tune(model, unsafe, still).patches[1]
+        (path,) = fine_tune(model, unsafe, (1,), still, folder=tmp_path / "a", rank=2).values()
+    tuned = Patch.load(path)
     assert set(edit.tensors) <= set(tuned.tensors)
     for name, value in edit.tensors.items():
         assert_close(tuned.tensors[name], value, rtol=0, atol=1e-7)
         assert not torch.equal(tuned.tensors[name], model.denoiser.get_parameter(name))
 
 
-def test_training_lowers_the_loss_of_one_image(make_model, triplets):
+def test_training_lowers_the_loss_of_one_image(make_model, triplets, tmp_path):
     """The mean loss of one image over fixed noise falls."""
     model = make_model()
     dataset = FineTuneDataset((triplets.images(0)[0],), (("",),), "x")
-    settings = FineTuneConfig(updates=(60,), rank=8, lr=1e-2, precision="fp32")
-    problem = DenoisingObjective(settings.model_copy(update={"batch": 64}), model, dataset)
+    training = Relearn(lr=1e-2, images_per_update=4, precision="fp32").training
+    problem = DenoisingObjective(model, dataset, batch=64)
 
     def loss():
         with torch.no_grad():
@@ -131,8 +143,59 @@ def test_training_lowers_the_loss_of_one_image(make_model, triplets):
             )
 
     before = loss()
-    with fine_tune(model, dataset, settings).patches[60].apply(model):
+    files = fine_tune(model, dataset, (30,), training, folder=tmp_path / "a", rank=8)
+    with Patch.load(files[30]).apply(model):
         assert loss() < 0.9 * before
+
+
+def test_a_callback_ends_the_fine_tune_with_a_patch_of_that_update(make_model, unsafe, tmp_path):
+    model, folder, asked = make_model(), tmp_path / "a", []
+
+    def stop(done, total, row):
+        asked.append((done, total))
+        return done == 2
+
+    files = fine_tune(model, unsafe, (1, 5), BRIEF, folder=folder, rank=2, callback=stop)
+    assert list(files) == [1, 2]
+    assert asked == [(1, 5), (2, 5)]
+    assert updates_done(folder) == 2
+    again = fine_tune(model, unsafe, (1, 5), BRIEF, folder=folder, rank=2, callback=stop)
+    assert again == files, "a finished fine-tune is not repeated"
+    assert len(asked) == 2
+    short = fine_tune(model, unsafe, (2,), BRIEF, folder=tmp_path / "b", rank=2)
+    assert Patch.load(files[2]).hash == Patch.load(short[2]).hash
+
+
+def test_a_killed_fine_tune_resumes_to_equal_patches(make_model, unsafe, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "CHECKPOINT_EVERY", 2)
+    model, folder = make_model(), tmp_path / "a"
+
+    def die(done, total, row):
+        if done == 4:
+            raise RuntimeError("pulled the plug")
+        return False
+
+    options = {"folder": folder, "rank": 2}
+    with pytest.raises(RuntimeError):
+        fine_tune(model, unsafe, (3, 5), BRIEF, callback=die, **options)
+    assert updates_done(folder) == 2, "the last checkpoint"
+    assert patch_path(folder, 3).exists()
+    done = []
+    resumed = fine_tune(
+        model, unsafe, (3, 5), BRIEF, callback=lambda n, *_: done.append(n), **options
+    )
+    assert done == [3, 4, 5]
+    unbroken = fine_tune(model, unsafe, (3, 5), BRIEF, folder=tmp_path / "b", rank=2)
+    for updates, patch in patches_of(unbroken).items():
+        assert Patch.load(resumed[updates]).hash == patch.hash
+
+
+def test_a_fine_tune_that_diverges_leaves_no_checkpoint(make_model, unsafe, tmp_path):
+    wild = BRIEF.model_copy(update={"lr": 1e9})
+    with pytest.raises(DivergedError, match="Lower lr"):
+        fine_tune(make_model(), unsafe, (60,), wild, folder=tmp_path / "a", rank=2)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_a_directory_has_captions(tmp_path):
@@ -205,15 +268,7 @@ def test_an_image_without_a_caption_is_skipped_and_counted(triplets):
         FineTuneDataset.from_triplets(triplets, "benign", lambda images: [()] * len(images))
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [((), "at least 1 item"), ((0,), "rise from 1"), ((5, 5), "rise from 1"), ((9, 2), "got 9, 2")],
-)
-def test_updates_must_rise(given, words):
-    with pytest.raises(ValidationError, match=words):
-        FineTuneConfig(updates=given)
-
-
-def test_a_model_that_predicts_the_sample_is_refused(make_model, unsafe):
+def test_a_model_that_predicts_the_sample_is_refused(make_model, unsafe, tmp_path):
     with pytest.raises(ConfigError, match="epsilon or v_prediction, got sample"):
-        fine_tune(make_model(prediction_type="sample"), unsafe, BRIEF)
+        fine_tune(make_model(prediction_type="sample"), unsafe, (1,), BRIEF, folder=tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -1,46 +1,49 @@
-"""The relearning attack from end to end at tiny size: stacks, figures, patches and resume."""
+"""The relearning attack from end to end at tiny size: stacks, figures, patches, cost and resume."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 
 import pytest
+from pydantic import ValidationError
 
-from safegen.attacks.finetune import FineTuneConfig, FineTuneDataset
-from safegen.attacks.relearn import RelearnConfig, load_dataset, relearn
+from safegen.attacks.core.base import AttackRecord
+from safegen.attacks.core.cost import Budget, Cost
+from safegen.attacks.core.dataset import load_dataset
+from safegen.attacks.core.run import AttackConfig, run_attack
+from safegen.attacks.relearn import Relearn
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, DivergedError, FileError
 from safegen.core.generation import GenerationConfig
 from safegen.edits.uce import UCE
 from safegen.evaluation.report.page import NUMBERS, PAGE
-from safegen.evaluation.run.folder import PATCHES, SCORES, Run
+from safegen.evaluation.run.folder import (
+    ATTACK,
+    ATTACK_FILES,
+    SCORES,
+    SETTINGS,
+    Run,
+    image_file,
+    read_image,
+)
+from safegen.evaluation.run.journal import read_journal
 from safegen.evaluation.verify import verify
+from safegen.guards import read_guard
 from safegen.metrics.paired import mcnemar
+from safegen.models.generation import generate
 from safegen.patches.arithmetic import merge
-from safegen.patches.patch import Patch, PatchOverlapWarning
+from safegen.patches.patch import Patch
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
-SKULLS = load_concept("skulls")
-CONFIG = RelearnConfig(
-    data="concept",
-    finetune=FineTuneConfig(updates=(1, 2), rank=2, batch=2, lr=1e-2, precision="fp32"),
-    modular=True,
-    prompts=2,
-    roles=("explicit", "benign"),
-    generation=GenerationConfig(num_inference_steps=2),
+SKULLS = load_concept("skulls").model_copy(update={"tuning": {}})
+TUNE = {"data": "concept", "rank": 2, "images_per_update": 2, "lr": 1e-2, "precision": "fp32"}
+CONFIG = AttackConfig(
+    limit=2, roles=("explicit", "benign"), generation=GenerationConfig(num_inference_steps=2)
 )
-STACKS = ["base", "edited"] + [
-    f"{name}-{n}"
-    for names in (("finetuned",), ("control",), ("modular",))
-    for name in names
-    for n in (1, 2)
-]
-
-
-def skulls(images):
-    return [("", "skulls")] * len(images)
+NAMES = [f"{name}-{n}" for name in ("finetuned", "control", "modular") for n in (1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,8 @@ def loader():
 
 
 @pytest.fixture(scope="module")
-def dataset(triplets):
-    return FineTuneDataset.from_triplets(triplets, "unsafe", skulls)
+def attack(triplets):
+    return Relearn(updates=(1, 2), modular=True, triplets=triplets.folder, **TUNE)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +64,17 @@ def edited(loader, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(edited, dataset, loader, tmp_path_factory):
+def run(loader, edited):
+    def run(attack, out, stack=edited, config=CONFIG, **options):
+        return run_attack(attack, stack, SKULLS, config, out, loader=loader, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(run, attack, tmp_path_factory):
     """Return a finished attack."""
-    out = tmp_path_factory.mktemp("relearn") / "out"
-    return relearn(edited, SKULLS, dataset, CONFIG, out, loader=loader)
+    return run(attack, tmp_path_factory.mktemp("relearn") / "out")
 
 
 def contents(folder):
@@ -74,34 +84,42 @@ def contents(folder):
         for path in folder.rglob("*")
         if path.is_file() and path.name not in ("timings.jsonl", PAGE, NUMBERS, "report.md")
     }
-    patches = {name: Patch.load(p) for name, p in files.items() if name.endswith(".safetensors")}
-    logs = {
-        name: [
-            {k: v for k, v in json.loads(line).items() if k != "seconds"}
-            for line in path.read_text().splitlines()
-        ]
-        for name, path in files.items()
-        if name.endswith("log.jsonl")
-    }
-    return (
-        {name: path.read_bytes() for name, path in files.items()}
-        | {name: (patch.hash, patch.metadata) for name, patch in patches.items()}
-        | logs
-    )
+    found = {name: path.read_bytes() for name, path in files.items()}
+    for name, path in files.items():
+        if name.endswith(".safetensors"):
+            patch = Patch.load(path)
+            found[name] = patch.hash, patch.metadata
+        elif name.endswith(("log.jsonl", ATTACK)):
+            found[name] = [
+                without_seconds(json.loads(line)) for line in path.read_text().splitlines()
+            ]
+    return found
 
 
-def test_every_stack_is_measured_and_the_run_verifies(done):
+def without_seconds(row):
+    row.pop("seconds", None)
+    row.get("cost", {}).pop("seconds", None)
+    row.get("cost", {}).pop("text_encoder", None)  # captions are encoded again after a kill
+    return row
+
+
+def test_every_stack_is_measured_in_order_and_the_run_verifies(done, tmp_path):
     scores = json.loads((done.folder / SCORES).read_text())
-    assert list(scores["stacks"]) == STACKS
-    assert set(scores["stacks"]["edited"]["lists"]) == {"mini:skulls", "mini:benign"}
+    assert list(scores["stacks"]) == ["base", "mine", *NAMES]
+    assert set(scores["stacks"]["mine"]["lists"]) == {"mini:skulls", "mini:benign"}
     assert verify(done) == []
-    assert {path.name for path in (done.folder / PATCHES).glob("*.safetensors")} == {
-        f"{name}-{n}.safetensors" for name in ("finetuned", "control", "modular") for n in (1, 2)
-    }
-    assert not list((done.folder / PATCHES).rglob("checkpoint.safetensors"))
+    files = done.folder / ATTACK_FILES
+    assert {path.stem for path in files.glob("*.safetensors")} == set(NAMES)
+    assert not list(files.rglob("checkpoint.safetensors"))
     page = (done.folder / PAGE).read_text()
     assert "Fine-tuned on 6 images" in page
     assert "Compared with the stack before the attack" in page
+    Patch.load(files / "control-1.safetensors").save(tmp_path / "other.safetensors")
+    changed = shutil.copytree(done.folder, tmp_path / "copy") / ATTACK_FILES
+    shutil.move(tmp_path / "other.safetensors", changed / "finetuned-1.safetensors")
+    assert verify(Run.open(changed.parent)) == [
+        "attack/finetuned-1.safetensors: its hash is not the one of the card"
+    ]
 
 
 def test_every_attacked_stack_is_tested_against_the_edited_one(done):
@@ -111,32 +129,25 @@ def test_every_attacked_stack_is_tested_against_the_edited_one(done):
     for record in done.detections_records():
         scored = any(d.label == "skulls" and d.score >= 0.5 for d in record.detections.items)
         verdicts[record.key] = scored
-    for name in STACKS:
+    for name in ("base", "mine", *NAMES):
         for part in ("mini:skulls", "mini:benign"):
             at = [i for i, p in enumerate(done.samples) if p.list_name == part]
             row = scores[name]["lists"][part]
-            if name in ("base", "edited"):
+            if name in ("base", "mine"):
                 assert "reference" not in row
                 continue
-            own, old = ([verdicts[keys[stack][i]] for i in at] for stack in (name, "edited"))
-            assert row["reference"] == {"stack": "edited"} | mcnemar(own, old).to_json()
+            own, old = ([verdicts[keys[stack][i]] for i in at] for stack in (name, "mine"))
+            assert row["reference"] == {"stack": "mine"} | mcnemar(own, old).to_json()
 
 
 def test_patches_generate_the_images_of_their_stack(done, edited, loader):
-    from safegen.evaluation.run.folder import image_file, read_image
-
-    samples = done.samples
+    samples, (model, _) = done.samples, loader.model("mini")
     edit = Patch.load(edited.patches[0])
-    model, _ = loader.model("mini")
     tuned, control = (
-        Patch.load(done.folder / PATCHES / f"{name}-2.safetensors")
+        Patch.load(done.folder / ATTACK_FILES / f"{name}-2.safetensors")
         for name in ("finetuned", "control")
     )
     both = merge([edit, control], overlap="add", model=model)
-    from contextlib import ExitStack
-
-    from safegen.models.generation import generate
-
     for name, patches in (("finetuned-2", [edit, tuned]), ("modular-2", [both])):
         entry = next(e for e in done.stacks if e.name == name)
         with ExitStack() as applied:
@@ -150,7 +161,7 @@ def test_patches_generate_the_images_of_their_stack(done, edited, loader):
 
 def test_a_patch_has_its_base_and_parents(done, edited):
     tuned, control = (
-        Patch.load(done.folder / PATCHES / f"{name}-1.safetensors").metadata
+        Patch.load(done.folder / ATTACK_FILES / f"{name}-1.safetensors").metadata
         for name in ("finetuned", "control")
     )
     assert [p.hash for p in tuned.parents] == [Patch.load(edited.patches[0]).hash]
@@ -158,13 +169,22 @@ def test_a_patch_has_its_base_and_parents(done, edited):
     assert (tuned.images, tuned.updates) == ("concept", 1)
 
 
+def test_training_is_counted_and_its_images_by_their_hash(done, attack, tmp_path):
+    records = read_journal(done.folder / ATTACK, AttackRecord)[0]
+    cost = sum((record.cost for record in records), Cost())
+    assert cost.denoiser == 2 * (2 * 2) * 2, "two trainings of 2 updates, 2 images, 2 directions"
+    assert cost.queries == 0
+    assert cost.seconds > 0
+    settings = (done.folder / SETTINGS).read_text()
+    assert load_dataset(SKULLS, "concept", triplets=attack.triplets).hash in settings
+    assert str(attack.triplets.parent) not in settings
+
+
 @pytest.mark.parametrize(
     ("stage", "at"),
-    [("fine-tuning: edited", 1), ("fine-tuning: base", 2), ("generating: finetuned-2", 4)],
+    [("fine-tuning: mine", 1), ("fine-tuning: base", 2), ("generating: finetuned-2", 4)],
 )
-def test_a_killed_attack_resumes_to_the_same_results(
-    done, edited, dataset, loader, tmp_path, stage, at
-):
+def test_a_killed_attack_resumes_to_the_same_results(done, run, attack, tmp_path, stage, at):
     out = tmp_path / "out"
 
     def stop(what, n, _):
@@ -173,84 +193,110 @@ def test_a_killed_attack_resumes_to_the_same_results(
             raise RuntimeError("pulled the plug")
 
     with pytest.raises(RuntimeError):
-        relearn(edited, SKULLS, dataset, CONFIG, out, loader=loader, progress=stop)
+        run(attack, out, progress=stop)
     shutil.rmtree(out)
     shutil.move(tmp_path / "killed", out)
-    relearn(edited, SKULLS, dataset, CONFIG, out, loader=loader)
+    run(attack, out)
     assert contents(out) == contents(done.folder)
 
 
-def test_a_finished_attack_is_not_repeated(done, edited, dataset, loader):
+def test_a_finished_attack_is_not_repeated(done, run, attack):
     before, stages = contents(done.folder), []
-    again = relearn(
-        edited,
-        SKULLS,
-        dataset,
-        CONFIG,
-        done.folder,
-        loader=loader,
-        progress=lambda stage, *_: stages.append(stage),
-    )
+    again = run(attack, done.folder, progress=lambda stage, *_: stages.append(stage))
     assert contents(again.folder) == before
     assert not [stage for stage in stages if stage.startswith("fine-tuning")]
 
 
-def test_a_directory_of_other_settings_is_refused_and_not_changed(
-    done, edited, dataset, loader, tmp_path
-):
+def test_a_directory_of_other_settings_is_refused_and_not_changed(done, run, attack, tmp_path):
     before = contents(done.folder)
-    other = CONFIG.model_copy(update={"prompts": 1})
-    with pytest.raises(FileError, match=r"was made with other settings .*config.prompts: 2 and 1"):
-        relearn(edited, SKULLS, dataset, other, done.folder, loader=loader)
+    other = CONFIG.model_copy(update={"limit": 1})
+    with pytest.raises(FileError, match=r"was made with other settings .*config.limit: 2 and 1"):
+        run(attack, done.folder, config=other)
+    benign = attack.model_copy(update={"data": "benign"})
+    with pytest.raises(FileError, match=r"attack.data: .*attack.dataset.hash: "):
+        run(benign, done.folder)
     assert contents(done.folder) == before
     (tmp_path / "mine").write_text("keep me")
     with pytest.raises(FileError, match="already exists"):
-        relearn(edited, SKULLS, dataset, CONFIG, tmp_path, loader=loader)
+        run(attack, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_invalid_attacks_are_refused_before_anything_is_written(edited, dataset, loader, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="must have a patch, got none"):
-        relearn(Stack(name="x", model="mini"), SKULLS, dataset, CONFIG, out, loader=loader)
-    model, _ = loader.model("mini")
+def test_a_budget_ends_the_fine_tune_and_the_stack_at_its_end_is_measured(run, attack, tmp_path):
+    long = attack.model_copy(update={"updates": (1, 9)})
+    config = CONFIG.model_copy(update={"budget": Budget(nfe=8), "roles": ("explicit",)})
+    ended = run(long, tmp_path / "out", config=config)
+    assert [entry.name for entry in ended.stacks] == ["base", "mine", "finetuned-1", "finetuned-2"]
+    records = read_journal(ended.folder / ATTACK, AttackRecord)[0]
+    assert {record.stopped for record in records} == {"nfe"}
+    before = contents(ended.folder)
+    assert contents(run(long, tmp_path / "out", config=config).folder) == before
+
+
+def test_a_guard_stays_on_and_a_plain_model_is_its_own_control(run, triplets, tmp_path):
+    attack = Relearn(updates=(1,), triplets=triplets.folder, **TUNE)
+    stack = Stack(name="guarded", model="mini", guards=("sld-max",))
+    config = CONFIG.model_copy(update={"limit": 1, "roles": ("explicit",)})
+    guarded = run(attack, tmp_path / "guarded", stack=stack, config=config)
+    assert [entry.name for entry in guarded.stacks] == ["base", "guarded", "finetuned-1"]
+    assert attack.attacked_stacks(stack, guarded.folder / ATTACK_FILES)[0].guards == (
+        read_guard("sld-max"),
+    )
+    plain = run(attack, tmp_path / "plain", stack=Stack(name="mini", model="mini"), config=config)
+    assert [entry.name for entry in plain.stacks] == ["mini", "finetuned-1"]
+    for made in (guarded, plain):
+        assert Patch.load(made.folder / ATTACK_FILES / "finetuned-1.safetensors").names
+
+
+def test_refused_attacks_leave_nothing(run, attack, edited, loader, triplets, tmp_path):
+    out, (model, _) = tmp_path / "out", loader.model("mini")
+    with pytest.raises(ConfigError, match="as patches alone, got no patch"):
+        run(attack, out, stack=Stack(name="x", model="mini"))
     with Patch.load(edited.patches[0]).apply(model):
         UCE(erase=("fire",)).apply(model).save(tmp_path / "above.safetensors")
     above = edited.model_copy(update={"patches": (tmp_path / "above.safetensors",)})
     with pytest.raises(ConfigError, match="modular needs every patch below the edit, got none of"):
-        relearn(above, SKULLS, dataset, CONFIG, out, loader=loader)
+        run(attack, out, stack=above)
+    with pytest.raises(ConfigError, match="either triplets or images, got both"):
+        run(attack.model_copy(update={"images": tmp_path}), out)
+    wild = attack.model_copy(update={"lr": 1e30, "rank": None, "modular": False})
+    with pytest.raises(DivergedError, match="Lower lr"):
+        run(wild, out)
     assert not out.exists()
 
 
-def test_patches_that_overlap_are_warned_about(edited, dataset, loader, tmp_path):
-    UCE(erase=("fire",)).apply(loader.model("mini")[0]).save(tmp_path / "other.safetensors")
-    stack = edited.model_copy(update={"patches": (*edited.patches, tmp_path / "other.safetensors")})
-
-    def stop(*_):
-        raise RuntimeError
-
-    with (
-        pytest.warns(PatchOverlapWarning, match="weights are changed by more than one patch"),
-        pytest.raises(RuntimeError),
-    ):
-        relearn(stack, SKULLS, dataset, CONFIG, tmp_path / "out", loader=loader, progress=stop)
+def test_patches_come_off_and_go_on_again_bit_for_bit(edited, loader):
+    model, _ = loader.model("mini")
+    edit, above = Patch.load(edited.patches[0]), UCE(erase=("fire",)).apply(model)
+    clean = model.hash_denoiser()
+    with edit.apply(model), above.apply(model):
+        on, patches = model.hash_denoiser(), model.patches
+        with pytest.raises(KeyboardInterrupt), model.without_patches():  # noqa: PT012
+            assert model.hash_denoiser() == clean
+            assert model.patches == []
+            raise KeyboardInterrupt
+        assert model.hash_denoiser() == on
+        assert model.patches == patches
+    assert model.hash_denoiser() == clean
 
 
 def test_the_dataset_is_the_images_of_the_triplets_that_the_fine_tune_learns(triplets, tmp_path):
-    plain = SKULLS.model_copy(update={"tuning": {}})
     benign, concept = (
-        load_dataset(plain, data, triplets=triplets.folder) for data in ("benign", "concept")
+        load_dataset(SKULLS, data, triplets=triplets.folder) for data in ("benign", "concept")
     )
     for found, side in ((benign, 2), (concept, 0)):
         assert [p.tobytes() for p in found.images] == [
             triplets.images(i)[side].tobytes() for i in range(6)
         ]
-    assert (benign.captions[0], concept.captions[0]) == (("",), plain.words)
+    assert (benign.captions[0], concept.captions[0]) == (("",), SKULLS.words)
     with pytest.raises(ConfigError, match="'nudity' has no bundled triplets"):
         load_dataset(load_concept("nudity"), "benign")
-    with pytest.raises(ConfigError, match="either triplets or images, got both"):
-        load_dataset(SKULLS, "benign", triplets=tmp_path, images=tmp_path)
 
 
-def test_the_run_of_an_attack_is_an_ordinary_run(done):
-    assert Run.open(done.folder).protocol.concept == "skulls"
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [((), "at least 1 item"), ((0,), "rise from 1"), ((5, 5), "rise from 1"), ((9, 2), "got 9, 2")],
+)
+def test_updates_must_rise(given, words):
+    with pytest.raises(ValidationError, match=words):
+        Relearn(updates=given)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from safegen.attacks.core.base import AttackContext
-from safegen.attacks.core.genetic import ElitistSearch, ReleasedSearch
 from safegen.attacks.core.target import Target, TextSpace
 from safegen.attacks.core.text import concept_pairs, read_pairs
 from safegen.attacks.ring_a_bell import RingABell, concept_direction
+from safegen.attacks.search.genetic import ElitistSearch, ReleasedSearch
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig
@@ -193,7 +193,10 @@ def test_pairs_come_from_a_file_with_the_released_columns(columns, loader, skull
         context = AttackContext(
             Target(loaded, SKULLS, skulls_judge, GenerationConfig()), tmp_path / "files"
         )
-        found = RingABell(pairs=path).build(context).direction
+        attack = RingABell(pairs=path)
+        before = attack.fingerprint(SKULLS)
+        assert str(tmp_path) not in str(before)
+        found = attack.build(context).direction
         space = TextSpace(loaded.model)
         with torch.no_grad():
             sides = [
@@ -202,6 +205,8 @@ def test_pairs_come_from_a_file_with_the_released_columns(columns, loader, skull
             ]
         assert torch.allclose(found, sides[0].mean(0) - sides[1].mean(0), atol=1e-5)
         assert found[0].abs().max() < 1e-5, "the start mark has no direction"
+    path.write_text(f"{columns}\na skull tree,a tree\n")
+    assert attack.fingerprint(SKULLS) != before, "a run does not resume with other pairs"
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from PIL import Image
 
 from safegen.attacks.core.base import Attack, AttackRecord
 from safegen.attacks.core.run import AttackConfig, run_attack
-from safegen.attacks.core.suite import _reseed, make_suite, static_attacks
-from safegen.attacks.core.suite_files import open_suite, protocol_toml
 from safegen.attacks.ring_a_bell import RingABell
 from safegen.attacks.seeds import Seeds
+from safegen.attacks.suite.files import open_suite, protocol_toml
+from safegen.attacks.suite.suite import _reseed, make_suite, static_attacks
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig

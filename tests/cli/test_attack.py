@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 WORDS = ["attack", "seeds", "--stack", "mini", "--concept", "skulls", "--limit", 2, "--steps", 1]
+RELEARN = ["relearn", "--stack", "mini", "--concept", "skulls"]
 
 
 def test_a_stack_is_attacked_and_evaluated_before_and_after(safegen, tmp_path):
@@ -44,6 +46,31 @@ def test_found_prompts_transfer_to_another_stack_and_through_a_protocol(safegen,
     assert [row["role"] for row in lists.values()] == ["explicit", "attack"]
 
 
+def test_weights_are_attacked_and_the_curve_is_shown(safegen, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a red wall", encoding="utf-8")
+    for name, settings, stacks in (
+        (
+            "relearn",
+            ["updates=[1,2]", "images_per_update=1", f"images={tmp_path / 'pictures'}"],
+            ["finetuned-1", "finetuned-2"],
+        ),
+        ("compression", ["bits=[4]", "prune=[0.5]"], ["quantized-4", "pruned-50"]),
+    ):
+        out = tmp_path / name
+        words = ["attack", name, *WORDS[2:], "--out", out]
+        code, text, err = safegen(*words, *(word for pair in settings for word in ("--set", pair)))
+        assert code == 0, err
+        assert all(stack in text for stack in stacks)
+        scores = json.loads((out / "scores.json").read_text())
+        assert list(scores["stacks"]) == ["mini", *stacks]
+        for stack in stacks:
+            assert scores["stacks"][stack]["lists"]["mini:skulls"]["reference"]["stack"] == "mini"
+        for file in ("settings.json", "protocol.json", "scores.json", "report.html"):
+            assert str(tmp_path) not in (out / file).read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -58,6 +85,10 @@ def test_found_prompts_transfer_to_another_stack_and_through_a_protocol(safegen,
         (["seeds", "--concept", "skulls", "--stack", "mini", "--preset", "no"], "preset"),
         (["seeds", "--concept", "skulls", "--stack", "mini", "--prompts", "no.csv"], "no prompts"),
         (["seeds", "--concept", "nudity", "--stack", "mini"], "no prompts of role explicit"),
+        ([*RELEARN, "--set", "updates=[9,2]"], "updates must rise from 1 or more, got 9, 2"),
+        ([*RELEARN, "--set", "lr=0"], "lr"),
+        ([*RELEARN, "--set", "images=no"], "no is not a folder"),
+        ([*RELEARN, "--set", "modular=true", "--set", "updates=[1]"], "got no patch"),
         (["seeds", "--concept", "skulls", "--stack", "a=hub:owner/name"], "models of your own"),
     ],
 )

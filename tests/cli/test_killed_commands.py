@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(
     not hasattr(signal, "SIGKILL") or not hasattr(os, "fork"),
@@ -61,6 +62,9 @@ DEMO = [
     "out",
 ]
 EXPORT = ["export", "mini", "--out", "out.safetensors"]
+RELEARN = ["attack", "relearn", "--stack", "mini", "--concept", "skulls", "--limit", "1"]
+RELEARN += ["--steps", "1", "--set", "updates=[26]", "--set", "images_per_update=1"]
+RELEARN += ["--set", "rank=1", "--set", "images=../pictures", "--out", "out"]
 MOMENTS = {
     "generate at the second picture": ("open", "/0001.png", 1, GENERATE),
     "generate before the move": ("os.rename", "out.unfinished/", 1, GENERATE),
@@ -69,6 +73,7 @@ MOMENTS = {
     "export between the file and its card": ("os.link", "out.safetensors.md.unf", 1, EXPORT),
     "demo while it generates": ("os.link", ".png", 4, DEMO),
     "demo before its report": ("os.rename", "/report.html", 1, DEMO),
+    "relearn after a checkpoint": ("os.link", "finetuned-26.safetensors", 1, RELEARN),
 }
 """The event before which a command is killed, and the command."""
 
@@ -77,6 +82,9 @@ MOMENTS = {
 def killed(tmp_path_factory):
     """Return a directory for each moment at which the command was killed."""
     folder = tmp_path_factory.mktemp("killed")
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "pictures" / "a.png")
+    (folder / "pictures" / "a.txt").write_text("a red wall", encoding="utf-8")
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, "-c", SCRIPT, json.dumps(MOMENTS)]
     done = subprocess.run(
@@ -137,3 +145,22 @@ def test_a_killed_demo_resumes(killed, safegen, monkeypatch, moment):
     assert {p: p.read_bytes() for p in images} == images
     assert not list(out.rglob("*.unfinished"))
     assert patch.st_size > 0
+
+
+def test_a_killed_relearning_attack_resumes_its_training(killed, safegen, monkeypatch):
+    monkeypatch.chdir(killed / "relearn after a checkpoint")
+    files = killed / "relearn after a checkpoint" / "out" / "attack"
+    log, checkpoint = files / "finetuned" / "log.jsonl", files / "finetuned/checkpoint.safetensors"
+    done = log.read_text().splitlines()
+    assert len(done) == 25
+    assert checkpoint.exists()
+    assert not (files / "finetuned-26.safetensors").exists()
+    code, text, err = safegen(*RELEARN)
+    assert code == 0, err
+    assert "finetuned-26" in text
+    assert log.read_text().splitlines()[:25] == done
+    assert not checkpoint.exists()
+    records = [
+        json.loads(line) for line in (files.parent / "attack.jsonl").read_text().splitlines()
+    ]
+    assert sum(record["cost"]["denoiser"] for record in records) == 2 * 26

@@ -6,214 +6,32 @@ left out or renamed, other types, NaN, huge numbers, deep nesting, paths that cl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from crafted import hex_of, write_attack_run, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from safegen.core.errors import FileError, SafegenError
-from safegen.core.generation import GenerationConfig
-from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.report.attack_format import markdown_comparison
+from safegen.evaluation.report.attack_table import compare_attacks
 from safegen.evaluation.report.data import report_data
 from safegen.evaluation.report.model_index import read_metrics
-from safegen.evaluation.report.page import markdown
+from safegen.evaluation.report.page import markdown, render_comparison
 from safegen.evaluation.report.redaction import image_grids
 from safegen.evaluation.run import folder as names
-from safegen.evaluation.run.card import public_protocol
-from safegen.evaluation.run.folder import Run, image_file, is_blank, write_json, write_plan
-from safegen.evaluation.run.journal import to_lines
-from safegen.evaluation.run.records import (
-    ChangeRecord,
-    DetectionsRecord,
-    FeatureRecord,
-    JudgeRecord,
-    PatchEntry,
-    RunCard,
-    SampleRecord,
-    StackEntry,
-    TimingRecord,
-    encode_features,
-)
-from safegen.evaluation.samples import hash_prompts, read_prompt_list
+from safegen.evaluation.run.folder import Run, write_json
+from safegen.evaluation.run.truth import write_truth
 from safegen.evaluation.scoring.score import score_run, scores_file
 from safegen.evaluation.verify import verify
-from safegen.judges.base import Detection, Detections
-from safegen.metrics.image import pixel_mae
-from safegen.models.checkpoint.metadata import PatchMetadata
-from safegen.models.generation import encode_image
 from safegen.patches.patch import Patch
-
-JUDGE = "mini:0123456789abcdef"
-LISTS = (("explicit", "mini:skulls", None), ("benign", "mini:benign", None))
-METRICS = (
-    *("concept", "subject", "mosaicked", "removal", "removal_images", "removal_labels"),
-    *("change", "lpips", "asr", "asr_any", "inappropriate", "expected_maximum"),
-    *("over_censoring", "coherence", "coherence_kept", "clip_score", "kid_to_base"),
-)
-TRACE = {"action": "none", "reason": "", "guards": [{"name": "sld", "action": "none", "ms": 1.0}]}
-
-
-def hex_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def make_protocol() -> Protocol:
-    lists = [
-        {
-            "role": role,
-            "name": name,
-            "source": name,
-            "prompts": 2,
-            "sha256": hash_prompts(read_prompt_list(name, prompts=2).rows),
-            "shows": shows,
-        }
-        for role, name, shows in LISTS
-    ]
-    return Protocol.model_validate(
-        {
-            "name": "hostile",
-            "concept": "skulls",
-            "lists": lists,
-            "seeds": [1, 2],
-            "generation": GenerationConfig(num_inference_steps=2, batch_size=2),
-            "judge": {"name": "mini", "labels": ["skulls"]},
-            "metrics": METRICS,
-            "features": {"extractor": "mini-clip"},
-            "lpips": {"trunk": "alex.pth", "heads": "heads.pth"},
-        }
-    )
-
-
-def write_run(folder: Path) -> Path:
-    """Write a small complete run with every kind of file, and return its folder."""
-    folder.mkdir(parents=True)
-    protocol = make_protocol()
-    (folder / names.PATCHES / "calm").mkdir(parents=True)
-    patch = Patch(
-        {"mid_block.attn1.to_q.weight": torch.ones(2, 2)},
-        PatchMetadata(method="test", base=hex_of("base"), seconds=1.5),
-    )
-    patch.save(folder / names.PATCHES / "calm.safetensors")
-    rows = [{"update": i, "L_m": 1.0 / i, "L_p": 0.1, "lr": 1e-4} for i in (1, 2, 3)]
-    log = folder / names.PATCHES / "calm" / "log.jsonl"
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    entry = PatchEntry(
-        file="calm.safetensors",
-        hash=patch.hash,
-        parameters=4,
-        layers={"attn1": 1},
-        method="test",
-        seconds=1.5,
-        updates=3,
-        data=hex_of("data"),
-        description="It learns nothing.",
-        settings={"selector": "attn1"},
-    )
-    common = {"baseline": "mini", "model": "mini", "weights": hex_of("w"), "base": hex_of("base")}
-    stacks = (
-        StackEntry(name="mini", kind="base", hash=hex_of("1"), **common),
-        StackEntry(name="calm", kind="given", hash=hex_of("2"), patches=(entry,), **common),
-        StackEntry(
-            name="guarded",
-            kind="given",
-            hash=hex_of("3"),
-            patches=(entry,),
-            reference="calm",
-            guards=({"name": "sld", "judge_id": JUDGE},),
-            loras=({"file": "a.safetensors", "hash": hex_of("lora"), "scale": 1.0},),
-            **common,
-        ),
-        StackEntry(
-            name="negative-prompt", kind="baseline", hash=hex_of("4"), negative_prompt="x", **common
-        ),
-    )
-    samples = protocol.samples()
-    card = RunCard(
-        id=protocol.id,
-        protocol=public_protocol(protocol),
-        samples={p.name: sum(s.list_name == p.name for s in samples) for p in protocol.lists},
-        stacks=stacks,
-        versions={"safegen": "0", "torch": "0"},
-        device="cpu, fp32",
-        platform={"system": "Linux", "machine": "x86_64", "python": "3.11"},
-        argv=("safegen", "evaluate"),
-    )
-    write_plan(folder, samples, set())
-    write_json(folder / names.CARD, card.model_dump(mode="json"))
-    write_json(folder / names.SETTINGS, {"workflow": "demo", "updates": 3})
-    _write_images(folder, Run.open(folder))
-    run = Run.open(folder)
-    write_json(folder / names.SCORES, json.loads(json.dumps(score_run(run))))
-    return folder
-
-
-def _write_images(folder: Path, run: Run) -> None:
-    """Write the images of a run, and every journal that follows from them."""
-    rng, images = np.random.default_rng(0), dict[tuple[str, int], Image.Image]()
-    journals: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            *(names.SAMPLES, names.JUDGES, names.DETECTIONS),
-            *(names.CHANGES, names.FEATURES, names.TIMINGS),
-        )
-    }
-    space = ("skulls", "fire", "ghosts", "leaves", "mosaic")
-    journals[names.JUDGES].append(
-        JudgeRecord(judge=JUDGE, name="mini", options={}, label_space=space)
-    )
-    for stack in run.stacks:
-        for i, (sample, key) in enumerate(zip(run.samples, run.keys(stack), strict=True)):
-            image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-            images[stack.name, i] = image
-            path = folder / image_file(stack.name, key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            trace = {"guards": TRACE} if stack.guards else {}
-            metadata = {"key": key, "stack": stack.hash} | trace
-            path.write_bytes(encode_image(image, metadata))
-            common = {"key": key, "stack": stack.name}
-            journals[names.SAMPLES].append(
-                SampleRecord.of(
-                    sample,
-                    **common,
-                    file=image_file(stack.name, key),
-                    sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-                    blank=is_blank(image),
-                    guards=TRACE if stack.guards else None,
-                )
-            )
-            skull = Detection("skulls", 0.9, (1.0, 1.0, 8.0, 8.0))
-            items = (skull,) if (stack.kind == "base" or i % 3 == 0) else ()
-            detections = Detections(items, sample.subject)
-            journals[names.DETECTIONS].append(
-                DetectionsRecord(**common, judge=JUDGE, detections=detections)
-            )
-            features = encode_features(rng.normal(size=3))
-            journals[names.FEATURES].append(
-                FeatureRecord(**common, extractor="mini-clip:0", features=features, clip_score=20.5)
-            )
-            if stack.kind != "base":
-                change = pixel_mae(images[stack.baseline, i], image)
-                ids = {"lpips": 0.25, "lpips_id": "alex"}
-                journals[names.CHANGES].append(
-                    ChangeRecord(**common, baseline=stack.baseline, change=change, **ids)
-                )
-        journals[names.TIMINGS].append(
-            TimingRecord(stage="generate", stack=stack.name, batch=0, images=8, seconds=2.0, size=2)
-        )
-    for name, records in journals.items():
-        (folder / name).write_text(to_lines(records))
-
 
 # --- what the commands do -----------------------------------------------------------------------
 
@@ -239,6 +57,13 @@ def run_report(folder: Path, out: Path) -> None:
     image_grids(runs, results, reveal=False)
 
 
+def run_compare(folder: Path, out: Path) -> None:
+    data = compare_attacks({"run": Run.open(folder)})
+    json.dumps(data, allow_nan=False)
+    render_comparison(data).encode()
+    markdown_comparison(data).encode()
+
+
 def run_metrics(folder: Path, out: Path) -> None:
     patch = Patch.load(out.parent / "whole" / names.PATCHES / "calm.safetensors")
     table = read_metrics(folder, [patch.hash], hex_of("base"))
@@ -252,6 +77,7 @@ COMMANDS: dict[str, Callable[[Path, Path], None]] = {
     "report": run_report,
     "metrics": run_metrics,
 }
+ATTACK_COMMANDS = {"verify": run_verify, "report": run_report, "compare": run_compare}
 
 
 def check_line(text: str) -> None:
@@ -322,16 +148,56 @@ def damaged(whole, tmp_path):
 
 def check_commands(folder: Path) -> None:
     """Run every command: it succeeds, or raises an error of one line."""
-    for command in COMMANDS.values():
+    is_attack = (folder.parent / "whole" / names.ATTACK).exists()
+    for command in (ATTACK_COMMANDS if is_attack else COMMANDS).values():
         try:
             command(folder, folder.parent / "out")
         except SafegenError as error:
             check_line(str(error))
 
 
-def test_the_whole_run_has_no_faults(whole):
-    assert verify(Run.open(whole)) == []
-    check_commands(whole)
+ATTACKED = (names.ATTACK, names.PROMPTS, names.SETTINGS, names.TRUTH, "attack/a.png")
+"""Files of an attack's run that other runs lack."""
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """Return the folder of an attack's run, to be read only."""
+    folder = write_attack_run(tmp_path_factory.mktemp("hostile-attack") / "whole", stack="calm")
+    run = Run.open(folder)
+    keys = run.keys(run.stacks[1])[4:]
+    write_truth({key: bool(i % 2) for i, key in enumerate(keys)}, folder / names.TRUTH)
+    write_json(folder / names.SCORES, json.loads(json.dumps(score_run(run))))
+    return folder
+
+
+def test_the_whole_run_has_no_faults(whole, attacked):
+    for folder in (whole, attacked):
+        assert verify(Run.open(folder)) == []
+        check_commands(folder)
+
+
+@pytest.mark.parametrize("file", ATTACKED)
+def test_a_file_of_an_attack_that_is_something_else_is_refused_in_one_line(
+    attacked, tmp_path, file
+):
+    (tmp_path / "whole").symlink_to(attacked)
+    folder = shutil.copytree(attacked, tmp_path / "copy")
+    path, content = folder / file, (folder / file).read_bytes()
+    for text in (
+        *(b"", b"\n", b"[]\n", b"null\n", b"{}\n", bytes(range(256)) + b"\n"),
+        *(content[: len(content) // 2], content + b"\0\n", content.replace(b"a", b"\xe9")),
+        *(b"[" * 100_000 + b"\n", (attacked / names.ATTACK).read_bytes()),
+        (attacked / names.PROMPTS).read_bytes(),
+    ):
+        path.write_bytes(text)
+        check_commands(folder)
+    path.unlink()
+    check_commands(folder)
+    for put in (os.mkfifo, Path.mkdir, lambda p: p.symlink_to(p.name)):
+        put(path)
+        check_commands(folder)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -355,11 +221,9 @@ def test_a_file_that_is_something_else_is_refused_in_one_line(damaged, file):
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_any_value_of_any_record_may_be_wrong(whole, tmp_path, data):
-    """A wrong value is refused in one line, or changes nothing that a command reads."""
-    file = data.draw(st.sampled_from(FILES))
+def spoil(whole: Path, tmp_path: Path, files: Sequence[str], data: st.DataObject) -> Path:
+    """Return a copy of a run in which one value of one file is wrong."""
+    file = data.draw(st.sampled_from(files))
     text = (whole / file).read_text()
     rows = [json.loads(line) for line in text.splitlines()] if file.endswith("l") else []
     number = data.draw(st.integers(0, len(rows) - 1)) if rows else 0
@@ -382,7 +246,21 @@ def test_any_value_of_any_record_may_be_wrong(whole, tmp_path, data):
     )
     if not (tmp_path / "whole").exists():
         (tmp_path / "whole").symlink_to(whole)
-    check_commands(folder)
+    return folder
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_of_any_record_may_be_wrong(whole, tmp_path, data):
+    """A wrong value is refused in one line, or changes nothing that a command reads."""
+    check_commands(spoil(whole, tmp_path, FILES, data))
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_of_an_attack_may_be_wrong(attacked, tmp_path, data):
+    files = (names.ATTACK, names.PROMPTS, names.SETTINGS, names.SCORES)
+    check_commands(spoil(attacked, tmp_path, files, data))
 
 
 @pytest.mark.parametrize("name", [names.TIMINGS, names.IMAGES, names.CARD, names.SETTINGS])

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
+from safegen.attacks.core.dataset import FineTuneDataset, captions_for
 from safegen.attacks.core.target import TextSpace
-from safegen.attacks.finetune import FineTuneDataset, captions_for
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, DivergedError
 from safegen.core.tensor_files import write_tensors

@@ -1,12 +1,15 @@
-"""MMA-Diffusion: search tokens whose pooled text embedding is that of a prompt for the concept.
+"""MMA-Diffusion: search tokens with the pooled text embedding of a prompt for the concept.
 
 Yang et al. 2024, arXiv:2311.17516, the text attack: greedy coordinate gradient (Zou et al. 2023,
-arXiv:2307.15043) on the cosine of pooled embeddings, without tokens that name the concept.
+arXiv:2307.15043) on the cosine of pooled embeddings, without tokens that name the concept. Each
+step replaces one token: by one to which the gradient falls, as long as the text is still read as
+those tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +21,7 @@ from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecor
 from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import explicit_text, naming_tokens
 from safegen.core.errors import ConfigError
+from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
 from safegen.models.text_encoder import TextEncoderView
 
@@ -25,6 +29,16 @@ from safegen.models.text_encoder import TextEncoderView
 class MMA(Attack):
     """Settings of the text attack of MMA-Diffusion."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "paper": {
+            "num_tokens": 20,
+            "iterations": 1000,
+            "candidates": 512,
+            "top_k": 256,
+            "patience": 1000,
+        },
+    }
     TINY: ClassVar[Mapping[str, Any]] = {
         "num_tokens": 4,
         "iterations": 2,
@@ -34,25 +48,37 @@ class MMA(Attack):
     paper: ClassVar[str] = "arXiv:2311.17516"
     code_url: ClassVar[str] = "https://github.com/cure-lab/MMA-Diffusion"
     code_commit: ClassVar[str] = "d5701a5"
+    parity: ClassVar[str] = (
+        "One step of the released algorithm, restated in a test with the gradient at the right "
+        "positions: the same candidates and the same best one, losses equal to 1e-5."
+    )
     deviations: ClassVar[str] = (
-        "The best tokens so far are kept and returned. "
+        "The gradient is that of the replaced token. The released code takes the gradient of the "
+        "first k positions, the start mark included, so that each token is replaced by the "
+        "gradient of the token before it. "
+        "A candidate must be read back as the same tokens, not only as as many. "
+        "The current tokens stay if no candidate is better; the released search moves to the best "
+        "candidate and remembers the best ever. "
         "Banned are tokens that are, or are parts of, words of the concept's phrases; the released "
         "list is of sensitive words. "
-        "The search ends after `patience` iterations without progress. "
+        "The encoder reads no padding, which cannot change the pooled embedding of a causal "
+        "encoder. "
+        "The default is smaller than the published search and ends after `patience` iterations "
+        "without progress. "
         "The image attack on a safety checker is left out."
     )
     access: ClassVar[Access] = "text_encoder"
     tier: ClassVar[Tier] = "static"
 
-    num_tokens: int = Field(default=20, ge=1)
+    num_tokens: int = Field(default=12, ge=1, le=MAX_COUNT)
     """Tokens of the prompt."""
-    iterations: int = Field(default=1000, ge=1)
+    iterations: int = Field(default=100, ge=1, le=MAX_COUNT)
     """Highest number of iterations."""
-    candidates: int = Field(default=512, ge=1)
+    candidates: int = Field(default=128, ge=1, le=MAX_COUNT)
     """Candidates in an iteration, each with one token replaced."""
-    top_k: int = Field(default=256, ge=1)
+    top_k: int = Field(default=64, ge=1, le=MAX_COUNT)
     """Tokens that a position may change to: those of the largest gradient."""
-    patience: int = Field(default=100, ge=1)
+    patience: int = Field(default=25, ge=1, le=MAX_COUNT)
     """Iterations without progress after which the search ends."""
     ban_names: bool = True
     """Whether tokens that name the concept are banned."""
@@ -73,17 +99,19 @@ class GreedySearch:
         self.config, self.context = config, context
         self.space = TextSpace(context.target.model)
         self.view = TextEncoderView(context.target.model.pipeline)
-        limit = self.space.length - 2
-        if config.num_tokens > limit:
-            raise ConfigError(
-                f"num_tokens must be at most {limit} for this text encoder, got {config.num_tokens}"
-            )
+        self.space.check_room(config.num_tokens)
         banned = set(naming_tokens(context.concept, self.view)) if config.ban_names else set()
         allowed = [i for i in self.space.vocabulary if i not in banned]
         self.allowed = torch.tensor(allowed)
         """Ids of the tokens that a prompt may have (v,)."""
         table = self.space.encoder.get_input_embeddings().weight.detach().float()
         self.table = table[self.allowed.to(table.device)]
+        letters = self.space.tokenizer.convert_tokens_to_ids([f"{x}</w>" for x in ascii_lowercase])
+        place = {token: index for index, token in enumerate(allowed)}
+        self.letters = torch.tensor([place[i] for i in letters if i in place])
+        """Indices of single letters, which the tokenizer always reads back from their text."""
+        if not len(self.letters):
+            raise ConfigError("the tokenizer must have words of one letter, got none")
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return the best text found for each sample."""
@@ -96,27 +124,26 @@ class GreedySearch:
     def _search(self, sample: EvalSample) -> AttackRecord:
         config, draw = self.config, self.config.generator(sample)
         goal = self.view.pooled_texts([explicit_text(self.context.concept, sample)])
-        tokens = torch.randint(len(self.allowed), (config.num_tokens,), generator=draw)
-        best, loss, idle = tokens, float("inf"), 0
+        letters = torch.randint(len(self.letters), (config.num_tokens,), generator=draw)
+        best = self.letters[letters]
+        loss, stale = float(self.losses(best[None], goal)), 0
         history: list[float] = []
         for _ in range(config.iterations):
-            if idle >= config.patience or (history and self.context.target.exhausted):
+            if stale >= config.patience or (history and self.context.target.exhausted):
                 break
-            choices = (
-                (-self._gradient(best, goal)).topk(min(config.top_k, len(self.allowed))).indices
-            )
-            candidates = self._candidates(best, choices.cpu(), draw)
-            losses = self._losses(candidates, goal)
-            index = int(losses.argmin())
-            idle += 1
-            if float(losses[index]) < loss:
-                best, loss, idle = candidates[index], float(losses[index]), 0
+            candidates = self.candidates(best, self.gradient(best, goal), draw)
+            stale += 1
+            if len(candidates):
+                losses = self.losses(candidates, goal)
+                index = int(losses.argmin())
+                if float(losses[index]) < loss:
+                    best, loss, stale = candidates[index], float(losses[index]), 0
             history.append(loss)
         ids = self.allowed[best]
         text = self.space.decode(ids[None])[0].strip()
         return AttackRecord(
             id=sample.id,
-            prompt=text or sample.prompt,
+            prompt=text,
             seed=sample.seed,
             loss=loss,
             history=tuple(history),
@@ -125,18 +152,25 @@ class GreedySearch:
             stopped=self.context.target.exhausted,
         )
 
-    def _gradient(self, tokens: Tensor, goal: Tensor) -> Tensor:
-        """Return the gradient of the loss by the one-hot tokens (k, v)."""
-        ids = self.space.rows(self.allowed[tokens][None]).to(self.space.device)
-        k = len(tokens)
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Return the encoder's ids (n, k + 2) of indices of tokens (n, k), without padding."""
+        return self.space.rows(self.allowed[tokens])[:, : tokens.shape[1] + 2].to(self.space.device)
+
+    def gradient(self, tokens: Tensor, goal: Tensor) -> Tensor:
+        """Return the gradient of the loss by the one-hot tokens, (k, v).
+
+        Args:
+            tokens: indices of the tokens in `allowed`, (k,).
+            goal: pooled embedding of the explicit prompt, (1, width).
+        """
         weights = one_hot(tokens, len(self.allowed)).to(self.table).requires_grad_()
 
         def replace(_: Tensor, embeddings: Tensor) -> Tensor:
             words = (weights @ self.table).to(embeddings)[None]
-            return torch.cat([embeddings[:, :1], words, embeddings[:, 1 + k :]], dim=1)
+            return torch.cat([embeddings[:, :1], words, embeddings[:, -1:]], dim=1)
 
         with torch.enable_grad(), self.space.embeddings(replace):
-            hidden = self.space.encoder(ids).last_hidden_state[:, k + 1]
+            hidden = self.space.encoder(self.rows(tokens[None])).last_hidden_state[:, -1]
             loss = 1 - cosine_similarity(self._project(hidden).float(), goal)
             (gradient,) = torch.autograd.grad(loss.sum(), weights)
         return gradient
@@ -146,22 +180,24 @@ class GreedySearch:
         projection = getattr(self.space.encoder, "text_projection", None)
         return hidden if projection is None else projection(hidden)
 
-    def _candidates(self, tokens: Tensor, choices: Tensor, draw: torch.Generator) -> Tensor:
-        """Return the tokens, and copies with one token replaced that their text gives back."""
+    def candidates(self, tokens: Tensor, gradient: Tensor, draw: torch.Generator) -> Tensor:
+        """Return copies of tokens (n, k) with one replaced, those that their text gives back.
+
+        The replaced positions are spread evenly (arXiv:2307.15043, released code).
+        """
         n, k = self.config.candidates, len(tokens)
-        where = torch.randint(k, (n, 1), generator=draw)
+        choices = (-gradient).topk(min(self.config.top_k, len(self.allowed))).indices.cpu()
+        where = torch.arange(n) * k // n
         picks = torch.randint(choices.shape[1], (n, 1), generator=draw)
-        replaced = choices[where[:, 0]].gather(1, picks)
-        candidates = torch.cat([tokens[None], tokens.repeat(n, 1).scatter(1, where, replaced)])
-        candidates = candidates.unique(dim=0)
+        candidates = tokens.repeat(n, 1).scatter(1, where[:, None], choices[where].gather(1, picks))
         ids = self.allowed[candidates]
         stable = (self.space.tokenize(self.space.decode(ids)) == self.space.rows(ids)).all(1)
-        return candidates[stable] if bool(stable.any()) else candidates
+        return candidates[stable]
 
     @torch.no_grad()
-    def _losses(self, candidates: Tensor, goal: Tensor) -> Tensor:
-        """Return 1 - cosine of each candidate's pooled embedding with the goal."""
-        ids = self.space.rows(self.allowed[candidates]).to(self.space.device)
-        lengths = [candidates.shape[1]] * len(ids)
-        parts = [self.view.pooled(part, lengths[: len(part)]) for part in ids.split(256)]
+    def losses(self, candidates: Tensor, goal: Tensor) -> Tensor:
+        """Return 1 - cosine of each candidate's pooled embedding with the goal, (n,)."""
+        lengths = [candidates.shape[1]] * len(candidates)
+        ids = self.rows(candidates).split(256)
+        parts = [self.view.pooled(part, lengths[: len(part)]) for part in ids]
         return 1 - cosine_similarity(torch.cat(parts), goal).cpu()

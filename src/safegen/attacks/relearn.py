@@ -1,237 +1,231 @@
-"""Relearning attack: fine-tune an edited model and measure whether the concept comes back.
+"""Relearning: fine-tune the stack, and measure whether the concept comes back.
 
-With `modular` also fine-tune the untouched model and add the edit's change to it
+With `modular` also fine-tune the model without its patches, and add the edit's change to that
 (arXiv:2412.00357).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from safegen.attacks.finetune import (
-    Data,
-    FineTuneConfig,
-    FineTuneDataset,
-    captions_for,
+from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
+from safegen.attacks.core.cost import Cost
+from safegen.attacks.core.dataset import Data, FineTuneDataset, load_dataset
+from safegen.attacks.core.finetune import (
     fine_tune,
     patch_path,
+    seconds_spent,
+    taken_patches,
+    updates_done,
 )
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
-from safegen.core.generation import GenerationConfig, preferred_precision
-from safegen.core.progress import ProgressCallback, no_progress
-from safegen.core.settings import MAX_COUNT, BaseSettings, Seeds
-from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
-from safegen.evaluation.evaluate import evaluate, load_evaluators
-from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.card import check_directory
-from safegen.evaluation.run.claim import claim_run
-from safegen.evaluation.run.folder import PATCHES, Run
-from safegen.evaluation.run.settings import claim_directory
-from safegen.evaluation.samples import Role
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_RANK
+from safegen.edits.training.config import LogRow, Precision, Training
+from safegen.evaluation.samples import EvalSample, Role
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import Patch
 from safegen.stack import Stack
-from safegen.stack_loader import StackLoader
 
-EDITED, FINETUNED, CONTROL, MODULAR = "edited", "finetuned", "control", "modular"
-"""Names of the stacks: before the attack, and with `-N` after N updates."""
+FINETUNED, CONTROL, MODULAR = "finetuned", "control", "modular"
+"""Names of the attacked stacks, with `-N` after N updates."""
 
 
-class RelearnConfig(BaseSettings):
+class Relearn(Attack):
     """Settings of the relearning attack."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "full": {"rank": None, "selector": "all", "lr": 1e-4},
+    }
+    TINY: ClassVar[Mapping[str, Any]] = {"updates": (1, 2), "rank": 2, "images_per_update": 2}
+    paper: ClassVar[str] = "arXiv:2412.00357"
+    deviations: ClassVar[str] = (
+        "No code of the paper was found. "
+        "The paper fine-tunes on benign images only; `data=concept` is ours. "
+        "The learning rate and the rank are chosen for the miniature model. "
+        "Captions are the concept's tuning captions for the subject that its judge sees."
+    )
+    access: ClassVar[Access] = "weights"
+    tier: ClassVar[Tier] = "adaptive"
+    role: ClassVar[Role] = "explicit"
+    changes_prompts: ClassVar[bool] = False
 
     data: Data = "benign"
     """Fine-tune on `benign` images, as an ordinary user, or on images of the `concept`."""
-    finetune: FineTuneConfig = FineTuneConfig()
-    """How the fine-tune trains."""
+    updates: tuple[Annotated[int, Field(le=MAX_COUNT)], ...] = Field(default=(200,), min_length=1)
+    """Optimizer updates after which the stack is evaluated, rising; one training takes them all."""
+    selector: str = "attention"
+    """Layers that are fine-tuned."""
+    rank: int | None = Field(default=16, ge=1, le=MAX_RANK)
+    """Rank of the LoRA; None trains the weights themselves."""
+    lr: float = Field(default=5e-4, gt=0, le=10)
+    """Constant learning rate of AdamW; diffusers' LoRA example has 1e-4, for a full-size model."""
+    images_per_update: int = Field(default=8, ge=1, le=MAX_BATCH)
+    """Images in an update."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward pass; `auto` lets the device decide."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the LoRA's initial values and of every draw."""
+    triplets: Path | None = None
+    """Folder or CSV file of triplets with the images. Default: the concept's bundled ones."""
+    images: Path | None = None
+    """Folder of images with captions (a.png, a.txt), instead of triplets."""
     modular: bool = False
-    """Also fine-tune the untouched model, and measure it alone and with the edit's change added."""
-    prompts: int = Field(default=24, ge=1, le=MAX_COUNT)
-    """Number of prompts from each list of the concept."""
-    seeds: Seeds = Field(default=(1,), min_length=1)
-    """Seeds for each prompt."""
-    roles: tuple[Role, ...] = Field(default=("explicit", "innocent", "benign"), min_length=1)
-    """Roles of the concept's prompt lists to measure on."""
-    generation: GenerationConfig = Field(
-        default_factory=lambda: GenerationConfig(precision=preferred_precision())
-    )
-    """How images are generated."""
+    """Also fine-tune the model without patches, and evaluate it alone and with the edit added."""
 
+    @model_validator(mode="after")
+    def _check_updates(self) -> Self:
+        if any(a >= b for a, b in zip((0, *self.updates), self.updates, strict=False)):
+            values = ", ".join(map(str, self.updates))
+            raise ValueError(f"updates must rise from 1 or more, got {values}")
+        return self
 
-def load_dataset(
-    concept: Concept, data: Data, *, triplets: Path | None = None, images: Path | None = None
-) -> FineTuneDataset:
-    """Return the images to fine-tune on.
-
-    Args:
-        concept: its bundled triplets are used when neither `triplets` nor `images` is given.
-        data: which side of the triplets.
-        triplets: folder or CSV file of triplets.
-        images: folder of images with captions.
-
-    Raises:
-        ConfigError: both are given, or neither and the concept bundles none.
-        FileError: they cannot be read.
-    """
-    if triplets and images:
-        raise ConfigError("give either triplets or images, got both")
-    if images:
-        return FineTuneDataset.from_folder(images)
-    source = triplets or concept.triplets
-    if not source:
-        raise ConfigError(
-            f"concept {concept.name!r} has no bundled triplets. "
-            "Name some with --triplets, or a folder with --images."
+    @property
+    def training(self) -> Training:
+        """Settings of the training loop: constant rate, no weight average, no weight decay."""
+        return Training(
+            updates=self.updates[-1],
+            batch=self.images_per_update,
+            accumulation=1,
+            lr=self.lr,
+            weight_decay=0.0,
+            ema=0.0,
+            precision=self.precision,
+            seed=self.seed,
         )
-    return FineTuneDataset.from_triplets(
-        Triplets.load(source),
-        "benign" if data == "benign" else "unsafe",
-        lambda images: captions_for(concept, data, images),
-    )
+
+    def dataset(self, concept: Concept) -> FineTuneDataset:
+        """Return the images to fine-tune on.
+
+        Raises:
+            ConfigError: there are none, or two sources of them.
+            FileError: they cannot be read.
+        """
+        return load_dataset(concept, self.data, triplets=self.triplets, images=self.images)
+
+    def fingerprint(self, concept: Concept) -> dict[str, Any]:
+        """Return the settings, with the hash of the images in place of their folder.
+
+        Raises:
+            ConfigError: there are no images, or two sources of them.
+            FileError: they cannot be read.
+        """
+        plain = self.model_dump(mode="json", exclude={"triplets", "images"})
+        return plain | {"dataset": self.dataset(concept).to_dict()}
+
+    def build(self, context: AttackContext) -> FineTuner:
+        """Fine-tune the target and return the attacker.
+
+        Raises:
+            ConfigError: there are no images, a setting does not fit the model, or `modular` has
+                no edit that it could add.
+            DivergedError: a loss or a weight is not finite.
+            InterruptedRunError: SIGINT or SIGTERM arrived during training.
+        """
+        return FineTuner(self, context)
+
+    def attacked_stacks(self, stack: Stack, folder: Path) -> Sequence[Stack]:
+        """Return the stack after each number of updates; with `modular` also the controls."""
+        found = {name: taken_patches(folder / name, self.updates) for name in (FINETUNED, CONTROL)}
+        base = Stack(name=CONTROL, model=stack.model, config=stack.config)
+        return [
+            *(_with(stack, f"{FINETUNED}-{n}", path) for n, path in found[FINETUNED].items()),
+            *(_with(base, f"{CONTROL}-{n}", path) for n, path in found[CONTROL].items()),
+            *(
+                stack.model_copy(
+                    update={"name": f"{MODULAR}-{n}", "patches": (patch_path(folder / MODULAR, n),)}
+                )
+                for n in found[CONTROL]
+            ),
+        ]
 
 
-def relearn(
-    stack: Stack,
-    concept: Concept,
-    dataset: FineTuneDataset,
-    config: RelearnConfig,
-    output_dir: Path,
-    *,
-    loader: StackLoader | None = None,
-    progress: ProgressCallback = no_progress,
-) -> Run:
-    """Fine-tune a stack, evaluate it before and after, write the report and return the run.
+def _with(stack: Stack, name: str, patch: Path) -> Stack:
+    """Return a stack with another name and one more patch."""
+    return stack.model_copy(update={"name": name, "patches": (*stack.patches, patch)})
 
-    Calling it again with the same arguments resumes an interrupted run. The fine-tuned patches are
-    in `output_dir/patches`. Every stack is tested against the edited one, image by image.
 
-    Args:
-        stack: the edited model: a model with at least one patch.
-        concept: the concept that was removed; it gives the prompts and the judge.
-        dataset: images to fine-tune on.
-        config: settings of the attack.
-        output_dir: directory of the run, new or of an earlier call.
-        loader: loads the model; on the CPU when not given.
-        progress: called with (stage, done, total).
+class FineTuner:
+    """Fine-tunes a target once; prompts stay as they are."""
 
-    Raises:
-        ConfigError: the stack has no patch, or a setting does not fit the model.
-        FileError: `output_dir` holds something else or another run, or cannot be written.
-        PatchError: a patch does not fit the model.
-        InterruptedRunError: SIGINT or SIGTERM arrived during training.
+    def __init__(self, config: Relearn, context: AttackContext) -> None:
+        self.config, self.context, self.stopped = config, context, ""
+        target, stack, model = context.target, context.target.loaded.stack, context.target.model
+        self.counts_earlier = not target.cost.denoiser
+        """Whether no record holds the cost of what is on the disk already."""
+        edit = _edit_to_add(stack) if config.modular else None
+        dataset = config.dataset(context.concept)
+        self._train(dataset, FINETUNED, stack.name)
+        self.stopped = self.stopped or (target.exhausted if edit else "")
+        if edit and not self.stopped:
+            with model.without_patches():
+                controls = self._train(dataset, CONTROL, "base")
+                for updates, path in controls.items():
+                    modular = patch_path(context.folder / MODULAR, updates)
+                    if not modular.exists():
+                        parts = [edit, Patch.load(path)]
+                        merge(parts, overlap="add", model=model).save(modular)
 
-    Warns:
-        PatchOverlapWarning: two patches change the same weights.
-    """
-    if not stack.patches:
-        raise ConfigError("the attacked stack must have a patch, got none. Add one with --patch.")
-    loader = loader or StackLoader()
-    protocol = Protocol.from_concept(
-        concept,
-        prompts=config.prompts,
-        seeds=config.seeds,
-        generation=config.generation,
-        roles=config.roles,
-    )
-    check_directory(output_dir)
-    with claim_run(output_dir):
-        load_evaluators(
-            protocol
-        )  # a judge that is not installed stops the attack before the training
-        edited = stack.model_copy(update={"name": EDITED})
-        base = Stack(name="base", model=stack.model, config=stack.config)
-        if config.modular:
-            _check_modular([Patch.load(path) for path in stack.patches])
-        settings = {
-            "config": config.model_dump(mode="json"),
-            "dataset": dataset.to_dict(),
-            "stack": loader.hash(edited),
-            "protocol": protocol.decides(),
-            "device": f"{loader.device}, {loader.dtype}",
-        }
-        claim_directory(output_dir, {"workflow": "relearn"} | settings)
-        stacks = _fine_tune(edited, FINETUNED, dataset, config, output_dir, loader, progress)
-        if config.modular:
-            controls = _fine_tune(base, CONTROL, dataset, config, output_dir, loader, progress)
-            stacks += [*controls, *_add_edit(edited, controls, loader)]
-        run = evaluate(
-            protocol,
-            [base, edited, *stacks],
-            output_dir,
-            baselines="none",
-            references={attacked.name: EDITED for attacked in stacks},
-            loader=loader,
-            progress=progress,
+    def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
+        """Return the samples as they are."""
+        return [
+            AttackRecord(id=sample.id, prompt=sample.prompt, seed=sample.seed, stopped=self.stopped)
+            for sample in samples
+        ]
+
+    def _train(self, dataset: FineTuneDataset, name: str, stack: str) -> dict[int, Path]:
+        """Fine-tune the model as it is now; return the patches by number of updates.
+
+        Args:
+            dataset: images and captions.
+            name: name of the attacked stacks, and of the folder.
+            stack: name of the stack that is fine-tuned, for the progress.
+        """
+        config, target, folder = self.config, self.context.target, self.context.folder / name
+        if self.counts_earlier:  # a pass forward and one backward for each image
+            passes = 2 * config.images_per_update * updates_done(folder)
+            target.add(Cost(denoiser=passes, seconds=seconds_spent(folder)))
+
+        def after_update(done: int, total: int, _: LogRow) -> bool:
+            self.context.progress(f"fine-tuning: {stack}", done, total)
+            return bool(target.exhausted)
+
+        patches = fine_tune(
+            target.model,
+            dataset,
+            config.updates,
+            config.training,
+            folder=folder,
+            selector=config.selector,
+            rank=config.rank,
+            callback=after_update,
+            images=config.data,
         )
-        write_report(open_runs([output_dir]), output_dir)
-    return run
+        if updates_done(folder) < config.updates[-1]:
+            self.stopped = target.exhausted or "minutes"
+        return patches
 
 
-def _fine_tune(
-    stack: Stack,
-    name: str,
-    dataset: FineTuneDataset,
-    config: RelearnConfig,
-    output_dir: Path,
-    loader: StackLoader,
-    progress: ProgressCallback,
-) -> list[Stack]:
-    """Return the stack with its fine-tune after each number of updates."""
-    folder = output_dir / PATCHES / name
-    paths = {n: patch_path(folder, n) for n in config.finetune.updates}
-    if not (_is_finished(folder) and all(path.exists() for path in paths.values())):
-        with loader.open(stack) as loaded:
-            fine_tune(
-                loaded.model,
-                dataset,
-                config.finetune,
-                folder=folder,
-                callback=lambda done, total, _: progress(f"fine-tuning: {stack.name}", done, total),
-                images=config.data,
-            )
-    return [
-        stack.model_copy(update={"name": f"{name}-{n}", "patches": (*stack.patches, path)})
-        for n, path in paths.items()
-    ]
-
-
-def _is_finished(folder: Path) -> bool:
-    """Return whether a training ended: its log is there and its checkpoint is removed."""
-    return (folder / LOG_FILE).is_file() and not (folder / CHECKPOINT_FILE).exists()
-
-
-def _add_edit(edited: Stack, controls: Sequence[Stack], loader: StackLoader) -> list[Stack]:
-    """Return a stack for each fine-tune of the base, with the edit's change added to it."""
-    edit, stacks = _merged([Patch.load(path) for path in edited.patches]), []
-    for control in controls:
-        path = control.patches[-1]
-        modular = path.with_name(path.name.replace(CONTROL, MODULAR, 1))
-        if not modular.exists():
-            model, _ = loader.model(edited.model, edited.config)
-            merge([edit, Patch.load(path)], overlap="add", model=model).save(modular)
-        update = {"name": modular.stem, "patches": (modular,)}
-        stacks.append(edited.model_copy(update=update))
-    return stacks
-
-
-def _merged(patches: Sequence[Patch]) -> Patch:
-    return merge(patches, overlap="last") if len(patches) > 1 else patches[0]
-
-
-def _check_modular(patches: Sequence[Patch]) -> None:
-    """Check before the training that the edit's change can be added to a fine-tune of the base.
+def _edit_to_add(stack: Stack) -> Patch:
+    """Return the change by a stack's patches, which can be added to a fine-tune of its model.
 
     Raises:
-        ConfigError: the edit was made on a model with another patch, which is not among these.
+        ConfigError: the stack has no patch or an active LoRA, or the edit was made on a model with
+            another patch, which is not among these.
     """
-    if missing := _merged(patches).metadata.parents:
+    if stack.loras or not stack.patches:
+        found = "a LoRA, which stays apart from a fine-tune anyway" if stack.loras else "no patch"
+        raise ConfigError(f"modular needs an edit as patches alone, got {found}. Leave it out.")
+    patches = [Patch.load(path) for path in stack.patches]
+    edit = merge(patches, overlap="last") if len(patches) > 1 else patches[0]
+    if missing := edit.metadata.parents:
         raise ConfigError(
             f"modular needs every patch below the edit, got none of {missing[0].method}, "
-            f"hash {missing[0].hash[:12]}. Name it with --patch too."
+            f"hash {missing[0].hash[:12]}. Add it to the stack too."
         )
+    return edit

@@ -19,6 +19,7 @@ from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecor
 from safegen.attacks.core.images import ConceptImages
 from safegen.attacks.core.target import TextSpace
 from safegen.core.errors import ConfigError
+from safegen.core.settings import MAX_COUNT
 from safegen.edits.functional import losses
 from safegen.evaluation.samples import EvalSample
 
@@ -26,29 +27,52 @@ from safegen.evaluation.samples import EvalSample
 class UnlearnDiff(Attack):
     """Settings of UnlearnDiffAtk."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "paper": {
+            "num_tokens": 5,
+            "num_timesteps": 50,
+            "iterations": 40,
+            "lr": 0.01,
+            "weight_decay": 0.1,
+            "whole_words": False,
+        },
+    }
     TINY: ClassVar[Mapping[str, Any]] = {"num_tokens": 2, "num_timesteps": 2, "iterations": 2}
     paper: ClassVar[str] = "arXiv:2310.11868"
     code_url: ClassVar[str] = "https://github.com/OPTML-Group/Diffusion-MU-Attack"
     code_commit: ClassVar[str] = "5a3e5d3"
+    parity: ClassVar[str] = (
+        "Two updates of the released algorithm, restated in a test with its projection by "
+        "bisection: weights equal to 1e-4, the same tokens."
+    )
     deviations: ClassVar[str] = (
         "Several prompts are attacked in one batch, each with its own draws. "
         "The target is an image of the concept with the prompt's subject; the released data have "
         "the unedited model's image of the prompt. "
-        "The prefix of the lowest mean loss is kept if no image shows the concept."
+        "The projection onto the simplex is exact; the released bisection stops within 1e-5. "
+        "Special tokens are left out. By default, only tokens that the tokenizer reads back from "
+        "their own text are used, and the search is shorter. "
+        "The prefix of the image with the highest score of the judge is returned; a released "
+        "success is any image that shows the concept. "
+        "The loss does not go through guards, as in the released code; images are requested "
+        "through them."
     )
     access: ClassVar[Access] = "weights"
     tier: ClassVar[Tier] = "adaptive"
 
-    num_tokens: int = Field(default=5, ge=1)
+    num_tokens: int = Field(default=5, ge=1, le=MAX_COUNT)
     """Tokens of the prefix; released: 5 for nudity, violence and illegal acts, 3 for objects."""
-    num_timesteps: int = Field(default=50, ge=1, le=1000)
+    num_timesteps: int = Field(default=10, ge=1, le=1000)
     """Timesteps, evenly spaced and in rising order; an image is generated after each."""
-    iterations: int = Field(default=40, ge=1)
+    iterations: int = Field(default=20, ge=1, le=MAX_COUNT)
     """Updates at each timestep."""
     lr: float = Field(default=0.01, gt=0)
     """Learning rate of Adam."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of Adam."""
+    whole_words: bool = True
+    """Whether to use only tokens that the tokenizer reads back from their own text."""
     images: Path | None = None
     """Folder of images of the concept. Default: the concept's bundled triplets."""
 
@@ -72,7 +96,9 @@ class PrefixSearch:
                 f"prediction type must be epsilon or v_prediction, got {self.model.prediction}"
             )
         self.images = ConceptImages(self.model, context.concept, config.images)
-        self.vocabulary = torch.tensor(self.space.vocabulary, device=self.model.device)
+        self.space.check_room(config.num_tokens)
+        tokens = self.space.whole_words if config.whole_words else self.space.vocabulary
+        self.vocabulary = torch.tensor(tokens, device=self.model.device)
         table = self.space.encoder.get_input_embeddings().weight
         self.table = table.detach()[self.vocabulary].float()
         """Embeddings of the tokens that a prefix may have (v, width)."""
@@ -89,17 +115,14 @@ class PrefixSearch:
             running = [search for search in searches if not search.success]
             if not running or self.target.exhausted:
                 break
-            total = torch.zeros(len(running))
             for _ in range(config.iterations):
-                total += self._update(running, t)
-            for search, loss in zip(running, total / config.iterations, strict=True):
-                search.history.append(float(loss))
+                self.update(running, t)
             self._query(running, [search.text(self.space) for search in running])
             self.context.progress("searching prefixes", number + 1, len(timesteps))
         return [search.record(self.space, self.target.exhausted) for search in searches]
 
-    def _update(self, searches: Sequence[_Prefix], t: int) -> Tensor:
-        """Update each prefix at one timestep, and return the losses."""
+    def update(self, searches: Sequence[_Prefix], t: int) -> Tensor:
+        """Update each prefix once at one timestep, and return the losses (n,)."""
         one_hot = torch.stack([search.draw() for search in searches]).requires_grad_()
         prefix = one_hot @ self.table
         k = prefix.shape[1]
@@ -128,11 +151,13 @@ class PrefixSearch:
 
     def _query(self, searches: Sequence[_Prefix], texts: Sequence[str]) -> None:
         """Generate and judge an image of each text, and note where the concept is seen."""
-        asked = [
+        queries = [
             search.sample.model_copy(update={"prompt": text})
             for search, text in zip(searches, texts, strict=True)
         ]
-        for search, sample, result in zip(searches, asked, self.target.query(asked), strict=True):
+        for search, sample, result in zip(
+            searches, queries, self.target.query(queries), strict=True
+        ):
             search.note(sample.prompt, result.score, success=result.success)
 
 
@@ -147,15 +172,12 @@ class _Prefix:
             [self.weights], lr=config.lr, weight_decay=config.weight_decay
         )
         self.vocabulary, self.latents = search.vocabulary, search.images.latents_for(sample)
-        space = search.space
-        words = space.tokenize([sample.prompt])[0]
-        words = words[1 : 1 + int((words != space.tokenizer.eos_token_id).sum()) - 1]
-        room = space.length - 2 - k
-        if room < 0:
-            raise ConfigError(f"num_tokens must be at most {space.length - 2}, got {k}")
-        filler = torch.zeros(k, dtype=words.dtype)
-        self.ids = space.rows(torch.cat([filler, words[:room]])[None])[0]
+        filler = torch.zeros(k, dtype=torch.long)
+        words = search.space.own_tokens(sample.prompt)
+        self.words = words[: search.space.length - 2 - k]
+        self.ids = search.space.rows(torch.cat([filler, self.words])[None])[0]
         self.best, self.score, self.success = sample.prompt, -1.0, False
+        self.found = self.tokens()
         self.history: list[float] = []
 
     def draw(self) -> Tensor:
@@ -180,28 +202,28 @@ class _Prefix:
         return self.vocabulary[self.weights.argmax(-1)].cpu()
 
     def text(self, space: TextSpace) -> str:
-        """Return the prompt behind its prefix."""
-        return f"{space.decode(self.tokens()[None])[0].strip()} {self.sample.prompt}".strip()
+        """Return the prompt behind its prefix, as the tokenizer writes it."""
+        return space.decode(torch.cat([self.tokens(), self.words])[None])[0].strip()
 
     def note(self, text: str, score: float, *, success: bool) -> None:
         """Keep a text if its image has the highest score so far."""
         if score > self.score or success:
             self.best, self.score, self.success = text, score, success
+            self.found = self.tokens()
+        self.history.append(-self.score)
 
     def record(self, space: TextSpace, stopped: str) -> AttackRecord:
         """Return the result."""
-        tokens = self.tokens()
-        found = self.best != self.sample.prompt
-        ids = space.tokenize([self.best])[0]
+        changed, ids = self.best != self.sample.prompt, space.tokenize([self.best])[0]
         return AttackRecord(
             id=self.sample.id,
             prompt=self.best,
             seed=self.sample.seed,
             success=self.success,
-            loss=min(self.history, default=None),
+            loss=-self.score,
             history=tuple(self.history),
-            tokens=tuple(tokens.tolist()) if found else (),
-            stable=bool((ids[1 : 1 + len(tokens)] == tokens).all()) if found else None,
+            tokens=tuple(self.found.tolist()) if changed else (),
+            stable=bool((ids[1 : 1 + len(self.found)] == self.found).all()) if changed else None,
             stopped="" if self.success else stopped,
         )
 

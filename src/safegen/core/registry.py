@@ -45,8 +45,11 @@ GUARDS = {
 """Guards that act during generation. NAME-PRESET selects a preset, such as `sld-max`."""
 
 ATTACKS = {
+    "compression": "safegen.attacks.compression:Compression",
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
     "mma": "safegen.attacks.mma:MMA",
+    "p4d": "safegen.attacks.p4d:P4D",
+    "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
     "unlearn_diff": "safegen.attacks.unlearn_diff:UnlearnDiff",

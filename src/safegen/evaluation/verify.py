@@ -13,6 +13,7 @@ from safegen.core.errors import UserError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.compare import differences
 from safegen.evaluation.run.folder import (
+    ATTACK_FILES,
     CHANGES,
     DETECTIONS,
     FEATURES,
@@ -23,6 +24,7 @@ from safegen.evaluation.run.folder import (
     SAMPLES,
     SCORES,
     TIMINGS,
+    TRUTH,
     Run,
     image_file,
     image_metadata,
@@ -35,6 +37,7 @@ from safegen.evaluation.samples import EvalSample, hash_lines, sha, start_parts
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
 from safegen.evaluation.scoring.records import read_scores
 from safegen.evaluation.scoring.score import score_run
+from safegen.evaluation.verify_attack import verify_attack
 from safegen.metrics.image import pixel_mae
 
 
@@ -54,6 +57,7 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
         *_plan(run),
         *_journals(run),
         *_patches(run),
+        *verify_attack(run),
         *_samples(run, damaged, progress),
         *_detections(run),
         *_changes(run, damaged),
@@ -135,19 +139,20 @@ def _journals(run: Run) -> Iterator[str]:
 
 
 def _patches(run: Run) -> Iterator[str]:
-    """Yield the patches in the run's folder that are not those of the card."""
+    """Yield the patches in the run's folders that are not those of the card."""
     for patch in {patch.file: patch for entry in run.stacks for patch in entry.patches}.values():
-        path = run.folder / PATCHES / patch.file
-        if path.is_file():
+        for name in (f"{PATCHES}/{patch.file}", f"{ATTACK_FILES}/{patch.file}"):
+            if not (run.folder / name).is_file():
+                continue
             from safegen.patches.patch import Patch
 
             try:
-                digest = Patch.load(path).hash
+                digest = Patch.load(run.folder / name).hash
             except UserError as error:
-                yield f"{PATCHES}/{patch.file}: {error}"
+                yield f"{name}: {error}"
                 continue
             if digest != patch.hash:
-                yield f"{PATCHES}/{patch.file}: its hash is not the one of the card"
+                yield f"{name}: its hash is not the one of the card"
 
 
 def _samples(run: Run, damaged: set[str], progress: ProgressCallback) -> Iterator[str]:
@@ -285,7 +290,11 @@ def _scores(run: Run) -> Iterator[str]:
             stored = read_scores(path)
             rule = stored["protocol"]["decides"]["judge"]
             scores = score_run(
-                run, judge=stored["judge"], labels=rule["labels"], threshold=rule["threshold"]
+                run,
+                judge=stored["judge"],
+                labels=rule["labels"],
+                threshold=rule["threshold"],
+                truth=None if TRUTH in stored["inputs"] else {},
             )
         except UserError as error:
             yield f"{path.name}: cannot be computed again: {error}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +56,8 @@ class Model:
     """Metadata read from the checkpoint, not yet checked: see `verified_metadata`."""
     applied_patches: list[AppliedPatch] = field(default_factory=list)
     """Patches on it, in order. `Patch.apply` adds one and `AppliedPatch.undo` removes it."""
+    has_disabled_loras: bool = False
+    """Whether its active LoRAs are turned off (`safegen.patches.active_lora.disabled_loras`)."""
 
     @property
     def patches(self) -> list[AppliedPatch]:
@@ -184,6 +188,22 @@ class Model:
             stacklevel=2,
         )
         return None
+
+    @contextmanager
+    def without_patches(self) -> Iterator[None]:
+        """Take all patches off inside the block, and put them on again bit for bit."""
+        patches, parameters = list(self.applied_patches), dict(self.denoiser.named_parameters())
+        names = {name for applied in patches for name in applied.before}
+        values = {name: parameters[name].detach().clone() for name in names}
+        for applied in reversed(patches):
+            applied.undo()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in values.items():
+                    parameters[name].copy_(value)
+            self.applied_patches[:] = patches
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:

@@ -60,12 +60,23 @@ def active_loras(model: Model, loras: Sequence[tuple[LoraFactors, float]]) -> It
             for name, (down, up, strength) in lora.factors.items():
                 module = model.denoiser.get_submodule(name.removesuffix(".weight"))
                 weight = module.get_parameter("weight")
-                hook = partial(_add_output, down.to(weight), up.to(weight), scale * strength)
+                factors = down.to(weight), up.to(weight)
+                hook = partial(_add_output, model, *factors, scale * strength)
                 hooks.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextmanager
+def disabled_loras(model: Model) -> Iterator[None]:
+    """Turn off the active LoRAs of a model inside the block."""
+    model.has_disabled_loras, before = True, model.has_disabled_loras
+    try:
+        yield
+    finally:
+        model.has_disabled_loras = before
 
 
 def _warn_of_interactions(loras: Sequence[LoraFactors]) -> None:
@@ -93,6 +104,7 @@ def _warn_of_interactions(loras: Sequence[LoraFactors]) -> None:
 
 
 def _add_output(
+    model: Model,
     down: Tensor,
     up: Tensor,
     scale: float,
@@ -100,4 +112,6 @@ def _add_output(
     inputs: tuple[Tensor, ...],
     output: Tensor,
 ) -> Tensor:
+    if model.has_disabled_loras:
+        return output
     return output + scale * lora_forward(module, inputs[0], down, up)

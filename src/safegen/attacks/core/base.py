@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from safegen.attacks.core.cost import Cost
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.core.errors import UnknownNameError
@@ -24,43 +23,11 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS
 from safegen.core.settings import MAX_BATCH, BaseSettings, Seed
 from safegen.core.tensor_files import write_tensors
-from safegen.evaluation.run.records import Record
+from safegen.evaluation.run.attack_records import Access, AttackRecord, Tier
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.stack import Stack
 
-Access = Literal["queries", "text_encoder", "weights"]
-"""What an attacker needs: images on request, the text encoder, or all weights."""
-Tier = Literal["static", "adaptive"]
-"""Whether an attack is made without the defended stack, or against it."""
-
-
-class AttackRecord(Record):
-    """Result of an attack on one sample (`attack.jsonl`)."""
-
-    id: str
-    """Id of the attacked sample."""
-    variant: str = ""
-    """Form of the attack (`Attack.variants`, `Attack.controls`); empty if it has one."""
-    prompt: str
-    """Text that the attack found; the sample's prompt if it changes no text."""
-    seed: Seed
-    """Seed that the attack found; the sample's seed if it changes none."""
-    start: Start | None = None
-    """Image or latents that the attack starts from; its files are in the run's directory."""
-    success: bool | None = None
-    """Whether the attack saw the concept in an image; None if it looked at none."""
-    loss: float | None = None
-    """Lowest value of the objective; None if there is none."""
-    history: tuple[float, ...] = ()
-    """Best value of the objective so far, by step."""
-    tokens: tuple[int, ...] = ()
-    """Ids of the tokens that the attack chose."""
-    stable: bool | None = None
-    """Whether the text is read as exactly those tokens; None if tokens were not chosen."""
-    stopped: str = ""
-    """Limit of the budget that ended the attack; empty if it ended by itself."""
-    cost: Cost = Cost()
-    """Share of the batch's cost."""
+__all__ = ["Access", "Attack", "AttackContext", "AttackRecord", "Attacker", "Tier"]
 
 
 @dataclass
@@ -180,6 +147,17 @@ class Attack(BaseSettings, ABC):
         """Return the random generator of one sample, seeded by the attack's seed and its id."""
         digest = hashlib.sha256(f"{self.seed}:{sample.id}".encode()).digest()[:8]
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def fingerprint(self, concept: Concept) -> dict[str, Any]:
+        """Return the plain values that decide the attack, with hashes in place of paths.
+
+        Args:
+            concept: concept that the attack brings back.
+
+        Raises:
+            UserError: the concept or a file lacks something that the attack needs.
+        """
+        return self.model_dump(mode="json")
 
     def attacked_stacks(self, stack: Stack, folder: Path) -> Sequence[Stack]:
         """Return the stacks that the attack makes of one; none if it changes no stack.

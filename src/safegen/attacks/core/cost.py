@@ -1,4 +1,4 @@
-"""Cost of an attack in network passes, queries and seconds, and the budget that ends it."""
+"""Budget that ends an attack."""
 
 from __future__ import annotations
 
@@ -8,43 +8,12 @@ from typing import Self
 from pydantic import Field
 
 from safegen.core.errors import ConfigError
-from safegen.core.settings import BaseSettings, Count, Seconds
+from safegen.core.settings import BaseSettings
+from safegen.evaluation.run.attack_records import Cost
+
+__all__ = ["UNITS", "Budget", "Cost"]
 
 
-class Cost(BaseSettings):
-    """Work that an attack has done. A pass is one row of a batch, forward or backward."""
-
-    denoiser: Count = 0
-    """Passes through the denoiser, those of generation included."""
-    text_encoder: Count = 0
-    """Passes through the text encoders, those of generation included."""
-    queries: Count = 0
-    """Images requested from the stack."""
-    seconds: Seconds = 0.0
-    """Wall-clock time."""
-
-    def __add__(self, other: Cost) -> Cost:
-        """Return the sum of two costs."""
-        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in FIELDS})
-
-    def __sub__(self, other: Cost) -> Cost:
-        """Return the cost since an earlier one."""
-        return Cost(**{name: getattr(self, name) - getattr(other, name) for name in FIELDS})
-
-    def split(self, n: int) -> list[Cost]:
-        """Return `n` costs that add up to this one, as equal as integers allow."""
-        shares = [
-            {
-                name: getattr(self, name) // n + (i < getattr(self, name) % n)
-                for name in FIELDS
-                if name != "seconds"
-            }
-            for i in range(n)
-        ]
-        return [Cost(seconds=self.seconds / n, **share) for share in shares]
-
-
-FIELDS = tuple(Cost.model_fields)
 UNITS = {"nfe": "denoiser", "text": "text_encoder", "queries": "queries", "minutes": "seconds"}
 """Field of `Cost` by the name of its limit."""
 

@@ -22,6 +22,7 @@ from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.attack_records import copy_id
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPTS, Run
@@ -100,7 +101,9 @@ def run_attack(
         load_evaluators(protocol)  # a judge that is not installed stops the attack at once
         settings = {
             "workflow": "attack",
-            "attack": {"name": attack.method()} | attack.model_dump(mode="json"),
+            "attack": {"name": attack.method()} | attack.fingerprint(concept),
+            "access": attack.access,
+            "tier": attack.tier,
             "config": config.model_dump(mode="json"),
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
@@ -165,7 +168,7 @@ def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSampl
     copies = list(samples)
     for number in range(1, repeat):
         for sample in samples:
-            id_ = f"{sample.id}#{number}"
+            id_ = copy_id(sample.id, number)
             update = {
                 "id": id_,
                 "seed": seed_for(id_, sample.seed),
@@ -309,7 +312,9 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
         )
     lists = []
     for source, role in sources:
-        rows = read_prompt_list(source, prompts=config.limit, protocol_seed=config.seed).rows
+        rows = read_prompt_list(
+            source, prompts=config.limit, protocol_seed=config.seed, unsafe=config.unsafe
+        ).rows
         lists.append(
             PromptList(
                 name=source if is_bundled(source) else display_name(source),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -120,6 +121,12 @@ class Target:
     def _add(self, name: str, rows: int) -> None:
         self._counts[name] += rows
 
+    def add(self, cost: Cost) -> None:
+        """Add the cost of work that an interrupted attack did and no record holds."""
+        for name in self._counts:
+            self._counts[name] += getattr(cost, name)
+        self._seconds += cost.seconds
+
     def query(self, samples: Sequence[Sample]) -> list[QueryResult]:
         """Return an image of the stack for each sample, judged; each counts as one query."""
         outputs = self.loaded.generate(samples, self.generation)
@@ -179,6 +186,23 @@ class TextSpace:
         ).input_ids
         return ids
 
+    def own_tokens(self, text: str) -> Tensor:
+        """Return the ids (k,) that the encoder reads for a text, without marks and padding."""
+        (ids,) = self.tokenize([text])
+        end = int((ids == self.tokenizer.eos_token_id).nonzero()[0])
+        return ids[1:end]
+
+    @cached_property
+    def whole_words(self) -> list[int]:
+        """Ids of the tokens that the tokenizer reads back from their own text.
+
+        Texts of such tokens, with spaces between them, are read back too.
+        """
+        tokens = torch.tensor(self.vocabulary)[:, None]
+        rows = self.tokenize(self.decode(tokens))
+        same = (rows == self.rows(tokens)).all(1)
+        return [int(i) for i in tokens[same, 0]]
+
     def decode(self, tokens: Tensor) -> list[str]:
         """Return the texts of tokens (n, k)."""
         texts: list[str] = self.tokenizer.batch_decode(
@@ -190,6 +214,18 @@ class TextSpace:
         """Return the embeddings (n, length, width) of rows of ids, in fp32."""
         parts = [self.encoder(part.to(self.device))[0].float() for part in ids.split(batch)]
         return torch.cat(parts)
+
+    def check_room(self, num_tokens: int) -> None:
+        """Check that a text of so many tokens fits the encoder.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if num_tokens > self.length - 2:
+            raise ConfigError(
+                f"num_tokens must be at most {self.length - 2} for this text encoder, "
+                f"got {num_tokens}"
+            )
 
     @contextmanager
     def embeddings(self, replace: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:

@@ -17,8 +17,11 @@ from safegen.core.settings import MAX_BATCH, MAX_COUNT, BaseSettings
 
 LogRow = dict[str, float]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-TrainingCallback = Callable[[int, int, LogRow], None]
-"""Function that is called after every update with (updates done, updates in total, log row)."""
+TrainingCallback = Callable[[int, int, LogRow], bool | None]
+"""Function that is called after every update with (updates done, updates in total, log row).
+
+If it returns True, the training ends with this update.
+"""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """Arithmetic of a forward pass.
 

@@ -59,7 +59,7 @@ def train(
         fingerprint: identifies data and settings of the objective, for checkpoints.
         checkpoint_dir: directory for checkpoint and log. Default: none are written.
         resume: continue from the checkpoint; on a CPU the result is equal bit for bit.
-        callback: called after every update.
+        callback: called after every update; it may end the training.
 
     Raises:
         ConfigError: see `check_training`, or memory does not suffice for a batch.
@@ -204,8 +204,8 @@ class Trainer:
                     self._validate(row)
                     stop_early = self._out_of_patience()
                 self.log.append(row)
-                if self.callback:
-                    self.callback(self.update, self.config.updates, row)
+                if self.callback and self.callback(self.update, self.config.updates, row):
+                    stop_early = True
                 is_last = stop_early or self.update == self.config.updates
                 is_due = self.update % self.config.checkpoint_every == 0
                 if self.checkpoint_dir and (is_last or interrupted() or is_due):

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from safegen.core.errors import MissingExtraError
@@ -54,7 +53,7 @@ def charts(data: dict[str, Any]) -> list[dict[str, str]]:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
+def svg_figure(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
     """Yield axes, and a list that holds the SVG text afterwards.
 
     Raises:
@@ -139,7 +138,7 @@ def _pareto(
         raise ValueError(
             "no stack has both prompts that ask for the concept and benign prompts with a utility"
         )
-    with _figure(4.2, 3.3 + 0.17 * len(rows)) as (axes, svgs):
+    with svg_figure(4.2, 3.3 + 0.17 * len(rows)) as (axes, svgs):
         for i, row, x in rows:
             seen = row["asked"]
             y = {"value": 1 - seen["value"], "low": 1 - seen["high"], "high": 1 - seen["low"]}
@@ -171,7 +170,7 @@ def forest(data: dict[str, Any]) -> str:
     rows = [(i, r["label"], r["difference"]) for i, r in enumerate(stacks) if r.get("difference")]
     if not rows:
         raise ValueError("no stack is compared with a base on prompts that ask for the concept")
-    with _figure(4.2, 0.9 + 0.36 * len(rows)) as (axes, svgs):
+    with svg_figure(4.2, 0.9 + 0.36 * len(rows)) as (axes, svgs):
         for y, (i, _, d) in enumerate(rows):
             axes.errorbar(d["value"] * 100, y, xerr=_arms(d), capsize=3, linestyle="", **_style(i))
         axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
@@ -203,7 +202,7 @@ def removal(data: dict[str, Any]) -> str:
         )
     if names[-1] == "total" and len(names) == 2:
         names = names[:1]  # one label is the total
-    with _figure(4.2, 1.1 + 0.19 * len(rows) * (len(names) + 0.6)) as (axes, svgs):
+    with svg_figure(4.2, 1.1 + 0.19 * len(rows) * (len(names) + 0.6)) as (axes, svgs):
         step, low = 0.8 / len(rows), 0.0
         for k, (i, stack, table) in enumerate(rows):
             for j, label in [(j, label) for j, label in enumerate(names) if label in table]:
@@ -238,7 +237,7 @@ def heat(data: dict[str, Any]) -> str:
         table[row["label"]] = [rate["value"] * 100 if rate else nan for rate in seen]
     if all(isnan(value) for column in table.values() for value in column):
         raise ValueError("this protocol does not ask how often the concept is seen")
-    with _figure(max(4.2, 1.6 + 0.62 * len(table)), 1.5 + 0.36 * len(lists)) as (axes, svgs):
+    with svg_figure(max(4.2, 1.6 + 0.62 * len(table)), 1.5 + 0.36 * len(lists)) as (axes, svgs):
         values = [[column[i] for column in table.values()] for i in range(len(lists))]
         edges = [k - 0.5 for k in range(len(table) + 1)], [k - 0.5 for k in range(len(lists) + 1)]
         cells = {"cmap": "YlOrRd", "vmin": 0, "vmax": 100, "edgecolors": "white", "linewidth": 1}
@@ -265,7 +264,7 @@ def sweep(data: dict[str, Any]) -> str:
     rows = [(i, r["label"], r["sweep"]) for i, r in enumerate(data["stacks"]) if r["sweep"]]
     if not rows:
         raise ValueError("no judged image is of a prompt that asks for the concept")
-    with _figure(4.2, 2.9 + 0.17 * len(rows)) as (axes, svgs):
+    with svg_figure(4.2, 2.9 + 0.17 * len(rows)) as (axes, svgs):
         for i, name, points in rows:
             x = [p["threshold"] for p in points]
             low, value, high = ([p[k] * 100 for p in points] for k in ("low", "value", "high"))
@@ -279,30 +278,6 @@ def sweep(data: dict[str, Any]) -> str:
     return svgs[0]
 
 
-def loss_curve(log: Sequence[Mapping[str, float]]) -> str:
-    """Draw the losses of a training log over its updates, each with its running median."""
-    terms = [key for key in log[0] if key == "L" or key.startswith("L_")]
-    names = LOSSES if "L_m" in terms else {}  # L_p of other methods is another loss
-    with _figure(7, 2.6) as (axes, svgs):
-        updates = [row["update"] for row in log]
-        for i, term in enumerate(terms):
-            values, half = [row[term] for row in log], max(len(log) // 40, 1)
-            smooth = [
-                median_high(values[max(k - half, 0) : k + half + 1]) for k in range(len(values))
-            ]
-            color = COLORS[i % len(COLORS)]
-            axes.plot(updates, values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(updates, smooth, color=color, linewidth=2, label=names.get(term, term))
-        axes.set(xlabel="update", ylabel="loss", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")  # the default is TeX
-        axes.yaxis.set_minor_formatter("")
-        axes.grid()
-        axes.legend()
-    return svgs[0]
-
-
-LOSSES = {"L_m": "L_m: unsafe image to its censored image", "L_p": "L_p: benign image stays"}
-"""Names of the losses of SafeGen in the legend of `loss_curve`."""
 CHARTS: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]] = (
     (
         "Safety against utility",

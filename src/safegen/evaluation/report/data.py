@@ -10,6 +10,7 @@ from typing import Any
 
 from safegen.core.documents import read_record
 from safegen.evaluation.compare import same_protocol
+from safegen.evaluation.report.attacks import PerplexityModel, attack_headline, attack_section
 from safegen.evaluation.report.comparison import (
     base_difference,
     base_test,
@@ -19,7 +20,7 @@ from safegen.evaluation.report.comparison import (
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
-from safegen.evaluation.run.folder import PATCHES, SETTINGS, Run
+from safegen.evaluation.run.folder import ATTACK_FILES, PATCHES, SETTINGS, Run
 from safegen.evaluation.run.records import WITHHELD, PatchEntry
 from safegen.evaluation.run.settings import WorkflowSettings
 from safegen.evaluation.run.training_log import read_training_log
@@ -53,6 +54,8 @@ def report_data(
     judge: str | None = None,
     labels: Sequence[str] = (),
     threshold: float | None = None,
+    truth: Mapping[str, bool] | None = None,
+    perplexity: PerplexityModel | None = None,
 ) -> tuple[dict[str, Any], dict[str, RunResults]]:
     """Return everything that the report of some runs says, and their results.
 
@@ -61,12 +64,15 @@ def report_data(
         judge: another judge than the protocol's, with verdicts in all of the runs.
         labels: its labels that mean the concept.
         threshold: another lowest score of a detection that counts.
+        truth: whether images show the concept, by key. Default: what the runs' directories hold.
+        perplexity: measures the texts that an attack found.
 
     Raises:
         FileError: a run is incomplete or damaged.
         ConfigError: there is no run, or the runs are of several protocols.
     """
     rules: dict[str, Any] = {"judge": judge, "labels": labels, "threshold": threshold}
+    rules["truth"] = truth
     results = {name: load_results(run, **rules) for name, run in runs.items()}
     scores = {name: scores_of(result) for name, result in results.items()}
     protocol_id = same_protocol(scores)
@@ -87,7 +93,12 @@ def report_data(
             "decides": protocol.decides(),
         },
         "judge": first.judge,
-        "runs": {name: _run_card(run) for name, run in runs.items()},
+        "runs": {name: _run_card(run, results[name]) for name, run in runs.items()},
+        "attacks": {
+            name: section
+            for name, result in results.items()
+            if (section := attack_section(result, scores[name], perplexity))
+        },
         "lists": [
             {
                 "name": p.name,
@@ -113,14 +124,19 @@ def report_data(
     return data | {"headline": _headline(data)} | tables, results
 
 
-def _run_card(run: Run) -> dict[str, Any]:
-    """Return the part of a run's card that the page repeats."""
+def _run_card(run: Run, results: RunResults) -> dict[str, Any]:
+    """Return the part of a run's card that the page repeats.
+
+    The command of an attack on unsafe prompts is left out: its settings may repeat them.
+    """
     card = run.card.model_dump(include={"device", "versions", "platform", "id", "stacks"})
     settings = run.folder / SETTINGS
     workflow = None
     if os.path.lexists(settings):
         workflow = read_record(WorkflowSettings, settings).workflow
-    return card | {"command": shlex.join(run.card.argv), "workflow": workflow}
+    hidden = results.attack and any(part.unsafe for part in run.protocol.lists)
+    command = "" if hidden else shlex.join(run.card.argv)
+    return card | {"command": command, "workflow": workflow}
 
 
 def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[dict[str, Any]]:
@@ -165,7 +181,8 @@ def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
         FileError: the log is damaged.
     """
     stem = Path(patch.file).stem
-    logs = [run.folder / PATCHES / n / "log.jsonl" for n in (stem, stem.rpartition("-")[0])]
+    names = (stem, stem.rpartition("-")[0])
+    logs = [run.folder / d / n / "log.jsonl" for d in (PATCHES, ATTACK_FILES) for n in names]
     log = next((path for path in logs if os.path.lexists(path)), logs[0])
     kinds = tuple(sorted(patch.layers))
     selector = (patch.settings or {}).get("selector")
@@ -175,7 +192,9 @@ def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
 
 
 def _headline(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the headline cards (title, value, detail), where exactly one stack is measured."""
+    """Return the headline cards (title, value, detail) of one attack or one measured stack."""
+    if len(data["runs"]) == 1 and data["attacks"]:
+        return attack_headline(next(iter(data["attacks"].values())))
     given = [row for row in data["stacks"] if row["kind"] == "given"]
     if len(given) != 1:
         return []
@@ -308,7 +327,9 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[dict[str, Any]]) ->
             f"{withheld} of these were withheld because a guard failed or could not judge; "
             "`samples.jsonl` says why."
         )
-    if any(len({i.group for i in r.samples}) < len(r.samples) for r in results.values()):
+    if any(
+        len({(i.list_name, i.group) for i in r.samples}) < len(r.samples) for r in results.values()
+    ):
         notes.append(
             "Prompts have several images. Intervals of plain rates and the paired test take each "
             "image as independent; those of removal, change and the difference from the base "

@@ -229,7 +229,7 @@ def _commands(subject: CardSubject) -> list[str]:
         "folder": [evaluate.format(name)],
         "file": [evaluate.format(name)],
     }[subject.kind]
-    attack = f"safegen attack relearn MODEL --patch {name} --concept CONCEPT --out attack"
+    attack = f"safegen attack relearn --stack this=MODEL+{name} --concept CONCEPT --out attack"
     return [*first, "safegen verify run", *([attack] if subject.kind == "patch" else [])]
 
 

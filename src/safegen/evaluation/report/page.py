@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,21 @@ from safegen._version import __version__
 from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.core.files import atomic_write
 from safegen.core.text import escape_control
-from safegen.evaluation.report.charts import charts, loss_curve
+from safegen.evaluation.report.attack_format import (
+    cell_figure,
+    cell_title,
+    format_agreement,
+    format_cost,
+    format_success,
+    heat_style,
+    markdown_attack,
+    markdown_comparison,
+    markdown_table,
+)
+from safegen.evaluation.report.attack_table import compare_attacks
+from safegen.evaluation.report.charts import charts
 from safegen.evaluation.report.comparison import SWEEP
+from safegen.evaluation.report.curves import loss_curve, objective_curve
 from safegen.evaluation.report.data import TESTS, report_data
 from safegen.evaluation.report.format import (
     METRICS,
@@ -26,6 +39,7 @@ from safegen.evaluation.report.format import (
     split_cell,
 )
 from safegen.evaluation.report.redaction import TILES, image_grids
+from safegen.evaluation.run.attack_records import read_attack
 from safegen.evaluation.run.folder import Run, write_json
 
 PAGE, NUMBERS, TABLE = "report.html", "report.json", "report.md"
@@ -71,17 +85,23 @@ def write_report(
         output_dir: folder for the page, the data and the table; older ones are replaced.
         html: file for the page alone.
         reveal: embed the original images where they would be pixelated.
-        rules: `judge`, `labels` and `threshold` of `report_data`.
+        rules: `judge`, `labels`, `threshold`, `truth` and `perplexity` of `report_data`.
+
+    Several runs of attacks are shown as attacks against stacks, without images.
 
     Raises:
         FileError: a run is incomplete or damaged, or the report cannot be written.
-        ConfigError: the runs are of several protocols.
+        ConfigError: the runs are of several protocols, or only some of them made attacks.
     """
-    data, results = report_data(runs, **rules)
-    data["revealed"] = reveal
-    page = render(data, image_grids(runs, results, reveal=reveal))
+    if len(runs) > 1 and any(read_attack(run) for run in runs.values()):
+        data = compare_attacks(runs, **rules)
+        page, table = render_comparison(data), markdown_comparison(data)
+    else:
+        data, results = report_data(runs, **rules)
+        data["revealed"] = reveal
+        page, table = render(data, image_grids(runs, results, reveal=reveal)), markdown(data)
     texts = [(html, page)] if html else []
-    texts += [(output_dir / PAGE, page), (output_dir / TABLE, markdown(data))] if output_dir else []
+    texts += [(output_dir / PAGE, page), (output_dir / TABLE, table)] if output_dir else []
     for path, text in texts:
         with atomic_write(path, replace=True) as tmp:
             tmp.write_text(text, encoding="utf-8")
@@ -92,6 +112,31 @@ def write_report(
 
 def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
     """Return the self-contained HTML page; texts of the run are escaped."""
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=_OptionalKeys(data),
+            charts=charts(data),
+            grids=grids,
+            roles={part["role"] for part in data["lists"]},
+            sweep=SWEEP,
+            tiles=TILES,
+            version=__version__,
+        )
+    )
+
+
+def render_comparison(data: dict[str, Any]) -> str:
+    """Return the self-contained HTML page of attacks against stacks."""
+    return (
+        _environment()
+        .get_template("comparison.html")
+        .render(report=_OptionalKeys(data), version=__version__)
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -106,17 +151,16 @@ def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
         "points": points,
         "fewer": fewer,
         "split_cell": split_cell,
-        "loss_chart": loss_chart,
+        "loss_chart": lambda log: draw_curve(loss_curve, log),
+        "objective_chart": lambda points: draw_curve(objective_curve, points),
+        "heat_style": heat_style,
+        "cell_figure": cell_figure,
+        "cell_title": cell_title,
+        "format_agreement": format_agreement,
+        "format_cost": format_cost,
+        "format_success": format_success,
     }
-    return environment.get_template("report.html").render(
-        report=_OptionalKeys(data),
-        charts=charts(data),
-        grids=grids,
-        roles={part["role"] for part in data["lists"]},
-        sweep=SWEEP,
-        tiles=TILES,
-        version=__version__,
-    )
+    return environment
 
 
 def _printable(value: object) -> object:
@@ -142,10 +186,12 @@ def _optional_keys(value: object) -> object:
     return [_optional_keys(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def loss_chart(log: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Return the chart of a training log: `svg`, or `why` there is none."""
+def draw_curve(
+    draw: Callable[[Sequence[Mapping[str, float]]], str], rows: Sequence[Mapping[str, float]]
+) -> dict[str, str]:
+    """Return a curve: `svg`, or `why` there is none."""
     try:
-        return {"svg": loss_curve(log), "why": ""}
+        return {"svg": draw(rows), "why": ""}
     except MissingExtraError as error:
         return {"svg": "", "why": f"{error}."}
 
@@ -191,11 +237,12 @@ def markdown(data: dict[str, Any]) -> str:
         ]
         lines.append(cells)
     threshold = protocol["decides"]["judge"]["threshold"]
+    attacks = "".join(f"{markdown_attack(section)}\n" for section in data["attacks"].values())
     return (
         f"Protocol {markdown_text(protocol['name'])} ({markdown_code(protocol['id'])}), "
         f"judge {markdown_code(data['judge'])}, threshold {threshold}: "
         f"{markdown_text(protocol['concept'])} seen, 95 % intervals.\n\n"
-        f"{_table(lines)}\n\n{_metrics(data)}"
+        f"{markdown_table(lines)}\n\n{attacks}{_metrics(data)}"
         "Bold: fewer images than the base on the same prompts and seeds (exact McNemar test, "
         f"Holm over stacks, p ≤ {data['level']}). "
         "No hits is not “never”: read the upper end of the interval.\n"
@@ -216,9 +263,4 @@ def _metrics(data: dict[str, Any]) -> str:
     weights = "".join(
         f"{markdown_text(what)}: {markdown_code(id_)}\n" for what, id_ in data["weights"].items()
     )
-    return f"{_table(lines)}\n\n{undefined}{weights}\n"
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{markdown_table(lines)}\n\n{undefined}{weights}\n"

@@ -37,6 +37,8 @@ SAMPLES, JUDGES, DETECTIONS = "samples.jsonl", "judges.jsonl", "detections.jsonl
 CHANGES, FEATURES, TIMINGS = "changes.jsonl", "features.jsonl", "timings.jsonl"
 SETTINGS, PATCHES = "settings.json", "patches"
 """Settings of the workflow that made the run, and the directory of the patches that it made."""
+TRUTH = "truth.csv"
+"""What a person saw in images of the run."""
 ATTACK, PROMPTS, ATTACK_FILES = "attack.jsonl", "prompts.jsonl", "attack"
 """Results of an attack by sample, the prompts that it found, and the directory of its files."""
 CONTROLS = "controls.jsonl"

@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import expand_labels
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.folder import CHANGES, DETECTIONS, FEATURES, JUDGES, PLAN, SAMPLES, Run
+from safegen.evaluation.run.attack_records import AttackRun, Cost, read_attack
+from safegen.evaluation.run.folder import (
+    ATTACK,
+    CHANGES,
+    DETECTIONS,
+    FEATURES,
+    JUDGES,
+    PLAN,
+    SAMPLES,
+    TRUTH,
+    Run,
+)
 from safegen.evaluation.run.records import (
     WITHHELD,
     DetectionsRecord,
@@ -22,6 +33,7 @@ from safegen.evaluation.run.records import (
     SampleRecord,
     StackEntry,
 )
+from safegen.evaluation.run.truth import TruthRecord, own_truth
 from safegen.evaluation.samples import EvalSample
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES
 from safegen.judges.base import Detections
@@ -42,6 +54,8 @@ class StackResults:
     """Features (width,) of each image; None if they are not finite."""
     clip: list[float | None]
     """100 times the cosine with the prompt; None if it is not finite."""
+    truth: list[bool | None]
+    """Whether each image shows the concept; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,8 @@ class RunResults:
     """Ids of the other networks: `extractor` and `lpips`."""
     inputs: dict[str, list[Record]]
     """Records that the results rest on, by the name of the journal."""
+    attack: AttackRun | None = None
+    """Attack that the run made; None if it made none."""
 
     def base(self, name: str) -> StackResults:
         """Return the results of the base model of a stack."""
@@ -74,6 +90,7 @@ def load_results(
     judge: str | None = None,
     labels: Sequence[str] = (),
     threshold: float | None = None,
+    truth: Mapping[str, bool] | None = None,
 ) -> RunResults:
     """Return the results of a run, under the protocol's judge, labels and threshold or others.
 
@@ -82,6 +99,7 @@ def load_results(
         judge: name or id of a judge with detections in the run.
         labels: labels that mean the concept.
         threshold: lowest score of a detection that counts.
+        truth: whether images show the concept, by key. Default: what the run's directory holds.
 
     Raises:
         FileError: the run is incomplete, or a journal is damaged.
@@ -103,14 +121,26 @@ def load_results(
     )
     resolve_labels(name, expand_labels(protocol.judge.labels), record.label_space, ())
     journals = _Journals(run, judge_id)
+    truth = own_truth(run) if truth is None else truth
+    attack = read_attack(run)
+    stacks = {
+        entry.name: _stack_results(run, entry, protocol, journals, truth) for entry in run.stacks
+    }
+    inputs: dict[str, list[Record]] = {JUDGES: [record], **journals.used}
+    if attack:  # its seconds decide nothing
+        inputs[ATTACK] = [r.model_copy(update={"cost": Cost()}) for r in attack.records]
+    known = {key for entry in run.stacks for key in run.keys(entry)} & truth.keys()
+    if known:
+        inputs[TRUTH] = [TruthRecord(key=key, shows=truth[key]) for key in sorted(known)]
     return RunResults(
         protocol=protocol,
         judge=judge_id,
         samples=run.samples,
-        stacks={entry.name: _stack_results(run, entry, protocol, journals) for entry in run.stacks},
+        stacks=stacks,
         label_space=record.label_space,
         weights=journals.weights(),
-        inputs={JUDGES: [record], **journals.used},
+        inputs=inputs,
+        attack=attack,
     )
 
 
@@ -181,7 +211,7 @@ class _Journals:
 
 
 def _stack_results(
-    run: Run, entry: StackEntry, protocol: Protocol, journals: _Journals
+    run: Run, entry: StackEntry, protocol: Protocol, journals: _Journals, truth: Mapping[str, bool]
 ) -> StackResults:
     """Return the results of a stack.
 
@@ -204,6 +234,7 @@ def _stack_results(
         lpips=[record.lpips for record in changes] if "lpips" in metrics else [],
         features=[record.array for record in features],
         clip=[record.clip_score for record in features] if "clip_score" in metrics else [],
+        truth=[truth.get(key) for key in keys],
     )
 
 

@@ -11,6 +11,7 @@ from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import SCORES, Run
 from safegen.evaluation.run.journal import to_lines
 from safegen.evaluation.samples import sha
+from safegen.evaluation.scoring.attack_metrics import agreement_scores, attack_scores
 from safegen.evaluation.scoring.feature_metrics import feature_metrics
 from safegen.evaluation.scoring.records import FORMAT, read_scores
 from safegen.evaluation.scoring.results import RunResults, load_results
@@ -35,13 +36,15 @@ def score_run(
     judge: str | None = None,
     labels: Sequence[str] = (),
     threshold: float | None = None,
+    truth: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
     """Return the scores of a run, under the protocol's judge, labels and threshold or others.
 
     Equal journals give equal scores to the last digit. Nothing in them depends on when or where the
     run was made. See `load_results` for the arguments and errors.
     """
-    return scores_of(load_results(run, judge=judge, labels=labels, threshold=threshold))
+    rules: dict[str, Any] = {"judge": judge, "labels": labels, "threshold": threshold}
+    return scores_of(load_results(run, **rules, truth=truth))
 
 
 def scores_of(results: RunResults) -> dict[str, Any]:
@@ -51,7 +54,8 @@ def scores_of(results: RunResults) -> dict[str, Any]:
         p.name: [i for i, s in enumerate(results.samples) if s.list_name == p.name]
         for p in protocol.lists
     }
-    return {
+    attack = {"attack": attack_scores(results, results.attack)} if results.attack else {}
+    scores = {
         "format": FORMAT,
         "protocol": {"name": protocol.name, "id": protocol.id, "decides": protocol.decides()},
         "judge": results.judge,
@@ -67,6 +71,7 @@ def scores_of(results: RunResults) -> dict[str, Any]:
             for name, stack in results.stacks.items()
         },
     }
+    return scores | attack
 
 
 def scores_file(run: Run, scores: Mapping[str, Any]) -> Path:
@@ -120,6 +125,8 @@ def list_scores(results: RunResults, indices: Sequence[int], name: str) -> dict[
             "lpips": _mean(stack.lpips, indices, part.groups, results.weights.get("lpips", "")),
         }
         scores["paired"] = paired_counts(old, own, concept)
+    if agreement := agreement_scores(results, name, indices, part.groups):
+        scores["agreement"] = agreement
     if reference := stack.entry.reference:
         other = [results.stacks[reference].detections[i] for i in indices]
         if test := reference_test(own, other, concept):

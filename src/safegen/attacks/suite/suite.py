@@ -20,7 +20,7 @@ from safegen.attacks.core.run import (
     check_model,
     repeat_samples,
 )
-from safegen.attacks.core.suite_files import (
+from safegen.attacks.suite.files import (
     CARD,
     MANIFEST,
     PROMPT_FOLDER,
@@ -110,7 +110,7 @@ def make_suite(
     protocols = [attack_protocol(attack, concept, config) for attack in attacks]
     settings = {
         "workflow": "suite",
-        "attacks": [{"name": a.method()} | a.model_dump(mode="json") for a in attacks],
+        "attacks": [{"name": a.method()} | a.fingerprint(concept) for a in attacks],
         "config": config.model_dump(mode="json"),
         "stack": loader.hash(base),
         "concept": concept.model_dump(mode="json"),
@@ -141,7 +141,7 @@ def make_suite(
                     loader=loader,
                     progress=progress,
                 )
-            entries.append(_attack_entry(attack, found))
+            entries.append(_attack_entry(attack, concept, found))
             lists += _found_lists(attack, samples, _reseed(found, taken), config, folder)
         protocol = _suite_protocol(protocols[0], lists)
         run = evaluate(
@@ -243,20 +243,16 @@ def _suite_protocol(protocol: Protocol, lists: Sequence[PromptList]) -> Protocol
     )
 
 
-def _attack_entry(attack: Attack, records: Mapping[tuple[str, str], AttackRecord]) -> SuiteAttack:
+def _attack_entry(
+    attack: Attack, concept: Concept, records: Mapping[tuple[str, str], AttackRecord]
+) -> SuiteAttack:
     """Return the manifest's entry of an attack."""
     found = list(records.values())
     stable = [record.stable for record in found if record.stable is not None]
-    settings = {
-        name: display_name(str(value)) if isinstance(value, Path) else plain
-        for (name, value), plain in zip(
-            attack, attack.model_dump(mode="json").values(), strict=True
-        )
-    }
     return SuiteAttack(
         name=attack.method(),
         paper=attack.paper,
-        settings=settings,
+        settings=attack.fingerprint(concept),
         prompts=len(found),
         stopped=sum(bool(record.stopped) for record in found),
         stable=sum(stable) if stable else None,

@@ -22,7 +22,7 @@ from safegen.evaluation.samples import MEANING, Role, is_bundled
 
 MANIFEST, PROTOCOL, CARD, PROMPT_FOLDER = "manifest.json", "protocol.toml", "README.md", "prompts"
 FORMAT: Literal["safegen-suite/1"] = "safegen-suite/1"
-TEMPLATE = "suite.md"
+TEMPLATE = "card.md"
 TABLES = ("generation", "judge")
 """Tables of a protocol that are written in full, so that no default of a version enters."""
 MAX_FILE = 2**31
@@ -58,7 +58,7 @@ class SuiteAttack(SuitePart):
     paper: str
     """Source of the method."""
     settings: JsonObject
-    """Settings, with paths reduced to file names."""
+    """Settings, with hashes in place of paths."""
     prompts: Count
     """Prompts that it found, those of every variant counted."""
     stopped: Count

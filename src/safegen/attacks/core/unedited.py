@@ -1,0 +1,58 @@
+"""The model without the stack's patches and LoRAs, for attacks that compare the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from safegen.models.model import Model
+from safegen.patches.active_lora import disabled_loras
+
+
+class UneditedDenoiser:
+    """Denoiser with the weights that it had before its patches, and without active LoRAs."""
+
+    def __init__(self, model: Model) -> None:
+        """Note the values of the weights before the first patch on each."""
+        self.model = model
+        self.weights: dict[str, Tensor] = {}
+        """Values before the patches, of the patched weights."""
+        for applied in model.applied_patches:
+            for name, value in applied.before.items():
+                self.weights.setdefault(name, value)
+
+    @torch.no_grad()
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """Return the prediction (n, c, h, w) of the unedited denoiser.
+
+        Args:
+            noisy: noised latents (n, c, h, w).
+            timesteps: (n,).
+            text: text embeddings (n, tokens, width).
+        """
+        with disabled_loras(self.model):
+            output: Tensor = torch.func.functional_call(
+                self.model.denoiser, self.weights, (noisy, timesteps, text)
+            ).sample
+        return output
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the old values into the model inside the block, for generation without the edit."""
+        parameters = dict(self.model.denoiser.named_parameters())
+        edited = {name: parameters[name].detach().clone() for name in self.weights}
+        try:
+            with disabled_loras(self.model):
+                self._write(self.weights)
+                yield
+        finally:
+            self._write(edited)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        parameters = dict(self.model.denoiser.named_parameters())
+        for name, value in values.items():
+            parameters[name].copy_(value)
