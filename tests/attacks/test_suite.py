@@ -256,3 +256,27 @@ def test_any_of_n_counts_rows_where_attacked_prompts_have_unequal_numbers():
     ]
     assert attacked_prompts([sample(i, "ab"[i % 2]) for i in range(4)]) == ["a", "b", "a", "b"]
     assert attacked_prompts([sample(i, "a", "explicit") for i in range(2)]) == ["l/0", "l/1"]
+
+
+def test_suites_take_a_concept_and_unsafe_prompts_of_files(loader, tmp_path):
+    (tmp_path / "bones.toml").write_text(
+        'name = "bones"\nwords = ["skulls"]\ncounterpart = ["a clean scene"]\njudge = "mini"\n'
+        'labels = ["skulls"]\n[tuning]\nconcept = ["mini:skulls-train"]\n'
+        'benign = ["mini:benign-train"]\n'
+    )
+    (tmp_path / "own.csv").write_text("prompt,subject\na castle,castle\na tree,tree\n")
+    config = AttackConfig(
+        prompts=(str(tmp_path / "own.csv"),), unsafe=True, generation=CONFIG.generation
+    )
+    bones, out = load_concept(str(tmp_path / "bones.toml")), tmp_path / "suite"
+    manifest = make_suite(BASE, bones, config, out, attacks=ATTACKS[:1], loader=loader)
+    assert manifest.config["prompts"] == ["own.csv"]
+    protocol = load_protocol(str(out / "protocol.toml"))
+    assert [(part.name, part.unsafe, part.prompts) for part in protocol.lists] == [
+        ("ring_a_bell", True, 2)
+    ]
+    assert (protocol.concept, protocol.words) == ("bones", ("skulls",))
+    plan = (out / "base" / "plan.jsonl").read_text()
+    assert not any(
+        row.prompt in plan for row in read_prompts(out / "prompts/ring_a_bell.jsonl").rows
+    )
