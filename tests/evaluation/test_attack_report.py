@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from crafted import MARK, write_attack_run, write_run
+from crafted import MARK, write_attack_run, write_run, write_transfer_run
 from PIL import Image
 from test_escaping import HOSTILE, Tags, controls
 
@@ -108,6 +108,31 @@ def test_any_image_of_a_prompt_counts_where_it_is_attacked_several_times(tmp_pat
     assert row["prompt"]["n_per_prompt"] == 2
 
 
+def test_each_form_of_an_attack_has_a_row_and_a_column_and_controls_stand_apart(tmp_path):
+    hits = [True, False, False, False] + [True] * 4 + [False, True, False, False]
+    forms = {"variants": ("strength=0.3", "strength=0.6"), "controls": ("none",)}
+    folder = write_attack_run(tmp_path / "r", stack="uce", hits=hits, **forms)
+    assert verify(Run.open(folder)) == []
+    section = section_of(folder, tmp_path)
+    rows = [row for row in section["after"] if row["stack"] == "uce"]
+    assert [(r["list"], r["control"], r["prompt"]["unsafe"]) for r in rows] == [
+        ("ring_a_bell strength=0.3", False, 1),
+        ("ring_a_bell strength=0.6", False, 4),
+        ("ring_a_bell none", True, 1),
+    ]
+    assert section["cost"]["denoiser"] == 80, "controls are no cost of the attack"
+    assert [row["per_success"] and row["per_success"]["denoiser"] for row in rows] == [40, 10, None]
+    assert "a control" in (tmp_path / PAGE).read_text()
+    (table,) = compare_attacks(open_runs([folder]))["groups"]
+    assert [c["label"] for c in table["columns"]] == [
+        "ring_a_bell strength=0.3",
+        "ring_a_bell strength=0.6",
+        "any static",
+    ]
+    change(folder / "controls.jsonl", "text 1 none", "other")
+    assert any(line.startswith("controls.jsonl: line 2") for line in verify(Run.open(folder)))
+
+
 def test_rates_before_are_of_the_prompts_that_the_budget_allowed(tmp_path):
     folder = write_attack_run(tmp_path / "r", prompts=5, done=3)
     section = section_of(folder, tmp_path)
@@ -180,7 +205,7 @@ def grid(tmp_path_factory):
         "unlearn_diff": (True, True, False, False),
     }
     folders = [
-        write_attack_run(out / f"{name}-{stack}", name=name, stack=stack, hits=hits)
+        write_attack_run(out / f"{name}-{stack}", name=name, stack=stack, hits=hits, marker=name)
         for stack in ("mini", "uce")
         for name, hits in reversed(plan.items())
     ]
@@ -213,6 +238,37 @@ def test_static_columns_stand_first_and_unions_join_the_attacks(grid, tmp_path):
     assert "mini:skulls" in page
 
 
+def test_fixed_prompts_stand_in_the_column_of_the_static_attack_that_found_them(grid, tmp_path):
+    mma, rab, diff = (
+        next(folder for folder in grid if folder.name == f"{name}-mini")
+        for name in ("mma", "ring_a_bell", "unlearn_diff")
+    )
+    hits = [(True, False, False, False), (False, False, True, False), (False, False, False, True)]
+    moved = write_transfer_run(tmp_path / "moved", [mma, rab, diff], hits)
+    (table,) = compare_attacks(open_runs([mma, rab, diff, moved]))["groups"]
+    assert [(c["label"], c["tier"]) for c in table["columns"]] == [
+        ("mma", "static"),
+        ("ring_a_bell", "static"),
+        ("unlearn_diff (fixed)", "static"),
+        ("any static", "static"),
+        ("unlearn_diff", "adaptive"),
+        (ANY, None),
+    ]
+    own, other = table["rows"]
+    assert [row["stack"] for row in table["rows"]] == ["mini", "other"]
+    assert other["before"] is None
+    assert own["before"]["prompt"]["asr"]["n"] == 4
+    assert other["cells"][4] is None, "it was not made against this stack"
+    hit = [cell and cell["prompt"]["asr"]["hits"] for cell in other["cells"]]
+    assert hit == [1, 1, 1, 3, None, 3]
+    assert other["cells"][-1]["of"] == 4
+    data, words = report_of([moved], tmp_path / "one")
+    assert "Attacks against stacks" in words
+    (table,) = data["transfers"]
+    assert [row["cells"][-1]["prompt"]["asr"]["hits"] for row in table["rows"]] == [4, 3]
+    assert report_of([mma, moved], tmp_path / "two")[0]["groups"]
+
+
 def test_a_union_of_fewer_attacks_is_marked(grid, tmp_path):
     data, _ = report_of(grid[:5], tmp_path)
     union = data["groups"][0]["rows"][1]["cells"][-1]
@@ -243,14 +299,14 @@ def test_runs_that_differ_in_generation_are_refused(grid, tmp_path, steps):
 def test_runs_of_one_attack_need_other_settings_and_runs_without_an_attack_stand_apart(
     grid, tmp_path
 ):
-    again = write_attack_run(tmp_path / "again", name="mma")
+    again = write_attack_run(tmp_path / "again", name="mma", marker="mma")
     mma = next(folder for folder in grid if folder.name == "mma-mini")
     with pytest.raises(ConfigError, match="must have one run on a stack, got mma-mini and again"):
         report_of([mma, again], tmp_path / "out")
     changed = write_attack_run(tmp_path / "changed", name="mma", settings={"seed": 3})
     data = compare_attacks(open_runs([mma, changed]))
     assert [c["label"] for c in data["groups"][0]["columns"]] == ["mma 1", "mma 2", "any static"]
-    with pytest.raises(ConfigError, match="got whole, which made none"):
+    with pytest.raises(ConfigError, match="got whole, which has none"):
         report_of([mma, write_run(tmp_path / "whole")], tmp_path / "out")
 
 

@@ -109,7 +109,7 @@ class PrefixSearch:
         searches = [_Prefix(config, self, sample) for sample in samples]
         self._query(searches, [search.sample.prompt for search in searches])
         steps = len(self.model.alphas_cumprod())
-        spacing = steps // config.num_timesteps
+        spacing = max(1, steps // config.num_timesteps)
         timesteps = range(spacing // 2, steps, spacing)[: config.num_timesteps]
         for number, t in enumerate(timesteps):
             running = [search for search in searches if not search.success]

@@ -134,12 +134,15 @@ class Target:
         detections = self.judge.detect([self.loaded.display_image(output) for output in outputs])
         return [self._result(o, d) for o, d in zip(outputs, detections, strict=True)]
 
+    def shows_concept(self, detections: Detections) -> bool:
+        """Return whether a judged image shows the concept."""
+        return detections.verdict(self.concept.labels, self.concept.threshold) == "unsafe"
+
     def _result(self, output: GeneratedImage, detections: Detections) -> QueryResult:
-        labels, threshold = self.concept.labels, self.concept.threshold
         if output.image is None or detections.unjudged is not None:
             return QueryResult(output, detections, 0.0, success=False)
-        scores = [d.score for d in detections.items if d.label in labels]
-        success = detections.verdict(labels, threshold) == "unsafe"
+        scores = [d.score for d in detections.items if d.label in self.concept.labels]
+        success = self.shows_concept(detections)
         return QueryResult(output, detections, max(scores, default=0.0), success)
 
 

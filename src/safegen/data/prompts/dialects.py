@@ -128,6 +128,7 @@ def read_plain(
     target: str | None = None,
     attack: AttackInfo | None = None,
     categories: tuple[str, ...] | None = None,
+    blank: bool = False,
 ) -> Prompt:
     """Return the prompt of a row from the columns that mean the same in every dialect.
 
@@ -137,6 +138,7 @@ def read_plain(
         target: column of the target text, which rows of one cluster share.
         attack: attack that wrote the prompt.
         categories: labels, if not those of a categories column.
+        blank: whether the prompt may be blank.
 
     Raises:
         InvalidRowError: a cell is missing or invalid.
@@ -169,7 +171,7 @@ def read_plain(
         target_text = prompt
     key = None if key is None else _text(key).strip()
     row_id = key if key and ROW_ID.fullmatch(key) else str(record.line)
-    if not prompt.strip():
+    if not prompt.strip() and not (blank and prompt):
         raise InvalidRowError("the prompt is blank")
     try:
         json.dumps([prompt, target_text, key, *fields.values()], ensure_ascii=False).encode()
@@ -229,12 +231,18 @@ def read_sneakyprompt(record: FileRow, context: RowContext) -> Prompt:
 
 
 def read_attack(record: FileRow, context: RowContext) -> Prompt:
-    """Return a prompt that `safegen attack` found; rows of one attacked prompt are one cluster."""
+    """Return a prompt that `safegen attack` found; rows of one attacked prompt are one cluster.
+
+    A prompt that generation starts from an image or latents with may be blank: one space.
+    """
     variant = record.cells.get("variant")
     name, form = _text(record.cells["attack"]), None if _is_empty(variant) else _text(variant)
     attack = AttackInfo(name=name, variant=form)
-    row = read_plain(record, context, attack=attack, target="attacked_prompt")
-    if (start := record.cells.get("start")) is None:
+    start = record.cells.get("start")
+    row = read_plain(
+        record, context, attack=attack, target="attacked_prompt", blank=start is not None
+    )
+    if start is None:
         return row
     try:
         located = Start.model_validate(start).located(context.folder)

@@ -43,10 +43,10 @@ def format_success(success: Mapping[str, Any] | None, *, missing: str = "–") -
     return format_rate(success["asr"]) + refused
 
 
-def format_cost(cost: Mapping[str, float] | None) -> str:
-    """Return a cost as `N denoiser passes, ...`; parts that are 0 are left out."""
+def format_cost(cost: Mapping[str, float] | None, *, missing: str = "no success") -> str:
+    """Return a cost as `N denoiser passes, ...`, or `missing`; parts that are 0 are left out."""
     if cost is None:
-        return "no success"
+        return missing
     parts = [
         f"{cost[key]:,.{_digits(cost[key])}f} {name}" for key, name in COSTS.items() if cost[key]
     ]
@@ -116,7 +116,9 @@ def markdown_comparison(data: Mapping[str, Any]) -> str:
         f"{rule['threshold']}. Static attacks stand first, adaptive ones after them."
     ]
     for group in data["groups"]:
-        heads = [f"{c['label']} ({c['tier'] or 'both tiers'})" for c in group["columns"]]
+        heads = [
+            c["label"] if c["union"] else f"{c['label']} ({c['tier']})" for c in group["columns"]
+        ]
         rows = [["stack", "before", *map(markdown_text, heads)]]
         for row in group["rows"]:
             cells = [
@@ -124,10 +126,14 @@ def markdown_comparison(data: Mapping[str, Any]) -> str:
                 for column, cell in zip(group["columns"], row["cells"], strict=True)
             ]
             rows.append(
-                [markdown_text(row["stack"]), format_success(row["before"]["prompt"]), *cells]
+                [
+                    markdown_text(row["stack"]),
+                    format_success((row["before"] or {}).get("prompt")),
+                    *cells,
+                ]
             )
         names = ", ".join(f"{p['name']} ({p['role']})" for p in group["lists"])
-        lines += [f"Prompts: {markdown_text(names)}.", markdown_table(rows)]
+        lines += [f"Attacked prompts: {markdown_text(names)}.", markdown_table(rows)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -154,7 +160,7 @@ def cell_title(stack: str, column: Mapping[str, Any], cell: Mapping[str, Any]) -
     if column["union"]:
         parts.append(union_size(cell))
     else:
-        parts.append(f"cost: {format_cost(cell['cost'])}")
+        parts.append(f"cost: {format_cost(cell['cost'], missing='that of finding the prompts')}")
     return "; ".join(parts)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from safegen.core.documents import read_record
 from safegen.evaluation.compare import same_protocol
+from safegen.evaluation.report.attack_table import attack_groups
 from safegen.evaluation.report.attacks import PerplexityModel, attack_headline, attack_section
 from safegen.evaluation.report.comparison import (
     base_difference,
@@ -121,6 +122,8 @@ def report_data(
         "scores": scores,
     }
     tables = {"metrics": _metric_table(data), "references": _references(data)}
+    if not data["attacks"] and any(part.role == "attack" for part in protocol.lists):
+        tables["transfers"] = attack_groups(results, {})
     return data | {"headline": _headline(data)} | tables, results
 
 

@@ -12,7 +12,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safegen.core.documents import check_plain, read_json_object, validate
 from safegen.core.errors import FileError
 from safegen.core.generation import Start
-from safegen.core.settings import MAX_SEEDS, BaseSettings, Count, Digest, Seconds, Seed, check_name
+from safegen.core.settings import (
+    MAX_SEEDS,
+    BaseSettings,
+    Count,
+    Digest,
+    Name,
+    Seconds,
+    Seed,
+    check_name,
+)
 from safegen.evaluation.run.folder import ATTACK, CONTROLS, PROMPTS, SETTINGS, Run
 from safegen.evaluation.run.journal import read_journal
 from safegen.evaluation.run.records import Record
@@ -23,6 +32,8 @@ Access = Literal["queries", "text_encoder", "weights"]
 """What an attacker needs: images on request, the text encoder, or all weights."""
 Tier = Literal["static", "adaptive"]
 """Whether an attack is made without the defended stack, or against it."""
+MAX_DETAILS = 100
+"""Most measurements of an attack on one sample."""
 Objective = Annotated[float, Field(ge=-1e30, le=1e30)]
 """Value of an attack's objective."""
 
@@ -86,6 +97,8 @@ class AttackRecord(Record):
     """Ids of the tokens that the attack chose."""
     stable: bool | None = None
     """Whether the text is read as exactly those tokens; None if tokens were not chosen."""
+    details: Mapping[Name, Objective] = Field(default_factory=dict, max_length=MAX_DETAILS)
+    """Further measurements by name; the attack's settings explain them."""
     stopped: str = ""
     """Limit of the budget that ended the attack; empty if it ended by itself."""
     cost: Cost = Cost()
