@@ -132,6 +132,13 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(read_bytes(path, limit=MAX_FILE)).hexdigest()
 
 
+def prompt_files(out: Path) -> list[str]:
+    """Return the paths of the files below the folder of prompts, in order."""
+    folder = out / PROMPT_FOLDER
+    found = [Path(where) / name for where, _, names in os.walk(folder) for name in names]
+    return sorted(path.relative_to(out).as_posix() for path in found)
+
+
 def protocol_toml(protocol: Protocol, folder: Path) -> str:
     """Return a protocol as TOML, with its sources relative to the folder of the file."""
     values = protocol.model_dump(mode="json", exclude_defaults=True)

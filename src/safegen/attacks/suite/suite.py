@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +31,12 @@ from safegen.attacks.suite.files import (
     SuiteManifest,
     file_digest,
     open_suite,
+    prompt_files,
     protocol_toml,
     suite_card,
 )
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, UserError
+from safegen.core.errors import ConfigError, SafegenWarning, UserError
 from safegen.core.files import atomic_write, claim_folder, display_name, is_unfinished
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS, resolve
@@ -64,10 +65,31 @@ CONTEXT_ROLES: tuple[Role, ...] = ("explicit", "innocent", "benign")
 """Roles of the concept's bundled lists that a suite has beside its attacks."""
 
 
-def static_attacks() -> list[Attack]:
-    """Return every static attack with its default settings, by name."""
+class SkippedAttackWarning(SafegenWarning):
+    """Attack that is left out of a suite, as the concept lacks what it needs."""
+
+
+def static_attacks(concept: Concept) -> list[Attack]:
+    """Return every static attack that fits a concept with its default settings, by name.
+
+    Warns:
+        SkippedAttackWarning: an attack needs images, and the concept has no bundled triplets.
+    """
     kinds: list[type[Attack]] = [resolve(ATTACKS, name, "attack") for name in sorted(ATTACKS)]
-    return [kind() for kind in kinds if kind.tier == "static" and kind.changes_prompts]
+    attacks = []
+    for kind in kinds:
+        if kind.tier != "static" or not kind.changes_prompts:
+            continue
+        if "images" in kind.model_fields and concept.triplets is None:
+            warnings.warn(
+                f"{kind.method()} is left out: concept {concept.name!r} has no bundled triplets. "
+                "Run it by itself with images of the concept.",
+                SkippedAttackWarning,
+                stacklevel=2,
+            )
+            continue
+        attacks.append(kind())
+    return attacks
 
 
 def make_suite(
@@ -104,7 +126,7 @@ def make_suite(
         FileError: `out` holds something else, another suite or a changed one, or cannot be written.
     """
     check_model(base)
-    attacks = static_attacks() if attacks is None else attacks
+    attacks = static_attacks(concept) if attacks is None else attacks
     _check_attacks(attacks)
     loader = loader or StackLoader()
     protocols = [attack_protocol(attack, concept, config) for attack in attacks]
@@ -122,28 +144,10 @@ def make_suite(
         claim_directory(out, settings)
         if (out / MANIFEST).exists():
             return open_suite(out)
-        (out / ATTACK_FILES).mkdir(exist_ok=True)
-        (out / PROMPT_FOLDER).mkdir(exist_ok=True)
-        taken: set[tuple[object, ...]] = set()
-        entries, lists = [], list(_context_lists(concept, config))
-        for attack, protocol in zip(attacks, protocols, strict=True):
-            samples = repeat_samples(protocol.samples(), config.repeat)
-            with Journal(out / ATTACK_FILES / f"{attack.method()}.jsonl", AttackRecord) as journal:
-                folder = out / PROMPT_FOLDER / attack.method()
-                found = attack_samples(
-                    attack,
-                    base,
-                    concept,
-                    config,
-                    samples,
-                    journal,
-                    folder,
-                    loader=loader,
-                    progress=progress,
-                )
-            entries.append(_attack_entry(attack, concept, found))
-            lists += _found_lists(attack, samples, _reseed(found, taken), config, folder)
-        protocol = _suite_protocol(protocols[0], lists)
+        entries, found = _search(
+            attacks, protocols, base, concept, config, out, loader=loader, progress=progress
+        )
+        protocol = _suite_protocol(protocols[0], [*_context_lists(concept, config), *found])
         run = evaluate(
             protocol,
             [base],
@@ -154,6 +158,43 @@ def make_suite(
             progress=progress,
         )
         return _write_suite(out, run, protocol, concept, config, entries)
+
+
+def _search(
+    attacks: Sequence[Attack],
+    protocols: Sequence[Protocol],
+    base: Stack,
+    concept: Concept,
+    config: AttackConfig,
+    out: Path,
+    *,
+    loader: StackLoader,
+    progress: ProgressCallback,
+) -> tuple[list[SuiteAttack], list[PromptList]]:
+    """Run the attacks, write their prompts, and return their entries and lists."""
+    (out / ATTACK_FILES).mkdir(exist_ok=True)
+    (out / PROMPT_FOLDER).mkdir(exist_ok=True)
+    taken: set[tuple[object, ...]] = set()
+    entries: list[SuiteAttack] = []
+    lists: list[PromptList] = []
+    for attack, protocol in zip(attacks, protocols, strict=True):
+        samples = repeat_samples(protocol.samples(), config.repeat)
+        folder = out / PROMPT_FOLDER / attack.method()
+        with Journal(out / ATTACK_FILES / f"{attack.method()}.jsonl", AttackRecord) as journal:
+            found = attack_samples(
+                attack,
+                base,
+                concept,
+                config,
+                samples,
+                journal,
+                folder,
+                loader=loader,
+                progress=progress,
+            )
+        entries.append(_attack_entry(attack, concept, found))
+        lists += _found_lists(attack, samples, _reseed(found, taken), config, folder)
+    return entries, lists
 
 
 @contextmanager
@@ -298,15 +339,8 @@ def _write_suite(
     for name, text in texts.items():
         with atomic_write(out / name, replace=True) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    files = [*texts, *_prompt_files(out)]
+    files = [*texts, *prompt_files(out)]
     digests = {name: file_digest(out / name) for name in files}
     manifest = manifest.model_copy(update={"files": digests})
     write_json(out / MANIFEST, manifest.model_dump(mode="json"))
     return manifest
-
-
-def _prompt_files(out: Path) -> list[str]:
-    """Return the paths of the files below the folder of prompts, in order."""
-    folder = out / PROMPT_FOLDER
-    found = [Path(where) / name for where, _, names in os.walk(folder) for name in names]
-    return sorted(path.relative_to(out).as_posix() for path in found)
