@@ -14,7 +14,8 @@ from safegen.attacks.core.run import AttackConfig, run_attack
 from safegen.attacks.ring_a_bell import RingABell
 from safegen.attacks.seeds import Seeds
 from safegen.attacks.suite.files import open_suite, protocol_toml
-from safegen.attacks.suite.suite import SkippedAttackWarning, _reseed, make_suite, static_attacks
+from safegen.attacks.suite.lists import reseed
+from safegen.attacks.suite.suite import SkippedAttackWarning, make_suite, static_attacks
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig
@@ -199,7 +200,7 @@ def test_suites_refuse_adaptive_attacks_models_of_the_hub_and_other_folders(load
 def test_two_attacks_that_find_one_text_ask_for_two_images():
     found = {("a", ""): AttackRecord(id="a", prompt="same", seed=5)}
     taken: set = set()
-    first, second = (_reseed(found, taken)["a", ""] for _ in range(2))
+    first, second = (reseed(found, taken)["a", ""] for _ in range(2))
     assert first.seed == 5
     assert second.seed != 5
     assert second.prompt == "same"

@@ -27,6 +27,7 @@ ADVERSARIES = {
     "one-step": "safegen.edits.functional.adversary:FastGradient",
     "adv-unlearn": "safegen.edits.functional.adversary:AdvUnlearn",
     "closed-form": "safegen.edits.functional.adversary:ReceAdversary",
+    "inversion": "safegen.edits.functional.adversary:InversionAdversary",
 }
 """Adversaries that move text embeddings to where an edit fails, while it trains."""
 
@@ -55,6 +56,8 @@ ATTACKS = {
     "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
+    "sneaky_prompt": "safegen.attacks.sneaky_prompt:SneakyPrompt",
+    "tree_search": "safegen.attacks.tree_search:TreeSearch",
     "unlearn_diff": "safegen.attacks.unlearn_diff:UnlearnDiff",
 }
 """Attacks that try to bring a removed concept back."""

@@ -75,6 +75,7 @@ def _write_prompts(
         }
         | ({"variant": variant} if variant else {})
         | ({} if record.start is None else {"start": record.start.model_dump(mode="json")})
+        | ({} if record.guidance_scale is None else {"guidance_scale": record.guidance_scale})
         for part, variant in enumerate(variants)
         for number, sample in enumerate(samples)
         if (record := records.get((sample.id, variant)))

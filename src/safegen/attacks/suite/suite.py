@@ -12,7 +12,6 @@ from typing import Any
 from safegen._version import __version__
 from safegen.attacks.core.base import Attack, AttackRecord
 from safegen.attacks.core.cost import Cost
-from safegen.attacks.core.found_prompts import attacked_lists
 from safegen.attacks.core.run import (
     AttackConfig,
     attack_protocol,
@@ -35,25 +34,18 @@ from safegen.attacks.suite.files import (
     protocol_toml,
     suite_card,
 )
+from safegen.attacks.suite.lists import context_lists, found_lists, reseed, suite_protocol
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, SafegenWarning, UserError
 from safegen.core.files import atomic_write, claim_folder, display_name, is_unfinished
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS, resolve
-from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.folder import ATTACK_FILES, SCORES, SETTINGS, Run, write_json
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
-from safegen.evaluation.samples import (
-    EvalSample,
-    Role,
-    hash_prompts,
-    is_bundled,
-    read_prompt_list,
-    start_parts,
-)
+from safegen.evaluation.samples import is_bundled
 from safegen.evaluation.schema import PromptList
 from safegen.evaluation.scoring.records import read_scores
 from safegen.stack import Stack
@@ -61,8 +53,6 @@ from safegen.stack_loader import StackLoader
 
 BASE = "base"
 """Folder of the run of the protocol on the stack that a suite is made on."""
-CONTEXT_ROLES: tuple[Role, ...] = ("explicit", "innocent", "benign")
-"""Roles of the concept's bundled lists that a suite has beside its attacks."""
 
 
 class SkippedAttackWarning(SafegenWarning):
@@ -133,7 +123,7 @@ def make_suite(
     settings = {
         "workflow": "suite",
         "attacks": [{"name": a.method()} | a.fingerprint(concept) for a in attacks],
-        "config": config.model_dump(mode="json"),
+        "config": _public(config),
         "stack": loader.hash(base),
         "concept": concept.model_dump(mode="json"),
         "protocols": [protocol.decides() for protocol in protocols],
@@ -147,7 +137,7 @@ def make_suite(
         entries, found = _search(
             attacks, protocols, base, concept, config, out, loader=loader, progress=progress
         )
-        protocol = _suite_protocol(protocols[0], [*_context_lists(concept, config), *found])
+        protocol = suite_protocol(protocols[0], [*context_lists(concept, config), *found])
         run = evaluate(
             protocol,
             [base],
@@ -193,7 +183,7 @@ def _search(
                 progress=progress,
             )
         entries.append(_attack_entry(attack, concept, found))
-        lists += _found_lists(attack, samples, _reseed(found, taken), config, folder)
+        lists += found_lists(attack, samples, reseed(found, taken), config, folder)
     return entries, lists
 
 
@@ -228,60 +218,10 @@ def _check_attacks(attacks: Sequence[Attack]) -> None:
             )
 
 
-def _context_lists(concept: Concept, config: AttackConfig) -> Iterator[PromptList]:
-    """Yield the concept's bundled lists that show what a stack does without an attack."""
-    for role in CONTEXT_ROLES:
-        for source in filter(is_bundled, concept.lists.get(role, ())):
-            rows = read_prompt_list(source, protocol_seed=config.seed).rows[: config.limit]
-            yield PromptList(
-                name=source,
-                role=role,
-                source=source,
-                prompts=len(rows),
-                sha256=hash_prompts(rows),
-                shows=concept.shows.get(source),
-            )
-
-
-def _reseed(
-    found: Mapping[tuple[str, str], AttackRecord], taken: set[tuple[object, ...]]
-) -> dict[tuple[str, str], AttackRecord]:
-    """Return records that ask for other images than those before: an equal one gets a new seed."""
-    records = {}
-    for key, record in found.items():
-        wanted = record
-        while (image := (wanted.prompt, wanted.seed, *start_parts(wanted.start))) in taken:
-            wanted = wanted.model_copy(update={"seed": seed_for("#".join(key), wanted.seed)})
-        taken.add(image)
-        records[key] = wanted
-    return records
-
-
-def _found_lists(
-    attack: Attack,
-    samples: Sequence[EvalSample],
-    records: Mapping[tuple[str, str], AttackRecord],
-    config: AttackConfig,
-    folder: Path,
-) -> Iterator[PromptList]:
-    """Write the prompt files of an attack, and yield its lists; controls have a file of theirs."""
-    files: dict[Role, Path] = {"attack": folder.with_suffix(".jsonl")}
-    if attack.controls:
-        files[samples[0].role] = folder.with_name(f"{folder.name}-controls.jsonl")
-    return attacked_lists(
-        attack, samples, records, files=files, seed=config.seed, unsafe=config.unsafe
-    )
-
-
-def _suite_protocol(protocol: Protocol, lists: Sequence[PromptList]) -> Protocol:
-    """Return the protocol of a suite: the concept's lists, and those that the attacks found."""
-    return protocol.model_copy(
-        update={
-            "name": f"{protocol.name}-suite",
-            "lists": tuple(lists),
-            "metrics": (*protocol.metrics, "over_censoring"),
-        }
-    )
+def _public(config: AttackConfig) -> dict[str, Any]:
+    """Return plain values, with paths reduced to file names; protocols have the prompts' hashes."""
+    names = [s if is_bundled(s) else display_name(s) for s in config.prompts]
+    return config.model_dump(mode="json") | {"prompts": names}
 
 
 def _attack_entry(
@@ -312,15 +252,13 @@ def _write_suite(
     """Write protocol, card and manifest, the manifest last, and return it."""
     stack = run.stacks[-1]  # a base model is generated before a stack on it
     scores = read_scores(run.folder / SCORES)["stacks"][stack.name]["lists"]
-    public: dict[str, Any] = config.model_dump(mode="json")
-    public["prompts"] = [display_name(source) for source in config.prompts]
     manifest = SuiteManifest(
         safegen=__version__,
         concept=SuiteConcept.model_validate(
             concept.model_dump(include={"name", "words", "judge", "labels", "threshold"})
         ),
         stack=stack,
-        config=public,
+        config=_public(config),
         protocol=protocol.id,
         attacks=tuple(attacks),
         lists=tuple(

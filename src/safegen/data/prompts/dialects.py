@@ -235,6 +235,9 @@ def read_attack(record: FileRow, context: RowContext) -> Prompt:
 
     A prompt that generation starts from an image or latents with may be blank: one space.
     """
+    for column in ("attack", "attacked_prompt"):
+        if record.cells.get(column) is None:
+            raise InvalidRowError(f"{column} is missing")
     variant = record.cells.get("variant")
     name, form = _text(record.cells["attack"]), None if _is_empty(variant) else _text(variant)
     attack = AttackInfo(name=name, variant=form)
@@ -242,6 +245,10 @@ def read_attack(record: FileRow, context: RowContext) -> Prompt:
     row = read_plain(
         record, context, attack=attack, target="attacked_prompt", blank=start is not None
     )
+    if row.guidance is not None:
+        if not 1 <= row.guidance <= 50:
+            raise InvalidRowError(f"guidance_scale must be from 1 to 50, got {row.guidance:g}")
+        row = row.model_copy(update={"guidance_scale": row.guidance})
     if start is None:
         return row
     try:
