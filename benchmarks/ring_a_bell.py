@@ -1,6 +1,6 @@
 """Cost of Ring-A-Bell: text-encoder passes of ours and of the released search, at equal loss.
 
-    python benchmarks/ring_a_bell.py [--concept skulls] [--prompts 6] [--generations 60]
+    python benchmarks/ring_a_bell.py [--concept skulls] [--prompts 5] [--generations 50]
         [--out docs/results/ring_a_bell_cost.json]
 
 For each benign prompt the released search (`compat`, population 200 as published, fewer
@@ -152,8 +152,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ask.add_argument("--concept", default="skulls")
-    ask.add_argument("--prompts", type=int, default=6)
-    ask.add_argument("--generations", type=int, default=60)
+    ask.add_argument("--prompts", type=int, default=5)
+    ask.add_argument("--generations", type=int, default=50)
     ask.add_argument("--out", type=Path, default=Path("docs/results/ring_a_bell_cost.json"))
     args = ask.parse_args()
     torch.set_num_threads(1)
