@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from safegen.attacks.core.base import AttackContext, AttackRecord
-from safegen.attacks.core.run import _write_prompts
+from safegen.attacks.core.found_prompts import _write_prompts
 from safegen.attacks.core.target import Target
 from safegen.attacks.seeds import Seeds
 from safegen.core.concept import load_concept
