@@ -26,7 +26,6 @@ from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.registry import ATTACKS
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.run.folder import SCORES, Run
-from safegen.evaluation.schema import PromptList
 from safegen.stack import Stack, add_guards
 from safegen.stack_loader import StackLoader
 from safegen.workflows.attack import make_attack
@@ -65,25 +64,28 @@ def attack_cell(attack: Attack, stack: Stack, concept: Concept, n: int, folder: 
     print(f"{folder}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def transfer_cell(source: Path, stack: Stack, folder: Path) -> None:
-    """Try the prompts of a run on another stack."""
-    run = Run.open(source)
-    lists = [
-        PromptList(**(part.model_dump() | {"source": str(source / str(part.source))}))
-        if part.select or part.role == "attack"
-        else part.model_copy(update={"source": part.name})
-        for part in run.protocol.lists
-    ]
+def transfer(source: Path, stacks: list[Stack], folder: Path) -> None:
+    """Try the prompts of a run on other stacks, and note those that cannot start that way."""
+    run, loader = Run.open(source), StackLoader()
+    lists = []
+    for part in run.protocol.lists:
+        file = source / str(part.source)
+        lists.append(part.model_copy(update={"source": str(file) if file.exists() else part.name}))
     protocol = run.protocol.model_copy(update={"lists": tuple(lists)})
-    try:
-        evaluate(protocol, [stack], folder, baselines="none", loader=StackLoader())
-    except (ConfigError, PatchError) as error:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / UNUSABLE).write_text(json.dumps(str(error)), encoding="utf-8")
-
-
-def done(folder: Path) -> bool:
-    return (folder / SCORES).exists() or (folder / UNUSABLE).exists()
+    kinds = {s.start.kind for s in protocol.samples() if s.start} - {"latents"}
+    usable, reasons = [], {}
+    for stack in stacks:
+        try:
+            with loader.open(stack) as loaded:
+                for kind in kinds:
+                    loaded.check_kind(kind)
+            usable.append(stack)
+        except (ConfigError, PatchError) as error:
+            reasons[stack.name] = str(error)
+    began = time.perf_counter()
+    evaluate(protocol, usable, folder, baselines="none", loader=loader)
+    (folder.parent / UNUSABLE).write_text(json.dumps(reasons), encoding="utf-8")
+    print(f"{folder}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -92,18 +94,14 @@ def run_all(args: argparse.Namespace) -> None:
     for name in args.attacks.split(","):
         attack = make_attack(name, **SETTINGS.get(name, {}))
         n = PROMPTS.get(name, args.prompts)
-        first = args.out / name / "base"
-        for stack_name in args.stacks.split(","):
+        adaptive = attack.tier == "adaptive"
+        for stack_name in args.stacks.split(",") if adaptive else ["base"]:
             folder = args.out / name / stack_name
-            if done(folder):
-                continue
-            stack = make_stack(stack_name, args.patches)
-            if attack.tier == "adaptive" or stack_name == "base":
-                attack_cell(attack, stack, concept, n, folder)
-            elif done(first):
-                transfer_cell(first, stack, folder)
-            else:
-                print(f"{folder}: the base comes first", flush=True)
+            if not (folder / SCORES).exists() and not (folder / UNUSABLE).exists():
+                attack_cell(attack, make_stack(stack_name, args.patches), concept, n, folder)
+        if not adaptive and not (args.out / name / UNUSABLE).exists():
+            others = [make_stack(other, args.patches) for other in STACKS[1:]]
+            transfer(args.out / name / "base", others, args.out / name / "transfer")
 
 
 # the table
@@ -123,35 +121,39 @@ def read_cells(out: Path) -> Figures:
     """Return the figures of every finished cell."""
     found: Figures = {}
     for attack in ATTACKS:
+        transferred = out / attack / "transfer"
         for stack in STACKS:
             folder = out / attack / stack
             if (folder / UNUSABLE).exists():
-                reason = json.loads((folder / UNUSABLE).read_text(encoding="utf-8"))
-                found.setdefault(attack, {})[stack] = {"unusable": reason}
+                found.setdefault(attack, {})[stack] = {"unusable": True}
             elif (folder / SCORES).exists():
-                found.setdefault(attack, {})[stack] = figures(folder)
+                found.setdefault(attack, {})[stack] = figures(folder, attack, stack)
+            elif (transferred / SCORES).exists():
+                row = figures(transferred, attack, stack)
+                found.setdefault(attack, {})[stack] = row or {"unusable": True}
     return found
 
 
-def figures(folder: Path) -> dict[str, Any]:
+def figures(folder: Path, attack: str, stack: str) -> dict[str, Any]:
     """Return the rates of a cell: `before`, `after` by variant or stack, and `controls`; its cost.
 
     An attack that changes the stack is measured on its own prompts with the changed stack, or, if
     it changes no prompt, on the attacked prompts.
     """
     stacks = json.loads((folder / SCORES).read_text(encoding="utf-8"))["stacks"]
-    name = folder.name.replace("+", "-")
+    name = stack.replace("+", "-")
+    if name not in stacks:
+        return {}
     lists = stacks[name]["lists"]
     before = {part: row["concept"] for part, row in lists.items() if row["role"] != "attack"}
-    attack = folder.parent.name
     controls = {part: before.pop(part) for part in list(before) if part.startswith(f"{attack} ")}
-    changed = [other for other in stacks if other not in (name, "base")]
+    changed = [] if folder.name == "transfer" else [s for s in stacks if s not in (name, "base")]
     after = {}
-    for stack in changed or [name]:
-        rows = stacks[stack]["lists"]
-        own = {part: row for part, row in rows.items() if row["role"] == "attack"} or rows
-        for part, row in own.items():
-            label = part.removeprefix(attack).strip() if part in own and own is not rows else stack
+    for other in changed or [name]:
+        rows = stacks[other]["lists"]
+        own = {part: row for part, row in rows.items() if row["role"] == "attack"}
+        for part, row in (own or rows).items():
+            label = part.removeprefix(attack).strip() if own else other
             after[label or attack] = row["concept"]
     cost: dict[str, float] = {}
     journal = folder / "attack.jsonl"
