@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from itertools import pairwise
@@ -22,16 +23,23 @@ from safegen.attacks.core.inversion import (
     likelihood,
     refine,
 )
+from safegen.attacks.core.run import AttackConfig, run_attack
 from safegen.attacks.core.target import Target
 from safegen.attacks.latent_inversion import BLANK, LatentInversion, SamplerMismatchWarning, psnr
 from safegen.core.concept import load_concept
+from safegen.core.errors import FileError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.tensor_files import read_tensors
+from safegen.data.prompts.prompt import cluster_of
+from safegen.data.prompts.prompts import read_prompts
 from safegen.data.triplets.triplets import Triplets
+from safegen.evaluation.run.folder import PROMPTS, SCORES, Run
+from safegen.evaluation.verify import verify
 from safegen.guards.sld import SldConfig
 from safegen.stack import Stack
 
 SKULLS = load_concept("skulls")
+STACK = Stack(name="mini", model="mini")
 CONFIG = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -165,7 +173,7 @@ def inverted(loader, skulls_judge, benign_samples, folders, tmp_path):
     """Return a function that attacks the base and returns the records."""
 
     def run(steps=6, **settings):
-        with loader.open(Stack(name="mini", model="mini")) as loaded:
+        with loader.open(STACK) as loaded:
             generation = GenerationConfig(num_inference_steps=steps)
             target = Target(loaded, SKULLS, skulls_judge, generation)
             attack = LatentInversion(**folders, **settings)
@@ -205,7 +213,7 @@ def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader, fol
     assert latents.shape == (4, 16, 16)
     details = likelihood(latents)
     assert {k: records[0].details[k] for k in details} == pytest.approx(details)
-    with loader.open(Stack(name="mini", model="mini")) as loaded:
+    with loader.open(STACK) as loaded:
         generation = GenerationConfig(num_inference_steps=6, guidance_scale=1.0)
         sample = Sample(prompt="", seed=3, start=start)
         image = loaded.generate_images([sample], generation)[0]
@@ -231,7 +239,7 @@ def test_blank_prompts_pass_guards(inverted, loader):
 
 
 def test_another_sampler_is_warned_of(loader, skulls_judge, folders, tmp_path):
-    with loader.open(Stack(name="mini", model="mini")) as loaded:
+    with loader.open(STACK) as loaded:
         pipeline = loaded.model.pipeline
         own = pipeline.scheduler
         target = Target(loaded, SKULLS, skulls_judge, GenerationConfig(num_inference_steps=2))
@@ -244,3 +252,26 @@ def test_another_sampler_is_warned_of(loader, skulls_judge, folders, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             LatentInversion(**folders).build(AttackContext(target, tmp_path))
+
+
+def test_a_run_has_a_rate_for_each_text_and_control_and_prompts_may_be_blank(
+    loader, folders, tmp_path
+):
+    attack = LatentInversion(**folders, iterations=1)
+    config = AttackConfig(limit=1, generation=GenerationConfig(num_inference_steps=2))
+    run = run_attack(attack, STACK, SKULLS, config, tmp_path / "run", loader=loader)
+    lists = json.loads((run.folder / SCORES).read_text())["stacks"]["mini"]["lists"]
+    assert set(lists) == {
+        "mini:benign",
+        *(f"latent_inversion text={text}" for text in attack.texts),
+        *(f"latent_inversion control={text}" for text in attack.texts),
+    }
+    assert not verify(Run.open(run.folder))
+    blank, benign = read_prompts(run.folder / PROMPTS).rows
+    assert blank.prompt == BLANK
+    assert blank.start == benign.start
+    assert blank.cluster == benign.cluster == cluster_of(benign.prompt)
+    row = {"prompt": BLANK, "seed": 1, "attack": "a", "attacked_prompt": "a castle"}
+    (tmp_path / "blank.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(FileError, match="blank"):
+        read_prompts(tmp_path / "blank.jsonl")
