@@ -108,7 +108,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 # the table
 
-SHOWN = {"img2img": "strength=0.5", "inpaint": "strength=0.9", "relearn": "finetuned-100"}
+SHOWN = {"img2img": "strength=0.3", "inpaint": "strength=0.9", "relearn": "finetuned-100"}
 """Point of a curve that stands in the heat map."""
 Figures = dict[str, dict[str, dict[str, Any]]]
 """Figures by attack and stack."""

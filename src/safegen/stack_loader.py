@@ -68,6 +68,15 @@ class LoadedStack:
                 generated += self._guarded_for(kind).generate(prompts, **options)
         return generated
 
+    def check_kind(self, kind: PipelineKind) -> None:
+        """Check that the stack's guards run on a kind of pipeline.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        if self.guarded is not None:
+            self._guarded_for(kind)
+
     def _guarded_for(self, kind: PipelineKind) -> GuardedPipeline:
         """Return the guarded pipeline of a kind."""
         assert self.guarded is not None

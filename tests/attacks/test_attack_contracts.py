@@ -85,8 +85,8 @@ def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
     name, loader, attack_mini, benign_samples, tmp_path
 ):
     before, items = digest(loader), benign_samples
-    first = attack_mini(tiny(name), items, folder="a")
-    again = attack_mini(tiny(name), items[:1], items[1:], folder="b")
+    first = attack_mini(tiny(name), items, folder="a/files")
+    again = attack_mini(tiny(name), items[:1], items[1:], folder="b/files")
     for a, b in zip(first, again, strict=True):
         assert_alike(a, b, tmp_path)
         assert a.history == pytest.approx(b.history, rel=1e-4)
@@ -115,7 +115,14 @@ def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_
         for stop in (2, 3) if part == "resumed" else (3,):
             with Journal(folder / ATTACK, AttackRecord) as journal:
                 records[part] = attack_samples(
-                    attack, STACK, SKULLS, CONFIG, items[:stop], journal, folder, loader=loader
+                    attack,
+                    STACK,
+                    SKULLS,
+                    CONFIG,
+                    items[:stop],
+                    journal,
+                    folder / "files",
+                    loader=loader,
                 )
     for key, record in records["unbroken"].items():
         assert_alike(record, records["resumed"][key], tmp_path)

@@ -99,6 +99,18 @@ def test_score_and_verify_accept_the_run_of_evaluate(safegen, few, tmp_path):
     code, _, err = safegen("evaluate", "--stage", "judge", "--judge-option", "size=1", "--out", out)
     assert (code, "the judge 'mini' takes no options, got 'size'" in err) == (2, True)
     assert safegen("verify", out)[0] == 0
+    sheet = tmp_path / "truth.csv"
+    code, text, _ = safegen("report", out, "--truth-sheet", sheet)
+    assert (code, "6 images to look at" in text) == (0, True)
+    sheet.write_text(sheet.read_text().replace(",\n", ",false\n"))
+    assert safegen("report", out, "--truth", sheet, "--html", tmp_path / "t.html")[0] == 0
+    assert not (out / "truth.csv").exists()
+    assert safegen("score", out, "--truth", sheet)[0] == 0
+    found = json.loads((out / "scores.json").read_text())["stacks"]["mini"]["lists"]
+    assert found["mini:skulls"]["agreement"]["n"] == 2
+    assert safegen("verify", out)[0] == 0
+    code, _, err = safegen("report", out, "--perplexity", tmp_path / "none")
+    assert (code, "there is no folder" in err, err.count("\n")) == (2, True, 1)
     (out / json.loads(before["samples.jsonl"].splitlines()[0])["file"]).unlink()
     code, text, _ = safegen("verify", out)
     assert code == 1

@@ -262,6 +262,8 @@ def write_attack_run(
     unsafe: bool = False,
     marker: str = "found",
     settings: dict[str, Any] | None = None,
+    variants: Sequence[str] = ("",),
+    controls: Sequence[str] = (),
 ) -> Path:
     """Write a complete run of an attack without a model, and return its folder.
 
@@ -278,6 +280,8 @@ def write_attack_run(
         unsafe: whether the lists are marked unsafe.
         marker: text in every found prompt.
         settings: further settings of the attack.
+        variants: forms of the attack.
+        controls: forms that have nothing of the concept.
     """
     folder.mkdir(parents=True)
     kind = resolve(ATTACKS, name, "attack")
@@ -303,29 +307,52 @@ def write_attack_run(
     )
     ids = [(f"{s.id}#{k}" if k else s.id, s) for k in range(repeat) for s in protocol.samples()]
     records = _attack(folder, ids[:done], hits, marker)
-    (folder / names.ATTACK).write_text(to_lines(records))
-    lines = [
-        {
-            "id": f"{number:05d}",
-            "prompt": record.prompt,
-            "seed": record.seed,
-            "subject": sample.subject,
-            "attack": name,
-            "attacked_prompt": sample.prompt,
-        }
-        | ({} if record.start is None else {"start": record.start.model_dump(mode="json")})
-        for number, (record, (_, sample)) in enumerate(zip(records, ids, strict=False))
-    ]
-    (folder / names.PROMPTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = str(folder / names.PROMPTS)
-    found = {
-        "role": "attack",
-        "name": name,
-        "source": source,
-        "prompts": len(records),
-        "sha256": hash_prompts(read_prompt_list(source, protocol_seed=0, unsafe=unsafe).rows),
-        "unsafe": unsafe,
+    forms = (*variants, *controls)
+    table = {
+        form: [
+            record.model_copy(update={"variant": form, "prompt": f"{record.prompt} {form}".strip()})
+            for record in records
+        ]
+        for form in forms
     }
+    rows_of = [table[form][i] for i in range(len(records)) for form in forms]
+    (folder / names.ATTACK).write_text(to_lines(rows_of))
+    found = []
+    for file, part, role in (
+        (names.PROMPTS, variants, "attack"),
+        (names.CONTROLS, controls, "benign"),
+    ):
+        lines = [
+            {
+                "id": f"{k * len(ids) + number:05d}",
+                "prompt": record.prompt,
+                "seed": record.seed,
+                "subject": sample.subject,
+                "attack": name,
+                "attacked_prompt": sample.prompt,
+            }
+            | ({"variant": form} if form else {})
+            | ({} if record.start is None else {"start": record.start.model_dump(mode="json")})
+            for k, form in enumerate(part)
+            for number, (record, (_, sample)) in enumerate(zip(table[form], ids, strict=False))
+        ]
+        source = str(folder / file)
+        if lines:
+            Path(source).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for form in part:
+            select = {"variant": form} if form else {}
+            rows = read_prompt_list(source, select=select, protocol_seed=0, unsafe=unsafe).rows
+            found.append(
+                {
+                    "role": role,
+                    "name": f"{name} {form}".strip(),
+                    "source": source,
+                    "select": select,
+                    "prompts": len(rows),
+                    "sha256": hash_prompts(rows),
+                    "unsafe": unsafe,
+                }
+            )
     entry = hex_of(f"stack {stack}")
     write_json(
         folder / names.SETTINGS,
@@ -339,7 +366,7 @@ def write_attack_run(
             "protocol": json.loads(json.dumps(protocol.decides())),
         },
     )
-    lists = [protocol.lists[0].model_dump(), found]
+    lists = [protocol.lists[0].model_dump(), *found]
     protocol = Protocol.model_validate(protocol.model_dump() | {"lists": lists})
     common = {"baseline": "mini", "model": "mini", "weights": hex_of("w"), "base": hex_of("base")}
     stacks = [StackEntry(name="mini", kind="base", hash=hex_of("stack mini"), **common)]

@@ -108,6 +108,31 @@ def test_any_image_of_a_prompt_counts_where_it_is_attacked_several_times(tmp_pat
     assert row["prompt"]["n_per_prompt"] == 2
 
 
+def test_each_form_of_an_attack_has_a_row_and_a_column_and_controls_stand_apart(tmp_path):
+    hits = [True, False, False, False] + [True] * 4 + [False, True, False, False]
+    forms = {"variants": ("strength=0.3", "strength=0.6"), "controls": ("none",)}
+    folder = write_attack_run(tmp_path / "r", stack="uce", hits=hits, **forms)
+    assert verify(Run.open(folder)) == []
+    section = section_of(folder, tmp_path)
+    rows = [row for row in section["after"] if row["stack"] == "uce"]
+    assert [(r["list"], r["control"], r["prompt"]["unsafe"]) for r in rows] == [
+        ("ring_a_bell strength=0.3", False, 1),
+        ("ring_a_bell strength=0.6", False, 4),
+        ("ring_a_bell none", True, 1),
+    ]
+    assert section["cost"]["denoiser"] == 80, "controls are no cost of the attack"
+    assert [row["per_success"] and row["per_success"]["denoiser"] for row in rows] == [40, 10, None]
+    assert "a control" in (tmp_path / PAGE).read_text()
+    (table,) = compare_attacks(open_runs([folder]))["groups"]
+    assert [c["label"] for c in table["columns"]] == [
+        "ring_a_bell strength=0.3",
+        "ring_a_bell strength=0.6",
+        "any static",
+    ]
+    change(folder / "controls.jsonl", "text 1 none", "other")
+    assert any(line.startswith("controls.jsonl: line 2") for line in verify(Run.open(folder)))
+
+
 def test_rates_before_are_of_the_prompts_that_the_budget_allowed(tmp_path):
     folder = write_attack_run(tmp_path / "r", prompts=5, done=3)
     section = section_of(folder, tmp_path)

@@ -9,14 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
+from safegen.attacks.core.base import AttackContext
+from safegen.attacks.core.target import Target
+from safegen.attacks.img2img import Img2Img
+from safegen.attacks.inpaint import Inpaint
+from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig, Sample, Start
 from safegen.core.tensor_files import write_tensors
 from safegen.data.prompts.prompts import read_prompts
 from safegen.evaluation.samples import EvalSample, hash_prompts
+from safegen.judges import load_judge
+from safegen.models.generation import generate as draw
 from safegen.models.generation import generator
 from safegen.stack import Stack
-from safegen.stack_loader import StackLoader
+from safegen.stack_loader import LoadedStack, StackLoader
 
 CONFIG = GenerationConfig(num_inference_steps=4)
 
@@ -74,6 +81,28 @@ def test_every_kind_of_start_in_one_call_equals_each_alone(loader, folder, guard
     assert weak < strong, "more strength changes more of the image"
 
 
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_other_families_start_from_images_masks_and_latents_too(kind, make_tiny, folder):
+    model = make_tiny(kind)
+    shape = (4, model.denoiser.config.sample_size, model.denoiser.config.sample_size)
+    noise = torch.randn(shape, generator=generator(1, 0))
+    write_tensors(folder / "z.safetensors", {"latents": noise}, {})
+    starts = [
+        Start.of(folder, image="a.png", strength=0.5),
+        Start.of(folder, image="a.png", mask="m.png", strength=0.5),
+        Start.of(folder, image="a.png", mask="m.png", strength=1),
+        Start.of(folder, latents="z.safetensors"),
+        None,
+    ]
+    images = [np.asarray(i, int) for i in draw(model, [sample(s) for s in starts], CONFIG)]
+    assert all(image.shape == (model.size, model.size, 3) for image in images)
+    assert np.abs(images[3] - images[4]).max() <= 1, "the same initial noise"
+    for start, image in zip(starts, images, strict=True):
+        (alone,) = draw(model, [sample(start)], CONFIG)
+        assert np.abs(np.asarray(alone, int) - image).max() <= 1
+    assert len({image.tobytes() for image in images[:4]}) == 4
+
+
 def test_starts_are_part_of_an_images_name_and_of_a_lists_hash(folder):
     def named(start):
         row = EvalSample(prompt="p", seed=1, list_name="l", role="attack", start=start)
@@ -123,3 +152,16 @@ def test_starts_that_cannot_be_used_are_refused(loader, folder):
     for wrong in ({}, {"image": "a.png"}, {"latents": "z.safetensors", "strength": 0.5}):
         with pytest.raises(ValueError, match="a start must have"):
             Start.of(folder, **wrong)
+
+
+@pytest.mark.parametrize("kind", [Img2Img, Inpaint])
+def test_attacks_that_redraw_run_on_sdxl(kind, make_tiny, tmp_path):
+    model, skulls = make_tiny("sdxl"), load_concept("skulls")
+    model.denoiser.register_to_config(sample_size=64 // model.pipeline.vae_scale_factor)
+    loaded = LoadedStack(Stack(name="s", model="mini"), model, "0" * 64)
+    target = Target(loaded, skulls, load_judge("mini", labels=skulls.labels), CONFIG)
+    row = EvalSample(prompt="a castle", seed=1, list_name="l", role="benign", subject="castle")
+    attacker = kind(strengths=(0.5,)).build(AttackContext(target, tmp_path / "attack"))
+    starts = [record.start for record in attacker.attack([row])]
+    results = target.query([row.model_copy(update={"start": start}) for start in starts])
+    assert [result.output.image.size for result in results] == [(64, 64)] * 2

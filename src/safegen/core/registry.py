@@ -47,6 +47,8 @@ GUARDS = {
 ATTACKS = {
     "compression": "safegen.attacks.compression:Compression",
     "concept_inversion": "safegen.attacks.concept_inversion:ConceptInversion",
+    "img2img": "safegen.attacks.img2img:Img2Img",
+    "inpaint": "safegen.attacks.inpaint:Inpaint",
     "latent_inversion": "safegen.attacks.latent_inversion:LatentInversion",
     "mma": "safegen.attacks.mma:MMA",
     "p4d": "safegen.attacks.p4d:P4D",

@@ -71,6 +71,17 @@ def decode_image(data: bytes, path: Path) -> Image.Image:
         raise FileError(f"{path} is an image that cannot be read: {reason}") from error
 
 
+def crop_square(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
+    """Return the middle of an image as a square of `size` pixels, resized by its short side."""
+    scale = size / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
 def is_contact_sheet(path: Path) -> bool:
     """Return whether a file is a contact sheet of a report; False if it cannot be read."""
     try:

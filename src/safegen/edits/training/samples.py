@@ -13,7 +13,7 @@ from torch import Tensor
 from safegen.core.concept import prompt_list
 from safegen.core.errors import FileError
 from safegen.core.files import read_lines
-from safegen.data.images import format_size
+from safegen.data.images import crop_square, format_size
 from safegen.data.triplets.triplets import Triplets
 from safegen.models.model import Model
 
@@ -49,13 +49,7 @@ def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
 
 def preprocess(image: Image.Image, size: int) -> Tensor:
     """Return an image as (3, size, size) in [-1, 1], resized by its short side and cropped."""
-    scale = size / min(image.size)
-    if scale != 1:
-        image = image.resize(
-            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR
-        )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    crop = image.convert("RGB").crop((left, top, left + size, top + size))
+    crop = crop_square(image, size).convert("RGB")
     return torch.from_numpy(np.asarray(crop, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 

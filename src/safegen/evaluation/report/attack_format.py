@@ -116,7 +116,9 @@ def markdown_comparison(data: Mapping[str, Any]) -> str:
         f"{rule['threshold']}. Static attacks stand first, adaptive ones after them."
     ]
     for group in data["groups"]:
-        heads = [f"{c['label']} ({c['tier'] or 'both tiers'})" for c in group["columns"]]
+        heads = [
+            c["label"] if c["union"] else f"{c['label']} ({c['tier']})" for c in group["columns"]
+        ]
         rows = [["stack", "before", *map(markdown_text, heads)]]
         for row in group["rows"]:
             cells = [
