@@ -172,18 +172,19 @@ def folders(tmp_path_factory):
 def inverted(loader, skulls_judge, benign_samples, folders, tmp_path):
     """Return a function that attacks the base and returns the records."""
 
-    def run(steps=6, **settings):
+    def run(steps=6, control=False, **settings):
         with loader.open(STACK) as loaded:
             generation = GenerationConfig(num_inference_steps=steps)
             target = Target(loaded, SKULLS, skulls_judge, generation)
-            attack = LatentInversion(**folders, **settings)
+            sources = folders if control else {"images": folders["images"]}
+            attack = LatentInversion(**sources, control=control, **settings)
             return attack.build(AttackContext(target, tmp_path / "f")).attack(benign_samples[:2])
 
     return run
 
 
 def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverted):
-    records = inverted(iterations=6)
+    records = inverted(iterations=6, control=True)
     assert [r.variant for r in records[:4]] == [
         "text=blank",
         "text=benign",
@@ -207,7 +208,7 @@ def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverte
 
 
 def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader, folders):
-    records = inverted(iterations=6, texts=("blank",), control=False)
+    records = inverted(iterations=6, texts=("blank",))
     start = records[0].start
     latents = read_tensors(start.path(start.latents))[0]["latents"]
     assert latents.shape == (4, 16, 16)
@@ -222,15 +223,15 @@ def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader, fol
 
 
 def test_latents_of_the_benign_text_are_found_under_its_guidance(inverted):
-    plain = inverted(steps=2, iterations=2, control=False)
-    guided = inverted(steps=2, iterations=2, control=False, guided=True)
+    plain = inverted(steps=2, iterations=2)
+    guided = inverted(steps=2, iterations=2, guided=True)
     by_variant = {r.variant: r for r in reversed(plain)}, {r.variant: r for r in reversed(guided)}
     assert by_variant[0]["text=blank"].start.sha256 == by_variant[1]["text=blank"].start.sha256
     assert by_variant[0]["text=benign"].start != by_variant[1]["text=benign"].start
 
 
 def test_blank_prompts_pass_guards(inverted, loader):
-    records = inverted(steps=2, iterations=1, texts=("blank",), control=False)
+    records = inverted(steps=2, iterations=1, texts=("blank",))
     sample = Sample(prompt=BLANK, seed=1, start=records[0].start)
     guard = SldConfig(text="skulls")
     with loader.open(Stack(name="sld", model="mini", guards=(guard,))) as loaded:
