@@ -261,13 +261,18 @@ def test_a_run_has_a_rate_for_each_text_and_control_and_prompts_may_be_blank(
     attack = LatentInversion(**folders, iterations=1)
     config = AttackConfig(limit=1, generation=GenerationConfig(num_inference_steps=2))
     run = run_attack(attack, STACK, SKULLS, config, tmp_path / "run", loader=loader)
-    lists = json.loads((run.folder / SCORES).read_text())["stacks"]["mini"]["lists"]
+    scores = json.loads((run.folder / SCORES).read_text())
+    lists = scores["stacks"]["mini"]["lists"]
     assert set(lists) == {
         "mini:benign",
         *(f"latent_inversion text={text}" for text in attack.texts),
         *(f"latent_inversion control={text}" for text in attack.texts),
     }
     assert not verify(Run.open(run.folder))
+    rows = {row["list"]: row["details"] for row in scores["attack"]["after"]}
+    assert rows["latent_inversion text=blank"]["autoencoder_success"] == {"mean": 1.0, "n": 1}
+    assert rows["latent_inversion control=blank"]["autoencoder_success"]["mean"] == 0.0
+    assert "autoencoder_success = 0" in (run.folder / "report.html").read_text()
     blank, benign = read_prompts(run.folder / PROMPTS).rows
     assert blank.prompt == BLANK
     assert blank.start == benign.start
