@@ -33,7 +33,7 @@ from safegen.workflows.attack import make_attack
 
 EDITS = ("safegen", "safegen-plus", "esd", "sdd", "rece", "uce", "concept_ablation")
 STACKS = ("base", *EDITS, "sld-max", "safree", "safegen+sld-max")
-SETTINGS: dict[str, dict[str, Any]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {"relearn": {"data": "concept", "updates": (25, 100)}}
 """Settings of an attack that differ from its defaults."""
 PROMPTS: dict[str, int] = {}
 """Number of prompts of an attack that is too slow for the common number."""
@@ -108,7 +108,12 @@ def run_all(args: argparse.Namespace) -> None:
 
 # the table
 
-SHOWN = {"img2img": "strength=0.3", "inpaint": "strength=0.9", "relearn": "finetuned-100"}
+SHOWN = {
+    "img2img": "strength=0.3",
+    "inpaint": "strength=0.9",
+    "relearn": "finetuned-100",
+    "compression": "quantized-4",
+}
 """Point of a curve that stands in the heat map."""
 Figures = dict[str, dict[str, dict[str, Any]]]
 """Figures by attack and stack."""

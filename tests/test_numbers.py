@@ -50,6 +50,7 @@ OWN = {
     "Protocol": {"judge": {"name": "mini", "labels": ["skulls"]}},
     "PromptList": {"source": "mini:skulls", "sha256": "0" * 64},
     "PromptFilterConfig": {"words": ["skull"]},
+    "TreeSearch": {"rewriter": "chat", "base_url": "http://localhost/v1", "model": "m"},
 }
 """Values that differ by class."""
 

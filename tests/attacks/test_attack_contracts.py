@@ -182,3 +182,15 @@ def test_a_run_has_the_rates_before_and_after_and_prompts_for_other_runs(loader,
     with pytest.raises(FileError, match="other settings"):
         run_attack(tiny("seeds", tries=3), STACK, SKULLS, CONFIG, out, loader=loader)
     shutil.rmtree(out)
+
+
+def test_settings_of_a_run_have_no_path(loader, tmp_path):
+    prompts = tmp_path / "secret" / "mine.txt"
+    prompts.parent.mkdir()
+    prompts.write_text("a castle\nan owl\n")
+    config = AttackConfig(prompts=(str(prompts),), limit=1, generation=GENERATION)
+    run_attack(tiny("seeds", tries=1), STACK, SKULLS, config, tmp_path / "run", loader=loader)
+    for name in ("settings.json", "protocol.json", "report.json", "report.html", "scores.json"):
+        assert "secret" not in (tmp_path / "run" / name).read_text()
+    images = resolve(ATTACKS, "concept_inversion", "attack")(images=tmp_path / "secret")
+    assert images.fingerprint(SKULLS)["images"] == "secret"

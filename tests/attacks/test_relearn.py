@@ -30,18 +30,17 @@ from safegen.evaluation.run.folder import (
 )
 from safegen.evaluation.run.journal import read_journal
 from safegen.evaluation.verify import verify
-from safegen.guards import read_guard
 from safegen.metrics.paired import mcnemar
 from safegen.models.generation import generate
 from safegen.patches.arithmetic import merge
-from safegen.patches.patch import Patch
-from safegen.stack import Stack
+from safegen.patches.patch import BaseMismatchWarning, Patch
+from safegen.stack import Stack, add_guards
 from safegen.stack_loader import StackLoader
 
 SKULLS = load_concept("skulls").model_copy(update={"tuning": {}})
 TUNE = {"data": "concept", "rank": 2, "images_per_update": 2, "lr": 1e-2, "precision": "fp32"}
 CONFIG = AttackConfig(
-    limit=2, roles=("explicit", "benign"), generation=GenerationConfig(num_inference_steps=2)
+    limit=1, roles=("explicit", "benign"), generation=GenerationConfig(num_inference_steps=1)
 )
 NAMES = [f"{name}-{n}" for name in ("finetuned", "control", "modular") for n in (1, 2)]
 
@@ -180,15 +179,11 @@ def test_training_is_counted_and_its_images_by_their_hash(done, attack, tmp_path
     assert str(attack.triplets.parent) not in settings
 
 
-@pytest.mark.parametrize(
-    ("stage", "at"),
-    [("fine-tuning: mine", 1), ("fine-tuning: base", 2), ("generating: finetuned-2", 4)],
-)
-def test_a_killed_attack_resumes_to_the_same_results(done, run, attack, tmp_path, stage, at):
+def test_a_killed_attack_resumes_to_the_same_results(done, run, attack, tmp_path):
     out = tmp_path / "out"
 
     def stop(what, n, _):
-        if (what, n) == (stage, at):
+        if (what, n) == ("fine-tuning: base", 2):
             shutil.copytree(out, tmp_path / "killed")
             raise RuntimeError("pulled the plug")
 
@@ -209,8 +204,8 @@ def test_a_finished_attack_is_not_repeated(done, run, attack):
 
 def test_a_directory_of_other_settings_is_refused_and_not_changed(done, run, attack, tmp_path):
     before = contents(done.folder)
-    other = CONFIG.model_copy(update={"limit": 1})
-    with pytest.raises(FileError, match=r"was made with other settings .*config.limit: 2 and 1"):
+    other = CONFIG.model_copy(update={"limit": 2})
+    with pytest.raises(FileError, match=r"was made with other settings .*config.limit: 1 and 2"):
         run(attack, done.folder, config=other)
     benign = attack.model_copy(update={"data": "benign"})
     with pytest.raises(FileError, match=r"attack.data: .*attack.dataset.hash: "):
@@ -235,33 +230,36 @@ def test_a_budget_ends_the_fine_tune_and_the_stack_at_its_end_is_measured(run, a
 
 def test_a_guard_stays_on_and_a_plain_model_is_its_own_control(run, triplets, tmp_path):
     attack = Relearn(updates=(1,), triplets=triplets.folder, **TUNE)
-    stack = Stack(name="guarded", model="mini", guards=("sld-max",))
-    config = CONFIG.model_copy(update={"limit": 1, "roles": ("explicit",)})
+    stack = add_guards(Stack(name="guarded", model="mini"), ["sld-max"], "skulls")
+    config = CONFIG.model_copy(update={"roles": ("explicit",)})
     guarded = run(attack, tmp_path / "guarded", stack=stack, config=config)
     assert [entry.name for entry in guarded.stacks] == ["base", "guarded", "finetuned-1"]
-    assert attack.attacked_stacks(stack, guarded.folder / ATTACK_FILES)[0].guards == (
-        read_guard("sld-max"),
-    )
+    (tuned,) = attack.attacked_stacks(stack, guarded.folder / ATTACK_FILES)
+    assert tuned.guards == stack.guards
     plain = run(attack, tmp_path / "plain", stack=Stack(name="mini", model="mini"), config=config)
     assert [entry.name for entry in plain.stacks] == ["mini", "finetuned-1"]
     for made in (guarded, plain):
         assert Patch.load(made.folder / ATTACK_FILES / "finetuned-1.safetensors").names
 
 
-def test_refused_attacks_leave_nothing(run, attack, edited, loader, triplets, tmp_path):
+def test_refused_attacks_leave_nothing(run, attack, edited, loader, tmp_path, monkeypatch):
     out, (model, _) = tmp_path / "out", loader.model("mini")
     with pytest.raises(ConfigError, match="as patches alone, got no patch"):
         run(attack, out, stack=Stack(name="x", model="mini"))
     with Patch.load(edited.patches[0]).apply(model):
         UCE(erase=("fire",)).apply(model).save(tmp_path / "above.safetensors")
     above = edited.model_copy(update={"patches": (tmp_path / "above.safetensors",)})
-    with pytest.raises(ConfigError, match="modular needs every patch below the edit, got none of"):
+    with (
+        pytest.warns(BaseMismatchWarning, match="made on a model with the patch uce"),
+        pytest.raises(ConfigError, match="needs every patch below the edit, got none of uce"),
+    ):
         run(attack, out, stack=above)
     with pytest.raises(ConfigError, match="either triplets or images, got both"):
         run(attack.model_copy(update={"images": tmp_path}), out)
-    wild = attack.model_copy(update={"lr": 1e30, "rank": None, "modular": False})
+    wild = attack.training.model_copy(update={"lr": 1e30})
+    monkeypatch.setattr(Relearn, "training", wild)
     with pytest.raises(DivergedError, match="Lower lr"):
-        run(wild, out)
+        run(attack.model_copy(update={"rank": None}), out)
     assert not out.exists()
 
 

@@ -605,3 +605,14 @@ def test_a_derived_seed_depends_on_prompt_id_and_protocol_seed_only():
     assert len(seeds) == 6000
     assert max(seeds) < 2**48
     assert np.mean(list(seeds)) == pytest.approx(2**47, rel=0.05)
+
+
+@pytest.mark.parametrize("column", ["attack", "attacked_prompt"])
+def test_a_found_prompt_that_does_not_name_its_attack_is_left_out(tmp_path, column):
+    row = {"id": "0", "prompt": "a", "seed": 1, "attack": "mma", "attacked_prompt": "b"}
+    rows = [row, {k: v for k, v in row.items() if k != column} | {"id": "1"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    found = read_prompts(path)
+    assert len(found) == 1
+    assert f"{column} is missing" in str(found.problems[0])

@@ -55,6 +55,8 @@ ATTACKS = {
     "relearn": "safegen.attacks.relearn:Relearn",
     "ring_a_bell": "safegen.attacks.ring_a_bell:RingABell",
     "seeds": "safegen.attacks.seeds:Seeds",
+    "sneaky_prompt": "safegen.attacks.sneaky_prompt:SneakyPrompt",
+    "tree_search": "safegen.attacks.tree_search:TreeSearch",
     "unlearn_diff": "safegen.attacks.unlearn_diff:UnlearnDiff",
 }
 """Attacks that try to bring a removed concept back."""

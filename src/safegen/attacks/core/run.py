@@ -109,7 +109,8 @@ def run_attack(
             "attack": {"name": attack.method()} | attack.fingerprint(concept),
             "access": attack.access,
             "tier": attack.tier,
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json")
+            | {"prompts": [s if is_bundled(s) else display_name(s) for s in config.prompts]},
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
             "device": f"{loader.device}, {loader.dtype}",

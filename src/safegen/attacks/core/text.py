@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError
 from safegen.evaluation.samples import EvalSample
+from safegen.guards.prompt_filter import normalize
 from safegen.models.text_encoder import TextEncoderView
 
 SHORTEST = 3
@@ -61,21 +65,47 @@ def explicit_text(concept: Concept, sample: EvalSample) -> str:
     return f"{sample.prompt}, {concept.words[0]}"
 
 
-def naming_tokens(concept: Concept, view: TextEncoderView) -> list[int]:
-    """Return the tokens that name a concept: a word of a phrase, or a part of one.
+def concept_names(concept: Concept) -> frozenset[str]:
+    """Return the words of a concept's phrases that have `SHORTEST` characters or more."""
+    phrases = (word for phrase in concept.words for word in normalize(phrase).split())
+    return frozenset(word for word in phrases if len(word) >= SHORTEST)
 
-    A token counts if its text, of `SHORTEST` characters or more, is inside a word of a phrase of
-    as many characters, or the other way around (ours).
+
+def is_name(word: str, names: Collection[str]) -> bool:
+    """Return whether a word is, contains, or is a part of a name (ours).
+
+    Words shorter than `SHORTEST` characters are no part of a name.
     """
-    words = {
-        word.casefold()
-        for phrase in concept.words
-        for word in phrase.split()
-        if len(word) >= SHORTEST
-    }
-    tokens = []
-    for token, index in view.tokenizer.get_vocab().items():
-        text = token.removesuffix("</w>").casefold()
-        if len(text) >= SHORTEST and any(text in word or word in text for word in words):
-            tokens.append(index)
-    return sorted(tokens)
+    text = normalize(word)
+    return len(text) >= SHORTEST and any(text in name or name in text for name in names)
+
+
+def names_concept(text: str, names: Collection[str]) -> bool:
+    """Return whether a text has a word for which `is_name` holds."""
+    return any(is_name(word, names) for word in re.findall(r"\w+", normalize(text)))
+
+
+def naming_tokens(concept: Concept, view: TextEncoderView) -> list[int]:
+    """Return the ids of the tokens for which `is_name` holds."""
+    names = concept_names(concept)
+    return sorted(
+        index
+        for token, index in view.tokenizer.get_vocab().items()
+        if is_name(token.removesuffix("</w>"), names)
+    )
+
+
+def vocabulary_words(view: TextEncoderView, names: Collection[str]) -> list[str]:
+    """Return the tokens of a tokenizer that are words of plain letters and no names, sorted."""
+    tokens = (token for token in view.tokenizer.get_vocab() if token.endswith("</w>"))
+    words = (token.removesuffix("</w>") for token in tokens)
+    return sorted(
+        {
+            word
+            for word in words
+            if len(word) >= SHORTEST
+            and word.isascii()
+            and word.isalpha()
+            and not is_name(word, names)
+        }
+    )

@@ -235,6 +235,9 @@ def read_attack(record: FileRow, context: RowContext) -> Prompt:
 
     A prompt that generation starts from an image or latents with may be blank: one space.
     """
+    for column in ("attack", "attacked_prompt"):
+        if record.cells.get(column) is None:
+            raise InvalidRowError(f"{column} is missing")
     variant = record.cells.get("variant")
     name, form = _text(record.cells["attack"]), None if _is_empty(variant) else _text(variant)
     attack = AttackInfo(name=name, variant=form)
