@@ -34,9 +34,10 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/ablation.py --out $(FIGURES)/ablation.jsonl
 	$(BIN)/python benchmarks/ablation.py --table $(FIGURES)/ablation.jsonl
 	$(BIN)/python benchmarks/edits.py --out $(FIGURES)/edits.jsonl
-	$(BIN)/python benchmarks/inversion.py --out $(FIGURES)/inversion.jsonl
+	$(BIN)/python benchmarks/ring_a_bell.py --out $(FIGURES)/ring_a_bell_cost.json
 	$(BIN)/python benchmarks/guards.py
 	$(BIN)/python benchmarks/judges.py
+	$(BIN)/python benchmarks/unlearn_diff.py --folder $(FIGURES)/unlearn-diff --out $(FIGURES)/unlearn_diff_cost.json
 	$(BIN)/python benchmarks/sheet.py --out $(FIGURES)/mini-sheet.png
 
 lint: .venv/installed ## ruff, mypy, the import contracts and the vocabulary

@@ -110,7 +110,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 SHOWN = {
     "img2img": "strength=0.3",
-    "inpaint": "strength=0.9",
+    "inpaint": "strength=0.3",
     "relearn": "finetuned-100",
     "compression": "quantized-4",
 }

@@ -30,6 +30,7 @@ NESTED: dict[str, type[BaseModel]] = {}
 RECORDS = {
     "Run folder": "safegen.evaluation.run.records",
     "Protocol": "safegen.evaluation.schema",
+    "Suite": "safegen.attacks.suite.files",
     "Patch and checkpoint": "safegen.models.checkpoint.metadata",
 }
 """Modules with the typed records of files."""

@@ -7,31 +7,10 @@ import torch
 
 from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import concept_pairs, explicit_text
-from safegen.attacks.ring_a_bell import RingABell
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError
 
 SKULLS = load_concept("skulls")
-
-
-@pytest.mark.parametrize("compat", [False, True])
-def test_ring_a_bell_comes_nearer_to_the_target(compat, attack_mini, benign_samples):
-    attack = RingABell(population=16, generations=12, num_tokens=6, compat=compat)
-    (record,) = attack_mini(attack, benign_samples[:1])
-    assert len(record.history) == 12
-    assert record.history[-1] < record.history[0]
-    if not compat:
-        assert list(record.history) == sorted(record.history, reverse=True), "never worse"
-        assert record.loss == record.history[-1]
-
-
-def test_elitism_scores_half_as_many_texts(attack_mini, benign_samples):
-    losses = {}
-    for compat in (False, True):
-        attack = RingABell(population=20, generations=10, num_tokens=4, compat=compat)
-        with_cost = attack_mini(attack, benign_samples[:1])
-        losses[compat] = with_cost[0].loss
-    assert losses[False] <= losses[True] * 1.5
 
 
 def test_pairs_and_explicit_texts_have_the_subject(benign_samples):

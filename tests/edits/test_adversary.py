@@ -20,6 +20,7 @@ from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import (
     AdvUnlearn,
     FastGradient,
+    InversionAdversary,
     ReceAdversary,
     build_adversary,
 )
@@ -36,6 +37,7 @@ SETTINGS = {
     "one-step": {"name": "one-step", "radius": 0.1},
     "adv-unlearn": {"name": "adv-unlearn", "steps": 2},
     "closed-form": {"name": "closed-form"},
+    "inversion": {"name": "inversion", "steps": 1},
 }
 
 
@@ -188,6 +190,79 @@ def test_the_closed_form_is_the_embedding_of_race_for_the_current_weights(make_m
         )
 
     assert gap(found) < 0.5 * gap(text)
+
+
+def edited_pair(make_model):
+    """Return a model, an edited denoiser, and latents with the original prediction there."""
+    model, edited = make_model(), make_model().denoiser
+    with torch.no_grad():
+        for name in select_parameters(edited, "attn2"):
+            edited.get_parameter(name).mul_(0.5)
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(4, 4, 8, 8, generator=g), torch.tensor([100, 300, 600, 900])
+    text = model.encode_text(["red cube"] * 4)
+    return model, edited, x, t, text, model.denoiser(x, t, text).sample.detach()
+
+
+def test_the_word_is_learned_from_batch_to_batch_and_half_of_the_texts_get_it(make_model):
+    model, edited, x, t, text, before = edited_pair(make_model)
+    attack = InversionAdversary(steps=4, lr=0.05).build(model, ())
+
+    @torch.no_grad()
+    def loss():
+        return float(attack.loss(edited, x, t, before).mean())
+
+    curve, words = [loss()], []
+    for _ in range(4):
+        found = attack(edited, x, t, text, want=-before, before=before)
+        assert_close(found[2:], text[2:], rtol=0, atol=0)
+        assert_close(found[:2], attack.encode().expand(2, -1, -1), rtol=0, atol=0)
+        words.append(attack.vectors.detach().clone())
+        curve.append(loss())
+    assert curve == sorted(curve, reverse=True), "each batch goes on where the last one ended"
+    assert curve[-1] < 0.99 * curve[0]
+    with torch.no_grad():
+        attack(edited, x, t, text, want=before, before=before)
+    assert torch.equal(attack.vectors.detach(), words[-1]), "a validation teaches it nothing"
+    assert all(p.grad is None for p in edited.parameters())
+    assert all(p.grad is None for p in model.pipeline.text_encoder.parameters())
+
+
+def test_steps_of_the_word_equal_those_of_adam_on_the_embedding_table(make_model):
+    """The released code trains the whole table and writes back all rows but the word's."""
+    model, edited, x, t, text, before = edited_pair(make_model)
+    attack = InversionAdversary(steps=3, num_vectors=2, lr=0.01).build(model, ())
+    start = attack.vectors.detach().clone()
+    attack(edited, x, t, text, want=before, before=before)
+
+    encoder, tokenizer = model.pipeline.text_encoder, model.pipeline.tokenizer
+    tokenizer.add_tokens(["<a>", "<b>"])
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = encoder.get_input_embeddings().weight.requires_grad_(True)
+    with torch.no_grad():
+        table[-2:] = start
+    known = table[:-2].detach().clone()
+    adam = torch.optim.Adam([table], lr=0.01)
+    for _ in range(3):
+        adam.zero_grad()
+        c = encoder(model.token_ids(["<a><b>"]))[0].expand(4, -1, -1)
+        (edited(x, t, c).sample - before).pow(2).mean().backward(inputs=[table])
+        adam.step()
+        with torch.no_grad():
+            table[:-2] = known
+    assert (table[-2:].detach() - start).abs().max() > 0.01
+    assert_close(attack.vectors.detach(), table[-2:].detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "b", "counts"), [(0.5, 1, [0, 1, 0, 1]), (0.4, 2, [0, 1, 1, 1])])
+def test_a_share_of_small_batches_is_kept_over_batches(make_model, share, b, counts):
+    model, edited, x, t, text, before = edited_pair(make_model)
+    attack = InversionAdversary(steps=1, share=share).build(model, ())
+    found = []
+    for _ in counts:
+        moved = attack(edited, x[:b], t[:b], text[:b], want=before[:b], before=before[:b])
+        found.append(int((moved != text[:b]).flatten(1).any(1).sum()))
+    assert found == counts
 
 
 # ------------------------------------------------------------ in a training
@@ -376,7 +451,7 @@ REFUSED = {
     "adversary: the radius of one step must be from 0 \\(none\\) to 2, got -0.1": -0.1,
     "to 2, got 2.5": 2.5,
     "to 2, got nan": float("nan"),
-    "must be a number, one of adv-unlearn, closed-form, none, one-step, or a table": True,
+    "must be a number, one of adv-unlearn, closed-form, inversion, none, one-step, or": True,
     "or a table with such a name, got {'steps': 3}": {"steps": 3},
     "no adversary named 'adv-unlern'. Did you mean 'adv-unlearn'": "adv-unlern",
     "adversary 'adv-unlearn': no setting named 'step_size'": {
@@ -415,6 +490,13 @@ def test_a_prefix_without_room_for_the_text_raises(tiny_model):
         ConfigError, match=f"adversary.tokens must be below {longest + 1} on this model"
     ):
         build_adversary(AdvUnlearn(tokens=longest + 1), tiny_model, ())
+
+
+def test_a_word_without_room_for_both_ends_of_a_text_raises(tiny_model):
+    longest = tiny_model.encode_text([""]).shape[1] - 2
+    build_adversary(InversionAdversary(num_vectors=longest), tiny_model, ())
+    with pytest.raises(ConfigError, match=f"adversary.num_vectors must be at most {longest}"):
+        build_adversary(InversionAdversary(num_vectors=longest + 1), tiny_model, ())
 
 
 def test_no_adversary_is_false():

@@ -1,72 +1,113 @@
-"""Concept inversion: learn new words from images of the concept, on frozen weights.
+"""Concept inversion: learn a new word from images of the concept, on frozen weights.
 
 Pham et al. 2024, arXiv:2308.01508, in its plain form, which is textual inversion (Gal et al.,
-arXiv:2208.01618): the denoising loss of the attacked model trains the vectors of a few new words.
+arXiv:2208.01618): the denoising loss of the attacked model trains the vectors of one new word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
+from safegen.attacks.core.cost import Cost
 from safegen.attacks.core.dataset import FineTuneDataset, captions_for
 from safegen.attacks.core.target import TextSpace
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, DivergedError
-from safegen.core.tensor_files import write_tensors
+from safegen.core.documents import parse_json, validate
+from safegen.core.errors import ConfigError, DivergedError, FileError
+from safegen.core.settings import MAX_BATCH, MAX_COUNT, Count, Number
+from safegen.core.tensor_files import read_tensors, write_tensors
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.functional import losses
 from safegen.edits.training.config import Precision, resolve_precision
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
+from safegen.models.generation import generator
+from safegen.models.text_encoder import TextEncoderView
 from safegen.models.textual_inversion import added_words
 from safegen.stack import Stack
 
 WORD = "<concept>"
 """The learned word."""
-FILE = "concept.safetensors"
-"""File of the learned word in the attack's folder."""
+FILE, CHECKPOINT = "concept.safetensors", "learning.safetensors"
+"""Files of the learned word and of the state of learning, in the attack's folder."""
+WINDOWS = 10
+"""Parts of the updates; the mean losses of the parts are the history of a record."""
 
 
 class ConceptInversion(Attack):
     """Settings of concept inversion."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "paper": {
+            "num_vectors": 1,
+            "updates": 5000,
+            "images_per_update": 16,
+            "lr": 0.08,
+            "weight_decay": 0.01,
+            "flip": True,
+        },
+    }
+    """`paper`: the released script for ESD. Its learning rate is 5e-3, times the batch of 4 and the
+    4 accumulations. It starts from a word such as art, which is `initializer` here."""
     TINY: ClassVar[Mapping[str, Any]] = {"updates": 2, "images_per_update": 2}
     paper: ClassVar[str] = "arXiv:2308.01508"
     code_url: ClassVar[str] = "https://github.com/NYU-DICE-Lab/circumventing-concept-erasure"
+    code_commit: ClassVar[str] = "6d23790"
+    parity: ClassVar[str] = (
+        "An update is that of torch's AdamW on rows of the embedding table, as the released script "
+        "for ESD has it, to 1e-6 in fp32."
+    )
     deviations: ClassVar[str] = (
-        "Plain textual inversion for every edit; the paper adapts the loss to some of them. "
-        "The word has several vectors, which start as the mean of all words. "
-        "Captions are the concept's tuning captions for the subject that its judge sees."
+        "Plain textual inversion for every stack, on its model without guards and negative prompt; "
+        "the released code adapts the loss to guidance-based ones. "
+        "Captions are the concept's tuning captions for the subject that its judge sees, followed "
+        "by the word; the released script has templates such as “a photo of a <word>”. "
+        "Without `initializer`, the vectors start as the mean of all words. "
+        "Latents are posterior means, computed once."
     )
     access: ClassVar[Access] = "weights"
     tier: ClassVar[Tier] = "adaptive"
 
-    num_vectors: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=MAX_BATCH, ge=1, le=MAX_BATCH)
+    """Prompts that get the word at a time, which costs nothing."""
+    num_vectors: int = Field(default=3, ge=1, le=64)
     """Vectors of the learned word."""
-    updates: int = Field(default=300, ge=1)
+    initializer: str | None = Field(default=None, min_length=1, max_length=64)
+    """Word of one token that the vectors start as. Default: the mean of all tokens."""
+    updates: int = Field(default=300, ge=1, le=MAX_COUNT)
     """Updates of the vectors."""
-    images_per_update: int = Field(default=8, ge=1)
+    images_per_update: int = Field(default=8, ge=1, le=MAX_BATCH)
     """Images in an update."""
     lr: float = Field(default=5e-3, gt=0)
-    """Learning rate of Adam."""
+    """Learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    flip: bool = False
+    """Whether images are mirrored at random."""
     precision: Precision = "auto"
     """Arithmetic of the forward pass; `auto` lets the device decide."""
+    checkpoint_every: int = Field(default=50, ge=1, le=MAX_COUNT)
+    """Updates between checkpoints; a killed attack repeats at most as many."""
     images: Path | None = None
     """Folder of images of the concept with captions. Default: the concept's bundled triplets."""
 
     def build(self, context: AttackContext) -> WordLearner:
-        """Learn the word and return the attacker.
+        """Learn the word, or continue to, and return the attacker.
 
         Raises:
             ConfigError: there are no images of the concept, or the model does not fit.
             DivergedError: the loss is not finite.
+            FileError: the folder has a checkpoint of other settings.
         """
         return WordLearner(self, context)
 
@@ -100,92 +141,206 @@ class WordLearner:
     """Learns the word of a target, and appends it to every prompt."""
 
     def __init__(self, config: ConceptInversion, context: AttackContext) -> None:
-        self.config, self.context, model = config, context, context.target.model
-        if model.prediction not in ("epsilon", "v_prediction"):
-            raise ConfigError(
-                f"prediction type must be epsilon or v_prediction, got {model.prediction}"
-            )
+        self.context = context
+        training = WordTraining(config, context)
+        training.run()
+        self.history = window_minima(training.losses)
         path = context.folder / FILE
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, {WORD: self._learn()}, {})
+            write_tensors(path, {WORD: training.vectors.detach().float()}, {})
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
-        """Return each prompt with the learned word."""
+        """Return each prompt with the learned word; the loss is that of learning the word."""
         return [
             AttackRecord(
                 id=sample.id,
                 prompt=f"{sample.prompt} {WORD}",
                 seed=sample.seed,
+                loss=self.history[-1] if self.history else None,
+                history=self.history,
                 stopped=self.context.target.exhausted,
             )
             for sample in samples
         ]
 
-    def _learn(self) -> Tensor:
-        """Return the vectors (num_vectors, width)."""
-        config, model, target = self.config, self.context.target.model, self.context.target
-        dataset = concept_images(target.concept, config.images)
-        pixels = torch.stack([preprocess(image, model.size) for image in dataset.images])
-        latents, abar = model.encode_images(pixels).float(), model.alphas_cumprod()
-        texts = list(dict.fromkeys(text for row in dataset.captions for text in row))
-        rows = [[texts.index(text) for text in row] for row in dataset.captions]
-        draw = torch.Generator().manual_seed(config.seed)
-        table = model.pipeline.text_encoder.get_input_embeddings().weight
-        start, known = table.detach().float().mean(0), len(model.pipeline.tokenizer)
-        vectors = nn.Parameter(start.repeat(config.num_vectors, 1))
-        optimizer = torch.optim.Adam([vectors], lr=config.lr)
-        bf16 = resolve_precision(config.precision, model.denoiser) == "bf16"
-        networks = (model.denoiser, model.pipeline.text_encoder)
-        trained = [p for network in networks for p in network.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
+
+def window_minima(values: Sequence[float]) -> tuple[float, ...]:
+    """Return the lowest mean so far over each of at most `WINDOWS` equal parts of some values."""
+    size = -(-len(values) // WINDOWS)
+    means = [sum(part) / len(part) for part in _parts(values, size)]
+    return tuple(min(means[: i + 1]) for i in range(len(means)))
+
+
+def _parts(values: Sequence[float], size: int) -> Iterator[Sequence[float]]:
+    for start in range(0, len(values), size or 1):
+        yield values[start : start + size]
+
+
+class LearningState(BaseModel):
+    """Plain values in a checkpoint of learning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fingerprint: str
+    """Identity of settings, stack and images."""
+    update: Count
+    """Updates done."""
+    cost: Cost
+    """Cost of the attack at that time."""
+    losses: tuple[Number, ...]
+    """Loss of each update."""
+
+
+class WordTraining:
+    """Vectors of a word, their optimizer, and the captioned images that train them."""
+
+    def __init__(self, config: ConceptInversion, context: AttackContext) -> None:
+        """Start the vectors, or read them from a checkpoint with the cost that it took.
+
+        Raises:
+            ConfigError: the model does not fit, or there are no images.
+            FileError: the checkpoint is damaged or has other settings.
+        """
+        self.config, self.context, self.target = config, context, context.target
+        self.model = model = context.target.model
+        self.space = TextSpace(model)
+        if model.prediction not in ("epsilon", "v_prediction"):
+            raise ConfigError(
+                f"prediction type must be epsilon or v_prediction, got {model.prediction}"
+            )
+        if WORD in self.space.tokenizer.get_vocab():
+            raise ConfigError(f"the stack must not have the word {WORD} yet. Attack it without.")
+        room = self.space.length - 2
+        if config.num_vectors > room:
+            raise ConfigError(f"num_vectors must be at most {room}, got {config.num_vectors}")
+        self.dataset = concept_images(context.concept, config.images)
+        self.vectors = nn.Parameter(self._first_vector().repeat(config.num_vectors, 1))
+        self.optimizer = torch.optim.AdamW(
+            [self.vectors], lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.losses: list[float] = []
+        settings = config.model_dump_json(exclude={"checkpoint_every", "batch_size", "images"})
+        identity = [settings, self.target.loaded.hash, self.dataset.hash]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.checkpoint = context.folder / CHECKPOINT
+        if self.checkpoint.exists():
+            self._load()
+
+    def run(self) -> None:
+        """Do the updates that are left, until the budget is exhausted."""
+        config = self.config
+        if len(self.losses) >= config.updates:
+            return
+        with added_words(self.model, {WORD: self.vectors.detach().clone()}):
+            images = self._encode()
+            while len(self.losses) < config.updates and not self.target.exhausted:
+                self._update(*images)
+                done = len(self.losses)
+                if done % config.checkpoint_every == 0:
+                    self._save()
+                self.context.progress("learning a word", done, config.updates)
+        self._save()
+
+    def _first_vector(self) -> Tensor:
+        """Return the vector (width,) that the word starts as."""
+        table = self.space.encoder.get_input_embeddings().weight.detach().float()
+        word = self.config.initializer
+        if word is None:
+            return table.mean(0)
+        ids = self.space.tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise ConfigError(f"initializer must be one token, got {len(ids)} in {word!r}")
+        return table[ids[0]]
+
+    def _encode(self) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Return latents (views, n, c, h, w), the captions' ids, and each image's captions."""
+        pixels = torch.stack([preprocess(image, self.model.size) for image in self.dataset.images])
+        views = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
+        latents = torch.stack([self.model.encode_images(view).float() for view in views])
+        texts = list(dict.fromkeys(text for row in self.dataset.captions for text in row))
+        position = {text: i for i, text in enumerate(texts)}
+        rows = [[position[text] for text in row] for row in self.dataset.captions]
+        view = TextEncoderView(self.model.pipeline)
+        ids = torch.cat([view.tokenize(f"{text} {WORD}".strip())[0] for text in texts])
+        return latents, ids, rows
+
+    def _update(self, latents: Tensor, ids: Tensor, captions: Sequence[Sequence[int]]) -> None:
+        """Take one optimizer step; its draws depend on the seed and the step alone."""
+        b, draw, model = self.config.images_per_update, self._draws(), self.model
+        index = torch.randint(latents.shape[1], (b,), generator=draw)
+        view = torch.randint(len(latents), (b,), generator=draw)
+        t = torch.randint(len(model.alphas_cumprod()), (b,), generator=draw)
+        picks = torch.randint(2**31, (b,), generator=draw)
+        noise = torch.randn(b, *latents.shape[2:], generator=draw).to(latents.device)
+        rows = [
+            captions[int(i)][int(pick) % len(captions[int(i)])]
+            for i, pick in zip(index, picks, strict=True)
+        ]
+        loss = self._loss(latents[view, index], noise, t.to(latents.device), ids[rows])
+        if not bool(loss.isfinite()):
+            raise DivergedError(f"loss must be finite, got {loss.item()}. Lower lr.")
+        (self.vectors.grad,) = torch.autograd.grad(loss, self.vectors)
+        self.optimizer.step()
+        self.losses.append(loss.item())
+
+    def _loss(self, z: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """Return the mean denoising loss for texts with the word."""
+        model, space = self.model, self.space
+        known = len(space.tokenizer)  # the ids of the word follow
 
         def replace(ids: Tensor, embeddings: Tensor) -> Tensor:
-            new = vectors[(ids - known).clamp(min=0)].to(embeddings)
+            new = self.vectors[(ids - known).clamp(min=0)].to(embeddings)
             return torch.where((ids >= known)[..., None], new, embeddings)
 
-        try:
-            with added_words(model, {WORD: vectors.detach().clone()}):
-                space = TextSpace(model)
-                convert = model.pipeline.maybe_convert_prompt
-                ids = space.tokenize(
-                    [convert(f"{text} {WORD}", space.tokenizer) for text in texts]
-                ).to(model.device)
-                for update in range(config.updates):
-                    if target.exhausted:
-                        break
-                    b = config.images_per_update
-                    index = torch.randint(len(latents), (b,), generator=draw)
-                    t = torch.randint(len(abar), (b,), generator=draw)
-                    noise = torch.randn(b, *latents.shape[1:], generator=draw).to(model.device)
-                    picks = torch.randint(2**31, (b,), generator=draw)
-                    captions = [
-                        rows[int(i)][int(pick) % len(rows[int(i)])]
-                        for i, pick in zip(index, picks, strict=True)
-                    ]
-                    z, steps = latents[index.to(model.device)], t.to(model.device)
-                    signal = abar.to(model.device)[steps]
-                    goal = (
-                        noise
-                        if model.prediction == "epsilon"
-                        else losses.velocity(noise, z, signal)
-                    )
-                    with (
-                        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
-                        space.embeddings(replace),
-                    ):
-                        text = space.encoder(ids[captions])[0]
-                        noisy = losses.add_noise(z, noise, signal)
-                        output = model.denoiser(noisy, steps, text).sample
-                    loss = losses.squared_error(output.float(), goal).mean()
-                    if not bool(loss.isfinite()):
-                        raise DivergedError(f"loss must be finite, got {loss.item()}. Lower lr.")
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    self.context.progress("learning a word", update + 1, config.updates)
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-        return vectors.detach().float().cpu()
+        signal = model.alphas_cumprod().to(z.device)[t]
+        noisy = losses.add_noise(z, noise, signal)
+        goal = noise if model.prediction == "epsilon" else losses.velocity(noise, z, signal)
+        bf16 = resolve_precision(self.config.precision, model.denoiser) == "bf16"
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16), space.embeddings(replace):
+            text, dtype = space.encoder(ids)[0], model.denoiser.dtype
+            output = model.denoiser(noisy.to(dtype), t, text.to(dtype)).sample
+        return losses.squared_error(output.float(), goal).mean()
+
+    def _draws(self) -> torch.Generator:
+        """Return the random generator of the next update."""
+        return generator(self.config.seed, len(self.losses))
+
+    def _save(self) -> None:
+        """Write the checkpoint over the previous one."""
+        moments = self.optimizer.state.get(self.vectors, {})
+        if not moments:
+            return
+        state = LearningState(
+            fingerprint=self.fingerprint,
+            update=len(self.losses),
+            cost=self.target.cost,
+            losses=tuple(self.losses),
+        )
+        tensors = {name: torch.as_tensor(value) for name, value in moments.items()}
+        self.context.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(
+            self.checkpoint,
+            {"vectors": self.vectors, **tensors},
+            {"state": state.model_dump_json()},
+            replace=True,
+        )
+
+    def _load(self) -> None:
+        """Read the checkpoint; its cost counts unless results that hold it were read."""
+        tensors, header = read_tensors(self.checkpoint)
+        name = f"state of {self.checkpoint}"
+        state = validate(LearningState, parse_json(header.get("state", ""), name), name)
+        names = {"vectors", "exp_avg", "exp_avg_sq", "step"}
+        if state.fingerprint != self.fingerprint or tensors.keys() != names:
+            raise FileError(
+                f"{self.checkpoint} has other settings, weights or images. Use another folder."
+            )
+        with torch.no_grad():
+            self.vectors.copy_(tensors.pop("vectors"))
+        device = self.vectors.device
+        self.optimizer.state[self.vectors] = {
+            name: value if name == "step" else value.to(device) for name, value in tensors.items()
+        }
+        self.losses = list(state.losses)
+        if not self.target.cost.denoiser:
+            self.target.add(state.cost)

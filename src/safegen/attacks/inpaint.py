@@ -28,7 +28,7 @@ class Inpaint(Attack):
     access: ClassVar[Access] = "queries"
     tier: ClassVar[Tier] = "static"
 
-    strengths: Strengths = (0.3, 0.5, 0.7, 0.9)
+    strengths: Strengths = (0.2, 0.3, 0.5, 0.7, 1.0)
     """Parts of the schedule that the place is noised to. Each has its own rate."""
     images: Path | None = None
     """Triplets: the mask is where the unsafe and the censored image differ. Or a folder of images

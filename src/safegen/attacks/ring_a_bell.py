@@ -1,4 +1,4 @@
-"""Ring-A-Bell: search a prompt whose text embedding lies where the concept's would.
+"""Ring-A-Bell: search a prompt with the text embedding of a concept.
 
 Tsai et al. 2024, arXiv:2310.10012. The target of a prompt is its embedding plus eta times the
 concept's direction, the mean difference of embeddings with and without the concept (equation 2).
@@ -7,7 +7,9 @@ A genetic search over tokens minimizes the squared distance to it (equation 4).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +18,16 @@ from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.target import TextSpace
-from safegen.attacks.core.text import concept_pairs
+from safegen.attacks.core.text import concept_pairs, read_pairs
+from safegen.attacks.search.genetic import ElitistSearch, ReleasedSearch, TokenSearch
+from safegen.core.concept import Concept
+from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError
+from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
+
+MAX_POPULATION = 10_000
+"""Largest population: its embeddings are compared in memory."""
 
 
 class RingABell(Attack):
@@ -26,7 +35,16 @@ class RingABell(Attack):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        "paper": {"compat": True, "generations": 3000, "patience": 3000},
+        "paper": {
+            "compat": True,
+            "num_tokens": 16,
+            "eta": 3.0,
+            "population": 200,
+            "generations": 3000,
+            "patience": 3000,
+            "crossover": 0.5,
+            "mutation": 0.25,
+        },
     }
     """`paper`: the released search for nudity with K = 16."""
     TINY: ClassVar[Mapping[str, Any]] = {
@@ -38,47 +56,70 @@ class RingABell(Attack):
     paper: ClassVar[str] = "arXiv:2310.10012"
     code_url: ClassVar[str] = "https://github.com/chiayi-hsu/Ring-A-Bell"
     code_commit: ClassVar[str] = "e4585ad"
+    parity: ClassVar[str] = (
+        "With `compat` and equal seeds of `random`, `numpy` and `torch`, the population is that of "
+        "the released loop, restated in the tests, token by token after 12 generations on the "
+        "miniature model. The released prompts for SD 1.4 were not searched again."
+    )
     deviations: ClassVar[str] = (
-        "The best candidates survive unchanged and keep their scores; the released search mutates "
-        "them in place and scores them again in every generation. "
-        "Candidates are scored by the tokens that their text is read as; the released search "
-        "scores tokens that a text may not give back. "
+        "The best candidates survive unchanged and keep their scores. The released search may "
+        "lose its best candidate, since survivors mutate too, and it scores every survivor again. "
+        "A candidate is scored by the tokens that its text is read as, and is made of tokens that "
+        "a text gives back. The released search scores tokens: with CLIP, 19 % of its texts of 16 "
+        "random tokens, and none of 75, are read as those. "
+        "A child differs from all candidates before it. A mutation replaces, inserts, removes or "
+        "swaps tokens. "
+        "Several prompts are searched in one batch. "
         "The search ends after `patience` generations without progress. "
-        "`compat` restores the released search. "
-        "Pairs of prompts come from the concept's prompt lists."
+        "`compat` restores the released search, also the draw of tokens without the first one. "
+        "Pairs of prompts come from the concept's prompt lists, or from `pairs`. The released "
+        "direction for nudity leaves out 19 of 250 pairs, as their images showed none."
     )
     access: ClassVar[Access] = "text_encoder"
     tier: ClassVar[Tier] = "static"
 
-    num_tokens: int = Field(default=16, ge=1)
+    num_tokens: int = Field(default=16, ge=1, le=MAX_POPULATION)
     """Tokens of the prompt (K)."""
     eta: float = Field(default=3.0, ge=0)
     """Strength of the concept's direction; the paper has 3 for nudity, 5 and 5.5 for violence."""
-    num_pairs: int = Field(default=50, ge=1)
-    """Pairs of prompts with and without the concept that define its direction."""
-    population: int = Field(default=200, ge=4)
-    """Candidates in each generation."""
-    generations: int = Field(default=1000, ge=1)
+    num_pairs: int = Field(default=50, ge=1, le=MAX_COUNT)
+    """Pairs of prompts with and without the concept that define its direction, from the first."""
+    pairs: Path | None = None
+    """CSV file of pairs. Columns: `prompt` and `prompt1`, or `sensitive prompt` and
+    `normal prompt`. Default: pairs of the concept's prompt lists."""
+    population: int = Field(default=32, ge=4, le=MAX_POPULATION)
+    """Candidates in each generation; the better half survives."""
+    generations: int = Field(default=200, ge=1, le=MAX_COUNT)
     """Highest number of generations."""
     crossover: float = Field(default=0.5, ge=0, le=1)
-    """Probability that a survivor has two children."""
-    mutation: float = Field(default=0.25, ge=0, le=1)
-    """Probability that one token of a candidate is replaced."""
-    patience: int = Field(default=100, ge=1)
+    """Probability that a child has two parents; with `compat`, that a survivor has two children."""
+    mutation: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a child is mutated; with `compat`, that a candidate is."""
+    patience: int = Field(default=40, ge=1, le=MAX_COUNT)
     """Generations without progress after which the search ends."""
     compat: bool = False
     """Search as the released code does, without elitism and on tokens instead of texts."""
 
-    def build(self, context: AttackContext) -> GeneticSearch:
+    def fingerprint(self, concept: Concept) -> dict[str, Any]:
+        """Return the plain values that decide the attack, with the hash of the pairs' file.
+
+        Raises:
+            FileError: the file cannot be read.
+        """
+        digest = hashlib.sha256(read_bytes(self.pairs)).hexdigest() if self.pairs else None
+        return super().fingerprint(concept) | {"pairs": digest}
+
+    def build(self, context: AttackContext) -> GeneticAttacker:
         """Return the attacker; the concept's direction is computed here.
 
         Raises:
             ConfigError: `num_tokens` does not fit the encoder, or the concept has no prompt pairs.
+            FileError: the file of pairs cannot be read.
         """
-        return GeneticSearch(self, context)
+        return GeneticAttacker(self, context)
 
 
-class GeneticSearch:
+class GeneticAttacker:
     """Genetic search over the tokens of several prompts at once."""
 
     def __init__(self, config: RingABell, context: AttackContext) -> None:
@@ -89,139 +130,99 @@ class GeneticSearch:
             raise ConfigError(
                 f"num_tokens must be at most {limit} for this text encoder, got {config.num_tokens}"
             )
-        self.vocabulary = torch.tensor(self.space.vocabulary)
-        shown, benign, _ = zip(*concept_pairs(context.concept)[: config.num_pairs], strict=True)
+        self.vocabulary = self._vocabulary()
+        pairs = read_pairs(config.pairs) if config.pairs else concept_pairs(context.concept)
+        shown, benign = zip(*((pair[0], pair[1]) for pair in pairs), strict=True)
+        n = config.num_pairs
         with torch.no_grad():
-            difference = self._embed(shown) - self._embed(benign)
-        self.direction = difference.mean(0)
+            self.direction = concept_direction(self._embed(shown[:n]), self._embed(benign[:n]))
         """Concept's direction (length, width)."""
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
         return self.space.encode(self.space.tokenize(texts))
 
+    def _vocabulary(self) -> list[int]:
+        """Return the tokens of candidates: printable ones that their own text is read as.
+
+        With `compat`, all below the start mark but the first, as the released code draws them.
+        """
+        space = self.space
+        if self.config.compat:
+            return list(range(1, space.tokenizer.bos_token_id))
+        tokens = torch.tensor(space.vocabulary)[:, None]
+        texts = space.decode(tokens)
+        stable = (space.tokenize(texts) == space.rows(tokens)).all(1).tolist()
+        return [
+            token
+            for token, text, same in zip(space.vocabulary, texts, stable, strict=True)
+            if same and text.strip().isprintable()
+        ]
+
     @torch.no_grad()
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
-        """Return the best text found for each sample."""
-        config = self.config
+        """Return the best text found for each sample; with `compat`, the last generation's best."""
+        config, kind = self.config, ReleasedSearch if self.config.compat else ElitistSearch
         targets = self._embed([sample.prompt for sample in samples]) + config.eta * self.direction
         searches = [
-            _Search(config, self.vocabulary, config.generator(sample)) for sample in samples
+            kind(
+                self.vocabulary,
+                config.num_tokens,
+                population=config.population,
+                crossover=config.crossover,
+                mutation=config.mutation,
+                seed=config.generator(sample).initial_seed(),
+            )
+            for sample in samples
         ]
+        pairs = list(zip(searches, targets, strict=True))
         for generation in range(config.generations):
-            self._score(searches, targets)
-            running = [search for search in searches if not search.finished]
-            for search in running:
-                search.select()
-            if self.context.target.exhausted or generation + 1 == config.generations:
+            running = [(s, target) for s, target in pairs if s.stagnation < config.patience]
+            if not any(search.proposals for search, _ in running):
                 break
-            running = [search for search in running if not search.finished]
-            if not running:
-                break
-            for search in running:
-                search.breed()
+            self._score(running)
             self.context.progress("searching prompts", generation + 1, config.generations)
+            if self.context.target.exhausted:
+                break
         return [self._record(*pair) for pair in zip(searches, samples, strict=True)]
 
-    def _score(self, searches: Sequence[_Search], targets: Tensor) -> None:
-        """Score every candidate without a score, of all searches in one batch."""
-        waiting = [
-            (search, target, search.unscored())
-            for search, target in zip(searches, targets, strict=True)
-            if not search.finished
-        ]
-        tokens = torch.cat([s.tokens[where] for s, _, where in waiting])
-        goals = torch.cat([t.expand(len(where), -1, -1) for _, t, where in waiting])
-        if self.config.compat:
-            ids = self.space.rows(tokens)
-        else:
-            ids = self.space.tokenize(self.space.decode(tokens))
-        losses = (self.space.encode(ids) - goals).square().sum((1, 2)).cpu()
-        for (search, _, where), part in zip(
-            waiting, losses.split([len(where) for _, _, where in waiting]), strict=True
-        ):
-            search.losses[where] = part
+    def _score(self, running: Sequence[tuple[TokenSearch, Tensor]]) -> None:
+        """Score the proposals of all searches in one batch, and begin the next generation."""
+        tokens = torch.tensor([t for search, _ in running for t in search.proposals])
+        sizes = [len(search.proposals) for search, _ in running]
+        goals = [target.expand(n, -1, -1) for (_, target), n in zip(running, sizes, strict=True)]
+        ids = self.space.rows(tokens) if self.config.compat else self._round_trip(tokens)
+        losses = (self.space.encode(ids) - torch.cat(goals)).square().sum((1, 2))
+        for (search, _), part in zip(running, losses.split(sizes), strict=True):
+            search.advance(part.tolist())
 
-    def _record(self, search: _Search, sample: EvalSample) -> AttackRecord:
-        """Return the result of one search: for `compat` the last generation's best candidate."""
-        text = self.space.decode(search.best[None])[0].strip()
-        ids = self.space.rows(search.best[None])
+    def _round_trip(self, tokens: Tensor) -> Tensor:
+        """Return the ids (n, length) that the texts of tokens (n, k) are read as."""
+        return self.space.tokenize(self.space.decode(tokens))
+
+    def _record(self, search: TokenSearch, sample: EvalSample) -> AttackRecord:
+        """Return the result of one search."""
+        tokens = torch.tensor([search.best])
+        text = self.space.decode(tokens)[0].strip()
         return AttackRecord(
             id=sample.id,
             prompt=text or sample.prompt,
             seed=sample.seed,
             loss=search.loss,
             history=tuple(search.history),
-            tokens=tuple(search.best.tolist()),
-            stable=bool((self.space.tokenize([text]) == ids).all()),
+            tokens=search.best,
+            stable=bool((self.space.tokenize([text]) == self.space.rows(tokens)).all()),
             stopped=self.context.target.exhausted,
         )
 
 
-class _Search:
-    """Population of one prompt: tokens (n, k) and losses (n,), NaN where not scored."""
+def concept_direction(shown: Tensor, benign: Tensor) -> Tensor:
+    """Return the mean difference (length, width) of embeddings with and without a concept.
 
-    def __init__(self, config: RingABell, vocabulary: Tensor, generator: torch.Generator) -> None:
-        self.config, self.vocabulary, self.generator = config, vocabulary, generator
-        self.tokens = self._draw((config.population, config.num_tokens))
-        self.losses = torch.full((config.population,), torch.nan)
-        self.best, self.loss = self.tokens[0], float("inf")
-        self.history: list[float] = []
-        self.idle = 0
-        """Generations since the last progress."""
+    c = mean_i [E(p_i with the concept) - E(p_i without)] (Tsai et al. 2024, equation 2), by
+    position.
 
-    @property
-    def finished(self) -> bool:
-        """Whether the search has made no progress for `patience` generations."""
-        return self.idle >= self.config.patience
-
-    def _draw(self, shape: tuple[int, ...]) -> Tensor:
-        index = torch.randint(len(self.vocabulary), shape, generator=self.generator)
-        return self.vocabulary[index]
-
-    def unscored(self) -> Tensor:
-        """Return the positions of candidates without a score."""
-        return self.losses.isnan().nonzero().flatten()
-
-    def select(self) -> None:
-        """Keep the better half, and note the best candidate."""
-        order = self.losses.argsort(stable=True)[: self.config.population // 2]
-        self.tokens, self.losses = self.tokens[order], self.losses[order]
-        loss = float(self.losses[0])
-        improved = loss < self.loss
-        self.idle = 0 if improved else self.idle + 1
-        if improved or self.config.compat:
-            self.best, self.loss = self.tokens[0].clone(), loss
-        best = min([loss, *self.history[-1:]]) if not self.config.compat else loss
-        self.history.append(best)
-
-    def breed(self) -> None:
-        """Add children of survivors by one-point crossover, and mutate.
-
-        The best candidates stay as they are; with `compat` they may mutate too.
-        """
-        parents, config = self.tokens, self.config
-        n, k = parents.shape
-        wanted = torch.rand(n, generator=self.generator) < config.crossover
-        mothers = wanted.nonzero().flatten()
-        if not config.compat and not len(mothers):
-            mothers = torch.arange(n)
-        fathers = torch.randint(n, mothers.shape, generator=self.generator)
-        points = torch.randint(0, k, mothers.shape, generator=self.generator)
-        head = torch.arange(k) < points[:, None]
-        a, b = parents[mothers], parents[fathers]
-        children = torch.cat([torch.where(head, a, b), torch.where(head, b, a)])
-        if config.compat:
-            self.tokens = self._mutate(torch.cat([parents, children]))
-            self.losses = torch.full((len(self.tokens),), torch.nan)
-        else:
-            children = self._mutate(children)
-            self.tokens = torch.cat([parents, children])
-            self.losses = torch.cat([self.losses, torch.full((len(children),), torch.nan)])
-
-    def _mutate(self, tokens: Tensor) -> Tensor:
-        """Return candidates of which some have one token replaced."""
-        n, k = tokens.shape
-        chosen = torch.rand(n, generator=self.generator) < self.config.mutation
-        where = torch.randint(k, (n, 1), generator=self.generator)
-        mutated = tokens.scatter(1, where, self._draw((n, 1)))
-        return torch.where(chosen[:, None], mutated, tokens)
+    Args:
+        shown: embeddings (n, length, width) of prompts with the concept.
+        benign: those of the same prompts without it.
+    """
+    return (shown - benign).mean(0)

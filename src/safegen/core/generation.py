@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,8 @@ MAX_START_FILE = 2**26
 """Most bytes of a file that generation starts from."""
 
 NativePrecision = Literal["fp32", "bf16"]
+GuidanceScale = Annotated[float, Field(ge=1.0, le=50.0, allow_inf_nan=False)]
+"""Scale of classifier-free guidance; 1 turns it off."""
 
 
 def preferred_precision(device: str = "cpu") -> NativePrecision:
@@ -43,7 +45,7 @@ class GenerationConfig(BaseSettings):
 
     num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     """Denoising steps."""
-    guidance_scale: float = Field(default=5.0, ge=1.0, le=50.0)
+    guidance_scale: GuidanceScale = 5.0
     """Scale of classifier-free guidance; 1 turns it off."""
     batch_size: int = Field(default=32, ge=1, le=MAX_BATCH)
     """Images per batch; it changes an image only by rounding."""
@@ -159,3 +161,5 @@ class Sample(BaseModel):
     """Index of the image for that seed; (seed, index) determine the noise."""
     start: Start | None = None
     """What generation starts from besides noise."""
+    guidance_scale: GuidanceScale | None = None
+    """Scale of classifier-free guidance. Default: that of the configuration."""

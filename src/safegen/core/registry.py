@@ -27,6 +27,7 @@ ADVERSARIES = {
     "one-step": "safegen.edits.functional.adversary:FastGradient",
     "adv-unlearn": "safegen.edits.functional.adversary:AdvUnlearn",
     "closed-form": "safegen.edits.functional.adversary:ReceAdversary",
+    "inversion": "safegen.edits.functional.adversary:InversionAdversary",
 }
 """Adversaries that move text embeddings to where an edit fails, while it trains."""
 

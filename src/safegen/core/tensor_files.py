@@ -132,14 +132,16 @@ def _damaged(path: Path, reason: str) -> FileError:
     return FileError(f"{str(path)!r} is not a readable safetensors file: {reason}")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write tensors and a header to a new safetensors file.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: dict[str, str], *, replace: bool = False
+) -> None:
+    """Write tensors and a header to a safetensors file, which is new unless `replace` is on.
 
     Raises:
-        FileError: `path` exists or cannot be written.
+        FileError: `path` exists and `replace` is off, or it cannot be written.
     """
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with atomic_write(path) as tmp:
+    with atomic_write(path, replace=replace) as tmp:
         try:
             save_file(contiguous, tmp, metadata=header)
         except SafetensorError as error:

@@ -31,8 +31,8 @@ from safegen.evaluation.samples import (
     hash_prompts,
     is_bundled,
     read_prompt_list,
+    request_parts,
     sha,
-    start_parts,
 )
 from safegen.evaluation.schema import (
     FROM_FEATURES,
@@ -220,9 +220,10 @@ class Protocol(BaseSettings):
                         index=i,
                         cluster=row.cluster,
                         start=row.start,
+                        guidance_scale=row.guidance_scale,
                     )
                     is_attack = part.role == "attack"
-                    identity = (sample.prompt, sample.seed, i, is_attack, *start_parts(row.start))
+                    identity = (sample.prompt, sample.seed, i, is_attack, *request_parts(row))
                     other = names.setdefault(identity, part.name)
                     if other != part.name:
                         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.generation import GenerationConfig, Sample, Start
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import PROMPT_LISTS
 from safegen.core.settings import Count, Name
 from safegen.data.prompts.prompt import Prompt, seed_for
@@ -70,7 +70,7 @@ class EvalSample(Sample):
         config = generation.model_dump(mode="json")
         parts = [self.prompt_sha256, self.seed, self.index, stack_hash, config]
         parts += ["attack"] * (self.role == "attack")
-        return sha(canonical(parts + start_parts(self.start)))
+        return sha(canonical(parts + request_parts(self)))
 
 
 def read_prompt_list(
@@ -141,18 +141,20 @@ def _cell(row: Prompt, column: str) -> tuple[str, ...]:
 
 
 def hash_prompts(rows: Sequence[Prompt]) -> str:
-    """Return a SHA-256 over a list's prompts: text, subject, seed, cluster and start, in order."""
+    """Return a SHA-256 over a list's prompts, in order.
+
+    It covers the text, subject, seed, cluster, start and guidance scale of each.
+    """
     return hash_lines(
-        [
-            (sha(row.prompt), row.subject, row.seed, row.cluster, *start_parts(row.start))
-            for row in rows
-        ]
+        [(sha(row.prompt), row.subject, row.seed, row.cluster, *request_parts(row)) for row in rows]
     )
 
 
-def start_parts(start: Start | None) -> list[object]:
-    """Return what decides an image about its start: nothing where it starts from noise."""
-    return [] if start is None else [start.kind, start.sha256, start.strength]
+def request_parts(row: Prompt | Sample) -> list[object]:
+    """Return what decides an image besides text and seed: nothing for an ordinary prompt."""
+    start, scale = row.start, row.guidance_scale
+    parts: list[object] = [] if start is None else [start.kind, start.sha256, start.strength]
+    return parts if scale is None else [*parts, "guidance_scale", scale]
 
 
 def hash_lines(lines: Sequence[object]) -> str:

@@ -33,7 +33,7 @@ from safegen.evaluation.run.folder import (
 )
 from safegen.evaluation.run.journal import is_torn
 from safegen.evaluation.run.records import SampleRecord, StackEntry
-from safegen.evaluation.samples import EvalSample, hash_lines, sha, start_parts
+from safegen.evaluation.samples import EvalSample, hash_lines, request_parts, sha
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
 from safegen.evaluation.scoring.records import read_scores
 from safegen.evaluation.scoring.score import score_run
@@ -112,7 +112,7 @@ def _hash(samples: Sequence[EvalSample], *, own_seeds: bool) -> str:
                 s.subject,
                 s.seed if own_seeds else None,
                 s.cluster,
-                *start_parts(s.start),
+                *request_parts(s),
             )
             for s in samples
         ]

@@ -89,18 +89,16 @@ def batches(
             strength leaves no step.
         FileError: a file that generation starts from cannot be used.
     """
-    if negative is not None and generation_config.guidance_scale <= 1:
-        raise ConfigError(
-            "guidance_scale must be > 1 with a negative prompt, got "
-            f"{generation_config.guidance_scale}"
-        )
     for kind, batch in _split(samples, generation_config.batch_size):
+        scale = batch[0].guidance_scale or generation_config.guidance_scale
+        if negative is not None and scale <= 1:
+            raise ConfigError(f"guidance_scale must be > 1 with a negative prompt, got {scale}")
         starts = [sample.start for sample in batch if sample.start]
         options: dict[str, Any] = _start_options(model, starts, generation_config)
         options |= {
             "generator": [generator(sample.seed, sample.index) for sample in batch],
             "num_inference_steps": generation_config.num_inference_steps,
-            "guidance_scale": generation_config.guidance_scale,
+            "guidance_scale": scale,
             "output_type": "pil",
         }
         if negative is not None:
@@ -111,12 +109,14 @@ def batches(
 def _split(
     samples: Sequence[Sample], batch_size: int
 ) -> Iterator[tuple[PipelineKind, Sequence[Sample]]]:
-    """Yield the kind and the samples of each batch: samples in order that start alike."""
+    """Yield the kind and the samples of each batch: samples in order that one call can take."""
 
-    def likeness(sample: Sample) -> tuple[str, float | None]:
-        return (sample.start.kind, sample.start.strength) if sample.start else ("text", None)
+    def likeness(sample: Sample) -> tuple[str, float | None, float | None]:
+        start = sample.start
+        kind = (start.kind, start.strength) if start else ("text", None)
+        return (*kind, sample.guidance_scale)
 
-    for (start, _), group in groupby(samples, key=likeness):
+    for (start, _, _), group in groupby(samples, key=likeness):
         same = list(group)
         kind: PipelineKind = "image" if start == "image" else "text"
         kind = "inpaint" if start == "inpaint" else kind

@@ -217,9 +217,13 @@ class Model:
                 f"edits and fine-tuning need an SD 1.x or 2.x, got the SDXL {self.name!r}. SDXL "
                 "can be generated with and patched only"
             )
-        ids = self._tokenize(texts, return_tensors="pt").input_ids
-        embeddings: Tensor = self.pipeline.text_encoder(ids.to(self.device))[0]
+        embeddings: Tensor = self.pipeline.text_encoder(self.token_ids(texts))[0]
         return embeddings
+
+    def token_ids(self, texts: list[str]) -> Tensor:
+        """Return the ids (n, tokens) that the text encoder reads for texts."""
+        ids: Tensor = self._tokenize(texts, return_tensors="pt").input_ids
+        return ids.to(self.device)
 
     def last_token_positions(self, texts: list[str]) -> list[int]:
         """Return the position of each text's last token in its embedding; 0 for an empty text."""

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def expand_prompt(pipe: Any, text: str, tokenizer: Any) -> str:
     """Return the text that a pipeline tokenizes: one word per vector of a textual inversion."""
     convert = getattr(pipe, "maybe_convert_prompt", None)
     return text if convert is None else str(convert(text, tokenizer))
+
+
+@contextmanager
+def replaced_embeddings(
+    encoder: Any, replace: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Change the token embeddings that a text encoder reads inside the block.
+
+    Args:
+        encoder: the text encoder.
+        replace: gets the ids (n, length) and their embeddings (n, length, width), and returns the
+            embeddings to use; gradients flow through them.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return replace(inputs[0], output)
+
+    handle = encoder.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class TextEncoderView:

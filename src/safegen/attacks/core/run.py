@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, ValidationError
 
 from safegen.attacks.core.base import Attack, AttackContext, Attacker, AttackRecord
 from safegen.attacks.core.cost import Budget, Cost
+from safegen.attacks.core.found_prompts import attacked_lists
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, explain
-from safegen.core.files import atomic_write, display_name
+from safegen.core.files import display_name
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.hub import HUB
 from safegen.core.progress import ProgressCallback, no_progress
@@ -30,7 +29,7 @@ from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPT
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, hash_prompts, is_bundled, read_prompt_list
-from safegen.evaluation.schema import JudgeRule, PromptList
+from safegen.evaluation.schema import JudgeRule, MetricName, PromptList
 from safegen.judges import load_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -94,11 +93,7 @@ def run_attack(
             the stack's model is on the hub.
         FileError: `output_dir` holds something else or another run, or cannot be written.
     """
-    if stack.model.startswith(HUB):
-        raise ConfigError(
-            f"attacks work on models of your own, in a folder or a file, got {stack.model}. "
-            "Download the model first."
-        )
+    check_model(stack)
     loader = loader or StackLoader()
     concept, config, protocol = _with_protocol(attack, concept, config, protocol)
     check_directory(output_dir)
@@ -131,7 +126,16 @@ def run_attack(
                 progress=progress,
             )
         role = protocol.lists[0].role
-        lists = _attacked_lists(attack, config, samples, records, output_dir, role)
+        lists = list(
+            attacked_lists(
+                attack,
+                samples,
+                records,
+                files={"attack": output_dir / PROMPTS, role: output_dir / CONTROLS},
+                seed=config.seed,
+                unsafe=config.unsafe,
+            )
+        )
         after = attack.attacked_stacks(stack, folder)
         run = evaluate(
             protocol.model_copy(update={"lists": (*protocol.lists, *lists)}),
@@ -147,40 +151,17 @@ def run_attack(
     return run
 
 
-def _attacked_lists(
-    attack: Attack,
-    config: AttackConfig,
-    samples: Sequence[EvalSample],
-    records: Mapping[tuple[str, str], AttackRecord],
-    output_dir: Path,
-    role: Role,
-) -> Iterator[PromptList]:
-    """Write the prompts that the attack found, and yield the list of each variant.
+def check_model(stack: Stack) -> None:
+    """Raise if a stack's model is on the hub.
 
-    Lists of controls have the role of the attacked prompts.
+    Raises:
+        ConfigError: it is.
     """
-    files: tuple[tuple[tuple[str, ...], str, Role], ...] = (
-        (attack.variants, PROMPTS, "attack"),
-        (attack.controls, CONTROLS, role),
-    )
-    for variants, file, its_role in files:
-        source = str(output_dir / file)
-        if variants:
-            _write_prompts(attack, samples, records, variants, output_dir / file)
-        for variant in variants if attack.changes_prompts else ():
-            select = {"variant": variant} if variant else {}
-            rows = read_prompt_list(
-                source, select=select, protocol_seed=config.seed, unsafe=config.unsafe
-            ).rows
-            yield PromptList(
-                name=f"{attack.method()} {variant}".strip(),
-                role=its_role,
-                source=source,
-                select=select,
-                prompts=len(rows),
-                sha256=hash_prompts(rows),
-                unsafe=config.unsafe,
-            )
+    if stack.model.startswith(HUB):
+        raise ConfigError(
+            f"attacks work on models of your own, in a folder or a file, got {stack.model}. "
+            "Download the model first."
+        )
 
 
 def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSample]:
@@ -293,7 +274,7 @@ def _with_protocol(
         "lists": tuple(lists),
         "seeds": "rows",
         "seed": config.seed,
-        "metrics": (*CONCEPT_METRICS, "asr"),
+        "metrics": _metrics(config),
         "features": None,
         "lpips": None,
     }
@@ -306,6 +287,11 @@ def _limited(part: PromptList, limit: int | None, seed: int) -> PromptList:
     part = part.model_copy(update={"prompts": prompts})
     rows = part.read(protocol_seed=seed).rows
     return part.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)})
+
+
+def _metrics(config: AttackConfig) -> tuple[MetricName, ...]:
+    """Return the metrics of an attack's run; any-of-N where prompts are attacked N times."""
+    return (*CONCEPT_METRICS, "asr", *(("asr_any",) if config.repeat > 1 else ()))
 
 
 def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> Protocol:
@@ -352,38 +338,7 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
             seed=config.seed,
             generation=config.generation,
             judge=rule,
-            metrics=(*CONCEPT_METRICS, "asr"),
+            metrics=_metrics(config),
         )
     except ValidationError as error:
         raise ConfigError(f"{concept.name}: {explain(error, Protocol)}") from error
-
-
-def _write_prompts(
-    attack: Attack,
-    samples: Sequence[EvalSample],
-    records: Mapping[tuple[str, str], AttackRecord],
-    variants: Sequence[str],
-    path: Path,
-) -> Path:
-    """Write the prompts that the attack found, by variant and in the order of the samples."""
-    rows: list[dict[str, Any]] = [
-        {
-            "id": f"{part * len(samples) + number:05d}",
-            "prompt": record.prompt,
-            "seed": record.seed,
-            "subject": sample.subject,
-            "attack": attack.method(),
-            "attacked_prompt": sample.prompt,
-        }
-        | ({"variant": variant} if variant else {})
-        | ({} if record.start is None else {"start": record.start.model_dump(mode="json")})
-        for part, variant in enumerate(variants)
-        for number, sample in enumerate(samples)
-        if (record := records.get((sample.id, variant)))
-    ]
-    if not rows:
-        raise ConfigError("budget must suffice for one batch of samples, got none. Raise it.")
-    text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-    with atomic_write(path, replace=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

@@ -19,6 +19,7 @@ from safegen.core.generation import GenerationConfig, Sample
 from safegen.guards import GeneratedImage
 from safegen.judges.base import Detections, Judge
 from safegen.models.model import Model
+from safegen.models.text_encoder import replaced_embeddings
 from safegen.stack_loader import LoadedStack
 
 
@@ -238,12 +239,5 @@ class TextSpace:
             replace: gets the ids (n, length) and their embeddings (n, length, width), and returns
                 the embeddings to use; gradients flow through them.
         """
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return replace(inputs[0], output)
-
-        handle = self.encoder.get_input_embeddings().register_forward_hook(hook)
-        try:
+        with replaced_embeddings(self.encoder, replace):
             yield
-        finally:
-            handle.remove()

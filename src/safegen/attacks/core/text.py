@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 from safegen.core.concept import Concept, prompt_list
-from safegen.core.errors import ConfigError
+from safegen.core.documents import read_text
+from safegen.core.errors import ConfigError, FileError
+from safegen.data.prompts.parsing import parse_table
 from safegen.evaluation.samples import EvalSample
 from safegen.guards.prompt_filter import normalize
 from safegen.models.text_encoder import TextEncoderView
 
 SHORTEST = 3
 """Characters that a part of a word must have to be taken for the word."""
+PAIR_COLUMNS = (("prompt", "prompt1"), ("sensitive prompt", "normal prompt"))
+"""Columns of prompts with and without a concept: Ring-A-Bell's for violence, and RECE's."""
 
 
 def concept_pairs(concept: Concept) -> list[tuple[str, str, str | None]]:
@@ -43,6 +48,35 @@ def concept_pairs(concept: Concept) -> list[tuple[str, str, str | None]]:
             f"concept {concept.name!r} must have tuning lists, or captions and words, for pairs of "
             "prompts, got neither. Add them to its TOML file."
         )
+    return pairs
+
+
+def read_pairs(path: Path) -> list[tuple[str, str, str | None]]:
+    """Return prompts with a concept and without it from a CSV file; no subject is known.
+
+    Raises:
+        FileError: the file cannot be read, lacks the columns or a prompt, or has no pair.
+    """
+    known = frozenset(name for names in PAIR_COLUMNS for name in names)
+    table = parse_table(read_text(path), path.name, known=known, headerless=lambda _: ())
+    columns = next((pair for pair in PAIR_COLUMNS if set(pair) <= set(table.columns)), None)
+    if columns is None:
+        ways = " or ".join(f"{shown!r} and {benign!r}" for shown, benign in PAIR_COLUMNS)
+        got = ", ".join(table.columns)
+        raise FileError(f"{path.name} must have the columns {ways}, got {got}. Rename its columns.")
+    if table.problems:
+        raise FileError(f"{path.name} must be CSV, got {table.problems[0]}. Mend that row.")
+    pairs: list[tuple[str, str, str | None]] = []
+    for row in table.rows:
+        shown, benign = (str(row.cells[name]).strip() for name in columns)
+        if not (shown and benign):
+            raise FileError(
+                f"{path.name} must have two prompts in each row, got a blank one in line "
+                f"{row.line}. Fill or remove it."
+            )
+        pairs.append((shown, benign, None))
+    if not pairs:
+        raise FileError(f"{path.name} must have a pair of prompts, got none. Add rows.")
     return pairs
 
 

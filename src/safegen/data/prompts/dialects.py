@@ -245,6 +245,10 @@ def read_attack(record: FileRow, context: RowContext) -> Prompt:
     row = read_plain(
         record, context, attack=attack, target="attacked_prompt", blank=start is not None
     )
+    if row.guidance is not None:
+        if not 1 <= row.guidance <= 50:
+            raise InvalidRowError(f"guidance_scale must be from 1 to 50, got {row.guidance:g}")
+        row = row.model_copy(update={"guidance_scale": row.guidance})
     if start is None:
         return row
     try:

@@ -7,7 +7,7 @@ from hashlib import sha256
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safegen.core.generation import Start
+from safegen.core.generation import GuidanceScale, Start
 from safegen.core.settings import Digest, Seed
 
 SEED_BITS = 48
@@ -64,6 +64,8 @@ class Prompt(BaseModel):
     """Id of the photograph that the prompt describes."""
     start: Start | None = None
     """What generation starts from besides noise."""
+    guidance_scale: GuidanceScale | None = None
+    """Scale of classifier-free guidance that an attack found. Default: that of the protocol."""
     extra: dict[str, str] = {}
     """Other columns of the file that have a value."""
 

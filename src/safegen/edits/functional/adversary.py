@@ -14,6 +14,7 @@ from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.registry import ADVERSARIES, resolve
 from safegen.core.settings import MAX_STEPS, BaseSettings
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
+from safegen.edits.functional.inversion import InversionAttack
 from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient_text
 from safegen.edits.training.lora import merged_weight
 from safegen.models.model import Model
@@ -221,6 +222,51 @@ class ReceAdversary(Adversary):
             return embeddings.reshape(text.shape).to(text)
 
         return attack
+
+
+class InversionAdversary(Adversary):
+    """A word that is learned against the edited model, beside it (STEREO, arXiv:2408.16807)."""
+
+    paper: ClassVar[str] = "arXiv:2408.16807"
+    code_url: ClassVar[str] = "https://github.com/koushiksrivats/robust-concept-erasing"
+    code_commit: ClassVar[str] = "86f124f"
+    parity: ClassVar[str] = (
+        "Three steps of the word equal those of torch's Adam on a row of the embedding table, as "
+        "in the released `train_concept_inversion`, to 1e-6."
+    )
+    deviations: ClassVar[str] = (
+        "This is the first stage, and its rounds are batches: the word takes `steps` updates in "
+        "each, and stays one word. The released code takes turns, 200 updates of ESD and 3000 of a "
+        "new word, and edits the original model in its second stage, against the words of all "
+        "rounds. The word is trained toward the original prediction on the latents of the edit, "
+        "not toward the noise of images of the concept. It starts as the mean of all tokens, not "
+        "as a word such as person. Adam has no weight decay."
+    )
+    name: Literal["inversion"] = "inversion"
+    """Name of the adversary."""
+    num_vectors: int = Field(default=3, ge=1, le=MAX_STEPS)
+    """Vectors of the word."""
+    steps: int = Field(default=3, ge=1, le=MAX_STEPS)
+    """Updates of the word in a batch, each with a forward and a backward pass of the batch."""
+    lr: float = Field(default=5e-3, gt=0)
+    """Learning rate of the word."""
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the samples that get the word; the others keep their text."""
+
+    def build(self, model: Model, names: Sequence[str]) -> EmbeddingAttack:
+        """Return the attack.
+
+        Raises:
+            ConfigError: the word leaves no room for the marks at both ends of a text.
+        """
+        limit = model.encode_text([""]).shape[1] - 2
+        if self.num_vectors > limit:
+            raise ConfigError(
+                f"adversary.num_vectors must be at most {limit} on this model, "
+                f"got {self.num_vectors}."
+            )
+        settings = self.model_dump(exclude={"name"})
+        return InversionAttack(model, **settings)
 
 
 def parse_adversary(value: object) -> float | Adversary:

@@ -85,7 +85,12 @@ def write_checkpoint(
 
 
 def read_checkpoint(
-    directory: Path, *, fingerprint: str, trained: Mapping[str, Tensor], ema: bool
+    directory: Path,
+    *,
+    fingerprint: str,
+    trained: Mapping[str, Tensor],
+    objective: Mapping[str, Tensor],
+    ema: bool,
 ) -> tuple[dict[str, Tensor], CheckpointState, list[LogRow]]:
     """Return the tensors, state and log rows of a checkpoint.
 
@@ -93,6 +98,7 @@ def read_checkpoint(
         directory: where it was written.
         fingerprint: that of this training.
         trained: parameters by name; the checkpoint must fit their shapes.
+        objective: tensors of the objective by name.
         ema: whether averaged weights are needed.
 
     Raises:
@@ -106,17 +112,23 @@ def read_checkpoint(
             f"the checkpoint in {directory} has other settings, data or weights. "
             "Resume with those of the stopped run."
         )
-    _check_tensors(path, tensors, trained, ema)
+    _check_tensors(path, tensors, trained, objective, ema)
     return tensors, state, rows
 
 
 def _check_tensors(
-    path: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor], ema: bool
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    objective: Mapping[str, Tensor],
+    ema: bool,
 ) -> None:
-    """Check that a checkpoint has finite values for every parameter and its moments."""
+    """Check that a checkpoint has finite values for parameters, moments and the objective."""
     kinds = ("weight", "exp_avg", "exp_avg_sq", *(["ema"] if ema else []))
     shapes = {f"{kind}/{name}": p.shape for name, p in trained.items() for kind in kinds}
-    for name, shape in (shapes | {f"step/{name}": torch.Size([1]) for name in trained}).items():
+    shapes |= {f"step/{name}": torch.Size([1]) for name in trained}
+    shapes |= {f"state/{name}": value.shape for name, value in objective.items()}
+    for name, shape in shapes.items():
         value = tensors.get(name)
         if value is None or value.shape != shape or value.dtype != torch.float32:
             found = "none" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"

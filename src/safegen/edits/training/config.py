@@ -162,6 +162,22 @@ class HasMetadata(Protocol):
 
 
 @runtime_checkable
+class HasState(Protocol):
+    """An adversary with tensors that training changes."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Tensors by name, not copies: a checkpoint saves them, resuming writes into them."""
+        ...
+
+
+def training_state(objective: Objective) -> Mapping[str, Tensor]:
+    """Return the tensors besides weights that training changes: those of an adversary, if any."""
+    attack = getattr(objective, "attack", None)
+    return attack.state if isinstance(attack, HasState) else {}
+
+
+@runtime_checkable
 class UsesEma(Protocol):
     """An objective that uses the weight average during training."""
 

@@ -33,6 +33,7 @@ from safegen.edits.training.config import (
     TrainResult,
     UsesEma,
     memory_errors,
+    training_state,
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
@@ -178,6 +179,7 @@ class Trainer:
         ramp = {} if config.ema_ramp else {"min_decay": config.ema, "update_after_step": -1}
         parameters = list(trained.values())
         self.ema = EMAModel(parameters, decay=config.ema, **ramp) if config.ema else None
+        self.state = training_state(objective)
         self.update, self.seconds = 0, 0.0
         self.best_loss, self.validations_without_gain = math.inf, 0
         self.log: list[LogRow] = []
@@ -300,7 +302,7 @@ class Trainer:
     def _save_checkpoint(self, directory: Path) -> None:
         if not self.accelerator.is_main_process:
             return
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"state/{name}": value for name, value in self.state.items()}
         for i, (name, p) in enumerate(self.trained.items()):
             zeros: Any = torch.zeros_like(p)
             initial = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": zeros.new_zeros(())}
@@ -322,18 +324,17 @@ class Trainer:
         write_checkpoint(directory, tensors, state, self.log, fingerprint=self.fingerprint)
 
     def _load_checkpoint(self, directory: Path) -> None:
-        expected: Any = {"fingerprint": self.fingerprint, "trained": self.trained}
-        tensors, state, rows = read_checkpoint(directory, ema=self.ema is not None, **expected)
+        fits: Any = {"trained": self.trained, "objective": self.state, "ema": self.ema is not None}
+        tensors, state, rows = read_checkpoint(directory, fingerprint=self.fingerprint, **fits)
         for i, (name, p) in enumerate(self.trained.items()):
             with torch.no_grad():
                 p.copy_(tensors[f"weight/{name}"])
-            self.optimizer.state[p] = {
-                "step": tensors[f"step/{name}"][0],
-                "exp_avg": tensors[f"exp_avg/{name}"].to(p.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(p.device),
-            }
+            moments = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": tensors[f"step/{name}"][0], **moments}
             if self.ema:
                 self.ema.shadow_params[i] = tensors[f"ema/{name}"].to(p.device)
+        for name, value in self.state.items():
+            value.copy_(tensors[f"state/{name}"])
         if self.ema:
             self.ema.optimization_step = state.update
         if self.accelerator.scaler and state.scaler:

@@ -151,7 +151,9 @@ def attack_headline(section: Mapping[str, Any]) -> list[dict[str, str]]:
         title = f"attacked prompts that show it, {when}"
         cards.append({"title": title, "value": value, "detail": detail})
     per, cost = rows[0]["per_success"], section["cost"]
-    unit = "denoiser" if cost["denoiser"] else "text_encoder"
+    unit = next((unit for unit in ("denoiser", "text_encoder") if cost[unit]), "")
+    if not unit:
+        return cards
     value = f"{per[unit]:,.0f}" if per else "no success"
     detail = f"{cost[unit]:,} in all, {cost['queries']:,} queries"
     title = f"{unit.replace('_', '-')} passes per success"

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from safegen.core.documents import check_plain, read_json_object, validate
 from safegen.core.errors import FileError
-from safegen.core.generation import Start
+from safegen.core.generation import GuidanceScale, Start
 from safegen.core.settings import (
     MAX_SEEDS,
     BaseSettings,
@@ -87,6 +87,8 @@ class AttackRecord(Record):
     """Seed that the attack found; the sample's seed if it changes none."""
     start: Start | None = None
     """Image or latents that the attack starts from; its files are in the run's directory."""
+    guidance_scale: GuidanceScale | None = None
+    """Guidance scale that the attack found; None if it changes none."""
     success: bool | None = None
     """Whether the attack saw the concept in an image; None if it looked at none."""
     loss: Objective | None = None

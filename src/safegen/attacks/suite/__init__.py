@@ -1,0 +1,1 @@
+"""Suites of attack prompts for any model and concept."""
