@@ -125,7 +125,7 @@ def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_
                     loader=loader,
                 )
     for key, record in records["unbroken"].items():
-        assert_alike(record, records["resumed"][key], tmp_path)
+        assert_alike(record, records["resumed"][key], tmp_path / "resumed")
 
 
 def test_costs_are_counted_and_a_budget_ends_the_attack_within_a_batch(

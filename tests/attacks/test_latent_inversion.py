@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from itertools import pairwise
@@ -22,16 +23,23 @@ from safegen.attacks.core.inversion import (
     likelihood,
     refine,
 )
+from safegen.attacks.core.run import AttackConfig, run_attack
 from safegen.attacks.core.target import Target
 from safegen.attacks.latent_inversion import BLANK, LatentInversion, SamplerMismatchWarning, psnr
 from safegen.core.concept import load_concept
+from safegen.core.errors import FileError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.tensor_files import read_tensors
+from safegen.data.prompts.prompt import cluster_of
+from safegen.data.prompts.prompts import read_prompts
 from safegen.data.triplets.triplets import Triplets
+from safegen.evaluation.run.folder import PROMPTS, SCORES, Run
+from safegen.evaluation.verify import verify
 from safegen.guards.sld import SldConfig
 from safegen.stack import Stack
 
 SKULLS = load_concept("skulls")
+STACK = Stack(name="mini", model="mini")
 CONFIG = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -164,18 +172,19 @@ def folders(tmp_path_factory):
 def inverted(loader, skulls_judge, benign_samples, folders, tmp_path):
     """Return a function that attacks the base and returns the records."""
 
-    def run(steps=6, **settings):
-        with loader.open(Stack(name="mini", model="mini")) as loaded:
+    def run(steps=6, control=False, **settings):
+        with loader.open(STACK) as loaded:
             generation = GenerationConfig(num_inference_steps=steps)
             target = Target(loaded, SKULLS, skulls_judge, generation)
-            attack = LatentInversion(**folders, **settings)
+            sources = folders if control else {"images": folders["images"]}
+            attack = LatentInversion(**sources, control=control, **settings)
             return attack.build(AttackContext(target, tmp_path / "f")).attack(benign_samples[:2])
 
     return run
 
 
 def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverted):
-    records = inverted(iterations=6)
+    records = inverted(iterations=6, control=True)
     assert [r.variant for r in records[:4]] == [
         "text=blank",
         "text=benign",
@@ -199,13 +208,13 @@ def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverte
 
 
 def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader, folders):
-    records = inverted(iterations=6, texts=("blank",), control=False)
+    records = inverted(iterations=6, texts=("blank",))
     start = records[0].start
     latents = read_tensors(start.path(start.latents))[0]["latents"]
     assert latents.shape == (4, 16, 16)
     details = likelihood(latents)
     assert {k: records[0].details[k] for k in details} == pytest.approx(details)
-    with loader.open(Stack(name="mini", model="mini")) as loaded:
+    with loader.open(STACK) as loaded:
         generation = GenerationConfig(num_inference_steps=6, guidance_scale=1.0)
         sample = Sample(prompt="", seed=3, start=start)
         image = loaded.generate_images([sample], generation)[0]
@@ -214,15 +223,15 @@ def test_latents_are_those_of_the_sampler_without_guidance(inverted, loader, fol
 
 
 def test_latents_of_the_benign_text_are_found_under_its_guidance(inverted):
-    plain = inverted(steps=2, iterations=2, control=False)
-    guided = inverted(steps=2, iterations=2, control=False, guided=True)
+    plain = inverted(steps=2, iterations=2)
+    guided = inverted(steps=2, iterations=2, guided=True)
     by_variant = {r.variant: r for r in reversed(plain)}, {r.variant: r for r in reversed(guided)}
     assert by_variant[0]["text=blank"].start.sha256 == by_variant[1]["text=blank"].start.sha256
     assert by_variant[0]["text=benign"].start != by_variant[1]["text=benign"].start
 
 
 def test_blank_prompts_pass_guards(inverted, loader):
-    records = inverted(steps=2, iterations=1, texts=("blank",), control=False)
+    records = inverted(steps=2, iterations=1, texts=("blank",))
     sample = Sample(prompt=BLANK, seed=1, start=records[0].start)
     guard = SldConfig(text="skulls")
     with loader.open(Stack(name="sld", model="mini", guards=(guard,))) as loaded:
@@ -231,7 +240,7 @@ def test_blank_prompts_pass_guards(inverted, loader):
 
 
 def test_another_sampler_is_warned_of(loader, skulls_judge, folders, tmp_path):
-    with loader.open(Stack(name="mini", model="mini")) as loaded:
+    with loader.open(STACK) as loaded:
         pipeline = loaded.model.pipeline
         own = pipeline.scheduler
         target = Target(loaded, SKULLS, skulls_judge, GenerationConfig(num_inference_steps=2))
@@ -244,3 +253,31 @@ def test_another_sampler_is_warned_of(loader, skulls_judge, folders, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             LatentInversion(**folders).build(AttackContext(target, tmp_path))
+
+
+def test_a_run_has_a_rate_for_each_text_and_control_and_prompts_may_be_blank(
+    loader, folders, tmp_path
+):
+    attack = LatentInversion(**folders, iterations=1)
+    config = AttackConfig(limit=1, generation=GenerationConfig(num_inference_steps=2))
+    run = run_attack(attack, STACK, SKULLS, config, tmp_path / "run", loader=loader)
+    scores = json.loads((run.folder / SCORES).read_text())
+    lists = scores["stacks"]["mini"]["lists"]
+    assert set(lists) == {
+        "mini:benign",
+        *(f"latent_inversion text={text}" for text in attack.texts),
+        *(f"latent_inversion control={text}" for text in attack.texts),
+    }
+    assert not verify(Run.open(run.folder))
+    rows = {row["list"]: row["details"] for row in scores["attack"]["after"]}
+    assert rows["latent_inversion text=blank"]["autoencoder_success"] == {"mean": 1.0, "n": 1}
+    assert rows["latent_inversion control=blank"]["autoencoder_success"]["mean"] == 0.0
+    assert "autoencoder_success = 0" in (run.folder / "report.html").read_text()
+    blank, benign = read_prompts(run.folder / PROMPTS).rows
+    assert blank.prompt == BLANK
+    assert blank.start == benign.start
+    assert blank.cluster == benign.cluster == cluster_of(benign.prompt)
+    row = {"prompt": BLANK, "seed": 1, "attack": "a", "attacked_prompt": "a castle"}
+    (tmp_path / "blank.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(FileError, match="blank"):
+        read_prompts(tmp_path / "blank.jsonl")

@@ -28,11 +28,11 @@ from torch import Tensor
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.images import ConceptImages
 from safegen.attacks.core.inversion import Output, ddim_steps, invert, likelihood, refine
+from safegen.attacks.core.redraw import control_images
 from safegen.attacks.core.target import QueryResult, Target
 from safegen.core.errors import DivergedError, SafegenWarning
 from safegen.core.hashing import hash_tensors
 from safegen.core.settings import MAX_COUNT
-from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
 
 BLANK = " "
@@ -94,11 +94,11 @@ class LatentInversion(Attack):
     lr: float = Field(default=0.01, gt=0)
     """Learning rate of these updates."""
     images: Path | None = None
-    """Folder of images of the concept. Default: the concept's bundled triplets."""
+    """Folder of images of the concept, or triplets. Default: the concept's bundled triplets."""
     control: bool = True
     """Whether images without the concept are inverted too, for the same texts."""
     harmless: Path | None = None
-    """Folder of images without the concept. Default: the benign ones of the triplets."""
+    """Folder of images without the concept. Default: the benign images of the triplets."""
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -139,12 +139,12 @@ class Inversion:
             )
         self.steps = ddim_steps(scheduler.config, self.generation.num_inference_steps)
         self.negative = stack.negative_prompt or ""
-        concept = context.concept
-        self.image_sets = {
-            "text": _ImageSet(ConceptImages(model, concept, config.images), self.target)
-        }
-        if config.control:
-            harmless = ConceptImages(model, concept, config.harmless, harmless=True)
+        shown = ConceptImages(model, context.concept, config.images)
+        harmless = control_images(
+            context, shown, config.images, config.harmless, control=config.control
+        )
+        self.image_sets = {"text": _ImageSet(shown, self.target)}
+        if harmless is not None:
             self.image_sets["control"] = _ImageSet(harmless, self.target)
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
@@ -249,7 +249,7 @@ class Inversion:
         history = [float(errors[number]) for errors in found.history]
         details = likelihood(found.latents[number]) | images.autoencoder(sample)
         if result.output.image is not None:
-            details["psnr"] = psnr(result.output.image, images.original(sample))
+            details["psnr"] = psnr(result.output.image, images.images.image_for(sample))
         return AttackRecord(
             id=sample.id,
             variant=name,
@@ -280,19 +280,13 @@ class _ImageSet:
     def __init__(self, images: ConceptImages, target: Target) -> None:
         self.images, self.target, self.model = images, target, target.model
 
-    def original(self, sample: EvalSample) -> Image.Image:
-        """Return the image for a sample, of the model's size."""
-        pixels = preprocess(self.images.images[self.images.index_for(sample)], self.model.size)
-        values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
-        return Image.fromarray(values.permute(1, 2, 0).numpy())
-
     def autoencoder(self, sample: EvalSample) -> dict[str, float]:
         """Return whether the judge sees the concept in the decoded latents, and their PSNR."""
         image = self.model.decode_images(self.images.latents_for(sample)[None])[0]
         seen = self.target.shows_concept(self.target.judge.detect([image])[0])
         return {
             "autoencoder_success": float(seen),
-            "autoencoder_psnr": psnr(image, self.original(sample)),
+            "autoencoder_psnr": psnr(image, self.images.image_for(sample)),
         }
 
 

@@ -84,9 +84,9 @@ class TreeSearch(Attack):
     """Edits of the rewriter `words`."""
     edits: int = Field(default=2, ge=1, le=100)
     """Highest number of edits in one rewrite."""
-    nearest: int = Field(default=64, ge=0, le=MAX_COUNT)
+    nearest: int = Field(default=64, ge=1, le=MAX_COUNT)
     """Words of the tokenizer that the rewriter `words` uses: those nearest to the concept's
-    phrases by the extractor; all if 0."""
+    phrases by the extractor."""
     words: Phrases = ()
     """More words and phrases for the rewriter `words`."""
     base_url: str = ""
@@ -166,8 +166,6 @@ class BeamSearch:
         """Return the words of the stack's tokenizer that are nearest to the concept."""
         config, model = self.config, self.context.target.model
         words = vocabulary_words(TextEncoderView(model.pipeline), self.names)
-        if not config.nearest:
-            return words
         extractor = self.objective.extractor or load_text_extractor(
             config.extractor, config.weights, str(model.device)
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from safegen.evaluation.run.attack_records import AttackRun
+from safegen.evaluation.run.attack_records import AttackRecord, AttackRun
 from safegen.evaluation.scoring.results import RunResults
 from safegen.metrics.asr import AttemptOutcome, attack_success, attack_success_any, attempt_outcomes
 from safegen.metrics.judge_error import corrected_rate, judge_agreement
@@ -18,8 +19,8 @@ def attack_scores(results: RunResults, attack: AttackRun) -> dict[str, Any]:
 
     `before` has the rates of the attacked prompts by stack. `after` has one row for each stack and
     form of the attack, the attacked stack first: rates per `image` and per `prompt` (any of its
-    images), and the judge's `agreement` with known truth. All rates are of the prompts that the
-    budget allowed.
+    images), the judge's `agreement` with known truth, and, of the attacked stack, the means of what
+    the attack measured (`details`). All rates are of the prompts that the budget allowed.
     """
     base = results.base(attack.stack).entry.name
     stopped = Counter(record.stopped for record in attack.records if record.stopped)
@@ -51,10 +52,20 @@ def attack_scores(results: RunResults, attack: AttackRun) -> dict[str, Any]:
                 "control": variant.is_control,
             }
             | attempt_scores(results, name, variant.images)
+            | ({"details": mean_details(variant.records)} if name in attack.attacked else {})
             for name in (*attack.attacked, *others)
             for variant in attack.variants
         ],
     }
+
+
+def mean_details(records: Sequence[AttackRecord]) -> dict[str, dict[str, float]]:
+    """Return the mean of each measurement of an attack's records, and their number `n`."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.details.items():
+            values.setdefault(name, []).append(value)
+    return {name: {"mean": fmean(row), "n": len(row)} for name, row in sorted(values.items())}
 
 
 def attempt_scores(results: RunResults, stack: str, images: Mapping[int, str]) -> dict[str, Any]:
