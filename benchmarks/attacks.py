@@ -1,7 +1,7 @@
 """Every attack on every defense of the miniature model: docs/results/attacks.json.
 
     python benchmarks/attacks.py --patches DIR --out DIR [--stacks base,rece,...]
-        [--attacks ring_a_bell,...] [--prompts 16]
+        [--attacks ring_a_bell,...] [--prompts 12]
     python benchmarks/attacks.py --out DIR --table docs/results/attacks.json --plot FILE.png
 
 DIR of `--patches` has METHOD-0.safetensors, as `python benchmarks/edits.py --keep DIR` writes them.
@@ -32,10 +32,17 @@ from safegen.workflows.attack import make_attack
 
 EDITS = ("safegen", "safegen-plus", "esd", "sdd", "rece", "uce", "concept_ablation")
 STACKS = ("base", *EDITS, "sld-max", "safree", "safegen+sld-max")
-SETTINGS: dict[str, dict[str, Any]] = {"relearn": {"data": "concept", "updates": (25, 100)}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "latent_inversion": {"iterations": 2},
+    "relearn": {"data": "concept", "updates": (25, 100)},
+    "sneaky_prompt": {"queries": 30},
+    "tree_search": {"depth": 3},
+}
 """Settings of an attack that differ from its defaults."""
-PROMPTS: dict[str, int] = {}
+PROMPTS = {"sneaky_prompt": 6, "tree_search": 6}
 """Number of prompts of an attack that is too slow for the common number."""
+STEPS = 15
+"""Denoising steps."""
 UNUSABLE = "unusable.json"
 """File of a cell that cannot run, with the reason."""
 
@@ -53,7 +60,10 @@ def make_stack(name: str, patches: Path) -> Stack:
 def attack_cell(attack: Attack, stack: Stack, concept: Concept, n: int, folder: Path) -> None:
     """Attack a stack, or note why it cannot be attacked."""
     config = AttackConfig(
-        limit=n, generation=GenerationConfig(precision=preferred_precision(), batch_size=16)
+        limit=n,
+        generation=GenerationConfig(
+            precision=preferred_precision(), batch_size=16, num_inference_steps=STEPS
+        ),
     )
     began = time.perf_counter()
     try:
@@ -296,7 +306,7 @@ def main() -> None:
     ask.add_argument("--out", type=Path, required=True)
     ask.add_argument("--stacks", default=",".join(STACKS))
     ask.add_argument("--attacks", default=",".join(ATTACKS))
-    ask.add_argument("--prompts", type=int, default=16)
+    ask.add_argument("--prompts", type=int, default=12)
     ask.add_argument("--table", type=Path, help="JSON file of a page: its tables are replaced")
     ask.add_argument("--plot", type=Path, help="PNG file for the heat map")
     args = ask.parse_args()

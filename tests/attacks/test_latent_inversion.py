@@ -185,12 +185,9 @@ def inverted(loader, skulls_judge, benign_samples, folders, tmp_path):
 
 def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverted):
     records = inverted(iterations=6, control=True)
-    assert [r.variant for r in records[:4]] == [
-        "text=blank",
-        "text=benign",
-        "control=blank",
-        "control=benign",
-    ]
+    texts = ("blank", "typical", "benign")
+    names = [f"{part}={text}" for part in ("text", "control") for text in texts]
+    assert [r.variant for r in records[:6]] == names
     blank = [r for r in records if r.variant == "text=blank"]
     control = [r for r in records if r.variant == "control=blank"]
     assert all(r.success and r.prompt == BLANK for r in blank)
@@ -204,6 +201,11 @@ def test_the_base_draws_the_image_again_and_the_control_shows_no_concept(inverte
     assert not any(r.details["autoencoder_success"] for r in control)
     benign = [r for r in records if r.variant == "text=benign"]
     assert [r.start for r in benign] == [r.start for r in blank]
+    for record, unscaled in zip(
+        (r for r in records if r.variant == "text=typical"), blank, strict=True
+    ):
+        assert abs(record.details["norm_z"]) < 0.2 < abs(unscaled.details["norm_z"])
+        assert record.prompt == BLANK
     assert all(r.prompt.strip() for r in benign)
 
 
@@ -273,7 +275,7 @@ def test_a_run_has_a_rate_for_each_text_and_control_and_prompts_may_be_blank(
     assert rows["latent_inversion text=blank"]["autoencoder_success"] == {"mean": 1.0, "n": 1}
     assert rows["latent_inversion control=blank"]["autoencoder_success"]["mean"] == 0.0
     assert "autoencoder_success = 0" in (run.folder / "report.html").read_text()
-    blank, benign = read_prompts(run.folder / PROMPTS).rows
+    blank, _, benign = read_prompts(run.folder / PROMPTS).rows
     assert blank.prompt == BLANK
     assert blank.start == benign.start
     assert blank.cluster == benign.cluster == cluster_of(benign.prompt)

@@ -37,8 +37,11 @@ from safegen.evaluation.samples import EvalSample
 
 BLANK = " "
 """Blank text. An empty prompt in a record would mean that the text was left out."""
-Text = Literal["blank", "benign"]
-"""What is asked for with the found latents: nothing, or the attacked prompt."""
+Text = Literal["blank", "typical", "benign"]
+"""What is asked for with the found latents: nothing, or the attacked prompt.
+
+`typical` asks for nothing with the latents scaled to the norm of a draw from N(0, I).
+"""
 
 
 class SamplerMismatchWarning(SafegenWarning):
@@ -80,8 +83,9 @@ class LatentInversion(Attack):
     access: ClassVar[Access] = "weights"
     tier: ClassVar[Tier] = "adaptive"
 
-    texts: tuple[Text, ...] = Field(default=("blank", "benign"), min_length=1)
-    """Texts asked for with the found latents; each has its own rate."""
+    texts: tuple[Text, ...] = Field(default=("blank", "typical", "benign"), min_length=1)
+    """Texts asked for with the found latents; each has its own rate. `typical` is the blank text
+    with the latents scaled to the norm of a draw from N(0, I), ours."""
     guided: bool = False
     """Whether latents for the benign text are inverted under that text with guidance; by default
     they are those of the blank text."""
@@ -153,12 +157,11 @@ class Inversion:
         for number, (part, images) in enumerate(self.image_sets.items()):
             blank: _Found | None = None
             for text in self.config.texts:
-                own = self.config.guided and text == "benign"
-                if own or blank is None:
-                    latents = self._invert(images, samples, text if own else "blank")
-                    blank = blank if own else latents
+                if self.config.guided and text == "benign":
+                    latents = self._invert(images, samples, text)
                 else:
-                    latents = blank
+                    blank = blank or self._invert(images, samples, "blank")
+                    latents = blank.typical() if text == "typical" else blank
                 name = f"{part}={text}"
                 found[name] = self._draw(images, samples, latents, text, name)
             self.context.progress("inverting images", number + 1, len(self.image_sets))
@@ -257,7 +260,7 @@ class Inversion:
             seed=sample.seed,
             start=sample.start,
             success=result.success,
-            loss=history[-1],
+            loss=history[-1] if history else None,
             history=tuple(history),
             details=details,
             stopped=self.target.exhausted,
@@ -272,6 +275,12 @@ class _Found:
     """Initial latents (b, c, h, w)."""
     history: list[Tensor]
     """Mean squared error (b,) of the drawn latents so far, by update."""
+
+    def typical(self) -> _Found:
+        """Return the latents scaled to the norm of a draw from N(0, I)."""
+        norms = self.latents.flatten(1).norm(dim=1)
+        scale = math.sqrt(self.latents[0].numel()) / norms
+        return _Found(self.latents * scale[:, None, None, None], [])
 
 
 class _ImageSet:
@@ -292,7 +301,7 @@ class _ImageSet:
 
 def _prompt_for(sample: EvalSample, text: Text) -> str:
     """Return the prompt for a text."""
-    return BLANK if text == "blank" else sample.prompt
+    return sample.prompt if text == "benign" else BLANK
 
 
 def psnr(image: Image.Image, other: Image.Image) -> float:
