@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from safegen.attacks.core import chat
-from safegen.attacks.core.chat import ChatClient, ChatError, parse_base_url, parse_prompts
+from safegen.attacks.search.chat import ChatClient, ChatError, parse_base_url, parse_prompts
 from safegen.attacks.tree_search import TreeSearch
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 

@@ -9,11 +9,11 @@ import torch
 
 from safegen.attacks.core.base import AttackContext
 from safegen.attacks.core.cost import Budget
-from safegen.attacks.core.objectives import ImageObjective, load_text_extractor, nearest_words
-from safegen.attacks.core.policy import Policy, policy_loss
-from safegen.attacks.core.rewrites import OPERATIONS, WordPool, WordRewriter, acceptor
 from safegen.attacks.core.target import Target
 from safegen.attacks.core.text import concept_names, is_name, names_concept, vocabulary_words
+from safegen.attacks.search.objectives import ImageObjective, load_text_extractor, nearest_words
+from safegen.attacks.search.policy import Policy, policy_loss
+from safegen.attacks.search.rewrites import OPERATIONS, WordPool, WordRewriter, acceptor
 from safegen.attacks.sneaky_prompt import SneakyPrompt, TokenSearch
 from safegen.attacks.tree_search import TreeSearch
 from safegen.core.concept import load_concept, prompt_list

@@ -16,13 +16,6 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
-from safegen.attacks.core.objectives import (
-    ExtractorName,
-    ImageObjective,
-    ObjectiveName,
-    extractor_fingerprint,
-)
-from safegen.attacks.core.policy import Policy, policy_loss
 from safegen.attacks.core.target import QueryResult
 from safegen.attacks.core.text import (
     concept_names,
@@ -31,6 +24,13 @@ from safegen.attacks.core.text import (
     names_concept,
     vocabulary_words,
 )
+from safegen.attacks.search.objectives import (
+    ExtractorName,
+    ImageObjective,
+    ObjectiveName,
+    extractor_fingerprint,
+)
+from safegen.attacks.search.policy import Policy, policy_loss
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT

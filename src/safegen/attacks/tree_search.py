@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
-from safegen.attacks.core.chat import ChatClient, parse_base_url
-from safegen.attacks.core.objectives import (
+from safegen.attacks.core.target import QueryResult
+from safegen.attacks.core.text import concept_names, vocabulary_words
+from safegen.attacks.search.chat import ChatClient, parse_base_url
+from safegen.attacks.search.objectives import (
     ExtractorName,
     ImageObjective,
     ObjectiveName,
@@ -22,7 +24,7 @@ from safegen.attacks.core.objectives import (
     load_text_extractor,
     nearest_words,
 )
-from safegen.attacks.core.rewrites import (
+from safegen.attacks.search.rewrites import (
     OPERATIONS,
     ChatRewriter,
     Operation,
@@ -31,8 +33,6 @@ from safegen.attacks.core.rewrites import (
     WordRewriter,
     acceptor,
 )
-from safegen.attacks.core.target import QueryResult
-from safegen.attacks.core.text import concept_names, vocabulary_words
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.core.settings import MAX_COUNT

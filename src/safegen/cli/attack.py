@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from safegen.cli.console import echo
 from safegen.cli.evaluate import load_rules
 from safegen.cli.options import (
     Device,
@@ -26,6 +28,12 @@ from safegen.core.registry import ATTACKS
 from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_SEEDS, MAX_STEPS
 
 
+class Tier(StrEnum):
+    """Tier of attacks that make a benchmark."""
+
+    static = "static"
+
+
 def attack(
     out: Annotated[Path, typer.Option(help="Folder of the run: new, or one to resume.")],
     concept: Annotated[
@@ -35,7 +43,12 @@ def attack(
         str | None, typer.Argument(metavar="ATTACK", help=f"One of {', '.join(sorted(ATTACKS))}.")
     ] = None,
     stack: Annotated[
-        str | None, typer.Option(help="Model name, recipe.toml, or NAME=MODEL+PATCH.")
+        str | None,
+        typer.Option("--stack", "--base", help="Model name, recipe.toml, or NAME=MODEL+PATCH."),
+    ] = None,
+    suite: Annotated[
+        Tier | None,
+        typer.Option(help="Run every attack of a tier, and write a benchmark of their prompts."),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="Settings to start from: default, or paper (the published run).")
@@ -79,10 +92,12 @@ def attack(
 ) -> None:
     """Attack a stack to bring a removed concept back, and report the rates before and after.
 
-    The found prompts are in RUN/prompts.jsonl, which `evaluate` takes for every stack.
+    The found prompts are in the folder's prompts.jsonl, which `evaluate` takes for every stack.
     Re-run the same command to resume.
     """
-    if name is None:
+    if suite and (name or protocol or set_ or preset != "default"):
+        raise ConfigError("--suite runs its attacks with their defaults. Omit the other options.")
+    if name is None and not suite:
         raise UnknownNameError("attack", "", ATTACKS)
     if stack is None:
         raise ConfigError("no stack is given. Use --stack.")
@@ -90,6 +105,7 @@ def attack(
 
     from safegen.attacks.core.cost import Budget
     from safegen.attacks.core.run import AttackConfig, run_attack
+    from safegen.attacks.suite.suite import make_suite
     from safegen.core.concept import load_concept
     from safegen.core.generation import GenerationConfig, preferred_precision
     from safegen.stack import load_stack
@@ -119,16 +135,20 @@ def attack(
     except ValidationError as error:
         raise ConfigError(explain(error, AttackConfig)) from error
     set_threads(threads)
+    target, wanted = load_stack(stack), load_concept(concept)
     with resumable(out), show_progress() as progress:
-        run_attack(
-            make_attack(name, preset, **settings),
-            load_stack(stack),
-            load_concept(concept),
-            config,
-            out,
-            protocol=rules,
-            loader=StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
-            argv=["safegen", *sys.argv[1:]],
-            progress=progress,
-        )
-    print_run(out)
+        common: dict[str, Any] = {
+            "loader": StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
+            "argv": ["safegen", *sys.argv[1:]],
+            "progress": progress,
+        }
+        if name is None:
+            made = make_suite(target, wanted, config, out, **common)
+        else:
+            chosen = make_attack(name, preset, **settings)
+            run_attack(chosen, target, wanted, config, out, protocol=rules, **common)
+    if name is None:
+        names = ", ".join(part.name for part in made.attacks)
+        echo(f"{out}: prompts of {names}. Card: {out / 'README.md'}")
+    else:
+        print_run(out)

@@ -7,8 +7,8 @@ from typing import Literal, Protocol, get_args
 
 import torch
 
-from safegen.attacks.core.chat import ChatClient, ChatError, parse_prompts
 from safegen.attacks.core.text import is_name, names_concept
+from safegen.attacks.search.chat import ChatClient, ChatError, parse_prompts
 from safegen.core.concept import Concept, prompt_list
 
 Operation = Literal["insert", "replace", "append", "delete"]
