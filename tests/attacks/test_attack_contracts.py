@@ -192,5 +192,20 @@ def test_settings_of_a_run_have_no_path(loader, tmp_path):
     run_attack(tiny("seeds", tries=1), STACK, SKULLS, config, tmp_path / "run", loader=loader)
     for name in ("settings.json", "protocol.json", "report.json", "report.html", "scores.json"):
         assert "secret" not in (tmp_path / "run" / name).read_text()
-    images = resolve(ATTACKS, "concept_inversion", "attack")(images=tmp_path / "secret")
-    assert images.fingerprint(SKULLS)["images"] == "secret"
+
+
+@every_attack
+def test_settings_hold_hashes_of_files_so_that_other_contents_are_other_settings(name, tmp_path):
+    kind = resolve(ATTACKS, name, "attack")
+    annotations = {field: str(info.annotation) for field, info in kind.model_fields.items()}
+    fields = [field for field, text in annotations.items() if "Path" in text]
+    for field in fields if name != "relearn" else ():  # its fingerprint has the dataset's hash
+        source = tmp_path / field / "source"
+        source.mkdir(parents=True)
+        found = []
+        for content in ("one", "two"):
+            (source / "a.txt").write_text(content)
+            found.append(kind(**{**kind.TINY, field: source}).fingerprint(SKULLS)[field])
+        assert found[0] != found[1]
+        assert "source" not in found[0]
+        assert kind(**{field: source / "a.txt"}).fingerprint(SKULLS)[field] != found[1]

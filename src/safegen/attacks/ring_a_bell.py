@@ -7,7 +7,6 @@ A genetic search over tokens minimizes the squared distance to it (equation 4).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,8 +19,6 @@ from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecor
 from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import concept_pairs, read_pairs
 from safegen.attacks.search.genetic import ElitistSearch, ReleasedSearch, TokenSearch
-from safegen.core.concept import Concept
-from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
@@ -99,15 +96,6 @@ class RingABell(Attack):
     """Generations without progress after which the search ends."""
     compat: bool = False
     """Search as the released code does, without elitism and on tokens instead of texts."""
-
-    def fingerprint(self, concept: Concept) -> dict[str, Any]:
-        """Return the plain values that decide the attack, with the hash of the pairs' file.
-
-        Raises:
-            FileError: the file cannot be read.
-        """
-        digest = hashlib.sha256(read_bytes(self.pairs)).hexdigest() if self.pairs else None
-        return super().fingerprint(concept) | {"pairs": digest}
 
     def build(self, context: AttackContext) -> GeneticAttacker:
         """Return the attacker; the concept's direction is computed here.

@@ -14,10 +14,11 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from safegen.attacks.core.images import hash_source
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.core.errors import UnknownNameError
-from safegen.core.files import atomic_write, display_name
+from safegen.core.files import atomic_write
 from safegen.core.generation import Start
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS
@@ -149,7 +150,7 @@ class Attack(BaseSettings, ABC):
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def fingerprint(self, concept: Concept) -> dict[str, Any]:
-        """Return the plain values that decide the attack, with names or hashes in place of paths.
+        """Return the plain values that decide the attack, with hashes in place of paths.
 
         Args:
             concept: concept that the attack brings back.
@@ -159,7 +160,7 @@ class Attack(BaseSettings, ABC):
         """
         settings = self.model_dump(mode="json")
         paths = {k: v for k, v in dict(self).items() if isinstance(v, Path)}
-        return settings | {name: display_name(str(path)) for name, path in paths.items()}
+        return settings | {name: hash_source(path) for name, path in paths.items()}
 
     def attacked_stacks(self, stack: Stack, folder: Path) -> Sequence[Stack]:
         """Return the stacks that the attack makes of one; none if it changes no stack.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from safegen.core.concept import Concept
+from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError, SafegenWarning
 from safegen.core.registry import TRIPLETS
 from safegen.data.images import crop_square, format_size, read_image, size_error
@@ -26,6 +28,8 @@ from safegen.models.model import Model
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MASK = "-mask"
 """End of the name of an image's mask, before `.png`."""
+MAX_SOURCE_FILE = 2**31
+"""Most bytes of a file that an attack reads."""
 
 
 class ConceptImages:
@@ -194,8 +198,7 @@ def _open_source(
             f"Name a folder of images with --set {setting}=DIR."
         )
     path = Path(name)
-    is_bundled = name.partition(":")[0] in TRIPLETS and ":" in name
-    if is_bundled or path.suffix.lower() == ".csv" or (path / MANIFEST).is_file():
+    if _is_triplets(path):
         return Triplets.load(name), []
     if not path.is_dir():
         raise FileError(f"{name} must be a folder of images or of triplets. Name another.")
@@ -207,6 +210,34 @@ def _open_source(
             f"{name} must hold images ({', '.join(SUFFIXES)}), got none. Name another folder."
         )
     return None, paths
+
+
+def hash_source(path: Path) -> str:
+    """Return a SHA-256 over a file, or over the names and contents of a folder's files.
+
+    Of triplets, it is `Triplets.hash`, which covers the images that a CSV file names.
+
+    Raises:
+        FileError: there is nothing, or it cannot be read.
+    """
+    if _is_triplets(path):
+        with suppress(FileError):  # a CSV file of something else is a plain file
+            return Triplets.load(path).hash
+    if not path.is_dir():
+        return hashlib.sha256(read_bytes(path, limit=MAX_SOURCE_FILE)).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    digests = [hashlib.sha256(read_bytes(f, limit=MAX_SOURCE_FILE)).hexdigest() for f in files]
+    lines = [
+        f"{d} {f.relative_to(path).as_posix()}\n" for d, f in zip(digests, files, strict=True)
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _is_triplets(path: Path) -> bool:
+    """Return whether a source of images is bundled triplets, or a folder or CSV file of them."""
+    name = str(path)
+    is_bundled = name.partition(":")[0] in TRIPLETS and ":" in name
+    return is_bundled or path.suffix.lower() == ".csv" or (path / MANIFEST).is_file()
 
 
 def _mask_path(path: Path) -> Path:
