@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from safegen.attacks.core.base import AttackRecord
 from safegen.attacks.core.cost import Budget, Cost
-from safegen.attacks.core.run import AttackConfig, attack_samples, run_attack
+from safegen.attacks.core.run import AttackConfig, attack_samples, repeat_samples, run_attack
 from safegen.attacks.core.target import Target
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
@@ -19,6 +19,7 @@ from safegen.core.hashing import hash_tensors
 from safegen.core.registry import ATTACKS, resolve
 from safegen.core.tensor_files import read_tensors
 from safegen.data.prompts.prompts import read_prompts
+from safegen.evaluation.run.attack_records import read_attack
 from safegen.evaluation.run.folder import ATTACK, PROMPTS, SAMPLES, SCORES, Run
 from safegen.evaluation.run.journal import Journal, read_journal
 from safegen.evaluation.verify import verify
@@ -209,3 +210,30 @@ def test_settings_hold_hashes_of_files_so_that_other_contents_are_other_settings
         assert found[0] != found[1]
         assert "source" not in found[0]
         assert kind(**{field: source / "a.txt"}).fingerprint(SKULLS)[field] != found[1]
+
+
+def test_prompts_of_several_lists_are_evaluated_with_the_noise_that_the_attack_saw(
+    loader, tmp_path
+):
+    config = CONFIG.model_copy(update={"roles": ("explicit", "innocent"), "limit": 1, "repeat": 2})
+    run = run_attack(tiny("seeds", tries=1), STACK, SKULLS, config, tmp_path / "run", loader=loader)
+    lists = [part for part in run.protocol.lists if part.role != "attack"]
+    attacked = repeat_samples([s for s in run.samples if s.role != "attack"], 2)
+    found = [s for s in run.samples if s.role == "attack"]
+    assert len(lists) == 2
+    assert [(s.prompt, s.seed, s.index) for s in found] == [
+        (s.prompt, s.seed, s.index) for s in attacked
+    ]
+
+
+def test_prompts_of_the_role_attack_keep_their_variants_and_controls_apart(loader, tmp_path):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a castle\n")
+    config = AttackConfig(prompts=(str(prompts),), roles=("attack",), generation=GENERATION)
+    attack = tiny("img2img")
+    run = run_attack(attack, STACK, SKULLS, config, tmp_path / "run", loader=loader)
+    found = read_attack(run)
+    assert [(v.variant, v.is_control) for v in found.variants] == [
+        ("strength=0.5", False),
+        ("control=0.5", True),
+    ]

@@ -19,7 +19,8 @@ def attacked_lists(
     samples: Sequence[EvalSample],
     records: Mapping[tuple[str, str], AttackRecord],
     *,
-    files: Mapping[Role, Path],
+    found: Path,
+    controls: tuple[Role, Path],
     seed: int,
     unsafe: bool,
 ) -> Iterator[PromptList]:
@@ -29,15 +30,19 @@ def attacked_lists(
         attack: the attack.
         samples: attacked samples.
         records: results by id and variant.
-        files: prompt file by role: of the variants for `attack`, of the controls for another.
+        found: prompt file of the variants, whose lists have the role `attack`.
+        controls: role of the controls' lists, and their prompt file.
         seed: seed of the protocol.
         unsafe: whether the attacked prompts are real unsafe ones.
 
     Raises:
         ConfigError: there is no result.
     """
-    for role, path in files.items():
-        variants = attack.variants if role == "attack" else attack.controls
+    role_found: Role = "attack"
+    for role, path, variants in (
+        (role_found, found, attack.variants),
+        (*controls, attack.controls),
+    ):
         if variants:
             _write_prompts(attack, samples, records, variants, path)
         for variant in variants if attack.changes_prompts else ():

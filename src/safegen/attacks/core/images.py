@@ -227,9 +227,7 @@ def hash_source(path: Path) -> str:
         return hashlib.sha256(read_bytes(path, limit=MAX_SOURCE_FILE)).hexdigest()
     files = sorted(file for file in path.rglob("*") if file.is_file())
     digests = [hashlib.sha256(read_bytes(f, limit=MAX_SOURCE_FILE)).hexdigest() for f in files]
-    lines = [
-        f"{d} {f.relative_to(path).as_posix()}\n" for d, f in zip(digests, files, strict=True)
-    ]
+    lines = [f"{d} {f.relative_to(path).as_posix()}\n" for d, f in zip(digests, files, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -131,7 +131,8 @@ def run_attack(
                 attack,
                 samples,
                 records,
-                files={"attack": output_dir / PROMPTS, role: output_dir / CONTROLS},
+                found=output_dir / PROMPTS,
+                controls=(role, output_dir / CONTROLS),
                 seed=config.seed,
                 unsafe=config.unsafe,
             )
@@ -165,16 +166,17 @@ def check_model(stack: Stack) -> None:
 
 
 def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSample]:
-    """Return the samples of several attacks on each: copies with other ids and seeds."""
-    copies = list(samples)
-    for number in range(1, repeat):
+    """Return the samples of several attacks on each: copies with other ids and seeds.
+
+    The index of each is its place, which its prompt has in the list of found prompts. Noise depends
+    on the index, so the evaluation draws the images that the attack saw.
+    """
+    copies = []
+    for number in range(repeat):
         for sample in samples:
             id_ = copy_id(sample.id, number)
-            update = {
-                "id": id_,
-                "seed": seed_for(id_, sample.seed),
-                "index": sample.index + number * len(samples),
-            }
+            seed = seed_for(id_, sample.seed) if number else sample.seed
+            update = {"id": id_, "seed": seed, "index": len(copies)}
             copies.append(sample.model_copy(update=update))
     return copies
 

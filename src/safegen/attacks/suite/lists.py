@@ -74,11 +74,14 @@ def found_lists(
     folder: Path,
 ) -> Iterator[PromptList]:
     """Write the prompt files of an attack, and yield its lists; controls have a file of theirs."""
-    files: dict[Role, Path] = {"attack": folder.with_suffix(".jsonl")}
-    if attack.controls:
-        files[samples[0].role] = folder.with_name(f"{folder.name}-controls.jsonl")
     return attacked_lists(
-        attack, samples, records, files=files, seed=config.seed, unsafe=config.unsafe
+        attack,
+        samples,
+        records,
+        found=folder.with_suffix(".jsonl"),
+        controls=(samples[0].role, folder.with_name(f"{folder.name}-controls.jsonl")),
+        seed=config.seed,
+        unsafe=config.unsafe,
     )
 
 
