@@ -30,7 +30,8 @@ def attack(args: argparse.Namespace) -> dict[str, Any]:
     """Attack the prompts from `args.first` on, and return costs, texts and seconds."""
     began = time.perf_counter()
     from safegen.attacks.core.base import AttackContext
-    from safegen.attacks.core.run import AttackConfig, attack_protocol
+    from safegen.attacks.core.prompts import attack_protocol
+    from safegen.attacks.core.run import AttackConfig
     from safegen.attacks.core.target import Target
     from safegen.attacks.unlearn_diff import UnlearnDiff
     from safegen.core.concept import load_concept

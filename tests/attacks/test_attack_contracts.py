@@ -237,3 +237,76 @@ def test_prompts_of_the_role_attack_keep_their_variants_and_controls_apart(loade
         ("strength=0.5", False),
         ("control=0.5", True),
     ]
+
+
+@pytest.mark.parametrize("name", ["ring_a_bell", "concept_inversion"])
+def test_a_batch_that_is_half_written_is_attacked_again_at_no_lower_cost(
+    name, loader, benign_samples, tmp_path
+):
+    attack, path = tiny(name), tmp_path / ATTACK
+
+    def records(stop):
+        with Journal(path, AttackRecord) as journal:
+            return attack_samples(
+                attack,
+                *(STACK, SKULLS, CONFIG, benign_samples[:stop], journal, tmp_path / "files"),
+                loader=loader,
+            )
+
+    whole = records(3)
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in (1, 2):
+        path.write_text("".join(lines[:kept]))
+        again = records(3)
+        assert list(again) == list(whole)
+        for cost in ("denoiser", "text_encoder", "queries"):
+            totals = [sum(getattr(r.cost, cost) for r in part.values()) for part in (whole, again)]
+            assert totals[0] == totals[1], (kept, cost)
+        assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_resumed_attack_does_not_pay_again_for_what_it_builds(loader, benign_samples, tmp_path):
+    attack, found = tiny("ring_a_bell", batch_size=1), {}
+    for part, stops in {"unbroken": (3,), "resumed": (1, 3)}.items():
+        for stop in stops:
+            budget = Budget(text=40)  # the pairs take 8 passes, each sample 17
+            with Journal(tmp_path / part, AttackRecord) as journal:
+                found[part] = attack_samples(
+                    attack,
+                    STACK,
+                    SKULLS,
+                    CONFIG.model_copy(update={"budget": budget}),
+                    benign_samples[:stop],
+                    journal,
+                    tmp_path / "files",
+                    loader=loader,
+                )
+    assert [r.cost.text_encoder for r in found["unbroken"].values()] == [
+        r.cost.text_encoder for r in found["resumed"].values()
+    ]
+    assert [r.stopped for r in found["unbroken"].values()] == [
+        r.stopped for r in found["resumed"].values()
+    ]
+
+
+def test_a_budget_leaves_out_no_sample_of_an_attack_that_changes_no_prompt(
+    loader, benign_samples, tmp_path
+):
+    config = CONFIG.model_copy(update={"budget": Budget(nfe=1)})
+    with Journal(tmp_path / ATTACK, AttackRecord) as journal:
+        records = attack_samples(
+            tiny("relearn"),
+            *(STACK, SKULLS, config, benign_samples, journal, tmp_path / "files"),
+            loader=loader,
+        )
+    assert len(records) == 3
+    assert {record.stopped for record in records.values()} == {"nfe"}
+
+
+def test_a_run_does_not_resume_with_other_phrases_of_the_concept(loader, tmp_path):
+    attack, config = tiny("seeds", tries=1), CONFIG.model_copy(update={"limit": 1})
+    own = SKULLS.model_copy(update={"name": "mine", "words": ("bones",)})
+    run_attack(attack, STACK, own, config, tmp_path / "run", loader=loader)
+    other = own.model_copy(update={"words": ("skulls",)})
+    with pytest.raises(FileError, match="other settings"):
+        run_attack(attack, STACK, other, config, tmp_path / "run", loader=loader)

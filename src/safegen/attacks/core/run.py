@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from safegen.attacks.core.base import Attack, AttackContext, Attacker, AttackRecord
 from safegen.attacks.core.cost import Budget, Cost
 from safegen.attacks.core.found_prompts import attacked_lists
+from safegen.attacks.core.prompts import with_protocol
 from safegen.attacks.core.target import Target
-from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, explain
+from safegen.core.concept import Concept, load_concept
+from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.hub import HUB
 from safegen.core.progress import ProgressCallback, no_progress
+from safegen.core.registry import CONCEPTS
 from safegen.core.settings import MAX_COUNT, MAX_SEEDS, BaseSettings, Seed
 from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.evaluate import evaluate, load_evaluators
-from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
+from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.attack_records import copy_id
 from safegen.evaluation.run.card import check_directory
@@ -28,8 +31,7 @@ from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPTS, Run
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
-from safegen.evaluation.samples import EvalSample, Role, hash_prompts, is_bundled, read_prompt_list
-from safegen.evaluation.schema import JudgeRule, MetricName, PromptList
+from safegen.evaluation.samples import EvalSample, Role, is_bundled
 from safegen.judges import load_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -95,7 +97,7 @@ def run_attack(
     """
     check_model(stack)
     loader = loader or StackLoader()
-    concept, config, protocol = _with_protocol(attack, concept, config, protocol)
+    concept, config, protocol = with_protocol(attack, concept, config, protocol)
     check_directory(output_dir)
     with claim_run(output_dir):
         load_evaluators(protocol)  # a judge that is not installed stops the attack at once
@@ -109,7 +111,7 @@ def run_attack(
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
             "device": f"{loader.device}, {loader.dtype}",
-        }
+        } | own_concept(concept)
         claim_directory(output_dir, settings)
         samples = repeat_samples(protocol.samples(), config.repeat)
         folder = output_dir / ATTACK_FILES
@@ -165,13 +167,22 @@ def check_model(stack: Stack) -> None:
         )
 
 
+def own_concept(concept: Concept) -> dict[str, Any]:
+    """Return the phrases and lists of a concept as a setting of a run; a built-in one has none."""
+    parts = {"judge", "labels", "threshold"}  # the protocol has them
+    values = concept.model_dump(mode="json", exclude=parts)
+    names = [concept.name] if concept.name in CONCEPTS else []
+    builtin = [load_concept(name).model_dump(mode="json", exclude=parts) for name in names]
+    return {} if values in builtin else {"concept": values}
+
+
 def repeat_samples(samples: Sequence[EvalSample], repeat: int) -> list[EvalSample]:
     """Return the samples of several attacks on each: copies with other ids and seeds.
 
     The index of each is its place, which its prompt has in the list of found prompts. Noise depends
     on the index, so the evaluation draws the images that the attack saw.
     """
-    copies = []
+    copies: list[EvalSample] = []
     for number in range(repeat):
         for sample in samples:
             id_ = copy_id(sample.id, number)
@@ -195,10 +206,18 @@ def attack_samples(
 ) -> dict[tuple[str, str], AttackRecord]:
     """Attack the samples that the journal lacks, and return the records by id and variant.
 
-    Samples that the budget leaves out have no record.
+    Samples that the budget leaves out have no record. Where an attack changes no prompt, samples
+    cost nothing, and none is left out.
     """
-    records = {(record.id, record.variant): record for record in journal.records}
     variants = (*attack.variants, *attack.controls)
+    _drop_torn_batch(
+        journal,
+        [
+            [(sample.id, variant) for sample in batch for variant in variants]
+            for batch in _batches(samples, attack.batch_size)
+        ],
+    )
+    records = {(record.id, record.variant): record for record in journal.records}
     if _complete(samples, variants, records):
         return records
     judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
@@ -210,11 +229,13 @@ def attack_samples(
             for batch in _batches(samples, attack.batch_size):
                 if _complete(batch, variants, records):
                     continue
-                if target.exhausted:
+                if target.exhausted and attack.changes_prompts:
                     break
                 if attacker is None:
                     context = AttackContext(target, folder, progress)
                     attacker = attack.build(context)
+                    if records:  # the first batch has the cost of building
+                        target.reset(spent)
                 before = target.cost if records else Cost()
                 progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
                 results = attacker.attack(batch)
@@ -239,108 +260,26 @@ def _complete(
     return all((sample.id, variant) in records for sample in samples for variant in variants)
 
 
+def _drop_torn_batch(
+    journal: Journal[AttackRecord], batches: Iterable[Sequence[tuple[str, str]]]
+) -> None:
+    """Remove the records of a batch that was not written to its end; it is attacked again.
+
+    Otherwise the cost shared by its other records would be lost.
+
+    Args:
+        journal: the records.
+        batches: id and variant of the records of each batch, in order.
+    """
+    left = [(record.id, record.variant) for record in journal.records]
+    for batch in batches:
+        if left[: len(batch)] != batch:
+            if left and left == batch[: len(left)]:
+                journal.keep(len(journal.records) - len(left))
+            return
+        left = left[len(batch) :]
+
+
 def _batches(samples: Sequence[EvalSample], size: int) -> Iterator[Sequence[EvalSample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
-
-
-def _with_protocol(
-    attack: Attack, concept: Concept, config: AttackConfig, protocol: Protocol | None
-) -> tuple[Concept, AttackConfig, Protocol]:
-    """Return a concept and a configuration as a protocol has them, and the attacked protocol.
-
-    Raises:
-        ConfigError: the protocol has no lists of the roles, or `config` names prompts too.
-    """
-    if protocol is None:
-        return concept, config, attack_protocol(attack, concept, config)
-    if config.prompts:
-        raise ConfigError("give either a protocol or files of prompts, got both")
-    roles = config.roles or (attack.role,)
-    lists = [
-        _limited(part, config.limit, config.seed) for part in protocol.lists if part.role in roles
-    ]
-    if not lists:
-        raise ConfigError(
-            f"protocol {protocol.name!r} has no list of role {', '.join(roles)}. Choose with --role"
-        )
-    rule = protocol.judge
-    judge = {"judge": rule.name, "labels": rule.labels, "threshold": rule.threshold}
-    config = config.model_copy(
-        update={
-            "generation": protocol.generation,
-            "unsafe": config.unsafe or any(part.unsafe for part in lists),
-        }
-    )
-    changes = {
-        "lists": tuple(lists),
-        "seeds": "rows",
-        "seed": config.seed,
-        "metrics": _metrics(config),
-        "features": None,
-        "lpips": None,
-    }
-    return concept.model_copy(update=judge), config, protocol.model_copy(update=changes)
-
-
-def _limited(part: PromptList, limit: int | None, seed: int) -> PromptList:
-    """Return the first prompts of a list, each with its own seed."""
-    prompts = part.prompts if limit is None else min(limit, part.prompts or limit)
-    part = part.model_copy(update={"prompts": prompts})
-    rows = part.read(protocol_seed=seed).rows
-    return part.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)})
-
-
-def _metrics(config: AttackConfig) -> tuple[MetricName, ...]:
-    """Return the metrics of an attack's run; any-of-N where prompts are attacked N times."""
-    return (*CONCEPT_METRICS, "asr", *(("asr_any",) if config.repeat > 1 else ()))
-
-
-def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> Protocol:
-    """Return the protocol of the prompts before the attack.
-
-    Raises:
-        ConfigError: the concept has no prompts of the roles, or files have several roles.
-    """
-    roles = config.roles or (attack.role,)
-    if config.prompts and len(roles) > 1:
-        raise ConfigError(f"prompts from files must have one role, got {', '.join(roles)}")
-    sources = [(source, roles[0]) for source in config.prompts] or [
-        (source, role) for role in roles for source in concept.lists.get(role, ())
-    ]
-    if not sources:
-        raise ConfigError(
-            f"concept {concept.name!r} has no prompts of role {', '.join(roles)}. "
-            "Name some with --prompts."
-        )
-    lists = []
-    for source, role in sources:
-        rows = read_prompt_list(
-            source, prompts=config.limit, protocol_seed=config.seed, unsafe=config.unsafe
-        ).rows
-        lists.append(
-            PromptList(
-                name=source if is_bundled(source) else display_name(source),
-                role=role,
-                source=source,
-                prompts=len(rows),
-                sha256=hash_prompts(rows),
-                shows=concept.shows.get(source),
-                unsafe=config.unsafe,
-            )
-        )
-    rule = JudgeRule(name=concept.judge, labels=concept.labels, threshold=concept.threshold)
-    try:
-        return Protocol(
-            name=concept.name,
-            concept=concept.name,
-            words=concept.words,
-            lists=tuple(lists),
-            seeds="rows",
-            seed=config.seed,
-            generation=config.generation,
-            judge=rule,
-            metrics=_metrics(config),
-        )
-    except ValidationError as error:
-        raise ConfigError(f"{concept.name}: {explain(error, Protocol)}") from error

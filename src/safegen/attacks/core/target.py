@@ -85,8 +85,7 @@ class Target:
             spent: cost of an interrupted attack that this one continues.
         """
         if spent is not None:
-            self._counts = {name: getattr(spent, name) for name in self._counts}
-            self._seconds = spent.seconds
+            self.reset(spent)
         encoders = [
             getattr(self.model.pipeline, name)
             for name in self.model.components
@@ -121,6 +120,12 @@ class Target:
 
     def _add(self, name: str, rows: int) -> None:
         self._counts[name] += rows
+
+    def reset(self, cost: Cost) -> None:
+        """Take a cost as that so far."""
+        self._counts = {name: getattr(cost, name) for name in self._counts}
+        self._seconds = cost.seconds
+        self._began = None if self._began is None else time.perf_counter()
 
     def add(self, cost: Cost) -> None:
         """Add the cost of work that an interrupted attack did and no record holds."""

@@ -12,13 +12,8 @@ from typing import Any
 from safegen._version import __version__
 from safegen.attacks.core.base import Attack, AttackRecord
 from safegen.attacks.core.cost import Cost
-from safegen.attacks.core.run import (
-    AttackConfig,
-    attack_protocol,
-    attack_samples,
-    check_model,
-    repeat_samples,
-)
+from safegen.attacks.core.prompts import attack_protocol
+from safegen.attacks.core.run import AttackConfig, attack_samples, check_model, repeat_samples
 from safegen.attacks.suite.files import (
     CARD,
     MANIFEST,

@@ -45,6 +45,14 @@ class Journal(Generic[R]):
         self._file.flush()
         self.records += records
 
+    def keep(self, n: int) -> None:
+        """Remove all records but the first `n`."""
+        self._file.seek(0)
+        for _ in range(n):
+            self._file.readline()
+        self._file.truncate(self._file.tell())
+        self.records = self.records[:n]
+
     def __enter__(self) -> Self:
         """Return the journal."""
         return self
