@@ -33,13 +33,14 @@ from safegen.workflows.attack import make_attack
 EDITS = ("safegen", "safegen-plus", "esd", "sdd", "rece", "uce", "concept_ablation")
 STACKS = ("base", *EDITS, "sld-max", "safree", "safegen+sld-max")
 SETTINGS: dict[str, dict[str, Any]] = {
+    "concept_inversion": {"updates": 200},
     "latent_inversion": {"iterations": 2},
     "relearn": {"data": "concept", "updates": (25, 100)},
-    "sneaky_prompt": {"queries": 30},
-    "tree_search": {"depth": 3},
+    "sneaky_prompt": {"queries": 20},
+    "tree_search": {"depth": 2},
 }
 """Settings of an attack that differ from its defaults."""
-PROMPTS = {"sneaky_prompt": 6, "tree_search": 6}
+PROMPTS = {"p4d": 6, "seeds": 8, "sneaky_prompt": 6, "tree_search": 6}
 """Number of prompts of an attack that is too slow for the common number."""
 STEPS = 15
 """Denoising steps."""

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from pydantic import ValidationError
 
-from safegen.attacks.core import chat
+from safegen.attacks.search import chat
 from safegen.attacks.search.chat import ChatClient, ChatError, parse_base_url, parse_prompts
 from safegen.attacks.tree_search import TreeSearch
 from safegen.core.errors import ConfigError, UnusedSettingWarning
