@@ -99,7 +99,6 @@ def contents(folder):
 def without_seconds(row):
     row.pop("seconds", None)
     row.get("cost", {}).pop("seconds", None)
-    row.get("cost", {}).pop("text_encoder", None)  # captions are encoded again after a kill
     return row
 
 
