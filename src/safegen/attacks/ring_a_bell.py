@@ -190,7 +190,8 @@ class GeneticAttacker:
     def _record(self, search: TokenSearch, sample: EvalSample) -> AttackRecord:
         """Return the result of one search."""
         tokens = torch.tensor([search.best])
-        text = self.space.decode(tokens)[0].strip()
+        text, config = self.space.decode(tokens)[0].strip(), self.config
+        ended = search.stagnation >= config.patience or len(search.history) >= config.generations
         return AttackRecord(
             id=sample.id,
             prompt=text or sample.prompt,
@@ -199,7 +200,7 @@ class GeneticAttacker:
             history=tuple(search.history),
             tokens=search.best,
             stable=bool((self.space.tokenize([text]) == self.space.rows(tokens)).all()),
-            stopped=self.context.target.exhausted,
+            stopped="" if ended or not search.proposals else self.context.target.exhausted,
         )
 
 

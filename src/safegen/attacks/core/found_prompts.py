@@ -24,7 +24,7 @@ def attacked_lists(
     samples: Sequence[EvalSample],
     records: Mapping[tuple[str, str], AttackRecord],
     *,
-    found: Path,
+    prompts: Path,
     controls: tuple[Role, Path],
     seed: int,
     unsafe: bool,
@@ -35,7 +35,7 @@ def attacked_lists(
         attack: the attack.
         samples: attacked samples.
         records: results by id and variant.
-        found: prompt file of the variants, whose lists have the role `attack`.
+        prompts: prompt file of the variants; their lists have the role `attack`.
         controls: role of the controls' lists, and their prompt file.
         seed: seed of the protocol.
         unsafe: whether the attacked prompts are real unsafe ones.
@@ -43,9 +43,9 @@ def attacked_lists(
     Raises:
         ConfigError: there is no result.
     """
-    role_found: Role = "attack"
+    variants_role: Role = "attack"
     for role, path, variants in (
-        (role_found, found, attack.variants),
+        (variants_role, prompts, attack.variants),
         (*controls, attack.controls),
     ):
         if variants:

@@ -133,7 +133,7 @@ def run_attack(
                 attack,
                 samples,
                 records,
-                found=output_dir / PROMPTS,
+                prompts=output_dir / PROMPTS,
                 controls=(role, output_dir / CONTROLS),
                 seed=config.seed,
                 unsafe=config.unsafe,
