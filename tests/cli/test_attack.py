@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,6 +46,27 @@ def test_found_prompts_transfer_to_another_stack_and_through_a_protocol(safegen,
     assert code == 0, err
     lists = json.loads((third / "scores.json").read_text())["stacks"]["mini"]["lists"]
     assert [row["role"] for row in lists.values()] == ["explicit", "attack"]
+
+
+def test_an_image_that_a_prompt_starts_from_stays_with_it(safegen, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    words = ["attack", "img2img", *WORDS[2:6], "--limit", 1, "--steps", 2]
+    words += ["--set", "strengths=[0.5]", "--set", "control=false"]
+    code, _, err = safegen(*words, "--out", first)
+    assert code == 0, err
+    words = [*WORDS[:6], "--steps", 2, "--set", "tries=1", "--out", second]
+    code, _, err = safegen(*words, "--prompts", first / "prompts.jsonl")
+    assert code == 0, err
+    (given,), (found,) = (
+        [json.loads(line) for line in (path / "prompts.jsonl").read_text().splitlines()]
+        for path in (first, second)
+    )
+    assert found["start"]["sha256"] == given["start"]["sha256"]
+    assert (second / found["start"]["image"]).is_file()
+    images = [path.read_bytes() for path in (second / "images" / "mini").iterdir()]
+    pixels = {np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in images}
+    assert len(images) == 2
+    assert len(pixels) == 1, "an attack that changes nothing asks for the same image"
 
 
 def test_prompts_that_cannot_be_attacked_are_named(safegen, tmp_path):
