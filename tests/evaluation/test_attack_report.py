@@ -80,8 +80,10 @@ def test_rates_before_and_after_and_cost_are_those_of_the_records(uce, tmp_path)
     assert section["curve"][0]["mean"] == 2.0
     assert section["curve"][1]["mean"] == pytest.approx((2 + 3 * 1) / 4), "ended ones keep theirs"
     page = (tmp_path / PAGE).read_text()
-    for words in ("Attack</h2>", "40 denoiser passes", "<b>static</b>", "not known", "found words"):
+    for words in ("Attack</h2>", "40 denoiser passes", "<b>static</b>", "found words"):
         assert words in page
+    for text in (page, (tmp_path / "report.md").read_text()):
+        assert text.count("not known, as no person has looked") == 1, "said once, not for each form"
 
 
 def test_the_base_model_is_shown_on_the_same_prompts_without_a_cost(uce, tmp_path):

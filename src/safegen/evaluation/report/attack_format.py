@@ -93,7 +93,10 @@ def markdown_attack(section: Mapping[str, Any]) -> str:
         cost = format_cost(row["per_success"]) if has_cost else "–"
         rows.append([markdown_text(row["stack"]), markdown_text(name), *figures, cost])
     lines += [markdown_table(rows), f"Cost: {format_cost(section['cost'])}."]
-    for row in section["after"]:
+    known = any(row.get("agreement") for row in section["after"])
+    if not known:
+        lines.append("The judge's errors: not known, as no person has looked at the images.")
+    for row in section["after"] if known else ():
         found = "; ".join(map(markdown_text, format_agreement(row.get("agreement"))))
         where = f"{markdown_text(row['stack'])}, {markdown_text(row['list'])}"
         lines.append(f"The judge's errors, {where}: {found}.")
