@@ -14,7 +14,7 @@ from safegen.attacks.core.run import AttackConfig, attack_samples, repeat_sample
 from safegen.attacks.core.target import Target
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.generation import GenerationConfig, Sample, Start
 from safegen.core.hashing import hash_tensors
 from safegen.core.registry import ATTACKS, resolve
 from safegen.core.tensor_files import read_tensors
@@ -91,6 +91,7 @@ def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
     for a, b in zip(first, again, strict=True):
         assert_alike(a, b, tmp_path)
         assert a.history == pytest.approx(b.history, rel=1e-4)
+        assert list(a.history) == sorted(a.history, reverse=True), "the best so far"
     variants = (*tiny(name).variants, *tiny(name).controls)
     assert [(r.id, r.variant) for r in first] == [(i.id, v) for i in items for v in variants]
     assert digest(loader) == before
@@ -127,6 +128,8 @@ def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_
                 )
     for key, record in records["unbroken"].items():
         assert_alike(record, records["resumed"][key], tmp_path / "resumed")
+        costs = [r.cost.model_dump(exclude={"seconds"}) for r in (record, records["resumed"][key])]
+        assert costs[0] == costs[1]
 
 
 def test_costs_are_counted_and_a_budget_ends_the_attack_within_a_batch(
@@ -310,3 +313,22 @@ def test_a_run_does_not_resume_with_other_phrases_of_the_concept(loader, tmp_pat
     other = own.model_copy(update={"words": ("skulls",)})
     with pytest.raises(FileError, match="other settings"):
         run_attack(attack, STACK, other, config, tmp_path / "run", loader=loader)
+
+
+def test_found_prompts_of_an_attack_keep_their_scale_and_cannot_have_a_start(
+    loader, benign_samples, tmp_path
+):
+    def attack(name, sample):
+        with Journal(tmp_path / name, AttackRecord) as journal:
+            (record,) = attack_samples(
+                tiny(name),
+                *(STACK, SKULLS, CONFIG, [sample], journal, tmp_path / "files"),
+                loader=loader,
+            ).values()
+        return record
+
+    scaled = benign_samples[0].model_copy(update={"guidance_scale": 2.0})
+    assert attack("mma", scaled).guidance_scale == 2.0
+    start = Start(latents="a.safetensors", sha256="0" * 64)
+    with pytest.raises(ConfigError, match="must start from noise"):
+        attack("seeds", benign_samples[0].model_copy(update={"start": start}))

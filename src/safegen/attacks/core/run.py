@@ -207,8 +207,13 @@ def attack_samples(
     """Attack the samples that the journal lacks, and return the records by id and variant.
 
     Samples that the budget leaves out have no record. Where an attack changes no prompt, samples
-    cost nothing, and none is left out.
+    cost nothing, and none is left out. A prompt's own guidance scale stays where the attack finds
+    none.
+
+    Raises:
+        ConfigError: a prompt has a start, which a changed prompt would lose.
     """
+    _check_starts(attack, samples)
     variants = (*attack.variants, *attack.controls)
     _drop_torn_batch(
         journal,
@@ -239,16 +244,33 @@ def attack_samples(
                 before = target.cost if records else Cost()
                 progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
                 results = attacker.attack(batch)
-                costs = (target.cost - before).split(len(results))
-                new = [
-                    result.model_copy(update={"cost": cost})
-                    for result, cost in zip(results, costs, strict=True)
-                    if (result.id, result.variant) not in records
-                ]
+                done = _share_cost(batch, results, target.cost - before)
+                new = [r for r in done if (r.id, r.variant) not in records]
                 journal.append(new)
                 records |= {(record.id, record.variant): record for record in new}
     progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
     return records
+
+
+def _check_starts(attack: Attack, samples: Sequence[EvalSample]) -> None:
+    if attack.changes_prompts and any(sample.start for sample in samples):
+        raise ConfigError(
+            "attacked prompts must start from noise, got one that starts from an image or latents. "
+            "Name other prompts."
+        )
+
+
+def _share_cost(
+    batch: Sequence[EvalSample], results: Sequence[AttackRecord], cost: Cost
+) -> list[AttackRecord]:
+    """Return the results of a batch with equal shares of its cost, and their samples' scales."""
+    scales = {sample.id: sample.guidance_scale for sample in batch}
+    return [
+        result.model_copy(
+            update={"cost": share, "guidance_scale": result.guidance_scale or scales[result.id]}
+        )
+        for result, share in zip(results, cost.split(len(results)), strict=True)
+    ]
 
 
 def _complete(
