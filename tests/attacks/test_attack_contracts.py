@@ -14,7 +14,7 @@ from safegen.attacks.core.run import AttackConfig, attack_samples, repeat_sample
 from safegen.attacks.core.target import Target
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.core.generation import GenerationConfig, Sample, Start
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.hashing import hash_tensors
 from safegen.core.registry import ATTACKS, resolve
 from safegen.core.tensor_files import read_tensors
@@ -313,22 +313,3 @@ def test_a_run_does_not_resume_with_other_phrases_of_the_concept(loader, tmp_pat
     other = own.model_copy(update={"words": ("skulls",)})
     with pytest.raises(FileError, match="other settings"):
         run_attack(attack, STACK, other, config, tmp_path / "run", loader=loader)
-
-
-def test_found_prompts_of_an_attack_keep_their_scale_and_cannot_have_a_start(
-    loader, benign_samples, tmp_path
-):
-    def attack(name, sample):
-        with Journal(tmp_path / name, AttackRecord) as journal:
-            (record,) = attack_samples(
-                tiny(name),
-                *(STACK, SKULLS, CONFIG, [sample], journal, tmp_path / "files"),
-                loader=loader,
-            ).values()
-        return record
-
-    scaled = benign_samples[0].model_copy(update={"guidance_scale": 2.0})
-    assert attack("mma", scaled).guidance_scale == 2.0
-    start = Start(latents="a.safetensors", sha256="0" * 64)
-    with pytest.raises(ConfigError, match="must start from noise"):
-        attack("seeds", benign_samples[0].model_copy(update={"start": start}))

@@ -18,7 +18,7 @@ from torch import Tensor
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import concept_pairs, read_pairs
-from safegen.attacks.search.genetic import ElitistSearch, ReleasedSearch, TokenSearch
+from safegen.attacks.search.genetic import ElitistSearch, GeneticSearch, ReleasedSearch
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
@@ -173,7 +173,7 @@ class GeneticAttacker:
                 break
         return [self._record(*pair) for pair in zip(searches, samples, strict=True)]
 
-    def _score(self, running: Sequence[tuple[TokenSearch, Tensor]]) -> None:
+    def _score(self, running: Sequence[tuple[GeneticSearch, Tensor]]) -> None:
         """Score the proposals of all searches in one batch, and begin the next generation."""
         tokens = torch.tensor([t for search, _ in running for t in search.proposals])
         sizes = [len(search.proposals) for search, _ in running]
@@ -187,7 +187,7 @@ class GeneticAttacker:
         """Return the ids (n, length) that the texts of tokens (n, k) are read as."""
         return self.space.tokenize(self.space.decode(tokens))
 
-    def _record(self, search: TokenSearch, sample: EvalSample) -> AttackRecord:
+    def _record(self, search: GeneticSearch, sample: EvalSample) -> AttackRecord:
         """Return the result of one search."""
         tokens = torch.tensor([search.best])
         text, config = self.space.decode(tokens)[0].strip(), self.config

@@ -14,6 +14,11 @@ from safegen.evaluation.samples import EvalSample, Role, hash_prompts, read_prom
 from safegen.evaluation.schema import PromptList
 
 
+def list_name(attack: Attack, variant: str) -> str:
+    """Return the name of the list of the prompts that an attack found, in one of its forms."""
+    return f"{attack.method()} {variant}".strip()
+
+
 def attacked_lists(
     attack: Attack,
     samples: Sequence[EvalSample],
@@ -51,7 +56,7 @@ def attacked_lists(
                 str(path), select=select, protocol_seed=seed, unsafe=unsafe
             ).rows
             yield PromptList(
-                name=f"{attack.method()} {variant}".strip(),
+                name=list_name(attack, variant),
                 role=role,
                 source=str(path),
                 select=select,

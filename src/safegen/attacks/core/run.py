@@ -207,13 +207,8 @@ def attack_samples(
     """Attack the samples that the journal lacks, and return the records by id and variant.
 
     Samples that the budget leaves out have no record. Where an attack changes no prompt, samples
-    cost nothing, and none is left out. A prompt's own guidance scale stays where the attack finds
-    none.
-
-    Raises:
-        ConfigError: a prompt has a start, which a changed prompt would lose.
+    cost nothing, and none is left out.
     """
-    _check_starts(attack, samples)
     variants = (*attack.variants, *attack.controls)
     _drop_torn_batch(
         journal,
@@ -229,6 +224,7 @@ def attack_samples(
     with loader.open(stack) as loaded:
         target = Target(loaded, concept, judge, config.generation, config.budget)
         spent = sum((record.cost for record in records.values()), Cost())
+        context = AttackContext(target, folder, progress)
         with target.counted(spent):
             attacker: Attacker | None = None
             for batch in _batches(samples, attack.batch_size):
@@ -237,40 +233,23 @@ def attack_samples(
                 if target.exhausted and attack.changes_prompts:
                     break
                 if attacker is None:
-                    context = AttackContext(target, folder, progress)
                     attacker = attack.build(context)
                     if records:  # the first batch has the cost of building
                         target.reset(spent)
                 before = target.cost if records else Cost()
                 progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
                 results = attacker.attack(batch)
-                done = _share_cost(batch, results, target.cost - before)
-                new = [r for r in done if (r.id, r.variant) not in records]
+                costs = (target.cost - before).split(len(results))
+                attacked = {sample.id: sample for sample in batch}
+                new = [
+                    context.inherit(result.model_copy(update={"cost": cost}), attacked[result.id])
+                    for result, cost in zip(results, costs, strict=True)
+                    if (result.id, result.variant) not in records
+                ]
                 journal.append(new)
                 records |= {(record.id, record.variant): record for record in new}
     progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
     return records
-
-
-def _check_starts(attack: Attack, samples: Sequence[EvalSample]) -> None:
-    if attack.changes_prompts and any(sample.start for sample in samples):
-        raise ConfigError(
-            "attacked prompts must start from noise, got one that starts from an image or latents. "
-            "Name other prompts."
-        )
-
-
-def _share_cost(
-    batch: Sequence[EvalSample], results: Sequence[AttackRecord], cost: Cost
-) -> list[AttackRecord]:
-    """Return the results of a batch with equal shares of its cost, and their samples' scales."""
-    scales = {sample.id: sample.guidance_scale for sample in batch}
-    return [
-        result.model_copy(
-            update={"cost": share, "guidance_scale": result.guidance_scale or scales[result.id]}
-        )
-        for result, share in zip(results, cost.split(len(results)), strict=True)
-    ]
 
 
 def _complete(
