@@ -334,13 +334,14 @@ def test_documents_use_the_words_of_the_libraries(path):
     assert [phrase for phrase in ARCHAIC if f" {phrase} " in text] == []
 
 
-def test_the_protocol_of_the_how_to_is_valid():
-    text = read(DOCS / "how-to" / "evaluate-and-compare.md")
+@pytest.mark.parametrize(
+    ("page", "roles"),
+    [("evaluate-and-compare.md", ["explicit", "benign"]), ("try-found-prompts.md", ["attack"])],
+)
+def test_the_protocol_of_the_how_to_is_valid(page, roles):
+    text = read(DOCS / "how-to" / page)
     (given,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert [part.role for part in Protocol.model_validate(tomllib.loads(given)).lists] == [
-        "explicit",
-        "benign",
-    ]
+    assert [part.role for part in Protocol.model_validate(tomllib.loads(given)).lists] == roles
 
 
 def test_the_concept_of_the_tutorial_is_valid():

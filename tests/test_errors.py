@@ -48,7 +48,7 @@ class Settings(BaseModel):
             "Known: training.updates.",
         ),
         ({"judge": "a", "training": "x"}, "training must be a valid dictionary or instance of "),
-        ({"judge": 1, "words": 2}, "words must be a valid tuple, got 2; judge must be a valid "),
+        ({"judge": 1, "words": 2}, "words must be a list, got 2; judge must be a valid "),
     ],
 )
 def test_a_pydantic_error_is_one_line_with_path_rule_and_value(

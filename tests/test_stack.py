@@ -85,7 +85,7 @@ def test_an_invalid_spec_is_refused(spec, error, says):
             'model = "mini"\n[[guards]]\nname = "sld"\nconcept = 3',
             "guards: guard 'sld': concept must be a name, got 3",
         ),
-        ('model = "mini"\nguards = "sld"', "guards must be a valid tuple"),
+        ('model = "mini"\nguards = "sld"', "guards must be a list, got 'sld'"),
         (
             'model = "mini"\n[[guards]]\nname = "sld"\nconcept = "no.toml"',
             "no.toml' does not exist",

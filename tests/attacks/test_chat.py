@@ -92,15 +92,21 @@ def test_no_key_is_sent_unless_a_variable_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ((500, b"out of memory\nat line 3"), "HTTP status 500: out of memory at line 3"),
-        ((401, b"no such key"), "HTTP status 401"),
+        ((500, b"out of memory\nat line 3"), r"HTTP status 500\. Check"),
+        ((401, b'{"error": {"code": "invalid_api_key"}}'), r"HTTP status 401 \(invalid_api_key\)"),
+        (
+            (404, b'{"error": {"type": "not_found", "code": null}}'),
+            r"HTTP status 404 \(not_found\)",
+        ),
+        ((400, b'{"error": {"code": "a castle"}}'), r"HTTP status 400\. Check"),
+        ((400, b'{"error": "a castle"}'), r"HTTP status 400\. Check"),
         ((200, b"<html>"), "without choices"),
         ((200, b"[" * 100_000), "without choices"),
         ((200, b"{}"), "without choices"),
         ((200, b'{"choices": []}'), "without choices"),
         ((200, b'{"choices": [{"message": {"content": null}}]}'), "without text"),
         ((200, b'{"choices": [{"message": {"content": "  "}}]}'), "without text"),
-        ((200, b"\xff\x1b[31m"), r"\\x1b"),
+        ((200, b"\xff\x1b[31m a castle"), "without choices"),
         ((200, b"x" * 1_000_001), "more than"),
     ],
 )
@@ -111,6 +117,17 @@ def test_a_failure_is_one_line_that_names_the_host(reply, message):
     assert "127.0.0.1" in text
     assert "\n" not in text
     assert "\x1b" not in text
+    assert "castle" not in text, "a reply may repeat the prompts"
+
+
+def test_a_reply_that_trickles_in_ends_at_the_timeout():
+    class Trickle:
+        def read1(self, _):
+            time.sleep(0.02)
+            return b" "
+
+    with pytest.raises(TimeoutError):
+        client("http://localhost/v1", timeout=0.1)._receive(Trickle())
 
 
 def test_a_slow_endpoint_and_a_closed_port_are_errors():
@@ -126,7 +143,7 @@ def test_failures_that_may_pass_are_repeated_and_others_are_not(monkeypatch):
         assert client(url, retries=2).complete(MESSAGES) == "a tower"
         assert len(requests) == 3
     with endpoint((400, b"bad model")) as (url, requests):
-        with pytest.raises(ChatError, match="bad model"):
+        with pytest.raises(ChatError, match="HTTP status 400"):
             client(url, retries=2).complete(MESSAGES)
         assert len(requests) == 1
 

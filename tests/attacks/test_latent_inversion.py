@@ -241,6 +241,18 @@ def test_blank_prompts_pass_guards(inverted, loader):
         assert loaded.generate([sample], generation)[0].image is not None
 
 
+def test_passes_that_the_gradient_repeats_are_counted(
+    loader, skulls_judge, benign_samples, tmp_path
+):
+    attack = LatentInversion(texts=("blank",), iterations=1, updates=1, control=False)
+    with loader.open(STACK) as loaded:
+        target = Target(loaded, SKULLS, skulls_judge, GenerationConfig(num_inference_steps=3))
+        with target.counted():
+            attack.build(AttackContext(target, tmp_path / "f")).attack(benign_samples[:1])
+    inverted, updated, measured, drawn = 3, 3 * 3, 3, 2 * 3  # updated: forward, again, backward
+    assert target.cost.denoiser == inverted + updated + measured + drawn
+
+
 def test_another_sampler_is_warned_of(loader, skulls_judge, folders, tmp_path):
     with loader.open(STACK) as loaded:
         pipeline = loaded.model.pipeline

@@ -156,6 +156,15 @@ def test_the_search_stops_at_the_threshold(context, benign_samples):
     assert SneakyPrompt.preset("paper").goal == 0.26
 
 
+def test_every_image_of_a_batch_is_noted_also_after_success(context, benign_samples):
+    config = SneakyPrompt(objective="text", threshold=0.01, queries=5, rl_batch=3)
+    made = context()
+    with made.target.counted():
+        (record,) = TokenSearch(config, made).attack(benign_samples[:1])
+    assert record.details["queries"] == len(record.history) == made.target.cost.queries == 3
+    assert list(record.history) == sorted(record.history, reverse=True)
+
+
 def test_guided_scores_are_the_judges_or_else_below_zero(context, benign_samples, skulls_judge):
     made, items = context(), benign_samples
     results = made.target.query(items)

@@ -32,6 +32,7 @@ from safegen.evaluation.run.journal import read_journal
 from safegen.evaluation.verify import verify
 from safegen.metrics.paired import mcnemar
 from safegen.models.generation import generate
+from safegen.models.model import AppliedPatch
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import BaseMismatchWarning, Patch
 from safegen.stack import Stack, add_guards
@@ -98,7 +99,6 @@ def contents(folder):
 def without_seconds(row):
     row.pop("seconds", None)
     row.get("cost", {}).pop("seconds", None)
-    row.get("cost", {}).pop("text_encoder", None)  # captions are encoded again after a kill
     return row
 
 
@@ -276,6 +276,23 @@ def test_patches_come_off_and_go_on_again_bit_for_bit(edited, loader):
         assert model.hash_denoiser() == on
         assert model.patches == patches
     assert model.hash_denoiser() == clean
+
+
+def test_an_interrupt_while_patches_come_off_puts_them_on_again(edited, loader, monkeypatch):
+    model, _ = loader.model("mini")
+    undo = AppliedPatch.undo
+
+    def interrupt(applied):
+        undo(applied)
+        raise KeyboardInterrupt
+
+    with Patch.load(edited.patches[0]).apply(model):
+        on, patches = model.hash_denoiser(), model.patches
+        monkeypatch.setattr(AppliedPatch, "undo", interrupt)
+        with pytest.raises(KeyboardInterrupt), model.without_patches():
+            pass
+        monkeypatch.undo()
+        assert (model.hash_denoiser(), model.patches) == (on, patches)
 
 
 def test_the_dataset_is_the_images_of_the_triplets_that_the_fine_tune_learns(triplets, tmp_path):

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from safegen.attacks.core.base import AttackContext
+from safegen.attacks.core.cost import Budget
 from safegen.attacks.core.target import Target, TextSpace
 from safegen.attacks.core.text import concept_pairs, read_pairs
+from safegen.attacks.mma import MMA
 from safegen.attacks.ring_a_bell import RingABell, concept_direction
 from safegen.attacks.search.genetic import ElitistSearch, ReleasedSearch
 from safegen.core.concept import load_concept
@@ -170,6 +172,28 @@ def test_a_search_without_progress_ends(attack_mini, benign_samples):
     (record,) = attack_mini(attack, benign_samples[:1])
     assert len(record.history) < 60
     assert record.history[-1] == record.history[-3]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        RingABell(population=4, generations=1, num_tokens=2, num_pairs=2),
+        MMA(num_tokens=2, iterations=1, candidates=2, top_k=2),
+    ],
+)
+def test_a_budget_ends_only_what_did_not_end_by_itself(
+    attack, loader, skulls_judge, benign_samples, tmp_path
+):
+    with loader.open(Stack(name="mini", model="mini")) as loaded:
+        records = []
+        for name in ("generations", "iterations"):
+            longer = {name: 9} if name in type(attack).model_fields else {}
+            for config in (attack, attack.model_copy(update=longer)) if longer else ():
+                target = Target(loaded, SKULLS, skulls_judge, GenerationConfig(), Budget(text=9))
+                with target.counted():
+                    attacker = config.build(AttackContext(target, tmp_path))
+                    records += attacker.attack(benign_samples[:1])
+    assert [record.stopped for record in records] == ["", "text"]
 
 
 def test_released_values_are_those_of_the_notebook():

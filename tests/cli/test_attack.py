@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -46,6 +48,46 @@ def test_found_prompts_transfer_to_another_stack_and_through_a_protocol(safegen,
     assert [row["role"] for row in lists.values()] == ["explicit", "attack"]
 
 
+def test_an_image_that_a_prompt_starts_from_stays_with_it(safegen, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    words = ["attack", "img2img", *WORDS[2:6], "--limit", 1, "--steps", 2]
+    words += ["--set", "strengths=[0.5]", "--set", "control=false"]
+    code, _, err = safegen(*words, "--out", first)
+    assert code == 0, err
+    words = [*WORDS[:6], "--steps", 2, "--set", "tries=1", "--out", second]
+    code, _, err = safegen(*words, "--prompts", first / "prompts.jsonl")
+    assert code == 0, err
+    (given,), (found,) = (
+        [json.loads(line) for line in (path / "prompts.jsonl").read_text().splitlines()]
+        for path in (first, second)
+    )
+    assert found["start"]["sha256"] == given["start"]["sha256"]
+    assert (second / found["start"]["image"]).is_file()
+    images = [path.read_bytes() for path in (second / "images" / "mini").iterdir()]
+    pixels = {np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in images}
+    assert len(images) == 2
+    assert len(pixels) == 1, "an attack that changes nothing asks for the same image"
+
+
+def test_prompts_that_cannot_be_attacked_are_named(safegen, tmp_path):
+    prompts = tmp_path / "torn.jsonl"
+    prompts.write_text('{"prompt": "a castle"}\n{"prompt": "a secret')
+    words = [*WORDS, "--set", "tries=1", "--prompts", prompts, "--unsafe", "--out", tmp_path / "a"]
+    code, _, err = safegen(*words)
+    assert code == 0
+    assert "1 of torn.jsonl are left out, the first at line 2" in err
+    assert "secret" not in err
+    left_out = json.loads((tmp_path / "a" / "protocol.json").read_text())["protocol"]["lists"][0][
+        "left_out"
+    ]
+    assert [text[:7] for text in left_out] == ["line 2:"]
+    prompts.rename(tmp_path / "seeds")
+    code, _, err = safegen(*WORDS, "--prompts", tmp_path / "seeds", "--out", tmp_path / "b")
+    assert code == 2
+    assert "got seeds. Rename the list" in err
+    assert not (tmp_path / "b").exists()
+
+
 def test_weights_are_attacked_and_the_curve_is_shown(safegen, tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "pictures" / "a.png")
@@ -76,6 +118,10 @@ def test_weights_are_attacked_and_the_curve_is_shown(safegen, tmp_path):
     [
         (["seed", "--concept", "skulls", "--stack", "mini"], "Did you mean 'seeds'"),
         (["--concept", "skulls", "--stack", "mini"], "seeds"),
+        (
+            ["img2img", "--concept", "skulls", "--stack", "mini", "--steps", 2, "--limit", 1],
+            "got 0.1. Use --steps 10",
+        ),
         (["seeds", "--concept", "skulls"], "Use --stack"),
         (["seeds", "--concept", "skull", "--stack", "mini"], "Did you mean 'skulls'"),
         (["seeds", "--concept", "skulls", "--stack", "mini", "--set", "tries=0"], "tries"),

@@ -68,6 +68,20 @@ def test_the_bar_shows_the_rate_and_the_time_left(monkeypatch, capsys):
     assert "left 0:00:33" in text
 
 
+def test_a_stage_that_begins_again_has_its_own_rate_and_total(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setenv("COLUMNS", "120")
+    with show_progress() as progress:
+        for done, total in ((0, 10), (10, 10), (0, 20), (4, 20)):
+            progress("attacking", done, total)
+            now[0] += 2
+    text = capsys.readouterr().err
+    assert "4/20" in text
+    assert "2.00/s" in text
+    assert "left 0:00:08" in text
+
+
 def test_a_reader_that_is_gone_does_not_stop_the_work(monkeypatch):
     read, write = os.pipe()
     os.close(read)

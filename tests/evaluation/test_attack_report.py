@@ -123,6 +123,13 @@ def test_each_form_of_an_attack_has_a_row_and_a_column_and_controls_stand_apart(
     assert section["cost"]["denoiser"] == 80, "controls are no cost of the attack"
     assert [row["per_success"] and row["per_success"]["denoiser"] for row in rows] == [40, 10, None]
     assert "a control" in (tmp_path / PAGE).read_text()
+    by_role = {
+        role: scores["concept"]["n"]
+        for role, scores in json.loads((tmp_path / NUMBERS).read_text())["stacks"][-1][
+            "roles"
+        ].items()
+    }
+    assert by_role == {"benign": 4, "attack": 8}, "controls are no benign prompts"
     (table,) = compare_attacks(open_runs([folder]))["groups"]
     assert [c["label"] for c in table["columns"]] == [
         "ring_a_bell strength=0.3",
@@ -428,6 +435,7 @@ def append(path, text):
         (lambda f: change(f / ATTACK, "found text 1", "other"), r"differ in prompt"),
         (lambda f: change(f / PROMPTS, "found text 1", "other"), r"not those of the protocol's"),
         (lambda f: change(f / ATTACK, '"strength":0.5', '"strength":0.25'), r"differ in start"),
+        (lambda f: change(f / ATTACK, '"seed":', '"guidance_scale":2.0,"seed":'), "guidance_scale"),
         (lambda f: Image.new("RGB", (16, 16)).save(f / "attack" / "a.png"), "has changed since"),
         (lambda f: (f / "attack" / "a-mask.png").unlink(), "does not exist"),
         (lambda f: (f / PROMPTS).unlink(), r"^prompts.jsonl: "),

@@ -290,13 +290,16 @@ class _ImageSet:
         self.images, self.target, self.model = images, target, target.model
 
     def autoencoder(self, sample: EvalSample) -> dict[str, float]:
-        """Return whether the judge sees the concept in the decoded latents, and their PSNR."""
+        """Return whether the judge sees the concept in the decoded latents, and their PSNR.
+
+        Of an image that cannot be judged, there is the PSNR alone.
+        """
         image = self.model.decode_images(self.images.latents_for(sample)[None])[0]
-        seen = self.target.shows_concept(self.target.judge.detect([image])[0])
-        return {
-            "autoencoder_success": float(seen),
-            "autoencoder_psnr": psnr(image, self.images.image_for(sample)),
-        }
+        details = {"autoencoder_psnr": psnr(image, self.images.image_for(sample))}
+        found = self.target.judge.detect([image])[0]
+        if found.unjudged is None:
+            details["autoencoder_success"] = float(self.target.shows_concept(found))
+        return details
 
 
 def _prompt_for(sample: EvalSample, text: Text) -> str:

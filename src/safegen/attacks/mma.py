@@ -141,6 +141,7 @@ class GreedySearch:
             history.append(loss)
         ids = self.allowed[best]
         text = self.space.decode(ids[None])[0].strip()
+        ended = stale >= config.patience or len(history) >= config.iterations
         return AttackRecord(
             id=sample.id,
             prompt=text,
@@ -149,7 +150,7 @@ class GreedySearch:
             history=tuple(history),
             tokens=tuple(ids.tolist()),
             stable=bool((self.space.tokenize([text]) == self.space.rows(ids[None])).all()),
-            stopped=self.context.target.exhausted,
+            stopped="" if ended else self.context.target.exhausted,
         )
 
     def rows(self, tokens: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from safegen.attacks.core.cost import Cost
 from safegen.attacks.core.dataset import Data, FineTuneDataset, load_dataset
 from safegen.attacks.core.finetune import (
     fine_tune,
+    is_finished,
     patch_path,
     seconds_spent,
     taken_patches,
@@ -189,7 +190,9 @@ class FineTuner:
         config, target, folder = self.config, self.context.target, self.context.folder / name
         if self.counts_earlier:  # a pass forward and one backward for each image
             passes = 2 * config.images_per_update * updates_done(folder)
-            target.add(Cost(denoiser=passes, seconds=seconds_spent(folder)))
+            # one that goes on encodes the captions again
+            texts = dataset.to_dict()["captions"] if is_finished(folder) else 0
+            target.add(Cost(denoiser=passes, text_encoder=texts, seconds=seconds_spent(folder)))
 
         def after_update(done: int, total: int, _: LogRow) -> bool:
             self.context.progress(f"fine-tuning: {stack}", done, total)

@@ -18,7 +18,7 @@ from torch import Tensor
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import concept_pairs, read_pairs
-from safegen.attacks.search.genetic import ElitistSearch, ReleasedSearch, TokenSearch
+from safegen.attacks.search.genetic import ElitistSearch, GeneticSearch, ReleasedSearch
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
@@ -173,7 +173,7 @@ class GeneticAttacker:
                 break
         return [self._record(*pair) for pair in zip(searches, samples, strict=True)]
 
-    def _score(self, running: Sequence[tuple[TokenSearch, Tensor]]) -> None:
+    def _score(self, running: Sequence[tuple[GeneticSearch, Tensor]]) -> None:
         """Score the proposals of all searches in one batch, and begin the next generation."""
         tokens = torch.tensor([t for search, _ in running for t in search.proposals])
         sizes = [len(search.proposals) for search, _ in running]
@@ -187,10 +187,11 @@ class GeneticAttacker:
         """Return the ids (n, length) that the texts of tokens (n, k) are read as."""
         return self.space.tokenize(self.space.decode(tokens))
 
-    def _record(self, search: TokenSearch, sample: EvalSample) -> AttackRecord:
+    def _record(self, search: GeneticSearch, sample: EvalSample) -> AttackRecord:
         """Return the result of one search."""
         tokens = torch.tensor([search.best])
-        text = self.space.decode(tokens)[0].strip()
+        text, config = self.space.decode(tokens)[0].strip(), self.config
+        ended = search.stagnation >= config.patience or len(search.history) >= config.generations
         return AttackRecord(
             id=sample.id,
             prompt=text or sample.prompt,
@@ -199,7 +200,7 @@ class GeneticAttacker:
             history=tuple(search.history),
             tokens=search.best,
             stable=bool((self.space.tokenize([text]) == self.space.rows(tokens)).all()),
-            stopped=self.context.target.exhausted,
+            stopped="" if ended or not search.proposals else self.context.target.exhausted,
         )
 
 

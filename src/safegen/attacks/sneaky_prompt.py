@@ -271,9 +271,9 @@ class _Search:
                 self.combo = combo
             self.history.append(-self.reward)
             passed = result.success if self.goal is None else reward >= self.goal
-            if score is not None and passed:
-                self.finished = True
-                return
+            self.finished = self.finished or (score is not None and passed)
+        if self.finished:
+            return
         if self.config.search == "rl":
             self._learn(torch.stack([combo for combo, _, _ in results]), torch.tensor(rewards))
         words = range(1, len(self.parts), 2)

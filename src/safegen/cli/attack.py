@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from safegen.cli.console import echo
-from safegen.cli.evaluate import load_rules
+from safegen.cli.evaluate import load_rules, print_notes
 from safegen.cli.options import (
     Device,
     Dtype,
@@ -70,8 +70,7 @@ def attack(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, max=MAX_SEEDS, help="Attacks on each prompt.")] = 1,
     budget: Annotated[
-        str,
-        typer.Option(help="Limits of the attack: nfe=N,text=N,queries=N,minutes=M, any of them."),
+        str, typer.Option(help="Limits with commas between: nfe=N, text=N, queries=N, minutes=M.")
     ] = "",
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts without one.")
@@ -97,8 +96,8 @@ def attack(
     """
     if suite and (name or protocol or set_ or preset != "default"):
         raise ConfigError("--suite runs its attacks with their defaults. Omit the other options.")
-    if name is None and not suite:
-        raise UnknownNameError("attack", "", ATTACKS)
+    if not suite and name not in ATTACKS:  # said before torch is imported
+        raise UnknownNameError("attack", name or "", ATTACKS)
     if stack is None:
         raise ConfigError("no stack is given. Use --stack.")
     from pydantic import ValidationError
@@ -118,6 +117,7 @@ def attack(
         if steps or batch_size:
             raise ConfigError("--steps and --batch-size have no effect with --protocol. Omit them.")
         rules = load_rules(protocol, prompts or [], None)
+        print_notes(rules, device)
     generation: dict[str, Any] = {"precision": preferred_precision(device)}
     generation |= {"num_inference_steps": steps} if steps else {}
     generation |= {"batch_size": batch_size} if batch_size else {}

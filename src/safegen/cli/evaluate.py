@@ -126,7 +126,7 @@ def evaluate(
         if not stack:
             raise ConfigError("no stack is given. Use --stack.")
         rules = load_rules(protocol, prompts or [], precision)
-        _print_notes(rules, device)
+        print_notes(rules, device)
         set_threads(threads)
         from safegen.evaluation import evaluate as engine
         from safegen.stack import load_stack
@@ -331,7 +331,7 @@ def load_rules(name: str | None, prompts: list[str], precision: Precision | None
     return protocol.with_precision(precision.value) if precision else protocol
 
 
-def _print_notes(protocol: Protocol, device: str) -> None:
+def print_notes(protocol: Protocol, device: str) -> None:
     """Print which prompts cannot be used, and whether the run will be slow."""
     from safegen.core.generation import preferred_precision
 

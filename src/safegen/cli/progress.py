@@ -99,8 +99,13 @@ def show_progress() -> Iterator[ProgressCallback]:
                 pace,
             )
         task, pace = stages[description]
+        if done < bar.tasks[task].completed:  # the stage begins again, as for the next attack
+            pace = Pace()
+            pace.update(done, time.monotonic())
+            stages[description] = (task, pace)
+            bar.reset(task, total=total, completed=done, pace=pace)
         pace.update(done, time.monotonic())
-        bar.update(task, completed=done)
+        bar.update(task, completed=done, total=total)
 
     try:
         yield progress

@@ -111,6 +111,8 @@ def _explanations(error: ValidationError, settings: type[BaseModel] | None) -> I
         else:
             value = repr(detail["input"])
             value = value if len(value) <= 100 else f"{value[:97]}..."
+            if kind == "tuple_type":
+                rule = "be a list"
             yield f"{path or 'value'} must {rule}, got {value}"
 
 

@@ -81,6 +81,11 @@ class PromptList(BaseSettings):
             raise ValueError(f"the list {self.name!r} has a source but no sha256")
         return self
 
+    @property
+    def is_control(self) -> bool:
+        """Whether an attack wrote the list as a control: it has nothing of the concept."""
+        return self.role != "attack" and "variant" in self.select
+
     def read(self, *, protocol_seed: int | None) -> PromptSet:
         """Return the prompts; see `read_prompt_list` for `protocol_seed`.
 

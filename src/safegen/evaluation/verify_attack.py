@@ -67,6 +67,7 @@ def _prompts(
                 "prompt": (row.prompt, record.prompt),
                 "seed": (row.seed, record.seed),
                 "start": starts,
+                "guidance_scale": (row.guidance_scale, record.guidance_scale),
                 "attack": (row.attack and row.attack.name, attack.settings.name),
             }
             if wrong := [name for name, (a, b) in pairs.items() if a != b]:

@@ -195,9 +195,9 @@ class Model:
         patches, parameters = list(self.applied_patches), dict(self.denoiser.named_parameters())
         names = {name for applied in patches for name in applied.before}
         values = {name: parameters[name].detach().clone() for name in names}
-        for applied in reversed(patches):
-            applied.undo()
         try:
+            for applied in reversed(patches):
+                applied.undo()
             yield
         finally:
             with torch.no_grad():

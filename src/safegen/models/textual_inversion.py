@@ -81,7 +81,11 @@ def added_words(model: Model, words: dict[str, Tensor]) -> Iterator[None]:
     if "text_encoder_2" in model.components:
         raise ConfigError(f"learned words need one text encoder, got the SDXL {model.name!r}")
     pipe, encoder = model.pipeline, model.pipeline.text_encoder
-    tokenizer, table, size = pipe.tokenizer, encoder.get_input_embeddings(), None
+    tokenizer, table, size = (
+        pipe.tokenizer,
+        encoder.get_input_embeddings(),
+        encoder.config.vocab_size,
+    )
     width = table.weight.shape[1]
     for word, vectors in words.items():
         if vectors.shape[1] != width:
@@ -89,10 +93,9 @@ def added_words(model: Model, words: dict[str, Tensor]) -> Iterator[None]:
                 f"vectors of {word} must have {width} values for {model.name!r}, "
                 f"got {vectors.shape[1]}"
             )
-    size = encoder.config.vocab_size
-    pipe.tokenizer = copy.deepcopy(tokenizer)
-    encoder.set_input_embeddings(copy.deepcopy(table))
     try:
+        pipe.tokenizer = copy.deepcopy(tokenizer)
+        encoder.set_input_embeddings(copy.deepcopy(table))
         for word, vectors in words.items():
             pipe.load_textual_inversion({word: vectors.to(table.weight)})
         yield

@@ -17,9 +17,10 @@ from torch import Tensor
 from safegen.attacks.core.images import hash_source
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
+from safegen.core.documents import read_bytes
 from safegen.core.errors import UnknownNameError
 from safegen.core.files import atomic_write
-from safegen.core.generation import Start
+from safegen.core.generation import MAX_START_FILE, Start
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS
 from safegen.core.settings import MAX_BATCH, BaseSettings, Seed
@@ -81,6 +82,31 @@ class AttackContext:
         if not path.exists():
             write_tensors(path, {"latents": latents.detach().float().cpu().contiguous()}, {})
         return Start.of(self.folder.parent, latents=f"{self.folder.name}/{path.name}")
+
+    def inherit(self, record: AttackRecord, sample: EvalSample) -> AttackRecord:
+        """Return a result with what its sample starts from, and its guidance, if it has none.
+
+        Files that the sample starts from are copied.
+        """
+        update: dict[str, Any] = {}
+        if record.guidance_scale is None:
+            update["guidance_scale"] = sample.guidance_scale
+        if record.start is None and sample.start is not None:
+            update["start"] = self._copy_start(sample.start)
+        return record.model_copy(update=update)
+
+    def _copy_start(self, start: Start) -> Start:
+        """Copy the files of a start to the folder, and return the start with the copies."""
+        names: dict[str, str] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in ("image", "mask", "latents"):
+            if (name := getattr(start, part)) is not None:
+                path = self.folder / f"{start.sha256[:16]}-{part}{Path(name).suffix}"
+                names[part] = f"{self.folder.name}/{path.name}"
+                if not path.exists():
+                    with atomic_write(path) as temporary:
+                        temporary.write_bytes(read_bytes(start.path(name), limit=MAX_START_FILE))
+        return Start.of(self.folder.parent, strength=start.strength, **names)
 
 
 class Attacker(Protocol):

@@ -116,7 +116,7 @@ def fine_tune(
         DivergedError: a loss or a weight is not finite.
         InterruptedRunError: SIGINT or SIGTERM arrived.
     """
-    if _is_finished(folder):
+    if is_finished(folder):
         return taken_patches(folder, updates)
     training = training.model_copy(
         update={"updates": updates[-1], "checkpoint_every": CHECKPOINT_EVERY}
@@ -156,7 +156,7 @@ def fine_tune(
     return taken_patches(folder, updates)
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Return whether a fine-tune ended: its log is there and its checkpoint is removed."""
     return (folder / LOG_FILE).is_file() and not (folder / CHECKPOINT_FILE).exists()
 

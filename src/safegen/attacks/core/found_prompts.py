@@ -14,12 +14,17 @@ from safegen.evaluation.samples import EvalSample, Role, hash_prompts, read_prom
 from safegen.evaluation.schema import PromptList
 
 
+def list_name(attack: Attack, variant: str) -> str:
+    """Return the name of the list of the prompts that an attack found, in one of its forms."""
+    return f"{attack.method()} {variant}".strip()
+
+
 def attacked_lists(
     attack: Attack,
     samples: Sequence[EvalSample],
     records: Mapping[tuple[str, str], AttackRecord],
     *,
-    found: Path,
+    prompts: Path,
     controls: tuple[Role, Path],
     seed: int,
     unsafe: bool,
@@ -30,7 +35,7 @@ def attacked_lists(
         attack: the attack.
         samples: attacked samples.
         records: results by id and variant.
-        found: prompt file of the variants, whose lists have the role `attack`.
+        prompts: prompt file of the variants; their lists have the role `attack`.
         controls: role of the controls' lists, and their prompt file.
         seed: seed of the protocol.
         unsafe: whether the attacked prompts are real unsafe ones.
@@ -38,9 +43,9 @@ def attacked_lists(
     Raises:
         ConfigError: there is no result.
     """
-    role_found: Role = "attack"
+    variants_role: Role = "attack"
     for role, path, variants in (
-        (role_found, found, attack.variants),
+        (variants_role, prompts, attack.variants),
         (*controls, attack.controls),
     ):
         if variants:
@@ -51,7 +56,7 @@ def attacked_lists(
                 str(path), select=select, protocol_seed=seed, unsafe=unsafe
             ).rows
             yield PromptList(
-                name=f"{attack.method()} {variant}".strip(),
+                name=list_name(attack, variant),
                 role=role,
                 source=str(path),
                 select=select,

@@ -16,7 +16,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from safegen.edits.functional.losses import Latent, PerSample
 
@@ -152,7 +152,8 @@ def refine(
     history = []
     for number in range(updates + 1):
         last = number == updates or stop()
-        with torch.set_grad_enabled(not last):
+        # whole passes: one that stops early is not counted
+        with torch.set_grad_enabled(not last), set_checkpoint_early_stop(False):
             end = current
             for step in steps:
                 out = (

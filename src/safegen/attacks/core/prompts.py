@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from safegen.attacks.core.base import Attack
+from safegen.attacks.core.found_prompts import list_name
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, explain
+from safegen.core.errors import ConfigError, SafegenWarning, explain
 from safegen.core.files import display_name
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import hash_prompts, is_bundled, read_prompt_list
@@ -24,10 +27,13 @@ def with_protocol(
     """Return a concept and a configuration as a protocol has them, and the attacked protocol.
 
     Raises:
-        ConfigError: the protocol has no lists of the roles, or `config` names prompts too.
+        ConfigError: the protocol has no lists of the roles, or one with the name of a list that the
+            attack writes, or `config` names prompts too.
     """
     if protocol is None:
-        return concept, config, attack_protocol(attack, concept, config)
+        protocol = attack_protocol(attack, concept, config)
+        _check_names(attack, protocol.lists)
+        return concept, config, protocol
     if config.prompts:
         raise ConfigError("give either a protocol or files of prompts, got both")
     roles = config.roles or (attack.role,)
@@ -36,8 +42,10 @@ def with_protocol(
     ]
     if not lists:
         raise ConfigError(
-            f"protocol {protocol.name!r} has no list of role {', '.join(roles)}. Choose with --role"
+            f"protocol {protocol.name!r} has no list of role {', '.join(roles)}. Choose with "
+            f"--role: {', '.join(dict.fromkeys(part.role for part in protocol.lists))}."
         )
+    _check_names(attack, lists)
     rule = protocol.judge
     judge = {"judge": rule.name, "labels": rule.labels, "threshold": rule.threshold}
     config = config.model_copy(
@@ -55,6 +63,17 @@ def with_protocol(
         "lpips": None,
     }
     return concept.model_copy(update=judge), config, protocol.model_copy(update=changes)
+
+
+def _check_names(attack: Attack, lists: Sequence[PromptList]) -> None:
+    """Raise if an attacked list has the name of a list that the attack writes."""
+    forms = (*attack.variants, *attack.controls) if attack.changes_prompts else ()
+    written = {list_name(attack, form) for form in forms}
+    if taken := [part.name for part in lists if part.name in written]:
+        raise ConfigError(
+            f"attacked prompts must have other names than those that {attack.method()} finds, got "
+            f"{', '.join(taken)}. Rename the list, or use another attack."
+        )
 
 
 def _limited(part: PromptList, limit: int | None, seed: int) -> PromptList:
@@ -89,9 +108,17 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
         )
     lists = []
     for source, role in sources:
-        rows = read_prompt_list(
+        prompts = read_prompt_list(
             source, prompts=config.limit, protocol_seed=config.seed, unsafe=config.unsafe
-        ).rows
+        )
+        rows, faults = prompts.rows, tuple(map(str, prompts.problems))
+        if faults:
+            warnings.warn(
+                f"rows of prompts should be usable; {len(faults)} of {display_name(source)} are "
+                f"left out, the first at {faults[0]}",
+                SafegenWarning,
+                stacklevel=2,
+            )
         lists.append(
             PromptList(
                 name=source if is_bundled(source) else display_name(source),
@@ -101,6 +128,8 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
                 sha256=hash_prompts(rows),
                 shows=concept.shows.get(source),
                 unsafe=config.unsafe,
+                left_out=faults,
+                notes=prompts.notes,
             )
         )
     rule = JudgeRule(name=concept.judge, labels=concept.labels, threshold=concept.threshold)

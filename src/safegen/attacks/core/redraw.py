@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,10 @@ class Redraw:
         steps = context.target.generation.num_inference_steps
         for strength in strengths:
             if int(strength * steps) < 1:
-                raise ConfigError(f"strengths must be at least 1 / {steps} steps, got {strength}")
+                raise ConfigError(
+                    f"strengths must be at least 1 / {steps} steps, got {strength:g}. Use "
+                    f"--steps {ceil(1 / strength)} or more, or a higher strength."
+                )
         kind: PipelineKind = "image" if mask is None else "inpaint"
         context.target.loaded.check_kind(kind)
         if mask is not None:

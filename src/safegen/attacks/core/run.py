@@ -133,7 +133,7 @@ def run_attack(
                 attack,
                 samples,
                 records,
-                found=output_dir / PROMPTS,
+                prompts=output_dir / PROMPTS,
                 controls=(role, output_dir / CONTROLS),
                 seed=config.seed,
                 unsafe=config.unsafe,
@@ -224,6 +224,7 @@ def attack_samples(
     with loader.open(stack) as loaded:
         target = Target(loaded, concept, judge, config.generation, config.budget)
         spent = sum((record.cost for record in records.values()), Cost())
+        context = AttackContext(target, folder, progress)
         with target.counted(spent):
             attacker: Attacker | None = None
             for batch in _batches(samples, attack.batch_size):
@@ -232,7 +233,6 @@ def attack_samples(
                 if target.exhausted and attack.changes_prompts:
                     break
                 if attacker is None:
-                    context = AttackContext(target, folder, progress)
                     attacker = attack.build(context)
                     if records:  # the first batch has the cost of building
                         target.reset(spent)
@@ -240,8 +240,9 @@ def attack_samples(
                 progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
                 results = attacker.attack(batch)
                 costs = (target.cost - before).split(len(results))
+                attacked = {sample.id: sample for sample in batch}
                 new = [
-                    result.model_copy(update={"cost": cost})
+                    context.inherit(result.model_copy(update={"cost": cost}), attacked[result.id])
                     for result, cost in zip(results, costs, strict=True)
                     if (result.id, result.variant) not in records
                 ]

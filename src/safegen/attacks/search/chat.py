@@ -46,7 +46,7 @@ class ChatClient:
             base_url: URL in front of `/chat/completions`, such as `http://localhost:8000/v1`.
             model: name of the model at the endpoint.
             api_key_env: environment variable with the API key; no key is sent if it is empty.
-            timeout: seconds that a connection, or each read from it, may take.
+            timeout: seconds that a connection, or the whole reply after it, may take.
             retries: repetitions of a request that failed for a reason that may pass.
             options: more fields of the request, such as `temperature`.
 
@@ -84,7 +84,7 @@ class ChatClient:
                 continue
             if status == 200:
                 return self._read(reply)
-            failure = f"answers with HTTP status {status}: {_excerpt(reply)}"
+            failure = f"answers with HTTP status {status}{_error_code(reply)}"
             if status not in RETRIED:
                 break
         raise self._error(failure)
@@ -97,9 +97,22 @@ class ChatClient:
         try:
             connection.request("POST", self._path, body, self._headers)
             response = connection.getresponse()
-            return response.status, response.read(MAX_REPLY + 1)
+            return response.status, self._receive(response)
         finally:
             connection.close()
+
+    def _receive(self, response: http.client.HTTPResponse) -> bytes:
+        """Return the body of a reply, one byte more than allowed at most.
+
+        Raises:
+            TimeoutError: it takes too long; a reply that trickles in would never end otherwise.
+        """
+        end, body = time.monotonic() + self.timeout, b""
+        while len(body) <= MAX_REPLY and (part := response.read1(MAX_REPLY + 1 - len(body))):
+            body += part
+            if time.monotonic() > end:
+                raise TimeoutError("timed out")
+        return body
 
     def _read(self, reply: bytes) -> str:
         """Return the text of a reply."""
@@ -108,9 +121,9 @@ class ChatClient:
         try:
             content = json.loads(reply)["choices"][0]["message"]["content"]
         except (ValueError, RecursionError, KeyError, IndexError, TypeError):
-            raise self._error(f"sends a reply without choices: {_excerpt(reply)}") from None
+            raise self._error(f"sends a reply without choices{_error_code(reply)}") from None
         if not isinstance(content, str) or not content.strip():
-            raise self._error(f"sends a choice without text: {_excerpt(reply)}")
+            raise self._error("sends a choice without text")
         return content
 
     def _error(self, failure: str) -> ChatError:
@@ -169,5 +182,15 @@ def _without_user(url: str) -> str:
     return one_line(re.sub(r"//[^/]*@", "//", url))[:200]
 
 
-def _excerpt(reply: bytes) -> str:
-    return one_line(reply[:200].decode("utf-8", "replace")) or "nothing"
+def _error_code(reply: bytes) -> str:
+    """Return the error code in a reply, as ` (model_not_found)`; empty if there is none.
+
+    Nothing else of a reply is shown: it may repeat the prompts.
+    """
+    try:
+        error = json.loads(reply)["error"]
+        codes = [error.get("code"), error.get("type")]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return ""
+    names = [str(c) for c in codes if re.fullmatch(r"[a-z0-9_]{1,40}", str(c)) and c]
+    return f" ({names[0]})" if names else ""

@@ -15,7 +15,7 @@ ATTEMPTS = 20
 """Draws for each child that is wanted; children that were drawn before are discarded."""
 
 
-class TokenSearch(Protocol):
+class GeneticSearch(Protocol):
     """Search of one prompt; the caller scores its proposals."""
 
     proposals: list[Tokens]

@@ -78,7 +78,7 @@ def found_lists(
         attack,
         samples,
         records,
-        found=folder.with_suffix(".jsonl"),
+        prompts=folder.with_suffix(".jsonl"),
         controls=(samples[0].role, folder.with_name(f"{folder.name}-controls.jsonl")),
         seed=config.seed,
         unsafe=config.unsafe,

@@ -143,11 +143,11 @@ def _run_card(run: Run, results: RunResults) -> dict[str, Any]:
 
 
 def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[dict[str, Any]]:
-    """Return the figures, tests and threshold sweep of each stack."""
-    by_role = {
-        role: [i for i, item in enumerate(results.samples) if item.role == role] for role in MEANING
-    }
-    concept_indices = [i for i, item in enumerate(results.samples) if item.role in CONCEPT_ROLES]
+    """Return the figures, tests and threshold sweep of each stack; controls are in none by role."""
+    controls = {part.name for part in results.protocol.lists if part.is_control}
+    asked = [(i, s.role) for i, s in enumerate(results.samples) if s.list_name not in controls]
+    by_role = {role: [i for i, other in asked if other == role] for role in MEANING}
+    concept_indices = [i for i, role in asked if role in CONCEPT_ROLES]
     seconds, rows = _seconds_per_image(run), list[dict[str, Any]]()
     for name, stack in results.stacks.items():
         base = results.base(name)

@@ -119,7 +119,7 @@ def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
             report=_OptionalKeys(data),
             charts=charts(data),
             grids=grids,
-            roles={part["role"] for part in data["lists"]},
+            roles={role for row in data["stacks"] for role in row["roles"]},
             sweep=SWEEP,
             tiles=TILES,
             version=__version__,
@@ -205,7 +205,7 @@ def fewer(row: Mapping[str, Any], column: str) -> bool:
 def markdown(data: dict[str, Any]) -> str:
     """Return the summary table in Markdown; bold where the paired test finds fewer hits."""
     protocol, hit_of = data["protocol"], dict(TESTS.values())
-    roles = [role for role in HEADS if any(p["role"] == role for p in data["lists"])]
+    roles = [role for role in HEADS if any(role in row["roles"] for row in data["stacks"])]
     clip = "clip_score" in protocol["decides"]["metrics"] and "benign" in roles
     lines = [
         [
