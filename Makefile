@@ -33,7 +33,10 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/counts.py $(FIGURES)/fire
 	$(BIN)/python benchmarks/ablation.py --out $(FIGURES)/ablation.jsonl
 	$(BIN)/python benchmarks/ablation.py --table $(FIGURES)/ablation.jsonl
-	$(BIN)/python benchmarks/edits.py --out $(FIGURES)/edits.jsonl
+	mkdir -p $(FIGURES)/patches
+	$(BIN)/python benchmarks/edits.py --out $(FIGURES)/edits.jsonl --keep $(FIGURES)/patches
+	$(BIN)/python benchmarks/attacks.py --patches $(FIGURES)/patches --out $(FIGURES)/attacks
+	$(BIN)/python benchmarks/attacks.py --out $(FIGURES)/attacks --table $(FIGURES)/attacks.json --plot $(FIGURES)/attacks.png
 	$(BIN)/python benchmarks/ring_a_bell.py --out $(FIGURES)/ring_a_bell_cost.json
 	$(BIN)/python benchmarks/guards.py
 	$(BIN)/python benchmarks/judges.py

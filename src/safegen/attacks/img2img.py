@@ -29,7 +29,7 @@ class Img2Img(Attack):
 
     strengths: Strengths = (0.1, 0.2, 0.3, 0.5, 0.7)
     """Parts of the schedule that the image is noised to. Each has its own rate. Near 0 the image
-    stays as it is, and at 1 nothing of it is left."""
+    stays as it is, and at 1 hardly anything of it is left."""
     images: Path | None = None
     """Folder of images of the concept, or triplets. Default: the concept's bundled triplets."""
     control: bool = True

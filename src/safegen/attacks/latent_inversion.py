@@ -77,6 +77,7 @@ class LatentInversion(Attack):
         "The fixed point of each step halves its rate where the error grows; the released code "
         "(ReNoise) averages iterates, and its settings pull the predicted noise towards a "
         "Gaussian, which this attack does not do. "
+        "The inversion does not go through guards; images are requested through them. "
         "No null-text optimization: its embeddings belong to single steps, and a prompt file "
         "cannot carry them to other stacks."
     )

@@ -145,9 +145,9 @@ def _run_card(run: Run, results: RunResults) -> dict[str, Any]:
 def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> list[dict[str, Any]]:
     """Return the figures, tests and threshold sweep of each stack; controls are in none by role."""
     controls = {part.name for part in results.protocol.lists if part.is_control}
-    asked = [(i, s.role) for i, s in enumerate(results.samples) if s.list_name not in controls]
-    by_role = {role: [i for i, other in asked if other == role] for role in MEANING}
-    concept_indices = [i for i, role in asked if role in CONCEPT_ROLES]
+    roles = [(i, s.role) for i, s in enumerate(results.samples) if s.list_name not in controls]
+    by_role = {role: [i for i, other in roles if other == role] for role in MEANING}
+    concept_indices = [i for i, role in roles if role in CONCEPT_ROLES]
     seconds, rows = _seconds_per_image(run), list[dict[str, Any]]()
     for name, stack in results.stacks.items():
         base = results.base(name)
