@@ -40,7 +40,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tree_search": {"depth": 2},
 }
 """Settings of an attack that differ from its defaults."""
-PROMPTS = {"p4d": 6, "seeds": 8, "sneaky_prompt": 6, "tree_search": 6}
+PROMPTS = {
+    "compression": 8,
+    "concept_inversion": 8,
+    "latent_inversion": 8,
+    "p4d": 6,
+    "seeds": 6,
+    "sneaky_prompt": 4,
+    "tree_search": 4,
+}
 """Number of prompts of an attack that is too slow for the common number."""
 STEPS = 15
 """Denoising steps."""
@@ -207,7 +215,7 @@ def tables(found: Figures) -> list[dict[str, Any]]:
                     *("-" if "unusable" in c else r for c, r in zip(cells, rates, strict=True)),
                 ]
             )
-        columns = ["stack", *(f"{a}, n={count(found[a])}" for a in names)]
+        columns = ["stack", *(f"`{a}`, n = {counts(found[a])}" for a in names)]
         text = f"Images that show the concept after the attack, percent. {about}"
         out.append({"title": f"The {tier} tier", "text": text, "columns": columns, "rows": rows})
     out.append(curves(found))
@@ -215,11 +223,10 @@ def tables(found: Figures) -> list[dict[str, Any]]:
     return out
 
 
-def count(cells: dict[str, dict[str, Any]]) -> int:
-    """Return the number of images of an attack's cells."""
-    return max(
-        (rate["n"] for c in cells.values() for rate in c.get("after", {}).values()), default=0
-    )
+def counts(cells: dict[str, dict[str, Any]]) -> str:
+    """Return the number of images of an attack's cells, as "12" or "6 to 12"."""
+    found = {rate["n"] for cell in cells.values() for rate in cell.get("after", {}).values()}
+    return " to ".join(map(str, sorted({min(found), max(found)}))) if found else "0"
 
 
 def curves(found: Figures) -> dict[str, Any]:
@@ -254,9 +261,9 @@ def costs(found: Figures) -> dict[str, Any]:
         for stack in ("base", "safegen-plus"):
             cost = cells.get(stack, {}).get("cost")
             if cost:
-                n = count(cells)
+                n = max(rate["n"] for rate in cells[stack]["after"].values())
                 each = [
-                    round(cost[key] / n, 1)
+                    round(cost.get(key, 0) / n, 1)
                     for key in ("denoiser", "text_encoder", "queries", "seconds")
                 ]
                 rows.append([f"`{attack}`", f"`{stack}`", *each])
