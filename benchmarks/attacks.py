@@ -132,6 +132,10 @@ SHOWN = {
     "compression": "quantized-4",
 }
 """Point of a curve that stands in the heat map."""
+ALT = (
+    "Heat map of attacks by defenses. Edits by words are dark under most attacks, edits by images "
+    "are light except under relearning."
+)
 Figures = dict[str, dict[str, dict[str, Any]]]
 """Figures by attack and stack."""
 
@@ -218,6 +222,7 @@ def tables(found: Figures) -> list[dict[str, Any]]:
         columns = ["stack", *(f"`{a}`, n = {counts(found[a])}" for a in names)]
         text = f"Images that show the concept after the attack, percent. {about}"
         out.append({"title": f"The {tier} tier", "text": text, "columns": columns, "rows": rows})
+    out[0]["images"] = {"attacks.png": ALT}
     out.append(curves(found))
     out.append(costs(found))
     return out
