@@ -289,10 +289,10 @@ def test_invalid_lora_words_are_refused(tmp_path, tiny_folder):
         with pytest.raises(ConfigError, match=message) as caught:
             add_loras(stack, [word])
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="a blank stack must have no patches, LoRAs"):
+    with pytest.raises(ConfigError, match="a blank stack must have no patches, words, LoRAs"):
         add_loras(Stack(name="s", model="mini", blank=True), ["a"])
     with pytest.raises(FileError, match=r"'no.safetensors' does not exist"):
         StackLoader().hash(Stack(name="s", model=str(tiny_folder), loras=("no.safetensors",)))
     (tmp_path / "s.toml").write_text('model = "mini"\nblank = true\nloras = ["a"]\n')
-    with pytest.raises(FileError, match="a blank stack must have no patches, LoRAs"):
+    with pytest.raises(FileError, match="a blank stack must have no patches, words, LoRAs"):
         load_stack(str(tmp_path / "s.toml"))
