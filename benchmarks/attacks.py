@@ -291,7 +291,8 @@ def plot(found: Figures, out: Path) -> None:
     figure, axes = plt.subplots(figsize=(1.0 + 0.75 * len(names), 0.9 + 0.42 * len(STACKS)))
     axes.imshow(grid, cmap="YlOrRd", vmin=0, vmax=110, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
-        text = "-" if np.isnan(value) else f"{value:.0f}"
+        unusable = "unusable" in found[names[column]].get(STACKS[row], {})
+        text = f"{value:.0f}" if not np.isnan(value) else "-" if unusable else ""
         axes.text(
             column,
             row,

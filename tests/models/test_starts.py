@@ -138,6 +138,10 @@ def test_prompt_files_carry_starts_and_refuse_changed_and_outside_files(folder):
     assert hash_prompts([plain]) != hash_prompts(read.rows)
     with pytest.raises(FileError, match="must lie in"):
         Start.of(folder / "x", image="../a.png", strength=0.5)
+    bare = {name: row[name] for name in ("id", "prompt", "seed", "start")}
+    (folder / "bare.jsonl").write_text(json.dumps(bare) + "\n")
+    with pytest.raises(FileError, match="generation would start from noise"):
+        read_prompts(folder / "bare.jsonl")
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     with pytest.raises(FileError, match="has changed"):
         read_prompts(path)

@@ -2,70 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from safegen.core.errors import FileError, explain
 from safegen.core.generation import Start
 from safegen.data.prompts.parsing import FileForm, FileRow, FileRows
-from safegen.data.prompts.prompt import AttackInfo, Prompt, cluster_of
-
-PROMPT_COLUMNS = ("prompt", "prompts", "text", "caption", "captions", "sentence", "description")
-"""Prompt columns of files of no known benchmark; the first that exists is read."""
-SEED = ("evaluation_seed", "sd_seed", "seed")
-GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance")
-# not `width` and `height`, which describe a photograph in caption files
-WIDTH, HEIGHT = ("sd_image_width",), ("sd_image_height",)
-CATEGORIES = ("categories", "category")
-SUBJECT = ("subject", "classes", "class")
-REFERENCE = ("coco_id", "image_id")
-KEY = ("case_number", "id")
-HEADERLESS = ("prompt", "case_number", "evaluation_seed")
-"""Columns of the one dialect that exists without a header."""
-FOREIGN = (
-    "adv_prompt",
-    "target_prompt",
-    "original_text",
-    "perturbed_text",
-    "sensitive prompt",
-    "normal prompt",
+from safegen.data.prompts.prompt import AttackInfo, Prompt
+from safegen.data.prompts.rows import (
+    HEADERLESS,
+    PROMPT_COLUMNS,
+    InvalidRowError,
+    RowContext,
+    is_empty,
+    read_plain,
+    to_text,
 )
-PUBLISHED = SEED + GUIDANCE + WIDTH + HEIGHT + CATEGORIES + REFERENCE + KEY
-KNOWN_COLUMNS = frozenset(PROMPT_COLUMNS + PUBLISHED + FOREIGN)
-"""A first line with one of these columns is a header."""
 
 RING_A_BELL_NAME = re.compile(
     r"(?P<variant>[^/]+?)_eta_(?P<eta>\d+(?:\.\d+)?)_K_(?P<k>\d+)", re.IGNORECASE
 )
-ROW_ID = re.compile(r"[\w.-]{1,64}")
 P4D_NAME = re.compile(r"p4d(?P<variant>[nk])?(?:_(?P<k>\d+))?", re.IGNORECASE)
-
-
-class InvalidRowError(ValueError):
-    """Reason why a row cannot be used."""
-
-
-@dataclass(frozen=True)
-class RowContext:
-    """What all rows of a file share: its name, hash and prompt column."""
-
-    source: str
-    sha256: str
-    stem: str
-    """File name without its extension."""
-    column: str
-    """Column that holds the prompt."""
-    folder: Path = Path()
-    """Folder of the file."""
-
-
 Reader = Callable[[FileRow, RowContext], Prompt]
 
 
@@ -121,76 +81,6 @@ def detect_dialect(records: FileRows, stem: str) -> str | None:
     return next((name for name, d in DIALECTS.items() if d.matches(records, stem)), None)
 
 
-def read_plain(
-    record: FileRow,
-    context: RowContext,
-    *,
-    target: str | None = None,
-    attack: AttackInfo | None = None,
-    categories: tuple[str, ...] | None = None,
-    blank: bool = False,
-) -> Prompt:
-    """Return the prompt of a row from the columns that mean the same in every dialect.
-
-    Args:
-        record: the row.
-        context: the file.
-        target: column of the target text, which rows of one cluster share.
-        attack: attack that wrote the prompt.
-        categories: labels, if not those of a categories column.
-        blank: whether the prompt may be blank.
-
-    Raises:
-        InvalidRowError: a cell is missing or invalid.
-    """
-    cells, used = record.cells, {context.column}
-
-    def first(names: Sequence[str]) -> tuple[str, Any]:
-        name = next((n for n in names if n in cells and not _is_empty(cells[n])), "")
-        used.add(name)
-        return name, cells.get(name)
-
-    prompt = cells.get(context.column)
-    if not isinstance(prompt, str):
-        problem = "is missing" if prompt is None else "is not text"
-        raise InvalidRowError(f"{context.column} {problem}")
-    reference = first(REFERENCE)[1]
-    key, subject = first(KEY)[1] or reference, first(SUBJECT)[1]
-    fields: dict[str, Any] = {
-        "seed": _integer(*first(SEED), low=0, high=2**63 - 1),
-        "guidance": _number(*first(GUIDANCE)),
-        "width": _integer(*first(WIDTH), low=1, high=2**16),
-        "height": _integer(*first(HEIGHT), low=1, high=2**16),
-        "categories": _labels(first(CATEGORIES)[1]) if categories is None else categories,
-        "subject": None if subject is None else _text(subject).strip(),
-        "reference_id": None if reference is None else _text(reference).strip(),
-        "extra": {n: _text(v) for n, v in cells.items() if n not in used and not _is_empty(v)},
-    }
-    target_text = cells.get(target) if target else None
-    if not isinstance(target_text, str) or not target_text.strip():
-        target_text = prompt
-    key = None if key is None else _text(key).strip()
-    row_id = key if key and ROW_ID.fullmatch(key) else str(record.line)
-    if not prompt.strip() and not (blank and prompt):
-        raise InvalidRowError("the prompt is blank")
-    try:
-        json.dumps([prompt, target_text, key, *fields.values()], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InvalidRowError(
-            "the row has half a surrogate pair, which is not valid text"
-        ) from None
-    return Prompt(
-        id=f"{context.stem}:{row_id}",
-        prompt=prompt,
-        source=context.source,
-        source_sha256=context.sha256,
-        line=record.line,
-        cluster=cluster_of(target_text),
-        attack=attack,
-        **fields,
-    )
-
-
 def read_ring_a_bell(record: FileRow, context: RowContext) -> Prompt:
     """Return a prompt of the genetic search; concept, eta and K are in the file's name."""
     attack = AttackInfo(name="ring-a-bell")
@@ -239,7 +129,7 @@ def read_attack(record: FileRow, context: RowContext) -> Prompt:
         if record.cells.get(column) is None:
             raise InvalidRowError(f"{column} is missing")
     variant = record.cells.get("variant")
-    name, form = _text(record.cells["attack"]), None if _is_empty(variant) else _text(variant)
+    name, form = to_text(record.cells["attack"]), None if is_empty(variant) else to_text(variant)
     attack = AttackInfo(name=name, variant=form)
     start = record.cells.get("start")
     row = read_plain(
@@ -272,48 +162,6 @@ def read_t2i_riskyprompt(record: FileRow, context: RowContext) -> Prompt:
     if not isinstance(labels, dict):
         raise InvalidRowError("label is not an object of categories")
     return read_plain(record, context, categories=tuple(labels))
-
-
-def _is_empty(value: Any) -> bool:
-    """Return whether a cell is empty; pandas writes some empty cells as nan."""
-    return value is None or str(value).strip().lower() in {"", "nan"}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _labels(value: Any) -> tuple[str, ...]:
-    """Return the distinct labels of a list or of "a, b"."""
-    parts = value if isinstance(value, list) else _text(value or "").split(",")
-    return tuple(dict.fromkeys(label for label in (_text(part).strip() for part in parts) if label))
-
-
-def _integer(name: str, value: Any, *, low: int, high: int) -> int | None:
-    """Return an integer, exact up to int64; pandas may have written it as 7.0."""
-    if value is None:
-        return None
-    is_plain = type(value) in (str, int, float)
-    match = re.fullmatch(r"\s*([+-]?\d{1,20})(?:\.0+)?\s*", str(value)) if is_plain else None
-    if not match:
-        raise InvalidRowError(f"{name} is not an integer")
-    if not low <= int(match[1]) <= high:
-        raise InvalidRowError(f"{name} must be in {low}..{high}, got {match[1]}")
-    return int(match[1])
-
-
-def _number(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidRowError(f"{name} is not a number") from None
-    if not math.isfinite(number) or number < 0:
-        raise InvalidRowError(f"{name} must be at least 0, got {number}")
-    return number
 
 
 DIALECTS: dict[str, Dialect] = {

@@ -14,15 +14,7 @@ from safegen.core.files import exists
 from safegen.core.hub import HUB, fetch_file
 from safegen.core.registry import PROMPT_LISTS
 from safegen.core.text import escape_control
-from safegen.data.prompts.dialects import (
-    DIALECTS,
-    KNOWN_COLUMNS,
-    PROMPT_COLUMNS,
-    InvalidRowError,
-    RowContext,
-    detect_dialect,
-    headerless_columns,
-)
+from safegen.data.prompts.dialects import DIALECTS, detect_dialect, headerless_columns
 from safegen.data.prompts.parsing import (
     FileRows,
     RowError,
@@ -32,9 +24,12 @@ from safegen.data.prompts.parsing import (
     parse_text,
 )
 from safegen.data.prompts.prompt import Prompt, cluster_of
+from safegen.data.prompts.rows import KNOWN_COLUMNS, PROMPT_COLUMNS, InvalidRowError, RowContext
 
 FORMS = {".csv": "table", ".tsv": "table", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 """Form of a file by its extension; other files are text."""
+FOUND = "safegen-attack"
+"""Dialect of prompts that an attack found, which may start from an image or latents."""
 MAX_FILE = 2**31
 """Largest file of prompts, in bytes."""
 
@@ -128,6 +123,11 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
     text, notes = decode_text(data, name)
     records = _parse(text, path, name, dialect, column)
     dialect, prompt_column = _choose(records, name, path.stem, dialect, column)
+    if dialect != FOUND and any(isinstance(row.cells.get("start"), dict) for row in records.rows):
+        raise FileError(
+            f"{name} must have the columns attack and attacked_prompt beside start, got none; "
+            "without them generation would start from noise. Add them."
+        )
     context = RowContext(
         name if is_remote else escape_control(path.name),
         sha256(data).hexdigest(),
