@@ -158,8 +158,8 @@ def page(args: argparse.Namespace, one: dict[str, Any], many: dict[str, Any]) ->
             }
         ],
         "limits": [
-            "The search is shorter than the default, so that loading weighs more than in a full "
-            "attack: the longer the search, the nearer the ratio is to that of the attack alone.",
+            "The search ends when the concept is seen. On an edited model it is longer, and the "
+            "ratio is nearer to that of the attack alone.",
             "One run of each side on a machine that other work shares.",
         ],
     }
@@ -171,8 +171,8 @@ def main() -> None:
     )
     parser.add_argument("--concept", default="skulls")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--num-timesteps", type=int, default=1)
-    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--num-timesteps", type=int, default=10)
+    parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--patch", type=Path, action="append", default=[])
     parser.add_argument("--folder", type=Path, default=Path("unlearn-diff-cost"))
     parser.add_argument("--out", type=Path, default=Path("unlearn_diff_cost.json"))
