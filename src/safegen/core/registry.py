@@ -161,3 +161,10 @@ def resolve(table: Mapping[str, str], name: str, noun: str) -> Any:
         raise UnknownNameError(noun, name, table)
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def registered_name(table: Mapping[str, str], kind: type) -> str:
+    """Return the name of a class in a table, or that of its module if it has none."""
+    target = f"{kind.__module__}:{kind.__name__}"
+    names = (name for name, value in table.items() if value == target)
+    return next(names, kind.__module__.rpartition(".")[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath, PureWindowsPath
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -103,6 +103,21 @@ class BaseSettings(BaseModel):
                 got = str(number)[:20] if isinstance(number, int) else f"{number:g}"
                 raise ValueError(f"must be between -{limit:g} and {limit:g}, got {got}")
         return value
+
+
+class MethodSettings(BaseSettings):
+    """Settings of a method, with its source and how this implementation compares with it."""
+
+    paper: ClassVar[str] = ""
+    """Source of the method: an arXiv number such as "arXiv:2303.07345", or "ours"."""
+    code_url: ClassVar[str] = ""
+    """Address of the released code; empty if there is none."""
+    code_commit: ClassVar[str] = ""
+    """Commit of the released code that `parity` and `deviations` speak of."""
+    parity: ClassVar[str] = ""
+    """Comparison with the released code: what was run beside it, and how far apart the two are."""
+    deviations: ClassVar[str] = ""
+    """Differences between this implementation and the paper or its code, and why."""
 
 
 def _numbers(value: object) -> Iterator[float]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError, DivergedError, UnknownNameError
 from safegen.core.files import display_name
-from safegen.core.registry import EDITS
-from safegen.core.settings import MAX_RANK, BaseSettings
+from safegen.core.registry import EDITS, registered_name
+from safegen.core.settings import MAX_RANK, MethodSettings
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.checkpoint import check_resumable
 from safegen.edits.training.config import (
@@ -35,23 +35,13 @@ from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
 
-class Edit(BaseSettings, ABC):
+class Edit(MethodSettings, ABC):
     """Settings of one edit. Build it, apply it, write it to JSON; it is immutable."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Settings by preset: `default`, and `paper` if there is a published run."""
     TINY: ClassVar[Mapping[str, Any]] = {}
     """Smallest settings, for tests and smoke runs."""
-    paper: ClassVar[str]
-    """Source of the method: an arXiv number such as "arXiv:2303.07345", or "ours"."""
-    code_url: ClassVar[str] = ""
-    """Address of the released code; empty if there is none."""
-    code_commit: ClassVar[str] = ""
-    """Commit of the released code that `parity` and `deviations` speak of."""
-    parity: ClassVar[str] = ""
-    """Comparison with the released code: what was run beside it, and how far apart the two are."""
-    deviations: ClassVar[str]
-    """Differences between this implementation and the paper or its code, and why."""
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "triplets"
     """Inputs the edit learns from: triplets, phrases of the concept, or both.
 
@@ -63,9 +53,7 @@ class Edit(BaseSettings, ABC):
     @classmethod
     def method(cls) -> str:
         """Return the name of the edit in the registry, or that of its module if it has none."""
-        target = f"{cls.__module__}:{cls.__name__}"
-        names = (name for name, value in EDITS.items() if value == target)
-        return next(names, cls.__module__.rpartition(".")[2])
+        return registered_name(EDITS, cls)
 
     @classmethod
     def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from safegen.core.errors import UnknownNameError
 from safegen.core.files import atomic_write
 from safegen.core.generation import MAX_START_FILE, Start
 from safegen.core.progress import ProgressCallback, no_progress
-from safegen.core.registry import ATTACKS
-from safegen.core.settings import MAX_BATCH, BaseSettings, Seed
+from safegen.core.registry import ATTACKS, registered_name
+from safegen.core.settings import MAX_BATCH, MethodSettings, Seed
 from safegen.core.tensor_files import write_tensors
 from safegen.evaluation.run.attack_records import Access, AttackRecord, Tier
 from safegen.evaluation.samples import EvalSample, Role
@@ -121,23 +121,13 @@ class Attacker(Protocol):
         ...
 
 
-class Attack(BaseSettings, ABC):
+class Attack(MethodSettings, ABC):
     """Settings of one attack. Build it, run it, write it to JSON; it is immutable."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Settings by preset: `default`, and `paper` if there is a published run."""
     TINY: ClassVar[Mapping[str, Any]] = {}
     """Smallest settings, for tests and smoke runs."""
-    paper: ClassVar[str]
-    """Source of the method: an arXiv number such as "arXiv:2310.10012", or "ours"."""
-    code_url: ClassVar[str] = ""
-    """Address of the released code; empty if there is none."""
-    code_commit: ClassVar[str] = ""
-    """Commit of the released code that `parity` and `deviations` speak of."""
-    parity: ClassVar[str] = ""
-    """Comparison with the released code: what was run beside it, and how far apart the two are."""
-    deviations: ClassVar[str]
-    """Differences between this implementation and the paper or its code, and why."""
     access: ClassVar[Access]
     """What the attacker needs."""
     tier: ClassVar[Tier]
@@ -155,9 +145,7 @@ class Attack(BaseSettings, ABC):
     @classmethod
     def method(cls) -> str:
         """Return the name of the attack in the registry, or that of its module if it has none."""
-        target = f"{cls.__module__}:{cls.__name__}"
-        names = (name for name, value in ATTACKS.items() if value == target)
-        return next(names, cls.__module__.rpartition(".")[2])
+        return registered_name(ATTACKS, cls)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.registry import ADVERSARIES, resolve
-from safegen.core.settings import MAX_STEPS, BaseSettings
+from safegen.core.settings import MAX_STEPS, MethodSettings
 from safegen.edits.functional.closed_form import adversarial_embeddings, projections
 from safegen.edits.functional.inversion import InversionAttack
 from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient_text
@@ -50,21 +50,11 @@ class EmbeddingAttack(Protocol):
         ...
 
 
-class Adversary(BaseSettings, ABC):
+class Adversary(MethodSettings, ABC):
     """Settings of one adversary."""
 
     is_additive: ClassVar[bool] = False
     """Whether the move is a sum, which can be added to another text too."""
-    paper: ClassVar[str] = ""
-    """Source of the adversary, an arXiv number; empty for ours."""
-    code_url: ClassVar[str] = ""
-    """Address of the released code; empty if there is none."""
-    code_commit: ClassVar[str] = ""
-    """Commit of the released code that `parity` and `deviations` speak of."""
-    parity: ClassVar[str] = ""
-    """Comparison with the released code or with another implementation."""
-    deviations: ClassVar[str] = ""
-    """Differences between this implementation and the released code, and why."""
 
     name: str
     """Name of the adversary."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from PIL import Image
 
 from safegen.core.concept import Concept
-from safegen.core.settings import BaseSettings
+from safegen.core.settings import MethodSettings
 from safegen.guards.core.result import GuardResult
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
 
 
-class GuardConfig(BaseSettings, ABC):
+class GuardConfig(MethodSettings, ABC):
     """Frozen settings of one guard, for a stack or a JSON file."""
 
     name: str
@@ -35,15 +35,6 @@ class GuardConfig(BaseSettings, ABC):
     exclusive: ClassVar[bool] = False
     """Whether a second guard of this kind on one pipeline would undo the first."""
     paper: ClassVar[str] = "ours"
-    """Source of the method: citation with arXiv id and equations, or `ours`."""
-    code_url: ClassVar[str] = ""
-    """Address of the released code; empty if there is none."""
-    code_commit: ClassVar[str] = ""
-    """Commit of the released code that `parity` and `deviations` speak of."""
-    parity: ClassVar[str] = ""
-    """Comparison with the released code: what was run beside it, and how far apart the two are."""
-    deviations: ClassVar[str] = ""
-    """Differences from the paper and its released code, and why."""
 
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
