@@ -326,7 +326,7 @@ def pipe(path):
 
 
 STATE = (
-    '{"update": 1, "seconds": 1.0, "best_loss": null, "validations_without_gain": 0, '
+    '{"update": 1, "seconds": 1.0, "best_loss": null, "validations_without_gain": 0, "skipped": 0, '
     '"scaler": null}'
 )
 

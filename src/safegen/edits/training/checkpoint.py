@@ -32,6 +32,8 @@ class CheckpointState(BaseModel):
     best_loss: float | None
     """Lowest validation loss; None before the first."""
     validations_without_gain: int = Field(ge=0)
+    skipped: int = Field(ge=0)
+    """Updates in a row that were skipped."""
     scaler: dict[str, int | float] | None
     """State of the gradient scaler, with fp16."""
 

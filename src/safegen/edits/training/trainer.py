@@ -16,15 +16,16 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
+from safegen.core.errors import DivergedError, InterruptedRunError
+from safegen.edits.training.check import check_training
 from safegen.edits.training.checkpoint import (
     CheckpointState,
-    check_resumable,
     claim_checkpoints,
     read_checkpoint,
     write_checkpoint,
 )
 from safegen.edits.training.config import (
+    FollowsUpdates,
     HasValidation,
     LogRow,
     Objective,
@@ -115,35 +116,6 @@ def train(
             parameters[name].data = original[name]
 
 
-def check_training(
-    denoiser: nn.Module,
-    names: Sequence[str],
-    config: Training,
-    *,
-    checkpoint_dir: Path | None = None,
-    resume: bool = False,
-) -> None:
-    """Check what `train` needs, before an edit spends time on preparing its batches.
-
-    Raises:
-        ConfigError: `resume` lacks a directory, or the precision does not fit model and device.
-        FileError: there is no checkpoint to resume, or a damaged one.
-    """
-    if resume and checkpoint_dir is None:
-        raise ConfigError("resume needs the checkpoint directory of the stopped run, got none.")
-    if resume and checkpoint_dir is not None:
-        check_resumable(checkpoint_dir)
-    parameters = dict(denoiser.named_parameters())
-    if config.precision == "fp16" and parameters[names[0]].device.type == "cpu":
-        raise ConfigError("training.precision must be bf16 or fp32 on a CPU, got fp16.")
-    frozen = {p.dtype for name, p in parameters.items() if name not in names}
-    if config.precision == "fp32" and frozen - {torch.float32}:
-        raise ConfigError(
-            "training.precision fp32 needs a model loaded in fp32. "
-            "Load it with dtype fp32, or set training.precision to bf16 or fp16."
-        )
-
-
 class Trainer:
     """State of one training: optimizer, weight average, step counter and log."""
 
@@ -180,7 +152,7 @@ class Trainer:
         parameters = list(trained.values())
         self.ema = EMAModel(parameters, decay=config.ema, **ramp) if config.ema else None
         self.state = training_state(objective)
-        self.update, self.seconds = 0, 0.0
+        self.update, self.seconds, self.skipped = 0, 0.0, 0
         self.best_loss, self.validations_without_gain = math.inf, 0
         self.log: list[LogRow] = []
         if isinstance(objective, UsesEma):
@@ -205,6 +177,8 @@ class Trainer:
                 if self.config.validate_every and self.update % self.config.validate_every == 0:
                     self._validate(row)
                     stop_early = self._out_of_patience()
+                if isinstance(self.objective, FollowsUpdates) and self.objective.after_update(row):
+                    stop_early = True
                 self.log.append(row)
                 if self.callback and self.callback(self.update, self.config.updates, row):
                     stop_early = True
@@ -232,6 +206,27 @@ class Trainer:
         )
 
     def _training_update(self) -> LogRow:
+        """Update the weights once and return the log row; see `Training.max_skipped`."""
+        config, lr = self.config, self.config.lr * self._lr_factor(self.update)
+        try:
+            row, norm = self._accumulate_gradients()
+        except DivergedError:
+            if self.skipped >= config.max_skipped:
+                raise
+            self.skipped += 1
+            self.optimizer.zero_grad(set_to_none=True)
+            return {"lr": lr, "skipped": 1.0}
+        self.skipped = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.step(list(self.trained.values()))
+        return row | {"lr": lr, "norm": norm}
+
+    def _accumulate_gradients(self) -> tuple[LogRow, float]:
+        """Return the loss terms of one update and the norm of its gradient, before clipping."""
         config, accelerator = self.config, self.accelerator
         self.unwrapped_denoiser.train()
         row: LogRow = {}
@@ -255,14 +250,7 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(list(self.trained.values()), config.clip)
         if not math.isfinite(float(norm)) and accelerator.scaler is None:
             raise DivergedError(f"the gradient is not finite at update {self.update + 1}. {advice}")
-        lr = config.lr * self._lr_factor(self.update)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.step(list(self.trained.values()))
-        return row | {"lr": lr, "norm": float(norm)}
+        return row, float(norm)
 
     def _lr_factor(self, update: int) -> float:
         updates, warmup = self.config.updates, self.config.warmup
@@ -319,6 +307,7 @@ class Trainer:
             seconds=self.seconds,
             best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
             validations_without_gain=self.validations_without_gain,
+            skipped=self.skipped,
             scaler=scaler.state_dict() if scaler else None,
         )
         write_checkpoint(directory, tensors, state, self.log, fingerprint=self.fingerprint)
@@ -339,7 +328,7 @@ class Trainer:
             self.ema.optimization_step = state.update
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        self.update, self.seconds = state.update, state.seconds
+        self.update, self.seconds, self.skipped = state.update, state.seconds, state.skipped
         self.best_loss = math.inf if state.best_loss is None else state.best_loss
         self.validations_without_gain = state.validations_without_gain
         self.log = [row for row in rows if row["update"] <= self.update]
