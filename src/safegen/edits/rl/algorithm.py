@@ -209,6 +209,8 @@ class Algorithm(ABC):
 
     deviation: ClassVar[Literal["group", "global"]] = "global"
     """Deviation that advantages are divided by."""
+    follows_advantages: ClassVar[bool] = True
+    """Whether an image with advantage 0 teaches nothing; its loss then counts as 0."""
 
     def __init__(self, policy: Policy) -> None:
         """Store the policy."""
