@@ -36,6 +36,7 @@ class RewardObjective:
         self.prompts = training_prompts(
             read_captions(edit.prompts),
             read_captions(edit.captions),
+            read_captions(edit.counterparts),
             erase=edit.erase,
             anchors=edit.anchors,
         )
