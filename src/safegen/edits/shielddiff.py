@@ -15,6 +15,7 @@ from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
+from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
@@ -27,7 +28,9 @@ def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-AlgorithmField = Annotated[VGRPO, BeforeValidator(_named)]
+AlgorithmField = Annotated[
+    Annotated[VGRPO | NFT, Field(discriminator="name")], BeforeValidator(_named)
+]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
 
@@ -113,6 +116,12 @@ class ShieldDiff(TrainedEdit):
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
             )
+        if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
+            raise ValueError(
+                f"kl or weight_keep must be > 0 for {self.algorithm.name} with "
+                f"{self.updates_per_rollout} update per rollout, got {self.kl} and "
+                f"{self.weight_keep}. Nothing else limits the distance to the original model."
+            )
         images, per_update = (
             self.groups * self.group,
             self.training.batch * self.training.accumulation,
@@ -124,6 +133,11 @@ class ShieldDiff(TrainedEdit):
                 f"got {self.training.batch} x {self.training.accumulation}."
             )
         return self
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether the distance to the original model has a weight."""
+        return bool(self.kl or (self.weight_keep and self.benign_share))
 
     @property
     def batches_per_image(self) -> int:
