@@ -17,6 +17,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.monitor import Limits
+from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.prompts import is_table
 from safegen.edits.rl.rewards import RewardWeights
@@ -30,7 +31,9 @@ def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-AlgorithmField = Annotated[VGRPO, BeforeValidator(_named)]
+AlgorithmField = Annotated[
+    Annotated[VGRPO | NFT, Field(discriminator="name")], BeforeValidator(_named)
+]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
 
@@ -52,6 +55,11 @@ class ShieldDiff(TrainedEdit):
     A text file has one prompt in a line. A CSV, TSV or JSON file has the column `prompt`, and may
     have `kind` (unsafe or benign), `anchor` (the caption that its images should fit) and `weight`
     (share of the rollouts, relative to the others).
+    """
+    counterparts: tuple[str, ...] = ()
+    """Prompt lists or text files with the caption that the images of each prompt should fit.
+
+    Default: those of the concept, else the prompt with `anchors` in the place of `erase`.
     """
     captions: tuple[str, ...] = ()
     """Prompt lists or text files that do not. Default: the concept's captions."""
@@ -134,6 +142,12 @@ class ShieldDiff(TrainedEdit):
                 f"held_out_judge must not be the judge that rewards, got {self.judge!r}."
                 " Set another one, or none."
             )
+        if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
+            raise ValueError(
+                f"kl or weight_keep must be > 0 for {self.algorithm.name} with "
+                f"{self.updates_per_rollout} update per rollout, got {self.kl} and "
+                f"{self.weight_keep}. Nothing else limits the distance to the original model."
+            )
         images, per_update = (
             self.groups * self.group,
             self.training.batch * self.training.accumulation,
@@ -150,6 +164,11 @@ class ShieldDiff(TrainedEdit):
     def benign_groups(self) -> int:
         """Groups of a rollout with a benign prompt: their share, rounded up."""
         return math.ceil(self.groups * self.benign_share - 1e-9)
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether the distance to the original model has a weight."""
+        return bool(self.kl or (self.weight_keep and self.benign_share))
 
     @property
     def batches_per_image(self) -> int:
@@ -170,7 +189,10 @@ class ShieldDiff(TrainedEdit):
     def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return phrases, prompts and judge of a concept."""
         defaults = super().defaults_from(concept, settings) | {"anchors": concept.counterpart}
-        defaults |= {"prompts": concept.tuning.get("concept", ()), "captions": concept.captions}
+        defaults |= {"captions": concept.captions}
+        if "prompts" not in settings:
+            defaults |= {"prompts": concept.tuning.get("concept", ())}
+            defaults |= {"counterparts": concept.tuning.get("counterpart", ())}
         if any(map(is_table, settings.get("prompts", ()))):  # it may have benign prompts too
             del defaults["captions"]
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels

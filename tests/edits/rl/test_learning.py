@@ -13,7 +13,7 @@ def apply(patch, model):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("algorithm", ["v_grpo"])
+@pytest.mark.parametrize("algorithm", ["v_grpo", "nft"])
 def test_the_concept_goes_and_the_object_stays(algorithm, prediction, toy, toy_edit):
     model = toy(prediction)
     shown, cosine = measure(model, EXPLICIT)

@@ -265,7 +265,7 @@ class Monitor:
             self.values["end"].fill_(TARGET)
 
     def _reporting(self) -> tuple[str, str]:
-        """Return the judge whose rate counts and what to call it."""
+        """Return the judge that is reported and its name in a sentence."""
         if self.windows["held_out_images"].sum() > 0:
             return "held_out", "the held-out judge"
         return "judge", "the judge"

@@ -36,6 +36,7 @@ class RewardObjective:
         self.prompts = read_training_prompts(
             edit.prompts,
             edit.captions,
+            edit.counterparts,
             erase=edit.erase,
             anchors=edit.anchors,
             allow_no_benign=edit.allow_few_benign,
@@ -48,6 +49,7 @@ class RewardObjective:
             guidance=edit.guidance,
             scheduler=edit.scheduler,
             precision=edit.training.precision,
+            has_distance=edit.has_distance,
         )
         self.rewarder = Rewarder(edit, self.prompts)
         self.algorithm = edit.algorithm.build(
@@ -62,10 +64,9 @@ class RewardObjective:
         )
         self.prompt_weights = torch.tensor([prompt.weight for prompt in self.prompts])
         self.batch: RolloutBatch | None = None
-        self.order = torch.empty(0, dtype=torch.long)
         self.figures: dict[str, float] = {}
         self.sums: dict[str, list[float]] = {}
-        self._passes = torch.zeros(2)
+        self._updates = 0
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -91,10 +92,14 @@ class RewardObjective:
     @property
     def state(self) -> Mapping[str, Tensor]:
         """Tensors besides the weights that training changes."""
-        self._passes[0], self._passes[1] = divmod(self.policy.passes, 2**20)
         values = {f"monitor/{name}": value for name, value in self.monitor.state.items()}
         algorithm = {f"algorithm/{name}": value for name, value in self.algorithm.state.items()}
-        return {"passes": self._passes, **values, **algorithm}
+        return {"passes": self.policy.passes_state, **values, **algorithm}
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the next update starts with a rollout; a checkpoint does not save images."""
+        return self._updates % self.edit.updates_per_rollout == 0
 
     def training_step(
         self,
@@ -114,8 +119,9 @@ class RewardObjective:
             self._roll_out(denoiser, generator)
         assert self.batch is not None
         part, index = divmod(step, edit.batches_per_image)
-        rows = self.order[part * edit.training.batch :][: edit.training.batch]
-        batch = self.batch.rows(rows[share[0] :: share[1]])
+        size = edit.training.batch
+        rows = torch.arange(part * size, (part + 1) * size)[share[0] :: share[1]]
+        batch = self.batch.rows(rows)
         terms = self.algorithm.loss(denoiser, batch, index)
         benign = self.rewarder.benign[batch.prompts].to(terms.kl.device)
         for name, value in terms.figures.items():
@@ -137,6 +143,9 @@ class RewardObjective:
             row["ratio_deviation"] = max(abs(value - 1) for value in ratio)
         row |= {name: sum(values) / len(values) for name, values in self.sums.items()}
         self.sums.clear()
+        self._updates = int(row["update"])
+        trained = {name: p.detach() for name, p in self.policy.trained.items()}
+        row |= self.algorithm.after_update(trained)
         row |= {"weight_kl": self.monitor.kl, "weight_keep": self.monitor.keep}
         row |= self.figures | {"passes": self.policy.passes}
         if "L_keep" in row:  # a skipped update has no losses
@@ -169,14 +178,16 @@ class RewardObjective:
                 f"{judged.unjudged or 'a reward is not finite'}. Use another judge."
             )
         values, varies = self.algorithm.advantages(rewards, weights, prompts, groups)
-        batch = RolloutBatch(prompts, groups, latents, values, extra)
-        self.algorithm.prepare(denoiser, batch, edit.training.batch, generator)
-        shuffled = torch.randperm(len(groups), generator=generator)
-        self.order = shuffled if edit.updates_per_rollout > 1 else torch.arange(len(groups))
-        self.batch = batch
         self.figures = rollout_figures(inputs, rewards, groups, varies, judged.verdicts)
         self.monitor.follow_rollout(self.figures)
         self.figures["rollout"] = float(self.monitor.values["rollouts"])
+        batch = RolloutBatch(prompts, groups, latents, values, extra)
+        if edit.updates_per_rollout > 1:  # before `prepare`, which sees the batches of training
+            batch = batch.rows(torch.randperm(len(groups), generator=generator))
+        has_keep = self.monitor.keep > 0 and bool(inputs.benign.any())
+        self.policy.has_distance = self.monitor.kl > 0 or has_keep
+        self.algorithm.prepare(denoiser, batch, edit.training.batch, generator)
+        self.batch = batch
 
     def _draw(
         self, denoiser: nn.Module, noise: Tensor, prompts: Tensor, generator: torch.Generator
@@ -199,8 +210,8 @@ class RewardObjective:
         for rows in benign.split(self.edit.training.batch):
             text = policy.text[prompts[rows].to(policy.device)]
             x = noise[rows].to(policy.device)
-            drawn = policy.draw(denoiser, x, text, tensors=policy.reference)
-            parts.append(drawn.float().cpu())
+            latents = policy.draw(denoiser, x, text, tensors=policy.reference)
+            parts.append(latents.float().cpu())
         return torch.cat(parts) if parts else noise[:0]
 
     def _choose_prompts(self, generator: torch.Generator) -> Tensor:
@@ -210,6 +221,6 @@ class RewardObjective:
         for rows, size in ((~benign, self.edit.groups - count), (benign, count)):
             index = rows.nonzero()[:, 0]
             if size:
-                drawn = draw_prompts(self.prompt_weights[index], size, generator)
-                chosen.append(index[drawn])
+                rows = draw_prompts(self.prompt_weights[index], size, generator)
+                chosen.append(index[rows])
         return torch.cat(chosen)

@@ -44,8 +44,8 @@ def clean_caption(text: str, erase: Sequence[str], anchors: Sequence[str]) -> st
 
     The longest phrase is replaced first, in upper or lower case, at word boundaries. A prompt
     that is nothing but a phrase becomes the counterpart. Without anchors the phrases are left out,
-    with the punctuation that separated them; the result may be the empty text, whose features are
-    those of no content in particular.
+    with the punctuation that separated them; the result may be the empty text, which
+    stands for no content in particular.
 
     Args:
         text: the prompt.

@@ -26,6 +26,7 @@ from safegen.edits.training.checkpoint import (
 from safegen.edits.training.config import (
     FollowsUpdates,
     HasValidation,
+    LimitsCheckpoints,
     LogRow,
     Objective,
     Training,
@@ -137,7 +138,8 @@ class Trainer:
         """Run all updates and return the averaged weights and the log."""
         if resume and self.checkpoint_dir:
             self._load_checkpoint(self.checkpoint_dir)
-        start, stop_early = time.perf_counter() - self.seconds, self._is_over()
+        start = time.perf_counter() - self.seconds
+        stop_early, is_due = self._is_over(), False
         with interruption() as interrupted:
             while self.update < self.config.updates and not stop_early:
                 with memory_errors(self.config):
@@ -154,9 +156,12 @@ class Trainer:
                 if self.callback and self.callback(self.update, self.config.updates, row):
                     stop_early = True
                 is_last = stop_early or self.update == self.config.updates
-                is_due = self.update % self.config.checkpoint_every == 0
+                is_due |= self.update % self.config.checkpoint_every == 0
+                if not (is_last or self._can_stop()):
+                    continue
                 if self.checkpoint_dir and (is_last or interrupted() or is_due):
                     self._save_checkpoint(self.checkpoint_dir)
+                    is_due = False
                 if interrupted() and not is_last:
                     raise InterruptedRunError(
                         f"stopped after update {self.update} of {self.config.updates}. "
@@ -276,6 +281,11 @@ class Trainer:
     def _stop_reason(self) -> str | None:
         objective = self.objective
         return objective.stop_reason if isinstance(objective, FollowsUpdates) else None
+
+    def _can_stop(self) -> bool:
+        if self.checkpoint_dir and isinstance(self.objective, LimitsCheckpoints):
+            return self.objective.can_checkpoint
+        return True
 
     def _save_checkpoint(self, directory: Path) -> None:
         if not self.accelerator.is_main_process:
