@@ -15,6 +15,8 @@ from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
+from safegen.edits.rl.ddpo import DDPO
+from safegen.edits.rl.grpo_window import GRPOWindow
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
@@ -27,7 +29,9 @@ def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-AlgorithmField = Annotated[VGRPO, BeforeValidator(_named)]
+AlgorithmField = Annotated[
+    Annotated[VGRPO | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
+]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
 

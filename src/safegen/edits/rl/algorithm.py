@@ -64,6 +64,8 @@ class Policy:
         self.text = torch.cat([model.encode_text(chunk).float() for chunk in chunks])
         self.passes = 0.0
         """Samples that went through the network, with `BACKWARD` more for each that went back."""
+        self.needs_distance = True
+        """Whether the distance to the original model has a weight; otherwise it may be 0."""
 
     @property
     def device(self) -> torch.device:

@@ -48,6 +48,7 @@ class RewardObjective:
             scheduler=edit.scheduler,
             precision=edit.training.precision,
         )
+        self.policy.needs_distance = bool(edit.kl or edit.weight_keep)
         self.rewarder = Rewarder(edit, self.prompts)
         self.algorithm = edit.algorithm.build(
             self.policy, edit.groups, edit.group, updates=edit.updates_per_rollout
