@@ -17,6 +17,7 @@ from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.ddpo import DDPO
 from safegen.edits.rl.grpo_window import GRPOWindow
+from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
@@ -30,7 +31,7 @@ def _named(value: object) -> object:
 
 
 AlgorithmField = Annotated[
-    Annotated[VGRPO | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
+    Annotated[VGRPO | NFT | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
 ]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
@@ -112,6 +113,12 @@ class ShieldDiff(TrainedEdit):
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
             )
+        if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
+            raise ValueError(
+                f"kl or weight_keep must be > 0 for {self.algorithm.name} with "
+                f"{self.updates_per_rollout} update per rollout, got {self.kl} and "
+                f"{self.weight_keep}. Nothing else limits the distance to the original model."
+            )
         images, per_update = (
             self.groups * self.group,
             self.training.batch * self.training.accumulation,
@@ -123,6 +130,11 @@ class ShieldDiff(TrainedEdit):
                 f"got {self.training.batch} x {self.training.accumulation}."
             )
         return self
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether the distance to the original model has a weight."""
+        return bool(self.kl or (self.weight_keep and self.benign_share))
 
     @property
     def batches_per_image(self) -> int:

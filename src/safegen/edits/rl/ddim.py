@@ -207,7 +207,7 @@ class SamplerAlgorithm(Algorithm, ABC):
         ratio = (log_probability(x_prev, mean, std) - old).exp()
         loss, clipped = clipped_surrogate(ratio, batch.advantages.to(device), self.clip)
         kl = torch.zeros_like(loss)
-        if policy.needs_distance:
+        if policy.has_distance:
             original = partial(policy.predict_frozen, denoiser, tensors=policy.reference)
             squared = per_image((mean - self._mean(original, x, step, text)).square())
             kl = squared / (2 * std.square())

@@ -38,7 +38,7 @@ class DDPO(AlgorithmSettings):
     `auto` is 0.0128 / sqrt(D) for D latent values: the published 1e-4 at those of SD 1.x.
     """
     buffer: int | None = Field(default=32, ge=2, le=MAX_COUNT)
-    """Last images of a prompt whose rewards count; None compares the images of a rollout."""
+    """Size of the statistics of a prompt, in images; None compares the images of a rollout."""
     min_count: int = Field(default=16, ge=1, le=MAX_COUNT)
     """Images of a prompt below which the images of the rollout are compared instead."""
 
@@ -54,6 +54,10 @@ class DDPO(AlgorithmSettings):
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
         return DDPOAlgorithm(self, policy)
+
+    def limits_ratio(self, updates: int) -> bool:
+        """Return whether the clip has an effect; the ratio of a single update is 1."""
+        return updates > 1
 
     def batches_per_image(self, steps: int) -> int:
         """Return the steps of the sampler, all of which are trained."""

@@ -41,6 +41,10 @@ class GRPOWindow(AlgorithmSettings):
         """Return the algorithm; see `AlgorithmSettings.build`."""
         return GRPOWindowAlgorithm(self, policy)
 
+    def limits_ratio(self, updates: int) -> bool:
+        """Return whether the clip has an effect; the ratio of a single update is 1."""
+        return updates > 1
+
     def batches_per_image(self, steps: int) -> int:
         """Return the steps of the window."""
         return self.window
