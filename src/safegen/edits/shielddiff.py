@@ -50,6 +50,11 @@ class ShieldDiff(TrainedEdit):
     """Phrases that replace them in captions. Default: the concept's counterpart."""
     prompts: tuple[str, ...] = ()
     """Prompt lists or text files that ask for the concept. Default: the concept's tuning lists."""
+    counterparts: tuple[str, ...] = ()
+    """Prompt lists or text files with the caption that the images of each prompt should fit.
+
+    Default: those of the concept, else the prompt with `anchors` in the place of `erase`.
+    """
     captions: tuple[str, ...] = ()
     """Prompt lists or text files that do not. Default: the concept's captions."""
     benign_share: float = Field(default=0.5, ge=0, lt=1)
@@ -155,7 +160,10 @@ class ShieldDiff(TrainedEdit):
     def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return phrases, prompts and judge of a concept."""
         defaults = super().defaults_from(concept, settings) | {"anchors": concept.counterpart}
-        defaults |= {"prompts": concept.tuning.get("concept", ()), "captions": concept.captions}
+        defaults |= {"captions": concept.captions}
+        if "prompts" not in settings:
+            defaults |= {"prompts": concept.tuning.get("concept", ())}
+            defaults |= {"counterparts": concept.tuning.get("counterpart", ())}
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
             defaults |= {"threshold": concept.threshold}

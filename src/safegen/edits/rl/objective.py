@@ -36,6 +36,7 @@ class RewardObjective:
         self.prompts = training_prompts(
             read_captions(edit.prompts),
             read_captions(edit.captions),
+            read_captions(edit.counterparts),
             erase=edit.erase,
             anchors=edit.anchors,
         )
@@ -225,7 +226,7 @@ class Rewarder:
     def _score(self, detections: Detections) -> float:
         if detections.unjudged is not None:
             return float("nan")
-        return sum(d.score for d in detections.items if d.label in self.judge.labels)
+        return sum((d.score for d in detections.items if d.label in self.judge.labels), 0.0)
 
     @staticmethod
     def _contains(judge: Judge, detections: Sequence[Detections]) -> list[bool | None]:
