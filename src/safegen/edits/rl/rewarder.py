@@ -103,7 +103,7 @@ class Rewarder:
     def _score(self, detections: Detections) -> float:
         if detections.unjudged is not None:
             return NAN
-        return sum(d.score for d in detections.items if d.label in self.judge.labels)
+        return sum((d.score for d in detections.items if d.label in self.judge.labels), 0.0)
 
     def _features(self, images: Sequence[Image.Image]) -> Tensor:
         features = torch.from_numpy(self.extractor.features(images)).float()
