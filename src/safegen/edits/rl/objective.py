@@ -221,6 +221,6 @@ class RewardObjective:
         for rows, size in ((~benign, self.edit.groups - count), (benign, count)):
             index = rows.nonzero()[:, 0]
             if size:
-                rows = draw_prompts(self.prompt_weights[index], size, generator)
-                chosen.append(index[rows])
+                numbers = draw_prompts(self.prompt_weights[index], size, generator)
+                chosen.append(index[numbers])
         return torch.cat(chosen)
