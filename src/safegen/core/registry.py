@@ -17,6 +17,7 @@ EDITS = {
     "duo": "safegen.edits.duo:DUO",
     "esd": "safegen.edits.esd:ESD",
     "sdd": "safegen.edits.sdd:SDD",
+    "shielddiff": "safegen.edits.shielddiff:ShieldDiff",
     "uce": "safegen.edits.uce:UCE",
     "rece": "safegen.edits.rece:RECE",
     "safegen-plus": "safegen.edits.safegen_plus:SafeGenPlus",

@@ -19,6 +19,7 @@ from safegen.core.files import display_name
 from safegen.core.registry import EDITS, registered_name
 from safegen.core.settings import MAX_RANK, MethodSettings
 from safegen.data.triplets.triplets import Triplets
+from safegen.edits.training.check import check_training
 from safegen.edits.training.checkpoint import check_resumable
 from safegen.edits.training.config import (
     HasMetadata,
@@ -29,7 +30,7 @@ from safegen.edits.training.config import (
 )
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import read_captions
-from safegen.edits.training.trainer import check_training, train
+from safegen.edits.training.trainer import train
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch

@@ -19,8 +19,8 @@ from safegen.edits.base import TrainedEdit, check_inputs, join_quoted
 from safegen.edits.functional.adversary import AdversarySetting
 from safegen.edits.rece import CAPTIONS_SCALE, RECE
 from safegen.edits.safegen import SafeGen, SafeGenObjective, check_safegen
+from safegen.edits.training.check import check_training
 from safegen.edits.training.config import Objective, Training, TrainingCallback
-from safegen.edits.training.trainer import check_training
 from safegen.edits.uce import UCE
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model

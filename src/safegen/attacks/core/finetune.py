@@ -17,11 +17,12 @@ from safegen.attacks.core.dataset import FineTuneDataset
 from safegen.core.documents import read_json_lines
 from safegen.core.errors import ConfigError, DivergedError
 from safegen.edits.functional import losses
+from safegen.edits.training.check import check_training
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import LogRow, Training
 from safegen.edits.training.lora import Trainable, trainable_parameters
 from safegen.edits.training.samples import preprocess
-from safegen.edits.training.trainer import check_training, train
+from safegen.edits.training.trainer import train
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch

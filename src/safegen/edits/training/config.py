@@ -61,6 +61,11 @@ class Training(BaseSettings):
     """Decay rates of AdamW's moments."""
     clip: float = Field(default=1.0, gt=0)
     """Maximum gradient norm of an update."""
+    max_skipped: int = Field(default=0, ge=0, le=MAX_COUNT)
+    """Updates in a row that are skipped if a loss or the gradient is not finite.
+
+    The next one raises. With 0 the first raises.
+    """
     ema: float = Field(default=0.9999, ge=0, lt=1)
     """Maximum decay of the weight average that becomes the patch; 0 uses the last weights."""
     ema_ramp: bool = True
@@ -163,7 +168,7 @@ class HasMetadata(Protocol):
 
 @runtime_checkable
 class HasState(Protocol):
-    """An adversary with tensors that training changes."""
+    """An objective or adversary with tensors, besides the weights, that training changes."""
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -172,9 +177,39 @@ class HasState(Protocol):
 
 
 def training_state(objective: Objective) -> Mapping[str, Tensor]:
-    """Return the tensors besides weights that training changes: those of an adversary, if any."""
-    attack = getattr(objective, "attack", None)
-    return attack.state if isinstance(attack, HasState) else {}
+    """Return the tensors besides weights that training changes: the objective's or its adversary's.
+
+    They are fp32 and keep their shapes.
+    """
+    owner = objective if isinstance(objective, HasState) else getattr(objective, "attack", None)
+    return owner.state if isinstance(owner, HasState) else {}
+
+
+@runtime_checkable
+class FollowsUpdates(Protocol):
+    """An objective that does something after every update, such as logging or ending."""
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the training ends, after a resume too; None if it goes on."""
+        ...
+
+    def after_update(self, row: LogRow) -> None:
+        """Add figures to the log row of an update."""
+        ...
+
+
+@runtime_checkable
+class LimitsCheckpoints(Protocol):
+    """An objective that can be resumed after some updates only."""
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether a checkpoint after this update resumes bit for bit.
+
+        A due checkpoint, and the stop after a signal, wait for the next update that allows it.
+        """
+        ...
 
 
 @runtime_checkable
@@ -198,6 +233,8 @@ class TrainResult(BaseModel):
     seconds: float
     """Training time, resumed parts included."""
     stopped_early: bool = False
+    stop_reason: str | None = None
+    """Why the objective ended the training; see `FollowsUpdates`."""
 
     def to_metadata(self, terms: Iterable[str]) -> dict[str, Any]:
         """Return the metadata for a patch: updates, seconds and the last loss of each term."""
@@ -205,7 +242,12 @@ class TrainResult(BaseModel):
             "updates": len(self.log),
             "seconds": round(self.seconds, 2),
             "stopped_early": self.stopped_early,
-            "losses": {name: self.log[-1][name] for name in terms},
+            **({"stop_reason": self.stop_reason} if self.stop_reason else {}),
+            "losses": {
+                name: next(row[name] for row in reversed(self.log) if name in row)
+                for name in terms
+                if any(name in row for row in self.log)  # a skipped update has no losses
+            },
         }
 
 

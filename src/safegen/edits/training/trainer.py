@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
+from safegen.core.errors import DivergedError, InterruptedRunError
+from safegen.edits.training.check import check_training
 from safegen.edits.training.checkpoint import (
     CheckpointState,
-    check_resumable,
     claim_checkpoints,
     read_checkpoint,
     write_checkpoint,
 )
 from safegen.edits.training.config import (
+    FollowsUpdates,
     HasValidation,
+    LimitsCheckpoints,
     LogRow,
     Objective,
     Training,
@@ -37,6 +38,7 @@ from safegen.edits.training.config import (
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
+from safegen.edits.training.network import prepared_network
 
 
 def train(
@@ -78,70 +80,12 @@ def train(
             checkpoints=checkpoint_dir is not None, validation=isinstance(objective, HasValidation)
         )
     )
-    parameters = dict(denoiser.named_parameters())
-    original = {name: parameters[name].data for name in names}
-    was_training = denoiser.training
-    required_grad = {name: p.requires_grad for name, p in parameters.items()}
-    checkpointing = config.gradient_checkpointing and not denoiser.is_gradient_checkpointing
-    on_cpu = parameters[names[0]].device.type == "cpu"
-    processors = dict(getattr(denoiser, "attn_processors", {})) if on_cpu else {}
-    try:
-        if processors:  # on a CPU, the backward pass of fused attention is slower
-            denoiser.set_attn_processor(AttnProcessor())  # type: ignore[operator]
-        for name, p in parameters.items():
-            p.requires_grad_(name in original)
-        for name in names:
-            parameters[name].data = original[name].detach().clone().float()
-        if checkpointing:
-            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        trained = {name: parameters[name] for name in names}
+    with prepared_network(denoiser, names, config) as trained:
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
         with claim_checkpoints(checkpoint_dir if trainer.accelerator.is_main_process else None):
             return trainer.fit(resume=resume)
-    finally:
-        vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
-        vars(denoiser).pop("_original_forward", None)
-        if checkpointing:
-            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
-        if processors:
-            denoiser.set_attn_processor(processors)  # type: ignore[operator]
-        denoiser.train(was_training)
-        for name, p in parameters.items():
-            p.requires_grad_(required_grad[name])
-            p.grad = None
-        for name in names:
-            parameters[name].data = original[name]
-
-
-def check_training(
-    denoiser: nn.Module,
-    names: Sequence[str],
-    config: Training,
-    *,
-    checkpoint_dir: Path | None = None,
-    resume: bool = False,
-) -> None:
-    """Check what `train` needs, before an edit spends time on preparing its batches.
-
-    Raises:
-        ConfigError: `resume` lacks a directory, or the precision does not fit model and device.
-        FileError: there is no checkpoint to resume, or a damaged one.
-    """
-    if resume and checkpoint_dir is None:
-        raise ConfigError("resume needs the checkpoint directory of the stopped run, got none.")
-    if resume and checkpoint_dir is not None:
-        check_resumable(checkpoint_dir)
-    parameters = dict(denoiser.named_parameters())
-    if config.precision == "fp16" and parameters[names[0]].device.type == "cpu":
-        raise ConfigError("training.precision must be bf16 or fp32 on a CPU, got fp16.")
-    frozen = {p.dtype for name, p in parameters.items() if name not in names}
-    if config.precision == "fp32" and frozen - {torch.float32}:
-        raise ConfigError(
-            "training.precision fp32 needs a model loaded in fp32. "
-            "Load it with dtype fp32, or set training.precision to bf16 or fp16."
-        )
 
 
 class Trainer:
@@ -180,7 +124,7 @@ class Trainer:
         parameters = list(trained.values())
         self.ema = EMAModel(parameters, decay=config.ema, **ramp) if config.ema else None
         self.state = training_state(objective)
-        self.update, self.seconds = 0, 0.0
+        self.update, self.seconds, self.skipped = 0, 0.0, 0
         self.best_loss, self.validations_without_gain = math.inf, 0
         self.log: list[LogRow] = []
         if isinstance(objective, UsesEma):
@@ -194,7 +138,8 @@ class Trainer:
         """Run all updates and return the averaged weights and the log."""
         if resume and self.checkpoint_dir:
             self._load_checkpoint(self.checkpoint_dir)
-        start, stop_early = time.perf_counter() - self.seconds, self._out_of_patience()
+        start = time.perf_counter() - self.seconds
+        stop_early, is_due = self._is_over(), False
         with interruption() as interrupted:
             while self.update < self.config.updates and not stop_early:
                 with memory_errors(self.config):
@@ -204,14 +149,19 @@ class Trainer:
                 row |= {"update": self.update, "seconds": round(self.seconds, 3)}
                 if self.config.validate_every and self.update % self.config.validate_every == 0:
                     self._validate(row)
-                    stop_early = self._out_of_patience()
+                if isinstance(self.objective, FollowsUpdates):
+                    self.objective.after_update(row)
+                stop_early = self._is_over()
                 self.log.append(row)
                 if self.callback and self.callback(self.update, self.config.updates, row):
                     stop_early = True
                 is_last = stop_early or self.update == self.config.updates
-                is_due = self.update % self.config.checkpoint_every == 0
+                is_due |= self.update % self.config.checkpoint_every == 0
+                if not (is_last or self._can_stop()):
+                    continue
                 if self.checkpoint_dir and (is_last or interrupted() or is_due):
                     self._save_checkpoint(self.checkpoint_dir)
+                    is_due = False
                 if interrupted() and not is_last:
                     raise InterruptedRunError(
                         f"stopped after update {self.update} of {self.config.updates}. "
@@ -228,10 +178,45 @@ class Trainer:
                     f"the new {name} has values that are not finite. Lower lr ({self.config.lr})."
                 )
         return TrainResult(
-            tensors=tensors, log=self.log, seconds=self.seconds, stopped_early=stop_early
+            tensors=tensors,
+            log=self.log,
+            seconds=self.seconds,
+            stopped_early=stop_early,
+            stop_reason=self._stop_reason(),
         )
 
     def _training_update(self) -> LogRow:
+        """Update the weights once and return the log row; see `Training.max_skipped`."""
+        config, lr = self.config, self.config.lr * self._lr_factor(self.update)
+        try:
+            row, norm = self._accumulate_gradients()
+        except DivergedError as error:
+            if self.skipped >= config.max_skipped:
+                self._keep_last_weights(error)
+                raise
+            self.skipped += 1
+            self.optimizer.zero_grad(set_to_none=True)
+            return {"lr": lr, "skipped": 1.0}
+        self.skipped = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.step(list(self.trained.values()))
+        return row | {"lr": lr, "norm": norm}
+
+    def _keep_last_weights(self, error: DivergedError) -> None:
+        """Save the weights before the skipped updates; a resumed run tries as many again."""
+        if not (self.checkpoint_dir and self.config.max_skipped):
+            return
+        if all(bool(p.isfinite().all()) for p in self.trained.values()):
+            self.skipped = 0
+            self._save_checkpoint(self.checkpoint_dir)
+            error.is_resumable = True
+
+    def _accumulate_gradients(self) -> tuple[LogRow, float]:
+        """Return the loss terms of one update and the norm of its gradient, before clipping."""
         config, accelerator = self.config, self.accelerator
         self.unwrapped_denoiser.train()
         row: LogRow = {}
@@ -255,14 +240,7 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(list(self.trained.values()), config.clip)
         if not math.isfinite(float(norm)) and accelerator.scaler is None:
             raise DivergedError(f"the gradient is not finite at update {self.update + 1}. {advice}")
-        lr = config.lr * self._lr_factor(self.update)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.step(list(self.trained.values()))
-        return row | {"lr": lr, "norm": float(norm)}
+        return row, float(norm)
 
     def _lr_factor(self, update: int) -> float:
         updates, warmup = self.config.updates, self.config.warmup
@@ -296,8 +274,18 @@ class Trainer:
             for name, value in current.items():
                 self.trained[name].data = value
 
-    def _out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.validations_without_gain
+    def _is_over(self) -> bool:
+        out_of_patience = 0 < self.config.patience <= self.validations_without_gain
+        return out_of_patience or self._stop_reason() is not None
+
+    def _stop_reason(self) -> str | None:
+        objective = self.objective
+        return objective.stop_reason if isinstance(objective, FollowsUpdates) else None
+
+    def _can_stop(self) -> bool:
+        if self.checkpoint_dir and isinstance(self.objective, LimitsCheckpoints):
+            return self.objective.can_checkpoint
+        return True
 
     def _save_checkpoint(self, directory: Path) -> None:
         if not self.accelerator.is_main_process:
@@ -319,6 +307,7 @@ class Trainer:
             seconds=self.seconds,
             best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
             validations_without_gain=self.validations_without_gain,
+            skipped=self.skipped,
             scaler=scaler.state_dict() if scaler else None,
         )
         write_checkpoint(directory, tensors, state, self.log, fingerprint=self.fingerprint)
@@ -339,7 +328,7 @@ class Trainer:
             self.ema.optimization_step = state.update
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        self.update, self.seconds = state.update, state.seconds
+        self.update, self.seconds, self.skipped = state.update, state.seconds, state.skipped
         self.best_loss = math.inf if state.best_loss is None else state.best_loss
         self.validations_without_gain = state.validations_without_gain
         self.log = [row for row in rows if row["update"] <= self.update]

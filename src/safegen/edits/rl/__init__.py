@@ -1,0 +1,1 @@
+"""Reinforcement learning of a denoiser with judges as reward."""

@@ -1,0 +1,226 @@
+"""ShieldDiff: fine-tune the denoiser by reward, so that the concept goes and the rest stays.
+
+Han et al. 2024, arXiv:2410.05309.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from safegen.core.concept import Concept, Phrases
+from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
+from safegen.data.triplets.triplets import Triplets
+from safegen.edits.base import TrainedEdit, join_quoted
+from safegen.edits.functional.rollout import SchedulerName
+from safegen.edits.rl.ddpo import DDPO
+from safegen.edits.rl.grpo_window import GRPOWindow
+from safegen.edits.rl.monitor import Limits
+from safegen.edits.rl.nft import NFT
+from safegen.edits.rl.objective import RewardObjective
+from safegen.edits.rl.prompts import is_table
+from safegen.edits.rl.rewards import RewardWeights
+from safegen.edits.rl.v_grpo import VGRPO
+from safegen.edits.training.config import Objective, Training
+from safegen.judges import SCORE_FLOOR
+from safegen.models.model import Model
+
+
+def _named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+AlgorithmField = Annotated[
+    Annotated[VGRPO | NFT | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
+]
+"""Type of the setting `algorithm`: a name, or a table with a name and settings."""
+
+
+class ShieldDiff(TrainedEdit):
+    """Settings of the ShieldDiff edit."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 2}
+    paper: ClassVar[str] = "arXiv:2410.05309"
+    inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
+
+    erase: Phrases = ()
+    """Phrases that name the concept. Default: those of the concept."""
+    anchors: Phrases = ()
+    """Phrases that replace them in captions. Default: the concept's counterpart."""
+    prompts: tuple[str, ...] = ()
+    """Prompt lists or files that ask for the concept. Default: the concept's tuning lists.
+
+    A text file has one prompt in a line. A CSV, TSV or JSON file has the column `prompt`, and may
+    have `kind` (unsafe or benign), `anchor` (the caption that its images should fit) and `weight`
+    (share of the rollouts, relative to the others).
+    """
+    counterparts: tuple[str, ...] = ()
+    """Prompt lists or text files with the caption that the images of each prompt should fit.
+
+    Default: those of the concept, else the prompt with `anchors` in the place of `erase`.
+    """
+    captions: tuple[str, ...] = ()
+    """Prompt lists or text files that do not. Default: the concept's captions."""
+    benign_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of groups with a benign prompt, at least half."""
+    allow_few_benign: bool = False
+    """Allow a smaller `benign_share`. Without benign prompts other content is lost."""
+    judge: str = "mini"
+    """Judge that rewards. Default: that of the concept."""
+    labels: tuple[str, ...] = ()
+    """Labels of the judge that mean the concept."""
+    threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
+    """Minimum score of a detection that is counted in the log."""
+    held_out_judge: str | None = None
+    """Judge that does not reward, for the log and against reward hacking."""
+    extractor: str = "mini-clip"
+    """Features of images and captions."""
+    extractor_weights: str | None = None
+    """Weights of the features, where they are not bundled."""
+    rewards: RewardWeights = RewardWeights()
+    """Weight of each reward."""
+    algorithm: AlgorithmField = VGRPO()
+    """Algorithm that follows the reward."""
+    groups: int = Field(default=8, ge=1, le=MAX_COUNT)
+    """Prompts in a rollout."""
+    group: int = Field(default=8, ge=2, le=MAX_COUNT)
+    """Images of each prompt."""
+    steps: int = Field(default=10, ge=1, le=MAX_STEPS)
+    """Steps of a rollout."""
+    guidance: float = Field(default=5.0, ge=1, le=50)
+    """Guidance scale of a rollout."""
+    scheduler: SchedulerName = "ddim"
+    """Scheduler of a rollout."""
+    kl: float = Field(default=0.1, ge=0)
+    """Weight of L_kl, the distance to the original model on prompts of the concept."""
+    weight_keep: float = Field(default=1.0, ge=0)
+    """Weight of L_keep, the distance on benign prompts."""
+    keep_budget: float | None = Field(default=None, gt=0)
+    """Distance on benign prompts that the weight of L_keep is adapted to; None leaves it."""
+    target: float | None = Field(default=None, ge=0, lt=1)
+    """Share of images of the concept's prompts with the concept at which the training ends.
+
+    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. None
+    makes all updates.
+    """
+    limits: Limits = Limits()
+    """Limits against known failures of training by reward."""
+    selector: str = "attention"
+    """Which weights change."""
+    rank: int | None = Field(default=16, ge=1, le=MAX_RANK)
+    """Rank of the LoRA; None trains the selected weights themselves."""
+    training: Training = Training(
+        updates=60,
+        batch=16,
+        accumulation=4,
+        lr=1e-3,
+        weight_decay=0.0,
+        ema=0.9,
+        precision="auto",
+        max_skipped=10,
+    )
+    """Settings of the training loop."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.rewards.used:
+            raise ValueError("rewards must have a weight above 0, got none")
+        if self.benign_share < 0.5 and not self.allow_few_benign:
+            raise ValueError(
+                f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
+                "without benign prompts; allow_few_benign allows it."
+            )
+        if self.groups <= self.benign_groups:
+            raise ValueError(
+                f"groups must leave one for prompts of the concept, got {self.groups} with "
+                f"benign_share {self.benign_share}. Raise groups."
+            )
+        if self.held_out_judge == self.judge:
+            raise ValueError(
+                f"held_out_judge must not be the judge that rewards, got {self.judge!r}."
+                " Set another one, or none."
+            )
+        if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
+            raise ValueError(
+                f"kl or weight_keep must be > 0 for {self.algorithm.name} with "
+                f"{self.updates_per_rollout} update per rollout, got {self.kl} and "
+                f"{self.weight_keep}. Nothing else limits the distance to the original model."
+            )
+        images, per_update = (
+            self.groups * self.group,
+            self.training.batch * self.training.accumulation,
+        )
+        if images % self.training.batch or images * self.batches_per_image % per_update:
+            raise ValueError(
+                f"groups x group x trained timesteps ({self.groups} x {self.group} x "
+                f"{self.batches_per_image}) must be a multiple of training.batch x accumulation, "
+                f"got {self.training.batch} x {self.training.accumulation}."
+            )
+        return self
+
+    @property
+    def benign_groups(self) -> int:
+        """Groups of a rollout with a benign prompt: their share, rounded up."""
+        return math.ceil(self.groups * self.benign_share - 1e-9)
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether the distance to the original model has a weight."""
+        return bool(self.kl or (self.weight_keep and self.benign_share))
+
+    @property
+    def batches_per_image(self) -> int:
+        """Times that an image goes through training in a rollout."""
+        return self.algorithm.batches_per_image(self.steps)
+
+    @property
+    def batches_per_rollout(self) -> int:
+        """Forward passes of training for a rollout."""
+        return self.groups * self.group // self.training.batch * self.batches_per_image
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Updates for which the images of a rollout serve."""
+        return self.batches_per_rollout // self.training.accumulation
+
+    @classmethod
+    def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return phrases, prompts and judge of a concept."""
+        defaults = super().defaults_from(concept, settings) | {"anchors": concept.counterpart}
+        defaults |= {"captions": concept.captions}
+        if "prompts" not in settings:
+            defaults |= {"prompts": concept.tuning.get("concept", ())}
+            defaults |= {"counterparts": concept.tuning.get("counterpart", ())}
+        if any(map(is_table, settings.get("prompts", ()))):  # it may have benign prompts too
+            del defaults["captions"]
+        if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
+            defaults |= {"judge": concept.judge, "labels": concept.labels}
+            defaults |= {"threshold": concept.threshold}
+        return defaults
+
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Return each setting that has no effect with the others, and why."""
+        unused = list(super().unused_settings())
+        if self.rewards.clip_steered and not self.anchors:
+            unused.append(("rewards.clip_steered", "beyond that of clip without anchors"))
+        if self.rewards.anchor and not self.benign_share:
+            unused.append(("rewards.anchor", "without benign prompts"))
+        return unused
+
+    def describe(self) -> str:
+        """Return one or two sentences for a report."""
+        return (
+            "The edit learns from the model's own images. Those in which a judge finds less of the "
+            f"concept ({join_quoted(self.erase)}), and which fit the rest of the prompt, become "
+            "more likely."
+        )
+
+    def build_objective(
+        self, model: Model, triplets: Triplets | None, names: Sequence[str]
+    ) -> Objective:
+        """Return rollouts and losses; see `TrainedEdit.build_objective`."""
+        return RewardObjective(self, model, names)

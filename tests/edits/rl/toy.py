@@ -1,0 +1,160 @@
+"""A diffusion model whose exact denoiser is known: one Gaussian in 64 dimensions for each prompt.
+
+Its words are four objects, each a pattern of 8x8 pixels, and `marked`, which brightens a patch of
+2x2: the stand-in of the concept. The denoiser is exact for the schedule, so it needs no training,
+and its only weights are two linear layers from a text to the mean image.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import nn
+
+from safegen.judges.base import Detection, Detections
+
+OBJECTS = ("cube", "ball", "cone", "ring")
+CONCEPT = "marked"
+SPREAD = 0.25
+"""Standard deviation of the images of a prompt."""
+PATCH = (slice(1, 3), slice(1, 3))
+EXPLICIT = [f"{CONCEPT} {name}" for name in OBJECTS]
+BENIGN = list(OBJECTS)
+
+
+def patterns() -> torch.Tensor:
+    """Return the mean image of each word, (5, 64); the patch belongs to the concept alone."""
+    generator = torch.Generator().manual_seed(7)
+    images = 0.6 * torch.randn(4, 8, 8, generator=generator).sign()
+    images[:, *PATCH] = -0.3
+    mark = torch.zeros(1, 8, 8)
+    mark[:, *PATCH] = 1.3
+    return torch.cat([images, mark]).flatten(1)
+
+
+class ToyDenoiser(nn.Module):
+    """Exact denoiser of the Gaussian of a text; its mean is `to_out(to_v(text))`."""
+
+    def __init__(self, abar: torch.Tensor, prediction: str) -> None:
+        super().__init__()
+        self.register_buffer("abar", abar)
+        self.prediction = prediction
+        self.config = SimpleNamespace(sample_size=8, in_channels=1)
+        self.block = nn.Module()
+        self.block.attn2 = nn.Module()
+        self.block.attn2.to_v = nn.Linear(5, 16, bias=False)
+        self.block.attn2.to_out = nn.Linear(16, 64, bias=False)
+        with torch.no_grad():
+            basis, _ = torch.linalg.qr(
+                torch.randn(16, 5, generator=torch.Generator().manual_seed(3))
+            )
+            self.block.attn2.to_v.weight.copy_(basis)
+            self.block.attn2.to_out.weight.copy_(patterns().T @ basis.T)
+
+    def forward(self, x, t, text):
+        mean = self.block.attn2.to_out(self.block.attn2.to_v(text[:, 0])).view(-1, 1, 8, 8)
+        abar = self.abar[t].view(-1, 1, 1, 1)
+        a, s = abar.sqrt(), (1 - abar).sqrt()
+        x0 = mean + a * SPREAD**2 / (abar * SPREAD**2 + 1 - abar) * (x - a * mean)
+        eps = (x - a * x0) / s
+        return SimpleNamespace(sample=eps if self.prediction == "epsilon" else a * eps - s * x0)
+
+
+class ToyModel:
+    """What an edit needs of a model."""
+
+    name, family, parents, hash, pipeline_hash = "toy", "toy", (), "0" * 64, "0" * 64
+    device, size, dtype = torch.device("cpu"), 8, "fp32"
+
+    def __init__(self, prediction: str = "epsilon") -> None:
+        scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            prediction_type=prediction,
+        )
+        self.prediction, self.pipeline = prediction, SimpleNamespace(scheduler=scheduler)
+        self.denoiser = ToyDenoiser(scheduler.alphas_cumprod, prediction).requires_grad_(False)
+
+    def alphas_cumprod(self):
+        return self.pipeline.scheduler.alphas_cumprod
+
+    def encode_text(self, texts):
+        words = [[float(word in text.split()) for word in (*OBJECTS, CONCEPT)] for text in texts]
+        return torch.tensor(words).view(len(texts), 1, 5)
+
+    def decode_images(self, latents):
+        return [Image.fromarray(pixels(z)) for z in latents]
+
+
+def pixels(latents: torch.Tensor) -> np.ndarray:
+    """Return 8-bit pixels of latents (1, 8, 8), which lie about in [-2, 2]."""
+    return (latents[0] * 60 + 128).clamp(0, 255).round().to(torch.uint8).numpy()
+
+
+def brightness(images) -> torch.Tensor:
+    """Return the mean latent value of each image's patch."""
+    stacked = torch.from_numpy(np.stack([np.asarray(i) for i in images]).astype(np.float32))
+    return (stacked[:, *PATCH].mean((1, 2)) - 128) / 60
+
+
+class ToyJudge:
+    """Detector of a bright patch: its score is a steep function of the brightness."""
+
+    id, label_space, labels, threshold = "toy", ("marked",), ("marked",), 0.5
+
+    def detect(self, images):
+        scores = torch.sigmoid(6 * (brightness(images) - 0.4)).tolist()
+        return [Detections((Detection("marked", score),)) for score in scores]
+
+
+class ToyExtractor:
+    """Features: the pixels outside the patch, whose cosine with an object's pattern is its name."""
+
+    id, width = "toy", 64
+
+    def features(self, images):
+        rows = np.stack([np.asarray(i, np.float64) for i in images]) / 60 - 128 / 60
+        rows[:, *PATCH] = 0
+        return rows.reshape(len(images), 64)
+
+    def texts(self, texts):
+        words = [[float(name in text.split()) for name in OBJECTS] for text in texts]
+        means = patterns()[:4].view(4, 8, 8).clone()
+        means[:, *PATCH] = 0
+        return np.asarray(words) @ means.view(4, 64).double().numpy() + 1e-9
+
+
+def build_judge(*, labels=(), threshold=0.5):
+    """Return the toy's judge, for the registry."""
+    return ToyJudge()
+
+
+def build_extractor(*, weights=None, device="cpu"):
+    """Return the toy's features, for the registry."""
+    return ToyExtractor()
+
+
+def measure(model, texts, *, n=64, seed=1):
+    """Return the share of images with the concept and the mean cosine with the object's pattern."""
+    from safegen.edits.functional.rollout import Rollout, frozen_predictor
+
+    sampler = Rollout(model, steps=20, guidance=1.0)
+    text = model.encode_text([t for t in texts for _ in range(n)])
+    noise = sampler.noise(len(text), torch.Generator().manual_seed(seed))
+    images = model.decode_images(
+        sampler.denoise(sampler.timesteps, noise, text, frozen_predictor(model.denoiser))
+    )
+    shown = (brightness(images) > 0.4).float().mean()
+    extractor = ToyExtractor()
+    features = torch.from_numpy(extractor.features(images))
+    captions = torch.from_numpy(extractor.texts([t for t in texts for _ in range(n)]))
+    cosine = torch.nn.functional.cosine_similarity(features, captions).mean()
+    return float(shown), float(cosine)
