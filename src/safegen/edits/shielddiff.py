@@ -15,6 +15,9 @@ from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
+from safegen.edits.rl.ddpo import DDPO
+from safegen.edits.rl.grpo_window import GRPOWindow
+from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
@@ -27,7 +30,9 @@ def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-AlgorithmField = Annotated[VGRPO, BeforeValidator(_named)]
+AlgorithmField = Annotated[
+    Annotated[VGRPO | NFT | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
+]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
 
@@ -45,6 +50,11 @@ class ShieldDiff(TrainedEdit):
     """Phrases that replace them in captions. Default: the concept's counterpart."""
     prompts: tuple[str, ...] = ()
     """Prompt lists or text files that ask for the concept. Default: the concept's tuning lists."""
+    counterparts: tuple[str, ...] = ()
+    """Prompt lists or text files with the caption that the images of each prompt should fit.
+
+    Default: those of the concept, else the prompt with `anchors` in the place of `erase`.
+    """
     captions: tuple[str, ...] = ()
     """Prompt lists or text files that do not. Default: the concept's captions."""
     benign_share: float = Field(default=0.5, ge=0, lt=1)
@@ -108,6 +118,12 @@ class ShieldDiff(TrainedEdit):
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
             )
+        if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
+            raise ValueError(
+                f"kl or weight_keep must be > 0 for {self.algorithm.name} with "
+                f"{self.updates_per_rollout} update per rollout, got {self.kl} and "
+                f"{self.weight_keep}. Nothing else limits the distance to the original model."
+            )
         images, per_update = (
             self.groups * self.group,
             self.training.batch * self.training.accumulation,
@@ -119,6 +135,11 @@ class ShieldDiff(TrainedEdit):
                 f"got {self.training.batch} x {self.training.accumulation}."
             )
         return self
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether the distance to the original model has a weight."""
+        return bool(self.kl or (self.weight_keep and self.benign_share))
 
     @property
     def batches_per_image(self) -> int:
@@ -139,7 +160,10 @@ class ShieldDiff(TrainedEdit):
     def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return phrases, prompts and judge of a concept."""
         defaults = super().defaults_from(concept, settings) | {"anchors": concept.counterpart}
-        defaults |= {"prompts": concept.tuning.get("concept", ()), "captions": concept.captions}
+        defaults |= {"captions": concept.captions}
+        if "prompts" not in settings:
+            defaults |= {"prompts": concept.tuning.get("concept", ())}
+            defaults |= {"counterparts": concept.tuning.get("counterpart", ())}
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
             defaults |= {"threshold": concept.threshold}
