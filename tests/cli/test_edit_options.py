@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from safegen.cli.edit import _figures, _rollout_rates
@@ -25,8 +27,9 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     assert code == 0, err
     assert "editing: unsafe " in err
     assert "1 updates, " in text.splitlines()[0]
-    assert "32 network passes. Images with the concept in the last rollout" in text
-    assert "This is not an evaluation: run `safegen evaluate`." in text.splitlines()[-1]
+    last = text.splitlines()[-1]
+    assert re.match(r"\d+ network passes. Images with the concept in the last rollout, on", last)
+    assert last.endswith("by the judge. This is not an evaluation: run `safegen evaluate`.")
     metadata = Patch.load(out).metadata
     assert metadata.settings["prompts"] == ["prompts.txt"]  # without its folder
     assert (metadata.settings["judge"], metadata.settings["labels"]) == ("mini", ["skulls"])

@@ -32,8 +32,7 @@ def values(model, names):
     return {name: parameters[name].detach().clone() for name in names}
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("selector", ["attn1", BOTH])
+@pytest.mark.parametrize(("selector", "rank"), [(BOTH, None), ("attn1", 2)])
 def test_the_patch_gives_bit_for_bit_what_was_trained_on_the_patched_model(
     make_model, triplets, start, selector, rank
 ):

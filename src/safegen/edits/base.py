@@ -35,7 +35,7 @@ from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
-TEXTS = frozenset({"captions", "prompts"})
+TEXTS = frozenset({"captions", "counterparts", "prompts"})
 """Settings of edits that name prompt lists and text files."""
 
 
