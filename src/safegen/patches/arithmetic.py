@@ -107,37 +107,37 @@ def merge(
     return Patch(tensors, metadata)
 
 
-def include(start: Patch, later: Patch) -> Patch:
+def include(first: Patch, second: Patch) -> Patch:
     """Return one patch for the unpatched model with the effect of two, made one on the other.
 
     Args:
-        start: the patch that was on the model, put there last.
-        later: the patch that was made on that model.
+        first: the patch that was on the model, put there last.
+        second: the patch that was made on that model.
 
     Returns:
-        The values of `later`, and those of `start` for other weights. The metadata are those of
-        `later`, with `start` among the parts instead of the parents.
+        The values of `second`, and those of `first` for other weights. The metadata are those of
+        `second`, with `first` among the parts instead of the parents.
 
     Raises:
-        ConfigError: `start` is not the last parent of `later`.
+        ConfigError: `first` is not the last parent of `second`.
     """
-    *outer, last = later.metadata.parents or (None,)
-    if last is None or last.hash != start.hash:
+    *outer, last = second.metadata.parents or (None,)
+    if last is None or last.hash != first.hash:
         raise ConfigError(
-            f"the patch must be made on a model with {start.hash[:12]} put on it last, got "
+            f"the patch must be made on a model with {first.hash[:12]} put on it last, got "
             f"{last.hash[:12] if last else 'a model without patches'}. Merge the two"
         )
-    seconds = start.metadata.seconds
+    seconds = first.metadata.seconds
     note = "" if seconds is None else f", which took {seconds:.1f} s"
-    metadata = later.metadata.model_copy(
+    metadata = second.metadata.model_copy(
         update={
             "parents": tuple(outer),
-            "parts": (PatchRecord(hash=start.hash, metadata=start.metadata),),
-            "description": f"{later.metadata.description or ''} It starts from the patch "
-            f"{start.metadata.method or 'unknown'} {start.hash[:12]}{note}.".lstrip(),
+            "parts": (PatchRecord(hash=first.hash, metadata=first.metadata),),
+            "description": f"{second.metadata.description or ''} It starts from the patch "
+            f"{first.metadata.method or 'unknown'} {first.hash[:12]}{note}.".lstrip(),
         }
     )
-    return Patch({**start.tensors, **later.tensors}, metadata)
+    return Patch({**first.tensors, **second.tensors}, metadata)
 
 
 def _common(what: str, values: Sequence[str | None]) -> str | None:

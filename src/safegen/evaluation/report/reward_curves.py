@@ -60,7 +60,8 @@ def _reward_names(log: Log) -> dict[str, str]:
     names = {}
     for key in sorted(keys, key=lambda key: (_stem(key), key.endswith("benign"))):
         reward, _, kind = key.removeprefix("reward_").rpartition("_")
-        names[key] = f"reward {reward}, {PROMPTS[kind]}"
+        if kind in PROMPTS:
+            names[key] = f"reward {reward}, {PROMPTS[kind]}"
     return names
 
 
