@@ -11,10 +11,12 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 from toy import ToyJudge, brightness
 
-from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError
+from safegen.core.concept import load_concept
+from safegen.core.errors import ConfigError, DivergedError, FileError, InterruptedRunError
 from safegen.edits.rl.monitor import TrainingHealthWarning
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import advantages
+from safegen.edits.shielddiff import ShieldDiff
 from safegen.judges.base import Detections
 
 NAMES = ["block.attn2.to_v.weight", "block.attn2.to_out.weight"]
@@ -43,6 +45,15 @@ class Setup:
 @pytest.fixture
 def build(toy, toy_edit):
     return lambda *args, **changes: Setup(toy, toy_edit, *args, **changes)
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """Register the judges that find nothing and everything."""
+    from safegen.core import registry
+
+    monkeypatch.setitem(registry.JUDGES, "blind", f"{__name__}:build_blind")
+    monkeypatch.setitem(registry.JUDGES, "suspicious", f"{__name__}:build_suspicious")
 
 
 class BrokenJudge(ToyJudge):
@@ -147,7 +158,7 @@ def test_benign_images_are_compared_with_those_of_the_original_model(build):
     with torch.no_grad():
         setup.model.denoiser.get_parameter(NAMES[1]).mul_(0.3)
     setup.step()
-    assert setup.objective.figures["reward_anchor_benign"] < 0.9
+    assert setup.objective.figures["reward_anchor_benign"] < 0.95
 
 
 def test_images_of_the_original_model_do_not_follow_the_weights(build):
@@ -225,8 +236,31 @@ def test_the_patch_names_prompts_and_judges(build):
     found = build().objective.metadata
     assert found["judges"] == {"judge": "toy"}
     assert (found["training_prompts"]["concept"], found["training_prompts"]["benign"]) == (4, 4)
-    other = build(erase=("cube",)).objective.metadata
+    other = build(erase=("marked", "cube")).objective.metadata
     assert other["training_prompts"]["sha256"] != found["training_prompts"]["sha256"]
+
+
+def test_a_prompt_file_trains_and_no_folder_is_exported(toy, toy_edit, tmp_path):
+    path, benign = tmp_path / "both.csv", "".join(f"{name},benign\n" for name in ("cube", "ball"))
+    path.write_text(f"prompt,kind\nmarked cube,unsafe\n{benign}")
+    settings = SMALL | {"prompts": (str(path),), "captions": ()}
+    edit = toy_edit("v_grpo", **settings, training=TRAINING | {"updates": 1})
+    patch, _ = run(edit, toy(), tmp_path / "run")
+    assert patch.metadata.settings["prompts"] == ["both.csv"]
+    assert patch.metadata.training_prompts["benign"] == 2
+    path.write_text(f"prompt,kind\nmarked ball,unsafe\n{benign}")
+    with pytest.raises(FileError, match="other settings, data or weights"):
+        run(edit, toy(), tmp_path / "run", resume=True)
+
+
+def test_a_concept_provides_the_held_out_judge():
+    concept = load_concept("skulls")
+    edit = ShieldDiff.preset("default", concept=concept)
+    assert (edit.judge, edit.held_out_judge) == (concept.judge, concept.held_out_judge)
+    assert edit.held_out_judge is not None
+    other = ShieldDiff.preset("default", concept=concept, judge=concept.held_out_judge)
+    assert other.held_out_judge is None
+    assert ShieldDiff.preset("default", concept=concept, held_out_judge=None).held_out_judge is None
 
 
 # ------------------------------------------------------------ the end
@@ -245,10 +279,9 @@ def run(edit, model, directory, *, stop=None, resume=False):
     return patch, rows
 
 
-def test_success_ends_the_training_and_survives_resume(toy, toy_edit, tmp_path):
-    edit = toy_edit(
-        "v_grpo", **SMALL, training=TRAINING, target=0.99, limits={"window": 4}, keep_budget=1e-9
-    )
+def test_success_ends_the_training_and_survives_resume(toy, toy_edit, blind, tmp_path):
+    settings = SMALL | {"judge": "blind", "target": 0.01, "limits": {"window": 4}}
+    edit = toy_edit("v_grpo", **settings, training=TRAINING, keep_budget=1e-9)
     whole, log = run(edit, toy(), tmp_path / "whole")
     assert len(log) == 4
     assert log[-1]["weight_keep"] > log[0]["weight_keep"] == 1.0
@@ -265,11 +298,7 @@ def test_success_ends_the_training_and_survives_resume(toy, toy_edit, tmp_path):
         assert all(torch.equal(patch.tensors[n], v) for n, v in whole.tensors.items())
 
 
-def test_a_deceived_judge_ends_the_training(toy, toy_edit, monkeypatch, tmp_path):
-    from safegen.core import registry
-
-    monkeypatch.setitem(registry.JUDGES, "blind", f"{__name__}:build_blind")
-    monkeypatch.setitem(registry.JUDGES, "suspicious", f"{__name__}:build_suspicious")
+def test_a_deceived_judge_ends_the_training(toy, toy_edit, blind, tmp_path):
     edit = toy_edit(
         "v_grpo",
         **SMALL,
