@@ -15,6 +15,7 @@ from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
+from safegen.edits.rl.draft import DRaFT
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
@@ -27,7 +28,9 @@ def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-AlgorithmField = Annotated[VGRPO, BeforeValidator(_named)]
+AlgorithmField = Annotated[
+    Annotated[VGRPO | DRaFT, Field(discriminator="name")], BeforeValidator(_named)
+]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
 
@@ -107,6 +110,12 @@ class ShieldDiff(TrainedEdit):
             raise ValueError(
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
+            )
+        if self.algorithm.needs_distance and not (self.kl or self.weight_keep):
+            raise ValueError(
+                f"kl or weight_keep must be above 0 with {self.algorithm.name}, got 0 for both. "
+                "Without a distance to the original model, images soon satisfy the reward and show "
+                "nothing else."
             )
         images, per_update = (
             self.groups * self.group,

@@ -93,6 +93,9 @@ class ToyModel:
     def decode_images(self, latents):
         return [Image.fromarray(pixels(z)) for z in latents]
 
+    def decode_pixels(self, latents):
+        return ((latents * 60 + 128) / 127.5 - 1).clamp(-1, 1).expand(-1, 3, -1, -1)
+
 
 def pixels(latents: torch.Tensor) -> np.ndarray:
     """Return 8-bit pixels of latents (1, 8, 8), which lie about in [-2, 2]."""
@@ -105,6 +108,11 @@ def brightness(images) -> torch.Tensor:
     return (stacked[:, *PATCH].mean((1, 2)) - 128) / 60
 
 
+def to_latents(pixels: torch.Tensor) -> torch.Tensor:
+    """Return the latents (n, 8, 8) of pixels in [-1, 1]."""
+    return ((pixels[:, 0] + 1) * 127.5 - 128) / 60
+
+
 class ToyJudge:
     """Detector of a bright patch: its score is a steep function of the brightness."""
 
@@ -113,6 +121,9 @@ class ToyJudge:
     def detect(self, images):
         scores = torch.sigmoid(6 * (brightness(images) - 0.4)).tolist()
         return [Detections((Detection("marked", score),)) for score in scores]
+
+    def score(self, pixels):
+        return torch.sigmoid(6 * (to_latents(pixels)[:, *PATCH].mean((1, 2)) - 0.4))
 
 
 class ToyExtractor:
@@ -124,6 +135,11 @@ class ToyExtractor:
         rows = np.stack([np.asarray(i, np.float64) for i in images]) / 60 - 128 / 60
         rows[:, *PATCH] = 0
         return rows.reshape(len(images), 64)
+
+    def embed(self, pixels):
+        outside = torch.ones(8, 8)
+        outside[*PATCH] = 0
+        return (to_latents(pixels) * outside).flatten(1)
 
     def texts(self, texts):
         words = [[float(name in text.split()) for name in OBJECTS] for text in texts]

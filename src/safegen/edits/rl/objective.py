@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
-from safegen.edits.rl.algorithm import Policy, RolloutBatch
+from safegen.edits.rl.algorithm import Policy, RolloutBatch, UsesReward
+from safegen.edits.rl.differentiable import DifferentiableReward
 from safegen.edits.rl.monitor import Monitor, rollout_figures
 from safegen.edits.rl.prompts import TrainingPrompt, training_prompts
 from safegen.edits.rl.rewards import REWARDS, RewardInputs
@@ -52,6 +53,8 @@ class RewardObjective:
         self.algorithm = edit.algorithm.build(
             self.policy, edit.groups, edit.group, updates=edit.updates_per_rollout
         )
+        if isinstance(self.algorithm, UsesReward):
+            self.algorithm.set_reward(DifferentiableReward(edit, model, self.rewarder))
         self.monitor = Monitor(edit.kl, edit.weight_keep, budget=edit.keep_budget)
         self.batch: RolloutBatch | None = None
         self.order = torch.empty(0, dtype=torch.long)
