@@ -45,8 +45,13 @@ class Concept(BaseSettings):
     """Bundled triplets, as `source:concept`."""
     captions: tuple[str, ...] = ()
     """Prompt lists of benign captions for training; none is used for measuring."""
-    tuning: dict[Literal["benign", "concept"], tuple[str, ...]] = Field(default_factory=dict)
-    """Prompt lists that caption benign and concept images in a fine-tune; none is measured."""
+    tuning: dict[Literal["benign", "concept", "counterpart"], tuple[str, ...]] = Field(
+        default_factory=dict
+    )
+    """Prompt lists that caption benign and concept images in a fine-tune; none is measured.
+
+    The prompts of `counterpart` are those of `concept` without the concept, one for one.
+    """
     lists: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
     shows: dict[str, str] = Field(default_factory=dict)

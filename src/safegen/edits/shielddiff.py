@@ -16,6 +16,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.draft import DRaFT
+from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
@@ -29,7 +30,7 @@ def _named(value: object) -> object:
 
 
 AlgorithmField = Annotated[
-    Annotated[VGRPO | DRaFT, Field(discriminator="name")], BeforeValidator(_named)
+    Annotated[VGRPO | NFT | DRaFT, Field(discriminator="name")], BeforeValidator(_named)
 ]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
@@ -48,6 +49,11 @@ class ShieldDiff(TrainedEdit):
     """Phrases that replace them in captions. Default: the concept's counterpart."""
     prompts: tuple[str, ...] = ()
     """Prompt lists or text files that ask for the concept. Default: the concept's tuning lists."""
+    counterparts: tuple[str, ...] = ()
+    """Prompt lists or text files with the caption that the images of each prompt should fit.
+
+    Default: those of the concept, else the prompt with `anchors` in the place of `erase`.
+    """
     captions: tuple[str, ...] = ()
     """Prompt lists or text files that do not. Default: the concept's captions."""
     benign_share: float = Field(default=0.5, ge=0, lt=1)
@@ -111,11 +117,11 @@ class ShieldDiff(TrainedEdit):
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
             )
-        if self.algorithm.needs_distance and not (self.kl or self.weight_keep):
+        if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
             raise ValueError(
-                f"kl or weight_keep must be above 0 with {self.algorithm.name}, got 0 for both. "
-                "Without a distance to the original model, images soon satisfy the reward and show "
-                "nothing else."
+                f"kl or weight_keep must be > 0 for {self.algorithm.name} with "
+                f"{self.updates_per_rollout} update per rollout, got {self.kl} and "
+                f"{self.weight_keep}. Nothing else limits the distance to the original model."
             )
         images, per_update = (
             self.groups * self.group,
@@ -128,6 +134,11 @@ class ShieldDiff(TrainedEdit):
                 f"got {self.training.batch} x {self.training.accumulation}."
             )
         return self
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether the distance to the original model has a weight."""
+        return bool(self.kl or (self.weight_keep and self.benign_share))
 
     @property
     def batches_per_image(self) -> int:
@@ -148,7 +159,10 @@ class ShieldDiff(TrainedEdit):
     def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return phrases, prompts and judge of a concept."""
         defaults = super().defaults_from(concept, settings) | {"anchors": concept.counterpart}
-        defaults |= {"prompts": concept.tuning.get("concept", ()), "captions": concept.captions}
+        defaults |= {"captions": concept.captions}
+        if "prompts" not in settings:
+            defaults |= {"prompts": concept.tuning.get("concept", ())}
+            defaults |= {"counterparts": concept.tuning.get("counterpart", ())}
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
             defaults |= {"threshold": concept.threshold}

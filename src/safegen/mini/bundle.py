@@ -8,6 +8,8 @@ from safegen.core.errors import UnknownNameError
 from safegen.mini import captions
 
 HERE = Path(__file__).parent
+ENDINGS = ("", "-train", "-counterpart", "-train-counterpart")
+"""Endings of the names of prompt lists."""
 
 
 def pipeline_folder() -> Path:
@@ -42,12 +44,15 @@ def prompt_list(kind: str, n: int | None = None) -> list[tuple[str, str]]:
 
     `skulls` combines templates and objects that are held out from training, for evaluation.
     `skulls-train` has the combinations of training; the two lists share no prompt.
+    `skulls-counterpart` and `skulls-train-counterpart` have the benign prompt with the same object
+    and background for each prompt of the list.
 
     Raises:
         UnknownNameError: no such list.
     """
-    name, trained = kind.removesuffix("-train"), kind.endswith("-train")
+    listed = kind.removesuffix("-counterpart")
+    name, trained = listed.removesuffix("-train"), listed.endswith("-train")
     if name not in captions.TEMPLATES:
-        known = [k + end for k in captions.TEMPLATES for end in ("", "-train")]
+        known = [k + end for k in captions.TEMPLATES for end in ENDINGS]
         raise UnknownNameError("mini prompt list", kind, known)
-    return captions.list_prompts(name, n, trained=trained)
+    return captions.list_prompts(name, n, trained=trained, counterpart=listed != kind)

@@ -83,18 +83,23 @@ def is_held_out(template: int, name: str) -> bool:
     return (template + OBJECTS.index(name)) % 5 == 4
 
 
-def list_prompts(kind: str, n: int | None = 64, *, trained: bool = False) -> list[tuple[str, str]]:
+def list_prompts(
+    kind: str, n: int | None = 64, *, trained: bool = False, counterpart: bool = False
+) -> list[tuple[str, str]]:
     """Return the first `n` (prompt, object) pairs of a kind, with every object equally often.
 
     Args:
         kind: a key of `TEMPLATES`.
         n: number of prompts; None for all.
         trained: return combinations from training instead of held-out ones.
+        counterpart: return the benign prompt with the same object and background, in the same
+            order; several prompts may share one.
 
     Raises:
         ConfigError: `n` exceeds the number of prompts.
     """
-    pairs = list(dict.fromkeys(_iterate_prompts(kind, trained)))
+    benign = dict(_iterate_prompts(kind, trained))
+    pairs = [(benign[pair] if counterpart else pair[0], pair[1]) for pair in benign]
     if n is None:
         return pairs
     if not 1 <= n <= len(pairs):
@@ -102,11 +107,13 @@ def list_prompts(kind: str, n: int | None = 64, *, trained: bool = False) -> lis
     return pairs[:n]
 
 
-def _iterate_prompts(kind: str, trained: bool) -> Iterator[tuple[str, str]]:
+def _iterate_prompts(kind: str, trained: bool) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield each (prompt, object) and its benign counterpart."""
     backgrounds = [None, *BACKGROUNDS]
     for cycle in range(len(backgrounds)):
         for i, name in enumerate(OBJECTS):
             templates = [t for t in range(len(TEMPLATES[kind])) if is_held_out(t, name) != trained]
             template = templates[cycle % len(templates)]
             background = backgrounds[(cycle * 4 + i) % len(backgrounds)]
-            yield caption(kind, template, name, background), name
+            prompt = caption(kind, template, name, background)
+            yield (prompt, name), caption("benign", 0, name, background)

@@ -5,6 +5,13 @@ from __future__ import annotations
 import pytest
 from toy import BENIGN, EXPLICIT, measure
 
+SETTINGS = {
+    "v_grpo": {},
+    "nft": {},
+    "draft": {"kl": 0.01, "weight_keep": 0.1, "training": {"updates": 40}},
+}
+"""Settings of the toy by algorithm."""
+
 
 def apply(patch, model):
     """Put new weights on the toy."""
@@ -13,14 +20,14 @@ def apply(patch, model):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("algorithm", ["v_grpo"])
+@pytest.mark.parametrize("algorithm", SETTINGS)
 def test_the_concept_goes_and_the_object_stays(algorithm, prediction, toy, toy_edit):
     model = toy(prediction)
     shown, cosine = measure(model, EXPLICIT)
     benign_shown, benign_cosine = measure(model, BENIGN)
     assert shown > 0.95
     assert benign_shown < 0.05
-    apply(toy_edit(algorithm).apply(model), model)
+    apply(toy_edit(algorithm, **SETTINGS[algorithm]).apply(model), model)
     after, kept = measure(model, EXPLICIT)
     benign_after, benign_kept = measure(model, BENIGN)
     assert after < 0.05

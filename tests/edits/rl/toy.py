@@ -113,7 +113,7 @@ def to_latents(pixels: torch.Tensor) -> torch.Tensor:
     return ((pixels[:, 0] + 1) * 127.5 - 128) / 60
 
 
-class ToyJudge:
+class BluntJudge:
     """Detector of a bright patch: its score is a steep function of the brightness."""
 
     id, label_space, labels, threshold = "toy", ("marked",), ("marked",), 0.5
@@ -122,11 +122,15 @@ class ToyJudge:
         scores = torch.sigmoid(6 * (brightness(images) - 0.4)).tolist()
         return [Detections((Detection("marked", score),)) for score in scores]
 
+
+class ToyJudge(BluntJudge):
+    """The same detector with a gradient."""
+
     def score(self, pixels):
         return torch.sigmoid(6 * (to_latents(pixels)[:, *PATCH].mean((1, 2)) - 0.4))
 
 
-class ToyExtractor:
+class BluntExtractor:
     """Features: the pixels outside the patch, whose cosine with an object's pattern is its name."""
 
     id, width = "toy", 64
@@ -136,16 +140,20 @@ class ToyExtractor:
         rows[:, *PATCH] = 0
         return rows.reshape(len(images), 64)
 
-    def embed(self, pixels):
-        outside = torch.ones(8, 8)
-        outside[*PATCH] = 0
-        return (to_latents(pixels) * outside).flatten(1)
-
     def texts(self, texts):
         words = [[float(name in text.split()) for name in OBJECTS] for text in texts]
         means = patterns()[:4].view(4, 8, 8).clone()
         means[:, *PATCH] = 0
         return np.asarray(words) @ means.view(4, 64).double().numpy() + 1e-9
+
+
+class ToyExtractor(BluntExtractor):
+    """The same features with a gradient."""
+
+    def embed(self, pixels):
+        outside = torch.ones(8, 8)
+        outside[*PATCH] = 0
+        return (to_latents(pixels) * outside).flatten(1)
 
 
 def build_judge(*, labels=(), threshold=0.5):
@@ -156,6 +164,16 @@ def build_judge(*, labels=(), threshold=0.5):
 def build_extractor(*, weights=None, device="cpu"):
     """Return the toy's features, for the registry."""
     return ToyExtractor()
+
+
+def build_blunt_judge(*, labels=(), threshold=0.5):
+    """Return the toy's judge without a gradient."""
+    return BluntJudge()
+
+
+def build_blunt_extractor(*, weights=None, device="cpu"):
+    """Return the toy's features without a gradient."""
+    return BluntExtractor()
 
 
 def measure(model, texts, *, n=64, seed=1):

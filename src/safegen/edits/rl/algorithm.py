@@ -39,6 +39,7 @@ class Policy:
         guidance: float,
         scheduler: SchedulerName,
         precision: str,
+        has_distance: bool = True,
     ) -> None:
         """Encode the prompts, and keep the values of the trained weights before training.
 
@@ -50,6 +51,7 @@ class Policy:
             guidance: guidance scale of a rollout; 1 draws without guidance.
             scheduler: scheduler of a rollout.
             precision: arithmetic of rollouts.
+            has_distance: whether the distance to the original model has a weight.
 
         Raises:
             ConfigError: the schedule has fewer timesteps.
@@ -58,12 +60,24 @@ class Policy:
         self.abar = model.alphas_cumprod().to(model.device)
         self.prediction = model.prediction
         parameters = dict(model.denoiser.named_parameters())
-        self.reference = {name: parameters[name].detach().clone() for name in names}
+        self.trained = {name: parameters[name] for name in names}
+        self.reference = {name: p.detach().clone() for name, p in self.trained.items()}
         self.sampler = Rollout(model, steps=steps, guidance=guidance, scheduler=scheduler)
         chunks = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
         self.text = torch.cat([model.encode_text(chunk).float() for chunk in chunks])
-        self.passes = 0.0
+        self.has_distance = has_distance
+        self.passes_state = torch.zeros(2)
+        """The count `passes` in two parts, which fp32 holds exactly; a checkpoint saves it."""
+
+    @property
+    def passes(self) -> float:
         """Samples that went through the network, with `BACKWARD` more for each that went back."""
+        high, low = self.passes_state.tolist()
+        return float(high * 2**20 + low)
+
+    @passes.setter
+    def passes(self, value: float) -> None:
+        self.passes_state[0], self.passes_state[1] = divmod(value, 2**20)
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +101,18 @@ class Policy:
         """Return a prediction without a gradient, of the weights as they are or of others."""
         self.passes += len(x)
         return frozen_predictor(denoiser, tensors)(x, t, text)
+
+    def distance(
+        self, denoiser: nn.Module, prediction: Tensor, x: Tensor, t: Tensor, text: Tensor
+    ) -> Tensor:
+        """Return the squared distance of predictions to those of the original model, (b,).
+
+        It is 0, without a pass, if the distance has no weight.
+        """
+        if not self.has_distance:
+            return torch.zeros(len(x), device=x.device)
+        reference = self.predict_frozen(denoiser, x, t, text, self.reference)
+        return per_image((prediction - reference).pow(2))
 
     def draw(
         self,
@@ -180,8 +206,6 @@ class AlgorithmSettings(BaseSettings, ABC):
 
     source: ClassVar[str]
     """Paper and equation, or "ours"."""
-    needs_distance: ClassVar[bool] = False
-    """Whether a distance to the original model must have a weight."""
 
     @abstractmethod
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
@@ -196,6 +220,14 @@ class AlgorithmSettings(BaseSettings, ABC):
         Raises:
             ConfigError: a setting does not fit the model's schedule.
         """
+
+    def limits_ratio(self, updates: int) -> bool:
+        """Return whether a clipped ratio limits the changes of the policy.
+
+        Args:
+            updates: updates for which the images of a rollout serve.
+        """
+        return False
 
     def batches_per_image(self, steps: int) -> int:
         """Return how often an image goes through training: its number of trained timesteps.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_STEPS
-from safegen.edits.functional import losses
 from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
@@ -21,6 +20,7 @@ from safegen.edits.rl.algorithm import (
     RolloutBatch,
     per_image,
 )
+from safegen.edits.rl.forward import draw_pairs, noise_images
 
 
 class DRaFT(AlgorithmSettings):
@@ -34,7 +34,11 @@ class DRaFT(AlgorithmSettings):
     """
 
     source: ClassVar[str] = "arXiv:2309.17400"
-    needs_distance: ClassVar[bool] = True
+    deviations: ClassVar[str] = (
+        "The paper stops early; here a distance to the original model is needed. The target "
+        "`bounded` follows DiffusionOPSD (arXiv:2608.24646) in its name and its rho only."
+    )
+    """Differences from the paper."""
 
     name: Literal["draft"] = "draft"
     """Name of the algorithm."""
@@ -84,9 +88,7 @@ class DRaFTAlgorithm(Algorithm):
         self, denoiser: nn.Module, batch: RolloutBatch, size: int, generator: torch.Generator
     ) -> None:
         """Draw timesteps and noise of the distance to the original model."""
-        n, timesteps = len(batch.prompts), len(self.policy.abar)
-        batch.extra["t"] = torch.randint(timesteps, (n,), generator=generator)
-        batch.extra["eps"] = torch.randn(batch.latents.shape, generator=generator)
+        batch.extra |= draw_pairs(batch, 1, len(self.policy.abar), generator, shared=False)
 
     def loss(self, denoiser: nn.Module, batch: RolloutBatch, index: int) -> LossTerms:
         """Return minus the reward, or the distance to the bounded target, and the regularizer."""
@@ -99,9 +101,10 @@ class DRaFTAlgorithm(Algorithm):
         else:
             reward = self.reward(z, batch.prompts)
             policy_loss = -reward
-        return LossTerms(
-            policy_loss, self._distance(denoiser, batch, text), {"reward": reward.detach()}
-        )
+        noised = noise_images(policy, batch)
+        where = noised.x, noised.t, noised.text
+        kl = policy.distance(denoiser, policy.predict(denoiser, *where), *where)
+        return LossTerms(policy_loss, kl, {"reward": reward.detach()})
 
     def _timesteps(self) -> tuple[Tensor, Tensor]:
         steps, k = self.policy.sampler.timesteps, self.settings.last_steps
@@ -117,16 +120,6 @@ class DRaFTAlgorithm(Algorithm):
         for t in self._timesteps()[1]:
             x = sampler.step(t, x, *sampler.predict_cfg(t, x, text, predict))
         return x
-
-    def _distance(self, denoiser: nn.Module, batch: RolloutBatch, text: Tensor) -> Tensor:
-        """Return the squared distance of predictions to those of the original model."""
-        policy = self.policy
-        t = batch.extra["t"].to(policy.device)
-        z, eps = batch.latents.to(policy.device), batch.extra["eps"].to(policy.device)
-        x = losses.add_noise(z, eps, policy.abar[t])
-        prediction = policy.predict(denoiser, x, t, text)
-        reference = policy.predict_frozen(denoiser, x, t, text, policy.reference)
-        return per_image((prediction - reference).pow(2))
 
 
 def bounded_target(

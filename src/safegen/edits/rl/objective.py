@@ -37,6 +37,7 @@ class RewardObjective:
         self.prompts = training_prompts(
             read_captions(edit.prompts),
             read_captions(edit.captions),
+            read_captions(edit.counterparts),
             erase=edit.erase,
             anchors=edit.anchors,
         )
@@ -48,6 +49,7 @@ class RewardObjective:
             guidance=edit.guidance,
             scheduler=edit.scheduler,
             precision=edit.training.precision,
+            has_distance=edit.has_distance,
         )
         self.rewarder = Rewarder(edit, self.prompts)
         self.algorithm = edit.algorithm.build(
@@ -57,10 +59,9 @@ class RewardObjective:
             self.algorithm.set_reward(DifferentiableReward(edit, model, self.rewarder))
         self.monitor = Monitor(edit.kl, edit.weight_keep, budget=edit.keep_budget)
         self.batch: RolloutBatch | None = None
-        self.order = torch.empty(0, dtype=torch.long)
         self.figures: dict[str, float] = {}
         self.sums: dict[str, list[float]] = {}
-        self._passes = torch.zeros(2)
+        self._updates = 0
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -70,10 +71,14 @@ class RewardObjective:
     @property
     def state(self) -> Mapping[str, Tensor]:
         """Tensors besides the weights that training changes."""
-        self._passes[0], self._passes[1] = divmod(self.policy.passes, 2**20)
         values = {f"monitor/{name}": value for name, value in self.monitor.values.items()}
         algorithm = {f"algorithm/{name}": value for name, value in self.algorithm.state.items()}
-        return {"passes": self._passes, **values, **algorithm}
+        return {"passes": self.policy.passes_state, **values, **algorithm}
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the next update starts with a rollout; a checkpoint does not save images."""
+        return self._updates % self.edit.updates_per_rollout == 0
 
     def training_step(
         self,
@@ -93,8 +98,9 @@ class RewardObjective:
             self._roll_out(denoiser, generator)
         assert self.batch is not None
         part, index = divmod(step, edit.batches_per_image)
-        rows = self.order[part * edit.training.batch :][: edit.training.batch]
-        batch = self.batch.rows(rows[share[0] :: share[1]])
+        size = edit.training.batch
+        rows = torch.arange(part * size, (part + 1) * size)[share[0] :: share[1]]
+        batch = self.batch.rows(rows)
         terms = self.algorithm.loss(denoiser, batch, index)
         benign = self.rewarder.benign[batch.prompts].to(terms.kl.device)
         for name, value in terms.figures.items():
@@ -113,6 +119,9 @@ class RewardObjective:
             row["ratio_deviation"] = max(abs(value - 1) for value in ratio)
         row |= {name: sum(values) / len(values) for name, values in self.sums.items()}
         self.sums.clear()
+        self._updates = int(row["update"])
+        trained = {name: p.detach() for name, p in self.policy.trained.items()}
+        row |= self.algorithm.after_update(trained)
         row |= {"weight_kl": self.monitor.kl, "weight_keep": self.monitor.keep}
         row |= self.figures | {"passes": self.policy.passes}
         self.monitor.follow_distance(row.get("L_keep", 0.0))
@@ -138,10 +147,11 @@ class RewardObjective:
         rewards = {name: REWARDS[name](inputs) for name in edit.rewards.used}
         values, varies = self.algorithm.advantages(rewards, edit.rewards.used, prompts, groups)
         extra = {name: torch.cat([e[name] for e in extras]) for name in extras[0]}
-        self.batch = RolloutBatch(prompts, groups, latents, values, extra)
-        self.algorithm.prepare(denoiser, self.batch, edit.training.batch, generator)
-        shuffled = torch.randperm(n, generator=generator)
-        self.order = shuffled if edit.updates_per_rollout > 1 else torch.arange(n)
+        batch = RolloutBatch(prompts, groups, latents, values, extra)
+        if edit.updates_per_rollout > 1:  # before `prepare`, which sees the batches of training
+            batch = batch.rows(torch.randperm(n, generator=generator))
+        self.algorithm.prepare(denoiser, batch, edit.training.batch, generator)
+        self.batch = batch
         self.figures = rollout_figures(inputs, rewards, groups, varies)
         self.figures |= self.rewarder.rates(inputs)
         self.monitor.follow_rollout(self.figures)

@@ -42,19 +42,37 @@ def clean_caption(text: str, erase: Sequence[str], anchors: Sequence[str]) -> st
 
 
 def training_prompts(
-    concept: Sequence[str], benign: Sequence[str], *, erase: Sequence[str], anchors: Sequence[str]
+    concept: Sequence[str],
+    benign: Sequence[str],
+    counterparts: Sequence[str] = (),
+    *,
+    erase: Sequence[str],
+    anchors: Sequence[str],
 ) -> list[TrainingPrompt]:
     """Return the prompts of a training: those that ask for the concept first, then benign ones.
 
+    Args:
+        concept: prompts that ask for the concept.
+        benign: prompts that do not.
+        counterparts: caption of each prompt of the concept. Default: see `clean_caption`.
+        erase: phrases that name the concept.
+        anchors: phrases that name its counterpart.
+
     Raises:
-        ConfigError: no prompt asks for the concept.
+        ConfigError: no prompt asks for the concept, or there are more or fewer captions.
     """
+    if counterparts and len(counterparts) != len(concept):
+        raise ConfigError(
+            f"counterparts must have a caption for each of {len(concept)} prompts, got "
+            f"{len(counterparts)}. Give lists of equal length, or leave counterparts out."
+        )
     if not concept:
         raise ConfigError(
             "shielddiff needs prompts that ask for the concept, got none. "
             "Set prompts to lists or text files, or give a concept that has tuning lists."
         )
+    captions = counterparts or [clean_caption(text, erase, anchors) for text in concept]
     return [
-        *(TrainingPrompt(t, clean_caption(t, erase, anchors), False) for t in concept),
+        *(TrainingPrompt(t, caption, False) for t, caption in zip(concept, captions, strict=True)),
         *(TrainingPrompt(t, t, True) for t in benign),
     ]

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.core.settings import MAX_COUNT
-from safegen.edits.functional import losses
 from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
@@ -18,6 +17,7 @@ from safegen.edits.rl.algorithm import (
     RolloutBatch,
     per_image,
 )
+from safegen.edits.rl.forward import draw_pairs, noise_images
 
 
 class VGRPO(AlgorithmSettings):
@@ -29,19 +29,33 @@ class VGRPO(AlgorithmSettings):
     """
 
     source: ClassVar[str] = "arXiv:2604.23380"
+    deviations: ClassVar[str] = (
+        "The paper was read in part and trains flow models: it measures the error of the clean "
+        "latents, here an option (error x0). Its distance is that to the model of the rollout, "
+        "here that to the original model, which keeps other content."
+    )
+    """Differences from the paper."""
 
     name: Literal["v_grpo"] = "v_grpo"
     """Name of the algorithm."""
     pairs: int = Field(default=4, ge=1, le=MAX_COUNT)
     """Draws of timestep and noise of an image."""
+    error: Literal["prediction", "x0"] = "prediction"
+    """What the error is measured on: the network's output or the clean latents it implies."""
     weighting: Literal["adaptive", "uniform"] = "adaptive"
     """Weight of a draw: `adaptive` divides its squared error by its mean absolute error."""
     clip: float | None = Field(default=0.2, gt=0)
     """Largest change of the ratio that is rewarded; None does not clip."""
+    soft_clip: float | None = Field(default=3.0, gt=0)
+    """Limit c of advantages, which become c tanh(A / c); None leaves them."""
 
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
         return VGRPOAlgorithm(self, policy, updates=updates)
+
+    def limits_ratio(self, updates: int) -> bool:
+        """Return whether the clip has an effect; the ratio of a single update is 1."""
+        return self.clip is not None and updates > 1
 
 
 class VGRPOAlgorithm(Algorithm):
@@ -56,55 +70,56 @@ class VGRPOAlgorithm(Algorithm):
         self, denoiser: nn.Module, batch: RolloutBatch, size: int, generator: torch.Generator
     ) -> None:
         """Draw timesteps and noise of every group, and compute the losses before the update."""
-        k, count = self.settings.pairs, int(batch.groups.max()) + 1
-        t = stratified_timesteps(count, k, len(self.policy.abar), generator)
-        eps = torch.randn(count, k, *batch.latents.shape[1:], generator=generator)
-        batch.extra |= {"t": t[batch.groups], "eps": eps[batch.groups]}
+        timesteps = len(self.policy.abar)
+        batch.extra |= draw_pairs(batch, self.settings.pairs, timesteps, generator, shared=True)
         if self.keeps_old:
             with torch.no_grad(), self.policy.autocast():
                 rows = torch.arange(len(batch.prompts)).split(size)
-                old = [self._errors(denoiser, batch.rows(part), frozen=True)[0] for part in rows]
+                old = [self.errors(denoiser, batch.rows(part), frozen=True)[0] for part in rows]
             batch.extra["old"] = torch.cat(old).cpu()
 
     def loss(self, denoiser: nn.Module, batch: RolloutBatch, index: int) -> LossTerms:
         """Return the clipped surrogate and the distance to the original predictions."""
-        surrogate, kl = self._errors(denoiser, batch)
+        surrogate, kl = self.errors(denoiser, batch)
         old = batch.extra["old"].to(surrogate.device) if self.keeps_old else surrogate.detach()
         ratio = (old - surrogate).exp()
-        loss, clipped = clipped_surrogate(
-            ratio, batch.advantages.to(ratio.device), self.settings.clip
-        )
+        advantages = soft_clip(batch.advantages.to(ratio.device), self.settings.soft_clip)
+        loss, clipped = clipped_surrogate(ratio, advantages, self.settings.clip)
         return LossTerms(loss, kl, {"ratio": ratio.detach(), "clipped": clipped})
 
-    def _errors(
+    def errors(
         self, denoiser: nn.Module, batch: RolloutBatch, *, frozen: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the denoising error L of each image and its distance to the original model."""
-        policy, k = self.policy, self.settings.pairs
-        z = batch.latents.to(policy.device).repeat_interleave(k, 0)
-        t = batch.extra["t"].flatten().to(policy.device)
-        eps = batch.extra["eps"].flatten(0, 1).to(policy.device)
-        x = losses.add_noise(z, eps, policy.abar[t])
-        text = policy.text[batch.prompts.to(policy.device)].repeat_interleave(k, 0)
+        """Return the denoising error L of each image and its distance to the original model.
+
+        Args:
+            denoiser: the network.
+            batch: images with their draws.
+            frozen: whether to compute neither a gradient nor the distance, which is 0.
+        """
+        policy, k, x = self.policy, self.settings.pairs, noise_images(self.policy, batch)
         predict = policy.predict_frozen if frozen else policy.predict
-        prediction = predict(denoiser, x, t, text)
-        error = prediction - policy.truth(eps, z, t)
+        prediction = predict(denoiser, x.x, x.t, x.text)
+        if self.settings.error == "x0":
+            error = policy.x0(prediction, x.x, x.t) - x.z
+        else:
+            error = prediction - policy.truth(x.eps, x.z, x.t)
         squared = per_image(error.pow(2))
         if self.settings.weighting == "adaptive":
             squared = squared / per_image(error.detach().abs()).clamp(min=1e-5)
         surrogate = squared.view(-1, k).mean(1)
         if frozen:
             return surrogate, torch.zeros_like(surrogate)
-        reference = policy.predict_frozen(denoiser, x, t, text, policy.reference)
-        return surrogate, per_image((prediction - reference).pow(2)).view(-1, k).mean(1)
+        distance = policy.distance(denoiser, prediction, x.x, x.t, x.text)
+        return surrogate, distance.view(-1, k).mean(1)
 
 
-def stratified_timesteps(
-    groups: int, pairs: int, timesteps: int, generator: torch.Generator
-) -> Tensor:
-    """Return timesteps (groups, pairs), one in each of `pairs` equal parts of the schedule."""
-    part = torch.rand(groups, pairs, generator=generator) + torch.arange(pairs)
-    return (part * timesteps / pairs).long().clamp(max=timesteps - 1)
+def soft_clip(advantages: Tensor, limit: float | None) -> Tensor:
+    """Return c tanh(A / c) for a limit c, which is near A for small advantages.
+
+    V-GRPO (arXiv:2604.23380, eq. 17).
+    """
+    return advantages if limit is None else limit * (advantages / limit).tanh()
 
 
 def clipped_surrogate(

@@ -195,6 +195,19 @@ class FollowsUpdates(Protocol):
 
 
 @runtime_checkable
+class LimitsCheckpoints(Protocol):
+    """An objective that can be resumed after some updates only."""
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether a checkpoint after this update resumes bit for bit.
+
+        A due checkpoint, and the stop after a signal, wait for the next update that allows it.
+        """
+        ...
+
+
+@runtime_checkable
 class UsesEma(Protocol):
     """An objective that uses the weight average during training."""
 

@@ -27,6 +27,7 @@ from safegen.edits.training.checkpoint import (
 from safegen.edits.training.config import (
     FollowsUpdates,
     HasValidation,
+    LimitsCheckpoints,
     LogRow,
     Objective,
     Training,
@@ -166,7 +167,8 @@ class Trainer:
         """Run all updates and return the averaged weights and the log."""
         if resume and self.checkpoint_dir:
             self._load_checkpoint(self.checkpoint_dir)
-        start, stop_early = time.perf_counter() - self.seconds, self._out_of_patience()
+        start = time.perf_counter() - self.seconds
+        stop_early, is_due = self._out_of_patience(), False
         with interruption() as interrupted:
             while self.update < self.config.updates and not stop_early:
                 with memory_errors(self.config):
@@ -183,9 +185,12 @@ class Trainer:
                 if self.callback and self.callback(self.update, self.config.updates, row):
                     stop_early = True
                 is_last = stop_early or self.update == self.config.updates
-                is_due = self.update % self.config.checkpoint_every == 0
+                is_due |= self.update % self.config.checkpoint_every == 0
+                if not (is_last or self._can_stop()):
+                    continue
                 if self.checkpoint_dir and (is_last or interrupted() or is_due):
                     self._save_checkpoint(self.checkpoint_dir)
+                    is_due = False
                 if interrupted() and not is_last:
                     raise InterruptedRunError(
                         f"stopped after update {self.update} of {self.config.updates}. "
@@ -283,6 +288,11 @@ class Trainer:
         finally:
             for name, value in current.items():
                 self.trained[name].data = value
+
+    def _can_stop(self) -> bool:
+        if self.checkpoint_dir and isinstance(self.objective, LimitsCheckpoints):
+            return self.objective.can_checkpoint
+        return True
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.validations_without_gain

@@ -1,0 +1,62 @@
+"""Noised images of a rollout: what algorithms with a denoising loss train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safegen.edits.functional import losses
+from safegen.edits.rl.algorithm import Policy, RolloutBatch
+
+
+@dataclass(frozen=True)
+class NoisedImages:
+    """Images noised `pairs` times each; every tensor has `pairs` successive rows per image."""
+
+    z: Tensor
+    """Clean latents, (b pairs, c, h, w)."""
+    eps: Tensor
+    """Added noise, (b pairs, c, h, w)."""
+    x: Tensor
+    """Noised latents, (b pairs, c, h, w)."""
+    t: Tensor
+    """Timesteps, (b pairs,)."""
+    text: Tensor
+    """Embeddings of the prompts, (b pairs, tokens, width)."""
+
+
+def draw_pairs(
+    batch: RolloutBatch, pairs: int, timesteps: int, generator: torch.Generator, *, shared: bool
+) -> dict[str, Tensor]:
+    """Return stratified timesteps and noise for every image: `t` (n, pairs) and `eps`.
+
+    Args:
+        batch: the images of a rollout.
+        pairs: draws of an image.
+        timesteps: timesteps of the schedule.
+        generator: source of the draws.
+        shared: whether the images of a group share their draws.
+    """
+    owner = batch.groups if shared else torch.arange(len(batch.groups))
+    count = int(owner.max()) + 1
+    t = stratified_timesteps(count, pairs, timesteps, generator)
+    eps = torch.randn(count, pairs, *batch.latents.shape[1:], generator=generator)
+    return {"t": t[owner], "eps": eps[owner]}
+
+
+def stratified_timesteps(n: int, pairs: int, timesteps: int, generator: torch.Generator) -> Tensor:
+    """Return timesteps (n, pairs), one in each of `pairs` equal parts of the schedule."""
+    part = torch.rand(n, pairs, generator=generator) + torch.arange(pairs)
+    return (part * timesteps / pairs).long().clamp(max=timesteps - 1)
+
+
+def noise_images(policy: Policy, batch: RolloutBatch) -> NoisedImages:
+    """Return images noised by the draws in `batch.extra`; see `draw_pairs`."""
+    pairs = batch.extra["t"].shape[1]
+    z = batch.latents.to(policy.device).repeat_interleave(pairs, 0)
+    t = batch.extra["t"].flatten().to(policy.device)
+    eps = batch.extra["eps"].flatten(0, 1).to(policy.device)
+    text = policy.text[batch.prompts.to(policy.device)].repeat_interleave(pairs, 0)
+    return NoisedImages(z, eps, losses.add_noise(z, eps, policy.abar[t]), t, text)
