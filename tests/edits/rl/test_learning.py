@@ -6,11 +6,18 @@ import pytest
 from toy import BENIGN, EXPLICIT, measure
 
 SETTINGS = {
-    "v_grpo": {},
-    "nft": {},
+    "ddpo": {  # without a distance, as published: two updates a rollout, whose ratio is clipped
+        "steps": 5,
+        "kl": 0.0,
+        "weight_keep": 0.0,
+        "training": {"updates": 60, "batch": 64, "accumulation": 5},
+    },
     "draft": {"kl": 0.01, "weight_keep": 0.1, "training": {"updates": 40}},
+    "grpo_window": {"training": {"updates": 30, "accumulation": 2}},
+    "nft": {},
+    "v_grpo": {},
 }
-"""Settings of the toy by algorithm."""
+"""Settings by algorithm, other than those of `toy_edit`."""
 
 
 def apply(patch, model):
@@ -20,7 +27,7 @@ def apply(patch, model):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("algorithm", SETTINGS)
+@pytest.mark.parametrize("algorithm", sorted(SETTINGS))
 def test_the_concept_goes_and_the_object_stays(algorithm, prediction, toy, toy_edit):
     model = toy(prediction)
     shown, cosine = measure(model, EXPLICIT)

@@ -14,7 +14,7 @@ from safegen.judges.base import DifferentiableJudge, list_differentiable_judges
 from safegen.models.model import Model
 
 if TYPE_CHECKING:
-    from safegen.edits.rl.objective import Rewarder
+    from safegen.edits.rl.rewarder import Rewarder
     from safegen.edits.shielddiff import ShieldDiff
 
 

@@ -33,7 +33,7 @@ class DRaFT(AlgorithmSettings):
     with new noise (ours), so that it covers the whole schedule.
     """
 
-    source: ClassVar[str] = "arXiv:2309.17400"
+    paper: ClassVar[str] = "arXiv:2309.17400"
     deviations: ClassVar[str] = (
         "The paper stops early; here a distance to the original model is needed. The target "
         "`bounded` follows DiffusionOPSD (arXiv:2608.24646) in its name and its rho only."
@@ -65,6 +65,7 @@ class DRaFT(AlgorithmSettings):
 class DRaFTAlgorithm(Algorithm):
     """DRaFT-K in training."""
 
+    follows_advantages = False
     reward: Reward
 
     def __init__(self, settings: DRaFT, policy: Policy) -> None:
@@ -118,7 +119,8 @@ class DRaFTAlgorithm(Algorithm):
             return self.policy.predict(denoiser, x, t, text)
 
         for t in self._timesteps()[1]:
-            x = sampler.step(t, x, *sampler.predict_cfg(t, x, text, predict))
+            guided = sampler.predict_guided(t, x, text, predict)
+            x = sampler.scheduler.step(guided, t, x).prev_sample
         return x
 
 
