@@ -17,6 +17,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.ddpo import DDPO
+from safegen.edits.rl.draft import DRaFT
 from safegen.edits.rl.grpo_window import GRPOWindow
 from safegen.edits.rl.monitor import Limits
 from safegen.edits.rl.nft import NFT
@@ -34,7 +35,8 @@ def _named(value: object) -> object:
 
 
 AlgorithmField = Annotated[
-    Annotated[VGRPO | NFT | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
+    Annotated[VGRPO | NFT | GRPOWindow | DDPO | DRaFT, Field(discriminator="name")],
+    BeforeValidator(_named),
 ]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
