@@ -220,6 +220,46 @@ def test_a_run_can_be_stopped_at_every_update(denoiser, names, reference, tmp_pa
     )
 
 
+class EveryThird(Denoise):
+    """Denoising that can be resumed after every third update only."""
+
+    done = 0
+
+    def after_update(self, row):
+        self.done = int(row["update"])
+        return False
+
+    @property
+    def can_checkpoint(self):
+        return self.done % 3 == 0
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_checkpoint_and_stop_wait_until_the_objective_allows_them(
+    denoiser, names, reference, tmp_path, every
+):
+    config = QUICK.model_copy(update={"checkpoint_every": every})
+    if every < 5:  # the one of update 1 or 2 is written after update 3
+        with pytest.raises(ConnectionError):
+            train(
+                denoiser, names, EveryThird(), config, checkpoint_dir=tmp_path, callback=break_at(5)
+            )
+    else:
+        with pytest.raises(InterruptedRunError, match="after update 3 of 6"):
+            train(
+                denoiser, names, EveryThird(), config, checkpoint_dir=tmp_path, callback=stop_at(1)
+            )
+    rows = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len(rows) == 3
+    found = train(denoiser, names, EveryThird(), config, checkpoint_dir=tmp_path, resume=True)
+    same(found.tensors, reference.tensors)
+
+
+def test_a_stop_without_a_checkpoint_directory_does_not_wait(denoiser, names):
+    with pytest.raises(InterruptedRunError, match="after update 1 of 6"):
+        train(denoiser, names, EveryThird(), QUICK, callback=stop_at(1))
+
+
 def test_a_finished_run_resumes_to_the_same_result(denoiser, names, reference, tmp_path):
     train(denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path)
     again = train(denoiser, names, Denoise(), CHECKPOINTED, checkpoint_dir=tmp_path, resume=True)

@@ -15,6 +15,8 @@ from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
+from safegen.edits.rl.ddpo import DDPO
+from safegen.edits.rl.grpo_window import GRPOWindow
 from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
 from safegen.edits.rl.rewards import RewardWeights
@@ -29,7 +31,7 @@ def _named(value: object) -> object:
 
 
 AlgorithmField = Annotated[
-    Annotated[VGRPO | NFT, Field(discriminator="name")], BeforeValidator(_named)
+    Annotated[VGRPO | NFT | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
 ]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 

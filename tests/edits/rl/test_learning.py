@@ -5,6 +5,19 @@ from __future__ import annotations
 import pytest
 from toy import BENIGN, EXPLICIT, measure
 
+SETTINGS = {
+    "ddpo": {  # without a distance, as published: two updates a rollout, whose ratio is clipped
+        "steps": 5,
+        "kl": 0.0,
+        "weight_keep": 0.0,
+        "training": {"updates": 60, "batch": 64, "accumulation": 5},
+    },
+    "grpo_window": {"training": {"updates": 30, "accumulation": 2}},
+    "nft": {},
+    "v_grpo": {},
+}
+"""Settings by algorithm, other than those of `toy_edit`."""
+
 
 def apply(patch, model):
     """Put new weights on the toy."""
@@ -13,14 +26,14 @@ def apply(patch, model):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("algorithm", ["v_grpo", "nft"])
+@pytest.mark.parametrize("algorithm", sorted(SETTINGS))
 def test_the_concept_goes_and_the_object_stays(algorithm, prediction, toy, toy_edit):
     model = toy(prediction)
     shown, cosine = measure(model, EXPLICIT)
     benign_shown, benign_cosine = measure(model, BENIGN)
     assert shown > 0.95
     assert benign_shown < 0.05
-    apply(toy_edit(algorithm).apply(model), model)
+    apply(toy_edit(algorithm, **SETTINGS[algorithm]).apply(model), model)
     after, kept = measure(model, EXPLICIT)
     benign_after, benign_kept = measure(model, BENIGN)
     assert after < 0.05

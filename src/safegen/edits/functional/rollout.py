@@ -88,7 +88,7 @@ class Rollout:
         """
         self.scheduler.set_timesteps(self.steps)  # forget the predictions of another rollout
         for t in timesteps:
-            x = self.step(t, x, *self.predict_cfg(t, x, text, predict))
+            x = self.scheduler.step(self.predict_guided(t, x, text, predict), t, x).prev_sample
         return x
 
     @torch.no_grad()
@@ -116,23 +116,37 @@ class Rollout:
             values |= {name: predict(x, timesteps, other).float() for name, other in extra.items()}
             for name, value in values.items():
                 rows[name].append(value.cpu())
-            x = self.step(t, x, cond, uncond)
+            x = self.scheduler.step(self.guide(cond, uncond), t, x).prev_sample
         return {name: torch.stack(values, dim=1) for name, values in rows.items()}
 
     def predict_cfg(
         self, t: Tensor, x: Tensor, text: Tensor, predict: Predict
     ) -> tuple[Tensor, Tensor]:
-        """Return the predictions for a text and for the negative prompt, from one forward pass."""
+        """Return the predictions for a text and for the negative prompt, from one forward pass.
+
+        Args:
+            t: timestep of all latents, or one of each, (b,).
+            x: latents, (b, c, h, w).
+            text: embeddings of the prompts, (b, tokens, width).
+            predict: the network.
+        """
         texts = torch.cat([text, self.negative_text.expand(len(x), -1, -1)])
-        timesteps = self.expand_timesteps(t, 2 * len(x))
+        timesteps = self.expand_timesteps(t, len(x)).repeat(2)
         cond, uncond = predict(torch.cat([x, x]), timesteps, texts).float().chunk(2)
         return cond, uncond
 
-    def step(self, t: Tensor, x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
-        """Return the latents after one guided step."""
-        guided = uncond + self.guidance * (cond - uncond)
-        previous: Tensor = self.scheduler.step(guided, t, x).prev_sample
-        return previous
+    def predict_guided(self, t: Tensor, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
+        """Return the guided prediction; with guidance 1 the negative prompt is left out.
+
+        The arguments are those of `predict_cfg`.
+        """
+        if self.guidance == 1:
+            return predict(x, self.expand_timesteps(t, len(x)), text).float()
+        return self.guide(*self.predict_cfg(t, x, text, predict))
+
+    def guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Return the guided prediction."""
+        return uncond + self.guidance * (cond - uncond)
 
     def expand_timesteps(self, t: Tensor, n: int) -> Tensor:
         """Return a timestep for each of `n` samples, on the model's device."""
