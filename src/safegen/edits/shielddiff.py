@@ -5,7 +5,8 @@ Han et al. 2024, arXiv:2410.05309.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -17,8 +18,10 @@ from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.ddpo import DDPO
 from safegen.edits.rl.grpo_window import GRPOWindow
+from safegen.edits.rl.monitor import Limits
 from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
+from safegen.edits.rl.prompts import is_table
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
 from safegen.edits.training.config import Objective, Training
@@ -49,7 +52,12 @@ class ShieldDiff(TrainedEdit):
     anchors: Phrases = ()
     """Phrases that replace them in captions. Default: the concept's counterpart."""
     prompts: tuple[str, ...] = ()
-    """Prompt lists or text files that ask for the concept. Default: the concept's tuning lists."""
+    """Prompt lists or files that ask for the concept. Default: the concept's tuning lists.
+
+    A text file has one prompt in a line. A CSV, TSV or JSON file has the column `prompt`, and may
+    have `kind` (unsafe or benign), `anchor` (the caption that its images should fit) and `weight`
+    (share of the rollouts, relative to the others).
+    """
     counterparts: tuple[str, ...] = ()
     """Prompt lists or text files with the caption that the images of each prompt should fit.
 
@@ -93,6 +101,14 @@ class ShieldDiff(TrainedEdit):
     """Weight of L_keep, the distance on benign prompts."""
     keep_budget: float | None = Field(default=None, gt=0)
     """Distance on benign prompts that the weight of L_keep is adapted to; None leaves it."""
+    target: float | None = Field(default=None, ge=0, lt=1)
+    """Share of images of the concept's prompts with the concept at which the training ends.
+
+    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. None
+    makes all updates.
+    """
+    limits: Limits = Limits()
+    """Limits against known failures of training by reward."""
     selector: str = "attention"
     """Which weights change."""
     rank: int | None = Field(default=16, ge=1, le=MAX_RANK)
@@ -118,6 +134,16 @@ class ShieldDiff(TrainedEdit):
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
             )
+        if self.groups <= self.benign_groups:
+            raise ValueError(
+                f"groups must leave one for prompts of the concept, got {self.groups} with "
+                f"benign_share {self.benign_share}. Raise groups."
+            )
+        if self.held_out_judge == self.judge:
+            raise ValueError(
+                f"held_out_judge must not be the judge that rewards, got {self.judge!r}."
+                " Set another one, or none."
+            )
         if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
             raise ValueError(
                 f"kl or weight_keep must be > 0 for {self.algorithm.name} with "
@@ -135,6 +161,11 @@ class ShieldDiff(TrainedEdit):
                 f"got {self.training.batch} x {self.training.accumulation}."
             )
         return self
+
+    @property
+    def benign_groups(self) -> int:
+        """Groups of a rollout with a benign prompt: their share, rounded up."""
+        return math.ceil(self.groups * self.benign_share - 1e-9)
 
     @property
     def has_distance(self) -> bool:
@@ -164,10 +195,21 @@ class ShieldDiff(TrainedEdit):
         if "prompts" not in settings:
             defaults |= {"prompts": concept.tuning.get("concept", ())}
             defaults |= {"counterparts": concept.tuning.get("counterpart", ())}
+        if any(map(is_table, settings.get("prompts", ()))):  # it may have benign prompts too
+            del defaults["captions"]
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
             defaults |= {"threshold": concept.threshold}
         return defaults
+
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Return each setting that has no effect with the others, and why."""
+        unused = list(super().unused_settings())
+        if self.rewards.clip_steered and not self.anchors:
+            unused.append(("rewards.clip_steered", "beyond that of clip without anchors"))
+        if self.rewards.anchor and not self.benign_share:
+            unused.append(("rewards.anchor", "without benign prompts"))
+        return unused
 
     def describe(self) -> str:
         """Return one or two sentences for a report."""

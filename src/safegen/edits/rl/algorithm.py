@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from safegen.core.settings import BaseSettings
+from safegen.core.settings import MethodSettings
 from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import (
     Rollout,
@@ -201,11 +201,8 @@ class LossTerms:
     """Values to log, (b,) each, such as the ratio and whether it was clipped."""
 
 
-class AlgorithmSettings(BaseSettings, ABC):
+class AlgorithmSettings(MethodSettings, ABC):
     """Settings of an algorithm."""
-
-    source: ClassVar[str]
-    """Paper and equation, or "ours"."""
 
     @abstractmethod
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
@@ -243,6 +240,8 @@ class Algorithm(ABC):
 
     deviation: ClassVar[Literal["group", "global"]] = "global"
     """Deviation that advantages are divided by."""
+    follows_advantages: ClassVar[bool] = True
+    """Whether an image with advantage 0 teaches nothing; its loss then counts as 0."""
 
     def __init__(self, policy: Policy) -> None:
         """Store the policy."""

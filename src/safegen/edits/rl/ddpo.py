@@ -26,7 +26,7 @@ class DDPO(AlgorithmSettings):
     of the rewards by weight, less its mean over past images of the prompt, over their deviation.
     """
 
-    source: ClassVar[str] = "arXiv:2305.13301"
+    paper: ClassVar[str] = "arXiv:2305.13301"
 
     name: Literal["ddpo"] = "ddpo"
     """Name of the algorithm."""

@@ -26,7 +26,7 @@ class GRPOWindow(AlgorithmSettings):
     GRPO's (arXiv:2402.03300): the reward less the mean of its group, over the group's deviation.
     """
 
-    source: ClassVar[str] = "arXiv:2507.21802"
+    paper: ClassVar[str] = "arXiv:2507.21802"
 
     name: Literal["grpo_window"] = "grpo_window"
     """Name of the algorithm."""
