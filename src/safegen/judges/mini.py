@@ -79,9 +79,13 @@ class _Input(NamedTuple):
 
 def _prepare(image: Image.Image) -> _Input:
     """Return an RGB image as the network's input."""
-    small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    return _Input(
-        np.asarray(small, np.float32), (image.width / IMAGE_SIZE, image.height / IMAGE_SIZE)
+    return _Input(scale_pixels(image), (image.width / IMAGE_SIZE, image.height / IMAGE_SIZE))
+
+
+def scale_pixels(image: Image.Image) -> NDArray[np.float32]:
+    """Return the pixels of an RGB image at 64x64, (64, 64, 3) in 0..255."""
+    return np.asarray(
+        image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float32
     )
 
 

@@ -13,8 +13,8 @@ SETTINGS = {
         "training": {"updates": 60, "batch": 64, "accumulation": 5},
     },
     "grpo_window": {"training": {"updates": 30, "accumulation": 2}},
-    "nft": {},
-    "v_grpo": {},
+    "nft": {"training": {"updates": 20, "lr": 2e-2}},
+    "v_grpo": {"training": {"updates": 20, "lr": 2e-2}},
 }
 """Settings by algorithm, other than those of `toy_edit`."""
 
