@@ -17,6 +17,7 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.ddpo import DDPO
+from safegen.edits.rl.draft import DRaFT
 from safegen.edits.rl.grpo_window import GRPOWindow
 from safegen.edits.rl.monitor import Limits
 from safegen.edits.rl.nft import NFT
@@ -34,7 +35,8 @@ def _named(value: object) -> object:
 
 
 AlgorithmField = Annotated[
-    Annotated[VGRPO | NFT | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
+    Annotated[VGRPO | NFT | GRPOWindow | DDPO | DRaFT, Field(discriminator="name")],
+    BeforeValidator(_named),
 ]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
@@ -76,7 +78,10 @@ class ShieldDiff(TrainedEdit):
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection that is counted in the log."""
     held_out_judge: str | None = None
-    """Judge that does not reward, for the log and against reward hacking."""
+    """Judge that does not reward, for the log and against reward hacking.
+
+    Default: that of the concept, if `judge` is too.
+    """
     extractor: str = "mini-clip"
     """Features of images and captions."""
     extractor_weights: str | None = None
@@ -200,8 +205,7 @@ class ShieldDiff(TrainedEdit):
             del defaults["captions"]
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
-            defaults |= {"threshold": concept.threshold}
-            defaults |= {"held_out_judge": concept.held_out_judge}
+            defaults |= {"threshold": concept.threshold, "held_out_judge": concept.held_out_judge}
         return defaults
 
     def unused_settings(self) -> Iterable[tuple[str, str]]:

@@ -164,8 +164,8 @@ class Monitor:
         for name, window in self.windows.items():
             value = figures.get(_FIGURES[name], float(window[-1]) if name in _MEANS else 0.0)
             if name.endswith("_found"):
-                value *= figures.get(_FIGURES[name] + "_n", 0.0)
-            window.copy_(torch.cat([window[1:], torch.tensor([value])]))
+                value = round(value * figures.get(_FIGURES[name] + "_n", 0.0))
+            window.copy_(torch.cat([window[1:], torch.tensor([float(value)])]))
         self._check_reward(figures)
         rollouts = int(self.values["rollouts"])
         if rollouts < self.limits.window:
@@ -272,8 +272,8 @@ class Monitor:
 
     def _rate(self, judge: str) -> float:
         """Return the share of the last images of the concept's prompts with the concept."""
-        images = self.windows[f"{judge}_images"].sum()
-        return float(self.windows[f"{judge}_found"].sum() / images.clamp(min=1))
+        found, images = (float(self.windows[f"{judge}_{n}"].sum()) for n in ("found", "images"))
+        return found / max(images, 1.0)
 
     def _raise(self, name: str) -> None:
         value, bound = self.values[name], max(self.settings[name], LEAST) * BOUND
