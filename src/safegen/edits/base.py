@@ -329,10 +329,10 @@ def fingerprint_of(
     edit: Edit, model: Model, triplets: Triplets | None, metadata: Mapping[str, Any]
 ) -> str:
     """Return the identity of a training, without the settings of its loop."""
-    texts = [read_captions(getattr(edit, name, ())) for name in sorted(TEXTS)]
+    captions = read_captions(getattr(edit, "captions", ()))
     inputs = [
         edit.model_dump(mode="json", exclude={"training"}),
-        hashlib.sha256(repr(texts).encode()).hexdigest(),
+        hashlib.sha256(repr(captions).encode()).hexdigest(),
         triplets.hash if triplets is not None else None,
         model.hash,
         model.pipeline_hash,

@@ -72,11 +72,14 @@ class ShieldDiff(TrainedEdit):
     judge: str = "mini"
     """Judge that rewards. Default: that of the concept."""
     labels: tuple[str, ...] = ()
-    """Labels of the judge that mean the concept."""
+    """Labels of the judge that mean the concept. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection that is counted in the log."""
     held_out_judge: str | None = None
-    """Judge that does not reward, for the log and against reward hacking."""
+    """Judge that does not reward, for the log and against reward hacking. It has the same labels.
+
+    Default: that of the concept, unless another judge rewards.
+    """
     extractor: str = "mini-clip"
     """Features of images and captions."""
     extractor_weights: str | None = None
@@ -199,7 +202,7 @@ class ShieldDiff(TrainedEdit):
             del defaults["captions"]
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
-            defaults |= {"threshold": concept.threshold}
+            defaults |= {"threshold": concept.threshold, "held_out_judge": concept.held_out_judge}
         return defaults
 
     def unused_settings(self) -> Iterable[tuple[str, str]]:
