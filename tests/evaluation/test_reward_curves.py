@@ -101,7 +101,7 @@ def test_the_page_shows_the_curves_and_who_judged_and_rewarded(tmp_path):
         entry["settings"] = settings
     (folder / CARD).write_text(json.dumps(card))
     entry = entries[0]
-    write(folder / "patches" / f"calm-{entry['hash'][:8]}" / "log.jsonl", [row(1), row(2)])
+    write(folder / "patches" / entry["hash"][:16] / "log.jsonl", [row(1), row(2)])
     (folder / "patches" / "calm" / "log.jsonl").unlink()
     write_report(open_runs([folder]), tmp_path)
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
