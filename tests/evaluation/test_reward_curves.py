@@ -74,7 +74,7 @@ def test_the_table_has_first_and_last_values():
     table = {name: values for name, *values in reward_table([row(1), row(2), row(4)])}
     assert table["held-out judge, prompts of the concept"] == [
         "100 % of 20 images",
-        "25.0 % of 20 images",
+        "25 % of 20 images",
     ]
     assert table["distance to the original model, benign prompts"] == ["0.001", "0.004"]
 
