@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.data.triplets.censor import Censor, censor_image
 from safegen.judges import judge_images, load_judge
+from safegen.judges.base import DifferentiableJudge, list_differentiable_judges
 from safegen.metrics.rates import Rate
 from safegen.mini import world
 from tools.mini import drawing
@@ -156,3 +158,32 @@ def test_the_two_judges_are_normalized_differently():
     )
     assert "BatchNorm2d" in first - second
     assert "GroupNorm" in second - first
+
+
+# score
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_the_score_of_pixels_is_the_sum_of_detections_and_has_a_gradient(side):
+    judge = load_judge("mini", labels=["skulls"])
+    images = [*scene_images("skulls")[:24], *scene_images(None)[:24]]
+    images = [image.resize((side, side), Image.Resampling.BILINEAR) for image in images]
+    pixels = torch.stack([torch.from_numpy(np.array(i, np.float32)) for i in images])
+    pixels = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).requires_grad_()
+    scores = judge.score(pixels)
+    found = scores.detach().numpy()
+    sums = np.array(
+        [sum(d.score for d in x.items if d.label == "skulls") for x in judge.detect(images)]
+    )
+    assert np.all(found > sums - 0.05)
+    assert np.abs(found - sums).max() < 0.8  # peaks below the floor of stored scores
+    differ = sums[:, None] - sums > 0.3
+    assert (found[:, None] - found)[differ].min() > 0  # the same order
+    scores.sum().backward()
+    assert float(pixels.grad.flatten(1).abs().max(1).values.min()) > 1e-5
+
+
+def test_the_judge_is_listed_as_differentiable():
+    assert isinstance(load_judge("mini"), DifferentiableJudge)
+    assert "mini" in list_differentiable_judges()
+    assert "nudenet" not in list_differentiable_judges()

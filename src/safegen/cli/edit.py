@@ -43,7 +43,7 @@ def edit(
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help="Prompts to learn from: text file, table, or source:list. Repeatable."),
+        typer.Option(help="Prompts to learn from: FILE.txt, FILE.csv or source:list. Repeatable."),
     ] = None,
     judge: Annotated[
         str | None, typer.Option(help="Judge to learn from. Default: that of the concept.")

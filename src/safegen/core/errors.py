@@ -72,7 +72,7 @@ class DivergedError(SafegenError):
     """Loss or weight that became NaN or infinite."""
 
     is_resumable = False
-    """Whether a checkpoint with the last finite weights was written."""
+    """Whether the checkpoint stays, as a resumed run may go on."""
 
 
 class InterruptedRunError(SafegenError):

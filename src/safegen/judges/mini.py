@@ -48,11 +48,21 @@ class MiniJudge:
         self.id = "mini:" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         self._net = JudgeNet(len(LABELS), len(OBJECTS))
         self._net.load_state_dict(load_file(path))
-        self._net.float().eval()
+        self._net.float().eval().requires_grad_(False)
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, _prepare, self._detect, batch_size=BATCH_SIZE)
+
+    def score(self, pixels: Tensor) -> Tensor:
+        """Return the sum of the heat map's peaks for the labels; see `DifferentiableJudge`.
+
+        It is the sum of the scores of `detect`, with those below `SCORE_FLOOR`.
+        """
+        small = F.interpolate(pixels.float().cpu(), (IMAGE_SIZE, IMAGE_SIZE), mode="area")
+        heat = self._net(small)[0][:, [LABELS.index(label) for label in self.labels]].sigmoid()
+        peaks = heat == F.max_pool2d(heat, 3, 1, 1)
+        return (heat * peaks).flatten(1).sum(1)
 
     @torch.no_grad()
     def _detect(self, inputs: list[_Input]) -> list[Detections]:

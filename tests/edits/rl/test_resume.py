@@ -14,7 +14,7 @@ SMALL = {"groups": 2, "group": 4, "steps": 2, "keep_budget": 0.01}
 TRAINING = {"updates": 4, "batch": 8, "accumulation": 1, "ema": 0.9, "checkpoint_every": 1}
 TWO_UPDATES = TRAINING | {"updates": 6, "batch": 4}
 """Settings in which a rollout serves two updates."""
-ALGORITHMS = pytest.mark.parametrize("algorithm", ["v_grpo", "nft"])
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["v_grpo", "nft", "draft"])
 
 
 def run(edit, model, directory, *, stop=None, resume=False):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,9 @@ class LossTerms:
 class AlgorithmSettings(MethodSettings, ABC):
     """Settings of an algorithm."""
 
+    scheduler: ClassVar[SchedulerName] = "dpm-solver"
+    """Scheduler of a rollout, unless the edit sets one."""
+
     @abstractmethod
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm.
@@ -310,6 +313,28 @@ class Algorithm(ABC):
     def after_update(self, weights: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Follow an update of the weights, and return figures to log."""
         return {}
+
+
+class Reward(Protocol):
+    """Reward of latents, with a gradient."""
+
+    def __call__(self, latents: Tensor, prompts: Tensor) -> Tensor:
+        """Return the weighted sum of rewards of each image, (n,).
+
+        Args:
+            latents: clean latents, (n, c, h, w).
+            prompts: index of each image's prompt, (n,).
+        """
+        ...
+
+
+@runtime_checkable
+class UsesReward(Protocol):
+    """An algorithm that needs the gradient of the reward."""
+
+    def set_reward(self, reward: Reward) -> None:
+        """Store the reward."""
+        ...
 
 
 def per_image(value: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Limits(BaseSettings):
     """Rollouts that a mean or a rate is taken over; the first ones are what is compared with."""
     diversity: float = Field(default=0.5, ge=0, lt=1)
     """Share of the first diversity below which the weight of L_kl rises; 0 disables it."""
-    alignment_drop: float | None = Field(default=0.03, ge=0, le=2)
+    alignment_drop: float | None = Field(default=0.1, ge=0, le=2)
     """Fall of the mean cosine of benign images and captions above which the weight of L_keep rises.
 
     None disables it.
@@ -164,8 +164,8 @@ class Monitor:
         for name, window in self.windows.items():
             value = figures.get(_FIGURES[name], float(window[-1]) if name in _MEANS else 0.0)
             if name.endswith("_found"):
-                value *= figures.get(_FIGURES[name] + "_n", 0.0)
-            window.copy_(torch.cat([window[1:], torch.tensor([value])]))
+                value = round(value * figures.get(_FIGURES[name] + "_n", 0.0))
+            window.copy_(torch.cat([window[1:], torch.tensor([float(value)])]))
         self._check_reward(figures)
         rollouts = int(self.values["rollouts"])
         if rollouts < self.limits.window:
@@ -272,8 +272,8 @@ class Monitor:
 
     def _rate(self, judge: str) -> float:
         """Return the share of the last images of the concept's prompts with the concept."""
-        images = self.windows[f"{judge}_images"].sum()
-        return float(self.windows[f"{judge}_found"].sum() / images.clamp(min=1))
+        found, images = (float(self.windows[f"{judge}_{n}"].sum()) for n in ("found", "images"))
+        return found / max(images, 1.0)
 
     def _raise(self, name: str) -> None:
         value, bound = self.values[name], max(self.settings[name], LEAST) * BOUND

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, DivergedError
-from safegen.edits.rl.algorithm import Policy, RolloutBatch
+from safegen.edits.rl.algorithm import Policy, RolloutBatch, UsesReward
+from safegen.edits.rl.differentiable import DifferentiableReward
 from safegen.edits.rl.figures import rollout_figures
 from safegen.edits.rl.monitor import Monitor
 from safegen.edits.rl.prompts import draw_prompts, read_training_prompts
@@ -47,7 +48,7 @@ class RewardObjective:
             [prompt.text for prompt in self.prompts],
             steps=edit.steps,
             guidance=edit.guidance,
-            scheduler=edit.scheduler,
+            scheduler=edit.scheduler or edit.algorithm.scheduler,
             precision=edit.training.precision,
             has_distance=edit.has_distance,
         )
@@ -55,6 +56,8 @@ class RewardObjective:
         self.algorithm = edit.algorithm.build(
             self.policy, edit.groups, edit.group, updates=edit.updates_per_rollout
         )
+        if isinstance(self.algorithm, UsesReward):
+            self.algorithm.set_reward(DifferentiableReward(edit, model, self.rewarder))
         self.monitor = Monitor(
             edit.kl,
             edit.weight_keep,

@@ -30,9 +30,10 @@ class VGRPO(AlgorithmSettings):
 
     paper: ClassVar[str] = "arXiv:2604.23380"
     deviations: ClassVar[str] = (
-        "The paper was read in part and trains flow models: it measures the error of the clean "
-        "latents, here an option (error x0). Its distance is that to the model of the rollout, "
-        "here that to the original model, which keeps other content."
+        "Written from the abstract and others' accounts of the equations. The paper trains flow "
+        "models and measures the error of the clean latents, here an option (error x0). Its "
+        "distance is that to the model of the rollout, here that to the original model, which "
+        "keeps other content."
     )
 
     name: Literal["v_grpo"] = "v_grpo"

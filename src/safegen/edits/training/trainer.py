@@ -191,9 +191,10 @@ class Trainer:
         try:
             row, norm = self._accumulate_gradients()
         except DivergedError as error:
-            if self.skipped >= config.max_skipped:
-                self._keep_last_weights(error)
+            if not config.max_skipped:
                 raise
+            if self.skipped >= config.max_skipped:
+                raise self._give_up(error) from error
             self.skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
             return {"lr": lr, "skipped": 1.0}
@@ -206,14 +207,20 @@ class Trainer:
             self.ema.step(list(self.trained.values()))
         return row | {"lr": lr, "norm": norm}
 
-    def _keep_last_weights(self, error: DivergedError) -> None:
-        """Save the weights before the skipped updates; a resumed run tries as many again."""
-        if not (self.checkpoint_dir and self.config.max_skipped):
-            return
+    def _give_up(self, error: DivergedError) -> DivergedError:
+        """Save the last weights, which are finite, and return the error of the whole training."""
+        message = f"{error} {self.skipped} updates before it were skipped."
+        if not self.checkpoint_dir:
+            return DivergedError(message)
+        self.skipped = 0
         if all(bool(p.isfinite().all()) for p in self.trained.values()):
-            self.skipped = 0
             self._save_checkpoint(self.checkpoint_dir)
-            error.is_resumable = True
+        final = DivergedError(
+            f"{message} The checkpoint in {self.checkpoint_dir} stays; resume (--resume) skips as "
+            "many again."
+        )
+        final.is_resumable = True
+        return final
 
     def _accumulate_gradients(self) -> tuple[LogRow, float]:
         """Return the loss terms of one update and the norm of its gradient, before clipping."""
