@@ -56,7 +56,7 @@ class Limits(BaseSettings):
     """Rollouts that a mean or a rate is taken over; the first ones are what is compared with."""
     diversity: float = Field(default=0.5, ge=0, lt=1)
     """Share of the first diversity below which the weight of L_kl rises; 0 disables it."""
-    alignment_drop: float | None = Field(default=0.03, ge=0, le=2)
+    alignment_drop: float | None = Field(default=0.1, ge=0, le=2)
     """Fall of the mean cosine of benign images and captions above which the weight of L_keep rises.
 
     None disables it.
