@@ -74,7 +74,7 @@ class ShieldDiff(TrainedEdit):
     judge: str = "mini"
     """Judge that rewards. Default: that of the concept."""
     labels: tuple[str, ...] = ()
-    """Labels of the judge that mean the concept."""
+    """Labels of the judge that mean the concept. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection that is counted in the log."""
     held_out_judge: str | None = None
