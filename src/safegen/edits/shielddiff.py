@@ -99,7 +99,7 @@ class ShieldDiff(TrainedEdit):
     guidance: float = Field(default=5.0, ge=1, le=50)
     """Guidance scale of a rollout."""
     scheduler: SchedulerName | None = None
-    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo and grpo_window."""
+    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo, grpo_window and draft."""
     kl: float = Field(default=0.1, ge=0)
     """Weight of L_kl, the distance to the original model on prompts of the concept."""
     weight_keep: float = Field(default=10.0, ge=0)
