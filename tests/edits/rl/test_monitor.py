@@ -178,6 +178,10 @@ def test_a_reward_that_was_seen_once_is_enough():
     follow(m, 20, **sparse)
 
 
+def test_an_algorithm_that_follows_a_gradient_needs_no_variance():
+    follow(monitor(needs_variance=False), 20, zero_variance=1.0, judge_unsafe_concept=1.0)
+
+
 # ------------------------------------------------------------ reward hacking and success
 
 
