@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from tools.mini.scenes import as_tensors, make_scenes, scene_arrays, to_unit
 
 HELD_OUT_SEED = SEED + 3
 """Seed of the scenes, the weights and the distortions; the first judge uses `SEED`."""
+MOSAIC_SHARE, EXPECTED_MOSAIC_SHARE = 0.3, 0.03
+"""Share of images with a mosaic in training, and the one that scores assume."""
+FLAT_SHARE = 0.1
+"""Share of training images with a flat color over a region."""
 MIN_VISIBLE = 0.5
 """Visible part of a sprite's box from which the image counts as showing the attribute."""
 
@@ -43,7 +48,8 @@ def train_held_out_judge(
     """Train the classifier by binary cross-entropy per label and cross-entropy of the object.
 
     Half of each batch are model reconstructions of the first `reconstructed` scenes, as for the
-    first judge. Scenes, weights and distortions are other draws.
+    first judge. Scenes, weights and distortions are other draws. Mosaics are more frequent in
+    training than in use; the logit is shifted for that (Elkan 2001, theorem 2).
     """
     torch.manual_seed(HELD_OUT_SEED)
     data = as_tensors(scene_arrays(make_scenes(scenes, HELD_OUT_SEED, objects)))
@@ -63,7 +69,14 @@ def train_held_out_judge(
         return 5 * presence + 0.5 * classes, {"labels": presence.item(), "object": classes.item()}
 
     fit("held-out-judge", work, net, steps, loss, lr=2e-3, ema=0.998)
+    with torch.no_grad():
+        net.labels.bias[-1] += logit(EXPECTED_MOSAIC_SHARE) - logit(MOSAIC_SHARE)
     save_file(net.state_dict(), work / "held_out_judge.safetensors")
+
+
+def logit(p: float) -> float:
+    """Return the log-odds of a probability."""
+    return math.log(p / (1 - p))
 
 
 @torch.no_grad()
@@ -107,11 +120,11 @@ def _hide_regions(
 ) -> tuple[Pixels, NDArray[np.bool_], bool]:
     """Return the image, the mask of its hidden pixels, and whether a mosaic hides them.
 
-    Three images in ten get a mosaic and one in ten a flat color, on sprites or random boxes.
+    A mosaic or a flat color lies on sprites or on random boxes.
     """
     hidden = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.bool_)
     chance, tile = rng.random(), int(rng.integers(5, 14))
-    if chance >= 0.4:
+    if chance >= MOSAIC_SHARE + FLAT_SHARE:
         return image, hidden, False
     if marks and rng.random() < 0.75:
         boxes = [b for b in marks if rng.random() < 0.8] or [marks[0]]
@@ -120,11 +133,11 @@ def _hide_regions(
     for box in boxes:
         x0, y0, x1, y1 = align_box(box, tile)
         hidden[y0:y1, x0:x1] = True
-        if chance < 0.3:
+        if chance < MOSAIC_SHARE:
             image = apply_mosaic(image, box, tile)
         else:
             image[y0:y1, x0:x1] = rng.uniform(0, 255, 3)
-    return image, hidden, chance < 0.3
+    return image, hidden, chance < MOSAIC_SHARE
 
 
 def _share(hidden: NDArray[np.bool_], box: Box) -> float:
