@@ -76,7 +76,7 @@ class Monitor:
     | failure | sign | consequence |
     |---|---|---|
     | diversity collapse | images of a prompt are closer than at first (`diversity`) | `kl` rises |
-    | over-erasure | benign images fit captions less than at first (`alignment_drop`) | `keep` rises |
+    | over-erasure | benign images fit captions less (`alignment_drop`) | `keep` rises |
     | sparse reward | the first 5 rollouts have no group that varies | the training is refused |
     | sparse judge | the judge finds the concept in all images, with equal scores | a warning |
     | reward hacking | the held-out judge finds the concept more often (`judge_gap`) | it ends |
