@@ -56,10 +56,9 @@ class Limits(BaseSettings):
     """Rollouts that a mean or a rate is taken over; the first ones are what is compared with."""
     diversity: float = Field(default=0.5, ge=0, lt=1)
     """Share of the first diversity below which the weight of L_kl rises; 0 disables it."""
-    alignment_drop: float | None = Field(default=0.03, ge=0, le=2)
-    """Fall of the mean cosine of benign images and captions above which the weight of L_keep rises.
-
-    None disables it.
+    alignment: float = Field(default=0.92, ge=0, lt=1)
+    """Share of the first mean cosine of benign images and captions below which the weight of L_keep
+    rises; 0 disables it.
     """
     judge_gap: float | None = Field(default=0.25, ge=0, le=1)
     """Rate of the held-out judge less that of the judge above which the training ends.
@@ -76,7 +75,7 @@ class Monitor:
     | failure | sign | consequence |
     |---|---|---|
     | diversity collapse | images of a prompt are closer than at first (`diversity`) | `kl` rises |
-    | over-erasure | benign images fit captions less (`alignment_drop`) | `keep` rises |
+    | over-erasure | benign images fit captions less (`alignment`) | `keep` rises |
     | sparse reward | the first 5 rollouts have no group that varies | the training is refused |
     | sparse judge | the judge finds the concept in all images, with equal scores | a warning |
     | reward hacking | the held-out judge finds the concept more often (`judge_gap`) | it ends |
@@ -227,12 +226,11 @@ class Monitor:
         )
 
     def _check_alignment(self) -> None:
-        drop = self.limits.alignment_drop
         first, now = float(self.values["alignment"]), float(self.windows["alignment"].mean())
         self._follow_event(
             "over_erased",
             "keep",
-            drop is not None and now < first - drop,
+            now < first - (1 - self.limits.alignment) * abs(first),
             f"benign images and captions have cosine {now:.3f}, at first {first:.3f}: other "
             "content is lost",
         )
