@@ -74,7 +74,7 @@ class ShieldDiff(TrainedEdit):
     judge: str = "mini"
     """Judge that rewards. Default: that of the concept."""
     labels: tuple[str, ...] = ()
-    """Labels of the judge that mean the concept."""
+    """Labels of the judge that mean the concept. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection that is counted in the log."""
     held_out_judge: str | None = None
@@ -94,15 +94,15 @@ class ShieldDiff(TrainedEdit):
     """Prompts in a rollout."""
     group: int = Field(default=8, ge=2, le=MAX_COUNT)
     """Images of each prompt."""
-    steps: int = Field(default=10, ge=1, le=MAX_STEPS)
+    steps: int = Field(default=8, ge=1, le=MAX_STEPS)
     """Steps of a rollout."""
     guidance: float = Field(default=5.0, ge=1, le=50)
     """Guidance scale of a rollout."""
-    scheduler: SchedulerName = "ddim"
-    """Scheduler of a rollout."""
+    scheduler: SchedulerName | None = None
+    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo and grpo_window."""
     kl: float = Field(default=0.1, ge=0)
     """Weight of L_kl, the distance to the original model on prompts of the concept."""
-    weight_keep: float = Field(default=1.0, ge=0)
+    weight_keep: float = Field(default=10.0, ge=0)
     """Weight of L_keep, the distance on benign prompts."""
     keep_budget: float | None = Field(default=None, gt=0)
     """Distance on benign prompts that the weight of L_keep is adapted to; None leaves it."""
@@ -120,10 +120,11 @@ class ShieldDiff(TrainedEdit):
     rank: int | None = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the LoRA; None trains the selected weights themselves."""
     training: Training = Training(
-        updates=60,
+        updates=24,
         batch=16,
         accumulation=4,
-        lr=1e-3,
+        lr=3e-3,
+        decay="cosine",
         weight_decay=0.0,
         ema=0.9,
         precision="auto",

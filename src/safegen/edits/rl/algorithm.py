@@ -204,6 +204,9 @@ class LossTerms:
 class AlgorithmSettings(MethodSettings, ABC):
     """Settings of an algorithm."""
 
+    scheduler: ClassVar[SchedulerName] = "dpm-solver"
+    """Scheduler of a rollout, unless the edit sets one."""
+
     @abstractmethod
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm.

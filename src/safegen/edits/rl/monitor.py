@@ -56,7 +56,7 @@ class Limits(BaseSettings):
     """Rollouts that a mean or a rate is taken over; the first ones are what is compared with."""
     diversity: float = Field(default=0.5, ge=0, lt=1)
     """Share of the first diversity below which the weight of L_kl rises; 0 disables it."""
-    alignment: float = Field(default=0.92, ge=0, lt=1)
+    alignment: float = Field(default=0.88, ge=0, lt=1)
     """Share of the first mean cosine of benign images and captions below which the weight of L_keep
     rises; 0 disables it.
     """

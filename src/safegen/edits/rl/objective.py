@@ -48,7 +48,7 @@ class RewardObjective:
             [prompt.text for prompt in self.prompts],
             steps=edit.steps,
             guidance=edit.guidance,
-            scheduler=edit.scheduler,
+            scheduler=edit.scheduler or edit.algorithm.scheduler,
             precision=edit.training.precision,
             has_distance=edit.has_distance,
         )
