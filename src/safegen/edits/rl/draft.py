@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_STEPS
+from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
@@ -39,6 +40,8 @@ class DRaFT(AlgorithmSettings):
         "`bounded` follows DiffusionOPSD (arXiv:2608.24646) in its name and its rho only."
     )
     """Differences from the paper."""
+
+    scheduler: ClassVar[SchedulerName] = "ddim"
 
     name: Literal["draft"] = "draft"
     """Name of the algorithm."""
