@@ -109,8 +109,9 @@ class ShieldDiff(TrainedEdit):
     target: float | None = Field(default=None, ge=0, lt=1)
     """Share of images of the concept's prompts with the concept at which the training ends.
 
-    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. None
-    makes all updates.
+    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. The
+    patch is the average of the weights (`training.ema`), which lags behind them. None makes all
+    updates.
     """
     limits: Limits = Limits()
     """Limits against known failures of training by reward."""
