@@ -74,7 +74,7 @@ class ShieldDiff(TrainedEdit):
     judge: str = "mini"
     """Judge that rewards. Default: that of the concept."""
     labels: tuple[str, ...] = ()
-    """Labels of the judge that mean the concept."""
+    """Labels of the judge that mean the concept. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection that is counted in the log."""
     held_out_judge: str | None = None
@@ -109,8 +109,9 @@ class ShieldDiff(TrainedEdit):
     target: float | None = Field(default=None, ge=0, lt=1)
     """Share of images of the concept's prompts with the concept at which the training ends.
 
-    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. None
-    makes all updates.
+    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. The
+    patch is the average of the weights (`training.ema`), which lags behind them. None makes all
+    updates.
     """
     limits: Limits = Limits()
     """Limits against known failures of training by reward."""

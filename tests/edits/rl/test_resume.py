@@ -10,7 +10,7 @@ import torch
 
 from safegen.core.errors import InterruptedRunError
 
-SMALL = {"groups": 2, "group": 4, "steps": 2, "keep_budget": 0.01}
+SMALL = {"groups": 2, "group": 4, "steps": 4, "keep_budget": 0.01}
 TRAINING = {"updates": 4, "batch": 8, "accumulation": 1, "ema": 0.9, "checkpoint_every": 1}
 TWO_UPDATES = TRAINING | {"updates": 6, "batch": 4}
 """Settings in which a rollout serves two updates."""
@@ -51,9 +51,13 @@ def same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@ALGORITHMS
-def test_two_updates_and_two_more_are_four(algorithm, toy, toy_edit, tmp_path):
-    edit = toy_edit(algorithm, **SMALL, training=TRAINING)
+@pytest.mark.parametrize(
+    ("algorithm", "passes"),
+    [("ddpo", 4), ("draft", 1), ("grpo_window", 2), ("nft", 1), ("v_grpo", 1)],
+)
+def test_two_updates_and_two_more_are_four(algorithm, passes, toy, toy_edit, tmp_path):
+    edit = toy_edit(algorithm, **SMALL, training=TRAINING | {"accumulation": passes})
+    assert edit.updates_per_rollout == 1
     expected, log = run(edit, toy(), tmp_path / "whole")
     with pytest.raises(InterruptedRunError, match="after update 2 of 4"):
         run(edit, toy(), tmp_path / "part", stop=send_signal(2))
