@@ -43,8 +43,6 @@ class DRaFT(AlgorithmSettings):
     """Differences from the paper."""
     scheduler: ClassVar[SchedulerName] = "ddim"
 
-    scheduler: ClassVar[SchedulerName] = "ddim"
-
     name: Literal["draft"] = "draft"
     """Name of the algorithm."""
     last_steps: int = Field(default=1, ge=1, le=MAX_STEPS)
