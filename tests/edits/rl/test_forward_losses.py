@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 from toy import BENIGN, EXPLICIT
 
-from safegen.edits.rl.algorithm import Policy, RolloutBatch
+from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.forward import stratified_timesteps
 from safegen.edits.rl.nft import NFT, two_sided_loss
 from safegen.edits.rl.v_grpo import VGRPO, clipped_surrogate, soft_clip
@@ -29,7 +29,7 @@ class Setup:
         self.net = model.denoiser
         for name in names:
             self.net.get_parameter(name).requires_grad_(True)
-        self.policy = Policy(
+        self.policy = DenoisingPolicy(
             model,
             names,
             texts,

@@ -26,7 +26,7 @@ BACKWARD = 2
 """Cost of a backward pass in forward passes."""
 
 
-class Policy:
+class DenoisingPolicy:
     """The denoiser in training: its schedule, its prompts, and a count of its passes."""
 
     def __init__(
@@ -208,7 +208,7 @@ class AlgorithmSettings(MethodSettings, ABC):
     """Scheduler of a rollout, unless the edit sets one."""
 
     @abstractmethod
-    def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
+    def build(self, policy: DenoisingPolicy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm.
 
         Args:
@@ -246,7 +246,7 @@ class Algorithm(ABC):
     follows_advantages: ClassVar[bool] = True
     """Whether an image with advantage 0 teaches nothing; its loss then counts as 0."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: DenoisingPolicy) -> None:
         """Store the policy."""
         self.policy = policy
 

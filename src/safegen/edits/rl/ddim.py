@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 from safegen.edits.functional.rollout import Predict
-from safegen.edits.rl.algorithm import Algorithm, LossTerms, Policy, RolloutBatch, per_image
+from safegen.edits.rl.algorithm import (
+    Algorithm,
+    LossTerms,
+    DenoisingPolicy,
+    RolloutBatch,
+    per_image,
+)
 from safegen.edits.rl.v_grpo import clipped_surrogate
 
 ClipRange = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
@@ -82,7 +88,7 @@ def log_probability(x_prev: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class DDIMSteps:
     """Steps of a policy's DDIM sampler: their alphas and deviations, (steps,) each."""
 
-    def __init__(self, policy: Policy, eta: float) -> None:
+    def __init__(self, policy: DenoisingPolicy, eta: float) -> None:
         """Read the schedule, as diffusers' `DDIMScheduler.step` does.
 
         Args:
@@ -142,7 +148,9 @@ class SamplerAlgorithm(Algorithm, ABC):
     |mu - mu_0|^2 / (2 sigma^2), as in Flow-GRPO (arXiv:2505.05470).
     """
 
-    def __init__(self, policy: Policy, *, eta: float, clip: float | Literal["auto"]) -> None:
+    def __init__(
+        self, policy: DenoisingPolicy, *, eta: float, clip: float | Literal["auto"]
+    ) -> None:
         """Read the schedule; see `DDIMSteps`."""
         super().__init__(policy)
         self.steps = DDIMSteps(policy, eta)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.functional.rollout import SchedulerName
-from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, Policy, RolloutBatch
+from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
 from safegen.edits.rl.rewards import advantages
 
@@ -53,7 +53,7 @@ class DDPO(AlgorithmSettings):
             )
         return self
 
-    def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
+    def build(self, policy: DenoisingPolicy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
         return DDPOAlgorithm(self, policy)
 
@@ -69,7 +69,7 @@ class DDPO(AlgorithmSettings):
 class DDPOAlgorithm(SamplerAlgorithm):
     """DDPO in training."""
 
-    def __init__(self, settings: DDPO, policy: Policy) -> None:
+    def __init__(self, settings: DDPO, policy: DenoisingPolicy) -> None:
         """Check the schedule and start without statistics.
 
         Raises:

@@ -16,7 +16,7 @@ from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
     LossTerms,
-    Policy,
+    DenoisingPolicy,
     Reward,
     RolloutBatch,
     per_image,
@@ -52,7 +52,7 @@ class DRaFT(AlgorithmSettings):
     rho: float = Field(default=0.1, gt=0, le=1)
     """Length of that step, as a share of the length of the latents."""
 
-    def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
+    def build(self, policy: DenoisingPolicy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
         sampler = policy.sampler
         if self.last_steps > sampler.steps:
@@ -74,7 +74,7 @@ class DRaFTAlgorithm(Algorithm):
     follows_advantages = False
     reward: Reward
 
-    def __init__(self, settings: DRaFT, policy: Policy) -> None:
+    def __init__(self, settings: DRaFT, policy: DenoisingPolicy) -> None:
         """Store the settings."""
         super().__init__(policy)
         self.settings = settings

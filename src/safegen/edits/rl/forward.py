@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safegen.edits.functional import losses
-from safegen.edits.rl.algorithm import Policy, RolloutBatch
+from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def stratified_timesteps(n: int, pairs: int, timesteps: int, generator: torch.Ge
     return (part * timesteps / pairs).long().clamp(max=timesteps - 1)
 
 
-def noise_images(policy: Policy, batch: RolloutBatch) -> NoisedImages:
+def noise_images(policy: DenoisingPolicy, batch: RolloutBatch) -> NoisedImages:
     """Return images noised by the draws in `batch.extra`; see `draw_pairs`."""
     pairs = batch.extra["t"].shape[1]
     z = batch.latents.to(policy.device).repeat_interleave(pairs, 0)

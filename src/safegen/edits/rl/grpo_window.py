@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_STEPS
 from safegen.edits.functional.rollout import SchedulerName
-from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, Policy, RolloutBatch
+from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
 
 MIN_DEVIATION = 0.03
@@ -39,7 +39,7 @@ class GRPOWindow(AlgorithmSettings):
     clip: ClipRange = "auto"
     """Largest change of the ratio that is rewarded; `auto` is 0.0128 / sqrt(D)."""
 
-    def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
+    def build(self, policy: DenoisingPolicy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
         return GRPOWindowAlgorithm(self, policy)
 
@@ -57,7 +57,7 @@ class GRPOWindowAlgorithm(SamplerAlgorithm):
 
     deviation: ClassVar[Literal["group", "global"]] = "group"
 
-    def __init__(self, settings: GRPOWindow, policy: Policy) -> None:
+    def __init__(self, settings: GRPOWindow, policy: DenoisingPolicy) -> None:
         """Check that the window fits into the first half of the schedule.
 
         Raises:

@@ -14,7 +14,7 @@ from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
     LossTerms,
-    Policy,
+    DenoisingPolicy,
     RolloutBatch,
     per_image,
 )
@@ -53,7 +53,7 @@ class NFT(AlgorithmSettings):
     max_decay: float = Field(default=0.5, ge=0, lt=1)
     """Largest decay of the old copy; 0 draws with the weights themselves."""
 
-    def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
+    def build(self, policy: DenoisingPolicy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
         return NFTAlgorithm(self, policy, updates=updates)
 
@@ -61,7 +61,7 @@ class NFT(AlgorithmSettings):
 class NFTAlgorithm(Algorithm):
     """DiffusionNFT in training."""
 
-    def __init__(self, settings: NFT, policy: Policy, *, updates: int) -> None:
+    def __init__(self, settings: NFT, policy: DenoisingPolicy, *, updates: int) -> None:
         """Copy the weights, which are drawn with until the end of the first rollout's updates."""
         super().__init__(policy)
         self.settings, self.updates_per_rollout = settings, updates

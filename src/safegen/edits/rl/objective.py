@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, DivergedError
-from safegen.edits.rl.algorithm import Policy, RolloutBatch, UsesReward
+from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch, UsesReward
 from safegen.edits.rl.differentiable import DifferentiableReward
 from safegen.edits.rl.figures import rollout_figures
 from safegen.edits.rl.monitor import Monitor
@@ -42,7 +42,7 @@ class RewardObjective:
             anchors=edit.anchors,
             allow_no_benign=edit.allow_few_benign,
         )
-        self.policy = Policy(
+        self.policy = DenoisingPolicy(
             model,
             names,
             [prompt.text for prompt in self.prompts],

@@ -13,7 +13,7 @@ from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
     LossTerms,
-    Policy,
+    DenoisingPolicy,
     RolloutBatch,
     per_image,
 )
@@ -49,7 +49,7 @@ class VGRPO(AlgorithmSettings):
     soft_clip: float | None = Field(default=3.0, gt=0)
     """Limit c of advantages, which become c tanh(A / c); None leaves them."""
 
-    def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
+    def build(self, policy: DenoisingPolicy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
         return VGRPOAlgorithm(self, policy, updates=updates)
 
@@ -61,7 +61,7 @@ class VGRPO(AlgorithmSettings):
 class VGRPOAlgorithm(Algorithm):
     """V-GRPO in training."""
 
-    def __init__(self, settings: VGRPO, policy: Policy, *, updates: int) -> None:
+    def __init__(self, settings: VGRPO, policy: DenoisingPolicy, *, updates: int) -> None:
         """Store the settings; without further updates the old losses are the current ones."""
         super().__init__(policy)
         self.settings, self.keeps_old = settings, updates > 1
