@@ -393,6 +393,10 @@ def test_every_concept_refers_to_existing_entries(name):
     concept = load_concept(name)
     assert concept.name == name
     assert concept.judge in tables.JUDGES
+    if concept.held_out_judge is not None:
+        assert set(concept.labels) <= set(
+            tables.resolve(tables.JUDGES, concept.held_out_judge, "judge").label_space
+        )
     assert concept.triplets is None or concept.triplets.partition(":")[0] in tables.TRIPLETS
     assert set(concept.shows) <= {part for lists in concept.lists.values() for part in lists}
     for part in (part for lists in concept.lists.values() for part in lists):

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -793,6 +794,100 @@ def test_a_weight_that_is_not_finite_after_the_last_update_raises(line):
     ):
         train(line, ["weight"], Constant(), training)
     same(state_of(line), before)
+
+
+class Breaks(LinearFit):
+    """Some micro-steps have no finite loss."""
+
+    def __init__(self, broken=()) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def training_step(self, denoiser, micro_step, generator, share):
+        factor = math.nan if micro_step in self.broken else 1.0
+        return {
+            "fit": factor * super().training_step(denoiser, micro_step, generator, share)["fit"]
+        }
+
+
+SKIPPING = Training(updates=6, accumulation=1, lr=0.1, ema=0.5, max_skipped=2)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_changes_nothing(line):
+    values = [line.weight.detach().clone()]
+    found = train(
+        line,
+        ["weight"],
+        Breaks((1, 2, 4)),
+        SKIPPING,
+        callback=lambda *_: values.append(line.weight.detach().clone()),
+    )
+    changed = [not torch.equal(a, b) for a, b in pairwise(values)]
+    assert changed == [True, False, False, True, False, True]
+    skipped = [row for row in found.log if "skipped" in row]
+    assert [row["update"] for row in skipped] == [2, 3, 5]
+    assert skipped[0].keys() == {"update", "seconds", "lr", "skipped"}
+    assert not found.stopped_early
+    assert found.to_metadata(["fit"])["losses"]["fit"] == found.log[-1]["fit"]
+
+
+def test_too_many_skipped_updates_end_the_training_and_the_checkpoint_stays(line, tmp_path):
+    values = []
+    with pytest.raises(
+        DivergedError, match=r"the loss 'fit' is nan at update 5.* 2 updates before it were skipped"
+    ) as error:
+        train(
+            line,
+            ["weight"],
+            Breaks((2, 3, 4)),
+            SKIPPING,
+            checkpoint_dir=tmp_path,
+            callback=lambda *_: values.append(line.weight.detach().clone()),
+        )
+    assert f"The checkpoint in {tmp_path} stays" in str(error.value)
+    assert torch.equal(load_file(tmp_path / "checkpoint.safetensors")["weight/weight"], values[1])
+    rows = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2, 3, 4]
+    again = train(
+        line, ["weight"], Breaks((2, 3, 4)), SKIPPING, checkpoint_dir=tmp_path, resume=True
+    )
+    assert [row["update"] for row in again.log if "skipped" in row] == [3, 4, 5]
+    assert len(again.log) == 6
+
+
+def test_without_skipping_a_diverged_training_leaves_no_checkpoint(line, tmp_path):
+    settings = SKIPPING.model_copy(update={"max_skipped": 0, "checkpoint_every": 1})
+    with pytest.raises(DivergedError, match="the loss 'fit' is nan at update 3"):
+        train(line, ["weight"], Breaks((2,)), settings, checkpoint_dir=tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+class Ends(LinearFit):
+    """An objective that ends the training, and remembers it in its state."""
+
+    def __init__(self, end) -> None:
+        super().__init__()
+        self.end, self.state = end, {"updates": torch.zeros(1)}
+
+    @property
+    def stop_reason(self):
+        return "enough is enough" if self.state["updates"] >= self.end else None
+
+    def after_update(self, row):
+        self.state["updates"] += 1
+        row["seen"] = float(self.state["updates"])
+
+
+def test_an_objective_ends_the_training_and_says_why(line, tmp_path):
+    settings = Training(updates=6, accumulation=1, ema=0)
+    found = train(line, ["weight"], Ends(2), settings, checkpoint_dir=tmp_path)
+    assert [row["seen"] for row in found.log] == [1, 2]
+    facts = found.to_metadata(["fit"])
+    assert (facts["stopped_early"], facts["stop_reason"]) == (True, "enough is enough")
+    again = train(line, ["weight"], Ends(2), settings, checkpoint_dir=tmp_path, resume=True)
+    assert again.to_metadata(["fit"]) == facts
+    same(again.tensors, found.tensors)
+    assert "stop_reason" not in train(line, ["weight"], Ends(9), settings).to_metadata(["fit"])
 
 
 def test_training_stops_early_if_validation_does_not_improve(line):

@@ -178,6 +178,16 @@ def test_any_detection_of_a_judge_without_a_concept_hides_the_image(copy, tmp_pa
     assert {max(p.size) for p in images_of(page)} == {TILES}
 
 
+@pytest.mark.parametrize(("label", "side"), [("ghosts", 64), ("fire", TILES)])
+def test_the_held_out_judge_of_a_concept_hides_unsafe_labels_only(copy, tmp_path, label, side):
+    judged(copy, lambda _: [SKULL | {"label": label}])
+    name = {"judge": "mini-held-out:0"}
+    rewrite(copy, JUDGES, lambda line: line | name | {"name": "mini-held-out"})
+    rewrite(copy, DETECTIONS, lambda line: line | name)
+    page = page_of(copy, tmp_path, judge="mini-held-out", labels=["skulls"])
+    assert {max(p.size) for p in images_of(page)} == {side}
+
+
 def test_a_concept_without_a_label_of_the_judge_is_not_tested(copy, finished):
     rewrite(
         copy, DETECTIONS, lambda line: line | {"detections": line["detections"] | {"subject": None}}

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from safegen.core.errors import ConfigError
-from safegen.features.base import load_extractor
+from safegen.features.base import (
+    DifferentiableExtractor,
+    list_differentiable_extractors,
+    load_extractor,
+)
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.distances import cmmd, fid, kid
 from safegen.mini import captions, world
@@ -54,6 +59,19 @@ def test_images_are_scaled_to_64_pixels(clip):
     small = images_with("fire")[:4]
     big = [p.resize((192, 192), Image.Resampling.NEAREST).convert("RGBA") for p in small]
     assert clip.features(big) == pytest.approx(clip.features(small), abs=1e-4)
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_the_features_of_pixels_are_those_of_images_and_have_a_gradient(clip, side):
+    images = [image.resize((side, side), Image.Resampling.NEAREST) for image in images_with("fire")]
+    pixels = torch.stack([torch.from_numpy(np.array(i, np.float32)) for i in images[:4]])
+    pixels = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).requires_grad_()
+    embeddings = clip.embed(pixels)
+    assert isinstance(clip, DifferentiableExtractor)
+    assert "mini-clip" in list_differentiable_extractors()
+    assert embeddings.detach().numpy() == pytest.approx(clip.features(images[:4]), abs=1e-4)
+    embeddings.sum().backward()
+    assert float(pixels.grad.abs().max()) > 1e-4
 
 
 def test_other_weights_are_refused():

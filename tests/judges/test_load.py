@@ -122,6 +122,15 @@ def test_detections_and_concepts_accept_label_sets(tmp_path):
     assert load_concept(str(path)).labels == LABEL_SETS["strict4"]
 
 
+def test_a_concept_whose_held_out_judge_is_its_judge_raises(tmp_path):
+    (tmp_path / "same.toml").write_text(
+        'name = "x"\nwords = []\ncounterpart = []\nlabels = ["skulls"]\njudge = "mini"\n'
+        'held_out_judge = "mini"\n'
+    )
+    with pytest.raises(FileError, match="held_out_judge must differ from judge, got 'mini'"):
+        load_concept(str(tmp_path / "same.toml"))
+
+
 def test_a_concept_without_labels_raises(tmp_path):
     (tmp_path / "none.toml").write_text(
         'name = "x"\nwords = []\ncounterpart = []\njudge = "mini"\nlabels = []\n'

@@ -1,12 +1,14 @@
-"""Judge of the miniature world on scenes with known content."""
+"""Both judges of the miniature world on scenes with known content."""
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.data.triplets.censor import Censor, censor_image
 from safegen.judges import judge_images, load_judge
+from safegen.judges.base import DifferentiableJudge, list_differentiable_judges
 from safegen.metrics.rates import Rate
 from safegen.mini import world
 from tools.mini import drawing
@@ -28,9 +30,9 @@ def scene_images(attribute):
     return [Image.fromarray(drawing.draw(s)) for s in scenes(attribute)]
 
 
-@pytest.fixture(scope="module")
-def judge():
-    return load_judge("mini")
+@pytest.fixture(scope="module", params=["mini", "mini-held-out"])
+def judge(request):
+    return load_judge(request.param)
 
 
 @pytest.mark.parametrize("label", ["skulls", "fire", "ghosts", "leaves"])
@@ -93,7 +95,8 @@ def test_skulls_are_detected_in_noisy_and_blurred_images(judge, distortion):
     )
 
 
-def test_boxes_contain_the_marks_in_pixels_of_the_input_image(judge):
+def test_boxes_contain_the_marks_in_pixels_of_the_input_image():
+    judge = load_judge("mini")
     rows = scenes("skulls")[:32]
     big = [
         Image.fromarray(drawing.draw(s)).resize((192, 192), Image.Resampling.NEAREST) for s in rows
@@ -111,18 +114,76 @@ def test_boxes_contain_the_marks_in_pixels_of_the_input_image(judge):
     assert hits / total > 0.9
 
 
-def test_labels_and_threshold_can_be_set():
-    fire = load_judge("mini", labels=["fire"])
+@pytest.mark.parametrize("name", ["mini", "mini-held-out"])
+def test_labels_and_threshold_can_be_set(name):
+    fire = load_judge(name, labels=["fire"])
     assert set(judge_images(fire, scene_images("skulls")[:8])) == {"safe"}
     with pytest.raises(UnknownNameError, match="Did you mean 'skulls'"):
-        load_judge("mini", labels=["skull"])
+        load_judge(name, labels=["skull"])
     with pytest.raises(ConfigError, match=r"got 0\.1"):
-        load_judge("mini", threshold=0.1)
+        load_judge(name, threshold=0.1)
 
 
-def test_a_network_that_returns_nan_leaves_the_image_unjudged():
-    judge = load_judge("mini")
-    judge._net.heat.bias.data.fill_(float("nan"))
+@pytest.mark.parametrize(("name", "layer"), [("mini", "heat"), ("mini-held-out", "object")])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_network_whose_output_is_not_finite_leaves_the_image_unjudged(name, layer, value):
+    judge = load_judge(name)
+    getattr(judge._net, layer).bias.data.fill_(float(value))
     (raw,) = judge.detect(scene_images("skulls")[:1])
     assert "finite" in raw.unjudged
     assert raw.verdict(["skulls"], 0.5) == "unjudged"
+
+
+def test_a_verdict_does_not_depend_on_the_other_images_of_a_batch(judge):
+    images = [i for label in ("skulls", "fire", None) for i in scene_images(label)[:3]]
+    alone = [judge.detect([image])[0] for image in images]
+    for one, batched in zip(alone, judge.detect(images), strict=True):
+        assert batched.subject == one.subject
+        assert [d.label for d in batched.items] == [d.label for d in one.items]
+        assert [d.score for d in batched.items] == pytest.approx(
+            [d.score for d in one.items], abs=1e-4
+        )
+
+
+def test_the_held_out_judge_describes_the_whole_image_once_per_label():
+    results = load_judge("mini-held-out").detect(scene_images("skulls"))
+    assert {d.box for raw in results for d in raw.items} == {None}
+    assert all(len({d.label for d in raw.items}) == len(raw.items) for raw in results)
+
+
+def test_the_two_judges_are_normalized_differently():
+    first, second = (
+        {type(module).__name__ for module in load_judge(name)._net.modules()}
+        for name in ("mini", "mini-held-out")
+    )
+    assert "BatchNorm2d" in first - second
+    assert "GroupNorm" in second - first
+
+
+# score
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_the_score_of_pixels_is_the_sum_of_detections_and_has_a_gradient(side):
+    judge = load_judge("mini", labels=["skulls"])
+    images = [*scene_images("skulls")[:24], *scene_images(None)[:24]]
+    images = [image.resize((side, side), Image.Resampling.BILINEAR) for image in images]
+    pixels = torch.stack([torch.from_numpy(np.array(i, np.float32)) for i in images])
+    pixels = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).requires_grad_()
+    scores = judge.score(pixels)
+    found = scores.detach().numpy()
+    sums = np.array(
+        [sum(d.score for d in x.items if d.label == "skulls") for x in judge.detect(images)]
+    )
+    assert np.all(found > sums - 0.05)
+    assert np.abs(found - sums).max() < 0.8  # peaks below the floor of stored scores
+    differ = sums[:, None] - sums > 0.3
+    assert (found[:, None] - found)[differ].min() > 0  # the same order
+    scores.sum().backward()
+    assert float(pixels.grad.flatten(1).abs().max(1).values.min()) > 1e-5
+
+
+def test_the_judge_is_listed_as_differentiable():
+    assert isinstance(load_judge("mini"), DifferentiableJudge)
+    assert "mini" in list_differentiable_judges()
+    assert "nudenet" not in list_differentiable_judges()

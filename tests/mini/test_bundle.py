@@ -51,7 +51,7 @@ def test_the_bundled_triplets_pass_the_check(concept):
     assert check_triplets(folder, load_judge("mini", labels=[concept])) == []
 
 
-def test_the_base_model_follows_its_prompts():
+def test_the_base_model_follows_its_prompts_by_both_judges():
     concept = load_concept("skulls")
     protocol = Protocol.from_concept(
         concept,
@@ -61,15 +61,15 @@ def test_the_base_model_follows_its_prompts():
         roles=("explicit", "innocent", "benign"),
     )
     items = protocol.samples()
-    detections = load_judge("mini").detect(
-        list(generate(load("mini"), items, GenerationConfig(precision=preferred_precision())))
-    )
-    explicit = score(items[:12], detections[:12], concept)
-    benign = score(items[12:], detections[12:], concept)
-    assert explicit.concept.value >= 0.9
-    assert benign.concept.value <= 0.1
-    assert benign.subject is not None
-    assert benign.subject.value >= 0.8
+    images = list(generate(load("mini"), items, GenerationConfig(precision=preferred_precision())))
+    for judge in (concept.judge, concept.held_out_judge):
+        detections = load_judge(judge).detect(images)
+        explicit = score(items[:12], detections[:12], concept)
+        benign = score(items[12:], detections[12:], concept)
+        assert explicit.concept.value >= 0.9
+        assert benign.concept.value <= 0.1
+        assert benign.subject is not None
+        assert benign.subject.value >= 0.8
 
 
 def test_the_clip_model_matches_images_to_captions():

@@ -57,7 +57,7 @@ def test_every_stage_runs_and_writes_the_shipped_files(trained):
         json.loads(line)["stage"]
         for line in (trained / "work" / "log.jsonl").read_text().splitlines()
     ]
-    assert stages == ["clip", "vae", "unet", "polish", "judge"]
+    assert stages == ["clip", "vae", "unet", "polish", "judge", "held-out-judge"]
     assert relative(trained / "home" / "weights") == relative(bundle.HERE / "weights")
     for path in (trained / "home").rglob("*.json"):
         assert "_name_or_path" not in path.read_text()

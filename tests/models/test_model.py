@@ -173,6 +173,24 @@ def test_latents_are_the_scaled_posterior_mean_and_do_not_depend_on_the_batch(ti
     assert torch.equal(tiny_model.encode_images(images), tiny_model.encode_images(images))
 
 
+def test_images_are_decoded_as_the_pipeline_does(tiny_model):
+    latents = 3 * torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoded = tiny_model.vae.decode(latents / tiny_model.vae.config.scaling_factor).sample
+    want = tiny_model.pipeline.image_processor.postprocess(decoded, output_type="pil")
+    assert [i.tobytes() for i in tiny_model.decode_images(latents)] == [i.tobytes() for i in want]
+
+
+def test_pixels_are_those_of_images_and_have_a_gradient(tiny_model):
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pixels = tiny_model.decode_pixels(latents.requires_grad_())
+    images = tiny_model.decode_images(latents.detach())
+    stacked = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
+    assert_close((pixels.detach() + 1) * 127.5, stacked.float(), atol=0.51, rtol=0)
+    pixels.sum().backward()
+    assert bool(latents.grad.flatten(1).any(1).all())
+
+
 def test_size_schedule_and_prediction(make_model, tiny_model):
     assert tiny_model.size == 32
     assert tiny_model.alphas_cumprod().shape == (1000,)

@@ -14,6 +14,7 @@ from safegen.core.errors import SafegenError
 from safegen.mini import bundle
 from tools.mini.clip import train_clip
 from tools.mini.denoiser import polish_denoiser, train_denoiser
+from tools.mini.held_out_judge import train_held_out_judge
 from tools.mini.judge import train_judge
 from tools.mini.pack import build_triplets, pack_weights
 from tools.mini.scenes import draw_scenes
@@ -26,6 +27,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "unet": train_denoiser,
     "polish": polish_denoiser,
     "judge": train_judge,
+    "held-out-judge": train_held_out_judge,
     "pack": pack_weights,
     "triplets": build_triplets,
 }
@@ -40,6 +42,7 @@ TINY: dict[str, dict[str, Any]] = {
     "unet": {"steps": 2},
     "polish": {"steps": 2},
     "judge": {"steps": 2, "reconstructed": 8},
+    "held-out-judge": {"steps": 2, "scenes": 32, "reconstructed": 8, "objects": ("castle", "bus")},
     "triplets": {"n": 8},
 }
 """Settings with which a stage runs in seconds."""

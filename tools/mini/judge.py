@@ -18,6 +18,7 @@ from torch import Tensor
 from safegen.mini.judge_net import JudgeNet
 from safegen.mini.world import ATTRIBUTES, IMAGE_SIZE, OBJECTS
 from tools.mini.denoiser import SCHEDULE, cache_latents, embed_captions
+from tools.mini.drawing import Box
 from tools.mini.fit import SEED, autocast, fit
 from tools.mini.scenes import CaptionTable, load_scenes
 
@@ -85,11 +86,11 @@ def judge_batch(
         chance = rng.random()
         if chance < 0.3:  # censor the attributes, or random regions of a clean image
             boxes = [(labels - 1, b) for _, b in boxes] or [
-                (labels - 1, _random_box(rng)) for _ in range(int(rng.integers(1, 4)))
+                (labels - 1, random_box(rng)) for _ in range(int(rng.integers(1, 4)))
             ]
             tile = int(rng.integers(5, 13))
             for _, b in boxes:
-                image = _mosaic(image, b, tile)
+                image = apply_mosaic(image, b, tile)
         if rng.random() < 0.3:
             image = image + rng.normal(0, rng.uniform(2, 18), image.shape)
         if rng.random() < 0.2:
@@ -117,17 +118,23 @@ def judge_batch(
     return x, torch.from_numpy(heat), torch.from_numpy(size), torch.from_numpy(has_size)
 
 
-def _random_box(rng: np.random.Generator) -> tuple[float, float, float, float]:
+def random_box(rng: np.random.Generator) -> Box:
+    """Return a random box of 16 to 30 pixels a side."""
     w, h = rng.uniform(16, 30, 2)
     x, y = rng.uniform(0, IMAGE_SIZE - w), rng.uniform(0, IMAGE_SIZE - h)
     return float(x), float(y), float(x + w), float(y + h)
 
 
-def _mosaic(
-    image: np.ndarray[Any, Any], box: tuple[float, float, float, float], tile: int
-) -> np.ndarray[Any, Any]:
+def align_box(box: Box, tile: int) -> tuple[int, int, int, int]:
+    """Return the box extended to whole tiles within the image."""
     x0, y0 = (int(v) // tile * tile for v in box[:2])
     x1, y1 = (min(-(-int(np.ceil(v)) // tile) * tile, IMAGE_SIZE) for v in box[2:])
+    return x0, y0, x1, y1
+
+
+def apply_mosaic(image: np.ndarray[Any, Any], box: Box, tile: int) -> np.ndarray[Any, Any]:
+    """Return the image with the tiles of a box in their mean colors."""
+    x0, y0, x1, y1 = align_box(box, tile)
     censored = image.copy()
     for y in range(y0, y1, tile):
         for x in range(x0, x1, tile):
@@ -138,14 +145,20 @@ def _mosaic(
 
 @torch.no_grad()
 def reconstruct_scenes(
-    work: Path, data: dict[str, Tensor], vae: AutoencoderKL, mean: Tensor, n: int
+    work: Path,
+    data: dict[str, Tensor],
+    vae: AutoencoderKL,
+    mean: Tensor,
+    n: int,
+    *,
+    seed: int = SEED,
 ) -> Tensor:
     """Return the first `n` scenes with the model's artifacts, (n, 3, 64, 64) uint8.
 
     Every other scene is noised to a random timestep below 600, denoised in one step under its
     caption, and decoded; the rest pass through the autoencoder only.
     """
-    g = torch.Generator().manual_seed(SEED)
+    g = torch.Generator().manual_seed(seed)
     captions, schedule = CaptionTable(data), DDPMScheduler(**SCHEDULE)
     unet = UNet2DConditionModel.from_pretrained(work / "pipeline" / "unet").eval()
     text = embed_captions(work, captions)

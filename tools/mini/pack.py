@@ -14,6 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -38,7 +39,7 @@ BENIGN_ATTRIBUTES: dict[str, list[str | None]] = {
 
 
 def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
-    """Replace `output`/weights: pipeline and CLIP in fp16, the judge with fp32 statistics."""
+    """Replace `output`/weights: convolutions of all networks in fp16."""
     folder, weights = work / "pipeline", bundle.HERE / "weights"
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae"),
@@ -54,12 +55,15 @@ def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
         CLIPModel.from_pretrained(work / "clip").half(),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
     )
-    judge = load_file(work / "judge.safetensors")
+    judges = {
+        bundle.judge_file(): load_file(work / "judge.safetensors"),
+        bundle.held_out_judge_file(): load_file(work / "held_out_judge.safetensors"),
+    }
     shutil.rmtree(output / "weights", ignore_errors=True)
     with staged_directory(output / "weights") as staged:
         target = {
             path: staged / path.relative_to(weights)
-            for path in (bundle.pipeline_folder(), bundle.clip_folder(), bundle.judge_file())
+            for path in (bundle.pipeline_folder(), bundle.clip_folder(), *judges)
         }
         save_folder(Model("mini", pipeline.to(torch.float16)), target[bundle.pipeline_folder()])
         clip.save_pretrained(target[bundle.clip_folder()])
@@ -70,15 +74,18 @@ def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
         ).save_pretrained(target[bundle.clip_folder()])
-        save_file(
-            {k: v.half() if v.ndim == 4 else v for k, v in judge.items()},
-            target[bundle.judge_file()],
-        )
+        for path, state in judges.items():
+            save_judge(state, target[path])
         remove_local_paths(staged)
         print(
             f"pack: {sum(p.stat().st_size for p in staged.rglob('*') if p.is_file()) / 1e6:.1f} MB",
             flush=True,
         )
+
+
+def save_judge(state: dict[str, Tensor], path: Path) -> None:
+    """Write the weights of a judge: convolutions in fp16, norms and linear layers in fp32."""
+    save_file({k: v.half() if v.ndim == 4 else v for k, v in state.items()}, path)
 
 
 def object_and_attribute(i: int, attributes: Sequence[str | None]) -> tuple[str, str | None]:

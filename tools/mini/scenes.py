@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from safegen.core.files import atomic_write
@@ -32,28 +34,37 @@ def make_scenes(n: int, seed: int, objects: Sequence[str] = ()) -> list[Scene]:
 
 def draw_scenes(work: Path, *, n: int = 24_000, objects: Sequence[str] = ()) -> None:
     """Write `n` training scenes of `objects` (all when empty): images, labels and boxes."""
-    scenes = make_scenes(n, SEED, objects)
-    boxes = np.full((n, 3, 4), -1, np.float32)
+    arrays = scene_arrays(make_scenes(n, SEED, objects))
+    # an open file: given a path, numpy would append an extension
+    with atomic_write(work / "world.npz", replace=True) as tmp, tmp.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its stubs expect allow_pickle
+
+
+def scene_arrays(scenes: Sequence[Scene]) -> dict[str, NDArray[Any]]:
+    """Return images, labels and boxes of scenes; images are (n, 64, 64, 3) uint8."""
+    boxes = np.full((len(scenes), 3, 4), -1, np.float32)
     for i, s in enumerate(scenes):
         for j, box in enumerate(mark_boxes(s)):
             boxes[i, j] = box
     attributes = [ATTRIBUTES.index(s.attribute) if s.attribute else -1 for s in scenes]
-    # an open file: given a path, numpy would append an extension
-    with atomic_write(work / "world.npz", replace=True) as tmp, tmp.open("wb") as file:
-        np.savez(
-            file,
-            images=np.stack([draw(s) for s in scenes]),
-            objects=np.array([OBJECTS.index(s.object) for s in scenes]),
-            places=np.array([BACKGROUNDS.index(s.background) for s in scenes]),
-            attributes=np.array(attributes),
-            boxes=boxes,
-        )
+    return {
+        "images": np.stack([draw(s) for s in scenes]),
+        "objects": np.array([OBJECTS.index(s.object) for s in scenes]),
+        "places": np.array([BACKGROUNDS.index(s.background) for s in scenes]),
+        "attributes": np.array(attributes),
+        "boxes": boxes,
+    }
 
 
 def load_scenes(work: Path) -> dict[str, Tensor]:
     """Return the training scenes as tensors; images are (n, 3, 64, 64) uint8."""
     with np.load(work / "world.npz") as arrays:
-        data = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+        return as_tensors({k: arrays[k] for k in arrays.files})
+
+
+def as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    """Return the arrays of scenes as tensors; images are (n, 3, 64, 64) uint8."""
+    data = {k: torch.from_numpy(v) for k, v in arrays.items()}
     data["images"] = data["images"].permute(0, 3, 1, 2).contiguous()
     return data
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +23,7 @@ from safegen.cli.options import (
     read_settings,
 )
 from safegen.cli.progress import show_progress
-from safegen.core.errors import FileError
+from safegen.core.errors import ConfigError, FileError
 
 
 def edit(
@@ -40,6 +41,16 @@ def edit(
     concept: Annotated[
         str | None, typer.Option(help="Concept to remove: a built-in name or a TOML file.")
     ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts to learn from: FILE.txt, FILE.csv or source:list. Repeatable."),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Judge to learn from. Default: that of the concept.")
+    ] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="Patch to start from; the new one contains it.")
+    ] = None,
     set_: Settings = None,
     checkpoint_dir: Annotated[
         Path | None,
@@ -55,14 +66,18 @@ def edit(
 ) -> None:
     """Remove a concept from a model and write the change as a patch.
 
-    Edits learn from triplets of images (`safegen`, `esd` ...) or from phrases (`uce`, `rece` ...).
+    Edits learn from triplets of images (`safegen`, `esd` ...), from phrases (`uce`, `rece` ...)
+    or from the judge's answers (`shielddiff`).
     """
     check_outputs(ctx, out, no_card)
     from safegen.core.files import claim_folder
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
-    from safegen.workflows.edit import prepare_edit
+    from safegen.patches.patch import Patch
+    from safegen.workflows.edit import apply_edit, prepare_edit
     from safegen.workflows.export import save_patch
 
+    changes = read_settings(method, preset, set_ or [])
+    changes |= _shorthands(method, prompts=prompts, judge=judge)
     settings, rows = prepare_edit(
         method,
         preset,
@@ -70,8 +85,9 @@ def edit(
         concept=concept,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
-        **read_settings(method, preset, set_ or []),
+        **changes,
     )
+    start = None if from_ is None else Patch.load(from_)
     if settings.is_trained:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
         ctx.with_resource(claim_folder(checkpoint_dir))
@@ -80,13 +96,22 @@ def edit(
                 f"{checkpoint_dir} holds an earlier run. Use --resume or remove the folder."
             )
     loaded = load_model(model, device, dtype, threads, allow_pickle, config)
+    last: dict[str, float] = {}
     with show_progress() as progress:
-        patch = settings.apply(
+
+        def follow(done: int, total: int, row: dict[str, float]) -> None:
+            last.clear()
+            last.update(row)
+            progress("editing", done, total, _figures(row))
+
+        patch = apply_edit(
+            settings,
             loaded,
             rows,
+            from_patch=start,
             checkpoint_dir=checkpoint_dir,
             resume=resume,
-            callback=lambda done, total, _: progress("editing", done, total),
+            callback=follow,
         )
     try:
         save_patch(patch, out, card=not no_card)
@@ -101,3 +126,39 @@ def edit(
     if settings.is_trained:
         seconds = f"{patch.metadata.updates} updates, {seconds}. Log: {checkpoint_dir}"
     echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
+    if rates := _rollout_rates(last):
+        echo(rates)
+
+
+def _shorthands(method: str, **options: Any) -> dict[str, Any]:
+    """Return the options that are given, as settings of a method.
+
+    Raises:
+        ConfigError: the method has no such setting.
+    """
+    from safegen.core.registry import EDITS, resolve
+
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in resolve(EDITS, method, "edit").model_fields:
+            raise ConfigError(f"method must have a setting {name!r} for --{name}, got {method!r}")
+    return given
+
+
+def _figures(row: Mapping[str, float]) -> str:
+    """Return the figures of a log row for the progress bar; empty for an edit without rewards."""
+    figures = {"unsafe {:.0%}": "judge_unsafe_concept", "reward {:.2f}": "reward_judge_concept"}
+    return ", ".join(text.format(row[key]) for text, key in figures.items() if key in row)
+
+
+def _rollout_rates(row: Mapping[str, float]) -> str:
+    """Return what judges found in the last rollout of a training by reward; else nothing."""
+    rates = {"the judge": "judge_unsafe_concept", "the held-out judge": "held_out_unsafe_concept"}
+    found = [f"{100 * row[key]:.0f} % by {who}" for who, key in rates.items() if key in row]
+    if not found:
+        return ""
+    return (
+        f"{row.get('passes', 0):,.0f} network passes. Images with the concept in the last rollout, "
+        f"on prompts that ask for it: {', '.join(found)}. "
+        "This is not an evaluation: run `safegen evaluate`."
+    )

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
-from safegen.core.progress import ProgressCallback
 from safegen.core.text import escape_control
 
 
@@ -43,8 +43,16 @@ class Pace:
         return (last - first) / (ended - began) if ended > began else None
 
 
+class ProgressBar(Protocol):
+    """A `ProgressCallback` that can also show a few figures beside the stage."""
+
+    def __call__(self, description: str, done: int, total: int, figures: str = "", /) -> None:
+        """Show how many items of a stage are done."""
+        ...
+
+
 @contextmanager
-def show_progress() -> Iterator[ProgressCallback]:
+def show_progress() -> Iterator[ProgressBar]:
     """Yield a callback that shows each stage as a bar on stderr, with rate and time left."""
     from rich.console import Console
     from rich.progress import (
@@ -88,7 +96,7 @@ def show_progress() -> Iterator[ProgressCallback]:
     )
     stages: dict[str, tuple[TaskID, Pace]] = {}
 
-    def progress(description: str, done: int, total: int) -> None:
+    def progress(description: str, done: int, total: int, figures: str = "", /) -> None:
         if not stages:
             bar.start()
         if description not in stages:
@@ -105,7 +113,8 @@ def show_progress() -> Iterator[ProgressCallback]:
             stages[description] = (task, pace)
             bar.reset(task, total=total, completed=done, pace=pace)
         pace.update(done, time.monotonic())
-        bar.update(task, completed=done, total=total)
+        shown = f"{description}: {figures}" if figures else description
+        bar.update(task, description=escape_control(shown), completed=done, total=total)
 
     try:
         yield progress

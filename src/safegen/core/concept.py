@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError, UnknownNameError
@@ -41,6 +41,8 @@ class Concept(BaseSettings):
     """Labels or label sets of the judge that mean the concept."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Lowest score of a detection that counts."""
+    held_out_judge: Name | None = None
+    """Judge with the same labels that no training uses, for edits that learn from `judge`."""
     triplets: str | None = None
     """Bundled triplets, as `source:concept`."""
     captions: tuple[str, ...] = ()
@@ -61,6 +63,15 @@ class Concept(BaseSettings):
     @classmethod
     def _expand_labels(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
         return expand_labels(labels)
+
+    @model_validator(mode="after")
+    def _check_held_out_judge(self) -> Self:
+        if self.held_out_judge == self.judge:
+            raise ValueError(
+                f"held_out_judge must differ from judge, got {self.judge!r} for both. "
+                "Leave it out if there is no other judge"
+            )
+        return self
 
 
 class PromptRow(BaseModel):

@@ -71,6 +71,9 @@ class MissingExtraError(UserError):
 class DivergedError(SafegenError):
     """Loss or weight that became NaN or infinite."""
 
+    is_resumable = False
+    """Whether the checkpoint stays, as a resumed run may go on."""
+
 
 class InterruptedRunError(SafegenError):
     """Run that was stopped and left a checkpoint to resume from."""

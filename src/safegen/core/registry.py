@@ -68,6 +68,7 @@ CLIPS = {"mini": "safegen.mini.bundle:clip_folder"}
 
 JUDGES = {
     "mini": "safegen.judges.mini:MiniJudge",
+    "mini-held-out": "safegen.judges.mini_held_out:MiniHeldOutJudge",
     "nudenet": "safegen.judges.nudenet:NudeNetJudge",
     "open-nsfw": "safegen.judges.open_nsfw:OpenNsfwJudge",
     "sd-safety-checker": "safegen.judges.safety_checker:SafetyCheckerJudge",

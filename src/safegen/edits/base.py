@@ -35,6 +35,9 @@ from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
+TEXTS = frozenset({"captions", "counterparts", "prompts"})
+"""Settings of edits that name prompt lists and text files."""
+
 
 class Edit(MethodSettings, ABC):
     """Settings of one edit. Build it, apply it, write it to JSON; it is immutable."""
@@ -95,10 +98,10 @@ class Edit(MethodSettings, ABC):
         return cls(**{**(cls.defaults_from(concept, settings) if concept else {}), **settings})
 
     def export_settings(self) -> dict[str, Any]:
-        """Return the settings for export, with caption files reduced to their names."""
+        """Return the settings for export, with text files reduced to their names."""
         settings = self.model_dump(mode="json")
-        if "captions" in settings:
-            settings["captions"] = [display_name(name) for name in settings["captions"]]
+        for name in TEXTS & settings.keys():
+            settings[name] = [display_name(file) for file in settings[name]]
         return settings
 
     def unused_settings(self) -> Iterable[tuple[str, str]]:

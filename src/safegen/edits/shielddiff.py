@@ -5,7 +5,8 @@ Han et al. 2024, arXiv:2410.05309.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -16,9 +17,12 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.ddpo import DDPO
+from safegen.edits.rl.draft import DRaFT
 from safegen.edits.rl.grpo_window import GRPOWindow
+from safegen.edits.rl.monitor import Limits
 from safegen.edits.rl.nft import NFT
 from safegen.edits.rl.objective import RewardObjective
+from safegen.edits.rl.prompts import is_table
 from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
 from safegen.edits.training.config import Objective, Training
@@ -31,7 +35,8 @@ def _named(value: object) -> object:
 
 
 AlgorithmField = Annotated[
-    Annotated[VGRPO | NFT | GRPOWindow | DDPO, Field(discriminator="name")], BeforeValidator(_named)
+    Annotated[VGRPO | NFT | GRPOWindow | DDPO | DRaFT, Field(discriminator="name")],
+    BeforeValidator(_named),
 ]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
 
@@ -69,7 +74,8 @@ class ShieldDiff(TrainedEdit):
     code_commit: ClassVar[str] = "1958463"
     parity: ClassVar[str] = (
         "ShieldDiff has no released code. 4 updates of `paper` beside a restatement of the step "
-        "of DDPO as released, with guidance, on the same images: weights are equal to 1e-6."
+        "of DDPO as released, with guidance, on the same images: weights are equal to 1e-6, where "
+        "the gradient is above 1e-7."
     )
     deviations: ClassVar[str] = (
         "Only the abstract and second-hand descriptions of ShieldDiff were read: DDPO with a LoRA, "
@@ -86,7 +92,12 @@ class ShieldDiff(TrainedEdit):
     anchors: Phrases = ()
     """Phrases that replace them in captions. Default: the concept's counterpart."""
     prompts: tuple[str, ...] = ()
-    """Prompt lists or text files that ask for the concept. Default: the concept's tuning lists."""
+    """Prompt lists or files that ask for the concept. Default: the concept's tuning lists.
+
+    A text file has one prompt in a line. A CSV, TSV or JSON file has the column `prompt`, and may
+    have `kind` (unsafe or benign), `anchor` (the caption that its images should fit) and `weight`
+    (share of the rollouts, relative to the others).
+    """
     counterparts: tuple[str, ...] = ()
     """Prompt lists or text files with the caption that the images of each prompt should fit.
 
@@ -105,7 +116,10 @@ class ShieldDiff(TrainedEdit):
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection that is counted in the log."""
     held_out_judge: str | None = None
-    """Judge that does not reward, for the log and against reward hacking."""
+    """Judge that does not reward, for the log and against reward hacking.
+
+    Default: that of the concept, if `judge` is too.
+    """
     extractor: str = "mini-clip"
     """Features of images and captions."""
     extractor_weights: str | None = None
@@ -118,27 +132,36 @@ class ShieldDiff(TrainedEdit):
     """Prompts in a rollout."""
     group: int = Field(default=8, ge=2, le=MAX_COUNT)
     """Images of each prompt."""
-    steps: int = Field(default=10, ge=1, le=MAX_STEPS)
+    steps: int = Field(default=8, ge=1, le=MAX_STEPS)
     """Steps of a rollout."""
     guidance: float = Field(default=5.0, ge=1, le=50)
     """Guidance scale of a rollout."""
-    scheduler: SchedulerName = "ddim"
-    """Scheduler of a rollout."""
+    scheduler: SchedulerName | None = None
+    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo and grpo_window."""
     kl: float = Field(default=0.1, ge=0)
     """Weight of L_kl, the distance to the original model on prompts of the concept."""
-    weight_keep: float = Field(default=1.0, ge=0)
+    weight_keep: float = Field(default=10.0, ge=0)
     """Weight of L_keep, the distance on benign prompts."""
     keep_budget: float | None = Field(default=None, gt=0)
     """Distance on benign prompts that the weight of L_keep is adapted to; None leaves it."""
+    target: float | None = Field(default=None, ge=0, lt=1)
+    """Share of images of the concept's prompts with the concept at which the training ends.
+
+    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. None
+    makes all updates.
+    """
+    limits: Limits = Limits()
+    """Limits against known failures of training by reward."""
     selector: str = "attention"
     """Which weights change."""
     rank: int | None = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the LoRA; None trains the selected weights themselves."""
     training: Training = Training(
-        updates=60,
+        updates=24,
         batch=16,
         accumulation=4,
-        lr=1e-3,
+        lr=3e-3,
+        decay="cosine",
         weight_decay=0.0,
         ema=0.9,
         precision="auto",
@@ -154,6 +177,16 @@ class ShieldDiff(TrainedEdit):
             raise ValueError(
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
+            )
+        if self.groups <= self.benign_groups:
+            raise ValueError(
+                f"groups must leave one for prompts of the concept, got {self.groups} with "
+                f"benign_share {self.benign_share}. Raise groups."
+            )
+        if self.held_out_judge == self.judge:
+            raise ValueError(
+                f"held_out_judge must not be the judge that rewards, got {self.judge!r}."
+                " Set another one, or none."
             )
         if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
             raise ValueError(
@@ -172,6 +205,11 @@ class ShieldDiff(TrainedEdit):
                 f"got {self.training.batch} x {self.training.accumulation}."
             )
         return self
+
+    @property
+    def benign_groups(self) -> int:
+        """Groups of a rollout with a benign prompt: their share, rounded up."""
+        return math.ceil(self.groups * self.benign_share - 1e-9)
 
     @property
     def has_distance(self) -> bool:
@@ -201,10 +239,21 @@ class ShieldDiff(TrainedEdit):
         if "prompts" not in settings:
             defaults |= {"prompts": concept.tuning.get("concept", ())}
             defaults |= {"counterparts": concept.tuning.get("counterpart", ())}
+        if any(map(is_table, settings.get("prompts", ()))):  # it may have benign prompts too
+            del defaults["captions"]
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
-            defaults |= {"threshold": concept.threshold}
+            defaults |= {"threshold": concept.threshold, "held_out_judge": concept.held_out_judge}
         return defaults
+
+    def unused_settings(self) -> Iterable[tuple[str, str]]:
+        """Return each setting that has no effect with the others, and why."""
+        unused = list(super().unused_settings())
+        if self.rewards.clip_steered and not self.anchors:
+            unused.append(("rewards.clip_steered", "beyond that of clip without anchors"))
+        if self.rewards.anchor and not self.benign_share:
+            unused.append(("rewards.anchor", "without benign prompts"))
+        return unused
 
     def describe(self) -> str:
         """Return one or two sentences for a report."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from safegen.core.registry import EXTRACTORS, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -33,6 +36,24 @@ class TextExtractor(Extractor, Protocol):
     def texts(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return the features (n, width); long texts are truncated."""
         ...
+
+
+@runtime_checkable
+class DifferentiableExtractor(Extractor, Protocol):
+    """Extractor that has a gradient with respect to the pixels."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return the features (n, width).
+
+        Args:
+            pixels: (n, 3, h, w) in [-1, 1], on any device.
+        """
+        ...
+
+
+def list_differentiable_extractors() -> list[str]:
+    """Return the names of the extractors that have a gradient."""
+    return [name for name in EXTRACTORS if hasattr(resolve(EXTRACTORS, name, "extractor"), "embed")]
 
 
 def load_extractor(name: str, *, weights: str | None = None, device: str = "cpu") -> Extractor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -41,6 +42,13 @@ class MiniClip:
         """Return image embeddings (n, 64), not normalized."""
         batches = (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE))
         return embed_images(self._net, [self._preprocess(b) for b in batches])
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return image embeddings (n, 64) with a gradient; see `DifferentiableExtractor`."""
+        size = int(self._net.config.vision_config.image_size)
+        small = F.interpolate(pixels.float().to(self._net.device), (size, size), mode="area")
+        embeddings: Tensor = self._net.get_image_features(pixel_values=small).pooler_output
+        return embeddings
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return text embeddings (n, 64), not normalized; long texts are truncated."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 from pydantic import Field
 
-from safegen.core.registry import expand_labels
+from safegen.core.registry import JUDGES, expand_labels, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Verdict = Literal["unsafe", "safe", "unjudged"]
 """Decision on one image under labels and a threshold; `Detections.verdict` makes it."""
@@ -94,6 +97,24 @@ class Judge(Protocol):
         An image that cannot be judged carries the reason in `unjudged`; no exception is raised.
         """
         ...
+
+
+@runtime_checkable
+class DifferentiableJudge(Judge, Protocol):
+    """Judge with a score that has a gradient with respect to the pixels."""
+
+    def score(self, pixels: Tensor) -> Tensor:
+        """Return a smooth version of the sum of scores of the labels, (n,).
+
+        Args:
+            pixels: (n, 3, h, w) in [-1, 1], on any device.
+        """
+        ...
+
+
+def list_differentiable_judges() -> list[str]:
+    """Return the names of the judges that have a differentiable score."""
+    return [name for name in JUDGES if hasattr(resolve(JUDGES, name, "judge"), "score")]
 
 
 def judge_images(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict]:

@@ -48,11 +48,21 @@ class MiniJudge:
         self.id = "mini:" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         self._net = JudgeNet(len(LABELS), len(OBJECTS))
         self._net.load_state_dict(load_file(path))
-        self._net.float().eval()
+        self._net.float().eval().requires_grad_(False)
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, _prepare, self._detect, batch_size=BATCH_SIZE)
+
+    def score(self, pixels: Tensor) -> Tensor:
+        """Return the sum of the heat map's peaks for the labels; see `DifferentiableJudge`.
+
+        It is the sum of the scores of `detect`, with those below `SCORE_FLOOR`.
+        """
+        small = F.interpolate(pixels.float().cpu(), (IMAGE_SIZE, IMAGE_SIZE), mode="area")
+        heat = self._net(small)[0][:, [LABELS.index(label) for label in self.labels]].sigmoid()
+        peaks = heat == F.max_pool2d(heat, 3, 1, 1)
+        return (heat * peaks).flatten(1).sum(1)
 
     @torch.no_grad()
     def _detect(self, inputs: list[_Input]) -> list[Detections]:
@@ -79,9 +89,13 @@ class _Input(NamedTuple):
 
 def _prepare(image: Image.Image) -> _Input:
     """Return an RGB image as the network's input."""
-    small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    return _Input(
-        np.asarray(small, np.float32), (image.width / IMAGE_SIZE, image.height / IMAGE_SIZE)
+    return _Input(scale_pixels(image), (image.width / IMAGE_SIZE, image.height / IMAGE_SIZE))
+
+
+def scale_pixels(image: Image.Image) -> NDArray[np.float32]:
+    """Return the pixels of an RGB image at 64x64, (64, 64, 3) in 0..255."""
+    return np.asarray(
+        image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float32
     )
 
 

@@ -27,6 +27,11 @@ def judge_file() -> Path:
     return HERE / "weights" / "judge.safetensors"
 
 
+def held_out_judge_file() -> Path:
+    """Return the weights file of the held-out judge."""
+    return HERE / "weights" / "held_out_judge.safetensors"
+
+
 def triplets_folder(concept: str) -> Path:
     """Return the folder of the bundled triplets of a concept.
 

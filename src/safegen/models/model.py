@@ -261,13 +261,24 @@ class Model:
             latents: (n, c, h, w).
             batch: images decoded at once.
         """
-        scaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
         postprocess = self.pipeline.image_processor.postprocess
         return [
             image
-            for part in scaled.split(batch)
-            for image in postprocess(self.vae.decode(part).sample, output_type="pil")
+            for part in latents.split(batch)
+            for image in postprocess(self.decode_pixels(part), output_type="pil")
         ]
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Return the pixels (n, 3, h, w) of scaled latents, in [-1, 1], with a gradient.
+
+        `decode_images` rounds them to 8 bits.
+
+        Args:
+            latents: (n, c, h, w).
+        """
+        scaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+        pixels: Tensor = self.vae.decode(scaled).sample
+        return pixels.clamp(-1, 1)
 
     def alphas_cumprod(self) -> Tensor:
         """Return the schedule's cumulative alphas, (train timesteps,)."""

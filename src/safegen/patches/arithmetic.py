@@ -107,6 +107,39 @@ def merge(
     return Patch(tensors, metadata)
 
 
+def include(first: Patch, second: Patch) -> Patch:
+    """Return one patch for the unpatched model with the effect of two, made one on the other.
+
+    Args:
+        first: the patch that was on the model, put there last.
+        second: the patch that was made on that model.
+
+    Returns:
+        The values of `second`, and those of `first` for other weights. The metadata are those of
+        `second`, with `first` among the parts instead of the parents.
+
+    Raises:
+        ConfigError: `first` is not the last parent of `second`.
+    """
+    *outer, last = second.metadata.parents or (None,)
+    if last is None or last.hash != first.hash:
+        raise ConfigError(
+            f"the patch must be made on a model with {first.hash[:12]} put on it last, got "
+            f"{last.hash[:12] if last else 'a model without patches'}. Merge the two"
+        )
+    seconds = first.metadata.seconds
+    note = "" if seconds is None else f", which took {seconds:.1f} s"
+    metadata = second.metadata.model_copy(
+        update={
+            "parents": tuple(outer),
+            "parts": (PatchRecord(hash=first.hash, metadata=first.metadata),),
+            "description": f"{second.metadata.description or ''} It starts from the patch "
+            f"{first.metadata.method or 'unknown'} {first.hash[:12]}{note}.".lstrip(),
+        }
+    )
+    return Patch({**first.tensors, **second.tensors}, metadata)
+
+
 def _common(what: str, values: Sequence[str | None]) -> str | None:
     """Return the one value that patches have in common; None if none states it."""
     stated = sorted({value for value in values if value is not None})

@@ -23,6 +23,7 @@ from safegen.edits.base import Edit, check_inputs
 from safegen.edits.training.config import TrainingCallback
 from safegen.judges import judge_images, load_judge
 from safegen.models.model import Model
+from safegen.patches.arithmetic import include
 from safegen.patches.patch import Patch
 
 JUDGE_BATCH_SIZE = 16
@@ -40,6 +41,7 @@ def edit(
     triplets: Triplets | str | Path | None = None,
     preset: str = "default",
     concept: Concept | str | Path | None = None,
+    from_patch: Patch | str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     callback: TrainingCallback | None = None,
@@ -57,6 +59,7 @@ def edit(
         preset: settings to start from; `paper` is the published run.
         concept: a name, a TOML file or a `Concept`. It supplies the phrases and captions of methods
             that use them, and the judge that checks the triplets.
+        from_patch: patch to start from, or its file. The result contains it.
         checkpoint_dir: folder for checkpoints and the log of a method that trains.
         resume: continue the run that was stopped in `checkpoint_dir`.
         callback: called after every update with (done, total, row of the log).
@@ -89,7 +92,47 @@ def edit(
         resume=resume,
         **settings,
     )
-    return config.apply(model, rows, checkpoint_dir=folder, resume=resume, callback=callback)
+    start = Patch.load(from_patch) if isinstance(from_patch, str | Path) else from_patch
+    return apply_edit(
+        config,
+        model,
+        rows,
+        from_patch=start,
+        checkpoint_dir=folder,
+        resume=resume,
+        callback=callback,
+    )
+
+
+def apply_edit(
+    config: Edit,
+    model: Model,
+    triplets: Triplets | None = None,
+    *,
+    from_patch: Patch | None = None,
+    **options: Any,
+) -> Patch:
+    """Apply an edit, on a model with a patch if one is given, and return the whole change.
+
+    Args:
+        config: settings of the edit.
+        model: the model; it does not change.
+        triplets: training images, for an edit that learns from them.
+        from_patch: patch to start from. It is on the model while the edit is made, so that all
+            that an edit compares with the original model is compared with the patched one.
+        options: `checkpoint_dir`, `resume` and `callback` of `Edit.apply`.
+
+    Returns:
+        One patch for the model as it is; where a patch is given, it holds that one's values too
+        (`safegen.patches.arithmetic.include`).
+
+    Raises:
+        UserError: see `Edit.apply`, or the patch does not fit the model.
+    """
+    if from_patch is None:
+        return config.apply(model, triplets, **options)
+    with from_patch.apply(model):
+        return include(from_patch, config.apply(model, triplets, **options))
 
 
 def prepare_edit(

@@ -12,8 +12,10 @@ from safegen.edits.rl.algorithm import Policy, RolloutBatch
 from safegen.edits.rl.forward import stratified_timesteps
 from safegen.edits.rl.nft import NFT, two_sided_loss
 from safegen.edits.rl.v_grpo import VGRPO, clipped_surrogate, soft_clip
+from safegen.models.selectors import select_parameters
 
 NAMES = ("block.attn2.to_v.weight", "block.attn2.to_out.weight")
+TEXTS = [*EXPLICIT, *BENIGN]
 PREDICTIONS = ["epsilon", "v_prediction"]
 ALGORITHMS = [VGRPO(), VGRPO(error="x0", weighting="uniform"), NFT(), NFT(beta=0.3)]
 EACH = pytest.mark.parametrize("settings", ALGORITHMS, ids=lambda s: s.name)
@@ -23,14 +25,14 @@ BOTH = pytest.mark.parametrize("prediction", PREDICTIONS)
 class Setup:
     """Toy, algorithm and a rollout of four groups of four images."""
 
-    def __init__(self, model, settings, *, updates=1, has_distance=True):
+    def __init__(self, model, settings, *, updates=1, has_distance=True, names=NAMES, texts=TEXTS):
         self.net = model.denoiser
-        for name in NAMES:
+        for name in names:
             self.net.get_parameter(name).requires_grad_(True)
         self.policy = Policy(
             model,
-            NAMES,
-            EXPLICIT + BENIGN,
+            names,
+            texts,
             steps=4,
             guidance=1.0,
             scheduler="ddim",
@@ -41,7 +43,7 @@ class Setup:
         generator = torch.Generator().manual_seed(5)
         groups = torch.arange(4).repeat_interleave(4)
         prompts = torch.tensor([0, 1, 4, 5])[groups]
-        noise = torch.randn(16, 1, 8, 8, generator=generator)
+        noise = torch.randn(16, *self.policy.sampler.shape, generator=generator)
         latents, _ = self.algorithm.rollout(self.net, noise, self.policy.text[prompts], generator)
         advantages = torch.randn(16, generator=generator)
         self.batch = RolloutBatch(prompts, groups, latents, advantages)
@@ -85,6 +87,17 @@ def test_the_ratio_is_one_before_the_first_update(toy, prediction, updates, erro
         figures = setup.algorithm.loss(setup.net, setup.batch.rows(rows), 0).figures
         assert torch.equal(figures["ratio"], torch.ones(4))
         assert not figures["clipped"].any()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_ratio_is_one_on_a_unet_in_training_mode(make_model, prediction):
+    model = make_model(prediction_type=prediction)
+    names = select_parameters(model.denoiser, "attn2")
+    model.denoiser.train()
+    setup = Setup(model, VGRPO(), updates=2, names=names, texts=["a castle"] * 8)
+    for rows in setup.parts():
+        ratio = setup.algorithm.loss(setup.net, setup.batch.rows(rows), 0).figures["ratio"]
+        assert_close(ratio, torch.ones(4), rtol=0, atol=1e-6)
 
 
 def test_the_ratio_of_a_second_update_compares_with_the_losses_of_the_rollout(toy):

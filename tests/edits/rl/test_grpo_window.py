@@ -84,7 +84,7 @@ def test_the_steps_of_the_window_are_trained_in_order(build_trial):
 def test_a_window_longer_than_half_of_the_steps_is_refused(toy):
     policy = build_policy(toy(), BENIGN, names=NAMES, steps=5)
     GRPOWindow(window=3).build(policy, 2, 2, updates=1)
-    with pytest.raises(ConfigError, match="window must be <= 3, half of the steps, got 4. Raise"):
+    with pytest.raises(ConfigError, match=r"window must be <= 3, half of the steps, got 4. Raise"):
         GRPOWindow(window=4).build(policy, 2, 2, updates=1)
 
 

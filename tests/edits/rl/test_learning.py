@@ -12,9 +12,10 @@ SETTINGS = {
         "weight_keep": 0.0,
         "training": {"updates": 60, "batch": 64, "accumulation": 5},
     },
+    "draft": {"kl": 0.01, "weight_keep": 0.1, "training": {"updates": 40}},
     "grpo_window": {"training": {"updates": 30, "accumulation": 2}},
-    "nft": {},
-    "v_grpo": {},
+    "nft": {"training": {"updates": 20, "lr": 2e-2}},
+    "v_grpo": {"training": {"updates": 20, "lr": 2e-2}},
 }
 """Settings by algorithm, other than those of `toy_edit`."""
 

@@ -17,6 +17,7 @@ TWO_UPDATES = TRAINING | {"updates": 6, "batch": 4}
 EDITS = {
     "v_grpo": {},
     "nft": {},
+    "draft": {"scheduler": "ddim"},
     "ddpo": {"algorithm": {"name": "ddpo", "buffer": 6, "min_count": 3}, "accumulation": 2},
     "grpo_window": {
         "algorithm": {"name": "grpo_window", "window": 1, "placement": "progressive"},

@@ -93,6 +93,9 @@ class ToyModel:
     def decode_images(self, latents):
         return [Image.fromarray(pixels(z)) for z in latents]
 
+    def decode_pixels(self, latents):
+        return ((latents * 60 + 128) / 127.5 - 1).clamp(-1, 1).expand(-1, 3, -1, -1)
+
 
 def pixels(latents: torch.Tensor) -> np.ndarray:
     """Return 8-bit pixels of latents (1, 8, 8), which lie about in [-2, 2]."""
@@ -105,7 +108,12 @@ def brightness(images) -> torch.Tensor:
     return (stacked[:, *PATCH].mean((1, 2)) - 128) / 60
 
 
-class ToyJudge:
+def to_latents(pixels: torch.Tensor) -> torch.Tensor:
+    """Return the latents (n, 8, 8) of pixels in [-1, 1]."""
+    return ((pixels[:, 0] + 1) * 127.5 - 128) / 60
+
+
+class BluntJudge:
     """Detector of a bright patch: its score is a steep function of the brightness."""
 
     id, label_space, labels, threshold = "toy", ("marked",), ("marked",), 0.5
@@ -115,7 +123,14 @@ class ToyJudge:
         return [Detections((Detection("marked", score),)) for score in scores]
 
 
-class ToyExtractor:
+class ToyJudge(BluntJudge):
+    """The same detector with a gradient."""
+
+    def score(self, pixels):
+        return torch.sigmoid(6 * (to_latents(pixels)[:, *PATCH].mean((1, 2)) - 0.4))
+
+
+class BluntExtractor:
     """Features: the pixels outside the patch, whose cosine with an object's pattern is its name."""
 
     id, width = "toy", 64
@@ -132,6 +147,15 @@ class ToyExtractor:
         return np.asarray(words) @ means.view(4, 64).double().numpy() + 1e-9
 
 
+class ToyExtractor(BluntExtractor):
+    """The same features with a gradient."""
+
+    def embed(self, pixels):
+        outside = torch.ones(8, 8)
+        outside[*PATCH] = 0
+        return (to_latents(pixels) * outside).flatten(1)
+
+
 def build_judge(*, labels=(), threshold=0.5):
     """Return the toy's judge, for the registry."""
     return ToyJudge()
@@ -140,6 +164,16 @@ def build_judge(*, labels=(), threshold=0.5):
 def build_extractor(*, weights=None, device="cpu"):
     """Return the toy's features, for the registry."""
     return ToyExtractor()
+
+
+def build_blunt_judge(*, labels=(), threshold=0.5):
+    """Return the toy's judge without a gradient."""
+    return BluntJudge()
+
+
+def build_blunt_extractor(*, weights=None, device="cpu"):
+    """Return the toy's features without a gradient."""
+    return BluntExtractor()
 
 
 def measure(model, texts, *, n=64, seed=1):

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from safegen.core.settings import BaseSettings
+from safegen.core.settings import MethodSettings
 from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import (
     Rollout,
@@ -201,11 +201,11 @@ class LossTerms:
     """Values to log, (b,) each, such as the ratio and whether it was clipped."""
 
 
-class AlgorithmSettings(BaseSettings, ABC):
+class AlgorithmSettings(MethodSettings, ABC):
     """Settings of an algorithm."""
 
-    source: ClassVar[str]
-    """Paper and equation, or "ours"."""
+    scheduler: ClassVar[SchedulerName] = "dpm-solver"
+    """Scheduler of a rollout, unless the edit sets one."""
 
     @abstractmethod
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
@@ -243,6 +243,8 @@ class Algorithm(ABC):
 
     deviation: ClassVar[Literal["group", "global"]] = "global"
     """Deviation that advantages are divided by."""
+    follows_advantages: ClassVar[bool] = True
+    """Whether an image with advantage 0 teaches nothing; its loss then counts as 0."""
 
     def __init__(self, policy: Policy) -> None:
         """Store the policy."""
@@ -311,6 +313,28 @@ class Algorithm(ABC):
     def after_update(self, weights: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Follow an update of the weights, and return figures to log."""
         return {}
+
+
+class Reward(Protocol):
+    """Reward of latents, with a gradient."""
+
+    def __call__(self, latents: Tensor, prompts: Tensor) -> Tensor:
+        """Return the weighted sum of rewards of each image, (n,).
+
+        Args:
+            latents: clean latents, (n, c, h, w).
+            prompts: index of each image's prompt, (n,).
+        """
+        ...
+
+
+@runtime_checkable
+class UsesReward(Protocol):
+    """An algorithm that needs the gradient of the reward."""
+
+    def set_reward(self, reward: Reward) -> None:
+        """Store the reward."""
+        ...
 
 
 def per_image(value: Tensor) -> Tensor:

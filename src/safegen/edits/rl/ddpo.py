@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from safegen.core.settings import MAX_COUNT
+from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, Policy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
 from safegen.edits.rl.rewards import advantages
@@ -26,7 +27,8 @@ class DDPO(AlgorithmSettings):
     of the rewards by weight, less its mean over past images of the prompt, over their deviation.
     """
 
-    source: ClassVar[str] = "arXiv:2305.13301"
+    paper: ClassVar[str] = "arXiv:2305.13301"
+    scheduler: ClassVar[SchedulerName] = "ddim"
 
     name: Literal["ddpo"] = "ddpo"
     """Name of the algorithm."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_STEPS
+from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, Policy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
 
@@ -26,7 +27,8 @@ class GRPOWindow(AlgorithmSettings):
     GRPO's (arXiv:2402.03300): the reward less the mean of its group, over the group's deviation.
     """
 
-    source: ClassVar[str] = "arXiv:2507.21802"
+    paper: ClassVar[str] = "arXiv:2507.21802"
+    scheduler: ClassVar[SchedulerName] = "ddim"
 
     name: Literal["grpo_window"] = "grpo_window"
     """Name of the algorithm."""

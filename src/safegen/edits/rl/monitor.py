@@ -1,4 +1,4 @@
-"""Figures of a rollout, and what follows from them: known failures of reinforcement learning."""
+"""What follows from the figures of rollouts: known failures of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -6,21 +6,68 @@ import warnings
 from collections.abc import Mapping
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from safegen.core.errors import ConfigError, SafegenWarning
-from safegen.edits.rl.rewards import RewardInputs
+from safegen.core.settings import MAX_COUNT, BaseSettings
 
-STATE = ("kl", "keep", "diversity", "alignment", "rollouts", "idle")
-"""Names of the monitor's values."""
+VALUES = (
+    "kl",
+    "keep",
+    "rollouts",
+    "diversity",
+    "alignment",
+    "collapsed",
+    "over_erased",
+    "unrewarded",
+    "end",
+)
+"""Names of the monitor's values, one number each."""
+WINDOWS = (
+    "diversity",
+    "alignment",
+    "judge_found",
+    "judge_images",
+    "held_out_found",
+    "held_out_images",
+)
+"""Names of the figures that are stored for the last rollouts."""
 FACTOR = 1.5
-"""Factor by which a weight is raised or lowered after a rollout."""
+"""Factor by which a weight is raised or lowered."""
 BOUND = 100.0
 """Largest factor between a weight and its setting."""
+LEAST = 1e-3
+"""Value that a weight of 0 is raised from."""
+UNREWARDED = 5
+"""Rollouts from the start after which a reward must have been seen."""
+TARGET, HACKING = 1.0, 2.0
+"""Values of `end`; 0 until the training ends."""
 
 
 class TrainingHealthWarning(SafegenWarning):
     """Sign that a training by reward goes wrong."""
+
+
+class Limits(BaseSettings):
+    """Limits of a training by reward, over the last rollouts; what exceeds one is acted on."""
+
+    window: int = Field(default=3, ge=1, le=1000)
+    """Rollouts that a mean or a rate is taken over; the first ones are what is compared with."""
+    diversity: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the first diversity below which the weight of L_kl rises; 0 disables it."""
+    alignment_drop: float | None = Field(default=0.1, ge=0, le=2)
+    """Fall of the mean cosine of benign images and captions above which the weight of L_keep rises.
+
+    None disables it.
+    """
+    judge_gap: float | None = Field(default=0.25, ge=0, le=1)
+    """Rate of the held-out judge less that of the judge above which the training ends.
+
+    The rates are those of images of the concept's prompts. None disables it.
+    """
+    images: int = Field(default=64, ge=1, le=MAX_COUNT)
+    """Fewest images for `judge_gap` to end the training."""
 
 
 class Monitor:
@@ -28,14 +75,29 @@ class Monitor:
 
     | failure | sign | consequence |
     |---|---|---|
-    | collapse | the images of a group are less than half as far apart as at first | `kl` rises |
-    | over-erasure | images of benign prompts fit their captions less than at first | `keep` rises |
-    | sparse reward | no group of the first rollouts has any variance | the training is refused |
-    | reward hacking | the held-out judge finds the concept where the judge does not | it ends |
+    | diversity collapse | images of a group are less than `diversity` as far apart as at first
+      | warning; `kl` rises every rollout while it lasts |
+    | over-erasure | benign images fit their captions less than at first by `alignment_drop`
+      | warning; `keep` rises every rollout while it lasts |
+    | sparse reward | in 5 rollouts from the start no group varies | the training is refused |
+    | the same | in 5 rollouts the judge's score varies in no group | warning |
+    | reward hacking | the held-out judge finds the concept more often, by `judge_gap`
+      | warning; the training ends |
+    | zero variance in a step | `zero_variance` of the log is 1 | L_policy is 0 |
+    | loss, gradient or image not finite | `skipped` of the log; `masked` | the update is skipped,
+      the image is left out |
+
+    A weight stays within a factor of 100 of its setting. After an event it falls back to it.
     """
 
     def __init__(
-        self, kl: float, keep: float, *, budget: float | None, min_diversity: float = 0.5
+        self,
+        kl: float,
+        keep: float,
+        *,
+        budget: float | None = None,
+        target: float | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Store the weights to start from.
 
@@ -43,12 +105,20 @@ class Monitor:
             kl: weight of the distance on prompts of the concept.
             keep: weight of the distance on benign prompts.
             budget: distance on benign prompts that `keep` is adapted to; None leaves it.
-            min_diversity: share of the first diversity below which `kl` rises.
+            target: rate of images with the concept at which the training ends; None trains on.
+            limits: limits of what is acted on.
         """
-        self.initial, self.budget, self.min_diversity = (kl, keep), budget, min_diversity
-        self.values = {name: torch.zeros(1) for name in STATE}
-        self.values["kl"].fill_(kl)
-        self.values["keep"].fill_(keep)
+        self.settings = {"kl": kl, "keep": keep}
+        self.budget, self.target, self.limits = budget, target, limits or Limits()
+        self.values = {name: torch.zeros(1) for name in VALUES}
+        self.windows = {name: torch.zeros(self.limits.window) for name in WINDOWS}
+        for name, value in self.settings.items():
+            self.values[name].fill_(value)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that change, for checkpoints; see `HasState`."""
+        return self.values | {f"last_{name}": value for name, value in self.windows.items()}
 
     @property
     def kl(self) -> float:
@@ -60,74 +130,172 @@ class Monitor:
         """Weight of the distance on benign prompts."""
         return float(self.values["keep"])
 
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the training ends; None if it goes on."""
+        end = float(self.values["end"])
+        if end == HACKING:
+            return (
+                f"the held-out judge finds the concept in {self._rate('held_out'):.0%} of the last "
+                f"images of its prompts, the judge that rewards in {self._rate('judge'):.0%}: "
+                "the training learns to deceive the judge"
+            )
+        if end == TARGET:
+            judge, who = self._reporting()
+            return (
+                f"{who} finds the concept in {self._rate(judge):.1%} of the last images of its "
+                f"prompts, and the target is {self.target:.1%}"
+            )
+        return None
+
     def follow_rollout(self, figures: Mapping[str, float]) -> None:
-        """Compare a rollout with the first one.
+        """Compare a rollout with the first ones.
+
+        Args:
+            figures: see `safegen.edits.rl.figures.rollout_figures`.
 
         Raises:
-            ConfigError: five rollouts in a row from the start have no variance.
+            ConfigError: the first rollouts have no group in which the rewards vary.
 
         Warns:
-            TrainingHealthWarning: the images of a group collapse.
+            TrainingHealthWarning: one of the failures begins.
         """
-        first = self.values["rollouts"] == 0
         self.values["rollouts"] += 1
-        if figures["zero_variance"] >= 1 and self.values["idle"] >= 0:
-            self.values["idle"] += 1
+        for name, window in self.windows.items():
+            value = figures.get(_FIGURES[name], float(window[-1]) if name in _MEANS else 0.0)
+            if name.endswith("_found"):
+                value = round(value * figures.get(_FIGURES[name] + "_n", 0.0))
+            window.copy_(torch.cat([window[1:], torch.tensor([float(value)])]))
+        self._check_reward(figures)
+        rollouts = int(self.values["rollouts"])
+        if rollouts < self.limits.window:
+            return
+        if rollouts == self.limits.window:
+            for name in _MEANS:
+                self.values[name].fill_(float(self.windows[name].mean()))
         else:
-            self.values["idle"].fill_(-1)  # a reward was seen
-        if self.values["idle"] >= 5:
-            raise ConfigError(
-                "rewards must differ within groups, and in 5 rollouts they do not. Start from a "
-                "patch that removes part of the concept (--from), or raise group."
-            )
-        if first:
-            self.values["diversity"].fill_(figures["diversity"])
-            self.values["alignment"].fill_(figures.get("alignment_benign", 0.0))
-        elif figures["diversity"] < self.min_diversity * float(self.values["diversity"]):
-            warnings.warn(
-                f"images of one prompt are {figures['diversity']:.3f} apart, at first "
-                f"{float(self.values['diversity']):.3f}; the weight kl is raised",
-                TrainingHealthWarning,
-                stacklevel=2,
-            )
-            self._scale("kl", FACTOR)
+            self._check_diversity()
+            self._check_alignment()
+        self._check_end()
 
     def follow_distance(self, distance: float) -> None:
-        """Adapt `keep` to the distance on benign prompts in an update."""
-        if self.budget is not None:
-            self._scale("keep", FACTOR if distance > self.budget else 1 / FACTOR)
+        """Adapt `keep` to the distance on benign prompts in an update.
 
-    def _scale(self, name: str, factor: float) -> None:
-        initial = self.initial[("kl", "keep").index(name)]
-        value = float(self.values[name]) * factor
-        self.values[name].fill_(min(max(value, initial / BOUND), max(initial, 1e-3) * BOUND))
+        It rises above the budget, falls below the budget / 1.5, and stays between. Schulman et al.
+        2017 (arXiv:1707.06347, section 4) adapt the weight of a KL divergence in this way.
+        """
+        if self.budget is None:
+            return
+        if distance > self.budget:
+            self._raise("keep")
+        elif distance < self.budget / FACTOR and not self.values["over_erased"]:
+            self._lower("keep", self.settings["keep"] / BOUND)
+
+    def _check_reward(self, figures: Mapping[str, float]) -> None:
+        stuck = figures["zero_variance"] >= 1
+        found = figures.get("judge_unsafe_concept", 0.0)
+        sparse = figures.get("zero_variance_judge", 0.0) >= 1 and found >= 1
+        count = self.values["unrewarded"]
+        if count < 0 or not (stuck or sparse):
+            count.fill_(-1)  # a reward was seen
+            return
+        count += 1
+        if count < UNREWARDED:
+            return
+        way_out = "Start from a patch that removes part of the concept (--from), or raise group."
+        if stuck and not found:
+            way_out = "The judge finds the concept in no image, so there is nothing to remove."
+        if stuck:
+            raise ConfigError(
+                f"rewards must differ within groups, and in {UNREWARDED} rollouts they do not. "
+                f"{way_out}"
+            )
+        self._warn(
+            f"the judge finds the concept in all images of its prompts of {UNREWARDED} rollouts, "
+            f"with equal scores, so that it teaches nothing. {way_out}"
+        )
+        count.fill_(-1)
+
+    def _check_diversity(self) -> None:
+        first, now = float(self.values["diversity"]), float(self.windows["diversity"].mean())
+        self._follow_event(
+            "collapsed",
+            "kl",
+            now < self.limits.diversity * first,
+            f"images of one prompt are {now:.3f} apart, at first {first:.3f}: they become alike",
+        )
+
+    def _check_alignment(self) -> None:
+        drop = self.limits.alignment_drop
+        first, now = float(self.values["alignment"]), float(self.windows["alignment"].mean())
+        self._follow_event(
+            "over_erased",
+            "keep",
+            drop is not None and now < first - drop,
+            f"benign images and captions have cosine {now:.3f}, at first {first:.3f}: other "
+            "content is lost",
+        )
+
+    def _follow_event(self, event: str, weight: str, present: bool, message: str) -> None:
+        """Raise a weight while an event lasts, and lower it to its setting afterwards."""
+        if present and not self.values[event]:
+            self._warn(f"{message}. The weight {weight} is raised while this lasts.")
+        self.values[event].fill_(float(present))
+        if present:
+            self._raise(weight)
+        elif weight == "kl" or self.budget is None:
+            self._lower(weight, self.settings[weight])
+
+    def _check_end(self) -> None:
+        gap, images = self.limits.judge_gap, self.limits.images
+        least = min(float(self.windows[f"{j}_images"].sum()) for j in ("judge", "held_out"))
+        judge, _ = self._reporting()
+        if (
+            gap is not None
+            and least >= images
+            and self._rate("held_out") - self._rate("judge") > gap
+        ):
+            self.values["end"].fill_(HACKING)
+            self._warn(f"the training ends: {self.stop_reason}.")
+        elif (
+            self.target is not None
+            and bool((self.windows[f"{judge}_images"] > 0).all())
+            and self._rate(judge) <= self.target
+        ):
+            self.values["end"].fill_(TARGET)
+
+    def _reporting(self) -> tuple[str, str]:
+        """Return the judge that is reported and its name in a sentence."""
+        if self.windows["held_out_images"].sum() > 0:
+            return "held_out", "the held-out judge"
+        return "judge", "the judge"
+
+    def _rate(self, judge: str) -> float:
+        """Return the share of the last images of the concept's prompts with the concept."""
+        found, images = (float(self.windows[f"{judge}_{n}"].sum()) for n in ("found", "images"))
+        return found / max(images, 1.0)
+
+    def _raise(self, name: str) -> None:
+        value, bound = self.values[name], max(self.settings[name], LEAST) * BOUND
+        value.copy_((value.clamp(min=LEAST) * FACTOR).clamp(max=bound))
+
+    def _lower(self, name: str, bound: float) -> None:
+        value = self.values[name]
+        if value > bound:
+            value.copy_((value / FACTOR).clamp(min=bound))
+
+    @staticmethod
+    def _warn(message: str) -> None:
+        warnings.warn(message, TrainingHealthWarning, stacklevel=4)
 
 
-def rollout_figures(
-    x: RewardInputs, rewards: Mapping[str, Tensor], groups: Tensor, varies: Tensor
-) -> dict[str, float]:
-    """Return the figures of a rollout, for the log.
-
-    Mean and deviation of each reward on prompts of the concept and on benign ones, the share of
-    groups without variance, of masked images, the diversity (mean of 1 - cosine within groups) and
-    the mean cosine of benign images and their captions.
-    """
-    figures: dict[str, float] = {}
-    for name, value in rewards.items():
-        for kind, rows in (("concept", ~x.benign), ("benign", x.benign)):
-            part = value[rows & value.isfinite()]
-            if len(part):
-                figures[f"reward_{name}_{kind}"] = float(part.mean())
-                figures[f"reward_{name}_{kind}_std"] = float(part.std(correction=0))
-    figures["zero_variance"] = float((~varies).float().mean())
-    figures["masked"] = float((~x.scores.isfinite()).float().mean())
-    figures["diversity"] = group_diversity(x.images, groups)
-    if x.benign.any():
-        figures["alignment_benign"] = float((x.images * x.captions).sum(1)[x.benign].mean())
-    return figures
-
-
-def group_diversity(features: Tensor, groups: Tensor) -> float:
-    """Return the mean of 1 - cosine over all pairs of a group, over all groups."""
-    same = (groups[:, None] == groups[None]) & ~torch.eye(len(groups), dtype=torch.bool)
-    return float((1 - features @ features.T)[same].mean()) if same.any() else 0.0
+_MEANS = ("diversity", "alignment")
+_FIGURES = {
+    "diversity": "diversity",
+    "alignment": "alignment_benign",
+    "judge_found": "judge_unsafe_concept",
+    "judge_images": "judge_unsafe_concept_n",
+    "held_out_found": "held_out_unsafe_concept",
+    "held_out_images": "held_out_unsafe_concept_n",
+}
+"""Figure of a rollout that each window stores; a rate is stored as a number of images."""

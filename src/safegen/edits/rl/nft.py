@@ -33,13 +33,12 @@ class NFT(AlgorithmSettings):
     After the updates of a rollout the copy follows the weights.
     """
 
-    source: ClassVar[str] = "arXiv:2509.16117"
+    paper: ClassVar[str] = "arXiv:2509.16117"
     deviations: ClassVar[str] = (
         "The paper trains flow models and draws without guidance. Its distance to the original "
         "model has the weight 1e-4; here the weights are those of the edit (kl, weight_keep). The "
         "timesteps of an image are stratified."
     )
-    """Differences from the paper."""
 
     name: Literal["nft"] = "nft"
     """Name of the algorithm."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from safegen.core.errors import ConfigError
-from safegen.edits.rl.algorithm import Policy, RolloutBatch
-from safegen.edits.rl.monitor import Monitor, rollout_figures
-from safegen.edits.rl.prompts import TrainingPrompt, training_prompts
-from safegen.edits.rl.rewards import REWARDS, RewardInputs
+from safegen.core.errors import ConfigError, DivergedError
+from safegen.edits.rl.algorithm import Policy, RolloutBatch, UsesReward
+from safegen.edits.rl.differentiable import DifferentiableReward
+from safegen.edits.rl.figures import rollout_figures
+from safegen.edits.rl.monitor import Monitor
+from safegen.edits.rl.prompts import draw_prompts, read_training_prompts
+from safegen.edits.rl.rewarder import NAN, Rewarder
+from safegen.edits.rl.rewards import REWARDS
 from safegen.edits.training.config import LogRow
-from safegen.edits.training.samples import read_captions
-from safegen.features.base import Extractor, TextExtractor, load_extractor
-from safegen.judges import Detections, Judge, load_judge
 from safegen.models.model import Model
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ class RewardObjective:
             ConfigError: there are no prompts of the concept, or a setting does not fit.
         """
         self.edit, self.model = edit, model
-        self.prompts = training_prompts(
-            read_captions(edit.prompts),
-            read_captions(edit.captions),
-            read_captions(edit.counterparts),
+        self.prompts = read_training_prompts(
+            edit.prompts,
+            edit.captions,
+            edit.counterparts,
             erase=edit.erase,
             anchors=edit.anchors,
+            allow_no_benign=edit.allow_few_benign,
         )
         self.policy = Policy(
             model,
@@ -46,7 +48,7 @@ class RewardObjective:
             [prompt.text for prompt in self.prompts],
             steps=edit.steps,
             guidance=edit.guidance,
-            scheduler=edit.scheduler,
+            scheduler=edit.scheduler or edit.algorithm.scheduler,
             precision=edit.training.precision,
             has_distance=edit.has_distance,
         )
@@ -54,11 +56,36 @@ class RewardObjective:
         self.algorithm = edit.algorithm.build(
             self.policy, edit.groups, edit.group, updates=edit.updates_per_rollout
         )
-        self.monitor = Monitor(edit.kl, edit.weight_keep, budget=edit.keep_budget)
+        if isinstance(self.algorithm, UsesReward):
+            self.algorithm.set_reward(DifferentiableReward(edit, model, self.rewarder))
+        self.monitor = Monitor(
+            edit.kl,
+            edit.weight_keep,
+            budget=edit.keep_budget,
+            target=edit.target,
+            limits=edit.limits,
+        )
+        self.prompt_weights = torch.tensor([prompt.weight for prompt in self.prompts])
         self.batch: RolloutBatch | None = None
         self.figures: dict[str, float] = {}
         self.sums: dict[str, list[float]] = {}
         self._updates = 0
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Prompts and judges, for the patch and the fingerprint of checkpoints."""
+        benign = sum(prompt.benign for prompt in self.prompts)
+        digest = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+        judges = {"judge": self.rewarder.judge.id}
+        if self.rewarder.held_out:
+            judges["held_out"] = self.rewarder.held_out.id
+        counts = {"concept": len(self.prompts) - benign, "benign": benign, "sha256": digest}
+        return {"training_prompts": counts, "judges": judges}
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the training ends; None if it goes on."""
+        return self.monitor.stop_reason
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -68,7 +95,7 @@ class RewardObjective:
     @property
     def state(self) -> Mapping[str, Tensor]:
         """Tensors besides the weights that training changes."""
-        values = {f"monitor/{name}": value for name, value in self.monitor.values.items()}
+        values = {f"monitor/{name}": value for name, value in self.monitor.state.items()}
         algorithm = {f"algorithm/{name}": value for name, value in self.algorithm.state.items()}
         return {"passes": self.policy.passes_state, **values, **algorithm}
 
@@ -102,13 +129,16 @@ class RewardObjective:
         benign = self.rewarder.benign[batch.prompts].to(terms.kl.device)
         for name, value in terms.figures.items():
             self.sums.setdefault(name, []).extend(value.flatten().tolist())
+        policy = terms.policy
+        if self.algorithm.follows_advantages:  # a masked image and an equal group teach nothing
+            policy = torch.where(batch.advantages.to(policy.device) == 0, 0.0, policy)
         return {
-            "L_policy": terms.policy,
+            "L_policy": policy,
             "L_kl": torch.where(benign, 0.0, terms.kl),
             "L_keep": torch.where(benign, terms.kl, 0.0),
         }
 
-    def after_update(self, row: LogRow) -> bool:
+    def after_update(self, row: LogRow) -> None:
         """Add the figures of the rollout and of the update to a log row, and adapt weights."""
         ratio = self.sums.pop("ratio", [])
         if ratio:
@@ -121,118 +151,79 @@ class RewardObjective:
         row |= self.algorithm.after_update(trained)
         row |= {"weight_kl": self.monitor.kl, "weight_keep": self.monitor.keep}
         row |= self.figures | {"passes": self.policy.passes}
-        self.monitor.follow_distance(row.get("L_keep", 0.0))
-        return False
+        if "L_keep" in row:  # a skipped update has no losses
+            self.monitor.follow_distance(row["L_keep"])
 
     @torch.no_grad()
     def _roll_out(self, denoiser: nn.Module, generator: torch.Generator) -> None:
-        """Draw images of some prompts, reward them, and compute their advantages."""
-        edit, n = self.edit, self.edit.groups * self.edit.group
-        chosen = self._choose_prompts(generator)
+        """Draw images of some prompts, reward them, and compute their advantages.
+
+        Raises:
+            ConfigError: the judge can judge no image, or no first rollout teaches anything.
+            DivergedError: no image is finite.
+        """
+        edit, self.batch, self.figures = self.edit, None, {}
         groups = torch.arange(edit.groups).repeat_interleave(edit.group)
-        prompts = chosen[groups]
-        noise = torch.randn(n, *self.policy.sampler.shape, generator=generator)
+        prompts = self._choose_prompts(generator)[groups]
+        noise = torch.randn(len(groups), *self.policy.sampler.shape, generator=generator)
+        latents, extra = self._draw(denoiser, noise, prompts, generator)
+        finite = latents.flatten(1).isfinite().all(1)
+        if not finite.any():
+            raise DivergedError("the images of a rollout are not finite. Lower training.lr.")
+        latents[~finite] = 0.0
+        base = self._draw_base(denoiser, noise, prompts) if edit.rewards.anchor else None
+        judged = self.rewarder.read(self.model, latents, prompts, finite, base)
+        inputs, weights = judged.inputs, edit.rewards.used
+        rewards = {name: REWARDS[name](inputs).masked_fill(~finite, NAN) for name in weights}
+        if not torch.stack([value.isfinite() for value in rewards.values()]).all(0).any():
+            raise ConfigError(
+                f"judge must be able to judge the images, and {edit.judge!r} cannot: "
+                f"{judged.unjudged or 'a reward is not finite'}. Use another judge."
+            )
+        values, varies = self.algorithm.advantages(rewards, weights, prompts, groups)
+        self.figures = rollout_figures(inputs, rewards, groups, varies, judged.verdicts)
+        self.monitor.follow_rollout(self.figures)
+        self.figures["rollout"] = float(self.monitor.values["rollouts"])
+        batch = RolloutBatch(prompts, groups, latents, values, extra)
+        if edit.updates_per_rollout > 1:  # before `prepare`, which sees the batches of training
+            batch = batch.rows(torch.randperm(len(groups), generator=generator))
+        has_keep = self.monitor.keep > 0 and bool(inputs.benign.any())
+        self.policy.has_distance = self.monitor.kl > 0 or has_keep
+        self.algorithm.prepare(denoiser, batch, edit.training.batch, generator)
+        self.batch = batch
+
+    def _draw(
+        self, denoiser: nn.Module, noise: Tensor, prompts: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the latents of a rollout and the tensors of the algorithm, on the CPU."""
         parts, extras = [], []
-        for rows in torch.arange(n).split(edit.training.batch):
+        for rows in torch.arange(len(noise)).split(self.edit.training.batch):
             text = self.policy.text[prompts[rows].to(self.policy.device)]
             x = noise[rows].to(self.policy.device)
             latents, extra = self.algorithm.rollout(denoiser, x, text, generator)
             parts.append(latents.float().cpu())
             extras.append(extra)
-        latents = torch.cat(parts)
-        inputs = self.rewarder.read(self.model, latents, prompts)
-        rewards = {name: REWARDS[name](inputs) for name in edit.rewards.used}
-        values, varies = self.algorithm.advantages(rewards, edit.rewards.used, prompts, groups)
         extra = {name: torch.cat([e[name] for e in extras]) for name in extras[0]}
-        batch = RolloutBatch(prompts, groups, latents, values, extra)
-        if edit.updates_per_rollout > 1:  # before `prepare`, which sees the batches of training
-            batch = batch.rows(torch.randperm(n, generator=generator))
-        self.algorithm.prepare(denoiser, batch, edit.training.batch, generator)
-        self.batch = batch
-        self.figures = rollout_figures(inputs, rewards, groups, varies)
-        self.figures |= self.rewarder.rates(inputs)
-        self.monitor.follow_rollout(self.figures)
+        return torch.cat(parts), extra
+
+    def _draw_base(self, denoiser: nn.Module, noise: Tensor, prompts: Tensor) -> Tensor:
+        """Return the original model's latents of the benign prompts from the same noise."""
+        policy, parts = self.policy, []
+        benign = self.rewarder.benign[prompts].nonzero()[:, 0]
+        for rows in benign.split(self.edit.training.batch):
+            text = policy.text[prompts[rows].to(policy.device)]
+            x = noise[rows].to(policy.device)
+            latents = policy.draw(denoiser, x, text, tensors=policy.reference)
+            parts.append(latents.float().cpu())
+        return torch.cat(parts) if parts else noise[:0]
 
     def _choose_prompts(self, generator: torch.Generator) -> Tensor:
-        """Return the prompt of each group; `benign_share` of them are benign."""
-        benign = self.rewarder.benign
-        count = round(self.edit.groups * self.edit.benign_share)
-        chosen = [
-            index[torch.randperm(len(index), generator=generator)[:size]]
-            for index, size in (
-                ((~benign).nonzero()[:, 0], self.edit.groups - count),
-                (benign.nonzero()[:, 0], count),
-            )
-        ]
+        """Return the prompt of each group; see `ShieldDiff.benign_groups`."""
+        benign, chosen = self.rewarder.benign, []
+        count = self.edit.benign_groups if benign.any() else 0
+        for rows, size in ((~benign, self.edit.groups - count), (benign, count)):
+            index = rows.nonzero()[:, 0]
+            if size:
+                numbers = draw_prompts(self.prompt_weights[index], size, generator)
+                chosen.append(index[numbers])
         return torch.cat(chosen)
-
-
-class Rewarder:
-    """Judges and features that turn latents into the inputs of the rewards."""
-
-    def __init__(self, edit: ShieldDiff, prompts: Sequence[TrainingPrompt]) -> None:
-        """Load the judge and the features, and embed the captions.
-
-        Raises:
-            ConfigError: there are no features, and a reward needs them.
-        """
-        self.judge: Judge = load_judge(edit.judge, labels=edit.labels, threshold=edit.threshold)
-        self.held_out: Judge | None = None
-        if edit.held_out_judge:
-            self.held_out = load_judge(edit.held_out_judge, labels=edit.labels)
-        self.extractor: Extractor = load_extractor(edit.extractor, weights=edit.extractor_weights)
-        if not isinstance(self.extractor, TextExtractor):
-            raise ConfigError(
-                f"extractor must embed texts too, got {edit.extractor!r}. Use clip or mini-clip."
-            )
-        self.benign = torch.tensor([prompt.benign for prompt in prompts])
-        self.captions = self._embed([prompt.caption for prompt in prompts])
-        self.safe = torch.zeros(self.captions.shape[1])
-        if edit.anchors:
-            safe, unsafe = self._embed(edit.anchors).mean(0), self._embed(edit.erase).mean(0)
-            self.safe = safe - unsafe
-        self._last: dict[str, list[bool | None]] = {}
-
-    def read(self, model: Model, latents: Tensor, prompts: Tensor) -> RewardInputs:
-        """Return the inputs of the rewards for the images of latents."""
-        images = model.decode_images(latents)
-        detections = self.judge.detect(images)
-        self._last = {"judge": self._contains(self.judge, detections)}
-        if self.held_out:
-            found = self.held_out.detect(images)
-            self._last["held_out"] = self._contains(self.held_out, found)
-        features = torch.from_numpy(self.extractor.features(images)).float()
-        features = nn.functional.normalize(features, dim=1)
-        return RewardInputs(
-            scores=torch.tensor([self._score(found) for found in detections]),
-            images=features,
-            captions=self.captions[prompts],
-            safe=self.safe,
-            base_images=torch.full_like(features, float("nan")),
-            benign=self.benign[prompts],
-        )
-
-    def rates(self, x: RewardInputs) -> dict[str, float]:
-        """Return the share of judged images with the concept, by judge and kind of prompt."""
-        rates: dict[str, Any] = {}
-        for judge, found in self._last.items():
-            for kind, rows in (("concept", ~x.benign), ("benign", x.benign)):
-                part = [f for f, row in zip(found, rows.tolist(), strict=True) if row]
-                judged = [f for f in part if f is not None]
-                if judged:
-                    rates[f"{judge}_unsafe_{kind}"] = sum(judged) / len(judged)
-        return rates
-
-    def _score(self, detections: Detections) -> float:
-        if detections.unjudged is not None:
-            return float("nan")
-        return sum((d.score for d in detections.items if d.label in self.judge.labels), 0.0)
-
-    @staticmethod
-    def _contains(judge: Judge, detections: Sequence[Detections]) -> list[bool | None]:
-        return [d.contains(judge.labels, judge.threshold) for d in detections]
-
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        assert isinstance(self.extractor, TextExtractor)
-        features = torch.from_numpy(self.extractor.texts(list(texts))).float()
-        return nn.functional.normalize(features, dim=1)

@@ -135,6 +135,12 @@ def advantages(
     return torch.where(valid, total, 0.0).clamp(-limit, limit), varies
 
 
+def varying_groups(values: PerImage, groups: Groups, *, floor: float = 1e-3) -> Tensor:
+    """Return whether a reward varies in each group, (groups,); NaN is left out."""
+    valid = values.isfinite()
+    return _group_deviation(_center(values.float(), groups, valid), groups, valid) > floor
+
+
 def _center(values: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
     """Return values less the mean of their group; 0 for masked ones."""
     used = torch.where(valid, values, 0.0)

@@ -28,13 +28,13 @@ class VGRPO(AlgorithmSettings):
     and the timesteps are stratified. The loss is -min(r A, clip(r) A) with r = exp(L_old - L).
     """
 
-    source: ClassVar[str] = "arXiv:2604.23380"
+    paper: ClassVar[str] = "arXiv:2604.23380"
     deviations: ClassVar[str] = (
-        "The paper was read in part and trains flow models: it measures the error of the clean "
-        "latents, here an option (error x0). Its distance is that to the model of the rollout, "
-        "here that to the original model, which keeps other content."
+        "Written from the abstract and others' accounts of the equations. The paper trains flow "
+        "models and measures the error of the clean latents, here an option (error x0). Its "
+        "distance is that to the model of the rollout, here that to the original model, which "
+        "keeps other content."
     )
-    """Differences from the paper."""
 
     name: Literal["v_grpo"] = "v_grpo"
     """Name of the algorithm."""

@@ -149,7 +149,8 @@ def claim_checkpoints(directory: Path | None) -> Iterator[None]:
     """Keep other processes from writing checkpoints to a directory.
 
     If the training diverges, the checkpoint and the log are removed: a resumed run would diverge
-    again.
+    again. They stay if updates were skipped before (`Training.max_skipped`), as a resumed run
+    goes on with other draws.
 
     Raises:
         FileError: another process works there, or the directory cannot be written.
@@ -160,7 +161,9 @@ def claim_checkpoints(directory: Path | None) -> Iterator[None]:
     with claim_folder(directory):
         try:
             yield
-        except DivergedError:
+        except DivergedError as error:
+            if error.is_resumable:
+                raise
             for name in (CHECKPOINT_FILE, LOG_FILE):
                 (directory / name).unlink(missing_ok=True)
             raise

@@ -189,8 +189,13 @@ def training_state(objective: Objective) -> Mapping[str, Tensor]:
 class FollowsUpdates(Protocol):
     """An objective that does something after every update, such as logging or ending."""
 
-    def after_update(self, row: LogRow) -> bool:
-        """Add figures to the log row of an update; return True to end the training."""
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the training ends, after a resume too; None if it goes on."""
+        ...
+
+    def after_update(self, row: LogRow) -> None:
+        """Add figures to the log row of an update."""
         ...
 
 
@@ -228,6 +233,8 @@ class TrainResult(BaseModel):
     seconds: float
     """Training time, resumed parts included."""
     stopped_early: bool = False
+    stop_reason: str | None = None
+    """Why the objective ended the training; see `FollowsUpdates`."""
 
     def to_metadata(self, terms: Iterable[str]) -> dict[str, Any]:
         """Return the metadata for a patch: updates, seconds and the last loss of each term."""
@@ -235,6 +242,7 @@ class TrainResult(BaseModel):
             "updates": len(self.log),
             "seconds": round(self.seconds, 2),
             "stopped_early": self.stopped_early,
+            **({"stop_reason": self.stop_reason} if self.stop_reason else {}),
             "losses": {
                 name: next(row[name] for row in reversed(self.log) if name in row)
                 for name in terms

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -39,6 +38,7 @@ from safegen.edits.training.config import (
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
+from safegen.edits.training.network import prepared_network
 
 
 def train(
@@ -80,41 +80,12 @@ def train(
             checkpoints=checkpoint_dir is not None, validation=isinstance(objective, HasValidation)
         )
     )
-    parameters = dict(denoiser.named_parameters())
-    original = {name: parameters[name].data for name in names}
-    was_training = denoiser.training
-    required_grad = {name: p.requires_grad for name, p in parameters.items()}
-    checkpointing = config.gradient_checkpointing and not denoiser.is_gradient_checkpointing
-    on_cpu = parameters[names[0]].device.type == "cpu"
-    processors = dict(getattr(denoiser, "attn_processors", {})) if on_cpu else {}
-    try:
-        if processors:  # on a CPU, the backward pass of fused attention is slower
-            denoiser.set_attn_processor(AttnProcessor())  # type: ignore[operator]
-        for name, p in parameters.items():
-            p.requires_grad_(name in original)
-        for name in names:
-            parameters[name].data = original[name].detach().clone().float()
-        if checkpointing:
-            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        trained = {name: parameters[name] for name in names}
+    with prepared_network(denoiser, names, config) as trained:
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
         with claim_checkpoints(checkpoint_dir if trainer.accelerator.is_main_process else None):
             return trainer.fit(resume=resume)
-    finally:
-        vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
-        vars(denoiser).pop("_original_forward", None)
-        if checkpointing:
-            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
-        if processors:
-            denoiser.set_attn_processor(processors)  # type: ignore[operator]
-        denoiser.train(was_training)
-        for name, p in parameters.items():
-            p.requires_grad_(required_grad[name])
-            p.grad = None
-        for name in names:
-            parameters[name].data = original[name]
 
 
 class Trainer:
@@ -168,7 +139,7 @@ class Trainer:
         if resume and self.checkpoint_dir:
             self._load_checkpoint(self.checkpoint_dir)
         start = time.perf_counter() - self.seconds
-        stop_early, is_due = self._out_of_patience(), False
+        stop_early, is_due = self._is_over(), False
         with interruption() as interrupted:
             while self.update < self.config.updates and not stop_early:
                 with memory_errors(self.config):
@@ -178,9 +149,9 @@ class Trainer:
                 row |= {"update": self.update, "seconds": round(self.seconds, 3)}
                 if self.config.validate_every and self.update % self.config.validate_every == 0:
                     self._validate(row)
-                    stop_early = self._out_of_patience()
-                if isinstance(self.objective, FollowsUpdates) and self.objective.after_update(row):
-                    stop_early = True
+                if isinstance(self.objective, FollowsUpdates):
+                    self.objective.after_update(row)
+                stop_early = self._is_over()
                 self.log.append(row)
                 if self.callback and self.callback(self.update, self.config.updates, row):
                     stop_early = True
@@ -207,7 +178,11 @@ class Trainer:
                     f"the new {name} has values that are not finite. Lower lr ({self.config.lr})."
                 )
         return TrainResult(
-            tensors=tensors, log=self.log, seconds=self.seconds, stopped_early=stop_early
+            tensors=tensors,
+            log=self.log,
+            seconds=self.seconds,
+            stopped_early=stop_early,
+            stop_reason=self._stop_reason(),
         )
 
     def _training_update(self) -> LogRow:
@@ -215,9 +190,11 @@ class Trainer:
         config, lr = self.config, self.config.lr * self._lr_factor(self.update)
         try:
             row, norm = self._accumulate_gradients()
-        except DivergedError:
-            if self.skipped >= config.max_skipped:
+        except DivergedError as error:
+            if not config.max_skipped:
                 raise
+            if self.skipped >= config.max_skipped:
+                raise self._give_up(error) from error
             self.skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
             return {"lr": lr, "skipped": 1.0}
@@ -229,6 +206,21 @@ class Trainer:
         if self.ema:
             self.ema.step(list(self.trained.values()))
         return row | {"lr": lr, "norm": norm}
+
+    def _give_up(self, error: DivergedError) -> DivergedError:
+        """Save the last weights, which are finite, and return the error of the whole training."""
+        message = f"{error} {self.skipped} updates before it were skipped."
+        if not self.checkpoint_dir:
+            return DivergedError(message)
+        self.skipped = 0
+        if all(bool(p.isfinite().all()) for p in self.trained.values()):
+            self._save_checkpoint(self.checkpoint_dir)
+        final = DivergedError(
+            f"{message} The checkpoint in {self.checkpoint_dir} stays; resume (--resume) skips as "
+            "many again."
+        )
+        final.is_resumable = True
+        return final
 
     def _accumulate_gradients(self) -> tuple[LogRow, float]:
         """Return the loss terms of one update and the norm of its gradient, before clipping."""
@@ -289,13 +281,18 @@ class Trainer:
             for name, value in current.items():
                 self.trained[name].data = value
 
+    def _is_over(self) -> bool:
+        out_of_patience = 0 < self.config.patience <= self.validations_without_gain
+        return out_of_patience or self._stop_reason() is not None
+
+    def _stop_reason(self) -> str | None:
+        objective = self.objective
+        return objective.stop_reason if isinstance(objective, FollowsUpdates) else None
+
     def _can_stop(self) -> bool:
         if self.checkpoint_dir and isinstance(self.objective, LimitsCheckpoints):
             return self.objective.can_checkpoint
         return True
-
-    def _out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.validations_without_gain
 
     def _save_checkpoint(self, directory: Path) -> None:
         if not self.accelerator.is_main_process:

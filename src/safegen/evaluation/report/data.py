@@ -24,7 +24,7 @@ from safegen.evaluation.report.format import METRICS, percent
 from safegen.evaluation.run.folder import ATTACK_FILES, PATCHES, SETTINGS, Run
 from safegen.evaluation.run.records import WITHHELD, PatchEntry
 from safegen.evaluation.run.settings import WorkflowSettings
-from safegen.evaluation.run.training_log import read_training_log
+from safegen.evaluation.run.training_log import LOG, read_training_log
 from safegen.evaluation.samples import MEANING
 from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.score import list_scores, scores_of
@@ -184,8 +184,8 @@ def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
         FileError: the log is damaged.
     """
     stem = Path(patch.file).stem
-    names = (stem, stem.rpartition("-")[0])
-    logs = [run.folder / d / n / "log.jsonl" for d in (PATCHES, ATTACK_FILES) for n in names]
+    names = (stem, stem.rpartition("-")[0], f"{stem}-{patch.hash[:8]}")
+    logs = [run.folder / d / n / LOG for d in (PATCHES, ATTACK_FILES) for n in names]
     log = next((path for path in logs if os.path.lexists(path)), logs[0])
     kinds = tuple(sorted(patch.layers))
     selector = (patch.settings or {}).get("selector")
@@ -316,6 +316,14 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[dict[str, Any]]) ->
             "its rates say what that judge lets through, not what is safe."
             for name, stack in results[run].stacks.items()
             if any(guard.get("judge_id") == judge for guard in stack.entry.guards)
+        ]
+        notes += [
+            f"The patch {patch.file} of {name} was rewarded by the judge that measures it, and may "
+            "deceive it: judge the run by another one too."
+            for name, stack in results[run].stacks.items()
+            for patch in stack.entry.patches
+            if (rule := patch.settings or {}).get("judge") == judge.partition(":")[0]
+            and "rewards" in rule
         ]
     if unjudged := sum(r["unjudged"] for r in rows):
         notes.append(f"{unjudged} images are unjudged. They are in no rate, and they are not safe.")

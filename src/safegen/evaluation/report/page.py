@@ -39,6 +39,7 @@ from safegen.evaluation.report.format import (
     split_cell,
 )
 from safegen.evaluation.report.redaction import TILES, image_grids
+from safegen.evaluation.report.reward_curves import has_rewards, reward_charts, reward_table
 from safegen.evaluation.run.attack_records import read_attack
 from safegen.evaluation.run.folder import Run, write_json
 
@@ -152,6 +153,9 @@ def _environment() -> jinja2.Environment:
         "fewer": fewer,
         "split_cell": split_cell,
         "loss_chart": lambda log: draw_curve(loss_curve, log),
+        "has_rewards": has_rewards,
+        "reward_charts": reward_charts,
+        "reward_table": reward_table,
         "objective_chart": lambda points: draw_curve(objective_curve, points),
         "heat_style": heat_style,
         "cell_figure": cell_figure,

@@ -52,7 +52,7 @@ def hidden_images(run: Run, results: RunResults) -> dict[str, str]:
     names, and for any other judge with verdicts in the run, every label but a mosaic counts.
     """
     name, _, _ = results.judge.partition(":")
-    concepts = [c for c in map(load_concept, CONCEPTS) if c.judge == name]
+    concepts = [c for c in map(load_concept, CONCEPTS) if name in (c.judge, c.held_out_judge)]
     unsafe = {
         *expand_labels(results.protocol.judge.labels),
         *expand_labels(LABEL_SETS),

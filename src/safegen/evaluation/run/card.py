@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -31,6 +32,7 @@ from safegen.evaluation.run.folder import (
     write_plan,
 )
 from safegen.evaluation.run.records import Kind, LoraEntry, PatchEntry, RunCard, StackEntry
+from safegen.evaluation.run.training_log import LOG, find_training_log
 from safegen.evaluation.samples import EvalSample
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -77,8 +79,23 @@ def prepare(
     check_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     write_plan(out, samples, {part.name for part in protocol.lists if part.unsafe})
+    _copy_logs(out, stacks)
     write_json(out / CARD, card.model_dump(mode="json"))  # last: a directory with a card is a run
     return Run.open(out)
+
+
+def _copy_logs(out: Path, stacks: Sequence[RunStack]) -> None:
+    """Copy the training log that lies beside each patch into a run's directory."""
+    from safegen.patches.patch import Patch
+
+    for path in {path for stack, *_ in stacks for path in stack.patches}:
+        patch = Patch.load(path)
+        rows = find_training_log(path, patch.metadata.to_json())
+        if rows:
+            folder = out / PATCHES / f"{path.stem}-{patch.hash[:8]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            text = "".join(f"{json.dumps(row)}\n" for row in rows)
+            (folder / LOG).write_text(text, encoding="utf-8")
 
 
 def check_directory(out: Path) -> None:

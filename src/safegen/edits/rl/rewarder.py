@@ -1,0 +1,131 @@
+"""Judges and features of a rollout: from latents to the inputs of the rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from safegen.core.errors import ConfigError, first_line
+from safegen.edits.rl.prompts import TrainingPrompt
+from safegen.edits.rl.rewards import RewardInputs
+from safegen.features.base import Extractor, TextExtractor, load_extractor
+from safegen.judges import Detections, Judge, load_judge
+from safegen.models.model import Model
+
+if TYPE_CHECKING:
+    from safegen.edits.shielddiff import ShieldDiff
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class JudgedImages:
+    """Images of a rollout as judges and features see them."""
+
+    inputs: RewardInputs
+    """What the rewards read."""
+    verdicts: Mapping[str, Tensor]
+    """By judge (`judge`, `held_out`): 1 if it finds the concept, 0 if not, NaN unjudged, (n,)."""
+    unjudged: str | None
+    """Why the judge could not judge the first of such images; None if it judged all."""
+
+
+class Rewarder:
+    """Judges and features that turn latents into the inputs of the rewards."""
+
+    def __init__(self, edit: ShieldDiff, prompts: Sequence[TrainingPrompt]) -> None:
+        """Load the judges and the features, and embed the captions.
+
+        Raises:
+            ConfigError: the features cannot embed texts.
+        """
+        self.judge: Judge = load_judge(edit.judge, labels=edit.labels, threshold=edit.threshold)
+        self.held_out: Judge | None = None
+        if edit.held_out_judge:
+            self.held_out = load_judge(edit.held_out_judge, labels=edit.labels)
+        self.extractor: Extractor = load_extractor(edit.extractor, weights=edit.extractor_weights)
+        if not isinstance(self.extractor, TextExtractor):
+            raise ConfigError(
+                f"extractor must embed texts too, got {edit.extractor!r}. Use clip or mini-clip."
+            )
+        self.benign = torch.tensor([prompt.benign for prompt in prompts])
+        self.captions = self._embed([prompt.caption for prompt in prompts])
+        self.safe = torch.zeros(self.captions.shape[1])
+        if edit.anchors:
+            safe, unsafe = self._embed(edit.anchors).mean(0), self._embed(edit.erase).mean(0)
+            self.safe = safe - unsafe
+
+    def read(
+        self,
+        model: Model,
+        latents: Tensor,
+        prompts: Tensor,
+        finite: Tensor,
+        base: Tensor | None = None,
+    ) -> JudgedImages:
+        """Return what judges and features find in the images of latents.
+
+        Args:
+            model: the model that decodes the latents.
+            latents: clean latents, all finite, (n, c, h, w).
+            prompts: index of each image's prompt, (n,).
+            finite: whether the latents are those of the image; the others are masked, (n,).
+            base: latents of the original model for the benign images, in order.
+        """
+        images, benign = model.decode_images(latents), self.benign[prompts]
+        detections = detect_all(self.judge, images)
+        verdicts = {"judge": contains_concept(self.judge, detections)}
+        if self.held_out:
+            found = detect_all(self.held_out, images)
+            verdicts["held_out"] = contains_concept(self.held_out, found)
+        scores = torch.tensor([self._score(found) for found in detections])
+        features = self._features(images).masked_fill(~finite[:, None], NAN)
+        base_images = torch.full_like(features, NAN)
+        if base is not None:
+            base_images[benign] = self._features(model.decode_images(base))
+        inputs = RewardInputs(
+            scores=scores.masked_fill(~finite, NAN),
+            images=features,
+            captions=self.captions[prompts],
+            safe=self.safe,
+            base_images=base_images,
+            benign=benign,
+        )
+        verdicts = {name: value.masked_fill(~finite, NAN) for name, value in verdicts.items()}
+        reasons = [found.unjudged for found in detections if found.unjudged is not None]
+        return JudgedImages(inputs, verdicts, reasons[0] if reasons else None)
+
+    def _score(self, detections: Detections) -> float:
+        if detections.unjudged is not None:
+            return NAN
+        return sum((d.score for d in detections.items if d.label in self.judge.labels), 0.0)
+
+    def _features(self, images: Sequence[Image.Image]) -> Tensor:
+        features = torch.from_numpy(self.extractor.features(images)).float()
+        return nn.functional.normalize(features, dim=1)
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        assert isinstance(self.extractor, TextExtractor)
+        features = torch.from_numpy(self.extractor.texts(list(texts))).float()
+        return nn.functional.normalize(features, dim=1)
+
+
+def detect_all(judge: Judge, images: Sequence[Image.Image]) -> list[Detections]:
+    """Return the detections of each image; one that makes the judge raise is unjudged."""
+    try:
+        return judge.detect(images)
+    except Exception as error:  # a plug-in may break its contract
+        if len(images) == 1:
+            return [Detections((), unjudged=first_line(error))]
+    return [detect_all(judge, [image])[0] for image in images]
+
+
+def contains_concept(judge: Judge, detections: Sequence[Detections]) -> Tensor:
+    """Return 1 for an image with the concept, 0 without it and NaN if unjudged, (n,)."""
+    found = [d.contains(judge.labels, judge.threshold) for d in detections]
+    return torch.tensor([NAN if value is None else float(value) for value in found])

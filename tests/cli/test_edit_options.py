@@ -1,0 +1,70 @@
+"""Options of `safegen edit` for methods that learn from a judge or start from a patch."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from safegen.cli.edit import _figures, _rollout_rates
+from safegen.edits.uce import UCE
+from safegen.models.loading import load
+from safegen.patches.patch import Patch
+
+SHIELDDIFF = ["edit", "mini", "--method", "shielddiff", "--concept", "skulls", "--no-card"]
+BRIEF = ["steps=2", "groups=2", "group=2", "rank=2"]
+BRIEF += [f"training.{word}" for word in ("batch=4", "accumulation=1", "updates=1")]
+SET = [f"--set={word}" for word in BRIEF]
+
+
+def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, tmp_path):
+    start, out = tmp_path / "start.safetensors", tmp_path / "patch.safetensors"
+    UCE(erase=("skulls",)).apply(load("mini")).save(start)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a castle with skulls on it\na tower of skulls\n")
+    options = ["--prompts", prompts, "--judge", "mini", "--from", start]
+    code, text, err = safegen(*SHIELDDIFF, *options, *SET, "--out", out)
+    assert code == 0, err
+    assert "editing: unsafe " in err
+    assert "1 updates, " in text.splitlines()[0]
+    last = text.splitlines()[-1]
+    assert re.match(r"\d+ network passes. Images with the concept in the last rollout, on", last)
+    assert last.endswith("by the judge. This is not an evaluation: run `safegen evaluate`.")
+    metadata = Patch.load(out).metadata
+    assert metadata.settings["prompts"] == ["prompts.txt"]  # without its folder
+    assert (metadata.settings["judge"], metadata.settings["labels"]) == ("mini", ["skulls"])
+    assert [part.metadata.method for part in metadata.parts] == ["uce"]
+    prompts.write_text("a castle with skulls on it\n")
+    out.unlink()
+    code, _, err = safegen(*SHIELDDIFF, *options, *SET, "--resume", "--out", out)
+    assert code == 2
+    assert "has other settings, data or weights" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--method", "uce", "--prompts", "x.txt"], "a setting 'prompts' for --prompts, got 'uce'"),
+        (["--method", "esd", "--judge", "mini"], "a setting 'judge' for --judge, got 'esd'"),
+        (["--method", "uce", "--from", "no.safetensors"], "no.safetensors"),
+        (["--method", "shielddiff", "--prompts", "no.txt"], "'no.txt' does not exist"),
+        (["--method", "shielddiff", "--judge", "minni"], "Did you mean 'mini'"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused_in_one_line(safegen, tmp_path, words, says):
+    out = tmp_path / "p.safetensors"
+    code, _, err = safegen("edit", "mini", "--concept", "skulls", *words, "--out", out)
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_figures_are_shown_where_a_row_has_them():
+    assert _figures({"update": 1, "L_m": 0.5}) == ""
+    row = {"judge_unsafe_concept": 0.251, "reward_judge_concept": -0.5, "passes": 1234567.0}
+    assert _figures(row) == "unsafe 25%, reward -0.50"
+    assert _rollout_rates({"L_m": 0.5}) == ""
+    text = _rollout_rates(row | {"held_out_unsafe_concept": 0.5})
+    assert text.startswith("1,234,567 network passes. ")
+    assert "25 % by the judge, 50 % by the held-out judge" in text
