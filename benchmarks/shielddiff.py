@@ -39,8 +39,14 @@ from safegen.workflows.edit import make_edit
 ALGORITHMS = ("v_grpo", "nft", "grpo_window", "draft", "ddpo")
 STACKS = ("base", "shielddiff", "safegen", "esd", "sdd", "sld-max", "safree")
 GUARDS = ("sld-max", "safree")
-SETTINGS: dict[str, dict[str, Any]] = {}
-"""Settings of an algorithm beside the preset's, chosen on other seeds."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ddpo": {"steps": 20, "kl": 0.0, "weight_keep": 0.0, "training": {"accumulation": 40}},
+    "grpo_window": {"steps": 10},
+}
+"""Settings of an algorithm where the default does not suit it.
+
+`ddpo` is as published: no distance to the original model, two updates for each rollout.
+"""
 WINDOW = 3
 """Rollouts over which the share of unsafe images is taken."""
 

@@ -10,6 +10,7 @@ from safegen.cli.edit import _figures, _rollout_rates
 from safegen.edits.uce import UCE
 from safegen.models.loading import load
 from safegen.patches.patch import Patch
+from safegen.workflows.edit import make_edit
 
 SHIELDDIFF = ["edit", "mini", "--method", "shielddiff", "--concept", "skulls", "--no-card"]
 BRIEF = ["steps=2", "groups=2", "group=2", "rank=2"]
@@ -29,7 +30,10 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     assert "1 updates, " in text.splitlines()[0]
     last = text.splitlines()[-1]
     assert re.match(r"\d+ network passes. Images with the concept in the last rollout, on", last)
-    assert last.endswith("by the judge. This is not an evaluation: run `safegen evaluate`.")
+    assert " of 2 by the judge, " in last
+    assert last.endswith(
+        "by the held-out judge. This is not an evaluation: run `safegen evaluate`."
+    )
     metadata = Patch.load(out).metadata
     assert metadata.settings["prompts"] == ["prompts.txt"]  # without its folder
     assert (metadata.settings["judge"], metadata.settings["labels"]) == ("mini", ["skulls"])
@@ -38,7 +42,7 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     out.unlink()
     code, _, err = safegen(*SHIELDDIFF, *options, *SET, "--resume", "--out", out)
     assert code == 2
-    assert "has other settings, data or weights" in err
+    assert "has other settings, data or weights" in err  # by the text of the prompts
 
 
 @pytest.mark.parametrize(
@@ -60,11 +64,22 @@ def test_an_option_that_does_not_fit_is_refused_in_one_line(safegen, tmp_path, w
     assert not out.exists()
 
 
+def test_another_judge_has_its_own_labels_and_none_held_out():
+    concept = make_edit("shielddiff", concept="skulls")
+    assert (concept.judge, concept.labels) == ("mini", ("skulls",))
+    assert concept.held_out_judge == "mini-held-out"
+    for method in ("shielddiff", "duo"):
+        other = make_edit(method, concept="skulls", judge="nudenet")
+        assert (other.judge, other.labels, other.threshold) == ("nudenet", (), None)
+    assert make_edit("shielddiff", concept="skulls", judge="nudenet").held_out_judge is None
+
+
 def test_figures_are_shown_where_a_row_has_them():
     assert _figures({"update": 1, "L_m": 0.5}) == ""
-    row = {"judge_unsafe_concept": 0.251, "reward_judge_concept": -0.5, "passes": 1234567.0}
+    row = {"judge_unsafe_concept": 0.25, "reward_judge_concept": -0.5, "passes": 1234567.0}
+    row |= {"judge_unsafe_concept_n": 32.0, "held_out_unsafe_concept_n": 32.0}
     assert _figures(row) == "unsafe 25%, reward -0.50"
     assert _rollout_rates({"L_m": 0.5}) == ""
     text = _rollout_rates(row | {"held_out_unsafe_concept": 0.5})
     assert text.startswith("1,234,567 network passes. ")
-    assert "25 % by the judge, 50 % by the held-out judge" in text
+    assert "25.0 % of 32 by the judge, 50.0 % of 32 by the held-out judge" in text

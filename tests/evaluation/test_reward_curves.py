@@ -22,6 +22,7 @@ def row(update, **changes):
     for kind in ("concept", "benign"):
         figures |= {f"reward_judge_{kind}": -1 / update, f"reward_judge_{kind}_std": 0.1}
         figures |= {f"{who}_unsafe_{kind}": 1 / update for who in ("judge", "held_out")}
+        figures |= {f"{who}_unsafe_{kind}_n": 20.0 for who in ("judge", "held_out")}
     return {"update": update, **figures, "diversity": 0.25, "alignment_benign": 0.6} | changes
 
 
@@ -71,8 +72,11 @@ def test_a_log_without_a_held_out_judge_or_passes_has_its_charts():
 
 def test_the_table_has_first_and_last_values():
     table = {name: values for name, *values in reward_table([row(1), row(2), row(4)])}
-    assert table["held-out judge, prompts of the concept"] == [1.0, 0.25]
-    assert table["distance to the original model, benign prompts"] == [0.001, 0.004]
+    assert table["held-out judge, prompts of the concept"] == [
+        "100 % of 20 images",
+        "25 % of 20 images",
+    ]
+    assert table["distance to the original model, benign prompts"] == ["0.001", "0.004"]
 
 
 def test_a_log_beside_a_patch_is_found_if_it_ends_in_the_losses_of_the_patch(tmp_path):
@@ -97,7 +101,7 @@ def test_the_page_shows_the_curves_and_who_judged_and_rewarded(tmp_path):
         entry["settings"] = settings
     (folder / CARD).write_text(json.dumps(card))
     entry = entries[0]
-    write(folder / "patches" / f"calm-{entry['hash'][:8]}" / "log.jsonl", [row(1), row(2)])
+    write(folder / "patches" / entry["hash"][:16] / "log.jsonl", [row(1), row(2)])
     (folder / "patches" / "calm" / "log.jsonl").unlink()
     write_report(open_runs([folder]), tmp_path)
     page = (tmp_path / PAGE).read_text(encoding="utf-8")

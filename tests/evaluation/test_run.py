@@ -38,6 +38,7 @@ from safegen.evaluation.run.records import SampleRecord, TimingRecord
 from safegen.evaluation.scoring.score import score_run, scores_file
 from safegen.evaluation.verify import verify
 from safegen.models.checkpoint.diffusers_folder import save_folder
+from safegen.patches.patch import Patch
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
@@ -487,6 +488,27 @@ def test_the_base_and_baselines_of_a_one_file_checkpoint_have_its_config(
         "plain",
         "s",
     ]
+
+
+def test_the_log_beside_a_patch_is_copied_into_the_run(quick, patch_file, loader, tmp_path):
+    patch = Patch.load(patch_file)
+    metadata = patch.metadata.model_copy(update={"losses": {"L": 0.5}})
+    stacks = []
+    for name, loss in (("own", 0.5), ("other", 0.25)):  # the second log is of another patch
+        tensors = {k: v * (1 + loss) for k, v in patch.tensors.items()}
+        path = tmp_path / name / "patch.safetensors"
+        path.parent.mkdir()
+        Patch(tensors, metadata).save(path)
+        log = path.with_name("patch.safetensors.checkpoints") / "log.jsonl"
+        log.parent.mkdir()
+        log.write_text(f'{{"update": 1, "L": {loss}, "lr": 0.1}}\n')
+        stacks.append(Stack(name=name, model="mini", patches=(path,)))
+    protocol = load_protocol(str(quick))
+    expanded = expand_baselines(protocol, stacks, "none")
+    run = prepare(protocol, protocol.samples(), expanded, tmp_path / "run", loader)
+    (log,) = (run.folder / "patches").glob("*/*")
+    assert log.parent.name == Patch.load(stacks[0].patches[0]).hash[:16]
+    assert log.read_text() == '{"update": 1, "L": 0.5}\n'
 
 
 def test_two_stacks_with_the_same_images_are_refused(go, patch_file, tmp_path):

@@ -52,6 +52,25 @@ def test_image_features_equal_those_of_transformers(clip, folder):
     assert clip.features([]).shape == (0, clip.width)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (160, 91), (91, 160), (512, 512), (30, 47)])
+def test_the_features_of_pixels_are_those_of_images_and_have_a_gradient(clip, size):
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    image = smooth.resize(size, Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    embeddings = clip.embed(pixels.requires_grad_())
+    assert embeddings.detach().numpy() == pytest.approx(clip.features([image]), abs=0.02)
+    embeddings.sum().backward()
+    assert float(pixels.grad.abs().max()) > 1e-6
+
+
+def test_pixels_are_resized_by_known_filters_only(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "lanczos")
+    path = other / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 1}))
+    with pytest.raises(ConfigError, match="resample must be 2"):
+        Clip(weights=str(other)).embed(torch.zeros(1, 3, 64, 64))
+
+
 def test_text_embeddings_do_not_depend_on_padding(clip, folder):
     texts = ["a castle", "a ship covered in skulls on a red background"]
     tokenizer = load_clip_tokenizer(folder)

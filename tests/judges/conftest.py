@@ -27,6 +27,20 @@ def photo():
 
 
 @pytest.fixture
+def to_pixels():
+    """Return a function from images of one size to pixels (n, 3, h, w) in [-1, 1]."""
+    import numpy as np
+    import torch
+
+    def convert(images):
+        arrays = np.stack([np.array(image, np.float32) for image in images])
+        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+        return pixels.requires_grad_()
+
+    return convert
+
+
+@pytest.fixture
 def tiny_config():
     """Return the configuration of a tiny CLIP for images of 32 pixels."""
     from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig

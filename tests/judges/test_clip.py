@@ -13,6 +13,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.judges import judge_images, load_judge
+from safegen.judges.base import DifferentiableJudge
 from safegen.judges.clip import UNSAFE, text_probabilities
 from safegen.metrics.rates import Rate
 from safegen.mini import bundle, world
@@ -109,6 +110,23 @@ def test_a_single_prompt_can_be_the_label():
     } <= {"owl"}
     with pytest.raises(UnknownNameError, match="no label of the judge 'clip' named 'nudity'"):
         load_judge("clip", weights="mini", labels=["nudity"], **PROMPTS)
+
+
+@pytest.mark.parametrize(("side", "labels"), [(64, []), (64, [0, 1]), (160, [])])
+def test_the_score_of_pixels_is_that_of_images_and_has_a_gradient(side, labels, to_pixels):
+    labels = [PROMPTS["unsafe"][i] for i in labels]
+    judge = load_judge("clip", weights="mini", labels=labels, **PROMPTS)
+    images = [*scene_images("skulls", 6), *scene_images(None, 6)]
+    images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+    pixels = to_pixels(images)
+    scores = judge.score(pixels)
+    sums = [sum(d.score for d in x.items if d.label in judge.labels) for x in judge.detect(images)]
+    floor = 0.2 * len(judge.labels)  # detect leaves out lower scores
+    for score, total in zip(scores.tolist(), sums, strict=True):
+        assert total - 0.02 < score < total + (0.02 if total > floor else floor)
+    assert isinstance(judge, DifferentiableJudge)
+    scores.sum().backward()
+    assert float(pixels.grad.abs().max()) > 1e-6
 
 
 def test_probabilities_sum_to_1_and_ignore_embedding_norms():

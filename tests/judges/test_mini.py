@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFilter
 
 from safegen.core.errors import ConfigError, UnknownNameError
@@ -164,12 +163,11 @@ def test_the_two_judges_are_normalized_differently():
 
 
 @pytest.mark.parametrize("side", [64, 128])
-def test_the_score_of_pixels_is_the_sum_of_detections_and_has_a_gradient(side):
+def test_the_score_of_pixels_is_the_sum_of_detections_and_has_a_gradient(side, to_pixels):
     judge = load_judge("mini", labels=["skulls"])
     images = [*scene_images("skulls")[:24], *scene_images(None)[:24]]
     images = [image.resize((side, side), Image.Resampling.BILINEAR) for image in images]
-    pixels = torch.stack([torch.from_numpy(np.array(i, np.float32)) for i in images])
-    pixels = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).requires_grad_()
+    pixels = to_pixels(images)
     scores = judge.score(pixels)
     found = scores.detach().numpy()
     sums = np.array(

@@ -65,6 +65,17 @@ def judge(file):
     return load_judge("q16", weights="mini", prompts=file)
 
 
+def test_the_score_of_pixels_is_that_of_images_and_has_a_gradient(judge, to_pixels):
+    images = [*scene_images("skulls", 6), *scene_images(None, 6)]
+    pixels = to_pixels(images)
+    scores = judge.score(pixels)
+    for score, found in zip(scores.tolist(), judge.detect(images), strict=True):
+        expected = found.items[0].score if found.items else pytest.approx(0, abs=0.2)
+        assert score == (pytest.approx(expected, abs=1e-3) if found.items else expected)
+    scores.sum().backward()
+    assert float(pixels.grad.abs().max()) > 1e-6
+
+
 def test_the_second_vector_is_inappropriate(judge):
     assert (
         Rate.from_outcomes(

@@ -81,6 +81,21 @@ def test_the_judge_flags_the_same_images_as_the_checker(checker, folder):
     assert checker_flags(checker, judge, images) != expected  # special care decides some images
 
 
+@pytest.mark.parametrize("labels", [[], ["concept-3", "special-0"]])
+def test_the_score_of_pixels_is_the_sum_of_scores_and_has_a_gradient(folder, labels, to_pixels):
+    judge = load_judge("sd-safety-checker", weights=folder, labels=labels)
+    images = random_images(8)
+    pixels = to_pixels(images)
+    scores = judge.score(pixels)
+    for score, found in zip(scores.tolist(), judge.detect(images), strict=True):
+        values = [d.score for d in found.items if d.label in judge.labels]
+        raised = 0.01 * len(judge._special)  # special-care hits raise the scores of detect
+        rounding = 0.003 * len(values)
+        assert -rounding < sum(values) - score < raised * len(values) + rounding
+    scores.sum().backward()
+    assert float(pixels.grad.abs().max()) > 1e-6
+
+
 @pytest.mark.parametrize("shift", [-0.02, -0.004, 0.003, 0.02])
 def test_the_threshold_shifts_the_threshold_of_every_concept(checker, folder, shift):
     images = random_images()

@@ -126,6 +126,8 @@ def edit(
     if settings.is_trained:
         seconds = f"{patch.metadata.updates} updates, {seconds}. Log: {checkpoint_dir}"
     echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
+    if reason := patch.metadata.to_json().get("stop_reason"):
+        echo(f"The training ended early: {reason}.")
     if rates := _rollout_rates(last):
         echo(rates)
 
@@ -154,7 +156,11 @@ def _figures(row: Mapping[str, float]) -> str:
 def _rollout_rates(row: Mapping[str, float]) -> str:
     """Return what judges found in the last rollout of a training by reward; else nothing."""
     rates = {"the judge": "judge_unsafe_concept", "the held-out judge": "held_out_unsafe_concept"}
-    found = [f"{100 * row[key]:.0f} % by {who}" for who, key in rates.items() if key in row]
+    found = [
+        f"{100 * row[key]:.1f} % of {row.get(f'{key}_n', 0):.0f} by {who}"
+        for who, key in rates.items()
+        if key in row
+    ]
     if not found:
         return ""
     return (

@@ -74,8 +74,8 @@ class ShieldDiff(TrainedEdit):
     code_commit: ClassVar[str] = "1958463"
     parity: ClassVar[str] = (
         "ShieldDiff has no released code. 4 updates of `paper` beside a restatement of the step "
-        "of DDPO as released, with guidance, on the same images: weights are equal to 1e-6, where "
-        "the gradient is above 1e-7."
+        "of DDPO as released, with guidance, on the same images and from equal weights: new "
+        "weights are equal to 1e-6, where the gradient is above 1e-7."
     )
     deviations: ClassVar[str] = (
         "Only the abstract and second-hand descriptions of ShieldDiff were read: DDPO with a LoRA, "
@@ -112,7 +112,7 @@ class ShieldDiff(TrainedEdit):
     judge: str = "mini"
     """Judge that rewards. Default: that of the concept."""
     labels: tuple[str, ...] = ()
-    """Labels of the judge that mean the concept."""
+    """Labels of the judge that mean the concept. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
     """Minimum score of a detection that is counted in the log."""
     held_out_judge: str | None = None

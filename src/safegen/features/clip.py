@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,11 +160,52 @@ class ClipPreprocessor:
         pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
+    def preprocess_pixels(self, pixels: Tensor) -> Tensor:
+        """Return pixels as the network's input, with a gradient, (n, 3, size, size).
+
+        They differ from those of images by the rounding to 8 bits before and after resizing.
+
+        Args:
+            pixels: (n, 3, h, w) in [-1, 1].
+
+        Raises:
+            ConfigError: images are resized by another filter than bicubic or bilinear.
+        """
+        settings, x = self.settings, (pixels.float() + 1) * 127.5
+        if settings["do_resize"]:
+            mode = {2: "bilinear", 3: "bicubic"}.get(int(settings["resample"]))
+            if mode is None:
+                raise ConfigError(
+                    "resample must be 2 (bilinear) or 3 (bicubic) for a gradient, got "
+                    f"{settings['resample']}. Change it in preprocessor_config.json."
+                )
+            size = _resized(settings["size"], *x.shape[2:])
+            x = nn.functional.interpolate(x, size, mode=mode, antialias=True).clamp(0, 255)
+        if settings["do_center_crop"]:
+            height, width = settings["crop_size"]["height"], settings["crop_size"]["width"]
+            top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+            x = x[:, :, top : top + height, left : left + width]
+        if settings["do_rescale"]:
+            x = x * float(settings["rescale_factor"])
+        if settings["do_normalize"]:
+            mean, std = (x.new_tensor(settings[k]) for k in ("image_mean", "image_std"))
+            x = (x - mean[:, None, None]) / std[:, None, None]
+        return x
+
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that determine the pixels."""
         settings = self._processor.to_dict()
         return {key: settings.get(key) for key in PREPROCESSING}
+
+
+def _resized(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
+    """Return the height and width after resizing: fixed ones, or by the shortest edge."""
+    edge = size.get("shortest_edge")
+    if edge is None:
+        return size["height"], size["width"]
+    short = min(height, width)
+    return int(edge * height / short), int(edge * width / short)
 
 
 class Clip:
@@ -194,6 +235,12 @@ class Clip:
         batches = (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE))
         pixels = [torch.stack([self._preprocess(i.convert("RGB")) for i in b]) for b in batches]
         return embed_images(self._net, pixels)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return image embeddings (n, width) with a gradient; see `DifferentiableExtractor`."""
+        inputs = self._preprocess.preprocess_pixels(pixels.to(self._net.device))
+        embeddings: Tensor = self._net.get_image_features(pixel_values=inputs).pooler_output
+        return embeddings
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return text embeddings (n, width), not normalized; long texts are truncated.

@@ -76,12 +76,21 @@ class ClipJudge:
         """Return the raw detections of each image."""
         return detect_in_batches(images, self._preprocess, self._detect)
 
+    def score(self, pixels: Tensor) -> Tensor:
+        """Return the sum of the labels' probabilities; see `DifferentiableJudge`."""
+        inputs = self._preprocess.preprocess_pixels(pixels.to(self._clip.device))
+        unsafe = self._probabilities(inputs)[:, : len(self._unsafe)]
+        each = {UNSAFE: unsafe.sum(1), **dict(zip(self._unsafe, unsafe.unbind(1), strict=True))}
+        return torch.stack([each[label] for label in self.labels]).sum(0)
+
+    def _probabilities(self, inputs: Tensor) -> Tensor:
+        pooled = self._clip.vision_model(pixel_values=inputs).pooler_output
+        images, scale = self._clip.visual_projection(pooled), float(self._clip.logit_scale.exp())
+        return text_probabilities(images, self._texts, scale=scale)
+
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
-        pixels = torch.stack(inputs).to(self._clip.device)
-        pooled = self._clip.vision_model(pixel_values=pixels).pooler_output
-        images, scale = self._clip.visual_projection(pooled), float(self._clip.logit_scale.exp())
-        probabilities = text_probabilities(images, self._texts, scale=scale)
+        probabilities = self._probabilities(torch.stack(inputs).to(self._clip.device))
         return [
             [
                 Detection(UNSAFE, min(check_finite(float(row.sum())), 1.0)),  # 1 + rounding

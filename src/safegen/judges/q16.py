@@ -107,11 +107,19 @@ class Q16Judge:
         """Return the raw detections of each image."""
         return detect_in_batches(images, self._preprocess, self._detect)
 
+    def score(self, pixels: Tensor) -> Tensor:
+        """Return the probability of the label; see `DifferentiableJudge`."""
+        return self._probabilities(
+            self._preprocess.preprocess_pixels(pixels.to(self._tower.device))
+        )
+
+    def _probabilities(self, inputs: Tensor) -> Tensor:
+        images = self._tower(pixel_values=inputs).image_embeds
+        return text_probabilities(images, self._vectors, scale=SCALE)[:, 1]
+
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
-        pixels = torch.stack(inputs).to(self._tower.device)
-        images = self._tower(pixel_values=pixels).image_embeds
-        probabilities = text_probabilities(images, self._vectors, scale=SCALE)[:, 1]
+        probabilities = self._probabilities(torch.stack(inputs).to(self._tower.device))
         return [[Detection("inappropriate", check_finite(float(p)))] for p in probabilities.cpu()]
 
 

@@ -95,6 +95,21 @@ class SafetyCheckerJudge:
         """Return the raw detections of each image."""
         return detect_in_batches(images, self._preprocess, self._detect)
 
+    def score(self, pixels: Tensor) -> Tensor:
+        """Return the sum of the labels' scores; see `DifferentiableJudge`.
+
+        Scores are not rounded, and a special-care hit does not raise the margins after it.
+        """
+        net = self._checker
+        inputs = self._preprocess.preprocess_pixels(pixels.to(net.device))
+        images = net.visual_projection(net.vision_model(inputs).pooler_output)
+        known = torch.cat([net.concept_embeds, net.special_care_embeds])
+        thresholds = torch.cat([net.concept_embeds_weights, net.special_care_embeds_weights])
+        normalize = torch.nn.functional.normalize
+        margins = normalize(images) @ normalize(known).T - thresholds + self._adjustment
+        scores = (MIDDLE + margins).clamp(0, 1)
+        return scores[:, [self.label_space.index(label) for label in self.labels]].sum(1)
+
     @torch.no_grad()
     def _detect(self, inputs: list[Tensor]) -> list[list[Detection]]:
         net = self._checker

@@ -93,7 +93,8 @@ def list_prompts(
         n: number of prompts; None for all.
         trained: return combinations from training instead of held-out ones.
         counterpart: return the benign prompt with the same object and background, in the same
-            order; several prompts may share one.
+            order; several prompts may share one. It is a prompt of training, which no benign list
+            of an evaluation has.
 
     Raises:
         ConfigError: `n` exceeds the number of prompts.
@@ -116,4 +117,5 @@ def _iterate_prompts(kind: str, trained: bool) -> Iterator[tuple[tuple[str, str]
             template = templates[cycle % len(templates)]
             background = backgrounds[(cycle * 4 + i) % len(backgrounds)]
             prompt = caption(kind, template, name, background)
-            yield (prompt, name), caption("benign", 0, name, background)
+            benign = next(t for t in range(len(TEMPLATES["benign"])) if not is_held_out(t, name))
+            yield (prompt, name), caption("benign", benign, name, background)

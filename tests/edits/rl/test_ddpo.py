@@ -199,7 +199,10 @@ def test_updates_equal_those_of_the_released_training_step(make_model, cubes, tm
             apart = (weights[name].detach() - value).abs()
             size = optimizer.state[weights[name]]["exp_avg_sq"].sqrt()
             assert apart[size > 1e-7].max() < 1e-6
-            assert apart.max() < 1e-5  # AdamW magnifies the rounding of gradients near its eps
+            # AdamW magnifies the rounding of smaller gradients, which are near its eps
+            assert apart.norm() < 1e-2 * (value - policy.reference[name]).norm()
+            with torch.no_grad():  # an update is compared from equal weights
+                weights[name].copy_(value)
             assert (size > 1e-7).float().mean() > 0.9
     moved = max((results[-1][n] - policy.reference[n]).abs().max() for n in names)
     assert moved > 5e-4

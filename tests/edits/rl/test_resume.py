@@ -10,7 +10,7 @@ import torch
 
 from safegen.core.errors import InterruptedRunError
 
-SMALL = {"groups": 2, "group": 4, "steps": 2, "keep_budget": 0.01}
+SMALL = {"groups": 2, "group": 4, "steps": 4, "keep_budget": 0.01}
 TRAINING = {"updates": 4, "batch": 8, "accumulation": 1, "ema": 0.9, "checkpoint_every": 1}
 TWO_UPDATES = TRAINING | {"updates": 6, "batch": 4}
 """Settings in which a rollout serves two updates."""
@@ -18,11 +18,8 @@ EDITS = {
     "v_grpo": {},
     "nft": {},
     "draft": {"scheduler": "ddim"},
-    "ddpo": {"algorithm": {"name": "ddpo", "buffer": 6, "min_count": 3}, "accumulation": 2},
-    "grpo_window": {
-        "algorithm": {"name": "grpo_window", "window": 1, "placement": "progressive"},
-        "steps": 5,
-    },
+    "ddpo": {"algorithm": {"name": "ddpo", "buffer": 6, "min_count": 3}, "accumulation": 4},
+    "grpo_window": {"algorithm": {"name": "grpo_window", "window": 1, "placement": "progressive"}},
 }
 """Settings by algorithm, other than those of `SMALL` and of the training."""
 ALGORITHMS = pytest.mark.parametrize("algorithm", sorted(EDITS))
@@ -72,6 +69,7 @@ def same(a, b):
 @ALGORITHMS
 def test_two_updates_and_two_more_are_four(algorithm, toy, toy_edit, tmp_path):
     edit = build(toy_edit, algorithm, TRAINING)
+    assert edit.updates_per_rollout == 1
     expected, log = run(edit, toy(), tmp_path / "whole")
     with pytest.raises(InterruptedRunError, match="after update 2 of 4"):
         run(edit, toy(), tmp_path / "part", stop=send_signal(2))

@@ -41,6 +41,8 @@ def rollout_figures(
     | `weight_kl`, `weight_keep` | weights of L_kl and L_keep in this update |
     | `ratio`, `ratio_deviation` | mean of the ratio new / old, and largest distance from 1 |
     | `clipped` | share of images with a clipped ratio |
+    | `old_distance` | squared distance of predictions to those of NFT's old weights |
+    | `old_decay` | decay with which NFT's old weights followed |
     | `rollout` | number of rollouts so far |
     | `passes` | passes through the network so far; a backward pass counts as 2 |
     | `skipped` | 1 if a loss or the gradient was not finite, so that nothing was learned |

@@ -184,7 +184,7 @@ def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
         FileError: the log is damaged.
     """
     stem = Path(patch.file).stem
-    names = (stem, stem.rpartition("-")[0], f"{stem}-{patch.hash[:8]}")
+    names = (stem, stem.rpartition("-")[0], patch.hash[:16])
     logs = [run.folder / d / n / LOG for d in (PATCHES, ATTACK_FILES) for n in names]
     log = next((path for path in logs if os.path.lexists(path)), logs[0])
     kinds = tuple(sorted(patch.layers))

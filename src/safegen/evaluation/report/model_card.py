@@ -33,6 +33,9 @@ METADATA = {
     "updates": "updates of training",
     "seconds": "seconds it took",
     "losses": "last losses",
+    "judges": "judges in training",
+    "training_prompts": "prompts in training",
+    "stop_reason": "why it ended early",
     "family": "family",
 }
 """Metadata of a patch that the card has a row for, in order."""

@@ -7,7 +7,9 @@ from typing import Any
 
 from safegen.core.errors import MissingExtraError
 from safegen.evaluation.report.charts import COLORS, MARKERS, svg_figure
+from safegen.evaluation.report.format import percent
 from safegen.evaluation.run.training_log import KINDS
+from safegen.metrics.rates import wilson_interval
 
 Log = Sequence[Mapping[str, float]]
 PROMPTS = dict(zip(KINDS, ("prompts of the concept", "benign prompts"), strict=True))
@@ -34,16 +36,24 @@ def reward_charts(log: Log) -> list[dict[str, str]]:
     return made
 
 
-def reward_table(log: Log) -> list[tuple[str, float, float]]:
+def reward_table(log: Log) -> list[tuple[str, str, str]]:
     """Return name, first and last value of each figure of the rollouts."""
-    names = _rate_names(log) | _reward_names(log) | DISTANCES | VARIETY
+    distances = {key: f"distance to the original model, {name}" for key, name in DISTANCES.items()}
+    names = _rate_names(log) | _reward_names(log) | distances | VARIETY
     rows = []
     for key, name in names.items():
-        values = [row[key] for row in log if key in row]
+        values = [_format(row, key) for row in log if key in row]
         if values:
-            kind = "distance to the original model, " if key in DISTANCES else ""
-            rows.append((kind + name, values[0], values[-1]))
+            rows.append((name, values[0], values[-1]))
     return rows
+
+
+def _format(row: Mapping[str, float], key: str) -> str:
+    """Return a figure as text: a rate as percent of its images, others with three digits."""
+    if "_unsafe_" not in key:
+        return f"{row[key]:.3g}"
+    images = f" of {row[f'{key}_n']:.0f} images" if f"{key}_n" in row else ""
+    return f"{percent(row[key])}{images}"
 
 
 def _rate_names(log: Log) -> dict[str, str]:
@@ -84,17 +94,20 @@ def _draw(log: Log, names: Mapping[str, str], ylabel: str, *, scale: float = 1, 
 
         for i, (key, points) in enumerate(series.items()):
             x, y = zip(*points, strict=True)
+            color = COLORS[stems.index(_stem(key)) % len(COLORS)]
             axes.plot(
                 x,
                 y,
                 label=names[key],
-                color=COLORS[stems.index(_stem(key)) % len(COLORS)],
+                color=color,
                 marker=MARKERS[i % len(MARKERS)],
                 markevery=(i, max(len(x) // 8, 1)) if len(x) > 8 else 1,
                 markersize=4.5,
                 linewidth=1.6,
                 linestyle=LINES["benign" if "benign" in key or key == "L_keep" else "concept"],
             )
+            if band := _band(log, key, scale):
+                axes.fill_between(x, *band, color=color, alpha=0.12, linewidth=0)
         passes = any("passes" in row for row in log)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel="network passes" if passes else "update", ylabel=ylabel, **axis)
@@ -102,6 +115,15 @@ def _draw(log: Log, names: Mapping[str, str], ylabel: str, *, scale: float = 1, 
         figure = axes.get_figure(root=True)
         figure.legend(loc="outside lower center", ncols=1)
     return svgs[0]
+
+
+def _band(log: Log, key: str, scale: float) -> tuple[list[float], list[float]] | None:
+    """Return the ends of the 95 % intervals of a rate; None without numbers of images."""
+    rows = [(row[key], round(row.get(f"{key}_n", 0))) for row in log if key in row]
+    if any(n < 1 or not 0 <= value <= 1 for value, n in rows):
+        return None
+    ends = [wilson_interval(round(value * n), n) for value, n in rows]
+    return [scale * low for low, _ in ends], [scale * high for _, high in ends]
 
 
 def _stem(key: str) -> str:
@@ -132,7 +154,7 @@ CHARTS: Sequence[tuple[str, str, Callable[[Log], str]]] = (
     (
         "Images with the concept in rollouts",
         "Both judges should fall together: where only the one that rewards falls, the training "
-        "deceives it. Images of the training, not an evaluation.",
+        "deceives it. Images of the training, not an evaluation; bands are 95 % intervals.",
         unsafe_curve,
     ),
     (

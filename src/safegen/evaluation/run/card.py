@@ -92,7 +92,7 @@ def _copy_logs(out: Path, stacks: Sequence[RunStack]) -> None:
         patch = Patch.load(path)
         rows = find_training_log(path, patch.metadata.to_json())
         if rows:
-            folder = out / PATCHES / f"{path.stem}-{patch.hash[:8]}"
+            folder = out / PATCHES / patch.hash[:16]
             folder.mkdir(parents=True, exist_ok=True)
             text = "".join(f"{json.dumps(row)}\n" for row in rows)
             (folder / LOG).write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ MAX_FIGURE = 1e30
 KINDS = ("concept", "benign")
 """Kinds of prompts in the figures of a rollout: those that ask for the concept, and others."""
 ROLLOUT = re.compile(
-    r"reward_\w+_(concept|benign)|(judge|held_out)_unsafe_(concept|benign)"
+    r"reward_\w+_(concept|benign)|(judge|held_out)_unsafe_(concept|benign)(_n)?"
     r"|diversity|alignment_benign|passes"
 )
 """Figures of a training by reward that are shown."""
