@@ -9,6 +9,7 @@ import torch
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.edits.safegen import SafeGen
+from safegen.edits.safegen_plus import SafeGenPlus
 from safegen.edits.uce import UCE
 from safegen.evaluation.report.model_card import CardSubject, model_card
 from safegen.patches.arithmetic import include
@@ -117,3 +118,13 @@ def test_a_lora_of_the_whole_has_the_effect_of_both(make_model, triplets, start)
     lora = extract_lora(whole, model, 64)
     assert lora.retained_energy == pytest.approx(1, abs=1e-6)
     assert start.names <= lora.factors.keys()
+
+
+def test_an_edit_of_two_parts_starts_from_a_patch_too(make_model, triplets, start):
+    model, config = make_model(), SafeGenPlus(erase=("ball",), training=BRIEF)
+    with start.apply(model):
+        expected = config.apply(model, triplets)
+    whole = apply_edit(config, model, triplets, from_patch=start)
+    assert all(torch.equal(whole.tensors[name], expected.tensors[name]) for name in expected.names)
+    assert not whole.metadata.parents
+    assert [part.hash for part in whole.metadata.parts] == [start.hash]

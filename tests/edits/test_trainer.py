@@ -224,11 +224,10 @@ def test_a_run_can_be_stopped_at_every_update(denoiser, names, reference, tmp_pa
 class EveryThird(Denoise):
     """Denoising that can be resumed after every third update only."""
 
-    done = 0
+    done, stop_reason = 0, None
 
     def after_update(self, row):
         self.done = int(row["update"])
-        return False
 
     @property
     def can_checkpoint(self):

@@ -137,7 +137,7 @@ class ShieldDiff(TrainedEdit):
     guidance: float = Field(default=5.0, ge=1, le=50)
     """Guidance scale of a rollout."""
     scheduler: SchedulerName | None = None
-    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo and grpo_window."""
+    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo, grpo_window and draft."""
     kl: float = Field(default=0.1, ge=0)
     """Weight of L_kl, the distance to the original model on prompts of the concept."""
     weight_keep: float = Field(default=10.0, ge=0)
@@ -147,8 +147,9 @@ class ShieldDiff(TrainedEdit):
     target: float | None = Field(default=None, ge=0, lt=1)
     """Share of images of the concept's prompts with the concept at which the training ends.
 
-    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. None
-    makes all updates.
+    It is that of the last rollouts (`limits.window`), by the held-out judge if there is one. The
+    patch is the average of the weights (`training.ema`), which lags behind them. None makes all
+    updates.
     """
     limits: Limits = Limits()
     """Limits against known failures of training by reward."""

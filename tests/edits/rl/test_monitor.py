@@ -41,7 +41,7 @@ def follow(m, n=1, **changes):
 
 @pytest.mark.parametrize(
     ("weight", "other", "figure", "low"),
-    [("kl", "keep", "diversity", 0.19), ("keep", "kl", "alignment_benign", 0.76)],
+    [("kl", "keep", "diversity", 0.19), ("keep", "kl", "alignment_benign", 0.70)],
 )
 def test_an_event_raises_its_weight_while_it_lasts_and_warns_once(weight, other, figure, low):
     m = monitor()
@@ -63,7 +63,7 @@ def test_an_event_raises_its_weight_while_it_lasts_and_warns_once(weight, other,
 def test_a_small_fall_is_no_event():
     m = monitor()
     follow(m)
-    follow(m, 5, diversity=0.21, alignment_benign=0.78)
+    follow(m, 5, diversity=0.21, alignment_benign=0.71)
     assert (m.kl, m.keep) == pytest.approx((0.1, 1.0))
 
 
@@ -77,11 +77,11 @@ def test_events_are_those_of_the_mean_of_the_window():
         follow(m, diversity=0.19)
 
 
-@pytest.mark.parametrize("limits", [{"diversity": 0.0, "alignment_drop": None}])
+@pytest.mark.parametrize("limits", [{"diversity": 0.0, "alignment": 0.0}])
 def test_limits_can_be_switched_off(limits):
     m = monitor(limits=limits)
     follow(m)
-    follow(m, diversity=0.0, alignment_benign=-1.0)
+    follow(m, diversity=0.0, alignment_benign=-0.0)
     assert (m.kl, m.keep) == pytest.approx((0.1, 1.0))
 
 
@@ -94,6 +94,16 @@ def test_a_raised_weight_is_bounded(start):
     assert m.kl == pytest.approx(max(start, 1e-3) * BOUND)
     follow(m, 100)
     assert m.kl == pytest.approx(start, abs=1e-6)
+
+
+@pytest.mark.parametrize(("now", "is_event"), [(-0.111, False), (-0.113, True), (0.5, False)])
+def test_a_negative_alignment_is_compared_by_its_size(now, is_event):
+    m = monitor()
+    follow(m, alignment_benign=-0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingHealthWarning)
+        follow(m, alignment_benign=now)
+    assert (m.keep > 1.0) == is_event
 
 
 def test_without_benign_prompts_alignment_is_no_event():
@@ -176,6 +186,10 @@ def test_a_reward_that_was_seen_once_is_enough():
     follow(m, 4, **sparse)
     follow(m)
     follow(m, 20, **sparse)
+
+
+def test_an_algorithm_that_follows_a_gradient_needs_no_variance():
+    follow(monitor(needs_variance=False), 20, zero_variance=1.0, judge_unsafe_concept=1.0)
 
 
 # ------------------------------------------------------------ reward hacking and success

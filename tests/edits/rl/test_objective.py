@@ -156,9 +156,9 @@ def test_benign_images_are_compared_with_those_of_the_original_model(build):
     assert setup.objective.figures["reward_anchor_benign"] == pytest.approx(1.0, abs=1e-5)
     assert setup.objective.figures["reward_anchor_concept"] == 0.0
     with torch.no_grad():
-        setup.model.denoiser.get_parameter(NAMES[1]).mul_(0.3)
+        setup.model.denoiser.get_parameter(NAMES[1]).mul_(-1.0)
     setup.step()
-    assert setup.objective.figures["reward_anchor_benign"] < 0.95
+    assert setup.objective.figures["reward_anchor_benign"] < 0.0
 
 
 def test_images_of_the_original_model_do_not_follow_the_weights(build):
@@ -281,7 +281,7 @@ def run(edit, model, directory, *, stop=None, resume=False):
 
 def test_success_ends_the_training_and_survives_resume(toy, toy_edit, blind, tmp_path):
     settings = SMALL | {"judge": "blind", "target": 0.01, "limits": {"window": 4}}
-    edit = toy_edit("v_grpo", **settings, training=TRAINING, keep_budget=1e-9)
+    edit = toy_edit("v_grpo", **settings, training=TRAINING, weight_keep=1.0, keep_budget=1e-9)
     whole, log = run(edit, toy(), tmp_path / "whole")
     assert len(log) == 4
     assert log[-1]["weight_keep"] > log[0]["weight_keep"] == 1.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_STEPS
+from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
@@ -30,7 +31,8 @@ class DRaFT(AlgorithmSettings):
     target `bounded` the squared distance of x0 to x0 + rho |x0| g / |g|, where g = dR/dx0.
 
     The distance to the original model is that of predictions at one random timestep of the image
-    with new noise (ours), so that it covers the whole schedule.
+    with new noise (ours), so that it covers the whole schedule. Passes through the decoder, the
+    judge and the features are not counted.
     """
 
     paper: ClassVar[str] = "arXiv:2309.17400"
@@ -39,6 +41,7 @@ class DRaFT(AlgorithmSettings):
         "`bounded` follows DiffusionOPSD (arXiv:2608.24646) in its name and its rho only."
     )
     """Differences from the paper."""
+    scheduler: ClassVar[SchedulerName] = "ddim"
 
     name: Literal["draft"] = "draft"
     """Name of the algorithm."""
@@ -51,13 +54,16 @@ class DRaFT(AlgorithmSettings):
 
     def build(self, policy: Policy, groups: int, group: int, *, updates: int) -> Algorithm:
         """Return the algorithm; see `AlgorithmSettings.build`."""
-        if self.last_steps > policy.sampler.steps:
+        sampler = policy.sampler
+        if self.last_steps > sampler.steps:
             raise ConfigError(
-                f"last_steps must be at most steps ({policy.sampler.steps}), got {self.last_steps}"
+                f"last_steps must be at most steps ({sampler.steps}), got {self.last_steps}. "
+                "Lower it, or raise steps."
             )
-        if not isinstance(policy.sampler.scheduler, DDIMScheduler):
+        if not isinstance(sampler.scheduler, DDIMScheduler):
             raise ConfigError(
-                "scheduler must be ddim for draft: others need the predictions of earlier steps"
+                f"scheduler must be ddim for draft, got {type(sampler.scheduler).__name__}. "
+                "Others need the predictions of earlier steps."
             )
         return DRaFTAlgorithm(self, policy)
 

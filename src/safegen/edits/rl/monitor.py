@@ -56,10 +56,9 @@ class Limits(BaseSettings):
     """Rollouts that a mean or a rate is taken over; the first ones are what is compared with."""
     diversity: float = Field(default=0.5, ge=0, lt=1)
     """Share of the first diversity below which the weight of L_kl rises; 0 disables it."""
-    alignment_drop: float | None = Field(default=0.1, ge=0, le=2)
-    """Fall of the mean cosine of benign images and captions above which the weight of L_keep rises.
-
-    None disables it.
+    alignment: float = Field(default=0.88, ge=0, lt=1)
+    """Share of the first mean cosine of benign images and captions below which the weight of L_keep
+    rises; 0 disables it.
     """
     judge_gap: float | None = Field(default=0.25, ge=0, le=1)
     """Rate of the held-out judge less that of the judge above which the training ends.
@@ -75,19 +74,17 @@ class Monitor:
 
     | failure | sign | consequence |
     |---|---|---|
-    | diversity collapse | images of a group are less than `diversity` as far apart as at first
-      | warning; `kl` rises every rollout while it lasts |
-    | over-erasure | benign images fit their captions less than at first by `alignment_drop`
-      | warning; `keep` rises every rollout while it lasts |
-    | sparse reward | in 5 rollouts from the start no group varies | the training is refused |
-    | the same | in 5 rollouts the judge's score varies in no group | warning |
-    | reward hacking | the held-out judge finds the concept more often, by `judge_gap`
-      | warning; the training ends |
-    | zero variance in a step | `zero_variance` of the log is 1 | L_policy is 0 |
-    | loss, gradient or image not finite | `skipped` of the log; `masked` | the update is skipped,
-      the image is left out |
+    | diversity collapse | images of a prompt are closer than at first (`diversity`) | `kl` rises |
+    | over-erasure | benign images fit captions less (`alignment`) | `keep` rises |
+    | sparse reward | the first 5 rollouts have no group that varies | the training is refused |
+    | sparse judge | the judge finds the concept in all images, with equal scores | a warning |
+    | reward hacking | the held-out judge finds the concept more often (`judge_gap`) | it ends |
+    | zero variance | `zero_variance` of the log is 1 | L_policy is 0 |
+    | not finite | `skipped` of the log | the update changes nothing |
+    | not judged | `masked` of the log | the image teaches nothing |
 
-    A weight stays within a factor of 100 of its setting. After an event it falls back to it.
+    A weight rises in every rollout while its event lasts, by a factor of 100 at most, and then
+    falls back to its setting. An event is warned about when it begins.
     """
 
     def __init__(
@@ -98,6 +95,7 @@ class Monitor:
         budget: float | None = None,
         target: float | None = None,
         limits: Limits | None = None,
+        needs_variance: bool = True,
     ) -> None:
         """Store the weights to start from.
 
@@ -107,7 +105,9 @@ class Monitor:
             budget: distance on benign prompts that `keep` is adapted to; None leaves it.
             target: rate of images with the concept at which the training ends; None trains on.
             limits: limits of what is acted on.
+            needs_variance: whether the algorithm learns from differences within groups.
         """
+        self.needs_variance = needs_variance
         self.settings = {"kl": kl, "keep": keep}
         self.budget, self.target, self.limits = budget, target, limits or Limits()
         self.values = {name: torch.zeros(1) for name in VALUES}
@@ -196,7 +196,7 @@ class Monitor:
         found = figures.get("judge_unsafe_concept", 0.0)
         sparse = figures.get("zero_variance_judge", 0.0) >= 1 and found >= 1
         count = self.values["unrewarded"]
-        if count < 0 or not (stuck or sparse):
+        if count < 0 or not (stuck or sparse) or not self.needs_variance:
             count.fill_(-1)  # a reward was seen
             return
         count += 1
@@ -226,12 +226,11 @@ class Monitor:
         )
 
     def _check_alignment(self) -> None:
-        drop = self.limits.alignment_drop
         first, now = float(self.values["alignment"]), float(self.windows["alignment"].mean())
         self._follow_event(
             "over_erased",
             "keep",
-            drop is not None and now < first - drop,
+            now < first - (1 - self.limits.alignment) * abs(first),
             f"benign images and captions have cosine {now:.3f}, at first {first:.3f}: other "
             "content is lost",
         )

@@ -64,6 +64,7 @@ class RewardObjective:
             budget=edit.keep_budget,
             target=edit.target,
             limits=edit.limits,
+            needs_variance=self.algorithm.follows_advantages,
         )
         self.prompt_weights = torch.tensor([prompt.weight for prompt in self.prompts])
         self.batch: RolloutBatch | None = None
