@@ -14,7 +14,22 @@ SMALL = {"groups": 2, "group": 4, "steps": 4, "keep_budget": 0.01}
 TRAINING = {"updates": 4, "batch": 8, "accumulation": 1, "ema": 0.9, "checkpoint_every": 1}
 TWO_UPDATES = TRAINING | {"updates": 6, "batch": 4}
 """Settings in which a rollout serves two updates."""
-ALGORITHMS = pytest.mark.parametrize("algorithm", ["v_grpo", "nft", "draft"])
+EDITS = {
+    "v_grpo": {},
+    "nft": {},
+    "draft": {"scheduler": "ddim"},
+    "ddpo": {"algorithm": {"name": "ddpo", "buffer": 6, "min_count": 3}, "accumulation": 4},
+    "grpo_window": {"algorithm": {"name": "grpo_window", "window": 1, "placement": "progressive"}},
+}
+"""Settings by algorithm, other than those of `SMALL` and of the training."""
+ALGORITHMS = pytest.mark.parametrize("algorithm", sorted(EDITS))
+
+
+def build(toy_edit, algorithm, training):
+    """Return an edit with few images; every update trains all steps of a batch."""
+    changes = SMALL | {"algorithm": algorithm} | EDITS[algorithm]
+    training = training | {"accumulation": changes.pop("accumulation", 1)}
+    return toy_edit(changes.pop("algorithm"), **changes, training=training)
 
 
 def run(edit, model, directory, *, stop=None, resume=False):
@@ -51,12 +66,9 @@ def same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "passes"),
-    [("ddpo", 4), ("draft", 1), ("grpo_window", 2), ("nft", 1), ("v_grpo", 1)],
-)
-def test_two_updates_and_two_more_are_four(algorithm, passes, toy, toy_edit, tmp_path):
-    edit = toy_edit(algorithm, **SMALL, training=TRAINING | {"accumulation": passes})
+@ALGORITHMS
+def test_two_updates_and_two_more_are_four(algorithm, toy, toy_edit, tmp_path):
+    edit = build(toy_edit, algorithm, TRAINING)
     assert edit.updates_per_rollout == 1
     expected, log = run(edit, toy(), tmp_path / "whole")
     with pytest.raises(InterruptedRunError, match="after update 2 of 4"):
@@ -71,7 +83,7 @@ def test_two_updates_and_two_more_are_four(algorithm, passes, toy, toy_edit, tmp
 def test_a_stop_within_a_rollout_waits_for_its_last_update(
     algorithm, stop, end, toy, toy_edit, tmp_path
 ):
-    edit = toy_edit(algorithm, **SMALL, training=TWO_UPDATES)
+    edit = build(toy_edit, algorithm, TWO_UPDATES)
     assert edit.updates_per_rollout == 2
     expected, log = run(edit, toy(), tmp_path / "whole")
     with pytest.raises(InterruptedRunError, match=f"after update {end} of 6"):
@@ -83,7 +95,7 @@ def test_a_stop_within_a_rollout_waits_for_its_last_update(
 
 @ALGORITHMS
 def test_a_run_killed_within_a_rollout_resumes_before_it(algorithm, toy, toy_edit, tmp_path):
-    edit = toy_edit(algorithm, **SMALL, training=TWO_UPDATES)
+    edit = build(toy_edit, algorithm, TWO_UPDATES)
     expected, log = run(edit, toy(), tmp_path / "whole")
     with pytest.raises(ConnectionError):
         run(edit, toy(), tmp_path / "part", stop=fail(5))
