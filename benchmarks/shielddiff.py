@@ -40,12 +40,29 @@ ALGORITHMS = ("v_grpo", "nft", "grpo_window", "draft", "ddpo")
 STACKS = ("base", "shielddiff", "safegen", "esd", "sdd", "sld-max", "safree")
 GUARDS = ("sld-max", "safree")
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ddpo": {"steps": 20, "kl": 0.0, "weight_keep": 0.0, "training": {"accumulation": 40}},
-    "grpo_window": {"steps": 10},
+    "ddpo": {
+        "steps": 20,
+        "kl": 0.0,
+        "weight_keep": 0.0,
+        "training": {"updates": 60, "accumulation": 40},
+    },
+    "draft": {
+        "group": 2,
+        "kl": 0.3,
+        "weight_keep": 5.0,
+        "training": {"updates": 16, "accumulation": 1, "lr": 4e-3, "ema": 0.5},
+    },
+    "grpo_window": {
+        "steps": 10,
+        "kl": 0.001,
+        "weight_keep": 0.1,
+        "training": {"updates": 60, "accumulation": 8},
+    },
 }
-"""Settings of an algorithm where the default does not suit it.
+"""Settings of an algorithm where the defaults, which are those of `v_grpo`, do not suit it.
 
-`ddpo` is as published: no distance to the original model, two updates for each rollout.
+`ddpo` is as published: no distance to the original model, two updates for each rollout. Distances
+of `grpo_window` are those of noisy steps, which are larger. They come from pilots on other seeds.
 """
 WINDOW = 3
 """Rollouts over which the share of unsafe images is taken."""

@@ -156,6 +156,10 @@ def cubes():
         judge="mini",
         labels=("skulls",),
         captions=("mini:ghosts",),
+        tuning={
+            "concept": ("mini:skulls-train",),
+            "counterpart": ("mini:skulls-train-counterpart",),
+        },
     )
 
 

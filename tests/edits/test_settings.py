@@ -122,6 +122,10 @@ def sweep(method):
     if kind.is_trained:
         numbers = legal_values(Training).items()
         changes += [{"training": {name: v}} for name, legal in numbers for v in legal]
+    if method == "shielddiff":  # rules of two settings: few benign prompts, no distance
+        for change in changes:
+            change |= {"allow_few_benign": True} if "benign_share" in change else {}
+            change.setdefault("kl", 0.1)
     if method == "safegen":
         changes += [{"target": {"name": "x0", "clamp": clamp}} for clamp in (0.3, 1, 2)]
     return changes
@@ -137,7 +141,13 @@ def test_a_legal_change_of_one_number_never_raises(method, preset, cubes):
         assert all(len(pair) == 2 for pair in edit.unused_settings())
 
 
-@pytest.mark.parametrize("method", sorted(registry.EDITS))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "shielddiff"))
+        for name in sorted(registry.EDITS)
+    ],
+)
 def test_an_edit_runs_with_the_smallest_legal_value_of_each_number(
     method, tiny_model, triplets, cubes
 ):

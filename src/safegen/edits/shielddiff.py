@@ -68,7 +68,7 @@ class ShieldDiff(TrainedEdit):
     """`paper`: DDPO with its published values for SD 1.x: 100 rollouts of 256 images, which serve
     for 4 updates each. `default`: ours, for the miniature model.
     """
-    TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 2}
+    TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 4}
     paper: ClassVar[str] = "arXiv:2410.05309"
     code_url: ClassVar[str] = "https://github.com/kvablack/ddpo-pytorch"
     code_commit: ClassVar[str] = "1958463"
@@ -128,7 +128,7 @@ class ShieldDiff(TrainedEdit):
     """Weight of each reward."""
     algorithm: AlgorithmField = VGRPO()
     """Algorithm that follows the reward."""
-    groups: int = Field(default=8, ge=1, le=MAX_COUNT)
+    groups: int = Field(default=8, ge=2, le=MAX_COUNT)
     """Prompts in a rollout."""
     group: int = Field(default=8, ge=2, le=MAX_COUNT)
     """Images of each prompt."""
@@ -179,11 +179,6 @@ class ShieldDiff(TrainedEdit):
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
                 "without benign prompts; allow_few_benign allows it."
             )
-        if self.groups <= self.benign_groups:
-            raise ValueError(
-                f"groups must leave one for prompts of the concept, got {self.groups} with "
-                f"benign_share {self.benign_share}. Raise groups."
-            )
         if self.held_out_judge == self.judge:
             raise ValueError(
                 f"held_out_judge must not be the judge that rewards, got {self.judge!r}."
@@ -195,22 +190,12 @@ class ShieldDiff(TrainedEdit):
                 f"{self.updates_per_rollout} update per rollout, got {self.kl} and "
                 f"{self.weight_keep}. Nothing else limits the distance to the original model."
             )
-        images, per_update = (
-            self.groups * self.group,
-            self.training.batch * self.training.accumulation,
-        )
-        if images % self.training.batch or images * self.batches_per_image % per_update:
-            raise ValueError(
-                f"groups x group x trained timesteps ({self.groups} x {self.group} x "
-                f"{self.batches_per_image}) must be a multiple of training.batch x accumulation, "
-                f"got {self.training.batch} x {self.training.accumulation}."
-            )
         return self
 
     @property
     def benign_groups(self) -> int:
-        """Groups of a rollout with a benign prompt: their share, rounded up."""
-        return math.ceil(self.groups * self.benign_share - 1e-9)
+        """Groups of a rollout with a benign prompt: their share, rounded up, but not all."""
+        return min(math.ceil(self.groups * self.benign_share - 1e-9), self.groups - 1)
 
     @property
     def has_distance(self) -> bool:
@@ -224,13 +209,14 @@ class ShieldDiff(TrainedEdit):
 
     @property
     def batches_per_rollout(self) -> int:
-        """Forward passes of training for a rollout."""
-        return self.groups * self.group // self.training.batch * self.batches_per_image
+        """Forward passes of training in which every image of a rollout is trained."""
+        batches = math.ceil(self.groups * self.group / self.training.batch)
+        return batches * self.batches_per_image
 
     @property
     def updates_per_rollout(self) -> int:
         """Updates for which the images of a rollout serve."""
-        return self.batches_per_rollout // self.training.accumulation
+        return max(self.batches_per_rollout // self.training.accumulation, 1)
 
     @classmethod
     def defaults_from(cls, concept: Concept, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,6 +236,15 @@ class ShieldDiff(TrainedEdit):
     def unused_settings(self) -> Iterable[tuple[str, str]]:
         """Return each setting that has no effect with the others, and why."""
         unused = list(super().unused_settings())
+        trained = self.updates_per_rollout * self.training.accumulation
+        if trained != self.batches_per_rollout:
+            unused.append(
+                (
+                    "training.accumulation",
+                    f"as intended: {trained} passes train {self.batches_per_rollout} batches of a "
+                    "rollout, so that images are left out or repeated",
+                )
+            )
         if self.rewards.clip_steered and not self.anchors:
             unused.append(("rewards.clip_steered", "beyond that of clip without anchors"))
         if self.rewards.anchor and not self.benign_share:

@@ -213,7 +213,7 @@ def test_a_rollout_has_its_share_of_benign_prompts(build, changes, benign):
     ("changes", "message"),
     [
         ({"benign_share": 0.4}, "benign_share must be >= 0.5"),
-        ({"groups": 1, "group": 16}, "groups must leave one for prompts of the concept, got 1"),
+        ({"groups": 1, "group": 16}, "groups"),
         ({"held_out_judge": "toy"}, "held_out_judge must not be the judge that rewards"),
         ({"rewards": {"judge": 0.0, "clip": 0.0}}, "rewards must have a weight above 0"),
         ({"target": 1.0}, "target"),

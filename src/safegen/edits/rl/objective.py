@@ -118,13 +118,13 @@ class RewardObjective:
         the concept and L_keep that on benign ones.
         """
         edit = self.edit
-        step = micro_step % edit.batches_per_rollout
+        step = micro_step % (edit.updates_per_rollout * edit.training.accumulation)
         if step == 0 or self.batch is None:
             self._roll_out(denoiser, generator)
         assert self.batch is not None
-        part, index = divmod(step, edit.batches_per_image)
-        size = edit.training.batch
-        rows = torch.arange(part * size, (part + 1) * size)[share[0] :: share[1]]
+        part, index = divmod(step % edit.batches_per_rollout, edit.batches_per_image)
+        images = torch.arange(edit.groups * edit.group).split(edit.training.batch)
+        rows = images[part][share[0] :: share[1]]
         batch = self.batch.rows(rows)
         terms = self.algorithm.loss(denoiser, batch, index)
         benign = self.rewarder.benign[batch.prompts].to(terms.kl.device)
