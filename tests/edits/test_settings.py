@@ -123,9 +123,8 @@ def sweep(method):
         numbers = legal_values(Training).items()
         changes += [{"training": {name: v}} for name, legal in numbers for v in legal]
     if method == "shielddiff":  # rules of two settings: few benign prompts, no distance
-        for change in changes:
-            change |= {"allow_few_benign": True} if "benign_share" in change else {}
-            change.setdefault("kl", 0.1)
+        few = {"allow_few_benign": True}
+        changes = [{"kl": 0.1} | (few if "benign_share" in c else {}) | c for c in changes]
     if method == "safegen":
         changes += [{"target": {"name": "x0", "clamp": clamp}} for clamp in (0.3, 1, 2)]
     return changes

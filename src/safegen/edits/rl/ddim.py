@@ -17,8 +17,8 @@ from safegen.core.errors import ConfigError
 from safegen.edits.functional.rollout import Predict
 from safegen.edits.rl.algorithm import (
     Algorithm,
-    LossTerms,
     DenoisingPolicy,
+    LossTerms,
     RolloutBatch,
     per_image,
 )

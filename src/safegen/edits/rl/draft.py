@@ -15,8 +15,8 @@ from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
-    LossTerms,
     DenoisingPolicy,
+    LossTerms,
     Reward,
     RolloutBatch,
     per_image,

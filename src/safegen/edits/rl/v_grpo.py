@@ -12,8 +12,8 @@ from safegen.core.settings import MAX_COUNT
 from safegen.edits.rl.algorithm import (
     Algorithm,
     AlgorithmSettings,
-    LossTerms,
     DenoisingPolicy,
+    LossTerms,
     RolloutBatch,
     per_image,
 )
