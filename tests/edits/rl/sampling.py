@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import DDIMScheduler
 
-from safegen.edits.rl.algorithm import Policy, RolloutBatch
+from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch
 
 STEPS = 6
 
@@ -24,7 +24,7 @@ def build_policy(model, texts, *, names=None, **settings):
     for name in names:
         parameters[name].requires_grad_(True)
     settings = {"guidance": 1.0, "scheduler": "ddim", "precision": "fp32", "steps": 6} | settings
-    return Policy(model, names, texts, **settings)
+    return DenoisingPolicy(model, names, texts, **settings)
 
 
 class Trial:
