@@ -68,7 +68,7 @@ class ShieldDiff(TrainedEdit):
     """`paper`: DDPO with its published values for SD 1.x: 100 rollouts of 256 images, which serve
     for 4 updates each. `default`: ours, for the miniature model.
     """
-    TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 4}
+    TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 2}
     paper: ClassVar[str] = "arXiv:2410.05309"
     code_url: ClassVar[str] = "https://github.com/kvablack/ddpo-pytorch"
     code_commit: ClassVar[str] = "1958463"
