@@ -37,7 +37,7 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/edits.py --out $(FIGURES)/edits.jsonl --keep $(FIGURES)/patches
 	$(BIN)/python benchmarks/shielddiff.py train --out $(FIGURES)/shielddiff
 	$(BIN)/python benchmarks/shielddiff.py compare --out $(FIGURES)/shielddiff --patches $(FIGURES)/patches
-	$(BIN)/python benchmarks/shielddiff.py table --out $(FIGURES)/shielddiff
+	$(BIN)/python benchmarks/shielddiff.py grid --out $(FIGURES)/shielddiff --patches $(FIGURES)/patches --image $(FIGURES)/shielddiff-grid.png
 	$(BIN)/python benchmarks/attacks.py --patches $(FIGURES)/patches --out $(FIGURES)/attacks
 	$(BIN)/python benchmarks/attacks.py --out $(FIGURES)/attacks --table $(FIGURES)/attacks.json --plot $(FIGURES)/attacks.png
 	$(BIN)/python benchmarks/ring_a_bell.py --out $(FIGURES)/ring_a_bell_cost.json

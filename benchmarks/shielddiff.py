@@ -3,7 +3,7 @@
     python benchmarks/shielddiff.py train --out DIR [--algorithms v_grpo,nft,...] [--minutes 25]
     python benchmarks/shielddiff.py compare --out DIR --patches DIR [--stacks base,shielddiff,...]
     python benchmarks/shielddiff.py grid --out DIR --patches DIR --image FILE.png
-    python benchmarks/shielddiff.py table --out DIR --plot FILE.png > shielddiff.json
+    python benchmarks/shielddiff.py table --out DIR --page docs/results/shielddiff.json --plot FILE
 
 `train` trains each algorithm once from the unedited model and keeps its log: network passes and
 seconds until the held-out judge finds the concept in at most 10 or 3 % of the images of the last
@@ -270,16 +270,17 @@ def comparison_rows(out: Path) -> tuple[list[str], list[list[Any]]]:
     return columns, rows
 
 
-def print_table(args: argparse.Namespace) -> None:
-    """Print the tables as JSON, and plot the curves."""
+def write_tables(args: argparse.Namespace) -> None:
+    """Write the tables into the file of the page, and plot the curves; the page's texts stay."""
     columns, rows = comparison_rows(args.out)
     heads = ["algorithm", "passes to 90 %", "seconds to 90 %", "passes to 97 %"]
     heads += ["seconds to 97 %", "passes in all", "seconds in all", "unsafe at the end"]
-    tables = [
-        {"title": "Cost of the algorithms", "columns": heads, "rows": cost_rows(args.out)},
-        {"title": "Beside other methods", "columns": columns, "rows": rows},
-    ]
-    print(json.dumps(tables, indent=1))
+    page = json.loads(args.page.read_text(encoding="utf-8"))
+    for table, (names, cells) in zip(
+        page["tables"], ((heads, cost_rows(args.out)), (columns, rows)), strict=True
+    ):
+        table |= {"columns": names, "rows": cells}
+    args.page.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         plot(args.out, args.plot)
 
@@ -320,10 +321,11 @@ def main() -> None:
     ask.add_argument("--prompts", type=int, default=64)
     ask.add_argument("--seed", type=int, default=1)
     ask.add_argument("--image", type=Path)
+    ask.add_argument("--page", type=Path)
     ask.add_argument("--plot", type=Path)
     args = ask.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    parts = {"train": train_all, "compare": compare_all, "grid": draw_grid, "table": print_table}
+    parts = {"train": train_all, "compare": compare_all, "grid": draw_grid, "table": write_tables}
     parts[args.part](args)
 
 
