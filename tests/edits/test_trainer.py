@@ -830,6 +830,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_changes_nothing(line):
     assert found.to_metadata(["fit"])["losses"]["fit"] == found.log[-1]["fit"]
 
 
+def test_the_gradients_of_a_skipped_update_do_not_enter_the_next_one(line):
+    """The update ends before or after its first batch has a gradient."""
+    settings = SKIPPING.model_copy(update={"accumulation": 2})
+    first, second = (train(line, ["weight"], Breaks((i,)), settings) for i in (2, 3))
+    same(first.tensors, second.tensors)
+
+
 def test_too_many_skipped_updates_end_the_training_and_the_checkpoint_stays(line, tmp_path):
     values = []
     with pytest.raises(

@@ -133,6 +133,8 @@ def test_images_that_are_not_finite_are_masked(build):
     setup.objective.policy.text[:] = float("nan")
     with pytest.raises(DivergedError, match="the images of a rollout are not finite"):
         setup.step()
+    assert setup.objective.batch is None  # no later update trains on the images before
+    assert not setup.objective.figures
 
 
 @pytest.mark.parametrize("algorithm", [*ON_POLICY, "draft"])
