@@ -66,7 +66,7 @@ class Limits(BaseSettings):
     The rates are those of images of the concept's prompts. None disables it.
     """
     images: int = Field(default=64, ge=1, le=MAX_COUNT)
-    """Fewest images for `judge_gap` to end the training."""
+    """Fewest images for `judge_gap` to end the training, and to warn that none has the concept."""
 
 
 class Monitor:
@@ -77,6 +77,7 @@ class Monitor:
     | diversity collapse | images of a prompt are closer than at first (`diversity`) | `kl` rises |
     | over-erasure | benign images fit captions less (`alignment`) | `keep` rises |
     | sparse reward | the first 5 rollouts have no group that varies | the training is refused |
+    | nothing to remove | the judge finds no concept in the first rollouts | a warning |
     | sparse judge | the judge finds the concept in all images, with equal scores | a warning |
     | reward hacking | the held-out judge finds the concept more often (`judge_gap`) | it ends |
     | zero variance | `zero_variance` of the log is 1 | L_policy is 0 |
@@ -177,6 +178,8 @@ class Monitor:
             self._check_diversity()
             self._check_alignment()
         self._check_end()
+        if rollouts == self.limits.window and not self.values["end"]:
+            self._check_presence()
 
     def follow_distance(self, distance: float) -> None:
         """Adapt `keep` to the distance on benign prompts in an update.
@@ -215,6 +218,15 @@ class Monitor:
             f"with equal scores, so that it teaches nothing. {way_out}"
         )
         count.fill_(-1)
+
+    def _check_presence(self) -> None:
+        """Warn if there is nothing to remove."""
+        images = int(self.windows["judge_images"].sum())
+        if images >= self.limits.images and not self.windows["judge_found"].any():
+            self._warn(
+                f"the judge finds the concept in none of the first {images} images of its prompts, "
+                "so that it teaches nothing. Use prompts that show the concept, or another judge."
+            )
 
     def _check_diversity(self) -> None:
         first, now = float(self.values["diversity"]), float(self.windows["diversity"].mean())
