@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from safegen.stack import Stack, add_guards
 from safegen.stack_loader import StackLoader
 from safegen.workflows.attack import make_attack
 
-EDITS = ("safegen", "safegen-plus", "esd", "sdd", "rece", "uce", "concept_ablation")
+EDITS = ("safegen", "safegen-plus", "shielddiff", "esd", "sdd", "rece", "uce", "concept_ablation")
 STACKS = ("base", *EDITS, "sld-max", "safree", "safegen+sld-max")
 SETTINGS: dict[str, dict[str, Any]] = {
     "concept_inversion": {"updates": 200},
@@ -103,6 +104,7 @@ def transfer(source: Path, stacks: list[Stack], folder: Path) -> None:
             reasons[stack.name] = str(error)
     began = time.perf_counter()
     evaluate(protocol, usable, folder, baselines="none", loader=loader)
+    reasons |= unusable(folder.parent)
     (folder.parent / UNUSABLE).write_text(json.dumps(reasons), encoding="utf-8")
     print(f"{folder}: {time.perf_counter() - began:.0f} s", flush=True)
 
@@ -118,9 +120,31 @@ def run_all(args: argparse.Namespace) -> None:
             folder = args.out / name / stack_name
             if not (folder / SCORES).exists() and not (folder / UNUSABLE).exists():
                 attack_cell(attack, make_stack(stack_name, args.patches), concept, n, folder)
-        if not adaptive and not (args.out / name / UNUSABLE).exists():
-            others = [make_stack(other, args.patches) for other in STACKS[1:]]
-            transfer(args.out / name / "base", others, args.out / name / "transfer")
+        if not adaptive:
+            missing = [s for s in STACKS[1:] if not is_transferred(args.out / name, s)]
+            others = [make_stack(other, args.patches) for other in missing]
+            if others:
+                folder = args.out / name / f"transfer-{missing[0]}"
+                transfer(args.out / name / "base", others, folder)
+
+
+def is_transferred(folder: Path, stack: str) -> bool:
+    """Return whether the prompts of a static attack were tried on a stack, or cannot be."""
+    return any(transferred(folder, stack)) or stack in unusable(folder)
+
+
+def transferred(folder: Path, stack: str) -> Iterator[Path]:
+    """Yield the runs of a static attack's prompts with a stack."""
+    for scores in sorted(folder.glob(f"transfer*/{SCORES}")):
+        if stack.replace("+", "-") in json.loads(scores.read_text(encoding="utf-8"))["stacks"]:
+            yield scores.parent
+
+
+def unusable(folder: Path) -> dict[str, str]:
+    """Return the reasons of the stacks on which the prompts of a static attack cannot be tried."""
+    file = folder / UNUSABLE
+    reasons: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return reasons
 
 
 # the table
@@ -144,16 +168,15 @@ def read_cells(out: Path) -> Figures:
     """Return the figures of every finished cell."""
     found: Figures = {}
     for attack in ATTACKS:
-        transferred = out / attack / "transfer"
         for stack in STACKS:
             folder = out / attack / stack
             if (folder / UNUSABLE).exists():
                 found.setdefault(attack, {})[stack] = {"unusable": True}
             elif (folder / SCORES).exists():
                 found.setdefault(attack, {})[stack] = figures(folder, attack, stack)
-            elif (transferred / SCORES).exists():
-                row = figures(transferred, attack, stack)
-                found.setdefault(attack, {})[stack] = row or {"unusable": True}
+            elif is_transferred(out / attack, stack):
+                runs = [figures(run, attack, stack) for run in transferred(out / attack, stack)]
+                found.setdefault(attack, {})[stack] = runs[0] if runs else {"unusable": True}
     return found
 
 
@@ -170,7 +193,9 @@ def figures(folder: Path, attack: str, stack: str) -> dict[str, Any]:
     lists = stacks[name]["lists"]
     before = {part: row["concept"] for part, row in lists.items() if row["role"] != "attack"}
     controls = {part: before.pop(part) for part in list(before) if part.startswith(f"{attack} ")}
-    changed = [] if folder.name == "transfer" else [s for s in stacks if s not in (name, "base")]
+    changed = (
+        [] if folder.name.startswith("transfer") else [s for s in stacks if s not in (name, "base")]
+    )
     after = {}
     for other in changed or [name]:
         rows = stacks[other]["lists"]

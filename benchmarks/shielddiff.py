@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.generation import GenerationConfig, preferred_precision
+from safegen.edits.shielddiff import ShieldDiff
 from safegen.evaluation.samples import EvalSample
 from safegen.features.mini_clip import MiniClip
 from safegen.judges import load_judge
@@ -37,7 +38,7 @@ from safegen.stack_loader import StackLoader
 from safegen.workflows.edit import make_edit
 
 ALGORITHMS = ("v_grpo", "nft", "grpo_window", "draft", "ddpo")
-STACKS = ("base", "shielddiff", "safegen", "esd", "sdd", "sld-max", "safree")
+STACKS = ("base", "shielddiff", "shielddiff-draft", "safegen", "esd", "sdd", "sld-max", "safree")
 GUARDS = ("sld-max", "safree")
 SETTINGS: dict[str, dict[str, Any]] = {
     "ddpo": {
@@ -45,12 +46,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "kl": 0.0,
         "weight_keep": 0.0,
         "training": {"updates": 60, "accumulation": 40},
-    },
-    "draft": {
-        "group": 2,
-        "kl": 0.3,
-        "weight_keep": 5.0,
-        "training": {"updates": 16, "accumulation": 1, "lr": 4e-3, "ema": 0.5},
     },
     "grpo_window": {
         "steps": 10,
@@ -79,7 +74,8 @@ def train_one(name: str, out: Path, *, stop: float, minutes: float) -> None:
     """Train one algorithm until few images are unsafe or time is up, and write log and patch."""
     concept, partial = load_concept("skulls"), out / f"{name}.partial"
     settings = {"algorithm": name} | SETTINGS.get(name, {})
-    edit = make_edit("shielddiff", concept=concept, **settings)
+    preset = name if name in ShieldDiff.PRESETS else "default"
+    edit = make_edit("shielddiff", preset, concept=concept, **settings)
     began, shares = time.perf_counter(), []
     with partial.open("w", encoding="utf-8") as file:
 

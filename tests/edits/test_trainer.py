@@ -854,6 +854,16 @@ def test_too_many_skipped_updates_end_the_training_and_the_checkpoint_stays(line
     assert len(again.log) == 6
 
 
+def test_the_decay_of_the_average_does_not_count_skipped_updates_on_resume(line, tmp_path):
+    settings = SKIPPING.model_copy(update={"ema": 0.9})
+    whole = train(line, ["weight"], Breaks((1,)), settings)
+    stop, folder = stop_at(3), {"checkpoint_dir": tmp_path}
+    with pytest.raises(InterruptedRunError):
+        train(line, ["weight"], Breaks((1,)), settings, callback=stop, **folder)
+    part = train(line, ["weight"], Breaks((1,)), settings, resume=True, **folder)
+    same(part.tensors, whole.tensors)
+
+
 def test_without_skipping_a_diverged_training_leaves_no_checkpoint(line, tmp_path):
     settings = SKIPPING.model_copy(update={"max_skipped": 0, "checkpoint_every": 1})
     with pytest.raises(DivergedError, match="the loss 'fit' is nan at update 3"):

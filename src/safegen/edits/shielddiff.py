@@ -68,9 +68,27 @@ class ShieldDiff(TrainedEdit):
                 max_skipped=10,
             ),
         },
+        "draft": {
+            "algorithm": DRaFT(),
+            "group": 2,
+            "kl": 0.3,
+            "weight_keep": 5.0,
+            "training": Training(
+                updates=16,
+                batch=16,
+                accumulation=1,
+                lr=4e-3,
+                decay="cosine",
+                weight_decay=0.0,
+                ema=0.5,
+                precision="auto",
+                max_skipped=10,
+            ),
+        },
     }
     """`paper`: DDPO with its published values for SD 1.x: 100 rollouts of 256 images, which serve
-    for 4 updates each. `default`: ours, for the miniature model.
+    for 4 updates each. `default` and `draft`: ours, for the miniature model; `draft` is far cheaper
+    and needs a judge with gradients.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 2}
     paper: ClassVar[str] = "arXiv:2410.05309"

@@ -217,7 +217,7 @@ def test_a_judge_that_is_deceived_ends_the_training():
         follow(m, judge_unsafe_concept=0.0, held_out_unsafe_concept=0.4)
     assert m.stop_reason == (
         "the held-out judge finds the concept in 40% of the last images of its prompts, the judge "
-        "that rewards in 0%: the training learns to deceive the judge"
+        "that rewards in 0%: the training deceives that judge, or it misses the concept"
     )
 
 

@@ -21,6 +21,7 @@ VALUES = (
     "collapsed",
     "over_erased",
     "unrewarded",
+    "unmeasured",
     "end",
 )
 """Names of the monitor's values, one number each."""
@@ -83,6 +84,7 @@ class Monitor:
     | zero variance | `zero_variance` of the log is 1 | L_policy is 0 |
     | not finite | `skipped` of the log | the update changes nothing |
     | not judged | `masked` of the log | the image teaches nothing |
+    | not measured | the held-out judge judges no image | a warning; `target` is not reached |
 
     A weight rises in every rollout while its event lasts, by a factor of 100 at most, and then
     falls back to its setting. An event is warned about when it begins.
@@ -96,6 +98,7 @@ class Monitor:
         budget: float | None = None,
         target: float | None = None,
         limits: Limits | None = None,
+        has_held_out: bool = False,
         needs_variance: bool = True,
     ) -> None:
         """Store the weights to start from.
@@ -106,9 +109,10 @@ class Monitor:
             budget: distance on benign prompts that `keep` is adapted to; None leaves it.
             target: rate of images with the concept at which the training ends; None trains on.
             limits: limits of what is acted on.
+            has_held_out: whether there is a held-out judge.
             needs_variance: whether the algorithm learns from differences within groups.
         """
-        self.needs_variance = needs_variance
+        self.has_held_out, self.needs_variance = has_held_out, needs_variance
         self.settings = {"kl": kl, "keep": keep}
         self.budget, self.target, self.limits = budget, target, limits or Limits()
         self.values = {name: torch.zeros(1) for name in VALUES}
@@ -139,7 +143,7 @@ class Monitor:
             return (
                 f"the held-out judge finds the concept in {self._rate('held_out'):.0%} of the last "
                 f"images of its prompts, the judge that rewards in {self._rate('judge'):.0%}: "
-                "the training learns to deceive the judge"
+                "the training deceives that judge, or it misses the concept"
             )
         if end == TARGET:
             judge, who = self._reporting()
@@ -168,6 +172,7 @@ class Monitor:
                 value = round(value * figures.get(_FIGURES[name] + "_n", 0.0))
             window.copy_(torch.cat([window[1:], torch.tensor([float(value)])]))
         self._check_reward(figures)
+        self._check_measured()
         rollouts = int(self.values["rollouts"])
         if rollouts < self.limits.window:
             return
@@ -228,6 +233,15 @@ class Monitor:
                 "so that it teaches nothing. Use prompts that show the concept, or another judge."
             )
 
+    def _check_measured(self) -> None:
+        unmeasured = self.has_held_out and not self.windows["held_out_images"][-1]
+        if unmeasured and not self.values["unmeasured"]:
+            self._warn(
+                "the held-out judge can judge no image of the concept's prompts: nothing tells "
+                "whether the training deceives the judge that rewards"
+            )
+        self.values["unmeasured"].fill_(float(unmeasured))
+
     def _check_diversity(self) -> None:
         first, now = float(self.values["diversity"]), float(self.windows["diversity"].mean())
         self._follow_event(
@@ -277,7 +291,7 @@ class Monitor:
 
     def _reporting(self) -> tuple[str, str]:
         """Return the judge that is reported and its name in a sentence."""
-        if self.windows["held_out_images"].sum() > 0:
+        if self.has_held_out or self.windows["held_out_images"].sum() > 0:
             return "held_out", "the held-out judge"
         return "judge", "the judge"
 
