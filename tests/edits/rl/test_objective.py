@@ -87,6 +87,14 @@ def build_suspicious(*, labels=(), threshold=0.5):
     return BlindJudge(1.0)
 
 
+OPTIONS: list[str] = []
+
+
+def build_optional(*, weights: str, labels: tuple[str, ...] = (), threshold: float = 0.5):
+    OPTIONS.append(weights)
+    return ToyJudge()
+
+
 # ------------------------------------------------------------ masks
 
 
@@ -282,7 +290,9 @@ def test_the_images_of_a_smaller_last_batch_weigh_as_much_as_others(build):
         ({"benign_share": 0.4}, "benign_share must be >= 0.5"),
         ({"groups": 1, "group": 16}, "groups"),
         ({"held_out_judge": "toy"}, "held_out_judge must not be the judge that rewards"),
-        ({"rewards": {"judge": 0.0, "clip": 0.0}}, "rewards must have a weight above 0"),
+        ({"rewards": {"judge": 0.0, "clip": 0.0}}, "got none. Set rewards.judge"),
+        ({"rewards": {"judge": 0.0, "clip": 0.0, "anchor": 1.0}}, r"got \['anchor'\]"),
+        ({"judge_options": {"threshold": 0.1}}, "threshold is no option of a judge"),
         ({"target": 1.0}, "target"),
     ],
 )
@@ -297,6 +307,22 @@ def test_rewards_without_effect_are_named(toy_edit):
     few = {"benign_share": 0.0, "allow_few_benign": True, "rewards": {"anchor": 1.0}}
     edit = toy_edit("v_grpo", **(SMALL | few), training=TRAINING)
     assert [name for name, _ in edit.unused_settings()] == ["rewards.anchor"]
+
+
+def test_judges_get_their_options_and_no_folder_is_exported(build, monkeypatch):
+    from safegen.core import registry
+
+    seen = []
+    for name in ("toy", "other"):
+        monkeypatch.setitem(registry.JUDGES, name, f"{__name__}:build_optional")
+    monkeypatch.setattr(f"{__name__}.OPTIONS", seen)
+    setup = build(
+        held_out_judge="other",
+        judge_options={"weights": "/home/me/a.pt"},
+        held_out_options={"weights": "b.pt"},
+    )
+    assert seen == ["/home/me/a.pt", "b.pt"]
+    assert setup.edit.export_settings()["judge_options"] == {"weights": "a.pt"}
 
 
 def test_the_patch_names_prompts_and_judges(build):

@@ -67,7 +67,7 @@ class Limits(BaseSettings):
     The rates are those of images of the concept's prompts. None disables it.
     """
     images: int = Field(default=64, ge=1, le=MAX_COUNT)
-    """Fewest images for `judge_gap` to end the training."""
+    """Fewest images for `judge_gap` to end the training, and to warn that none has the concept."""
 
 
 class Monitor:
@@ -78,6 +78,7 @@ class Monitor:
     | diversity collapse | images of a prompt are closer than at first (`diversity`) | `kl` rises |
     | over-erasure | benign images fit captions less (`alignment`) | `keep` rises |
     | sparse reward | the first 5 rollouts have no group that varies | the training is refused |
+    | nothing to remove | the judge finds no concept in the first rollouts | a warning |
     | sparse judge | the judge finds the concept in all images, with equal scores | a warning |
     | reward hacking | the held-out judge finds the concept more often (`judge_gap`) | it ends |
     | zero variance | `zero_variance` of the log is 1 | L_policy is 0 |
@@ -182,6 +183,8 @@ class Monitor:
             self._check_diversity()
             self._check_alignment()
         self._check_end()
+        if rollouts == self.limits.window and not self.values["end"]:
+            self._check_presence()
 
     def follow_distance(self, distance: float) -> None:
         """Adapt `keep` to the distance on benign prompts in an update.
@@ -220,6 +223,15 @@ class Monitor:
             f"with equal scores, so that it teaches nothing. {way_out}"
         )
         count.fill_(-1)
+
+    def _check_presence(self) -> None:
+        """Warn if there is nothing to remove."""
+        images = int(self.windows["judge_images"].sum())
+        if images >= self.limits.images and not self.windows["judge_found"].any():
+            self._warn(
+                f"the judge finds the concept in none of the first {images} images of its prompts, "
+                "so that it teaches nothing. Use prompts that show the concept, or another judge."
+            )
 
     def _check_measured(self) -> None:
         unmeasured = self.has_held_out and not self.windows["held_out_images"][-1]

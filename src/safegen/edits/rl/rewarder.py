@@ -44,10 +44,14 @@ class Rewarder:
         Raises:
             ConfigError: the features cannot embed texts.
         """
-        self.judge: Judge = load_judge(edit.judge, labels=edit.labels, threshold=edit.threshold)
+        self.judge: Judge = load_judge(
+            edit.judge, labels=edit.labels, threshold=edit.threshold, **edit.judge_options
+        )
         self.held_out: Judge | None = None
         if edit.held_out_judge:
-            self.held_out = load_judge(edit.held_out_judge, labels=edit.labels)
+            self.held_out = load_judge(
+                edit.held_out_judge, labels=edit.labels, **edit.held_out_options
+            )
         self.extractor: Extractor = load_extractor(edit.extractor, weights=edit.extractor_weights)
         if not isinstance(self.extractor, TextExtractor):
             raise ConfigError(
