@@ -451,8 +451,9 @@ def test_a_held_out_judge_that_judges_nothing_does_not_pass_for_success(build, b
     limits = {"window": 1, "images": 1}
     setup = build(judge="blind", held_out_judge="toy", target=0.5, limits=limits)
     setup.objective.rewarder.held_out = NoJudge()
-    with pytest.warns(TrainingHealthWarning, match="the held-out judge can judge no image"):
+    with pytest.warns(TrainingHealthWarning) as seen:
         setup.step()
+    assert any("the held-out judge can judge no image" in str(one.message) for one in seen)
     assert setup.objective.stop_reason is None
     setup.objective.rewarder.held_out = BlindJudge()
     setup.step()
