@@ -7,6 +7,8 @@ import re
 import pytest
 
 from safegen.cli.edit import _figures, _rollout_rates
+from safegen.cli.options import read_settings
+from safegen.core.errors import ConfigError
 from safegen.edits.uce import UCE
 from safegen.models.loading import load
 from safegen.patches.patch import Patch
@@ -72,6 +74,25 @@ def test_another_judge_has_its_own_labels_and_none_held_out():
         other = make_edit(method, concept="skulls", judge="nudenet")
         assert (other.judge, other.labels, other.threshold) == ("nudenet", (), None)
     assert make_edit("shielddiff", concept="skulls", judge="nudenet").held_out_judge is None
+
+
+@pytest.mark.parametrize(
+    ("pairs", "algorithm"),
+    [
+        (["algorithm=nft", "algorithm.beta=0.5"], {"name": "nft", "beta": 0.5}),
+        (["algorithm.name=nft", "algorithm.beta=0.5"], {"name": "nft", "beta": 0.5}),
+        (["algorithm.name=draft"], {"name": "draft"}),
+    ],
+)
+def test_an_algorithm_is_chosen_and_set_by_its_names(pairs, algorithm):
+    settings = read_settings("shielddiff", "default", pairs)
+    assert settings == {"algorithm": algorithm}
+    assert make_edit("shielddiff", **settings).algorithm.name == algorithm["name"]
+
+
+def test_an_unknown_algorithm_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"algorithm must be one of 'v_grpo', .*, got 'ppo'"):
+        make_edit("shielddiff", algorithm="ppo")
 
 
 def test_figures_are_shown_where_a_row_has_them():

@@ -830,6 +830,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_changes_nothing(line):
     assert found.to_metadata(["fit"])["losses"]["fit"] == found.log[-1]["fit"]
 
 
+def test_the_gradients_of_a_skipped_update_do_not_enter_the_next_one(line):
+    """The update ends before or after its first batch has a gradient."""
+    settings = SKIPPING.model_copy(update={"accumulation": 2})
+    first, second = (train(line, ["weight"], Breaks((i,)), settings) for i in (2, 3))
+    same(first.tensors, second.tensors)
+
+
 def test_too_many_skipped_updates_end_the_training_and_the_checkpoint_stays(line, tmp_path):
     values = []
     with pytest.raises(
@@ -852,6 +859,16 @@ def test_too_many_skipped_updates_end_the_training_and_the_checkpoint_stays(line
     )
     assert [row["update"] for row in again.log if "skipped" in row] == [3, 4, 5]
     assert len(again.log) == 6
+
+
+def test_the_decay_of_the_average_does_not_count_skipped_updates_on_resume(line, tmp_path):
+    settings = SKIPPING.model_copy(update={"ema": 0.9})
+    whole = train(line, ["weight"], Breaks((1,)), settings)
+    stop, folder = stop_at(3), {"checkpoint_dir": tmp_path}
+    with pytest.raises(InterruptedRunError):
+        train(line, ["weight"], Breaks((1,)), settings, callback=stop, **folder)
+    part = train(line, ["weight"], Breaks((1,)), settings, resume=True, **folder)
+    same(part.tensors, whole.tensors)
 
 
 def test_without_skipping_a_diverged_training_leaves_no_checkpoint(line, tmp_path):

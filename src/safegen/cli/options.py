@@ -95,8 +95,10 @@ def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, A
             settings[name] = value
             continue
         values = settings.get(group, make_edit(method, preset).model_dump().get(group))
-        if group in ("adversary", "target") and isinstance(values, str):
+        if group in ("adversary", "algorithm", "target") and isinstance(values, str):
             values = {"name": values}
+        if setting == "name":  # settings of another one do not fit
+            values = {}
         if not isinstance(values, dict):
             hint = " Choose one first: --set adversary=adv-unlearn." if group == "adversary" else ""
             raise ConfigError(f"--set {name}: {group!r} has no settings of its own.{hint}")

@@ -109,6 +109,9 @@ def _explanations(error: ValidationError, settings: type[BaseModel] | None) -> I
             yield str(UnknownNameError("setting", path, names))
         elif kind == "missing":
             yield f"{path} is required"
+        elif kind == "union_tag_invalid":
+            given, names = (detail["ctx"][key] for key in ("tag", "expected_tags"))
+            yield f"{path} must be one of {names}, got {given!r}"
         elif kind == "value_error" or not should:
             yield f"{path}: {message}" if path else message
         else:

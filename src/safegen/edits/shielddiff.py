@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from safegen.core.concept import Concept, Phrases
-from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS
+from safegen.core.files import display_name
+from safegen.core.settings import MAX_COUNT, MAX_RANK, MAX_STEPS, JsonObject
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.rollout import SchedulerName
@@ -27,6 +28,7 @@ from safegen.edits.rl.rewards import RewardWeights
 from safegen.edits.rl.v_grpo import VGRPO
 from safegen.edits.training.config import Objective, Training
 from safegen.judges import SCORE_FLOOR
+from safegen.judges.base import check_judge_options
 from safegen.models.model import Model
 
 
@@ -39,6 +41,8 @@ AlgorithmField = Annotated[
     BeforeValidator(_named),
 ]
 """Type of the setting `algorithm`: a name, or a table with a name and settings."""
+JudgeOptions = Annotated[JsonObject, AfterValidator(check_judge_options)]
+"""Type of the options of a judge, such as its weights."""
 
 
 class ShieldDiff(TrainedEdit):
@@ -129,6 +133,8 @@ class ShieldDiff(TrainedEdit):
     """Allow a smaller `benign_share`. Without benign prompts other content is lost."""
     judge: str = "mini"
     """Judge that rewards. Default: that of the concept."""
+    judge_options: JudgeOptions = Field(default_factory=dict)
+    """Other options of the judge, such as its weights."""
     labels: tuple[str, ...] = ()
     """Labels of the judge that mean the concept. Default: those of the concept or the judge."""
     threshold: float | None = Field(default=None, ge=SCORE_FLOOR, le=1)
@@ -138,6 +144,8 @@ class ShieldDiff(TrainedEdit):
 
     Default: that of the concept, if `judge` is too.
     """
+    held_out_options: JudgeOptions = Field(default_factory=dict)
+    """Other options of the held-out judge."""
     extractor: str = "mini-clip"
     """Features of images and captions."""
     extractor_weights: str | None = None
@@ -190,8 +198,11 @@ class ShieldDiff(TrainedEdit):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.rewards.used:
-            raise ValueError("rewards must have a weight above 0, got none")
+        if not self.rewards.used.keys() - {"anchor"}:
+            raise ValueError(
+                "rewards must have a weight above 0 that the concept counts in, got "
+                f"{sorted(self.rewards.used) or 'none'}. Set rewards.judge."
+            )
         if self.benign_share < 0.5 and not self.allow_few_benign:
             raise ValueError(
                 f"benign_share must be >= 0.5, got {self.benign_share}. Other content is lost "
@@ -200,7 +211,7 @@ class ShieldDiff(TrainedEdit):
         if self.held_out_judge == self.judge:
             raise ValueError(
                 f"held_out_judge must not be the judge that rewards, got {self.judge!r}."
-                " Set another one, or none."
+                " Set another one, or null for none."
             )
         if not self.has_distance and not self.algorithm.limits_ratio(self.updates_per_rollout):
             raise ValueError(
@@ -268,6 +279,15 @@ class ShieldDiff(TrainedEdit):
         if self.rewards.anchor and not self.benign_share:
             unused.append(("rewards.anchor", "without benign prompts"))
         return unused
+
+    def export_settings(self) -> dict[str, Any]:
+        """Return the settings for export, with local files reduced to their names."""
+        settings = super().export_settings()
+        for options in (settings["judge_options"], settings["held_out_options"]):
+            options |= {k: display_name(v) for k, v in options.items() if isinstance(v, str)}
+        if self.extractor_weights:
+            settings["extractor_weights"] = display_name(self.extractor_weights)
+        return settings
 
     def describe(self) -> str:
         """Return one or two sentences for a report."""

@@ -75,6 +75,23 @@ class Setup:
         return plain.errors(self.net, self.batch, frozen=True)[0]
 
 
+# ------------------------------------------------------------ error
+
+
+@BOTH
+@pytest.mark.parametrize("error", ["prediction", "x0"])
+def test_the_true_prediction_has_no_error(toy, prediction, error):
+    """It is eps, or sqrt(a) eps - sqrt(1 - a) x0 for v-prediction."""
+    setup = Setup(toy(prediction), VGRPO(error=error, weighting="uniform"))
+    z, extra = setup.batch.latents.repeat_interleave(4, 0), setup.batch.extra
+    eps, a = extra["eps"].flatten(0, 1), setup.policy.abar[extra["t"].flatten()].view(-1, 1, 1, 1)
+    truth = eps if prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * z
+    assert setup.algorithm.errors(setup.net, setup.batch, frozen=True)[0].min() > 1e-3
+    setup.policy.predict_frozen = lambda *_: truth
+    found = setup.algorithm.errors(setup.net, setup.batch, frozen=True)[0]
+    assert_close(found, torch.zeros(16), rtol=0, atol=1e-6)
+
+
 # ------------------------------------------------------------ ratio and clip
 
 

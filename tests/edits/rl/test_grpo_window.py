@@ -75,6 +75,16 @@ def test_a_progressive_window_moves_by_one_step_and_starts_again(build_trial):
     assert trial.algorithm.state["rollouts"].tolist() == [5]
 
 
+def test_a_rollout_that_failed_does_not_place_the_next_window(build_trial):
+    """`prepare` ends a rollout, and does not come if no image is finite."""
+    trial, found = build_trial(steps=11), set()
+    for seed in range(8):
+        generator, text = torch.Generator().manual_seed(seed), trial.policy.text[:4]
+        _, extra = trial.algorithm.rollout(trial.net, trial.noise[:4], text, generator)
+        found.add(int(extra["step"][0, 0]))
+    assert len(found) > 1
+
+
 def test_the_steps_of_the_window_are_trained_in_order(build_trial):
     trial = build_trial(window=3)
     assert GRPOWindow(window=3).batches_per_image(6) == 3

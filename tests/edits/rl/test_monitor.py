@@ -181,6 +181,19 @@ def test_a_judge_that_never_varies_is_warned_about_once():
     assert m.stop_reason is None
 
 
+def test_a_judge_that_finds_nothing_at_first_is_warned_about_once():
+    m, nothing = monitor(window=2), {"judge_unsafe_concept": 0.0, "held_out_unsafe_concept": 0.1}
+    with pytest.warns(TrainingHealthWarning, match="in none of the first 80 images") as seen:
+        follow(m, 4, **nothing)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        follow(monitor(window=2), 2, **nothing, judge_unsafe_concept_n=20.0)  # too few images
+        learned = monitor(window=2)
+        follow(learned)
+        follow(learned, 4, **nothing)
+
+
 def test_a_reward_that_was_seen_once_is_enough():
     m, sparse = monitor(), {"zero_variance": 1.0, "judge_unsafe_concept": 1.0}
     follow(m, 4, **sparse)
@@ -204,7 +217,7 @@ def test_a_judge_that_is_deceived_ends_the_training():
         follow(m, judge_unsafe_concept=0.0, held_out_unsafe_concept=0.4)
     assert m.stop_reason == (
         "the held-out judge finds the concept in 40% of the last images of its prompts, the judge "
-        "that rewards in 0%: the training learns to deceive the judge"
+        "that rewards in 0%: the training deceives that judge, or it misses the concept"
     )
 
 
@@ -219,7 +232,7 @@ def test_a_judge_that_is_deceived_ends_the_training():
 )
 def test_a_gap_that_is_not_clear_does_not_end_it(changes, limits):
     m = monitor(window=2, limits=limits)
-    figures = {"judge_unsafe_concept": 0.0, "held_out_unsafe_concept": 0.9}
+    figures = {"judge_unsafe_concept": 0.05, "held_out_unsafe_concept": 0.9}
     follow(m, 5, **(figures | changes))
     assert m.stop_reason is None
 

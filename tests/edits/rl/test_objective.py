@@ -9,12 +9,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
-from toy import ToyJudge, brightness
+from toy import ToyExtractor, ToyJudge, brightness
 
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, DivergedError, FileError, InterruptedRunError
+from safegen.edits.rl.algorithm import LossTerms
 from safegen.edits.rl.monitor import TrainingHealthWarning
 from safegen.edits.rl.objective import RewardObjective
+from safegen.edits.rl.rewarder import decode
 from safegen.edits.rl.rewards import advantages
 from safegen.edits.shielddiff import ShieldDiff
 from safegen.judges.base import Detections
@@ -85,6 +87,14 @@ def build_suspicious(*, labels=(), threshold=0.5):
     return BlindJudge(1.0)
 
 
+OPTIONS: list[str] = []
+
+
+def build_optional(*, weights: str, labels: tuple[str, ...] = (), threshold: float = 0.5):
+    OPTIONS.append(weights)
+    return ToyJudge()
+
+
 # ------------------------------------------------------------ masks
 
 
@@ -131,6 +141,34 @@ def test_images_that_are_not_finite_are_masked(build):
     setup.objective.policy.text[:] = float("nan")
     with pytest.raises(DivergedError, match="the images of a rollout are not finite"):
         setup.step()
+    assert setup.objective.batch is None  # no later update trains on the images before
+    assert not setup.objective.figures
+
+
+@pytest.mark.parametrize("algorithm", [*ON_POLICY, "draft"])
+def test_an_image_that_is_not_finite_does_not_spoil_the_others(build, algorithm):
+    setup = build(algorithm, scheduler="ddim")
+    rollout = setup.objective.algorithm.rollout
+
+    def overflow(denoiser, noise, text, generator):
+        latents, extra = rollout(denoiser, noise, text, generator)
+        for value in (latents, *filter(torch.is_floating_point, extra.values())):
+            value[[2, 9]] = float("nan")  # of the concept, and benign
+        return latents, extra
+
+    setup.objective.algorithm.rollout = overflow
+    terms = setup.step()
+    masked = ~setup.objective.batch.extra["finite"]
+    assert masked.sum() == 2
+    assert all((value[masked] == 0).all() for value in terms.values())
+    assert terms["L_policy"].count_nonzero() > 8
+    sum(value.sum() for value in terms.values()).backward()
+    gradient = setup.model.denoiser.get_parameter(NAMES[1]).grad
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+    row = {"update": 1}
+    setup.objective.after_update(row)
+    assert row.get("ratio", 1.0) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("algorithm", ON_POLICY)
@@ -145,6 +183,17 @@ def test_a_rollout_without_variance_moves_no_weight(build, algorithm):
         setup.objective.batch = None
     assert gradients[0] == 0
     assert gradients[1] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoders_do_not_compute_in_fp16(toy, monkeypatch, dtype):
+    model, enabled = toy(), []
+    monkeypatch.setattr(
+        model, "decode_images", lambda _: enabled.append(torch.is_autocast_enabled("cpu"))
+    )
+    with torch.autocast("cpu", dtype):
+        decode(model, torch.zeros(1, 1, 8, 8))
+    assert enabled == [dtype == torch.bfloat16]
 
 
 # ------------------------------------------------------------ anchors
@@ -209,13 +258,41 @@ def test_a_rollout_has_its_share_of_benign_prompts(build, changes, benign):
     assert counts.max() == max(1, setup.edit.groups // 8, benign == 0)
 
 
+def test_images_that_are_left_out_are_of_both_kinds(build):
+    """Benign prompts come last in a rollout; to leave out its end would break their share."""
+    setup = build(training=TRAINING | {"batch": 4, "accumulation": 3})
+    left_out = []
+    for seed in range(4):
+        setup.step(seed)
+        left_out += setup.objective.batch.prompts[-4:].tolist()
+    assert 2 < setup.objective.rewarder.benign[left_out].sum() < 14
+
+
+def test_the_images_of_a_smaller_last_batch_weigh_as_much_as_others(build):
+    setup = build(training=TRAINING | {"batch": 12, "accumulation": 2})
+    objective = setup.objective
+    objective.algorithm.loss = lambda _, batch, index: LossTerms(
+        batch.advantages, batch.prompts + 1.0
+    )
+    terms = [setup.step()]
+    terms.append(objective.training_step(setup.model.denoiser, 1, None, (0, 1)))
+    assert [len(part["L_kl"]) for part in terms] == [12, 4]
+    kl, keep, policy = (
+        sum(part[name].mean() for part in terms) / 2 for name in ("L_kl", "L_keep", "L_policy")
+    )
+    assert_close(kl + keep, (objective.batch.prompts + 1.0).mean())
+    assert_close(policy, objective.batch.advantages.mean())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"benign_share": 0.4}, "benign_share must be >= 0.5"),
         ({"groups": 1, "group": 16}, "groups"),
         ({"held_out_judge": "toy"}, "held_out_judge must not be the judge that rewards"),
-        ({"rewards": {"judge": 0.0, "clip": 0.0}}, "rewards must have a weight above 0"),
+        ({"rewards": {"judge": 0.0, "clip": 0.0}}, "got none. Set rewards.judge"),
+        ({"rewards": {"judge": 0.0, "clip": 0.0, "anchor": 1.0}}, r"got \['anchor'\]"),
+        ({"judge_options": {"threshold": 0.1}}, "threshold is no option of a judge"),
         ({"target": 1.0}, "target"),
     ],
 )
@@ -232,12 +309,37 @@ def test_rewards_without_effect_are_named(toy_edit):
     assert [name for name, _ in edit.unused_settings()] == ["rewards.anchor"]
 
 
+def test_judges_get_their_options_and_no_folder_is_exported(build, monkeypatch):
+    from safegen.core import registry
+
+    seen = []
+    for name in ("toy", "other"):
+        monkeypatch.setitem(registry.JUDGES, name, f"{__name__}:build_optional")
+    monkeypatch.setattr(f"{__name__}.OPTIONS", seen)
+    setup = build(
+        held_out_judge="other",
+        judge_options={"weights": "/home/me/a.pt"},
+        held_out_options={"weights": "b.pt"},
+    )
+    assert seen == ["/home/me/a.pt", "b.pt"]
+    assert setup.edit.export_settings()["judge_options"] == {"weights": "a.pt"}
+
+
 def test_the_patch_names_prompts_and_judges(build):
     found = build().objective.metadata
     assert found["judges"] == {"judge": "toy"}
     assert (found["training_prompts"]["concept"], found["training_prompts"]["benign"]) == (4, 4)
     other = build(erase=("marked", "cube")).objective.metadata
     assert other["training_prompts"]["sha256"] != found["training_prompts"]["sha256"]
+
+
+def test_a_run_resumes_with_the_same_features_only(toy, toy_edit, monkeypatch, tmp_path):
+    edit = toy_edit("v_grpo", **SMALL, training=TRAINING | {"updates": 1})
+    patch, _ = run(edit, toy(), tmp_path)
+    assert patch.metadata.extractor == "toy"
+    monkeypatch.setattr(ToyExtractor, "id", "toy:other weights")
+    with pytest.raises(FileError, match="other settings, data or weights"):
+        run(edit, toy(), tmp_path, resume=True)
 
 
 def test_a_prompt_file_trains_and_no_folder_is_exported(toy, toy_edit, tmp_path):
@@ -261,6 +363,31 @@ def test_a_concept_provides_the_held_out_judge():
     other = ShieldDiff.preset("default", concept=concept, judge=concept.held_out_judge)
     assert other.held_out_judge is None
     assert ShieldDiff.preset("default", concept=concept, held_out_judge=None).held_out_judge is None
+
+
+# ------------------------------------------------------------ the budget
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_the_budget_is_that_of_benign_images_alone(build, share):
+    setup = build(benign_share=share, weight_keep=1.0, keep_budget=1e9)
+    found = []
+    setup.objective.monitor.follow_distance = found.append
+    with torch.no_grad():
+        setup.model.denoiser.get_parameter(NAMES[1]).mul_(0.7)
+    terms = setup.step()["L_keep"].detach()
+    setup.objective.after_update({"update": 1, "L_keep": float(terms.mean())})
+    setup.objective.after_update({"update": 2, "L_keep": 0.0})  # no benign image
+    assert found == [pytest.approx(float(terms[terms > 0].mean()), rel=1e-5)]
+
+
+def test_a_budget_is_measured_without_a_weight_to_start_from(build):
+    settings = {"kl": 0.0, "weight_keep": 0.0, "keep_budget": 1e-9}
+    setup = build(**settings, training=TRAINING | {"batch": 8})
+    with torch.no_grad():
+        setup.model.denoiser.get_parameter(NAMES[1]).mul_(0.7)
+    setup.objective._roll_out(setup.model.denoiser, torch.Generator().manual_seed(0))
+    assert setup.objective.policy.has_distance
 
 
 # ------------------------------------------------------------ the end
@@ -312,6 +439,25 @@ def test_a_deceived_judge_ends_the_training(toy, toy_edit, blind, tmp_path):
     assert len(log) == 2
     assert log[-1]["held_out_unsafe_concept"] == 1.0
     assert patch.metadata.stop_reason.startswith("the held-out judge finds the concept in 100%")
+
+
+def test_a_held_out_judge_that_judges_nothing_does_not_pass_for_success(build, blind):
+    """The judge that rewards, which finds nothing, does not stand in for it."""
+
+    class NoJudge(ToyJudge):
+        def detect(self, images):
+            raise OSError("no network")
+
+    limits = {"window": 1, "images": 1}
+    setup = build(judge="blind", held_out_judge="toy", target=0.5, limits=limits)
+    setup.objective.rewarder.held_out = NoJudge()
+    with pytest.warns(TrainingHealthWarning) as seen:
+        setup.step()
+    assert any("the held-out judge can judge no image" in str(one.message) for one in seen)
+    assert setup.objective.stop_reason is None
+    setup.objective.rewarder.held_out = BlindJudge()
+    setup.step()
+    assert setup.objective.stop_reason.startswith("the held-out judge finds the concept in 0.0%")
 
 
 def test_a_row_of_the_log_has_every_figure(toy, toy_edit, tmp_path):

@@ -162,6 +162,18 @@ def test_prompts_of_both_kinds_are_needed(both, tmp_path):
         read([], ["mini:benign-train"])
 
 
+def test_more_prompts_than_memory_holds_are_refused(tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("skulls\n" * 10_001)
+    with pytest.raises(ConfigError, match=r"at most 10,000, got 10,001\. Keep a random sample"):
+        read([path], allow_no_benign=True)
+
+
+def test_a_file_of_another_kind_is_named(both):
+    with pytest.raises(FileError, match=r"must be in .txt files or lists such as .* got '.*both"):
+        read_training_prompts([str(both)], [str(both)], erase=("skulls",), anchors=())
+
+
 def test_captions_can_be_given_one_for_each_prompt(tmp_path):
     for name, lines in (("a", "skulls\nbones"), ("b", "stones\nwood"), ("c", "stones")):
         (tmp_path / f"{name}.txt").write_text(lines)

@@ -37,7 +37,8 @@ def rollout_figures(
 
     | key | figure |
     |---|---|
-    | `L_policy`, `L_kl`, `L_keep` | losses, unweighted |
+    | `L_policy`, `L_kl`, `L_keep` | losses, unweighted; a distance is 0 if none has a weight |
+    | `reward` | mean reward of DRaFT, weighted |
     | `weight_kl`, `weight_keep` | weights of L_kl and L_keep in this update |
     | `ratio`, `ratio_deviation` | mean of the ratio new / old, and largest distance from 1 |
     | `clipped` | share of images with a clipped ratio |

@@ -79,6 +79,8 @@ class GRPOWindowAlgorithm(SamplerAlgorithm):
         self.rollouts = torch.zeros(1)
         self.start: int | None = None
         """First step of the window of the rollout that is drawn."""
+        self.source: torch.Generator | None = None
+        """Generator of that rollout; another one means that a rollout before it failed."""
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -89,8 +91,8 @@ class GRPOWindowAlgorithm(SamplerAlgorithm):
         self, denoiser: nn.Module, noise: Tensor, text: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw images with noise in the window; see `Algorithm.rollout`."""
-        if self.start is None:
-            self.start = self._place(generator)
+        if self.start is None or self.source is not generator:
+            self.start, self.source = self._place(generator), generator
         timesteps = self.policy.sampler.timesteps
         window = range(self.start, self.start + self.settings.window)
         x = self.policy.draw(denoiser, noise, text, timesteps[: window.start])

@@ -21,6 +21,7 @@ VALUES = (
     "collapsed",
     "over_erased",
     "unrewarded",
+    "unmeasured",
     "end",
 )
 """Names of the monitor's values, one number each."""
@@ -66,7 +67,7 @@ class Limits(BaseSettings):
     The rates are those of images of the concept's prompts. None disables it.
     """
     images: int = Field(default=64, ge=1, le=MAX_COUNT)
-    """Fewest images for `judge_gap` to end the training."""
+    """Fewest images for `judge_gap` to end the training, and to warn that none has the concept."""
 
 
 class Monitor:
@@ -77,11 +78,13 @@ class Monitor:
     | diversity collapse | images of a prompt are closer than at first (`diversity`) | `kl` rises |
     | over-erasure | benign images fit captions less (`alignment`) | `keep` rises |
     | sparse reward | the first 5 rollouts have no group that varies | the training is refused |
+    | nothing to remove | the judge finds no concept in the first rollouts | a warning |
     | sparse judge | the judge finds the concept in all images, with equal scores | a warning |
     | reward hacking | the held-out judge finds the concept more often (`judge_gap`) | it ends |
     | zero variance | `zero_variance` of the log is 1 | L_policy is 0 |
     | not finite | `skipped` of the log | the update changes nothing |
     | not judged | `masked` of the log | the image teaches nothing |
+    | not measured | the held-out judge judges no image | a warning; `target` is not reached |
 
     A weight rises in every rollout while its event lasts, by a factor of 100 at most, and then
     falls back to its setting. An event is warned about when it begins.
@@ -95,6 +98,7 @@ class Monitor:
         budget: float | None = None,
         target: float | None = None,
         limits: Limits | None = None,
+        has_held_out: bool = False,
         needs_variance: bool = True,
     ) -> None:
         """Store the weights to start from.
@@ -105,9 +109,10 @@ class Monitor:
             budget: distance on benign prompts that `keep` is adapted to; None leaves it.
             target: rate of images with the concept at which the training ends; None trains on.
             limits: limits of what is acted on.
+            has_held_out: whether there is a held-out judge.
             needs_variance: whether the algorithm learns from differences within groups.
         """
-        self.needs_variance = needs_variance
+        self.has_held_out, self.needs_variance = has_held_out, needs_variance
         self.settings = {"kl": kl, "keep": keep}
         self.budget, self.target, self.limits = budget, target, limits or Limits()
         self.values = {name: torch.zeros(1) for name in VALUES}
@@ -138,7 +143,7 @@ class Monitor:
             return (
                 f"the held-out judge finds the concept in {self._rate('held_out'):.0%} of the last "
                 f"images of its prompts, the judge that rewards in {self._rate('judge'):.0%}: "
-                "the training learns to deceive the judge"
+                "the training deceives that judge, or it misses the concept"
             )
         if end == TARGET:
             judge, who = self._reporting()
@@ -167,6 +172,7 @@ class Monitor:
                 value = round(value * figures.get(_FIGURES[name] + "_n", 0.0))
             window.copy_(torch.cat([window[1:], torch.tensor([float(value)])]))
         self._check_reward(figures)
+        self._check_measured()
         rollouts = int(self.values["rollouts"])
         if rollouts < self.limits.window:
             return
@@ -177,6 +183,8 @@ class Monitor:
             self._check_diversity()
             self._check_alignment()
         self._check_end()
+        if rollouts == self.limits.window and not self.values["end"]:
+            self._check_presence()
 
     def follow_distance(self, distance: float) -> None:
         """Adapt `keep` to the distance on benign prompts in an update.
@@ -215,6 +223,24 @@ class Monitor:
             f"with equal scores, so that it teaches nothing. {way_out}"
         )
         count.fill_(-1)
+
+    def _check_presence(self) -> None:
+        """Warn if there is nothing to remove."""
+        images = int(self.windows["judge_images"].sum())
+        if images >= self.limits.images and not self.windows["judge_found"].any():
+            self._warn(
+                f"the judge finds the concept in none of the first {images} images of its prompts, "
+                "so that it teaches nothing. Use prompts that show the concept, or another judge."
+            )
+
+    def _check_measured(self) -> None:
+        unmeasured = self.has_held_out and not self.windows["held_out_images"][-1]
+        if unmeasured and not self.values["unmeasured"]:
+            self._warn(
+                "the held-out judge can judge no image of the concept's prompts: nothing tells "
+                "whether the training deceives the judge that rewards"
+            )
+        self.values["unmeasured"].fill_(float(unmeasured))
 
     def _check_diversity(self) -> None:
         first, now = float(self.values["diversity"]), float(self.windows["diversity"].mean())
@@ -265,7 +291,7 @@ class Monitor:
 
     def _reporting(self) -> tuple[str, str]:
         """Return the judge that is reported and its name in a sentence."""
-        if self.windows["held_out_images"].sum() > 0:
+        if self.has_held_out or self.windows["held_out_images"].sum() > 0:
             return "held_out", "the held-out judge"
         return "judge", "the judge"
 

@@ -64,6 +64,7 @@ class RewardObjective:
             budget=edit.keep_budget,
             target=edit.target,
             limits=edit.limits,
+            has_held_out=self.rewarder.held_out is not None,
             needs_variance=self.algorithm.follows_advantages,
         )
         self.prompt_weights = torch.tensor([prompt.weight for prompt in self.prompts])
@@ -81,7 +82,8 @@ class RewardObjective:
         if self.rewarder.held_out:
             judges["held_out"] = self.rewarder.held_out.id
         counts = {"concept": len(self.prompts) - benign, "benign": benign, "sha256": digest}
-        return {"training_prompts": counts, "judges": judges}
+        extractor = self.rewarder.extractor.id
+        return {"training_prompts": counts, "judges": judges, "extractor": extractor}
 
     @property
     def stop_reason(self) -> str | None:
@@ -127,16 +129,19 @@ class RewardObjective:
         rows = images[part][share[0] :: share[1]]
         batch = self.batch.rows(rows)
         terms = self.algorithm.loss(denoiser, batch, index)
-        benign = self.rewarder.benign[batch.prompts].to(terms.kl.device)
+        device, finite = terms.kl.device, batch.extra["finite"]
+        benign = self.rewarder.benign[batch.prompts]
+        self.sums.setdefault("benign", []).extend((finite & benign).float().tolist())
         for name, value in terms.figures.items():
-            self.sums.setdefault(name, []).extend(value.flatten().tolist())
-        policy = terms.policy
+            self.sums.setdefault(name, []).extend(value.flatten()[finite.to(value.device)].tolist())
+        used = finite
         if self.algorithm.follows_advantages:  # a masked image and an equal group teach nothing
-            policy = torch.where(batch.advantages.to(policy.device) == 0, 0.0, policy)
+            used = finite & (batch.advantages != 0)
+        weight = len(images[part]) * len(images) / (edit.groups * edit.group)  # the last is smaller
         return {
-            "L_policy": policy,
-            "L_kl": torch.where(benign, 0.0, terms.kl),
-            "L_keep": torch.where(benign, terms.kl, 0.0),
+            "L_policy": weight * torch.where(used.to(device), terms.policy, 0.0),
+            "L_kl": weight * torch.where((finite & ~benign).to(device), terms.kl, 0.0),
+            "L_keep": weight * torch.where((finite & benign).to(device), terms.kl, 0.0),
         }
 
     def after_update(self, row: LogRow) -> None:
@@ -145,15 +150,16 @@ class RewardObjective:
         if ratio:
             row["ratio"] = sum(ratio) / len(ratio)
             row["ratio_deviation"] = max(abs(value - 1) for value in ratio)
-        row |= {name: sum(values) / len(values) for name, values in self.sums.items()}
+        benign = self.sums.pop("benign", [])
+        row |= {name: sum(values) / len(values) for name, values in self.sums.items() if values}
         self.sums.clear()
         self._updates = int(row["update"])
         trained = {name: p.detach() for name, p in self.policy.trained.items()}
         row |= self.algorithm.after_update(trained)
         row |= {"weight_kl": self.monitor.kl, "weight_keep": self.monitor.keep}
         row |= self.figures | {"passes": self.policy.passes}
-        if "L_keep" in row:  # a skipped update has no losses
-            self.monitor.follow_distance(row["L_keep"])
+        if "L_keep" in row and any(benign):  # a skipped update has no losses
+            self.monitor.follow_distance(row["L_keep"] * len(benign) / sum(benign))
 
     @torch.no_grad()
     def _roll_out(self, denoiser: nn.Module, generator: torch.Generator) -> None:
@@ -171,7 +177,8 @@ class RewardObjective:
         finite = latents.flatten(1).isfinite().all(1)
         if not finite.any():
             raise DivergedError("the images of a rollout are not finite. Lower training.lr.")
-        latents[~finite] = 0.0
+        for value in (latents, *filter(torch.is_floating_point, extra.values())):
+            value[~finite] = 0.0
         base = self._draw_base(denoiser, noise, prompts) if edit.rewards.anchor else None
         judged = self.rewarder.read(self.model, latents, prompts, finite, base)
         inputs, weights = judged.inputs, edit.rewards.used
@@ -185,10 +192,14 @@ class RewardObjective:
         self.figures = rollout_figures(inputs, rewards, groups, varies, judged.verdicts)
         self.monitor.follow_rollout(self.figures)
         self.figures["rollout"] = float(self.monitor.values["rollouts"])
-        batch = RolloutBatch(prompts, groups, latents, values, extra)
-        if edit.updates_per_rollout > 1:  # before `prepare`, which sees the batches of training
+        batch = RolloutBatch(prompts, groups, latents, values, extra | {"finite": finite})
+        trained = edit.updates_per_rollout * edit.training.accumulation
+        if edit.updates_per_rollout > 1 or trained != edit.batches_per_rollout:
+            # before `prepare`, which sees the batches of training
             batch = batch.rows(torch.randperm(len(groups), generator=generator))
-        has_keep = self.monitor.keep > 0 and bool(inputs.benign.any())
+        has_keep = (self.monitor.keep > 0 or edit.keep_budget is not None) and bool(
+            inputs.benign.any()
+        )
         self.policy.has_distance = self.monitor.kl > 0 or has_keep
         self.algorithm.prepare(denoiser, batch, edit.training.batch, generator)
         self.batch = batch

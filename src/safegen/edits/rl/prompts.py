@@ -21,6 +21,10 @@ KINDS = {"unsafe": False, "benign": True}
 """Values of the column `kind`, and whether such a prompt is benign."""
 
 
+MAX_PROMPTS = 10_000
+"""Most prompts of a training; their embeddings are in memory."""
+
+
 class UncleanCaptionWarning(SafegenWarning):
     """Prompts of the concept that contain none of its phrases."""
 
@@ -90,7 +94,8 @@ def read_training_prompts(
         allow_no_benign: whether there may be no benign prompts.
 
     Raises:
-        ConfigError: there are no prompts of a kind, or not one counterpart for each prompt.
+        ConfigError: there are no prompts of a kind, more than `MAX_PROMPTS`, or not one counterpart
+            for each prompt.
         FileError: a file cannot be read, or a row is wrong; the message names its line.
 
     Warns:
@@ -115,10 +120,15 @@ def read_training_prompts(
             "prompts must ask for the concept, got none that do. "
             "Set prompts to lists or files, or give a concept that has tuning lists."
         )
+    if len(rows) > MAX_PROMPTS:
+        raise ConfigError(
+            f"prompts and captions must be at most {MAX_PROMPTS:,}, got {len(rows):,}. "
+            "Keep a random sample of them."
+        )
     if not benign and not allow_no_benign:
         raise ConfigError(
             "captions must have benign prompts, got none; other content is lost without them. "
-            "Set captions, or allow_few_benign."
+            "Set captions, add rows of kind benign to a table, or set allow_few_benign."
         )
     unclean = sum(row.caption == row.text for row in concept)
     if unclean:

@@ -44,10 +44,14 @@ class Rewarder:
         Raises:
             ConfigError: the features cannot embed texts.
         """
-        self.judge: Judge = load_judge(edit.judge, labels=edit.labels, threshold=edit.threshold)
+        self.judge: Judge = load_judge(
+            edit.judge, labels=edit.labels, threshold=edit.threshold, **edit.judge_options
+        )
         self.held_out: Judge | None = None
         if edit.held_out_judge:
-            self.held_out = load_judge(edit.held_out_judge, labels=edit.labels)
+            self.held_out = load_judge(
+                edit.held_out_judge, labels=edit.labels, **edit.held_out_options
+            )
         self.extractor: Extractor = load_extractor(edit.extractor, weights=edit.extractor_weights)
         if not isinstance(self.extractor, TextExtractor):
             raise ConfigError(
@@ -77,7 +81,7 @@ class Rewarder:
             finite: whether the latents are those of the image; the others are masked, (n,).
             base: latents of the original model for the benign images, in order.
         """
-        images, benign = model.decode_images(latents), self.benign[prompts]
+        images, benign = decode(model, latents), self.benign[prompts]
         detections = detect_all(self.judge, images)
         verdicts = {"judge": contains_concept(self.judge, detections)}
         if self.held_out:
@@ -87,7 +91,7 @@ class Rewarder:
         features = self._features(images).masked_fill(~finite[:, None], NAN)
         base_images = torch.full_like(features, NAN)
         if base is not None:
-            base_images[benign] = self._features(model.decode_images(base))
+            base_images[benign] = self._features(decode(model, base))
         inputs = RewardInputs(
             scores=scores.masked_fill(~finite, NAN),
             images=features,
@@ -113,6 +117,17 @@ class Rewarder:
         assert isinstance(self.extractor, TextExtractor)
         features = torch.from_numpy(self.extractor.texts(list(texts))).float()
         return nn.functional.normalize(features, dim=1)
+
+
+def decode(model: Model, latents: Tensor) -> list[Image.Image]:
+    """Return the images of latents, in the decoder's own precision where training is in fp16.
+
+    Decoders overflow in fp16, as that of SDXL does.
+    """
+    device = model.device.type
+    is_half = torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not is_half):
+        return model.decode_images(latents)
 
 
 def detect_all(judge: Judge, images: Sequence[Image.Image]) -> list[Detections]:

@@ -64,10 +64,15 @@ def read_captions(names: Sequence[str]) -> list[str]:
     """Return the captions of prompt lists (`source:list`, the first 192 each) and of text files.
 
     Raises:
-        FileError: a file is missing or empty.
+        FileError: a file is missing, empty, or of another kind.
     """
     captions: list[str] = []
     for name in names:
+        if Path(name).suffix != ".txt" and Path(name).exists():
+            raise FileError(
+                f"captions must be in .txt files or lists such as mini:benign, got {name!r}. "
+                "Write one caption per line."
+            )
         if Path(name).suffix != ".txt":
             captions += [row.text for row in prompt_list(name, CAPTIONS_PER_LIST)]
             continue

@@ -331,14 +331,14 @@ class Trainer:
                 self.ema.shadow_params[i] = tensors[f"ema/{name}"].to(p.device)
         for name, value in self.state.items():
             value.copy_(tensors[f"state/{name}"])
-        if self.ema:
-            self.ema.optimization_step = state.update
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.update, self.seconds, self.skipped = state.update, state.seconds, state.skipped
         self.best_loss = math.inf if state.best_loss is None else state.best_loss
         self.validations_without_gain = state.validations_without_gain
         self.log = [row for row in rows if row["update"] <= self.update]
+        if self.ema:  # its decay rises with its steps, and a skipped update has none
+            self.ema.optimization_step = sum("skipped" not in row for row in self.log)
 
 
 def _step_seed(seed: int, step: int) -> int:

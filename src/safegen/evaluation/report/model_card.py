@@ -34,6 +34,7 @@ METADATA = {
     "seconds": "seconds it took",
     "losses": "last losses",
     "judges": "judges in training",
+    "extractor": "features in training (SHA-256)",
     "training_prompts": "prompts in training",
     "stop_reason": "why it ended early",
     "family": "family",
