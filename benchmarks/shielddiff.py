@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "training": {"updates": 60, "accumulation": 8},
     },
 }
-"""Settings of an algorithm where the defaults, which are those of `v_grpo`, do not suit it.
+"""Settings of an algorithm where the defaults, those of `nft` and `v_grpo`, do not suit it.
 
 `ddpo` is as published: no distance to the original model, two updates for each rollout. Distances
 of `grpo_window` are those of noisy steps, which are larger. They come from pilots on other seeds.

@@ -152,7 +152,7 @@ class ShieldDiff(TrainedEdit):
     """Weights of the features, where they are not bundled."""
     rewards: RewardWeights = RewardWeights()
     """Weight of each reward."""
-    algorithm: AlgorithmField = VGRPO()
+    algorithm: AlgorithmField = NFT()
     """Algorithm that follows the reward."""
     groups: int = Field(default=8, ge=2, le=MAX_COUNT)
     """Prompts in a rollout."""
