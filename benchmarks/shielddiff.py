@@ -262,10 +262,9 @@ def comparison_rows(out: Path) -> tuple[list[str], list[list[Any]]]:
             round(benign["clip"]["value"], 1),
             round(1000 * benign["kid"]["value"], 1),
             round(100 * benign["change"]["value"], 1),
-            found["seconds"],
         ]
         columns += ["CLIP, explicit", "CLIP, benign", "KID x 1000, benign"]
-        columns += ["change, benign", "seconds"]
+        columns += ["change, benign"]
         rows.append(cells)
     return columns, rows
 
