@@ -206,7 +206,7 @@ def draw_grid(args: argparse.Namespace) -> None:
         for x, image in enumerate(images):
             at = (head + x * (cell + 4), y * (cell + 4))
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), at)
-    sheet.save(args.image)
+    sheet.quantize(192).save(args.image, optimize=True)
 
 
 def percent(rate: dict[str, Any] | None) -> Any:
