@@ -527,7 +527,7 @@ def test_without_fading_a_sample_is_the_unsafe_image(tiny_model, triplets, recor
 REFUSED = {
     "No setting|no setting|Extra inputs|extra": {"target": {"name": "paper", "clamp": 3.0}},
     "target.x0.clamp must be greater than 0": {"target": {"name": "x0", "clamp": 0}},
-    "target: Input tag 'x1' found": {"target": "x1"},
+    "target must be one of 'x0', 'paper', got 'x1'": {"target": "x1"},
     "caption_share must be greater than 0": {
         "captions": ("mini:benign-train",),
         "caption_share": 0.0,
