@@ -36,7 +36,8 @@ def edit(
     ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[
-        str, typer.Option(help="Settings to start from: default, or paper (the published run).")
+        str,
+        typer.Option(help="Settings to start from, such as default or paper (the published run)."),
     ] = "default",
     concept: Annotated[
         str | None, typer.Option(help="Concept to remove: a built-in name or a TOML file.")

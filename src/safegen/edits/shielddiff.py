@@ -45,6 +45,20 @@ JudgeOptions = Annotated[JsonObject, AfterValidator(check_judge_options)]
 """Type of the options of a judge, such as its weights."""
 
 
+SHORT_ROLLOUTS = Training(
+    updates=24,
+    batch=16,
+    accumulation=4,
+    lr=3e-3,
+    decay="cosine",
+    weight_decay=0.0,
+    ema=0.9,
+    precision="auto",
+    max_skipped=10,
+)
+"""Training of the miniature model by reward (ours)."""
+
+
 class ShieldDiff(TrainedEdit):
     """Settings of the ShieldDiff edit."""
 
@@ -73,16 +87,8 @@ class ShieldDiff(TrainedEdit):
             "group": 2,
             "kl": 0.3,
             "weight_keep": 5.0,
-            "training": Training(
-                updates=16,
-                batch=16,
-                accumulation=1,
-                lr=4e-3,
-                decay="cosine",
-                weight_decay=0.0,
-                ema=0.5,
-                precision="auto",
-                max_skipped=10,
+            "training": SHORT_ROLLOUTS.model_copy(
+                update={"updates": 16, "accumulation": 1, "lr": 4e-3, "ema": 0.5}
             ),
         },
     }
@@ -183,17 +189,7 @@ class ShieldDiff(TrainedEdit):
     """Which weights change."""
     rank: int | None = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the LoRA; None trains the selected weights themselves."""
-    training: Training = Training(
-        updates=24,
-        batch=16,
-        accumulation=4,
-        lr=3e-3,
-        decay="cosine",
-        weight_decay=0.0,
-        ema=0.9,
-        precision="auto",
-        max_skipped=10,
-    )
+    training: Training = SHORT_ROLLOUTS
     """Settings of the training loop."""
 
     @model_validator(mode="after")

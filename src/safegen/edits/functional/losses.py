@@ -75,6 +75,25 @@ def velocity(eps: Latent, z: Latent, abar: PerSample) -> Latent:
     return abar.sqrt().view(shape) * eps - (1 - abar).sqrt().view(shape) * z
 
 
+def implied_x0(prediction: Latent, x: Latent, abar: PerSample, *, kind: str) -> Latent:
+    """Return the clean latents that a prediction for `x` implies (arXiv:2202.00512, appendix D).
+
+    Args:
+        prediction: prediction of the network.
+        x: noised latents.
+        abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
+        kind: `epsilon` or `v_prediction`.
+    """
+    a, s = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
+    return (x - s * prediction) / a if kind == "epsilon" else a * x - s * prediction
+
+
+def implied_noise(prediction: Latent, x: Latent, abar: PerSample, *, kind: str) -> Latent:
+    """Return the noise that a prediction for `x` implies; see `implied_x0`."""
+    a, s = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
+    return prediction if kind == "epsilon" else a * prediction + s * x
+
+
 def add_noise(z: Latent, eps: Latent, abar: PerSample) -> Latent:
     """Return x_t = sqrt(abar) z + sqrt(1 - abar) eps (Ho et al. 2020, eq. 4)."""
     shape = (-1, 1, 1, 1)
@@ -148,6 +167,8 @@ def unpaired_preference(
 
 __all__ = [
     "add_noise",
+    "implied_noise",
+    "implied_x0",
     "negative_guidance",
     "paper_target",
     "preference",

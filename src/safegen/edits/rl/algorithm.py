@@ -149,17 +149,7 @@ class DenoisingPolicy:
 
     def x0(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the clean latents that a prediction implies."""
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        if self.prediction == "epsilon":
-            return (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
-        return abar.sqrt() * x - (1 - abar).sqrt() * prediction
-
-    def eps(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Return the noise that a prediction implies."""
-        if self.prediction == "epsilon":
-            return prediction
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * prediction + (1 - abar).sqrt() * x
+        return losses.implied_x0(prediction, x, self.abar[t], kind=self.prediction)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
+from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import Predict
 from safegen.edits.rl.algorithm import (
     Algorithm,
@@ -58,14 +59,10 @@ def ddim_mean(
         std: sigma, see `ddim_deviation`, (b,).
         kind: `epsilon` or `v_prediction`.
     """
-    a, a_prev, sigma = (value.float().view(-1, 1, 1, 1) for value in (abar, abar_prev, std))
-    prediction, x = prediction.float(), x.float()
-    if kind == "epsilon":
-        eps = prediction
-        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-    else:
-        eps = a.sqrt() * prediction + (1 - a).sqrt() * x
-        x0 = a.sqrt() * x - (1 - a).sqrt() * prediction
+    prediction, x, abar = prediction.float(), x.float(), abar.float()
+    x0 = losses.implied_x0(prediction, x, abar, kind=kind)
+    eps = losses.implied_noise(prediction, x, abar, kind=kind)
+    a_prev, sigma = (value.float().view(-1, 1, 1, 1) for value in (abar_prev, std))
     return a_prev.sqrt() * x0 + (1 - a_prev - sigma.square()).clamp(min=0).sqrt() * eps
 
 
