@@ -309,6 +309,12 @@ def test_rewards_without_effect_are_named(toy_edit):
     assert [name for name, _ in edit.unused_settings()] == ["rewards.anchor"]
 
 
+def test_features_of_the_miniature_refuse_a_larger_model(build, monkeypatch):
+    monkeypatch.setattr("toy.ToyModel.size", 512)
+    with pytest.raises(ConfigError, match=r"mini-clip knows scenes of 64 pixels only, got .* 512"):
+        build(extractor="mini-clip")
+
+
 def test_judges_get_their_options_and_no_folder_is_exported(build, monkeypatch):
     from safegen.core import registry
 

@@ -52,7 +52,7 @@ class RewardObjective:
             precision=edit.training.precision,
             has_distance=edit.has_distance,
         )
-        self.rewarder = Rewarder(edit, self.prompts)
+        self.rewarder = Rewarder(edit, self.prompts, model.size)
         self.algorithm = edit.algorithm.build(
             self.policy, edit.groups, edit.group, updates=edit.updates_per_rollout
         )

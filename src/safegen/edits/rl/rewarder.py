@@ -15,6 +15,7 @@ from safegen.edits.rl.prompts import TrainingPrompt
 from safegen.edits.rl.rewards import RewardInputs
 from safegen.features.base import Extractor, TextExtractor, load_extractor
 from safegen.judges import Detections, Judge, load_judge
+from safegen.mini.world import IMAGE_SIZE
 from safegen.models.model import Model
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ class JudgedImages:
 class Rewarder:
     """Judges and features that turn latents into the inputs of the rewards."""
 
-    def __init__(self, edit: ShieldDiff, prompts: Sequence[TrainingPrompt]) -> None:
+    def __init__(self, edit: ShieldDiff, prompts: Sequence[TrainingPrompt], size: int) -> None:
         """Load the judges and the features, and embed the captions.
 
+        Args:
+            edit: settings of the edit.
+            prompts: prompts of the training.
+            size: side of the model's images in pixels.
+
         Raises:
-            ConfigError: the features cannot embed texts.
+            ConfigError: the features cannot embed texts, or know other images only.
         """
         self.judge: Judge = load_judge(
             edit.judge, labels=edit.labels, threshold=edit.threshold, **edit.judge_options
@@ -56,6 +62,11 @@ class Rewarder:
         if not isinstance(self.extractor, TextExtractor):
             raise ConfigError(
                 f"extractor must embed texts too, got {edit.extractor!r}. Use clip or mini-clip."
+            )
+        if edit.extractor == "mini-clip" and size > IMAGE_SIZE:
+            raise ConfigError(
+                f"extractor must know the model's images: mini-clip knows scenes of {IMAGE_SIZE} "
+                f"pixels only, got a model of {size}. Set extractor=clip and extractor_weights."
             )
         self.benign = torch.tensor([prompt.benign for prompt in prompts])
         self.captions = self._embed([prompt.caption for prompt in prompts])
