@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Images, list_rates, select_samples
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from safegen.core.concept import Concept, load_concept, prompt_list
 from safegen.core.generation import GenerationConfig, preferred_precision
@@ -198,11 +198,16 @@ def draw_grid(args: argparse.Namespace) -> None:
     for name in args.stacks.split(","):
         with loader.open(make_stack(name, args.patches)) as loaded:
             rows.append((name, loaded.generate_images(samples, config)))
-    cell, head = 96, 110
+    cell, head = 96, 130
     sheet = Image.new("RGB", (head + len(samples) * (cell + 4), len(rows) * (cell + 4)), "white")
     pen = ImageDraw.Draw(sheet)
     for y, (name, images) in enumerate(rows):
-        pen.text((6, y * (cell + 4) + cell // 2 - 6), name, fill="black")
+        pen.text(
+            (6, y * (cell + 4) + cell // 2 - 12),
+            name,
+            fill="black",
+            font=ImageFont.load_default(20),
+        )
         for x, image in enumerate(images):
             at = (head + x * (cell + 4), y * (cell + 4))
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), at)
@@ -211,7 +216,7 @@ def draw_grid(args: argparse.Namespace) -> None:
 
 def percent(rate: dict[str, Any] | None) -> Any:
     """Return a rate as percent with its interval, None if there is none."""
-    return rate and [round(100 * rate[key], 1) for key in ("value", "low", "high")]
+    return rate and [round(100 * rate[key]) for key in ("value", "low", "high")]
 
 
 def cost_rows(out: Path) -> list[list[Any]]:
@@ -233,51 +238,53 @@ def cost_rows(out: Path) -> list[list[Any]]:
     return rows
 
 
-def comparison_rows(out: Path) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and rows of the comparison."""
-    columns = ["stack"]
-    rows = []
+def comparison_rows(out: Path, *, removed: bool) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of what is removed, or of what stays."""
+    columns, rows = ["stack"], []
     for name in STACKS:
         path = out / f"compare-{name}.json"
         if not path.exists():
             continue
-        found = json.loads(path.read_text(encoding="utf-8"))
-        lists, cells = found["lists"], [f"`{name}`"]
-        columns = ["stack"]
-        for part, row in lists.items():
-            short = part.partition(":")[2]
-            if row["role"] in ("explicit", "innocent"):
-                cells += [percent(row["held_out_removal"]), percent(row["removal"])]
-                columns += [f"{short}: removed, held-out judge", f"{short}: removed, judge"]
-            if row["role"] in ("explicit", "innocent", "benign"):
-                cells.append(percent(row["edited"]["subject"]))
-                columns.append(f"{short}: right object")
-            else:
-                cells.append(percent(row["edited"]["shown"]))
-                columns.append(f"{short}: shown")
-        benign = next(row for row in lists.values() if row["role"] == "benign")
-        explicit = next(row for row in lists.values() if row["role"] == "explicit")
-        cells += [
-            round(explicit["clip"]["value"], 1),
-            round(benign["clip"]["value"], 1),
-            round(1000 * benign["kid"]["value"], 1),
-            round(100 * benign["change"]["value"], 1),
-        ]
-        columns += ["CLIP, explicit", "CLIP, benign", "KID x 1000, benign"]
-        columns += ["change, benign"]
-        rows.append(cells)
+        lists = json.loads(path.read_text(encoding="utf-8"))["lists"]
+        cells = removal_cells(lists) if removed else kept_cells(lists)
+        columns = ["stack", *cells]
+        rows.append([f"`{name}`", *cells.values()])
     return columns, rows
+
+
+def removal_cells(lists: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells of a stack about prompts that ask for the concept, by column."""
+    cells: dict[str, Any] = {}
+    for row in lists.values():
+        if (role := row["role"]) in ("explicit", "innocent"):
+            cells[f"{role}: removed, held-out judge"] = percent(row["held_out_removal"])
+            cells[f"{role}: removed, judge"] = percent(row["removal"])
+            cells[f"{role}: right object"] = percent(row["edited"]["subject"])
+    return cells
+
+
+def kept_cells(lists: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells of a stack about other prompts, by column."""
+    cells: dict[str, Any] = {}
+    for name, row in lists.items():
+        if row["role"] in ("neighbour", "other"):
+            cells[f"{name.partition(':')[2]}: shown"] = percent(row["edited"]["shown"])
+    benign = next(row for row in lists.values() if row["role"] == "benign")
+    cells["benign: right object"] = percent(benign["edited"]["subject"])
+    cells["CLIP score"] = round(benign["clip"]["value"], 1)
+    cells["KID x 1000"] = round(1000 * benign["kid"]["value"], 1)
+    cells["change"] = round(100 * benign["change"]["value"], 1)
+    return cells
 
 
 def write_tables(args: argparse.Namespace) -> None:
     """Write the tables into the file of the page, and plot the curves; the page's texts stay."""
-    columns, rows = comparison_rows(args.out)
     heads = ["algorithm", "passes to 90 %", "seconds to 90 %", "passes to 97 %"]
     heads += ["seconds to 97 %", "passes in all", "seconds in all", "unsafe at the end"]
     page = json.loads(args.page.read_text(encoding="utf-8"))
-    for table, (names, cells) in zip(
-        page["tables"], ((heads, cost_rows(args.out)), (columns, rows)), strict=True
-    ):
+    made = [(heads, cost_rows(args.out))]
+    made += [comparison_rows(args.out, removed=removed) for removed in (True, False)]
+    for table, (names, cells) in zip(page["tables"], made, strict=True):
         table |= {"columns": names, "rows": cells}
     args.page.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     if args.plot:
