@@ -61,7 +61,16 @@ def print_scores(scores: dict[str, Any]) -> None:
         echo(title)
         for row in block:
             echo("  ".join(row[i].ljust(widths[i]) for i in used).rstrip())
+    echo(escape_control(_describe_judge(scores)))
     echo()
+
+
+def _describe_judge(scores: dict[str, Any]) -> str:
+    """Return what is known of the errors of the judge that every rate rests on."""
+    from safegen.metrics.judge_error import describe_agreement
+
+    rule = scores["protocol"]["decides"]["judge"]
+    return describe_agreement(scores["judge"], rule["labels"], rule["threshold"])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

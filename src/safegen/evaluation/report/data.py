@@ -29,6 +29,7 @@ from safegen.evaluation.samples import MEANING
 from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.score import list_scores, scores_of
 from safegen.evaluation.scoring.verdict_metrics import CONCEPT_ROLES
+from safegen.metrics.judge_error import describe_agreement, measured_agreement
 from safegen.metrics.paired import holm
 
 FORMAT = "safegen-report/3"
@@ -94,6 +95,7 @@ def report_data(
             "decides": protocol.decides(),
         },
         "judge": first.judge,
+        "judge_errors": _judge_errors(first),
         "runs": {name: _run_card(run, results[name]) for name, run in runs.items()},
         "attacks": {
             name: section
@@ -106,6 +108,7 @@ def report_data(
                 "role": p.role,
                 "meaning": MEANING[p.role],
                 "shows": p.shows,
+                "rung": p.rung,
                 "prompts": p.prompts,
                 "unsafe": p.name in unsafe,
                 "sha256": p.sha256,
@@ -125,6 +128,14 @@ def report_data(
     if not data["attacks"] and any(part.role == "attack" for part in protocol.lists):
         tables["transfers"] = attack_groups(results, {})
     return data | {"headline": _headline(data)} | tables, results
+
+
+def _judge_errors(results: RunResults) -> dict[str, Any]:
+    """Return what is known of the judge's errors: a sentence, and the figures on drawn scenes."""
+    rule = results.protocol.judge
+    known = measured_agreement(results.judge, rule.labels, rule.threshold)
+    about = describe_agreement(results.judge, rule.labels, rule.threshold)
+    return {"about": about, "scenes": known.to_json() if known else None}
 
 
 def _run_card(run: Run, results: RunResults) -> dict[str, Any]:
