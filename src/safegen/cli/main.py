@@ -8,6 +8,7 @@ import typer
 
 from safegen.cli import attack, demo, edit, evaluate, export, generate, patch, prompts, triplets
 from safegen.cli.console import echo
+from safegen.cli.info import show as info
 from safegen.cli.options import show_warnings, silence_libraries
 
 app = typer.Typer(
@@ -29,6 +30,8 @@ for command in (
     evaluate.verify,
 ):
     app.command()(command)
+app.command("list")(info.list_)
+app.command("show")(info.show)
 app.add_typer(patch.app, name="patch")
 app.add_typer(triplets.app, name="triplets")
 app.add_typer(prompts.app, name="prompts")
