@@ -15,10 +15,28 @@ from safegen.core.errors import SafegenError
 from safegen.core.text import escape_control, one_line
 
 
+class Verbosity:
+    """What a command prints besides its result; `--quiet` and `--verbose` set it."""
+
+    quiet = False
+    """Whether progress and status lines are left out."""
+    verbose = False
+    """Whether tracebacks and the warnings of other libraries are printed."""
+
+
+VERBOSITY = Verbosity()
+
+
 def echo(line: str = "", *, err: bool = False) -> None:
     """Print one line to stdout or stderr, control characters and line breaks as escapes."""
     with output_errors():
         print(escape_control(line), file=sys.stderr if err else sys.stdout)
+
+
+def echo_status(line: str) -> None:
+    """Print one line about the run to stderr, such as what is loaded; --quiet leaves it out."""
+    if not VERBOSITY.quiet:
+        echo(line, err=True)
 
 
 def echo_json(value: object) -> None:
