@@ -45,6 +45,11 @@ def echo_json(value: object) -> None:
         echo(line)
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 image`, `2 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def echo_message(kind: str, message: object) -> None:
     """Print an error or a warning to stderr as one line: `KIND: MESSAGE`."""
     echo(f"{kind}: {one_line(str(message))}", err=True)

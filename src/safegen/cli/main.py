@@ -113,9 +113,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             ("report run", "report run-1 run-2 --out comparison"),
         ),
         Command(
-            evaluate.verify,
-            "how-to/evaluate-and-compare.md",
-            ("verify run", "verify safegen-demo --json"),
+            evaluate.verify, "how-to/evaluate-and-compare.md", ("verify run", "verify safegen-demo")
         ),
         Command(
             attack.attack,

@@ -19,10 +19,10 @@ from safegen.cli.info.catalog import (
     names_of,
     summaries_of,
 )
+from safegen.cli.options import AsJson
 
 MAX_WIDTH = 100
 """Most columns of a paragraph."""
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def list_(
