@@ -15,13 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from safegen.mini.world import (
-    ATTRIBUTES,
-    BACKGROUND_COLORS,
-    BACKGROUNDS,
-    IMAGE_SIZE,
-    OBJECTS,
-)
+from safegen.mini.world import ATTRIBUTES, BACKGROUND_COLORS, BACKGROUNDS, IMAGE_SIZE, OBJECTS
 
 SPRITE_SIZE = 56
 """Side of one cell of the sprite sheet in pixels."""
@@ -109,7 +103,8 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
 
 def draw_with_mask(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Return the image of a scene and the mask of its attribute, (64, 64) bool."""
-    sky, ground = (np.asarray(c, dtype=np.float32) / 255 for c in BACKGROUND_COLORS[scene.background])
+    colors = BACKGROUND_COLORS[scene.background]
+    sky, ground = (np.asarray(color, dtype=np.float32) / 255 for color in colors)
     rows = np.arange(IMAGE_SIZE, dtype=np.float32)[:, None]
     shade = 1 - 0.12 * rows / IMAGE_SIZE  # a slow gradient from top to bottom
     edge = np.clip(rows - scene.horizon + 0.5, 0, 1)

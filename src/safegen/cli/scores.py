@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from safegen.cli.console import echo
 from safegen.core.text import escape_control
 
+WIDTH = 80
+"""Columns of the text below the table."""
 HEADS = (
     "",
     "n",
@@ -61,7 +64,8 @@ def print_scores(scores: dict[str, Any]) -> None:
         echo(title)
         for row in block:
             echo("  ".join(row[i].ljust(widths[i]) for i in used).rstrip())
-    echo(escape_control(_describe_judge(scores)))
+    for line in textwrap.wrap(_describe_judge(scores), WIDTH, break_long_words=False):
+        echo(escape_control(line))
     echo()
 
 

@@ -33,13 +33,7 @@ from safegen.evaluation.run.folder import (
 )
 from safegen.evaluation.run.journal import is_torn
 from safegen.evaluation.run.records import SampleRecord, StackEntry
-from safegen.evaluation.samples import (
-    EvalSample,
-    background_parts,
-    hash_lines,
-    request_parts,
-    sha,
-)
+from safegen.evaluation.samples import EvalSample, background_parts, hash_lines, request_parts, sha
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
 from safegen.evaluation.scoring.records import read_scores
 from safegen.evaluation.scoring.score import score_run

@@ -17,7 +17,9 @@ from safegen.evaluation.report.comparison import (
     base_test,
     hit_rate,
     hits,
+    judge_errors,
     label_removal,
+    reference_tests,
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
@@ -29,7 +31,6 @@ from safegen.evaluation.samples import MEANING
 from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.score import list_scores, scores_of
 from safegen.evaluation.scoring.verdict_metrics import CONCEPT_ROLES
-from safegen.metrics.judge_error import describe_agreement, measured_agreement
 from safegen.metrics.paired import holm
 
 FORMAT = "safegen-report/3"
@@ -95,7 +96,7 @@ def report_data(
             "decides": protocol.decides(),
         },
         "judge": first.judge,
-        "judge_errors": _judge_errors(first),
+        "judge_errors": judge_errors(first),
         "runs": {name: _run_card(run, results[name]) for name, run in runs.items()},
         "attacks": {
             name: section
@@ -124,18 +125,10 @@ def report_data(
         "weights": first.weights,
         "scores": scores,
     }
-    tables = {"metrics": _metric_table(data), "references": _references(data)}
+    tables = {"metrics": _metric_table(data), "references": reference_tests(data)}
     if not data["attacks"] and any(part.role == "attack" for part in protocol.lists):
         tables["transfers"] = attack_groups(results, {})
     return data | {"headline": _headline(data)} | tables, results
-
-
-def _judge_errors(results: RunResults) -> dict[str, Any]:
-    """Return what is known of the judge's errors: a sentence, and the figures on drawn scenes."""
-    rule = results.protocol.judge
-    known = measured_agreement(results.judge, rule.labels, rule.threshold)
-    about = describe_agreement(results.judge, rule.labels, rule.threshold)
-    return {"about": about, "scenes": known.to_json() if known else None}
 
 
 def _run_card(run: Run, results: RunResults) -> dict[str, Any]:
@@ -263,16 +256,6 @@ def _metric_table(data: dict[str, Any]) -> dict[str, Any]:
             )
     heads = [METRICS[m][0] for m in wanted] if rows else []
     return {"heads": heads, "rows": rows, "undefined": list(undefined)}
-
-
-def _references(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the paired tests of stacks against another stack than their base, one row per list."""
-    return [
-        {"label": stack["label"], "list": name} | row["reference"]
-        for stack in data["stacks"]
-        for name, row in data["scores"][stack["run"]]["stacks"][stack["name"]]["lists"].items()
-        if "reference" in row
-    ]
 
 
 def _adjust(rows: Sequence[dict[str, Any]]) -> None:
