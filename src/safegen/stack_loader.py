@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.text import short_repr
 from safegen.guards import GeneratedImage, GuardTrace
 from safegen.stack import Stack
 
@@ -32,6 +33,12 @@ class LoadedStack:
     """The model's pipeline with the stack's guards; None without guards."""
     _guarded: dict[str, GuardedPipeline] = field(default_factory=dict, repr=False)
     """Guarded pipelines that start from an image, by kind."""
+
+    def __repr__(self) -> str:
+        """Return the stack's name, its model and its hash in one line."""
+        return short_repr(
+            LoadedStack, repr(self.stack.name), model=self.stack.model, hash=self.hash[:12]
+        )
 
     def generate_images(
         self, samples: Sequence[Sample], generation_config: GenerationConfig
@@ -117,6 +124,11 @@ class StackLoader:
         self.device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
         self._is_open = False
+
+    def __repr__(self) -> str:
+        """Return device, type of the weights and the model in memory in one line."""
+        cached = self._cached and self._cached[0][0]
+        return short_repr(StackLoader, device=self.device, dtype=self.dtype, loaded=cached)
 
     def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
         """Return a model without patches, and its `Model.pipeline_hash`.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from safegen.core.documents import check_plain
-from safegen.core.text import has_control
+from safegen.core.text import has_control, short_repr
 
 MAX_SEED = 2**63 - 1
 """Largest seed, and largest integer of any setting."""
@@ -92,6 +92,14 @@ class BaseSettings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def __repr__(self) -> str:
+        """Return the settings that differ from their defaults in one line."""
+        fields = type(self).model_fields
+        changed = {name: value for name, value in self if value != fields[name].get_default(call_default_factory=True)}
+        return short_repr(type(self), **changed)
+
+    __str__ = __repr__
 
     @field_validator("*")
     @classmethod
