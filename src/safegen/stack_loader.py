@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from safegen.core.device import AUTO, resolve_device
+from safegen.core.device import AUTO, resolve_device, resolve_dtype
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.text import short_repr
 from safegen.guards import GeneratedImage, GuardTrace
 from safegen.stack import Stack
 
 if TYPE_CHECKING:
+    import torch
+
     from safegen.guards.core.pipeline import GuardedPipeline
     from safegen.models.generation import PipelineKind
     from safegen.models.model import Model
@@ -122,8 +124,8 @@ class StackLoader:
     def __init__(
         self,
         *,
-        device: str = AUTO,
-        dtype: str = "fp32",
+        device: str | torch.device = AUTO,
+        dtype: str | torch.dtype = "fp32",
         allow_pickle: bool = False,
         on_load: Callable[[Model], None] | None = None,
     ) -> None:
@@ -131,11 +133,11 @@ class StackLoader:
 
         Args:
             device: a torch device; `auto` is the accelerator if there is one, else the CPU.
-            dtype: fp32, bf16 or fp16.
+            dtype: type of the weights; see `load`.
             allow_pickle: also open weights stored as pickles, which can run code.
             on_load: called with each model after it is loaded.
         """
-        self._device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+        self._device, self.dtype, self.allow_pickle = device, resolve_dtype(dtype), allow_pickle
         self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
         self._is_open = False

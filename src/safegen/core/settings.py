@@ -96,7 +96,11 @@ class BaseSettings(BaseModel):
     def __repr__(self) -> str:
         """Return the settings that differ from their defaults in one line."""
         fields = type(self).model_fields
-        changed = {name: value for name, value in self if value != fields[name].get_default(call_default_factory=True)}
+        changed = {
+            name: value
+            for name, value in self
+            if value != fields[name].get_default(call_default_factory=True)
+        }
         return short_repr(type(self), **changed)
 
     __str__ = __repr__

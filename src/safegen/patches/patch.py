@@ -17,8 +17,9 @@ from safegen.core.errors import FileError, PatchError, SafegenWarning
 from safegen.core.hashing import hash_tensors
 from safegen.core.tensor_files import check_weights, read_tensors, write_tensors
 from safegen.core.text import short_repr
+from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.metadata import PatchMetadata, read_patch_metadata
-from safegen.models.model import AppliedPatch, Model
+from safegen.models.model import Model
 
 FORMAT = "safegen-patch/1"
 LORA_SUFFIXES = (".lora_down.weight", ".lora_A.weight")

@@ -18,6 +18,7 @@ from PIL import Image
 from safegen.core.documents import parse_json, read_bytes, read_record
 from safegen.core.errors import FileError
 from safegen.core.files import atomic_write
+from safegen.core.text import short_repr
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.journal import read_journal, to_lines
 from safegen.evaluation.run.records import (
@@ -58,6 +59,11 @@ class Run:
 
     folder: Path
     card: RunCard
+
+    def __repr__(self) -> str:
+        """Return the folder, the protocol and the stacks in one line."""
+        stacks = [stack.name for stack in self.stacks]
+        return short_repr(Run, repr(str(self.folder)), protocol=self.protocol.name, stacks=stacks)
 
     @classmethod
     def open(cls, folder: Path) -> Run:
