@@ -103,7 +103,9 @@ class BaseSettings(BaseModel):
         }
         return short_repr(type(self), **changed)
 
-    __str__ = __repr__
+    def __str__(self) -> str:
+        """Return the `repr`."""
+        return repr(self)
 
     @field_validator("*")
     @classmethod
