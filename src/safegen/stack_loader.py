@@ -137,7 +137,9 @@ class StackLoader:
             allow_pickle: also open weights stored as pickles, which can run code.
             on_load: called with each model after it is loaded.
         """
-        self._device, self.dtype, self.allow_pickle = device, resolve_dtype(dtype), allow_pickle
+        self._device = device
+        self.dtype: str = resolve_dtype(dtype)
+        self.allow_pickle = allow_pickle
         self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
         self._is_open = False

@@ -89,7 +89,7 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(check_plain)]
 class BaseSettings(BaseModel):
     """Frozen settings without unknown names, NaN, infinities or numbers beyond any use."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
