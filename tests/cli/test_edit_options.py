@@ -28,6 +28,8 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     options = ["--prompts", prompts, "--judge", "mini", "--from", start]
     code, text, err = safegen(*SHIELDDIFF, *options, *SET, "--out", out)
     assert code == 0, err
+    job = "shielddiff, preset mini; model mini (7.3 M parameters) on cpu, "
+    assert err.startswith(job)
     assert "editing: unsafe " in err
     assert "1 updates, " in text.splitlines()[0]
     last = text.splitlines()[-1]
@@ -61,8 +63,9 @@ def test_an_option_that_does_not_fit_is_refused_in_one_line(safegen, tmp_path, w
     out = tmp_path / "p.safetensors"
     code, _, err = safegen("edit", "mini", "--concept", "skulls", *words, "--out", out)
     assert code == 2
-    assert says in err
-    assert err.count("\n") == 1
+    *job, message = err.splitlines()
+    assert says in message
+    assert [line.startswith(words[1]) for line in job] in ([], [True])  # if the model was loaded
     assert not out.exists()
 
 
@@ -85,7 +88,7 @@ def test_another_judge_has_its_own_labels_and_none_held_out():
     ],
 )
 def test_an_algorithm_is_chosen_and_set_by_its_names(pairs, algorithm):
-    settings = read_settings("shielddiff", "default", pairs)
+    settings = read_settings("shielddiff", "mini", pairs)
     assert settings == {"algorithm": algorithm}
     assert make_edit("shielddiff", **settings).algorithm.name == algorithm["name"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo_message
+from safegen.cli.console import echo, echo_message
 from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
@@ -69,6 +69,16 @@ def load_model(
     return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
 
 
+def echo_job(what: str, model: Model) -> None:
+    """Print to stderr what runs, on which model, device and dtype, in one line."""
+    size = model.num_parameters / 1e6
+    number = f"{size:.1f} M" if size < 10 else f"{size:,.0f} M"
+    echo(
+        f"{what}; model {model.name} ({number} parameters) on {model.device}, {model.dtype}",
+        err=True,
+    )
+
+
 def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
     """Claim a new file and its model card until the command ends; call it before long work."""
     from safegen.core.files import check_output, claim
@@ -80,11 +90,13 @@ def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
         check_output(path)  # another process may have written it before the claim
 
 
-def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, Any]:
+def read_settings(method: str, preset: str | None, pairs: Iterable[str]) -> dict[str, Any]:
     """Return `NAME=VALUE` pairs as settings of an edit; a value is JSON or text.
 
-    `GROUP.NAME=VALUE` changes one setting of the preset's group, such as `training.lr=1e-4`.
+    `GROUP.NAME=VALUE` changes one setting of the preset's group, such as `training.lr=1e-4`. None
+    as preset is the default one: all groups but `training` are the same for every size of model.
     """
+    from safegen.edits.training.presets import PRESET_NAMES
     from safegen.workflows.edit import make_edit
 
     settings: dict[str, Any] = {}
@@ -94,7 +106,11 @@ def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, A
         if not setting:
             settings[name] = value
             continue
-        values = settings.get(group, make_edit(method, preset).model_dump().get(group))
+        values = settings.get(group)
+        if values is None:
+            values = make_edit(method, preset or PRESET_NAMES[0]).model_dump().get(group)
+        if group == "training" and values is not None:  # `Edit.preset` adds those of the preset
+            values = settings.get(group, {})
         if group in ("adversary", "algorithm", "target") and isinstance(values, str):
             values = {"name": values}
         if setting == "name":  # settings of another one do not fit

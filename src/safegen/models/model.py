@@ -99,6 +99,11 @@ class Model:
         return next((name for name in DTYPES if DTYPES[name] == dtype), str(dtype))
 
     @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the denoiser."""
+        return sum(parameter.numel() for parameter in self.denoiser.parameters())
+
+    @property
     def size(self) -> int:
         """Side in pixels of the images it was trained on."""
         scale: int = self.pipeline.vae_scale_factor
