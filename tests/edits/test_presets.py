@@ -34,7 +34,7 @@ def treat_tiny_models_as_full_size(monkeypatch):
 def test_every_edit_has_settings_for_both_sizes(method, cubes):
     kind = registry.resolve(registry.EDITS, method, "edit")
     mini, full = (kind.preset(name, concept=cubes) for name in presets.PRESET_NAMES)
-    with pytest.raises(UnknownNameError, match="no preset of .* named 'default'. .*full, mini"):
+    with pytest.raises(UnknownNameError, match=r"no preset of .* named 'default'. .*full, mini"):
         kind.preset("default")
     if not kind.is_trained:
         assert mini == full
@@ -84,13 +84,11 @@ def test_a_full_size_model_gets_the_published_schedule(
 def test_settings_of_the_miniature_warn_at_full_size(
     preset, make_model, triplets, treat_tiny_models_as_full_size
 ):
-    model = make_model()
+    edit = SafeGen(training=SafeGen().training.model_copy(update=BRIEF))  # those of the miniature
+    if preset:
+        edit = SafeGen.preset(preset, training=BRIEF)
     with pytest.warns(MiniatureSettingsWarning, match=r"0\.0021 is 210 times that of preset full"):
-        if preset:
-            safegen.edit(model, triplets=triplets, preset=preset, training=BRIEF)
-        else:  # the class has the settings of the miniature
-            training = SafeGen().training.model_copy(update=BRIEF)
-            SafeGen(training=training).apply(model, triplets)
+        edit.apply(make_model(), triplets)
 
 
 @pytest.mark.parametrize("preset", ["full", "paper"])
